@@ -1,0 +1,16 @@
+"""Errors that are the user's to mend: one line that says what is wrong, the value, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in the input. The command line prints its message as one line and exits with status 2."""
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the closest of ``options``, or an empty string when none is close."""
+    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
