@@ -1,0 +1,304 @@
+"""A linear layer whose weight is masked by learned scores: ``y = x (W * m)^T + b``.
+
+Between optimizer steps the mask does not change, so the effective weight ``W * m`` is computed when the scores have
+changed and not in every forward pass. Under gradient accumulation the raw gradient (dL/dy)^T x is summed over the
+micro-batches, and multiplied by ``W * sign(scores)`` once, in the micro-batch whose gradient the optimizer will see.
+
+Shapes: T tokens (all leading dimensions flattened), I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+
+import torch
+import torch.nn.functional as F
+from accelerate.state import GradientState
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UserError
+from ..mask_codec import decode_mask
+from ..masking import StraightThroughMask, initial_scores, score_gradient_, threshold_mask, topk_masks
+from .config import MaskConfig
+
+
+class _Float32ParameterDict(nn.ParameterDict):
+    """Scores stay float32 under ``model.to(dtype)``: ranking casts to bfloat16 would create ties and move the mask."""
+
+    def _apply(self, fn, recurse=True):
+        before = {name: parameter.data for name, parameter in self.items() if parameter is not None}
+        super()._apply(fn, recurse)
+        for name, data in before.items():
+            if self[name].dtype != torch.float32:
+                self[name].data = data.to(self[name].device)
+        return self
+
+
+class MaskLayer(BaseTunerLayer):
+    """Per-adapter scores and masks of one linear layer (``nn.Linear``, or GPT-2's ``Conv1D``)."""
+
+    adapter_layer_names = ("mask_scores",)
+    other_param_names = ("mask_coded", "mask_configs", "mask_pools")
+
+    def __init__(self, base_layer: nn.Module, module_name: str):
+        self.base_layer = base_layer
+        self.module_name = module_name
+        # Conv1D stores its weight as (I, O) and computes x W.
+        self.is_transposed = isinstance(base_layer, Conv1D)
+        self.mask_scores = _Float32ParameterDict({})
+        self.mask_coded: dict[str, Tensor] = {}
+        self.mask_configs: dict[str, MaskConfig] = {}
+        # Layers whose scores are ranked together: just this one, or all of the adapter's for scope="global".
+        self.mask_pools: dict[str, list[MaskLayer]] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._merge_stash: dict[str, tuple[Tensor, Tensor]] = {}
+        self._effective: Tensor | None = None
+        self._effective_key: tuple | None = None
+        self._raw_gradient: dict[str, Tensor] = {}
+
+    def update_layer(self, adapter_name: str, config: MaskConfig, pool: list[MaskLayer]) -> None:
+        """Add an adapter: fresh scores, or none when it is for inference (its mask is then loaded coded)."""
+        self.mask_configs[adapter_name] = config
+        pool.append(self)
+        self.mask_pools[adapter_name] = pool if config.scope == "global" else [self]
+        if not config.inference_mode:
+            self.mask_scores[adapter_name] = nn.Parameter(self._draw_scores(config))
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _draw_scores(self, config: MaskConfig) -> Tensor:
+        weight = self.get_base_layer().weight
+        if weight.device.type == "meta":
+            return torch.empty(weight.shape, dtype=torch.float32, device="meta")
+        # Every layer draws from its own stream, so that adding or leaving out a layer does not move the others.
+        digest = hashlib.sha256(f"{config.mask_seed}/{self.module_name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return initial_scores(weight.detach(), config.init_scores, generator, config.init_std, config.init_value)
+
+    # Masks
+
+    def get_mask(self, adapter_name: str) -> Tensor:
+        """Bool mask of ``adapter_name``, shape of the weight, True = keep."""
+        if adapter_name in self.mask_scores:
+            pool = self.mask_pools[adapter_name]
+            scores = [layer._checked_scores(adapter_name) for layer in pool]
+            return masks_from_scores(self.mask_configs[adapter_name], scores)[pool.index(self)]
+        if adapter_name in self.mask_coded:
+            return decode_mask(self.mask_coded[adapter_name], self.module_name).to(self.get_base_layer().weight.device)
+        raise UserError(
+            f"adapter {adapter_name!r} has no mask in {self.module_name}: load it with peft.PeftModel.from_pretrained or "
+            "PeftModel.load_adapter (transformers' own model.load_adapter and add_adapter cannot read masks)"
+        )
+
+    def _checked_scores(self, adapter_name: str) -> Tensor:
+        scores = self.mask_scores[adapter_name]
+        if scores.device.type == "meta":
+            raise UserError(f"the scores of {self.module_name} are still on the meta device; load or initialise them")
+        if scores.dtype != torch.float32:
+            raise UserError(
+                f"the scores of {self.module_name} were cast to {scores.dtype}; masks are ranked in float32, undo the cast"
+            )
+        return scores
+
+    def _available(self, adapter_names: list[str]) -> list[str]:
+        return [name for name in adapter_names if name in self.mask_configs]
+
+    def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Base weight with the active masks applied, cached until a score or the set of adapters changes.
+
+        Removed entries are exactly +0.0. Two active adapters remove the union of what each removes.
+        """
+        weight = self.get_base_layer().weight
+        dtype = dtype or weight.dtype
+        names = self._available(self.active_adapters)
+        if self._effective_key == self._cache_key(names, dtype):
+            return self._effective
+        for name in names:
+            for layer, mask in self._masks_of_pool(name):
+                if layer._effective_key != layer._cache_key(layer._available(layer.active_adapters), dtype):
+                    layer._set_effective(name, mask, dtype)
+        return self._effective
+
+    def _masks_of_pool(self, name: str):
+        if name not in self.mask_scores:
+            return [(self, self.get_mask(name))]
+        pool = self.mask_pools[name]
+        scores = [layer._checked_scores(name) for layer in pool]
+        return zip(pool, masks_from_scores(self.mask_configs[name], scores), strict=True)
+
+    @torch.no_grad()
+    def _set_effective(self, name: str, mask: Tensor, dtype: torch.dtype) -> None:
+        names = self._available(self.active_adapters)
+        for other in names:
+            if other != name:
+                mask = mask & self.get_mask(other)
+        weight = self.get_base_layer().weight
+        # A new tensor, never in place: a graph built before the optimizer step still holds the old one.
+        self._effective = weight.detach().to(dtype, copy=True).masked_fill_(~mask, 0.0)
+        self._effective_key = self._cache_key(names, dtype)
+
+    def _cache_key(self, names: list[str], dtype: torch.dtype) -> tuple:
+        weight = self.get_base_layer().weight
+        scores = tuple(
+            (layer.mask_scores[name].data_ptr(), layer.mask_scores[name]._version)
+            for name in names
+            if name in self.mask_scores
+            for layer in self.mask_pools[name]
+        )
+        coded = tuple(id(self.mask_coded.get(name)) for name in names if name not in self.mask_scores)
+        return (tuple(names), dtype, weight.data_ptr(), weight.device, weight._version, scores, coded)
+
+    # Merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Zero the removed weights in the base layer; what was there is kept so that ``unmerge`` is bit-exact.
+
+        Args:
+            safe_merge: Refuse when the masked weight is not finite.
+            adapter_names: Adapters to merge; default: the active ones.
+        """
+        weight = self.get_base_layer().weight
+        for name in self._available(check_adapters_to_merge(self, adapter_names)):
+            removed = ~self.get_mask(name)
+            if safe_merge and not torch.isfinite(weight.detach().masked_fill(removed, 0.0)).all():
+                raise ValueError(f"{self.module_name} has weights that are not finite after merging {name!r}")
+            self._merge_stash[name] = (removed, weight.detach()[removed])
+            # masked_fill_, not a product: a product would leave -0.0 behind and keep NaN.
+            weight.data.masked_fill_(removed, 0.0)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Undo ``merge``, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        weight = self.get_base_layer().weight
+        while self.merged_adapters:
+            removed, values = self._merge_stash.pop(self.merged_adapters.pop())
+            weight.data[removed.to(weight.device)] = values.to(weight.device, weight.dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and everything kept for it."""
+        pool = self.mask_pools.get(adapter_name, [])
+        if self in pool:
+            pool.remove(self)
+        self._raw_gradient.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+        for attribute in self.other_param_names:
+            getattr(self, attribute).pop(adapter_name, None)
+        self._effective = self._effective_key = None
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.mask_configs)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """A mask is not low-rank."""
+        return False
+
+
+def masks_from_scores(config: MaskConfig, scores: list[Tensor]) -> list[Tensor]:
+    """Masks of one pool of score matrices under ``config``; the only place where a configuration meets the algorithm."""
+    if config.selection == "threshold":
+        return [threshold_mask(s, config.threshold, config.rank_by) for s in scores]
+    if config.scope == "global":
+        return topk_masks(scores, config.sparsity, config.rank_by)
+    return [topk_masks([s], config.sparsity, config.rank_by)[0] for s in scores]
+
+
+class MaskedLinear(nn.Module, MaskLayer):
+    """``nn.Linear`` or ``Conv1D`` with a mask; see :class:`MaskLayer`."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: MaskConfig,
+        pool: list[MaskLayer],
+        module_name: str,
+    ):
+        super().__init__()
+        MaskLayer.__init__(self, base_layer, module_name)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, pool)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x (..., I) -> (..., O)."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        names = self._available(self.active_adapters)
+        if self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)
+        base = self.get_base_layer()
+        trained = [n for n in names if n in self.mask_scores and self.mask_scores[n].requires_grad]
+        if torch.is_grad_enabled() and len(trained) > 1:
+            return self._forward_jointly_trained(x, names)
+        dtype = base.weight.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
+        effective = self.effective_weight(dtype)
+        bias = None if base.bias is None else base.bias.to(dtype)
+        if torch.is_grad_enabled() and trained:
+            return _MaskedLinearFunction.apply(x, self.mask_scores[trained[0]], effective, bias, self, trained[0])
+        return F.linear(x, effective.t() if self.is_transposed else effective, bias)
+
+    def _forward_jointly_trained(self, x: Tensor, names: list[str]) -> Tensor:
+        """Several adapters trained at once: plain autograd through each mask in turn."""
+        base = self.get_base_layer()
+        weight = base.weight
+        for name in names:
+            mask = self.get_mask(name)
+            if name in self.mask_scores:
+                config = self.mask_configs[name]
+                weight = StraightThroughMask.apply(weight, self.mask_scores[name], mask, config.rank_by)
+            else:
+                weight = weight.masked_fill(~mask, 0.0)
+        return F.linear(x, weight.t() if self.is_transposed else weight, base.bias)
+
+    def __repr__(self) -> str:
+        return "mask." + super().__repr__()
+
+
+class _MaskedLinearFunction(torch.autograd.Function):
+    """Linear map with the effective weight; the gradient of the scores is accumulated raw between optimizer steps."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scores: Tensor, effective: Tensor, bias: Tensor | None, layer: MaskedLinear, name: str):
+        ctx.save_for_backward(x, scores, effective)
+        ctx.layer, ctx.name = layer, name
+        return F.linear(x, effective.t() if layer.is_transposed else effective, bias)
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor):
+        x, scores, effective = ctx.saved_tensors
+        layer, name = ctx.layer, ctx.name
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y.matmul(effective.t() if layer.is_transposed else effective)
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None, None, None
+        grad_y_TO, x_TI = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+        left, right = (x_TI, grad_y_TO) if layer.is_transposed else (grad_y_TO, x_TI)
+        raw = layer._raw_gradient.pop(name, None)
+        if raw is None:
+            raw = left.t().mm(right).to(torch.float32)
+        elif left.dtype == torch.float32:
+            raw.addmm_(left.t(), right)
+        else:
+            raw.add_(left.t().mm(right))
+        if not GradientState().sync_gradients:
+            # More micro-batches follow before the optimizer looks: keep the sum, finish it in the last of them.
+            layer._raw_gradient[name] = raw
+            return grad_x, None, None, None, None, None
+        weight, rank_by = layer.get_base_layer().weight, layer.mask_configs[name].rank_by
+        others = [other for other in layer._available(layer.active_adapters) if other != name]
+        grad_scores = score_gradient_(raw, weight, scores, rank_by)
+        for other in others:
+            # What another active mask removes does not depend on these scores.
+            grad_scores.masked_fill_(~layer.get_mask(other), 0.0)
+        return grad_x, grad_scores, None, None, None, None

@@ -1,0 +1,320 @@
+"""The mask tuner: finds the layers, swaps them for masked ones, and reads and writes the adapter file."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Iterable
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UserError, did_you_mean
+from ..mask_codec import FORMAT_VERSION, decode_mask, encode_mask, mask_info
+from ..masking import scores_for_mask
+from .config import MaskConfig
+from .layer import MaskedLinear, MaskLayer, masks_from_scores
+
+_LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
+_SHOWN = 8
+
+
+class MaskModel(BaseTuner):
+    """Wraps a model so that chosen linear layers are masked; made by ``peft.get_peft_model(model, MaskConfig(...))``.
+
+    Attributes:
+        model: The wrapped model.
+        peft_config: Adapter name -> :class:`MaskConfig`.
+    """
+
+    prefix: str = "mask_"
+    tuner_layer_cls = MaskLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict) -> MaskConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+        return peft_config
+
+    def _prepare_model(self, peft_config: MaskConfig, model: nn.Module) -> None:
+        """Check the whole request before the first layer is replaced, so that an error leaves the model as it was."""
+        if peft_config.target_modules == "all-linear":
+            peft_config.target_modules = sorted(_decoder_linear_names(model))
+        check_targets(peft_config, model)
+        # Collects the layers of one adapter in module order, so that scope="global" can rank them together.
+        self._pool: list[MaskLayer] = []
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_) -> None:
+        if isinstance(target, MaskLayer):
+            target.update_layer(adapter_name, peft_config, self._pool)
+            return
+        layer = MaskedLinear(target, adapter_name, peft_config, self._pool, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        """Code the masks; fill the fingerprints into ``config``. ``state_dict`` may hold gathered, unsharded scores."""
+        layers = adapter_layers(model, adapter_name)
+        masks = _current_masks(layers, config, adapter_name, state_dict)
+        out: dict[str, Tensor] = {}
+        for name, mask in masks.items():
+            out[f"{name}.mask_coded.{adapter_name}"] = encode_mask(mask)
+            if config.save_scores and adapter_name in layers[name].mask_scores:
+                key = f"{name}.mask_scores.{adapter_name}"
+                out[key] = state_dict.get(key, layers[name].mask_scores[adapter_name])
+        config.format_version = FORMAT_VERSION
+        config.mask_sha256 = mask_fingerprint({_module_name(n): out[f"{n}.mask_coded.{adapter_name}"] for n in masks})
+        if not any(layer.merged for layer in layers.values()):
+            config.base_fingerprint = base_fingerprint(layers.values())
+        return out
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """Check every entry against the model, hand the masks to their layers, and pass on what is not a mask."""
+        names = {_module_name(name): name for name in adapter_layers(model, adapter_name)}
+        layers = {_module_name(name): layer for name, layer in adapter_layers(model, adapter_name).items()}
+        coded, scores, rest = {}, {}, {}
+        for key, value in state_dict.items():
+            name, _, kind = key.rpartition(".")
+            if kind in ("mask_coded", "mask_scores"):
+                (coded if kind == "mask_coded" else scores)[_module_name(name)] = value
+            else:
+                rest[key] = value
+        _check_names(layers, coded, rest, adapter_name)
+        _check_base(layers.values(), config)
+        for name, layer in layers.items():
+            _check_shape(name, mask_info(coded[name], name)["shape"], layer)
+            mask = decode_mask(coded[name], name)
+            layer.mask_coded[adapter_name] = coded[name].detach().cpu().clone()
+            if adapter_name in layer.mask_scores:
+                _restore_scores(layer, adapter_name, mask, scores.get(name))
+                # PEFT reports parameters that a file does not set; these are set already.
+                rest[f"{names[name]}.mask_scores.{adapter_name}"] = layer.mask_scores[adapter_name].data
+        if not config.inference_mode and layers and not scores:
+            warnings.warn(
+                "the adapter holds a mask but not its scores (save_scores=False): training goes on from this mask with "
+                "freshly drawn scores that rank the same"
+            )
+        if config.mask_sha256 is not None and mask_fingerprint(coded) != config.mask_sha256:
+            raise UserError(
+                "the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters"
+            )
+        return rest
+
+
+def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, MaskLayer]:
+    """Masked layers of one adapter by module name (as in ``model.named_modules()``), in module order."""
+    return {
+        name.replace("_fsdp_wrapped_module.", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, MaskLayer) and adapter_name in module.mask_configs
+    }
+
+
+def _module_name(name: str) -> str:
+    """Name of a module in the unwrapped model."""
+    return name.removeprefix("base_model.model.")
+
+
+def current_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """Masks of an adapter by the module names of the unwrapped model; bool, True = keep."""
+    layers = adapter_layers(model, adapter_name)
+    if not layers:
+        raise UserError(f"the model has no mask adapter named {adapter_name!r}")
+    config = next(iter(layers.values())).mask_configs[adapter_name]
+    return {_module_name(name): mask for name, mask in _current_masks(layers, config, adapter_name, {}).items()}
+
+
+def _current_masks(layers, config, adapter_name, state_dict) -> dict[str, Tensor]:
+    scores = {
+        name: state_dict.get(f"{name}.mask_scores.{adapter_name}", layer.mask_scores[adapter_name])
+        for name, layer in layers.items()
+        if adapter_name in layer.mask_scores
+    }
+    if scores:
+        return dict(zip(scores, masks_from_scores(config, list(scores.values())), strict=True))
+    return {name: layer.get_mask(adapter_name) for name, layer in layers.items()}
+
+
+def _restore_scores(layer: MaskLayer, adapter_name: str, mask: Tensor, saved: Tensor | None) -> None:
+    """Put saved scores into the layer, or permute its fresh ones so that they give the loaded mask."""
+    parameter, config = layer.mask_scores[adapter_name], layer.mask_configs[adapter_name]
+    if parameter.device.type == "meta":
+        device = layer.get_base_layer().weight.device
+        parameter = nn.Parameter(torch.empty(parameter.shape, device=device), requires_grad=parameter.requires_grad)
+        layer.mask_scores[adapter_name] = parameter
+        if saved is None:
+            parameter.data.copy_(layer._draw_scores(config))
+    if saved is not None:
+        if saved.shape != parameter.shape:
+            raise UserError(
+                f"{layer.module_name}: saved scores have shape {tuple(saved.shape)}, not {tuple(parameter.shape)}"
+            )
+        values = saved.to(parameter.device, torch.float32)
+        if bool(values.isnan().any()):
+            raise UserError(f"{layer.module_name}: the saved scores contain NaN; resume from an earlier checkpoint")
+    else:
+        values = scores_for_mask(parameter.detach(), mask.to(parameter.device), config.rank_by)
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
+# Checks
+
+
+def check_targets(config: MaskConfig, model: nn.Module) -> None:
+    """Raise one clear :class:`UserError` when ``config`` asks for layers that are not there or cannot be masked."""
+    modules = {name: module for name, module in model.named_modules() if name and ".base_layer" not in name}
+    _check_layer_indices(config, modules)
+    matched = [name for name in modules if check_target_module_exists(config, name)]
+    maskable = [name for name in matched if _why_not_maskable(name, modules[name], model) is None]
+    refused = {name: _why_not_maskable(name, modules[name], model) for name in matched if name not in maskable}
+    if refused:
+        name, reason = next(iter(refused.items()))
+        raise UserError(
+            f"{name} cannot be masked: {reason}; matched and maskable: {_listed(maskable)}; matched and not maskable: "
+            f"{_listed(refused)}; name the linear layers you want in target_modules"
+        )
+    if not matched:
+        leaves = sorted(
+            {name.rpartition(".")[2] for name, m in modules.items() if _why_not_maskable(name, m, model) is None}
+        )
+        wanted = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
+        hint = did_you_mean(wanted, leaves) if "," not in wanted else ""
+        raise UserError(
+            f"target_modules {wanted!r} match no layer{hint}; the model's linear layers are: {', '.join(leaves)}"
+        )
+
+
+def _check_layer_indices(config: MaskConfig, modules: Iterable[str]) -> None:
+    if config.layers_to_transform is None:
+        return
+    wanted = config.layers_to_transform
+    wanted = [wanted] if isinstance(wanted, int) else list(wanted)
+    indices: set[int] = set()
+    for name in modules:
+        match = _LAYER_INDEX.search(name)
+        if match and (config.layers_pattern is None or match["list"] in config.layers_pattern):
+            indices.add(int(match["index"]))
+    missing = sorted(set(wanted) - indices)
+    if missing:
+        has = f"layers 0 to {max(indices)}" if indices else "no numbered layers"
+        raise UserError(f"layers_to_transform names layer {', '.join(map(str, missing))}; the model has {has}")
+
+
+def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | None:
+    """Reason why a module cannot be masked, or None when it can."""
+    if isinstance(module, MaskLayer):
+        return None
+    if isinstance(module, nn.Embedding):
+        return "it is an embedding"
+    if not isinstance(module, nn.Linear | Conv1D):
+        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+            return "its experts are fused into 3-D parameters, not linear layers"
+        return f"it is a {type(module).__name__}, not a linear layer"
+    if type(module).__module__.split(".")[0] not in ("torch", "transformers") or not module.weight.is_floating_point():
+        return f"it is quantised ({type(module).__name__}); load the model without quantisation"
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    try:
+        embeddings = get_embeddings() if get_embeddings else None
+    except NotImplementedError:
+        embeddings = None
+    if embeddings is not None and module.weight is getattr(embeddings, "weight", None):
+        return "its weight is tied to the input embeddings"
+    return None
+
+
+def _decoder_linear_names(model: nn.Module) -> set[str]:
+    """Last name components of the maskable linear layers inside numbered layers (q_proj, ..., down_proj)."""
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D | MaskLayer)
+        and ".base_layer" not in name
+        and _LAYER_INDEX.search(name)
+        and _why_not_maskable(name, module, model) is None
+    }
+    if not names:
+        # Not a stack of layers: every linear layer except an output head.
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        names = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and module is not head
+        }
+    if not names:
+        raise UserError(f"{type(model).__name__} has no linear layer that could be masked")
+    return names
+
+
+def _check_names(layers: dict, coded: dict, rest: dict, adapter_name: str) -> None:
+    missing, extra = [n for n in layers if n not in coded], [n for n in coded if n not in layers]
+    if missing:
+        raise UserError(f"the adapter file has no mask for {_listed(missing)}; it is incomplete, save it again")
+    if extra:
+        raise UserError(
+            f"the adapter file has masks for {_listed(extra)}, which the model or adapter_config.json does not have; it "
+            "was made for another model or configuration"
+        )
+    # PEFT would load any other key into the base model without a word.
+    unknown = [key for key in rest if f".modules_to_save.{adapter_name}." not in key]
+    if unknown:
+        raise UserError(
+            f"the adapter file has entries that are neither masks nor modules_to_save: {_listed(unknown)}; it is not "
+            "loaded, because they would overwrite base weights"
+        )
+
+
+def _check_shape(name: str, shape: tuple[int, int], layer: MaskLayer) -> None:
+    expected = tuple(layer.get_base_layer().weight.shape)
+    if tuple(shape) != expected:
+        raise UserError(
+            f"the mask of {name} has shape {tuple(shape)}, the model's weight {expected}; wrong base model?"
+        )
+
+
+def _check_base(layers: Iterable[MaskLayer], config: MaskConfig) -> None:
+    layers = list(layers)
+    if config.base_fingerprint is None or not config.verify_base:
+        return
+    if any(layer.get_base_layer().weight.device.type == "meta" or layer.merged for layer in layers):
+        return
+    found = base_fingerprint(layers)
+    if found != config.base_fingerprint:
+        raise UserError(
+            f"the adapter was trained on other base weights ({config.base_model_name_or_path}, fingerprint "
+            f"{config.base_fingerprint[:12]}) than the model's ({found[:12]}); load the right base, or pass "
+            "MaskConfig(verify_base=False) to accept it"
+        )
+
+
+def base_fingerprint(layers: Iterable[MaskLayer]) -> str:
+    """sha256 over names and weights of the masked base layers, rounded to bfloat16.
+
+    Rounding makes a model loaded in bfloat16 match the float32 one it was rounded from.
+    """
+    digest = hashlib.sha256()
+    for layer in sorted(layers, key=lambda layer: layer.module_name):
+        weight = layer.get_base_layer().weight.detach()
+        digest.update(f"{layer.module_name}{tuple(weight.shape)}".encode())
+        digest.update(weight.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
+    return digest.hexdigest()
+
+
+def mask_fingerprint(coded: dict[str, Tensor]) -> str:
+    """sha256 over the names and mask checksums of all modules; equal for equal masks."""
+    digest = hashlib.sha256()
+    for name in sorted(coded):
+        digest.update(f"{name}:{mask_info(coded[name], name)['sha256']};".encode())
+    return digest.hexdigest()
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    shown = ", ".join(names[:_SHOWN]) if names else "none"
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
