@@ -6,8 +6,8 @@
 
 import importlib
 
-from ._version import __version__
-from .errors import UserError
+from ._version import __version__ as __version__
+from .errors import UserError as UserError
 
 _LAZY = {
     "MaskConfig": "tuner",

@@ -19,8 +19,8 @@ from .errors import UserError
 
 FORMAT_VERSION = 1
 _MAGIC = b"MFTM"
-# magic, format version, coding, number of dimensions, two sizes, number removed, sha256 of the packed bits
-_HEADER = struct.Struct("<4sHBBIIQ32s8x")
+# magic, format version, coding, two sizes, number removed, sha256 of version, sizes, count and packed bits
+_HEADER = struct.Struct("<4sHBxIIQ32s8x")
 _GAPS, _BITMAP = 0, 1
 # A gap byte of 255 means "255 kept weights and no removed one"; any smaller byte ends at a removed weight.
 _ESCAPE = 255
@@ -43,10 +43,9 @@ def encode_mask(mask: Tensor) -> Tensor:
         _MAGIC,
         FORMAT_VERSION,
         coding,
-        mask.dim(),
         *mask.shape,
         len(positions),
-        hashlib.sha256(packed).digest(),
+        _digest(FORMAT_VERSION, mask.shape, len(positions), packed),
     )
     return torch.frombuffer(bytearray(header + payload), dtype=torch.uint8)
 
@@ -59,7 +58,7 @@ def decode_mask(coded: Tensor, name: str = "mask") -> Tensor:
             the message.
     """
     data = coded.detach().cpu().contiguous().numpy().tobytes()
-    shape, removed_count, digest, coding = _read_header(data, name)
+    version, shape, removed_count, digest, coding = _read_header(data, name)
     numel, payload = shape[0] * shape[1], data[_HEADER.size :]
     try:
         if coding == _GAPS:
@@ -75,7 +74,10 @@ def decode_mask(coded: Tensor, name: str = "mask") -> Tensor:
             removed[ends[is_removed] - 1] = True
         else:
             removed = np.unpackbits(np.frombuffer(payload, dtype=np.uint8), count=numel).view(np.bool_)
-        intact = hashlib.sha256(np.packbits(removed)).digest() == digest and int(removed.sum()) == removed_count
+        intact = (
+            int(removed.sum()) == removed_count
+            and _digest(version, shape, removed_count, np.packbits(removed)) == digest
+        )
     except (zstandard.ZstdError, ValueError, IndexError, MemoryError):
         intact = False
     if not intact:
@@ -86,19 +88,24 @@ def decode_mask(coded: Tensor, name: str = "mask") -> Tensor:
 def mask_info(coded: Tensor, name: str = "mask") -> dict:
     """Header of a coded mask without decoding it: shape, num_removed, sha256 (hex), num_bytes."""
     data = coded[: _HEADER.size].cpu().numpy().tobytes()
-    shape, removed_count, digest, _ = _read_header(data, name)
+    _, shape, removed_count, digest, _ = _read_header(data, name)
     return {"shape": shape, "num_removed": removed_count, "sha256": digest.hex(), "num_bytes": coded.numel()}
 
 
-def _read_header(data: bytes, name: str) -> tuple[tuple[int, int], int, bytes, int]:
+def _read_header(data: bytes, name: str) -> tuple[int, tuple[int, int], int, bytes, int]:
     if len(data) < _HEADER.size or data[:4] != _MAGIC:
         raise UserError(f"{name} is corrupted: it does not start with a mask header; fetch or save the adapter again")
-    _, version, coding, _, rows, columns, removed_count, digest = _HEADER.unpack_from(data)
+    _, version, coding, rows, columns, removed_count, digest = _HEADER.unpack_from(data)
     if version > FORMAT_VERSION:
         raise UserError(
-            f"{name} has mask format {version}, this maskft reads up to {FORMAT_VERSION}; upgrade: pip install -U maskft"
+            f"{name} has mask format {version}, this maskft reads up to {FORMAT_VERSION}; "
+            "upgrade: pip install -U maskft"
         )
-    return (rows, columns), removed_count, digest, coding
+    return version, (rows, columns), removed_count, digest, coding
+
+
+def _digest(version: int, shape, removed_count: int, packed: np.ndarray) -> bytes:
+    return hashlib.sha256(struct.pack("<HIIQ", version, *shape, removed_count) + packed.tobytes()).digest()
 
 
 def _gap_bytes(positions: np.ndarray) -> np.ndarray:

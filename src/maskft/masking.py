@@ -150,19 +150,43 @@ def threshold_mask(scores: Tensor, threshold: float, rank_by: RankBy = "signed")
 
 def random_mask(shape: Sequence[int], sparsity: float, seed: int) -> Tensor:
     """Uniformly random mask with exactly ``num_removed`` entries removed (paper, baseline 6)."""
-    generator = torch.Generator().manual_seed(seed)
-    return random_mask_of(shape, num_removed(math.prod(shape), sparsity), generator)
-
-
-def random_mask_of(shape: Sequence[int], num: int, generator: torch.Generator) -> Tensor:
-    """Uniformly random mask that removes exactly ``num`` entries, drawn from ``generator``."""
-    keys = torch.rand(math.prod(shape), generator=generator)
-    return remove_lowest([keys], num)[0].view(tuple(shape))
+    return fixed_masks("random_mask", [torch.empty(tuple(shape), device="meta")], sparsity, seed=seed)[0]
 
 
 def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
     """Remove the weights of smallest magnitude (paper, baseline 7, the "L1 mask")."""
-    return topk_mask(weight, sparsity, "abs")
+    return fixed_masks("l1_mask", [weight], sparsity)[0]
+
+
+def fixed_masks(
+    kind: Literal["random_mask", "l1_mask"],
+    weights: Sequence[Tensor],
+    sparsity: float,
+    scope: Literal["matrix", "global"] = "matrix",
+    seed: int = 0,
+    counts: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """Masks that are not learned, with exactly the counts of learned ones.
+
+    Args:
+        kind: ``random_mask`` removes uniformly at random, ``l1_mask`` the smallest magnitudes.
+        weights: The weights to mask; of a random mask only the shapes matter.
+        sparsity: Fraction removed, in [0, 1).
+        scope: ``matrix``: of each matrix; ``global``: of all as one pool.
+        seed: Seed of the random masks.
+        counts: Number to remove of each matrix instead, e.g. those of a learned mask.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "random_mask":
+        keys = [torch.rand(weight.numel(), generator=generator) for weight in weights]
+    else:
+        keys = [ranking_keys(weight, "abs") for weight in weights]
+    if counts is None and scope == "global":
+        masks = remove_lowest(keys, num_removed(sum(key.numel() for key in keys), sparsity))
+    else:
+        counts = [num_removed(key.numel(), sparsity) for key in keys] if counts is None else counts
+        masks = [remove_lowest([key], count)[0] for key, count in zip(keys, counts, strict=True)]
+    return [mask.view(weight.shape) for mask, weight in zip(masks, weights, strict=True)]
 
 
 def initial_scores(

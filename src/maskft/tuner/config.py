@@ -142,8 +142,8 @@ class MaskConfig(PeftConfig):
             raise UserError(f"mask_seed is {self.mask_seed}; it must be >= 0")
         if self.init_scores == "constant" and self.rank_by == "abs" and self.init_value == 0:
             raise UserError(
-                "init_scores='constant' with init_value=0 and rank_by='abs' never trains: the gradient is 0 at score 0; "
-                "set init_value or rank_by='signed'"
+                "init_scores='constant' with init_value=0 and rank_by='abs' never trains: the gradient is 0 at score 0;"
+                " set init_value or rank_by='signed'"
             )
         if self.trainable_token_indices is not None:
             raise UserError("trainable_token_indices is not supported by masks; use modules_to_save=['embed_tokens']")
@@ -167,6 +167,7 @@ class MaskConfig(PeftConfig):
             default = type(self).__dataclass_fields__[name].default
             if getattr(self, name) not in (default, value):
                 raise UserError(
-                    f"preset {self.preset!r} sets {name}={value!r}, but {name}={getattr(self, name)!r} was given; drop one"
+                    f"preset {self.preset!r} sets {name}={value!r}, but {name}={getattr(self, name)!r} was given; "
+                    "drop one"
                 )
             setattr(self, name, value)

@@ -17,12 +17,25 @@ import torch.nn.functional as F
 from accelerate.state import GradientState
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
 from ..mask_codec import decode_mask
 from ..masking import StraightThroughMask, initial_scores, score_gradient_, threshold_mask, topk_masks
 from .config import MaskConfig
+
+# Fused and 8-bit optimizers write to parameters without raising torch's version counter, so every optimizer step is
+# counted, and a mask is as old as the count it was made at.
+_num_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_) -> None:
+    global _num_optimizer_steps
+    _num_optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 class _Float32ParameterDict(nn.ParameterDict):
@@ -89,7 +102,7 @@ class MaskLayer(BaseTunerLayer):
         if adapter_name in self.mask_coded:
             return decode_mask(self.mask_coded[adapter_name], self.module_name).to(self.get_base_layer().weight.device)
         raise UserError(
-            f"adapter {adapter_name!r} has no mask in {self.module_name}: load it with peft.PeftModel.from_pretrained or "
+            f"adapter {adapter_name!r} has no mask in {self.module_name}: load it with PeftModel.from_pretrained or "
             "PeftModel.load_adapter (transformers' own model.load_adapter and add_adapter cannot read masks)"
         )
 
@@ -99,7 +112,8 @@ class MaskLayer(BaseTunerLayer):
             raise UserError(f"the scores of {self.module_name} are still on the meta device; load or initialise them")
         if scores.dtype != torch.float32:
             raise UserError(
-                f"the scores of {self.module_name} were cast to {scores.dtype}; masks are ranked in float32, undo the cast"
+                f"the scores of {self.module_name} were cast to {scores.dtype}; masks are ranked in float32, "
+                "undo the cast"
             )
         return scores
 
@@ -143,10 +157,10 @@ class MaskLayer(BaseTunerLayer):
     def _cache_key(self, names: list[str], dtype: torch.dtype) -> tuple:
         weight = self.get_base_layer().weight
         scores = tuple(
-            (layer.mask_scores[name].data_ptr(), layer.mask_scores[name]._version)
+            (parameter.data_ptr(), parameter._version, _num_optimizer_steps if parameter.requires_grad else None)
             for name in names
             if name in self.mask_scores
-            for layer in self.mask_pools[name]
+            for parameter in (layer.mask_scores[name] for layer in self.mask_pools[name])
         )
         coded = tuple(id(self.mask_coded.get(name)) for name in names if name not in self.mask_scores)
         return (tuple(names), dtype, weight.data_ptr(), weight.device, weight._version, scores, coded)
@@ -200,7 +214,7 @@ class MaskLayer(BaseTunerLayer):
 
 
 def masks_from_scores(config: MaskConfig, scores: list[Tensor]) -> list[Tensor]:
-    """Masks of one pool of score matrices under ``config``; the only place where a configuration meets the algorithm."""
+    """Masks of one pool of score matrices; the only place where a configuration meets the algorithm."""
     if config.selection == "threshold":
         return [threshold_mask(s, config.threshold, config.rank_by) for s in scores]
     if config.scope == "global":
@@ -225,7 +239,7 @@ class MaskedLinear(nn.Module, MaskLayer):
         self.update_layer(adapter_name, config, pool)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        """x (..., I) -> (..., O)."""
+        """Map x (..., I) to (..., O)."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()

@@ -42,7 +42,7 @@ class MaskModel(BaseTuner):
     def _prepare_model(self, peft_config: MaskConfig, model: nn.Module) -> None:
         """Check the whole request before the first layer is replaced, so that an error leaves the model as it was."""
         if peft_config.target_modules == "all-linear":
-            peft_config.target_modules = sorted(_decoder_linear_names(model))
+            peft_config.target_modules = sorted(maskable_names(model))
         check_targets(peft_config, model)
         # Collects the layers of one adapter in module order, so that scope="global" can rank them together.
         self._pool: list[MaskLayer] = []
@@ -86,9 +86,10 @@ class MaskModel(BaseTuner):
             else:
                 rest[key] = value
         _check_names(layers, coded, rest, adapter_name)
-        _check_base(layers.values(), config)
         for name, layer in layers.items():
             _check_shape(name, mask_info(coded[name], name)["shape"], layer)
+        _check_base(layers.values(), config)
+        for name, layer in layers.items():
             mask = decode_mask(coded[name], name)
             layer.mask_coded[adapter_name] = coded[name].detach().cpu().clone()
             if adapter_name in layer.mask_scores:
@@ -99,10 +100,6 @@ class MaskModel(BaseTuner):
             warnings.warn(
                 "the adapter holds a mask but not its scores (save_scores=False): training goes on from this mask with "
                 "freshly drawn scores that rank the same"
-            )
-        if config.mask_sha256 is not None and mask_fingerprint(coded) != config.mask_sha256:
-            raise UserError(
-                "the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters"
             )
         return rest
 
@@ -229,7 +226,7 @@ def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | N
     return None
 
 
-def _decoder_linear_names(model: nn.Module) -> set[str]:
+def maskable_names(model: nn.Module) -> set[str]:
     """Last name components of the maskable linear layers inside numbered layers (q_proj, ..., down_proj)."""
     names = {
         name.rpartition(".")[2]
@@ -258,8 +255,8 @@ def _check_names(layers: dict, coded: dict, rest: dict, adapter_name: str) -> No
         raise UserError(f"the adapter file has no mask for {_listed(missing)}; it is incomplete, save it again")
     if extra:
         raise UserError(
-            f"the adapter file has masks for {_listed(extra)}, which the model or adapter_config.json does not have; it "
-            "was made for another model or configuration"
+            f"the adapter file has masks for {_listed(extra)}, which the model or adapter_config.json does not have; "
+            "it was made for another model or configuration"
         )
     # PEFT would load any other key into the base model without a word.
     unknown = [key for key in rest if f".modules_to_save.{adapter_name}." not in key]

@@ -1,0 +1,83 @@
+"""Checking generated answers against a reference. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+ANSWER_MARK = "####"  # GSM8K: the final answer follows it
+
+_THOUSANDS_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
+# A fraction, or a decimal with an optional exponent. A minus after a digit, letter or ")" subtracts. The exponent has
+# at most three digits: arithmetic on "1e999999999" would never end, and the text comes from a model.
+_NUMBER = re.compile(
+    r"(?P<minus>(?<![\w)])-)?"
+    r"(?:(?<![0-9./])(?P<over>[0-9]+)/(?P<under>0*[1-9][0-9]*)(?![0-9/]|\.[0-9])"
+    r"|(?P<decimal>(?:[0-9]+(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?))"
+)
+
+
+def extract_number(text: str) -> Decimal | None:
+    r"""Return the number that ``text`` gives as its answer, or None when there is none.
+
+    It is the last number of the line that follows the first ``####`` (a model that goes on to invent further questions
+    has answered this one first), or without the mark the last number of ``text``. Thousands separators, currency
+    signs, per cent signs and a final full stop are ignored; ``3/4`` is a fraction.
+
+    >>> extract_number("She pays 3 * $400 = $1,200.")
+    Decimal('1200')
+    >>> extract_number("so 7 - 9 = -2\n#### -2")
+    Decimal('-2')
+    """
+    _, mark, after = text.partition(ANSWER_MARK)
+    if mark:
+        text = after.strip().split("\n", 1)[0]
+    matches = list(_NUMBER.finditer(_plain(text)))
+    return _value(matches[-1]) if matches else None
+
+
+def parse_number(text: str) -> Decimal | None:
+    """Return ``text`` as a number when it is one and nothing else, otherwise None.
+
+    >>> parse_number("1,234.50"), parse_number("12 apples")
+    (Decimal('1234.50'), None)
+    """
+    match = _NUMBER.fullmatch(_plain(text).strip())
+    return _value(match) if match else None
+
+
+def numbers_equal(a: Decimal | None, b: Decimal | None) -> bool:
+    """Whether both are numbers and have the same value: 3.50 equals 3.5, and None equals nothing."""
+    return a is not None and b is not None and a == b
+
+
+def check_answer(output: str, reference: str, answer_type: str) -> bool:
+    """Whether the generated ``output`` gives the ``reference`` answer.
+
+    Args:
+        output: Generated text.
+        reference: The right answer.
+        answer_type: ``number``: both are compared as numbers, see ``extract_number``. ``exact``: the texts are equal
+            apart from white space.
+
+    Raises:
+        ValueError: If ``answer_type`` is something else.
+    """
+    if answer_type == "number":
+        return numbers_equal(extract_number(output), extract_number(reference))
+    if answer_type == "exact":
+        return output.split() == reference.split()
+    raise ValueError(f"answer_type is {answer_type!r}; it must be 'number' or 'exact'")
+
+
+def _plain(text: str) -> str:
+    text = re.sub("[$€£]", "", text.replace("\N{MINUS SIGN}", "-"))
+    return _THOUSANDS_COMMA.sub("", text)
+
+
+def _value(match: re.Match) -> Decimal:
+    if match["decimal"]:
+        value = Decimal(match["decimal"])
+    else:
+        value = Decimal(match["over"]) / Decimal(match["under"])
+    return value.copy_negate() if match["minus"] else value  # exact, where unary minus rounds to 28 digits

@@ -1,0 +1,85 @@
+"""What ``maskft train`` adds to TRL's arguments: the method, and the mask's settings with the prefix ``mask_``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, make_dataclass
+
+from .tuner.config import MaskConfig
+
+METHODS = ("full", "lora", "mask", "random_mask", "l1_mask")
+MASK_METHODS = ("mask", "random_mask", "l1_mask")
+
+# TrlParser reads types, not the strings that MaskConfig's annotations are.
+_MASK_TYPES = {
+    "preset": str | None,
+    "sparsity": float,
+    "selection": str,
+    "threshold": float,
+    "scope": str,
+    "rank_by": str,
+    "init_scores": str,
+    "init_std": float,
+    "init_value": float,
+    "seed": int,
+    "target_modules": list[str] | None,
+    "exclude_modules": list[str] | None,
+    "layers_to_transform": list[int] | None,
+    "layers_pattern": str | None,
+    "modules_to_save": list[str] | None,
+}
+
+
+def _config_field(name: str) -> str:
+    return "mask_seed" if name == "seed" else name
+
+
+_CONFIG_FIELDS = {f.name: f for f in fields(MaskConfig)}
+
+MaskArguments = make_dataclass(
+    "MaskArguments",
+    [
+        (
+            f"mask_{name}",
+            kind,
+            field(
+                default=_CONFIG_FIELDS[_config_field(name)].default,
+                metadata={"help": _CONFIG_FIELDS[_config_field(name)].metadata["help"].replace("%", "%%")},
+            ),
+        )
+        for name, kind in _MASK_TYPES.items()
+    ],
+)
+MaskArguments.__doc__ = "Settings of the mask; each is the field of MaskConfig without the prefix."
+
+
+@dataclass
+class MethodArguments:
+    """Which method is trained."""
+
+    method: str = field(
+        default="mask",
+        metadata={
+            "help": "full: all weights; lora: TRL's LoRA settings; mask: a learned mask; random_mask, l1_mask: fixed "
+            "masks of the same size, not trained.",
+            "choices": list(METHODS),
+        },
+    )
+    match_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "With random_mask or l1_mask: remove from each matrix as many weights as the mask in this adapter "
+            "folder does. Default: mask_sparsity of each."
+        },
+    )
+    partial_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "With --method full: train only these decoder layers (a control for the mask). Default: all."
+        },
+    )
+
+
+def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:
+    """Build the tuner's configuration from flat arguments."""
+    values = {_config_field(name): getattr(arguments, f"mask_{name}") for name in _MASK_TYPES}
+    return MaskConfig(task_type="CAUSAL_LM", **{**values, **overrides})

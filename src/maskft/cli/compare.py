@@ -1,0 +1,70 @@
+"""``maskft compare``: did it help? Differences with intervals, and in words what may be claimed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import UserError
+
+FORMATS = ("terminal", "markdown", "latex", "json")  # those of evaluation.compare, named here so that --help is quick
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``maskft compare``."""
+    parser.add_argument(
+        "results",
+        nargs="+",
+        metavar="RESULT",
+        help="result files of maskft evaluate, or folders with one, at least two; results of one name with different "
+        "seeds count as training seeds of one method",
+    )
+    parser.add_argument("--baseline", metavar="NAME", help="name of the result to compare with (default: the first's)")
+    parser.add_argument("--tasks", metavar="A,B", help="tasks to compare, separated by commas (default: all)")
+    parser.add_argument("--metrics", metavar="A,B", help="metrics to compare, separated by commas (default: all)")
+    parser.add_argument("--format", choices=FORMATS, default="terminal", help="form of the output (default: terminal)")
+    parser.add_argument("--output", metavar="FILE", help="write to FILE instead of printing")
+    parser.add_argument(
+        "--num_resamples",
+        type=int,
+        default=10_000,
+        metavar="N",
+        help="bootstrap samples per difference, at least 100 (default: 10000)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the bootstrap, >= 0 (default: 0)")
+    parser.add_argument(
+        "--confidence",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="coverage of the intervals, a fraction in (0, 1) (default: 0.95)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read the results, compare them, print or write the comparison."""
+    from ..evaluation import compare
+    from ..evaluation.results import read_result, result_file, write_text
+
+    files = [result_file(path) for path in args.results]
+    if args.output and Path(args.output).resolve() in {file.resolve() for file in files}:
+        raise UserError(f"--output {args.output} is one of the results and would replace it: name another file")
+    comparison = compare.compare(
+        [read_result(file) for file in files],
+        args.baseline,
+        tasks=_names(args.tasks),
+        metrics=_names(args.metrics),
+        num_resamples=args.num_resamples,
+        seed=args.seed,
+        confidence=args.confidence,
+    )
+    text = compare.render(comparison, args.format)
+    if args.output:
+        write_text(args.output, text)
+        print(f"wrote {args.output}")
+    else:
+        print(text, end="")
+
+
+def _names(value: str | None) -> list[str] | None:
+    return [name.strip() for name in value.split(",")] if value is not None else None

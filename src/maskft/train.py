@@ -1,0 +1,515 @@
+"""One training path for every method: setup -> build -> fit -> save, over TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
+from rich.console import Console
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+
+from . import paths
+from .arguments import MASK_METHODS, MaskArguments, MethodArguments, mask_config
+from .data import format_sample, load_splits, supervised_token_count, tokenize_dataset
+from .data_arguments import DataArguments
+from .errors import UserError
+from .evaluation.results import environment, write_text
+from .mask_codec import encode_mask
+from .mask_set import MaskSet
+from .masking import fixed_masks
+from .models import check_tokenizer_fits, load_model, load_tokenizer
+from .tuner import MaskConfig, MaskLayer, adapter_layers
+from .tuner.model import check_targets, maskable_names
+
+_ADAPTER = "default"
+
+
+@dataclass
+class TrainingArguments(SFTConfig):
+    """TRL's SFTConfig with the defaults that Mask Fine-Tuning needs: held-out loss from step 0 on, best one kept."""
+
+    output_dir: str | None = field(default="runs/mask", metadata={"help": "Folder of this run; must not hold another."})
+    eval_strategy: str = field(
+        default="steps", metadata={"help": "When held-out loss is measured: steps, epoch or no."}
+    )
+    eval_steps: float | None = field(
+        default=0.1, metadata={"help": "Steps between measurements; below 1: a fraction of all training steps."}
+    )
+    eval_on_start: bool = field(default=True, metadata={"help": "Measure held-out loss before the first step."})
+    save_strategy: str = field(
+        default="steps", metadata={"help": "When a checkpoint is written: steps, epoch, best or no."}
+    )
+    save_steps: float = field(
+        default=0.1, metadata={"help": "Steps between checkpoints; below 1: a fraction of all training steps."}
+    )
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the best one."})
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "Keep the best on held-out data, not the last."}
+    )
+    metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "What 'best' means."})
+    greater_is_better: bool | None = field(default=False, metadata={"help": "Whether a higher value is better."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN losses in the log. Off: a NaN stops training."}
+    )
+    # "weight decay to 0.0", "linear schedule", "warm-up ratio of 0.03" (appendix A)
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; below 1: a fraction of all steps."})
+
+    def __post_init__(self):
+        # TRL's bf16=True is an error on a machine without an accelerator unless this is said.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+
+
+@dataclass
+class Run:
+    """Everything one run is configured by."""
+
+    method: MethodArguments
+    model: ModelConfig
+    data: DataArguments
+    mask: MaskArguments
+    training: TrainingArguments
+
+
+@dataclass
+class TrainingSummary:
+    """What a run did; written to ``training.json``."""
+
+    method: str
+    start_loss: float | None
+    best_loss: float | None
+    best_step: int | None
+    end_loss: float | None
+    num_steps: int
+    num_epochs: float
+    num_train_tokens: int
+    num_trainable: int
+    num_target_weights: int
+    train_time_s: float
+    peak_memory_bytes: int
+    history: list[dict]
+
+
+class _StopNotFinite(Exception):
+    """Raised before the optimizer step that would have used a loss or gradient that is not finite."""
+
+
+class MaskSFTTrainer(SFTTrainer):
+    """SFTTrainer that stops before a non-finite step and logs speed, memory and what the mask did."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._loss_is_finite = torch.tensor(True)
+        self._window = (time.perf_counter(), 0)
+        self.mask_metrics: dict[str, float] = {}
+        self.add_callback(_StepGuard(self))
+
+    def training_step(self, *args, **kwargs):
+        """One micro-batch; its loss is looked at once per optimizer step, so that a GPU is not made to wait."""
+        loss = super().training_step(*args, **kwargs)
+        self._loss_is_finite = torch.isfinite(loss.detach()) & self._loss_is_finite.to(loss.device)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tokens/s, peak memory and mask metrics to what TRL logs."""
+        if "loss" in logs:
+            now, tokens = time.perf_counter(), int(self._total_train_tokens)
+            seconds = now - self._window[0]
+            logs["tokens_per_s"] = round((tokens - self._window[1]) / max(seconds, 1e-9), 1)
+            logs["peak_memory_bytes"] = peak_memory_bytes()
+            logs.update(self.mask_metrics)
+            self._window = (now, tokens)
+        super().log(logs, start_time)
+
+
+class _StepGuard(TrainerCallback):
+    """Looks at every step just before and after the optimizer: finite? how many mask bits flipped?"""
+
+    def __init__(self, trainer: MaskSFTTrainer):
+        self.trainer = trainer
+        self._before: list[tuple[MaskLayer, torch.Tensor]] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "mask_scores" in name and parameter.dtype != torch.float32:
+                raise UserError(f"{name} is {parameter.dtype}; scores must be float32, masks are ranked in it")
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        finite = self.trainer._loss_is_finite
+        self.trainer._loss_is_finite = torch.tensor(True)
+        if not bool(finite):
+            raise _StopNotFinite("loss")
+        for layer in self._layers(model):
+            if layer._raw_gradient:
+                raise RuntimeError("an accumulated mask gradient was not handed to the optimizer")
+        if any(p.grad is not None and not bool(torch.isfinite(p.grad.sum())) for p in model.parameters()):
+            raise _StopNotFinite("gradient")
+        if self._is_logged(args, state):
+            # The effective weight is replaced, not overwritten, so holding the old one costs no copy.
+            self._before = [(layer, layer._effective) for layer in self._layers(model) if layer._effective is not None]
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self._before:
+            return
+        flips, removed, numel = 0, 0, 0
+        with torch.no_grad():
+            for layer, before in self._before:
+                after = layer.effective_weight(before.dtype)
+                flips += int((after != before).sum())
+                removed += (
+                    int((~layer.get_mask(_ADAPTER)).sum()) if layer.mask_configs[_ADAPTER].selection != "topk" else 0
+                )
+                numel += after.numel()
+        config = self._before[0][0].mask_configs[_ADAPTER]
+        self.trainer.mask_metrics = {
+            "mask_removed_share": config.sparsity if config.selection == "topk" else removed / numel,
+            "mask_flips_per_step": flips,
+        }
+        self._before = []
+
+    @staticmethod
+    def _is_logged(args, state) -> bool:
+        every = max(int(state.logging_steps or 1), 1)
+        return (state.global_step + 1) % every == 0
+
+    @staticmethod
+    def _layers(model):
+        return [m for m in model.modules() if isinstance(m, MaskLayer) and _ADAPTER in m.mask_scores]
+
+
+# Main path
+
+
+def train(run: Run, model=None, tokenizer=None, splits=None, console: Console | None = None) -> TrainingSummary:
+    """Train (or, for fixed masks, make) what ``run`` describes and save the best of it to its output folder.
+
+    Args:
+        run: The configuration.
+        model: An already loaded model to use instead of loading ``run.model.model_name_or_path``.
+        tokenizer: Its tokenizer.
+        splits: Already loaded ``(train, heldout)`` datasets.
+        console: Where to print; default stderr.
+
+    Raises:
+        UserError: For every mistake in the input, and when the loss stops being finite.
+    """
+    console = console or Console(stderr=True)
+    resume_from = prepare_output_dir(run.training)
+    source = run.model.model_name_or_path
+    if tokenizer is None:
+        tokenizer = load_tokenizer(source, revision=run.model.model_revision)
+    if splits is None:
+        *splits, report = load_splits(run.data, run.data.split_seed, tokenizer, run.training.dataset_text_field)
+        console.print(f"data: {report}", highlight=False)
+    train_rows, heldout_rows = splits
+    if model is None:
+        model = load_model(source, run.model.dtype, **_model_kwargs(run.model))
+    check_tokenizer_fits(model, tokenizer)
+    train_set, heldout_set = (
+        tokenize_dataset(
+            rows,
+            tokenizer,
+            max_length=run.training.max_length,
+            completion_only_loss=run.training.completion_only_loss is not False,
+            text_field=run.training.dataset_text_field,
+        )
+        for rows in (train_rows, heldout_rows)
+    )
+    if run.method.method in ("random_mask", "l1_mask"):
+        return _make_fixed_mask(run, model, tokenizer, console)
+    model = build_model(run, model)
+    _describe(run, model, tokenizer, train_set, heldout_set, console)
+    check_disk_space(model, run.training)
+    return fit(run, model, tokenizer, train_set, heldout_set, resume_from, console)
+
+
+def build_model(run: Run, model: PreTrainedModel):
+    """Make trainable what the method trains: all weights, some layers, LoRA matrices, or mask scores."""
+    method = run.method.method
+    if run.method.partial_layers is not None and method != "full":
+        raise UserError("partial_layers goes with --method full; for a mask use mask_layers_to_transform")
+    if method == "full":
+        model.requires_grad_(True)
+        if run.method.partial_layers is not None:
+            _train_only_layers(model, run.method.partial_layers)
+        return model
+    if method == "lora":
+        run.model.use_peft = True
+        config = get_peft_config(run.model)
+        if config.target_modules is None:
+            config.target_modules = "all-linear"
+        return get_peft_model(model, config)
+    # Checkpoints carry the scores so that training can go on from them; the final adapter does not.
+    return get_peft_model(model, mask_config(run.mask, save_scores=True))
+
+
+def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> TrainingSummary:
+    """Train with SFTTrainer and save the best."""
+    args = run.training
+    trainer = MaskSFTTrainer(
+        model=model,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=train_set.select_columns(["input_ids", "labels"]),
+        eval_dataset=heldout_set.select_columns(["input_ids", "labels"]),
+    )
+    reference_loss = _unmasked_loss(trainer) if run.method.method == "mask" else None
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=resume_from)
+    except _StopNotFinite as error:
+        _save_after_failure(run, trainer, tokenizer, str(error))
+    summary = _summarise(run, trainer, time.perf_counter() - started, reference_loss)
+    save(run, trainer.model, tokenizer, summary)
+    _report(summary, reference_loss, args.output_dir, console)
+    return summary
+
+
+def save(run: Run, model, tokenizer, summary: TrainingSummary) -> None:
+    """Write the trained model or adapter, its tokenizer and ``training.json`` into the output folder."""
+    folder = run.training.output_dir
+    config = getattr(model, "peft_config", {}).get(_ADAPTER)
+    if isinstance(config, MaskConfig):
+        config.save_scores = False
+        config.base_model_name_or_path = run.model.model_name_or_path
+        config.recipe = _recipe(run, summary)
+    elif isinstance(config, LoraConfig):
+        config.base_model_name_or_path = run.model.model_name_or_path
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    record = {"summary": asdict(summary), "recipe": _recipe(run, summary), "environment": environment()}
+    write_text(Path(folder) / paths.TRAINING, json.dumps(record, indent=2) + "\n")
+
+
+# Steps of the main path
+
+
+def prepare_output_dir(args: SFTConfig) -> str | None:
+    """Check the output folder and return the checkpoint to resume from, if any."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
+    resume = args.resume_from_checkpoint
+    if resume and str(resume).lower() not in ("true", "1"):
+        if not Path(resume).is_dir():
+            raise UserError(f"resume_from_checkpoint {resume!r} is not a folder")
+        return str(resume)
+    used = folder.is_dir() and any(folder.iterdir())
+    if resume:
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if last is None:
+            raise UserError(f"there is no checkpoint to resume from in {str(folder)!r}; drop --resume_from_checkpoint")
+        return last
+    if used:
+        raise UserError(
+            f"output_dir {str(folder)!r} holds another run; name another folder, or go on with it: "
+            "--resume_from_checkpoint true"
+        )
+    return None
+
+
+def check_disk_space(model, args: SFTConfig) -> None:
+    """Refuse to start when the disk cannot take the checkpoints and the result."""
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    copies = 1 if args.save_strategy == "no" else 1 + (args.save_total_limit or 2) + 1
+    # Adam's two moments travel with every checkpoint unless only the model is saved.
+    need = trainable * copies * (1 if args.save_only_model else 3)
+    parent = next(
+        p for p in [Path(args.output_dir).absolute(), *Path(args.output_dir).absolute().parents] if p.exists()
+    )
+    free = shutil.disk_usage(parent).free
+    if free < need:
+        raise UserError(
+            f"no disk space: {args.output_dir!r} needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            "lower save_total_limit, set save_only_model, or name another output_dir"
+        )
+
+
+def _make_fixed_mask(run: Run, model, tokenizer, console) -> TrainingSummary:
+    """Random and magnitude masks: the learned mask's counts, no training."""
+    config = mask_config(run.mask, inference_mode=True)
+    model = get_peft_model(model, config)
+    layers = adapter_layers(model, _ADAPTER)
+    counts = None
+    if run.method.match_adapter is not None:
+        learned = MaskSet.from_adapter(run.method.match_adapter)
+        counts = [int((~learned.matching(layer.module_name)).sum()) for layer in layers.values()]
+    weights = [layer.get_base_layer().weight.detach() for layer in layers.values()]
+    masks = fixed_masks(run.method.method, weights, config.sparsity, config.scope, config.mask_seed, counts)
+    for layer, mask in zip(layers.values(), masks, strict=True):
+        layer.mask_coded[_ADAPTER] = encode_mask(mask)
+    summary = TrainingSummary(
+        method=run.method.method,
+        start_loss=None,
+        best_loss=None,
+        best_step=None,
+        end_loss=None,
+        num_steps=0,
+        num_epochs=0.0,
+        num_train_tokens=0,
+        num_trainable=0,
+        num_target_weights=sum(layer.get_base_layer().weight.numel() for layer in layers.values()),
+        train_time_s=0.0,
+        peak_memory_bytes=peak_memory_bytes(),
+        history=[],
+    )
+    console.print(mask_line(run.mask, summary.num_target_weights))
+    save(run, model, tokenizer, summary)
+    return summary
+
+
+def _train_only_layers(model, layers: list[int]) -> None:
+    """Freeze all but the linear layers a mask of the same decoder layers would have scores for."""
+    config = MaskConfig(layers_to_transform=list(layers), target_modules="all-linear")
+    config.target_modules = sorted(maskable_names(model))
+    check_targets(config, model)
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if name and check_target_module_exists(config, name):
+            module.weight.requires_grad_(True)
+
+
+def _describe(run, model, tokenizer, train_set, heldout_set, console) -> None:
+    """Print the resolved numbers a person checks before a long run."""
+    args = run.training
+    supervised = supervised_token_count(train_set)
+    if supervised == 0:
+        raise UserError("no token of the training data is supervised; every label is masked")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    console.print(f"method {run.method.method}: {trainable:,} trainable parameters")
+    if run.method.method == "mask":
+        targets = sum(layer.get_base_layer().weight.numel() for layer in adapter_layers(model).values())
+        console.print(mask_line(run.mask, targets))
+    console.print(
+        f"data: {len(train_set):,} training rows ({supervised:,} supervised tokens), {len(heldout_set):,} held out "
+        f"({supervised_token_count(heldout_set):,} supervised tokens); {batch} sequences per step"
+    )
+    console.print("one sample, supervised text in [[ ]]:", highlight=False)
+    console.print(format_sample(train_set[0], tokenizer), markup=False, highlight=False)
+
+
+def mask_line(mask: MaskArguments, num_target_weights: int) -> str:
+    """The line every run prints about what it removes."""
+    if mask.mask_selection == "threshold":
+        return (
+            f"threshold {mask.mask_threshold:g}: removes what scores below it, of {num_target_weights:,} target weights"
+        )
+    return (
+        f"sparsity {mask.mask_sparsity:.2f}: removes {mask.mask_sparsity:.0%} of {num_target_weights:,} target weights"
+    )
+
+
+def _unmasked_loss(trainer) -> float | None:
+    """Held-out loss of the model without the mask: what the mask has to beat."""
+    if trainer.eval_dataset is None or trainer.args.eval_strategy == "no":
+        return None
+    with trainer.accelerator.unwrap_model(trainer.model).disable_adapter():
+        metrics = trainer.evaluate(metric_key_prefix="unmasked")
+    return metrics["unmasked_loss"]
+
+
+def _summarise(run, trainer, seconds: float, reference_loss: float | None) -> TrainingSummary:
+    state = trainer.state
+    losses = [(row["step"], row["eval_loss"]) for row in state.log_history if "eval_loss" in row]
+    best_step = None
+    if state.best_metric is not None and state.best_model_checkpoint:
+        best_step = int(str(state.best_model_checkpoint).rpartition("-")[2])
+    elif losses:
+        best_step = losses[-1][0]
+    best = dict(losses).get(best_step)
+    model = trainer.model
+    layers = adapter_layers(model, _ADAPTER) if run.method.method in MASK_METHODS else {}
+    return TrainingSummary(
+        method=run.method.method,
+        start_loss=reference_loss if reference_loss is not None else (losses[0][1] if losses else None),
+        best_loss=best,
+        best_step=best_step,
+        end_loss=losses[-1][1] if losses else None,
+        num_steps=state.global_step,
+        num_epochs=round(state.epoch or 0.0, 4),
+        num_train_tokens=int(trainer._total_train_tokens),
+        num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_target_weights=sum(layer.get_base_layer().weight.numel() for layer in layers.values()),
+        train_time_s=round(seconds, 1),
+        peak_memory_bytes=peak_memory_bytes(),
+        history=state.log_history,
+    )
+
+
+def _report(summary: TrainingSummary, reference_loss: float | None, folder: str, console: Console) -> None:
+    if summary.best_loss is None:
+        console.print(f"saved to {folder}")
+        return
+    if summary.method != "mask":
+        console.print(
+            f"held-out loss {summary.start_loss:.4f} at the start, best {summary.best_loss:.4f} at step "
+            f"{summary.best_step}, {summary.end_loss:.4f} at the end; the best is saved in {folder}"
+        )
+        return
+    better = summary.best_loss < reference_loss
+    verdict = (
+        f"the mask lowers held-out loss by {reference_loss - summary.best_loss:.4f}; whether that holds on new items, "
+        "maskft evaluate and compare tell"
+        if better
+        else "no mask was found that lowers held-out loss"
+    )
+    console.print(
+        f"held-out loss {reference_loss:.4f} without a mask, best {summary.best_loss:.4f} with it (step "
+        f"{summary.best_step}): {verdict}. Saved in {folder}"
+    )
+
+
+def _save_after_failure(run, trainer, tokenizer, what: str) -> None:
+    """Keep the best checkpoint so far as the result, then end with the reason."""
+    step, best = trainer.state.global_step + 1, trainer.state.best_model_checkpoint
+    message = (
+        f"{what} is not finite at step {step}: stopped before the update was applied; lower learning_rate or check the "
+        "data"
+    )
+    if best is None:
+        raise UserError(f"{message}; there was no checkpoint yet")
+    trainer._load_best_model()
+    summary = _summarise(run, trainer, 0.0, None)
+    save(run, trainer.model, tokenizer, summary)
+    raise UserError(f"{message}; the best so far (step {summary.best_step}) is saved in {run.training.output_dir}")
+
+
+def _recipe(run: Run, summary: TrainingSummary) -> dict:
+    """The run's settings that are not defaults, for the adapter's config and for people."""
+    out = {"method": run.method.method, "model_name_or_path": run.model.model_name_or_path}
+    for group in (run.data, run.mask, run.training, run.method):
+        for name, spec in type(group).__dataclass_fields__.items():
+            value = getattr(group, name, None)
+            default = spec.default
+            if name in ("output_dir", "logging_dir", "run_name") or value is None or value == default:
+                continue
+            if isinstance(value, str | int | float | bool | list):
+                out[name] = value.value if hasattr(value, "value") else value
+    return {**out, "best_step": summary.best_step, "best_heldout_loss": summary.best_loss}
+
+
+def _model_kwargs(config: ModelConfig) -> dict:
+    kwargs = {"revision": config.model_revision, "attn_implementation": config.attn_implementation}
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if config.load_in_4bit or config.load_in_8bit:
+        raise UserError("a mask needs the model's own weights: load_in_4bit and load_in_8bit are not supported")
+    return kwargs
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: of the GPU where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

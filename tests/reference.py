@@ -1,0 +1,32 @@
+"""Naive versions of what maskft computes, written from the equations and nothing else."""
+
+import torch
+
+
+def topk_mask(scores, sparsity, rank_by="abs"):
+    """Sort everything, remove the first round(sparsity * n)."""
+    values = [abs(v) if rank_by == "abs" else v for v in scores.reshape(-1).tolist()]
+    order = sorted(range(len(values)), key=lambda i: (values[i], i))
+    mask = torch.ones(len(values), dtype=torch.bool)
+    for i in order[: round(sparsity * len(values))]:
+        mask[i] = False
+    return mask.view(scores.shape)
+
+
+def masked_linear(x_TI, weight_OI, scores_OI, bias_O, mask_OI, grad_TO, rank_by="abs"):
+    """Output and every gradient of y = x (W * m)^T + b with the mask replaced by the identity on the way back (Eq. 5)."""
+    effective_OI = weight_OI * mask_OI
+    y_TO = x_TI @ effective_OI.T + bias_O
+    grad_x_TI = grad_TO @ effective_OI
+    sign = torch.sign(scores_OI) if rank_by == "abs" else torch.ones_like(scores_OI)
+    grad_scores_OI = (grad_TO.T @ x_TI) * weight_OI * sign
+    return y_TO, grad_x_TI, grad_scores_OI
+
+
+def adam_step(parameter, grad, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
+    """One Adam step from the paper of that name."""
+    state["t"] = state.get("t", 0) + 1
+    state["m"] = beta1 * state.get("m", torch.zeros_like(grad)) + (1 - beta1) * grad
+    state["v"] = beta2 * state.get("v", torch.zeros_like(grad)) + (1 - beta2) * grad**2
+    m_hat, v_hat = state["m"] / (1 - beta1 ** state["t"]), state["v"] / (1 - beta2 ** state["t"])
+    return parameter - lr * m_hat / (v_hat.sqrt() + eps)

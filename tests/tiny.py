@@ -1,0 +1,59 @@
+"""Tiny random models of transformers' own classes, made the same in every test."""
+
+import torch
+import transformers
+
+
+def tiny_llama(num_layers=3, vocab_size=96, seed=0, **overrides):
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    config = transformers.LlamaConfig(**{**settings, **overrides})
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def _decoder(config_class, model_class, seed=0, **overrides):
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+    }
+    return model_class(config_class(**{**settings, **overrides})).eval()
+
+
+def tiny_gpt2(seed=0):
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(
+        vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=1
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+MODELS = {
+    "llama": tiny_llama,
+    "qwen3": lambda: _decoder(transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "mistral": lambda: _decoder(transformers.MistralConfig, transformers.MistralForCausalLM),
+    "gemma3": lambda: _decoder(transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    "gpt2": tiny_gpt2,
+}
+
+
+def token_ids(batch=2, length=9, vocab_size=96, seed=1):
+    return torch.randint(2, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,255 @@
+"""The masked layer: outputs and gradients against a naive reference, caching, accumulation, precision."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from accelerate.state import GradientState
+from tiny import token_ids, tiny_llama
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from maskft import MaskConfig
+from maskft.errors import UserError
+from maskft.tuner.layer import MaskedLinear
+
+
+def make_layer(bias=True, conv1d=False, dtype=torch.float32, in_features=12, out_features=8, **config):
+    if conv1d:
+        base = Conv1D(out_features, in_features)
+        nn.init.normal_(base.bias)
+    else:
+        base = nn.Linear(in_features, out_features, bias=bias)
+    base.to(dtype).requires_grad_(False)
+    layer = MaskedLinear(base, "default", MaskConfig(**config), [], "lin")
+    layer.set_adapter("default")
+    return layer
+
+
+def as_OI(layer, tensor):
+    return tensor.t() if layer.is_transposed else tensor
+
+
+@pytest.mark.parametrize("rank_by", ["abs", "signed"])
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.9])
+def test_output_and_all_gradients_are_bitwise_those_of_the_reference(rank_by, conv1d, sparsity):
+    layer = make_layer(conv1d=conv1d, sparsity=sparsity if sparsity < 0.5 else 0.4, rank_by=rank_by)
+    x, grad = torch.randn(5, 12, requires_grad=True), torch.randn(5, 8)
+    y = layer(x)
+    y.backward(grad)
+    weight, scores = layer.base_layer.weight, layer.mask_scores["default"]
+    mask = reference.topk_mask(scores, layer.mask_configs["default"].sparsity, rank_by)
+    expected = reference.masked_linear(
+        x.detach(),
+        as_OI(layer, weight).contiguous(),
+        as_OI(layer, scores.detach()),
+        layer.base_layer.bias,
+        as_OI(layer, mask),
+        grad,
+        rank_by,
+    )
+    torch.testing.assert_close(y, expected[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x.grad, expected[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(as_OI(layer, scores.grad), expected[2], rtol=1e-6, atol=1e-6)
+
+
+def test_output_and_gradient_are_bitwise_those_of_autograd_in_float32():
+    """The fast path against plain autograd through the straight-through function: same kernels, same bits."""
+    layer = make_layer(in_features=64, out_features=48)
+    x = torch.randn(33, 64)
+    y = layer(x)
+    y.square().sum().backward()
+    fast = layer.mask_scores["default"].grad.clone()
+    layer.mask_scores["default"].grad = None
+    slow_y = layer._forward_jointly_trained(x, ["default"])
+    slow_y.square().sum().backward()
+    assert torch.equal(y, slow_y)
+    assert torch.equal(fast, layer.mask_scores["default"].grad)
+
+
+def test_gradient_is_nonzero_at_removed_entries():
+    layer = make_layer(sparsity=0.3)
+    layer(torch.randn(4, 12)).square().sum().backward()
+    removed = ~layer.get_mask("default")
+    assert removed.any() and (layer.mask_scores["default"].grad[removed] != 0).all()
+
+
+def test_mask_is_computed_once_per_step_and_not_per_forward(monkeypatch):
+    from maskft.tuner import layer as module
+
+    calls = []
+    original = module.masks_from_scores
+    monkeypatch.setattr(module, "masks_from_scores", lambda *a: calls.append(1) or original(*a))
+    layer = make_layer()
+    optimizer = torch.optim.AdamW(layer.mask_scores.parameters(), lr=0.1)
+    for step in range(3):
+        for _ in range(4):
+            layer(torch.randn(3, 12)).square().sum().backward()
+        assert len(calls) == step + 1
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("options", [{}, {"foreach": True}])
+def test_the_mask_follows_the_scores_after_every_optimizer(optimizer, options):
+    layer = make_layer(sparsity=0.25)
+    before = layer.effective_weight().clone()
+    layer(torch.randn(30, 12)).square().sum().backward()
+    optimizer(layer.mask_scores.parameters(), lr=0.5, **options).step()
+    expected = layer.base_layer.weight * reference.topk_mask(layer.mask_scores["default"].detach(), 0.25)
+    assert torch.equal(layer.effective_weight(), expected)
+    assert not torch.equal(before, expected)
+
+
+def test_fused_adamw_is_noticed():
+    layer = make_layer(sparsity=0.25)
+    layer(torch.randn(30, 12)).square().sum().backward()
+    torch.optim.AdamW(layer.mask_scores.parameters(), lr=0.5, fused=True).step()
+    expected = layer.base_layer.weight * reference.topk_mask(layer.mask_scores["default"].detach(), 0.25)
+    assert torch.equal(layer.effective_weight(), expected)
+
+
+@pytest.fixture
+def accumulation():
+    state = GradientState()
+    yield state
+    state._set_sync_gradients(True)
+
+
+def test_accumulated_gradient_is_that_of_the_sum(accumulation):
+    """Three micro-batches, the gradient handed over in the last: equal to the sum of three separate gradients."""
+    layer, batches = make_layer(), [torch.randn(5, 12) for _ in range(3)]
+    scores = layer.mask_scores["default"]
+    for index, x in enumerate(batches):
+        accumulation._set_sync_gradients(index == 2)
+        layer(x).square().sum().backward()
+        assert (scores.grad is None) == (index < 2)
+    accumulated, scores.grad = scores.grad, None
+    for x in batches:
+        layer(x).square().sum().backward()
+    torch.testing.assert_close(accumulated, scores.grad, rtol=1e-5, atol=1e-5)
+    assert not layer._raw_gradient
+
+
+def test_plain_loops_accumulate_too():
+    """Without accelerate every backward pass hands over its gradient."""
+    layer = make_layer()
+    x = torch.randn(5, 12)
+    layer(x).sum().backward()
+    once = layer.mask_scores["default"].grad.clone()
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.mask_scores["default"].grad, 2 * once)
+
+
+def test_a_layer_used_twice_in_one_forward(accumulation):
+    layer = make_layer(in_features=8, out_features=8)
+    x = torch.randn(5, 8)
+    layer(layer(x)).square().sum().backward()
+    fast = layer.mask_scores["default"].grad.clone()
+    layer.mask_scores["default"].grad = None
+    layer._forward_jointly_trained(layer._forward_jointly_trained(x, ["default"]), ["default"]).square().sum().backward()
+    torch.testing.assert_close(fast, layer.mask_scores["default"].grad, rtol=1e-5, atol=1e-5)
+
+
+def test_backward_after_a_step_on_an_old_graph_uses_the_old_weight():
+    layer = make_layer()
+    x = torch.randn(5, 12, requires_grad=True)
+    y = layer(x)
+    old = layer.effective_weight().clone()
+    with torch.no_grad():
+        layer.mask_scores["default"].mul_(-1).add_(torch.randn(8, 12))
+    assert not torch.equal(layer.effective_weight(), old)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_base_keeps_float32_scores(dtype):
+    layer = make_layer(dtype=dtype, bias=False)
+    y = layer(torch.randn(5, 12, dtype=dtype))
+    y.float().square().sum().backward()
+    scores = layer.mask_scores["default"]
+    assert y.dtype == dtype and scores.dtype == scores.grad.dtype == torch.float32
+    mask = reference.topk_mask(scores.detach(), 0.1)
+    assert torch.equal(layer.effective_weight(), layer.base_layer.weight.masked_fill(~mask, 0))
+
+
+def test_autocast_trains_and_evaluates_with_one_mask():
+    layer = make_layer()
+    x = torch.randn(5, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        y.float().square().sum().backward()
+        expected = F.linear(x, layer.base_layer.weight * layer.get_mask("default"), layer.base_layer.bias)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+    assert layer.mask_scores["default"].grad.dtype == torch.float32
+
+
+def test_casting_the_model_does_not_move_the_mask():
+    """A bfloat16 cast of the scores would create ties at the cut and another mask."""
+    layer = make_layer(in_features=400, out_features=300)
+    before, values = layer.get_mask("default"), layer.mask_scores["default"].detach().clone()
+    assert not torch.equal(reference.topk_mask(values.bfloat16().float(), 0.1), before)
+    layer.to(torch.bfloat16)
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.mask_scores["default"], values) and torch.equal(layer.get_mask("default"), before)
+    layer.half().float()
+    assert torch.equal(layer.mask_scores["default"], values)
+
+
+def test_scores_forced_to_bfloat16_are_refused():
+    layer = make_layer()
+    layer.mask_scores["default"].data = layer.mask_scores["default"].data.bfloat16()
+    with pytest.raises(UserError, match="were cast to torch.bfloat16"):
+        layer(torch.randn(2, 12))
+
+
+def test_scores_on_meta_are_refused():
+    layer = make_layer()
+    layer.mask_scores["default"] = nn.Parameter(torch.empty(8, 12, device="meta"))
+    with pytest.raises(UserError, match="still on the meta device"):
+        layer(torch.randn(2, 12))
+
+
+def test_seed_and_name_decide_the_scores():
+    same = make_layer(mask_seed=3).mask_scores["default"], make_layer(mask_seed=3).mask_scores["default"]
+    assert torch.equal(*same)
+    assert not torch.equal(same[0], make_layer(mask_seed=4).mask_scores["default"])
+
+
+def test_training_finds_planted_junk():
+    """A tenth of the weights is replaced by noise; the mask learns to remove most of it (mechanics only)."""
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(24, 32, generator=generator)
+    junk = torch.rand(24, 32, generator=generator) < 0.1
+    base = nn.Linear(32, 24, bias=False)
+    with torch.no_grad():
+        base.weight.copy_(torch.where(junk, 3 * torch.randn(24, 32, generator=generator), clean))
+    layer = MaskedLinear(base.requires_grad_(False), "default", MaskConfig(sparsity=0.1), [], "lin")
+    layer.set_adapter("default")
+    optimizer = torch.optim.Adam(layer.mask_scores.parameters(), lr=1e-3)
+    for _ in range(400):
+        x = torch.randn(64, 32, generator=generator)
+        ((layer(x) - x @ clean.T) ** 2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = (~layer.get_mask("default") & junk).sum() / junk.sum()
+    assert found > 0.6
+
+
+def test_gradient_checkpointing_gives_the_same_gradient():
+    from peft import get_peft_model
+
+    grads = []
+    for checkpointing in (False, True):
+        model = get_peft_model(tiny_llama(), MaskConfig(layers_to_transform=[1]))
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        ids = token_ids()
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

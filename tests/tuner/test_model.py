@@ -1,0 +1,452 @@
+"""The PEFT method on five architectures: what users of PEFT do with an adapter, and every way a file can be wrong."""
+
+import copy
+import json
+import warnings
+
+import peft
+import pytest
+import safetensors.torch
+import tiny
+import torch
+import transformers
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+
+from maskft import MaskConfig, current_masks
+from maskft.errors import UserError
+from maskft.mask_set import MaskSet
+from maskft.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from maskft.tuner import MaskPeftType
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+def train_a_little(model, steps=3, lr=0.05):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for step in range(steps):
+        ids = tiny.token_ids(seed=step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def logits(model, seed=5):
+    with torch.no_grad():
+        return model(input_ids=tiny.token_ids(seed=seed)).logits
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(params=tiny.MODELS)
+def make(request):
+    return tiny.MODELS[request.param]
+
+
+def trained(make, **config):
+    return train_a_little(get_peft_model(make(), MaskConfig(**config)))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = trained(tiny.tiny_llama, layers_to_transform=[1, 2])
+    model.save_pretrained(tmp_path)
+    return tmp_path, logits(model), current_masks(model)
+
+
+# What a user of PEFT does
+
+
+def test_registration_is_what_peft_reads():
+    """Fails when PEFT stops reading the three tables maskft fills."""
+    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["MASK"] is MaskConfig
+    assert peft.PEFT_TYPE_TO_CONFIG_MAPPING[MaskPeftType.MASK] is MaskConfig
+    assert peft.PEFT_TYPE_TO_TUNER_MAPPING["MASK"].__name__ == "MaskModel"
+    assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING["MASK"] == "mask_"
+
+
+def test_only_scores_train_and_the_base_stays_bitwise(make):
+    model = get_peft_model(make(), MaskConfig())
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert names and all(n.endswith(".mask_scores.default") for n in names)
+    others = {n for n, p in model.named_parameters() if p.requires_grad} - set(names)
+    assert others == set()
+    before = copy.deepcopy(current_masks(model))
+    train_a_little(model)
+    assert any(not torch.equal(before[n], m) for n, m in current_masks(model).items())
+    assert same_weights(model.unload(), make())
+
+
+def test_default_targets_are_the_linear_layers_of_the_decoder(make):
+    names = current_masks(get_peft_model(make(), MaskConfig()))
+    assert all(".layers." in n or ".h." in n for n in names)
+    assert len(names) == 3 * (4 if make is tiny.MODELS["gpt2"] else 7)
+
+
+def test_disabled_adapter_is_the_base(make):
+    model = trained(make)
+    assert not torch.equal(logits(model), logits(make()))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(make()))
+
+
+def test_save_and_load(make, tmp_path):
+    model = trained(make)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make(), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+
+
+def test_merge_equals_masked_forward(make):
+    model = trained(make)
+    expected, masks = logits(model), MaskSet(current_masks(model))
+    merged = model.merge_and_unload()
+    assert torch.equal(logits(merged), expected)
+    plain = make()
+    masks.apply_(plain)
+    assert same_weights(merged, plain)
+
+
+def test_merging_and_unmerging_is_bit_exact(make):
+    model = trained(make)
+    expected = logits(model)
+    model.merge_adapter()
+    assert torch.equal(logits(model), expected)
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter()
+    assert torch.equal(logits(model), expected)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+    assert same_weights(model.unload(), make())
+
+
+def test_unmerge_restores_nan_and_minus_zero():
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), MaskConfig(target_modules=["0"], sparsity=0.4))
+    weight = model.base_model.model[0].base_layer.weight.data
+    weight.view(-1)[::3] = -0.0
+    weight.view(-1)[1::3] = float("nan")
+    before = weight.clone()
+    model.merge_adapter()
+    removed = ~current_masks(model)["0"]
+    assert (weight[removed] == 0).all() and not torch.signbit(weight[removed]).any()
+    model.unmerge_adapter()
+    assert torch.equal(weight.view(torch.int32), before.view(torch.int32))
+
+
+def test_safe_merge_refuses_what_is_not_finite():
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), MaskConfig(target_modules=["0"]))
+    model.base_model.model[0].base_layer.weight.data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="not finite"):
+        model.merge_adapter(safe_merge=True)
+
+
+def test_two_adapters_switch_delete_and_intersect(make, tmp_path):
+    model = trained(make)
+    first = logits(model)
+    model.add_adapter("other", MaskConfig(mask_seed=9))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("other")
+    second = logits(model)
+    assert not torch.equal(first, second)
+    assert all(n.endswith(".other") for n, p in model.named_parameters() if p.requires_grad)
+    a, b = current_masks(model, "default"), current_masks(model, "other")
+    model.base_model.set_adapter(["default", "other"])
+    plain = make()
+    MaskSet({n: a[n] & b[n] for n in a}).apply_(plain)
+    assert torch.equal(logits(model), logits(plain))
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert torch.equal(logits(model), first)
+    with pytest.raises(UserError, match="no mask adapter named 'other'"):
+        current_masks(model, "other")
+
+
+def test_two_active_adapters_train_together():
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(layers_to_transform=[0]))
+    model.add_adapter("other", MaskConfig(layers_to_transform=[0], mask_seed=9))
+    model.base_model.set_adapter(["default", "other"])
+    ids = tiny.token_ids()
+    model(input_ids=ids, labels=ids).loss.backward()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    grad = layer.mask_scores["default"].grad
+    assert grad is not None and layer.mask_scores["other"].grad is not None
+    # What the other mask removes does not depend on this one's scores.
+    assert (grad[~layer.get_mask("other")] == 0).all() and (grad[~layer.get_mask("default")] != 0).any()
+
+
+def test_auto_peft_and_config(tmp_path):
+    base_dir, adapter_dir = tmp_path / "base", tmp_path / "adapter"
+    tiny.tiny_llama().save_pretrained(base_dir)
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_dir)
+    model = train_a_little(get_peft_model(base, MaskConfig(task_type="CAUSAL_LM")))
+    model.save_pretrained(adapter_dir)
+    assert isinstance(PeftConfig.from_pretrained(adapter_dir), MaskConfig)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(adapter_dir).eval()), logits(model))
+
+
+def test_loading_another_adapter_into_a_model(saved):
+    folder, expected, _ = saved
+    model = trained(tiny.tiny_llama)
+    model.load_adapter(folder, "loaded")
+    model.set_adapter("loaded", inference_mode=True)
+    assert torch.equal(logits(model), expected)
+
+
+def test_low_cpu_mem_usage(saved):
+    folder, expected, _ = saved
+    loaded = PeftModel.from_pretrained(tiny.tiny_llama(), folder, low_cpu_mem_usage=True).eval()
+    assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.parametrize("save_scores", [True, False])
+def test_training_goes_on_from_a_saved_adapter(tmp_path, save_scores):
+    model = trained(tiny.tiny_llama, save_scores=save_scores)
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path, is_trainable=True).eval()
+    assert any("freshly drawn scores" in str(w.message) for w in caught) != save_scores
+    assert not any("missing adapter keys" in str(w.message) for w in caught)
+    assert torch.equal(logits(loaded), logits(model))
+    same = [torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters(), strict=True) if p.requires_grad]
+    assert all(same) == save_scores
+    assert not torch.equal(logits(train_a_little(loaded)), logits(model))
+
+
+def test_bfloat16_base_loads_what_float32_trained(saved):
+    folder, _, masks = saved
+    loaded = PeftModel.from_pretrained(tiny.tiny_llama().bfloat16(), folder)
+    assert all(torch.equal(m, masks[n]) for n, m in current_masks(loaded).items())
+
+
+def test_casting_and_moving_a_trained_model_keeps_the_mask():
+    model = trained(tiny.tiny_llama)
+    before = current_masks(model)
+    model.to(torch.bfloat16)
+    assert all(torch.equal(m, before[n]) for n, m in current_masks(model).items())
+    assert logits(model).dtype == torch.bfloat16
+
+
+def test_modules_to_save(tmp_path):
+    config = {"layers_to_transform": [0], "modules_to_save": ["lm_head"]}
+    model = trained(tiny.tiny_llama, **config)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_deepcopy_and_pickle(tmp_path):
+    model = trained(tiny.tiny_llama, scope="global")
+    clone = copy.deepcopy(model)
+    assert torch.equal(logits(clone), logits(model))
+    train_a_little(clone)
+    assert not torch.equal(logits(clone), logits(model))
+
+
+@pytest.mark.parametrize("scope", ["matrix", "global"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.45])
+def test_counts(scope, sparsity):
+    masks = MaskSet(current_masks(trained(tiny.tiny_llama, scope=scope, sparsity=sparsity)))
+    if scope == "matrix":
+        assert all(int((~m).sum()) == round(sparsity * m.numel()) for m in masks.values())
+    else:
+        assert masks.num_removed == round(sparsity * masks.numel)
+
+
+def test_global_scope_ranks_all_layers_together():
+    from maskft.masking import topk_masks
+
+    model = trained(tiny.tiny_llama, scope="global")
+    scores = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    expected = topk_masks(list(scores.values()), 0.1)
+    assert all(torch.equal(m, e) for m, e in zip(current_masks(model).values(), expected, strict=True))
+    assert len({round(MaskSet({"x": m}).sparsity, 4) for m in expected}) > 1
+
+
+def test_threshold_starts_at_the_published_share_and_moves():
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(selection="threshold", rank_by="signed"))
+    # P(N(0, 0.02) < -0.035) = 4.0 %
+    assert MaskSet(current_masks(model)).sparsity == pytest.approx(0.040, abs=0.01)
+    before = MaskSet(current_masks(model)).num_removed
+    train_a_little(model)
+    assert MaskSet(current_masks(model)).num_removed != before
+
+
+# Configuration
+
+
+def test_preset_paper():
+    config = MaskConfig(preset="paper")
+    found = (config.selection, config.scope, config.rank_by, config.init_scores, config.init_std, config.sparsity)
+    assert found == ("topk", "matrix", "abs", "normal", 0.02, 0.1)
+    with pytest.raises(UserError, match="preset 'paper' sets rank_by='abs', but rank_by='signed' was given"):
+        MaskConfig(preset="paper", rank_by="signed")
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"sparsity": 1.0}, r"sparsity is 1.0; .* must be in \[0, 1\)"),
+        ({"sparsity": -0.1}, r"sparsity is -0.1"),
+        ({"selection": "topkk"}, r"selection is 'topkk' \(did you mean 'topk'\?\); choose one of: topk, threshold"),
+        ({"scope": "layer"}, "choose one of: matrix, global"),
+        ({"rank_by": "absolute"}, "choose one of: abs, signed"),
+        ({"init_scores": "zeros"}, "choose one of: normal"),
+        ({"init_std": 0.0}, "standard deviation and must be > 0"),
+        ({"mask_seed": -1}, "must be >= 0"),
+        ({"preset": "papr"}, "did you mean 'paper'"),
+        ({"selection": "threshold", "scope": "global"}, "no effect"),
+        ({"init_scores": "constant"}, "never trains: the gradient is 0 at score 0"),
+        ({"trainable_token_indices": [1]}, "not supported by masks"),
+        ({"format_version": 99}, "format version 99, this maskft reads up to 1; upgrade"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(UserError, match=message):
+        MaskConfig(**settings)
+
+
+def test_sparsity_above_a_half_warns_about_the_released_codes_meaning():
+    with pytest.warns(UserWarning, match="released code calls the fraction that is KEPT sparsity; its 0.9 is 0.1 here"):
+        MaskConfig(sparsity=0.9)
+
+
+# Targets
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"layers_to_transform": [1, 9]}, "names layer 9; the model has layers 0 to 2"),
+        ({"target_modules": ["q_prj"]}, r"did you mean 'q_proj'\?\); the model's linear layers are: down_proj, gate_proj"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens cannot be masked: it is an embedding; matched and"),
+        ({"target_modules": ["input_layernorm"]}, "it is a LlamaRMSNorm, not a linear layer"),
+    ],
+)
+def test_targets_that_cannot_be(settings, message):
+    model = tiny.tiny_llama()
+    with pytest.raises(UserError, match=message):
+        get_peft_model(model, MaskConfig(**settings))
+    assert same_weights(model, tiny.tiny_llama())
+
+
+def test_a_tied_head_is_refused():
+    model = tiny.tiny_llama(tie_word_embeddings=True)
+    with pytest.raises(UserError, match="lm_head cannot be masked: its weight is tied to the input embeddings"):
+        get_peft_model(model, MaskConfig(target_modules=["lm_head", "q_proj"]))
+
+
+def test_fused_experts_are_refused():
+    config = transformers.MixtralConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    model = transformers.MixtralForCausalLM(config)
+    with pytest.raises(UserError, match="experts are fused into 3-D parameters"):
+        get_peft_model(model, MaskConfig(target_modules=["experts", "q_proj"]))
+    masks = current_masks(get_peft_model(model, MaskConfig()))
+    assert len(masks) == 2 * 4 and all("self_attn" in n for n in masks)
+
+
+def test_quantised_linears_are_refused():
+    class Linear8bit(nn.Linear):
+        pass
+
+    Linear8bit.__module__ = "bitsandbytes.nn.modules"
+    model = nn.Sequential(Linear8bit(4, 4), nn.Linear(4, 4))
+    with pytest.raises(UserError, match=r"0 cannot be masked: it is quantised \(Linear8bit\).* maskable: 1"):
+        get_peft_model(model, MaskConfig(target_modules=["0", "1"]))
+
+
+def test_mixed_models_and_transformers_own_loader(saved):
+    with pytest.raises(ValueError, match="not compatible"):
+        get_peft_model(tiny.tiny_llama(), MaskConfig(), mixed=True)
+    model = tiny.tiny_llama()
+    model.load_adapter(saved[0])
+    with pytest.raises(UserError, match="transformers' own model.load_adapter and add_adapter cannot read masks"):
+        logits(model)
+
+
+# Files that are wrong
+
+
+def edit(folder, change):
+    file = folder / ADAPTER_WEIGHTS
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file)
+
+
+def key_of(tensors, part):
+    return next(key for key in tensors if part in key)
+
+
+def load(folder, model=None):
+    return PeftModel.from_pretrained(model or tiny.tiny_llama(), folder)
+
+
+def test_missing_entry(saved):
+    edit(saved[0], lambda t: t.pop(key_of(t, "layers.1.mlp.up_proj")))
+    with pytest.raises(UserError, match=r"has no mask for model.layers.1.mlp.up_proj; it is incomplete"):
+        load(saved[0])
+
+
+def test_extra_mask(saved):
+    edit(saved[0], lambda t: t.update({key_of(t, "layers.1.").replace("layers.1.", "layers.0."): torch.zeros(9)}))
+    with pytest.raises(UserError, match=r"has masks for model.layers.0\..* which the model or"):
+        load(saved[0])
+
+
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.base_layer.weight"])
+def test_an_entry_that_would_overwrite_base_weights(saved, key):
+    edit(saved[0], lambda t: t.update({f"base_model.model.{key}": torch.zeros(3, 3)}))
+    with pytest.raises(UserError, match="neither masks nor modules_to_save"):
+        load(saved[0])
+
+
+def test_flipped_bit(saved):
+    def flip(tensors):
+        tensors[key_of(tensors, "layers.2.mlp.down_proj")][-3] ^= 16
+
+    edit(saved[0], flip)
+    with pytest.raises(UserError, match=r"model.layers.2.mlp.down_proj is corrupted: its bytes do not match its sha256"):
+        load(saved[0])
+
+
+def test_wrong_shape(saved):
+    with pytest.raises(UserError, match=r"has shape \(48, 32\), the model's weight \(64, 32\); wrong base"):
+        load(saved[0], tiny.tiny_llama(intermediate_size=64))
+
+
+def test_wrong_base_of_the_same_shape(saved):
+    with pytest.raises(UserError, match="was trained on other base weights"):
+        load(saved[0], tiny.tiny_llama(seed=1))
+    config = PeftConfig.from_pretrained(saved[0])
+    config.verify_base = False
+    assert PeftModel.from_pretrained(tiny.tiny_llama(seed=1), saved[0], config=config)
+
+
+def test_newer_format(saved):
+    file = saved[0] / ADAPTER_CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
+    with pytest.raises(UserError, match="format version 2, this maskft reads up to 1; upgrade"):
+        load(saved[0])
+
+
+def test_scores_that_are_nan_are_not_saved(tmp_path):
+    model = trained(tiny.tiny_llama)
+    next(p for p in model.parameters() if p.requires_grad).data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / ADAPTER_WEIGHTS).exists()
