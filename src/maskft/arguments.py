@@ -77,6 +77,10 @@ class MethodArguments:
             "help": "With --method full: train only these decoder layers (a control for the mask). Default: all."
         },
     )
+    keep_last: bool = field(
+        default=False,
+        metadata={"help": "Also save the model as the last step left it, in the folder `last` of output_dir."},
+    )
 
 
 def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:

@@ -7,6 +7,7 @@ and, where the answer can be checked, ``answer`` and ``answer_type`` (see ``answ
 
 from __future__ import annotations
 
+import bisect
 import gzip
 import hashlib
 import io
@@ -350,16 +351,20 @@ def _examples(rows: Iterable[tuple[str, Row]], name: str, as_chat: bool, text_fi
             example = _FORMATS.get(columns, _from_text)(row, as_chat, *columns)
             if examples and type(example.get("prompt")) is not type(examples[0].get("prompt")):
                 raise UserError("'prompt' is text in some rows and messages in others; use one of them throughout")
+            content = json.dumps([row[column] for column in columns], sort_keys=True, default=str, ensure_ascii=False)
+            identity = hashlib.sha256(content.encode()).hexdigest()[:16]
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no text can hold
+            bad = error.object[error.start : error.end]
+            raise UserError(f"{name}: {where}: {bad!r} is half a character; remove it or write it in full") from None
         except UserError as error:
             raise UserError(f"{name}: {where}: {error}") from None
-        content = json.dumps([row[column] for column in columns], sort_keys=True, default=str)
-        identity = hashlib.sha256(content.encode()).hexdigest()[:16]
         copies[identity] += 1
         example["id"] = identity if copies[identity] == 1 else f"{identity}#{copies[identity]}"
         examples.append(example)
     if not examples:
         raise UserError(f"{name} is empty: it has no rows")
-    return Dataset.from_list(examples, features=_features(examples[0], any("answer" in row for row in examples)))
+    features = _features(examples[0], any("answer" in example for example in examples))
+    return Dataset.from_dict({column: [e.get(column) for e in examples] for column in features}, features)
 
 
 def _features(example: dict, with_answer: bool) -> Features:
@@ -580,6 +585,7 @@ def tokenize_dataset(
             f"every label is masked in all {len(dataset):,} rows: with max_length {max_length}, no token of an answer "
             "is left to learn from; raise max_length, or check that the rows have answers (assistant turns)"
         )
+    _warn_of_torn_prompt(dataset[0], tokenized[0]["input_ids"], tokenizer)
     if len(kept) < len(tokenized):
         logger.warning(
             "%s of %s rows are left out: within max_length %s they have no token to learn from",
@@ -589,6 +595,19 @@ def tokenize_dataset(
         )
         tokenized = tokenized.select(kept)
     return tokenized
+
+
+def _warn_of_torn_prompt(example: Row, input_ids: list[int], tokenizer) -> None:
+    if "prompt" not in example:
+        return
+    ids = prompt_ids(example, tokenizer)[: len(input_ids)]
+    common = _common_length(ids, input_ids)
+    if common < len(ids):
+        logger.warning(
+            "the tokens of a prompt alone and before its completion differ from %r on: the model generates after other "
+            "tokens than it was trained after; where plain prompts end with a space, move it to the completions",
+            tokenizer.decode(ids[common:]),
+        )
 
 
 def supervised_token_count(dataset: Dataset) -> int:
@@ -647,14 +666,15 @@ def _assistant_turns(messages: list[Message], tokenizer) -> tuple[str, list[tupl
 def _as_earlier_turn(message: Message, text: str, before: str, until: str) -> str:
     """Return ``until`` as the beginning of ``text`` that ends with the same turn.
 
-    Some templates write a turn with more when it is the last one: Qwen 3 puts an empty thought first. So the turn is
-    the longest end of its rendering as last turn with which ``text`` goes on after ``before``.
+    Some templates write more around a turn when it is the last one: Qwen 3 an empty thought before it, Phi 3 an end of
+    text after it. So the turn is as much of what follows ``before`` in ``text`` as occurs in its rendering as last.
     """
     if text.startswith(until):
         return until
     start = _common_length(before, text)
     turn = until[_common_length(before, until) :]
-    length = next((n for n in range(len(turn), 0, -1) if text.startswith(turn[-n:], start)), 0)
+    lengths = range(1, len(turn) + 1)
+    length = bisect.bisect_left(lengths, True, key=lambda n: text[start : start + n] not in turn)
     found = text[start : start + length]
     if any(word not in found for word in message["content"].split()[-1:]):
         raise UserError(

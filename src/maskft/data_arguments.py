@@ -51,8 +51,8 @@ class DataArguments:
     split_seed: int = field(
         default=0,
         metadata={
-            "help": "Seed of the held-out rows and of generated exercises. Keep it when only the training seed changes: "
-            "runs are compared on the same held-out rows."
+            "help": "Seed of the held-out rows and of generated exercises. Keep it when only the training seed "
+            "changes: runs are compared on the same held-out rows."
         },
     )
     max_train_samples: int | None = field(

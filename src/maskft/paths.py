@@ -8,6 +8,8 @@ RESULT = "result.json"
 TRAINING = "training.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LAST = "last"
+SETTINGS = "settings.json"
 TABLE = "table.md"
 COMPARISON = "comparison.json"
 

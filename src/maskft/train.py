@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from rich.console import Console
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
@@ -28,6 +28,7 @@ from .mask_codec import encode_mask
 from .mask_set import MaskSet
 from .masking import fixed_masks
 from .models import check_tokenizer_fits, load_model, load_tokenizer
+from .progress import RichProgress
 from .tuner import MaskConfig, MaskLayer, adapter_layers
 from .tuner.model import check_targets, maskable_names
 
@@ -188,16 +189,26 @@ class _StepGuard(TrainerCallback):
         return [m for m in model.modules() if isinstance(m, MaskLayer) and _ADAPTER in m.mask_scores]
 
 
+class _KeepLast(TrainerCallback):
+    """Saves the model as the last step left it, before the best checkpoint replaces it."""
+
+    def __init__(self, folder: Path, tokenizer):
+        self.folder, self.tokenizer = folder, tokenizer
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step >= state.max_steps and state.is_world_process_zero:
+            model.save_pretrained(self.folder)
+            self.tokenizer.save_pretrained(self.folder)
+
+
 # Main path
 
 
-def train(run: Run, model=None, tokenizer=None, splits=None, console: Console | None = None) -> TrainingSummary:
+def train(run: Run, splits: tuple | None = None, console: Console | None = None) -> TrainingSummary:
     """Train (or, for fixed masks, make) what ``run`` describes and save the best of it to its output folder.
 
     Args:
         run: The configuration.
-        model: An already loaded model to use instead of loading ``run.model.model_name_or_path``.
-        tokenizer: Its tokenizer.
         splits: Already loaded ``(train, heldout)`` datasets.
         console: Where to print; default stderr.
 
@@ -207,14 +218,12 @@ def train(run: Run, model=None, tokenizer=None, splits=None, console: Console | 
     console = console or Console(stderr=True)
     resume_from = prepare_output_dir(run.training)
     source = run.model.model_name_or_path
-    if tokenizer is None:
-        tokenizer = load_tokenizer(source, revision=run.model.model_revision)
+    tokenizer = load_tokenizer(source, revision=run.model.model_revision)
     if splits is None:
         *splits, report = load_splits(run.data, run.data.split_seed, tokenizer, run.training.dataset_text_field)
         console.print(f"data: {report}", highlight=False)
     train_rows, heldout_rows = splits
-    if model is None:
-        model = load_model(source, run.model.dtype, **_model_kwargs(run.model))
+    model = load_model(source, run.model.dtype, **_model_kwargs(run.model))
     check_tokenizer_fits(model, tokenizer)
     train_set, heldout_set = (
         tokenize_dataset(
@@ -257,6 +266,9 @@ def build_model(run: Run, model: PreTrainedModel):
 def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> TrainingSummary:
     """Train with SFTTrainer and save the best."""
     args = run.training
+    if not args.packing:
+        # The rows are tokenised and truncated already; TRL would go over them twice more.
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     trainer = MaskSFTTrainer(
         model=model,
         args=args,
@@ -264,12 +276,20 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> 
         train_dataset=train_set.select_columns(["input_ids", "labels"]),
         eval_dataset=heldout_set.select_columns(["input_ids", "labels"]),
     )
+    progress = RichProgress(console, run.method.method)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(progress)
+    if run.method.keep_last:
+        trainer.add_callback(_KeepLast(Path(args.output_dir) / paths.LAST, tokenizer))
     reference_loss = _unmasked_loss(trainer) if run.method.method == "mask" else None
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=resume_from)
     except _StopNotFinite as error:
         _save_after_failure(run, trainer, tokenizer, str(error))
+    finally:
+        progress.close()
     summary = _summarise(run, trainer, time.perf_counter() - started, reference_loss)
     save(run, trainer.model, tokenizer, summary)
     _report(summary, reference_loss, args.output_dir, console)

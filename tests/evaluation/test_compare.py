@@ -97,7 +97,7 @@ def test_a_difference_within_the_noise_is_not_claimed_and_says_what_it_would_tak
     # diffs: mean 0.01, variance (5 - 100 * 0.01^2) / 99 = 0.0504; (1.960 + 0.842)^2 * 0.0504 / 0.01^2 = 3956
     assert row.items_needed == 3957
     assert row.sentence() == (
-        "mask vs full (best), accuracy on sums: +1.0 points [-3.0, 5.1], McNemar p 1: not distinguishable; "
+        "mask vs full (best), accuracy on sums: +1.0 points [-3.1, 5.1], McNemar p 1: not distinguishable; "
         "a difference of this size would need about 4,000 items."
     )
 
@@ -107,6 +107,13 @@ def test_an_interval_without_zero_is_not_enough_when_the_exact_test_disagrees():
     row = only(compare([make("full", accuracy=scores(50)), make("mask", accuracy=scores(55))]))
     assert row.ci_low > 0
     assert row.p_value == pytest.approx(0.0625)
+    assert row.verdict == "not distinguishable"
+
+
+def test_a_small_p_is_not_enough_when_the_interval_holds_zero(monkeypatch):
+    monkeypatch.setattr(module, "mcnemar_exact", lambda a, b: 0.0)
+    row = only(fast([make("full", accuracy=scores(50)), make("mask", accuracy=scores(51))]))
+    assert row.ci_low <= 0 < row.ci_high
     assert row.verdict == "not distinguishable"
 
 
@@ -155,15 +162,20 @@ def test_seeds_of_one_name_are_one_method():
     results = [make("full", nll=base, num_tokens=tokens)]
     shifts = {2: -0.3, 0: -0.1, 1: -0.2}
     results += [make("mask", seed, nll=base + shift, num_tokens=tokens) for seed, shift in shifts.items()]
-    row = only(fast(results))
+    row = only(compare(results))
     assert (row.num_seeds, row.num_items) == (3, 200)
     assert row.difference == pytest.approx(-0.2)
-    # As the t interval of three seed means with sd 0.1: -0.2 ± 4.30 * 0.1 / sqrt(3) = -0.2 ± 0.248
-    assert row.ci_high == pytest.approx(0.048, abs=0.05)
+    # The bound is the best seed drawn three times (once in 27), 0.1 above the mean, stretched by
+    # sqrt(3 / 2) * 4.303 / 1.960 = 2.689; the t interval of the three would be -0.2 ± 0.248.
+    assert row.ci_high == pytest.approx(-0.2 + 0.2689, abs=1e-4)
     assert row.verdict == "not distinguishable"
     # t(4) with five seeds: (2.776 + 0.941)^2 * 0.01 / 5 = 0.0276 <= 0.04; with four (3.182 + 0.978)^2 / 400 = 0.0433
     assert row.seeds_needed == 5
     assert row.items_needed is None
+    among = compare([*results, *(make(name, nll=base, num_tokens=tokens) for name in ("lora", "full_2"))]).differences[
+        0
+    ]
+    assert among.seeds_needed == 6  # at 0.05 / 3, the level that Holm may ask for
     assert "nll on sums, 3 seeds: " in row.sentence()
     assert row.sentence().endswith("a difference of this size would need about 5 seeds.")
     assert only(fast(results, "mask")).difference == pytest.approx(0.2)
@@ -230,10 +242,11 @@ def test_identical_results_are_not_distinguishable(values):
 
 
 def test_the_order_of_the_items_does_not_matter():
-    a, b = make("a", accuracy=scores(50)), make("b", accuracy=scores(60))
-    expected = only(fast([a, b]))
-    b["tasks"]["sums"]["items"].reverse()
-    assert only(fast([a, b])) == expected
+    columns = {"nll": np.linspace(1, 2, 100), "num_tokens": np.arange(1, 101)}
+    a, b = make("a", accuracy=scores(50), **columns), make("b", accuracy=scores(60), **columns | {"nll": scores(30)})
+    expected = fast([a, b]).differences
+    a["tasks"]["sums"]["items"].reverse()
+    assert fast([a, b]).differences == expected
 
 
 def test_what_only_some_have_is_left_out_and_said():
@@ -372,6 +385,7 @@ def test_terminal(comparison, monkeypatch):
     text = render(comparison, "terminal")
     assert "50.0 ± 5.0" in text
     assert "+10.0 [" in text
+    assert text.count("[red] mask_1 & 5% ") == 3  # two tables and a sentence: no markup
     assert "[red] mask_1 & 5% vs full|best, accuracy on sums: +10.0 points" in text
     assert max(map(len, text.split("\n\n")[1].splitlines())) <= 140
 

@@ -152,14 +152,15 @@ def test_null_is_written_and_nan_refused(result, tmp_path):
     assert not (tmp_path / "nan.json").exists()
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(result, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(result, tmp_path, monkeypatch, step):
     file = tmp_path / "result.json"
     write_result(file, result)
 
     def full_disk(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full_disk)
+    monkeypatch.setattr(f"os.{step}", full_disk)
     with pytest.raises(UserError, match=r"result\.json: cannot be written \(No space left on device\)"):
         write_result(file, {**result, "name": "other"})
     assert read_result(file)["name"] == "mask"

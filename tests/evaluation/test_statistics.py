@@ -85,6 +85,11 @@ def test_weighted_bootstrap_agrees_with_scipy():
     np.testing.assert_allclose(unstretched(mine, 60), [theirs.low, theirs.high], atol=0.02)
 
 
+def test_a_constant_difference_has_no_spread_whatever_the_tokens():
+    interval = paired_bootstrap(np.full(20, 0.5), np.arange(1, 21), num_resamples=300)
+    assert (interval.ci_low, interval.ci_high) == pytest.approx((0.5, 0.5))
+
+
 def test_bootstrap_p_agrees_with_the_t_test():
     diffs = np.random.default_rng(3).normal(0.2, 1, 120)
     assert paired_bootstrap(diffs).p_value == pytest.approx(stats.ttest_1samp(diffs, 0).pvalue, rel=0.25)
@@ -262,6 +267,16 @@ def test_required_seeds_by_hand():
     assert required_seeds(-seeds) == 18
     assert required_seeds(seeds, [3, 4]) == 18
     assert required_seeds(seeds - 1) is None
+
+
+def test_variance_components_by_hand():
+    # Seeds 1 ± 0.5, items ± 1 alike in both seeds, items ± 0.5 of opposite sign in the seeds.
+    shared, crossed = np.array([1, 1, -1, -1.0]), np.array([0.5, -0.5, 0.5, -0.5])
+    diffs = np.stack([1.5 + shared + crossed, 0.5 + shared - crossed])
+    between, interaction, item = statistics._variance_components(diffs, np.ones(4))
+    assert between == 0.5  # of 1.5 and 0.5
+    assert interaction == pytest.approx(2 * 1 / (1 * 3 * 4))  # two rows with sum of squares 1
+    assert item == pytest.approx(4 / (3 * 4) - interaction / 2)
 
 
 def test_no_number_of_seeds_mends_too_few_items():

@@ -31,11 +31,16 @@ from maskft.errors import UserError
 WATCH_INTERVAL_S = 0.05  # how often the memory and CPU time of all of a program's processes are added up
 STOP_PATIENCE_S = 5.0  # from asking the launcher to stop until it is killed; its end takes everything below with it
 MIN_MEMORY_BYTES = 64 * 2**20  # less than the interpreter itself needs
-DEFAULT_CPU_TIME_S = 30.0  # the slowest published HumanEval+ solution takes 8 s on a 2024 server core
+DEFAULT_CPU_TIME_S = 30.0  # the slowest published solution of HumanEval+ took 9.4 s on a machine busy with other work
 DEFAULT_WALL_TIME_S = 300.0
 DEFAULT_MEMORY_BYTES = 2 * 2**30
 DEFAULT_MAX_PROCESSES = 16
 DEFAULT_MAX_OUTPUT_BYTES = 64 * 2**10
+
+_CHILD = Path(__file__).with_name("sandbox_child.py")
+_VISIBLE_FILES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom", "/etc/ld.so.cache")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class SandboxResult:
 
     Args:
         status: ``passed`` only if the last line of the program was reached.
-        reason: One line for a status other than ``passed``, such as the exception; empty otherwise.
+        reason: Why it did not pass, such as the exception with its message; empty if it passed.
         exit_code: Exit status of the program; minus the signal's number when a signal ended it.
         stdout: The first ``max_output_bytes`` of what it printed.
         stderr: The same for its errors, a traceback included.
@@ -112,9 +117,9 @@ def check_confinement() -> Confinement:
         hint = ""
         if result.startswith(("unshare", "uid_map", "/proc", "mount:")):
             hint = (
-                "; user namespaces are switched off here, see the sysctls user.max_user_namespaces, "
-                "kernel.unprivileged_userns_clone and kernel.apparmor_restrict_unprivileged_userns, "
-                "or the system-call filter of the container this runs in"
+                "; user namespaces are restricted here: by a container around this process, or by a sysctl, "
+                "user.max_user_namespaces, kernel.unprivileged_userns_clone or "
+                "kernel.apparmor_restrict_unprivileged_userns"
             )
         return Confinement(False, result + hint)
     if not result.passed:
@@ -145,7 +150,8 @@ def run_code(
         memory_bytes: Address space of each process, and resident memory of all together.
         max_processes: Processes and threads at one time, the program's own included.
         max_output_bytes: Bytes kept of each of standard output and standard error.
-        allow_unconfined: Run the program even where it cannot be confined, as the current user, with the limits only.
+        allow_unconfined: Run the program even where it cannot be confined: with the current user's rights, and with the
+            limits on memory, CPU time, wall time and output only.
 
     Raises:
         UserError: If a limit is out of range, or the program cannot be confined and ``allow_unconfined`` is not set.
@@ -208,20 +214,19 @@ def _require_confinement(allow_unconfined: bool) -> bool:
     return confinement.available
 
 
-def _run_checked(
-    code: str, limits: _Limits, *, confined: bool, stop: threading.Event | None = None
-) -> SandboxResult:
+def _run_checked(code: str, limits: _Limits, *, confined: bool, stop: threading.Event | None = None) -> SandboxResult:
     result = _run(code, limits, confined=confined, stop=stop)
     if isinstance(result, str):
         raise UserError(f"the program could not be started in the sandbox: {result}")
     return result
 
 
-def _run(
-    code: str, limits: _Limits, *, confined: bool, stop: threading.Event | None = None
-) -> SandboxResult | str:
+def _run(code: str, limits: _Limits, *, confined: bool, stop: threading.Event | None = None) -> SandboxResult | str:
     """Run one program; a string is the reason why it was not started."""
-    with tempfile.TemporaryDirectory(prefix="maskft-sandbox-", ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile("w+") as job_file:
+    with (
+        tempfile.TemporaryDirectory(prefix="maskft-sandbox-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile("w+") as job_file,
+    ):
         # The folder stays empty when confined; the program's own is in memory and private to it.
         home = "/tmp" if confined else folder
         folders, import_paths = _python_folders()
@@ -263,10 +268,6 @@ def _run(
             finally:
                 watch.end_everything()
             return watch.result("confined" if confined else "unconfined")
-
-
-_CHILD = Path(__file__).with_name("sandbox_child.py")
-_VISIBLE_FILES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom", "/etc/ld.so.cache")
 
 
 def _environment(home: str) -> dict[str, str]:
@@ -346,8 +347,9 @@ class _Watch:
                 elif now_s > kill_s:
                     self.process.kill()
             for descriptor in list(selector.get_map()):
-                while self._read(descriptor):  # what is left in the pipe; an unconfined stray may keep it open for ever
-                    pass
+                for _ in range(64):  # what is left in the pipe; an unconfined stray may go on writing for ever
+                    if not self._read(descriptor):
+                        break
 
     def _read(self, descriptor: int) -> bool:
         """Take one piece of output; return whether there may be more."""
@@ -383,22 +385,17 @@ class _Watch:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        if self.num_helpers == 1:  # unconfined: no process namespace that ends them; what left the group gets away
-            try:
-                os.killpg(self.process.pid, 9)
-            except (ProcessLookupError, PermissionError):
-                pass
 
     def result(self, confinement: Literal["confined", "unconfined"]) -> SandboxResult | str:
         """Judge the run; a string is the reason why the program was not started."""
         stdout, stderr, report_text = (bytes(kept).decode("utf-8", "replace") for kept in self.kept.values())
         end: dict[str, Any] = {"outcome": "", "reason": "", "exit_code": -9, "cpu_time_s": self.cpu_time_s}
-        for line in report_text.splitlines():
-            report = json.loads(line)
+        reports = [json.loads(line) for line in report_text.splitlines()]
+        for report in reports:
             if "refused" in report:
                 return report["refused"]
-            end = report
-        if not report_text and self.verdict is None:
+            end |= report
+        if not reports and self.verdict is None:
             return f"the launcher ended with code {self.process.returncode}: {stderr.strip()[-500:]}"
         exit_code = end["exit_code"]
         if end["outcome"] == "passed" and exit_code == 0:
@@ -412,9 +409,11 @@ class _Watch:
             status, reason = "out_of_memory", end["reason"]
         elif end["reason"]:
             status, reason = "failed", end["reason"]
-        else:
+        elif "started" not in reports[-1]:
             how = f"was ended by signal {-exit_code}" if exit_code < 0 else f"ended with code {exit_code}"
             status, reason = "failed", f"the program {how} before its last line"
+        else:  # the last report is that it was started
+            status, reason = "failed", "the sandbox around the program was ended before the program"
         return SandboxResult(
             status=status,
             reason=reason,
@@ -437,7 +436,8 @@ def _tree_usage(launcher: int, num_helpers: int) -> tuple[int, float]:
         pid, generation = todo.pop()
         try:
             # After the name in brackets: 11, 12 user and system time, 13, 14 the same of reaped children, 21 resident
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            # pages. As bytes: the program can give itself a name that is no text.
+            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
             for thread in os.listdir(f"/proc/{pid}/task"):
                 children = Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
                 todo += [(int(child), generation + 1) for child in children]
@@ -448,7 +448,3 @@ def _tree_usage(launcher: int, num_helpers: int) -> tuple[int, float]:
             ticks += int(fields[11]) + int(fields[12])
             resident_pages += int(fields[21])
     return resident_pages * _PAGE_BYTES, ticks / _TICKS_PER_S
-
-
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")

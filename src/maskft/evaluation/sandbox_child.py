@@ -12,6 +12,7 @@ input. Standard library only: nothing else can be imported here. Three processes
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -44,98 +45,57 @@ TEMP_FOLDER = "/tmp"
 TEMP_FOLDER_BYTES = 64 * 2**20
 TEMP_FOLDER_FILES = 4096
 MAX_OPEN_FILES = 256
-MODULE_NAME = "program"  # not "__main__": HumanEval's own scorer does not run `if __name__ == "__main__":` blocks either
+MODULE_NAME = (
+    "program"  # not "__main__": HumanEval's own scorer does not run `if __name__ == "__main__":` blocks either
+)
 
-# System calls refused to the program, by machine. Everything else it may call: a list of the allowed ones would break
-# with every new libc. Namespaces and lost privileges already confine it; these are the doors beside them: nested
-# namespaces and mounts, other processes' memory, other programs, memory that no limit counts, rarely tested kernel code.
+# System calls refused to the program, with their numbers on MACHINES. It may make all others: a list of the allowed
+# ones would break with every new libc. Namespaces and lost privileges already confine it; these are the doors beside
+# them: nested namespaces and mounts, other processes' memory, other programs, memory that no limit counts, and kernel
+# code with a history of holes.
+MACHINES = ("x86_64", "aarch64")
+AUDIT_ARCH = (0xC000003E, 0xC00000B7)  # how a filter names the machine (linux/audit.h)
 REFUSED_CALLS = {
-    "x86_64": {
-        "add_key": 248,
-        "bpf": 321,
-        "chroot": 161,
-        "execve": 59,
-        "execveat": 322,
-        "fanotify_init": 300,
-        "fsconfig": 431,
-        "fsmount": 432,
-        "fsopen": 430,
-        "fspick": 433,
-        "io_uring_enter": 426,
-        "io_uring_register": 427,
-        "io_uring_setup": 425,
-        "kcmp": 312,
-        "keyctl": 250,
-        "memfd_create": 319,
-        "memfd_secret": 447,
-        "mount": 165,
-        "mount_setattr": 442,
-        "move_mount": 429,
-        "mq_open": 240,
-        "msgget": 68,
-        "open_by_handle_at": 304,
-        "open_tree": 428,
-        "perf_event_open": 298,
-        "personality": 135,
-        "pidfd_getfd": 438,
-        "pivot_root": 155,
-        "process_vm_readv": 310,
-        "process_vm_writev": 311,
-        "ptrace": 101,
-        "request_key": 249,
-        "semget": 64,
-        "setns": 308,
-        "shmget": 29,
-        "umount2": 166,
-        "unshare": 272,
-        "userfaultfd": 323,
-    },
-    "aarch64": {
-        "add_key": 217,
-        "bpf": 280,
-        "chroot": 51,
-        "execve": 221,
-        "execveat": 281,
-        "fanotify_init": 262,
-        "fsconfig": 431,
-        "fsmount": 432,
-        "fsopen": 430,
-        "fspick": 433,
-        "io_uring_enter": 426,
-        "io_uring_register": 427,
-        "io_uring_setup": 425,
-        "kcmp": 272,
-        "keyctl": 219,
-        "memfd_create": 279,
-        "memfd_secret": 447,
-        "mount": 40,
-        "mount_setattr": 442,
-        "move_mount": 429,
-        "mq_open": 180,
-        "msgget": 186,
-        "open_by_handle_at": 265,
-        "open_tree": 428,
-        "perf_event_open": 241,
-        "personality": 92,
-        "pidfd_getfd": 438,
-        "pivot_root": 41,
-        "process_vm_readv": 270,
-        "process_vm_writev": 271,
-        "ptrace": 117,
-        "request_key": 218,
-        "semget": 190,
-        "setns": 268,
-        "shmget": 194,
-        "umount2": 39,
-        "unshare": 97,
-        "userfaultfd": 282,
-    },
+    "add_key": (248, 217),
+    "bpf": (321, 280),
+    "chroot": (161, 51),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "fanotify_init": (300, 262),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fsopen": (430, 430),
+    "fspick": (433, 433),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "io_uring_setup": (425, 425),
+    "kcmp": (312, 272),
+    "keyctl": (250, 219),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "mount": (165, 40),
+    "mount_setattr": (442, 442),
+    "move_mount": (429, 429),
+    "mq_open": (240, 180),
+    "msgget": (68, 186),
+    "open_by_handle_at": (304, 265),
+    "open_tree": (428, 428),
+    "perf_event_open": (298, 241),
+    "personality": (135, 92),
+    "pidfd_getfd": (438, 438),
+    "pivot_root": (155, 41),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "ptrace": (101, 117),
+    "request_key": (249, 218),
+    "semget": (64, 190),
+    "setns": (308, 268),
+    "shmget": (29, 194),
+    "umount2": (166, 39),
+    "unshare": (272, 97),
+    "userfaultfd": (323, 282),
 }
-# Calls that the filter treats on their own, and the machine's identity in a filter (linux/audit.h).
-CLONE_CALL = {"x86_64": 56, "aarch64": 220}
-CLONE3_CALL = 435
-SOCKET_CALL = {"x86_64": 41, "aarch64": 198}
-AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+CLONE_CALL, CLONE3_CALL, SOCKET_CALL = (56, 220), (435, 435), (41, 198)  # allowed with some arguments only
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -246,17 +206,19 @@ def set_mount_attributes(path: str, flags: int, *, add: int = 0, remove: int = 0
 # ---- program: limits, privileges, system calls ----
 
 
-def set_limits(job: dict, num_helpers: int) -> None:
+def set_limits(job: dict) -> None:
     """Set the kernel's limits, hard, on this process and its children."""
     cpu_time_s = math.ceil(job["cpu_time_s"])
     limits = {
         resource.RLIMIT_CPU: (cpu_time_s, cpu_time_s + 1),
         resource.RLIMIT_AS: (job["memory_bytes"],) * 2,
-        resource.RLIMIT_NPROC: (job["max_processes"] + num_helpers,) * 2,
         resource.RLIMIT_FSIZE: (TEMP_FOLDER_BYTES,) * 2,
         resource.RLIMIT_NOFILE: (MAX_OPEN_FILES,) * 2,
         resource.RLIMIT_CORE: (0, 0),
     }
+    if job["confined"]:  # elsewhere it would count everything that the user runs
+        num_helpers = 0 if os.getuid() == 0 else 2  # launcher and init are the program's user, unless started by root
+        limits[resource.RLIMIT_NPROC] = (job["max_processes"] + num_helpers,) * 2
     for which, values in limits.items():
         ceiling = resource.getrlimit(which)[1]
         if ceiling != resource.RLIM_INFINITY:
@@ -278,9 +240,9 @@ def drop_privileges() -> None:
 def filter_system_calls() -> None:
     """Refuse ``REFUSED_CALLS``, nested namespaces, and sockets of any family but AF_UNIX.
 
-    Sockets: the network namespace alone does not confine families such as AF_VSOCK, which reaches a virtual machine's host.
+    A network namespace alone does not confine every family: AF_VSOCK reaches the host of a virtual machine.
     """
-    machine = platform.machine()
+    machine = MACHINES.index(platform.machine())
     load, equal, greater_equal, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF_LD|W|ABS, BPF_JMP|.., BPF_RET
     allow, refuse, absent, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS, 0x80000000
     af_unix, number_at, machine_at, first_argument_at = 1, 0, 4, 16  # offsets in struct seccomp_data
@@ -290,12 +252,12 @@ def filter_system_calls() -> None:
         (end, 0, 0, kill),
         (load, 0, 0, number_at),
     ]
-    if machine == "x86_64":
+    if MACHINES[machine] == "x86_64":
         program += [(greater_equal, 0, 1, 0x40000000), (end, 0, 0, refuse)]  # the x32 numbering of the same calls
-    for number in REFUSED_CALLS[machine].values():
-        program += [(equal, 0, 1, number), (end, 0, 0, refuse)]
+    for numbers in REFUSED_CALLS.values():
+        program += [(equal, 0, 1, numbers[machine]), (end, 0, 0, refuse)]
     # clone3 hides its flags behind a pointer; told that it does not exist, libc falls back on clone.
-    program += [(equal, 0, 1, CLONE3_CALL), (end, 0, 0, absent)]
+    program += [(equal, 0, 1, CLONE3_CALL[machine]), (end, 0, 0, absent)]
     program += [
         (equal, 0, 3, CLONE_CALL[machine]),
         (load, 0, 0, first_argument_at),
@@ -353,10 +315,8 @@ def run_program(job: dict, token_fd: int) -> None:
         traceback.print_exception(error)
     finally:
         for stream in (sys.stdout, sys.stderr):
-            try:
+            with contextlib.suppress(BaseException):  # it may be closed or replaced
                 stream.flush()
-            except BaseException:
-                pass
         leave(exit_code & 0xFF)
 
 
@@ -367,7 +327,7 @@ def launcher(job: dict, report_fd: int) -> None:
     """Enter the namespaces, start init (or, unconfined, the program itself), wait for it."""
     parent = os.getppid()
     if job["confined"]:
-        if platform.machine() not in REFUSED_CALLS:
+        if platform.machine() not in MACHINES:
             raise OSError(errno.ENOSYS, f"no system-call filter for {platform.machine()}", "seccomp")
         enter_namespaces()
     # After the change of identity, which would clear it: end with the process that started us.
@@ -376,7 +336,7 @@ def launcher(job: dict, report_fd: int) -> None:
         os._exit(1)
     if not job["confined"]:
         supervise(job, report_fd)
-        return
+        os.killpg(0, signal.SIGKILL)  # this process and what the program left in its group
     child = os.fork()
     if child == 0:
         init(job, report_fd)
@@ -404,8 +364,7 @@ def supervise(job: dict, report_fd: int) -> None:
     program = os.fork()
     if program == 0:
         try:
-            num_helpers = 0 if os.getuid() == 0 else 2  # launcher and init count as the same user's
-            set_limits(job, num_helpers)
+            set_limits(job)
             if job["confined"]:
                 drop_privileges()
                 filter_system_calls()
@@ -415,6 +374,7 @@ def supervise(job: dict, report_fd: int) -> None:
         os.closerange(3, write_end)
         os.closerange(write_end + 1, report_fd + 1)
         run_program(job, write_end)
+    report(report_fd, {"started": True})
     os.close(write_end)
     if not job["confined"]:
         signal.signal(signal.SIGTERM, lambda *_: os.kill(program, signal.SIGKILL))
