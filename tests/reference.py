@@ -14,7 +14,7 @@ def topk_mask(scores, sparsity, rank_by="abs"):
 
 
 def masked_linear(x_TI, weight_OI, scores_OI, bias_O, mask_OI, grad_TO, rank_by="abs"):
-    """Output and every gradient of y = x (W * m)^T + b with the mask replaced by the identity on the way back (Eq. 5)."""
+    """Output and every gradient of y = x (W * m)^T + b the mask an identity on the way back (Eq. 5)."""
     effective_OI = weight_OI * mask_OI
     y_TO = x_TI @ effective_OI.T + bias_O
     grad_x_TI = grad_TO @ effective_OI

@@ -62,7 +62,7 @@ def test_every_flipped_byte_is_found(sparsity):
         if position in padding:
             assert torch.equal(decode_mask(damaged), mask)
             continue
-        with pytest.raises(UserError, match="q_proj (is corrupted|has mask format 257)"):
+        with pytest.raises(UserError, match=r"q_proj (is corrupted|has mask format 257)"):
             decode_mask(damaged, "q_proj")
 
 

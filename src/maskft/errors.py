@@ -10,6 +10,10 @@ class UserError(ValueError):
     """A mistake in the input. The command line prints its message as one line and exits with status 2."""
 
 
+class NotFiniteError(UserError):
+    """A loss, gradient or score became NaN or infinite."""
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest of ``options``, or an empty string when none is close."""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 
 RankBy = Literal["abs", "signed"]
 
@@ -98,7 +98,7 @@ def remove_lowest(keys: Sequence[Tensor], num: int) -> list[Tensor]:
     if not 0 <= num <= total:
         raise UserError(f"cannot remove {num} of {total} entries")
     if any(key.numel() and bool(key.max().isnan()) for key in keys):
-        raise UserError("scores contain NaN, so they cannot be ranked; the loss or learning rate diverged")
+        raise NotFiniteError("scores contain NaN, so they cannot be ranked")
     cut = kth_smallest(keys, num) if num else -math.inf
     masks = [key > cut for key in keys]
     # Entries equal to the cut are kept, last ones first, until the count is right.
@@ -144,7 +144,7 @@ def threshold_mask(scores: Tensor, threshold: float, rank_by: RankBy = "signed")
     """Remove every entry whose score is below ``threshold`` (paper, appendix C, global MFT: -0.035 on raw scores)."""
     keys = ranking_keys(scores, rank_by)
     if bool(keys.isnan().any()):
-        raise UserError("scores contain NaN, so they cannot be compared; the loss or learning rate diverged")
+        raise NotFiniteError("scores contain NaN, so they cannot be compared")
     return (keys >= threshold).view(scores.shape)
 
 

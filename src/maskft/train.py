@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,11 +20,12 @@ from . import paths
 from .arguments import MASK_METHODS, MaskArguments, MethodArguments, mask_config
 from .data import format_sample, load_splits, supervised_token_count, tokenize_dataset
 from .data_arguments import DataArguments
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 from .evaluation.results import environment, write_text
 from .mask_codec import encode_mask
 from .mask_set import MaskSet
 from .masking import fixed_masks
+from .memory import keep_freed_memory, peak_memory_bytes
 from .models import check_tokenizer_fits, load_model, load_tokenizer
 from .progress import RichProgress
 from .tuner import MaskConfig, MaskLayer, adapter_layers
@@ -102,10 +101,6 @@ class TrainingSummary:
     history: list[dict]
 
 
-class _StopNotFinite(Exception):
-    """Raised before the optimizer step that would have used a loss or gradient that is not finite."""
-
-
 class MaskSFTTrainer(SFTTrainer):
     """SFTTrainer that stops before a non-finite step and logs speed, memory and what the mask did."""
 
@@ -150,12 +145,12 @@ class _StepGuard(TrainerCallback):
         finite = self.trainer._loss_is_finite
         self.trainer._loss_is_finite = torch.tensor(True)
         if not bool(finite):
-            raise _StopNotFinite("loss")
+            raise NotFiniteError("loss is not finite")
         for layer in self._layers(model):
             if layer._raw_gradient:
                 raise RuntimeError("an accumulated mask gradient was not handed to the optimizer")
         if any(p.grad is not None and not bool(torch.isfinite(p.grad.sum())) for p in model.parameters()):
-            raise _StopNotFinite("gradient")
+            raise NotFiniteError("gradient is not finite")
         if self._is_logged(args, state):
             # The effective weight is replaced, not overwritten, so holding the old one costs no copy.
             self._before = [(layer, layer._effective) for layer in self._layers(model) if layer._effective is not None]
@@ -266,6 +261,8 @@ def build_model(run: Run, model: PreTrainedModel):
 def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> TrainingSummary:
     """Train with SFTTrainer and save the best."""
     args = run.training
+    if args.device.type == "cpu":
+        keep_freed_memory()
     if not args.packing:
         # The rows are tokenised and truncated already; TRL would go over them twice more.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
@@ -286,7 +283,7 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> 
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=resume_from)
-    except _StopNotFinite as error:
+    except NotFiniteError as error:
         _save_after_failure(run, trainer, tokenizer, str(error))
     finally:
         progress.close()
@@ -426,9 +423,7 @@ def mask_line(mask: MaskArguments, num_target_weights: int) -> str:
         return (
             f"threshold {mask.mask_threshold:g}: removes what scores below it, of {num_target_weights:,} target weights"
         )
-    return (
-        f"sparsity {mask.mask_sparsity:.2f}: removes {mask.mask_sparsity:.0%} of {num_target_weights:,} target weights"
-    )
+    return f"sparsity {mask.mask_sparsity:.2f}: removes {100 * mask.mask_sparsity:g} % of {num_target_weights:,} target weights"
 
 
 def _unmasked_loss(trainer) -> float | None:
@@ -494,10 +489,7 @@ def _report(summary: TrainingSummary, reference_loss: float | None, folder: str,
 def _save_after_failure(run, trainer, tokenizer, what: str) -> None:
     """Keep the best checkpoint so far as the result, then end with the reason."""
     step, best = trainer.state.global_step + 1, trainer.state.best_model_checkpoint
-    message = (
-        f"{what} is not finite at step {step}: stopped before the update was applied; lower learning_rate or check the "
-        "data"
-    )
+    message = f"{what} at step {step}: stopped before the update was applied; lower learning_rate or check the data"
     if best is None:
         raise UserError(f"{message}; there was no checkpoint yet")
     trainer._load_best_model()
@@ -526,10 +518,3 @@ def _model_kwargs(config: ModelConfig) -> dict:
     if config.load_in_4bit or config.load_in_8bit:
         raise UserError("a mask needs the model's own weights: load_in_4bit and load_in_8bit are not supported")
     return kwargs
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory of this process: of the GPU where there is one, else resident memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

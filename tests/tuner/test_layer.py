@@ -1,17 +1,17 @@
 """The masked layer: outputs and gradients against a naive reference, caching, accumulation, precision."""
 
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from accelerate.state import GradientState
-from tiny import token_ids, tiny_llama
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import reference
 from maskft import MaskConfig
 from maskft.errors import UserError
 from maskft.tuner.layer import MaskedLinear
+from tiny import tiny_llama, token_ids
 
 
 def make_layer(bias=True, conv1d=False, dtype=torch.float32, in_features=12, out_features=8, **config):
@@ -149,7 +149,9 @@ def test_a_layer_used_twice_in_one_forward(accumulation):
     layer(layer(x)).square().sum().backward()
     fast = layer.mask_scores["default"].grad.clone()
     layer.mask_scores["default"].grad = None
-    layer._forward_jointly_trained(layer._forward_jointly_trained(x, ["default"]), ["default"]).square().sum().backward()
+    layer._forward_jointly_trained(
+        layer._forward_jointly_trained(x, ["default"]), ["default"]
+    ).square().sum().backward()
     torch.testing.assert_close(fast, layer.mask_scores["default"].grad, rtol=1e-5, atol=1e-5)
 
 
@@ -202,7 +204,7 @@ def test_casting_the_model_does_not_move_the_mask():
 def test_scores_forced_to_bfloat16_are_refused():
     layer = make_layer()
     layer.mask_scores["default"].data = layer.mask_scores["default"].data.bfloat16()
-    with pytest.raises(UserError, match="were cast to torch.bfloat16"):
+    with pytest.raises(UserError, match=r"were cast to torch\.bfloat16"):
         layer(torch.randn(2, 12))
 
 

@@ -7,12 +7,12 @@ import warnings
 import peft
 import pytest
 import safetensors.torch
-import tiny
 import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
+import tiny
 from maskft import MaskConfig, current_masks
 from maskft.errors import UserError
 from maskft.mask_set import MaskSet
@@ -324,8 +324,14 @@ def test_sparsity_above_a_half_warns_about_the_released_codes_meaning():
     "settings,message",
     [
         ({"layers_to_transform": [1, 9]}, "names layer 9; the model has layers 0 to 2"),
-        ({"target_modules": ["q_prj"]}, r"did you mean 'q_proj'\?\); the model's linear layers are: down_proj, gate_proj"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens cannot be masked: it is an embedding; matched and"),
+        (
+            {"target_modules": ["q_prj"]},
+            r"did you mean 'q_proj'\?\); the model's linear layers are: down_proj, gate_proj",
+        ),
+        (
+            {"target_modules": ["embed_tokens", "q_proj"]},
+            "embed_tokens cannot be masked: it is an embedding; matched and",
+        ),
         ({"target_modules": ["input_layernorm"]}, "it is a LlamaRMSNorm, not a linear layer"),
     ],
 )
@@ -374,7 +380,7 @@ def test_mixed_models_and_transformers_own_loader(saved):
         get_peft_model(tiny.tiny_llama(), MaskConfig(), mixed=True)
     model = tiny.tiny_llama()
     model.load_adapter(saved[0])
-    with pytest.raises(UserError, match="transformers' own model.load_adapter and add_adapter cannot read masks"):
+    with pytest.raises(UserError, match=r"transformers' own model\.load_adapter and add_adapter cannot read masks"):
         logits(model)
 
 
@@ -420,7 +426,9 @@ def test_flipped_bit(saved):
         tensors[key_of(tensors, "layers.2.mlp.down_proj")][-3] ^= 16
 
     edit(saved[0], flip)
-    with pytest.raises(UserError, match=r"model.layers.2.mlp.down_proj is corrupted: its bytes do not match its sha256"):
+    with pytest.raises(
+        UserError, match=r"model.layers.2.mlp.down_proj is corrupted: its bytes do not match its sha256"
+    ):
         load(saved[0])
 
 

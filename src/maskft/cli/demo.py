@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ..errors import UserError, did_you_mean
 
-HELP = """usage: maskft demo [--output_dir DIR] [--config FILE] [--preset paper] [--NAME VALUE ...] [--STAGE.NAME VALUE ...]
+HELP = """usage: maskft demo [--output_dir DIR] [--config FILE] [--preset paper] [--NAME VALUE ...]
 
-Fully fine-tunes SmolLM2-135M-Instruct on generated arithmetic, learns a mask on the best checkpoint, and compares it on
-the same test items with the pre-trained model, continued full fine-tuning, a random mask, an L1 mask, and a warm restart
-of full fine-tuning with as many tokens. About ten minutes and 4 GB on two cores.
+Fully fine-tunes SmolLM2-135M-Instruct on generated arithmetic, learns a mask on the best checkpoint, and compares it
+on the same test items with the pre-trained model, continued full fine-tuning, a random mask, an L1 mask, and a warm
+restart of full fine-tuning with as many tokens. About ten minutes and 4 GB on two cores.
 
   --output_dir DIR      folder of the demo (default: runs/demo); an interrupted demo goes on where it stopped
   --config FILE         a recipe with the sections shared, full, mask, warm_restart (default: the one shown by --show)

