@@ -41,7 +41,8 @@ def load_tokenizer(name_or_path: str, **kwargs) -> PreTrainedTokenizerBase:
         path = _embedded_file()
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     else:
-        _check_source(name_or_path)
+        if is_local_folder(name_or_path) and not any(Path(name_or_path).expanduser().glob("tokenizer*")):
+            raise UserError(f"{name_or_path!r} is not a folder with a tokenizer")
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
         except (OSError, ValueError) as error:

@@ -37,12 +37,11 @@ class RichProgress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
-        held_out = logs.get("eval_loss", logs.get("unmasked_loss"))
+        held_out = logs.get("eval_loss")
         if "loss" in logs:
             self._last_loss = f" loss {float(logs['loss']):.4f}"
         if held_out is not None:
-            what = "held-out loss without the mask" if "unmasked_loss" in logs else "held-out loss"
-            self.console.print(f"  step {state.global_step:>5}  {what} {float(held_out):.4f}", highlight=False)
+            self.console.print(f"  step {state.global_step:>5}  held-out loss {float(held_out):.4f}", highlight=False)
         elif "loss" in logs and not self.console.is_terminal:
             extra = f"  flips {logs['mask_flips_per_step']:,}" if "mask_flips_per_step" in logs else ""
             self.console.print(

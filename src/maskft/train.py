@@ -279,7 +279,7 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> 
     trainer.add_callback(progress)
     if run.method.keep_last:
         trainer.add_callback(_KeepLast(Path(args.output_dir) / paths.LAST, tokenizer))
-    reference_loss = _unmasked_loss(trainer) if run.method.method == "mask" else None
+    reference_loss = _unmasked_loss(trainer, console) if run.method.method == "mask" else None
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=resume_from)
@@ -423,16 +423,23 @@ def mask_line(mask: MaskArguments, num_target_weights: int) -> str:
         return (
             f"threshold {mask.mask_threshold:g}: removes what scores below it, of {num_target_weights:,} target weights"
         )
-    return f"sparsity {mask.mask_sparsity:.2f}: removes {100 * mask.mask_sparsity:g} % of {num_target_weights:,} target weights"
+    share = f"{100 * mask.mask_sparsity:g} %"
+    return f"sparsity {mask.mask_sparsity:.2f}: removes {share} of {num_target_weights:,} target weights"
 
 
-def _unmasked_loss(trainer) -> float | None:
+def _unmasked_loss(trainer, console: Console) -> float | None:
     """Held-out loss of the model without the mask: what the mask has to beat."""
     if trainer.eval_dataset is None or trainer.args.eval_strategy == "no":
         return None
+    # Not evaluate(): its callbacks would log a metric of another model, before they are told where to log.
     with trainer.accelerator.unwrap_model(trainer.model).disable_adapter():
-        metrics = trainer.evaluate(metric_key_prefix="unmasked")
-    return metrics["unmasked_loss"]
+        output = trainer.evaluation_loop(
+            trainer.get_eval_dataloader(), "unmasked", prediction_loss_only=True, metric_key_prefix="unmasked"
+        )
+    trainer._metrics["eval"].clear()
+    loss = output.metrics["unmasked_loss"]
+    console.print(f"  held-out loss without the mask {loss:.4f}", highlight=False)
+    return loss
 
 
 def _summarise(run, trainer, seconds: float, reference_loss: float | None) -> TrainingSummary:
