@@ -13,8 +13,12 @@ os.environ.update(
 )
 sys.path.insert(0, str(Path(__file__).parent))
 
+import json
+
 import pytest
+import tiny
 import torch
+from tiny_tokenizer import tiny_tokenizer
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -22,3 +26,24 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer()
+    tiny.tiny_llama(vocab_size=len(tokenizer), num_layers=3).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    rows = [
+        {"prompt": f"{a}+{b}=", "completion": f"{a + b}", "answer": f"{a + b}", "answer_type": "number"}
+        for a in range(8)
+        for b in range(8)
+    ]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file

@@ -16,27 +16,6 @@ from maskft.paths import ADAPTER_WEIGHTS, LAST, TRAINING
 from tiny_tokenizer import tiny_tokenizer
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = tiny_tokenizer()
-    tiny.tiny_llama(vocab_size=len(tokenizer), num_layers=3).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    rows = [
-        {"prompt": f"{a}+{b}=", "completion": f"{a + b}", "answer": f"{a + b}", "answer_type": "number"}
-        for a in range(8)
-        for b in range(8)
-    ]
-    file.write_text("\n".join(json.dumps(row) for row in rows))
-    return file
-
-
 @pytest.fixture
 def arguments(base, data, tmp_path):
     settings = {

@@ -1,0 +1,295 @@
+"""Every command for real on a tiny model: evaluate, compare, merge, inspect, verify, demo, env, and help."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from maskft.cli.main import COMMANDS, main
+from maskft.mask_set import MaskSet
+from maskft.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
+
+
+@pytest.fixture(scope="module")
+def adapter(base, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "mask"
+    status = main(
+        f"train --model_name_or_path {base} --dataset_name {data} --output_dir {folder} --max_steps 3 --eval_steps 3 "
+        "--save_steps 3 --eval_split_size 16 --learning_rate 0.01 --bf16 False --gradient_checkpointing False".split()
+    )
+    assert status == 0
+    return folder
+
+
+def call(words, capsys):
+    capsys.readouterr()
+    status = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def copy_of(folder, target):
+    target.mkdir()
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        (target / file).write_bytes((folder / file).read_bytes())
+    return target
+
+
+# Help and start-up
+
+
+def test_help_of_the_program_names_every_command(capsys):
+    status, out, _ = call(["--help"], capsys)
+    assert status == 0 and all(f"  {name} " in out for name in COMMANDS)
+    assert call(["--version"], capsys)[1].startswith("maskft 0.")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--help"])
+        raise SystemExit(0)  # commands that print and return
+    out = capsys.readouterr().out
+    assert exit_info.value.code == 0 and "usage: maskft" in out
+    if command == "train":
+        assert all(flag in out for flag in ("--mask_sparsity", "--learning_rate", "--dataset_name", "--method"))
+
+
+def test_help_and_import_do_not_import_torch():
+    code = (
+        "import sys, maskft\n"
+        "from maskft.cli.main import main\n"
+        "for words in (['--help'], ['compare', '--help'], ['merge', '--help'], ['evaluate', '--help'], ['demo', '--help']):\n"
+        "    try: main(words)\n"
+        "    except SystemExit: pass\n"
+        "sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_unknown_command_and_option(capsys):
+    status, _, err = call(["trian"], capsys)
+    assert status == 2 and "no command 'trian' (did you mean 'train'?)" in err
+    status, _, err = call(["merge", "--adapter", "a", "--output_dri", "b", "--output_dir", "c"], capsys)
+    assert status == 2 and "unknown option --output_dri (did you mean '--output_dir'?)" in err
+
+
+def test_env(capsys):
+    status, out, _ = call(["env"], capsys)
+    assert status == 0 and {"python", "packages"} <= set(json.loads(out))
+
+
+# inspect and verify
+
+
+def test_inspect(adapter, capsys):
+    status, out, _ = call(["inspect", adapter], capsys)
+    assert status == 0
+    assert "model.layers.2.mlp.down_proj" in out and "10.0" in out and "base_fingerprint" in out and "recipe" in out
+    rows = json.loads(call(["inspect", adapter, "--json"], capsys)[1])
+    masks = MaskSet.from_adapter(adapter)
+    assert rows["total"]["num_removed"] == masks.num_removed and len(rows["modules"]) == 21
+    assert rows["total"]["num_bytes"] == sum(row["num_bytes"] for row in rows["modules"])
+
+
+def test_verify(adapter, base, tmp_path, capsys):
+    status, out, _ = call(["verify", adapter, "--base", base], capsys)
+    assert status == 0 and out.count("ok  ") == 5 and "base fingerprint match" in out
+    other = tmp_path / "other"
+    tiny.tiny_llama(vocab_size=264, seed=5).save_pretrained(other)
+    AutoTokenizer.from_pretrained(base).save_pretrained(other)
+    status, _, err = call(["verify", adapter, "--base", other], capsys)
+    assert status == 2 and "was trained on other base weights" in err
+
+
+def test_verify_finds_damage(adapter, tmp_path, capsys):
+    broken = copy_of(adapter, tmp_path / "flipped")
+    tensors = safetensors.torch.load_file(broken / ADAPTER_WEIGHTS)
+    next(iter(tensors.values()))[-1] ^= 1
+    safetensors.torch.save_file(tensors, broken / ADAPTER_WEIGHTS)
+    status, _, err = call(["verify", broken], capsys)
+    assert status == 2 and "is corrupted" in err
+    swapped = copy_of(adapter, tmp_path / "swapped")
+    MaskSet({n: ~m for n, m in MaskSet.from_adapter(adapter).items()}).save(swapped / ADAPTER_WEIGHTS)
+    status, _, err = call(["verify", swapped], capsys)
+    assert status == 2 and "do not match mask_sha256" in err
+    truncated = copy_of(adapter, tmp_path / "truncated")
+    (truncated / ADAPTER_WEIGHTS).write_bytes((adapter / ADAPTER_WEIGHTS).read_bytes()[:200])
+    status, _, err = call(["verify", truncated], capsys)
+    assert status == 2 and "not a readable safetensors file" in err
+    status, _, err = call(["inspect", tmp_path], capsys)
+    assert status == 2 and "is not an adapter folder" in err
+
+
+# merge
+
+
+def test_merge_gives_an_ordinary_checkpoint(adapter, base, tmp_path, capsys):
+    out = tmp_path / "merged"
+    status, _, err = call(["merge", "--adapter", adapter, "--output_dir", out], capsys)
+    assert status == 0 and "bitwise equal" in " ".join(err.split()), err
+    files = {path.name for path in out.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files
+    assert AutoTokenizer.from_pretrained(out).chat_template == AutoTokenizer.from_pretrained(base).chat_template
+    card = (out / "README.md").read_text()
+    assert "mask fingerprint" in card and "method | mask" in card
+    assert str(base.parent) not in card, "a model card must not carry a path of this machine"
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM; import torch\n"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); assert 'maskft' not in sys.modules\n"
+        "torch.save(m(torch.arange(20)[None]).logits, sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(out), str(tmp_path / "logits.pt")], check=True)
+    masked = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), masked(torch.arange(20)[None]).logits)
+
+
+def test_merge_writes_nothing_when_it_cannot(adapter, base, tmp_path, capsys):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine").write_text("keep")
+    status, _, err = call(["merge", "--adapter", adapter, "--output_dir", full], capsys)
+    assert status == 2 and "is not empty" in err and [p.name for p in full.iterdir()] == ["mine"]
+    other = tmp_path / "other"
+    tiny.tiny_llama(vocab_size=264, seed=5).save_pretrained(other)
+    status, _, err = call(["merge", "--adapter", adapter, "--base", other, "--output_dir", tmp_path / "new"], capsys)
+    assert status == 2 and "other base weights" in err and not (tmp_path / "new").exists()
+    status, _, err = call(["merge", "--adapter", base, "--output_dir", tmp_path / "new"], capsys)
+    assert status == 2 and "is not an adapter folder" in err
+
+
+def test_merge_that_would_not_be_exact_is_not_kept(adapter, tmp_path, capsys, monkeypatch):
+    import maskft.merge as module
+
+    monkeypatch.setattr(module, "_logits", lambda model, ids: torch.rand(3))
+    status, _, err = call(["merge", "--adapter", adapter, "--output_dir", tmp_path / "new"], capsys)
+    assert status == 2 and "bit for bit; nothing was kept" in err
+    assert not list(tmp_path.glob("new*"))
+
+
+# evaluate and compare
+
+
+def evaluate(source, out, data, capsys, *extra):
+    return call(
+        ["evaluate", *source, "--output_dir", out, "--dataset_name", data, "--max_new_tokens", "4", *extra], capsys
+    )
+
+
+def test_evaluate_and_compare(adapter, base, data, tmp_path, capsys):
+    status, out, err = evaluate(["--model_name_or_path", base, "--name", "base"], tmp_path / "a", data, capsys)
+    assert status == 0, err
+    assert "base: nll" in out and "64 items" in out
+    status, out, err = evaluate(["--adapter", adapter], tmp_path / "b", data, capsys, "--batch_size", "3")
+    assert status == 0, err
+    results = [json.loads((tmp_path / n / RESULT).read_text()) for n in "ab"]
+    assert all(set(r["tasks"]["heldout"]["metrics"]) == {"nll", "accuracy"} for r in results)
+    assert results[1]["model"]["mask_fingerprint"] and results[1]["model"]["method"] == "mask"
+    assert str(tmp_path) not in json.dumps(results)
+    status, out, err = call(["compare", tmp_path / "a", tmp_path / "b"], capsys)
+    assert status == 0, err
+    assert "mask vs base" in " ".join(out.split())
+    for form in ("markdown", "latex", "json"):
+        assert call(["compare", tmp_path / "a", tmp_path / "b", "--format", form], capsys)[0] == 0
+
+
+def test_batch_size_and_padding_do_not_change_an_items_numbers(base, data, tmp_path, capsys):
+    for size in (1, 7):
+        evaluate(["--model_name_or_path", base], tmp_path / str(size), data, capsys, "--batch_size", str(size))
+    items = [json.loads((tmp_path / s / RESULT).read_text())["tasks"]["heldout"]["items"] for s in ("1", "7")]
+    for one, many in zip(*items, strict=True):
+        assert one["id"] == many["id"] and one["output"] == many["output"]
+        assert one["nll"] == pytest.approx(many["nll"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--model_name_or_path", "./none"], "does not exist"),
+        (["--adapter", "./none"], "is not an adapter folder"),
+        ([], "name a model"),
+        (["--model_name_or_path", "BASE", "--batch_size", "0"], "batch_size is 0; it must be at least 1"),
+        (["--model_name_or_path", "BASE", "--dtype", "float8"], "invalid choice"),
+    ],
+)
+def test_bad_evaluations(words, message, base, data, tmp_path, capsys):
+    words = [base if word == "BASE" else word for word in words]
+    status, _, err = evaluate(words, tmp_path / "out", data, capsys)
+    assert status == 2 and message in err.strip().splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_an_existing_result_is_not_replaced_unasked(base, data, tmp_path, capsys):
+    evaluate(["--model_name_or_path", base], tmp_path / "a", data, capsys, "--no_generate")
+    status, _, err = evaluate(["--model_name_or_path", base], tmp_path / "a", data, capsys, "--no_generate")
+    assert status == 2 and "exists; name another output_dir or pass --overwrite" in err
+    assert (
+        evaluate(["--model_name_or_path", base], tmp_path / "a", data, capsys, "--no_generate", "--overwrite")[0] == 0
+    )
+
+
+# demo
+
+
+def demo_words(base, data, out):
+    options = {
+        "output_dir": out,
+        "model_name_or_path": base,
+        "dataset_name": data,
+        "eval_split_size": 32,
+        "num_train_epochs": 1,
+        "bf16": False,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 0.003,
+    }
+    return ["demo", *(str(word) for key, value in options.items() for word in (f"--{key}", value))]
+
+
+def test_demo_on_a_users_own_model_and_data(base, data, tmp_path, capsys):
+    out = tmp_path / "demo"
+    status, printed, err = call(demo_words(base, data, out), capsys)
+    assert status == 0, err
+    for name in ("pre-trained", "full (best)", "full (continued)", "random mask", "L1 mask", "learned mask", "warm"):
+        assert name in printed
+    assert (out / "table.md").is_file() and json.loads((out / "comparison.json").read_text())["differences"]
+    results = [json.loads(path.read_text()) for path in (out / "results").rglob(RESULT)]
+    assert len(results) == 7 and len({r["tasks"]["test"]["items_fingerprint"] for r in results}) == 1
+    assert all(len(r["tasks"]["test"]["items"]) == 24 for r in results)
+    assert str(tmp_path) not in json.dumps(results)
+    # Run again: nothing is repeated. With other settings: refused.
+    before = (out / "mask" / ADAPTER_WEIGHTS).stat().st_mtime_ns
+    status, printed, _ = call(demo_words(base, data, out), capsys)
+    assert status == 0 and printed.count("already done") == 7
+    assert (out / "mask" / ADAPTER_WEIGHTS).stat().st_mtime_ns == before
+    status, _, err = call([*demo_words(base, data, out), "--mask_sparsity", "0.2"], capsys)
+    assert status == 2 and "holds a demo with other settings" in err
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--learning_rat", "1"], "did you mean 'learning_rate'"),
+        (["--mask.learning_rat", "1"], "did you mean 'learning_rate'"),
+        (["--msk.learning_rate", "1"], "unknown stage 'msk'"),
+        (["--preset", "papr"], "the only one is paper"),
+        (["--config", "none.yaml"], "does not exist"),
+        (["stray"], "'stray' is not an option"),
+    ],
+)
+def test_bad_demo_input(words, message, tmp_path, capsys):
+    status, _, err = call(["demo", "--output_dir", tmp_path / "demo", *words], capsys)
+    assert status == 2 and message in err and not (tmp_path / "demo").exists()
+
+
+def test_demo_preset_paper():
+    from maskft.cli.demo import SECTIONS, _parse_recipe, _recipe_text, merge_options
+
+    recipe = merge_options(_parse_recipe(_recipe_text(None)), {"preset": "paper"})
+    assert set(recipe) == set(SECTIONS)
+    assert recipe["mask"]["mask_preset"] == "paper" and "mask_init_scores" not in recipe["mask"]
