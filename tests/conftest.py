@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import json
 
 import pytest
-import tiny
 import torch
+
+import tiny
 from tiny_tokenizer import tiny_tokenizer
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))

@@ -505,18 +505,40 @@ def _save_after_failure(run, trainer, tokenizer, what: str) -> None:
     raise UserError(f"{message}; the best so far (step {summary.best_step}) is saved in {run.training.output_dir}")
 
 
+# Of TRL's hundreds of arguments, those that decide what is learned.
+_RECORDED = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "max_length",
+    "bf16",
+    "seed",
+)
+
+
 def _recipe(run: Run, summary: TrainingSummary) -> dict:
-    """The run's settings that are not defaults, for the adapter's config and for people."""
+    """How this was trained, for people: what decides the outcome, and every other setting that is not a default."""
     out = {"method": run.method.method, "model_name_or_path": run.model.model_name_or_path}
-    for group in (run.data, run.mask, run.training, run.method):
+    for group in (run.data, run.mask, run.method):
         for name, spec in type(group).__dataclass_fields__.items():
-            value = getattr(group, name, None)
-            default = spec.default
-            if name in ("output_dir", "logging_dir", "run_name") or value is None or value == default:
-                continue
-            if isinstance(value, str | int | float | bool | list):
-                out[name] = value.value if hasattr(value, "value") else value
-    return {**out, "best_step": summary.best_step, "best_heldout_loss": summary.best_loss}
+            value = getattr(group, name)
+            if value is not None and value != spec.default:
+                out[name] = value
+    out |= {name: getattr(run.training, name) for name in _RECORDED}
+    out |= {"best_step": summary.best_step, "best_heldout_loss": summary.best_loss}
+    return {name: _plain(value) for name, value in out.items()}
+
+
+def _plain(value):
+    """An enum as its value, and a path as its last part: a recipe is shared, folders are not."""
+    value = getattr(value, "value", value)
+    return Path(value).name if isinstance(value, str) and Path(value).exists() else value
 
 
 def _model_kwargs(config: ModelConfig) -> dict:

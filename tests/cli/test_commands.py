@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import safetensors.torch
-import tiny
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tiny
 from maskft.cli.main import COMMANDS, main
 from maskft.mask_set import MaskSet
 from maskft.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
@@ -65,8 +65,8 @@ def test_help_and_import_do_not_import_torch():
     code = (
         "import sys, maskft\n"
         "from maskft.cli.main import main\n"
-        "for words in (['--help'], ['compare', '--help'], ['merge', '--help'], ['evaluate', '--help'], ['demo', '--help']):\n"
-        "    try: main(words)\n"
+        "for command in ('', 'compare', 'merge', 'evaluate', 'demo', 'inspect', 'verify', 'env'):\n"
+        "    try: main([*command.split(), '--help'])\n"
         "    except SystemExit: pass\n"
         "sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
     )

@@ -81,6 +81,8 @@ def _options(argv: list[str]) -> dict:
                 values.append(words.pop(0))
             value = values[0] if len(values) == 1 else values
         parsed = [yaml.safe_load(v) for v in value] if isinstance(value, list) else yaml.safe_load(value)
+        if isinstance(parsed, list) and parsed and name in ("config", "output_dir", "preset", "show"):
+            raise UserError(f"{value[-1]!r} is not an option; see maskft demo --help")
         # YAML reads 1e-3 as text.
         options[name] = True if parsed == [] else _number(parsed)
     return options
