@@ -1,0 +1,75 @@
+"""What README.md and the recipes say is run."""
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from maskft.cli.main import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture
+def users_folder(base, tmp_path, monkeypatch):
+    """A folder with the files README talks about."""
+    (tmp_path / "my-model").symlink_to(base)
+    for name in ("train.jsonl", "test.jsonl"):
+        rows = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}"} for a in range(8) for b in range(8)]
+        (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        "max_steps: 2\neval_steps: 1\nsave_steps: 1\nlearning_rate: 1.0e-3\neval_split_size: 8\nbf16: false\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python_example(users_folder):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    assert len(code.strip().splitlines()) <= 25
+    exec(compile(code, "README.md", "exec"), {})
+    size = os.path.getsize("runs/mask/adapter/adapter_model.safetensors")
+    assert size < 14 * 1024 * 2 and (users_folder / "merged" / "config.json").is_file()
+
+
+def test_command_lines(users_folder, capsys):
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "maskft train" in b)
+    for line in block.strip().splitlines():
+        words = shlex.split(line)
+        assert words[0] == "maskft" and main(words[1:]) == 0, (line, capsys.readouterr().err)
+
+
+def test_the_tree_names_every_module():
+    for path in (ROOT / "src" / "maskft").rglob("*.py"):
+        name = path.name if path.parent.name != "cli" else "main.py"
+        assert name.startswith("_") or name in README, f"README's tree does not mention {path.name}"
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"demo", "test"} <= set(targets) and all(f"\n{t}:" in makefile for t in targets)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_public_names_are_documented_and_importable():
+    import maskft
+
+    for name in maskft.__all__:
+        assert getattr(maskft, name) is not None
+    assert set(COMMANDS) >= {"demo", "train", "evaluate", "compare", "merge", "inspect", "verify", "env"}
+
+
+def test_no_path_of_a_machine_in_the_repository():
+    for path in [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("results/**/*.json"),
+        *ROOT.glob("src/**/*.py"),
+    ]:
+        text = path.read_text()
+        assert not re.search(r"/(home|root|work|Users)/\w", text), path
