@@ -149,7 +149,9 @@ class _StepGuard(TrainerCallback):
         for layer in self._layers(model):
             if layer._raw_gradient:
                 raise RuntimeError("an accumulated mask gradient was not handed to the optimizer")
-        if any(p.grad is not None and not bool(torch.isfinite(p.grad.sum())) for p in model.parameters()):
+        # One sum over all gradients, so that a GPU is asked once; NaN and inf both survive adding.
+        total = sum(p.grad.detach().sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None)
+        if not bool(torch.isfinite(torch.as_tensor(total))):
             raise NotFiniteError("gradient is not finite")
         if self._is_logged(args, state):
             # The effective weight is replaced, not overwritten, so holding the old one costs no copy.
