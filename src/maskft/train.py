@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from rich.console import Console
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from . import paths
@@ -68,6 +68,8 @@ class TrainingArguments(SFTConfig):
         # TRL's bf16=True is an error on a machine without an accelerator unless this is said.
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            self.eval_on_start = self.load_best_model_at_end = False
         super().__post_init__()
 
 
@@ -137,6 +139,8 @@ class _StepGuard(TrainerCallback):
         self._before: list[tuple[MaskLayer, torch.Tensor]] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for layer in self._layers(model):
+            layer._raw_gradient.clear()  # of a run that was interrupted between two micro-batches
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "mask_scores" in name and parameter.dtype != torch.float32:
                 raise UserError(f"{name} is {parameter.dtype}; scores must be float32, masks are ranked in it")
@@ -149,6 +153,8 @@ class _StepGuard(TrainerCallback):
         for layer in self._layers(model):
             if layer._raw_gradient:
                 raise RuntimeError("an accumulated mask gradient was not handed to the optimizer")
+        if self.trainer.accelerator.scaler is not None:
+            return  # float16 gradients overflow now and then; the scaler skips such a step itself
         # One sum over all gradients, so that a GPU is asked once; NaN and inf both survive adding.
         total = sum(p.grad.detach().sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None)
         if not bool(torch.isfinite(torch.as_tensor(total))):
@@ -156,6 +162,13 @@ class _StepGuard(TrainerCallback):
         if self._is_logged(args, state):
             # The effective weight is replaced, not overwritten, so holding the old one costs no copy.
             self._before = [(layer, layer._effective) for layer in self._layers(model) if layer._effective is not None]
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        # The Trainer would not take the start for the best, also when every step made it worse.
+        if state.global_step == 0 and args.load_best_model_at_end and args.metric_for_best_model in (metrics or {}):
+            state.best_metric = metrics[args.metric_for_best_model]
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            state.best_model_checkpoint = str(Path(args.output_dir) / "checkpoint-0")
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         if not self._before:
@@ -326,7 +339,7 @@ def prepare_output_dir(args: SFTConfig) -> str | None:
         return str(resume)
     used = folder.is_dir() and any(folder.iterdir())
     if resume:
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        last = _last_whole_checkpoint(folder, args)
         if last is None:
             raise UserError(f"there is no checkpoint to resume from in {str(folder)!r}; drop --resume_from_checkpoint")
         return last
@@ -336,6 +349,27 @@ def prepare_output_dir(args: SFTConfig) -> str | None:
             "--resume_from_checkpoint true"
         )
     return None
+
+
+def _last_whole_checkpoint(folder: Path, args: SFTConfig) -> str | None:
+    """The newest checkpoint that can be resumed exactly; one cut short by a kill is passed over."""
+    needed = ["trainer_state.json"] + (
+        [] if args.save_only_model else ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    )
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
+        weights = [*path.glob("*.safetensors")]
+        if weights and all((path / name).is_file() for name in needed) and all(map(_is_readable, weights)):
+            return str(path)
+    return None
+
+
+def _is_readable(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def check_disk_space(model, args: SFTConfig) -> None:
@@ -383,7 +417,8 @@ def _make_fixed_mask(run: Run, model, tokenizer, console) -> TrainingSummary:
         peak_memory_bytes=peak_memory_bytes(),
         history=[],
     )
-    console.print(mask_line(run.mask, summary.num_target_weights))
+    removed = sum(int((~mask).sum()) for mask in masks)
+    console.print(f"{run.method.method}: removes {removed:,} of {summary.num_target_weights:,} target weights")
     save(run, model, tokenizer, summary)
     return summary
 
@@ -448,7 +483,7 @@ def _summarise(run, trainer, seconds: float, reference_loss: float | None) -> Tr
     state = trainer.state
     losses = [(row["step"], row["eval_loss"]) for row in state.log_history if "eval_loss" in row]
     best_step = None
-    if state.best_metric is not None and state.best_model_checkpoint:
+    if run.training.load_best_model_at_end and state.best_model_checkpoint:
         best_step = int(str(state.best_model_checkpoint).rpartition("-")[2])
     elif losses:
         best_step = losses[-1][0]
@@ -473,7 +508,7 @@ def _summarise(run, trainer, seconds: float, reference_loss: float | None) -> Tr
 
 
 def _report(summary: TrainingSummary, reference_loss: float | None, folder: str, console: Console) -> None:
-    if summary.best_loss is None:
+    if summary.best_loss is None or (summary.method == "mask" and reference_loss is None):
         console.print(f"saved to {folder}")
         return
     if summary.method != "mask":

@@ -208,6 +208,14 @@ def test_scores_forced_to_bfloat16_are_refused():
         layer(torch.randn(2, 12))
 
 
+def test_training_after_a_forward_in_inference_mode():
+    layer = make_layer()
+    with torch.inference_mode():
+        layer(torch.randn(2, 12))
+    layer(torch.randn(2, 12)).sum().backward()
+    assert layer.mask_scores["default"].grad is not None
+
+
 def test_scores_on_meta_are_refused():
     layer = make_layer()
     layer.mask_scores["default"] = nn.Parameter(torch.empty(8, 12, device="meta"))

@@ -219,6 +219,31 @@ def test_training_goes_on_from_a_saved_adapter(tmp_path, save_scores):
     assert not torch.equal(logits(train_a_little(loaded)), logits(model))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"selection": "threshold", "rank_by": "signed"},
+        {"scope": "global"},
+        {"init_scores": "constant", "init_value": 0.5},
+    ],
+)
+def test_a_mask_that_fresh_scores_cannot_express_needs_its_scores(tmp_path, config):
+    trained(tiny.tiny_llama, **config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="without the scores it was made from"):
+        PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path, is_trainable=True)
+    assert PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path)
+
+
+def test_replacing_an_adapters_mask_is_noticed(saved, tmp_path):
+    folder, expected, _ = saved
+    model = trained(tiny.tiny_llama, layers_to_transform=[1, 2], mask_seed=4)
+    model.save_pretrained(tmp_path / "second")
+    loaded = load(tmp_path / "second").eval()
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.load_adapter(folder, "default")
+    assert torch.equal(logits(loaded), expected)
+
+
 def test_bfloat16_base_loads_what_float32_trained(saved):
     folder, _, masks = saved
     loaded = PeftModel.from_pretrained(tiny.tiny_llama().bfloat16(), folder)
@@ -332,6 +357,7 @@ def test_sparsity_above_a_half_warns_about_the_released_codes_meaning():
             {"target_modules": ["embed_tokens", "q_proj"]},
             "embed_tokens cannot be masked: it is an embedding; matched and",
         ),
+        ({"target_modules": ["q_proj", "k_prj"]}, r"entry 'k_prj' matches no layer \(did you mean 'k_proj'\?\)"),
         ({"target_modules": ["input_layernorm"]}, "it is a LlamaRMSNorm, not a linear layer"),
     ],
 )

@@ -36,8 +36,11 @@ def main(argv: list[str]) -> None:
     if options.pop("show", None):
         print(text, end="")
         return
-    output_dir = options.pop("output_dir", "runs/demo")
+    output_dir = str(options.pop("output_dir", "runs/demo"))
     recipe = merge_options(_parse_recipe(text), options)
+    for name in ("model_name_or_path", "dataset_name"):
+        if not recipe["shared"].get(name):
+            raise UserError(f"the recipe's section shared has no {name}")
     from ..demo import demo
 
     demo(output_dir, recipe)
@@ -80,7 +83,10 @@ def _options(argv: list[str]) -> dict:
             while words and not words[0].startswith("--"):
                 values.append(words.pop(0))
             value = values[0] if len(values) == 1 else values
-        parsed = [yaml.safe_load(v) for v in value] if isinstance(value, list) else yaml.safe_load(value)
+        try:
+            parsed = [yaml.safe_load(v) for v in value] if isinstance(value, list) else yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"the value of --{name} cannot be read: {value!r}; put it in quotes") from None
         if isinstance(parsed, list) and parsed and name in ("config", "output_dir", "preset", "show"):
             raise UserError(f"{value[-1]!r} is not an option; see maskft demo --help")
         # YAML reads 1e-3 as text.

@@ -23,6 +23,8 @@ def add_arguments(parser) -> None:
         "--max_new_tokens", type=int, default=256, help="bound on a generated answer, in tokens (default: %(default)s)"
     )
     parser.add_argument("--no_generate", action="store_true", help="only held-out loss, no generated answers")
+    parser.add_argument("--seed", type=int, help="training seed, if the model's folder does not say it (a label)")
+    parser.add_argument("--dataset_text_field", default="text", help="column of plain text data (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing result.json")
     group = parser.add_argument_group(
         "data",
@@ -63,7 +65,7 @@ def run(args) -> None:
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(DataArguments)}
     data = DataArguments(**{name: value for name, value in values.items() if value is not None})
     loaded = load_for_evaluation(args.model_name_or_path, args.adapter, args.dtype, args.device)
-    rows = _rows(data, args.eval_split_size is not None, loaded.tokenizer)
+    rows = _rows(data, args.eval_split_size is not None, loaded.tokenizer, args.dataset_text_field)
     record = evaluate_rows(
         loaded.model,
         loaded.tokenizer,
@@ -72,7 +74,10 @@ def run(args) -> None:
         max_length=args.max_length,
         max_new_tokens=args.max_new_tokens,
         generate=False if args.no_generate else None,
+        text_field=args.dataset_text_field,
     )
+    if args.seed is not None:
+        loaded.facts["seed"] = args.seed
     settings = {"dtype": args.dtype, "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
     name = args.name or Path(args.adapter or args.model_name_or_path).name
     write_result(target, build_result(name, loaded.facts, settings, {"heldout": record}))
@@ -83,7 +88,7 @@ def run(args) -> None:
     print(f"written to {target}")
 
 
-def _rows(data, splits_off: bool, tokenizer):
+def _rows(data, splits_off: bool, tokenizer, text_field: str):
     """The rows to evaluate; a lone data file is taken whole."""
     from ..data import PROCEDURAL_PREFIX, load_examples, load_splits
 
@@ -95,8 +100,13 @@ def _rows(data, splits_off: bool, tokenizer):
         or name.startswith(PROCEDURAL_PREFIX)
         or not name
     ):
-        return load_splits(data, data.split_seed, tokenizer).heldout
+        return load_splits(data, data.split_seed, tokenizer, text_field).heldout
     rows = load_examples(
-        name, data.dataset_train_split, config=data.dataset_config, as_chat=data.as_chat, tokenizer=tokenizer
+        name,
+        data.dataset_train_split,
+        config=data.dataset_config,
+        as_chat=data.as_chat,
+        tokenizer=tokenizer,
+        text_field=text_field,
     )
     return rows.select(range(min(len(rows), data.max_eval_samples or len(rows))))

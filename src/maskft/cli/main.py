@@ -6,6 +6,8 @@ import argparse
 import importlib
 import sys
 
+from safetensors import SafetensorError
+
 from .._version import __version__
 from ..errors import UserError, did_you_mean
 
@@ -60,6 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"maskft: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except (OSError, ImportError, SafetensorError) as error:
+        # A full disk, a file without permission, a missing extra: the machine's word for it is the best there is.
+        print(f"maskft: error: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("maskft: interrupted", file=sys.stderr)
         return 130
@@ -77,3 +83,7 @@ class OneLineParser(argparse.ArgumentParser):
             known = [option for action in self._actions for option in action.option_strings]
             message = f"unknown option {flag}{did_you_mean(flag.split('=')[0], known)}"
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

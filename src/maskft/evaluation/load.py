@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ..errors import UserError
 from ..mask_set import read_config
 from ..merge import load_masked
 from ..models import check_tokenizer_fits, load_model, load_tokenizer
-from ..paths import holds_adapter
+from ..paths import TRAINING, holds_adapter
 
 
 @dataclass
@@ -44,7 +45,7 @@ def load_for_evaluation(
         if model_name_or_path is None:
             raise UserError("name a model: --model_name_or_path or --adapter")
         model, tokenizer = load_model(model_name_or_path, dtype), load_tokenizer(model_name_or_path)
-        facts = {"name_or_path": _portable(model_name_or_path)}
+        facts = {"name_or_path": _portable(model_name_or_path), **_training_facts(model_name_or_path)}
     else:
         if not holds_adapter(adapter):
             raise UserError(f"{adapter!r} is not an adapter folder: it has no adapter_config.json")
@@ -56,12 +57,12 @@ def load_for_evaluation(
                 "fingerprint": config.get("base_fingerprint"),
                 "mask_fingerprint": config.get("mask_sha256"),
                 "method": (config.get("recipe") or {}).get("method", "mask"),
-                "seed": config.get("mask_seed"),
+                "seed": (config.get("recipe") or {}).get("seed"),
             }
         else:
             base = model_name_or_path or PeftConfig.from_pretrained(adapter).base_model_name_or_path
             model = PeftModel.from_pretrained(load_model(base, dtype), adapter)
-            tokenizer, facts = load_tokenizer(base), {"method": "lora"}
+            tokenizer, facts = load_tokenizer(base), {"method": "lora", **_training_facts(adapter)}
         facts |= {"name_or_path": _portable(base), "adapter": _portable(adapter)}
     check_tokenizer_fits(model, tokenizer)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -71,3 +72,12 @@ def load_for_evaluation(
 def _portable(name: str) -> str:
     """A result file is shared: a folder is named by its last component, a hub model in full."""
     return Path(name).name if Path(name).exists() else name
+
+
+def _training_facts(folder: str) -> dict:
+    """Method and seed of a folder that ``maskft train`` wrote."""
+    file = Path(folder) / TRAINING
+    if not file.is_file():
+        return {}
+    recipe = json.loads(file.read_text())["recipe"]
+    return {"method": recipe["method"], "seed": recipe["seed"]}

@@ -143,6 +143,8 @@ class MaskLayer(BaseTunerLayer):
         scores = [layer._checked_scores(name) for layer in pool]
         return zip(pool, masks_from_scores(self.mask_configs[name], scores), strict=True)
 
+    # A weight made inside torch.inference_mode() could not be used in training afterwards.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _set_effective(self, name: str, mask: Tensor, dtype: torch.dtype) -> None:
         names = self._available(self.active_adapters)

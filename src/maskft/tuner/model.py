@@ -78,7 +78,7 @@ class MaskModel(BaseTuner):
         """Check every entry against the model, hand the masks to their layers, and pass on what is not a mask."""
         names = {_module_name(name): name for name in adapter_layers(model, adapter_name)}
         layers = {_module_name(name): layer for name, layer in adapter_layers(model, adapter_name).items()}
-        coded, scores, rest = {}, {}, {}
+        coded, scores, rest, loaded = {}, {}, {}, {}
         for key, value in state_dict.items():
             name, _, kind = key.rpartition(".")
             if kind in ("mask_coded", "mask_scores"):
@@ -96,7 +96,10 @@ class MaskModel(BaseTuner):
                 _restore_scores(layer, adapter_name, mask, scores.get(name))
                 # PEFT reports parameters that a file does not set; these are set already.
                 rest[f"{names[name]}.mask_scores.{adapter_name}"] = layer.mask_scores[adapter_name].data
+            layer._effective = layer._effective_key = None
+            loaded[name] = mask
         if not config.inference_mode and layers and not scores:
+            _check_restored(model, adapter_name, loaded)
             warnings.warn(
                 "the adapter holds a mask but not its scores (save_scores=False): training goes on from this mask with "
                 "freshly drawn scores that rank the same"
@@ -161,6 +164,17 @@ def _restore_scores(layer: MaskLayer, adapter_name: str, mask: Tensor, saved: Te
         parameter.copy_(values)
 
 
+def _check_restored(model: nn.Module, adapter_name: str, loaded: dict[str, Tensor]) -> None:
+    """Refuse to train from a mask that freshly drawn scores cannot express (thresholds, pools, tied scores)."""
+    restored = current_masks(model, adapter_name)
+    different = [name for name, mask in loaded.items() if not torch.equal(restored[name].cpu(), mask)]
+    if different:
+        raise UserError(
+            f"training cannot go on from the mask of {_listed(different)} without the scores it was made from; save it "
+            "with MaskConfig(save_scores=True), or load it for inference"
+        )
+
+
 # Checks
 
 
@@ -177,6 +191,11 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
             f"{name} cannot be masked: {reason}; matched and maskable: {_listed(maskable)}; matched and not maskable: "
             f"{_listed(refused)}; name the linear layers you want in target_modules"
         )
+    entries = config.target_modules if isinstance(config.target_modules, list | set | tuple) else []
+    for entry in entries if matched else []:
+        if not any(name == entry or name.endswith(f".{entry}") for name in modules):
+            leaves = {name.rpartition(".")[2] for name in modules}
+            raise UserError(f"target_modules entry {entry!r} matches no layer{did_you_mean(entry, leaves)}; drop it")
     if not matched:
         leaves = sorted(
             {name.rpartition(".")[2] for name, m in modules.items() if _why_not_maskable(name, m, model) is None}
