@@ -34,11 +34,8 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
-    # The base is recognised by its weights rounded to bfloat16; float16 rounds elsewhere, so it is cast after the check.
-    model = load_model(name, "float32" if dtype == "float16" else dtype, **kwargs)
+    model = load_model(name, dtype, **kwargs)
     model = PeftModel.from_pretrained(model, str(adapter))
-    if dtype == "float16":
-        model.half()
     return model.eval(), _tokenizer(adapter, name), name
 
 

@@ -28,7 +28,7 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
     """
     if name_or_path == EMBEDDED_MODEL:
         return _load_embedded(torch.float32 if dtype == "auto" else getattr(torch, dtype), **kwargs)
-    _check_source(name_or_path)
+    check_model_source(name_or_path)
     try:
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
     except (OSError, ValueError) as error:
@@ -66,7 +66,8 @@ def is_local_folder(name_or_path: str) -> bool:
     return Path(name_or_path).exists() or name_or_path.startswith((".", "/", "~"))
 
 
-def _check_source(name_or_path: str) -> None:
+def check_model_source(name_or_path: str) -> None:
+    """Refuse a local folder that is not a model, before anything is loaded."""
     if not is_local_folder(name_or_path):
         return
     folder = Path(name_or_path).expanduser()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,7 @@ from .mask_codec import encode_mask
 from .mask_set import MaskSet
 from .masking import fixed_masks
 from .memory import keep_freed_memory, peak_memory_bytes
-from .models import check_tokenizer_fits, load_model, load_tokenizer
+from .models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from .progress import RichProgress
 from .tuner import MaskConfig, MaskLayer, adapter_layers
 from .tuner.model import check_targets, maskable_names
@@ -165,8 +166,9 @@ class _StepGuard(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         # The Trainer would not take the start for the best, also when every step made it worse.
-        if state.global_step == 0 and args.load_best_model_at_end and args.metric_for_best_model in (metrics or {}):
-            state.best_metric = metrics[args.metric_for_best_model]
+        loss = (metrics or {}).get(args.metric_for_best_model, math.nan)
+        if state.global_step == 0 and args.load_best_model_at_end and math.isfinite(loss):
+            state.best_metric = loss
             self.trainer._save_checkpoint(self.trainer.model, trial=None)
             state.best_model_checkpoint = str(Path(args.output_dir) / "checkpoint-0")
 
@@ -228,6 +230,7 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
     console = console or Console(stderr=True)
     resume_from = prepare_output_dir(run.training)
     source = run.model.model_name_or_path
+    check_model_source(source)
     tokenizer = load_tokenizer(source, revision=run.model.model_revision)
     if splits is None:
         *splits, report = load_splits(run.data, run.data.split_seed, tokenizer, run.training.dataset_text_field)
