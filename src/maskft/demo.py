@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,8 @@ def demo(output_dir: str | Path, recipe: dict[str, dict], console: Console | Non
     for library in (transformers.utils.logging, datasets.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
+    # Of transformers, about names that its next major version will drop.
+    warnings.simplefilter("ignore", FutureWarning)
     _claim(output_dir, recipe)
     _prepare_base(output_dir, recipe, console)
     splits, test = _split(output_dir, recipe, console)
