@@ -24,9 +24,9 @@ from .evaluation.evaluate import evaluate_rows
 from .evaluation.load import load_for_evaluation
 from .evaluation.results import build_result, read_result, write_result, write_text
 from .models import EMBEDDED_MODEL, load_model, load_tokenizer
-from .train import TrainingSummary, train
+from .train import train
 
-BASELINE = "full (best)"
+BASELINE, CONTINUED = "full (best)", "full (continued)"
 # A quarter of the held-out rows chooses checkpoints; what the table reports is measured on the others.
 _CHOOSING_SHARE = 0.25
 
@@ -45,7 +45,7 @@ class Stage:
 STAGES = (
     Stage("pre-trained", "base", None, "base"),
     Stage(BASELINE, "full", "full", "base", "full"),
-    Stage("full (continued)", f"full/{paths.LAST}", None, "full"),
+    Stage(CONTINUED, f"full/{paths.LAST}", None, "full"),
     Stage("learned mask", "mask", "mask", "full", "mask"),
     Stage("random mask", "random_mask", "random_mask", "full", "mask"),
     Stage("L1 mask", "l1_mask", "l1_mask", "full", "mask"),
@@ -81,8 +81,14 @@ def demo(output_dir: str | Path, recipe: dict[str, dict], console: Console | Non
         if _is_done(output_dir, stage):
             console.print("already done", highlight=False)
             continue
-        summary = _make(output_dir, stage, recipe, splits, console) if stage.method else None
-        _evaluate(output_dir, stage, recipe, test, summary, console)
+        if stage.method:
+            _make(output_dir, stage, recipe, splits, console)
+        if stage.name == CONTINUED and _best_is_last(output_dir):
+            console.print("the best checkpoint is the last one: the same model, the same result", highlight=False)
+            best = read_result(output_dir / "results" / stage.parent / paths.RESULT)
+            write_result(output_dir / "results" / stage.folder / paths.RESULT, {**best, "name": stage.name})
+            continue
+        _evaluate(output_dir, stage, recipe, test, console)
     return _report(output_dir, time.perf_counter() - started, console)
 
 
@@ -163,16 +169,20 @@ def _is_done(output_dir: Path, stage: Stage) -> bool:
     return (output_dir / "results" / stage.folder / paths.RESULT).is_file()
 
 
-def _make(output_dir: Path, stage: Stage, recipe: dict, splits, console: Console) -> TrainingSummary:
+def _make(output_dir: Path, stage: Stage, recipe: dict, splits, console: Console) -> None:
     shutil.rmtree(output_dir / stage.folder, ignore_errors=True)  # of an interrupted try
-    summary = train(_run(output_dir, stage, recipe), splits=splits, console=console)
+    train(_run(output_dir, stage, recipe), splits=splits, console=console)
     for checkpoint in (output_dir / stage.folder).glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     gc.collect()
-    return summary
 
 
-def _evaluate(output_dir: Path, stage: Stage, recipe: dict, test, summary, console: Console) -> None:
+def _best_is_last(output_dir: Path) -> bool:
+    summary = json.loads((output_dir / "full" / paths.TRAINING).read_text())["summary"]
+    return summary["best_step"] == summary["num_steps"]
+
+
+def _evaluate(output_dir: Path, stage: Stage, recipe: dict, test, console: Console) -> None:
     source = _base(output_dir, recipe) if stage.folder == "base" else str(output_dir / stage.folder)
     is_mask = stage.method in MASK_METHODS
     loaded = load_for_evaluation(None if is_mask else source, source if is_mask else None)
@@ -188,12 +198,6 @@ def _evaluate(output_dir: Path, stage: Stage, recipe: dict, test, summary, conso
         console=console,
     )
     settings = {"num_test_items": len(test), "dtype": "float32"}
-    if summary is not None:
-        settings |= {
-            "num_train_tokens": summary.num_train_tokens,
-            "train_time_s": summary.train_time_s,
-            "best_step": summary.best_step,
-        }
     facts = {**loaded.facts, "method": stage.method, "seed": shared.get("seed"), "name_or_path": stage.parent}
     write_result(
         output_dir / "results" / stage.folder / paths.RESULT,
