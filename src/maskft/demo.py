@@ -85,8 +85,8 @@ def demo(output_dir: str | Path, recipe: dict[str, dict], console: Console | Non
             _make(output_dir, stage, recipe, splits, console)
         if stage.name == CONTINUED and _best_is_last(output_dir):
             console.print("the best checkpoint is the last one: the same model, the same result", highlight=False)
-            best = read_result(output_dir / "results" / stage.parent / paths.RESULT)
-            write_result(output_dir / "results" / stage.folder / paths.RESULT, {**best, "name": stage.name})
+            best = read_result(_result_file(output_dir, STAGES[1]))
+            write_result(_result_file(output_dir, stage), {**best, "name": stage.name})
             continue
         _evaluate(output_dir, stage, recipe, test, console)
     return _report(output_dir, time.perf_counter() - started, console)
@@ -165,8 +165,12 @@ def _run(output_dir: Path, stage: Stage, recipe: dict):
     return parse(words)
 
 
+def _result_file(output_dir: Path, stage: Stage) -> Path:
+    return output_dir / "results" / stage.folder / paths.RESULT
+
+
 def _is_done(output_dir: Path, stage: Stage) -> bool:
-    return (output_dir / "results" / stage.folder / paths.RESULT).is_file()
+    return _result_file(output_dir, stage).is_file()
 
 
 def _make(output_dir: Path, stage: Stage, recipe: dict, splits, console: Console) -> None:
@@ -200,7 +204,7 @@ def _evaluate(output_dir: Path, stage: Stage, recipe: dict, test, console: Conso
     settings = {"num_test_items": len(test), "dtype": "float32"}
     facts = {**loaded.facts, "method": stage.method, "seed": shared.get("seed"), "name_or_path": stage.parent}
     write_result(
-        output_dir / "results" / stage.folder / paths.RESULT,
+        _result_file(output_dir, stage),
         build_result(stage.name, facts, settings, {"test": record}),
     )
     console.print(
@@ -211,7 +215,7 @@ def _evaluate(output_dir: Path, stage: Stage, recipe: dict, test, console: Conso
 
 
 def _report(output_dir: Path, seconds: float, console: Console) -> Path:
-    results = [read_result(output_dir / "results" / stage.folder / paths.RESULT) for stage in STAGES]
+    results = [read_result(_result_file(output_dir, stage)) for stage in STAGES]
     comparison = compare(results, BASELINE)
     table = output_dir / paths.TABLE
     write_text(table, render(comparison, "markdown"))

@@ -115,13 +115,7 @@ def _verify_written(folder: Path, probe, expected, masks: MaskSet, dtype) -> Non
 
 def _check_disk(model, output_dir: Path) -> None:
     need = sum(p.numel() * p.element_size() for p in model.parameters())
-    parent = next(p for p in output_dir.absolute().parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < need * 1.05:
-        raise UserError(
-            f"no disk space: the checkpoint needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; name another "
-            "output_dir"
-        )
+    paths.check_free_space(output_dir, need * 1.05, "name another output_dir")
 
 
 def _model_card(adapter, base: str, masks: MaskSet) -> str:

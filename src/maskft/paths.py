@@ -1,8 +1,11 @@
-"""File names inside a run folder. No other module spells one."""
+"""File names inside a run folder, which no other module spells, and room on the disk for one."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+
+from .errors import UserError
 
 RESULT = "result.json"
 TRAINING = "training.json"
@@ -17,3 +20,14 @@ COMPARISON = "comparison.json"
 def holds_adapter(folder: str | Path) -> bool:
     """Whether ``folder`` is an adapter folder."""
     return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def check_free_space(folder: str | Path, need_bytes: float, remedy: str) -> None:
+    """Refuse what the disk of ``folder`` (which need not exist yet) cannot take; ``remedy`` says what to do."""
+    place = Path(folder).absolute()
+    free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+    if free < need_bytes:
+        raise UserError(
+            f"no disk space: {str(folder)!r} needs about {need_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            f"{remedy}"
+        )

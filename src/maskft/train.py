@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -381,15 +380,9 @@ def check_disk_space(model, args: SFTConfig) -> None:
     copies = 1 if args.save_strategy == "no" else 1 + (args.save_total_limit or 2) + 1
     # Adam's two moments travel with every checkpoint unless only the model is saved.
     need = trainable * copies * (1 if args.save_only_model else 3)
-    parent = next(
-        p for p in [Path(args.output_dir).absolute(), *Path(args.output_dir).absolute().parents] if p.exists()
+    paths.check_free_space(
+        args.output_dir, need, "lower save_total_limit, set save_only_model, or name another output_dir"
     )
-    free = shutil.disk_usage(parent).free
-    if free < need:
-        raise UserError(
-            f"no disk space: {args.output_dir!r} needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            "lower save_total_limit, set save_only_model, or name another output_dir"
-        )
 
 
 def _make_fixed_mask(run: Run, model, tokenizer, console) -> TrainingSummary:
