@@ -160,8 +160,7 @@ class _StepGuard(TrainerCallback):
         if not bool(torch.isfinite(torch.as_tensor(total))):
             raise NotFiniteError("gradient is not finite")
         if self._is_logged(args, state):
-            # The effective weight is replaced, not overwritten, so holding the old one costs no copy.
-            self._before = [(layer, layer._effective) for layer in self._layers(model) if layer._effective is not None]
+            self._before = [(m, m._effective == 0) for m in self._layers(model) if m._effective is not None]
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         # The Trainer would not take the start for the best, also when every step made it worse.
@@ -177,8 +176,8 @@ class _StepGuard(TrainerCallback):
         flips, removed, numel = 0, 0, 0
         with torch.no_grad():
             for layer, before in self._before:
-                after = layer.effective_weight(before.dtype)
-                flips += int((after != before).sum())
+                after = layer.effective_weight(layer._effective.dtype) == 0
+                flips += int(torch.count_nonzero(after ^ before))
                 removed += (
                     int((~layer.get_mask(_ADAPTER)).sum()) if layer.mask_configs[_ADAPTER].selection != "topk" else 0
                 )
