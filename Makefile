@@ -16,12 +16,12 @@ test-slow: $(VENV)/.test $(VENV)/.demo
 	$(BIN)/python -m pytest -m slow
 
 quality: $(VENV)/.dev
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 
 style: $(VENV)/.dev
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

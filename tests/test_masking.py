@@ -77,13 +77,13 @@ def test_property_against_reference(values, sparsity, rank_by):
         assert keys[mask].min() >= keys[~mask].max()
 
 
-SAMPLED_NUMEL = 4 * masking._SAMPLE_NUMEL
+SAMPLED_NUMEL = 500_000
 
 
 @pytest.fixture
 def small_samples(monkeypatch):
     """Send small pools through the sample, the band and several chunks."""
-    monkeypatch.setattr(masking, "_SAMPLE_NUMEL", 4)
+    monkeypatch.setattr(masking, "_SAMPLED_MIN_NUMEL", 1)
     monkeypatch.setattr(masking, "_CHUNK_NUMEL", 16)
 
 
@@ -113,7 +113,7 @@ def test_a_sample_that_misleads_costs_time_and_nothing_else(monkeypatch):
     """Every sampled score is high, so the cut is not where the sample says."""
     n = SAMPLED_NUMEL + 5
     scores = torch.rand(n)
-    scores[:: n // masking._SAMPLE_NUMEL | 1] += 10
+    scores[:: int(n ** (1 / 3)) | 1] += 10
     calls = []
     kth_smallest = masking._kth_smallest
     monkeypatch.setattr(masking, "_kth_smallest", lambda *args: calls.append(1) or kth_smallest(*args))
@@ -190,7 +190,7 @@ def test_sparsity_outside_its_range(sparsity):
 
 @pytest.mark.parametrize("nan", [math.nan, -math.nan])
 @pytest.mark.parametrize("rank_by", ["abs", "signed"])
-@pytest.mark.parametrize("n", [50, 4 * masking._SAMPLE_NUMEL + 1])
+@pytest.mark.parametrize("n", [50, masking._SAMPLED_MIN_NUMEL + 1])
 def test_nan_scores_are_refused(nan, rank_by, n):
     scores = torch.randn(n)
     scores[3] = nan

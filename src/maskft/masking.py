@@ -26,8 +26,8 @@ RankBy = Literal["abs", "signed"]
 
 # Entries looked at together on a CPU: few enough that what is computed from them stays in the cache.
 _CHUNK_NUMEL = 1 << 19
-# Entries that tell where the cut is, roughly. A pool of fewer is ranked without a sample.
-_SAMPLE_NUMEL = 1 << 17
+# A pool of fewer entries is ranked without a sample.
+_SAMPLED_MIN_NUMEL = 1 << 14
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -99,18 +99,19 @@ def keep_highest_(
 def _probable_band(scores: Sequence[Tensor], num: int, rank_by: RankBy) -> tuple[float, float] | None:
     """Bounds between which the ``num``-th smallest score very probably lies; None for a pool not worth sampling."""
     total = sum(s.numel() for s in scores)
-    if total < 4 * _SAMPLE_NUMEL:
+    if total < _SAMPLED_MIN_NUMEL:
         return None
-    # An odd stride visits every column of a matrix whose width is a power of two.
-    stride = (total // _SAMPLE_NUMEL) | 1
+    # Of n entries, n^(2/3) are sampled: the sample then costs as little as ranking what lies in its band. An odd stride
+    # visits every column of a matrix whose width is a power of two.
+    stride = int(total ** (1 / 3)) | 1
     samples = [ranking_keys(s.detach().reshape(-1)[::stride], rank_by) for s in scores]
-    sample = torch.cat([sample.to(samples[0].device) for sample in samples]).sort().values
+    sample = torch.cat([sample.to(samples[0].device) for sample in samples])
     share = num / total
     middle, spread = share * len(sample), 4 * math.sqrt(len(sample) * share * (1 - share)) + 2
     low, high = int(middle - spread), int(middle + spread)
     return (
-        float(sample[low]) if middle >= spread else -math.inf,
-        float(sample[high]) if high < len(sample) else math.inf,
+        sample.kthvalue(low).values.item() if low >= 1 else -math.inf,
+        sample.kthvalue(high).values.item() if high <= len(sample) else math.inf,
     )
 
 

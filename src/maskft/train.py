@@ -27,6 +27,7 @@ from .mask_set import MaskSet
 from .masking import fixed_masks
 from .memory import keep_freed_memory, peak_memory_bytes
 from .models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
+from .prefix_cache import PrefixCache
 from .progress import RichProgress
 from .tuner import MaskConfig, MaskLayer, adapter_layers
 from .tuner.model import check_targets, maskable_names
@@ -295,6 +296,7 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> 
     trainer.add_callback(progress)
     if run.method.keep_last:
         trainer.add_callback(_KeepLast(Path(args.output_dir) / paths.LAST, tokenizer))
+    prefix_cache = _prefix_cache(run, trainer, console)
     reference_loss = _unmasked_loss(trainer, console) if run.method.method == "mask" else None
     started = time.perf_counter()
     try:
@@ -303,6 +305,9 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> 
         _save_after_failure(run, trainer, tokenizer, str(error))
     finally:
         progress.close()
+        if prefix_cache is not None:
+            console.print(prefix_cache.summary(), highlight=False)
+            prefix_cache.remove()
     summary = _summarise(run, trainer, time.perf_counter() - started, reference_loss)
     save(run, trainer.model, tokenizer, summary)
     _report(summary, reference_loss, args.output_dir, console)
@@ -447,6 +452,28 @@ def _describe(run, model, tokenizer, train_set, heldout_set, console) -> None:
     )
     console.print("one sample, supervised text in [[ ]]:", highlight=False)
     console.print(format_sample(train_set[0], tokenizer), markup=False, highlight=False)
+
+
+def _prefix_cache(run, trainer, console) -> PrefixCache | None:
+    args = run.training
+    if run.method.mask_prefix_cache is None:
+        return None
+    if args.packing or args.padding_free:
+        raise UserError(
+            "mask_prefix_cache keeps one sequence per row: set packing and padding_free to false, or drop it"
+        )
+    folder = Path(run.method.mask_prefix_cache)
+    if args.world_size > 1:
+        folder = folder / f"rank-{args.process_index}-of-{args.world_size}"
+    compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    cache = PrefixCache(trainer.model, folder, run.method.mask_prefix_cache_gb * 1e9, compute_dtype)
+    tokens = sum(len(ids) for rows in (trainer.train_dataset, trainer.eval_dataset) for ids in rows["input_ids"])
+    console.print(
+        f"prefix cache: {len(cache.layers)} frozen layers, {cache.num_bytes / 1e9:.2f} GB kept already, at most "
+        f"{tokens * cache.bytes_per_token / 1e9:.2f} GB for this data (bound {run.method.mask_prefix_cache_gb:g} GB)",
+        highlight=False,
+    )
+    return cache
 
 
 def mask_line(mask: MaskArguments, num_target_weights: int) -> str:

@@ -1,0 +1,5 @@
+"""The frozen-prefix cache."""
+
+
+def run(report) -> None:
+    """Add the rows."""
