@@ -58,6 +58,9 @@ _EIGHT_BIT = "adamw_torch_8bit"
 # while their upper bits are taken. A test measures it.
 _REFRESH_BYTES = 16
 
+# What reading the data and building the trainer add to a process that has imported everything; measured once.
+_TRAINER_BYTES = 70_000_000
+
 # Rows of a matrix whose random mask is coded to see how many bits a weight takes.
 _CODED_SHAPE = (1024, 1024)
 
@@ -72,6 +75,9 @@ class MicroBatch:
         activation_bytes: Activations and temporary buffers alive at the height, bytes.
         gradient_bytes: Gradients alive at that moment, bytes.
         all_gradient_bytes: Gradients after the backward pass, bytes.
+        allocator_bytes: On a CPU, what was measured to be resident beside live tensors, bytes: oneDNN keeps float32 sums
+            of the largest product in lower precision, and the heap keeps a hole of about the largest buffer. 0 on a
+            GPU; see ``reserve_gb``.
         forward_flops: Multiply-adds of the forward pass, times two.
         backward_flops: The same of the backward pass, recomputation included; 0 without one.
     """
@@ -79,6 +85,7 @@ class MicroBatch:
     activation_bytes: int
     gradient_bytes: int
     all_gradient_bytes: int
+    allocator_bytes: int
     forward_flops: int
     backward_flops: int
 
@@ -252,7 +259,7 @@ class _Planned:
 
     def __init__(self, run: Run, length: int, device: str):
         self.run, self.length, self.device = run, length, device
-        self.process_bytes = resident_memory_bytes() if device == "cpu" else 0
+        self.process_bytes = resident_memory_bytes() + _TRAINER_BYTES if device == "cpu" else 0
         self.method = run.method.method
         self.is_trained = self.method not in ("random_mask", "l1_mask")
         self.config = load_config(run.model.model_name_or_path, revision=run.model.model_revision)
@@ -378,12 +385,18 @@ class _Planned:
         state = self._state_terms()
         micro = self.micro_batch(batch)
         phases = {
-            "micro-batch": {**state, "gradients": micro.gradient_bytes, "activations": micro.activation_bytes},
+            "micro-batch": {
+                **state,
+                "gradients": micro.gradient_bytes,
+                "activations": micro.activation_bytes,
+                "allocator": micro.allocator_bytes,
+            },
             # adamw_torch updates all tensors at once on a GPU, with a temporary of the size of what it updates.
             "optimizer step": {
                 **state,
                 "gradients": micro.all_gradient_bytes,
                 "activations": micro.all_gradient_bytes if self.optim == "adamw_torch" and self.device == "cuda" else 0,
+                "allocator": micro.allocator_bytes,
             },
         }
         if self.method == "mask":
@@ -391,7 +404,15 @@ class _Planned:
             phases["refresh"] = {**state, "refresh": _REFRESH_BYTES * pool}
         if str(getattr(self.run.training.eval_strategy, "value", self.run.training.eval_strategy)) != "no":
             seen = self.micro_batch(self.run.training.per_device_eval_batch_size, is_evaluation=True)
-            phases["evaluation"] = {**state, "activations": seen.activation_bytes}
+            phases["evaluation"] = {
+                **state,
+                "activations": seen.activation_bytes,
+                "allocator": seen.allocator_bytes,
+            }
+        if self.device == "cpu":
+            # A file's pages are resident while the weights are read from it.
+            stored = _weight_dtype("auto", self.config).itemsize * self.num_parameters
+            phases["loading"] = {"process": self.process_bytes, "weights": self.weight_bytes, "file": stored}
         return phases
 
     def peak_bytes(self, batch: int) -> int:
@@ -434,6 +455,7 @@ class _Planned:
                 activation_bytes=live.peak - live.gradients_at_peak,
                 gradient_bytes=live.gradients_at_peak,
                 all_gradient_bytes=live.gradients,
+                allocator_bytes=live.largest + 4 * live.largest_product if self.device == "cpu" else 0,
                 forward_flops=forward_flops,
                 backward_flops=counter.get_total_flops() - forward_flops,
             )
@@ -445,16 +467,20 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self, existing: list[Tensor]):
         super().__init__()
         self.live = self.peak = self.gradients = self.gradients_at_peak = 0
+        self.largest = self.largest_product = 0
         self._known = weakref.WeakKeyDictionary((tensor.untyped_storage(), 0) for tensor in existing)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _PRODUCTS and out.dtype != torch.float32:
+            self.largest_product = max(self.largest_product, out.numel())
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._known:
                 storage = tensor.untyped_storage()
                 self._known[storage] = size = storage.nbytes()
                 weakref.finalize(storage, self._free, size)
                 self.live += size
+                self.largest = max(self.largest, size)
                 if self.live > self.peak:
                     self.peak, self.gradients_at_peak = self.live, self.gradients
         return out
@@ -504,6 +530,8 @@ class _Gradients:
         self.buffers[id(parameter)] = gradient
         self.live.count_as_gradient(gradient)
 
+
+_PRODUCTS = (aten.mm, aten.addmm, aten.bmm)
 
 # Operations on fake CPU tensors that torch's counter has no formula for.
 _FLOPS = {
@@ -643,6 +671,8 @@ _REMEDIES = {
     "refresh": "set mask_scope: matrix, or mask fewer layers",
     "adapter": "lower lora_r, or train fewer modules",
     "masks": "mask fewer layers (mask_layers_to_transform)",
+    "allocator": "set a smaller max_length",
+    "file": "take a machine with more memory",
     "process": "take a machine with more memory",
 }
 
