@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
@@ -75,9 +75,9 @@ class MicroBatch:
         activation_bytes: Activations and temporary buffers alive at the height, bytes.
         gradient_bytes: Gradients alive at that moment, bytes.
         all_gradient_bytes: Gradients after the backward pass, bytes.
-        allocator_bytes: On a CPU, what was measured to be resident beside live tensors, bytes: oneDNN keeps float32 sums
-            of the largest product in lower precision, and the heap keeps a hole of about the largest buffer. 0 on a
-            GPU; see ``reserve_gb``.
+        allocator_bytes: On a CPU, what was measured to be resident beside live tensors, bytes: oneDNN keeps float32
+            sums of the largest product in lower precision, and the heap a hole of about the largest buffer. 0 on
+            a GPU; see ``reserve_gb``.
         forward_flops: Multiply-adds of the forward pass, times two.
         backward_flops: The same of the backward pass, recomputation included; 0 without one.
     """
@@ -183,8 +183,8 @@ def estimate(
         sequence_length: Tokens of every row; default ``max_length``. Shorter rows need less.
         num_train_rows: Training rows, to count steps; default ``max_train_samples``, or the rows of a local file.
         device: ``cpu`` or ``cuda``; default: what this machine has.
-        device_memory_gb: Memory of the device in GB (1e9 bytes), for the largest micro-batch.
-        reserve_gb: Part of it left for the driver's context and fragmentation of a GPU; not used on a CPU.
+        device_memory_gb: Memory of the device as it is sold, for the largest micro-batch: 24 means 24 * 2**30 bytes.
+        reserve_gb: Part of it (same unit) left for the driver's context and fragmentation of a GPU; not used on a CPU.
         flops_per_s: Speed the run is expected to reach, for its time.
         compare_settings: Also tell which weight dtypes, optimizers and checkpointing fit ``device_memory_gb``.
 
@@ -211,7 +211,7 @@ def estimate(
     limit = largest = None
     settings = []
     if device_memory_gb is not None:
-        limit = int((device_memory_gb - (reserve_gb if device == "cuda" else 0)) * 1e9)
+        limit = int((device_memory_gb - (reserve_gb if device == "cuda" else 0)) * 2**30)
         largest = _largest_micro_batch(planned, limit)
         if largest == 0 and not compare_settings:
             raise UserError(_why_nothing_fits(planned, limit))
@@ -248,7 +248,7 @@ def estimate(
         adapter_bytes=planned.adapter_bytes,
         bits_per_weight=planned.bits_per_weight,
         checkpoint_bytes=planned.checkpoint_bytes,
-        device_memory_bytes=None if device_memory_gb is None else int(device_memory_gb * 1e9),
+        device_memory_bytes=None if device_memory_gb is None else int(device_memory_gb * 2**30),
         largest_micro_batch=largest,
         settings=settings,
     )
@@ -441,14 +441,13 @@ class _Planned:
         ids = torch.zeros(batch, self.length, dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
         live = _LiveBytes([*self.model.parameters(), *self.model.buffers()])
-        counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
         gradients = _Gradients(self.model, {id(module.weight) for module in self.masked.values()}, live)
-        with torch.set_grad_enabled(not is_evaluation), gradients, counter, live:
+        with torch.set_grad_enabled(not is_evaluation), gradients, live:
             if self.run.training.gradient_accumulation_steps > 1 and not is_evaluation:
                 gradients.of_an_earlier_micro_batch()
             with torch.autocast("cpu", self.compute_dtype, enabled=_is_autocast(self.run.training)):
                 loss = -self.model(**inputs, fused_lm_head=True).log_probs.sum()
-            forward_flops = counter.get_total_flops()
+            forward_flops = live.flops
             if not is_evaluation:
                 loss.backward()
             return MicroBatch(
@@ -457,21 +456,27 @@ class _Planned:
                 all_gradient_bytes=live.gradients,
                 allocator_bytes=live.largest + 4 * live.largest_product if self.device == "cpu" else 0,
                 forward_flops=forward_flops,
-                backward_flops=counter.get_total_flops() - forward_flops,
+                backward_flops=live.flops - forward_flops,
             )
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows the bytes of storages that operations make, until they are freed; ``existing`` tensors do not count."""
+    """Follows the bytes of storages that operations make, until they are freed, and counts FLOPs.
+
+    The ``existing`` tensors do not count. torch's FlopCounterMode is not used, only its formulas: it holds on to the
+    inputs of modules, which would count as memory here.
+    """
 
     def __init__(self, existing: list[Tensor]):
         super().__init__()
         self.live = self.peak = self.gradients = self.gradients_at_peak = 0
-        self.largest = self.largest_product = 0
+        self.largest = self.largest_product = self.flops = 0
         self._known = weakref.WeakKeyDictionary((tensor.untyped_storage(), 0) for tensor in existing)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if formula := _FLOPS.get(func.overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
         if func.overloadpacket in _PRODUCTS and out.dtype != torch.float32:
             self.largest_product = max(self.largest_product, out.numel())
         for tensor in tree_leaves(out):
@@ -533,12 +538,16 @@ class _Gradients:
 
 _PRODUCTS = (aten.mm, aten.addmm, aten.bmm)
 
-# Operations on fake CPU tensors that torch's counter has no formula for.
+# The last three run on CPU tensors, fake or not, and torch has no formula for them. Attention counts without the half
+# that a causal mask saves.
 _FLOPS = {
-    aten.addmm_: lambda out, left, right, *_, **__: 2 * left[0] * left[1] * right[1],
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    **flop_registry,
+    aten.addmm_: lambda out, left, right, **_: 2 * left.shape[0] * left.shape[1] * right.shape[1],
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(
-        grad, q, k, v
+        grad.shape, q.shape, k.shape, v.shape
     ),
 }
 
@@ -661,34 +670,41 @@ def _largest_micro_batch(planned: _Planned, limit: int) -> int:
     return low
 
 
-_REMEDIES = {
-    "weights": "load the base in bfloat16 (dtype: bfloat16), or take a smaller model",
-    "optimizer": f"use optim: {_EIGHT_BIT}, or train fewer layers",
-    "gradients": "train fewer layers (mask_layers_to_transform), or use lora",
-    "scores": "mask fewer layers (mask_layers_to_transform)",
-    "effective weights": "mask fewer layers (mask_layers_to_transform)",
-    "activations": "set gradient_checkpointing: true, or a smaller max_length",
-    "refresh": "set mask_scope: matrix, or mask fewer layers",
-    "adapter": "lower lora_r, or train fewer modules",
-    "masks": "mask fewer layers (mask_layers_to_transform)",
-    "allocator": "set a smaller max_length",
-    "file": "take a machine with more memory",
-    "process": "take a machine with more memory",
-}
-
-
 def _why_nothing_fits(planned: _Planned, limit: int) -> str:
     phases = planned.phases(1)
     height = max(phases, key=lambda name: sum(phases[name].values()))
     terms = phases[height]
     largest = max(terms, key=terms.get)
-    remedy = _REMEDIES[largest]
-    if height == "evaluation" and largest == "activations":
-        remedy = "lower per_device_eval_batch_size"
+    remedies = _remedies(planned, height)
+    remedy = next((remedies[term] for term in sorted(terms, key=terms.get, reverse=True) if term in remedies), "")
     return (
         f"device memory is too small for micro-batch 1: {sum(terms.values()) / 1e9:.1f} GB are needed and "
-        f"{limit / 1e9:.1f} GB are there; most of it is {largest} ({terms[largest] / 1e9:.1f} GB): {remedy}"
+        f"{limit / 1e9:.1f} GB are there; most of it is {largest} ({terms[largest] / 1e9:.1f} GB); "
+        f"{remedy or 'take a smaller model or a larger device'}"
     )
+
+
+def _remedies(planned: _Planned, height: str) -> dict[str, str]:
+    """What would make a term smaller, for the terms where something is left to do."""
+    fewer = "train fewer layers" if planned.method == "full" else "mask fewer layers (mask_layers_to_transform)"
+    remedies = {}
+    if planned.dtype == torch.float32:
+        remedies["weights"] = "load the base in bfloat16 (dtype: bfloat16)"
+    if planned.optim != _EIGHT_BIT:
+        remedies["optimizer"] = f"keep the moments in 8 bits (optim: {_EIGHT_BIT})"
+    if height == "evaluation":
+        remedies["activations"] = "lower per_device_eval_batch_size"
+    elif not planned.run.training.gradient_checkpointing:
+        remedies["activations"] = "set gradient_checkpointing: true"
+    elif planned.length > 256:
+        remedies["activations"] = "set a smaller max_length"
+    if planned.method == "full" and planned.run.method.partial_layers is None:
+        remedies["gradients"] = "train a mask or lora instead of all weights"
+    elif planned.method != "lora":
+        remedies |= dict.fromkeys(("gradients", "scores", "effective weights"), fewer)
+    if planned.run.mask.mask_scope == "global":
+        remedies["refresh"] = "set mask_scope: matrix"
+    return remedies
 
 
 def _compare(run: Run, length: int, device: str, limit: int) -> list[Setting]:

@@ -55,7 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="what the run uses (default: what this machine has)")
     parser.add_argument(
-        "--device_memory_gb", type=float, metavar="GB", help="memory of the device, > 0: tells the largest micro-batch"
+        "--device_memory_gb",
+        type=float,
+        metavar="GB",
+        help="memory of the device as it is sold (24 means 24 x 2^30 bytes), > 0: tells the largest micro-batch",
     )
     parser.add_argument(
         "--reserve_gb",
@@ -148,5 +151,5 @@ def _facts(result):
     if result.device_memory_bytes is not None and not result.settings:
         yield (
             "largest per_device_train_batch_size",
-            f"{result.largest_micro_batch} in {result.device_memory_bytes / 1e9:.1f} GB",
+            f"{result.largest_micro_batch} (device memory {result.device_memory_bytes / 1e9:.1f} GB)",
         )
