@@ -40,6 +40,8 @@ from .masking import random_mask
 from .memory import resident_memory_bytes
 from .models import load_config
 from .train import Run, build_model, check_method
+from .tuner.config import MaskConfig
+from .tuner.layer import masks_from_scores
 from .tuner.model import check_targets, layer_indices, maskable_names
 
 aten = torch.ops.aten
@@ -54,15 +56,11 @@ _OPTIMIZER_BYTES: dict[str, Callable[[int], float]] = {
 }
 _EIGHT_BIT = "adamw_torch_8bit"
 
-# What finding a mask holds at its height, per weight ranked at once: float32 ranking keys, and three int32 tensors
-# while their upper bits are taken. A test measures it.
-_REFRESH_BYTES = 16
-
 # What reading the data and building the trainer add to a process that has imported everything; measured once.
 _TRAINER_BYTES = 70_000_000
 
-# Rows of a matrix whose random mask is coded to see how many bits a weight takes.
-_CODED_SHAPE = (1024, 1024)
+# Shape of a matrix that is masked for real, to see how many bytes that takes and how many bits its mask.
+_SAMPLE_SHAPE = (1024, 1024)
 
 _MAX_MICRO_BATCH = 1 << 16
 
@@ -288,6 +286,7 @@ class _Planned:
         self.num_trainable = sum(numel for numel, _ in self.trained_sizes)
         if self.is_trained and not self.num_trainable:
             raise UserError(f"method {self.method} trains no parameter of {run.model.model_name_or_path!r}")
+        self.refresh_bytes = _refresh_bytes(mask_config(run.mask)) if self.method in MASK_METHODS else 0
         self._count_files()
 
     # What is where
@@ -379,7 +378,7 @@ class _Planned:
         """Bytes per term in each phase of a run, by phase."""
         if not self.is_trained:
             keys = 5 * self.num_masked  # float32 ranking keys and bool masks of all matrices at once
-            largest = _REFRESH_BYTES * max(self.masked_numels)
+            largest = int(self.refresh_bytes * max(self.masked_numels))
             terms = {"process": self.process_bytes, "weights": self.weight_bytes, "masks": keys, "refresh": largest}
             return {"making the mask": terms}
         state = self._state_terms()
@@ -401,7 +400,7 @@ class _Planned:
         }
         if self.method == "mask":
             pool = self.num_masked if self.run.mask.mask_scope == "global" else max(self.masked_numels)
-            phases["refresh"] = {**state, "refresh": _REFRESH_BYTES * pool}
+            phases["refresh"] = {**state, "refresh": int(self.refresh_bytes * pool)}
         if str(getattr(self.run.training.eval_strategy, "value", self.run.training.eval_strategy)) != "no":
             seen = self.micro_batch(self.run.training.per_device_eval_batch_size, is_evaluation=True)
             phases["evaluation"] = {
@@ -629,9 +628,17 @@ def _bits_per_weight(mask) -> dict[str, float]:
     if mask.mask_selection == "threshold":
         return {"coded": 1.0, "bound": 1.0}  # how many weights fall below the threshold is not known before
     share = mask.mask_sparsity
-    coded = 8 * encode_mask(random_mask(_CODED_SHAPE, share, seed=0)).numel() / math.prod(_CODED_SHAPE)
+    coded = 8 * encode_mask(random_mask(_SAMPLE_SHAPE, share, seed=0)).numel() / math.prod(_SAMPLE_SHAPE)
     bound = -sum(p * math.log2(p) for p in (share, 1 - share) if p > 0)
     return {"coded": coded, "bound": bound}
+
+
+def _refresh_bytes(config: MaskConfig) -> float:
+    """Bytes that finding a mask takes at its height per weight that is ranked, measured on a random matrix."""
+    scores = torch.randn(_SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
+    with _LiveBytes([scores]) as live:
+        masks_from_scores(config, [scores])
+    return live.peak / scores.numel()
 
 
 def _num_steps(run: Run, num_train_rows: int | None) -> int | None:
