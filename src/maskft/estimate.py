@@ -266,16 +266,18 @@ class _Planned:
         self.compute_dtype = _compute_dtype(run.training, self.dtype)
         self._seen: dict[tuple[int, bool], MicroBatch] = {}
         self._mode = FakeTensorMode()
-        with self._mode, warnings.catch_warnings():
+        with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = _fake_model(self.config, self.dtype, run.model.attn_implementation)
+            model = _meta_model(self.config, self.dtype, run.model.attn_implementation)
             self.num_parameters = sum(p.numel() for p in model.parameters())
-            self.weight_bytes = _nbytes([*model.parameters(), *model.buffers()])
+            self.weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
             self.num_layers = len(layer_indices(name for name, _ in model.named_modules()))
             self.masked = self._masked_modules(model) if self.method in MASK_METHODS else {}
             self.masked_numels = [module.weight.numel() for module in self.masked.values()]
             self.num_masked = sum(self.masked_numels)
             self.model = self._prepare(model)
+        with self._mode:
+            _make_fake(self.model)
             trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.layer_units = self._layer_units(trained)
         masked = {id(module.weight) for module in self.masked.values()}
@@ -577,7 +579,7 @@ def _nothing(*_, **__) -> None:
     pass
 
 
-def _fake_model(config, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+def _meta_model(config, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     # Flash attention, from whatever package, keeps what sdpa keeps.
     attention = "sdpa" if attention and attention not in ("eager", "sdpa") else attention
     try:
@@ -591,6 +593,23 @@ def _fake_model(config, dtype: torch.dtype, attention: str | None) -> PreTrained
     if not layer_indices(name for name, _ in model.named_modules()):
         raise UserError(f"the configuration has no decoder layers ({type(model).__name__}); is it complete?")
     return model
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Put fake CPU tensors, which choose CPU kernels, in place of a model's meta tensors; tied ones stay tied."""
+    # Replaced tensors are held on to, or another could take their id.
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    fake = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+                    made[id(tensor)] = (tensor, fake)
+                tensors[name] = made[id(tensor)][1]
 
 
 def _weight_dtype(name: str, config) -> torch.dtype:
@@ -617,10 +636,6 @@ def _optimizer(training) -> str:
         known = ", ".join(_OPTIMIZER_BYTES)
         raise UserError(f"optim is {name!r}{did_you_mean(name, _OPTIMIZER_BYTES)}; estimates are made for: {known}")
     return name
-
-
-def _nbytes(tensors: list[Tensor]) -> int:
-    return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _bits_per_weight(mask) -> dict[str, float]:
