@@ -62,7 +62,8 @@ _TRAINER_BYTES = 70_000_000
 # Shape of a matrix that is masked for real, to see how many bytes that takes and how many bits its mask.
 _SAMPLE_SHAPE = (1024, 1024)
 
-_MAX_MICRO_BATCH = 1 << 16
+# No larger micro-batch is tried; the answer then means this or more.
+_MAX_MICRO_BATCH = 1024
 
 
 @dataclass
@@ -124,7 +125,8 @@ class Estimate:
         adapter_bytes: Result on disk (adapter, or whole model).
         bits_per_weight: Measured size of a coded mask and its lower bound.
         checkpoint_bytes: One training checkpoint on disk.
-        largest_micro_batch: Largest ``per_device_train_batch_size`` for the device; None when no device was given.
+        largest_micro_batch: Largest ``per_device_train_batch_size`` for the device, at most 1024; None when no device
+            was given.
         settings: The table of settings, when asked for.
     """
 
