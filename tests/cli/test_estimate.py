@@ -36,7 +36,7 @@ def test_table(recipe, capsys):
 
 def test_json_and_flags_on_top(recipe, capsys):
     words = ["--config", recipe, "--max_steps", 9, "--format", "json", "--compare_settings"]
-    words += ["--max_length", 256, "--device", "cuda", "--device_memory_gb", 0.1, "--reserve_gb", 0]
+    words += ["--max_length", 256, "--device", "cuda", "--device_memory_gb", 0.2, "--reserve_gb", 0]
     result = json.loads(call(words, capsys)[1])
     assert result["num_steps"] == 9 and result["micro_batch"] == 2 and result["sequence_length"] == 256
     assert sum(result["memory"].values()) == result["peak_bytes"] == max(result["phases"].values())
