@@ -258,8 +258,7 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
 def build_model(run: Run, model: PreTrainedModel):
     """Make trainable what the method trains: all weights, some layers, LoRA matrices, or mask scores."""
     method = run.method.method
-    if run.method.partial_layers is not None and method != "full":
-        raise UserError("partial_layers goes with --method full; for a mask use mask_layers_to_transform")
+    check_method(run.method)
     if method == "full":
         model.requires_grad_(True)
         if run.method.partial_layers is not None:
@@ -273,6 +272,12 @@ def build_model(run: Run, model: PreTrainedModel):
         return get_peft_model(model, config)
     # Checkpoints carry the scores so that training can go on from them; the final adapter does not.
     return get_peft_model(model, mask_config(run.mask, save_scores=True))
+
+
+def check_method(arguments: MethodArguments) -> None:
+    """Refuse settings of one method that are given with another."""
+    if arguments.partial_layers is not None and arguments.method != "full":
+        raise UserError("partial_layers goes with --method full; for a mask use mask_layers_to_transform")
 
 
 def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> TrainingSummary:

@@ -14,6 +14,7 @@ from ..errors import UserError, did_you_mean
 COMMANDS = {
     "demo": "learn a mask on a small real model in about ten minutes and see whether it helped",
     "train": "train a mask, LoRA or all weights on your data",
+    "estimate": "tell memory, FLOPs and bytes of a training run before it is started",
     "evaluate": "measure held-out loss and accuracy, item by item",
     "compare": "compare results on the same items, with intervals",
     "merge": "apply a mask to its base model and write an ordinary checkpoint",
