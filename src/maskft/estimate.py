@@ -39,7 +39,7 @@ from .mask_codec import encode_mask
 from .masking import random_mask
 from .memory import resident_memory_bytes
 from .models import load_config
-from .train import Run, build_model, check_method
+from .train import Run, build_model, check_method, stop_gradient_at_frozen_embeddings
 from .tuner.config import MaskConfig
 from .tuner.layer import masks_from_scores
 from .tuner.model import check_targets, layer_indices, maskable_names
@@ -324,9 +324,7 @@ class _Planned:
         model.train()
         if self.run.training.gradient_checkpointing:
             model.activation_checkpointing_enable(self.run.training.gradient_checkpointing_kwargs)
-            if self.method != "full":
-                # TRL does so for every PEFT model; the gradient then goes down to the embeddings.
-                model.enable_input_require_grads()
+            stop_gradient_at_frozen_embeddings(model)
         return model
 
     def _layer_units(self, trained) -> dict[str, int] | None:

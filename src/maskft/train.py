@@ -138,6 +138,7 @@ class _StepGuard(TrainerCallback):
     def __init__(self, trainer: MaskSFTTrainer):
         self.trainer = trainer
         self._before: list[tuple[MaskLayer, torch.Tensor]] = []
+        self._undo = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         for layer in self._layers(model):
@@ -145,6 +146,13 @@ class _StepGuard(TrainerCallback):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "mask_scores" in name and parameter.dtype != torch.float32:
                 raise UserError(f"{name} is {parameter.dtype}; scores must be float32, masks are ranked in it")
+
+        if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            self._undo = stop_gradient_at_frozen_embeddings(self.trainer.accelerator.unwrap_model(model))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._undo is not None:
+            self._undo.remove()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         finite = self.trainer._loss_is_finite
@@ -198,6 +206,19 @@ class _StepGuard(TrainerCallback):
     @staticmethod
     def _layers(model):
         return [m for m in model.modules() if isinstance(m, MaskLayer) and _ADAPTER in m.mask_scores]
+
+
+def stop_gradient_at_frozen_embeddings(model):
+    """Undo what TRL and transformers do to a checkpointed model: let its embeddings require a gradient.
+
+    Only reentrant checkpointing needs that, and it sends the backward pass through the frozen layers below the mask.
+    Returns the handle of the hook.
+    """
+
+    def stop(module, args, output):
+        return output if module.weight.requires_grad else output.detach()
+
+    return model.get_input_embeddings().register_forward_hook(stop)
 
 
 class _KeepLast(TrainerCallback):
