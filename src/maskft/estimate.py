@@ -41,7 +41,7 @@ from .memory import resident_memory_bytes
 from .models import load_config
 from .train import Run, build_model, check_method, stop_gradient_at_frozen_embeddings
 from .tuner.config import MaskConfig
-from .tuner.layer import masks_from_scores
+from .tuner.layer import write_masked_
 from .tuner.model import check_targets, layer_indices, maskable_names
 
 aten = torch.ops.aten
@@ -649,10 +649,11 @@ def _bits_per_weight(mask) -> dict[str, float]:
 
 
 def _refresh_bytes(config: MaskConfig) -> float:
-    """Bytes that finding a mask takes at its height per weight that is ranked, measured on a random matrix."""
+    """Bytes that a refresh takes at its height per weight that is ranked, measured on a random matrix."""
     scores = torch.randn(_SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
-    with _LiveBytes([scores]) as live:
-        masks_from_scores(config, [scores])
+    weight, out = torch.zeros_like(scores), torch.empty_like(scores)
+    with _LiveBytes([scores, weight, out]) as live:
+        write_masked_(config, [out], [weight], [scores])
     return live.peak / scores.numel()
 
 
