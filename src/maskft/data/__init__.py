@@ -5,8 +5,9 @@ An example is a row of a ``datasets.Dataset`` with an ``id`` (a hash of its cont
 and, where the answer can be checked, ``answer`` and ``answer_type`` (see ``answers.check_answer``).
 """
 
-from .loading import load_examples
+from .mixtures import load_examples, parse_mixture
 from .procedural import PROCEDURAL_PREFIX
+from .registry import TEST_SETS, TRAINING_SETS
 from .splits import SplitReport, Splits, load_splits
 from .tokenizing import (
     IGNORED,
@@ -20,11 +21,14 @@ from .tokenizing import (
 __all__ = [
     "IGNORED",
     "PROCEDURAL_PREFIX",
+    "TEST_SETS",
+    "TRAINING_SETS",
     "SplitReport",
     "Splits",
     "format_sample",
     "load_examples",
     "load_splits",
+    "parse_mixture",
     "prompt_ids",
     "supervised_token_count",
     "tokenize_dataset",

@@ -1,9 +1,10 @@
-"""Formats of rows: the columns of published data sets, and what an example is made of."""
+"""Formats of rows: the columns of published data sets, and how each becomes an example."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -15,10 +16,23 @@ from ..errors import UserError
 
 Row = Mapping[str, Any]
 Message = dict[str, str]
+# The columns of each format, in the order of preference, and its reader: (row, as_chat, *columns) -> example.
+Formats = dict[tuple[str, ...], Callable[..., dict]]
 
 
-def to_examples(rows: Iterable[tuple[str, Row]], name: str, as_chat: bool, text_field: str) -> Dataset:
-    """Convert rows, each with the place where it stands, to examples. The first row decides which format they have."""
+def to_examples(
+    rows: Iterable[tuple[str, Row]], name: str, as_chat: bool, text_field: str, formats: Formats | None = None
+) -> Dataset:
+    """Convert rows, each with the place where it stands, to examples. The first row decides which format they have.
+
+    Args:
+        rows: Pairs of a place, such as ``line 3``, and a row.
+        name: What the rows are called in errors.
+        as_chat: Whether questions and answers become messages, or else plain text.
+        text_field: Name of the column of plain text.
+        formats: The formats that these rows may have. Default: every known one, and then plain text.
+    """
+    known = FORMATS | {(text_field,): from_text} if formats is None else formats
     examples: list[dict] = []
     copies: Counter[str] = Counter()
     columns: tuple[str, ...] = ()
@@ -27,8 +41,8 @@ def to_examples(rows: Iterable[tuple[str, Row]], name: str, as_chat: bool, text_
             if not isinstance(row, Mapping):
                 raise UserError(f"holds {_kind(row)}, not an object")
             if not examples:
-                columns = _recognised_columns(row, text_field)
-            example = _FORMATS.get(columns, _from_text)(row, as_chat, *columns)
+                columns = _recognised_columns(row, known, changed=formats is not None)
+            example = known[columns](row, as_chat, *columns)
             if examples and type(example.get("prompt")) is not type(examples[0].get("prompt")):
                 raise UserError("'prompt' is text in some rows and messages in others; use one of them throughout")
             content = json.dumps([row[column] for column in columns], sort_keys=True, default=str, ensure_ascii=False)
@@ -56,28 +70,30 @@ def _features(example: dict, with_answer: bool) -> Features:
     return Features({column: messages if isinstance(example.get(column), list) else text for column in columns})
 
 
-def _recognised_columns(row: Row, text_field: str) -> tuple[str, ...]:
-    formats = [*_FORMATS, (text_field,)]
+def _recognised_columns(row: Row, formats: Formats, changed: bool) -> tuple[str, ...]:
     for columns in formats:
         if all(column in row for column in columns):
             return columns
-    raise UserError(
-        f"no usable column among {', '.join(map(repr, row)) or 'none'}; "
-        f"rename them to one of: {' | '.join(' + '.join(columns) for columns in formats)}"
-    )
+    found, expected = ", ".join(map(repr, row)) or "none", " | ".join(" + ".join(columns) for columns in formats)
+    if changed:
+        raise UserError(f"the columns have changed: expected {expected}, found {found}; convert the rows to messages")
+    raise UserError(f"no usable column among {found}; rename them to one of: {expected}")
 
 
-def _from_messages(row: Row, as_chat: bool, column: str) -> dict:
+def from_messages(row: Row, as_chat: bool, column: str) -> dict:
+    """Read a conversation as it is."""
     return {"messages": _messages(row, column), **_reference(row)}
 
 
-def _from_prompt_completion(row: Row, as_chat: bool, *columns: str) -> dict:
+def from_prompt_completion(row: Row, as_chat: bool, *columns: str) -> dict:
+    """Read a prompt and its completion, both text or both messages."""
     if not all(isinstance(row.get(column), list) for column in columns):
         return {**{column: _text(row, column) for column in columns}, **_reference(row)}
     return {**{column: _messages(row, column) for column in columns}, **_reference(row)}
 
 
-def _from_question_answer(row: Row, as_chat: bool, *columns: str) -> dict:
+def from_question_answer(row: Row, as_chat: bool, *columns: str) -> dict:
+    """Read a question and its solution; what follows ``####``, or a bare number, is the answer to check."""
     question, answer = (_text(row, column) for column in columns)
     _, mark, final = answer.rpartition(ANSWER_MARK)
     if row.get("answer_type") is not None:
@@ -90,23 +106,49 @@ def _from_question_answer(row: Row, as_chat: bool, *columns: str) -> dict:
     return {**_dialogue(question, answer, as_chat), **reference}
 
 
-def _from_instruction(row: Row, as_chat: bool, *columns: str) -> dict:
+def from_instruction(row: Row, as_chat: bool, *columns: str) -> dict:
+    """Read an instruction, the input it is about (if any), and the output."""
     instruction, output = (_text(row, column) for column in columns)
     context = _text(row, "input") if row.get("input") else ""
     return {**_dialogue("\n\n".join(filter(None, (instruction, context))), output, as_chat), **_reference(row)}
 
 
-def _from_text(row: Row, as_chat: bool, column: str) -> dict:
+def from_query_response(row: Row, as_chat: bool, *columns: str) -> dict:
+    """Read a question and its solution."""
+    query, response = (_text(row, column) for column in columns)
+    return {**_dialogue(query, response, as_chat), **_reference(row)}
+
+
+def from_system_question(row: Row, as_chat: bool, *columns: str) -> dict:
+    """Read a question and a response given under a system prompt, which may be empty."""
+    system, question, response = (_text(row, column) for column in columns)
+    return {**_dialogue(question, response, as_chat, system), **_reference(row)}
+
+
+def from_guanaco(row: Row, as_chat: bool, column: str) -> dict:
+    """Read a conversation written as one text, its turns opened by ``### Human:`` and ``### Assistant:``."""
+    _, *turns = re.split(r"^### (Human|Assistant):", _text(row, column), flags=re.MULTILINE)
+    if not turns:
+        raise UserError(f"{column!r} holds no turn that starts with '### Human:'")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    pairs = zip(turns[::2], turns[1::2], strict=True)
+    return {"messages": [{"role": roles[speaker], "content": content.strip()} for speaker, content in pairs]}
+
+
+def from_text(row: Row, as_chat: bool, column: str) -> dict:
+    """Read plain text."""
     return {column: _text(row, column), **_reference(row)}
 
 
-# The columns of each published format, in the order of preference, and its reader. Any other column is plain text.
-_FORMATS: dict[tuple[str, ...], Callable[..., dict]] = {
-    ("messages",): _from_messages,
-    ("conversations",): _from_messages,  # ShareGPT
-    ("prompt", "completion"): _from_prompt_completion,
-    ("question", "answer"): _from_question_answer,  # GSM8K
-    ("instruction", "output"): _from_instruction,  # Alpaca; "input" may be there too
+# The formats that are recognised by their columns alone.
+FORMATS: Formats = {
+    ("messages",): from_messages,
+    ("conversations",): from_messages,  # ShareGPT
+    ("prompt", "completion"): from_prompt_completion,
+    ("question", "answer"): from_question_answer,  # GSM8K
+    ("instruction", "output"): from_instruction,  # Alpaca; "input" may be there too
+    ("query", "response"): from_query_response,  # MetaMathQA
+    ("system_prompt", "question", "response"): from_system_question,  # Open-Orca
 }
 
 _ROLES = {"human": "user", "gpt": "assistant"} | {
@@ -114,13 +156,15 @@ _ROLES = {"human": "user", "gpt": "assistant"} | {
 }
 
 
-def _dialogue(question: str, answer: str, as_chat: bool) -> dict:
+def _dialogue(question: str, answer: str, as_chat: bool, system: str = "") -> dict:
     if as_chat:
+        opening = [{"role": "system", "content": system}] if system else []
         return {
-            "prompt": [{"role": "user", "content": question}],
+            "prompt": [*opening, {"role": "user", "content": question}],
             "completion": [{"role": "assistant", "content": answer}],
         }
-    return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}"}
+    opening = f"{system}\n\n" if system else ""
+    return {"prompt": f"{opening}Question: {question}\nAnswer:", "completion": f" {answer}"}
 
 
 def _reference(row: Row) -> dict:

@@ -1,4 +1,4 @@
-"""Where rows come from: data files and the hub. Procedural tasks are in ``procedural.py``."""
+"""Where rows come from: data files, a folder of them, and the hub. Procedural tasks are in ``procedural.py``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ..errors import UserError, did_you_mean, first_line
 from .procedural import PROCEDURAL_PREFIX
@@ -91,12 +91,50 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
         raise UserError(f"data file {path} is not a readable parquet file: {first_line(error)}") from None
 
 
-def load_from_hub(name: str, config: str | None, split: str) -> Dataset:
-    """Download one split of a hub data set, or read it from the hub's cache."""
+def load_from_hub(
+    name: str, config: str | None, split: str, data_files: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Download one split of a hub data set, or read it from the hub's cache, or open it as a stream."""
+    asked = {"data_files": data_files, "streaming": streaming}
     try:
-        return datasets.load_dataset(name, config, split=split)
+        return datasets.load_dataset(name, config, split=split, **{key: value for key, value in asked.items() if value})
     except Exception as error:  # many types: no network, no such name, no such configuration or split
         raise UserError(
             f"{name!r} is no file here{_similar_file(Path(name))} and the hub gave no split {split!r} of it: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from None
+
+
+def find_files(data_dir: str, names: Sequence[str], split: str) -> list[Path]:
+    """Find the data of the first of ``names`` that ``data_dir`` or one of its folders holds, whatever the case.
+
+    That is a file ``NAME.jsonl`` (or another of `FILE_ENDINGS`), or ``NAME_SPLIT.jsonl``, or a folder ``NAME`` as it is
+    downloaded from the hub, with a split in one file or many.
+
+    Returns:
+        The files in the order of their names; empty if there is none.
+
+    Raises:
+        UserError: If ``data_dir`` is no folder.
+    """
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"data_dir {data_dir} is not a folder; name the one that holds the data files")
+    places = sorted([*folder.iterdir(), *folder.glob("*/*")])
+    for name in names:
+        stems = [name.lower(), f"{name}_{split}".lower()]
+        for stem in stems:
+            for ending in FILE_ENDINGS:
+                found = [path for path in places if path.name.lower() == stem + ending and path.is_file()]
+                if found:
+                    return found[:1]
+        shards = [
+            shard
+            for path in places
+            if path.name.lower() == stems[0] and path.is_dir()
+            for shard in path.rglob(f"{split}*")
+            if shard.name.lower().endswith(FILE_ENDINGS)
+        ]
+        if shards:
+            return sorted(shards)
+    return []
