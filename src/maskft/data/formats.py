@@ -9,10 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Value, concatenate_datasets
 
 from ..answers import ANSWER_MARK, parse_number
 from ..errors import UserError
+
+CHUNK_ROWS = 10_000  # examples that are Python objects at a time; stored, they take a fraction of the memory
 
 Row = Mapping[str, Any]
 Message = dict[str, str]
@@ -21,7 +23,12 @@ Formats = dict[tuple[str, ...], Callable[..., dict]]
 
 
 def to_examples(
-    rows: Iterable[tuple[str, Row]], name: str, as_chat: bool, text_field: str, formats: Formats | None = None
+    rows: Iterable[tuple[str, Row]],
+    name: str,
+    as_chat: bool,
+    text_field: str,
+    formats: Formats | None = None,
+    as_messages: bool = False,
 ) -> Dataset:
     """Convert rows, each with the place where it stands, to examples. The first row decides which format they have.
 
@@ -31,19 +38,24 @@ def to_examples(
         as_chat: Whether questions and answers become messages, or else plain text.
         text_field: Name of the column of plain text.
         formats: The formats that these rows may have. Default: every known one, and then plain text.
+        as_messages: Whether a prompt and a completion that are messages become one conversation.
     """
     known = FORMATS | {(text_field,): from_text} if formats is None else formats
+    first: dict = {}
     examples: list[dict] = []
+    chunks: list[Dataset] = []
     copies: Counter[str] = Counter()
     columns: tuple[str, ...] = ()
     for where, row in rows:
         try:
             if not isinstance(row, Mapping):
                 raise UserError(f"holds {_kind(row)}, not an object")
-            if not examples:
+            if not first:
                 columns = _recognised_columns(row, known, changed=formats is not None)
             example = known[columns](row, as_chat, *columns)
-            if examples and type(example.get("prompt")) is not type(examples[0].get("prompt")):
+            if as_messages and isinstance(example.get("prompt"), list):
+                example["messages"] = example.pop("prompt") + example.pop("completion")
+            if first and type(example.get("prompt")) is not type(first.get("prompt")):
                 raise UserError("'prompt' is text in some rows and messages in others; use one of them throughout")
             content = json.dumps([row[column] for column in columns], sort_keys=True, default=str, ensure_ascii=False)
             identity = hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -54,20 +66,27 @@ def to_examples(
             raise UserError(f"{name}: {where}: {error}") from None
         copies[identity] += 1
         example["id"] = identity if copies[identity] == 1 else f"{identity}#{copies[identity]}"
+        first = first or example
         examples.append(example)
-    if not examples:
+        if len(examples) == CHUNK_ROWS:
+            chunks.append(_chunk(examples, first))
+            examples = []
+    if not first:
         raise UserError(f"{name} is empty: it has no rows")
-    features = _features(examples[0], any("answer" in example for example in examples))
-    return Dataset.from_dict({column: [e.get(column) for e in examples] for column in features}, features)
+    dataset = concatenate_datasets([*chunks, _chunk(examples, first)])
+    if all(answer is None for answer in dataset["answer"][:]):
+        dataset = dataset.remove_columns(["answer", "answer_type"])
+    return dataset
 
 
-def _features(example: dict, with_answer: bool) -> Features:
-    """Declare the columns, because guessing from the first rows fails where these hold no answer."""
+def _chunk(examples: list[dict], first: dict) -> Dataset:
+    """Store examples. Their columns are declared, those of answers too: guessing fails where all values are missing."""
     text = Value("string")
-    columns = ["id", *(column for column in example if column not in ("id", "answer", "answer_type"))]
-    columns += ["answer", "answer_type"] if with_answer else []
+    columns = ["id", *(column for column in first if column not in ("id", "answer", "answer_type"))]
     messages = [{"role": text, "content": text}]
-    return Features({column: messages if isinstance(example.get(column), list) else text for column in columns})
+    features = {column: messages if isinstance(first[column], list) else text for column in columns}
+    features |= {"answer": text, "answer_type": text}
+    return Dataset.from_dict({column: [e.get(column) for e in examples] for column in features}, Features(features))
 
 
 def _recognised_columns(row: Row, formats: Formats, changed: bool) -> tuple[str, ...]:

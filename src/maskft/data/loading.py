@@ -33,6 +33,8 @@ class Reader:
         options: Of a procedural task.
         data_dir: Folder to look for sets in before the hub is asked.
         streaming: Read only as many rows as are taken.
+        as_messages: Write a prompt and a completion that are messages as one conversation, as mixtures need it. Tokens
+            and labels are the same for both.
     """
 
     split: str = "train"
@@ -45,6 +47,7 @@ class Reader:
     options: dict | None = None
     data_dir: str | None = None
     streaming: bool = False
+    as_messages: bool = False
 
     def read(self, name: str, num_rows: int | None = None) -> Dataset:
         """Read one set as examples (see the package's docstring).
@@ -65,7 +68,7 @@ class Reader:
                 rows = self._take(rows, name, num_rows)
         if as_chat is None:
             as_chat = self.tokenizer is None or bool(self.tokenizer.chat_template)
-        return to_examples(rows, name, as_chat, self.text_field, known and known.formats)
+        return to_examples(rows, name, as_chat, self.text_field, known and known.formats, self.as_messages)
 
     def _find(self, name: str) -> tuple[Iterable[tuple[str, Row]], TrainingSet | None]:
         """Return the rows of a set with their places, and what is registered about the set."""

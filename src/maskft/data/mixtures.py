@@ -82,9 +82,10 @@ def load_examples(name: str, split: str = "train", **kwargs) -> Dataset:
         split: Split of hub data sets.
         **kwargs: The other fields of `Reader`.
     """
-    reader = Reader(split=split, **kwargs)
+    parts = parse_mixture(name)
+    reader = Reader(split=split, as_messages=len(parts) > 1, **kwargs)
     drawn = []
-    for part in parse_mixture(name):
+    for part in parts:
         examples = reader.read(part.name, part.count)
         drawn.append(examples.select(draw(examples, range(len(examples)), part.num_rows(len(examples)), reader.seed)))
     return concatenate(drawn, reader.seed)
@@ -97,7 +98,7 @@ def draw(examples: Dataset, pool: Sequence[int], num_rows: int, seed: int) -> li
     """
     if num_rows >= len(pool):
         return list(pool)
-    ids = examples["id"]
+    ids = examples["id"][:]
     return sorted(sorted(pool, key=lambda n: hashlib.sha256(f"{seed} {ids[n]}".encode()).digest())[:num_rows])
 
 
@@ -109,7 +110,6 @@ def concatenate(parts: Sequence[Dataset], seed: int) -> Dataset:
     """
     if len(parts) == 1:
         return parts[0]
-    parts = [_as_messages(part) for part in parts]
     layouts = [{column for column in part.column_names if column not in ("answer", "answer_type")} for part in parts]
     if any(layout != layouts[0] for layout in layouts):
         columns = sorted(set().union(*layouts) - {"id"})
@@ -118,14 +118,3 @@ def concatenate(parts: Sequence[Dataset], seed: int) -> Dataset:
             "set as_chat to true, or leave out what is plain text"
         )
     return concatenate_datasets(list(parts)).shuffle(seed=seed)
-
-
-def _as_messages(part: Dataset) -> Dataset:
-    """Write prompts and completions that are messages as one conversation; tokens and labels are the same for both."""
-    if "prompt" not in part.column_names or isinstance(part[0]["prompt"], str):
-        return part
-    return part.map(
-        lambda row: {"messages": row["prompt"] + row["completion"]},
-        remove_columns=["prompt", "completion"],
-        load_from_cache_file=False,
-    )

@@ -128,6 +128,7 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
         size=args.procedural_train_size,
         seed=procedural_seed(seed, "train"),
         streaming=args.dataset_streaming,
+        as_messages=len(parts) > 1,
         **common,
     )
     sets = [reader.read(part.name, part.count) for part in parts]
@@ -207,7 +208,7 @@ def _hold_out(
                 "which leaves none to train on; make it smaller"
             )
         digests = [prompt_digest(example) for example in examples]
-        ids = examples["id"]
+        ids = examples["id"][:]
         hashes = [hashlib.sha256(f"{seed}".encode() + digest).digest() for digest in digests]
         ranked = sorted(range(len(examples)), key=lambda n: (hashes[n], ids[n]))
         pool = sorted(ranked[num_reserved:])
