@@ -146,7 +146,7 @@ def from_system_question(row: Row, as_chat: bool, *columns: str) -> dict:
 
 def from_guanaco(row: Row, as_chat: bool, column: str) -> dict:
     """Read a conversation written as one text, its turns opened by ``### Human:`` and ``### Assistant:``."""
-    _, *turns = re.split(r"^### (Human|Assistant):", _text(row, column), flags=re.MULTILINE)
+    _, *turns = re.split(r"### (Human|Assistant):", _text(row, column))
     if not turns:
         raise UserError(f"{column!r} holds no turn that starts with '### Human:'")
     roles = {"Human": "user", "Assistant": "assistant"}

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from random import Random
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 
 from ..errors import UserError, did_you_mean
 from .formats import Row, to_examples
@@ -100,17 +101,27 @@ class Reader:
         if num_rows is None:
             raise UserError(f"streaming reads as many rows as are asked for: give {name} a count, such as {name}:10000")
 
-        def places() -> Iterator[dict]:
-            for where, row in rows:
-                yield {"where": where, "row": row}
-
-        stream = IterableDataset.from_generator(places).shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER)
         taken = 0
-        for item in islice(stream, num_rows):
+        for pair in islice(_shuffled(rows, self.seed), num_rows):
             taken += 1
-            yield item["where"], item["row"]
+            yield pair
         if taken < num_rows:
             raise too_few_rows(name, num_rows, taken)
+
+
+def _shuffled(rows: Iterable[tuple[str, Row]], seed: int) -> Iterator[tuple[str, Row]]:
+    """Yield rows in a seeded order, as `datasets.IterableDataset.shuffle` does, which cannot hash a file being read."""
+    random = Random(seed)
+    buffer: list[tuple[str, Row]] = []
+    for pair in rows:
+        if len(buffer) < SHUFFLE_BUFFER:
+            buffer.append(pair)
+            continue
+        index = random.randrange(SHUFFLE_BUFFER)
+        yield buffer[index]
+        buffer[index] = pair
+    random.shuffle(buffer)
+    yield from buffer
 
 
 def too_few_rows(name: str, asked: int, existing: int) -> UserError:
