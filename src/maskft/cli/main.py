@@ -81,7 +81,8 @@ class OneLineParser(argparse.ArgumentParser):
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             flag = message.removeprefix(prefix).split()[0]
-            known = [option for action in self._actions for option in action.option_strings]
+            below = [p for a in self._actions if isinstance(a, argparse._SubParsersAction) for p in a.choices.values()]
+            known = [option for p in (self, *below) for action in p._actions for option in action.option_strings]
             message = f"unknown option {flag}{did_you_mean(flag.split('=')[0], known)}"
         raise UserError(f"{message}; see {self.prog} --help")
 
