@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from maskft.data import TRAINING_SETS, load_examples, tokenize_example
+from maskft.data import TEST_SETS, TRAINING_SETS, load_examples, tokenize_example
 from maskft.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
@@ -160,3 +160,14 @@ def test_names_that_lead_nowhere(tmp_path):
         load_examples("metamathqa", data_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"data_dir .*nowhere is not a folder"):
         load_examples("metamathqa", data_dir=str(tmp_path / "nowhere"))
+
+
+def test_table_in_the_docs():
+    docs = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    rows = {line.split("|")[1].strip(" `"): line for line in docs.splitlines() if line.startswith("| `")}
+    for name, spec in TRAINING_SETS.items():
+        assert all(f"`{part}`" in rows[name] for part in (spec.hub_id, spec.source, spec.data_files) if part)
+        assert spec.num_published is None or f"{spec.num_published:,}" in rows[name]
+        assert all(f"`{column}`" in rows[name] for columns in spec.formats for column in columns)
+    for name, spec in TEST_SETS.items():
+        assert f"`{spec.hub_id}`" in rows[name] and f"`{spec.column}`" in rows[name]
