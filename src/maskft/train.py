@@ -83,6 +83,7 @@ class Run:
     data: DataArguments
     mask: MaskArguments
     training: TrainingArguments
+    data_report: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -255,6 +256,7 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
     if splits is None:
         *splits, report = load_splits(run.data, run.data.split_seed, tokenizer, run.training.dataset_text_field)
         console.print(f"data: {report}", highlight=False)
+        run.data_report = report.to_dict()
     train_rows, heldout_rows = splits
     model = load_model(source, run.model.dtype, **_model_kwargs(run.model))
     check_tokenizer_fits(model, tokenizer)
@@ -352,7 +354,12 @@ def save(run: Run, model, tokenizer, summary: TrainingSummary) -> None:
         config.base_model_name_or_path = run.model.model_name_or_path
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    record = {"summary": asdict(summary), "recipe": _recipe(run, summary), "environment": environment()}
+    record = {
+        "summary": asdict(summary),
+        "recipe": _recipe(run, summary),
+        "data": run.data_report,
+        "environment": environment(),
+    }
     write_text(Path(folder) / paths.TRAINING, json.dumps(record, indent=2) + "\n")
 
 

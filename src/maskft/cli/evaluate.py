@@ -108,5 +108,6 @@ def _rows(data, splits_off: bool, tokenizer, text_field: str):
         as_chat=data.as_chat,
         tokenizer=tokenizer,
         text_field=text_field,
+        data_dir=data.data_dir,
     )
     return rows.select(range(min(len(rows), data.max_eval_samples or len(rows))))
