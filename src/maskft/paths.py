@@ -8,6 +8,7 @@ from pathlib import Path
 from .errors import UserError
 
 RESULT = "result.json"
+JOURNAL = "answers.jsonl"
 TRAINING = "training.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
