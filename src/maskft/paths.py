@@ -9,6 +9,7 @@ from .errors import UserError
 
 RESULT = "result.json"
 JOURNAL = "answers.jsonl"
+ALPACA_OUTPUTS = "alpaca_outputs.json"
 TRAINING = "training.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

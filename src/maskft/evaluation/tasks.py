@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError, did_you_mean
+from .alpaca import ALPACA_EVAL
 from .evaluate import chat_template_hash, progress_bar
 from .results import build_task, items_fingerprint, metric_from_items
 from .sandbox import check_confinement, run_many
@@ -90,8 +91,6 @@ def check_names(names: Sequence[str]) -> None:
     Raises:
         UserError: In both cases, with what to do.
     """
-    if "alpaca_eval" in names:
-        raise UserError("alpaca_eval needs a judge and is not one of evaluate's tasks; see docs/evaluation.md")
     if all(name == HELDOUT for name in names):
         return
     if importlib.util.find_spec("lm_eval") is None:
@@ -101,7 +100,7 @@ def check_names(names: Sequence[str]) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     for name in names:
         if name != HELDOUT and name not in BENCHMARKS and name not in _task_manager().all_tasks:
-            options = [HELDOUT, *BENCHMARKS, *_task_manager().all_tasks]
+            options = [HELDOUT, ALPACA_EVAL, *BENCHMARKS, *_task_manager().all_tasks]
             raise UserError(f"unknown task {name!r}{did_you_mean(name, options)}; lm-eval has no such task either")
 
 
