@@ -258,7 +258,8 @@ def length_controlled_win_rate(
 
     table = pd.DataFrame(
         {
-            "preference": np.asarray(preference) + 1,
+            # An exact 0 or 1 is a weight of 0 in its fit: where all are alike it would fail, and answer 0.5.
+            "preference": np.clip(preference, 1e-9, 1 - 1e-9) + 1,
             # The package measures texts.
             "output_1": ["x" * length for length in reference_length],
             "output_2": ["x" * length for length in output_length],
