@@ -12,8 +12,8 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.test $(VENV)/.demo
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/.test $(VENV)/.demo $(VENV)-judge/.judge
+	MASKFT_JUDGE_PYTHON=$(CURDIR)/$(VENV)-judge/bin/python $(BIN)/python -m pytest -m slow
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check src tests
@@ -38,7 +38,13 @@ $(VENV)/.demo: $(VENV)/.base
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet -e '.[test,demo]'
+	$(BIN)/python -m pip install --quiet -e '.[test,demo,alpaca]'
+	@touch $@
+
+# A language model behind a server, for one slow test: compiles llama.cpp, which takes minutes.
+$(VENV)-judge/.judge:
+	$(PYTHON) -m venv $(VENV)-judge
+	$(VENV)-judge/bin/python -m pip install --quiet 'llama-cpp-python[server]>=0.3.10'
 	@touch $@
 
 $(VENV)/.dev: | $(BIN)/python
@@ -46,4 +52,4 @@ $(VENV)/.dev: | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) $(VENV)-judge runs build dist
