@@ -123,8 +123,8 @@ def _find(source: Source, folder: Path, split: str, task: str) -> Path:
     found = sorted(path for path in folder.rglob("*") if path.is_file() and pattern.fullmatch(path.name))
     if not found:
         raise UserError(
-            f"data_dir {str(folder)!r} holds no {split} file of {task}, a table of {', '.join(source.fields)}; its name "
-            f"must match {source.files.format(split=split)!r} (.jsonl, .jsonl.gz, .json, .parquet)"
+            f"data_dir {str(folder)!r} holds no {split} file of {task}, a table of {', '.join(source.fields)}; its "
+            f"name must match {source.files.format(split=split)!r} (.jsonl, .jsonl.gz, .json, .parquet)"
         )
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
