@@ -38,7 +38,7 @@ $(VENV)/.demo: $(VENV)/.base
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet -e '.[test,demo,alpaca]'
+	$(BIN)/python -m pip install --quiet -e '.[test,demo]'
 	@touch $@
 
 # A language model behind a server, for one slow test: compiles llama.cpp, which takes minutes.

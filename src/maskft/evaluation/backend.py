@@ -49,8 +49,8 @@ class BatchedLM(HFLM):
         room = self.max_length - max_new_tokens
         if room < 1:
             raise UserError(
-                f"task {task_name} generates up to {max_new_tokens} tokens, and the model's context is {self.max_length}: "
-                "no room is left for a prompt"
+                f"task {task_name} generates up to {max_new_tokens} tokens, the model's context is {self.max_length}, "
+                "which leaves no room for a prompt"
             )
         prompts = [
             self.tok_batch_encode([request.args[0]], left_truncate_len=room)[0][0].tolist() for request in requests

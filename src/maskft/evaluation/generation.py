@@ -1,4 +1,4 @@
-"""Batched greedy generation: the shared prefix once, every row stops by itself, and its place goes to the next prompt."""
+"""Batched greedy generation: a shared prefix once, every row stops by itself, and its place goes to the next prompt."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
 def memory_bound_rows(
     model, num_tokens: int, max_new_tokens: int, max_memory_bytes: float | None = None, extra_row_bytes: float = 0
 ) -> int:
-    """Return how many rows fit, each with keys and values for its tokens, the logits, and the activations of a layer."""
+    """Return how many rows fit, each with its keys and values, its logits, and the activations of a layer."""
     config = model.config.get_text_config()
     itemsize = torch.empty((), dtype=model.dtype).element_size()
     heads = config.num_attention_heads

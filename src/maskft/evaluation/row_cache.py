@@ -4,7 +4,7 @@ Few-shot prompts differ in their last hundred of a thousand tokens. Here every r
 attention function joins the two. It also reads grouped keys and values without repeating them for each query head, and
 writes new tokens in place, where the usual cache copies itself at every token.
 
-Shapes: B rows, H query heads, K key heads, G = H / K, P prefix tokens, T tokens of the rows' own, Q new tokens, D head size.
+Shapes: B rows, H query heads, K key heads, G = H / K, P prefix tokens, T tokens of a row, Q new ones, D head size.
 """
 
 from __future__ import annotations

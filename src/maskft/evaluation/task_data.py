@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -98,14 +99,17 @@ def load_docs(task: str, data_dir: str | Path | None, split: str = "test") -> da
         raise UserError(f"task {task} has no {split} split, only test items")
     if data_dir is None:
         return _from_hub(source, split)
-    files = _find(source, Path(data_dir).expanduser(), split, task)
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"data_dir {str(data_dir)!r} is not a folder")
+    problems = sorted(folder.rglob(source.folders.format(split=split))) if source.folders else []
+    file = None if problems else _find(source, folder, split, task)
     rows = []
-    for file in files:
-        for where, row in _read_file(file):
-            _check(row, source.fields, f"{file}: {where}")
-            rows.append(row)
+    for where, row in ((path, _read_object(path)) for path in problems) if problems else _read_file(file):
+        _check(row, source.fields, str(where) if problems else f"{file}: {where}")
+        rows.append(row)
     if not rows:
-        raise UserError(f"{files[0]} has no rows")
+        raise UserError(f"{file} has no rows")
     return datasets.Dataset.from_list(rows)
 
 
@@ -114,22 +118,25 @@ def go_offline() -> None:
     os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
 
 
-def _find(source: Source, folder: Path, split: str, task: str) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"data_dir {str(folder)!r} is not a folder")
-    if source.folders and (tree := sorted(folder.rglob(source.folders.format(split=split)))):
-        return tree
+def _find(source: Source, folder: Path, split: str, task: str) -> Path:
     pattern = re.compile(f"({source.files.format(split=split)}){ENDINGS}", re.IGNORECASE)
     found = sorted(path for path in folder.rglob("*") if path.is_file() and pattern.fullmatch(path.name))
     if not found:
         raise UserError(
-            f"data_dir {str(folder)!r} holds no {split} file of {task}: a {', '.join(source.fields)} table whose name "
-            f"matches {source.files.format(split=split)!r} (.jsonl, .jsonl.gz, .json, .parquet)"
+            f"data_dir {str(folder)!r} holds no {split} file of {task}, a table of {', '.join(source.fields)}; its "
+            f"name must match {source.files.format(split=split)!r} (.jsonl, .jsonl.gz, .json, .parquet)"
         )
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise UserError(f"data_dir {str(folder)!r} holds several {split} files of {task} ({names}); keep one")
-    return found
+    return found[0]
+
+
+def _read_object(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
 
 
 def _check(row, fields: Mapping[str, type], where: str) -> None:

@@ -1,7 +1,7 @@
 """Benchmarks by lm-eval: which of its tasks, on what data, and its scores as a record of our result file.
 
 Prompts, stop strings, answer extraction and scores are lm-eval's. Two things differ. Data may come from files, and
-model-written code runs in our sandbox, because lm-eval's own scorer downloads a metric and runs code in a plain process.
+model-written code runs in our sandbox: lm-eval's own scorer downloads a metric and runs code in a plain process.
 """
 
 from __future__ import annotations
@@ -91,15 +91,18 @@ def check_names(names: Sequence[str]) -> None:
     Raises:
         UserError: In both cases, with what to do.
     """
-    if all(name == HELDOUT for name in names):
+    if ALPACA_EVAL in names:  # maskft evaluate has it beside these
+        raise UserError(f"{ALPACA_EVAL} needs a judge and is a task of maskft evaluate alone; see docs/alpaca_eval.md")
+    scored = [name for name in names if name != HELDOUT]
+    if not scored:
         return
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            f"task {next(n for n in names if n != HELDOUT)} is scored by lm-eval, which is not installed; run: pip install 'maskft[eval]'"
+            f"task {scored[0]} is scored by lm-eval, which is not installed; run: pip install 'maskft[eval]'"
         )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    for name in names:
-        if name != HELDOUT and name not in BENCHMARKS and name not in _task_manager().all_tasks:
+    for name in scored:
+        if name not in BENCHMARKS and name not in _task_manager().all_tasks:
             options = [HELDOUT, ALPACA_EVAL, *BENCHMARKS, *_task_manager().all_tasks]
             raise UserError(f"unknown task {name!r}{did_you_mean(name, options)}; lm-eval has no such task either")
 
@@ -236,7 +239,7 @@ def _build(name: str, docs, limit: int | None, data_dir, allow_unconfined: bool,
         confinement = check_confinement()
         if not confinement.available and not allow_unconfined:
             raise UserError(
-                f"task {name} runs model-written code, which cannot be confined on this machine ({confinement.reason}); "
+                f"task {name} runs model-written code, which cannot be confined here ({confinement.reason}); "
                 "accept that risk with --allow_unconfined_code, or leave the task out"
             )
         run = partial(_run_code, name=name, allow_unconfined=allow_unconfined, console=console)
@@ -270,7 +273,7 @@ def _build_other(name: str) -> dict:
     for member, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(
-                f"task {member} would run model-written code outside the sandbox; maskft runs humaneval and humaneval_plus"
+                f"task {member} would run model-written code outside the sandbox; use humaneval or humaneval_plus"
             )
     return tasks
 
@@ -296,7 +299,7 @@ def _prepare_ifeval(docs, data_dir) -> None:
         needed = {kind for doc in docs for kind in doc["instruction_id_list"]} & set(_PUNKT_INSTRUCTIONS)
         if needed:
             raise UserError(
-                f"task ifeval needs NLTK's punkt_tab for {', '.join(sorted(needed))}, which is not on this machine; run: "
+                f"task ifeval needs NLTK's punkt_tab for {', '.join(sorted(needed))}, and it is not here; run: "
                 "python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder with tokenizers/punkt_tab"
             ) from None
 
