@@ -405,6 +405,7 @@ def test_bad_prompts(rows, message, command, tmp_path):
             "alpaca_eval_gpt4_baseline.json of tatsu-lab/alpaca_eval cannot",
         ),
         (["--length_control", "REFERENCES"], "no column 'model'"),
+        (["--alpaca_outputs", "REFERENCES", "--adapter", "none", "other"], "alpaca_outputs are of one model"),
         (["--alpaca_outputs", "REFERENCES", "--alpaca_prompts", "MORE"], "no output for instruction 1"),
     ],
 )

@@ -147,7 +147,7 @@ def load_alpaca(args) -> AlpacaEval:
     """Read and check what the options name, before a model is loaded.
 
     Args:
-        args: With the attributes that `add_alpaca_arguments` defines, and ``limit``.
+        args: With the attributes that `add_alpaca_arguments` defines, ``limit`` and ``adapter``.
 
     Raises:
         UserError: For every problem with files or options, and if the judge cannot be reached.
@@ -156,6 +156,10 @@ def load_alpaca(args) -> AlpacaEval:
         raise UserError(f"alpaca_max_new_tokens is {args.alpaca_max_new_tokens}; it must be at least 1")
     if not args.alpaca_prompts and not args.reference_outputs and not args.alpaca_outputs:
         raise UserError("task alpaca_eval has no prompts; name a file with --alpaca_prompts or --reference_outputs")
+    if args.alpaca_outputs and len(args.adapter) > 1:
+        raise UserError(
+            f"alpaca_outputs are of one model, and {len(args.adapter)} adapters are given; give one at a time"
+        )
     judge = _judge_settings(args)
     source = args.alpaca_outputs or args.alpaca_prompts or args.reference_outputs
     prompts = read_rows(source, ("instruction", "output") if args.alpaca_outputs else ("instruction",))
