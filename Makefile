@@ -12,8 +12,8 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.test $(VENV)/.demo
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/.test $(VENV)/.demo $(VENV)-judge/.judge
+	MASKFT_JUDGE_PYTHON=$(CURDIR)/$(VENV)-judge/bin/python $(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
@@ -48,9 +48,15 @@ $(VENV)/.bench: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	@touch $@
 
+# A language model behind a server, for one slow test: compiles llama.cpp, which takes minutes.
+$(VENV)-judge/.judge:
+	$(PYTHON) -m venv $(VENV)-judge
+	$(VENV)-judge/bin/python -m pip install --quiet 'llama-cpp-python[server]>=0.3.10'
+	@touch $@
+
 $(VENV)/.dev: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet 'ruff>=0.14'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) $(VENV)-judge runs build dist

@@ -21,6 +21,8 @@ from .arguments import MASK_METHODS, MaskArguments, MethodArguments, mask_config
 from .data import format_sample, load_splits, supervised_token_count, tokenize_dataset
 from .data_arguments import DataArguments
 from .errors import NotFiniteError, UserError
+from .evaluation.during_training import TASKS as EVAL_TASKS
+from .evaluation.during_training import TrainingEvaluation
 from .evaluation.results import environment, write_text
 from .mask_codec import encode_mask
 from .mask_set import MaskSet
@@ -57,8 +59,24 @@ class TrainingArguments(SFTConfig):
     load_best_model_at_end: bool = field(
         default=True, metadata={"help": "Keep the best on held-out data, not the last."}
     )
-    metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "What 'best' means."})
-    greater_is_better: bool | None = field(default=False, metadata={"help": "Whether a higher value is better."})
+    metric_for_best_model: str | None = field(
+        default="eval_loss", metadata={"help": "What 'best' means: eval_loss, or eval_TASK_METRIC of eval_tasks."}
+    )
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Whether a higher value is better. Default: unless it is a loss."}
+    )
+    eval_tasks: str | None = field(
+        default=None,
+        metadata={
+            "help": "Also generate and score answers at each measurement: gsm8k, minerva_math (items of their training "
+            "split that the training data does not contain), heldout; comma-separated. They are logged as "
+            "eval_TASK_METRIC, e.g. eval_gsm8k_accuracy."
+        },
+    )
+    eval_limit: int = field(default=100, metadata={"help": "Items of each of eval_tasks, at least 1."})
+    eval_data_dir: str | None = field(
+        default=None, metadata={"help": "Folder with the published files of eval_tasks. Default: the hub."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN losses in the log. Off: a NaN stops training."}
     )
@@ -71,6 +89,8 @@ class TrainingArguments(SFTConfig):
             self.use_cpu = True
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.eval_on_start = self.load_best_model_at_end = False
+        if self.metric_for_best_model and not self.metric_for_best_model.startswith("eval_"):
+            self.metric_for_best_model = f"eval_{self.metric_for_best_model}"
         super().__post_init__()
 
 
@@ -113,6 +133,7 @@ class MaskSFTTrainer(SFTTrainer):
         self._loss_is_finite = torch.tensor(True)
         self._window = (time.perf_counter(), 0)
         self.mask_metrics: dict[str, float] = {}
+        self.task_evaluation: TrainingEvaluation | None = None
         self.add_callback(_StepGuard(self))
 
     def training_step(self, *args, **kwargs):
@@ -120,6 +141,15 @@ class MaskSFTTrainer(SFTTrainer):
         loss = super().training_step(*args, **kwargs)
         self._loss_is_finite = torch.isfinite(loss.detach()) & self._loss_is_finite.to(loss.device)
         return loss
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Add the metrics of generated answers to the loss, so that they are logged and can choose the best."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.task_evaluation and metric_key_prefix == "eval":
+            with self.compute_loss_context_manager():
+                values = self.task_evaluation.measure(self.accelerator.unwrap_model(self.model), self.processing_class)
+            output.metrics.update({f"eval_{name}": value for name, value in values.items()})
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens/s, peak memory and mask metrics to what TRL logs."""
@@ -258,6 +288,7 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
         console.print(f"data: {report}", highlight=False)
         run.data_report = report.to_dict()
     train_rows, heldout_rows = splits
+    task_evaluation = _task_evaluation(run, train_rows, heldout_rows, console)
     model = load_model(source, run.model.dtype, **_model_kwargs(run.model))
     check_tokenizer_fits(model, tokenizer)
     train_set, heldout_set = (
@@ -275,7 +306,7 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
     model = build_model(run, model)
     _describe(run, model, tokenizer, train_set, heldout_set, console)
     check_disk_space(model, run.training)
-    return fit(run, model, tokenizer, train_set, heldout_set, resume_from, console)
+    return fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, task_evaluation)
 
 
 def build_model(run: Run, model: PreTrainedModel):
@@ -303,7 +334,7 @@ def check_method(arguments: MethodArguments) -> None:
         raise UserError("partial_layers goes with --method full; for a mask use mask_layers_to_transform")
 
 
-def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> TrainingSummary:
+def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, task_evaluation=None) -> TrainingSummary:
     """Train with SFTTrainer and save the best."""
     args = run.training
     if args.device.type == "cpu":
@@ -318,6 +349,7 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> 
         train_dataset=train_set.select_columns(["input_ids", "labels"]),
         eval_dataset=heldout_set.select_columns(["input_ids", "labels"]),
     )
+    trainer.task_evaluation = task_evaluation
     progress = RichProgress(console, run.method.method)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -388,6 +420,18 @@ def prepare_output_dir(args: SFTConfig) -> str | None:
             "--resume_from_checkpoint true"
         )
     return None
+
+
+def _task_evaluation(run: Run, train_rows, heldout_rows, console) -> TrainingEvaluation | None:
+    """What ``eval_tasks`` asks for, with a check that the metric that chooses the best will be measured."""
+    args = run.training
+    names = [name.strip() for name in (args.eval_tasks or "").split(",") if name.strip()]
+    task = next((t for t in EVAL_TASKS if (args.metric_for_best_model or "").startswith(f"eval_{t}_")), None)
+    if task and task not in names:
+        raise UserError(f"metric_for_best_model is {args.metric_for_best_model}; add --eval_tasks {task} to measure it")
+    if not names:
+        return None
+    return TrainingEvaluation(names, args.eval_limit, args.eval_data_dir, train_rows, heldout_rows, console=console)
 
 
 def _last_whole_checkpoint(folder: Path, args: SFTConfig) -> str | None:
