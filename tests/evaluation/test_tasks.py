@@ -203,7 +203,9 @@ def test_other_tasks_of_lm_eval(tmp_path):
         resuming = Resuming(lm, Journal(tmp_path / "answers.jsonl", {}))
         records.append({name: run_task(resuming, name, task) for name, task in tasks.items()})
         build_result("x", {"name_or_path": "m"}, {}, records[-1])
-    assert json.dumps(records[0]) == json.dumps(records[1]) and not asked, "the second time the journal knows every answer"
+    assert json.dumps(records[0]) == json.dumps(records[1]) and not asked, (
+        "the second time the journal knows every answer"
+    )
     acc, perplexity = records[0]["choice"]["metrics"]["acc"], records[0]["text"]["metrics"]["word_perplexity"]
     assert acc["value"] == sum(item["acc"] for item in records[0]["choice"]["items"]) / 5 and acc["unit"] == "fraction"
     assert perplexity["value"] > 1 and not perplexity["higher_is_better"]
