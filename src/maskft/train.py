@@ -20,7 +20,7 @@ from . import paths
 from .arguments import MASK_METHODS, MaskArguments, MethodArguments, mask_config
 from .data import format_sample, load_splits, supervised_token_count, tokenize_dataset
 from .data_arguments import DataArguments
-from .errors import NotFiniteError, UserError
+from .errors import NotFiniteError, UserError, did_you_mean
 from .evaluation.during_training import TASKS as EVAL_TASKS
 from .evaluation.during_training import TrainingEvaluation
 from .evaluation.results import environment, write_text
@@ -148,7 +148,11 @@ class MaskSFTTrainer(SFTTrainer):
         if self.task_evaluation and metric_key_prefix == "eval":
             with self.compute_loss_context_manager():
                 values = self.task_evaluation.measure(self.accelerator.unwrap_model(self.model), self.processing_class)
-            output.metrics.update({f"eval_{name}": value for name, value in values.items()})
+            values = {f"eval_{name}": value for name, value in values.items()}
+            wanted = self.args.metric_for_best_model or ""
+            if wanted.startswith(tuple(f"eval_{task}_" for task in EVAL_TASKS)) and wanted not in values:
+                raise UserError(f"metric_for_best_model: no {wanted!r}{did_you_mean(wanted, values)} in {list(values)}")
+            output.metrics.update(values)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
