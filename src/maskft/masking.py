@@ -72,12 +72,16 @@ def kth_smallest(keys: Sequence[Tensor], k: int) -> float:
     return inside.kthvalue(k - below).values.item()
 
 
-def _bins(key: Tensor) -> Tensor:
-    """Upper 16 bits of each float32, mapped so that a larger value never has a smaller bin (int32, 0..65535)."""
+def ordered_bits(key: Tensor) -> Tensor:
+    """Bits of each float32 as int32, mapped so that the integers are ordered as the floats are."""
     bits = key.view(torch.int32)
     # For negative floats the magnitude bits run backwards; flipping them makes the integer order the float order.
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered >> 16) + (_NUM_BINS >> 1)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _bins(key: Tensor) -> Tensor:
+    """Upper 16 bits of each float32, mapped so that a larger value never has a smaller bin (int32, 0..65535)."""
+    return (ordered_bits(key) >> 16) + (_NUM_BINS >> 1)
 
 
 def remove_lowest(keys: Sequence[Tensor], num: int) -> list[Tensor]:

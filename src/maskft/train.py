@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from accelerate.utils import save_fsdp_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from . import paths
+from . import paths, processes
 from .arguments import MASK_METHODS, MaskArguments, MethodArguments, mask_config
 from .data import format_sample, load_splits, supervised_token_count, tokenize_dataset
 from .data_arguments import DataArguments
@@ -29,7 +31,8 @@ from .memory import keep_freed_memory, peak_memory_bytes
 from .models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from .progress import RichProgress
 from .tuner import MaskConfig, MaskLayer, adapter_layers
-from .tuner.model import check_targets, maskable_names
+from .tuner.model import check_targets, current_mask_fingerprint, maskable_names
+from .tuner.sharded import is_sharded
 
 _ADAPTER = "default"
 
@@ -60,6 +63,16 @@ class TrainingArguments(SFTConfig):
     greater_is_better: bool | None = field(default=False, metadata={"help": "Whether a higher value is better."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN losses in the log. Off: a NaN stops training."}
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sequences per optimizer step over all processes; sets gradient_accumulation_steps, so it must be a "
+            "multiple of per_device_train_batch_size x processes."
+        },
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters without a gradient. All have one here."}
     )
     # "weight decay to 0.0", "linear schedule", "warm-up ratio of 0.03" (appendix A)
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; below 1: a fraction of all steps."})
@@ -113,11 +126,41 @@ class MaskSFTTrainer(SFTTrainer):
         self.mask_metrics: dict[str, float] = {}
         self.add_callback(_StepGuard(self))
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, also for FSDP on CPUs."""
+        processes.let_cpu_shard()
+        super().create_accelerator_and_postprocess()
+
     def training_step(self, *args, **kwargs):
         """One micro-batch; its loss is looked at once per optimizer step, so that a GPU is not made to wait."""
         loss = super().training_step(*args, **kwargs)
         self._loss_is_finite = torch.isfinite(loss.detach()) & self._loss_is_finite.to(loss.device)
         return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save weights or adapter; the masks of all processes must be the same, and the saved ones must be theirs."""
+        agreed = agreed_mask_fingerprint(self.model) if processes.num_processes() > 1 else None
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=trainable_state(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
+        if agreed is not None and processes.is_main():
+            saved = self.model.peft_config[_ADAPTER].mask_sha256
+            if saved != agreed:
+                raise RuntimeError(f"the saved masks ({saved[:12]}) are not those trained with ({agreed[:12]})")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled and not self.optimizer.state:
+            # Before the first step torch would take a step of nothing to have a state to save, and count it.
+            save_fsdp_model(
+                self.accelerator.state.fsdp_plugin, self.accelerator, self.model, output_dir, adapter_only=True
+            )
+            return
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_best_model(self) -> None:
+        self.accelerator.wait_for_everyone()  # the main process may still be writing it
+        super()._load_best_model()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens/s, peak memory and mask metrics to what TRL logs."""
@@ -144,21 +187,25 @@ class _StepGuard(TrainerCallback):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "mask_scores" in name and parameter.dtype != torch.float32:
                 raise UserError(f"{name} is {parameter.dtype}; scores must be float32, masks are ranked in it")
+        if processes.num_processes() > 1:
+            agreed_mask_fingerprint(model)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        finite = self.trainer._loss_is_finite
+        bad_loss = ~self.trainer._loss_is_finite
         self.trainer._loss_is_finite = torch.tensor(True)
-        if not bool(finite):
-            raise NotFiniteError("loss is not finite")
         for layer in self._layers(model):
             if layer._raw_gradient:
                 raise RuntimeError("an accumulated mask gradient was not handed to the optimizer")
-        if self.trainer.accelerator.scaler is not None:
-            return  # float16 gradients overflow now and then; the scaler skips such a step itself
-        # One sum over all gradients, so that a GPU is asked once; NaN and inf both survive adding.
-        total = sum(p.grad.detach().sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None)
-        if not bool(torch.isfinite(torch.as_tensor(total))):
-            raise NotFiniteError("gradient is not finite")
+        bad_gradient = torch.zeros_like(bad_loss)
+        # float16 gradients overflow now and then; the scaler skips such a step itself.
+        if self.trainer.accelerator.scaler is None:
+            # One sum over all gradients, so that a GPU is asked once; NaN and inf both survive adding.
+            total = sum(_local(p.grad).sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None)
+            bad_gradient = ~torch.isfinite(torch.as_tensor(total, device=bad_loss.device))
+        # The same verdict in every process, or the others would wait for the one that stopped.
+        verdict = processes.largest(bad_gradient, bad_loss)
+        if verdict:
+            raise NotFiniteError(f"{('gradient', 'loss')[verdict - 1]} is not finite")
         if self._is_logged(args, state):
             # The effective weight is replaced, not overwritten, so holding the old one costs no copy.
             self._before = [(layer, layer._effective) for layer in self._layers(model) if layer._effective is not None]
@@ -172,6 +219,9 @@ class _StepGuard(TrainerCallback):
             state.best_model_checkpoint = str(Path(args.output_dir) / "checkpoint-0")
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        layers = self._layers(model)
+        if self._is_logged(args, state) and layers and layers[0].sharded_weight is not None:
+            self.trainer.mask_metrics = _sharded_mask_metrics(model, layers)
         if not self._before:
             return
         flips, removed, numel = 0, 0, 0
@@ -203,13 +253,25 @@ class _StepGuard(TrainerCallback):
 class _KeepLast(TrainerCallback):
     """Saves the model as the last step left it, before the best checkpoint replaces it."""
 
-    def __init__(self, folder: Path, tokenizer):
-        self.folder, self.tokenizer = folder, tokenizer
+    def __init__(self, trainer: MaskSFTTrainer, folder: Path, tokenizer):
+        self.trainer, self.folder, self.tokenizer = trainer, folder, tokenizer
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step >= state.max_steps and state.is_world_process_zero:
-            model.save_pretrained(self.folder)
-            self.tokenizer.save_pretrained(self.folder)
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            _save_weights(self.trainer, self.folder)
+            if processes.is_main():
+                self.tokenizer.save_pretrained(self.folder)
+
+
+class _Reference(TrainerCallback):
+    """Measures held-out loss without the mask once the model is spread over the processes, before the first step."""
+
+    def __init__(self, trainer: MaskSFTTrainer, console: Console):
+        self.trainer, self.console = trainer, console
+        self.loss: float | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.loss = _unmasked_loss(self.trainer, self.console)
 
 
 # Main path
@@ -226,8 +288,10 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
     Raises:
         UserError: For every mistake in the input, and when the loss stops being finite.
     """
-    console = console or Console(stderr=True)
-    resume_from = prepare_output_dir(run.training)
+    console = console or Console(stderr=True, quiet=not processes.is_main())
+    processes.check_launch(run.method.method == "mask")
+    set_accumulation(run.training)
+    resume_from = processes.decided_by_main(lambda: prepare_output_dir(run.training))
     source = run.model.model_name_or_path
     check_model_source(source)
     tokenizer = load_tokenizer(source, revision=run.model.model_revision)
@@ -295,8 +359,10 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> 
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(progress)
     if run.method.keep_last:
-        trainer.add_callback(_KeepLast(Path(args.output_dir) / paths.LAST, tokenizer))
-    reference_loss = _unmasked_loss(trainer, console) if run.method.method == "mask" else None
+        trainer.add_callback(_KeepLast(trainer, Path(args.output_dir) / paths.LAST, tokenizer))
+    reference = _Reference(trainer, console)
+    if run.method.method == "mask":
+        trainer.add_callback(reference)
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=resume_from)
@@ -304,14 +370,22 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> 
         _save_after_failure(run, trainer, tokenizer, str(error))
     finally:
         progress.close()
-    summary = _summarise(run, trainer, time.perf_counter() - started, reference_loss)
-    save(run, trainer.model, tokenizer, summary)
-    _report(summary, reference_loss, args.output_dir, console)
+    summary = _summarise(run, trainer, time.perf_counter() - started, reference.loss)
+    save(run, trainer.model, tokenizer, summary, trainer)
+    _report(summary, reference.loss, args.output_dir, console)
     return summary
 
 
-def save(run: Run, model, tokenizer, summary: TrainingSummary) -> None:
-    """Write the trained model or adapter, its tokenizer and ``training.json`` into the output folder."""
+def save(run: Run, model, tokenizer, summary: TrainingSummary, trainer: MaskSFTTrainer | None = None) -> None:
+    """Write the trained model or adapter, its tokenizer and ``training.json`` into the output folder.
+
+    Args:
+        run: The configuration.
+        model: What to save.
+        tokenizer: Its tokenizer.
+        summary: What the run did.
+        trainer: What trained ``model``, if anything did; all processes must then call this.
+    """
     folder = run.training.output_dir
     config = getattr(model, "peft_config", {}).get(_ADAPTER)
     if isinstance(config, MaskConfig):
@@ -320,13 +394,78 @@ def save(run: Run, model, tokenizer, summary: TrainingSummary) -> None:
         config.recipe = _recipe(run, summary)
     elif isinstance(config, LoraConfig):
         config.base_model_name_or_path = run.model.model_name_or_path
-    model.save_pretrained(folder)
+    if trainer is not None:
+        _save_weights(trainer, folder)
+    elif processes.is_main():
+        model.save_pretrained(folder)
+    if not processes.is_main():
+        return
     tokenizer.save_pretrained(folder)
     record = {"summary": asdict(summary), "recipe": _recipe(run, summary), "environment": environment()}
     write_text(Path(folder) / paths.TRAINING, json.dumps(record, indent=2) + "\n")
 
 
+def _save_weights(trainer: MaskSFTTrainer, folder: str | Path) -> None:
+    """Write weights or adapter from the main process; all processes must call it."""
+    if trainer.is_fsdp_enabled:
+        state = trainable_state(trainer.model)
+        if processes.is_main():
+            trainer.model.save_pretrained(folder, state_dict=state)
+    elif processes.is_main():
+        trainer.model.save_pretrained(folder)
+
+
+def trainable_state(model) -> dict[str, torch.Tensor]:
+    """What an FSDP2 checkpoint holds, gathered into the memory of the main process; all processes must call it.
+
+    The frozen weights of a model with an adapter are left out.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(model, "peft_config"))
+    return get_model_state_dict(model, options=options)
+
+
+def agreed_mask_fingerprint(model) -> str | None:
+    """The sha256 of the masks, equal in every process, or None without a mask; all processes must call it.
+
+    Raises:
+        UserError: In every process, if the masks differ.
+    """
+    if not isinstance(getattr(model, "peft_config", {}).get(_ADAPTER), MaskConfig):
+        return None
+    fingerprint = current_mask_fingerprint(model, _ADAPTER)
+    processes.check_same({"sha256": fingerprint}, "masks")
+    return fingerprint
+
+
+def _sharded_mask_metrics(model, layers: list[MaskLayer]) -> dict[str, float]:
+    """Metrics of masks under FSDP2, counted over all processes; all processes must call it."""
+    model.base_model.refresh_masks()
+    shards = [layer.sharded_weight for layer in layers]
+    counts = [(shard.num_flips, int((~shard.mask).sum()), shard.mask.numel()) for shard in shards]
+    device = shards[0].original.device
+    flips, removed, numel = processes.reduce_(torch.tensor(counts, device=device).sum(0)).tolist()
+    return {"mask_removed_share": removed / numel, "mask_flips_per_step": flips}
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that may be spread over processes."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
+
+
 # Steps of the main path
+
+
+def set_accumulation(args: TrainingArguments) -> None:
+    """Turn ``global_batch_size``, if given, into the accumulation steps that give it on this many processes."""
+    if args.global_batch_size is None:
+        return
+    per_step = args.per_device_train_batch_size * args.world_size
+    if args.global_batch_size < 1 or args.global_batch_size % per_step:
+        raise UserError(
+            f"global_batch_size is {args.global_batch_size}, not a multiple of per_device_train_batch_size "
+            f"{args.per_device_train_batch_size} x {args.world_size} processes = {per_step}"
+        )
+    args.gradient_accumulation_steps = args.global_batch_size // per_step
 
 
 def prepare_output_dir(args: SFTConfig) -> str | None:
@@ -355,15 +494,19 @@ def prepare_output_dir(args: SFTConfig) -> str | None:
 
 def _last_whole_checkpoint(folder: Path, args: SFTConfig) -> str | None:
     """The newest checkpoint that can be resumed exactly; one cut short by a kill is passed over."""
-    needed = ["trainer_state.json"] + (
-        [] if args.save_only_model else ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
-    )
+    needed = ["trainer_state.json"] + ([] if args.save_only_model else _state_files(args))
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
         weights = [*path.glob("*.safetensors")]
         if weights and all((path / name).is_file() for name in needed) and all(map(_is_readable, weights)):
             return str(path)
     return None
+
+
+def _state_files(args: SFTConfig) -> list[str]:
+    ranks = range(args.world_size)
+    random = ["rng_state.pth"] if args.world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
+    return ["optimizer.bin" if processes.uses_fsdp() else "optimizer.pt", "scheduler.pt", *random]
 
 
 def _is_readable(file: Path) -> bool:
@@ -534,7 +677,7 @@ def _save_after_failure(run, trainer, tokenizer, what: str) -> None:
         raise UserError(f"{message}; there was no checkpoint yet")
     trainer._load_best_model()
     summary = _summarise(run, trainer, 0.0, None)
-    save(run, trainer.model, tokenizer, summary)
+    save(run, trainer.model, tokenizer, summary, trainer)
     raise UserError(f"{message}; the best so far (step {summary.best_step}) is saved in {run.training.output_dir}")
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError, did_you_mean
-from ..mask_codec import FORMAT_VERSION, decode_mask, encode_mask, mask_info
+from ..mask_codec import FORMAT_VERSION, decode_mask, encode_mask, mask_info, mask_sha256
 from ..masking import scores_for_mask
 from .config import MaskConfig
-from .layer import MaskedLinear, MaskLayer, masks_from_scores
+from .layer import Float32ParameterDict, MaskedLinear, MaskLayer, masks_from_scores
+from .sharded import is_sharded, refresh
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
 _SHOWN = 8
@@ -46,6 +47,20 @@ class MaskModel(BaseTuner):
         check_targets(peft_config, model)
         # Collects the layers of one adapter in module order, so that scope="global" can rank them together.
         self._pool: list[MaskLayer] = []
+        if getattr(model, "_no_split_modules", None):
+            # accelerate makes an FSDP unit of each; as units of their own, scores are never gathered in forward.
+            model._no_split_modules = {*model._no_split_modules, Float32ParameterDict.__name__}
+
+    def forward(self, *args, **kwargs):
+        """Forward of the wrapped model; masks of sharded scores are refreshed before FSDP gathers the first layer."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.refresh_masks()
+        return super().forward(*args, **kwargs)
+
+    def refresh_masks(self) -> None:
+        """Bring the masks of sharded scores up to date; every rank must call it. Does nothing without FSDP2."""
+        layers = [module for module in self.modules() if isinstance(module, MaskLayer)]
+        refresh(self, layers, base_fingerprint)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_) -> None:
         if isinstance(target, MaskLayer):
@@ -128,6 +143,16 @@ def current_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, 
         raise UserError(f"the model has no mask adapter named {adapter_name!r}")
     config = next(iter(layers.values())).mask_configs[adapter_name]
     return {_module_name(name): mask for name, mask in _current_masks(layers, config, adapter_name, {}).items()}
+
+
+def current_mask_fingerprint(model: nn.Module, adapter_name: str = "default") -> str:
+    """What ``mask_sha256`` of an adapter saved now would be, without coding the masks."""
+    layers = adapter_layers(model, adapter_name)
+    if any(layer.mask_configs[adapter_name].scope == "global" for layer in layers.values()):
+        masks = current_masks(model, adapter_name)
+        return _fingerprint({name: mask_sha256(mask) for name, mask in masks.items()})
+    # One mask in memory at a time.
+    return _fingerprint({_module_name(name): mask_sha256(layer.get_mask(adapter_name)) for name, layer in layers.items()})
 
 
 def _current_masks(layers, config, adapter_name, state_dict) -> dict[str, Tensor]:
@@ -317,9 +342,14 @@ def base_fingerprint(layers: Iterable[MaskLayer]) -> str:
 
     Rounding makes a model loaded in bfloat16 match the float32 one it was rounded from.
     """
+    layers = sorted(layers, key=lambda layer: layer.module_name)
+    if layers and layers[0].sharded_weight is not None:
+        return layers[0].sharded_weight.base_fingerprint  # the weights themselves are masked by now
     digest = hashlib.sha256()
-    for layer in sorted(layers, key=lambda layer: layer.module_name):
+    for layer in layers:
         weight = layer.get_base_layer().weight.detach()
+        if is_sharded(weight):
+            weight = weight.full_tensor()
         digest.update(f"{layer.module_name}{tuple(weight.shape)}".encode())
         digest.update(weight.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
     return digest.hexdigest()
@@ -327,9 +357,13 @@ def base_fingerprint(layers: Iterable[MaskLayer]) -> str:
 
 def mask_fingerprint(coded: dict[str, Tensor]) -> str:
     """sha256 over the names and mask checksums of all modules; equal for equal masks."""
+    return _fingerprint({name: mask_info(code, name)["sha256"] for name, code in coded.items()})
+
+
+def _fingerprint(sha256: dict[str, str]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(coded):
-        digest.update(f"{name}:{mask_info(coded[name], name)['sha256']};".encode())
+    for name in sorted(sha256):
+        digest.update(f"{name}:{sha256[name]};".encode())
     return digest.hexdigest()
 
 
