@@ -31,7 +31,7 @@ from .memory import keep_freed_memory, peak_memory_bytes
 from .models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from .progress import RichProgress
 from .tuner import MaskConfig, MaskLayer, adapter_layers
-from .tuner.model import check_targets, current_mask_fingerprint, maskable_names
+from .tuner.model import check_targets, current_mask_fingerprint, maskable_names, refresh_masks
 from .tuner.sharded import is_sharded
 
 _ADAPTER = "default"
@@ -342,6 +342,7 @@ def build_model(run: Run, model: PreTrainedModel):
 def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> TrainingSummary:
     """Train with SFTTrainer and save the best."""
     args = run.training
+    check_processes(model, train_set, heldout_set)
     if args.device.type == "cpu":
         keep_freed_memory()
     if not args.packing:
@@ -420,7 +421,9 @@ def trainable_state(model) -> dict[str, torch.Tensor]:
 
     The frozen weights of a model with an adapter are left out.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(model, "peft_config"))
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(model, "peft_config")
+    )
     return get_model_state_dict(model, options=options)
 
 
@@ -439,7 +442,7 @@ def agreed_mask_fingerprint(model) -> str | None:
 
 def _sharded_mask_metrics(model, layers: list[MaskLayer]) -> dict[str, float]:
     """Metrics of masks under FSDP2, counted over all processes; all processes must call it."""
-    model.base_model.refresh_masks()
+    refresh_masks(model)
     shards = [layer.sharded_weight for layer in layers]
     counts = [(shard.num_flips, int((~shard.mask).sum()), shard.mask.numel()) for shard in shards]
     device = shards[0].original.device
@@ -453,6 +456,24 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 # Steps of the main path
+
+
+def check_processes(model, train_set, heldout_set) -> None:
+    """Refuse weights that are not there, and processes that do not hold the same thing, before they wait for another.
+
+    Raises:
+        UserError: The same one in every process.
+    """
+    missing = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    for rank, name in enumerate(processes.gather(missing[0] if missing else None)):
+        if name is not None:
+            raise UserError(f"{name} is still on the meta device on rank {rank}; load or initialise the weights first")
+    processes.check_same(
+        {name: f"{parameter.dtype}, shape {tuple(parameter.shape)}" for name, parameter in model.named_parameters()},
+        "the models",
+    )
+    counts = {"number of training rows": len(train_set), "number of held-out rows": len(heldout_set)}
+    processes.check_same({name: f"{count:,}" for name, count in counts.items()}, "the data")
 
 
 def set_accumulation(args: TrainingArguments) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from pathlib import Path
 
 from ..errors import UserError, did_you_mean
@@ -10,6 +12,8 @@ from ..errors import UserError, did_you_mean
 
 def main(argv: list[str]) -> None:
     """Parse ``--config recipe.yaml`` and flags (flags win), then train, in several processes if that is asked for."""
+    if int(os.environ.get("RANK", "0")):
+        warnings.simplefilter("ignore")  # the main process gives the same ones
     run, launch_words, command = _parse(argv)
     from ..launch import is_launched, launch
     from ..train import train

@@ -147,7 +147,7 @@ class MaskLayer(BaseTunerLayer):
             return False
         if self.sharded_weight is None or not self.sharded_weight.is_current(self):
             raise UserError(
-                f"the sharded mask of {self.module_name} is out of date: call the PEFT model, not the model inside it"
+                f"the sharded mask of {self.module_name} is out of date: call the whole model, not a part of it"
             )
         return True
 
@@ -198,7 +198,9 @@ class MaskLayer(BaseTunerLayer):
         """
         weight = self.get_base_layer().weight
         if is_sharded(weight):
-            raise UserError("a model sharded by FSDP cannot be merged; save the adapter and merge it in a fresh process")
+            raise UserError(
+                "a model sharded by FSDP cannot be merged; save the adapter and merge it in a fresh process"
+            )
         for name in self._available(check_adapters_to_merge(self, adapter_names)):
             removed = ~self.get_mask(name)
             if safe_merge and not torch.isfinite(weight.detach().masked_fill(removed, 0.0)).all():

@@ -50,17 +50,13 @@ class MaskModel(BaseTuner):
         if getattr(model, "_no_split_modules", None):
             # accelerate makes an FSDP unit of each; as units of their own, scores are never gathered in forward.
             model._no_split_modules = {*model._no_split_modules, Float32ParameterDict.__name__}
+        if _refresh_before_forward not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(_refresh_before_forward)
 
     def forward(self, *args, **kwargs):
-        """Forward of the wrapped model; masks of sharded scores are refreshed before FSDP gathers the first layer."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.refresh_masks()
+        """Forward of the wrapped model."""
+        refresh_masks(self.model)  # the tuner calls the model's forward, which passes hooks by
         return super().forward(*args, **kwargs)
-
-    def refresh_masks(self) -> None:
-        """Bring the masks of sharded scores up to date; every rank must call it. Does nothing without FSDP2."""
-        layers = [module for module in self.modules() if isinstance(module, MaskLayer)]
-        refresh(self, layers, base_fingerprint)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_) -> None:
         if isinstance(target, MaskLayer):
@@ -122,6 +118,19 @@ class MaskModel(BaseTuner):
         return rest
 
 
+def refresh_masks(model: nn.Module) -> None:
+    """Bring masks that FSDP2 has sharded up to date, before it gathers a layer; every rank must call it.
+
+    Does nothing in any other case.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        refresh(model, [module for module in model.modules() if isinstance(module, MaskLayer)], base_fingerprint)
+
+
+def _refresh_before_forward(model: nn.Module, args: tuple) -> None:
+    refresh_masks(model)
+
+
 def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, MaskLayer]:
     """Masked layers of one adapter by module name (as in ``model.named_modules()``), in module order."""
     return {
@@ -152,7 +161,9 @@ def current_mask_fingerprint(model: nn.Module, adapter_name: str = "default") ->
         masks = current_masks(model, adapter_name)
         return _fingerprint({name: mask_sha256(mask) for name, mask in masks.items()})
     # One mask in memory at a time.
-    return _fingerprint({_module_name(name): mask_sha256(layer.get_mask(adapter_name)) for name, layer in layers.items()})
+    return _fingerprint(
+        {_module_name(name): mask_sha256(layer.get_mask(adapter_name)) for name, layer in layers.items()}
+    )
 
 
 def _current_masks(layers, config, adapter_name, state_dict) -> dict[str, Tensor]:

@@ -114,9 +114,9 @@ def shard_masks(config: MaskConfig, scores: Sequence[DTensor]) -> list[Tensor]:
         return counts
 
     def all_gather(counts: Tensor) -> Tensor:
-        out = counts.new_empty(mesh.size(), counts.numel())
+        out = counts.new_empty(mesh.size() * counts.numel())
         dist.all_gather_into_tensor(out, counts, group=mesh.get_group())
-        return out
+        return out.view(mesh.size(), -1)
 
     if config.selection == "threshold":
         if all_reduce(sum(key.isnan().sum() for key in keys)):
@@ -183,7 +183,11 @@ def _key(layer) -> tuple:
         return (None,)
     name = _adapter(layer)
     pool = [member.mask_scores[name] for member in layer.mask_pools[name]]
-    return (name, layer.optimizer_steps(), *((s._version, s.to_local().data_ptr(), s.to_local()._version) for s in pool))
+    return (
+        name,
+        layer.optimizer_steps(),
+        *((s._version, s.to_local().data_ptr(), s.to_local()._version) for s in pool),
+    )
 
 
 def _adapter(layer) -> str:
@@ -204,7 +208,8 @@ def refresh(model: nn.Module, layers: Iterable, base_fingerprint: Callable[[list
         layers: The masked layers with scores.
         base_fingerprint: Fingerprint of the weights of layers; called once.
     """
-    layers = [layer for layer in layers if any(map(is_sharded, layer.mask_scores.values()))]
+    layers = [layer for layer in layers if getattr(layer.mask_scores, "_is_fsdp_managed_module", False)]
+    layers = [layer for layer in layers if len(layer.mask_scores)]
     if not layers:
         return
     if any(layer.sharded_weight is None for layer in layers):
@@ -229,10 +234,16 @@ def refresh(model: nn.Module, layers: Iterable, base_fingerprint: Callable[[list
 
 def _attach(layers: list, base_fingerprint: Callable[[list], str]) -> None:
     for layer in layers:
-        weight, scores = layer.get_base_layer().weight, layer.mask_scores[_adapter(layer)]
-        if not is_sharded(weight) or not is_sharded(scores):
+        if not isinstance(layer.mask_scores, FSDPModule):
             raise UserError(
-                f"{layer.module_name} is not in an FSDP unit of its own below the model; set "
+                f"the scores of {layer.module_name} are not an FSDP2 unit of their own; use FSDP2 with "
+                "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and if you name the classes to wrap, add "
+                f"{type(layer.mask_scores).__name__.removeprefix('FSDP')}"
+            )
+        weight, scores = layer.get_base_layer().weight, layer.mask_scores[_adapter(layer)]
+        if not is_sharded(weight):
+            raise UserError(
+                f"the weight of {layer.module_name} is in the outermost FSDP unit; wrap the decoder layers with "
                 "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"
             )
         if tuple(scores.placements) != (Shard(0),) or tuple(weight.placements) != (Shard(0),):
