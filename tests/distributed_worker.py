@@ -138,7 +138,7 @@ def nan_on_one_rank(folder):
             calls.append(module.training)
             return output * float("nan") if rank == 1 and sum(calls) == 3 else output
 
-        model.lm_head.register_forward_hook(hook)
+        model.get_input_embeddings().register_forward_hook(hook)
         return model
 
     maskft.train.load_model = load_and_break

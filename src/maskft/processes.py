@@ -98,7 +98,7 @@ def check_zero_stage(stage: int | str | None) -> None:
     """Refuse DeepSpeed ZeRO-3."""
     if str(stage) == "3":
         raise UserError(
-            "ZeRO-3 is not supported for masks: it gathers a parameter only for the module that owns it, and the scores "
+            "ZeRO-3 is not supported for masks: it gathers a parameter only for the module that owns it, and scores "
             "are read by their parent; use --accelerate_config fsdp2, which shards as much"
         )
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from accelerate.utils import save_fsdp_model
+from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
@@ -67,8 +67,8 @@ class TrainingArguments(SFTConfig):
     global_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Sequences per optimizer step over all processes; sets gradient_accumulation_steps, so it must be a "
-            "multiple of per_device_train_batch_size x processes."
+            "help": "Sequences per optimizer step over all processes; sets gradient_accumulation_steps, so it must be "
+            "a multiple of per_device_train_batch_size x processes."
         },
     )
     ddp_find_unused_parameters: bool | None = field(

@@ -36,9 +36,9 @@ def _parse(argv: list[str]) -> tuple:
     from trl import ModelConfig, TrlParser
     from trl.cli.commands.training import _subtract_subsequence
 
-    from ..launch import launch_options
     from ..arguments import MaskArguments, MethodArguments
     from ..data_arguments import DataArguments
+    from ..launch import launch_options
     from ..train import Run, TrainingArguments
 
     groups = (MethodArguments, ModelConfig, DataArguments, MaskArguments, TrainingArguments)

@@ -199,7 +199,7 @@ class MaskLayer(BaseTunerLayer):
         weight = self.get_base_layer().weight
         if is_sharded(weight):
             raise UserError(
-                "a model sharded by FSDP cannot be merged; save the adapter and merge it in a fresh process"
+                f"{self.module_name} is sharded by FSDP and cannot be merged; save the adapter and run maskft merge"
             )
         for name in self._available(check_adapters_to_merge(self, adapter_names)):
             removed = ~self.get_mask(name)

@@ -1,9 +1,9 @@
 """Masks of a model sharded by FSDP2: every rank holds some rows of each matrix, and the mask is the unsharded one.
 
 Scores and weights are DTensors sharded by rows (``Shard(0)``). Ranks agree on the cut by summing counts of score bits,
-so no score leaves its rank. Each rank then masks its own rows of the weight in place, keeping what was there, and FSDP's
-all-gather, which every frozen weight goes through anyway, carries the masked weight: masking adds no traffic to it. The
-raw gradient is reduce-scattered once per optimizer step and multiplied by the local weight.
+so no score leaves its rank. Each rank then masks its own rows of the weight in place, keeping what was there, and
+FSDP's all-gather, which every frozen weight goes through anyway, carries the masked weight: masking adds no traffic to
+it. The raw gradient is reduce-scattered once per optimizer step and multiplied by the local weight.
 
 Nothing here runs unless scores are DTensors.
 
@@ -50,8 +50,8 @@ def remove_lowest_of_shards(
         all_gather: Stacks the int64 tensors of all ranks: (n,) -> (ranks, n).
 
     Returns:
-        Flat bool masks, one per shard; True = keep; over all ranks exactly ``num`` entries are False. Among equal values
-        the first in index order of the whole matrices are removed first.
+        Flat bool masks, one per shard; True = keep; over all ranks exactly ``num`` entries are False. Among equal
+        values the first in index order of the whole matrices are removed first.
 
     Raises:
         NotFiniteError: On every rank, if a value on any of them is NaN.
@@ -105,7 +105,9 @@ def is_sharded(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def shard_masks(config: MaskConfig, scores: Sequence[DTensor]) -> list[Tensor]:
-    """This rank's rows of the masks of one pool; every rank must call it. Bool, True = keep."""
+    """This rank's rows of the masks of several matrices; every rank must call it. Bool, True = keep."""
+    if config.scope == "matrix" and len(scores) > 1:
+        return [shard_masks(config, [s])[0] for s in scores]
     mesh = scores[0].device_mesh
     keys = [ranking_keys(s.to_local(), config.rank_by) for s in scores]
 
@@ -129,7 +131,7 @@ def shard_masks(config: MaskConfig, scores: Sequence[DTensor]) -> list[Tensor]:
 
 
 def whole_masks(config: MaskConfig, scores: Sequence[DTensor]) -> list[Tensor]:
-    """The masks of one pool in full on every rank; every rank must call it."""
+    """The masks of several matrices in full on every rank; every rank must call it."""
     masks = []
     for mask, s in zip(shard_masks(config, scores), scores, strict=True):
         rows = DTensor.from_local(mask.byte(), s.device_mesh, s.placements, shape=s.shape, stride=s.stride())
