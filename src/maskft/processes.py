@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
+import datasets
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
@@ -25,6 +28,14 @@ def is_main() -> bool:
 def uses_fsdp() -> bool:
     """Whether this run shards the model with FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def silence() -> None:
+    """Leave warnings and progress bars to the main process."""
+    warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
 
 
 def num_processes() -> int:

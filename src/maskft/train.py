@@ -74,6 +74,9 @@ class TrainingArguments(SFTConfig):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Whether DDP looks for parameters without a gradient. All have one here."}
     )
+    log_level_replica: str = field(
+        default="error", metadata={"help": "Log level of processes other than the main one."}
+    )
     # "weight decay to 0.0", "linear schedule", "warm-up ratio of 0.03" (appendix A)
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; below 1: a fraction of all steps."})
 

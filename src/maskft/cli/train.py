@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
 from pathlib import Path
 
 from ..errors import UserError, did_you_mean
@@ -12,8 +10,10 @@ from ..errors import UserError, did_you_mean
 
 def main(argv: list[str]) -> None:
     """Parse ``--config recipe.yaml`` and flags (flags win), then train, in several processes if that is asked for."""
-    if int(os.environ.get("RANK", "0")):
-        warnings.simplefilter("ignore")  # the main process gives the same ones
+    from ..processes import is_main, silence
+
+    if not is_main():
+        silence()
     run, launch_words, command = _parse(argv)
     from ..launch import is_launched, launch
     from ..train import train
@@ -51,7 +51,8 @@ def _parse(argv: list[str]) -> tuple:
     parser = Parser(groups, prog="maskft train", allow_abbrev=False, add_help=True)
     parser.description = (
         "Train a mask, LoRA or all weights. Options come from a recipe (--config FILE.yaml) and from flags, which win. "
-        "Every option of TRL's SFTConfig and ModelConfig has TRL's name."
+        "Every option of TRL's SFTConfig and ModelConfig has TRL's name. Options of accelerate launch start several "
+        "processes: --accelerate_config (multi_gpu, fsdp2, ... or a file) --num_processes N."
     )
     argv = _config_flag(list(argv))
     known = {action.dest for action in parser._actions} | launch_options()

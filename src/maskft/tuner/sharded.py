@@ -206,7 +206,7 @@ def refresh(model: nn.Module, layers: Iterable, base_fingerprint: Callable[[list
     """Bring the masked rows of all layers up to date, before FSDP gathers any of them; every rank must call it.
 
     Args:
-        model: The part of the model in which FSDP units are to be resharded when a mask has changed.
+        model: The model whose FSDP units are to be resharded when a mask has changed; not itself, it is in forward.
         layers: The masked layers with scores.
         base_fingerprint: Fingerprint of the weights of layers; called once.
     """
@@ -219,7 +219,7 @@ def refresh(model: nn.Module, layers: Iterable, base_fingerprint: Callable[[list
     if all(layer.sharded_weight.is_current(layer) for layer in layers):
         return
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and module is not model:
             module.reshard()  # what an evaluation left gathered is out of date
     for layer in layers:
         if layer.sharded_weight.is_current(layer):
