@@ -82,10 +82,12 @@ def losses(folder):
     return {(row["step"], name): row[name] for row in history for name in ("loss", "eval_loss") if name in row}
 
 
-def check_equal(folder, reference):
-    """Same tokens, losses within tolerance, same masks bit for bit, at the best step, the last, and each checkpoint."""
+def check_equal(folder, reference, resumed=False):
+    """Losses within tolerance, same masks bit for bit, at the best step and at each checkpoint; the same tokens."""
     one, many = (json.loads((f / TRAINING).read_text())["summary"] for f in (reference, folder))
-    for name in ("num_train_tokens", "num_trainable", "num_target_weights", "num_steps", "best_step"):
+    if not resumed:  # TRL counts tokens from where it resumed
+        assert many["num_train_tokens"] == one["num_train_tokens"]
+    for name in ("num_trainable", "num_target_weights", "num_steps", "best_step"):
         assert many[name] == one[name], name
     assert many["start_loss"] == pytest.approx(one["start_loss"], abs=LOSS_TOLERANCE)
     assert losses(folder).keys() == losses(reference).keys()
@@ -93,7 +95,7 @@ def check_equal(folder, reference):
     flips = [[row.get("mask_flips_per_step") for row in run["history"] if "loss" in row] for run in (one, many)]
     assert flips[0] == flips[1] and any(flips[0])
     assert (folder / ADAPTER_WEIGHTS).read_bytes() == (reference / ADAPTER_WEIGHTS).read_bytes()
-    assert (folder / LAST / ADAPTER_WEIGHTS).exists() == (reference / LAST / ADAPTER_WEIGHTS).exists()
+    assert MaskSet.from_adapter(folder / LAST).keys() == MaskSet.from_adapter(reference / LAST).keys()
     for checkpoint in reference.glob("checkpoint-*"):
         expected = load_file(checkpoint / ADAPTER_WEIGHTS)
         found = load_file(folder / checkpoint.name / ADAPTER_WEIGHTS)
@@ -131,7 +133,7 @@ def test_resuming_in_two_processes_gives_the_uninterrupted_mask(config, argument
         file.unlink()
     result = call(["maskft.cli.main", *words, "--resume_from_checkpoint", "true"])
     assert result.returncode == 0, result.stderr
-    check_equal(out, one_process)
+    check_equal(out, one_process, resumed=True)
 
 
 @pytest.mark.slow
@@ -163,8 +165,9 @@ def test_fsdp2_in_bfloat16_with_recomputed_activations(arguments, tmp_path):
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_other_methods_under_fsdp2(method, arguments, tmp_path):
     one, many = tmp_path / "one", tmp_path / "many"
-    assert main(arguments(output_dir=one, method=method)) == 0
-    words = arguments(output_dir=many, method=method, accelerate_config="fsdp2", **LAUNCH)
+    settings = {"method": method, "lora_dropout": 0}
+    assert main(arguments(output_dir=one, **settings)) == 0
+    words = arguments(output_dir=many, accelerate_config="fsdp2", **settings, **LAUNCH)
     result = call(["maskft.cli.main", *words])
     assert result.returncode == 0, result.stderr
     assert losses(many) == pytest.approx(losses(one), abs=1e-4)
