@@ -246,7 +246,7 @@ def mistake(words, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"accelerate_config": "zero3", "num_processes": 2}, "ZeRO-3 is not supported for masks"),
+        ({"accelerate_config": "zero3", "num_processes": 2}, "ZeRO-3 is not supported"),
         ({"accelerate_config": "fsdp1", "num_processes": 2}, "FSDP1 is not supported for masks"),
         ({"accelerate_config": "fsdp3"}, "--accelerate_config 'fsdp3' is neither a file nor one of fsdp1, fsdp2, "),
         ({"accelerate_config": "fsdp3"}, "(did you mean 'fsdp2'?)"),

@@ -44,8 +44,7 @@ def launch(launch_words: list[str], command: list[str], is_mask: bool) -> int:
     parser = launch_command_parser()
     parser.error = _refuse
     args = parser.parse_args([*_resolve(launch_words), "--module", "maskft.cli.main", *command])
-    if is_mask:
-        _check(args)
+    _check(args, is_mask)
     os.environ[_LAUNCHED] = "1"
     # The processes print their own errors; torchrun would add a page to each.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
@@ -74,12 +73,12 @@ def _resolve(words: list[str]) -> list[str]:
         ) from error
 
 
-def _check(args) -> None:
+def _check(args, is_mask: bool) -> None:
     """Refuse what the launched processes would refuse, before they are started."""
     config = yaml.safe_load(Path(args.config_file).read_text()) if args.config_file else {}
     kind = config.get("distributed_type")
     if args.use_deepspeed or kind == "DEEPSPEED":
         check_zero_stage(args.zero_stage or config.get("deepspeed_config", {}).get("zero_stage"))
-    if args.use_fsdp or kind == "FSDP":
+    if is_mask and (args.use_fsdp or kind == "FSDP"):
         fsdp = config.get("fsdp_config", {})
         check_fsdp(fsdp.get("fsdp_version", args.fsdp_version), fsdp.get("fsdp_state_dict_type", "FULL_STATE_DICT"))

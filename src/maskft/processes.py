@@ -91,16 +91,14 @@ def check_same(value: dict[str, str], what: str) -> None:
                 )
 
 
-def check_launch(is_mask: bool) -> None:
-    """Refuse ways of sharding that are not supported, from what the launcher put into the environment.
-
-    Args:
-        is_mask: Whether a mask is trained; other methods may use whatever TRL can.
-    """
-    if not is_mask:
-        return
+def check_launch() -> None:
+    """Refuse ZeRO-3 from what the launcher put into the environment, before anything asks for DeepSpeed itself."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         check_zero_stage(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"))
+
+
+def check_mask_launch() -> None:
+    """Refuse ways of sharding that other methods may use and a mask may not."""
     if uses_fsdp():
         check_fsdp(os.environ.get("FSDP_VERSION", "1"), os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT"))
 
@@ -109,8 +107,8 @@ def check_zero_stage(stage: int | str | None) -> None:
     """Refuse DeepSpeed ZeRO-3."""
     if str(stage) == "3":
         raise UserError(
-            "ZeRO-3 is not supported for masks: it gathers a parameter only for the module that owns it, and scores "
-            "are read by their parent; use --accelerate_config fsdp2, which shards as much"
+            "ZeRO-3 is not supported: it gathers a parameter only for the module that owns it, and the scores of a "
+            "mask are read by their parent; use --accelerate_config fsdp2, which shards as much"
         )
 
 

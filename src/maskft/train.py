@@ -292,7 +292,8 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
         UserError: For every mistake in the input, and when the loss stops being finite.
     """
     console = console or Console(stderr=True, quiet=not processes.is_main())
-    processes.check_launch(run.method.method == "mask")
+    if run.method.method == "mask":
+        processes.check_mask_launch()
     set_accumulation(run.training)
     resume_from = processes.decided_by_main(lambda: prepare_output_dir(run.training))
     source = run.model.model_name_or_path

@@ -10,8 +10,9 @@ from ..errors import UserError, did_you_mean
 
 def main(argv: list[str]) -> None:
     """Parse ``--config recipe.yaml`` and flags (flags win), then train, in several processes if that is asked for."""
-    from ..processes import is_main, silence
+    from ..processes import check_launch, is_main, silence
 
+    check_launch()
     if not is_main():
         silence()
     run, launch_words, command = _parse(argv)
