@@ -91,7 +91,11 @@ class Report:
         self, benchmark: str, what: str, ours, other, target: str | None = None, rounds=None, warm_up=True, **facts
     ) -> float:
         """Time two sides in turn and add ours / other."""
-        a, b = alternate(ours, other, rounds or self.rounds, self.device, warm_up)
+        a, b = alternate([ours, other], rounds or self.rounds, self.device, warm_up)
+        return self.add_ratio(benchmark, what, a, b, target, **facts)
+
+    def add_ratio(self, benchmark: str, what: str, a: list[float], b: list[float], target=None, **facts) -> float:
+        """Add the ratio of the medians of two sides measured in turn."""
         ratio = statistics.median(a) / statistics.median(b)
         self.add(benchmark, what, ratio, "x", target, **_sides(a, b), **facts)
         return ratio
@@ -105,8 +109,8 @@ class Report:
 
 def _sides(a: list[float], b: list[float]) -> dict:
     return {
-        "ours_s": statistics.median(a),
-        "other_s": statistics.median(b),
+        "first_s": statistics.median(a),
+        "second_s": statistics.median(b),
         "ratio_of_each_round": [x / y for x, y in zip(a, b, strict=True)],
     }
 
@@ -129,12 +133,13 @@ def seconds(function, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def alternate(ours, other, rounds: int, device: torch.device, warm_up: bool) -> tuple[list[float], list[float]]:
-    """Times of both, one after the other in every round, after one call of each that is not counted."""
+def alternate(sides: list, rounds: int, device: torch.device, warm_up: bool = True) -> list[list[float]]:
+    """Times of all sides, one after the other in every round, after one call of each that is not counted."""
     if warm_up:
-        ours(), other()
-    times = [(seconds(ours, device), seconds(other, device)) for _ in range(rounds)]
-    return [a for a, _ in times], [b for _, b in times]
+        for side in sides:
+            side()
+    times = [[seconds(side, device) for side in sides] for _ in range(rounds)]
+    return [list(column) for column in zip(*times, strict=True)]
 
 
 # Models

@@ -18,7 +18,7 @@ SPARSITIES, EPOCHS, BATCH = (0.05, 0.1, 0.2), 2, 4
 
 def run(report) -> None:
     """Add the rows."""
-    shape, layers, rows, tokens = (TINY, [2, 3], 8, 8) if report.quick else (SMOLLM2, [20, 21, 22, 23], 48, 128)
+    shape, layers, rows, tokens = (TINY, [2, 3], 8, 8) if report.quick else (SMOLLM2, [20, 21, 22, 23], 32, 128)
     ids = torch.randint(shape["vocab_size"], (rows, tokens), generator=torch.Generator().manual_seed(0))
     plain_s = cached_s = 0.0
     plain, cached = [], []

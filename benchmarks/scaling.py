@@ -13,7 +13,7 @@ def run(report) -> None:
     """Add the rows and draw the plot."""
     shape, unit = (TINY, 8) if report.quick else (SMOLLM2, 64)
     last = 3 if report.quick else 23
-    rounds = min(3, report.rounds)
+    rounds = min(2, report.rounds)
 
     def time(layers: int, tokens: int, accumulation: int) -> float:
         chosen = list(range(last + 1 - layers, last + 1))
