@@ -155,7 +155,7 @@ def test_a_layer_used_twice_in_one_forward(accumulation):
     torch.testing.assert_close(fast, layer.mask_scores["default"].grad, rtol=1e-5, atol=1e-5)
 
 
-def test_backward_after_a_step_on_an_old_graph_uses_the_old_weight():
+def test_backward_after_a_step_on_an_old_graph_is_an_error():
     layer = make_layer()
     x = torch.randn(5, 12, requires_grad=True)
     y = layer(x)
