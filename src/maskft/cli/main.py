@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a mask, LoRA or all weights on your data",
     "evaluate": "measure held-out loss and accuracy, item by item",
     "compare": "compare results on the same items, with intervals",
+    "study": "run all methods, controls and seeds of a recipe, and compare them",
     "merge": "apply a mask to its base model and write an ordinary checkpoint",
     "inspect": "show what an adapter removes, module by module",
     "verify": "check an adapter's integrity, and that it fits a base model",
