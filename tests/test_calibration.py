@@ -16,17 +16,17 @@ def test_norms_of_the_inputs_of_a_layer(build, transposed):
     model = get_peft_model(build(), MaskConfig(inference_mode=True, task_type="CAUSAL_LM")).eval()
     layers = list(adapter_layers(model, "default").values())
     rows = [tiny.token_ids(1, length, seed=length)[0].tolist() for length in (5, 9, 3)]
-    inputs = {id(layer): [] for layer in layers}
+    inputs = [[] for _ in layers]
     hooks = [
-        layer.get_base_layer().register_forward_hook(lambda m, args, out, k=id(layer): inputs[k].append(args[0]))
-        for layer in layers
+        layer.get_base_layer().register_forward_hook(lambda m, args, out, n=n: inputs[n].append(args[0]))
+        for n, layer in enumerate(layers)
     ]
     with model.disable_adapter():
         norms = input_norms(model, layers, rows, num_samples=2)
     for hook in hooks:
         hook.remove()
-    for layer, norm in zip(layers, norms, strict=True):
-        x_TI = torch.cat([x[0] for x in inputs[id(layer)]])
+    for layer, norm, seen in zip(layers, norms, inputs, strict=True):
+        x_TI = torch.cat([x[0] for x in seen])
         assert len(x_TI) == 14 and layer.is_transposed == transposed
         expected = torch.tensor([sum(float(v) ** 2 for v in column) ** 0.5 for column in x_TI.t()])
         assert torch.allclose(norm.reshape(-1), expected, rtol=1e-5)

@@ -49,8 +49,10 @@ def run_study(plan: Plan, folder: str | Path, launcher: str = "local", console: 
             if todo:
                 prepare_base(study, todo, board.tick)
                 {"local": _run_local, "ray": _run_on_ray}[launcher](study, todo, board)
-        console.print(summarise(study, plan), highlight=False, markup=False)
-        console.print(f"table: {folder / paths.TABLE}; results: {folder / paths.RESULTS}", highlight=False)
+        console.print(summarise(study, plan), highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"table: {folder / paths.TABLE}; results: {folder / paths.RESULTS}", highlight=False, soft_wrap=True
+        )
     if board.failed:
         run, reason = next(iter(board.failed.items()))
         others = f" (and {len(board.failed) - 1} more)" if len(board.failed) > 1 else ""
