@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow quality style clean
+.PHONY: demo test test-slow bench quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
@@ -12,16 +12,19 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.test $(VENV)/.demo
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/.test $(VENV)/.demo $(VENV)-judge/.judge
+	MASKFT_JUDGE_PYTHON=$(CURDIR)/$(VENV)-judge/bin/python $(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
 
 quality: $(VENV)/.dev
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 
 style: $(VENV)/.dev
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,9 +44,19 @@ $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -e '.[test,demo]'
 	@touch $@
 
+$(VENV)/.bench: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	@touch $@
+
+# A language model behind a server, for one slow test: compiles llama.cpp, which takes minutes.
+$(VENV)-judge/.judge:
+	$(PYTHON) -m venv $(VENV)-judge
+	$(VENV)-judge/bin/python -m pip install --quiet 'llama-cpp-python[server]>=0.3.10'
+	@touch $@
+
 $(VENV)/.dev: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet 'ruff>=0.14'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) $(VENV)-judge runs build dist

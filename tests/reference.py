@@ -42,3 +42,30 @@ def adam_step(parameter, grad, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
     state["v"] = beta2 * state.get("v", torch.zeros_like(grad)) + (1 - beta2) * grad**2
     m_hat, v_hat = state["m"] / (1 - beta1 ** state["t"]), state["v"] / (1 - beta2 ** state["t"])
     return parameter - lr * m_hat / (v_hat.sqrt() + eps)
+
+
+class SortingLinear(torch.nn.Module):
+    """A masked layer that sorts its scores in every forward pass and leaves all gradients to autograd."""
+
+    def __init__(self, linear, scores_OI, sparsity):
+        super().__init__()
+        self.linear, self.scores, self.sparsity = linear, torch.nn.Parameter(scores_OI.clone()), sparsity
+
+    def forward(self, x):
+        order = self.scores.detach().abs().flatten().sort(stable=True).indices
+        mask = torch.ones_like(self.scores).flatten()
+        mask[order[: round(self.sparsity * mask.numel())]] = 0
+        mask = _StraightThrough.apply(self.scores.abs(), mask.view_as(self.scores))
+        return torch.nn.functional.linear(x, self.linear.weight * mask, self.linear.bias)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The value of the mask, and the gradient of |scores|."""
+
+    @staticmethod
+    def forward(ctx, x, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None

@@ -517,7 +517,8 @@ PRINTABLE = st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size
 
 
 @settings(deadline=None)
-@given(prompt=PRINTABLE, completion=PRINTABLE)
+# "?": the first token, which never has a label, must not be the one that spans the border.
+@given(prompt=PRINTABLE.map("?".__add__), completion=PRINTABLE)
 def test_what_is_trained_on_is_the_completion(prompt, completion):
     """Up to a token that spans the border, of which the vocabulary has a few."""
     plain = tokenize_example({"prompt": prompt, "completion": completion}, TOKENIZER)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reference
@@ -77,10 +77,56 @@ def test_property_against_reference(values, sparsity, rank_by):
         assert keys[mask].min() >= keys[~mask].max()
 
 
+SAMPLED_NUMEL = 500_000
+
+
+@pytest.fixture
+def small_samples(monkeypatch):
+    """Send small pools through the sample, the band and several chunks."""
+    monkeypatch.setattr(masking, "_SAMPLED_MIN_NUMEL", 1)
+    monkeypatch.setattr(masking, "_CHUNK_NUMEL", 16)
+
+
+@given(
+    st.lists(
+        st.sampled_from([-math.inf, -2.0, -1.0, -1e-40, -0.0, 0.0, 1e-40, 0.5, 1.0, 2.0, 3.0, math.inf]), max_size=90
+    ),
+    st.integers(0, 90),
+    st.sampled_from(["abs", "signed"]),
+    st.integers(1, 3),
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_property_sampled_bands_against_sorting(small_samples, values, num, rank_by, num_matrices):
+    pool = torch.tensor(values, dtype=torch.float32)
+    num = min(num, len(pool))
+    keys = pool.abs() if rank_by == "abs" else pool
+    expected = torch.arange(1.0, len(pool) + 1)
+    expected[keys.sort(stable=True).indices[:num]] = 0
+    scores = pool.tensor_split(num_matrices)
+    weights = torch.arange(1.0, len(pool) + 1).tensor_split(num_matrices)
+    outs = [torch.full_like(weight, math.nan) for weight in weights]
+    masking.keep_highest_(outs, weights, scores, num, rank_by)
+    assert torch.equal(torch.cat(outs), expected)
+
+
+def test_a_sample_that_misleads_costs_time_and_nothing_else(monkeypatch):
+    """Every sampled score is high, so the cut is not where the sample says."""
+    n = SAMPLED_NUMEL + 5
+    scores = torch.rand(n)
+    scores[:: int(n ** (1 / 3)) | 1] += 10
+    calls = []
+    kth_smallest = masking._kth_smallest
+    monkeypatch.setattr(masking, "_kth_smallest", lambda *args: calls.append(1) or kth_smallest(*args))
+    mask = topk_mask(scores, 0.1)
+    expected = torch.ones(n, dtype=torch.bool)
+    expected[scores.sort(stable=True).indices[: round(0.1 * n)]] = False
+    assert torch.equal(mask, expected) and calls == [1]
+
+
 @pytest.mark.parametrize("rank_by", ["abs", "signed"])
 @pytest.mark.parametrize("kind", ["distinct", "ties", "tiny", "infinite"])
-def test_large_pools_take_the_histogram_and_agree_with_sorting(rank_by, kind):
-    n = masking._HISTOGRAM_MIN_NUMEL + 3
+def test_large_pools_are_sampled_and_agree_with_sorting(rank_by, kind):
+    n = SAMPLED_NUMEL + 3
     scores = torch.randn(n)
     if kind == "ties":
         scores = (scores * 4).round() / 4
@@ -93,6 +139,21 @@ def test_large_pools_take_the_histogram_and_agree_with_sorting(rank_by, kind):
         expected = torch.ones(n, dtype=torch.bool)
         expected[keys.sort(stable=True).indices[: round(sparsity * n)]] = False
         assert torch.equal(topk_mask(scores, sparsity, rank_by), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_removed_entries_are_plus_zero_whatever_the_weight_is(dtype):
+    weight = torch.tensor([-1.0, math.nan, math.inf, -0.0, 5.0, -6.0], dtype=dtype)
+    out = torch.empty_like(weight)
+    masking.keep_highest_([out], [weight], [torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])], 4, "abs")
+    assert out.tolist() == [0, 0, 0, 0, 5, -6] and not torch.signbit(out[:4]).any()
+
+
+def test_weights_are_converted_to_the_dtype_asked_for():
+    weight, scores = torch.randn(50, 30), torch.randn(50, 30)
+    out = torch.empty(50, 30, dtype=torch.bfloat16)
+    masking.keep_highest_([out], [weight], [scores], 150, "abs")
+    assert torch.equal(out, weight.bfloat16().masked_fill(~topk_mask(scores, 0.1), 0))
 
 
 def test_memory_layout_does_not_matter():
@@ -129,7 +190,7 @@ def test_sparsity_outside_its_range(sparsity):
 
 @pytest.mark.parametrize("nan", [math.nan, -math.nan])
 @pytest.mark.parametrize("rank_by", ["abs", "signed"])
-@pytest.mark.parametrize("n", [50, masking._HISTOGRAM_MIN_NUMEL + 1])
+@pytest.mark.parametrize("n", [50, masking._SAMPLED_MIN_NUMEL + 1])
 def test_nan_scores_are_refused(nan, rank_by, n):
     scores = torch.randn(n)
     scores[3] = nan

@@ -395,3 +395,23 @@ def test_bad_recipes(content, message, tmp_path, capsys):
     assert status == 2 and re.search(message, err), err
     status, err = run(["train", "--config", tmp_path / "none.yaml"], capsys)
     assert status == 2 and "does not exist" in err
+
+
+def test_checkpointing_runs_frozen_layers_below_the_mask_once(arguments, capsys, monkeypatch):
+    """A float32 run with checkpointing: the same losses, and no second pass through layers that need no gradient."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    ran = []
+    forward = LlamaMLP.forward
+
+    def counted(self, x):
+        if self.training:
+            ran.append(id(self))
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    settings = {"mask_layers_to_transform": 1, "max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
+    status, err = run(arguments(gradient_checkpointing=True, **settings), capsys)
+    assert status == 0, err
+    # Three layers, two steps: layer 0 once a step, layers 1 and 2 again in the backward pass.
+    assert sorted(ran.count(layer) for layer in set(ran)) == [2, 4, 4]

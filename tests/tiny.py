@@ -38,10 +38,10 @@ def _decoder(config_class, model_class, seed=0, **overrides):
     return model_class(config_class(**{**settings, **overrides})).eval()
 
 
-def tiny_gpt2(seed=0):
+def tiny_gpt2(seed=0, **overrides):
     torch.manual_seed(seed)
     config = transformers.GPT2Config(
-        vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=1
+        vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=1, **overrides
     )
     return transformers.GPT2LMHeadModel(config).eval()
 

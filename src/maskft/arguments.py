@@ -93,6 +93,16 @@ class MethodArguments:
         default=False,
         metadata={"help": "Also save the model as the last step left it, in the folder `last` of output_dir."},
     )
+    mask_prefix_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps the outputs of the frozen layers below the first trained one (in bfloat16), so "
+            "that later epochs, and later runs on the same layers and data, need not compute them. Default: not kept."
+        },
+    )
+    mask_prefix_cache_gb: float = field(
+        default=20.0, metadata={"help": "Bound on what mask_prefix_cache keeps for one model, in GB (1e9 bytes)."}
+    )
 
 
 def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:

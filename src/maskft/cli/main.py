@@ -14,9 +14,11 @@ from ..errors import UserError, did_you_mean
 COMMANDS = {
     "demo": "learn a mask on a small real model in about ten minutes and see whether it helped",
     "train": "train a mask, LoRA or all weights on your data",
+    "estimate": "tell memory, FLOPs and bytes of a training run before it is started",
     "evaluate": "measure held-out loss and accuracy, item by item",
     "compare": "compare results on the same items, with intervals",
     "study": "run all methods, controls and seeds of a recipe, and compare them",
+    "report": "put your results into the paper's tables, beside the paper's figures",
     "merge": "apply a mask to its base model and write an ordinary checkpoint",
     "inspect": "show what an adapter removes, module by module",
     "verify": "check an adapter's integrity, and that it fits a base model",
@@ -81,7 +83,8 @@ class OneLineParser(argparse.ArgumentParser):
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             flag = message.removeprefix(prefix).split()[0]
-            known = [option for action in self._actions for option in action.option_strings]
+            below = [p for a in self._actions if isinstance(a, argparse._SubParsersAction) for p in a.choices.values()]
+            known = [option for p in (self, *below) for action in p._actions for option in action.option_strings]
             message = f"unknown option {flag}{did_you_mean(flag.split('=')[0], known)}"
         raise UserError(f"{message}; see {self.prog} --help")
 

@@ -101,7 +101,7 @@ def _check_evaluation(recipe) -> None:
     parser = OneLineParser(prog="maskft evaluate", allow_abbrev=False)
     evaluate.add_arguments(parser)
     ours = {"model_name_or_path", "adapter", "name", "seed", "output_dir", "overwrite", "help"}
-    known = ({action.dest for action in parser._actions} | {"tasks", "limit"}) - ours
+    known = {action.dest for action in parser._actions} - ours
     for option in recipe.evaluation:
         if option not in known:
             raise UserError(f"evaluation has an unknown option {option!r}{did_you_mean(option, known)}")

@@ -282,7 +282,7 @@ def markdown_table(table: Table) -> str:
 
 def latex_table(table: Table) -> str:
     """Return a tabular for LaTeX with the booktabs package."""
-    rows = [" & ".join(_latex_text(cell) for cell in row) + r" \\" for row in [table.columns, *table.rows]]
+    rows = [" & ".join(latex_text(cell) for cell in row) + r" \\" for row in [table.columns, *table.rows]]
     alignment = "l" + "r" * (len(table.columns) - 1)
     lines = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
     return "\n".join([*lines, r"\end{tabular}"])
@@ -624,6 +624,7 @@ LATEX_ESCAPES = {
 }
 
 
-def _latex_text(text: str) -> str:
+def latex_text(text: str) -> str:
+    """Escape what LaTeX would read as commands."""
     escaped = "".join(LATEX_ESCAPES.get(character, character) for character in text)
     return re.sub(r"(?<!\w)-(?=\d)", "$-$", escaped)

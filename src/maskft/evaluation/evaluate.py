@@ -82,7 +82,7 @@ def evaluate_rows(
                 prompts,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
-                progress=lambda n: progress.advance(bar, n),
+                on_answer=lambda *_: progress.advance(bar),
             )
             for item, row, output in zip(items, rows, outputs, strict=True):
                 correct = check_answer(output, row["answer"], row.get("answer_type") or "exact")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,61 +15,170 @@ from peft import PeftConfig, PeftModel
 
 from ..errors import UserError
 from ..mask_set import read_config
-from ..merge import load_masked
-from ..models import check_tokenizer_fits, load_model, load_tokenizer
+from ..merge import adapter_tokenizer
+from ..models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from ..paths import TRAINING, holds_adapter
+
+NO_ADAPTER = "none"  # the name under which the base model itself is evaluated among adapters
 
 
 @dataclass
 class Loaded:
-    """A model ready to evaluate, and the facts that go into its result file."""
+    """A model ready to evaluate, and what is known of it.
+
+    Args:
+        model: The model; None where vLLM loads it.
+        tokenizer: Its tokenizer.
+        facts: What goes into its result file.
+        source: The base model's name or folder.
+        identity: A text that changes with the weights.
+    """
 
     model: Any
     tokenizer: Any
     facts: dict
+    source: str
+    identity: str
 
 
 def load_for_evaluation(
     model_name_or_path: str | None, adapter: str | None = None, dtype: str = "float32", device: str | None = None
 ) -> Loaded:
-    """Load a model by name, a mask adapter (masked in memory, no merge needed) or a LoRA adapter.
+    """Load a model by name, a mask adapter (masked in memory, no merge needed) or a LoRA adapter; see `load_each`."""
+    return next(load_each(model_name_or_path, [adapter] if adapter else [], dtype, device))
+
+
+def load_each(
+    model_name_or_path: str | None,
+    adapters: Sequence[str] = (),
+    dtype: str = "float32",
+    device: str | None = None,
+) -> Iterator[Loaded]:
+    """Load a base model once, and put one adapter after another over it.
+
+    What was yielded is no longer to be used when the next is asked for: it is the same model.
 
     Args:
-        model_name_or_path: Model; may be None when the adapter names its base. An adapter folder is taken as one.
-        adapter: Adapter folder.
+        model_name_or_path: Base model; may be None when the adapters name it. An adapter folder is taken as one.
+        adapters: Adapter folders; ``none`` is the base model itself. None at all: the base model.
         dtype: float32, bfloat16, float16 or auto.
         device: Where to run; default: the first GPU, else the CPU.
+
+    Raises:
+        UserError: If a folder is not what it should be, or the adapters belong to different base models.
     """
     import maskft.tuner  # noqa: F401 - registers the method with PEFT
 
-    if adapter is None and model_name_or_path is not None and holds_adapter(model_name_or_path):
-        model_name_or_path, adapter = None, model_name_or_path
-    if adapter is None:
-        if model_name_or_path is None:
-            raise UserError("name a model: --model_name_or_path or --adapter")
-        model, tokenizer = load_model(model_name_or_path, dtype), load_tokenizer(model_name_or_path)
-        facts = {"name_or_path": _portable(model_name_or_path), **_training_facts(model_name_or_path)}
-    else:
+    if not adapters and model_name_or_path is not None and holds_adapter(model_name_or_path):
+        model_name_or_path, adapters = None, [model_name_or_path]
+    adapters = list(adapters) or [NO_ADAPTER]
+    base_name = _base_name(model_name_or_path, adapters)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(base_name, dtype)
+    fingerprint = model_fingerprint(model)
+    wrapped, kind = None, None
+    for number, adapter in enumerate(adapters):
+        new_kind = None if adapter == NO_ADAPTER else _peft_type(adapter)
+        if wrapped is not None and new_kind != kind:  # one PeftModel holds adapters of one kind
+            model, wrapped = wrapped.unload(), None
+            if model_fingerprint(model) != fingerprint:
+                raise RuntimeError(f"taking off an adapter of kind {kind} did not give the base model back")
+        if new_kind is None:
+            tokenizer = load_tokenizer(base_name)
+        elif wrapped is None:
+            wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=f"adapter_{number}")
+        else:
+            previous = wrapped.active_adapter
+            wrapped.load_adapter(adapter, adapter_name=f"adapter_{number}")
+            wrapped.set_adapter(f"adapter_{number}")
+            wrapped.delete_adapter(previous)
+        kind = new_kind
+        facts = {"name_or_path": _portable(base_name), "fingerprint": fingerprint}
+        if kind is None:
+            facts |= _training_facts(base_name)
+        else:
+            tokenizer = adapter_tokenizer(adapter, base_name)
+            facts |= {"adapter": _portable(adapter), **_adapter_facts(adapter, kind)}
+        evaluated = model if wrapped is None else wrapped
+        check_tokenizer_fits(evaluated, tokenizer)
+        yield Loaded(
+            evaluated.to(device).eval(), tokenizer, facts, base_name, fingerprint + _weights_hash(adapter, kind)
+        )
+
+
+def load_for_vllm(model_name_or_path: str | None, adapters: Sequence[str] = ()) -> Iterator[Loaded]:
+    """What `load_each` yields, without the model: vLLM loads a merged folder or a hub model itself.
+
+    Raises:
+        UserError: If vLLM is not installed, or there is an adapter.
+    """
+    adapters = list(adapters) or [model for model in [model_name_or_path] if model and holds_adapter(model)]
+    if adapters:
+        raise UserError(f"vLLM does not know masks: run maskft merge on {adapters[0]!r}, and name the merged folder")
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("backend vllm needs vLLM, which is not installed; run: pip install vllm, or use --backend hf")
+    source = _base_name(model_name_or_path, [])
+    facts = {"name_or_path": _portable(source), **_training_facts(source)}
+    return iter([Loaded(None, load_tokenizer(source), facts, source, source)])
+
+
+def model_fingerprint(model) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _weights_hash(adapter: str, kind: str | None) -> str:
+    if kind is None:
+        return ""
+    files = sorted(Path(adapter).glob("adapter_model.*"))
+    return "+" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _base_name(model_name_or_path: str | None, adapters: Sequence[str]) -> str:
+    """The base model's name, and a check of all folders before anything is loaded."""
+    named = {}
+    for adapter in adapters:
+        if adapter == NO_ADAPTER:
+            continue
         if not holds_adapter(adapter):
             raise UserError(f"{adapter!r} is not an adapter folder: it has no adapter_config.json")
-        peft_type = PeftConfig.from_pretrained(adapter).peft_type
-        if str(getattr(peft_type, "value", peft_type)) == "MASK":
-            model, tokenizer, base = load_masked(adapter, model_name_or_path, dtype)
-            config = read_config(adapter)
-            facts = {
-                "fingerprint": config.get("base_fingerprint"),
-                "mask_fingerprint": config.get("mask_sha256"),
-                "method": (config.get("recipe") or {}).get("method", "mask"),
-                "seed": (config.get("recipe") or {}).get("seed"),
-            }
-        else:
-            base = model_name_or_path or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-            model = PeftModel.from_pretrained(load_model(base, dtype), adapter)
-            tokenizer, facts = load_tokenizer(base), {"method": "lora", **_training_facts(adapter)}
-        facts |= {"name_or_path": _portable(base), "adapter": _portable(adapter)}
-    check_tokenizer_fits(model, tokenizer)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Loaded(model.eval(), tokenizer, facts)
+        named[adapter] = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if model_name_or_path is not None:
+        check_model_source(model_name_or_path)
+        return model_name_or_path
+    if not named:
+        raise UserError("name a model: --model_name_or_path or --adapter")
+    if len(set(named.values())) > 1:
+        raise UserError(
+            "the adapters belong to different base models ("
+            + ", ".join(f"{Path(adapter).name}: {base}" for adapter, base in named.items())
+            + "); evaluate them one by one"
+        )
+    base = next(iter(named.values()))
+    if not base:
+        raise UserError(f"the adapter {next(iter(named))!r} does not name its base model; pass --model_name_or_path")
+    return base
+
+
+def _peft_type(adapter: str) -> str:
+    kind = PeftConfig.from_pretrained(adapter).peft_type
+    return str(getattr(kind, "value", kind))
+
+
+def _adapter_facts(adapter: str, kind: str) -> dict:
+    if kind != "MASK":
+        return {"method": kind.lower(), **_training_facts(adapter)}
+    config = read_config(adapter)
+    recipe = config.get("recipe") or {}
+    return {
+        "mask_fingerprint": config.get("mask_sha256"),
+        "method": recipe.get("method", "mask"),
+        "seed": recipe.get("seed"),
+    }
 
 
 def _portable(name: str) -> str:

@@ -9,6 +9,7 @@ Schema version 1, a JSON object::
     maskft_version  version that wrote the file
     model           name_or_path; and, null where there is none: fingerprint, adapter, mask_fingerprint, method, seed
     settings        what else shaped the numbers: batch size, dtype, max_new_tokens, ...
+    training        optional: how the model came about, for the tables of the paper; see `TRAINING_FIELDS`
     environment     python, platform, cpu, num_threads, packages
     tasks           task name -> version, num_fewshot, items_fingerprint, chat_template_hash, metrics, items
       metrics       metric name -> value, stderr, num_items, higher_is_better, unit
@@ -75,6 +76,22 @@ MODEL_FIELDS = {
     "method": TEXT_OR_NULL,
     "seed": (int, type(None)),
 }
+# Of the optional block "training"; each may be left out or null. Epochs and tokens are counted from the pre-trained
+# model on, so they include those of the run that a mask starts from.
+TRAINING_FIELDS = {
+    "base": TEXT_OR_NULL,  # the pre-trained model, e.g. meta-llama/Llama-2-7b-hf
+    "domain": TEXT_OR_NULL,  # one of DOMAINS: whose data the model was last trained on
+    "mixed": (bool, type(None)),  # whether full fine-tuning (under a mask: of its start) used all domains
+    "checkpoint": TEXT_OR_NULL,  # one of CHECKPOINTS: best on held-out data, or as the last step left it
+    "selection": TEXT_OR_NULL,  # of a mask: topk or threshold
+    "variant": TEXT_OR_NULL,  # name of a control that is not in the paper; keeps it out of the paper's tables
+    "num_epochs": NUMBER_OR_NULL,  # until this checkpoint
+    "num_train_tokens": NUMBER_OR_NULL,
+    "complete_num_epochs": NUMBER_OR_NULL,  # until the end of the run, whichever checkpoint this is
+    "complete_num_train_tokens": NUMBER_OR_NULL,
+}
+DOMAINS = ("math", "coding", "instruction")
+CHECKPOINTS = ("best", "last")
 TASK_FIELDS = {
     "version": (str, int, float),
     "num_fewshot": int,
@@ -94,7 +111,13 @@ METRIC_FIELDS = {
 Result = dict[str, Any]
 
 
-def build_result(name: str, model: Mapping, settings: Mapping, tasks: Mapping[str, Mapping]) -> Result:
+def build_result(
+    name: str,
+    model: Mapping,
+    settings: Mapping,
+    tasks: Mapping[str, Mapping],
+    training: Mapping | None = None,
+) -> Result:
     """Return a result of this schema version, dated now, with the environment it was made in.
 
     Args:
@@ -102,6 +125,7 @@ def build_result(name: str, model: Mapping, settings: Mapping, tasks: Mapping[st
         model: The fields of ``model``; those left out are null.
         settings: What else shaped the numbers (JSON-able).
         tasks: Task name -> `build_task`.
+        training: Fields of `TRAINING_FIELDS`, where known.
     """
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -114,6 +138,8 @@ def build_result(name: str, model: Mapping, settings: Mapping, tasks: Mapping[st
         "environment": environment(),
         "tasks": {task: dict(record) for task, record in tasks.items()},
     }
+    if training is not None:
+        result["training"] = dict(training)
     return validate_result(result)
 
 
@@ -301,6 +327,8 @@ def _problems(result: Result) -> Iterable[str]:
     """Yield what is wrong with a result, in the order of the file."""
     yield from _field_problems(result, RESULT_FIELDS, "the result")
     yield from _field_problems(result["model"], MODEL_FIELDS, "model")
+    if "training" in result:
+        yield from _training_problems(result["training"])
     if not result["name"]:
         yield "name is empty"
     if not result["tasks"]:
@@ -322,6 +350,16 @@ def _field_problems(mapping: Any, fields: Mapping, where: str) -> Iterable[str]:
             yield f"{where} has no {field!r}"
         elif not isinstance(mapping[field], types):
             yield f"{where} has {field} {str(mapping[field])[:40]!r}, of the wrong type"
+
+
+def _training_problems(training: Any) -> Iterable[str]:
+    if not isinstance(training, dict):
+        yield "training is not an object"
+        return
+    yield from _field_problems(dict.fromkeys(TRAINING_FIELDS) | training, TRAINING_FIELDS, "training")
+    for field, known in (("domain", DOMAINS), ("checkpoint", CHECKPOINTS)):
+        if training.get(field) not in (*known, None):
+            yield f"training has {field} {training[field]!r}, not one of {', '.join(known)}"
 
 
 def _item_problems(items: list, where: str) -> Iterable[str]:

@@ -236,7 +236,7 @@ def _hash(settings: dict) -> str:
 
 def _with_digests(options: dict) -> dict:
     """The options with each data file named by its content: a moved file is the same, an edited one is not."""
-    out = {key: _plain(value) for key, value in options.items()}
+    out = {key: _plain(value) for key, value in options.items() if key != "data_dir"}
     for key in DATA_NAMES:
         if isinstance(out.get(key), str) and Path(out[key]).expanduser().is_file():
             file = Path(out[key]).expanduser()

@@ -269,7 +269,10 @@ def _data(name: str, section: Any, data_dir) -> Data:
     estimate = {key: section.pop(key, None) for key in ("num_rows", "tokens_per_row")}
     if not section.get("dataset_name"):
         raise UserError(f"data {name!r} has no dataset_name")
-    return Data(in_data_dir(section, data_dir), **estimate)
+    options = in_data_dir(section, data_dir)
+    if data_dir is not None and not Path(str(options["dataset_name"])).expanduser().exists():
+        options["data_dir"] = str(data_dir)  # sets by name are looked for there
+    return Data(options, **estimate)
 
 
 def in_data_dir(options: dict, data_dir: str | Path | None) -> dict:
@@ -343,6 +346,7 @@ def _evaluation(section: dict, data_dir) -> dict:
         tasks = [name.strip() for name in tasks.split(",")]
     if tasks:
         section["tasks"] = (["heldout"] if heldout and "heldout" not in tasks else []) + list(tasks)
+        section |= {} if data_dir is None else {"data_dir": str(data_dir)}
     return section | in_data_dir(heldout or {}, data_dir)
 
 

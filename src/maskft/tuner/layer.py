@@ -22,7 +22,15 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
 from ..mask_codec import decode_mask
-from ..masking import StraightThroughMask, initial_scores, score_gradient_, threshold_mask, topk_masks
+from ..masking import (
+    StraightThroughMask,
+    initial_scores,
+    keep_highest_,
+    num_removed,
+    score_gradient_,
+    threshold_mask,
+    topk_masks,
+)
 from .config import MaskConfig
 
 # Fused and 8-bit optimizers write to parameters without raising torch's version counter, so every optimizer step is
@@ -121,40 +129,48 @@ class MaskLayer(BaseTunerLayer):
         return [name for name in adapter_names if name in self.mask_configs]
 
     def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Base weight with the active masks applied, cached until a score or the set of adapters changes.
+        """Base weight with the active masks applied, kept until a score or the set of adapters changes.
 
-        Removed entries are exactly +0.0. Two active adapters remove the union of what each removes.
+        Removed entries are exactly +0.0. Two active adapters remove the union of what each removes. The tensor is the
+        layer's own and is overwritten after the next optimizer step.
         """
         weight = self.get_base_layer().weight
         dtype = dtype or weight.dtype
-        names = self._available(self.active_adapters)
-        if self._effective_key == self._cache_key(names, dtype):
-            return self._effective
-        for name in names:
-            for layer, mask in self._masks_of_pool(name):
-                if layer._effective_key != layer._cache_key(layer._available(layer.active_adapters), dtype):
-                    layer._set_effective(name, mask, dtype)
+        if self._effective_key != self._cache_key(self._available(self.active_adapters), dtype):
+            self._refresh(dtype)
         return self._effective
-
-    def _masks_of_pool(self, name: str):
-        if name not in self.mask_scores:
-            return [(self, self.get_mask(name))]
-        pool = self.mask_pools[name]
-        scores = [layer._checked_scores(name) for layer in pool]
-        return zip(pool, masks_from_scores(self.mask_configs[name], scores), strict=True)
 
     # A weight made inside torch.inference_mode() could not be used in training afterwards.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _set_effective(self, name: str, mask: Tensor, dtype: torch.dtype) -> None:
+    def _refresh(self, dtype: torch.dtype) -> None:
+        """Write the effective weights of this layer and of those ranked together with it, in place.
+
+        A backward pass through a graph that was built before the optimizer step then fails, as it does for any weight
+        that an optimizer has changed.
+        """
+        own_dtype = self.get_base_layer().weight.dtype
         names = self._available(self.active_adapters)
-        for other in names:
-            if other != name:
-                mask = mask & self.get_mask(other)
-        weight = self.get_base_layer().weight
-        # A new tensor, never in place: a graph built before the optimizer step still holds the old one.
-        self._effective = weight.detach().to(dtype, copy=True).masked_fill_(~mask, 0.0)
-        self._effective_key = self._cache_key(names, dtype)
+        trained = next((name for name in names if name in self.mask_scores), None)
+        pool = [self] if trained is None else self.mask_pools[trained]
+        weights = [layer.get_base_layer().weight.detach() for layer in pool]
+        dtypes = [weight.dtype if dtype == own_dtype else dtype for weight in weights]
+        for layer, weight, its_dtype in zip(pool, weights, dtypes, strict=True):
+            out = layer._effective
+            if out is None or (out.shape, out.dtype, out.device) != (weight.shape, its_dtype, weight.device):
+                layer._effective = torch.empty(weight.shape, dtype=its_dtype, device=weight.device)
+            layer._effective_key = None
+        if trained is None:
+            self._effective.copy_(weights[0])
+        else:
+            scores = [layer._checked_scores(trained) for layer in pool]
+            write_masked_(self.mask_configs[trained], [layer._effective for layer in pool], weights, scores)
+        for layer, its_dtype in zip(pool, dtypes, strict=True):
+            active = layer._available(layer.active_adapters)
+            for name in active:
+                if name != trained:
+                    layer._effective.masked_fill_(~layer.get_mask(name), 0.0)
+            layer._effective_key = layer._cache_key(active, its_dtype)
 
     def _cache_key(self, names: list[str], dtype: torch.dtype) -> tuple:
         weight = self.get_base_layer().weight
@@ -215,8 +231,21 @@ class MaskLayer(BaseTunerLayer):
         return False
 
 
+# The two places where a configuration meets the algorithm.
+
+
+def write_masked_(config: MaskConfig, outs: list[Tensor], weights: list[Tensor], scores: list[Tensor]) -> None:
+    """Write the masked weights of one pool of matrices into ``outs``."""
+    if config.selection == "topk":
+        num = num_removed(sum(s.numel() for s in scores), config.sparsity)
+        keep_highest_(outs, weights, scores, num, config.rank_by)
+        return
+    for out, weight, mask in zip(outs, weights, masks_from_scores(config, scores), strict=True):
+        out.copy_(weight).masked_fill_(~mask, 0.0)
+
+
 def masks_from_scores(config: MaskConfig, scores: list[Tensor]) -> list[Tensor]:
-    """Masks of one pool of score matrices; the only place where a configuration meets the algorithm."""
+    """Masks of one pool of score matrices."""
     if config.selection == "threshold":
         return [threshold_mask(s, config.threshold, config.rank_by) for s in scores]
     if config.scope == "global":

@@ -212,15 +212,17 @@ def _check_layer_indices(config: MaskConfig, modules: Iterable[str]) -> None:
         return
     wanted = config.layers_to_transform
     wanted = [wanted] if isinstance(wanted, int) else list(wanted)
-    indices: set[int] = set()
-    for name in modules:
-        match = _LAYER_INDEX.search(name)
-        if match and (config.layers_pattern is None or match["list"] in config.layers_pattern):
-            indices.add(int(match["index"]))
+    indices = layer_indices(modules, config.layers_pattern)
     missing = sorted(set(wanted) - indices)
     if missing:
         has = f"layers 0 to {max(indices)}" if indices else "no numbered layers"
         raise UserError(f"layers_to_transform names layer {', '.join(map(str, missing))}; the model has {has}")
+
+
+def layer_indices(names: Iterable[str], layers_pattern: list[str] | str | None = None) -> set[int]:
+    """Indices of the decoder layers that module or parameter ``names`` lie in."""
+    matches = [match for match in map(_LAYER_INDEX.search, names) if match]
+    return {int(match["index"]) for match in matches if layers_pattern is None or match["list"] in layers_pattern}
 
 
 def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | None:

@@ -1,0 +1,36 @@
+"""``python -m benchmarks [NAME...]``: print ratios beside their targets, and write them to a JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from .common import Report, set_threads
+
+NAMES = ("refresh", "file", "step", "memory", "scaling", "prefix")
+
+
+def main() -> None:
+    """Run what is named."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to run, of: {', '.join(NAMES)} (default: all)")
+    parser.add_argument("--output", default="runs/benchmarks", help="folder of the JSON and the plot")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; on cuda times are of CUDA events")
+    parser.add_argument("--rounds", type=int, default=5, help="alternations of the two sides (default: %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes and two rounds: shows that all of it runs, measures nothing"
+    )
+    args = parser.parse_args()
+    unknown = sorted(set(args.names) - set(NAMES))
+    if unknown:
+        parser.error(f"no benchmark {unknown[0]!r}; choose of: {', '.join(NAMES)}")
+    set_threads(args.threads)
+    report = Report(args)
+    for name in args.names or NAMES:
+        importlib.import_module(f".{name}", __package__).run(report)
+        report.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The method as its paper and its authors' description have it: the scores are sorted in every forward pass.
+
+Written from the equations (2), (4), (5); the slow side of the benchmarks, and the reference of their tests.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _TopK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores: Tensor, sparsity: float) -> Tensor:
+        """1 for the highest scores, 0 for the rest, by sorting."""
+        mask = torch.ones_like(scores)
+        order = scores.flatten().sort(stable=True).indices
+        mask.view(-1)[order[: round(sparsity * scores.numel())]] = 0.0
+        return mask
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """Straight through."""
+        return grad, None
+
+
+class SortingMaskedLinear(nn.Module):
+    """``y = x (W * m)^T + b`` with the mask made anew in every forward pass.
+
+    Args:
+        linear: The layer to mask; its weight is frozen.
+        sparsity: Fraction removed.
+        scores: Start of the scores; default N(0, 0.02).
+    """
+
+    def __init__(self, linear: nn.Linear, sparsity: float, scores: Tensor | None = None):
+        super().__init__()
+        self.linear, self.sparsity = linear.requires_grad_(False), sparsity
+        self.scores = nn.Parameter(torch.randn_like(linear.weight) * 0.02 if scores is None else scores.clone())
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """Map x (..., I) to (..., O)."""
+        mask_OI = _TopK.apply(self.scores.abs(), self.sparsity)
+        return F.linear(x_TI, self.linear.weight * mask_OI, self.linear.bias)
+
+
+def sort_in_every_forward(linear: nn.Linear, sparsity: float) -> SortingMaskedLinear:
+    """Wrap one layer."""
+    return SortingMaskedLinear(linear, sparsity)

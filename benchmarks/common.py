@@ -1,0 +1,204 @@
+"""What the benchmarks share: timing two sides in turn, the models they run, and the report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from accelerate.state import GradientState
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import maskft.tuner  # noqa: F401 - registers the method with PEFT
+from maskft import MaskConfig
+from maskft.evaluation.results import environment
+from maskft.memory import keep_freed_memory
+
+from .as_published import sort_in_every_forward
+
+# Shapes of SmolLM2-135M (huggingface.co/HuggingFaceTB/SmolLM2-135M) and of LLaMA2-7B; weights are random.
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+LLAMA2_7B_TWO_LAYERS = {
+    "vocab_size": 256,  # the head and the embedding are not what is measured
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+}
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+}
+
+
+def set_threads(count: int) -> None:
+    """Fix the number of torch threads."""
+    torch.set_num_threads(count)
+
+
+class Report:
+    """Collects rows; prints each as it comes."""
+
+    def __init__(self, args):
+        self.device, self.rounds, self.quick = torch.device(args.device), args.rounds, args.quick
+        if self.quick:
+            self.rounds = 2
+        self.folder = Path(args.output)
+        self.console = Console(width=140)
+        self.rows: list[dict] = []
+        self.settings = {"threads": torch.get_num_threads(), "rounds": self.rounds, "device": self.device_name()}
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
+    def device_name(self) -> str:
+        """Name of the card, or cpu."""
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+
+    def add(self, benchmark: str, what: str, value: float, unit: str, target: str | None = None, **facts) -> None:
+        """Add and print one number; ``target`` is text such as ``<= 1.05``."""
+        met = None
+        if target is not None and not self.quick:
+            sign, bound = target.split()
+            met = value <= float(bound) if sign == "<=" else value >= float(bound)
+        row = {
+            "benchmark": benchmark,
+            "what": what,
+            "value": value,
+            "unit": unit,
+            "target": target,
+            "met": met,
+            **facts,
+        }
+        self.rows.append(row)
+        verdict = "" if met is None else ("  met" if met else "  MISSED")
+        goal = "" if target is None else f"  (target {target})"
+        extra = "  ".join(f"{k} {_short(v)}" for k, v in facts.items() if not isinstance(v, list | dict))
+        self.console.print(f"{benchmark:<8} {what:<58} {value:9.4g} {unit}{goal}{verdict}   {extra}", highlight=False)
+
+    def compare(self, benchmark: str, what: str, ours, other, target: str | None = None, **facts) -> float:
+        """Time two sides in turn and add ours / other."""
+        a, b = alternate(ours, other, self.rounds, self.device)
+        ratio = statistics.median(a) / statistics.median(b)
+        self.add(benchmark, what, ratio, "x", target, **_sides(a, b), **facts)
+        return ratio
+
+    def write(self) -> None:
+        """Write all rows so far, the machine and the versions."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = {"settings": self.settings, "environment": environment(), "rows": self.rows}
+        (self.folder / "benchmarks.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _sides(a: list[float], b: list[float]) -> dict:
+    return {
+        "ours_s": statistics.median(a),
+        "other_s": statistics.median(b),
+        "ratio_of_each_round": [x / y for x, y in zip(a, b, strict=True)],
+    }
+
+
+def _short(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def seconds(function, device: torch.device) -> float:
+    """Time of one call."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def alternate(ours, other, rounds: int, device: torch.device) -> tuple[list[float], list[float]]:
+    """Times of both, one after the other in every round, after one call of each that is not counted."""
+    ours(), other()
+    times = [(seconds(ours, device), seconds(other, device)) for _ in range(rounds)]
+    return [a for a, _ in times], [b for _, b in times]
+
+
+# Models
+
+
+def build(shape: dict, device: torch.device, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A Llama of this shape with random weights, the same in every call."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**{"num_key_value_heads": shape["num_attention_heads"], **shape})
+    return LlamaForCausalLM(config).to(device, dtype)
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def prepare(side: str, base: LlamaForCausalLM, layers: list[int]):
+    """A copy of ``base`` made ready to train.
+
+    Args:
+        side: ``mask`` (ours), ``floor`` (plain training of the same matrices), ``published`` (a mask sorted in every
+            forward), ``full``, ``lora``.
+        base: The model.
+        layers: Decoder layers to mask or train.
+    """
+    model = copy.deepcopy(base)
+    if side == "mask":
+        return get_peft_model(model, MaskConfig(layers_to_transform=layers))
+    if side == "lora":
+        return get_peft_model(
+            model, LoraConfig(r=16, target_modules=list(PROJECTIONS), layers_to_transform=layers, task_type="CAUSAL_LM")
+        )
+    model.requires_grad_(side == "full")
+    for layer in layers:
+        for name, module in list(model.model.layers[layer].named_modules()):
+            if name.rpartition(".")[2] in PROJECTIONS:
+                if side == "floor":
+                    module.weight.requires_grad_(True)
+                elif side == "published":
+                    parent = model.model.layers[layer].get_submodule(name.rpartition(".")[0])
+                    setattr(parent, name.rpartition(".")[2], sort_in_every_forward(module, sparsity=0.1))
+    return model
+
+
+class Step:
+    """One optimizer step of a side: accumulated micro-batches, clipping, AdamW. Calling it runs it."""
+
+    def __init__(self, model, vocab_size: int, tokens: int, accumulation: int, device: torch.device, bf16: bool = True):
+        self.model = model.train()
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0, fused=True)
+        generator = torch.Generator().manual_seed(0)
+        self.batches = torch.randint(vocab_size, (accumulation, 1, tokens), generator=generator).to(device)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+    def __call__(self) -> None:
+        """Run the step."""
+        state = GradientState()
+        for index, ids in enumerate(self.batches):
+            # What accelerate tells every model during accumulation.
+            state._set_sync_gradients(index == len(self.batches) - 1)
+            with self.autocast:
+                loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+            (loss / len(self.batches)).backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()

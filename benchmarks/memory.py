@@ -1,0 +1,70 @@
+"""Peak memory of one step, each side in a process of its own: ours against its floor, full fine-tuning and LoRA.
+
+The floor: the process and the activations of the same step without anything trained (measured), 16 bytes for each
+masked weight (score, gradient, two moments), and the effective weights.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+
+import torch
+
+from maskft.memory import peak_memory_bytes
+
+from .common import SMOLLM2, TINY, Step, build, prepare
+
+
+def run(report) -> None:
+    """Add the rows."""
+    shape, layers, tokens = (TINY, [1, 2], 8) if report.quick else (SMOLLM2, list(range(20, 24)), 256)
+    peaks = {side: _peak(side, shape, layers, tokens, report) for side in ("frozen", "mask", "floor", "full", "lora")}
+    model = prepare("floor", build(shape, torch.device("cpu")), layers)
+    masked = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    floor = peaks["frozen"] + 16 * masked + 2 * masked
+    gigabytes = {side: round(peak / 1e9, 3) for side, peak in peaks.items()}
+    name = "tiny" if report.quick else "SmolLM2-135M layers 20-23"
+    report.add(
+        "memory", f"{name}: mask / floor", peaks["mask"] / floor, "x", "<= 1.05", floor_formula=floor / 1e9, **gigabytes
+    )
+    report.add("memory", f"{name}: mask / plain training of the same layers", peaks["mask"] / peaks["floor"], "x")
+    report.add("memory", f"{name}: mask / full fine-tuning", peaks["mask"] / peaks["full"], "x")
+    report.add("memory", f"{name}: mask / LoRA r=16", peaks["mask"] / peaks["lora"], "x")
+
+
+def _peak(side: str, shape: dict, layers: list[int], tokens: int, report) -> int:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_measure, (side, shape, layers, tokens, str(report.device), torch.get_num_threads()))
+
+
+def _measure(side, shape, layers, tokens, device, threads) -> int:
+    torch.set_num_threads(threads)
+    device = torch.device(device)
+    if side == "frozen":
+        model = build(shape, device)
+        model.requires_grad_(False)
+        # Gradients flow through the same layers, to an input that is nothing beside them.
+        model.model.layers[layers[0]].register_forward_pre_hook(_require_grad)
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+        for _ in range(2):
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        return peak_memory_bytes()
+    base = build(shape, device)
+    step = Step(prepare(side, base, layers), shape["vocab_size"], tokens, 2, device)
+    del base
+    for _ in range(3):
+        step()
+    return peak_memory_bytes()
+
+
+def _require_grad(module, args):
+    hidden = args[0].detach().requires_grad_(True)
+    return (hidden, *args[1:])
+
+
+if __name__ == "__main__":
+    sys.exit("run it by python -m benchmarks memory")

@@ -1,0 +1,34 @@
+"""Refresh of one matrix: exact top-k threshold, mask and effective weight, against sort, kthvalue and a clone."""
+
+from __future__ import annotations
+
+import torch
+
+from maskft.masking import keep_highest_
+
+
+def run(report) -> None:
+    """Add the rows."""
+    shape = (48, 64) if report.quick else (4096, 11008)
+    generator = torch.Generator().manual_seed(0)
+    scores = (torch.randn(shape, generator=generator) * 0.02).to(report.device)
+    weight = torch.randn(shape, generator=generator).to(report.device)
+    num = round(0.1 * scores.numel())
+    for dtype in (torch.float32, torch.bfloat16):
+        source, out = weight.to(dtype), torch.empty(shape, dtype=dtype, device=report.device)
+
+        def refresh(out=out, source=source):
+            keep_highest_([out], [source], [scores], num)
+
+        name = f"refresh of {shape[0]} x {shape[1]} in {str(dtype).removeprefix('torch.')}"
+        report.compare("refresh", f"{name} / clone of the scores", refresh, lambda: scores.clone(), "<= 3")
+        if dtype == torch.float32:
+            # The other sides are slower than a clone by one to two orders, so that few rounds are enough.
+            rounds, report.rounds = report.rounds, min(3, report.rounds)
+            ratio = report.compare("refresh", f"sort / {name}", lambda: scores.abs().view(-1).sort(), refresh, ">= 25")
+            report.compare("refresh", f"kthvalue / {name}", lambda: scores.abs().view(-1).kthvalue(num), refresh)
+            report.rounds = rounds
+            order = scores.abs().view(-1).sort(stable=True).indices
+            expected = source.clone()
+            expected.view(-1)[order[:num]] = 0
+            assert torch.equal(out, expected), f"not what sorting gives (ratio {ratio})"

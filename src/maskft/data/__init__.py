@@ -1,0 +1,36 @@
+"""Data: published formats -> examples -> token ids and labels.
+
+An example is a row of a ``datasets.Dataset`` with an ``id`` (a hash of its content), and either ``messages`` (a list of
+``{"role", "content"}``), or ``prompt`` and ``completion`` (both text, or both lists of messages), or one text column;
+and, where the answer can be checked, ``answer`` and ``answer_type`` (see ``answers.check_answer``).
+"""
+
+from .mixtures import load_examples, parse_mixture
+from .procedural import PROCEDURAL_PREFIX
+from .registry import TEST_SETS, TRAINING_SETS
+from .splits import SplitReport, Splits, load_splits
+from .tokenizing import (
+    IGNORED,
+    format_sample,
+    prompt_ids,
+    supervised_token_count,
+    tokenize_dataset,
+    tokenize_example,
+)
+
+__all__ = [
+    "IGNORED",
+    "PROCEDURAL_PREFIX",
+    "TEST_SETS",
+    "TRAINING_SETS",
+    "SplitReport",
+    "Splits",
+    "format_sample",
+    "load_examples",
+    "load_splits",
+    "parse_mixture",
+    "prompt_ids",
+    "supervised_token_count",
+    "tokenize_dataset",
+    "tokenize_example",
+]

@@ -1,0 +1,239 @@
+"""Formats of rows: the columns of published data sets, and how each becomes an example."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from datasets import Dataset, Features, Value, concatenate_datasets
+
+from ..answers import ANSWER_MARK, parse_number
+from ..errors import UserError
+
+CHUNK_ROWS = 10_000  # examples that are Python objects at a time; stored, they take a fraction of the memory
+
+Row = Mapping[str, Any]
+Message = dict[str, str]
+# The columns of each format, in the order of preference, and its reader: (row, as_chat, *columns) -> example.
+Formats = dict[tuple[str, ...], Callable[..., dict]]
+
+
+def to_examples(
+    rows: Iterable[tuple[str, Row]],
+    name: str,
+    as_chat: bool,
+    text_field: str,
+    formats: Formats | None = None,
+    as_messages: bool = False,
+) -> Dataset:
+    """Convert rows, each with the place where it stands, to examples. The first row decides which format they have.
+
+    Args:
+        rows: Pairs of a place, such as ``line 3``, and a row.
+        name: What the rows are called in errors.
+        as_chat: Whether questions and answers become messages, or else plain text.
+        text_field: Name of the column of plain text.
+        formats: The formats that these rows may have. Default: every known one, and then plain text.
+        as_messages: Whether a prompt and a completion that are messages become one conversation.
+    """
+    known = FORMATS | {(text_field,): from_text} if formats is None else formats
+    first: dict = {}
+    examples: list[dict] = []
+    chunks: list[Dataset] = []
+    copies: Counter[str] = Counter()
+    columns: tuple[str, ...] = ()
+    for where, row in rows:
+        try:
+            if not isinstance(row, Mapping):
+                raise UserError(f"holds {_kind(row)}, not an object")
+            if not first:
+                columns = _recognised_columns(row, known, changed=formats is not None)
+            example = known[columns](row, as_chat, *columns)
+            if as_messages and isinstance(example.get("prompt"), list):
+                example["messages"] = example.pop("prompt") + example.pop("completion")
+            if first and type(example.get("prompt")) is not type(first.get("prompt")):
+                raise UserError("'prompt' is text in some rows and messages in others; use one of them throughout")
+            content = json.dumps([row[column] for column in columns], sort_keys=True, default=str, ensure_ascii=False)
+            identity = hashlib.sha256(content.encode()).hexdigest()[:16]
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no text can hold
+            bad = error.object[error.start : error.end]
+            raise UserError(f"{name}: {where}: {bad!r} is half a character; remove it or write it in full") from None
+        except UserError as error:
+            raise UserError(f"{name}: {where}: {error}") from None
+        copies[identity] += 1
+        example["id"] = identity if copies[identity] == 1 else f"{identity}#{copies[identity]}"
+        first = first or example
+        examples.append(example)
+        if len(examples) == CHUNK_ROWS:
+            chunks.append(_chunk(examples, first))
+            examples = []
+    if not first:
+        raise UserError(f"{name} is empty: it has no rows")
+    dataset = concatenate_datasets([*chunks, _chunk(examples, first)])
+    if all(answer is None for answer in dataset["answer"][:]):
+        dataset = dataset.remove_columns(["answer", "answer_type"])
+    return dataset
+
+
+def _chunk(examples: list[dict], first: dict) -> Dataset:
+    """Store examples. Their columns are declared, those of answers too: guessing fails where all values are missing."""
+    text = Value("string")
+    columns = ["id", *(column for column in first if column not in ("id", "answer", "answer_type"))]
+    messages = [{"role": text, "content": text}]
+    features = {column: messages if isinstance(first[column], list) else text for column in columns}
+    features |= {"answer": text, "answer_type": text}
+    return Dataset.from_dict({column: [e.get(column) for e in examples] for column in features}, Features(features))
+
+
+def _recognised_columns(row: Row, formats: Formats, changed: bool) -> tuple[str, ...]:
+    for columns in formats:
+        if all(column in row for column in columns):
+            return columns
+    found, expected = ", ".join(map(repr, row)) or "none", " | ".join(" + ".join(columns) for columns in formats)
+    if changed:
+        raise UserError(f"the columns have changed: expected {expected}, found {found}; convert the rows to messages")
+    raise UserError(f"no usable column among {found}; rename them to one of: {expected}")
+
+
+def from_messages(row: Row, as_chat: bool, column: str) -> dict:
+    """Read a conversation as it is."""
+    return {"messages": _messages(row, column), **_reference(row)}
+
+
+def from_prompt_completion(row: Row, as_chat: bool, *columns: str) -> dict:
+    """Read a prompt and its completion, both text or both messages."""
+    if not all(isinstance(row.get(column), list) for column in columns):
+        return {**{column: _text(row, column) for column in columns}, **_reference(row)}
+    return {**{column: _messages(row, column) for column in columns}, **_reference(row)}
+
+
+def from_question_answer(row: Row, as_chat: bool, *columns: str) -> dict:
+    """Read a question and its solution; what follows ``####``, or a bare number, is the answer to check."""
+    question, answer = (_text(row, column) for column in columns)
+    _, mark, final = answer.rpartition(ANSWER_MARK)
+    if row.get("answer_type") is not None:
+        reference = _reference(row)
+    elif mark or answer_type_of(answer) == "number":
+        number = parse_number(final)
+        reference = _reference({"answer": final.strip() if number is None else f"{number:f}"})
+    else:
+        reference = {}  # a free text: no generated answer would equal it
+    return {**_dialogue(question, answer, as_chat), **reference}
+
+
+def from_instruction(row: Row, as_chat: bool, *columns: str) -> dict:
+    """Read an instruction, the input it is about (if any), and the output."""
+    instruction, output = (_text(row, column) for column in columns)
+    context = _text(row, "input") if row.get("input") else ""
+    return {**_dialogue("\n\n".join(filter(None, (instruction, context))), output, as_chat), **_reference(row)}
+
+
+def from_query_response(row: Row, as_chat: bool, *columns: str) -> dict:
+    """Read a question and its solution."""
+    query, response = (_text(row, column) for column in columns)
+    return {**_dialogue(query, response, as_chat), **_reference(row)}
+
+
+def from_system_question(row: Row, as_chat: bool, *columns: str) -> dict:
+    """Read a question and a response given under a system prompt, which may be empty."""
+    system, question, response = (_text(row, column) for column in columns)
+    return {**_dialogue(question, response, as_chat, system), **_reference(row)}
+
+
+def from_guanaco(row: Row, as_chat: bool, column: str) -> dict:
+    """Read a conversation written as one text, its turns opened by ``### Human:`` and ``### Assistant:``."""
+    _, *turns = re.split(r"### (Human|Assistant):", _text(row, column))
+    if not turns:
+        raise UserError(f"{column!r} holds no turn that starts with '### Human:'")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    pairs = zip(turns[::2], turns[1::2], strict=True)
+    return {"messages": [{"role": roles[speaker], "content": content.strip()} for speaker, content in pairs]}
+
+
+def from_text(row: Row, as_chat: bool, column: str) -> dict:
+    """Read plain text."""
+    return {column: _text(row, column), **_reference(row)}
+
+
+# The formats that are recognised by their columns alone.
+FORMATS: Formats = {
+    ("messages",): from_messages,
+    ("conversations",): from_messages,  # ShareGPT
+    ("prompt", "completion"): from_prompt_completion,
+    ("question", "answer"): from_question_answer,  # GSM8K
+    ("instruction", "output"): from_instruction,  # Alpaca; "input" may be there too
+    ("query", "response"): from_query_response,  # MetaMathQA
+    ("system_prompt", "question", "response"): from_system_question,  # Open-Orca
+}
+
+_ROLES = {"human": "user", "gpt": "assistant"} | {
+    role: role for role in ("system", "developer", "user", "assistant", "tool")
+}
+
+
+def _dialogue(question: str, answer: str, as_chat: bool, system: str = "") -> dict:
+    if as_chat:
+        opening = [{"role": "system", "content": system}] if system else []
+        return {
+            "prompt": [*opening, {"role": "user", "content": question}],
+            "completion": [{"role": "assistant", "content": answer}],
+        }
+    opening = f"{system}\n\n" if system else ""
+    return {"prompt": f"{opening}Question: {question}\nAnswer:", "completion": f" {answer}"}
+
+
+def _reference(row: Row) -> dict:
+    """Return ``answer`` and ``answer_type`` where the row has a checkable answer."""
+    answer = row.get("answer")
+    if answer is None:
+        return {}
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise UserError(f"'answer' holds {_kind(answer)}, not text or a number")
+    answer_type = row.get("answer_type") or answer_type_of(str(answer))
+    if answer_type not in ("number", "exact"):
+        raise UserError(f"'answer_type' is {answer_type!r}; it must be 'number' or 'exact'")
+    return {"answer": str(answer), "answer_type": answer_type}
+
+
+def answer_type_of(answer: str) -> str:
+    """Return how an answer is compared: as a ``number``, or as ``exact`` text."""
+    return "exact" if parse_number(answer) is None else "number"
+
+
+def _text(row: Row, column: str) -> str:
+    if column not in row:
+        raise UserError(f"{column!r} is missing")
+    if not isinstance(row[column], str):
+        raise UserError(f"{column!r} holds {_kind(row[column])}, not text")
+    return row[column]
+
+
+def _messages(row: Row, column: str) -> list[Message]:
+    """Read ``[{"role", "content"}]``, or ShareGPT's ``[{"from", "value"}]``."""
+    value = row.get(column)
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{column!r} holds {_kind(value)}, not a list of messages")
+    messages = []
+    for n, message in enumerate(value, start=1):
+        if not isinstance(message, Mapping):
+            raise UserError(f"message {n} of {column!r} is {_kind(message)}, not an object with role and content")
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if role not in _ROLES:
+            raise UserError(f"message {n} of {column!r} has role {role!r}; it must be one of {', '.join(_ROLES)}")
+        if not isinstance(content, str):
+            raise UserError(f"message {n} of {column!r} has {_kind(content)} as content, not text")
+        messages.append({"role": _ROLES[role], "content": content})
+    return messages
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return "nothing" if value is None else f"{value!r}" if isinstance(value, bool | int | float) else "text"

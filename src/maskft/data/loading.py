@@ -1,0 +1,142 @@
+"""One set of rows, of a registered name, a file, the hub or a procedural task, as examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from random import Random
+
+from datasets import Dataset
+
+from ..errors import UserError, did_you_mean
+from .formats import Row, to_examples
+from .procedural import PROCEDURAL_PREFIX, procedural_rows
+from .registry import TRAINING_SETS, TrainingSet
+from .sources import find_files, is_hub_name, load_from_hub, numbered, read_file
+
+SHUFFLE_BUFFER = 10_000  # rows of a stream that are held in memory to draw from
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How sets are read; the same for all sets of a mixture.
+
+    Attributes:
+        split: Split of a hub data set.
+        config: Configuration of a hub data set.
+        as_chat: Whether questions and answers become messages. None: where ``tokenizer`` has a chat template.
+        tokenizer: None counts as having a template.
+        text_field: Name of the column of plain text.
+        size: Number of exercises of a procedural task.
+        seed: Of a procedural task, and of the rows taken from a stream.
+        options: Of a procedural task.
+        data_dir: Folder to look for sets in before the hub is asked.
+        streaming: Read only as many rows as are taken.
+        as_messages: Write a prompt and a completion that are messages as one conversation, as mixtures need it. Tokens
+            and labels are the same for both.
+    """
+
+    split: str = "train"
+    config: str | None = None
+    as_chat: bool | None = None
+    tokenizer: object = None
+    text_field: str = "text"
+    size: int = 500
+    seed: int = 0
+    options: dict | None = None
+    data_dir: str | None = None
+    streaming: bool = False
+    as_messages: bool = False
+
+    def read(self, name: str, num_rows: int | None = None) -> Dataset:
+        """Read one set as examples (see the package's docstring).
+
+        Args:
+            name: A file, a name of ``registry.py``, the name of a file in ``data_dir``, a hub name, or a procedural
+                task.
+            num_rows: Of a stream: how many rows to take. Of a procedural task: how many to make.
+        """
+        as_chat = self.as_chat
+        if name.startswith(PROCEDURAL_PREFIX):
+            task = name.removeprefix(PROCEDURAL_PREFIX)
+            made = procedural_rows(task, num_rows or self.size, self.seed, self.options or {}, as_chat is not True)
+            rows, known = numbered(made), None
+        else:
+            rows, known = self._find(name)
+            if self.streaming:
+                rows = self._take(rows, name, num_rows)
+        if as_chat is None:
+            as_chat = self.tokenizer is None or bool(self.tokenizer.chat_template)
+        return to_examples(rows, name, as_chat, self.text_field, known and known.formats, self.as_messages)
+
+    def _find(self, name: str) -> tuple[Iterable[tuple[str, Row]], TrainingSet | None]:
+        """Return the rows of a set with their places, and what is registered about the set."""
+        if not is_hub_name(name):
+            return read_file(Path(name).expanduser()), None
+        known = TRAINING_SETS.get(name)
+        if self.data_dir:
+            names = [name, *known.file_names, known.hub_id.rpartition("/")[2]] if known else [name.rpartition("/")[2]]
+            files = find_files(self.data_dir, names, known.split if known else self.split)
+            if files:
+                rows = chain.from_iterable(map(read_file, files))
+                return _only_source(rows, name, known) if known and known.source else rows, known
+            if known:
+                raise UserError(
+                    f"data_dir {self.data_dir} holds none of {', '.join(f'{each}.jsonl' for each in names)} (or .json, "
+                    f".parquet, .gz) for {name}; add one, or leave data_dir out to download {known.hub_id}"
+                )
+        if known is None:
+            if "/" not in name and (similar := did_you_mean(name, TRAINING_SETS)):
+                raise UserError(f"there is no file and no known data set {name!r}{similar}")
+            return numbered(load_from_hub(name, self.config, self.split, streaming=self.streaming)), None
+        rows = load_from_hub(known.hub_id, known.config, known.split, known.data_files, self.streaming)
+        if known.source:
+            rows = rows.filter(lambda source: source == known.source, input_columns="source")
+        return numbered(rows), known
+
+    def _take(self, rows: Iterable[tuple[str, Row]], name: str, num_rows: int | None) -> Iterator[tuple[str, Row]]:
+        """Take ``num_rows`` of a stream, drawn from a buffer that moves along it."""
+        if num_rows is None:
+            raise UserError(f"streaming reads as many rows as are asked for: give {name} a count, such as {name}:10000")
+
+        taken = 0
+        for pair in islice(_shuffled(rows, self.seed), num_rows):
+            taken += 1
+            yield pair
+        if taken < num_rows:
+            raise too_few_rows(name, num_rows, taken)
+
+
+def _shuffled(rows: Iterable[tuple[str, Row]], seed: int) -> Iterator[tuple[str, Row]]:
+    """Yield rows in a seeded order, as `datasets.IterableDataset.shuffle` does, which cannot hash a file being read."""
+    random = Random(seed)
+    buffer: list[tuple[str, Row]] = []
+    for pair in rows:
+        if len(buffer) < SHUFFLE_BUFFER:
+            buffer.append(pair)
+            continue
+        index = random.randrange(SHUFFLE_BUFFER)
+        yield buffer[index]
+        buffer[index] = pair
+    random.shuffle(buffer)
+    yield from buffer
+
+
+def too_few_rows(name: str, asked: int, existing: int) -> UserError:
+    """Return the error of a mixture that asks for more rows than a set has."""
+    return UserError(f"the mixture asks for {asked:,} rows of {name}, which has {existing:,}; ask for fewer")
+
+
+def _only_source(rows: Iterable[tuple[str, Row]], name: str, known: TrainingSet) -> Iterator[tuple[str, Row]]:
+    """Keep the rows of the set out of a file of the whole mixture; a file without ``source`` is the set itself."""
+    found = False
+    for where, row in rows:
+        if not isinstance(row, dict) or row.get("source", known.source) == known.source:
+            found = True
+            yield where, row
+    if not found:
+        raise UserError(
+            f"{name}: no row has the source {known.source!r}; give the file of {known.hub_id} or of the set"
+        )

@@ -1,0 +1,248 @@
+"""Training rows and held-out rows that share no prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+
+from ..data_arguments import DataArguments
+from ..errors import UserError
+from .contamination import NGRAM, Contamination, NgramIndex, example_texts, load_test_texts, unique_rows
+from .loading import Reader
+from .mixtures import Part, concatenate, draw, load_examples, parse_mixture
+from .procedural import PROCEDURAL_PREFIX, procedural_seed
+from .registry import TRAINING_SETS
+from .sources import is_hub_name
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """How many rows were read and what became of them.
+
+    Attributes:
+        read: Rows read, or taken of each set of a mixture; with those of separate held-out data.
+        dropped_overlap: Training rows left out because their prompt is held out.
+        train: Rows to train on.
+        heldout: Rows held out.
+        taken: Rows taken of each set of the training data, those held out included.
+        dropped_duplicates: Training rows left out as exact copies of others. None: not looked for.
+        dropped_contaminated: Training rows left out for what they share with a test set.
+        contamination: What the training rows share with each test set, before any is left out for it.
+    """
+
+    read: int
+    dropped_overlap: int
+    train: int
+    heldout: int
+    taken: dict[str, int] = field(default_factory=dict)
+    dropped_duplicates: int | None = None
+    dropped_contaminated: int = 0
+    contamination: dict[str, Contamination] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        mixture = ", ".join(f"{count:,} of {name}" for name, count in self.taken.items())
+        text = (
+            f"read {self.read:,} rows{f' ({mixture})' if len(self.taken) > 1 else ''}: "
+            f"{self.train:,} to train on, {self.heldout:,} held out; "
+            f"{self.dropped_overlap:,} left out of training because their prompt is held out"
+        )
+        if self.dropped_duplicates is not None:
+            text += f", {self.dropped_duplicates:,} as copies of others"
+        for name, found in self.contamination.items():
+            text += (
+                f"; {found.num_rows:,} share {NGRAM} words in a row with {found.num_items_found:,} of the "
+                f"{found.num_items:,} items of {name}"
+            )
+        if self.contamination:
+            text += f" ({self.dropped_contaminated:,} of these rows left out)"
+        return text
+
+    def to_dict(self) -> dict:
+        """Return it as JSON-able values, with the published number of samples of the sets that have one."""
+        published = {name: TRAINING_SETS[name].num_published for name in self.taken if name in TRAINING_SETS}
+        return asdict(self) | {"num_published": published}
+
+
+class Splits(NamedTuple):
+    """What ``load_splits`` returns."""
+
+    train: Dataset
+    heldout: Dataset
+    report: SplitReport
+
+
+def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str = "text") -> Splits:
+    """Read the training data and the held-out data, and remove from training what is held out.
+
+    The held-out rows are chosen first and never reduced. The same arguments and seed give the same rows; runs that are
+    to be compared item by item need the same seed here, whatever seed they train with.
+
+    Args:
+        args: The data part of the recipe.
+        seed: Chooses the rows held out of the training data, those a mixture takes, and the exercises of a procedural
+            task.
+        tokenizer: Decides about chat or plain text where ``args.as_chat`` does not. None counts as having a template.
+        text_field: Name of the column that holds plain text.
+
+    Raises:
+        UserError: If a name, a file, a row or a number in ``args`` cannot be used.
+    """
+    for name in ("max_train_samples", "max_eval_samples", "procedural_train_size", "procedural_eval_size"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    if not args.dataset_name:
+        raise UserError("dataset_name is missing; give a data file, a hub name or reasoning-gym/TASK")
+    if args.drop_contaminated and not args.contamination_sets:
+        raise UserError("drop_contaminated needs contamination_sets, the test sets to look for")
+    parts = parse_mixture(args.dataset_name)
+    procedural = len(parts) == 1 and parts[0].name.startswith(PROCEDURAL_PREFIX)
+    heldout_name = args.eval_dataset_name
+    if not heldout_name and (args.dataset_eval_split or procedural):
+        heldout_name = parts[0].name if procedural else args.dataset_name
+    if heldout_name and args.dataset_eval_split and not is_hub_name(heldout_name):
+        raise UserError(
+            f"dataset_eval_split is {args.dataset_eval_split!r}, but {heldout_name} has no splits; "
+            "name the held-out data with eval_dataset_name, or hold out a part with eval_split_size"
+        )
+    # Before the training data, which takes longer: a mistake in a name is told at once.
+    test_texts = load_test_texts(args.contamination_sets, args.data_dir) if args.contamination_sets else {}
+
+    common = {
+        "as_chat": args.as_chat,
+        "tokenizer": tokenizer,
+        "text_field": text_field,
+        "options": args.procedural_options,
+        "data_dir": args.data_dir,
+    }
+    # A stream is drawn with the seed itself; a procedural task needs one far from that of its held-out exercises.
+    reader = Reader(
+        split=args.dataset_train_split,
+        config=args.dataset_config,
+        size=args.procedural_train_size,
+        seed=procedural_seed(seed, "train"),
+        streaming=args.dataset_streaming,
+        as_messages=len(parts) > 1,
+        **common,
+    )
+    sets = [reader.read(part.name, part.count) for part in parts]
+    taken = {part.name: part.num_rows(len(examples)) for part, examples in zip(parts, sets, strict=True)}
+    if heldout_name:
+        heldout = load_examples(
+            heldout_name,
+            args.dataset_eval_split or "test",
+            config=args.dataset_config if heldout_name == args.dataset_name else None,
+            size=args.procedural_eval_size,
+            seed=procedural_seed(seed, "heldout"),
+            **common,
+        )
+        drawn = [
+            examples.select(draw(examples, range(len(examples)), count, seed))
+            for examples, count in zip(sets, taken.values(), strict=True)
+        ]
+        train, read = concatenate(drawn, seed), sum(taken.values()) + len(heldout)
+    else:
+        train, heldout = _hold_out(parts, sets, list(taken.values()), args.eval_split_size, seed)
+        read = sum(taken.values())
+
+    held_prompts = {prompt_digest(example) for example in heldout}
+    kept = [index for index, example in enumerate(train) if prompt_digest(example) not in held_prompts]
+    dropped = len(train) - len(kept)
+    if not kept:
+        raise UserError(
+            f"all {len(train):,} training rows of {args.dataset_name} have a prompt that is also held out; "
+            "give other held-out data, or a smaller eval_split_size or procedural_eval_size"
+        )
+    train = train.select(kept)
+    duplicates = None
+    if args.deduplicate:
+        unique = unique_rows(train)
+        duplicates, train = len(train) - len(unique), train.select(unique)
+    contamination, contaminated = NgramIndex(test_texts).search(map(example_texts, train)) if test_texts else ({}, [])
+    if args.drop_contaminated:
+        if len(contaminated) == len(train):
+            raise UserError(f"all {len(train):,} training rows share {NGRAM} words with a test set; none are left")
+        train = train.select(sorted(set(range(len(train))) - set(contaminated)))
+    train = train.select(range(min(len(train), args.max_train_samples or len(train))))
+    heldout = heldout.select(range(min(len(heldout), args.max_eval_samples or len(heldout))))
+    report = SplitReport(
+        read=read,
+        dropped_overlap=dropped,
+        train=len(train),
+        heldout=len(heldout),
+        taken=taken,
+        dropped_duplicates=duplicates,
+        dropped_contaminated=len(contaminated) if args.drop_contaminated else 0,
+        contamination=contamination,
+    )
+    return Splits(train, heldout, report)
+
+
+def _hold_out(
+    parts: Sequence[Part], sets: Sequence[Dataset], taken: Sequence[int], size: float, seed: int
+) -> tuple[Dataset, Dataset]:
+    """Split off ``size`` of the rows taken, from each set those whose prompt has the smallest seeded hash.
+
+    With a fraction, that fraction of each set is never trained on, however few of its rows a mixture takes: so what one
+    recipe holds out of a set no other recipe with the same fraction and seed trains on. A count is shared among the
+    sets in proportion to the rows taken.
+    """
+    if size <= 0 or (size >= 1 and size != int(size)):
+        raise UserError(f"eval_split_size is {size}; it must be a whole number of rows, or a fraction below 1")
+    if size < 1:
+        held = [max(1, round(size * count)) for count in taken]
+        reserved = [max(1, round(size * len(examples))) for examples in sets]
+    else:
+        held = reserved = _shares(int(size), taken)
+    trains, heldouts = [], []
+    for part, examples, count, num_held, num_reserved in zip(parts, sets, taken, held, reserved, strict=True):
+        if num_held >= count:
+            raise UserError(
+                f"eval_split_size {size:g} holds out {num_held:,} of the {count:,} rows of {part.name}, "
+                "which leaves none to train on; make it smaller"
+            )
+        digests = [prompt_digest(example) for example in examples]
+        ids = examples["id"][:]
+        hashes = [hashlib.sha256(f"{seed}".encode() + digest).digest() for digest in digests]
+        ranked = sorted(range(len(examples)), key=lambda n: (hashes[n], ids[n]))
+        pool = sorted(ranked[num_reserved:])
+        if count < len(examples):  # another row of a prompt that is reserved: its turn may come in another recipe
+            reserved_prompts = {digests[index] for index in ranked[:num_reserved]}
+            pool = [index for index in pool if digests[index] not in reserved_prompts]
+        trains.append(examples.select(draw(examples, pool, count - num_held, seed)))
+        heldouts.append(examples.select(sorted(ranked[:num_held])))
+    return concatenate(trains, seed), concatenate(heldouts, seed)
+
+
+def _shares(count: int, sizes: Sequence[int]) -> list[int]:
+    """Divide ``count`` in proportion to ``sizes``, the largest remainders rounded up; at least 1 each."""
+    exact = [count * size / sum(sizes) for size in sizes]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda n: shares[n] - exact[n])
+    for n in by_remainder[: count - sum(shares)]:
+        shares[n] += 1
+    return [max(1, share) for share in shares]
+
+
+def prompt_digest(example: Row) -> bytes:
+    """Hash the words before the first answer, without system messages: two examples are the same if these agree."""
+    if "messages" in example or not isinstance(example.get("prompt", ""), str):
+        messages = example.get("messages") or example["prompt"]
+        opening = []
+        for message in messages:
+            if message["role"] == "assistant":
+                break
+            if message["role"] != "system":
+                opening.append(message["content"])
+        text = "\n".join(opening)
+    elif "prompt" in example:
+        text = example["prompt"]
+    else:
+        text = next(value for column, value in example.items() if column not in ("id", "answer", "answer_type"))
+    return hashlib.sha256(" ".join(text.split()).encode()).digest()

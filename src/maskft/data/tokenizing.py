@@ -1,0 +1,231 @@
+"""Tokens and labels: the one tokenisation for training and for evaluation."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from jinja2 import TemplateError
+
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
+
+Row = Mapping[str, Any]
+Message = dict[str, str]
+
+
+def tokenize_example(
+    example: Row,
+    tokenizer,
+    max_length: int | None = None,
+    completion_only_loss: bool = True,
+    text_field: str = "text",
+) -> dict[str, list[int]]:
+    """Turn an example into token ids and labels; the one tokenisation for training and for evaluation.
+
+    Loss is taken on the completion, or on every assistant turn of ``messages`` (what the chat template writes after the
+    turn's header, with the end-of-turn token), or on all of a text. Plain text ends with the end-of-sequence token. As
+    in TRL, a completion starts where the tokens of the prompt alone and of the whole diverge: where a token spans the
+    border, that token is trained on. The first token has no label, as nothing predicts it; nor has an assistant turn
+    that opens a conversation.
+
+    Args:
+        example: A row of ``load_examples``.
+        tokenizer: A transformers tokenizer.
+        max_length: Number of tokens to keep, from the start. None keeps all.
+        completion_only_loss: False takes the loss on every token.
+        text_field: Name of the column that holds plain text.
+
+    Returns:
+        ``input_ids`` and ``labels``, equally long; a label is the token's id, or -100 for no loss.
+    """
+    text, spans, templated = _render_spans(example, tokenizer, text_field)
+    input_ids = _encode(tokenizer, text, templated)
+    if not templated:
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no eos_token, so a model could not learn where to stop; set one")
+        if input_ids[-1:] != [tokenizer.eos_token_id]:
+            input_ids.append(tokenizer.eos_token_id)
+    labels = [IGNORED] * len(input_ids)
+    for before, until in spans if completion_only_loss else [("", text)]:
+        start = max(1, _common_length(_encode(tokenizer, before, templated), input_ids)) if before else 1
+        end = len(input_ids) if until == text else _common_length(_encode(tokenizer, until, templated), input_ids)
+        labels[start:end] = input_ids[start:end]
+    return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}
+
+
+def prompt_ids(example: Row, tokenizer) -> list[int]:
+    """Return the token ids after which a model generates its answer: those before the (last) assistant turn."""
+    if "messages" in example:
+        turns = [n for n, message in enumerate(example["messages"]) if message["role"] == "assistant"]
+        prompt = example["messages"][: turns[-1]] if turns else example["messages"]
+    elif "prompt" in example:
+        prompt = example["prompt"]
+    else:
+        raise UserError("plain text has no prompt to generate from; give data with prompts")
+    if not isinstance(prompt, str):
+        return _encode(tokenizer, _render(prompt, tokenizer, generation=True), templated=True)
+    ids = _encode(tokenizer, prompt, templated=False)
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text with it
+
+
+def tokenize_dataset(
+    dataset: Dataset,
+    tokenizer,
+    max_length: int | None = None,
+    completion_only_loss: bool = True,
+    text_field: str = "text",
+    num_proc: int | None = None,
+) -> Dataset:
+    """Tokenise every example, and leave out (with a warning) those of which nothing is trained on.
+
+    Returns:
+        ``id``, ``input_ids`` and ``labels``; see ``tokenize_example``.
+
+    Raises:
+        UserError: If no row has a label.
+    """
+    kwargs = {"max_length": max_length, "completion_only_loss": completion_only_loss, "text_field": text_field}
+    tokenized = dataset.map(
+        lambda example: tokenize_example(example, tokenizer, **kwargs),
+        remove_columns=[column for column in dataset.column_names if column != "id"],
+        desc="Tokenizing",
+        num_proc=num_proc,
+        load_from_cache_file=False,  # the cache would not see that this module has changed
+    )
+    kept = [n for n, labels in enumerate(tokenized["labels"]) if any(label != IGNORED for label in labels)]
+    if not kept:
+        raise UserError(
+            f"every label is masked in all {len(dataset):,} rows: with max_length {max_length}, no token of an answer "
+            "is left to learn from; raise max_length, or check that the rows have answers (assistant turns)"
+        )
+    _warn_of_torn_prompt(dataset[0], tokenized[0]["input_ids"], tokenizer)
+    if len(kept) < len(tokenized):
+        logger.warning(
+            "%s of %s rows are left out: within max_length %s they have no token to learn from",
+            f"{len(tokenized) - len(kept):,}",
+            f"{len(tokenized):,}",
+            max_length,
+        )
+        tokenized = tokenized.select(kept)
+    return tokenized
+
+
+def _warn_of_torn_prompt(example: Row, input_ids: list[int], tokenizer) -> None:
+    if "prompt" not in example:
+        return
+    ids = prompt_ids(example, tokenizer)[: len(input_ids)]
+    common = _common_length(ids, input_ids)
+    if common < len(ids):
+        logger.warning(
+            "the tokens of a prompt alone and before its completion differ from %r on: the model generates after other "
+            "tokens than it was trained after; where plain prompts end with a space, move it to the completions",
+            tokenizer.decode(ids[common:]),
+        )
+
+
+def supervised_token_count(dataset: Dataset) -> int:
+    """Return the number of tokens with a label in a tokenised data set: those that one epoch takes the loss on."""
+    return sum(label != IGNORED for labels in dataset["labels"] for label in labels)
+
+
+def format_sample(tokenized_row: Row, tokenizer, max_chars: int = 600) -> str:
+    """Return a tokenised row as text for the terminal, with what is trained on in ``[[`` and ``]]``.
+
+    A stretch longer than ``max_chars`` is shortened in its middle; control characters are shown as escapes.
+    """
+    parts = []
+    for supervised, ids in _stretches(tokenized_row["input_ids"], tokenized_row["labels"]):
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if len(text) > max_chars:
+            text = f"{text[: max_chars // 2]} ... {text[-(max_chars // 2) :]}"
+        text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+        parts.append(f"[[{text}]]" if supervised else text)
+    return "".join(parts)
+
+
+def _stretches(input_ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[int]]]:
+    for supervised, pairs in itertools.groupby(zip(input_ids, labels, strict=True), lambda pair: pair[1] != IGNORED):
+        yield supervised, [token for token, _ in pairs]
+
+
+def _render_spans(example: Row, tokenizer, text_field: str) -> tuple[str, list[tuple[str, str]], bool]:
+    """Return the text of an example, what is trained on, and whether the chat template wrote the text.
+
+    What is trained on is a list of (before, until): the text up to where a part begins, and up to where it ends.
+    """
+    if "messages" in example:
+        return *_assistant_turns(example["messages"], tokenizer), True
+    if "prompt" not in example:
+        return example[text_field], [("", example[text_field])], False
+    prompt, completion = example["prompt"], example["completion"]
+    if isinstance(prompt, str):
+        return prompt + completion, [(prompt, prompt + completion)], False
+    text = _render(prompt + completion, tokenizer)
+    return text, [(_render(prompt, tokenizer, generation=True), text)], True
+
+
+def _assistant_turns(messages: list[Message], tokenizer) -> tuple[str, list[tuple[str, str]]]:
+    text = _render(messages, tokenizer)
+    spans = []
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant" or n == 0:  # before the first message, templates have no header to render
+            continue
+        before = _render(messages[:n], tokenizer, generation=True)
+        until = text if n == len(messages) - 1 else _render(messages[: n + 1], tokenizer)
+        spans.append((before, _as_earlier_turn(message, text, before, until)))
+    return text, spans
+
+
+def _as_earlier_turn(message: Message, text: str, before: str, until: str) -> str:
+    """Return ``until`` as the beginning of ``text`` that ends with the same turn.
+
+    Some templates write more around a turn when it is the last one: Qwen 3 an empty thought before it, Phi 3 an end of
+    text after it. So the turn is as much of what follows ``before`` in ``text`` as occurs in its rendering as last.
+    """
+    if text.startswith(until):
+        return until
+    start = _common_length(before, text)
+    turn = until[_common_length(before, until) :]
+    lengths = range(1, len(turn) + 1)
+    length = bisect.bisect_left(lengths, True, key=lambda n: text[start : start + n] not in turn)
+    found = text[start : start + length]
+    if any(word not in found for word in message["content"].split()[-1:]):
+        raise UserError(
+            "the chat template rewrites an assistant turn once more messages follow, so its tokens cannot be told "
+            f"apart: {_shortened(message['content'])!r}; give such data as prompt and completion"
+        )
+    return text[: start + length]
+
+
+def _render(messages: list[Message], tokenizer, generation: bool = False) -> str:
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the data holds messages but the tokenizer has no chat template; use an instruct model's tokenizer, "
+            "set chat_template_path, or give plain prompt and completion"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    except TemplateError as error:
+        opening = _shortened(messages[0]["content"])
+        raise UserError(f"the chat template refuses the messages that begin {opening!r}: {error}") from None
+
+
+def _encode(tokenizer, text: str, templated: bool) -> list[int]:
+    """Tokenise; a chat template has written its own special tokens."""
+    return tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"]
+
+
+def _common_length(a: Sequence, b: Sequence) -> int:
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _shortened(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else text[:length] + "..."

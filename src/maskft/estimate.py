@@ -1,0 +1,753 @@
+"""What a run will need, before it is started: parameters, memory, FLOPs, tokens, bytes on disk.
+
+Nothing is loaded but the model's configuration. Weights, optimizer state and scores are counted. Activations are not
+guessed by a formula: one micro-batch is run, forward and backward, on fake tensors, which have shapes and no data, and
+the bytes that would be alive are followed operation by operation. So any architecture, attention implementation,
+autocast and gradient checkpointing count as they are, and so do short-lived buffers and the chunked output head.
+
+A mask is stood in for by training the effective weights themselves: the same operations, and the same tensors are kept
+for the backward pass. What the mask has besides (the frozen weight, scores, float32 gradients, moments, the refresh) is
+counted by :func:`_state_terms`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl.kernels import chunked_logprob
+from trl.trainer.utils import add_fused_lm_head
+
+from .arguments import MASK_METHODS, mask_config
+from .data import load_splits
+from .errors import UserError, did_you_mean
+from .mask_codec import encode_mask
+from .masking import random_mask
+from .memory import resident_memory_bytes
+from .models import load_config
+from .train import Run, build_model, check_method, stop_gradient_at_frozen_embeddings
+from .tuner.config import MaskConfig
+from .tuner.layer import write_masked_
+from .tuner.model import check_targets, layer_indices, maskable_names
+
+aten = torch.ops.aten
+
+# Bytes of optimizer state per trained parameter, as a function of the parameter's own size. 8-bit states carry a
+# float32 scale per block of 256, 4-bit ones per block of 128, for each of the two moments.
+_OPTIMIZER_BYTES: dict[str, Callable[[int], float]] = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), lambda size: 2 * size),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit"), lambda size: 2 * (1 + 4 / 256)),
+    "adamw_torch_4bit": lambda size: 2 * (0.5 + 4 / 128),
+    "sgd": lambda size: 0,
+}
+_EIGHT_BIT = "adamw_torch_8bit"
+
+# What reading the data and building the trainer add to a process that has imported everything; measured once.
+_TRAINER_BYTES = 70_000_000
+
+# Shape of a matrix that is masked for real, to see how many bytes that takes and how many bits its mask.
+_SAMPLE_SHAPE = (1024, 1024)
+
+# No larger micro-batch is tried; the answer then means this or more.
+_MAX_MICRO_BATCH = 1024
+
+
+@dataclass
+class MicroBatch:
+    """What one micro-batch does, seen on fake tensors.
+
+    Attributes:
+        activation_bytes: Activations and temporary buffers alive at the height, bytes.
+        gradient_bytes: Gradients alive at that moment, bytes.
+        all_gradient_bytes: Gradients after the backward pass, bytes.
+        allocator_bytes: On a CPU, what was measured to be resident beside live tensors, bytes: oneDNN keeps float32
+            sums of the largest product in lower precision, and the heap a hole of about the largest buffer. 0 on
+            a GPU; see ``reserve_gb``.
+        forward_flops: Multiply-adds of the forward pass, times two.
+        backward_flops: The same of the backward pass, recomputation included; 0 without one.
+    """
+
+    activation_bytes: int
+    gradient_bytes: int
+    all_gradient_bytes: int
+    allocator_bytes: int
+    forward_flops: int
+    backward_flops: int
+
+
+@dataclass
+class Setting:
+    """One row of the table of settings that may fit a device."""
+
+    dtype: str
+    optim: str
+    gradient_checkpointing: bool
+    bytes_at_batch_1: int
+    largest_micro_batch: int
+
+
+@dataclass
+class Estimate:
+    """What a run needs. ``memory`` is one process at its height, in bytes per term; ``peak_bytes`` is their sum.
+
+    Attributes:
+        method: The method.
+        model: Name or file the configuration came from.
+        device: ``cpu`` or ``cuda``.
+        num_parameters: Parameters of the base model; tied ones count once.
+        num_trainable: Parameters that are trained.
+        num_masked: Weights a mask covers, 0 for other methods.
+        memory: Bytes per term at the height; ``process`` is Python and its libraries.
+        height: The phase in which the height falls.
+        phases: Bytes in all, per phase.
+        peak_bytes: Sum of ``memory``.
+        layer_units: Cost of the decoder layers in forward passes of one layer: counted floor, and full fine-tuning.
+        flops_per_step: FLOPs of one optimizer step: forward, backward, total.
+        tokens_per_step: Tokens of one optimizer step if every row has ``sequence_length`` tokens.
+        num_steps: Optimizer steps of the run; None when the number of rows is not known.
+        flops_per_run: FLOPs of the run, evaluation not counted.
+        tokens_per_run: Tokens of the run, at most.
+        time_s: ``flops_per_run`` over the given speed.
+        adapter_bytes: Result on disk (adapter, or whole model).
+        bits_per_weight: Measured size of a coded mask and its lower bound.
+        checkpoint_bytes: One training checkpoint on disk.
+        largest_micro_batch: Largest ``per_device_train_batch_size`` for the device, at most 1024; None when no device
+            was given.
+        settings: The table of settings, when asked for.
+    """
+
+    method: str
+    model: str
+    device: str
+    dtype: str
+    optim: str
+    gradient_checkpointing: bool
+    micro_batch: int
+    accumulation: int
+    sequence_length: int
+    num_parameters: int
+    num_trainable: int
+    num_masked: int
+    memory: dict[str, int]
+    height: str
+    phases: dict[str, int]
+    peak_bytes: int
+    layer_units: dict[str, int] | None
+    flops_per_step: dict[str, int]
+    tokens_per_step: int
+    num_steps: int | None
+    flops_per_run: int | None
+    tokens_per_run: int | None
+    time_s: float | None
+    adapter_bytes: int
+    bits_per_weight: dict[str, float] | None
+    checkpoint_bytes: int
+    device_memory_bytes: int | None = None
+    largest_micro_batch: int | None = None
+    settings: list[Setting] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def estimate(
+    run: Run,
+    *,
+    sequence_length: int | None = None,
+    num_train_rows: int | None = None,
+    device: str | None = None,
+    device_memory_gb: float | None = None,
+    reserve_gb: float = 1.0,
+    flops_per_s: float | None = None,
+    compare_settings: bool = False,
+) -> Estimate:
+    """Estimate what ``run`` needs, from the configuration of its model.
+
+    Args:
+        run: The run as ``maskft train`` would start it; ``model_name_or_path`` may also be a ``config.json``.
+        sequence_length: Tokens of every row; default ``max_length``. Shorter rows need less.
+        num_train_rows: Training rows, to count steps; default ``max_train_samples``, or the rows of a local file.
+        device: ``cpu`` or ``cuda``; default: what this machine has.
+        device_memory_gb: Memory of the device as it is sold, for the largest micro-batch: 24 means 24 * 2**30 bytes.
+        reserve_gb: Part of it (same unit) left for the driver's context and fragmentation of a GPU; not used on a CPU.
+        flops_per_s: Speed the run is expected to reach, for its time.
+        compare_settings: Also tell which weight dtypes, optimizers and checkpointing fit ``device_memory_gb``.
+
+    Raises:
+        UserError: For an unknown model, layers out of range, or a device too small for micro-batch 1.
+    """
+    check_method(run.method)
+    _check_positive(
+        sequence_length=sequence_length,
+        num_train_rows=num_train_rows,
+        device_memory_gb=device_memory_gb,
+        flops_per_s=flops_per_s,
+    )
+    if compare_settings and device_memory_gb is None:
+        raise UserError("compare_settings needs device_memory_gb: which settings fit what?")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    length = sequence_length or run.training.max_length
+    if length is None:
+        raise UserError("max_length is not set, so rows have any length; give sequence_length")
+    planned = _Planned(run, length, device)
+    batch = run.training.per_device_train_batch_size
+    phases = planned.phases(batch)
+    height = max(phases, key=lambda name: sum(phases[name].values()))
+    limit = largest = None
+    settings = []
+    if device_memory_gb is not None:
+        limit = int((device_memory_gb - (reserve_gb if device == "cuda" else 0)) * 2**30)
+        largest = _largest_micro_batch(planned, limit)
+        if largest == 0 and not compare_settings:
+            raise UserError(_why_nothing_fits(planned, limit))
+        settings = _compare(run, length, device, limit) if compare_settings else []
+    step = planned.flops(batch)
+    accumulation = run.training.gradient_accumulation_steps
+    tokens = batch * accumulation * length * run.training.world_size
+    num_steps = _num_steps(run, num_train_rows) if planned.is_trained else 0
+    flops = None if num_steps is None else num_steps * step["total"]
+    return Estimate(
+        method=run.method.method,
+        model=str(run.model.model_name_or_path),
+        device=device,
+        dtype=str(planned.dtype).removeprefix("torch."),
+        optim=planned.optim,
+        gradient_checkpointing=bool(run.training.gradient_checkpointing),
+        micro_batch=batch,
+        accumulation=accumulation,
+        sequence_length=length,
+        num_parameters=planned.num_parameters,
+        num_trainable=planned.num_trainable,
+        num_masked=planned.num_masked,
+        memory=phases[height],
+        height=height,
+        phases={name: sum(terms.values()) for name, terms in phases.items()},
+        peak_bytes=sum(phases[height].values()),
+        layer_units=planned.layer_units,
+        flops_per_step=step,
+        tokens_per_step=tokens if planned.is_trained else 0,
+        num_steps=num_steps,
+        flops_per_run=flops,
+        tokens_per_run=None if num_steps is None else num_steps * tokens,
+        time_s=flops / flops_per_s if flops_per_s and flops is not None else None,
+        adapter_bytes=planned.adapter_bytes,
+        bits_per_weight=planned.bits_per_weight,
+        checkpoint_bytes=planned.checkpoint_bytes,
+        device_memory_bytes=None if device_memory_gb is None else int(device_memory_gb * 2**30),
+        largest_micro_batch=largest,
+        settings=settings,
+    )
+
+
+class _Planned:
+    """A run's model without data, and everything that does not depend on the micro-batch."""
+
+    def __init__(self, run: Run, length: int, device: str):
+        self.run, self.length, self.device = run, length, device
+        self.process_bytes = resident_memory_bytes() + _TRAINER_BYTES if device == "cpu" else 0
+        self.method = run.method.method
+        self.is_trained = self.method not in ("random_mask", "l1_mask")
+        self.config = load_config(run.model.model_name_or_path, revision=run.model.model_revision)
+        self.dtype = _weight_dtype(run.model.dtype, self.config)
+        self.optim = _optimizer(run.training)
+        self.compute_dtype = _compute_dtype(run.training, self.dtype)
+        self._seen: dict[tuple[int, bool], MicroBatch] = {}
+        self._mode = FakeTensorMode()
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = _meta_model(self.config, self.dtype, run.model.attn_implementation)
+            self.num_parameters = sum(p.numel() for p in model.parameters())
+            self.weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+            self.num_layers = len(layer_indices(name for name, _ in model.named_modules()))
+            self.masked = self._masked_modules(model) if self.method in MASK_METHODS else {}
+            self.masked_numels = [module.weight.numel() for module in self.masked.values()]
+            self.num_masked = sum(self.masked_numels)
+            self.model = self._prepare(model)
+        with self._mode:
+            _make_fake(self.model)
+            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.layer_units = self._layer_units(trained)
+        masked = {id(module.weight) for module in self.masked.values()}
+        # Trained besides the scores: all weights, LoRA matrices, modules_to_save.
+        self.trained_sizes = [(p.numel(), p.element_size()) for p in trained.values() if id(p) not in masked]
+        if self.method == "mask":
+            self.trained_sizes += [(numel, 4) for numel in self.masked_numels]
+        self.num_trainable = sum(numel for numel, _ in self.trained_sizes)
+        if self.is_trained and not self.num_trainable:
+            raise UserError(f"method {self.method} trains no parameter of {run.model.model_name_or_path!r}")
+        self.refresh_bytes = _refresh_bytes(mask_config(run.mask)) if self.method in MASK_METHODS else 0
+        self._count_files()
+
+    # What is where
+
+    def _masked_modules(self, model) -> dict[str, nn.Module]:
+        config = mask_config(self.run.mask)
+        if config.target_modules in (None, "all-linear"):
+            config.target_modules = sorted(maskable_names(model))
+        check_targets(config, model)
+        return {n: m for n, m in model.named_modules() if n and check_target_module_exists(config, n)}
+
+    def _prepare(self, model: PreTrainedModel) -> nn.Module:
+        """Make trainable what the method trains, as :func:`maskft.train.build_model` does, and add the output head."""
+        run = copy.copy(self.run)
+        run.model = copy.copy(run.model)
+        head = ("log_probs", "entropy", "is_top1")
+        if self.method in MASK_METHODS:
+            model.requires_grad_(False)
+            for module in self.masked.values():
+                weight = torch.empty_like(module.weight, dtype=self.compute_dtype)
+                module.weight = nn.Parameter(weight, requires_grad=self.method == "mask")
+            for name, module in model.named_modules():
+                if any(
+                    name == saved or name.endswith(f".{saved}") for saved in self.run.mask.mask_modules_to_save or []
+                ):
+                    module.requires_grad_(True)
+            add_fused_lm_head(model, outputs=head)
+        else:
+            add_fused_lm_head(model, outputs=head)
+            model = build_model(run, model)
+        model.train()
+        if self.run.training.gradient_checkpointing:
+            model.activation_checkpointing_enable(self.run.training.gradient_checkpointing_kwargs)
+            stop_gradient_at_frozen_embeddings(model)
+        return model
+
+    def _layer_units(self, trained) -> dict[str, int] | None:
+        """The floor, counted: forward L, activation gradients L - a, weight gradients b - a + 1."""
+        layers = layer_indices(trained)
+        if not layers or self.method == "lora":
+            return None
+        forward, activations = self.num_layers, self.num_layers - min(layers)
+        return {
+            "forward": forward,
+            "activation_gradients": activations,
+            "weight_gradients": len(layers),
+            "total": forward + activations + len(layers),
+            "full": 3 * self.num_layers,
+        }
+
+    def _count_files(self) -> None:
+        moments = int(self._optimizer_bytes())
+        trained = sum(numel * size for numel, size in self.trained_sizes)
+        self.bits_per_weight = None
+        coded = 0
+        if self.method in MASK_METHODS:
+            self.bits_per_weight = _bits_per_weight(self.run.mask)
+            # A header of 64 bytes, and about 128 bytes that safetensors writes about each tensor.
+            coded = sum(int(n * self.bits_per_weight["coded"] / 8) + 192 for n in self.masked_numels)
+        others = trained - (4 * self.num_masked if self.method == "mask" else 0)
+        self.adapter_bytes = self.weight_bytes if self.method == "full" else coded + others
+        kept = self.weight_bytes if self.method == "full" else coded + trained
+        self.checkpoint_bytes = (
+            0 if not self.is_trained else kept + (0 if self.run.training.save_only_model else moments)
+        )
+
+    def _optimizer_bytes(self) -> float:
+        per_parameter = _OPTIMIZER_BYTES[self.optim]
+        return sum(numel * per_parameter(size) for numel, size in self.trained_sizes)
+
+    # Memory
+
+    def _state_terms(self) -> dict[str, int]:
+        """Bytes that are there all the time once training has begun."""
+        terms = {"process": self.process_bytes, "weights": self.weight_bytes}
+        if self.method == "mask":
+            # The base weights stay beside the effective ones.
+            terms["effective weights"] = self.num_masked * self.compute_dtype.itemsize
+            terms["scores"] = 4 * self.num_masked
+        others = sum(n * s for n, s in self.trained_sizes) - terms.get("scores", 0)
+        if self.method != "full" and others:
+            terms["adapter"] = others
+        terms["optimizer"] = int(self._optimizer_bytes())
+        return terms
+
+    def phases(self, batch: int) -> dict[str, dict[str, int]]:
+        """Bytes per term in each phase of a run, by phase."""
+        if not self.is_trained:
+            keys = 5 * self.num_masked  # float32 ranking keys and bool masks of all matrices at once
+            largest = int(self.refresh_bytes * max(self.masked_numels))
+            terms = {"process": self.process_bytes, "weights": self.weight_bytes, "masks": keys, "refresh": largest}
+            return {"making the mask": terms}
+        state = self._state_terms()
+        micro = self.micro_batch(batch)
+        phases = {
+            "micro-batch": {
+                **state,
+                "gradients": micro.gradient_bytes,
+                "activations": micro.activation_bytes,
+                "allocator": micro.allocator_bytes,
+            },
+            # adamw_torch updates all tensors at once on a GPU, with a temporary of the size of what it updates.
+            "optimizer step": {
+                **state,
+                "gradients": micro.all_gradient_bytes,
+                "activations": micro.all_gradient_bytes if self.optim == "adamw_torch" and self.device == "cuda" else 0,
+                "allocator": micro.allocator_bytes,
+            },
+        }
+        if self.method == "mask":
+            pool = self.num_masked if self.run.mask.mask_scope == "global" else max(self.masked_numels)
+            phases["refresh"] = {**state, "refresh": int(self.refresh_bytes * pool)}
+        if str(getattr(self.run.training.eval_strategy, "value", self.run.training.eval_strategy)) != "no":
+            seen = self.micro_batch(self.run.training.per_device_eval_batch_size, is_evaluation=True)
+            phases["evaluation"] = {
+                **state,
+                "activations": seen.activation_bytes,
+                "allocator": seen.allocator_bytes,
+            }
+        if self.device == "cpu":
+            # A file's pages are resident while the weights are read from it.
+            stored = _weight_dtype("auto", self.config).itemsize * self.num_parameters
+            phases["loading"] = {"process": self.process_bytes, "weights": self.weight_bytes, "file": stored}
+        return phases
+
+    def peak_bytes(self, batch: int) -> int:
+        """Bytes in all at the height of a run with micro-batches of ``batch`` rows."""
+        return max(sum(terms.values()) for terms in self.phases(batch).values())
+
+    def flops(self, batch: int) -> dict[str, int]:
+        """FLOPs of one optimizer step."""
+        if not self.is_trained:
+            return {"forward": 0, "backward": 0, "total": 0}
+        micro, times = self.micro_batch(batch), self.run.training.gradient_accumulation_steps
+        forward, backward = times * micro.forward_flops, times * micro.backward_flops
+        return {"forward": forward, "backward": backward, "total": forward + backward}
+
+    def micro_batch(self, batch: int, is_evaluation: bool = False) -> MicroBatch:
+        """Run one micro-batch on fake tensors; see :class:`MicroBatch`."""
+        key = (batch, is_evaluation)
+        if key not in self._seen:
+            with self._mode, warnings.catch_warnings(), _triton_head(self.device):
+                warnings.simplefilter("ignore")
+                self.model.train(not is_evaluation)
+                self._seen[key] = self._follow(batch, is_evaluation)
+        return self._seen[key]
+
+    def _follow(self, batch: int, is_evaluation: bool) -> MicroBatch:
+        ids = torch.zeros(batch, self.length, dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
+        live = _LiveBytes([*self.model.parameters(), *self.model.buffers()])
+        gradients = _Gradients(self.model, {id(module.weight) for module in self.masked.values()}, live)
+        with torch.set_grad_enabled(not is_evaluation), gradients, live:
+            if self.run.training.gradient_accumulation_steps > 1 and not is_evaluation:
+                gradients.of_an_earlier_micro_batch()
+            with torch.autocast("cpu", self.compute_dtype, enabled=_is_autocast(self.run.training)):
+                loss = -self.model(**inputs, fused_lm_head=True).log_probs.sum()
+            forward_flops = live.flops
+            if not is_evaluation:
+                loss.backward()
+            return MicroBatch(
+                activation_bytes=live.peak - live.gradients_at_peak,
+                gradient_bytes=live.gradients_at_peak,
+                all_gradient_bytes=live.gradients,
+                allocator_bytes=live.largest + 4 * live.largest_product if self.device == "cpu" else 0,
+                forward_flops=forward_flops,
+                backward_flops=live.flops - forward_flops,
+            )
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the bytes of storages that operations make, until they are freed, and counts FLOPs.
+
+    The ``existing`` tensors do not count. torch's FlopCounterMode is not used, only its formulas: it holds on to the
+    inputs of modules, which would count as memory here.
+    """
+
+    def __init__(self, existing: list[Tensor]):
+        super().__init__()
+        self.live = self.peak = self.gradients = self.gradients_at_peak = 0
+        self.largest = self.largest_product = self.flops = 0
+        self._known = weakref.WeakKeyDictionary((tensor.untyped_storage(), 0) for tensor in existing)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if formula := _FLOPS.get(func.overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        if func.overloadpacket in _PRODUCTS and out.dtype != torch.float32:
+            self.largest_product = max(self.largest_product, out.numel())
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._known:
+                storage = tensor.untyped_storage()
+                self._known[storage] = size = storage.nbytes()
+                weakref.finalize(storage, self._free, size)
+                self.live += size
+                self.largest = max(self.largest, size)
+                if self.live > self.peak:
+                    self.peak, self.gradients_at_peak = self.live, self.gradients
+        return out
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+    def count_as_gradient(self, tensor: Tensor) -> None:
+        """Say that what is alive in ``tensor`` is a gradient and not an activation."""
+        self.gradients += tensor.untyped_storage().nbytes()
+
+
+class _Gradients:
+    """Keeps gradients as training would: in ``.grad``, and those of masked weights in one float32 buffer each."""
+
+    def __init__(self, model: nn.Module, masked: set[int], live: _LiveBytes):
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.masked, self.live = masked, live
+        self.buffers: dict[int, Tensor] = {}
+
+    def __enter__(self):
+        self._handles = [p.register_post_accumulate_grad_hook(self._keep) for p in self.trained]
+        return self
+
+    def __exit__(self, *_):
+        for handle in self._handles:
+            handle.remove()
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def of_an_earlier_micro_batch(self) -> None:
+        """Make the gradients that an earlier micro-batch of the same optimizer step has left."""
+        for parameter in self.trained:
+            if id(parameter) in self.masked:
+                self._count(parameter, torch.empty(parameter.shape, dtype=torch.float32))
+            else:
+                parameter.grad = torch.empty_like(parameter)
+                self._count(parameter, parameter.grad)
+
+    def _keep(self, parameter: nn.Parameter) -> None:
+        if id(parameter) not in self.buffers:
+            self._count(parameter, parameter.grad.float() if id(parameter) in self.masked else parameter.grad)
+        if id(parameter) in self.masked:
+            parameter.grad = None
+
+    def _count(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        self.buffers[id(parameter)] = gradient
+        self.live.count_as_gradient(gradient)
+
+
+_PRODUCTS = (aten.mm, aten.addmm, aten.bmm)
+
+# The last three run on CPU tensors, fake or not, and torch has no formula for them. Attention counts without the half
+# that a causal mask saves.
+_FLOPS = {
+    **flop_registry,
+    aten.addmm_: lambda out, left, right, **_: 2 * left.shape[0] * left.shape[1] * right.shape[1],
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(
+        grad.shape, q.shape, k.shape, v.shape
+    ),
+}
+
+
+@contextlib.contextmanager
+def _triton_head(device: str) -> Iterator[None]:
+    """On a GPU TRL's output head folds its tiles in Triton kernels, which allocate nothing; so they do here."""
+    if device == "cpu":
+        yield
+        return
+
+    def add_product(total, left, right):
+        # Expanded single values have the shapes, for the FLOPs, and no storage, as on a GPU.
+        total.addmm_(*(total.new_empty(1, 1).expand(factor.shape) for factor in (left, right)))
+
+    replaced = {"_forward_tile": _nothing, "_backward_tile": _nothing, "_addmm_fp32": add_product}
+    originals = {name: getattr(chunked_logprob, name) for name in replaced}
+    try:
+        for name, function in replaced.items():
+            setattr(chunked_logprob, name, function)
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(chunked_logprob, name, function)
+
+
+def _nothing(*_, **__) -> None:
+    pass
+
+
+def _meta_model(config, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    # Flash attention, from whatever package, keeps what sdpa keeps.
+    attention = "sdpa" if attention and attention not in ("eager", "sdpa") else attention
+    try:
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, **({"attn_implementation": attention} if attention else {})
+        )
+    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+        raise UserError(
+            f"the configuration makes no causal language model: {str(error).strip().splitlines()[0]}"
+        ) from error
+    if not layer_indices(name for name, _ in model.named_modules()):
+        raise UserError(f"the configuration has no decoder layers ({type(model).__name__}); is it complete?")
+    return model
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Put fake CPU tensors, which choose CPU kernels, in place of a model's meta tensors; tied ones stay tied."""
+    # Replaced tensors are held on to, or another could take their id.
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    fake = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+                    made[id(tensor)] = (tensor, fake)
+                tensors[name] = made[id(tensor)][1]
+
+
+def _weight_dtype(name: str, config) -> torch.dtype:
+    if name != "auto":
+        return getattr(torch, name)
+    own = getattr(config, "dtype", None)
+    return own if isinstance(own, torch.dtype) else torch.float32
+
+
+def _is_autocast(training) -> bool:
+    return bool(training.bf16 or training.fp16)
+
+
+def _compute_dtype(training, weight_dtype: torch.dtype) -> torch.dtype:
+    """The dtype matrices are multiplied in."""
+    if not _is_autocast(training):
+        return weight_dtype
+    return torch.bfloat16 if training.bf16 else torch.float16
+
+
+def _optimizer(training) -> str:
+    name = str(getattr(training.optim, "value", training.optim))
+    if name not in _OPTIMIZER_BYTES:
+        known = ", ".join(_OPTIMIZER_BYTES)
+        raise UserError(f"optim is {name!r}{did_you_mean(name, _OPTIMIZER_BYTES)}; estimates are made for: {known}")
+    return name
+
+
+def _bits_per_weight(mask) -> dict[str, float]:
+    """Size of a coded mask, measured on a random one, and the entropy no code can go below; 1 at most."""
+    if mask.mask_selection == "threshold":
+        return {"coded": 1.0, "bound": 1.0}  # how many weights fall below the threshold is not known before
+    share = mask.mask_sparsity
+    coded = 8 * encode_mask(random_mask(_SAMPLE_SHAPE, share, seed=0)).numel() / math.prod(_SAMPLE_SHAPE)
+    bound = -sum(p * math.log2(p) for p in (share, 1 - share) if p > 0)
+    return {"coded": coded, "bound": bound}
+
+
+def _refresh_bytes(config: MaskConfig) -> float:
+    """Bytes that a refresh takes at its height per weight that is ranked, measured on a random matrix."""
+    scores = torch.randn(_SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
+    weight, out = torch.zeros_like(scores), torch.empty_like(scores)
+    with _LiveBytes([scores, weight, out]) as live:
+        write_masked_(config, [out], [weight], [scores])
+    return live.peak / scores.numel()
+
+
+def _num_steps(run: Run, num_train_rows: int | None) -> int | None:
+    """Optimizer steps, counted as transformers' Trainer counts them."""
+    training = run.training
+    if training.max_steps > 0:
+        return training.max_steps
+    rows = num_train_rows
+    if rows is None and Path(run.data.dataset_name or "").is_file():
+        rows = len(load_splits(run.data, run.data.split_seed, None, training.dataset_text_field)[0])
+    rows = rows or run.data.max_train_samples
+    if rows is None:
+        return None
+    micro_batches = math.ceil(rows / (training.per_device_train_batch_size * training.world_size))
+    return math.ceil(training.num_train_epochs * math.ceil(micro_batches / training.gradient_accumulation_steps))
+
+
+def _largest_micro_batch(planned: _Planned, limit: int) -> int:
+    """Largest number of rows whose height is at most ``limit`` bytes; 0 when not even one fits."""
+    low, high = 0, 1
+    while planned.peak_bytes(high) <= limit:
+        low, high = high, 2 * high
+        if not planned.is_trained or high > _MAX_MICRO_BATCH:
+            return low
+    while low and high - low > 1:
+        at_low, at_high = planned.peak_bytes(low), planned.peak_bytes(high)
+        # Memory is almost a straight line in the rows, so this finds the place in few steps.
+        guess = low + int((limit - at_low) * (high - low) / (at_high - at_low))
+        guess = min(max(guess, low + 1), high - 1)
+        if planned.peak_bytes(guess) <= limit:
+            low = guess
+            if low + 1 < high and planned.peak_bytes(low + 1) > limit:
+                high = low + 1
+        else:
+            high = guess
+    return low
+
+
+def _why_nothing_fits(planned: _Planned, limit: int) -> str:
+    phases = planned.phases(1)
+    height = max(phases, key=lambda name: sum(phases[name].values()))
+    terms = phases[height]
+    largest = max(terms, key=terms.get)
+    remedies = _remedies(planned, height)
+    remedy = next((remedies[term] for term in sorted(terms, key=terms.get, reverse=True) if term in remedies), "")
+    return (
+        f"device memory is too small for micro-batch 1: {sum(terms.values()) / 1e9:.1f} GB are needed and "
+        f"{limit / 1e9:.1f} GB are there; most of it is {largest} ({terms[largest] / 1e9:.1f} GB); "
+        f"{remedy or 'take a smaller model or a larger device'}"
+    )
+
+
+def _remedies(planned: _Planned, height: str) -> dict[str, str]:
+    """What would make a term smaller, for the terms where something is left to do."""
+    fewer = "train fewer layers" if planned.method == "full" else "mask fewer layers (mask_layers_to_transform)"
+    remedies = {}
+    if planned.dtype == torch.float32:
+        remedies["weights"] = "load the base in bfloat16 (dtype: bfloat16)"
+    if planned.optim != _EIGHT_BIT:
+        remedies["optimizer"] = f"keep the moments in 8 bits (optim: {_EIGHT_BIT})"
+    if height == "evaluation":
+        remedies["activations"] = "lower per_device_eval_batch_size"
+    elif not planned.run.training.gradient_checkpointing:
+        remedies["activations"] = "set gradient_checkpointing: true"
+    elif planned.length > 256:
+        remedies["activations"] = "set a smaller max_length"
+    if planned.method == "full" and planned.run.method.partial_layers is None:
+        remedies["gradients"] = "train a mask or lora instead of all weights"
+    elif planned.method != "lora":
+        remedies |= dict.fromkeys(("gradients", "scores", "effective weights"), fewer)
+    if planned.run.mask.mask_scope == "global":
+        remedies["refresh"] = "set mask_scope: matrix"
+    return remedies
+
+
+def _compare(run: Run, length: int, device: str, limit: int) -> list[Setting]:
+    """What fits with the weights in float32 or bfloat16, 32-bit or 8-bit moments, with and without checkpointing."""
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for checkpointing in (False, True):
+            variant = copy.copy(run)
+            variant.model, variant.training = copy.copy(run.model), copy.copy(run.training)
+            variant.model.dtype, variant.training.gradient_checkpointing = dtype, checkpointing
+            planned = _Planned(variant, length, device)
+            for optim in ("adamw_torch_fused", _EIGHT_BIT):
+                planned.optim = optim
+                rows.append(
+                    Setting(dtype, optim, checkpointing, planned.peak_bytes(1), _largest_micro_batch(planned, limit))
+                )
+    return rows
+
+
+def _check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise UserError(f"{name} is {value}; it must be above 0")

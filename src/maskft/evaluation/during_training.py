@@ -1,0 +1,138 @@
+"""Generation metrics while a model trains, on items that neither trained it nor will report on it.
+
+The items are held-out rows of the training data (``heldout``), or those items of a benchmark's own training split that
+the training data does not contain. Test items never choose a checkpoint: the score they then report would be too high.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from random import Random
+
+from rich.console import Console
+
+from ..errors import UserError, did_you_mean
+from .evaluate import evaluate_rows
+from .task_data import SOURCES, go_offline, load_docs
+from .tasks import BENCHMARKS, HELDOUT, check_names, load_tasks, run_task
+
+TASKS = (HELDOUT, *(name for name, source in SOURCES.items() if "train" in source.splits))
+_QUIET = Console(quiet=True)  # a bar of the evaluation inside the bar of the training would garble both
+
+
+class TrainingEvaluation:
+    """The items, chosen once, and how a model is measured on them.
+
+    Args:
+        names: Some of ``TASKS``.
+        limit: Items of each task.
+        data_dir: Folder with the benchmarks' files; None: the hub.
+        train_rows: Rows that the model trains on.
+        heldout_rows: Rows that it does not.
+        max_new_tokens: Bound on an answer to a held-out row.
+        batch_size: Items at one time; None: what half of the free memory allows.
+        console: Where the numbers are printed.
+
+    Raises:
+        UserError: If a task has no items that may be used, or the data is not what it should be.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        limit: int,
+        data_dir: str | None,
+        train_rows: Iterable[Mapping],
+        heldout_rows: Iterable[Mapping],
+        *,
+        max_new_tokens: int = 256,
+        batch_size: int | None = None,
+        console: Console | None = None,
+    ):
+        for name in names:
+            if name in BENCHMARKS and name not in TASKS:
+                raise UserError(
+                    f"eval_tasks: {name} has test items only, and test items must not choose the checkpoint; "
+                    f"use {', '.join(TASKS)}, and measure {name} at the end with maskft evaluate"
+                )
+            if name not in TASKS:
+                raise UserError(
+                    f"eval_tasks: no task {name!r}{did_you_mean(name, TASKS)}; there are {', '.join(TASKS)}"
+                )
+        if limit < 1:
+            raise UserError(f"eval_limit is {limit}; it must be at least 1")
+        check_names(names)
+        self.console, self.max_new_tokens, self.batch_size = console, max_new_tokens, batch_size
+        self.rows = None
+        if HELDOUT in names:
+            self.rows = [row for row, _ in zip(heldout_rows, range(limit), strict=False)]
+            if any(row.get("answer") is None for row in self.rows):
+                raise UserError("eval_tasks: heldout answers cannot be checked, the data has no `answer` column")
+        benchmarks = [name for name in names if name != HELDOUT]
+        if benchmarks and data_dir:
+            go_offline()
+        docs = {name: unseen(load_docs(name, data_dir, "train"), name, train_rows, limit) for name in benchmarks}
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        self.tasks = load_tasks(benchmarks, data_dir, limit, docs=docs)
+
+    def measure(self, model, tokenizer) -> dict[str, float]:
+        """Return ``task_metric`` -> value."""
+        records = {}
+        if self.rows:
+            records[HELDOUT] = evaluate_rows(
+                model,
+                tokenizer,
+                self.rows,
+                batch_size=self.batch_size or 16,
+                max_new_tokens=self.max_new_tokens,
+                console=_QUIET,
+            )
+        if self.tasks:
+            from .backend import BatchedLM
+
+            lm = BatchedLM(model, tokenizer, batch_size=self.batch_size, console=_QUIET)
+            records |= {name: run_task(lm, name, task) for name, task in self.tasks.items()}
+        values = {}
+        for name, record in records.items():
+            metrics = {key: metric for key, metric in record["metrics"].items() if key != "nll"}
+            values |= {f"{name}_{key}": metric["value"] for key, metric in metrics.items()}
+            if self.console:
+                shown = ", ".join(f"{key} {metric['value']:.4f}" for key, metric in metrics.items())
+                self.console.print(f"  {name}: {shown} ({len(record['items'])} items)", highlight=False)
+        return values
+
+
+def unseen(docs, name: str, train_rows: Iterable[Mapping], limit: int):
+    """The first ``limit`` of ``docs``, in a shuffled order, whose question is in no training row.
+
+    Raises:
+        UserError: If the training data contains them all.
+    """
+    question = next(iter(SOURCES[name].fields))
+    seen = "\n".join(_plain(text) for row in train_rows for text in _texts(row))
+    order = list(range(len(docs)))
+    Random(0).shuffle(order)
+    kept = []
+    for index in order:
+        if len(kept) == limit:
+            break
+        if _plain(docs[index][question]) not in seen:
+            kept.append(index)
+    if not kept:
+        raise UserError(
+            f"eval_tasks: the training data contains all {len(docs):,} items of {name}'s training split; use heldout"
+        )
+    return docs.select(kept)
+
+
+def _texts(row: Mapping) -> Iterable[str]:
+    for value in row.values():
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            yield from (part["content"] for part in value if isinstance(part, Mapping) and part.get("content"))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,160 @@
+"""Evaluate one loaded model on held-out data and benchmarks, and write its result file; a killed run goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .. import paths
+from ..errors import UserError
+from .alpaca import ALPACA_EVAL, AlpacaEval, evaluate_alpaca
+from .evaluate import evaluate_rows
+from .journal import Journal, Resuming
+from .load import Loaded
+from .results import Result, build_result, read_result, write_result
+from .tasks import HELDOUT, check_chat_template, run_task
+
+LOSS_BATCH_SIZE = 16  # where batch_size is auto: the loss of all rows of a batch needs logits of all their tokens
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What shapes the numbers; the ``settings`` of a result file.
+
+    Args:
+        dtype: Of the weights.
+        backend: ``hf`` or ``vllm``.
+        batch_size: Items at one time; None: by ``max_memory_gb``.
+        max_memory_gb: Bound on the memory of a batch, in 10^9 bytes; None: half of what is free.
+        max_length: Truncation of sequences whose loss is measured, in tokens.
+        max_new_tokens: Bound on a held-out answer; benchmarks have their own.
+        limit: First items of each benchmark only.
+        apply_chat_template: None: as each benchmark is published.
+        generate: Whether held-out answers are generated; None: where they can be checked.
+        text_field: Column of plain text data.
+        alpaca_eval: `AlpacaEval.settings`, where that is a task.
+    """
+
+    dtype: str = "float32"
+    backend: str = "hf"
+    batch_size: int | None = None
+    max_memory_gb: float | None = None
+    max_length: int | None = None
+    max_new_tokens: int = 256
+    limit: int | None = None
+    apply_chat_template: bool | None = None
+    generate: bool | None = None
+    text_field: str = "text"
+    alpaca_eval: dict | None = None
+
+    # What leaves every answer as it is, up to rounding, or is kept with each; a killed run may go on with another.
+    _NOT_OF_ANSWERS = ("batch_size", "max_memory_gb", "limit", "alpaca_eval")
+
+    def of_answers(self) -> dict:
+        """The settings that answers depend on."""
+        return {key: value for key, value in asdict(self).items() if key not in self._NOT_OF_ANSWERS}
+
+
+def evaluate_loaded(
+    loaded: Loaded,
+    tasks: Mapping[str, Any],
+    heldout_rows: Callable[[Any], Any] | None,
+    settings: EvaluationSettings,
+    target: Path,
+    name: str,
+    *,
+    alpaca: AlpacaEval | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Result:
+    """Evaluate a model on ``tasks`` and, with ``heldout_rows``, on held-out data; write and return the result.
+
+    Args:
+        loaded: The model.
+        tasks: From ``tasks.load_tasks``.
+        heldout_rows: Gives the held-out rows for a tokenizer.
+        settings: What shapes the numbers.
+        target: The result file. The journal of an unfinished evaluation lies beside it.
+        name: Label in tables.
+        alpaca: From ``alpaca.load_alpaca``; None: that is not a task.
+        overwrite: Drop a journal of other settings.
+        console: Where progress bars go.
+    """
+    check_chat_template(list(tasks), loaded.tokenizer, settings.apply_chat_template)
+    if alpaca:
+        alpaca.check_model(loaded)
+    records = {}
+    if heldout_rows is not None:
+        records[HELDOUT] = evaluate_rows(
+            loaded.model,
+            loaded.tokenizer,
+            heldout_rows(loaded.tokenizer),
+            batch_size=settings.batch_size or LOSS_BATCH_SIZE,
+            max_length=settings.max_length,
+            max_new_tokens=settings.max_new_tokens,
+            generate=settings.generate,
+            text_field=settings.text_field,
+            console=console,
+        )
+    journal = None
+    if tasks or alpaca:
+        journal = Journal(
+            target.with_name(paths.JOURNAL), {"model": loaded.identity, **settings.of_answers()}, overwrite
+        )
+    if tasks:
+        lm = Resuming(_backend(loaded, settings, console), journal)
+        for task_name, task in tasks.items():
+            started = time.perf_counter()
+            record = run_task(
+                lm, task_name, task, limit=settings.limit, apply_chat_template=settings.apply_chat_template
+            )
+            records[task_name] = record | {"time_s": round(time.perf_counter() - started, 1)}
+    if alpaca:
+        records[ALPACA_EVAL] = evaluate_alpaca(
+            loaded,
+            alpaca,
+            name,
+            target.parent,
+            journal,
+            batch_size=settings.batch_size,
+            max_memory_gb=settings.max_memory_gb,
+            console=console,
+        )
+    result = build_result(name, loaded.facts, asdict(settings), records)
+    write_result(target, result)
+    if journal:
+        journal.remove()
+    return result
+
+
+def finished_result(target: Path, settings: EvaluationSettings, tasks: list[str]) -> Result | None:
+    """The result of an earlier run with these settings and tasks, or None.
+
+    Raises:
+        UserError: If there is a result of other settings or tasks.
+    """
+    if not target.exists():
+        return None
+    result = read_result(target)
+    if result["settings"] != asdict(settings) or not set(tasks) <= set(result["tasks"]):
+        raise UserError(f"{target} exists, with other settings or tasks; name another output_dir or pass --overwrite")
+    return result
+
+
+def _backend(loaded: Loaded, settings: EvaluationSettings, console):
+    from .backend import BatchedLM, vllm_model
+
+    if settings.backend == "vllm":
+        return vllm_model(loaded.source, settings.dtype)
+    return BatchedLM(
+        loaded.model,
+        loaded.tokenizer,
+        batch_size=settings.batch_size,
+        max_memory_bytes=None if settings.max_memory_gb is None else settings.max_memory_gb * 1e9,
+        console=console,
+    )

@@ -1,0 +1,161 @@
+"""The items of the benchmarks: files in their published formats, or the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+
+from ..data import _read_file
+from ..errors import UserError
+
+ENDINGS = r"\.(jsonl|jsonl\.gz|json|json\.gz|parquet)"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the items of a benchmark come from.
+
+    Args:
+        files: Regular expression of file names without ending, any case; ``{split}`` stands for test or train.
+        fields: Field -> type that every row must have.
+        hub: Name on the hub.
+        configs: Configurations of the hub's data set, all of which are joined.
+        splits: Our split -> the hub's; a benchmark without ``train`` has no items but the test's.
+        folders: Pattern of folders that hold one JSON file per item, below the data folder.
+    """
+
+    files: str
+    fields: Mapping[str, type]
+    hub: str
+    configs: tuple[str | None, ...] = (None,)
+    splits: Mapping[str, str] | None = None
+    folders: str | None = None
+
+
+SOURCES = {
+    "gsm8k": Source(
+        files=r"gsm8k.*{split}.*",
+        fields={"question": str, "answer": str},
+        hub="openai/gsm8k",
+        configs=("main",),
+        splits={"test": "test", "train": "train"},
+    ),
+    "minerva_math": Source(
+        files=r"(minerva[-_]|hendrycks[-_])?math[-_]?(500)?[-_]?{split}.*",
+        fields={"problem": str, "solution": str},
+        hub="EleutherAI/hendrycks_math",
+        configs=(
+            "algebra",
+            "counting_and_probability",
+            "geometry",
+            "intermediate_algebra",
+            "number_theory",
+            "prealgebra",
+            "precalculus",
+        ),
+        splits={"test": "test", "train": "train"},
+        folders="MATH/{split}/*/*.json",
+    ),
+    "humaneval": Source(
+        files=r"human[-_]?eval",
+        fields={"task_id": str, "prompt": str, "entry_point": str, "test": str},
+        hub="openai/openai_humaneval",
+        splits={"test": "test"},
+    ),
+    "humaneval_plus": Source(
+        files=r"human[-_]?eval[-_]?plus.*",
+        fields={"task_id": str, "prompt": str, "entry_point": str, "test": str},
+        hub="evalplus/humanevalplus",
+        splits={"test": "test"},
+    ),
+    "ifeval": Source(
+        files=r"if[-_]?eval.*|input_data",
+        fields={"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list},
+        hub="google/IFEval",
+        splits={"test": "train"},
+    ),
+}
+
+
+def load_docs(task: str, data_dir: str | Path | None, split: str = "test") -> datasets.Dataset:
+    """The items of a benchmark, checked.
+
+    Args:
+        task: Key of ``SOURCES``.
+        data_dir: Folder that holds the published files, searched with all its folders; None: the hub.
+        split: ``test`` or ``train``.
+
+    Raises:
+        UserError: If there is no such file, several, or a row lacks a field.
+    """
+    source = SOURCES[task]
+    if split not in source.splits:
+        raise UserError(f"task {task} has no {split} split, only test items")
+    if data_dir is None:
+        return _from_hub(source, split)
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"data_dir {str(data_dir)!r} is not a folder")
+    problems = sorted(folder.rglob(source.folders.format(split=split))) if source.folders else []
+    file = None if problems else _find(source, folder, split, task)
+    rows = []
+    for where, row in ((path, _read_object(path)) for path in problems) if problems else _read_file(file):
+        _check(row, source.fields, str(where) if problems else f"{file}: {where}")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{file} has no rows")
+    return datasets.Dataset.from_list(rows)
+
+
+def go_offline() -> None:
+    """Keep the libraries from asking the hub for what the files have."""
+    os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
+
+
+def _find(source: Source, folder: Path, split: str, task: str) -> Path:
+    pattern = re.compile(f"({source.files.format(split=split)}){ENDINGS}", re.IGNORECASE)
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and pattern.fullmatch(path.name))
+    if not found:
+        raise UserError(
+            f"data_dir {str(folder)!r} holds no {split} file of {task}, a table of {', '.join(source.fields)}; its "
+            f"name must match {source.files.format(split=split)!r} (.jsonl, .jsonl.gz, .json, .parquet)"
+        )
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UserError(f"data_dir {str(folder)!r} holds several {split} files of {task} ({names}); keep one")
+    return found[0]
+
+
+def _read_object(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+
+
+def _check(row, fields: Mapping[str, type], where: str) -> None:
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not an object; expected the fields {', '.join(fields)}")
+    for field, kind in fields.items():
+        if field not in row:
+            raise UserError(f"{where} has no field {field!r}; it has {', '.join(map(str, row))}")
+        if not isinstance(row[field], kind):
+            raise UserError(f"{where}: field {field!r} is {type(row[field]).__name__}, not {kind.__name__}")
+
+
+def _from_hub(source: Source, split: str) -> datasets.Dataset:
+    try:
+        parts = [datasets.load_dataset(source.hub, config, split=source.splits[split]) for config in source.configs]
+    except Exception as error:  # many types: no network, no such name
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the hub did not give {source.hub!r} ({type(error).__name__}: {first}); with the files on this machine, "
+            "name their folder: --data_dir"
+        ) from None
+    return datasets.concatenate_datasets(parts)

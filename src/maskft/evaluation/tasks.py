@@ -1,0 +1,387 @@
+"""Benchmarks by lm-eval: which of its tasks, on what data, and its scores as a record of our result file.
+
+Prompts, stop strings, answer extraction and scores are lm-eval's. Two things differ. Data may come from files, and
+model-written code runs in our sandbox: lm-eval's own scorer downloads a metric and runs code in a plain process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import UserError, did_you_mean
+from .alpaca import ALPACA_EVAL
+from .evaluate import chat_template_hash, progress_bar
+from .results import build_task, items_fingerprint, metric_from_items
+from .sandbox import check_confinement, run_many
+from .task_data import load_docs
+
+HELDOUT = "heldout"
+SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # lm-eval's defaults
+# These instructions of IFEval split text with NLTK's tables; all others need no data.
+_PUNKT_INSTRUCTIONS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One of the paper's benchmarks, as lm-eval has it.
+
+    Args:
+        config: lm-eval's YAML file, below its folder of tasks.
+        metrics: lm-eval's ``metric,filter`` -> our name; the first is the benchmark's main metric.
+        use_chat_template: Whether prompts are put into the chat template unless the user decides.
+        id_field: Field that identifies an item; None: its position.
+        runs_code: Whether answers are scored by running them.
+    """
+
+    config: str
+    metrics: Mapping[str, str]
+    use_chat_template: bool = False
+    id_field: str | None = None
+    runs_code: bool = False
+
+
+BENCHMARKS = {
+    "gsm8k": Benchmark(
+        "gsm8k/gsm8k-cot.yaml",
+        {"exact_match,flexible-extract": "accuracy", "exact_match,strict-match": "accuracy_strict"},
+    ),
+    "minerva_math": Benchmark(
+        "minerva_math/minerva_math_algebra.yaml",
+        {"math_verify,none": "accuracy", "exact_match,none": "exact_match"},
+    ),
+    "humaneval": Benchmark(
+        "humaneval/humaneval.yaml", {"pass_at_1,create_test": "pass_at_1"}, id_field="task_id", runs_code=True
+    ),
+    "humaneval_plus": Benchmark(
+        "humaneval/humaneval_plus.yaml", {"pass_at_1,create_test": "pass_at_1"}, id_field="task_id", runs_code=True
+    ),
+    "ifeval": Benchmark(
+        "ifeval/ifeval.yaml",
+        {
+            f"{metric},none": metric
+            for metric in (
+                "prompt_level_strict_acc",
+                "prompt_level_loose_acc",
+                "inst_level_strict_acc",
+                "inst_level_loose_acc",
+            )
+        },
+        use_chat_template=True,
+        id_field="key",
+    ),
+}
+_OTHERS = Benchmark("", {})
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse tasks that nobody knows, and say what is missing when lm-eval is not installed.
+
+    Raises:
+        UserError: In both cases, with what to do.
+    """
+    if ALPACA_EVAL in names:  # maskft evaluate has it beside these
+        raise UserError(f"{ALPACA_EVAL} needs a judge and is a task of maskft evaluate alone; see docs/alpaca_eval.md")
+    scored = [name for name in names if name != HELDOUT]
+    if not scored:
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            f"task {scored[0]} is scored by lm-eval, which is not installed; run: pip install 'maskft[eval]'"
+        )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for name in scored:
+        if name not in BENCHMARKS and name not in _task_manager().all_tasks:
+            options = [HELDOUT, ALPACA_EVAL, *BENCHMARKS, *_task_manager().all_tasks]
+            raise UserError(f"unknown task {name!r}{did_you_mean(name, options)}; lm-eval has no such task either")
+
+
+def load_tasks(
+    names: Sequence[str],
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    *,
+    docs: Mapping[str, Any] | None = None,
+    allow_unconfined: bool = False,
+    console=None,
+) -> dict[str, Any]:
+    """Build lm-eval's tasks: name -> task. A group of lm-eval becomes its members.
+
+    Args:
+        names: From ``check_names``.
+        data_dir: Folder with the benchmarks' files; None: the hub.
+        limit: First items of each task only.
+        docs: Items of a benchmark, where they are not those of its test split.
+        allow_unconfined: Run model-written code even where it cannot be confined.
+        console: Where progress bars go.
+
+    Raises:
+        UserError: For every problem with the data.
+    """
+    tasks = {}
+    for name in names:
+        if name in BENCHMARKS:
+            items = docs[name] if docs and name in docs else load_docs(name, data_dir)
+            tasks[name] = _build(name, items, limit, data_dir, allow_unconfined, console)
+        else:
+            tasks |= _build_other(name)
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=SEEDS["fewshot"])
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+    return tasks
+
+
+def wants_chat_template(name: str, choice: bool | None) -> bool:
+    """Whether prompts of task ``name`` go into the chat template; ``choice`` is the user's, None: the task's own."""
+    return BENCHMARKS.get(name, _OTHERS).use_chat_template if choice is None else choice
+
+
+def check_chat_template(names: Sequence[str], tokenizer, choice: bool | None) -> None:
+    """Refuse a chat task for a tokenizer without chat template."""
+    for name in names:
+        if wants_chat_template(name, choice) and not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                f"task {name} puts its prompts into the chat template, and this model's tokenizer has none; evaluate a "
+                "chat model, or pass --apply_chat_template false"
+            )
+
+
+def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_template: bool | None = None) -> dict:
+    """Evaluate one task and return its record of the result schema.
+
+    Args:
+        lm: A model of lm-eval's interface, with ``tokenizer``.
+        name: Name of the task.
+        task: From ``load_tasks``.
+        limit: First items only.
+        apply_chat_template: Overrides the task's own choice.
+    """
+    from lm_eval.evaluator import evaluate
+
+    chat = wants_chat_template(name, apply_chat_template)
+    random.seed(SEEDS["random"])
+    np.random.seed(SEEDS["numpy"])
+    torch.manual_seed(SEEDS["torch"])
+    results = evaluate(
+        lm,
+        {"tasks": {name: task}},
+        limit=limit,
+        bootstrap_iters=1000,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
+    samples = results["samples"][name]
+    benchmark = BENCHMARKS.get(name, _OTHERS)
+    items = _items(samples, benchmark)
+    record = build_task(
+        items,
+        _metrics(items, results["results"][name], results["higher_is_better"][name], benchmark),
+        version=results["versions"][name],
+        num_fewshot=results["n-shot"][name],
+        fingerprint=items_fingerprint(
+            {"id": item["id"], "prompt": item["prompt_hash"], "reference": item["answer_hash"]} for item in items
+        ),
+        chat_template_hash=chat_template_hash(lm.tokenizer) if chat else None,
+    )
+    return record | {
+        "lm_eval_task": Path(benchmark.config).stem if benchmark.config else name,
+        "generation_kwargs": task.get_config("generation_kwargs"),
+        "seeds": SEEDS,
+    }
+
+
+# Building tasks
+
+
+@lru_cache(maxsize=1)
+def _task_manager():
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _build(name: str, docs, limit: int | None, data_dir, allow_unconfined: bool, console):
+    import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    benchmark = BENCHMARKS[name]
+    if name == "ifeval":
+        _prepare_ifeval(docs.select(range(min(limit or len(docs), len(docs)))), data_dir)
+    try:
+        # Resolving HumanEval's functions would import its scorer, which asks the hub for a metric.
+        with _without_nltk_downloads():
+            config = load_yaml(
+                Path(lm_eval.tasks.__file__).parent / benchmark.config, resolve_func=not benchmark.runs_code
+            )
+    except (ImportError, AssertionError) as error:
+        raise UserError(f"task {name} lacks a package ({error}); run: pip install 'maskft[eval]'") from error
+    config |= {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": docs},
+        "test_split": "test",
+        "training_split": None,
+        "dataset_kwargs": None,
+    }
+    if benchmark.runs_code:
+        confinement = check_confinement()
+        if not confinement.available and not allow_unconfined:
+            raise UserError(
+                f"task {name} runs model-written code, which cannot be confined here ({confinement.reason}); "
+                "accept that risk with --allow_unconfined_code, or leave the task out"
+            )
+        run = partial(_run_code, name=name, allow_unconfined=allow_unconfined, console=console)
+        config |= {
+            "unsafe_code": False,  # ours is confined
+            "filter_list": [{"name": "create_test", "filter": [{"function": "custom", "filter_fn": run}]}],
+            "metric_list": [{"metric": "pass_at_1", "aggregation": "mean", "higher_is_better": True}],
+            "process_results": lambda doc, results: {"pass_at_1": int(results[0]["status"] == "passed")},
+        }
+    return ConfigurableTask(config=config)
+
+
+def _run_code(resps, docs, *, name: str, allow_unconfined: bool, console) -> list[dict]:
+    """Run each item's answer with its tests, as HumanEval's scorer puts them together."""
+    programs = [
+        f"{doc['prompt']}{resp[0]}\n{doc['test']}\ncheck({doc['entry_point']})"
+        for resp, doc in zip(resps, docs, strict=True)
+    ]
+    with progress_bar(console) as progress:
+        bar = progress.add_task(f"{name}: running code", total=len(programs))
+        ended = run_many(programs, allow_unconfined=allow_unconfined, progress=lambda *_: progress.advance(bar))
+    return [{"status": result.status, "reason": result.reason} for result in ended]
+
+
+def _build_other(name: str) -> dict:
+    try:
+        tasks = _task_manager().load([name])["tasks"]
+    except Exception as error:  # many types: no network, a missing package, ...
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"lm-eval cannot load task {name!r}: {type(error).__name__}: {first}") from None
+    for member, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(
+                f"task {member} would run model-written code outside the sandbox; use humaneval or humaneval_plus"
+            )
+    return tasks
+
+
+def _prepare_ifeval(docs, data_dir) -> None:
+    """Make IFEval's checks repeatable, and find out now whether they have the data they need."""
+    try:
+        import langdetect
+        import nltk
+    except ImportError as error:
+        raise UserError(f"task ifeval lacks a package ({error}); run: pip install 'maskft[eval]'") from error
+
+    langdetect.DetectorFactory.seed = 0  # it draws at random: one answer could be scored now so, now so
+    if (
+        data_dir
+        and (tables := Path(data_dir).expanduser() / "nltk_data").is_dir()
+        and str(tables) not in nltk.data.path
+    ):
+        nltk.data.path.append(str(tables))
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        needed = {kind for doc in docs for kind in doc["instruction_id_list"]} & set(_PUNKT_INSTRUCTIONS)
+        if needed:
+            raise UserError(
+                f"task ifeval needs NLTK's punkt_tab for {', '.join(sorted(needed))}, and it is not here; run: "
+                "python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder with tokenizers/punkt_tab"
+            ) from None
+
+
+@contextlib.contextmanager
+def _without_nltk_downloads() -> Iterator[None]:
+    """Importing lm-eval's IFEval would download NLTK's tables unasked."""
+    if importlib.util.find_spec("nltk") is None:
+        yield
+        return
+    import nltk
+
+    download = nltk.download
+    nltk.download = lambda *_, **__: False
+    try:
+        yield
+    finally:
+        nltk.download = download
+
+
+# Records
+
+
+def _items(samples: Sequence[Mapping], benchmark: Benchmark) -> list[dict]:
+    items: dict[int, dict] = {}
+    for sample in samples:
+        item = items.setdefault(sample["doc_id"], _new_item(sample, benchmark))
+        for metric in sample["metrics"]:
+            value = sample[metric]
+            if isinstance(value, (bool, int, float, np.number)):
+                item[_metric_name(f"{metric},{sample['filter']}", benchmark)] = _number(value)
+            elif isinstance(value, list) and all(isinstance(part, bool) for part in value):
+                item[f"{metric}_each"] = [int(part) for part in value]
+    return list(items.values())
+
+
+def _new_item(sample: Mapping, benchmark: Benchmark) -> dict:
+    identity = sample["doc"][benchmark.id_field] if benchmark.id_field else sample["doc_id"]
+    responses = [response for group in sample["resps"] for response in group]
+    item = {
+        "id": str(identity),
+        "prompt_hash": sample["prompt_hash"],
+        "answer_hash": sample["target_hash"],
+        # The tests of a program are long, and everybody has them.
+        **({} if benchmark.runs_code else {"answer": sample["target"]}),
+        "output": responses[0] if len(responses) == 1 else responses,
+    }
+    return item | (sample["filtered_resps"][0] if benchmark.runs_code else {})
+
+
+def _metrics(items: list[dict], summary: Mapping, higher: Mapping, benchmark: Benchmark) -> dict:
+    """Metrics item by item where their mean is what lm-eval reports, and as a summary where it is not."""
+    metrics = {}
+    for key, value in summary.items():
+        metric, _, filter_name = key.partition(",")
+        if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float, np.number)):
+            continue
+        name = _metric_name(key, benchmark)
+        if all(name in item for item in items):
+            metrics[name] = metric_from_items(items, name, higher_is_better=bool(higher.get(metric, True)))
+            mean = metrics[name]["value"]
+            if mean is not None and math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9):
+                continue
+        for item in items:
+            item.pop(name, None)
+        stderr = summary.get(f"{metric}_stderr,{filter_name}")
+        metrics[name] = {
+            "value": _number(value),
+            "stderr": _number(stderr) if isinstance(stderr, (int, float, np.number)) else None,
+            "num_items": len(items),
+            "higher_is_better": bool(higher.get(metric, True)),
+            "unit": "fraction" if metric.endswith("acc") else "score",
+        }
+    order = list(benchmark.metrics.values())
+    return dict(sorted(metrics.items(), key=lambda entry: order.index(entry[0]) if entry[0] in order else len(order)))
+
+
+def _metric_name(key: str, benchmark: Benchmark) -> str:
+    metric, _, filter_name = key.partition(",")
+    return benchmark.metrics.get(key) or (metric if filter_name == "none" else f"{metric},{filter_name}")
+
+
+def _number(value) -> float | int | None:
+    value = value.item() if isinstance(value, np.number) else int(value) if isinstance(value, bool) else value
+    return value if math.isfinite(value) else None

@@ -1,0 +1,402 @@
+"""The paper's tables with one's own figures in them: Tables 1, 2, 4, 5, 6, 8 and 9, from result files only.
+
+The paper's figures are in ``paper.yaml``. A result goes where its method, checkpoint, domain and base model say, which
+it states in ``model.method`` and its block ``training``; what a result does not state is read from the words of its
+name: ``full (last)``, ``random_mask [math]``, ``mixed mask``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from ..errors import UserError, did_you_mean
+from ..evaluation.compare import Table, latex_table, latex_text, markdown_table, terminal_table
+from ..evaluation.results import Result, read_result
+
+# A word of a name -> the method it stands for; of several, the first.
+METHOD_WORDS = {
+    "random": "random_mask",
+    "l1": "l1_mask",
+    "lora": "lora",
+    "mask": "mask",
+    "mft": "mask",
+    "full": "full",
+    "fft": "full",
+    "base": "pretrained",
+    "pretrained": "pretrained",
+}
+DOMAIN_WORDS = {"math": "math", "coding": "coding", "code": "coding", "instruction": "instruction", "if": "instruction"}
+LAST_WORDS = {"last", "continued", "complete", "end"}
+MIXED_WORDS = {"mixed", "mix", "multi"}
+GLOBAL_WORDS = {"global", "threshold"}
+CONTROL_WORDS = {"warm", "restart", "annealed", "anneal", "partial", "wanda", "control"}
+NO_RESULT = "–"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which row of the paper a result belongs to; None where the result does not say."""
+
+    method: str | None
+    checkpoint: str
+    domain: str | None
+    mixed: bool
+    selection: str
+    base: str | None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One cell: the paper's figure and ours.
+
+    Scores are in percent; ``spread`` is what the paper writes after ±, and ours the standard deviation over seeds.
+    """
+
+    row: str
+    column: str
+    paper: float
+    paper_spread: float | None = None
+    ours: float | None = None
+    ours_spread: float | None = None
+    paper_tokens: int | None = None
+    ours_tokens: int | None = None
+    results: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table of the paper with our figures.
+
+    Attributes:
+        id: Its number.
+        title: Its caption.
+        place: The section or appendix it belongs to.
+        ours: The base model of our figures; None without any.
+        figures: The cells that hold figures.
+        table: All cells as text.
+    """
+
+    id: str
+    title: str
+    place: str
+    ours: str | None
+    figures: list[Figure]
+    table: Table
+
+    @property
+    def caption(self) -> str:
+        """The line above the table."""
+        ours = self.ours or "no results"
+        return f"Table {self.id} ({self.place}): {self.title}. The paper's figure / ours ({ours})"
+
+
+@cache
+def paper() -> dict:
+    """Return the content of ``paper.yaml``."""
+    return yaml.safe_load(resources.files(__package__).joinpath("paper.yaml").read_text(encoding="utf-8"))
+
+
+def read_results(places: Sequence[str]) -> list[Result]:
+    """Read result files, and those in folders: every ``result.json`` below it, else every result among its .json files.
+
+    Raises:
+        UserError: If a place does not exist or holds no result.
+    """
+    results = []
+    for place in map(Path, places):
+        if not place.is_dir():
+            results.append(read_result(place))
+            continue
+        files = sorted(place.rglob("result.json")) or [
+            file for file in sorted(place.glob("*.json")) if _is_result(file)
+        ]
+        if not files:
+            raise UserError(f"{place} holds no result.json and no other result file; give a folder of results")
+        results += map(read_result, files)
+    return results
+
+
+def _is_result(file: Path) -> bool:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and content.get("kind") == "evaluation"
+
+
+def identify(result: Result) -> Identity | None:
+    """Tell which row of the paper a result belongs to; None for a control that the paper does not have."""
+    training = result.get("training") or {}
+    words = re.findall(r"[a-z0-9]+", result["name"].lower())
+    if training.get("variant") or CONTROL_WORDS.intersection(words):
+        return None
+    mixed = training.get("mixed")
+    named = next((method for word, method in METHOD_WORDS.items() if word in words), None)
+    return Identity(
+        method=result["model"]["method"] or named,
+        checkpoint=training.get("checkpoint") or ("last" if LAST_WORDS.intersection(words) else "best"),
+        domain=training.get("domain") or next((DOMAIN_WORDS[word] for word in words if word in DOMAIN_WORDS), None),
+        mixed=bool(MIXED_WORDS.intersection(words)) if mixed is None else mixed,
+        selection=training.get("selection") or ("threshold" if GLOBAL_WORDS.intersection(words) else "topk"),
+        base=training.get("base"),
+    )
+
+
+def paper_tables(
+    results: Sequence[Result], ids: Sequence[str] | None = None, measures: Mapping[str, str] | None = None
+) -> tuple[list[PaperTable], list[str]]:
+    """Fill the paper's tables.
+
+    Args:
+        results: Results of this schema, none at all included.
+        ids: Numbers of the tables. Default: all.
+        measures: Benchmark -> the task, or ``task/metric``, that measures it in these results.
+
+    Returns:
+        The tables, and the names of the results that are in none of them.
+
+    Raises:
+        UserError: If a name is unknown, or two results claim one cell.
+    """
+    content = paper()
+    for asked in ids or ():
+        if asked not in content["tables"]:
+            raise UserError(f"there is no table {asked!r} here; there are {', '.join(content['tables'])}")
+    for benchmark in measures or {}:
+        if benchmark not in content["benchmarks"]:
+            known = content["benchmarks"]
+            raise UserError(f"no benchmark {benchmark!r}{did_you_mean(benchmark, known)}; there are {', '.join(known)}")
+    candidates = [(identity, result) for result in results if (identity := identify(result)) is not None]
+    tables = []
+    for number in ids or content["tables"]:
+        fill = _epochs_table if "epochs" in content["tables"][number] else _scores_table
+        tables.append(fill(number, content["tables"][number], candidates, measures or {}))
+    used = {name for table in tables for figure in table.figures for name in figure.results}
+    return tables, list(dict.fromkeys(result["name"] for result in results if result["name"] not in used))
+
+
+def _scores_table(number: str, spec: dict, candidates: list, measures: Mapping[str, str]) -> PaperTable:
+    benchmarks = paper()["benchmarks"]
+    figures: list[Figure] = []
+    rows: list[tuple[str, ...]] = []
+    block, bases, best = None, set(), []
+    for row in spec["rows"]:
+        backbone = row.get("backbone", spec.get("backbone"))
+        fitting = _of_backbone(candidates, backbone)
+        heading = row.get("block", row.get("backbone"))
+        if heading != block:
+            block = heading
+            rows.append((block, *[""] * len(spec["columns"])))
+        line = []
+        for key, (value, *spread) in zip(spec["columns"], row["scores"], strict=True):
+            chosen = [
+                (identity, result, score)
+                for identity, result in fitting
+                if _fits(identity, row, benchmarks[key]["domain"])
+                and (score := _score(result, key, measures)) is not None
+            ]
+            chosen = _one_per_seed(chosen, f"{row['label']}, {benchmarks[key]['label']} of Table {number}")
+            scores = [score for _, _, score in chosen]
+            bases |= {identity.base for identity, _, _ in chosen}
+            line.append(
+                Figure(
+                    row=row["label"] if block is None else f"{block}: {row['label']}",
+                    column=key,
+                    paper=value,
+                    paper_spread=spread[0] if spread else None,
+                    ours=statistics.fmean(scores) if scores else None,
+                    ours_spread=statistics.stdev(scores) if len(scores) > 1 else None,
+                    results=[result["name"] for _, result, _ in chosen],
+                )
+            )
+        rows.append((row["label"], *map(_score_text, line)))
+        if row["method"] == "full" and "checkpoint" not in row:
+            best = line
+        if row.get("delta"):
+            rows.append(("  against Best FFT", *map(_delta_text, line, best)))
+        figures += line
+    columns = ("Method", *(benchmarks[key]["label"] for key in spec["columns"]))
+    return PaperTable(number, spec["title"], spec["place"], _bases(bases, figures), figures, Table(columns, rows))
+
+
+def _epochs_table(number: str, spec: dict, candidates: list, measures: Mapping[str, str]) -> PaperTable:
+    """Fill a table of epochs and tokens: of the best checkpoint, and of the whole run."""
+    columns = {"Best FFT": ("full", False), "Continued FFT": ("full", True)}
+    columns |= {"Best MFT": ("mask", False), "Complete MFT": ("mask", True)}
+    figures, rows, bases = [], [], set()
+    for domain, cells in spec["epochs"].items():
+        line = []
+        for (label, (method, complete)), (epochs, tokens) in zip(columns.items(), cells, strict=True):
+            asked = {"method": method, "mixed": spec["mixed"]}
+            chosen = []
+            for identity, result in _of_backbone(candidates, spec["backbone"]):
+                account = _account(identity, result, complete)
+                if account and _fits(identity, asked | {"checkpoint": identity.checkpoint}, domain):
+                    chosen.append((identity, result, account))
+            chosen = _one_per_seed(chosen, f"{label}, {domain} of Table {number}", same_value_is_fine=True)
+            bases |= {identity.base for identity, _, _ in chosen}
+            line.append(
+                Figure(
+                    row=domain,
+                    column=label,
+                    paper=epochs,
+                    paper_tokens=tokens,
+                    ours=statistics.fmean(account[0] for *_, account in chosen) if chosen else None,
+                    ours_tokens=round(statistics.fmean(account[1] for *_, account in chosen)) if chosen else None,
+                    results=[result["name"] for _, result, _ in chosen],
+                )
+            )
+        rows.append((paper()["domains"][domain], *map(_epochs_text, line)))
+        figures += line
+    table = Table(("Domain", *columns), rows)
+    return PaperTable(number, spec["title"], spec["place"], _bases(bases, figures), figures, table)
+
+
+def _account(identity: Identity, result: Result, complete: bool) -> tuple[float, int] | None:
+    """Return epochs and tokens until the best checkpoint or until the end of the run, if the result states them."""
+    training = result.get("training") or {}
+    if complete and identity.checkpoint == "best":
+        keys = ("complete_num_epochs", "complete_num_train_tokens")
+    elif complete == (identity.checkpoint == "last"):
+        keys = ("num_epochs", "num_train_tokens")
+    else:
+        return None
+    epochs, tokens = map(training.get, keys)
+    return None if epochs is None or tokens is None else (epochs, tokens)
+
+
+def _fits(identity: Identity, row: dict, domain: str) -> bool:
+    """Whether a result belongs into a row, in a column of ``domain``."""
+    if identity.method != row["method"]:
+        return False
+    if identity.method == "pretrained":
+        return True
+    if identity.checkpoint != row.get("checkpoint", "best") or identity.mixed != row["mixed"]:
+        return False
+    if identity.selection != row.get("selection", "topk"):
+        return False
+    if "domain" in row:  # a row for the models of one domain, on the benchmarks of all
+        return identity.domain == row["domain"]
+    return identity.domain in (domain, None)
+
+
+def _of_backbone(candidates: list, backbone: str) -> list:
+    """Choose the results of the paper's base model, or, where there is none, those of one that is not in the paper."""
+    theirs = [pair for pair in candidates if _backbone(pair[0].base) == backbone]
+    others = [pair for pair in candidates if _backbone(pair[0].base) is None]
+    bases = sorted({identity.base for identity, _ in others if identity.base})
+    if not theirs and len(bases) > 1:
+        raise UserError(f"the results are of several base models, {', '.join(bases)}; give those of one")
+    return theirs or others
+
+
+def _backbone(base: str | None) -> str | None:
+    """Return the paper's name of a base model, or None for one that the paper does not use."""
+    text = re.sub(r"[^a-z0-9]", "", (base or "").lower())
+    return next(
+        (name for word, name in (("llama27b", "LLaMA2-7B"), ("llama318b", "LLaMA3.1-8B")) if word in text), None
+    )
+
+
+def _one_per_seed(chosen: list, place: str, same_value_is_fine: bool = False) -> list:
+    """Prefer results that state their domain, and refuse two of one seed."""
+    chosen = [each for each in chosen if each[0].domain] or chosen
+    by_seed: dict = {}
+    for each in chosen:
+        other = by_seed.setdefault(each[1]["model"]["seed"], each)
+        if other is not each and not (same_value_is_fine and other[2] == each[2]):
+            names = f"{other[1]['name']!r} and {each[1]['name']!r}"
+            raise UserError(
+                f"{names} are of one seed and both stand for {place}; give one of them, or say in their block "
+                "'training' how they differ"
+            )
+    return list(by_seed.values())
+
+
+def _score(result: Result, benchmark: str, measures: Mapping[str, str]) -> float | None:
+    """Return what a result measured on a benchmark, in percent, or None."""
+    spec = paper()["benchmarks"][benchmark]
+    task, _, metric = measures.get(benchmark, "").partition("/")
+    for name in [task] if task else spec["tasks"]:
+        metrics = result["tasks"].get(name, {}).get("metrics", {})
+        for known in [metric] if metric else spec["metrics"]:
+            if known in metrics and metrics[known]["value"] is not None:
+                return metrics[known]["value"] * (100.0 if metrics[known]["unit"] == "fraction" else 1.0)
+    return None
+
+
+def _score_text(figure: Figure) -> str:
+    theirs = f"{figure.paper:.1f}" + (f" ± {figure.paper_spread:.2f}" if figure.paper_spread is not None else "")
+    if figure.ours is None:
+        return f"{theirs} / {NO_RESULT}"
+    return f"{theirs} / {figure.ours:.1f}" + (f" ± {figure.ours_spread:.2f}" if figure.ours_spread is not None else "")
+
+
+def _delta_text(figure: Figure, best: Figure) -> str:
+    theirs = f"{figure.paper - best.paper:+.1f}"
+    return f"{theirs} / " + (NO_RESULT if None in (figure.ours, best.ours) else f"{figure.ours - best.ours:+.1f}")
+
+
+def _epochs_text(figure: Figure) -> str:
+    theirs = f"{figure.paper:.1f} epochs ({_tokens_text(figure.paper_tokens)})"
+    if figure.ours is None:
+        return f"{theirs} / {NO_RESULT}"
+    return f"{theirs} / {figure.ours:.1f} ({_tokens_text(figure.ours_tokens)})"
+
+
+def _tokens_text(tokens: int) -> str:
+    mantissa, _, exponent = f"{tokens:.2e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _bases(bases: set, figures: Sequence[Figure]) -> str | None:
+    if all(figure.ours is None for figure in figures):
+        return None
+    return ", ".join(sorted(base or "a base model that is not stated" for base in bases))
+
+
+def render_tables(tables: Sequence[PaperTable], left_over: Sequence[str], output_format: str) -> str:
+    """Return tables as text in one of `FORMATS`."""
+    return FORMATS[output_format](tables, left_over)
+
+
+def _left_over_text(left_over: Sequence[str]) -> list[str]:
+    return [f"In none of these tables: {', '.join(left_over)}."] if left_over else []
+
+
+def _to_terminal(tables: Sequence[PaperTable], left_over: Sequence[str]) -> str:
+    parts = [f"{table.caption}\n{terminal_table(table.table)}" for table in tables]
+    return "\n".join([*parts, *_left_over_text(left_over)]).rstrip() + "\n"
+
+
+def _to_markdown(tables: Sequence[PaperTable], left_over: Sequence[str]) -> str:
+    parts = [f"**{table.caption}**\n\n{markdown_table(table.table)}\n" for table in tables]
+    return "\n".join([*parts, *_left_over_text(left_over)]).rstrip() + "\n"
+
+
+def _to_latex(tables: Sequence[PaperTable], left_over: Sequence[str]) -> str:
+    parts = [f"% {latex_text(table.caption)}\n{latex_table(table.table)}\n" for table in tables]
+    return "\n".join([*parts, *(f"% {line}" for line in _left_over_text(left_over))]).rstrip() + "\n"
+
+
+def _to_json(tables: Sequence[PaperTable], left_over: Sequence[str]) -> str:
+    record = {
+        "tables": [
+            {"table": t.id, "title": t.title, "place": t.place, "ours": t.ours, "figures": [vars(f) for f in t.figures]}
+            for t in tables
+        ],
+        "in_none": list(left_over),
+    }
+    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+FORMATS = {"terminal": _to_terminal, "markdown": _to_markdown, "latex": _to_latex, "json": _to_json}

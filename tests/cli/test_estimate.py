@@ -1,0 +1,76 @@
+"""``maskft estimate`` as a command: table, JSON, recipe with flags on top, and mistakes in one line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from maskft.cli.main import main
+
+
+def call(words, capsys):
+    capsys.readouterr()
+    status = main(["estimate", *map(str, words)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture
+def recipe(base, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"model_name_or_path: {base}\nmax_steps: 7\nmax_length: 32\nper_device_train_batch_size: 2\n"
+        "gradient_checkpointing: false\nmask_layers_to_transform: [1]\n"
+    )
+    return file
+
+
+def test_table(recipe, capsys):
+    status, out, err = call(["--config", recipe, "--device", "cpu", "--flops_per_s", "1e9"], capsys)
+    assert status == 0, err
+    for text in ("process", "scores", "in all", "forward 3 + activation gradients 2 + weight gradients 1", "7 steps"):
+        assert text in out
+    assert "at the given speed" in out and "bits per masked weight" in out
+
+
+def test_json_and_flags_on_top(recipe, capsys):
+    words = ["--config", recipe, "--max_steps", 9, "--format", "json", "--compare_settings"]
+    words += ["--max_length", 256, "--device", "cuda", "--device_memory_gb", 0.2, "--reserve_gb", 0]
+    result = json.loads(call(words, capsys)[1])
+    assert result["num_steps"] == 9 and result["micro_batch"] == 2 and result["sequence_length"] == 256
+    assert sum(result["memory"].values()) == result["peak_bytes"] == max(result["phases"].values())
+    assert len(result["settings"]) == 8 and result["settings"][0]["largest_micro_batch"] >= 1
+
+
+def test_model_config_takes_the_place_of_the_model(recipe, base, capsys):
+    recipe.write_text(recipe.read_text().replace(str(base), "runs/not-there-yet"))
+    status, _, err = call(["--config", recipe, "--format", "json"], capsys)
+    assert status == 2 and "runs/not-there-yet" in err
+    status, out, _ = call(["--config", recipe, "--format", "json", "--model_config", base / "config.json"], capsys)
+    assert status == 0 and json.loads(out)["num_masked"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mask_layers_to_transform", "5"], "the model has layers 0 to 2"),
+        (["--device_memory_gb", "0.001"], "too small for micro-batch 1"),
+        (["--device_memory_gb", "much"], "invalid float value"),
+        (["--learning_rat", "1"], "unknown option --learning_rat (did you mean 'learning_rate'?)"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, recipe, capsys):
+    status, out, err = call(["--config", recipe, "--format", "json", *words], capsys)
+    lines = [line for line in err.splitlines() if line.startswith("maskft: error: ")]
+    assert status == 2 and out == "" and len(lines) == 1 and message in lines[0]
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys\nfrom maskft.cli.main import main\n"
+        "try: main(['estimate', '--help'])\nexcept SystemExit: pass\n"
+        "sys.exit(int('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "--compare_settings" in done.stdout and "maskft train --help" in done.stdout

@@ -1,0 +1,222 @@
+"""``maskft evaluate --tasks`` and ``maskft train --eval_tasks`` on tiny models and files."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import benchmark_files
+import maskft.tuner  # noqa: F401 - registers the method
+import tiny
+from benchmark_files import GSM8K
+from maskft import MaskConfig
+from maskft.cli.main import main
+from maskft.evaluation import load
+from maskft.paths import JOURNAL, RESULT
+from tiny_tokenizer import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def chat_base(tmp_path_factory):
+    """A model with room for eight examples in bytes; its random weights are scaled so that answers differ."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    tokenizer = tiny_tokenizer()
+    net = tiny.tiny_llama(vocab_size=len(tokenizer), num_layers=2, max_position_embeddings=4096)
+    for parameter in net.parameters():
+        parameter.data *= 3
+    net.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(chat_base):
+    """Two masks and a LoRA adapter."""
+    out = {}
+    for name, config in {
+        "mask1": MaskConfig(sparsity=0.1, mask_seed=1),
+        "mask2": MaskConfig(sparsity=0.3, mask_seed=2),
+        "lora": LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+    }.items():
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(chat_base), config)
+        out[name] = chat_base.parent / name
+        model.save_pretrained(out[name])
+    return out
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return benchmark_files.write(tmp_path_factory.mktemp("data") / "files")
+
+
+def call(words, capsys):
+    capsys.readouterr()
+    status = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def result_of(folder):
+    return json.loads((folder / RESULT).read_text())
+
+
+def outputs(folder, task="gsm8k"):
+    return [item["output"] for item in result_of(folder)["tasks"][task]["items"]]
+
+
+def test_benchmarks_and_heldout_in_one_result(chat_base, files, data, tmp_path, capsys):
+    words = [
+        "evaluate",
+        "--model_name_or_path",
+        chat_base,
+        "--tasks",
+        "gsm8k,heldout",
+        "--data_dir",
+        files,
+        "--limit",
+        2,
+    ]
+    words += ["--dataset_name", data, "--max_eval_samples", 3, "--max_new_tokens", 4, "--output_dir", tmp_path / "out"]
+    status, out, err = call(words, capsys)
+    assert status == 0, err
+    assert "gsm8k accuracy" in out and "base: nll" in out
+    result = result_of(tmp_path / "out")
+    assert {name: len(task["items"]) for name, task in result["tasks"].items()} == {"heldout": 3, "gsm8k": 2}
+    assert len(result["model"]["fingerprint"]) == 64 and result["settings"]["limit"] == 2
+    assert result["tasks"]["gsm8k"]["seeds"]["fewshot"] == 1234
+    assert str(tmp_path) not in json.dumps(result) and str(files) not in json.dumps(result)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [RESULT], "the journal is gone"
+
+
+def test_several_adapters_load_the_base_once(chat_base, adapters, files, tmp_path, capsys, monkeypatch):
+    loads = []
+    load_model = load.load_model
+    monkeypatch.setattr(load, "load_model", lambda *args: (loads.append(args), load_model(*args))[1])
+    common = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k", "--data_dir", files, "--limit", 1]
+    many = [adapters["mask1"], adapters["mask2"], "none", adapters["lora"]]
+    status, _, err = call([*common, "--output_dir", tmp_path / "all", "--adapter", *many], capsys)
+    assert status == 0, err
+    assert len(loads) == 1
+    found = {path.name: outputs(path) for path in (tmp_path / "all").iterdir()}
+    assert set(found) == {"mask1", "mask2", "base", "lora"} and len({text for [text] in found.values()}) == 4
+    for name, adapter in {**adapters, "base": "none"}.items():
+        call([*common, "--output_dir", tmp_path / name, "--adapter", adapter], capsys)
+        assert outputs(tmp_path / name) == found[name], name
+        assert result_of(tmp_path / name)["model"] == result_of(tmp_path / "all" / name)["model"]
+    masks = [result_of(tmp_path / "all" / name)["model"]["mask_fingerprint"] for name in ("mask1", "mask2")]
+    assert len({*masks, None}) == 3
+    # Again, with one missing: the others are not evaluated again.
+    shutil.rmtree(tmp_path / "all" / "mask2")
+    status, out, err = call([*common, "--output_dir", tmp_path / "all", "--adapter", *many], capsys)
+    assert status == 0 and out.count("already done") == 3 and outputs(tmp_path / "all" / "mask2") == found["mask2"]
+
+
+def test_a_killed_evaluation_goes_on(chat_base, files, tmp_path, capsys, monkeypatch):
+    words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k", "--data_dir", files]
+    words += ["--output_dir", tmp_path / "out", "--batch_size", 1]
+    words = [str(word) for word in words]
+    process = subprocess.Popen([sys.executable, "-m", "maskft.cli.main", *words], stderr=subprocess.DEVNULL)
+    journal = tmp_path / "out" / JOURNAL
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if journal.is_file() and journal.read_text().count("\n") >= 3:  # settings and two answers of four
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    known = journal.read_text().count("\n") - 1
+    assert 2 <= known <= 4 and not (tmp_path / "out" / RESULT).exists()
+
+    from maskft.evaluation import backend
+
+    asked = []
+    generate = backend.greedy_generate
+    monkeypatch.setattr(
+        backend, "greedy_generate", lambda m, t, p, **k: (asked.append(len(p)), generate(m, t, p, **k))[1]
+    )
+    assert call(words, capsys)[0] == 0
+    assert sum(asked) == 4 - known and not journal.exists()
+    call([*words[:-4], "--output_dir", tmp_path / "whole"], capsys)
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--tasks", "gsm8"], "unknown task 'gsm8' (did you mean 'gsm8k'?)"),
+        (["--tasks", "alpaca_eval"], "alpaca_eval has no prompts"),
+        (["--tasks", ","], "tasks names no task"),
+        (["--limit", "0"], "limit is 0; it must be at least 1"),
+        (["--max_memory_gb", "0"], "max_memory_gb is 0.0; it must be above 0"),
+        (["--backend", "vllm"], "needs vLLM, which is not installed"),
+        (["--backend", "vllm", "--adapter", "MASK"], "vLLM does not know masks: run maskft merge"),
+        (["--backend", "vllm", "--tasks", "heldout"], "vllm measures no held-out loss"),
+        (["--name", "a", "b"], "2 names for 1 models"),
+        (["--adapter", "MASK", "MASK"], "two models have the same label"),
+        (["--apply_chat_template", "maybe"], "invalid _bool value: 'maybe'"),
+        (["--data_dir", "EMPTY"], "holds no test file of gsm8k"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(words, message, chat_base, adapters, files, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    places = {"MASK": adapters["mask1"], "EMPTY": tmp_path / "empty"}
+    command = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k", "--data_dir", files]
+    command += ["--output_dir", tmp_path / "out", *(places.get(word, word) for word in words)]
+    status, _, err = call(command, capsys)
+    assert status == 2 and message in err.strip().splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def train(base, files, data, out, capsys, *words):
+    common = f"train --method mask --model_name_or_path {base} --dataset_name {data} --output_dir {out} --max_steps 2 "
+    common += "--eval_steps 1 --save_steps 1 --eval_split_size 16 --learning_rate 0.01 --bf16 False "
+    common += f"--gradient_checkpointing False --eval_data_dir {files} --eval_limit 2"
+    return call([*common.split(), *words], capsys)
+
+
+def test_generation_metrics_choose_the_checkpoint(chat_base, files, data, tmp_path, capsys):
+    best = ["--metric_for_best_model", "eval_gsm8k_accuracy", "--eval_tasks", "gsm8k,heldout"]
+    status, _, err = train(chat_base, files, data, tmp_path / "run", capsys, *best)
+    assert status == 0, err
+    assert err.count("gsm8k: accuracy") == 3 == err.count("heldout: accuracy") and "(2 items)" in err
+    history = json.loads((tmp_path / "run" / "training.json").read_text())["summary"]["history"]
+    measured = [row["eval_gsm8k_accuracy"] for row in history if "eval_gsm8k_accuracy" in row]
+    assert len(measured) == 3 and all("eval_heldout_accuracy" in row for row in history if "eval_loss" in row)
+    best_step = json.loads((tmp_path / "run" / "training.json").read_text())["summary"]["best_step"]
+    assert best_step == measured.index(max(measured)), "the first of the best, and higher is better"
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--eval_tasks", "humaneval"], "humaneval has test items only, and test items must not choose the checkpoint"),
+        (["--eval_tasks", "gsm8"], "no task 'gsm8' (did you mean 'gsm8k'?)"),
+        (["--eval_tasks", "gsm8k", "--eval_limit", "0"], "eval_limit is 0; it must be at least 1"),
+        (["--metric_for_best_model", "gsm8k_accuracy"], "add --eval_tasks gsm8k to measure it"),
+    ],
+)
+def test_mistakes_in_eval_tasks(words, message, chat_base, files, data, tmp_path, capsys):
+    status, _, err = train(chat_base, files, data, tmp_path / "run", capsys, *words)
+    assert status == 2 and message in err.strip().splitlines()[-1]
+
+
+def test_items_that_were_trained_on_are_left_out(files):
+    from maskft.errors import UserError
+    from maskft.evaluation.during_training import unseen
+    from maskft.evaluation.task_data import load_docs
+
+    docs = load_docs("gsm8k", files, "train")
+    questions = [f"Train: {row['question']}" for row in GSM8K]
+    rows = [
+        {"messages": [{"role": "user", "content": questions[0]}]},
+        {"prompt": f"Question:\n{questions[2]}\nAnswer:"},
+    ]
+    kept = unseen(docs, "gsm8k", rows, 10)["question"]
+    assert sorted(kept) == sorted([questions[1], questions[3]]) and len(unseen(docs, "gsm8k", rows, 1)) == 1
+    with pytest.raises(UserError, match="contains all 4 items of gsm8k's training split; use heldout"):
+        unseen(docs, "gsm8k", [{"text": " ".join(questions)}], 10)

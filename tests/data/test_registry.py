@@ -1,0 +1,173 @@
+"""The registered sets, on small files of our own in the hub's formats."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from maskft.data import TEST_SETS, TRAINING_SETS, load_examples, tokenize_example
+from maskft.errors import UserError
+from tiny_tokenizer import tiny_tokenizer
+
+SAMPLES = Path(__file__).parent / "samples"
+ORIGINALS = Path(__file__).parent / "originals"
+
+
+def conversation(example):
+    return example["messages"] if "messages" in example else example["prompt"] + example["completion"]
+
+
+@pytest.mark.parametrize("name", TRAINING_SETS)
+def test_every_set_becomes_messages(name):
+    examples = load_examples(name, data_dir=str(SAMPLES))
+    assert len(examples) == 10
+    tokenizer = tiny_tokenizer()
+    for example in examples:
+        roles = [message["role"] for message in conversation(example)]
+        turns = roles[1:] if roles[0] == "system" else roles
+        assert turns == ["user", "assistant"] * (len(turns) // 2) and turns
+        assert all(message["content"].strip() for message in conversation(example))
+        assert any(label != -100 for label in tokenize_example(example, tokenizer)["labels"])
+
+
+def test_published_counts_are_those_of_table_3():
+    counts = {spec.title: spec.num_published for spec in TRAINING_SETS.values() if spec.num_published}
+    assert len(counts) == 11
+    by_domain = {}
+    for spec in TRAINING_SETS.values():
+        by_domain[spec.domain] = by_domain.get(spec.domain, 0) + (spec.num_published or 0)
+    # Sums of the paper's column, added by hand.
+    assert by_domain == {"math": 679_252, "coding": 162_297, "instruction": 67_112}
+
+
+def test_conversion_by_hand():
+    (metamath, *_) = load_examples("metamathqa", data_dir=str(SAMPLES))
+    assert metamath["prompt"] == [
+        {"role": "user", "content": "Ada packs 2 crates with 6 kites in each. How many kites are packed?"}
+    ]
+    assert metamath["completion"][0]["content"].endswith("The answer is: 12")
+    (gsm, *_) = load_examples("gsm8k", data_dir=str(SAMPLES))
+    assert (gsm["answer"], gsm["answer_type"]) == ("17", "number")
+    orca = load_examples("open_orca", data_dir=str(SAMPLES))
+    assert [message["role"] for message in orca[0]["prompt"]] == ["system", "user"]
+    assert [message["role"] for message in orca[1]["prompt"]] == ["user"]  # its system prompt is empty
+    code = load_examples("code_alpaca", data_dir=str(SAMPLES))
+    assert code[1]["prompt"][0]["content"].endswith("sentence.\n\ndef reverse_words(sentence):")
+    assert "\n\n" not in code[0]["prompt"][0]["content"]
+
+
+def test_tool_integrated_solution_stays_one_turn():
+    (example, *_) = load_examples("numinamath_tir", data_dir=str(SAMPLES))
+    question, solution = example["messages"]
+    assert question["content"] == "What is the sum of the squares of the first 3 positive integers?"
+    assert "```python\n" in solution["content"] and "```output\n14\n```" in solution["content"]
+
+
+def test_turns_and_system_prompts_survive():
+    examples = load_examples("oasst_guanaco", data_dir=str(SAMPLES))
+    assert [len(example["messages"]) for example in examples] == [6, 2, 4, 3, 4, 4, 4, 2, 4, 2]
+    assert examples[3]["messages"][0] == {"role": "system", "content": "You are a patient shopkeeper."}
+
+
+@pytest.mark.parametrize("name", ["numinamath_tir", "evol_codealpaca", "oasst_guanaco"])
+def test_original_format_gives_the_same_conversations(name):
+    from_mixture = [conversation(example) for example in load_examples(name, data_dir=str(SAMPLES))]
+    from_original = [conversation(example) for example in load_examples(name, data_dir=str(ORIGINALS))]
+    if name == "oasst_guanaco":  # its text has no system prompts
+        from_mixture[3] = from_mixture[3][1:]
+    assert from_original == from_mixture
+
+
+def test_plain_text_for_a_tokenizer_without_a_template():
+    examples = load_examples("open_orca", data_dir=str(SAMPLES), tokenizer=tiny_tokenizer(chat_template=False))
+    assert examples[0]["prompt"].startswith("You are a teacher. Explain each step.\n\nQuestion: Sentence: the kites")
+    assert examples[1]["prompt"].startswith("Question: ")
+
+
+@pytest.mark.parametrize("layout", ["metamathqa.json", "nested/metamathqa_train.jsonl", "MetaMathQA-395K.jsonl"])
+def test_file_names_in_data_dir(tmp_path, layout):
+    (tmp_path / layout).parent.mkdir(exist_ok=True)
+    (tmp_path / layout).write_text((SAMPLES / "metamathqa.jsonl").read_text())
+    assert len(load_examples("metamathqa", data_dir=str(tmp_path))) == 10
+
+
+def test_folder_as_downloaded(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [json.loads(line) for line in (SAMPLES / "metamathqa.jsonl").read_text().splitlines()]
+    folder = tmp_path / "MetaMathQA" / "data"
+    folder.mkdir(parents=True)
+    for shard, part in enumerate((rows[:6], rows[6:])):
+        parquet.write_table(pyarrow.Table.from_pylist(part), folder / f"train-0000{shard}-of-00002.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "test-00000-of-00001.parquet")
+    examples = load_examples("metamathqa", data_dir=str(tmp_path))
+    assert examples.to_list() == load_examples("metamathqa", data_dir=str(SAMPLES)).to_list()
+
+
+def test_unregistered_file_in_data_dir(tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"text": "a"}\n')
+    assert load_examples("own", data_dir=str(tmp_path))["text"][:] == ["a"]
+
+
+def test_hub_is_asked_for_the_registered_set(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def from_hub(name, config, split, **kwargs):
+        asked.append((name, config, split, kwargs))
+        rows = [json.loads(line) for line in (SAMPLES / "tulu-3-sft-mixture.jsonl").read_text().splitlines()]
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    assert len(load_examples("numinamath_tir")) == 10
+    with pytest.raises(UserError, match=r"open_orca: row 1: the columns have changed"):
+        load_examples("open_orca")
+    assert asked == [
+        ("allenai/tulu-3-sft-mixture", None, "train", {}),
+        ("Open-Orca/OpenOrca", None, "train", {"data_files": "1M-GPT4-Augmented.parquet"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "message"),
+    [
+        (
+            "metamathqa.jsonl",
+            {"question": "a", "answer": "b"},
+            r"metamathqa: line 1: the columns have changed: expected query \+ response, found 'question', 'answer'",
+        ),
+        ("oasst_guanaco.jsonl", {"text": "no turns"}, r"line 1: 'text' holds no turn that starts with '### Human:'"),
+        (
+            "tulu-3-sft-mixture.jsonl",
+            {"messages": [{"role": "user", "content": "a"}], "source": "b"},
+            r"evol_codealpaca: no row has the source 'ai2-adapt-dev/evol_codealpaca_heval_decontaminated'",
+        ),
+    ],
+)
+def test_other_columns_than_registered(tmp_path, file, row, message):
+    (tmp_path / file).write_text(json.dumps(row))
+    name = "evol_codealpaca" if file.startswith("tulu") else file.removesuffix(".jsonl")
+    with pytest.raises(UserError, match=message):
+        load_examples(name, data_dir=str(tmp_path))
+
+
+def test_names_that_lead_nowhere(tmp_path):
+    with pytest.raises(UserError, match=r"no known data set 'metamatqa' \(did you mean 'metamathqa'\?\)"):
+        load_examples("metamatqa")
+    with pytest.raises(UserError, match=r"holds none of metamathqa\.jsonl, .* download meta-math/MetaMathQA"):
+        load_examples("metamathqa", data_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"data_dir .*nowhere is not a folder"):
+        load_examples("metamathqa", data_dir=str(tmp_path / "nowhere"))
+
+
+def test_table_in_the_docs():
+    docs = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    rows = {line.split("|")[1].strip(" `"): line for line in docs.splitlines() if line.startswith("| `")}
+    for name, spec in TRAINING_SETS.items():
+        assert all(f"`{part}`" in rows[name] for part in (spec.hub_id, spec.source, spec.data_files) if part)
+        assert spec.num_published is None or f"{spec.num_published:,}" in rows[name]
+        assert all(f"`{column}`" in rows[name] for columns in spec.formats for column in columns)
+    for name, spec in TEST_SETS.items():
+        assert f"`{spec.hub_id}`" in rows[name] and f"`{spec.column}`" in rows[name]

@@ -1,0 +1,66 @@
+import json
+
+import pytest
+
+import benchmark_files
+from maskft.errors import UserError
+from maskft.evaluation.task_data import SOURCES, load_docs
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return benchmark_files.write(tmp_path / "data")
+
+
+@pytest.mark.parametrize("task", SOURCES)
+def test_published_files_are_found_in_any_folder(task, folder):
+    assert len(load_docs(task, folder)) == {"gsm8k": 4}.get(task, 2)
+
+
+def test_train_split(folder):
+    assert load_docs("gsm8k", folder, "train")[0]["question"].startswith("Train:")
+    with pytest.raises(UserError, match="ifeval has no train split, only test items"):
+        load_docs("ifeval", folder, "train")
+
+
+def test_math_as_one_file_per_problem(tmp_path):
+    for n, row in enumerate(benchmark_files.MATH):
+        file = tmp_path / "MATH" / "test" / "algebra" / f"{n}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(row, indent=1))
+    assert [doc["problem"] for doc in load_docs("minerva_math", tmp_path)] == [
+        r["problem"] for r in benchmark_files.MATH
+    ]
+
+
+@pytest.mark.parametrize(
+    "row,message",
+    [
+        ({"question": "q"}, r"gsm8k_test.jsonl: line 2 has no field 'answer'; it has question"),
+        ({"question": "q", "answer": 3}, "line 2: field 'answer' is int, not str"),
+        ([], "line 2 is not an object; expected the fields question, answer"),
+    ],
+)
+def test_another_format_names_file_row_and_field(row, message, tmp_path):
+    lines = [json.dumps(benchmark_files.GSM8K[0]), json.dumps(row)]
+    (tmp_path / "gsm8k_test.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=message):
+        load_docs("gsm8k", tmp_path)
+
+
+def test_no_file_several_files_no_rows(tmp_path):
+    with pytest.raises(UserError, match="is not a folder"):
+        load_docs("gsm8k", tmp_path / "none")
+    with pytest.raises(UserError, match="holds no test file of gsm8k"):
+        load_docs("gsm8k", tmp_path)
+    (tmp_path / "gsm8k_test.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"gsm8k_test.jsonl has no rows"):
+        load_docs("gsm8k", tmp_path)
+    (tmp_path / "gsm8k-main-test.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"several test files of gsm8k \(gsm8k-main-test.jsonl, gsm8k_test.jsonl\)"):
+        load_docs("gsm8k", tmp_path)
+
+
+def test_no_network_is_one_line_with_the_way_out():
+    with pytest.raises(UserError, match=r"the hub did not give 'google/IFEval'.*--data_dir"):
+        load_docs("ifeval", None)

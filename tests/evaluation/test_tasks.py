@@ -1,0 +1,207 @@
+"""Benchmarks through lm-eval: prompts, scores, records, and our backend against lm-eval's on the same items."""
+
+import importlib.util
+import json
+import random
+
+import lm_eval.tasks
+import nltk
+import pytest
+import yaml
+from lm_eval.api.instance import Instance
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+import benchmark_files
+import tiny
+from benchmark_files import GSM8K, HUMANEVAL, IFEVAL, MATH, ScriptedLM
+from maskft.errors import UserError
+from maskft.evaluation.backend import BatchedLM
+from maskft.evaluation.results import build_result
+from maskft.evaluation.tasks import check_chat_template, check_names, load_tasks, run_task
+from tiny_tokenizer import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return benchmark_files.write(tmp_path_factory.mktemp("data") / "files")
+
+
+def record_of(name, answers, folder, **options):
+    lm = ScriptedLM(answers, TOKENIZER)
+    record = run_task(lm, name, load_tasks([name], folder)[name], **options)
+    build_result("x", {"name_or_path": "m"}, {}, {name: record})  # checks the record
+    return record, lm.prompts
+
+
+# Scores
+
+
+def test_gsm8k(folder):
+    answers = {
+        GSM8K[0]["question"]: " 3 + 4 is 7. The answer is 7.",
+        GSM8K[1]["question"]: " 10 and 5 make 15 pens",
+        GSM8K[2]["question"]: " The answer is 13.",
+        GSM8K[3]["question"]: "",
+    }
+    record, prompts = record_of("gsm8k", answers, folder)
+    assert [item["accuracy"] for item in record["items"]] == [1, 1, 0, 0]
+    assert [item["accuracy_strict"] for item in record["items"]] == [1, 0, 0, 0]
+    assert list(record["metrics"]) == ["accuracy", "accuracy_strict"]
+    assert record["metrics"]["accuracy"] == {
+        "value": 0.5,
+        "stderr": pytest.approx(1 / 12**0.5),
+        "num_items": 4,
+        "higher_is_better": True,
+        "unit": "fraction",
+    }
+    assert record["num_fewshot"] == 8 and record["lm_eval_task"] == "gsm8k-cot" and record["chat_template_hash"] is None
+    assert all(prompt.count("Q:") == 9 and prompt.endswith("A:") for prompt in prompts)
+    assert record["items"][1]["output"] == " 10 and 5 make 15 pens" and record["items"][1]["answer"] == "15"
+
+
+def test_minerva_math(folder):
+    answers = {
+        MATH[0]["problem"]: " It is 5, so $\\boxed{5}$.",
+        MATH[1]["problem"]: " Final Answer: The final answer is $1.5$. I hope it is correct.",
+    }
+    record, prompts = record_of("minerva_math", answers, folder)
+    assert [item["accuracy"] for item in record["items"]] == [1, 1]
+    assert [item["exact_match"] for item in record["items"]] == [0, 1]
+    assert record["num_fewshot"] == 4 and all(prompt.count("Problem:") == 5 for prompt in prompts)
+
+
+@pytest.mark.parametrize("name", ["humaneval", "humaneval_plus"])
+def test_code_is_run_in_the_sandbox(name, folder):
+    answers = {HUMANEVAL[0]["prompt"]: "    return x + x\n", HUMANEVAL[1]["prompt"]: "    return x ** 3\n"}
+    record, prompts = record_of(name, answers, folder)
+    assert record["metrics"]["pass_at_1"]["value"] == 0.5 and prompts == [row["prompt"] for row in HUMANEVAL]
+    passed, failed = record["items"]
+    assert (passed["id"], passed["status"], failed["status"]) == ("HumanEval/0", "passed", "failed")
+    assert "AssertionError" in failed["reason"] and "answer" not in failed
+
+
+def test_ifeval(folder):
+    answers = {IFEVAL[0]["prompt"]: "Hello there", IFEVAL[1]["prompt"]: "A banana."}
+    record, prompts = record_of("ifeval", answers, folder)
+    assert [item["prompt_level_strict_acc"] for item in record["items"]] == [0, 1]
+    assert record["items"][0]["inst_level_strict_acc_each"] == [1, 0]
+    assert record["metrics"]["inst_level_strict_acc"]["value"] == pytest.approx(2 / 3)
+    assert next(iter(record["metrics"])) == "prompt_level_strict_acc"
+    assert [item["id"] for item in record["items"]] == ["1000", "1005"]
+    assert prompts[0] == f"<|im_start|>user\n{IFEVAL[0]['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+    assert record["chat_template_hash"]
+
+
+def test_chat_template_by_choice(folder):
+    answers = {row["prompt"]: "" for row in IFEVAL}
+    record, prompts = record_of("ifeval", answers, folder, apply_chat_template=False)
+    assert prompts[0] == IFEVAL[0]["prompt"] and record["chat_template_hash"] is None
+
+
+def test_limit(folder):
+    assert len(record_of("gsm8k", {"": ""}, folder, limit=2)[0]["items"]) == 2
+
+
+def test_same_prompts_and_scores_as_lm_evals_own_task(folder, tmp_path):
+    packaged = lm_eval.tasks.__path__[0]
+    config = {
+        "include": f"{packaged}/gsm8k/gsm8k-cot.yaml",
+        "task": "gsm8k_local",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": str(folder / "math" / "gsm8k_test.jsonl")}},
+    }
+    (tmp_path / "local.yaml").write_text(yaml.safe_dump(config))
+    answers = {row["question"]: f" The answer is {n}." for n, row in enumerate(GSM8K, start=6)}
+    theirs = ScriptedLM(answers)
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["gsm8k_local"])
+    results = evaluate(theirs, tasks, bootstrap_iters=0)["results"]["gsm8k_local"]
+    record, prompts = record_of("gsm8k", answers, folder)
+    assert prompts == theirs.prompts
+    assert record["metrics"]["accuracy"]["value"] == results["exact_match,flexible-extract"]
+    assert record["metrics"]["accuracy_strict"]["value"] == results["exact_match,strict-match"]
+
+
+# Backend
+
+
+@pytest.mark.parametrize("batch_size", [3, None])
+def test_same_answers_as_lm_evals_backend(batch_size):
+    net = tiny.tiny_llama(vocab_size=len(TOKENIZER), max_position_embeddings=512)
+    for parameter in net.parameters():
+        parameter.data *= 3
+    net.generation_config.eos_token_id = TOKENIZER.eos_token_id
+    draw = random.Random(0)
+    few_shot = "Q: What is 1+1?\nA: 2\n\n" * 5
+    settings = [{"until": ["e", "</s>"], "do_sample": False, "max_gen_toks": 25}, {"until": [], "max_gen_toks": 12}]
+    requests = [
+        Instance(
+            request_type="generate_until",
+            doc={},
+            arguments=(few_shot + "".join(draw.choices("abc 123", k=draw.randint(1, 40))), settings[n % 2]),
+            idx=0,
+            metadata=(f"task{n % 2}", n, 1),
+        )
+        for n in range(14)
+    ]
+    # A context that does not fit is cut on its left.
+    requests.append(Instance("generate_until", {}, (few_shot * 9, settings[0]), 0, metadata=("task0", 14, 1)))
+    theirs = HFLM(pretrained=net, tokenizer=TOKENIZER, batch_size=1).generate_until(requests, disable_tqdm=True)
+    ours = BatchedLM(net, TOKENIZER, batch_size=batch_size).generate_until(requests)
+    assert ours == theirs and len(set(ours)) > 10
+
+
+def test_log_likelihoods_within_a_memory_bound():
+    net = tiny.tiny_llama(vocab_size=len(TOKENIZER))
+    requests = [
+        Instance("loglikelihood", {}, ("one two three" * n, " four"), 0, metadata=("t", n, 1)) for n in range(1, 6)
+    ]
+    theirs = HFLM(pretrained=net, tokenizer=TOKENIZER, batch_size=2).loglikelihood(requests, disable_tqdm=True)
+    lm = BatchedLM(net, TOKENIZER, max_memory_bytes=1e6)
+    ours = lm.loglikelihood(requests, disable_tqdm=True)
+    assert [pair[0] for pair in ours] == pytest.approx([pair[0] for pair in theirs], abs=1e-4)
+    assert set(lm.batch_sizes.values()) == {2}, "what fits beside the longest"
+
+
+# Mistakes
+
+
+def test_unknown_task():
+    with pytest.raises(UserError, match=r"unknown task 'gsm8kk' \(did you mean 'gsm8k'\?\)"):
+        check_names(["heldout", "gsm8kk"])
+    check_names(["heldout", "gsm8k", "lambada_openai"])
+
+
+def test_lm_eval_is_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"gsm8k is scored by lm-eval, which is not installed.*'maskft\[eval\]'"):
+        check_names(["heldout", "gsm8k"])
+    check_names(["heldout"])
+
+
+def test_model_without_chat_template():
+    with pytest.raises(UserError, match="ifeval puts its prompts into the chat template, and this model's tokenizer"):
+        check_chat_template(["gsm8k", "ifeval"], tiny_tokenizer(chat_template=False), None)
+    check_chat_template(["ifeval"], tiny_tokenizer(chat_template=False), False)
+
+
+def test_sentence_tables_are_asked_for_when_they_are_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr(nltk.data, "path", [])
+    row = {
+        **IFEVAL[0],
+        "instruction_id_list": ["length_constraints:number_sentences"],
+        "kwargs": [{"num_sentences": 2}],
+    }
+    (tmp_path / "ifeval.jsonl").write_text(json.dumps(IFEVAL[1]) + "\n" + json.dumps(row))
+    with pytest.raises(UserError, match=r"needs NLTK's punkt_tab for length_constraints:number_sentences.*NLTK_DATA"):
+        load_tasks(["ifeval"], tmp_path)
+    assert load_tasks(["ifeval"], tmp_path, limit=1)
+
+
+def test_other_tasks_that_run_code_are_refused():
+    with pytest.raises(UserError, match=r"lm-eval cannot load task 'mbpp'|outside the sandbox"):
+        load_tasks(["mbpp"])
