@@ -1,4 +1,4 @@
-"""The recipe of a study: one YAML file, checked before anything runs. Imports neither torch nor transformers."""
+"""The recipe of a study: one YAML file, checked before anything runs."""
 
 from __future__ import annotations
 
