@@ -30,7 +30,7 @@ def encode_mask(mask: Tensor) -> Tensor:
     """Code a 2-D bool mask (True = keep) into a 1-D uint8 tensor on the CPU."""
     if mask.dtype != torch.bool or mask.dim() != 2:
         raise ValueError(f"a mask must be a 2-D bool tensor, got {mask.dtype} with shape {tuple(mask.shape)}")
-    removed = ~mask.detach().cpu().contiguous().view(-1).numpy()
+    removed = _removed(mask)
     packed = np.packbits(removed)
     positions = np.flatnonzero(removed)
     payload, coding = packed.tobytes(), _BITMAP
@@ -48,6 +48,16 @@ def encode_mask(mask: Tensor) -> Tensor:
         _digest(FORMAT_VERSION, mask.shape, len(positions), packed),
     )
     return torch.frombuffer(bytearray(header + payload), dtype=torch.uint8)
+
+
+def mask_sha256(mask: Tensor) -> str:
+    """The checksum (hex) that ``mask`` would carry when coded."""
+    removed = _removed(mask)
+    return _digest(FORMAT_VERSION, mask.shape, int(removed.sum()), np.packbits(removed)).hex()
+
+
+def _removed(mask: Tensor) -> np.ndarray:
+    return ~mask.detach().cpu().contiguous().view(-1).numpy()
 
 
 def decode_mask(coded: Tensor, name: str = "mask") -> Tensor:

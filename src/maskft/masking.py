@@ -48,7 +48,8 @@ def num_removed(numel: int, sparsity: float) -> int:
 def ranking_keys(scores: Tensor, rank_by: RankBy = "abs") -> Tensor:
     """Values by which entries are ranked: float32, flat, in index order whatever the memory layout of ``scores``."""
     flat = scores.detach().reshape(-1).float()
-    return flat.abs() if rank_by == "abs" else flat
+    # Adding 0.0 turns -0.0 into 0.0, so that equal keys have equal bits.
+    return flat.abs() if rank_by == "abs" else flat + 0.0
 
 
 @torch.no_grad()

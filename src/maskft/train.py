@@ -9,19 +9,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate.utils import save_fsdp_model
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from . import paths
+from . import paths, processes
 from .arguments import FIXED_MASK_METHODS, MASK_METHODS, MaskArguments, MethodArguments, mask_config
 from .calibration import input_norms
 from .data import format_sample, load_splits, supervised_token_count, tokenize_dataset
 from .data_arguments import DataArguments
-from .errors import NotFiniteError, UserError
+from .errors import NotFiniteError, UserError, did_you_mean
 from .evaluation.during_training import TASKS as EVAL_TASKS
 from .evaluation.during_training import TrainingEvaluation
 from .evaluation.loss import nll_per_item
@@ -34,7 +36,8 @@ from .models import check_model_source, check_tokenizer_fits, load_model, load_t
 from .prefix_cache import PrefixCache
 from .progress import RichProgress
 from .tuner import MaskConfig, MaskLayer, adapter_layers
-from .tuner.model import check_targets, maskable_names
+from .tuner.model import check_targets, current_mask_fingerprint, maskable_names, refresh_masks
+from .tuner.sharded import is_sharded
 
 _ADAPTER = "default"
 
@@ -81,6 +84,19 @@ class TrainingArguments(SFTConfig):
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN losses in the log. Off: a NaN stops training."}
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sequences per optimizer step over all processes; sets gradient_accumulation_steps, so it must be "
+            "a multiple of per_device_train_batch_size x processes."
+        },
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters without a gradient. All have one here."}
+    )
+    log_level_replica: str = field(
+        default="error", metadata={"help": "Log level of processes other than the main one."}
     )
     # "weight decay to 0.0", "linear schedule", "warm-up ratio of 0.03" (appendix A)
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; below 1: a fraction of all steps."})
@@ -138,6 +154,11 @@ class MaskSFTTrainer(SFTTrainer):
         self.task_evaluation: TrainingEvaluation | None = None
         self.add_callback(_StepGuard(self))
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, also for FSDP on CPUs."""
+        processes.let_cpu_shard()
+        super().create_accelerator_and_postprocess()
+
     def training_step(self, *args, **kwargs):
         """One micro-batch; its loss is looked at once per optimizer step, so that a GPU is not made to wait."""
         loss = super().training_step(*args, **kwargs)
@@ -150,8 +171,37 @@ class MaskSFTTrainer(SFTTrainer):
         if self.task_evaluation and metric_key_prefix == "eval":
             with self.compute_loss_context_manager():
                 values = self.task_evaluation.measure(self.accelerator.unwrap_model(self.model), self.processing_class)
-            output.metrics.update({f"eval_{name}": value for name, value in values.items()})
+            values = {f"eval_{name}": value for name, value in values.items()}
+            wanted = self.args.metric_for_best_model or ""
+            if wanted.startswith(tuple(f"eval_{task}_" for task in EVAL_TASKS)) and wanted not in values:
+                raise UserError(f"metric_for_best_model: no {wanted!r}{did_you_mean(wanted, values)} in {list(values)}")
+            output.metrics.update(values)
         return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save weights or adapter; the masks of all processes must be the same, and the saved ones must be theirs."""
+        agreed = agreed_mask_fingerprint(self.model) if processes.num_processes() > 1 else None
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=trainable_state(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
+        if agreed is not None and processes.is_main():
+            saved = self.model.peft_config[_ADAPTER].mask_sha256
+            if saved != agreed:
+                raise RuntimeError(f"the saved masks ({saved[:12]}) are not those trained with ({agreed[:12]})")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled and not self.optimizer.state:
+            # Before the first step torch would take a step of nothing to have a state to save, and count it.
+            save_fsdp_model(
+                self.accelerator.state.fsdp_plugin, self.accelerator, self.model, output_dir, adapter_only=True
+            )
+            return
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_best_model(self) -> None:
+        self.accelerator.wait_for_everyone()  # the main process may still be writing it
+        super()._load_best_model()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens/s, peak memory and mask metrics to what TRL logs."""
@@ -184,6 +234,8 @@ class _StepGuard(TrainerCallback):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "mask_scores" in name and parameter.dtype != torch.float32:
                 raise UserError(f"{name} is {parameter.dtype}; scores must be float32, masks are ranked in it")
+        if processes.num_processes() > 1:
+            agreed_mask_fingerprint(model)
 
         if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             self._undo = stop_gradient_at_frozen_embeddings(self.trainer.accelerator.unwrap_model(model))
@@ -193,19 +245,21 @@ class _StepGuard(TrainerCallback):
             self._undo.remove()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        finite = self.trainer._loss_is_finite
+        bad_loss = ~self.trainer._loss_is_finite
         self.trainer._loss_is_finite = torch.tensor(True)
-        if not bool(finite):
-            raise NotFiniteError("loss is not finite")
         for layer in self._layers(model):
             if layer._raw_gradient:
                 raise RuntimeError("an accumulated mask gradient was not handed to the optimizer")
-        if self.trainer.accelerator.scaler is not None:
-            return  # float16 gradients overflow now and then; the scaler skips such a step itself
-        # One sum over all gradients, so that a GPU is asked once; NaN and inf both survive adding.
-        total = sum(p.grad.detach().sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None)
-        if not bool(torch.isfinite(torch.as_tensor(total))):
-            raise NotFiniteError("gradient is not finite")
+        bad_gradient = torch.zeros_like(bad_loss)
+        # float16 gradients overflow now and then; the scaler skips such a step itself.
+        if self.trainer.accelerator.scaler is None:
+            # One sum over all gradients, so that a GPU is asked once; NaN and inf both survive adding.
+            total = sum(_local(p.grad).sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None)
+            bad_gradient = ~torch.isfinite(torch.as_tensor(total, device=bad_loss.device))
+        # The same verdict in every process, or the others would wait for the one that stopped.
+        verdict = processes.largest(bad_gradient, bad_loss)
+        if verdict:
+            raise NotFiniteError(f"{('gradient', 'loss')[verdict - 1]} is not finite")
         if self._is_logged(args, state):
             self._before = [(m, m._effective == 0) for m in self._layers(model) if m._effective is not None]
 
@@ -221,6 +275,9 @@ class _StepGuard(TrainerCallback):
         state.num_input_tokens_seen = int(self.trainer._total_train_tokens)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        layers = self._layers(model)
+        if self._is_logged(args, state) and layers and layers[0].sharded_weight is not None:
+            self.trainer.mask_metrics = _sharded_mask_metrics(model, layers)
         if not self._before:
             return
         flips, removed, numel = 0, 0, 0
@@ -265,18 +322,30 @@ def stop_gradient_at_frozen_embeddings(model):
 class _KeepLast(TrainerCallback):
     """Saves the model as the last step left it, before the best checkpoint replaces it."""
 
-    def __init__(self, folder: Path, tokenizer):
-        self.folder, self.tokenizer = folder, tokenizer
+    def __init__(self, trainer: MaskSFTTrainer, folder: Path, tokenizer):
+        self.trainer, self.folder, self.tokenizer = trainer, folder, tokenizer
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step >= state.max_steps and state.is_world_process_zero:
-            config = getattr(model, "peft_config", {}).get(_ADAPTER)
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            config = getattr(self.trainer.model, "peft_config", {}).get(_ADAPTER)
             if isinstance(config, MaskConfig):
                 config.save_scores = False
-            model.save_pretrained(self.folder)
-            self.tokenizer.save_pretrained(self.folder)
+            _save_weights(self.trainer, self.folder)
             if isinstance(config, MaskConfig):
                 config.save_scores = True  # the last checkpoint follows, and training may be resumed from it
+            if processes.is_main():
+                self.tokenizer.save_pretrained(self.folder)
+
+
+class _Reference(TrainerCallback):
+    """Measures held-out loss without the mask once the model is spread over the processes, before the first step."""
+
+    def __init__(self, trainer: MaskSFTTrainer, console: Console):
+        self.trainer, self.console = trainer, console
+        self.loss: float | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.loss = _unmasked_loss(self.trainer, self.console)
 
 
 # Main path
@@ -293,8 +362,11 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
     Raises:
         UserError: For every mistake in the input, and when the loss stops being finite.
     """
-    console = console or Console(stderr=True)
-    resume_from = prepare_output_dir(run.training)
+    console = console or Console(stderr=True, quiet=not processes.is_main())
+    if run.method.method == "mask":
+        processes.check_mask_launch()
+    set_accumulation(run.training)
+    resume_from = processes.decided_by_main(lambda: prepare_output_dir(run.training))
     source = run.model.model_name_or_path
     check_model_source(source)
     tokenizer = load_tokenizer(source, revision=run.model.model_revision)
@@ -318,6 +390,7 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
     )
     if run.method.method in FIXED_MASK_METHODS:
         return _make_fixed_mask(run, model, tokenizer, train_set, heldout_set, console)
+    set_seed(run.training.seed)  # LoRA draws its start here, before the Trainer seeds
     model = build_model(run, model)
     _describe(run, model, tokenizer, train_set, heldout_set, console)
     check_disk_space(model, run.training)
@@ -352,6 +425,7 @@ def check_method(arguments: MethodArguments) -> None:
 def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, task_evaluation=None) -> TrainingSummary:
     """Train with SFTTrainer and save the best."""
     args = run.training
+    check_processes(model, train_set, heldout_set)
     if args.device.type == "cpu":
         keep_freed_memory()
     if not args.packing:
@@ -370,9 +444,11 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, tas
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(progress)
     if run.method.keep_last:
-        trainer.add_callback(_KeepLast(Path(args.output_dir) / paths.LAST, tokenizer))
+        trainer.add_callback(_KeepLast(trainer, Path(args.output_dir) / paths.LAST, tokenizer))
     prefix_cache = _prefix_cache(run, trainer, console)
-    reference_loss = _unmasked_loss(trainer, console) if run.method.method == "mask" else None
+    reference = _Reference(trainer, console)
+    if run.method.method == "mask":
+        trainer.add_callback(reference)
     if resume_from is not None:
         args.eval_on_start = False  # it was measured before the first step; the checkpoint knows it
     started = time.perf_counter()
@@ -385,14 +461,22 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, tas
         if prefix_cache is not None:
             console.print(prefix_cache.summary(), highlight=False)
             prefix_cache.remove()
-    summary = _summarise(run, trainer, time.perf_counter() - started, reference_loss)
-    save(run, trainer.model, tokenizer, summary)
-    _report(summary, reference_loss, args.output_dir, console)
+    summary = _summarise(run, trainer, time.perf_counter() - started, reference.loss)
+    save(run, trainer.model, tokenizer, summary, trainer)
+    _report(summary, reference.loss, args.output_dir, console)
     return summary
 
 
-def save(run: Run, model, tokenizer, summary: TrainingSummary) -> None:
-    """Write the trained model or adapter, its tokenizer and ``training.json`` into the output folder."""
+def save(run: Run, model, tokenizer, summary: TrainingSummary, trainer: MaskSFTTrainer | None = None) -> None:
+    """Write the trained model or adapter, its tokenizer and ``training.json`` into the output folder.
+
+    Args:
+        run: The configuration.
+        model: What to save.
+        tokenizer: Its tokenizer.
+        summary: What the run did.
+        trainer: What trained ``model``, if anything did; all processes must then call this.
+    """
     folder = run.training.output_dir
     config = getattr(model, "peft_config", {}).get(_ADAPTER)
     if isinstance(config, MaskConfig):
@@ -401,7 +485,12 @@ def save(run: Run, model, tokenizer, summary: TrainingSummary) -> None:
         config.recipe = _recipe(run, summary)
     elif isinstance(config, LoraConfig):
         config.base_model_name_or_path = run.model.model_name_or_path
-    model.save_pretrained(folder)
+    if trainer is not None:
+        _save_weights(trainer, folder)
+    elif processes.is_main():
+        model.save_pretrained(folder)
+    if not processes.is_main():
+        return
     tokenizer.save_pretrained(folder)
     record = {
         "summary": asdict(summary),
@@ -412,7 +501,87 @@ def save(run: Run, model, tokenizer, summary: TrainingSummary) -> None:
     write_text(Path(folder) / paths.TRAINING, json.dumps(record, indent=2) + "\n")
 
 
+def _save_weights(trainer: MaskSFTTrainer, folder: str | Path) -> None:
+    """Write weights or adapter from the main process; all processes must call it."""
+    if trainer.is_fsdp_enabled:
+        state = trainable_state(trainer.model)
+        if processes.is_main():
+            trainer.model.save_pretrained(folder, state_dict=state)
+    elif processes.is_main():
+        trainer.model.save_pretrained(folder)
+
+
+def trainable_state(model) -> dict[str, torch.Tensor]:
+    """What an FSDP2 checkpoint holds, gathered into the memory of the main process; all processes must call it.
+
+    The frozen weights of a model with an adapter are left out.
+    """
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(model, "peft_config")
+    )
+    return get_model_state_dict(model, options=options)
+
+
+def agreed_mask_fingerprint(model) -> str | None:
+    """The sha256 of the masks, equal in every process, or None without a mask; all processes must call it.
+
+    Raises:
+        UserError: In every process, if the masks differ.
+    """
+    if not isinstance(getattr(model, "peft_config", {}).get(_ADAPTER), MaskConfig):
+        return None
+    fingerprint = current_mask_fingerprint(model, _ADAPTER)
+    processes.check_same({"sha256": fingerprint}, "masks")
+    return fingerprint
+
+
+def _sharded_mask_metrics(model, layers: list[MaskLayer]) -> dict[str, float]:
+    """Metrics of masks under FSDP2, counted over all processes; all processes must call it."""
+    refresh_masks(model)
+    shards = [layer.sharded_weight for layer in layers]
+    counts = [(shard.num_flips, int((~shard.mask).sum()), shard.mask.numel()) for shard in shards]
+    device = shards[0].original.device
+    flips, removed, numel = processes.reduce_(torch.tensor(counts, device=device).sum(0)).tolist()
+    return {"mask_removed_share": removed / numel, "mask_flips_per_step": flips}
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that may be spread over processes."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
+
+
 # Steps of the main path
+
+
+def check_processes(model, train_set, heldout_set) -> None:
+    """Refuse weights that are not there, and processes that do not hold the same thing, before they wait for another.
+
+    Raises:
+        UserError: The same one in every process.
+    """
+    missing = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    for rank, name in enumerate(processes.gather(missing[0] if missing else None)):
+        if name is not None:
+            raise UserError(f"{name} is still on the meta device on rank {rank}; load or initialise the weights first")
+    processes.check_same(
+        {name: f"{parameter.dtype}, shape {tuple(parameter.shape)}" for name, parameter in model.named_parameters()},
+        "the models",
+    )
+    counts = {"number of training rows": len(train_set), "number of held-out rows": len(heldout_set)}
+    processes.check_same({name: f"{count:,}" for name, count in counts.items()}, "the data")
+
+
+def set_accumulation(args: TrainingArguments) -> None:
+    """Turn ``global_batch_size``, if given, into the accumulation steps that give it on this many processes."""
+    if args.global_batch_size is None:
+        return
+    per_step = args.per_device_train_batch_size * args.world_size
+    if args.global_batch_size < 1 or args.global_batch_size % per_step:
+        raise UserError(
+            f"global_batch_size is {args.global_batch_size}, not a multiple of per_device_train_batch_size "
+            f"{args.per_device_train_batch_size} x {args.world_size} processes = {per_step}"
+        )
+    args.gradient_accumulation_steps = args.global_batch_size // per_step
 
 
 def prepare_output_dir(args: SFTConfig) -> str | None:
@@ -455,7 +624,7 @@ def _task_evaluation(run: Run, train_rows, heldout_rows, console) -> TrainingEva
 
 def _last_whole_checkpoint(folder: Path, args: SFTConfig) -> str | None:
     """The newest checkpoint that can be resumed exactly; one cut short by a kill is passed over."""
-    needed = [] if args.save_only_model else ["optimizer.pt", "scheduler.pt"]
+    needed = [] if args.save_only_model else _state_files(args)
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
         weights = [*path.glob("*.safetensors")]
@@ -472,6 +641,12 @@ def _is_json(file: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _state_files(args: SFTConfig) -> list[str]:
+    ranks = range(args.world_size)
+    random = ["rng_state.pth"] if args.world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
+    return ["optimizer.bin" if processes.uses_fsdp() else "optimizer.pt", "scheduler.pt", *random]
 
 
 def _is_readable(file: Path) -> bool:
@@ -591,6 +766,8 @@ def _prefix_cache(run, trainer, console) -> PrefixCache | None:
         raise UserError(
             "mask_prefix_cache keeps one sequence per row: set packing and padding_free to false, or drop it"
         )
+    if trainer.is_fsdp_enabled:
+        raise UserError("mask_prefix_cache needs whole layers on every process, FSDP splits them: drop one of the two")
     folder = Path(run.method.mask_prefix_cache)
     if args.world_size > 1:
         folder = folder / f"rank-{args.process_index}-of-{args.world_size}"
@@ -689,7 +866,7 @@ def _save_after_failure(run, trainer, tokenizer, what: str) -> None:
         raise UserError(f"{message}; there was no checkpoint yet")
     trainer._load_best_model()
     summary = _summarise(run, trainer, 0.0, None)
-    save(run, trainer.model, tokenizer, summary)
+    save(run, trainer.model, tokenizer, summary, trainer)
     raise UserError(f"{message}; the best so far (step {summary.best_step}) is saved in {run.training.output_dir}")
 
 

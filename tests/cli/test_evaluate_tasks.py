@@ -198,6 +198,10 @@ def test_generation_metrics_choose_the_checkpoint(chat_base, files, data, tmp_pa
         (["--eval_tasks", "gsm8"], "no task 'gsm8' (did you mean 'gsm8k'?)"),
         (["--eval_tasks", "gsm8k", "--eval_limit", "0"], "eval_limit is 0; it must be at least 1"),
         (["--metric_for_best_model", "gsm8k_accuracy"], "add --eval_tasks gsm8k to measure it"),
+        (
+            ["--metric_for_best_model", "heldout_acc", "--eval_tasks", "heldout"],
+            "no 'eval_heldout_acc' (did you mean 'eval_heldout_accuracy'?)",
+        ),
     ],
 )
 def test_mistakes_in_eval_tasks(words, message, chat_base, files, data, tmp_path, capsys):

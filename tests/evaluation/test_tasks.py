@@ -4,11 +4,13 @@ import importlib.util
 import json
 import random
 
+import datasets
 import lm_eval.tasks
 import nltk
 import pytest
 import yaml
 from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -18,6 +20,7 @@ import tiny
 from benchmark_files import GSM8K, HUMANEVAL, IFEVAL, MATH, ScriptedLM
 from maskft.errors import UserError
 from maskft.evaluation.backend import BatchedLM
+from maskft.evaluation.journal import Journal, Resuming
 from maskft.evaluation.results import build_result
 from maskft.evaluation.tasks import check_chat_template, check_names, load_tasks, run_task
 from tiny_tokenizer import tiny_tokenizer
@@ -165,6 +168,48 @@ def test_log_likelihoods_within_a_memory_bound():
     ours = lm.loglikelihood(requests, disable_tqdm=True)
     assert [pair[0] for pair in ours] == pytest.approx([pair[0] for pair in theirs], abs=1e-4)
     assert set(lm.batch_sizes.values()) == {2}, "what fits beside the longest"
+
+
+def test_other_tasks_of_lm_eval(tmp_path):
+    """Log-likelihood tasks: a metric per item where there is one, a summary otherwise, and answers that are resumed."""
+    rows = [{"text": f"{n} and {n} is", "choices": [f" {n}", f" {2 * n}"], "gold": 1} for n in range(1, 6)]
+    common = {"custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)}, "test_split": "test"}
+    choice = {"doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}", "doc_to_target": "gold"}
+    tasks = {
+        "choice": ConfigurableTask(config={"task": "choice", "output_type": "multiple_choice", **choice, **common}),
+        "text": ConfigurableTask(
+            config={
+                "task": "text",
+                "output_type": "loglikelihood_rolling",
+                "doc_to_text": "",
+                "doc_to_target": "{{text}}",
+                "metric_list": [{"metric": "word_perplexity"}],
+                **common,
+            }
+        ),
+    }
+    net = tiny.tiny_llama(vocab_size=len(TOKENIZER))
+    records = []
+    for _ in range(2):
+        for task in tasks.values():
+            task.set_config("num_fewshot", 0)
+        lm = BatchedLM(net, TOKENIZER, batch_size=2)
+        asked = []
+        compute = lm._loglikelihood_tokens
+        lm._loglikelihood_tokens = lambda requests, compute=compute, asked=asked, **kw: (
+            asked.extend(requests),
+            compute(requests, **kw),
+        )[1]
+        resuming = Resuming(lm, Journal(tmp_path / "answers.jsonl", {}))
+        records.append({name: run_task(resuming, name, task) for name, task in tasks.items()})
+        build_result("x", {"name_or_path": "m"}, {}, records[-1])
+    assert json.dumps(records[0]) == json.dumps(records[1]) and not asked, (
+        "the second time the journal knows every answer"
+    )
+    acc, perplexity = records[0]["choice"]["metrics"]["acc"], records[0]["text"]["metrics"]["word_perplexity"]
+    assert acc["value"] == sum(item["acc"] for item in records[0]["choice"]["items"]) / 5 and acc["unit"] == "fraction"
+    assert perplexity["value"] > 1 and not perplexity["higher_is_better"]
+    assert all("word_perplexity" not in item for item in records[0]["text"]["items"])
 
 
 # Mistakes

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+import time
 
 from safetensors import SafetensorError
 
@@ -24,6 +26,9 @@ COMMANDS = {
     "verify": "check an adapter's integrity, and that it fits a base model",
     "env": "print versions and machine facts for a bug report",
 }
+
+# Seconds that a process of a distributed run waits for the main one to report an error first.
+_PATIENCE_S = 5
 
 
 def usage() -> str:
@@ -63,16 +68,25 @@ def main(argv: list[str] | None = None) -> int:
         module.add_arguments(parser)
         module.run(parser.parse_args(rest))
     except UserError as error:
-        print(f"maskft: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(str(error))
         return 2
     except (OSError, ImportError, SafetensorError) as error:
         # A full disk, a file without permission, a missing extra: the machine's word for it is the best there is.
-        print(f"maskft: error: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(f"{type(error).__name__}: {error}")
         return 2
     except KeyboardInterrupt:
         print("maskft: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _print_error(message: str) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        # The same error in the main process ends this one before it repeats the line.
+        time.sleep(_PATIENCE_S)
+    where = f" on rank {rank}" if rank else ""
+    print(f"maskft: error{where}: {' '.join(message.split())}", file=sys.stderr)
 
 
 class OneLineParser(argparse.ArgumentParser):

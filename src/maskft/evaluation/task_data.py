@@ -11,7 +11,7 @@ from pathlib import Path
 
 import datasets
 
-from ..data import _read_file
+from ..data.sources import read_file
 from ..errors import UserError
 
 ENDINGS = r"\.(jsonl|jsonl\.gz|json|json\.gz|parquet)"
@@ -105,7 +105,7 @@ def load_docs(task: str, data_dir: str | Path | None, split: str = "test") -> da
     problems = sorted(folder.rglob(source.folders.format(split=split))) if source.folders else []
     file = None if problems else _find(source, folder, split, task)
     rows = []
-    for where, row in ((path, _read_object(path)) for path in problems) if problems else _read_file(file):
+    for where, row in ((path, _read_object(path)) for path in problems) if problems else read_file(file):
         _check(row, source.fields, str(where) if problems else f"{file}: {where}")
         rows.append(row)
     if not rows:

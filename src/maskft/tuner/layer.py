@@ -32,6 +32,7 @@ from ..masking import (
     topk_masks,
 )
 from .config import MaskConfig
+from .sharded import ShardedWeight, is_sharded, whole_masks
 
 # Fused and 8-bit optimizers write to parameters without raising torch's version counter, so every optimizer step is
 # counted, and a mask is as old as the count it was made at.
@@ -46,7 +47,7 @@ def _count_optimizer_step(*_) -> None:
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
-class _Float32ParameterDict(nn.ParameterDict):
+class Float32ParameterDict(nn.ParameterDict):
     """Scores stay float32 under ``model.to(dtype)``: ranking casts to bfloat16 would create ties and move the mask."""
 
     def _apply(self, fn, recurse=True):
@@ -69,7 +70,7 @@ class MaskLayer(BaseTunerLayer):
         self.module_name = module_name
         # Conv1D stores its weight as (I, O) and computes x W.
         self.is_transposed = isinstance(base_layer, Conv1D)
-        self.mask_scores = _Float32ParameterDict({})
+        self.mask_scores = Float32ParameterDict({})
         self.mask_coded: dict[str, Tensor] = {}
         self.mask_configs: dict[str, MaskConfig] = {}
         # Layers whose scores are ranked together: just this one, or all of the adapter's for scope="global".
@@ -80,6 +81,8 @@ class MaskLayer(BaseTunerLayer):
         self._effective: Tensor | None = None
         self._effective_key: tuple | None = None
         self._raw_gradient: dict[str, Tensor] = {}
+        # Under FSDP2: this rank's rows of the weight; they are masked there, and not in ``_effective``.
+        self.sharded_weight: ShardedWeight | None = None
 
     def update_layer(self, adapter_name: str, config: MaskConfig, pool: list[MaskLayer]) -> None:
         """Add an adapter: fresh scores, or none when it is for inference (its mask is then loaded coded)."""
@@ -136,9 +139,26 @@ class MaskLayer(BaseTunerLayer):
         """
         weight = self.get_base_layer().weight
         dtype = dtype or weight.dtype
+        if self._is_sharded():
+            return weight.to(dtype)
         if self._effective_key != self._cache_key(self._available(self.active_adapters), dtype):
             self._refresh(dtype)
         return self._effective
+
+    def _is_sharded(self) -> bool:
+        """Whether FSDP2 holds the weight, masked already; an error if that is out of date."""
+        if not any(map(is_sharded, self.mask_scores.values())):
+            return False
+        if self.sharded_weight is None or not self.sharded_weight.is_current(self):
+            raise UserError(
+                f"the sharded mask of {self.module_name} is out of date: call the whole model, not a part of it"
+            )
+        return True
+
+    @staticmethod
+    def optimizer_steps() -> int:
+        """Optimizer steps this process has taken, of any optimizer."""
+        return _num_optimizer_steps
 
     # A weight made inside torch.inference_mode() could not be used in training afterwards.
     @torch.inference_mode(False)
@@ -193,6 +213,10 @@ class MaskLayer(BaseTunerLayer):
             adapter_names: Adapters to merge; default: the active ones.
         """
         weight = self.get_base_layer().weight
+        if is_sharded(weight):
+            raise UserError(
+                f"{self.module_name} is sharded by FSDP and cannot be merged; save the adapter and run maskft merge"
+            )
         for name in self._available(check_adapters_to_merge(self, adapter_names)):
             removed = ~self.get_mask(name)
             if safe_merge and not torch.isfinite(weight.detach().masked_fill(removed, 0.0)).all():
@@ -246,6 +270,8 @@ def write_masked_(config: MaskConfig, outs: list[Tensor], weights: list[Tensor],
 
 def masks_from_scores(config: MaskConfig, scores: list[Tensor]) -> list[Tensor]:
     """Masks of one pool of score matrices."""
+    if is_sharded(scores[0]):
+        return whole_masks(config, scores)
     if config.selection == "threshold":
         return [threshold_mask(s, config.threshold, config.rank_by) for s in scores]
     if config.scope == "global":
@@ -336,11 +362,14 @@ class _MaskedLinearFunction(torch.autograd.Function):
             raw.addmm_(left.t(), right)
         else:
             raw.add_(left.t().mm(right))
-        if not GradientState().sync_gradients:
+        state = GradientState()
+        if not (state.sync_gradients or state.plugin_kwargs.get("sync_each_batch", False)):
             # More micro-batches follow before the optimizer looks: keep the sum, finish it in the last of them.
             layer._raw_gradient[name] = raw
             return grad_x, None, None, None, None, None
         weight, rank_by = layer.get_base_layer().weight, layer.mask_configs[name].rank_by
+        if layer.sharded_weight is not None:
+            return grad_x, layer.sharded_weight.score_gradient(raw, scores, rank_by), None, None, None, None
         others = [other for other in layer._available(layer.active_adapters) if other != name]
         grad_scores = score_gradient_(raw, weight, scores, rank_by)
         for other in others:

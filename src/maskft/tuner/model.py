@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError, did_you_mean
-from ..mask_codec import FORMAT_VERSION, decode_mask, encode_mask, mask_info
+from ..mask_codec import FORMAT_VERSION, decode_mask, encode_mask, mask_info, mask_sha256
 from ..masking import scores_for_mask
 from .config import MaskConfig
-from .layer import MaskedLinear, MaskLayer, masks_from_scores
+from .layer import Float32ParameterDict, MaskedLinear, MaskLayer, masks_from_scores
+from .sharded import is_sharded, refresh
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
 _SHOWN = 8
@@ -46,6 +47,16 @@ class MaskModel(BaseTuner):
         check_targets(peft_config, model)
         # Collects the layers of one adapter in module order, so that scope="global" can rank them together.
         self._pool: list[MaskLayer] = []
+        if getattr(model, "_no_split_modules", None):
+            # accelerate makes an FSDP unit of each; as units of their own, scores are never gathered in forward.
+            model._no_split_modules = {*model._no_split_modules, Float32ParameterDict.__name__}
+        if _refresh_before_forward not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(_refresh_before_forward)
+
+    def forward(self, *args, **kwargs):
+        """Forward of the wrapped model."""
+        refresh_masks(self.model)  # the tuner calls the model's forward, which passes hooks by
+        return super().forward(*args, **kwargs)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_) -> None:
         if isinstance(target, MaskLayer):
@@ -107,6 +118,19 @@ class MaskModel(BaseTuner):
         return rest
 
 
+def refresh_masks(model: nn.Module) -> None:
+    """Bring masks that FSDP2 has sharded up to date, before it gathers a layer; every rank must call it.
+
+    Does nothing in any other case.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        refresh(model, [module for module in model.modules() if isinstance(module, MaskLayer)], base_fingerprint)
+
+
+def _refresh_before_forward(model: nn.Module, args: tuple) -> None:
+    refresh_masks(model)
+
+
 def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, MaskLayer]:
     """Masked layers of one adapter by module name (as in ``model.named_modules()``), in module order."""
     return {
@@ -128,6 +152,18 @@ def current_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, 
         raise UserError(f"the model has no mask adapter named {adapter_name!r}")
     config = next(iter(layers.values())).mask_configs[adapter_name]
     return {_module_name(name): mask for name, mask in _current_masks(layers, config, adapter_name, {}).items()}
+
+
+def current_mask_fingerprint(model: nn.Module, adapter_name: str = "default") -> str:
+    """What ``mask_sha256`` of an adapter saved now would be, without coding the masks."""
+    layers = adapter_layers(model, adapter_name)
+    if any(layer.mask_configs[adapter_name].scope == "global" for layer in layers.values()):
+        masks = current_masks(model, adapter_name)
+        return _fingerprint({name: mask_sha256(mask) for name, mask in masks.items()})
+    # One mask in memory at a time.
+    return _fingerprint(
+        {_module_name(name): mask_sha256(layer.get_mask(adapter_name)) for name, layer in layers.items()}
+    )
 
 
 def _current_masks(layers, config, adapter_name, state_dict) -> dict[str, Tensor]:
@@ -319,9 +355,14 @@ def base_fingerprint(layers: Iterable[MaskLayer]) -> str:
 
     Rounding makes a model loaded in bfloat16 match the float32 one it was rounded from.
     """
+    layers = sorted(layers, key=lambda layer: layer.module_name)
+    if layers and layers[0].sharded_weight is not None:
+        return layers[0].sharded_weight.base_fingerprint  # the weights themselves are masked by now
     digest = hashlib.sha256()
-    for layer in sorted(layers, key=lambda layer: layer.module_name):
+    for layer in layers:
         weight = layer.get_base_layer().weight.detach()
+        if is_sharded(weight):
+            weight = weight.full_tensor()
         digest.update(f"{layer.module_name}{tuple(weight.shape)}".encode())
         digest.update(weight.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
     return digest.hexdigest()
@@ -329,9 +370,13 @@ def base_fingerprint(layers: Iterable[MaskLayer]) -> str:
 
 def mask_fingerprint(coded: dict[str, Tensor]) -> str:
     """sha256 over the names and mask checksums of all modules; equal for equal masks."""
+    return _fingerprint({name: mask_info(code, name)["sha256"] for name, code in coded.items()})
+
+
+def _fingerprint(sha256: dict[str, str]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(coded):
-        digest.update(f"{name}:{mask_info(coded[name], name)['sha256']};".encode())
+    for name in sorted(sha256):
+        digest.update(f"{name}:{sha256[name]};".encode())
     return digest.hexdigest()
 
 

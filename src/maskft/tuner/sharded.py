@@ -1,0 +1,266 @@
+"""Masks of a model sharded by FSDP2: every rank holds some rows of each matrix, and the mask is the unsharded one.
+
+Scores and weights are DTensors sharded by rows (``Shard(0)``). Ranks agree on the cut by summing counts of score bits,
+so no score leaves its rank. Each rank then masks its own rows of the weight in place, keeping what was there, and
+FSDP's all-gather, which every frozen weight goes through anyway, carries the masked weight: masking adds no traffic to
+it. The raw gradient is reduce-scattered once per optimizer step and multiplied by the local weight.
+
+Nothing here runs unless scores are DTensors.
+
+Shapes: a matrix is (O, I); its shard on one rank is (rows, I), where the last ranks may have fewer rows or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial, Shard
+
+from ..errors import NotFiniteError, UserError
+from ..masking import RankBy, num_removed, ranking_keys, score_gradient_
+from .config import MaskConfig
+
+_NUM_BINS = 1 << 16
+
+
+# The algorithm
+
+
+def remove_lowest_of_shards(
+    shards: Sequence[Tensor],
+    num: int,
+    rank: int,
+    all_reduce: Callable[[Tensor], Tensor],
+    all_gather: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
+    """This rank's rows of the masks that :func:`maskft.masking.remove_lowest` gives on the whole matrices.
+
+    Two histograms of 65,536 counts (upper, then lower half of the float32 patterns) are summed over the ranks and give
+    the cut exactly; the number of entries equal to it on each rank decides which of them are removed.
+
+    Args:
+        shards: Flat float32 ranking values of this rank's rows, one tensor per matrix of the pool, maybe empty.
+        num: How many entries of the whole pool to remove.
+        rank: Position of this rank; lower ranks hold the rows before this one's.
+        all_reduce: Sums an int64 tensor over the ranks.
+        all_gather: Stacks the int64 tensors of all ranks: (n,) -> (ranks, n).
+
+    Returns:
+        Flat bool masks, one per shard; True = keep; over all ranks exactly ``num`` entries are False. Among equal
+        values the first in index order of the whole matrices are removed first.
+
+    Raises:
+        NotFiniteError: On every rank, if a value on any of them is NaN.
+    """
+    counts = torch.zeros(_NUM_BINS + 1, dtype=torch.int64, device=shards[0].device)
+    for shard in shards:
+        counts[:-1] += torch.bincount(_upper(ordered_bits(shard)), minlength=_NUM_BINS)
+        counts[-1] += shard.isnan().sum()
+    counts = all_reduce(counts)
+    if counts[-1]:
+        raise NotFiniteError("scores contain NaN, so they cannot be ranked")
+    if num == 0:
+        return [torch.ones_like(shard, dtype=torch.bool) for shard in shards]
+    upper, num = _find(counts[:-1], num)
+    counts = torch.zeros(_NUM_BINS, dtype=torch.int64, device=counts.device)
+    for shard in shards:
+        bits = ordered_bits(shard)
+        counts += torch.bincount(bits[_upper(bits) == upper] & (_NUM_BINS - 1), minlength=_NUM_BINS)
+    lower, num = _find(all_reduce(counts), num)
+    cut = ((upper - (_NUM_BINS >> 1)) << 16) | lower
+    num_ties = all_gather(torch.stack([(ordered_bits(shard) == cut).sum() for shard in shards]))
+    masks = []
+    for index, shard in enumerate(shards):
+        bits = ordered_bits(shard)
+        mask = bits > cut
+        # ``num`` ties go, in index order: first those of earlier matrices, then those of earlier rows.
+        before = int(num_ties[:, :index].sum() + num_ties[:rank, index].sum())
+        mask[(bits == cut).nonzero().squeeze(1)[max(num - before, 0) :]] = True
+        masks.append(mask)
+    return masks
+
+
+def ordered_bits(key: Tensor) -> Tensor:
+    """Bits of each float32 as int32, mapped so that the integers are ordered as the floats are."""
+    bits = key.view(torch.int32)
+    # For negative floats the magnitude bits run backwards; flipping them makes the integer order the float order.
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _upper(bits: Tensor) -> Tensor:
+    return (bits >> 16) + (_NUM_BINS >> 1)
+
+
+def _find(counts: Tensor, k: int) -> tuple[int, int]:
+    """Bin of the ``k``-th smallest value (from 1), and its rank inside that bin (from 1)."""
+    cumulative = counts.cumsum(0)
+    index = int(torch.searchsorted(cumulative, k))
+    return index, k - (int(cumulative[index - 1]) if index else 0)
+
+
+# On DTensors
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a parameter is spread over ranks."""
+    return isinstance(tensor, DTensor)
+
+
+@torch.no_grad()
+def shard_masks(config: MaskConfig, scores: Sequence[DTensor]) -> list[Tensor]:
+    """This rank's rows of the masks of several matrices; every rank must call it. Bool, True = keep."""
+    if config.scope == "matrix" and len(scores) > 1:
+        return [shard_masks(config, [s])[0] for s in scores]
+    mesh = scores[0].device_mesh
+    keys = [ranking_keys(s.to_local(), config.rank_by) for s in scores]
+
+    def all_reduce(counts: Tensor) -> Tensor:
+        dist.all_reduce(counts, group=mesh.get_group())
+        return counts
+
+    def all_gather(counts: Tensor) -> Tensor:
+        out = counts.new_empty(mesh.size() * counts.numel())
+        dist.all_gather_into_tensor(out, counts, group=mesh.get_group())
+        return out.view(mesh.size(), -1)
+
+    if config.selection == "threshold":
+        if all_reduce(sum(key.isnan().sum() for key in keys)):
+            raise NotFiniteError("scores contain NaN, so they cannot be compared")
+        masks = [key >= config.threshold for key in keys]
+    else:
+        num = num_removed(sum(s.numel() for s in scores), config.sparsity)
+        masks = remove_lowest_of_shards(keys, num, mesh.get_local_rank(), all_reduce, all_gather)
+    return [mask.view(s.to_local().shape) for mask, s in zip(masks, scores, strict=True)]
+
+
+def whole_masks(config: MaskConfig, scores: Sequence[DTensor]) -> list[Tensor]:
+    """The masks of several matrices in full on every rank; every rank must call it."""
+    masks = []
+    for mask, s in zip(shard_masks(config, scores), scores, strict=True):
+        rows = DTensor.from_local(mask.byte(), s.device_mesh, s.placements, shape=s.shape, stride=s.stride())
+        masks.append(rows.full_tensor().bool())
+    return masks
+
+
+class ShardedWeight:
+    """This rank's rows of the weight of one masked layer: unmasked here, masked where FSDP gathers them from.
+
+    Attributes:
+        original: The unmasked rows.
+        mask: Their mask, bool; None while the layer shows its unmasked weight.
+        num_flips: Entries of ``mask`` that the latest refresh changed.
+        base_fingerprint: That of the whole model's masked weights, taken before the first of them was masked.
+    """
+
+    def __init__(self, parameter: DTensor, base_fingerprint: str):
+        self.parameter = parameter
+        self.original = parameter.to_local().clone()
+        self.mask: Tensor | None = None
+        self.num_flips = 0
+        self.base_fingerprint = base_fingerprint
+        self._key: tuple | None = None
+
+    def is_current(self, layer) -> bool:
+        """Whether the rows show what the layer's scores and adapter switches ask for."""
+        return self._key == _key(layer)
+
+    def show(self, layer, mask: Tensor | None) -> None:
+        """Mask the rows, or (None) show them unmasked."""
+        rows = self.parameter.to_local().copy_(self.original)
+        if mask is not None:
+            rows.masked_fill_(~mask, 0.0)
+            self.num_flips = 0 if self.mask is None else int((mask != self.mask).sum())
+        self.mask, self._key = mask, _key(layer)
+
+    def score_gradient(self, raw: Tensor, scores: DTensor, rank_by: RankBy) -> DTensor:
+        """Mean over the ranks of dL/dscores, sharded as ``scores``; ``raw`` is this rank's (dL/dy)^T x, (O, I)."""
+        mesh = scores.device_mesh
+        summed = DTensor.from_local(raw, mesh, [Partial()], run_check=False).redistribute(placements=scores.placements)
+        rows = summed.to_local().div_(mesh.size())
+        score_gradient_(rows, self.original, scores.to_local(), rank_by)
+        return DTensor.from_local(
+            rows, mesh, scores.placements, run_check=False, shape=scores.shape, stride=scores.stride()
+        )
+
+
+def _key(layer) -> tuple:
+    if layer.disable_adapters:
+        return (None,)
+    name = _adapter(layer)
+    pool = [member.mask_scores[name] for member in layer.mask_pools[name]]
+    return (
+        name,
+        layer.optimizer_steps(),
+        *((s._version, s.to_local().data_ptr(), s.to_local()._version) for s in pool),
+    )
+
+
+def _adapter(layer) -> str:
+    names = [name for name in layer.active_adapters if name in layer.mask_configs]
+    if len(names) != 1 or names[0] not in layer.mask_scores:
+        raise UserError(
+            f"{layer.module_name} has the active masks {names}; with FSDP exactly one, with scores, is supported"
+        )
+    return names[0]
+
+
+@torch.no_grad()
+def refresh(model: nn.Module, layers: Iterable, base_fingerprint: Callable[[list], str]) -> None:
+    """Bring the masked rows of all layers up to date, before FSDP gathers any of them; every rank must call it.
+
+    Args:
+        model: The model whose FSDP units are to be resharded when a mask has changed; not itself, it is in forward.
+        layers: The masked layers with scores.
+        base_fingerprint: Fingerprint of the weights of layers; called once.
+    """
+    layers = [layer for layer in layers if getattr(layer.mask_scores, "_is_fsdp_managed_module", False)]
+    layers = [layer for layer in layers if len(layer.mask_scores)]
+    if not layers:
+        return
+    if any(layer.sharded_weight is None for layer in layers):
+        _attach(layers, base_fingerprint)
+    if all(layer.sharded_weight.is_current(layer) for layer in layers):
+        return
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and module is not model:
+            module.reshard()  # what an evaluation left gathered is out of date
+    for layer in layers:
+        if layer.sharded_weight.is_current(layer):
+            continue
+        if layer.disable_adapters:
+            layer.sharded_weight.show(layer, None)
+            continue
+        name = _adapter(layer)
+        pool = layer.mask_pools[name]
+        masks = shard_masks(layer.mask_configs[name], [member.mask_scores[name] for member in pool])
+        for member, mask in zip(pool, masks, strict=True):
+            member.sharded_weight.show(member, mask)
+
+
+def _attach(layers: list, base_fingerprint: Callable[[list], str]) -> None:
+    for layer in layers:
+        if not isinstance(layer.mask_scores, FSDPModule):
+            raise UserError(
+                f"the scores of {layer.module_name} are not an FSDP2 unit of their own; use FSDP2 with "
+                "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and if you name the classes to wrap, add "
+                f"{type(layer.mask_scores).__name__.removeprefix('FSDP')}"
+            )
+        weight, scores = layer.get_base_layer().weight, layer.mask_scores[_adapter(layer)]
+        if not is_sharded(weight):
+            raise UserError(
+                f"the weight of {layer.module_name} is in the outermost FSDP unit; wrap the decoder layers with "
+                "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"
+            )
+        if tuple(scores.placements) != (Shard(0),) or tuple(weight.placements) != (Shard(0),):
+            raise UserError(
+                f"{layer.module_name} is spread as {weight.placements}; only plain FSDP2 sharding by rows is supported"
+            )
+        if scores.to_local().device.type != scores.device_mesh.device_type:
+            raise UserError("fsdp_offload_params is not supported with masks; set it to false")
+    fingerprint = base_fingerprint(layers)
+    for layer in layers:
+        layer.sharded_weight = ShardedWeight(layer.get_base_layer().weight, fingerprint)

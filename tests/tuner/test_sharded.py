@@ -1,0 +1,98 @@
+"""Masks of shards: the ranks are threads that exchange counts, the reference is the whole matrix on one rank."""
+
+import threading
+
+import pytest
+import torch
+
+from maskft.errors import NotFiniteError
+from maskft.masking import ranking_keys, remove_lowest
+from maskft.tuner.sharded import remove_lowest_of_shards
+
+
+class Ranks:
+    """Collectives between threads: each hands in a tensor and gets those of all, in rank order."""
+
+    def __init__(self, size):
+        self.size, self.slots, self.barrier = size, [None] * size, threading.Barrier(size)
+
+    def exchange(self, rank, tensor):
+        self.slots[rank] = tensor.clone()
+        self.barrier.wait()
+        out = torch.stack(self.slots)
+        self.barrier.wait()
+        return out
+
+    def run(self, function):
+        results = [None] * self.size
+
+        def call(rank):
+            try:
+                results[rank] = function(rank)
+            except Exception as error:
+                results[rank] = error
+
+        threads = [threading.Thread(target=call, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=30)
+        return results
+
+
+def in_shards(matrices, num, size, rank_by="abs"):
+    """What every rank returns, given ``size`` ranks and rows spread as FSDP spreads them."""
+    ranks = Ranks(size)
+
+    def rows(matrix, rank):
+        chunks = matrix.chunk(size)
+        return chunks[rank] if rank < len(chunks) else matrix[:0]
+
+    def one(rank):
+        return remove_lowest_of_shards(
+            [ranking_keys(rows(matrix, rank), rank_by) for matrix in matrices],
+            num,
+            rank,
+            lambda counts: ranks.exchange(rank, counts).sum(0),
+            lambda counts: ranks.exchange(rank, counts),
+        )
+
+    return ranks.run(one)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def few_values(*shape, seed=0):
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).float() * 0.5
+
+
+@pytest.mark.parametrize("rank_by", ["abs", "signed"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "matrices",
+    [
+        [normal(64, 48)],
+        [normal(7, 5)],  # 4 ranks hold 2, 2, 2, 1 rows
+        [normal(5, 3)],  # 4 ranks hold 2, 2, 1, 0 rows
+        [few_values(9, 4)],
+        [torch.zeros(6, 6)],
+        [few_values(5, 4), normal(3, 8), few_values(8, 2, seed=1)],
+        [torch.tensor([[0.0, -0.0], [-0.0, 0.0], [1.0, float("inf")]])],
+    ],
+)
+def test_the_mask_of_shards_is_the_mask_of_the_whole(matrices, size, rank_by):
+    numel = sum(matrix.numel() for matrix in matrices)
+    for num in sorted({0, 1, numel // 10, numel // 2, numel - 1, numel}):
+        expected = remove_lowest([ranking_keys(matrix, rank_by) for matrix in matrices], num)
+        by_rank = in_shards(matrices, num, size, rank_by)
+        for index, whole in enumerate(expected):
+            assert torch.equal(torch.cat([masks[index] for masks in by_rank]), whole)
+        assert sum(int((~mask).sum()) for masks in by_rank for mask in masks) == num
+
+
+def test_a_nan_on_one_rank_stops_every_rank():
+    scores = normal(8, 4)
+    scores[7, 3] = float("nan")
+    assert all(isinstance(result, NotFiniteError) for result in in_shards([scores], 3, 4))
