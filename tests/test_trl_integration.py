@@ -95,7 +95,7 @@ def test_the_language_layers_of_a_vision_language_model(vlm, tmp_path):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     model.eval()
     with torch.no_grad():

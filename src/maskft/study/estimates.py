@@ -53,8 +53,8 @@ def model_facts(recipe_facts: Facts, model: str) -> Facts:
     from ..tuner.model import maskable_names
 
     num_layers = config.num_hidden_layers
-    modules = dict(whole.named_modules())
-    weights = sum(modules[name].weight.numel() for name in maskable_names(whole))
+    names = maskable_names(whole)
+    weights = sum(m.weight.numel() for name, m in whole.named_modules() if name.rpartition(".")[2] in names)
     return replace(
         recipe_facts,
         num_layers=num_layers,
