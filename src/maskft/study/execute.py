@@ -258,7 +258,7 @@ def _is_control(study: Study, run: Run) -> bool:
     methods = study.recipe.methods.values()
     first = next(other for other in methods if (other.method, other.start, other.data) == kind)
     continued = method.method in ("full", "lora") and run.start is not None and run.start.method.method != PRETRAINED
-    return bool(method.method == "wanda_mask" or continued or run.axes or first is not method)
+    return bool(method.method == "wanda_mask" or continued or run.axes or first.name != method.name)
 
 
 def _flags(options: dict) -> list[str]:
