@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 import time
@@ -17,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import maskft.tuner  # noqa: F401 - registers the method with PEFT
 from maskft import MaskConfig
 from maskft.evaluation.results import environment
-from maskft.memory import keep_freed_memory
 
 from .as_published import sort_in_every_forward
 
@@ -63,8 +61,6 @@ class Report:
         self.console = Console(width=140)
         self.rows: list[dict] = []
         self.settings = {"threads": torch.get_num_threads(), "rounds": self.rounds, "device": self.device_name()}
-        if self.device.type == "cpu":
-            keep_freed_memory()
 
     def device_name(self) -> str:
         """Name of the card, or cpu."""
@@ -91,9 +87,15 @@ class Report:
         extra = "  ".join(f"{k} {_short(v)}" for k, v in facts.items() if not isinstance(v, list | dict))
         self.console.print(f"{benchmark:<8} {what:<58} {value:9.4g} {unit}{goal}{verdict}   {extra}", highlight=False)
 
-    def compare(self, benchmark: str, what: str, ours, other, target: str | None = None, **facts) -> float:
+    def compare(
+        self, benchmark: str, what: str, ours, other, target: str | None = None, rounds=None, warm_up=True, **facts
+    ) -> float:
         """Time two sides in turn and add ours / other."""
-        a, b = alternate(ours, other, self.rounds, self.device)
+        a, b = alternate([ours, other], rounds or self.rounds, self.device, warm_up)
+        return self.add_ratio(benchmark, what, a, b, target, **facts)
+
+    def add_ratio(self, benchmark: str, what: str, a: list[float], b: list[float], target=None, **facts) -> float:
+        """Add the ratio of the medians of two sides measured in turn."""
         ratio = statistics.median(a) / statistics.median(b)
         self.add(benchmark, what, ratio, "x", target, **_sides(a, b), **facts)
         return ratio
@@ -107,8 +109,8 @@ class Report:
 
 def _sides(a: list[float], b: list[float]) -> dict:
     return {
-        "ours_s": statistics.median(a),
-        "other_s": statistics.median(b),
+        "first_s": statistics.median(a),
+        "second_s": statistics.median(b),
         "ratio_of_each_round": [x / y for x, y in zip(a, b, strict=True)],
     }
 
@@ -131,11 +133,13 @@ def seconds(function, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def alternate(ours, other, rounds: int, device: torch.device) -> tuple[list[float], list[float]]:
-    """Times of both, one after the other in every round, after one call of each that is not counted."""
-    ours(), other()
-    times = [(seconds(ours, device), seconds(other, device)) for _ in range(rounds)]
-    return [a for a, _ in times], [b for _, b in times]
+def alternate(sides: list, rounds: int, device: torch.device, warm_up: bool = True) -> list[list[float]]:
+    """Times of all sides, one after the other in every round, after one call of each that is not counted."""
+    if warm_up:
+        for side in sides:
+            side()
+    times = [[seconds(side, device) for side in sides] for _ in range(rounds)]
+    return [list(column) for column in zip(*times, strict=True)]
 
 
 # Models
@@ -151,16 +155,15 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype = torch.float32)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def prepare(side: str, base: LlamaForCausalLM, layers: list[int]):
-    """A copy of ``base`` made ready to train.
+def prepare(side: str, model: LlamaForCausalLM, layers: list[int]):
+    """Make ``model`` ready to train.
 
     Args:
         side: ``mask`` (ours), ``floor`` (plain training of the same matrices), ``published`` (a mask sorted in every
             forward), ``full``, ``lora``.
-        base: The model.
+        model: The model; it is changed.
         layers: Decoder layers to mask or train.
     """
-    model = copy.deepcopy(base)
     if side == "mask":
         return get_peft_model(model, MaskConfig(layers_to_transform=layers))
     if side == "lora":

@@ -13,12 +13,17 @@ def run(report) -> None:
     """Add the rows and draw the plot."""
     shape, unit = (TINY, 8) if report.quick else (SMOLLM2, 64)
     last = 3 if report.quick else 23
-    base = build(shape, report.device)
-    rounds = min(3, report.rounds)
+    rounds = min(2, report.rounds)
 
     def time(layers: int, tokens: int, accumulation: int) -> float:
         chosen = list(range(last + 1 - layers, last + 1))
-        step = Step(prepare("mask", base, chosen), shape["vocab_size"], tokens, accumulation, report.device)
+        step = Step(
+            prepare("mask", build(shape, report.device), chosen),
+            shape["vocab_size"],
+            tokens,
+            accumulation,
+            report.device,
+        )
         step()
         return statistics.median(seconds(step, report.device) for _ in range(rounds))
 

@@ -184,7 +184,7 @@ def test_evaluation_and_a_global_refresh_can_be_the_height(run):
     assert evaluated.height == "evaluation"
     wide = estimate(run(mask_scope="global", max_length=8, per_device_train_batch_size=1), device="cuda")
     matrix = estimate(run(max_length=8, per_device_train_batch_size=1), device="cuda")
-    assert wide.phases["refresh"] > matrix.phases["refresh"]
+    assert wide.phases["refresh"] == matrix.phases["refresh"]
 
 
 def test_the_largest_micro_batch_is_the_largest(run):

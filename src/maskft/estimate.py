@@ -36,10 +36,10 @@ from .arguments import MASK_METHODS, mask_config
 from .data import load_splits
 from .errors import UserError, did_you_mean
 from .mask_codec import encode_mask
-from .masking import random_mask
+from .masking import _CHUNK_NUMEL, random_mask
 from .memory import resident_memory_bytes
 from .models import load_config
-from .train import Run, build_model, check_method, stop_gradient_at_frozen_embeddings
+from .train import Run, build_model, check_method, set_accumulation, stop_gradient_at_frozen_embeddings
 from .tuner.config import MaskConfig
 from .tuner.layer import write_masked_
 from .tuner.model import check_targets, layer_indices, maskable_names
@@ -192,6 +192,7 @@ def estimate(
         UserError: For an unknown model, layers out of range, or a device too small for micro-batch 1.
     """
     check_method(run.method)
+    set_accumulation(run.training)
     _check_positive(
         sequence_length=sequence_length,
         num_train_rows=num_train_rows,
@@ -401,8 +402,15 @@ class _Planned:
             },
         }
         if self.method == "mask":
-            pool = self.num_masked if self.run.mask.mask_scope == "global" else max(self.masked_numels)
-            phases["refresh"] = {**state, "refresh": int(self.refresh_bytes * pool)}
+            # On logged steps the gradients are still there, and a byte per weight tells which bits have flipped.
+            ranked = max(self.masked_numels)
+            if self.device == "cpu" and self.run.mask.mask_selection == "topk":
+                ranked = min(ranked, _CHUNK_NUMEL)
+            phases["refresh"] = {
+                **state,
+                "gradients": micro.all_gradient_bytes,
+                "refresh": int(self.refresh_bytes * ranked) + self.num_masked,
+            }
         if str(getattr(self.run.training.eval_strategy, "value", self.run.training.eval_strategy)) != "no":
             seen = self.micro_batch(self.run.training.per_device_eval_batch_size, is_evaluation=True)
             phases["evaluation"] = {
@@ -649,8 +657,8 @@ def _bits_per_weight(mask) -> dict[str, float]:
 
 
 def _refresh_bytes(config: MaskConfig) -> float:
-    """Bytes that a refresh takes at its height per weight that is ranked, measured on a random matrix."""
-    scores = torch.randn(_SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
+    """Bytes that a refresh takes at its height per weight of the part it looks at, measured on a random matrix."""
+    scores = torch.randn(_CHUNK_NUMEL, generator=torch.Generator().manual_seed(0))
     weight, out = torch.zeros_like(scores), torch.empty_like(scores)
     with _LiveBytes([scores, weight, out]) as live:
         write_masked_(config, [out], [weight], [scores])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.resources
 import logging
 import os
+import subprocess
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -52,6 +54,10 @@ def launch(launch_words: list[str], command: list[str], is_mask: bool) -> int:
         launch_command(args)
     except ChildFailedError as error:
         return max(1, error.get_first_failure()[1].exitcode)
+    except subprocess.CalledProcessError as error:  # of a single process
+        return max(1, error.returncode)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return 0
 
 
@@ -77,6 +83,13 @@ def _check(args, is_mask: bool) -> None:
     """Refuse what the launched processes would refuse, before they are started."""
     config = yaml.safe_load(Path(args.config_file).read_text()) if args.config_file else {}
     kind = config.get("distributed_type")
+    ways = (args.multi_gpu, args.use_fsdp, args.use_deepspeed, args.tpu, args.use_megatron_lm)
+    if (args.num_processes or 1) > 1 and kind in (None, "NO") and not any(ways) and torch.cuda.device_count() < 2:
+        # accelerate would start one process and say nothing.
+        raise UserError(
+            f"num_processes is {args.num_processes}, but not how they share work: add --accelerate_config fsdp2, or "
+            "multi_gpu (on CPUs too)"
+        )
     if args.use_deepspeed or kind == "DEEPSPEED":
         check_zero_stage(args.zero_stage or config.get("deepspeed_config", {}).get("zero_stage"))
     if is_mask and (args.use_fsdp or kind == "FSDP"):

@@ -42,7 +42,8 @@ class PrefixCache:
         self.max_bytes, self.num_hits, self.num_rows = max_bytes, 0, 0
         self._keys: list[bytes | None] = []
         self._hidden_BTD: Tensor | None = None
-        self._returns_tuple = False
+        # Whether a layer returns a tuple is seen when the prefix runs first; until then no row is taken from here.
+        self._returns_tuple: bool | None = None
         name = _fingerprint(self.decoder, self.layers, compute_dtype)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,8 +56,8 @@ class PrefixCache:
                 f"mask_prefix_cache {str(folder)!r} is in use by another run of this model; name another folder"
             ) from None
         self._index_file = folder / f"{name}.index"
-        self._index = self._read_index()
         self._width = self.decoder.get_input_embeddings().weight.shape[1]
+        self._index = self._read_index()
         self._forwards = [layer.forward for layer in self.layers]
         for position, layer in enumerate(self.layers):
             layer.forward = self._wrapped(position)
@@ -92,7 +93,7 @@ class PrefixCache:
             self._keys, self._hidden_BTD = [], None
             return
         self.num_rows += len(self._keys)
-        known = all(key in self._index for key in self._keys)
+        known = self._returns_tuple is not None and all(key in self._index for key in self._keys)
         self.num_hits += len(self._keys) * known
         self._hidden_BTD = self._read(ids_BT) if known else None
 
@@ -144,7 +145,11 @@ class PrefixCache:
                 key, offset, length = json.loads(line)
             except ValueError:
                 continue  # the last line of a run that was killed
-            index[bytes.fromhex(key)] = (offset, length)
+            if offset + length * self.bytes_per_token <= self.num_bytes:
+                index[bytes.fromhex(key)] = (offset, length)
+        # Written anew: a line that points behind a data file that was cut must not come to point at new rows.
+        lines = (json.dumps([key.hex(), *place]) + "\n" for key, place in index.items())
+        self._index_file.write_text("".join(lines))
         return index
 
 
@@ -186,7 +191,7 @@ def _outside_layers(decoder: nn.Module, layers: list[nn.Module]) -> list[tuple[s
 
 
 def _is_dropout(name: str, value) -> bool:
-    return ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float) and value > 0
+    return name.endswith(("dropout", "pdrop", "layerdrop")) and isinstance(value, float) and value > 0
 
 
 def _fingerprint(decoder: nn.Module, prefix: list[nn.Module], compute_dtype: torch.dtype | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -171,7 +172,8 @@ class MaskSFTTrainer(SFTTrainer):
         if self.task_evaluation and metric_key_prefix == "eval":
             with self.compute_loss_context_manager():
                 values = self.task_evaluation.measure(self.accelerator.unwrap_model(self.model), self.processing_class)
-            values = {f"eval_{name}": value for name, value in values.items()}
+            # Another batch size on another process may round another way; all must choose the same best.
+            values = processes.gather({f"eval_{name}": value for name, value in values.items()})[0]
             wanted = self.args.metric_for_best_model or ""
             if wanted.startswith(tuple(f"eval_{task}_" for task in EVAL_TASKS)) and wanted not in values:
                 raise UserError(f"metric_for_best_model: no {wanted!r}{did_you_mean(wanted, values)} in {list(values)}")
@@ -180,15 +182,11 @@ class MaskSFTTrainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights or adapter; the masks of all processes must be the same, and the saved ones must be theirs."""
-        agreed = agreed_mask_fingerprint(self.model) if processes.num_processes() > 1 else None
-        if self.is_fsdp_enabled:
-            self._save(output_dir, state_dict=trainable_state(self.model))
-        else:
-            super().save_model(output_dir, _internal_call)
-        if agreed is not None and processes.is_main():
-            saved = self.model.peft_config[_ADAPTER].mask_sha256
-            if saved != agreed:
-                raise RuntimeError(f"the saved masks ({saved[:12]}) are not those trained with ({agreed[:12]})")
+        with _agreed_masks(self.model):
+            if self.is_fsdp_enabled:
+                self._save(output_dir, state_dict=trainable_state(self.model))
+            else:
+                super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled and not self.optimizer.state:
@@ -314,7 +312,7 @@ def stop_gradient_at_frozen_embeddings(model):
     """
 
     def stop(module, args, output):
-        return output if module.weight.requires_grad else output.detach()
+        return output if any(p.requires_grad for p in module.parameters()) else output.detach()
 
     return model.get_input_embeddings().register_forward_hook(stop)
 
@@ -503,12 +501,24 @@ def save(run: Run, model, tokenizer, summary: TrainingSummary, trainer: MaskSFTT
 
 def _save_weights(trainer: MaskSFTTrainer, folder: str | Path) -> None:
     """Write weights or adapter from the main process; all processes must call it."""
-    if trainer.is_fsdp_enabled:
-        state = trainable_state(trainer.model)
-        if processes.is_main():
-            trainer.model.save_pretrained(folder, state_dict=state)
-    elif processes.is_main():
-        trainer.model.save_pretrained(folder)
+    with _agreed_masks(trainer.model):
+        if trainer.is_fsdp_enabled:
+            state = trainable_state(trainer.model)
+            if processes.is_main():
+                trainer.model.save_pretrained(folder, state_dict=state)
+        elif processes.is_main():
+            trainer.model.save_pretrained(folder)
+
+
+@contextmanager
+def _agreed_masks(model):
+    """Save inside: the masks of all processes must be the same, and the saved ones must be theirs."""
+    agreed = agreed_mask_fingerprint(model) if processes.num_processes() > 1 else None
+    yield
+    if agreed is not None and processes.is_main():
+        saved = model.peft_config[_ADAPTER].mask_sha256
+        if saved != agreed:
+            raise RuntimeError(f"the saved masks ({saved[:12]}) are not those trained with ({agreed[:12]})")
 
 
 def trainable_state(model) -> dict[str, torch.Tensor]:
@@ -765,6 +775,11 @@ def _prefix_cache(run, trainer, console) -> PrefixCache | None:
     if args.packing or args.padding_free:
         raise UserError(
             "mask_prefix_cache keeps one sequence per row: set packing and padding_free to false, or drop it"
+        )
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise UserError(
+            "mask_prefix_cache needs a prefix without gradient, and reentrant checkpointing sends one through it: set "
+            "use_reentrant to false"
         )
     if trainer.is_fsdp_enabled:
         raise UserError("mask_prefix_cache needs whole layers on every process, FSDP splits them: drop one of the two")

@@ -63,6 +63,11 @@ def add_arguments(parser) -> None:
         help="gsm8k, minerva_math, humaneval, humaneval_plus, ifeval, alpaca_eval, heldout, or any other task of "
         "lm-eval (default: %(default)s)",
     )
+    tasks.add_argument(
+        "--data_dir",
+        metavar="DIR",
+        help="folder with the published files of benchmarks and of data sets named below; the hub is not asked then",
+    )
     tasks.add_argument("--limit", type=int, metavar="N", help="first N items of each benchmark (default: all)")
     tasks.add_argument(
         "--apply_chat_template",
@@ -85,6 +90,8 @@ def add_arguments(parser) -> None:
         "held-out part; else all of dataset_name.",
     )
     for field in dataclasses.fields(DataArguments):
+        if field.name == "data_dir":
+            continue  # one folder for benchmarks and data sets
         kind = str(field.type)
         group.add_argument(
             f"--{field.name}",
