@@ -13,6 +13,18 @@ def topk_mask(scores, sparsity, rank_by="abs"):
     return mask.view(scores.shape)
 
 
+def wanda_mask(weight_OI, norms_I, num):
+    """Remove the inputs with the smallest abs(weight) * norm of each output, the first outputs one more if uneven."""
+    num_outputs = weight_OI.shape[0]
+    mask = torch.ones_like(weight_OI, dtype=torch.bool)
+    for o in range(num_outputs):
+        count = num // num_outputs + (1 if o < num % num_outputs else 0)
+        values = [abs(w) * n for w, n in zip(weight_OI[o].tolist(), norms_I.tolist(), strict=True)]
+        for i in sorted(range(len(values)), key=lambda i: (values[i], i))[:count]:
+            mask[o, i] = False
+    return mask
+
+
 def masked_linear(x_TI, weight_OI, scores_OI, bias_O, mask_OI, grad_TO, rank_by="abs"):
     """Output and every gradient of y = x (W * m)^T + b the mask an identity on the way back (Eq. 5)."""
     effective_OI = weight_OI * mask_OI

@@ -308,3 +308,24 @@ def test_score_gradient_matches_finite_differences_of_the_relaxed_layer():
             down[i, j] -= 1e-6
             slope = ((loss(up) - loss(down)) / 2e-6).item()
             assert scores.grad[i, j].item() == pytest.approx(slope, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_wanda_mask_is_the_naive_one(sparsity):
+    generator = torch.Generator().manual_seed(3)
+    weight, norms = torch.randn(7, 12, generator=generator), torch.rand(12, generator=generator)
+    (mask,) = fixed_masks("wanda_mask", [weight], sparsity, input_norms=[norms[None]])
+    assert torch.equal(mask, reference.wanda_mask(weight, norms, round(sparsity * 84)))
+    assert int((~mask).sum()) == num_removed(84, sparsity)
+    (transposed,) = fixed_masks("wanda_mask", [weight.t()], sparsity, input_norms=[norms[:, None]])
+    assert torch.equal(transposed.t(), mask)
+
+
+def test_wanda_mask_takes_counts_and_one_pool():
+    weights, norms = [torch.arange(1.0, 7).view(2, 3), 10 * torch.ones(2, 3)], [torch.ones(1, 3)] * 2
+    masks = fixed_masks("wanda_mask", weights, 0.5, counts=[1, 3], input_norms=norms)
+    # The first output gives one more where the count does not divide.
+    assert masks[0].tolist() == [[False, True, True], [True, True, True]]
+    assert masks[1].tolist() == [[False, False, True], [False, True, True]]
+    pooled = fixed_masks("wanda_mask", weights, 0.5, "global", input_norms=norms)
+    assert not pooled[0].any() and pooled[1].all()

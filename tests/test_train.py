@@ -61,7 +61,7 @@ def heldout_losses(folder):
     return {row["step"]: row["eval_loss"] for row in summary(folder)["history"] if "eval_loss" in row}
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "mask", "random_mask", "l1_mask"])
+@pytest.mark.parametrize("method", ["full", "lora", "mask", "random_mask", "l1_mask", "wanda_mask"])
 def test_every_method_trains_and_saves_what_loads(method, arguments, base, tmp_path, capsys):
     status, err = run(arguments(method=method), capsys)
     assert status == 0, err
@@ -73,7 +73,7 @@ def test_every_method_trains_and_saves_what_loads(method, arguments, base, tmp_p
     else:
         plain = AutoModelForCausalLM.from_pretrained(base)
         assert isinstance(PeftModel.from_pretrained(plain, out), PeftModel)
-    if method in ("random_mask", "l1_mask", "mask"):
+    if method in ("random_mask", "l1_mask", "wanda_mask", "mask"):
         masks = MaskSet.from_adapter(out)
         assert all(int((~m).sum()) == round(0.1 * m.numel()) for m in masks.values()) and len(masks) == 21
     else:
@@ -160,6 +160,42 @@ def test_resuming_gives_bitwise_the_uninterrupted_mask(arguments, tmp_path, caps
     assert summary(whole)["best_loss"] == summary(parts)["best_loss"]
 
 
+def test_resume_auto_counts_every_token_once(arguments, tmp_path, capsys):
+    """`auto` goes on from a whole checkpoint and otherwise begins; the record is that of an uninterrupted run."""
+    options = {"method": "full", "max_steps": 6, "save_steps": 3, "eval_steps": 3, "save_total_limit": 5}
+    options |= {"resume_from_checkpoint": "auto", "keep_last": True}
+    for name in ("whole", "parts"):
+        assert run(arguments(output_dir=tmp_path / name, **options), capsys)[0] == 0
+    parts = tmp_path / "parts"
+    for checkpoint in (3, 6):
+        state = parts / f"checkpoint-{checkpoint}" / "trainer_state.json"
+        if checkpoint == 6:
+            state.write_text(state.read_text()[:100])  # cut short, as by a kill
+    (parts / TRAINING).unlink()
+    assert run(arguments(output_dir=parts, **options), capsys)[0] == 0
+    whole, again = summary(tmp_path / "whole"), summary(parts)
+    for record in (whole, again):
+        record["history"] = [{k: r.get(k) for k in ("step", "eval_loss", "eval_num_tokens")} for r in record["history"]]
+    timing = ("train_time_s", "peak_memory_bytes")
+    assert {k: v for k, v in again.items() if k not in timing} == {k: v for k, v in whole.items() if k not in timing}
+    assert whole["num_train_tokens"] > 0
+    rates = [row["learning_rate"] for row in summary(parts)["history"] if "eval_loss" in row]
+    assert rates[0] == 0 and rates[1] > 0 and rates[-1] == 0  # warm-up, in between, the end of a linear schedule
+
+
+def test_best_of_several_random_masks_is_the_one_with_the_lowest_loss(arguments, base, data, tmp_path, capsys):
+    options = {"method": "random_mask", "mask_sparsity": 0.3, "per_device_eval_batch_size": 16}
+    status, err = run(arguments(output_dir=tmp_path / "best", num_candidates=4, mask_seed=5, **options), capsys)
+    assert status == 0 and "best of 4 by held-out loss" in err
+    tried = summary(tmp_path / "best")["history"]
+    assert [row["mask_seed"] for row in tried] == [5, 6, 7, 8] and len({row["eval_loss"] for row in tried}) == 4
+    best = min(tried, key=lambda row: row["eval_loss"])
+    assert summary(tmp_path / "best")["best_loss"] == best["eval_loss"]
+    run(arguments(output_dir=tmp_path / "one", **options | {"mask_seed": best["mask_seed"]}), capsys)
+    one, chosen = MaskSet.from_adapter(tmp_path / "one"), MaskSet.from_adapter(tmp_path / "best")
+    assert all(torch.equal(one[name], chosen[name]) for name in chosen)
+
+
 def test_same_seed_same_mask_other_seed_other_mask(arguments, tmp_path, capsys):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(arguments(output_dir=tmp_path / name, mask_seed=seed), capsys)
@@ -185,7 +221,7 @@ def test_fixed_masks_take_a_learned_masks_counts(arguments, tmp_path, capsys):
     learned = tmp_path / "learned"
     run(arguments(output_dir=learned, mask_scope="global"), capsys)
     counts = {n: int((~m).sum()) for n, m in MaskSet.from_adapter(learned).items()}
-    for method in ("random_mask", "l1_mask"):
+    for method in ("random_mask", "l1_mask", "wanda_mask"):
         out = tmp_path / method
         assert run(arguments(output_dir=out, method=method, match_adapter=learned), capsys)[0] == 0
         assert {n: int((~m).sum()) for n, m in MaskSet.from_adapter(out).items()} == counts
@@ -269,6 +305,8 @@ def cases():
     yield {"dataset_name": None}, "dataset_name is missing"
     yield {"max_length": 2}, "every label is masked"
     yield {"eval_split_size": 1000}, "eval_split_size"
+    yield {"method": "l1_mask", "num_candidates": 2}, "num_candidates is 2; with random_mask"
+    yield {"method": "wanda_mask", "num_calibration_samples": 0}, "num_calibration_samples is 0"
     yield {"partial_layers": [1]}, "partial_layers goes with --method full"
     yield {"load_in_4bit": True}, "load_in_4bit and load_in_8bit are not supported"
     yield {"resume_from_checkpoint": "true"}, "there is no checkpoint to resume from"

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, fields, make_dataclass
 
 from .tuner.config import MaskConfig
 
-METHODS = ("full", "lora", "mask", "random_mask", "l1_mask")
-MASK_METHODS = ("mask", "random_mask", "l1_mask")
+FIXED_MASK_METHODS = ("random_mask", "l1_mask", "wanda_mask")
+MASK_METHODS = ("mask", *FIXED_MASK_METHODS)
+METHODS = ("full", "lora", *MASK_METHODS)
 
 # TrlParser reads types, not the strings that MaskConfig's annotations are.
 _MASK_TYPES = {
@@ -59,17 +60,28 @@ class MethodArguments:
     method: str = field(
         default="mask",
         metadata={
-            "help": "full: all weights; lora: TRL's LoRA settings; mask: a learned mask; random_mask, l1_mask: fixed "
-            "masks of the same size, not trained.",
+            "help": "full: all weights; lora: TRL's LoRA settings; mask: a learned mask; random_mask, l1_mask, "
+            "wanda_mask: fixed masks of the same size, not trained.",
             "choices": list(METHODS),
         },
     )
     match_adapter: str | None = field(
         default=None,
         metadata={
-            "help": "With random_mask or l1_mask: remove from each matrix as many weights as the mask in this adapter "
+            "help": "With a fixed mask: remove from each matrix as many weights as the mask in this adapter "
             "folder does. Default: mask_sparsity of each."
         },
+    )
+    num_candidates: int = field(
+        default=1,
+        metadata={
+            "help": "With random_mask: draw this many masks, with the seeds mask_seed, mask_seed + 1, ..., and keep "
+            "the one with the lowest held-out loss; at least 1."
+        },
+    )
+    num_calibration_samples: int = field(
+        default=128,
+        metadata={"help": "With wanda_mask: training rows over which the norms of the inputs are taken; at least 1."},
     )
     partial_layers: list[int] | None = field(
         default=None,

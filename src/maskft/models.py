@@ -90,6 +90,17 @@ def load_tokenizer(name_or_path: str, **kwargs) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def unpack_embedded(folder: str | Path) -> None:
+    """Write the embedded model as an ordinary checkpoint, whole or not at all; nothing is done where it is there."""
+    folder = Path(folder)
+    if folder.exists():
+        return
+    partial = folder.with_name(folder.name + ".partial")
+    load_tokenizer(EMBEDDED_MODEL).save_pretrained(partial)
+    load_model(EMBEDDED_MODEL, "float32").save_pretrained(partial)
+    partial.rename(folder)
+
+
 def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that can produce ids outside the model's embedding."""
     rows = model.get_input_embeddings().weight.shape[0]

@@ -17,6 +17,14 @@ LAST = "last"
 SETTINGS = "settings.json"
 TABLE = "table.md"
 COMPARISON = "comparison.json"
+# Of a study: folders, and what marks a run as finished.
+BASE = "base"
+RUNS = "runs"
+RESULTS = "results"
+RUN = "run.json"
+LOG = "log.txt"
+LOCK = "study.lock"
+SUMMARY = "summary.json"
 
 
 def holds_adapter(folder: str | Path) -> bool:

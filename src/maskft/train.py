@@ -20,14 +20,16 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from . import paths, processes
-from .arguments import MASK_METHODS, MaskArguments, MethodArguments, mask_config
+from .arguments import FIXED_MASK_METHODS, MASK_METHODS, MaskArguments, MethodArguments, mask_config
+from .calibration import input_norms
 from .data import format_sample, load_splits, supervised_token_count, tokenize_dataset
 from .data_arguments import DataArguments
 from .errors import NotFiniteError, UserError, did_you_mean
 from .evaluation.during_training import TASKS as EVAL_TASKS
 from .evaluation.during_training import TrainingEvaluation
+from .evaluation.loss import nll_per_item
 from .evaluation.results import environment, write_text
-from .mask_codec import encode_mask
+from .mask_codec import encode_mask, mask_info
 from .mask_set import MaskSet
 from .masking import fixed_masks
 from .memory import keep_freed_memory, peak_memory_bytes
@@ -208,6 +210,8 @@ class MaskSFTTrainer(SFTTrainer):
             logs["peak_memory_bytes"] = peak_memory_bytes()
             logs.update(self.mask_metrics)
             self._window = (now, tokens)
+        elif "eval_loss" in logs and self.lr_scheduler is not None:
+            logs["learning_rate"] = self._get_learning_rate()  # that of the next step: where a schedule may go on from
         super().log(logs, start_time)
 
 
@@ -220,6 +224,9 @@ class _StepGuard(TrainerCallback):
         self._undo = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        # TRL starts to count anew when training is resumed; transformers' own count travels with the checkpoints.
+        self.trainer._total_train_tokens = state.num_input_tokens_seen
+        self.trainer._window = (time.perf_counter(), state.num_input_tokens_seen)
         for layer in self._layers(model):
             layer._raw_gradient.clear()  # of a run that was interrupted between two micro-batches
         for name, parameter in model.named_parameters():
@@ -259,8 +266,11 @@ class _StepGuard(TrainerCallback):
         loss = (metrics or {}).get(args.metric_for_best_model, math.nan)
         if state.global_step == 0 and args.load_best_model_at_end and math.isfinite(loss):
             state.best_metric = loss
-            self.trainer._save_checkpoint(self.trainer.model, trial=None)
             state.best_model_checkpoint = str(Path(args.output_dir) / "checkpoint-0")
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.num_input_tokens_seen = int(self.trainer._total_train_tokens)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         layers = self._layers(model)
@@ -315,7 +325,12 @@ class _KeepLast(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
+            config = getattr(self.trainer.model, "peft_config", {}).get(_ADAPTER)
+            if isinstance(config, MaskConfig):
+                config.save_scores = False
             _save_weights(self.trainer, self.folder)
+            if isinstance(config, MaskConfig):
+                config.save_scores = True  # the last checkpoint follows, and training may be resumed from it
             if processes.is_main():
                 self.tokenizer.save_pretrained(self.folder)
 
@@ -371,8 +386,8 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
         )
         for rows in (train_rows, heldout_rows)
     )
-    if run.method.method in ("random_mask", "l1_mask"):
-        return _make_fixed_mask(run, model, tokenizer, console)
+    if run.method.method in FIXED_MASK_METHODS:
+        return _make_fixed_mask(run, model, tokenizer, train_set, heldout_set, console)
     set_seed(run.training.seed)  # LoRA draws its start here, before the Trainer seeds
     model = build_model(run, model)
     _describe(run, model, tokenizer, train_set, heldout_set, console)
@@ -432,6 +447,8 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, tas
     reference = _Reference(trainer, console)
     if run.method.method == "mask":
         trainer.add_callback(reference)
+    if resume_from is not None:
+        args.eval_on_start = False  # it was measured before the first step; the checkpoint knows it
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=resume_from)
@@ -583,6 +600,8 @@ def prepare_output_dir(args: SFTConfig) -> str | None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
     resume = args.resume_from_checkpoint
+    if str(resume).lower() == "auto":
+        return _last_whole_checkpoint(folder, args)
     if resume and str(resume).lower() not in ("true", "1"):
         if not Path(resume).is_dir():
             raise UserError(f"resume_from_checkpoint {resume!r} is not a folder")
@@ -615,13 +634,23 @@ def _task_evaluation(run: Run, train_rows, heldout_rows, console) -> TrainingEva
 
 def _last_whole_checkpoint(folder: Path, args: SFTConfig) -> str | None:
     """The newest checkpoint that can be resumed exactly; one cut short by a kill is passed over."""
-    needed = ["trainer_state.json"] + ([] if args.save_only_model else _state_files(args))
+    needed = [] if args.save_only_model else _state_files(args)
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
         weights = [*path.glob("*.safetensors")]
-        if weights and all((path / name).is_file() for name in needed) and all(map(_is_readable, weights)):
+        whole = all((path / name).is_file() for name in needed) and _is_json(path / "trainer_state.json")
+        if weights and whole and all(map(_is_readable, weights)):
             return str(path)
     return None
+
+
+def _is_json(file: Path) -> bool:
+    """Whether the file is there in full; the Trainer writes its state last, so then the rest of a checkpoint is too."""
+    try:
+        json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _state_files(args: SFTConfig) -> list[str]:
@@ -649,38 +678,63 @@ def check_disk_space(model, args: SFTConfig) -> None:
     )
 
 
-def _make_fixed_mask(run: Run, model, tokenizer, console) -> TrainingSummary:
-    """Random and magnitude masks: the learned mask's counts, no training."""
+def _make_fixed_mask(run: Run, model, tokenizer, train_set, heldout_set, console) -> TrainingSummary:
+    """Random, magnitude and Wanda masks: the learned mask's counts, no training."""
+    method, num_candidates = run.method.method, run.method.num_candidates
+    if num_candidates < 1 or (num_candidates > 1 and method != "random_mask"):
+        raise UserError(f"num_candidates is {num_candidates}; with random_mask it is 1 or more, otherwise 1")
     config = mask_config(run.mask, inference_mode=True)
-    model = get_peft_model(model, config)
-    layers = adapter_layers(model, _ADAPTER)
+    model = get_peft_model(model, config).eval()
+    layers = list(adapter_layers(model, _ADAPTER).values())
     counts = None
     if run.method.match_adapter is not None:
         learned = MaskSet.from_adapter(run.method.match_adapter)
-        counts = [int((~learned.matching(layer.module_name)).sum()) for layer in layers.values()]
-    weights = [layer.get_base_layer().weight.detach() for layer in layers.values()]
-    masks = fixed_masks(run.method.method, weights, config.sparsity, config.scope, config.mask_seed, counts)
-    for layer, mask in zip(layers.values(), masks, strict=True):
-        layer.mask_coded[_ADAPTER] = encode_mask(mask)
+        counts = [int((~learned.matching(layer.module_name)).sum()) for layer in layers]
+    weights = [layer.get_base_layer().weight.detach() for layer in layers]
+    norms = None
+    if method == "wanda_mask":
+        with model.disable_adapter():
+            norms = input_norms(model, layers, train_set["input_ids"], run.method.num_calibration_samples)
+    candidates = []
+    for seed in range(config.mask_seed, config.mask_seed + num_candidates):
+        masks = fixed_masks(method, weights, config.sparsity, config.scope, seed, counts, norms)
+        coded = [encode_mask(mask) for mask in masks]
+        for layer, code in zip(layers, coded, strict=True):
+            layer.mask_coded[_ADAPTER] = code
+        loss = _mean_nll(model, heldout_set, tokenizer, run.training) if num_candidates > 1 else None
+        candidates.append((loss, seed, coded))
+    loss, config.mask_seed, coded = min(candidates, key=lambda candidate: candidate[:2])
+    for layer, code in zip(layers, coded, strict=True):
+        layer.mask_coded[_ADAPTER] = code
     summary = TrainingSummary(
-        method=run.method.method,
+        method=method,
         start_loss=None,
-        best_loss=None,
+        best_loss=loss,
         best_step=None,
         end_loss=None,
         num_steps=0,
         num_epochs=0.0,
         num_train_tokens=0,
         num_trainable=0,
-        num_target_weights=sum(layer.get_base_layer().weight.numel() for layer in layers.values()),
+        num_target_weights=sum(weight.numel() for weight in weights),
         train_time_s=0.0,
         peak_memory_bytes=peak_memory_bytes(),
-        history=[],
+        history=[{"mask_seed": seed, "eval_loss": loss} for loss, seed, _ in candidates if loss is not None],
     )
-    removed = sum(int((~mask).sum()) for mask in masks)
-    console.print(f"{run.method.method}: removes {removed:,} of {summary.num_target_weights:,} target weights")
+    removed = sum(mask_info(code)["num_removed"] for code in coded)
+    console.print(f"{method}: removes {removed:,} of {summary.num_target_weights:,} target weights")
+    if num_candidates > 1:
+        console.print(f"best of {num_candidates} by held-out loss: seed {config.mask_seed}, {loss:.4f}")
     save(run, model, tokenizer, summary)
     return summary
+
+
+def _mean_nll(model, rows, tokenizer, args) -> float:
+    """Held-out loss in nats per supervised token."""
+    rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
+    size = args.per_device_eval_batch_size
+    pairs = nll_per_item(model, rows, batch_size=size, pad_token_id=tokenizer.pad_token_id or 0)
+    return sum(nll * count for nll, count in pairs) / sum(count for _, count in pairs)
 
 
 def _train_only_layers(model, layers: list[int]) -> None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "estimate": "tell memory, FLOPs and bytes of a training run before it is started",
     "evaluate": "measure held-out loss and accuracy, item by item",
     "compare": "compare results on the same items, with intervals",
+    "study": "run all methods, controls and seeds of a recipe, and compare them",
     "report": "put your results into the paper's tables, beside the paper's figures",
     "merge": "apply a mask to its base model and write an ordinary checkpoint",
     "inspect": "show what an adapter removes, module by module",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -27,6 +28,31 @@ def main(argv: list[str]) -> None:
         sys.exit(status)
 
 
+def option_defaults() -> dict:
+    """Every option of ``maskft train`` with its default (None where there is none)."""
+    missing = dataclasses.MISSING
+    return {
+        spec.name: spec.default_factory() if spec.default_factory is not missing else _or_none(spec.default)
+        for group in _groups()
+        for spec in dataclasses.fields(group)
+        if spec.init
+    }
+
+
+def _or_none(default):
+    return None if default is dataclasses.MISSING else default
+
+
+def _groups() -> tuple:
+    from trl import ModelConfig
+
+    from ..arguments import MaskArguments, MethodArguments
+    from ..data_arguments import DataArguments
+    from ..train import TrainingArguments
+
+    return MethodArguments, ModelConfig, DataArguments, MaskArguments, TrainingArguments
+
+
 def parse(argv: list[str]):
     """Build the :class:`maskft.train.Run` of a command line; every mistake is one UserError."""
     return _parse(argv)[0]
@@ -34,22 +60,18 @@ def parse(argv: list[str]):
 
 def _parse(argv: list[str]) -> tuple:
     """Return the run, the words that are for ``accelerate launch``, and the words of ``argv`` that are not."""
-    from trl import ModelConfig, TrlParser
+    from trl import TrlParser
     from trl.cli.commands.training import _subtract_subsequence
 
-    from ..arguments import MaskArguments, MethodArguments
-    from ..data_arguments import DataArguments
     from ..launch import launch_options
-    from ..train import Run, TrainingArguments
-
-    groups = (MethodArguments, ModelConfig, DataArguments, MaskArguments, TrainingArguments)
+    from ..train import Run
 
     class Parser(TrlParser):
         def error(self, message):
             raise UserError(f"{message}; see maskft train --help")
 
     # argparse would take --learning_rat for --learning_rate without a word.
-    parser = Parser(groups, prog="maskft train", allow_abbrev=False, add_help=True)
+    parser = Parser(_groups(), prog="maskft train", allow_abbrev=False, add_help=True)
     parser.description = (
         "Train a mask, LoRA or all weights. Options come from a recipe (--config FILE.yaml) and from flags, which win. "
         "Every option of TRL's SFTConfig and ModelConfig has TRL's name. Options of accelerate launch start several "

@@ -1,0 +1,118 @@
+"""What a dry run says of each run before it runs: tokens, memory, time. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..arguments import FIXED_MASK_METHODS
+from .plan import Plan, Run
+from .recipe import PRETRAINED, Facts
+
+_ADAM_BYTES = 16  # per trained weight in float32: weight or score, gradient, two moments
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimates of one run; None where the recipe and the files at hand do not say enough.
+
+    Attributes:
+        tokens: Tokens trained on, padding not counted.
+        memory_bytes: Weights, gradients and optimizer; activations come on top.
+        seconds: Training time on the hardware that the recipe's ``tokens_per_s`` is of.
+    """
+
+    tokens: int | None
+    memory_bytes: int | None
+    seconds: float | None
+
+
+def estimate(plan: Plan, run: Run, facts: Facts) -> Estimate:
+    """Estimate one run from its options, the data's size and facts about the model."""
+    if run.method.method == PRETRAINED or run.method.method in FIXED_MASK_METHODS:
+        frozen = facts.num_parameters and facts.num_parameters * facts.dtype_bytes
+        return Estimate(0, frozen, 0.0)
+    tokens = _tokens(plan, run)
+    seconds = tokens / facts.tokens_per_s if tokens is not None and facts.tokens_per_s else None
+    return Estimate(tokens, _memory(run, facts), seconds)
+
+
+def model_facts(recipe_facts: Facts, model: str) -> Facts:
+    """Facts of the recipe; what it does not say is counted on a meta device where the configuration is at hand."""
+    known = recipe_facts.num_layers and recipe_facts.num_parameters and recipe_facts.weights_per_layer
+    if known or not (Path(model) / "config.json").is_file():
+        return recipe_facts
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    from ..tuner.model import maskable_names
+
+    num_layers = config.num_hidden_layers
+    names = maskable_names(whole)
+    weights = sum(m.weight.numel() for name, m in whole.named_modules() if name.rpartition(".")[2] in names)
+    return replace(
+        recipe_facts,
+        num_layers=num_layers,
+        num_parameters=sum(p.numel() for p in whole.parameters()),
+        weights_per_layer=weights // num_layers,
+    )
+
+
+def num_steps(plan: Plan, run: Run) -> int | None:
+    """Optimizer steps of a run, as far as recipe and data say."""
+    options = run.options
+    if int(options.get("max_steps", -1)) > 0:
+        return int(options["max_steps"])
+    rows = _num_rows(plan, run)
+    return None if rows is None else math.ceil(rows / _batch(plan, run)) * math.ceil(options.get("num_train_epochs", 3))
+
+
+def _tokens(plan: Plan, run: Run) -> int | None:
+    data = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))]
+    if data.tokens_per_row is None:
+        return None
+    if int(run.options.get("max_steps", -1)) > 0:
+        return round(run.options["max_steps"] * _batch(plan, run) * data.tokens_per_row)
+    rows = _num_rows(plan, run)
+    return None if rows is None else round(rows * data.tokens_per_row * run.options.get("num_train_epochs", 3))
+
+
+def _batch(plan: Plan, run: Run) -> int:
+    options = run.options
+    per_process = options.get("per_device_train_batch_size", 8) * options.get("gradient_accumulation_steps", 1)
+    return per_process * plan.recipe.launch.num_processes
+
+
+def _num_rows(plan: Plan, run: Run) -> int | None:
+    """Rows to train on: what the recipe says, else the lines of a local file, bounded by max_train_samples."""
+    data = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))]
+    rows, file = data.num_rows, Path(str(run.options.get("dataset_name", "")))
+    if rows is None and file.is_file() and ".jsonl" in file.name:
+        opener = gzip.open if file.suffix == ".gz" else open
+        with opener(file, "rb") as lines:
+            rows = sum(1 for line in lines if line.strip())
+        held_out = run.options.get("eval_split_size", 0.1)
+        rows -= round(held_out if held_out >= 1 else held_out * rows) if not run.options.get("eval_dataset_name") else 0
+    most = run.options.get("max_train_samples")
+    return rows if most is None else most if rows is None else min(rows, most)
+
+
+def _memory(run: Run, facts: Facts) -> int | None:
+    if facts.num_parameters is None:
+        return None
+    frozen = facts.num_parameters * facts.dtype_bytes
+    if run.method.method == "lora":
+        return frozen
+    layers = run.options.get("mask_layers_to_transform") or run.options.get("partial_layers")
+    if run.method.method == "full" and not layers:
+        return facts.num_parameters * _ADAM_BYTES
+    if facts.weights_per_layer is None or not (layers or facts.num_layers):
+        return None
+    trained = facts.weights_per_layer * (len(layers) if layers else facts.num_layers)
+    # A layer trained itself is in memory once; a mask's scores are beside the weights and their masked copy.
+    return frozen + trained * (_ADAM_BYTES + (facts.dtype_bytes if run.method.method == "mask" else -facts.dtype_bytes))

@@ -1,0 +1,294 @@
+"""From a recipe to runs: which there are, what each depends on, and the name by which its result is found again.
+
+A run is named by a hash of what decides its outcome: method, seed, every option that is not the default, digests of the
+data files and of a local base model, and the hashes of the runs it is made from. So a change anywhere upstream gives
+every run below a new name, and what did not change is found finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..arguments import FIXED_MASK_METHODS, MASK_METHODS
+from ..errors import UserError, did_you_mean
+from .recipe import CURRENT_RATE, DATA_NAMES, PRETRAINED, Method, Recipe, labels_of
+
+MAX_RUNS = 1000
+BEST, LAST = "best", "last"
+_HASH_LENGTH = 10
+# Of a weight file, this many bytes from each end are hashed: training changes them all.
+_SAMPLED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run: one training (or one base model taken as it is), and the evaluations of its models.
+
+    Attributes:
+        method: The recipe's method.
+        model: Base model of the study this run belongs to.
+        seed: Training seed; also that of the mask unless ``mask_seed`` is given.
+        axes: The grid's values that this run or one it is made from has.
+        options: Options of ``maskft train``, without paths and model.
+        parents: Runs it is made from: ``start`` and ``match``, None where there is none.
+        id: Folder name; ends with the hash.
+    """
+
+    method: Method
+    model: str
+    seed: int
+    axes: dict[tuple[str, str], Any]
+    options: dict[str, Any]
+    start: Run | None
+    match: Run | None
+    id: str
+
+    @property
+    def hash(self) -> str:
+        """The part of the id that settings decide."""
+        return self.id.rpartition("-")[2]
+
+    @property
+    def parents(self) -> list[Run]:
+        """The runs that must be finished before this one starts."""
+        return [run for run in (self.start, self.match) if run is not None]
+
+    @property
+    def variant(self) -> str:
+        """The grid's values as they stand in a label, e.g. `` [sparsity=0.05]``; empty without a grid."""
+        own = {option: value for (_, option), value in self.axes.items()}
+        words = [f"{option.removeprefix('mask_')}={_short(value)}" for option, value in own.items()]
+        return f" [{', '.join(words)}]" if words else ""
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Role (``best``, ``last``) -> name in tables."""
+        return dict(zip((BEST, LAST), (label + self.variant for label in labels_of(self.method)), strict=False))
+
+    @property
+    def title(self) -> str:
+        """Name of the run for people: method, grid values, seed."""
+        return f"{self.method.name}{self.variant}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a study, each after those it is made from."""
+
+    recipe: Recipe
+    runs: list[Run] = field(default_factory=list)
+
+
+def build_plan(recipe: Recipe, defaults: dict[str, Any], allow_many: bool = False) -> Plan:
+    """Expand a recipe into runs.
+
+    Args:
+        recipe: The recipe.
+        defaults: Every option of ``maskft train`` with its default; see ``cli.train.option_defaults``.
+        allow_many: Whether more than 1,000 runs are meant.
+
+    Raises:
+        UserError: If an option is unknown, or there are too many runs.
+    """
+    _check_options(recipe, defaults)
+    count = sum(
+        len(recipe.models) * _num_variants(recipe, method) * len(_seeds(recipe, method))
+        for method in recipe.methods.values()
+    )
+    if count > MAX_RUNS and not allow_many:
+        raise UserError(f"the grid makes {count:,} runs, more than {MAX_RUNS:,}; pass --yes if that is meant")
+    found: dict[tuple, Run] = {}
+    for model in recipe.models:
+        for method in recipe.methods.values():
+            for axes in _assignments(recipe, method):
+                for seed in _seeds(recipe, method):
+                    _build(recipe, defaults, found, model, method, axes, seed)
+    return Plan(recipe, list(found.values()))
+
+
+def evaluation_id(run: Run, role: str, evaluation: dict) -> str:
+    """Folder name of an evaluation of one of the run's models."""
+    settings = {"run": run.hash, "role": role, "evaluation": _with_digests(evaluation)}
+    return f"{run.id.rpartition('-')[0]}-{role}-{_hash(settings)}"
+
+
+def _build(recipe, defaults, found, model, method, axes, seed) -> Run:
+    """One run and, before it, those it is made from; ``found`` holds each once, in order."""
+    axes = {key: value for key, value in axes.items() if key in _axes(recipe, method)}
+    key = (model, method.name, json.dumps([[*k, v] for k, v in axes.items()]), seed)
+    if key in found:
+        return found[key]
+    start, match = (
+        None if name is None else _build(recipe, defaults, found, model, *_parent(recipe, name, seed, axes))
+        for name in (method.start, method.match)
+    )
+    options = _options(recipe, method, axes, seed)
+    settings = {
+        "method": method.method,
+        "model": _model_identity(model),
+        "options": {k: v for k, v in _with_digests(options).items() if k not in defaults or v != _plain(defaults[k])},
+        "start": start and start.hash,
+        "match": match and match.hash,
+    }
+    name = f"{_slug(method.name)}-s{seed}" if method.method != PRETRAINED else _slug(method.name)
+    found[key] = Run(method, model, seed, axes, options, start, match, f"{name}-{_hash(settings)}")
+    return found[key]
+
+
+def _parent(recipe: Recipe, name: str, seed: int, axes: dict):
+    """Method, axes and seed of the parent: the one with the same seed, else its only one."""
+    method = recipe.methods[name]
+    seeds = _seeds(recipe, method)
+    if seed not in seeds and len(seeds) > 1:
+        raise UserError(
+            f"method {name!r} has seeds {list(seeds)}; a run made from it has seed {seed}, which has no match"
+        )
+    return method, axes, seed if seed in seeds else seeds[0]
+
+
+def _seeds(recipe: Recipe, method: Method) -> tuple[int, ...]:
+    """Seeds of a method; a base model taken as it is has but one."""
+    return (recipe.seeds[0],) if method.method == PRETRAINED else method.seeds or recipe.seeds
+
+
+def _options(recipe: Recipe, method: Method, axes: dict, seed: int) -> dict[str, Any]:
+    """Options of ``maskft train``: the study's, the data's, the method's, the grid's; the later win."""
+    if method.method == PRETRAINED:
+        return {}
+    data = recipe.data[method.data or next(iter(recipe.data))]
+    shared = dict(recipe.train)
+    if method.method not in MASK_METHODS:
+        shared = {key: value for key, value in shared.items() if not key.startswith("mask_")}
+    options = {**shared, **data.options, "seed": seed}
+    if method.method in MASK_METHODS:
+        options["mask_seed"] = seed
+    options |= method.options | {option: value for (name, option), value in axes.items() if name == method.name}
+    return {key: _plain(value) for key, value in options.items() if value is not None}
+
+
+def _axes(recipe: Recipe, method: Method) -> list[tuple[str, str]]:
+    """Grid axes of a method: its own and those of what it is made from."""
+    names = {method.name}
+    for parent in filter(None, (method.start, method.match)):
+        names |= {name for name, _ in _axes(recipe, recipe.methods[parent])}
+    return [key for key in recipe.grid if key[0] in names]
+
+
+def _assignments(recipe: Recipe, method: Method) -> Iterator[dict]:
+    axes = _axes(recipe, method)
+    for values in itertools.product(*(recipe.grid[axis] for axis in axes)):
+        yield dict(zip(axes, values, strict=True))
+
+
+def _num_variants(recipe: Recipe, method: Method) -> int:
+    count = 1
+    for axis in _axes(recipe, method):
+        count *= len(recipe.grid[axis])
+    return count
+
+
+def _check_options(recipe: Recipe, defaults: dict) -> None:
+    """Refuse a name that ``maskft train`` does not know, wherever it stands."""
+    ours = {"method", "model_name_or_path", "output_dir", "resume_from_checkpoint", "match_adapter"}
+    known = set(defaults) - ours
+    places = [("train", recipe.train)]
+    places += [(f"data {name!r}", data.options) for name, data in recipe.data.items()]
+    places += [(f"method {method.name!r}", method.options) for method in recipe.methods.values()]
+    places += [(f"grid of {name!r}", {option: None}) for name, option in recipe.grid]
+    for where, options in places:
+        for option in options:
+            if option in ours:
+                raise UserError(f"{where} sets {option}, which the study itself decides; drop it")
+            if option not in known:
+                raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(str(option), known)}")
+    layers = recipe.facts.num_layers
+    values = [method.options for method in recipe.methods.values()]
+    values += [{option: value} for (_, option), values_ in recipe.grid.items() for value in values_]
+    for options in values:
+        for option in ("mask_layers_to_transform", "partial_layers"):
+            beyond = [n for n in options.get(option) or [] if layers is not None and n >= layers]
+            if beyond:
+                raise UserError(f"{option} names layer {beyond[0]}; the model has layers 0 to {layers - 1}")
+    for method in recipe.methods.values():
+        needs = method.method in FIXED_MASK_METHODS
+        if method.match is not None and not needs:
+            raise UserError(f"method {method.name!r} has `match`, which is for {', '.join(FIXED_MASK_METHODS)}")
+    rates = [o.get("learning_rate") for o in (recipe.train, *(d.options for d in recipe.data.values()))]
+    if CURRENT_RATE in rates:
+        raise UserError(f"learning_rate: {CURRENT_RATE} is for a method with `from`, not for all")
+
+
+# Identities
+
+
+def _hash(settings: dict) -> str:
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:_HASH_LENGTH]
+
+
+def _with_digests(options: dict) -> dict:
+    """The options with each data file named by its content: a moved file is the same, an edited one is not."""
+    out = {key: _plain(value) for key, value in options.items() if key != "data_dir"}
+    for key in DATA_NAMES:
+        if isinstance(out.get(key), str) and Path(out[key]).expanduser().is_file():
+            file = Path(out[key]).expanduser()
+            out[key] = f"sha256:{_file_digest(str(file.resolve()), file.stat().st_mtime_ns, None)}"
+    return out
+
+
+def _model_identity(name: str) -> str:
+    """A hub name as it is; a local folder by its configuration and samples of its weights."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        if file.is_file():
+            stat = file.stat()
+            sample = _file_digest(str(file.resolve()), stat.st_mtime_ns, _SAMPLED_BYTES)
+            digest.update(f"{file.name} {stat.st_size} {sample}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+@lru_cache(maxsize=4096)
+def _file_digest(file: str, mtime_ns: int, sampled_bytes: int | None) -> str:
+    """sha256 of a file, or of its two ends; ``mtime_ns`` makes an edited file a new entry of the cache."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        if sampled_bytes is not None:
+            digest.update(stream.read(sampled_bytes))
+            stream.seek(max(stream.tell(), Path(file).stat().st_size - sampled_bytes))
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """One spelling for values that mean the same: 2.0 is 2, an enum is its value."""
+    value = getattr(value, "value", value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return value
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "run"
+
+
+def _short(value: Any) -> str:
+    """A list of consecutive layers as first-last."""
+    if isinstance(value, list) and len(value) > 1 and value == list(range(value[0], value[0] + len(value))):
+        return f"{value[0]}-{value[-1]}"
+    return str(value)

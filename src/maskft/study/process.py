@@ -1,0 +1,82 @@
+"""Child processes that end with the study, also when it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+# On Linux the kernel ends a child whose parent died: without this a killed study would leave a training behind that
+# writes into the folder its successor works in. A launcher (accelerate, torchrun) passes SIGTERM on to its workers.
+_END_WITH_PARENT = (
+    "import ctypes, os, signal, sys\n"
+    "ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"
+    "if os.getppid() != int(sys.argv[1]): sys.exit(143)\n"
+    "os.execvp(sys.argv[2], sys.argv[2:])\n"
+)
+
+
+def command_words(options: dict[str, Any]) -> list[str]:
+    """``{"a": 1, "b": [2, 3]}`` -> ``--a 1 --b 2 3``; what is None is left out, an object is JSON."""
+    words: list[str] = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+    return words
+
+
+def run_command(words: Sequence[str], log: Path, tick: Callable[[], None] = lambda: None, lock_fd: int | None = None):
+    """Run a command to its end, its output appended to ``log``.
+
+    Args:
+        words: The command.
+        log: File for stdout and stderr.
+        tick: Called about twice a second while it runs.
+        lock_fd: The study's lock, which is held until the command has ended too.
+
+    Raises:
+        UserError: If it fails; the message is the last line it printed.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    words = list(words)
+    if sys.platform == "linux":
+        words = [sys.executable, "-c", _END_WITH_PARENT, str(os.getpid()), *words]
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=() if lock_fd is None else (lock_fd,),
+        )
+        try:
+            while process.poll() is None:
+                tick()
+                time.sleep(0.1)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode:
+        reason = last_line(log).removeprefix("maskft: error: ") or f"exit status {process.returncode}"
+        raise UserError(f"{reason} (see {log})")
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something; empty where there is none."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - 4096))
+            lines = stream.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

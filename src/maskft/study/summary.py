@@ -1,0 +1,90 @@
+"""The end of a study: one table over its results, with intervals; reads result files only."""
+
+from __future__ import annotations
+
+import json
+
+from .. import paths
+from ..errors import UserError
+from ..evaluation.compare import compare, cross_domain_table, render
+from ..evaluation.results import Result, read_result, write_text
+from .execute import Study
+from .plan import Plan
+
+_ACCOUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
+
+
+def summarise(study: Study, plan: Plan) -> str:
+    """Compare all results of a study with its baseline, write ``summary.json`` and ``table.md``, return the table.
+
+    Args:
+        study: Where the results are.
+        plan: Its runs; those without a result yet are left out.
+    """
+    texts, markdown, models = [], [f"# {study.recipe.name}", ""], {}
+    for model in study.recipe.models:
+        results = [
+            read_result(study.result_file(run, role))
+            for run in plan.runs
+            if run.model == model
+            for role in run.labels
+            if study.result_file(run, role).is_file()
+        ]
+        if not results:
+            continue
+        name = results[0]["study"]["model"]
+        text, table, record = _of_one_model(results, study.recipe.baseline)
+        texts.append(f"{name}\n{text}")
+        markdown += [f"## {name}", "", table, _accounts(results), ""]
+        models[name] = record
+    write_text(
+        study.folder / paths.SUMMARY, json.dumps({"study": study.recipe.name, "models": models}, indent=1) + "\n"
+    )
+    write_text(study.folder / paths.TABLE, "\n".join(markdown))
+    return "\n".join(texts)
+
+
+def _of_one_model(results: list[Result], baseline: str | None) -> tuple[str, str, dict]:
+    """Table for a terminal, table in Markdown, record."""
+    names = list(dict.fromkeys(result["name"] for result in results))
+    runs = [_row(result) for result in results]
+    wanted = baseline or _default_baseline(results)
+    baseline = next((name for name in names if name == wanted or name.startswith(f"{wanted} [")), None)
+    if baseline is None or len(names) < 2:
+        table = cross_domain_table(results)
+        lines = [" | ".join(row) for row in (table.columns, ("---",) * len(table.columns), *table.rows)]
+        text = "".join(f"| {line} |\n" for line in lines)
+        return text, text, {"runs": runs}
+    try:
+        comparison = compare(results, baseline)
+    except UserError as error:  # measured, and not comparable: say so instead of losing the numbers
+        return f"not compared: {error}\n", f"Not compared: {error}\n", {"runs": runs, "not_compared": str(error)}
+    record = {"baseline": baseline, "runs": runs, "comparison": comparison.to_dict()}
+    return render(comparison, "terminal"), render(comparison, "markdown"), record
+
+
+def _default_baseline(results: list[Result]) -> str:
+    """The best checkpoint of the first full fine-tuning, else the first result."""
+    full = [r for r in results if r["model"]["method"] == "full" and r["study"]["role"] == "best"]
+    return (full or results)[0]["name"]
+
+
+def _row(result: Result) -> dict:
+    study = result["study"]
+    metrics = {
+        f"{task}/{name}": metric["value"]
+        for task, record in result["tasks"].items()
+        for name, metric in record["metrics"].items()
+    }
+    facts = {key: study[key] for key in ("run", "role", "best_step", "num_steps", "best_heldout_loss", *_ACCOUNTS)}
+    return {"name": result["name"], "seed": result["model"]["seed"], "metrics": metrics, **facts}
+
+
+def _accounts(results: list[Result]) -> str:
+    """Epochs and tokens of each model, its own and with what it was made from (paper, Tables 8 and 9)."""
+    lines = ["| model | seed | epochs | tokens | epochs in all | tokens in all |", "|---|---:|---:|---:|---:|---:|"]
+    for result in results:
+        own = [result["study"][key] for key in _ACCOUNTS]
+        cells = [f"{own[0]:.2f}", f"{own[1]:.3g}", f"{own[2]:.2f}", f"{own[3]:.3g}"]
+        lines.append(f"| {result['name']} | {result['model']['seed']} | {' | '.join(cells)} |")
+    return "\n".join(lines)

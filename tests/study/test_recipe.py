@@ -1,0 +1,215 @@
+"""Recipes: every mistake is one line before anything runs; names follow settings and nothing else."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+
+import tiny
+from maskft.cli.main import main
+from maskft.cli.study import check
+from maskft.errors import UserError
+from maskft.study.plan import BEST, evaluation_id
+from maskft.study.recipe import load_recipe, parse_recipe
+from tiny_tokenizer import tiny_tokenizer
+
+
+@pytest.fixture
+def content(base, data):
+    return {
+        "version": 1,
+        "name": "small",
+        "model": str(base),
+        "data": {"sums": {"dataset_name": str(data), "eval_split_size": 16, "tokens_per_row": 5}},
+        "train": {"per_device_train_batch_size": 8, "bf16": False},
+        "methods": {
+            "full": {"method": "full", "num_train_epochs": 2, "last": "continued"},
+            "mask": {"method": "mask", "from": "full", "num_train_epochs": 1, "mask_layers_to_transform": [1]},
+            "L1 mask": {"method": "l1_mask", "from": "full", "match": "mask", "mask_layers_to_transform": [1]},
+        },
+        "evaluation": {"heldout": {"dataset_name": str(data)}},
+    }
+
+
+def plan_of(content):
+    return check(parse_recipe(content))
+
+
+def ids(content):
+    return {run.method.name: run.hash for run in plan_of(content).runs}
+
+
+def test_runs_come_after_what_they_are_made_from(content):
+    content["methods"] = dict(reversed(content["methods"].items()))
+    runs = plan_of(content).runs
+    assert [run.method.name for run in runs] == ["full", "mask", "L1 mask"]
+    assert runs[1].parents == [runs[0]] and runs[2].parents == [runs[0], runs[1]]
+    assert runs[0].labels == {"best": "full (best)", "last": "full (continued)"}
+
+
+def test_a_default_written_out_changes_no_name_and_a_setting_changes_those_below_it(content):
+    before = ids(content)
+    content["methods"]["mask"] |= {"mask_sparsity": 0.1, "learning_rate": 2e-5, "num_train_epochs": 1.0}
+    assert ids(content) == before
+    content["methods"]["mask"]["learning_rate"] = 1e-3
+    after = ids(content)
+    assert after["full"] == before["full"]
+    assert after["mask"] != before["mask"] and after["L1 mask"] != before["L1 mask"]
+    content["methods"]["full"]["num_train_epochs"] = 3
+    assert not set(ids(content).values()) & set(after.values())
+
+
+def test_other_data_or_base_weights_give_other_names_and_moved_data_does_not(content, data, tmp_path):
+    before = ids(content)
+    moved = tmp_path / "elsewhere" / "sums.jsonl"
+    moved.parent.mkdir()
+    moved.write_bytes(data.read_bytes())
+    content["data"]["sums"]["dataset_name"] = str(moved)
+    assert ids(content) == before
+    moved.write_text(moved.read_text().replace('"0"', '"1"'))
+    assert not set(ids(content).values()) & set(before.values())
+    content["data"]["sums"]["dataset_name"] = str(data)
+    other = tmp_path / "other"
+    tiny.tiny_llama(vocab_size=264, seed=7).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    content["model"] = str(other)
+    assert not set(ids(content).values()) & set(before.values())
+
+
+def test_evaluation_settings_name_evaluations_not_runs(content):
+    run = plan_of(content).runs[0]
+    one, two = (evaluation_id(run, BEST, {"max_new_tokens": n}) for n in (3, 4))
+    assert one != two
+    content["evaluation"]["max_new_tokens"] = 3
+    assert plan_of(content).runs[0].id == run.id
+
+
+def test_seeds_and_grid(content):
+    content["methods"]["mask"]["seeds"] = [0, 1]
+    content["grid"] = {"mask.mask_sparsity": [0.05, 0.1], "mask.mask_layers_to_transform": [[0, 1], [1, 2]]}
+    runs = plan_of(content).runs
+    masks = [run for run in runs if run.method.name == "mask"]
+    fixed = [run for run in runs if run.method.name == "L1 mask"]
+    assert len(masks) == 8 and len(fixed) == 4 and len(runs) == 13
+    assert all(run.match.axes == run.axes for run in fixed)
+    assert {run.options["mask_seed"] for run in masks} == {0, 1}
+    assert masks[0].labels[BEST] == "mask [sparsity=0.05, layers_to_transform=0-1]"
+    assert len({run.id for run in runs}) == 13
+
+
+def test_paired_seeds(content):
+    content["seeds"] = [0, 1]
+    for run in plan_of(content).runs:
+        assert all(parent.seed == run.seed for parent in run.parents)
+
+
+def test_several_models(content, base, tmp_path):
+    (tmp_path / "second").symlink_to(base)
+    content["models"] = [content.pop("model"), "some/hub-name"]
+    assert len({run.id for run in plan_of(content).runs}) == 6
+
+
+# Bad input
+
+
+def change(path, value):
+    def apply(content):
+        *sections, last = path.split("/")
+        for section in sections:
+            content = content.setdefault(section, {})
+        content[last] = value
+
+    return apply
+
+
+MASK = {"method": "mask", "from": "full"}
+CASES = [
+    (change("version", 2), r"of version 2, this maskft reads up to 1"),
+    (change("version", None), "has no version"),
+    (change("metods", {}), r"unknown key 'metods' \(did you mean 'methods'\?\)"),
+    (change("methods/mask/from", "ful"), r"from: 'ful', which is missing \(did you mean 'full'\?\)"),
+    (change("methods/L1 mask/match", "mas"), r"match: 'mas', which is missing \(did you mean 'mask'\?\)"),
+    (change("methods/full/from", "full"), "cycle: full -> full"),
+    (change("methods/full/match", "mask"), "cycle: full -> mask -> full"),
+    (change("methods/full (best)", {"method": "full"}), r"two runs are named 'full \(best\)'"),
+    (change("methods/mask/learning_rat", 1), r"unknown option 'learning_rat' \(did you mean 'learning_rate'\?\)"),
+    (change("methods/mask/learning_rate", "fast"), r"run 'mask, seed 0': .*learning_rate.*'fast'"),
+    (change("methods/mask/mask_sparsity", 1.5), r"run 'mask, seed 0': sparsity is 1.5"),
+    (change("methods/mask/output_dir", "x"), "sets output_dir, which the study itself decides"),
+    (change("methods/mask/method", "masks"), r"method 'masks' \(did you mean 'mask'\?\)"),
+    (change("methods/mask/data", "sum"), r"names data 'sum' \(did you mean 'sums'\?\)"),
+    (change("methods/second", {"method": "mask", "from": "mask"}), "starts from 'mask', an adapter"),
+    (change("methods/full/learning_rate", "current"), "no `from` whose rate that could be"),
+    (change("data/sums/tokens", 3), r"unknown option 'tokens'"),
+    (change("seeds", [0, 0]), "holds one seed twice"),
+    (change("grid", {"mask.mask_sparsity": list(range(999))}), "makes 1,999 runs, more than 1,000; pass --yes"),
+    (change("grid", {"mas.mask_sparsity": [0.1]}), r"grid key 'mas.mask_sparsity' must be METHOD.OPTION"),
+    (change("evaluation/heldout/max_eval_sample", 3), r"unknown option 'max_eval_sample' \(did you mean"),
+    (change("model_facts", {"num_layers": 1}), "names layer 1; the model has layers 0 to 0"),
+    (change("baseline", "ful"), "baseline 'ful' is no run"),
+    (change("model", None), "names no model"),
+]
+
+
+@pytest.mark.parametrize("apply, message", CASES, ids=[case[1][:40] for case in CASES])
+def test_mistakes(apply, message, content):
+    apply(content)
+    with pytest.raises(UserError, match=message) as caught:
+        plan_of(content)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_large_grid_runs_when_meant(content):
+    content["grid"] = {"mask.seed": list(range(501))}
+    with pytest.raises(UserError, match="1,003 runs"):
+        plan_of(content)
+    assert len(check(parse_recipe(content), allow_many=True).runs) == 1003
+
+
+def test_two_entries_of_one_name(tmp_path):
+    file = tmp_path / "twice.yaml"
+    file.write_text("version: 1\nmethods:\n  mask: {method: mask}\n  mask: {method: full}\n")
+    with pytest.raises(UserError, match="line 4: two entries are named 'mask'; rename one"):
+        load_recipe(file)
+
+
+def test_files_come_from_the_data_folder(content, data, tmp_path):
+    content["data"]["sums"]["dataset_name"] = data.name
+    recipe = parse_recipe(content, data_dir=data.parent)
+    assert recipe.data["sums"].options["dataset_name"] == str(data)
+    with pytest.raises(UserError, match=r"'sums.jsonl' is neither here nor in data_dir"):
+        parse_recipe(content, data_dir=tmp_path)
+
+
+def test_tasks_pass_through(content):
+    content["evaluation"] |= {"tasks": ["gsm8k"], "limit": 300}
+    recipe = parse_recipe(content)
+    assert recipe.evaluation["tasks"] == ["heldout", "gsm8k"] and recipe.evaluation["limit"] == 300
+
+
+def test_dry_run_lists_runs_and_writes_nothing(content, tmp_path, capsys):
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    runs = plan_of(content).runs
+    assert all(run.id in out for run in runs) and not (tmp_path / "out").exists()
+    # 48 rows x 5 tokens x (2 + 1) epochs; the model is counted from its configuration.
+    assert "training left: 720 tokens" in out and "0.0 GB" in out
+
+
+def test_memory_estimate(content):
+    from maskft.study.estimates import estimate, model_facts
+    from maskft.study.recipe import Facts
+
+    plan = plan_of(content)
+    facts = replace(model_facts(Facts(), content["model"]), tokens_per_s=10.0)
+    model = tiny.tiny_llama(vocab_size=len(tiny_tokenizer()))
+    assert facts.num_parameters == sum(p.numel() for p in model.parameters()) and facts.num_layers == 3
+    per_layer = sum(p.numel() for n, p in model.named_parameters() if ".layers.0." in n and "proj" in n)
+    full, mask, fixed = (estimate(plan, run, facts) for run in plan.runs)
+    assert full.memory_bytes == 16 * facts.num_parameters and full.tokens == 480 and full.seconds == 48
+    assert mask.memory_bytes == 4 * facts.num_parameters + 20 * per_layer
+    assert fixed.tokens == 0
+    assert json.dumps(full.tokens)

@@ -1,0 +1,238 @@
+"""Studies run for real: killed and gone on with, on a Ray cluster, and with a run that fails."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maskft import paths
+from maskft.cli.main import main
+
+SRC = str(Path(__file__).parents[2] / "src")
+
+
+def recipe(base, data, methods):
+    return {
+        "version": 1,
+        "name": "small",
+        "model": str(base),
+        "data": {"sums": {"dataset_name": str(data), "eval_split_size": 16}},
+        "train": {
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "eval_steps": 3,
+            "save_steps": 3,
+            "logging_steps": 1,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+            "report_to": "none",
+        },
+        "methods": methods,
+        "evaluation": {"heldout": {"dataset_name": str(data), "max_eval_samples": 20}, "max_new_tokens": 2},
+    }
+
+
+FULL = {"method": "full", "num_train_epochs": 2, "last": "continued"}
+MASK = {"method": "mask", "from": "full", "num_train_epochs": 1, "last": "complete"}
+
+
+def write(folder, content):
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file
+
+
+def outcome(folder):
+    """Everything a study leaves for tables, without times, and the weights it ends with."""
+    out = {}
+    for file in sorted(folder.glob(f"{paths.RESULTS}/*/{paths.RESULT}")):
+        result = json.loads(file.read_text())
+        del result["created"]
+        out[file.parent.name] = result
+    for file in sorted(folder.glob(f"{paths.RUNS}/*/{paths.RUN}")):
+        record = json.loads(file.read_text())
+        del record["train_time_s"], record["peak_memory_bytes"]
+        out[f"{file.parent.name} record"] = record
+    for file in sorted(folder.glob(f"{paths.RUNS}/**/*.safetensors")):
+        out[str(file.relative_to(folder))] = file.read_bytes()
+    out["summary"] = (folder / paths.SUMMARY).read_text()
+    out["table"] = (folder / paths.TABLE).read_text()
+    return out
+
+
+def start(file, folder, *flags):
+    words = [sys.executable, "-m", "maskft.cli.main", "study", str(file), "--output_dir", str(folder), *flags]
+    environment = {**os.environ, "PYTHONPATH": SRC}
+    return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def kill_now_and_then(file, folder, waits):
+    """Start the study and kill it after each wait, which is a number of seconds or a condition to become true."""
+    killed = 0
+    for wait in waits:
+        process = start(file, folder)
+        deadline = time.monotonic() + (wait if isinstance(wait, float) else 120)
+        while process.poll() is None and time.monotonic() < deadline:
+            if callable(wait) and wait():
+                break
+            time.sleep(0.01)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.wait()
+        process.stderr.close()
+    return killed
+
+
+def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys):
+    """Killed once in the middle of training, after a checkpoint, and once between training and evaluation."""
+    file = write(tmp_path, recipe(base, data, {"full": FULL, "mask": MASK}))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(["study", str(file), "--output_dir", str(whole)]) == 0
+
+    def checkpoint_is_there():
+        return any(cut.glob(f"{paths.RUNS}/full-*/checkpoint-6/trainer_state.json"))
+
+    def mask_is_trained():
+        return any(cut.glob(f"{paths.RUNS}/mask-*/{paths.RUN}"))
+
+    assert kill_now_and_then(file, cut, [checkpoint_is_there, mask_is_trained]) == 2
+    before = [p.stat().st_mtime_ns for p in cut.glob(f"{paths.RUNS}/*/{paths.TRAINING}")]
+    assert main(["study", str(file), "--output_dir", str(cut)]) == 0
+    assert outcome(cut) == outcome(whole)
+    assert [p.stat().st_mtime_ns for p in cut.glob(f"{paths.RUNS}/*/{paths.TRAINING}")] == before
+    # What is finished is not made again.
+    capsys.readouterr()
+    files = {p: p.stat().st_mtime_ns for p in cut.glob("r*/**/*") if p.is_file()}
+    assert main(["study", str(file), "--output_dir", str(cut)]) == 0
+    assert "2 runs, 2 finished before" in capsys.readouterr().out
+    assert files == {p: p.stat().st_mtime_ns for p in cut.glob("r*/**/*") if p.is_file()}
+    check_accounts(cut)
+
+
+def check_accounts(folder):
+    """Epochs and tokens add up from the base model to the mask (Tables 8 and 9)."""
+    files = [json.loads(file.read_text()) for file in folder.glob("results/*/result.json")]
+    results = {result["name"]: result["study"] for result in files}
+    training = {result["name"]: result["training"] for result in files}
+    full, last = results["full (best)"], results["full (continued)"]
+    assert last["epochs"] == 2 and full["epochs"] == round(2 * full["best_step"] / full["num_steps"], 4)
+    complete = results["mask (complete)"]
+    assert training["mask (best)"]["complete_num_epochs"] == complete["total_epochs"]
+    assert {block["variant"] for block in training.values()} == {None}
+    assert [training[f"mask ({end})"]["checkpoint"] for end in ("best", "complete")] == ["best", "last"]
+    assert complete["total_epochs"] == pytest.approx(full["epochs"] + 1)
+    assert complete["total_tokens"] == full["tokens"] + complete["tokens"]
+    assert 0 < complete["tokens"] == pytest.approx(last["tokens"] / 2, rel=0.01)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(base, data, tmp_path):
+    methods = {
+        "pre-trained": {"method": "pretrained"},
+        "lora": {"method": "lora", "num_train_epochs": 1, "last": "continued", "lora_dropout": 0.1},
+        "full": FULL,
+        "mask": MASK,
+        "random mask": {"method": "random_mask", "from": "full", "match": "mask", "num_candidates": 3},
+        "wanda mask": {"method": "wanda_mask", "from": "full", "match": "mask"},
+        "annealed": {"method": "full", "from": "full", "num_train_epochs": 1, "learning_rate": "current"},
+    }
+    file = write(tmp_path, recipe(base, data, methods))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(["study", str(file), "--output_dir", str(whole)]) == 0
+    # A start takes some ten seconds, so a kill may come at any moment of a run or between two.
+    rng = random.Random(0)
+    assert kill_now_and_then(file, cut, [rng.uniform(8.0, 24.0) for _ in range(10)]) >= 8
+    assert main(["study", str(file), "--output_dir", str(cut)]) == 0
+    assert outcome(cut) == outcome(whole)
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_of_two_workers_gives_the_same(base, data, tmp_path, capsys):
+    ray = pytest.importorskip("ray", reason="needs maskft[ray]")
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    masks = {f"mask {n}": {**MASK, "mask_layers_to_transform": [n]} for n in (0, 1)}
+    content = recipe(base, data, {"full": FULL, **masks})
+    file = write(tmp_path, content)
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert main(["study", str(file), "--output_dir", str(alone)]) == 0
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+        assert ray.cluster_resources()["CPU"] == 2
+        capsys.readouterr()
+        assert main(["study", str(file), "--output_dir", str(together), "--launcher", "ray"]) == 0
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    # Both masks are handed out once the full model is there, before either is finished.
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\[\d/3\] .*: ", line)]
+    states = [(line.split("]")[1].split(",")[0].strip(), line.split(": ")[1].split(",")[0]) for line in lines]
+    assert states[:2] == [("full", "started"), ("full", "finished")]
+    assert sorted(states[2:4]) == [("mask 0", "started"), ("mask 1", "started")]
+    # Ray gives each worker as many threads as CPUs; nothing else differs.
+    one, two = outcome(together), outcome(alone)
+    for result in (*one.values(), *two.values()):
+        if isinstance(result, dict):
+            result.get("environment", {}).pop("num_threads", None)
+    assert one == two
+
+
+def test_ray_without_ray_is_one_line(base, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    file = write(tmp_path, recipe(base, data, {"full": FULL}))
+    capsys.readouterr()
+    assert main(["study", str(file), "--output_dir", str(tmp_path / "out"), "--launcher", "ray"]) == 2
+    assert "needs Ray; run: pip install 'maskft[ray]'" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_stops_what_needs_it_and_nothing_else(base, data, tmp_path, capsys):
+    methods = {"full": {**FULL, "max_length": 1}, "mask": MASK, "pre-trained": {"method": "pretrained"}}
+    file = write(tmp_path, recipe(base, data, methods))
+    capsys.readouterr()
+    assert main(["study", str(file), "--output_dir", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert len(err.strip().splitlines()[-1:]) == 1 and "run 'full, seed 0' failed (and 1 more): every label is" in err
+    assert "it needs 'full, seed 0', which failed" in out and "pre-trained, seed 0: finished" in out
+
+
+def test_a_folder_in_use_is_refused(base, data, tmp_path, monkeypatch, capsys):
+    import fcntl
+
+    monkeypatch.setattr("maskft.study.run._LOCK_WAIT_S", 0)
+    file, folder = write(tmp_path, recipe(base, data, {"full": FULL})), tmp_path / "out"
+    folder.mkdir()
+    with (folder / paths.LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["study", str(file), "--output_dir", str(folder)]) == 2
+    assert "another study is running in" in capsys.readouterr().err
+
+
+def test_how_a_run_is_launched(base, data, tmp_path):
+    from maskft.cli.study import check
+    from maskft.study.execute import Study, _launcher
+    from maskft.study.recipe import parse_recipe
+
+    content = recipe(base, data, {"full": FULL, "l1": {"method": "l1_mask", "from": "full"}})
+    expected = {
+        (): [sys.executable, "-m", "maskft.cli.main"],
+        ("num_processes", 2): [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"],
+        ("command", "torchrun --nproc_per_node 4"): ["torchrun", "--nproc_per_node", "4", "-m", "maskft.cli.main"],
+    }
+    for launch, words in expected.items():
+        content["launch"] = dict([launch]) if launch else {}
+        plan = check(parse_recipe(content))
+        study = Study(tmp_path, plan.recipe)
+        assert _launcher(study, plan.runs[0])[: len(words)] == words
+        assert _launcher(study, plan.runs[1]) == [sys.executable, "-m", "maskft.cli.main"]
