@@ -9,6 +9,7 @@ import time
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import benchmark_files
@@ -17,8 +18,8 @@ import tiny
 from benchmark_files import GSM8K
 from maskft import MaskConfig
 from maskft.cli.main import main
-from maskft.evaluation import load
-from maskft.paths import JOURNAL, RESULT
+from maskft.evaluation import load, tasks
+from maskft.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, JOURNAL, RESULT
 from tiny_tokenizer import tiny_tokenizer
 
 
@@ -115,6 +116,47 @@ def test_several_adapters_load_the_base_once(chat_base, adapters, files, tmp_pat
     shutil.rmtree(tmp_path / "all" / "mask2")
     status, out, err = call([*common, "--output_dir", tmp_path / "all", "--adapter", *many], capsys)
     assert status == 0 and out.count("already done") == 3 and outputs(tmp_path / "all" / "mask2") == found["mask2"]
+
+
+def test_finished_results_are_of_the_same_weights_and_data(chat_base, adapters, data, tmp_path, capsys):
+    lora, files = tmp_path / "lora", benchmark_files.write(tmp_path / "files")
+    shutil.copytree(adapters["lora"], lora)
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text("\n".join(data.read_text().splitlines()[:2]))
+    words = ["evaluate", "--model_name_or_path", chat_base, "--adapter", lora, "none", "--tasks", "gsm8k,heldout"]
+    words += ["--data_dir", files, "--limit", 1, "--dataset_name", heldout, "--no_generate"]
+    words += ["--output_dir", tmp_path / "out"]
+    assert call(words, capsys)[0] == 0
+    assert len(result_of(tmp_path / "out" / "lora")["model"]["adapter_sha256"]) == 64
+    again = call(words, capsys)
+    assert again[0] == 0 and again[1].count("already done") == 2, again[2]
+
+    for file, old, new, message in (
+        (files / "math" / "gsm8k_test.jsonl", "Tom", "Jim", "has gsm8k on other data"),
+        (heldout, "0+1", "0+2", "has heldout on other data"),
+        (lora / ADAPTER_CONFIG, '"lora_alpha": 8', '"lora_alpha": 4', "is of another model"),
+    ):
+        text = file.read_text()
+        file.write_text(text.replace(old, new))
+        status, _, err = call(words, capsys)
+        assert status == 2 and message in err and "--overwrite" in err
+        file.write_text(text)
+    weights = load_file(lora / ADAPTER_WEIGHTS)
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, lora / ADAPTER_WEIGHTS)
+    status, _, err = call(words, capsys)
+    assert status == 2 and "is of another model" in err
+
+
+def test_a_group_is_known_again_by_its_members(chat_base, tmp_path, capsys, monkeypatch):
+    manager = benchmark_files.write_local_tasks(tmp_path / "tasks")
+    monkeypatch.setattr(tasks, "_task_manager", lambda: manager)
+    words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "pair", "--limit", 1]
+    words += ["--output_dir", tmp_path / "out", "--adapter", "none"]
+    words += ["none", "--name", "a", "b"]
+    assert call(words, capsys)[0] == 0
+    assert set(result_of(tmp_path / "out" / "a")["tasks"]) == {"one", "two"}
+    status, out, err = call(words, capsys)
+    assert status == 0 and out.count("already done") == 2, err
 
 
 def test_a_killed_evaluation_goes_on(chat_base, files, tmp_path, capsys, monkeypatch):

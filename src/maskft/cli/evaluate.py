@@ -120,9 +120,10 @@ def run(args) -> None:
     from ..data_arguments import DataArguments
     from ..evaluation.alpaca import ALPACA_EVAL, load_alpaca
     from ..evaluation.load import load_each, load_for_vllm
-    from ..evaluation.run import EvaluationSettings, evaluate_loaded, finished_result
+    from ..evaluation.run import EvaluationSettings, check_same_evaluation, evaluate_loaded, finished_result
+    from ..evaluation.results import data_sha256
     from ..evaluation.task_data import go_offline
-    from ..evaluation.tasks import HELDOUT, check_names, load_tasks
+    from ..evaluation.tasks import HELDOUT, check_names, load_tasks, task_data_sha256
 
     _check_numbers(args)
     task_names = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
@@ -152,7 +153,6 @@ def run(args) -> None:
     )
     if len(targets) == 1 and targets[0].exists() and not args.overwrite:
         raise UserError(f"{targets[0]} exists; name another output_dir or pass --overwrite")
-    earlier = [None if args.overwrite else finished_result(target, settings, task_names) for target in targets]
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(DataArguments)}
     data = DataArguments(**{name: value for name, value in values.items() if value is not None})
     if args.data_dir:
@@ -167,19 +167,26 @@ def run(args) -> None:
         args.limit,
         allow_unconfined=args.allow_unconfined_code,
     )
+    data_hashes = {name: task_data_sha256(task, args.limit) for name, task in tasks.items()}
+    if alpaca:
+        data_hashes[ALPACA_EVAL] = alpaca.data_sha256
+    named = {*data_hashes, *({HELDOUT} & set(task_names))}
+    earlier = [None if args.overwrite else finished_result(target, settings, named) for target in targets]
     rows = partial(_rows, data, args.eval_split_size is not None, text_field=args.dataset_text_field)
     for loaded, name, target, done in zip(models, names, targets, earlier, strict=True):
         if args.seed is not None:
             loaded.facts["seed"] = args.seed
+        heldout = list(rows(loaded.tokenizer)) if HELDOUT in task_names else None
         if done is not None:
-            if any(done["model"].get(key) != value for key, value in loaded.facts.items()):
-                raise UserError(f"{target} is of another model; name another output_dir or pass --overwrite")
+            if heldout is not None:
+                data_hashes[HELDOUT] = data_sha256(heldout)
+            check_same_evaluation(done, target, loaded.facts, data_hashes)
             print(f"{name}: already done, {target}")
             continue
         result = evaluate_loaded(
             loaded,
             tasks,
-            rows if HELDOUT in task_names else None,
+            heldout,
             settings,
             target,
             name,

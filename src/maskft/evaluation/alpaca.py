@@ -18,7 +18,7 @@ from .. import paths
 from ..errors import UserError
 from .journal import Journal
 from .judge import Judge, JudgeSettings, length_controlled_win_rate, preferences
-from .results import build_task, items_fingerprint, metric_from_items, write_text
+from .results import build_task, data_sha256, items_fingerprint, metric_from_items, write_text
 
 ALPACA_EVAL = "alpaca_eval"
 TASK_VERSION = 1
@@ -108,9 +108,15 @@ class AlpacaEval:
         """What else shapes the numbers, for the result file."""
         return {
             "judge_model": self.judge.model if self.judge else None,
+            "judge_host": urlsplit(self.judge.url).netloc.rpartition("@")[2] if self.judge else None,
             "length_control": self.formula if self.judge else None,
             "max_new_tokens": self.max_new_tokens if self.outputs is None else None,
         }
+
+    @property
+    def data_sha256(self) -> str:
+        """`results.data_sha256` of prompts, given outputs and references."""
+        return data_sha256([self.prompts, self.outputs, self.references])
 
     @property
     def formula(self) -> str:
@@ -253,7 +259,7 @@ def evaluate_alpaca(
         ),
         chat_template_hash=chat_template_hash(loaded.tokenizer),
     )
-    return record | extra
+    return record | {"data_sha256": task.data_sha256} | extra
 
 
 def read_rows(source: str, fields: Sequence[str]) -> list[dict]:

@@ -13,7 +13,7 @@ from ..data import prompt_ids, tokenize_example
 from ..errors import UserError
 from .generation import greedy_generate
 from .loss import nll_per_item
-from .results import build_task, items_fingerprint, metric_from_items
+from .results import build_task, data_sha256, items_fingerprint, metric_from_items
 
 TASK_VERSION = 1
 
@@ -91,7 +91,7 @@ def evaluate_rows(
     if not kept:
         raise UserError(f"no item has a supervised token within max_length={max_length}; raise it")
     metrics = {name: metric_from_items(kept, name) for name in ("nll", "accuracy") if name in kept[0]}
-    return build_task(
+    record = build_task(
         kept,
         metrics,
         version=TASK_VERSION,
@@ -102,6 +102,7 @@ def evaluate_rows(
         ),
         chat_template_hash=chat_template_hash(tokenizer),
     )
+    return record | {"data_sha256": data_sha256(rows)}
 
 
 def chat_template_hash(tokenizer) -> str | None:

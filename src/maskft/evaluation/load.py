@@ -17,9 +17,11 @@ from ..errors import UserError
 from ..mask_set import read_config
 from ..merge import adapter_tokenizer
 from ..models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
-from ..paths import TRAINING, holds_adapter
+from ..paths import ADAPTER_CONFIG, TRAINING, holds_adapter
 
 NO_ADAPTER = "none"  # the name under which the base model itself is evaluated among adapters
+# Fields of an adapter_config.json that change no output: where the base was, how it was trained, who wrote it.
+_NOT_OF_THE_OUTPUT = ("base_model_name_or_path", "recipe", "inference_mode", "peft_version", "revision")
 
 
 @dataclass
@@ -98,12 +100,15 @@ def load_each(
             facts |= _training_facts(base_name)
         else:
             tokenizer = adapter_tokenizer(adapter, base_name)
-            facts |= {"adapter": _portable(adapter), **_adapter_facts(adapter, kind)}
+            facts |= {
+                "adapter": _portable(adapter),
+                "adapter_sha256": adapter_sha256(adapter),
+                **_adapter_facts(adapter, kind),
+            }
         evaluated = model if wrapped is None else wrapped
         check_tokenizer_fits(evaluated, tokenizer)
-        yield Loaded(
-            evaluated.to(device).eval(), tokenizer, facts, base_name, fingerprint + _weights_hash(adapter, kind)
-        )
+        identity = f"{fingerprint}+{facts['adapter_sha256']}" if kind else fingerprint
+        yield Loaded(evaluated.to(device).eval(), tokenizer, facts, base_name, identity)
 
 
 def load_for_vllm(model_name_or_path: str | None, adapters: Sequence[str] = ()) -> Iterator[Loaded]:
@@ -131,11 +136,25 @@ def model_fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def _weights_hash(adapter: str, kind: str | None) -> str:
-    if kind is None:
-        return ""
-    files = sorted(Path(adapter).glob("adapter_model.*"))
-    return "+" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def adapter_sha256(folder: str) -> str:
+    """sha256 over an adapter's weights and what its ``adapter_config.json`` says about their use."""
+    config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    used = {
+        # PEFT writes sets, target_modules for one, in no fixed order.
+        key: sorted(value, key=str) if isinstance(value, list) else value
+        for key, value in config.items()
+        if key not in _NOT_OF_THE_OUTPUT
+    }
+    digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
+    for file in sorted(Path(folder).glob("adapter_model.*")):
+        _update(digest, file)
+    return digest.hexdigest()
+
+
+def _update(digest, file: Path) -> None:
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
 
 
 def _base_name(model_name_or_path: str | None, adapters: Sequence[str]) -> str:

@@ -7,11 +7,13 @@ Schema version 1, a JSON object::
     name            label of the model in tables; results of one name and different seeds are seeds of one method
     created         ISO 8601, UTC
     maskft_version  version that wrote the file
-    model           name_or_path; and, null where there is none: fingerprint, adapter, mask_fingerprint, method, seed
+    model           name_or_path; and, null where there is none: fingerprint, adapter, mask_fingerprint, adapter_sha256,
+                    method, seed
     settings        what else shaped the numbers: batch size, dtype, max_new_tokens, ...
     training        optional: how the model came about, for the tables of the paper; see `TRAINING_FIELDS`
     environment     python, platform, cpu, num_threads, packages
-    tasks           task name -> version, num_fewshot, items_fingerprint, chat_template_hash, metrics, items
+    tasks           task name -> version, num_fewshot, items_fingerprint, chat_template_hash, metrics, items; optional:
+                    data_sha256
       metrics       metric name -> value, stderr, num_items, higher_is_better, unit
       items         one object per item: id, a number per metric, num_tokens for units per token, and anything else
 
@@ -73,9 +75,11 @@ MODEL_FIELDS = {
     "fingerprint": TEXT_OR_NULL,
     "adapter": TEXT_OR_NULL,
     "mask_fingerprint": TEXT_OR_NULL,
+    "adapter_sha256": TEXT_OR_NULL,
     "method": TEXT_OR_NULL,
     "seed": (int, type(None)),
 }
+OPTIONAL_MODEL_FIELDS = ("adapter_sha256",)  # results of earlier versions lack them
 # Of the optional block "training"; each may be left out or null. Epochs and tokens are counted from the pre-trained
 # model on, so they include those of the run that a mask starts from.
 TRAINING_FIELDS = {
@@ -230,6 +234,14 @@ def items_fingerprint(items: Iterable[Mapping]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def data_sha256(rows: Iterable) -> str:
+    """Return the sha256 of rows of data in their order: the identity of a data source, wherever its files lie."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
 def environment() -> dict:
     """Return what the numbers were made with: Python, platform, processor, threads, versions of installed packages."""
     packages = {}
@@ -326,7 +338,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def _problems(result: Result) -> Iterable[str]:
     """Yield what is wrong with a result, in the order of the file."""
     yield from _field_problems(result, RESULT_FIELDS, "the result")
-    yield from _field_problems(result["model"], MODEL_FIELDS, "model")
+    yield from _field_problems(dict.fromkeys(OPTIONAL_MODEL_FIELDS) | result["model"], MODEL_FIELDS, "model")
     if "training" in result:
         yield from _training_problems(result["training"])
     if not result["name"]:

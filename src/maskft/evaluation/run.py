@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class EvaluationSettings:
 def evaluate_loaded(
     loaded: Loaded,
     tasks: Mapping[str, Any],
-    heldout_rows: Callable[[Any], Any] | None,
+    heldout_rows: Sequence[Mapping] | None,
     settings: EvaluationSettings,
     target: Path,
     name: str,
@@ -77,7 +77,7 @@ def evaluate_loaded(
     Args:
         loaded: The model.
         tasks: From ``tasks.load_tasks``.
-        heldout_rows: Gives the held-out rows for a tokenizer.
+        heldout_rows: The held-out rows; None: that is not a task.
         settings: What shapes the numbers.
         target: The result file. The journal of an unfinished evaluation lies beside it.
         name: Label in tables.
@@ -93,7 +93,7 @@ def evaluate_loaded(
         records[HELDOUT] = evaluate_rows(
             loaded.model,
             loaded.tokenizer,
-            heldout_rows(loaded.tokenizer),
+            heldout_rows,
             batch_size=settings.batch_size or LOSS_BATCH_SIZE,
             max_length=settings.max_length,
             max_new_tokens=settings.max_new_tokens,
@@ -132,7 +132,7 @@ def evaluate_loaded(
     return result
 
 
-def finished_result(target: Path, settings: EvaluationSettings, tasks: list[str]) -> Result | None:
+def finished_result(target: Path, settings: EvaluationSettings, tasks: Iterable[str]) -> Result | None:
     """The result of an earlier run with these settings and tasks, or None.
 
     Raises:
@@ -144,6 +144,25 @@ def finished_result(target: Path, settings: EvaluationSettings, tasks: list[str]
     if result["settings"] != asdict(settings) or not set(tasks) <= set(result["tasks"]):
         raise UserError(f"{target} exists, with other settings or tasks; name another output_dir or pass --overwrite")
     return result
+
+
+def check_same_evaluation(result: Result, target: Path, facts: Mapping, data: Mapping[str, str]) -> None:
+    """Refuse a finished result of another model or other data than would be evaluated now.
+
+    Args:
+        result: From `finished_result`.
+        target: Its file.
+        facts: Of the loaded model.
+        data: Task -> `results.data_sha256` of its items.
+
+    Raises:
+        UserError: If they are not the same.
+    """
+    if any(result["model"].get(key) != value for key, value in facts.items()):
+        raise UserError(f"{target} is of another model; name another output_dir or pass --overwrite")
+    for task, sha256 in data.items():
+        if result["tasks"][task].get("data_sha256") != sha256:
+            raise UserError(f"{target} has {task} on other data; name another output_dir or pass --overwrite")
 
 
 def _backend(loaded: Loaded, settings: EvaluationSettings, console):

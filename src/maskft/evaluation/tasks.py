@@ -14,6 +14,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from ..errors import UserError, did_you_mean
 from .alpaca import ALPACA_EVAL
 from .evaluate import chat_template_hash, progress_bar
-from .results import build_task, items_fingerprint, metric_from_items
+from .results import build_task, data_sha256, items_fingerprint, metric_from_items
 from .sandbox import check_confinement, run_many
 from .task_data import load_docs
 
@@ -158,6 +159,11 @@ def check_chat_template(names: Sequence[str], tokenizer, choice: bool | None) ->
             )
 
 
+def task_data_sha256(task, limit: int | None) -> str:
+    """`data_sha256` of the first ``limit`` items of a task from ``load_tasks``."""
+    return data_sha256(islice(task.eval_docs, limit))
+
+
 def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_template: bool | None = None) -> dict:
     """Evaluate one task and return its record of the result schema.
 
@@ -196,6 +202,7 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
         chat_template_hash=chat_template_hash(lm.tokenizer) if chat else None,
     )
     return record | {
+        "data_sha256": task_data_sha256(task, limit),
         "lm_eval_task": Path(benchmark.config).stem if benchmark.config else name,
         "generation_kwargs": task.get_config("generation_kwargs"),
         "seeds": SEEDS,
