@@ -64,7 +64,7 @@ def write(folder):
 
 
 def write_local_tasks(folder):
-    """Write tasks of lm-eval whose data is beside them, and groups of them; returns lm-eval's manager of these alone."""
+    """Write tasks of lm-eval whose data is beside them, and groups; returns lm-eval's manager of these alone."""
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(json.dumps({"q": f"{n} and", "a": str(n)}) + "\n" for n in range(3)))
     common = {

@@ -36,7 +36,7 @@ def add_arguments(parser) -> None:
         "--batch_size",
         type=_batch_size,
         default="auto",
-        help="items at one time; auto: as many as --max_memory_gb allows, at most 64 (held-out loss: 16) "
+        help="items at one time; auto: as many as --max_memory_gb allows, at most 64 (losses: 16) "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -120,8 +120,8 @@ def run(args) -> None:
     from ..data_arguments import DataArguments
     from ..evaluation.alpaca import ALPACA_EVAL, load_alpaca
     from ..evaluation.load import load_each, load_for_vllm
-    from ..evaluation.run import EvaluationSettings, check_same_evaluation, evaluate_loaded, finished_result
     from ..evaluation.results import data_sha256
+    from ..evaluation.run import EvaluationSettings, check_same_evaluation, evaluate_loaded, finished_result
     from ..evaluation.task_data import go_offline
     from ..evaluation.tasks import HELDOUT, check_names, load_tasks, task_data_sha256
 

@@ -365,33 +365,25 @@ def _length_control_file(source: str, indices: Sequence[int]) -> Path:
 
 def _generate(loaded, task: AlpacaEval, journal: Journal, batch_size, max_memory_gb, console) -> list[str]:
     from ..data import prompt_ids
-    from .evaluate import progress_bar
-    from .generation import greedy_generate
+    from .evaluate import resumed_answers
 
-    kind = f"{ALPACA_EVAL}_output"
     prompts = [
         prompt_ids({"prompt": [{"role": "user", "content": row["instruction"]}]}, loaded.tokenizer)
         for row in task.prompts
     ]
-    keys = [journal.key(kind, [ids, task.max_new_tokens]) for ids in prompts]
-    missing = [index for index, key in enumerate(keys) if key not in journal.answers]
-    with progress_bar(console) as progress:
-        bar = progress.add_task(f"{ALPACA_EVAL}: outputs", total=len(prompts), completed=len(prompts) - len(missing))
-
-        def keep(number: int, text: str) -> None:
-            journal.add_partial(kind, [prompts[missing[number]], task.max_new_tokens], text.strip())
-            progress.advance(bar)
-
-        greedy_generate(
-            loaded.model,
-            loaded.tokenizer,
-            [prompts[index] for index in missing],
-            max_new_tokens=task.max_new_tokens,
-            batch_size=batch_size,
-            max_memory_bytes=None if max_memory_gb is None else max_memory_gb * 1e9,
-            on_answer=keep,
-        )
-    return [journal.answers[key] for key in keys]
+    answers = resumed_answers(
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        journal,
+        f"{ALPACA_EVAL}_output",
+        f"{ALPACA_EVAL}: outputs",
+        max_new_tokens=task.max_new_tokens,
+        batch_size=batch_size,
+        max_memory_gb=max_memory_gb,
+        console=console,
+    )
+    return [answer.strip() for answer in answers]
 
 
 def _judged(items: list[dict], task: AlpacaEval, journal: Journal, console) -> tuple[dict, dict]:

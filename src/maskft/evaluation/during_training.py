@@ -84,7 +84,7 @@ class TrainingEvaluation:
                 model,
                 tokenizer,
                 self.rows,
-                batch_size=self.batch_size or 16,
+                batch_size=self.batch_size,
                 max_new_tokens=self.max_new_tokens,
                 console=_QUIET,
             )

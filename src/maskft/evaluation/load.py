@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel
 from ..errors import UserError
 from ..mask_set import read_config
 from ..merge import adapter_tokenizer
-from ..models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
+from ..models import check_model_source, check_tokenizer_fits, load_config, load_model, load_tokenizer
 from ..paths import ADAPTER_CONFIG, TRAINING, holds_adapter
 
 NO_ADAPTER = "none"  # the name under which the base model itself is evaluated among adapters
@@ -123,8 +123,10 @@ def load_for_vllm(model_name_or_path: str | None, adapters: Sequence[str] = ()) 
     if importlib.util.find_spec("vllm") is None:
         raise UserError("backend vllm needs vLLM, which is not installed; run: pip install vllm, or use --backend hf")
     source = _base_name(model_name_or_path, [])
-    facts = {"name_or_path": _portable(source), **_training_facts(source)}
-    return iter([Loaded(None, load_tokenizer(source), facts, source, source)])
+    identity = _files_sha256(source) if Path(source).is_dir() else f"{source}@{_revision(source)}"
+    fingerprint = identity if Path(source).is_dir() else None
+    facts = {"name_or_path": _portable(source), "fingerprint": fingerprint, **_training_facts(source)}
+    return iter([Loaded(None, load_tokenizer(source), facts, source, identity)])
 
 
 def model_fingerprint(model) -> str:
@@ -134,6 +136,21 @@ def model_fingerprint(model) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _files_sha256(folder: str) -> str:
+    """sha256 over a model folder's weight files and configuration: what vLLM reads, and we do not load."""
+    digest = hashlib.sha256()
+    names = ("*.safetensors", "*.bin", "config.json", "generation_config.json")
+    for file in sorted(path for name in names for path in Path(folder).glob(name)):
+        digest.update(file.name.encode())
+        _update(digest, file)
+    return digest.hexdigest()
+
+
+def _revision(name: str) -> str | None:
+    """The commit of a hub model."""
+    return getattr(load_config(name), "_commit_hash", None)
 
 
 def adapter_sha256(folder: str) -> str:

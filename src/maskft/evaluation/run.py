@@ -19,8 +19,6 @@ from .load import Loaded
 from .results import Result, build_result, read_result, write_result
 from .tasks import HELDOUT, check_chat_template, run_task
 
-LOSS_BATCH_SIZE = 16  # where batch_size is auto: the loss of all rows of a batch needs logits of all their tokens
-
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -82,32 +80,33 @@ def evaluate_loaded(
         target: The result file. The journal of an unfinished evaluation lies beside it.
         name: Label in tables.
         alpaca: From ``alpaca.load_alpaca``; None: that is not a task.
-        overwrite: Drop a journal of other settings.
+        overwrite: Drop the journal of an unfinished evaluation.
         console: Where progress bars go.
     """
     check_chat_template(list(tasks), loaded.tokenizer, settings.apply_chat_template)
     if alpaca:
         alpaca.check_model(loaded)
+    journal = Journal(target.with_name(paths.JOURNAL), {"model": loaded.identity, **settings.of_answers()}, overwrite)
     records = {}
     if heldout_rows is not None:
         records[HELDOUT] = evaluate_rows(
             loaded.model,
             loaded.tokenizer,
             heldout_rows,
-            batch_size=settings.batch_size or LOSS_BATCH_SIZE,
+            batch_size=settings.batch_size,
+            max_memory_gb=settings.max_memory_gb,
             max_length=settings.max_length,
             max_new_tokens=settings.max_new_tokens,
             generate=settings.generate,
             text_field=settings.text_field,
+            journal=journal,
             console=console,
         )
-    journal = None
-    if tasks or alpaca:
-        journal = Journal(
-            target.with_name(paths.JOURNAL), {"model": loaded.identity, **settings.of_answers()}, overwrite
-        )
     if tasks:
-        lm = Resuming(_backend(loaded, settings, console), journal)
+        # vLLM's requests come back with other arguments than they had, and it likes to have many at one time.
+        lm = Resuming(
+            _backend(loaded, settings, console), journal, slice_size=256 if settings.backend == "vllm" else None
+        )
         for task_name, task in tasks.items():
             started = time.perf_counter()
             record = run_task(
@@ -127,8 +126,7 @@ def evaluate_loaded(
         )
     result = build_result(name, loaded.facts, asdict(settings), records)
     write_result(target, result)
-    if journal:
-        journal.remove()
+    journal.remove()
     return result
 
 
