@@ -172,6 +172,8 @@ def test_a_killed_evaluation_goes_on(chat_base, files, tmp_path, capsys, monkeyp
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    header = json.loads(journal.read_text().splitlines()[0])
+    assert "torch" in header["packages"] and "eos_token_id" in header["generation_config"]
     known = journal.read_text().count("\n") - 1
     assert 2 <= known <= 4 and not (tmp_path / "out" / RESULT).exists()
 

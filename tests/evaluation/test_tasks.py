@@ -14,15 +14,17 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 import benchmark_files
 import tiny
 from benchmark_files import GSM8K, HUMANEVAL, IFEVAL, MATH, ScriptedLM
 from maskft.errors import UserError
+from maskft.evaluation import tasks as tasks_module
 from maskft.evaluation.backend import BatchedLM
 from maskft.evaluation.journal import Journal, Resuming
 from maskft.evaluation.results import build_result
-from maskft.evaluation.tasks import check_chat_template, check_names, load_tasks, run_task
+from maskft.evaluation.tasks import BENCHMARKS, check_chat_template, check_names, load_tasks, run_task
 from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -61,7 +63,7 @@ def test_gsm8k(folder):
         "higher_is_better": True,
         "unit": "fraction",
     }
-    assert record["num_fewshot"] == 8 and record["lm_eval_task"] == "gsm8k-cot" and record["chat_template_hash"] is None
+    assert record["num_fewshot"] == 8 and record["lm_eval_task"] == "gsm8k_cot" and record["chat_template_hash"] is None
     assert all(prompt.count("Q:") == 9 and prompt.endswith("A:") for prompt in prompts)
     assert record["items"][1]["output"] == " 10 and 5 make 15 pens" and record["items"][1]["answer"] == "15"
 
@@ -247,6 +249,26 @@ def test_sentence_tables_are_asked_for_when_they_are_needed(tmp_path, monkeypatc
     assert load_tasks(["ifeval"], tmp_path, limit=1)
 
 
-def test_other_tasks_that_run_code_are_refused():
-    with pytest.raises(UserError, match=r"lm-eval cannot load task 'mbpp'|outside the sandbox"):
-        load_tasks(["mbpp"])
+@pytest.fixture
+def local_tasks(tmp_path, monkeypatch):
+    manager = benchmark_files.write_local_tasks(tmp_path / "tasks")
+    monkeypatch.setattr(tasks_module, "_task_manager", lambda: manager)
+
+
+def test_other_tasks_that_run_code_are_refused(local_tasks):
+    assert set(load_tasks(["one"])) == {"one"}
+    with pytest.raises(UserError, match="task code would run model-written code outside the sandbox; use humaneval"):
+        load_tasks(["code"])
+
+
+def test_groups_with_a_task_of_the_name_of_ours(local_tasks):
+    assert set(load_tasks(["pair"])) == {"one", "two"}
+    with pytest.raises(UserError, match="ours holds lm-eval's own gsm8k, which is not the gsm8k of maskft"):
+        load_tasks(["ours"])
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_lm_evals_own_names(name):
+    benchmark = BENCHMARKS[name]
+    config = load_yaml(f"{lm_eval.tasks.__path__[0]}/{benchmark.config}", resolve_func=False)
+    assert config["task"].removesuffix("_algebra") == benchmark.lm_eval_task

@@ -16,7 +16,7 @@ from .alpaca import ALPACA_EVAL, AlpacaEval, evaluate_alpaca
 from .evaluate import evaluate_rows
 from .journal import Journal, Resuming
 from .load import Loaded
-from .results import Result, build_result, read_result, write_result
+from .results import Result, build_result, environment, read_result, write_result
 from .tasks import HELDOUT, check_chat_template, run_task
 
 
@@ -86,7 +86,7 @@ def evaluate_loaded(
     check_chat_template(list(tasks), loaded.tokenizer, settings.apply_chat_template)
     if alpaca:
         alpaca.check_model(loaded)
-    journal = Journal(target.with_name(paths.JOURNAL), {"model": loaded.identity, **settings.of_answers()}, overwrite)
+    journal = Journal(target.with_name(paths.JOURNAL), _journal_settings(loaded, settings), overwrite)
     records = {}
     if heldout_rows is not None:
         records[HELDOUT] = evaluate_rows(
@@ -161,6 +161,17 @@ def check_same_evaluation(result: Result, target: Path, facts: Mapping, data: Ma
     for task, sha256 in data.items():
         if result["tasks"][task].get("data_sha256") != sha256:
             raise UserError(f"{target} has {task} on other data; name another output_dir or pass --overwrite")
+
+
+def _journal_settings(loaded: Loaded, settings: EvaluationSettings) -> dict:
+    """What all answers depend on, beside the request."""
+    generation = {} if loaded.model is None else loaded.model.generation_config.to_diff_dict()
+    return {
+        "model": loaded.identity,
+        **settings.of_answers(),
+        "generation_config": {key: value for key, value in generation.items() if key != "transformers_version"},
+        "packages": environment()["packages"],
+    }
 
 
 def _backend(loaded: Loaded, settings: EvaluationSettings, console):

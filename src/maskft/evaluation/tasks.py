@@ -40,6 +40,7 @@ class Benchmark:
 
     Args:
         config: lm-eval's YAML file, below its folder of tasks.
+        lm_eval_task: lm-eval's name of the task.
         metrics: lm-eval's ``metric,filter`` -> our name; the first is the benchmark's main metric.
         use_chat_template: Whether prompts are put into the chat template unless the user decides.
         id_field: Field that identifies an item; None: its position.
@@ -47,6 +48,7 @@ class Benchmark:
     """
 
     config: str
+    lm_eval_task: str
     metrics: Mapping[str, str]
     use_chat_template: bool = False
     id_field: str | None = None
@@ -56,20 +58,31 @@ class Benchmark:
 BENCHMARKS = {
     "gsm8k": Benchmark(
         "gsm8k/gsm8k-cot.yaml",
+        "gsm8k_cot",
         {"exact_match,flexible-extract": "accuracy", "exact_match,strict-match": "accuracy_strict"},
     ),
     "minerva_math": Benchmark(
         "minerva_math/minerva_math_algebra.yaml",
+        "minerva_math",  # its seven subjects are one task here
         {"math_verify,none": "accuracy", "exact_match,none": "exact_match"},
     ),
     "humaneval": Benchmark(
-        "humaneval/humaneval.yaml", {"pass_at_1,create_test": "pass_at_1"}, id_field="task_id", runs_code=True
+        "humaneval/humaneval.yaml",
+        "humaneval",
+        {"pass_at_1,create_test": "pass_at_1"},
+        id_field="task_id",
+        runs_code=True,
     ),
     "humaneval_plus": Benchmark(
-        "humaneval/humaneval_plus.yaml", {"pass_at_1,create_test": "pass_at_1"}, id_field="task_id", runs_code=True
+        "humaneval/humaneval_plus.yaml",
+        "humaneval_plus",
+        {"pass_at_1,create_test": "pass_at_1"},
+        id_field="task_id",
+        runs_code=True,
     ),
     "ifeval": Benchmark(
         "ifeval/ifeval.yaml",
+        "ifeval",
         {
             f"{metric},none": metric
             for metric in (
@@ -83,7 +96,7 @@ BENCHMARKS = {
         id_field="key",
     ),
 }
-_OTHERS = Benchmark("", {})
+_OTHERS = Benchmark("", "", {})
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -203,7 +216,7 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
     )
     return record | {
         "data_sha256": task_data_sha256(task, limit),
-        "lm_eval_task": Path(benchmark.config).stem if benchmark.config else name,
+        "lm_eval_task": benchmark.lm_eval_task or name,
         "generation_kwargs": task.get_config("generation_kwargs"),
         "seeds": SEEDS,
     }
@@ -278,6 +291,11 @@ def _build_other(name: str) -> dict:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"lm-eval cannot load task {name!r}: {type(error).__name__}: {first}") from None
     for member, task in tasks.items():
+        if member in BENCHMARKS:
+            raise UserError(
+                f"{name} holds lm-eval's own {member}, which is not the {member} of maskft; name its other members one "
+                "by one instead"
+            )
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(
                 f"task {member} would run model-written code outside the sandbox; use humaneval or humaneval_plus"
