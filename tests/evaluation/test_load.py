@@ -2,10 +2,15 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import tiny
+from maskft.cli.evaluate import _labels
+from maskft.errors import UserError
 from maskft.evaluation import load
 
 
@@ -34,3 +39,42 @@ def test_the_hash_of_an_adapter(field, value, is_same, tmp_path):
         (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
         hashes.append(load.adapter_sha256(tmp_path))
     assert (hashes[0] == hashes[1]) is is_same
+
+
+@pytest.mark.parametrize(
+    "model,expected", [(".", "inner"), ("..", "outer"), ("org/model", "model"), ("inner/", "inner")]
+)
+def test_labels(model, expected, tmp_path, monkeypatch):
+    (tmp_path / "outer" / "inner" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "outer" / "inner")
+    assert _labels([model], SimpleNamespace(name=None, model_name_or_path=model)) == [expected]
+
+
+def _other_size(folder):
+    get_peft_model(
+        tiny.tiny_llama(vocab_size=96, hidden_size=16), LoraConfig(target_modules=["q_proj"])
+    ).save_pretrained(folder)
+
+
+def _other_layers(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["no_such_layer"]}))
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (_other_size, "does not fit"),
+        (_other_layers, "does not fit"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"cut"), "does not fit"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "has no adapter_config.json that PEFT can"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "does not fit"),
+    ],
+)
+def test_adapters_that_cannot_be_loaded_are_one_line(damage, message, base, tmp_path):
+    folder = tmp_path / "lora"
+    get_peft_model(tiny.tiny_llama(vocab_size=96), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    damage(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        next(load.load_each(str(base), [str(folder)]))
+    assert len(str(caught.value).splitlines()) == 1

@@ -222,9 +222,9 @@ def _labels(sources: list, args) -> list[str]:
             raise UserError(f"{len(args.name)} names for {len(sources)} models; give one --name for each")
         labels = args.name
     else:
-        parts = [
-            Path(args.model_name_or_path or "base" if source in (None, "none") else source).parts for source in sources
-        ]
+        chosen = [Path(args.model_name_or_path or "base" if source in (None, "none") else source) for source in sources]
+        # `.` and `..` have names too; a hub name is none of a folder.
+        parts = [(path.resolve() if path.exists() else path).parts for path in chosen]
         for depth in range(1, max(map(len, parts)) + 1):
             labels = ["-".join(part.strip("/") for part in path[-depth:]) for path in parts]
             if len(set(labels)) == len(labels):

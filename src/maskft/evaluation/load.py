@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..mask_set import read_config
 from ..merge import adapter_tokenizer
 from ..models import check_model_source, check_tokenizer_fits, load_config, load_model, load_tokenizer
@@ -34,6 +36,7 @@ class Loaded:
         facts: What goes into its result file.
         source: The base model's name or folder.
         identity: A text that changes with the weights.
+        selected_on: Ids of the held-out rows that it was measured on while it was trained, and hashes of their prompts.
     """
 
     model: Any
@@ -41,6 +44,7 @@ class Loaded:
     facts: dict
     source: str
     identity: str
+    selected_on: dict[str, str] = field(default_factory=dict)
 
 
 def load_for_evaluation(
@@ -88,10 +92,12 @@ def load_each(
         if new_kind is None:
             tokenizer = load_tokenizer(base_name)
         elif wrapped is None:
-            wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=f"adapter_{number}")
+            with _one_line(adapter, f"does not fit {base_name!r}"):
+                wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=f"adapter_{number}")
         else:
             previous = wrapped.active_adapter
-            wrapped.load_adapter(adapter, adapter_name=f"adapter_{number}")
+            with _one_line(adapter, f"does not fit {base_name!r}"):
+                wrapped.load_adapter(adapter, adapter_name=f"adapter_{number}")
             wrapped.set_adapter(f"adapter_{number}")
             wrapped.delete_adapter(previous)
         kind = new_kind
@@ -108,7 +114,8 @@ def load_each(
         evaluated = model if wrapped is None else wrapped
         check_tokenizer_fits(evaluated, tokenizer)
         identity = f"{fingerprint}+{facts['adapter_sha256']}" if kind else fingerprint
-        yield Loaded(evaluated.to(device).eval(), tokenizer, facts, base_name, identity)
+        selected_on = _selected_on(base_name) | ({} if kind is None else _selected_on(adapter))
+        yield Loaded(evaluated.to(device).eval(), tokenizer, facts, base_name, identity, selected_on)
 
 
 def load_for_vllm(model_name_or_path: str | None, adapters: Sequence[str] = ()) -> Iterator[Loaded]:
@@ -182,7 +189,7 @@ def _base_name(model_name_or_path: str | None, adapters: Sequence[str]) -> str:
             continue
         if not holds_adapter(adapter):
             raise UserError(f"{adapter!r} is not an adapter folder: it has no adapter_config.json")
-        named[adapter] = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        named[adapter] = _peft_config(adapter).base_model_name_or_path
     if model_name_or_path is not None:
         check_model_source(model_name_or_path)
         return model_name_or_path
@@ -200,8 +207,26 @@ def _base_name(model_name_or_path: str | None, adapters: Sequence[str]) -> str:
     return base
 
 
+def _peft_config(adapter: str) -> PeftConfig:
+    with _one_line(adapter, "has no adapter_config.json that PEFT can read"):
+        return PeftConfig.from_pretrained(adapter)
+
+
+@contextlib.contextmanager
+def _one_line(adapter: str, problem: str) -> Iterator[None]:
+    """Make one line of the errors that PEFT raises for an adapter."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
+        raise UserError(
+            f"adapter {adapter!r} {problem} ({type(error).__name__}: {first_line(error)}); check both"
+        ) from error
+
+
 def _peft_type(adapter: str) -> str:
-    kind = PeftConfig.from_pretrained(adapter).peft_type
+    kind = _peft_config(adapter).peft_type
     return str(getattr(kind, "value", kind))
 
 
@@ -224,8 +249,14 @@ def _portable(name: str) -> str:
 
 def _training_facts(folder: str) -> dict:
     """Method and seed of a folder that ``maskft train`` wrote."""
+    recipe = _training(folder).get("recipe")
+    return {"method": recipe["method"], "seed": recipe["seed"]} if recipe else {}
+
+
+def _selected_on(folder: str) -> dict[str, str]:
+    return _training(folder).get("data", {}).get("selected_on", {})
+
+
+def _training(folder: str) -> dict:
     file = Path(folder) / TRAINING
-    if not file.is_file():
-        return {}
-    recipe = json.loads(file.read_text())["recipe"]
-    return {"method": recipe["method"], "seed": recipe["seed"]}
+    return json.loads(file.read_text()) if file.is_file() else {}

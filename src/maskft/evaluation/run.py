@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from .. import paths
+from ..data.splits import prompt_digest
 from ..errors import UserError
 from .alpaca import ALPACA_EVAL, AlpacaEval, evaluate_alpaca
 from .evaluate import evaluate_rows
@@ -102,6 +103,7 @@ def evaluate_loaded(
             journal=journal,
             console=console,
         )
+        records[HELDOUT] |= _selection_note(loaded, heldout_rows)
     if tasks:
         # vLLM's requests come back with other arguments than they had, and it likes to have many at one time.
         lm = Resuming(
@@ -161,6 +163,18 @@ def check_same_evaluation(result: Result, target: Path, facts: Mapping, data: Ma
     for task, sha256 in data.items():
         if result["tasks"][task].get("data_sha256") != sha256:
             raise UserError(f"{target} has {task} on other data; name another output_dir or pass --overwrite")
+
+
+def _selection_note(loaded: Loaded, rows: Sequence[Mapping]) -> dict:
+    """Which of the held-out rows the model was measured on while it was trained, as fields of a task record."""
+    ids = [str(row["id"]) for row in rows if loaded.selected_on.get(str(row["id"])) == prompt_digest(row).hex()]
+    if not ids:
+        return {}
+    note = (
+        f"{len(ids)} of {len(rows)} items were measured during training (eval_tasks) and may have chosen the "
+        "checkpoint; report on others, or say so"
+    )
+    return {"selected_on": ids, "note": note}
 
 
 def _journal_settings(loaded: Loaded, settings: EvaluationSettings) -> dict:
