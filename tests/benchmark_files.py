@@ -77,7 +77,13 @@ def write_local_tasks(folder):
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
         "metric_list": [{"metric": "exact_match"}],
     }
-    tasks = {"one": {}, "two": {}, "gsm8k": {}, "code": {"unsafe_code": True}}
+    tasks = {
+        "one": {},
+        "two": {},
+        "gsm8k": {},
+        "code": {"unsafe_code": True},
+        "long": {"doc_to_text": "{{'~' * (5 + a|int)}}"},
+    }
     for name, more in tasks.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **more}))
     for name, members in {"pair": ["one", "two"], "ours": ["one", "gsm8k"]}.items():

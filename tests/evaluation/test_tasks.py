@@ -42,6 +42,12 @@ def record_of(name, answers, folder, **options):
     return record, lm.prompts
 
 
+@pytest.fixture
+def local_tasks(tmp_path, monkeypatch):
+    manager = benchmark_files.write_local_tasks(tmp_path / "tasks")
+    monkeypatch.setattr(tasks_module, "_task_manager", lambda: manager)
+
+
 # Scores
 
 
@@ -160,6 +166,20 @@ def test_same_answers_as_lm_evals_backend(batch_size):
     assert ours == theirs and len(set(ours)) > 10
 
 
+def test_prompts_that_were_cut_are_counted(local_tasks, tmp_path):
+    net = tiny.tiny_llama(vocab_size=len(TOKENIZER), max_position_embeddings=10)
+    task = load_tasks(["long"])["long"]  # prompts of 5, 6 and 7 tokens, answers of up to 4
+    for _ in range(2):  # the second time all answers come from the journal
+        record = run_task(
+            Resuming(BatchedLM(net, TOKENIZER, batch_size=2), Journal(tmp_path / "answers.jsonl", {})), "long", task
+        )
+        assert record["num_truncated"] == 1
+        assert record["note"] == "1 of 3 prompts were longer than the model's context allows and were cut on their left"
+    task = load_tasks(["one"])["one"]
+    record = run_task(BatchedLM(tiny.tiny_llama(vocab_size=len(TOKENIZER)), TOKENIZER), "one", task)
+    assert record["num_truncated"] == 0 and "note" not in record
+
+
 def test_log_likelihoods_within_a_memory_bound():
     net = tiny.tiny_llama(vocab_size=len(TOKENIZER))
     requests = [
@@ -247,12 +267,6 @@ def test_sentence_tables_are_asked_for_when_they_are_needed(tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"needs NLTK's punkt_tab for length_constraints:number_sentences.*NLTK_DATA"):
         load_tasks(["ifeval"], tmp_path)
     assert load_tasks(["ifeval"], tmp_path, limit=1)
-
-
-@pytest.fixture
-def local_tasks(tmp_path, monkeypatch):
-    manager = benchmark_files.write_local_tasks(tmp_path / "tasks")
-    monkeypatch.setattr(tasks_module, "_task_manager", lambda: manager)
 
 
 def test_other_tasks_that_run_code_are_refused(local_tasks):

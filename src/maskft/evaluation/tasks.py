@@ -214,12 +214,16 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
         ),
         chat_template_hash=chat_template_hash(lm.tokenizer) if chat else None,
     )
-    return record | {
-        "data_sha256": task_data_sha256(task, limit),
-        "lm_eval_task": benchmark.lm_eval_task or name,
-        "generation_kwargs": task.get_config("generation_kwargs"),
-        "seeds": SEEDS,
-    }
+    return (
+        record
+        | _truncation(lm, task, samples)
+        | {
+            "data_sha256": task_data_sha256(task, limit),
+            "lm_eval_task": benchmark.lm_eval_task or name,
+            "generation_kwargs": task.get_config("generation_kwargs"),
+            "seeds": SEEDS,
+        }
+    )
 
 
 # Building tasks
@@ -346,6 +350,19 @@ def _without_nltk_downloads() -> Iterator[None]:
 
 
 # Records
+
+
+def _truncation(lm, task, samples: Sequence[Mapping]) -> dict:
+    """How many prompts were cut; null where nobody counts: log-likelihoods, and models of lm-eval's own."""
+    if task.OUTPUT_TYPE != "generate_until" or not hasattr(lm, "num_truncated"):
+        return {"num_truncated": None}
+    by_id = {sample["doc_id"]: sample["arguments"] for sample in samples}  # a sample for each filter
+    arguments = [request for requests in by_id.values() for request in requests]
+    count = lm.num_truncated(arguments)
+    if not count:
+        return {"num_truncated": 0}
+    note = f"{count} of {len(arguments)} prompts were longer than the model's context allows and were cut on their left"
+    return {"num_truncated": count, "note": note}
 
 
 def _items(samples: Sequence[Mapping], benchmark: Benchmark) -> list[dict]:
