@@ -90,6 +90,7 @@ def test_benchmarks_and_heldout_in_one_result(chat_base, files, data, tmp_path, 
     result = result_of(tmp_path / "out")
     assert {name: len(task["items"]) for name, task in result["tasks"].items()} == {"heldout": 3, "gsm8k": 2}
     assert len(result["model"]["fingerprint"]) == 64 and result["settings"]["limit"] == 2
+    assert result["environment"]["device"] == "cpu" and "math-verify" in result["environment"]["packages"]
     assert result["tasks"]["gsm8k"]["seeds"]["fewshot"] == 1234
     assert str(tmp_path) not in json.dumps(result) and str(files) not in json.dumps(result)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [RESULT], "the journal is gone"
@@ -202,6 +203,8 @@ def test_a_killed_evaluation_goes_on(chat_base, files, tmp_path, capsys, monkeyp
         (["--backend", "vllm", "--adapter", "MASK"], "vLLM does not know masks: run maskft merge"),
         (["--backend", "vllm", "--tasks", "heldout"], "vllm measures no held-out loss"),
         (["--name", "a", "b"], "2 names for 1 models"),
+        (["--name", ""], "a name is empty"),
+        (["--output_dir", "FILE"], "is a file; name another"),
         (["--adapter", "MASK", "MASK"], "two models have the same label"),
         (["--apply_chat_template", "maybe"], "invalid _bool value: 'maybe'"),
         (["--data_dir", "EMPTY"], "holds no test file of gsm8k"),
@@ -209,7 +212,8 @@ def test_a_killed_evaluation_goes_on(chat_base, files, tmp_path, capsys, monkeyp
 )
 def test_mistakes_are_one_line_and_write_nothing(words, message, chat_base, adapters, files, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    places = {"MASK": adapters["mask1"], "EMPTY": tmp_path / "empty"}
+    (tmp_path / "file").touch()
+    places = {"MASK": adapters["mask1"], "EMPTY": tmp_path / "empty", "FILE": tmp_path / "file" / "out"}
     command = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k", "--data_dir", files]
     command += ["--output_dir", tmp_path / "out", *(places.get(word, word) for word in words)]
     status, _, err = call(command, capsys)

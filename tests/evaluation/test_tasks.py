@@ -93,6 +93,7 @@ def test_code_is_run_in_the_sandbox(name, folder):
     passed, failed = record["items"]
     assert (passed["id"], passed["status"], failed["status"]) == ("HumanEval/0", "passed", "failed")
     assert "AssertionError" in failed["reason"] and "answer" not in failed
+    assert record["confinement"] == "confined"
 
 
 def test_ifeval(folder):
@@ -100,7 +101,10 @@ def test_ifeval(folder):
     record, prompts = record_of("ifeval", answers, folder)
     assert [item["prompt_level_strict_acc"] for item in record["items"]] == [0, 1]
     assert record["items"][0]["inst_level_strict_acc_each"] == [1, 0]
-    assert record["metrics"]["inst_level_strict_acc"]["value"] == pytest.approx(2 / 3)
+    metric = record["metrics"]["inst_level_strict_acc"]
+    assert metric["value"] == pytest.approx(2 / 3)
+    # Ratio of means, by hand: residuals sum(parts) - 2 / 3 * number of parts are -1/3 and 1/3, over 3/2 parts per item.
+    assert metric["stderr"] == pytest.approx(((2 / 9 / 1.5**2) / (2 - 1) / 2) ** 0.5)
     assert next(iter(record["metrics"])) == "prompt_level_strict_acc"
     assert [item["id"] for item in record["items"]] == ["1000", "1005"]
     assert prompts[0] == f"<|im_start|>user\n{IFEVAL[0]['prompt']}<|im_end|>\n<|im_start|>assistant\n"
@@ -235,6 +239,12 @@ def test_other_tasks_of_lm_eval(tmp_path):
 
 
 # Mistakes
+
+
+def test_items_with_one_id(tmp_path):
+    (tmp_path / "ifeval.jsonl").write_text("".join(json.dumps({**row, "key": 7}) + "\n" for row in IFEVAL))
+    with pytest.raises(UserError, match="the data of ifeval has key 7 more than once"):
+        load_tasks(["ifeval"], tmp_path)
 
 
 def test_unknown_task():

@@ -66,7 +66,8 @@ def add_arguments(parser) -> None:
     tasks.add_argument(
         "--data_dir",
         metavar="DIR",
-        help="folder with the published files of benchmarks and of data sets named below; the hub is not asked then",
+        help="folder with the published files of the benchmarks, which are read from there then, and of data sets "
+        "named below; lm-eval's other tasks still come from the hub",
     )
     tasks.add_argument("--limit", type=int, metavar="N", help="first N items of each benchmark (default: all)")
     tasks.add_argument(
@@ -122,7 +123,6 @@ def run(args) -> None:
     from ..evaluation.load import load_each, load_for_vllm
     from ..evaluation.results import data_sha256
     from ..evaluation.run import EvaluationSettings, check_same_evaluation, evaluate_loaded, finished_result
-    from ..evaluation.task_data import go_offline
     from ..evaluation.tasks import HELDOUT, check_names, load_tasks, task_data_sha256
 
     _check_numbers(args)
@@ -134,6 +134,7 @@ def run(args) -> None:
     sources = args.adapter or [args.model_name_or_path]
     names = _labels(sources, args)
     folder = Path(args.output_dir)
+    _check_output_dir(folder)
     targets = [folder / paths.RESULT] if len(sources) == 1 else [folder / name / paths.RESULT for name in names]
     benchmarks = [name for name in task_names if name not in (HELDOUT, ALPACA_EVAL)]
     check_names(benchmarks)
@@ -155,8 +156,6 @@ def run(args) -> None:
         raise UserError(f"{targets[0]} exists; name another output_dir or pass --overwrite")
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(DataArguments)}
     data = DataArguments(**{name: value for name, value in values.items() if value is not None})
-    if args.data_dir:
-        go_offline()
     if args.backend == "vllm":
         models = load_for_vllm(args.model_name_or_path, args.adapter)
     else:
@@ -213,6 +212,17 @@ def _check_numbers(args) -> None:
         raise UserError(f"max_memory_gb is {args.max_memory_gb}; it must be above 0")
 
 
+def _check_output_dir(folder) -> None:
+    """Refuse a folder that cannot be written to, hours before something is."""
+    import os
+
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"output_dir {str(folder)!r} cannot be made: {place} is a file; name another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir {str(folder)!r} cannot be written to: no permission for {place}; name another")
+
+
 def _labels(sources: list, args) -> list[str]:
     """One label per model: its folder's name, with as many of the folders above as tell it from the others."""
     from pathlib import Path
@@ -220,6 +230,8 @@ def _labels(sources: list, args) -> list[str]:
     if args.name:
         if len(args.name) != len(sources):
             raise UserError(f"{len(args.name)} names for {len(sources)} models; give one --name for each")
+        if not all(name.strip() for name in args.name):
+            raise UserError("a name is empty; every model needs a --name to be told apart by")
         labels = args.name
     else:
         chosen = [Path(args.model_name_or_path or "base" if source in (None, "none") else source) for source in sources]

@@ -15,7 +15,7 @@ from rich.console import Console
 from ..data.splits import prompt_digest
 from ..errors import UserError, did_you_mean
 from .evaluate import evaluate_rows
-from .task_data import SOURCES, go_offline, load_docs
+from .task_data import SOURCES, load_docs
 from .tasks import BENCHMARKS, HELDOUT, check_names, load_tasks, run_task
 
 TASKS = (HELDOUT, *(name for name, source in SOURCES.items() if "train" in source.splits))
@@ -79,8 +79,6 @@ class TrainingEvaluation:
             if any(row.get("answer") is None for row in self.rows):
                 raise UserError("eval_tasks: heldout answers cannot be checked, the data has no `answer` column")
         benchmarks = [name for name in names if name != HELDOUT]
-        if benchmarks and data_dir:
-            go_offline()
         docs = {name: unseen(load_docs(name, data_dir, "train"), name, train_rows, limit) for name in benchmarks}
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.tasks = load_tasks(benchmarks, data_dir, limit, docs=docs)

@@ -11,7 +11,7 @@ Schema version 1, a JSON object::
                     method, seed
     settings        what else shaped the numbers: batch size, dtype, max_new_tokens, ...
     training        optional: how the model came about, for the tables of the paper; see `TRAINING_FIELDS`
-    environment     python, platform, cpu, num_threads, packages
+    environment     python, platform, cpu, num_threads, packages, device
     tasks           task name -> version, num_fewshot, items_fingerprint, chat_template_hash, metrics, items; optional:
                     data_sha256
       metrics       metric name -> value, stderr, num_items, higher_is_better, unit
@@ -46,12 +46,18 @@ SCHEMA_VERSION = 1
 
 PACKAGES = (
     "accelerate",
+    "alpaca_eval",
+    "antlr4-python3-runtime",
     "datasets",
+    "langdetect",
     "lm_eval",
     "maskft",
+    "math-verify",
+    "nltk",
     "numpy",
     "peft",
     "scipy",
+    "sympy",
     "tokenizers",
     "torch",
     "transformers",
@@ -121,6 +127,7 @@ def build_result(
     settings: Mapping,
     tasks: Mapping[str, Mapping],
     training: Mapping | None = None,
+    device: str | None = None,
 ) -> Result:
     """Return a result of this schema version, dated now, with the environment it was made in.
 
@@ -130,6 +137,7 @@ def build_result(
         settings: What else shaped the numbers (JSON-able).
         tasks: Task name -> `build_task`.
         training: Fields of `TRAINING_FIELDS`, where known.
+        device: What the model ran on, where known: the name of a GPU, or ``cpu``.
     """
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -139,7 +147,7 @@ def build_result(
         "maskft_version": __version__,
         "model": dict.fromkeys(MODEL_FIELDS) | dict(model),
         "settings": dict(settings),
-        "environment": environment(),
+        "environment": environment() | {"device": device},
         "tasks": {task: dict(record) for task, record in tasks.items()},
     }
     if training is not None:

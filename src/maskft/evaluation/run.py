@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from .. import paths
@@ -126,7 +127,7 @@ def evaluate_loaded(
             max_memory_gb=settings.max_memory_gb,
             console=console,
         )
-    result = build_result(name, loaded.facts, asdict(settings), records)
+    result = build_result(name, loaded.facts, asdict(settings), records, device=_device_name(loaded.model))
     write_result(target, result)
     journal.remove()
     return result
@@ -163,6 +164,12 @@ def check_same_evaluation(result: Result, target: Path, facts: Mapping, data: Ma
     for task, sha256 in data.items():
         if result["tasks"][task].get("data_sha256") != sha256:
             raise UserError(f"{target} has {task} on other data; name another output_dir or pass --overwrite")
+
+
+def _device_name(model) -> str:
+    """What the model ran on; vLLM, which has it elsewhere, runs on GPUs."""
+    device = torch.device("cuda") if model is None else model.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _selection_note(loaded: Loaded, rows: Sequence[Mapping]) -> dict:

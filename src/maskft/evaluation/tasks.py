@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -26,6 +27,7 @@ from .alpaca import ALPACA_EVAL
 from .evaluate import chat_template_hash, progress_bar
 from .results import build_task, data_sha256, items_fingerprint, metric_from_items
 from .sandbox import check_confinement, run_many
+from .statistics import weighted_mean
 from .task_data import load_docs
 
 HELDOUT = "heldout"
@@ -147,6 +149,7 @@ def load_tasks(
     for name in names:
         if name in BENCHMARKS:
             items = docs[name] if docs and name in docs else load_docs(name, data_dir)
+            _check_ids(items, name)
             tasks[name] = _build(name, items, limit, data_dir, allow_unconfined, console)
         else:
             tasks |= _build_other(name)
@@ -155,6 +158,13 @@ def load_tasks(
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
     return tasks
+
+
+def _check_ids(docs, name: str) -> None:
+    field = BENCHMARKS[name].id_field
+    repeated = [identity for identity, count in Counter(docs[field]).items() if count > 1] if field else []
+    if repeated:
+        raise UserError(f"the data of {name} has {field} {repeated[0]!r} more than once; every item needs its own")
 
 
 def wants_chat_template(name: str, choice: bool | None) -> bool:
@@ -204,6 +214,7 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
     samples = results["samples"][name]
     benchmark = BENCHMARKS.get(name, _OTHERS)
     items = _items(samples, benchmark)
+    confinement = {item.pop("confinement") for item in items if benchmark.runs_code}
     record = build_task(
         items,
         _metrics(items, results["results"][name], results["higher_is_better"][name], benchmark),
@@ -222,6 +233,7 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
             "lm_eval_task": benchmark.lm_eval_task or name,
             "generation_kwargs": task.get_config("generation_kwargs"),
             "seeds": SEEDS,
+            **({"confinement": ", ".join(sorted(confinement))} if confinement else {}),
         }
     )
 
@@ -285,7 +297,7 @@ def _run_code(resps, docs, *, name: str, allow_unconfined: bool, console) -> lis
     with progress_bar(console) as progress:
         bar = progress.add_task(f"{name}: running code", total=len(programs))
         ended = run_many(programs, allow_unconfined=allow_unconfined, progress=lambda *_: progress.advance(bar))
-    return [{"status": result.status, "reason": result.reason} for result in ended]
+    return [{name: getattr(result, name) for name in ("status", "reason", "confinement")} for result in ended]
 
 
 def _build_other(name: str) -> dict:
@@ -401,18 +413,21 @@ def _metrics(items: list[dict], summary: Mapping, higher: Mapping, benchmark: Be
             continue
         name = _metric_name(key, benchmark)
         if all(name in item for item in items):
-            metrics[name] = metric_from_items(items, name, higher_is_better=bool(higher.get(metric, True)))
+            metrics[name] = metric_from_items(items, name, higher_is_better=higher.get(metric) is not False)
             mean = metrics[name]["value"]
             if mean is not None and math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9):
                 continue
         for item in items:
             item.pop(name, None)
         stderr = summary.get(f"{metric}_stderr,{filter_name}")
+        each = [item.get(f"{metric}_each") for item in items]
+        if all(each):  # a mean over the parts of all items, for which lm-eval has no error: a ratio of two means
+            stderr = weighted_mean([np.mean(parts) for parts in each], [len(parts) for parts in each])[1]
         metrics[name] = {
             "value": _number(value),
             "stderr": _number(stderr) if isinstance(stderr, (int, float, np.number)) else None,
             "num_items": len(items),
-            "higher_is_better": bool(higher.get(metric, True)),
+            "higher_is_better": higher.get(metric) is not False,
             "unit": "fraction" if metric.endswith("acc") else "score",
         }
     order = list(benchmark.metrics.values())
