@@ -124,7 +124,7 @@ def test_repetition_penalty_of_the_model_is_kept():
 
 @pytest.mark.parametrize("make", [tiny.tiny_llama, tiny.tiny_gpt2])
 def test_what_does_not_fit_into_the_context_is_refused(make):
-    net = make(vocab_size=len(TOKENIZER))
+    net = make()
     context = net.config.max_position_embeddings
     prompt = [5] * (context - 4)
     assert len(greedy_generate(net, TOKENIZER, [prompt], max_new_tokens=4)) == 1

@@ -238,6 +238,16 @@ def test_other_tasks_of_lm_eval(tmp_path):
     assert all("word_perplexity" not in item for item in records[0]["text"]["items"])
 
 
+@pytest.mark.parametrize("stated,expected", [(None, True), (True, True), (False, False)])
+def test_higher_is_better_unless_lm_eval_says_otherwise(stated, expected):
+    metrics = tasks_module._metrics(
+        [{"id": "0", "m": 1.0}, {"id": "1"}], {"m,none": 0.5}, {"m": stated}, tasks_module._OTHERS
+    )
+    assert metrics["m"]["higher_is_better"] is expected
+    metrics = tasks_module._metrics([{"id": "0", "m": 1.0}], {"m,none": 1.0}, {"m": stated}, tasks_module._OTHERS)
+    assert metrics["m"]["higher_is_better"] is expected
+
+
 # Mistakes
 
 

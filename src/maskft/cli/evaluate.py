@@ -120,7 +120,7 @@ def run(args) -> None:
     from .. import paths
     from ..data_arguments import DataArguments
     from ..evaluation.alpaca import ALPACA_EVAL, load_alpaca
-    from ..evaluation.load import load_each, load_for_vllm
+    from ..evaluation.load import load_each, load_for_vllm, no_model
     from ..evaluation.results import data_sha256
     from ..evaluation.run import EvaluationSettings, check_same_evaluation, evaluate_loaded, finished_result
     from ..evaluation.tasks import HELDOUT, check_names, load_tasks, task_data_sha256
@@ -156,7 +156,9 @@ def run(args) -> None:
         raise UserError(f"{targets[0]} exists; name another output_dir or pass --overwrite")
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(DataArguments)}
     data = DataArguments(**{name: value for name, value in values.items() if value is not None})
-    if args.backend == "vllm":
+    if args.alpaca_outputs and task_names == [ALPACA_EVAL]:
+        models = no_model(names[0])  # whatever model is named did not make these outputs here
+    elif args.backend == "vllm":
         models = load_for_vllm(args.model_name_or_path, args.adapter)
     else:
         models = load_each(args.model_name_or_path, args.adapter, args.dtype, args.device)

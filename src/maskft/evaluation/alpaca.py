@@ -228,9 +228,10 @@ def evaluate_alpaca(
     """
     from .evaluate import chat_template_hash
 
-    outputs = task.outputs
+    outputs, template = task.outputs, None
     if outputs is None:
         outputs = _generate(loaded, task, journal, batch_size, max_memory_gb, console)
+        template = chat_template_hash(loaded.tokenizer)
     rows = [
         {**{key: row[key] for key in ("dataset",) if key in row}, "instruction": row["instruction"], "output": output}
         for row, output in zip(task.prompts, outputs, strict=True)
@@ -257,9 +258,10 @@ def evaluate_alpaca(
             }
             for index, item in enumerate(items)
         ),
-        chat_template_hash=chat_template_hash(loaded.tokenizer),
+        chat_template_hash=template,
     )
-    return record | {"data_sha256": task.data_sha256} | extra
+    made = {"data_sha256": task.data_sha256, "outputs_from_file": task.outputs is not None}
+    return record | made | extra
 
 
 def read_rows(source: str, fields: Sequence[str]) -> list[dict]:

@@ -118,6 +118,11 @@ def load_each(
         yield Loaded(evaluated.to(device).eval(), tokenizer, facts, base_name, identity, selected_on)
 
 
+def no_model(name: str) -> Iterator[Loaded]:
+    """For outputs that were made elsewhere: nothing but the name under which they are reported."""
+    return iter([Loaded(None, None, {"name_or_path": name}, name, name)])
+
+
 def load_for_vllm(model_name_or_path: str | None, adapters: Sequence[str] = ()) -> Iterator[Loaded]:
     """What `load_each` yields, without the model: vLLM loads a merged folder or a hub model itself.
 

@@ -167,9 +167,9 @@ def check_same_evaluation(result: Result, target: Path, facts: Mapping, data: Ma
 
 
 def _device_name(model) -> str:
-    """What the model ran on; vLLM, which has it elsewhere, runs on GPUs."""
-    device = torch.device("cuda") if model is None else model.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """What the model ran on; vLLM, which has it elsewhere, runs on a GPU where there is one."""
+    kind = model.device.type if model is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.cuda.get_device_name() if kind == "cuda" else kind
 
 
 def _selection_note(loaded: Loaded, rows: Sequence[Mapping]) -> dict:
