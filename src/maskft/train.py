@@ -25,7 +25,7 @@ from .data import format_sample, load_splits, supervised_token_count, tokenize_d
 from .data_arguments import DataArguments
 from .errors import NotFiniteError, UserError, did_you_mean
 from .evaluation.during_training import TASKS as EVAL_TASKS
-from .evaluation.during_training import TrainingEvaluation, metric_names
+from .evaluation.during_training import TrainingEvaluation
 from .evaluation.results import environment, write_text
 from .mask_codec import encode_mask
 from .mask_set import MaskSet
@@ -617,7 +617,7 @@ def _task_evaluation(run: Run, train_rows, heldout_rows, console) -> TrainingEva
             names, args.eval_limit, args.eval_data_dir, train_rows, heldout_rows, console=console
         )
         run.data_report["selected_on"] = evaluation.selected_on
-    known = metric_names(names)
+    known = TrainingEvaluation.metric_names(names)
     if wanted not in known:
         raise UserError(
             f"metric_for_best_model: no {wanted!r}{did_you_mean(wanted, known)}; there are {', '.join(known)}"

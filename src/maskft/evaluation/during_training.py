@@ -83,6 +83,13 @@ class TrainingEvaluation:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.tasks = load_tasks(benchmarks, data_dir, limit, docs=docs)
 
+    @staticmethod
+    def metric_names(tasks: Sequence[str]) -> list[str]:
+        """The names of all metrics that an evaluation has, with the ``eval_`` that the Trainer puts before them."""
+        measured = {name: BENCHMARKS[name].metrics.values() if name in BENCHMARKS else ("accuracy",) for name in tasks}
+        ours = [f"{name}_{metric}" for name, metrics in measured.items() for metric in metrics]
+        return [f"eval_{name}" for name in (*LOSS_METRICS, *ours)]
+
     def measure(self, model, tokenizer) -> dict[str, float]:
         """Return ``task_metric`` -> value."""
         records = {}
@@ -108,13 +115,6 @@ class TrainingEvaluation:
                 shown = ", ".join(f"{key} {metric['value']:.4f}" for key, metric in metrics.items())
                 self.console.print(f"  {name}: {shown} ({len(record['items'])} items)", highlight=False)
         return values
-
-
-def metric_names(tasks: Sequence[str]) -> list[str]:
-    """The names of all metrics that an evaluation will have, with the ``eval_`` that the Trainer puts before them."""
-    measured = {name: BENCHMARKS[name].metrics.values() if name in BENCHMARKS else ("accuracy",) for name in tasks}
-    ours = [f"{name}_{metric}" for name, metrics in measured.items() for metric in metrics]
-    return [f"eval_{name}" for name in (*LOSS_METRICS, *ours)]
 
 
 def unseen(docs, name: str, train_rows: Iterable[Mapping], limit: int):
