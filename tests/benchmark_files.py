@@ -3,7 +3,9 @@
 import gzip
 import json
 
+import yaml
 from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
 
 GSM8K = [
     {
@@ -59,6 +61,34 @@ def write(folder):
         file = folder / name
         file.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     return folder
+
+
+def write_local_tasks(folder):
+    """Write tasks of lm-eval whose data is beside them, and groups; returns lm-eval's manager of these alone."""
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"q": f"{n} and", "a": str(n)}) + "\n" for n in range(3)))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    tasks = {
+        "one": {},
+        "two": {},
+        "gsm8k": {},
+        "code": {"unsafe_code": True},
+        "long": {"doc_to_text": "{{'~' * (5 + a|int)}}"},
+    }
+    for name, more in tasks.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **more}))
+    for name, members in {"pair": ["one", "two"], "ours": ["one", "gsm8k"]}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"group": name, "task": members}))
+    return TaskManager(include_path=str(folder), include_defaults=False)
 
 
 class ScriptedLM(LM):

@@ -174,9 +174,6 @@ class MaskSFTTrainer(SFTTrainer):
                 values = self.task_evaluation.measure(self.accelerator.unwrap_model(self.model), self.processing_class)
             # Another batch size on another process may round another way; all must choose the same best.
             values = processes.gather({f"eval_{name}": value for name, value in values.items()})[0]
-            wanted = self.args.metric_for_best_model or ""
-            if wanted.startswith(tuple(f"eval_{task}_" for task in EVAL_TASKS)) and wanted not in values:
-                raise UserError(f"metric_for_best_model: no {wanted!r}{did_you_mean(wanted, values)} in {list(values)}")
             output.metrics.update(values)
         return output
 
@@ -624,12 +621,27 @@ def _task_evaluation(run: Run, train_rows, heldout_rows, console) -> TrainingEva
     """What ``eval_tasks`` asks for, with a check that the metric that chooses the best will be measured."""
     args = run.training
     names = [name.strip() for name in (args.eval_tasks or "").split(",") if name.strip()]
-    task = next((t for t in EVAL_TASKS if (args.metric_for_best_model or "").startswith(f"eval_{t}_")), None)
+    wanted = args.metric_for_best_model or "eval_loss"
+    task = next((t for t in EVAL_TASKS if wanted.startswith(f"eval_{t}_")), None)
     if task and task not in names:
-        raise UserError(f"metric_for_best_model is {args.metric_for_best_model}; add --eval_tasks {task} to measure it")
-    if not names:
-        return None
-    return TrainingEvaluation(names, args.eval_limit, args.eval_data_dir, train_rows, heldout_rows, console=console)
+        raise UserError(f"metric_for_best_model is {wanted}; add --eval_tasks {task} to measure it")
+    if names and processes.uses_fsdp():
+        raise UserError(
+            "eval_tasks generate, which takes whole models, and FSDP splits them: leave eval_tasks out, and measure "
+            "with maskft evaluate"
+        )
+    evaluation = None
+    if names:
+        evaluation = TrainingEvaluation(
+            names, args.eval_limit, args.eval_data_dir, train_rows, heldout_rows, console=console
+        )
+        run.data_report["selected_on"] = evaluation.selected_on
+    known = TrainingEvaluation.metric_names(names)
+    if wanted not in known:
+        raise UserError(
+            f"metric_for_best_model: no {wanted!r}{did_you_mean(wanted, known)}; there are {', '.join(known)}"
+        )
+    return evaluation
 
 
 def _last_whole_checkpoint(folder: Path, args: SFTConfig) -> str | None:

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import benchmark_files
@@ -17,8 +18,8 @@ import tiny
 from benchmark_files import GSM8K
 from maskft import MaskConfig
 from maskft.cli.main import main
-from maskft.evaluation import load
-from maskft.paths import JOURNAL, RESULT
+from maskft.evaluation import load, tasks
+from maskft.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, JOURNAL, RESULT
 from tiny_tokenizer import tiny_tokenizer
 
 
@@ -89,6 +90,7 @@ def test_benchmarks_and_heldout_in_one_result(chat_base, files, data, tmp_path, 
     result = result_of(tmp_path / "out")
     assert {name: len(task["items"]) for name, task in result["tasks"].items()} == {"heldout": 3, "gsm8k": 2}
     assert len(result["model"]["fingerprint"]) == 64 and result["settings"]["limit"] == 2
+    assert result["environment"]["device"] == "cpu" and "math-verify" in result["environment"]["packages"]
     assert result["tasks"]["gsm8k"]["seeds"]["fewshot"] == 1234
     assert str(tmp_path) not in json.dumps(result) and str(files) not in json.dumps(result)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [RESULT], "the journal is gone"
@@ -117,6 +119,47 @@ def test_several_adapters_load_the_base_once(chat_base, adapters, files, tmp_pat
     assert status == 0 and out.count("already done") == 3 and outputs(tmp_path / "all" / "mask2") == found["mask2"]
 
 
+def test_finished_results_are_of_the_same_weights_and_data(chat_base, adapters, data, tmp_path, capsys):
+    lora, files = tmp_path / "lora", benchmark_files.write(tmp_path / "files")
+    shutil.copytree(adapters["lora"], lora)
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text("\n".join(data.read_text().splitlines()[:2]))
+    words = ["evaluate", "--model_name_or_path", chat_base, "--adapter", lora, "none", "--tasks", "gsm8k,heldout"]
+    words += ["--data_dir", files, "--limit", 1, "--dataset_name", heldout, "--no_generate"]
+    words += ["--output_dir", tmp_path / "out"]
+    assert call(words, capsys)[0] == 0
+    assert len(result_of(tmp_path / "out" / "lora")["model"]["adapter_sha256"]) == 64
+    again = call(words, capsys)
+    assert again[0] == 0 and again[1].count("already done") == 2, again[2]
+
+    for file, old, new, message in (
+        (files / "math" / "gsm8k_test.jsonl", "Tom", "Jim", "has gsm8k on other data"),
+        (heldout, "0+1", "0+2", "has heldout on other data"),
+        (lora / ADAPTER_CONFIG, '"lora_alpha": 8', '"lora_alpha": 4', "is of another model"),
+    ):
+        text = file.read_text()
+        file.write_text(text.replace(old, new))
+        status, _, err = call(words, capsys)
+        assert status == 2 and message in err and "--overwrite" in err
+        file.write_text(text)
+    weights = load_file(lora / ADAPTER_WEIGHTS)
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, lora / ADAPTER_WEIGHTS)
+    status, _, err = call(words, capsys)
+    assert status == 2 and "is of another model" in err
+
+
+def test_a_group_is_known_again_by_its_members(chat_base, tmp_path, capsys, monkeypatch):
+    manager = benchmark_files.write_local_tasks(tmp_path / "tasks")
+    monkeypatch.setattr(tasks, "_task_manager", lambda: manager)
+    words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "pair", "--limit", 1]
+    words += ["--output_dir", tmp_path / "out", "--adapter", "none"]
+    words += ["none", "--name", "a", "b"]
+    assert call(words, capsys)[0] == 0
+    assert set(result_of(tmp_path / "out" / "a")["tasks"]) == {"one", "two"}
+    status, out, err = call(words, capsys)
+    assert status == 0 and out.count("already done") == 2, err
+
+
 def test_a_killed_evaluation_goes_on(chat_base, files, tmp_path, capsys, monkeypatch):
     words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k", "--data_dir", files]
     words += ["--output_dir", tmp_path / "out", "--batch_size", 1]
@@ -130,6 +173,8 @@ def test_a_killed_evaluation_goes_on(chat_base, files, tmp_path, capsys, monkeyp
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    header = json.loads(journal.read_text().splitlines()[0])
+    assert "torch" in header["packages"] and "eos_token_id" in header["generation_config"]
     known = journal.read_text().count("\n") - 1
     assert 2 <= known <= 4 and not (tmp_path / "out" / RESULT).exists()
 
@@ -158,6 +203,8 @@ def test_a_killed_evaluation_goes_on(chat_base, files, tmp_path, capsys, monkeyp
         (["--backend", "vllm", "--adapter", "MASK"], "vLLM does not know masks: run maskft merge"),
         (["--backend", "vllm", "--tasks", "heldout"], "vllm measures no held-out loss"),
         (["--name", "a", "b"], "2 names for 1 models"),
+        (["--name", ""], "a name is empty"),
+        (["--output_dir", "FILE"], "is a file; name another"),
         (["--adapter", "MASK", "MASK"], "two models have the same label"),
         (["--apply_chat_template", "maybe"], "invalid _bool value: 'maybe'"),
         (["--data_dir", "EMPTY"], "holds no test file of gsm8k"),
@@ -165,7 +212,8 @@ def test_a_killed_evaluation_goes_on(chat_base, files, tmp_path, capsys, monkeyp
 )
 def test_mistakes_are_one_line_and_write_nothing(words, message, chat_base, adapters, files, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    places = {"MASK": adapters["mask1"], "EMPTY": tmp_path / "empty"}
+    (tmp_path / "file").touch()
+    places = {"MASK": adapters["mask1"], "EMPTY": tmp_path / "empty", "FILE": tmp_path / "file" / "out"}
     command = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k", "--data_dir", files]
     command += ["--output_dir", tmp_path / "out", *(places.get(word, word) for word in words)]
     status, _, err = call(command, capsys)
@@ -190,6 +238,22 @@ def test_generation_metrics_choose_the_checkpoint(chat_base, files, data, tmp_pa
     best_step = json.loads((tmp_path / "run" / "training.json").read_text())["summary"]["best_step"]
     assert best_step == measured.index(max(measured)), "the first of the best, and higher is better"
 
+    # What was measured during training is told from other held-out rows afterwards.
+    selected = json.loads((tmp_path / "run" / "training.json").read_text())["data"]["selected_on"]
+    words = ["evaluate", "--adapter", tmp_path / "run", "--dataset_name", data, "--no_generate"]
+    status, out, err = call([*words, "--eval_split_size", 16, "--output_dir", tmp_path / "result"], capsys)
+    assert status == 0, err
+    record = result_of(tmp_path / "result")["tasks"]["heldout"]
+    ids = [item["id"] for item in record["items"]]
+    assert record["selected_on"] == list(selected) and len(selected) == 2 and len(ids) == 16
+    assert set(selected) < set(ids) and list(selected) != ids[:2], "drawn, not the first"
+    assert "2 of 16 items were measured during training" in out
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"prompt": f"What is {n}?", "completion": str(n)}) + "\n" for n in range(70)))
+    words[4] = other
+    assert call([*words, "--output_dir", tmp_path / "unseen"], capsys)[0] == 0
+    assert "selected_on" not in result_of(tmp_path / "unseen")["tasks"]["heldout"], "the same ids, other rows"
+
 
 @pytest.mark.parametrize(
     "words,message",
@@ -198,6 +262,7 @@ def test_generation_metrics_choose_the_checkpoint(chat_base, files, data, tmp_pa
         (["--eval_tasks", "gsm8"], "no task 'gsm8' (did you mean 'gsm8k'?)"),
         (["--eval_tasks", "gsm8k", "--eval_limit", "0"], "eval_limit is 0; it must be at least 1"),
         (["--metric_for_best_model", "gsm8k_accuracy"], "add --eval_tasks gsm8k to measure it"),
+        (["--metric_for_best_model", "eval_los"], "no 'eval_los' (did you mean 'eval_loss'?); there are eval_loss, "),
         (
             ["--metric_for_best_model", "heldout_acc", "--eval_tasks", "heldout"],
             "no 'eval_heldout_acc' (did you mean 'eval_heldout_accuracy'?)",
@@ -207,6 +272,20 @@ def test_generation_metrics_choose_the_checkpoint(chat_base, files, data, tmp_pa
 def test_mistakes_in_eval_tasks(words, message, chat_base, files, data, tmp_path, capsys):
     status, _, err = train(chat_base, files, data, tmp_path / "run", capsys, *words)
     assert status == 2 and message in err.strip().splitlines()[-1]
+    assert "eval_loss=" not in err and "parameters" not in err, "before anything is trained"
+
+
+def test_eval_tasks_under_fsdp(chat_base, files, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    status, _, err = train(chat_base, files, data, tmp_path / "run", capsys, "--eval_tasks", "heldout")
+    assert status == 2 and "FSDP splits them: leave eval_tasks out" in err.strip().splitlines()[-1]
+
+
+def test_trls_own_metrics_may_choose_the_checkpoint(chat_base, files, data, tmp_path, capsys):
+    words = ["--metric_for_best_model", "mean_token_accuracy", "--max_steps", "1"]
+    status, _, err = train(chat_base, files, data, tmp_path / "run", capsys, *words)
+    assert status == 0, err
 
 
 def test_items_that_were_trained_on_are_left_out(files):

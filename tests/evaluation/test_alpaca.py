@@ -155,6 +155,12 @@ def test_results_are_compared_item_by_item_and_only_under_one_judge(command, tmp
         assert command(url, "--name", "made", "--alpaca_outputs", made, out="b")[0] == 0
         assert command(url, "--name", "other", "--judge_model", "shorter", out="c")[0] == 0
     assert all(item["preference"] > 0.5 for item in record(tmp_path, "b")["items"])
+    made, generated = read_result(tmp_path / "b"), read_result(tmp_path / "a")
+    assert made["model"] == {**dict.fromkeys(generated["model"]), "name_or_path": "made"}, "no model made these here"
+    assert generated["model"]["fingerprint"]
+    for folder, is_from_file in (("a", False), ("b", True)):
+        assert record(tmp_path, folder)["outputs_from_file"] is is_from_file
+        assert bool(record(tmp_path, folder)["chat_template_hash"]) is not is_from_file
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert "made vs generated, preference on alpaca_eval" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tiny
+from maskft.errors import UserError
 from maskft.evaluation import generation
 from maskft.evaluation.generation import greedy_generate, memory_bound_rows, shared_prefix_length
 from tiny_tokenizer import tiny_tokenizer
@@ -119,6 +120,18 @@ def test_repetition_penalty_of_the_model_is_kept():
         for ids in questions
     ]
     assert greedy_generate(net, TOKENIZER, questions, max_new_tokens=12) == expected != plain
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_llama, tiny.tiny_gpt2])
+def test_what_does_not_fit_into_the_context_is_refused(make):
+    net = make()
+    context = net.config.max_position_embeddings
+    prompt = [5] * (context - 4)
+    assert len(greedy_generate(net, TOKENIZER, [prompt], max_new_tokens=4)) == 1
+    with pytest.raises(
+        UserError, match=f"has {context - 4} tokens and its answer may have 5, the .* context {context};"
+    ):
+        greedy_generate(net, TOKENIZER, [[5], prompt], max_new_tokens=5)
 
 
 def test_shared_prefix_length():

@@ -2,6 +2,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from lm_eval.api.model import CacheHook
 
 from maskft.errors import UserError
 from maskft.evaluation.journal import Journal, Resuming
@@ -39,6 +40,29 @@ def test_only_what_is_not_known_is_asked(tmp_path):
     assert lm.asked == ["c", "b"] and resumed.rank == 0
 
 
+class Forgetful(Counting):
+    """Reports its answers under other arguments than those asked for, as lm-eval's model for vLLM does."""
+
+    def generate_until(self, requests):
+        if len(self.asked) >= 4:
+            raise KeyboardInterrupt
+        self.asked += [asked.args[0] for asked in requests]
+        for asked in requests:
+            self.hook.add_partial("generate_until", (asked.args[0], {"other": 1}), "")
+        return [asked.args[0].upper() for asked in requests]
+
+    hook = CacheHook(None)
+
+
+def test_answers_of_a_model_that_reports_them_under_other_arguments(tmp_path):
+    file, asked = tmp_path / "answers.jsonl", [request(prompt, until=["x"]) for prompt in "abcdef"]
+    with pytest.raises(KeyboardInterrupt):
+        Resuming(Forgetful(), Journal(file, SETTINGS), slice_size=2).generate_until(asked)
+    lm = Forgetful()
+    assert Resuming(lm, Journal(file, SETTINGS), slice_size=2).generate_until(asked) == list("ABCDEF")
+    assert lm.asked == ["e", "f"], "two slices of two were kept"
+
+
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     file = tmp_path / "answers.jsonl"
     Resuming(Counting(), Journal(file, SETTINGS)).generate_until([request("a"), request("b")])
@@ -63,6 +87,15 @@ def test_answers_of_other_settings_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"other settings \(dtype\); name another output_dir"):
         Journal(file, {**SETTINGS, "dtype": "bfloat16"})
     journal = Journal(file, {**SETTINGS, "dtype": "bfloat16"}, overwrite=True)
-    assert journal.answers == {} and json.loads(file.read_text())["dtype"] == "bfloat16"
+    assert journal.answers == {} and not file.exists()
+    journal.add_partial("generate_until", ("b", {}), "B")
+    assert json.loads(file.read_text().splitlines()[0])["dtype"] == "bfloat16"
     journal.remove()
     assert not file.exists()
+
+
+def test_overwriting_drops_answers_of_the_same_settings_too(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    Journal(file, SETTINGS).add_partial("generate_until", ("a", {}), "A")
+    assert Journal(file, SETTINGS).answers
+    assert Journal(file, SETTINGS, overwrite=True).answers == {} and not file.exists()

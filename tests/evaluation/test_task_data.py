@@ -64,3 +64,10 @@ def test_no_file_several_files_no_rows(tmp_path):
 def test_no_network_is_one_line_with_the_way_out():
     with pytest.raises(UserError, match=r"the hub did not give 'google/IFEval'.*--data_dir"):
         load_docs("ifeval", None)
+
+
+def test_other_columns_need_not_fit_into_a_table(tmp_path):
+    rows = [{"question": "a", "answer": "#### 1", "more": more} for more in (1, "two", {"three": [3]})]
+    (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    docs = load_docs("gsm8k", tmp_path)
+    assert docs.column_names == ["question", "answer"] and len(docs) == 3

@@ -14,15 +14,17 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 import benchmark_files
 import tiny
 from benchmark_files import GSM8K, HUMANEVAL, IFEVAL, MATH, ScriptedLM
 from maskft.errors import UserError
+from maskft.evaluation import tasks as tasks_module
 from maskft.evaluation.backend import BatchedLM
 from maskft.evaluation.journal import Journal, Resuming
 from maskft.evaluation.results import build_result
-from maskft.evaluation.tasks import check_chat_template, check_names, load_tasks, run_task
+from maskft.evaluation.tasks import BENCHMARKS, check_chat_template, check_names, load_tasks, run_task
 from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -38,6 +40,12 @@ def record_of(name, answers, folder, **options):
     record = run_task(lm, name, load_tasks([name], folder)[name], **options)
     build_result("x", {"name_or_path": "m"}, {}, {name: record})  # checks the record
     return record, lm.prompts
+
+
+@pytest.fixture
+def local_tasks(tmp_path, monkeypatch):
+    manager = benchmark_files.write_local_tasks(tmp_path / "tasks")
+    monkeypatch.setattr(tasks_module, "_task_manager", lambda: manager)
 
 
 # Scores
@@ -61,7 +69,7 @@ def test_gsm8k(folder):
         "higher_is_better": True,
         "unit": "fraction",
     }
-    assert record["num_fewshot"] == 8 and record["lm_eval_task"] == "gsm8k-cot" and record["chat_template_hash"] is None
+    assert record["num_fewshot"] == 8 and record["lm_eval_task"] == "gsm8k_cot" and record["chat_template_hash"] is None
     assert all(prompt.count("Q:") == 9 and prompt.endswith("A:") for prompt in prompts)
     assert record["items"][1]["output"] == " 10 and 5 make 15 pens" and record["items"][1]["answer"] == "15"
 
@@ -85,6 +93,7 @@ def test_code_is_run_in_the_sandbox(name, folder):
     passed, failed = record["items"]
     assert (passed["id"], passed["status"], failed["status"]) == ("HumanEval/0", "passed", "failed")
     assert "AssertionError" in failed["reason"] and "answer" not in failed
+    assert record["confinement"] == "confined"
 
 
 def test_ifeval(folder):
@@ -92,7 +101,10 @@ def test_ifeval(folder):
     record, prompts = record_of("ifeval", answers, folder)
     assert [item["prompt_level_strict_acc"] for item in record["items"]] == [0, 1]
     assert record["items"][0]["inst_level_strict_acc_each"] == [1, 0]
-    assert record["metrics"]["inst_level_strict_acc"]["value"] == pytest.approx(2 / 3)
+    metric = record["metrics"]["inst_level_strict_acc"]
+    assert metric["value"] == pytest.approx(2 / 3)
+    # Ratio of means, by hand: residuals sum(parts) - 2 / 3 * number of parts are -1/3 and 1/3, over 3/2 parts per item.
+    assert metric["stderr"] == pytest.approx(((2 / 9 / 1.5**2) / (2 - 1) / 2) ** 0.5)
     assert next(iter(record["metrics"])) == "prompt_level_strict_acc"
     assert [item["id"] for item in record["items"]] == ["1000", "1005"]
     assert prompts[0] == f"<|im_start|>user\n{IFEVAL[0]['prompt']}<|im_end|>\n<|im_start|>assistant\n"
@@ -158,6 +170,20 @@ def test_same_answers_as_lm_evals_backend(batch_size):
     assert ours == theirs and len(set(ours)) > 10
 
 
+def test_prompts_that_were_cut_are_counted(local_tasks, tmp_path):
+    net = tiny.tiny_llama(vocab_size=len(TOKENIZER), max_position_embeddings=10)
+    task = load_tasks(["long"])["long"]  # prompts of 5, 6 and 7 tokens, answers of up to 4
+    for _ in range(2):  # the second time all answers come from the journal
+        record = run_task(
+            Resuming(BatchedLM(net, TOKENIZER, batch_size=2), Journal(tmp_path / "answers.jsonl", {})), "long", task
+        )
+        assert record["num_truncated"] == 1
+        assert record["note"] == "1 of 3 prompts were longer than the model's context allows and were cut on their left"
+    task = load_tasks(["one"])["one"]
+    record = run_task(BatchedLM(tiny.tiny_llama(vocab_size=len(TOKENIZER)), TOKENIZER), "one", task)
+    assert record["num_truncated"] == 0 and "note" not in record
+
+
 def test_log_likelihoods_within_a_memory_bound():
     net = tiny.tiny_llama(vocab_size=len(TOKENIZER))
     requests = [
@@ -212,7 +238,23 @@ def test_other_tasks_of_lm_eval(tmp_path):
     assert all("word_perplexity" not in item for item in records[0]["text"]["items"])
 
 
+@pytest.mark.parametrize("stated,expected", [(None, True), (True, True), (False, False)])
+def test_higher_is_better_unless_lm_eval_says_otherwise(stated, expected):
+    metrics = tasks_module._metrics(
+        [{"id": "0", "m": 1.0}, {"id": "1"}], {"m,none": 0.5}, {"m": stated}, tasks_module._OTHERS
+    )
+    assert metrics["m"]["higher_is_better"] is expected
+    metrics = tasks_module._metrics([{"id": "0", "m": 1.0}], {"m,none": 1.0}, {"m": stated}, tasks_module._OTHERS)
+    assert metrics["m"]["higher_is_better"] is expected
+
+
 # Mistakes
+
+
+def test_items_with_one_id(tmp_path):
+    (tmp_path / "ifeval.jsonl").write_text("".join(json.dumps({**row, "key": 7}) + "\n" for row in IFEVAL))
+    with pytest.raises(UserError, match="the data of ifeval has key 7 more than once"):
+        load_tasks(["ifeval"], tmp_path)
 
 
 def test_unknown_task():
@@ -247,6 +289,20 @@ def test_sentence_tables_are_asked_for_when_they_are_needed(tmp_path, monkeypatc
     assert load_tasks(["ifeval"], tmp_path, limit=1)
 
 
-def test_other_tasks_that_run_code_are_refused():
-    with pytest.raises(UserError, match=r"lm-eval cannot load task 'mbpp'|outside the sandbox"):
-        load_tasks(["mbpp"])
+def test_other_tasks_that_run_code_are_refused(local_tasks):
+    assert set(load_tasks(["one"])) == {"one"}
+    with pytest.raises(UserError, match="task code would run model-written code outside the sandbox; use humaneval"):
+        load_tasks(["code"])
+
+
+def test_groups_with_a_task_of_the_name_of_ours(local_tasks):
+    assert set(load_tasks(["pair"])) == {"one", "two"}
+    with pytest.raises(UserError, match="ours holds lm-eval's own gsm8k, which is not the gsm8k of maskft"):
+        load_tasks(["ours"])
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_lm_evals_own_names(name):
+    benchmark = BENCHMARKS[name]
+    config = load_yaml(f"{lm_eval.tasks.__path__[0]}/{benchmark.config}", resolve_func=False)
+    assert config["task"].removesuffix("_algebra") == benchmark.lm_eval_task

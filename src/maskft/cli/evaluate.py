@@ -36,7 +36,7 @@ def add_arguments(parser) -> None:
         "--batch_size",
         type=_batch_size,
         default="auto",
-        help="items at one time; auto: as many as --max_memory_gb allows, at most 64 (held-out loss: 16) "
+        help="items at one time; auto: as many as --max_memory_gb allows, at most 64 (losses: 16) "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -66,7 +66,8 @@ def add_arguments(parser) -> None:
     tasks.add_argument(
         "--data_dir",
         metavar="DIR",
-        help="folder with the published files of benchmarks and of data sets named below; the hub is not asked then",
+        help="folder with the published files of the benchmarks, which are read from there then, and of data sets "
+        "named below; lm-eval's other tasks still come from the hub",
     )
     tasks.add_argument("--limit", type=int, metavar="N", help="first N items of each benchmark (default: all)")
     tasks.add_argument(
@@ -119,10 +120,10 @@ def run(args) -> None:
     from .. import paths
     from ..data_arguments import DataArguments
     from ..evaluation.alpaca import ALPACA_EVAL, load_alpaca
-    from ..evaluation.load import load_each, load_for_vllm
-    from ..evaluation.run import EvaluationSettings, evaluate_loaded, finished_result
-    from ..evaluation.task_data import go_offline
-    from ..evaluation.tasks import HELDOUT, check_names, load_tasks
+    from ..evaluation.load import load_each, load_for_vllm, no_model
+    from ..evaluation.results import data_sha256
+    from ..evaluation.run import EvaluationSettings, check_same_evaluation, evaluate_loaded, finished_result
+    from ..evaluation.tasks import HELDOUT, check_names, load_tasks, task_data_sha256
 
     _check_numbers(args)
     task_names = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
@@ -133,6 +134,7 @@ def run(args) -> None:
     sources = args.adapter or [args.model_name_or_path]
     names = _labels(sources, args)
     folder = Path(args.output_dir)
+    _check_output_dir(folder)
     targets = [folder / paths.RESULT] if len(sources) == 1 else [folder / name / paths.RESULT for name in names]
     benchmarks = [name for name in task_names if name not in (HELDOUT, ALPACA_EVAL)]
     check_names(benchmarks)
@@ -152,12 +154,11 @@ def run(args) -> None:
     )
     if len(targets) == 1 and targets[0].exists() and not args.overwrite:
         raise UserError(f"{targets[0]} exists; name another output_dir or pass --overwrite")
-    earlier = [None if args.overwrite else finished_result(target, settings, task_names) for target in targets]
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(DataArguments)}
     data = DataArguments(**{name: value for name, value in values.items() if value is not None})
-    if args.data_dir:
-        go_offline()
-    if args.backend == "vllm":
+    if args.alpaca_outputs and task_names == [ALPACA_EVAL]:
+        models = no_model(names[0])  # whatever model is named did not make these outputs here
+    elif args.backend == "vllm":
         models = load_for_vllm(args.model_name_or_path, args.adapter)
     else:
         models = load_each(args.model_name_or_path, args.adapter, args.dtype, args.device)
@@ -167,19 +168,26 @@ def run(args) -> None:
         args.limit,
         allow_unconfined=args.allow_unconfined_code,
     )
+    data_hashes = {name: task_data_sha256(task, args.limit) for name, task in tasks.items()}
+    if alpaca:
+        data_hashes[ALPACA_EVAL] = alpaca.data_sha256
+    named = {*data_hashes, *({HELDOUT} & set(task_names))}
+    earlier = [None if args.overwrite else finished_result(target, settings, named) for target in targets]
     rows = partial(_rows, data, args.eval_split_size is not None, text_field=args.dataset_text_field)
     for loaded, name, target, done in zip(models, names, targets, earlier, strict=True):
         if args.seed is not None:
             loaded.facts["seed"] = args.seed
+        heldout = list(rows(loaded.tokenizer)) if HELDOUT in task_names else None
         if done is not None:
-            if any(done["model"].get(key) != value for key, value in loaded.facts.items()):
-                raise UserError(f"{target} is of another model; name another output_dir or pass --overwrite")
+            if heldout is not None:
+                data_hashes[HELDOUT] = data_sha256(heldout)
+            check_same_evaluation(done, target, loaded.facts, data_hashes)
             print(f"{name}: already done, {target}")
             continue
         result = evaluate_loaded(
             loaded,
             tasks,
-            rows if HELDOUT in task_names else None,
+            heldout,
             settings,
             target,
             name,
@@ -206,6 +214,17 @@ def _check_numbers(args) -> None:
         raise UserError(f"max_memory_gb is {args.max_memory_gb}; it must be above 0")
 
 
+def _check_output_dir(folder) -> None:
+    """Refuse a folder that cannot be written to, hours before something is."""
+    import os
+
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"output_dir {str(folder)!r} cannot be made: {place} is a file; name another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir {str(folder)!r} cannot be written to: no permission for {place}; name another")
+
+
 def _labels(sources: list, args) -> list[str]:
     """One label per model: its folder's name, with as many of the folders above as tell it from the others."""
     from pathlib import Path
@@ -213,11 +232,13 @@ def _labels(sources: list, args) -> list[str]:
     if args.name:
         if len(args.name) != len(sources):
             raise UserError(f"{len(args.name)} names for {len(sources)} models; give one --name for each")
+        if not all(name.strip() for name in args.name):
+            raise UserError("a name is empty; every model needs a --name to be told apart by")
         labels = args.name
     else:
-        parts = [
-            Path(args.model_name_or_path or "base" if source in (None, "none") else source).parts for source in sources
-        ]
+        chosen = [Path(args.model_name_or_path or "base" if source in (None, "none") else source) for source in sources]
+        # `.` and `..` have names too; a hub name is none of a folder.
+        parts = [(path.resolve() if path.exists() else path).parts for path in chosen]
         for depth in range(1, max(map(len, parts)) + 1):
             labels = ["-".join(part.strip("/") for part in path[-depth:]) for path in parts]
             if len(set(labels)) == len(labels):

@@ -18,7 +18,7 @@ from .. import paths
 from ..errors import UserError
 from .journal import Journal
 from .judge import Judge, JudgeSettings, length_controlled_win_rate, preferences
-from .results import build_task, items_fingerprint, metric_from_items, write_text
+from .results import build_task, data_sha256, items_fingerprint, metric_from_items, write_text
 
 ALPACA_EVAL = "alpaca_eval"
 TASK_VERSION = 1
@@ -108,9 +108,15 @@ class AlpacaEval:
         """What else shapes the numbers, for the result file."""
         return {
             "judge_model": self.judge.model if self.judge else None,
+            "judge_host": urlsplit(self.judge.url).netloc.rpartition("@")[2] if self.judge else None,
             "length_control": self.formula if self.judge else None,
             "max_new_tokens": self.max_new_tokens if self.outputs is None else None,
         }
+
+    @property
+    def data_sha256(self) -> str:
+        """`results.data_sha256` of prompts, given outputs and references."""
+        return data_sha256([self.prompts, self.outputs, self.references])
 
     @property
     def formula(self) -> str:
@@ -222,9 +228,10 @@ def evaluate_alpaca(
     """
     from .evaluate import chat_template_hash
 
-    outputs = task.outputs
+    outputs, template = task.outputs, None
     if outputs is None:
         outputs = _generate(loaded, task, journal, batch_size, max_memory_gb, console)
+        template = chat_template_hash(loaded.tokenizer)
     rows = [
         {**{key: row[key] for key in ("dataset",) if key in row}, "instruction": row["instruction"], "output": output}
         for row, output in zip(task.prompts, outputs, strict=True)
@@ -251,9 +258,10 @@ def evaluate_alpaca(
             }
             for index, item in enumerate(items)
         ),
-        chat_template_hash=chat_template_hash(loaded.tokenizer),
+        chat_template_hash=template,
     )
-    return record | extra
+    made = {"data_sha256": task.data_sha256, "outputs_from_file": task.outputs is not None}
+    return record | made | extra
 
 
 def read_rows(source: str, fields: Sequence[str]) -> list[dict]:
@@ -359,33 +367,25 @@ def _length_control_file(source: str, indices: Sequence[int]) -> Path:
 
 def _generate(loaded, task: AlpacaEval, journal: Journal, batch_size, max_memory_gb, console) -> list[str]:
     from ..data import prompt_ids
-    from .evaluate import progress_bar
-    from .generation import greedy_generate
+    from .evaluate import resumed_answers
 
-    kind = f"{ALPACA_EVAL}_output"
     prompts = [
         prompt_ids({"prompt": [{"role": "user", "content": row["instruction"]}]}, loaded.tokenizer)
         for row in task.prompts
     ]
-    keys = [journal.key(kind, [ids, task.max_new_tokens]) for ids in prompts]
-    missing = [index for index, key in enumerate(keys) if key not in journal.answers]
-    with progress_bar(console) as progress:
-        bar = progress.add_task(f"{ALPACA_EVAL}: outputs", total=len(prompts), completed=len(prompts) - len(missing))
-
-        def keep(number: int, text: str) -> None:
-            journal.add_partial(kind, [prompts[missing[number]], task.max_new_tokens], text.strip())
-            progress.advance(bar)
-
-        greedy_generate(
-            loaded.model,
-            loaded.tokenizer,
-            [prompts[index] for index in missing],
-            max_new_tokens=task.max_new_tokens,
-            batch_size=batch_size,
-            max_memory_bytes=None if max_memory_gb is None else max_memory_gb * 1e9,
-            on_answer=keep,
-        )
-    return [journal.answers[key] for key in keys]
+    answers = resumed_answers(
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        journal,
+        f"{ALPACA_EVAL}_output",
+        f"{ALPACA_EVAL}: outputs",
+        max_new_tokens=task.max_new_tokens,
+        batch_size=batch_size,
+        max_memory_gb=max_memory_gb,
+        console=console,
+    )
+    return [answer.strip() for answer in answers]
 
 
 def _judged(items: list[dict], task: AlpacaEval, journal: Journal, console) -> tuple[dict, dict]:

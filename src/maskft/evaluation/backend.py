@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
@@ -52,9 +54,7 @@ class BatchedLM(HFLM):
                 f"task {task_name} generates up to {max_new_tokens} tokens, the model's context is {self.max_length}, "
                 "which leaves no room for a prompt"
             )
-        prompts = [
-            self.tok_batch_encode([request.args[0]], left_truncate_len=room)[0][0].tolist() for request in requests
-        ]
+        prompts = [self._prompt_ids(request.args[0])[-room:] for request in requests]
         with progress_bar(self.console) as progress:
             bar = progress.add_task(task_name or "answers", total=len(prompts))
 
@@ -72,6 +72,17 @@ class BatchedLM(HFLM):
                 stop_strings=[stop for stop in handle_stop_sequences(settings.get("until"), eos) if stop],
                 on_answer=on_answer,
             )
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        return self.tok_batch_encode([text])[0][0].tolist()
+
+    def num_truncated(self, arguments: Iterable[tuple[str, dict]]) -> int:
+        """How many of these requests for generation have a prompt that is cut on its left, for room for the answer."""
+        count = 0
+        for text, settings in arguments:
+            room = self.max_length - normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+            count += len(self._prompt_ids(text)) > room
+        return count
 
     def _detect_batch_size(self, requests=None, pos: int = 0) -> int:
         """Rows for log-likelihoods by a bound on memory; lm-eval tries until the machine has none left."""

@@ -12,17 +12,22 @@ from random import Random
 
 from rich.console import Console
 
+from ..data.splits import prompt_digest
 from ..errors import UserError, did_you_mean
 from .evaluate import evaluate_rows
-from .task_data import SOURCES, go_offline, load_docs
+from .task_data import SOURCES, load_docs
 from .tasks import BENCHMARKS, HELDOUT, check_names, load_tasks, run_task
 
 TASKS = (HELDOUT, *(name for name, source in SOURCES.items() if "train" in source.splits))
+# What the Trainer and TRL measure at every evaluation.
+LOSS_METRICS = ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss")
 _QUIET = Console(quiet=True)  # a bar of the evaluation inside the bar of the training would garble both
 
 
 class TrainingEvaluation:
     """The items, chosen once, and how a model is measured on them.
+
+    ``selected_on`` maps the ids of the held-out rows among them to hashes of their prompts.
 
     Args:
         names: Some of ``TASKS``.
@@ -44,7 +49,7 @@ class TrainingEvaluation:
         limit: int,
         data_dir: str | None,
         train_rows: Iterable[Mapping],
-        heldout_rows: Iterable[Mapping],
+        heldout_rows: Sequence[Mapping],
         *,
         max_new_tokens: int = 256,
         batch_size: int | None = None,
@@ -64,17 +69,26 @@ class TrainingEvaluation:
             raise UserError(f"eval_limit is {limit}; it must be at least 1")
         check_names(names)
         self.console, self.max_new_tokens, self.batch_size = console, max_new_tokens, batch_size
-        self.rows = None
+        self.rows, self.selected_on = None, {}
         if HELDOUT in names:
-            self.rows = [row for row, _ in zip(heldout_rows, range(limit), strict=False)]
+            # A part drawn at random: a report may then leave it out, and what remains is a fair sample as well.
+            order = list(range(len(heldout_rows)))
+            Random(0).shuffle(order)
+            self.rows = [heldout_rows[index] for index in sorted(order[:limit])]
+            self.selected_on = {str(row["id"]): prompt_digest(row).hex() for row in self.rows}
             if any(row.get("answer") is None for row in self.rows):
                 raise UserError("eval_tasks: heldout answers cannot be checked, the data has no `answer` column")
         benchmarks = [name for name in names if name != HELDOUT]
-        if benchmarks and data_dir:
-            go_offline()
         docs = {name: unseen(load_docs(name, data_dir, "train"), name, train_rows, limit) for name in benchmarks}
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.tasks = load_tasks(benchmarks, data_dir, limit, docs=docs)
+
+    @staticmethod
+    def metric_names(tasks: Sequence[str]) -> list[str]:
+        """The names of all metrics that an evaluation has, with the ``eval_`` that the Trainer puts before them."""
+        measured = {name: BENCHMARKS[name].metrics.values() if name in BENCHMARKS else ("accuracy",) for name in tasks}
+        ours = [f"{name}_{metric}" for name, metrics in measured.items() for metric in metrics]
+        return [f"eval_{name}" for name in (*LOSS_METRICS, *ours)]
 
     def measure(self, model, tokenizer) -> dict[str, float]:
         """Return ``task_metric`` -> value."""
@@ -84,7 +98,7 @@ class TrainingEvaluation:
                 model,
                 tokenizer,
                 self.rows,
-                batch_size=self.batch_size or 16,
+                batch_size=self.batch_size,
                 max_new_tokens=self.max_new_tokens,
                 console=_QUIET,
             )

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..answers import check_answer
 from ..data import prompt_ids, tokenize_example
 from ..errors import UserError
-from .generation import greedy_generate
+from .generation import greedy_generate, memory_bound_rows
+from .journal import Journal
 from .loss import nll_per_item
-from .results import build_task, items_fingerprint, metric_from_items
+from .results import build_task, data_sha256, items_fingerprint, metric_from_items
 
 TASK_VERSION = 1
+MAX_LOSS_BATCH_SIZE = 16  # a larger one is no faster, and the loss needs logits of all tokens of a row
+_LOSS, _ANSWER = "heldout_loss", "heldout_answer"  # in the journal
 
 
 def progress_bar(console=None, disable: bool = False) -> Progress:
@@ -29,11 +33,13 @@ def evaluate_rows(
     tokenizer,
     rows: Sequence[dict],
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
+    max_memory_gb: float | None = None,
     max_length: int | None = None,
     max_new_tokens: int = 256,
     generate: bool | None = None,
     text_field: str = "text",
+    journal: Journal | None = None,
     console=None,
 ) -> dict:
     """Held-out loss and, for rows with an ``answer``, accuracy of greedily generated answers.
@@ -42,11 +48,13 @@ def evaluate_rows(
         model: A causal language model.
         tokenizer: Its tokenizer.
         rows: Rows as ``load_splits`` makes them.
-        batch_size: Rows per batch.
+        batch_size: Rows at one time; None: by ``max_memory_gb``.
+        max_memory_gb: Bound on the memory of a batch, in 10^9 bytes; None: half of what is free.
         max_length: Truncation of the scored sequence in tokens; None: not truncated.
         max_new_tokens: Bound on a generated answer, in tokens.
         generate: Whether to generate answers; None: where every row has one to check.
         text_field: Column of plain text data.
+        journal: Keeps losses and answers, so that a run that ends early goes on.
         console: Where the progress bar goes.
 
     Returns:
@@ -61,37 +69,41 @@ def evaluate_rows(
     generate = checkable if generate is None else generate
     tokenized = [tokenize_example(row, tokenizer, max_length=max_length, text_field=text_field) for row in rows]
     prompts = [prompt_ids(row, tokenizer) for row in rows] if generate else None
-    with progress_bar(console) as progress:
-        bar = progress.add_task("held-out loss", total=len(rows))
-        losses = nll_per_item(
-            model,
-            tokenized,
-            batch_size=batch_size,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            progress=lambda n: progress.advance(bar, n),
+    max_memory_bytes = None if max_memory_gb is None else max_memory_gb * 1e9
+
+    def losses(indices: list[int], keep: Callable) -> None:
+        chosen = [tokenized[index] for index in indices]
+        size = batch_size or _loss_batch_size(model, max(len(row["input_ids"]) for row in chosen), max_memory_bytes)
+        nll_per_item(model, chosen, batch_size=size, pad_token_id=tokenizer.pad_token_id or 0, on_loss=keep)
+
+    requests = [[row["input_ids"], row["labels"]] for row in tokenized]
+    items = [
+        {"id": str(row["id"]), "nll": nll if math.isfinite(nll) else None, "num_tokens": count}
+        for row, (nll, count) in zip(
+            rows, resumed(_LOSS, requests, losses, journal, "held-out loss", console), strict=True
         )
-        items = [
-            {"id": str(row["id"]), "nll": nll if math.isfinite(nll) else None, "num_tokens": count}
-            for row, (nll, count) in zip(rows, losses, strict=True)
-        ]
-        if generate:
-            bar = progress.add_task("answers", total=len(rows))
-            outputs = greedy_generate(
-                model,
-                tokenizer,
-                prompts,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                on_answer=lambda *_: progress.advance(bar),
-            )
-            for item, row, output in zip(items, rows, outputs, strict=True):
-                correct = check_answer(output, row["answer"], row.get("answer_type") or "exact")
-                item.update(accuracy=int(correct), answer=row["answer"], output=output)
+    ]
+    if generate:
+        outputs = resumed_answers(
+            model,
+            tokenizer,
+            prompts,
+            journal,
+            _ANSWER,
+            "answers",
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            max_memory_gb=max_memory_gb,
+            console=console,
+        )
+        for item, row, output in zip(items, rows, outputs, strict=True):
+            correct = check_answer(output, row["answer"], row.get("answer_type") or "exact")
+            item.update(accuracy=int(correct), answer=row["answer"], output=output)
     kept = [item for item in items if item["num_tokens"] > 0]
     if not kept:
         raise UserError(f"no item has a supervised token within max_length={max_length}; raise it")
     metrics = {name: metric_from_items(kept, name) for name in ("nll", "accuracy") if name in kept[0]}
-    return build_task(
+    record = build_task(
         kept,
         metrics,
         version=TASK_VERSION,
@@ -102,6 +114,82 @@ def evaluate_rows(
         ),
         chat_template_hash=chat_template_hash(tokenizer),
     )
+    return record | {"data_sha256": data_sha256(rows)}
+
+
+def resumed(
+    kind: str,
+    requests: Sequence[list],
+    compute: Callable[[list[int], Callable[[int, Any], None]], None],
+    journal: Journal | None,
+    title: str,
+    console=None,
+) -> list:
+    """Answers to requests: those that the journal knows, and the others computed and kept one by one.
+
+    Args:
+        kind: What is asked, for the journal.
+        requests: What each answer depends on, JSON-able.
+        compute: Given the indices of the requests to compute, it calls its second argument with the position among
+            these and the answer, for each.
+        journal: None: nothing is kept.
+        title: Of the progress bar.
+        console: Where the progress bar goes.
+    """
+    answers: dict[int, Any] = {}
+    if journal:
+        keys = [journal.key(kind, request) for request in requests]
+        answers = {index: journal.answers[key] for index, key in enumerate(keys) if key in journal.answers}
+    missing = [index for index in range(len(requests)) if index not in answers]
+    with progress_bar(console) as progress:
+        bar = progress.add_task(title, total=len(requests), completed=len(answers))
+
+        def keep(position: int, answer: Any) -> None:
+            answers[missing[position]] = answer
+            if journal:
+                journal.add_partial(kind, requests[missing[position]], answer)
+            progress.advance(bar)
+
+        if missing:
+            compute(missing, keep)
+    return [answers[index] for index in range(len(requests))]
+
+
+def resumed_answers(
+    model,
+    tokenizer,
+    prompts: Sequence[list[int]],
+    journal: Journal | None,
+    kind: str,
+    title: str,
+    *,
+    max_new_tokens: int,
+    batch_size: int | None,
+    max_memory_gb: float | None,
+    console=None,
+) -> list[str]:
+    """Generated answers to prompts of token ids, see `resumed` and `generation.greedy_generate`."""
+
+    def generate(indices: list[int], keep: Callable[[int, str], None]) -> None:
+        greedy_generate(
+            model,
+            tokenizer,
+            [prompts[index] for index in indices],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            max_memory_bytes=None if max_memory_gb is None else max_memory_gb * 1e9,
+            on_answer=keep,
+        )
+
+    return resumed(kind, [[ids, max_new_tokens] for ids in prompts], generate, journal, title, console)
+
+
+def _loss_batch_size(model, longest: int, max_memory_bytes: float | None) -> int:
+    logits = (
+        3 * 4 * model.config.get_text_config().vocab_size * longest
+    )  # in float32, beside those in the model's dtype
+    rows = memory_bound_rows(model, longest, 0, max_memory_bytes, extra_row_bytes=logits)
+    return min(rows, MAX_LOSS_BATCH_SIZE)
 
 
 def chat_template_hash(tokenizer) -> str | None:

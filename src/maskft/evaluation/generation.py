@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
+from ..errors import UserError
 from .batching import length_sorted_batches, pad
 from .row_cache import ATTENTION, RowCache, UnsupportedAttention
 
@@ -52,11 +53,15 @@ def greedy_generate(
 
     Returns:
         The generated texts in the order of ``prompts``, without special tokens and without what follows a stop string.
+
+    Raises:
+        UserError: If a prompt and its answer may be longer than the model's context.
     """
     model.eval()
     job = _Job(model, tokenizer, prompts, max_new_tokens, list(stop_strings), on_answer)
     if not prompts:
         return []
+    _check_context(model, max(len(prompt) for prompt in prompts), max_new_tokens)
     if not _attention_is_known(model):
         longest = max(len(prompt) for prompt in prompts)
         size = batch_size or memory_bound_rows(model, longest, max_new_tokens, max_memory_bytes)
@@ -68,6 +73,15 @@ def greedy_generate(
         with _attention(model):
             _generate_in_places(job, shared, size)
     return job.out
+
+
+def _check_context(model, longest: int, max_new_tokens: int) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0  # some have no bound
+    if 0 < context < longest + max_new_tokens:
+        raise UserError(
+            f"the longest prompt has {longest} tokens and its answer may have {max_new_tokens}, the model's context "
+            f"{context}; lower the bound on new tokens, or leave out prompts that long"
+        )
 
 
 def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:

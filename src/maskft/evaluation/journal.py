@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import UserError
 
@@ -21,7 +21,7 @@ class Journal:
     Args:
         file: The file; made if it does not exist.
         settings: What all answers depend on, JSON-able: model, adapter, dtype, ...
-        overwrite: Throw away a journal of other settings instead of refusing it.
+        overwrite: Throw away the file if there is one.
 
     Raises:
         UserError: If the file is the journal of another evaluation.
@@ -31,24 +31,21 @@ class Journal:
         self.file = file
         self.answers: dict[str, Any] = {}
         settings = json.loads(json.dumps(settings))
+        if overwrite:
+            file.unlink(missing_ok=True)
         lines = _readable_lines(file)
         if lines and lines[0] != settings:
-            if not overwrite:
-                differing = sorted(key for key in {*lines[0], *settings} if lines[0].get(key) != settings.get(key))
-                raise UserError(
-                    f"{file} holds answers of an unfinished evaluation with other settings ({', '.join(differing)}); "
-                    "name another output_dir, or pass --overwrite to throw them away"
-                )
-            lines = []
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._out = file.open("a" if lines else "w", encoding="utf-8")
-        if lines:
-            self._out.write("\n")  # ends a line that a kill cut short
-            self.answers = {line["key"]: line["answer"] for line in lines[1:]}
-        else:
-            self._write(settings)
+            differing = sorted(key for key in {*lines[0], *settings} if lines[0].get(key) != settings.get(key))
+            raise UserError(
+                f"{file} holds answers of an unfinished evaluation with other settings ({', '.join(differing)}); "
+                "name another output_dir, or pass --overwrite to throw them away"
+            )
+        self.answers = {line["key"]: line["answer"] for line in lines[1:]}
+        self._start = "\n" if lines else _line(settings)  # the former ends a line that a kill cut short
+        self._out: TextIO | None = None
 
-    def key(self, kind: str, arguments: Sequence) -> str:
+    @staticmethod
+    def key(kind: str, arguments: Sequence) -> str:
         """The name of a request: its kind, prompt and settings, whatever task it comes from."""
         return hashlib.sha256(json.dumps([kind, *arguments], sort_keys=True).encode()).hexdigest()
 
@@ -60,20 +57,33 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the file: the result is written."""
-        self._out.close()
-        self.file.unlink()
+        if self._out:
+            self._out.close()
+        self.file.unlink(missing_ok=True)
 
     def _write(self, line: Mapping) -> None:
-        self._out.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if self._out is None:  # with the first answer: a run that is refused writes nothing
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._out = self.file.open("a", encoding="utf-8")
+            self._out.write(self._start)
+        self._out.write(_line(line))
         self._out.flush()
 
 
 class Resuming:
-    """An lm-eval model that asks the wrapped one only what the journal does not know."""
+    """An lm-eval model that asks the wrapped one only what the journal does not know.
 
-    def __init__(self, lm, journal: Journal):
-        self.lm, self.journal = lm, journal
-        lm.set_cache_hook(journal)
+    Args:
+        lm: The model.
+        journal: Keeps its answers.
+        slice_size: So many requests are asked for at one time, and then kept. None: all of them, the model calls the
+            journal as a cache hook with each answer, under the arguments of its request.
+    """
+
+    def __init__(self, lm, journal: Journal, slice_size: int | None = None):
+        self.lm, self.journal, self.slice_size = lm, journal, slice_size
+        if slice_size is None:
+            lm.set_cache_hook(journal)
 
     def __getattr__(self, name: str) -> Any:
         if name not in _REQUEST_KINDS:
@@ -84,10 +94,27 @@ class Resuming:
         keys = [None if _is_sampled(request) else self.journal.key(kind, request.args) for request in requests]
         known = [key in self.journal.answers for key in keys]
         missing = [request for request, is_known in zip(requests, known, strict=True) if not is_known]
-        fresh = iter(getattr(self.lm, kind)(missing) if missing else ())
+        fresh = iter(self._ask(kind, missing))
         return [
             self.journal.answers[key] if is_known else next(fresh) for key, is_known in zip(keys, known, strict=True)
         ]
+
+    def _ask(self, kind: str, requests: list) -> list:
+        ask, size = getattr(self.lm, kind), self.slice_size
+        if size is None:
+            return ask(requests) if requests else []
+        answers = []
+        for start in range(0, len(requests), size):
+            part = requests[start : start + size]
+            answers += ask(part)
+            for request, answer in zip(part, answers[start:], strict=True):
+                if not _is_sampled(request):
+                    self.journal.add_partial(kind, request.args, answer)
+        return answers
+
+
+def _line(content: Mapping) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 def _is_sampled(request) -> bool:

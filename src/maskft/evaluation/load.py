@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..mask_set import read_config
 from ..merge import adapter_tokenizer
-from ..models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
-from ..paths import TRAINING, holds_adapter
+from ..models import check_model_source, check_tokenizer_fits, load_config, load_model, load_tokenizer
+from ..paths import ADAPTER_CONFIG, TRAINING, holds_adapter
 
 NO_ADAPTER = "none"  # the name under which the base model itself is evaluated among adapters
+# Fields of an adapter_config.json that change no output: where the base was, how it was trained, who wrote it.
+_NOT_OF_THE_OUTPUT = ("base_model_name_or_path", "recipe", "inference_mode", "peft_version", "revision")
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Loaded:
         facts: What goes into its result file.
         source: The base model's name or folder.
         identity: A text that changes with the weights.
+        selected_on: Ids of the held-out rows that it was measured on while it was trained, and hashes of their prompts.
     """
 
     model: Any
@@ -39,6 +44,7 @@ class Loaded:
     facts: dict
     source: str
     identity: str
+    selected_on: dict[str, str] = field(default_factory=dict)
 
 
 def load_for_evaluation(
@@ -86,10 +92,12 @@ def load_each(
         if new_kind is None:
             tokenizer = load_tokenizer(base_name)
         elif wrapped is None:
-            wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=f"adapter_{number}")
+            with _one_line(adapter, f"does not fit {base_name!r}"):
+                wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=f"adapter_{number}")
         else:
             previous = wrapped.active_adapter
-            wrapped.load_adapter(adapter, adapter_name=f"adapter_{number}")
+            with _one_line(adapter, f"does not fit {base_name!r}"):
+                wrapped.load_adapter(adapter, adapter_name=f"adapter_{number}")
             wrapped.set_adapter(f"adapter_{number}")
             wrapped.delete_adapter(previous)
         kind = new_kind
@@ -98,12 +106,21 @@ def load_each(
             facts |= _training_facts(base_name)
         else:
             tokenizer = adapter_tokenizer(adapter, base_name)
-            facts |= {"adapter": _portable(adapter), **_adapter_facts(adapter, kind)}
+            facts |= {
+                "adapter": _portable(adapter),
+                "adapter_sha256": adapter_sha256(adapter),
+                **_adapter_facts(adapter, kind),
+            }
         evaluated = model if wrapped is None else wrapped
         check_tokenizer_fits(evaluated, tokenizer)
-        yield Loaded(
-            evaluated.to(device).eval(), tokenizer, facts, base_name, fingerprint + _weights_hash(adapter, kind)
-        )
+        identity = f"{fingerprint}+{facts['adapter_sha256']}" if kind else fingerprint
+        selected_on = _selected_on(base_name) | ({} if kind is None else _selected_on(adapter))
+        yield Loaded(evaluated.to(device).eval(), tokenizer, facts, base_name, identity, selected_on)
+
+
+def no_model(name: str) -> Iterator[Loaded]:
+    """For outputs that were made elsewhere: nothing but the name under which they are reported."""
+    return iter([Loaded(None, None, {"name_or_path": name}, name, name)])
 
 
 def load_for_vllm(model_name_or_path: str | None, adapters: Sequence[str] = ()) -> Iterator[Loaded]:
@@ -118,8 +135,10 @@ def load_for_vllm(model_name_or_path: str | None, adapters: Sequence[str] = ()) 
     if importlib.util.find_spec("vllm") is None:
         raise UserError("backend vllm needs vLLM, which is not installed; run: pip install vllm, or use --backend hf")
     source = _base_name(model_name_or_path, [])
-    facts = {"name_or_path": _portable(source), **_training_facts(source)}
-    return iter([Loaded(None, load_tokenizer(source), facts, source, source)])
+    identity = _files_sha256(source) if Path(source).is_dir() else f"{source}@{_revision(source)}"
+    fingerprint = identity if Path(source).is_dir() else None
+    facts = {"name_or_path": _portable(source), "fingerprint": fingerprint, **_training_facts(source)}
+    return iter([Loaded(None, load_tokenizer(source), facts, source, identity)])
 
 
 def model_fingerprint(model) -> str:
@@ -131,11 +150,40 @@ def model_fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def _weights_hash(adapter: str, kind: str | None) -> str:
-    if kind is None:
-        return ""
-    files = sorted(Path(adapter).glob("adapter_model.*"))
-    return "+" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def _files_sha256(folder: str) -> str:
+    """sha256 over a model folder's weight files and configuration: what vLLM reads, and we do not load."""
+    digest = hashlib.sha256()
+    names = ("*.safetensors", "*.bin", "config.json", "generation_config.json")
+    for file in sorted(path for name in names for path in Path(folder).glob(name)):
+        digest.update(file.name.encode())
+        _update(digest, file)
+    return digest.hexdigest()
+
+
+def _revision(name: str) -> str | None:
+    """The commit of a hub model."""
+    return getattr(load_config(name), "_commit_hash", None)
+
+
+def adapter_sha256(folder: str) -> str:
+    """sha256 over an adapter's weights and what its ``adapter_config.json`` says about their use."""
+    config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    used = {
+        # PEFT writes sets, target_modules for one, in no fixed order.
+        key: sorted(value, key=str) if isinstance(value, list) else value
+        for key, value in config.items()
+        if key not in _NOT_OF_THE_OUTPUT
+    }
+    digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
+    for file in sorted(Path(folder).glob("adapter_model.*")):
+        _update(digest, file)
+    return digest.hexdigest()
+
+
+def _update(digest, file: Path) -> None:
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
 
 
 def _base_name(model_name_or_path: str | None, adapters: Sequence[str]) -> str:
@@ -146,7 +194,7 @@ def _base_name(model_name_or_path: str | None, adapters: Sequence[str]) -> str:
             continue
         if not holds_adapter(adapter):
             raise UserError(f"{adapter!r} is not an adapter folder: it has no adapter_config.json")
-        named[adapter] = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        named[adapter] = _peft_config(adapter).base_model_name_or_path
     if model_name_or_path is not None:
         check_model_source(model_name_or_path)
         return model_name_or_path
@@ -164,8 +212,26 @@ def _base_name(model_name_or_path: str | None, adapters: Sequence[str]) -> str:
     return base
 
 
+def _peft_config(adapter: str) -> PeftConfig:
+    with _one_line(adapter, "has no adapter_config.json that PEFT can read"):
+        return PeftConfig.from_pretrained(adapter)
+
+
+@contextlib.contextmanager
+def _one_line(adapter: str, problem: str) -> Iterator[None]:
+    """Make one line of the errors that PEFT raises for an adapter."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
+        raise UserError(
+            f"adapter {adapter!r} {problem} ({type(error).__name__}: {first_line(error)}); check both"
+        ) from error
+
+
 def _peft_type(adapter: str) -> str:
-    kind = PeftConfig.from_pretrained(adapter).peft_type
+    kind = _peft_config(adapter).peft_type
     return str(getattr(kind, "value", kind))
 
 
@@ -188,8 +254,14 @@ def _portable(name: str) -> str:
 
 def _training_facts(folder: str) -> dict:
     """Method and seed of a folder that ``maskft train`` wrote."""
+    recipe = _training(folder).get("recipe")
+    return {"method": recipe["method"], "seed": recipe["seed"]} if recipe else {}
+
+
+def _selected_on(folder: str) -> dict[str, str]:
+    return _training(folder).get("data", {}).get("selected_on", {})
+
+
+def _training(folder: str) -> dict:
     file = Path(folder) / TRAINING
-    if not file.is_file():
-        return {}
-    recipe = json.loads(file.read_text())["recipe"]
-    return {"method": recipe["method"], "seed": recipe["seed"]}
+    return json.loads(file.read_text()) if file.is_file() else {}

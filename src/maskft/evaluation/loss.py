@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,12 @@ from .batching import length_sorted_batches, pad
 
 @torch.inference_mode()
 def nll_per_item(
-    model, rows: Sequence[dict], *, batch_size: int = 16, pad_token_id: int = 0, progress=None
+    model,
+    rows: Sequence[dict],
+    *,
+    batch_size: int = 16,
+    pad_token_id: int = 0,
+    on_loss: Callable[[int, tuple[float, int]], None] | None = None,
 ) -> list[tuple[float, int]]:
     """Mean negative log-likelihood of the supervised tokens of each row.
 
@@ -21,7 +26,7 @@ def nll_per_item(
         rows: Rows with ``input_ids`` and ``labels`` (-100 where there is no loss), as ``tokenize_example`` makes them.
         batch_size: Rows per forward pass.
         pad_token_id: Padding on the right; it changes no number.
-        progress: Called with the number of rows done after each batch.
+        on_loss: Called with index and numbers of each row when it is done, in the order in which they are.
 
     Returns:
         Per row: nats per supervised token, and the number of supervised tokens.
@@ -34,8 +39,8 @@ def nll_per_item(
         labels_BT, _ = pad([row["labels"] for row in batch], -100, model.device)
         for index, pair in zip(indices, _batch_nll(model, ids_BT, mask_BT, labels_BT), strict=True):
             out[index] = pair
-        if progress:
-            progress(len(indices))
+            if on_loss:
+                on_loss(index, pair)
     return out
 
 

@@ -7,11 +7,13 @@ Schema version 1, a JSON object::
     name            label of the model in tables; results of one name and different seeds are seeds of one method
     created         ISO 8601, UTC
     maskft_version  version that wrote the file
-    model           name_or_path; and, null where there is none: fingerprint, adapter, mask_fingerprint, method, seed
+    model           name_or_path; and, null where there is none: fingerprint, adapter, mask_fingerprint, adapter_sha256,
+                    method, seed
     settings        what else shaped the numbers: batch size, dtype, max_new_tokens, ...
     training        optional: how the model came about, for the tables of the paper; see `TRAINING_FIELDS`
-    environment     python, platform, cpu, num_threads, packages
-    tasks           task name -> version, num_fewshot, items_fingerprint, chat_template_hash, metrics, items
+    environment     python, platform, cpu, num_threads, packages, device
+    tasks           task name -> version, num_fewshot, items_fingerprint, chat_template_hash, metrics, items; optional:
+                    data_sha256
       metrics       metric name -> value, stderr, num_items, higher_is_better, unit
       items         one object per item: id, a number per metric, num_tokens for units per token, and anything else
 
@@ -44,12 +46,18 @@ SCHEMA_VERSION = 1
 
 PACKAGES = (
     "accelerate",
+    "alpaca_eval",
+    "antlr4-python3-runtime",
     "datasets",
+    "langdetect",
     "lm_eval",
     "maskft",
+    "math-verify",
+    "nltk",
     "numpy",
     "peft",
     "scipy",
+    "sympy",
     "tokenizers",
     "torch",
     "transformers",
@@ -73,9 +81,11 @@ MODEL_FIELDS = {
     "fingerprint": TEXT_OR_NULL,
     "adapter": TEXT_OR_NULL,
     "mask_fingerprint": TEXT_OR_NULL,
+    "adapter_sha256": TEXT_OR_NULL,
     "method": TEXT_OR_NULL,
     "seed": (int, type(None)),
 }
+OPTIONAL_MODEL_FIELDS = ("adapter_sha256",)  # results of earlier versions lack them
 # Of the optional block "training"; each may be left out or null. Epochs and tokens are counted from the pre-trained
 # model on, so they include those of the run that a mask starts from.
 TRAINING_FIELDS = {
@@ -117,6 +127,7 @@ def build_result(
     settings: Mapping,
     tasks: Mapping[str, Mapping],
     training: Mapping | None = None,
+    device: str | None = None,
 ) -> Result:
     """Return a result of this schema version, dated now, with the environment it was made in.
 
@@ -126,6 +137,7 @@ def build_result(
         settings: What else shaped the numbers (JSON-able).
         tasks: Task name -> `build_task`.
         training: Fields of `TRAINING_FIELDS`, where known.
+        device: What the model ran on, where known: the name of a GPU, or ``cpu``.
     """
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -135,7 +147,7 @@ def build_result(
         "maskft_version": __version__,
         "model": dict.fromkeys(MODEL_FIELDS) | dict(model),
         "settings": dict(settings),
-        "environment": environment(),
+        "environment": environment() | {"device": device},
         "tasks": {task: dict(record) for task, record in tasks.items()},
     }
     if training is not None:
@@ -228,6 +240,14 @@ def items_fingerprint(items: Iterable[Mapping]) -> str:
     """
     lines = sorted(json.dumps([item["id"], item["prompt"], item["reference"]], sort_keys=True) for item in items)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def data_sha256(rows: Iterable) -> str:
+    """Return the sha256 of rows of data in their order: the identity of a data source, wherever its files lie."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def environment() -> dict:
@@ -326,7 +346,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def _problems(result: Result) -> Iterable[str]:
     """Yield what is wrong with a result, in the order of the file."""
     yield from _field_problems(result, RESULT_FIELDS, "the result")
-    yield from _field_problems(result["model"], MODEL_FIELDS, "model")
+    yield from _field_problems(dict.fromkeys(OPTIONAL_MODEL_FIELDS) | result["model"], MODEL_FIELDS, "model")
     if "training" in result:
         yield from _training_problems(result["training"])
     if not result["name"]:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from .. import paths
+from ..data.splits import prompt_digest
 from ..errors import UserError
 from .alpaca import ALPACA_EVAL, AlpacaEval, evaluate_alpaca
 from .evaluate import evaluate_rows
 from .journal import Journal, Resuming
 from .load import Loaded
-from .results import Result, build_result, read_result, write_result
+from .results import Result, build_result, environment, read_result, write_result
 from .tasks import HELDOUT, check_chat_template, run_task
-
-LOSS_BATCH_SIZE = 16  # where batch_size is auto: the loss of all rows of a batch needs logits of all their tokens
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class EvaluationSettings:
 def evaluate_loaded(
     loaded: Loaded,
     tasks: Mapping[str, Any],
-    heldout_rows: Callable[[Any], Any] | None,
+    heldout_rows: Sequence[Mapping] | None,
     settings: EvaluationSettings,
     target: Path,
     name: str,
@@ -77,37 +77,39 @@ def evaluate_loaded(
     Args:
         loaded: The model.
         tasks: From ``tasks.load_tasks``.
-        heldout_rows: Gives the held-out rows for a tokenizer.
+        heldout_rows: The held-out rows; None: that is not a task.
         settings: What shapes the numbers.
         target: The result file. The journal of an unfinished evaluation lies beside it.
         name: Label in tables.
         alpaca: From ``alpaca.load_alpaca``; None: that is not a task.
-        overwrite: Drop a journal of other settings.
+        overwrite: Drop the journal of an unfinished evaluation.
         console: Where progress bars go.
     """
     check_chat_template(list(tasks), loaded.tokenizer, settings.apply_chat_template)
     if alpaca:
         alpaca.check_model(loaded)
+    journal = Journal(target.with_name(paths.JOURNAL), _journal_settings(loaded, settings), overwrite)
     records = {}
     if heldout_rows is not None:
         records[HELDOUT] = evaluate_rows(
             loaded.model,
             loaded.tokenizer,
-            heldout_rows(loaded.tokenizer),
-            batch_size=settings.batch_size or LOSS_BATCH_SIZE,
+            heldout_rows,
+            batch_size=settings.batch_size,
+            max_memory_gb=settings.max_memory_gb,
             max_length=settings.max_length,
             max_new_tokens=settings.max_new_tokens,
             generate=settings.generate,
             text_field=settings.text_field,
+            journal=journal,
             console=console,
         )
-    journal = None
-    if tasks or alpaca:
-        journal = Journal(
-            target.with_name(paths.JOURNAL), {"model": loaded.identity, **settings.of_answers()}, overwrite
-        )
+        records[HELDOUT] |= _selection_note(loaded, heldout_rows)
     if tasks:
-        lm = Resuming(_backend(loaded, settings, console), journal)
+        # vLLM's requests come back with other arguments than they had, and it likes to have many at one time.
+        lm = Resuming(
+            _backend(loaded, settings, console), journal, slice_size=256 if settings.backend == "vllm" else None
+        )
         for task_name, task in tasks.items():
             started = time.perf_counter()
             record = run_task(
@@ -125,14 +127,13 @@ def evaluate_loaded(
             max_memory_gb=settings.max_memory_gb,
             console=console,
         )
-    result = build_result(name, loaded.facts, asdict(settings), records)
+    result = build_result(name, loaded.facts, asdict(settings), records, device=_device_name(loaded.model))
     write_result(target, result)
-    if journal:
-        journal.remove()
+    journal.remove()
     return result
 
 
-def finished_result(target: Path, settings: EvaluationSettings, tasks: list[str]) -> Result | None:
+def finished_result(target: Path, settings: EvaluationSettings, tasks: Iterable[str]) -> Result | None:
     """The result of an earlier run with these settings and tasks, or None.
 
     Raises:
@@ -144,6 +145,54 @@ def finished_result(target: Path, settings: EvaluationSettings, tasks: list[str]
     if result["settings"] != asdict(settings) or not set(tasks) <= set(result["tasks"]):
         raise UserError(f"{target} exists, with other settings or tasks; name another output_dir or pass --overwrite")
     return result
+
+
+def check_same_evaluation(result: Result, target: Path, facts: Mapping, data: Mapping[str, str]) -> None:
+    """Refuse a finished result of another model or other data than would be evaluated now.
+
+    Args:
+        result: From `finished_result`.
+        target: Its file.
+        facts: Of the loaded model.
+        data: Task -> `results.data_sha256` of its items.
+
+    Raises:
+        UserError: If they are not the same.
+    """
+    if any(result["model"].get(key) != value for key, value in facts.items()):
+        raise UserError(f"{target} is of another model; name another output_dir or pass --overwrite")
+    for task, sha256 in data.items():
+        if result["tasks"][task].get("data_sha256") != sha256:
+            raise UserError(f"{target} has {task} on other data; name another output_dir or pass --overwrite")
+
+
+def _device_name(model) -> str:
+    """What the model ran on; vLLM, which has it elsewhere, runs on a GPU where there is one."""
+    kind = model.device.type if model is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.cuda.get_device_name() if kind == "cuda" else kind
+
+
+def _selection_note(loaded: Loaded, rows: Sequence[Mapping]) -> dict:
+    """Which of the held-out rows the model was measured on while it was trained, as fields of a task record."""
+    ids = [str(row["id"]) for row in rows if loaded.selected_on.get(str(row["id"])) == prompt_digest(row).hex()]
+    if not ids:
+        return {}
+    note = (
+        f"{len(ids)} of {len(rows)} items were measured during training (eval_tasks) and may have chosen the "
+        "checkpoint; report on others, or say so"
+    )
+    return {"selected_on": ids, "note": note}
+
+
+def _journal_settings(loaded: Loaded, settings: EvaluationSettings) -> dict:
+    """What all answers depend on, beside the request."""
+    generation = {} if loaded.model is None else loaded.model.generation_config.to_diff_dict()
+    return {
+        "model": loaded.identity,
+        **settings.of_answers(),
+        "generation_config": {key: value for key, value in generation.items() if key != "transformers_version"},
+        "packages": environment()["packages"],
+    }
 
 
 def _backend(loaded: Loaded, settings: EvaluationSettings, console):

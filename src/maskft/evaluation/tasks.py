@@ -11,9 +11,11 @@ import importlib.util
 import logging
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ import torch
 from ..errors import UserError, did_you_mean
 from .alpaca import ALPACA_EVAL
 from .evaluate import chat_template_hash, progress_bar
-from .results import build_task, items_fingerprint, metric_from_items
+from .results import build_task, data_sha256, items_fingerprint, metric_from_items
 from .sandbox import check_confinement, run_many
+from .statistics import weighted_mean
 from .task_data import load_docs
 
 HELDOUT = "heldout"
@@ -39,6 +42,7 @@ class Benchmark:
 
     Args:
         config: lm-eval's YAML file, below its folder of tasks.
+        lm_eval_task: lm-eval's name of the task.
         metrics: lm-eval's ``metric,filter`` -> our name; the first is the benchmark's main metric.
         use_chat_template: Whether prompts are put into the chat template unless the user decides.
         id_field: Field that identifies an item; None: its position.
@@ -46,6 +50,7 @@ class Benchmark:
     """
 
     config: str
+    lm_eval_task: str
     metrics: Mapping[str, str]
     use_chat_template: bool = False
     id_field: str | None = None
@@ -55,20 +60,31 @@ class Benchmark:
 BENCHMARKS = {
     "gsm8k": Benchmark(
         "gsm8k/gsm8k-cot.yaml",
+        "gsm8k_cot",
         {"exact_match,flexible-extract": "accuracy", "exact_match,strict-match": "accuracy_strict"},
     ),
     "minerva_math": Benchmark(
         "minerva_math/minerva_math_algebra.yaml",
+        "minerva_math",  # its seven subjects are one task here
         {"math_verify,none": "accuracy", "exact_match,none": "exact_match"},
     ),
     "humaneval": Benchmark(
-        "humaneval/humaneval.yaml", {"pass_at_1,create_test": "pass_at_1"}, id_field="task_id", runs_code=True
+        "humaneval/humaneval.yaml",
+        "humaneval",
+        {"pass_at_1,create_test": "pass_at_1"},
+        id_field="task_id",
+        runs_code=True,
     ),
     "humaneval_plus": Benchmark(
-        "humaneval/humaneval_plus.yaml", {"pass_at_1,create_test": "pass_at_1"}, id_field="task_id", runs_code=True
+        "humaneval/humaneval_plus.yaml",
+        "humaneval_plus",
+        {"pass_at_1,create_test": "pass_at_1"},
+        id_field="task_id",
+        runs_code=True,
     ),
     "ifeval": Benchmark(
         "ifeval/ifeval.yaml",
+        "ifeval",
         {
             f"{metric},none": metric
             for metric in (
@@ -82,7 +98,7 @@ BENCHMARKS = {
         id_field="key",
     ),
 }
-_OTHERS = Benchmark("", {})
+_OTHERS = Benchmark("", "", {})
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -133,6 +149,7 @@ def load_tasks(
     for name in names:
         if name in BENCHMARKS:
             items = docs[name] if docs and name in docs else load_docs(name, data_dir)
+            _check_ids(items, name)
             tasks[name] = _build(name, items, limit, data_dir, allow_unconfined, console)
         else:
             tasks |= _build_other(name)
@@ -141,6 +158,13 @@ def load_tasks(
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
     return tasks
+
+
+def _check_ids(docs, name: str) -> None:
+    field = BENCHMARKS[name].id_field
+    repeated = [identity for identity, count in Counter(docs[field]).items() if count > 1] if field else []
+    if repeated:
+        raise UserError(f"the data of {name} has {field} {repeated[0]!r} more than once; every item needs its own")
 
 
 def wants_chat_template(name: str, choice: bool | None) -> bool:
@@ -156,6 +180,11 @@ def check_chat_template(names: Sequence[str], tokenizer, choice: bool | None) ->
                 f"task {name} puts its prompts into the chat template, and this model's tokenizer has none; evaluate a "
                 "chat model, or pass --apply_chat_template false"
             )
+
+
+def task_data_sha256(task, limit: int | None) -> str:
+    """`data_sha256` of the first ``limit`` items of a task from ``load_tasks``."""
+    return data_sha256(islice(task.eval_docs, limit))
 
 
 def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_template: bool | None = None) -> dict:
@@ -185,6 +214,7 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
     samples = results["samples"][name]
     benchmark = BENCHMARKS.get(name, _OTHERS)
     items = _items(samples, benchmark)
+    confinement = {item.pop("confinement") for item in items if benchmark.runs_code}
     record = build_task(
         items,
         _metrics(items, results["results"][name], results["higher_is_better"][name], benchmark),
@@ -195,11 +225,17 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
         ),
         chat_template_hash=chat_template_hash(lm.tokenizer) if chat else None,
     )
-    return record | {
-        "lm_eval_task": Path(benchmark.config).stem if benchmark.config else name,
-        "generation_kwargs": task.get_config("generation_kwargs"),
-        "seeds": SEEDS,
-    }
+    return (
+        record
+        | _truncation(lm, task, samples)
+        | {
+            "data_sha256": task_data_sha256(task, limit),
+            "lm_eval_task": benchmark.lm_eval_task or name,
+            "generation_kwargs": task.get_config("generation_kwargs"),
+            "seeds": SEEDS,
+            **({"confinement": ", ".join(sorted(confinement))} if confinement else {}),
+        }
+    )
 
 
 # Building tasks
@@ -261,7 +297,7 @@ def _run_code(resps, docs, *, name: str, allow_unconfined: bool, console) -> lis
     with progress_bar(console) as progress:
         bar = progress.add_task(f"{name}: running code", total=len(programs))
         ended = run_many(programs, allow_unconfined=allow_unconfined, progress=lambda *_: progress.advance(bar))
-    return [{"status": result.status, "reason": result.reason} for result in ended]
+    return [{name: getattr(result, name) for name in ("status", "reason", "confinement")} for result in ended]
 
 
 def _build_other(name: str) -> dict:
@@ -271,6 +307,11 @@ def _build_other(name: str) -> dict:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"lm-eval cannot load task {name!r}: {type(error).__name__}: {first}") from None
     for member, task in tasks.items():
+        if member in BENCHMARKS:
+            raise UserError(
+                f"{name} holds lm-eval's own {member}, which is not the {member} of maskft; name its other members one "
+                "by one instead"
+            )
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(
                 f"task {member} would run model-written code outside the sandbox; use humaneval or humaneval_plus"
@@ -323,6 +364,19 @@ def _without_nltk_downloads() -> Iterator[None]:
 # Records
 
 
+def _truncation(lm, task, samples: Sequence[Mapping]) -> dict:
+    """How many prompts were cut; null where nobody counts: log-likelihoods, and models of lm-eval's own."""
+    if task.OUTPUT_TYPE != "generate_until" or not hasattr(lm, "num_truncated"):
+        return {"num_truncated": None}
+    by_id = {sample["doc_id"]: sample["arguments"] for sample in samples}  # a sample for each filter
+    arguments = [request for requests in by_id.values() for request in requests]
+    count = lm.num_truncated(arguments)
+    if not count:
+        return {"num_truncated": 0}
+    note = f"{count} of {len(arguments)} prompts were longer than the model's context allows and were cut on their left"
+    return {"num_truncated": count, "note": note}
+
+
 def _items(samples: Sequence[Mapping], benchmark: Benchmark) -> list[dict]:
     items: dict[int, dict] = {}
     for sample in samples:
@@ -359,18 +413,21 @@ def _metrics(items: list[dict], summary: Mapping, higher: Mapping, benchmark: Be
             continue
         name = _metric_name(key, benchmark)
         if all(name in item for item in items):
-            metrics[name] = metric_from_items(items, name, higher_is_better=bool(higher.get(metric, True)))
+            metrics[name] = metric_from_items(items, name, higher_is_better=higher.get(metric) is not False)
             mean = metrics[name]["value"]
             if mean is not None and math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9):
                 continue
         for item in items:
             item.pop(name, None)
         stderr = summary.get(f"{metric}_stderr,{filter_name}")
+        each = [item.get(f"{metric}_each") for item in items]
+        if all(each):  # a mean over the parts of all items, for which lm-eval has no error: a ratio of two means
+            stderr = weighted_mean([np.mean(parts) for parts in each], [len(parts) for parts in each])[1]
         metrics[name] = {
             "value": _number(value),
             "stderr": _number(stderr) if isinstance(stderr, (int, float, np.number)) else None,
             "num_items": len(items),
-            "higher_is_better": bool(higher.get(metric, True)),
+            "higher_is_better": higher.get(metric) is not False,
             "unit": "fraction" if metric.endswith("acc") else "score",
         }
     order = list(benchmark.metrics.values())

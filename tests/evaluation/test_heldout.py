@@ -1,0 +1,77 @@
+"""Losses and answers of held-out rows: kept one by one, and bounded in memory."""
+
+import json
+
+import pytest
+
+import tiny
+from maskft.errors import UserError
+from maskft.evaluation import evaluate
+from maskft.evaluation.evaluate import evaluate_rows
+from maskft.evaluation.journal import Journal
+from tiny_tokenizer import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+ROWS = [{"id": str(n), "prompt": f"{n}+1=", "completion": str(n + 1), "answer": str(n + 1)} for n in range(6)]
+
+
+@pytest.fixture
+def net():
+    return tiny.tiny_llama(vocab_size=len(TOKENIZER), num_layers=1)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["heldout_loss", "heldout_answer"])
+def test_a_run_that_ended_early_goes_on(kind, net, tmp_path, monkeypatch):
+    whole = evaluate_rows(net, TOKENIZER, ROWS, batch_size=2, max_new_tokens=4)
+    file = tmp_path / "answers.jsonl"
+    journal = Journal(file, {})
+    keep = journal.add_partial
+
+    def killed(found, *rest):
+        keep(found, *rest)
+        if found == kind and len(journal.answers) % len(ROWS) == 3:
+            raise Killed
+
+    monkeypatch.setattr(journal, "add_partial", killed)
+    with pytest.raises(Killed):
+        evaluate_rows(net, TOKENIZER, ROWS, batch_size=2, max_new_tokens=4, journal=journal)
+    known = len(journal.answers)
+    fresh = []
+    journal = Journal(file, {})
+    assert len(journal.answers) == known
+    keep_again = journal.add_partial
+    monkeypatch.setattr(journal, "add_partial", lambda *answer: (fresh.append(answer), keep_again(*answer)))
+    record = evaluate_rows(net, TOKENIZER, ROWS, batch_size=1, max_new_tokens=4, journal=journal)
+    assert len(fresh) == 2 * len(ROWS) - known
+    assert [item["output"] for item in record["items"]] == [item["output"] for item in whole["items"]]
+    assert record["metrics"]["nll"]["value"] == pytest.approx(whole["metrics"]["nll"]["value"], abs=1e-5)
+
+
+def test_batches_keep_within_the_memory_bound(net, monkeypatch):
+    sizes = []
+    nll_per_item = evaluate.nll_per_item
+    monkeypatch.setattr(
+        evaluate,
+        "nll_per_item",
+        lambda *args, batch_size, **kw: (sizes.append(batch_size), nll_per_item(*args, batch_size=batch_size, **kw))[1],
+    )
+    for max_memory_gb in (1e-9, 1e-4, 8):
+        evaluate_rows(net, TOKENIZER, ROWS, max_memory_gb=max_memory_gb, generate=False)
+    assert sizes[0] == 1 < sizes[1] < sizes[2] == 16
+
+
+def test_a_refused_run_leaves_no_journal(net, tmp_path):
+    rows = [{"id": "0", "prompt": "a", "completion": "b"}]
+    with pytest.raises(UserError, match="no `answer` column"):
+        evaluate_rows(net, TOKENIZER, rows, generate=True, journal=Journal(tmp_path / "out" / "answers.jsonl", {}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_journal_is_plain_json(net, tmp_path):
+    evaluate_rows(net, TOKENIZER, ROWS[:2], max_new_tokens=2, journal=Journal(tmp_path / "answers.jsonl", {"a": 1}))
+    first, *lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert first == {"a": 1} and [type(line["answer"]) for line in lines] == [list, list, str, str]

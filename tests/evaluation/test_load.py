@@ -1,0 +1,80 @@
+"""What is known of a model that is to be evaluated."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import tiny
+from maskft.cli.evaluate import _labels
+from maskft.errors import UserError
+from maskft.evaluation import load
+
+
+def test_a_folder_for_vllm_is_known_by_its_files(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: name)  # vLLM itself is not asked for anything
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    [loaded] = load.load_for_vllm(str(folder))
+    assert len(loaded.facts["fingerprint"]) == 64 and loaded.identity == loaded.facts["fingerprint"]
+    assert [again.identity for again in load.load_for_vllm(str(base))] == [loaded.identity], "wherever it lies"
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, folder / "model.safetensors")
+    [other] = load.load_for_vllm(str(folder))
+    assert other.identity != loaded.identity
+
+
+@pytest.mark.parametrize(
+    "field,value,is_same",
+    [("base_model_name_or_path", "elsewhere", True), ("target_modules", ["b", "a"], True), ("lora_alpha", 2, False)],
+)
+def test_the_hash_of_an_adapter(field, value, is_same, tmp_path):
+    config = {"base_model_name_or_path": "here", "target_modules": ["a", "b"], "lora_alpha": 1}
+    hashes = []
+    for values in (config, {**config, field: value}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+        hashes.append(load.adapter_sha256(tmp_path))
+    assert (hashes[0] == hashes[1]) is is_same
+
+
+@pytest.mark.parametrize(
+    "model,expected", [(".", "inner"), ("..", "outer"), ("org/model", "model"), ("inner/", "inner")]
+)
+def test_labels(model, expected, tmp_path, monkeypatch):
+    (tmp_path / "outer" / "inner" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "outer" / "inner")
+    assert _labels([model], SimpleNamespace(name=None, model_name_or_path=model)) == [expected]
+
+
+def _other_size(folder):
+    get_peft_model(
+        tiny.tiny_llama(vocab_size=96, hidden_size=16), LoraConfig(target_modules=["q_proj"])
+    ).save_pretrained(folder)
+
+
+def _other_layers(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["no_such_layer"]}))
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (_other_size, "does not fit"),
+        (_other_layers, "does not fit"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"cut"), "does not fit"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "has no adapter_config.json that PEFT can"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "does not fit"),
+    ],
+)
+def test_adapters_that_cannot_be_loaded_are_one_line(damage, message, base, tmp_path):
+    folder = tmp_path / "lora"
+    get_peft_model(tiny.tiny_llama(vocab_size=96), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    damage(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        next(load.load_each(str(base), [str(folder)]))
+    assert len(str(caught.value).splitlines()) == 1
