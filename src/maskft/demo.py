@@ -24,6 +24,7 @@ from .evaluation.evaluate import evaluate_rows
 from .evaluation.load import load_for_evaluation
 from .evaluation.results import build_result, read_result, write_result, write_text
 from .models import EMBEDDED_MODEL, load_model, load_tokenizer
+from .study.process import command_words
 from .train import train
 
 BASELINE, CONTINUED = "full (best)", "full (continued)"
@@ -156,13 +157,7 @@ def _run(output_dir: Path, stage: Stage, recipe: dict):
     options["model_name_or_path"] = (
         _base(output_dir, recipe) if stage.parent == "base" else str(output_dir / stage.parent)
     )
-    words: list[str] = []
-    for name, value in options.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
-    return parse(words)
+    return parse(command_words(options))
 
 
 def _result_file(output_dir: Path, stage: Stage) -> Path:

@@ -167,7 +167,7 @@ TRAINING_SETS: dict[str, TrainingSet] = {
     ),
 }
 
-_MATH_SUBJECTS = (
+MATH_SUBJECTS = (
     "algebra",
     "counting_and_probability",
     "geometry",
@@ -180,7 +180,7 @@ _MATH_SUBJECTS = (
 TEST_SETS: dict[str, TestSet] = {
     "gsm8k_test": TestSet("openai/gsm8k", "question", configs=("main",)),
     "math_test": TestSet(
-        "EleutherAI/hendrycks_math", "problem", configs=_MATH_SUBJECTS, file_names=("MATH", "MATH-500")
+        "EleutherAI/hendrycks_math", "problem", configs=MATH_SUBJECTS, file_names=("MATH", "MATH-500")
     ),
     "humaneval": TestSet("openai/openai_humaneval", "prompt", file_names=("HumanEval", "HumanEvalPlus")),
     "ifeval": TestSet("google/IFEval", "prompt", split="train", file_names=("ifeval_prompts", "ifeval_input_data")),

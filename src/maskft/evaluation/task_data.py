@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 
+from ..data.registry import MATH_SUBJECTS
 from ..data.sources import read_file
 from ..errors import UserError
 
@@ -49,15 +50,7 @@ SOURCES = {
         files=r"(minerva[-_]|hendrycks[-_])?math[-_]?(500)?[-_]?{split}.*",
         fields={"problem": str, "solution": str},
         hub="EleutherAI/hendrycks_math",
-        configs=(
-            "algebra",
-            "counting_and_probability",
-            "geometry",
-            "intermediate_algebra",
-            "number_theory",
-            "prealgebra",
-            "precalculus",
-        ),
+        configs=MATH_SUBJECTS,
         splits={"test": "test", "train": "train"},
         folders="MATH/{split}/*/*.json",
     ),
