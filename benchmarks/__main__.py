@@ -9,7 +9,7 @@ from maskft.memory import keep_freed_memory
 
 from .common import Report, set_threads
 
-NAMES = ("refresh", "file", "step", "memory", "scaling", "prefix")
+NAMES = ("refresh", "file", "step", "published", "memory", "prefix", "scaling")
 
 
 def main() -> None:

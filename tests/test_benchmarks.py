@@ -21,12 +21,12 @@ def run(tmp_path, *names):
 
 
 def test_ratios_of_both_sides_are_written(tmp_path):
-    rows, printed = run(tmp_path, "refresh", "file", "step", "prefix")
+    rows, printed = run(tmp_path, "refresh", "file", "step", "published", "prefix")
     for row in rows:
         assert row["value"] > 0 and row["what"] in printed
         if "ratio_of_each_round" in row:
             assert len(row["ratio_of_each_round"]) == 2
-    sides = {row["what"] for row in rows if row["benchmark"] == "step"}
+    sides = {row["what"] for row in rows if row["benchmark"] in ("step", "published")}
     assert sides == {
         "tiny: mask / floor",
         "tiny: sorted in every forward / mask",

@@ -1,0 +1,20 @@
+"""One optimizer step against the published form, which sorts the scores in every forward pass."""
+
+from __future__ import annotations
+
+from .common import LLAMA2_7B_TWO_LAYERS, TINY
+from .step import compare_sides
+
+
+def run(report) -> None:
+    """Add the rows; minutes for each step of the published form, so one round without warm-up.
+
+    The targets are for 16 micro-batches. A refresh is paid once for all of them and a sort in each, so that fewer can
+    only make our side look worse.
+    """
+    if report.quick:
+        compare_sides(report, "tiny", TINY, [1, 2], 8, 4, {"published": None}, 1, warm_up=False)
+        return
+    name = "7B-shaped layer"
+    compare_sides(report, name, LLAMA2_7B_TWO_LAYERS, [1], 128, 4, {"published": ">= 8"}, 1, warm_up=False)
+    compare_sides(report, name, LLAMA2_7B_TWO_LAYERS, [1], 2048, 1, {"published": ">= 1.7"}, 1, warm_up=False)
