@@ -35,7 +35,6 @@ def main() -> None:
             # by which a refresh is measured pays for fresh pages.
             keep_freed_memory()
         importlib.import_module(f".{name}", __package__).run(report)
-        report.write()
 
 
 if __name__ == "__main__":

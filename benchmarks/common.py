@@ -82,6 +82,7 @@ class Report:
             **facts,
         }
         self.rows.append(row)
+        self.write()
         verdict = "" if met is None else ("  met" if met else "  MISSED")
         goal = "" if target is None else f"  (target {target})"
         extra = "  ".join(f"{k} {_short(v)}" for k, v in facts.items() if not isinstance(v, list | dict))
