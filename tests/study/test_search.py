@@ -11,7 +11,7 @@ from maskft.cli.main import main
 from maskft.cli.study import check
 from maskft.cli.train import parse
 from maskft.study.recipe import parse_recipe
-from maskft.study.search import Candidate, load_search
+from maskft.study.search_recipe import Candidate, load_search
 
 
 @pytest.fixture

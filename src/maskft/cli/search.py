@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check the recipe, then list or run the probes."""
-    from ..study.search import load_search, print_rungs, run_search
+    from ..study.search import print_rungs, run_search
+    from ..study.search_recipe import load_search
     from .study import check
 
     search = load_search(args.recipe, args.data_dir, args.model)
