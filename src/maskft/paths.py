@@ -25,6 +25,9 @@ RUN = "run.json"
 LOG = "log.txt"
 LOCK = "study.lock"
 SUMMARY = "summary.json"
+# Of a search.
+SEARCH = "search.json"
+WINNER = "winner.yaml"
 
 
 def holds_adapter(folder: str | Path) -> bool:

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "measure held-out loss and accuracy, item by item",
     "compare": "compare results on the same items, with intervals",
     "study": "run all methods, controls and seeds of a recipe, and compare them",
+    "search": "choose a mask's layer group and sparsity by short probes on training data",
     "report": "put your results into the paper's tables, beside the paper's figures",
     "merge": "apply a mask to its base model and write an ordinary checkpoint",
     "inspect": "show what an adapter removes, module by module",

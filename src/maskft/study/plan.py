@@ -116,7 +116,7 @@ def build_plan(recipe: Recipe, defaults: dict[str, Any], allow_many: bool = Fals
 
 def evaluation_id(run: Run, role: str, evaluation: dict) -> str:
     """Folder name of an evaluation of one of the run's models."""
-    settings = {"run": run.hash, "role": role, "evaluation": _with_digests(evaluation)}
+    settings = {"run": run.hash, "role": role, "evaluation": data_identity(evaluation)}
     return f"{run.id.rpartition('-')[0]}-{role}-{_hash(settings)}"
 
 
@@ -134,7 +134,7 @@ def _build(recipe, defaults, found, model, method, axes, seed) -> Run:
     settings = {
         "method": method.method,
         "model": _model_identity(model),
-        "options": {k: v for k, v in _with_digests(options).items() if k not in defaults or v != _plain(defaults[k])},
+        "options": {k: v for k, v in data_identity(options).items() if k not in defaults or v != _plain(defaults[k])},
         "start": start and start.hash,
         "match": match and match.hash,
     }
@@ -234,9 +234,11 @@ def _hash(settings: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:_HASH_LENGTH]
 
 
-def _with_digests(options: dict) -> dict:
+def data_identity(options: dict) -> dict:
     """The options with each data file named by its content: a moved file is the same, an edited one is not."""
     out = {key: _plain(value) for key, value in options.items() if key != "data_dir"}
+    if out.get("mask_prefix_cache"):
+        out["mask_prefix_cache"] = True  # where it is kept decides nothing
     for key in DATA_NAMES:
         if isinstance(out.get(key), str) and Path(out[key]).expanduser().is_file():
             file = Path(out[key]).expanduser()

@@ -172,19 +172,24 @@ def load_recipe(file: str | Path, data_dir: str | Path | None = None) -> Recipe:
     Raises:
         UserError: The first mistake, in one line.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise UserError(f"recipe {str(file)!r} does not exist")
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except UserError as error:
-        raise UserError(f"recipe {str(file)!r}, {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {str(file)!r} is not YAML: {' '.join(str(error).split())}") from None
+    file, content = Path(file), read_content(file)
     try:
         return parse_recipe(content, file.stem, data_dir)
     except UserError as error:
         raise UserError(f"recipe {str(file)!r}: {error}") from None
+
+
+def read_content(file: str | Path) -> Any:
+    """What the YAML of a recipe holds, unchecked; every mistake of form is one UserError."""
+    file = Path(file)
+    if not file.is_file():
+        raise UserError(f"recipe {str(file)!r} does not exist")
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except UserError as error:
+        raise UserError(f"recipe {str(file)!r}, {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {str(file)!r} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def parse_recipe(content: Any, name: str = "study", data_dir: str | Path | None = None) -> Recipe:

@@ -36,26 +36,33 @@ def run_study(plan: Plan, folder: str | Path, launcher: str = "local", console: 
         UserError: If a run failed; the others, as far as they do not need it, are made first.
     """
     console = console or Console()
-    folder = Path(folder).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder) as lock_fd:
+    with locked(folder) as (folder, lock_fd):
         study = Study(folder, plan.recipe, lock_fd)
-        board = Board(study, plan, console)
-        todo = [run for run in plan.runs if not study.is_done(run)]
-        console.print(f"{len(plan.runs)} runs, {len(plan.runs) - len(todo)} finished before", highlight=False)
-        with board:
-            if todo:
-                prepare_base(study, todo, board.tick)
-                {"local": _run_local, "ray": _run_on_ray}[launcher](study, todo, board)
+        failed = make_all(study, plan, launcher, console)
         console.print(summarise(study, plan), highlight=False, markup=False, soft_wrap=True)
         console.print(
             f"table: {folder / paths.TABLE}; results: {folder / paths.RESULTS}", highlight=False, soft_wrap=True
         )
-    if board.failed:
-        run, reason = next(iter(board.failed.items()))
-        others = f" (and {len(board.failed) - 1} more)" if len(board.failed) > 1 else ""
+    refuse_failed(failed)
+
+
+def make_all(study: Study, plan: Plan, launcher: str, console: Console) -> dict[Run, str]:
+    """Make every run that is not finished; returns those that failed, with the reason."""
+    board = Board(study, plan, console)
+    todo = [run for run in plan.runs if not study.is_done(run)]
+    console.print(f"{len(plan.runs)} runs, {len(plan.runs) - len(todo)} finished before", highlight=False)
+    with board:
+        if todo:
+            prepare_base(study, todo, board.tick)
+            {"local": _run_local, "ray": _run_on_ray}[launcher](study, todo, board)
+    return board.failed
+
+
+def refuse_failed(failed: dict[Run, str]) -> None:
+    """Raise the first failure as a UserError; nothing where there is none."""
+    if failed:
+        run, reason = next(iter(failed.items()))
+        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise UserError(f"run {run.title!r} failed{others}: {reason}")
 
 
@@ -95,10 +102,18 @@ def _words(e: Estimate) -> tuple[str, str, str]:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[int]:
-    """Hold the folder: two studies in one folder would write over each other. A kill releases it."""
+def locked(folder: str | Path) -> Iterator[tuple[Path, int]]:
+    """Make the folder and hold it: two studies in one folder would write over each other. A kill releases it.
+
+    Yields:
+        The folder as an absolute path, and the file descriptor of the lock.
+    """
     import fcntl
 
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder / paths.LOCK, os.O_CREAT | os.O_RDWR)
     try:
         deadline = time.monotonic() + _LOCK_WAIT_S
@@ -110,7 +125,7 @@ def _lock(folder: Path) -> Iterator[int]:
                 if time.monotonic() > deadline:
                     raise UserError(f"another study is running in {str(folder)!r}; wait for it or stop it") from None
                 time.sleep(0.2)
-        yield fd
+        yield folder, fd
     finally:
         os.close(fd)
 

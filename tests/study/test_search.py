@@ -1,0 +1,158 @@
+"""Searches: probes rank candidates on rows that the winner is not reported on; what is finished is not made again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maskft import paths
+from maskft.cli.main import main
+from maskft.cli.study import check
+from maskft.cli.train import parse
+from maskft.study.recipe import parse_recipe
+from maskft.study.search_recipe import Candidate, load_search
+
+
+@pytest.fixture
+def content(base, data):
+    return {
+        "version": 1,
+        "name": "tiny",
+        "model": str(base),
+        "data": {"sums": {"dataset_name": str(data), "eval_split_size": 16}},
+        "train": {
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+            "report_to": "none",
+        },
+        # Two rungs: of three candidates, two go on.
+        "search": {"layer_groups": [[1, 2]], "sparsities": [0.9, 0.02, 0.0], "budget_steps": 12, "min_steps": 2}
+        | {"choose_size": 8},
+    }
+
+
+def write(folder, content):
+    file = folder / "search.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file
+
+
+def prompts(file):
+    return {json.loads(line)["prompt"] for line in file.read_text().splitlines()}
+
+
+def test_a_search_ends_with_a_recipe_and_goes_on_where_it_stopped(content, data, tmp_path, capsys):
+    file, folder = write(tmp_path, content), tmp_path / "out"
+    assert main(["search", str(file), "--output_dir", str(folder)]) == 0
+    record = json.loads((folder / paths.SEARCH).read_text())
+    check_rungs(record, folder)
+    check_rows(record, folder, data)
+    assert not (folder / "cache").exists()
+    out = capsys.readouterr().out
+    assert "layers 1-2, sparsity 0.9" in out and "16 rows that did not: nll" in out
+
+    # As `maskft train` takes it, and as a method of a study.
+    run = parse(["--config", str(folder / paths.WINNER)])
+    assert run.mask.mask_sparsity == record["winner"]["mask_sparsity"]
+    assert run.mask.mask_layers_to_transform == [1, 2] and run.training.max_steps == -1
+    head = (folder / paths.WINNER).read_text().splitlines()[2]
+    method = yaml.safe_load(head.removeprefix("# As a method of a study: "))
+    study = {key: value for key, value in content.items() if key != "search"} | {"methods": method}
+    assert check(parse_recipe(study)).runs[0].options["mask_sparsity"] == run.mask.mask_sparsity
+
+    # Without one result, only that one is made again, and the end is the same.
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("r*/**/*") if path.is_file()}
+    lost = max(folder.glob(f"{paths.RESULTS}/layers*/{paths.RESULT}"), key=lambda path: path.stat().st_mtime_ns)
+    lost.unlink()
+    assert main(["search", str(file), "--output_dir", str(folder)]) == 0
+    changed = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
+    assert changed <= {lost, *folder.glob(f"{paths.RUNS}/*/{paths.LOG}")} and lost in changed
+    assert json.loads((folder / paths.SEARCH).read_text()) == record
+
+
+def check_rungs(record, folder):
+    first, last = record["rungs"]
+    assert [first["steps"], last["steps"]] == [2, 3]
+    losses = {row["mask_sparsity"]: row["nll"] for row in first["candidates"]}
+    kept = {row["mask_sparsity"] for row in first["candidates"] if row["kept"]}
+    assert kept == set(sorted(losses, key=losses.get)[:2]) == {row["mask_sparsity"] for row in last["candidates"]}
+    assert record["winner"]["mask_sparsity"] == min(last["candidates"], key=lambda row: row["nll"])["mask_sparsity"]
+    # Each probe was trained from scratch to the end of its own schedule, in a run of a study.
+    runs = [json.loads(file.read_text()) for file in folder.glob(f"{paths.RUNS}/*/{paths.RUN}")]
+    assert sorted(run["num_steps"] for run in runs if run["method"] == "mask") == [2, 2, 2, 3, 3]
+    assert all("prefix cache: 1 frozen layers" in file.read_text() for file in folder.glob("runs/layers*/log.txt"))
+    # Removing nothing is no mask: the same loss.
+    assert losses[0.0] == pytest.approx(first["nll_without_mask"], abs=1e-5)
+
+
+def check_rows(record, folder, data):
+    parts = {part: prompts(next(folder.glob(f"data/*/{part}.jsonl"))) for part in ("train", "choose", "report")}
+    assert sum(map(len, parts.values())) == 64 and parts["train"] | parts["choose"] | parts["report"] == prompts(data)
+    assert record["rows"] == {"train": 40, "choose": 8, "report": 16}
+    assert record["on_rows_that_chose_it"]["num_items"] == 8
+    report = record["on_rows_that_did_not"]
+    assert report["num_items"] == 16 and report["gain"] == pytest.approx(report["nll_without_mask"] - report["nll"])
+    # They are those that the winner's recipe holds out.
+    from maskft.data import load_splits
+
+    run = parse(["--config", str(folder / paths.WINNER)])
+    assert set(load_splits(run.data, run.data.split_seed).heldout["prompt"]) == parts["report"]
+
+
+def test_groups_and_rungs(content, tmp_path, capsys):
+    content["model_facts"] = {"num_layers": 10}
+    content["search"] = {
+        "group_sizes": [4, 10],
+        "sparsities": [0.05, 0.1],
+        "budget_steps": 480,
+        "learning_rates": [1e-3],
+    }
+    content["seeds"] = [0, 1]
+    search = load_search(write(tmp_path, content))
+    groups = [(0, 1, 2, 3), (4, 5, 6, 7), (6, 7, 8, 9), tuple(range(10))]
+    assert search.candidates == [Candidate(group, s, 1e-3) for group in groups for s in (0.05, 0.1)]
+    assert search.sizes == [8, 4, 2] and search.steps == [10, 20, 40]
+    runs = check(search.rung(search.candidates, 10, Path("x"))).runs
+    assert [run.options.get("mask_prefix_cache") for run in runs[1::4]] == [None, None, "x/cache/4", "x/cache/6"]
+    assert len({run.id for run in runs}) == 17
+    moved = check(search.rung(search.candidates, 10, Path("y"))).runs
+    assert [run.id.split("-s")[0] for run in moved] == [run.id.split("-s")[0] for run in runs]
+    assert main(["search", str(tmp_path / "search.yaml"), "--dry_run"]) == 0
+    assert "rung 3: 2 candidates, 4 probes of 40 steps = 160 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("search", {"layer_groups": None, "group_sizes": [4]}, "group size is 4; the model has 3 layers"),
+        ("search", {"layer_groups": [[2, 3]]}, "layer group [2, 3] names layer 3; the model has layers 0 to 2"),
+        ("search", {"sparsities": [0.1, 1.0]}, "sparsity is 1.0; the fraction removed must be in [0, 1)"),
+        ("search", {"sparsities": [0.1]}, "there is 1 candidate; give at least 2"),
+        ("search", {"budget_steps": 11}, "is too small for one rung: the first of 2 has 3 probes of 1 steps"),
+        ("search", {"budget": 5}, "unknown key in search: 'budget' (did you mean 'budget_steps'?)"),
+        ("search", {"group_sizes": [1]}, "group_sizes or layer_groups, and not both"),
+        (
+            "data",
+            {"sums": {"dataset_name": "absent.jsonl"}},
+            "data file 'absent.jsonl' does not exist; name the folder",
+        ),
+        ("train", {"max_steps": 5}, "train sets max_steps, which the search decides"),
+        ("train", {"learning_rat": 5}, "unknown option 'learning_rat' (did you mean 'learning_rate'?)"),
+        ("evaluation", {"tasks": ["gsm8k"]}, "evaluation sets tasks; a search measures loss on held-out training rows"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_runs(content, tmp_path, capsys, section, change, message):
+    content[section] = content.get(section, {}) | change
+    file = write(tmp_path, content)
+    assert main(["search", str(file), "--output_dir", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err and len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_data_dir_that_is_missing_is_one_line(content, tmp_path, capsys):
+    assert main(["search", str(write(tmp_path, content)), "--data_dir", str(tmp_path / "none")]) == 2
+    assert "none' is no folder; name the one that holds the training data" in capsys.readouterr().err
