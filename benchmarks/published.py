@@ -13,7 +13,7 @@ def run(report) -> None:
     only make our side look worse.
     """
     if report.quick:
-        compare_sides(report, "tiny", TINY, [1, 2], 8, 4, {"published": None}, 1, warm_up=False)
+        compare_sides(report, "tiny", TINY, [1, 2], 8, 4, {"published": None}, report.rounds, warm_up=False)
         return
     name = "7B-shaped layer"
     compare_sides(report, name, LLAMA2_7B_TWO_LAYERS, [1], 128, 4, {"published": ">= 8"}, 1, warm_up=False)
