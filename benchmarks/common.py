@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import maskft.tuner  # noqa: F401 - registers the method with PEFT
 from maskft import MaskConfig
 from maskft.evaluation.results import environment
+from maskft.train import multiplies_bfloat16
 
 from .as_published import sort_in_every_forward
 
@@ -61,6 +62,7 @@ class Report:
         self.console = Console(width=140)
         self.rows: list[dict] = []
         self.settings = {"threads": torch.get_num_threads(), "rounds": self.rounds, "device": self.device_name()}
+        self.settings["autocast"] = str(torch.bfloat16) if autocast(self.device)._enabled else None
 
     def device_name(self) -> str:
         """Name of the card, or cpu."""
@@ -183,16 +185,21 @@ def prepare(side: str, model: LlamaForCausalLM, layers: list[int]):
     return model
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where ``maskft train`` would use it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu" or multiplies_bfloat16())
+
+
 class Step:
     """One optimizer step of a side: accumulated micro-batches, clipping, AdamW. Calling it runs it."""
 
-    def __init__(self, model, vocab_size: int, tokens: int, accumulation: int, device: torch.device, bf16: bool = True):
+    def __init__(self, model, vocab_size: int, tokens: int, accumulation: int, device: torch.device):
         self.model = model.train()
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0, fused=True)
         generator = torch.Generator().manual_seed(0)
         self.batches = torch.randint(vocab_size, (accumulation, 1, tokens), generator=generator).to(device)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        self.autocast = autocast(device)
 
     def __call__(self) -> None:
         """Run the step."""

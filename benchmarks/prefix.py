@@ -11,7 +11,7 @@ from peft import get_peft_model
 from maskft import MaskConfig
 from maskft.prefix_cache import PrefixCache
 
-from .common import SMOLLM2, TINY, build
+from .common import SMOLLM2, TINY, autocast, build
 
 SPARSITIES, EPOCHS, BATCH = (0.05, 0.1, 0.2), 2, 4
 
@@ -55,7 +55,7 @@ def _run(report, shape, layers, ids, sparsity, folder) -> tuple[float, list[floa
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(epoch))
         for rows in order.split(BATCH):
             batch = ids[rows].to(report.device)
-            with torch.autocast(report.device.type, torch.bfloat16):
+            with autocast(report.device):
                 loss = model(input_ids=batch, labels=batch, use_cache=False).loss
             loss.backward()
             optimizer.step()

@@ -192,6 +192,8 @@ def estimate(
         UserError: For an unknown model, layers out of range, or a device too small for micro-batch 1.
     """
     check_method(run.method)
+    if device == "cuda" and run.training.is_float32_by_machine:
+        run.training.bf16 = True  # the default of the machine that is asked about
     set_accumulation(run.training)
     _check_positive(
         sequence_length=sequence_length,

@@ -105,10 +105,15 @@ class PrefixCache:
                 hidden_BTD = self._hidden_BTD.to(hidden_BTD.dtype) if position == 0 else hidden_BTD
                 return (hidden_BTD,) if self._returns_tuple else hidden_BTD
             out = forward(hidden_BTD, *args, **kwargs)
-            if last and self._keys:
-                self._returns_tuple = isinstance(out, tuple)
-                self._write(out[0] if self._returns_tuple else out)
-            return out
+            if not last or not self._keys:
+                return out
+            self._returns_tuple = isinstance(out, tuple)
+            hidden_BTD, *rest = out if self._returns_tuple else (out,)
+            rounded_BTD = hidden_BTD.detach().to(torch.bfloat16)
+            self._write(rounded_BTD)
+            # Rounded the first time too: no loss depends on what an earlier run has left in the cache.
+            hidden_BTD = rounded_BTD.to(hidden_BTD.dtype)
+            return (hidden_BTD, *rest) if self._returns_tuple else hidden_BTD
 
         return run
 
@@ -121,7 +126,7 @@ class PrefixCache:
         return hidden_BTD.to(ids_BT.device)
 
     def _write(self, hidden_BTD: Tensor) -> None:
-        rows_BTD = hidden_BTD.detach().to("cpu", torch.bfloat16).contiguous()
+        rows_BTD = hidden_BTD.cpu().contiguous()
         lines = []
         for row_TD, key in zip(rows_BTD, self._keys, strict=True):
             length = _length(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -103,14 +104,25 @@ class TrainingArguments(SFTConfig):
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; below 1: a fraction of all steps."})
 
     def __post_init__(self):
-        # TRL's bf16=True is an error on a machine without an accelerator unless this is said.
+        # Whether float32 was chosen here because of this machine's processor.
+        self.is_float32_by_machine = False
         if not torch.accelerator.is_available():
+            # TRL's bf16=True is an error on a machine without an accelerator unless this is said.
             self.use_cpu = True
+            if self.bf16 is None and not self.fp16 and not multiplies_bfloat16():
+                self.bf16, self.is_float32_by_machine = False, True
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.eval_on_start = self.load_best_model_at_end = False
         if self.metric_for_best_model and not self.metric_for_best_model.startswith("eval_"):
             self.metric_for_best_model = f"eval_{self.metric_for_best_model}"
         super().__post_init__()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for bfloat16 products; without, they take five times those of float32."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @dataclass
@@ -769,6 +781,8 @@ def _describe(run, model, tokenizer, train_set, heldout_set, console) -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     console.print(f"method {run.method.method}: {trainable:,} trainable parameters")
+    if args.is_float32_by_machine:
+        console.print("computing in float32: this CPU has no bfloat16 instructions (--bf16 true asks for it anyway)")
     if run.method.method == "mask":
         targets = sum(layer.get_base_layer().weight.numel() for layer in adapter_layers(model).values())
         console.print(mask_line(run.mask, targets))
