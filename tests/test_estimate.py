@@ -54,6 +54,7 @@ def run(tmp_path):
             "gradient_checkpointing": False,
             "max_steps": 10,
             "eval_strategy": "no",
+            "bf16": True,  # the default of most machines
             **options,
         }
         words = []

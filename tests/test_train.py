@@ -415,3 +415,13 @@ def test_checkpointing_runs_frozen_layers_below_the_mask_once(arguments, capsys,
     assert status == 0, err
     # Three layers, two steps: layer 0 once a step, layers 1 and 2 again in the backward pass.
     assert sorted(ran.count(layer) for layer in set(ran)) == [2, 4, 4]
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_bfloat16_is_the_default_where_the_processor_multiplies_it(has_instructions, monkeypatch, tmp_path):
+    from maskft import train
+
+    monkeypatch.setattr(train.torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(train, "multiplies_bfloat16", lambda: has_instructions)
+    assert train.TrainingArguments(output_dir=str(tmp_path)).bf16 is has_instructions
+    assert train.TrainingArguments(output_dir=str(tmp_path), bf16=True).bf16 is True
