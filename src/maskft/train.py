@@ -244,7 +244,7 @@ class _StepGuard(TrainerCallback):
         if processes.num_processes() > 1:
             agreed_mask_fingerprint(model)
 
-        if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        if args.gradient_checkpointing and not _is_reentrant(args):
             self._undo = stop_gradient_at_frozen_embeddings(self.trainer.accelerator.unwrap_model(model))
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -311,6 +311,10 @@ class _StepGuard(TrainerCallback):
     @staticmethod
     def _layers(model):
         return [m for m in model.modules() if isinstance(m, MaskLayer) and _ADAPTER in m.mask_scores]
+
+
+def _is_reentrant(args: SFTConfig) -> bool:
+    return bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
 
 
 def stop_gradient_at_frozen_embeddings(model):
@@ -802,7 +806,7 @@ def _prefix_cache(run, trainer, console) -> PrefixCache | None:
         raise UserError(
             "mask_prefix_cache keeps one sequence per row: set packing and padding_free to false, or drop it"
         )
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    if args.gradient_checkpointing and _is_reentrant(args):
         raise UserError(
             "mask_prefix_cache needs a prefix without gradient, and reentrant checkpointing sends one through it: set "
             "use_reentrant to false"
