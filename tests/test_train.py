@@ -425,3 +425,50 @@ def test_bfloat16_is_the_default_where_the_processor_multiplies_it(has_instructi
     monkeypatch.setattr(train, "multiplies_bfloat16", lambda: has_instructions)
     assert train.TrainingArguments(output_dir=str(tmp_path)).bf16 is has_instructions
     assert train.TrainingArguments(output_dir=str(tmp_path), bf16=True).bf16 is True
+
+
+@pytest.fixture
+def plain_base(tmp_path):
+    """A base model as they are published: its tokenizer has no chat template."""
+    folder, tokenizer = tmp_path / "plain", tiny_tokenizer(chat_template=False)
+    tiny.tiny_llama(vocab_size=len(tokenizer), num_layers=3).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def conversations(tmp_path):
+    file = tmp_path / "chat.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}]}
+        for n in range(32)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def test_a_base_model_learns_conversations_by_a_template_file(plain_base, conversations, arguments, tmp_path, capsys):
+    words = {"model_name_or_path": plain_base, "dataset_name": conversations, "eval_split_size": 8}
+    status, err = run(arguments(**words), capsys)
+    assert status == 2 and "chat_template_path" in err
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.role + ':' + m.content + '|' }}{% endfor %}")
+    status, err = run(arguments(**words, chat_template_path=template), capsys)
+    assert status == 0, err
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template.read_text()
+    # The model without the adapter is measured by the same prompts.
+    evaluate = ["evaluate", "--dataset_name", conversations, "--no_generate", "--chat_template_path", template]
+    for name, model in (("base", ["--model_name_or_path", plain_base]), ("mask", ["--adapter", tmp_path / "out"])):
+        assert run([*evaluate, *model, "--output_dir", tmp_path / name], capsys)[0] == 0
+    hashes = {
+        json.loads((tmp_path / name / "result.json").read_text())["tasks"]["heldout"]["chat_template_hash"]
+        for name in ("base", "mask")
+    }
+    assert len(hashes) == 1 and None not in hashes
+
+
+@pytest.mark.parametrize("name", ["other-model", "missing.jinja"])
+def test_a_template_that_is_no_file(name, arguments, tmp_path, capsys):
+    status, err = run(arguments(chat_template_path=name), capsys)
+    assert status == 2 and f"chat_template_path '{name}' is no .jinja file" in err
+    assert not (tmp_path / "out").exists()

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 
 from .errors import UserError
 
+# The options that name data, in the order of their default splits, train and test.
+DATA_NAMES = ("dataset_name", "eval_dataset_name")
+TEMPLATE = "chat_template_path"  # the option of TRL that names a chat template
+
 
 @dataclass
 class DataArguments:
@@ -29,6 +33,13 @@ class DataArguments:
         metadata={
             "help": "Folder with data files named like the sets, e.g. metamathqa.jsonl.gz, or as the hub names them. "
             "A set of docs/datasets.md that is not there is an error, not a download."
+        },
+    )
+    prepared_data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps rows as they were read, split and tokenised, for later runs on the same files, "
+            "tokenizer and lengths; a hub data set in it is not looked up again. Default: not kept."
         },
     )
     dataset_streaming: bool = field(

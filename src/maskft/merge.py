@@ -87,10 +87,10 @@ def merge(
     return output_dir
 
 
-def adapter_tokenizer(adapter: str | Path, base: str):
-    """The tokenizer saved with the adapter, or that of its base model."""
+def adapter_tokenizer(adapter: str | Path, base: str, chat_template_path: str | None = None):
+    """The tokenizer saved with the adapter, or that of its base model; see ``models.load_tokenizer``."""
     has_own = any((Path(adapter) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    return load_tokenizer(str(adapter) if has_own else base)
+    return load_tokenizer(str(adapter) if has_own else base, chat_template_path)
 
 
 def _probe(model) -> torch.Tensor:

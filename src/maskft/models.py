@@ -73,8 +73,15 @@ def _config_of_file(path: Path) -> PreTrainedConfig:
     return AutoConfig.for_model(**values)
 
 
-def load_tokenizer(name_or_path: str, **kwargs) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model; see :func:`load_model`. A missing pad token becomes the EOS token."""
+def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **kwargs) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; see :func:`load_model`. A missing pad token becomes the EOS token.
+
+    Args:
+        name_or_path: What :func:`load_model` takes.
+        chat_template_path: A ``.jinja`` file that becomes its chat template, for models that have none.
+        **kwargs: Passed on to ``AutoTokenizer.from_pretrained`` (``revision``).
+    """
+    template = None if chat_template_path is None else _read_template(chat_template_path)
     if name_or_path == EMBEDDED_MODEL:
         path = _embedded_file()
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
@@ -87,7 +94,20 @@ def load_tokenizer(name_or_path: str, **kwargs) -> PreTrainedTokenizerBase:
             raise UserError(f"cannot load the tokenizer of {name_or_path!r}: {_first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if template is not None:
+        tokenizer.chat_template = template
     return tokenizer
+
+
+def _read_template(file: str) -> str:
+    """Read a chat template; the name of a model, which TRL would also take here, would add tokens to the base."""
+    path = Path(file).expanduser()
+    if path.suffix not in (".jinja", ".j2") or not path.is_file():
+        raise UserError(
+            f"chat_template_path {file!r} is no .jinja file; a model that has a template keeps it in its "
+            "chat_template.jinja"
+        )
+    return path.read_text(encoding="utf-8")
 
 
 def unpack_embedded(folder: str | Path) -> None:

@@ -19,6 +19,7 @@ TABLE = "table.md"
 COMPARISON = "comparison.json"
 # Of a study: folders, and what marks a run as finished.
 BASE = "base"
+PREPARED = "prepared"
 RUNS = "runs"
 RESULTS = "results"
 RUN = "run.json"

@@ -23,7 +23,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 from . import paths, processes
 from .arguments import FIXED_MASK_METHODS, MASK_METHODS, MaskArguments, MethodArguments, mask_config
 from .calibration import input_norms
-from .data import format_sample, load_splits, supervised_token_count, tokenize_dataset
+from .data import format_sample, supervised_token_count, tokenize_dataset
+from .data.prepared import Prepared, prepare
 from .data_arguments import DataArguments
 from .errors import NotFiniteError, UserError, did_you_mean
 from .evaluation.during_training import TASKS as EVAL_TASKS
@@ -380,25 +381,12 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
     resume_from = processes.decided_by_main(lambda: prepare_output_dir(run.training))
     source = run.model.model_name_or_path
     check_model_source(source)
-    tokenizer = load_tokenizer(source, revision=run.model.model_revision)
-    if splits is None:
-        *splits, report = load_splits(run.data, run.data.split_seed, tokenizer, run.training.dataset_text_field)
-        console.print(f"data: {report}", highlight=False)
-        run.data_report = report.to_dict()
-    train_rows, heldout_rows = splits
-    task_evaluation = _task_evaluation(run, train_rows, heldout_rows, console)
+    tokenizer = load_tokenizer(source, run.training.chat_template_path, revision=run.model.model_revision)
+    data = _prepare_data(run, tokenizer, splits, console)
+    task_evaluation = _task_evaluation(run, data.train_rows, data.heldout_rows, console)
     model = load_model(source, run.model.dtype, **_model_kwargs(run.model))
     check_tokenizer_fits(model, tokenizer)
-    train_set, heldout_set = (
-        tokenize_dataset(
-            rows,
-            tokenizer,
-            max_length=run.training.max_length,
-            completion_only_loss=run.training.completion_only_loss is not False,
-            text_field=run.training.dataset_text_field,
-        )
-        for rows in (train_rows, heldout_rows)
-    )
+    train_set, heldout_set = data.train, data.heldout
     if run.method.method in FIXED_MASK_METHODS:
         return _make_fixed_mask(run, model, tokenizer, train_set, heldout_set, console)
     set_seed(run.training.seed)  # LoRA draws its start here, before the Trainer seeds
@@ -406,6 +394,20 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
     _describe(run, model, tokenizer, train_set, heldout_set, console)
     check_disk_space(model, run.training)
     return fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, task_evaluation)
+
+
+def _prepare_data(run: Run, tokenizer, splits: tuple | None, console: Console) -> Prepared:
+    how = {
+        "text_field": run.training.dataset_text_field,
+        "max_length": run.training.max_length,
+        "completion_only_loss": run.training.completion_only_loss is not False,
+    }
+    if splits is not None:
+        return Prepared(*splits, *(tokenize_dataset(rows, tokenizer, **how) for rows in splits), {})
+    data = prepare(run.data, tokenizer, **how)
+    console.print(f"data: {data.report['text']}", highlight=False)
+    run.data_report = data.report["counts"]
+    return data
 
 
 def build_model(run: Run, model: PreTrainedModel):

@@ -44,6 +44,9 @@ def add_arguments(parser) -> None:
         type=float,
         help="bound on a batch's memory, in GB (10^9 bytes) (default: half of what is free)",
     )
+    parser.add_argument(
+        "--chat_template_path", metavar="FILE", help="a .jinja file to use as chat template, for models that have none"
+    )
     parser.add_argument("--max_length", type=int, help="truncate scored sequences, in tokens (default: not truncated)")
     parser.add_argument(
         "--max_new_tokens",
@@ -131,6 +134,8 @@ def run(args) -> None:
         raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
     if args.backend == "vllm" and HELDOUT in task_names:
         raise UserError("backend vllm measures no held-out loss; leave heldout out of --tasks, or use --backend hf")
+    if args.backend == "vllm" and args.chat_template_path:
+        raise UserError("backend vllm takes the model folder's chat template; put chat_template.jinja there")
     sources = args.adapter or [args.model_name_or_path]
     names = _labels(sources, args)
     folder = Path(args.output_dir)
@@ -161,7 +166,7 @@ def run(args) -> None:
     elif args.backend == "vllm":
         models = load_for_vllm(args.model_name_or_path, args.adapter)
     else:
-        models = load_each(args.model_name_or_path, args.adapter, args.dtype, args.device)
+        models = load_each(args.model_name_or_path, args.adapter, args.dtype, args.device, args.chat_template_path)
     tasks = load_tasks(
         benchmarks,
         args.data_dir,

@@ -73,20 +73,18 @@ class Reader:
 
     def _find(self, name: str) -> tuple[Iterable[tuple[str, Row]], TrainingSet | None]:
         """Return the rows of a set with their places, and what is registered about the set."""
-        if not is_hub_name(name):
-            return read_file(Path(name).expanduser()), None
-        known = TRAINING_SETS.get(name)
-        if self.data_dir:
-            names = [name, *known.file_names, known.hub_id.rpartition("/")[2]] if known else [name.rpartition("/")[2]]
-            files = find_files(self.data_dir, names, known.split if known else self.split)
-            if files:
-                rows = chain.from_iterable(map(read_file, files))
-                return _only_source(rows, name, known) if known and known.source else rows, known
-            if known:
-                raise UserError(
-                    f"data_dir {self.data_dir} holds none of {', '.join(f'{each}.jsonl' for each in names)} (or .json, "
-                    f".parquet, .gz) for {name}; add one, or leave data_dir out to download {known.hub_id}"
-                )
+        known = TRAINING_SETS.get(name) if is_hub_name(name) else None
+        files = local_files(name, self.data_dir, self.split)
+        if files:
+            rows = chain.from_iterable(map(read_file, files))
+            of_mixture = known is not None and known.source is not None
+            return _only_source(rows, name, known) if of_mixture else rows, known
+        if known and self.data_dir:
+            wanted = ", ".join(f"{each}.jsonl" for each in _file_names(name))
+            raise UserError(
+                f"data_dir {self.data_dir} holds none of {wanted} (or .json, .parquet, .gz) for {name}; add one, or "
+                f"leave data_dir out to download {known.hub_id}"
+            )
         if known is None:
             if "/" not in name and (similar := did_you_mean(name, TRAINING_SETS)):
                 raise UserError(f"there is no file and no known data set {name!r}{similar}")
@@ -107,6 +105,21 @@ class Reader:
             yield pair
         if taken < num_rows:
             raise too_few_rows(name, num_rows, taken)
+
+
+def local_files(name: str, data_dir: str | None, split: str) -> list[Path]:
+    """Find the files here that a set is read from; none: it comes from the hub, or is generated."""
+    if name.startswith(PROCEDURAL_PREFIX):
+        return []
+    if not is_hub_name(name):
+        return [Path(name).expanduser()]
+    known = TRAINING_SETS.get(name)
+    return find_files(data_dir, _file_names(name), known.split if known else split) if data_dir else []
+
+
+def _file_names(name: str) -> list[str]:
+    known = TRAINING_SETS.get(name)
+    return [name, *known.file_names, known.hub_id.rpartition("/")[2]] if known else [name.rpartition("/")[2]]
 
 
 def _shuffled(rows: Iterable[tuple[str, Row]], seed: int) -> Iterator[tuple[str, Row]]:

@@ -59,6 +59,7 @@ def load_each(
     adapters: Sequence[str] = (),
     dtype: str = "float32",
     device: str | None = None,
+    chat_template_path: str | None = None,
 ) -> Iterator[Loaded]:
     """Load a base model once, and put one adapter after another over it.
 
@@ -69,6 +70,7 @@ def load_each(
         adapters: Adapter folders; ``none`` is the base model itself. None at all: the base model.
         dtype: float32, bfloat16, float16 or auto.
         device: Where to run; default: the first GPU, else the CPU.
+        chat_template_path: A ``.jinja`` file that becomes the tokenizers' chat template.
 
     Raises:
         UserError: If a folder is not what it should be, or the adapters belong to different base models.
@@ -90,7 +92,7 @@ def load_each(
             if model_fingerprint(model) != fingerprint:
                 raise RuntimeError(f"taking off an adapter of kind {kind} did not give the base model back")
         if new_kind is None:
-            tokenizer = load_tokenizer(base_name)
+            tokenizer = load_tokenizer(base_name, chat_template_path)
         elif wrapped is None:
             with _one_line(adapter, f"does not fit {base_name!r}"):
                 wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=f"adapter_{number}")
@@ -105,7 +107,7 @@ def load_each(
         if kind is None:
             facts |= _training_facts(base_name)
         else:
-            tokenizer = adapter_tokenizer(adapter, base_name)
+            tokenizer = adapter_tokenizer(adapter, base_name, chat_template_path)
             facts |= {
                 "adapter": _portable(adapter),
                 "adapter_sha256": adapter_sha256(adapter),

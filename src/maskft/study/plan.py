@@ -13,13 +13,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..arguments import FIXED_MASK_METHODS, MASK_METHODS
+from ..data.identity import data_identity, file_digest
 from ..errors import UserError, did_you_mean
-from .recipe import CURRENT_RATE, DATA_NAMES, PRETRAINED, Method, Recipe, labels_of
+from .recipe import CURRENT_RATE, PRETRAINED, Method, Recipe, labels_of
 
 MAX_RUNS = 1000
 BEST, LAST = "best", "last"
@@ -116,7 +116,7 @@ def build_plan(recipe: Recipe, defaults: dict[str, Any], allow_many: bool = Fals
 
 def evaluation_id(run: Run, role: str, evaluation: dict) -> str:
     """Folder name of an evaluation of one of the run's models."""
-    settings = {"run": run.hash, "role": role, "evaluation": data_identity(evaluation)}
+    settings = {"run": run.hash, "role": role, "evaluation": _identity(evaluation)}
     return f"{run.id.rpartition('-')[0]}-{role}-{_hash(settings)}"
 
 
@@ -134,7 +134,7 @@ def _build(recipe, defaults, found, model, method, axes, seed) -> Run:
     settings = {
         "method": method.method,
         "model": _model_identity(model),
-        "options": {k: v for k, v in data_identity(options).items() if k not in defaults or v != _plain(defaults[k])},
+        "options": {k: v for k, v in _identity(options).items() if k not in defaults or v != _plain(defaults[k])},
         "start": start and start.hash,
         "match": match and match.hash,
     }
@@ -197,7 +197,14 @@ def _num_variants(recipe: Recipe, method: Method) -> int:
 
 def _check_options(recipe: Recipe, defaults: dict) -> None:
     """Refuse a name that ``maskft train`` does not know, wherever it stands."""
-    ours = {"method", "model_name_or_path", "output_dir", "resume_from_checkpoint", "match_adapter"}
+    ours = {
+        "method",
+        "model_name_or_path",
+        "output_dir",
+        "resume_from_checkpoint",
+        "match_adapter",
+        "prepared_data_dir",
+    }
     known = set(defaults) - ours
     places = [("train", recipe.train)]
     places += [(f"data {name!r}", data.options) for name, data in recipe.data.items()]
@@ -234,15 +241,11 @@ def _hash(settings: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:_HASH_LENGTH]
 
 
-def data_identity(options: dict) -> dict:
-    """The options with each data file named by its content: a moved file is the same, an edited one is not."""
-    out = {key: _plain(value) for key, value in options.items() if key != "data_dir"}
+def _identity(options: dict) -> dict:
+    """The options as a run's hash takes them: data by its content, and where a cache lies decides nothing."""
+    out = data_identity({key: _plain(value) for key, value in options.items()})
     if out.get("mask_prefix_cache"):
-        out["mask_prefix_cache"] = True  # where it is kept decides nothing
-    for key in DATA_NAMES:
-        if isinstance(out.get(key), str) and Path(out[key]).expanduser().is_file():
-            file = Path(out[key]).expanduser()
-            out[key] = f"sha256:{_file_digest(str(file.resolve()), file.stat().st_mtime_ns, None)}"
+        out["mask_prefix_cache"] = True
     return out
 
 
@@ -254,23 +257,9 @@ def _model_identity(name: str) -> str:
     digest = hashlib.sha256()
     for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         if file.is_file():
-            stat = file.stat()
-            sample = _file_digest(str(file.resolve()), stat.st_mtime_ns, _SAMPLED_BYTES)
-            digest.update(f"{file.name} {stat.st_size} {sample}\n".encode())
+            sample = file_digest(file, _SAMPLED_BYTES)
+            digest.update(f"{file.name} {file.stat().st_size} {sample}\n".encode())
     return f"sha256:{digest.hexdigest()}"
-
-
-@lru_cache(maxsize=4096)
-def _file_digest(file: str, mtime_ns: int, sampled_bytes: int | None) -> str:
-    """sha256 of a file, or of its two ends; ``mtime_ns`` makes an edited file a new entry of the cache."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        if sampled_bytes is not None:
-            digest.update(stream.read(sampled_bytes))
-            stream.seek(max(stream.tell(), Path(file).stat().st_size - sampled_bytes))
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:

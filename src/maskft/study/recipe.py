@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..arguments import METHODS
+from ..data_arguments import DATA_NAMES, TEMPLATE
 from ..errors import UserError, did_you_mean
 
 VERSION = 1
@@ -16,7 +17,6 @@ PRETRAINED = "pretrained"  # method of a run that trains nothing: the base model
 CURRENT_RATE = "current"  # learning_rate: that of the schedule of `from` at its best step
 
 _DATA_FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
-DATA_NAMES = ("dataset_name", "eval_dataset_name")
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def load_recipe(file: str | Path, data_dir: str | Path | None = None) -> Recipe:
     """
     file, content = Path(file), read_content(file)
     try:
-        return parse_recipe(content, file.stem, data_dir)
+        return parse_recipe(content, file.stem, data_dir, file.parent)
     except UserError as error:
         raise UserError(f"recipe {str(file)!r}: {error}") from None
 
@@ -192,8 +192,17 @@ def read_content(file: str | Path) -> Any:
         raise UserError(f"recipe {str(file)!r} is not YAML: {' '.join(str(error).split())}") from None
 
 
-def parse_recipe(content: Any, name: str = "study", data_dir: str | Path | None = None) -> Recipe:
-    """Build a :class:`Recipe` from what the YAML holds; see :func:`load_recipe`."""
+def parse_recipe(
+    content: Any, name: str = "study", data_dir: str | Path | None = None, folder: str | Path = "."
+) -> Recipe:
+    """Build a :class:`Recipe` from what the YAML holds; see :func:`load_recipe`.
+
+    Args:
+        content: The YAML's value.
+        name: Name of the study where the recipe gives none.
+        data_dir: Folder in which data files are looked for.
+        folder: Folder from which a relative ``chat_template_path`` counts.
+    """
     if not isinstance(content, dict):
         raise UserError("it must be a list of `name: value` lines")
     version = content.get("version")
@@ -227,15 +236,20 @@ def parse_recipe(content: Any, name: str = "study", data_dir: str | Path | None 
     baseline = content.get("baseline")
     if baseline is not None and baseline not in labels:
         raise UserError(f"baseline {baseline!r} is no run{did_you_mean(str(baseline), labels)}: {', '.join(labels)}")
+    train = _section(content, "train")
+    if TEMPLATE in train:
+        # Of the pre-trained model too: all rows of the table answer to the same prompts.
+        train[TEMPLATE] = str(Path(folder) / Path(str(train[TEMPLATE])).expanduser())
     recipe = Recipe(
         name=str(content.get("name", name)),
         models=models,
         data=data,
         methods=methods,
-        train=_section(content, "train"),
+        train=train,
         seeds=seeds,
         grid=_grid(_section(content, "grid"), methods),
-        evaluation=_evaluation(_section(content, "evaluation"), data_dir),
+        evaluation={key: train[key] for key in (TEMPLATE,) if key in train}
+        | _evaluation(_section(content, "evaluation"), data_dir),
         baseline=baseline,
         facts=_build(Facts, _section(content, "model_facts"), "model_facts"),
         launch=_build(Launch, _section(content, "launch"), "launch"),

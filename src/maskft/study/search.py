@@ -108,12 +108,12 @@ def print_rungs(search: Search, console: Console | None = None) -> None:
 def _split(search: Search, study: Study, plan: Plan) -> dict[str, int]:
     """Write the three parts of the training data, once; returns their numbers of rows."""
     from ..data import load_splits
-    from ..data_arguments import DataArguments
+    from ..data_arguments import TEMPLATE, DataArguments
     from ..models import load_tokenizer
 
     files = {part: search.part_file(study.folder, part) for part in PARTS}
     if not all(file.is_file() for file in files.values()):
-        tokenizer = load_tokenizer(study.base(plan.runs[0]))
+        tokenizer = load_tokenizer(study.base(plan.runs[0]), search.recipe.train.get(TEMPLATE))
         field = search.recipe.train.get("dataset_text_field", "text")
         # The rows that the winner's recipe holds out, by the same options; then a part of the rest, the same way.
         whole = DataArguments(**{**search.data.options, "max_train_samples": None})

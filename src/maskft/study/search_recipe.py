@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..data.identity import data_identity
 from ..errors import UserError, did_you_mean
-from .plan import data_identity
 from .recipe import PRETRAINED, Data, Method, Recipe, parse_recipe, read_content
 
 NO_MASK = "no mask"
@@ -159,7 +159,7 @@ def load_search(file: str | Path, data_dir: str | None = None, model: str | None
         if model is not None:
             content["model"] = model
         content["methods"] = {NO_MASK: {"method": PRETRAINED}}
-        recipe = parse_recipe(content, Path(file).stem, data_dir)
+        recipe = parse_recipe(content, Path(file).stem, data_dir, Path(file).parent)
         return _checked(recipe, _settings(section))
     except UserError as error:
         raise UserError(f"recipe {str(file)!r}: {error}") from None

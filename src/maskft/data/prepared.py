@@ -1,0 +1,113 @@
+"""Rows as training takes them: read, split, tokenised, and kept for later runs on the same data."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset, load_from_disk
+
+from .. import processes
+from ..data_arguments import DataArguments
+from .identity import data_identity
+from .splits import load_splits
+from .tokenizing import tokenize_dataset
+
+_REPORT = "report.json"
+_SETS = ("train_rows", "heldout_rows", "train", "heldout")
+
+
+class Prepared(NamedTuple):
+    """What a run trains on and measures.
+
+    Attributes:
+        train_rows: Training rows as examples.
+        heldout_rows: Held-out rows as examples.
+        train: Training rows as token ids and labels; those of which nothing is trained on are left out.
+        heldout: Held-out rows as token ids and labels, likewise.
+        report: What was read and what became of it: ``text`` and, as values, ``counts``.
+    """
+
+    train_rows: Dataset
+    heldout_rows: Dataset
+    train: Dataset
+    heldout: Dataset
+    report: dict[str, Any]
+
+
+def prepare(
+    args: DataArguments,
+    tokenizer,
+    text_field: str = "text",
+    max_length: int | None = None,
+    completion_only_loss: bool = True,
+) -> Prepared:
+    """Read, split and tokenise; or take what an earlier run left in ``args.prepared_data_dir``.
+
+    What is kept is found again by all that decides it: these arguments, the content of the files (a hub data set by its
+    name), the tokenizer with its chat template, and the code of this package. Several processes may ask at once.
+
+    Args:
+        args: The data part of the recipe.
+        tokenizer: A transformers tokenizer.
+        text_field: Name of the column that holds plain text.
+        max_length: Tokens to keep of a row.
+        completion_only_loss: False takes the loss on every token.
+
+    Raises:
+        UserError: If the data cannot be used; see ``load_splits`` and ``tokenize_dataset``.
+    """
+    how = {"text_field": text_field, "max_length": max_length, "completion_only_loss": completion_only_loss}
+    if args.prepared_data_dir is None:
+        return _prepare(args, tokenizer, how)
+    options = {key: value for key, value in asdict(args).items() if key != "prepared_data_dir"}
+    decides = {"data": data_identity(options), "tokenizer": _tokenizer_digest(tokenizer), "code": _code_digest(), **how}
+    name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(args.prepared_data_dir).expanduser() / name
+    processes.decided_by_main(lambda: _keep(folder, args, tokenizer, how))
+    _keep(folder, args, tokenizer, how)  # on another machine, without a shared disk, the main process's is not there
+    return Prepared(*(load_from_disk(folder / each) for each in _SETS), json.loads((folder / _REPORT).read_text()))
+
+
+def _prepare(args: DataArguments, tokenizer, how: Mapping[str, Any]) -> Prepared:
+    train_rows, heldout_rows, report = load_splits(args, args.split_seed, tokenizer, how["text_field"])
+    train, heldout = (tokenize_dataset(rows, tokenizer, **how) for rows in (train_rows, heldout_rows))
+    return Prepared(train_rows, heldout_rows, train, heldout, {"text": str(report), "counts": report.to_dict()})
+
+
+def _keep(folder: Path, args: DataArguments, tokenizer, how: Mapping[str, Any]) -> None:
+    """Write the folder whole, unless it is there."""
+    if folder.is_dir():
+        return
+    prepared = _prepare(args, tokenizer, how)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        for name in _SETS:
+            getattr(prepared, name).save_to_disk(partial / name)
+        (partial / _REPORT).write_text(json.dumps(prepared.report))
+        with contextlib.suppress(FileExistsError, OSError):  # another process was first: its folder says the same
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _tokenizer_digest(tokenizer) -> str:
+    """Changes with anything that decides the tokens of a text, or the text of a conversation."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else [sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs]
+    parts = [type(tokenizer).__name__, rules, tokenizer.chat_template, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

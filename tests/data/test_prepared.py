@@ -1,0 +1,103 @@
+"""Rows kept for later runs are the rows a run without them would have made, and no others."""
+
+import json
+
+import pytest
+
+from maskft.data.identity import data_identity
+from maskft.data.prepared import prepare
+from maskft.data_arguments import DataArguments
+from maskft.errors import UserError
+from tiny_tokenizer import tiny_tokenizer
+
+
+@pytest.fixture
+def file(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{n}+1=", "completion": f"{n + 1}"}) + "\n" for n in range(30)))
+    return file
+
+
+def arguments(file, kept=None, **changes):
+    return DataArguments(
+        **{"dataset_name": str(file), "eval_split_size": 5, "prepared_data_dir": kept and str(kept), **changes}
+    )
+
+
+def folders(kept):
+    return sorted(path.name for path in kept.iterdir())
+
+
+def test_kept_rows_are_those_made(file, tmp_path):
+    made = prepare(arguments(file), tiny_tokenizer(), max_length=16)
+    kept = tmp_path / "kept"
+    for _ in range(2):
+        taken = prepare(arguments(file, kept), tiny_tokenizer(), max_length=16)
+        for name in ("train_rows", "heldout_rows", "train", "heldout"):
+            assert getattr(taken, name).to_list() == getattr(made, name).to_list()
+        assert taken.report == made.report
+        assert len(folders(kept)) == 1
+
+
+def test_a_second_run_does_not_read_the_data(file, tmp_path, monkeypatch):
+    prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
+    monkeypatch.setattr("maskft.data.prepared.load_splits", lambda *_: pytest.fail("read again"))
+    assert len(prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer()).train) == 25
+
+
+@pytest.mark.parametrize("change", ["file", "length", "template", "split", "loss"])
+def test_whatever_decides_the_rows_makes_others(change, file, tmp_path):
+    kept, tokenizer = tmp_path / "kept", tiny_tokenizer()
+    prepare(arguments(file, kept), tokenizer, max_length=16)
+    options, how = {}, {"max_length": 16}
+    if change == "file":
+        file.write_text(file.read_text().replace("29+1=", "99+1="))
+    elif change == "length":
+        how = {"max_length": 6}
+    elif change == "template":
+        tokenizer.chat_template += " "
+    elif change == "split":
+        options = {"split_seed": 1}
+    else:
+        how["completion_only_loss"] = False
+    changed = prepare(arguments(file, kept, **options), tokenizer, **how)
+    assert len(folders(kept)) == 2
+    fresh = prepare(arguments(file, **options), tokenizer, **how)
+    assert changed.train.to_list() == fresh.train.to_list()
+
+
+def test_a_moved_file_is_the_same_data(file, tmp_path):
+    kept = tmp_path / "kept"
+    prepare(arguments(file, kept), tiny_tokenizer())
+    prepare(arguments(file.rename(tmp_path / "moved.jsonl"), kept), tiny_tokenizer())
+    assert len(folders(kept)) == 1
+
+
+def test_nothing_half_written_is_left(file, tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("datasets.Dataset.save_to_disk", fails)
+    with pytest.raises(OSError, match="no space left"):
+        prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
+    assert not (tmp_path / "kept").exists() or folders(tmp_path / "kept") == []
+
+
+def test_bad_rows_are_told_with_and_without(file, tmp_path):
+    file.write_text('{"prompt": 3}\n')
+    with pytest.raises(UserError) as plain:
+        prepare(arguments(file), tiny_tokenizer())
+    with pytest.raises(UserError) as kept:
+        prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
+    assert str(kept.value) == str(plain.value)
+
+
+def test_every_file_of_a_mixture_names_it(file, tmp_path):
+    other = tmp_path / "metamathqa.jsonl"
+    other.write_text('{"query": "a", "response": "b"}\n')
+    name = {"dataset_name": f"{file}:10,metamathqa:1", "data_dir": str(tmp_path)}
+    before = data_identity(name)
+    assert str(tmp_path) not in json.dumps(before)
+    other.write_text('{"query": "c", "response": "b"}\n')
+    assert data_identity(name) != before
+    assert data_identity(name | {"dataset_name": f"{file}:11,metamathqa:1"}) != data_identity(name)
