@@ -16,7 +16,8 @@ import tiny
 from maskft import processes
 from maskft.cli.train import parse
 from maskft.errors import UserError
-from maskft.train import agreed_mask_fingerprint, check_processes, trainable_state
+from maskft.train import check_processes
+from maskft.trainer import agreed_mask_fingerprint, trainable_state
 from maskft.tuner import MaskConfig, adapter_layers, current_masks
 from maskft.tuner.layer import Float32ParameterDict
 from maskft.tuner.model import base_fingerprint

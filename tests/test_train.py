@@ -419,12 +419,12 @@ def test_checkpointing_runs_frozen_layers_below_the_mask_once(arguments, capsys,
 
 @pytest.mark.parametrize("has_instructions", [True, False])
 def test_bfloat16_is_the_default_where_the_processor_multiplies_it(has_instructions, monkeypatch, tmp_path):
-    from maskft import train
+    from maskft import training_arguments
 
-    monkeypatch.setattr(train.torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(train, "multiplies_bfloat16", lambda: has_instructions)
-    assert train.TrainingArguments(output_dir=str(tmp_path)).bf16 is has_instructions
-    assert train.TrainingArguments(output_dir=str(tmp_path), bf16=True).bf16 is True
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(training_arguments, "multiplies_bfloat16", lambda: has_instructions)
+    assert training_arguments.TrainingArguments(output_dir=str(tmp_path)).bf16 is has_instructions
+    assert training_arguments.TrainingArguments(output_dir=str(tmp_path), bf16=True).bf16 is True
 
 
 @pytest.fixture

@@ -39,7 +39,9 @@ from .mask_codec import encode_mask
 from .masking import _CHUNK_NUMEL, random_mask
 from .memory import resident_memory_bytes
 from .models import load_config
-from .train import Run, build_model, check_method, set_accumulation, stop_gradient_at_frozen_embeddings
+from .train import build_model, check_method
+from .trainer import stop_gradient_at_frozen_embeddings
+from .training_arguments import Run, set_accumulation
 from .tuner.config import MaskConfig
 from .tuner.layer import write_masked_
 from .tuner.model import check_targets, layer_indices, maskable_names

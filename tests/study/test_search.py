@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from killing import kill_now_and_then
 from maskft import paths
 from maskft.cli.main import main
 from maskft.cli.study import check
@@ -72,6 +73,30 @@ def test_a_search_ends_with_a_recipe_and_goes_on_where_it_stopped(content, data,
     changed = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
     assert changed <= {lost, *folder.glob(f"{paths.RUNS}/*/{paths.LOG}")} and lost in changed
     assert json.loads((folder / paths.SEARCH).read_text()) == record
+
+
+@pytest.mark.slow
+def test_a_killed_search_ends_as_an_undisturbed_one(content, tmp_path):
+    content["search"]["prefix_cache"] = False  # its rounding follows the batches that came first
+    file, whole, cut = write(tmp_path, content), tmp_path / "whole", tmp_path / "cut"
+    assert main(["search", str(file), "--output_dir", str(whole)]) == 0
+
+    def second_rung_is_training():
+        return any("max_steps 3" in log.read_text() for log in cut.glob(f"{paths.RUNS}/*/{paths.LOG}"))
+
+    def probe_is_trained():
+        return any(cut.glob(f"{paths.RUNS}/layers*/{paths.TRAINING}"))
+
+    assert kill_now_and_then(file, cut, [8.0, probe_is_trained, 20.0, second_rung_is_training], "search") >= 3
+    assert main(["search", str(file), "--output_dir", str(cut)]) == 0
+    records = [json.loads((folder / paths.SEARCH).read_text()) for folder in (whole, cut)]
+    for record in records:
+        for rung in record["rungs"]:
+            for row in rung["candidates"]:
+                del row["train_time_s"]
+    assert records[0] == records[1]
+    recipes = [(folder / paths.WINNER).read_text().replace(str(folder), "") for folder in (whole, cut)]
+    assert recipes[0] == recipes[1]
 
 
 def check_rungs(record, folder):

@@ -1,22 +1,16 @@
 """Studies run for real: killed and gone on with, on a Ray cluster, and with a run that fails."""
 
 import json
-import os
 import random
 import re
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import yaml
 
+from killing import kill_now_and_then
 from maskft import paths
 from maskft.cli.main import main
-
-SRC = str(Path(__file__).parents[2] / "src")
 
 
 def recipe(base, data, methods):
@@ -67,30 +61,6 @@ def outcome(folder):
     out["summary"] = (folder / paths.SUMMARY).read_text()
     out["table"] = (folder / paths.TABLE).read_text()
     return out
-
-
-def start(file, folder, *flags):
-    words = [sys.executable, "-m", "maskft.cli.main", "study", str(file), "--output_dir", str(folder), *flags]
-    environment = {**os.environ, "PYTHONPATH": SRC}
-    return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def kill_now_and_then(file, folder, waits):
-    """Start the study and kill it after each wait, which is a number of seconds or a condition to become true."""
-    killed = 0
-    for wait in waits:
-        process = start(file, folder)
-        deadline = time.monotonic() + (wait if isinstance(wait, float) else 120)
-        while process.poll() is None and time.monotonic() < deadline:
-            if callable(wait) and wait():
-                break
-            time.sleep(0.01)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            killed += 1
-        process.wait()
-        process.stderr.close()
-    return killed
 
 
 def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys):

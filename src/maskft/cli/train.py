@@ -48,13 +48,13 @@ def _groups() -> tuple:
 
     from ..arguments import MaskArguments, MethodArguments
     from ..data_arguments import DataArguments
-    from ..train import TrainingArguments
+    from ..training_arguments import TrainingArguments
 
     return MethodArguments, ModelConfig, DataArguments, MaskArguments, TrainingArguments
 
 
 def parse(argv: list[str]):
-    """Build the :class:`maskft.train.Run` of a command line; every mistake is one UserError."""
+    """Build the :class:`maskft.training_arguments.Run` of a command line; every mistake is one UserError."""
     return _parse(argv)[0]
 
 
@@ -64,7 +64,7 @@ def _parse(argv: list[str]) -> tuple:
     from trl.cli.commands.training import _subtract_subsequence
 
     from ..launch import launch_options
-    from ..train import Run
+    from ..training_arguments import Run
 
     class Parser(TrlParser):
         def error(self, message):

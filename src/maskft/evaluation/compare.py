@@ -6,21 +6,13 @@ baseline, task by task and metric by metric. The difference is always method - b
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from ..errors import UserError, did_you_mean
 from .results import Result, has_items, item_weights
@@ -32,11 +24,11 @@ from .statistics import (
     required_seeds,
     weighted_mean,
 )
+from .text_tables import Table, latex_table, markdown_table, terminal_table
 
 SCHEMA_VERSION = 1
 POWER = 0.8  # of the test that the needed numbers of items and seeds are for
 MIN_RESAMPLES = 100
-TERMINAL_WIDTH = 140
 
 BETTER, WORSE, NOT_DISTINGUISHABLE = "better", "worse", "not distinguishable"
 
@@ -101,13 +93,6 @@ class Difference:
             about = "about" if self.num_seeds == 1 else "at least"  # the seeds' own noise comes on top
             text += f"; a difference of this size would need {about} {_round_up(self.items_needed):,} items"
         return text + "."
-
-
-class Table(NamedTuple):
-    """Cells of text, ready for any of the renderers."""
-
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -257,35 +242,6 @@ def cross_domain_table(
 def render(comparison: Comparison, output_format: str) -> str:
     """Return a comparison as text in one of `FORMATS`."""
     return FORMATS[output_format](comparison)
-
-
-def terminal_table(table: Table) -> str:
-    """Return a table drawn for the width of the terminal, or for 140 columns where there is none."""
-    drawn = RichTable(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for index, column in enumerate(table.columns):
-        drawn.add_column(Text(column), overflow="fold", justify="left" if index == 0 else "right")
-    for row in table.rows:
-        drawn.add_row(*(Text(cell) for cell in row))  # Text: a name like [red] is no markup
-    text = io.StringIO()
-    width = shutil.get_terminal_size(fallback=(TERMINAL_WIDTH, 24)).columns
-    Console(file=text, width=width).print(drawn)
-    return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines() if line.strip()) + "\n"
-
-
-def markdown_table(table: Table) -> str:
-    """Return a table in GitHub's Markdown."""
-    rows = [table.columns, *table.rows]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    lines.insert(1, "|" + " --- |" + " ---: |" * (len(table.columns) - 1))
-    return "\n".join(lines)
-
-
-def latex_table(table: Table) -> str:
-    """Return a tabular for LaTeX with the booktabs package."""
-    rows = [" & ".join(latex_text(cell) for cell in row) + r" \\" for row in [table.columns, *table.rows]]
-    alignment = "l" + "r" * (len(table.columns) - 1)
-    lines = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
-    return "\n".join([*lines, r"\end{tabular}"])
 
 
 def _to_terminal(comparison: Comparison) -> str:
@@ -616,21 +572,3 @@ def _label(result: Result) -> str:
 
 def _join(names: Iterable) -> str:
     return ", ".join(map(repr, names))
-
-
-LATEX_ESCAPES = {
-    "\\": r"\textbackslash{}",
-    "±": r"$\pm$",
-    "–": "--",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": "$<$",
-    ">": "$>$",
-    **{character: "\\" + character for character in "&%$#_{}"},
-}
-
-
-def latex_text(text: str) -> str:
-    """Escape what LaTeX would read as commands."""
-    escaped = "".join(LATEX_ESCAPES.get(character, character) for character in text)
-    return re.sub(r"(?<!\w)-(?=\d)", "$-$", escaped)

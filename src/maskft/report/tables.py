@@ -19,8 +19,8 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError, did_you_mean
-from ..evaluation.compare import Table, latex_table, latex_text, markdown_table, terminal_table
 from ..evaluation.results import Result, read_result
+from ..evaluation.text_tables import Table, latex_table, latex_text, markdown_table, terminal_table
 
 # A word of a name -> the method it stands for; of several, the first.
 METHOD_WORDS = {

@@ -1,0 +1,84 @@
+"""The output folder of a run: may it be used, is there a checkpoint to go on from, does the disk take it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from trl import SFTConfig
+
+from . import paths, processes
+from .errors import UserError
+
+
+def prepare_output_dir(args: SFTConfig) -> str | None:
+    """Check the output folder and return the checkpoint to resume from, if any."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
+    resume = args.resume_from_checkpoint
+    if str(resume).lower() == "auto":
+        return _last_whole_checkpoint(folder, args)
+    if resume and str(resume).lower() not in ("true", "1"):
+        if not Path(resume).is_dir():
+            raise UserError(f"resume_from_checkpoint {resume!r} is not a folder")
+        return str(resume)
+    used = folder.is_dir() and any(folder.iterdir())
+    if resume:
+        last = _last_whole_checkpoint(folder, args)
+        if last is None:
+            raise UserError(f"there is no checkpoint to resume from in {str(folder)!r}; drop --resume_from_checkpoint")
+        return last
+    if used:
+        raise UserError(
+            f"output_dir {str(folder)!r} holds another run; name another folder, or go on with it: "
+            "--resume_from_checkpoint true"
+        )
+    return None
+
+
+def _last_whole_checkpoint(folder: Path, args: SFTConfig) -> str | None:
+    """The newest checkpoint that can be resumed exactly; one cut short by a kill is passed over."""
+    needed = [] if args.save_only_model else _state_files(args)
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
+        weights = [*path.glob("*.safetensors")]
+        whole = all((path / name).is_file() for name in needed) and _is_json(path / "trainer_state.json")
+        if weights and whole and all(map(_is_readable, weights)):
+            return str(path)
+    return None
+
+
+def _is_json(file: Path) -> bool:
+    """Whether the file is there in full; the Trainer writes its state last, so then the rest of a checkpoint is too."""
+    try:
+        json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _state_files(args: SFTConfig) -> list[str]:
+    ranks = range(args.world_size)
+    random = ["rng_state.pth"] if args.world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
+    return ["optimizer.bin" if processes.uses_fsdp() else "optimizer.pt", "scheduler.pt", *random]
+
+
+def _is_readable(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except SafetensorError:
+        return False
+
+
+def check_disk_space(model, args: SFTConfig) -> None:
+    """Refuse to start when the disk cannot take the checkpoints and the result."""
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    copies = 1 if args.save_strategy == "no" else 1 + (args.save_total_limit or 2) + 1
+    # Adam's two moments travel with every checkpoint unless only the model is saved.
+    need = trainable * copies * (1 if args.save_only_model else 3)
+    paths.check_free_space(
+        args.output_dir, need, "lower save_total_limit, set save_only_model, or name another output_dir"
+    )
