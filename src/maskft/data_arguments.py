@@ -42,6 +42,13 @@ class DataArguments:
             "tokenizer and lengths; a hub data set in it is not looked up again. Default: not kept."
         },
     )
+    prepare_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Fill prepared_data_dir and stop: reads and checks the data, downloads it if it is on the hub, and "
+            "loads no model."
+        },
+    )
     dataset_streaming: bool = field(
         default=False,
         metadata={

@@ -36,13 +36,16 @@ from .tuner.model import check_targets, maskable_names
 # Main path
 
 
-def train(run: Run, splits: tuple | None = None, console: Console | None = None) -> TrainingSummary:
+def train(run: Run, splits: tuple | None = None, console: Console | None = None) -> TrainingSummary | None:
     """Train (or, for fixed masks, make) what ``run`` describes and save the best of it to its output folder.
 
     Args:
         run: The configuration.
         splits: Already loaded ``(train, heldout)`` datasets.
         console: Where to print; default stderr.
+
+    Returns:
+        What was done; None where only data was to be prepared.
 
     Raises:
         UserError: For every mistake in the input, and when the loss stops being finite.
@@ -56,6 +59,8 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
     check_model_source(source)
     tokenizer = load_tokenizer(source, run.training.chat_template_path, revision=run.model.model_revision)
     data = _prepare_data(run, tokenizer, splits, console)
+    if run.data.prepare_only:
+        return None
     task_evaluation = _task_evaluation(run, data.train_rows, data.heldout_rows, console)
     model = load_model(source, run.model.dtype, **_model_kwargs(run.model))
     check_tokenizer_fits(model, tokenizer)
@@ -77,6 +82,8 @@ def _prepare_data(run: Run, tokenizer, splits: tuple | None, console: Console) -
         "max_length": run.training.max_length,
         "completion_only_loss": run.training.completion_only_loss is not False,
     }
+    if run.data.prepare_only and run.data.prepared_data_dir is None:
+        raise UserError("prepare_only has nowhere to put the rows; name a prepared_data_dir")
     if splits is not None:
         return Prepared(*splits, *(tokenize_dataset(rows, tokenizer, **how) for rows in splits), {})
     data = prepare(run.data, tokenizer, **how)
@@ -395,7 +402,7 @@ def _recipe(run: Run, summary: TrainingSummary) -> dict:
     for group in (run.data, run.mask, run.method):
         for name, spec in type(group).__dataclass_fields__.items():
             value = getattr(group, name)
-            if value is not None and value != spec.default and name != "prepared_data_dir":
+            if value is not None and value != spec.default and name not in ("prepared_data_dir", "prepare_only"):
                 out[name] = value
     out |= {name: getattr(run.training, name) for name in _RECORDED}
     out |= {"best_step": summary.best_step, "best_heldout_loss": summary.best_loss}

@@ -168,13 +168,34 @@ def test_ray_without_ray_is_one_line(base, data, tmp_path, capsys, monkeypatch):
 
 
 def test_a_run_that_fails_stops_what_needs_it_and_nothing_else(base, data, tmp_path, capsys):
-    methods = {"full": {**FULL, "max_length": 1}, "mask": MASK, "pre-trained": {"method": "pretrained"}}
+    methods = {"full": {**FULL, "learning_rate": 1e30}, "mask": MASK, "pre-trained": {"method": "pretrained"}}
     file = write(tmp_path, recipe(base, data, methods))
     capsys.readouterr()
     assert main(["study", str(file), "--output_dir", str(tmp_path / "out")]) == 2
     out, err = capsys.readouterr()
-    assert len(err.strip().splitlines()[-1:]) == 1 and "run 'full, seed 0' failed (and 1 more): every label is" in err
+    assert (
+        len(err.strip().splitlines()[-1:]) == 1
+        and "run 'full, seed 0' failed (and 1 more): " in err
+        and "is not finite" in err
+    )
     assert "it needs 'full, seed 0', which failed" in out and "pre-trained, seed 0: finished" in out
+
+
+@pytest.mark.parametrize("mistake", ["columns", "too many rows"])
+def test_a_mistake_in_the_data_of_the_last_run_stops_before_the_first(mistake, base, data, tmp_path, capsys):
+    """The second data set, which only the mask trains on, is read before full fine-tuning starts."""
+    other = tmp_path / "metamathqa.jsonl"
+    other.write_text("".join(json.dumps({"question": f"{n}?", "response": "r"}) + "\n" for n in range(9)))
+    content = recipe(base, data, {"full": FULL, "mask": {**MASK, "data": "other"}})
+    name = "metamathqa" if mistake == "columns" else f"{data}:1000"
+    content["data"]["other"] = {"dataset_name": name, "data_dir": str(tmp_path), "eval_split_size": 2}
+    capsys.readouterr()
+    folder = tmp_path / "out"
+    assert main(["study", str(write(tmp_path, content)), "--output_dir", str(folder)]) == 2
+    err = capsys.readouterr().err
+    wanted = ["query", "question"] if mistake == "columns" else ["asks for 1,000 rows", "which has 64"]
+    assert all(word in err for word in wanted) and len(err.strip().splitlines()) == 1
+    assert not list(folder.glob(f"{paths.RUNS}/*"))
 
 
 def test_a_folder_in_use_is_refused(base, data, tmp_path, monkeypatch, capsys):

@@ -94,8 +94,8 @@ def add_arguments(parser) -> None:
         "held-out part; else all of dataset_name.",
     )
     for field in dataclasses.fields(DataArguments):
-        if field.name == "data_dir":
-            continue  # one folder for benchmarks and data sets
+        if field.name in ("data_dir", "prepared_data_dir", "prepare_only"):
+            continue  # the first is above, one folder for benchmarks and data sets; the others are for training
         kind = str(field.type)
         group.add_argument(
             f"--{field.name}",
@@ -159,7 +159,7 @@ def run(args) -> None:
     )
     if len(targets) == 1 and targets[0].exists() and not args.overwrite:
         raise UserError(f"{targets[0]} exists; name another output_dir or pass --overwrite")
-    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(DataArguments)}
+    values = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(DataArguments)}
     data = DataArguments(**{name: value for name, value in values.items() if value is not None})
     if args.alpaca_outputs and task_names == [ALPACA_EVAL]:
         models = no_model(names[0])  # whatever model is named did not make these outputs here

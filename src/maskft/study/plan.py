@@ -120,6 +120,11 @@ def evaluation_id(run: Run, role: str, evaluation: dict) -> str:
     return f"{run.id.rpartition('-')[0]}-{role}-{_hash(settings)}"
 
 
+def data_hash(model: str, options: dict) -> str:
+    """Name of what ``options`` about data, and the tokenizer of ``model``, make of the data."""
+    return _hash({"model": _model_identity(model), "data": _identity(options)})
+
+
 def _build(recipe, defaults, found, model, method, axes, seed) -> Run:
     """One run and, before it, those it is made from; ``found`` holds each once, in order."""
     axes = {key: value for key, value in axes.items() if key in _axes(recipe, method)}
@@ -204,6 +209,7 @@ def _check_options(recipe: Recipe, defaults: dict) -> None:
         "resume_from_checkpoint",
         "match_adapter",
         "prepared_data_dir",
+        "prepare_only",
     }
     known = set(defaults) - ours
     places = [("train", recipe.train)]

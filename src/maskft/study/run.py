@@ -15,7 +15,7 @@ from rich.table import Table
 from .. import paths
 from ..errors import UserError
 from .estimates import Estimate, estimate, model_facts
-from .execute import Study, make, prepare_base
+from .execute import Study, make, prepare_base, prepare_data
 from .plan import Plan, Run
 from .process import last_line
 from .summary import summarise
@@ -47,13 +47,18 @@ def run_study(plan: Plan, folder: str | Path, launcher: str = "local", console: 
 
 
 def make_all(study: Study, plan: Plan, launcher: str, console: Console) -> dict[Run, str]:
-    """Make every run that is not finished; returns those that failed, with the reason."""
+    """Make every run that is not finished; returns those that failed, with the reason.
+
+    Raises:
+        UserError: For a mistake in the data of any run, before the first is made.
+    """
     board = Board(study, plan, console)
     todo = [run for run in plan.runs if not study.is_done(run)]
     console.print(f"{len(plan.runs)} runs, {len(plan.runs) - len(todo)} finished before", highlight=False)
     with board:
         if todo:
             prepare_base(study, todo, board.tick)
+            prepare_data(study, todo, board.tick)
             {"local": _run_local, "ray": _run_on_ray}[launcher](study, todo, board)
     return board.failed
 
