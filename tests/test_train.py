@@ -117,6 +117,20 @@ def test_the_start_is_kept_when_every_step_makes_it_worse(arguments, base, tmp_p
     assert all(torch.equal(kept[name], start[name]) for name in start)
 
 
+def test_held_out_loss_does_not_depend_on_which_rows_share_a_batch(arguments, data, tmp_path, capsys):
+    """Rows of one to four answer tokens: the mean of the batches' means would differ by far more."""
+    file = tmp_path / "lengths.jsonl"
+    rows = [{"prompt": f"{n}:", "completion": "9" * (1 + n % 4)} for n in range(64)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    losses = []
+    for size in (1, 3, 16):
+        out = tmp_path / f"out{size}"
+        words = arguments(dataset_name=file, output_dir=out, max_steps=1, per_device_eval_batch_size=size)
+        assert run(words, capsys)[0] == 0
+        losses.append(heldout_losses(out)[0])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
 def test_without_evaluation_the_last_step_is_kept(arguments, tmp_path, capsys):
     status, err = run(arguments(eval_strategy="no"), capsys)
     assert status == 0 and "saved to" in err and "best" not in err.splitlines()[-1]

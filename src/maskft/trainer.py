@@ -34,6 +34,7 @@ class MaskSFTTrainer(SFTTrainer):
         self._window = (time.perf_counter(), 0)
         self.mask_metrics: dict[str, float] = {}
         self.task_evaluation: TrainingEvaluation | None = None
+        self._eval_nll, self._eval_tokens = 0.0, 0
         self.add_callback(_StepGuard(self))
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -47,9 +48,27 @@ class MaskSFTTrainer(SFTTrainer):
         self._loss_is_finite = torch.isfinite(loss.detach()) & self._loss_is_finite.to(loss.device)
         return loss
 
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """Loss of one batch, and how many tokens it is the mean of."""
+        num_tokens = int((inputs["labels"][..., 1:] != -100).sum()) if "labels" in inputs else 0
+        loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+        if loss is not None and num_tokens:
+            self._eval_nll += float(loss) * num_tokens
+            self._eval_tokens += num_tokens
+        return loss, *rest
+
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Add the metrics of generated answers to the loss, so that they are logged and can choose the best."""
+        """Take the loss over tokens, and add the metrics of generated answers; both are logged and can choose the best.
+
+        The mean of the batches' means, which transformers takes, depends on which rows share a batch.
+        """
+        self._eval_nll, self._eval_tokens = 0.0, 0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        device = self.args.device if processes.num_processes() > 1 else "cpu"
+        sums = torch.tensor([self._eval_nll, self._eval_tokens], dtype=torch.float64, device=device)
+        nll, num_tokens = processes.reduce_(sums).tolist()
+        if num_tokens:
+            output.metrics[f"{metric_key_prefix}_loss"] = nll / num_tokens
         if self.task_evaluation and metric_key_prefix == "eval":
             with self.compute_loss_context_manager():
                 values = self.task_evaluation.measure(self.accelerator.unwrap_model(self.model), self.processing_class)
