@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..evaluation.compare import compare, cross_domain_table, render
 from ..evaluation.results import Result, read_result, write_text
 from .execute import Study
-from .plan import Plan
+from .plan import BEST, Plan
 
 _ACCOUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
 
@@ -34,8 +34,9 @@ def summarise(study: Study, plan: Plan) -> str:
             continue
         name = results[0]["study"]["model"]
         text, table, record = _of_one_model(results, study.recipe.baseline)
-        texts.append(f"{name}\n{text}")
-        markdown += [f"## {name}", "", table, _accounts(results), ""]
+        notes = _unchanged(results)
+        texts.append("\n".join([f"{name}\n{text}", *notes]))
+        markdown += [f"## {name}", "", table, _accounts(results), "", *(f"- {note}" for note in notes), ""]
         models[name] = record
     write_text(
         study.folder / paths.SUMMARY, json.dumps({"study": study.recipe.name, "models": models}, indent=1) + "\n"
@@ -80,11 +81,23 @@ def _row(result: Result) -> dict:
     return {"name": result["name"], "seed": result["model"]["seed"], "metrics": metrics, **facts}
 
 
+def _unchanged(results: list[Result]) -> list[str]:
+    """Say which trained models are their own start: a difference of 0 would look like a measurement."""
+    ends = [(result["name"], result["study"]) for result in results if result["study"]["role"] == BEST]
+    names = list(dict.fromkeys(name for name, study in ends if study["num_steps"] and study["best_step"] == 0))
+    return [f"Note: {name} is the model it started from; no step lowered its held-out loss." for name in names]
+
+
 def _accounts(results: list[Result]) -> str:
     """Epochs and tokens of each model, its own and with what it was made from (paper, Tables 8 and 9)."""
-    lines = ["| model | seed | epochs | tokens | epochs in all | tokens in all |", "|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| model | seed | best step | epochs | tokens | epochs in all | tokens in all |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for result in results:
-        own = [result["study"][key] for key in _ACCOUNTS]
-        cells = [f"{own[0]:.2f}", f"{own[1]:.3g}", f"{own[2]:.2f}", f"{own[3]:.3g}"]
+        study = result["study"]
+        own = [study[key] for key in _ACCOUNTS]
+        step = f"{study['best_step']} of {study['num_steps']}" if study["num_steps"] else "–"
+        cells = [step, f"{own[0]:.2f}", f"{own[1]:.3g}", f"{own[2]:.2f}", f"{own[3]:.3g}"]
         lines.append(f"| {result['name']} | {result['model']['seed']} | {' | '.join(cells)} |")
     return "\n".join(lines)
