@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.test $(VENV)/.demo $(VENV)-judge/.judge
+test-slow: $(VENV)/.test $(VENV)/.demo $(VENV)/.ray $(VENV)-judge/.judge
 	MASKFT_JUDGE_PYTHON=$(CURDIR)/$(VENV)-judge/bin/python $(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/.bench
@@ -42,6 +42,10 @@ $(VENV)/.demo: $(VENV)/.base
 
 $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -e '.[test,demo]'
+	@touch $@
+
+$(VENV)/.ray: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet -e '.[ray]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.base

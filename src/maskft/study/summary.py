@@ -83,9 +83,13 @@ def _row(result: Result) -> dict:
 
 def _unchanged(results: list[Result]) -> list[str]:
     """Say which trained models are their own start: a difference of 0 would look like a measurement."""
-    ends = [(result["name"], result["study"]) for result in results if result["study"]["role"] == BEST]
-    names = list(dict.fromkeys(name for name, study in ends if study["num_steps"] and study["best_step"] == 0))
-    return [f"Note: {name} is the model it started from; no step lowered its held-out loss." for name in names]
+    notes = []
+    for result in results:
+        study = result["study"]
+        if study["role"] == BEST and study["num_steps"] and study["best_step"] == 0:
+            start = "its mask before the first step" if result["model"]["method"] == "mask" else "its parent, unchanged"
+            notes.append(f"Note: {result['name']} is {start}; no step lowered its held-out loss.")
+    return list(dict.fromkeys(notes))
 
 
 def _accounts(results: list[Result]) -> str:
