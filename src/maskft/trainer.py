@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from . import processes
+from .data import IGNORED
 from .errors import NotFiniteError, UserError
 from .evaluation.during_training import TrainingEvaluation
 from .memory import peak_memory_bytes
@@ -50,7 +51,7 @@ class MaskSFTTrainer(SFTTrainer):
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         """Loss of one batch, and how many tokens it is the mean of."""
-        num_tokens = int((inputs["labels"][..., 1:] != -100).sum()) if "labels" in inputs else 0
+        num_tokens = int((inputs["labels"][..., 1:] != IGNORED).sum()) if "labels" in inputs else 0
         loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
         if loss is not None and num_tokens:
             self._eval_nll += float(loss) * num_tokens

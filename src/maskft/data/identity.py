@@ -19,7 +19,8 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
         options: Options of ``maskft train`` or ``maskft evaluate``; those that are not about data stay as they are.
     """
     out = {key: value for key, value in options.items() if key != "data_dir"}
-    for key, split in zip(DATA_NAMES, ("train", "test"), strict=True):
+    splits = (options.get("dataset_train_split") or "train", options.get("dataset_eval_split") or "test")
+    for key, split in zip(DATA_NAMES, splits, strict=True):
         if isinstance(out.get(key), str):
             out[key] = _set_identity(out[key], options.get("data_dir"), split)
     if isinstance(out.get(TEMPLATE), str) and Path(out[TEMPLATE]).expanduser().is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -92,8 +91,11 @@ def _keep(folder: Path, args: DataArguments, tokenizer, how: Mapping[str, Any]) 
         for name in _SETS:
             getattr(prepared, name).save_to_disk(partial / name)
         (partial / _REPORT).write_text(json.dumps(prepared.report))
-        with contextlib.suppress(FileExistsError, OSError):  # another process was first: its folder says the same
+        try:
             partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, and its folder says the same
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
