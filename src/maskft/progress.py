@@ -2,9 +2,57 @@
 
 from __future__ import annotations
 
+import sys
+import time
+
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+def progress_bar(console: Console | None = None, disable: bool = False) -> Progress:
+    """The progress bar of all evaluations: what, share done, count, time left; lines on stderr without a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return _BarOrLines(*columns, console=console, disable=disable, transient=True)
+
+
+class _BarOrLines(Progress):
+    """A bar on a terminal; in a log, which would show none, a line every half a minute."""
+
+    def __init__(self, *columns, **options):
+        super().__init__(*columns, **options)
+        self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+        self._advanced = 0.0  # of the last task; one that goes on from an earlier run does not begin at 0
+
+    def add_task(self, *args, **kwargs) -> TaskID:
+        self._advanced = 0.0
+        return super().add_task(*args, **kwargs)
+
+    def advance(self, task_id, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._advanced += advance
+        if self.disable or self.console.is_terminal or time.monotonic() < self._next_line:
+            return
+        self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+        task = next(task for task in self.tasks if task.id == task_id)
+        # The mean since the start: answers come in bursts, and the bar's own estimate follows those.
+        speed = self._advanced / task.elapsed
+        print(
+            f"{task.description}: {task.completed:g} of {task.total:g}, {speed:.2f} a second, "
+            f"about {(task.total - task.completed) / speed / 60:.0f} min left",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class RichProgress(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -84,7 +85,10 @@ class TrainingArguments(SFTConfig):
             self.eval_on_start = self.load_best_model_at_end = False
         if self.metric_for_best_model and not self.metric_for_best_model.startswith("eval_"):
             self.metric_for_best_model = f"eval_{self.metric_for_best_model}"
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # TRL's own default has the old name of activation_checkpointing: a warning nobody could act on.
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+            super().__post_init__()
 
 
 def multiplies_bfloat16() -> bool:

@@ -18,7 +18,7 @@ import tiny
 from benchmark_files import GSM8K
 from maskft import MaskConfig
 from maskft.cli.main import main
-from maskft.evaluation import load, tasks
+from maskft.evaluation import load
 from maskft.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, JOURNAL, RESULT
 from tiny_tokenizer import tiny_tokenizer
 
@@ -148,10 +148,9 @@ def test_finished_results_are_of_the_same_weights_and_data(chat_base, adapters, 
     assert status == 2 and "is of another model" in err
 
 
-def test_a_group_is_known_again_by_its_members(chat_base, tmp_path, capsys, monkeypatch):
-    manager = benchmark_files.write_local_tasks(tmp_path / "tasks")
-    monkeypatch.setattr(tasks, "_task_manager", lambda: manager)
-    words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "pair", "--limit", 1]
+def test_a_group_is_known_again_by_its_members(chat_base, tmp_path, capsys):
+    own = benchmark_files.write_local_tasks(tmp_path / "tasks")
+    words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "pair", "--include_path", own, "--limit", 1]
     words += ["--output_dir", tmp_path / "out", "--adapter", "none"]
     words += ["none", "--name", "a", "b"]
     assert call(words, capsys)[0] == 0

@@ -42,10 +42,9 @@ def record_of(name, answers, folder, **options):
     return record, lm.prompts
 
 
-@pytest.fixture
-def local_tasks(tmp_path, monkeypatch):
-    manager = benchmark_files.write_local_tasks(tmp_path / "tasks")
-    monkeypatch.setattr(tasks_module, "_task_manager", lambda: manager)
+@pytest.fixture(scope="module")
+def local_tasks(tmp_path_factory):
+    return str(benchmark_files.write_local_tasks(tmp_path_factory.mktemp("local") / "tasks"))
 
 
 # Scores
@@ -172,14 +171,14 @@ def test_same_answers_as_lm_evals_backend(batch_size):
 
 def test_prompts_that_were_cut_are_counted(local_tasks, tmp_path):
     net = tiny.tiny_llama(vocab_size=len(TOKENIZER), max_position_embeddings=10)
-    task = load_tasks(["long"])["long"]  # prompts of 5, 6 and 7 tokens, answers of up to 4
+    task = load_tasks(["long"], include_path=local_tasks)["long"]  # prompts of 5, 6 and 7 tokens, answers of up to 4
     for _ in range(2):  # the second time all answers come from the journal
         record = run_task(
             Resuming(BatchedLM(net, TOKENIZER, batch_size=2), Journal(tmp_path / "answers.jsonl", {})), "long", task
         )
         assert record["num_truncated"] == 1
         assert record["note"] == "1 of 3 prompts were longer than the model's context allows and were cut on their left"
-    task = load_tasks(["one"])["one"]
+    task = load_tasks(["one"], include_path=local_tasks)["one"]
     record = run_task(BatchedLM(tiny.tiny_llama(vocab_size=len(TOKENIZER)), TOKENIZER), "one", task)
     assert record["num_truncated"] == 0 and "note" not in record
 
@@ -257,10 +256,15 @@ def test_items_with_one_id(tmp_path):
         load_tasks(["ifeval"], tmp_path)
 
 
-def test_unknown_task():
+def test_unknown_task(local_tasks):
     with pytest.raises(UserError, match=r"unknown task 'gsm8kk' \(did you mean 'gsm8k'\?\)"):
         check_names(["heldout", "gsm8kk"])
     check_names(["heldout", "gsm8k", "lambada_openai"])
+    with pytest.raises(UserError, match="unknown task 'pair'"):
+        check_names(["pair"])
+    check_names(["pair", "gsm8k"], local_tasks)
+    with pytest.raises(UserError, match="include_path 'nowhere' is not a folder"):
+        check_names(["pair"], "nowhere")
 
 
 def test_lm_eval_is_missing(monkeypatch):
@@ -290,15 +294,15 @@ def test_sentence_tables_are_asked_for_when_they_are_needed(tmp_path, monkeypatc
 
 
 def test_other_tasks_that_run_code_are_refused(local_tasks):
-    assert set(load_tasks(["one"])) == {"one"}
+    assert set(load_tasks(["one"], include_path=local_tasks)) == {"one"}
     with pytest.raises(UserError, match="task code would run model-written code outside the sandbox; use humaneval"):
-        load_tasks(["code"])
+        load_tasks(["code"], include_path=local_tasks)
 
 
 def test_groups_with_a_task_of_the_name_of_ours(local_tasks):
-    assert set(load_tasks(["pair"])) == {"one", "two"}
+    assert set(load_tasks(["pair"], include_path=local_tasks)) == {"one", "two"}
     with pytest.raises(UserError, match="ours holds lm-eval's own gsm8k, which is not the gsm8k of maskft"):
-        load_tasks(["ours"])
+        load_tasks(["ours"], include_path=local_tasks)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -72,6 +72,9 @@ def add_arguments(parser) -> None:
         help="folder with the published files of the benchmarks, which are read from there then, and of data sets "
         "named below; lm-eval's other tasks still come from the hub",
     )
+    tasks.add_argument(
+        "--include_path", metavar="DIR", help="folder with lm-eval task YAMLs of your own, to be named in --tasks"
+    )
     tasks.add_argument("--limit", type=int, metavar="N", help="first N items of each benchmark (default: all)")
     tasks.add_argument(
         "--apply_chat_template",
@@ -142,7 +145,7 @@ def run(args) -> None:
     _check_output_dir(folder)
     targets = [folder / paths.RESULT] if len(sources) == 1 else [folder / name / paths.RESULT for name in names]
     benchmarks = [name for name in task_names if name not in (HELDOUT, ALPACA_EVAL)]
-    check_names(benchmarks)
+    check_names(benchmarks, args.include_path)
     alpaca = load_alpaca(args) if ALPACA_EVAL in task_names else None
     settings = EvaluationSettings(
         dtype=args.dtype,
@@ -171,6 +174,7 @@ def run(args) -> None:
         benchmarks,
         args.data_dir,
         args.limit,
+        include_path=args.include_path,
         allow_unconfined=args.allow_unconfined_code,
     )
     data_hashes = {name: task_data_sha256(task, args.limit) for name, task in tasks.items()}

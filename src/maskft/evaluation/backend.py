@@ -8,7 +8,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from ..errors import UserError
-from .evaluate import progress_bar
+from ..progress import progress_bar
 from .generation import greedy_generate, memory_bound_rows
 
 

@@ -7,11 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from ..answers import check_answer
 from ..data import prompt_ids, tokenize_example
 from ..errors import UserError
+from ..progress import progress_bar
 from .generation import greedy_generate, memory_bound_rows
 from .journal import Journal
 from .loss import nll_per_item
@@ -20,12 +19,6 @@ from .results import build_task, data_sha256, items_fingerprint, metric_from_ite
 TASK_VERSION = 1
 MAX_LOSS_BATCH_SIZE = 16  # a larger one is no faster, and the loss needs logits of all tokens of a row
 _LOSS, _ANSWER = "heldout_loss", "heldout_answer"  # in the journal
-
-
-def progress_bar(console=None, disable: bool = False) -> Progress:
-    """The progress bar of all evaluations: what, share done, count, time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=disable, transient=True)
 
 
 def evaluate_rows(

@@ -95,7 +95,7 @@ def load_docs(task: str, data_dir: str | Path | None, split: str = "test") -> da
     if not folder.is_dir():
         raise UserError(f"data_dir {str(data_dir)!r} is not a folder")
     problems = sorted(folder.rglob(source.folders.format(split=split))) if source.folders else []
-    file = None if problems else _find(source, folder, split, task)
+    file = None if problems else find_file(task, folder, split)
     rows = []
     for where, row in ((path, _read_object(path)) for path in problems) if problems else read_file(file):
         _check(row, source.fields, str(where) if problems else f"{file}: {where}")
@@ -105,7 +105,13 @@ def load_docs(task: str, data_dir: str | Path | None, split: str = "test") -> da
     return datasets.Dataset.from_list(rows)
 
 
-def _find(source: Source, folder: Path, split: str, task: str) -> Path:
+def find_file(task: str, folder: Path, split: str = "test") -> Path:
+    """The one file of a benchmark in a folder and its folders.
+
+    Raises:
+        UserError: If there is none, or several.
+    """
+    source = SOURCES[task]
     pattern = re.compile(f"({source.files.format(split=split)}){ENDINGS}", re.IGNORECASE)
     found = sorted(path for path in folder.rglob("*") if path.is_file() and pattern.fullmatch(path.name))
     if not found:

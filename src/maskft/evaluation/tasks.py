@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from ..errors import UserError, did_you_mean
+from ..progress import progress_bar
 from .alpaca import ALPACA_EVAL
-from .evaluate import chat_template_hash, progress_bar
+from .evaluate import chat_template_hash
 from .results import build_task, data_sha256, items_fingerprint, metric_from_items
 from .sandbox import check_confinement, run_many
 from .statistics import weighted_mean
@@ -101,8 +102,12 @@ BENCHMARKS = {
 _OTHERS = Benchmark("", "", {})
 
 
-def check_names(names: Sequence[str]) -> None:
+def check_names(names: Sequence[str], include_path: str | None = None) -> None:
     """Refuse tasks that nobody knows, and say what is missing when lm-eval is not installed.
+
+    Args:
+        names: Of tasks.
+        include_path: Folder with lm-eval task YAMLs of the user's own.
 
     Raises:
         UserError: In both cases, with what to do.
@@ -117,9 +122,11 @@ def check_names(names: Sequence[str]) -> None:
             f"task {scored[0]} is scored by lm-eval, which is not installed; run: pip install 'maskft[eval]'"
         )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if include_path is not None and not Path(include_path).expanduser().is_dir():
+        raise UserError(f"include_path {include_path!r} is not a folder; name one with lm-eval task YAMLs")
     for name in scored:
-        if name not in BENCHMARKS and name not in _task_manager().all_tasks:
-            options = [HELDOUT, ALPACA_EVAL, *BENCHMARKS, *_task_manager().all_tasks]
+        if name not in BENCHMARKS and name not in _task_manager(include_path).all_tasks:
+            options = [HELDOUT, ALPACA_EVAL, *BENCHMARKS, *_task_manager(include_path).all_tasks]
             raise UserError(f"unknown task {name!r}{did_you_mean(name, options)}; lm-eval has no such task either")
 
 
@@ -129,6 +136,7 @@ def load_tasks(
     limit: int | None = None,
     *,
     docs: Mapping[str, Any] | None = None,
+    include_path: str | None = None,
     allow_unconfined: bool = False,
     console=None,
 ) -> dict[str, Any]:
@@ -139,6 +147,7 @@ def load_tasks(
         data_dir: Folder with the benchmarks' files; None: the hub.
         limit: First items of each task only.
         docs: Items of a benchmark, where they are not those of its test split.
+        include_path: Folder with lm-eval task YAMLs of the user's own.
         allow_unconfined: Run model-written code even where it cannot be confined.
         console: Where progress bars go.
 
@@ -152,7 +161,7 @@ def load_tasks(
             _check_ids(items, name)
             tasks[name] = _build(name, items, limit, data_dir, allow_unconfined, console)
         else:
-            tasks |= _build_other(name)
+            tasks |= _build_other(name, include_path)
     for task in tasks.values():
         task.set_fewshot_seed(seed=SEEDS["fewshot"])
         if task.get_config("num_fewshot") is None:
@@ -242,10 +251,10 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
 
 
 @lru_cache(maxsize=1)
-def _task_manager():
+def _task_manager(include_path: str | None):
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()
+    return TaskManager(include_path=include_path and str(Path(include_path).expanduser()))
 
 
 def _build(name: str, docs, limit: int | None, data_dir, allow_unconfined: bool, console):
@@ -300,9 +309,9 @@ def _run_code(resps, docs, *, name: str, allow_unconfined: bool, console) -> lis
     return [{name: getattr(result, name) for name in ("status", "reason", "confinement")} for result in ended]
 
 
-def _build_other(name: str) -> dict:
+def _build_other(name: str, include_path: str | None) -> dict:
     try:
-        tasks = _task_manager().load([name])["tasks"]
+        tasks = _task_manager(include_path).load([name])["tasks"]
     except Exception as error:  # many types: no network, a missing package, ...
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"lm-eval cannot load task {name!r}: {type(error).__name__}: {first}") from None

@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..evaluation.compare import compare, cross_domain_table, render
 from ..evaluation.results import Result, read_result, write_text
 from .execute import Study
-from .plan import BEST, Plan
+from .plan import BEST, LAST, Plan
 
 _ACCOUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
 
@@ -33,8 +33,9 @@ def summarise(study: Study, plan: Plan) -> str:
         if not results:
             continue
         name = results[0]["study"]["model"]
+        results, notes = _without_repeats(results, study.recipe.baseline)
         text, table, record = _of_one_model(results, study.recipe.baseline)
-        notes = _unchanged(results)
+        notes += _unchanged(results)
         texts.append("\n".join([f"{name}\n{text}", *notes]))
         markdown += [f"## {name}", "", table, _accounts(results), "", *(f"- {note}" for note in notes), ""]
         models[name] = record
@@ -79,6 +80,21 @@ def _row(result: Result) -> dict:
     }
     facts = {key: study[key] for key in ("run", "role", "best_step", "num_steps", "best_heldout_loss", *_ACCOUNTS)}
     return {"name": result["name"], "seed": result["model"]["seed"], "metrics": metrics, **facts}
+
+
+def _without_repeats(results: list[Result], baseline: str | None) -> tuple[list[Result], list[str]]:
+    """Leave out ends of training that are the best checkpoint at every seed, and say so.
+
+    A second row of the same models would count as a comparison of its own and make Holm's correction stricter.
+    """
+    ends = {}
+    for result in results:
+        if result["study"]["role"] == LAST and result["name"] != baseline:
+            study = result["study"]
+            ends.setdefault(result["name"], []).append(study["best_step"] == study["num_steps"])
+    repeats = [name for name, same in ends.items() if all(same)]
+    notes = [f"Note: {name} is not listed: it is the best one, whose step is the last." for name in repeats]
+    return [result for result in results if result["name"] not in repeats], notes
 
 
 def _unchanged(results: list[Result]) -> list[str]:

@@ -1,0 +1,143 @@
+"""``python -m benchmarks.against_lm_eval``: maskft evaluate and lm-eval's command line on the same items of a model.
+
+Both whole commands are timed, once, in turn, and prompts, outputs and scores are compared item by item. lm-eval's
+scorer for HumanEval fetches a metric from the hub; here it writes its outputs for that task and does not score them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lm_eval.tasks
+from rich.console import Console
+
+from maskft.evaluation.results import environment
+from maskft.evaluation.task_data import find_file
+from maskft.evaluation.tasks import BENCHMARKS
+
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
+# HumanEval's prompts and stop strings without the scorer.
+_HUMANEVAL = """\
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{canonical_solution}}"
+num_fewshot: 0
+generation_kwargs: {until: ["\\nclass", "\\ndef", "\\n#", "\\nif", "\\nprint"], max_gen_toks: 1024, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def main() -> None:
+    """Run both sides on every task, print and write the comparison."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.against_lm_eval", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder or hub name")
+    parser.add_argument("--data_dir", required=True, metavar="DIR", help="folder with the benchmarks' files")
+    parser.add_argument("--tasks", default="gsm8k,humaneval,ifeval", help="of maskft (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=50, help="first items of each task (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=50, help="items at one time (default: %(default)s)")
+    parser.add_argument("--output", default="runs/against_lm_eval", metavar="DIR", help="default: %(default)s")
+    args = parser.parse_args()
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    console = Console(width=140)
+    rows = []
+    for task in args.tasks.split(","):
+        ours, our_seconds = run_maskft(task, args, folder)
+        theirs, their_seconds = run_lm_eval(task, args, folder)
+        rows.append(compare(task, ours, theirs, our_seconds, their_seconds))
+        console.print_json(json.dumps(rows[-1]))
+    record = {"settings": vars(args), "environment": environment(), "rows": rows}
+    (folder / "against_lm_eval.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def run_maskft(task: str, args, folder: Path) -> tuple[dict[str, dict], float]:
+    """Items of our result file by id, and the seconds of the command."""
+    out = folder / f"{task}-maskft"
+    settings = {"model_name_or_path": args.model, "data_dir": args.data_dir, "output_dir": out, "tasks": task}
+    settings |= {"limit": args.limit, "batch_size": args.batch_size}
+    words = [f"--{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "-m", "maskft.cli.main", "evaluate", "--overwrite", *words]
+    seconds = timed(command, folder / f"{task}-maskft.log")
+    record = json.loads((out / "result.json").read_text())
+    return {item["id"]: item for item in record["tasks"][task]["items"]}, seconds
+
+
+def run_lm_eval(task: str, args, folder: Path) -> tuple[dict[str, dict], float]:
+    """lm-eval's samples by id, one for all filters, and the seconds of the command."""
+    local, out = folder / "lm_eval_tasks", folder / f"{task}-lm_eval"
+    local.mkdir(exist_ok=True)
+    file = find_file(task, Path(args.data_dir))
+    benchmark = BENCHMARKS[task]
+    packaged = Path(lm_eval.tasks.__file__).parent / benchmark.config
+    split = "train" if task == "ifeval" else "test"
+    (local / f"{task}.yaml").write_text(
+        (_HUMANEVAL if benchmark.runs_code else f"include: {packaged}\n")
+        + f"task: {task}_local\ndataset_path: json\ndataset_name: null\ntest_split: {split}\n"
+        + f"dataset_kwargs: {{data_files: {{{split}: {json.dumps(str(file))}}}}}\n"
+    )
+    settings = {"model": "hf", "model_args": f"pretrained={args.model},dtype=float32", "tasks": f"{task}_local"}
+    settings |= {"include_path": local, "limit": args.limit, "batch_size": args.batch_size, "output_path": out}
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    if benchmark.use_chat_template:
+        words.append("--apply_chat_template")
+    if benchmark.runs_code:
+        words.append("--predict_only")
+    command = [sys.executable, "-m", "lm_eval", "run", *words, "--log_samples"]
+    seconds = timed(command, folder / f"{task}-lm_eval.log", NLTK_DATA=str(Path(args.data_dir) / "nltk_data"))
+    samples = max(out.rglob("samples_*.jsonl"), key=lambda path: path.stat().st_mtime)
+    items: dict[str, dict] = {}
+    for sample in map(json.loads, samples.read_text().splitlines()):
+        identity = str(sample["doc"][benchmark.id_field] if benchmark.id_field else sample["doc_id"])
+        item = items.setdefault(
+            identity, {"prompt_hash": sample["prompt_hash"], "output": sample["resps"][0][0], "scores": {}}
+        )
+        for metric in sample.get("metrics", ()):
+            name = benchmark.metrics.get(f"{metric},{sample['filter']}")
+            if name is not None and isinstance(sample[metric], (bool, int, float)):
+                item["scores"][name] = float(sample[metric])
+    return items, seconds
+
+
+def compare(task: str, ours: dict, theirs: dict, our_seconds: float, their_seconds: float) -> dict:
+    """Which items differ in what, and the two times."""
+    assert ours.keys() == theirs.keys(), "the two sides answered different items"
+
+    def differing(pairs) -> list[str]:
+        return [identity for identity, (mine, other) in pairs.items() if mine != other]
+
+    scores = {name for item in theirs.values() for name in item["scores"]}
+    return {
+        "task": task,
+        "items": len(ours),
+        "prompts_differ": differing({i: (ours[i]["prompt_hash"], theirs[i]["prompt_hash"]) for i in ours}),
+        "outputs_differ": differing({i: (ours[i]["output"], theirs[i]["output"]) for i in ours}),
+        "scores_compared": sorted(scores),
+        "scores_differ": differing(
+            {i: ({name: float(ours[i][name]) for name in scores}, theirs[i]["scores"]) for i in ours}
+        ),
+        "maskft_s": round(our_seconds, 1),
+        "lm_eval_s": round(their_seconds, 1),
+        "lm_eval / maskft": round(their_seconds / our_seconds, 2),
+    }
+
+
+def timed(command: list[str], log: Path, **environ: str) -> float:
+    """Run a command with its output in ``log``; returns its seconds."""
+    started = time.perf_counter()
+    with log.open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | _OFFLINE | environ)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed; see {log}")
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""What a study's table leaves out."""
+
+import pytest
+
+from maskft.study.summary import _without_repeats
+
+
+def result(name, role, best_step, num_steps=8):
+    return {"name": name, "study": {"role": role, "best_step": best_step, "num_steps": num_steps}}
+
+
+BEST = [result("mask (best)", "best", 8), result("mask (best)", "best", 8)]
+
+
+def test_an_end_that_is_the_best_at_every_seed_is_left_out():
+    ends = [result("mask (complete)", "last", 8), result("mask (complete)", "last", 8)]
+    kept, notes = _without_repeats([*BEST, *ends], None)
+    assert kept == BEST
+    assert notes == ["Note: mask (complete) is not listed: it is the best one, whose step is the last."]
+    assert _without_repeats([*BEST, *ends], "mask (complete)") == ([*BEST, *ends], []), "the baseline stays"
+
+
+@pytest.mark.parametrize("best_step", [6, 0])
+def test_an_end_that_differs_at_one_seed_stays_for_all(best_step):
+    results = [*BEST, result("mask (complete)", "last", 8), result("mask (complete)", "last", best_step)]
+    assert _without_repeats(results, None) == (results, [])
