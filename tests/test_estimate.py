@@ -15,7 +15,8 @@ from trl.trainer.utils import add_fused_lm_head
 from maskft.arguments import mask_config
 from maskft.cli.train import parse
 from maskft.errors import UserError
-from maskft.estimate import _LiveBytes, _Planned, estimate
+from maskft.estimate import _Planned, estimate
+from maskft.live_bytes import LiveBytes
 from maskft.mask_codec import encode_mask
 from maskft.masking import random_mask
 from maskft.models import EMBEDDED_MODEL
@@ -161,7 +162,7 @@ def test_activations_of_a_mask_against_the_real_layers(bf16, accumulation, run):
         model.zero_grad()
     effective = [m._effective for m in model.modules() if getattr(m, "_effective", None) is not None]
     gradients = [p.grad for p in scores if p.grad is not None]
-    with _LiveBytes([*model.parameters(), *model.buffers(), ids, *effective, *gradients]) as live:
+    with LiveBytes([*model.parameters(), *model.buffers(), ids, *effective, *gradients]) as live:
         backward()
     peak = live.peak + sum(g.numel() * 4 for g in gradients)
     assert expected.all_gradient_bytes == sum(p.numel() * 4 for p in scores)

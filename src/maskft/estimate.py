@@ -12,29 +12,24 @@ counted by :func:`_state_terms`.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import warnings
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
 from .arguments import MASK_METHODS, mask_config
 from .data import load_splits
 from .errors import UserError, did_you_mean
+from .live_bytes import Gradients, LiveBytes, make_fake, triton_head
 from .mask_codec import encode_mask
 from .masking import _CHUNK_NUMEL, random_mask
 from .memory import resident_memory_bytes
@@ -45,8 +40,6 @@ from .training_arguments import Run, set_accumulation
 from .tuner.config import MaskConfig
 from .tuner.layer import write_masked_
 from .tuner.model import check_targets, layer_indices, maskable_names
-
-aten = torch.ops.aten
 
 # Bytes of optimizer state per trained parameter, as a function of the parameter's own size. 8-bit states carry a
 # float32 scale per block of 256, 4-bit ones per block of 128, for each of the two moments.
@@ -284,7 +277,7 @@ class _Planned:
             self.num_masked = sum(self.masked_numels)
             self.model = self._prepare(model)
         with self._mode:
-            _make_fake(self.model)
+            make_fake(self.model)
             trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.layer_units = self._layer_units(trained)
         masked = {id(module.weight) for module in self.masked.values()}
@@ -444,7 +437,7 @@ class _Planned:
         """Run one micro-batch on fake tensors; see :class:`MicroBatch`."""
         key = (batch, is_evaluation)
         if key not in self._seen:
-            with self._mode, warnings.catch_warnings(), _triton_head(self.device):
+            with self._mode, warnings.catch_warnings(), triton_head(self.device):
                 warnings.simplefilter("ignore")
                 self.model.train(not is_evaluation)
                 self._seen[key] = self._follow(batch, is_evaluation)
@@ -453,8 +446,8 @@ class _Planned:
     def _follow(self, batch: int, is_evaluation: bool) -> MicroBatch:
         ids = torch.zeros(batch, self.length, dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
-        live = _LiveBytes([*self.model.parameters(), *self.model.buffers()])
-        gradients = _Gradients(self.model, {id(module.weight) for module in self.masked.values()}, live)
+        live = LiveBytes([*self.model.parameters(), *self.model.buffers()])
+        gradients = Gradients(self.model, {id(module.weight) for module in self.masked.values()}, live)
         with torch.set_grad_enabled(not is_evaluation), gradients, live:
             if self.run.training.gradient_accumulation_steps > 1 and not is_evaluation:
                 gradients.of_an_earlier_micro_batch()
@@ -473,124 +466,6 @@ class _Planned:
             )
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Follows the bytes of storages that operations make, until they are freed, and counts FLOPs.
-
-    The ``existing`` tensors do not count. torch's FlopCounterMode is not used, only its formulas: it holds on to the
-    inputs of modules, which would count as memory here.
-    """
-
-    def __init__(self, existing: list[Tensor]):
-        super().__init__()
-        self.live = self.peak = self.gradients = self.gradients_at_peak = 0
-        self.largest = self.largest_product = self.flops = 0
-        self._known = weakref.WeakKeyDictionary((tensor.untyped_storage(), 0) for tensor in existing)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if formula := _FLOPS.get(func.overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        if func.overloadpacket in _PRODUCTS and out.dtype != torch.float32:
-            self.largest_product = max(self.largest_product, out.numel())
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._known:
-                storage = tensor.untyped_storage()
-                self._known[storage] = size = storage.nbytes()
-                weakref.finalize(storage, self._free, size)
-                self.live += size
-                self.largest = max(self.largest, size)
-                if self.live > self.peak:
-                    self.peak, self.gradients_at_peak = self.live, self.gradients
-        return out
-
-    def _free(self, size: int) -> None:
-        self.live -= size
-
-    def count_as_gradient(self, tensor: Tensor) -> None:
-        """Say that what is alive in ``tensor`` is a gradient and not an activation."""
-        self.gradients += tensor.untyped_storage().nbytes()
-
-
-class _Gradients:
-    """Keeps gradients as training would: in ``.grad``, and those of masked weights in one float32 buffer each."""
-
-    def __init__(self, model: nn.Module, masked: set[int], live: _LiveBytes):
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.masked, self.live = masked, live
-        self.buffers: dict[int, Tensor] = {}
-
-    def __enter__(self):
-        self._handles = [p.register_post_accumulate_grad_hook(self._keep) for p in self.trained]
-        return self
-
-    def __exit__(self, *_):
-        for handle in self._handles:
-            handle.remove()
-        for parameter in self.trained:
-            parameter.grad = None
-
-    def of_an_earlier_micro_batch(self) -> None:
-        """Make the gradients that an earlier micro-batch of the same optimizer step has left."""
-        for parameter in self.trained:
-            if id(parameter) in self.masked:
-                self._count(parameter, torch.empty(parameter.shape, dtype=torch.float32))
-            else:
-                parameter.grad = torch.empty_like(parameter)
-                self._count(parameter, parameter.grad)
-
-    def _keep(self, parameter: nn.Parameter) -> None:
-        if id(parameter) not in self.buffers:
-            self._count(parameter, parameter.grad.float() if id(parameter) in self.masked else parameter.grad)
-        if id(parameter) in self.masked:
-            parameter.grad = None
-
-    def _count(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        self.buffers[id(parameter)] = gradient
-        self.live.count_as_gradient(gradient)
-
-
-_PRODUCTS = (aten.mm, aten.addmm, aten.bmm)
-
-# The last three run on CPU tensors, fake or not, and torch has no formula for them. Attention counts without the half
-# that a causal mask saves.
-_FLOPS = {
-    **flop_registry,
-    aten.addmm_: lambda out, left, right, **_: 2 * left.shape[0] * left.shape[1] * right.shape[1],
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-        q.shape, k.shape, v.shape
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(
-        grad.shape, q.shape, k.shape, v.shape
-    ),
-}
-
-
-@contextlib.contextmanager
-def _triton_head(device: str) -> Iterator[None]:
-    """On a GPU TRL's output head folds its tiles in Triton kernels, which allocate nothing; so they do here."""
-    if device == "cpu":
-        yield
-        return
-
-    def add_product(total, left, right):
-        # Expanded single values have the shapes, for the FLOPs, and no storage, as on a GPU.
-        total.addmm_(*(total.new_empty(1, 1).expand(factor.shape) for factor in (left, right)))
-
-    replaced = {"_forward_tile": _nothing, "_backward_tile": _nothing, "_addmm_fp32": add_product}
-    originals = {name: getattr(chunked_logprob, name) for name in replaced}
-    try:
-        for name, function in replaced.items():
-            setattr(chunked_logprob, name, function)
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(chunked_logprob, name, function)
-
-
-def _nothing(*_, **__) -> None:
-    pass
-
-
 def _meta_model(config, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     # Flash attention, from whatever package, keeps what sdpa keeps.
     attention = "sdpa" if attention and attention not in ("eager", "sdpa") else attention
@@ -605,23 +480,6 @@ def _meta_model(config, dtype: torch.dtype, attention: str | None) -> PreTrained
     if not layer_indices(name for name, _ in model.named_modules()):
         raise UserError(f"the configuration has no decoder layers ({type(model).__name__}); is it complete?")
     return model
-
-
-def _make_fake(model: nn.Module) -> None:
-    """Put fake CPU tensors, which choose CPU kernels, in place of a model's meta tensors; tied ones stay tied."""
-    # Replaced tensors are held on to, or another could take their id.
-    made: dict[int, tuple[Tensor, Tensor]] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    fake = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
-                    made[id(tensor)] = (tensor, fake)
-                tensors[name] = made[id(tensor)][1]
 
 
 def _weight_dtype(name: str, config) -> torch.dtype:
@@ -664,7 +522,7 @@ def _refresh_bytes(config: MaskConfig) -> float:
     """Bytes that a refresh takes at its height per weight of the part it looks at, measured on a random matrix."""
     scores = torch.randn(_CHUNK_NUMEL, generator=torch.Generator().manual_seed(0))
     weight, out = torch.zeros_like(scores), torch.empty_like(scores)
-    with _LiveBytes([scores, weight, out]) as live:
+    with LiveBytes([scores, weight, out]) as live:
         write_masked_(config, [out], [weight], [scores])
     return live.peak / scores.numel()
 
