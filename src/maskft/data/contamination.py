@@ -162,7 +162,12 @@ def load_test_texts(names: str, data_dir: str | None) -> dict[str, list[str]]:
         names: Names of ``registry.TEST_SETS`` or data files, separated by commas.
         data_dir: Folder to look for them in; without it, the hub is asked.
     """
-    return {name: _test_texts(name, data_dir) for name in (name.strip() for name in names.split(","))}
+    return {name: _test_texts(name, data_dir) for name in set_names(names)}
+
+
+def set_names(names: str) -> list[str]:
+    """The names in a list with commas between."""
+    return [name.strip() for name in names.split(",")]
 
 
 def _test_texts(name: str, data_dir: str | None) -> list[str]:
@@ -172,21 +177,26 @@ def _test_texts(name: str, data_dir: str | None) -> list[str]:
             f"contamination_sets: no test set {name!r}{did_you_mean(name, TEST_SETS)}; "
             f"name a data file or some of {', '.join(TEST_SETS)}"
         )
-    if known is None:
-        rows = read_file(Path(name).expanduser())
-    elif data_dir:
-        names = [name, *known.file_names]
-        files = find_files(data_dir, names, known.split)
-        if not files:
-            raise UserError(
-                f"data_dir {data_dir} holds no file of the test set {name}; add one of "
-                f"{', '.join(f'{each}.jsonl' for each in names)} (or .json, .parquet, .gz)"
-            )
-        rows = (row for file in files for row in read_file(file))
-    else:
-        rows = _from_hub(known)
+    files = test_set_files(name, data_dir)
+    if not files and data_dir:
+        raise UserError(
+            f"data_dir {data_dir} holds no file of the test set {name}; add one of "
+            f"{', '.join(f'{each}.jsonl' for each in _file_names(name))} (or .json, .parquet, .gz)"
+        )
+    rows = (row for file in files for row in read_file(file)) if files else _from_hub(known)
     columns = (known.column,) if known else QUESTION_COLUMNS
     return [_question(row, columns, f"{name}: {where}") for where, row in rows]
+
+
+def test_set_files(name: str, data_dir: str | None) -> list[Path]:
+    """The files here that a test set is read from; none: it comes from the hub, or is missing in ``data_dir``."""
+    if name not in TEST_SETS:
+        return [] if is_hub_name(name) else [Path(name).expanduser()]
+    return find_files(data_dir, _file_names(name), TEST_SETS[name].split) if data_dir else []
+
+
+def _file_names(name: str) -> list[str]:
+    return [name, *TEST_SETS[name].file_names]
 
 
 def _from_hub(known: TestSet) -> Iterable[tuple[str, Row]]:

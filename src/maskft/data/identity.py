@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..data_arguments import DATA_NAMES, TEMPLATE
+from .contamination import set_names, test_set_files
 from .loading import local_files
 from .mixtures import parse_mixture
 
@@ -23,6 +25,13 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
     for key, split in zip(DATA_NAMES, splits, strict=True):
         if isinstance(out.get(key), str):
             out[key] = _set_identity(out[key], options.get("data_dir"), split)
+    if isinstance(options.get("dataset_name"), str) and options.get("dataset_eval_split"):
+        # Without a set of its own the held-out data is another split of this one.
+        rows = _set_identity(options["dataset_name"], options.get("data_dir"), splits[1])
+        out["dataset_eval_split"] = f"{splits[1]} of {rows}"
+    if isinstance(out.get("contamination_sets"), str):
+        named = {name: test_set_files(name, options.get("data_dir")) for name in set_names(out["contamination_sets"])}
+        out["contamination_sets"] = ",".join(_of_files(files) or name for name, files in named.items())
     if isinstance(out.get(TEMPLATE), str) and Path(out[TEMPLATE]).expanduser().is_file():
         out[TEMPLATE] = f"sha256:{file_digest(Path(out[TEMPLATE]).expanduser())}"
     return out
@@ -31,10 +40,14 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
 def _set_identity(name: str, data_dir: str | None, split: str) -> str:
     parts = []
     for part in parse_mixture(name):
-        digests = [file_digest(file) for file in local_files(part.name, data_dir, split) if file.is_file()]
-        text = f"sha256:{'+'.join(digests)}" if digests else part.name
+        text = _of_files(local_files(part.name, data_dir, split)) or part.name
         parts.append(text if part.amount is None else f"{text}:{part.amount}")
     return ",".join(parts)
+
+
+def _of_files(files: Sequence[Path]) -> str | None:
+    digests = [file_digest(file) for file in files if file.is_file()]
+    return f"sha256:{'+'.join(digests)}" if digests else None
 
 
 def file_digest(file: Path, sampled_bytes: int | None = None) -> str:
