@@ -54,8 +54,9 @@ def main() -> None:
         theirs, their_seconds = run_lm_eval(task, args, folder)
         rows.append(compare(task, ours, theirs, our_seconds, their_seconds))
         console.print_json(json.dumps(rows[-1]))
-    record = {"settings": vars(args), "environment": environment(), "rows": rows}
-    (folder / "against_lm_eval.json").write_text(json.dumps(record, indent=1) + "\n")
+        settings = {"model": Path(args.model).name, "limit": args.limit, "batch_size": args.batch_size}
+        record = {"settings": settings, "environment": environment(), "rows": rows}
+        (folder / "against_lm_eval.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def run_maskft(task: str, args, folder: Path) -> tuple[dict[str, dict], float]:

@@ -23,6 +23,7 @@ settings = {
     "logprobs": {},  # instruction -> {token: log-probability} instead of a verdict by length
     "refuse": (),  # instructions that are too long for its context
     "without_logprobs": False,
+    "speaks": "openai",  # or a web page, or JSON that is cut off
 }
 lock = threading.Lock()
 answered = busy = 0
@@ -78,8 +79,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, status, body):
         data = json.dumps(body).encode()
+        kind = "application/json"
+        if settings["speaks"] == "html":
+            data, kind = b"<html>hello</html>", "text/html"
+        elif settings["speaks"] == "cut" and "choices" in body:
+            data = data[:20]
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

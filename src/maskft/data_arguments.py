@@ -12,6 +12,18 @@ DATA_NAMES = ("dataset_name", "eval_dataset_name")
 TEMPLATE = "chat_template_path"  # the option of TRL that names a chat template
 
 
+def mixture_text(value):
+    """A mixture given as a recipe's lines ``name: rows`` as ``name:rows,name:rows``; anything else as it is."""
+    if not isinstance(value, dict):
+        return value
+    return ",".join(name if amount is None else f"{name}:{amount}" for name, amount in value.items())
+
+
+def names_text(value):
+    """Names given as a list with commas between; anything else as it is."""
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
 @dataclass
 class DataArguments:
     """Training data and the held-out data that chooses the best model.
@@ -135,12 +147,8 @@ class DataArguments:
 
     def __post_init__(self):
         """Write a mixture and the test sets as one text each, and read ``procedural_options`` given as JSON text."""
-        if isinstance(self.dataset_name, dict):  # a recipe's lines
-            self.dataset_name = ",".join(
-                name if amount is None else f"{name}:{amount}" for name, amount in self.dataset_name.items()
-            )
-        if isinstance(self.contamination_sets, list):
-            self.contamination_sets = ",".join(map(str, self.contamination_sets))
+        self.dataset_name = mixture_text(self.dataset_name)
+        self.contamination_sets = names_text(self.contamination_sets)
         if isinstance(self.procedural_options, str):
             try:
                 self.procedural_options = json.loads(self.procedural_options)

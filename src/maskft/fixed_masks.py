@@ -41,7 +41,7 @@ def make_fixed_mask(
     if num_candidates < 1 or (num_candidates > 1 and method != "random_mask"):
         raise UserError(f"num_candidates is {num_candidates}; with random_mask it is 1 or more, otherwise 1")
     config = mask_config(run.mask, inference_mode=True)
-    model = get_peft_model(model, config).eval()
+    model = get_peft_model(model.to(run.training.device), config).eval()
     layers = list(adapter_layers(model, ADAPTER).values())
     counts = None
     if run.method.match_adapter is not None:

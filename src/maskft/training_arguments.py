@@ -32,7 +32,13 @@ class TrainingArguments(SFTConfig):
     save_steps: float = field(
         default=0.1, metadata={"help": "Steps between checkpoints; below 1: a fraction of all training steps."}
     )
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the best one."})
+    save_total_limit: int | None = field(
+        default=2,
+        metadata={
+            "help": "Checkpoints kept, the best and the newest among them. With 1 the Trainer deletes the newest at "
+            "the end, and a run that is killed while it saves its result goes on from the best one."
+        },
+    )
     load_best_model_at_end: bool = field(
         default=True, metadata={"help": "Keep the best on held-out data, not the last."}
     )

@@ -119,6 +119,42 @@ def test_several_adapters_load_the_base_once(chat_base, adapters, files, tmp_pat
     assert status == 0 and out.count("already done") == 3 and outputs(tmp_path / "all" / "mask2") == found["mask2"]
 
 
+def test_training_seeds_share_a_name(chat_base, adapters, files, tmp_path, capsys):
+    for seed, name in enumerate(("mask1", "mask2")):
+        config = json.loads((adapters[name] / ADAPTER_CONFIG).read_text())
+        shutil.copytree(adapters[name], tmp_path / name)
+        (tmp_path / name / ADAPTER_CONFIG).write_text(json.dumps(config | {"recipe": {"method": "mask", "seed": seed}}))
+    words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k", "--data_dir", files, "--limit", 2]
+    words += ["--adapter", "none", tmp_path / "mask1", tmp_path / "mask2", "--name", "base", "mask", "mask"]
+    status, _, err = call([*words, "--output_dir", tmp_path / "out"], capsys)
+    assert status == 0, err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["base", "mask-seed0", "mask-seed1"]
+    status, out, err = call(["compare", *sorted((tmp_path / "out").iterdir()), "--baseline", "base"], capsys)
+    assert status == 0 and "mask vs base, accuracy on gsm8k, 2 seeds" in " ".join(out.split()), err
+
+
+def test_a_finished_result_of_another_chat_template_is_refused(chat_base, files, tmp_path, capsys):
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "ifeval", "--data_dir", files, "--limit", 1]
+    words += ["--adapter", "none", "none", "--name", "a", "b", "--chat_template_path", template]
+    words += ["--output_dir", tmp_path / "out", "--max_memory_gb", 1]
+    assert call(words, capsys)[0] == 0
+    template.write_text(template.read_text() + "!")
+    status, _, err = call(words, capsys)
+    assert status == 2 and "has ifeval with another chat template" in err
+
+
+def test_a_tokenizer_of_another_model_is_refused(chat_base, files, tmp_path, capsys):
+    small = tmp_path / "small"
+    shutil.copytree(chat_base, small)
+    tiny.tiny_llama(vocab_size=40, num_layers=2).save_pretrained(small)
+    words = ["evaluate", "--model_name_or_path", small, "--tasks", "gsm8k", "--data_dir", files]
+    status, _, err = call([*words, "--output_dir", tmp_path / "out"], capsys)
+    assert status == 2 and "the model's embedding 40 rows; they do not belong together" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_finished_results_are_of_the_same_weights_and_data(chat_base, adapters, data, tmp_path, capsys):
     lora, files = tmp_path / "lora", benchmark_files.write(tmp_path / "files")
     shutil.copytree(adapters["lora"], lora)
@@ -197,6 +233,9 @@ def test_a_killed_evaluation_goes_on(chat_base, files, tmp_path, capsys, monkeyp
         (["--tasks", "alpaca_eval"], "alpaca_eval has no prompts"),
         (["--tasks", ","], "tasks names no task"),
         (["--limit", "0"], "limit is 0; it must be at least 1"),
+        (["--max_length", "-1"], "max_length is -1; it must be at least 1"),
+        (["--device", "gpu"], "device 'gpu' cannot be used"),
+        (["--include_path", "nowhere"], "include_path 'nowhere' is not a folder"),
         (["--max_memory_gb", "0"], "max_memory_gb is 0.0; it must be above 0"),
         (["--backend", "vllm"], "needs vLLM, which is not installed"),
         (["--backend", "vllm", "--adapter", "MASK"], "vLLM does not know masks: run maskft merge"),
@@ -205,6 +244,7 @@ def test_a_killed_evaluation_goes_on(chat_base, files, tmp_path, capsys, monkeyp
         (["--name", ""], "a name is empty"),
         (["--output_dir", "FILE"], "is a file; name another"),
         (["--adapter", "MASK", "MASK"], "two models have the same label"),
+        (["--adapter", "MASK", "MASK", "--name", "a", "a"], "were not trained with different seeds"),
         (["--apply_chat_template", "maybe"], "invalid _bool value: 'maybe'"),
         (["--data_dir", "EMPTY"], "holds no test file of gsm8k"),
     ],

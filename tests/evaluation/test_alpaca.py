@@ -284,6 +284,20 @@ def test_outputs_are_not_generated_twice(command, tmp_path):
     assert "only the journal knows this" in [item["output"] for item in record(tmp_path)["items"]]
 
 
+@pytest.mark.parametrize(
+    "speaks,message",
+    [
+        ("html", "does not speak the OpenAI protocol; check --judge_url"),
+        ("cut", "no usable answer to 8 requests (its answer is not JSON of the OpenAI protocol)"),
+    ],
+)
+def test_a_server_of_another_protocol_is_one_line(speaks, message, command, tmp_path):
+    with judge_server(tmp_path, speaks=speaks) as (url, *_):
+        status, _, err = command(url)
+    assert status == 2 and message in err.strip().splitlines()[-1]
+    assert not (tmp_path / "out" / RESULT).exists()
+
+
 def test_keys(command, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")  # is for OpenAI alone
     with judge_server(tmp_path, key="secret") as (url, *_):

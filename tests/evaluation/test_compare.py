@@ -13,6 +13,7 @@ from maskft.cli import compare as command
 from maskft.errors import UserError
 from maskft.evaluation import compare as module
 from maskft.evaluation.compare import compare, cross_domain_table, render
+from maskft.evaluation.compare import scores as scores_of
 from maskft.evaluation.results import (
     build_result,
     build_task,
@@ -117,32 +118,37 @@ def test_a_small_p_is_not_enough_when_the_interval_holds_zero(monkeypatch):
     assert row.verdict == "not distinguishable"
 
 
-def test_holm_is_over_tasks_and_methods_of_one_metric():
-    def tasks(*num_right, nll):
-        right = {f"t{index}": make_task(accuracy=scores(count)) for index, count in enumerate(num_right)}
-        return right | {"loss": make_task(nll=np.full(100, nll), num_tokens=np.ones(100, int))}
+def test_holm_is_over_the_main_metrics_of_all_tasks_and_methods():
+    def tasks(right, passed, nll):
+        """Two tasks whose main metrics have other names, one with a second metric."""
+        loss = {"nll": np.full(100, nll), "num_tokens": np.ones(100, int)}
+        return {"sums": make_task(accuracy=scores(right), **loss), "code": make_task(pass_at_1=scores(passed))}
 
     comparison = fast(
         [
-            make("full", tasks=tasks(50, 50, nll=1.0)),
-            make("mask", tasks=tasks(57, 50, nll=1.0)),  # 7 won: p 2 / 2^7 = 0.0156, and 1
-            make("lora", tasks=tasks(60, 45, nll=1.0)),  # 10 won: 2 / 2^10; 5 lost: 0.0625
+            make("full", tasks=tasks(50, 50, 1.0)),
+            make("mask", tasks=tasks(57, 50, 1.0)),  # 7 won: p 2 / 2^7 = 0.0156, and 1
+            make("lora", tasks=tasks(60, 45, 1.0)),  # 10 won: 2 / 2^10; 5 lost: 0.0625
         ]
     )
-    by_key = {(row.method, row.task): row for row in comparison.differences}
-    assert [row.num_comparisons for row in comparison.differences] == [4, 4, 4, 4, 2, 2]
-    assert by_key["lora", "t0"].p_adjusted == pytest.approx(4 * 2 / 1024)
-    assert by_key["mask", "t0"].p_adjusted == pytest.approx(3 * 2 / 128)
-    assert by_key["lora", "t1"].p_adjusted == pytest.approx(2 * 2 / 32)
-    assert by_key["mask", "t1"].p_adjusted == 1
+    by_key = {(row.method, row.metric): row for row in comparison.differences}
+    assert {key: (row.is_main, row.num_comparisons) for key, row in by_key.items()} == {
+        ("mask", "accuracy"): (True, 4),
+        ("lora", "accuracy"): (True, 4),
+        ("mask", "pass_at_1"): (True, 4),
+        ("lora", "pass_at_1"): (True, 4),
+        ("mask", "nll"): (False, 2),
+        ("lora", "nll"): (False, 2),
+    }
+    assert by_key["lora", "accuracy"].p_adjusted == pytest.approx(4 * 2 / 1024)
+    assert by_key["mask", "accuracy"].p_adjusted == pytest.approx(3 * 2 / 128)
+    assert by_key["lora", "pass_at_1"].p_adjusted == pytest.approx(2 * 2 / 32)
+    assert by_key["mask", "pass_at_1"].p_adjusted == 1
     # 7 wins would do alone (0.0156), not as the second of four (0.047 does, at 0.05).
-    assert [by_key[key].verdict for key in [("lora", "t0"), ("mask", "t0"), ("lora", "t1")]] == [
-        "better",
-        "better",
-        "not distinguishable",
-    ]
-    assert by_key["mask", "loss"].p_adjusted == 1
-    assert "(0.047 after Holm over 4 comparisons)" in by_key["mask", "t0"].sentence()
+    verdicts = [by_key[key].verdict for key in [("lora", "accuracy"), ("mask", "accuracy"), ("lora", "pass_at_1")]]
+    assert verdicts == ["better", "better", "not distinguishable"]
+    assert by_key["mask", "nll"].p_adjusted == 1
+    assert "(0.047 after Holm over 4 comparisons)" in by_key["mask", "accuracy"].sentence()
 
 
 def test_holm_takes_back_what_one_comparison_would_claim():
@@ -273,7 +279,7 @@ def test_tasks_and_metrics_can_be_chosen():
     results = [make(name, tasks={"sums": make_task(**task), "odd": make_task(**task)}) for name in "ab"]
     comparison = fast(results, tasks=["odd"], metrics=["brevity"])
     assert (only(comparison).task, only(comparison).metric, only(comparison).unit) == ("odd", "brevity", "score")
-    assert comparison.scores.columns == ("model", "odd brevity (score)")
+    assert cross_domain_table(comparison.scores).columns == ("model", "odd brevity (score)")
 
 
 def test_settings_that_differ_are_noted():
@@ -289,8 +295,9 @@ def test_a_metric_without_items_is_shown_and_not_compared():
     results[1]["tasks"]["sums"]["metrics"]["win_rate"] = SUMMARY
     comparison = fast(results)
     assert only(comparison).metric == "accuracy"
-    assert comparison.scores.columns == ("model", "sums accuracy (%)", "sums win_rate (%)")
-    assert [row[2] for row in comparison.scores.rows] == ["–", "40.0 ± 2.0"]
+    table = cross_domain_table(comparison.scores)
+    assert table.columns == ("model", "sums accuracy (%)", "sums win_rate (%)")
+    assert [row[2] for row in table.rows] == ["–", "40.0 ± 2.0"]
 
 
 def refuse(results, match, *args, **options):
@@ -307,14 +314,13 @@ def refuse(results, match, *args, **options):
         ({"chat_template_hash": "ab"}, r"sums: different chat_template_hash \(prompts\), None and ab"),
         ({"prompt": "3+3"}, "sums: different prompts or references of the same items"),
         ({"accuracy": scores(5, 99)}, "sums: different items, 100 and 99 of them, 'i099' in one only"),
-        ({"accuracy": np.linspace(0, 1, 100)}, "sums: different unit of accuracy, fraction and score"),
     ],
 )
 def test_results_measured_differently_are_refused(change, message):
     mask = make("mask", **{"accuracy": scores(5)} | change)
     refuse([make("full", accuracy=scores(5)), mask], message)
     with pytest.raises(UserError, match=message):
-        cross_domain_table([make("full", accuracy=scores(5)), mask])
+        scores_of([make("full", accuracy=scores(5)), mask])
 
 
 def test_all_that_differs_is_in_the_one_line():
@@ -325,6 +331,28 @@ def test_all_that_differs_is_in_the_one_line():
     refuse([full, mask], r"sums: different task version.*; odd: different num_fewshot")
     mask["tasks"]["odd"]["num_fewshot"] = 0
     assert fast([full, mask], tasks=["odd"]).differences
+
+
+def test_other_limits_of_generation_are_refused_and_other_versions_said():
+    full, mask = make("full", accuracy=scores(50)), make("mask", accuracy=scores(60))
+    full["environment"]["packages"]["lm_eval"] = "0.4.12"
+    assert "lm_eval 0.4.12 for 'full'" in " ".join(fast([full, mask]).notes)
+    for result, tokens in ((full, 64), (mask, 256)):
+        result["tasks"]["sums"]["generation_kwargs"] = {"max_gen_toks": tokens}
+    refuse([full, mask], "sums: different generation_kwargs, .*64.* and .*256")
+
+
+def test_other_units_are_refused():
+    full, mask = make("full", accuracy=scores(50)), make("mask", accuracy=scores(60))
+    mask["tasks"]["sums"]["metrics"]["accuracy"]["unit"] = "nats/token"
+    refuse([full, mask], "sums: different unit of accuracy, fraction and nats/token")
+
+
+def test_a_model_without_a_partly_right_answer_has_the_same_unit():
+    none, some = make("none", f1=np.zeros(50)), make("some", f1=np.linspace(0, 0.8, 50))
+    assert only(fast([none, some])).unit == "fraction"
+    row = only(fast([make("none", points=np.ones(50)), make("some", points=np.linspace(0, 3, 50))]))
+    assert (row.unit, row.verdict) == ("score", "better")
 
 
 def test_other_tokens_are_refused():
@@ -355,7 +383,7 @@ def test_bad_requests():
     refuse([make("a", accuracy=scores(5)), make("b", brevity=np.ones(100))], "no method shares a task and metric")
     refuse([make("a", score=[1.5, None]), make("b", score=[1.5, 2.0])], "item 'i001' of 'a' has no value")
     with pytest.raises(UserError, match="no results were given"):
-        cross_domain_table([])
+        scores_of([])
 
 
 def test_cross_domain_table_by_hand():
@@ -365,7 +393,7 @@ def test_cross_domain_table_by_hand():
         make("mask", 1, tasks={"sums": make_task(accuracy=scores(64))}),
         make("none", tasks={"sums": make_task(accuracy=[None] * 100)}),
     ]
-    table = cross_domain_table(results)
+    table = cross_domain_table(scores_of(results))
     assert table.columns == ("model", "sums accuracy (%)", "odd accuracy (%)")
     assert table.rows == [
         ("full", "50.0 ± 5.0", "25.0 ± 4.4"),  # sqrt(0.25 / 99) and sqrt(0.1875 / 99)
@@ -413,7 +441,15 @@ def test_json_has_fractions_and_no_percent(comparison):
     assert (record["schema_version"], record["kind"], record["baseline"]) == (1, "comparison", "full|best")
     assert record["differences"][0]["difference"] == pytest.approx(0.1)
     assert record["differences"][0]["verdict"] == "better"
-    assert "scores" not in record
+    assert record["scores"][0] == {
+        "model": "full|best",
+        "task": "sums",
+        "metric": "accuracy",
+        "unit": "fraction",
+        "value": 0.5,
+        "stderr": pytest.approx((0.25 / 99) ** 0.5),
+        "num_seeds": 1,
+    }
     assert "%" not in json.dumps(record).replace("5%", "")
 
 
@@ -467,7 +503,14 @@ def test_command_refuses_bad_input(files, tmp_path):
     with pytest.raises(UserError, match="unknown task 'sum'"):
         command.run(arguments(*files, "--tasks", "sums,sum"))
     with pytest.raises(UserError, match="only 'full' was given"):
-        command.run(arguments(files[0]))
+        command.run(arguments(files[0], "--baseline", "full"))
+
+
+@pytest.mark.parametrize("form", command.FORMATS)
+def test_command_shows_one_model_alone(form, files, capsys):
+    command.run(arguments(files[0], "--format", form))
+    out = capsys.readouterr().out
+    assert "full" in out and (json.loads(out)["scores"][0]["value"] == 0.5 if form == "json" else "50.0" in out)
 
 
 def test_command_knows_the_formats_without_importing_them():

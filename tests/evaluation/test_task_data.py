@@ -71,3 +71,24 @@ def test_other_columns_need_not_fit_into_a_table(tmp_path):
     (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     docs = load_docs("gsm8k", tmp_path)
     assert docs.column_names == ["question", "answer"] and len(docs) == 3
+
+
+@pytest.mark.parametrize(
+    "task,row,message",
+    [
+        (
+            "minerva_math",
+            {"problem": "1+1?", "solution": "2"},
+            r"math_test.jsonl: line 1: solution has no \\boxed\{answer\}; is it the published file\?",
+        ),
+        (
+            "ifeval",
+            {"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": []},
+            "line 1: 1 entries in instruction_id_list and 0 in kwargs",
+        ),
+    ],
+)
+def test_the_right_fields_with_other_content(task, row, message, tmp_path):
+    (tmp_path / ("math_test.jsonl" if task == "minerva_math" else "ifeval.jsonl")).write_text(json.dumps(row))
+    with pytest.raises(UserError, match=message):
+        load_docs(task, tmp_path)

@@ -293,6 +293,13 @@ def test_sentence_tables_are_asked_for_when_they_are_needed(tmp_path, monkeypatc
     assert load_tasks(["ifeval"], tmp_path, limit=1)
 
 
+def test_an_instruction_that_ifeval_does_not_have(tmp_path):
+    row = {**IFEVAL[1], "instruction_id_list": ["count:word_count_range"]}
+    (tmp_path / "input_data.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="has the instruction 'count:word_count_range', which is none of IFEval's"):
+        load_tasks(["ifeval"], tmp_path)
+
+
 def test_other_tasks_that_run_code_are_refused(local_tasks):
     assert set(load_tasks(["one"], include_path=local_tasks)) == {"one"}
     with pytest.raises(UserError, match="task code would run model-written code outside the sandbox; use humaneval"):

@@ -88,14 +88,67 @@ def test_evaluation_settings_name_evaluations_not_runs(content):
 def test_seeds_and_grid(content):
     content["methods"]["mask"]["seeds"] = [0, 1]
     content["grid"] = {"mask.mask_sparsity": [0.05, 0.1], "mask.mask_layers_to_transform": [[0, 1], [1, 2]]}
+    del content["methods"]["L1 mask"]["mask_layers_to_transform"]
     runs = plan_of(content).runs
     masks = [run for run in runs if run.method.name == "mask"]
     fixed = [run for run in runs if run.method.name == "L1 mask"]
     assert len(masks) == 8 and len(fixed) == 4 and len(runs) == 13
     assert all(run.match.axes == run.axes for run in fixed)
+    layers = [run.options["mask_layers_to_transform"] for run in fixed]
+    assert layers == [run.match.options["mask_layers_to_transform"] for run in fixed] and layers[0] != layers[1]
     assert {run.options["mask_seed"] for run in masks} == {0, 1}
     assert masks[0].labels[BEST] == "mask [sparsity=0.05, layers_to_transform=0-1]"
     assert len({run.id for run in runs}) == 13
+
+
+def test_a_grid_over_two_methods_names_both(content):
+    content["grid"] = {"full.learning_rate": [1e-5, 2e-5], "mask.learning_rate": [1e-4, 1e-3]}
+    masks = [run for run in plan_of(content).runs if run.method.name == "mask"]
+    assert masks[1].labels[BEST] == "mask [full learning_rate=1e-05, learning_rate=0.001]"
+    assert len({run.labels[BEST] for run in masks}) == 4
+
+
+def test_candidates_of_two_seeds_do_not_overlap(content):
+    content["methods"]["best of 8"] = {"method": "random_mask", "from": "full", "match": "mask", "num_candidates": 8}
+    content["methods"]["best of 8"]["seeds"] = [0, 1]
+    assert [run.options["mask_seed"] for run in plan_of(content).runs if run.method.name == "best of 8"] == [0, 8]
+
+
+def test_how_many_processes_share_a_batch_names_what_is_trained(content):
+    before = ids(content)
+    content["launch"] = {"num_processes": 2, "num_cpus": 4}
+    after = ids(content)
+    assert after["full"] != before["full"] and after["mask"] != before["mask"]
+    content["train"]["global_batch_size"] = 16
+    fixed = ids(content)
+    content["launch"]["num_processes"] = 1
+    assert ids(content) == fixed
+
+
+def test_mixtures_and_lists_of_the_recipe_are_those_of_the_command_line(content, data):
+    content["data"]["sums"] |= {"dataset_name": {str(data): 40}, "contamination_sets": [str(data)]}
+    options = plan_of(content).runs[0].options
+    assert (options["dataset_name"], options["contamination_sets"]) == (f"{data}:40", str(data))
+    as_text = ids(content)
+    content["data"]["sums"]["dataset_name"] = f"{data}:40"
+    assert ids(content) == as_text
+
+
+def test_the_data_folder_is_for_test_sets_too(content, data, tmp_path):
+    recipe = parse_recipe(content, data_dir=tmp_path)
+    assert recipe.data["sums"].options["data_dir"] == str(tmp_path)
+
+
+def test_yaml_merge_keys_and_negative_numbers(content, tmp_path):
+    file = tmp_path / "merge.yaml"
+    content["methods"]["mask"] |= {"mask_selection": "threshold", "mask_threshold": -1e-5}
+    text = yaml.safe_dump(content, sort_keys=False)
+    lines = "  second:\n    <<: *mask\n    mask_threshold: -2.0e-5\n"
+    text = text.replace("  mask:\n", "  mask: &mask\n").replace("  L1 mask:\n", f"{lines}  L1 mask:\n")
+    file.write_text(text)
+    runs = {run.method.name: run for run in check(load_recipe(file)).runs}
+    assert runs["second"].options["mask_threshold"] == -2e-5 and runs["mask"].options["mask_threshold"] == -1e-5
+    assert runs["second"].options["mask_layers_to_transform"] == [1]
 
 
 def test_paired_seeds(content):
@@ -140,7 +193,18 @@ CASES = [
     (change("methods/mask/method", "masks"), r"method 'masks' \(did you mean 'mask'\?\)"),
     (change("methods/mask/data", "sum"), r"names data 'sum' \(did you mean 'sums'\?\)"),
     (change("methods/second", {"method": "mask", "from": "mask"}), "starts from 'mask', an adapter"),
-    (change("methods/full/learning_rate", "current"), "no `from` whose rate that could be"),
+    (change("methods/full/learning_rate", "current"), "is not `from` a full fine-tuning whose rate that could be"),
+    (change("grid", {"full.learning_rate": [1e-5, "current"]}), "is not `from` a full fine-tuning"),
+    (change("grid", {"mask.num_train_epochs": [2, 2.0]}), r"two runs are named 'mask \[num_train_epochs=2.*drop one"),
+    (change("methods/L1 mask/mask_layers_to_transform", [0]), r"has mask_layers_to_transform \[0\], and the mask it"),
+    (change("methods/L1 mask/last", "end"), "has `last`, and l1_mask has no end of training"),
+    (change("methods/mask/mask_layers_to_transform", ["0-1"]), "must be a list of layers, such as"),
+    (change("launch", {"num_processes": "8"}), "launch: num_processes is '8'; it must be a number"),
+    (change("launch", {"command": 3}), "launch: command is 3; it must be text"),
+    (change("models", 3), "names no model"),
+    (change("evaluation/tasks", 3), "evaluation.tasks must be a list of names"),
+    (change("evaluation/limit", "ten"), "evaluation: argument --limit: invalid int value: 'ten'"),
+    (change("evaluation/limit", 0), "evaluation: limit is 0; it must be at least 1"),
     (change("data/sums/tokens", 3), r"unknown option 'tokens'"),
     (change("seeds", [0, 0]), "holds one seed twice"),
     (change("grid", {"mask.mask_sparsity": list(range(999))}), "makes 1,999 runs, more than 1,000; pass --yes"),

@@ -1,8 +1,10 @@
 """Studies run for real: killed and gone on with, on a Ray cluster, and with a run that fails."""
 
+import io
 import json
 import random
 import re
+import shutil
 import sys
 
 import pytest
@@ -216,14 +218,61 @@ def test_how_a_run_is_launched(base, data, tmp_path):
     from maskft.study.recipe import parse_recipe
 
     content = recipe(base, data, {"full": FULL, "l1": {"method": "l1_mask", "from": "full"}})
-    expected = {
-        (): [sys.executable, "-m", "maskft.cli.main"],
-        ("num_processes", 2): [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"],
-        ("command", "torchrun --nproc_per_node 4"): ["torchrun", "--nproc_per_node", "4", "-m", "maskft.cli.main"],
-    }
-    for launch, words in expected.items():
-        content["launch"] = dict([launch]) if launch else {}
+    train = [sys.executable, "-m", "maskft.cli.main", "train"]
+    expected = [
+        ({}, train),
+        (
+            {"num_processes": 2, "accelerate_config": "multi_gpu"},
+            [*train, "--accelerate_config", "multi_gpu", "--num_processes", "2"],
+        ),
+        (
+            {"command": "torchrun --nproc_per_node 4"},
+            ["torchrun", "--nproc_per_node", "4", "-m", "maskft.cli.main", "train"],
+        ),
+    ]
+    for launch, words in expected:
+        content["launch"] = launch
         plan = check(parse_recipe(content))
         study = Study(tmp_path, plan.recipe)
-        assert _launcher(study, plan.runs[0])[: len(words)] == words
-        assert _launcher(study, plan.runs[1]) == [sys.executable, "-m", "maskft.cli.main"]
+        assert _launcher(study, plan.runs[0]) == words
+        assert _launcher(study, plan.runs[1]) == train
+
+
+def test_the_live_table_shows_a_log_as_it_is(base, data, tmp_path):
+    from rich.console import Console
+
+    from maskft.cli.study import check
+    from maskft.study.execute import Study
+    from maskft.study.recipe import parse_recipe
+    from maskft.study.run import Board
+
+    content = recipe(base, data, {"full": FULL, "mask": MASK})
+    content["grid"] = {"mask.mask_sparsity": [0.1, 0.2]}
+    plan = check(parse_recipe(content))
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with Board(Study(tmp_path, plan.recipe), plan, console) as board:
+        board.started(plan.runs[0])
+        log = tmp_path / paths.RUNS / plan.runs[0].id / paths.LOG
+        log.parent.mkdir(parents=True)
+        log.write_text("[INST] 3+4= [/INST][[ 7]]")
+    shown = console.file.getvalue()
+    assert "[INST] 3+4= [/INST][[ 7]]" in shown and "mask [sparsity=0.2], seed 0" in shown
+
+
+@pytest.mark.parametrize("tasks, message", [(["gsm8kk"], "unknown task 'gsm8kk' (did you mean 'gsm8k'?)")])
+def test_an_unknown_benchmark_stops_before_the_first_run(tasks, message, base, data, tmp_path, capsys):
+    content = recipe(base, data, {"full": FULL})
+    content["evaluation"]["tasks"] = tasks
+    capsys.readouterr()
+    assert main(["study", str(write(tmp_path, content)), "--output_dir", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_cut_off_goes_on_without_its_prepared_rows(base, data, tmp_path):
+    """Also where a default was written out in between, which names the same run."""
+    content = recipe(base, data, {"full": FULL})
+    file, folder = write(tmp_path, content), tmp_path / "out"
+    assert kill_now_and_then(file, folder, [lambda: any(folder.glob(f"{paths.RUNS}/full-*/checkpoint-3/*.json"))]) == 1
+    shutil.rmtree(folder / paths.PREPARED)
+    content["data"]["sums"]["dataset_train_split"] = "train"
+    assert main(["study", str(write(tmp_path, content)), "--output_dir", str(folder)]) == 0

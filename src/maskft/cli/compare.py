@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "results",
         nargs="+",
         metavar="RESULT",
-        help="result files of maskft evaluate, or folders with one, at least two; results of one name with different "
-        "seeds count as training seeds of one method",
+        help="result files of maskft evaluate, or folders with one; results of one name with different seeds count as "
+        "training seeds of one method; one method alone is shown without a comparison",
     )
     parser.add_argument("--baseline", metavar="NAME", help="name of the result to compare with (default: the first's)")
     parser.add_argument("--tasks", metavar="A,B", help="tasks to compare, separated by commas (default: all)")
@@ -49,16 +49,21 @@ def run(args: argparse.Namespace) -> None:
     files = [result_file(path) for path in args.results]
     if args.output and Path(args.output).resolve() in {file.resolve() for file in files}:
         raise UserError(f"--output {args.output} is one of the results and would replace it: name another file")
-    comparison = compare.compare(
-        [read_result(file) for file in files],
-        args.baseline,
-        tasks=_names(args.tasks),
-        metrics=_names(args.metrics),
-        num_resamples=args.num_resamples,
-        seed=args.seed,
-        confidence=args.confidence,
-    )
-    text = compare.render(comparison, args.format)
+    results = [read_result(file) for file in files]
+    tasks, metrics = _names(args.tasks), _names(args.metrics)
+    if len({result["name"] for result in results}) == 1 and args.baseline is None:
+        text = compare.render_scores(compare.scores(results, tasks, metrics), args.format)
+    else:
+        comparison = compare.compare(
+            results,
+            args.baseline,
+            tasks=tasks,
+            metrics=metrics,
+            num_resamples=args.num_resamples,
+            seed=args.seed,
+            confidence=args.confidence,
+        )
+        text = compare.render(comparison, args.format)
     if args.output:
         write_text(args.output, text)
         print(f"wrote {args.output}")

@@ -22,7 +22,11 @@ def add_arguments(parser) -> None:
         "loaded once; `none` is the model itself",
     )
     parser.add_argument(
-        "--name", nargs="+", metavar="NAME", help="label in tables, one per model (default: the folder's name)"
+        "--name",
+        nargs="+",
+        metavar="NAME",
+        help="label in tables, one per model (default: the folder's name); training seeds of one method get the same, "
+        "and folders NAME-seed0, NAME-seed1, ...",
     )
     parser.add_argument(
         "--output_dir",
@@ -131,7 +135,7 @@ def run(args) -> None:
     from ..evaluation.run import EvaluationSettings, check_same_evaluation, evaluate_loaded, finished_result
     from ..evaluation.tasks import HELDOUT, check_names, load_tasks, task_data_sha256
 
-    _check_numbers(args)
+    check_numbers(args)
     task_names = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
     if not task_names:
         raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
@@ -143,7 +147,8 @@ def run(args) -> None:
     names = _labels(sources, args)
     folder = Path(args.output_dir)
     _check_output_dir(folder)
-    targets = [folder / paths.RESULT] if len(sources) == 1 else [folder / name / paths.RESULT for name in names]
+    folders = [""] if len(sources) == 1 else _folders(names, sources)
+    targets = [folder / name / paths.RESULT for name in folders]
     benchmarks = [name for name in task_names if name not in (HELDOUT, ALPACA_EVAL)]
     check_names(benchmarks, args.include_path)
     alpaca = load_alpaca(args) if ALPACA_EVAL in task_names else None
@@ -190,7 +195,7 @@ def run(args) -> None:
         if done is not None:
             if heldout is not None:
                 data_hashes[HELDOUT] = data_sha256(heldout)
-            check_same_evaluation(done, target, loaded.facts, data_hashes)
+            check_same_evaluation(done, target, loaded, data_hashes)
             print(f"{name}: already done, {target}")
             continue
         result = evaluate_loaded(
@@ -214,8 +219,9 @@ def run(args) -> None:
         print(f"written to {target}")
 
 
-def _check_numbers(args) -> None:
-    for name in ("batch_size", "max_new_tokens", "limit"):
+def check_numbers(args) -> None:
+    """Refuse numbers out of range."""
+    for name in ("batch_size", "max_new_tokens", "max_length", "limit"):
         value = getattr(args, name)
         if isinstance(value, int) and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
@@ -252,9 +258,23 @@ def _labels(sources: list, args) -> list[str]:
             labels = ["-".join(part.strip("/") for part in path[-depth:]) for path in parts]
             if len(set(labels)) == len(labels):
                 break
-    if len(set(labels)) < len(labels):
-        raise UserError(f"two models have the same label ({', '.join(labels)}); tell them apart with --name")
     return labels
+
+
+def _folders(names: list[str], sources: list) -> list[str]:
+    """One folder per model: its label, with the training seed where several have the same."""
+    from ..evaluation.load import training_seed
+
+    folders = []
+    for name, source in zip(names, sources, strict=True):
+        seed = training_seed(source) if names.count(name) > 1 else None
+        folders.append(name if seed is None else f"{name}-seed{seed}")
+    if len(set(folders)) < len(folders):
+        raise UserError(
+            f"two models have the same label ({', '.join(folders)}) and were not trained with different seeds; tell "
+            "them apart with --name"
+        )
+    return folders
 
 
 def _rows(data, splits_off: bool, tokenizer, text_field: str):

@@ -52,8 +52,12 @@ def run(args: argparse.Namespace) -> None:
 
     if args.dry_run:
         dry_run(plan, folder)
-    else:
-        run_study(plan, folder, args.launcher)
+        return
+    if benchmarks := [task for task in recipe.evaluation.get("tasks", ()) if task != "alpaca_eval"]:
+        from ..evaluation.tasks import check_names
+
+        check_names(benchmarks, recipe.evaluation.get("include_path"))
+    run_study(plan, folder, args.launcher)
 
 
 def check(recipe, allow_many: bool = False):
@@ -93,8 +97,9 @@ def _parse_run(train, run, command_words) -> None:
 
 
 def _check_evaluation(recipe) -> None:
-    """Refuse an evaluation option that ``maskft evaluate`` does not know."""
+    """Refuse evaluation options that ``maskft evaluate`` would refuse, before anything is trained."""
     from ..errors import did_you_mean
+    from ..study.execute import evaluation_words
     from . import evaluate
     from .main import OneLineParser
 
@@ -105,3 +110,7 @@ def _check_evaluation(recipe) -> None:
     for option in recipe.evaluation:
         if option not in known:
             raise UserError(f"evaluation has an unknown option {option!r}{did_you_mean(option, known)}")
+    try:
+        evaluate.check_numbers(parser.parse_args(["--output_dir", "any", *evaluation_words(recipe.evaluation)]))
+    except UserError as error:
+        raise UserError(f"evaluation: {error}") from None

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 
 import numpy as np
 
@@ -40,14 +41,20 @@ TASK_FIELDS = {
 }
 
 
+# What the unit of numbers without one is taken for, by their values: one model may have no value above 1 by chance.
+_GUESSED_UNITS = {"fraction", "score"}
+# Packages whose version may change answers or scores; a task's own version does not tell.
+_DECIDING_PACKAGES = ("lm_eval", "transformers", "torch", "maskft")
+
+
 @dataclass(frozen=True)
 class Difference:
     """One method against the baseline, on one metric of one task.
 
     ``p_value`` is McNemar's exact p (``test`` "McNemar") where both sides are one result with 0/1 scores, and the
-    bootstrap's otherwise; ``p_adjusted`` is Holm's over all tasks and methods with this metric (``num_comparisons``).
-    Items are won, lost and tied by their mean over the seeds. ``items_needed`` and ``seeds_needed`` are None where
-    they would not help or the verdict stands without.
+    bootstrap's otherwise; ``p_adjusted`` is Holm's over ``num_comparisons``: those of all methods on the main metrics
+    of all tasks (``is_main``), or on all other metrics together. Items are won, lost and tied by their mean over the
+    seeds. ``items_needed`` and ``seeds_needed`` are None where they would not help or the verdict stands without.
     """
 
     method: str
@@ -56,6 +63,7 @@ class Difference:
     metric: str
     unit: str
     higher_is_better: bool
+    is_main: bool
     num_items: int
     num_seeds: int
     value: float
@@ -96,13 +104,30 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Score:
+    """What a model reached in one metric of a task.
+
+    ``stderr`` is over the items for one result, over the seeds for several; None where there is none. ``value`` is None
+    where a result has none.
+    """
+
+    model: str
+    task: str
+    metric: str
+    unit: str
+    value: float | None
+    stderr: float | None
+    num_seeds: int
+
+
+@dataclass(frozen=True)
 class Comparison:
     """All differences from one baseline, with what they were computed from."""
 
     baseline: str
     methods: list[str]
     differences: list[Difference]
-    scores: Table
+    scores: list[Score]
     notes: list[str]
     confidence: float
     num_resamples: int
@@ -112,9 +137,7 @@ class Comparison:
 
     def to_dict(self) -> dict:
         """Return it as JSON-able values, in the metrics' units (fractions in [0, 1], no percent)."""
-        record = asdict(self)
-        del record["scores"]
-        return record
+        return asdict(self)
 
     def table(self) -> Table:
         """Return the differences as a table, fractions in percent."""
@@ -179,7 +202,8 @@ def compare(
     tasks, item_metrics = _select(results, tasks, metrics)
     _check_comparable(results, tasks)
     pairs, notes = _pairs(groups, baseline, tasks, item_metrics)
-    num_comparisons = Counter(metric for _, _, metric in pairs)
+    main = _main_metrics(groups[baseline][0], pairs)
+    num_comparisons = Counter(main[task] == metric for _, task, metric in pairs)
     # A bootstrap p is a multiple of 2 / (num_resamples + 1): fewer could not stay below the level after Holm.
     needed = max(MIN_RESAMPLES, math.ceil(4 * max(num_comparisons.values()) / (1 - confidence)))
     if num_resamples < needed:
@@ -187,30 +211,37 @@ def compare(
             f"num_resamples {num_resamples} is too few for {max(num_comparisons.values())} comparisons at confidence "
             f"{confidence}: give at least {needed}"
         )
-    differences = [
-        _difference(
-            groups[method], groups[baseline], task, metric, num_comparisons[metric], num_resamples, seed, confidence
+    differences = []
+    for method, task, metric in pairs:
+        is_main = main[task] == metric
+        row = _difference(
+            groups[method],
+            groups[baseline],
+            task,
+            metric,
+            is_main=is_main,
+            num_comparisons=num_comparisons[is_main],
+            num_resamples=num_resamples,
+            seed=seed,
+            confidence=confidence,
         )
-        for method, task, metric in pairs
-    ]
+        differences.append(row)
     return Comparison(
         baseline=baseline,
         methods=[name for name in groups if name != baseline],
         differences=_judge(differences),
-        scores=cross_domain_table(results, tasks, metrics),
-        notes=notes + _setting_notes(results),
+        scores=scores(results, tasks, metrics),
+        notes=notes + _setting_notes(results) + _package_notes(results),
         confidence=confidence,
         num_resamples=num_resamples,
         seed=seed,
     )
 
 
-def cross_domain_table(
+def scores(
     results: Sequence[Result], tasks: Sequence[str] | None = None, metrics: Sequence[str] | None = None
-) -> Table:
-    """Return one row per model, one column per metric of a task; fractions in percent.
-
-    A cell is ``value ± standard error``: over the items for one result, over the seeds for several.
+) -> list[Score]:
+    """Return what every model reached in every metric that it has, models in the order given.
 
     Args:
         results: Results of this schema, at least one.
@@ -225,18 +256,39 @@ def cross_domain_table(
         raise UserError("no results were given: give at least one")
     tasks, metrics = _select(results, tasks, metrics, only_items=False)
     _check_comparable(results, tasks)
-    units = {}  # (task, metric) -> unit, of all that some result has: the columns
-    for task in tasks:
-        for record in (result["tasks"][task] for result in results if task in result["tasks"]):
-            units |= {
-                (task, metric): record["metrics"][metric]["unit"] for metric in metrics if metric in record["metrics"]
-            }
+    out = []
+    for task, metric in product(tasks, metrics):
+        having = [result for result in results if metric in result["tasks"].get(task, {}).get("metrics", {})]
+        if having:
+            unit = _unit([having], task, metric)
+            out += [_score(name, group, task, metric, unit) for name, group in groups.items()]
+    order = list(groups)
+    return sorted((score for score in out if score is not None), key=lambda score: order.index(score.model))
+
+
+def cross_domain_table(scores: Sequence[Score]) -> Table:
+    """Return a row per model, a column per metric of a task, cells ``value ± standard error``; fractions in percent.
+
+    A model that has a metric of one task at some of its seeds only counts as without.
+    """
+    tasks = list(dict.fromkeys(score.task for score in scores))
+    units = {(score.task, score.metric): score.unit for score in scores}
+    units = dict(sorted(units.items(), key=lambda entry: tasks.index(entry[0][0])))  # a task's metrics side by side
     columns = ("model", *(f"{task} {metric} ({_unit_text(unit)})" for (task, metric), unit in units.items()))
-    rows = []
-    for name, group in groups.items():
-        label = name + (f" ({len(group)} seeds)" if len(group) > 1 else "")
-        rows.append((label, *(_score_text(group, task, metric) for task, metric in units)))
-    return Table(columns, rows)
+    rows: dict[str, dict] = {}
+    for score in scores:
+        label = score.model + (f" ({score.num_seeds} seeds)" if score.num_seeds > 1 else "")
+        rows.setdefault(label, {})[score.task, score.metric] = _score_text(score)
+    return Table(columns, [(label, *(cells.get(column, "–") for column in units)) for label, cells in rows.items()])
+
+
+def render_scores(scores: Sequence[Score], output_format: str) -> str:
+    """Return scores alone as text in one of `FORMATS`: one model has nothing to be compared with."""
+    if output_format == "json":
+        record = {"schema_version": SCHEMA_VERSION, "kind": "scores", "scores": [asdict(score) for score in scores]}
+        return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    draw = {"terminal": terminal_table, "markdown": markdown_table, "latex": latex_table}[output_format]
+    return draw(cross_domain_table(scores)).rstrip("\n") + "\n"
 
 
 def render(comparison: Comparison, output_format: str) -> str:
@@ -245,19 +297,22 @@ def render(comparison: Comparison, output_format: str) -> str:
 
 
 def _to_terminal(comparison: Comparison) -> str:
-    lines = [terminal_table(comparison.scores), terminal_table(comparison.table())]
-    return "\n".join([*lines, *_sentences(comparison)]) + "\n"
+    tables = map(terminal_table, _tables(comparison))
+    return "\n".join([*tables, *_sentences(comparison)]) + "\n"
 
 
 def _to_markdown(comparison: Comparison) -> str:
-    sentences = [f"- {sentence}" for sentence in _sentences(comparison)]
-    lines = [markdown_table(comparison.scores), "", markdown_table(comparison.table()), ""]
-    return "\n".join([*lines, *sentences]) + "\n"
+    reached, differences = map(markdown_table, _tables(comparison))
+    return "\n".join([reached, "", differences, "", *(f"- {line}" for line in _sentences(comparison))]) + "\n"
 
 
 def _to_latex(comparison: Comparison) -> str:
-    comments = [f"% {sentence}" for sentence in _sentences(comparison)]
-    return "\n".join([*comments, latex_table(comparison.scores), "", latex_table(comparison.table())]) + "\n"
+    reached, differences = map(latex_table, _tables(comparison))
+    return "\n".join([*(f"% {line}" for line in _sentences(comparison)), reached, "", differences]) + "\n"
+
+
+def _tables(comparison: Comparison) -> tuple[Table, Table]:
+    return cross_domain_table(comparison.scores), comparison.table()
 
 
 def _to_json(comparison: Comparison) -> str:
@@ -351,6 +406,9 @@ def _task_mismatches(a: dict, b: dict) -> list[str]:
         for key, what in TASK_FIELDS.items()
         if key not in unknown and a[key] != b[key]
     ]
+    settings_a, settings_b = a.get("generation_kwargs"), b.get("generation_kwargs")
+    if settings_a and settings_b and settings_a != settings_b:
+        found.append(f"different generation_kwargs, {settings_a} and {settings_b}")
     items_a = {item["id"]: item for item in a["items"]}
     items_b = {item["id"]: item for item in b["items"]}
     only = next((item_id for item_id in [*items_a, *items_b] if (item_id in items_a) != (item_id in items_b)), None)
@@ -361,7 +419,7 @@ def _task_mismatches(a: dict, b: dict) -> list[str]:
     for name in a["metrics"].keys() & b["metrics"].keys():
         metric_a, metric_b = a["metrics"][name], b["metrics"][name]
         for key in ("unit", "higher_is_better"):
-            if metric_a[key] != metric_b[key]:
+            if metric_a[key] != metric_b[key] and {metric_a[key], metric_b[key]} != _GUESSED_UNITS:
                 found.append(f"different {key} of {name}, {metric_a[key]} and {metric_b[key]}")
     if only is None:
         counts = (
@@ -380,6 +438,23 @@ def _setting_notes(results: Sequence[Result]) -> list[str]:
             listed = ", ".join(f"{value} for {label}" for label, value in values.items())
             notes.append(f"the results differ in the setting {key}: {listed}")
     return notes
+
+
+def _package_notes(results: Sequence[Result]) -> list[str]:
+    """Name the packages whose versions are not the same in all results."""
+    notes = []
+    for package in _DECIDING_PACKAGES:
+        versions = {_label(result): result["environment"]["packages"].get(package) for result in results}
+        if len(set(versions.values())) > 1:
+            listed = ", ".join(f"{package} {version} for {label}" for label, version in versions.items())
+            notes.append(f"the results were made with different versions: {listed}")
+    return notes
+
+
+def _unit(groups: Iterable[Sequence[Result]], task: str, metric: str) -> str:
+    """Return the unit of a metric in all of these results."""
+    units = {result["tasks"][task]["metrics"][metric]["unit"] for group in groups for result in group}
+    return "score" if units == _GUESSED_UNITS else units.pop()
 
 
 def _pairs(
@@ -403,6 +478,15 @@ def _pairs(
             f"evaluate {_join(groups)} on the same task"
         )
     return pairs, notes
+
+
+def _main_metrics(result: Result, pairs: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+    """Return task -> its main metric: the first of a result's that is compared."""
+    compared = {(task, metric) for _, task, metric in pairs}
+    return {
+        task: next(metric for metric in result["tasks"][task]["metrics"] if (task, metric) in compared)
+        for task in {task for task, _ in compared}
+    }
 
 
 def _is_measured(group: Sequence[Result], task: str, metric: str) -> bool:
@@ -440,6 +524,8 @@ def _difference(
     baseline_group: list[Result],
     task: str,
     metric: str,
+    *,
+    is_main: bool,
     num_comparisons: int,
     num_resamples: int,
     seed: int,
@@ -448,7 +534,7 @@ def _difference(
     """Measure one difference; `_judge` adds the adjusted p and the verdict."""
     _pair_by_seed(group, baseline_group)
     record = baseline_group[0]["tasks"][task]
-    unit, higher_is_better = (record["metrics"][metric][key] for key in ("unit", "higher_is_better"))
+    unit, higher_is_better = _unit((group, baseline_group), task, metric), record["metrics"][metric]["higher_is_better"]
     values, baseline_values = (_item_values(each, task, metric) for each in (group, baseline_group))
     diffs_SN = values - baseline_values
     num_seeds, num_items = diffs_SN.shape
@@ -470,6 +556,7 @@ def _difference(
         metric=metric,
         unit=unit,
         higher_is_better=higher_is_better,
+        is_main=is_main,
         num_items=num_items,
         num_seeds=num_seeds,
         value=weighted_mean(values.mean(axis=0), weights)[0],
@@ -493,10 +580,10 @@ def _difference(
 
 
 def _judge(differences: Sequence[Difference]) -> list[Difference]:
-    """Adjust the p-values of each metric over its tasks and methods, and give every difference its verdict."""
+    """Adjust the p-values, of main metrics and of others, and give every difference its verdict."""
     adjusted = {}
-    for metric in {row.metric for row in differences}:
-        family = [row for row in differences if row.metric == metric]
+    for is_main in (True, False):
+        family = [row for row in differences if row.is_main == is_main]
         adjusted |= zip(map(id, family), holm([row.p_value for row in family]).tolist(), strict=True)
     judged = []
     for row in differences:
@@ -509,17 +596,24 @@ def _judge(differences: Sequence[Difference]) -> list[Difference]:
     return judged
 
 
-def _score_text(group: Sequence[Result], task: str, metric: str) -> str:
-    """Return the cell of a model in the table of scores."""
+def _score(name: str, group: Sequence[Result], task: str, metric: str, unit: str) -> Score | None:
+    """Return the score of one model, None where a seed of it lacks the metric."""
     records = [result["tasks"].get(task, {}).get("metrics", {}).get(metric) for result in group]
     if None in records:
-        return "–"
-    values = [record["value"] for record in records]
-    if None in values:
+        return None
+    values, value, stderr = [record["value"] for record in records], None, None
+    if None not in values:
+        value, stderr = weighted_mean(values) if len(group) > 1 else (values[0], records[0]["stderr"])
+    return Score(name, task, metric, unit, value, stderr, len(group))
+
+
+def _score_text(score: Score) -> str:
+    """Return a score's cell in a table."""
+    if score.value is None:
         return "no value"
-    value, stderr = weighted_mean(values) if len(group) > 1 else (values[0], records[0]["stderr"])
-    scale, digits = _scale(records[0]["unit"]), _min_digits(records[0]["unit"])
-    return f"{scale * value:.{digits}f}" + ("" if stderr is None else f" ± {scale * stderr:.{digits}f}")
+    scale, digits = _scale(score.unit), _min_digits(score.unit)
+    error = "" if score.stderr is None else f" ± {scale * score.stderr:.{digits}f}"
+    return f"{scale * score.value:.{digits}f}{error}"
 
 
 def _scale(unit: str) -> float:

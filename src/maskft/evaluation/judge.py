@@ -105,6 +105,11 @@ class Judge:
             raise self._refused(error) from None
         except (openai.APIStatusError, openai.APIResponseValidationError):
             pass  # a server without a list of models
+        except (AttributeError, ValueError):  # what the client does with a page, or with nothing
+            raise UserError(
+                f"what answers at {self.settings.url} does not speak the OpenAI protocol; check --judge_url (does it "
+                "end in /v1?)"
+            ) from None
 
     def completions(self, prompts: Sequence[str], **parameters: Any) -> dict[str, list]:
         """Ask for all prompts; called by the package's annotator, in its format.
@@ -165,8 +170,11 @@ class Judge:
             raise _NoAnswer(_cause(error)) from None
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise self._refused(error) from None
-        except openai.APIError as error:  # this request was refused (too long, filtered), or the answer is no JSON
+        except openai.APIError as error:  # this request was refused (too long, filtered)
             self.reason = _cause(error)
+            return None
+        except (AttributeError, ValueError):
+            self.reason = "its answer is not JSON of the OpenAI protocol"
             return None
         choice = (getattr(response, "choices", None) or [None])[0]
         choice = choice.model_dump() if hasattr(choice, "model_dump") else {}

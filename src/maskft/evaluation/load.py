@@ -82,6 +82,7 @@ def load_each(
     adapters = list(adapters) or [NO_ADAPTER]
     base_name = _base_name(model_name_or_path, adapters)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
     model = load_model(base_name, dtype)
     fingerprint = model_fingerprint(model)
     wrapped, kind = None, None
@@ -118,6 +119,15 @@ def load_each(
         identity = f"{fingerprint}+{facts['adapter_sha256']}" if kind else fingerprint
         selected_on = _selected_on(base_name) | ({} if kind is None else _selected_on(adapter))
         yield Loaded(evaluated.to(device).eval(), tokenizer, facts, base_name, identity, selected_on)
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that is not here, before a model is loaded for it."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used ({first}); name another: cpu, cuda, cuda:1, mps") from None
 
 
 def no_model(name: str) -> Iterator[Loaded]:
@@ -247,6 +257,14 @@ def _adapter_facts(adapter: str, kind: str) -> dict:
         "method": recipe.get("method", "mask"),
         "seed": recipe.get("seed"),
     }
+
+
+def training_seed(source: str | None) -> int | None:
+    """The training seed that a folder of a model or an adapter tells; None if it tells none."""
+    if source is None or not Path(source).is_dir():
+        return None
+    facts = _adapter_facts(source, _peft_type(source)) if holds_adapter(source) else _training_facts(source)
+    return facts.get("seed")
 
 
 def _portable(name: str) -> str:

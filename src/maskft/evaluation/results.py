@@ -183,7 +183,7 @@ def metric_from_items(
     Args:
         items: Item records, each with a number under ``name`` (null where it could not be computed).
         name: Field of the items.
-        unit: "fraction", "nats/token", ...; by default "nats/token" for ``nll``, "fraction" for 0/1 values, else
+        unit: "fraction", "nats/token", ...; by default "nats/token" for ``nll``, "fraction" for values in [0, 1], else
             "score". With a unit per token the items are weighted by their ``num_tokens``.
         higher_is_better: By default true, except for ``nll``.
 
@@ -200,8 +200,8 @@ def metric_from_items(
             raise UserError(f"item {item.get('id')!r} has no {name!r}: give every item a number, or null")
     values = [item[name] for item in items]
     if unit is None:
-        is_binary = all(value in (0, 1) for value in values if _is_finite(value))
-        unit = "nats/token" if name == "nll" else "fraction" if is_binary else "score"
+        is_share = all(0 <= value <= 1 for value in values if _is_finite(value))
+        unit = "nats/token" if name == "nll" else "fraction" if is_share else "score"
     weights = item_weights(items, unit)
     value = stderr = None
     if all(_is_finite(value) for value in values):

@@ -147,21 +147,25 @@ def finished_result(target: Path, settings: EvaluationSettings, tasks: Iterable[
     return result
 
 
-def check_same_evaluation(result: Result, target: Path, facts: Mapping, data: Mapping[str, str]) -> None:
-    """Refuse a finished result of another model or other data than would be evaluated now.
+def check_same_evaluation(result: Result, target: Path, loaded: Loaded, data: Mapping[str, str]) -> None:
+    """Refuse a finished result of another model, chat template or other data than would be evaluated now.
 
     Args:
         result: From `finished_result`.
         target: Its file.
-        facts: Of the loaded model.
+        loaded: The model.
         data: Task -> `results.data_sha256` of its items.
 
     Raises:
         UserError: If they are not the same.
     """
-    if any(result["model"].get(key) != value for key, value in facts.items()):
+    if any(result["model"].get(key) != value for key, value in loaded.facts.items()):
         raise UserError(f"{target} is of another model; name another output_dir or pass --overwrite")
     for task, sha256 in data.items():
+        if result["tasks"][task]["chat_template_hash"] not in (None, chat_template_hash(loaded.tokenizer)):
+            raise UserError(
+                f"{target} has {task} with another chat template; name another output_dir or pass --overwrite"
+            )
         if result["tasks"][task].get("data_sha256") != sha256:
             raise UserError(f"{target} has {task} on other data; name another output_dir or pass --overwrite")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ class Source:
         configs: Configurations of the hub's data set, all of which are joined.
         splits: Our split -> the hub's; a benchmark without ``train`` has no items but the test's.
         folders: Pattern of folders that hold one JSON file per item, below the data folder.
+        flaw: What is wrong with a row that has the fields, or None; what lm-eval would end on with a traceback.
     """
 
     files: str
@@ -36,6 +37,16 @@ class Source:
     configs: tuple[str | None, ...] = (None,)
     splits: Mapping[str, str] | None = None
     folders: str | None = None
+    flaw: Callable[[Mapping], str | None] = lambda row: None
+
+
+def _no_boxed_answer(row: Mapping) -> str | None:
+    return None if r"\boxed" in row["solution"] else r"solution has no \boxed{answer}"
+
+
+def _arguments_missing(row: Mapping) -> str | None:
+    kinds, arguments = len(row["instruction_id_list"]), len(row["kwargs"])
+    return None if kinds == arguments else f"{kinds} entries in instruction_id_list and {arguments} in kwargs"
 
 
 SOURCES = {
@@ -53,6 +64,7 @@ SOURCES = {
         configs=MATH_SUBJECTS,
         splits={"test": "test", "train": "train"},
         folders="MATH/{split}/*/*.json",
+        flaw=_no_boxed_answer,
     ),
     "humaneval": Source(
         files=r"human[-_]?eval",
@@ -71,6 +83,7 @@ SOURCES = {
         fields={"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list},
         hub="google/IFEval",
         splits={"test": "train"},
+        flaw=_arguments_missing,
     ),
 }
 
@@ -98,7 +111,7 @@ def load_docs(task: str, data_dir: str | Path | None, split: str = "test") -> da
     file = None if problems else find_file(task, folder, split)
     rows = []
     for where, row in ((path, _read_object(path)) for path in problems) if problems else read_file(file):
-        _check(row, source.fields, str(where) if problems else f"{file}: {where}")
+        _check(row, source, str(where) if problems else f"{file}: {where}")
         rows.append({field: row[field] for field in source.fields})  # others may not fit into one table
     if not rows:
         raise UserError(f"{file} has no rows")
@@ -132,14 +145,16 @@ def _read_object(path: Path):
         raise UserError(f"{path} is not JSON: {error}") from None
 
 
-def _check(row, fields: Mapping[str, type], where: str) -> None:
+def _check(row, source: Source, where: str) -> None:
     if not isinstance(row, dict):
-        raise UserError(f"{where} is not an object; expected the fields {', '.join(fields)}")
-    for field, kind in fields.items():
+        raise UserError(f"{where} is not an object; expected the fields {', '.join(source.fields)}")
+    for field, kind in source.fields.items():
         if field not in row:
             raise UserError(f"{where} has no field {field!r}; it has {', '.join(map(str, row))}")
         if not isinstance(row[field], kind):
             raise UserError(f"{where}: field {field!r} is {type(row[field]).__name__}, not {kind.__name__}")
+    if flaw := source.flaw(row):
+        raise UserError(f"{where}: {flaw}; is it the published file?")
 
 
 def _from_hub(source: Source, split: str) -> datasets.Dataset:

@@ -336,6 +336,13 @@ def _prepare_ifeval(docs, data_dir) -> None:
     except ImportError as error:
         raise UserError(f"task ifeval lacks a package ({error}); run: pip install 'maskft[eval]'") from error
 
+    with _without_nltk_downloads():
+        from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+    unknown = next((kind for doc in docs for kind in doc["instruction_id_list"] if kind not in INSTRUCTION_DICT), None)
+    if unknown is not None:
+        raise UserError(
+            f"the data of ifeval has the instruction {unknown!r}, which is none of IFEval's; is it its file?"
+        )
     langdetect.DetectorFactory.seed = 0  # it draws at random: one answer could be scored now so, now so
     if (
         data_dir

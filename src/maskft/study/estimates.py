@@ -20,7 +20,7 @@ class Estimate:
 
     Attributes:
         tokens: Tokens trained on, padding not counted.
-        memory_bytes: Weights, gradients and optimizer; activations come on top.
+        memory_bytes: Weights, gradients and optimizer of one process; activations come on top.
         seconds: Training time on the hardware that the recipe's ``tokens_per_s`` is of.
     """
 
@@ -36,7 +36,10 @@ def estimate(plan: Plan, run: Run, facts: Facts) -> Estimate:
         return Estimate(0, frozen, 0.0)
     tokens = _tokens(plan, run)
     seconds = tokens / facts.tokens_per_s if tokens is not None and facts.tokens_per_s else None
-    return Estimate(tokens, _memory(run, facts), seconds)
+    memory, launch = _memory(run, facts), plan.recipe.launch
+    if memory is not None and "fsdp" in (launch.accelerate_config or ""):
+        memory = math.ceil(memory / launch.num_processes)  # every process holds its share
+    return Estimate(tokens, memory, seconds)
 
 
 def model_facts(recipe_facts: Facts, model: str) -> Facts:

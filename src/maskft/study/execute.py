@@ -17,6 +17,7 @@ from pathlib import Path
 from .. import paths
 from ..arguments import FIXED_MASK_METHODS, MASK_METHODS
 from ..data_arguments import DATA_NAMES, TEMPLATE, DataArguments
+from ..errors import UserError
 from ..evaluation.results import DOMAINS, read_result, write_result, write_text
 from .plan import BEST, LAST, Run, data_hash, evaluation_id
 from .process import command_words, run_command
@@ -88,6 +89,7 @@ def prepare_data(study: Study, runs: list[Run], tick: Callable[[], None] = lambd
         if run.method.method == PRETRAINED or study.is_trained(run) or done.exists():
             continue
         where = {"model_name_or_path": study.base(run), "output_dir": str(study.run_folder(run))}
+        where["resume_from_checkpoint"] = "auto"  # the folder may hold a run that was cut off
         options |= {"prepared_data_dir": str(folder), "prepare_only": True} | where
         run_command([*_PYTHON, "train", *command_words(options)], study.folder / paths.LOG, tick, study.lock_fd)
         done.touch()
@@ -123,6 +125,11 @@ def train_options(study: Study, run: Run) -> dict:
     }
     if options.get("learning_rate") == CURRENT_RATE:
         options["learning_rate"] = study.record(run.start)["learning_rate_at_best"]
+        if options["learning_rate"] is None:
+            raise UserError(
+                f"the rate at which {run.start.title!r} stood at its best is not known, it was never measured on "
+                "held-out rows; give it eval_strategy: steps"
+            )
     return options
 
 
@@ -136,7 +143,7 @@ def _train(study: Study, run: Run, tick) -> dict:
         models = dict.fromkeys(run.labels, study.model(run.start, BEST))
         return _record(study, run, models, options, None)
     folder = study.run_folder(run)
-    words = [*_launcher(study, run), "train", *command_words(options)]
+    words = [*_launcher(study, run), *command_words(options)]
     run_command(words, folder / paths.LOG, tick, study.lock_fd)
     training = json.loads((folder / paths.TRAINING).read_text())["summary"]
     models = {BEST: str(folder)}
@@ -148,15 +155,15 @@ def _train(study: Study, run: Run, tick) -> dict:
 
 
 def _launcher(study: Study, run: Run) -> list[str]:
+    """The command up to the options of ``maskft train``."""
     launch = study.recipe.launch
     if run.method.method in FIXED_MASK_METHODS:
-        return _PYTHON  # nothing is trained
+        return [*_PYTHON, "train"]  # nothing is trained
     if launch.command:
-        return [*shlex.split(launch.command), *_PYTHON[1:]]
-    if launch.num_processes > 1:
-        number = str(launch.num_processes)
-        return [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", number, *_PYTHON[1:]]
-    return _PYTHON
+        return [*shlex.split(launch.command), *_PYTHON[1:], "train"]
+    processes = launch.num_processes if launch.num_processes > 1 else None
+    shared = {"accelerate_config": launch.accelerate_config, "num_processes": processes}
+    return [*_PYTHON, "train", *command_words(shared)]
 
 
 def _record(study: Study, run: Run, models: dict, options: dict, training: dict | None) -> dict:
@@ -236,8 +243,7 @@ def _evaluate(study: Study, run: Run, role: str, tick) -> None:
                 "output_dir": str(partial),
                 **study.recipe.evaluation,
             }
-            options = {key: ",".join(value) if key == "tasks" else value for key, value in options.items()}
-            words = [*_PYTHON, "evaluate", *_flags(options)]
+            words = [*_PYTHON, "evaluate", *evaluation_words(options)]
             run_command(words, study.run_folder(run) / paths.LOG, tick, study.lock_fd)
         result = read_result(partial / paths.RESULT)
     record = study.record(run)
@@ -283,8 +289,9 @@ def _is_control(study: Study, run: Run) -> bool:
     return bool(method.method == "wanda_mask" or continued or run.axes or first.name != method.name)
 
 
-def _flags(options: dict) -> list[str]:
-    """Options as words; ``no_generate: true`` and the like are flags without a value in ``maskft evaluate``."""
+def evaluation_words(options: dict) -> list[str]:
+    """Options of ``maskft evaluate`` as words; ``no_generate: true`` and the like are flags without a value."""
+    options = {key: ",".join(map(str, value)) if key == "tasks" else value for key, value in options.items()}
     switches = [f"--{key}" for key, value in options.items() if value is True and key in _SWITCHES]
     return [*command_words({key: value for key, value in options.items() if key not in _SWITCHES}), *switches]
 

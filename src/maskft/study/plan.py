@@ -12,18 +12,21 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..arguments import FIXED_MASK_METHODS, MASK_METHODS
 from ..data.identity import data_identity, file_digest
+from ..data_arguments import DataArguments
 from ..errors import UserError, did_you_mean
 from .recipe import CURRENT_RATE, PRETRAINED, Method, Recipe, labels_of
 
 MAX_RUNS = 1000
 BEST, LAST = "best", "last"
 _HASH_LENGTH = 10
+# What says which matrices are masked: a fixed mask takes it from the learned mask that it matches.
+_PLACES = ("mask_layers_to_transform", "mask_layers_pattern", "mask_target_modules", "mask_exclude_modules")
 # Of a weight file, this many bytes from each end are hashed: training changes them all.
 _SAMPLED_BYTES = 1 << 20
 
@@ -63,9 +66,15 @@ class Run:
 
     @property
     def variant(self) -> str:
-        """The grid's values as they stand in a label, e.g. `` [sparsity=0.05]``; empty without a grid."""
-        own = {option: value for (_, option), value in self.axes.items()}
-        words = [f"{option.removeprefix('mask_')}={_short(value)}" for option, value in own.items()]
+        """The grid's values as they stand in a label, e.g. `` [sparsity=0.05]``; empty without a grid.
+
+        An option that another method in the grid has too stands with the name of that one.
+        """
+        options = [option for _, option in self.axes]
+        words = []
+        for (name, option), value in self.axes.items():
+            whose = f"{name} " if options.count(option) > 1 and name != self.method.name else ""
+            words.append(f"{whose}{option.removeprefix('mask_')}={_short(value)}")
         return f" [{', '.join(words)}]" if words else ""
 
     @property
@@ -111,7 +120,19 @@ def build_plan(recipe: Recipe, defaults: dict[str, Any], allow_many: bool = Fals
             for axes in _assignments(recipe, method):
                 for seed in _seeds(recipe, method):
                     _build(recipe, defaults, found, model, method, axes, seed)
-    return Plan(recipe, list(found.values()))
+    runs = list(found.values())
+    _check_names(runs)
+    return Plan(recipe, runs)
+
+
+def _check_names(runs: list[Run]) -> None:
+    """Refuse two runs with one folder, or with one name in the tables."""
+    seen: dict[tuple, Run] = {}
+    for run in runs:
+        for key in (run.id, *((run.model, run.seed, label) for label in run.labels.values())):
+            if key in seen:
+                raise UserError(f"two runs are named {run.title!r}: their settings mean the same; drop one")
+            seen[key] = run
 
 
 def evaluation_id(run: Run, role: str, evaluation: dict) -> str:
@@ -122,7 +143,9 @@ def evaluation_id(run: Run, role: str, evaluation: dict) -> str:
 
 def data_hash(model: str, options: dict) -> str:
     """Name of what ``options`` about data, and the tokenizer of ``model``, make of the data."""
-    return _hash({"model": _model_identity(model), "data": _identity(options)})
+    defaults = {field.name: field.default for field in fields(DataArguments)}
+    decides = {key: value for key, value in _identity(options).items() if value != defaults.get(key, options)}
+    return _hash({"model": _model_identity(model), "data": decides})
 
 
 def _build(recipe, defaults, found, model, method, axes, seed) -> Run:
@@ -135,13 +158,14 @@ def _build(recipe, defaults, found, model, method, axes, seed) -> Run:
         None if name is None else _build(recipe, defaults, found, model, *_parent(recipe, name, seed, axes))
         for name in (method.start, method.match)
     )
-    options = _options(recipe, method, axes, seed)
+    options = _options(recipe, method, axes, seed, match)
     settings = {
         "method": method.method,
         "model": _model_identity(model),
         "options": {k: v for k, v in _identity(options).items() if k not in defaults or v != _plain(defaults[k])},
         "start": start and start.hash,
         "match": match and match.hash,
+        **_launch_identity(recipe, method, options),
     }
     name = f"{_slug(method.name)}-s{seed}" if method.method != PRETRAINED else _slug(method.name)
     found[key] = Run(method, model, seed, axes, options, start, match, f"{name}-{_hash(settings)}")
@@ -164,7 +188,16 @@ def _seeds(recipe: Recipe, method: Method) -> tuple[int, ...]:
     return (recipe.seeds[0],) if method.method == PRETRAINED else method.seeds or recipe.seeds
 
 
-def _options(recipe: Recipe, method: Method, axes: dict, seed: int) -> dict[str, Any]:
+def _launch_identity(recipe: Recipe, method: Method, options: dict) -> dict:
+    """How many processes share a batch, where that decides its size: half as many make another run."""
+    launch = recipe.launch
+    if method.method in (PRETRAINED, *FIXED_MASK_METHODS) or options.get("global_batch_size"):
+        return {}
+    shared = {"num_processes": launch.num_processes, "command": launch.command}
+    return {} if shared == {"num_processes": 1, "command": None} else {"launch": shared}
+
+
+def _options(recipe: Recipe, method: Method, axes: dict, seed: int, match: Run | None) -> dict[str, Any]:
     """Options of ``maskft train``: the study's, the data's, the method's, the grid's; the later win."""
     if method.method == PRETRAINED:
         return {}
@@ -176,7 +209,20 @@ def _options(recipe: Recipe, method: Method, axes: dict, seed: int) -> dict[str,
     if method.method in MASK_METHODS:
         options["mask_seed"] = seed
     options |= method.options | {option: value for (name, option), value in axes.items() if name == method.name}
-    return {key: _plain(value) for key, value in options.items() if value is not None}
+    if options.get("num_candidates", 1) > 1:
+        # The candidates are mask_seed, mask_seed + 1, ...: without this those of two seeds would be nearly the same.
+        options["mask_seed"] = seed * options["num_candidates"]
+    options = {key: _plain(value) for key, value in options.items() if value is not None}
+    if match is not None:
+        for key in _PLACES:
+            if key in method.options and options.get(key) != match.options.get(key):
+                raise UserError(
+                    f"method {method.name!r} has {key} {options.get(key)}, and the mask it matches, {match.title!r}, "
+                    f"has {match.options.get(key)}; leave it out"
+                )
+        options = {key: value for key, value in options.items() if key not in _PLACES}
+        options |= {key: match.options[key] for key in _PLACES if key in match.options}
+    return options
 
 
 def _axes(recipe: Recipe, method: Method) -> list[tuple[str, str]]:
@@ -227,13 +273,23 @@ def _check_options(recipe: Recipe, defaults: dict) -> None:
     values += [{option: value} for (_, option), values_ in recipe.grid.items() for value in values_]
     for options in values:
         for option in ("mask_layers_to_transform", "partial_layers"):
-            beyond = [n for n in options.get(option) or [] if layers is not None and n >= layers]
+            named = options.get(option)
+            named = [] if named is None else named if isinstance(named, list) else [named]
+            if not all(isinstance(n, int) for n in named):
+                raise UserError(f"{option} is {options[option]!r}; it must be a list of layers, such as [20, 21]")
+            beyond = [n for n in named if layers is not None and n >= layers]
             if beyond:
                 raise UserError(f"{option} names layer {beyond[0]}; the model has layers 0 to {layers - 1}")
     for method in recipe.methods.values():
         needs = method.method in FIXED_MASK_METHODS
         if method.match is not None and not needs:
             raise UserError(f"method {method.name!r} has `match`, which is for {', '.join(FIXED_MASK_METHODS)}")
+        rates = [method.options.get("learning_rate"), *recipe.grid.get((method.name, "learning_rate"), ())]
+        if CURRENT_RATE in rates and (method.start is None or recipe.methods[method.start].method != "full"):
+            raise UserError(
+                f"method {method.name!r} has learning_rate {CURRENT_RATE!r} but is not `from` a full fine-tuning whose "
+                "rate that could be"
+            )
     rates = [o.get("learning_rate") for o in (recipe.train, *(d.options for d in recipe.data.values()))]
     if CURRENT_RATE in rates:
         raise UserError(f"learning_rate: {CURRENT_RATE} is for a method with `from`, not for all")

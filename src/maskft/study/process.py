@@ -30,7 +30,9 @@ def command_words(options: dict[str, Any]) -> list[str]:
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+        texts = [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
+        # argparse takes -1e-05 for an option unless it stands behind an equals sign.
+        words += [f"--{name}={texts[0]}"] if len(texts) == 1 and texts[0].startswith("-") else [f"--{name}", *texts]
     return words
 
 

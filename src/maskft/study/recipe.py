@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from ..arguments import METHODS
-from ..data_arguments import DATA_NAMES, TEMPLATE
+from ..arguments import FIXED_MASK_METHODS, METHODS
+from ..data_arguments import DATA_NAMES, TEMPLATE, mixture_text, names_text
 from ..errors import UserError, did_you_mean
 
 VERSION = 1
@@ -83,12 +83,14 @@ class Launch:
     """How a run is started.
 
     Attributes:
+        accelerate_config: One of TRL's configurations (``fsdp2``, ``multi_gpu``) or a file of ``accelerate config``.
         command: Words before ``-m maskft.cli.main train``, e.g. ``torchrun --nproc_per_node 8``; None: this Python.
-        num_processes: Above 1 without ``command``: ``accelerate launch --num_processes N``.
+        num_processes: Above 1 without ``command``: ``maskft train --num_processes N``.
         num_cpus: CPU cores a run takes on a Ray cluster.
         num_gpus: GPUs a run takes on a Ray cluster.
     """
 
+    accelerate_config: str | None = None
     command: str | None = None
     num_processes: int = 1
     num_cpus: float = 1
@@ -144,6 +146,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *name`; what it brings may be replaced
+                continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise UserError(f"line {key_node.start_mark.line + 1}: two entries are named {key!r}; rename one")
@@ -217,7 +221,7 @@ def parse_recipe(
         if not isinstance(content.get(key), dict) or not content[key]:
             raise UserError(f"it has no section {key!r}")
     models = content.get("models") or content.get("model")
-    models = (models,) if isinstance(models, str) else tuple(models or ())
+    models = tuple(models) if isinstance(models, list) else (models,)
     if not models or not all(isinstance(model, str) for model in models):
         raise UserError("it names no model; write `model: NAME`, or `models: [NAME, NAME]`")
     data = {key: _data(key, section, data_dir) for key, section in content["data"].items()}
@@ -236,7 +240,7 @@ def parse_recipe(
     baseline = content.get("baseline")
     if baseline is not None and baseline not in labels:
         raise UserError(f"baseline {baseline!r} is no run{did_you_mean(str(baseline), labels)}: {', '.join(labels)}")
-    train = _section(content, "train")
+    train = _as_text(_section(content, "train"))
     if TEMPLATE in train:
         # Of the pre-trained model too: all rows of the table answer to the same prompts.
         train[TEMPLATE] = str(Path(folder) / Path(str(train[TEMPLATE])).expanduser())
@@ -278,6 +282,10 @@ def _section(content: dict, key: str) -> dict:
 
 def _build(kind, section: dict, where: str):
     _check_keys(section, kind.__dataclass_fields__, f"key in {where}:")
+    for key, value in section.items():
+        is_text = "str" in str(kind.__dataclass_fields__[key].type)
+        if isinstance(value, str) != is_text or isinstance(value, bool | list | dict):
+            raise UserError(f"{where}: {key} is {value!r}; it must be {'text' if is_text else 'a number'}")
     return kind(**section)
 
 
@@ -288,10 +296,16 @@ def _data(name: str, section: Any, data_dir) -> Data:
     estimate = {key: section.pop(key, None) for key in ("num_rows", "tokens_per_row")}
     if not section.get("dataset_name"):
         raise UserError(f"data {name!r} has no dataset_name")
-    options = in_data_dir(section, data_dir)
-    if data_dir is not None and not Path(str(options["dataset_name"])).expanduser().exists():
-        options["data_dir"] = str(data_dir)  # sets by name are looked for there
+    options = in_data_dir(_as_text(section), data_dir)
+    if data_dir is not None:
+        options["data_dir"] = str(data_dir)  # sets by name are looked for there, test sets too
     return Data(options, **estimate)
+
+
+def _as_text(options: dict) -> dict:
+    """Mixtures and lists of test sets as the command line takes them."""
+    forms = {"dataset_name": mixture_text, "contamination_sets": names_text}
+    return {key: forms[key](value) if key in forms else value for key, value in options.items()}
 
 
 def in_data_dir(options: dict, data_dir: str | Path | None) -> dict:
@@ -315,7 +329,7 @@ def _method(name: str, section: Any, data: dict) -> Method:
     if "." in name:
         raise UserError(f"method name {name!r} has a dot, which separates names from options in the grid; rename it")
     fields = {field: section[key] for key, field in _METHOD_KEYS.items() if key in section}
-    options = {key: value for key, value in section.items() if key not in _METHOD_KEYS}
+    options = _as_text({key: value for key, value in section.items() if key not in _METHOD_KEYS})
     kinds = (PRETRAINED, *METHODS)
     kind = fields.get("method")
     if kind not in kinds:
@@ -328,9 +342,9 @@ def _method(name: str, section: Any, data: dict) -> Method:
         raise UserError(f"method {name!r} names data {fields['data']!r}{did_you_mean(fields['data'], data)}")
     if fields.get("seeds") is not None:
         fields["seeds"] = _seeds(fields["seeds"], f"seeds of method {name!r}")
-    if options.get("learning_rate") == CURRENT_RATE and not fields.get("start"):
-        raise UserError(f"method {name!r} has learning_rate {CURRENT_RATE!r} but no `from` whose rate that could be")
     if fields.get("last"):
+        if kind in FIXED_MASK_METHODS:
+            raise UserError(f"method {name!r} has `last`, and {kind} has no end of training; drop it")
         options["keep_last"] = True
     return Method(name=name, options=options, **fields)
 
@@ -363,6 +377,8 @@ def _evaluation(section: dict, data_dir) -> dict:
     tasks = section.get("tasks")
     if isinstance(tasks, str):
         tasks = [name.strip() for name in tasks.split(",")]
+    if tasks is not None and not isinstance(tasks, list):
+        raise UserError(f"evaluation.tasks must be a list of names, not {tasks!r}")
     if tasks:
         section["tasks"] = (["heldout"] if heldout and "heldout" not in tasks else []) + list(tasks)
         section |= {} if data_dir is None else {"data_dir": str(data_dir)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from .. import paths
 from ..errors import UserError
@@ -81,7 +82,7 @@ def dry_run(plan: Plan, folder: str | Path, console: Console | None = None) -> N
     for run in plan.runs:
         state = "finished" if study.is_done(run) else "to evaluate" if study.is_trained(run) else "to do"
         parents = ", ".join(parent.id for parent in run.parents) or run.model
-        table.add_row(run.id, parents, *_words(estimates[run.id]), state)
+        table.add_row(*map(Text, (run.id, parents, *_words(estimates[run.id]), state)))
     # Piped or in a log, nothing may be cut off.
     width = console if console.is_terminal else Console(file=console.file, width=200)
     width.print(table, markup=False)
@@ -93,7 +94,7 @@ def dry_run(plan: Plan, folder: str | Path, console: Console | None = None) -> N
     total = _words(Estimate(tokens, None, seconds))
     width.print(
         f"{len(plan.runs)} runs; training left: {total[0]} tokens, {total[2]}. Memory is weights, gradients and "
-        "optimizer, without activations; evaluation comes on top of the time.",
+        "optimizer of one process, without activations; evaluation comes on top of the time.",
         highlight=False,
     )
 
@@ -153,14 +154,16 @@ class Board:
 
     def __exit__(self, *exc) -> None:
         if self._live:
-            self._live.update(self._table(), refresh=True)
-            self._live.stop()
+            try:
+                self._live.update(self._table(), refresh=True)
+            finally:
+                self._live.stop()
 
     def started(self, run: Run) -> None:
         """Note that a run has begun."""
         self.running[run] = time.monotonic()
         if not self._live:
-            self.console.print(f"{self._position(run)} {run.title}: started", highlight=False)
+            self.console.print(f"{self._position(run)} {run.title}: started", highlight=False, markup=False)
 
     def ended(self, run: Run, reason: str | None = None) -> None:
         """Note that a run is finished, or that it failed and why."""
@@ -198,7 +201,7 @@ class Board:
                     f"{self.seconds[run]:.0f} s" if run in self.seconds else "",
                     "",
                 )
-            table.add_row(run.title, *cells)
+            table.add_row(*map(Text, (run.title, *cells)))  # plain: a log may hold [/INST] or the like
         return table
 
 

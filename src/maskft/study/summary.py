@@ -6,7 +6,7 @@ import json
 
 from .. import paths
 from ..errors import UserError
-from ..evaluation.compare import compare, cross_domain_table, render
+from ..evaluation.compare import compare, render, render_scores, scores
 from ..evaluation.results import Result, read_result, write_text
 from .execute import Study
 from .plan import BEST, LAST, Plan
@@ -33,6 +33,7 @@ def summarise(study: Study, plan: Plan) -> str:
         if not results:
             continue
         name = results[0]["study"]["model"]
+        name = model if name in models else name  # two folders may have the same name
         results, notes = _without_repeats(results, study.recipe.baseline)
         text, table, record = _of_one_model(results, study.recipe.baseline)
         notes += _unchanged(results)
@@ -53,10 +54,8 @@ def _of_one_model(results: list[Result], baseline: str | None) -> tuple[str, str
     wanted = baseline or _default_baseline(results)
     baseline = next((name for name in names if name == wanted or name.startswith(f"{wanted} [")), None)
     if baseline is None or len(names) < 2:
-        table = cross_domain_table(results)
-        lines = [" | ".join(row) for row in (table.columns, ("---",) * len(table.columns), *table.rows)]
-        text = "".join(f"| {line} |\n" for line in lines)
-        return text, text, {"runs": runs}
+        reached = scores(results)
+        return render_scores(reached, "terminal"), render_scores(reached, "markdown"), {"runs": runs}
     try:
         comparison = compare(results, baseline)
     except UserError as error:  # measured, and not comparable: say so instead of losing the numbers
@@ -105,6 +104,8 @@ def _unchanged(results: list[Result]) -> list[str]:
         if study["role"] == BEST and study["num_steps"] and study["best_step"] == 0:
             start = "its mask before the first step" if result["model"]["method"] == "mask" else "its parent, unchanged"
             notes.append(f"Note: {result['name']} is {start}; no step lowered its held-out loss.")
+        elif result["model"]["method"] == "full" and study["start"] and study["epochs"] == 0:
+            notes.append(f"Note: {result['name']} is its parent, unchanged; the rate of its schedule was 0 already.")
     return list(dict.fromkeys(notes))
 
 
