@@ -14,6 +14,7 @@ from maskft.cli.main import main
 from maskft.cli.study import check
 from maskft.cli.train import parse
 from maskft.data import TRAINING_SETS, parse_mixture
+from maskft.data.splits import _shares
 from maskft.models import load_tokenizer
 from maskft.study.estimates import estimate
 from maskft.study.process import command_words
@@ -127,9 +128,25 @@ def test_data_is_known_and_not_asked_for_in_excess(file):
     for run in check(recipe).runs:
         for part in parse_mixture(run.options.get("dataset_name", "rows.jsonl")):
             known = TRAINING_SETS.get(part.name)
-            assert known or part.name.endswith(".jsonl.gz") or part.name == "rows.jsonl"
+            assert known or part.name.endswith((".jsonl.gz", ".chat")) or part.name == "rows.jsonl"
             if known and known.num_published and isinstance(part.amount, int):
                 assert part.amount <= known.num_published
+
+
+@pytest.mark.parametrize("file", [path for path in STUDIES if "mixed" in path.name], ids=name)
+def test_no_mask_is_chosen_on_rows_that_the_mixed_model_was_trained_on(file):
+    """A domain's held-out rows of a set are those with the smallest hashes, so no more of them than the mixture's."""
+
+    def held(data):
+        parts, size = parse_mixture(data.options["dataset_name"]), data.options["eval_split_size"]
+        counts = [part.amount for part in parts]
+        shares = [round(size * count) for count in counts] if size < 1 else _shares(size, counts)
+        return dict(zip((part.name for part in parts), shares, strict=True))
+
+    recipe = load_recipe(file)
+    mixed = held(recipe.data["mixed"])
+    for domain in set(recipe.data) - {"mixed"}:
+        assert all(count <= mixed[name] for name, count in held(recipe.data[domain]).items()), domain
 
 
 def test_the_template_of_the_base_models(tmp_path):
