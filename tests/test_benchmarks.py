@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import benchmark_files
+import tiny
+from tiny_tokenizer import tiny_tokenizer
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -39,6 +43,36 @@ def test_ratios_of_both_sides_are_written(tmp_path):
 def test_memory_and_scaling(tmp_path):
     rows, _ = run(tmp_path, "memory", "scaling")
     assert len(rows) == 7
+
+
+def test_gold_solutions(tmp_path):
+    files = benchmark_files.write(tmp_path / "files")
+    command = [sys.executable, "-m", "benchmarks.gold_solutions", "--data_dir", str(files), "--busy", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 of 2 passed") == 2
+    rows = [{**row, "canonical_solution": "    return 1\n"} for row in benchmark_files.HUMANEVAL]
+    (files / "HumanEval.jsonl.gz").unlink()
+    (files / "HumanEval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "0 of 2 passed" in done.stdout and "AssertionError" in done.stdout
+
+
+@pytest.mark.slow
+def test_both_command_lines_on_the_same_items(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tiny.tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=8192).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    files = benchmark_files.write(tmp_path / "files")
+    command = [sys.executable, "-m", "benchmarks.against_lm_eval", "--model", str(tmp_path / "model")]
+    command += ["--data_dir", str(files), "--limit", "2", "--batch_size", "2", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "out" / "against_lm_eval.json").read_text())["rows"]
+    assert [row["task"] for row in rows] == ["gsm8k", "humaneval", "ifeval"]
+    for row in rows:
+        assert row["items"] == 2 and not row["prompts_differ"] + row["outputs_differ"] + row["scores_differ"]
+    assert rows[0]["scores_compared"] == ["accuracy", "accuracy_strict"]
 
 
 def test_an_unknown_benchmark_is_named(tmp_path):
