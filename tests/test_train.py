@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import tiny
+from maskft.checkpoints import _last_whole_checkpoint
 from maskft.cli.main import main
 from maskft.mask_set import MaskSet
 from maskft.paths import ADAPTER_WEIGHTS, LAST, TRAINING
@@ -145,6 +147,10 @@ def test_a_checkpoint_cut_short_is_passed_over(arguments, tmp_path, capsys):
     (out / "checkpoint-4" / "optimizer.pt").unlink()
     weights = out / "checkpoint-3" / ADAPTER_WEIGHTS
     weights.write_bytes(weights.read_bytes()[:50])
+    shards = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (out / "checkpoint-2" / "model.safetensors.index.json").write_text(json.dumps(shards))
+    whole = _last_whole_checkpoint(out, SimpleNamespace(save_only_model=False, world_size=1))
+    assert whole == str(out / "checkpoint-1")
     status, err = run(arguments(resume_from_checkpoint="true", **options), capsys)
     assert status == 0, err
     assert (out / ADAPTER_WEIGHTS).read_bytes() == expected

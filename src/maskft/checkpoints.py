@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from trl import SFTConfig
 
 from . import paths, processes
@@ -45,9 +46,18 @@ def _last_whole_checkpoint(folder: Path, args: SFTConfig) -> str | None:
     for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
         weights = [*path.glob("*.safetensors")]
         whole = all((path / name).is_file() for name in needed) and _is_json(path / "trainer_state.json")
-        if weights and whole and all(map(_is_readable, weights)):
+        if weights and whole and all(map(_is_readable, weights)) and _has_all_shards(path):
             return str(path)
     return None
+
+
+def _has_all_shards(folder: Path) -> bool:
+    """Whether every file of a model in several is there: a kill may have come while a checkpoint was being deleted."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return True
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if _is_json(index) else {""}
+    return all((folder / shard).is_file() for shard in shards)
 
 
 def _is_json(file: Path) -> bool:
