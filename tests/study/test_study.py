@@ -67,7 +67,9 @@ def outcome(folder):
 
 def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys):
     """Killed once in the middle of training, after a checkpoint, and once between training and evaluation."""
-    file = write(tmp_path, recipe(base, data, {"full": FULL, "mask": MASK}))
+    content = recipe(base, data, {"full": FULL, "mask": MASK})
+    content["data"]["sums"]["data_dir"] = str(tmp_path)
+    file = write(tmp_path, content)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(["study", str(file), "--output_dir", str(whole)]) == 0
 
@@ -89,6 +91,7 @@ def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys)
     assert "2 runs, 2 finished before" in capsys.readouterr().out
     assert files == {p: p.stat().st_mtime_ns for p in cut.glob("r*/**/*") if p.is_file()}
     check_accounts(cut)
+    assert str(tmp_path) not in "".join(path.read_text() for path in cut.glob("results/*/result.json"))
 
 
 def check_accounts(folder):

@@ -187,7 +187,10 @@ def _record(study: Study, run: Run, models: dict, options: dict, training: dict 
         rate = best.get("learning_rate")
     elif run.start is not None and not training:
         rate = 0.0  # nothing was left to anneal
-    shown = {key: Path(value).name if key in (*DATA_NAMES, TEMPLATE) else value for key, value in run.options.items()}
+    # A result file is shared: no folder of this machine stands in it.
+    named = (*DATA_NAMES, TEMPLATE, "mask_prefix_cache")
+    settings = {key: value for key, value in run.options.items() if key != "data_dir"}
+    shown = {key: Path(value).name if key in named else value for key, value in settings.items()}
     return {
         "study": study.recipe.name,
         "run": run.id,
