@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from ..errors import UserError
-from ..progress import progress_bar
 from .journal import Journal
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
@@ -125,6 +124,8 @@ class Judge:
             UserError: If the judge stops answering; what it has answered is in the journal.
         """
         from alpaca_eval.utils import prompt_to_chatml
+
+        from ..progress import progress_bar
 
         parameters["model"] = self.settings.model
         del parameters["model_name"]

@@ -92,8 +92,8 @@ def hierarchical_bootstrap(
 
     The p-value is twice the smaller share of resamples at or beyond zero, and never below ``2 ** (1 - k)`` for k items
     that differ, the smallest two-sided p that a sign test on k items can give: no bootstrap may be surer than that.
-    With several seeds it is not below that of a t-test with the same variances either (`_t_p_value`): the stretch
-    fits the resamples to one confidence, and further out, where Holm's correction looks, three seeds have no resamples.
+    With several seeds it is not below that of a t-test over the seeds' differences either: the stretch fits the
+    resamples to one confidence, and further out, where Holm's correction looks, three seeds have no resamples.
 
     Args:
         diffs_SN: Differences, one row per seed, one column per item.
@@ -125,12 +125,10 @@ def hierarchical_bootstrap(
     num_differing = np.count_nonzero(diffs_SN.mean(axis=0))
     smallest_p = 2.0 ** (1 - num_differing)
     if num_seeds > 1:
-        between, interaction, item_variance = _variance_components(diffs_SN, weights_N)
+        between, interaction, _ = _variance_components(diffs_SN, weights_N)
         excess = max(0.0, 1 - interaction / between) if between > 0 else 0.0
         seed_stretch = _stretch(num_seeds, confidence) * math.sqrt(excess)
-        of_items = item_variance + interaction / num_seeds
-        t_test = _t_p_value(difference, (excess * between / num_seeds, of_items), (num_seeds - 1, num_items - 1))
-        smallest_p = max(smallest_p, t_test)
+        smallest_p = max(smallest_p, _t_p_value(difference, between / num_seeds, num_seeds - 1))
     weighted_NS = (diffs_SN * weights_N).T
     resampled_R = np.empty(num_resamples)
     chunk = max(1, MAX_CHUNK_COUNTS // num_items)
@@ -247,16 +245,11 @@ def _variance_components(diffs_SN: NDArray[np.float64], weights_N: NDArray[np.fl
     return float(means_S.var(ddof=1)), float(interaction), float(max(0.0, item))
 
 
-def _t_p_value(difference: float, variances: tuple[float, float], freedoms: tuple[int, int]) -> float:
-    """Return the two-sided p of a difference whose variance is a sum of two estimated ones.
-
-    Their degrees of freedom are joined by Satterthwaite's formula (https://doi.org/10.2307/3002019).
-    """
-    total = sum(variances)
-    if total == 0:
+def _t_p_value(difference: float, variance: float, freedom: int) -> float:
+    """Return the two-sided p of a t-test; ``variance`` is that of the difference, known from ``freedom + 1`` seeds."""
+    if variance == 0:
         return 0.0 if difference else 1.0
-    freedom = total**2 / sum(variance**2 / free for variance, free in zip(variances, freedoms, strict=True))
-    return float(2 * stats.t.sf(abs(difference) / math.sqrt(total), freedom))
+    return float(2 * stats.t.sf(abs(difference) / math.sqrt(variance), freedom))
 
 
 def _stretch(num_units: int, confidence: float) -> float:
