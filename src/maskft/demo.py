@@ -19,7 +19,8 @@ from .arguments import MASK_METHODS
 from .cli.train import parse
 from .data import load_splits
 from .errors import UserError
-from .evaluation.compare import compare, render
+from .evaluation.compare import compare
+from .evaluation.comparison_text import render
 from .evaluation.evaluate import evaluate_rows
 from .evaluation.load import load_for_evaluation
 from .evaluation.results import build_result, read_result, write_result, write_text

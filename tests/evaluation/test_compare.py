@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from maskft.cli import compare as command
 from maskft.errors import UserError
-from maskft.evaluation import compare as module
-from maskft.evaluation.compare import compare, cross_domain_table, render
+from maskft.evaluation import comparison_text
+from maskft.evaluation.compare import compare
 from maskft.evaluation.compare import scores as scores_of
+from maskft.evaluation.comparison_text import cross_domain_table, render, sentence
 from maskft.evaluation.results import (
     build_result,
     build_task,
@@ -75,7 +76,7 @@ def test_accuracy_by_hand():
     assert row.ci_low == pytest.approx(0.05, abs=0.005)
     assert row.ci_high == pytest.approx(0.16, abs=0.005)
     assert row.verdict == "better"
-    assert row.sentence() == "mask vs full, accuracy on sums: +10.0 points [4.9, 16.1], McNemar p 0.002: better."
+    assert sentence(row) == "mask vs full, accuracy on sums: +10.0 points [4.9, 16.1], McNemar p 0.002: better."
 
 
 def test_lower_nll_is_better_and_tokens_weigh():
@@ -88,7 +89,7 @@ def test_lower_nll_is_better_and_tokens_weigh():
     assert row.difference == pytest.approx(-0.1 * (1275 - 55) / 1275)
     assert (row.test, row.verdict, row.won, row.lost, row.tied) == ("bootstrap", "better", 40, 0, 10)
     assert only(fast(results, "mask")).verdict == "worse"
-    assert "nats/token" in row.sentence()
+    assert "nats/token" in sentence(row)
 
 
 def test_a_difference_within_the_noise_is_not_claimed_and_says_what_it_would_take():
@@ -97,7 +98,7 @@ def test_a_difference_within_the_noise_is_not_claimed_and_says_what_it_would_tak
     row = only(compare([make("full (best)", accuracy=a), make("mask", accuracy=b)]))
     # diffs: mean 0.01, variance (5 - 100 * 0.01^2) / 99 = 0.0504; (1.960 + 0.842)^2 * 0.0504 / 0.01^2 = 3956
     assert row.items_needed == 3957
-    assert row.sentence() == (
+    assert sentence(row) == (
         "mask vs full (best), accuracy on sums: +1.0 points [-3.1, 5.1], McNemar p 1: not distinguishable; "
         "a difference of this size would need about 4,000 items."
     )
@@ -112,7 +113,7 @@ def test_an_interval_without_zero_is_not_enough_when_the_exact_test_disagrees():
 
 
 def test_a_small_p_is_not_enough_when_the_interval_holds_zero(monkeypatch):
-    monkeypatch.setattr(module, "mcnemar_exact", lambda a, b: 0.0)
+    monkeypatch.setattr("maskft.evaluation.compare.mcnemar_exact", lambda a, b: 0.0)
     row = only(fast([make("full", accuracy=scores(50)), make("mask", accuracy=scores(51))]))
     assert row.ci_low <= 0 < row.ci_high
     assert row.verdict == "not distinguishable"
@@ -148,7 +149,7 @@ def test_holm_is_over_the_main_metrics_of_all_tasks_and_methods():
     verdicts = [by_key[key].verdict for key in [("lora", "accuracy"), ("mask", "accuracy"), ("lora", "pass_at_1")]]
     assert verdicts == ["better", "better", "not distinguishable"]
     assert by_key["mask", "nll"].p_adjusted == 1
-    assert "(0.047 after Holm over 4 comparisons)" in by_key["mask", "accuracy"].sentence()
+    assert "(0.047 after Holm over 4 comparisons)" in sentence(by_key["mask", "accuracy"])
 
 
 def test_holm_takes_back_what_one_comparison_would_claim():
@@ -182,8 +183,8 @@ def test_seeds_of_one_name_are_one_method():
         0
     ]
     assert among.seeds_needed == 6  # at 0.05 / 3, the level that Holm may ask for
-    assert "nll on sums, 3 seeds: " in row.sentence()
-    assert row.sentence().endswith("a difference of this size would need about 5 seeds.")
+    assert "nll on sums, 3 seeds: " in sentence(row)
+    assert sentence(row).endswith("a difference of this size would need about 5 seeds.")
     assert only(fast(results, "mask")).difference == pytest.approx(0.2)
 
 
@@ -215,7 +216,7 @@ def test_too_few_items_for_the_seeds_asks_for_items():
     row = only(fast(results))
     assert row.seeds_needed is None
     assert row.items_needed > 50
-    assert "would need at least" in row.sentence()
+    assert "would need at least" in sentence(row)
 
 
 PAIRS = st.integers(2, 25).flatmap(
@@ -244,7 +245,7 @@ def test_identical_results_are_not_distinguishable(values):
     row = only(fast([make("a", **columns), make("b", **columns)]))
     assert (row.difference, row.ci_low, row.ci_high, row.p_value) == (0, 0, 0, 1)
     assert (row.tied, row.verdict, row.items_needed) == (len(values), "not distinguishable", None)
-    assert row.sentence().endswith("not distinguishable.")
+    assert sentence(row).endswith("not distinguishable.")
 
 
 def test_the_order_of_the_items_does_not_matter():
@@ -336,7 +337,7 @@ def test_all_that_differs_is_in_the_one_line():
 def test_other_limits_of_generation_are_refused_and_other_versions_said():
     full, mask = make("full", accuracy=scores(50)), make("mask", accuracy=scores(60))
     full["environment"]["packages"]["lm_eval"] = "0.4.12"
-    assert "lm_eval 0.4.12 for 'full'" in " ".join(fast([full, mask]).notes)
+    assert "different versions of lm_eval: 0.4.12 for 'full'" in " ".join(fast([full, mask]).notes)
     for result, tokens in ((full, 64), (mask, 256)):
         result["tasks"]["sums"]["generation_kwargs"] = {"max_gen_toks": tokens}
     refuse([full, mask], "sums: different generation_kwargs, .*64.* and .*256")
@@ -459,7 +460,7 @@ def test_rounding_never_contradicts_the_verdict():
     tokens = np.ones(50, int)
     row = only(fast([make("a", nll=values, num_tokens=tokens), make("b", nll=values - 2e-6, num_tokens=tokens)]))
     assert row.verdict == "better"
-    assert "-0.000002 nats/token [-0.000002, -0.000002]" in row.sentence()
+    assert "-0.000002 nats/token [-0.000002, -0.000002]" in sentence(row)
 
 
 def arguments(*argv):
@@ -514,7 +515,7 @@ def test_command_shows_one_model_alone(form, files, capsys):
 
 
 def test_command_knows_the_formats_without_importing_them():
-    assert tuple(module.FORMATS) == command.FORMATS
+    assert tuple(comparison_text.FORMATS) == command.FORMATS
     code = (
         "import argparse, sys; from maskft.cli import compare; compare.add_arguments(argparse.ArgumentParser());"
         "print([m for m in ('torch', 'scipy', 'numpy', 'rich') if m in sys.modules])"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
-FORMATS = ("terminal", "markdown", "latex", "json")  # those of evaluation.compare, named here so that --help is quick
+FORMATS = ("terminal", "markdown", "latex", "json")  # those of comparison_text, named here so that --help is quick
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read the results, compare them, print or write the comparison."""
-    from ..evaluation import compare
+    from ..evaluation.compare import compare, scores
+    from ..evaluation.comparison_text import render, render_scores
     from ..evaluation.results import read_result, result_file, write_text
 
     files = [result_file(path) for path in args.results]
@@ -52,9 +53,9 @@ def run(args: argparse.Namespace) -> None:
     results = [read_result(file) for file in files]
     tasks, metrics = _names(args.tasks), _names(args.metrics)
     if len({result["name"] for result in results}) == 1 and args.baseline is None:
-        text = compare.render_scores(compare.scores(results, tasks, metrics), args.format)
+        text = render_scores(scores(results, tasks, metrics), args.format)
     else:
-        comparison = compare.compare(
+        comparison = compare(
             results,
             args.baseline,
             tasks=tasks,
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             confidence=args.confidence,
         )
-        text = compare.render(comparison, args.format)
+        text = render(comparison, args.format)
     if args.output:
         write_text(args.output, text)
         print(f"wrote {args.output}")

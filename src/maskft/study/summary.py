@@ -6,7 +6,8 @@ import json
 
 from .. import paths
 from ..errors import UserError
-from ..evaluation.compare import compare, render, render_scores, scores
+from ..evaluation.compare import compare, scores
+from ..evaluation.comparison_text import render, render_scores
 from ..evaluation.results import Result, read_result, write_text
 from .execute import Study
 from .plan import BEST, LAST, Plan

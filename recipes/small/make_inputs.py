@@ -1,0 +1,87 @@
+"""Write what study_products.yaml needs: a random model of 0.9 M parameters, additions to train it on first, products.
+
+python recipes/small/make_inputs.py runs/small
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SEED = 0
+NUM_ADDITIONS = 20_000
+NUM_TRAIN = 2_700  # the study holds out 700 of them
+CHARACTERS = "0123456789+*= "
+
+
+def main(folder: Path) -> None:
+    """Write the model, its tokenizer (a token per character) and three files of exercises."""
+    tokenizer().save_pretrained(folder / "model")
+    random_model().save_pretrained(folder / "model")
+    rng = random.Random(SEED)
+    additions = rng.sample([(a, b) for a in range(100, 1000) for b in range(100, 1000)], NUM_ADDITIONS)
+    write(folder / "additions.jsonl.gz", [exercise(f"{a} + {b} =", a + b) for a, b in additions])
+    products = [(a, b) for a in range(100, 1000) for b in range(2, 10)]
+    rng.shuffle(products)
+    rows = [exercise(f"{a} * {b} =", a * b) for a, b in products]
+    write(folder / "products_train.jsonl.gz", rows[:NUM_TRAIN])
+    write(folder / "products_test.jsonl.gz", rows[NUM_TRAIN:])
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with a token for each character."""
+    vocab = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
+    backend = Tokenizer(models.WordLevel(vocab=vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=64,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def random_model() -> LlamaForCausalLM:
+    """Return a Llama of width 128 and four layers."""
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=3 + len(CHARACTERS),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def exercise(prompt: str, answer: int) -> dict:
+    """Return a row: prompt, completion, and the answer to check a generated one against."""
+    return {"prompt": prompt, "completion": f" {answer}", "answer": str(answer), "answer_type": "number"}
+
+
+def write(file: Path, rows: list[dict]) -> None:
+    """Write rows as gzipped JSON lines, the same bytes whenever it is called."""
+    with open(file, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as out:
+        for row in rows:
+            out.write((json.dumps(row) + "\n").encode())
+    print(f"{len(rows):,} rows: {file}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python recipes/small/make_inputs.py DIR (DIR gets the model and the data)")
+    main(Path(sys.argv[1]))
