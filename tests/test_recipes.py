@@ -1,5 +1,8 @@
 """Every recipe says what it is and parses; a study's expands, its runs parse, and its dry run passes offline."""
 
+import gzip
+import importlib.util
+import json
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +29,15 @@ from tiny_tokenizer import tiny_tokenizer
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 STUDIES = [path for path in RECIPES if "version" in yaml.safe_load(path.read_text())]
+
+
+def small_inputs():
+    """recipes/small/make_inputs.py, which is a script and no module of the package."""
+    spec = importlib.util.spec_from_file_location("make_inputs", ROOT / "recipes/small/make_inputs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
 
 # As published with the models.
 CONFIGS = {
@@ -59,6 +71,7 @@ CONFIGS = {
         vocab_size=49152,
         tie_word_embeddings=True,
     ),
+    "runs/small/model": small_inputs().random_model().config,
 }
 
 
@@ -99,7 +112,7 @@ def test_study(file, tmp_path, capsys):
     for run in plan.runs:
         numbers = estimate(plan, run, recipe.facts)
         trained = run.method.method != PRETRAINED and run.method.method in ("full", "lora", "mask")
-        assert numbers.memory_bytes > 1e8 and (numbers.tokens > 1_000) == trained
+        assert numbers.memory_bytes >= 2 * recipe.facts.num_parameters and (numbers.tokens > 1_000) == trained
     assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert all(run.id in out for run in plan.runs) and not (tmp_path / "out").exists()
@@ -147,6 +160,21 @@ def test_no_mask_is_chosen_on_rows_that_the_mixed_model_was_trained_on(file):
     mixed = held(recipe.data["mixed"])
     for domain in set(recipe.data) - {"mixed"}:
         assert all(count <= mixed[name] for name, count in held(recipe.data[domain]).items()), domain
+
+
+def test_inputs_of_the_small_study(tmp_path, capsys):
+    small_inputs().main(tmp_path)
+    files = sorted(tmp_path.glob("*.jsonl.gz"))
+    parts = {file.name: [json.loads(line) for line in gzip.open(file, "rt")] for file in files}
+    assert [len(rows) for rows in parts.values()] == [20_000, 4_500, 2_700]
+    for rows in parts.values():
+        for row in rows[::100]:
+            assert eval(row["prompt"].removesuffix("=")) == int(row["completion"]) == int(row["answer"])
+    questions = [row["prompt"] for rows in parts.values() for row in rows]
+    assert len(questions) == len(set(questions))
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    ids = tokenizer("347 * 8 = 2776")["input_ids"]
+    assert len(ids) == 14 and tokenizer.decode(ids) == "347 * 8 = 2776" and tokenizer.unk_token_id not in ids
 
 
 def test_the_template_of_the_base_models(tmp_path):

@@ -260,7 +260,11 @@ def test_dry_run_lists_runs_and_writes_nothing(content, tmp_path, capsys):
     runs = plan_of(content).runs
     assert all(run.id in out for run in runs) and not (tmp_path / "out").exists()
     # 48 rows x 5 tokens x (2 + 1) epochs; the model is counted from its configuration.
-    assert "training left: 720 tokens" in out and "0.0 GB" in out
+    assert "training left: 720 tokens, ?" in out and " MB " in out and "model_facts: {tokens_per_s: N}" in out
+    file.write_text(yaml.safe_dump(content | {"model_facts": {"tokens_per_s": 2.0}}, sort_keys=False))
+    assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "training left: 720 tokens, 6 min" in out and " 4 min " in out and "tokens_per_s" not in out
 
 
 def test_memory_estimate(content):

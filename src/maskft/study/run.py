@@ -94,17 +94,29 @@ def dry_run(plan: Plan, folder: str | Path, console: Console | None = None) -> N
     total = _words(Estimate(tokens, None, seconds))
     width.print(
         f"{len(plan.runs)} runs; training left: {total[0]} tokens, {total[2]}. Memory is weights, gradients and "
-        "optimizer of one process, without activations; evaluation comes on top of the time.",
+        "optimizer of one process, without activations; evaluation comes on top of the time."
+        + ("" if plan.recipe.facts.tokens_per_s else _NO_SPEED),
         highlight=False,
     )
 
 
+_NO_SPEED = (
+    "\nTime is not known: say in the recipe how fast your hardware trains (maskft train prints it), "
+    "model_facts: {tokens_per_s: N}."
+)
+
+
 def _words(e: Estimate) -> tuple[str, str, str]:
-    memory = "?" if e.memory_bytes is None else f"{e.memory_bytes / 1e9:.1f} GB"
-    hours = (
-        "?" if e.seconds is None else f"{e.seconds / 60:.0f} min" if e.seconds < 7200 else f"{e.seconds / 3600:.1f} h"
-    )
-    return "?" if e.tokens is None else f"{e.tokens:.3g}", memory, hours
+    tokens = "?" if e.tokens is None else f"{e.tokens:.3g}"
+    memory = "?" if e.memory_bytes is None else _in_units(e.memory_bytes, (("GB", 1e9, 1), ("MB", 1e6, 0)))
+    time = "?" if e.seconds is None else _in_units(e.seconds, (("h", 3600, 1), ("min", 60, 0), ("s", 1, 0)))
+    return tokens, memory, time
+
+
+def _in_units(value: float, units: tuple[tuple[str, float, int], ...]) -> str:
+    """Return a value in the largest of the units of which it has one and a half, else in the smallest."""
+    unit, size, digits = next((unit for unit in units if value >= 1.5 * unit[1]), units[-1])
+    return f"{value / size:.{digits}f} {unit}"
 
 
 @contextmanager
