@@ -28,7 +28,8 @@ from tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-STUDIES = [path for path in RECIPES if "version" in yaml.safe_load(path.read_text())]
+SEARCHES = [path for path in RECIPES if "search" in yaml.safe_load(path.read_text())]
+STUDIES = [path for path in RECIPES if "version" in yaml.safe_load(path.read_text()) and path not in SEARCHES]
 
 
 def small_inputs():
@@ -92,12 +93,12 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)
 def test_header(recipe):
     head = recipe.read_text().splitlines()
-    command = "study" if recipe in STUDIES else "train --config"
+    command = "study" if recipe in STUDIES else "search" if recipe in SEARCHES else "train --config"
     assert head[0].startswith("# What: ")
     assert any(line.startswith(f"# Launch: maskft {command} {recipe.relative_to(ROOT)}") for line in head)
 
 
-@pytest.mark.parametrize("recipe", [path for path in RECIPES if path not in STUDIES], ids=name)
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if path not in STUDIES + SEARCHES], ids=name)
 def test_run(recipe):
     run = parse(["--config", str(recipe)])
     if run.method.method in MASK_METHODS:
@@ -116,6 +117,14 @@ def test_study(file, tmp_path, capsys):
     assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert all(run.id in out for run in plan.runs) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", SEARCHES, ids=name)
+def test_search(file, tmp_path, capsys):
+    small_inputs().main(tmp_path)
+    words = ["search", str(file), "--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    assert main(words) == 0
+    assert "rung 2: " in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=name)
