@@ -24,6 +24,17 @@ def names_text(value):
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
+def check_sizes(args: DataArguments) -> None:
+    """Refuse numbers of rows that cannot be."""
+    for name in ("max_train_samples", "max_eval_samples", "procedural_train_size", "procedural_eval_size"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    size = args.eval_split_size
+    if not size > 0 or (size >= 1 and size != int(size)):
+        raise UserError(f"eval_split_size is {size}; it must be a whole number of rows, or a fraction below 1")
+
+
 @dataclass
 class DataArguments:
     """Training data and the held-out data that chooses the best model.

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from .arguments import MASK_METHODS, mask_config
+from .arguments import MASK_METHODS, check_method, mask_config
 from .data import load_splits
 from .errors import UserError, did_you_mean
 from .live_bytes import Gradients, LiveBytes, make_fake, triton_head
@@ -34,7 +34,7 @@ from .mask_codec import encode_mask
 from .masking import _CHUNK_NUMEL, random_mask
 from .memory import resident_memory_bytes
 from .models import load_config
-from .train import build_model, check_method
+from .train import build_model
 from .trainer import stop_gradient_at_frozen_embeddings
 from .training_arguments import Run, set_accumulation
 from .tuner.config import MaskConfig

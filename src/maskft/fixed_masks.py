@@ -7,7 +7,6 @@ from rich.console import Console
 
 from .arguments import mask_config
 from .calibration import input_norms
-from .errors import UserError
 from .evaluation.loss import nll_per_item
 from .mask_codec import encode_mask, mask_info
 from .mask_set import MaskSet
@@ -38,8 +37,6 @@ def make_fixed_mask(
         UserError: If ``num_candidates`` does not fit the method.
     """
     method, num_candidates = run.method.method, run.method.num_candidates
-    if num_candidates < 1 or (num_candidates > 1 and method != "random_mask"):
-        raise UserError(f"num_candidates is {num_candidates}; with random_mask it is 1 or more, otherwise 1")
     config = mask_config(run.mask, inference_mode=True)
     model = get_peft_model(model.to(run.training.device), config).eval()
     layers = list(adapter_layers(model, ADAPTER).values())

@@ -61,6 +61,11 @@ def launch(launch_words: list[str], command: list[str], is_mask: bool) -> int:
     return 0
 
 
+def check_config(name: str) -> None:
+    """Refuse what is neither a file nor a name of TRL's configurations."""
+    _resolve(["--accelerate_config", name])
+
+
 def _refuse(message: str):
     raise UserError(f"{message}; see accelerate launch --help")
 

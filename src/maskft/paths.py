@@ -25,7 +25,8 @@ RESULTS = "results"
 RUN = "run.json"
 LOG = "log.txt"
 LOCK = "study.lock"
-SUMMARY = "summary.json"
+SUMMARY = "summary-{}.json"  # of the study of this name; several may share a folder
+STUDY_TABLE = "table-{}.md"
 # Of a search.
 SEARCH = "search.json"
 WINNER = "winner.yaml"

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set
 from trl import ModelConfig, get_peft_config
 
 from . import paths, processes
-from .arguments import FIXED_MASK_METHODS, MASK_METHODS, MaskArguments, MethodArguments, mask_config
+from .arguments import FIXED_MASK_METHODS, MASK_METHODS, MaskArguments, check_method, mask_config
 from .checkpoints import check_disk_space, prepare_output_dir
 from .data import format_sample, supervised_token_count, tokenize_dataset
 from .data.prepared import Prepared, prepare
@@ -51,6 +51,7 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
         UserError: For every mistake in the input, and when the loss stops being finite.
     """
     console = console or Console(stderr=True, quiet=not processes.is_main())
+    check_method(run.method)
     if run.method.method == "mask":
         processes.check_mask_launch()
     set_accumulation(run.training)
@@ -95,7 +96,6 @@ def _prepare_data(run: Run, tokenizer, splits: tuple | None, console: Console) -
 def build_model(run: Run, model: PreTrainedModel):
     """Make trainable what the method trains: all weights, some layers, LoRA matrices, or mask scores."""
     method = run.method.method
-    check_method(run.method)
     if method == "full":
         model.requires_grad_(True)
         if run.method.partial_layers is not None:
@@ -109,12 +109,6 @@ def build_model(run: Run, model: PreTrainedModel):
         return get_peft_model(model, config)
     # Checkpoints carry the scores so that training can go on from them; the final adapter does not.
     return get_peft_model(model, mask_config(run.mask, save_scores=True))
-
-
-def check_method(arguments: MethodArguments) -> None:
-    """Refuse settings of one method that are given with another."""
-    if arguments.partial_layers is not None and arguments.method != "full":
-        raise UserError("partial_layers goes with --method full; for a mask use mask_layers_to_transform")
 
 
 def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, task_evaluation=None) -> TrainingSummary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import warnings
 from dataclasses import dataclass, field
@@ -80,6 +81,13 @@ class TrainingArguments(SFTConfig):
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; below 1: a fraction of all steps."})
 
     def __post_init__(self):
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.learning_rate < math.inf:
+            raise UserError(f"learning_rate is {self.learning_rate}; it must be 0 or more")
+        if not 0 < self.num_train_epochs < math.inf:
+            raise UserError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0")
         # Whether float32 was chosen here because of this machine's processor.
         self.is_float32_by_machine = False
         if not torch.accelerator.is_available():

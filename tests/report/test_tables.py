@@ -1,6 +1,8 @@
 """The paper's tables: its figures, and results of our own making in their places."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from maskft.errors import UserError
 from maskft.evaluation.results import build_result, build_task, items_fingerprint, metric_from_items, write_result
 from maskft.report.tables import identify, paper, paper_tables, read_results, render_tables
 
+RESULTS = Path(__file__).parents[2] / "results"
 LLAMA2, LLAMA31, SMOL = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B", "SmolLM2-135M"
 
 
@@ -68,6 +71,10 @@ def test_differences_are_those_the_paper_prints():
     ("name", "method", "training", "expected"),
     [
         ("base", None, None, ("pretrained", "best", None, False, "topk")),
+        ("pre-trained", None, None, ("pretrained", "best", None, False, "topk")),
+        ("mask of a pre-trained model", None, None, ("mask", "best", None, False, "topk")),
+        ("full precision", None, {"num_train_tokens": 0}, ("pretrained", "best", None, False, "topk")),
+        ("mask", "mask", {"num_train_tokens": 0}, ("mask", "best", None, False, "topk")),
         ("full (best)", None, None, ("full", "best", None, False, "topk")),
         ("full (continued)", "full", None, ("full", "last", None, False, "topk")),
         ("random mask [math]", None, None, ("random_mask", "best", "math", False, "topk")),
@@ -113,6 +120,23 @@ def test_scores_stand_in_their_rows():
     text = render_tables(tables, left_over, "markdown")
     assert "| MFT w/ Best FFT | 47.3 ± 0.19 / 60.0 ± 7.07 | 7.4 ± 0.24 / – | 31.8 ± 0.31 / 35.0 |" in text
     assert "|   against Best FFT | +0.5 / +10.0 | +0.8 / – |" in text
+
+
+def test_the_pretrained_model_of_a_study():
+    (pretrained,) = read_results([str(RESULTS / "smollm2-coding-smoke" / "pre_trained-best.json")])
+    value = pretrained["tasks"]["humaneval"]["metrics"]["pass_at_1"]["value"]
+    tables, left_over = paper_tables([pretrained], ["1", "6"])
+    assert left_over == [] and tables[0].ours == pretrained["training"]["base"]
+    assert cell(tables, "1", "Pre-Trained Model", "humaneval").ours == pytest.approx(100 * value)
+
+
+def test_the_pretrained_model_of_several_studies():
+    again = [result("pre-trained", {"gsm8k": {"accuracy": 2}}, seed=n, training={"base": SMOL}) for n in (0, 1)]
+    figure = cell(paper_tables(again, ["1"])[0], "1", "Pre-Trained Model", "gsm8k")
+    assert (figure.ours, figure.ours_spread) == (pytest.approx(10.0), None)
+    other = result("base", {"gsm8k": {"accuracy": 3}}, seed=2, training={"base": SMOL})
+    with pytest.raises(UserError, match=r"'pre-trained' and 'base' are of one seed .* Pre-Trained Model, GSM8K"):
+        paper_tables([*again, other], ["1"])
 
 
 def test_mixed_and_cross_domain_rows():
@@ -181,6 +205,16 @@ def test_measure_names_another_task():
         assert cell(tables, "1", "Specific Domain: MFT w/ Best FFT", "gsm8k").ours == pytest.approx(value)
 
 
+def test_a_measure_is_a_fraction():
+    measured = result("mask", {"heldout": {"accuracy": 4}}, "mask")
+    items = [item | {"nll": 1.5, "num_tokens": 2} for item in measured["tasks"]["heldout"]["items"]]
+    measured["tasks"]["heldout"] |= {"items": items}
+    measured["tasks"]["heldout"]["metrics"]["nll"] = metric_from_items(items, "nll")
+    with pytest.raises(UserError, match=r"heldout/nll of 'mask' has the unit nats/token") as caught:
+        paper_tables([measured], ["1"], {"gsm8k": "heldout/nll"})
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("results", "kwargs", "message"),
     [
@@ -221,7 +255,19 @@ def folder(tmp_path):
 
 def test_folders_of_results(folder):
     found = read_results([str(folder / "runs"), str(folder / "named"), str(folder / "named" / "mask--a.json")])
-    assert [each["name"] for each in found] == ["full", "mask", "mask"]
+    assert [each["name"] for each in found] == ["full", "mask"]
+    # Of folders in folders, with a copy, and with files that are no results.
+    write_result(folder / "named" / "l1" / "l1.json", result("L1 mask", {"gsm8k": {"accuracy": 3}}, "l1_mask"))
+    shutil.copy(folder / "named" / "mask--a.json", folder / "runs" / "copy.json")
+    (folder / "named" / "l1" / "summary.json").write_text('{"kind": ["evaluation"]}')
+    (folder / "named" / "training.json").write_text('{"evaluation": NaN')
+    (folder / "named" / "rows.json").write_text('["evaluation"]')
+    (folder / "named" / "folder.json").mkdir()
+    for places in ([folder], [folder, folder / "named"], [folder / "named" / "..", folder / "runs" / "a"]):
+        assert sorted(each["name"] for each in read_results(map(str, places))) == ["L1 mask", "full", "mask"]
+    (folder / "runs" / "a" / "result.json").write_text("{")
+    with pytest.raises(UserError, match=r"result\.json: not a result file"):
+        read_results([str(folder)])
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty holds no result\.json"):
         read_results([str(folder / "empty")])

@@ -195,13 +195,44 @@ CASES = [
     (change("methods/second", {"method": "mask", "from": "mask"}), "starts from 'mask', an adapter"),
     (change("methods/full/learning_rate", "current"), "is not `from` a full fine-tuning whose rate that could be"),
     (change("grid", {"full.learning_rate": [1e-5, "current"]}), "is not `from` a full fine-tuning"),
-    (change("grid", {"mask.num_train_epochs": [2, 2.0]}), r"two runs are named 'mask \[num_train_epochs=2.*drop one"),
+    (change("grid", {"mask.num_train_epochs": [2, 2.0]}), r"grid 'mask.num_train_epochs' holds 2.0 twice: two runs"),
+    (change("grid", {"mask.mask_layers_to_transform": [1, [1]]}), r"two runs are named 'mask \[layers_to.*drop one"),
+    (change("version", "2"), "its version is '2'; write `version: 1`"),
+    (change("version", 1.5), "of version 1.5, this maskft reads up to 1"),
+    (change("version", True), "its version is True"),
+    (change("name", "../x"), "it names a folder, so give a word without a slash"),
+    (change("models", ["a"]), "it has `model` and `models`; drop one"),
+    (lambda content: content.update(models=[content["model"], content.pop("model")]), "twice; drop one"),
+    (change("methods/mask/from", ["full"]), r"method 'mask' has from: \['full'\]; it must be one name"),
+    (change("methods/L1 mask/match", {"a": 1}), "has match: {'a': 1}; it must be one name"),
+    (change("methods/mask/data", 3), "has data: 3; it must be one name"),
+    (change("methods/full/last", True), "has last: True; it must be one name"),
+    (change("data/sums/num_rows", "many"), "data 'sums': num_rows is 'many'; it must be a number above 0"),
+    (change("data/sums/tokens_per_row", [1]), r"data 'sums': tokens_per_row is \[1\]; it must be a number above 0"),
+    (change("data/sums/eval_split_size", -1), "eval_split_size is -1.0; it must be a whole number of rows, or"),
+    (change("data/sums/eval_split_size", "a"), "eval_split_size is 'a'; it must be a number"),
+    (change("data/sums/max_train_samples", 0), "max_train_samples is 0; it must be at least 1"),
+    (change("methods/mask/mask_layers_to_transform", [-1]), "names layer -1; layers are counted from 0"),
+    (change("train/mask_layers_to_transform", [True]), "must be a list of layers, such as"),
+    (change("methods/full/partial_layers", [-2]), "partial_layers names layer -2; layers are counted from 0"),
+    (change("methods/mask/partial_layers", [1]), "run 'mask, seed 0': partial_layers goes with --method full"),
+    (change("methods/mask/num_candidates", 3), "run 'mask, seed 0': num_candidates is 3; with random_mask"),
+    (change("methods/L1 mask/num_candidates", "x"), "num_candidates is 'x'; it must be a number"),
+    (change("methods/L1 mask/num_calibration_samples", 0), "num_calibration_samples is 0; it must be at least 1"),
+    (change("methods/mask/learning_rate", -1), "run 'mask, seed 0': learning_rate is -1.0; it must be 0 or more"),
+    (change("train/per_device_train_batch_size", 0), "per_device_train_batch_size is 0; it must be at least 1"),
+    (change("methods/full/num_train_epochs", 0), "num_train_epochs is 0.0; it must be above 0"),
+    (change("launch", {"num_processes": 0}), "launch: num_processes is 0; it must be a number above 0"),
+    (change("launch", {"num_processes": 1.5}), "launch: num_processes is 1.5; it must be a whole number"),
+    (change("launch", {"command": 'torchrun "'}), "launch: command is 'torchrun \"'; No closing quotation"),
+    (change("launch", {"accelerate_config": "fsdp3"}), "'fsdp3' is neither a file nor one of"),
+    (change("train/chat_template_path", "none.jinja"), "chat_template_path names 'none.jinja', which is no file"),
     (change("methods/L1 mask/mask_layers_to_transform", [0]), r"has mask_layers_to_transform \[0\], and the mask it"),
     (change("methods/L1 mask/last", "end"), "has `last`, and l1_mask has no end of training"),
     (change("methods/mask/mask_layers_to_transform", ["0-1"]), "must be a list of layers, such as"),
-    (change("launch", {"num_processes": "8"}), "launch: num_processes is '8'; it must be a number"),
+    (change("launch", {"num_processes": "8"}), "launch: num_processes is '8'; it must be a number above 0"),
     (change("launch", {"command": 3}), "launch: command is 3; it must be text"),
-    (change("models", 3), "names no model"),
+    (change("model", []), "names no model"),
     (change("evaluation/tasks", 3), "evaluation.tasks must be a list of names"),
     (change("evaluation/limit", "ten"), "evaluation: argument --limit: invalid int value: 'ten'"),
     (change("evaluation/limit", 0), "evaluation: limit is 0; it must be at least 1"),
@@ -222,6 +253,13 @@ def test_mistakes(apply, message, content):
     with pytest.raises(UserError, match=message) as caught:
         plan_of(content)
     assert "\n" not in str(caught.value)
+
+
+def test_one_layer_is_a_list_of_one(content):
+    content["methods"]["mask"]["mask_layers_to_transform"] = [1]
+    before = ids(content)
+    content["methods"]["mask"]["mask_layers_to_transform"] = 1
+    assert ids(content) == before
 
 
 def test_a_large_grid_runs_when_meant(content):

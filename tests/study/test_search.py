@@ -156,6 +156,8 @@ def test_groups_and_rungs(content, tmp_path, capsys):
         ("search", {"layer_groups": None, "group_sizes": [4]}, "group size is 4; the model has 3 layers"),
         ("search", {"layer_groups": [[2, 3]]}, "layer group [2, 3] names layer 3; the model has layers 0 to 2"),
         ("search", {"sparsities": [0.1, 1.0]}, "sparsity is 1.0; the fraction removed must be in [0, 1)"),
+        ("search", {"sparsities": None}, "search has no sparsities"),
+        ("search", {"sparsities": [0.1, 0.10000000001]}, "two candidates are named 'layers 1-2, sparsity 0.1'"),
         ("search", {"sparsities": [0.1]}, "there is 1 candidate; give at least 2"),
         ("search", {"budget_steps": 11}, "is too small for one rung: the first of 2 has 3 probes of 1 steps"),
         ("search", {"budget": 5}, "unknown key in search: 'budget' (did you mean 'budget_steps'?)"),

@@ -60,8 +60,8 @@ def outcome(folder):
         out[f"{file.parent.name} record"] = record
     for file in sorted(folder.glob(f"{paths.RUNS}/**/*.safetensors")):
         out[str(file.relative_to(folder))] = file.read_bytes()
-    out["summary"] = (folder / paths.SUMMARY).read_text()
-    out["table"] = (folder / paths.TABLE).read_text()
+    out["summary"] = (folder / paths.SUMMARY.format("small")).read_text()
+    out["table"] = (folder / paths.STUDY_TABLE.format("small")).read_text()
     return out
 
 
@@ -91,7 +91,23 @@ def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys)
     assert "2 runs, 2 finished before" in capsys.readouterr().out
     assert files == {p: p.stat().st_mtime_ns for p in cut.glob("r*/**/*") if p.is_file()}
     check_accounts(cut)
+    check_that_another_study_in_the_folder_finds_what_is_made(content, tmp_path, cut, capsys)
     assert str(tmp_path) not in "".join(path.read_text() for path in cut.glob("results/*/result.json"))
+
+
+def check_that_another_study_in_the_folder_finds_what_is_made(content, tmp_path, folder, capsys):
+    """Under another name: neither trained nor evaluated again, and called as this study calls it."""
+    (tmp_path / "other").mkdir()
+    content = {**content, "name": "other", "methods": {"everything": {**FULL, "last": "end"}}}
+    trained = {path: path.stat().st_mtime_ns for path in folder.glob(f"{paths.RUNS}/*/*") if path.name != paths.LOG}
+    assert main(["study", str(write(tmp_path / "other", content)), "--output_dir", str(folder)]) == 0
+    assert trained == {p: p.stat().st_mtime_ns for p in folder.glob(f"{paths.RUNS}/*/*") if p.name != paths.LOG}
+    assert "everything (best)" in capsys.readouterr().out
+    files = [json.loads(file.read_text()) for file in folder.glob(f"{paths.RESULTS}/*/{paths.RESULT}")]
+    found = {result["name"]: result for result in files}
+    for name, same in (("everything (best)", "full (best)"), ("everything (end)", "full (continued)")):
+        assert found[name]["created"] == found[same]["created"] and found[name]["tasks"] == found[same]["tasks"]
+        assert found[name]["study"]["study"] == "other" and found[name]["study"]["run"] == found[same]["study"]["run"]
 
 
 def check_accounts(folder):
@@ -184,6 +200,8 @@ def test_a_run_that_fails_stops_what_needs_it_and_nothing_else(base, data, tmp_p
         and "is not finite" in err
     )
     assert "it needs 'full, seed 0', which failed" in out and "pre-trained, seed 0: finished" in out
+    (file,) = (tmp_path / "out").glob(f"{paths.RESULTS}/*/{paths.RESULT}")
+    assert json.loads(file.read_text())["model"]["method"] == "pretrained"
 
 
 @pytest.mark.parametrize("mistake", ["columns", "too many rows"])
@@ -213,6 +231,47 @@ def test_a_folder_in_use_is_refused(base, data, tmp_path, monkeypatch, capsys):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(["study", str(file), "--output_dir", str(folder)]) == 2
     assert "another study is running in" in capsys.readouterr().err
+
+
+def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, tmp_path):
+    """Of the mask from the best of its start on, not from where that one's training ended."""
+    from maskft.cli.study import check
+    from maskft.study.execute import Study, _record, _training
+    from maskft.study.recipe import parse_recipe
+
+    methods = {
+        "pre-trained": {"method": "pretrained"},
+        "full": {"method": "full"},
+        "mask": {"method": "mask", "from": "full"},
+        "l1": {"method": "l1_mask", "from": "full", "match": "mask"},
+    }
+    plan = check(parse_recipe(recipe(base, data, methods)))
+    study = Study(tmp_path, plan.recipe)
+    common = {"best_loss": 1.0, "train_time_s": 1.0, "peak_memory_bytes": 1, "history": []}
+    trainings = {
+        "full": {"best_step": 2, "num_steps": 8, "num_epochs": 4.0, "num_train_tokens": 800},
+        "mask": {"best_step": 3, "num_steps": 4, "num_epochs": 2.0, "num_train_tokens": 400},
+        "l1": {"best_step": None, "num_steps": 0, "num_epochs": 0.0, "num_train_tokens": 0},
+    }
+    trainings = {name: common | training for name, training in trainings.items()}
+    trainings["full"]["history"] = [{"step": 2, "eval_loss": 1.0, "eval_num_tokens": 190}]
+    found = {}
+    for run in plan.runs:
+        name = run.method.name
+        record = _record(study, run, {"best": "x"}, run.options, trainings.get(name))
+        file = study.run_folder(run) / paths.RUN
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(record))
+        block = _training(study, run, "best", record)
+        found[name] = [
+            block[f"{part}num_{count}"] for part in ("", "complete_") for count in ("epochs", "train_tokens")
+        ]
+    assert found == {
+        "pre-trained": [0.0, 0, 0.0, 0],
+        "full": [1.0, 190, 4.0, 800],
+        "mask": [2.5, 490, 3.0, 590],
+        "l1": [1.0, 190, 1.0, 190],
+    }
 
 
 def test_how_a_run_is_launched(base, data, tmp_path):

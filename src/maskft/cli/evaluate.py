@@ -124,35 +124,25 @@ def _batch_size(text: str) -> int | str:
 
 def run(args) -> None:
     """Evaluate each model and write its ``result.json``."""
-    from functools import partial
     from pathlib import Path
 
     from .. import paths
-    from ..data_arguments import DataArguments
-    from ..evaluation.alpaca import ALPACA_EVAL, load_alpaca
+    from ..evaluation.alpaca import ALPACA_EVAL
     from ..evaluation.load import load_each, load_for_vllm, no_model
     from ..evaluation.results import data_sha256
     from ..evaluation.run import EvaluationSettings, check_same_evaluation, evaluate_loaded, finished_result
-    from ..evaluation.tasks import HELDOUT, check_names, load_tasks, task_data_sha256
+    from ..evaluation.tasks import HELDOUT, task_data_sha256
     from ..memory import keep_freed_memory
 
     check_numbers(args)
-    task_names = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
-    if not task_names:
-        raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
-    if args.backend == "vllm" and HELDOUT in task_names:
-        raise UserError("backend vllm measures no held-out loss; leave heldout out of --tasks, or use --backend hf")
-    if args.backend == "vllm" and args.chat_template_path:
-        raise UserError("backend vllm takes the model folder's chat template; put chat_template.jinja there")
+    task_names = _task_names(args)
     sources = args.adapter or [args.model_name_or_path]
     names = _labels(sources, args)
     folder = Path(args.output_dir)
     _check_output_dir(folder)
     folders = [""] if len(sources) == 1 else _folders(names, sources)
     targets = [folder / name / paths.RESULT for name in folders]
-    benchmarks = [name for name in task_names if name not in (HELDOUT, ALPACA_EVAL)]
-    check_names(benchmarks, args.include_path)
-    alpaca = load_alpaca(args) if ALPACA_EVAL in task_names else None
+    alpaca, tasks = _load_tasks(args, task_names)
     settings = EvaluationSettings(
         dtype=args.dtype,
         backend=args.backend,
@@ -168,8 +158,6 @@ def run(args) -> None:
     )
     if len(targets) == 1 and targets[0].exists() and not args.overwrite:
         raise UserError(f"{targets[0]} exists; name another output_dir or pass --overwrite")
-    values = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(DataArguments)}
-    data = DataArguments(**{name: value for name, value in values.items() if value is not None})
     if args.alpaca_outputs and task_names == [ALPACA_EVAL]:
         models = no_model(names[0])  # whatever model is named did not make these outputs here
     elif args.backend == "vllm":
@@ -179,23 +167,15 @@ def run(args) -> None:
             # A sixth faster on CPUs. Not where answers are generated: their caches grow, and holes would stay behind.
             keep_freed_memory()
         models = load_each(args.model_name_or_path, args.adapter, args.dtype, args.device, args.chat_template_path)
-    tasks = load_tasks(
-        benchmarks,
-        args.data_dir,
-        args.limit,
-        include_path=args.include_path,
-        allow_unconfined=args.allow_unconfined_code,
-    )
     data_hashes = {name: task_data_sha256(task, args.limit) for name, task in tasks.items()}
     if alpaca:
         data_hashes[ALPACA_EVAL] = alpaca.data_sha256
     named = {*data_hashes, *({HELDOUT} & set(task_names))}
     earlier = [None if args.overwrite else finished_result(target, settings, named) for target in targets]
-    rows = partial(_rows, data, args.eval_split_size is not None, text_field=args.dataset_text_field)
     for loaded, name, target, done in zip(models, names, targets, earlier, strict=True):
         if args.seed is not None:
             loaded.facts["seed"] = args.seed
-        heldout = list(rows(loaded.tokenizer)) if HELDOUT in task_names else None
+        heldout = _heldout_rows(args, loaded.tokenizer) if HELDOUT in task_names else None
         if done is not None:
             if heldout is not None:
                 data_hashes[HELDOUT] = data_sha256(heldout)
@@ -221,6 +201,46 @@ def run(args) -> None:
             if record.get("note"):
                 print(f"{name}: {task}: {record['note']}")
         print(f"written to {target}")
+
+
+def check_inputs(args) -> None:
+    """Read tasks and data and check them as far as that can be done without a model.
+
+    Raises:
+        UserError: For every mistake in them.
+    """
+    from ..evaluation.tasks import HELDOUT
+
+    check_numbers(args)
+    names = _task_names(args)
+    _load_tasks(args, names)
+    if HELDOUT in names:
+        _heldout_rows(args, None)
+
+
+def _task_names(args) -> list[str]:
+    from ..evaluation.tasks import HELDOUT
+
+    names = list(dict.fromkeys(name.strip() for name in args.tasks.split(",") if name.strip()))
+    if not names:
+        raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
+    if args.backend == "vllm" and HELDOUT in names:
+        raise UserError("backend vllm measures no held-out loss; leave heldout out of --tasks, or use --backend hf")
+    if args.backend == "vllm" and args.chat_template_path:
+        raise UserError("backend vllm takes the model folder's chat template; put chat_template.jinja there")
+    return names
+
+
+def _load_tasks(args, names: list[str]) -> tuple:
+    """AlpacaEval's inputs, or None, and lm-eval's tasks by name."""
+    from ..evaluation.alpaca import ALPACA_EVAL, load_alpaca
+    from ..evaluation.tasks import HELDOUT, check_names, load_tasks
+
+    benchmarks = [name for name in names if name not in (HELDOUT, ALPACA_EVAL)]
+    check_names(benchmarks, args.include_path)
+    alpaca = load_alpaca(args) if ALPACA_EVAL in names else None
+    how = {"include_path": args.include_path, "allow_unconfined": args.allow_unconfined_code}
+    return alpaca, load_tasks(benchmarks, args.data_dir, args.limit, **how)
 
 
 def check_numbers(args) -> None:
@@ -281,26 +301,31 @@ def _folders(names: list[str], sources: list) -> list[str]:
     return folders
 
 
-def _rows(data, splits_off: bool, tokenizer, text_field: str):
-    """The rows to evaluate; a lone data file is taken whole."""
-    from ..data import PROCEDURAL_PREFIX, load_examples, load_splits
+def _heldout_rows(args, tokenizer) -> list:
+    """The rows to evaluate; a lone data file is taken whole. Without a tokenizer one with a chat template is meant."""
+    import dataclasses
 
+    from ..data import PROCEDURAL_PREFIX, load_examples, load_splits
+    from ..data_arguments import DataArguments
+
+    values = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(DataArguments)}
+    data = DataArguments(**{name: value for name, value in values.items() if value is not None})
     name = data.dataset_name or ""
     if (
-        splits_off
+        args.eval_split_size is not None
         or data.eval_dataset_name
         or data.dataset_eval_split
         or name.startswith(PROCEDURAL_PREFIX)
         or not name
     ):
-        return load_splits(data, data.split_seed, tokenizer, text_field).heldout
+        return list(load_splits(data, data.split_seed, tokenizer, args.dataset_text_field).heldout)
     rows = load_examples(
         name,
         data.dataset_train_split,
         config=data.dataset_config,
         as_chat=data.as_chat,
         tokenizer=tokenizer,
-        text_field=text_field,
+        text_field=args.dataset_text_field,
         data_dir=data.data_dir,
     )
-    return rows.select(range(min(len(rows), data.max_eval_samples or len(rows))))
+    return list(rows.select(range(min(len(rows), data.max_eval_samples or len(rows)))))

@@ -19,14 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "where its method, checkpoint, domain and base model belong; see docs/results.md. Scores are in percent.",
         allow_abbrev=False,
     )
-    tables.add_argument("results", nargs="*", metavar="RESULT", help="result files, or folders of them")
+    tables.add_argument("results", nargs="*", metavar="RESULT", help="result files, or folders, with all below them")
     tables.add_argument("--tables", metavar="N,N", help="numbers of the tables, separated by commas (default: all)")
     tables.add_argument(
         "--measure",
         action="append",
         default=[],
         metavar="BENCHMARK=TASK[/METRIC]",
-        help="the task that measures a benchmark in these results, e.g. gsm8k=heldout/accuracy; may be repeated",
+        help="the task that measures a benchmark in these results, e.g. gsm8k=heldout/accuracy; its metric must be a "
+        "fraction; may be repeated",
     )
     tables.add_argument("--format", choices=FORMATS, default="terminal", help="form of the output (default: terminal)")
     tables.add_argument("--output", metavar="FILE", help="write to FILE instead of printing")

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from .study import check
 
     search = load_search(args.recipe, args.data_dir, args.model)
-    check(search.rung(search.candidates, search.steps[0]))
+    check(search.rung(search.candidates, search.steps[0]), allow_many=True)  # the budget bounds them
     if args.dry_run:
         print_rungs(search)
     else:

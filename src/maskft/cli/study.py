@@ -53,10 +53,12 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         dry_run(plan, folder)
         return
-    if benchmarks := [task for task in recipe.evaluation.get("tasks", ()) if task != "alpaca_eval"]:
-        from ..evaluation.tasks import check_names
+    from . import evaluate
 
-        check_names(benchmarks, recipe.evaluation.get("include_path"))
+    try:
+        evaluate.check_inputs(_evaluation_args(recipe))  # what is wrong with them would be found after days
+    except UserError as error:
+        raise UserError(f"evaluation: {error}") from None
     run_study(plan, folder, args.launcher)
 
 
@@ -77,27 +79,36 @@ def check(recipe, allow_many: bool = False):
             seen |= {(run.method.name, other, repr(v)) for other, v in run.options.items()}
             _parse_run(train, run, command_words)
             break
-    _check_evaluation(recipe)
+    _evaluation_args(recipe)
+    if recipe.launch.accelerate_config:
+        from ..launch import check_config
+
+        check_config(recipe.launch.accelerate_config)
     return plan
 
 
 def _parse_run(train, run, command_words) -> None:
-    from ..arguments import MASK_METHODS, mask_config
-    from ..study.recipe import CURRENT_RATE
+    from ..arguments import MASK_METHODS, check_method, mask_config
+    from ..data_arguments import check_sizes
+    from ..study.recipe import CURRENT_RATE, PRETRAINED
 
+    if run.method.method == PRETRAINED:
+        return
     options = {"method": run.method.method, "model_name_or_path": run.model, **run.options}
     if options.get("learning_rate") == CURRENT_RATE:
         del options["learning_rate"]
     try:
         parsed = train.parse(command_words(options))
+        check_method(parsed.method)
+        check_sizes(parsed.data)
         if run.method.method in MASK_METHODS:
             mask_config(parsed.mask)
     except UserError as error:
         raise UserError(f"run {run.title!r}: {error}") from None
 
 
-def _check_evaluation(recipe) -> None:
-    """Refuse evaluation options that ``maskft evaluate`` would refuse, before anything is trained."""
+def _evaluation_args(recipe) -> argparse.Namespace:
+    """The recipe's options of ``maskft evaluate``, parsed; what that would refuse is refused."""
     from ..errors import did_you_mean
     from ..study.execute import evaluation_words
     from . import evaluate
@@ -111,6 +122,8 @@ def _check_evaluation(recipe) -> None:
         if option not in known:
             raise UserError(f"evaluation has an unknown option {option!r}{did_you_mean(option, known)}")
     try:
-        evaluate.check_numbers(parser.parse_args(["--output_dir", "any", *evaluation_words(recipe.evaluation)]))
+        args = parser.parse_args(["--output_dir", "any", *evaluation_words(recipe.evaluation)])
+        evaluate.check_numbers(args)
     except UserError as error:
         raise UserError(f"evaluation: {error}") from None
+    return args

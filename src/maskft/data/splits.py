@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from ..data_arguments import DataArguments
+from ..data_arguments import DataArguments, check_sizes
 from ..errors import UserError
 from .contamination import NGRAM, Contamination, NgramIndex, example_texts, load_test_texts, unique_rows
 from .loading import Reader
@@ -93,10 +93,7 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
     Raises:
         UserError: If a name, a file, a row or a number in ``args`` cannot be used.
     """
-    for name in ("max_train_samples", "max_eval_samples", "procedural_train_size", "procedural_eval_size"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise UserError(f"{name} is {value}; it must be at least 1")
+    check_sizes(args)
     if not args.dataset_name:
         raise UserError("dataset_name is missing; give a data file, a hub name or reasoning-gym/TASK")
     if args.drop_contaminated and not args.contamination_sets:
@@ -193,8 +190,6 @@ def _hold_out(
     recipe holds out of a set no other recipe with the same fraction and seed trains on. A count is shared among the
     sets in proportion to the rows taken.
     """
-    if size <= 0 or (size >= 1 and size != int(size)):
-        raise UserError(f"eval_split_size is {size}; it must be a whole number of rows, or a fraction below 1")
     if size < 1:
         held = [max(1, round(size * count)) for count in taken]
         reserved = [max(1, round(size * len(examples))) for examples in sets]

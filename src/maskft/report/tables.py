@@ -18,6 +18,7 @@ from pathlib import Path
 
 import yaml
 
+from .. import paths
 from ..errors import UserError, did_you_mean
 from ..evaluation.results import Result, read_result
 from ..evaluation.text_tables import Table, latex_table, latex_text, markdown_table, terminal_table
@@ -106,28 +107,34 @@ def paper() -> dict:
 
 
 def read_results(places: Sequence[str]) -> list[Result]:
-    """Read result files, and those in folders: every ``result.json`` below it, else every result among its .json files.
+    """Read result files, and those in folders and all folders below, where other JSON files are passed over.
+
+    Returns:
+        The results in the order of the places. A file reached twice, or a copy of one, counts once.
 
     Raises:
         UserError: If a place does not exist or holds no result.
     """
     results = []
     for place in map(Path, places):
-        if not place.is_dir():
-            results.append(read_result(place))
-            continue
-        files = sorted(place.rglob("result.json")) or [
-            file for file in sorted(place.glob("*.json")) if _is_result(file)
-        ]
+        files = [file for file in sorted(place.rglob("*.json")) if _is_result(file)] if place.is_dir() else [place]
         if not files:
             raise UserError(f"{place} holds no result.json and no other result file; give a folder of results")
-        results += map(read_result, files)
+        for result in map(read_result, files):
+            if result not in results:
+                results.append(result)
     return results
 
 
 def _is_result(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    if file.name == paths.RESULT:
+        return True  # also a damaged one, so that reading it says so
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        # A folder of runs is full of tokenizers, which would take long to parse.
+        content = json.loads(text) if '"evaluation"' in text else None
     except ValueError:
         return False
     return isinstance(content, dict) and content.get("kind") == "evaluation"
@@ -136,11 +143,13 @@ def _is_result(file: Path) -> bool:
 def identify(result: Result) -> Identity | None:
     """Tell which row of the paper a result belongs to; None for a control that the paper does not have."""
     training = result.get("training") or {}
-    words = re.findall(r"[a-z0-9]+", result["name"].lower())
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\bpre[ _-]trained", "pretrained", result["name"].lower()))
     if training.get("variant") or CONTROL_WORDS.intersection(words):
         return None
     mixed = training.get("mixed")
     named = next((method for word, method in METHOD_WORDS.items() if word in words), None)
+    if training.get("num_train_tokens") == 0:
+        named = "pretrained"
     return Identity(
         method=result["model"]["method"] or named,
         checkpoint=training.get("checkpoint") or ("last" if LAST_WORDS.intersection(words) else "best"),
@@ -312,8 +321,10 @@ def _one_per_seed(chosen: list, place: str, same_value_is_fine: bool = False) ->
     chosen = [each for each in chosen if each[0].domain] or chosen
     by_seed: dict = {}
     for each in chosen:
-        other = by_seed.setdefault(each[1]["model"]["seed"], each)
-        if other is not each and not (same_value_is_fine and other[2] == each[2]):
+        # Every study measures the pre-trained model, and whatever its seed, nothing was trained.
+        is_pretrained = each[0].method == "pretrained"
+        other = by_seed.setdefault(None if is_pretrained else each[1]["model"]["seed"], each)
+        if other is not each and not ((same_value_is_fine or is_pretrained) and other[2] == each[2]):
             names = f"{other[1]['name']!r} and {each[1]['name']!r}"
             raise UserError(
                 f"{names} are of one seed and both stand for {place}; give one of them, or say in their block "
@@ -323,14 +334,19 @@ def _one_per_seed(chosen: list, place: str, same_value_is_fine: bool = False) ->
 
 
 def _score(result: Result, benchmark: str, measures: Mapping[str, str]) -> float | None:
-    """Return what a result measured on a benchmark, in percent, or None."""
+    """Return what a result measured on a benchmark, in percent, or None; refuse what is no fraction."""
     spec = paper()["benchmarks"][benchmark]
     task, _, metric = measures.get(benchmark, "").partition("/")
     for name in [task] if task else spec["tasks"]:
         metrics = result["tasks"].get(name, {}).get("metrics", {})
         for known in [metric] if metric else spec["metrics"]:
             if known in metrics and metrics[known]["value"] is not None:
-                return metrics[known]["value"] * (100.0 if metrics[known]["unit"] == "fraction" else 1.0)
+                if metrics[known]["unit"] != "fraction":
+                    raise UserError(
+                        f"{name}/{known} of {result['name']!r} has the unit {metrics[known]['unit']}, and scores stand "
+                        f"in percent; measure {benchmark} by a fraction, such as {name}/accuracy"
+                    )
+                return 100.0 * metrics[known]["value"]
     return None
 
 

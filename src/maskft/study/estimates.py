@@ -79,10 +79,11 @@ def _tokens(plan: Plan, run: Run) -> int | None:
     data = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))]
     if data.tokens_per_row is None:
         return None
+    per_row = min(data.tokens_per_row, run.options.get("max_length") or math.inf)
     if int(run.options.get("max_steps", -1)) > 0:
-        return round(run.options["max_steps"] * _batch(plan, run) * data.tokens_per_row)
+        return round(run.options["max_steps"] * _batch(plan, run) * per_row)
     rows = _num_rows(plan, run)
-    return None if rows is None else round(rows * data.tokens_per_row * run.options.get("num_train_epochs", 3))
+    return None if rows is None else round(rows * per_row * run.options.get("num_train_epochs", 3))
 
 
 def _batch(plan: Plan, run: Run) -> int:
@@ -100,7 +101,8 @@ def _num_rows(plan: Plan, run: Run) -> int | None:
         with opener(file, "rb") as lines:
             rows = sum(1 for line in lines if line.strip())
         held_out = run.options.get("eval_split_size", 0.1)
-        rows -= round(held_out if held_out >= 1 else held_out * rows) if not run.options.get("eval_dataset_name") else 0
+        if not run.options.get("eval_dataset_name"):
+            rows = max(0, rows - round(held_out if held_out >= 1 else held_out * rows))
     most = run.options.get("max_train_samples")
     return rows if most is None else most if rows is None else min(rows, most)
 

@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 from .. import paths
@@ -38,8 +39,15 @@ class Study:
     lock_fd: int | None = None
 
     def run_folder(self, run: Run) -> Path:
-        """Folder of a run: model or adapter, log, ``run.json``."""
-        return self.folder / paths.RUNS / run.id
+        """Folder of a run: model or adapter, log, ``run.json``. Of another study's, where that has made the same."""
+        own = self.folder / paths.RUNS / run.id
+        return own if own.exists() else self._finished_before.get(run.hash, own)
+
+    @cached_property
+    def _finished_before(self) -> dict[str, Path]:
+        """Hash -> folder of the runs that were finished when this began; several studies may share a folder."""
+        records = sorted((self.folder / paths.RUNS).glob(f"*/{paths.RUN}"))
+        return {record.parent.name.rpartition("-")[2]: record.parent for record in records}
 
     def result_file(self, run: Run, role: str) -> Path:
         """Result file of one of the run's models."""
@@ -172,7 +180,8 @@ def _record(study: Study, run: Run, models: dict, options: dict, training: dict 
     if run.start is not None:
         parent = study.record(run.start)
         before = {key: parent[f"total_{key}"][BEST] for key in before}
-    own = {role: {"epochs": 0.0, "tokens": 0} for role in run.labels}
+    # Of the end too where its model is not kept: a table tells how long training went on beyond the best.
+    own = {role: {"epochs": 0.0, "tokens": 0} for role in (BEST, LAST)}
     best_step = num_steps = rate = None
     if training and training["num_steps"]:
         best_step, num_steps = training["best_step"], training["num_steps"]
@@ -182,8 +191,7 @@ def _record(study: Study, run: Run, models: dict, options: dict, training: dict 
         # Tokens are counted up to each measurement; the share of the steps stands in where none was made.
         tokens = int(best.get("eval_num_tokens") or round(share * training["num_train_tokens"]))
         own[BEST] = {"epochs": share * training["num_epochs"], "tokens": 0 if best_step == 0 else tokens}
-        if LAST in own:
-            own[LAST] = {"epochs": training["num_epochs"], "tokens": training["num_train_tokens"]}
+        own[LAST] = {"epochs": training["num_epochs"], "tokens": training["num_train_tokens"]}
         rate = best.get("learning_rate")
     elif run.start is not None and not training:
         rate = 0.0  # nothing was left to anneal
@@ -226,12 +234,16 @@ def _evaluate(study: Study, run: Run, role: str, tick) -> None:
     """Evaluate one of the run's models, or copy the result of the same model where there is one."""
     target, label = study.result_file(run, role), run.labels[role]
     model = study.model(run, role)
-    same = [(other, BEST) for other in (run, run.start) if other is not None and (other, BEST) != (run, role)]
-    for other, other_role in same:
-        file = study.result_file(other, other_role)
-        if study.is_trained(other) and study.model(other, other_role) == model and file.is_file():
-            result = read_result(file)
-            result |= {"name": label, "model": {**result["model"], "seed": run.seed, "method": run.method.method}}
+    others = [other for other in (run, run.start) if other is not None and (other, BEST) != (run, role)]
+    files = [
+        study.result_file(other, BEST)
+        for other in others
+        if study.is_trained(other) and study.model(other, BEST) == model
+    ]
+    files += target.parent.parent.glob(f"*-{target.parent.name.rpartition('-')[2]}/{paths.RESULT}")  # other names
+    for file in files:
+        if file.is_file():
+            result = read_result(file) | {"name": label}
             break
     else:
         partial = target.parent.with_name(target.parent.name + ".partial")
@@ -249,11 +261,20 @@ def _evaluate(study: Study, run: Run, role: str, tick) -> None:
             words = [*_PYTHON, "evaluate", *evaluation_words(options)]
             run_command(words, study.run_folder(run) / paths.LOG, tick, study.lock_fd)
         result = read_result(partial / paths.RESULT)
+    # A folder of weights alone, as of the pre-trained model or of the end of training, does not tell its method.
+    result["model"] |= {"seed": run.seed, "method": run.method.method}
     record = study.record(run)
     accounts = {key: record[key][role] for key in ("epochs", "tokens", "total_epochs", "total_tokens")}
-    kept = ("study", "run", "name", "data", "start", "match", "settings", "num_steps", "best_step", "best_heldout_loss")
+    kept = ("run", "start", "match", "settings", "num_steps", "best_step", "best_heldout_loss")
+    named = {"study": study.recipe.name, "name": run.method.name + run.variant, "data": _data_name(study, run)}
     result["training"] = _training(study, run, role, record)
-    result["study"] = {"role": role, "model": record["model"], **{key: record[key] for key in kept}, **accounts}
+    result["study"] = {
+        "role": role,
+        "model": record["model"],
+        **named,
+        **{key: record[key] for key in kept},
+        **accounts,
+    }
     write_result(target, result)
     shutil.rmtree(target.parent.with_name(target.parent.name + ".partial"), ignore_errors=True)
 
@@ -263,18 +284,17 @@ def _training(study: Study, run: Run, role: str, record: dict) -> dict:
     start, method = run.start, run.method
     trained = method.method != PRETRAINED
     data = {None if other is None else _data_name(study, other) for other in (run, start)}
-    end = LAST if LAST in run.labels else role
     return {
         "base": record["model"],
-        "domain": record["data"] if trained and record["data"] in DOMAINS else None,
+        "domain": _data_name(study, run) if trained and _data_name(study, run) in DOMAINS else None,
         "mixed": _MIXED in data if trained else None,
         "checkpoint": role,
         "selection": run.options.get("mask_selection", "topk") if method.method == "mask" else None,
         "variant": method.name + run.variant if _is_control(study, run) else None,
         "num_epochs": record["total_epochs"][role],
         "num_train_tokens": record["total_tokens"][role],
-        "complete_num_epochs": record["total_epochs"][end],
-        "complete_num_train_tokens": record["total_tokens"][end],
+        "complete_num_epochs": record["total_epochs"].get(LAST),  # null: a record of an earlier version lacks it
+        "complete_num_train_tokens": record["total_tokens"].get(LAST),
     }
 
 

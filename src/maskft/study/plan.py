@@ -20,13 +20,25 @@ from ..arguments import FIXED_MASK_METHODS, MASK_METHODS
 from ..data.identity import data_identity, file_digest
 from ..data_arguments import DataArguments
 from ..errors import UserError, did_you_mean
-from .recipe import CURRENT_RATE, PRETRAINED, Method, Recipe, labels_of
+from .recipe import CURRENT_RATE, PRETRAINED, Method, Recipe, is_number, labels_of
 
 MAX_RUNS = 1000
 BEST, LAST = "best", "last"
 _HASH_LENGTH = 10
 # What says which matrices are masked: a fixed mask takes it from the learned mask that it matches.
 _PLACES = ("mask_layers_to_transform", "mask_layers_pattern", "mask_target_modules", "mask_exclude_modules")
+_LAYERS = ("mask_layers_to_transform", "partial_layers")
+# What estimates and seeds compute with.
+_NUMBERS = (
+    "num_candidates",
+    "num_train_epochs",
+    "max_steps",
+    "max_length",
+    "eval_split_size",
+    "max_train_samples",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
 # Of a weight file, this many bytes from each end are hashed: training changes them all.
 _SAMPLED_BYTES = 1 << 20
 
@@ -209,10 +221,11 @@ def _options(recipe: Recipe, method: Method, axes: dict, seed: int, match: Run |
     if method.method in MASK_METHODS:
         options["mask_seed"] = seed
     options |= method.options | {option: value for (name, option), value in axes.items() if name == method.name}
-    if options.get("num_candidates", 1) > 1:
+    if (options.get("num_candidates") or 1) > 1:
         # The candidates are mask_seed, mask_seed + 1, ...: without this those of two seeds would be nearly the same.
         options["mask_seed"] = seed * options["num_candidates"]
     options = {key: _plain(value) for key, value in options.items() if value is not None}
+    options |= {key: _as_list(options[key]) for key in _LAYERS if key in options}
     if match is not None:
         for key in _PLACES:
             if key in method.options and options.get(key) != match.options.get(key):
@@ -268,18 +281,10 @@ def _check_options(recipe: Recipe, defaults: dict) -> None:
                 raise UserError(f"{where} sets {option}, which the study itself decides; drop it")
             if option not in known:
                 raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(str(option), known)}")
-    layers = recipe.facts.num_layers
-    values = [method.options for method in recipe.methods.values()]
+    values = [options for _, options in places]
     values += [{option: value} for (_, option), values_ in recipe.grid.items() for value in values_]
     for options in values:
-        for option in ("mask_layers_to_transform", "partial_layers"):
-            named = options.get(option)
-            named = [] if named is None else named if isinstance(named, list) else [named]
-            if not all(isinstance(n, int) for n in named):
-                raise UserError(f"{option} is {options[option]!r}; it must be a list of layers, such as [20, 21]")
-            beyond = [n for n in named if layers is not None and n >= layers]
-            if beyond:
-                raise UserError(f"{option} names layer {beyond[0]}; the model has layers 0 to {layers - 1}")
+        _check_values(options, recipe.facts.num_layers)
     for method in recipe.methods.values():
         needs = method.method in FIXED_MASK_METHODS
         if method.match is not None and not needs:
@@ -293,6 +298,26 @@ def _check_options(recipe: Recipe, defaults: dict) -> None:
     rates = [o.get("learning_rate") for o in (recipe.train, *(d.options for d in recipe.data.values()))]
     if CURRENT_RATE in rates:
         raise UserError(f"learning_rate: {CURRENT_RATE} is for a method with `from`, not for all")
+
+
+def _check_values(options: dict, num_layers: int | None) -> None:
+    """Refuse what the plan itself would stumble over; every other value is for the parser of ``maskft train``."""
+    for option in _LAYERS:
+        named = _as_list(options.get(option))
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in named):
+            raise UserError(f"{option} is {options[option]!r}; it must be a list of layers, such as [20, 21]")
+        beyond = [n for n in named if n < 0 or (num_layers is not None and n >= num_layers)]
+        if beyond:
+            known = "layers are counted from 0" if num_layers is None else f"the model has layers 0 to {num_layers - 1}"
+            raise UserError(f"{option} names layer {beyond[0]}; {known}")
+    for option in _NUMBERS:
+        value = options.get(option)
+        if value is not None and not is_number(value):
+            raise UserError(f"{option} is {value!r}; it must be a number")
+
+
+def _as_list(value: Any) -> list:
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 # Identities

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,8 +212,10 @@ def parse_recipe(
     if not isinstance(content, dict):
         raise UserError("it must be a list of `name: value` lines")
     version = content.get("version")
-    if not isinstance(version, int):
+    if version is None:
         raise UserError(f"it has no version; write `version: {VERSION}`")
+    if not is_number(version) or version < 1:
+        raise UserError(f"its version is {version!r}; write `version: {VERSION}`")
     if version > VERSION:
         raise UserError(
             f"it is of version {version}, this maskft reads up to {VERSION}; upgrade: pip install -U maskft"
@@ -220,10 +224,7 @@ def parse_recipe(
     for key in ("data", "methods"):
         if not isinstance(content.get(key), dict) or not content[key]:
             raise UserError(f"it has no section {key!r}")
-    models = content.get("models") or content.get("model")
-    models = tuple(models) if isinstance(models, list) else (models,)
-    if not models or not all(isinstance(model, str) for model in models):
-        raise UserError("it names no model; write `model: NAME`, or `models: [NAME, NAME]`")
+    models = _models(content)
     data = {key: _data(key, section, data_dir) for key, section in content["data"].items()}
     methods = {str(key): _method(str(key), section, data) for key, section in content["methods"].items()}
     seeds = _seeds(content.get("seeds", [0]), "seeds")
@@ -244,8 +245,13 @@ def parse_recipe(
     if TEMPLATE in train:
         # Of the pre-trained model too: all rows of the table answer to the same prompts.
         train[TEMPLATE] = str(Path(folder) / Path(str(train[TEMPLATE])).expanduser())
+        if not Path(train[TEMPLATE]).is_file():
+            raise UserError(f"{TEMPLATE} names {train[TEMPLATE]!r}, which is no file; its place counts from the recipe")
+    name = str(content.get("name", name))
+    if name in ("", ".", "..") or "/" in name:
+        raise UserError(f"its name is {name!r}; it names a folder, so give a word without a slash")
     recipe = Recipe(
-        name=str(content.get("name", name)),
+        name=name,
         models=models,
         data=data,
         methods=methods,
@@ -260,6 +266,24 @@ def parse_recipe(
     )
     _check_parents(methods)
     return recipe
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a recipe is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _models(content: dict) -> tuple[str, ...]:
+    if "model" in content and "models" in content:
+        raise UserError("it has `model` and `models`; drop one")
+    models = content.get("models", content.get("model"))
+    models = models if isinstance(models, list) else [models]
+    if not models or not all(isinstance(model, str) and model for model in models):
+        raise UserError("it names no model; write `model: NAME`, or `models: [NAME, NAME]`")
+    twice = next((model for model in models if models.count(model) > 1), None)
+    if twice is not None:
+        raise UserError(f"models holds {twice!r} twice; drop one")
+    return tuple(models)
 
 
 def labels_of(method: Method) -> list[str]:
@@ -283,9 +307,18 @@ def _section(content: dict, key: str) -> dict:
 def _build(kind, section: dict, where: str):
     _check_keys(section, kind.__dataclass_fields__, f"key in {where}:")
     for key, value in section.items():
-        is_text = "str" in str(kind.__dataclass_fields__[key].type)
-        if isinstance(value, str) != is_text or isinstance(value, bool | list | dict):
-            raise UserError(f"{where}: {key} is {value!r}; it must be {'text' if is_text else 'a number'}")
+        types = str(kind.__dataclass_fields__[key].type)
+        if "str" in types:
+            if not isinstance(value, str) or not value.strip():
+                raise UserError(f"{where}: {key} is {value!r}; it must be text")
+            try:
+                shlex.split(value)
+            except ValueError as error:
+                raise UserError(f"{where}: {key} is {value!r}; {error}") from None
+        elif not is_number(value) or (not value > 0 and key != "num_gpus") or value < 0:
+            raise UserError(f"{where}: {key} is {value!r}; it must be a number above 0")
+        elif "int" in types and value != int(value):
+            raise UserError(f"{where}: {key} is {value!r}; it must be a whole number")
     return kind(**section)
 
 
@@ -294,6 +327,9 @@ def _data(name: str, section: Any, data_dir) -> Data:
         raise UserError(f"data {name!r} must be a list of `name: value` lines")
     section = dict(section)
     estimate = {key: section.pop(key, None) for key in ("num_rows", "tokens_per_row")}
+    for key, value in estimate.items():
+        if value is not None and (not is_number(value) or value <= 0):
+            raise UserError(f"data {name!r}: {key} is {value!r}; it must be a number above 0")
     if not section.get("dataset_name"):
         raise UserError(f"data {name!r} has no dataset_name")
     options = in_data_dir(_as_text(section), data_dir)
@@ -336,6 +372,9 @@ def _method(name: str, section: Any, data: dict) -> Method:
         raise UserError(
             f"method {name!r} is of method {kind!r}{did_you_mean(str(kind), kinds)}; one of: {', '.join(kinds)}"
         )
+    for key in ("from", "match", "data", "last"):
+        if section.get(key) is not None and not isinstance(section[key], str):
+            raise UserError(f"method {name!r} has {key}: {section[key]!r}; it must be one name")
     if kind == PRETRAINED and (options or len(fields) > 1):
         raise UserError(f"method {name!r} is {PRETRAINED}: it takes no option")
     if fields.get("data") is not None and fields["data"] not in data:
@@ -365,6 +404,9 @@ def _grid(section: dict, methods: dict) -> dict[tuple[str, str], list]:
             raise UserError(f"grid key {key!r} must be METHOD.OPTION{did_you_mean(name, methods)}")
         if not isinstance(values, list) or not values:
             raise UserError(f"grid {key!r} must be a list of values, not {values!r}")
+        twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
+        if twice is not None:
+            raise UserError(f"grid {key!r} holds {twice!r} twice: two runs would have one name; drop one")
         grid[name, option] = values
     return grid
 

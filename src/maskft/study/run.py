@@ -41,9 +41,8 @@ def run_study(plan: Plan, folder: str | Path, launcher: str = "local", console: 
         study = Study(folder, plan.recipe, lock_fd)
         failed = make_all(study, plan, launcher, console)
         console.print(summarise(study, plan), highlight=False, markup=False, soft_wrap=True)
-        console.print(
-            f"table: {folder / paths.TABLE}; results: {folder / paths.RESULTS}", highlight=False, soft_wrap=True
-        )
+        table = folder / paths.STUDY_TABLE.format(plan.recipe.name)
+        console.print(f"table: {table}; results: {folder / paths.RESULTS}", highlight=False, soft_wrap=True)
     refuse_failed(failed)
 
 

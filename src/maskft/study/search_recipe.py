@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data.identity import data_identity
 from ..errors import UserError, did_you_mean
-from .recipe import PRETRAINED, Data, Method, Recipe, parse_recipe, read_content
+from .recipe import PRETRAINED, Data, Method, Recipe, is_number, parse_recipe, read_content
 
 NO_MASK = "no mask"
 CACHE, _DATA = "cache", "data"
@@ -171,7 +171,7 @@ def _settings(section: dict) -> SearchSettings:
         if key not in known:
             raise UserError(f"unknown key in search: {key!r}{did_you_mean(str(key), known)}")
     for key in ("sparsities", "budget_steps"):
-        if key not in section:
+        if section.get(key) is None:
             raise UserError(f"search has no {key}")
     settings = SearchSettings(**section)
     for key in ("sparsities", "group_sizes", "layer_groups", "learning_rates"):
@@ -186,12 +186,12 @@ def _settings(section: dict) -> SearchSettings:
         if not _is_int(value) or value < least:
             raise UserError(f"{key} is {value!r}; it must be a whole number of at least {least}")
     for value in settings.sparsities:
-        if not _is_number(value) or not 0 <= value < 1:
+        if not is_number(value) or not 0 <= value < 1:
             raise UserError(f"sparsity is {value!r}; the fraction removed must be in [0, 1)")
     for value in settings.learning_rates or []:
-        if not _is_number(value) or not value > 0:
+        if not is_number(value) or not value > 0:
             raise UserError(f"learning rate is {value!r}; it must be above 0")
-    if not _is_number(settings.choose_size) or settings.choose_size <= 0:
+    if not is_number(settings.choose_size) or settings.choose_size <= 0:
         raise UserError(f"choose_size is {settings.choose_size!r}; give a number of rows, or a fraction below 1")
     if (settings.group_sizes is None) == (settings.layer_groups is None):
         raise UserError("search needs group_sizes or layer_groups, and not both")
@@ -220,6 +220,10 @@ def _checked(recipe: Recipe, settings: SearchSettings) -> Search:
     groups = _groups(settings, num_layers)
     rates = settings.learning_rates or [None]
     candidates = list(itertools.starmap(Candidate, itertools.product(groups, settings.sparsities, rates)))
+    names = [candidate.name for candidate in candidates]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"two candidates are named {twice!r}; values that close mean the same: drop one")
     if len(candidates) < 2:
         raise UserError("there is 1 candidate; give at least 2: more layer groups, sparsities or learning rates")
     search = Search(recipe, settings, candidates)
@@ -255,7 +259,3 @@ def _groups(settings: SearchSettings, num_layers: int) -> list[tuple[int, ...]]:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

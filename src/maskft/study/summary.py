@@ -16,7 +16,7 @@ _ACCOUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
 
 
 def summarise(study: Study, plan: Plan) -> str:
-    """Compare all results of a study with its baseline, write ``summary.json`` and ``table.md``, return the table.
+    """Compare all results of a study with its baseline, write summary and table, return the table.
 
     Args:
         study: Where the results are.
@@ -25,7 +25,8 @@ def summarise(study: Study, plan: Plan) -> str:
     texts, markdown, models = [], [f"# {study.recipe.name}", ""], {}
     for model in study.recipe.models:
         results = [
-            read_result(study.result_file(run, role))
+            # In a folder that several studies share, the same model may have another name in another one.
+            read_result(study.result_file(run, role)) | {"name": run.labels[role]}
             for run in plan.runs
             if run.model == model
             for role in run.labels
@@ -41,10 +42,11 @@ def summarise(study: Study, plan: Plan) -> str:
         texts.append("\n".join([f"{name}\n{text}", *notes]))
         markdown += [f"## {name}", "", table, _accounts(results), "", *(f"- {note}" for note in notes), ""]
         models[name] = record
+    name = study.recipe.name
     write_text(
-        study.folder / paths.SUMMARY, json.dumps({"study": study.recipe.name, "models": models}, indent=1) + "\n"
+        study.folder / paths.SUMMARY.format(name), json.dumps({"study": name, "models": models}, indent=1) + "\n"
     )
-    write_text(study.folder / paths.TABLE, "\n".join(markdown))
+    write_text(study.folder / paths.STUDY_TABLE.format(name), "\n".join(markdown))
     return "\n".join(texts)
 
 

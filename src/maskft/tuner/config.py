@@ -138,6 +138,9 @@ class MaskConfig(PeftConfig):
             raise UserError("scope='global' has no effect with selection='threshold': one threshold is global already")
         if not self.init_std > 0:
             raise UserError(f"init_std is {self.init_std!r}; it is a standard deviation and must be > 0")
+        layers = self.layers_to_transform
+        if layers is not None and min([layers] if isinstance(layers, int) else [*layers, 0]) < 0:
+            raise UserError(f"layers_to_transform is {layers}; layers are counted from 0")
         if self.mask_seed < 0:
             raise UserError(f"mask_seed is {self.mask_seed}; it must be >= 0")
         if self.init_scores == "constant" and self.rank_by == "abs" and self.init_value == 0:
