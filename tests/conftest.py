@@ -21,7 +21,7 @@ import torch
 import tiny
 from tiny_tokenizer import tiny_tokenizer
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
 
 
 @pytest.fixture(autouse=True)

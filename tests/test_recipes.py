@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from maskft.arguments import MASK_METHODS, mask_config
 from maskft.cli.main import main
 from maskft.cli.study import check
-from maskft.cli.train import parse
+from maskft.cli.train import option_defaults, parse
 from maskft.data import TRAINING_SETS, parse_mixture
 from maskft.data.splits import _shares
 from maskft.models import load_tokenizer
@@ -113,7 +113,8 @@ def test_study(file, tmp_path, capsys):
     for run in plan.runs:
         numbers = estimate(plan, run, recipe.facts)
         trained = run.method.method != PRETRAINED and run.method.method in ("full", "lora", "mask")
-        assert numbers.memory_bytes >= 2 * recipe.facts.num_parameters and (numbers.tokens > 1_000) == trained
+        memory = numbers.memory_bytes * recipe.launch.num_processes  # sharded: each process holds its share
+        assert memory >= 2 * recipe.facts.num_parameters and (numbers.tokens > 1_000) == trained
     assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert all(run.id in out for run in plan.runs) and not (tmp_path / "out").exists()
@@ -153,6 +154,45 @@ def test_data_is_known_and_not_asked_for_in_excess(file):
             assert known or part.name.endswith((".jsonl.gz", ".chat")) or part.name == "rows.jsonl"
             if known and known.num_published and isinstance(part.amount, int):
                 assert part.amount <= known.num_published
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=name)
+def test_no_set_has_longer_rows_on_the_average_than_are_kept(file):
+    recipe = load_recipe(file)
+    for data in recipe.data.values():
+        kept = (option_defaults() | recipe.train | data.options)["max_length"]
+        assert data.tokens_per_row is None or data.tokens_per_row <= kept
+
+
+def test_recipes_of_one_model_of_the_paper_share_a_folder_and_its_full_fine_tuning():
+    """Names in it differ, since they name the tables; what an ablation starts from is made by a main recipe."""
+    recipes = {path: load_recipe(path) for path in STUDIES if "paper" in path.parts}
+    made, names = {}, set()
+    for path in sorted(recipes, key=lambda path: "ablations" in path.parts):
+        recipe = recipes[path]
+        folder = next(line.split("--output_dir ")[1] for line in path.read_text().splitlines() if "# Launch" in line)
+        assert recipes[ROOT / "recipes/paper" / f"{Path(folder).name}_math.yaml"].models == recipe.models
+        hashes = {run.hash for run in check(recipe).runs if run.method.method == "full" and not run.method.start}
+        assert hashes
+        if "ablations" in path.parts:
+            assert hashes <= made[folder], path
+        else:
+            made.setdefault(folder, set()).update(hashes)
+        assert (folder, recipe.name) not in names
+        names.add((folder, recipe.name))
+
+
+@pytest.mark.parametrize("file", [path for path in STUDIES if path.parent.name == "paper"], ids=name)
+def test_the_lines_for_alpaca_eval(file, tmp_path):
+    lines = file.read_text().splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("  # tasks: "))
+    lines[first : first + 4] = [line.replace("# ", "", 1) for line in lines[first : first + 4]]
+    del lines[next(index for index, line in enumerate(lines) if line.startswith("  tasks: "))]
+    (tmp_path / file.name).write_text("\n".join(lines))
+    (tmp_path / "chat_template.jinja").write_text((file.parent / "chat_template.jinja").read_text())
+    old, new = load_recipe(file).evaluation, load_recipe(tmp_path / file.name)
+    assert check(new).runs and new.evaluation["tasks"] == [*old["tasks"], "alpaca_eval"]
+    assert set(new.evaluation) - set(old) == {"judge_url", "judge_model", "reference_outputs"}
 
 
 @pytest.mark.parametrize("file", [path for path in STUDIES if "mixed" in path.name], ids=name)

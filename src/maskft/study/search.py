@@ -1,7 +1,7 @@
 """Layer group and sparsity of a mask, chosen by short probes on training data: successive halving over study runs.
 
-The training data is cut in three, by prompts. The rows that the winner's recipe will hold out choose nothing: only the
-winner is measured on them. Of the rest, a part ranks the candidates and the others train them. No test item is read.
+The training data is cut in three, by prompts. What the fine-tuned model was trained on trains the probes; of the rows held
+out from it a part ranks the candidates, and only the winner is measured on the others. No test item is read.
 """
 
 from __future__ import annotations
@@ -115,18 +115,18 @@ def _split(search: Search, study: Study, plan: Plan) -> dict[str, int]:
     if not all(file.is_file() for file in files.values()):
         tokenizer = load_tokenizer(study.base(plan.runs[0]), search.recipe.train.get(TEMPLATE))
         field = search.recipe.train.get("dataset_text_field", "text")
-        # The rows that the winner's recipe holds out, by the same options; then a part of the rest, the same way.
+        # On rows it was trained on, whatever keeps the model as it is looks best.
         whole = DataArguments(**{**search.data.options, "max_train_samples": None})
-        rest, report, _ = load_splits(whole, whole.split_seed, tokenizer, field)
-        rest_file = files["train"].with_name("rest.jsonl")
-        _write_rows(rest, rest_file)
+        train, held, _ = load_splits(whole, whole.split_seed, tokenizer, field)
+        held_file = files["train"].with_name("held.jsonl")
+        _write_rows(held, held_file)
         again = DataArguments(
-            dataset_name=str(rest_file), eval_split_size=search.settings.choose_size, as_chat=whole.as_chat
+            dataset_name=str(held_file), eval_split_size=search.settings.choose_size, as_chat=whole.as_chat
         )
-        train, choose, _ = load_splits(again, whole.split_seed + 1, tokenizer, field)
+        report, choose, _ = load_splits(again, whole.split_seed + 1, tokenizer, field)
         for part, rows in (("choose", choose), ("report", report), ("train", train)):
             _write_rows(rows, files[part])
-        rest_file.unlink()
+        held_file.unlink()
     return {part: sum(1 for _ in file.open(encoding="utf-8")) for part, file in files.items()}
 
 
@@ -198,7 +198,8 @@ def _winner_recipe(search: Search, winner: Candidate) -> str:
     }
     method = yaml.safe_dump({"mask": {"method": "mask", **winner.options}}, default_flow_style=True, width=1000)
     return (
-        f"# What: the winner of the search {recipe.name}; probes on training data chose layers and sparsity.\n"
+        f"# What: the winner of the search {recipe.name}; probes on training data chose layers and sparsity. "
+        "Held-out rows ranked them: show a gain on test items.\n"
         f"# Launch: maskft train --config {paths.WINNER}\n# As a method of a study: {method.strip()[1:-1]}\n"
         + yaml.safe_dump({key: value for key, value in options.items() if value is not None}, sort_keys=False)
     )

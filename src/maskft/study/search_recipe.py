@@ -57,7 +57,7 @@ class SearchSettings:
         learning_rates: Rates to try; empty: that of ``train``.
         eta: Of a rung's candidates, one in ``eta`` goes on to the next; at least 2.
         min_steps: Fewest steps of a probe that say anything; at least 1.
-        choose_size: Rows that rank the candidates: a count if >= 1, else a fraction of the rows not held out.
+        choose_size: Rows that rank the candidates: a count if >= 1, else a fraction of the rows held out.
         prefix_cache: Whether the outputs of the frozen layers below a group are kept for all probes that share them.
     """
 
@@ -68,7 +68,7 @@ class SearchSettings:
     learning_rates: list[float] | None = None
     eta: int = 2
     min_steps: int = 10
-    choose_size: float = 0.1
+    choose_size: float = 0.5
     prefix_cache: bool = True
 
 
