@@ -1,7 +1,7 @@
 """Layer group and sparsity of a mask, chosen by short probes on training data: successive halving over study runs.
 
-The training data is cut in three, by prompts. What the fine-tuned model was trained on trains the probes; of the rows held
-out from it a part ranks the candidates, and only the winner is measured on the others. No test item is read.
+The training data is cut in three, by prompts. What the fine-tuned model was trained on trains the probes; of the rows
+held out from it a part ranks the candidates, and only the winner is measured on the others. No test item is read.
 """
 
 from __future__ import annotations
