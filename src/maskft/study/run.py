@@ -245,7 +245,7 @@ def _run_on_ray(study: Study, todo: list[Run], board: Board) -> None:
     # A file descriptor means nothing in another process; the driver holds the lock.
     remote_study = Study(study.folder, study.recipe)
     task = ray.remote(num_cpus=launch.num_cpus, num_gpus=launch.num_gpus, max_retries=0)(_make_remotely)
-    waiting, pending = list(todo), {}
+    waiting, pending, queued = list(todo), {}, {}
     while waiting or pending:
         for run in list(waiting):
             reason = _blocked(run, board.failed)
@@ -253,17 +253,28 @@ def _run_on_ray(study: Study, todo: list[Run], board: Board) -> None:
                 board.ended(run, reason)
                 waiting.remove(run)
             elif not any(parent in waiting or parent in pending.values() for parent in run.parents):
-                board.started(run)
                 pending[task.remote(remote_study, run)] = run
+                queued[run] = time.time()
                 waiting.remove(run)
+        for run in [run for run, since in queued.items() if _writes(study, run, since)]:
+            board.started(run)
+            del queued[run]
         done, _ = ray.wait(list(pending), timeout=0.5) if pending else ([], [])
         for reference in done:
             run = pending.pop(reference)
+            if queued.pop(run, None):
+                board.started(run)
             try:
                 board.ended(run, ray.get(reference))
             except ray.exceptions.RayError as error:
                 board.ended(run, " ".join(str(error).split())[:300])
         board.tick()
+
+
+def _writes(study: Study, run: Run, since: float) -> bool:
+    """Whether a run that was handed out has begun: until there is room for it, the cluster keeps it in a queue."""
+    log = study.run_folder(run) / paths.LOG
+    return log.is_file() and log.stat().st_mtime >= since
 
 
 def _make_remotely(study: Study, run: Run) -> str | None:
