@@ -1,3 +1,4 @@
+import gzip
 import json
 import math
 import re
@@ -173,6 +174,19 @@ def test_a_folder_in_the_way_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"table\.md: cannot be written"):
         write_text(tmp_path / "table.md", "x")
     assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
+
+
+def test_a_gzipped_file_is_read(result, tmp_path):
+    write_result(tmp_path / "result.json", result)
+    packed = tmp_path / "full.json.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "result.json").read_bytes()))
+    assert read_result(packed) == read_result(tmp_path)
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"full\.json\.gz: not a result file, not JSON"):
+        read_result(packed)
+    packed.write_text("{}")
+    with pytest.raises(UserError, match=r"full\.json\.gz: the result cannot be read \(Not a gzipped file"):
+        read_result(packed)
 
 
 def test_missing_files(tmp_path):

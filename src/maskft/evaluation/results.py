@@ -25,6 +25,7 @@ own (a win rate fitted over all items, say): it appears in tables and is not com
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import math
@@ -282,19 +283,21 @@ def write_result(path: str | os.PathLike, result: Result) -> None:
 
 
 def read_result(path: str | os.PathLike) -> Result:
-    """Read and validate a result from a file, or from the ``result.json`` of a folder.
+    """Read and validate a result from a file, which may be gzipped (``.json.gz``), or the ``result.json`` of a folder.
 
     Raises:
         UserError: If it is missing, not JSON, not a result, or of a newer schema.
     """
     file = result_file(path)
     try:
-        result = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        opener = gzip.open if file.suffix == ".gz" else open
+        with opener(file, "rt", encoding="utf-8") as text:
+            result = json.load(text, parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise UserError(f"{file}: no such result file: give one that `maskft evaluate` wrote, or its folder") from None
     except OSError as error:
-        raise UserError(f"{file}: the result cannot be read ({error.strerror}): check the path") from error
-    except ValueError as error:
+        raise UserError(f"{file}: the result cannot be read ({error.strerror or error}): check the path") from error
+    except (ValueError, EOFError) as error:
         raise UserError(
             f"{file}: not a result file, not JSON ({error}): evaluate again with `maskft evaluate`"
         ) from error
