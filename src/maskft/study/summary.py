@@ -100,16 +100,24 @@ def _without_repeats(results: list[Result], baseline: str | None) -> tuple[list[
 
 
 def _unchanged(results: list[Result]) -> list[str]:
-    """Say which trained models are their own start: a difference of 0 would look like a measurement."""
-    notes = []
+    """Say which trained models are their own start, at which seeds: a difference of 0 would look like a measurement."""
+    seeds: dict[tuple[str, str], list] = {}
     for result in results:
         study = result["study"]
         if study["role"] == BEST and study["num_steps"] and study["best_step"] == 0:
             start = "its mask before the first step" if result["model"]["method"] == "mask" else "its parent, unchanged"
-            notes.append(f"Note: {result['name']} is {start}; no step lowered its held-out loss.")
+            what = f"{start}; no step lowered its held-out loss"
         elif result["model"]["method"] == "full" and study["start"] and study["epochs"] == 0:
-            notes.append(f"Note: {result['name']} is its parent, unchanged; the rate of its schedule was 0 already.")
-    return list(dict.fromkeys(notes))
+            what = "its parent, unchanged; the rate of its schedule was 0 already"
+        else:
+            continue
+        seeds.setdefault((result["name"], what), []).append(result["model"]["seed"])
+    notes = []
+    for (name, what), found in seeds.items():
+        num_seeds = sum(result["name"] == name for result in results)
+        where = "" if len(found) == num_seeds else f" (seed {', '.join(map(str, found))})"
+        notes.append(f"Note: {name}{where} is {what}.")
+    return notes
 
 
 def _accounts(results: list[Result]) -> str:
