@@ -1,5 +1,6 @@
 """The paper's tables: its figures, and results of our own making in their places."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -263,6 +264,10 @@ def test_folders_of_results(folder):
     (folder / "named" / "training.json").write_text('{"evaluation": NaN')
     (folder / "named" / "rows.json").write_text('["evaluation"]')
     (folder / "named" / "folder.json").mkdir()
+    (folder / "named" / "rows.json.gz").write_bytes(b"no gzip")
+    with gzip.open(folder / "named" / "l1.json.gz", "wt") as packed:
+        packed.write((folder / "named" / "l1" / "l1.json").read_text())
+    (folder / "named" / "l1" / "l1.json").unlink()
     for places in ([folder], [folder, folder / "named"], [folder / "named" / "..", folder / "runs" / "a"]):
         assert sorted(each["name"] for each in read_results(map(str, places))) == ["L1 mask", "full", "mask"]
     (folder / "runs" / "a" / "result.json").write_text("{")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -302,7 +303,12 @@ def test_dry_run_lists_runs_and_writes_nothing(content, tmp_path, capsys):
     file.write_text(yaml.safe_dump(content | {"model_facts": {"tokens_per_s": 2.0}}, sort_keys=False))
     assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "training left: 720 tokens, 6 min" in out and " 4 min " in out and "tokens_per_s" not in out
+    # The mask on the middle of 3 layers: 3 + 2 + 2 + 1 of the 12 passes of full fine-tuning, so 80 s and not 120.
+    assert "training left: 720 tokens, 5 min" in out and " 4 min " in out and "tokens_per_s" not in out
+    file.write_text(yaml.safe_dump(content | {"model_facts": {"flops_per_s": 1e9}}, sort_keys=False))
+    assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "counted, not measured" in out and "at the recipe's 1e+09 FLOP/s" in out and "?" not in out
 
 
 def test_memory_estimate(content):
@@ -319,3 +325,27 @@ def test_memory_estimate(content):
     assert mask.memory_bytes == 4 * facts.num_parameters + 20 * per_layer
     assert fixed.tokens == 0
     assert json.dumps(full.tokens)
+
+
+def test_time_is_counted_in_layers():
+    from maskft.study.estimates import _layer_units
+
+    def units(method, layers, **options):
+        return _layer_units(SimpleNamespace(method=SimpleNamespace(method=method), options=options), 30, layers)
+
+    plain = {"gradient_checkpointing": False}
+    assert units("full", None, **plain) == 90 and units("full", None) == 120
+    assert units("lora", None, **plain) == 60
+    # Layers 20 to 23 of 30: all forward, back through the upper ten, four layers of weights or scores.
+    assert units("mask", [20, 21, 22, 23], **plain) == 44 == units("full", [20, 21, 22, 23], **plain)
+    assert units("mask", [20, 21, 22, 23], mask_prefix_cache="cache", num_train_epochs=4, **plain) == 15 + 10 + 4
+
+
+def test_time_by_the_speed_of_the_machine(content):
+    from maskft.study.estimates import estimate, model_facts
+    from maskft.study.recipe import Facts
+
+    plan = plan_of(content)
+    facts = replace(model_facts(Facts(), content["model"]), flops_per_s=1e9)
+    full = estimate(plan, plan.runs[0], facts)
+    assert full.seconds == pytest.approx(full.tokens * 8 * facts.num_parameters / 1e9)  # checkpointing: 8, not 6

@@ -32,6 +32,7 @@ import math
 import os
 import platform
 import sys
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -290,18 +291,22 @@ def read_result(path: str | os.PathLike) -> Result:
     """
     file = result_file(path)
     try:
-        opener = gzip.open if file.suffix == ".gz" else open
-        with opener(file, "rt", encoding="utf-8") as text:
-            result = json.load(text, parse_constant=_refuse_constant)
+        result = json.loads(read_text(file), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise UserError(f"{file}: no such result file: give one that `maskft evaluate` wrote, or its folder") from None
     except OSError as error:
         raise UserError(f"{file}: the result cannot be read ({error.strerror or error}): check the path") from error
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zlib.error) as error:
         raise UserError(
             f"{file}: not a result file, not JSON ({error}): evaluate again with `maskft evaluate`"
         ) from error
     return validate_result(result, file)
+
+
+def read_text(file: Path) -> str:
+    """Text of a file, which may be gzipped (``.gz``)."""
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as text:
+        return text.read()
 
 
 def result_file(path: str | os.PathLike) -> Path:

@@ -7,9 +7,11 @@ name: ``full (last)``, ``random_mask [math]``, ``mixed mask``.
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import statistics
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,7 +22,7 @@ import yaml
 
 from .. import paths
 from ..errors import UserError, did_you_mean
-from ..evaluation.results import Result, read_result
+from ..evaluation.results import Result, read_result, read_text
 from ..evaluation.text_tables import Table, latex_table, latex_text, markdown_table, terminal_table
 
 # A word of a name -> the method it stands for; of several, the first.
@@ -117,7 +119,10 @@ def read_results(places: Sequence[str]) -> list[Result]:
     """
     results = []
     for place in map(Path, places):
-        files = [file for file in sorted(place.rglob("*.json")) if _is_result(file)] if place.is_dir() else [place]
+        files = [place]
+        if place.is_dir():
+            inside = sorted([*place.rglob("*.json"), *place.rglob("*.json.gz")])
+            files = [file for file in inside if _is_result(file)]
         if not files:
             raise UserError(f"{place} holds no result.json and no other result file; give a folder of results")
         for result in map(read_result, files):
@@ -132,10 +137,10 @@ def _is_result(file: Path) -> bool:
     if file.name == paths.RESULT:
         return True  # also a damaged one, so that reading it says so
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
         # A folder of runs is full of tokenizers, which would take long to parse.
         content = json.loads(text) if '"evaluation"' in text else None
-    except ValueError:
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error):
         return False
     return isinstance(content, dict) and content.get("kind") == "evaluation"
 

@@ -21,7 +21,7 @@ class Estimate:
     Attributes:
         tokens: Tokens trained on, padding not counted.
         memory_bytes: Weights, gradients and optimizer of one process; activations come on top.
-        seconds: Training time on the hardware that the recipe's ``tokens_per_s`` is of.
+        seconds: Training time at the recipe's ``tokens_per_s`` or ``flops_per_s``; evaluation not counted.
     """
 
     tokens: int | None
@@ -35,7 +35,7 @@ def estimate(plan: Plan, run: Run, facts: Facts) -> Estimate:
         frozen = facts.num_parameters and facts.num_parameters * facts.dtype_bytes
         return Estimate(0, frozen, 0.0)
     tokens = _tokens(plan, run)
-    seconds = tokens / facts.tokens_per_s if tokens is not None and facts.tokens_per_s else None
+    seconds = None if tokens is None else _seconds(run, facts, tokens)
     memory, launch = _memory(run, facts), plan.recipe.launch
     if memory is not None and "fsdp" in (launch.accelerate_config or ""):
         memory = math.ceil(memory / launch.num_processes)  # every process holds its share
@@ -107,13 +107,48 @@ def _num_rows(plan: Plan, run: Run) -> int | None:
     return rows if most is None else most if rows is None else min(rows, most)
 
 
+def _seconds(run: Run, facts: Facts, tokens: int) -> float | None:
+    """Time of ``tokens``, where the recipe says how fast full fine-tuning is or how fast the machine multiplies."""
+    layers = _trained_layers(run)
+    if facts.num_layers is None:  # then every method is taken to be as slow as full fine-tuning
+        return tokens / facts.tokens_per_s if facts.tokens_per_s else None
+    units = _layer_units(run, facts.num_layers, layers)
+    if facts.tokens_per_s:
+        return tokens / facts.tokens_per_s * units / _layer_units(run, facts.num_layers, None)
+    if facts.flops_per_s and facts.num_parameters:
+        return tokens * units * 2 * facts.num_parameters / facts.num_layers / facts.flops_per_s
+    return None
+
+
+def _layer_units(run: Run, num_layers: int, layers: list[int] | None) -> float:
+    """Cost of a token in forward passes of one layer: the floor of docs/performance.md, and what is computed again.
+
+    Args:
+        run: For its method, gradient checkpointing and prefix cache.
+        num_layers: Decoder layers of the model.
+        layers: Layers that are trained; None for all.
+    """
+    first = min(layers) if layers else 0
+    above = num_layers - first  # layers that gradients pass through
+    forward = num_layers
+    if layers and run.options.get("mask_prefix_cache"):
+        forward = above + first / max(run.options.get("num_train_epochs", 3), 1)  # the layers below once, then read
+    again = above if run.options.get("gradient_checkpointing", True) else 0
+    weights = 0 if run.method.method == "lora" else len(layers) if layers else num_layers
+    return forward + above + weights + again
+
+
+def _trained_layers(run: Run) -> list[int] | None:
+    return run.options.get("mask_layers_to_transform") or run.options.get("partial_layers")
+
+
 def _memory(run: Run, facts: Facts) -> int | None:
     if facts.num_parameters is None:
         return None
     frozen = facts.num_parameters * facts.dtype_bytes
     if run.method.method == "lora":
         return frozen
-    layers = run.options.get("mask_layers_to_transform") or run.options.get("partial_layers")
+    layers = _trained_layers(run)
     if run.method.method == "full" and not layers:
         return facts.num_parameters * _ADAM_BYTES
     if facts.weights_per_layer is None or not (layers or facts.num_layers):

@@ -29,7 +29,8 @@ class Facts:
         num_layers: Decoder layers.
         num_parameters: Parameters of the model.
         weights_per_layer: Weights of the linear layers of one decoder layer.
-        tokens_per_s: Training tokens per second of full fine-tuning on the hardware meant.
+        tokens_per_s: Training tokens per second of full fine-tuning, measured on the hardware meant.
+        flops_per_s: FLOPs per second of all processes together, for where ``tokens_per_s`` is not measured.
         dtype_bytes: Bytes per parameter of a frozen model.
     """
 
@@ -37,6 +38,7 @@ class Facts:
     num_parameters: int | None = None
     weights_per_layer: int | None = None
     tokens_per_s: float | None = None
+    flops_per_s: float | None = None
     dtype_bytes: int = 4
 
 

@@ -19,6 +19,7 @@ from .estimates import Estimate, estimate, model_facts
 from .execute import Study, make, prepare_base, prepare_data
 from .plan import Plan, Run
 from .process import last_line
+from .recipe import Facts
 from .summary import summarise
 
 _LOCK_WAIT_S = 30  # a killed study's child needs a moment to end
@@ -94,15 +95,24 @@ def dry_run(plan: Plan, folder: str | Path, console: Console | None = None) -> N
     width.print(
         f"{len(plan.runs)} runs; training left: {total[0]} tokens, {total[2]}. Memory is weights, gradients and "
         "optimizer of one process, without activations; evaluation comes on top of the time."
-        + ("" if plan.recipe.facts.tokens_per_s else _NO_SPEED),
+        + _about_time(plan.recipe.facts),
         highlight=False,
     )
 
 
-_NO_SPEED = (
-    "\nTime is not known: say in the recipe how fast your hardware trains (maskft train prints it), "
-    "model_facts: {tokens_per_s: N}."
-)
+def _about_time(facts: Facts) -> str:
+    if facts.tokens_per_s:
+        return ""
+    if facts.flops_per_s:
+        return (
+            "\nTime is counted, not measured: 2 FLOPs per parameter and pass, at the recipe's "
+            f"{facts.flops_per_s:.3g} FLOP/s in all; model_facts: {{tokens_per_s: N}}, as maskft train prints it, "
+            "is better."
+        )
+    return (
+        "\nTime is not known: say in the recipe how fast your hardware trains (maskft train prints it), "
+        "model_facts: {tokens_per_s: N}."
+    )
 
 
 def _words(e: Estimate) -> tuple[str, str, str]:
