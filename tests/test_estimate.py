@@ -15,11 +15,12 @@ from trl.trainer.utils import add_fused_lm_head
 from maskft.arguments import mask_config
 from maskft.cli.train import parse
 from maskft.errors import UserError
-from maskft.estimate import _Planned, estimate
+from maskft.estimate import estimate
 from maskft.live_bytes import LiveBytes
 from maskft.mask_codec import encode_mask
 from maskft.masking import random_mask
 from maskft.models import EMBEDDED_MODEL
+from maskft.planned_run import PlannedRun
 
 LLAMA2_7B = {
     "model_type": "llama",
@@ -127,7 +128,7 @@ def test_steps_and_time(run, data):
 
 def test_adapter_bytes_against_a_file(run, tmp_path):
     result = estimate(run(mask_sparsity=0.1))
-    shapes = [module.weight.shape for module in _Planned(run(), 64, "cpu").masked.values()]
+    shapes = [module.weight.shape for module in PlannedRun(run(), 64, "cpu").masked.values()]
     coded = {f"model.layers.{i}.mask_coded": encode_mask(random_mask(s, 0.1, seed=i)) for i, s in enumerate(shapes)}
     save_file(coded, tmp_path / "adapter.safetensors")
     assert result.adapter_bytes == pytest.approx((tmp_path / "adapter.safetensors").stat().st_size, rel=0.05)
@@ -143,7 +144,7 @@ def test_adapter_bytes_against_a_file(run, tmp_path):
 def test_activations_of_a_mask_against_the_real_layers(bf16, accumulation, run):
     """The stand-in for masked layers keeps what they keep, within 10 % on a tiny model."""
     options = {"mask_layers_to_transform": [1, 2], "bf16": bf16, "gradient_accumulation_steps": accumulation}
-    planned = _Planned(run(**options), 64, "cpu")
+    planned = PlannedRun(run(**options), 64, "cpu")
     expected = planned.micro_batch(2)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL))
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
@@ -191,7 +192,7 @@ def test_evaluation_and_a_global_refresh_can_be_the_height(run):
 
 def test_the_largest_micro_batch_is_the_largest(run):
     make = {"method": "mask", "mask_layers_to_transform": [2, 3]}
-    planned = _Planned(run(**make), 64, "cuda")
+    planned = PlannedRun(run(**make), 64, "cuda")
     limit_gb = planned.peak_bytes(13) / 2**30
     found = estimate(run(**make), device="cuda", device_memory_gb=limit_gb, reserve_gb=0).largest_micro_batch
     assert found == 13
