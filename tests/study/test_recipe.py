@@ -335,7 +335,7 @@ def test_time_is_counted_in_layers():
 
     plain = {"gradient_checkpointing": False}
     assert units("full", None, **plain) == 90 and units("full", None) == 120
-    assert units("lora", None, **plain) == 60
+    assert units("lora", None, **plain) == 60 == units("lora", None, activation_checkpointing=False)
     # Layers 20 to 23 of 30: all forward, back through the upper ten, four layers of weights or scores.
     assert units("mask", [20, 21, 22, 23], **plain) == 44 == units("full", [20, 21, 22, 23], **plain)
     assert units("mask", [20, 21, 22, 23], mask_prefix_cache="cache", num_train_epochs=4, **plain) == 15 + 10 + 4

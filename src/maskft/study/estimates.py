@@ -133,7 +133,8 @@ def _layer_units(run: Run, num_layers: int, layers: list[int] | None) -> float:
     forward = num_layers
     if layers and run.options.get("mask_prefix_cache"):
         forward = above + first / max(run.options.get("num_train_epochs", 3), 1)  # the layers below once, then read
-    again = above if run.options.get("gradient_checkpointing", True) else 0
+    checkpointed = run.options.get("activation_checkpointing", run.options.get("gradient_checkpointing", True))
+    again = above if checkpointed else 0
     weights = 0 if run.method.method == "lora" else len(layers) if layers else num_layers
     return forward + above + weights + again
 
