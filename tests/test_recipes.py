@@ -113,7 +113,7 @@ def test_study(file, tmp_path, capsys):
     for run in plan.runs:
         numbers = estimate(plan, run, recipe.facts)
         trained = run.method.method != PRETRAINED and run.method.method in ("full", "lora", "mask")
-        memory = numbers.memory_bytes * recipe.launch.num_processes  # sharded: each process holds its share
+        memory = numbers.memory_bytes * (recipe.launch.num_processes or 1)  # sharded: each process holds its share
         assert memory >= 2 * recipe.facts.num_parameters and (numbers.tokens > 1_000) == trained
     assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out

@@ -61,9 +61,20 @@ def launch(launch_words: list[str], command: list[str], is_mask: bool) -> int:
     return 0
 
 
-def check_config(name: str) -> None:
-    """Refuse what is neither a file nor a name of TRL's configurations."""
-    _resolve(["--accelerate_config", name])
+def config_processes(name: str) -> int:
+    """Processes that a configuration starts where nothing else is said.
+
+    Args:
+        name: A file of ``accelerate config``, or a name of TRL's configurations; everything else is refused.
+    """
+    words = _resolve(["--accelerate_config", name])
+    try:
+        config = yaml.safe_load(Path(words[words.index("--config_file") + 1]).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"--accelerate_config {name!r} is no file that accelerate config writes")
+    return 1 if config.get("distributed_type") in (None, "NO") else config.get("num_processes") or 1
 
 
 def _refuse(message: str):

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from .arguments import MASK_METHODS, mask_config
+from .arguments import FIXED_MASK_METHODS, MASK_METHODS, mask_config
 from .errors import UserError, did_you_mean
 from .live_bytes import Gradients, LiveBytes, make_fake, triton_head
 from .mask_codec import encode_mask
@@ -41,7 +41,7 @@ from .tuner.model import check_targets, layer_indices, maskable_names
 
 # Bytes of optimizer state per trained parameter, as a function of the parameter's own size. 8-bit states carry a
 # float32 scale per block of 256, 4-bit ones per block of 128, for each of the two moments.
-_OPTIMIZER_BYTES: dict[str, Callable[[int], float]] = {
+OPTIMIZER_BYTES: dict[str, Callable[[int], float]] = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), lambda size: 2 * size),
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit"), lambda size: 2 * (1 + 4 / 256)),
     "adamw_torch_4bit": lambda size: 2 * (0.5 + 4 / 128),
@@ -85,7 +85,7 @@ class PlannedRun:
         self.run, self.length, self.device = run, length, device
         self.process_bytes = resident_memory_bytes() + _TRAINER_BYTES if device == "cpu" else 0
         self.method = run.method.method
-        self.is_trained = self.method not in ("random_mask", "l1_mask")
+        self.is_trained = self.method not in FIXED_MASK_METHODS
         self.config = load_config(run.model.model_name_or_path, revision=run.model.model_revision)
         self.dtype = _weight_dtype(run.model.dtype, self.config)
         self.optim = _optimizer(run.training)
@@ -182,7 +182,7 @@ class PlannedRun:
         )
 
     def _optimizer_bytes(self) -> float:
-        per_parameter = _OPTIMIZER_BYTES[self.optim]
+        per_parameter = OPTIMIZER_BYTES[self.optim]
         return sum(numel * per_parameter(size) for numel, size in self.trained_sizes)
 
     # Memory
@@ -206,7 +206,13 @@ class PlannedRun:
             keys = 5 * self.num_masked  # float32 ranking keys and bool masks of all matrices at once
             largest = int(self.refresh_bytes * max(self.masked_numels))
             terms = {"process": self.process_bytes, "weights": self.weight_bytes, "masks": keys, "refresh": largest}
-            return {"making the mask": terms}
+            phases = {"making the mask": terms}
+            rows = self.run.training.per_device_eval_batch_size if (self.run.method.num_candidates or 1) > 1 else 1
+            if self.method == "wanda_mask" or rows > 1:  # a forward pass measures inputs, or what candidates are worth
+                seen = self.micro_batch(rows, is_evaluation=True)
+                state = {"process": self.process_bytes, "weights": self.weight_bytes, "masks": keys}
+                phases["measuring"] = state | {"activations": seen.activation_bytes, "allocator": seen.allocator_bytes}
+            return phases
         state = self._state_terms()
         micro = self.micro_batch(batch)
         phases = {
@@ -328,9 +334,9 @@ def _compute_dtype(training, weight_dtype: torch.dtype) -> torch.dtype:
 
 def _optimizer(training) -> str:
     name = str(getattr(training.optim, "value", training.optim))
-    if name not in _OPTIMIZER_BYTES:
-        known = ", ".join(_OPTIMIZER_BYTES)
-        raise UserError(f"optim is {name!r}{did_you_mean(name, _OPTIMIZER_BYTES)}; estimates are made for: {known}")
+    if name not in OPTIMIZER_BYTES:
+        known = ", ".join(OPTIMIZER_BYTES)
+        raise UserError(f"optim is {name!r}{did_you_mean(name, OPTIMIZER_BYTES)}; estimates are made for: {known}")
     return name
 
 

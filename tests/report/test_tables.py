@@ -280,6 +280,36 @@ def test_folders_of_results(folder):
         read_results([str(folder / "nowhere")])
 
 
+def of_study(study, result):
+    return result | {"study": {"study": study}}
+
+
+def test_a_cell_is_of_one_study():
+    """Recipes of a model share a folder, and the same model may stand in it twice, or other seeds of another one."""
+    math = {"base": LLAMA2, "domain": "math"}
+    first = [of_study("math", result("mask (best)", {"gsm8k": {"accuracy": n}}, "mask", n, math)) for n in (0, 1)]
+    full = of_study("math", result("full (best)", {"gsm8k": {"accuracy": 5}}, "full", training=math))
+    cross = {"gsm8k": {"accuracy": 9}, "humaneval": {"pass_at_1": 9}}
+    again = of_study("cross", result("math full (best)", cross, "full", training=math))
+    seeds = [of_study("seeds", result("mask", {"gsm8k": {"accuracy": 9}}, "mask", seed, math)) for seed in (1, 2)]
+    (table,), left_over = paper_tables([*first, full, again, *seeds], ["1"])
+    mask = cell([table], "1", "Specific Domain: MFT w/ Best FFT", "gsm8k")
+    assert mask.ours == pytest.approx(2.5) and mask.study == "math"
+    assert cell([table], "1", "Specific Domain: Best FFT", "gsm8k").ours == pytest.approx(25.0)
+    assert left_over == ["math full (best) of cross", "mask of seeds"]
+    # A difference is of one study's two figures.
+    deltas = {row[1] for row in table.table.rows if row[0].strip() == "against Best FFT"}
+    assert "+0.5 / -22.5" in deltas
+    (table,), _ = paper_tables([full, *seeds], ["1"])
+    assert not any("/ +" in row[1] for row in table.table.rows)
+
+
+def test_the_results_of_this_repository():
+    tables, left_over = paper_tables(read_results([str(RESULTS)]))
+    assert cell(tables, "8", "math", "Best FFT").study == "smollm2-math"
+    assert "mask, 8 epochs (best) of smollm2-math-steps" in left_over
+
+
 def test_command(folder, capsys):
     places = [str(folder / "runs"), str(folder / "named")]
     assert main(["report", "tables", *places, "--tables", "1,8"]) == 0

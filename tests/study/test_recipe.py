@@ -264,7 +264,7 @@ def test_one_layer_is_a_list_of_one(content):
 
 
 def test_a_large_grid_runs_when_meant(content):
-    content["grid"] = {"mask.seed": list(range(501))}
+    content["grid"] = {"mask.mask_seed": list(range(501))}
     with pytest.raises(UserError, match="1,003 runs"):
         plan_of(content)
     assert len(check(parse_recipe(content), allow_many=True).runs) == 1003

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 
@@ -23,10 +24,11 @@ def run(args: argparse.Namespace) -> None:
     """Check the recipe, then list or run the probes."""
     from ..study.search import print_rungs, run_search
     from ..study.search_recipe import load_search
-    from .study import check
+    from . import study
 
     search = load_search(args.recipe, args.data_dir, args.model)
-    check(search.rung(search.candidates, search.steps[0]), allow_many=True)  # the budget bounds them
+    check = partial(study.check, allow_many=True)  # the budget bounds the probes
+    check(search.rung(search.candidates, search.steps[0]))
     if args.dry_run:
         print_rungs(search)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
@@ -34,14 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check the recipe, expand it, then list or run it."""
-    from dataclasses import replace
-
-    from ..study.recipe import load_recipe
+    from ..study.plan import check_layers
+    from ..study.recipe import Facts, load_recipe
 
     recipe = load_recipe(args.recipe, args.data_dir)
     if args.model:
-        recipe = replace(recipe, models=(args.model,))
+        recipe = replace(recipe, models=(args.model,), facts=Facts(flops_per_s=recipe.facts.flops_per_s))
     plan = check(recipe, allow_many=args.yes)
+    for model in recipe.models:
+        if not args.dry_run or Path(model).is_dir():  # a dry run downloads nothing
+            from ..models import load_config
+
+            check_layers(plan, model, load_config(model).get_text_config().num_hidden_layers)
     folder = Path(args.output_dir or Path("runs") / recipe.name)
     if args.launcher == "ray":
         import importlib.util
@@ -68,6 +73,12 @@ def check(recipe, allow_many: bool = False):
     from ..study.process import command_words
     from . import train
 
+    if recipe.launch.accelerate_config:
+        from ..launch import config_processes
+
+        # How many share a batch is part of a run's name, also where the configuration says it.
+        processes = recipe.launch.num_processes or config_processes(recipe.launch.accelerate_config)
+        recipe = replace(recipe, launch=replace(recipe.launch, num_processes=processes))
     plan = build_plan(recipe, train.option_defaults(), allow_many)
     seen = set()
     for run in plan.runs:
@@ -80,10 +91,6 @@ def check(recipe, allow_many: bool = False):
             _parse_run(train, run, command_words)
             break
     _evaluation_args(recipe)
-    if recipe.launch.accelerate_config:
-        from ..launch import check_config
-
-        check_config(recipe.launch.accelerate_config)
     return plan
 
 

@@ -13,6 +13,29 @@ from .contamination import set_names, test_set_files
 from .loading import local_files
 from .mixtures import parse_mixture
 
+# Options of `maskft train` and `maskft evaluate` that name a file, or a folder of files, as it is.
+_FILES = (TEMPLATE, "alpaca_prompts", "alpaca_outputs", "reference_outputs", "length_control", "include_path")
+
+# A weight file is known by this many blocks of this many bytes, spread over it, so that every matrix has some.
+_NUM_BLOCKS, _BLOCK_BYTES = 1024, 4096
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# What else in a model's folder decides what it computes and how text becomes tokens.
+_OF_MODEL = ("config.json", "generation_config.json", "*.py", "*.jinja")
+_OF_TOKENIZER = ("token*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
+
+
+def model_identity(name: str) -> str:
+    """A hub name as it is; a local folder by configuration, tokenizer, chat template and samples of its weights."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    patterns = (*_WEIGHTS, *_OF_MODEL, *_OF_TOKENIZER)
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}):
+        content = file_digest(file, is_sampled=any(map(file.match, _WEIGHTS)))
+        digest.update(f"{file.name} {file.stat().st_size} {content}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
 
 def data_identity(options: dict[str, Any]) -> dict[str, Any]:
     """The options with every data file named by its content: a moved file is the same, an edited one is not.
@@ -32,8 +55,11 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
     if isinstance(out.get("contamination_sets"), str):
         named = {name: test_set_files(name, options.get("data_dir")) for name in set_names(out["contamination_sets"])}
         out["contamination_sets"] = ",".join(_of_files(files) or name for name, files in named.items())
-    if isinstance(out.get(TEMPLATE), str) and Path(out[TEMPLATE]).expanduser().is_file():
-        out[TEMPLATE] = f"sha256:{file_digest(Path(out[TEMPLATE]).expanduser())}"
+    for key in _FILES:
+        if isinstance(out.get(key), str):
+            file = Path(out[key]).expanduser()
+            files = sorted(path for path in file.rglob("*") if path.is_file()) if file.is_dir() else [file]
+            out[key] = _of_files(files) or out[key]
     return out
 
 
@@ -50,19 +76,21 @@ def _of_files(files: Sequence[Path]) -> str | None:
     return f"sha256:{'+'.join(digests)}" if digests else None
 
 
-def file_digest(file: Path, sampled_bytes: int | None = None) -> str:
-    """sha256 of a file, or of ``sampled_bytes`` at each of its ends; kept until the file is written to."""
+def file_digest(file: Path, is_sampled: bool = False) -> str:
+    """sha256 of a file, or of blocks spread over it where it is large; kept until the file is written to."""
     file = file.resolve()
-    return _digest(str(file), file.stat().st_mtime_ns, sampled_bytes)
+    return _digest(str(file), file.stat().st_mtime_ns, is_sampled)
 
 
-@lru_cache(maxsize=4096)
-def _digest(file: str, mtime_ns: int, sampled_bytes: int | None) -> str:
-    digest = hashlib.sha256()
+@lru_cache(maxsize=16384)
+def _digest(file: str, mtime_ns: int, is_sampled: bool) -> str:
+    digest, size = hashlib.sha256(), Path(file).stat().st_size
     with open(file, "rb") as stream:
-        if sampled_bytes is not None:
-            digest.update(stream.read(sampled_bytes))
-            stream.seek(max(stream.tell(), Path(file).stat().st_size - sampled_bytes))
-        while block := stream.read(1 << 20):
-            digest.update(block)
+        if is_sampled and size > _NUM_BLOCKS * _BLOCK_BYTES:
+            for number in range(_NUM_BLOCKS):
+                stream.seek(number * (size - _BLOCK_BYTES) // (_NUM_BLOCKS - 1))
+                digest.update(stream.read(_BLOCK_BYTES))
+        else:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()

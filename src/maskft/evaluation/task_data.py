@@ -107,7 +107,7 @@ def load_docs(task: str, data_dir: str | Path | None, split: str = "test") -> da
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
         raise UserError(f"data_dir {str(data_dir)!r} is not a folder")
-    problems = sorted(folder.rglob(source.folders.format(split=split))) if source.folders else []
+    problems = _problems(task, folder, split)
     file = None if problems else find_file(task, folder, split)
     rows = []
     for where, row in ((path, _read_object(path)) for path in problems) if problems else read_file(file):
@@ -124,9 +124,7 @@ def find_file(task: str, folder: Path, split: str = "test") -> Path:
     Raises:
         UserError: If there is none, or several.
     """
-    source = SOURCES[task]
-    pattern = re.compile(f"({source.files.format(split=split)}){ENDINGS}", re.IGNORECASE)
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and pattern.fullmatch(path.name))
+    source, found = SOURCES[task], _tables(task, folder, split)
     if not found:
         raise UserError(
             f"data_dir {str(folder)!r} holds no {split} file of {task}, a table of {', '.join(source.fields)}; its "
@@ -136,6 +134,22 @@ def find_file(task: str, folder: Path, split: str = "test") -> Path:
         names = ", ".join(path.name for path in found)
         raise UserError(f"data_dir {str(folder)!r} holds several {split} files of {task} ({names}); keep one")
     return found[0]
+
+
+def benchmark_files(task: str, folder: Path) -> list[Path]:
+    """Every file of a benchmark in a folder, test items and examples; none for tasks that are not read from files."""
+    splits = SOURCES[task].splits if task in SOURCES else ()
+    return [path for split in splits for path in (*_tables(task, folder, split), *_problems(task, folder, split))]
+
+
+def _tables(task: str, folder: Path, split: str) -> list[Path]:
+    pattern = re.compile(f"({SOURCES[task].files.format(split=split)}){ENDINGS}", re.IGNORECASE)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and pattern.fullmatch(path.name))
+
+
+def _problems(task: str, folder: Path, split: str) -> list[Path]:
+    pattern = SOURCES[task].folders
+    return sorted(folder.rglob(pattern.format(split=split))) if pattern else []
 
 
 def _read_object(path: Path):

@@ -62,6 +62,7 @@ class Figure:
     """One cell: the paper's figure and ours.
 
     Scores are in percent; ``spread`` is what the paper writes after ±, and ours the standard deviation over seeds.
+    ``study`` is the study that ours is from, None where the results are of none.
     """
 
     row: str
@@ -72,6 +73,7 @@ class Figure:
     ours_spread: float | None = None
     paper_tokens: int | None = None
     ours_tokens: int | None = None
+    study: str | None = None
     results: list[str] = field(default_factory=list)
 
 
@@ -195,7 +197,12 @@ def paper_tables(
         fill = _epochs_table if "epochs" in content["tables"][number] else _scores_table
         tables.append(fill(number, content["tables"][number], candidates, measures or {}))
     used = {name for table in tables for figure in table.figures for name in figure.results}
-    return tables, list(dict.fromkeys(result["name"] for result in results if result["name"] not in used))
+    return tables, [name for name in dict.fromkeys(map(_name, results)) if name not in used]
+
+
+def _name(result: Result) -> str:
+    """Name of a result, with its study's where it is of one."""
+    return result["name"] if _study(result) is None else f"{result['name']} of {_study(result)}"
 
 
 def _scores_table(number: str, spec: dict, candidates: list, measures: Mapping[str, str]) -> PaperTable:
@@ -218,7 +225,8 @@ def _scores_table(number: str, spec: dict, candidates: list, measures: Mapping[s
                 if _fits(identity, row, benchmarks[key]["domain"])
                 and (score := _score(result, key, measures)) is not None
             ]
-            chosen = _one_per_seed(chosen, f"{row['label']}, {benchmarks[key]['label']} of Table {number}")
+            place = f"{row['label']}, {benchmarks[key]['label']} of Table {number}"
+            chosen = _one_per_seed(_of_one_study(chosen), place)
             scores = [score for _, _, score in chosen]
             bases |= {identity.base for identity, _, _ in chosen}
             line.append(
@@ -229,7 +237,8 @@ def _scores_table(number: str, spec: dict, candidates: list, measures: Mapping[s
                     paper_spread=spread[0] if spread else None,
                     ours=statistics.fmean(scores) if scores else None,
                     ours_spread=statistics.stdev(scores) if len(scores) > 1 else None,
-                    results=[result["name"] for _, result, _ in chosen],
+                    study=_study(chosen[0][1]) if chosen else None,
+                    results=[_name(result) for _, result, _ in chosen],
                 )
             )
         rows.append((row["label"], *map(_score_text, line)))
@@ -256,7 +265,8 @@ def _epochs_table(number: str, spec: dict, candidates: list, measures: Mapping[s
                 account = _account(identity, result, complete)
                 if account and _fits(identity, asked | {"checkpoint": identity.checkpoint}, domain):
                     chosen.append((identity, result, account))
-            chosen = _one_per_seed(chosen, f"{label}, {domain} of Table {number}", same_value_is_fine=True)
+            place = f"{label}, {domain} of Table {number}"
+            chosen = _one_per_seed(_of_one_study(chosen), place, same_value_is_fine=True)
             bases |= {identity.base for identity, _, _ in chosen}
             line.append(
                 Figure(
@@ -266,7 +276,8 @@ def _epochs_table(number: str, spec: dict, candidates: list, measures: Mapping[s
                     paper_tokens=tokens,
                     ours=statistics.fmean(account[0] for *_, account in chosen) if chosen else None,
                     ours_tokens=round(statistics.fmean(account[1] for *_, account in chosen)) if chosen else None,
-                    results=[result["name"] for _, result, _ in chosen],
+                    study=_study(chosen[0][1]) if chosen else None,
+                    results=[_name(result) for _, result, _ in chosen],
                 )
             )
         rows.append((paper()["domains"][domain], *map(_epochs_text, line)))
@@ -321,9 +332,18 @@ def _backbone(base: str | None) -> str | None:
     )
 
 
+def _of_one_study(chosen: list) -> list:
+    """Keep the results of one study, that of the first: seeds of two studies are not seeds of one thing."""
+    chosen = [each for each in chosen if each[0].domain] or chosen  # those that state their domain
+    return [each for each in chosen if _study(each[1]) == _study(chosen[0][1])]
+
+
+def _study(result: Result) -> str | None:
+    return (result.get("study") or {}).get("study")
+
+
 def _one_per_seed(chosen: list, place: str, same_value_is_fine: bool = False) -> list:
-    """Prefer results that state their domain, and refuse two of one seed."""
-    chosen = [each for each in chosen if each[0].domain] or chosen
+    """Refuse two results of one seed."""
     by_seed: dict = {}
     for each in chosen:
         # Every study measures the pre-trained model, and whatever its seed, nothing was trained.
@@ -364,7 +384,9 @@ def _score_text(figure: Figure) -> str:
 
 def _delta_text(figure: Figure, best: Figure) -> str:
     theirs = f"{figure.paper - best.paper:+.1f}"
-    return f"{theirs} / " + (NO_RESULT if None in (figure.ours, best.ours) else f"{figure.ours - best.ours:+.1f}")
+    # Of two studies, they may be of two models.
+    is_known = None not in (figure.ours, best.ours) and figure.study == best.study
+    return f"{theirs} / " + (f"{figure.ours - best.ours:+.1f}" if is_known else NO_RESULT)
 
 
 def _epochs_text(figure: Figure) -> str:

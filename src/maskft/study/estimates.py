@@ -11,7 +11,7 @@ from ..arguments import FIXED_MASK_METHODS
 from .plan import Plan, Run
 from .recipe import PRETRAINED, Facts
 
-_ADAM_BYTES = 16  # per trained weight in float32: weight or score, gradient, two moments
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Estimate:
 def estimate(plan: Plan, run: Run, facts: Facts) -> Estimate:
     """Estimate one run from its options, the data's size and facts about the model."""
     if run.method.method == PRETRAINED or run.method.method in FIXED_MASK_METHODS:
-        frozen = facts.num_parameters and facts.num_parameters * facts.dtype_bytes
-        return Estimate(0, frozen, 0.0)
+        options = plan.recipe.evaluation if run.method.method == PRETRAINED else run.options
+        return Estimate(0, facts.num_parameters and facts.num_parameters * _dtype_bytes(options, facts), 0.0)
     tokens = _tokens(plan, run)
     seconds = None if tokens is None else _seconds(run, facts, tokens)
     memory, launch = _memory(run, facts), plan.recipe.launch
     if memory is not None and "fsdp" in (launch.accelerate_config or ""):
-        memory = math.ceil(memory / launch.num_processes)  # every process holds its share
+        memory = math.ceil(memory / (launch.num_processes or 1))  # every process holds its share
     return Estimate(tokens, memory, seconds)
 
 
@@ -66,15 +66,6 @@ def model_facts(recipe_facts: Facts, model: str) -> Facts:
     )
 
 
-def num_steps(plan: Plan, run: Run) -> int | None:
-    """Optimizer steps of a run, as far as recipe and data say."""
-    options = run.options
-    if int(options.get("max_steps", -1)) > 0:
-        return int(options["max_steps"])
-    rows = _num_rows(plan, run)
-    return None if rows is None else math.ceil(rows / _batch(plan, run)) * math.ceil(options.get("num_train_epochs", 3))
-
-
 def _tokens(plan: Plan, run: Run) -> int | None:
     data = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))]
     if data.tokens_per_row is None:
@@ -89,7 +80,7 @@ def _tokens(plan: Plan, run: Run) -> int | None:
 def _batch(plan: Plan, run: Run) -> int:
     options = run.options
     per_process = options.get("per_device_train_batch_size", 8) * options.get("gradient_accumulation_steps", 1)
-    return per_process * plan.recipe.launch.num_processes
+    return per_process * (plan.recipe.launch.num_processes or 1)
 
 
 def _num_rows(plan: Plan, run: Run) -> int | None:
@@ -146,14 +137,25 @@ def _trained_layers(run: Run) -> list[int] | None:
 def _memory(run: Run, facts: Facts) -> int | None:
     if facts.num_parameters is None:
         return None
-    frozen = facts.num_parameters * facts.dtype_bytes
+    from ..planned_run import OPTIMIZER_BYTES
+
+    size = _dtype_bytes(run.options, facts)
+    optim = str(run.options.get("optim"))
+    moments = OPTIMIZER_BYTES.get(optim, OPTIMIZER_BYTES["adamw_torch"])
+    frozen = facts.num_parameters * size
     if run.method.method == "lora":
         return frozen
     layers = _trained_layers(run)
     if run.method.method == "full" and not layers:
-        return facts.num_parameters * _ADAM_BYTES
+        return math.ceil(facts.num_parameters * (2 * size + moments(size)))  # weight, gradient, moments
     if facts.weights_per_layer is None or not (layers or facts.num_layers):
         return None
     trained = facts.weights_per_layer * (len(layers) if layers else facts.num_layers)
-    # A layer trained itself is in memory once; a mask's scores are beside the weights and their masked copy.
-    return frozen + trained * (_ADAM_BYTES + (facts.dtype_bytes if run.method.method == "mask" else -facts.dtype_bytes))
+    # Of a mask: the masked copy, float32 scores, their gradient and moments; of layers: gradient and moments.
+    beside = size + 8 + moments(4) if run.method.method == "mask" else size + moments(size)
+    return math.ceil(frozen + trained * beside)
+
+
+def _dtype_bytes(options: dict, facts: Facts) -> int:
+    """Bytes of a parameter in memory; float32 where nothing is said."""
+    return _DTYPE_BYTES.get(options.get("dtype", "float32"), facts.dtype_bytes)

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from .. import paths
 from ..arguments import FIXED_MASK_METHODS, MASK_METHODS
+from ..data.mixtures import parse_mixture
 from ..data_arguments import DATA_NAMES, TEMPLATE, DataArguments
 from ..errors import UserError
 from ..evaluation.results import DOMAINS, read_result, write_result, write_text
-from .plan import BEST, LAST, Run, data_hash, evaluation_id
+from .plan import BEST, LAST, Run, data_hash, evaluation_id, evaluation_identity
 from .process import command_words, run_command
 from .recipe import CURRENT_RATE, PRETRAINED, Recipe
 
@@ -51,7 +52,11 @@ class Study:
 
     def result_file(self, run: Run, role: str) -> Path:
         """Result file of one of the run's models."""
-        return self.folder / paths.RESULTS / evaluation_id(run, role, self.recipe.evaluation) / paths.RESULT
+        return self.folder / paths.RESULTS / evaluation_id(run, role, self._evaluation) / paths.RESULT
+
+    @cached_property
+    def _evaluation(self) -> dict:
+        return evaluation_identity(self.recipe.evaluation)
 
     def base(self, run: Run) -> str:
         """The base model as the commands take it; the embedded one is unpacked once, for all runs."""
@@ -146,8 +151,9 @@ def _train(study: Study, run: Run, tick) -> dict:
     if run.method.method == PRETRAINED:
         return _record(study, run, {BEST: study.base(run)}, run.options, None)
     options = train_options(study, run)
-    if options.get("learning_rate") == 0:
-        # The schedule of the run it goes on from had ended: training at rate 0 would change nothing.
+    if options.get("learning_rate") == 0 and run.method.method == "full" and run.start is not None:
+        # The schedule of the run it goes on from had ended: training at rate 0 would change nothing. (A mask would:
+        # it removes weights before its first step.)
         models = dict.fromkeys(run.labels, study.model(run.start, BEST))
         return _record(study, run, models, options, None)
     folder = study.run_folder(run)
@@ -169,7 +175,8 @@ def _launcher(study: Study, run: Run) -> list[str]:
         return [*_PYTHON, "train"]  # nothing is trained
     if launch.command:
         return [*shlex.split(launch.command), *_PYTHON[1:], "train"]
-    processes = launch.num_processes if launch.num_processes > 1 else None
+    # One process of a configuration for eight has to be said.
+    processes = launch.num_processes if launch.accelerate_config or (launch.num_processes or 1) > 1 else None
     shared = {"accelerate_config": launch.accelerate_config, "num_processes": processes}
     return [*_PYTHON, "train", *command_words(shared)]
 
@@ -196,9 +203,9 @@ def _record(study: Study, run: Run, models: dict, options: dict, training: dict 
     elif run.start is not None and not training:
         rate = 0.0  # nothing was left to anneal
     # A result file is shared: no folder of this machine stands in it.
-    named = (*DATA_NAMES, TEMPLATE, "mask_prefix_cache")
-    settings = {key: value for key, value in run.options.items() if key != "data_dir"}
-    shown = {key: Path(value).name if key in named else value for key, value in settings.items()}
+    shown = {key: value for key, value in run.options.items() if key != "data_dir"}
+    shown |= {key: Path(shown[key]).name for key in (TEMPLATE, "mask_prefix_cache") if key in shown}
+    shown |= {key: _without_folders(shown[key]) for key in DATA_NAMES if isinstance(shown.get(key), str)}
     return {
         "study": study.recipe.name,
         "run": run.id,
@@ -222,6 +229,15 @@ def _record(study: Study, run: Run, models: dict, options: dict, training: dict 
         "train_time_s": training and training["train_time_s"],
         "peak_memory_bytes": training and training["peak_memory_bytes"],
     }
+
+
+def _without_folders(mixture: str) -> str:
+    """A mixture whose files stand without their folder; names of the hub, which have slashes too, as they are."""
+    names = [part.name for part in parse_mixture(mixture)]
+    for name in names:
+        if Path(name).expanduser().exists():
+            mixture = mixture.replace(name, Path(name).name)
+    return mixture
 
 
 def _inside(study: Study, name: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import FIXED_MASK_METHODS, MASK_METHODS
-from ..data.identity import data_identity, file_digest
+from ..data.identity import data_identity, file_digest, model_identity
 from ..data_arguments import DataArguments
 from ..errors import UserError, did_you_mean
 from .recipe import CURRENT_RATE, PRETRAINED, Method, Recipe, is_number, labels_of
@@ -39,8 +39,6 @@ _NUMBERS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
 )
-# Of a weight file, this many bytes from each end are hashed: training changes them all.
-_SAMPLED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,16 +146,28 @@ def _check_names(runs: list[Run]) -> None:
 
 
 def evaluation_id(run: Run, role: str, evaluation: dict) -> str:
-    """Folder name of an evaluation of one of the run's models."""
-    settings = {"run": run.hash, "role": role, "evaluation": _identity(evaluation)}
+    """Folder name of an evaluation of one of the run's models; see :func:`evaluation_identity`."""
+    settings = {"run": run.hash, "role": role, "evaluation": evaluation}
     return f"{run.id.rpartition('-')[0]}-{role}-{_hash(settings)}"
+
+
+def evaluation_identity(evaluation: dict) -> dict:
+    """Options of ``maskft evaluate`` with data, and the files of benchmarks, by their content."""
+    out, folder = _identity(evaluation), evaluation.get("data_dir")
+    if folder is not None:
+        from ..evaluation.task_data import benchmark_files
+
+        for task in evaluation.get("tasks", ()):
+            if files := benchmark_files(task, Path(folder).expanduser()):
+                out[f"files of {task}"] = _hash({"files": [*map(file_digest, files)]})
+    return out
 
 
 def data_hash(model: str, options: dict) -> str:
     """Name of what ``options`` about data, and the tokenizer of ``model``, make of the data."""
     defaults = {field.name: field.default for field in fields(DataArguments)}
     decides = {key: value for key, value in _identity(options).items() if value != defaults.get(key, options)}
-    return _hash({"model": _model_identity(model), "data": decides})
+    return _hash({"model": model_identity(model), "data": decides})
 
 
 def _build(recipe, defaults, found, model, method, axes, seed) -> Run:
@@ -171,10 +181,11 @@ def _build(recipe, defaults, found, model, method, axes, seed) -> Run:
         for name in (method.start, method.match)
     )
     options = _options(recipe, method, axes, seed, match)
+    named = _identity(_without_preset(options))
     settings = {
         "method": method.method,
-        "model": _model_identity(model),
-        "options": {k: v for k, v in _identity(options).items() if k not in defaults or v != _plain(defaults[k])},
+        "model": model_identity(model),
+        "options": {k: v for k, v in named.items() if k not in defaults or v != _plain(defaults[k])},
         "start": start and start.hash,
         "match": match and match.hash,
         **_launch_identity(recipe, method, options),
@@ -205,7 +216,7 @@ def _launch_identity(recipe: Recipe, method: Method, options: dict) -> dict:
     launch = recipe.launch
     if method.method in (PRETRAINED, *FIXED_MASK_METHODS) or options.get("global_batch_size"):
         return {}
-    shared = {"num_processes": launch.num_processes, "command": launch.command}
+    shared = {"num_processes": launch.num_processes or 1, "command": launch.command}
     return {} if shared == {"num_processes": 1, "command": None} else {"launch": shared}
 
 
@@ -220,8 +231,9 @@ def _options(recipe: Recipe, method: Method, axes: dict, seed: int, match: Run |
     options = {**shared, **data.options, "seed": seed}
     if method.method in MASK_METHODS:
         options["mask_seed"] = seed
-    options |= method.options | {option: value for (name, option), value in axes.items() if name == method.name}
-    if (options.get("num_candidates") or 1) > 1:
+    own = method.options | {option: value for (name, option), value in axes.items() if name == method.name}
+    options |= own
+    if (options.get("num_candidates") or 1) > 1 and own.get("mask_seed") is None:
         # The candidates are mask_seed, mask_seed + 1, ...: without this those of two seeds would be nearly the same.
         options["mask_seed"] = seed * options["num_candidates"]
     options = {key: _plain(value) for key, value in options.items() if value is not None}
@@ -279,6 +291,8 @@ def _check_options(recipe: Recipe, defaults: dict) -> None:
         for option in options:
             if option in ours:
                 raise UserError(f"{where} sets {option}, which the study itself decides; drop it")
+            if option == "seed" or (option == "mask_seed" and where.startswith(("train", "data"))):
+                raise UserError(f"{where} sets {option}, which the list of seeds decides; write `seeds: [0, 1]`")
             if option not in known:
                 raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(str(option), known)}")
     values = [options for _, options in places]
@@ -298,6 +312,13 @@ def _check_options(recipe: Recipe, defaults: dict) -> None:
     rates = [o.get("learning_rate") for o in (recipe.train, *(d.options for d in recipe.data.values()))]
     if CURRENT_RATE in rates:
         raise UserError(f"learning_rate: {CURRENT_RATE} is for a method with `from`, not for all")
+
+
+def check_layers(plan: Plan, model: str, num_layers: int) -> None:
+    """Refuse layers that a model does not have."""
+    for run in plan.runs:
+        if run.model == model:
+            _check_values(run.options, num_layers)
 
 
 def _check_values(options: dict, num_layers: int | None) -> None:
@@ -336,17 +357,16 @@ def _identity(options: dict) -> dict:
     return out
 
 
-def _model_identity(name: str) -> str:
-    """A hub name as it is; a local folder by its configuration and samples of its weights."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        return name
-    digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        if file.is_file():
-            sample = file_digest(file, _SAMPLED_BYTES)
-            digest.update(f"{file.name} {file.stat().st_size} {sample}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
+def _without_preset(options: dict) -> dict:
+    """The options with those that ``mask_preset`` stands for."""
+    if options.get("mask_preset") is None:
+        return options
+    from ..tuner.config import PRESETS
+
+    preset = PRESETS.get(options["mask_preset"], {})
+    return {f"mask_{key}": value for key, value in preset.items()} | {
+        key: value for key, value in options.items() if key != "mask_preset" or not preset
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -68,6 +69,9 @@ def run_command(words: Sequence[str], log: Path, tick: Callable[[], None] = lamb
             if process.poll() is None:
                 process.terminate()
                 process.wait()
+    if process.returncode < 0:  # its last line would be one of progress
+        name = signal.Signals(-process.returncode).name
+        raise UserError(f"ended by {name}{', as when memory runs out' if name == 'SIGKILL' else ''} (see {log})")
     if process.returncode:
         reason = last_line(log).removeprefix("maskft: error: ") or f"exit status {process.returncode}"
         raise UserError(f"{reason} (see {log})")

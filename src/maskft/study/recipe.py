@@ -31,7 +31,7 @@ class Facts:
         weights_per_layer: Weights of the linear layers of one decoder layer.
         tokens_per_s: Training tokens per second of full fine-tuning, measured on the hardware meant.
         flops_per_s: FLOPs per second of all processes together, for where ``tokens_per_s`` is not measured.
-        dtype_bytes: Bytes per parameter of a frozen model.
+        dtype_bytes: Bytes per parameter in the model's files, for ``dtype: auto``.
     """
 
     num_layers: int | None = None
@@ -89,14 +89,14 @@ class Launch:
     Attributes:
         accelerate_config: One of TRL's configurations (``fsdp2``, ``multi_gpu``) or a file of ``accelerate config``.
         command: Words before ``-m maskft.cli.main train``, e.g. ``torchrun --nproc_per_node 8``; None: this Python.
-        num_processes: Above 1 without ``command``: ``maskft train --num_processes N``.
+        num_processes: ``maskft train --num_processes N``; None: what the accelerate configuration says, else 1.
         num_cpus: CPU cores a run takes on a Ray cluster.
         num_gpus: GPUs a run takes on a Ray cluster.
     """
 
     accelerate_config: str | None = None
     command: str | None = None
-    num_processes: int = 1
+    num_processes: int | None = None
     num_cpus: float = 1
     num_gpus: float = 0
 
@@ -153,6 +153,8 @@ class _Loader(yaml.SafeLoader):
             if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *name`; what it brings may be replaced
                 continue
             key = self.construct_object(key_node, deep=True)
+            if isinstance(key, dict | list):
+                raise UserError(f"line {key_node.start_mark.line + 1}: {key!r} stands where a name should be")
             if key in seen:
                 raise UserError(f"line {key_node.start_mark.line + 1}: two entries are named {key!r}; rename one")
             seen.add(key)

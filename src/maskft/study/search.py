@@ -26,7 +26,7 @@ from .execute import Study, prepare_base
 from .plan import BEST, Plan
 from .recipe import Recipe
 from .run import locked, make_all, refuse_failed
-from .search_recipe import CACHE, NO_MASK, PARTS, Candidate, Search
+from .search_recipe import CACHE, NO_MASK, OF_DATA, PARTS, Candidate, Search
 
 
 def run_search(
@@ -116,7 +116,8 @@ def _split(search: Search, study: Study, plan: Plan) -> dict[str, int]:
         tokenizer = load_tokenizer(study.base(plan.runs[0]), search.recipe.train.get(TEMPLATE))
         field = search.recipe.train.get("dataset_text_field", "text")
         # On rows it was trained on, whatever keeps the model as it is looks best.
-        whole = DataArguments(**{**search.data.options, "max_train_samples": None})
+        options = {key: value for key, value in search.data.options.items() if key in OF_DATA}
+        whole = DataArguments(**{**options, "max_train_samples": None})
         train, held, _ = load_splits(whole, whole.split_seed, tokenizer, field)
         held_file = files["train"].with_name("held.jsonl")
         _write_rows(held, held_file)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..data.identity import data_identity
+from ..data_arguments import TEMPLATE, DataArguments
 from ..errors import UserError, did_you_mean
+from .plan import data_hash
 from .recipe import PRETRAINED, Data, Method, Recipe, is_number, parse_recipe, read_content
 
 NO_MASK = "no mask"
 CACHE, _DATA = "cache", "data"
 PARTS = ("train", "choose", "report")
+OF_DATA = frozenset(spec.name for spec in fields(DataArguments))
 _DECIDED = ("mask_layers_to_transform", "mask_sparsity", "max_steps", "mask_prefix_cache")
 _OF_TEST = ("tasks", "heldout", "dataset_name", "eval_dataset_name")
 
@@ -113,22 +113,22 @@ class Search:
         if folder is None:
             return recipe
         rows = {part: str(self.part_file(folder, part)) for part in PARTS}
-        kept = {k: v for k, v in self.data.options.items() if k in ("max_train_samples", "as_chat")}
+        # The parts are made of the rest of what is about data.
+        kept = {k: v for k, v in self.data.options.items() if k in ("max_train_samples", "as_chat") or k not in OF_DATA}
         data = {"probes": Data({"dataset_name": rows["train"], "eval_dataset_name": rows["choose"], **kept})}
         return replace(recipe, data=data, evaluation=self.evaluation(rows["choose"]))
 
     def evaluation(self, rows: str) -> dict[str, Any]:
         """Options of ``maskft evaluate`` that measure the loss on ``rows``."""
-        train = self.recipe.train
+        train = self.recipe.train | self.data.options
         shared = {key: train[key] for key in ("max_length", "dataset_text_field") if key in train}
         return {**shared, **self.recipe.evaluation, "dataset_name": rows, "no_generate": True}
 
     def part_file(self, folder: Path, part: str) -> Path:
-        """File of one of :data:`PARTS` of the training data; what decides the rows names its folder."""
-        options = {**self.data.options, "max_train_samples": None}
-        decides = [data_identity(options), self.settings.choose_size, self.recipe.train.get("dataset_text_field")]
-        name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
-        return folder / _DATA / name / f"{part}.jsonl"
+        """File of one of :data:`PARTS` of the training data; what decides the rows and their form names its folder."""
+        shared = {key: self.recipe.train[key] for key in (TEMPLATE, "dataset_text_field") if key in self.recipe.train}
+        options = shared | self.data.options | {"max_train_samples": None, "choose_size": self.settings.choose_size}
+        return folder / _DATA / data_hash(self.recipe.models[0], options) / f"{part}.jsonl"
 
 
 # Reading
@@ -158,6 +158,7 @@ def load_search(file: str | Path, data_dir: str | None = None, model: str | None
         section = content.pop("search")
         if model is not None:
             content["model"] = model
+            content.pop("model_facts", None)  # those of the recipe's
         content["methods"] = {NO_MASK: {"method": PRETRAINED}}
         recipe = parse_recipe(content, Path(file).stem, data_dir, Path(file).parent)
         return _checked(recipe, _settings(section))
