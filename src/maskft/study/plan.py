@@ -386,7 +386,9 @@ def _slug(text: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """A list of consecutive layers as first-last."""
+    """A list of consecutive layers as first-last; None, of layers and rows, is all."""
+    if value is None:
+        return "all"
     if isinstance(value, list) and len(value) > 1 and value == list(range(value[0], value[0] + len(value))):
         return f"{value[0]}-{value[-1]}"
     return str(value)
