@@ -95,6 +95,10 @@ def test_parameters_and_units(run):
     assert lora.num_trainable == 4 * 2 * (4 * 64 + 2 * (64 + 32) + 3 * (64 + 256))
     fixed = estimate(run(method="l1_mask", **layers), device="cpu")
     assert fixed.num_steps == 0 and fixed.flops_per_step["total"] == 0 and fixed.num_masked == 2 * per_layer
+    assert set(fixed.phases) == {"making the mask"}
+    for measured in (run(method="wanda_mask", **layers), run(method="random_mask", num_candidates=8, **layers)):
+        found = estimate(measured, device="cpu")
+        assert found.num_steps == 0 and found.phases["measuring"] > found.memory["weights"]
 
 
 def test_the_paper_count_of_layers_20_to_23(run):

@@ -1,6 +1,8 @@
 """Recipes: every mistake is one line before anything runs; names follow settings and nothing else."""
 
 import json
+import math
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,8 +12,9 @@ import yaml
 import tiny
 from maskft.cli.main import main
 from maskft.cli.study import check
+from maskft.data.identity import file_digest
 from maskft.errors import UserError
-from maskft.study.plan import BEST, evaluation_id
+from maskft.study.plan import BEST, evaluation_id, evaluation_identity
 from maskft.study.recipe import load_recipe, parse_recipe
 from tiny_tokenizer import tiny_tokenizer
 
@@ -78,12 +81,66 @@ def test_other_data_or_base_weights_give_other_names_and_moved_data_does_not(con
     assert not set(ids(content).values()) & set(before.values())
 
 
+def test_a_base_model_is_known_by_any_of_its_layers_and_by_its_template(content, base, tmp_path):
+    """A mask merged into layers in the middle of a file is another model; so is one that is asked in other words."""
+    model = tiny.tiny_llama(vocab_size=len(tiny_tokenizer()), num_layers=3)
+    content["model"] = str(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    seen = set()
+    for change in (None, "weight", "template"):
+        if change == "weight":
+            model.model.layers[1].mlp.up_proj.weight.data[::10] = 0
+        model.save_pretrained(tmp_path)
+        if change == "template":
+            template = tmp_path / "chat_template.jinja"
+            template.write_text(template.read_text() + " ")
+        now = set(ids(content).values())
+        assert not now & seen, change
+        seen |= now
+
+
+def test_a_large_weight_file_is_sampled_in_every_matrix(tmp_path):
+    file = tmp_path / "model.safetensors"
+    content = bytearray(64 << 20)
+    file.write_bytes(content)
+    before = file_digest(file, is_sampled=True)
+    content[30 << 20 : 31 << 20] = b"x" * (1 << 20)
+    file.write_bytes(content)
+    os.utime(file, ns=(1, 1))
+    assert file_digest(file, is_sampled=True) != before
+
+
+def test_a_preset_names_a_run_by_what_it_stands_for(content):
+    before = ids(content)
+    content["methods"]["mask"]["mask_preset"] = "paper"
+    assert ids(content) == before
+
+
 def test_evaluation_settings_name_evaluations_not_runs(content):
     run = plan_of(content).runs[0]
     one, two = (evaluation_id(run, BEST, {"max_new_tokens": n}) for n in (3, 4))
     assert one != two
     content["evaluation"]["max_new_tokens"] = 3
     assert plan_of(content).runs[0].id == run.id
+
+
+def test_files_of_benchmarks_name_evaluations(content, tmp_path):
+    """Another file in the same folder is another evaluation; the same file in another folder is not."""
+    rows = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(2)]
+    names = []
+    for folder, num_rows in (("a", 1), ("b", 2), ("c", 2)):
+        (tmp_path / folder).mkdir()
+        text = "".join(json.dumps(row) + "\n" for row in rows[:num_rows])
+        (tmp_path / folder / "gsm8k_test.jsonl").write_text(text)
+        evaluation = {"tasks": ["gsm8k", "heldout"], "data_dir": str(tmp_path / folder)}
+        names.append(evaluation_id(plan_of(content).runs[0], BEST, evaluation_identity(evaluation)))
+    assert names[0] != names[1] == names[2]
+    references = tmp_path / "references.json"
+    for text in ("[]", "[1]"):
+        references.write_text(text)
+        os.utime(references, ns=(len(text), len(text)))
+        names.append(evaluation_identity({"reference_outputs": str(references)})["reference_outputs"])
+    assert names[3] != names[4]
 
 
 def test_seeds_and_grid(content):
@@ -113,6 +170,8 @@ def test_candidates_of_two_seeds_do_not_overlap(content):
     content["methods"]["best of 8"] = {"method": "random_mask", "from": "full", "match": "mask", "num_candidates": 8}
     content["methods"]["best of 8"]["seeds"] = [0, 1]
     assert [run.options["mask_seed"] for run in plan_of(content).runs if run.method.name == "best of 8"] == [0, 8]
+    content["methods"]["best of 8"] |= {"seeds": [1], "mask_seed": 5}
+    assert [run.options["mask_seed"] for run in plan_of(content).runs if run.method.name == "best of 8"] == [5]
 
 
 def test_how_many_processes_share_a_batch_names_what_is_trained(content):
@@ -124,6 +183,26 @@ def test_how_many_processes_share_a_batch_names_what_is_trained(content):
     fixed = ids(content)
     content["launch"]["num_processes"] = 1
     assert ids(content) == fixed
+
+
+def test_an_accelerate_configuration_says_how_many_processes(content, tmp_path):
+    one = ids(content)
+    content["launch"] = {"accelerate_config": "multi_gpu"}  # TRL's has 8
+    eight = ids(content)
+    assert plan_of(content).recipe.launch.num_processes == 8 and eight["full"] != one["full"]
+    content["launch"]["num_processes"] = 8
+    assert ids(content) == eight
+    content["launch"]["num_processes"] = 1
+    assert ids(content) == one
+    file = tmp_path / "accelerate.yaml"
+    content["launch"] = {"accelerate_config": str(file)}
+    for text, processes in (("{distributed_type: MULTI_CPU, num_processes: 3}", 3), ("{distributed_type: 'NO'}", 1)):
+        file.write_text(text)
+        assert plan_of(content).recipe.launch.num_processes == processes
+    for text in ("- 1", "{", ""):
+        file.write_text(text)
+        with pytest.raises(UserError, match="is no file that accelerate config writes"):
+            plan_of(content)
 
 
 def test_mixtures_and_lists_of_the_recipe_are_those_of_the_command_line(content, data):
@@ -233,6 +312,9 @@ CASES = [
     (change("methods/mask/mask_layers_to_transform", ["0-1"]), "must be a list of layers, such as"),
     (change("launch", {"num_processes": "8"}), "launch: num_processes is '8'; it must be a number above 0"),
     (change("launch", {"command": 3}), "launch: command is 3; it must be text"),
+    (change("train/seed", 3), r"train sets seed, which the list of seeds decides; write `seeds: \[0, 1\]`"),
+    (change("methods/mask/seed", 3), "method 'mask' sets seed, which the list of seeds decides"),
+    (change("train/mask_seed", 3), "train sets mask_seed, which the list of seeds decides"),
     (change("model", []), "names no model"),
     (change("evaluation/tasks", 3), "evaluation.tasks must be a list of names"),
     (change("evaluation/limit", "ten"), "evaluation: argument --limit: invalid int value: 'ten'"),
@@ -275,6 +357,26 @@ def test_two_entries_of_one_name(tmp_path):
     file.write_text("version: 1\nmethods:\n  mask: {method: mask}\n  mask: {method: full}\n")
     with pytest.raises(UserError, match="line 4: two entries are named 'mask'; rename one"):
         load_recipe(file)
+
+
+def test_a_placeholder_that_was_not_filled_in(tmp_path):
+    file = tmp_path / "template.yaml"
+    file.write_text("version: 1\ntrain:\n  learning_rate: {{lr}}\n")
+    with pytest.raises(UserError, match=r"template\.yaml', line 3: {'lr': None} stands where a name should be"):
+        load_recipe(file)
+
+
+def test_layers_are_those_of_the_model_that_is_there(content, tmp_path, capsys):
+    """Facts of the recipe are not those of another model, and without any its configuration is read."""
+    content["methods"]["mask"]["mask_layers_to_transform"] = [3]
+    del content["methods"]["L1 mask"]
+    file = tmp_path / "study.yaml"
+    for facts, more in (({}, []), ({"num_layers": 4}, ["--model", content["model"]])):
+        file.write_text(yaml.safe_dump(content | {"model_facts": facts}, sort_keys=False))
+        for words in (["--dry_run"], ["--output_dir", str(tmp_path / "out")]):
+            assert main(["study", str(file), *more, *words]) == 2
+            assert "names layer 3; the model has layers 0 to 2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_come_from_the_data_folder(content, data, tmp_path):
@@ -324,6 +426,11 @@ def test_memory_estimate(content):
     assert full.memory_bytes == 16 * facts.num_parameters and full.tokens == 480 and full.seconds == 48
     assert mask.memory_bytes == 4 * facts.num_parameters + 20 * per_layer
     assert fixed.tokens == 0
+    content["train"] |= {"dtype": "bfloat16", "optim": "adamw_torch_8bit"}
+    full, mask, _ = (estimate(plan_of(content), run, facts) for run in plan_of(content).runs)
+    moments = 2 * (1 + 4 / 256)
+    assert full.memory_bytes == math.ceil((4 + moments) * facts.num_parameters)
+    assert mask.memory_bytes == math.ceil(2 * facts.num_parameters + (2 + 8 + moments) * per_layer)
     assert json.dumps(full.tokens)
 
 

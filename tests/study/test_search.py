@@ -1,6 +1,7 @@
 """Searches: probes rank candidates on rows that the winner is not reported on; what is finished is not made again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ def content(base, data):
         "version": 1,
         "name": "tiny",
         "model": str(base),
-        "data": {"sums": {"dataset_name": str(data), "eval_split_size": 16}},
+        # Options about data may stand with it, also those that are TRL's.
+        "data": {"sums": {"dataset_name": str(data), "eval_split_size": 16, "max_length": 32}},
         "train": {
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-2,
@@ -148,6 +150,23 @@ def test_groups_and_rungs(content, tmp_path, capsys):
     assert [run.id.split("-s")[0] for run in moved] == [run.id.split("-s")[0] for run in runs]
     assert main(["search", str(tmp_path / "search.yaml"), "--dry_run"]) == 0
     assert "rung 3: 2 candidates, 4 probes of 40 steps = 160 steps" in capsys.readouterr().out
+
+
+def test_parts_of_the_data_are_of_one_chat_template(content, base, tmp_path):
+    """What the rows are written as follows from it."""
+    write(tmp_path, content)
+    search = load_search(tmp_path / "search.yaml")
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    assert load_search(tmp_path / "search.yaml", model=str(other)).part_file(tmp_path, "train") == search.part_file(
+        tmp_path, "train"
+    )
+    (other / "chat_template.jinja").write_text("{{ messages }}")
+    changed = load_search(tmp_path / "search.yaml", model=str(other))
+    assert changed.part_file(tmp_path, "train") != search.part_file(tmp_path, "train")
+    content["train"]["chat_template_path"] = str(other / "chat_template.jinja")
+    named = load_search(write(tmp_path, content))
+    assert named.part_file(tmp_path, "train") != search.part_file(tmp_path, "train")
 
 
 @pytest.mark.parametrize(

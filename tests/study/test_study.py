@@ -13,6 +13,9 @@ import yaml
 from killing import kill_now_and_then
 from maskft import paths
 from maskft.cli.main import main
+from maskft.errors import UserError
+from maskft.study.execute import _without_folders
+from maskft.study.process import run_command
 
 
 def recipe(base, data, methods):
@@ -226,6 +229,41 @@ def test_a_mistake_in_the_data_of_the_last_run_stops_before_the_first(mistake, b
     assert not list(folder.glob(f"{paths.RUNS}/*"))
 
 
+def test_a_rate_of_zero_changes_weights_that_a_mask_removes(base, data, tmp_path):
+    """Only full fine-tuning from a run is its parent then; and a mask is not, though its scores stay as they were."""
+    methods = {
+        "still": {"method": "full", "learning_rate": 0, "max_steps": 1},
+        "again": {"method": "full", "from": "still", "learning_rate": 0},
+        "mask": {"method": "mask", "from": "still", "learning_rate": 0, "max_steps": 1},
+    }
+    content = recipe(base, data, methods)
+    content["evaluation"]["no_generate"] = True
+    assert main(["study", str(write(tmp_path, content)), "--output_dir", str(tmp_path / "out")]) == 0
+    files = (tmp_path / "out").glob(f"{paths.RESULTS}/*/{paths.RESULT}")
+    results = {result["name"]: result for result in (json.loads(file.read_text()) for file in files)}
+    nll = {name: result["tasks"]["heldout"]["metrics"]["nll"]["value"] for name, result in results.items()}
+    assert nll["still"] == nll["again"] != nll["mask"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how a process ended is told by its signal there")
+def test_a_run_that_is_killed_says_so(tmp_path):
+    code = "import os, signal; print('10/20 steps', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(UserError, match=r"ended by SIGKILL, as when memory runs out \(see .*log\)"):
+        run_command([sys.executable, "-c", code], tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("openai/gsm8k:0.5,meta-math/MetaMathQA:100", "openai/gsm8k:0.5,meta-math/MetaMathQA:100"),
+        ("FILE:0.5,openai/gsm8k", "sums.jsonl:0.5,openai/gsm8k"),
+        ("FILE", "sums.jsonl"),
+    ],
+)
+def test_a_result_names_data_without_folders_of_this_machine(name, shown, data):
+    assert _without_folders(name.replace("FILE", str(data))) == shown
+
+
 def test_a_folder_in_use_is_refused(base, data, tmp_path, monkeypatch, capsys):
     import fcntl
 
@@ -291,6 +329,11 @@ def test_how_a_run_is_launched(base, data, tmp_path):
         (
             {"num_processes": 2, "accelerate_config": "multi_gpu"},
             [*train, "--accelerate_config", "multi_gpu", "--num_processes", "2"],
+        ),
+        # One process of a configuration that is for eight.
+        (
+            {"num_processes": 1, "accelerate_config": "multi_gpu"},
+            [*train, "--accelerate_config", "multi_gpu", "--num_processes", "1"],
         ),
         (
             {"command": "torchrun --nproc_per_node 4"},
