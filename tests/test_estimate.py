@@ -96,9 +96,17 @@ def test_parameters_and_units(run):
     fixed = estimate(run(method="l1_mask", **layers), device="cpu")
     assert fixed.num_steps == 0 and fixed.flops_per_step["total"] == 0 and fixed.num_masked == 2 * per_layer
     assert set(fixed.phases) == {"making the mask"}
-    for measured in (run(method="wanda_mask", **layers), run(method="random_mask", num_candidates=8, **layers)):
-        found = estimate(measured, device="cpu")
-        assert found.num_steps == 0 and found.phases["measuring"] > found.memory["weights"]
+    logits = 64 * SMALL["vocab_size"]
+    for options, rows, per_logit in (
+        ({"method": "wanda_mask"}, 1, 4),
+        ({"method": "random_mask", "num_candidates": 8, "per_device_eval_batch_size": 1}, 1, 16),
+        ({"method": "random_mask", "num_candidates": 8, "per_device_eval_batch_size": 2}, 2, 16),
+    ):
+        found = estimate(run(**options, **layers), device="cpu")
+        making = {key: value for key, value in found.phases.items() if key != "measuring"}
+        assert found.num_steps == 0 and set(making) == {"making the mask"}
+        beside = fixed.memory["process"] + fixed.memory["weights"] + fixed.memory["masks"]
+        assert found.phases["measuring"] - beside >= rows * logits * per_logit
 
 
 def test_the_paper_count_of_layers_20_to_23(run):

@@ -251,8 +251,10 @@ def _remedies(planned: PlannedRun, height: str) -> dict[str, str]:
         remedies["weights"] = "load the base in bfloat16 (dtype: bfloat16)"
     if planned.optim != _EIGHT_BIT:
         remedies["optimizer"] = f"keep the moments in 8 bits (optim: {_EIGHT_BIT})"
-    if height == "evaluation":
+    if height == "evaluation" or (height == "measuring" and planned.method == "random_mask"):
         remedies["activations"] = "lower per_device_eval_batch_size"
+    elif height == "measuring":
+        remedies["activations"] = "set a smaller max_length"
     elif not planned.run.training.gradient_checkpointing:
         remedies["activations"] = "set gradient_checkpointing: true"
     elif planned.length > 256:

@@ -53,12 +53,17 @@ def launch(launch_words: list[str], command: list[str], is_mask: bool) -> int:
     try:
         launch_command(args)
     except ChildFailedError as error:
-        return max(1, error.get_first_failure()[1].exitcode)
+        return _status(error.get_first_failure()[1].exitcode)
     except subprocess.CalledProcessError as error:  # of a single process
-        return max(1, error.returncode)
+        return _status(error.returncode)
     except ValueError as error:
         raise UserError(str(error)) from error
     return 0
+
+
+def _status(code: int) -> int:
+    """Exit status as a shell gives it: 128 and the signal for a process that was killed."""
+    return 128 - code if code < 0 else max(1, code)
 
 
 def config_processes(name: str) -> int:

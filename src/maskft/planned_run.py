@@ -206,13 +206,7 @@ class PlannedRun:
             keys = 5 * self.num_masked  # float32 ranking keys and bool masks of all matrices at once
             largest = int(self.refresh_bytes * max(self.masked_numels))
             terms = {"process": self.process_bytes, "weights": self.weight_bytes, "masks": keys, "refresh": largest}
-            phases = {"making the mask": terms}
-            rows = self.run.training.per_device_eval_batch_size if (self.run.method.num_candidates or 1) > 1 else 1
-            if self.method == "wanda_mask" or rows > 1:  # a forward pass measures inputs, or what candidates are worth
-                seen = self.micro_batch(rows, is_evaluation=True)
-                state = {"process": self.process_bytes, "weights": self.weight_bytes, "masks": keys}
-                phases["measuring"] = state | {"activations": seen.activation_bytes, "allocator": seen.allocator_bytes}
-            return phases
+            return {"making the mask": terms} | self._measuring(keys)
         state = self._state_terms()
         micro = self.micro_batch(batch)
         phases = {
@@ -252,6 +246,27 @@ class PlannedRun:
             stored = _weight_dtype("auto", self.config).itemsize * self.num_parameters
             phases["loading"] = {"process": self.process_bytes, "weights": self.weight_bytes, "file": stored}
         return phases
+
+    def _measuring(self, mask_bytes: int) -> dict[str, dict[str, int]]:
+        """Of a fixed mask: the forward pass that measures inputs (Wanda) or what candidates are worth, if there is one.
+
+        Both take the logits as a whole; a loss keeps them in float32 and in float64 beside.
+        """
+        candidates = self.run.method.num_candidates > 1
+        if self.method != "wanda_mask" and not candidates:
+            return {}
+        rows = self.run.training.per_device_eval_batch_size if candidates else 1
+        seen = self.micro_batch(rows, is_evaluation=True)
+        logits = rows * self.length * self.config.get_text_config().vocab_size
+        return {
+            "measuring": {
+                "process": self.process_bytes,
+                "weights": self.weight_bytes,
+                "masks": mask_bytes,
+                "activations": seen.activation_bytes + logits * (self.dtype.itemsize + (12 if candidates else 0)),
+                "allocator": seen.allocator_bytes,
+            }
+        }
 
     def peak_bytes(self, batch: int) -> int:
         """Bytes in all at the height of a run with micro-batches of ``batch`` rows."""

@@ -201,6 +201,27 @@ def test_equal_seeds_are_paired():
     assert row.verdict == "better"
 
 
+def test_a_method_is_compared_at_the_seeds_that_the_baseline_has_too():
+    """As after a run that failed: its other seeds, and other methods', lose nothing."""
+    rng = np.random.default_rng(0)
+    nll = {seed: rng.normal(2 + seed, 0.2, 50) for seed in range(3)}
+    tokens = np.ones(50, dtype=int)
+    full = [make("full", seed, "full", nll=nll[seed], num_tokens=tokens) for seed in nll]
+    masks = [make("mask", seed, "mask", nll=nll[seed] - 0.1, num_tokens=tokens) for seed in (0, 2)]
+    one = make("L1 mask", 1, "l1_mask", nll=nll[1] + 0.1, num_tokens=tokens)
+    whole = [make("again", seed, "full", nll=nll[seed] - 0.2, num_tokens=tokens) for seed in nll]
+    pretrained = make("pre-trained", 0, "pretrained", nll=np.full(50, 4.0), num_tokens=tokens)
+    comparison = fast([*full, *masks, one, *whole, pretrained], "full")
+    rows = {row.method: row for row in comparison.differences}
+    found = {name: (row.num_seeds, round(row.difference, 6)) for name, row in rows.items()}
+    expected = 4 - np.mean([nll[seed].mean() for seed in nll])
+    assert found == {"mask": (2, -0.1), "L1 mask": (1, 0.1), "again": (3, -0.2), "pre-trained": (3, round(expected, 6))}
+    assert [note for note in comparison.notes if "seed" in note] == [
+        "mask is compared at seed 0, 2 alone, which full has too",
+        "L1 mask is compared at seed 1 alone, which full has too",
+    ]
+
+
 def test_several_seeds_of_a_zero_one_metric_use_the_bootstrap():
     results = [make("full", accuracy=scores(50))] + [make("mask", seed, accuracy=scores(70)) for seed in range(2)]
     row = only(fast(results))
@@ -379,7 +400,7 @@ def test_bad_requests():
     named = [make("mask", 1, "mask", accuracy=scores(50)), make("mask", 2, "lora", accuracy=scores(50))]
     refuse([full, *named], "results named 'mask' are of different methods .'mask', 'lora'.")
     seeds = [make("mask", seed, accuracy=scores(50)) for seed in (0, 1)]
-    refuse([*seeds, *(make("full", seed, accuracy=scores(50)) for seed in (0, 2))], "seeds 0, 2 and 'mask' 0, 1")
+    refuse([*seeds, *(make("full", seed, accuracy=scores(50)) for seed in (2, 3))], "seeds 2, 3 and 'mask' 0, 1")
     refuse([make(name, accuracy=[1]) for name in "ab"], "1 item, too few")
     refuse([make("a", accuracy=scores(5)), make("b", brevity=np.ones(100))], "no method shares a task and metric")
     refuse([make("a", score=[1.5, None]), make("b", score=[1.5, 2.0])], "item 'i001' of 'a' has no value")

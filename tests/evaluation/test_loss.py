@@ -35,3 +35,14 @@ def test_a_large_vocabulary_costs_no_accuracy():
     for (nll, count), row in zip(found, ids, strict=True):
         expected = F.cross_entropy(model.logits_TV[3:11].double(), row[4:]).item()
         assert count == 8 and expected > 1e-4 and nll == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_no_peak(dtype):
+    model = Peaked()
+    model.logits_TV = (10 + 4 * torch.randn(12, VOCABULARY, generator=torch.Generator().manual_seed(1))).to(dtype)
+    ids = torch.arange(12)
+    row = {"input_ids": ids.tolist(), "labels": [-100] * 4 + ids[4:].tolist()}
+    ((nll, count),) = nll_per_item(model, [row])
+    expected = F.cross_entropy(model.logits_TV[3:11].double(), ids[4:]).item()
+    assert count == 8 and expected > 5 and nll == pytest.approx(expected, abs=1e-7)

@@ -300,8 +300,18 @@ def test_a_cell_is_of_one_study():
     # A difference is of one study's two figures.
     deltas = {row[1] for row in table.table.rows if row[0].strip() == "against Best FFT"}
     assert "+0.5 / -22.5" in deltas
+    # Whichever was made first: the study with most rows of the domain is the main one.
+    (same,), _ = paper_tables([*seeds, again, full, *first], ["1"])
+    assert same.table == table.table
     (table,), _ = paper_tables([full, *seeds], ["1"])
     assert not any("/ +" in row[1] for row in table.table.rows)
+
+
+def test_a_model_that_was_named_otherwise_once_counts_once():
+    run = {"study": {"study": "s", "run": "full-s0-abc", "role": "best"}}
+    old, new = (result(name, {"gsm8k": {"accuracy": 5}}, "full") | run for name in ("old", "new"))
+    (table,), left_over = paper_tables([old, new], ["1"])
+    assert cell([table], "1", "Specific Domain: Best FFT", "gsm8k").results == ["old of s"] and left_over == []
 
 
 def test_the_results_of_this_repository():

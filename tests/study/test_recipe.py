@@ -4,7 +4,6 @@ import json
 import math
 import os
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -118,8 +117,11 @@ def test_a_preset_names_a_run_by_what_it_stands_for(content):
 
 def test_evaluation_settings_name_evaluations_not_runs(content):
     run = plan_of(content).runs[0]
-    one, two = (evaluation_id(run, BEST, {"max_new_tokens": n}) for n in (3, 4))
+    one, two = (evaluation_id(run, BEST, {"max_new_tokens": n}, "small") for n in (3, 4))
     assert one != two
+    # Of another study, with the same numbers.
+    other = evaluation_id(run, BEST, {"max_new_tokens": 3}, "other")
+    assert other != one and other.split("-")[:-1] == one.split("-")[:-1]
     content["evaluation"]["max_new_tokens"] = 3
     assert plan_of(content).runs[0].id == run.id
 
@@ -133,7 +135,7 @@ def test_files_of_benchmarks_name_evaluations(content, tmp_path):
         text = "".join(json.dumps(row) + "\n" for row in rows[:num_rows])
         (tmp_path / folder / "gsm8k_test.jsonl").write_text(text)
         evaluation = {"tasks": ["gsm8k", "heldout"], "data_dir": str(tmp_path / folder)}
-        names.append(evaluation_id(plan_of(content).runs[0], BEST, evaluation_identity(evaluation)))
+        names.append(evaluation_id(plan_of(content).runs[0], BEST, evaluation_identity(evaluation), "small"))
     assert names[0] != names[1] == names[2]
     references = tmp_path / "references.json"
     for text in ("[]", "[1]"):
@@ -164,6 +166,16 @@ def test_a_grid_over_two_methods_names_both(content):
     masks = [run for run in plan_of(content).runs if run.method.name == "mask"]
     assert masks[1].labels[BEST] == "mask [full learning_rate=1e-05, learning_rate=0.001]"
     assert len({run.labels[BEST] for run in masks}) == 4
+
+
+def test_null_in_a_grid_is_what_is_said_nowhere(content):
+    before = ids(content)["mask"]
+    content["grid"] = {"mask.max_train_samples": [8, None], "mask.learning_rate": [None]}
+    masks = [run for run in plan_of(content).runs if run.method.name == "mask"]
+    assert [run.labels[BEST] for run in masks] == [
+        f"mask [max_train_samples={n}, learning_rate=default]" for n in (8, "all")
+    ]
+    assert masks[1].hash == before
 
 
 def test_candidates_of_two_seeds_do_not_overlap(content):
@@ -438,7 +450,7 @@ def test_time_is_counted_in_layers():
     from maskft.study.estimates import _layer_units
 
     def units(method, layers, **options):
-        return _layer_units(SimpleNamespace(method=SimpleNamespace(method=method), options=options), 30, layers)
+        return _layer_units(method, options, 30, layers)
 
     plain = {"gradient_checkpointing": False}
     assert units("full", None, **plain) == 90 and units("full", None) == 120
@@ -446,6 +458,19 @@ def test_time_is_counted_in_layers():
     # Layers 20 to 23 of 30: all forward, back through the upper ten, four layers of weights or scores.
     assert units("mask", [20, 21, 22, 23], **plain) == 44 == units("full", [20, 21, 22, 23], **plain)
     assert units("mask", [20, 21, 22, 23], mask_prefix_cache="cache", num_train_epochs=4, **plain) == 15 + 10 + 4
+
+
+def test_lora_is_faster_than_full_fine_tuning(content):
+    """It computes no gradient of the weights: of 4 passes with checkpointing it saves one."""
+    from maskft.study.estimates import estimate, model_facts
+    from maskft.study.recipe import Facts
+
+    content["methods"]["LoRA"] = {**content["methods"]["full"], "method": "lora"}
+    plan = plan_of(content)
+    for speed in ({"tokens_per_s": 10.0}, {"flops_per_s": 1e9}):
+        facts = replace(model_facts(Facts(), content["model"]), **speed)
+        times = {run.method.name: estimate(plan, run, facts).seconds for run in plan.runs}
+        assert times["LoRA"] == pytest.approx(times["full"] * 3 / 4)
 
 
 def test_time_by_the_speed_of_the_machine(content):

@@ -111,6 +111,14 @@ def check_that_another_study_in_the_folder_finds_what_is_made(content, tmp_path,
     for name, same in (("everything (best)", "full (best)"), ("everything (end)", "full (continued)")):
         assert found[name]["created"] == found[same]["created"] and found[name]["tasks"] == found[same]["tasks"]
         assert found[name]["study"]["study"] == "other" and found[name]["study"]["run"] == found[same]["study"]["run"]
+    content |= {"name": "third", "methods": {"full": FULL}}
+    assert main(["study", str(write(tmp_path / "other", content)), "--output_dir", str(folder)]) == 0
+    files = [json.loads(file.read_text()) for file in folder.glob(f"{paths.RESULTS}/full-*/{paths.RESULT}")]
+    assert sorted((each["study"]["study"], each["name"]) for each in files if each["study"]["role"] == "best") == [
+        ("small", "full (best)"),
+        ("third", "full (best)"),
+    ]
+    assert trained == {p: p.stat().st_mtime_ns for p in folder.glob(f"{paths.RUNS}/*/*") if p.name != paths.LOG}
 
 
 def check_accounts(folder):
@@ -246,8 +254,10 @@ def test_a_rate_of_zero_changes_weights_that_a_mask_removes(base, data, tmp_path
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how a process ended is told by its signal there")
-def test_a_run_that_is_killed_says_so(tmp_path):
-    code = "import os, signal; print('10/20 steps', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "sys.exit(137)"])
+def test_a_run_that_is_killed_says_so(end, tmp_path):
+    """The second is how a launcher tells of its process."""
+    code = f"import os, signal, sys; print('10/20 steps', flush=True); {end}"
     with pytest.raises(UserError, match=r"ended by SIGKILL, as when memory runs out \(see .*log\)"):
         run_command([sys.executable, "-c", code], tmp_path / "log")
 

@@ -58,7 +58,9 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
     for key in _FILES:
         if isinstance(out.get(key), str):
             file = Path(out[key]).expanduser()
-            files = sorted(path for path in file.rglob("*") if path.is_file()) if file.is_dir() else [file]
+            # Of a folder what lm-eval reads: tasks and their functions, which leave compiled files beside them.
+            files = sorted(path for ending in ("yaml", "yml", "py") for path in file.rglob(f"*.{ending}"))
+            files = files if file.is_dir() else [file]
             out[key] = _of_files(files) or out[key]
     return out
 

@@ -167,6 +167,7 @@ def compare(
             f"num_resamples {num_resamples} is too few for {max(num_comparisons.values())} comparisons at confidence "
             f"{confidence}: give at least {needed}"
         )
+    notes += _seed_notes(groups, baseline, dict.fromkeys(method for method, *_ in pairs))
     differences = []
     for method, task, metric in pairs:
         is_main = main[task] == metric
@@ -274,14 +275,34 @@ def _item_values(group: Sequence[Result], task: str, metric: str) -> np.ndarray:
     return np.array(rows, dtype=float)
 
 
-def _pair_by_seed(group: Sequence[Result], baseline_group: Sequence[Result]) -> None:
-    """Refuse two sets of seeds that cannot be paired: each seed with its own, or all with one result."""
+def _pair_by_seed(group: list[Result], baseline_group: list[Result]) -> tuple[list[Result], list[Result]]:
+    """Of two sets of seeds those that both have; one result stands beside all seeds of the other.
+
+    A single result of a seed that the baseline has is the rest of several, whose other seeds failed, say: it is paired
+    with its own. That of a pre-trained model has no seed.
+    """
     seeds, baseline_seeds = ([result["model"]["seed"] for result in each] for each in (group, baseline_group))
-    if len(seeds) > 1 and len(baseline_seeds) > 1 and seeds != baseline_seeds:
+    is_one_for_all = group[0]["model"]["method"] == "pretrained" or seeds[0] not in baseline_seeds
+    if len(baseline_seeds) == 1 or (len(seeds) == 1 and is_one_for_all):
+        return group, baseline_group
+    common = set(seeds) & set(baseline_seeds)
+    if not common:
         raise UserError(
             f"{group[0]['name']!r} has seeds {quoted(seeds)} and {baseline_group[0]['name']!r} "
             f"{quoted(baseline_seeds)}: give results of the same seeds for both, or a single baseline result"
         )
+    return tuple([result for result in each if result["model"]["seed"] in common] for each in (group, baseline_group))
+
+
+def _seed_notes(groups: dict[str, list[Result]], baseline: str, methods: Sequence[str]) -> list[str]:
+    """Say where only a part of the seeds can be paired."""
+    notes = []
+    for name in methods:
+        paired, with_baseline = _pair_by_seed(groups[name], groups[baseline])
+        if (len(paired), len(with_baseline)) != (len(groups[name]), len(groups[baseline])):
+            seeds = ", ".join(str(result["model"]["seed"]) for result in paired)
+            notes.append(f"{name} is compared at seed {seeds} alone, which {baseline} has too")
+    return notes
 
 
 def _difference(
@@ -297,7 +318,7 @@ def _difference(
     confidence: float,
 ) -> Difference:
     """Measure one difference; `_judge` adds the adjusted p and the verdict."""
-    _pair_by_seed(group, baseline_group)
+    group, baseline_group = _pair_by_seed(group, baseline_group)
     record = baseline_group[0]["tasks"][task]
     unit, higher_is_better = (
         unit_of((group, baseline_group), task, metric),

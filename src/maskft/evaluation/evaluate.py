@@ -178,9 +178,8 @@ def resumed_answers(
 
 
 def _loss_batch_size(model, longest: int, max_memory_bytes: float | None) -> int:
-    logits = (
-        3 * 4 * model.config.get_text_config().vocab_size * longest
-    )  # in float32, beside those in the model's dtype
+    # In float32 and in float64, beside those in the model's dtype.
+    logits = 3 * 4 * model.config.get_text_config().vocab_size * longest
     rows = memory_bound_rows(model, longest, 0, max_memory_bytes, extra_row_bytes=logits)
     return min(rows, MAX_LOSS_BATCH_SIZE)
 

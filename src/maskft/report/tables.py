@@ -192,12 +192,15 @@ def paper_tables(
             known = content["benchmarks"]
             raise UserError(f"no benchmark {benchmark!r}{did_you_mean(benchmark, known)}; there are {', '.join(known)}")
     candidates = [(identity, result) for result in results if (identity := identify(result)) is not None]
+    candidates = _broadest_study_first(candidates)
     tables = []
     for number in ids or content["tables"]:
         fill = _epochs_table if "epochs" in content["tables"][number] else _scores_table
         tables.append(fill(number, content["tables"][number], candidates, measures or {}))
     used = {name for table in tables for figure in table.figures for name in figure.results}
-    return tables, [name for name in dict.fromkeys(map(_name, results)) if name not in used]
+    models = {_model(result) for result in results if _name(result) in used} - {None}
+    left = (result for result in results if _name(result) not in used and _model(result) not in models)
+    return tables, list(dict.fromkeys(map(_name, left)))
 
 
 def _name(result: Result) -> str:
@@ -332,6 +335,17 @@ def _backbone(base: str | None) -> str | None:
     )
 
 
+def _broadest_study_first(candidates: list) -> list:
+    """Order the results such that in each domain those of the study with most rows of the tables come first.
+
+    So a main study goes before an ablation that has some of the same models.
+    """
+    rows: dict[tuple, set] = {}
+    for identity, result in candidates:
+        rows.setdefault((_study(result), identity.domain), set()).add((identity, result["model"]["seed"]))
+    return sorted(candidates, key=lambda each: -len(rows[_study(each[1]), each[0].domain]))
+
+
 def _of_one_study(chosen: list) -> list:
     """Keep the results of one study, that of the first: seeds of two studies are not seeds of one thing."""
     chosen = [each for each in chosen if each[0].domain] or chosen  # those that state their domain
@@ -342,6 +356,12 @@ def _study(result: Result) -> str | None:
     return (result.get("study") or {}).get("study")
 
 
+def _model(result: Result) -> tuple | None:
+    """What tells that two results of studies are of one model: hash of the run, and which of its models it is."""
+    study = result.get("study") or {}
+    return (study["run"].rpartition("-")[2], study["role"]) if "run" in study and "role" in study else None
+
+
 def _one_per_seed(chosen: list, place: str, same_value_is_fine: bool = False) -> list:
     """Refuse two results of one seed."""
     by_seed: dict = {}
@@ -349,6 +369,8 @@ def _one_per_seed(chosen: list, place: str, same_value_is_fine: bool = False) ->
         # Every study measures the pre-trained model, and whatever its seed, nothing was trained.
         is_pretrained = each[0].method == "pretrained"
         other = by_seed.setdefault(None if is_pretrained else each[1]["model"]["seed"], each)
+        if _model(other[1]) is not None and _model(other[1]) == _model(each[1]):
+            continue  # named otherwise once
         if other is not each and not ((same_value_is_fine or is_pretrained) and other[2] == each[2]):
             names = f"{other[1]['name']!r} and {each[1]['name']!r}"
             raise UserError(

@@ -103,30 +103,31 @@ def _seconds(run: Run, facts: Facts, tokens: int) -> float | None:
     layers = _trained_layers(run)
     if facts.num_layers is None:  # then every method is taken to be as slow as full fine-tuning
         return tokens / facts.tokens_per_s if facts.tokens_per_s else None
-    units = _layer_units(run, facts.num_layers, layers)
+    units = _layer_units(run.method.method, run.options, facts.num_layers, layers)
     if facts.tokens_per_s:
-        return tokens / facts.tokens_per_s * units / _layer_units(run, facts.num_layers, None)
+        return tokens / facts.tokens_per_s * units / _layer_units("full", run.options, facts.num_layers, None)
     if facts.flops_per_s and facts.num_parameters:
         return tokens * units * 2 * facts.num_parameters / facts.num_layers / facts.flops_per_s
     return None
 
 
-def _layer_units(run: Run, num_layers: int, layers: list[int] | None) -> float:
+def _layer_units(method: str, options: dict, num_layers: int, layers: list[int] | None) -> float:
     """Cost of a token in forward passes of one layer: the floor of docs/performance.md, and what is computed again.
 
     Args:
-        run: For its method, gradient checkpointing and prefix cache.
+        method: Method of ``maskft train``.
+        options: Its options, for gradient checkpointing and prefix cache.
         num_layers: Decoder layers of the model.
         layers: Layers that are trained; None for all.
     """
     first = min(layers) if layers else 0
     above = num_layers - first  # layers that gradients pass through
     forward = num_layers
-    if layers and run.options.get("mask_prefix_cache"):
-        forward = above + first / max(run.options.get("num_train_epochs", 3), 1)  # the layers below once, then read
-    checkpointed = run.options.get("activation_checkpointing", run.options.get("gradient_checkpointing", True))
+    if layers and options.get("mask_prefix_cache"):
+        forward = above + first / max(options.get("num_train_epochs", 3), 1)  # the layers below once, then read
+    checkpointed = options.get("activation_checkpointing", options.get("gradient_checkpointing", True))
     again = above if checkpointed else 0
-    weights = 0 if run.method.method == "lora" else len(layers) if layers else num_layers
+    weights = 0 if method == "lora" else len(layers) if layers else num_layers
     return forward + above + weights + again
 
 

@@ -52,7 +52,8 @@ class Study:
 
     def result_file(self, run: Run, role: str) -> Path:
         """Result file of one of the run's models."""
-        return self.folder / paths.RESULTS / evaluation_id(run, role, self._evaluation) / paths.RESULT
+        name = evaluation_id(run, role, self._evaluation, self.recipe.name)
+        return self.folder / paths.RESULTS / name / paths.RESULT
 
     @cached_property
     def _evaluation(self) -> dict:
@@ -256,7 +257,8 @@ def _evaluate(study: Study, run: Run, role: str, tick) -> None:
         for other in others
         if study.is_trained(other) and study.model(other, BEST) == model
     ]
-    files += target.parent.parent.glob(f"*-{target.parent.name.rpartition('-')[2]}/{paths.RESULT}")  # other names
+    measured = target.parent.name.split("-")[-2]  # under whatever name, by whatever study
+    files += sorted(target.parent.parent.glob(f"*-{measured}-*/{paths.RESULT}"))
     for file in files:
         if file.is_file():
             result = read_result(file) | {"name": label}

@@ -28,6 +28,7 @@ _HASH_LENGTH = 10
 # What says which matrices are masked: a fixed mask takes it from the learned mask that it matches.
 _PLACES = ("mask_layers_to_transform", "mask_layers_pattern", "mask_target_modules", "mask_exclude_modules")
 _LAYERS = ("mask_layers_to_transform", "partial_layers")
+_ROWS = "max_train_samples"
 # What estimates and seeds compute with.
 _NUMBERS = (
     "num_candidates",
@@ -35,7 +36,7 @@ _NUMBERS = (
     "max_steps",
     "max_length",
     "eval_split_size",
-    "max_train_samples",
+    _ROWS,
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
 )
@@ -84,7 +85,9 @@ class Run:
         words = []
         for (name, option), value in self.axes.items():
             whose = f"{name} " if options.count(option) > 1 and name != self.method.name else ""
-            words.append(f"{whose}{option.removeprefix('mask_')}={_short(value)}")
+            # Nothing said means all layers, all rows; of other options the default.
+            text = _short(value) if value is not None else "all" if option in (*_LAYERS, _ROWS) else "default"
+            words.append(f"{whose}{option.removeprefix('mask_')}={text}")
         return f" [{', '.join(words)}]" if words else ""
 
     @property
@@ -145,10 +148,20 @@ def _check_names(runs: list[Run]) -> None:
             seen[key] = run
 
 
-def evaluation_id(run: Run, role: str, evaluation: dict) -> str:
-    """Folder name of an evaluation of one of the run's models; see :func:`evaluation_identity`."""
+def evaluation_id(run: Run, role: str, evaluation: dict, study: str) -> str:
+    """Folder name of an evaluation of one of the run's models.
+
+    It ends with a hash of what is measured and one of the study's name: studies in one folder copy each other's
+    numbers, and each says itself what the model is in its tables.
+
+    Args:
+        run: The run.
+        role: Which of its models.
+        evaluation: See :func:`evaluation_identity`.
+        study: Name of the study.
+    """
     settings = {"run": run.hash, "role": role, "evaluation": evaluation}
-    return f"{run.id.rpartition('-')[0]}-{role}-{_hash(settings)}"
+    return f"{run.id.rpartition('-')[0]}-{role}-{_hash(settings)}-{_hash({'study': study})[:4]}"
 
 
 def evaluation_identity(evaluation: dict) -> dict:
@@ -386,9 +399,7 @@ def _slug(text: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """A list of consecutive layers as first-last; None, of layers and rows, is all."""
-    if value is None:
-        return "all"
+    """A list of consecutive layers as first-last."""
     if isinstance(value, list) and len(value) > 1 and value == list(range(value[0], value[0] + len(value))):
         return f"{value[0]}-{value[-1]}"
     return str(value)

@@ -69,8 +69,9 @@ def run_command(words: Sequence[str], log: Path, tick: Callable[[], None] = lamb
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    if process.returncode < 0:  # its last line would be one of progress
-        name = signal.Signals(-process.returncode).name
+    killed_by = -process.returncode if process.returncode < 0 else process.returncode - 128
+    if killed_by in set(signal.Signals):  # its last line would be one of progress
+        name = signal.Signals(killed_by).name
         raise UserError(f"ended by {name}{', as when memory runs out' if name == 'SIGKILL' else ''} (see {log})")
     if process.returncode:
         reason = last_line(log).removeprefix("maskft: error: ") or f"exit status {process.returncode}"

@@ -25,8 +25,7 @@ def summarise(study: Study, plan: Plan) -> str:
     texts, markdown, models = [], [f"# {study.recipe.name}", ""], {}
     for model in study.recipe.models:
         results = [
-            # In a folder that several studies share, the same model may have another name in another one.
-            read_result(study.result_file(run, role)) | {"name": run.labels[role]}
+            read_result(study.result_file(run, role)) | {"name": run.labels[role]}  # it may have had another
             for run in plan.runs
             if run.model == model
             for role in run.labels
@@ -36,9 +35,7 @@ def summarise(study: Study, plan: Plan) -> str:
             continue
         name = results[0]["study"]["model"]
         name = model if name in models else name  # two folders may have the same name
-        results, lacking = _of_common_seeds(results, plan, model)
         results, notes = _without_repeats(results, study.recipe.baseline)
-        notes = lacking + notes
         text, table, record = _of_one_model(results, study.recipe.baseline)
         notes += _unchanged(results)
         texts.append("\n".join([f"{name}\n{text}", *notes]))
@@ -84,27 +81,6 @@ def _row(result: Result) -> dict:
     }
     facts = {key: study[key] for key in ("run", "role", "best_step", "num_steps", "best_heldout_loss", *_ACCOUNTS)}
     return {"name": result["name"], "seed": result["model"]["seed"], "metrics": metrics, **facts}
-
-
-def _of_common_seeds(results: list[Result], plan: Plan, model: str) -> tuple[list[Result], list[str]]:
-    """Leave out seeds that a model lacks, as after a run that failed, and say so: rows are paired by seed."""
-    planned: dict[str, set[int]] = {}
-    for run in plan.runs:
-        for label in run.labels.values() if run.model == model else ():
-            planned.setdefault(label, set()).add(run.seed)
-    found: dict[str, set[int]] = {}
-    for result in results:
-        found.setdefault(result["name"], set()).add(result["model"]["seed"])
-    lacking = {name: planned[name] - seeds for name, seeds in found.items() if planned[name] - seeds}
-    left_out = set().union(*lacking.values())
-    kept = [r for r in results if len(planned[r["name"]]) == 1 or r["model"]["seed"] not in left_out]
-    if not kept:
-        return results, []
-    notes = [
-        f"Note: seed {', '.join(map(str, sorted(seeds)))} is left out of every row: {name} has no result for it."
-        for name, seeds in lacking.items()
-    ]
-    return kept, notes
 
 
 def _without_repeats(results: list[Result], baseline: str | None) -> tuple[list[Result], list[str]]:
