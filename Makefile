@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: demo test test-slow bench quality style clean
 
@@ -10,10 +12,10 @@ demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(PYTEST) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.test $(VENV)/.demo $(VENV)/.ray $(VENV)-judge/.judge
-	MASKFT_JUDGE_PYTHON=$(CURDIR)/$(VENV)-judge/bin/python $(BIN)/python -m pytest -m slow
+	MASKFT_JUDGE_PYTHON=$(CURDIR)/$(VENV)-judge/bin/python $(PYTEST) -m slow
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks

@@ -320,7 +320,8 @@ def test_the_results_of_this_repository():
     assert "mask, 8 epochs (best) of smollm2-math-steps" in left_over
 
 
-def test_command(folder, capsys):
+def test_command(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     places = [str(folder / "runs"), str(folder / "named")]
     assert main(["report", "tables", *places, "--tables", "1,8"]) == 0
     terminal = capsys.readouterr().out
