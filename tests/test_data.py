@@ -297,6 +297,7 @@ def test_procedural_mistakes(task, options, message):
 # Mistakes in the input -----------------------------------------------------------------------------------------------
 
 GOOD_LINE = '{"prompt": "a", "completion": "b"}\n'
+CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the time, which would stand in a test's name
 
 
 @pytest.mark.parametrize(
@@ -329,7 +330,12 @@ GOOD_LINE = '{"prompt": "a", "completion": "b"}\n'
         ("a.jsonl", b"\xff\xfe", r"a\.jsonl is not UTF-8"),
         ("a.jsonl", GOOD_LINE + r'{"prompt": "\ud83d", "completion": "b"}', r"line 2: '\\ud83d' is half a character"),
         ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz cannot be read: .*gzip"),
-        ("a.jsonl.gz", gzip.compress(GOOD_LINE.encode() * 99)[:40], r"a\.jsonl\.gz cannot be read: .*end-of-stream"),
+        # Without the time, which would stand in the test's name.
+        (
+            "a.jsonl.gz",
+            gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40],
+            r"a\.jsonl\.gz cannot be read: .*end-of-stream",
+        ),
         ("a.parquet", b"not parquet", r"a\.parquet is not a readable parquet file"),
         ("a.csv", "prompt,completion\n", r"a\.csv has an unsupported ending; convert it to one of \.jsonl"),
     ],
