@@ -241,7 +241,7 @@ def test_everything_overlaps(write):
 
 
 def test_procedural_expression():
-    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
     options = '{"min_digits": 1, "max_digits": 1}'
     train, heldout, report = splits(
         "reasoning-gym/products", procedural_options=options, procedural_train_size=300, procedural_eval_size=20
@@ -255,7 +255,7 @@ def test_procedural_expression():
 
 
 def test_procedural_question():
-    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
     kwargs = {"procedural_train_size": 3, "procedural_eval_size": 2}
     spelled = splits("reasoning-gym/spell_backward", **kwargs).heldout[0]
     assert spelled["answer"] == spelled["completion"][0]["content"] and spelled["answer_type"] == "exact"
@@ -266,7 +266,7 @@ def test_procedural_question():
 
 
 def test_procedural_seeds_share_no_stream():
-    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
     kwargs = {"procedural_options": {"min_digits": 6, "max_digits": 6}, "procedural_eval_size": 20}
     one, again, two = (splits("reasoning-gym/products", seed=seed, **kwargs) for seed in (1, 1, 2))
     assert one.train.to_list() == again.train.to_list() and one.heldout.to_list() == again.heldout.to_list()
@@ -289,7 +289,7 @@ def test_procedural_package_is_missing(monkeypatch):
     ],
 )
 def test_procedural_mistakes(task, options, message):
-    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
     with pytest.raises(UserError, match=message):
         splits(f"reasoning-gym/{task}", procedural_options=options)
 

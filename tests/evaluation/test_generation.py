@@ -23,7 +23,10 @@ def model(make=tiny.tiny_llama, **overrides):
 
 def prompts(num_shared=40, lengths=(3, 9, 1, 20, 7, 5, 12, 30, 2), seed=0):
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randint(3, len(TOKENIZER), (n,), generator=generator).tolist()  # noqa: E731
+
+    def draw(n):
+        return torch.randint(3, len(TOKENIZER), (n,), generator=generator).tolist()
+
     shared = draw(num_shared)
     return [shared + draw(n) for n in lengths]
 

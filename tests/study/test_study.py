@@ -166,7 +166,7 @@ def test_ten_kills_at_random_moments(base, data, tmp_path):
 @pytest.mark.slow
 def test_a_ray_cluster_of_two_workers_gives_the_same(base, data, tmp_path, capsys):
     ray = pytest.importorskip("ray", reason="needs maskft[ray]")
-    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs maskft[ray]")
     masks = {f"mask {n}": {**MASK, "mask_layers_to_transform": [n]} for n in (0, 1)}
     content = recipe(base, data, {"full": FULL, **masks})
     file = write(tmp_path, content)

@@ -57,10 +57,10 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
         out["contamination_sets"] = ",".join(_of_files(files) or name for name, files in named.items())
     for key in _FILES:
         if isinstance(out.get(key), str):
-            file = Path(out[key]).expanduser()
-            # Of a folder what lm-eval reads: tasks and their functions, which leave compiled files beside them.
-            files = sorted(path for ending in ("yaml", "yml", "py") for path in file.rglob(f"*.{ending}"))
-            files = files if file.is_dir() else [file]
+            files = [Path(out[key]).expanduser()]
+            if files[0].is_dir():
+                # What lm-eval reads there: tasks and their functions, which leave compiled files beside them.
+                files = sorted(path for ending in ("yaml", "yml", "py") for path in files[0].rglob(f"*.{ending}"))
             out[key] = _of_files(files) or out[key]
     return out
 

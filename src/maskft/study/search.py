@@ -113,9 +113,8 @@ def _split(search: Search, study: Study, plan: Plan) -> dict[str, int]:
 
     files = {part: search.part_file(study.folder, part) for part in PARTS}
     if not all(file.is_file() for file in files.values()):
-        given = search.recipe.train | search.data.options
-        tokenizer = load_tokenizer(study.base(plan.runs[0]), given.get(TEMPLATE))
-        field = given.get("dataset_text_field", "text")
+        tokenizer = load_tokenizer(study.base(plan.runs[0]), search.options.get(TEMPLATE))
+        field = search.options.get("dataset_text_field", "text")
         # On rows it was trained on, whatever keeps the model as it is looks best.
         options = {key: value for key, value in search.data.options.items() if key in OF_DATA}
         whole = DataArguments(**{**options, "max_train_samples": None})

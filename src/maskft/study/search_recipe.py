@@ -99,6 +99,11 @@ class Search:
         """The training data."""
         return next(iter(self.recipe.data.values()))
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of ``maskft train`` for all probes; those that stand with the data win."""
+        return self.recipe.train | self.data.options
+
     def rung(self, candidates: list[Candidate], steps: int, folder: Path | None = None) -> Recipe:
         """A rung as a study; without ``folder`` on the data as it is, to check its options."""
         methods = {NO_MASK: Method(NO_MASK, PRETRAINED)}
@@ -120,8 +125,7 @@ class Search:
 
     def evaluation(self, rows: str) -> dict[str, Any]:
         """Options of ``maskft evaluate`` that measure the loss on ``rows``."""
-        train = self.recipe.train | self.data.options
-        shared = {key: train[key] for key in ("max_length", "dataset_text_field") if key in train}
+        shared = {key: self.options[key] for key in ("max_length", "dataset_text_field") if key in self.options}
         return {**shared, **self.recipe.evaluation, "dataset_name": rows, "no_generate": True}
 
     def part_file(self, folder: Path, part: str) -> Path:
