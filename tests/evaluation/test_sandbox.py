@@ -368,6 +368,15 @@ def test_endless_loop_unconfined(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.status, result.confinement) == ("timeout", "unconfined")
 
 
+@pytest.mark.parametrize("first_line", ["", "import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)"])
+@pytest.mark.parametrize("loop", ["while True: pass", "while True: print('x' * 1000)"])
+def test_the_kernels_limit_stands_behind_the_watch(first_line: str, loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Printing: the kernel's limit counts in ticks, and more of them than the CPU time that it reports at the end.
+    monkeypatch.setattr(sandbox, "_tree_usage", lambda *_: (0, 0.0))
+    result = run_code(f"{first_line}\n{loop}", cpu_time_s=1)
+    assert (result.status, result.reason) == ("timeout", "used more than 1 s of CPU time")
+
+
 def test_cpu_time_of_children_counts() -> None:
     code = """
 import os, time
