@@ -78,7 +78,7 @@ def test_parameters_and_units(run):
     assert result.num_parameters == sum(p.numel() for p in model.parameters())
     assert result.num_trainable == result.num_masked == 2 * per_layer
     # "forward L, activation gradients L - a, weight gradients b - a + 1" of 3 L
-    assert result.layer_units == {
+    assert result.layer_passes == {
         "forward": 4,
         "activation_gradients": 3,
         "weight_gradients": 2,
@@ -111,7 +111,7 @@ def test_parameters_and_units(run):
 
 def test_the_paper_count_of_layers_20_to_23(run):
     result = estimate(run({**SMALL, "num_hidden_layers": 32}, mask_layers_to_transform=[20, 21, 22, 23]))
-    assert (result.layer_units["total"], result.layer_units["full"]) == (48, 96)
+    assert (result.layer_passes["total"], result.layer_passes["full"]) == (48, 96)
 
 
 def test_flops_of_full_fine_tuning_by_hand(run):

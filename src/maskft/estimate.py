@@ -51,7 +51,7 @@ class Estimate:
         height: The phase in which the height falls.
         phases: Bytes in all, per phase.
         peak_bytes: Sum of ``memory``.
-        layer_units: Cost of the decoder layers in forward passes of one layer: counted floor, and full fine-tuning.
+        layer_passes: Cost of the decoder layers in forward passes of one layer: counted floor, and full fine-tuning.
         flops_per_step: FLOPs of one optimizer step: forward, backward, total.
         tokens_per_step: Tokens of one optimizer step if every row has ``sequence_length`` tokens.
         num_steps: Optimizer steps of the run; None when the number of rows is not known.
@@ -82,7 +82,7 @@ class Estimate:
     height: str
     phases: dict[str, int]
     peak_bytes: int
-    layer_units: dict[str, int] | None
+    layer_passes: dict[str, int] | None
     flops_per_step: dict[str, int]
     tokens_per_step: int
     num_steps: int | None
@@ -177,7 +177,7 @@ def estimate(
         height=height,
         phases={name: sum(terms.values()) for name, terms in phases.items()},
         peak_bytes=sum(phases[height].values()),
-        layer_units=planned.layer_units,
+        layer_passes=planned.layer_passes,
         flops_per_step=step,
         tokens_per_step=tokens if planned.is_trained else 0,
         num_steps=num_steps,

@@ -27,6 +27,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from .arguments import FIXED_MASK_METHODS, MASK_METHODS, mask_config
 from .errors import UserError, did_you_mean
+from .floor import layer_passes
 from .live_bytes import Gradients, LiveBytes, make_fake, triton_head
 from .mask_codec import encode_mask
 from .masking import _CHUNK_NUMEL, random_mask
@@ -105,7 +106,8 @@ class PlannedRun:
         with self._mode:
             make_fake(self.model)
             trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.layer_units = self._layer_units(trained)
+        layers = layer_indices(trained)
+        self.layer_passes = layer_passes(self.num_layers, layers) if layers and self.method != "lora" else None
         masked = {id(module.weight) for module in self.masked.values()}
         # Trained besides the scores: all weights, LoRA matrices, modules_to_save.
         self.trained_sizes = [(p.numel(), p.element_size()) for p in trained.values() if id(p) not in masked]
@@ -150,20 +152,6 @@ class PlannedRun:
             model.activation_checkpointing_enable(self.run.training.gradient_checkpointing_kwargs)
             stop_gradient_at_frozen_embeddings(model)
         return model
-
-    def _layer_units(self, trained) -> dict[str, int] | None:
-        """The floor, counted: forward L, activation gradients L - a, weight gradients b - a + 1."""
-        layers = layer_indices(trained)
-        if not layers or self.method == "lora":
-            return None
-        forward, activations = self.num_layers, self.num_layers - min(layers)
-        return {
-            "forward": forward,
-            "activation_gradients": activations,
-            "weight_gradients": len(layers),
-            "total": forward + activations + len(layers),
-            "full": 3 * self.num_layers,
-        }
 
     def _count_files(self) -> None:
         moments = int(self._optimizer_bytes())

@@ -447,10 +447,10 @@ def test_memory_estimate(content):
 
 
 def test_time_is_counted_in_layers():
-    from maskft.study.estimates import _layer_units
+    from maskft.study.estimates import _passes
 
     def units(method, layers, **options):
-        return _layer_units(method, options, 30, layers)
+        return _passes(method, options, 30, layers)
 
     plain = {"gradient_checkpointing": False}
     assert units("full", None, **plain) == 90 and units("full", None) == 120

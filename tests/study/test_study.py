@@ -346,7 +346,7 @@ def test_how_a_run_is_launched(base, data, tmp_path):
             [*train, "--accelerate_config", "multi_gpu", "--num_processes", "1"],
         ),
         (
-            {"command": "torchrun --nproc_per_node 4"},
+            {"command": "torchrun --nproc_per_node 4", "num_processes": 4},
             ["torchrun", "--nproc_per_node", "4", "-m", "maskft.cli.main", "train"],
         ),
     ]

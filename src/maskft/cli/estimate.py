@@ -122,12 +122,12 @@ def _print(result) -> None:
 def _facts(result):
     yield "parameters", f"{result.num_parameters:,}; trained {result.num_trainable:,}; masked {result.num_masked:,}"
     yield "height of each phase", ", ".join(f"{name} {size / 1e9:.3f} GB" for name, size in result.phases.items())
-    if result.layer_units:
-        units = result.layer_units
+    if result.layer_passes:
+        passes = result.layer_passes
         yield (
             "decoder layers, counted",
-            f"forward {units['forward']} + activation gradients {units['activation_gradients']} + weight gradients "
-            f"{units['weight_gradients']} = {units['total']} of {units['full']} units of full fine-tuning",
+            f"forward {passes['forward']} + activation gradients {passes['activation_gradients']} + weight gradients "
+            f"{passes['weight_gradients']} = {passes['total']} of {passes['full']} passes of full fine-tuning",
         )
     flops = result.flops_per_step
     yield (

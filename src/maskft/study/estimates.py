@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..arguments import FIXED_MASK_METHODS
+from ..floor import layer_passes
 from .plan import Plan, Run
 from .recipe import PRETRAINED, Facts
 
@@ -103,16 +104,16 @@ def _seconds(run: Run, facts: Facts, tokens: int) -> float | None:
     layers = _trained_layers(run)
     if facts.num_layers is None:  # then every method is taken to be as slow as full fine-tuning
         return tokens / facts.tokens_per_s if facts.tokens_per_s else None
-    units = _layer_units(run.method.method, run.options, facts.num_layers, layers)
+    passes = _passes(run.method.method, run.options, facts.num_layers, layers)
     if facts.tokens_per_s:
-        return tokens / facts.tokens_per_s * units / _layer_units("full", run.options, facts.num_layers, None)
+        return tokens / facts.tokens_per_s * passes / _passes("full", run.options, facts.num_layers, None)
     if facts.flops_per_s and facts.num_parameters:
-        return tokens * units * 2 * facts.num_parameters / facts.num_layers / facts.flops_per_s
+        return tokens * passes * 2 * facts.num_parameters / facts.num_layers / facts.flops_per_s
     return None
 
 
-def _layer_units(method: str, options: dict, num_layers: int, layers: list[int] | None) -> float:
-    """Cost of a token in forward passes of one layer: the floor of docs/performance.md, and what is computed again.
+def _passes(method: str, options: dict, num_layers: int, layers: list[int] | None) -> float:
+    """Cost of a token in passes over one layer: the floor, less what is cached, and what is computed again.
 
     Args:
         method: Method of ``maskft train``.
@@ -120,15 +121,16 @@ def _layer_units(method: str, options: dict, num_layers: int, layers: list[int] 
         num_layers: Decoder layers of the model.
         layers: Layers that are trained; None for all.
     """
-    first = min(layers) if layers else 0
-    above = num_layers - first  # layers that gradients pass through
-    forward = num_layers
+    floor = layer_passes(num_layers, layers or range(num_layers))
+    passes: float = floor["total"]
+    if method == "lora":
+        passes -= floor["weight_gradients"]  # those of its small matrices are next to nothing
     if layers and options.get("mask_prefix_cache"):
-        forward = above + first / max(options.get("num_train_epochs", 3), 1)  # the layers below once, then read
-    checkpointed = options.get("activation_checkpointing", options.get("gradient_checkpointing", True))
-    again = above if checkpointed else 0
-    weights = 0 if method == "lora" else len(layers) if layers else num_layers
-    return forward + above + weights + again
+        num_epochs = max(options.get("num_train_epochs", 3), 1)
+        passes -= min(layers) * (1 - 1 / num_epochs)  # the layers below once, then read
+    if options.get("activation_checkpointing", options.get("gradient_checkpointing", True)):
+        passes += floor["activation_gradients"]
+    return passes
 
 
 def _trained_layers(run: Run) -> list[int] | None:

@@ -89,7 +89,8 @@ class Launch:
     Attributes:
         accelerate_config: One of TRL's configurations (``fsdp2``, ``multi_gpu``) or a file of ``accelerate config``.
         command: Words before ``-m maskft.cli.main train``, e.g. ``torchrun --nproc_per_node 8``; None: this Python.
-        num_processes: ``maskft train --num_processes N``; None: what the accelerate configuration says, else 1.
+        num_processes: ``maskft train --num_processes N``; None: what the accelerate configuration says, else 1. Beside
+            ``command`` it starts nothing, it tells a dry run how many processes the command starts.
         num_cpus: CPU cores a run takes on a Ray cluster.
         num_gpus: GPUs a run takes on a Ray cluster.
     """
