@@ -10,7 +10,8 @@ import pytest
 from maskft.cli.main import main
 from maskft.errors import UserError
 from maskft.evaluation.results import build_result, build_task, items_fingerprint, metric_from_items, write_result
-from maskft.report.tables import identify, paper, paper_tables, read_results, render_tables
+from maskft.report.table_results import identify, read_results
+from maskft.report.tables import paper, paper_tables, render_tables
 
 RESULTS = Path(__file__).parents[2] / "results"
 LLAMA2, LLAMA31, SMOL = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B", "SmolLM2-135M"

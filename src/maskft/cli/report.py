@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Read the results, fill the tables, print or write them."""
     from ..evaluation.results import write_text
-    from ..report.tables import paper_tables, read_results, render_tables
+    from ..report.table_results import read_results
+    from ..report.tables import paper_tables, render_tables
 
     measures = {}
     for measure in args.measure:
