@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from maskft.cli.main import COMMANDS, main
 
@@ -21,9 +22,8 @@ def users_folder(base, tmp_path, monkeypatch):
     for name in ("train.jsonl", "test.jsonl"):
         rows = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}"} for a in range(8) for b in range(8)]
         (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows))
-    (tmp_path / "recipe.yaml").write_text(
-        "max_steps: 2\neval_steps: 1\nsave_steps: 1\nlearning_rate: 1.0e-3\neval_split_size: 8\nbf16: false\n"
-    )
+    options = yaml.safe_load(re.search(r"```yaml\n(# train.yaml.*?)```", README, re.DOTALL).group(1))
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(options | {"bf16": False}))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

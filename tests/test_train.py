@@ -11,8 +11,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import tiny
-from maskft.checkpoints import _last_whole_checkpoint
+from maskft.checkpoints import _last_whole_checkpoint, prepare_output_dir
 from maskft.cli.main import main
+from maskft.errors import UserError
 from maskft.mask_set import MaskSet
 from maskft.paths import ADAPTER_WEIGHTS, LAST, TRAINING
 from tiny_tokenizer import tiny_tokenizer
@@ -154,6 +155,21 @@ def test_a_checkpoint_cut_short_is_passed_over(arguments, tmp_path, capsys):
     status, err = run(arguments(resume_from_checkpoint="true", **options), capsys)
     assert status == 0, err
     assert (out / ADAPTER_WEIGHTS).read_bytes() == expected
+
+
+@pytest.mark.parametrize("how", ["true", "auto", "out/checkpoint-4"])
+def test_a_checkpoint_of_other_processes_is_refused(how, arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(arguments(), capsys)
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    two = SimpleNamespace(output_dir="out", resume_from_checkpoint=how, world_size=2, save_only_model=False)
+    with pytest.raises(UserError, match="was written by one process, and this run has 2; go on with as many"):
+        prepare_output_dir(two)
+    state = (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    (checkpoint / "rng_state_1.pth").write_bytes(state.read_bytes())  # what two processes leave
+    status, err = run(arguments(resume_from_checkpoint=how), capsys)
+    assert status == 2 and err.count("\n") == 1
+    assert "checkpoint-4' was written by 2 processes, and this run has 1; go on with as many" in err
 
 
 def test_base_weights_do_not_change(arguments, base, tmp_path, capsys):

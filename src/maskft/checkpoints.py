@@ -24,6 +24,7 @@ def prepare_output_dir(args: SFTConfig) -> str | None:
     if resume and str(resume).lower() not in ("true", "1"):
         if not Path(resume).is_dir():
             raise UserError(f"resume_from_checkpoint {resume!r} is not a folder")
+        _check_processes(Path(resume), args)
         return str(resume)
     used = folder.is_dir() and any(folder.iterdir())
     if resume:
@@ -44,11 +45,27 @@ def _last_whole_checkpoint(folder: Path, args: SFTConfig) -> str | None:
     needed = [] if args.save_only_model else _state_files(args)
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
+        _check_processes(path, args)
         weights = [*path.glob("*.safetensors")]
         whole = all((path / name).is_file() for name in needed) and _is_json(path / "trainer_state.json")
         if weights and whole and all(map(_is_readable, weights)) and _has_all_shards(path):
             return str(path)
     return None
+
+
+def _check_processes(checkpoint: Path, args: SFTConfig) -> None:
+    """Refuse a checkpoint of more processes, or of one where there are several: rows and noise would be others.
+
+    Too few random states are no proof: a kill may have come before the others were written.
+    """
+    many = len([*checkpoint.glob("rng_state_*.pth")])
+    if many > (args.world_size if args.world_size > 1 else 0) or (
+        args.world_size > 1 and (checkpoint / "rng_state.pth").is_file()
+    ):
+        written_by = f"{many} processes" if many else "one process"
+        raise UserError(
+            f"{str(checkpoint)!r} was written by {written_by}, and this run has {args.world_size}; go on with as many"
+        )
 
 
 def _has_all_shards(folder: Path) -> bool:
