@@ -112,8 +112,8 @@ class MaskModel(BaseTuner):
         if not config.inference_mode and layers and not scores:
             _check_restored(model, adapter_name, loaded)
             warnings.warn(
-                "the adapter holds a mask but not its scores (save_scores=False): if it is trained on, then with freshly "
-                "drawn scores that rank the same"
+                "the adapter holds a mask but not its scores (save_scores=False): if it is trained on, then with "
+                "freshly drawn scores that rank the same"
             )
         return rest
 
