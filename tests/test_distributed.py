@@ -37,11 +37,11 @@ def arguments(odd_base, data):
     settings = {
         "model_name_or_path": odd_base,
         "dataset_name": data,
-        "eval_split_size": 16,
+        "eval_split_size": 11,  # of two last batches of 4 one is short, and one repeats rows and nothing else
         "max_steps": 4,
         "global_batch_size": 8,
         "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 8,
+        "per_device_eval_batch_size": 4,
         "eval_steps": 2,
         "save_steps": 2,
         "save_total_limit": 3,
@@ -117,7 +117,7 @@ def test_two_processes_give_the_mask_of_one(config, arguments, one_process, tmp_
     result = call(["maskft.cli.main", *arguments(output_dir=out, accelerate_config=config, **LAUNCH)])
     assert result.returncode == 0, result.stderr
     check_equal(out, one_process)
-    for line in ("held-out loss without the mask", "Tokenizing: 100%|██████████| 48/48", "FutureWarning: `is_grad"):
+    for line in ("held-out loss without the mask", "Tokenizing: 100%|██████████| 53/53", "FutureWarning: `is_grad"):
         assert result.stderr.count(line) == 1, line  # one process speaks
     checkpoint = sorted(path.name for path in (out / "checkpoint-4").iterdir())
     assert ("optimizer.bin" in checkpoint) == (config == "fsdp2") and "rng_state_1.pth" in checkpoint

@@ -164,11 +164,13 @@ def test_what_it_refuses(model, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_runs_at_once_are_refused(tmp_path):
-    cache = PrefixCache(masked(), tmp_path, 1e9, None)
-    with pytest.raises(UserError, match="in use by another run"):
-        PrefixCache(masked(), tmp_path, 1e9, None)
-    cache.remove()
+def test_two_runs_at_once_have_a_file_each(tmp_path):
+    first, second = (PrefixCache(masked(), tmp_path, 1e9, None) for _ in range(2))
+    assert len(list(tmp_path.glob("*.bin"))) == 2 and len(list(tmp_path.glob("*-2.bin"))) == 1
+    first.remove()
+    third = PrefixCache(masked(), tmp_path, 1e9, None)  # the first's
+    assert len(list(tmp_path.glob("*.bin"))) == 2
+    second.remove(), third.remove()
 
 
 def test_on_the_command_line(base, data, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -172,6 +173,29 @@ def test_a_checkpoint_of_other_processes_is_refused(how, arguments, tmp_path, ca
     assert "checkpoint-4' was written by 2 processes, and this run has 1; go on with as many" in err
 
 
+def test_a_checkpoint_of_the_model_alone_is_not_gone_on_with(arguments, tmp_path, capsys):
+    """Without optimizer and schedule the rest would be another training: `auto` begins anew, `true` is refused."""
+    options = {"max_steps": 4, "save_only_model": True, "keep_last": True, "method": "full"}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        assert run(arguments(output_dir=folder, **options), capsys)[0] == 0
+    shutil.rmtree(cut / "checkpoint-4")
+    status, err = run(arguments(output_dir=cut, resume_from_checkpoint="true", **options), capsys)
+    assert status == 2 and "no checkpoint to resume from" in err and "save_only_model hold no optimizer" in err
+    assert run(arguments(output_dir=cut, resume_from_checkpoint="auto", **options), capsys)[0] == 0
+    for file in ("model.safetensors", f"{LAST}/model.safetensors"):
+        assert (cut / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_preparing_data_leaves_the_output_folder_alone_and_training_finds_the_rows(arguments, tmp_path, capsys):
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    assert run(arguments(prepared_data_dir=kept, dataset_num_proc=2), capsys)[0] == 0
+    before = sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*"))
+    assert run(arguments(prepared_data_dir=kept, prepare_only=True), capsys)[0] == 0
+    assert sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*")) == before
+    assert len(list(kept.iterdir())) == 1
+
+
 def test_base_weights_do_not_change(arguments, base, tmp_path, capsys):
     before = (base / "model.safetensors").read_bytes()
     run(arguments(), capsys)
@@ -184,8 +208,6 @@ def test_resuming_gives_bitwise_the_uninterrupted_mask(arguments, tmp_path, caps
     assert run(arguments(output_dir=whole, **options), capsys)[0] == 0
     assert run(arguments(output_dir=parts, **options), capsys)[0] == 0
     # As after a kill during step 4: only the first checkpoint is left.
-    import shutil
-
     for path in parts.iterdir():
         if path.name != "checkpoint-3":
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -30,7 +30,10 @@ def prepare_output_dir(args: SFTConfig) -> str | None:
     if resume:
         last = _last_whole_checkpoint(folder, args)
         if last is None:
-            raise UserError(f"there is no checkpoint to resume from in {str(folder)!r}; drop --resume_from_checkpoint")
+            hint = "; those of save_only_model hold no optimizer" if args.save_only_model else ""
+            raise UserError(
+                f"there is no checkpoint to resume from in {str(folder)!r}{hint}; drop --resume_from_checkpoint"
+            )
         return last
     if used:
         raise UserError(
@@ -42,7 +45,7 @@ def prepare_output_dir(args: SFTConfig) -> str | None:
 
 def _last_whole_checkpoint(folder: Path, args: SFTConfig) -> str | None:
     """The newest checkpoint that can be resumed exactly; one cut short by a kill is passed over."""
-    needed = [] if args.save_only_model else _state_files(args)
+    needed = _state_files(args)
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
         _check_processes(path, args)

@@ -34,6 +34,8 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
+    if config.get("revision") and base is None and not Path(name).is_dir():
+        kwargs = {"revision": config["revision"]} | kwargs
     model = load_model(name, dtype, **kwargs)
     model = PeftModel.from_pretrained(model, str(adapter))
     return model.eval(), adapter_tokenizer(adapter, name), name
@@ -87,10 +89,12 @@ def merge(
     return output_dir
 
 
-def adapter_tokenizer(adapter: str | Path, base: str, chat_template_path: str | None = None):
+def adapter_tokenizer(adapter: str | Path, base: str, chat_template_path: str | None = None, **kwargs):
     """The tokenizer saved with the adapter, or that of its base model; see ``models.load_tokenizer``."""
     has_own = any((Path(adapter) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    return load_tokenizer(str(adapter) if has_own else base, chat_template_path)
+    if has_own:
+        return load_tokenizer(str(adapter), chat_template_path)
+    return load_tokenizer(base, chat_template_path, **kwargs)
 
 
 def _probe(model) -> torch.Tensor:

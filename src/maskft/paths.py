@@ -32,6 +32,14 @@ SEARCH = "search.json"
 WINNER = "winner.yaml"
 
 
+def is_there(name: str) -> bool:
+    """Whether a file or folder of this name exists; a text that cannot be a name is none."""
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown user's home
+        return False
+
+
 def holds_adapter(folder: str | Path) -> bool:
     """Whether ``folder`` is an adapter folder."""
     return (Path(folder) / ADAPTER_CONFIG).is_file()

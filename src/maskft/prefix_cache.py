@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -33,8 +34,10 @@ class PrefixCache:
         max_bytes: Bound on this model's file; rows beyond it are computed every time.
         compute_dtype: Dtype of autocast, or None without it; outputs of different dtypes are kept apart.
 
+    Runs at one time each have a file of their own; what one kept serves those that come after it.
+
     Raises:
-        UserError: If the prefix is not frozen, has dropout, or is in use by another process.
+        UserError: If the prefix is not frozen or has dropout.
     """
 
     def __init__(self, model: nn.Module, folder: str | Path, max_bytes: float, compute_dtype: torch.dtype | None):
@@ -47,15 +50,8 @@ class PrefixCache:
         name = _fingerprint(self.decoder, self.layers, compute_dtype)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._data = open(folder / f"{name}.bin", "a+b")
-        try:
-            fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._data.close()
-            raise UserError(
-                f"mask_prefix_cache {str(folder)!r} is in use by another run of this model; name another folder"
-            ) from None
-        self._index_file = folder / f"{name}.index"
+        self._data = _first_free(folder, name)
+        self._index_file = Path(self._data.name).with_suffix(".index")
         self._width = self.decoder.get_input_embeddings().weight.shape[1]
         self._index = self._read_index()
         self._forwards = [layer.forward for layer in self.layers]
@@ -156,6 +152,17 @@ class PrefixCache:
         lines = (json.dumps([key.hex(), *place]) + "\n" for key, place in index.items())
         self._index_file.write_text("".join(lines))
         return index
+
+
+def _first_free(folder: Path, name: str):
+    """Open the first of ``NAME.bin``, ``NAME-2.bin``, ... that no other run has open, and keep others from it."""
+    for number in itertools.count(1):
+        file = open(folder / (f"{name}.bin" if number == 1 else f"{name}-{number}.bin"), "a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            file.close()
 
 
 def _frozen_prefix(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:

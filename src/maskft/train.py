@@ -55,7 +55,9 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
     if run.method.method == "mask":
         processes.check_mask_launch()
     set_accumulation(run.training)
-    resume_from = processes.decided_by_main(lambda: prepare_output_dir(run.training))
+    resume_from = None  # where only data is prepared, the folder of the run to come is its own business
+    if not run.data.prepare_only:
+        resume_from = processes.decided_by_main(lambda: prepare_output_dir(run.training))
     source = run.model.model_name_or_path
     check_model_source(source)
     tokenizer = load_tokenizer(source, run.training.chat_template_path, revision=run.model.model_revision)
@@ -87,7 +89,7 @@ def _prepare_data(run: Run, tokenizer, splits: tuple | None, console: Console) -
         raise UserError("prepare_only has nowhere to put the rows; name a prepared_data_dir")
     if splits is not None:
         return Prepared(*splits, *(tokenize_dataset(rows, tokenizer, **how) for rows in splits), {})
-    data = prepare(run.data, tokenizer, **how)
+    data = prepare(run.data, tokenizer, **how, num_proc=run.training.dataset_num_proc)
     console.print(f"data: {data.report['text']}", highlight=False)
     run.data_report = data.report["counts"]
     return data
@@ -168,12 +170,12 @@ def save(run: Run, model, tokenizer, summary: TrainingSummary, trainer: MaskSFTT
     """
     folder = run.training.output_dir
     config = getattr(model, "peft_config", {}).get(ADAPTER)
+    if isinstance(config, MaskConfig | LoraConfig):
+        config.base_model_name_or_path = run.model.model_name_or_path
+        config.revision = run.model.model_revision if run.model.model_revision != "main" else None
     if isinstance(config, MaskConfig):
         config.save_scores = False
-        config.base_model_name_or_path = run.model.model_name_or_path
         config.recipe = _recipe(run, summary)
-    elif isinstance(config, LoraConfig):
-        config.base_model_name_or_path = run.model.model_name_or_path
     if trainer is not None:
         save_weights(trainer, folder)
     elif processes.is_main():
@@ -406,7 +408,7 @@ def _recipe(run: Run, summary: TrainingSummary) -> dict:
 def _plain(value):
     """An enum as its value, and a path as its last part: a recipe is shared, folders are not."""
     value = getattr(value, "value", value)
-    return Path(value).name if isinstance(value, str) and Path(value).exists() else value
+    return Path(value).name if isinstance(value, str) and paths.is_there(value) else value
 
 
 def _model_kwargs(config: ModelConfig) -> dict:

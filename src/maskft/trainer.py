@@ -51,12 +51,28 @@ class MaskSFTTrainer(SFTTrainer):
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         """Loss of one batch, and how many tokens it is the mean of."""
-        num_tokens = int((inputs["labels"][..., 1:] != IGNORED).sum()) if "labels" in inputs else 0
+        num_tokens = self._hide_repeated_rows(inputs) if "labels" in inputs else 0
         loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
         if loss is not None and num_tokens:
             self._eval_nll += float(loss) * num_tokens
             self._eval_tokens += num_tokens
         return loss, *rest
+
+    def _hide_repeated_rows(self, inputs: dict) -> int:
+        """Take the labels off rows that only fill the last batch; returns the number of tokens that count.
+
+        Where processes share the rows, accelerate gives each a whole last batch and begins anew for it. Of the rows of
+        that batch of all processes, in their order, the first ``remainder`` are new: what ``gather_for_metrics`` keeps.
+        """
+        labels_BT, state = inputs["labels"], self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0 and len(labels_BT) == self.args.eval_batch_size:
+            first = self.accelerator.process_index * len(labels_BT)
+            num_new = min(max(state.remainder - first, 0), len(labels_BT))
+            if num_new == 0:
+                return 0  # the loss of nothing would be no number; this one is not counted
+            inputs["labels"] = labels_BT = labels_BT.clone()
+            labels_BT[num_new:] = IGNORED
+        return int((labels_BT[..., 1:] != IGNORED).sum())
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Take the loss over tokens, and add the metrics of generated answers; both are logged and can choose the best.

@@ -1,6 +1,7 @@
 """Every command for real on a tiny model: evaluate, compare, merge, inspect, verify, demo, env, and help."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -290,11 +291,19 @@ def test_demo_on_a_users_own_model_and_data(base, data, tmp_path, capsys):
         (["--preset", "papr"], "the only one is paper"),
         (["--config", "none.yaml"], "does not exist"),
         (["stray"], "'stray' is not an option"),
+        (["--config"], "--config has no value"),
+        (["--preset"], "--preset has no value"),
     ],
 )
 def test_bad_demo_input(words, message, tmp_path, capsys):
     status, _, err = call(["demo", "--output_dir", tmp_path / "demo", *words], capsys)
     assert status == 2 and message in err and not (tmp_path / "demo").exists()
+
+
+def test_a_demo_recipe_whose_section_is_a_list(tmp_path, capsys):
+    (tmp_path / "demo.yaml").write_text("mask: [1]\n")
+    status, _, err = call(["demo", "--config", tmp_path / "demo.yaml"], capsys)
+    assert status == 2 and "section mask of the recipe must be a list of `name: value` lines, not [1]" in err
 
 
 def test_demo_preset_paper():
@@ -303,3 +312,32 @@ def test_demo_preset_paper():
     recipe = merge_options(_parse_recipe(_recipe_text(None)), {"preset": "paper"})
     assert set(recipe) == set(SECTIONS)
     assert recipe["mask"]["mask_preset"] == "paper" and "mask_init_scores" not in recipe["mask"]
+
+
+def test_a_revision_of_a_hub_model(base, data, tmp_path, capsys, monkeypatch):
+    """As downloaded: an adapter says which revision it was trained on, and that one is evaluated and merged."""
+    for number, revision in enumerate(("main", "v1")):
+        commit, folder = str(number) * 40, tmp_path / "hub" / "models--ours--tiny"
+        shutil.copytree(base, folder / "snapshots" / commit)
+        tiny.tiny_llama(vocab_size=264, num_layers=3, seed=number).save_pretrained(folder / "snapshots" / commit)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def nll(name, *words):
+        more = ["--dataset_name", data, "--no_generate", "--max_eval_samples", 4, "--output_dir", tmp_path / name]
+        status, _, err = call(["evaluate", *words, *more], capsys)
+        assert status == 0, err
+        return json.loads((tmp_path / name / RESULT).read_text())["tasks"]["heldout"]["metrics"]["nll"]["value"]
+
+    of_hub = ["--model_name_or_path", "ours/tiny"]
+    newest, v1 = nll("newest", *of_hub), nll("v1", *of_hub, "--model_revision", "v1")
+    assert newest != v1
+    words = ["train", "--method", "random_mask", "--mask_sparsity", 0.0001, *of_hub, "--model_revision", "v1"]
+    words += ["--dataset_name", data, "--eval_split_size", 8, "--output_dir", tmp_path / "mask"]
+    status, _, err = call(words, capsys)
+    assert status == 0, err
+    masked = nll("masked", "--adapter", tmp_path / "mask")
+    assert abs(masked - v1) < abs(masked - newest)
+    assert call(["merge", "--adapter", tmp_path / "mask", "--output_dir", tmp_path / "merged"], capsys)[0] == 0
+    assert nll("of merged", "--model_name_or_path", tmp_path / "merged") == masked

@@ -7,6 +7,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from maskft.data import load_examples, load_splits, parse_mixture
+from maskft.data.mixtures import rename_sets
 from maskft.data_arguments import DataArguments
 from maskft.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
@@ -91,6 +92,12 @@ def test_count_of_held_out_rows_is_shared(sets):
     result = splits(sets, "small:20,large:60", eval_split_size=8)
     assert sum(question.startswith("small") for question in questions(result.heldout)) == 2
     assert (len(result.heldout), len(result.train)) == (8, 72)
+
+
+def test_a_mixture_may_be_longer_than_a_file_name(sets):
+    names = ",".join(f"set{n}:100" for n in range(60))
+    assert len(names) > 255 and len(parse_mixture(names)) == 60
+    assert rename_sets("a:3,b:0.5,c", str.upper) == "A:3,B:0.5,C"
 
 
 def test_mapping_of_a_recipe():

@@ -130,6 +130,27 @@ def test_hub_is_asked_for_the_registered_set(monkeypatch):
     ]
 
 
+def test_another_split_of_a_registered_set(tmp_path, monkeypatch):
+    import datasets
+
+    for split, answer in (("train", 1), ("test", 2)):
+        row = {"question": f"What is {answer}?", "answer": f"#### {answer}"}
+        (tmp_path / f"gsm8k_{split}.jsonl").write_text(json.dumps(row) + "\n")
+    for split, answer in (("train", 1), ("test", 2)):
+        (row,) = load_examples("gsm8k", split, data_dir=str(tmp_path))
+        assert row["answer"] == str(answer)
+    asked = []
+
+    def from_hub(name, config, split, **kwargs):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([{"question": "What is 1?", "answer": "#### 1"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    load_examples("gsm8k", "test")
+    load_examples("gsm8k", config="socratic")
+    assert asked == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "socratic", "train")]
+
+
 @pytest.mark.parametrize(
     ("file", "row", "message"),
     [

@@ -315,6 +315,15 @@ def test_a_model_that_was_named_otherwise_once_counts_once():
     assert cell([table], "1", "Specific Domain: Best FFT", "gsm8k").results == ["old of s"] and left_over == []
 
 
+def test_of_two_evaluations_of_one_model_the_newest_counts():
+    """A study whose evaluation was changed leaves both."""
+    run = {"study": {"study": "s", "run": "full-s0-abc", "role": "best"}}
+    old, new = (result("full", {"gsm8k": {"accuracy": n}}, "full") | run | {"created": f"2025-01-0{n}"} for n in (3, 4))
+    for order in ([old, new], [new, old]):
+        (table,), _ = paper_tables(order, ["1"])
+        assert cell([table], "1", "Specific Domain: Best FFT", "gsm8k").ours == pytest.approx(20.0)
+
+
 def test_the_results_of_this_repository():
     tables, left_over = paper_tables(read_results([str(RESULTS)]))
     assert cell(tables, "8", "math", "Best FFT").study == "smollm2-math"

@@ -324,6 +324,9 @@ CASES = [
     (change("methods/mask/mask_layers_to_transform", ["0-1"]), "must be a list of layers, such as"),
     (change("launch", {"num_processes": "8"}), "launch: num_processes is '8'; it must be a number above 0"),
     (change("launch", {"command": 3}), "launch: command is 3; it must be text"),
+    (change("train/keep_last", True), "train sets keep_last; give the methods whose end is kept `last: NAME`"),
+    (change("methods/full/keep_last", True), "method 'full' has keep_last; write `last: NAME`"),
+    (change("methods/mask/model_revision", "v1"), "method 'mask' sets model_revision; the base model is one for all"),
     (change("train/seed", 3), r"train sets seed, which the list of seeds decides; write `seeds: \[0, 1\]`"),
     (change("methods/mask/seed", 3), "method 'mask' sets seed, which the list of seeds decides"),
     (change("train/mask_seed", 3), "train sets mask_seed, which the list of seeds decides"),
@@ -399,6 +402,46 @@ def test_files_come_from_the_data_folder(content, data, tmp_path):
         parse_recipe(content, data_dir=tmp_path)
 
 
+def test_files_of_a_mixture_come_from_the_data_folder(content, data, tmp_path):
+    content["data"]["sums"]["dataset_name"] = {data.name: 20, "gsm8k": None, str(data): 0.5}
+    recipe = parse_recipe(content, data_dir=data.parent)
+    assert recipe.data["sums"].options["dataset_name"] == f"{data}:20,gsm8k,{data}:0.5"
+    with pytest.raises(UserError, match=r"'sums.jsonl' is neither here nor in data_dir"):
+        parse_recipe(content, data_dir=tmp_path)
+
+
+def test_the_data_folder_is_that_of_the_evaluation_too(content, data):
+    """Also where nothing but held-out data is measured, and that is a set by name."""
+    content["evaluation"] = {"heldout": {"dataset_name": "gsm8k", "dataset_train_split": "test"}}
+    assert parse_recipe(content, data_dir=data.parent).evaluation["data_dir"] == str(data.parent)
+
+
+def test_a_date_is_text(content, tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False).replace("train:\n", "train:\n  run_name: 2025-01-31\n", 1))
+    assert "run_name: 2025-01-31" in file.read_text()
+    assert check(load_recipe(file)).runs[0].options["run_name"] == "2025-01-31"
+
+
+def test_benchmark_files_that_choose_checkpoints_name_the_run(content, tmp_path):
+    files = tmp_path / "a", tmp_path / "b"
+    for folder in files:
+        folder.mkdir()
+        (folder / "gsm8k_train.jsonl").write_text('{"question": "1?", "answer": "#### 1"}\n')
+    named = []
+    for folder in files:
+        content["train"] |= {"eval_tasks": "gsm8k", "eval_data_dir": str(folder)}
+        named.append(ids(content))
+    assert named[0] == named[1]
+    (files[1] / "gsm8k_train.jsonl").write_text('{"question": "2?", "answer": "#### 2"}\n')
+    assert not set(ids(content).values()) & set(named[0].values())
+
+
+def test_a_revision_is_evaluated_as_it_is_trained(content):
+    content["train"]["model_revision"] = "v1"
+    assert parse_recipe(content).evaluation["model_revision"] == "v1"
+
+
 def test_tasks_pass_through(content):
     content["evaluation"] |= {"tasks": ["gsm8k"], "limit": 300}
     recipe = parse_recipe(content)
@@ -438,6 +481,10 @@ def test_memory_estimate(content):
     assert full.memory_bytes == 16 * facts.num_parameters and full.tokens == 480 and full.seconds == 48
     assert mask.memory_bytes == 4 * facts.num_parameters + 20 * per_layer
     assert fixed.tokens == 0
+    content["train"] |= {"global_batch_size": 32, "max_steps": 10}
+    full, *_ = (estimate(plan_of(content), run, facts) for run in plan_of(content).runs)
+    assert full.tokens == 10 * 32 * 5
+    del content["train"]["global_batch_size"], content["train"]["max_steps"]
     content["train"] |= {"dtype": "bfloat16", "optim": "adamw_torch_8bit"}
     full, mask, _ = (estimate(plan_of(content), run, facts) for run in plan_of(content).runs)
     moments = 2 * (1 + 4 / 256)

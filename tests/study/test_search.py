@@ -12,6 +12,9 @@ from maskft import paths
 from maskft.cli.main import main
 from maskft.cli.study import check
 from maskft.cli.train import parse
+from maskft.data import load_splits
+from maskft.data_arguments import DataArguments
+from maskft.errors import UserError
 from maskft.study.recipe import parse_recipe
 from maskft.study.search_recipe import Candidate, load_search
 
@@ -202,3 +205,26 @@ def test_a_mistake_is_one_line_before_anything_runs(content, tmp_path, capsys, s
 def test_a_data_dir_that_is_missing_is_one_line(content, tmp_path, capsys):
     assert main(["search", str(write(tmp_path, content)), "--data_dir", str(tmp_path / "none")]) == 2
     assert "none' is no folder; name the one that holds the training data" in capsys.readouterr().err
+
+
+def test_what_train_says_about_the_data_decides_the_parts(content, data, tmp_path, capsys):
+    """As in a study: otherwise rows that the model was fine-tuned on would rank the candidates."""
+    held_out = content["data"]["sums"].pop("eval_split_size")
+    content["train"] |= {"eval_split_size": held_out, "split_seed": 3}
+    file, folder = write(tmp_path, content), tmp_path / "out"
+    named = load_search(file).part_file(folder, "train")
+    assert main(["search", str(file), "--output_dir", str(folder)]) == 0
+    splits = load_splits(DataArguments(dataset_name=str(data), eval_split_size=held_out), 3, None)
+    assert prompts(named) == set(splits.train["prompt"])
+    content["train"]["split_seed"] = 4
+    assert load_search(write(tmp_path, content)).part_file(folder, "train") != named
+
+
+def test_a_mixture_of_files_may_be_searched_on(content, data, tmp_path):
+    other = tmp_path / "other.jsonl"
+    shutil.copy(data, other)
+    content["data"]["sums"]["dataset_name"] = {str(data): 20, str(other): None}
+    assert load_search(write(tmp_path, content)).data.options["dataset_name"] == f"{data}:20,{other}"
+    content["data"]["sums"]["dataset_name"] = {str(data): 20, "gone.jsonl": 3}
+    with pytest.raises(UserError, match=r"data file 'gone\.jsonl' does not exist; name the folder it is in"):
+        load_search(write(tmp_path, content))

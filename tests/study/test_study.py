@@ -396,3 +396,30 @@ def test_a_run_that_was_cut_off_goes_on_without_its_prepared_rows(base, data, tm
     shutil.rmtree(folder / paths.PREPARED)
     content["data"]["sums"]["dataset_train_split"] = "train"
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(folder)]) == 0
+
+
+def test_answers_given_under_other_versions_are_given_again(base, data, tmp_path):
+    """What a kill left of an evaluation does not stop the study after an upgrade."""
+    content = recipe(base, data, {"full": {**FULL, "num_train_epochs": 1, "last": None}})
+    file, folder = write(tmp_path, content), tmp_path / "out"
+    assert main(["study", str(file), "--output_dir", str(folder)]) == 0
+    (result,) = folder.glob(f"{paths.RESULTS}/*/{paths.RESULT}")
+    expected = json.loads(result.read_text())["tasks"]
+    shutil.rmtree(result.parent)
+    partial = result.parent.with_name(f"{result.parent.name}.abcdef.partial")
+    partial.mkdir()
+    (partial / paths.JOURNAL).write_text('{"packages": {"torch": "1.0"}}\n')
+    assert main(["study", str(file), "--output_dir", str(folder)]) == 0
+    assert json.loads(result.read_text())["tasks"] == expected and not partial.exists()
+
+
+def test_masks_by_threshold_and_by_share_each_have_their_row(base, data, tmp_path):
+    from maskft.cli.study import check
+    from maskft.study.execute import Study, _is_control
+    from maskft.study.recipe import parse_recipe
+
+    threshold = {"mask_selection": "threshold", "mask_rank_by": "signed", "mask_init_scores": "constant"}
+    methods = {"full": FULL, "mask": MASK, "global mask": {**MASK, **threshold, "last": "end of global"}}
+    methods["again"] = {**MASK, "last": "end", "learning_rate": 1e-3}
+    plan = check(parse_recipe(recipe(base, data, methods)))
+    assert [_is_control(Study(tmp_path, plan.recipe), run) for run in plan.runs] == [False, False, False, True]

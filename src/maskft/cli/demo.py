@@ -89,6 +89,8 @@ def _options(argv: list[str]) -> dict:
             raise UserError(f"the value of --{name} cannot be read: {value!r}; put it in quotes") from None
         if isinstance(parsed, list) and parsed and name in ("config", "output_dir", "preset", "show"):
             raise UserError(f"{value[-1]!r} is not an option; see maskft demo --help")
+        if parsed == [] and name in ("config", "output_dir", "preset"):
+            raise UserError(f"--{name} has no value; see maskft demo --help")
         # YAML reads 1e-3 as text.
         options[name] = True if parsed == [] else _number(parsed)
     return options
@@ -121,4 +123,8 @@ def _parse_recipe(text: str) -> dict:
     for section in recipe:
         if section not in SECTIONS:
             raise UserError(f"the recipe has an unknown section {section!r}{did_you_mean(str(section), SECTIONS)}")
-    return {section: dict(recipe.get(section) or {}) for section in SECTIONS}
+    sections = {section: recipe.get(section) or {} for section in SECTIONS}
+    for section, content in sections.items():
+        if not isinstance(content, dict):
+            raise UserError(f"section {section} of the recipe must be a list of `name: value` lines, not {content!r}")
+    return {section: dict(content) for section, content in sections.items()}

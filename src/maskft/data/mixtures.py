@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 
 from ..errors import UserError
+from ..paths import is_there
 from .loading import Reader, too_few_rows
 
 
@@ -47,7 +47,7 @@ def parse_mixture(text: str) -> list[Part]:
     >>> parse_mixture("metamathqa:40000, gsm8k:0.5")
     [Part(name='metamathqa', amount=40000), Part(name='gsm8k', amount=0.5)]
     """
-    if Path(text).expanduser().exists():
+    if is_there(text):
         return [Part(text)]
     parts = []
     for entry in (entry.strip() for entry in text.split(",")):
@@ -60,6 +60,12 @@ def parse_mixture(text: str) -> list[Part]:
     if twice:
         raise UserError(f"the mixture names {twice} twice; give it one amount")
     return parts
+
+
+def rename_sets(text: str, change: Callable[[str], str]) -> str:
+    """Return a mixture as text with every set's name changed."""
+    parts = ((change(part.name), part.amount) for part in parse_mixture(text))
+    return ",".join(name if amount is None else f"{name}:{amount}" for name, amount in parts)
 
 
 def _amount(entry: str, text: str) -> int | float:

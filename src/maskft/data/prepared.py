@@ -47,6 +47,7 @@ def prepare(
     text_field: str = "text",
     max_length: int | None = None,
     completion_only_loss: bool = True,
+    num_proc: int | None = None,
 ) -> Prepared:
     """Read, split and tokenise; or take what an earlier run left in ``args.prepared_data_dir``.
 
@@ -59,33 +60,36 @@ def prepare(
         text_field: Name of the column that holds plain text.
         max_length: Tokens to keep of a row.
         completion_only_loss: False takes the loss on every token.
+        num_proc: Processes that tokenise; None: this one.
 
     Raises:
         UserError: If the data cannot be used; see ``load_splits`` and ``tokenize_dataset``.
     """
     how = {"text_field": text_field, "max_length": max_length, "completion_only_loss": completion_only_loss}
     if args.prepared_data_dir is None:
-        return _prepare(args, tokenizer, how)
-    options = {key: value for key, value in asdict(args).items() if key != "prepared_data_dir"}
+        return _prepare(args, tokenizer, how, num_proc)
+    options = {k: v for k, v in asdict(args).items() if k not in ("prepared_data_dir", "prepare_only")}
     decides = {"data": data_identity(options), "tokenizer": _tokenizer_digest(tokenizer), "code": _code_digest(), **how}
     name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(args.prepared_data_dir).expanduser() / name
-    processes.decided_by_main(lambda: _keep(folder, args, tokenizer, how))
-    _keep(folder, args, tokenizer, how)  # on another machine, without a shared disk, the main process's is not there
+    processes.decided_by_main(lambda: _keep(folder, args, tokenizer, how, num_proc))
+    # On another machine, without a shared disk, the main process's is not there.
+    _keep(folder, args, tokenizer, how, num_proc)
     return Prepared(*(load_from_disk(folder / each) for each in _SETS), json.loads((folder / _REPORT).read_text()))
 
 
-def _prepare(args: DataArguments, tokenizer, how: Mapping[str, Any]) -> Prepared:
+def _prepare(args: DataArguments, tokenizer, how: Mapping[str, Any], num_proc: int | None) -> Prepared:
     train_rows, heldout_rows, report = load_splits(args, args.split_seed, tokenizer, how["text_field"])
-    train, heldout = (tokenize_dataset(rows, tokenizer, **how) for rows in (train_rows, heldout_rows))
+    rows = (train_rows, heldout_rows)
+    train, heldout = (tokenize_dataset(each, tokenizer, **how, num_proc=num_proc) for each in rows)
     return Prepared(train_rows, heldout_rows, train, heldout, {"text": str(report), "counts": report.to_dict()})
 
 
-def _keep(folder: Path, args: DataArguments, tokenizer, how: Mapping[str, Any]) -> None:
+def _keep(folder: Path, args: DataArguments, tokenizer, how: Mapping[str, Any], num_proc: int | None) -> None:
     """Write the folder whole, unless it is there."""
     if folder.is_dir():
         return
-    prepared = _prepare(args, tokenizer, how)
+    prepared = _prepare(args, tokenizer, how, num_proc)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         for name in _SETS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import did_you_mean
 from .formats import (
     Formats,
     from_guanaco,
@@ -30,8 +29,7 @@ class TrainingSet:
         formats: The columns that its rows may have, each with the function that converts them.
         num_published: Number of samples in the paper; None for a set that is not in Table 3.
         license: As the hub states it; None where it states none.
-        config: Configuration on the hub.
-        split: Split on the hub.
+        config: Configuration on the hub, where no other is asked for.
         data_files: The file to take where the hub data set holds more than is meant.
         source: The value of the column ``source`` of the rows that are meant, where the hub data set is a mixture.
         file_names: Names, without ending, that the set's files have on the hub.
@@ -44,7 +42,6 @@ class TrainingSet:
     num_published: int | None
     license: str | None
     config: str | None = None
-    split: str = "train"
     data_files: str | None = None
     source: str | None = None
     file_names: tuple[str, ...] = ()
@@ -133,7 +130,7 @@ TRAINING_SETS: dict[str, TrainingSet] = {
         7_132,
         "Apache-2.0",
         source="ai2-adapt-dev/oasst1_converted",
-        file_names=("openassistant-guanaco", "openassistant_best_replies_train"),
+        file_names=("openassistant-guanaco", "openassistant_best_replies"),
     ),
     "tulu3_persona_if": TrainingSet(
         "Tulu 3 Persona IF",
@@ -163,7 +160,6 @@ TRAINING_SETS: dict[str, TrainingSet] = {
         None,
         "MIT",
         config="main",
-        file_names=("gsm8k_train",),
     ),
 }
 
@@ -184,10 +180,5 @@ TEST_SETS: dict[str, TestSet] = {
     ),
     "humaneval": TestSet("openai/openai_humaneval", "prompt", file_names=("HumanEval", "HumanEvalPlus")),
     "ifeval": TestSet("google/IFEval", "prompt", split="train", file_names=("ifeval_prompts", "ifeval_input_data")),
-    "alpaca_eval": TestSet("tatsu-lab/alpaca_eval", "instruction", split="eval", file_names=("alpaca_eval",)),
+    "alpaca_eval": TestSet("tatsu-lab/alpaca_eval", "instruction", split="eval"),
 }
-
-
-def similar_set(name: str) -> str:
-    """Return ``" (did you mean ...?)"`` for the registered set with the closest name, or an empty string."""
-    return did_you_mean(name, TRAINING_SETS)

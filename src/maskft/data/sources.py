@@ -14,6 +14,7 @@ import datasets
 from datasets import Dataset, IterableDataset
 
 from ..errors import UserError, did_you_mean, first_line
+from ..paths import is_there
 from .procedural import PROCEDURAL_PREFIX
 
 FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
@@ -24,9 +25,8 @@ Row = Mapping[str, Any]
 
 def is_hub_name(name: str) -> bool:
     """Whether ``name`` can only mean a hub data set: it does not exist here and does not look like a file."""
-    path = Path(name).expanduser()
     looks_like_file = name.startswith((".", "/", "~")) or name.lower().endswith(FILE_ENDINGS + OTHER_FILE_ENDINGS)
-    return not (looks_like_file or path.exists() or name.startswith(PROCEDURAL_PREFIX))
+    return not (looks_like_file or is_there(name) or name.startswith(PROCEDURAL_PREFIX))
 
 
 def numbered(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
@@ -108,7 +108,7 @@ def load_from_hub(
 def find_files(data_dir: str, names: Sequence[str], split: str) -> list[Path]:
     """Find the data of the first of ``names`` that ``data_dir`` or one of its folders holds, whatever the case.
 
-    That is a file ``NAME.jsonl`` (or another of `FILE_ENDINGS`), or ``NAME_SPLIT.jsonl``, or a folder ``NAME`` as it is
+    That is a file ``NAME_SPLIT.jsonl`` (or another of `FILE_ENDINGS`), or ``NAME.jsonl``, or a folder ``NAME`` as it is
     downloaded from the hub, with a split in one file or many.
 
     Returns:
@@ -122,7 +122,7 @@ def find_files(data_dir: str, names: Sequence[str], split: str) -> list[Path]:
         raise UserError(f"data_dir {data_dir} is not a folder; name the one that holds the data files")
     places = sorted([*folder.iterdir(), *folder.glob("*/*")])
     for name in names:
-        stems = [name.lower(), f"{name}_{split}".lower()]
+        stems = [f"{name}_{split}".lower(), name.lower()]
         for stem in stems:
             for ending in FILE_ENDINGS:
                 found = [path for path in places if path.name.lower() == stem + ending and path.is_file()]
@@ -131,7 +131,7 @@ def find_files(data_dir: str, names: Sequence[str], split: str) -> list[Path]:
         shards = [
             shard
             for path in places
-            if path.name.lower() == stems[0] and path.is_dir()
+            if path.name.lower() == stems[1] and path.is_dir()
             for shard in path.rglob(f"{split}*")
             if shard.name.lower().endswith(FILE_ENDINGS)
         ]

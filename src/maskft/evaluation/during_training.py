@@ -21,6 +21,7 @@ from .tasks import BENCHMARKS, HELDOUT, check_names, load_tasks, run_task
 TASKS = (HELDOUT, *(name for name, source in SOURCES.items() if "train" in source.splits))
 # What the Trainer and TRL measure at every evaluation.
 LOSS_METRICS = ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss")
+_MAX_NEW_TOKENS = 256  # bound on an answer to a held-out row
 _QUIET = Console(quiet=True)  # a bar of the evaluation inside the bar of the training would garble both
 
 
@@ -35,8 +36,6 @@ class TrainingEvaluation:
         data_dir: Folder with the benchmarks' files; None: the hub.
         train_rows: Rows that the model trains on.
         heldout_rows: Rows that it does not.
-        max_new_tokens: Bound on an answer to a held-out row.
-        batch_size: Items at one time; None: what half of the free memory allows.
         console: Where the numbers are printed.
 
     Raises:
@@ -51,8 +50,6 @@ class TrainingEvaluation:
         train_rows: Iterable[Mapping],
         heldout_rows: Sequence[Mapping],
         *,
-        max_new_tokens: int = 256,
-        batch_size: int | None = None,
         console: Console | None = None,
     ):
         for name in names:
@@ -68,7 +65,7 @@ class TrainingEvaluation:
         if limit < 1:
             raise UserError(f"eval_limit is {limit}; it must be at least 1")
         check_names(names)
-        self.console, self.max_new_tokens, self.batch_size = console, max_new_tokens, batch_size
+        self.console = console
         self.rows, self.selected_on = None, {}
         if HELDOUT in names:
             # A part drawn at random: a report may then leave it out, and what remains is a fair sample as well.
@@ -98,14 +95,13 @@ class TrainingEvaluation:
                 model,
                 tokenizer,
                 self.rows,
-                batch_size=self.batch_size,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=_MAX_NEW_TOKENS,
                 console=_QUIET,
             )
         if self.tasks:
             from .backend import BatchedLM
 
-            lm = BatchedLM(model, tokenizer, batch_size=self.batch_size, console=_QUIET)
+            lm = BatchedLM(model, tokenizer, console=_QUIET)
             records |= {name: run_task(lm, name, task) for name, task in self.tasks.items()}
         values = {}
         for name, record in records.items():

@@ -60,6 +60,7 @@ def load_each(
     dtype: str = "float32",
     device: str | None = None,
     chat_template_path: str | None = None,
+    revision: str | None = None,
 ) -> Iterator[Loaded]:
     """Load a base model once, and put one adapter after another over it.
 
@@ -71,6 +72,7 @@ def load_each(
         dtype: float32, bfloat16, float16 or auto.
         device: Where to run; default: the first GPU, else the CPU.
         chat_template_path: A ``.jinja`` file that becomes the tokenizers' chat template.
+        revision: Of a hub model; default: the one that the first adapter names, else the newest.
 
     Raises:
         UserError: If a folder is not what it should be, or the adapters belong to different base models.
@@ -83,7 +85,9 @@ def load_each(
     base_name = _base_name(model_name_or_path, adapters)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
-    model = load_model(base_name, dtype)
+    revision = revision or _named_revision(adapters)
+    of_hub = {} if revision is None or Path(base_name).is_dir() else {"revision": revision}
+    model = load_model(base_name, dtype, **of_hub)
     fingerprint = model_fingerprint(model)
     wrapped, kind = None, None
     for number, adapter in enumerate(adapters):
@@ -93,7 +97,7 @@ def load_each(
             if model_fingerprint(model) != fingerprint:
                 raise RuntimeError(f"taking off an adapter of kind {kind} did not give the base model back")
         if new_kind is None:
-            tokenizer = load_tokenizer(base_name, chat_template_path)
+            tokenizer = load_tokenizer(base_name, chat_template_path, **of_hub)
         elif wrapped is None:
             with _one_line(adapter, f"does not fit {base_name!r}"):
                 wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=f"adapter_{number}")
@@ -108,7 +112,7 @@ def load_each(
         if kind is None:
             facts |= _training_facts(base_name)
         else:
-            tokenizer = adapter_tokenizer(adapter, base_name, chat_template_path)
+            tokenizer = adapter_tokenizer(adapter, base_name, chat_template_path, **of_hub)
             facts |= {
                 "adapter": _portable(adapter),
                 "adapter_sha256": adapter_sha256(adapter),
@@ -222,6 +226,11 @@ def _base_name(model_name_or_path: str | None, adapters: Sequence[str]) -> str:
     if not base:
         raise UserError(f"the adapter {next(iter(named))!r} does not name its base model; pass --model_name_or_path")
     return base
+
+
+def _named_revision(adapters: Sequence[str]) -> str | None:
+    """The revision of the base model that the first adapter was trained on, where it says one."""
+    return next((_peft_config(adapter).revision for adapter in adapters if adapter != NO_ADAPTER), None)
 
 
 def _peft_config(adapter: str) -> PeftConfig:

@@ -143,15 +143,16 @@ def of_one_study(chosen: list) -> list:
 
 
 def one_per_seed(chosen: list, place: str, same_value_is_fine: bool = False) -> list:
-    """Refuse two results of one seed."""
+    """Refuse two results of one seed; of two evaluations of one model, by a study that changed, keep the newest."""
     by_seed: dict = {}
     for each in chosen:
         # Every study measures the pre-trained model, and whatever its seed, nothing was trained.
         is_pretrained = each[0].method == "pretrained"
-        other = by_seed.setdefault(None if is_pretrained else each[1]["model"]["seed"], each)
+        key = None if is_pretrained else each[1]["model"]["seed"]
+        other = by_seed.setdefault(key, each)
         if model_of(other[1]) is not None and model_of(other[1]) == model_of(each[1]):
-            continue  # named otherwise once
-        if other is not each and not ((same_value_is_fine or is_pretrained) and other[2] == each[2]):
+            by_seed[key] = max(other, each, key=lambda one: one[1]["created"])
+        elif other is not each and not ((same_value_is_fine or is_pretrained) and other[2] == each[2]):
             names = f"{other[1]['name']!r} and {each[1]['name']!r}"
             raise UserError(
                 f"{names} are of one seed and both stand for {place}; give one of them, or say in their block "

