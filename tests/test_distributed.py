@@ -111,6 +111,19 @@ def check_equal(folder, reference, resumed=False):
         assert configs[0][name] == configs[1][name]
 
 
+@pytest.mark.slow
+def test_repeated_rows_do_not_count_where_rows_are_put_together(arguments, tmp_path):
+    """With padding_free a batch is one sequence, so that there are no rows to cut off."""
+    one, many = tmp_path / "one", tmp_path / "many"
+    settings = {"padding_free": True, "max_length": 16, "eval_split_size": 5, "per_device_eval_batch_size": 1}
+    settings |= {"max_steps": 1, "eval_steps": 1, "save_steps": 1}
+    assert main(arguments(output_dir=one, **settings)) == 0
+    result = call(["maskft.cli.main", *arguments(output_dir=many, accelerate_config="multi_gpu", **settings, **LAUNCH)])
+    assert result.returncode == 0, result.stderr
+    first = [run["start_loss"] for run in (json.loads((f / TRAINING).read_text())["summary"] for f in (one, many))]
+    assert first[1] == pytest.approx(first[0], abs=LOSS_TOLERANCE)
+
+
 @pytest.mark.parametrize("config", ["multi_gpu", "fsdp2"])
 def test_two_processes_give_the_mask_of_one(config, arguments, one_process, tmp_path):
     out = tmp_path / "out"
@@ -244,6 +257,8 @@ def mistake(words, capsys):
     [
         ({"accelerate_config": "zero3", "num_processes": 2}, "ZeRO-3 is not supported"),
         ({"accelerate_config": "fsdp1", "num_processes": 2}, "FSDP1 is not supported for masks"),
+        ({"accelerate_config": "LIST", "num_processes": 2}, "is no file that accelerate config writes"),
+        ({"accelerate_config": "JSON", "num_processes": 2}, "ZeRO-3 is not supported"),
         ({"accelerate_config": "fsdp3"}, "--accelerate_config 'fsdp3' is neither a file nor one of fsdp1, fsdp2, "),
         ({"accelerate_config": "fsdp3"}, "(did you mean 'fsdp2'?)"),
         ({"num_procesess": 2}, "unknown option --num_procesess (did you mean 'num_processes'?)"),
@@ -251,6 +266,12 @@ def mistake(words, capsys):
     ],
 )
 def test_launch_mistakes(changes, message, arguments, tmp_path, capsys):
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
+    deepspeed = {"deepspeed_config_file": str(tmp_path / "zero3.json")}
+    (tmp_path / "json.yaml").write_text(json.dumps({"distributed_type": "DEEPSPEED", "deepspeed_config": deepspeed}))
+    files = {"LIST": tmp_path / "list.yaml", "JSON": tmp_path / "json.yaml"}
+    changes = {name: files.get(value, value) for name, value in changes.items()}
     error = mistake(arguments(output_dir=tmp_path / "out", **changes), capsys)
     assert message in error
     assert not (tmp_path / "out").exists()
@@ -265,11 +286,13 @@ def test_launch_mistakes(changes, message, arguments, tmp_path, capsys):
             "fsdp_state_dict_type is SHARDED_STATE_DICT",
         ),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ZeRO-3 is not supported"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "JSON"}, "ZeRO-3 is not supported"),
     ],
 )
 def test_a_process_that_others_launched_refuses_too(environment, message, arguments, tmp_path, capsys, monkeypatch):
+    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
     for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, str(tmp_path / "zero3.json") if value == "JSON" else value)
     assert message in mistake(arguments(output_dir=tmp_path / "out"), capsys)
 
 
@@ -281,3 +304,10 @@ def test_an_error_before_training_is_one_line_from_one_process(arguments, tmp_pa
     assert errors == [
         "maskft: error: global_batch_size is 6, not a multiple of per_device_train_batch_size 2 x 2 processes = 4"
     ]
+
+
+@pytest.mark.slow
+def test_packed_held_out_rows_in_several_processes_are_refused(arguments, tmp_path):
+    settings = {"packing": True, "eval_packing": True, "accelerate_config": "multi_gpu", **LAUNCH}
+    result = call(["maskft.cli.main", *arguments(output_dir=tmp_path / "out", **settings)])
+    assert result.returncode == 2 and "eval_packing with several processes would count held-out rows" in result.stderr

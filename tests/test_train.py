@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -182,18 +183,38 @@ def test_a_checkpoint_of_the_model_alone_is_not_gone_on_with(arguments, tmp_path
     shutil.rmtree(cut / "checkpoint-4")
     status, err = run(arguments(output_dir=cut, resume_from_checkpoint="true", **options), capsys)
     assert status == 2 and "no checkpoint to resume from" in err and "save_only_model hold no optimizer" in err
+    status, err = run(arguments(output_dir=cut, resume_from_checkpoint=cut / "checkpoint-2", **options), capsys)
+    assert status == 2 and "cannot be gone on with, it has no optimizer.pt" in err
     assert run(arguments(output_dir=cut, resume_from_checkpoint="auto", **options), capsys)[0] == 0
     for file in ("model.safetensors", f"{LAST}/model.safetensors"):
         assert (cut / file).read_bytes() == (whole / file).read_bytes()
 
 
-def test_preparing_data_leaves_the_output_folder_alone_and_training_finds_the_rows(arguments, tmp_path, capsys):
-    kept, out = tmp_path / "kept", tmp_path / "out"
-    assert run(arguments(prepared_data_dir=kept, dataset_num_proc=2), capsys)[0] == 0
+def test_preparing_data_leaves_the_output_folder_alone_and_training_finds_the_rows(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    kept, out, asked, map_ = tmp_path / "kept", tmp_path / "out", [], Dataset.map
+
+    def spy(*args, num_proc=None, **kwargs):
+        asked.append(num_proc)
+        return map_(*args, num_proc=num_proc, **kwargs)
+
+    monkeypatch.setattr(Dataset, "map", spy)
+    assert run(arguments(prepared_data_dir=kept, dataset_num_proc=2), capsys)[0] == 0 and 2 in asked
     before = sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*"))
     assert run(arguments(prepared_data_dir=kept, prepare_only=True), capsys)[0] == 0
     assert sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*")) == before
     assert len(list(kept.iterdir())) == 1
+
+
+def test_held_out_rows_are_not_packed(arguments, tmp_path, capsys):
+    """The loss that chooses the best does not depend on how training rows are put together."""
+    options = {"packing": True, "packing_strategy": "bfd", "max_length": 16, "per_device_eval_batch_size": 1}
+    for name, more in (("plain", {"max_length": 16, "per_device_eval_batch_size": 1}), ("packed", options)):
+        status, err = run(arguments(output_dir=tmp_path / name, **more), capsys)
+        assert status == 0, err
+    plain, packed = (summary(tmp_path / name)["start_loss"] for name in ("plain", "packed"))
+    assert packed == pytest.approx(plain, abs=1e-6)
 
 
 def test_base_weights_do_not_change(arguments, base, tmp_path, capsys):
@@ -367,6 +388,9 @@ def cases():
     yield {"method": "wanda_mask", "num_calibration_samples": 0}, "num_calibration_samples is 0"
     yield {"partial_layers": [1]}, "partial_layers goes with --method full"
     yield {"load_in_4bit": True}, "load_in_4bit and load_in_8bit are not supported"
+    yield {"match_adapter": "none"}, "match_adapter goes with a fixed mask"
+    threshold = {"mask_selection": "threshold", "mask_rank_by": "signed"}
+    yield {"method": "l1_mask", **threshold}, "l1_mask removes mask_sparsity of the weights"
     yield {"resume_from_checkpoint": "true"}, "there is no checkpoint to resume from"
 
 

@@ -1,5 +1,7 @@
 """The same MaskConfig beyond supervised fine-tuning: preference training, and a vision-language model's text layers."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -55,6 +57,34 @@ def test_dpo_learns_a_mask(base, tmp_path):
     loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter")
     masks = [m.get_mask("default") for m in loaded.modules() if isinstance(m, MaskLayer)]
     assert all(torch.equal(a, layer.get_mask("default")) for a, layer in zip(masks, layers, strict=True))
+
+
+def test_dpo_goes_on_from_a_trained_mask_and_refers_to_it(base, tmp_path):
+    """TRL adds a second adapter of the same configuration for the reference."""
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(plain, MaskConfig(sparsity=0.3, layers_to_transform=[1]))
+    for name, parameter in model.named_parameters():
+        if "mask_scores" in name:
+            parameter.data = parameter.data.flip(0)  # as training would: another mask than the seed draws
+    pairs = [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a - b}"} for a in range(6) for b in range(6)]
+    args = DPOConfig(
+        str(tmp_path / "dpo"),
+        learning_rate=1e-2,
+        max_steps=3,
+        per_device_train_batch_size=6,
+        logging_steps=1,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        gradient_checkpointing=False,
+    )
+    trainer = DPOTrainer(
+        model=model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tiny_tokenizer()
+    )
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference are one model before the first step
+    assert losses[-1] < losses[0]
 
 
 @pytest.fixture

@@ -113,6 +113,8 @@ def check_method(arguments: MethodArguments) -> None:
         raise UserError("partial_layers goes with --method full; for a mask use mask_layers_to_transform")
     if layers and min(layers) < 0:
         raise UserError(f"partial_layers names layer {min(layers)}; layers are counted from 0")
+    if arguments.match_adapter is not None and method not in FIXED_MASK_METHODS:
+        raise UserError(f"match_adapter goes with a fixed mask ({', '.join(FIXED_MASK_METHODS)}), not with {method}")
     if arguments.num_candidates < 1 or (arguments.num_candidates > 1 and method != "random_mask"):
         raise UserError(f"num_candidates is {arguments.num_candidates}; with random_mask it is 1 or more, otherwise 1")
     if arguments.num_calibration_samples < 1:

@@ -46,6 +46,9 @@ def input_norms(
     finally:
         for hook in hooks:
             hook.remove()
+    idle = [layer.module_name for layer, total in zip(layers, squares, strict=True) if isinstance(total, float)]
+    if idle:
+        raise UserError(f"no calibration row reached {idle[0]}; leave it out of mask_target_modules, or give more rows")
     return [
         total.sqrt()[:, None] if layer.is_transposed else total.sqrt()[None, :]
         for total, layer in zip(squares, layers, strict=True)

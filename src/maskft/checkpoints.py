@@ -25,6 +25,12 @@ def prepare_output_dir(args: SFTConfig) -> str | None:
         if not Path(resume).is_dir():
             raise UserError(f"resume_from_checkpoint {resume!r} is not a folder")
         _check_processes(Path(resume), args)
+        missing = next((name for name in _state_files(args) if not (Path(resume) / name).is_file()), None)
+        if missing is not None:
+            raise UserError(
+                f"{str(resume)!r} cannot be gone on with, it has no {missing}; to start anew from its weights, name it "
+                "as the model"
+            )
         return str(resume)
     used = folder.is_dir() and any(folder.iterdir())
     if resume:

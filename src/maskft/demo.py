@@ -182,8 +182,9 @@ def _best_is_last(output_dir: Path) -> bool:
 def _evaluate(output_dir: Path, stage: Stage, recipe: dict, test, console: Console) -> None:
     source = _base(output_dir, recipe) if stage.folder == "base" else str(output_dir / stage.folder)
     is_mask = stage.method in MASK_METHODS
-    loaded = load_for_evaluation(None if is_mask else source, source if is_mask else None)
     shared = recipe["shared"]
+    revision = shared.get("model_revision")
+    loaded = load_for_evaluation(None if is_mask else source, source if is_mask else None, revision=revision)
     record = evaluate_rows(
         loaded.model,
         loaded.tokenizer,

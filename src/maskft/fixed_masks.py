@@ -7,13 +7,14 @@ from rich.console import Console
 
 from .arguments import mask_config
 from .calibration import input_norms
+from .errors import UserError
 from .evaluation.loss import nll_per_item
 from .mask_codec import encode_mask, mask_info
 from .mask_set import MaskSet
 from .masking import fixed_masks
 from .memory import peak_memory_bytes
 from .trainer import ADAPTER
-from .training_arguments import Run, TrainingSummary
+from .training_arguments import Run, TrainingSummary, named_revision
 from .tuner import adapter_layers
 
 
@@ -38,7 +39,9 @@ def make_fixed_mask(
     """
     method, num_candidates = run.method.method, run.method.num_candidates
     config = mask_config(run.mask, inference_mode=True)
-    model = get_peft_model(model.to(run.training.device), config).eval()
+    if config.selection != "topk":
+        raise UserError(f"mask_selection is {config.selection!r}; {method} removes mask_sparsity of the weights")
+    model = get_peft_model(model.to(run.training.device), config, revision=named_revision(run)).eval()
     layers = list(adapter_layers(model, ADAPTER).values())
     counts = None
     if run.method.match_adapter is not None:

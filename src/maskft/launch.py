@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from .errors import UserError, did_you_mean
-from .processes import check_fsdp, check_zero_stage
+from .processes import check_fsdp, check_zero_stage, zero_stage_of
 
 # Set in the processes that are launched, so that launch settings of a recipe do not launch again.
 _LAUNCHED = "MASKFT_LAUNCHED"
@@ -73,13 +73,18 @@ def config_processes(name: str) -> int:
         name: A file of ``accelerate config``, or a name of TRL's configurations; everything else is refused.
     """
     words = _resolve(["--accelerate_config", name])
+    config = _read_config(words[words.index("--config_file") + 1])
+    return 1 if config.get("distributed_type") in (None, "NO") else config.get("num_processes") or 1
+
+
+def _read_config(file: str) -> dict:
     try:
-        config = yaml.safe_load(Path(words[words.index("--config_file") + 1]).read_text())
+        config = yaml.safe_load(Path(file).read_text())
     except (yaml.YAMLError, UnicodeDecodeError):
         config = None
     if not isinstance(config, dict):
-        raise UserError(f"--accelerate_config {name!r} is no file that accelerate config writes")
-    return 1 if config.get("distributed_type") in (None, "NO") else config.get("num_processes") or 1
+        raise UserError(f"--accelerate_config {file!r} is no file that accelerate config writes")
+    return config
 
 
 def _refuse(message: str):
@@ -102,7 +107,7 @@ def _resolve(words: list[str]) -> list[str]:
 
 def _check(args, is_mask: bool) -> None:
     """Refuse what the launched processes would refuse, before they are started."""
-    config = yaml.safe_load(Path(args.config_file).read_text()) if args.config_file else {}
+    config = _read_config(args.config_file) if args.config_file else {}
     kind = config.get("distributed_type")
     ways = (args.multi_gpu, args.use_fsdp, args.use_deepspeed, args.tpu, args.use_megatron_lm)
     if (args.num_processes or 1) > 1 and kind in (None, "NO") and not any(ways) and torch.cuda.device_count() < 2:
@@ -112,7 +117,9 @@ def _check(args, is_mask: bool) -> None:
             "multi_gpu (on CPUs too)"
         )
     if args.use_deepspeed or kind == "DEEPSPEED":
-        check_zero_stage(args.zero_stage or config.get("deepspeed_config", {}).get("zero_stage"))
+        deepspeed = config.get("deepspeed_config") or {}
+        check_zero_stage(args.zero_stage or deepspeed.get("zero_stage"))
+        check_zero_stage(zero_stage_of(args.deepspeed_config_file or deepspeed.get("deepspeed_config_file")))
     if is_mask and (args.use_fsdp or kind == "FSDP"):
-        fsdp = config.get("fsdp_config", {})
+        fsdp = config.get("fsdp_config") or {}
         check_fsdp(fsdp.get("fsdp_version", args.fsdp_version), fsdp.get("fsdp_state_dict_type", "FULL_STATE_DICT"))

@@ -324,6 +324,7 @@ def initial_scores(
     generator: torch.Generator,
     std: float = 0.02,
     value: float = 0.0,
+    num_inputs: int | None = None,
 ) -> Tensor:
     """Scores to start from: float32, shape and device of ``weight``.
 
@@ -334,13 +335,14 @@ def initial_scores(
             (0, std * sqrt(12)), so that the first mask is the magnitude mask and the spread is ``std``.
         generator: CPU generator; the draw does not depend on the device of ``weight``.
         std: Standard deviation of ``normal`` and ``magnitude``, > 0.
+        num_inputs: in_features; default: the last dimension of ``weight``.
         value: Value of ``constant``.
     """
     shape = weight.shape
     if kind == "normal":
         scores = torch.empty(shape).normal_(0.0, std, generator=generator)
     elif kind == "kaiming_uniform":
-        bound = 1.0 / math.sqrt(shape[-1])
+        bound = 1.0 / math.sqrt(num_inputs or shape[-1])
         scores = torch.empty(shape).uniform_(-bound, bound, generator=generator)
     elif kind == "constant":
         scores = torch.full(shape, float(value))

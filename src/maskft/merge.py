@@ -34,11 +34,12 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
-    if config.get("revision") and base is None and not Path(name).is_dir():
+    if config.get("revision") and name == config.get("base_model_name_or_path") and not Path(name).is_dir():
         kwargs = {"revision": config["revision"]} | kwargs
     model = load_model(name, dtype, **kwargs)
     model = PeftModel.from_pretrained(model, str(adapter))
-    return model.eval(), adapter_tokenizer(adapter, name), name
+    of_hub = {key: value for key, value in kwargs.items() if key == "revision"}
+    return model.eval(), adapter_tokenizer(adapter, name, **of_hub), name
 
 
 def merge(
@@ -61,7 +62,7 @@ def merge(
         dtype: Dtype of the written weights: float32, bfloat16, float16 or auto.
         console: Where to print.
     """
-    console, output_dir = console or Console(stderr=True), Path(output_dir)
+    console, output_dir = console or Console(stderr=True), Path(output_dir).absolute()
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"output_dir {str(output_dir)!r} is not empty; name another folder")
     model, tokenizer, name = load_masked(adapter, base, dtype)

@@ -38,7 +38,7 @@ from .trainer import stop_gradient_at_frozen_embeddings
 from .training_arguments import Run
 from .tuner.config import MaskConfig
 from .tuner.layer import write_masked_
-from .tuner.model import check_targets, layer_indices, maskable_names
+from .tuner.model import layer_indices, resolve_targets
 
 # Bytes of optimizer state per trained parameter, as a function of the parameter's own size. 8-bit states carry a
 # float32 scale per block of 256, 4-bit ones per block of 128, for each of the two moments.
@@ -123,9 +123,7 @@ class PlannedRun:
 
     def _masked_modules(self, model) -> dict[str, nn.Module]:
         config = mask_config(self.run.mask)
-        if config.target_modules in (None, "all-linear"):
-            config.target_modules = sorted(maskable_names(model))
-        check_targets(config, model)
+        resolve_targets(config, model)
         return {n: m for n, m in model.named_modules() if n and check_target_module_exists(config, n)}
 
     def _prepare(self, model: PreTrainedModel) -> nn.Module:
@@ -139,9 +137,7 @@ class PlannedRun:
                 weight = torch.empty_like(module.weight, dtype=self.compute_dtype)
                 module.weight = nn.Parameter(weight, requires_grad=self.method == "mask")
             for name, module in model.named_modules():
-                if any(
-                    name == saved or name.endswith(f".{saved}") for saved in self.run.mask.mask_modules_to_save or []
-                ):
+                if any(name.endswith(saved) for saved in self.run.mask.mask_modules_to_save or []):  # as PEFT does
                     module.requires_grad_(True)
             add_fused_lm_head(model, outputs=head)
         else:

@@ -34,7 +34,7 @@ class PrefixCache:
         max_bytes: Bound on this model's file; rows beyond it are computed every time.
         compute_dtype: Dtype of autocast, or None without it; outputs of different dtypes are kept apart.
 
-    Runs at one time each have a file of their own; what one kept serves those that come after it.
+    Runs at one time each have a file of their own: a run takes the first that is free, with what is in it.
 
     Raises:
         UserError: If the prefix is not frozen or has dropout.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import datasets
@@ -95,6 +97,18 @@ def check_launch() -> None:
     """Refuse ZeRO-3 from what the launcher put into the environment, before anything asks for DeepSpeed itself."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         check_zero_stage(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"))
+        check_zero_stage(zero_stage_of(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")))
+
+
+def zero_stage_of(config: str | dict | None) -> int | str | None:
+    """The ZeRO stage in a configuration of DeepSpeed, given as such or as its JSON file; None where it says none."""
+    if isinstance(config, str) and config not in ("", "none"):
+        try:
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"the DeepSpeed configuration {config!r} cannot be read: {error}") from None
+    stage = config.get("zero_optimization", {}) if isinstance(config, dict) else {}
+    return stage.get("stage") if isinstance(stage, dict) else None
 
 
 def check_mask_launch() -> None:

@@ -29,9 +29,9 @@ from .models import check_model_source, check_tokenizer_fits, load_model, load_t
 from .prefix_cache import PrefixCache
 from .progress import RichProgress
 from .trainer import ADAPTER, KeepLast, MaskSFTTrainer, Reference, is_reentrant, save_weights
-from .training_arguments import Run, TrainingSummary, set_accumulation
+from .training_arguments import Run, TrainingSummary, named_revision, set_accumulation
 from .tuner import MaskConfig, adapter_layers
-from .tuner.model import check_targets, maskable_names
+from .tuner.model import resolve_targets
 
 # Main path
 
@@ -54,6 +54,7 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
     check_method(run.method)
     if run.method.method == "mask":
         processes.check_mask_launch()
+    _check_training(run)
     set_accumulation(run.training)
     resume_from = None  # where only data is prepared, the folder of the run to come is its own business
     if not run.data.prepare_only:
@@ -79,17 +80,33 @@ def train(run: Run, splits: tuple | None = None, console: Console | None = None)
     return fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, task_evaluation)
 
 
+def _check_training(run: Run) -> None:
+    """Refuse what TRL or torch would do otherwise than is meant, or refuse after the model is loaded."""
+    args = run.training
+    processes.check_zero_stage(processes.zero_stage_of(args.deepspeed))
+    if run.method.method in MASK_METHODS and args.n_gpu > 1:
+        raise UserError(
+            f"this process sees {args.n_gpu} GPUs, which a mask does not share: add --accelerate_config multi_gpu, or "
+            "set CUDA_VISIBLE_DEVICES=0"
+        )
+    if args.eval_packing and processes.num_processes() > 1:
+        raise UserError("eval_packing with several processes would count held-out rows twice; set it to false")
+    if args.packing and args.eval_packing is None:
+        args.eval_packing = False  # held-out loss does not depend on how rows are put together
+
+
 def _prepare_data(run: Run, tokenizer, splits: tuple | None, console: Console) -> Prepared:
     how = {
         "text_field": run.training.dataset_text_field,
         "max_length": run.training.max_length,
         "completion_only_loss": run.training.completion_only_loss is not False,
+        "num_proc": run.training.dataset_num_proc,
     }
     if run.data.prepare_only and run.data.prepared_data_dir is None:
         raise UserError("prepare_only has nowhere to put the rows; name a prepared_data_dir")
     if splits is not None:
         return Prepared(*splits, *(tokenize_dataset(rows, tokenizer, **how) for rows in splits), {})
-    data = prepare(run.data, tokenizer, **how, num_proc=run.training.dataset_num_proc)
+    data = prepare(run.data, tokenizer, **how)
     console.print(f"data: {data.report['text']}", highlight=False)
     run.data_report = data.report["counts"]
     return data
@@ -108,9 +125,9 @@ def build_model(run: Run, model: PreTrainedModel):
         config = get_peft_config(run.model)
         if config.target_modules is None:
             config.target_modules = "all-linear"
-        return get_peft_model(model, config)
+        return get_peft_model(model, config, revision=named_revision(run))
     # Checkpoints carry the scores so that training can go on from them; the final adapter does not.
-    return get_peft_model(model, mask_config(run.mask, save_scores=True))
+    return get_peft_model(model, mask_config(run.mask, save_scores=True), revision=named_revision(run))
 
 
 def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, task_evaluation=None) -> TrainingSummary:
@@ -122,6 +139,9 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, tas
     if not args.packing:
         # The rows are tokenised and truncated already; TRL would go over them twice more.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    max_length = args.max_length
+    if args.padding_free and not args.packing:
+        args.max_length = None  # TRL would have to cut rows to it, and refuses; they are cut already
     trainer = MaskSFTTrainer(
         model=model,
         args=args,
@@ -129,6 +149,7 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, tas
         train_dataset=train_set.select_columns(["input_ids", "labels"]),
         eval_dataset=heldout_set.select_columns(["input_ids", "labels"]),
     )
+    args.max_length = max_length
     trainer.task_evaluation = task_evaluation
     progress = RichProgress(console, run.method.method)
     trainer.remove_callback(PrinterCallback)
@@ -172,7 +193,6 @@ def save(run: Run, model, tokenizer, summary: TrainingSummary, trainer: MaskSFTT
     config = getattr(model, "peft_config", {}).get(ADAPTER)
     if isinstance(config, MaskConfig | LoraConfig):
         config.base_model_name_or_path = run.model.model_name_or_path
-        config.revision = run.model.model_revision if run.model.model_revision != "main" else None
     if isinstance(config, MaskConfig):
         config.save_scores = False
         config.recipe = _recipe(run, summary)
@@ -243,8 +263,7 @@ def _task_evaluation(run: Run, train_rows, heldout_rows, console) -> TrainingEva
 def _train_only_layers(model, layers: list[int]) -> None:
     """Freeze all but the linear layers a mask of the same decoder layers would have scores for."""
     config = MaskConfig(layers_to_transform=list(layers), target_modules="all-linear")
-    config.target_modules = sorted(maskable_names(model))
-    check_targets(config, model)
+    resolve_targets(config, model)
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if name and check_target_module_exists(config, name):

@@ -65,13 +65,15 @@ class MaskSFTTrainer(SFTTrainer):
         that batch of all processes, in their order, the first ``remainder`` are new: what ``gather_for_metrics`` keeps.
         """
         labels_BT, state = inputs["labels"], self.accelerator.gradient_state
-        if state.end_of_dataloader and state.remainder > 0 and len(labels_BT) == self.args.eval_batch_size:
-            first = self.accelerator.process_index * len(labels_BT)
-            num_new = min(max(state.remainder - first, 0), len(labels_BT))
-            if num_new == 0:
+        if self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0:
+            if "cu_seq_lens_q" in inputs:  # padding_free: one sequence of all rows, each counting its positions from 0
+                row_BT, num_rows = (inputs["position_ids"] == 0).cumsum(-1) - 1, self.args.eval_batch_size
+            else:
+                row_BT, num_rows = torch.arange(len(labels_BT), device=labels_BT.device)[:, None], len(labels_BT)
+            is_new_BT = row_BT + self.accelerator.process_index * num_rows < state.remainder
+            if not is_new_BT.any():
                 return 0  # the loss of nothing would be no number; this one is not counted
-            inputs["labels"] = labels_BT = labels_BT.clone()
-            labels_BT[num_new:] = IGNORED
+            inputs["labels"] = labels_BT = labels_BT.masked_fill(~is_new_BT, IGNORED)
         return int((labels_BT[..., 1:] != IGNORED).sum())
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):

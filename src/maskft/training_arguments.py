@@ -143,6 +143,11 @@ class TrainingSummary:
     history: list[dict]
 
 
+def named_revision(run: Run) -> str | None:
+    """The revision of the base model that was asked for; None for the newest."""
+    return None if run.model.model_revision == "main" else run.model.model_revision
+
+
 def set_accumulation(args: TrainingArguments) -> None:
     """Turn ``global_batch_size``, if given, into the accumulation steps that give it on this many processes."""
     if args.global_batch_size is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from .errors import UserError
 from .mask_codec import decode_mask
 from .mask_set import describe, read_coded, read_config
+from .masking import num_removed
 
 
 def verify(adapter: str | Path, base: str | None = None) -> list[str]:
@@ -46,9 +47,9 @@ def _check_counts(rows: list[dict], config: dict) -> str:
     if config["selection"] == "topk" and not recipe.get("match_adapter"):
         sparsity = config["sparsity"]
         if config["scope"] == "matrix":
-            wrong = [row["module"] for row in rows if row["num_removed"] != round(sparsity * row["numel"])]
+            wrong = [row["module"] for row in rows if row["num_removed"] != num_removed(row["numel"], sparsity)]
         else:
-            wrong = ["the pool"] if removed != round(sparsity * total) else []
+            wrong = ["the pool"] if removed != num_removed(total, sparsity) else []
         if wrong:
             raise UserError(
                 f"{wrong[0]} does not remove the share sparsity={sparsity} asks for; the adapter is damaged"

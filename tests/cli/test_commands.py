@@ -306,6 +306,13 @@ def test_a_demo_recipe_whose_section_is_a_list(tmp_path, capsys):
     assert status == 2 and "section mask of the recipe must be a list of `name: value` lines, not [1]" in err
 
 
+def test_merge_into_the_folder_one_is_in(adapter, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    status, _, err = call(["merge", "--adapter", adapter, "--output_dir", "."], capsys)
+    assert status == 0 and (tmp_path / "empty" / "config.json").is_file(), err
+
+
 def test_demo_preset_paper():
     from maskft.cli.demo import SECTIONS, _parse_recipe, _recipe_text, merge_options
 
@@ -339,5 +346,7 @@ def test_a_revision_of_a_hub_model(base, data, tmp_path, capsys, monkeypatch):
     assert status == 0, err
     masked = nll("masked", "--adapter", tmp_path / "mask")
     assert abs(masked - v1) < abs(masked - newest)
+    status, _, err = call(["verify", tmp_path / "mask", "--base", "ours/tiny"], capsys)
+    assert status == 0, err
     assert call(["merge", "--adapter", tmp_path / "mask", "--output_dir", tmp_path / "merged"], capsys)[0] == 0
     assert nll("of merged", "--model_name_or_path", tmp_path / "merged") == masked

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from maskft.data import TEST_SETS, TRAINING_SETS, load_examples, tokenize_example
+from maskft.data.loading import heldout_split
 from maskft.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
@@ -149,6 +150,28 @@ def test_another_split_of_a_registered_set(tmp_path, monkeypatch):
     load_examples("gsm8k", "test")
     load_examples("gsm8k", config="socratic")
     assert asked == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "socratic", "train")]
+    # In a mixture the options are for the sets that are not registered.
+    asked.clear()
+    load_examples("gsm8k,ours/other", "validation", config="own")
+    assert asked == [("openai/gsm8k", "main", "train"), ("ours/other", "own", "validation")]
+
+
+def test_a_file_without_a_split_in_its_name_is_that_of_training(tmp_path, monkeypatch):
+    """Held out by that name, it would be the training rows."""
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "What is 1?", "answer": "#### 1"}) + "\n")
+    with pytest.raises(UserError, match=r"holds none of gsm8k_test\.jsonl"):
+        load_examples("gsm8k", "test", data_dir=str(tmp_path))
+    assert len(load_examples("gsm8k", data_dir=str(tmp_path))) == 1
+    monkeypatch.setattr("maskft.data.loading.load_from_hub", lambda *_, **__: [{"question": "2?", "answer": "#### 2"}])
+    (row,) = load_examples("openai/gsm8k", "test", data_dir=str(tmp_path))
+    assert row["answer"] == "2"
+    (tmp_path / "own.jsonl").write_text(json.dumps({"question": "What is 3?", "answer": "#### 3"}) + "\n")
+    assert len(load_examples("own", "test", data_dir=str(tmp_path))) == 1
+
+
+@pytest.mark.parametrize(("name", "split"), [("gsm8k", "test"), ("metamathqa", "train"), ("ours/other", "test")])
+def test_the_split_that_held_out_data_is_read_from(name, split):
+    assert heldout_split(name, None) == split and heldout_split(name, "dev") == "dev"
 
 
 @pytest.mark.parametrize(

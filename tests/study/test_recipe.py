@@ -233,7 +233,7 @@ def test_the_data_folder_is_for_test_sets_too(content, data, tmp_path):
 
 def test_yaml_merge_keys_and_negative_numbers(content, tmp_path):
     file = tmp_path / "merge.yaml"
-    content["methods"]["mask"] |= {"mask_selection": "threshold", "mask_threshold": -1e-5}
+    content["methods"]["mask"] |= {"mask_selection": "threshold", "mask_threshold": -1e-5, "mask_rank_by": "signed"}
     text = yaml.safe_dump(content, sort_keys=False)
     lines = "  second:\n    <<: *mask\n    mask_threshold: -2.0e-5\n"
     text = text.replace("  mask:\n", "  mask: &mask\n").replace("  L1 mask:\n", f"{lines}  L1 mask:\n")
@@ -334,6 +334,7 @@ CASES = [
     (change("evaluation/tasks", 3), "evaluation.tasks must be a list of names"),
     (change("evaluation/limit", "ten"), "evaluation: argument --limit: invalid int value: 'ten'"),
     (change("evaluation/limit", 0), "evaluation: limit is 0; it must be at least 1"),
+    (change("data/sums/dataset_name", ["a.jsonl"]), r"data 'sums': dataset_name is \['a.jsonl'\]; it must be a name"),
     (change("data/sums/tokens", 3), r"unknown option 'tokens'"),
     (change("seeds", [0, 0]), "holds one seed twice"),
     (change("grid", {"mask.mask_sparsity": list(range(999))}), "makes 1,999 runs, more than 1,000; pass --yes"),
@@ -433,6 +434,8 @@ def test_benchmark_files_that_choose_checkpoints_name_the_run(content, tmp_path)
         content["train"] |= {"eval_tasks": "gsm8k", "eval_data_dir": str(folder)}
         named.append(ids(content))
     assert named[0] == named[1]
+    (files[1] / "gsm8k_test.jsonl").write_text('{"question": "9?", "answer": "#### 9"}\n')  # chooses nothing
+    assert ids(content) == named[0]
     (files[1] / "gsm8k_train.jsonl").write_text('{"question": "2?", "answer": "#### 2"}\n')
     assert not set(ids(content).values()) & set(named[0].values())
 

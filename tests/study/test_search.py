@@ -210,7 +210,8 @@ def test_a_data_dir_that_is_missing_is_one_line(content, tmp_path, capsys):
 def test_what_train_says_about_the_data_decides_the_parts(content, data, tmp_path, capsys):
     """As in a study: otherwise rows that the model was fine-tuned on would rank the candidates."""
     held_out = content["data"]["sums"].pop("eval_split_size")
-    content["train"] |= {"eval_split_size": held_out, "split_seed": 3}
+    # The last says how the whole is read, not its parts, which are files.
+    content["train"] |= {"eval_split_size": held_out, "split_seed": 3, "deduplicate": True}
     file, folder = write(tmp_path, content), tmp_path / "out"
     named = load_search(file).part_file(folder, "train")
     assert main(["search", str(file), "--output_dir", str(folder)]) == 0

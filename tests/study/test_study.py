@@ -14,7 +14,7 @@ from killing import kill_now_and_then
 from maskft import paths
 from maskft.cli.main import main
 from maskft.errors import UserError
-from maskft.study.execute import _without_folders
+from maskft.study.execute import _without_folders, partial_folder
 from maskft.study.process import run_command
 
 
@@ -398,7 +398,7 @@ def test_a_run_that_was_cut_off_goes_on_without_its_prepared_rows(base, data, tm
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(folder)]) == 0
 
 
-def test_answers_given_under_other_versions_are_given_again(base, data, tmp_path):
+def test_answers_given_under_other_versions_are_given_again(base, data, tmp_path, monkeypatch):
     """What a kill left of an evaluation does not stop the study after an upgrade."""
     content = recipe(base, data, {"full": {**FULL, "num_train_epochs": 1, "last": None}})
     file, folder = write(tmp_path, content), tmp_path / "out"
@@ -406,7 +406,10 @@ def test_answers_given_under_other_versions_are_given_again(base, data, tmp_path
     (result,) = folder.glob(f"{paths.RESULTS}/*/{paths.RESULT}")
     expected = json.loads(result.read_text())["tasks"]
     shutil.rmtree(result.parent)
-    partial = result.parent.with_name(f"{result.parent.name}.abcdef.partial")
+    with monkeypatch.context() as patch:
+        patch.setattr("maskft.study.execute.environment", lambda: {"packages": {"torch": "1.0"}})
+        partial = partial_folder(result)
+    assert partial != partial_folder(result)
     partial.mkdir()
     (partial / paths.JOURNAL).write_text('{"packages": {"torch": "1.0"}}\n')
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0

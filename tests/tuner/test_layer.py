@@ -155,6 +155,54 @@ def test_a_layer_used_twice_in_one_forward(accumulation):
     torch.testing.assert_close(fast, layer.mask_scores["default"].grad, rtol=1e-5, atol=1e-5)
 
 
+def test_a_layer_that_the_last_micro_batch_does_not_reach(accumulation):
+    """An expert, or a vision tower: its sum is handed over all the same, and to this step's optimizer."""
+    layer, other = make_layer(), make_layer()
+    x = torch.randn(5, 12)
+    accumulation._set_sync_gradients(False)
+    (layer(x).sum() + other(x).sum()).backward()
+    expected = layer._raw_gradient["default"].clone()
+    accumulation._set_sync_gradients(True)
+    other(x).sum().backward()
+    scores = layer.mask_scores["default"]
+    torch.testing.assert_close(scores.grad, expected * layer.base_layer.weight * torch.sign(scores.detach()))
+    assert not layer._raw_gradient and not other._raw_gradient
+    reached = other.mask_scores["default"]
+    accumulated, reached.grad = reached.grad, None
+    (other(x).sum() * 2).backward()
+    torch.testing.assert_close(accumulated, reached.grad)
+
+
+def test_a_graph_of_another_set_of_adapters_stays_good():
+    """A reference adapter runs between forward and backward of the one that is trained."""
+    layer = make_layer()
+    layer.update_layer("ref", MaskConfig(sparsity=0.4), [])
+    layer.set_adapter("default")
+    x = torch.randn(5, 12, requires_grad=True)
+    y = layer(x)
+    layer.set_adapter("ref", inference_mode=True)
+    with torch.no_grad():
+        layer(x)
+    layer.set_adapter("default")
+    y.sum().backward()
+    expected = torch.where(layer.get_mask("default"), layer.base_layer.weight, 0.0).sum(0)
+    torch.testing.assert_close(x.grad, expected.expand(5, 12))
+
+
+def test_data_parallel_is_refused():
+    layer = make_layer()
+    layer._is_replica = True  # what torch.nn.DataParallel sets on its copies
+    with pytest.raises(UserError, match=r"masks do not work under torch\.nn\.DataParallel"):
+        layer(torch.randn(5, 12))
+
+
+def test_the_uniform_start_is_of_the_inputs():
+    """Conv1D stores its weight the other way round."""
+    for conv1d in (False, True):
+        layer = make_layer(conv1d=conv1d, in_features=400, out_features=25, init_scores="kaiming_uniform")
+        assert float(layer.mask_scores["default"].detach().abs().max()) == pytest.approx(1 / 20, rel=0.01)
+
+
 def test_backward_after_a_step_on_an_old_graph_is_an_error():
     layer = make_layer()
     x = torch.randn(5, 12, requires_grad=True)

@@ -18,6 +18,7 @@ from maskft.errors import UserError
 from maskft.mask_set import MaskSet
 from maskft.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from maskft.tuner import MaskPeftType
+from maskft.tuner.model import check_targets, maskable_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -266,6 +267,66 @@ def test_modules_to_save(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_a_resized_vocabulary_is_saved_and_loaded(tmp_path):
+    """PEFT writes the embeddings whole then, as it does for any adapter."""
+    tiny.tiny_llama().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(104)
+    model = train_a_little(get_peft_model(base, MaskConfig(layers_to_transform=[1])))
+    model.save_pretrained(tmp_path / "adapter")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    plain.resize_token_embeddings(104)
+    assert torch.equal(logits(PeftModel.from_pretrained(plain, tmp_path / "adapter")), logits(model))
+
+
+def test_token_indices_that_a_trainer_adds_are_refused():
+    config = MaskConfig()
+    config.trainable_token_indices = [3]
+    with pytest.raises(UserError, match="trainable_token_indices is not supported by masks"):
+        get_peft_model(tiny.tiny_llama(), config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_cpu_mem_usage_leaves_scores_float32(dtype, tmp_path):
+    model = trained(tiny.tiny_llama, layers_to_transform=[1], save_scores=True)
+    model.save_pretrained(tmp_path)
+    scores = {n: p.detach().clone() for n, p in model.named_parameters() if "mask_scores" in n}
+    base = tiny.tiny_llama().to(dtype)
+    how = {"is_trainable": True, "low_cpu_mem_usage": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = PeftModel.from_pretrained(base, tmp_path, **how)
+    found = {n: p for n, p in loaded.named_parameters() if "mask_scores" in n}
+    assert found.keys() == scores.keys() and all(torch.equal(found[n], scores[n]) for n in scores)
+
+
+def test_status_names_a_mask_loaded_for_inference(saved):
+    loaded = PeftModel.from_pretrained(tiny.tiny_llama(), saved[0])
+    assert all(layer.available_adapters == ["default"] for layer in loaded.get_layer_status())
+
+
+def test_unloading_leaves_nothing_behind():
+    plain = tiny.tiny_llama()
+    before = copy.deepcopy(plain._no_split_modules), len(plain._forward_pre_hooks)
+    for unload in ("unload", "merge_and_unload"):
+        model = getattr(get_peft_model(plain, MaskConfig(layers_to_transform=[1])), unload)()
+        assert (model._no_split_modules, len(model._forward_pre_hooks)) == before
+
+
+def test_offloaded_weights_are_refused():
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(layers_to_transform=[1]))
+    model.base_model.model.model.layers[1].mlp.up_proj.base_layer.to("meta")
+    with pytest.raises(UserError, match="up_proj is on the meta device: offloaded layers cannot be masked"):
+        logits(model)
+
+
+def test_a_second_adapter_of_the_same_configuration_is_a_copy():
+    model = trained(tiny.tiny_llama, layers_to_transform=[1])
+    model.add_adapter("ref", model.peft_config["default"])
+    ours, theirs = current_masks(model), current_masks(model, "ref")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_deepcopy_and_pickle(tmp_path):
     model = trained(tiny.tiny_llama, scope="global")
     clone = copy.deepcopy(model)
@@ -327,6 +388,7 @@ def test_preset_paper():
         ({"mask_seed": -1}, "must be >= 0"),
         ({"preset": "papr"}, "did you mean 'paper'"),
         ({"selection": "threshold", "scope": "global"}, "no effect"),
+        ({"selection": "threshold"}, "threshold is -0.035 and rank_by is 'abs': no magnitude is below it"),
         ({"init_scores": "constant"}, "never trains: the gradient is 0 at score 0"),
         ({"trainable_token_indices": [1]}, "not supported by masks"),
         ({"format_version": 99}, "format version 99, this maskft reads up to 1; upgrade"),
@@ -389,6 +451,39 @@ def test_fused_experts_are_refused():
         get_peft_model(model, MaskConfig(target_modules=["experts", "q_proj"]))
     masks = current_masks(get_peft_model(model, MaskConfig()))
     assert len(masks) == 2 * 4 and all("self_attn" in n for n in masks)
+
+
+class Halved(nn.Linear):
+    """As transformers has them: a linear layer by its class, another map by its forward."""
+
+    __module__ = "transformers.integrations.bitnet"
+
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_linear_layers_that_compute_something_else_are_refused():
+    model = tiny.tiny_llama()
+    for layer in model.model.layers:
+        layer.mlp.router = Halved(32, 4)
+    assert "router" not in maskable_names(model)
+    with pytest.raises(UserError, match="it is a Halved, which computes something else than a linear map"):
+        get_peft_model(model, MaskConfig(target_modules=["router", "q_proj"]))
+
+
+def test_weights_that_a_parent_reads_itself_are_refused():
+    """The mask would be saved and merged, and never trained."""
+    config = transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0)
+    mamba = transformers.MambaForCausalLM(config)
+    assert maskable_names(mamba) == {"in_proj"}
+    with pytest.raises(UserError, match="dt_proj cannot be masked: its MambaMixer reads the weight"):
+        get_peft_model(mamba, MaskConfig(target_modules=["dt_proj"]))
+    attention = nn.Sequential(nn.MultiheadAttention(8, 2))
+    with pytest.raises(UserError, match="its MultiheadAttention reads the weight and does not call the layer"):
+        check_targets(MaskConfig(target_modules=["out_proj"]), attention)
+    masked = get_peft_model(mamba, MaskConfig())
+    masked(input_ids=tiny.token_ids(), labels=tiny.token_ids()).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in masked.parameters() if p.requires_grad)
 
 
 def test_quantised_linears_are_refused():

@@ -74,23 +74,26 @@ class Reader:
     def _find(self, name: str) -> tuple[Iterable[tuple[str, Row]], TrainingSet | None]:
         """Return the rows of a set with their places, and what is registered about the set."""
         known = TRAINING_SETS.get(name) if is_hub_name(name) else None
-        files = local_files(name, self.data_dir, self.split)
+        # The options are for one set; in a mixture, what is known of a set wins.
+        split = split_of(name, self.split, self.as_messages)
+        config = known and (known.config if self.as_messages else self.config or known.config)
+        files = local_files(name, self.data_dir, split)
         if files:
             rows = chain.from_iterable(map(read_file, files))
             of_mixture = known is not None and known.source is not None
             return _only_source(rows, name, known) if of_mixture else rows, known
         if known and self.data_dir:
-            wanted = ", ".join(f"{each}.jsonl" for each in _file_names(name))
+            end = "" if split == "train" else f"_{split}"
+            wanted = ", ".join(f"{each}{end}.jsonl" for each in _file_names(name))
             raise UserError(
-                f"data_dir {self.data_dir} holds none of {wanted} (or with _{self.split} before the ending, or .json, "
-                f".parquet, .gz) for {name}; add one, or "
+                f"data_dir {self.data_dir} holds none of {wanted} (or .json, .parquet, .gz) for {name}; add one, or "
                 f"leave data_dir out to download {known.hub_id}"
             )
         if known is None:
             if "/" not in name and (similar := did_you_mean(name, TRAINING_SETS)):
                 raise UserError(f"there is no file and no known data set {name!r}{similar}")
             return numbered(load_from_hub(name, self.config, self.split, streaming=self.streaming)), None
-        rows = load_from_hub(known.hub_id, self.config or known.config, self.split, known.data_files, self.streaming)
+        rows = load_from_hub(known.hub_id, config, split, known.data_files, self.streaming)
         if known.source:
             rows = rows.filter(lambda source: source == known.source, input_columns="source")
         return numbered(rows), known
@@ -108,13 +111,26 @@ class Reader:
             raise too_few_rows(name, num_rows, taken)
 
 
+def split_of(name: str, asked: str, of_mixture: bool) -> str:
+    """The split that a set is read from: the one asked for, but in a mixture a registered set's own."""
+    return "train" if of_mixture and name in TRAINING_SETS else asked
+
+
+def heldout_split(name: str, asked: str | None) -> str:
+    """The split that held-out data is read from: the one asked for, else a registered set's own, else ``test``."""
+    return asked or (TRAINING_SETS[name].heldout_split if name in TRAINING_SETS else "test")
+
+
 def local_files(name: str, data_dir: str | None, split: str) -> list[Path]:
     """Find the files here that a set is read from; none: it comes from the hub, or is generated."""
     if name.startswith(PROCEDURAL_PREFIX):
         return []
     if not is_hub_name(name):
         return [Path(name).expanduser()]
-    return find_files(data_dir, _file_names(name), split) if data_dir else []
+    # The plain name of a training set is that of its training split.
+    is_training_set = name in TRAINING_SETS or any(name == known.hub_id for known in TRAINING_SETS.values())
+    only_split = is_training_set and split != "train"
+    return find_files(data_dir, _file_names(name), split, only_split) if data_dir else []
 
 
 def _file_names(name: str) -> list[str]:

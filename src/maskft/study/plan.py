@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -226,7 +226,9 @@ def _launch_identity(recipe: Recipe, method: Method, options: dict) -> dict:
     launch = recipe.launch
     if method.method in (PRETRAINED, *FIXED_MASK_METHODS) or options.get("global_batch_size"):
         return {}
-    shared = {"num_processes": launch.num_processes or 1, "command": launch.command}
+    # Beside a command the number is there for estimates.
+    num_processes = 1 if launch.command else launch.num_processes or 1
+    shared = {"num_processes": num_processes, "command": launch.command}
     return {} if shared == {"num_processes": 1, "command": None} else {"launch": shared}
 
 
@@ -369,16 +371,18 @@ def _identity(options: dict) -> dict:
     if out.get("mask_prefix_cache"):
         out["mask_prefix_cache"] = True
     if out.get("eval_data_dir"):
-        out["eval_data_dir"] = _benchmark_digests(names_text(out.get("eval_tasks")) or "", out["eval_data_dir"])
+        # Training items only choose a checkpoint; what reports on it may be edited.
+        tasks = names_text(out.get("eval_tasks")) or ""
+        out["eval_data_dir"] = _benchmark_digests(tasks, out["eval_data_dir"], ["train"])
     return out
 
 
-def _benchmark_digests(tasks: str, folder: str) -> dict[str, str]:
-    """Task -> hash of its files in a folder, for those that have some there."""
+def _benchmark_digests(tasks: str, folder: str, splits: Sequence[str] | None = None) -> dict[str, str]:
+    """Task -> hash of its files in a folder, for those that have some there; of some splits or all."""
     from ..evaluation.task_data import benchmark_files
 
     named = filter(None, (task.strip() for task in tasks.split(",")))
-    files = {task: benchmark_files(task, Path(folder).expanduser()) for task in named}
+    files = {task: benchmark_files(task, Path(folder).expanduser(), splits) for task in named}
     return {task: _hash({"files": [*map(file_digest, found)]}) for task, found in files.items() if found}
 
 

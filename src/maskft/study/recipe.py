@@ -341,7 +341,10 @@ def _data(name: str, section: Any, data_dir) -> Data:
             raise UserError(f"data {name!r}: {key} is {value!r}; it must be a number above 0")
     if not section.get("dataset_name"):
         raise UserError(f"data {name!r} has no dataset_name")
-    options = in_data_dir(_as_text(section), data_dir)
+    options = _as_text(section)
+    if not isinstance(options["dataset_name"], str):
+        raise UserError(f"data {name!r}: dataset_name is {options['dataset_name']!r}; it must be a name, or name: rows")
+    options = in_data_dir(options, data_dir)
     if data_dir is not None:
         options["data_dir"] = str(data_dir)  # sets by name are looked for there, test sets too
     return Data(options, **estimate)

@@ -14,7 +14,7 @@ from ..data_arguments import TEMPLATE, DataArguments
 from ..errors import UserError, did_you_mean
 from ..paths import is_there
 from .plan import data_hash
-from .recipe import PRETRAINED, Data, Method, Recipe, is_number, parse_recipe, read_content
+from .recipe import PRETRAINED, REVISION, Data, Method, Recipe, is_number, parse_recipe, read_content
 
 NO_MASK = "no mask"
 CACHE, _DATA = "cache", "data"
@@ -122,9 +122,9 @@ class Search:
             return recipe
         rows = {part: str(self.part_file(folder, part)) for part in PARTS}
         # The parts are made of the rest of what is about data.
-        kept = {k: v for k, v in self.data.options.items() if k in ("max_train_samples", "as_chat") or k not in OF_DATA}
+        kept = {k: v for k, v in self.options.items() if k in ("max_train_samples", "as_chat") or k not in OF_DATA}
         data = {"probes": Data({"dataset_name": rows["train"], "eval_dataset_name": rows["choose"], **kept})}
-        return replace(recipe, data=data, evaluation=self.evaluation(rows["choose"]))
+        return replace(recipe, data=data, train={}, evaluation=self.evaluation(rows["choose"]))
 
     def evaluation(self, rows: str) -> dict[str, Any]:
         """Options of ``maskft evaluate`` that measure the loss on ``rows``."""
@@ -133,7 +133,7 @@ class Search:
 
     def part_file(self, folder: Path, part: str) -> Path:
         """File of one of :data:`PARTS` of the training data; what decides the rows and their form names its folder."""
-        options = {k: v for k, v in self.options.items() if k in OF_DATA or k in (TEMPLATE, "dataset_text_field")}
+        options = {k: v for k, v in self.options.items() if k in (*OF_DATA, TEMPLATE, REVISION, "dataset_text_field")}
         options |= {"max_train_samples": None, "choose_size": self.settings.choose_size}
         return folder / _DATA / data_hash(self.recipe.models[0], options) / f"{part}.jsonl"
 
@@ -225,7 +225,8 @@ def _checked(recipe: Recipe, settings: SearchSettings) -> Search:
     if num_layers is None:
         from ..models import load_config
 
-        num_layers = load_config(recipe.models[0]).get_text_config().num_hidden_layers
+        config = load_config(recipe.models[0], revision=recipe.train.get(REVISION, "main"))
+        num_layers = config.get_text_config().num_hidden_layers
     groups = _groups(settings, num_layers)
     rates = settings.learning_rates or [None]
     candidates = list(itertools.starmap(Candidate, itertools.product(groups, settings.sparsities, rates)))

@@ -38,6 +38,9 @@ class MaskPeftType(str, Enum):  # noqa: UP042 - PEFT's own PeftType is (str, Enu
     MASK = "MASK"
 
 
+NO_TOKEN_INDICES = "trainable_token_indices is not supported by masks; use modules_to_save=['embed_tokens']"
+
+
 @dataclass
 class MaskConfig(PeftConfig):
     """Mask Fine-Tuning (https://arxiv.org/abs/2503.22764) as a PEFT method.
@@ -136,6 +139,11 @@ class MaskConfig(PeftConfig):
         check_sparsity(self.sparsity)
         if self.selection == "threshold" and self.scope == "global":
             raise UserError("scope='global' has no effect with selection='threshold': one threshold is global already")
+        if self.selection == "threshold" and self.rank_by == "abs" and self.threshold <= 0:
+            raise UserError(
+                f"threshold is {self.threshold} and rank_by is 'abs': no magnitude is below it, so nothing would be "
+                "removed; set rank_by='signed', or a threshold above 0"
+            )
         if not self.init_std > 0:
             raise UserError(f"init_std is {self.init_std!r}; it is a standard deviation and must be > 0")
         layers = self.layers_to_transform
@@ -149,7 +157,7 @@ class MaskConfig(PeftConfig):
                 " set init_value or rank_by='signed'"
             )
         if self.trainable_token_indices is not None:
-            raise UserError("trainable_token_indices is not supported by masks; use modules_to_save=['embed_tokens']")
+            raise UserError(NO_TOKEN_INDICES)
         if isinstance(self.target_modules, tuple | set):
             self.target_modules = sorted(self.target_modules)
         if self.selection == "topk" and self.sparsity > 0.5:

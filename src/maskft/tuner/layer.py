@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,9 @@ def _count_optimizer_step(*_) -> None:
 
 
 register_optimizer_step_post_hook(_count_optimizer_step)
+
+# Layers that hold a sum of gradients which the optimizer has not seen yet.
+_unfinished: weakref.WeakSet[MaskedLinear] = weakref.WeakSet()
 
 
 class Float32ParameterDict(nn.ParameterDict):
@@ -91,6 +95,12 @@ class MaskLayer(BaseTunerLayer):
         self.mask_pools[adapter_name] = pool if config.scope == "global" else [self]
         if not config.inference_mode:
             self.mask_scores[adapter_name] = nn.Parameter(self._draw_scores(config))
+        # A second adapter of one configuration is a copy of the first, as trainers want of a frozen reference.
+        twin = next((n for n, other in self.mask_configs.items() if other is config and n != adapter_name), None)
+        if twin in self.mask_coded:
+            self.mask_coded[adapter_name] = self.mask_coded[twin]
+        if twin in self.mask_scores and adapter_name in self.mask_scores:
+            self.mask_scores[adapter_name].data.copy_(self.mask_scores[twin].data)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _draw_scores(self, config: MaskConfig) -> Tensor:
@@ -100,7 +110,10 @@ class MaskLayer(BaseTunerLayer):
         # Every layer draws from its own stream, so that adding or leaving out a layer does not move the others.
         digest = hashlib.sha256(f"{config.mask_seed}/{self.module_name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return initial_scores(weight.detach(), config.init_scores, generator, config.init_std, config.init_value)
+        num_inputs = weight.shape[0 if self.is_transposed else 1]
+        return initial_scores(
+            weight.detach(), config.init_scores, generator, config.init_std, config.init_value, num_inputs
+        )
 
     # Masks
 
@@ -160,6 +173,18 @@ class MaskLayer(BaseTunerLayer):
         """Optimizer steps this process has taken, of any optimizer."""
         return _num_optimizer_steps
 
+    def _check_can_refresh(self) -> None:
+        if getattr(self, "_is_replica", False):
+            raise UserError(
+                "masks do not work under torch.nn.DataParallel; start one process per GPU (accelerate launch; maskft "
+                "train --accelerate_config multi_gpu), or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
+            )
+        if self.get_base_layer().weight.device.type == "meta":
+            raise UserError(
+                f"the weight of {self.module_name} is on the meta device: offloaded layers cannot be masked; load the "
+                "model whole, without device_map"
+            )
+
     # A weight made inside torch.inference_mode() could not be used in training afterwards.
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -169,6 +194,7 @@ class MaskLayer(BaseTunerLayer):
         A backward pass through a graph that was built before the optimizer step then fails, as it does for any weight
         that an optimizer has changed.
         """
+        self._check_can_refresh()
         own_dtype = self.get_base_layer().weight.dtype
         names = self._available(self.active_adapters)
         trained = next((name for name in names if name in self.mask_scores), None)
@@ -176,8 +202,14 @@ class MaskLayer(BaseTunerLayer):
         weights = [layer.get_base_layer().weight.detach() for layer in pool]
         dtypes = [weight.dtype if dtype == own_dtype else dtype for weight in weights]
         for layer, weight, its_dtype in zip(pool, weights, dtypes, strict=True):
-            out = layer._effective
-            if out is None or (out.shape, out.dtype, out.device) != (weight.shape, its_dtype, weight.device):
+            out, names_of = layer._effective, tuple(layer._available(layer.active_adapters))
+            # A graph of the same adapters is out of date; one of others (a reference model's beside it) is not.
+            is_other = layer._effective_key is not None and layer._effective_key[0] != names_of
+            if (
+                out is None
+                or is_other
+                or (out.shape, out.dtype, out.device) != (weight.shape, its_dtype, weight.device)
+            ):
                 layer._effective = torch.empty(weight.shape, dtype=its_dtype, device=weight.device)
             layer._effective_key = None
         if trained is None:
@@ -246,6 +278,18 @@ class MaskLayer(BaseTunerLayer):
         for attribute in self.other_param_names:
             getattr(self, attribute).pop(adapter_name, None)
         self._effective = self._effective_key = None
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.mask_configs)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move scores, and leave them float32 whatever the base is: in bfloat16 they would tie at the cut."""
+        device = device or self.get_base_layer().weight.device
+        if adapter_name in self.mask_scores and torch.device("meta") not in (
+            torch.device(device),
+            self.mask_scores[adapter_name].device,
+        ):
+            self.mask_scores[adapter_name].data = self.mask_scores[adapter_name].data.to(device)
 
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.mask_configs)
@@ -318,6 +362,16 @@ class MaskedLinear(nn.Module, MaskLayer):
             return _MaskedLinearFunction.apply(x, self.mask_scores[trained[0]], effective, bias, self, trained[0])
         return F.linear(x, effective.t() if self.is_transposed else effective, bias)
 
+    def gradient_of_scores(self, name: str, raw: Tensor) -> Tensor:
+        """The straight-through gradient out of the sum of (dL/dy)^T x, which is overwritten."""
+        weight, scores = self.get_base_layer().weight, self.mask_scores[name]
+        gradient = score_gradient_(raw, weight, scores, self.mask_configs[name].rank_by)
+        for other in self._available(self.active_adapters):
+            if other != name:
+                # What another active mask removes does not depend on these scores.
+                gradient.masked_fill_(~self.get_mask(other), 0.0)
+        return gradient
+
     def _forward_jointly_trained(self, x: Tensor, names: list[str]) -> Tensor:
         """Several adapters trained at once: plain autograd through each mask in turn."""
         base = self.get_base_layer()
@@ -366,13 +420,24 @@ class _MaskedLinearFunction(torch.autograd.Function):
         if not (state.sync_gradients or state.plugin_kwargs.get("sync_each_batch", False)):
             # More micro-batches follow before the optimizer looks: keep the sum, finish it in the last of them.
             layer._raw_gradient[name] = raw
+            _unfinished.add(layer)
             return grad_x, None, None, None, None, None
-        weight, rank_by = layer.get_base_layer().weight, layer.mask_configs[name].rank_by
+        if _unfinished:
+            # Layers that this last micro-batch does not reach (an expert, a vision tower) have their sums to hand over.
+            torch.autograd.Variable._execution_engine.queue_callback(_finish_gradients)
         if layer.sharded_weight is not None:
+            rank_by = layer.mask_configs[name].rank_by
             return grad_x, layer.sharded_weight.score_gradient(raw, scores, rank_by), None, None, None, None
-        others = [other for other in layer._available(layer.active_adapters) if other != name]
-        grad_scores = score_gradient_(raw, weight, scores, rank_by)
-        for other in others:
-            # What another active mask removes does not depend on these scores.
-            grad_scores.masked_fill_(~layer.get_mask(other), 0.0)
-        return grad_x, grad_scores, None, None, None, None
+        return grad_x, layer.gradient_of_scores(name, raw), None, None, None, None
+
+
+@torch.no_grad()
+def _finish_gradients() -> None:
+    """At the end of a backward pass: give the optimizer the sums of the layers that it did not reach."""
+    for layer in list(_unfinished):
+        if layer.sharded_weight is None:  # its gradient is reduced over ranks, which all must reach the layer
+            for name, raw in layer._raw_gradient.items():
+                scores, gradient = layer.mask_scores[name], layer.gradient_of_scores(name, raw)
+                scores.grad = gradient if scores.grad is None else scores.grad + gradient
+            layer._raw_gradient.clear()
+    _unfinished.clear()

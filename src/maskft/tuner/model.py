@@ -15,12 +15,14 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UserError, did_you_mean
 from ..mask_codec import FORMAT_VERSION, decode_mask, encode_mask, mask_info, mask_sha256
 from ..masking import scores_for_mask
-from .config import MaskConfig
+from .config import NO_TOKEN_INDICES, MaskConfig
 from .layer import Float32ParameterDict, MaskedLinear, MaskLayer, masks_from_scores
 from .sharded import is_sharded, refresh
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
 _SHOWN = 8
+_PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
+_READ_BY_MAMBA = ("dt_proj", "x_proj", "out_proj")  # its kernels and its slow path take these weights themselves
 
 
 class MaskModel(BaseTuner):
@@ -38,20 +40,31 @@ class MaskModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict) -> MaskConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
+        if peft_config.trainable_token_indices is not None:  # TRL sets it after the configuration was made
+            raise UserError(NO_TOKEN_INDICES)
         return peft_config
 
     def _prepare_model(self, peft_config: MaskConfig, model: nn.Module) -> None:
         """Check the whole request before the first layer is replaced, so that an error leaves the model as it was."""
-        if peft_config.target_modules == "all-linear":
-            peft_config.target_modules = sorted(maskable_names(model))
-        check_targets(peft_config, model)
+        resolve_targets(peft_config, model)
         # Collects the layers of one adapter in module order, so that scope="global" can rank them together.
         self._pool: list[MaskLayer] = []
+        if not hasattr(self, "_undo"):
+            self._undo = (getattr(model, "_no_split_modules", None), None)
         if getattr(model, "_no_split_modules", None):
             # accelerate makes an FSDP unit of each; as units of their own, scores are never gathered in forward.
             model._no_split_modules = {*model._no_split_modules, Float32ParameterDict.__name__}
         if _refresh_before_forward not in model._forward_pre_hooks.values():
-            model.register_forward_pre_hook(_refresh_before_forward)
+            self._undo = (self._undo[0], model.register_forward_pre_hook(_refresh_before_forward))
+
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        no_split_modules, hook = self.__dict__.pop("_undo", (None, None))
+        if no_split_modules is not None:
+            model._no_split_modules = no_split_modules
+        if hook is not None:
+            hook.remove()
+        return model
 
     def forward(self, *args, **kwargs):
         """Forward of the wrapped model."""
@@ -96,7 +109,7 @@ class MaskModel(BaseTuner):
                 (coded if kind == "mask_coded" else scores)[_module_name(name)] = value
             else:
                 rest[key] = value
-        _check_names(layers, coded, rest, adapter_name)
+        _check_names(layers, coded, rest, adapter_name, _embeddings(model))
         for name, layer in layers.items():
             _check_shape(name, mask_info(coded[name], name)["shape"], layer)
         _check_base(layers.values(), config)
@@ -214,6 +227,13 @@ def _check_restored(model: nn.Module, adapter_name: str, loaded: dict[str, Tenso
 # Checks
 
 
+def resolve_targets(config: MaskConfig, model: nn.Module) -> None:
+    """Put the names of the linear layers in the place of "all-linear", and check the whole request."""
+    if config.target_modules in (None, "all-linear"):
+        config.target_modules = sorted(maskable_names(model))
+    check_targets(config, model)
+
+
 def check_targets(config: MaskConfig, model: nn.Module) -> None:
     """Raise one clear :class:`UserError` when ``config`` asks for layers that are not there or cannot be masked."""
     modules = {name: module for name, module in model.named_modules() if name and ".base_layer" not in name}
@@ -273,6 +293,12 @@ def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | N
         return f"it is a {type(module).__name__}, not a linear layer"
     if type(module).__module__.split(".")[0] not in ("torch", "transformers") or not module.weight.is_floating_point():
         return f"it is quantised ({type(module).__name__}); load the model without quantisation"
+    if type(module).forward not in _PLAIN_FORWARDS and type(module).__name__ != "FalconLinear":
+        return f"it is a {type(module).__name__}, which computes something else than a linear map"
+    path, _, leaf = name.rpartition(".")
+    parent = type(model.get_submodule(path))
+    if issubclass(parent, nn.MultiheadAttention) or ("Mamba" in parent.__name__ and leaf in _READ_BY_MAMBA):
+        return f"its {parent.__name__} reads the weight and does not call the layer"
     get_embeddings = getattr(model, "get_input_embeddings", None)
     try:
         embeddings = get_embeddings() if get_embeddings else None
@@ -306,7 +332,14 @@ def maskable_names(model: nn.Module) -> set[str]:
     return names
 
 
-def _check_names(layers: dict, coded: dict, rest: dict, adapter_name: str) -> None:
+def _embeddings(model: nn.Module) -> dict[str, torch.Size]:
+    """Keys and shapes of input and output embeddings, which PEFT saves whole where the vocabulary was resized."""
+    heads = [getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
+    found = {name: module for name, module in model.named_modules() if any(module is head for head in heads)}
+    return {f"{name}.{key}": value.shape for name, module in found.items() for key, value in module.named_parameters()}
+
+
+def _check_names(layers: dict, coded: dict, rest: dict, adapter_name: str, embeddings: dict) -> None:
     missing, extra = [n for n in layers if n not in coded], [n for n in coded if n not in layers]
     if missing:
         raise UserError(f"the adapter file has no mask for {_listed(missing)}; it is incomplete, save it again")
@@ -316,7 +349,11 @@ def _check_names(layers: dict, coded: dict, rest: dict, adapter_name: str) -> No
             "it was made for another model or configuration"
         )
     # PEFT would load any other key into the base model without a word.
-    unknown = [key for key in rest if f".modules_to_save.{adapter_name}." not in key]
+    unknown = [
+        key
+        for key, value in rest.items()
+        if f".modules_to_save.{adapter_name}." not in key and embeddings.get(key) != value.shape
+    ]
     if unknown:
         raise UserError(
             f"the adapter file has entries that are neither masks nor modules_to_save: {_listed(unknown)}; it is not "
@@ -336,7 +373,10 @@ def _check_base(layers: Iterable[MaskLayer], config: MaskConfig) -> None:
     layers = list(layers)
     if config.base_fingerprint is None or not config.verify_base:
         return
-    if any(layer.get_base_layer().weight.device.type == "meta" or layer.merged for layer in layers):
+    if any(layer.merged for layer in layers):
+        return
+    if any(layer.get_base_layer().weight.device.type == "meta" for layer in layers):
+        warnings.warn("base weights are on the meta device; they are not checked against those of the mask's training")
         return
     if any(layer.get_base_layer().weight.dtype == torch.float16 for layer in layers):
         warnings.warn("a float16 base rounds differently from the one the mask was trained on; it is not checked")
