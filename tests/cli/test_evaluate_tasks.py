@@ -18,7 +18,9 @@ import tiny
 from benchmark_files import GSM8K
 from maskft import MaskConfig
 from maskft.cli.main import main
-from maskft.evaluation import load
+from maskft.errors import UserError
+from maskft.evaluation import load, run
+from maskft.evaluation.run import EvaluationSettings, evaluate_loaded
 from maskft.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, JOURNAL, RESULT
 from tiny_tokenizer import tiny_tokenizer
 
@@ -126,9 +128,11 @@ def test_training_seeds_share_a_name(chat_base, adapters, files, tmp_path, capsy
         (tmp_path / name / ADAPTER_CONFIG).write_text(json.dumps(config | {"recipe": {"method": "mask", "seed": seed}}))
     words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k", "--data_dir", files, "--limit", 2]
     words += ["--adapter", "none", tmp_path / "mask1", tmp_path / "mask2", "--name", "base", "mask", "mask"]
+    words += ["--seed", 7]
     status, _, err = call([*words, "--output_dir", tmp_path / "out"], capsys)
     assert status == 0, err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["base", "mask-seed0", "mask-seed1"]
+    seeds = {path.name: result_of(path)["model"]["seed"] for path in (tmp_path / "out").iterdir()}
+    assert seeds == {"base": 7, "mask-seed0": 0, "mask-seed1": 1}, "the option is for what does not tell its seed"
     status, out, err = call(["compare", *sorted((tmp_path / "out").iterdir()), "--baseline", "base"], capsys)
     assert status == 0 and "mask vs base, accuracy on gsm8k, 2 seeds" in " ".join(out.split()), err
 
@@ -182,6 +186,50 @@ def test_finished_results_are_of_the_same_weights_and_data(chat_base, adapters, 
     save_file({name: 2 * tensor for name, tensor in weights.items()}, lora / ADAPTER_WEIGHTS)
     status, _, err = call(words, capsys)
     assert status == 2 and "is of another model" in err
+
+
+def test_an_edited_configuration_is_another_model(chat_base, data, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(chat_base, folder)
+    words = ["evaluate", "--model_name_or_path", folder, "--dataset_name", data, "--max_eval_samples", 2]
+    words += ["--no_generate", "--adapter", "none", "none", "--name", "a", "b", "--output_dir", tmp_path / "out"]
+    assert call(words, capsys)[0] == 0
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    status, _, err = call(words, capsys)
+    assert status == 2 and "is of a model with another configuration or tokenizer" in err
+    # Files of earlier versions do not say.
+    for path in (tmp_path / "out").glob(f"*/{RESULT}"):
+        result = json.loads(path.read_text())
+        del result["model"]["config_sha256"]
+        path.write_text(json.dumps(result))
+    status, out, err = call(words, capsys)
+    assert status == 0 and out.count("already done") == 2, err
+
+
+def test_an_unfinished_evaluation_goes_on_with_the_same_configuration_only(chat_base, tmp_path):
+    folder, target = tmp_path / "model", tmp_path / "out" / RESULT
+    shutil.copytree(chat_base, folder)
+    rows = [{"id": "0", "prompt": "1+1=", "completion": "2", "answer": "2"}]
+
+    def evaluate(max_new_tokens, max_memory_gb=1):
+        settings = EvaluationSettings(max_new_tokens=max_new_tokens, max_memory_gb=max_memory_gb)
+        return evaluate_loaded(load.load_for_evaluation(str(folder)), {}, rows, settings, target, "a")
+
+    def killed(path, result):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "write_result", killed)
+        evaluate(2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(UserError, match=r"with other settings \(configuration\)"):
+        evaluate(2)
+    (folder / "config.json").write_text(json.dumps(config))
+    # The bound on answers is kept with each of them.
+    assert evaluate(3)["tasks"]["heldout"]["generation_kwargs"] == {"max_gen_toks": 3}
 
 
 def test_a_group_is_known_again_by_its_members(chat_base, tmp_path, capsys):
@@ -247,6 +295,20 @@ def test_a_killed_evaluation_goes_on(chat_base, files, tmp_path, capsys, monkeyp
         (["--adapter", "MASK", "MASK", "--name", "a", "a"], "were not trained with different seeds"),
         (["--apply_chat_template", "maybe"], "invalid _bool value: 'maybe'"),
         (["--data_dir", "EMPTY"], "holds no test file of gsm8k"),
+        (["--dataset_name", "FILE"], "dataset_name is given and would be ignored: it is for task heldout; drop it"),
+        (["--no_generate"], "no_generate is given and would be ignored: it is for task heldout"),
+        (["--max_length", "9"], "max_length is given and would be ignored: it is for task heldout"),
+        (["--judge_url", "http://x/v1"], "judge_url is given and would be ignored: it is for task alpaca_eval"),
+        (["--alpaca_max_new_tokens", "9"], "alpaca_max_new_tokens is given and would be ignored"),
+        (["--backend", "vllm", "--batch_size", "4"], "batch_size is given and would be ignored: it is for backend hf"),
+        (["--backend", "vllm", "--device", "cpu"], "device is given and would be ignored: it is for backend hf"),
+        (["--tasks", "heldout", "--limit", "4"], "limit is given and would be ignored: it is for benchmarks"),
+        (["--tasks", "heldout", "--apply_chat_template", "true"], "would be ignored: it is for lm-eval's tasks"),
+        (["--tasks", "heldout", "--dataset_name", "FILE", "--deduplicate", "true"], "unknown option --deduplicate"),
+        (
+            ["--tasks", "heldout", "--dataset_name", "FILE", "--max_train_samples", "5"],
+            "unknown option --max_train_samples",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(words, message, chat_base, adapters, files, tmp_path, capsys):

@@ -110,6 +110,7 @@ def test_outputs_verdicts_and_win_rates(command, references, tmp_path):
     assert [list(row) for row in outputs] == [["dataset", "instruction", "output", "generator"]] * NUM_PROMPTS
     assert [row["instruction"] for row in outputs] == [row["instruction"] for row in REFERENCES]
     assert {row["generator"] for row in outputs} == {"tiny"}
+    assert record(tmp_path)["generation_kwargs"] == {"max_gen_toks": 6}
     asked = requests()
     assert len(asked) == NUM_PROMPTS
     assert {key: asked[0]["request"][key] for key in ("model", "max_tokens", "temperature", "top_logprobs")} == {
@@ -284,6 +285,15 @@ def test_outputs_are_not_generated_twice(command, tmp_path):
     assert "only the journal knows this" in [item["output"] for item in record(tmp_path)["items"]]
 
 
+def test_verdicts_are_of_one_server(tmp_path):
+    pair = {"instruction": "Sing.", "output_1": "la", "output_2": "la la"}
+    for _ in range(2):  # another port, the same model name and journal
+        with judge_server(tmp_path) as (url, requests, _):
+            ask([pair], tmp_path, url)
+            ask([pair], tmp_path, url)
+        assert len(requests()) == 1
+
+
 @pytest.mark.parametrize(
     "speaks,message",
     [
@@ -382,6 +392,20 @@ def test_length_control_of_a_judge_that_always_says_the_same(verdict):
         published_data=None,
     )
     assert abs(metric["value"] - verdict) < 0.1
+
+
+@pytest.mark.parametrize("num_items,num_differing,is_known", [(12, 3, True), (10, 1, False)])
+def test_resamples_in_which_no_length_differs_are_left_out(num_items, num_differing, is_known, monkeypatch):
+    monkeypatch.setattr(judge, "NUM_RESAMPLES", 20)  # 19 and 13 of them have a difference
+    metric = length_controlled_win_rate(
+        [0.4, 0.6] * (num_items // 2),
+        [5] * num_items,
+        [6, 8, 12][:num_differing] + [5] * (num_items - num_differing),
+        range(num_items),
+        formula="length_controlled_minimal",
+        published_data=None,
+    )
+    assert 0 < metric["value"] < 1 and (metric["stderr"] is not None) is is_known
 
 
 # Bad input

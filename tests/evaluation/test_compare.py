@@ -364,6 +364,22 @@ def test_other_limits_of_generation_are_refused_and_other_versions_said():
     refuse([full, mask], "sums: different generation_kwargs, .*64.* and .*256")
 
 
+@pytest.mark.parametrize(
+    "task,package,is_said",
+    [
+        ("minerva_math", "sympy", True),
+        ("ifeval", "langdetect", True),
+        ("alpaca_eval", "alpaca_eval", True),
+        ("minerva_math_algebra", "math-verify", True),
+        ("gsm8k", "sympy", False),
+    ],
+)
+def test_other_versions_of_what_scores_a_task_are_said(task, package, is_said):
+    full, mask = (make(name, tasks={task: make_task(accuracy=scores(5))}) for name in ("full", "mask"))
+    full["environment"]["packages"][package], mask["environment"]["packages"][package] = "1", "2"
+    assert (f"different versions of {package}: 1 for 'full'" in " ".join(fast([full, mask]).notes)) is is_said
+
+
 def test_other_units_are_refused():
     full, mask = make("full", accuracy=scores(50)), make("mask", accuracy=scores(60))
     mask["tasks"]["sums"]["metrics"]["accuracy"]["unit"] = "nats/token"

@@ -71,6 +71,37 @@ def test_a_refused_run_leaves_no_journal(net, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_beyond_the_context(tmp_path):
+    """Learned positions end, which is said at once; rotary ones do not, which is noted."""
+    rows = [*ROWS, {"id": "long", "prompt": "1+" * 150, "completion": "150"}]
+    journal = Journal(tmp_path / "answers.jsonl", {})
+    with pytest.raises(UserError, match="the longest item has 304 tokens, and the model has positions for 256; pass"):
+        evaluate_rows(tiny.tiny_gpt2(), TOKENIZER, rows, journal=journal)
+    assert not journal.answers
+    record = evaluate_rows(tiny.tiny_gpt2(), TOKENIZER, ROWS, max_new_tokens=2)
+    assert "note" not in record
+    net = tiny.tiny_llama(vocab_size=len(TOKENIZER), num_layers=1)
+    record = evaluate_rows(net, TOKENIZER, rows)
+    assert record["note"] == "1 of 7 items are longer than the model's context of 256 tokens"
+
+
+def test_a_prompt_without_room_for_its_answer_is_refused_before_the_losses(net, tmp_path):
+    journal = Journal(tmp_path / "answers.jsonl", {})
+    with pytest.raises(UserError, match="its answer may have 253, the model's context 256"):
+        evaluate_rows(net, TOKENIZER, ROWS, max_new_tokens=253, journal=journal)
+    assert not journal.answers
+    record = evaluate_rows(net, TOKENIZER, ROWS, max_new_tokens=3)
+    assert record["generation_kwargs"] == {"max_gen_toks": 3}
+    assert "generation_kwargs" not in evaluate_rows(net, TOKENIZER, ROWS, generate=False)
+
+
+def test_items_whose_prompt_fills_max_length_are_counted(net):
+    rows = [*ROWS, {"id": "long", "prompt": "1+1+1+1=", "completion": "4", "answer": "4"}]
+    record = evaluate_rows(net, TOKENIZER, rows, max_length=6, max_new_tokens=2)
+    assert len(record["items"]) == record["metrics"]["accuracy"]["num_items"] == 6
+    assert record["note"] == "1 of 7 items have no supervised token within max_length=6 and count in no metric"
+
+
 def test_the_journal_is_plain_json(net, tmp_path):
     evaluate_rows(net, TOKENIZER, ROWS[:2], max_new_tokens=2, journal=Journal(tmp_path / "answers.jsonl", {"a": 1}))
     first, *lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]

@@ -27,6 +27,34 @@ def test_a_folder_for_vllm_is_known_by_its_files(base, tmp_path, monkeypatch):
     assert other.identity != loaded.identity
 
 
+def _edit(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    "name,values,is_same",
+    [
+        ("config.json", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, False),
+        ("config.json", {"transformers_version": "4.0.0", "dtype": "bfloat16", "_name_or_path": "x"}, True),
+        ("generation_config.json", {"eos_token_id": [1, 2]}, False),
+        ("tokenizer_config.json", {"bos_token": "<|im_start|>", "add_bos_token": True}, False),
+        ("tokenizer_config.json", {"chat_template": "{{ messages }}"}, True),  # its hash is of a task
+    ],
+)
+@pytest.mark.parametrize("backend", ["hf", "vllm"])
+def test_the_hash_of_a_configuration(backend, name, values, is_same, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: name)
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    hashes = []
+    for change in ({}, values):
+        _edit(folder / name, **change)
+        loaded = load.load_for_vllm(str(folder)) if backend == "vllm" else load.load_each(str(folder))
+        hashes.append(next(loaded).facts["config_sha256"])
+    is_elsewhere = backend == "vllm" and name == "generation_config.json"  # part of the files' fingerprint there
+    assert len(hashes[0]) == 64 and (hashes[0] == hashes[1]) is (is_same or is_elsewhere)
+
+
 @pytest.mark.parametrize(
     "field,value,is_same",
     [("base_model_name_or_path", "elsewhere", True), ("target_modules", ["b", "a"], True), ("lora_alpha", 2, False)],

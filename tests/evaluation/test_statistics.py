@@ -10,7 +10,6 @@ from maskft.evaluation.statistics import (
     hierarchical_bootstrap,
     holm,
     mcnemar_exact,
-    paired_bootstrap,
     required_items,
     required_seeds,
     weighted_mean,
@@ -18,6 +17,11 @@ from maskft.evaluation.statistics import (
 
 NUM_DRAWS = 2000
 NUM_ITEMS = 100
+
+
+def one_row(diffs, *args, **options):
+    """Bootstrap of a single pair of models: differences of one seed."""
+    return hierarchical_bootstrap([diffs], *args, **options)
 
 
 def unstretched(interval, num_items):
@@ -53,10 +57,10 @@ def test_single_item_has_no_standard_error():
     assert np.isnan(weighted_mean([1.0])[1])
 
 
-def test_paired_bootstrap_agrees_with_scipy():
+def test_the_bootstrap_of_one_row_agrees_with_scipy():
     rng = np.random.default_rng(1)
     a, b = rng.normal(0.3, 1, 60), rng.exponential(1, 60)
-    mine = paired_bootstrap(a - b, num_resamples=20_000)
+    mine = one_row(a - b, num_resamples=20_000)
     theirs = stats.bootstrap(
         (a, b),
         lambda a, b, axis: (a - b).mean(axis),
@@ -72,7 +76,7 @@ def test_paired_bootstrap_agrees_with_scipy():
 def test_weighted_bootstrap_agrees_with_scipy():
     rng = np.random.default_rng(1)
     diffs, weights = rng.normal(0.3, 1, 60), rng.integers(1, 30, 60)
-    mine = paired_bootstrap(diffs, weights, num_resamples=20_000)
+    mine = one_row(diffs, weights, num_resamples=20_000)
     theirs = stats.bootstrap(
         (diffs, weights),
         lambda d, w, axis: (d * w).sum(axis) / w.sum(axis),
@@ -86,26 +90,26 @@ def test_weighted_bootstrap_agrees_with_scipy():
 
 
 def test_a_constant_difference_has_no_spread_whatever_the_tokens():
-    interval = paired_bootstrap(np.full(20, 0.5), np.arange(1, 21), num_resamples=300)
+    interval = one_row(np.full(20, 0.5), np.arange(1, 21), num_resamples=300)
     assert (interval.ci_low, interval.ci_high) == pytest.approx((0.5, 0.5))
 
 
 def test_bootstrap_p_agrees_with_the_t_test():
     diffs = np.random.default_rng(3).normal(0.2, 1, 120)
-    assert paired_bootstrap(diffs).p_value == pytest.approx(stats.ttest_1samp(diffs, 0).pvalue, rel=0.25)
+    assert one_row(diffs).p_value == pytest.approx(stats.ttest_1samp(diffs, 0).pvalue, rel=0.25)
 
 
 def test_many_resamples_take_bounded_memory_and_give_the_same_numbers(monkeypatch):
     diffs = np.random.default_rng(3).normal(0.2, 1, 50)
-    whole = paired_bootstrap(diffs, num_resamples=2000)
+    whole = one_row(diffs, num_resamples=2000)
     monkeypatch.setattr(statistics, "MAX_CHUNK_COUNTS", 333)  # 6 rows at a time, the last chunk smaller
-    assert paired_bootstrap(diffs, num_resamples=2000) == pytest.approx(whole)
+    assert one_row(diffs, num_resamples=2000) == pytest.approx(whole)
 
 
 def test_few_items_that_agree_prove_nothing():
     # Three items, all improved: every resample is positive, but three coins agree once in four times.
-    assert paired_bootstrap([1.0, 2.0, 3.0]).p_value >= 0.25
-    assert paired_bootstrap([1.0, 2.0, 3.0]).ci_low < 0
+    assert one_row([1.0, 2.0, 3.0]).p_value >= 0.25
+    assert one_row([1.0, 2.0, 3.0]).ci_low < 0
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,7 @@ def test_few_items_that_agree_prove_nothing():
 )
 def test_bootstrap_refuses(diffs, weights, message):
     with pytest.raises(ValueError, match=message):
-        paired_bootstrap(diffs, weights)
+        one_row(diffs, weights)
 
 
 def covered(draw, truth, bootstrap):
@@ -159,9 +163,9 @@ def draw_seeds(rng):
 @pytest.mark.parametrize(
     ("draw", "truth", "bootstrap"),
     [
-        (draw_normal, 0.1, paired_bootstrap),
-        (draw_zero_one, 0.1, paired_bootstrap),
-        (draw_per_token, 130 / 200, paired_bootstrap),  # E[w^2] = 130, E[w] = 10
+        (draw_normal, 0.1, one_row),
+        (draw_zero_one, 0.1, one_row),
+        (draw_per_token, 130 / 200, one_row),  # E[w^2] = 130, E[w] = 10
         (draw_seeds, 0.1, hierarchical_bootstrap),
     ],
 )
@@ -173,7 +177,7 @@ def test_seeds_that_disagree_widen_the_interval():
     items = np.random.default_rng(0).normal(1, 0.1, 200)
     agreeing = hierarchical_bootstrap(np.stack([items, items, items]))
     disagreeing = hierarchical_bootstrap(np.stack([items - 2, items, items + 2]))
-    assert agreeing == pytest.approx(paired_bootstrap(items))
+    assert agreeing == pytest.approx(one_row(items))
     assert agreeing.ci_low > 0.9
     assert disagreeing.difference == pytest.approx(agreeing.difference)
     # The t interval of the three seed means -1, 1, 3 is 1 ± 4.97; the items add next to nothing.
@@ -186,7 +190,7 @@ def test_seed_spread_that_the_items_explain_is_not_counted_twice():
     widths = []
     for seed in range(50):
         diffs = np.random.default_rng(seed).normal(size=(3, 100))
-        three, one = hierarchical_bootstrap(diffs, num_resamples=500), paired_bootstrap(diffs[0], num_resamples=500)
+        three, one = hierarchical_bootstrap(diffs, num_resamples=500), one_row(diffs[0], num_resamples=500)
         widths.append((three.ci_high - three.ci_low) / (one.ci_high - one.ci_low))
     assert np.median(widths) < 0.9
 

@@ -7,7 +7,9 @@ import random
 import datasets
 import lm_eval.tasks
 import nltk
+import numpy as np
 import pytest
+import torch
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
@@ -22,6 +24,7 @@ from benchmark_files import GSM8K, HUMANEVAL, IFEVAL, MATH, ScriptedLM
 from maskft.errors import UserError
 from maskft.evaluation import tasks as tasks_module
 from maskft.evaluation.backend import BatchedLM
+from maskft.evaluation.during_training import TrainingEvaluation
 from maskft.evaluation.journal import Journal, Resuming
 from maskft.evaluation.results import build_result
 from maskft.evaluation.tasks import BENCHMARKS, check_chat_template, check_names, load_tasks, run_task
@@ -183,6 +186,63 @@ def test_prompts_that_were_cut_are_counted(local_tasks, tmp_path):
     assert record["num_truncated"] == 0 and "note" not in record
 
 
+def test_settings_that_ours_does_not_know_are_lm_evals():
+    net = tiny.tiny_llama(vocab_size=len(TOKENIZER))
+    for parameter in net.parameters():
+        parameter.data *= 3
+    plain = {"until": [], "max_gen_toks": 12}
+
+    def answers(model, settings):
+        requests = [Instance("generate_until", {}, ("ab" * n, settings), 0, metadata=("t", n, 1)) for n in range(1, 4)]
+        return model.generate_until(requests, disable_tqdm=True)
+
+    ours = BatchedLM(net, TOKENIZER, batch_size=1)
+    penalised = answers(ours, {**plain, "repetition_penalty": 5.0})
+    theirs = HFLM(pretrained=net, tokenizer=TOKENIZER, batch_size=1)
+    assert penalised == answers(theirs, {**plain, "repetition_penalty": 5.0}) != answers(ours, plain)
+
+
+def test_every_model_sees_the_same_examples(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{n} and", "a": str(n)}) + "\n" for n in range(20)))
+    config = {
+        "task": "shots",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "fewshot_split": "test",
+        "num_fewshot": 2,
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    (tmp_path / "shots.yaml").write_text(yaml.safe_dump(config))
+    task = load_tasks(["shots"], include_path=str(tmp_path))["shots"]
+    first, second = ScriptedLM({"": ""}), ScriptedLM({"": ""})
+    records = [run_task(lm, "shots", task) for lm in (first, second)]
+    assert first.prompts == second.prompts and len(set(first.prompts)) == 20
+    assert records[0]["items_fingerprint"] == records[1]["items_fingerprint"]
+
+
+def test_measuring_during_training_leaves_its_random_state(local_tasks):
+    rows = [{"id": "0", "prompt": "1+1=", "completion": "2", "answer": "2"}]
+    evaluation = TrainingEvaluation(["heldout"], 1, None, [], rows)
+    evaluation.tasks = load_tasks(["one"], include_path=local_tasks)
+    net = tiny.tiny_llama(vocab_size=len(TOKENIZER), num_layers=1, max_position_embeddings=512)
+
+    def draw():
+        return random.random(), np.random.random(), torch.rand(1).item()
+
+    drawn = []
+    for measured in (False, True):
+        random.seed(5), np.random.seed(5), torch.manual_seed(5)
+        if measured:
+            assert set(evaluation.measure(net, TOKENIZER)) == {"heldout_accuracy", "one_exact_match"}
+        drawn.append(draw())
+    assert drawn[0] == drawn[1]
+
+
 def test_log_likelihoods_within_a_memory_bound():
     net = tiny.tiny_llama(vocab_size=len(TOKENIZER))
     requests = [
@@ -262,7 +322,9 @@ def test_unknown_task(local_tasks):
     check_names(["heldout", "gsm8k", "lambada_openai"])
     with pytest.raises(UserError, match="unknown task 'pair'"):
         check_names(["pair"])
-    check_names(["pair", "gsm8k"], local_tasks)
+    check_names(["pair", "humaneval"], local_tasks)
+    with pytest.raises(UserError, match="holds a task gsm8k, which is the name of one of maskft; give yours another"):
+        check_names(["pair", "gsm8k"], local_tasks)
     with pytest.raises(UserError, match="include_path 'nowhere' is not a folder"):
         check_names(["pair"], "nowhere")
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from maskft.cli import report as command
 from maskft.cli.main import main
 from maskft.errors import UserError
 from maskft.evaluation.results import build_result, build_task, items_fingerprint, metric_from_items, write_result
 from maskft.report.table_results import identify, read_results
-from maskft.report.tables import paper, paper_tables, render_tables
+from maskft.report.tables import FORMATS, paper, paper_tables, render_tables
 
 RESULTS = Path(__file__).parents[2] / "results"
 LLAMA2, LLAMA31, SMOL = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B", "SmolLM2-135M"
@@ -98,6 +99,19 @@ def test_controls_are_in_no_table(name):
     assert identify(control) is None and identify(variant) is None
     tables, left_over = paper_tables([control], ["1"])
     assert left_over == [name] and tables[0].ours is None
+
+
+def test_a_result_in_no_table_is_listed_whatever_others_are_called():
+    math, other = (
+        result("mask", {task: {"accuracy": 9}}, "mask", training={"base": SMOL, "domain": "math"})
+        for task in ("gsm8k", "own_task")
+    )
+    tables, left_over = paper_tables([math, other], ["1"])
+    assert cell(tables, "1", "Specific Domain: MFT w/ Best FFT", "gsm8k").results == ["mask"] == left_over
+
+
+def test_the_command_knows_the_formats_without_importing_them():
+    assert tuple(FORMATS) == command.FORMATS
 
 
 def test_scores_stand_in_their_rows():

@@ -6,6 +6,18 @@ import dataclasses
 
 from ..errors import UserError
 
+# Fields of DataArguments: the first is one folder for benchmarks and data sets, the others change no held-out row.
+_NOT_OF_HELDOUT_DATA = (
+    "data_dir",
+    "prepared_data_dir",
+    "prepare_only",
+    "deduplicate",
+    "contamination_sets",
+    "drop_contaminated",
+    "max_train_samples",
+    "procedural_train_size",
+)
+
 
 def add_arguments(parser) -> None:
     """Options of ``maskft evaluate``."""
@@ -106,8 +118,8 @@ def add_arguments(parser) -> None:
         "held-out part; else all of dataset_name.",
     )
     for field in dataclasses.fields(DataArguments):
-        if field.name in ("data_dir", "prepared_data_dir", "prepare_only"):
-            continue  # the first is above, one folder for benchmarks and data sets; the others are for training
+        if field.name in _NOT_OF_HELDOUT_DATA:
+            continue
         kind = str(field.type)
         group.add_argument(
             f"--{field.name}",
@@ -185,7 +197,7 @@ def run(args) -> None:
     named = {*data_hashes, *({HELDOUT} & set(task_names))}
     earlier = [None if args.overwrite else finished_result(target, settings, named) for target in targets]
     for loaded, name, target, done in zip(models, names, targets, earlier, strict=True):
-        if args.seed is not None:
+        if loaded.facts.get("seed") is None and args.seed is not None:
             loaded.facts["seed"] = args.seed
         heldout = _heldout_rows(args, loaded.tokenizer) if HELDOUT in task_names else None
         if done is not None:
@@ -242,7 +254,32 @@ def _task_names(args) -> list[str]:
         raise UserError("backend vllm takes the model folder's chat template; put chat_template.jinja there")
     if args.backend == "vllm" and args.model_revision:
         raise UserError("backend vllm takes the newest revision; drop --model_revision, or use --backend hf")
+    _check_used(args, names)
     return names
+
+
+def _check_used(args, names: list[str]) -> None:
+    """Refuse options that would be ignored, because no task or backend in use has them."""
+    import argparse
+
+    from ..evaluation.alpaca import ALPACA_EVAL
+    from ..evaluation.tasks import HELDOUT
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    groups = {group.title: [action.dest for action in group._group_actions] for group in parser._action_groups}
+    of_heldout = ["max_length", "max_new_tokens", "no_generate", "dataset_text_field", *groups["held-out data"]]
+    others = set(names) - {HELDOUT}
+    for is_used, options, owner in (
+        (HELDOUT in names, of_heldout, "task heldout"),
+        (ALPACA_EVAL in names, groups[ALPACA_EVAL], f"task {ALPACA_EVAL}"),
+        (others, ["limit"], "benchmarks"),
+        (others - {ALPACA_EVAL}, ["include_path", "apply_chat_template"], "lm-eval's tasks"),
+        (args.backend == "hf", ["device", "batch_size", "max_memory_gb"], "backend hf"),
+    ):
+        for option in [] if is_used else options:
+            if getattr(args, option) != parser.get_default(option):
+                raise UserError(f"{option} is given and would be ignored: it is for {owner}; drop it, or ask for that")
 
 
 def _load_tasks(args, names: list[str]) -> tuple:

@@ -261,6 +261,8 @@ def evaluate_alpaca(
         chat_template_hash=template,
     )
     made = {"data_sha256": task.data_sha256, "outputs_from_file": task.outputs is not None}
+    if task.outputs is None:
+        made["generation_kwargs"] = {"max_gen_toks": task.max_new_tokens}
     return record | made | extra
 
 

@@ -11,9 +11,12 @@ from ..errors import UserError
 from ..progress import progress_bar
 from .generation import greedy_generate, memory_bound_rows
 
+# What greedy generation has to know, or does not depend on.
+_GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "num_beams"}
+
 
 class BatchedLM(HFLM):
-    """lm-eval's model for transformers with our greedy generation; log-likelihoods and sampling are lm-eval's own.
+    """lm-eval's model for transformers with our greedy generation; log-likelihoods and anything else are lm-eval's own.
 
     Args:
         model: A loaded causal language model.
@@ -36,10 +39,11 @@ class BatchedLM(HFLM):
         for (task_name, _), indices in groups.items():
             group = [requests[i] for i in indices]
             settings = normalize_gen_kwargs(group[0].args[1], self.max_gen_toks)
+            is_greedy = not settings["do_sample"] and settings.get("num_beams", 1) == 1
             answers = (
-                super().generate_until(group, disable_tqdm)
-                if settings["do_sample"] or settings.get("num_beams", 1) > 1
-                else self._generate_greedily(group, settings, task_name)
+                self._generate_greedily(group, settings, task_name)
+                if is_greedy and settings.keys() <= _GREEDY_SETTINGS
+                else super().generate_until(group, disable_tqdm)
             )
             for index, answer in zip(indices, answers, strict=True):
                 out[index] = answer

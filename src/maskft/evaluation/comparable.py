@@ -19,6 +19,12 @@ _GUESSED_UNITS = {"fraction", "score"}
 
 # Packages whose version may change answers or scores; a task's own version does not tell.
 _DECIDING_PACKAGES = ("lm_eval", "transformers", "torch", "maskft")
+# Those that score a task, and the tasks of lm-eval whose names begin with its.
+_SCORING_PACKAGES = {
+    "minerva_math": ("math-verify", "sympy", "antlr4-python3-runtime"),
+    "ifeval": ("langdetect", "nltk"),
+    "alpaca_eval": ("alpaca_eval",),
+}
 
 
 def group_by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -119,16 +125,23 @@ def _task_mismatches(a: dict, b: dict) -> list[str]:
     return found
 
 
-def setting_notes(results: Sequence[Result]) -> list[str]:
+def setting_notes(results: Sequence[Result], tasks: Sequence[str]) -> list[str]:
     """Name settings and package versions that are not the same in all results: allowed, but the reader should know."""
     notes = []
     for key in dict.fromkeys(key for result in results for key in result["settings"]):
         if values := _if_different(results, [result["settings"].get(key) for result in results]):
             notes.append(f"the results differ in the setting {key}: {values}")
-    for package in _DECIDING_PACKAGES:
+    scoring = [
+        package for name, packages in _SCORING_PACKAGES.items() for package in packages if _any_begins(tasks, name)
+    ]
+    for package in (*_DECIDING_PACKAGES, *scoring):
         if values := _if_different(results, [result["environment"]["packages"].get(package) for result in results]):
             notes.append(f"the results were made with different versions of {package}: {values}")
     return notes
+
+
+def _any_begins(tasks: Sequence[str], name: str) -> bool:
+    return any(task.startswith(name) for task in tasks)
 
 
 def _if_different(results: Sequence[Result], values: list) -> str:

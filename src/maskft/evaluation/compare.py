@@ -188,7 +188,7 @@ def compare(
         methods=[name for name in groups if name != baseline],
         differences=_judge(differences),
         scores=scores(results, tasks, metrics),
-        notes=notes + setting_notes(results),
+        notes=notes + setting_notes(results, tasks),
         confidence=confidence,
         num_resamples=num_resamples,
         seed=seed,

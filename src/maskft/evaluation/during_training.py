@@ -6,10 +6,14 @@ the training data does not contain. Test items never choose a checkpoint: the sc
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from random import Random
 
+import numpy as np
+import torch
 from rich.console import Console
 
 from ..data.splits import prompt_digest
@@ -89,6 +93,18 @@ class TrainingEvaluation:
 
     def measure(self, model, tokenizer) -> dict[str, float]:
         """Return ``task_metric`` -> value."""
+        with _kept_random_state():
+            records = self._records(model, tokenizer)
+        values = {}
+        for name, record in records.items():
+            metrics = {key: metric for key, metric in record["metrics"].items() if key != "nll"}
+            values |= {f"{name}_{key}": metric["value"] for key, metric in metrics.items()}
+            if self.console:
+                shown = ", ".join(f"{key} {metric['value']:.4f}" for key, metric in metrics.items())
+                self.console.print(f"  {name}: {shown} ({len(record['items'])} items)", highlight=False)
+        return values
+
+    def _records(self, model, tokenizer) -> dict[str, dict]:
         records = {}
         if self.rows:
             records[HELDOUT] = evaluate_rows(
@@ -103,14 +119,19 @@ class TrainingEvaluation:
 
             lm = BatchedLM(model, tokenizer, console=_QUIET)
             records |= {name: run_task(lm, name, task) for name, task in self.tasks.items()}
-        values = {}
-        for name, record in records.items():
-            metrics = {key: metric for key, metric in record["metrics"].items() if key != "nll"}
-            values |= {f"{name}_{key}": metric["value"] for key, metric in metrics.items()}
-            if self.console:
-                shown = ", ".join(f"{key} {metric['value']:.4f}" for key, metric in metrics.items())
-                self.console.print(f"  {name}: {shown} ({len(record['items'])} items)", highlight=False)
-        return values
+        return records
+
+
+@contextlib.contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """Benchmarks set the seeds; the training after them goes on with the state that it had."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def unseen(docs, name: str, train_rows: Iterable[Mapping], limit: int):

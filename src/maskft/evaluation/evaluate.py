@@ -11,9 +11,9 @@ from ..answers import check_answer
 from ..data import prompt_ids, tokenize_example
 from ..errors import UserError
 from ..progress import progress_bar
-from .generation import greedy_generate, memory_bound_rows
+from .generation import check_context, context_length, greedy_generate, memory_bound_rows
 from .journal import Journal
-from .loss import nll_per_item
+from .loss import has_learned_positions, nll_per_item
 from .results import build_task, data_sha256, items_fingerprint, metric_from_items
 
 TASK_VERSION = 1
@@ -62,6 +62,9 @@ def evaluate_rows(
     generate = checkable if generate is None else generate
     tokenized = [tokenize_example(row, tokenizer, max_length=max_length, text_field=text_field) for row in rows]
     prompts = [prompt_ids(row, tokenizer) for row in rows] if generate else None
+    notes = [_beyond_context(model, tokenized)]
+    if generate:
+        check_context(model, max(map(len, prompts)), max_new_tokens)
     max_memory_bytes = None if max_memory_gb is None else max_memory_gb * 1e9
 
     def losses(indices: list[int], keep: Callable) -> None:
@@ -95,6 +98,11 @@ def evaluate_rows(
     kept = [item for item in items if item["num_tokens"] > 0]
     if not kept:
         raise UserError(f"no item has a supervised token within max_length={max_length}; raise it")
+    if len(kept) < len(items):
+        notes.append(
+            f"{len(items) - len(kept)} of {len(items)} items have no supervised token within max_length={max_length} "
+            "and count in no metric"
+        )
     metrics = {name: metric_from_items(kept, name) for name in ("nll", "accuracy") if name in kept[0]}
     record = build_task(
         kept,
@@ -107,7 +115,26 @@ def evaluate_rows(
         ),
         chat_template_hash=chat_template_hash(tokenizer),
     )
-    return record | {"data_sha256": data_sha256(rows)}
+    return (
+        record
+        | {"data_sha256": data_sha256(rows)}
+        | ({"generation_kwargs": {"max_gen_toks": max_new_tokens}} if generate else {})
+        | ({"note": ". ".join(filter(None, notes))} if any(notes) else {})
+    )
+
+
+def _beyond_context(model, rows: Sequence[dict]) -> str | None:
+    """A note on rows that are longer than the model's context; those of a model that cannot read them are refused."""
+    context, longest = context_length(model), max(len(row["input_ids"]) for row in rows)
+    if not 0 < context < longest:
+        return None
+    if has_learned_positions(model, context):
+        raise UserError(
+            f"the longest item has {longest} tokens, and the model has positions for {context}; pass --max_length "
+            f"{context}, or leave out items that long"
+        )
+    count = sum(len(row["input_ids"]) > context for row in rows)
+    return f"{count} of {len(rows)} items are longer than the model's context of {context} tokens"
 
 
 def resumed(

@@ -61,7 +61,7 @@ def greedy_generate(
     job = _Job(model, tokenizer, prompts, max_new_tokens, list(stop_strings), on_answer)
     if not prompts:
         return []
-    _check_context(model, max(len(prompt) for prompt in prompts), max_new_tokens)
+    check_context(model, max(len(prompt) for prompt in prompts), max_new_tokens)
     if not _attention_is_known(model):
         longest = max(len(prompt) for prompt in prompts)
         size = batch_size or memory_bound_rows(model, longest, max_new_tokens, max_memory_bytes)
@@ -75,8 +75,14 @@ def greedy_generate(
     return job.out
 
 
-def _check_context(model, longest: int, max_new_tokens: int) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0  # some have no bound
+def context_length(model) -> int:
+    """The model's context in tokens; 0: it has no bound."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+
+
+def check_context(model, longest: int, max_new_tokens: int) -> None:
+    """Refuse a prompt of ``longest`` tokens whose answer may not fit into the context."""
+    context = context_length(model)
     if 0 < context < longest + max_new_tokens:
         raise UserError(
             f"the longest prompt has {longest} tokens and its answer may have {max_new_tokens}, the model's context "

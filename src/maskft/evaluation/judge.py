@@ -31,6 +31,8 @@ NUM_CONCURRENT = 4
 MAX_USELESS_AT_START = 8
 MIN_ITEMS_FOR_LENGTH_CONTROL = 10  # the package chooses its regularisation by 5-fold cross-validation
 NUM_RESAMPLES = 100
+# Resamples without a difference in length have no fit. More than a tenth are such where one or two items differ.
+MIN_SHARE_FITTED = 0.9
 KIND = "alpaca_eval_verdict"
 
 
@@ -130,7 +132,8 @@ class Judge:
         parameters["model"] = self.settings.model
         del parameters["model_name"]
         requests = [{"messages": prompt_to_chatml(prompt), **parameters} for prompt in prompts]
-        keys = [self.journal.key(KIND, [request]) for request in requests]
+        # Two servers may call different models by one name.
+        keys = [self.journal.key(KIND, [self.settings.url, request]) for request in requests]
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.journal.answers}
         done = len(requests) - len(missing)
         with progress_bar(self.console) as progress, ThreadPoolExecutor(NUM_CONCURRENT) as executor:
@@ -142,7 +145,7 @@ class Judge:
                     answer = future.result()
                     progress.advance(bar)
                     if answer is not None:
-                        self.journal.add_partial(KIND, [futures[future]], answer)
+                        self.journal.add_partial(KIND, [self.settings.url, futures[future]], answer)
                         done += 1
                         continue
                     num_useless += 1
@@ -259,7 +262,8 @@ def length_controlled_win_rate(
         published_data: Its file of instruction difficulties and of length-gaming baselines; None: not used.
 
     Returns:
-        A metric record; value and stderr are None with fewer than 10 items, or where lengths do not differ.
+        A metric record; value and stderr are None with fewer than 10 items, or where lengths do not differ, and stderr
+        alone where lengths differ in fewer than nine tenths of the resamples.
     """
     import pandas as pd
     from alpaca_eval.metrics import glm_winrate
@@ -277,16 +281,16 @@ def length_controlled_win_rate(
         }
     )
     value = stderr = None
-    is_fitted = len(table) >= MIN_ITEMS_FOR_LENGTH_CONTROL
-    if is_fitted and (np.asarray(reference_length) != np.asarray(output_length)).any():
+    differences = np.asarray(output_length) - np.asarray(reference_length)
+    if len(table) >= MIN_ITEMS_FOR_LENGTH_CONTROL and differences.any():
         with _length_control_data(published_data, index) as file, _quiet():
             value = _fit(glm_winrate, table, formula, file)
             rng = np.random.default_rng(0)
-            samples = [
-                _fit(glm_winrate, table.iloc[rng.integers(0, len(table), len(table))], formula, file)
-                for _ in range(NUM_RESAMPLES)
-            ]
-            stderr = float(np.std(samples, ddof=1))
+            drawn = [rng.integers(0, len(table), len(table)) for _ in range(NUM_RESAMPLES)]
+            drawn = [rows for rows in drawn if np.ptp(differences[rows]) > 0]
+            if len(drawn) >= MIN_SHARE_FITTED * NUM_RESAMPLES:
+                samples = [_fit(glm_winrate, table.iloc[rows], formula, file) for rows in drawn]
+                stderr = float(np.std(samples, ddof=1))
     return {
         "value": value,
         "stderr": stderr,

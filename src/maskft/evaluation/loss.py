@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import nn
 
 from .batching import length_sorted_batches, pad
 
@@ -41,6 +42,14 @@ def nll_per_item(
             if on_loss:
                 on_loss(index, pair)
     return out
+
+
+def has_learned_positions(model, context: int) -> bool:
+    """Whether the positions of a context are rows of a table, as in GPT-2 and OPT: beyond its end there is no loss."""
+    return any(
+        isinstance(module, nn.Embedding) and module.num_embeddings >= context and ("wpe" in name or "position" in name)
+        for name, module in model.named_modules()
+    )
 
 
 def _batch_nll(model, ids_BT, mask_BT, labels_BT) -> Iterable[tuple[float, int]]:

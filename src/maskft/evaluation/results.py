@@ -8,7 +8,7 @@ Schema version 1, a JSON object::
     created         ISO 8601, UTC
     maskft_version  version that wrote the file
     model           name_or_path; and, null where there is none: fingerprint, adapter, mask_fingerprint, adapter_sha256,
-                    method, seed
+                    config_sha256, method, seed
     settings        what else shaped the numbers: batch size, dtype, max_new_tokens, ...
     training        optional: how the model came about, for the tables of the paper; see `TRAINING_FIELDS`
     environment     python, platform, cpu, num_threads, packages, device
@@ -84,10 +84,11 @@ MODEL_FIELDS = {
     "adapter": TEXT_OR_NULL,
     "mask_fingerprint": TEXT_OR_NULL,
     "adapter_sha256": TEXT_OR_NULL,
+    "config_sha256": TEXT_OR_NULL,
     "method": TEXT_OR_NULL,
     "seed": (int, type(None)),
 }
-OPTIONAL_MODEL_FIELDS = ("adapter_sha256",)  # results of earlier versions lack them
+OPTIONAL_MODEL_FIELDS = ("adapter_sha256", "config_sha256")  # results of earlier versions lack them
 # Of the optional block "training"; each may be left out or null. Epochs and tokens are counted from the pre-trained
 # model on, so they include those of the run that a mask starts from.
 TRAINING_FIELDS = {

@@ -53,7 +53,7 @@ class EvaluationSettings:
     alpaca_eval: dict | None = None
 
     # What leaves every answer as it is, up to rounding, or is kept with each; a killed run may go on with another.
-    _NOT_OF_ANSWERS = ("batch_size", "max_memory_gb", "limit", "alpaca_eval")
+    _NOT_OF_ANSWERS = ("batch_size", "max_memory_gb", "max_new_tokens", "limit", "alpaca_eval")
 
     def of_answers(self) -> dict:
         """The settings that answers depend on."""
@@ -104,7 +104,7 @@ def evaluate_loaded(
             journal=journal,
             console=console,
         )
-        records[HELDOUT] |= _selection_note(loaded, heldout_rows)
+        _add_selection(records[HELDOUT], loaded, heldout_rows)
     if tasks:
         # vLLM's requests come back with other arguments than they had, and it likes to have many at one time.
         lm = Resuming(
@@ -159,8 +159,15 @@ def check_same_evaluation(result: Result, target: Path, loaded: Loaded, data: Ma
     Raises:
         UserError: If they are not the same.
     """
-    if any(result["model"].get(key) != value for key, value in loaded.facts.items()):
+    facts = {key: value for key, value in loaded.facts.items() if key != "config_sha256"}
+    if any(result["model"].get(key) != value for key, value in facts.items()):
         raise UserError(f"{target} is of another model; name another output_dir or pass --overwrite")
+    configuration = loaded.facts.get("config_sha256")
+    if result["model"].get("config_sha256") not in (None, configuration):  # None: of an earlier version
+        raise UserError(
+            f"{target} is of a model with another configuration or tokenizer; name another output_dir or pass "
+            "--overwrite"
+        )
     for task, sha256 in data.items():
         if result["tasks"][task]["chat_template_hash"] not in (None, chat_template_hash(loaded.tokenizer)):
             raise UserError(
@@ -176,16 +183,16 @@ def _device_name(model) -> str:
     return torch.cuda.get_device_name() if kind == "cuda" else kind
 
 
-def _selection_note(loaded: Loaded, rows: Sequence[Mapping]) -> dict:
-    """Which of the held-out rows the model was measured on while it was trained, as fields of a task record."""
+def _add_selection(record: dict, loaded: Loaded, rows: Sequence[Mapping]) -> None:
+    """Tell in a task record which of the held-out rows the model was measured on while it was trained."""
     ids = [str(row["id"]) for row in rows if loaded.selected_on.get(str(row["id"])) == prompt_digest(row).hex()]
     if not ids:
-        return {}
+        return
     note = (
         f"{len(ids)} of {len(rows)} items were measured during training (eval_tasks) and may have chosen the "
         "checkpoint; report on others, or say so"
     )
-    return {"selected_on": ids, "note": note}
+    record |= {"selected_on": ids, "note": ". ".join([*filter(None, [record.get("note")]), note])}
 
 
 def _journal_settings(loaded: Loaded, settings: EvaluationSettings) -> dict:
@@ -193,6 +200,7 @@ def _journal_settings(loaded: Loaded, settings: EvaluationSettings) -> dict:
     generation = {} if loaded.model is None else loaded.model.generation_config.to_diff_dict()
     return {
         "model": loaded.identity,
+        "configuration": loaded.facts.get("config_sha256"),
         "chat_template": chat_template_hash(loaded.tokenizer),
         **settings.of_answers(),
         "generation_config": {key: value for key, value in generation.items() if key != "transformers_version"},

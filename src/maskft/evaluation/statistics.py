@@ -42,32 +42,6 @@ def weighted_mean(values: ArrayLike, weights: ArrayLike | None = None) -> tuple[
     return mean, float(np.sqrt(residuals_N @ residuals_N / (values_N.size - 1) / values_N.size))
 
 
-def paired_bootstrap(
-    diffs: ArrayLike,
-    weights: ArrayLike | None = None,
-    num_resamples: int = 10_000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Interval:
-    """Bootstrap the mean of per-item differences by resampling items with replacement.
-
-    Args:
-        diffs: One difference per item, shape (N,), at least 2.
-        weights: One weight > 0 per item (tokens, for nats/token); the resampled value is then the ratio
-            ``sum(w * d) / sum(w)``, which is the difference of the two models' token-weighted means.
-        num_resamples: Number of bootstrap samples.
-        seed: Seed of the resampling. The same seed resamples the same items, so swapping the models flips the signs.
-        confidence: Coverage of the interval, in (0, 1).
-
-    Returns:
-        Difference, interval and p-value; see `hierarchical_bootstrap` for how they are computed.
-
-    Raises:
-        ValueError: If the shapes or values do not allow a bootstrap.
-    """
-    return hierarchical_bootstrap(np.asarray(diffs, dtype=float)[None], weights, num_resamples, seed, confidence)
-
-
 def hierarchical_bootstrap(
     diffs_SN: ArrayLike,
     weights: ArrayLike | None = None,
@@ -96,11 +70,12 @@ def hierarchical_bootstrap(
     resamples to one confidence, and further out, where Holm's correction looks, three seeds have no resamples.
 
     Args:
-        diffs_SN: Differences, one row per seed, one column per item.
-        weights: See `paired_bootstrap`.
-        num_resamples: See `paired_bootstrap`.
-        seed: See `paired_bootstrap`.
-        confidence: See `paired_bootstrap`.
+        diffs_SN: Differences, one row per seed, one column per item, at least 2.
+        weights: One weight > 0 per item (tokens, for nats/token); the resampled value is then the ratio
+            ``sum(w * d) / sum(w)``, which is the difference of the two models' token-weighted means.
+        num_resamples: Number of bootstrap samples.
+        seed: Seed of the resampling. The same seed resamples the same items, so swapping the models flips the signs.
+        confidence: Coverage of the interval, in (0, 1).
 
     Returns:
         Difference, interval and p-value.
@@ -179,7 +154,7 @@ def required_items(
 
     Args:
         diffs: One difference per item, at least 2.
-        weights: One weight > 0 per item, as in `paired_bootstrap`.
+        weights: One weight > 0 per item, as in `hierarchical_bootstrap`.
         power: Chance of seeing a true difference of this size, in (0, 1).
         alpha: Two-sided level of the test, in (0, 1).
 
@@ -203,7 +178,7 @@ def required_seeds(
 
     Args:
         diffs_SN: Differences, one row per seed (at least 2), one column per item.
-        weights: One weight > 0 per item, as in `paired_bootstrap`.
+        weights: One weight > 0 per item, as in `hierarchical_bootstrap`.
         power: Chance of seeing a true difference of this size, in (0, 1).
         alpha: Two-sided level of the test, in (0, 1).
 

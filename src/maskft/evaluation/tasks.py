@@ -125,6 +125,11 @@ def check_names(names: Sequence[str], include_path: str | None = None) -> None:
     if include_path is not None and not Path(include_path).expanduser().is_dir():
         raise UserError(f"include_path {include_path!r} is not a folder; name one with lm-eval task YAMLs")
     for name in scored:
+        if name in BENCHMARKS and include_path is not None and name in _own_tasks(include_path):
+            raise UserError(
+                f"include_path {include_path!r} holds a task {name}, which is the name of one of maskft; give yours "
+                "another name"
+            )
         if name not in BENCHMARKS and name not in _task_manager(include_path).all_tasks:
             options = [HELDOUT, ALPACA_EVAL, *BENCHMARKS, *_task_manager(include_path).all_tasks]
             raise UserError(f"unknown task {name!r}{did_you_mean(name, options)}; lm-eval has no such task either")
@@ -163,7 +168,6 @@ def load_tasks(
         else:
             tasks |= _build_other(name, include_path)
     for task in tasks.values():
-        task.set_fewshot_seed(seed=SEEDS["fewshot"])
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
     return tasks
@@ -209,6 +213,7 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
     from lm_eval.evaluator import evaluate
 
     chat = wants_chat_template(name, apply_chat_template)
+    task.set_fewshot_seed(seed=SEEDS["fewshot"])  # every model sees the same examples, whichever comes first
     random.seed(SEEDS["random"])
     np.random.seed(SEEDS["numpy"])
     torch.manual_seed(SEEDS["torch"])
@@ -255,6 +260,13 @@ def _task_manager(include_path: str | None):
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path and str(Path(include_path).expanduser()))
+
+
+@lru_cache(maxsize=1)
+def _own_tasks(include_path: str) -> list[str]:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(Path(include_path).expanduser()), include_defaults=False).all_tasks
 
 
 def _build(name: str, docs, limit: int | None, data_dir, allow_unconfined: bool, console):

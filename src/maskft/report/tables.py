@@ -63,6 +63,7 @@ class PaperTable:
         ours: The base model of our figures; None without any.
         figures: The cells that hold figures.
         table: All cells as text.
+        results: The results that the figures are of.
     """
 
     id: str
@@ -71,6 +72,7 @@ class PaperTable:
     ours: str | None
     figures: list[Figure]
     table: Table
+    results: list[Result] = field(repr=False)
 
     @property
     def caption(self) -> str:
@@ -115,9 +117,9 @@ def paper_tables(
     for number in ids or content["tables"]:
         fill = _epochs_table if "epochs" in content["tables"][number] else _scores_table
         tables.append(fill(number, content["tables"][number], candidates, measures or {}))
-    used = {name for table in tables for figure in table.figures for name in figure.results}
-    models = {model_of(result) for result in results if name_of(result) in used} - {None}
-    left = (result for result in results if name_of(result) not in used and model_of(result) not in models)
+    used = {id(result) for table in tables for result in table.results}  # others may have the same name
+    models = {model_of(result) for result in results if id(result) in used} - {None}
+    left = (result for result in results if id(result) not in used and model_of(result) not in models)
     return tables, list(dict.fromkeys(map(name_of, left)))
 
 
@@ -125,7 +127,7 @@ def _scores_table(number: str, spec: dict, candidates: list, measures: Mapping[s
     benchmarks = paper()["benchmarks"]
     figures: list[Figure] = []
     rows: list[tuple[str, ...]] = []
-    block, bases, best = None, set(), []
+    block, bases, best, used = None, set(), [], []
     for row in spec["rows"]:
         backbone = row.get("backbone", spec.get("backbone"))
         fitting = of_backbone(candidates, backbone)
@@ -144,6 +146,7 @@ def _scores_table(number: str, spec: dict, candidates: list, measures: Mapping[s
             place = f"{row['label']}, {benchmarks[key]['label']} of Table {number}"
             chosen = one_per_seed(of_one_study(chosen), place)
             scores = [score for _, _, score in chosen]
+            used += [result for _, result, _ in chosen]
             bases |= {identity.base for identity, _, _ in chosen}
             line.append(
                 Figure(
@@ -164,14 +167,15 @@ def _scores_table(number: str, spec: dict, candidates: list, measures: Mapping[s
             rows.append(("  against Best FFT", *map(_delta_text, line, best)))
         figures += line
     columns = ("Method", *(benchmarks[key]["label"] for key in spec["columns"]))
-    return PaperTable(number, spec["title"], spec["place"], _bases(bases, figures), figures, Table(columns, rows))
+    title, place, ours = spec["title"], spec["place"], _bases(bases, figures)
+    return PaperTable(number, title, place, ours, figures, Table(columns, rows), used)
 
 
 def _epochs_table(number: str, spec: dict, candidates: list, measures: Mapping[str, str]) -> PaperTable:
     """Fill a table of epochs and tokens: of the best checkpoint, and of the whole run."""
     columns = {"Best FFT": ("full", False), "Continued FFT": ("full", True)}
     columns |= {"Best MFT": ("mask", False), "Complete MFT": ("mask", True)}
-    figures, rows, bases = [], [], set()
+    figures, rows, bases, used = [], [], set(), []
     for domain, cells in spec["epochs"].items():
         line = []
         for (label, (method, complete)), (epochs, tokens) in zip(columns.items(), cells, strict=True):
@@ -183,6 +187,7 @@ def _epochs_table(number: str, spec: dict, candidates: list, measures: Mapping[s
                     chosen.append((identity, result, account))
             place = f"{label}, {domain} of Table {number}"
             chosen = one_per_seed(of_one_study(chosen), place, same_value_is_fine=True)
+            used += [result for _, result, _ in chosen]
             bases |= {identity.base for identity, _, _ in chosen}
             line.append(
                 Figure(
@@ -199,7 +204,7 @@ def _epochs_table(number: str, spec: dict, candidates: list, measures: Mapping[s
         rows.append((paper()["domains"][domain], *map(_epochs_text, line)))
         figures += line
     table = Table(("Domain", *columns), rows)
-    return PaperTable(number, spec["title"], spec["place"], _bases(bases, figures), figures, table)
+    return PaperTable(number, spec["title"], spec["place"], _bases(bases, figures), figures, table, used)
 
 
 def _account(identity: Identity, result: Result, complete: bool) -> tuple[float, int] | None:
