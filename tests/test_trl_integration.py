@@ -21,15 +21,12 @@ from maskft.tuner import MaskLayer
 from tiny_tokenizer import tiny_tokenizer
 
 
-def test_dpo_learns_a_mask(base, tmp_path):
-    """docs/studies.md shows this; the reference model of DPO is the base with the mask switched off."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    before = {name: p.clone() for name, p in model.named_parameters()}
+def dpo_trainer(model, folder, max_steps, **kwargs):
     pairs = [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a - b}"} for a in range(6) for b in range(6)]
     args = DPOConfig(
-        str(tmp_path / "dpo"),
+        str(folder),
         learning_rate=1e-2,
-        max_steps=6,
+        max_steps=max_steps,
         per_device_train_batch_size=6,
         logging_steps=1,
         bf16=False,
@@ -37,13 +34,16 @@ def test_dpo_learns_a_mask(base, tmp_path):
         report_to="none",
         gradient_checkpointing=False,
     )
-    trainer = DPOTrainer(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=tiny_tokenizer(),
-        peft_config=MaskConfig(sparsity=0.1, layers_to_transform=[1], task_type="CAUSAL_LM"),
-    )
+    data = Dataset.from_list(pairs)
+    return DPOTrainer(model=model, args=args, train_dataset=data, processing_class=tiny_tokenizer(), **kwargs)
+
+
+def test_dpo_learns_a_mask(base, tmp_path):
+    """docs/studies.md shows this; the reference model of DPO is the base with the mask switched off."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    config = MaskConfig(sparsity=0.1, layers_to_transform=[1], task_type="CAUSAL_LM")
+    trainer = dpo_trainer(model, tmp_path / "dpo", max_steps=6, peft_config=config)
     layers = [m for m in trainer.model.modules() if isinstance(m, MaskLayer)]
     start = [layer.get_mask("default").clone() for layer in layers]
     trainer.train()
@@ -66,21 +66,7 @@ def test_dpo_goes_on_from_a_trained_mask_and_refers_to_it(base, tmp_path):
     for name, parameter in model.named_parameters():
         if "mask_scores" in name:
             parameter.data = parameter.data.flip(0)  # as training would: another mask than the seed draws
-    pairs = [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a - b}"} for a in range(6) for b in range(6)]
-    args = DPOConfig(
-        str(tmp_path / "dpo"),
-        learning_rate=1e-2,
-        max_steps=3,
-        per_device_train_batch_size=6,
-        logging_steps=1,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        gradient_checkpointing=False,
-    )
-    trainer = DPOTrainer(
-        model=model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tiny_tokenizer()
-    )
+    trainer = dpo_trainer(model, tmp_path / "dpo", max_steps=3)
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference are one model before the first step
