@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -184,7 +185,7 @@ def test_a_checkpoint_of_the_model_alone_is_not_gone_on_with(arguments, tmp_path
     status, err = run(arguments(output_dir=cut, resume_from_checkpoint="true", **options), capsys)
     assert status == 2 and "no checkpoint to resume from" in err and "save_only_model hold no optimizer" in err
     status, err = run(arguments(output_dir=cut, resume_from_checkpoint=cut / "checkpoint-2", **options), capsys)
-    assert status == 2 and "cannot be gone on with, it has no optimizer.pt" in err
+    assert status == 2 and "cannot be gone on with, it has no optimizer;" in err
     assert run(arguments(output_dir=cut, resume_from_checkpoint="auto", **options), capsys)[0] == 0
     for file in ("model.safetensors", f"{LAST}/model.safetensors"):
         assert (cut / file).read_bytes() == (whole / file).read_bytes()
@@ -215,6 +216,17 @@ def test_held_out_rows_are_not_packed(arguments, tmp_path, capsys):
         assert status == 0, err
     plain, packed = (summary(tmp_path / name)["start_loss"] for name in ("plain", "packed"))
     assert packed == pytest.approx(plain, abs=1e-6)
+
+
+def test_several_gpus_without_a_launcher_are_for_what_runs_on_one(arguments, tmp_path, capsys, monkeypatch):
+    """A study prepares data and makes fixed masks in one process of its own."""
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda _: 2))
+    preparing = {"prepare_only": True, "prepared_data_dir": tmp_path / "kept"}
+    for name, options in (("fixed", {"method": "l1_mask"}), ("prepared", preparing)):
+        status, err = run(arguments(output_dir=tmp_path / name, **options), capsys)
+        assert status == 0, err
+    status, err = run(arguments(), capsys)
+    assert status == 2 and "this process sees 2 GPUs, which a mask does not share" in err
 
 
 def test_base_weights_do_not_change(arguments, base, tmp_path, capsys):

@@ -12,6 +12,9 @@ from trl import SFTConfig
 from . import paths, processes
 from .errors import UserError
 
+# As the Trainer, FSDP (whole or in shards) and DeepSpeed write it.
+_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+
 
 def prepare_output_dir(args: SFTConfig) -> str | None:
     """Check the output folder and return the checkpoint to resume from, if any."""
@@ -25,10 +28,9 @@ def prepare_output_dir(args: SFTConfig) -> str | None:
         if not Path(resume).is_dir():
             raise UserError(f"resume_from_checkpoint {resume!r} is not a folder")
         _check_processes(Path(resume), args)
-        missing = next((name for name in _state_files(args) if not (Path(resume) / name).is_file()), None)
-        if missing is not None:
+        if not any(any(Path(resume).glob(pattern)) for pattern in _OPTIMIZER_FILES):
             raise UserError(
-                f"{str(resume)!r} cannot be gone on with, it has no {missing}; to start anew from its weights, name it "
+                f"{str(resume)!r} cannot be gone on with, it has no optimizer; to start anew from its weights, name it "
                 "as the model"
             )
         return str(resume)

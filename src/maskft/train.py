@@ -84,7 +84,8 @@ def _check_training(run: Run) -> None:
     """Refuse what TRL or torch would do otherwise than is meant, or refuse after the model is loaded."""
     args = run.training
     processes.check_zero_stage(processes.zero_stage_of(args.deepspeed))
-    if run.method.method in MASK_METHODS and args.n_gpu > 1:
+    # Fixed masks run on one of them, and preparing data on none.
+    if run.method.method == "mask" and not run.data.prepare_only and args.n_gpu > 1:
         raise UserError(
             f"this process sees {args.n_gpu} GPUs, which a mask does not share: add --accelerate_config multi_gpu, or "
             "set CUDA_VISIBLE_DEVICES=0"

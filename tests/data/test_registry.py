@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from maskft.data import TEST_SETS, TRAINING_SETS, load_examples, tokenize_example
-from maskft.data.loading import heldout_split
+from maskft.data.loading import split_of
 from maskft.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
@@ -152,8 +152,8 @@ def test_another_split_of_a_registered_set(tmp_path, monkeypatch):
     assert asked == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "socratic", "train")]
     # In a mixture the options are for the sets that are not registered.
     asked.clear()
-    load_examples("gsm8k,ours/other", "validation", config="own")
-    assert asked == [("openai/gsm8k", "main", "train"), ("ours/other", "own", "validation")]
+    load_examples("gsm8k,ours/other", "train_sft", config="own")
+    assert asked == [("openai/gsm8k", "main", "train"), ("ours/other", "own", "train_sft")]
 
 
 def test_a_file_without_a_split_in_its_name_is_that_of_training(tmp_path, monkeypatch):
@@ -169,9 +169,24 @@ def test_a_file_without_a_split_in_its_name_is_that_of_training(tmp_path, monkey
     assert len(load_examples("own", "test", data_dir=str(tmp_path))) == 1
 
 
-@pytest.mark.parametrize(("name", "split"), [("gsm8k", "test"), ("metamathqa", "train"), ("ours/other", "test")])
-def test_the_split_that_held_out_data_is_read_from(name, split):
-    assert heldout_split(name, None) == split and heldout_split(name, "dev") == "dev"
+@pytest.mark.parametrize(
+    ("name", "asked", "of_mixture", "split"),
+    [
+        ("gsm8k", None, False, "test"),
+        ("openai/gsm8k", None, False, "test"),
+        ("metamathqa", None, False, "train"),
+        ("meta-math/MetaMathQA", None, False, "train"),
+        ("ours/other", None, False, "test"),
+        ("gsm8k", "dev", False, "dev"),
+        ("gsm8k", None, True, "test"),
+        ("gsm8k", "test", True, "test"),
+        ("gsm8k", "train_sft", True, "train"),
+        ("metamathqa", "test", True, "train"),
+        ("ours/other", "train_sft", True, "train_sft"),
+    ],
+)
+def test_the_split_that_a_set_is_read_from(name, asked, of_mixture, split):
+    assert split_of(name, asked, of_mixture) == split
 
 
 @pytest.mark.parametrize(

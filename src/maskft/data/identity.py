@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data_arguments import DATA_NAMES, TEMPLATE
 from .contamination import set_names, test_set_files
-from .loading import heldout_split, local_files, split_of
+from .loading import local_files, split_of
 from .mixtures import parse_mixture
 
 # Options of `maskft train` and `maskft evaluate` that name a file, or a folder of files, as it is.
@@ -44,9 +44,7 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
         options: Options of ``maskft train`` or ``maskft evaluate``; those that are not about data stay as they are.
     """
     out = {key: value for key, value in options.items() if key != "data_dir"}
-    heldout_name = str(options.get("eval_dataset_name") or options.get("dataset_name"))
-    heldout = heldout_split(heldout_name, options.get("dataset_eval_split"))
-    splits = (options.get("dataset_train_split") or "train", heldout)
+    splits = (options.get("dataset_train_split") or "train", options.get("dataset_eval_split"))
     for key, split in zip(DATA_NAMES, splits, strict=True):
         if isinstance(out.get(key), str):
             out[key] = _set_identity(out[key], options.get("data_dir"), split)
@@ -67,7 +65,7 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _set_identity(name: str, data_dir: str | None, split: str) -> str:
+def _set_identity(name: str, data_dir: str | None, split: str | None) -> str:
     parts, mixture = [], parse_mixture(name)
     for part in mixture:
         files = local_files(part.name, data_dir, split_of(part.name, split, len(mixture) > 1))

@@ -24,7 +24,7 @@ class Reader:
     """How sets are read; the same for all sets of a mixture.
 
     Attributes:
-        split: Split of a hub data set.
+        split: Split of a hub data set; None for held-out data, see `split_of`.
         config: Configuration of a hub data set.
         as_chat: Whether questions and answers become messages. None: where ``tokenizer`` has a chat template.
         tokenizer: None counts as having a template.
@@ -38,7 +38,7 @@ class Reader:
             and labels are the same for both.
     """
 
-    split: str = "train"
+    split: str | None = "train"
     config: str | None = None
     as_chat: bool | None = None
     tokenizer: object = None
@@ -111,14 +111,20 @@ class Reader:
             raise too_few_rows(name, num_rows, taken)
 
 
-def split_of(name: str, asked: str, of_mixture: bool) -> str:
-    """The split that a set is read from: the one asked for, but in a mixture a registered set's own."""
-    return "train" if of_mixture and name in TRAINING_SETS else asked
+def split_of(name: str, asked: str | None, of_mixture: bool = False) -> str:
+    """The split that a set is read from.
 
-
-def heldout_split(name: str, asked: str | None) -> str:
-    """The split that held-out data is read from: the one asked for, else a registered set's own, else ``test``."""
-    return asked or (TRAINING_SETS[name].heldout_split if name in TRAINING_SETS else "test")
+    Args:
+        name: The set.
+        asked: The split asked for; None: of held-out data, for which registered sets name one and others have ``test``.
+        of_mixture: Whether ``asked`` is for several sets; of registered ones it then tells training from held-out data.
+    """
+    known = TRAINING_SETS.get(name) or next((each for each in TRAINING_SETS.values() if each.hub_id == name), None)
+    if asked is None:
+        return known.heldout_split if known else "test"
+    if of_mixture and name in TRAINING_SETS:
+        return "train" if asked.startswith("train") else known.heldout_split
+    return asked
 
 
 def local_files(name: str, data_dir: str | None, split: str) -> list[Path]:

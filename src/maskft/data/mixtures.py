@@ -80,12 +80,12 @@ def _amount(entry: str, text: str) -> int | float:
     return value
 
 
-def load_examples(name: str, split: str = "train", **kwargs) -> Dataset:
+def load_examples(name: str, split: str | None = "train", **kwargs) -> Dataset:
     """Read a set, or the rows that a mixture takes, as examples (see the package's docstring).
 
     Args:
         name: A set or a mixture; see `parse_mixture`.
-        split: Split of hub data sets.
+        split: Split of hub data sets; None: that of held-out data.
         **kwargs: The other fields of `Reader`.
     """
     parts = parse_mixture(name)

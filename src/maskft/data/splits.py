@@ -12,7 +12,7 @@ from datasets import Dataset
 from ..data_arguments import DataArguments, check_sizes
 from ..errors import UserError
 from .contamination import NGRAM, Contamination, NgramIndex, example_texts, load_test_texts, unique_rows
-from .loading import Reader, heldout_split
+from .loading import Reader
 from .mixtures import Part, concatenate, draw, load_examples, parse_mixture
 from .procedural import PROCEDURAL_PREFIX, procedural_seed
 from .registry import TRAINING_SETS
@@ -133,7 +133,7 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
     if heldout_name:
         heldout = load_examples(
             heldout_name,
-            heldout_split(heldout_name, args.dataset_eval_split),
+            args.dataset_eval_split,
             config=args.dataset_config if heldout_name == args.dataset_name else None,
             size=args.procedural_eval_size,
             seed=procedural_seed(seed, "heldout"),

@@ -47,6 +47,13 @@ def _count_optimizer_step(*_) -> None:
 
 register_optimizer_step_post_hook(_count_optimizer_step)
 
+
+def is_distributed() -> bool:
+    """Whether other processes train with this one."""
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 # Layers that hold a sum of gradients which the optimizer has not seen yet.
 _unfinished: weakref.WeakSet[MaskedLinear] = weakref.WeakSet()
 
@@ -422,8 +429,9 @@ class _MaskedLinearFunction(torch.autograd.Function):
             layer._raw_gradient[name] = raw
             _unfinished.add(layer)
             return grad_x, None, None, None, None, None
-        if _unfinished:
+        if _unfinished and not is_distributed():
             # Layers that this last micro-batch does not reach (an expert, a vision tower) have their sums to hand over.
+            # Not where ranks reduce gradients: all of them would have to reach the layer, and do in a later one.
             torch.autograd.Variable._execution_engine.queue_callback(_finish_gradients)
         if layer.sharded_weight is not None:
             rank_by = layer.mask_configs[name].rank_by
@@ -435,9 +443,8 @@ class _MaskedLinearFunction(torch.autograd.Function):
 def _finish_gradients() -> None:
     """At the end of a backward pass: give the optimizer the sums of the layers that it did not reach."""
     for layer in list(_unfinished):
-        if layer.sharded_weight is None:  # its gradient is reduced over ranks, which all must reach the layer
-            for name, raw in layer._raw_gradient.items():
-                scores, gradient = layer.mask_scores[name], layer.gradient_of_scores(name, raw)
-                scores.grad = gradient if scores.grad is None else scores.grad + gradient
-            layer._raw_gradient.clear()
+        for name, raw in layer._raw_gradient.items():
+            scores, gradient = layer.mask_scores[name], layer.gradient_of_scores(name, raw)
+            scores.grad = gradient if scores.grad is None else scores.grad + gradient
+        layer._raw_gradient.clear()
     _unfinished.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import warnings
@@ -22,7 +23,6 @@ from .sharded import is_sharded, refresh
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
 _SHOWN = 8
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
-_READ_BY_MAMBA = ("dt_proj", "x_proj", "out_proj")  # its kernels and its slow path take these weights themselves
 
 
 class MaskModel(BaseTuner):
@@ -296,9 +296,12 @@ def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | N
     if type(module).forward not in _PLAIN_FORWARDS and type(module).__name__ != "FalconLinear":
         return f"it is a {type(module).__name__}, which computes something else than a linear map"
     path, _, leaf = name.rpartition(".")
-    parent = type(model.get_submodule(path))
-    if issubclass(parent, nn.MultiheadAttention) or ("Mamba" in parent.__name__ and leaf in _READ_BY_MAMBA):
-        return f"its {parent.__name__} reads the weight and does not call the layer"
+    parent = model.get_submodule(path)
+    # Kernels of the Mamba family, and in part its slow path, take these weights themselves; Jamba's only the first.
+    read = ("dt_proj",) if type(parent).__name__ == "JambaMambaMixer" else ("dt_proj", "x_proj", "out_proj")
+    of_mixer = hasattr(parent, "conv1d") and hasattr(parent, "A_log") and leaf in read
+    if of_mixer or isinstance(parent, nn.MultiheadAttention):
+        return f"its {type(parent).__name__} reads the weight and does not call the layer"
     get_embeddings = getattr(model, "get_input_embeddings", None)
     try:
         embeddings = get_embeddings() if get_embeddings else None
@@ -325,7 +328,9 @@ def maskable_names(model: nn.Module) -> set[str]:
         names = {
             name.rpartition(".")[2]
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and module is not head
+            if isinstance(module, nn.Linear | Conv1D)
+            and module is not head
+            and _why_not_maskable(name, module, model) is None
         }
     if not names:
         raise UserError(f"{type(model).__name__} has no linear layer that could be masked")
@@ -334,7 +339,10 @@ def maskable_names(model: nn.Module) -> set[str]:
 
 def _embeddings(model: nn.Module) -> dict[str, torch.Size]:
     """Keys and shapes of input and output embeddings, which PEFT saves whole where the vocabulary was resized."""
-    heads = [getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
+    heads = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(NotImplementedError):  # a model of speech has none
+            heads.append(getattr(model, get, lambda: None)())
     found = {name: module for name, module in model.named_modules() if any(module is head for head in heads)}
     return {f"{name}.{key}": value.shape for name, module in found.items() for key, value in module.named_parameters()}
 
