@@ -22,7 +22,8 @@ def tiny_llama(num_layers=3, vocab_size=96, seed=0, **overrides):
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def _decoder(config_class, model_class, seed=0, **overrides):
+def decoder(config_class, model_class, seed=0, **overrides):
+    """A decoder of any architecture, as small as ``tiny_llama``."""
     torch.manual_seed(seed)
     settings = {
         "vocab_size": 96,
@@ -48,9 +49,9 @@ def tiny_gpt2(seed=0, **overrides):
 
 MODELS = {
     "llama": tiny_llama,
-    "qwen3": lambda: _decoder(transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-    "mistral": lambda: _decoder(transformers.MistralConfig, transformers.MistralForCausalLM),
-    "gemma3": lambda: _decoder(transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    "qwen3": lambda: decoder(transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "mistral": lambda: decoder(transformers.MistralConfig, transformers.MistralForCausalLM),
+    "gemma3": lambda: decoder(transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
     "gpt2": tiny_gpt2,
 }
 

@@ -69,10 +69,9 @@ def _check_processes(checkpoint: Path, args: SFTConfig) -> None:
 
     Too few random states are no proof: a kill may have come before the others were written.
     """
-    many = len([*checkpoint.glob("rng_state_*.pth")])
-    if many > (args.world_size if args.world_size > 1 else 0) or (
-        args.world_size > 1 and (checkpoint / "rng_state.pth").is_file()
-    ):
+    many, is_alone = len([*checkpoint.glob("rng_state_*.pth")]), args.world_size == 1
+    of_one = (checkpoint / "rng_state.pth").is_file()
+    if many > args.world_size or (many and is_alone) or (of_one and not is_alone):
         written_by = f"{many} processes" if many else "one process"
         raise UserError(
             f"{str(checkpoint)!r} was written by {written_by}, and this run has {args.world_size}; go on with as many"

@@ -335,8 +335,8 @@ def initial_scores(
             (0, std * sqrt(12)), so that the first mask is the magnitude mask and the spread is ``std``.
         generator: CPU generator; the draw does not depend on the device of ``weight``.
         std: Standard deviation of ``normal`` and ``magnitude``, > 0.
-        num_inputs: in_features; default: the last dimension of ``weight``.
         value: Value of ``constant``.
+        num_inputs: in_features; default: the last dimension of ``weight``.
     """
     shape = weight.shape
     if kind == "normal":

@@ -21,25 +21,23 @@ from .models import load_model, load_tokenizer
 _PROBE_TOKENS = 64
 
 
-def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "float32", **kwargs):
+def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "float32"):
     """Load a base model with a mask adapter over it; returns ``(model, tokenizer, base name)``.
 
     Args:
         adapter: Adapter folder.
         base: Base model; default: the one named in the adapter.
         dtype: See ``load_model``.
-        **kwargs: Passed on to ``load_model``.
     """
     config = read_config(adapter)
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
-    if config.get("revision") and name == config.get("base_model_name_or_path") and not Path(name).is_dir():
-        kwargs = {"revision": config["revision"]} | kwargs
-    model = load_model(name, dtype, **kwargs)
+    is_its_own = name == config.get("base_model_name_or_path")
+    revision = (config.get("revision") if is_its_own else None) or "main"
+    model = load_model(name, dtype, revision=revision)
     model = PeftModel.from_pretrained(model, str(adapter))
-    of_hub = {key: value for key, value in kwargs.items() if key == "revision"}
-    return model.eval(), adapter_tokenizer(adapter, name, **of_hub), name
+    return model.eval(), adapter_tokenizer(adapter, name, revision=revision), name
 
 
 def merge(
@@ -93,9 +91,7 @@ def merge(
 def adapter_tokenizer(adapter: str | Path, base: str, chat_template_path: str | None = None, **kwargs):
     """The tokenizer saved with the adapter, or that of its base model; see ``models.load_tokenizer``."""
     has_own = any((Path(adapter) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    if has_own:
-        return load_tokenizer(str(adapter), chat_template_path)
-    return load_tokenizer(base, chat_template_path, **kwargs)
+    return load_tokenizer(str(adapter) if has_own else base, chat_template_path, **kwargs)
 
 
 def _probe(model) -> torch.Tensor:

@@ -92,8 +92,6 @@ def _check_training(run: Run) -> None:
         )
     if args.eval_packing and processes.num_processes() > 1:
         raise UserError("eval_packing with several processes would count held-out rows twice; set it to false")
-    if args.packing and args.eval_packing is None:
-        args.eval_packing = False  # held-out loss does not depend on how rows are put together
 
 
 def _prepare_data(run: Run, tokenizer, splits: tuple | None, console: Console) -> Prepared:
@@ -137,6 +135,8 @@ def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, tas
     check_processes(model, train_set, heldout_set)
     if args.device.type == "cpu":
         keep_freed_memory()
+    if args.packing and args.eval_packing is None:
+        args.eval_packing = False  # held-out loss does not depend on how rows are put together
     if not args.packing:
         # The rows are tokenised and truncated already; TRL would go over them twice more.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}

@@ -101,7 +101,7 @@ def test_benchmarks_and_heldout_in_one_result(chat_base, files, data, tmp_path, 
 def test_several_adapters_load_the_base_once(chat_base, adapters, files, tmp_path, capsys, monkeypatch):
     loads = []
     load_model = load.load_model
-    monkeypatch.setattr(load, "load_model", lambda *args: (loads.append(args), load_model(*args))[1])
+    monkeypatch.setattr(load, "load_model", lambda *args, **how: (loads.append(args), load_model(*args, **how))[1])
     common = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k", "--data_dir", files, "--limit", 1]
     many = [adapters["mask1"], adapters["mask2"], "none", adapters["lora"]]
     status, _, err = call([*common, "--output_dir", tmp_path / "all", "--adapter", *many], capsys)

@@ -150,6 +150,10 @@ def test_another_split_of_a_registered_set(tmp_path, monkeypatch):
     load_examples("gsm8k", "test")
     load_examples("gsm8k", config="socratic")
     assert asked == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "socratic", "train")]
+    # Of held-out data another set has a test split.
+    asked.clear()
+    load_examples("ours/other", None)
+    assert asked == [("ours/other", None, "test")]
     # In a mixture the options are for the sets that are not registered.
     asked.clear()
     load_examples("gsm8k,ours/other", "train_sft", config="own")

@@ -212,6 +212,7 @@ def test_what_train_says_about_the_data_decides_the_parts(content, data, tmp_pat
     held_out = content["data"]["sums"].pop("eval_split_size")
     # The last says how the whole is read, not its parts, which are files.
     content["train"] |= {"eval_split_size": held_out, "split_seed": 3, "deduplicate": True}
+    content["train"]["model_revision"] = "main"
     file, folder = write(tmp_path, content), tmp_path / "out"
     named = load_search(file).part_file(folder, "train")
     assert main(["search", str(file), "--output_dir", str(folder)]) == 0

@@ -329,10 +329,17 @@ def test_a_second_adapter_of_the_same_configuration_is_a_copy():
 
 def test_a_model_without_token_embeddings(tmp_path):
     config = transformers.Wav2Vec2Config(
-        vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        conv_dim=(8, 8), conv_kernel=(4, 4), conv_stride=(4, 4), num_conv_pos_embeddings=4,
+        vocab_size=12,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        conv_dim=(8, 8),
+        conv_kernel=(4, 4),
+        conv_stride=(4, 4),
+        num_conv_pos_embeddings=4,
         num_conv_pos_embedding_groups=2,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     plain = transformers.Wav2Vec2ForCTC(config).eval()
     state = copy.deepcopy(plain)
@@ -451,16 +458,8 @@ def test_a_tied_head_is_refused():
 
 
 def test_fused_experts_are_refused():
-    config = transformers.MixtralConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=2,
-    )
-    model = transformers.MixtralForCausalLM(config)
+    sizes = {"num_hidden_layers": 2, "num_local_experts": 2}
+    model = tiny.decoder(transformers.MixtralConfig, transformers.MixtralForCausalLM, **sizes)
     with pytest.raises(UserError, match="experts are fused into 3-D parameters"):
         get_peft_model(model, MaskConfig(target_modules=["experts", "q_proj"]))
     masks = current_masks(get_peft_model(model, MaskConfig()))
@@ -492,20 +491,10 @@ def test_weights_that_a_parent_reads_itself_are_refused():
     assert maskable_names(mamba) == {"in_proj"}
     with pytest.raises(UserError, match="dt_proj cannot be masked: its MambaMixer reads the weight"):
         get_peft_model(mamba, MaskConfig(target_modules=["dt_proj"]))
-    jamba = transformers.JambaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        num_experts=1,
-        use_mamba_kernels=False,
-        pad_token_id=0,
-    )
-    names = maskable_names(transformers.JambaForCausalLM(jamba))
+    one_of_each = {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1}
+    one_of_each["use_mamba_kernels"] = False
+    jamba = tiny.decoder(transformers.JambaConfig, transformers.JambaForCausalLM, **one_of_each)
+    names = maskable_names(jamba)
     assert {"in_proj", "x_proj", "out_proj", "o_proj"} <= names and "dt_proj" not in names
     stack = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
     assert maskable_names(stack) == {"1"}

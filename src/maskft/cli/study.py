@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check the recipe, expand it, then list or run it."""
     from ..study.plan import check_layers
-    from ..study.recipe import REVISION, Facts, load_recipe
+    from ..study.recipe import Facts, load_recipe
 
     recipe = load_recipe(args.recipe, args.data_dir)
     if args.model:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         if not args.dry_run or Path(model).is_dir():  # a dry run downloads nothing
             from ..models import load_config
 
-            config = load_config(model, revision=recipe.train.get(REVISION, "main"))
+            config = load_config(model, revision=recipe.revision)
             check_layers(plan, model, config.get_text_config().num_hidden_layers)
     folder = Path(args.output_dir or Path("runs") / recipe.name)
     if args.launcher == "ray":

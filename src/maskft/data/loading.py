@@ -92,7 +92,7 @@ class Reader:
         if known is None:
             if "/" not in name and (similar := did_you_mean(name, TRAINING_SETS)):
                 raise UserError(f"there is no file and no known data set {name!r}{similar}")
-            return numbered(load_from_hub(name, self.config, self.split, streaming=self.streaming)), None
+            return numbered(load_from_hub(name, self.config, split, streaming=self.streaming)), None
         rows = load_from_hub(known.hub_id, config, split, known.data_files, self.streaming)
         if known.source:
             rows = rows.filter(lambda source: source == known.source, input_columns="source")
@@ -119,12 +119,17 @@ def split_of(name: str, asked: str | None, of_mixture: bool = False) -> str:
         asked: The split asked for; None: of held-out data, for which registered sets name one and others have ``test``.
         of_mixture: Whether ``asked`` is for several sets; of registered ones it then tells training from held-out data.
     """
-    known = TRAINING_SETS.get(name) or next((each for each in TRAINING_SETS.values() if each.hub_id == name), None)
+    known = _registered(name)
     if asked is None:
         return known.heldout_split if known else "test"
     if of_mixture and name in TRAINING_SETS:
         return "train" if asked.startswith("train") else known.heldout_split
     return asked
+
+
+def _registered(name: str) -> TrainingSet | None:
+    """What is registered of a set, by its name here or on the hub."""
+    return TRAINING_SETS.get(name) or next((known for known in TRAINING_SETS.values() if known.hub_id == name), None)
 
 
 def local_files(name: str, data_dir: str | None, split: str) -> list[Path]:
@@ -134,8 +139,7 @@ def local_files(name: str, data_dir: str | None, split: str) -> list[Path]:
     if not is_hub_name(name):
         return [Path(name).expanduser()]
     # The plain name of a training set is that of its training split.
-    is_training_set = name in TRAINING_SETS or any(name == known.hub_id for known in TRAINING_SETS.values())
-    only_split = is_training_set and split != "train"
+    only_split = _registered(name) is not None and split != "train"
     return find_files(data_dir, _file_names(name), split, only_split) if data_dir else []
 
 

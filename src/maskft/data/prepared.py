@@ -65,31 +65,32 @@ def prepare(
     Raises:
         UserError: If the data cannot be used; see ``load_splits`` and ``tokenize_dataset``.
     """
-    how = {"text_field": text_field, "max_length": max_length, "completion_only_loss": completion_only_loss}
+    tokens = {"text_field": text_field, "max_length": max_length, "completion_only_loss": completion_only_loss}
+    how = {**tokens, "num_proc": num_proc}
     if args.prepared_data_dir is None:
-        return _prepare(args, tokenizer, how, num_proc)
+        return _prepare(args, tokenizer, how)
     options = {k: v for k, v in asdict(args).items() if k not in ("prepared_data_dir", "prepare_only")}
-    decides = {"data": data_identity(options), "tokenizer": _tokenizer_digest(tokenizer), "code": _code_digest(), **how}
+    decides = {"data": data_identity(options), "tokenizer": _tokenizer_digest(tokenizer), "code": _code_digest()}
+    decides |= tokens
     name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(args.prepared_data_dir).expanduser() / name
-    processes.decided_by_main(lambda: _keep(folder, args, tokenizer, how, num_proc))
+    processes.decided_by_main(lambda: _keep(folder, args, tokenizer, how))
     # On another machine, without a shared disk, the main process's is not there.
-    _keep(folder, args, tokenizer, how, num_proc)
+    _keep(folder, args, tokenizer, how)
     return Prepared(*(load_from_disk(folder / each) for each in _SETS), json.loads((folder / _REPORT).read_text()))
 
 
-def _prepare(args: DataArguments, tokenizer, how: Mapping[str, Any], num_proc: int | None) -> Prepared:
+def _prepare(args: DataArguments, tokenizer, how: Mapping[str, Any]) -> Prepared:
     train_rows, heldout_rows, report = load_splits(args, args.split_seed, tokenizer, how["text_field"])
-    rows = (train_rows, heldout_rows)
-    train, heldout = (tokenize_dataset(each, tokenizer, **how, num_proc=num_proc) for each in rows)
+    train, heldout = (tokenize_dataset(rows, tokenizer, **how) for rows in (train_rows, heldout_rows))
     return Prepared(train_rows, heldout_rows, train, heldout, {"text": str(report), "counts": report.to_dict()})
 
 
-def _keep(folder: Path, args: DataArguments, tokenizer, how: Mapping[str, Any], num_proc: int | None) -> None:
+def _keep(folder: Path, args: DataArguments, tokenizer, how: Mapping[str, Any]) -> None:
     """Write the folder whole, unless it is there."""
     if folder.is_dir():
         return
-    prepared = _prepare(args, tokenizer, how, num_proc)
+    prepared = _prepare(args, tokenizer, how)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         for name in _SETS:

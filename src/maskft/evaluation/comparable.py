@@ -131,17 +131,12 @@ def setting_notes(results: Sequence[Result], tasks: Sequence[str]) -> list[str]:
     for key in dict.fromkeys(key for result in results for key in result["settings"]):
         if values := _if_different(results, [result["settings"].get(key) for result in results]):
             notes.append(f"the results differ in the setting {key}: {values}")
-    scoring = [
-        package for name, packages in _SCORING_PACKAGES.items() for package in packages if _any_begins(tasks, name)
-    ]
+    scored = [name for name in _SCORING_PACKAGES if any(task.startswith(name) for task in tasks)]
+    scoring = [package for name in scored for package in _SCORING_PACKAGES[name]]
     for package in (*_DECIDING_PACKAGES, *scoring):
         if values := _if_different(results, [result["environment"]["packages"].get(package) for result in results]):
             notes.append(f"the results were made with different versions of {package}: {values}")
     return notes
-
-
-def _any_begins(tasks: Sequence[str], name: str) -> bool:
-    return any(task.startswith(name) for task in tasks)
 
 
 def _if_different(results: Sequence[Result], values: list) -> str:

@@ -92,9 +92,8 @@ def load_each(
     base_name = _base_name(model_name_or_path, adapters)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
-    revision = revision or _named_revision(adapters, base_name)
-    of_hub = {} if revision is None or Path(base_name).is_dir() else {"revision": revision}
-    model = load_model(base_name, dtype, **of_hub)
+    revision = revision or _named_revision(adapters, base_name) or "main"
+    model = load_model(base_name, dtype, revision=revision)
     fingerprint = model_fingerprint(model)
     configuration = {**model.config.to_diff_dict(), "generation": model.generation_config.to_diff_dict()}
     wrapped, kind = None, None
@@ -105,7 +104,7 @@ def load_each(
             if model_fingerprint(model) != fingerprint:
                 raise RuntimeError(f"taking off an adapter of kind {kind} did not give the base model back")
         if new_kind is None:
-            tokenizer = load_tokenizer(base_name, chat_template_path, **of_hub)
+            tokenizer = load_tokenizer(base_name, chat_template_path, revision=revision)
         elif wrapped is None:
             with _one_line(adapter, f"does not fit {base_name!r}"):
                 wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=f"adapter_{number}")
@@ -120,7 +119,7 @@ def load_each(
         if kind is None:
             facts |= _training_facts(base_name)
         else:
-            tokenizer = adapter_tokenizer(adapter, base_name, chat_template_path, **of_hub)
+            tokenizer = adapter_tokenizer(adapter, base_name, chat_template_path, revision=revision)
             facts |= {
                 "adapter": _portable(adapter),
                 "adapter_sha256": adapter_sha256(adapter),

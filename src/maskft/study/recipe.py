@@ -120,6 +120,11 @@ class Recipe:
     facts: Facts = field(default_factory=Facts)
     launch: Launch = field(default_factory=Launch)
 
+    @property
+    def revision(self) -> str:
+        """Of the base models, where they are on the hub."""
+        return self.train.get(REVISION, "main")
+
 
 _KEYS = (
     "version",

@@ -24,7 +24,7 @@ from ..evaluation.results import read_result, write_text
 from ..evaluation.statistics import weighted_mean
 from .execute import Study, prepare_base
 from .plan import BEST, Plan
-from .recipe import REVISION, Recipe
+from .recipe import Recipe
 from .run import locked, make_all, refuse_failed
 from .search_recipe import CACHE, NO_MASK, OF_DATA, PARTS, Candidate, Search
 
@@ -113,9 +113,8 @@ def _split(search: Search, study: Study, plan: Plan) -> dict[str, int]:
 
     files = {part: search.part_file(study.folder, part) for part in PARTS}
     if not all(file.is_file() for file in files.values()):
-        tokenizer = load_tokenizer(
-            study.base(plan.runs[0]), search.options.get(TEMPLATE), revision=search.options.get(REVISION, "main")
-        )
+        base, template = study.base(plan.runs[0]), search.options.get(TEMPLATE)
+        tokenizer = load_tokenizer(base, template, revision=search.recipe.revision)
         field = search.options.get("dataset_text_field", "text")
         # On rows it was trained on, whatever keeps the model as it is looks best.
         options = {key: value for key, value in search.options.items() if key in OF_DATA}

@@ -121,10 +121,9 @@ class Search:
         if folder is None:
             return recipe
         rows = {part: str(self.part_file(folder, part)) for part in PARTS}
-        # The parts are made of the rest of what is about data.
-        kept = {k: v for k, v in self.options.items() if k in ("max_train_samples", "as_chat") or k not in OF_DATA}
-        data = {"probes": Data({"dataset_name": rows["train"], "eval_dataset_name": rows["choose"], **kept})}
-        return replace(recipe, data=data, train={}, evaluation=self.evaluation(rows["choose"]))
+        names = {"dataset_name": rows["train"], "eval_dataset_name": rows["choose"]}
+        data = {"probes": Data(names | _of_probes(self.data.options))}
+        return replace(recipe, data=data, train=_of_probes(recipe.train), evaluation=self.evaluation(rows["choose"]))
 
     def evaluation(self, rows: str) -> dict[str, Any]:
         """Options of ``maskft evaluate`` that measure the loss on ``rows``."""
@@ -136,6 +135,11 @@ class Search:
         options = {k: v for k, v in self.options.items() if k in (*OF_DATA, TEMPLATE, REVISION, "dataset_text_field")}
         options |= {"max_train_samples": None, "choose_size": self.settings.choose_size}
         return folder / _DATA / data_hash(self.recipe.models[0], options) / f"{part}.jsonl"
+
+
+def _of_probes(options: dict[str, Any]) -> dict[str, Any]:
+    """The options without those about data that the parts are made of already."""
+    return {k: v for k, v in options.items() if k in ("max_train_samples", "as_chat") or k not in OF_DATA}
 
 
 # Reading
@@ -225,7 +229,7 @@ def _checked(recipe: Recipe, settings: SearchSettings) -> Search:
     if num_layers is None:
         from ..models import load_config
 
-        config = load_config(recipe.models[0], revision=recipe.train.get(REVISION, "main"))
+        config = load_config(recipe.models[0], revision=recipe.revision)
         num_layers = config.get_text_config().num_hidden_layers
     groups = _groups(settings, num_layers)
     rates = settings.learning_rates or [None]
