@@ -17,9 +17,9 @@ from pathlib import Path
 import lm_eval.tasks
 from rich.console import Console
 
-from maskft.evaluation.results import environment
 from maskft.evaluation.task_data import find_file
 from maskft.evaluation.tasks import BENCHMARKS
+from maskft.runtime import environment
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
 # HumanEval's prompts and stop strings without the scorer.

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import maskft.tuner  # noqa: F401 - registers the method with PEFT
 from maskft import MaskConfig
-from maskft.evaluation.results import environment
-from maskft.training_arguments import multiplies_bfloat16
+from maskft.runtime import environment
+from maskft.training.arguments import multiplies_bfloat16
 
 from .as_published import SortingMaskedLinear
 

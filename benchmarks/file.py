@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from maskft.mask_codec import decode_mask, encode_mask
+from maskft.tuner.codec import decode_mask, encode_mask
 
 
 def entropy(sparsity: float) -> float:

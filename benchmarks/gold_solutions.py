@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from maskft.data.sources import read_file
-from maskft.evaluation.sandbox import run_many
 from maskft.evaluation.task_data import find_file
+from maskft.sandbox.sandbox import run_many
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 
 from maskft import MaskConfig
-from maskft.prefix_cache import PrefixCache
+from maskft.training.prefix_cache import PrefixCache
 
 from .common import SMOLLM2, TINY, autocast, build
 

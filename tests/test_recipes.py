@@ -12,16 +12,16 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from maskft.arguments import MASK_METHODS, mask_config
 from maskft.cli.main import main
 from maskft.cli.study import check
 from maskft.cli.train import option_defaults, parse
 from maskft.data import TRAINING_SETS, parse_mixture
 from maskft.data.splits import _shares
 from maskft.models import load_tokenizer
-from maskft.study.estimates import estimate
+from maskft.study.dry_run import estimate
 from maskft.study.process import command_words
 from maskft.study.recipe import PRETRAINED, load_recipe
+from maskft.training.method_arguments import MASK_METHODS, mask_config
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.model import check_targets, maskable_names
 from tiny_tokenizer import tiny_tokenizer

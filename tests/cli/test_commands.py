@@ -12,9 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
+from maskft.adapter.mask_set import MaskSet
 from maskft.cli.main import COMMANDS, main
-from maskft.mask_set import MaskSet
-from maskft.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
+from maskft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_merge_writes_nothing_when_it_cannot(adapter, base, tmp_path, capsys):
 
 
 def test_merge_that_would_not_be_exact_is_not_kept(adapter, tmp_path, capsys, monkeypatch):
-    import maskft.merge as module
+    import maskft.adapter.merge as module
 
     monkeypatch.setattr(module, "_logits", lambda model, ids: torch.rand(3))
     status, _, err = call(["merge", "--adapter", adapter, "--output_dir", tmp_path / "new"], capsys)

@@ -21,7 +21,7 @@ from maskft.cli.main import main
 from maskft.errors import UserError
 from maskft.evaluation import load, run
 from maskft.evaluation.run import EvaluationSettings, evaluate_loaded
-from maskft.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS, JOURNAL, RESULT
+from maskft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, JOURNAL, RESULT
 from tiny_tokenizer import tiny_tokenizer
 
 
@@ -261,7 +261,7 @@ def test_a_killed_evaluation_goes_on(chat_base, files, tmp_path, capsys, monkeyp
     known = journal.read_text().count("\n") - 1
     assert 2 <= known <= 4 and not (tmp_path / "out" / RESULT).exists()
 
-    from maskft.evaluation import backend
+    from maskft.generation import lm_eval_model as backend
 
     asked = []
     generate = backend.greedy_generate

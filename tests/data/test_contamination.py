@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskft.data import load_splits
+from maskft.data.arguments import DataArguments
 from maskft.data.contamination import NGRAM, NgramIndex, load_test_texts, unique_rows, words
-from maskft.data_arguments import DataArguments
 from maskft.errors import UserError
 
 THIRTEEN = "a b c d e f g h i j k l m".split()

@@ -7,8 +7,8 @@ import pytest
 from transformers import HfArgumentParser
 
 from maskft.data import load_examples, load_splits, parse_mixture
+from maskft.data.arguments import DataArguments
 from maskft.data.mixtures import rename_sets
-from maskft.data_arguments import DataArguments
 from maskft.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 

@@ -17,8 +17,8 @@ from maskft.cli.main import main
 from maskft.evaluation import judge
 from maskft.evaluation.journal import Journal
 from maskft.evaluation.judge import Judge, JudgeSettings, length_controlled_win_rate, preferences
-from maskft.evaluation.results import read_result
-from maskft.paths import ALPACA_OUTPUTS, JOURNAL, RESULT
+from maskft.files import ALPACA_OUTPUTS, JOURNAL, RESULT
+from maskft.results.schema import read_result
 from tiny_tokenizer import tiny_tokenizer
 
 SERVER = Path(__file__).parents[1] / "judge_server.py"

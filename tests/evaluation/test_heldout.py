@@ -6,8 +6,8 @@ import pytest
 
 import tiny
 from maskft.errors import UserError
-from maskft.evaluation import evaluate
-from maskft.evaluation.evaluate import evaluate_rows
+from maskft.evaluation import heldout as evaluate
+from maskft.evaluation.heldout import evaluate_rows
 from maskft.evaluation.journal import Journal
 from tiny_tokenizer import tiny_tokenizer
 

@@ -23,11 +23,11 @@ import tiny
 from benchmark_files import GSM8K, HUMANEVAL, IFEVAL, MATH, ScriptedLM
 from maskft.errors import UserError
 from maskft.evaluation import tasks as tasks_module
-from maskft.evaluation.backend import BatchedLM
 from maskft.evaluation.during_training import TrainingEvaluation
 from maskft.evaluation.journal import Journal, Resuming
-from maskft.evaluation.results import build_result
 from maskft.evaluation.tasks import BENCHMARKS, check_chat_template, check_names, load_tasks, run_task
+from maskft.generation.lm_eval_model import BatchedLM
+from maskft.results.schema import build_result
 from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -472,7 +472,7 @@ def test_dry_run_lists_runs_and_writes_nothing(content, tmp_path, capsys):
 
 
 def test_memory_estimate(content):
-    from maskft.study.estimates import estimate, model_facts
+    from maskft.study.dry_run import estimate, model_facts
     from maskft.study.recipe import Facts
 
     plan = plan_of(content)
@@ -497,7 +497,7 @@ def test_memory_estimate(content):
 
 
 def test_time_is_counted_in_layers():
-    from maskft.study.estimates import _passes
+    from maskft.study.dry_run import _passes
 
     def units(method, layers, **options):
         return _passes(method, options, 30, layers)
@@ -512,7 +512,7 @@ def test_time_is_counted_in_layers():
 
 def test_lora_is_faster_than_full_fine_tuning(content):
     """It computes no gradient of the weights: of 4 passes with checkpointing it saves one."""
-    from maskft.study.estimates import estimate, model_facts
+    from maskft.study.dry_run import estimate, model_facts
     from maskft.study.recipe import Facts
 
     content["methods"]["LoRA"] = {**content["methods"]["full"], "method": "lora"}
@@ -524,7 +524,7 @@ def test_lora_is_faster_than_full_fine_tuning(content):
 
 
 def test_time_by_the_speed_of_the_machine(content):
-    from maskft.study.estimates import estimate, model_facts
+    from maskft.study.dry_run import estimate, model_facts
     from maskft.study.recipe import Facts
 
     plan = plan_of(content)

@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from killing import kill_now_and_then
-from maskft import paths
+from maskft import files
 from maskft.cli.main import main
 from maskft.cli.study import check
 from maskft.cli.train import parse
 from maskft.data import load_splits
-from maskft.data_arguments import DataArguments
+from maskft.data.arguments import DataArguments
 from maskft.errors import UserError
 from maskft.study.recipe import parse_recipe
 from maskft.study.search_recipe import Candidate, load_search
@@ -54,7 +54,7 @@ def prompts(file):
 def test_a_search_ends_with_a_recipe_and_goes_on_where_it_stopped(content, data, tmp_path, capsys):
     file, folder = write(tmp_path, content), tmp_path / "out"
     assert main(["search", str(file), "--output_dir", str(folder)]) == 0
-    record = json.loads((folder / paths.SEARCH).read_text())
+    record = json.loads((folder / files.SEARCH).read_text())
     check_rungs(record, folder)
     check_rows(record, folder, data)
     assert not (folder / "cache").exists()
@@ -62,22 +62,22 @@ def test_a_search_ends_with_a_recipe_and_goes_on_where_it_stopped(content, data,
     assert "layers 1-2, sparsity 0.9" in out and "8 rows that did not: nll" in out
 
     # As `maskft train` takes it, and as a method of a study.
-    run = parse(["--config", str(folder / paths.WINNER)])
+    run = parse(["--config", str(folder / files.WINNER)])
     assert run.mask.mask_sparsity == record["winner"]["mask_sparsity"]
     assert run.mask.mask_layers_to_transform == [1, 2] and run.training.max_steps == -1
-    head = (folder / paths.WINNER).read_text().splitlines()[2]
+    head = (folder / files.WINNER).read_text().splitlines()[2]
     method = yaml.safe_load(head.removeprefix("# As a method of a study: "))
     study = {key: value for key, value in content.items() if key != "search"} | {"methods": method}
     assert check(parse_recipe(study)).runs[0].options["mask_sparsity"] == run.mask.mask_sparsity
 
     # Without one result, only that one is made again, and the end is the same.
     times = {path: path.stat().st_mtime_ns for path in folder.glob("r*/**/*") if path.is_file()}
-    lost = max(folder.glob(f"{paths.RESULTS}/layers*/{paths.RESULT}"), key=lambda path: path.stat().st_mtime_ns)
+    lost = max(folder.glob(f"{files.RESULTS}/layers*/{files.RESULT}"), key=lambda path: path.stat().st_mtime_ns)
     lost.unlink()
     assert main(["search", str(file), "--output_dir", str(folder)]) == 0
     changed = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
-    assert changed <= {lost, *folder.glob(f"{paths.RUNS}/*/{paths.LOG}")} and lost in changed
-    assert json.loads((folder / paths.SEARCH).read_text()) == record
+    assert changed <= {lost, *folder.glob(f"{files.RUNS}/*/{files.LOG}")} and lost in changed
+    assert json.loads((folder / files.SEARCH).read_text()) == record
 
 
 @pytest.mark.slow
@@ -87,20 +87,20 @@ def test_a_killed_search_ends_as_an_undisturbed_one(content, tmp_path):
     assert main(["search", str(file), "--output_dir", str(whole)]) == 0
 
     def second_rung_is_training():
-        return any("max_steps 3" in log.read_text() for log in cut.glob(f"{paths.RUNS}/*/{paths.LOG}"))
+        return any("max_steps 3" in log.read_text() for log in cut.glob(f"{files.RUNS}/*/{files.LOG}"))
 
     def probe_is_trained():
-        return any(cut.glob(f"{paths.RUNS}/layers*/{paths.TRAINING}"))
+        return any(cut.glob(f"{files.RUNS}/layers*/{files.TRAINING}"))
 
     assert kill_now_and_then(file, cut, [8.0, probe_is_trained, 20.0, second_rung_is_training], "search") >= 3
     assert main(["search", str(file), "--output_dir", str(cut)]) == 0
-    records = [json.loads((folder / paths.SEARCH).read_text()) for folder in (whole, cut)]
+    records = [json.loads((folder / files.SEARCH).read_text()) for folder in (whole, cut)]
     for record in records:
         for rung in record["rungs"]:
             for row in rung["candidates"]:
                 del row["train_time_s"]
     assert records[0] == records[1]
-    recipes = [(folder / paths.WINNER).read_text().replace(str(folder), "") for folder in (whole, cut)]
+    recipes = [(folder / files.WINNER).read_text().replace(str(folder), "") for folder in (whole, cut)]
     assert recipes[0] == recipes[1]
 
 
@@ -112,7 +112,7 @@ def check_rungs(record, folder):
     assert kept == set(sorted(losses, key=losses.get)[:2]) == {row["mask_sparsity"] for row in last["candidates"]}
     assert record["winner"]["mask_sparsity"] == min(last["candidates"], key=lambda row: row["nll"])["mask_sparsity"]
     # Each probe was trained from scratch to the end of its own schedule, in a run of a study.
-    runs = [json.loads(file.read_text()) for file in folder.glob(f"{paths.RUNS}/*/{paths.RUN}")]
+    runs = [json.loads(file.read_text()) for file in folder.glob(f"{files.RUNS}/*/{files.RUN}")]
     assert sorted(run["num_steps"] for run in runs if run["method"] == "mask") == [2, 2, 2, 3, 3]
     assert all("prefix cache: 1 frozen layers" in file.read_text() for file in folder.glob("runs/layers*/log.txt"))
     # Removing nothing is no mask: the same loss.
@@ -129,7 +129,7 @@ def check_rows(record, folder, data):
     # They are among those that the winner's recipe holds out, as are those that chose it.
     from maskft.data import load_splits
 
-    run = parse(["--config", str(folder / paths.WINNER)])
+    run = parse(["--config", str(folder / files.WINNER)])
     assert set(load_splits(run.data, run.data.split_seed).heldout["prompt"]) == parts["report"] | parts["choose"]
 
 

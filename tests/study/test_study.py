@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from killing import kill_now_and_then
-from maskft import paths
+from maskft import files
 from maskft.cli.main import main
 from maskft.errors import UserError
 from maskft.study.execute import _without_folders, partial_folder
@@ -53,18 +53,18 @@ def write(folder, content):
 def outcome(folder):
     """Everything a study leaves for tables, without times, and the weights it ends with."""
     out = {}
-    for file in sorted(folder.glob(f"{paths.RESULTS}/*/{paths.RESULT}")):
+    for file in sorted(folder.glob(f"{files.RESULTS}/*/{files.RESULT}")):
         result = json.loads(file.read_text())
         del result["created"]
         out[file.parent.name] = result
-    for file in sorted(folder.glob(f"{paths.RUNS}/*/{paths.RUN}")):
+    for file in sorted(folder.glob(f"{files.RUNS}/*/{files.RUN}")):
         record = json.loads(file.read_text())
         del record["train_time_s"], record["peak_memory_bytes"]
         out[f"{file.parent.name} record"] = record
-    for file in sorted(folder.glob(f"{paths.RUNS}/**/*.safetensors")):
+    for file in sorted(folder.glob(f"{files.RUNS}/**/*.safetensors")):
         out[str(file.relative_to(folder))] = file.read_bytes()
-    out["summary"] = (folder / paths.SUMMARY.format("small")).read_text()
-    out["table"] = (folder / paths.STUDY_TABLE.format("small")).read_text()
+    out["summary"] = (folder / files.SUMMARY.format("small")).read_text()
+    out["table"] = (folder / files.STUDY_TABLE.format("small")).read_text()
     return out
 
 
@@ -77,22 +77,22 @@ def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys)
     assert main(["study", str(file), "--output_dir", str(whole)]) == 0
 
     def checkpoint_is_there():
-        return any(cut.glob(f"{paths.RUNS}/full-*/checkpoint-6/trainer_state.json"))
+        return any(cut.glob(f"{files.RUNS}/full-*/checkpoint-6/trainer_state.json"))
 
     def mask_is_trained():
-        return any(cut.glob(f"{paths.RUNS}/mask-*/{paths.RUN}"))
+        return any(cut.glob(f"{files.RUNS}/mask-*/{files.RUN}"))
 
     assert kill_now_and_then(file, cut, [checkpoint_is_there, mask_is_trained]) == 2
-    before = [p.stat().st_mtime_ns for p in cut.glob(f"{paths.RUNS}/*/{paths.TRAINING}")]
+    before = [p.stat().st_mtime_ns for p in cut.glob(f"{files.RUNS}/*/{files.TRAINING}")]
     assert main(["study", str(file), "--output_dir", str(cut)]) == 0
     assert outcome(cut) == outcome(whole)
-    assert [p.stat().st_mtime_ns for p in cut.glob(f"{paths.RUNS}/*/{paths.TRAINING}")] == before
+    assert [p.stat().st_mtime_ns for p in cut.glob(f"{files.RUNS}/*/{files.TRAINING}")] == before
     # What is finished is not made again.
     capsys.readouterr()
-    files = {p: p.stat().st_mtime_ns for p in cut.glob("r*/**/*") if p.is_file()}
+    found_files = {p: p.stat().st_mtime_ns for p in cut.glob("r*/**/*") if p.is_file()}
     assert main(["study", str(file), "--output_dir", str(cut)]) == 0
     assert "2 runs, 2 finished before" in capsys.readouterr().out
-    assert files == {p: p.stat().st_mtime_ns for p in cut.glob("r*/**/*") if p.is_file()}
+    assert found_files == {p: p.stat().st_mtime_ns for p in cut.glob("r*/**/*") if p.is_file()}
     check_accounts(cut)
     check_that_another_study_in_the_folder_finds_what_is_made(content, tmp_path, cut, capsys)
     assert str(tmp_path) not in "".join(path.read_text() for path in cut.glob("results/*/result.json"))
@@ -102,30 +102,32 @@ def check_that_another_study_in_the_folder_finds_what_is_made(content, tmp_path,
     """Under another name: neither trained nor evaluated again, and called as this study calls it."""
     (tmp_path / "other").mkdir()
     content = {**content, "name": "other", "methods": {"everything": {**FULL, "last": "end"}}}
-    trained = {path: path.stat().st_mtime_ns for path in folder.glob(f"{paths.RUNS}/*/*") if path.name != paths.LOG}
+    trained = {path: path.stat().st_mtime_ns for path in folder.glob(f"{files.RUNS}/*/*") if path.name != files.LOG}
     assert main(["study", str(write(tmp_path / "other", content)), "--output_dir", str(folder)]) == 0
-    assert trained == {p: p.stat().st_mtime_ns for p in folder.glob(f"{paths.RUNS}/*/*") if p.name != paths.LOG}
+    assert trained == {p: p.stat().st_mtime_ns for p in folder.glob(f"{files.RUNS}/*/*") if p.name != files.LOG}
     assert "everything (best)" in capsys.readouterr().out
-    files = [json.loads(file.read_text()) for file in folder.glob(f"{paths.RESULTS}/*/{paths.RESULT}")]
-    found = {result["name"]: result for result in files}
+    found_files = [json.loads(file.read_text()) for file in folder.glob(f"{files.RESULTS}/*/{files.RESULT}")]
+    found = {result["name"]: result for result in found_files}
     for name, same in (("everything (best)", "full (best)"), ("everything (end)", "full (continued)")):
         assert found[name]["created"] == found[same]["created"] and found[name]["tasks"] == found[same]["tasks"]
         assert found[name]["study"]["study"] == "other" and found[name]["study"]["run"] == found[same]["study"]["run"]
     content |= {"name": "third", "methods": {"full": FULL}}
     assert main(["study", str(write(tmp_path / "other", content)), "--output_dir", str(folder)]) == 0
-    files = [json.loads(file.read_text()) for file in folder.glob(f"{paths.RESULTS}/full-*/{paths.RESULT}")]
-    assert sorted((each["study"]["study"], each["name"]) for each in files if each["study"]["role"] == "best") == [
+    found_files = [json.loads(file.read_text()) for file in folder.glob(f"{files.RESULTS}/full-*/{files.RESULT}")]
+    assert sorted(
+        (each["study"]["study"], each["name"]) for each in found_files if each["study"]["role"] == "best"
+    ) == [
         ("small", "full (best)"),
         ("third", "full (best)"),
     ]
-    assert trained == {p: p.stat().st_mtime_ns for p in folder.glob(f"{paths.RUNS}/*/*") if p.name != paths.LOG}
+    assert trained == {p: p.stat().st_mtime_ns for p in folder.glob(f"{files.RUNS}/*/*") if p.name != files.LOG}
 
 
 def check_accounts(folder):
     """Epochs and tokens add up from the base model to the mask (Tables 8 and 9)."""
-    files = [json.loads(file.read_text()) for file in folder.glob("results/*/result.json")]
-    results = {result["name"]: result["study"] for result in files}
-    training = {result["name"]: result["training"] for result in files}
+    found_files = [json.loads(file.read_text()) for file in folder.glob("results/*/result.json")]
+    results = {result["name"]: result["study"] for result in found_files}
+    training = {result["name"]: result["training"] for result in found_files}
     full, last = results["full (best)"], results["full (continued)"]
     assert last["epochs"] == 2 and full["epochs"] == round(2 * full["best_step"] / full["num_steps"], 4)
     complete = results["mask (complete)"]
@@ -216,7 +218,7 @@ def test_a_run_that_fails_stops_what_needs_it_and_nothing_else(base, data, tmp_p
         and "is not finite" in err
     )
     assert "it needs 'full, seed 0', which failed" in out and "pre-trained, seed 0: finished" in out
-    (file,) = (tmp_path / "out").glob(f"{paths.RESULTS}/*/{paths.RESULT}")
+    (file,) = (tmp_path / "out").glob(f"{files.RESULTS}/*/{files.RESULT}")
     assert json.loads(file.read_text())["model"]["method"] == "pretrained"
 
 
@@ -234,7 +236,7 @@ def test_a_mistake_in_the_data_of_the_last_run_stops_before_the_first(mistake, b
     err = capsys.readouterr().err
     wanted = ["query", "question"] if mistake == "columns" else ["asks for 1,000 rows", "which has 64"]
     assert all(word in err for word in wanted) and len(err.strip().splitlines()) == 1
-    assert not list(folder.glob(f"{paths.RUNS}/*"))
+    assert not list(folder.glob(f"{files.RUNS}/*"))
 
 
 def test_a_rate_of_zero_changes_weights_that_a_mask_removes(base, data, tmp_path):
@@ -247,8 +249,8 @@ def test_a_rate_of_zero_changes_weights_that_a_mask_removes(base, data, tmp_path
     content = recipe(base, data, methods)
     content["evaluation"]["no_generate"] = True
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(tmp_path / "out")]) == 0
-    files = (tmp_path / "out").glob(f"{paths.RESULTS}/*/{paths.RESULT}")
-    results = {result["name"]: result for result in (json.loads(file.read_text()) for file in files)}
+    found_files = (tmp_path / "out").glob(f"{files.RESULTS}/*/{files.RESULT}")
+    results = {result["name"]: result for result in (json.loads(file.read_text()) for file in found_files)}
     nll = {name: result["tasks"]["heldout"]["metrics"]["nll"]["value"] for name, result in results.items()}
     assert nll["still"] == nll["again"] != nll["mask"]
 
@@ -280,7 +282,7 @@ def test_a_folder_in_use_is_refused(base, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("maskft.study.run._LOCK_WAIT_S", 0)
     file, folder = write(tmp_path, recipe(base, data, {"full": FULL})), tmp_path / "out"
     folder.mkdir()
-    with (folder / paths.LOCK).open("w") as lock:
+    with (folder / files.LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(["study", str(file), "--output_dir", str(folder)]) == 2
     assert "another study is running in" in capsys.readouterr().err
@@ -312,7 +314,7 @@ def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, t
     for run in plan.runs:
         name = run.method.name
         record = _record(study, run, {"best": "x"}, run.options, trainings.get(name))
-        file = study.run_folder(run) / paths.RUN
+        file = study.run_folder(run) / files.RUN
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(record))
         block = _training(study, run, "best", record)
@@ -372,7 +374,7 @@ def test_the_live_table_shows_a_log_as_it_is(base, data, tmp_path):
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with Board(Study(tmp_path, plan.recipe), plan, console) as board:
         board.started(plan.runs[0])
-        log = tmp_path / paths.RUNS / plan.runs[0].id / paths.LOG
+        log = tmp_path / files.RUNS / plan.runs[0].id / files.LOG
         log.parent.mkdir(parents=True)
         log.write_text("[INST] 3+4= [/INST][[ 7]]")
     shown = console.file.getvalue()
@@ -392,8 +394,8 @@ def test_a_run_that_was_cut_off_goes_on_without_its_prepared_rows(base, data, tm
     """Also where a default was written out in between, which names the same run."""
     content = recipe(base, data, {"full": FULL})
     file, folder = write(tmp_path, content), tmp_path / "out"
-    assert kill_now_and_then(file, folder, [lambda: any(folder.glob(f"{paths.RUNS}/full-*/checkpoint-3/*.json"))]) == 1
-    shutil.rmtree(folder / paths.PREPARED)
+    assert kill_now_and_then(file, folder, [lambda: any(folder.glob(f"{files.RUNS}/full-*/checkpoint-3/*.json"))]) == 1
+    shutil.rmtree(folder / files.PREPARED)
     content["data"]["sums"]["dataset_train_split"] = "train"
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(folder)]) == 0
 
@@ -403,7 +405,7 @@ def test_answers_given_under_other_versions_are_given_again(base, data, tmp_path
     content = recipe(base, data, {"full": {**FULL, "num_train_epochs": 1, "last": None}})
     file, folder = write(tmp_path, content), tmp_path / "out"
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
-    (result,) = folder.glob(f"{paths.RESULTS}/*/{paths.RESULT}")
+    (result,) = folder.glob(f"{files.RESULTS}/*/{files.RESULT}")
     expected = json.loads(result.read_text())["tasks"]
     shutil.rmtree(result.parent)
     with monkeypatch.context() as patch:
@@ -411,7 +413,7 @@ def test_answers_given_under_other_versions_are_given_again(base, data, tmp_path
         partial = partial_folder(result)
     assert partial != partial_folder(result)
     partial.mkdir()
-    (partial / paths.JOURNAL).write_text('{"packages": {"torch": "1.0"}}\n')
+    (partial / files.JOURNAL).write_text('{"packages": {"torch": "1.0"}}\n')
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
     assert json.loads(result.read_text())["tasks"] == expected and not partial.exists()
 

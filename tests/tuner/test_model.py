@@ -14,9 +14,9 @@ from torch import nn
 
 import tiny
 from maskft import MaskConfig, current_masks
+from maskft.adapter.mask_set import MaskSet
 from maskft.errors import UserError
-from maskft.mask_set import MaskSet
-from maskft.paths import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from maskft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from maskft.tuner import MaskPeftType
 from maskft.tuner.model import check_targets, maskable_names
 

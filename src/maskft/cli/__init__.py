@@ -1,1 +1,1 @@
-"""Command line of maskft."""
+"""The command line: one file per command."""

@@ -43,9 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read the results, compare them, print or write the comparison."""
-    from ..evaluation.compare import compare, scores
-    from ..evaluation.comparison_text import render, render_scores
-    from ..evaluation.results import read_result, result_file, write_text
+    from ..files import write_text
+    from ..results.compare import compare, scores
+    from ..results.schema import read_result, result_file
+    from ..results.text import render, render_scores
 
     files = [result_file(path) for path in args.results]
     if args.output and Path(args.output).resolve() in {file.resolve() for file in files}:

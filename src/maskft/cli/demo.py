@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     for name in ("model_name_or_path", "dataset_name"):
         if not recipe["shared"].get(name):
             raise UserError(f"the recipe's section shared has no {name}")
-    from ..demo import demo
+    from .demo_run import demo
 
     demo(output_dir, recipe)
 

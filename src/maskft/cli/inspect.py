@@ -13,7 +13,7 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     """Print size, count and share per module, per layer and in all; then base and recipe."""
-    from ..mask_set import describe, read_config
+    from ..adapter.mask_set import describe, read_config
 
     config, rows = read_config(args.adapter), describe(args.adapter)
     total = _total(rows)

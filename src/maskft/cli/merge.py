@@ -18,6 +18,6 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     """Merge and verify."""
-    from ..merge import merge
+    from ..adapter.merge import merge
 
     merge(args.adapter, args.output_dir, base=args.base, dtype=args.dtype)

@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read the results, fill the tables, print or write them."""
-    from ..evaluation.results import write_text
-    from ..report.table_results import read_results
-    from ..report.tables import paper_tables, render_tables
+    from ..files import write_text
+    from ..results.paper_tables import paper_tables, render_tables
+    from ..results.table_results import read_results
 
     measures = {}
     for measure in args.measure:

@@ -75,7 +75,7 @@ def check(recipe, allow_many: bool = False):
     from . import train
 
     if recipe.launch.accelerate_config:
-        from ..launch import config_processes
+        from ..training.launch import config_processes
 
         # How many share a batch is part of a run's name, also where the configuration says it.
         processes = recipe.launch.num_processes or config_processes(recipe.launch.accelerate_config)
@@ -96,9 +96,9 @@ def check(recipe, allow_many: bool = False):
 
 
 def _parse_run(train, run, command_words) -> None:
-    from ..arguments import MASK_METHODS, check_method, mask_config
-    from ..data_arguments import check_sizes
+    from ..data.arguments import check_sizes
     from ..study.recipe import CURRENT_RATE, PRETRAINED
+    from ..training.method_arguments import MASK_METHODS, check_method, mask_config
 
     if run.method.method == PRETRAINED:
         return

@@ -11,14 +11,15 @@ from ..errors import UserError, did_you_mean
 
 def main(argv: list[str]) -> None:
     """Parse ``--config recipe.yaml`` and flags (flags win), then train, in several processes if that is asked for."""
-    from ..processes import check_launch, is_main, silence
+    from ..runtime import is_main, silence
+    from ..training.launch_checks import check_launch
 
     check_launch()
     if not is_main():
         silence()
     run, launch_words, command = _parse(argv)
-    from ..launch import is_launched, launch
-    from ..train import train
+    from ..training.launch import is_launched, launch
+    from ..training.train import train
 
     if not launch_words or is_launched():
         train(run)
@@ -46,15 +47,15 @@ def _or_none(default):
 def _groups() -> tuple:
     from trl import ModelConfig
 
-    from ..arguments import MaskArguments, MethodArguments
-    from ..data_arguments import DataArguments
-    from ..training_arguments import TrainingArguments
+    from ..data.arguments import DataArguments
+    from ..training.arguments import TrainingArguments
+    from ..training.method_arguments import MaskArguments, MethodArguments
 
     return MethodArguments, ModelConfig, DataArguments, MaskArguments, TrainingArguments
 
 
 def parse(argv: list[str]):
-    """Build the :class:`maskft.training_arguments.Run` of a command line; every mistake is one UserError."""
+    """Build the :class:`maskft.training.arguments.Run` of a command line; every mistake is one UserError."""
     return _parse(argv)[0]
 
 
@@ -63,8 +64,8 @@ def _parse(argv: list[str]) -> tuple:
     from trl import TrlParser
     from trl.cli.commands.training import _subtract_subsequence
 
-    from ..launch import launch_options
-    from ..training_arguments import Run
+    from ..training.arguments import Run
+    from ..training.launch import launch_options
 
     class Parser(TrlParser):
         def error(self, message):

@@ -13,7 +13,7 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     """Print each check that passed; the first that fails ends the command."""
-    from ..verify import verify
+    from ..adapter.verify import verify
 
     for line in verify(args.adapter, args.base):
         print(f"ok  {line}")

@@ -11,8 +11,8 @@ from typing import Any
 
 from datasets import Dataset, Features, Value, concatenate_datasets
 
-from ..answers import ANSWER_MARK, parse_number
 from ..errors import UserError
+from .answers import ANSWER_MARK, parse_number
 
 CHUNK_ROWS = 10_000  # examples that are Python objects at a time; stored, they take a fraction of the memory
 

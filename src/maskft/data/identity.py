@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..data_arguments import DATA_NAMES, TEMPLATE
+from .arguments import DATA_NAMES, TEMPLATE
 from .contamination import set_names, test_set_files
 from .loading import local_files, split_of
 from .mixtures import parse_mixture

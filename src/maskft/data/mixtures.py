@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datasets import Dataset, concatenate_datasets
 
 from ..errors import UserError
-from ..paths import is_there
+from ..files import is_there
 from .loading import Reader, too_few_rows
 
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, load_from_disk
 
-from .. import processes
-from ..data_arguments import DataArguments
+from .. import runtime
+from .arguments import DataArguments
 from .identity import data_identity
 from .splits import load_splits
 from .tokenizing import tokenize_dataset
@@ -74,7 +74,7 @@ def prepare(
     decides |= tokens
     name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(args.prepared_data_dir).expanduser() / name
-    processes.decided_by_main(lambda: _keep(folder, args, tokenizer, how))
+    runtime.decided_by_main(lambda: _keep(folder, args, tokenizer, how))
     # On another machine, without a shared disk, the main process's is not there.
     _keep(folder, args, tokenizer, how)
     return Prepared(*(load_from_disk(folder / each) for each in _SETS), json.loads((folder / _REPORT).read_text()))

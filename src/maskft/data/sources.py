@@ -14,7 +14,7 @@ import datasets
 from datasets import Dataset, IterableDataset
 
 from ..errors import UserError, did_you_mean, first_line
-from ..paths import is_there
+from ..files import is_there
 from .procedural import PROCEDURAL_PREFIX
 
 FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from ..data_arguments import DataArguments, check_sizes
 from ..errors import UserError
+from .arguments import DataArguments, check_sizes
 from .contamination import NGRAM, Contamination, NgramIndex, example_texts, load_test_texts, unique_rows
 from .loading import Reader
 from .mixtures import Part, concatenate, draw, load_examples, parse_mixture

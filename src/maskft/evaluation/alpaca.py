@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .. import paths
+from .. import files
 from ..errors import UserError
+from ..files import write_text
+from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
 from .journal import Journal
 from .judge import Judge, JudgeSettings, length_controlled_win_rate, preferences
-from .results import build_task, data_sha256, items_fingerprint, metric_from_items, write_text
 
 ALPACA_EVAL = "alpaca_eval"
 TASK_VERSION = 1
@@ -226,7 +227,7 @@ def evaluate_alpaca(
     Raises:
         UserError: If the judge stops answering or gives no verdict at all.
     """
-    from .evaluate import chat_template_hash
+    from .heldout import chat_template_hash
 
     outputs, template = task.outputs, None
     if outputs is None:
@@ -236,7 +237,7 @@ def evaluate_alpaca(
         {**{key: row[key] for key in ("dataset",) if key in row}, "instruction": row["instruction"], "output": output}
         for row, output in zip(task.prompts, outputs, strict=True)
     ]
-    file = folder / paths.ALPACA_OUTPUTS
+    file = folder / files.ALPACA_OUTPUTS
     write_text(file, json.dumps([{**row, "generator": name} for row in rows], indent=1, ensure_ascii=False) + "\n")
     items = [{"id": str(index), **row, "output_length": len(row["output"])} for index, row in enumerate(rows)]
     metrics, extra, version = {}, {}, str(TASK_VERSION)
@@ -369,7 +370,7 @@ def _length_control_file(source: str, indices: Sequence[int]) -> Path:
 
 def _generate(loaded, task: AlpacaEval, journal: Journal, batch_size, max_memory_gb, console) -> list[str]:
     from ..data import prompt_ids
-    from .evaluate import resumed_answers
+    from .heldout import resumed_answers
 
     prompts = [
         prompt_ids({"prompt": [{"role": "user", "content": row["instruction"]}]}, loaded.tokenizer)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ..data.splits import prompt_digest
 from ..errors import UserError, did_you_mean
-from .evaluate import evaluate_rows
+from .heldout import evaluate_rows
 from .task_data import SOURCES, load_docs
 from .tasks import BENCHMARKS, HELDOUT, check_names, load_tasks, run_task
 
@@ -115,7 +115,7 @@ class TrainingEvaluation:
                 console=_QUIET,
             )
         if self.tasks:
-            from .backend import BatchedLM
+            from ..generation.lm_eval_model import BatchedLM
 
             lm = BatchedLM(model, tokenizer, console=_QUIET)
             records |= {name: run_task(lm, name, task) for name, task in self.tasks.items()}

@@ -127,7 +127,7 @@ class Judge:
         """
         from alpaca_eval.utils import prompt_to_chatml
 
-        from ..progress import progress_bar
+        from ..runtime import progress_bar
 
         parameters["model"] = self.settings.model
         del parameters["model_name"]

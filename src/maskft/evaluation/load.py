@@ -15,11 +15,17 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 
+from ..adapter.mask_set import read_config
+from ..adapter.merge import adapter_tokenizer
 from ..errors import UserError, first_line
-from ..mask_set import read_config
-from ..merge import adapter_tokenizer
-from ..models import check_model_source, check_tokenizer_fits, load_config, load_model, load_tokenizer
-from ..paths import ADAPTER_CONFIG, TRAINING, holds_adapter
+from ..files import ADAPTER_CONFIG, TRAINING, holds_adapter
+from ..models import (
+    check_model_source,
+    check_tokenizer_fits,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 
 NO_ADAPTER = "none"  # the name under which the base model itself is evaluated among adapters
 # Fields of an adapter_config.json that change no output: where the base was, how it was trained, who wrote it.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from .batching import length_sorted_batches, pad
+from ..generation.batching import length_sorted_batches, pad
 
 
 @torch.inference_mode()

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .. import paths
+from .. import files
 from ..data.splits import prompt_digest
 from ..errors import UserError
+from ..results.schema import Result, build_result, read_result, write_result
+from ..runtime import environment
 from .alpaca import ALPACA_EVAL, AlpacaEval, evaluate_alpaca
-from .evaluate import chat_template_hash, evaluate_rows
+from .heldout import chat_template_hash, evaluate_rows
 from .journal import Journal, Resuming
 from .load import Loaded
-from .results import Result, build_result, environment, read_result, write_result
 from .tasks import HELDOUT, check_chat_template, run_task
 
 
@@ -88,7 +89,7 @@ def evaluate_loaded(
     check_chat_template(list(tasks), loaded.tokenizer, settings.apply_chat_template)
     if alpaca:
         alpaca.check_model(loaded)
-    journal = Journal(target.with_name(paths.JOURNAL), _journal_settings(loaded, settings), overwrite)
+    journal = Journal(target.with_name(files.JOURNAL), _journal_settings(loaded, settings), overwrite)
     records = {}
     if heldout_rows is not None:
         records[HELDOUT] = evaluate_rows(
@@ -209,7 +210,7 @@ def _journal_settings(loaded: Loaded, settings: EvaluationSettings) -> dict:
 
 
 def _backend(loaded: Loaded, settings: EvaluationSettings, console):
-    from .backend import BatchedLM, vllm_model
+    from ..generation.lm_eval_model import BatchedLM, vllm_model
 
     if settings.backend == "vllm":
         return vllm_model(loaded.source, settings.dtype)

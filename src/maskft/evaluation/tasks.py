@@ -23,12 +23,12 @@ import numpy as np
 import torch
 
 from ..errors import UserError, did_you_mean
-from ..progress import progress_bar
+from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
+from ..results.statistics import weighted_mean
+from ..runtime import progress_bar
+from ..sandbox.sandbox import check_confinement, run_many
 from .alpaca import ALPACA_EVAL
-from .evaluate import chat_template_hash
-from .results import build_task, data_sha256, items_fingerprint, metric_from_items
-from .sandbox import check_confinement, run_many
-from .statistics import weighted_mean
+from .heldout import chat_template_hash
 from .task_data import load_docs
 
 HELDOUT = "heldout"

@@ -1,1 +1,1 @@
-"""Studies: base model, data, methods, seeds, grid and evaluation in one recipe; see ``docs/studies.md``."""
+"""One YAML in, runs and a table out."""

@@ -16,14 +16,15 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
-from .. import paths
-from ..arguments import FIXED_MASK_METHODS, MASK_METHODS
+from .. import files
+from ..data.arguments import DATA_NAMES, TEMPLATE, DataArguments
 from ..data.contamination import set_names
 from ..data.mixtures import rename_sets
-from ..data_arguments import DATA_NAMES, TEMPLATE, DataArguments
 from ..errors import UserError
-from ..evaluation.results import DOMAINS, environment, read_result, write_result, write_text
-from ..paths import is_there
+from ..files import is_there, write_text
+from ..results.schema import DOMAINS, read_result, write_result
+from ..runtime import environment
+from ..training.method_arguments import FIXED_MASK_METHODS, MASK_METHODS
 from .plan import BEST, LAST, Run, data_hash, evaluation_id, evaluation_identity
 from .process import command_words, run_command
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe
@@ -44,19 +45,19 @@ class Study:
 
     def run_folder(self, run: Run) -> Path:
         """Folder of a run: model or adapter, log, ``run.json``. Of another study's, where that has made the same."""
-        own = self.folder / paths.RUNS / run.id
+        own = self.folder / files.RUNS / run.id
         return own if own.exists() else self._finished_before.get(run.hash, own)
 
     @cached_property
     def _finished_before(self) -> dict[str, Path]:
         """Hash -> folder of the runs that were finished when this began; several studies may share a folder."""
-        records = sorted((self.folder / paths.RUNS).glob(f"*/{paths.RUN}"))
+        records = sorted((self.folder / files.RUNS).glob(f"*/{files.RUN}"))
         return {record.parent.name.rpartition("-")[2]: record.parent for record in records}
 
     def result_file(self, run: Run, role: str) -> Path:
         """Result file of one of the run's models."""
         name = evaluation_id(run, role, self._evaluation, self.recipe.name)
-        return self.folder / paths.RESULTS / name / paths.RESULT
+        return self.folder / files.RESULTS / name / files.RESULT
 
     @cached_property
     def _evaluation(self) -> dict:
@@ -64,11 +65,11 @@ class Study:
 
     def base(self, run: Run) -> str:
         """The base model as the commands take it; the embedded one is unpacked once, for all runs."""
-        return str(self.folder / paths.BASE) if run.model == _EMBEDDED_MODEL else run.model
+        return str(self.folder / files.BASE) if run.model == _EMBEDDED_MODEL else run.model
 
     def record(self, run: Run) -> dict:
         """What a finished run left in ``run.json``."""
-        return json.loads((self.run_folder(run) / paths.RUN).read_text())
+        return json.loads((self.run_folder(run) / files.RUN).read_text())
 
     def model(self, run: Run, role: str) -> str:
         """Folder or name of one of a finished run's models."""
@@ -77,7 +78,7 @@ class Study:
 
     def is_trained(self, run: Run) -> bool:
         """Whether the run's models are there."""
-        return (self.run_folder(run) / paths.RUN).is_file()
+        return (self.run_folder(run) / files.RUN).is_file()
 
     def is_done(self, run: Run) -> bool:
         """Whether the run and all its evaluations are finished."""
@@ -86,10 +87,10 @@ class Study:
 
 def prepare_base(study: Study, runs: list[Run], tick: Callable[[], None] = lambda: None) -> None:
     """Unpack the embedded model, once for all runs."""
-    if (study.folder / paths.BASE).exists() or not any(run.model == _EMBEDDED_MODEL for run in runs):
+    if (study.folder / files.BASE).exists() or not any(run.model == _EMBEDDED_MODEL for run in runs):
         return
-    code = f"from maskft.models import unpack_embedded; unpack_embedded({str(study.folder / paths.BASE)!r})"
-    run_command([sys.executable, "-c", code], study.folder / paths.LOG, tick, study.lock_fd)
+    code = f"from maskft.models import unpack_embedded; unpack_embedded({str(study.folder / files.BASE)!r})"
+    run_command([sys.executable, "-c", code], study.folder / files.LOG, tick, study.lock_fd)
 
 
 def prepare_data(study: Study, runs: list[Run], tick: Callable[[], None] = lambda: None) -> None:
@@ -99,7 +100,7 @@ def prepare_data(study: Study, runs: list[Run], tick: Callable[[], None] = lambd
         UserError: The first mistake, of whichever run.
     """
     decides = {field.name for field in fields(DataArguments)} | {*_TOKENISATION, TEMPLATE, REVISION}
-    folder = study.folder / paths.PREPARED
+    folder = study.folder / files.PREPARED
     for run in runs:
         options = {key: value for key, value in run.options.items() if key in decides}
         done = folder / f"{data_hash(run.model, options)}.done"
@@ -108,7 +109,7 @@ def prepare_data(study: Study, runs: list[Run], tick: Callable[[], None] = lambd
         where = {"model_name_or_path": study.base(run), "output_dir": str(study.run_folder(run))}
         where |= {key: run.options[key] for key in ("dataset_num_proc",) if key in run.options}
         options |= {"prepared_data_dir": str(folder), "prepare_only": True} | where
-        run_command([*_PYTHON, "train", *command_words(options)], study.folder / paths.LOG, tick, study.lock_fd)
+        run_command([*_PYTHON, "train", *command_words(options)], study.folder / files.LOG, tick, study.lock_fd)
         done.touch()
 
 
@@ -120,7 +121,7 @@ def make(study: Study, run: Run, tick: Callable[[], None] = lambda: None) -> Non
     """
     if not study.is_trained(run):
         record = _train(study, run, tick)
-        write_text(study.run_folder(run) / paths.RUN, json.dumps(record, indent=1) + "\n")
+        write_text(study.run_folder(run) / files.RUN, json.dumps(record, indent=1) + "\n")
     for checkpoint in study.run_folder(run).glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     for role in run.labels:
@@ -137,7 +138,7 @@ def train_options(study: Study, run: Run) -> dict:
         "output_dir": str(study.run_folder(run)),
         "resume_from_checkpoint": "auto",
         "match_adapter": None if run.match is None else study.model(run.match, BEST),
-        "prepared_data_dir": str(study.folder / paths.PREPARED),
+        "prepared_data_dir": str(study.folder / files.PREPARED),
         **run.options,
     }
     if options.get("learning_rate") == CURRENT_RATE:
@@ -162,11 +163,11 @@ def _train(study: Study, run: Run, tick) -> dict:
         return _record(study, run, models, options, None)
     folder = study.run_folder(run)
     words = [*_launcher(study, run), *command_words(options)]
-    run_command(words, folder / paths.LOG, tick, study.lock_fd)
-    training = json.loads((folder / paths.TRAINING).read_text())["summary"]
+    run_command(words, folder / files.LOG, tick, study.lock_fd)
+    training = json.loads((folder / files.TRAINING).read_text())["summary"]
     models = {BEST: str(folder)}
     if run.method.last:
-        models[LAST] = str(folder / paths.LAST)
+        models[LAST] = str(folder / files.LAST)
         if training["best_step"] == training["num_steps"]:
             models[LAST] = models[BEST]
     return _record(study, run, models, options, training)
@@ -263,14 +264,14 @@ def _evaluate(study: Study, run: Run, role: str, tick) -> None:
         if study.is_trained(other) and study.model(other, BEST) == model
     ]
     measured = target.parent.name.split("-")[-2]  # under whatever name, by whatever study
-    files += sorted(target.parent.parent.glob(f"*-{measured}-*/{paths.RESULT}"))
+    files += sorted(target.parent.parent.glob(f"*-{measured}-*/{files.RESULT}"))
     for file in files:
         if file.is_file():
             result = read_result(file) | {"name": label}
             break
     else:
         partial = partial_folder(target)
-        if not (partial / paths.RESULT).is_file():
+        if not (partial / files.RESULT).is_file():
             is_adapter = run.method.method in (*MASK_METHODS, "lora")
             start = study.base(run) if run.start is None else study.model(run.start, BEST)
             options = {
@@ -282,8 +283,8 @@ def _evaluate(study: Study, run: Run, role: str, tick) -> None:
                 **study.recipe.evaluation,
             }
             words = [*_PYTHON, "evaluate", *evaluation_words(options)]
-            run_command(words, study.run_folder(run) / paths.LOG, tick, study.lock_fd)
-        result = read_result(partial / paths.RESULT)
+            run_command(words, study.run_folder(run) / files.LOG, tick, study.lock_fd)
+        result = read_result(partial / files.RESULT)
     # A folder of weights alone, as of the pre-trained model or of the end of training, does not tell its method.
     result["model"] |= {"seed": run.seed, "method": run.method.method}
     record = study.record(run)

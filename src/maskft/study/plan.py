@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..arguments import FIXED_MASK_METHODS, MASK_METHODS
+from ..data.arguments import DataArguments, names_text
 from ..data.identity import data_identity, file_digest, model_identity
-from ..data_arguments import DataArguments, names_text
 from ..errors import UserError, did_you_mean
+from ..training.method_arguments import FIXED_MASK_METHODS, MASK_METHODS
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe, is_number, labels_of
 
 MAX_RUNS = 1000

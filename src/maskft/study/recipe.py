@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from ..arguments import FIXED_MASK_METHODS, METHODS
+from ..data.arguments import DATA_NAMES, TEMPLATE, mixture_text, names_text
 from ..data.mixtures import rename_sets
 from ..data.sources import FILE_ENDINGS
-from ..data_arguments import DATA_NAMES, TEMPLATE, mixture_text, names_text
 from ..errors import UserError, did_you_mean
-from ..paths import is_there
+from ..files import is_there
+from ..training.method_arguments import FIXED_MASK_METHODS, METHODS
 
 VERSION = 1
 PRETRAINED = "pretrained"  # method of a run that trains nothing: the base model itself

@@ -13,9 +13,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from .. import paths
+from .. import files
 from ..errors import UserError
-from .estimates import Estimate, estimate, model_facts
+from .dry_run import Estimate, estimate, model_facts
 from .execute import Study, make, prepare_base, prepare_data
 from .plan import Plan, Run
 from .process import last_line
@@ -42,8 +42,8 @@ def run_study(plan: Plan, folder: str | Path, launcher: str = "local", console: 
         study = Study(folder, plan.recipe, lock_fd)
         failed = make_all(study, plan, launcher, console)
         console.print(summarise(study, plan), highlight=False, markup=False, soft_wrap=True)
-        table = folder / paths.STUDY_TABLE.format(plan.recipe.name)
-        console.print(f"table: {table}; results: {folder / paths.RESULTS}", highlight=False, soft_wrap=True)
+        table = folder / files.STUDY_TABLE.format(plan.recipe.name)
+        console.print(f"table: {table}; results: {folder / files.RESULTS}", highlight=False, soft_wrap=True)
     refuse_failed(failed)
 
 
@@ -141,7 +141,7 @@ def locked(folder: str | Path) -> Iterator[tuple[Path, int]]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder / paths.LOCK, os.O_CREAT | os.O_RDWR)
+    fd = os.open(folder / files.LOCK, os.O_CREAT | os.O_RDWR)
     try:
         deadline = time.monotonic() + _LOCK_WAIT_S
         while True:
@@ -212,7 +212,7 @@ class Board:
         for run in self.plan.runs:
             if run in self.running:
                 cells = "running", f"{time.monotonic() - self.running[run]:.0f} s"
-                cells += (last_line(self.study.run_folder(run) / paths.LOG)[:100],)
+                cells += (last_line(self.study.run_folder(run) / files.LOG)[:100],)
             elif run in self.failed:
                 cells = "failed", "", self.failed[run][:100]
             else:
@@ -283,7 +283,7 @@ def _run_on_ray(study: Study, todo: list[Run], board: Board) -> None:
 
 def _writes(study: Study, run: Run, since: float) -> bool:
     """Whether a run that was handed out has begun: until there is room for it, the cluster keeps it in a queue."""
-    log = study.run_folder(run) / paths.LOG
+    log = study.run_folder(run) / files.LOG
     return log.is_file() and log.stat().st_mtime >= since
 
 

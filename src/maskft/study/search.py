@@ -18,10 +18,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from .. import paths
+from .. import files
 from ..errors import UserError
-from ..evaluation.results import read_result, write_text
-from ..evaluation.statistics import weighted_mean
+from ..files import write_text
+from ..results.schema import read_result
+from ..results.statistics import weighted_mean
 from .execute import Study, prepare_base
 from .plan import BEST, Plan
 from .recipe import Recipe
@@ -86,8 +87,8 @@ def run_search(
             "on_rows_that_did_not": _gain(study, plan),
         }
         shutil.rmtree(folder / CACHE, ignore_errors=True)
-        write_text(folder / paths.WINNER, _winner_recipe(search, winner))
-        write_text(folder / paths.SEARCH, json.dumps(record, indent=1) + "\n")
+        write_text(folder / files.WINNER, _winner_recipe(search, winner))
+        write_text(folder / files.SEARCH, json.dumps(record, indent=1) + "\n")
         _print(record, winner, folder, console)
     return record
 
@@ -108,7 +109,7 @@ def print_rungs(search: Search, console: Console | None = None) -> None:
 def _split(search: Search, study: Study, plan: Plan) -> dict[str, int]:
     """Write the three parts of the training data, once; returns their numbers of rows."""
     from ..data import load_splits
-    from ..data_arguments import TEMPLATE, DataArguments
+    from ..data.arguments import TEMPLATE, DataArguments
     from ..models import load_tokenizer
 
     files = {part: search.part_file(study.folder, part) for part in PARTS}
@@ -202,7 +203,7 @@ def _winner_recipe(search: Search, winner: Candidate) -> str:
     return (
         f"# What: the winner of the search {recipe.name}; probes on training data chose layers and sparsity. "
         "Held-out rows ranked them: show a gain on test items.\n"
-        f"# Launch: maskft train --config {paths.WINNER}\n# As a method of a study: {method.strip()[1:-1]}\n"
+        f"# Launch: maskft train --config {files.WINNER}\n# As a method of a study: {method.strip()[1:-1]}\n"
         + yaml.safe_dump({key: value for key, value in options.items() if value is not None}, sort_keys=False)
     )
 
@@ -228,5 +229,5 @@ def _print(record: dict[str, Any], winner: Candidate, folder: Path, console: Con
             f"  {part['num_items']} {rows}: nll {part['nll']:.4f}, without mask {part['nll_without_mask']:.4f}, "
             f"gain {part['gain']:.4f}{error}"
         )
-    lines.append(f"recipe: {folder / paths.WINNER}; record: {folder / paths.SEARCH}")
+    lines.append(f"recipe: {folder / files.WINNER}; record: {folder / files.SEARCH}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

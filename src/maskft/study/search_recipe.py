@@ -8,13 +8,22 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..data.arguments import TEMPLATE, DataArguments
 from ..data.mixtures import parse_mixture
 from ..data.sources import FILE_ENDINGS
-from ..data_arguments import TEMPLATE, DataArguments
 from ..errors import UserError, did_you_mean
-from ..paths import is_there
+from ..files import is_there
 from .plan import data_hash
-from .recipe import PRETRAINED, REVISION, Data, Method, Recipe, is_number, parse_recipe, read_content
+from .recipe import (
+    PRETRAINED,
+    REVISION,
+    Data,
+    Method,
+    Recipe,
+    is_number,
+    parse_recipe,
+    read_content,
+)
 
 NO_MASK = "no mask"
 CACHE, _DATA = "cache", "data"

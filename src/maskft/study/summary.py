@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
-from .. import paths
+from .. import files
 from ..errors import UserError
-from ..evaluation.compare import compare, scores
-from ..evaluation.comparison_text import render, render_scores
-from ..evaluation.results import Result, read_result, write_text
+from ..files import write_text
+from ..results.compare import compare, scores
+from ..results.schema import Result, read_result
+from ..results.text import render, render_scores
 from .execute import Study
 from .plan import BEST, LAST, Plan
 
@@ -43,9 +44,9 @@ def summarise(study: Study, plan: Plan) -> str:
         models[name] = record
     name = study.recipe.name
     write_text(
-        study.folder / paths.SUMMARY.format(name), json.dumps({"study": name, "models": models}, indent=1) + "\n"
+        study.folder / files.SUMMARY.format(name), json.dumps({"study": name, "models": models}, indent=1) + "\n"
     )
-    write_text(study.folder / paths.STUDY_TABLE.format(name), "\n".join(markdown))
+    write_text(study.folder / files.STUDY_TABLE.format(name), "\n".join(markdown))
     return "\n".join(texts)
 
 

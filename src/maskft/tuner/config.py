@@ -9,8 +9,8 @@ from enum import Enum
 from peft.config import PeftConfig
 
 from ..errors import UserError, did_you_mean
-from ..mask_codec import FORMAT_VERSION
 from ..masking import check_sparsity
+from .codec import FORMAT_VERSION
 
 CHOICES = {
     "selection": ("topk", "threshold"),

@@ -22,7 +22,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
-from ..mask_codec import decode_mask
 from ..masking import (
     StraightThroughMask,
     initial_scores,
@@ -32,6 +31,7 @@ from ..masking import (
     threshold_mask,
     topk_masks,
 )
+from .codec import decode_mask
 from .config import MaskConfig
 from .sharded import ShardedWeight, is_sharded, whole_masks
 

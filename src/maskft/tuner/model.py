@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError, did_you_mean
-from ..mask_codec import FORMAT_VERSION, decode_mask, encode_mask, mask_info, mask_sha256
 from ..masking import scores_for_mask
+from .codec import FORMAT_VERSION, decode_mask, encode_mask, mask_info, mask_sha256
 from .config import NO_TOKEN_INDICES, MaskConfig
 from .layer import Float32ParameterDict, MaskedLinear, MaskLayer, masks_from_scores
 from .sharded import is_sharded, refresh

@@ -1,0 +1,155 @@
+"""Write a mask into its base model: an ordinary checkpoint that plain transformers loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+
+from .. import files
+from .._version import __version__
+from ..errors import UserError
+from ..models import load_model, load_tokenizer
+from .mask_set import MaskSet, read_config
+
+_PROBE_TOKENS = 64
+
+
+def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "float32"):
+    """Load a base model with a mask adapter over it; returns ``(model, tokenizer, base name)``.
+
+    Args:
+        adapter: Adapter folder.
+        base: Base model; default: the one named in the adapter.
+        dtype: See ``load_model``.
+    """
+    config = read_config(adapter)
+    name = base or config.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
+    is_its_own = name == config.get("base_model_name_or_path")
+    revision = (config.get("revision") if is_its_own else None) or "main"
+    model = load_model(name, dtype, revision=revision)
+    model = PeftModel.from_pretrained(model, str(adapter))
+    return model.eval(), adapter_tokenizer(adapter, name, revision=revision), name
+
+
+def merge(
+    adapter: str | Path,
+    output_dir: str | Path,
+    base: str | None = None,
+    dtype: str = "float32",
+    console: Console | None = None,
+) -> Path:
+    """Merge a mask into its base, verify the result, and write it as an ordinary checkpoint.
+
+    The folder gets weights, tokenizer, chat template, generation config and a model card. It is written beside its
+    place and moved there only when plain transformers, loading it afresh, gives bit for bit the logits of the masked
+    model on a probe and has exactly the removed weights at zero.
+
+    Args:
+        adapter: Adapter folder.
+        output_dir: Where the checkpoint goes; must not exist or be empty.
+        base: Base model; default: the one named in the adapter.
+        dtype: Dtype of the written weights: float32, bfloat16, float16 or auto.
+        console: Where to print.
+    """
+    console, output_dir = console or Console(stderr=True), Path(output_dir).absolute()
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UserError(f"output_dir {str(output_dir)!r} is not empty; name another folder")
+    model, tokenizer, name = load_masked(adapter, base, dtype)
+    probe = _probe(model)
+    expected = _logits(model, probe)
+    masks = MaskSet.from_adapter(adapter)
+    merged = model.merge_and_unload()
+    _check_disk(merged, output_dir)
+    partial = output_dir.with_name(output_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        merged.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(_model_card(adapter, name, masks))
+        _verify_written(partial, probe, expected, masks, merged.dtype)
+        if output_dir.exists():
+            output_dir.rmdir()
+        partial.rename(output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    console.print(
+        f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to zero; reloaded "
+        "and bitwise equal to the masked model on a probe"
+    )
+    return output_dir
+
+
+def adapter_tokenizer(adapter: str | Path, base: str, chat_template_path: str | None = None, **kwargs):
+    """The tokenizer saved with the adapter, or that of its base model; see ``models.load_tokenizer``."""
+    has_own = any((Path(adapter) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+    return load_tokenizer(str(adapter) if has_own else base, chat_template_path, **kwargs)
+
+
+def _probe(model) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(0, vocabulary, (2, _PROBE_TOKENS), generator=generator).to(model.device)
+
+
+@torch.inference_mode()
+def _logits(model, ids: torch.Tensor) -> torch.Tensor:
+    return model.eval()(input_ids=ids, use_cache=False).logits.cpu()
+
+
+def _verify_written(folder: Path, probe, expected, masks: MaskSet, dtype) -> None:
+    written = load_model(str(folder), str(dtype).removeprefix("torch."))
+    if not torch.equal(_logits(written.to(probe.device), probe), expected):
+        raise UserError("the written checkpoint does not give the masked model's logits bit for bit; nothing was kept")
+    modules = dict(written.named_modules())
+    for name, mask in masks.items():
+        if int(torch.count_nonzero(modules[name].weight.detach().cpu()[~mask])):
+            raise UserError(f"the written checkpoint has nonzero weights where {name} is masked; nothing was kept")
+
+
+def _check_disk(model, output_dir: Path) -> None:
+    need = sum(p.numel() * p.element_size() for p in model.parameters())
+    files.check_free_space(output_dir, need * 1.05, "name another output_dir")
+
+
+def _model_card(adapter, base: str, masks: MaskSet) -> str:
+    config = read_config(adapter)
+    recipe = config.get("recipe") or {}
+    lines = [
+        "---",
+        "library_name: transformers",
+        *([f"base_model: {base}"] if "/" in base and not Path(base).exists() else []),
+        "tags: [maskft, mask-fine-tuning]",
+        "---",
+        "",
+        "# Masked model",
+        "",
+        f"{Path(base).name or base} with {masks.num_removed:,} of {masks.numel:,} weights ({masks.sparsity:.2%}) of "
+        f"{len(masks)} linear layers set to zero by Mask Fine-Tuning (https://arxiv.org/abs/2503.22764).",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base model | {Path(base).name if Path(base).exists() else base} |",
+        f"| base fingerprint | `{config.get('base_fingerprint')}` |",
+        f"| mask fingerprint | `{config.get('mask_sha256')}` |",
+        f"| made with | maskft {__version__} |",
+        *[f"| {key} | {value} |" for key, value in recipe.items() if key != "model_name_or_path"],
+        "",
+    ]
+    result = Path(adapter) / files.RESULT
+    if result.is_file():
+        from ..results.schema import read_result
+
+        lines += ["## Scores", "", "| task | metric | value | standard error | items |", "|---|---|---|---|---|"]
+        for task, record in read_result(result)["tasks"].items():
+            for metric, entry in record["metrics"].items():
+                error = "" if entry["stderr"] is None else f"{entry['stderr']:.4f}"
+                value = "not finite" if entry["value"] is None else f"{entry['value']:.4f}"
+                lines.append(f"| {task} | {metric} | {value} | {error} | {entry['num_items']} |")
+        lines.append("")
+    return "\n".join(lines)

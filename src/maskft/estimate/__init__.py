@@ -1,0 +1,1 @@
+"""What a run needs in memory, time and bytes, before it is started."""

@@ -1,1 +1,0 @@
-"""Tables and figures from result files; nothing here trains or evaluates."""

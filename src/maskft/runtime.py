@@ -1,0 +1,263 @@
+"""The machine a run is on: its processes, its memory, its progress bar, and the environment that results record.
+
+torch is imported where it is used: commands that only read files start without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+_SECONDS_BETWEEN_LINES = 30.0
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+PACKAGES = (
+    "accelerate",
+    "alpaca_eval",
+    "antlr4-python3-runtime",
+    "datasets",
+    "langdetect",
+    "lm_eval",
+    "maskft",
+    "math-verify",
+    "nltk",
+    "numpy",
+    "peft",
+    "scipy",
+    "sympy",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "trl",
+    "vllm",
+)
+
+
+# Processes
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def uses_fsdp() -> bool:
+    """Whether this run shards the model with FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def silence() -> None:
+    """Leave warnings and progress bars to the main process."""
+    import datasets
+    import transformers
+
+    warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def num_processes() -> int:
+    """Processes that train together; 1 before they have met."""
+    if "torch" not in sys.modules:
+        return 1
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather(value: T) -> list[T]:
+    """The picklable ``value`` of every process, in order of rank, on every process."""
+    if num_processes() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list = [None] * num_processes()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def reduce_(values: Tensor, op: str = "sum") -> Tensor:
+    """Sum (or ``max``) of ``values`` over the processes, in place."""
+    if num_processes() > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(values, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    return values
+
+
+def decided_by_main(decide: Callable[[], T]) -> T:
+    """Call ``decide`` in the main process only; its result, or its UserError, is that of every process."""
+    answer: list = [None, None]
+    if is_main():
+        try:
+            answer[0] = decide()
+        except UserError as error:
+            answer[1] = str(error)
+    if num_processes() > 1:
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def check_same(value: dict[str, str], what: str) -> None:
+    """Refuse, in every process with the same line, when the processes do not hold the same ``value``.
+
+    Args:
+        value: What must be equal everywhere, by name.
+        what: Plural noun for the message, with what to do: ``"{what} differ ..."``.
+    """
+    first, *others = gather(value)
+    for rank, other in enumerate(others, start=1):
+        for name in sorted({*first, *other}):
+            if first.get(name) != other.get(name):
+                raise UserError(
+                    f"{what} differ between processes: {name} is {first.get(name)} on rank 0 and {other.get(name)} on "
+                    f"rank {rank}; start every process with the same model, data and arguments"
+                )
+
+
+def largest(*flags: Tensor) -> int:
+    """Index (from 1) of the last of the 0-dimensional bool ``flags`` that is set in any process; 0 if none is."""
+    import torch
+
+    weighted = torch.stack([flag.to(torch.int32) * index for index, flag in enumerate(flags, start=1)])
+    return int(reduce_(weighted.max(), "max"))
+
+
+# Memory
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: of the GPU where there is one, else resident memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        # Not getrusage: its figure is inherited from the parent that forked.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident_memory_bytes() -> int:
+    """Memory of this process that is resident now."""
+    return psutil.Process().memory_info().rss
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc not to give freed memory back to the kernel.
+
+    By default every large activation is mapped, zeroed page by page and unmapped again, in every operation of every
+    step. Does nothing where the C library is not glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_TOP_PAD, 2**28)
+
+
+# Progress
+
+
+def progress_bar(console: Console | None = None, disable: bool = False) -> Progress:
+    """The progress bar of all evaluations: what, share done, count, time left; lines on stderr without a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return _BarOrLines(*columns, console=console, disable=disable, transient=True)
+
+
+class _BarOrLines(Progress):
+    """A bar on a terminal; in a log, which would show none, a line every half a minute."""
+
+    def __init__(self, *columns, **options):
+        super().__init__(*columns, **options)
+        self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+        self._advanced = 0.0  # of the last task; one that goes on from an earlier run does not begin at 0
+
+    def add_task(self, *args, **kwargs) -> TaskID:
+        self._advanced = 0.0
+        return super().add_task(*args, **kwargs)
+
+    def advance(self, task_id, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._advanced += advance
+        if self.disable or self.console.is_terminal or time.monotonic() < self._next_line:
+            return
+        self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+        task = next(task for task in self.tasks if task.id == task_id)
+        # The mean since the start: answers come in bursts, and the bar's own estimate follows those.
+        speed = self._advanced / task.elapsed
+        print(
+            f"{task.description}: {task.completed:g} of {task.total:g}, {speed:.2f} a second, "
+            f"about {(task.total - task.completed) / speed / 60:.0f} min left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+# Environment
+
+
+def environment() -> dict:
+    """Return what the numbers were made with: Python, platform, processor, threads, versions of installed packages."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "num_threads": _num_threads(),
+        "packages": packages,
+    }
+
+
+def _cpu_name() -> str:
+    """Return the processor's model name; `platform.processor` is empty or just the architecture on Linux."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _num_threads() -> int:
+    """Return the number of threads that numerical libraries use by default: OMP_NUM_THREADS or the usable cores."""
+    requested = os.environ.get("OMP_NUM_THREADS", "")
+    if requested.isdecimal() and int(requested) > 0:
+        return int(requested)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

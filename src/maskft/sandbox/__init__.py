@@ -1,0 +1,1 @@
+"""Model-written code, confined."""

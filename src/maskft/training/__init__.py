@@ -1,0 +1,1 @@
+"""One path for every method: setup, build, fit, save."""

@@ -1,0 +1,121 @@
+"""The output folder of a run: may it be used, is there a checkpoint to go on from, does the disk take it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from trl import SFTConfig
+
+from .. import files, runtime
+from ..errors import UserError
+
+# As the Trainer, FSDP (whole or in shards) and DeepSpeed write it.
+_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+
+
+def prepare_output_dir(args: SFTConfig) -> str | None:
+    """Check the output folder and return the checkpoint to resume from, if any."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
+    resume = args.resume_from_checkpoint
+    if str(resume).lower() == "auto":
+        return _last_whole_checkpoint(folder, args)
+    if resume and str(resume).lower() not in ("true", "1"):
+        if not Path(resume).is_dir():
+            raise UserError(f"resume_from_checkpoint {resume!r} is not a folder")
+        _check_processes(Path(resume), args)
+        if not any(any(Path(resume).glob(pattern)) for pattern in _OPTIMIZER_FILES):
+            raise UserError(
+                f"{str(resume)!r} cannot be gone on with, it has no optimizer; to start anew from its weights, name it "
+                "as the model"
+            )
+        return str(resume)
+    used = folder.is_dir() and any(folder.iterdir())
+    if resume:
+        last = _last_whole_checkpoint(folder, args)
+        if last is None:
+            hint = "; those of save_only_model hold no optimizer" if args.save_only_model else ""
+            raise UserError(
+                f"there is no checkpoint to resume from in {str(folder)!r}{hint}; drop --resume_from_checkpoint"
+            )
+        return last
+    if used:
+        raise UserError(
+            f"output_dir {str(folder)!r} holds another run; name another folder, or go on with it: "
+            "--resume_from_checkpoint true"
+        )
+    return None
+
+
+def _last_whole_checkpoint(folder: Path, args: SFTConfig) -> str | None:
+    """The newest checkpoint that can be resumed exactly; one cut short by a kill is passed over."""
+    needed = _state_files(args)
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
+        _check_processes(path, args)
+        weights = [*path.glob("*.safetensors")]
+        whole = all((path / name).is_file() for name in needed) and _is_json(path / "trainer_state.json")
+        if weights and whole and all(map(_is_readable, weights)) and _has_all_shards(path):
+            return str(path)
+    return None
+
+
+def _check_processes(checkpoint: Path, args: SFTConfig) -> None:
+    """Refuse a checkpoint of more processes, or of one where there are several: rows and noise would be others.
+
+    Too few random states are no proof: a kill may have come before the others were written.
+    """
+    many, is_alone = len([*checkpoint.glob("rng_state_*.pth")]), args.world_size == 1
+    of_one = (checkpoint / "rng_state.pth").is_file()
+    if many > args.world_size or (many and is_alone) or (of_one and not is_alone):
+        written_by = f"{many} processes" if many else "one process"
+        raise UserError(
+            f"{str(checkpoint)!r} was written by {written_by}, and this run has {args.world_size}; go on with as many"
+        )
+
+
+def _has_all_shards(folder: Path) -> bool:
+    """Whether every file of a model in several is there: a kill may have come while a checkpoint was being deleted."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return True
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if _is_json(index) else {""}
+    return all((folder / shard).is_file() for shard in shards)
+
+
+def _is_json(file: Path) -> bool:
+    """Whether the file is there in full; the Trainer writes its state last, so then the rest of a checkpoint is too."""
+    try:
+        json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _state_files(args: SFTConfig) -> list[str]:
+    ranks = range(args.world_size)
+    random = ["rng_state.pth"] if args.world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
+    return ["optimizer.bin" if runtime.uses_fsdp() else "optimizer.pt", "scheduler.pt", *random]
+
+
+def _is_readable(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except SafetensorError:
+        return False
+
+
+def check_disk_space(model, args: SFTConfig) -> None:
+    """Refuse to start when the disk cannot take the checkpoints and the result."""
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    copies = 1 if args.save_strategy == "no" else 1 + (args.save_total_limit or 2) + 1
+    # Adam's two moments travel with every checkpoint unless only the model is saved.
+    need = trainable * copies * (1 if args.save_only_model else 3)
+    files.check_free_space(
+        args.output_dir, need, "lower save_total_limit, set save_only_model, or name another output_dir"
+    )

@@ -1,0 +1,127 @@
+"""What ``maskft train`` adds to TRL's arguments: the method, and the mask's settings with the prefix ``mask_``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, make_dataclass
+
+from ..errors import UserError
+from ..tuner.config import MaskConfig
+
+FIXED_MASK_METHODS = ("random_mask", "l1_mask", "wanda_mask")
+MASK_METHODS = ("mask", *FIXED_MASK_METHODS)
+METHODS = ("full", "lora", *MASK_METHODS)
+
+# TrlParser reads types, not the strings that MaskConfig's annotations are.
+_MASK_TYPES = {
+    "preset": str | None,
+    "sparsity": float,
+    "selection": str,
+    "threshold": float,
+    "scope": str,
+    "rank_by": str,
+    "init_scores": str,
+    "init_std": float,
+    "init_value": float,
+    "seed": int,
+    "target_modules": list[str] | None,
+    "exclude_modules": list[str] | None,
+    "layers_to_transform": list[int] | None,
+    "layers_pattern": str | None,
+    "modules_to_save": list[str] | None,
+}
+
+
+def _config_field(name: str) -> str:
+    return "mask_seed" if name == "seed" else name
+
+
+_CONFIG_FIELDS = {f.name: f for f in fields(MaskConfig)}
+
+MaskArguments = make_dataclass(
+    "MaskArguments",
+    [
+        (
+            f"mask_{name}",
+            kind,
+            field(
+                default=_CONFIG_FIELDS[_config_field(name)].default,
+                metadata={"help": _CONFIG_FIELDS[_config_field(name)].metadata["help"].replace("%", "%%")},
+            ),
+        )
+        for name, kind in _MASK_TYPES.items()
+    ],
+)
+MaskArguments.__doc__ = "Settings of the mask; each is the field of MaskConfig without the prefix."
+
+
+@dataclass
+class MethodArguments:
+    """Which method is trained."""
+
+    method: str = field(
+        default="mask",
+        metadata={
+            "help": "full: all weights; lora: TRL's LoRA settings; mask: a learned mask; random_mask, l1_mask, "
+            "wanda_mask: fixed masks of the same size, not trained.",
+            "choices": list(METHODS),
+        },
+    )
+    match_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "With a fixed mask: remove from each matrix as many weights as the mask in this adapter "
+            "folder does. Default: mask_sparsity of each."
+        },
+    )
+    num_candidates: int = field(
+        default=1,
+        metadata={
+            "help": "With random_mask: draw this many masks, with the seeds mask_seed, mask_seed + 1, ..., and keep "
+            "the one with the lowest held-out loss; at least 1."
+        },
+    )
+    num_calibration_samples: int = field(
+        default=128,
+        metadata={"help": "With wanda_mask: training rows over which the norms of the inputs are taken; at least 1."},
+    )
+    partial_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "With --method full: train only these decoder layers (a control for the mask). Default: all."
+        },
+    )
+    keep_last: bool = field(
+        default=False,
+        metadata={"help": "Also save the model as the last step left it, in the folder `last` of output_dir."},
+    )
+    mask_prefix_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps the outputs of the frozen layers below the first trained one (in bfloat16), so "
+            "that later epochs, and later runs on the same layers and data, need not compute them. Default: not kept."
+        },
+    )
+    mask_prefix_cache_gb: float = field(
+        default=20.0, metadata={"help": "Bound on what mask_prefix_cache keeps for one model, in GB (1e9 bytes)."}
+    )
+
+
+def check_method(arguments: MethodArguments) -> None:
+    """Refuse settings of one method that are given with another, and numbers out of range."""
+    method, layers = arguments.method, arguments.partial_layers
+    if layers is not None and method != "full":
+        raise UserError("partial_layers goes with --method full; for a mask use mask_layers_to_transform")
+    if layers and min(layers) < 0:
+        raise UserError(f"partial_layers names layer {min(layers)}; layers are counted from 0")
+    if arguments.match_adapter is not None and method not in FIXED_MASK_METHODS:
+        raise UserError(f"match_adapter goes with a fixed mask ({', '.join(FIXED_MASK_METHODS)}), not with {method}")
+    if arguments.num_candidates < 1 or (arguments.num_candidates > 1 and method != "random_mask"):
+        raise UserError(f"num_candidates is {arguments.num_candidates}; with random_mask it is 1 or more, otherwise 1")
+    if arguments.num_calibration_samples < 1:
+        raise UserError(f"num_calibration_samples is {arguments.num_calibration_samples}; it must be at least 1")
+
+
+def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:
+    """Build the tuner's configuration from flat arguments."""
+    values = {_config_field(name): getattr(arguments, f"mask_{name}") for name in _MASK_TYPES}
+    return MaskConfig(task_type="CAUSAL_LM", **{**values, **overrides})

@@ -1,0 +1,237 @@
+"""Outputs of the frozen layers below the first trained one, computed once and kept on disk.
+
+What a token sequence looks like after frozen layers depends on its tokens alone, so a row is found by them, in any
+later epoch and in any later run with the same base model and the same first trained layer. Kept in bfloat16: exact for
+a bfloat16 model, rounded for a float32 one. A batch that is not wholly known runs through the layers as usual.
+
+Shapes: B rows, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+_KEY_BYTES = 16
+
+
+class PrefixCache:
+    """Wraps the prefix of a model; :meth:`remove` undoes it.
+
+    Args:
+        model: A causal language model, possibly with adapters; what is trained must be marked ``requires_grad``.
+        folder: Where the outputs are kept; may hold those of other runs and models.
+        max_bytes: Bound on this model's file; rows beyond it are computed every time.
+        compute_dtype: Dtype of autocast, or None without it; outputs of different dtypes are kept apart.
+
+    Runs at one time each have a file of their own: a run takes the first that is free, with what is in it.
+
+    Raises:
+        UserError: If the prefix is not frozen or has dropout.
+    """
+
+    def __init__(self, model: nn.Module, folder: str | Path, max_bytes: float, compute_dtype: torch.dtype | None):
+        self.decoder, self.layers = _frozen_prefix(model)
+        self.max_bytes, self.num_hits, self.num_rows = max_bytes, 0, 0
+        self._keys: list[bytes | None] = []
+        self._hidden_BTD: Tensor | None = None
+        # Whether a layer returns a tuple is seen when the prefix runs first; until then no row is taken from here.
+        self._returns_tuple: bool | None = None
+        name = _fingerprint(self.decoder, self.layers, compute_dtype)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._data = _first_free(folder, name)
+        self._index_file = Path(self._data.name).with_suffix(".index")
+        self._width = self.decoder.get_input_embeddings().weight.shape[1]
+        self._index = self._read_index()
+        self._forwards = [layer.forward for layer in self.layers]
+        for position, layer in enumerate(self.layers):
+            layer.forward = self._wrapped(position)
+        self._hook = self.decoder.register_forward_pre_hook(self._before_batch, with_kwargs=True)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes kept."""
+        return os.fstat(self._data.fileno()).st_size
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes kept of each token."""
+        return 2 * self._width
+
+    def summary(self) -> str:
+        """What it kept and how often it helped."""
+        share = self.num_hits / max(self.num_rows, 1)
+        full = "" if self.num_bytes + 2**20 < self.max_bytes else "; it is full, raise mask_prefix_cache_gb"
+        return f"prefix cache: {share:.0%} of rows came from it, {self.num_bytes / 1e9:.2f} GB kept{full}"
+
+    def remove(self) -> None:
+        """Let the layers run as before, and close the file."""
+        self._hook.remove()
+        for layer in self.layers:
+            del layer.forward
+        self._data.close()
+
+    def _before_batch(self, module, args, kwargs) -> None:
+        ids_BT = kwargs.get("input_ids", args[0] if args else None)
+        self._keys = _row_keys(ids_BT, kwargs.get("attention_mask"))
+        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") or not self._keys:
+            self._keys, self._hidden_BTD = [], None
+            return
+        self.num_rows += len(self._keys)
+        known = self._returns_tuple is not None and all(key in self._index for key in self._keys)
+        self.num_hits += len(self._keys) * known
+        self._hidden_BTD = self._read(ids_BT) if known else None
+
+    def _wrapped(self, position: int):
+        forward, last = self._forwards[position], position == len(self.layers) - 1
+
+        def run(hidden_BTD: Tensor, *args, **kwargs):
+            if self._hidden_BTD is not None:
+                hidden_BTD = self._hidden_BTD.to(hidden_BTD.dtype) if position == 0 else hidden_BTD
+                return (hidden_BTD,) if self._returns_tuple else hidden_BTD
+            out = forward(hidden_BTD, *args, **kwargs)
+            if not last or not self._keys:
+                return out
+            self._returns_tuple = isinstance(out, tuple)
+            hidden_BTD, *rest = out if self._returns_tuple else (out,)
+            rounded_BTD = hidden_BTD.detach().to(torch.bfloat16)
+            self._write(rounded_BTD)
+            # Rounded the first time too: no loss depends on what an earlier run has left in the cache.
+            hidden_BTD = rounded_BTD.to(hidden_BTD.dtype)
+            return (hidden_BTD, *rest) if self._returns_tuple else hidden_BTD
+
+        return run
+
+    def _read(self, ids_BT: Tensor) -> Tensor:
+        hidden_BTD = torch.zeros(*ids_BT.shape, self._width, dtype=torch.bfloat16)
+        for row, key in enumerate(self._keys):
+            offset, length = self._index[key]
+            data = bytearray(os.pread(self._data.fileno(), length * self.bytes_per_token, offset))
+            hidden_BTD[row, :length] = torch.frombuffer(data, dtype=torch.bfloat16).view(length, self._width)
+        return hidden_BTD.to(ids_BT.device)
+
+    def _write(self, hidden_BTD: Tensor) -> None:
+        rows_BTD = hidden_BTD.cpu().contiguous()
+        lines = []
+        for row_TD, key in zip(rows_BTD, self._keys, strict=True):
+            length = _length(key)
+            offset, size = self.num_bytes, length * self.bytes_per_token
+            if key in self._index or offset + size > self.max_bytes:
+                continue
+            self._data.write(row_TD[:length].view(torch.int16).numpy().tobytes())
+            self._data.flush()
+            self._index[key] = (offset, length)
+            lines.append(json.dumps([key.hex(), offset, length]) + "\n")
+        # Written after the rows: a run killed in between leaves rows that nobody looks for.
+        with open(self._index_file, "a") as file:
+            file.writelines(lines)
+
+    def _read_index(self) -> dict[bytes, tuple[int, int]]:
+        if not self._index_file.exists():
+            return {}
+        index = {}
+        for line in self._index_file.read_text().splitlines():
+            try:
+                key, offset, length = json.loads(line)
+            except ValueError:
+                continue  # the last line of a run that was killed
+            if offset + length * self.bytes_per_token <= self.num_bytes:
+                index[bytes.fromhex(key)] = (offset, length)
+        # Written anew: a line that points behind a data file that was cut must not come to point at new rows.
+        lines = (json.dumps([key.hex(), *place]) + "\n" for key, place in index.items())
+        self._index_file.write_text("".join(lines))
+        return index
+
+
+def _first_free(folder: Path, name: str):
+    """Open the first of ``NAME.bin``, ``NAME-2.bin``, ... that no other run has open, and keep others from it."""
+    for number in itertools.count(1):
+        file = open(folder / (f"{name}.bin" if number == 1 else f"{name}-{number}.bin"), "a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            file.close()
+
+
+def _frozen_prefix(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """The decoder, and its layers below the first that is trained."""
+    while hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    decoder = model.get_decoder()
+    layers = _layers(decoder)
+    trained = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    if not any(trained) or trained[0]:
+        which = "no layer is trained" if not any(trained) else "layer 0 is trained, so that no frozen layer is below it"
+        raise UserError(f"mask_prefix_cache has nothing to keep: {which}; drop it or set mask_layers_to_transform")
+    for name, parameter in _outside_layers(decoder, layers):
+        if parameter.requires_grad:
+            raise UserError(f"mask_prefix_cache needs a frozen prefix, but {name} is trained; drop one of the two")
+    prefix = layers[: trained.index(True)]
+    for layer in prefix:
+        if any(isinstance(module, BaseTunerLayer) for module in layer.modules()):
+            raise UserError("mask_prefix_cache needs a prefix without adapters; it has frozen ones")
+    rates = {name: value for name, value in decoder.config.to_dict().items() if _is_dropout(name, value)}
+    if rates:
+        name, rate = next(iter(rates.items()))
+        raise UserError(f"mask_prefix_cache needs a model without dropout, but {name} is {rate}; set it to 0")
+    return decoder, prefix
+
+
+def _layers(decoder: nn.Module) -> list[nn.Module]:
+    stacks = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    if len(stacks) != 1:
+        raise UserError(f"mask_prefix_cache does not know where the layers of {type(decoder).__name__} are; drop it")
+    return list(stacks[0])
+
+
+def _outside_layers(decoder: nn.Module, layers: list[nn.Module]) -> list[tuple[str, nn.Parameter]]:
+    """Embeddings and norms; that of the last norm does no harm."""
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return [(name, p) for name, p in decoder.named_parameters() if id(p) not in inside]
+
+
+def _is_dropout(name: str, value) -> bool:
+    return name.endswith(("dropout", "pdrop", "layerdrop")) and isinstance(value, float) and value > 0
+
+
+def _fingerprint(decoder: nn.Module, prefix: list[nn.Module], compute_dtype: torch.dtype | None) -> str:
+    """Of everything that decides the outputs: configuration, weights, dtype of computation."""
+    digest = hashlib.sha256(f"{type(decoder).__name__} {len(prefix)} {compute_dtype}".encode())
+    digest.update(json.dumps(decoder.config.to_diff_dict(), sort_keys=True, default=str).encode())
+    parameters = [p for _, p in _outside_layers(decoder, _layers(decoder))]
+    for parameter in (*parameters, *(p for layer in prefix for p in layer.parameters())):
+        digest.update(str(parameter.dtype).encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:24]
+
+
+def _row_keys(ids_BT: Tensor | None, mask_BT: Tensor | None) -> list[bytes]:
+    """A key per row: hash of its tokens, and their number. Empty where rows are not sequences padded on the right."""
+    if ids_BT is None:
+        return []
+    lengths = [ids_BT.shape[1]] * len(ids_BT)
+    if mask_BT is not None:
+        if mask_BT.dim() != 2 or bool((mask_BT[:, 1:] > mask_BT[:, :-1]).any()):
+            return []
+        lengths = mask_BT.sum(1).tolist()
+    rows = ids_BT.cpu().to(torch.int64)
+    return [
+        hashlib.sha256(row[:length].contiguous().numpy()).digest()[:_KEY_BYTES] + int(length).to_bytes(4, "little")
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+
+
+def _length(key: bytes) -> int:
+    return int.from_bytes(key[_KEY_BYTES:], "little")

@@ -1,0 +1,587 @@
+"""Data: every format, split and span by hand, and every mistake in the input as one clear line."""
+
+import gzip
+import json
+import logging
+import re
+import sys
+
+import pytest
+import trl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import HfArgumentParser
+
+from maskft.data import (
+    IGNORED,
+    format_sample,
+    load_examples,
+    load_splits,
+    prompt_ids,
+    supervised_token_count,
+    tokenize_dataset,
+    tokenize_example,
+)
+from maskft.data.arguments import DataArguments
+from maskft.errors import UserError
+from tiny_tokenizer import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+BASE_TOKENIZER = tiny_tokenizer(chat_template=False)
+USER = {"role": "user", "content": "2 + 2?"}
+ASSISTANT = {"role": "assistant", "content": "4"}
+
+# Writes an empty thought before the last turn only, as Qwen 3 does, and an end of text after it, as Phi 3 does.
+LAST_TURN_DIFFERS = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if loop.last and message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ message['content'] }}<|im_end|>\n"
+    "{% if loop.last and not add_generation_prompt %}<pad>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_rows(rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write_rows
+
+
+def numbered(count):
+    return [{"prompt": f"say {n}", "completion": f" {n}", "answer": n} for n in range(count)]
+
+
+def supervised_stretches(tokenized):
+    """The texts between [[ and ]], without format_sample: runs of equal input_ids and labels."""
+    stretches, run = [], []
+    for token, label in [*zip(tokenized["input_ids"], tokenized["labels"], strict=True), (None, IGNORED)]:
+        assert label in (token, IGNORED)
+        if label != IGNORED:
+            run.append(label)
+        elif run:
+            stretches.append(TOKENIZER.decode(run))
+            run = []
+    return stretches
+
+
+# Formats -------------------------------------------------------------------------------------------------------------
+
+CHAT_PAIR = {"prompt": [USER], "completion": [ASSISTANT]}
+
+
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [
+        ({"messages": [USER, ASSISTANT], "source": "x"}, {"messages": [USER, ASSISTANT]}),
+        (
+            {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+            {"messages": [USER, ASSISTANT]},
+        ),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}),
+        (CHAT_PAIR, CHAT_PAIR),
+        (
+            {"prompt": "a", "completion": "b", "answer": 3},
+            {"prompt": "a", "completion": "b", "answer": "3", "answer_type": "number"},
+        ),
+        (
+            {"prompt": "a", "completion": "b", "answer": "12", "answer_type": "exact"},
+            {"prompt": "a", "completion": "b", "answer": "12", "answer_type": "exact"},
+        ),
+        (
+            {"question": "2 + 2?", "answer": "4"},
+            CHAT_PAIR | {"answer": "4", "answer_type": "number"},
+        ),
+        (
+            {"instruction": "2 + 2?", "input": "", "output": "4"},
+            CHAT_PAIR,
+        ),
+        (
+            {"instruction": "Translate.", "input": "chat", "output": "cat"},
+            {
+                "prompt": [{"role": "user", "content": "Translate.\n\nchat"}],
+                "completion": [{"role": "assistant", "content": "cat"}],
+            },
+        ),
+        ({"text": "once", "url": 3}, {"text": "once"}),
+    ],
+    ids=lambda value: "+".join(value),
+)
+def test_formats(write, row, example):
+    (read,) = load_examples(write([row]))
+    assert len(read.pop("id")) == 16
+    assert read == example
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "answer_type"),
+    [
+        ("2 + 2 = 4\n#### 4", "4", "number"),
+        ("so\n#### 1,234", "1234", "number"),
+        ("so\n#### -3.50", "-3.50", "number"),
+        ("so\n#### x + 1", "x + 1", "exact"),
+        ("12", "12", "number"),
+        ("because", None, None),
+    ],
+)
+def test_reference_of_question_and_answer(write, answer, reference, answer_type):
+    (example,) = load_examples(write([{"question": "q", "answer": answer}]))
+    assert (example.get("answer"), example.get("answer_type")) == (reference, answer_type)
+    assert example["completion"] == [{"role": "assistant", "content": answer}]
+
+
+def test_question_and_answer_as_plain_text(write):
+    path = write([{"question": "2 + 2?", "answer": "#### 4"}])
+    for kwargs in ({"as_chat": False}, {"tokenizer": BASE_TOKENIZER}):
+        (example,) = load_examples(path, **kwargs)
+        assert (example["prompt"], example["completion"]) == ("Question: 2 + 2?\nAnswer:", " #### 4")
+    (example,) = load_examples(path, tokenizer=TOKENIZER)
+    assert example["prompt"] == [USER]
+
+
+def test_rows_without_an_answer_may_come_first(write):
+    rows = [{"prompt": "a", "completion": "b"}] * 3 + [{"prompt": "c", "completion": "d", "answer": "d"}]
+    examples = load_examples(write(rows))
+    assert examples["answer"][:] == [None, None, None, "d"]
+
+
+def test_every_file_kind_gives_the_same_examples(tmp_path, write):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"messages": [USER, ASSISTANT]}, {"messages": [USER, ASSISTANT, USER, {**ASSISTANT, "content": "é\u2028"}]}]
+    lines = write(rows)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(open(lines, "rb").read()))
+    (tmp_path / "array.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "lines.json").write_text("\ufeff\n" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    expected = load_examples(lines).to_list()
+    for name in ("rows.jsonl.gz", "array.json", "lines.json", "rows.parquet"):
+        assert load_examples(str(tmp_path / name)).to_list() == expected, name
+
+
+def test_ids_name_the_content(write):
+    first, twin, other = load_examples(write([{"text": "a"}, {"text": "a"}, {"text": "b"}]))["id"]
+    assert twin == f"{first}#2"
+    assert other not in (first, twin)
+    assert load_examples(write([{"text": "b", "url": 1}]))["id"][0] == other
+
+
+def test_text_column_can_be_named(write):
+    path = write([{"body": "once"}])
+    (example,) = load_examples(path, text_field="body")
+    assert example["body"] == "once"
+    assert supervised_stretches(tokenize_example(example, TOKENIZER, text_field="body")) == ["nce<|im_end|>"]
+
+
+# Splits --------------------------------------------------------------------------------------------------------------
+
+
+def splits(name, seed=0, **kwargs):
+    return load_splits(DataArguments(dataset_name=name, **kwargs), seed, TOKENIZER)
+
+
+def test_held_out_part(write):
+    train, heldout, report = splits(write(numbered(40)), eval_split_size=0.25)
+    assert (report.read, report.dropped_overlap, report.train, report.heldout) == (40, 0, len(train), len(heldout))
+    assert (len(train), len(heldout)) == (30, 10)
+    assert not set(train["prompt"]) & set(heldout["prompt"])
+    assert len(splits(write(numbered(40)), eval_split_size=7).heldout) == 7
+    assert len(splits(write(numbered(3)), eval_split_size=0.1).heldout) == 1
+
+
+def test_held_out_part_depends_on_seed_and_content_only(write):
+    path, backwards = write(numbered(40)), write(numbered(40)[::-1], "backwards.jsonl")
+    prompts = set(splits(path).heldout["prompt"])
+    assert set(splits(path).heldout["prompt"]) == prompts
+    assert set(splits(backwards).heldout["prompt"]) == prompts
+    assert set(splits(path, seed=1).heldout["prompt"]) != prompts
+
+
+def test_held_out_rows_come_before_the_caps(write):
+    path = write(numbered(40))
+    full, capped = splits(path), splits(path, max_train_samples=5, max_eval_samples=2)
+    assert capped.train.to_list() == full.train.to_list()[:5]
+    assert capped.heldout.to_list() == full.heldout.to_list()[:2]
+    assert (capped.report.train, capped.report.heldout) == (5, 2)
+
+
+def test_overlap_leaves_training(write):
+    system = {"role": "system", "content": "Be brief."}
+    train = write(
+        [
+            {"messages": [USER, {**ASSISTANT, "content": "four"}]},  # the held-out question, another answer
+            {"messages": [system, {**USER, "content": "2  +\n2?"}, ASSISTANT]},  # other spacing, a system message
+            {"messages": [{**USER, "content": "3 + 3?"}, ASSISTANT]},
+        ]
+    )
+    heldout = write([{"question": "2 + 2?", "answer": "4"}], "heldout.jsonl")
+    result = splits(train, eval_dataset_name=heldout)
+    assert [row["messages"][0]["content"] for row in result.train] == ["3 + 3?"]
+    assert len(result.heldout) == 1
+    assert (result.report.read, result.report.dropped_overlap) == (4, 2)
+    assert "2 left out of training" in str(result.report)
+
+
+def test_text_overlap_leaves_training(write):
+    heldout = write([{"text": "a"}], "heldout.jsonl")
+    result = splits(write([{"text": "a"}, {"text": "b"}]), eval_dataset_name=heldout)
+    assert result.train["text"][:] == ["b"]
+
+
+def test_everything_overlaps(write):
+    with pytest.raises(UserError, match=r"all 2 training rows .* prompt that is also held out"):
+        splits(write(numbered(2)), eval_dataset_name=write(numbered(2), "heldout.jsonl"))
+
+
+# Procedural tasks ----------------------------------------------------------------------------------------------------
+
+
+def test_procedural_expression():
+    pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
+    options = '{"min_digits": 1, "max_digits": 1}'
+    train, heldout, report = splits(
+        "reasoning-gym/products", procedural_options=options, procedural_train_size=300, procedural_eval_size=20
+    )
+    assert len(heldout) == 20 and report.read == 320 and report.dropped_overlap == 300 - len(train) > 0
+    assert not set(train["prompt"]) & set(heldout["prompt"])
+    for example in heldout:
+        left, right = re.fullmatch(r"(\d) \* (\d) =", example["prompt"]).groups()
+        assert example["completion"] == f" {int(left) * int(right)}"
+        assert (example["answer"], example["answer_type"]) == (example["completion"].strip(), "number")
+
+
+def test_procedural_question():
+    pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
+    kwargs = {"procedural_train_size": 3, "procedural_eval_size": 2}
+    spelled = splits("reasoning-gym/spell_backward", **kwargs).heldout[0]
+    assert spelled["answer"] == spelled["completion"][0]["content"] and spelled["answer_type"] == "exact"
+    assert splits("reasoning-gym/chain_sum", as_chat=True, **kwargs).heldout[0]["prompt"][0]["role"] == "user"
+    # The "expression" of this task is its solution: it must not be the prompt.
+    countdown = splits("reasoning-gym/countdown", **kwargs).heldout[0]
+    assert countdown["answer"] not in countdown["prompt"][0]["content"]
+
+
+def test_procedural_seeds_share_no_stream():
+    pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
+    kwargs = {"procedural_options": {"min_digits": 6, "max_digits": 6}, "procedural_eval_size": 20}
+    one, again, two = (splits("reasoning-gym/products", seed=seed, **kwargs) for seed in (1, 1, 2))
+    assert one.train.to_list() == again.train.to_list() and one.heldout.to_list() == again.heldout.to_list()
+    assert not set(one.train["prompt"]) & set(two.train["prompt"])
+
+
+def test_procedural_package_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    with pytest.raises(UserError, match="pip install reasoning-gym"):
+        splits("reasoning-gym/products")
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("product", None, r"no task 'product' \(did you mean 'products'\?\)"),
+        ("products", {"min_digit": 2}, r"no option 'min_digit' \(did you mean 'min_digits'\?\)"),
+        ("products", {"min_digits": -2}, r"do not suit products: min_digits must be positive"),
+        ("rush_hour", None, r"'rush_hour' has no single right answer"),
+    ],
+)
+def test_procedural_mistakes(task, options, message):
+    pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
+    with pytest.raises(UserError, match=message):
+        splits(f"reasoning-gym/{task}", procedural_options=options)
+
+
+# Mistakes in the input -----------------------------------------------------------------------------------------------
+
+GOOD_LINE = '{"prompt": "a", "completion": "b"}\n'
+CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the time, which would stand in a test's name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", r"a\.jsonl is empty"),
+        ("a.jsonl", "\n \n", r"a\.jsonl is empty"),
+        ("a.json", "[]", r"a\.json is empty"),
+        ("a.jsonl", GOOD_LINE + "\n{'prompt': 1}\n", r"a\.jsonl is not JSON at line 3: .*column 2"),
+        ("a.json", '[\n{"prompt": "a",\n}]', r"a\.json is not JSON at line 3"),
+        ("a.json", GOOD_LINE + "{", r"a\.json is not JSON at line 2"),
+        ("a.jsonl", GOOD_LINE + "[1]\n", r"a\.jsonl: line 2: holds a list, not an object"),
+        (
+            "a.jsonl",
+            '{"Prompt": "a", "reply": "b"}',
+            r"line 1: no usable column among 'Prompt', 'reply'; .*messages \|",
+        ),
+        ("a.jsonl", GOOD_LINE + '{"prompt": "a"}', r"line 2: 'completion' is missing"),
+        ("a.jsonl", GOOD_LINE + '{"prompt": 5, "completion": "b"}', r"line 2: 'prompt' holds 5, not text"),
+        ("a.jsonl", GOOD_LINE + '{"prompt": null, "completion": "b"}', r"line 2: 'prompt' holds nothing, not text"),
+        ("a.jsonl", '{"text": ["a"]}', r"line 1: 'text' holds a list, not text"),
+        ("a.jsonl", GOOD_LINE + json.dumps(CHAT_PAIR), r"line 2: 'prompt' is text in some rows and messages in others"),
+        ("a.jsonl", '{"messages": "hi"}', r"line 1: 'messages' holds text, not a list of messages"),
+        ("a.jsonl", '{"messages": []}', r"line 1: 'messages' holds an empty list"),
+        ("a.jsonl", '{"messages": ["hi"]}', r"line 1: message 1 of 'messages' is text, not an object"),
+        ("a.jsonl", '{"messages": [{"role": "bot", "content": "x"}]}', r"role 'bot'; it must be one of .*assistant"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": ["x"]}]}', r"has a list as content, not text"),
+        ("a.jsonl", '{"text": "a", "answer": ["b"]}', r"line 1: 'answer' holds a list"),
+        ("a.jsonl", '{"text": "a", "answer": "b", "answer_type": "near"}', r"'answer_type' is 'near'"),
+        ("a.jsonl", b"\xff\xfe", r"a\.jsonl is not UTF-8"),
+        ("a.jsonl", GOOD_LINE + r'{"prompt": "\ud83d", "completion": "b"}', r"line 2: '\\ud83d' is half a character"),
+        ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz cannot be read: .*gzip"),
+        # Without the time, which would stand in the test's name.
+        (
+            "a.jsonl.gz",
+            gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40],
+            r"a\.jsonl\.gz cannot be read: .*end-of-stream",
+        ),
+        ("a.parquet", b"not parquet", r"a\.parquet is not a readable parquet file"),
+        ("a.csv", "prompt,completion\n", r"a\.csv has an unsupported ending; convert it to one of \.jsonl"),
+    ],
+)
+def test_file_mistakes_are_one_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as caught:
+        splits(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_names_its_neighbour(write):
+    path = write(numbered(1), "train.jsonl")
+    with pytest.raises(UserError, match=r"does not exist \(did you mean 'train\.jsonl'\?\)"):
+        splits(path.replace("train", "trian"))
+    with pytest.raises(UserError, match=r"nowhere/a\.jsonl does not exist$"):
+        splits("nowhere/a.jsonl")
+
+
+def test_folder_is_not_a_file(tmp_path):
+    with pytest.raises(UserError, match="is a folder; name one file in it"):
+        splits(str(tmp_path))
+
+
+def test_hub_name_without_network(monkeypatch):
+    import datasets
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'some/data' on the Hub\nlong explanation")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        UserError, match=r"'some/data' is no file here and the hub gave no split 'train'.*Couldn't reach"
+    ):
+        splits("some/data")
+
+
+def test_hub_data_and_splits(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def from_hub(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(
+            [{"question": f"{split} 1 + {n}?", "answer": f"#### {n + 1}"} for n in range(3)]
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    result = splits("openai/gsm8k", dataset_config="main", dataset_eval_split="test")
+    assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]
+    assert (len(result.train), result.heldout["answer"][:]) == (3, ["1", "2", "3"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"eval_split_size": 10}, r"eval_split_size 10 holds out 10 of the 10 rows"),
+        ({"eval_split_size": 11}, r"eval_split_size 11 holds out 11 of the 10 rows"),
+        ({"eval_split_size": 0.99}, r"eval_split_size 0\.99 holds out 10 of the 10 rows"),
+        ({"eval_split_size": 0}, r"eval_split_size is 0"),
+        ({"eval_split_size": -1}, r"eval_split_size is -1"),
+        ({"eval_split_size": 2.5}, r"eval_split_size is 2\.5"),
+        ({"max_train_samples": 0}, r"max_train_samples is 0; it must be at least 1"),
+        ({"max_eval_samples": -4}, r"max_eval_samples is -4"),
+        ({"procedural_train_size": 0}, r"procedural_train_size is 0"),
+        ({"dataset_eval_split": "test"}, r"dataset_eval_split is 'test', but .* has no splits"),
+    ],
+)
+def test_argument_mistakes(write, arguments, message):
+    with pytest.raises(UserError, match=message):
+        splits(write(numbered(10)), **arguments)
+
+
+def test_dataset_name_is_missing():
+    with pytest.raises(UserError, match="dataset_name is missing"):
+        splits(None)
+
+
+@pytest.mark.parametrize("options", ["{min_digits: 2}", "[1]"])
+def test_procedural_options_are_a_json_object(options):
+    with pytest.raises(UserError, match="procedural_options"):
+        DataArguments(procedural_options=options)
+
+
+def test_arguments_parse_and_do_not_collide_with_trl():
+    ours, theirs = DataArguments.__dataclass_fields__, trl.SFTConfig.__dataclass_fields__
+    assert not set(ours) & set(theirs)
+    command_line = ["--dataset_name", "a.jsonl", "--as_chat", "false", "--procedural_options", '{"min_digits": 2}']
+    (args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses(command_line)
+    assert (args.dataset_name, args.as_chat, args.procedural_options) == ("a.jsonl", False, {"min_digits": 2})
+    HfArgumentParser(DataArguments).format_help()  # a bare % in a help text fails here
+
+
+# Tokens --------------------------------------------------------------------------------------------------------------
+
+
+def test_plain_completion_by_hand():
+    tokenized = tokenize_example({"prompt": "ab", "completion": "cd"}, TOKENIZER)
+    a, b, c, d = (TOKENIZER.convert_tokens_to_ids(letter) for letter in "abcd")
+    assert tokenized == {"input_ids": [a, b, c, d, 2], "labels": [IGNORED, IGNORED, c, d, 2]}
+    assert prompt_ids({"prompt": "ab", "completion": "cd"}, TOKENIZER) == [a, b]
+
+
+def test_chat_completion_by_hand():
+    tokenized = tokenize_example(CHAT_PAIR, TOKENIZER)
+    text = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
+    assert TOKENIZER.decode(tokenized["input_ids"]) == text
+    assert supervised_stretches(tokenized) == ["4<|im_end|>\n"]
+    assert tokenize_example({"messages": [USER, ASSISTANT]}, TOKENIZER) == tokenized
+    for example in (CHAT_PAIR, {"messages": [USER, ASSISTANT]}, {"messages": [USER]}):
+        assert TOKENIZER.decode(prompt_ids(example, TOKENIZER)) == text[: text.index("4<")]
+
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    USER,
+    {"role": "assistant", "content": "4, in short"},
+    {"role": "user", "content": "and the 3?"},
+    {"role": "assistant", "content": "the three"},
+]
+
+
+def test_every_turn_of_a_conversation():
+    tokenized = tokenize_example({"messages": CONVERSATION}, TOKENIZER)
+    assert supervised_stretches(tokenized) == ["4, in short<|im_end|>\n", "the three<|im_end|>\n"]
+    whole = TOKENIZER.apply_chat_template(CONVERSATION, tokenize=False)
+    assert TOKENIZER.decode(tokenized["input_ids"]) == whole
+    prompt = TOKENIZER.decode(prompt_ids({"messages": CONVERSATION}, TOKENIZER))
+    assert prompt == whole.removesuffix("the three<|im_end|>\n")
+
+
+def test_turns_of_a_template_that_writes_the_last_one_differently():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = LAST_TURN_DIFFERS
+    tokenized = tokenize_example({"messages": CONVERSATION}, tokenizer)
+    last = "<think>\n\n</think>\n\nthe three<|im_end|>\n<pad>"
+    assert supervised_stretches(tokenized) == ["4, in short<|im_end|>\n", last]
+
+
+def test_template_that_rewrites_earlier_turns():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] if loop.last else '...' }}{% endfor %}"
+    with pytest.raises(UserError, match=r"rewrites an assistant turn .*'4, in short'; give .* prompt and completion"):
+        tokenize_example({"messages": CONVERSATION}, tokenizer)
+
+
+def test_turn_without_a_prompt_is_not_trained_on():
+    assert supervised_stretches(tokenize_example({"messages": [ASSISTANT, USER]}, TOKENIZER)) == []
+
+
+def test_text_is_trained_on_but_for_its_first_token():
+    assert supervised_stretches(tokenize_example({"text": "once"}, TOKENIZER)) == ["nce<|im_end|>"]
+
+
+def test_loss_on_everything():
+    for example in (CHAT_PAIR, {"prompt": "ab", "completion": "cd"}, {"messages": CONVERSATION}):
+        tokenized = tokenize_example(example, TOKENIZER, completion_only_loss=False)
+        assert tokenized["labels"] == [IGNORED, *tokenized["input_ids"][1:]]
+
+
+def test_end_of_sequence_is_not_doubled():
+    tokenized = tokenize_example({"prompt": "a", "completion": "b<|im_end|>"}, TOKENIZER)
+    assert tokenized["input_ids"].count(TOKENIZER.eos_token_id) == 1
+
+
+def test_token_across_the_border_is_trained_on(caplog):
+    example = {"prompt": "x=", "completion": "=y"}  # the vocabulary has "=="
+    assert supervised_stretches(tokenize_example(example, TOKENIZER)) == ["==y<|im_end|>"]
+    from datasets import Dataset
+
+    with caplog.at_level(logging.WARNING):
+        tokenize_dataset(Dataset.from_list([example]), TOKENIZER)
+    assert "differ from '=' on" in caplog.text
+
+
+def test_truncation_keeps_the_start():
+    full = tokenize_example(CHAT_PAIR, TOKENIZER)
+    cut = tokenize_example(CHAT_PAIR, TOKENIZER, max_length=7)
+    assert cut == {key: values[:7] for key, values in full.items()}
+
+
+PRINTABLE = st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1)
+
+
+@settings(deadline=None)
+# "?": the first token, which never has a label, must not be the one that spans the border.
+@given(prompt=PRINTABLE.map("?".__add__), completion=PRINTABLE)
+def test_what_is_trained_on_is_the_completion(prompt, completion):
+    """Up to a token that spans the border, of which the vocabulary has a few."""
+    plain = tokenize_example({"prompt": prompt, "completion": completion}, TOKENIZER)
+    assert TOKENIZER.decode(plain["input_ids"]) == prompt + completion + "<|im_end|>"
+    labels = [label for label in plain["labels"] if label != IGNORED]
+    expected = completion + "<|im_end|>"
+    alone = prompt_ids({"prompt": prompt}, TOKENIZER)
+    if plain["input_ids"][: len(alone)] == alone:
+        assert TOKENIZER.decode(labels) == expected
+    else:
+        assert TOKENIZER.decode(labels).endswith(expected)
+
+    pair = {
+        "prompt": [{"role": "user", "content": prompt}],
+        "completion": [{"role": "assistant", "content": completion}],
+    }
+    chat = tokenize_example(pair, TOKENIZER)
+    assert TOKENIZER.decode([label for label in chat["labels"] if label != IGNORED]) == completion + "<|im_end|>\n"
+
+
+def test_tokenize_dataset(write, caplog):
+    examples = load_examples(write([{"prompt": "a" * n, "completion": "b"} for n in (1, 9, 2)]))
+    with caplog.at_level(logging.WARNING):
+        tokenized = tokenize_dataset(examples, TOKENIZER, max_length=4)
+    assert tokenized.column_names == ["id", "input_ids", "labels"]
+    assert tokenized["id"][:] == [examples["id"][0], examples["id"][2]]
+    assert "1 of 3 rows are left out: within max_length 4" in caplog.text
+    assert supervised_token_count(tokenized) == 4  # b and the end, twice
+
+
+def test_every_label_is_masked(write):
+    for rows, max_length in (([{"prompt": "aaaa", "completion": "b"}], 3), ([{"messages": [USER]}], None)):
+        with pytest.raises(UserError, match=rf"every label is masked in all 1 rows: with max_length {max_length}"):
+            tokenize_dataset(load_examples(write(rows)), TOKENIZER, max_length=max_length)
+
+
+def test_tokenizer_without_what_the_data_needs(write):
+    examples = load_examples(write([{"messages": [USER, ASSISTANT]}]))
+    with pytest.raises(UserError, match="messages but the tokenizer has no chat template"):
+        tokenize_dataset(examples, BASE_TOKENIZER)
+    endless = tiny_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(UserError, match="no eos_token"):
+        tokenize_example({"text": "a"}, endless)
+    with pytest.raises(UserError, match="plain text has no prompt"):
+        prompt_ids({"text": "a"}, TOKENIZER)
+
+
+def test_template_that_refuses_the_messages():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match=r"refuses the messages that begin '2 \+ 2\?': roles must alternate"):
+        tokenize_example(CHAT_PAIR, tokenizer)
+
+
+def test_format_sample():
+    tokenized = tokenize_example({"prompt": "say\x1b[31m:", "completion": " hi"}, TOKENIZER)
+    assert format_sample(tokenized, TOKENIZER) == "say\\x1b[31m:[[ hi<|im_end|>]]"
+    long = tokenize_example({"prompt": "p" * 50, "completion": "c"}, TOKENIZER)
+    assert format_sample(long, TOKENIZER, max_chars=20) == f"{'p' * 10} ... {'p' * 10}[[c<|im_end|>]]"

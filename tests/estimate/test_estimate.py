@@ -1,0 +1,295 @@
+"""Estimates against what really happens: parameters, files, live bytes, peak memory; and which settings fit a card."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from maskft.estimate.estimate.estimate import estimate
+from maskft.estimate.estimate.live_bytes import LiveBytes
+from maskft.estimate.estimate.planned_run import PlannedRun
+from peft import get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from maskft.cli.train import parse
+from maskft.errors import UserError
+from maskft.masking import random_mask
+from maskft.models import EMBEDDED_MODEL
+from maskft.training.method_arguments import mask_config
+from maskft.tuner.codec import encode_mask
+
+LLAMA2_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+LLAMA3_8B = {**LLAMA2_7B, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
+SMALL = {
+    **LLAMA2_7B,
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    def build(config=SMALL, **options):
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(config))
+        settings = {
+            "model_name_or_path": file,
+            "max_length": 64,
+            "per_device_train_batch_size": 2,
+            "gradient_checkpointing": False,
+            "max_steps": 10,
+            "eval_strategy": "no",
+            "bf16": True,  # the default of most machines
+            **options,
+        }
+        words = []
+        for key, value in settings.items():
+            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        return parse(words)
+
+    return build
+
+
+# Counting
+
+
+def test_parameters_and_units(run):
+    layers = {"mask_layers_to_transform": [1, 2]}
+    result = estimate(run(method="mask", **layers), device="cpu")
+    per_layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 256
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL))
+    assert result.num_parameters == sum(p.numel() for p in model.parameters())
+    assert result.num_trainable == result.num_masked == 2 * per_layer
+    # "forward L, activation gradients L - a, weight gradients b - a + 1" of 3 L
+    assert result.layer_passes == {
+        "forward": 4,
+        "activation_gradients": 3,
+        "weight_gradients": 2,
+        "total": 9,
+        "full": 12,
+    }
+    assert result.memory["scores"] == 4 * 2 * per_layer and result.memory["optimizer"] == 8 * 2 * per_layer
+    assert result.memory["weights"] == 4 * result.num_parameters + 2 * 4 * 8, "weights and two rotary buffers of 8"
+    assert result.memory["effective weights"] == 2 * 2 * per_layer, "bfloat16 autocast"
+    partial = estimate(run(method="full", partial_layers=[1, 2]), device="cpu")
+    assert partial.num_trainable == 2 * per_layer and partial.num_masked == 0
+    assert estimate(run(method="full"), device="cpu").num_trainable == result.num_parameters
+    lora = estimate(run(method="lora", lora_r=2), device="cpu")
+    assert lora.num_trainable == 4 * 2 * (4 * 64 + 2 * (64 + 32) + 3 * (64 + 256))
+    fixed = estimate(run(method="l1_mask", **layers), device="cpu")
+    assert fixed.num_steps == 0 and fixed.flops_per_step["total"] == 0 and fixed.num_masked == 2 * per_layer
+    assert set(fixed.phases) == {"making the mask"}
+    logits = 64 * SMALL["vocab_size"]
+    for options, rows, per_logit in (
+        ({"method": "wanda_mask"}, 1, 4),
+        ({"method": "random_mask", "num_candidates": 8, "per_device_eval_batch_size": 1}, 1, 16),
+        ({"method": "random_mask", "num_candidates": 8, "per_device_eval_batch_size": 2}, 2, 16),
+    ):
+        found = estimate(run(**options, **layers), device="cpu")
+        making = {key: value for key, value in found.phases.items() if key != "measuring"}
+        assert found.num_steps == 0 and set(making) == {"making the mask"}
+        beside = fixed.memory["process"] + fixed.memory["weights"] + fixed.memory["masks"]
+        assert found.phases["measuring"] - beside >= rows * logits * per_logit
+
+
+def test_the_paper_count_of_layers_20_to_23(run):
+    result = estimate(run({**SMALL, "num_hidden_layers": 32}, mask_layers_to_transform=[20, 21, 22, 23]))
+    assert (result.layer_passes["total"], result.layer_passes["full"]) == (48, 96)
+
+
+def test_flops_of_full_fine_tuning_by_hand(run):
+    result = estimate(run(method="full", gradient_accumulation_steps=3), device="cpu")
+    tokens, layers, head = 128, 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 256), 512 * 64
+    attention = 4 * 2 * (2 * 64 * 64 * 64)  # layers x rows x (queries x keys, weights x values) of all heads
+    # The first token of a row has no label, so the head sees 63; its backward computes the logits once more.
+    forward = 2 * tokens * layers + 2 * attention + 2 * 126 * head
+    backward = 2 * 2 * tokens * layers + 5 * attention + 3 * 2 * 126 * head
+    assert result.flops_per_step == {
+        "forward": 3 * forward,
+        "backward": 3 * backward,
+        "total": 3 * (forward + backward),
+    }
+    assert result.tokens_per_step == 3 * 128 and result.tokens_per_run == 10 * 3 * 128
+
+
+def test_steps_and_time(run, data):
+    no_end = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3}
+    result = estimate(run(**no_end), num_train_rows=100, flops_per_s=1e12)
+    assert result.num_steps == 2 * 17 and result.time_s == pytest.approx(result.flops_per_run / 1e12)
+    assert estimate(run(**no_end)).num_steps is None
+    of_file = estimate(run(**no_end, dataset_name=data, eval_split_size=16))
+    assert of_file.num_steps == 2 * 8, "48 of 64 rows, 24 micro-batches"
+
+
+def test_adapter_bytes_against_a_file(run, tmp_path):
+    result = estimate(run(mask_sparsity=0.1))
+    shapes = [module.weight.shape for module in PlannedRun(run(), 64, "cpu").masked.values()]
+    coded = {f"model.layers.{i}.mask_coded": encode_mask(random_mask(s, 0.1, seed=i)) for i, s in enumerate(shapes)}
+    save_file(coded, tmp_path / "adapter.safetensors")
+    assert result.adapter_bytes == pytest.approx((tmp_path / "adapter.safetensors").stat().st_size, rel=0.05)
+    assert result.bits_per_weight["bound"] == pytest.approx(0.469, abs=1e-3)
+    assert result.bits_per_weight["bound"] < result.bits_per_weight["coded"] < 0.48
+
+
+# Memory
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_activations_of_a_mask_against_the_real_layers(bf16, accumulation, run):
+    """The stand-in for masked layers keeps what they keep, within 10 % on a tiny model."""
+    options = {"mask_layers_to_transform": [1, 2], "bf16": bf16, "gradient_accumulation_steps": accumulation}
+    planned = PlannedRun(run(**options), 64, "cpu")
+    expected = planned.micro_batch(2)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL))
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    model = get_peft_model(model, mask_config(planned.run.mask)).train()
+    ids = torch.zeros(2, 64, dtype=torch.long)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
+
+    def backward():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = -model(**inputs, fused_lm_head=True).log_probs.sum()
+        loss.backward()
+
+    backward()  # makes the effective weights
+    scores = [p for p in model.parameters() if p.requires_grad]
+    if accumulation == 1:
+        model.zero_grad()
+    effective = [m._effective for m in model.modules() if getattr(m, "_effective", None) is not None]
+    gradients = [p.grad for p in scores if p.grad is not None]
+    with LiveBytes([*model.parameters(), *model.buffers(), ids, *effective, *gradients]) as live:
+        backward()
+    peak = live.peak + sum(g.numel() * 4 for g in gradients)
+    assert expected.all_gradient_bytes == sum(p.numel() * 4 for p in scores)
+    assert expected.activation_bytes + expected.gradient_bytes == pytest.approx(peak, rel=0.1)
+
+
+def test_what_checkpointing_and_eight_bits_save(run):
+    layers = {"mask_layers_to_transform": [2, 3], "max_length": 256}
+    plain = estimate(run(**layers), device="cuda")
+    checkpointed = estimate(run(**layers, gradient_checkpointing=True, method="full"), device="cuda")
+    full = estimate(run(**layers, method="full"), device="cuda")
+    assert checkpointed.memory["activations"] < full.memory["activations"]
+    assert checkpointed.flops_per_step["backward"] > full.flops_per_step["backward"]
+    eight = estimate(run(**layers, optim="adamw_bnb_8bit"), device="cuda")
+    assert eight.memory["optimizer"] == pytest.approx(plain.memory["optimizer"] * (1 + 4 / 256) / 4, rel=1e-3)
+    assert plain.memory["process"] == 0 and estimate(run(**layers), device="cpu").memory["process"] > 100e6
+
+
+def test_evaluation_and_a_global_refresh_can_be_the_height(run):
+    evaluated = estimate(run(eval_strategy="steps", per_device_eval_batch_size=64), device="cpu")
+    assert evaluated.height == "evaluation"
+    wide = estimate(run(mask_scope="global", max_length=8, per_device_train_batch_size=1), device="cuda")
+    matrix = estimate(run(max_length=8, per_device_train_batch_size=1), device="cuda")
+    assert wide.phases["refresh"] == matrix.phases["refresh"]
+
+
+def test_the_largest_micro_batch_is_the_largest(run):
+    make = {"method": "mask", "mask_layers_to_transform": [2, 3]}
+    planned = PlannedRun(run(**make), 64, "cuda")
+    limit_gb = planned.peak_bytes(13) / 2**30
+    found = estimate(run(**make), device="cuda", device_memory_gb=limit_gb, reserve_gb=0).largest_micro_batch
+    assert found == 13
+
+
+def seven_b_settings(run, config, **options):
+    settings = {"dtype": "bfloat16", "max_length": 512, "per_device_train_batch_size": 1, **options}
+    result = estimate(run(config, **settings), device="cuda", device_memory_gb=24, compare_settings=True)
+    return result, {(s.dtype, s.optim, s.gradient_checkpointing): s.largest_micro_batch for s in result.settings}
+
+
+def test_llama2_7b_on_a_card_of_24_gb(run):
+    result, fits = seven_b_settings(run, LLAMA2_7B, mask_layers_to_transform=[20, 21, 22, 23])
+    assert result.num_parameters == 6_738_415_616 and result.num_masked == 809_500_672
+    # 13.5 GB of weights, 1.6 effective, 3.2 scores, 3.2 gradients and 1.6 of 8-bit moments leave room; 6.5 do not.
+    assert fits["bfloat16", "adamw_torch_8bit", False] >= 1
+    assert fits["bfloat16", "adamw_torch_fused", False] == 0
+    assert not any(count for (dtype, _, _), count in fits.items() if dtype == "float32")
+
+
+def test_llama3_8b_on_a_card_of_24_gb(run):
+    result, fits = seven_b_settings(run, LLAMA3_8B, mask_layers_to_transform=[20, 21])
+    assert result.num_parameters == 8_030_261_248
+    assert fits["bfloat16", "adamw_torch_8bit", False] >= 1
+    assert not any(count for (dtype, _, _), count in fits.items() if dtype == "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["full", "mask", "lora"])
+def test_peak_memory_of_real_runs(method, dtype, tmp_path):
+    """Within 10 % of the peak resident memory of ``maskft train`` on the embedded model, in a fresh process."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"{i} " + "the quick brown fox jumps " * 60}) for i in range(24)))
+    words = f"--model_name_or_path {EMBEDDED_MODEL} --dataset_name {rows} --output_dir {tmp_path / 'out'} --max_steps 2"
+    words += f" --eval_strategy no --save_strategy no --eval_split_size 8 --max_length 256 --method {method}"
+    words += f" --per_device_train_batch_size 2 --gradient_checkpointing false --dtype {dtype} --report_to none"
+    if method == "mask":
+        words += " --mask_layers_to_transform 20 21 22 23"
+    command = [sys.executable, "-m", "maskft.cli.main"]
+    subprocess.run([*command, "train", *words.split()], check=True, env={**os.environ})
+    measured = json.loads((tmp_path / "out" / "training.json").read_text())["summary"]["peak_memory_bytes"]
+    out = subprocess.run([*command, "estimate", *words.split(), "--format", "json"], check=True, capture_output=True)
+    assert json.loads(out.stdout)["peak_bytes"] == pytest.approx(measured, rel=0.1)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_layers_to_transform": [3, 9]}, "names layer 9; the model has layers 0 to 3"),
+        ({"model_name_or_path": "./nowhere"}, "model folder './nowhere' does not exist"),
+        ({"model_name_or_path": "nowhere.json"}, "model configuration 'nowhere.json' does not exist"),
+        ({"optim": "lion_32bit"}, "optim is 'lion_32bit'"),
+        ({"partial_layers": [1]}, "partial_layers goes with --method full"),
+        ({"mask_target_modules": ["q_prj"]}, "match no layer"),
+    ],
+)
+def test_bad_input(options, message, run):
+    with pytest.raises(UserError, match=message):
+        estimate(run(**options))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**SMALL, "num_hidden_layers": 0}, "no decoder layers"),
+        ({"hidden_size": 64}, "has no model_type"),
+        ({"model_type": "lama"}, "cannot read the configuration"),
+        ({"model_type": "t5"}, "makes no causal language model"),
+    ],
+)
+def test_bad_configurations(config, message, run):
+    with pytest.raises(UserError, match=message):
+        estimate(run(config))
+
+
+def test_a_device_too_small_names_what_takes_most(run):
+    with pytest.raises(
+        UserError, match=r"too small for micro-batch 1: .* most of it is weights .* \(dtype: bfloat16\)"
+    ):
+        estimate(run(LLAMA2_7B, mask_layers_to_transform=[3]), device="cuda", device_memory_gb=24)
+    with pytest.raises(UserError, match="device_memory_gb is -1; it must be above 0"):
+        estimate(run(), device_memory_gb=-1)
+    with pytest.raises(UserError, match="compare_settings needs device_memory_gb"):
+        estimate(run(), compare_settings=True)

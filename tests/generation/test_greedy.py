@@ -1,0 +1,152 @@
+"""Generation against one forward pass per token, written out."""
+
+import pytest
+import torch
+
+import tiny
+from maskft.errors import UserError
+from maskft.generation import greedy as generation
+from maskft.generation.greedy import greedy_generate, memory_bound_rows, shared_prefix_length
+from tiny_tokenizer import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+EOS = TOKENIZER.eos_token_id
+
+
+def model(make=tiny.tiny_llama, **overrides):
+    out = make(vocab_size=len(TOKENIZER), **overrides)
+    out.generation_config.eos_token_id = EOS
+    for parameter in out.parameters():
+        parameter.data *= 3  # so that the next token is not nearly the same for every prompt
+    return out
+
+
+def prompts(num_shared=40, lengths=(3, 9, 1, 20, 7, 5, 12, 30, 2), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n):
+        return torch.randint(3, len(TOKENIZER), (n,), generator=generator).tolist()
+
+    shared = draw(num_shared)
+    return [shared + draw(n) for n in lengths]
+
+
+@torch.no_grad()
+def reference(net, ids, max_new_tokens, stop_strings=()):
+    """Token by token without cache, batch or padding."""
+    answer = []
+    while len(answer) < max_new_tokens:
+        answer.append(int(net(input_ids=torch.tensor([[*ids, *answer]])).logits[0, -1].argmax()))
+        text = TOKENIZER.decode(answer, skip_special_tokens=False)
+        if answer[-1] == EOS or any(stop in text for stop in stop_strings):
+            break
+    text = TOKENIZER.decode(answer, skip_special_tokens=True)
+    for stop in stop_strings:
+        text = text.split(stop)[0]
+    return text
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, None])
+@pytest.mark.parametrize("num_shared", [0, 40])
+def test_same_text_as_without_batch_and_cache(batch_size, num_shared):
+    net, questions = model(), prompts(num_shared)
+    expected = [reference(net, ids, 30) for ids in questions]
+    assert len(set(expected)) > 5
+    done = []
+    found = greedy_generate(
+        net, TOKENIZER, questions, max_new_tokens=30, batch_size=batch_size, on_answer=lambda *pair: done.append(pair)
+    )
+    assert found == expected
+    assert sorted(done) == sorted(enumerate(expected))
+    assert net.config._attn_implementation == "sdpa", "the model's own attention is put back"
+
+
+def test_stop_strings_end_each_row_by_itself():
+    net, questions = model(), prompts()
+    free = [reference(net, ids, 30) for ids in questions]
+    stops = [free[0][4:6], free[1][9:10]]
+    expected = [reference(net, ids, 30, stops) for ids in questions]
+    assert expected[0] != free[0] and len({len(text) for text in expected}) > 2
+    assert greedy_generate(net, TOKENIZER, questions, max_new_tokens=30, batch_size=4, stop_strings=stops) == expected
+
+
+def test_finished_rows_leave_and_others_take_their_places(monkeypatch):
+    net, questions = model(), prompts()
+    stop = reference(net, questions[0], 30)[8:10]
+    sizes = []
+    step = generation._step
+    monkeypatch.setattr(
+        generation, "_step", lambda job, rows, *rest: (sizes.append(len(rows.indices)), step(job, rows, *rest))
+    )
+    prefills = []
+    prefill = generation._prefill
+    monkeypatch.setattr(
+        generation, "_prefill", lambda m, r, *rest: (prefills.append([len(x) for x in r]), prefill(m, r, *rest))[1]
+    )
+    monkeypatch.setattr(generation, "_attention_is_known", lambda model: True)
+    greedy_generate(net, TOKENIZER, questions, max_new_tokens=30, batch_size=4, stop_strings=[stop])
+    assert prefills[0] == [40], "the shared prefix once"
+    assert max(map(len, prefills)) == 4 and len(prefills) > 3 and max(sizes) == 4
+    assert sorted(length for batch in prefills[1:] for length in batch) == sorted(len(ids) - 40 for ids in questions), (
+        "no prompt twice"
+    )
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_every_architecture(name):
+    net = tiny.MODELS[name]()
+    ids = [[5, 6, 7, *range(10, 30), n, n + 1] for n in range(40, 45)]
+    with torch.no_grad():
+        ends = [EOS, net.generation_config.eos_token_id or EOS]
+        expected = [
+            net.generate(torch.tensor([row]), max_new_tokens=8, do_sample=False, eos_token_id=ends)[0, len(row) :]
+            for row in ids
+        ]
+    texts = greedy_generate(net, TOKENIZER, ids, max_new_tokens=8, batch_size=2)
+    assert texts == [TOKENIZER.decode(answer, skip_special_tokens=True) for answer in expected]
+
+
+def test_sliding_windows_are_left_to_transformers():
+    assert generation._attention_is_known(tiny.MODELS["llama"]())
+    assert not generation._attention_is_known(tiny.MODELS["gemma3"]())
+
+
+def test_repetition_penalty_of_the_model_is_kept():
+    net, questions = model(), prompts(20, (3, 8))
+    plain = greedy_generate(net, TOKENIZER, questions, max_new_tokens=12)
+    net.generation_config.repetition_penalty = 1.5
+    expected = [
+        TOKENIZER.decode(
+            net.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :],
+            skip_special_tokens=True,
+        )
+        for ids in questions
+    ]
+    assert greedy_generate(net, TOKENIZER, questions, max_new_tokens=12) == expected != plain
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_llama, tiny.tiny_gpt2])
+def test_what_does_not_fit_into_the_context_is_refused(make):
+    net = make()
+    context = net.config.max_position_embeddings
+    prompt = [5] * (context - 4)
+    assert len(greedy_generate(net, TOKENIZER, [prompt], max_new_tokens=4)) == 1
+    with pytest.raises(
+        UserError, match=f"has {context - 4} tokens and its answer may have 5, the .* context {context};"
+    ):
+        greedy_generate(net, TOKENIZER, [[5], prompt], max_new_tokens=5)
+
+
+def test_shared_prefix_length():
+    beginning = list(range(20))
+    assert shared_prefix_length([[*beginning, 1], [*beginning, 2, 3]]) == 20
+    assert shared_prefix_length([beginning, [*beginning, 2]]) == 19, "every prompt keeps a token of its own"
+    assert shared_prefix_length([beginning]) == 0 and shared_prefix_length([[1, 2], [1, 3]]) == 0
+
+
+def test_rows_by_memory():
+    net = tiny.tiny_llama()
+    few, more = (memory_bound_rows(net, 100, 50, limit) for limit in (1e6, 4e6))
+    assert 1 <= few < more < 64
+    assert memory_bound_rows(net, 100, 50, 1) == 1 and memory_bound_rows(net, 1, 1, 1e12) == 64
+    assert generation.free_memory_bytes(torch.device("cpu")) > 1e6

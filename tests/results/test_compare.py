@@ -1,0 +1,563 @@
+import argparse
+import copy
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskft.cli import compare as command
+from maskft.errors import UserError
+from maskft.results import text as comparison_text
+from maskft.results.compare import compare
+from maskft.results.compare import scores as scores_of
+from maskft.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
+from maskft.results.text import cross_domain_table, render, sentence
+
+RESAMPLES = 500
+
+
+def make_task(prompt="2+2", version=1, num_fewshot=0, chat_template_hash=None, **columns):
+    """Return a task record whose items have one field per column."""
+    size = len(next(iter(columns.values())))
+    items = [
+        {"id": f"i{index:03}"} | {name: np.array(column, dtype=object)[index] for name, column in columns.items()}
+        for index in range(size)
+    ]
+    questions = [{"id": item["id"], "prompt": prompt, "reference": "4"} for item in items]
+    metrics = [name for name in columns if name != "num_tokens"]
+    return build_task(
+        items,
+        {name: metric_from_items(items, name) for name in metrics},
+        version=version,
+        num_fewshot=num_fewshot,
+        fingerprint=items_fingerprint(questions),
+        chat_template_hash=chat_template_hash,
+    )
+
+
+def make(name, seed=None, method=None, setting=1, tasks=None, **columns):
+    tasks = tasks or {"sums": make_task(**columns)}
+    return build_result(name, {"name_or_path": "m", "seed": seed, "method": method}, {"batch_size": setting}, tasks)
+
+
+def scores(num_right, num_items=100):
+    return np.arange(num_items) < num_right
+
+
+def only(comparison):
+    assert len(comparison.differences) == 1
+    return comparison.differences[0]
+
+
+def fast(results, *args, **options):
+    return compare(results, *args, **{"num_resamples": RESAMPLES} | options)
+
+
+def test_accuracy_by_hand():
+    # Right on the first 60 of 100 and on the first 50: 10 won, 0 lost, McNemar p = 2 / 2^10.
+    comparison = compare([make("full", accuracy=scores(50)), make("mask", accuracy=scores(60))])
+    row = only(comparison)
+    assert (row.method, row.baseline, row.task, row.metric) == ("mask", "full", "sums", "accuracy")
+    assert (row.value, row.baseline_value) == (0.6, 0.5)
+    assert row.difference == pytest.approx(0.1)
+    assert (row.won, row.lost, row.tied) == (10, 0, 90)
+    assert (row.test, row.p_value) == ("McNemar", pytest.approx(2 / 1024))
+    # Binomial(100, 0.1) / 100 has its 2.5 % and 97.5 % points at 0.05 and 0.16.
+    assert row.ci_low == pytest.approx(0.05, abs=0.005)
+    assert row.ci_high == pytest.approx(0.16, abs=0.005)
+    assert row.verdict == "better"
+    assert sentence(row) == "mask vs full, accuracy on sums: +10.0 points [4.9, 16.1], McNemar p 0.002: better."
+
+
+def test_lower_nll_is_better_and_tokens_weigh():
+    nll, num_tokens = np.linspace(1, 2, 50), np.arange(1, 51)
+    results = [
+        make("full", nll=nll, num_tokens=num_tokens),
+        make("mask", nll=nll - 0.1 * (num_tokens > 10), num_tokens=num_tokens),
+    ]
+    row = only(fast(results))
+    assert row.difference == pytest.approx(-0.1 * (1275 - 55) / 1275)
+    assert (row.test, row.verdict, row.won, row.lost, row.tied) == ("bootstrap", "better", 40, 0, 10)
+    assert only(fast(results, "mask")).verdict == "worse"
+    assert "nats/token" in sentence(row)
+
+
+def test_a_difference_within_the_noise_is_not_claimed_and_says_what_it_would_take():
+    a, b = scores(50), scores(50)
+    b[[0, 1, 60, 61, 62]] ^= True  # 3 won, 2 lost
+    row = only(compare([make("full (best)", accuracy=a), make("mask", accuracy=b)]))
+    # diffs: mean 0.01, variance (5 - 100 * 0.01^2) / 99 = 0.0504; (1.960 + 0.842)^2 * 0.0504 / 0.01^2 = 3956
+    assert row.items_needed == 3957
+    assert sentence(row) == (
+        "mask vs full (best), accuracy on sums: +1.0 points [-3.1, 5.1], McNemar p 1: not distinguishable; "
+        "a difference of this size would need about 4,000 items."
+    )
+
+
+def test_an_interval_without_zero_is_not_enough_when_the_exact_test_disagrees():
+    # 5 won, 0 lost: nearly all resamples are above zero, but the exact p is 2 / 2^5 = 0.0625.
+    row = only(compare([make("full", accuracy=scores(50)), make("mask", accuracy=scores(55))]))
+    assert row.ci_low > 0
+    assert row.p_value == pytest.approx(0.0625)
+    assert row.verdict == "not distinguishable"
+
+
+def test_a_small_p_is_not_enough_when_the_interval_holds_zero(monkeypatch):
+    monkeypatch.setattr("maskft.results.compare.mcnemar_exact", lambda a, b: 0.0)
+    row = only(fast([make("full", accuracy=scores(50)), make("mask", accuracy=scores(51))]))
+    assert row.ci_low <= 0 < row.ci_high
+    assert row.verdict == "not distinguishable"
+
+
+def test_holm_is_over_the_main_metrics_of_all_tasks_and_methods():
+    def tasks(right, passed, nll):
+        """Two tasks whose main metrics have other names, one with a second metric."""
+        loss = {"nll": np.full(100, nll), "num_tokens": np.ones(100, int)}
+        return {"sums": make_task(accuracy=scores(right), **loss), "code": make_task(pass_at_1=scores(passed))}
+
+    comparison = fast(
+        [
+            make("full", tasks=tasks(50, 50, 1.0)),
+            make("mask", tasks=tasks(57, 50, 1.0)),  # 7 won: p 2 / 2^7 = 0.0156, and 1
+            make("lora", tasks=tasks(60, 45, 1.0)),  # 10 won: 2 / 2^10; 5 lost: 0.0625
+        ]
+    )
+    by_key = {(row.method, row.metric): row for row in comparison.differences}
+    assert {key: (row.is_main, row.num_comparisons) for key, row in by_key.items()} == {
+        ("mask", "accuracy"): (True, 4),
+        ("lora", "accuracy"): (True, 4),
+        ("mask", "pass_at_1"): (True, 4),
+        ("lora", "pass_at_1"): (True, 4),
+        ("mask", "nll"): (False, 2),
+        ("lora", "nll"): (False, 2),
+    }
+    assert by_key["lora", "accuracy"].p_adjusted == pytest.approx(4 * 2 / 1024)
+    assert by_key["mask", "accuracy"].p_adjusted == pytest.approx(3 * 2 / 128)
+    assert by_key["lora", "pass_at_1"].p_adjusted == pytest.approx(2 * 2 / 32)
+    assert by_key["mask", "pass_at_1"].p_adjusted == 1
+    # 7 wins would do alone (0.0156), not as the second of four (0.047 does, at 0.05).
+    verdicts = [by_key[key].verdict for key in [("lora", "accuracy"), ("mask", "accuracy"), ("lora", "pass_at_1")]]
+    assert verdicts == ["better", "better", "not distinguishable"]
+    assert by_key["mask", "nll"].p_adjusted == 1
+    assert "(0.047 after Holm over 4 comparisons)" in sentence(by_key["mask", "accuracy"])
+
+
+def test_holm_takes_back_what_one_comparison_would_claim():
+    results = [make("full", accuracy=scores(50)), make("mask", accuracy=scores(56))]  # p 2 / 2^6 = 0.03
+    results += [make(name, accuracy=scores(50)) for name in ("b", "c")]
+    alone, *_ = fast(results[:2]).differences
+    among, *_ = fast(results).differences
+    assert (alone.verdict, among.verdict) == ("better", "not distinguishable")
+    assert among.p_adjusted == pytest.approx(3 * 2 / 64)
+    assert among.ci_low == alone.ci_low > 0
+
+
+def test_seeds_of_one_name_are_one_method():
+    rng = np.random.default_rng(0)
+    base = rng.normal(2, 0.5, 200)
+    tokens = np.ones(200, int)
+    results = [make("full", nll=base, num_tokens=tokens)]
+    shifts = {2: -0.3, 0: -0.1, 1: -0.2}
+    results += [make("mask", seed, nll=base + shift, num_tokens=tokens) for seed, shift in shifts.items()]
+    row = only(compare(results))
+    assert (row.num_seeds, row.num_items) == (3, 200)
+    assert row.difference == pytest.approx(-0.2)
+    # The bound is the best seed drawn three times (once in 27), 0.1 above the mean, stretched by
+    # sqrt(3 / 2) * 4.303 / 1.960 = 2.689; the t interval of the three would be -0.2 ± 0.248.
+    assert row.ci_high == pytest.approx(-0.2 + 0.2689, abs=1e-4)
+    assert row.verdict == "not distinguishable"
+    # t(4) with five seeds: (2.776 + 0.941)^2 * 0.01 / 5 = 0.0276 <= 0.04; with four (3.182 + 0.978)^2 / 400 = 0.0433
+    assert row.seeds_needed == 5
+    assert row.items_needed is None
+    among = compare([*results, *(make(name, nll=base, num_tokens=tokens) for name in ("lora", "full_2"))]).differences[
+        0
+    ]
+    assert among.seeds_needed == 6  # at 0.05 / 3, the level that Holm may ask for
+    assert "nll on sums, 3 seeds: " in sentence(row)
+    assert sentence(row).endswith("a difference of this size would need about 5 seeds.")
+    assert only(fast(results, "mask")).difference == pytest.approx(0.2)
+
+
+def test_equal_seeds_are_paired():
+    base = np.linspace(1, 2, 50)
+    tokens = np.ones(50, int)
+    results = []
+    for seed, shift in enumerate([0.0, 0.5, 1.0]):  # seeds differ much, but by the same amount in both methods
+        results.append(make("mask", 2 - seed, nll=base + 1.0 - shift - 0.1, num_tokens=tokens))
+        results.append(make("full", seed, nll=base + shift, num_tokens=tokens))
+    row = only(fast(results, "full"))
+    assert row.num_seeds == 3
+    assert (row.ci_low, row.ci_high) == pytest.approx((-0.1, -0.1))
+    assert row.verdict == "better"
+
+
+def test_a_method_is_compared_at_the_seeds_that_the_baseline_has_too():
+    """As after a run that failed: its other seeds, and other methods', lose nothing."""
+    rng = np.random.default_rng(0)
+    nll = {seed: rng.normal(2 + seed, 0.2, 50) for seed in range(3)}
+    tokens = np.ones(50, dtype=int)
+    full = [make("full", seed, "full", nll=nll[seed], num_tokens=tokens) for seed in nll]
+    masks = [make("mask", seed, "mask", nll=nll[seed] - 0.1, num_tokens=tokens) for seed in (0, 2)]
+    one = make("L1 mask", 1, "l1_mask", nll=nll[1] + 0.1, num_tokens=tokens)
+    whole = [make("again", seed, "full", nll=nll[seed] - 0.2, num_tokens=tokens) for seed in nll]
+    pretrained = make("pre-trained", 0, "pretrained", nll=np.full(50, 4.0), num_tokens=tokens)
+    comparison = fast([*full, *masks, one, *whole, pretrained], "full")
+    rows = {row.method: row for row in comparison.differences}
+    found = {name: (row.num_seeds, round(row.difference, 6)) for name, row in rows.items()}
+    expected = 4 - np.mean([nll[seed].mean() for seed in nll])
+    assert found == {"mask": (2, -0.1), "L1 mask": (1, 0.1), "again": (3, -0.2), "pre-trained": (3, round(expected, 6))}
+    assert [note for note in comparison.notes if "seed" in note] == [
+        "mask is compared at seed 0, 2 alone, which full has too",
+        "L1 mask is compared at seed 1 alone, which full has too",
+    ]
+
+
+def test_several_seeds_of_a_zero_one_metric_use_the_bootstrap():
+    results = [make("full", accuracy=scores(50))] + [make("mask", seed, accuracy=scores(70)) for seed in range(2)]
+    row = only(fast(results))
+    assert (row.test, row.verdict) == ("bootstrap", "better")
+
+
+def test_too_few_items_for_the_seeds_asks_for_items():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0.01, 1, 50)
+    tokens = np.ones(50, int)
+    results = [make("full", nll=np.full(50, 9.0), num_tokens=tokens)]
+    results += [make("mask", seed, nll=9 + noise + 0.01 * seed, num_tokens=tokens) for seed in range(3)]
+    row = only(fast(results))
+    assert row.seeds_needed is None
+    assert row.items_needed > 50
+    assert "would need at least" in sentence(row)
+
+
+PAIRS = st.integers(2, 25).flatmap(
+    lambda size: st.tuples(*(st.lists(st.integers(0, 1), min_size=size, max_size=size) for _ in range(2)))
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(PAIRS, st.integers(0, 3))
+def test_comparing_the_other_way_round_flips_the_signs(pair, seed):
+    results = [make(name, accuracy=values) for name, values in zip("ab", pair, strict=True)]
+    forward, backward = (only(fast(results, name, seed=seed)) for name in "ab")
+    assert forward.difference == pytest.approx(-backward.difference)
+    assert (forward.ci_low, forward.ci_high) == pytest.approx((-backward.ci_high, -backward.ci_low))
+    assert forward.p_value == backward.p_value
+    assert (forward.won, forward.lost, forward.tied) == (backward.lost, backward.won, backward.tied)
+    opposite = {"better": "worse", "worse": "better", "not distinguishable": "not distinguishable"}
+    assert forward.verdict == opposite[backward.verdict]
+    assert forward.items_needed == backward.items_needed
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(0, 10), min_size=2, max_size=20))
+def test_identical_results_are_not_distinguishable(values):
+    columns = {"nll": values, "num_tokens": range(1, len(values) + 1)}
+    row = only(fast([make("a", **columns), make("b", **columns)]))
+    assert (row.difference, row.ci_low, row.ci_high, row.p_value) == (0, 0, 0, 1)
+    assert (row.tied, row.verdict, row.items_needed) == (len(values), "not distinguishable", None)
+    assert sentence(row).endswith("not distinguishable.")
+
+
+def test_the_order_of_the_items_does_not_matter():
+    columns = {"nll": np.linspace(1, 2, 100), "num_tokens": np.arange(1, 101)}
+    a, b = make("a", accuracy=scores(50), **columns), make("b", accuracy=scores(60), **columns | {"nll": scores(30)})
+    expected = fast([a, b]).differences
+    a["tasks"]["sums"]["items"].reverse()
+    assert fast([a, b]).differences == expected
+
+
+def test_what_only_some_have_is_left_out_and_said():
+    results = [
+        make("full", tasks={"sums": make_task(accuracy=scores(5)), "odd": make_task(accuracy=scores(5))}),
+        make("mask", tasks={"sums": make_task(accuracy=scores(6)), "new": make_task(accuracy=scores(5))}),
+        make("lora", tasks={"sums": make_task(accuracy=scores(7)), "odd": make_task(accuracy=scores(5))}),
+    ]
+    comparison = fast(results)
+    assert [(row.method, row.task) for row in comparison.differences] == [
+        ("mask", "sums"),
+        ("lora", "sums"),
+        ("lora", "odd"),
+    ]
+    assert comparison.notes == [
+        "accuracy on odd leaves out 'mask', without it",
+        "accuracy on new is not compared, only 'mask' has it",
+    ]
+    assert "Note: accuracy on odd leaves out 'mask', without it." in render(comparison, "markdown")
+
+
+def test_tasks_and_metrics_can_be_chosen():
+    task = {"accuracy": scores(5), "brevity": np.linspace(0, 3, 100)}
+    results = [make(name, tasks={"sums": make_task(**task), "odd": make_task(**task)}) for name in "ab"]
+    comparison = fast(results, tasks=["odd"], metrics=["brevity"])
+    assert (only(comparison).task, only(comparison).metric, only(comparison).unit) == ("odd", "brevity", "score")
+    assert cross_domain_table(comparison.scores).columns == ("model", "odd brevity (score)")
+
+
+def test_settings_that_differ_are_noted():
+    comparison = fast([make("a", accuracy=scores(5)), make("b", 4, setting=2, accuracy=scores(5))])
+    assert comparison.notes == ["the results differ in the setting batch_size: 1 for 'a', 2 for 'b' seed 4"]
+
+
+SUMMARY = {"value": 0.4, "stderr": 0.02, "num_items": 100, "higher_is_better": True, "unit": "fraction"}
+
+
+def test_a_metric_without_items_is_shown_and_not_compared():
+    results = [make(name, accuracy=scores(5)) for name in "ab"]
+    results[1]["tasks"]["sums"]["metrics"]["win_rate"] = SUMMARY
+    comparison = fast(results)
+    assert only(comparison).metric == "accuracy"
+    table = cross_domain_table(comparison.scores)
+    assert table.columns == ("model", "sums accuracy (%)", "sums win_rate (%)")
+    assert [row[2] for row in table.rows] == ["–", "40.0 ± 2.0"]
+
+
+def refuse(results, match, *args, **options):
+    with pytest.raises(UserError, match=match) as caught:
+        fast(results, *args, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, r"sums: different task version, 1 and 2 \('full' and 'mask'\)"),
+        ({"num_fewshot": 8}, r"sums: different num_fewshot \(shots\), 0 and 8"),
+        ({"chat_template_hash": "ab"}, r"sums: different chat_template_hash \(prompts\), None and ab"),
+        ({"prompt": "3+3"}, "sums: different prompts or references of the same items"),
+        ({"accuracy": scores(5, 99)}, "sums: different items, 100 and 99 of them, 'i099' in one only"),
+    ],
+)
+def test_results_measured_differently_are_refused(change, message):
+    mask = make("mask", **{"accuracy": scores(5)} | change)
+    refuse([make("full", accuracy=scores(5)), mask], message)
+    with pytest.raises(UserError, match=message):
+        scores_of([make("full", accuracy=scores(5)), mask])
+
+
+def test_all_that_differs_is_in_the_one_line():
+    full = make("full", tasks={"sums": make_task(accuracy=scores(5)), "odd": make_task(accuracy=scores(5))})
+    mask = copy.deepcopy(full) | {"name": "mask"}
+    mask["tasks"]["sums"]["version"] = 2
+    mask["tasks"]["odd"]["num_fewshot"] = 4
+    refuse([full, mask], r"sums: different task version.*; odd: different num_fewshot")
+    mask["tasks"]["odd"]["num_fewshot"] = 0
+    assert fast([full, mask], tasks=["odd"]).differences
+
+
+def test_other_limits_of_generation_are_refused_and_other_versions_said():
+    full, mask = make("full", accuracy=scores(50)), make("mask", accuracy=scores(60))
+    full["environment"]["packages"]["lm_eval"] = "0.4.12"
+    assert "different versions of lm_eval: 0.4.12 for 'full'" in " ".join(fast([full, mask]).notes)
+    for result, tokens in ((full, 64), (mask, 256)):
+        result["tasks"]["sums"]["generation_kwargs"] = {"max_gen_toks": tokens}
+    refuse([full, mask], "sums: different generation_kwargs, .*64.* and .*256")
+
+
+@pytest.mark.parametrize(
+    "task,package,is_said",
+    [
+        ("minerva_math", "sympy", True),
+        ("ifeval", "langdetect", True),
+        ("alpaca_eval", "alpaca_eval", True),
+        ("minerva_math_algebra", "math-verify", True),
+        ("gsm8k", "sympy", False),
+    ],
+)
+def test_other_versions_of_what_scores_a_task_are_said(task, package, is_said):
+    full, mask = (make(name, tasks={task: make_task(accuracy=scores(5))}) for name in ("full", "mask"))
+    full["environment"]["packages"][package], mask["environment"]["packages"][package] = "1", "2"
+    assert (f"different versions of {package}: 1 for 'full'" in " ".join(fast([full, mask]).notes)) is is_said
+
+
+def test_other_units_are_refused():
+    full, mask = make("full", accuracy=scores(50)), make("mask", accuracy=scores(60))
+    mask["tasks"]["sums"]["metrics"]["accuracy"]["unit"] = "nats/token"
+    refuse([full, mask], "sums: different unit of accuracy, fraction and nats/token")
+
+
+def test_a_model_without_a_partly_right_answer_has_the_same_unit():
+    none, some = make("none", f1=np.zeros(50)), make("some", f1=np.linspace(0, 0.8, 50))
+    assert only(fast([none, some])).unit == "fraction"
+    row = only(fast([make("none", points=np.ones(50)), make("some", points=np.linspace(0, 3, 50))]))
+    assert (row.unit, row.verdict) == ("score", "better")
+
+
+def test_other_tokens_are_refused():
+    nll = np.linspace(1, 2, 10)
+    results = [make("a", nll=nll, num_tokens=np.ones(10, int)), make("b", nll=nll, num_tokens=np.full(10, 2))]
+    refuse(results, r"different num_tokens \(tokenizers\?\), 1 and 2 in item 'i000'")
+
+
+def test_bad_requests():
+    full, mask = make("full", accuracy=scores(50)), make("mask", accuracy=scores(60))
+    refuse([], "no results were given")
+    refuse([full], "only 'full' was given, nothing to compare it with")
+    refuse([make("full", seed, accuracy=scores(50)) for seed in range(2)], "only 'full' was given")
+    refuse([full, mask], "unknown baseline 'ful' .did you mean 'full'", "ful")
+    refuse([full, mask], "unknown task 'sum' .did you mean 'sums'", tasks=["sum"])
+    refuse([full, mask], "unknown metric 'acuracy' .did you mean 'accuracy'", metrics=["acuracy"])
+    refuse([full, mask], "confidence 95 is outside", confidence=95)
+    refuse([full, mask], "seed -1 is negative", seed=-1)
+    refuse([full, mask], "num_resamples 99 is too few.*at least 100", num_resamples=99)
+    many = [full] + [make(f"m{index}", accuracy=scores(50)) for index in range(10)]
+    refuse(many, "num_resamples 500 is too few for 10 comparisons.*at least 80[01]")
+    refuse([full, mask, mask], "2 results are named 'mask', and not with different seeds")
+    named = [make("mask", 1, "mask", accuracy=scores(50)), make("mask", 2, "lora", accuracy=scores(50))]
+    refuse([full, *named], "results named 'mask' are of different methods .'mask', 'lora'.")
+    seeds = [make("mask", seed, accuracy=scores(50)) for seed in (0, 1)]
+    refuse([*seeds, *(make("full", seed, accuracy=scores(50)) for seed in (2, 3))], "seeds 2, 3 and 'mask' 0, 1")
+    refuse([make(name, accuracy=[1]) for name in "ab"], "1 item, too few")
+    refuse([make("a", accuracy=scores(5)), make("b", brevity=np.ones(100))], "no method shares a task and metric")
+    refuse([make("a", score=[1.5, None]), make("b", score=[1.5, 2.0])], "item 'i001' of 'a' has no value")
+    with pytest.raises(UserError, match="no results were given"):
+        scores_of([])
+
+
+def test_cross_domain_table_by_hand():
+    results = [
+        make("full", tasks={"sums": make_task(accuracy=scores(50)), "odd": make_task(accuracy=scores(25))}),
+        make("mask", 0, tasks={"sums": make_task(accuracy=scores(60))}),
+        make("mask", 1, tasks={"sums": make_task(accuracy=scores(64))}),
+        make("none", tasks={"sums": make_task(accuracy=[None] * 100)}),
+    ]
+    table = cross_domain_table(scores_of(results))
+    assert table.columns == ("model", "sums accuracy (%)", "odd accuracy (%)")
+    assert table.rows == [
+        ("full", "50.0 ± 5.0", "25.0 ± 4.4"),  # sqrt(0.25 / 99) and sqrt(0.1875 / 99)
+        ("mask (2 seeds)", "62.0 ± 2.0", "–"),  # sd 2.83 points / sqrt(2)
+        ("none", "no value", "–"),
+    ]
+
+
+@pytest.fixture
+def comparison():
+    results = [make("full|best", accuracy=scores(50)), make("[red] mask_1 & 5%", accuracy=scores(60))]
+    return fast(results)
+
+
+def test_terminal(comparison, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    text = render(comparison, "terminal")
+    assert "50.0 ± 5.0" in text
+    assert "+10.0 [" in text
+    assert text.count("[red] mask_1 & 5% ") == 3  # two tables and a sentence: no markup
+    assert "[red] mask_1 & 5% vs full|best, accuracy on sums: +10.0 points" in text
+    assert max(map(len, text.split("\n\n")[1].splitlines())) <= 140
+
+
+def test_markdown(comparison):
+    lines = render(comparison, "markdown").splitlines()
+    assert lines[0] == "| model | sums accuracy (%) |"
+    assert lines[1] == "| --- | ---: |"
+    assert lines[2] == "| full\\|best | 50.0 ± 5.0 |"
+    assert any(line.startswith("- [red] mask_1 & 5% vs full|best, accuracy on sums") for line in lines)
+
+
+def test_latex(comparison):
+    text = render(comparison, "latex")
+    assert r"full|best & 50.0 $\pm$ 5.0 \\" in text
+    assert r"{[}red" not in text
+    assert r"[red] mask\_1 \& 5\% & sums & accuracy (\%) & 100 & +10.0 [" in text
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+    outside = [line for line in text.splitlines() if not line.startswith("%")]
+    assert all("%" not in line.replace(r"\%", "") for line in outside)
+
+
+def test_json_has_fractions_and_no_percent(comparison):
+    record = json.loads(render(comparison, "json"))
+    assert (record["schema_version"], record["kind"], record["baseline"]) == (1, "comparison", "full|best")
+    assert record["differences"][0]["difference"] == pytest.approx(0.1)
+    assert record["differences"][0]["verdict"] == "better"
+    assert record["scores"][0] == {
+        "model": "full|best",
+        "task": "sums",
+        "metric": "accuracy",
+        "unit": "fraction",
+        "value": 0.5,
+        "stderr": pytest.approx((0.25 / 99) ** 0.5),
+        "num_seeds": 1,
+    }
+    assert "%" not in json.dumps(record).replace("5%", "")
+
+
+def test_rounding_never_contradicts_the_verdict():
+    # 1 of 5000 items: a bound or difference that is not zero is not shown as zero.
+    values = np.linspace(1, 2, 50)
+    tokens = np.ones(50, int)
+    row = only(fast([make("a", nll=values, num_tokens=tokens), make("b", nll=values - 2e-6, num_tokens=tokens)]))
+    assert row.verdict == "better"
+    assert "-0.000002 nats/token [-0.000002, -0.000002]" in sentence(row)
+
+
+def arguments(*argv):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args([str(word) for word in argv])
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = [tmp_path / "full", tmp_path / "mask"]
+    for path, count in zip(paths, (50, 60), strict=True):
+        write_result(path / "result.json", make(path.name, accuracy=scores(count)))
+    return paths
+
+
+def test_command_prints(files, capsys):
+    command.run(arguments(files[0], files[1] / "result.json", "--baseline", "mask", "--format", "markdown"))
+    assert "full vs mask, accuracy on sums: -10.0 points" in capsys.readouterr().out
+
+
+def test_command_writes(files, tmp_path, capsys):
+    output = tmp_path / "new" / "table.json"
+    options = ["--format", "json", "--num_resamples", 300, "--seed", 7, "--confidence", 0.9]
+    command.run(arguments(*files, *options, "--tasks", "sums", "--metrics", "accuracy", "--output", output))
+    assert capsys.readouterr().out == f"wrote {output}\n"
+    record = json.loads(output.read_text())
+    assert (record["num_resamples"], record["seed"], record["confidence"]) == (300, 7, 0.9)
+
+
+def test_command_refuses_to_replace_a_result(files):
+    before = (files[0] / "result.json").read_bytes()
+    with pytest.raises(UserError, match="is one of the results"):
+        command.run(arguments(*files, "--output", files[0] / ".." / "full" / "result.json"))
+    assert (files[0] / "result.json").read_bytes() == before
+
+
+def test_command_refuses_bad_input(files, tmp_path):
+    with pytest.raises(UserError, match="no such result file"):
+        command.run(arguments(files[0], tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="unknown task 'sum'"):
+        command.run(arguments(*files, "--tasks", "sums,sum"))
+    with pytest.raises(UserError, match="only 'full' was given"):
+        command.run(arguments(files[0], "--baseline", "full"))
+
+
+@pytest.mark.parametrize("form", command.FORMATS)
+def test_command_shows_one_model_alone(form, files, capsys):
+    command.run(arguments(files[0], "--format", form))
+    out = capsys.readouterr().out
+    assert "full" in out and (json.loads(out)["scores"][0]["value"] == 0.5 if form == "json" else "50.0" in out)
+
+
+def test_command_knows_the_formats_without_importing_them():
+    assert tuple(comparison_text.FORMATS) == command.FORMATS
+    code = (
+        "import argparse, sys; from maskft.cli import compare; compare.add_arguments(argparse.ArgumentParser());"
+        "print([m for m in ('torch', 'scipy', 'numpy', 'rich') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_comparing_does_not_import_torch(files):
+    code = (
+        "import sys; from maskft.evaluation import compare, results;"
+        "compare.compare([results.read_result(path) for path in sys.argv[1:]]); print('torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True)
+    assert run.stdout == "False\n", run.stderr

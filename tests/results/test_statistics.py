@@ -1,0 +1,310 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import stats
+
+from maskft.results import statistics
+from maskft.results.statistics import (
+    hierarchical_bootstrap,
+    holm,
+    mcnemar_exact,
+    required_items,
+    required_seeds,
+    weighted_mean,
+)
+
+NUM_DRAWS = 2000
+NUM_ITEMS = 100
+
+
+def one_row(diffs, *args, **options):
+    """Bootstrap of a single pair of models: differences of one seed."""
+    return hierarchical_bootstrap([diffs], *args, **options)
+
+
+def unstretched(interval, num_items):
+    """Return the plain percentile bounds: for items alone the stretch is a known factor about the difference."""
+    factor = np.sqrt(num_items / (num_items - 1)) * stats.t.ppf(0.975, num_items - 1) / stats.norm.ppf(0.975)
+    return interval.difference + (np.array([interval.ci_low, interval.ci_high]) - interval.difference) / factor
+
+
+def test_weighted_mean_by_hand():
+    # ratio (2*1 + 6*3) / 8 = 2.5; residuals 2*(1-2.5)/4 = -0.75 and 6*(3-2.5)/4 = 0.75; their variance 1.125; / 2 items
+    mean, stderr = weighted_mean([1.0, 3.0], [2, 6])
+    assert mean == 2.5
+    assert stderr == pytest.approx(np.sqrt(1.125 / 2))
+
+
+def test_weighted_mean_with_equal_weights_is_the_usual_standard_error():
+    values = np.random.default_rng(0).normal(size=50)
+    for weights in (None, np.full(50, 7)):
+        mean, stderr = weighted_mean(values, weights)
+        assert mean == pytest.approx(values.mean())
+        assert stderr == pytest.approx(stats.sem(values))
+
+
+def test_ratio_standard_error_is_the_spread_over_fresh_samples():
+    rng = np.random.default_rng(0)
+    num_tokens = rng.integers(1, 40, size=(4000, 80))
+    values = 1 + 0.05 * num_tokens + rng.normal(size=num_tokens.shape)  # long items are worse: weights matter
+    means, stderrs = np.array([weighted_mean(v, w) for v, w in zip(values, num_tokens, strict=True)]).T
+    assert np.median(stderrs) == pytest.approx(means.std(), rel=0.05)
+
+
+def test_single_item_has_no_standard_error():
+    assert np.isnan(weighted_mean([1.0])[1])
+
+
+def test_the_bootstrap_of_one_row_agrees_with_scipy():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(0.3, 1, 60), rng.exponential(1, 60)
+    mine = one_row(a - b, num_resamples=20_000)
+    theirs = stats.bootstrap(
+        (a, b),
+        lambda a, b, axis: (a - b).mean(axis),
+        paired=True,
+        n_resamples=20_000,
+        method="percentile",
+        rng=2,
+    ).confidence_interval
+    assert mine.difference == pytest.approx((a - b).mean())
+    np.testing.assert_allclose(unstretched(mine, 60), [theirs.low, theirs.high], atol=0.02)
+
+
+def test_weighted_bootstrap_agrees_with_scipy():
+    rng = np.random.default_rng(1)
+    diffs, weights = rng.normal(0.3, 1, 60), rng.integers(1, 30, 60)
+    mine = one_row(diffs, weights, num_resamples=20_000)
+    theirs = stats.bootstrap(
+        (diffs, weights),
+        lambda d, w, axis: (d * w).sum(axis) / w.sum(axis),
+        paired=True,
+        n_resamples=20_000,
+        method="percentile",
+        rng=2,
+    ).confidence_interval
+    assert mine.difference == pytest.approx(np.average(diffs, weights=weights))
+    np.testing.assert_allclose(unstretched(mine, 60), [theirs.low, theirs.high], atol=0.02)
+
+
+def test_a_constant_difference_has_no_spread_whatever_the_tokens():
+    interval = one_row(np.full(20, 0.5), np.arange(1, 21), num_resamples=300)
+    assert (interval.ci_low, interval.ci_high) == pytest.approx((0.5, 0.5))
+
+
+def test_bootstrap_p_agrees_with_the_t_test():
+    diffs = np.random.default_rng(3).normal(0.2, 1, 120)
+    assert one_row(diffs).p_value == pytest.approx(stats.ttest_1samp(diffs, 0).pvalue, rel=0.25)
+
+
+def test_many_resamples_take_bounded_memory_and_give_the_same_numbers(monkeypatch):
+    diffs = np.random.default_rng(3).normal(0.2, 1, 50)
+    whole = one_row(diffs, num_resamples=2000)
+    monkeypatch.setattr(statistics, "MAX_CHUNK_COUNTS", 333)  # 6 rows at a time, the last chunk smaller
+    assert one_row(diffs, num_resamples=2000) == pytest.approx(whole)
+
+
+def test_few_items_that_agree_prove_nothing():
+    # Three items, all improved: every resample is positive, but three coins agree once in four times.
+    assert one_row([1.0, 2.0, 3.0]).p_value >= 0.25
+    assert one_row([1.0, 2.0, 3.0]).ci_low < 0
+
+
+@pytest.mark.parametrize(
+    ("diffs", "weights", "message"),
+    [
+        ([1.0], None, "at least 2 items"),
+        ([1.0, np.nan], None, "NaN or infinite"),
+        ([1.0, 2.0], [1.0], "one weight > 0 per item"),
+        ([1.0, 2.0], [1.0, 0.0], "one weight > 0 per item"),
+    ],
+)
+def test_bootstrap_refuses(diffs, weights, message):
+    with pytest.raises(ValueError, match=message):
+        one_row(diffs, weights)
+
+
+def covered(draw, truth, bootstrap):
+    """Return the share of intervals that hold the truth, over data drawn anew each time."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for seed in range(NUM_DRAWS):
+        interval = bootstrap(*draw(rng), num_resamples=1000, seed=seed)
+        hits += interval.ci_low <= truth <= interval.ci_high
+    return hits / NUM_DRAWS
+
+
+def draw_normal(rng):
+    return (rng.normal(0.1, 1, NUM_ITEMS),)
+
+
+def draw_zero_one(rng):
+    """Two models, right on 50 % and 60 % of the items, mostly the same ones."""
+    ease = rng.random(NUM_ITEMS)
+    flips = rng.random((2, NUM_ITEMS)) < 0.1
+    a, b = (ease < 0.625) ^ flips[0], (ease < 0.5) ^ flips[1]
+    return (a.astype(float) - b,)  # 0.9 * 0.625 + 0.1 * 0.375 - 0.5 = 0.1
+
+
+def draw_per_token(rng):
+    """Differences that grow with the length of the item: E[w d] / E[w] = E[w^2] / (20 E[w]), w uniform on 1..19."""
+    num_tokens = rng.integers(1, 20, NUM_ITEMS)
+    return num_tokens / 20 + rng.normal(size=NUM_ITEMS), num_tokens
+
+
+def draw_seeds(rng):
+    """Three seeds; the spread between them is partly their own, partly chance on the items."""
+    shape = (3, NUM_ITEMS)
+    return (0.1 + 0.1 * rng.normal(size=(3, 1)) + rng.normal(size=(1, NUM_ITEMS)) + rng.normal(size=shape),)
+
+
+@pytest.mark.parametrize(
+    ("draw", "truth", "bootstrap"),
+    [
+        (draw_normal, 0.1, one_row),
+        (draw_zero_one, 0.1, one_row),
+        (draw_per_token, 130 / 200, one_row),  # E[w^2] = 130, E[w] = 10
+        (draw_seeds, 0.1, hierarchical_bootstrap),
+    ],
+)
+def test_the_95_percent_interval_covers_in_93_to_97_percent(draw, truth, bootstrap):
+    assert 0.93 <= covered(draw, truth, bootstrap) <= 0.97
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    items = np.random.default_rng(0).normal(1, 0.1, 200)
+    agreeing = hierarchical_bootstrap(np.stack([items, items, items]))
+    disagreeing = hierarchical_bootstrap(np.stack([items - 2, items, items + 2]))
+    assert agreeing == pytest.approx(one_row(items))
+    assert agreeing.ci_low > 0.9
+    assert disagreeing.difference == pytest.approx(agreeing.difference)
+    # The t interval of the three seed means -1, 1, 3 is 1 ± 4.97; the items add next to nothing.
+    assert disagreeing.ci_low == pytest.approx(1 - 4.97, abs=0.8)
+    assert disagreeing.ci_high == pytest.approx(1 + 4.97, abs=0.8)
+
+
+def test_seed_spread_that_the_items_explain_is_not_counted_twice():
+    # No seed variance at all: the interval over 3 seeds must be narrower than that of one seed, not wider.
+    widths = []
+    for seed in range(50):
+        diffs = np.random.default_rng(seed).normal(size=(3, 100))
+        three, one = hierarchical_bootstrap(diffs, num_resamples=500), one_row(diffs[0], num_resamples=500)
+        widths.append((three.ci_high - three.ci_low) / (one.ci_high - one.ci_low))
+    assert np.median(widths) < 0.9
+
+
+DIFFS = hnp.arrays(float, st.tuples(st.integers(1, 3), st.integers(2, 12)), elements=st.floats(-5, 5, width=32))
+
+
+@settings(max_examples=50, deadline=None)
+@given(DIFFS, st.integers(0, 5))
+def test_swapping_the_models_flips_the_signs(diffs, seed):
+    forward = hierarchical_bootstrap(diffs, num_resamples=200, seed=seed)
+    backward = hierarchical_bootstrap(-diffs, num_resamples=200, seed=seed)
+    flipped = (-backward.difference, -backward.ci_high, -backward.ci_low, backward.p_value)
+    assert tuple(forward) == pytest.approx(flipped, abs=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 3), st.integers(2, 30))
+def test_identical_models_have_no_difference(num_seeds, num_items):
+    assert hierarchical_bootstrap(np.zeros((num_seeds, num_items)), num_resamples=200) == (0, 0, 0, 1)
+
+
+def test_two_seeds_are_no_surer_than_a_t_test_on_them():
+    # Seed differences 0.10 and 0.09 with next to no item noise: t = 0.095 / 0.005 with one degree of freedom.
+    items = np.random.default_rng(0).normal(0, 1e-4, 200)
+    p_value = hierarchical_bootstrap(np.stack([0.10 + items, 0.09 + items])).p_value
+    assert p_value == pytest.approx(stats.ttest_1samp([0.10, 0.09], 0).pvalue, rel=0.05)
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3])
+def test_holm_holds_over_methods_whose_seeds_differ_by_chance(num_seeds):
+    """Six methods without a true difference, seeds that vary more than items: claims in about 5 % of the families."""
+    rng = np.random.default_rng(1)
+    num_families, claims = 150, 0
+    for _ in range(num_families):
+        diffs = rng.normal(size=(6, num_seeds, 1)) + 0.5 * rng.normal(size=(6, num_seeds, 60))
+        intervals = [hierarchical_bootstrap(each, num_resamples=400) for each in diffs]
+        adjusted = holm([interval.p_value for interval in intervals])
+        excludes = [interval.ci_low > 0 or interval.ci_high < 0 for interval in intervals]
+        claims += any(p <= 0.05 and out for p, out in zip(adjusted, excludes, strict=True))
+    assert claims / num_families <= 0.09  # 0.05 and two standard errors
+
+
+def test_mcnemar_by_hand():
+    a = [1, 1, 1, 1, 1, 0, 1, 0]
+    b = [0, 0, 0, 0, 0, 1, 1, 0]  # 5 won, 1 lost: 2 * (1 + 6) / 2^6
+    assert mcnemar_exact(a, b) == pytest.approx(14 / 64)
+    assert mcnemar_exact(b, a) == mcnemar_exact(a, b)
+    assert mcnemar_exact(a, a) == 1.0
+
+
+@settings(max_examples=50, deadline=None)
+@given(hnp.arrays(int, (2, 40), elements=st.integers(0, 1)))
+def test_mcnemar_is_a_binomial_test_of_the_discordant_items(scores):
+    won, lost = (scores[0] > scores[1]).sum(), (scores[0] < scores[1]).sum()
+    tail = stats.binom.cdf(min(won, lost), won + lost, 0.5)
+    assert mcnemar_exact(*scores) == pytest.approx(min(1.0, 2 * tail))
+
+
+def test_holm_by_hand():
+    # Sorted 0.01 x 4, 0.02 x 3, 0.03 x 2, 0.5 x 1, made monotone, back in the order given.
+    np.testing.assert_allclose(holm([0.02, 0.5, 0.01, 0.03]), [0.06, 0.5, 0.04, 0.06])
+    np.testing.assert_allclose(holm([0.8, 0.9]), [1.0, 1.0])
+    assert holm([0.3]) == [0.3]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_lies_between_no_adjustment_and_bonferroni(p_values):
+    adjusted = holm(p_values)
+    assert (adjusted >= p_values).all()
+    assert (adjusted <= np.minimum(1, np.array(p_values) * len(p_values)) + 1e-12).all()
+
+
+def test_required_items_by_hand():
+    # mean 0.1, variance 1: (1.960 + 0.842)^2 * 1 / 0.01 = 784.9
+    diffs = np.tile([1.1, -0.9], 5000)
+    assert required_items(diffs) == 785
+    assert required_items(-diffs) == 785
+    assert required_items(diffs, np.full(10_000, 3)) == 785
+    assert required_items(diffs, alpha=0.05 / 6) > 785
+    assert required_items(np.zeros(10)) is None
+    assert required_items([1e-300, 0.0, -1.0, 1.0]) is None
+
+
+def test_required_items_have_the_power_promised():
+    diffs = np.random.default_rng(0).normal(0.5, 1, 30)
+    needed = required_items(diffs)
+    effect = diffs.mean() / diffs.std(ddof=1) * np.sqrt(needed)
+    cut = stats.t.ppf(0.975, needed - 1)
+    assert stats.nct.sf(cut, needed - 1, effect) == pytest.approx(0.8, abs=0.04)
+
+
+def test_required_seeds_by_hand():
+    # Seed means 0 and 2 (variance 2), no item noise, difference 1. Six seeds are few: (2.571 + 0.920)^2 * 2 / 6 > 1;
+    # with 18, (2.110 + 0.863)^2 * 2 / 18 = 0.982 <= 1; with 17, (2.120 + 0.865)^2 * 2 / 17 = 1.048.
+    seeds = np.array([[0.0, 0.0], [2.0, 2.0]])
+    assert required_seeds(seeds) == 18
+    assert required_seeds(-seeds) == 18
+    assert required_seeds(seeds, [3, 4]) == 18
+    assert required_seeds(seeds - 1) is None
+
+
+def test_variance_components_by_hand():
+    # Seeds 1 ± 0.5, items ± 1 alike in both seeds, items ± 0.5 of opposite sign in the seeds.
+    shared, crossed = np.array([1, 1, -1, -1.0]), np.array([0.5, -0.5, 0.5, -0.5])
+    diffs = np.stack([1.5 + shared + crossed, 0.5 + shared - crossed])
+    between, interaction, item = statistics._variance_components(diffs, np.ones(4))
+    assert between == 0.5  # of 1.5 and 0.5
+    assert interaction == pytest.approx(2 * 1 / (1 * 3 * 4))  # two rows with sum of squares 1
+    assert item == pytest.approx(4 / (3 * 4) - interaction / 2)
+
+
+def test_no_number_of_seeds_mends_too_few_items():
+    items = np.random.default_rng(0).normal(0.05, 1, 100)  # far within its own noise
+    assert required_seeds(np.stack([items - 0.01, items + 0.01])) is None
+    assert required_items(items) is not None

@@ -1,0 +1,586 @@
+"""The sandbox against real attacks, each bounded so that it does no harm should the sandbox fail.
+
+Attacks print ``BROKE OUT`` when they succeed. Those that can be are also run unconfined, where they must succeed: an
+attack that never works proves nothing. On a machine that cannot confine, every test that needs it fails.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from maskft.errors import UserError
+from maskft.sandbox import sandbox
+from maskft.sandbox.sandbox import Confinement, SandboxResult, check_confinement, run_code, run_many
+
+MIB = 2**20
+SECRET = "decoy-secret-4f1c"
+
+
+def run_unconfined(code: str, monkeypatch: pytest.MonkeyPatch, **limits: float) -> SandboxResult:
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "check_confinement", lambda: Confinement(False, "unshare: Operation not permitted"))
+        return run_code(code, allow_unconfined=True, **limits)
+
+
+# ---- ordinary programs ----
+
+
+def test_machine_can_confine() -> None:
+    confinement = check_confinement()
+    assert confinement.available, confinement.reason
+
+
+def test_ordinary_program_passes_with_its_output() -> None:
+    result = run_code("import sys\nprint('größer')\nprint('x', file=sys.stderr)\nassert 1 + 1 == 2")
+    assert result.passed
+    assert (result.status, result.reason, result.exit_code) == ("passed", "", 0)
+    assert (result.stdout, result.stderr, result.output_truncated) == ("größer\n", "x\n", False)
+    assert 0 < result.cpu_time_s < 5
+    assert result.confinement == "confined"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import numpy as np\nassert np.allclose(np.ones(3) @ np.eye(3), 1)",
+        "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nassert A(1) == A(1)",
+        "import asyncio\nasync def one():\n    return 1\nassert asyncio.run(one()) == 1",
+        "import multiprocessing\nwith multiprocessing.Pool(2) as pool:\n    assert pool.map(abs, [-1, 2]) == [1, 2]",
+        "import os, tempfile\nwith tempfile.TemporaryFile() as file:\n    file.write(b'x')\nopen('a', 'w').write('x')",
+        "import sys\nassert sys.stdin.read() == ''",
+        "if __name__ == '__main__':\n    raise SystemExit('HumanEval does not run this')",
+        "import os\nos.write = os._exit = os.getpid = None",  # the runner must not depend on them
+        "import sys\nsys.stdout = sys.stderr = None",
+        "import atexit, time\natexit.register(time.sleep, 600)",
+    ],
+)
+def test_programs_that_pass(code: str) -> None:
+    result = run_code(code)
+    assert result.passed, result
+
+
+def test_sets_have_the_same_order_every_time() -> None:
+    code = "print({str(i) for i in range(50)})"
+    assert run_code(code).stdout == run_code(code).stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "exit_code"),
+    [
+        ("assert 1 == 2, 'one is not two'", "AssertionError: one is not two", 1),
+        ("def f():\n    return 1 / 0\nf()", "ZeroDivisionError: division by zero", 1),
+        ("def f(:", "SyntaxError: invalid syntax", 1),
+        ("x = '\0'", "SyntaxError: source code string cannot contain null bytes", 1),
+        ("x = '\ud800'", "UnicodeEncodeError: ", 1),
+        ("import sys\nsys.exit(0)\nassert False", "the program called sys.exit(0) before its last line", 0),
+        ("raise SystemExit('done')", "the program called sys.exit('done') before its last line", 1),
+        ("import os\nprint('passed')\nos._exit(0)", "the program ended with code 0 before its last line", 0),
+        ("import os\nos.kill(os.getpid(), 11)", "the program was ended by signal 11 before its last line", -11),
+        # A child that comes to the end is not the program.
+        ("import os\nif os.fork():\n    os.wait()\n    os._exit(0)", "the program ended with code 0", 0),
+        # No descriptor takes "passed" from someone who does not know the token.
+        (
+            "import os\nfor fd in range(3, 256):\n    try:\n        os.write(fd, b'passed passed')\n"
+            "    except OSError:\n        pass\nos._exit(0)",
+            "the program ended with code 0",
+            0,
+        ),
+        ("import os\nos.closerange(3, 256)", "the program ended with code 1 before its last line", 1),
+    ],
+)
+def test_programs_that_fail(code: str, reason: str, exit_code: int) -> None:
+    result = run_code(code)
+    assert result.status == "failed"
+    assert result.reason.startswith(reason)
+    assert result.exit_code == exit_code
+
+
+def test_traceback_shows_the_programs_lines_only() -> None:
+    stderr = run_code("def half(x):\n    return x / 0\nhalf(1)").stderr
+    assert "return x / 0" in stderr
+    assert "sandbox_child" not in stderr
+
+
+# ---- attacks that reach for something outside ----
+
+
+@pytest.fixture
+def listener_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def signals() -> list[int]:
+    received: list[int] = []
+    previous = signal.signal(signal.SIGUSR1, lambda number, _: received.append(number))
+    yield received
+    signal.signal(signal.SIGUSR1, previous)
+
+
+def delete_decoy(folder: Path) -> str:
+    return f"import shutil\nshutil.rmtree({str(folder)!r})"
+
+
+def read_decoy(folder: Path) -> str:
+    return f"assert open({str(folder / 'secret')!r}).read() == {SECRET!r}"
+
+
+def climb_out(folder: Path) -> str:
+    return f"assert open('../' * 20 + {str(folder / 'secret')[1:]!r}).read() == {SECRET!r}"
+
+
+def follow_symlink(folder: Path) -> str:
+    return (
+        f"import os\nos.symlink({str(folder)!r}, 'link')\nassert open('link/secret').read() == {SECRET!r}\n"
+        "open('link/new', 'w').close()"
+    )
+
+
+def read_users_files(folder: Path) -> str:
+    return "import pathlib\nassert pathlib.Path('/etc/passwd').read_text()"
+
+
+def list_processes(folder: Path) -> str:
+    return f"import os\nassert '{os.getpid()}' in os.listdir('/proc')"
+
+
+def read_parents_environment(folder: Path) -> str:
+    return f"assert open('/proc/{os.getpid()}/environ', 'rb').read()"
+
+
+def write_parents_memory(folder: Path) -> str:
+    return f"open('/proc/{os.getpid()}/mem', 'r+b').close()"
+
+
+def run_another_program(folder: Path) -> str:
+    return f"import subprocess\nsubprocess.run([{sys.executable!r}, '-c', ''], check=True)"
+
+
+def raw_socket_family(folder: Path) -> str:
+    return "import socket\nsocket.socket(socket.AF_NETLINK, socket.SOCK_RAW).close()"
+
+
+OUTSIDE_ATTACKS = [
+    delete_decoy,
+    read_decoy,
+    climb_out,
+    follow_symlink,
+    read_users_files,
+    list_processes,
+    read_parents_environment,
+    write_parents_memory,
+    run_another_program,
+    raw_socket_family,
+]
+
+
+@pytest.mark.parametrize("attack", OUTSIDE_ATTACKS, ids=lambda attack: attack.__name__)
+def test_attack_on_the_outside(attack: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoy = tmp_path / "decoy"
+    decoy.mkdir()
+    (decoy / "secret").write_text(SECRET)
+    code = attack(decoy) + "\nprint('BROKE OUT')"
+
+    result = run_code(code)
+    assert "BROKE OUT" not in result.stdout
+    assert result.status == "failed"
+    assert SECRET not in result.stdout
+    assert [path.name for path in decoy.iterdir()] == ["secret"]
+    assert (decoy / "secret").read_text() == SECRET
+
+    assert "BROKE OUT" in run_unconfined(code, monkeypatch).stdout, "the attack itself does not work"
+
+
+def test_root_holds_only_what_python_needs() -> None:
+    folders, _ = sandbox._python_folders()
+    result = run_code("import os\nprint(*os.listdir('/'))\nprint(*os.listdir('/etc'))\nprint(os.listdir('/tmp'))")
+    root, etc, temp = result.stdout.splitlines()
+    assert set(root.split()) <= {path.split("/")[1] for path in folders} | {"dev", "etc", "tmp"}
+    assert etc == "ld.so.cache"
+    assert temp == "[]" or any(path.startswith("/tmp/") for path in folders)
+
+
+def test_connecting_to_a_listener(listener_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = f"import socket\nsocket.create_connection(('127.0.0.1', {listener_port}), 5)\nprint('BROKE OUT')"
+    assert "PermissionError" in run_code(code).reason
+    assert "BROKE OUT" in run_unconfined(code, monkeypatch).stdout
+
+
+def test_signalling_the_parent(signals: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    code = f"import os, signal\nos.kill({os.getpid()}, signal.SIGUSR1)"
+    assert "ProcessLookupError" in run_code(code).reason
+    assert signals == []
+    assert run_unconfined(code, monkeypatch).passed
+    assert signals == [signal.SIGUSR1]
+
+
+def test_killing_everything_in_sight_reaches_the_program_only(signals: list[int]) -> None:
+    # SIGUSR1, which the handler above takes, in place of SIGKILL; pid 1 of the sandbox takes SIGKILL and stays.
+    code = (
+        "import os, signal\nsignal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
+        "for target in (os.getppid(), -1):\n"
+        "    try:\n        os.kill(target, signal.SIGUSR1)\n    except OSError:\n        pass\n"
+        "if os.getppid() == 1:\n    try:\n        os.kill(1, signal.SIGKILL)\n    except OSError:\n        pass\n"
+    )
+    assert run_code(code).passed
+    assert signals == []
+
+
+def test_environment_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKFT_DECOY", SECRET)
+    code = "import os\nprint(sorted(os.environ), os.environ['HOME'])\nassert 'MASKFT_DECOY' not in os.environ"
+    result = run_code(code)
+    assert result.passed
+    assert "'/tmp'" not in result.stdout and "/tmp" in result.stdout
+    assert "MASKFT_DECOY" not in run_unconfined(code, monkeypatch).stdout
+
+
+def test_installed_packages_are_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = tmp_path / "site-packages"
+    (packages / "decoy").mkdir(parents=True)
+    module = packages / "decoy" / "__init__.py"
+    module.write_text("value = 1\n")
+    for path in (packages, packages / "decoy", module):
+        path.chmod(0o777)  # no permission protects it, only the sandbox
+    folders, import_paths = sandbox._python_folders()
+    monkeypatch.setattr(sandbox, "_python_folders", lambda: ([*folders, str(packages)], [*import_paths, str(packages)]))
+    code = f"""
+import os, decoy
+assert decoy.value == 1
+succeeded = 0
+for attempt in (
+    lambda: open({str(module)!r}, "w").write("value = 2"),
+    lambda: open({str(packages / "new.py")!r}, "w").close(),
+    lambda: os.remove({str(module)!r}),
+    lambda: os.rename({str(module)!r}, {str(packages / "moved.py")!r}),
+    lambda: os.chmod({str(module)!r}, 0),
+    lambda: os.rmdir({str(packages)!r}),
+):
+    try:
+        attempt()
+        succeeded += 1
+    except OSError:
+        pass
+assert succeeded == 0, succeeded
+"""
+    result = run_code(code)
+    assert result.passed, result
+    assert module.read_text() == "value = 1\n"
+    assert module.stat().st_mode & 0o777 == 0o777
+    assert sorted(path.name for path in packages.rglob("*")) == ["__init__.py", "decoy"]
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "libc.ptrace(0x4206, {pid}, 0, 0)",  # PTRACE_SEIZE: unlike PTRACE_ATTACH it does not stop its target
+        "libc.ptrace(0x4206, 1, 0, 0)",
+        "libc.unshare(0x10000000)",  # CLONE_NEWUSER
+        "libc.unshare(0x00020000)",  # CLONE_NEWNS
+        "libc.mount(b'tmpfs', b'/tmp', b'tmpfs', 0, None)",
+        "libc.umount2(b'/tmp', 0)",
+        "libc.chroot(b'/tmp')",
+        "libc.setuid(0)",
+        "libc.setgroups(0, None)",
+        "libc.sethostname(b'x', 1)",
+        "libc.memfd_create(b'x', 0)",  # memory that no limit counts
+        "libc.shmget(0, 4096, 0o1600)",
+    ],
+)
+def test_refused_system_calls(attempt: str) -> None:
+    code = f"import ctypes\nlibc = ctypes.CDLL(None)\nassert {attempt.format(pid=os.getpid())} == -1"
+    result = run_code(code)
+    assert result.passed, result
+
+
+def test_program_is_nobody_without_capabilities() -> None:
+    code = """
+import ctypes, os
+assert os.getresuid() == (65534,) * 3 and os.getresgid() == (65534,) * 3
+assert 0 not in os.getgroups()
+libc = ctypes.CDLL(None)
+assert libc.prctl(39, 0, 0, 0, 0) == 1  # PR_GET_NO_NEW_PRIVS
+data = (ctypes.c_uint32 * 6)(*[7] * 6)
+assert libc.capget((ctypes.c_uint32 * 2)(0x20080522, 0), data) == 0
+assert list(data) == [0] * 6, list(data)
+"""
+    result = run_code(code)
+    assert result.passed, result
+
+
+# ---- attacks on the machine's resources ----
+
+
+def test_fork_loop() -> None:
+    code = """
+import os, time
+count = 0
+for _ in range(300):
+    try:
+        pid = os.fork()
+    except OSError:
+        break
+    if pid == 0:
+        time.sleep(10)
+        os._exit(0)
+    count += 1
+print(count)
+"""
+    result = run_code(code, max_processes=8)
+    assert result.passed
+    assert int(result.stdout) == 7  # and the program itself
+
+
+def test_thread_loop() -> None:
+    code = """
+import threading, time
+count = 0
+for _ in range(300):
+    try:
+        threading.Thread(target=time.sleep, args=(10,), daemon=True).start()
+    except RuntimeError:
+        break
+    count += 1
+print(count)
+"""
+    assert int(run_code(code, max_processes=8).stdout) == 7
+
+
+@pytest.mark.parametrize("first_line", ["", "import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)"])
+def test_endless_loop(first_line: str) -> None:
+    result = run_code(first_line + "\nwhile True: pass", cpu_time_s=1)
+    assert (result.status, result.reason) == ("timeout", "used more than 1 s of CPU time")
+    assert 0.9 < result.cpu_time_s < 2.5
+
+
+def test_endless_loop_unconfined(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_unconfined("while True: pass", monkeypatch, cpu_time_s=1)
+    assert (result.status, result.confinement) == ("timeout", "unconfined")
+
+
+@pytest.mark.parametrize("first_line", ["", "import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)"])
+@pytest.mark.parametrize("loop", ["while True: pass", "while True: print('x' * 1000)"])
+def test_the_kernels_limit_stands_behind_the_watch(first_line: str, loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Printing: the kernel's limit counts in ticks, and more of them than the CPU time that it reports at the end.
+    monkeypatch.setattr(sandbox, "_tree_usage", lambda *_: (0, 0.0))
+    result = run_code(f"{first_line}\n{loop}", cpu_time_s=1)
+    assert (result.status, result.reason) == ("timeout", "used more than 1 s of CPU time")
+
+
+def test_cpu_time_of_children_counts() -> None:
+    code = """
+import os, time
+for _ in range(6):
+    if os.fork() == 0:
+        while time.process_time() < 1:  # each of them below the limit
+            pass
+        os._exit(0)
+for _ in range(6):
+    os.wait()
+"""
+    result = run_code(code, cpu_time_s=2)
+    assert (result.status, result.reason) == ("timeout", "used more than 2 s of CPU time")
+
+
+def test_waiting_program_ends_at_the_wall_limit() -> None:
+    result = run_code("print('waiting', flush=True)\nimport time\ntime.sleep(60)", wall_time_s=0.5)
+    assert (result.status, result.reason, result.stdout) == ("timeout", "ran for more than 0.5 s", "waiting\n")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "x = bytearray(2**30)",
+        "x = []\nwhile True:\n    x.append(bytes(2**20))",
+        "import numpy as np\nx = np.ones(2**28)",
+    ],
+)
+def test_allocating_beyond_the_limit(code: str) -> None:
+    result = run_code(code, memory_bytes=256 * MIB)
+    assert result.status == "out_of_memory"
+    assert "MemoryError" in result.reason
+
+
+def test_memory_of_children_counts() -> None:
+    code = """
+import os, time
+for _ in range(8):
+    if os.fork() == 0:
+        x = b"x" * (60 * 2**20)
+        time.sleep(20)
+        os._exit(0)
+time.sleep(20)
+"""
+    result = run_code(code, memory_bytes=256 * MIB)
+    assert (result.status, result.reason) == (
+        "out_of_memory",
+        "its processes together used more than 268435456 bytes",
+    )
+
+
+def test_printing_without_end() -> None:
+    result = run_code("while True:\n    print('x' * 1000)", cpu_time_s=1, max_output_bytes=5000)
+    assert result.status == "timeout"
+    assert len(result.stdout) == 5000
+    assert result.output_truncated
+
+
+def test_much_output_does_not_fail_a_program() -> None:
+    result = run_code("for _ in range(10**4):\n    print('x' * 100)", max_output_bytes=100)
+    assert result.passed
+    assert (len(result.stdout), result.output_truncated) == (100, True)
+
+
+def test_huge_files() -> None:
+    code = """
+written = 0
+try:
+    for number in range(8):
+        with open(f"file{number}", "wb", buffering=0) as file:
+            for _ in range(20):
+                written += file.write(bytes(2**20))
+except OSError as error:
+    print(error.strerror)
+print(written)
+"""
+    result = run_code(code)
+    message, written = result.stdout.splitlines()
+    assert message == "No space left on device"
+    assert int(written) <= 64 * MIB
+
+
+def test_many_files() -> None:
+    code = "for number in range(10_000):\n    open(str(number), 'w').close()"
+    assert "No space left on device" in run_code(code).reason
+
+
+def test_background_process_is_ended() -> None:
+    name = f"left-{os.getpid()}"
+    code = f"""
+import ctypes, os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        ctypes.CDLL(None).prctl(15, {name.encode()!r}, 0, 0, 0)  # PR_SET_NAME
+        time.sleep(20)
+    os._exit(0)
+time.sleep(1.5)
+"""
+
+    def is_running() -> bool:
+        for path in Path("/proc").glob("[0-9]*/comm"):
+            try:
+                if path.read_text(errors="replace").strip() == name:
+                    return True
+            except OSError:
+                continue
+        return False
+
+    results: list[SandboxResult] = []
+    thread = threading.Thread(target=lambda: results.append(run_code(code)))
+    thread.start()
+    seen = False
+    while thread.is_alive():
+        seen |= is_running()
+        time.sleep(0.05)
+    assert results[0].passed
+    assert seen
+    assert not is_running()
+
+
+def test_name_that_is_no_text_does_not_upset_the_watch() -> None:
+    code = "import ctypes, time\nctypes.CDLL(None).prctl(15, b'\\xff) 1 (\\n', 0, 0, 0)\ntime.sleep(0.3)"
+    assert run_code(code).passed
+
+
+def test_temporary_folders_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').close()\nopen('/tmp/decoy-left-behind', 'w').close()"
+    assert run_code(code).passed
+    assert not Path("/tmp/decoy-left-behind").exists()
+    assert run_unconfined("import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').close()", monkeypatch).passed
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- refusal, many programs, bad input ----
+
+
+def test_unconfined_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "check_confinement", lambda: Confinement(False, "unshare: Operation not permitted"))
+    message = r"cannot be confined .*\(unshare: Operation not permitted\).*--allow_unconfined_code"
+    with pytest.raises(UserError, match=message):
+        run_code("print(1)")
+    with pytest.raises(UserError, match=message):
+        run_many(["print(1)"])
+    result = run_code("print(1)", allow_unconfined=True)
+    assert (result.status, result.stdout, result.confinement) == ("passed", "1\n", "unconfined")
+
+
+def test_probe_says_which_step_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_run", lambda *args, **kwargs: "unshare: Operation not permitted")
+    confinement = check_confinement.__wrapped__()
+    assert not confinement.available
+    assert confinement.reason.startswith("unshare: Operation not permitted; user namespaces are restricted here")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert check_confinement.__wrapped__() == Confinement(False, "it takes Linux namespaces, and this is darwin")
+
+
+def test_step_that_fails_inside_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_VISIBLE_FILES", ("/proc/self/status",))  # a file that cannot be bound there
+    monkeypatch.setattr(sandbox, "_python_folders", lambda: (["/nonexistent-folder"], []))
+    with pytest.raises(UserError, match="could not be started in the sandbox: mount: No such file or directory"):
+        run_code("print(1)")
+
+
+def test_run_many_keeps_the_order_and_reports_progress() -> None:
+    programs = [f"import time\ntime.sleep({0.4 if i == 0 else 0})\nprint({i})\nassert {i} != 3" for i in range(6)]
+    seen: list[tuple[int, int]] = []
+    results = run_many(
+        programs, num_workers=2, progress=lambda done, total, result: seen.append((done, total)), cpu_time_s=5
+    )
+    assert [result.stdout for result in results] == [f"{i}\n" for i in range(6)]
+    assert [result.passed for result in results] == [True, True, True, False, True, True]
+    assert seen == [(i, 6) for i in range(1, 7)]
+    assert run_many([]) == []
+
+
+def test_interrupt_does_not_wait_for_running_programs() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    start_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_many(["pass", *["import time\ntime.sleep(60)"] * 5], num_workers=2, progress=interrupt)
+    assert time.monotonic() - start_s < 10
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"cpu_time_s": 0}, "cpu_time_s must be a positive number of seconds, got 0"),
+        ({"wall_time_s": float("nan")}, "wall_time_s must be a positive number of seconds, got nan"),
+        ({"memory_bytes": MIB}, "memory_bytes=1048576 is too little to start Python"),
+        ({"max_processes": 0}, "max_processes must be at least 1"),
+        ({"max_output_bytes": -1}, "max_output_bytes must not be negative"),
+    ],
+)
+def test_bad_limits(limits: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run_code("print(1)", **limits)
+    with pytest.raises(UserError, match=message):
+        run_many(["print(1)"], **limits)
+
+
+def test_no_workers() -> None:
+    with pytest.raises(UserError, match="num_workers must be at least 1, got 0"):
+        run_many(["print(1)"], num_workers=0)

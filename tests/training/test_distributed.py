@@ -1,0 +1,313 @@
+"""Training in two processes over gloo: the result is that of one process, and a mistake is one line, not a hang."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from maskft.adapter.mask_set import MaskSet
+from maskft.cli.main import main
+from maskft.files import ADAPTER_WEIGHTS, LAST, TRAINING
+from tiny_tokenizer import tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+# Absolute, in nats per token: sums over half a batch on each of two ranks round otherwise than one over the whole.
+LOSS_TOLERANCE = 1e-5
+LAUNCH = {"num_processes": 2, "mixed_precision": "no", "main_process_port": 0}
+
+
+@pytest.fixture(scope="module")
+def odd_base(tmp_path_factory):
+    """A base model with matrices of 49 rows, which two ranks cannot share evenly."""
+    folder = tmp_path_factory.mktemp("odd")
+    tokenizer = tiny_tokenizer()
+    tiny.tiny_llama(vocab_size=len(tokenizer), num_layers=2, intermediate_size=49).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(odd_base, data):
+    settings = {
+        "model_name_or_path": odd_base,
+        "dataset_name": data,
+        "eval_split_size": 11,  # of two last batches of 4 one is short, and one repeats rows and nothing else
+        "max_steps": 4,
+        "global_batch_size": 8,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "save_total_limit": 3,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "keep_last": True,
+    }
+
+    def build(**changes):
+        pairs = [(f"--{key}", str(value)) for key, value in {**settings, **changes}.items() if value is not None]
+        return ["train", *(word for pair in pairs for word in pair)]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def one_process(arguments, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    assert main(arguments(output_dir=folder)) == 0
+    return folder
+
+
+def call(words, timeout_s=120):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, words)], env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def losses(folder):
+    history = json.loads((folder / TRAINING).read_text())["summary"]["history"]
+    return {(row["step"], name): row[name] for row in history for name in ("loss", "eval_loss") if name in row}
+
+
+def check_equal(folder, reference, resumed=False):
+    """Losses within tolerance, same masks bit for bit, at the best step and at each checkpoint; the same tokens."""
+    one, many = (json.loads((f / TRAINING).read_text())["summary"] for f in (reference, folder))
+    if not resumed:  # TRL counts tokens from where it resumed
+        assert many["num_train_tokens"] == one["num_train_tokens"]
+    for name in ("num_trainable", "num_target_weights", "num_steps", "best_step"):
+        assert many[name] == one[name], name
+    assert many["start_loss"] == pytest.approx(one["start_loss"], abs=LOSS_TOLERANCE)
+    assert losses(folder).keys() == losses(reference).keys()
+    assert losses(folder) == pytest.approx(losses(reference), abs=LOSS_TOLERANCE)
+    flips = [[row.get("mask_flips_per_step") for row in run["history"] if "loss" in row] for run in (one, many)]
+    assert flips[0] == flips[1] and any(flips[0])
+    assert (folder / ADAPTER_WEIGHTS).read_bytes() == (reference / ADAPTER_WEIGHTS).read_bytes()
+    last, expected = MaskSet.from_adapter(folder / LAST), MaskSet.from_adapter(reference / LAST)
+    assert last.keys() == expected.keys() and all(torch.equal(last[name], expected[name]) for name in expected)
+    for checkpoint in reference.glob("checkpoint-*"):
+        expected = load_file(checkpoint / ADAPTER_WEIGHTS)
+        found = load_file(folder / checkpoint.name / ADAPTER_WEIGHTS)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            if "mask_coded" in name:
+                assert torch.equal(found[name], tensor)
+            else:
+                assert torch.allclose(found[name], tensor, rtol=0, atol=1e-5), name
+    configs = [json.loads((f / "adapter_config.json").read_text()) for f in (reference, folder)]
+    for name in ("mask_sha256", "base_fingerprint"):
+        assert configs[0][name] == configs[1][name]
+
+
+@pytest.mark.slow
+def test_repeated_rows_do_not_count_where_rows_are_put_together(arguments, tmp_path):
+    """With padding_free a batch is one sequence, so that there are no rows to cut off."""
+    one, many = tmp_path / "one", tmp_path / "many"
+    settings = {"padding_free": True, "max_length": 16, "eval_split_size": 5, "per_device_eval_batch_size": 1}
+    settings |= {"max_steps": 1, "eval_steps": 1, "save_steps": 1}
+    assert main(arguments(output_dir=one, **settings)) == 0
+    result = call(["maskft.cli.main", *arguments(output_dir=many, accelerate_config="multi_gpu", **settings, **LAUNCH)])
+    assert result.returncode == 0, result.stderr
+    first = [run["start_loss"] for run in (json.loads((f / TRAINING).read_text())["summary"] for f in (one, many))]
+    assert first[1] == pytest.approx(first[0], abs=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("config", ["multi_gpu", "fsdp2"])
+def test_two_processes_give_the_mask_of_one(config, arguments, one_process, tmp_path):
+    out = tmp_path / "out"
+    result = call(["maskft.cli.main", *arguments(output_dir=out, accelerate_config=config, **LAUNCH)])
+    assert result.returncode == 0, result.stderr
+    check_equal(out, one_process)
+    for line in ("held-out loss without the mask", "Tokenizing: 100%|██████████| 53/53", "FutureWarning: `is_grad"):
+        assert result.stderr.count(line) == 1, line  # one process speaks
+    checkpoint = sorted(path.name for path in (out / "checkpoint-4").iterdir())
+    assert ("optimizer.bin" in checkpoint) == (config == "fsdp2") and "rng_state_1.pth" in checkpoint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["multi_gpu", "fsdp2"])
+def test_resuming_in_two_processes_gives_the_uninterrupted_mask(config, arguments, one_process, tmp_path):
+    out = tmp_path / "out"
+    words = arguments(output_dir=out, accelerate_config=config, **LAUNCH)
+    assert call(["maskft.cli.main", *words]).returncode == 0
+    (out / "checkpoint-4" / ("optimizer.bin" if config == "fsdp2" else "optimizer.pt")).unlink()
+    for file in [out / ADAPTER_WEIGHTS, out / TRAINING]:
+        file.unlink()
+    result = call(["maskft.cli.main", *words, "--resume_from_checkpoint", "true"])
+    assert result.returncode == 0, result.stderr
+    check_equal(out, one_process, resumed=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["multi_gpu", "fsdp2"])
+def test_sending_the_gradient_in_every_micro_batch_changes_nothing(config, arguments, one_process, tmp_path):
+    out = tmp_path / "out"
+    every = '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}'
+    result = call(
+        ["maskft.cli.main", *arguments(output_dir=out, accelerate_config=config, accelerator_config=every, **LAUNCH)]
+    )
+    assert result.returncode == 0, result.stderr
+    check_equal(out, one_process)
+
+
+@pytest.mark.slow
+def test_fsdp2_in_bfloat16_with_recomputed_activations(arguments, tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    settings = {"bf16": True, "gradient_checkpointing": True}
+    assert main(arguments(output_dir=one, **settings)) == 0
+    words = arguments(output_dir=many, accelerate_config="fsdp2", num_processes=2, main_process_port=0, **settings)
+    result = call(["maskft.cli.main", *words])
+    assert result.returncode == 0, result.stderr
+    assert losses(many) == pytest.approx(losses(one), abs=0.02)
+    expected, found = MaskSet.from_adapter(one / LAST), MaskSet.from_adapter(many / LAST)
+    assert all(found[name].sum() == expected[name].sum() for name in expected)
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_under_fsdp2(arguments, tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    assert main(arguments(output_dir=one, method="full")) == 0
+    result = call(["maskft.cli.main", *arguments(output_dir=many, method="full", accelerate_config="fsdp2", **LAUNCH)])
+    assert result.returncode == 0, result.stderr
+    assert losses(many) == pytest.approx(losses(one), abs=1e-4)
+    expected, found = load_file(one / "model.safetensors"), load_file(many / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[key], expected[key], atol=1e-3) for key in expected)
+
+
+@pytest.fixture(scope="module")
+def seen(arguments, tmp_path_factory):
+    """What each of two ranks saw; see distributed_worker.py."""
+    folder = tmp_path_factory.mktemp("worker")
+    words = arguments(output_dir=folder / "nan", eval_steps=1, save_steps=1, global_batch_size=4, keep_last=None)
+    (folder / "arguments").write_text("\n".join(words[1:]))
+    worker = Path(__file__).with_name("distributed_worker.py")
+    result = call(["torch.distributed.run", "--standalone", "--nproc_per_node", 2, worker, folder])
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("config", ["matrix", "signed", "global", "threshold"])
+def test_fsdp2_trains_the_unsharded_mask(config, seen):
+    for rank in seen[1]:
+        result = rank[config]
+        assert result["loss_difference"] < LOSS_TOLERANCE
+        assert result["gradient_difference"] < 1e-3
+        assert result["masks_different"] == 0 and result["counts_equal"] and result["fingerprint_agrees"]
+        assert result["base_fingerprint_kept"] and result["unmasked_without_adapter"] and result["masked_again"]
+        assert result["num_score_units"] == 9 and result["scores_never_gathered"]
+        assert result["gathered_state"]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("mixed_dtypes", "the models differ between processes: base_model.model.lm_head.weight is torch.float32"),
+        ("meta", "layers.1.mlp.up_proj.base_layer.weight is still on the meta device on rank 1"),
+        ("data", "the data differ between processes: number of training rows is 8 on rank 0 and 16 on rank 1"),
+        ("masks", "masks differ between processes: sha256 is"),
+        ("by_main", "only the main process looks"),
+        ("in_the_root_unit", "are not an FSDP2 unit of their own"),
+        ("a_part", "call the whole model, not a part of it"),
+        ("merge", "is sharded by FSDP and cannot be merged; save the adapter"),
+    ],
+)
+def test_a_mistake_on_one_rank_is_one_line_on_every_rank(mistake, message, seen):
+    first, second = (rank["refusals"][mistake] for rank in seen[1])
+    assert first == second and message in first and "\n" not in first
+
+
+def test_no_mistake_no_error(seen):
+    assert all(rank["refusals"]["all_well"] is None and rank["refusals"]["decided"] == "yes" for rank in seen[1])
+
+
+def test_a_nan_on_one_rank_stops_every_rank_and_keeps_the_best(seen):
+    folder, ranks = seen
+    assert ranks[0]["nan"] == ranks[1]["nan"]
+    assert ranks[0]["nan"].startswith("loss is not finite at step 3: stopped before the update was applied")
+    assert "the best so far" in ranks[0]["nan"]
+    assert MaskSet.from_adapter(folder / "nan").sparsity == pytest.approx(0.1, abs=1e-2)
+
+
+# Mistakes that are found before anything is started
+
+
+def mistake(words, capsys):
+    capsys.readouterr()
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("maskft: error: ")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accelerate_config": "zero3", "num_processes": 2}, "ZeRO-3 is not supported"),
+        ({"accelerate_config": "fsdp1", "num_processes": 2}, "FSDP1 is not supported for masks"),
+        ({"accelerate_config": "LIST", "num_processes": 2}, "is no file that accelerate config writes"),
+        ({"accelerate_config": "JSON", "num_processes": 2}, "ZeRO-3 is not supported"),
+        ({"accelerate_config": "fsdp3"}, "--accelerate_config 'fsdp3' is neither a file nor one of fsdp1, fsdp2, "),
+        ({"accelerate_config": "fsdp3"}, "(did you mean 'fsdp2'?)"),
+        ({"num_procesess": 2}, "unknown option --num_procesess (did you mean 'num_processes'?)"),
+        ({"global_batch_size": 7}, "is 7, not a multiple of per_device_train_batch_size 2 x 1 processes"),
+    ],
+)
+def test_launch_mistakes(changes, message, arguments, tmp_path, capsys):
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
+    deepspeed = {"deepspeed_config_file": str(tmp_path / "zero3.json")}
+    (tmp_path / "json.yaml").write_text(json.dumps({"distributed_type": "DEEPSPEED", "deepspeed_config": deepspeed}))
+    files = {"LIST": tmp_path / "list.yaml", "JSON": tmp_path / "json.yaml"}
+    changes = {name: files.get(value, value) for name, value in changes.items()}
+    error = mistake(arguments(output_dir=tmp_path / "out", **changes), capsys)
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1 is not supported"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+            "fsdp_state_dict_type is SHARDED_STATE_DICT",
+        ),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ZeRO-3 is not supported"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "JSON"}, "ZeRO-3 is not supported"),
+    ],
+)
+def test_a_process_that_others_launched_refuses_too(environment, message, arguments, tmp_path, capsys, monkeypatch):
+    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(tmp_path / "zero3.json") if value == "JSON" else value)
+    assert message in mistake(arguments(output_dir=tmp_path / "out"), capsys)
+
+
+def test_an_error_before_training_is_one_line_from_one_process(arguments, tmp_path):
+    words = arguments(output_dir=tmp_path / "out", global_batch_size=6, accelerate_config="multi_gpu", **LAUNCH)
+    result = call(["maskft.cli.main", *words])
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if "error" in line.lower()]
+    assert errors == [
+        "maskft: error: global_batch_size is 6, not a multiple of per_device_train_batch_size 2 x 2 processes = 4"
+    ]
+
+
+@pytest.mark.slow
+def test_packed_held_out_rows_in_several_processes_are_refused(arguments, tmp_path):
+    settings = {"packing": True, "eval_packing": True, "accelerate_config": "multi_gpu", **LAUNCH}
+    result = call(["maskft.cli.main", *arguments(output_dir=tmp_path / "out", **settings)])
+    assert result.returncode == 2 and "eval_packing with several processes would count held-out rows" in result.stderr

@@ -1,0 +1,568 @@
+"""Training through the command line on a tiny model: every method, resume, and every way it can go wrong."""
+
+import json
+import math
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import tiny
+from maskft.adapter.mask_set import MaskSet
+from maskft.cli.main import main
+from maskft.errors import UserError
+from maskft.files import ADAPTER_WEIGHTS, LAST, TRAINING
+from maskft.training.checkpoints import _last_whole_checkpoint, prepare_output_dir
+from tiny_tokenizer import tiny_tokenizer
+
+
+@pytest.fixture
+def arguments(base, data, tmp_path):
+    settings = {
+        "model_name_or_path": base,
+        "dataset_name": data,
+        "output_dir": tmp_path / "out",
+        "eval_split_size": 16,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+    }
+
+    def build(**changes):
+        merged = {**settings, **changes}
+        words = ["train"]
+        for key, value in merged.items():
+            if value is not None:
+                values = value if isinstance(value, list) else [value]
+                words += [f"--{key}", *map(str, values)]
+        return words
+
+    return build
+
+
+def run(words, capsys):
+    """Exit status and the lines on stderr."""
+    capsys.readouterr()
+    status = main([str(w) for w in words])
+    return status, capsys.readouterr().err
+
+
+def summary(folder):
+    return json.loads((folder / TRAINING).read_text())["summary"]
+
+
+def heldout_losses(folder):
+    return {row["step"]: row["eval_loss"] for row in summary(folder)["history"] if "eval_loss" in row}
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "mask", "random_mask", "l1_mask", "wanda_mask"])
+def test_every_method_trains_and_saves_what_loads(method, arguments, base, tmp_path, capsys):
+    status, err = run(arguments(method=method), capsys)
+    assert status == 0, err
+    out = tmp_path / "out"
+    assert summary(out)["method"] == method
+    if method == "full":
+        model = AutoModelForCausalLM.from_pretrained(out)
+        assert not torch.equal(model.lm_head.weight, AutoModelForCausalLM.from_pretrained(base).lm_head.weight)
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        assert isinstance(PeftModel.from_pretrained(plain, out), PeftModel)
+    if method in ("random_mask", "l1_mask", "wanda_mask", "mask"):
+        masks = MaskSet.from_adapter(out)
+        assert all(int((~m).sum()) == round(0.1 * m.numel()) for m in masks.values()) and len(masks) == 21
+    else:
+        assert set(heldout_losses(out)) == {0, 2, 4}
+
+
+def test_what_a_run_prints(arguments, capsys, tmp_path):
+    _, err = run(arguments(), capsys)
+    text = " ".join(err.split())
+    assert re.search(r"sparsity 0.10: removes 10 % of [\d,]+ target weights", text)
+    assert re.search(r"48 training rows \(\d+ supervised tokens\), 16 held out", text)
+    assert re.search(r"\d\+\d=\[\[\d+<\|im_end\|>\]\]", text)
+    assert "held-out loss without the mask" in text and "step 0 held-out loss" in text
+    logged = [row for row in summary(tmp_path / "out")["history"] if "loss" in row]
+    assert logged and all(
+        {"tokens_per_s", "peak_memory_bytes", "mask_removed_share", "mask_flips_per_step", "grad_norm"} <= set(row)
+        for row in logged
+    )
+    assert any(row["mask_flips_per_step"] > 0 for row in logged)
+
+
+def test_the_saved_mask_is_the_best_one_measured(arguments, base, data, tmp_path, capsys):
+    """The held-out loss of the reloaded adapter is the best loss of the run: trained mask == saved mask."""
+    run(arguments(max_steps=8, learning_rate=0.02, per_device_eval_batch_size=16), capsys)
+    out = tmp_path / "out"
+    losses = heldout_losses(out)
+    best = summary(out)["best_loss"]
+    assert best == min(loss for step, loss in losses.items() if step > 0)
+    where = {"--adapter": out, "--output_dir": tmp_path / "eval", "--dataset_name": data, "--eval_split_size": 16}
+    status = main(["evaluate", "--no_generate", *(str(word) for pair in where.items() for word in pair)])
+    assert status == 0
+    record = json.loads((tmp_path / "eval" / "result.json").read_text())["tasks"]["heldout"]
+    assert record["metrics"]["nll"]["value"] == pytest.approx(best, rel=1e-4)
+
+
+def test_the_start_is_kept_when_every_step_makes_it_worse(arguments, base, tmp_path, capsys):
+    run(arguments(method="full", learning_rate=1.0), capsys)
+    out = summary(tmp_path / "out")
+    assert out["best_step"] == 0 and out["best_loss"] == out["start_loss"] < out["end_loss"]
+    kept, start = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tmp_path / "out", base))
+    assert all(torch.equal(kept[name], start[name]) for name in start)
+
+
+def test_held_out_loss_does_not_depend_on_which_rows_share_a_batch(arguments, data, tmp_path, capsys):
+    """Rows of one to four answer tokens: the mean of the batches' means would differ by far more."""
+    file = tmp_path / "lengths.jsonl"
+    rows = [{"prompt": f"{n}:", "completion": "9" * (1 + n % 4)} for n in range(64)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    losses = []
+    for size in (1, 3, 16):
+        out = tmp_path / f"out{size}"
+        words = arguments(dataset_name=file, output_dir=out, max_steps=1, per_device_eval_batch_size=size)
+        assert run(words, capsys)[0] == 0
+        losses.append(heldout_losses(out)[0])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_without_evaluation_the_last_step_is_kept(arguments, tmp_path, capsys):
+    status, err = run(arguments(eval_strategy="no"), capsys)
+    assert status == 0 and "saved to" in err and "best" not in err.splitlines()[-1]
+    assert MaskSet.from_adapter(tmp_path / "out").sparsity == pytest.approx(0.1, abs=1e-3)
+
+
+def test_a_checkpoint_cut_short_is_passed_over(arguments, tmp_path, capsys):
+    options = {"max_steps": 4, "save_steps": 1, "eval_steps": 1, "save_total_limit": 9}
+    run(arguments(**options), capsys)
+    out = tmp_path / "out"
+    expected = (out / ADAPTER_WEIGHTS).read_bytes()
+    (out / "checkpoint-4" / "optimizer.pt").unlink()
+    weights = out / "checkpoint-3" / ADAPTER_WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:50])
+    shards = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (out / "checkpoint-2" / "model.safetensors.index.json").write_text(json.dumps(shards))
+    whole = _last_whole_checkpoint(out, SimpleNamespace(save_only_model=False, world_size=1))
+    assert whole == str(out / "checkpoint-1")
+    status, err = run(arguments(resume_from_checkpoint="true", **options), capsys)
+    assert status == 0, err
+    assert (out / ADAPTER_WEIGHTS).read_bytes() == expected
+
+
+@pytest.mark.parametrize("how", ["true", "auto", "out/checkpoint-4"])
+def test_a_checkpoint_of_other_processes_is_refused(how, arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(arguments(), capsys)
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    two = SimpleNamespace(output_dir="out", resume_from_checkpoint=how, world_size=2, save_only_model=False)
+    with pytest.raises(UserError, match="was written by one process, and this run has 2; go on with as many"):
+        prepare_output_dir(two)
+    state = (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    (checkpoint / "rng_state_1.pth").write_bytes(state.read_bytes())  # what two processes leave
+    status, err = run(arguments(resume_from_checkpoint=how), capsys)
+    assert status == 2 and err.count("\n") == 1
+    assert "checkpoint-4' was written by 2 processes, and this run has 1; go on with as many" in err
+
+
+def test_a_checkpoint_of_the_model_alone_is_not_gone_on_with(arguments, tmp_path, capsys):
+    """Without optimizer and schedule the rest would be another training: `auto` begins anew, `true` is refused."""
+    options = {"max_steps": 4, "save_only_model": True, "keep_last": True, "method": "full"}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        assert run(arguments(output_dir=folder, **options), capsys)[0] == 0
+    shutil.rmtree(cut / "checkpoint-4")
+    status, err = run(arguments(output_dir=cut, resume_from_checkpoint="true", **options), capsys)
+    assert status == 2 and "no checkpoint to resume from" in err and "save_only_model hold no optimizer" in err
+    status, err = run(arguments(output_dir=cut, resume_from_checkpoint=cut / "checkpoint-2", **options), capsys)
+    assert status == 2 and "cannot be gone on with, it has no optimizer;" in err
+    assert run(arguments(output_dir=cut, resume_from_checkpoint="auto", **options), capsys)[0] == 0
+    for file in ("model.safetensors", f"{LAST}/model.safetensors"):
+        assert (cut / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_preparing_data_leaves_the_output_folder_alone_and_training_finds_the_rows(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    kept, out, asked, map_ = tmp_path / "kept", tmp_path / "out", [], Dataset.map
+
+    def spy(*args, num_proc=None, **kwargs):
+        asked.append(num_proc)
+        return map_(*args, num_proc=num_proc, **kwargs)
+
+    monkeypatch.setattr(Dataset, "map", spy)
+    assert run(arguments(prepared_data_dir=kept, dataset_num_proc=2), capsys)[0] == 0 and 2 in asked
+    before = sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*"))
+    assert run(arguments(prepared_data_dir=kept, prepare_only=True), capsys)[0] == 0
+    assert sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*")) == before
+    assert len(list(kept.iterdir())) == 1
+
+
+def test_held_out_rows_are_not_packed(arguments, tmp_path, capsys):
+    """The loss that chooses the best does not depend on how training rows are put together."""
+    options = {"packing": True, "packing_strategy": "bfd", "max_length": 16, "per_device_eval_batch_size": 1}
+    for name, more in (("plain", {"max_length": 16, "per_device_eval_batch_size": 1}), ("packed", options)):
+        status, err = run(arguments(output_dir=tmp_path / name, **more), capsys)
+        assert status == 0, err
+    plain, packed = (summary(tmp_path / name)["start_loss"] for name in ("plain", "packed"))
+    assert packed == pytest.approx(plain, abs=1e-6)
+
+
+def test_several_gpus_without_a_launcher_are_for_what_runs_on_one(arguments, tmp_path, capsys, monkeypatch):
+    """A study prepares data and makes fixed masks in one process of its own."""
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda _: 2))
+    preparing = {"prepare_only": True, "prepared_data_dir": tmp_path / "kept"}
+    for name, options in (("fixed", {"method": "l1_mask"}), ("prepared", preparing)):
+        status, err = run(arguments(output_dir=tmp_path / name, **options), capsys)
+        assert status == 0, err
+    status, err = run(arguments(), capsys)
+    assert status == 2 and "this process sees 2 GPUs, which a mask does not share" in err
+
+
+def test_base_weights_do_not_change(arguments, base, tmp_path, capsys):
+    before = (base / "model.safetensors").read_bytes()
+    run(arguments(), capsys)
+    assert (base / "model.safetensors").read_bytes() == before
+
+
+def test_resuming_gives_bitwise_the_uninterrupted_mask(arguments, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = {"max_steps": 6, "save_steps": 3, "eval_steps": 3, "save_total_limit": 5, "learning_rate": 0.01}
+    assert run(arguments(output_dir=whole, **options), capsys)[0] == 0
+    assert run(arguments(output_dir=parts, **options), capsys)[0] == 0
+    # As after a kill during step 4: only the first checkpoint is left.
+    for path in parts.iterdir():
+        if path.name != "checkpoint-3":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    status, err = run(arguments(output_dir=parts, resume_from_checkpoint="true", **options), capsys)
+    assert status == 0, err
+    a, b = MaskSet.from_adapter(whole), MaskSet.from_adapter(parts)
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    assert summary(whole)["best_loss"] == summary(parts)["best_loss"]
+
+
+def test_resume_auto_counts_every_token_once(arguments, tmp_path, capsys):
+    """`auto` goes on from a whole checkpoint and otherwise begins; the record is that of an uninterrupted run."""
+    options = {"method": "full", "max_steps": 6, "save_steps": 3, "eval_steps": 3, "save_total_limit": 5}
+    options |= {"resume_from_checkpoint": "auto", "keep_last": True}
+    for name in ("whole", "parts"):
+        assert run(arguments(output_dir=tmp_path / name, **options), capsys)[0] == 0
+    parts = tmp_path / "parts"
+    for checkpoint in (3, 6):
+        state = parts / f"checkpoint-{checkpoint}" / "trainer_state.json"
+        if checkpoint == 6:
+            state.write_text(state.read_text()[:100])  # cut short, as by a kill
+    (parts / TRAINING).unlink()
+    assert run(arguments(output_dir=parts, **options), capsys)[0] == 0
+    whole, again = summary(tmp_path / "whole"), summary(parts)
+    for record in (whole, again):
+        record["history"] = [{k: r.get(k) for k in ("step", "eval_loss", "eval_num_tokens")} for r in record["history"]]
+    timing = ("train_time_s", "peak_memory_bytes")
+    assert {k: v for k, v in again.items() if k not in timing} == {k: v for k, v in whole.items() if k not in timing}
+    assert whole["num_train_tokens"] > 0
+    rates = [row["learning_rate"] for row in summary(parts)["history"] if "eval_loss" in row]
+    assert rates[0] == 0 and rates[1] > 0 and rates[-1] == 0  # warm-up, in between, the end of a linear schedule
+
+
+def test_best_of_several_random_masks_is_the_one_with_the_lowest_loss(arguments, base, data, tmp_path, capsys):
+    options = {"method": "random_mask", "mask_sparsity": 0.3, "per_device_eval_batch_size": 16}
+    status, err = run(arguments(output_dir=tmp_path / "best", num_candidates=4, mask_seed=5, **options), capsys)
+    assert status == 0 and "best of 4 by held-out loss" in err
+    tried = summary(tmp_path / "best")["history"]
+    assert [row["mask_seed"] for row in tried] == [5, 6, 7, 8] and len({row["eval_loss"] for row in tried}) == 4
+    best = min(tried, key=lambda row: row["eval_loss"])
+    assert summary(tmp_path / "best")["best_loss"] == best["eval_loss"]
+    run(arguments(output_dir=tmp_path / "one", **options | {"mask_seed": best["mask_seed"]}), capsys)
+    one, chosen = MaskSet.from_adapter(tmp_path / "one"), MaskSet.from_adapter(tmp_path / "best")
+    assert all(torch.equal(one[name], chosen[name]) for name in chosen)
+
+
+def test_same_seed_same_mask_other_seed_other_mask(arguments, tmp_path, capsys):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(arguments(output_dir=tmp_path / name, mask_seed=seed), capsys)
+    a, b, c = ((tmp_path / name / ADAPTER_WEIGHTS).read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_accumulation_is_one_large_batch(arguments, tmp_path, capsys):
+    options = {"max_steps": 3, "learning_rate": 0.01, "eval_steps": 3, "save_steps": 3}
+    run(arguments(output_dir=tmp_path / "a", per_device_train_batch_size=8, **options), capsys)
+    run(
+        arguments(output_dir=tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4, **options),
+        capsys,
+    )
+    losses = [[row["loss"] for row in summary(tmp_path / n)["history"] if "loss" in row] for n in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    a, b = MaskSet.from_adapter(tmp_path / "a"), MaskSet.from_adapter(tmp_path / "b")
+    # Float rounding may move entries at the cut; nothing else may.
+    assert a.overlap(b) > 0.97
+
+
+def test_fixed_masks_take_a_learned_masks_counts(arguments, tmp_path, capsys):
+    learned = tmp_path / "learned"
+    run(arguments(output_dir=learned, mask_scope="global"), capsys)
+    counts = {n: int((~m).sum()) for n, m in MaskSet.from_adapter(learned).items()}
+    for method in ("random_mask", "l1_mask", "wanda_mask"):
+        out = tmp_path / method
+        assert run(arguments(output_dir=out, method=method, match_adapter=learned), capsys)[0] == 0
+        assert {n: int((~m).sum()) for n, m in MaskSet.from_adapter(out).items()} == counts
+
+
+def test_partial_layers_train_what_a_mask_of_them_covers(arguments, base, tmp_path, capsys):
+    run(arguments(method="full", partial_layers=[1]), capsys)
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(changed) == 7 and all(".layers.1." in n and n.endswith("proj.weight") for n in changed)
+
+
+def test_keep_last(arguments, tmp_path, capsys):
+    run(arguments(method="full", keep_last=True, max_steps=6, learning_rate=0.1), capsys)
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / LAST).lm_head.weight
+    losses = heldout_losses(tmp_path / "out")
+    assert torch.equal(best, last) == (summary(tmp_path / "out")["best_step"] == max(losses))
+
+
+def test_tensorboard_gets_the_mask_metrics(arguments, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    status, err = run(arguments(report_to="tensorboard", logging_dir=None), capsys)
+    assert status == 0, err
+    folder = next(path.parent for path in (tmp_path / "out").rglob("events.out.tfevents*"))
+    events = EventAccumulator(str(folder)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "eval/loss", "train/mask_flips_per_step", "train/mask_removed_share"} <= tags
+
+
+def test_recipe_file_with_flags_on_top(arguments, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    words = arguments()[1:]
+    pairs = dict(zip(words[::2], words[1::2], strict=True))
+    recipe.write_text("\n".join(f"{key[2:]}: {value}" for key, value in pairs.items()) + "\nmask_sparsity: 0.3\n")
+    assert run(["train", "--config", recipe, "--mask_sparsity", "0.2"], capsys)[0] == 0
+    assert MaskSet.from_adapter(tmp_path / "out").sparsity == pytest.approx(0.2, abs=0.001)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_best(arguments, tmp_path, capsys):
+    settings = {"eval_steps": 1, "save_steps": 1, "max_grad_norm": 0, "max_steps": 9}
+    status, err = run(arguments(method="full", learning_rate=1e30, **settings), capsys)
+    last = err.strip().splitlines()[-1]
+    assert status == 2 and "Traceback" not in err
+    assert re.search(
+        r"error: (loss|gradient) is not finite at step \d+: stopped before the update .* is saved in", last
+    )
+    assert math.isfinite(summary(tmp_path / "out")["best_loss"])
+    assert all(p.isfinite().all() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "out").parameters())
+
+
+def test_a_base_that_gives_nan(arguments, base, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(float("inf"))
+    broken = tmp_path / "broken"
+    model.save_pretrained(broken)
+    tiny_tokenizer().save_pretrained(broken)
+    status, err = run(arguments(model_name_or_path=broken, mask_layers_to_transform=[1]), capsys)
+    assert status == 2 and "loss is not finite at step 1: stopped before the update" in err.strip().splitlines()[-1]
+    assert not (tmp_path / "out" / ADAPTER_WEIGHTS).exists()
+
+
+# Bad input: one line, status 2, nothing written
+
+
+def cases():
+    yield {"mask_sparsity": 1.0}, r"sparsity is 1.0; .* must be in \[0, 1\)"
+    yield {"mask_layers_to_transform": [1, 7]}, "names layer 7; the model has layers 0 to 2"
+    yield (
+        {"mask_target_modules": ["q_prj"]},
+        r"match no layer \(did you mean 'q_proj'\?\); the model's linear layers are",
+    )
+    yield {"mask_preset": "papr"}, "did you mean 'paper'"
+    yield {"learning_rat": 3}, r"unknown option --learning_rat \(did you mean 'learning_rate'\?\)"
+    yield {"method": "masks"}, "invalid choice: 'masks'"
+    yield {"dataset_name": "no-such-file.jsonl"}, "data file no-such-file.jsonl does not exist"
+    yield {"model_name_or_path": "./no-such-model"}, "model folder './no-such-model' does not exist"
+    yield {"model_name_or_path": None}, "model_name_or_path is missing"
+    yield {"dataset_name": None}, "dataset_name is missing"
+    yield {"max_length": 2}, "every label is masked"
+    yield {"eval_split_size": 1000}, "eval_split_size"
+    yield {"method": "l1_mask", "num_candidates": 2}, "num_candidates is 2; with random_mask"
+    yield {"method": "wanda_mask", "num_calibration_samples": 0}, "num_calibration_samples is 0"
+    yield {"partial_layers": [1]}, "partial_layers goes with --method full"
+    yield {"load_in_4bit": True}, "load_in_4bit and load_in_8bit are not supported"
+    yield {"match_adapter": "none"}, "match_adapter goes with a fixed mask"
+    threshold = {"mask_selection": "threshold", "mask_rank_by": "signed"}
+    yield {"method": "l1_mask", **threshold}, "l1_mask removes mask_sparsity of the weights"
+    yield {"resume_from_checkpoint": "true"}, "there is no checkpoint to resume from"
+
+
+@pytest.mark.parametrize(
+    "change,message", list(cases()), ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+)
+def test_bad_input_ends_in_one_line(change, message, arguments, tmp_path, capsys):
+    status, err = run(arguments(**change), capsys)
+    assert status == 2
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("maskft: error: ") and re.search(message, last), err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def bad_files():
+    yield "", "is empty"
+    yield '{"prompt": "a", "completion": "b"}\nnot json\n', "is not JSON at line 2"
+    yield '{"words": "a"}\n', "words"
+
+
+@pytest.mark.parametrize("content,message", list(bad_files()))
+def test_bad_data_files(content, message, arguments, tmp_path, capsys):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(content)
+    status, err = run(arguments(dataset_name=file), capsys)
+    assert status == 2 and re.search(message, err.strip().splitlines()[-1]), err
+
+
+def test_a_folder_that_is_not_a_model(arguments, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    status, err = run(arguments(model_name_or_path=tmp_path / "empty"), capsys)
+    assert status == 2 and "is not a model folder: it has no config.json" in err
+
+
+def test_messages_without_a_chat_template(arguments, tmp_path, capsys):
+    folder, file = tmp_path / "plain", tmp_path / "chat.jsonl"
+    tokenizer = tiny_tokenizer(chat_template=False)
+    tiny.tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for n in range(3):
+        turns = [{"role": "user", "content": f"a{n}"}, {"role": "assistant", "content": "b"}]
+        with file.open("a") as lines:
+            lines.write(json.dumps({"messages": turns}) + "\n")
+    status, err = run(arguments(model_name_or_path=folder, dataset_name=file, eval_split_size=1), capsys)
+    assert status == 2 and "chat template" in err.strip().splitlines()[-1], err
+
+
+def test_an_output_folder_that_holds_another_run(arguments, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("keep")
+    status, err = run(arguments(), capsys)
+    assert status == 2 and "holds another run; name another folder" in err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious.txt"]
+
+
+def test_no_disk_space(arguments, tmp_path, capsys, monkeypatch):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    status, err = run(arguments(), capsys)
+    assert status == 2 and "no disk space" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_sparsity_above_a_half_warns(arguments, capsys):
+    with pytest.warns(UserWarning, match="released code calls the fraction that is KEPT sparsity"):
+        run(arguments(mask_sparsity=0.9), capsys)
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("learning_rat: 1", r"unknown key 'learning_rat' \(did you mean 'learning_rate'\?\)"),
+        ("- a\n- b", "must be a list of `name: value` lines"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_recipes(content, message, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(content)
+    status, err = run(["train", "--config", recipe], capsys)
+    assert status == 2 and re.search(message, err), err
+    status, err = run(["train", "--config", tmp_path / "none.yaml"], capsys)
+    assert status == 2 and "does not exist" in err
+
+
+def test_checkpointing_runs_frozen_layers_below_the_mask_once(arguments, capsys, monkeypatch):
+    """A float32 run with checkpointing: the same losses, and no second pass through layers that need no gradient."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    ran = []
+    forward = LlamaMLP.forward
+
+    def counted(self, x):
+        if self.training:
+            ran.append(id(self))
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    settings = {"mask_layers_to_transform": 1, "max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
+    status, err = run(arguments(gradient_checkpointing=True, **settings), capsys)
+    assert status == 0, err
+    # Three layers, two steps: layer 0 once a step, layers 1 and 2 again in the backward pass.
+    assert sorted(ran.count(layer) for layer in set(ran)) == [2, 4, 4]
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_bfloat16_is_the_default_where_the_processor_multiplies_it(has_instructions, monkeypatch, tmp_path):
+    from maskft.training import arguments as training_arguments
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(training_arguments, "multiplies_bfloat16", lambda: has_instructions)
+    assert training_arguments.TrainingArguments(output_dir=str(tmp_path)).bf16 is has_instructions
+    assert training_arguments.TrainingArguments(output_dir=str(tmp_path), bf16=True).bf16 is True
+
+
+@pytest.fixture
+def plain_base(tmp_path):
+    """A base model as they are published: its tokenizer has no chat template."""
+    folder, tokenizer = tmp_path / "plain", tiny_tokenizer(chat_template=False)
+    tiny.tiny_llama(vocab_size=len(tokenizer), num_layers=3).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def conversations(tmp_path):
+    file = tmp_path / "chat.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}]}
+        for n in range(32)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def test_a_base_model_learns_conversations_by_a_template_file(plain_base, conversations, arguments, tmp_path, capsys):
+    words = {"model_name_or_path": plain_base, "dataset_name": conversations, "eval_split_size": 8}
+    status, err = run(arguments(**words), capsys)
+    assert status == 2 and "chat_template_path" in err
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.role + ':' + m.content + '|' }}{% endfor %}")
+    status, err = run(arguments(**words, chat_template_path=template), capsys)
+    assert status == 0, err
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template.read_text()
+    # The model without the adapter is measured by the same prompts.
+    evaluate = ["evaluate", "--dataset_name", conversations, "--no_generate", "--chat_template_path", template]
+    for name, model in (("base", ["--model_name_or_path", plain_base]), ("mask", ["--adapter", tmp_path / "out"])):
+        assert run([*evaluate, *model, "--output_dir", tmp_path / name], capsys)[0] == 0
+    hashes = {
+        json.loads((tmp_path / name / "result.json").read_text())["tasks"]["heldout"]["chat_template_hash"]
+        for name in ("base", "mask")
+    }
+    assert len(hashes) == 1 and None not in hashes
+
+
+@pytest.mark.parametrize("name", ["other-model", "missing.jinja"])
+def test_a_template_that_is_no_file(name, arguments, tmp_path, capsys):
+    status, err = run(arguments(chat_template_path=name), capsys)
+    assert status == 2 and f"chat_template_path '{name}' is no .jinja file" in err
+    assert not (tmp_path / "out").exists()
