@@ -6,8 +6,13 @@ import gzip
 import os
 import shutil
 from pathlib import Path
+from typing import Any, TypeVar, get_args
 
-from .errors import UserError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import UserError, did_you_mean
+
+Model = TypeVar("Model", bound=BaseModel)
 
 RESULT = "result.json"
 JOURNAL = "answers.jsonl"
@@ -78,3 +83,63 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}): give another path") from error
+
+
+# Typed files
+
+
+class FileModel(BaseModel):
+    """Base of the models of our files: unknown keys and NaN are errors, and values are not changed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def read_model(model: type[Model], content: Any, source: str | os.PathLike, remedy: str = "") -> Model:
+    """Return ``content`` (parsed JSON or YAML) as ``model``.
+
+    Raises:
+        UserError: For the first mistake, in one line: the file, the place in it, the value, and what to write.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in problem["loc"] if not _is_choice_of_union(part))
+    where = place or "the content"
+    if problem["type"] == "extra_forbidden":
+        name = str(problem["loc"][-1])
+        known = _field_names(model, problem["loc"][:-1])
+        message = f"unknown key {place!r}{did_you_mean(name, known)}; there are {', '.join(known)}"
+    elif problem["type"] == "missing":
+        message = f"{place} is missing"
+    else:
+        text = problem["msg"].removeprefix("Value error, ")
+        message = text if problem["type"] == "value_error" else f"{where} is {_shown(problem['input'])}: {text.lower()}"
+        if problem["type"] == "value_error" and place and not text.startswith(place):
+            message = f"{place}: {text}"
+    raise UserError(f"{os.fspath(source)}: {message}{'; ' + remedy if remedy else ''}")
+
+
+def _is_choice_of_union(part: str | int) -> bool:
+    """Whether a part of a place names a branch of a union (``function-after[...]``, a type), not a key."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool", "none"))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _field_names(kind: Any, place: tuple) -> list[str]:
+    """Names of the fields of the model at ``place`` below ``kind``, a model or a type made of models."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if not place:
+            return [field.alias or name for name, field in kind.model_fields.items()]
+        below = {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
+        return _field_names(below.get(place[0]), place[1:])
+    for part in get_args(kind):
+        # A key of a dict or an index of a list takes one part of the place, a union takes none.
+        for rest in (place[1:], place):
+            if names := _field_names(part, rest):
+                return names
+    return []
