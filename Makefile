@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SOURCES := src tests benchmarks recipes examples
 # Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
@@ -21,12 +22,14 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
 
 quality: $(VENV)/.dev
-	$(BIN)/ruff check src tests benchmarks recipes
-	$(BIN)/ruff format --check src tests benchmarks recipes
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/deptry .
 
 style: $(VENV)/.dev
-	$(BIN)/ruff check --fix src tests benchmarks recipes
-	$(BIN)/ruff format src tests benchmarks recipes
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -60,8 +63,8 @@ $(VENV)-judge/.judge:
 	$(VENV)-judge/bin/python -m pip install --quiet 'llama-cpp-python[server]>=0.3.10'
 	@touch $@
 
-$(VENV)/.dev: | $(BIN)/python
-	$(BIN)/python -m pip install --quiet 'ruff>=0.14'
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
 clean:

@@ -16,6 +16,7 @@ class RichProgress(TrainerCallback):
         self._last_loss = ""
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Start the bar."""
         if not state.is_world_process_zero:
             return
         columns = (
@@ -31,10 +32,12 @@ class RichProgress(TrainerCallback):
         self._bar = self._progress.add_task(self.label, total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Move the bar."""
         if self._progress:
             self._progress.update(self._bar, completed=state.global_step, description=f"{self.label}{self._last_loss}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Print a held-out measurement, or a step where there is no bar."""
         if not state.is_world_process_zero or not logs:
             return
         held_out = logs.get("eval_loss")
@@ -51,6 +54,7 @@ class RichProgress(TrainerCallback):
             )
 
     def on_train_end(self, args, state, control, **kwargs):
+        """Remove the bar."""
         self.close()
 
     def close(self) -> None:

@@ -246,6 +246,7 @@ class KeepLast(TrainerCallback):
         self.trainer, self.folder, self.tokenizer = trainer, folder, tokenizer
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Save after the last step."""
         if state.global_step >= state.max_steps:
             config = getattr(self.trainer.model, "peft_config", {}).get(ADAPTER)
             if isinstance(config, MaskConfig):
@@ -265,6 +266,7 @@ class Reference(TrainerCallback):
         self.loss: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Measure."""
         self.loss = _unmasked_loss(self.trainer, self.console)
 
 
