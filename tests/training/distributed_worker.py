@@ -16,8 +16,8 @@ import tiny
 from maskft import runtime
 from maskft.cli.train import parse
 from maskft.errors import UserError
+from maskft.training.checkpoints import agreed_mask_fingerprint, trainable_state
 from maskft.training.train import check_processes
-from maskft.training.trainer import agreed_mask_fingerprint, trainable_state
 from maskft.tuner import MaskConfig, adapter_layers, current_masks
 from maskft.tuner.layer import Float32ParameterDict
 from maskft.tuner.model import base_fingerprint

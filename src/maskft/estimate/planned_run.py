@@ -30,9 +30,9 @@ from ..masking import _CHUNK_NUMEL, random_mask
 from ..models import load_config
 from ..runtime import resident_memory_bytes
 from ..training.arguments import Run
+from ..training.callbacks import stop_gradient_at_frozen_embeddings
 from ..training.method_arguments import FIXED_MASK_METHODS, MASK_METHODS, mask_config
 from ..training.train import build_model
-from ..training.trainer import stop_gradient_at_frozen_embeddings
 from ..tuner.codec import encode_mask
 from ..tuner.config import MaskConfig
 from ..tuner.layer import write_masked_

@@ -1,10 +1,24 @@
-"""What a training run shows while it runs: one bar on a terminal, lines in a log."""
+"""What happens around the steps of training: progress, loss without the mask, a look at every step, the last model."""
 
 from __future__ import annotations
 
+import math
+import time
+from pathlib import Path
+
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from .. import runtime
+from ..errors import NotFiniteError, UserError
+from ..tuner import MaskConfig, MaskLayer
+from ..tuner.model import refresh_masks
+from ..tuner.sharded import is_sharded
+from .checkpoints import agreed_mask_fingerprint, save_weights
+from .method_arguments import ADAPTER
 
 
 class RichProgress(TrainerCallback):
@@ -62,3 +76,172 @@ class RichProgress(TrainerCallback):
         if self._progress:
             self._progress.stop()
             self._progress = None
+
+
+class KeepLast(TrainerCallback):
+    """Saves the model as the last step left it, before the best checkpoint replaces it."""
+
+    def __init__(self, trainer: SFTTrainer, folder: Path, tokenizer):
+        self.trainer, self.folder, self.tokenizer = trainer, folder, tokenizer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Save after the last step."""
+        if state.global_step >= state.max_steps:
+            config = getattr(self.trainer.model, "peft_config", {}).get(ADAPTER)
+            if isinstance(config, MaskConfig):
+                config.save_scores = False
+            save_weights(self.trainer, self.folder)
+            if isinstance(config, MaskConfig):
+                config.save_scores = True  # the last checkpoint follows, and training may be resumed from it
+            if runtime.is_main():
+                self.tokenizer.save_pretrained(self.folder)
+
+
+class Reference(TrainerCallback):
+    """Measures held-out loss without the mask once the model is spread over the processes, before the first step."""
+
+    def __init__(self, trainer: SFTTrainer, console: Console):
+        self.trainer, self.console = trainer, console
+        self.loss: float | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Measure."""
+        self.loss = _unmasked_loss(self.trainer, self.console)
+
+
+def _unmasked_loss(trainer, console: Console) -> float | None:
+    """Held-out loss of the model without the mask: what the mask has to beat."""
+    if trainer.eval_dataset is None or trainer.args.eval_strategy == "no":
+        return None
+    # Not evaluate(): its callbacks would log a metric of another model, before they are told where to log.
+    with trainer.accelerator.unwrap_model(trainer.model).disable_adapter():
+        output = trainer.evaluation_loop(
+            trainer.get_eval_dataloader(), "unmasked", prediction_loss_only=True, metric_key_prefix="unmasked"
+        )
+    trainer._metrics["eval"].clear()
+    loss = output.metrics["unmasked_loss"]
+    console.print(f"  held-out loss without the mask {loss:.4f}", highlight=False)
+    return loss
+
+
+class StepGuard(TrainerCallback):
+    """Looks at every step just before and after the optimizer: finite? how many mask bits flipped?"""
+
+    def __init__(self, trainer: SFTTrainer):
+        self.trainer = trainer
+        self._before: list[tuple[MaskLayer, torch.Tensor]] = []
+        self._undo = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Check that scores can be ranked and that all processes hold the same masks."""
+        # TRL starts to count anew when training is resumed; transformers' own count travels with the checkpoints.
+        self.trainer._total_train_tokens = state.num_input_tokens_seen
+        self.trainer._window = (time.perf_counter(), state.num_input_tokens_seen)
+        for layer in self._layers(model):
+            layer._raw_gradient.clear()  # of a run that was interrupted between two micro-batches
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "mask_scores" in name and parameter.dtype != torch.float32:
+                raise UserError(f"{name} is {parameter.dtype}; scores must be float32, masks are ranked in it")
+        if runtime.num_processes() > 1:
+            agreed_mask_fingerprint(model)
+
+        if args.gradient_checkpointing and not args.is_reentrant:
+            self._undo = stop_gradient_at_frozen_embeddings(self.trainer.accelerator.unwrap_model(model))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Undo what was done to the model."""
+        if self._undo is not None:
+            self._undo.remove()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Stop before a loss or gradient that is not finite is applied."""
+        bad_loss = ~self.trainer._loss_is_finite
+        self.trainer._loss_is_finite = torch.tensor(True)
+        for layer in self._layers(model):
+            if layer._raw_gradient:
+                raise RuntimeError("an accumulated mask gradient was not handed to the optimizer")
+        bad_gradient = torch.zeros_like(bad_loss)
+        # float16 gradients overflow now and then; the scaler skips such a step itself.
+        if self.trainer.accelerator.scaler is None:
+            # One sum over all gradients, so that a GPU is asked once; NaN and inf both survive adding.
+            total = sum(_local(p.grad).sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None)
+            bad_gradient = ~torch.isfinite(torch.as_tensor(total, device=bad_loss.device))
+        # The same verdict in every process, or the others would wait for the one that stopped.
+        verdict = runtime.largest(bad_gradient, bad_loss)
+        if verdict:
+            raise NotFiniteError(f"{('gradient', 'loss')[verdict - 1]} is not finite")
+        if self._is_logged(args, state):
+            self._before = [(m, m._effective == 0) for m in self._layers(model) if m._effective is not None]
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Save the start, which may stay the best."""
+        # The Trainer would not take the start for the best, also when every step made it worse.
+        loss = (metrics or {}).get(args.metric_for_best_model, math.nan)
+        if state.global_step == 0 and args.load_best_model_at_end and math.isfinite(loss):
+            state.best_metric = loss
+            state.best_model_checkpoint = str(Path(args.output_dir) / "checkpoint-0")
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Keep the number of tokens where checkpoints keep it."""
+        state.num_input_tokens_seen = int(self.trainer._total_train_tokens)
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Count flipped and removed mask entries."""
+        layers = self._layers(model)
+        if self._is_logged(args, state) and layers and layers[0].sharded_weight is not None:
+            self.trainer.mask_metrics = _sharded_mask_metrics(model, layers)
+        if not self._before:
+            return
+        flips, removed, numel = 0, 0, 0
+        with torch.no_grad():
+            for layer, before in self._before:
+                after = layer.effective_weight(layer._effective.dtype) == 0
+                flips += int(torch.count_nonzero(after ^ before))
+                removed += (
+                    int((~layer.get_mask(ADAPTER)).sum()) if layer.mask_configs[ADAPTER].selection != "topk" else 0
+                )
+                numel += after.numel()
+        config = self._before[0][0].mask_configs[ADAPTER]
+        self.trainer.mask_metrics = {
+            "mask_removed_share": config.sparsity if config.selection == "topk" else removed / numel,
+            "mask_flips_per_step": flips,
+        }
+        self._before = []
+
+    @staticmethod
+    def _is_logged(args, state) -> bool:
+        every = max(int(state.logging_steps or 1), 1)
+        return (state.global_step + 1) % every == 0
+
+    @staticmethod
+    def _layers(model):
+        return [m for m in model.modules() if isinstance(m, MaskLayer) and ADAPTER in m.mask_scores]
+
+
+def stop_gradient_at_frozen_embeddings(model):
+    """Undo what TRL and transformers do to a checkpointed model: let its embeddings require a gradient.
+
+    Only reentrant checkpointing needs that, and it sends the backward pass through the frozen layers below the mask.
+    Returns the handle of the hook.
+    """
+
+    def stop(module, args, output):
+        return output if any(p.requires_grad for p in module.parameters()) else output.detach()
+
+    return model.get_input_embeddings().register_forward_hook(stop)
+
+
+def _sharded_mask_metrics(model, layers: list[MaskLayer]) -> dict[str, float]:
+    """Metrics of masks under FSDP2, counted over all processes; all processes must call it."""
+    refresh_masks(model)
+    shards = [layer.sharded_weight for layer in layers]
+    counts = [(shard.num_flips, int((~shard.mask).sum()), shard.mask.numel()) for shard in shards]
+    device = shards[0].original.device
+    flips, removed, numel = runtime.reduce_(torch.tensor(counts, device=device).sum(0)).tolist()
+    return {"mask_removed_share": removed / numel, "mask_flips_per_step": flips}
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that may be spread over processes."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()

@@ -1,16 +1,22 @@
-"""The output folder of a run: may it be used, is there a checkpoint to go on from, does the disk take it."""
+"""The output folder: may it be used, is there a checkpoint to resume from, does the disk take it, what is written."""
 
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from .. import files, runtime
 from ..errors import UserError
+from ..tuner import MaskConfig
+from ..tuner.model import current_mask_fingerprint
+from .method_arguments import ADAPTER
 
 # As the Trainer, FSDP (whole or in shards) and DeepSpeed write it.
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
@@ -119,3 +125,49 @@ def check_disk_space(model, args: SFTConfig) -> None:
     files.check_free_space(
         args.output_dir, need, "lower save_total_limit, set save_only_model, or name another output_dir"
     )
+
+
+def save_weights(trainer: SFTTrainer, folder: str | Path) -> None:
+    """Write weights or adapter from the main process; all processes must call it."""
+    with agreed_masks(trainer.model):
+        if trainer.is_fsdp_enabled:
+            state = trainable_state(trainer.model)
+            if runtime.is_main():
+                trainer.model.save_pretrained(folder, state_dict=state)
+        elif runtime.is_main():
+            trainer.model.save_pretrained(folder)
+
+
+@contextmanager
+def agreed_masks(model):
+    """Save inside: the masks of all processes must be the same, and the saved ones must be theirs."""
+    agreed = agreed_mask_fingerprint(model) if runtime.num_processes() > 1 else None
+    yield
+    if agreed is not None and runtime.is_main():
+        saved = model.peft_config[ADAPTER].mask_sha256
+        if saved != agreed:
+            raise RuntimeError(f"the saved masks ({saved[:12]}) are not those trained with ({agreed[:12]})")
+
+
+def trainable_state(model) -> dict[str, torch.Tensor]:
+    """What an FSDP2 checkpoint holds, gathered into the memory of the main process; all processes must call it.
+
+    The frozen weights of a model with an adapter are left out.
+    """
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(model, "peft_config")
+    )
+    return get_model_state_dict(model, options=options)
+
+
+def agreed_mask_fingerprint(model) -> str | None:
+    """The sha256 of the masks, equal in every process, or None without a mask; all processes must call it.
+
+    Raises:
+        UserError: In every process, if the masks differ.
+    """
+    if not isinstance(getattr(model, "peft_config", {}).get(ADAPTER), MaskConfig):
+        return None
+    fingerprint = current_mask_fingerprint(model, ADAPTER)
+    runtime.check_same({"sha256": fingerprint}, "masks")
+    return fingerprint

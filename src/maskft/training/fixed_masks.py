@@ -14,8 +14,7 @@ from ..tuner import adapter_layers
 from ..tuner.codec import encode_mask, mask_info
 from .arguments import Run, TrainingSummary, named_revision
 from .calibration import input_norms
-from .method_arguments import mask_config
-from .trainer import ADAPTER
+from .method_arguments import ADAPTER, mask_config
 
 
 def make_fixed_mask(

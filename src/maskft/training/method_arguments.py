@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from ..errors import UserError
 from ..tuner.config import MaskConfig
 
+ADAPTER = "default"  # the name PEFT gives an adapter, of which a run has one
+
 FIXED_MASK_METHODS = ("random_mask", "l1_mask", "wanda_mask")
 MASK_METHODS = ("mask", *FIXED_MASK_METHODS)
 METHODS = ("full", "lora", *MASK_METHODS)

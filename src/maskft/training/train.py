@@ -27,12 +27,12 @@ from ..tuner import MaskConfig, adapter_layers
 from ..tuner.model import resolve_targets
 from . import launch_checks
 from .arguments import Run, TrainingSummary, named_revision, set_accumulation
-from .callbacks import RichProgress
-from .checkpoints import check_disk_space, prepare_output_dir
+from .callbacks import KeepLast, Reference, RichProgress
+from .checkpoints import check_disk_space, prepare_output_dir, save_weights
 from .fixed_masks import make_fixed_mask
-from .method_arguments import FIXED_MASK_METHODS, MASK_METHODS, MaskArguments, check_method, mask_config
+from .method_arguments import ADAPTER, FIXED_MASK_METHODS, MASK_METHODS, MaskArguments, check_method, mask_config
 from .prefix_cache import PrefixCache
-from .trainer import ADAPTER, KeepLast, MaskSFTTrainer, Reference, is_reentrant, save_weights
+from .trainer import MaskSFTTrainer
 
 # Main path
 
@@ -302,7 +302,7 @@ def _prefix_cache(run, trainer, console) -> PrefixCache | None:
         raise UserError(
             "mask_prefix_cache keeps one sequence per row: set packing and padding_free to false, or drop it"
         )
-    if args.gradient_checkpointing and is_reentrant(args):
+    if args.gradient_checkpointing and args.is_reentrant:
         raise UserError(
             "mask_prefix_cache needs a prefix without gradient, and reentrant checkpointing sends one through it: set "
             "use_reentrant to false"
