@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from maskft.estimate.estimate.estimate import estimate
-from maskft.estimate.estimate.live_bytes import LiveBytes
-from maskft.estimate.estimate.planned_run import PlannedRun
+from maskft.estimate.estimate import estimate
+from maskft.estimate.live_bytes import LiveBytes
+from maskft.estimate.planned_run import PlannedRun
 from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -556,8 +556,8 @@ def test_command_knows_the_formats_without_importing_them():
 
 def test_comparing_does_not_import_torch(files):
     code = (
-        "import sys; from maskft.evaluation import compare, results;"
-        "compare.compare([results.read_result(path) for path in sys.argv[1:]]); print('torch' in sys.modules)"
+        "import sys; from maskft.results import compare, schema;"
+        "compare.compare([schema.read_result(path) for path in sys.argv[1:]]); print('torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True)
     assert run.stdout == "False\n", run.stderr

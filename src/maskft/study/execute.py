@@ -258,14 +258,14 @@ def _evaluate(study: Study, run: Run, role: str, tick) -> None:
     target, label = study.result_file(run, role), run.labels[role]
     model = study.model(run, role)
     others = [other for other in (run, run.start) if other is not None and (other, BEST) != (run, role)]
-    files = [
+    measured_files = [
         study.result_file(other, BEST)
         for other in others
         if study.is_trained(other) and study.model(other, BEST) == model
     ]
     measured = target.parent.name.split("-")[-2]  # under whatever name, by whatever study
-    files += sorted(target.parent.parent.glob(f"*-{measured}-*/{files.RESULT}"))
-    for file in files:
+    measured_files += sorted(target.parent.parent.glob(f"*-{measured}-*/{files.RESULT}"))
+    for file in measured_files:
         if file.is_file():
             result = read_result(file) | {"name": label}
             break
