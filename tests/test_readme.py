@@ -50,6 +50,16 @@ def test_readme_is_short_and_its_links_lead_somewhere():
             assert (page.parent / "".join(target)).exists(), f"{page.name} links to {''.join(target)}"
 
 
+def test_files_and_names_in_the_docs_exist():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
+        if page.name == "LOG.md":
+            continue  # it is about files as they were
+        for folder, name, member in re.findall(r"`((?:\w+/)*)(\w+\.py)(?:: (\w+)[^`]*)?`", page.read_text()):
+            found = [p for p in ROOT.rglob(name) if str(p).endswith(f"/{folder}{name}") and ".venv" not in p.parts]
+            assert found, f"{page.name} names {folder}{name}"
+            assert not member or any(re.search(rf"(class|def) {member}\b", p.read_text()) for p in found), member
+
+
 def test_the_architecture_page_names_every_module():
     page = (ROOT / "docs" / "architecture.md").read_text()
     for path in (ROOT / "src" / "maskft").rglob("*.py"):
