@@ -1,16 +1,23 @@
-"""Files: names inside a run folder, reading and writing them whole, and free disk space."""
+"""Files: names inside a run folder, reading and writing them whole, digests, and free disk space."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
+import json
 import os
 import shutil
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -83,6 +90,52 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}): give another path") from error
+
+
+# Digests: all sha256, in hex
+
+
+def digest(content: Any) -> str:
+    """Digest of bytes or a text (as UTF-8), or of any other value as JSON with sorted keys."""
+    if not isinstance(content, str | bytes):
+        content = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def digest_file(file: str | Path, is_sampled: bool = False) -> str:
+    """Digest of a file's content, kept in memory until the file is written to.
+
+    Args:
+        file: The file.
+        is_sampled: Read only 1,024 blocks of 4 KiB, spread evenly, of a file larger than these: for weights, of which
+            every matrix is then sampled.
+    """
+    file = Path(file).resolve()
+    return _digest_file(file, file.stat().st_mtime_ns, is_sampled)
+
+
+@lru_cache(maxsize=16384)
+def _digest_file(file: Path, mtime_ns: int, is_sampled: bool) -> str:
+    num_blocks, block_bytes = 1024, 4096
+    size, found = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as stream:
+        if not is_sampled or size <= num_blocks * block_bytes:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        for number in range(num_blocks):
+            stream.seek(number * (size - block_bytes) // (num_blocks - 1))
+            found.update(stream.read(block_bytes))
+    return found.hexdigest()
+
+
+def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Digest of tensors in their order, each with a label that says what its bytes are (name, dtype, shape)."""
+    import torch
+
+    found = hashlib.sha256()
+    for label, tensor in tensors:
+        found.update(label.encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 # Typed files

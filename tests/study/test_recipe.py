@@ -11,8 +11,8 @@ import yaml
 import tiny
 from maskft.cli.main import main
 from maskft.cli.study import check
-from maskft.data.identity import file_digest
 from maskft.errors import UserError
+from maskft.files import digest_file
 from maskft.study.plan import BEST, evaluation_id, evaluation_identity
 from maskft.study.recipe import load_recipe, parse_recipe
 from tiny_tokenizer import tiny_tokenizer
@@ -102,11 +102,11 @@ def test_a_large_weight_file_is_sampled_in_every_matrix(tmp_path):
     file = tmp_path / "model.safetensors"
     content = bytearray(64 << 20)
     file.write_bytes(content)
-    before = file_digest(file, is_sampled=True)
+    before = digest_file(file, is_sampled=True)
     content[30 << 20 : 31 << 20] = b"x" * (1 << 20)
     file.write_bytes(content)
     os.utime(file, ns=(1, 1))
-    assert file_digest(file, is_sampled=True) != before
+    assert digest_file(file, is_sampled=True) != before
 
 
 def test_a_preset_names_a_run_by_what_it_stands_for(content):

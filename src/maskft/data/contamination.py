@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ from datasets import Dataset
 from numpy.lib.stride_tricks import sliding_window_view
 
 from ..errors import UserError, did_you_mean
+from ..files import digest
 from .formats import Row
 from .registry import TEST_SETS, TestSet
 from .sources import find_files, is_hub_name, load_from_hub, numbered, read_file
@@ -36,13 +36,13 @@ def example_texts(example: Row) -> list[str]:
 
 def unique_rows(examples: Dataset) -> list[int]:
     """Return the indices of the rows without exact copies of earlier ones: same texts up to white space and NFKC."""
-    seen: set[bytes] = set()
+    seen: set[str] = set()
     kept = []
     for index, example in enumerate(examples):
         texts = (" ".join(unicodedata.normalize("NFKC", text).split()) for text in example_texts(example))
-        digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=16).digest()
-        if digest not in seen:
-            seen.add(digest)
+        content = digest("\0".join(texts))
+        if content not in seen:
+            seen.add(content)
             kept.append(index)
     return kept
 

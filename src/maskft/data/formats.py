@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -12,6 +11,7 @@ from typing import Any
 from datasets import Dataset, Features, Value, concatenate_datasets
 
 from ..errors import UserError
+from ..files import digest
 from .answers import ANSWER_MARK, parse_number
 
 CHUNK_ROWS = 10_000  # examples that are Python objects at a time; stored, they take a fraction of the memory
@@ -58,7 +58,7 @@ def to_examples(
             if first and type(example.get("prompt")) is not type(first.get("prompt")):
                 raise UserError("'prompt' is text in some rows and messages in others; use one of them throughout")
             content = json.dumps([row[column] for column in columns], sort_keys=True, default=str, ensure_ascii=False)
-            identity = hashlib.sha256(content.encode()).hexdigest()[:16]
+            identity = digest(content)[:16]
         except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no text can hold
             bad = error.object[error.start : error.end]
             raise UserError(f"{name}: {where}: {bad!r} is half a character; remove it or write it in full") from None

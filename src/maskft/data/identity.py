@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..files import digest, digest_file
 from .arguments import DATA_NAMES, TEMPLATE
 from .contamination import set_names, test_set_files
 from .loading import local_files, split_of
@@ -16,8 +15,6 @@ from .mixtures import parse_mixture
 # Options of `maskft train` and `maskft evaluate` that name a file, or a folder of files, as it is.
 _FILES = (TEMPLATE, "alpaca_prompts", "alpaca_outputs", "reference_outputs", "length_control", "include_path")
 
-# A weight file is known by this many blocks of this many bytes, spread over it, so that every matrix has some.
-_NUM_BLOCKS, _BLOCK_BYTES = 1024, 4096
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # What else in a model's folder decides what it computes and how text becomes tokens.
 _OF_MODEL = ("config.json", "generation_config.json", "*.py", "*.jinja")
@@ -29,12 +26,12 @@ def model_identity(name: str) -> str:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return name
-    digest = hashlib.sha256()
     patterns = (*_WEIGHTS, *_OF_MODEL, *_OF_TOKENIZER)
+    lines = []
     for file in sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}):
-        content = file_digest(file, is_sampled=any(map(file.match, _WEIGHTS)))
-        digest.update(f"{file.name} {file.stat().st_size} {content}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
+        content = digest_file(file, is_sampled=any(map(file.match, _WEIGHTS)))
+        lines.append(f"{file.name} {file.stat().st_size} {content}\n")
+    return f"sha256:{digest(''.join(lines))}"
 
 
 def data_identity(options: dict[str, Any]) -> dict[str, Any]:
@@ -75,25 +72,5 @@ def _set_identity(name: str, data_dir: str | None, split: str | None) -> str:
 
 
 def _of_files(files: Sequence[Path]) -> str | None:
-    digests = [file_digest(file) for file in files if file.is_file()]
+    digests = [digest_file(file) for file in files if file.is_file()]
     return f"sha256:{'+'.join(digests)}" if digests else None
-
-
-def file_digest(file: Path, is_sampled: bool = False) -> str:
-    """sha256 of a file, or of blocks spread over it where it is large; kept until the file is written to."""
-    file = file.resolve()
-    return _digest(str(file), file.stat().st_mtime_ns, is_sampled)
-
-
-@lru_cache(maxsize=16384)
-def _digest(file: str, mtime_ns: int, is_sampled: bool) -> str:
-    digest, size = hashlib.sha256(), Path(file).stat().st_size
-    with open(file, "rb") as stream:
-        if is_sampled and size > _NUM_BLOCKS * _BLOCK_BYTES:
-            for number in range(_NUM_BLOCKS):
-                stream.seek(number * (size - _BLOCK_BYTES) // (_NUM_BLOCKS - 1))
-                digest.update(stream.read(_BLOCK_BYTES))
-        else:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

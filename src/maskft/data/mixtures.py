@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from datasets import Dataset, concatenate_datasets
 
 from ..errors import UserError
-from ..files import is_there
+from ..files import digest, is_there
 from .loading import Reader, too_few_rows
 
 
@@ -105,7 +104,7 @@ def draw(examples: Dataset, pool: Sequence[int], num_rows: int, seed: int) -> li
     if num_rows >= len(pool):
         return list(pool)
     ids = examples["id"][:]
-    return sorted(sorted(pool, key=lambda n: hashlib.sha256(f"{seed} {ids[n]}".encode()).digest())[:num_rows])
+    return sorted(sorted(pool, key=lambda n: digest(f"{seed} {ids[n]}"))[:num_rows])
 
 
 def concatenate(parts: Sequence[Dataset], seed: int) -> Dataset:

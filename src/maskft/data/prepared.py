@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,10 +13,11 @@ from typing import Any, NamedTuple
 from datasets import Dataset, load_from_disk
 
 from .. import runtime
+from ..files import digest, digest_file
 from .arguments import DataArguments
 from .identity import data_identity
 from .splits import load_splits
-from .tokenizing import tokenize_dataset
+from .tokenizing import tokenize_dataset, tokenizer_rules
 
 _REPORT = "report.json"
 _SETS = ("train_rows", "heldout_rows", "train", "heldout")
@@ -72,7 +72,7 @@ def prepare(
     options = {k: v for k, v in asdict(args).items() if k not in ("prepared_data_dir", "prepare_only")}
     decides = {"data": data_identity(options), "tokenizer": _tokenizer_digest(tokenizer), "code": _code_digest()}
     decides |= tokens
-    name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    name = digest(decides)[:16]
     folder = Path(args.prepared_data_dir).expanduser() / name
     runtime.decided_by_main(lambda: _keep(folder, args, tokenizer, how))
     # On another machine, without a shared disk, the main process's is not there.
@@ -107,14 +107,8 @@ def _keep(folder: Path, args: DataArguments, tokenizer, how: Mapping[str, Any]) 
 
 def _tokenizer_digest(tokenizer) -> str:
     """Changes with anything that decides the tokens of a text, or the text of a conversation."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else [sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs]
-    parts = [type(tokenizer).__name__, rules, tokenizer.chat_template, tokenizer.eos_token_id]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return digest([tokenizer_rules(tokenizer), tokenizer.chat_template])
 
 
 def _code_digest() -> str:
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return digest([digest_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))])

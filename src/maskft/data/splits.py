@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from ..errors import UserError
+from ..files import digest
 from .arguments import DataArguments, check_sizes
 from .contamination import NGRAM, Contamination, NgramIndex, example_texts, load_test_texts, unique_rows
 from .loading import Reader
@@ -202,14 +202,14 @@ def _hold_out(
                 f"eval_split_size {size:g} holds out {num_held:,} of the {count:,} rows of {part.name}, "
                 "which leaves none to train on; make it smaller"
             )
-        digests = [prompt_digest(example) for example in examples]
+        prompts = [prompt_digest(example) for example in examples]
         ids = examples["id"][:]
-        hashes = [hashlib.sha256(f"{seed}".encode() + digest).digest() for digest in digests]
+        hashes = [digest(str(seed).encode() + bytes.fromhex(prompt)) for prompt in prompts]
         ranked = sorted(range(len(examples)), key=lambda n: (hashes[n], ids[n]))
         pool = sorted(ranked[num_reserved:])
         if count < len(examples):  # another row of a prompt that is reserved: its turn may come in another recipe
-            reserved_prompts = {digests[index] for index in ranked[:num_reserved]}
-            pool = [index for index in pool if digests[index] not in reserved_prompts]
+            reserved_prompts = {prompts[index] for index in ranked[:num_reserved]}
+            pool = [index for index in pool if prompts[index] not in reserved_prompts]
         trains.append(examples.select(draw(examples, pool, count - num_held, seed)))
         heldouts.append(examples.select(sorted(ranked[:num_held])))
     return concatenate(trains, seed), concatenate(heldouts, seed)
@@ -225,7 +225,7 @@ def _shares(count: int, sizes: Sequence[int]) -> list[int]:
     return [max(1, share) for share in shares]
 
 
-def prompt_digest(example: Row) -> bytes:
+def prompt_digest(example: Row) -> str:
     """Hash the words before the first answer, without system messages: two examples are the same if these agree."""
     if "messages" in example or not isinstance(example.get("prompt", ""), str):
         messages = example.get("messages") or example["prompt"]
@@ -240,4 +240,4 @@ def prompt_digest(example: Row) -> bytes:
         text = example["prompt"]
     else:
         text = next(value for column, value in example.items() if column not in ("id", "answer", "answer_type"))
-    return hashlib.sha256(" ".join(text.split()).encode()).digest()
+    return digest(" ".join(text.split()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -129,6 +130,18 @@ def _warn_of_torn_prompt(example: Row, input_ids: list[int], tokenizer) -> None:
             "tokens than it was trained after; where plain prompts end with a space, move it to the completions",
             tokenizer.decode(ids[common:]),
         )
+
+
+def tokenizer_rules(tokenizer) -> dict[str, Any]:
+    """Return what decides the tokens of a text: vocabulary, merges, normalisation, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    return {
+        # Truncation and padding are those of the last call.
+        "tokenizer": {key: value for key, value in content.items() if key not in ("truncation", "padding")},
+        "special_tokens": tokenizer.special_tokens_map,
+        "added": [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")],
+    }
 
 
 def supervised_token_count(dataset: Dataset) -> int:

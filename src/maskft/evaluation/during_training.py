@@ -76,7 +76,7 @@ class TrainingEvaluation:
             order = list(range(len(heldout_rows)))
             Random(0).shuffle(order)
             self.rows = [heldout_rows[index] for index in sorted(order[:limit])]
-            self.selected_on = {str(row["id"]): prompt_digest(row).hex() for row in self.rows}
+            self.selected_on = {str(row["id"]): prompt_digest(row) for row in self.rows}
             if any(row.get("answer") is None for row in self.rows):
                 raise UserError("eval_tasks: heldout answers cannot be checked, the data has no `answer` column")
         benchmarks = [name for name in names if name != HELDOUT]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from ..data import prompt_ids, tokenize_example
 from ..data.answers import check_answer
 from ..errors import UserError
+from ..files import digest
 from ..generation.greedy import check_context, context_length, greedy_generate, memory_bound_rows
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
 from ..runtime import progress_bar
@@ -214,4 +214,4 @@ def _loss_batch_size(model, longest: int, max_memory_bytes: float | None) -> int
 def chat_template_hash(tokenizer) -> str | None:
     """sha256 of the tokenizer's chat template, or None without one."""
     template = getattr(tokenizer, "chat_template", None)
-    return hashlib.sha256(str(template).encode()).hexdigest() if template else None
+    return digest(str(template)) if template else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import UserError
+from ..files import digest
 
 _REQUEST_KINDS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 
@@ -47,7 +47,7 @@ class Journal:
     @staticmethod
     def key(kind: str, arguments: Sequence) -> str:
         """The name of a request: its kind, prompt and settings, whatever task it comes from."""
-        return hashlib.sha256(json.dumps([kind, *arguments], sort_keys=True).encode()).hexdigest()
+        return digest([kind, *arguments])
 
     def add_partial(self, kind: str, arguments: Sequence, answer: Any) -> None:
         """Keep one answer."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +16,9 @@ from safetensors import SafetensorError
 
 from ..adapter.mask_set import read_config
 from ..adapter.merge import adapter_tokenizer
+from ..data.tokenizing import tokenizer_rules
 from ..errors import UserError, first_line
-from ..files import ADAPTER_CONFIG, TRAINING, holds_adapter
+from ..files import ADAPTER_CONFIG, TRAINING, digest, digest_file, digest_tensors, holds_adapter
 from ..models import (
     check_model_source,
     check_tokenizer_fits,
@@ -179,25 +179,13 @@ def load_for_vllm(model_name_or_path: str | None, adapters: Sequence[str] = ()) 
 
 def model_fingerprint(model) -> str:
     """sha256 over the names, dtypes, shapes and bytes of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    weights = sorted(model.state_dict().items())
+    return digest_tensors((f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor) for name, tensor in weights)
 
 
 def config_sha256(configuration: Mapping, tokenizer) -> str:
     """sha256 over what changes outputs in a model's configuration and in its tokenizer, chat template apart."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    used = {
-        "configuration": _of_the_output(configuration),
-        # Truncation and padding are those of the last call.
-        "tokenizer": {key: value for key, value in content.items() if key not in ("truncation", "padding")},
-        "special_tokens": tokenizer.special_tokens_map,
-        "added": [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")],
-    }
-    return hashlib.sha256(json.dumps(used, sort_keys=True, default=str).encode()).hexdigest()
+    return digest({"configuration": _of_the_output(configuration), **tokenizer_rules(tokenizer)})
 
 
 def _of_the_output(value):
@@ -209,12 +197,9 @@ def _of_the_output(value):
 
 def _files_sha256(folder: str) -> str:
     """sha256 over a model folder's weight files and configuration: what vLLM reads, and we do not load."""
-    digest = hashlib.sha256()
     names = ("*.safetensors", "*.bin", "config.json", "generation_config.json")
-    for file in sorted(path for name in names for path in Path(folder).glob(name)):
-        digest.update(file.name.encode())
-        _update(digest, file)
-    return digest.hexdigest()
+    found = sorted(file for name in names for file in Path(folder).glob(name))
+    return digest([[file.name, digest_file(file)] for file in found])
 
 
 def _revision(name: str) -> str | None:
@@ -231,16 +216,8 @@ def adapter_sha256(folder: str) -> str:
         for key, value in config.items()
         if key not in _NOT_OF_THE_OUTPUT
     }
-    digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
-    for file in sorted(Path(folder).glob("adapter_model.*")):
-        _update(digest, file)
-    return digest.hexdigest()
-
-
-def _update(digest, file: Path) -> None:
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
+    weights = b"".join(file.read_bytes() for file in sorted(Path(folder).glob("adapter_model.*")))
+    return digest(json.dumps(used, sort_keys=True).encode() + weights)
 
 
 def _base_name(model_name_or_path: str | None, adapters: Sequence[str]) -> str:

@@ -186,7 +186,7 @@ def _device_name(model) -> str:
 
 def _add_selection(record: dict, loaded: Loaded, rows: Sequence[Mapping]) -> None:
     """Tell in a task record which of the held-out rows the model was measured on while it was trained."""
-    ids = [str(row["id"]) for row in rows if loaded.selected_on.get(str(row["id"])) == prompt_digest(row).hex()]
+    ids = [str(row["id"]) for row in rows if loaded.selected_on.get(str(row["id"])) == prompt_digest(row)]
     if not ids:
         return
     note = (

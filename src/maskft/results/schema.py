@@ -25,7 +25,6 @@ own (a win rate fitted over all items, say): it appears in tables and is not com
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -38,7 +37,7 @@ from typing import Any
 from .. import files
 from .._version import __version__
 from ..errors import UserError
-from ..files import read_text, write_text
+from ..files import digest, read_text, write_text
 from ..runtime import environment
 from .statistics import weighted_mean
 
@@ -219,15 +218,12 @@ def items_fingerprint(items: Iterable[Mapping]) -> str:
     be anything JSON can hold (text, a list of messages, None).
     """
     lines = sorted(json.dumps([item["id"], item["prompt"], item["reference"]], sort_keys=True) for item in items)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return digest("\n".join(lines))
 
 
 def data_sha256(rows: Iterable) -> str:
     """Return the sha256 of rows of data in their order: the identity of a data source, wherever its files lie."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()
+    return digest("".join(json.dumps(row, sort_keys=True, default=str) + "\n" for row in rows))
 
 
 def write_result(path: str | os.PathLike, result: Result) -> None:

@@ -6,7 +6,6 @@ Everything before may be cut off at any moment: training goes on from its last w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import shutil
@@ -306,7 +305,7 @@ def _evaluate(study: Study, run: Run, role: str, tick) -> None:
 
 def partial_folder(target: Path) -> Path:
     """Where the evaluation for a result file is made: not where other versions of the libraries have given answers."""
-    versions = hashlib.sha256(json.dumps(environment()["packages"]).encode()).hexdigest()[:6]
+    versions = files.digest(environment()["packages"])[:6]
     return target.parent.with_name(f"{target.parent.name}.{versions}.partial")
 
 

@@ -7,7 +7,6 @@ every run below a new name, and what did not change is found finished.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..data.arguments import DataArguments, names_text
-from ..data.identity import data_identity, file_digest, model_identity
+from ..data.identity import data_identity, model_identity
 from ..errors import UserError, did_you_mean
+from ..files import digest, digest_file
 from ..training.method_arguments import FIXED_MASK_METHODS, MASK_METHODS
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe, is_number, labels_of
 
@@ -361,8 +361,7 @@ def _as_list(value: Any) -> list:
 
 
 def _hash(settings: dict) -> str:
-    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:_HASH_LENGTH]
+    return digest(json.dumps(settings, sort_keys=True, ensure_ascii=False))[:_HASH_LENGTH]
 
 
 def _identity(options: dict) -> dict:
@@ -383,7 +382,7 @@ def _benchmark_digests(tasks: str, folder: str, splits: Sequence[str] | None = N
 
     named = filter(None, (task.strip() for task in tasks.split(",")))
     files = {task: benchmark_files(task, Path(folder).expanduser(), splits) for task in named}
-    return {task: _hash({"files": [*map(file_digest, found)]}) for task, found in files.items() if found}
+    return {task: _hash({"files": [*map(digest_file, found)]}) for task, found in files.items() if found}
 
 
 def _without_preset(options: dict) -> dict:

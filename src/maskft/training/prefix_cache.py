@@ -10,7 +10,6 @@ Shapes: B rows, T tokens, D hidden size.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import itertools
 import json
 import os
@@ -21,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..files import digest, digest_tensors
 
 _KEY_BYTES = 16
 
@@ -208,13 +208,11 @@ def _is_dropout(name: str, value) -> bool:
 
 def _fingerprint(decoder: nn.Module, prefix: list[nn.Module], compute_dtype: torch.dtype | None) -> str:
     """Of everything that decides the outputs: configuration, weights, dtype of computation."""
-    digest = hashlib.sha256(f"{type(decoder).__name__} {len(prefix)} {compute_dtype}".encode())
-    digest.update(json.dumps(decoder.config.to_diff_dict(), sort_keys=True, default=str).encode())
     parameters = [p for _, p in _outside_layers(decoder, _layers(decoder))]
-    for parameter in (*parameters, *(p for layer in prefix for p in layer.parameters())):
-        digest.update(str(parameter.dtype).encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:24]
+    parameters += [p for layer in prefix for p in layer.parameters()]
+    weights = digest_tensors((str(parameter.dtype), parameter) for parameter in parameters)
+    made_with = [type(decoder).__name__, len(prefix), str(compute_dtype), decoder.config.to_diff_dict()]
+    return digest([*made_with, weights])[:24]
 
 
 def _row_keys(ids_BT: Tensor | None, mask_BT: Tensor | None) -> list[bytes]:
@@ -228,7 +226,7 @@ def _row_keys(ids_BT: Tensor | None, mask_BT: Tensor | None) -> list[bytes]:
         lengths = mask_BT.sum(1).tolist()
     rows = ids_BT.cpu().to(torch.int64)
     return [
-        hashlib.sha256(row[:length].contiguous().numpy()).digest()[:_KEY_BYTES] + int(length).to_bytes(4, "little")
+        bytes.fromhex(digest(row[:length].numpy().tobytes()))[:_KEY_BYTES] + int(length).to_bytes(4, "little")
         for row, length in zip(rows, lengths, strict=True)
     ]
 

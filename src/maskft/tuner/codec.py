@@ -7,7 +7,6 @@ bytes, compressed with zstd; or the bitmap, eight weights a byte.
 
 from __future__ import annotations
 
-import hashlib
 import struct
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 import zstandard
 from torch import Tensor
 
+from .. import files
 from ..errors import UserError
 
 FORMAT_VERSION = 1
@@ -117,7 +117,8 @@ def _read_header(data: bytes, name: str) -> tuple[int, tuple[int, int], int, byt
 
 
 def _digest(version: int, shape, removed_count: int, packed: np.ndarray) -> bytes:
-    return hashlib.sha256(struct.pack("<HIIQ", version, *shape, removed_count) + packed.tobytes()).digest()
+    content = struct.pack("<HIIQ", version, *shape, removed_count) + packed.tobytes()
+    return bytes.fromhex(files.digest(content))
 
 
 def _gap_bytes(positions: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ Shapes: T tokens (all leading dimensions flattened), I in_features, O out_featur
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 import weakref
 
@@ -22,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
+from ..files import digest
 from ..masking import (
     StraightThroughMask,
     initial_scores,
@@ -115,8 +115,8 @@ class MaskLayer(BaseTunerLayer):
         if weight.device.type == "meta":
             return torch.empty(weight.shape, dtype=torch.float32, device="meta")
         # Every layer draws from its own stream, so that adding or leaving out a layer does not move the others.
-        digest = hashlib.sha256(f"{config.mask_seed}/{self.module_name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        stream = bytes.fromhex(digest(f"{config.mask_seed}/{self.module_name}"))
+        generator = torch.Generator().manual_seed(int.from_bytes(stream[:8], "little") >> 1)
         num_inputs = weight.shape[0 if self.is_transposed else 1]
         return initial_scores(
             weight.detach(), config.init_scores, generator, config.init_std, config.init_value, num_inputs

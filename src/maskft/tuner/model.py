@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import warnings
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError, did_you_mean
+from ..files import digest, digest_tensors
 from ..masking import scores_for_mask
 from .codec import FORMAT_VERSION, decode_mask, encode_mask, mask_info, mask_sha256
 from .config import NO_TOKEN_INDICES, MaskConfig
@@ -406,14 +406,9 @@ def base_fingerprint(layers: Iterable[MaskLayer]) -> str:
     layers = sorted(layers, key=lambda layer: layer.module_name)
     if layers and layers[0].sharded_weight is not None:
         return layers[0].sharded_weight.base_fingerprint  # the weights themselves are masked by now
-    digest = hashlib.sha256()
-    for layer in layers:
-        weight = layer.get_base_layer().weight.detach()
-        if is_sharded(weight):
-            weight = weight.full_tensor()
-        digest.update(f"{layer.module_name}{tuple(weight.shape)}".encode())
-        digest.update(weight.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy())
-    return digest.hexdigest()
+    weights = ((layer.module_name, layer.get_base_layer().weight.detach()) for layer in layers)
+    whole = ((name, weight.full_tensor() if is_sharded(weight) else weight) for name, weight in weights)
+    return digest_tensors((f"{name}{tuple(weight.shape)}", weight.to(torch.bfloat16)) for name, weight in whole)
 
 
 def mask_fingerprint(coded: dict[str, Tensor]) -> str:
@@ -422,10 +417,7 @@ def mask_fingerprint(coded: dict[str, Tensor]) -> str:
 
 
 def _fingerprint(sha256: dict[str, str]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(sha256):
-        digest.update(f"{name}:{sha256[name]};".encode())
-    return digest.hexdigest()
+    return digest("".join(f"{name}:{sha256[name]};" for name in sorted(sha256)))
 
 
 def _listed(names: Iterable[str]) -> str:
