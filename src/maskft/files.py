@@ -156,21 +156,25 @@ def read_model(model: type[Model], content: Any, source: str | os.PathLike, reme
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
+        problem = first_problem(error, model)
+    raise UserError(f"{os.fspath(source)}: {problem}{'; ' + remedy if remedy else ''}")
+
+
+def first_problem(error: ValidationError, kind: Any) -> str:
+    """Return the first mistake in what was to become ``kind``: the place, the value, and what to write."""
+    problem = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in problem["loc"] if not _is_choice_of_union(part))
     where = place or "the content"
     if problem["type"] == "extra_forbidden":
         name = str(problem["loc"][-1])
-        known = _field_names(model, problem["loc"][:-1])
-        message = f"unknown key {place!r}{did_you_mean(name, known)}; there are {', '.join(known)}"
-    elif problem["type"] == "missing":
-        message = f"{place} is missing"
-    else:
-        text = problem["msg"].removeprefix("Value error, ")
-        message = text if problem["type"] == "value_error" else f"{where} is {_shown(problem['input'])}: {text.lower()}"
-        if problem["type"] == "value_error" and place and not text.startswith(place):
-            message = f"{place}: {text}"
-    raise UserError(f"{os.fspath(source)}: {message}{'; ' + remedy if remedy else ''}")
+        known = _field_names(kind, problem["loc"][:-1])
+        return f"unknown key {place!r}{did_you_mean(name, known)}; there are {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{place} is missing"
+    text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] != "value_error":
+        return f"{where} is {_shown(problem['input'])}: {text.lower()}"
+    return text if not place or text.startswith(place) else f"{place}: {text}"
 
 
 def _is_choice_of_union(part: str | int) -> bool:

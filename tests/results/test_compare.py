@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from maskft.cli import compare as command
 from maskft.errors import UserError
-from maskft.results import text as comparison_text
+from maskft.results import FORMATS
 from maskft.results.compare import compare
 from maskft.results.compare import scores as scores_of
 from maskft.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
-from maskft.results.text import cross_domain_table, render, sentence
+from maskft.results.text import Table, cross_domain_table, draw, render, sentence
 
 RESAMPLES = 500
 
@@ -447,7 +447,22 @@ def test_terminal(comparison, monkeypatch):
     assert "+10.0 [" in text
     assert text.count("[red] mask_1 & 5% ") == 3  # two tables and a sentence: no markup
     assert "[red] mask_1 & 5% vs full|best, accuracy on sums: +10.0 points" in text
-    assert max(map(len, text.split("\n\n")[1].splitlines())) <= 140
+
+
+def test_a_table_wider_than_the_terminal_continues_below(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    table = Table(("model", "first", "second"), [("heading of any length", "", ""), ("a", "1.0 ± 0.1", "2")])
+    assert draw(table, "terminal").splitlines() == [
+        "model      first",
+        "────────────────",
+        "heading of any length",
+        "a      1.0 ± 0.1",
+        "",
+        "model  second",
+        "─────────────",
+        "heading of any length",
+        "a           2",
+    ]
 
 
 def test_markdown(comparison):
@@ -538,15 +553,14 @@ def test_command_refuses_bad_input(files, tmp_path):
         command.run(arguments(files[0], "--baseline", "full"))
 
 
-@pytest.mark.parametrize("form", command.FORMATS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_command_shows_one_model_alone(form, files, capsys):
     command.run(arguments(files[0], "--format", form))
     out = capsys.readouterr().out
     assert "full" in out and (json.loads(out)["scores"][0]["value"] == 0.5 if form == "json" else "50.0" in out)
 
 
-def test_command_knows_the_formats_without_importing_them():
-    assert tuple(comparison_text.FORMATS) == command.FORMATS
+def test_the_options_are_known_without_imports():
     code = (
         "import argparse, sys; from maskft.cli import compare; compare.add_arguments(argparse.ArgumentParser());"
         "print([m for m in ('torch', 'scipy', 'numpy', 'rich') if m in sys.modules])"

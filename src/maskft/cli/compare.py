@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import UserError
-
-FORMATS = ("terminal", "markdown", "latex", "json")  # those of comparison_text, named here so that --help is quick
+from ..results import FORMATS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..errors import UserError
-
-FORMATS = ("terminal", "markdown", "latex", "json")  # those of report.tables, named here so that --help is quick
+from ..results import FORMATS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Read the results, fill the tables, print or write them."""
     from ..files import write_text
-    from ..results.paper_tables import paper_tables, render_tables
-    from ..results.table_results import read_results
+    from ..results.paper_tables import paper_tables, read_results, render_tables
 
     measures = {}
     for measure in args.measure:

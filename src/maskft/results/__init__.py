@@ -1,1 +1,3 @@
-"""Result files, their statistics and the verdicts drawn from them; nothing here trains or evaluates."""
+"""Results as files, and what may be claimed from them: schema, statistics, verdicts, the paper's tables."""
+
+FORMATS = ("terminal", "markdown", "latex", "json")  # of the text that comparisons and tables are rendered to

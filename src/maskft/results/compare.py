@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import UserError
 from .comparable import (
     check_comparable,
     check_known,
     group_by_name,
+    having,
     name_and_seed,
     quoted,
     select,
@@ -27,6 +31,7 @@ from .comparable import (
 )
 from .schema import Result, has_items, item_weights
 from .statistics import (
+    Interval,
     hierarchical_bootstrap,
     holm,
     mcnemar_exact,
@@ -40,6 +45,8 @@ POWER = 0.8  # of the test that the needed numbers of items and seeds are for
 MIN_RESAMPLES = 100
 
 BETTER, WORSE, NOT_DISTINGUISHABLE = "better", "worse", "not distinguishable"
+
+Pair = tuple[str, str, str]  # method, task, metric
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Score:
-    """What a model reached in one metric of a task.
+    """The value of one model in one metric of a task.
 
     ``stderr`` is over the items for one result, over the seeds for several; None where there is none. ``value`` is None
     where a result has none.
@@ -111,7 +118,7 @@ class Comparison:
     schema_version: int = SCHEMA_VERSION
     kind: str = "comparison"
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-able values, in the metrics' units (fractions in [0, 1], no percent)."""
         return asdict(self)
 
@@ -128,7 +135,7 @@ def compare(
 ) -> Comparison:
     """Compare every method with the baseline on the items they share.
 
-    A method is "better" or "worse" when the interval excludes zero and the Holm-adjusted p is below
+    A method is "better" or "worse" when the interval excludes zero and the Holm-adjusted p is at most
     ``1 - confidence``, and "not distinguishable" otherwise. The interval itself is not adjusted for the number of
     comparisons.
 
@@ -149,8 +156,6 @@ def compare(
     if seed < 0:
         raise UserError(f"seed {seed} is negative: give 0 or more")
     groups = group_by_name(results)
-    if not groups:
-        raise UserError("no results were given: give at least two")
     baseline = next(iter(groups)) if baseline is None else baseline
     check_known("baseline", [baseline], groups)
     if len(groups) < 2:
@@ -159,36 +164,20 @@ def compare(
     check_comparable(results, tasks)
     pairs, notes = _pairs(groups, baseline, tasks, item_metrics)
     main = _main_metrics(groups[baseline][0], pairs)
-    num_comparisons = Counter(main[task] == metric for _, task, metric in pairs)
-    # A bootstrap p is a multiple of 2 / (num_resamples + 1): fewer could not stay below the level after Holm.
-    needed = max(MIN_RESAMPLES, math.ceil(4 * max(num_comparisons.values()) / (1 - confidence)))
-    if num_resamples < needed:
-        raise UserError(
-            f"num_resamples {num_resamples} is too few for {max(num_comparisons.values())} comparisons at confidence "
-            f"{confidence}: give at least {needed}"
-        )
-    notes += _seed_notes(groups, baseline, dict.fromkeys(method for method, *_ in pairs))
-    differences = []
+    sizes = Counter(main[task] == metric for _, task, metric in pairs)
+    _check_resamples(num_resamples, max(sizes.values()), confidence)
+    bootstrap = partial(hierarchical_bootstrap, num_resamples=num_resamples, seed=seed, confidence=confidence)
+    differences: list[Difference] = []
     for method, task, metric in pairs:
+        paired = _pair_by_seed(groups[method], groups[baseline])
         is_main = main[task] == metric
-        row = _difference(
-            groups[method],
-            groups[baseline],
-            task,
-            metric,
-            is_main=is_main,
-            num_comparisons=num_comparisons[is_main],
-            num_resamples=num_resamples,
-            seed=seed,
-            confidence=confidence,
-        )
-        differences.append(row)
+        differences.append(_difference(paired, task, metric, bootstrap, is_main, sizes[is_main], confidence))
     return Comparison(
         baseline=baseline,
         methods=[name for name in groups if name != baseline],
         differences=_judge(differences),
         scores=scores(results, tasks, metrics),
-        notes=notes + setting_notes(results, tasks),
+        notes=notes + _seed_notes(groups, baseline, pairs) + setting_notes(results, tasks),
         confidence=confidence,
         num_resamples=num_resamples,
         seed=seed,
@@ -198,7 +187,7 @@ def compare(
 def scores(
     results: Sequence[Result], tasks: Sequence[str] | None = None, metrics: Sequence[str] | None = None
 ) -> list[Score]:
-    """Return what every model reached in every metric that it has, models in the order given.
+    """Return the value of every model in every metric that it has, models in the order given.
 
     Args:
         results: Results of this schema, at least one.
@@ -209,35 +198,52 @@ def scores(
         UserError: If a name is unknown, or items, prompts, shots or versions differ.
     """
     groups = group_by_name(results)
-    if not groups:
-        raise UserError("no results were given: give at least one")
     tasks, metrics = select(results, tasks, metrics, only_items=False)
     check_comparable(results, tasks)
-    out = []
-    for task, metric in product(tasks, metrics):
-        having = [result for result in results if metric in result["tasks"].get(task, {}).get("metrics", {})]
-        if having:
-            unit = unit_of([having], task, metric)
-            out += [_score(name, group, task, metric, unit) for name, group in groups.items()]
-    order = list(groups)
-    return sorted((score for score in out if score is not None), key=lambda score: order.index(score.model))
+    shown = [(task, metric) for task, metric in product(tasks, metrics) if having(results, task, metric)]
+    units = {(task, metric): unit_of(having(results, task, metric), task, metric) for task, metric in shown}
+    return [
+        _score(group, task, metric, units[task, metric])
+        for group in groups.values()
+        for task, metric in shown
+        if having(group, task, metric) == group
+    ]
+
+
+def _score(group: Sequence[Result], task: str, metric: str, unit: str) -> Score:
+    records = [result["tasks"][task]["metrics"][metric] for result in group]
+    values = [record["value"] for record in records if record["value"] is not None]
+    value = stderr = None
+    if len(values) == len(records):
+        value, stderr = weighted_mean(values) if len(group) > 1 else (values[0], records[0]["stderr"])
+    return Score(group[0]["name"], task, metric, unit, value, stderr, len(group))
+
+
+def _check_resamples(num_resamples: int, num_comparisons: int, confidence: float) -> None:
+    # A bootstrap p is a multiple of 2 / (num_resamples + 1): with fewer, none could be significant after Holm.
+    needed = max(MIN_RESAMPLES, math.ceil(4 * num_comparisons / (1 - confidence)))
+    if num_resamples < needed:
+        raise UserError(
+            f"num_resamples {num_resamples} is too few for {num_comparisons} comparisons at confidence "
+            f"{confidence}: give at least {needed}"
+        )
 
 
 def _pairs(
     groups: dict[str, list[Result]], baseline: str, tasks: Sequence[str], metrics: Sequence[str]
-) -> tuple[list[tuple[str, str, str]], list[str]]:
+) -> tuple[list[Pair], list[str]]:
     """Return every (method, task, metric) that the method and the baseline both have, and notes of what is left out."""
-    pairs, notes = [], []
-    for task in tasks:
-        for metric in metrics:
-            having = [name for name in groups if _is_measured(groups[name], task, metric)]
-            methods = [name for name in having if name != baseline] if baseline in having else []
-            pairs += [(method, task, metric) for method in methods]
-            if having and not methods:
-                notes.append(f"{metric} on {task} is not compared, only {quoted(having)} has it")
-            elif methods and len(having) < len(groups):
-                lacking = [name for name in groups if name not in having]
-                notes.append(f"{metric} on {task} leaves out {quoted(lacking)}, without it")
+    pairs: list[Pair] = []
+    notes: list[str] = []
+    for task, metric in product(tasks, metrics):
+        measured = [name for name in groups if _is_measured(groups[name], task, metric)]
+        methods = [name for name in measured if name != baseline] if baseline in measured else []
+        pairs += [(method, task, metric) for method in methods]
+        if measured and not methods:
+            notes.append(f"{metric} on {task} is not compared, only {quoted(measured)} has it")
+        elif methods and len(measured) < len(groups):
+            lacking = [name for name in groups if name not in measured]
+            notes.append(f"{metric} on {task} leaves out {quoted(lacking)}, without it")
     if not pairs:
         raise UserError(
             f"no method shares a task and metric with the baseline {baseline!r}: "
@@ -246,7 +252,11 @@ def _pairs(
     return pairs, notes
 
 
-def _main_metrics(result: Result, pairs: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+def _is_measured(group: Sequence[Result], task: str, metric: str) -> bool:
+    return having(group, task, metric) == group and all(has_items(r["tasks"][task]["items"], metric) for r in group)
+
+
+def _main_metrics(result: Result, pairs: Iterable[Pair]) -> dict[str, str]:
     """Return task -> its main metric: the first of a result's that is compared."""
     compared = {(task, metric) for _, task, metric in pairs}
     return {
@@ -255,16 +265,11 @@ def _main_metrics(result: Result, pairs: Sequence[tuple[str, str, str]]) -> dict
     }
 
 
-def _is_measured(group: Sequence[Result], task: str, metric: str) -> bool:
-    records = [result["tasks"].get(task) for result in group]
-    return all(record and metric in record["metrics"] and has_items(record["items"], metric) for record in records)
-
-
-def _item_values(group: Sequence[Result], task: str, metric: str) -> np.ndarray:
+def _item_values(group: Sequence[Result], task: str, metric: str) -> NDArray[np.float64]:
     """Return the metric's values, one row per seed, one column per item in the order of the item ids."""
-    rows = []
+    rows: list[list[float]] = []
     for result in group:
-        items = sorted(result["tasks"][task]["items"], key=lambda item: item["id"])
+        items = sorted(result["tasks"][task]["items"], key=_item_id)
         for item in items:
             if item[metric] is None:
                 raise UserError(
@@ -275,11 +280,15 @@ def _item_values(group: Sequence[Result], task: str, metric: str) -> np.ndarray:
     return np.array(rows, dtype=float)
 
 
+def _item_id(item: Mapping[str, Any]) -> str:
+    return str(item["id"])
+
+
 def _pair_by_seed(group: list[Result], baseline_group: list[Result]) -> tuple[list[Result], list[Result]]:
     """Of two sets of seeds those that both have; one result stands beside all seeds of the other.
 
-    A single result of a seed that the baseline has is the rest of several, whose other seeds failed, say: it is paired
-    with its own. That of a pre-trained model has no seed.
+    A single result of a seed that the baseline has is what is left of several (the others failed, say): it is paired
+    with its own seed. A pre-trained model has no seed.
     """
     seeds, baseline_seeds = ([result["model"]["seed"] for result in each] for each in (group, baseline_group))
     is_one_for_all = group[0]["model"]["method"] == "pretrained" or seeds[0] not in baseline_seeds
@@ -291,13 +300,16 @@ def _pair_by_seed(group: list[Result], baseline_group: list[Result]) -> tuple[li
             f"{group[0]['name']!r} has seeds {quoted(seeds)} and {baseline_group[0]['name']!r} "
             f"{quoted(baseline_seeds)}: give results of the same seeds for both, or a single baseline result"
         )
-    return tuple([result for result in each if result["model"]["seed"] in common] for each in (group, baseline_group))
+    paired, with_baseline = (
+        [result for result in each if result["model"]["seed"] in common] for each in (group, baseline_group)
+    )
+    return paired, with_baseline
 
 
-def _seed_notes(groups: dict[str, list[Result]], baseline: str, methods: Sequence[str]) -> list[str]:
+def _seed_notes(groups: dict[str, list[Result]], baseline: str, pairs: Iterable[Pair]) -> list[str]:
     """Say where only a part of the seeds can be paired."""
-    notes = []
-    for name in methods:
+    notes: list[str] = []
+    for name in dict.fromkeys(method for method, _, _ in pairs):
         paired, with_baseline = _pair_by_seed(groups[name], groups[baseline])
         if (len(paired), len(with_baseline)) != (len(groups[name]), len(groups[baseline])):
             seeds = ", ".join(str(result["model"]["seed"]) for result in paired)
@@ -306,37 +318,29 @@ def _seed_notes(groups: dict[str, list[Result]], baseline: str, methods: Sequenc
 
 
 def _difference(
-    group: list[Result],
-    baseline_group: list[Result],
+    paired: tuple[list[Result], list[Result]],
     task: str,
     metric: str,
-    *,
+    bootstrap: Callable[..., Interval],
     is_main: bool,
     num_comparisons: int,
-    num_resamples: int,
-    seed: int,
     confidence: float,
 ) -> Difference:
     """Measure one difference; `_judge` adds the adjusted p and the verdict."""
-    group, baseline_group = _pair_by_seed(group, baseline_group)
+    group, baseline_group = paired
     record = baseline_group[0]["tasks"][task]
-    unit, higher_is_better = (
-        unit_of((group, baseline_group), task, metric),
-        record["metrics"][metric]["higher_is_better"],
-    )
-    values, baseline_values = (_item_values(each, task, metric) for each in (group, baseline_group))
-    diffs_SN = values - baseline_values
+    unit = unit_of([*group, *baseline_group], task, metric)
+    higher_is_better = record["metrics"][metric]["higher_is_better"]
+    values_SN, baseline_SN = (_item_values(each, task, metric) for each in paired)
+    diffs_SN = values_SN - baseline_SN
     num_seeds, num_items = diffs_SN.shape
     if num_items < 2:
         raise UserError(f"{metric} on {task} has 1 item, too few to compare: evaluate at least 2, better hundreds")
-    weights = item_weights(sorted(record["items"], key=lambda item: item["id"]), unit)
-    interval = hierarchical_bootstrap(diffs_SN, weights, num_resamples, seed, confidence)
-    is_binary = np.isin(values, (0, 1)).all() and np.isin(baseline_values, (0, 1)).all()
-    use_mcnemar = is_binary and num_seeds == 1
+    weights = item_weights(sorted(record["items"], key=_item_id), unit)
+    interval = bootstrap(diffs_SN, weights)
+    use_mcnemar = num_seeds == 1 and all(bool(np.isin(each, (0, 1)).all()) for each in (values_SN, baseline_SN))
     # Of the largest of the adjusted tests, so that what is asked for would do whatever the other comparisons show.
-    alpha = (1 - confidence) / num_comparisons
-    seeds_needed = required_seeds(diffs_SN, weights, POWER, alpha) if num_seeds > 1 else None
-    items_needed = required_items(diffs_SN.mean(axis=0), weights, POWER, alpha) if seeds_needed is None else None
+    items_needed, seeds_needed = _needed(diffs_SN, weights, (1 - confidence) / num_comparisons)
     gains_N = diffs_SN.mean(axis=0) * (1 if higher_is_better else -1)
     return Difference(
         method=group[0]["name"],
@@ -348,33 +352,42 @@ def _difference(
         is_main=is_main,
         num_items=num_items,
         num_seeds=num_seeds,
-        value=weighted_mean(values.mean(axis=0), weights)[0],
-        baseline_value=weighted_mean(baseline_values.mean(axis=0), weights)[0],
+        value=weighted_mean(values_SN.mean(axis=0), weights)[0],
+        baseline_value=weighted_mean(baseline_SN.mean(axis=0), weights)[0],
         difference=interval.difference,
         ci_low=interval.ci_low,
         ci_high=interval.ci_high,
         confidence=confidence,
         test="McNemar" if use_mcnemar else "bootstrap",
-        p_value=mcnemar_exact(values[0], baseline_values[0]) if use_mcnemar else interval.p_value,
+        p_value=mcnemar_exact(values_SN[0], baseline_SN[0]) if use_mcnemar else interval.p_value,
         p_adjusted=math.nan,
         num_comparisons=num_comparisons,
         won=int((gains_N > 0).sum()),
         lost=int((gains_N < 0).sum()),
         tied=int((gains_N == 0).sum()),
         verdict=NOT_DISTINGUISHABLE,
-        # A number that is already there (few items that all agree) would be no advice.
-        items_needed=items_needed if items_needed and items_needed > num_items else None,
-        seeds_needed=seeds_needed if seeds_needed and seeds_needed > num_seeds else None,
+        items_needed=items_needed,
+        seeds_needed=seeds_needed,
     )
+
+
+def _needed(
+    diffs_SN: NDArray[np.float64], weights: Sequence[float] | None, alpha: float
+) -> tuple[int | None, int | None]:
+    """Return the items and the seeds that would show the difference; None for what there already is enough of."""
+    num_seeds, num_items = diffs_SN.shape
+    seeds = required_seeds(diffs_SN, weights, POWER, alpha) if num_seeds > 1 else None
+    items = required_items(diffs_SN.mean(axis=0), weights, POWER, alpha) if seeds is None else None
+    return (items if items and items > num_items else None, seeds if seeds and seeds > num_seeds else None)
 
 
 def _judge(differences: Sequence[Difference]) -> list[Difference]:
     """Adjust the p-values, of main metrics and of others, and give every difference its verdict."""
-    adjusted = {}
+    adjusted: dict[int, float] = {}
     for is_main in (True, False):
         family = [row for row in differences if row.is_main == is_main]
         adjusted |= zip(map(id, family), holm([row.p_value for row in family]).tolist(), strict=True)
-    judged = []
+    judged: list[Difference] = []
     for row in differences:
         row = replace(row, p_adjusted=adjusted[id(row)])
         excludes_zero = row.ci_low > 0 or row.ci_high < 0
@@ -383,14 +396,3 @@ def _judge(differences: Sequence[Difference]) -> list[Difference]:
             row = replace(row, verdict=verdict, items_needed=None, seeds_needed=None)
         judged.append(row)
     return judged
-
-
-def _score(name: str, group: Sequence[Result], task: str, metric: str, unit: str) -> Score | None:
-    """Return the score of one model, None where a seed of it lacks the metric."""
-    records = [result["tasks"].get(task, {}).get("metrics", {}).get(metric) for result in group]
-    if None in records:
-        return None
-    values, value, stderr = [record["value"] for record in records], None, None
-    if None not in values:
-        value, stderr = weighted_mean(values) if len(group) > 1 else (values[0], records[0]["stderr"])
-    return Score(name, task, metric, unit, value, stderr, len(group))

@@ -98,7 +98,7 @@ def hierarchical_bootstrap(
     observed_S = diffs_SN @ weights_N / weights_N.sum()
     difference = float(observed_S.mean())
     num_differing = np.count_nonzero(diffs_SN.mean(axis=0))
-    smallest_p = 2.0 ** (1 - num_differing)
+    smallest_p = float(2.0 ** (1 - num_differing))
     if num_seeds > 1:
         between, interaction, _ = _variance_components(diffs_SN, weights_N)
         excess = max(0.0, 1 - interaction / between) if between > 0 else 0.0

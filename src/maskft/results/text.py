@@ -1,37 +1,75 @@
-"""A comparison in words and tables, claiming no more than its numbers support."""
+"""Comparisons and tables as text: for a terminal, Markdown, LaTeX or JSON."""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any, NamedTuple
 
 from .compare import SCHEMA_VERSION, Comparison, Difference, Score
-from .text_tables import Table, latex_table, markdown_table, terminal_table
+
+LATEX_ESCAPES = {
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    **{character: "\\" + character for character in "&%$#_{}"},
+}
+
+
+class Table(NamedTuple):
+    """Cells of text, ready for any form; a row with text in its first cell alone is a heading."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
 
 
 def render(comparison: Comparison, output_format: str) -> str:
-    """Return a comparison as text in one of `FORMATS`."""
-    return FORMATS[output_format](comparison)
+    """Return a comparison as text: ``terminal``, ``markdown``, ``latex`` or ``json``."""
+    if output_format == "json":
+        return to_json(comparison.to_dict())
+    reached = draw(cross_domain_table(comparison.scores), output_format)
+    sentences = [sentence(row) for row in comparison.differences]
+    sentences += [f"Note: {note}." for note in comparison.notes]
+    sentences.append(
+        f"Differences are method - {comparison.baseline}, with {100 * comparison.confidence:g} % intervals of "
+        f"{comparison.num_resamples:,} bootstrap samples; ± is one standard error, over items or several seeds."
+    )
+    if output_format == "terminal":
+        lines = map(wrap, sentences)
+        return "\n".join([reached, draw(_short_table(comparison), "terminal"), *lines]) + "\n"
+    differences = draw(difference_table(comparison), output_format)
+    if output_format == "markdown":
+        return "\n".join([reached, differences, *(f"- {line}" for line in sentences)]) + "\n"
+    return "\n".join([*(f"% {line}" for line in sentences), reached, differences])
 
 
 def render_scores(scores: Sequence[Score], output_format: str) -> str:
-    """Return scores alone as text in one of `FORMATS`: one model has nothing to be compared with."""
+    """Return scores alone as text: one model has nothing to be compared with."""
     if output_format == "json":
-        record = {"schema_version": SCHEMA_VERSION, "kind": "scores", "scores": [asdict(score) for score in scores]}
-        return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    draw = {"terminal": terminal_table, "markdown": markdown_table, "latex": latex_table}[output_format]
-    return draw(cross_domain_table(scores)).rstrip("\n") + "\n"
+        return to_json({"schema_version": SCHEMA_VERSION, "kind": "scores", "scores": [asdict(s) for s in scores]})
+    return draw(cross_domain_table(scores), output_format)
+
+
+def to_json(record: dict[str, Any]) -> str:
+    """Return a record as text for a file."""
+    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def sentence(row: Difference) -> str:
     """Return a difference in words, claiming no more than the interval and the adjusted p support."""
     seeds = f", {row.num_seeds} seeds" if row.num_seeds > 1 else ""
-    unit = " points" if row.unit == "fraction" else f" {row.unit}"
+    unit = "points" if row.unit == "fraction" else row.unit
     text = (
         f"{row.method} vs {row.baseline}, {row.metric} on {row.task}{seeds}: "
-        f"{_signed_text(row)}{unit} {_bounds_text(row)}, "
-        f"{row.test} p {_p_text(row.p_value)}"
+        f"{_difference_text(row, unit)}, {row.test} p {_p_text(row.p_value)}"
     )
     if row.num_comparisons > 1:
         text += f" ({_p_text(row.p_adjusted)} after Holm over {row.num_comparisons} comparisons)"
@@ -48,21 +86,30 @@ def difference_table(comparison: Comparison) -> Table:
     """Return the differences as a table, fractions in percent."""
     difference = f"difference, {100 * comparison.confidence:g} % interval"
     columns = ("method", "task", "metric", "n", difference, "p (Holm)", "won / lost / tied", "verdict")
-    rows = []
-    for row in comparison.differences:
-        rows.append(
-            (
-                row.method,
-                row.task,
-                f"{row.metric} ({_unit_text(row.unit)})",
-                f"{row.num_items:,}" + (f" x {row.num_seeds} seeds" if row.num_seeds > 1 else ""),
-                f"{_signed_text(row)} {_bounds_text(row)}",
-                _p_text(row.p_adjusted),
-                f"{row.won} / {row.lost} / {row.tied}",
-                row.verdict,
-            )
+    rows: list[tuple[str, ...]] = [
+        (
+            row.method,
+            row.task,
+            f"{row.metric} ({_unit_text(row.unit)})",
+            f"{row.num_items:,}" + (f" x {row.num_seeds} seeds" if row.num_seeds > 1 else ""),
+            _difference_text(row),
+            _p_text(row.p_adjusted),
+            f"{row.won} / {row.lost} / {row.tied}",
+            row.verdict,
         )
+        for row in comparison.differences
+    ]
     return Table(columns, rows)
+
+
+def _short_table(comparison: Comparison) -> Table:
+    """Return the differences for a terminal, where the sentences say the rest."""
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for row in comparison.differences:
+        heading = f"{row.metric} on {row.task} ({_unit_text(row.unit)}), {row.num_items:,} items"
+        groups.setdefault(heading, []).append((f"  {row.method}", _difference_text(row), row.verdict))
+    rows = [line for heading, lines in groups.items() for line in [(heading, "", ""), *lines]]
+    return Table(("method", f"difference, {100 * comparison.confidence:g} % interval", "verdict"), rows)
 
 
 def cross_domain_table(scores: Sequence[Score]) -> Table:
@@ -74,89 +121,88 @@ def cross_domain_table(scores: Sequence[Score]) -> Table:
     units = {(score.task, score.metric): score.unit for score in scores}
     units = dict(sorted(units.items(), key=lambda entry: tasks.index(entry[0][0])))  # a task's metrics side by side
     columns = ("model", *(f"{task} {metric} ({_unit_text(unit)})" for (task, metric), unit in units.items()))
-    rows: dict[str, dict] = {}
+    rows: dict[str, dict[tuple[str, str], str]] = {}
     for score in scores:
         label = score.model + (f" ({score.num_seeds} seeds)" if score.num_seeds > 1 else "")
         rows.setdefault(label, {})[score.task, score.metric] = _score_text(score)
     return Table(columns, [(label, *(cells.get(column, "–") for column in units)) for label, cells in rows.items()])
 
 
-def _to_terminal(comparison: Comparison) -> str:
-    tables = map(terminal_table, _tables(comparison))
-    return "\n".join([*tables, *_sentences(comparison)]) + "\n"
+def draw(table: Table, output_format: str) -> str:
+    """Return a table as text: ``terminal``, ``markdown`` or ``latex`` (with the booktabs package)."""
+    if output_format == "terminal":
+        return _terminal_table(table)
+    cells = [table.columns, *table.rows]
+    if output_format == "markdown":
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+        lines.insert(1, "|" + " --- |" + " ---: |" * (len(table.columns) - 1))
+        return "\n".join(lines) + "\n"
+    lines = [" & ".join(map(latex_text, row)) + r" \\" for row in cells]
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}"
+    return "\n".join([begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def _to_markdown(comparison: Comparison) -> str:
-    reached, differences = map(markdown_table, _tables(comparison))
-    return "\n".join([reached, "", differences, "", *(f"- {line}" for line in _sentences(comparison))]) + "\n"
+def wrap(line: str) -> str:
+    """Break a line where the terminal ends."""
+    return textwrap.fill(line, _terminal_width(), subsequent_indent="  ", break_on_hyphens=False)
 
 
-def _to_latex(comparison: Comparison) -> str:
-    reached, differences = map(latex_table, _tables(comparison))
-    return "\n".join([*(f"% {line}" for line in _sentences(comparison)), reached, "", differences]) + "\n"
+def _terminal_width() -> int:
+    return shutil.get_terminal_size(fallback=(80, 24)).columns
 
 
-def _tables(comparison: Comparison) -> tuple[Table, Table]:
-    return cross_domain_table(comparison.scores), difference_table(comparison)
+def _terminal_table(table: Table) -> str:
+    """Return columns side by side; those for which the terminal is too narrow follow below, with the labels again."""
+    rows = [table.columns, *(row for row in table.rows if any(row[1:]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    blocks: list[list[int]] = []
+    for index in range(1, len(widths)):
+        if not blocks or sum(widths[i] + 2 for i in [0, *blocks[-1], index]) - 2 > _terminal_width():
+            blocks.append([])
+        blocks[-1].append(index)
+    lines: list[str] = []
+    for block in blocks:
+        rule = "─" * (sum(widths[i] + 2 for i in [0, *block]) - 2)
+        drawn = [
+            "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in block)]).rstrip()
+            for row in [table.columns, *table.rows]
+        ]
+        lines += [drawn[0], rule, *drawn[1:], ""]
+    return "\n".join(lines)
 
 
-def _to_json(comparison: Comparison) -> str:
-    return json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-FORMATS = {"terminal": _to_terminal, "markdown": _to_markdown, "latex": _to_latex, "json": _to_json}
-
-
-def _sentences(comparison: Comparison) -> list[str]:
-    lines = [sentence(row) for row in comparison.differences]
-    lines += [f"Note: {note}." for note in comparison.notes]
-    lines.append(
-        f"Differences are method - {comparison.baseline}, with {100 * comparison.confidence:g} % intervals of "
-        f"{comparison.num_resamples:,} bootstrap samples; ± is one standard error, over items or several seeds."
-    )
-    return lines
+def latex_text(text: str) -> str:
+    """Escape what LaTeX would read as commands."""
+    escaped = "".join(LATEX_ESCAPES.get(character, character) for character in text)
+    return re.sub(r"(?<!\w)-(?=\d)", "$-$", escaped)
 
 
 def _score_text(score: Score) -> str:
-    """Return a score's cell in a table."""
     if score.value is None:
         return "no value"
-    scale, digits = _scale(score.unit), _min_digits(score.unit)
+    scale, digits = _scale_and_digits(score.unit)
     error = "" if score.stderr is None else f" ± {scale * score.stderr:.{digits}f}"
     return f"{scale * score.value:.{digits}f}{error}"
 
 
-def _scale(unit: str) -> float:
-    return 100.0 if unit == "fraction" else 1.0
+def _difference_text(row: Difference, unit: str = "") -> str:
+    """Return ``+1.2 [0.3, 2.1]``, with so many decimals that no number which is not zero is rounded to it."""
+    scale, digits = _scale_and_digits(row.unit)
+    numbers = [scale * x for x in (row.difference, row.ci_low, row.ci_high)]
+    smallest = min((abs(number) for number in numbers if number), default=1.0)
+    while smallest < 0.5 * 10**-digits and digits < 8:
+        digits += 1
+    value, low, high = (round(number, digits) + 0.0 for number in numbers)  # + 0.0: no minus before zero
+    return f"{value:+.{digits}f}{unit and ' ' + unit} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _scale_and_digits(unit: str) -> tuple[float, int]:
+    """Return by what values of a unit are multiplied to be shown, and with how many decimals at least."""
+    return (100.0, 1) if unit == "fraction" else (1.0, 4)
 
 
 def _unit_text(unit: str) -> str:
     return "%" if unit == "fraction" else unit
-
-
-def _min_digits(unit: str) -> int:
-    return 1 if unit == "fraction" else 4
-
-
-def _digits(row: Difference) -> int:
-    """Return how many decimals show the difference and its bounds without rounding one of them to zero."""
-    digits = _min_digits(row.unit)
-    smallest = min((abs(x) * _scale(row.unit) for x in (row.difference, row.ci_low, row.ci_high) if x), default=1.0)
-    while smallest < 0.5 * 10**-digits and digits < 8:
-        digits += 1
-    return digits
-
-
-def _signed_text(row: Difference) -> str:
-    return f"{_rounded(row.difference, row):+.{_digits(row)}f}"
-
-
-def _bounds_text(row: Difference) -> str:
-    return f"[{_rounded(row.ci_low, row):.{_digits(row)}f}, {_rounded(row.ci_high, row):.{_digits(row)}f}]"
-
-
-def _rounded(value: float, row: Difference) -> float:
-    return round(_scale(row.unit) * value, _digits(row)) + 0.0  # + 0.0: no minus before zero
 
 
 def _p_text(p_value: float) -> str:
@@ -165,5 +211,5 @@ def _p_text(p_value: float) -> str:
 
 def _round_up(number: int) -> int:
     """Round up to two significant digits: 2871 items are "about 2,900"."""
-    step = 10 ** max(0, len(str(number)) - 2)
+    step: int = 10 ** max(0, len(str(number)) - 2)
     return -(-number // step) * step

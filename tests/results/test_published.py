@@ -1,0 +1,28 @@
+"""The published results compare as when they were published."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from maskft.results.compare import compare
+from maskft.results.paper_tables import paper_tables, read_results, render_tables
+from maskft.results.text import render, sentence
+
+RESULTS = Path(__file__).parents[2] / "results"
+# Sentences of commit 15c644f, with 10,000 resamples of seed 0.
+GOLDEN = json.loads((Path(__file__).parent / "golden_verdicts.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("study", GOLDEN)
+def test_the_verdicts_are_the_same(study, monkeypatch):
+    comparison = compare(read_results([str(RESULTS / study)]), GOLDEN[study]["baseline"])
+    assert [sentence(row) for row in comparison.differences] == GOLDEN[study]["sentences"]
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, render(comparison, "terminal").splitlines())) <= 80
+
+
+def test_tables_fit_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = render_tables(*paper_tables(read_results([str(RESULTS)])), "terminal")
+    assert max(map(len, text.splitlines())) <= 80
