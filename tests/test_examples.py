@@ -10,26 +10,31 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def losses_of(script):
+def printed_by(script):
     done = subprocess.run([sys.executable, str(EXAMPLES / script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return [float(number) for number in re.findall(r"\d\.\d{4}", done.stdout)], done.stdout
+    return done.stdout
+
+
+def losses_before_and_after(printed):
+    """The numbers of the line that a script ends with: ``loss 0.6814 ..., 0.6614 ...``."""
+    return [float(number) for number in re.findall(r"loss (\d\.\d{4}) [^,\n]*, (\d\.\d{4})", printed)[-1]]
 
 
 @pytest.mark.parametrize("script", ["dpo_with_a_mask.py", "mask_a_vision_language_model.py"])
 def test_the_mask_learns(script):
-    (first, last), printed = losses_of(script)
-    assert last < first, printed
+    before, after = losses_before_and_after(printed_by(script))
+    assert after < before
 
 
 def test_a_mask_after_fine_tuning():
-    losses, printed = losses_of("mask_after_fine_tuning.py")
-    assert "held-out loss" in printed and len(losses) >= 2
+    before, after = losses_before_and_after(printed_by("mask_after_fine_tuning.py"))
+    assert after < before + 0.01  # from the smallest weights a mask starts at no cost, and the best checkpoint is kept
 
 
 def test_two_masks_over_one_base():
-    (sums, words, _), printed = losses_of("two_masks_over_one_base.py")
-    assert sums < words, printed  # the mask learned on sums is the better one on a sum
+    sums, words, _ = map(float, re.findall(r"loss on a sum (\d\.\d{4})", printed_by("two_masks_over_one_base.py")))
+    assert sums < words  # the mask learned on sums is the better one on a sum
 
 
 def test_there_are_four():
