@@ -155,7 +155,7 @@ def required_items(
     Args:
         diffs: One difference per item, at least 2.
         weights: One weight > 0 per item, as in `hierarchical_bootstrap`.
-        power: Chance of seeing a true difference of this size, in (0, 1).
+        power: Probability of seeing a true difference of this size, in (0, 1).
         alpha: Two-sided level of the test, in (0, 1).
 
     Returns:
@@ -179,7 +179,7 @@ def required_seeds(
     Args:
         diffs_SN: Differences, one row per seed (at least 2), one column per item.
         weights: One weight > 0 per item, as in `hierarchical_bootstrap`.
-        power: Chance of seeing a true difference of this size, in (0, 1).
+        power: Probability of seeing a true difference of this size, in (0, 1).
         alpha: Two-sided level of the test, in (0, 1).
 
     Returns:
