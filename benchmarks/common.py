@@ -13,7 +13,6 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import maskft.tuner  # noqa: F401 - registers the method with PEFT
 from maskft import MaskConfig
 from maskft.runtime import environment
 from maskft.training.arguments import multiplies_bfloat16

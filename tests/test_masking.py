@@ -4,20 +4,15 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from maskft import masking
 from maskft.errors import UserError
 from maskft.masking import (
     StraightThroughMask,
-    fixed_masks,
     initial_scores,
-    magnitude_mask,
     num_removed,
-    random_mask,
-    scores_for_mask,
     threshold_mask,
     topk_mask,
     topk_masks,
@@ -77,85 +72,6 @@ def test_property_against_reference(values, sparsity, rank_by):
         assert keys[mask].min() >= keys[~mask].max()
 
 
-SAMPLED_NUMEL = 500_000
-
-
-@pytest.fixture
-def small_samples(monkeypatch):
-    """Send small pools through the sample, the band and several chunks."""
-    monkeypatch.setattr(masking, "_SAMPLED_MIN_NUMEL", 1)
-    monkeypatch.setattr(masking, "_CHUNK_NUMEL", 16)
-
-
-@given(
-    st.lists(
-        st.sampled_from([-math.inf, -2.0, -1.0, -1e-40, -0.0, 0.0, 1e-40, 0.5, 1.0, 2.0, 3.0, math.inf]), max_size=90
-    ),
-    st.integers(0, 90),
-    st.sampled_from(["abs", "signed"]),
-    st.integers(1, 3),
-)
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_property_sampled_bands_against_sorting(small_samples, values, num, rank_by, num_matrices):
-    pool = torch.tensor(values, dtype=torch.float32)
-    num = min(num, len(pool))
-    keys = pool.abs() if rank_by == "abs" else pool
-    expected = torch.arange(1.0, len(pool) + 1)
-    expected[keys.sort(stable=True).indices[:num]] = 0
-    scores = pool.tensor_split(num_matrices)
-    weights = torch.arange(1.0, len(pool) + 1).tensor_split(num_matrices)
-    outs = [torch.full_like(weight, math.nan) for weight in weights]
-    masking.keep_highest_(outs, weights, scores, num, rank_by)
-    assert torch.equal(torch.cat(outs), expected)
-
-
-def test_a_sample_that_misleads_costs_time_and_nothing_else(monkeypatch):
-    """Every sampled score is high, so the cut is not where the sample says."""
-    n = SAMPLED_NUMEL + 5
-    scores = torch.rand(n)
-    scores[:: int(n ** (1 / 3)) | 1] += 10
-    calls = []
-    kth_smallest = masking._kth_smallest
-    monkeypatch.setattr(masking, "_kth_smallest", lambda *args: calls.append(1) or kth_smallest(*args))
-    mask = topk_mask(scores, 0.1)
-    expected = torch.ones(n, dtype=torch.bool)
-    expected[scores.sort(stable=True).indices[: round(0.1 * n)]] = False
-    assert torch.equal(mask, expected) and calls == [1]
-
-
-@pytest.mark.parametrize("rank_by", ["abs", "signed"])
-@pytest.mark.parametrize("kind", ["distinct", "ties", "tiny", "infinite"])
-def test_large_pools_are_sampled_and_agree_with_sorting(rank_by, kind):
-    n = SAMPLED_NUMEL + 3
-    scores = torch.randn(n)
-    if kind == "ties":
-        scores = (scores * 4).round() / 4
-    elif kind == "tiny":
-        scores *= 1e-39
-    elif kind == "infinite":
-        scores[::7], scores[1::7] = math.inf, -math.inf
-    keys = scores.abs() if rank_by == "abs" else scores
-    for sparsity in (0.1, 0.9):
-        expected = torch.ones(n, dtype=torch.bool)
-        expected[keys.sort(stable=True).indices[: round(sparsity * n)]] = False
-        assert torch.equal(topk_mask(scores, sparsity, rank_by), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_removed_entries_are_plus_zero_whatever_the_weight_is(dtype):
-    weight = torch.tensor([-1.0, math.nan, math.inf, -0.0, 5.0, -6.0], dtype=dtype)
-    out = torch.empty_like(weight)
-    masking.keep_highest_([out], [weight], [torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])], 4, "abs")
-    assert out.tolist() == [0, 0, 0, 0, 5, -6] and not torch.signbit(out[:4]).any()
-
-
-def test_weights_are_converted_to_the_dtype_asked_for():
-    weight, scores = torch.randn(50, 30), torch.randn(50, 30)
-    out = torch.empty(50, 30, dtype=torch.bfloat16)
-    masking.keep_highest_([out], [weight], [scores], 150, "abs")
-    assert torch.equal(out, weight.bfloat16().masked_fill(~topk_mask(scores, 0.1), 0))
-
-
 def test_memory_layout_does_not_matter():
     scores = torch.randint(-3, 4, (6, 50)).float()
     transposed = scores.t().contiguous().t()
@@ -190,9 +106,8 @@ def test_sparsity_outside_its_range(sparsity):
 
 @pytest.mark.parametrize("nan", [math.nan, -math.nan])
 @pytest.mark.parametrize("rank_by", ["abs", "signed"])
-@pytest.mark.parametrize("n", [50, masking._SAMPLED_MIN_NUMEL + 1])
-def test_nan_scores_are_refused(nan, rank_by, n):
-    scores = torch.randn(n)
+def test_nan_scores_are_refused(nan, rank_by):
+    scores = torch.randn(50)
     scores[3] = nan
     for sparsity in SPARSITIES:
         with pytest.raises(UserError, match="NaN"):
@@ -220,35 +135,6 @@ def test_threshold():
     assert threshold_mask(scores, 0.03, "abs").tolist() == [True, True, True, False, True]
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_fixed_masks_have_the_learned_masks_count(sparsity):
-    weight = torch.randn(31, 17)
-    count = int((~topk_mask(torch.randn(31, 17), sparsity)).sum())
-    assert int((~random_mask(weight.shape, sparsity, seed=3)).sum()) == count
-    assert int((~magnitude_mask(weight, sparsity)).sum()) == count
-
-
-def test_magnitude_mask_removes_the_smallest():
-    weight = torch.tensor([[3.0, -0.1, 2.0], [0.2, -5.0, 0.05]])
-    assert magnitude_mask(weight, 1 / 3).tolist() == [[True, False, True], [True, True, False]]
-
-
-def test_random_mask_is_uniform_and_seeded():
-    assert torch.equal(random_mask((50, 40), 0.1, 7), random_mask((50, 40), 0.1, 7))
-    assert not torch.equal(random_mask((50, 40), 0.1, 7), random_mask((50, 40), 0.1, 8))
-    rate = torch.stack([~random_mask((20, 10), 0.1, seed) for seed in range(400)]).float().mean(0)
-    # Each entry is removed in Binomial(400, 0.1) draws: five standard deviations are 0.075.
-    assert (rate - 0.1).abs().max() < 0.075
-
-
-def test_fixed_masks_of_given_counts_and_global_pool():
-    weights = [torch.randn(10, 10), 5 * torch.randn(4, 25)]
-    for kind in ("random_mask", "l1_mask"):
-        assert [int((~m).sum()) for m in fixed_masks(kind, weights, 0.1, counts=[3, 17])] == [3, 17]
-        assert sum(int((~m).sum()) for m in fixed_masks(kind, weights, 0.1, scope="global")) == 20
-    assert torch.equal(fixed_masks("l1_mask", weights, 0.1, "global")[0], topk_masks(weights, 0.1)[0])
-
-
 @pytest.mark.parametrize("kind", ["normal", "kaiming_uniform", "constant", "magnitude"])
 def test_initial_scores(kind):
     weight = torch.randn(60, 50)
@@ -262,16 +148,7 @@ def test_initial_scores(kind):
         assert scores.abs().max() <= 1 / math.sqrt(50) and scores.abs().max() > 0.9 / math.sqrt(50)
     if kind == "magnitude":
         for sparsity in (0.1, 0.9):
-            assert torch.equal(topk_mask(scores, sparsity), magnitude_mask(weight, sparsity))
-
-
-@pytest.mark.parametrize("rank_by", ["abs", "signed"])
-@pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_scores_for_mask_give_the_mask_and_keep_the_values(rank_by, sparsity):
-    scores, mask = torch.randn(40, 30), topk_mask(torch.randn(40, 30), sparsity)
-    permuted = scores_for_mask(scores, mask, rank_by)
-    assert torch.equal(topk_mask(permuted, sparsity, rank_by), mask)
-    assert torch.equal(permuted.view(-1).sort().values, scores.view(-1).sort().values)
+            assert torch.equal(topk_mask(scores, sparsity), topk_mask(weight, sparsity))
 
 
 @pytest.mark.parametrize("rank_by", ["abs", "signed"])
@@ -308,24 +185,3 @@ def test_score_gradient_matches_finite_differences_of_the_relaxed_layer():
             down[i, j] -= 1e-6
             slope = ((loss(up) - loss(down)) / 2e-6).item()
             assert scores.grad[i, j].item() == pytest.approx(slope, rel=1e-5, abs=1e-5)
-
-
-@pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_wanda_mask_is_the_naive_one(sparsity):
-    generator = torch.Generator().manual_seed(3)
-    weight, norms = torch.randn(7, 12, generator=generator), torch.rand(12, generator=generator)
-    (mask,) = fixed_masks("wanda_mask", [weight], sparsity, input_norms=[norms[None]])
-    assert torch.equal(mask, reference.wanda_mask(weight, norms, round(sparsity * 84)))
-    assert int((~mask).sum()) == num_removed(84, sparsity)
-    (transposed,) = fixed_masks("wanda_mask", [weight.t()], sparsity, input_norms=[norms[:, None]])
-    assert torch.equal(transposed.t(), mask)
-
-
-def test_wanda_mask_takes_counts_and_one_pool():
-    weights, norms = [torch.arange(1.0, 7).view(2, 3), 10 * torch.ones(2, 3)], [torch.ones(1, 3)] * 2
-    masks = fixed_masks("wanda_mask", weights, 0.5, counts=[1, 3], input_norms=norms)
-    # The first output gives one more where the count does not divide.
-    assert masks[0].tolist() == [[False, True, True], [True, True, True]]
-    assert masks[1].tolist() == [[False, False, True], [False, True, True]]
-    pooled = fixed_masks("wanda_mask", weights, 0.5, "global", input_norms=norms)
-    assert not pooled[0].any() and pooled[1].all()

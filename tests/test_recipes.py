@@ -23,7 +23,7 @@ from maskft.study.process import command_words
 from maskft.study.recipe import PRETRAINED, load_recipe
 from maskft.training.method_arguments import MASK_METHODS, mask_config
 from maskft.tuner.config import MaskConfig
-from maskft.tuner.model import check_targets, maskable_names
+from maskft.tuner.targets import check_targets, maskable_names
 from tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import benchmark_files
-import maskft.tuner  # noqa: F401 - registers the method
 import tiny
 from benchmark_files import GSM8K
 from maskft import MaskConfig

@@ -7,9 +7,6 @@ import sys
 
 import pytest
 import torch
-from maskft.estimate.estimate import estimate
-from maskft.estimate.live_bytes import LiveBytes
-from maskft.estimate.planned_run import PlannedRun
 from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,10 +14,14 @@ from trl.trainer.utils import add_fused_lm_head
 
 from maskft.cli.train import parse
 from maskft.errors import UserError
-from maskft.masking import random_mask
+from maskft.estimate.estimate import estimate
+from maskft.estimate.live_bytes import LiveBytes
+from maskft.estimate.planned_run import PlannedRun
 from maskft.models import EMBEDDED_MODEL
 from maskft.training.method_arguments import mask_config
+from maskft.tuner import MaskedLinear
 from maskft.tuner.codec import encode_mask
+from maskft.tuner.fixed import random_mask
 
 LLAMA2_7B = {
     "model_type": "llama",
@@ -173,7 +174,7 @@ def test_activations_of_a_mask_against_the_real_layers(bf16, accumulation, run):
     scores = [p for p in model.parameters() if p.requires_grad]
     if accumulation == 1:
         model.zero_grad()
-    effective = [m._effective for m in model.modules() if getattr(m, "_effective", None) is not None]
+    effective = [m.effective.value for m in model.modules() if isinstance(m, MaskedLinear)]
     gradients = [p.grad for p in scores if p.grad is not None]
     with LiveBytes([*model.parameters(), *model.buffers(), ids, *effective, *gradients]) as live:
         backward()

@@ -19,8 +19,8 @@ from maskft.errors import UserError
 from maskft.training.checkpoints import agreed_mask_fingerprint, trainable_state
 from maskft.training.train import check_processes
 from maskft.tuner import MaskConfig, adapter_layers, current_masks
-from maskft.tuner.layer import Float32ParameterDict
 from maskft.tuner.model import base_fingerprint
+from maskft.tuner.scores import Float32ParameterDict
 
 LENGTH = 9
 

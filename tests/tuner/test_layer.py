@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import GradientState
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import reference
 from maskft import MaskConfig
 from maskft.errors import UserError
+from maskft.masking import StraightThroughMask
 from maskft.tuner.layer import MaskedLinear
 from tiny import tiny_llama, token_ids
 
@@ -62,7 +62,7 @@ def test_output_and_gradient_are_bitwise_those_of_autograd_in_float32():
     y.square().sum().backward()
     fast = layer.mask_scores["default"].grad.clone()
     layer.mask_scores["default"].grad = None
-    slow_y = layer._forward_jointly_trained(x, ["default"])
+    slow_y = plain(layer, x)
     slow_y.square().sum().backward()
     assert torch.equal(y, slow_y)
     assert torch.equal(fast, layer.mask_scores["default"].grad)
@@ -76,7 +76,7 @@ def test_gradient_is_nonzero_at_removed_entries():
 
 
 def test_mask_is_computed_once_per_step_and_not_per_forward(monkeypatch):
-    from maskft.tuner import layer as module
+    from maskft.tuner import effective as module
 
     calls = []
     original = module.write_masked_
@@ -111,66 +111,51 @@ def test_fused_adamw_is_noticed():
     assert torch.equal(layer.effective_weight(), expected)
 
 
-@pytest.fixture
-def accumulation():
-    state = GradientState()
-    yield state
-    state._set_sync_gradients(True)
-
-
-def test_accumulated_gradient_is_that_of_the_sum(accumulation):
-    """Three micro-batches, the gradient handed over in the last: equal to the sum of three separate gradients."""
+def test_micro_batches_accumulate_as_autograd_does():
+    """Each hands over its own gradient; autograd sums them in order, bit for bit."""
     layer, batches = make_layer(), [torch.randn(5, 12) for _ in range(3)]
-    scores = layer.mask_scores["default"]
-    for index, x in enumerate(batches):
-        accumulation._set_sync_gradients(index == 2)
-        layer(x).square().sum().backward()
-        assert (scores.grad is None) == (index < 2)
-    accumulated, scores.grad = scores.grad, None
+    scores, separate = layer.mask_scores["default"], []
     for x in batches:
         layer(x).square().sum().backward()
-    torch.testing.assert_close(accumulated, scores.grad, rtol=1e-5, atol=1e-5)
-    assert not layer._raw_gradient
+        separate.append(scores.grad.clone())
+        scores.grad = None
+    for x in batches:
+        layer(x).square().sum().backward()
+    assert torch.equal(scores.grad, separate[0] + separate[1] + separate[2])
 
 
-def test_plain_loops_accumulate_too():
-    """Without accelerate every backward pass hands over its gradient."""
-    layer = make_layer()
+def plain(layer, x, *names):
+    """The layer through the plain definitions and autograd alone."""
+    weight = layer.base_layer.weight
+    for name in names or ("default",):
+        weight = StraightThroughMask.apply(weight, layer.mask_scores[name], layer.get_mask(name), "abs")
+    return F.linear(x, weight, layer.base_layer.bias)
+
+
+def test_adapters_trained_at_once_each_get_the_gradient_at_the_others_mask():
+    layer = make_layer(sparsity=0.3)
+    layer.update_layer("other", MaskConfig(sparsity=0.4, mask_seed=1), [])
+    layer.set_adapter(["default", "other"])
     x = torch.randn(5, 12)
-    layer(x).sum().backward()
-    once = layer.mask_scores["default"].grad.clone()
-    layer(x).sum().backward()
-    torch.testing.assert_close(layer.mask_scores["default"].grad, 2 * once)
+    y = layer(x)
+    y.square().sum().backward()
+    ours = [layer.mask_scores[name].grad.clone() for name in ("default", "other")]
+    layer.mask_scores.zero_grad()
+    expected = plain(layer, x, "default", "other")
+    expected.square().sum().backward()
+    assert torch.equal(y, expected)
+    for name, gradient in zip(("default", "other"), ours, strict=True):
+        assert torch.equal(gradient, layer.mask_scores[name].grad)
 
 
-def test_a_layer_used_twice_in_one_forward(accumulation):
+def test_a_layer_used_twice_in_one_forward():
     layer = make_layer(in_features=8, out_features=8)
     x = torch.randn(5, 8)
     layer(layer(x)).square().sum().backward()
     fast = layer.mask_scores["default"].grad.clone()
     layer.mask_scores["default"].grad = None
-    layer._forward_jointly_trained(
-        layer._forward_jointly_trained(x, ["default"]), ["default"]
-    ).square().sum().backward()
+    plain(layer, plain(layer, x)).square().sum().backward()
     torch.testing.assert_close(fast, layer.mask_scores["default"].grad, rtol=1e-5, atol=1e-5)
-
-
-def test_a_layer_that_the_last_micro_batch_does_not_reach(accumulation):
-    """An expert, or a vision tower: its sum is handed over all the same, and to this step's optimizer."""
-    layer, other = make_layer(), make_layer()
-    x = torch.randn(5, 12)
-    accumulation._set_sync_gradients(False)
-    (layer(x).sum() + other(x).sum()).backward()
-    expected = layer._raw_gradient["default"].clone()
-    accumulation._set_sync_gradients(True)
-    other(x).sum().backward()
-    scores = layer.mask_scores["default"]
-    torch.testing.assert_close(scores.grad, expected * layer.base_layer.weight * torch.sign(scores.detach()))
-    assert not layer._raw_gradient and not other._raw_gradient
-    reached = other.mask_scores["default"]
-    accumulated, reached.grad = reached.grad, None
-    (other(x).sum() * 2).backward()
-    torch.testing.assert_close(accumulated, reached.grad)
 
 
 def test_a_graph_of_another_set_of_adapters_stays_good():

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -18,7 +21,7 @@ from maskft.adapter.mask_set import MaskSet
 from maskft.errors import UserError
 from maskft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from maskft.tuner import MaskPeftType
-from maskft.tuner.model import check_targets, maskable_names
+from maskft.tuner.targets import check_targets, maskable_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -68,6 +71,29 @@ def test_registration_is_what_peft_reads():
     assert peft.PEFT_TYPE_TO_CONFIG_MAPPING[MaskPeftType.MASK] is MaskConfig
     assert peft.PEFT_TYPE_TO_TUNER_MAPPING["MASK"].__name__ == "MaskModel"
     assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING["MASK"] == "mask_"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import maskft; from peft import PeftModel",
+        "from peft import PeftModel; import maskft",
+        "from maskft import MaskConfig; from peft import PeftModel",
+        "import maskft, importlib.util; importlib.util.find_spec('peft'); from peft import PeftModel",
+    ],
+)
+def test_importing_maskft_is_enough(imports, saved):
+    code = (
+        f"import sys; sys.path.append({str(Path(tiny.__file__).parent)!r}); {imports}; import tiny; "
+        f"print(type(PeftModel.from_pretrained(tiny.tiny_llama(), {str(saved[0])!r}).base_model).__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "MaskModel", run.stderr
+
+
+def test_importing_maskft_is_cheap():
+    code = "import maskft, sys; print([name for name in ('torch', 'peft', 'transformers') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_only_scores_train_and_the_base_stays_bitwise(make):

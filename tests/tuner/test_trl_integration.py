@@ -15,9 +15,8 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
-import maskft.tuner  # noqa: F401 - registers the method with PEFT
 from maskft import MaskConfig
-from maskft.tuner import MaskLayer
+from maskft.tuner import MaskedLinear
 from tiny_tokenizer import tiny_tokenizer
 
 
@@ -44,7 +43,7 @@ def test_dpo_learns_a_mask(base, tmp_path):
     before = {name: p.clone() for name, p in model.named_parameters()}
     config = MaskConfig(sparsity=0.1, layers_to_transform=[1], task_type="CAUSAL_LM")
     trainer = dpo_trainer(model, tmp_path / "dpo", max_steps=6, peft_config=config)
-    layers = [m for m in trainer.model.modules() if isinstance(m, MaskLayer)]
+    layers = [m for m in trainer.model.modules() if isinstance(m, MaskedLinear)]
     start = [layer.get_mask("default").clone() for layer in layers]
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -55,7 +54,7 @@ def test_dpo_learns_a_mask(base, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert all(torch.equal(p, before[name]) for name, p in plain.named_parameters())
     loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter")
-    masks = [m.get_mask("default") for m in loaded.modules() if isinstance(m, MaskLayer)]
+    masks = [m.get_mask("default") for m in loaded.modules() if isinstance(m, MaskedLinear)]
     assert all(torch.equal(a, layer.get_mask("default")) for a, layer in zip(masks, layers, strict=True))
 
 
@@ -98,7 +97,7 @@ def test_the_language_layers_of_a_vision_language_model(vlm, tmp_path):
     )
     state = {name: p.clone() for name, p in vlm.named_parameters()}
     model = get_peft_model(vlm, config)
-    masked = [m for m in model.modules() if isinstance(m, MaskLayer)]
+    masked = [m for m in model.modules() if isinstance(m, MaskedLinear)]
     assert len(masked) == 14 and all("language_model" in m.module_name for m in masked)
     assert {n for n, p in model.named_parameters() if p.requires_grad and "mask_scores" not in n} == set()
     ids = torch.randint(2, 90, (2, 10), generator=torch.Generator().manual_seed(0))

@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from ..errors import UserError, did_you_mean
-from ..masking import _CHUNK_NUMEL, random_mask
 from ..models import load_config
 from ..runtime import resident_memory_bytes
 from ..training.arguments import Run
@@ -35,8 +34,10 @@ from ..training.method_arguments import FIXED_MASK_METHODS, MASK_METHODS, mask_c
 from ..training.train import build_model
 from ..tuner.codec import encode_mask
 from ..tuner.config import MaskConfig
-from ..tuner.layer import write_masked_
-from ..tuner.model import layer_indices, resolve_targets
+from ..tuner.fixed import random_mask
+from ..tuner.scores import write_masked_
+from ..tuner.selection import CHUNK_NUMEL
+from ..tuner.targets import layer_indices, resolve_targets
 from .floor import layer_passes
 from .live_bytes import Gradients, LiveBytes, make_fake, triton_head
 
@@ -212,7 +213,7 @@ class PlannedRun:
             # On logged steps the gradients are still there, and a byte per weight tells which bits have flipped.
             ranked = max(self.masked_numels)
             if self.device == "cpu" and self.run.mask.mask_selection == "topk":
-                ranked = min(ranked, _CHUNK_NUMEL)
+                ranked = min(ranked, CHUNK_NUMEL)
             phases["refresh"] = {
                 **state,
                 "gradients": micro.all_gradient_bytes,
@@ -351,7 +352,7 @@ def _bits_per_weight(mask) -> dict[str, float]:
 
 def _refresh_bytes(config: MaskConfig) -> float:
     """Bytes that a refresh takes at its height per weight of the part it looks at, measured on a random matrix."""
-    scores = torch.randn(_CHUNK_NUMEL, generator=torch.Generator().manual_seed(0))
+    scores = torch.randn(CHUNK_NUMEL, generator=torch.Generator().manual_seed(0))
     weight, out = torch.zeros_like(scores), torch.empty_like(scores)
     with LiveBytes([scores, weight, out]) as live:
         write_masked_(config, [out], [weight], [scores])

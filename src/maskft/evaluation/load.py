@@ -90,8 +90,6 @@ def load_each(
     Raises:
         UserError: If a folder is not what it should be, or the adapters belong to different base models.
     """
-    import maskft.tuner  # noqa: F401 - registers the method with PEFT
-
     if not adapters and model_name_or_path is not None and holds_adapter(model_name_or_path):
         model_name_or_path, adapters = None, [model_name_or_path]
     adapters = list(adapters) or [NO_ADAPTER]

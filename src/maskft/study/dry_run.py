@@ -55,7 +55,7 @@ def model_facts(recipe_facts: Facts, model: str) -> Facts:
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
-    from ..tuner.model import maskable_names
+    from ..tuner.targets import maskable_names
 
     num_layers = config.num_hidden_layers
     names = maskable_names(whole)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..tuner import MaskLayer
+from ..tuner import MaskedLinear
 
 
 @torch.inference_mode()
 def input_norms(
-    model, layers: Sequence[MaskLayer], input_ids: Sequence[Sequence[int]], num_samples: int
+    model, layers: Sequence[MaskedLinear], input_ids: Sequence[Sequence[int]], num_samples: int
 ) -> list[Tensor]:
     """L2 norm of every input feature of ``layers`` over all tokens of the first ``num_samples`` rows.
 

@@ -14,7 +14,7 @@ from trl import SFTTrainer
 
 from .. import runtime
 from ..errors import NotFiniteError, UserError
-from ..tuner import MaskConfig, MaskLayer
+from ..tuner import MaskConfig, MaskedLinear
 from ..tuner.model import refresh_masks
 from ..tuner.sharded import is_sharded
 from .checkpoints import agreed_mask_fingerprint, save_weights
@@ -129,7 +129,7 @@ class StepGuard(TrainerCallback):
 
     def __init__(self, trainer: SFTTrainer):
         self.trainer = trainer
-        self._before: list[tuple[MaskLayer, torch.Tensor]] = []
+        self._before: list[tuple[MaskedLinear, torch.Tensor]] = []
         self._undo = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -137,8 +137,6 @@ class StepGuard(TrainerCallback):
         # TRL starts to count anew when training is resumed; transformers' own count travels with the checkpoints.
         self.trainer._total_train_tokens = state.num_input_tokens_seen
         self.trainer._window = (time.perf_counter(), state.num_input_tokens_seen)
-        for layer in self._layers(model):
-            layer._raw_gradient.clear()  # of a run that was interrupted between two micro-batches
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "mask_scores" in name and parameter.dtype != torch.float32:
                 raise UserError(f"{name} is {parameter.dtype}; scores must be float32, masks are ranked in it")
@@ -157,9 +155,6 @@ class StepGuard(TrainerCallback):
         """Stop before a loss or gradient that is not finite is applied."""
         bad_loss = ~self.trainer._loss_is_finite
         self.trainer._loss_is_finite = torch.tensor(True)
-        for layer in self._layers(model):
-            if layer._raw_gradient:
-                raise RuntimeError("an accumulated mask gradient was not handed to the optimizer")
         bad_gradient = torch.zeros_like(bad_loss)
         # float16 gradients overflow now and then; the scaler skips such a step itself.
         if self.trainer.accelerator.scaler is None:
@@ -171,7 +166,7 @@ class StepGuard(TrainerCallback):
         if verdict:
             raise NotFiniteError(f"{('gradient', 'loss')[verdict - 1]} is not finite")
         if self._is_logged(args, state):
-            self._before = [(m, m._effective == 0) for m in self._layers(model) if m._effective is not None]
+            self._before = [(m, m.effective.value == 0) for m in self._layers(model) if m.effective.value is not None]
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Save the start, which may stay the best."""
@@ -196,7 +191,7 @@ class StepGuard(TrainerCallback):
         flips, removed, numel = 0, 0, 0
         with torch.no_grad():
             for layer, before in self._before:
-                after = layer.effective_weight(layer._effective.dtype) == 0
+                after = layer.effective_weight(layer.effective.value.dtype) == 0
                 flips += int(torch.count_nonzero(after ^ before))
                 removed += (
                     int((~layer.get_mask(ADAPTER)).sum()) if layer.mask_configs[ADAPTER].selection != "topk" else 0
@@ -216,7 +211,7 @@ class StepGuard(TrainerCallback):
 
     @staticmethod
     def _layers(model):
-        return [m for m in model.modules() if isinstance(m, MaskLayer) and ADAPTER in m.mask_scores]
+        return [m for m in model.modules() if isinstance(m, MaskedLinear) and ADAPTER in m.mask_scores]
 
 
 def stop_gradient_at_frozen_embeddings(model):
@@ -232,7 +227,7 @@ def stop_gradient_at_frozen_embeddings(model):
     return model.get_input_embeddings().register_forward_hook(stop)
 
 
-def _sharded_mask_metrics(model, layers: list[MaskLayer]) -> dict[str, float]:
+def _sharded_mask_metrics(model, layers: list[MaskedLinear]) -> dict[str, float]:
     """Metrics of masks under FSDP2, counted over all processes; all processes must call it."""
     refresh_masks(model)
     shards = [layer.sharded_weight for layer in layers]

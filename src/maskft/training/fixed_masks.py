@@ -8,10 +8,10 @@ from rich.console import Console
 from ..adapter.mask_set import MaskSet
 from ..errors import UserError
 from ..evaluation.loss import nll_per_item
-from ..masking import fixed_masks
 from ..runtime import peak_memory_bytes
 from ..tuner import adapter_layers
 from ..tuner.codec import encode_mask, mask_info
+from ..tuner.fixed import fixed_masks
 from .arguments import Run, TrainingSummary, named_revision
 from .calibration import input_norms
 from .method_arguments import ADAPTER, mask_config

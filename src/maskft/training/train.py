@@ -24,7 +24,7 @@ from ..files import write_text
 from ..models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from ..runtime import environment, keep_freed_memory, peak_memory_bytes
 from ..tuner import MaskConfig, adapter_layers
-from ..tuner.model import resolve_targets
+from ..tuner.targets import resolve_targets
 from . import launch_checks
 from .arguments import Run, TrainingSummary, named_revision, set_accumulation
 from .callbacks import KeepLast, Reference, RichProgress

@@ -3,7 +3,7 @@
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from .config import MaskConfig, MaskPeftType
-from .layer import MaskedLinear, MaskLayer
+from .layer import MaskedLinear
 from .model import MaskModel, adapter_layers, current_masks
 
 # PEFT's register_peft_method refuses names outside its enum. These three tables are what it would fill; tests fail when
@@ -12,4 +12,4 @@ PEFT_TYPE_TO_CONFIG_MAPPING[MaskPeftType.MASK] = MaskConfig
 PEFT_TYPE_TO_TUNER_MAPPING[MaskPeftType.MASK] = MaskModel
 PEFT_TYPE_TO_PREFIX_MAPPING[MaskPeftType.MASK] = MaskModel.prefix
 
-__all__ = ["MaskConfig", "MaskLayer", "MaskModel", "MaskPeftType", "MaskedLinear", "adapter_layers", "current_masks"]
+__all__ = ["MaskConfig", "MaskModel", "MaskPeftType", "MaskedLinear", "adapter_layers", "current_masks"]

@@ -8,6 +8,8 @@ bytes, compressed with zstd; or the bitmap, eight weights a byte.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +97,7 @@ def decode_mask(coded: Tensor, name: str = "mask") -> Tensor:
     return torch.from_numpy(~removed).view(shape)
 
 
-def mask_info(coded: Tensor, name: str = "mask") -> dict:
+def mask_info(coded: Tensor, name: str = "mask") -> dict[str, Any]:
     """Header of a coded mask without decoding it: shape, num_removed, sha256 (hex), num_bytes."""
     data = coded[: _HEADER.size].cpu().numpy().tobytes()
     _, shape, removed_count, digest, _ = _read_header(data, name)
@@ -116,7 +118,7 @@ def _read_header(data: bytes, name: str) -> tuple[int, tuple[int, int], int, byt
     return version, (rows, columns), removed_count, digest, coding
 
 
-def _digest(version: int, shape, removed_count: int, packed: np.ndarray) -> bytes:
+def _digest(version: int, shape: Sequence[int], removed_count: int, packed: np.ndarray) -> bytes:
     content = struct.pack("<HIIQ", version, *shape, removed_count) + packed.tobytes()
     return bytes.fromhex(files.digest(content))
 

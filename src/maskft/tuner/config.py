@@ -5,19 +5,13 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from peft.config import PeftConfig
 
 from ..errors import UserError, did_you_mean
-from ..masking import check_sparsity
+from ..masking import RankBy, ScoreStart, check_sparsity
 from .codec import FORMAT_VERSION
-
-CHOICES = {
-    "selection": ("topk", "threshold"),
-    "scope": ("matrix", "global"),
-    "rank_by": ("abs", "signed"),
-    "init_scores": ("normal", "kaiming_uniform", "constant", "magnitude"),
-}
 
 # "we set ... masking ratio [to] 10%" (Sec. 3.2); the start and the ranking by magnitude are the published code's.
 PRESETS = {
@@ -74,21 +68,21 @@ class MaskConfig(PeftConfig):
     sparsity: float = field(
         default=0.1, metadata={"help": "Fraction of the target weights to REMOVE, in [0, 1). 0.1 removes 10 %."}
     )
-    selection: str = field(
+    selection: Literal["topk", "threshold"] = field(
         default="topk",
         metadata={"help": "`topk` removes exactly `sparsity`; `threshold` removes scores below `threshold`."},
     )
     threshold: float = field(
         default=-0.035, metadata={"help": "Scores below it are removed when `selection` is `threshold`."}
     )
-    scope: str = field(
+    scope: Literal["matrix", "global"] = field(
         default="matrix",
         metadata={"help": "`matrix` removes `sparsity` of each matrix; `global` of all of them taken as one pool."},
     )
-    rank_by: str = field(
+    rank_by: RankBy = field(
         default="abs", metadata={"help": "`abs` ranks by the magnitude of a score (as published), `signed` by value."}
     )
-    init_scores: str = field(
+    init_scores: ScoreStart = field(
         default="normal", metadata={"help": "Start of the scores: normal, kaiming_uniform, constant or magnitude."}
     )
     init_std: float = field(
@@ -115,13 +109,15 @@ class MaskConfig(PeftConfig):
         default=None, metadata={"help": "sha256 of the masked base weights, rounded to bfloat16."}
     )
     mask_sha256: str | None = field(default=None, metadata={"help": "sha256 over the masks of all modules."})
-    recipe: dict | None = field(default=None, metadata={"help": "How the mask was trained, for people to read."})
+    recipe: dict[str, Any] | None = field(
+        default=None, metadata={"help": "How the mask was trained, for people to read."}
+    )
     # TRL reads this field of every PEFT config.
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Not supported by masks; present because TRL reads it."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MaskPeftType.MASK
         if self.format_version > FORMAT_VERSION:
@@ -130,9 +126,9 @@ class MaskConfig(PeftConfig):
                 "upgrade: pip install -U maskft"
             )
         self._apply_preset()
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
+        for name, kind in get_type_hints(type(self)).items():
+            choices, value = get_args(kind), getattr(self, name)
+            if get_origin(kind) is Literal and value not in choices:
                 raise UserError(
                     f"{name} is {value!r}{did_you_mean(str(value), choices)}; choose one of: {', '.join(choices)}"
                 )
@@ -167,7 +163,7 @@ class MaskConfig(PeftConfig):
                 stacklevel=3,
             )
 
-    def _apply_preset(self):
+    def _apply_preset(self) -> None:
         if self.preset is None:
             return
         if self.preset not in PRESETS:

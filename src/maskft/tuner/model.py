@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
 from collections.abc import Iterable
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ..errors import UserError, did_you_mean
+from ..errors import UserError
 from ..files import digest, digest_tensors
-from ..masking import scores_for_mask
 from .codec import FORMAT_VERSION, decode_mask, encode_mask, mask_info, mask_sha256
 from .config import NO_TOKEN_INDICES, MaskConfig
-from .layer import Float32ParameterDict, MaskedLinear, MaskLayer, masks_from_scores
+from .layer import MaskedLinear
+from .scores import Float32ParameterDict, masks_from_scores
+from .selection import scores_for_mask
 from .sharded import is_sharded, refresh
-
-_LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
-_SHOWN = 8
-_PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
+from .targets import listed, resolve_targets
 
 
 class MaskModel(BaseTuner):
@@ -34,7 +30,7 @@ class MaskModel(BaseTuner):
     """
 
     prefix: str = "mask_"
-    tuner_layer_cls = MaskLayer
+    tuner_layer_cls = MaskedLinear
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict) -> MaskConfig:
@@ -48,7 +44,7 @@ class MaskModel(BaseTuner):
         """Check the whole request before the first layer is replaced, so that an error leaves the model as it was."""
         resolve_targets(peft_config, model)
         # Collects the layers of one adapter in module order, so that scope="global" can rank them together.
-        self._pool: list[MaskLayer] = []
+        self._pool: list[MaskedLinear] = []
         if not hasattr(self, "_undo"):
             self._undo = (getattr(model, "_no_split_modules", None), None)
         if getattr(model, "_no_split_modules", None):
@@ -72,7 +68,7 @@ class MaskModel(BaseTuner):
         return super().forward(*args, **kwargs)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_) -> None:
-        if isinstance(target, MaskLayer):
+        if isinstance(target, MaskedLinear):
             target.update_layer(adapter_name, peft_config, self._pool)
             return
         layer = MaskedLinear(target, adapter_name, peft_config, self._pool, current_key)
@@ -120,7 +116,7 @@ class MaskModel(BaseTuner):
                 _restore_scores(layer, adapter_name, mask, scores.get(name))
                 # PEFT reports parameters that a file does not set; these are set already.
                 rest[f"{names[name]}.mask_scores.{adapter_name}"] = layer.mask_scores[adapter_name].data
-            layer._effective = layer._effective_key = None
+            layer.effective.forget()
             loaded[name] = mask
         if not config.inference_mode and layers and not scores:
             _check_restored(model, adapter_name, loaded)
@@ -137,19 +133,19 @@ def refresh_masks(model: nn.Module) -> None:
     Does nothing in any other case.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        refresh(model, [module for module in model.modules() if isinstance(module, MaskLayer)], base_fingerprint)
+        refresh(model, [module for module in model.modules() if isinstance(module, MaskedLinear)], base_fingerprint)
 
 
 def _refresh_before_forward(model: nn.Module, args: tuple) -> None:
     refresh_masks(model)
 
 
-def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, MaskLayer]:
+def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, MaskedLinear]:
     """Masked layers of one adapter by module name (as in ``model.named_modules()``), in module order."""
     return {
         name.replace("_fsdp_wrapped_module.", ""): module
         for name, module in model.named_modules()
-        if isinstance(module, MaskLayer) and adapter_name in module.mask_configs
+        if isinstance(module, MaskedLinear) and adapter_name in module.mask_configs
     }
 
 
@@ -190,15 +186,12 @@ def _current_masks(layers, config, adapter_name, state_dict) -> dict[str, Tensor
     return {name: layer.get_mask(adapter_name) for name, layer in layers.items()}
 
 
-def _restore_scores(layer: MaskLayer, adapter_name: str, mask: Tensor, saved: Tensor | None) -> None:
+def _restore_scores(layer: MaskedLinear, adapter_name: str, mask: Tensor, saved: Tensor | None) -> None:
     """Put saved scores into the layer, or permute its fresh ones so that they give the loaded mask."""
     parameter, config = layer.mask_scores[adapter_name], layer.mask_configs[adapter_name]
     if parameter.device.type == "meta":
-        device = layer.get_base_layer().weight.device
-        parameter = nn.Parameter(torch.empty(parameter.shape, device=device), requires_grad=parameter.requires_grad)
+        parameter = nn.Parameter(layer.fresh_scores(config), requires_grad=parameter.requires_grad)
         layer.mask_scores[adapter_name] = parameter
-        if saved is None:
-            parameter.data.copy_(layer._draw_scores(config))
     if saved is not None:
         if saved.shape != parameter.shape:
             raise UserError(
@@ -219,122 +212,12 @@ def _check_restored(model: nn.Module, adapter_name: str, loaded: dict[str, Tenso
     different = [name for name, mask in loaded.items() if not torch.equal(restored[name].cpu(), mask)]
     if different:
         raise UserError(
-            f"training cannot go on from the mask of {_listed(different)} without the scores it was made from; save it "
+            f"training cannot go on from the mask of {listed(different)} without the scores it was made from; save it "
             "with MaskConfig(save_scores=True), or load it for inference"
         )
 
 
 # Checks
-
-
-def resolve_targets(config: MaskConfig, model: nn.Module) -> None:
-    """Put the names of the linear layers in the place of "all-linear", and check the whole request."""
-    if config.target_modules in (None, "all-linear"):
-        config.target_modules = sorted(maskable_names(model))
-    check_targets(config, model)
-
-
-def check_targets(config: MaskConfig, model: nn.Module) -> None:
-    """Raise one clear :class:`UserError` when ``config`` asks for layers that are not there or cannot be masked."""
-    modules = {name: module for name, module in model.named_modules() if name and ".base_layer" not in name}
-    _check_layer_indices(config, modules)
-    matched = [name for name in modules if check_target_module_exists(config, name)]
-    maskable = [name for name in matched if _why_not_maskable(name, modules[name], model) is None]
-    refused = {name: _why_not_maskable(name, modules[name], model) for name in matched if name not in maskable}
-    if refused:
-        name, reason = next(iter(refused.items()))
-        raise UserError(
-            f"{name} cannot be masked: {reason}; matched and maskable: {_listed(maskable)}; matched and not maskable: "
-            f"{_listed(refused)}; name the linear layers you want in target_modules"
-        )
-    entries = config.target_modules if isinstance(config.target_modules, list | set | tuple) else []
-    for entry in entries if matched else []:
-        if not any(name == entry or name.endswith(f".{entry}") for name in modules):
-            leaves = {name.rpartition(".")[2] for name in modules}
-            raise UserError(f"target_modules entry {entry!r} matches no layer{did_you_mean(entry, leaves)}; drop it")
-    if not matched:
-        leaves = sorted(
-            {name.rpartition(".")[2] for name, m in modules.items() if _why_not_maskable(name, m, model) is None}
-        )
-        wanted = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
-        hint = did_you_mean(wanted, leaves) if "," not in wanted else ""
-        raise UserError(
-            f"target_modules {wanted!r} match no layer{hint}; the model's linear layers are: {', '.join(leaves)}"
-        )
-
-
-def _check_layer_indices(config: MaskConfig, modules: Iterable[str]) -> None:
-    if config.layers_to_transform is None:
-        return
-    wanted = config.layers_to_transform
-    wanted = [wanted] if isinstance(wanted, int) else list(wanted)
-    indices = layer_indices(modules, config.layers_pattern)
-    missing = sorted(set(wanted) - indices)
-    if missing:
-        has = f"layers 0 to {max(indices)}" if indices else "no numbered layers"
-        raise UserError(f"layers_to_transform names layer {', '.join(map(str, missing))}; the model has {has}")
-
-
-def layer_indices(names: Iterable[str], layers_pattern: list[str] | str | None = None) -> set[int]:
-    """Indices of the decoder layers that module or parameter ``names`` lie in."""
-    matches = [match for match in map(_LAYER_INDEX.search, names) if match]
-    return {int(match["index"]) for match in matches if layers_pattern is None or match["list"] in layers_pattern}
-
-
-def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | None:
-    """Reason why a module cannot be masked, or None when it can."""
-    if isinstance(module, MaskLayer):
-        return None
-    if isinstance(module, nn.Embedding):
-        return "it is an embedding"
-    if not isinstance(module, nn.Linear | Conv1D):
-        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
-            return "its experts are fused into 3-D parameters, not linear layers"
-        return f"it is a {type(module).__name__}, not a linear layer"
-    if type(module).__module__.split(".")[0] not in ("torch", "transformers") or not module.weight.is_floating_point():
-        return f"it is quantised ({type(module).__name__}); load the model without quantisation"
-    if type(module).forward not in _PLAIN_FORWARDS and type(module).__name__ != "FalconLinear":
-        return f"it is a {type(module).__name__}, which computes something else than a linear map"
-    path, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(path)
-    # Kernels of the Mamba family, and in part its slow path, take these weights themselves; Jamba's only the first.
-    read = ("dt_proj",) if type(parent).__name__ == "JambaMambaMixer" else ("dt_proj", "x_proj", "out_proj")
-    of_mixer = hasattr(parent, "conv1d") and hasattr(parent, "A_log") and leaf in read
-    if of_mixer or isinstance(parent, nn.MultiheadAttention):
-        return f"its {type(parent).__name__} reads the weight and does not call the layer"
-    get_embeddings = getattr(model, "get_input_embeddings", None)
-    try:
-        embeddings = get_embeddings() if get_embeddings else None
-    except NotImplementedError:
-        embeddings = None
-    if embeddings is not None and module.weight is getattr(embeddings, "weight", None):
-        return "its weight is tied to the input embeddings"
-    return None
-
-
-def maskable_names(model: nn.Module) -> set[str]:
-    """Last name components of the maskable linear layers inside numbered layers (q_proj, ..., down_proj)."""
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D | MaskLayer)
-        and ".base_layer" not in name
-        and _LAYER_INDEX.search(name)
-        and _why_not_maskable(name, module, model) is None
-    }
-    if not names:
-        # Not a stack of layers: every linear layer except an output head.
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        names = {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-            and module is not head
-            and _why_not_maskable(name, module, model) is None
-        }
-    if not names:
-        raise UserError(f"{type(model).__name__} has no linear layer that could be masked")
-    return names
 
 
 def _embeddings(model: nn.Module) -> dict[str, torch.Size]:
@@ -350,10 +233,10 @@ def _embeddings(model: nn.Module) -> dict[str, torch.Size]:
 def _check_names(layers: dict, coded: dict, rest: dict, adapter_name: str, embeddings: dict) -> None:
     missing, extra = [n for n in layers if n not in coded], [n for n in coded if n not in layers]
     if missing:
-        raise UserError(f"the adapter file has no mask for {_listed(missing)}; it is incomplete, save it again")
+        raise UserError(f"the adapter file has no mask for {listed(missing)}; it is incomplete, save it again")
     if extra:
         raise UserError(
-            f"the adapter file has masks for {_listed(extra)}, which the model or adapter_config.json does not have; "
+            f"the adapter file has masks for {listed(extra)}, which the model or adapter_config.json does not have; "
             "it was made for another model or configuration"
         )
     # PEFT would load any other key into the base model without a word.
@@ -364,29 +247,29 @@ def _check_names(layers: dict, coded: dict, rest: dict, adapter_name: str, embed
     ]
     if unknown:
         raise UserError(
-            f"the adapter file has entries that are neither masks nor modules_to_save: {_listed(unknown)}; it is not "
+            f"the adapter file has entries that are neither masks nor modules_to_save: {listed(unknown)}; it is not "
             "loaded, because they would overwrite base weights"
         )
 
 
-def _check_shape(name: str, shape: tuple[int, int], layer: MaskLayer) -> None:
-    expected = tuple(layer.get_base_layer().weight.shape)
+def _check_shape(name: str, shape: tuple[int, int], layer: MaskedLinear) -> None:
+    expected = tuple(layer.weight.shape)
     if tuple(shape) != expected:
         raise UserError(
             f"the mask of {name} has shape {tuple(shape)}, the model's weight {expected}; wrong base model?"
         )
 
 
-def _check_base(layers: Iterable[MaskLayer], config: MaskConfig) -> None:
+def _check_base(layers: Iterable[MaskedLinear], config: MaskConfig) -> None:
     layers = list(layers)
     if config.base_fingerprint is None or not config.verify_base:
         return
     if any(layer.merged for layer in layers):
         return
-    if any(layer.get_base_layer().weight.device.type == "meta" for layer in layers):
+    if any(layer.weight.device.type == "meta" for layer in layers):
         warnings.warn("base weights are on the meta device; they are not checked against those of the mask's training")
         return
-    if any(layer.get_base_layer().weight.dtype == torch.float16 for layer in layers):
+    if any(layer.weight.dtype == torch.float16 for layer in layers):
         warnings.warn("a float16 base rounds differently from the one the mask was trained on; it is not checked")
         return
     found = base_fingerprint(layers)
@@ -398,7 +281,7 @@ def _check_base(layers: Iterable[MaskLayer], config: MaskConfig) -> None:
         )
 
 
-def base_fingerprint(layers: Iterable[MaskLayer]) -> str:
+def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
     """sha256 over names and weights of the masked base layers, rounded to bfloat16.
 
     Rounding makes a model loaded in bfloat16 match the float32 one it was rounded from.
@@ -406,7 +289,7 @@ def base_fingerprint(layers: Iterable[MaskLayer]) -> str:
     layers = sorted(layers, key=lambda layer: layer.module_name)
     if layers and layers[0].sharded_weight is not None:
         return layers[0].sharded_weight.base_fingerprint  # the weights themselves are masked by now
-    weights = ((layer.module_name, layer.get_base_layer().weight.detach()) for layer in layers)
+    weights = ((layer.module_name, layer.weight.detach()) for layer in layers)
     whole = ((name, weight.full_tensor() if is_sharded(weight) else weight) for name, weight in weights)
     return digest_tensors((f"{name}{tuple(weight.shape)}", weight.to(torch.bfloat16)) for name, weight in whole)
 
@@ -418,9 +301,3 @@ def mask_fingerprint(coded: dict[str, Tensor]) -> str:
 
 def _fingerprint(sha256: dict[str, str]) -> str:
     return digest("".join(f"{name}:{sha256[name]};" for name in sorted(sha256)))
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    shown = ", ".join(names[:_SHOWN]) if names else "none"
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

@@ -12,7 +12,8 @@ Shapes: a matrix is (O, I); its shard on one rank is (rows, I), where the last r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from ..errors import NotFiniteError, UserError
-from ..masking import RankBy, num_removed, ranking_keys, score_gradient_
+from ..masking import RankBy, num_removed, ranking_keys
 from .config import MaskConfig
+from .selection import score_gradient_
+from .steps import optimizer_steps
+
+if TYPE_CHECKING:
+    from .layer import MaskedLinear
+
+Fingerprint = Callable[[Sequence["MaskedLinear"]], str]
 
 _NUM_BINS = 1 << 16
 
@@ -105,7 +113,7 @@ def _find(counts: Tensor, k: int) -> tuple[int, int]:
 # On DTensors
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a parameter is spread over ranks."""
     return isinstance(tensor, DTensor)
 
@@ -128,7 +136,7 @@ def shard_masks(config: MaskConfig, scores: Sequence[DTensor]) -> list[Tensor]:
         return out.view(mesh.size(), -1)
 
     if config.selection == "threshold":
-        if all_reduce(sum(key.isnan().sum() for key in keys)):
+        if all_reduce(torch.stack([key.isnan().sum() for key in keys]).sum()):
             raise NotFiniteError("scores contain NaN, so they cannot be compared")
         masks = [key >= config.threshold for key in keys]
     else:
@@ -162,13 +170,13 @@ class ShardedWeight:
         self.mask: Tensor | None = None
         self.num_flips = 0
         self.base_fingerprint = base_fingerprint
-        self._key: tuple | None = None
+        self._key: tuple[Any, ...] | None = None
 
-    def is_current(self, layer) -> bool:
+    def is_current(self, layer: MaskedLinear) -> bool:
         """Whether the rows show what the layer's scores and adapter switches ask for."""
         return self._key == _key(layer)
 
-    def show(self, layer, mask: Tensor | None) -> None:
+    def show(self, layer: MaskedLinear, mask: Tensor | None) -> None:
         """Mask the rows, or (None) show them unmasked."""
         rows = self.parameter.to_local().copy_(self.original)
         if mask is not None:
@@ -187,20 +195,20 @@ class ShardedWeight:
         )
 
 
-def _key(layer) -> tuple:
+def _key(layer: MaskedLinear) -> tuple[Any, ...]:
     if layer.disable_adapters:
         return (None,)
     name = _adapter(layer)
     pool = [member.mask_scores[name] for member in layer.mask_pools[name]]
     return (
         name,
-        layer.optimizer_steps(),
+        optimizer_steps(),
         *((s._version, s.to_local().data_ptr(), s.to_local()._version) for s in pool),
     )
 
 
-def _adapter(layer) -> str:
-    names = [name for name in layer.active_adapters if name in layer.mask_configs]
+def _adapter(layer: MaskedLinear) -> str:
+    names = layer.active_masks
     if len(names) != 1 or names[0] not in layer.mask_scores:
         raise UserError(
             f"{layer.module_name} has the active masks {names}; with FSDP exactly one, with scores, is supported"
@@ -209,58 +217,61 @@ def _adapter(layer) -> str:
 
 
 @torch.no_grad()
-def refresh(model: nn.Module, layers: Iterable, base_fingerprint: Callable[[list], str]) -> None:
+def refresh(model: nn.Module, layers: Sequence[MaskedLinear], base_fingerprint: Fingerprint) -> None:
     """Bring the masked rows of all layers up to date, before FSDP gathers any of them; every rank must call it.
 
     Args:
         model: The model whose FSDP units are to be resharded when a mask has changed; not itself, it is in forward.
-        layers: The masked layers with scores.
-        base_fingerprint: Fingerprint of the weights of layers; called once.
+        layers: The masked layers.
+        base_fingerprint: Of the weights of layers; called once.
     """
     layers = [layer for layer in layers if getattr(layer.mask_scores, "_is_fsdp_managed_module", False)]
-    layers = [layer for layer in layers if len(layer.mask_scores)]
-    if not layers:
-        return
-    if any(layer.sharded_weight is None for layer in layers):
-        _attach(layers, base_fingerprint)
-    if all(layer.sharded_weight.is_current(layer) for layer in layers):
+    shards = _attached([layer for layer in layers if len(layer.mask_scores)], base_fingerprint)
+    if all(shard.is_current(layer) for layer, shard in shards.items()):
         return
     for module in model.modules():
         if isinstance(module, FSDPModule) and module is not model:
             module.reshard()  # what an evaluation left gathered is out of date
-    for layer in layers:
-        if layer.sharded_weight.is_current(layer):
+    for layer, shard in shards.items():
+        if shard.is_current(layer):
             continue
         if layer.disable_adapters:
-            layer.sharded_weight.show(layer, None)
+            shard.show(layer, None)
             continue
         name = _adapter(layer)
         pool = layer.mask_pools[name]
         masks = shard_masks(layer.mask_configs[name], [member.mask_scores[name] for member in pool])
         for member, mask in zip(pool, masks, strict=True):
-            member.sharded_weight.show(member, mask)
+            shards[member].show(member, mask)
 
 
-def _attach(layers: list, base_fingerprint: Callable[[list], str]) -> None:
-    for layer in layers:
-        if not isinstance(layer.mask_scores, FSDPModule):
-            raise UserError(
-                f"the scores of {layer.module_name} are not an FSDP2 unit of their own; use FSDP2 with "
-                "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and if you name the classes to wrap, add "
-                f"{type(layer.mask_scores).__name__.removeprefix('FSDP')}"
-            )
-        weight, scores = layer.get_base_layer().weight, layer.mask_scores[_adapter(layer)]
-        if not is_sharded(weight):
-            raise UserError(
-                f"the weight of {layer.module_name} is in the outermost FSDP unit; wrap the decoder layers with "
-                "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"
-            )
-        if tuple(scores.placements) != (Shard(0),) or tuple(weight.placements) != (Shard(0),):
-            raise UserError(
-                f"{layer.module_name} is spread as {weight.placements}; only plain FSDP2 sharding by rows is supported"
-            )
-        if scores.to_local().device.type != scores.device_mesh.device_type:
-            raise UserError("fsdp_offload_params is not supported with masks; set it to false")
-    fingerprint = base_fingerprint(layers)
-    for layer in layers:
-        layer.sharded_weight = ShardedWeight(layer.get_base_layer().weight, fingerprint)
+def _attached(layers: Sequence[MaskedLinear], base_fingerprint: Fingerprint) -> dict[MaskedLinear, ShardedWeight]:
+    """The rows of each layer, taken over before the first of them is masked."""
+    if any(layer.sharded_weight is None for layer in layers):
+        for layer in layers:
+            _check_sharding(layer)
+        fingerprint = base_fingerprint(layers)
+        for layer in layers:
+            layer.sharded_weight = ShardedWeight(layer.weight, fingerprint)
+    return {layer: layer.sharded_weight for layer in layers if layer.sharded_weight is not None}
+
+
+def _check_sharding(layer: MaskedLinear) -> None:
+    if not isinstance(layer.mask_scores, FSDPModule):
+        raise UserError(
+            f"the scores of {layer.module_name} are not an FSDP2 unit of their own; use FSDP2 with "
+            "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and if you name the classes to wrap, add "
+            f"{type(layer.mask_scores).__name__.removeprefix('FSDP')}"
+        )
+    weight, scores = layer.weight, layer.mask_scores[_adapter(layer)]
+    if not is_sharded(weight):
+        raise UserError(
+            f"the weight of {layer.module_name} is in the outermost FSDP unit; wrap the decoder layers with "
+            "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"
+        )
+    if tuple(scores.placements) != (Shard(0),) or tuple(weight.placements) != (Shard(0),):
+        raise UserError(
+            f"{layer.module_name} is spread as {weight.placements}; only plain FSDP2 sharding by rows is supported"
+        )
+    if scores.to_local().device.type != scores.device_mesh.device_type:
+        raise UserError("fsdp_offload_params is not supported with masks; set it to false")

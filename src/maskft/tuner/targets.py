@@ -1,0 +1,135 @@
+"""Which layers of a model may be masked, and which of them a configuration asks for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UserError, did_you_mean
+from .config import MaskConfig
+from .layer import MaskedLinear
+
+_LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
+_PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
+_SHOWN = 8
+
+
+def resolve_targets(config: MaskConfig, model: nn.Module) -> None:
+    """Put the names of the linear layers in the place of "all-linear", and check the whole request."""
+    if config.target_modules in (None, "all-linear"):
+        config.target_modules = sorted(maskable_names(model))
+    check_targets(config, model)
+
+
+def check_targets(config: MaskConfig, model: nn.Module) -> None:
+    """Raise one clear :class:`UserError` when ``config`` asks for layers that are not there or cannot be masked."""
+    modules = {name: module for name, module in model.named_modules() if name and ".base_layer" not in name}
+    _check_layer_indices(config, modules)
+    matched = [name for name in modules if check_target_module_exists(config, name)]
+    maskable = [name for name in matched if _why_not_maskable(name, modules[name], model) is None]
+    refused = {name: _why_not_maskable(name, modules[name], model) for name in matched if name not in maskable}
+    if refused:
+        name, reason = next(iter(refused.items()))
+        raise UserError(
+            f"{name} cannot be masked: {reason}; matched and maskable: {listed(maskable)}; matched and not maskable: "
+            f"{listed(refused)}; name the linear layers you want in target_modules"
+        )
+    entries = config.target_modules if isinstance(config.target_modules, list | set | tuple) else []
+    for entry in entries if matched else []:
+        if not any(name == entry or name.endswith(f".{entry}") for name in modules):
+            leaves = {name.rpartition(".")[2] for name in modules}
+            raise UserError(f"target_modules entry {entry!r} matches no layer{did_you_mean(entry, leaves)}; drop it")
+    if not matched:
+        leaves = sorted(
+            {name.rpartition(".")[2] for name, m in modules.items() if _why_not_maskable(name, m, model) is None}
+        )
+        wanted = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
+        hint = did_you_mean(wanted, leaves) if "," not in wanted else ""
+        raise UserError(
+            f"target_modules {wanted!r} match no layer{hint}; the model's linear layers are: {', '.join(leaves)}"
+        )
+
+
+def _check_layer_indices(config: MaskConfig, modules: Iterable[str]) -> None:
+    if config.layers_to_transform is None:
+        return
+    wanted = config.layers_to_transform
+    wanted = [wanted] if isinstance(wanted, int) else list(wanted)
+    indices = layer_indices(modules, config.layers_pattern)
+    missing = sorted(set(wanted) - indices)
+    if missing:
+        has = f"layers 0 to {max(indices)}" if indices else "no numbered layers"
+        raise UserError(f"layers_to_transform names layer {', '.join(map(str, missing))}; the model has {has}")
+
+
+def layer_indices(names: Iterable[str], layers_pattern: list[str] | str | None = None) -> set[int]:
+    """Indices of the decoder layers that module or parameter ``names`` lie in."""
+    matches = [match for match in map(_LAYER_INDEX.search, names) if match]
+    return {int(match["index"]) for match in matches if layers_pattern is None or match["list"] in layers_pattern}
+
+
+def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | None:
+    """Reason why a module cannot be masked, or None when it can."""
+    if isinstance(module, MaskedLinear):
+        return None
+    if isinstance(module, nn.Embedding):
+        return "it is an embedding"
+    if not isinstance(module, nn.Linear | Conv1D):
+        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+            return "its experts are fused into 3-D parameters, not linear layers"
+        return f"it is a {type(module).__name__}, not a linear layer"
+    if type(module).__module__.split(".")[0] not in ("torch", "transformers") or not module.weight.is_floating_point():
+        return f"it is quantised ({type(module).__name__}); load the model without quantisation"
+    if type(module).forward not in _PLAIN_FORWARDS and type(module).__name__ != "FalconLinear":
+        return f"it is a {type(module).__name__}, which computes something else than a linear map"
+    path, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(path)
+    # Kernels of the Mamba family, and in part its slow path, take these weights themselves; Jamba's only the first.
+    read = ("dt_proj",) if type(parent).__name__ == "JambaMambaMixer" else ("dt_proj", "x_proj", "out_proj")
+    of_mixer = hasattr(parent, "conv1d") and hasattr(parent, "A_log") and leaf in read
+    if of_mixer or isinstance(parent, nn.MultiheadAttention):
+        return f"its {type(parent).__name__} reads the weight and does not call the layer"
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    try:
+        embeddings = get_embeddings() if get_embeddings else None
+    except NotImplementedError:
+        embeddings = None
+    if embeddings is not None and module.weight is getattr(embeddings, "weight", None):
+        return "its weight is tied to the input embeddings"
+    return None
+
+
+def maskable_names(model: nn.Module) -> set[str]:
+    """Last name components of the maskable linear layers inside numbered layers (q_proj, ..., down_proj)."""
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D | MaskedLinear)
+        and ".base_layer" not in name
+        and _LAYER_INDEX.search(name)
+        and _why_not_maskable(name, module, model) is None
+    }
+    if not names:
+        # Not a stack of layers: every linear layer except an output head.
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        names = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+            and module is not head
+            and _why_not_maskable(name, module, model) is None
+        }
+    if not names:
+        raise UserError(f"{type(model).__name__} has no linear layer that could be masked")
+    return names
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, for a message."""
+    names = list(names)
+    shown = ", ".join(names[:_SHOWN]) if names else "none"
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"

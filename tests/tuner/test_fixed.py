@@ -1,0 +1,58 @@
+"""Masks that are not learned have the counts of learned ones."""
+
+import pytest
+import torch
+
+import reference
+from maskft import magnitude_mask, num_removed, random_mask, topk_mask, topk_masks
+from maskft.tuner.fixed import fixed_masks
+
+
+@pytest.mark.parametrize("sparsity", (0.0, 0.1, 0.9))
+def test_fixed_masks_have_the_learned_masks_count(sparsity):
+    weight = torch.randn(31, 17)
+    count = int((~topk_mask(torch.randn(31, 17), sparsity)).sum())
+    assert int((~random_mask(weight.shape, sparsity, seed=3)).sum()) == count
+    assert int((~magnitude_mask(weight, sparsity)).sum()) == count
+
+
+def test_magnitude_mask_removes_the_smallest():
+    weight = torch.tensor([[3.0, -0.1, 2.0], [0.2, -5.0, 0.05]])
+    assert magnitude_mask(weight, 1 / 3).tolist() == [[True, False, True], [True, True, False]]
+
+
+def test_random_mask_is_uniform_and_seeded():
+    assert torch.equal(random_mask((50, 40), 0.1, 7), random_mask((50, 40), 0.1, 7))
+    assert not torch.equal(random_mask((50, 40), 0.1, 7), random_mask((50, 40), 0.1, 8))
+    rate = torch.stack([~random_mask((20, 10), 0.1, seed) for seed in range(400)]).float().mean(0)
+    # Each entry is removed in Binomial(400, 0.1) draws: five standard deviations are 0.075.
+    assert (rate - 0.1).abs().max() < 0.075
+
+
+def test_fixed_masks_of_given_counts_and_global_pool():
+    weights = [torch.randn(10, 10), 5 * torch.randn(4, 25)]
+    for kind in ("random_mask", "l1_mask"):
+        assert [int((~m).sum()) for m in fixed_masks(kind, weights, 0.1, counts=[3, 17])] == [3, 17]
+        assert sum(int((~m).sum()) for m in fixed_masks(kind, weights, 0.1, scope="global")) == 20
+    assert torch.equal(fixed_masks("l1_mask", weights, 0.1, "global")[0], topk_masks(weights, 0.1)[0])
+
+
+@pytest.mark.parametrize("sparsity", (0.0, 0.1, 0.9))
+def test_wanda_mask_is_the_naive_one(sparsity):
+    generator = torch.Generator().manual_seed(3)
+    weight, norms = torch.randn(7, 12, generator=generator), torch.rand(12, generator=generator)
+    (mask,) = fixed_masks("wanda_mask", [weight], sparsity, input_norms=[norms[None]])
+    assert torch.equal(mask, reference.wanda_mask(weight, norms, round(sparsity * 84)))
+    assert int((~mask).sum()) == num_removed(84, sparsity)
+    (transposed,) = fixed_masks("wanda_mask", [weight.t()], sparsity, input_norms=[norms[:, None]])
+    assert torch.equal(transposed.t(), mask)
+
+
+def test_wanda_mask_takes_counts_and_one_pool():
+    weights, norms = [torch.arange(1.0, 7).view(2, 3), 10 * torch.ones(2, 3)], [torch.ones(1, 3)] * 2
+    masks = fixed_masks("wanda_mask", weights, 0.5, counts=[1, 3], input_norms=norms)
+    # The first output gives one more where the count does not divide.
+    assert masks[0].tolist() == [[False, True, True], [True, True, True]]
+    assert masks[1].tolist() == [[False, False, True], [False, True, True]]
+    pooled = fixed_masks("wanda_mask", weights, 0.5, "global", input_norms=norms)
+    assert not pooled[0].any() and pooled[1].all()
