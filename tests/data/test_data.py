@@ -283,7 +283,7 @@ def test_procedural_package_is_missing(monkeypatch):
     ("task", "options", "message"),
     [
         ("product", None, r"no task 'product' \(did you mean 'products'\?\)"),
-        ("products", {"min_digit": 2}, r"no option 'min_digit' \(did you mean 'min_digits'\?\)"),
+        ("products", {"min_digit": 2}, r"do not suit products: .*unexpected keyword argument 'min_digit'"),
         ("products", {"min_digits": -2}, r"do not suit products: min_digits must be positive"),
         ("rush_hour", None, r"'rush_hour' has no single right answer"),
     ],
@@ -336,7 +336,7 @@ CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the t
             gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40],
             r"a\.jsonl\.gz cannot be read: .*end-of-stream",
         ),
-        ("a.parquet", b"not parquet", r"a\.parquet is not a readable parquet file"),
+        ("a.parquet", b"not parquet", r"a\.parquet cannot be read: .*[Pp]arquet"),
         ("a.csv", "prompt,completion\n", r"a\.csv has an unsupported ending; convert it to one of \.jsonl"),
     ],
 )

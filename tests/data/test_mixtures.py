@@ -114,34 +114,48 @@ def test_registered_sets_of_three_formats():
     assert load_examples("gsm8k:3,metamathqa:2", data_dir=SAMPLES)["answer"][:].count("17") == 3
 
 
-def test_stream_takes_what_is_asked_for(sets):
-    mapped, streamed = (splits(sets, "small:10,large:25", dataset_streaming=flag) for flag in (False, True))
-    assert streamed.report.taken == mapped.report.taken == {"small": 10, "large": 25}
-    again = splits(sets, "small:10,large:25", dataset_streaming=True)
-    assert again.train.to_list() == streamed.train.to_list()
-    other = splits(sets, "small:10,large:25", seed=1, dataset_streaming=True)
-    assert questions(other.train) != questions(streamed.train)
-
-
-def test_stream_from_the_hub(monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
     import datasets
 
     def from_hub(name, config, split, streaming):
-        assert streaming
-        rows = datasets.Dataset.from_list([{"query": f"{n}?", "response": "r"} for n in range(50)])
-        return rows.to_iterable_dataset()
+        rows = datasets.Dataset.from_list([{"query": f"{n}?", "response": "r"} for n in range(100)])
+        return rows.to_iterable_dataset() if streaming else rows
 
     monkeypatch.setattr(datasets, "load_dataset", from_hub)
-    result = load_splits(DataArguments(dataset_name="metamathqa:20", dataset_streaming=True), 0)
-    assert (len(result.train), len(result.heldout)) == (18, 2)
+
+
+def stream(name, seed=0):
+    return load_splits(DataArguments(dataset_name=name, dataset_streaming=True), seed)
+
+
+def test_stream_takes_what_is_asked_for(hub, sets, monkeypatch):
+    monkeypatch.setattr("maskft.data.mixtures.SHUFFLE_BUFFER", 10)
+    one, again, two = (stream("metamathqa:20", seed) for seed in (0, 0, 1))
+    assert (len(one.train), len(one.heldout)) == (18, 2)
+    assert one.train.to_list() == again.train.to_list()
+    assert questions(one.train) != questions(two.train)
+    assert max(int(question[:-1]) for question in questions(one.train)) < 30  # read 20 rows and the buffer, no more
+    whole, streamed = (splits(sets, "small:10,large:25", dataset_streaming=flag) for flag in (False, True))
+    assert streamed.train.to_list() == whole.train.to_list()  # files are read as ever
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("metamathqa", r"a stream needs a number of rows to take, such as metamathqa:10000"),
+        ("metamathqa:101", r"asks for 101 rows of metamathqa, which has 100"),
+    ],
+)
+def test_mistakes_of_streams(hub, name, message):
+    with pytest.raises(UserError, match=message):
+        stream(name)
 
 
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
         ("small:41", {}, r"the mixture asks for 41 rows of small, which has 40; ask for fewer"),
-        ("small:41", {"dataset_streaming": True}, r"asks for 41 rows of small, which has 40"),
-        ("small", {"dataset_streaming": True}, r"give small a count, such as small:10000"),
         ("small:1.5", {}, r"'small:1\.5': give a whole number of rows, at least 1, or a fraction in \(0, 1\]"),
         ("small:0", {}, r"'small:0': give a whole number"),
         ("small:40k", {}, r"'40k' is neither a number of rows \(40000\) nor a fraction"),
@@ -155,10 +169,3 @@ def test_mistakes_are_one_line(sets, name, kwargs, message):
     with pytest.raises(UserError, match=message) as caught:
         splits(sets, name, **kwargs)
     assert "\n" not in str(caught.value)
-
-
-def test_long_stream_moves_its_buffer(sets, monkeypatch):
-    monkeypatch.setattr("maskft.data.loading.SHUFFLE_BUFFER", 10)
-    examples = splits(sets, "large:30", dataset_streaming=True)
-    numbers = [int(question.removeprefix("large ")[:-1]) for question in questions(examples.train)]
-    assert len(set(numbers)) == 27 and max(numbers) < 40  # read no further than 30 rows and the buffer

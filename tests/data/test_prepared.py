@@ -5,8 +5,7 @@ import json
 import pytest
 
 from maskft.data.arguments import DataArguments
-from maskft.data.identity import data_identity
-from maskft.data.prepared import prepare
+from maskft.data.prepared import data_identity, prepare
 from maskft.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 

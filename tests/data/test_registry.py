@@ -1,17 +1,23 @@
 """The registered sets, on small files of our own in the hub's formats."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from maskft.data import TEST_SETS, TRAINING_SETS, load_examples, tokenize_example
-from maskft.data.loading import split_of
+from maskft.data.sources import split_of
 from maskft.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
 SAMPLES = Path(__file__).parent / "samples"
 ORIGINALS = Path(__file__).parent / "originals"
+
+
+def rows_of_the_docs():
+    docs = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    return {line.split("|")[1].strip(" `"): line for line in docs.splitlines() if line.startswith("| `")}
 
 
 def conversation(example):
@@ -32,11 +38,12 @@ def test_every_set_becomes_messages(name):
 
 
 def test_published_counts_are_those_of_table_3():
-    counts = {spec.title: spec.num_published for spec in TRAINING_SETS.values() if spec.num_published}
-    assert len(counts) == 11
     by_domain = {}
-    for spec in TRAINING_SETS.values():
-        by_domain[spec.domain] = by_domain.get(spec.domain, 0) + (spec.num_published or 0)
+    for name, row in rows_of_the_docs().items():
+        if name in TRAINING_SETS and TRAINING_SETS[name].num_published:
+            by_domain.setdefault(re.search(r"\((math|coding|instruction)\)", row)[1], []).append(name)
+    assert sum(map(len, by_domain.values())) == 11
+    by_domain = {key: sum(TRAINING_SETS[name].num_published for name in names) for key, names in by_domain.items()}
     # Sums of the paper's column, added by hand.
     assert by_domain == {"math": 679_252, "coding": 162_297, "instruction": 67_112}
 
@@ -166,7 +173,7 @@ def test_a_file_without_a_split_in_its_name_is_that_of_training(tmp_path, monkey
     with pytest.raises(UserError, match=r"holds none of gsm8k_test\.jsonl"):
         load_examples("gsm8k", "test", data_dir=str(tmp_path))
     assert len(load_examples("gsm8k", data_dir=str(tmp_path))) == 1
-    monkeypatch.setattr("maskft.data.loading.load_from_hub", lambda *_, **__: [{"question": "2?", "answer": "#### 2"}])
+    monkeypatch.setattr("maskft.data.sources.load_from_hub", lambda *_, **__: [{"question": "2?", "answer": "#### 2"}])
     (row,) = load_examples("openai/gsm8k", "test", data_dir=str(tmp_path))
     assert row["answer"] == "2"
     (tmp_path / "own.jsonl").write_text(json.dumps({"question": "What is 3?", "answer": "#### 3"}) + "\n")
@@ -226,8 +233,7 @@ def test_names_that_lead_nowhere(tmp_path):
 
 
 def test_table_in_the_docs():
-    docs = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text(encoding="utf-8")
-    rows = {line.split("|")[1].strip(" `"): line for line in docs.splitlines() if line.startswith("| `")}
+    rows = rows_of_the_docs()
     for name, spec in TRAINING_SETS.items():
         assert all(f"`{part}`" in rows[name] for part in (spec.hub_id, spec.source, spec.data_files) if part)
         assert spec.num_published is None or f"{spec.num_published:,}" in rows[name]

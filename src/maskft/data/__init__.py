@@ -6,8 +6,8 @@ and, where the answer can be checked, ``answer`` and ``answer_type`` (see ``answ
 """
 
 from .mixtures import load_examples, parse_mixture
-from .procedural import PROCEDURAL_PREFIX
 from .registry import TEST_SETS, TRAINING_SETS
+from .sources import PROCEDURAL_PREFIX
 from .splits import SplitReport, Splits, load_splits
 from .tokenizing import (
     IGNORED,

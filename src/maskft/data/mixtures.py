@@ -1,15 +1,16 @@
-"""Mixtures: several sets, each with a count or a fraction of its rows."""
+"""Mixtures: several sets, each with a count or a fraction of its rows, read as examples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from ..errors import UserError
 from ..files import digest, is_there
-from .loading import Reader, too_few_rows
+from .formats import to_examples
+from .sources import PROCEDURAL_PREFIX, SHUFFLE_BUFFER, find_rows, numbered, procedural_rows
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Part:
     """One set of a mixture.
 
     Attributes:
-        name: What the reader finds the set by.
+        name: The set.
         amount: A whole number of rows, or a fraction of them in (0, 1]; None takes all.
     """
 
@@ -36,7 +37,9 @@ class Part:
         if isinstance(self.amount, float):
             return max(1, round(self.amount * existing))
         if self.amount > existing:
-            raise too_few_rows(self.name, self.amount, existing)
+            raise UserError(
+                f"the mixture asks for {self.amount:,} rows of {self.name}, which has {existing:,}; ask for fewer"
+            )
         return self.amount
 
 
@@ -79,36 +82,92 @@ def _amount(entry: str, text: str) -> int | float:
     return value
 
 
-def load_examples(name: str, split: str | None = "train", **kwargs) -> Dataset:
+@dataclass(frozen=True)
+class ReadSet:
+    """One set of a mixture as examples, and how many of them the mixture takes."""
+
+    name: str
+    examples: Dataset
+    count: int
+
+    def draw(self, seed: int, pool: Sequence[int] | None = None, count: int | None = None) -> Dataset:
+        """Choose ``count`` rows out of ``pool``, in their order: those whose id has the smallest seeded hash.
+
+        So more rows contain fewer rows, and the order of a file does not matter.
+        """
+        pool = range(len(self.examples)) if pool is None else pool
+        count = self.count if count is None else count
+        if count < len(pool):
+            ids = self.examples["id"][:]
+            pool = sorted(sorted(pool, key=lambda n: digest(f"{seed} {ids[n]}"))[:count])
+        return self.examples.select(pool)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How sets are read; the same for all sets of a mixture.
+
+    Attributes:
+        split: Split of a hub data set; None for held-out data, see `sources.split_of`.
+        config: Configuration of a hub data set.
+        as_chat: Whether questions and answers become messages. None: where ``tokenizer`` has a chat template.
+        tokenizer: None counts as having a template.
+        text_field: Name of the column of plain text.
+        data_dir: Folder to look for sets in before the hub is asked.
+        streaming: Read only as many rows of hub data sets as are taken.
+        num_exercises: Number of exercises of a procedural task.
+        options: Of a procedural task.
+        seed: Of a procedural task, and of the rows taken from a stream.
+    """
+
+    split: str | None = "train"
+    config: str | None = None
+    as_chat: bool | None = None
+    tokenizer: object = None
+    text_field: str = "text"
+    data_dir: str | None = None
+    streaming: bool = False
+    num_exercises: int = 500
+    options: dict = field(default_factory=dict)
+    seed: int = 0
+
+    def read(self, mixture: str) -> list[ReadSet]:
+        """Read every set of a mixture as examples (see the package's docstring)."""
+        parts = parse_mixture(mixture)
+        sets = [(part, self._examples(part, of_mixture=len(parts) > 1)) for part in parts]
+        return [ReadSet(part.name, examples, part.num_rows(len(examples))) for part, examples in sets]
+
+    def _examples(self, part: Part, of_mixture: bool) -> Dataset:
+        as_chat = self.as_chat
+        if as_chat is None:
+            as_chat = self.tokenizer is None or bool(self.tokenizer.chat_template)
+        if part.name.startswith(PROCEDURAL_PREFIX):
+            size, plain = part.count or self.num_exercises, self.as_chat is not True
+            rows, known = numbered(procedural_rows(part.name, size, self.seed, self.options, plain)), None
+        else:
+            rows, known = find_rows(part.name, self.split, self.config, self.data_dir, of_mixture, self.streaming)
+        if isinstance(rows, IterableDataset):
+            if part.count is None:
+                raise UserError(f"a stream needs a number of rows to take, such as {part.name}:10000")
+            rows = numbered(rows.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER).take(part.count))
+        # Conversations, as the sets of a mixture must have the same columns. Tokens and labels are the same for both.
+        return to_examples(rows, part.name, as_chat, self.text_field, known and known.formats, as_messages=of_mixture)
+
+
+def load_examples(mixture: str, split: str | None = "train", **kwargs) -> Dataset:
     """Read a set, or the rows that a mixture takes, as examples (see the package's docstring).
 
     Args:
-        name: A set or a mixture; see `parse_mixture`.
+        mixture: A set or a mixture; see `parse_mixture`.
         split: Split of hub data sets; None: that of held-out data.
         **kwargs: The other fields of `Reader`.
     """
-    parts = parse_mixture(name)
-    reader = Reader(split=split, as_messages=len(parts) > 1, **kwargs)
-    drawn = []
-    for part in parts:
-        examples = reader.read(part.name, part.count)
-        drawn.append(examples.select(draw(examples, range(len(examples)), part.num_rows(len(examples)), reader.seed)))
-    return concatenate(drawn, reader.seed)
+    reader = Reader(split=split, **kwargs)
+    return mix([each.draw(reader.seed) for each in reader.read(mixture)], reader.seed)
 
 
-def draw(examples: Dataset, pool: Sequence[int], num_rows: int, seed: int) -> list[int]:
-    """Choose ``num_rows`` of the rows in ``pool``, in their order: those whose id has the smallest seeded hash.
-
-    So more rows contain fewer rows, and the order of a file does not matter.
-    """
-    if num_rows >= len(pool):
-        return list(pool)
-    ids = examples["id"][:]
-    return sorted(sorted(pool, key=lambda n: digest(f"{seed} {ids[n]}"))[:num_rows])
-
-
-def concatenate(parts: Sequence[Dataset], seed: int) -> Dataset:
-    """Put the parts of a mixture together and shuffle them; a single part is left as it is.
+def mix(parts: Sequence[Dataset], seed: int) -> Dataset:
+    """Concatenate the parts of a mixture and shuffle them; a single part is left as it is.
 
     Raises:
         UserError: If some parts are plain text and others are messages.

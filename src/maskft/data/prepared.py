@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +14,15 @@ from datasets import Dataset, load_from_disk
 
 from .. import runtime
 from ..files import digest, digest_file
-from .arguments import DataArguments
-from .identity import data_identity
+from .arguments import DATA_NAMES, TEMPLATE, DataArguments
+from .contamination import set_names, test_set_files
+from .mixtures import parse_mixture
+from .sources import local_files, split_of
 from .splits import load_splits
 from .tokenizing import tokenize_dataset, tokenizer_rules
+
+# Options of `maskft train` and `maskft evaluate` that name a file, or a folder of files, as it is.
+_FILES = (TEMPLATE, "alpaca_prompts", "alpaca_outputs", "reference_outputs", "length_control", "include_path")
 
 _REPORT = "report.json"
 _SETS = ("train_rows", "heldout_rows", "train", "heldout")
@@ -70,8 +75,9 @@ def prepare(
     if args.prepared_data_dir is None:
         return _prepare(args, tokenizer, how)
     options = {k: v for k, v in asdict(args).items() if k not in ("prepared_data_dir", "prepare_only")}
-    decides = {"data": data_identity(options), "tokenizer": _tokenizer_digest(tokenizer), "code": _code_digest()}
-    decides |= tokens
+    code = [digest_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
+    rules = [tokenizer_rules(tokenizer), tokenizer.chat_template]
+    decides = {"data": data_identity(options), "tokenizer": rules, "code": code, **tokens}
     name = digest(decides)[:16]
     folder = Path(args.prepared_data_dir).expanduser() / name
     runtime.decided_by_main(lambda: _keep(folder, args, tokenizer, how))
@@ -105,10 +111,46 @@ def _keep(folder: Path, args: DataArguments, tokenizer, how: Mapping[str, Any]) 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _tokenizer_digest(tokenizer) -> str:
-    """Changes with anything that decides the tokens of a text, or the text of a conversation."""
-    return digest([tokenizer_rules(tokenizer), tokenizer.chat_template])
+# What decides the rows
 
 
-def _code_digest() -> str:
-    return digest([digest_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))])
+def data_identity(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with every data file named by its content: a moved file is the same, an edited one is not.
+
+    Args:
+        options: Options of ``maskft train`` or ``maskft evaluate``; those that are not about data stay as they are.
+    """
+    data_dir = options.get("data_dir")
+    out = {key: value for key, value in options.items() if key != "data_dir"}
+    splits = (options.get("dataset_train_split") or "train", options.get("dataset_eval_split"))
+    for key, split in zip(DATA_NAMES, splits, strict=True):
+        if isinstance(out.get(key), str):
+            out[key] = _mixture_identity(out[key], data_dir, split)
+    if isinstance(options.get("dataset_name"), str) and splits[1]:
+        # Without a set of its own the held-out data is another split of this one.
+        out["dataset_eval_split"] = f"{splits[1]} of {_mixture_identity(options['dataset_name'], data_dir, splits[1])}"
+    if isinstance(out.get("contamination_sets"), str):
+        named = {name: test_set_files(name, data_dir) for name in set_names(out["contamination_sets"])}
+        out["contamination_sets"] = ",".join(_of_files(files) or name for name, files in named.items())
+    for key in _FILES:
+        if isinstance(out.get(key), str):
+            files = [Path(out[key]).expanduser()]
+            if files[0].is_dir():
+                # What lm-eval reads there: tasks and their functions, which leave compiled files beside them.
+                files = sorted(path for ending in ("yaml", "yml", "py") for path in files[0].rglob(f"*.{ending}"))
+            out[key] = _of_files(files) or out[key]
+    return out
+
+
+def _mixture_identity(name: str, data_dir: str | None, split: str | None) -> str:
+    parts, mixture = [], parse_mixture(name)
+    for part in mixture:
+        files = local_files(part.name, data_dir, split_of(part.name, split, len(mixture) > 1))
+        text = _of_files(files) or part.name
+        parts.append(text if part.amount is None else f"{text}:{part.amount}")
+    return ",".join(parts)
+
+
+def _of_files(files: Sequence[Path]) -> str | None:
+    digests = [digest_file(file) for file in files if file.is_file()]
+    return f"sha256:{'+'.join(digests)}" if digests else None

@@ -1,4 +1,7 @@
-"""The paper's training sets (Table 3) and test sets by name: where each is on the hub, and in which format."""
+"""The paper's training sets (Table 3) and test sets by name: where each is on the hub, and in which format.
+
+Their titles, domains and licences are in docs/datasets.md.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,9 @@ class TrainingSet:
     """One set of Table 3, https://arxiv.org/abs/2503.22764, appendix A.
 
     Attributes:
-        title: The paper's name for it.
-        domain: ``math``, ``coding`` or ``instruction``.
         hub_id: Data set on the hub.
         formats: The columns that its rows may have, each with the function that converts them.
         num_published: Number of samples in the paper; None for a set that is not in Table 3.
-        license: As the hub states it; None where it states none.
         config: Configuration on the hub, where no other is asked for.
         heldout_split: Split on the hub that is held-out data, where no other is asked for.
         data_files: The file to take where the hub data set holds more than is meant.
@@ -36,12 +36,9 @@ class TrainingSet:
         file_names: Names, without ending, that the set's files have on the hub.
     """
 
-    title: str
-    domain: str
     hub_id: str
     formats: Formats
-    num_published: int | None
-    license: str | None
+    num_published: int | None = None
     config: str | None = None
     data_files: str | None = None
     source: str | None = None
@@ -71,98 +68,58 @@ class TestSet:
 
 
 TRAINING_SETS: dict[str, TrainingSet] = {
-    "tulu3_persona_math": TrainingSet(
-        "Tulu 3 Persona MATH", "math", "allenai/tulu-3-sft-personas-math", MESSAGES, 149_960, "ODC-BY-1.0"
-    ),
-    "tulu3_persona_gsm": TrainingSet(
-        "Tulu 3 Persona GSM", "math", "allenai/tulu-3-sft-personas-math-grade", MESSAGES, 49_980, "ODC-BY-1.0"
-    ),
-    "tulu3_persona_algebra": TrainingSet(
-        "Tulu 3 Persona Algebra", "math", "allenai/tulu-3-sft-personas-algebra", MESSAGES, 20_000, "ODC-BY-1.0"
-    ),
+    "tulu3_persona_math": TrainingSet("allenai/tulu-3-sft-personas-math", MESSAGES, 149_960),
+    "tulu3_persona_gsm": TrainingSet("allenai/tulu-3-sft-personas-math-grade", MESSAGES, 49_980),
+    "tulu3_persona_algebra": TrainingSet("allenai/tulu-3-sft-personas-algebra", MESSAGES, 20_000),
     "metamathqa": TrainingSet(
-        "MetaMathQA",
-        "math",
         "meta-math/MetaMathQA",
         {("query", "response"): from_query_response},
         395_000,
-        "MIT",
         file_names=("MetaMathQA-395K",),
     ),
     # The published count is that of Tulu 3's decontaminated selection, not of the 72,441 rows of AI-MO/NuminaMath-TIR.
     "numinamath_tir": TrainingSet(
-        "NuminaMath-TIR",
-        "math",
         TULU_MIXTURE,
         MESSAGES,
         64_312,
-        "Apache-2.0",
         source="ai2-adapt-dev/numinamath_tir_math_decontaminated",
         file_names=("NuminaMath-TIR",),
     ),
     # Tulu 3's selection of theblackcat102/evol-codealpaca-v1, without what resembles HumanEval.
     "evol_codealpaca": TrainingSet(
-        "Evol CodeAlpaca",
-        "coding",
         TULU_MIXTURE,
         {**MESSAGES, ("instruction", "output"): from_instruction},
         107_276,
-        "Apache-2.0",
         source="ai2-adapt-dev/evol_codealpaca_heval_decontaminated",
         file_names=("evol-codealpaca-v1",),
     ),
     "code_alpaca": TrainingSet(
-        "Code-Alpaca",
-        "coding",
         "sahil2801/CodeAlpaca-20k",
         {("instruction", "output"): from_instruction},
         20_022,
-        "CC-BY-4.0",
         file_names=("code_alpaca_20k",),
     ),
-    "tulu3_persona_python": TrainingSet(
-        "Tulu 3 Persona Python", "coding", "allenai/tulu-3-sft-personas-code", MESSAGES, 34_999, "ODC-BY-1.0"
-    ),
+    "tulu3_persona_python": TrainingSet("allenai/tulu-3-sft-personas-code", MESSAGES, 34_999),
     # Tulu 3's selection of OpenAssistant/oasst1; timdettmers/openassistant-guanaco holds such conversations as text.
     "oasst_guanaco": TrainingSet(
-        "OpenAssistant Guanaco",
-        "instruction",
         TULU_MIXTURE,
         {**MESSAGES, ("text",): from_guanaco},
         7_132,
-        "Apache-2.0",
         source="ai2-adapt-dev/oasst1_converted",
         file_names=("openassistant-guanaco", "openassistant_best_replies"),
     ),
-    "tulu3_persona_if": TrainingSet(
-        "Tulu 3 Persona IF",
-        "instruction",
-        "allenai/tulu-3-sft-personas-instruction-following",
-        MESSAGES,
-        29_980,
-        "ODC-BY-1.0",
-    ),
+    "tulu3_persona_if": TrainingSet("allenai/tulu-3-sft-personas-instruction-following", MESSAGES, 29_980),
     # The paper does not say which 30,000 rows; those of GPT-4 are taken, as earlier Tulu mixtures took 30,000 of them.
     "open_orca": TrainingSet(
-        "Open-Orca",
-        "instruction",
         "Open-Orca/OpenOrca",
         {("system_prompt", "question", "response"): from_system_question},
         30_000,
-        "MIT",
         data_files="1M-GPT4-Augmented.parquet",
         file_names=("1M-GPT4-Augmented",),
     ),
     # Not in Table 3: what the small studies train on.
     "gsm8k": TrainingSet(
-        "GSM8K",
-        "math",
-        "openai/gsm8k",
-        {("question", "answer"): from_question_answer},
-        None,
-        "MIT",
-        config="main",
-        heldout_split="test",
+        "openai/gsm8k", {("question", "answer"): from_question_answer}, config="main", heldout_split="test"
     ),
 }
 

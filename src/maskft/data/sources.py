@@ -1,4 +1,4 @@
-"""Where rows come from: data files, a folder of them, and the hub. Procedural tasks are in ``procedural.py``."""
+"""Where rows come from: data files, the hub, and exercises that reasoning-gym generates."""
 
 from __future__ import annotations
 
@@ -7,53 +7,55 @@ import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, product
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import datasets
+import pyarrow
 from datasets import Dataset, IterableDataset
+from pyarrow import parquet
 
 from ..errors import UserError, did_you_mean, first_line
 from ..files import is_there
-from .procedural import PROCEDURAL_PREFIX
+from .formats import answer_type_of
+from .registry import TRAINING_SETS, TrainingSet
 
 FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
-OTHER_FILE_ENDINGS = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2", ".yaml", ".yml", ".md")
+_OTHER_FILE_ENDINGS = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2", ".yaml", ".yml", ".md")
+PROCEDURAL_PREFIX = "reasoning-gym/"
+SHUFFLE_BUFFER = 10_000  # rows of a stream that are held in memory to draw from
 
 Row = Mapping[str, Any]
+Rows = Iterable[tuple[str, Row]]  # each with its place, such as "line 3"
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether ``name`` can only mean a hub data set: it does not exist here and does not look like a file."""
-    looks_like_file = name.startswith((".", "/", "~")) or name.lower().endswith(FILE_ENDINGS + OTHER_FILE_ENDINGS)
-    return not (looks_like_file or is_there(name) or name.startswith(PROCEDURAL_PREFIX))
-
-
-def numbered(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
-    """Name the place of each row, counted from 1."""
-    return ((f"row {n}", row) for n, row in enumerate(rows, start=1))
-
-
-def _similar_file(path: Path) -> str:
-    try:
-        return did_you_mean(path.name, sorted(sibling.name for sibling in path.parent.iterdir()))
-    except OSError:
-        return ""
+# Files
 
 
 def read_file(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield each row of a data file with the place where it stands, such as ``line 3``."""
+    """Yield each row of a data file with its place, such as ``line 3``.
+
+    JSON is read line by line and not by ``datasets``, which would guess dates, fill in missing keys (so ids would
+    change) and name no line in its errors.
+    """
+    name = path.name.lower()
     if not path.exists():
         raise UserError(f"data file {path} does not exist{_similar_file(path)}")
     if path.is_dir():
         raise UserError(f"{path} is a folder; name one file in it ({', '.join(FILE_ENDINGS)})")
-    if not path.name.lower().endswith(FILE_ENDINGS):
+    if not name.endswith(FILE_ENDINGS):
         raise UserError(f"data file {path} has an unsupported ending; convert it to one of {', '.join(FILE_ENDINGS)}")
     try:
-        yield from _parquet_rows(path) if path.name.lower().endswith(".parquet") else _json_rows(path)
+        if name.endswith(".parquet"):
+            batches = parquet.ParquetFile(path).iter_batches()
+            yield from numbered(row for batch in batches for row in batch.to_pylist())
+        else:
+            yield from _json_rows(path)
     except UnicodeDecodeError as error:
         raise UserError(f"data file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except (OSError, EOFError, zlib.error) as error:  # gzip's errors are among these
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:  # gzip's errors are among these
         raise UserError(f"data file {path} cannot be read: {first_line(error)}") from None
 
 
@@ -64,31 +66,161 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
         if ".jsonl" not in path.name.lower():
             text = lines.read()
             if text.lstrip().startswith("["):
-                yield from numbered(_parse_json(text, path, first_line=1))
+                yield from numbered(_parse_json(text, path, first=1))
                 return
             lines = io.StringIO(text)
         for n, line in enumerate(lines, start=1):
             if line.strip():
-                yield f"line {n}", _parse_json(line, path, first_line=n)
+                yield f"line {n}", _parse_json(line, path, first=n)
 
 
-def _parse_json(text: str, path: Path, first_line: int) -> Any:
+def _parse_json(text: str, path: Path, first: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
+        line = first + error.lineno - 1
         raise UserError(f"data file {path} is not JSON at line {line}: {error.msg} (column {error.colno})") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow
-    from pyarrow import parquet
+def numbered(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+    """Yield each row with its place, counted from 1."""
+    return ((f"row {n}", row) for n, row in enumerate(rows, start=1))
 
+
+def _similar_file(path: Path) -> str:
     try:
-        batches = parquet.ParquetFile(path).iter_batches()
-        yield from numbered(row for batch in batches for row in batch.to_pylist())
-    except pyarrow.ArrowException as error:
-        raise UserError(f"data file {path} is not a readable parquet file: {first_line(error)}") from None
+        return did_you_mean(path.name, sorted(sibling.name for sibling in path.parent.iterdir()))
+    except OSError:
+        return ""
+
+
+def find_files(data_dir: str, names: Sequence[str], split: str, only_split: bool = False) -> list[Path]:
+    """Find the data of the first of ``names`` that ``data_dir`` or one of its folders holds, ignoring case.
+
+    That is a file ``NAME_SPLIT.jsonl`` (or another of `FILE_ENDINGS`), or ``NAME.jsonl``, or a folder ``NAME`` as it is
+    downloaded from the hub, with a split in one file or many.
+
+    Args:
+        data_dir: The folder.
+        names: Names of the set.
+        split: The split.
+        only_split: Ignore ``NAME.jsonl``, which is another split's.
+
+    Returns:
+        The files in the order of their names; empty if there is none.
+
+    Raises:
+        UserError: If ``data_dir`` is no folder.
+    """
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"data_dir {data_dir} is not a folder; name the one that holds the data files")
+    places = sorted([*folder.iterdir(), *folder.glob("*/*")], reverse=True)
+    by_name = {path.name.lower(): path for path in places if path.is_file()}
+    folders = {path.name.lower(): path for path in places if path.is_dir()}
+    for name in map(str.lower, names):
+        stems = [f"{name}_{split.lower()}"] if only_split else [f"{name}_{split.lower()}", name]
+        found = [by_name[file] for file in map("".join, product(stems, FILE_ENDINGS)) if file in by_name]
+        if found:
+            return found[:1]
+        shards = folders[name].rglob(f"{split}*") if name in folders else []
+        if found := sorted(shard for shard in shards if shard.name.lower().endswith(FILE_ENDINGS)):
+            return found
+    return []
+
+
+# Names
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether ``name`` can only mean a hub data set: it does not exist here and does not look like a file."""
+    looks_like_file = name.startswith((".", "/", "~")) or name.lower().endswith(FILE_ENDINGS + _OTHER_FILE_ENDINGS)
+    return not (looks_like_file or is_there(name) or name.startswith(PROCEDURAL_PREFIX))
+
+
+def split_of(name: str, asked: str | None, of_mixture: bool = False) -> str:
+    """Return the split that a set is read from.
+
+    Args:
+        name: The set.
+        asked: The split asked for; None: of held-out data, for which registered sets name one and others have ``test``.
+        of_mixture: Whether ``asked`` is for several sets; of registered ones it then tells training from held-out data.
+    """
+    known = _registered(name)
+    if asked is None:
+        return known.heldout_split if known else "test"
+    if of_mixture and name in TRAINING_SETS:
+        return "train" if asked.startswith("train") else known.heldout_split
+    return asked
+
+
+def local_files(name: str, data_dir: str | None, split: str) -> list[Path]:
+    """Return the files that a set is read from; none where it comes from the hub or is generated."""
+    if name.startswith(PROCEDURAL_PREFIX):
+        return []
+    if not is_hub_name(name):
+        return [Path(name).expanduser()]
+    # The plain name of a registered set is that of its training split.
+    only_split = _registered(name) is not None and split != "train"
+    return find_files(data_dir, _file_names(name), split, only_split) if data_dir else []
+
+
+def _registered(name: str) -> TrainingSet | None:
+    """What is registered of a set, by its name here or on the hub."""
+    return TRAINING_SETS.get(name) or next((known for known in TRAINING_SETS.values() if known.hub_id == name), None)
+
+
+def _file_names(name: str) -> list[str]:
+    known = TRAINING_SETS.get(name)
+    return [name, *known.file_names, known.hub_id.rpartition("/")[2]] if known else [name.rpartition("/")[2]]
+
+
+# Rows of a set
+
+
+def find_rows(
+    name: str,
+    split: str | None,
+    config: str | None = None,
+    data_dir: str | None = None,
+    of_mixture: bool = False,
+    streaming: bool = False,
+) -> tuple[Rows | IterableDataset, TrainingSet | None]:
+    """Find the rows of a file, a registered set, a file in ``data_dir`` or a hub data set.
+
+    Args:
+        name: The set.
+        split: Split of a hub data set; None for held-out data, see `split_of`.
+        config: Configuration of a hub data set.
+        data_dir: Folder to look in before the hub is asked.
+        of_mixture: Whether ``split`` and ``config`` are for several sets; what is registered of a set then wins.
+        streaming: Return a hub data set as a stream of rows without places.
+
+    Returns:
+        The rows, and what is registered about the set.
+    """
+    known = TRAINING_SETS.get(name) if is_hub_name(name) else None
+    split = split_of(name, split, of_mixture)
+    if files := local_files(name, data_dir, split):
+        rows = chain.from_iterable(map(read_file, files))
+        return (_only_source(rows, name, known) if known and known.source else rows), known
+    if known and data_dir:
+        end = "" if split == "train" else f"_{split}"
+        wanted = ", ".join(f"{each}{end}.jsonl" for each in _file_names(name))
+        raise UserError(
+            f"data_dir {data_dir} holds none of {wanted} (or .json, .parquet, .gz) for {name}; add one, or "
+            f"leave data_dir out to download {known.hub_id}"
+        )
+    if known is None:
+        if "/" not in name and (similar := did_you_mean(name, TRAINING_SETS)):
+            raise UserError(f"there is no file and no known data set {name!r}{similar}")
+        found = load_from_hub(name, config, split, streaming=streaming)
+    else:
+        config = known.config if of_mixture else config or known.config
+        found = load_from_hub(known.hub_id, config, split, known.data_files, streaming)
+        if known.source:
+            found = found.filter(lambda source: source == known.source, input_columns="source")
+    return (found if streaming else numbered(found)), known
 
 
 def load_from_hub(
@@ -105,42 +237,48 @@ def load_from_hub(
         ) from None
 
 
-def find_files(data_dir: str, names: Sequence[str], split: str, only_split: bool = False) -> list[Path]:
-    """Find the data of the first of ``names`` that ``data_dir`` or one of its folders holds, whatever the case.
+def _only_source(rows: Rows, name: str, known: TrainingSet) -> Iterator[tuple[str, Row]]:
+    """Keep the rows of the set out of a file of the whole mixture; a file without ``source`` is the set itself."""
+    found = False
+    for where, row in rows:
+        if not isinstance(row, dict) or row.get("source", known.source) == known.source:
+            found = True
+            yield where, row
+    if not found:
+        raise UserError(
+            f"{name}: no row has the source {known.source!r}; give the file of {known.hub_id} or of the set"
+        )
 
-    That is a file ``NAME_SPLIT.jsonl`` (or another of `FILE_ENDINGS`), or ``NAME.jsonl``, or a folder ``NAME`` as it is
-    downloaded from the hub, with a split in one file or many.
 
-    Args:
-        data_dir: The folder.
-        names: Names of the set.
-        split: The split.
-        only_split: A file without a split in its name is another split's.
+# Exercises
 
-    Returns:
-        The files in the order of their names; empty if there is none.
 
-    Raises:
-        UserError: If ``data_dir`` is no folder.
-    """
-    folder = Path(data_dir).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"data_dir {data_dir} is not a folder; name the one that holds the data files")
-    places = sorted([*folder.iterdir(), *folder.glob("*/*")])
-    for name in names:
-        stems = [f"{name}_{split}".lower(), name.lower()]
-        for stem in stems[: 1 if only_split else 2]:
-            for ending in FILE_ENDINGS:
-                found = [path for path in places if path.name.lower() == stem + ending and path.is_file()]
-                if found:
-                    return found[:1]
-        shards = [
-            shard
-            for path in places
-            if path.name.lower() == stems[1] and path.is_dir()
-            for shard in path.rglob(f"{split}*")
-            if shard.name.lower().endswith(FILE_ENDINGS)
-        ]
-        if shards:
-            return sorted(shards)
-    return []
+def procedural_seed(seed: int, role: str) -> int:
+    """Spread seeds far apart: reasoning-gym makes item i from ``seed + i``, so seeds 1 and 2 share nearly all items."""
+    return Random(f"{role}-{seed}").randrange(2**31)
+
+
+def procedural_rows(name: str, size: int, seed: int, options: dict, plain: bool) -> Iterator[Row]:
+    """Yield ``size`` exercises of a task; ``plain`` writes arithmetic as ``12 * 34 =`` instead of a question."""
+    try:
+        from reasoning_gym.factory import DATASETS, create_dataset
+    except ImportError:
+        raise UserError(f"{name} needs the package reasoning-gym; run: pip install reasoning-gym") from None
+    task = name.removeprefix(PROCEDURAL_PREFIX)
+    if task not in DATASETS:
+        raise UserError(f"reasoning-gym has no task {task!r}{did_you_mean(task, DATASETS)}")
+    try:
+        items = create_dataset(task, size=size, seed=seed, **options)
+    except Exception as error:  # each task checks its options with asserts of its own
+        raise UserError(f"procedural_options {options} do not suit {task}: {first_line(error)}") from None
+    for item in items:
+        question, answer = item["question"], item["answer"]
+        if answer is None:
+            raise UserError(f"reasoning-gym task {task!r} has no single right answer to train on; choose another task")
+        reference = {"answer": answer, "answer_type": answer_type_of(answer)}
+        # Elsewhere "expression" is the solution itself (countdown) or a part of the question (circuit_logic).
+        expression = item["metadata"].get("expression")
+        if plain and isinstance(expression, str) and expression in question:
+            yield {"prompt": f"{expression} =", "completion": f" {answer}", **reference}
+        else:
+            yield {"question": question, **reference}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from datasets import Dataset
 
@@ -12,13 +12,10 @@ from ..errors import UserError
 from ..files import digest
 from .arguments import DataArguments, check_sizes
 from .contamination import NGRAM, Contamination, NgramIndex, example_texts, load_test_texts, unique_rows
-from .loading import Reader
-from .mixtures import Part, concatenate, draw, load_examples, parse_mixture
-from .procedural import PROCEDURAL_PREFIX, procedural_seed
+from .formats import Row
+from .mixtures import Reader, ReadSet, load_examples, mix
 from .registry import TRAINING_SETS
-from .sources import is_hub_name
-
-Row = Mapping[str, Any]
+from .sources import PROCEDURAL_PREFIX, is_hub_name, procedural_seed
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,10 @@ class SplitReport:
     dropped_overlap: int
     train: int
     heldout: int
-    taken: dict[str, int] = field(default_factory=dict)
-    dropped_duplicates: int | None = None
-    dropped_contaminated: int = 0
-    contamination: dict[str, Contamination] = field(default_factory=dict)
+    taken: dict[str, int]
+    dropped_duplicates: int | None
+    dropped_contaminated: int
+    contamination: dict[str, Contamination]
 
     def __str__(self) -> str:
         mixture = ", ".join(f"{count:,} of {name}" for name, count in self.taken.items())
@@ -94,20 +91,7 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
         UserError: If a name, a file, a row or a number in ``args`` cannot be used.
     """
     check_sizes(args)
-    if not args.dataset_name:
-        raise UserError("dataset_name is missing; give a data file, a hub name or reasoning-gym/TASK")
-    if args.drop_contaminated and not args.contamination_sets:
-        raise UserError("drop_contaminated needs contamination_sets, the test sets to look for")
-    parts = parse_mixture(args.dataset_name)
-    procedural = len(parts) == 1 and parts[0].name.startswith(PROCEDURAL_PREFIX)
-    heldout_name = args.eval_dataset_name
-    if not heldout_name and (args.dataset_eval_split or procedural):
-        heldout_name = parts[0].name if procedural else args.dataset_name
-    if heldout_name and args.dataset_eval_split and not is_hub_name(heldout_name):
-        raise UserError(
-            f"dataset_eval_split is {args.dataset_eval_split!r}, but {heldout_name} has no splits; "
-            "name the held-out data with eval_dataset_name, or hold out a part with eval_split_size"
-        )
+    heldout_name = _heldout_name(args)
     # Before the training data, which takes longer: a mistake in a name is told at once.
     test_texts = load_test_texts(args.contamination_sets, args.data_dir) if args.contamination_sets else {}
 
@@ -115,48 +99,33 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
         "as_chat": args.as_chat,
         "tokenizer": tokenizer,
         "text_field": text_field,
-        "options": args.procedural_options,
+        "options": args.procedural_options or {},
         "data_dir": args.data_dir,
     }
-    # A stream is drawn with the seed itself; a procedural task needs one far from that of its held-out exercises.
-    reader = Reader(
+    sets = Reader(
         split=args.dataset_train_split,
         config=args.dataset_config,
-        size=args.procedural_train_size,
+        num_exercises=args.procedural_train_size,
         seed=procedural_seed(seed, "train"),
         streaming=args.dataset_streaming,
-        as_messages=len(parts) > 1,
         **common,
-    )
-    sets = [reader.read(part.name, part.count) for part in parts]
-    taken = {part.name: part.num_rows(len(examples)) for part, examples in zip(parts, sets, strict=True)}
+    ).read(args.dataset_name)
+    taken = {each.name: each.count for each in sets}
+    read = sum(taken.values())
     if heldout_name:
         heldout = load_examples(
             heldout_name,
             args.dataset_eval_split,
             config=args.dataset_config if heldout_name == args.dataset_name else None,
-            size=args.procedural_eval_size,
+            num_exercises=args.procedural_eval_size,
             seed=procedural_seed(seed, "heldout"),
             **common,
         )
-        drawn = [
-            examples.select(draw(examples, range(len(examples)), count, seed))
-            for examples, count in zip(sets, taken.values(), strict=True)
-        ]
-        train, read = concatenate(drawn, seed), sum(taken.values()) + len(heldout)
+        train, read = mix([each.draw(seed) for each in sets], seed), read + len(heldout)
     else:
-        train, heldout = _hold_out(parts, sets, list(taken.values()), args.eval_split_size, seed)
-        read = sum(taken.values())
+        train, heldout = _hold_out(sets, args.eval_split_size, seed)
 
-    held_prompts = {prompt_digest(example) for example in heldout}
-    kept = [index for index, example in enumerate(train) if prompt_digest(example) not in held_prompts]
-    dropped = len(train) - len(kept)
-    if not kept:
-        raise UserError(
-            f"all {len(train):,} training rows of {args.dataset_name} have a prompt that is also held out; "
-            "give other held-out data, or a smaller eval_split_size or procedural_eval_size"
-        )
-    train = train.select(kept)
+    train, dropped = _without_heldout(train, heldout, args.dataset_name)
     duplicates = None
     if args.deduplicate:
         unique = unique_rows(train)
@@ -166,8 +135,7 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
         if len(contaminated) == len(train):
             raise UserError(f"all {len(train):,} training rows share {NGRAM} words with a test set; none are left")
         train = train.select(sorted(set(range(len(train))) - set(contaminated)))
-    train = train.select(range(min(len(train), args.max_train_samples or len(train))))
-    heldout = heldout.select(range(min(len(heldout), args.max_eval_samples or len(heldout))))
+    train, heldout = _first_rows(train, args.max_train_samples), _first_rows(heldout, args.max_eval_samples)
     report = SplitReport(
         read=read,
         dropped_overlap=dropped,
@@ -181,9 +149,43 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
     return Splits(train, heldout, report)
 
 
-def _hold_out(
-    parts: Sequence[Part], sets: Sequence[Dataset], taken: Sequence[int], size: float, seed: int
-) -> tuple[Dataset, Dataset]:
+def _heldout_name(args: DataArguments) -> str | None:
+    """Return the set of the held-out data; None: a part of the training data is held out."""
+    if not args.dataset_name:
+        raise UserError("dataset_name is missing; give a data file, a hub name or reasoning-gym/TASK")
+    if args.drop_contaminated and not args.contamination_sets:
+        raise UserError("drop_contaminated needs contamination_sets, the test sets to look for")
+    name = args.eval_dataset_name
+    is_procedural = args.dataset_name.startswith(PROCEDURAL_PREFIX) and "," not in args.dataset_name
+    if not name and is_procedural:
+        name = args.dataset_name.partition(":")[0]
+    elif not name and args.dataset_eval_split:
+        name = args.dataset_name
+    if name and args.dataset_eval_split and not is_hub_name(name):
+        raise UserError(
+            f"dataset_eval_split is {args.dataset_eval_split!r}, but {name} has no splits; "
+            "name the held-out data with eval_dataset_name, or hold out a part with eval_split_size"
+        )
+    return name
+
+
+def _first_rows(rows: Dataset, limit: int | None) -> Dataset:
+    return rows.select(range(min(len(rows), limit or len(rows))))
+
+
+def _without_heldout(train: Dataset, heldout: Dataset, name: str) -> tuple[Dataset, int]:
+    """Return the training rows whose prompt is not held out, and how many are left out."""
+    held_prompts = {prompt_digest(example) for example in heldout}
+    kept = [index for index, example in enumerate(train) if prompt_digest(example) not in held_prompts]
+    if not kept:
+        raise UserError(
+            f"all {len(train):,} training rows of {name} have a prompt that is also held out; "
+            "give other held-out data, or a smaller eval_split_size or procedural_eval_size"
+        )
+    return train.select(kept), len(train) - len(kept)
+
+
+def _hold_out(sets: Sequence[ReadSet], size: float, seed: int) -> tuple[Dataset, Dataset]:
     """Split off ``size`` of the rows taken, from each set those whose prompt has the smallest seeded hash.
 
     With a fraction, that fraction of each set is never trained on, however few of its rows a mixture takes: so what one
@@ -191,28 +193,27 @@ def _hold_out(
     sets in proportion to the rows taken.
     """
     if size < 1:
-        held = [max(1, round(size * count)) for count in taken]
-        reserved = [max(1, round(size * len(examples))) for examples in sets]
+        held = [max(1, round(size * each.count)) for each in sets]
+        reserved = [max(1, round(size * len(each.examples))) for each in sets]
     else:
-        held = reserved = _shares(int(size), taken)
+        held = reserved = _shares(int(size), [each.count for each in sets])
     trains, heldouts = [], []
-    for part, examples, count, num_held, num_reserved in zip(parts, sets, taken, held, reserved, strict=True):
-        if num_held >= count:
+    for each, num_held, num_reserved in zip(sets, held, reserved, strict=True):
+        if num_held >= each.count:
             raise UserError(
-                f"eval_split_size {size:g} holds out {num_held:,} of the {count:,} rows of {part.name}, "
+                f"eval_split_size {size:g} holds out {num_held:,} of the {each.count:,} rows of {each.name}, "
                 "which leaves none to train on; make it smaller"
             )
-        prompts = [prompt_digest(example) for example in examples]
-        ids = examples["id"][:]
+        prompts, ids = [prompt_digest(example) for example in each.examples], each.examples["id"][:]
         hashes = [digest(str(seed).encode() + bytes.fromhex(prompt)) for prompt in prompts]
-        ranked = sorted(range(len(examples)), key=lambda n: (hashes[n], ids[n]))
+        ranked = sorted(range(len(prompts)), key=lambda n: (hashes[n], ids[n]))
         pool = sorted(ranked[num_reserved:])
-        if count < len(examples):  # another row of a prompt that is reserved: its turn may come in another recipe
+        if each.count < len(prompts):  # another row of a reserved prompt: its turn may come in another recipe
             reserved_prompts = {prompts[index] for index in ranked[:num_reserved]}
             pool = [index for index in pool if prompts[index] not in reserved_prompts]
-        trains.append(examples.select(draw(examples, pool, count - num_held, seed)))
-        heldouts.append(examples.select(sorted(ranked[:num_held])))
-    return concatenate(trains, seed), concatenate(heldouts, seed)
+        trains.append(each.draw(seed, pool, each.count - num_held))
+        heldouts.append(each.examples.select(sorted(ranked[:num_held])))
+    return mix(trains, seed), mix(heldouts, seed)
 
 
 def _shares(count: int, sizes: Sequence[int]) -> list[int]:

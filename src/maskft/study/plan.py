@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..data.arguments import DataArguments, names_text
-from ..data.identity import data_identity, model_identity
+from ..data.prepared import data_identity
 from ..errors import UserError, did_you_mean
 from ..files import digest, digest_file
+from ..models import model_identity
 from ..training.method_arguments import FIXED_MASK_METHODS, MASK_METHODS
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe, is_number, labels_of
 
