@@ -18,6 +18,7 @@ from torch import nn
 import tiny
 from maskft import MaskConfig, current_masks
 from maskft.adapter.mask_set import MaskSet
+from maskft.adapter.wrap import add_adapter
 from maskft.errors import UserError
 from maskft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from maskft.tuner import MaskPeftType
@@ -128,6 +129,16 @@ def test_save_and_load(make, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
     assert not any(p.requires_grad for p in loaded.parameters())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+
+
+@pytest.mark.filterwarnings("error")
+def test_saving_asks_nobody_about_the_base(tmp_path, monkeypatch):
+    """PEFT would look the base up at every save, to see whether its vocabulary was resized."""
+    monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", None)
+    model = tiny.tiny_llama()
+    model.name_or_path = "nobody/named-this"
+    add_adapter(model, MaskConfig()).save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == "nobody/named-this"
 
 
 def test_merge_equals_masked_forward(make):

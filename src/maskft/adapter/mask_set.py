@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from pydantic import ConfigDict, Field, field_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -28,14 +30,12 @@ class MaskSet(dict[str, Tensor]):
         0.5
     """
 
-    def __init__(self, masks: Mapping[str, Tensor] = ()):
+    def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
-        for name, mask in dict(masks).items():
+        for name, mask in (masks or {}).items():
             self[name] = mask
 
     def __setitem__(self, name: str, mask: Tensor) -> None:
-        if not name:
-            raise ValueError("a mask needs a module name")
         if mask.dtype != torch.bool or mask.dim() != 2:
             raise ValueError(f"{name}: a mask is a 2-D bool tensor, got {mask.dtype} with shape {tuple(mask.shape)}")
         super().__setitem__(name, mask)
@@ -76,16 +76,15 @@ class MaskSet(dict[str, Tensor]):
 
     def apply_(self, model: nn.Module) -> None:
         """Zero the removed weights of a plain model in place, exactly as merging an adapter does."""
-        modules = dict(model.named_modules())
-        missing = [name for name in self if name not in modules]
-        if missing:
-            raise UserError(f"the model has no module {missing[0]}; wrong base model?")
+        weights = {name: module.weight for name, module in model.named_modules() if name in self}
         for name, mask in self.items():
-            weight = modules[name].weight
-            if weight.shape != mask.shape:
-                raise UserError(f"{name}: mask {tuple(mask.shape)} and weight {tuple(weight.shape)} differ in shape")
+            if name not in weights:
+                raise UserError(f"the model has no module {name}; wrong base model?")
+            if weights[name].shape != mask.shape:
+                shapes = f"mask {tuple(mask.shape)} and weight {tuple(weights[name].shape)}"
+                raise UserError(f"{name}: {shapes} differ in shape")
         for name, mask in self.items():
-            modules[name].weight.data.masked_fill_(~mask.to(modules[name].weight.device), 0.0)
+            weights[name].data.masked_fill_(~mask.to(weights[name].device), 0.0)
 
     @classmethod
     def from_adapter(cls, folder: str | Path) -> MaskSet:
@@ -97,30 +96,51 @@ class MaskSet(dict[str, Tensor]):
         safetensors.torch.save_file({f"{_PREFIX}{n}{_SUFFIX}": encode_mask(m) for n, m in self.items()}, str(file))
 
 
-def read_config(folder: str | Path) -> dict:
+class AdapterConfig(files.FileModel):
+    """What is read of a mask's ``adapter_config.json``; the settings themselves are ``MaskConfig``'s."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    peft_type: Literal["MASK"]
+    format_version: int
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    selection: str = "topk"
+    scope: str = "matrix"
+    sparsity: float = 0.1
+    save_scores: bool = False
+    base_fingerprint: str | None = None
+    mask_sha256: str
+    recipe: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _none_is_empty(cls, recipe: dict[str, Any] | None) -> dict[str, Any]:
+        return recipe or {}
+
+    @field_validator("format_version")
+    @classmethod
+    def _is_known(cls, version: int) -> int:
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"format_version is {version}, this maskft reads up to {FORMAT_VERSION}; upgrade: pip install -U maskft"
+            )
+        return version
+
+
+def read_config(folder: str | Path) -> AdapterConfig:
     """``adapter_config.json`` of a mask adapter, or one clear error."""
-    file = Path(folder) / files.ADAPTER_CONFIG
-    if not file.is_file():
-        raise UserError(f"{str(folder)!r} is not an adapter folder: it has no {files.ADAPTER_CONFIG}")
+    file = _file(folder, files.ADAPTER_CONFIG)
     try:
-        config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(file.read_text())
+    except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from error
-    if config.get("peft_type") != "MASK":
-        raise UserError(f"{str(folder)!r} is a {config.get('peft_type')} adapter, not a mask")
-    if config.get("format_version", 0) > FORMAT_VERSION:
-        raise UserError(
-            f"{str(folder)!r} has format version {config['format_version']}, this maskft reads up to {FORMAT_VERSION}; "
-            "upgrade: pip install -U maskft"
-        )
-    return config
+    return files.read_model(AdapterConfig, content, file)
 
 
 def read_coded(folder: str | Path) -> dict[str, Tensor]:
     """Coded masks of an adapter folder by module name, not yet decoded."""
-    file = Path(folder) / files.ADAPTER_WEIGHTS
-    if not file.is_file():
-        raise UserError(f"{str(folder)!r} is not an adapter folder: it has no {files.ADAPTER_WEIGHTS}")
+    file = _file(folder, files.ADAPTER_WEIGHTS)
     try:
         tensors = safetensors.torch.load_file(str(file))
     except (SafetensorError, OSError) as error:
@@ -135,16 +155,23 @@ def read_coded(folder: str | Path) -> dict[str, Tensor]:
     return coded
 
 
-def describe(folder: str | Path) -> list[dict]:
+def _file(folder: str | Path, name: str) -> Path:
+    file = Path(folder) / name
+    if not file.is_file():
+        raise UserError(f"{str(folder)!r} is not an adapter folder: it has no {name}")
+    return file
+
+
+def describe(coded: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """One row per module, in name order: module, shape, numel, num_removed, sparsity, num_bytes."""
     rows = []
-    for name, coded in sorted(read_coded(folder).items(), key=lambda item: _natural(item[0])):
-        info = mask_info(coded, name)
+    for name in sorted(coded, key=_natural):
+        info = mask_info(coded[name], name)
         numel = info["shape"][0] * info["shape"][1]
         rows.append({"module": name, "numel": numel, "sparsity": info["num_removed"] / numel, **info})
     return rows
 
 
-def _natural(name: str) -> list:
+def _natural(name: str) -> list[tuple[int, str]]:
     """Sort key that puts layer 10 after layer 9."""
-    return [int(part) if part.isdigit() else part for part in name.split(".")]
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -27,11 +27,10 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
         dtype: See ``load_model``.
     """
     config = read_config(adapter)
-    name = base or config.get("base_model_name_or_path")
+    name = base or config.base_model_name_or_path
     if not name:
         raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
-    is_its_own = name == config.get("base_model_name_or_path")
-    revision = (config.get("revision") if is_its_own else None) or "main"
+    revision = (config.revision if name == config.base_model_name_or_path else None) or "main"
     model = load_model(name, dtype, revision=revision)
     model = PeftModel.from_pretrained(model, str(adapter))
     return model.eval(), adapter_tokenizer(adapter, name, revision=revision), name
@@ -119,7 +118,6 @@ def _check_disk(model, output_dir: Path) -> None:
 
 def _model_card(adapter, base: str, masks: MaskSet) -> str:
     config = read_config(adapter)
-    recipe = config.get("recipe") or {}
     lines = [
         "---",
         "library_name: transformers",
@@ -135,10 +133,10 @@ def _model_card(adapter, base: str, masks: MaskSet) -> str:
         "| | |",
         "|---|---|",
         f"| base model | {Path(base).name if Path(base).exists() else base} |",
-        f"| base fingerprint | `{config.get('base_fingerprint')}` |",
-        f"| mask fingerprint | `{config.get('mask_sha256')}` |",
+        f"| base fingerprint | `{config.base_fingerprint}` |",
+        f"| mask fingerprint | `{config.mask_sha256}` |",
         f"| made with | maskft {__version__} |",
-        *[f"| {key} | {value} |" for key, value in recipe.items() if key != "model_name_or_path"],
+        *[f"| {key} | {value} |" for key, value in config.recipe.items() if key != "model_name_or_path"],
         "",
     ]
     result = Path(adapter) / files.RESULT

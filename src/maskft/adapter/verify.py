@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..masking import num_removed
 from ..tuner.codec import decode_mask
-from .mask_set import describe, read_coded, read_config
+from ..tuner.model import mask_fingerprint
+from .mask_set import AdapterConfig, describe, read_coded, read_config
+from .merge import load_masked
 
 
 def verify(adapter: str | Path, base: str | None = None) -> list[str]:
@@ -20,38 +23,29 @@ def verify(adapter: str | Path, base: str | None = None) -> list[str]:
     Raises:
         UserError: At the first check that fails.
     """
-    from ..tuner.model import mask_fingerprint
-
     config, coded = read_config(adapter), read_coded(adapter)
-    passed = [f"format version {config.get('format_version')}, {len(coded)} masks"]
+    passed = [f"format version {config.format_version}, {len(coded)} masks"]
     for name, data in coded.items():
         decode_mask(data, name)
     passed.append("sha256 of every mask matches")
-    if config.get("mask_sha256") is None:
-        raise UserError(f"{str(adapter)!r} has no mask_sha256 in its config; save the adapter again")
-    if mask_fingerprint(coded) != config["mask_sha256"]:
+    if mask_fingerprint(coded) != config.mask_sha256:
         raise UserError("the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters")
     passed.append("masks match the configuration's mask_sha256")
-    passed.append(_check_counts(describe(adapter), config))
+    passed.append(_check_counts(describe(coded), config))
     if base is not None:
-        from .merge import load_masked
-
         load_masked(adapter, base)
         passed.append(f"fits {base}: names, shapes and base fingerprint match")
     return passed
 
 
-def _check_counts(rows: list[dict], config: dict) -> str:
-    recipe = config.get("recipe") or {}
+def _check_counts(rows: list[dict[str, Any]], config: AdapterConfig) -> str:
     total, removed = sum(row["numel"] for row in rows), sum(row["num_removed"] for row in rows)
-    if config["selection"] == "topk" and not recipe.get("match_adapter"):
-        sparsity = config["sparsity"]
-        if config["scope"] == "matrix":
-            wrong = [row["module"] for row in rows if row["num_removed"] != num_removed(row["numel"], sparsity)]
-        else:
-            wrong = ["the pool"] if removed != num_removed(total, sparsity) else []
-        if wrong:
-            raise UserError(
-                f"{wrong[0]} does not remove the share sparsity={sparsity} asks for; the adapter is damaged"
-            )
+    if config.selection == "topk" and not config.recipe.get("match_adapter"):
+        pool = [{"module": "the pool", "numel": total, "num_removed": removed}]
+        for row in rows if config.scope == "matrix" else pool:
+            if row["num_removed"] != num_removed(row["numel"], config.sparsity):
+                raise UserError(
+                    f"{row['module']} does not remove the share sparsity={config.sparsity} asks for; the adapter is "
+                    "damaged"
+                )
     return f"removes {removed:,} of {total:,} weights ({removed / total:.2%})"

@@ -13,17 +13,17 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     """Print size, count and share per module, per layer and in all; then base and recipe."""
-    from ..adapter.mask_set import describe, read_config
+    from ..adapter.mask_set import describe, read_coded, read_config
 
-    config, rows = read_config(args.adapter), describe(args.adapter)
+    config, rows = read_config(args.adapter), describe(read_coded(args.adapter))
     total = _total(rows)
     facts = {
-        "base_model": config.get("base_model_name_or_path"),
-        "base_fingerprint": config.get("base_fingerprint"),
-        "mask_sha256": config.get("mask_sha256"),
-        "format_version": config.get("format_version"),
-        "has_scores": bool(config.get("save_scores")),
-        **{f"recipe.{key}": value for key, value in (config.get("recipe") or {}).items()},
+        "base_model": config.base_model_name_or_path,
+        "base_fingerprint": config.base_fingerprint,
+        "mask_sha256": config.mask_sha256,
+        "format_version": config.format_version,
+        "has_scores": config.save_scores,
+        **{f"recipe.{key}": value for key, value in config.recipe.items()},
     }
     if args.json:
         print(json.dumps({"modules": rows, "total": total, **facts}, indent=2))

@@ -281,11 +281,10 @@ def _adapter_facts(adapter: str, kind: str) -> dict:
     if kind != "MASK":
         return {"method": kind.lower(), **_training_facts(adapter)}
     config = read_config(adapter)
-    recipe = config.get("recipe") or {}
     return {
-        "mask_fingerprint": config.get("mask_sha256"),
-        "method": recipe.get("method", "mask"),
-        "seed": recipe.get("seed"),
+        "mask_fingerprint": config.mask_sha256,
+        "method": config.recipe.get("method", "mask"),
+        "seed": config.recipe.get("seed"),
     }
 
 

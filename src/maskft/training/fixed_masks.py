@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from rich.console import Console
 
 from ..adapter.mask_set import MaskSet
+from ..adapter.wrap import add_adapter
 from ..errors import UserError
 from ..evaluation.loss import nll_per_item
 from ..runtime import peak_memory_bytes
@@ -40,7 +41,7 @@ def make_fixed_mask(
     config = mask_config(run.mask, inference_mode=True)
     if config.selection != "topk":
         raise UserError(f"mask_selection is {config.selection!r}; {method} removes mask_sparsity of the weights")
-    model = get_peft_model(model.to(run.training.device), config, revision=named_revision(run)).eval()
+    model = add_adapter(model.to(run.training.device), config, revision=named_revision(run)).eval()
     layers = list(adapter_layers(model, ADAPTER).values())
     counts = None
     if run.method.match_adapter is not None:

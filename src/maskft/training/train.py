@@ -8,13 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 from trl import ModelConfig, get_peft_config
 
 from .. import files, runtime
+from ..adapter.wrap import add_adapter
 from ..data import format_sample, supervised_token_count, tokenize_dataset
 from ..data.prepared import Prepared, prepare
 from ..errors import NotFiniteError, UserError, did_you_mean
@@ -125,9 +126,9 @@ def build_model(run: Run, model: PreTrainedModel):
         config = get_peft_config(run.model)
         if config.target_modules is None:
             config.target_modules = "all-linear"
-        return get_peft_model(model, config, revision=named_revision(run))
+        return add_adapter(model, config, revision=named_revision(run))
     # Checkpoints carry the scores so that training can go on from them; the final adapter does not.
-    return get_peft_model(model, mask_config(run.mask, save_scores=True), revision=named_revision(run))
+    return add_adapter(model, mask_config(run.mask, save_scores=True), revision=named_revision(run))
 
 
 def fit(run, model, tokenizer, train_set, heldout_set, resume_from, console, task_evaluation=None) -> TrainingSummary:
