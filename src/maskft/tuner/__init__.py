@@ -1,5 +1,8 @@
 """Mask Fine-Tuning as a PEFT method. Importing this module registers it; see :class:`MaskConfig`."""
 
+from typing import cast
+
+from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from .config import MaskConfig, MaskPeftType
@@ -8,8 +11,9 @@ from .model import MaskModel, adapter_layers, current_masks
 
 # PEFT's register_peft_method refuses names outside its enum. These three tables are what it would fill; tests fail when
 # PEFT stops reading them.
-PEFT_TYPE_TO_CONFIG_MAPPING[MaskPeftType.MASK] = MaskConfig
-PEFT_TYPE_TO_TUNER_MAPPING[MaskPeftType.MASK] = MaskModel
-PEFT_TYPE_TO_PREFIX_MAPPING[MaskPeftType.MASK] = MaskModel.prefix
+_name = cast(PeftType, MaskPeftType.MASK)
+PEFT_TYPE_TO_CONFIG_MAPPING[_name] = MaskConfig
+PEFT_TYPE_TO_TUNER_MAPPING[_name] = MaskModel
+PEFT_TYPE_TO_PREFIX_MAPPING[_name] = MaskModel.prefix
 
 __all__ = ["MaskConfig", "MaskModel", "MaskPeftType", "MaskedLinear", "adapter_layers", "current_masks"]

@@ -1,13 +1,13 @@
 """A linear layer whose weight is masked by learned scores: ``y = x (W * m)^T + b``; see :mod:`maskft.masking`.
 
-Shapes: T tokens (all leading dimensions flattened), I in_features, O out_features. A weight is (O, I), or (I, O) in
-GPT-2's ``Conv1D``, which computes x W.
+Shapes: T tokens (all leading dimensions flattened), I in_features, O out_features; a weight is (O, I), or (I, O) in
+GPT-2's ``Conv1D``.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,7 @@ from .sharded import ShardedWeight, is_sharded
 
 
 class MaskedLinear(nn.Module, BaseTunerLayer):
-    """``nn.Linear`` or ``Conv1D`` with the scores and masks of any number of adapters.
-
-    Several active masks remove the union of what each removes.
+    """``nn.Linear`` or ``Conv1D`` with the masks of any number of adapters; the active ones remove their union.
 
     Attributes:
         mask_scores: Adapter name -> trainable float32 scores, shape of the weight; none of an adapter for inference.
@@ -64,7 +62,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             self.unmerge()
         names = self.active_masks
         if self.disable_adapters or self.merged or not names:
-            return self.base_layer(x, *args, **kwargs)
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
         dtype = self.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -74,7 +72,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         trained = {n: self.mask_scores[n] for n in names if n in self.mask_scores and self.mask_scores[n].requires_grad}
         if not trained or not torch.is_grad_enabled():
             return F.linear(x, weight.t() if self.is_transposed else weight, bias)
-        return _MaskedLinearFunction.apply(x, weight, bias, self, list(trained), *trained.values())
+        return cast(Tensor, _MaskedLinearFunction.apply(x, weight, bias, self, list(trained), *trained.values()))
 
     def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Base weight with the active masks applied, removed entries exactly +0; not to be written to."""

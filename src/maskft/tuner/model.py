@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UserError
 from ..files import digest, digest_tensors
@@ -32,42 +35,54 @@ class MaskModel(BaseTuner):
     prefix: str = "mask_"
     tuner_layer_cls = MaskedLinear
     target_module_mapping: dict[str, list[str]] = {}
+    _undo: tuple[Any, RemovableHandle] | None = None
 
-    def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict) -> MaskConfig:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        assert isinstance(peft_config, MaskConfig)
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
         if peft_config.trainable_token_indices is not None:  # TRL sets it after the configuration was made
             raise UserError(NO_TOKEN_INDICES)
         return peft_config
 
-    def _prepare_model(self, peft_config: MaskConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check the whole request before the first layer is replaced, so that an error leaves the model as it was."""
+        assert isinstance(peft_config, MaskConfig)
         resolve_targets(peft_config, model)
         # Collects the layers of one adapter in module order, so that scope="global" can rank them together.
         self._pool: list[MaskedLinear] = []
-        if not hasattr(self, "_undo"):
-            self._undo = (getattr(model, "_no_split_modules", None), None)
-        if getattr(model, "_no_split_modules", None):
+        if self._undo is not None:
+            return
+        whole: Any = model  # torch's type of an attribute is Tensor | Module
+        unsplit = getattr(whole, "_no_split_modules", None)
+        self._undo = (unsplit, whole.register_forward_pre_hook(_refresh_before_forward))
+        if unsplit:
             # accelerate makes an FSDP unit of each; as units of their own, scores are never gathered in forward.
-            model._no_split_modules = {*model._no_split_modules, Float32ParameterDict.__name__}
-        if _refresh_before_forward not in model._forward_pre_hooks.values():
-            self._undo = (self._undo[0], model.register_forward_pre_hook(_refresh_before_forward))
+            whole._no_split_modules = {*unsplit, Float32ParameterDict.__name__}
 
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        no_split_modules, hook = self.__dict__.pop("_undo", (None, None))
-        if no_split_modules is not None:
-            model._no_split_modules = no_split_modules
-        if hook is not None:
-            hook.remove()
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        if self._undo is not None:
+            model._no_split_modules = self._undo[0]
+            self._undo[1].remove()
         return model
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the wrapped model."""
         refresh_masks(self.model)  # the tuner calls the model's forward, which passes hooks by
         return super().forward(*args, **kwargs)
 
-    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **_) -> None:
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, MaskConfig)
         if isinstance(target, MaskedLinear):
             target.update_layer(adapter_name, peft_config, self._pool)
             return
@@ -77,8 +92,16 @@ class MaskModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
         """Code the masks; fill the fingerprints into ``config``. ``state_dict`` may hold gathered, unsharded scores."""
+        assert isinstance(config, MaskConfig)
         layers = adapter_layers(model, adapter_name)
         masks = _current_masks(layers, config, adapter_name, state_dict)
         out: dict[str, Tensor] = {}
@@ -94,17 +117,16 @@ class MaskModel(BaseTuner):
         return out
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Check every entry against the model, hand the masks to their layers, and pass on what is not a mask."""
+        assert isinstance(config, MaskConfig)
         names = {_module_name(name): name for name in adapter_layers(model, adapter_name)}
         layers = {_module_name(name): layer for name, layer in adapter_layers(model, adapter_name).items()}
-        coded, scores, rest, loaded = {}, {}, {}, {}
-        for key, value in state_dict.items():
-            name, _, kind = key.rpartition(".")
-            if kind in ("mask_coded", "mask_scores"):
-                (coded if kind == "mask_coded" else scores)[_module_name(name)] = value
-            else:
-                rest[key] = value
+        coded, scores = _entries(state_dict, "mask_coded"), _entries(state_dict, "mask_scores")
+        rest = {key: value for key, value in state_dict.items() if not key.endswith((".mask_coded", ".mask_scores"))}
+        loaded: dict[str, Tensor] = {}
         _check_names(layers, coded, rest, adapter_name, _embeddings(model))
         for name, layer in layers.items():
             _check_shape(name, mask_info(coded[name], name)["shape"], layer)
@@ -136,7 +158,7 @@ def refresh_masks(model: nn.Module) -> None:
         refresh(model, [module for module in model.modules() if isinstance(module, MaskedLinear)], base_fingerprint)
 
 
-def _refresh_before_forward(model: nn.Module, args: tuple) -> None:
+def _refresh_before_forward(model: nn.Module, args: Any) -> None:
     refresh_masks(model)
 
 
@@ -147,6 +169,12 @@ def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str,
         for name, module in model.named_modules()
         if isinstance(module, MaskedLinear) and adapter_name in module.mask_configs
     }
+
+
+def _entries(state_dict: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The entries of one kind, by module name."""
+    suffix = f".{kind}"
+    return {_module_name(k.removesuffix(suffix)): value for k, value in state_dict.items() if k.endswith(suffix)}
 
 
 def _module_name(name: str) -> str:
@@ -175,7 +203,9 @@ def current_mask_fingerprint(model: nn.Module, adapter_name: str = "default") ->
     )
 
 
-def _current_masks(layers, config, adapter_name, state_dict) -> dict[str, Tensor]:
+def _current_masks(
+    layers: Mapping[str, MaskedLinear], config: MaskConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     scores = {
         name: state_dict.get(f"{name}.mask_scores.{adapter_name}", layer.mask_scores[adapter_name])
         for name, layer in layers.items()
@@ -230,7 +260,13 @@ def _embeddings(model: nn.Module) -> dict[str, torch.Size]:
     return {f"{name}.{key}": value.shape for name, module in found.items() for key, value in module.named_parameters()}
 
 
-def _check_names(layers: dict, coded: dict, rest: dict, adapter_name: str, embeddings: dict) -> None:
+def _check_names(
+    layers: Mapping[str, MaskedLinear],
+    coded: Mapping[str, Tensor],
+    rest: Mapping[str, Tensor],
+    adapter_name: str,
+    embeddings: Mapping[str, torch.Size],
+) -> None:
     missing, extra = [n for n in layers if n not in coded], [n for n in coded if n not in layers]
     if missing:
         raise UserError(f"the adapter file has no mask for {listed(missing)}; it is incomplete, save it again")

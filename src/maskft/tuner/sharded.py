@@ -13,7 +13,7 @@ Shapes: a matrix is (O, I); its shard on one rank is (rows, I), where the last r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
@@ -145,10 +145,10 @@ def shard_masks(config: MaskConfig, scores: Sequence[DTensor]) -> list[Tensor]:
     return [mask.view(s.to_local().shape) for mask, s in zip(masks, scores, strict=True)]
 
 
-def whole_masks(config: MaskConfig, scores: Sequence[DTensor]) -> list[Tensor]:
+def whole_masks(config: MaskConfig, scores: Sequence[Tensor]) -> list[Tensor]:
     """The masks of several matrices in full on every rank; every rank must call it."""
-    masks = []
-    for mask, s in zip(shard_masks(config, scores), scores, strict=True):
+    sharded, masks = [s for s in scores if is_sharded(s)], []
+    for mask, s in zip(shard_masks(config, sharded), sharded, strict=True):
         rows = DTensor.from_local(mask.byte(), s.device_mesh, s.placements, shape=s.shape, stride=s.stride())
         masks.append(rows.full_tensor().bool())
     return masks
@@ -252,7 +252,7 @@ def _attached(layers: Sequence[MaskedLinear], base_fingerprint: Fingerprint) -> 
             _check_sharding(layer)
         fingerprint = base_fingerprint(layers)
         for layer in layers:
-            layer.sharded_weight = ShardedWeight(layer.weight, fingerprint)
+            layer.sharded_weight = ShardedWeight(cast(DTensor, layer.weight), fingerprint)
     return {layer: layer.sharded_weight for layer in layers if layer.sharded_weight is not None}
 
 

@@ -30,27 +30,27 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
     modules = {name: module for name, module in model.named_modules() if name and ".base_layer" not in name}
     _check_layer_indices(config, modules)
     matched = [name for name in modules if check_target_module_exists(config, name)]
-    maskable = [name for name in matched if _why_not_maskable(name, modules[name], model) is None]
-    refused = {name: _why_not_maskable(name, modules[name], model) for name in matched if name not in maskable}
+    reasons = {name: _why_not_maskable(name, modules[name], model) for name in matched}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
     if refused:
         name, reason = next(iter(refused.items()))
+        maskable = [name for name in matched if name not in refused]
         raise UserError(
             f"{name} cannot be masked: {reason}; matched and maskable: {listed(maskable)}; matched and not maskable: "
             f"{listed(refused)}; name the linear layers you want in target_modules"
         )
-    entries = config.target_modules if isinstance(config.target_modules, list | set | tuple) else []
-    for entry in entries if matched else []:
+    targets = config.target_modules or []
+    for entry in targets if matched and not isinstance(targets, str) else []:
         if not any(name == entry or name.endswith(f".{entry}") for name in modules):
             leaves = {name.rpartition(".")[2] for name in modules}
             raise UserError(f"target_modules entry {entry!r} matches no layer{did_you_mean(entry, leaves)}; drop it")
     if not matched:
-        leaves = sorted(
-            {name.rpartition(".")[2] for name, m in modules.items() if _why_not_maskable(name, m, model) is None}
-        )
-        wanted = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)
-        hint = did_you_mean(wanted, leaves) if "," not in wanted else ""
+        linear = {name.rpartition(".")[2] for name, m in modules.items() if _why_not_maskable(name, m, model) is None}
+        wanted = targets if isinstance(targets, str) else ", ".join(targets)
+        hint = did_you_mean(wanted, linear) if "," not in wanted else ""
         raise UserError(
-            f"target_modules {wanted!r} match no layer{hint}; the model's linear layers are: {', '.join(leaves)}"
+            f"target_modules {wanted!r} match no layer{hint}; the model's linear layers are: "
+            f"{', '.join(sorted(linear))}"
         )
 
 
