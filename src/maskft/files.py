@@ -173,7 +173,7 @@ def first_problem(error: ValidationError, kind: Any) -> str:
         return f"{place} is missing"
     text = problem["msg"].removeprefix("Value error, ")
     if problem["type"] != "value_error":
-        return f"{where} is {_shown(problem['input'])}: {text.lower()}"
+        return f"{where} is {_shown(problem['input'])}: {text[:1].lower()}{text[1:]}"
     return text if not place or text.startswith(place) else f"{place}: {text}"
 
 

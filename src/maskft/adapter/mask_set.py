@@ -135,7 +135,7 @@ def read_config(folder: str | Path) -> AdapterConfig:
         content = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from error
-    return files.read_model(AdapterConfig, content, file)
+    return files.read_model(AdapterConfig, content, file, "name the folder of a mask, or save it again")
 
 
 def read_coded(folder: str | Path) -> dict[str, Tensor]:
