@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from maskft.data.sources import read_file
-from maskft.evaluation.task_data import find_file
+from maskft.evaluation.task_data import code_with_tests, find_file
 from maskft.sandbox.sandbox import run_many
 
 
@@ -29,11 +29,8 @@ def main() -> None:
     failed = False
     for task in ("humaneval", "humaneval_plus"):
         rows = [row for _, row in read_file(find_file(task, Path(args.data_dir)))]
-        programs = [
-            f"{row['prompt']}{row['canonical_solution']}\n{row['test']}\ncheck({row['entry_point']})" for row in rows
-        ]
         started = time.perf_counter()
-        results = run_many(programs)
+        results = run_many(code_with_tests(row, row["canonical_solution"]) for row in rows)
         wrong = {
             row["task_id"]: result.reason
             for row, result in zip(rows, results, strict=True)

@@ -15,8 +15,8 @@ from alpaca_eval.metrics import get_winrate, glm_winrate
 
 from maskft.cli.main import main
 from maskft.evaluation import judge
-from maskft.evaluation.journal import Journal
-from maskft.evaluation.judge import Judge, JudgeSettings, length_controlled_win_rate, preferences
+from maskft.evaluation.journal import Journal, Resources
+from maskft.evaluation.judge import Judge, length_controlled_win_rate, preferences
 from maskft.files import ALPACA_OUTPUTS, JOURNAL, RESULT
 from maskft.results.schema import read_result
 from tiny_tokenizer import tiny_tokenizer
@@ -95,8 +95,8 @@ def record(tmp_path, out="out"):
 
 
 def ask(pairs, tmp_path, url):
-    settings = JudgeSettings(url, "longer", num_retries=1)
-    return preferences(pairs, Judge(settings, Journal(tmp_path / "journal.jsonl", {})))
+    resources = Resources(journal=Journal(tmp_path / "journal.jsonl", {}))
+    return preferences(pairs, Judge(url, "longer", num_retries=1), resources)
 
 
 # The whole way
@@ -195,8 +195,8 @@ def test_published_verdicts(tmp_path):
     pairs = [{"instruction": text, "output_1": "one", "output_2": "two"} for text in published]
     logprobs = {text: values for text, (values, _) in published.items()}
     with judge_server(tmp_path, logprobs=logprobs) as (url, *_):
-        verdicts = ask(pairs, tmp_path, url)
-    assert verdicts.values == pytest.approx([preference - 1 for _, preference in published.values()], abs=1e-9)
+        values, _ = ask(pairs, tmp_path, url)
+    assert values == pytest.approx([preference - 1 for _, preference in published.values()], abs=1e-9)
 
 
 def test_equal_outputs_are_a_draw_and_not_asked_about(tmp_path):
@@ -205,9 +205,9 @@ def test_equal_outputs_are_a_draw_and_not_asked_about(tmp_path):
         {"instruction": "b", "output_1": "x", "output_2": "xx"},
     ]
     with judge_server(tmp_path) as (url, requests, _):
-        verdicts = ask(pairs, tmp_path, url)
+        values, reason = ask(pairs, tmp_path, url)
         assert [request["instruction"] for request in requests()] == ["b"]
-    assert verdicts.values[0] == 0.5 and verdicts.values[1] > 0.5 and verdicts.reason is None
+    assert values[0] == 0.5 and values[1] > 0.5 and reason is None
 
 
 def test_items_without_verdict_are_counted(command, tmp_path):
@@ -255,7 +255,7 @@ def test_a_judge_that_dies_costs_nothing(command, tmp_path):
         status, _, err = command(url)
         message = err.strip().splitlines()[-1]
         assert status == 2 and message.startswith("maskft: error: the judge at")
-        assert "stopped answering" in message and "run the same command again to go on" in message
+        assert "stopped answering" in message and "run the same command again to resume" in message
     assert not (tmp_path / "out" / RESULT).exists()
     # An output that only the journal has shows whether the second run generates again.
     journal = tmp_path / "out" / JOURNAL
@@ -297,7 +297,7 @@ def test_verdicts_are_of_one_server(tmp_path):
 @pytest.mark.parametrize(
     "speaks,message",
     [
-        ("html", "does not speak the OpenAI protocol; check --judge_url"),
+        ("html", "does not speak the OpenAI protocol"),
         ("cut", "no usable answer to 8 requests (its answer is not JSON of the OpenAI protocol)"),
     ],
 )
@@ -415,10 +415,10 @@ def test_resamples_in_which_no_length_differs_are_left_out(num_items, num_differ
     "rows,message",
     [
         ("nonsense", "not JSON"),
-        ({"instruction": "a"}, "not a JSON list of objects"),
+        ({"instruction": "a"}, "valid list; AlpacaEval's files are JSON lists of objects"),
         ([], "the list is empty"),
-        ([{"instruction": "a", "output": "b"}, {"prompt": "a"}], "item 1: no field 'instruction'"),
-        ([{"instruction": ["a"]}], "item 0: instruction is no text"),
+        ([{"instruction": "a", "output": "b"}, {"prompt": "a"}], "1.instruction is missing"),
+        ([{"instruction": ["a"]}], "0.instruction is ['a']: input should be a valid string"),
         (
             [{"instruction": "Count to a million."}],
             "no reference for instruction 0, 'Count to a million.' (1 are missing)",
@@ -440,7 +440,7 @@ def test_bad_prompts(rows, message, command, tmp_path):
         (["--judge_url", "http://127.0.0.1:9/v1"], "judge_url is given without judge_model"),
         (["--judge_url", "localhost", "--judge_model", "x"], "it must look like http"),
         (["--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "x"], "cannot be reached"),
-        (["--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "x", "--judge_timeout", "0"], "above 0 seconds"),
+        (["--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "x", "--judge_timeout", "0"], "must be above 0"),
         (["--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "x", "--judge_retries", "-1"], "at least 0"),
         (["--alpaca_max_new_tokens", "0"], "alpaca_max_new_tokens is 0"),
         (["--alpaca_prompts", "none.json"], "none.json: no such file"),
@@ -448,7 +448,7 @@ def test_bad_prompts(rows, message, command, tmp_path):
             ["--alpaca_prompts", "tatsu-lab/alpaca_eval"],
             "alpaca_eval_gpt4_baseline.json of tatsu-lab/alpaca_eval cannot",
         ),
-        (["--length_control", "REFERENCES"], "no column 'model'"),
+        (["--length_control", "REFERENCES"], "no column index, instruction_difficulty, model"),
         (["--alpaca_outputs", "REFERENCES", "--adapter", "none", "other"], "alpaca_outputs are of one model"),
         (["--alpaca_outputs", "REFERENCES", "--alpaca_prompts", "MORE"], "no output for instruction 1"),
     ],

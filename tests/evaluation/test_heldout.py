@@ -1,14 +1,18 @@
 """Losses and answers of held-out rows: kept one by one, and bounded in memory."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 import tiny
 from maskft.errors import UserError
 from maskft.evaluation import heldout as evaluate
-from maskft.evaluation.heldout import evaluate_rows
-from maskft.evaluation.journal import Journal
+from maskft.evaluation.heldout import evaluate_rows, nll_per_item
+from maskft.evaluation.journal import Journal, Resources
 from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -25,8 +29,8 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("kind", ["heldout_loss", "heldout_answer"])
-def test_a_run_that_ended_early_goes_on(kind, net, tmp_path, monkeypatch):
-    whole = evaluate_rows(net, TOKENIZER, ROWS, batch_size=2, max_new_tokens=4)
+def test_a_run_that_ended_early_is_resumed(kind, net, tmp_path, monkeypatch):
+    whole = evaluate_rows(net, TOKENIZER, ROWS, Resources(2), max_new_tokens=4)
     file = tmp_path / "answers.jsonl"
     journal = Journal(file, {})
     keep = journal.add_partial
@@ -38,14 +42,14 @@ def test_a_run_that_ended_early_goes_on(kind, net, tmp_path, monkeypatch):
 
     monkeypatch.setattr(journal, "add_partial", killed)
     with pytest.raises(Killed):
-        evaluate_rows(net, TOKENIZER, ROWS, batch_size=2, max_new_tokens=4, journal=journal)
+        evaluate_rows(net, TOKENIZER, ROWS, Resources(2, journal=journal), max_new_tokens=4)
     known = len(journal.answers)
     fresh = []
     journal = Journal(file, {})
     assert len(journal.answers) == known
     keep_again = journal.add_partial
     monkeypatch.setattr(journal, "add_partial", lambda *answer: (fresh.append(answer), keep_again(*answer)))
-    record = evaluate_rows(net, TOKENIZER, ROWS, batch_size=1, max_new_tokens=4, journal=journal)
+    record = evaluate_rows(net, TOKENIZER, ROWS, Resources(1, journal=journal), max_new_tokens=4)
     assert len(fresh) == 2 * len(ROWS) - known
     assert [item["output"] for item in record["items"]] == [item["output"] for item in whole["items"]]
     assert record["metrics"]["nll"]["value"] == pytest.approx(whole["metrics"]["nll"]["value"], abs=1e-5)
@@ -53,21 +57,21 @@ def test_a_run_that_ended_early_goes_on(kind, net, tmp_path, monkeypatch):
 
 def test_batches_keep_within_the_memory_bound(net, monkeypatch):
     sizes = []
-    nll_per_item = evaluate.nll_per_item
     monkeypatch.setattr(
         evaluate,
         "nll_per_item",
         lambda *args, batch_size, **kw: (sizes.append(batch_size), nll_per_item(*args, batch_size=batch_size, **kw))[1],
     )
     for max_memory_gb in (1e-9, 1e-4, 8):
-        evaluate_rows(net, TOKENIZER, ROWS, max_memory_gb=max_memory_gb, generate=False)
+        evaluate_rows(net, TOKENIZER, ROWS, Resources(max_memory_gb=max_memory_gb), generate=False)
     assert sizes[0] == 1 < sizes[1] < sizes[2] == 16
 
 
 def test_a_refused_run_leaves_no_journal(net, tmp_path):
     rows = [{"id": "0", "prompt": "a", "completion": "b"}]
     with pytest.raises(UserError, match="no `answer` column"):
-        evaluate_rows(net, TOKENIZER, rows, generate=True, journal=Journal(tmp_path / "out" / "answers.jsonl", {}))
+        journal = Journal(tmp_path / "out" / "answers.jsonl", {})
+        evaluate_rows(net, TOKENIZER, rows, Resources(journal=journal), generate=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -76,7 +80,7 @@ def test_rows_beyond_the_context(tmp_path):
     rows = [*ROWS, {"id": "long", "prompt": "1+" * 150, "completion": "150"}]
     journal = Journal(tmp_path / "answers.jsonl", {})
     with pytest.raises(UserError, match="the longest item has 304 tokens, and the model has positions for 256; pass"):
-        evaluate_rows(tiny.tiny_gpt2(), TOKENIZER, rows, journal=journal)
+        evaluate_rows(tiny.tiny_gpt2(), TOKENIZER, rows, Resources(journal=journal))
     assert not journal.answers
     record = evaluate_rows(tiny.tiny_gpt2(), TOKENIZER, ROWS, max_new_tokens=2)
     assert "note" not in record
@@ -88,7 +92,7 @@ def test_rows_beyond_the_context(tmp_path):
 def test_a_prompt_without_room_for_its_answer_is_refused_before_the_losses(net, tmp_path):
     journal = Journal(tmp_path / "answers.jsonl", {})
     with pytest.raises(UserError, match="its answer may have 253, the model's context 256"):
-        evaluate_rows(net, TOKENIZER, ROWS, max_new_tokens=253, journal=journal)
+        evaluate_rows(net, TOKENIZER, ROWS, Resources(journal=journal), max_new_tokens=253)
     assert not journal.answers
     record = evaluate_rows(net, TOKENIZER, ROWS, max_new_tokens=3)
     assert record["generation_kwargs"] == {"max_gen_toks": 3}
@@ -103,6 +107,48 @@ def test_items_whose_prompt_fills_max_length_are_counted(net):
 
 
 def test_the_journal_is_plain_json(net, tmp_path):
-    evaluate_rows(net, TOKENIZER, ROWS[:2], max_new_tokens=2, journal=Journal(tmp_path / "answers.jsonl", {"a": 1}))
+    journal = Journal(tmp_path / "answers.jsonl", {"a": 1})
+    evaluate_rows(net, TOKENIZER, ROWS[:2], Resources(journal=journal), max_new_tokens=2)
     first, *lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert first == {"a": 1} and [type(line["answer"]) for line in lines] == [list, list, str, str]
+
+
+# The loss of an item against float64
+
+VOCABULARY = 49152
+
+
+class Peaked(nn.Module):
+    """Logits of a sure model: all tokens but one have 1e-4 of the probability, each too little to be added to 1."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.logits_TV = 0.5 * torch.randn(12, VOCABULARY, generator=generator)
+        self.logits_TV[:, 3] = 20
+
+    def forward(self, input_ids, attention_mask, logits_to_keep, use_cache):
+        return SimpleNamespace(logits=self.logits_TV[logits_to_keep].expand(len(input_ids), -1, -1))
+
+
+def test_a_large_vocabulary_costs_no_accuracy():
+    model = Peaked()
+    ids = torch.full((3, 12), 3)
+    rows = [{"input_ids": row.tolist(), "labels": [-100] * 4 + row[4:].tolist()} for row in ids]
+    found = nll_per_item(model, rows)
+    for (nll, count), row in zip(found, ids, strict=True):
+        expected = F.cross_entropy(model.logits_TV[3:11].double(), row[4:]).item()
+        assert count == 8 and expected > 1e-4 and nll == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_no_peak(dtype):
+    model = Peaked()
+    model.logits_TV = (10 + 4 * torch.randn(12, VOCABULARY, generator=torch.Generator().manual_seed(1))).to(dtype)
+    ids = torch.arange(12)
+    row = {"input_ids": ids.tolist(), "labels": [-100] * 4 + ids[4:].tolist()}
+    ((nll, count),) = nll_per_item(model, [row])
+    expected = F.cross_entropy(model.logits_TV[3:11].double(), ids[4:]).item()
+    assert count == 8 and expected > 5 and nll == pytest.approx(expected, abs=1e-7)

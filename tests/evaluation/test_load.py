@@ -2,16 +2,15 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import tiny
-from maskft.cli.evaluate import _labels
 from maskft.errors import UserError
 from maskft.evaluation import load
+from maskft.evaluation.targets import labels
 
 
 def test_a_folder_for_vllm_is_known_by_its_files(base, tmp_path, monkeypatch):
@@ -75,7 +74,7 @@ def test_the_hash_of_an_adapter(field, value, is_same, tmp_path):
 def test_labels(model, expected, tmp_path, monkeypatch):
     (tmp_path / "outer" / "inner" / "inner").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "outer" / "inner")
-    assert _labels([model], SimpleNamespace(name=None, model_name_or_path=model)) == [expected]
+    assert labels([model], []) == [expected]
 
 
 def _other_size(folder):

@@ -180,7 +180,7 @@ def test_prompts_that_were_cut_are_counted(local_tasks, tmp_path):
             Resuming(BatchedLM(net, TOKENIZER, batch_size=2), Journal(tmp_path / "answers.jsonl", {})), "long", task
         )
         assert record["num_truncated"] == 1
-        assert record["note"] == "1 of 3 prompts were longer than the model's context allows and were cut on their left"
+        assert record["note"] == "1 of 3 prompts were too long for the model's context and were truncated on the left"
     task = load_tasks(["one"], include_path=local_tasks)["one"]
     record = run_task(BatchedLM(tiny.tiny_llama(vocab_size=len(TOKENIZER)), TOKENIZER), "one", task)
     assert record["num_truncated"] == 0 and "note" not in record

@@ -18,7 +18,8 @@ from .. import files
 from ..data import load_splits
 from ..errors import UserError
 from ..evaluation.heldout import evaluate_rows
-from ..evaluation.load import load_for_evaluation
+from ..evaluation.journal import Resources
+from ..evaluation.load import load_each
 from ..files import write_text
 from ..models import EMBEDDED_MODEL, load_tokenizer, unpack_embedded
 from ..results.compare import compare
@@ -182,19 +183,17 @@ def _best_is_last(output_dir: Path) -> bool:
 
 def _evaluate(output_dir: Path, stage: Stage, recipe: dict, test, console: Console) -> None:
     source = _base(output_dir, recipe) if stage.folder == "base" else str(output_dir / stage.folder)
-    is_mask = stage.method in MASK_METHODS
     shared = recipe["shared"]
     revision = shared.get("model_revision")
-    loaded = load_for_evaluation(None if is_mask else source, source if is_mask else None, revision=revision)
+    loaded = next(load_each(source, revision=revision))
     record = evaluate_rows(
         loaded.model,
         loaded.tokenizer,
         test,
-        batch_size=shared.get("per_device_eval_batch_size", 16),
+        Resources(batch_size=shared.get("per_device_eval_batch_size", 16), console=console),
         max_length=shared.get("max_length"),
         max_new_tokens=shared.get("max_new_tokens", 16),
         text_field=shared.get("dataset_text_field", "text"),
-        console=console,
     )
     settings = {"num_test_items": len(test), "dtype": "float32"}
     facts = {**loaded.facts, "method": stage.method, "seed": shared.get("seed"), "name_or_path": stage.parent}

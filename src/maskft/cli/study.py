@@ -131,7 +131,7 @@ def _evaluation_args(recipe) -> argparse.Namespace:
             raise UserError(f"evaluation has an unknown option {option!r}{did_you_mean(option, known)}")
     try:
         args = parser.parse_args(["--output_dir", "any", *evaluation_words(recipe.evaluation)])
-        evaluate.check_numbers(args)
+        evaluate.read(args)
     except UserError as error:
         raise UserError(f"evaluation: {error}") from None
     return args

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from random import Random
 
 import numpy as np
@@ -18,9 +19,11 @@ from rich.console import Console
 
 from ..data.splits import prompt_digest
 from ..errors import UserError, did_you_mean
+from .arguments import HELDOUT
 from .heldout import evaluate_rows
+from .journal import Resources
 from .task_data import SOURCES, load_docs
-from .tasks import BENCHMARKS, HELDOUT, check_names, load_tasks, run_task
+from .tasks import BENCHMARKS, check_names, load_tasks, run_task
 
 TASKS = (HELDOUT, *(name for name, source in SOURCES.items() if "train" in source.splits))
 # What the Trainer and TRL measure at every evaluation.
@@ -56,19 +59,7 @@ class TrainingEvaluation:
         *,
         console: Console | None = None,
     ):
-        for name in names:
-            if name in BENCHMARKS and name not in TASKS:
-                raise UserError(
-                    f"eval_tasks: {name} has test items only, and test items must not choose the checkpoint; "
-                    f"use {', '.join(TASKS)}, and measure {name} at the end with maskft evaluate"
-                )
-            if name not in TASKS:
-                raise UserError(
-                    f"eval_tasks: no task {name!r}{did_you_mean(name, TASKS)}; there are {', '.join(TASKS)}"
-                )
-        if limit < 1:
-            raise UserError(f"eval_limit is {limit}; it must be at least 1")
-        check_names(names)
+        _check(names, limit)
         self.console = console
         self.rows, self.selected_on = None, {}
         if HELDOUT in names:
@@ -108,11 +99,7 @@ class TrainingEvaluation:
         records = {}
         if self.rows:
             records[HELDOUT] = evaluate_rows(
-                model,
-                tokenizer,
-                self.rows,
-                max_new_tokens=_MAX_NEW_TOKENS,
-                console=_QUIET,
+                model, tokenizer, self.rows, Resources(console=_QUIET), max_new_tokens=_MAX_NEW_TOKENS
             )
         if self.tasks:
             from ..generation.lm_eval_model import BatchedLM
@@ -122,9 +109,23 @@ class TrainingEvaluation:
         return records
 
 
+def _check(names: Sequence[str], limit: int) -> None:
+    for name in names:
+        if name in BENCHMARKS and name not in TASKS:
+            raise UserError(
+                f"eval_tasks: {name} has test items only, and test items must not choose the checkpoint; "
+                f"use {', '.join(TASKS)}, and measure {name} at the end with maskft evaluate"
+            )
+        if name not in TASKS:
+            raise UserError(f"eval_tasks: no task {name!r}{did_you_mean(name, TASKS)}; there are {', '.join(TASKS)}")
+    if limit < 1:
+        raise UserError(f"eval_limit is {limit}; it must be at least 1")
+    check_names(names)
+
+
 @contextlib.contextmanager
 def _kept_random_state() -> Iterator[None]:
-    """Benchmarks set the seeds; the training after them goes on with the state that it had."""
+    """Benchmarks set the seeds; the training after them continues with the state that it had."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -144,12 +145,7 @@ def unseen(docs, name: str, train_rows: Iterable[Mapping], limit: int):
     seen = "\n".join(_plain(text) for row in train_rows for text in _texts(row))
     order = list(range(len(docs)))
     Random(0).shuffle(order)
-    kept = []
-    for index in order:
-        if len(kept) == limit:
-            break
-        if _plain(docs[index][question]) not in seen:
-            kept.append(index)
+    kept = list(islice((index for index in order if _plain(docs[index][question]) not in seen), limit))
     if not kept:
         raise UserError(
             f"eval_tasks: the training data contains all {len(docs):,} items of {name}'s training split; use heldout"

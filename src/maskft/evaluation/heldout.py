@@ -1,39 +1,67 @@
-"""Evaluate a model on held-out items: loss per item, and exact-match accuracy where an answer can be checked."""
+"""Held-out items: negative log-likelihood of each, and exact-match accuracy where an answer can be checked."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
-from ..data import prompt_ids, tokenize_example
+import torch
+from torch import nn
+
+from ..data import PROCEDURAL_PREFIX, load_examples, load_splits, prompt_ids, tokenize_example
 from ..data.answers import check_answer
+from ..data.arguments import DataArguments
 from ..errors import UserError
 from ..files import digest
-from ..generation.greedy import check_context, context_length, greedy_generate, memory_bound_rows
+from ..generation.batching import length_sorted_batches, pad
+from ..generation.greedy import check_context, context_length, memory_bound_rows
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
-from ..runtime import progress_bar
-from .journal import Journal
-from .loss import has_learned_positions, nll_per_item
+from .journal import Resources, generated, resumed
 
 TASK_VERSION = 1
 MAX_LOSS_BATCH_SIZE = 16  # a larger one is no faster, and the loss needs logits of all tokens of a row
 _LOSS, _ANSWER = "heldout_loss", "heldout_answer"  # in the journal
 
 
+def heldout_rows(data: DataArguments, eval_split_size: float | None, tokenizer, text_field: str = "text") -> list[dict]:
+    """The rows to evaluate: held-out data where some is named or held out of ``dataset_name``, else all of that.
+
+    Args:
+        data: What to read.
+        eval_split_size: Size of the part that training holds out of ``dataset_name``, see `DataArguments`; None: there
+            is no such part.
+        tokenizer: Of the model; None: rows as for one with a chat template.
+        text_field: Column of plain text data.
+    """
+    name = data.dataset_name or ""
+    is_split = eval_split_size is not None or data.eval_dataset_name or data.dataset_eval_split
+    if is_split or not name or name.startswith(PROCEDURAL_PREFIX):
+        if eval_split_size is not None:
+            data = replace(data, eval_split_size=eval_split_size)
+        return list(load_splits(data, data.split_seed, tokenizer, text_field).heldout)
+    rows = load_examples(
+        name,
+        data.dataset_train_split,
+        config=data.dataset_config,
+        as_chat=data.as_chat,
+        tokenizer=tokenizer,
+        text_field=text_field,
+        data_dir=data.data_dir,
+    )
+    return list(rows.select(range(min(len(rows), data.max_eval_samples or len(rows)))))
+
+
 def evaluate_rows(
     model,
     tokenizer,
     rows: Sequence[dict],
+    resources: Resources = Resources(),  # noqa: B008 - frozen
     *,
-    batch_size: int | None = None,
-    max_memory_gb: float | None = None,
     max_length: int | None = None,
     max_new_tokens: int = 256,
     generate: bool | None = None,
     text_field: str = "text",
-    journal: Journal | None = None,
-    console=None,
 ) -> dict:
     """Held-out loss and, for rows with an ``answer``, accuracy of greedily generated answers.
 
@@ -41,14 +69,11 @@ def evaluate_rows(
         model: A causal language model.
         tokenizer: Its tokenizer.
         rows: Rows as ``load_splits`` makes them.
-        batch_size: Rows at one time; None: by ``max_memory_gb``.
-        max_memory_gb: Bound on the memory of a batch, in 10^9 bytes; None: half of what is free.
+        resources: Bounds on a batch, journal and console.
         max_length: Truncation of the scored sequence in tokens; None: not truncated.
         max_new_tokens: Bound on a generated answer, in tokens.
         generate: Whether to generate answers; None: where every row has one to check.
         text_field: Column of plain text data.
-        journal: Keeps losses and answers, so that a run that ends early goes on.
-        console: Where the progress bar goes.
 
     Returns:
         A task record of the result schema, metrics ``nll`` and possibly ``accuracy``.
@@ -61,37 +86,18 @@ def evaluate_rows(
         raise UserError("answers cannot be generated and checked: the data has no `answer` column")
     generate = checkable if generate is None else generate
     tokenized = [tokenize_example(row, tokenizer, max_length=max_length, text_field=text_field) for row in rows]
-    prompts = [prompt_ids(row, tokenizer) for row in rows] if generate else None
+    prompts = [prompt_ids(row, tokenizer) for row in rows] if generate else []
     notes = [_beyond_context(model, tokenized)]
     if generate:
         check_context(model, max(map(len, prompts)), max_new_tokens)
-    max_memory_bytes = None if max_memory_gb is None else max_memory_gb * 1e9
 
-    def losses(indices: list[int], keep: Callable) -> None:
-        chosen = [tokenized[index] for index in indices]
-        size = batch_size or _loss_batch_size(model, max(len(row["input_ids"]) for row in chosen), max_memory_bytes)
-        nll_per_item(model, chosen, batch_size=size, pad_token_id=tokenizer.pad_token_id or 0, on_loss=keep)
-
-    requests = [[row["input_ids"], row["labels"]] for row in tokenized]
+    losses = _losses(model, tokenizer, tokenized, resources)
     items = [
         {"id": str(row["id"]), "nll": nll if math.isfinite(nll) else None, "num_tokens": count}
-        for row, (nll, count) in zip(
-            rows, resumed(_LOSS, requests, losses, journal, "held-out loss", console), strict=True
-        )
+        for row, (nll, count) in zip(rows, losses, strict=True)
     ]
     if generate:
-        outputs = resumed_answers(
-            model,
-            tokenizer,
-            prompts,
-            journal,
-            _ANSWER,
-            "answers",
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            max_memory_gb=max_memory_gb,
-            console=console,
-        )
+        outputs = generated(model, tokenizer, prompts, max_new_tokens, _ANSWER, "answers", resources)
         for item, row, output in zip(items, rows, outputs, strict=True):
             correct = check_answer(output, row["answer"], row.get("answer_type") or "exact")
             item.update(accuracy=int(correct), answer=row["answer"], output=output)
@@ -103,10 +109,9 @@ def evaluate_rows(
             f"{len(items) - len(kept)} of {len(items)} items have no supervised token within max_length={max_length} "
             "and count in no metric"
         )
-    metrics = {name: metric_from_items(kept, name) for name in ("nll", "accuracy") if name in kept[0]}
     record = build_task(
         kept,
-        metrics,
+        {name: metric_from_items(kept, name) for name in ("nll", "accuracy") if name in kept[0]},
         version=TASK_VERSION,
         num_fewshot=0,
         fingerprint=items_fingerprint(
@@ -115,12 +120,25 @@ def evaluate_rows(
         ),
         chat_template_hash=chat_template_hash(tokenizer),
     )
-    return (
-        record
-        | {"data_sha256": data_sha256(rows)}
-        | ({"generation_kwargs": {"max_gen_toks": max_new_tokens}} if generate else {})
-        | ({"note": ". ".join(filter(None, notes))} if any(notes) else {})
-    )
+    record["data_sha256"] = data_sha256(rows)
+    if generate:
+        record["generation_kwargs"] = {"max_gen_toks": max_new_tokens}
+    return record | ({"note": ". ".join(filter(None, notes))} if any(notes) else {})
+
+
+def _losses(model, tokenizer, rows: Sequence[dict], resources: Resources) -> list[tuple[float, int]]:
+    """`nll_per_item` of tokenised rows, resumed."""
+
+    def compute(indices: list[int], keep: Callable) -> None:
+        chosen = [rows[index] for index in indices]
+        longest = max(len(row["input_ids"]) for row in chosen)
+        # Logits in float32 and in float64, beside those in the model's dtype.
+        logits = 3 * 4 * model.config.get_text_config().vocab_size * longest
+        bound = memory_bound_rows(model, longest, 0, resources.max_memory_bytes, extra_row_bytes=logits)
+        size = resources.batch_size or min(bound, MAX_LOSS_BATCH_SIZE)
+        nll_per_item(model, chosen, batch_size=size, pad_token_id=tokenizer.pad_token_id or 0, on_loss=keep)
+
+    return resumed(_LOSS, [[row["input_ids"], row["labels"]] for row in rows], compute, "held-out loss", resources)
 
 
 def _beyond_context(model, rows: Sequence[dict]) -> str | None:
@@ -137,81 +155,77 @@ def _beyond_context(model, rows: Sequence[dict]) -> str | None:
     return f"{count} of {len(rows)} items are longer than the model's context of {context} tokens"
 
 
-def resumed(
-    kind: str,
-    requests: Sequence[list],
-    compute: Callable[[list[int], Callable[[int, Any], None]], None],
-    journal: Journal | None,
-    title: str,
-    console=None,
-) -> list:
-    """Answers to requests: those that the journal knows, and the others computed and kept one by one.
-
-    Args:
-        kind: What is asked, for the journal.
-        requests: What each answer depends on, JSON-able.
-        compute: Given the indices of the requests to compute, it calls its second argument with the position among
-            these and the answer, for each.
-        journal: None: nothing is kept.
-        title: Of the progress bar.
-        console: Where the progress bar goes.
-    """
-    answers: dict[int, Any] = {}
-    if journal:
-        keys = [journal.key(kind, request) for request in requests]
-        answers = {index: journal.answers[key] for index, key in enumerate(keys) if key in journal.answers}
-    missing = [index for index in range(len(requests)) if index not in answers]
-    with progress_bar(console) as progress:
-        bar = progress.add_task(title, total=len(requests), completed=len(answers))
-
-        def keep(position: int, answer: Any) -> None:
-            answers[missing[position]] = answer
-            if journal:
-                journal.add_partial(kind, requests[missing[position]], answer)
-            progress.advance(bar)
-
-        if missing:
-            compute(missing, keep)
-    return [answers[index] for index in range(len(requests))]
-
-
-def resumed_answers(
-    model,
-    tokenizer,
-    prompts: Sequence[list[int]],
-    journal: Journal | None,
-    kind: str,
-    title: str,
-    *,
-    max_new_tokens: int,
-    batch_size: int | None,
-    max_memory_gb: float | None,
-    console=None,
-) -> list[str]:
-    """Generated answers to prompts of token ids, see `resumed` and `generation.greedy_generate`."""
-
-    def generate(indices: list[int], keep: Callable[[int, str], None]) -> None:
-        greedy_generate(
-            model,
-            tokenizer,
-            [prompts[index] for index in indices],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            max_memory_bytes=None if max_memory_gb is None else max_memory_gb * 1e9,
-            on_answer=keep,
-        )
-
-    return resumed(kind, [[ids, max_new_tokens] for ids in prompts], generate, journal, title, console)
-
-
-def _loss_batch_size(model, longest: int, max_memory_bytes: float | None) -> int:
-    # In float32 and in float64, beside those in the model's dtype.
-    logits = 3 * 4 * model.config.get_text_config().vocab_size * longest
-    rows = memory_bound_rows(model, longest, 0, max_memory_bytes, extra_row_bytes=logits)
-    return min(rows, MAX_LOSS_BATCH_SIZE)
-
-
 def chat_template_hash(tokenizer) -> str | None:
     """sha256 of the tokenizer's chat template, or None without one."""
     template = getattr(tokenizer, "chat_template", None)
     return digest(str(template)) if template else None
+
+
+# The loss
+
+
+@torch.inference_mode()
+def nll_per_item(
+    model,
+    rows: Sequence[dict],
+    *,
+    batch_size: int = 16,
+    pad_token_id: int = 0,
+    on_loss: Callable[[int, tuple[float, int]], None] | None = None,
+) -> list[tuple[float, int]]:
+    """Mean negative log-likelihood of the supervised tokens of each row.
+
+    Args:
+        model: A causal language model; put into evaluation mode.
+        rows: Rows with ``input_ids`` and ``labels`` (-100 where there is no loss), as ``tokenize_example`` makes them.
+        batch_size: Rows per forward pass.
+        pad_token_id: Padding on the right; it changes no number.
+        on_loss: Called with index and numbers of each row when it is done, in the order in which they are.
+
+    Returns:
+        Per row: nats per supervised token, and the number of supervised tokens.
+    """
+    model.eval()
+    out: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    for indices in length_sorted_batches([len(row["input_ids"]) for row in rows], batch_size):
+        batch = [rows[i] for i in indices]
+        ids_BT, mask_BT = pad([row["input_ids"] for row in batch], pad_token_id, model.device)
+        labels_BT, _ = pad([row["labels"] for row in batch], -100, model.device)
+        for index, pair in zip(indices, _batch_nll(model, ids_BT, mask_BT, labels_BT), strict=True):
+            out[index] = pair
+            if on_loss:
+                on_loss(index, pair)
+    return out
+
+
+def has_learned_positions(model, context: int) -> bool:
+    """Whether the positions of a context are rows of a table, as in GPT-2 and OPT: beyond its end there is no loss."""
+    return any(
+        isinstance(module, nn.Embedding) and module.num_embeddings >= context and ("wpe" in name or "position" in name)
+        for name, module in model.named_modules()
+    )
+
+
+def _batch_nll(model, ids_BT, mask_BT, labels_BT) -> Iterable[tuple[float, int]]:
+    targets_BT = labels_BT[:, 1:]
+    supervised_BT = targets_BT != -100
+    # Logits only where there is a label: over a vocabulary of 49k the head is a third of the forward pass.
+    first = int(supervised_BT.any(0).nonzero().min()) if supervised_BT.any() else 0
+    positions = torch.arange(first, targets_BT.shape[1], device=ids_BT.device)
+    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, logits_to_keep=positions, use_cache=False).logits
+    targets_BT = targets_BT[:, first:]
+    losses_BT = _cross_entropy(logits_BTV, targets_BT).masked_fill(~supervised_BT[:, first:], 0)
+    counts = supervised_BT.sum(1)
+    return [(float(s / max(int(c), 1)), int(c)) for s, c in zip(losses_BT.sum(1), counts, strict=True)]
+
+
+def _cross_entropy(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each target, float64; of a target below 0 it is any number.
+
+    Summed in float32, as by torch's cross_entropy, 49,152 small probabilities are too few by 1e-5 nats (it depends on
+    how many the processor sums at once), and by 1e-4 with the vocabulary in the middle.
+    """
+    highest_BT1 = logits_BTV.amax(-1, keepdim=True).float()
+    sums_BT = (logits_BTV.float() - highest_BT1).exp_().sum(-1, dtype=torch.float64)
+    chosen_BT = logits_BTV.gather(-1, targets_BT.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return sums_BT.log() + (highest_BT1.squeeze(-1).double() - chosen_BT.double())

@@ -1,14 +1,17 @@
-"""Answers already given, on disk, so that an evaluation that was killed goes on where it was."""
+"""Answers already given, on disk, so that an evaluation that was killed is resumed where it was."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import UserError
 from ..files import digest
+from ..generation.greedy import greedy_generate
+from ..runtime import progress_bar
 
 _REQUEST_KINDS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 
@@ -68,6 +71,83 @@ class Journal:
             self._out.write(self._start)
         self._out.write(_line(line))
         self._out.flush()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What an evaluation may use.
+
+    Args:
+        batch_size: Items at one time; None: by ``max_memory_gb``.
+        max_memory_gb: Bound on the memory of a batch, in 10^9 bytes; None: half of what is free.
+        journal: Keeps losses and answers, so that a run that ended early is resumed; None: nothing is kept.
+        console: Where progress bars go.
+    """
+
+    batch_size: int | None = None
+    max_memory_gb: float | None = None
+    journal: Journal | None = None
+    console: Any = None
+
+    @property
+    def max_memory_bytes(self) -> float | None:
+        """`max_memory_gb` in bytes."""
+        return None if self.max_memory_gb is None else self.max_memory_gb * 1e9
+
+
+def resumed(
+    kind: str,
+    requests: Sequence[list],
+    compute: Callable[[list[int], Callable[[int, Any], None]], None],
+    title: str,
+    resources: Resources,
+) -> list:
+    """Answers to requests: those that the journal knows, and the others computed and kept one by one.
+
+    Args:
+        kind: What is asked, for the journal.
+        requests: What each answer depends on, JSON-able.
+        compute: Given the indices of the requests to compute, it calls its second argument with the position among
+            these and the answer; a request for which it does not has the answer None.
+        title: Of the progress bar.
+        resources: The journal and the console.
+    """
+    journal, answers = resources.journal, {}
+    if journal:
+        keys = [journal.key(kind, request) for request in requests]
+        answers = {index: journal.answers[key] for index, key in enumerate(keys) if key in journal.answers}
+    missing = [index for index in range(len(requests)) if index not in answers]
+    with progress_bar(resources.console) as progress:
+        bar = progress.add_task(title, total=len(requests), completed=len(answers))
+
+        def keep(position: int, answer: Any) -> None:
+            answers[missing[position]] = answer
+            if journal:
+                journal.add_partial(kind, requests[missing[position]], answer)
+            progress.advance(bar)
+
+        if missing:
+            compute(missing, keep)
+    return [answers.get(index) for index in range(len(requests))]
+
+
+def generated(
+    model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int, kind: str, title: str, resources: Resources
+) -> list[str]:
+    """Greedy answers to prompts of token ids, see `resumed` and `generation.greedy_generate`."""
+
+    def generate(indices: list[int], keep: Callable[[int, str], None]) -> None:
+        greedy_generate(
+            model,
+            tokenizer,
+            [prompts[index] for index in indices],
+            max_new_tokens=max_new_tokens,
+            batch_size=resources.batch_size,
+            max_memory_bytes=resources.max_memory_bytes,
+            on_answer=keep,
+        )
+
+    return resumed(kind, [[ids, max_new_tokens] for ids in prompts], generate, title, resources)
 
 
 class Resuming:

@@ -19,20 +19,13 @@ from ..adapter.merge import adapter_tokenizer
 from ..data.tokenizing import tokenizer_rules
 from ..errors import UserError, first_line
 from ..files import ADAPTER_CONFIG, TRAINING, digest, digest_file, digest_tensors, holds_adapter
-from ..models import (
-    check_model_source,
-    check_tokenizer_fits,
-    load_config,
-    load_model,
-    load_tokenizer,
-)
+from ..models import check_model_source, check_tokenizer_fits, load_config, load_model, load_tokenizer
 
 NO_ADAPTER = "none"  # the name under which the base model itself is evaluated among adapters
 # Fields of an adapter_config.json that change no output: where the base was, how it was trained, who wrote it.
-_NOT_OF_THE_OUTPUT = ("base_model_name_or_path", "recipe", "inference_mode", "peft_version", "revision")
-
-# And of a model's configuration, beside those that begin with an underscore; the dtype is a setting of the evaluation.
-_NOT_OF_THE_MODEL = ("transformers_version", "dtype", "torch_dtype", "architectures", "attn_implementation")
+_CHANGE_NO_OUTPUT_OF_ADAPTER = ("base_model_name_or_path", "recipe", "inference_mode", "peft_version", "revision")
+# And of a model's configuration, as do keys that begin with an underscore; the dtype is a setting of the evaluation.
+_CHANGE_NO_OUTPUT_OF_MODEL = ("transformers_version", "dtype", "torch_dtype", "architectures", "attn_implementation")
 
 
 @dataclass
@@ -54,17 +47,6 @@ class Loaded:
     source: str
     identity: str
     selected_on: dict[str, str] = field(default_factory=dict)
-
-
-def load_for_evaluation(
-    model_name_or_path: str | None,
-    adapter: str | None = None,
-    dtype: str = "float32",
-    device: str | None = None,
-    revision: str | None = None,
-) -> Loaded:
-    """Load a model by name, a mask adapter (masked in memory, no merge needed) or a LoRA adapter; see `load_each`."""
-    return next(load_each(model_name_or_path, [adapter] if adapter else [], dtype, device, revision=revision))
 
 
 def load_each(
@@ -93,57 +75,44 @@ def load_each(
     if not adapters and model_name_or_path is not None and holds_adapter(model_name_or_path):
         model_name_or_path, adapters = None, [model_name_or_path]
     adapters = list(adapters) or [NO_ADAPTER]
-    base_name = _base_name(model_name_or_path, adapters)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_device(device)
-    revision = revision or _named_revision(adapters, base_name) or "main"
-    model = load_model(base_name, dtype, revision=revision)
-    fingerprint = model_fingerprint(model)
-    configuration = {**model.config.to_diff_dict(), "generation": model.generation_config.to_diff_dict()}
-    wrapped, kind = None, None
+    base_name, named_revision = _base(model_name_or_path, adapters)
+    revision = revision or named_revision or "main"
+    device = _usable_device(device)
+    base = load_model(base_name, dtype, revision=revision)
+    fingerprint = model_fingerprint(base)
+    configuration = {**base.config.to_diff_dict(), "generation": base.generation_config.to_diff_dict()}
     for number, adapter in enumerate(adapters):
-        new_kind = None if adapter == NO_ADAPTER else _peft_type(adapter)
-        if wrapped is not None and new_kind != kind:  # one PeftModel holds adapters of one kind
-            model, wrapped = wrapped.unload(), None
-            if model_fingerprint(model) != fingerprint:
-                raise RuntimeError(f"taking off an adapter of kind {kind} did not give the base model back")
-        if new_kind is None:
-            tokenizer = load_tokenizer(base_name, chat_template_path, revision=revision)
-        elif wrapped is None:
-            with _one_line(adapter, f"does not fit {base_name!r}"):
-                wrapped = PeftModel.from_pretrained(model, adapter, adapter_name=f"adapter_{number}")
-        else:
-            previous = wrapped.active_adapter
-            with _one_line(adapter, f"does not fit {base_name!r}"):
-                wrapped.load_adapter(adapter, adapter_name=f"adapter_{number}")
-            wrapped.set_adapter(f"adapter_{number}")
-            wrapped.delete_adapter(previous)
-        kind = new_kind
         facts = {"name_or_path": _portable(base_name), "fingerprint": fingerprint}
-        if kind is None:
+        if adapter == NO_ADAPTER:
+            model, identity, selected_on = base, fingerprint, _selected_on(base_name)
+            tokenizer = load_tokenizer(base_name, chat_template_path, revision=revision)
             facts |= _training_facts(base_name)
         else:
+            with _one_line(adapter, f"does not fit {base_name!r}"):
+                model = PeftModel.from_pretrained(base, adapter)
+            sha256 = adapter_sha256(adapter)
+            identity, selected_on = f"{fingerprint}+{sha256}", _selected_on(base_name) | _selected_on(adapter)
             tokenizer = adapter_tokenizer(adapter, base_name, chat_template_path, revision=revision)
-            facts |= {
-                "adapter": _portable(adapter),
-                "adapter_sha256": adapter_sha256(adapter),
-                **_adapter_facts(adapter, kind),
-            }
-        evaluated = model if wrapped is None else wrapped
-        check_tokenizer_fits(evaluated, tokenizer)
+            facts |= {"adapter": _portable(adapter), "adapter_sha256": sha256, **_adapter_facts(adapter)}
+        check_tokenizer_fits(model, tokenizer)
         facts["config_sha256"] = config_sha256(configuration, tokenizer)
-        identity = f"{fingerprint}+{facts['adapter_sha256']}" if kind else fingerprint
-        selected_on = _selected_on(base_name) | ({} if kind is None else _selected_on(adapter))
-        yield Loaded(evaluated.to(device).eval(), tokenizer, facts, base_name, identity, selected_on)
+        yield Loaded(model.to(device).eval(), tokenizer, facts, base_name, identity, selected_on)
+        if model is not base and number + 1 < len(adapters):
+            base = model.unload()
+            if model_fingerprint(base) != fingerprint:
+                raise RuntimeError(f"taking off the adapter {adapter!r} did not give the base model back")
 
 
-def _check_device(device: str) -> None:
-    """Refuse a device that is not here, before a model is loaded for it."""
+def _usable_device(device: str | None) -> str:
+    """The device to run on; one that is not here is refused before a model is loaded for it."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"device {device!r} cannot be used ({first}); name another: cpu, cuda, cuda:1, mps") from None
+        raise UserError(
+            f"device {device!r} cannot be used ({first_line(error)}); name another: cpu, cuda, cuda:1, mps"
+        ) from None
+    return device
 
 
 def no_model(name: str) -> Iterator[Loaded]:
@@ -162,17 +131,20 @@ def load_for_vllm(model_name_or_path: str | None, adapters: Sequence[str] = ()) 
         raise UserError(f"vLLM does not know masks: run maskft merge on {adapters[0]!r}, and name the merged folder")
     if importlib.util.find_spec("vllm") is None:
         raise UserError("backend vllm needs vLLM, which is not installed; run: pip install vllm, or use --backend hf")
-    source = _base_name(model_name_or_path, [])
-    identity = _files_sha256(source) if Path(source).is_dir() else f"{source}@{_revision(source)}"
-    fingerprint = identity if Path(source).is_dir() else None
-    tokenizer = load_tokenizer(source)
+    source, _ = _base(model_name_or_path, [])
+    config, tokenizer = load_config(source), load_tokenizer(source)
+    fingerprint = _folder_sha256(Path(source)) if Path(source).is_dir() else None
     facts = {
         "name_or_path": _portable(source),
         "fingerprint": fingerprint,
-        "config_sha256": config_sha256(load_config(source).to_diff_dict(), tokenizer),
+        "config_sha256": config_sha256(config.to_diff_dict(), tokenizer),
         **_training_facts(source),
     }
+    identity = fingerprint or f"{source}@{getattr(config, '_commit_hash', None)}"
     return iter([Loaded(None, tokenizer, facts, source, identity)])
+
+
+# Identities
 
 
 def model_fingerprint(model) -> str:
@@ -183,26 +155,22 @@ def model_fingerprint(model) -> str:
 
 def config_sha256(configuration: Mapping, tokenizer) -> str:
     """sha256 over what changes outputs in a model's configuration and in its tokenizer, chat template apart."""
-    return digest({"configuration": _of_the_output(configuration), **tokenizer_rules(tokenizer)})
+    return digest({"configuration": _without_unused(configuration), **tokenizer_rules(tokenizer)})
 
 
-def _of_the_output(value):
+def _without_unused(value):
+    """A configuration without the keys that change no output, at every depth."""
     if not isinstance(value, Mapping):
         return value
-    kept = {str(key): _of_the_output(each) for key, each in value.items()}
-    return {key: each for key, each in kept.items() if key not in _NOT_OF_THE_MODEL and not key.startswith("_")}
+    kept = {str(key): _without_unused(each) for key, each in value.items()}
+    return {k: each for k, each in kept.items() if k not in _CHANGE_NO_OUTPUT_OF_MODEL and not k.startswith("_")}
 
 
-def _files_sha256(folder: str) -> str:
+def _folder_sha256(folder: Path) -> str:
     """sha256 over a model folder's weight files and configuration: what vLLM reads, and we do not load."""
     names = ("*.safetensors", "*.bin", "config.json", "generation_config.json")
-    found = sorted(file for name in names for file in Path(folder).glob(name))
+    found = sorted(file for name in names for file in folder.glob(name))
     return digest([[file.name, digest_file(file)] for file in found])
-
-
-def _revision(name: str) -> str | None:
-    """The commit of a hub model."""
-    return getattr(load_config(name), "_commit_hash", None)
 
 
 def adapter_sha256(folder: str) -> str:
@@ -212,49 +180,47 @@ def adapter_sha256(folder: str) -> str:
         # PEFT writes sets, target_modules for one, in no fixed order.
         key: sorted(value, key=str) if isinstance(value, list) else value
         for key, value in config.items()
-        if key not in _NOT_OF_THE_OUTPUT
+        if key not in _CHANGE_NO_OUTPUT_OF_ADAPTER
     }
     weights = b"".join(file.read_bytes() for file in sorted(Path(folder).glob("adapter_model.*")))
     return digest(json.dumps(used, sort_keys=True).encode() + weights)
 
 
-def _base_name(model_name_or_path: str | None, adapters: Sequence[str]) -> str:
-    """The base model's name, and a check of all folders before anything is loaded."""
-    named = {}
-    for adapter in adapters:
-        if adapter == NO_ADAPTER:
-            continue
-        if not holds_adapter(adapter):
-            raise UserError(f"{adapter!r} is not an adapter folder: it has no adapter_config.json")
-        named[adapter] = _peft_config(adapter).base_model_name_or_path
-    if model_name_or_path is not None:
-        check_model_source(model_name_or_path)
-        return model_name_or_path
-    if not named:
+# What folders say
+
+
+def _base(model_name_or_path: str | None, adapters: Sequence[str]) -> tuple[str, str | None]:
+    """The base model, and the revision of it that the adapters were trained on, where they say one.
+
+    Raises:
+        UserError: If a folder is not what it should be, or the adapters belong to different models or revisions.
+    """
+    configs = {adapter: _peft_config(adapter) for adapter in adapters if adapter != NO_ADAPTER}
+    named = {adapter: config.base_model_name_or_path for adapter, config in configs.items()}
+    base = model_name_or_path
+    if base is not None:
+        check_model_source(base)
+    elif len(set(named.values())) > 1:
+        shown = ", ".join(f"{Path(adapter).name}: {name}" for adapter, name in named.items())
+        raise UserError(f"the adapters belong to different base models ({shown}); evaluate them one by one")
+    elif not configs:
         raise UserError("name a model: --model_name_or_path or --adapter")
-    if len(set(named.values())) > 1:
-        raise UserError(
-            "the adapters belong to different base models ("
-            + ", ".join(f"{Path(adapter).name}: {base}" for adapter, base in named.items())
-            + "); evaluate them one by one"
-        )
-    base = next(iter(named.values()))
-    if not base:
-        raise UserError(f"the adapter {next(iter(named))!r} does not name its base model; pass --model_name_or_path")
-    return base
-
-
-def _named_revision(adapters: Sequence[str], base: str) -> str | None:
-    """The revision of ``base`` that the adapters were trained on; None where they do not say or it is another model."""
-    configs = [_peft_config(adapter) for adapter in adapters if adapter != NO_ADAPTER]
-    named = {config.revision for config in configs if config.base_model_name_or_path == base}
-    if len(named) > 1:
-        shown = ", ".join(sorted(str(revision or "the newest") for revision in named))
+    else:
+        base = next(iter(named.values()))
+        if not base:
+            raise UserError(
+                f"the adapter {next(iter(named))!r} does not name its base model; pass --model_name_or_path"
+            )
+    revisions = {config.revision for config in configs.values() if config.base_model_name_or_path == base}
+    if len(revisions) > 1:
+        shown = ", ".join(sorted(str(revision or "the newest") for revision in revisions))
         raise UserError(f"the adapters belong to different revisions of {base!r} ({shown}); evaluate them one by one")
-    return next(iter(named), None)
+    return base, next(iter(revisions), None)
 
 
 def _peft_config(adapter: str) -> PeftConfig:
+    if not holds_adapter(adapter):
+        raise UserError(f"{adapter!r} is not an adapter folder: it has no adapter_config.json")
     with _one_line(adapter, "has no adapter_config.json that PEFT can read"):
         return PeftConfig.from_pretrained(adapter)
 
@@ -272,12 +238,9 @@ def _one_line(adapter: str, problem: str) -> Iterator[None]:
         ) from error
 
 
-def _peft_type(adapter: str) -> str:
+def _adapter_facts(adapter: str) -> dict:
     kind = _peft_config(adapter).peft_type
-    return str(getattr(kind, "value", kind))
-
-
-def _adapter_facts(adapter: str, kind: str) -> dict:
+    kind = str(getattr(kind, "value", kind))
     if kind != "MASK":
         return {"method": kind.lower(), **_training_facts(adapter)}
     config = read_config(adapter)
@@ -288,12 +251,11 @@ def _adapter_facts(adapter: str, kind: str) -> dict:
     }
 
 
-def training_seed(source: str | None) -> int | None:
-    """The training seed that a folder of a model or an adapter tells; None if it tells none."""
-    if source is None or not Path(source).is_dir():
+def training_seed(source: str) -> int | None:
+    """The training seed recorded in a folder of a model or an adapter; None if there is none."""
+    if not Path(source).is_dir():
         return None
-    facts = _adapter_facts(source, _peft_type(source)) if holds_adapter(source) else _training_facts(source)
-    return facts.get("seed")
+    return (_adapter_facts(source) if holds_adapter(source) else _training_facts(source)).get("seed")
 
 
 def _portable(name: str) -> str:
@@ -308,6 +270,7 @@ def _training_facts(folder: str) -> dict:
 
 
 def _selected_on(folder: str) -> dict[str, str]:
+    """Held-out rows that a run measured while it trained: id -> hash of the prompt."""
     return _training(folder).get("data", {}).get("selected_on", {})
 
 

@@ -1,77 +1,58 @@
-"""Evaluate one loaded model on held-out data and benchmarks, and write its result file; a killed run goes on."""
+"""Evaluate one loaded model on held-out data and benchmarks, and write its result file; a killed run is resumed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from .. import files
 from ..data.splits import prompt_digest
 from ..errors import UserError
 from ..results.schema import Result, build_result, read_result, write_result
 from ..runtime import environment
-from .alpaca import ALPACA_EVAL, AlpacaEval, evaluate_alpaca
+from .alpaca import AlpacaEval, check_model, evaluate_alpaca
+from .arguments import ALPACA_EVAL, HELDOUT, EvaluationArguments
 from .heldout import chat_template_hash, evaluate_rows
-from .journal import Journal, Resuming
+from .journal import Journal, Resources, Resuming
 from .load import Loaded
-from .tasks import HELDOUT, check_chat_template, run_task
+from .tasks import check_chat_template, run_task
+
+# Settings that leave every answer as it is, up to rounding, or are kept with each; a killed run may resume with others.
+_CHANGE_NO_ANSWER = ("batch_size", "max_memory_gb", "max_new_tokens", "limit", "alpaca_eval")
+_SETTINGS = (
+    "dtype",
+    "backend",
+    "batch_size",
+    "max_memory_gb",
+    "max_length",
+    "max_new_tokens",
+    "limit",
+    "apply_chat_template",
+)
 
 
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """What shapes the numbers; the ``settings`` of a result file.
-
-    Args:
-        dtype: Of the weights.
-        backend: ``hf`` or ``vllm``.
-        batch_size: Items at one time; None: by ``max_memory_gb``.
-        max_memory_gb: Bound on the memory of a batch, in 10^9 bytes; None: half of what is free.
-        max_length: Truncation of sequences whose loss is measured, in tokens.
-        max_new_tokens: Bound on a held-out answer; benchmarks have their own.
-        limit: First items of each benchmark only.
-        apply_chat_template: None: as each benchmark is published.
-        generate: Whether held-out answers are generated; None: where they can be checked.
-        text_field: Column of plain text data.
-        alpaca_eval: `AlpacaEval.settings`, where that is a task.
-    """
-
-    dtype: str = "float32"
-    backend: str = "hf"
-    batch_size: int | None = None
-    max_memory_gb: float | None = None
-    max_length: int | None = None
-    max_new_tokens: int = 256
-    limit: int | None = None
-    apply_chat_template: bool | None = None
-    generate: bool | None = None
-    text_field: str = "text"
-    alpaca_eval: dict | None = None
-
-    # What leaves every answer as it is, up to rounding, or is kept with each; a killed run may go on with another.
-    _NOT_OF_ANSWERS = ("batch_size", "max_memory_gb", "max_new_tokens", "limit", "alpaca_eval")
-
-    def of_answers(self) -> dict:
-        """The settings that answers depend on."""
-        return {key: value for key, value in asdict(self).items() if key not in self._NOT_OF_ANSWERS}
+def settings_of(options: EvaluationArguments, alpaca: AlpacaEval | None = None) -> dict:
+    """What shapes the numbers: the ``settings`` of a result file."""
+    return {
+        **{name: getattr(options, name) for name in _SETTINGS},
+        "generate": False if options.no_generate else None,
+        "text_field": options.dataset_text_field,
+        "alpaca_eval": alpaca.settings() if alpaca else None,
+    }
 
 
 def evaluate_loaded(
     loaded: Loaded,
     tasks: Mapping[str, Any],
     heldout_rows: Sequence[Mapping] | None,
-    settings: EvaluationSettings,
+    options: EvaluationArguments,
     target: Path,
     name: str,
-    *,
     alpaca: AlpacaEval | None = None,
-    overwrite: bool = False,
-    console: Console | None = None,
 ) -> Result:
     """Evaluate a model on ``tasks`` and, with ``heldout_rows``, on held-out data; write and return the result.
 
@@ -79,62 +60,45 @@ def evaluate_loaded(
         loaded: The model.
         tasks: From ``tasks.load_tasks``.
         heldout_rows: The held-out rows; None: that is not a task.
-        settings: What shapes the numbers.
+        options: How it is evaluated.
         target: The result file. The journal of an unfinished evaluation lies beside it.
         name: Label in tables.
         alpaca: From ``alpaca.load_alpaca``; None: that is not a task.
-        overwrite: Drop the journal of an unfinished evaluation.
-        console: Where progress bars go.
     """
-    check_chat_template(list(tasks), loaded.tokenizer, settings.apply_chat_template)
+    check_chat_template(list(tasks), loaded.tokenizer, options.apply_chat_template)
     if alpaca:
-        alpaca.check_model(loaded)
-    journal = Journal(target.with_name(files.JOURNAL), _journal_settings(loaded, settings), overwrite)
+        check_model(alpaca, loaded.model, loaded.tokenizer)
+    settings = settings_of(options, alpaca)
+    journal = Journal(target.with_name(files.JOURNAL), _journal_settings(loaded, settings), options.overwrite)
+    resources = Resources(options.batch_size, options.max_memory_gb, journal)
     records = {}
     if heldout_rows is not None:
         records[HELDOUT] = evaluate_rows(
             loaded.model,
             loaded.tokenizer,
             heldout_rows,
-            batch_size=settings.batch_size,
-            max_memory_gb=settings.max_memory_gb,
-            max_length=settings.max_length,
-            max_new_tokens=settings.max_new_tokens,
-            generate=settings.generate,
-            text_field=settings.text_field,
-            journal=journal,
-            console=console,
+            resources,
+            max_length=options.max_length,
+            max_new_tokens=options.max_new_tokens,
+            generate=settings["generate"],
+            text_field=options.dataset_text_field,
         )
         _add_selection(records[HELDOUT], loaded, heldout_rows)
     if tasks:
-        # vLLM's requests come back with other arguments than they had, and it likes to have many at one time.
-        lm = Resuming(
-            _backend(loaded, settings, console), journal, slice_size=256 if settings.backend == "vllm" else None
-        )
-        for task_name, task in tasks.items():
-            started = time.perf_counter()
-            record = run_task(
-                lm, task_name, task, limit=settings.limit, apply_chat_template=settings.apply_chat_template
-            )
-            records[task_name] = record | {"time_s": round(time.perf_counter() - started, 1)}
+        lm = _lm(loaded, options, resources)
+    for task_name, task in tasks.items():
+        started = time.perf_counter()
+        record = run_task(lm, task_name, task, limit=options.limit, apply_chat_template=options.apply_chat_template)
+        records[task_name] = record | {"time_s": round(time.perf_counter() - started, 1)}
     if alpaca:
-        records[ALPACA_EVAL] = evaluate_alpaca(
-            loaded,
-            alpaca,
-            name,
-            target.parent,
-            journal,
-            batch_size=settings.batch_size,
-            max_memory_gb=settings.max_memory_gb,
-            console=console,
-        )
-    result = build_result(name, loaded.facts, asdict(settings), records, device=_device_name(loaded.model))
+        records[ALPACA_EVAL] = evaluate_alpaca(loaded.model, loaded.tokenizer, alpaca, name, target.parent, resources)
+    result = build_result(name, loaded.facts, settings, records, device=_device_name(loaded.model))
     write_result(target, result)
     journal.remove()
     return result
 
 
-def finished_result(target: Path, settings: EvaluationSettings, tasks: Iterable[str]) -> Result | None:
+def finished_result(target: Path, settings: Mapping, tasks: Iterable[str]) -> Result | None:
     """The result of an earlier run with these settings and tasks, or None.
 
     Raises:
@@ -143,7 +107,7 @@ def finished_result(target: Path, settings: EvaluationSettings, tasks: Iterable[
     if not target.exists():
         return None
     result = read_result(target)
-    if result["settings"] != asdict(settings) or not set(tasks) <= set(result["tasks"]):
+    if result["settings"] != settings or not set(tasks) <= set(result["tasks"]):
         raise UserError(f"{target} exists, with other settings or tasks; name another output_dir or pass --overwrite")
     return result
 
@@ -160,22 +124,20 @@ def check_same_evaluation(result: Result, target: Path, loaded: Loaded, data: Ma
     Raises:
         UserError: If they are not the same.
     """
-    facts = {key: value for key, value in loaded.facts.items() if key != "config_sha256"}
-    if any(result["model"].get(key) != value for key, value in facts.items()):
-        raise UserError(f"{target} is of another model; name another output_dir or pass --overwrite")
-    configuration = loaded.facts.get("config_sha256")
-    if result["model"].get("config_sha256") not in (None, configuration):  # None: of an earlier version
-        raise UserError(
-            f"{target} is of a model with another configuration or tokenizer; name another output_dir or pass "
-            "--overwrite"
-        )
+    differing = {key for key, value in loaded.facts.items() if result["model"].get(key) != value}
+    template = chat_template_hash(loaded.tokenizer)
+    problem = None
+    if differing == {"config_sha256"}:
+        problem = "is of a model with another configuration or tokenizer"
+    elif differing:
+        problem = "is of another model"
     for task, sha256 in data.items():
-        if result["tasks"][task]["chat_template_hash"] not in (None, chat_template_hash(loaded.tokenizer)):
-            raise UserError(
-                f"{target} has {task} with another chat template; name another output_dir or pass --overwrite"
-            )
+        if result["tasks"][task]["chat_template_hash"] not in (None, template):
+            problem = problem or f"has {task} with another chat template"
         if result["tasks"][task].get("data_sha256") != sha256:
-            raise UserError(f"{target} has {task} on other data; name another output_dir or pass --overwrite")
+            problem = problem or f"has {task} on other data"
+    if problem:
+        raise UserError(f"{target} {problem}; name another output_dir or pass --overwrite")
 
 
 def _device_name(model) -> str:
@@ -196,28 +158,25 @@ def _add_selection(record: dict, loaded: Loaded, rows: Sequence[Mapping]) -> Non
     record |= {"selected_on": ids, "note": ". ".join([*filter(None, [record.get("note")]), note])}
 
 
-def _journal_settings(loaded: Loaded, settings: EvaluationSettings) -> dict:
-    """What all answers depend on, beside the request."""
+def _journal_settings(loaded: Loaded, settings: Mapping) -> dict:
+    """What all answers depend on, apart from the request."""
     generation = {} if loaded.model is None else loaded.model.generation_config.to_diff_dict()
     return {
         "model": loaded.identity,
         "configuration": loaded.facts.get("config_sha256"),
         "chat_template": chat_template_hash(loaded.tokenizer),
-        **settings.of_answers(),
+        **{key: value for key, value in settings.items() if key not in _CHANGE_NO_ANSWER},
         "generation_config": {key: value for key, value in generation.items() if key != "transformers_version"},
         "packages": environment()["packages"],
     }
 
 
-def _backend(loaded: Loaded, settings: EvaluationSettings, console):
+def _lm(loaded: Loaded, options: EvaluationArguments, resources: Resources) -> Resuming:
+    """What lm-eval asks."""
     from ..generation.lm_eval_model import BatchedLM, vllm_model
 
-    if settings.backend == "vllm":
-        return vllm_model(loaded.source, settings.dtype)
-    return BatchedLM(
-        loaded.model,
-        loaded.tokenizer,
-        batch_size=settings.batch_size,
-        max_memory_bytes=None if settings.max_memory_gb is None else settings.max_memory_gb * 1e9,
-        console=console,
-    )
+    if options.backend == "vllm":
+        # It reports answers under other arguments than those of the request, and is fastest with many at one time.
+        return Resuming(vllm_model(loaded.source, options.dtype), resources.journal, slice_size=256)
+    bounds = {"batch_size": resources.batch_size, "max_memory_bytes": resources.max_memory_bytes}
+    return Resuming(BatchedLM(loaded.model, loaded.tokenizer, **bounds), resources.journal)

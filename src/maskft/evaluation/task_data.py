@@ -12,7 +12,7 @@ import datasets
 
 from ..data.registry import MATH_SUBJECTS
 from ..data.sources import read_file
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 ENDINGS = r"\.(jsonl|jsonl\.gz|json|json\.gz|parquet)"
 
@@ -118,6 +118,11 @@ def load_docs(task: str, data_dir: str | Path | None, split: str = "test") -> da
     return datasets.Dataset.from_list(rows)
 
 
+def code_with_tests(row: Mapping, completion: str) -> str:
+    """The program that scores an answer to an item of HumanEval, put together as its own scorer does it."""
+    return f"{row['prompt']}{completion}\n{row['test']}\ncheck({row['entry_point']})"
+
+
 def find_file(task: str, folder: Path, split: str = "test") -> Path:
     """The one file of a benchmark in a folder and its folders.
 
@@ -176,9 +181,8 @@ def _from_hub(source: Source, split: str) -> datasets.Dataset:
     try:
         parts = [datasets.load_dataset(source.hub, config, split=source.splits[split]) for config in source.configs]
     except Exception as error:  # many types: no network, no such name
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the hub did not give {source.hub!r} ({type(error).__name__}: {first}); with the files on this machine, "
-            "name their folder: --data_dir"
+            f"the hub did not give {source.hub!r} ({type(error).__name__}: {first_line(error)}); with the files on "
+            "this machine, name their folder: --data_dir"
         ) from None
     return datasets.concatenate_datasets([part.select_columns(list(source.fields)) for part in parts])

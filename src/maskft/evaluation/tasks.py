@@ -18,23 +18,24 @@ from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
-from ..errors import UserError, did_you_mean
+from ..errors import UserError, did_you_mean, first_line
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
 from ..results.statistics import weighted_mean
 from ..runtime import progress_bar
 from ..sandbox.sandbox import check_confinement, run_many
-from .alpaca import ALPACA_EVAL
+from .arguments import ALPACA_EVAL, HELDOUT
 from .heldout import chat_template_hash
-from .task_data import load_docs
+from .task_data import code_with_tests, load_docs
 
-HELDOUT = "heldout"
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # lm-eval's defaults
 # These instructions of IFEval split text with NLTK's tables; all others need no data.
 _PUNKT_INSTRUCTIONS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+_IFEVAL_METRICS = ("prompt_level_strict", "prompt_level_loose", "inst_level_strict", "inst_level_loose")
 
 
 @dataclass(frozen=True)
@@ -69,32 +70,16 @@ BENCHMARKS = {
         "minerva_math",  # its seven subjects are one task here
         {"math_verify,none": "accuracy", "exact_match,none": "exact_match"},
     ),
-    "humaneval": Benchmark(
-        "humaneval/humaneval.yaml",
-        "humaneval",
-        {"pass_at_1,create_test": "pass_at_1"},
-        id_field="task_id",
-        runs_code=True,
-    ),
-    "humaneval_plus": Benchmark(
-        "humaneval/humaneval_plus.yaml",
-        "humaneval_plus",
-        {"pass_at_1,create_test": "pass_at_1"},
-        id_field="task_id",
-        runs_code=True,
-    ),
+    **{
+        name: Benchmark(
+            f"humaneval/{name}.yaml", name, {"pass_at_1,create_test": "pass_at_1"}, id_field="task_id", runs_code=True
+        )
+        for name in ("humaneval", "humaneval_plus")
+    },
     "ifeval": Benchmark(
         "ifeval/ifeval.yaml",
         "ifeval",
-        {
-            f"{metric},none": metric
-            for metric in (
-                "prompt_level_strict_acc",
-                "prompt_level_loose_acc",
-                "inst_level_strict_acc",
-                "inst_level_loose_acc",
-            )
-        },
+        {f"{name}_acc,none": f"{name}_acc" for name in _IFEVAL_METRICS},
         use_chat_template=True,
         id_field="key",
     ),
@@ -103,7 +88,7 @@ _OTHERS = Benchmark("", "", {})
 
 
 def check_names(names: Sequence[str], include_path: str | None = None) -> None:
-    """Refuse tasks that nobody knows, and say what is missing when lm-eval is not installed.
+    """Refuse unknown tasks, and say what is missing when lm-eval is not installed.
 
     Args:
         names: Of tasks.
@@ -112,7 +97,7 @@ def check_names(names: Sequence[str], include_path: str | None = None) -> None:
     Raises:
         UserError: In both cases, with what to do.
     """
-    if ALPACA_EVAL in names:  # maskft evaluate has it beside these
+    if ALPACA_EVAL in names:  # only maskft evaluate has it
         raise UserError(f"{ALPACA_EVAL} needs a judge and is a task of maskft evaluate alone; see docs/alpaca_eval.md")
     scored = [name for name in names if name != HELDOUT]
     if not scored:
@@ -125,7 +110,7 @@ def check_names(names: Sequence[str], include_path: str | None = None) -> None:
     if include_path is not None and not Path(include_path).expanduser().is_dir():
         raise UserError(f"include_path {include_path!r} is not a folder; name one with lm-eval task YAMLs")
     for name in scored:
-        if name in BENCHMARKS and include_path is not None and name in _own_tasks(include_path):
+        if name in BENCHMARKS and include_path and name in _task_manager(include_path, False).all_tasks:
             raise UserError(
                 f"include_path {include_path!r} holds a task {name}, which is the name of one of maskft; give yours "
                 "another name"
@@ -143,7 +128,6 @@ def load_tasks(
     docs: Mapping[str, Any] | None = None,
     include_path: str | None = None,
     allow_unconfined: bool = False,
-    console=None,
 ) -> dict[str, Any]:
     """Build lm-eval's tasks: name -> task. A group of lm-eval becomes its members.
 
@@ -154,7 +138,6 @@ def load_tasks(
         docs: Items of a benchmark, where they are not those of its test split.
         include_path: Folder with lm-eval task YAMLs of the user's own.
         allow_unconfined: Run model-written code even where it cannot be confined.
-        console: Where progress bars go.
 
     Raises:
         UserError: For every problem with the data.
@@ -164,7 +147,7 @@ def load_tasks(
         if name in BENCHMARKS:
             items = docs[name] if docs and name in docs else load_docs(name, data_dir)
             _check_ids(items, name)
-            tasks[name] = _build(name, items, limit, data_dir, allow_unconfined, console)
+            tasks[name] = _build(name, items, limit, data_dir, allow_unconfined)
         else:
             tasks |= _build_other(name, include_path)
     for task in tasks.values():
@@ -239,37 +222,28 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
         ),
         chat_template_hash=chat_template_hash(lm.tokenizer) if chat else None,
     )
-    return (
-        record
-        | _truncation(lm, task, samples)
-        | {
-            "data_sha256": task_data_sha256(task, limit),
-            "lm_eval_task": benchmark.lm_eval_task or name,
-            "generation_kwargs": task.get_config("generation_kwargs"),
-            "seeds": SEEDS,
-            **({"confinement": ", ".join(sorted(confinement))} if confinement else {}),
-        }
-    )
+    record |= _truncation(lm, task, samples)
+    record |= {
+        "data_sha256": task_data_sha256(task, limit),
+        "lm_eval_task": benchmark.lm_eval_task or name,
+        "generation_kwargs": task.get_config("generation_kwargs"),
+        "seeds": SEEDS,
+    }
+    return record | ({"confinement": ", ".join(sorted(confinement))} if confinement else {})
 
 
 # Building tasks
 
 
-@lru_cache(maxsize=1)
-def _task_manager(include_path: str | None):
+@lru_cache(maxsize=2)
+def _task_manager(include_path: str | None, include_defaults: bool = True):
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include_path and str(Path(include_path).expanduser()))
+    folder = include_path and str(Path(include_path).expanduser())
+    return TaskManager(include_path=folder, include_defaults=include_defaults)
 
 
-@lru_cache(maxsize=1)
-def _own_tasks(include_path: str) -> list[str]:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=str(Path(include_path).expanduser()), include_defaults=False).all_tasks
-
-
-def _build(name: str, docs, limit: int | None, data_dir, allow_unconfined: bool, console):
+def _build(name: str, docs, limit: int | None, data_dir, allow_unconfined: bool):
     import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -299,7 +273,7 @@ def _build(name: str, docs, limit: int | None, data_dir, allow_unconfined: bool,
                 f"task {name} runs model-written code, which cannot be confined here ({confinement.reason}); "
                 "accept that risk with --allow_unconfined_code, or leave the task out"
             )
-        run = partial(_run_code, name=name, allow_unconfined=allow_unconfined, console=console)
+        run = partial(_run_code, name=name, allow_unconfined=allow_unconfined)
         config |= {
             "unsafe_code": False,  # ours is confined
             "filter_list": [{"name": "create_test", "filter": [{"function": "custom", "filter_fn": run}]}],
@@ -309,13 +283,10 @@ def _build(name: str, docs, limit: int | None, data_dir, allow_unconfined: bool,
     return ConfigurableTask(config=config)
 
 
-def _run_code(resps, docs, *, name: str, allow_unconfined: bool, console) -> list[dict]:
-    """Run each item's answer with its tests, as HumanEval's scorer puts them together."""
-    programs = [
-        f"{doc['prompt']}{resp[0]}\n{doc['test']}\ncheck({doc['entry_point']})"
-        for resp, doc in zip(resps, docs, strict=True)
-    ]
-    with progress_bar(console) as progress:
+def _run_code(resps, docs, *, name: str, allow_unconfined: bool) -> list[dict]:
+    """Run each item's answer with its tests."""
+    programs = [code_with_tests(doc, resp[0]) for resp, doc in zip(resps, docs, strict=True)]
+    with progress_bar(None) as progress:
         bar = progress.add_task(f"{name}: running code", total=len(programs))
         ended = run_many(programs, allow_unconfined=allow_unconfined, progress=lambda *_: progress.advance(bar))
     return [{name: getattr(result, name) for name in ("status", "reason", "confinement")} for result in ended]
@@ -325,8 +296,7 @@ def _build_other(name: str, include_path: str | None) -> dict:
     try:
         tasks = _task_manager(include_path).load([name])["tasks"]
     except Exception as error:  # many types: no network, a missing package, ...
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"lm-eval cannot load task {name!r}: {type(error).__name__}: {first}") from None
+        raise UserError(f"lm-eval cannot load task {name!r}: {type(error).__name__}: {first_line(error)}") from None
     for member, task in tasks.items():
         if member in BENCHMARKS:
             raise UserError(
@@ -355,13 +325,9 @@ def _prepare_ifeval(docs, data_dir) -> None:
         raise UserError(
             f"the data of ifeval has the instruction {unknown!r}, which is none of IFEval's; is it its file?"
         )
-    langdetect.DetectorFactory.seed = 0  # it draws at random: one answer could be scored now so, now so
-    if (
-        data_dir
-        and (tables := Path(data_dir).expanduser() / "nltk_data").is_dir()
-        and str(tables) not in nltk.data.path
-    ):
-        nltk.data.path.append(str(tables))
+    langdetect.DetectorFactory.seed = 0  # it draws at random: the same answer could get another score
+    tables = [str(Path(data_dir).expanduser() / "nltk_data")] if data_dir else []
+    nltk.data.path += [folder for folder in tables if folder not in nltk.data.path]
     try:
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError:
@@ -379,21 +345,15 @@ def _without_nltk_downloads() -> Iterator[None]:
     if importlib.util.find_spec("nltk") is None:
         yield
         return
-    import nltk
-
-    download = nltk.download
-    nltk.download = lambda *_, **__: False
-    try:
+    with mock.patch("nltk.download", return_value=False):
         yield
-    finally:
-        nltk.download = download
 
 
 # Records
 
 
 def _truncation(lm, task, samples: Sequence[Mapping]) -> dict:
-    """How many prompts were cut; null where nobody counts: log-likelihoods, and models of lm-eval's own."""
+    """How many prompts were truncated; null where it is not counted: log-likelihoods, and lm-eval's own models."""
     if task.OUTPUT_TYPE != "generate_until" or not hasattr(lm, "num_truncated"):
         return {"num_truncated": None}
     by_id = {sample["doc_id"]: sample["arguments"] for sample in samples}  # a sample for each filter
@@ -401,7 +361,7 @@ def _truncation(lm, task, samples: Sequence[Mapping]) -> dict:
     count = lm.num_truncated(arguments)
     if not count:
         return {"num_truncated": 0}
-    note = f"{count} of {len(arguments)} prompts were longer than the model's context allows and were cut on their left"
+    note = f"{count} of {len(arguments)} prompts were too long for the model's context and were truncated on the left"
     return {"num_truncated": count, "note": note}
 
 
@@ -449,7 +409,7 @@ def _metrics(items: list[dict], summary: Mapping, higher: Mapping, benchmark: Be
             item.pop(name, None)
         stderr = summary.get(f"{metric}_stderr,{filter_name}")
         each = [item.get(f"{metric}_each") for item in items]
-        if all(each):  # a mean over the parts of all items, for which lm-eval has no error: a ratio of two means
+        if all(each):  # a mean over the parts of all items, for which lm-eval has no error
             stderr = weighted_mean([np.mean(parts) for parts in each], [len(parts) for parts in each])[1]
         metrics[name] = {
             "value": _number(value),

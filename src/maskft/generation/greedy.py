@@ -1,13 +1,13 @@
-"""Batched greedy generation: a shared prefix once, every row stops by itself, and its place goes to the next prompt."""
+"""Batched greedy generation: a shared prefix once, every row stops by itself, and its slot goes to the next prompt."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
@@ -39,7 +39,7 @@ def greedy_generate(
     """Continue each prompt greedily until end of text, a stop string, or ``max_new_tokens``.
 
     What the prompts have in common at their beginning is computed once. Finished rows leave the batch, and the next
-    prompts take their places. Models whose attention this does not know are given to ``model.generate``.
+    prompts take their slots. Models whose attention this does not know are given to ``model.generate``.
 
     Args:
         model: A causal language model; put into evaluation mode.
@@ -47,7 +47,7 @@ def greedy_generate(
         prompts: Token ids of each prompt.
         max_new_tokens: Upper bound on generated tokens, > 0.
         batch_size: Prompts at one time; None: as many as ``max_memory_bytes`` allows, at most 64.
-        max_memory_bytes: Bound on the memory of a batch, beside the model; default: half of what is free.
+        max_memory_bytes: Bound on the memory of a batch, in bytes, without the model; default: half of what is free.
         stop_strings: Generation of an item ends at the first of these.
         on_answer: Called with index and text of each prompt when it is done, in the order in which they are.
 
@@ -71,7 +71,7 @@ def greedy_generate(
         longest = max(len(prompt) for prompt in prompts) - shared
         size = batch_size or memory_bound_rows(model, longest, max_new_tokens, max_memory_bytes)
         with _attention(model):
-            _generate_in_places(job, shared, size)
+            _generate_in_slots(job, shared, size)
     return job.out
 
 
@@ -111,7 +111,7 @@ def memory_bound_rows(
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     cached = 2 * config.num_hidden_layers * kv_heads * head_size * itemsize * (num_tokens + max_new_tokens)
     activations = num_tokens * 16 * config.hidden_size * itemsize
-    # Twice: when rows come and go the cache is built anew beside the old one.
+    # Twice: when rows come and go a new cache is built while the old one still exists.
     row = 2 * cached + activations + 3 * 4 * config.vocab_size + extra_row_bytes
     limit = free_memory_bytes(model.device) / 2 if max_memory_bytes is None else max_memory_bytes
     return int(max(1, min(MAX_BATCH_SIZE, limit // row)))
@@ -121,9 +121,7 @@ def free_memory_bytes(device: torch.device) -> int:
     """Memory free for new tensors on ``device``, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as file:
-        return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return psutil.virtual_memory().available
 
 
 @dataclass
@@ -169,7 +167,7 @@ class _Job:
             self.on_answer(index, self.out[index])
 
 
-# In places: every row at its own pace
+# In slots: a row that is done makes room for the next prompt
 
 
 @dataclass
@@ -183,15 +181,15 @@ class _Rows:
     is_done: list[bool]
 
 
-def _generate_in_places(job: _Job, shared: int, batch_size: int) -> None:
+def _generate_in_slots(job: _Job, shared: int, batch_size: int) -> None:
     waiting = [i for batch in length_sorted_batches([len(p) for p in job.prompts], batch_size) for i in batch]
     prefix = None
     if shared:
         prefix, _ = _prefill(job.model, [list(job.prompts[0][:shared])], job.pad_id, None)
     rows: _Rows | None = None
     while waiting or rows:
-        rows = _seat(job, rows, waiting, prefix, shared, batch_size)
-        # Places are filled, and the batch shrinks, an eighth of it at a time: each time the cache is copied once.
+        rows = _fill_slots(job, rows, waiting, prefix, shared, batch_size)
+        # Slots are filled, and the batch shrinks, an eighth of it at a time: each time the cache is copied once.
         while rows and rows.is_done.count(True) <= len(rows.is_done) // 8 and rows.cache.length < rows.cache.capacity:
             if all(rows.is_done):
                 break
@@ -200,8 +198,10 @@ def _generate_in_places(job: _Job, shared: int, batch_size: int) -> None:
             rows = None
 
 
-def _seat(job: _Job, rows: _Rows | None, waiting: list[int], prefix, shared: int, batch_size: int) -> _Rows | None:
-    """Drop the rows that are done, and give their places to prompts from ``waiting``."""
+def _fill_slots(
+    job: _Job, rows: _Rows | None, waiting: list[int], prefix, shared: int, batch_size: int
+) -> _Rows | None:
+    """Drop the rows that are done, and give their slots to prompts from ``waiting``."""
     device = job.model.device
     kept = [r for r, done in enumerate(rows.is_done) if not done] if rows else []
     taken = [waiting.pop(0) for _ in range(min(len(waiting), batch_size - len(kept)))]

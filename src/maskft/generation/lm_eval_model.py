@@ -22,7 +22,7 @@ class BatchedLM(HFLM):
         model: A loaded causal language model.
         tokenizer: Its tokenizer.
         batch_size: Requests at one time; None: what ``max_memory_bytes`` allows.
-        max_memory_bytes: Bound on the memory of a batch, beside the model; default: half of what is free.
+        max_memory_bytes: Bound on the memory of a batch, in bytes, without the model; default: half of what is free.
         console: Where the progress bar goes.
     """
 

@@ -70,7 +70,7 @@ class RowCache(Cache):
             rows: Which rows to keep, int64.
             newcomers: Rows to add.
             width: Tokens of the longest row.
-            spare: Room for so many more tokens.
+            spare: Room for this many more tokens.
         """
         out = RowCache(len(self.layers))
         for index, (layer, target) in enumerate(zip(self.layers, out.layers, strict=True)):

@@ -32,11 +32,6 @@ from ..errors import UserError
 WATCH_INTERVAL_S = 0.05  # how often the memory and CPU time of all of a program's processes are added up
 STOP_PATIENCE_S = 5.0  # from asking the launcher to stop until it is killed; its end takes everything below with it
 MIN_MEMORY_BYTES = 64 * 2**20  # less than the interpreter itself needs
-DEFAULT_CPU_TIME_S = 30.0  # the slowest published solution of HumanEval+ took 9.4 s on a machine busy with other work
-DEFAULT_WALL_TIME_S = 300.0
-DEFAULT_MEMORY_BYTES = 2 * 2**30
-DEFAULT_MAX_PROCESSES = 16
-DEFAULT_MAX_OUTPUT_BYTES = 64 * 2**10
 
 _CHILD = Path(__file__).with_name("child.py")
 _VISIBLE_FILES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom", "/etc/ld.so.cache")
@@ -83,12 +78,25 @@ class SandboxResult:
 
 
 @dataclass(frozen=True)
-class _Limits:
-    cpu_time_s: float = DEFAULT_CPU_TIME_S
-    wall_time_s: float = DEFAULT_WALL_TIME_S
-    memory_bytes: int = DEFAULT_MEMORY_BYTES
-    max_processes: int = DEFAULT_MAX_PROCESSES
-    max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES
+class Limits:
+    """Limits of a program.
+
+    The one that decides about an endless loop is CPU time, which a busy machine does not shorten; the wall limit only
+    ends programs that wait. Output beyond its limit is read and thrown away, so it does not end the program.
+
+    Args:
+        cpu_time_s: CPU seconds, for each process of the program and for all together.
+        wall_time_s: Seconds by the clock.
+        memory_bytes: Address space of each process, and resident memory of all together.
+        max_processes: Processes and threads at one time, the program's own included.
+        max_output_bytes: Bytes kept of each of standard output and standard error.
+    """
+
+    cpu_time_s: float = 30.0  # the slowest published solution of HumanEval+ took 9.4 s on a busy machine
+    wall_time_s: float = 300.0
+    memory_bytes: int = 2 * 2**30
+    max_processes: int = 16
+    max_output_bytes: int = 64 * 2**10
 
     def __post_init__(self) -> None:
         for name in ("cpu_time_s", "wall_time_s"):
@@ -113,7 +121,7 @@ def check_confinement() -> Confinement:
     """
     if sys.platform != "linux":
         return Confinement(False, f"it takes Linux namespaces, and this is {sys.platform}")
-    result = _run("import decimal", _Limits(), confined=True)
+    result = _run("import decimal", Limits(), confined=True)
     if isinstance(result, str):
         hint = ""
         if result.startswith(("unshare", "uid_map", "/proc", "mount:")):
@@ -128,37 +136,9 @@ def check_confinement() -> Confinement:
     return Confinement(True, "user, mount, process, network, IPC, host-name and cgroup namespaces, system-call filter")
 
 
-def run_code(
-    code: str,
-    *,
-    cpu_time_s: float = DEFAULT_CPU_TIME_S,
-    wall_time_s: float = DEFAULT_WALL_TIME_S,
-    memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    max_processes: int = DEFAULT_MAX_PROCESSES,
-    max_output_bytes: int = DEFAULT_MAX_OUTPUT_BYTES,
-    allow_unconfined: bool = False,
-) -> SandboxResult:
-    """Run one Python program confined and say how it ended.
-
-    The limit that decides about an endless loop is CPU time, which a busy machine does not shorten; the wall limit only
-    ends programs that wait. Output beyond ``max_output_bytes`` is read and thrown away, so it does not end the program.
-
-    Args:
-        code: Source of the program. It runs as a module named ``program`` with no standard input; ``__name__`` is not
-            ``"__main__"``, as in HumanEval's own scorer.
-        cpu_time_s: CPU seconds, for each process of the program and for all together.
-        wall_time_s: Seconds by the clock.
-        memory_bytes: Address space of each process, and resident memory of all together.
-        max_processes: Processes and threads at one time, the program's own included.
-        max_output_bytes: Bytes kept of each of standard output and standard error.
-        allow_unconfined: Run the program even where it cannot be confined: with the current user's rights, and with the
-            limits on memory, CPU time, wall time and output only.
-
-    Raises:
-        UserError: If a limit is out of range, or the program cannot be confined and ``allow_unconfined`` is not set.
-    """
-    limits = _Limits(cpu_time_s, wall_time_s, memory_bytes, max_processes, max_output_bytes)
-    return _run_checked(code, limits, confined=_require_confinement(allow_unconfined))
+def run_code(code: str, *, allow_unconfined: bool = False, **limits: Any) -> SandboxResult:
+    """Run one Python program confined and say how it ended; see `run_many`."""
+    return run_many([code], num_workers=1, allow_unconfined=allow_unconfined, **limits)[0]
 
 
 def run_many(
@@ -169,29 +149,39 @@ def run_many(
     allow_unconfined: bool = False,
     **limits: Any,
 ) -> list[SandboxResult]:
-    """Run programs, several at a time.
+    """Run Python programs confined, several at a time, and say how each ended.
 
     Args:
-        programs: Sources.
+        programs: Sources. Each runs as a module named ``program`` with no standard input; ``__name__`` is not
+            ``"__main__"``, as in HumanEval's own scorer.
         num_workers: Programs at one time; the number of usable cores when not given.
         progress: Called in this thread after each program with the number done, the number of all, and its result,
             in the order in which they end.
-        allow_unconfined: As for ``run_code``.
-        **limits: As for ``run_code``.
+        allow_unconfined: Run programs even where they cannot be confined: with the current user's rights, and with the
+            limits on memory, CPU time, wall time and output only.
+        **limits: See `Limits`.
 
     Returns:
         Results in the order of ``programs``.
+
+    Raises:
+        UserError: If a limit is out of range, or programs cannot be confined and ``allow_unconfined`` is not set.
     """
     programs = list(programs)
-    checked_limits = _Limits(**limits)
-    confined = _require_confinement(allow_unconfined)
+    checked_limits, confinement = Limits(**limits), check_confinement()
+    if not confinement.available and not allow_unconfined:
+        raise UserError(
+            f"model-written code cannot be confined on this machine ({confinement.reason}), so it is not run; "
+            "to run it with the rights of the current user, accept that risk with --allow_unconfined_code"
+        )
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if num_workers < 1:
         raise UserError(f"num_workers must be at least 1, got {num_workers}")
     stop = threading.Event()
     with ThreadPoolExecutor(num_workers) as pool:
-        futures = [pool.submit(_run_checked, code, checked_limits, confined=confined, stop=stop) for code in programs]
+        how = {"confined": confinement.available, "stop": stop}
+        futures = [pool.submit(_run_checked, code, checked_limits, **how) for code in programs]
         try:
             for num_done, future in enumerate(as_completed(futures), start=1):
                 result = future.result()
@@ -204,25 +194,14 @@ def run_many(
     return [future.result() for future in futures]
 
 
-def _require_confinement(allow_unconfined: bool) -> bool:
-    """Return whether to confine; raise where it is impossible and the risk was not accepted."""
-    confinement = check_confinement()
-    if not confinement.available and not allow_unconfined:
-        raise UserError(
-            f"model-written code cannot be confined on this machine ({confinement.reason}), so it is not run; "
-            "to run it with the rights of the current user, accept that risk with --allow_unconfined_code"
-        )
-    return confinement.available
-
-
-def _run_checked(code: str, limits: _Limits, *, confined: bool, stop: threading.Event | None = None) -> SandboxResult:
+def _run_checked(code: str, limits: Limits, *, confined: bool, stop: threading.Event) -> SandboxResult:
     result = _run(code, limits, confined=confined, stop=stop)
     if isinstance(result, str):
         raise UserError(f"the program could not be started in the sandbox: {result}")
     return result
 
 
-def _run(code: str, limits: _Limits, *, confined: bool, stop: threading.Event | None = None) -> SandboxResult | str:
+def _run(code: str, limits: Limits, *, confined: bool, stop: threading.Event | None = None) -> SandboxResult | str:
     """Run one program; a string is the reason why it was not started."""
     with (
         tempfile.TemporaryDirectory(prefix="maskft-sandbox-", ignore_cleanup_errors=True) as folder,
@@ -309,7 +288,7 @@ class _Watch:
         self,
         process: subprocess.Popen,
         report_fd: int,
-        limits: _Limits,
+        limits: Limits,
         *,
         num_helpers: int,
         stop: threading.Event | None,
@@ -348,7 +327,7 @@ class _Watch:
                 elif now_s > kill_s:
                     self.process.kill()
             for descriptor in list(selector.get_map()):
-                for _ in range(64):  # what is left in the pipe; an unconfined stray may go on writing for ever
+                for _ in range(64):  # what is left in the pipe; an unconfined leftover process may never stop writing
                     if not self._read(descriptor):
                         break
 

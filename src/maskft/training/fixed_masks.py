@@ -8,7 +8,7 @@ from rich.console import Console
 from ..adapter.mask_set import MaskSet
 from ..adapter.wrap import add_adapter
 from ..errors import UserError
-from ..evaluation.loss import nll_per_item
+from ..evaluation.heldout import nll_per_item
 from ..runtime import peak_memory_bytes
 from ..tuner import adapter_layers
 from ..tuner.codec import encode_mask, mask_info
