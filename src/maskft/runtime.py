@@ -67,14 +67,20 @@ def uses_fsdp() -> bool:
 
 
 def silence() -> None:
-    """Leave warnings and progress bars to the main process."""
+    """Show no progress bars of libraries and no warnings of their futures; other warnings in the main process only."""
+    import logging
+
     import datasets
     import transformers
 
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore", FutureWarning)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    # That it gives the model the tokenizer's special tokens, and how it sorts checkpoints.
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
+    if not is_main():
+        warnings.simplefilter("ignore")
+        transformers.utils.logging.set_verbosity_error()
 
 
 def num_processes() -> int:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from maskft.adapter.mask_set import MaskSet
 from maskft.cli.main import COMMANDS, main
+from maskft.cli.train import option_defaults
 from maskft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
 
 
@@ -58,8 +59,17 @@ def test_help_of_every_command(command, capsys):
         raise SystemExit(0)  # commands that print and return
     out = capsys.readouterr().out
     assert exit_info.value.code == 0 and "usage: maskft" in out
-    if command == "train":
-        assert all(flag in out for flag in ("--mask_sparsity", "--learning_rate", "--dataset_name", "--method"))
+
+
+def test_help_of_train_shows_what_people_set_and_all_on_request(capsys):
+    _, usual, _ = call(["train", "--help"], capsys)
+    lines = usual.splitlines()
+    assert len(lines) < 120 and max(map(len, lines)) <= 100
+    groups = ("model:", "data:", "method:", "mask:", "training:", "evaluation:", "several GPUs:")
+    assert all(group in lines for group in groups)
+    assert {"--mask_sparsity", "--learning_rate", "--dataset_name", "--num_processes"} <= set(usual.split())
+    _, every, _ = call(["train", "--help_all"], capsys)
+    assert all(f"--{name}" in every for name in option_defaults())
 
 
 def test_help_and_import_do_not_import_torch():

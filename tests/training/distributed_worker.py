@@ -11,13 +11,14 @@ import torch.distributed as dist
 from peft import get_peft_model
 from torch.distributed.fsdp import fully_shard
 
+import maskft.training.build
 import maskft.training.train
 import tiny
 from maskft import runtime
 from maskft.cli.train import parse
 from maskft.errors import UserError
 from maskft.training.checkpoints import agreed_mask_fingerprint, trainable_state
-from maskft.training.train import check_processes
+from maskft.training.checks import check_processes
 from maskft.tuner import MaskConfig, adapter_layers, current_masks
 from maskft.tuner.model import base_fingerprint
 from maskft.tuner.scores import Float32ParameterDict
@@ -130,7 +131,7 @@ def refusals():
 
 def nan_on_one_rank(folder):
     """Message of a run whose third training forward is NaN on rank 1, and the step whose model was kept."""
-    load, rank = maskft.training.train.load_model, dist.get_rank()
+    load, rank = maskft.training.build.load_model, dist.get_rank()
 
     def load_and_break(*args, **kwargs):
         model, calls = load(*args, **kwargs), []
@@ -142,9 +143,9 @@ def nan_on_one_rank(folder):
         model.get_input_embeddings().register_forward_hook(hook)
         return model
 
-    maskft.training.train.load_model = load_and_break
+    maskft.training.build.load_model = load_and_break
     message = error_of(lambda: maskft.training.train.train(parse((folder / "arguments").read_text().split("\n"))))
-    maskft.training.train.load_model = load
+    maskft.training.build.load_model = load
     return message
 
 

@@ -1,9 +1,12 @@
 """Training through the command line on a tiny model: every method, resume, and every way it can go wrong."""
 
+import copy
+import dataclasses
 import json
 import math
 import re
 import shutil
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +19,13 @@ from transformers import AutoModelForCausalLM
 import tiny
 from maskft.adapter.mask_set import MaskSet
 from maskft.cli.main import main
+from maskft.cli.train import parse
 from maskft.errors import UserError
 from maskft.files import ADAPTER_WEIGHTS, LAST, TRAINING
+from maskft.training.arguments import TrainingArguments
 from maskft.training.checkpoints import _last_whole_checkpoint, prepare_output_dir
+from maskft.training.record import read_record
+from maskft.training.train import train
 from tiny_tokenizer import tiny_tokenizer
 
 
@@ -69,8 +76,10 @@ def heldout_losses(folder):
 
 @pytest.mark.parametrize("method", ["full", "lora", "mask", "random_mask", "l1_mask", "wanda_mask"])
 def test_every_method_trains_and_saves_what_loads(method, arguments, base, tmp_path, capsys):
+    weights = (base / "model.safetensors").read_bytes()
     status, err = run(arguments(method=method), capsys)
     assert status == 0, err
+    assert (base / "model.safetensors").read_bytes() == weights
     out = tmp_path / "out"
     assert summary(out)["method"] == method
     if method == "full":
@@ -88,12 +97,13 @@ def test_every_method_trains_and_saves_what_loads(method, arguments, base, tmp_p
 
 def test_what_a_run_prints(arguments, capsys, tmp_path):
     _, err = run(arguments(), capsys)
-    text = " ".join(err.split())
+    lines, text = err.splitlines(), " ".join(err.split())
+    assert max(map(len, lines)) <= 80 and "it/s" not in err and "Warning" not in err and "[transformers]" not in err
     assert re.search(r"sparsity 0.10: removes 10 % of [\d,]+ target weights", text)
     assert re.search(r"48 training rows \(\d+ supervised tokens\), 16 held out", text)
     assert re.search(r"\d\+\d=\[\[\d+<\|im_end\|>\]\]", text)
     assert "held-out loss without the mask" in text and "step 0 held-out loss" in text
-    logged = [row for row in summary(tmp_path / "out")["history"] if "loss" in row]
+    logged = [row for row in read_record(tmp_path / "out").summary.history if "loss" in row]
     assert logged and all(
         {"tokens_per_s", "peak_memory_bytes", "mask_removed_share", "mask_flips_per_step", "grad_norm"} <= set(row)
         for row in logged
@@ -166,16 +176,16 @@ def test_a_checkpoint_of_other_processes_is_refused(how, arguments, tmp_path, ca
     run(arguments(), capsys)
     checkpoint = tmp_path / "out" / "checkpoint-4"
     two = SimpleNamespace(output_dir="out", resume_from_checkpoint=how, world_size=2, save_only_model=False)
-    with pytest.raises(UserError, match="was written by one process, and this run has 2; go on with as many"):
+    with pytest.raises(UserError, match="was written by one process, and this run has 2; resume with as many"):
         prepare_output_dir(two)
     state = (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
     (checkpoint / "rng_state_1.pth").write_bytes(state.read_bytes())  # what two processes leave
     status, err = run(arguments(resume_from_checkpoint=how), capsys)
     assert status == 2 and err.count("\n") == 1
-    assert "checkpoint-4' was written by 2 processes, and this run has 1; go on with as many" in err
+    assert "checkpoint-4' was written by 2 processes, and this run has 1; resume with as many" in err
 
 
-def test_a_checkpoint_of_the_model_alone_is_not_gone_on_with(arguments, tmp_path, capsys):
+def test_a_checkpoint_of_the_model_alone_is_not_resumed_from(arguments, tmp_path, capsys):
     """Without optimizer and schedule the rest would be another training: `auto` begins anew, `true` is refused."""
     options = {"max_steps": 4, "save_only_model": True, "keep_last": True, "method": "full"}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -185,7 +195,7 @@ def test_a_checkpoint_of_the_model_alone_is_not_gone_on_with(arguments, tmp_path
     status, err = run(arguments(output_dir=cut, resume_from_checkpoint="true", **options), capsys)
     assert status == 2 and "no checkpoint to resume from" in err and "save_only_model hold no optimizer" in err
     status, err = run(arguments(output_dir=cut, resume_from_checkpoint=cut / "checkpoint-2", **options), capsys)
-    assert status == 2 and "cannot be gone on with, it has no optimizer;" in err
+    assert status == 2 and "cannot be resumed from, it has no optimizer;" in err
     assert run(arguments(output_dir=cut, resume_from_checkpoint="auto", **options), capsys)[0] == 0
     for file in ("model.safetensors", f"{LAST}/model.safetensors"):
         assert (cut / file).read_bytes() == (whole / file).read_bytes()
@@ -227,12 +237,6 @@ def test_several_gpus_without_a_launcher_are_for_what_runs_on_one(arguments, tmp
         assert status == 0, err
     status, err = run(arguments(), capsys)
     assert status == 2 and "this process sees 2 GPUs, which a mask does not share" in err
-
-
-def test_base_weights_do_not_change(arguments, base, tmp_path, capsys):
-    before = (base / "model.safetensors").read_bytes()
-    run(arguments(), capsys)
-    assert (base / "model.safetensors").read_bytes() == before
 
 
 def test_resuming_gives_bitwise_the_uninterrupted_mask(arguments, tmp_path, capsys):
@@ -403,6 +407,8 @@ def cases():
     yield {"match_adapter": "none"}, "match_adapter goes with a fixed mask"
     threshold = {"mask_selection": "threshold", "mask_rank_by": "signed"}
     yield {"method": "l1_mask", **threshold}, "l1_mask removes mask_sparsity of the weights"
+    for name in ("other-model", "missing.jinja"):
+        yield {"chat_template_path": name}, f"chat_template_path '{name}' is no .jinja file"
     yield {"resume_from_checkpoint": "true"}, "there is no checkpoint to resume from"
 
 
@@ -478,7 +484,7 @@ def test_sparsity_above_a_half_warns(arguments, capsys):
     "content,message",
     [
         ("learning_rat: 1", r"unknown key 'learning_rat' \(did you mean 'learning_rate'\?\)"),
-        ("- a\n- b", "must be a list of `name: value` lines"),
+        ("- a\n- b", "must contain a YAML mapping"),
         ("a: [", "is not YAML"),
     ],
 )
@@ -517,8 +523,30 @@ def test_bfloat16_is_the_default_where_the_processor_multiplies_it(has_instructi
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(training_arguments, "multiplies_bfloat16", lambda: has_instructions)
-    assert training_arguments.TrainingArguments(output_dir=str(tmp_path)).bf16 is has_instructions
-    assert training_arguments.TrainingArguments(output_dir=str(tmp_path), bf16=True).bf16 is True
+    assert TrainingArguments(output_dir=str(tmp_path)).bf16 is has_instructions
+    assert TrainingArguments(output_dir=str(tmp_path), bf16=True).bf16 is True
+
+
+def test_a_run_leaves_its_configuration_as_it_was(base, data, tmp_path):
+    words = ["--model_name_or_path", base, "--dataset_name", data, "--output_dir", tmp_path / "out", "--max_steps", 1]
+    words += ["--method", "lora", "--global_batch_size", 8, "--per_device_train_batch_size", 4, "--padding_free", True]
+    config = parse([str(word) for word in [*words, "--max_length", 16, "--bf16", False]])
+    parts = (config.method, config.model, config.data, config.mask, config.training)
+
+    def values():
+        return {spec.name: copy.copy(getattr(part, spec.name)) for part in parts for spec in dataclasses.fields(part)}
+
+    before = values()
+    train(config)
+    assert values() == before
+    recipe = read_record(tmp_path / "out").recipe
+    assert recipe["gradient_accumulation_steps"] == 2 and recipe["max_length"] == 16
+
+
+def test_trls_default_does_not_warn_of_its_old_name(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert TrainingArguments(str(tmp_path), report_to="none").gradient_checkpointing is True
 
 
 @pytest.fixture
@@ -559,10 +587,3 @@ def test_a_base_model_learns_conversations_by_a_template_file(plain_base, conver
         for name in ("base", "mask")
     }
     assert len(hashes) == 1 and None not in hashes
-
-
-@pytest.mark.parametrize("name", ["other-model", "missing.jinja"])
-def test_a_template_that_is_no_file(name, arguments, tmp_path, capsys):
-    status, err = run(arguments(chat_template_path=name), capsys)
-    assert status == 2 and f"chat_template_path '{name}' is no .jinja file" in err
-    assert not (tmp_path / "out").exists()

@@ -98,7 +98,8 @@ def check(recipe, allow_many: bool = False):
 def _parse_run(train, run, command_words) -> None:
     from ..data.arguments import check_sizes
     from ..study.recipe import CURRENT_RATE, PRETRAINED
-    from ..training.method_arguments import MASK_METHODS, check_method, mask_config
+    from ..training.checks import check_method
+    from ..training.method_arguments import MASK_METHODS, mask_config
 
     if run.method.method == PRETRAINED:
         return

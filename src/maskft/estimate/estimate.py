@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from ..data import load_splits
 from ..errors import UserError
-from ..training.arguments import Run, set_accumulation
-from ..training.method_arguments import check_method
+from ..training.arguments import TrainConfig, with_accumulation
+from ..training.checks import check_method
 from .planned_run import PlannedRun
 
 _EIGHT_BIT = "adamw_torch_8bit"
@@ -102,7 +102,7 @@ class Estimate:
 
 
 def estimate(
-    run: Run,
+    run: TrainConfig,
     *,
     sequence_length: int | None = None,
     num_train_rows: int | None = None,
@@ -128,9 +128,10 @@ def estimate(
         UserError: For an unknown model, layers out of range, or a device too small for micro-batch 1.
     """
     check_method(run.method)
-    if device == "cuda" and run.training.is_float32_by_machine:
-        run.training.bf16 = True  # the default of the machine that is asked about
-    set_accumulation(run.training)
+    training = with_accumulation(run.training)
+    if device == "cuda" and training.is_float32_by_machine:
+        training.bf16 = True  # the default of the machine that is asked about
+    run = replace(run, training=training)
     _check_positive(
         sequence_length=sequence_length,
         num_train_rows=num_train_rows,
@@ -193,7 +194,7 @@ def estimate(
     )
 
 
-def _num_steps(run: Run, num_train_rows: int | None) -> int | None:
+def _num_steps(run: TrainConfig, num_train_rows: int | None) -> int | None:
     """Optimizer steps, counted as transformers' Trainer counts them."""
     training = run.training
     if training.max_steps > 0:
@@ -268,13 +269,12 @@ def _remedies(planned: PlannedRun, height: str) -> dict[str, str]:
     return remedies
 
 
-def _compare(run: Run, length: int, device: str, limit: int) -> list[Setting]:
+def _compare(run: TrainConfig, length: int, device: str, limit: int) -> list[Setting]:
     """What fits with the weights in float32 or bfloat16, 32-bit or 8-bit moments, with and without checkpointing."""
     rows = []
     for dtype in ("float32", "bfloat16"):
         for checkpointing in (False, True):
-            variant = copy.copy(run)
-            variant.model, variant.training = copy.copy(run.model), copy.copy(run.training)
+            variant = replace(run, model=copy.copy(run.model), training=copy.copy(run.training))
             variant.model.dtype, variant.training.gradient_checkpointing = dtype, checkpointing
             planned = PlannedRun(variant, length, device)
             for optim in ("adamw_torch_fused", _EIGHT_BIT):

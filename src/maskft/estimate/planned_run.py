@@ -28,10 +28,10 @@ from trl.trainer.utils import add_fused_lm_head
 from ..errors import UserError, did_you_mean
 from ..models import load_config
 from ..runtime import resident_memory_bytes
-from ..training.arguments import Run
+from ..training.arguments import TrainConfig
+from ..training.build import build_model
 from ..training.callbacks import stop_gradient_at_frozen_embeddings
 from ..training.method_arguments import FIXED_MASK_METHODS, MASK_METHODS, mask_config
-from ..training.train import build_model
 from ..tuner.codec import encode_mask
 from ..tuner.config import MaskConfig
 from ..tuner.fixed import random_mask
@@ -83,7 +83,7 @@ class MicroBatch:
 class PlannedRun:
     """A run's model without data: what it keeps in memory and on disk, and what a step of it computes."""
 
-    def __init__(self, run: Run, length: int, device: str):
+    def __init__(self, run: TrainConfig, length: int, device: str):
         self.run, self.length, self.device = run, length, device
         self.process_bytes = resident_memory_bytes() + _TRAINER_BYTES if device == "cpu" else 0
         self.method = run.method.method
@@ -129,8 +129,6 @@ class PlannedRun:
 
     def _prepare(self, model: PreTrainedModel) -> nn.Module:
         """Make trainable what the method trains, as ``build_model`` does, and add the output head."""
-        run = copy.copy(self.run)
-        run.model = copy.copy(run.model)
         head = ("log_probs", "entropy", "is_top1")
         if self.method in MASK_METHODS:
             model.requires_grad_(False)
@@ -143,7 +141,7 @@ class PlannedRun:
             add_fused_lm_head(model, outputs=head)
         else:
             add_fused_lm_head(model, outputs=head)
-            model = build_model(run, model)
+            model = build_model(model, self.run.method, self.run.model, self.run.mask, self.run.training.seed)
         model.train()
         if self.run.training.gradient_checkpointing:
             model.activation_checkpointing_enable(self.run.training.gradient_checkpointing_kwargs)

@@ -1,11 +1,13 @@
-"""What one run is configured by, and what is known of it afterwards."""
+"""What a run is configured by."""
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from trl import ModelConfig, SFTConfig
@@ -15,40 +17,32 @@ from ..errors import UserError
 from .method_arguments import MaskArguments, MethodArguments
 
 
+def _default(name: str, value: Any) -> Any:
+    """TRL's field of this name with another default."""
+    return field(default=value, metadata=SFTConfig.__dataclass_fields__[name].metadata)
+
+
 @dataclass
 class TrainingArguments(SFTConfig):
     """TRL's SFTConfig with the defaults that Mask Fine-Tuning needs: held-out loss from step 0 on, best one kept."""
 
-    output_dir: str | None = field(default="runs/mask", metadata={"help": "Folder of this run; must not hold another."})
-    eval_strategy: str = field(
-        default="steps", metadata={"help": "When held-out loss is measured: steps, epoch or no."}
-    )
-    eval_steps: float | None = field(
-        default=0.1, metadata={"help": "Steps between measurements; below 1: a fraction of all training steps."}
-    )
-    eval_on_start: bool = field(default=True, metadata={"help": "Measure held-out loss before the first step."})
-    save_strategy: str = field(
-        default="steps", metadata={"help": "When a checkpoint is written: steps, epoch, best or no."}
-    )
-    save_steps: float = field(
-        default=0.1, metadata={"help": "Steps between checkpoints; below 1: a fraction of all training steps."}
-    )
-    save_total_limit: int | None = field(
-        default=2,
-        metadata={
-            "help": "Checkpoints kept, the best and the newest among them. With 1 the Trainer deletes the newest at "
-            "the end, and a run that is killed while it saves its result goes on from the best one."
-        },
-    )
-    load_best_model_at_end: bool = field(
-        default=True, metadata={"help": "Keep the best on held-out data, not the last."}
-    )
+    output_dir: str | None = _default("output_dir", "runs/mask")
+    eval_strategy: str = _default("eval_strategy", "steps")
+    eval_steps: float | None = _default("eval_steps", 0.1)
+    eval_on_start: bool = _default("eval_on_start", True)
+    save_strategy: str = _default("save_strategy", "steps")
+    save_steps: float = _default("save_steps", 0.1)
+    # With 1 the Trainer deletes the newest at the end: a run killed while it saves its result resumes from the best.
+    save_total_limit: int | None = _default("save_total_limit", 2)
+    load_best_model_at_end: bool = _default("load_best_model_at_end", True)
     metric_for_best_model: str | None = field(
         default="eval_loss", metadata={"help": "What 'best' means: eval_loss, or eval_TASK_METRIC of eval_tasks."}
     )
-    greater_is_better: bool | None = field(
-        default=None, metadata={"help": "Whether a higher value is better. Default: unless it is a loss."}
-    )
+    logging_nan_inf_filter: bool = _default("logging_nan_inf_filter", False)  # a NaN stops training
+    ddp_find_unused_parameters: bool | None = _default("ddp_find_unused_parameters", False)  # all have a gradient
+    log_level_replica: str = _default("log_level_replica", "error")
+    # "weight decay to 0.0", "linear schedule", "warm-up ratio of 0.03" (appendix A)
+    warmup_steps: float = _default("warmup_steps", 0.03)
     eval_tasks: str | None = field(
         default=None,
         metadata={
@@ -61,9 +55,6 @@ class TrainingArguments(SFTConfig):
     eval_data_dir: str | None = field(
         default=None, metadata={"help": "Folder with the published files of eval_tasks. Default: the hub."}
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN losses in the log. Off: a NaN stops training."}
-    )
     global_batch_size: int | None = field(
         default=None,
         metadata={
@@ -71,14 +62,6 @@ class TrainingArguments(SFTConfig):
             "a multiple of per_device_train_batch_size x processes."
         },
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Whether DDP looks for parameters without a gradient. All have one here."}
-    )
-    log_level_replica: str = field(
-        default="error", metadata={"help": "Log level of processes other than the main one."}
-    )
-    # "weight decay to 0.0", "linear schedule", "warm-up ratio of 0.03" (appendix A)
-    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; below 1: a fraction of all steps."})
 
     def __post_init__(self):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -117,8 +100,8 @@ def multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-@dataclass
-class Run:
+@dataclass(frozen=True)
+class TrainConfig:
     """Everything one run is configured by."""
 
     method: MethodArguments
@@ -126,37 +109,17 @@ class Run:
     data: DataArguments
     mask: MaskArguments
     training: TrainingArguments
-    data_report: dict = field(default_factory=dict)
 
 
-@dataclass
-class TrainingSummary:
-    """What a run did; written to ``training.json``."""
+def with_accumulation(args: TrainingArguments) -> TrainingArguments:
+    """A copy whose accumulation steps give ``global_batch_size``, if that is given, on this many processes.
 
-    method: str
-    start_loss: float | None
-    best_loss: float | None
-    best_step: int | None
-    end_loss: float | None
-    num_steps: int
-    num_epochs: float
-    num_train_tokens: int
-    num_trainable: int
-    num_target_weights: int
-    train_time_s: float
-    peak_memory_bytes: int
-    history: list[dict]
-
-
-def named_revision(run: Run) -> str | None:
-    """The revision of the base model that was asked for; None for the newest."""
-    return None if run.model.model_revision == "main" else run.model.model_revision
-
-
-def set_accumulation(args: TrainingArguments) -> None:
-    """Turn ``global_batch_size``, if given, into the accumulation steps that give it on this many processes."""
+    Raises:
+        UserError: If no number of steps does.
+    """
+    args = copy.copy(args)
     if args.global_batch_size is None:
-        return
+        return args
     per_step = args.per_device_train_batch_size * args.world_size
     if args.global_batch_size < 1 or args.global_batch_size % per_step:
         raise UserError(
@@ -164,3 +127,18 @@ def set_accumulation(args: TrainingArguments) -> None:
             f"{args.per_device_train_batch_size} x {args.world_size} processes = {per_step}"
         )
     args.gradient_accumulation_steps = args.global_batch_size // per_step
+    return args
+
+
+def trainer_arguments(args: TrainingArguments, is_resumed: bool) -> TrainingArguments:
+    """A copy for TRL's trainer, which is given rows that are tokenised and truncated already."""
+    args = copy.copy(args)
+    if args.packing and args.eval_packing is None:
+        args.eval_packing = False  # held-out loss does not depend on how rows are put together
+    if not args.packing:
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        if args.padding_free:
+            args.max_length = None  # TRL would have to cut rows to it, and refuses
+    if is_resumed:
+        args.eval_on_start = False  # it was measured before the first step; the checkpoint knows it
+    return args

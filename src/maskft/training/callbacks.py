@@ -9,73 +9,77 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 
-from .. import runtime
+from .. import files, runtime
 from ..errors import NotFiniteError, UserError
 from ..tuner import MaskConfig, MaskedLinear
 from ..tuner.model import refresh_masks
 from ..tuner.sharded import is_sharded
 from .checkpoints import agreed_mask_fingerprint, save_weights
-from .method_arguments import ADAPTER
+from .method_arguments import ADAPTER, MethodArguments
+
+
+def add_callbacks(
+    trainer: SFTTrainer, method: MethodArguments, tokenizer, console: Console
+) -> tuple[RichProgress, Reference]:
+    """Replace transformers' progress by ours, and add what ``method`` needs."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    progress, reference = RichProgress(console, method.method), Reference(trainer, console)
+    trainer.add_callback(progress)
+    if method.keep_last:
+        trainer.add_callback(KeepLast(trainer, Path(trainer.args.output_dir) / files.LAST, tokenizer))
+    if method.method == "mask":
+        trainer.add_callback(reference)
+    return progress, reference
 
 
 class RichProgress(TrainerCallback):
-    """One bar with step, loss and time left; one line per held-out measurement. Replaces transformers' tqdm bars."""
+    """A bar with step, loss and time left; a line per held-out measurement and, in a log, per logged step."""
 
     def __init__(self, console: Console, label: str):
         self.console, self.label = console, label
-        self._progress: Progress | None = None
-        self._last_loss = ""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(
+            *columns,
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Start the bar."""
-        if not state.is_world_process_zero:
-            return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        self._progress.start()
-        self._bar = self._progress.add_task(self.label, total=state.max_steps, completed=state.global_step)
+        self._bar.start()
+        self._task = self._bar.add_task(self.label, total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Move the bar."""
-        if self._progress:
-            self._progress.update(self._bar, completed=state.global_step, description=f"{self.label}{self._last_loss}")
+        self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Print a held-out measurement, or a step where there is no bar."""
-        if not state.is_world_process_zero or not logs:
-            return
-        held_out = logs.get("eval_loss")
-        if "loss" in logs:
-            self._last_loss = f" loss {float(logs['loss']):.4f}"
-        if held_out is not None:
-            self.console.print(f"  step {state.global_step:>5}  held-out loss {float(held_out):.4f}", highlight=False)
-        elif "loss" in logs and not self.console.is_terminal:
-            extra = f"  flips {logs['mask_flips_per_step']:,}" if "mask_flips_per_step" in logs else ""
-            self.console.print(
-                f"  step {state.global_step:>5}/{state.max_steps}  loss {float(logs['loss']):.4f}  "
-                f"{logs.get('tokens_per_s', 0):.0f} tokens/s{extra}",
-                highlight=False,
-            )
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Remove the bar."""
-        self.close()
+        logs = logs or {}
+        if "eval_loss" in logs:
+            loss = float(logs["eval_loss"])
+            self.console.print(f"  step {state.global_step:>5}  held-out loss {loss:.4f}", highlight=False)
+        elif "loss" in logs:
+            loss = float(logs["loss"])
+            self._bar.update(self._task, description=f"{self.label} loss {loss:.4f}")
+            if not self.console.is_terminal:
+                flips = f"  flips {logs['mask_flips_per_step']:,}" if "mask_flips_per_step" in logs else ""
+                self.console.print(
+                    f"  step {state.global_step:>5}/{state.max_steps}  loss {loss:.4f}  "
+                    f"{logs.get('tokens_per_s', 0):.0f} tokens/s{flips}",
+                    highlight=False,
+                )
 
     def close(self) -> None:
         """Take the bar off the terminal, also after an error."""
-        if self._progress:
-            self._progress.stop()
-            self._progress = None
+        self._bar.stop()
 
 
 class KeepLast(TrainerCallback):
@@ -86,19 +90,23 @@ class KeepLast(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Save after the last step."""
-        if state.global_step >= state.max_steps:
-            config = getattr(self.trainer.model, "peft_config", {}).get(ADAPTER)
-            if isinstance(config, MaskConfig):
-                config.save_scores = False
-            save_weights(self.trainer, self.folder)
-            if isinstance(config, MaskConfig):
-                config.save_scores = True  # the last checkpoint follows, and training may be resumed from it
-            if runtime.is_main():
-                self.tokenizer.save_pretrained(self.folder)
+        if state.global_step < state.max_steps:
+            return
+        config = getattr(self.trainer.model, "peft_config", {}).get(ADAPTER)
+        if isinstance(config, MaskConfig):
+            config.save_scores = False
+        save_weights(self.trainer, self.folder)
+        if isinstance(config, MaskConfig):
+            config.save_scores = True  # the last checkpoint follows, and training may be resumed from it
+        if runtime.is_main():
+            self.tokenizer.save_pretrained(self.folder)
 
 
 class Reference(TrainerCallback):
-    """Measures held-out loss without the mask once the model is spread over the processes, before the first step."""
+    """Measures held-out loss without the mask, which the mask has to beat, before the first step.
+
+    By then the model is spread over the processes.
+    """
 
     def __init__(self, trainer: SFTTrainer, console: Console):
         self.trainer, self.console = trainer, console
@@ -106,22 +114,16 @@ class Reference(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Measure."""
-        self.loss = _unmasked_loss(self.trainer, self.console)
-
-
-def _unmasked_loss(trainer, console: Console) -> float | None:
-    """Held-out loss of the model without the mask: what the mask has to beat."""
-    if trainer.eval_dataset is None or trainer.args.eval_strategy == "no":
-        return None
-    # Not evaluate(): its callbacks would log a metric of another model, before they are told where to log.
-    with trainer.accelerator.unwrap_model(trainer.model).disable_adapter():
-        output = trainer.evaluation_loop(
-            trainer.get_eval_dataloader(), "unmasked", prediction_loss_only=True, metric_key_prefix="unmasked"
-        )
-    trainer._metrics["eval"].clear()
-    loss = output.metrics["unmasked_loss"]
-    console.print(f"  held-out loss without the mask {loss:.4f}", highlight=False)
-    return loss
+        if args.eval_strategy == "no":
+            return
+        # Not evaluate(): its callbacks would log a metric of another model, before they are told where to log.
+        with self.trainer.accelerator.unwrap_model(self.trainer.model).disable_adapter():
+            output = self.trainer.evaluation_loop(
+                self.trainer.get_eval_dataloader(), "unmasked", prediction_loss_only=True, metric_key_prefix="unmasked"
+            )
+        self.trainer._metrics["eval"].clear()
+        self.loss = output.metrics["unmasked_loss"]
+        self.console.print(f"  held-out loss without the mask {self.loss:.4f}", highlight=False)
 
 
 class StepGuard(TrainerCallback):
@@ -134,7 +136,7 @@ class StepGuard(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Check that scores can be ranked and that all processes hold the same masks."""
-        # TRL starts to count anew when training is resumed; transformers' own count travels with the checkpoints.
+        # TRL counts from zero when training is resumed; transformers' own count travels with the checkpoints.
         self.trainer._total_train_tokens = state.num_input_tokens_seen
         self.trainer._window = (time.perf_counter(), state.num_input_tokens_seen)
         for name, parameter in model.named_parameters():

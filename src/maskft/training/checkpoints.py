@@ -23,38 +23,43 @@ _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step
 
 
 def prepare_output_dir(args: SFTConfig) -> str | None:
-    """Check the output folder and return the checkpoint to resume from, if any."""
+    """Check the output folder and return the checkpoint to resume from, if any.
+
+    Raises:
+        UserError: If the folder holds another run, or there is nothing to resume from.
+    """
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
-    resume = args.resume_from_checkpoint
-    if str(resume).lower() == "auto":
-        return _last_whole_checkpoint(folder, args)
-    if resume and str(resume).lower() not in ("true", "1"):
-        if not Path(resume).is_dir():
-            raise UserError(f"resume_from_checkpoint {resume!r} is not a folder")
-        _check_processes(Path(resume), args)
-        if not any(any(Path(resume).glob(pattern)) for pattern in _OPTIMIZER_FILES):
-            raise UserError(
-                f"{str(resume)!r} cannot be gone on with, it has no optimizer; to start anew from its weights, name it "
-                "as the model"
-            )
-        return str(resume)
-    used = folder.is_dir() and any(folder.iterdir())
+    resume = str(args.resume_from_checkpoint or "").lower()
+    if resume not in ("", "auto", "true", "1"):
+        return _named_checkpoint(Path(args.resume_from_checkpoint), args)
     if resume:
         last = _last_whole_checkpoint(folder, args)
-        if last is None:
+        if last is None and resume != "auto":
             hint = "; those of save_only_model hold no optimizer" if args.save_only_model else ""
             raise UserError(
                 f"there is no checkpoint to resume from in {str(folder)!r}{hint}; drop --resume_from_checkpoint"
             )
         return last
-    if used:
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(
-            f"output_dir {str(folder)!r} holds another run; name another folder, or go on with it: "
+            f"output_dir {str(folder)!r} holds another run; name another folder, or resume it: "
             "--resume_from_checkpoint true"
         )
     return None
+
+
+def _named_checkpoint(checkpoint: Path, args: SFTConfig) -> str:
+    if not checkpoint.is_dir():
+        raise UserError(f"resume_from_checkpoint {str(checkpoint)!r} is not a folder")
+    _check_processes(checkpoint, args)
+    if not any(any(checkpoint.glob(pattern)) for pattern in _OPTIMIZER_FILES):
+        raise UserError(
+            f"{str(checkpoint)!r} cannot be resumed from, it has no optimizer; to start from its weights, name it as "
+            "the model"
+        )
+    return str(checkpoint)
 
 
 def _last_whole_checkpoint(folder: Path, args: SFTConfig) -> str | None:
@@ -80,7 +85,7 @@ def _check_processes(checkpoint: Path, args: SFTConfig) -> None:
     if many > args.world_size or (many and is_alone) or (of_one and not is_alone):
         written_by = f"{many} processes" if many else "one process"
         raise UserError(
-            f"{str(checkpoint)!r} was written by {written_by}, and this run has {args.world_size}; go on with as many"
+            f"{str(checkpoint)!r} was written by {written_by}, and this run has {args.world_size}; resume with as many"
         )
 
 

@@ -2,90 +2,140 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl import ModelConfig
 
 from ..adapter.mask_set import MaskSet
-from ..adapter.wrap import add_adapter
+from ..data.prepared import Prepared
 from ..errors import UserError
 from ..evaluation.heldout import nll_per_item
 from ..runtime import peak_memory_bytes
-from ..tuner import adapter_layers
+from ..tuner import MaskedLinear, adapter_layers
 from ..tuner.codec import encode_mask, mask_info
 from ..tuner.fixed import fixed_masks
-from .arguments import Run, TrainingSummary, named_revision
-from .calibration import input_norms
-from .method_arguments import ADAPTER, mask_config
+from .arguments import TrainingArguments
+from .build import with_adapter
+from .method_arguments import ADAPTER, MaskArguments, MethodArguments, mask_config
+from .record import TrainingSummary
 
 
 def make_fixed_mask(
-    run: Run, model, tokenizer, train_set, heldout_set, console: Console
+    model: PreTrainedModel,
+    data: Prepared,
+    method: MethodArguments,
+    mask: MaskArguments,
+    source: ModelConfig,
+    training: TrainingArguments,
+    tokenizer,
+    console: Console,
 ) -> tuple[PeftModel, TrainingSummary]:
-    """Make the mask that ``run`` names.
+    """Make the mask that ``method`` names.
 
-    Args:
-        run: The configuration.
-        model: The base model.
-        tokenizer: Its tokenizer.
-        train_set: Tokenised training rows, which Wanda's norms are taken over.
-        heldout_set: Tokenised held-out rows, which choose the best of several random masks.
-        console: Where to print.
+    Wanda's norms are taken over the training rows; the held-out rows choose the best of several random masks.
 
     Returns:
         The masked model and what was done.
 
     Raises:
-        UserError: If ``num_candidates`` does not fit the method.
+        UserError: If the mask is not one of a given size.
     """
-    method, num_candidates = run.method.method, run.method.num_candidates
-    config = mask_config(run.mask, inference_mode=True)
+    config = mask_config(mask, inference_mode=True)
     if config.selection != "topk":
-        raise UserError(f"mask_selection is {config.selection!r}; {method} removes mask_sparsity of the weights")
-    model = add_adapter(model.to(run.training.device), config, revision=named_revision(run)).eval()
+        raise UserError(f"mask_selection is {config.selection!r}; {method.method} removes mask_sparsity of the weights")
+    model = with_adapter(model.to(training.device), config, source).eval()
     layers = list(adapter_layers(model, ADAPTER).values())
-    counts = None
-    if run.method.match_adapter is not None:
-        learned = MaskSet.from_adapter(run.method.match_adapter)
-        counts = [int((~learned.matching(layer.module_name)).sum()) for layer in layers]
     weights = [layer.get_base_layer().weight.detach() for layer in layers]
+    counts = _counts(method.match_adapter, layers)
     norms = None
-    if method == "wanda_mask":
+    if method.method == "wanda_mask":
         with model.disable_adapter():
-            norms = input_norms(model, layers, train_set["input_ids"], run.method.num_calibration_samples)
+            norms = input_norms(model, layers, data.train["input_ids"], method.num_calibration_samples)
     candidates = []
-    for seed in range(config.mask_seed, config.mask_seed + num_candidates):
-        masks = fixed_masks(method, weights, config.sparsity, config.scope, seed, counts, norms)
+    for seed in range(config.mask_seed, config.mask_seed + method.num_candidates):
+        masks = fixed_masks(method.method, weights, config.sparsity, config.scope, seed, counts, norms)
         coded = [encode_mask(mask) for mask in masks]
-        for layer, code in zip(layers, coded, strict=True):
-            layer.mask_coded[ADAPTER] = code
-        loss = _mean_nll(model, heldout_set, tokenizer, run.training) if num_candidates > 1 else None
+        _set_masks(layers, coded)
+        loss = _mean_nll(model, data.heldout, tokenizer, training) if method.num_candidates > 1 else None
         candidates.append((loss, seed, coded))
-    loss, config.mask_seed, coded = min(candidates, key=lambda candidate: candidate[:2])
-    for layer, code in zip(layers, coded, strict=True):
-        layer.mask_coded[ADAPTER] = code
-    summary = TrainingSummary(
-        method=method,
-        start_loss=None,
+    loss, seed, coded = min(candidates, key=lambda candidate: candidate[:2])
+    _set_masks(layers, coded)
+    model.peft_config[ADAPTER].mask_seed = seed
+    removed, numel = sum(mask_info(code)["num_removed"] for code in coded), sum(weight.numel() for weight in weights)
+    console.print(f"{method.method}: removes {removed:,} of {numel:,} target weights")
+    if method.num_candidates > 1:
+        console.print(f"best of {method.num_candidates} by held-out loss: seed {seed}, {loss:.4f}")
+    return model, TrainingSummary(
+        method=method.method,
         best_loss=loss,
-        best_step=None,
-        end_loss=None,
-        num_steps=0,
-        num_epochs=0.0,
-        num_train_tokens=0,
-        num_trainable=0,
-        num_target_weights=sum(weight.numel() for weight in weights),
-        train_time_s=0.0,
+        num_target_weights=numel,
         peak_memory_bytes=peak_memory_bytes(),
         history=[{"mask_seed": seed, "eval_loss": loss} for loss, seed, _ in candidates if loss is not None],
     )
-    removed = sum(mask_info(code)["num_removed"] for code in coded)
-    console.print(f"{method}: removes {removed:,} of {summary.num_target_weights:,} target weights")
-    if num_candidates > 1:
-        console.print(f"best of {num_candidates} by held-out loss: seed {config.mask_seed}, {loss:.4f}")
-    return model, summary
 
 
-def _mean_nll(model, rows, tokenizer, args) -> float:
+@torch.inference_mode()
+def input_norms(
+    model, layers: Sequence[MaskedLinear], input_ids: Sequence[Sequence[int]], num_samples: int
+) -> list[Tensor]:
+    """L2 norm of every input feature of ``layers`` over all tokens of the first ``num_samples`` rows.
+
+    One pass over the unmasked model; the published method prunes layer by layer and measures each layer behind the
+    pruned ones.
+
+    Args:
+        model: The model, its adapter disabled.
+        layers: The layers that are to be masked.
+        input_ids: Token ids of the rows; no padding, one row per forward pass.
+        num_samples: How many rows to use, at least 1.
+
+    Returns:
+        One float32 tensor per layer, (1, I), or (I, 1) where the weight is stored transposed.
+    """
+    squares = [0.0] * len(layers)
+
+    def add(index: int):
+        def hook(module, args):
+            squares[index] = squares[index] + args[0].detach().reshape(-1, args[0].shape[-1]).float().pow(2).sum(0)
+
+        return hook
+
+    hooks = [layer.get_base_layer().register_forward_pre_hook(add(n)) for n, layer in enumerate(layers)]
+    try:
+        for ids in input_ids[:num_samples]:
+            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    idle = [layer.module_name for layer, total in zip(layers, squares, strict=True) if isinstance(total, float)]
+    if idle:
+        raise UserError(f"no calibration row reached {idle[0]}; leave it out of mask_target_modules, or give more rows")
+    return [
+        total.sqrt()[:, None] if layer.is_transposed else total.sqrt()[None, :]
+        for total, layer in zip(squares, layers, strict=True)
+    ]
+
+
+def _counts(match_adapter: str | None, layers: Sequence[MaskedLinear]) -> list[int] | None:
+    """How many weights the mask in an adapter folder removes from each layer; None without one."""
+    if match_adapter is None:
+        return None
+    learned = MaskSet.from_adapter(match_adapter)
+    return [int((~learned.matching(layer.module_name)).sum()) for layer in layers]
+
+
+def _set_masks(layers: Sequence[MaskedLinear], coded: Sequence[Tensor]) -> None:
+    for layer, code in zip(layers, coded, strict=True):
+        layer.mask_coded[ADAPTER] = code
+
+
+def _mean_nll(model, rows: Dataset, tokenizer, args: TrainingArguments) -> float:
     """Held-out loss in nats per supervised token."""
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
     size = args.per_device_eval_batch_size

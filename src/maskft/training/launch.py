@@ -1,21 +1,25 @@
-"""Start ``maskft train`` in several processes through ``accelerate launch``, with the names of TRL's configurations."""
+"""Several processes: ``accelerate launch`` with the names of TRL's configurations, and what a mask cannot share."""
 
 from __future__ import annotations
 
 import importlib.resources
+import json
 import logging
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..errors import UserError, did_you_mean
-from .launch_checks import check_fsdp, check_zero_stage, zero_stage_of
+from ..runtime import uses_fsdp
 
 # Set in the processes that are launched, so that launch settings of a recipe do not launch again.
 _LAUNCHED = "MASKFT_LAUNCHED"
@@ -32,21 +36,31 @@ def launch_options() -> set[str]:
     return {"accelerate_config", *(option.lstrip("-") for option in options if option.startswith("--"))}
 
 
-def launch(launch_words: list[str], command: list[str], is_mask: bool) -> int:
+def launch(launch_words: Sequence[str], command: Sequence[str]) -> int:
     """Run ``maskft COMMAND`` in the processes that ``launch_words`` describe.
 
     Args:
         launch_words: Options of ``accelerate launch``, and ``--accelerate_config NAME_OR_FILE``.
         command: Words after ``maskft``.
-        is_mask: Whether a mask is to be trained, which cannot be sharded in every way.
 
     Returns:
         The exit status of the process that failed first, or 0. It has printed why.
+
+    Raises:
+        UserError: If accelerate does not start them.
     """
     parser = launch_command_parser()
     parser.error = _refuse
     args = parser.parse_args([*_resolve(launch_words), "--module", "maskft.cli.main", *command])
-    _check(args, is_mask)
+    config = _read_config(args.config_file) if args.config_file else {}
+    ways = (args.multi_gpu, args.use_fsdp, args.use_deepspeed, args.tpu, args.use_megatron_lm)
+    is_alone = config.get("distributed_type") in (None, "NO") and not any(ways) and torch.cuda.device_count() < 2
+    if (args.num_processes or 1) > 1 and is_alone:
+        # accelerate would start one process and say nothing.
+        raise UserError(
+            f"num_processes is {args.num_processes}, but not how they share work: add --accelerate_config fsdp2, or "
+            "multi_gpu (on CPUs too)"
+        )
     os.environ[_LAUNCHED] = "1"
     # The processes print their own errors; torchrun would add a page to each.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
@@ -61,11 +75,6 @@ def launch(launch_words: list[str], command: list[str], is_mask: bool) -> int:
     return 0
 
 
-def _status(code: int) -> int:
-    """Exit status as a shell gives it: 128 and the signal for a process that was killed."""
-    return 128 - code if code < 0 else max(1, code)
-
-
 def config_processes(name: str) -> int:
     """Processes that a configuration starts where nothing else is said.
 
@@ -75,6 +84,15 @@ def config_processes(name: str) -> int:
     words = _resolve(["--accelerate_config", name])
     config = _read_config(words[words.index("--config_file") + 1])
     return 1 if config.get("distributed_type") in (None, "NO") else config.get("num_processes") or 1
+
+
+def _status(code: int) -> int:
+    """Exit status as a shell gives it: 128 and the signal for a process that was killed."""
+    return 128 - code if code < 0 else max(1, code)
+
+
+def _refuse(message: str):
+    raise UserError(f"{message}; see accelerate launch --help")
 
 
 def _read_config(file: str) -> dict:
@@ -87,13 +105,9 @@ def _read_config(file: str) -> dict:
     return config
 
 
-def _refuse(message: str):
-    raise UserError(f"{message}; see accelerate launch --help")
-
-
-def _resolve(words: list[str]) -> list[str]:
+def _resolve(words: Sequence[str]) -> list[str]:
     try:
-        return resolve_accelerate_config_argument(words)
+        return resolve_accelerate_config_argument(list(words))
     except ValueError as error:
         if words[-1] == "--accelerate_config":
             raise UserError("--accelerate_config needs a name or a file") from error
@@ -105,21 +119,52 @@ def _resolve(words: list[str]) -> list[str]:
         ) from error
 
 
-def _check(args, is_mask: bool) -> None:
-    """Refuse what the launched processes would refuse, before they are started."""
-    config = _read_config(args.config_file) if args.config_file else {}
-    kind = config.get("distributed_type")
-    ways = (args.multi_gpu, args.use_fsdp, args.use_deepspeed, args.tpu, args.use_megatron_lm)
-    if (args.num_processes or 1) > 1 and kind in (None, "NO") and not any(ways) and torch.cuda.device_count() < 2:
-        # accelerate would start one process and say nothing.
+# In the launched processes, by what the launcher put into their environment
+
+
+def check_deepspeed(config: str | dict | None = None) -> None:
+    """Refuse ZeRO-3, asked for by the launcher or by ``config``, before anything asks for DeepSpeed itself.
+
+    Args:
+        config: A configuration of DeepSpeed, or its JSON file.
+    """
+    stages = [_zero_stage(config)]
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        stages.append(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"))
+        stages.append(_zero_stage(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")))
+    if "3" in map(str, stages):
         raise UserError(
-            f"num_processes is {args.num_processes}, but not how they share work: add --accelerate_config fsdp2, or "
-            "multi_gpu (on CPUs too)"
+            "ZeRO-3 is not supported: it gathers a parameter only for the module that owns it, and the scores of a "
+            "mask are read by their parent; use --accelerate_config fsdp2, which shards as much"
         )
-    if args.use_deepspeed or kind == "DEEPSPEED":
-        deepspeed = config.get("deepspeed_config") or {}
-        check_zero_stage(args.zero_stage or deepspeed.get("zero_stage"))
-        check_zero_stage(zero_stage_of(args.deepspeed_config_file or deepspeed.get("deepspeed_config_file")))
-    if is_mask and (args.use_fsdp or kind == "FSDP"):
-        fsdp = config.get("fsdp_config") or {}
-        check_fsdp(fsdp.get("fsdp_version", args.fsdp_version), fsdp.get("fsdp_state_dict_type", "FULL_STATE_DICT"))
+
+
+def _zero_stage(config: str | dict | None) -> int | str | None:
+    if isinstance(config, str) and Path(config).is_file():
+        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    stage = config.get("zero_optimization") if isinstance(config, dict) else None
+    return stage.get("stage") if isinstance(stage, dict) else None
+
+
+def check_mask_sharding() -> None:
+    """Refuse ways of sharding that other methods may use and a mask may not: FSDP1, and checkpoints in shards."""
+    if not uses_fsdp():
+        return
+    if os.environ.get("FSDP_VERSION", "1") == "1":
+        raise UserError(
+            "FSDP1 is not supported for masks: it flattens scores and weights into one vector; use --accelerate_config "
+            "fsdp2"
+        )
+    state_dict_type = os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    if state_dict_type.upper() != "FULL_STATE_DICT":
+        raise UserError(
+            f"fsdp_state_dict_type is {state_dict_type}; an adapter is written from gathered scores, so it must be "
+            "FULL_STATE_DICT"
+        )
+
+
+def let_cpu_shard() -> None:
+    """Let accelerate use FSDP2 where there is no accelerator; by itself it would fall back to DDP without a word."""
+    state = PartialState._shared_state
+    if uses_fsdp() and state.get("distributed_type") == DistributedType.MULTI_CPU:
+        state["distributed_type"] = DistributedType.MULTI_GPU

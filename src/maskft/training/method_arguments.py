@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, make_dataclass
 
-from ..errors import UserError
 from ..tuner.config import MaskConfig
 
 ADAPTER = "default"  # the name PEFT gives an adapter, of which a run has one
@@ -106,21 +105,6 @@ class MethodArguments:
     mask_prefix_cache_gb: float = field(
         default=20.0, metadata={"help": "Bound on what mask_prefix_cache keeps for one model, in GB (1e9 bytes)."}
     )
-
-
-def check_method(arguments: MethodArguments) -> None:
-    """Refuse settings of one method that are given with another, and numbers out of range."""
-    method, layers = arguments.method, arguments.partial_layers
-    if layers is not None and method != "full":
-        raise UserError("partial_layers goes with --method full; for a mask use mask_layers_to_transform")
-    if layers and min(layers) < 0:
-        raise UserError(f"partial_layers names layer {min(layers)}; layers are counted from 0")
-    if arguments.match_adapter is not None and method not in FIXED_MASK_METHODS:
-        raise UserError(f"match_adapter goes with a fixed mask ({', '.join(FIXED_MASK_METHODS)}), not with {method}")
-    if arguments.num_candidates < 1 or (arguments.num_candidates > 1 and method != "random_mask"):
-        raise UserError(f"num_candidates is {arguments.num_candidates}; with random_mask it is 1 or more, otherwise 1")
-    if arguments.num_calibration_samples < 1:
-        raise UserError(f"num_calibration_samples is {arguments.num_calibration_samples}; it must be at least 1")
 
 
 def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:

@@ -13,14 +13,19 @@ import fcntl
 import itertools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from rich.console import Console
 from torch import Tensor, nn
+from trl import SFTTrainer
 
 from ..errors import UserError
 from ..files import digest, digest_tensors
+from .method_arguments import MethodArguments
 
 _KEY_BYTES = 16
 
@@ -148,10 +153,51 @@ class PrefixCache:
                 continue  # the last line of a run that was killed
             if offset + length * self.bytes_per_token <= self.num_bytes:
                 index[bytes.fromhex(key)] = (offset, length)
-        # Written anew: a line that points behind a data file that was cut must not come to point at new rows.
+        # Rewritten: a line that points behind a data file that was cut must not come to point at new rows.
         lines = (json.dumps([key.hex(), *place]) + "\n" for key, place in index.items())
         self._index_file.write_text("".join(lines))
         return index
+
+
+@contextmanager
+def cached_prefix(trainer: SFTTrainer, method: MethodArguments, console: Console) -> Iterator[None]:
+    """Train inside: with the prefix cache that ``method`` asks for, if it does."""
+    if method.mask_prefix_cache is None:
+        yield
+        return
+    args = trainer.args
+    _check_fits(trainer)
+    folder = Path(method.mask_prefix_cache)
+    if args.world_size > 1:
+        folder = folder / f"rank-{args.process_index}-of-{args.world_size}"
+    compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    cache = PrefixCache(trainer.model, folder, method.mask_prefix_cache_gb * 1e9, compute_dtype)
+    tokens = sum(len(ids) for rows in (trainer.train_dataset, trainer.eval_dataset) for ids in rows["input_ids"])
+    console.print(
+        f"prefix cache: {len(cache.layers)} frozen layers, {cache.num_bytes / 1e9:.2f} GB kept already, at most "
+        f"{tokens * cache.bytes_per_token / 1e9:.2f} GB for this data (bound {method.mask_prefix_cache_gb:g} GB)",
+        highlight=False,
+    )
+    try:
+        yield
+    finally:
+        console.print(cache.summary(), highlight=False)
+        cache.remove()
+
+
+def _check_fits(trainer: SFTTrainer) -> None:
+    args = trainer.args
+    if args.packing or args.padding_free:
+        raise UserError(
+            "mask_prefix_cache keeps one sequence per row: set packing and padding_free to false, or drop it"
+        )
+    if args.gradient_checkpointing and args.is_reentrant:
+        raise UserError(
+            "mask_prefix_cache needs a prefix without gradient, and reentrant checkpointing sends one through it: set "
+            "use_reentrant to false"
+        )
+    if trainer.is_fsdp_enabled:
+        raise UserError("mask_prefix_cache needs whole layers on every process, FSDP splits them: drop one of the two")
 
 
 def _first_free(folder: Path, name: str):

@@ -10,11 +10,12 @@ from trl import SFTTrainer
 
 from .. import runtime
 from ..data import IGNORED
+from ..errors import NotFiniteError, UserError
 from ..evaluation.during_training import TrainingEvaluation
 from ..runtime import peak_memory_bytes
-from . import launch_checks
 from .callbacks import StepGuard
 from .checkpoints import agreed_masks, trainable_state
+from .launch import let_cpu_shard
 
 
 class MaskSFTTrainer(SFTTrainer):
@@ -31,7 +32,7 @@ class MaskSFTTrainer(SFTTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, also for FSDP on CPUs."""
-        launch_checks.let_cpu_shard()
+        let_cpu_shard()
         super().create_accelerator_and_postprocess()
 
     def training_step(self, *args, **kwargs):
@@ -52,7 +53,7 @@ class MaskSFTTrainer(SFTTrainer):
     def _hide_repeated_rows(self, inputs: dict) -> int:
         """Take the labels off rows that only fill the last batch; returns the number of tokens that count.
 
-        Where processes share the rows, accelerate gives each a whole last batch and begins anew for it. Of the rows of
+        Where processes share the rows, accelerate fills each one's last batch with rows from the start. Of the rows of
         that batch of all processes, in their order, the first ``remainder`` are new: what ``gather_for_metrics`` keeps.
         """
         labels_BT, state = inputs["labels"], self.accelerator.gradient_state
@@ -108,6 +109,21 @@ class MaskSFTTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()  # the main process may still be writing it
         super()._load_best_model()
 
+    def back_to_best(self, error: NotFiniteError) -> str:
+        """Load the best checkpoint after a step that could not be taken; returns why it could not.
+
+        Raises:
+            UserError: If there is no checkpoint yet.
+        """
+        reason = (
+            f"{error} at step {self.state.global_step + 1}: stopped before the update was applied; lower learning_rate "
+            "or check the data"
+        )
+        if self.state.best_model_checkpoint is None:
+            raise UserError(f"{reason}; there was no checkpoint yet") from None
+        self._load_best_model()
+        return reason
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens/s, peak memory and mask metrics to what TRL logs."""
         if "loss" in logs:
@@ -118,5 +134,7 @@ class MaskSFTTrainer(SFTTrainer):
             logs.update(self.mask_metrics)
             self._window = (now, tokens)
         elif "eval_loss" in logs and self.lr_scheduler is not None:
-            logs["learning_rate"] = self._get_learning_rate()  # that of the next step: where a schedule may go on from
+            logs["learning_rate"] = (
+                self._get_learning_rate()
+            )  # that of the next step, from which a schedule may be continued
         super().log(logs, start_time)

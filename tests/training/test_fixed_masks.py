@@ -6,8 +6,7 @@ from peft import get_peft_model
 
 import tiny
 from maskft import MaskConfig
-from maskft.errors import UserError
-from maskft.training.calibration import input_norms
+from maskft.training.fixed_masks import input_norms
 from maskft.tuner import adapter_layers
 
 
@@ -32,8 +31,3 @@ def test_norms_of_the_inputs_of_a_layer(build, transposed):
         assert torch.allclose(norm.reshape(-1), expected, rtol=1e-5)
         assert norm.shape == ((len(expected), 1) if transposed else (1, len(expected)))
     assert not any(layer.get_base_layer()._forward_pre_hooks for layer in layers)
-
-
-def test_no_rows():
-    with pytest.raises(UserError, match="num_calibration_samples is 0"):
-        input_norms(None, [], [], 0)

@@ -1,0 +1,106 @@
+"""The parts of a run: the base model, what of it is trained, and what is measured along the way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
+from rich.console import Console
+from transformers import PreTrainedModel, set_seed
+from trl import ModelConfig, get_peft_config
+
+from ..adapter.wrap import add_adapter
+from ..data.prepared import Prepared
+from ..errors import UserError, did_you_mean
+from ..evaluation.during_training import TASKS, TrainingEvaluation
+from ..models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
+from ..tuner import MaskConfig
+from ..tuner.targets import resolve_targets
+from .arguments import TrainingArguments
+from .method_arguments import ADAPTER, MaskArguments, MethodArguments, mask_config
+
+
+def load_tokenizer_of(source: ModelConfig, training: TrainingArguments):
+    """Tokenizer of the base model, with the chat template that was asked for."""
+    check_model_source(source.model_name_or_path)
+    return load_tokenizer(source.model_name_or_path, training.chat_template_path, revision=source.model_revision)
+
+
+def load_base(args: ModelConfig, tokenizer) -> PreTrainedModel:
+    """Load the base model that ``args`` names; it must have a row for every token of ``tokenizer``."""
+    given = {"revision": args.model_revision, "attn_implementation": args.attn_implementation}
+    kwargs = {key: value for key, value in given.items() if value is not None}
+    model = load_model(args.model_name_or_path, args.dtype, **kwargs)
+    check_tokenizer_fits(model, tokenizer)
+    return model
+
+
+def build_model(model: PreTrainedModel, method: MethodArguments, source: ModelConfig, mask: MaskArguments, seed: int):
+    """Make trainable what the method trains: all weights, some layers, LoRA matrices, or mask scores.
+
+    Args:
+        model: The base model.
+        method: The method and its settings.
+        source: Where the base model came from, and the settings of LoRA.
+        mask: The settings of a mask.
+        seed: Seed of what is drawn, the start of LoRA; the Trainer seeds later.
+    """
+    set_seed(seed)
+    if method.method == "full":
+        model.requires_grad_(True)
+        if method.partial_layers is not None:
+            _train_only_layers(model, method.partial_layers)
+        return model
+    if method.method == "lora":
+        return with_adapter(model, _lora_config(source), source)
+    # Checkpoints carry the scores so that training can be resumed from them; the final adapter does not.
+    return with_adapter(model, mask_config(mask, save_scores=True), source)
+
+
+def with_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelConfig) -> PeftModel:
+    """Add an adapter that names its base model as ``source`` does, and its revision unless it is the newest."""
+    revision = None if source.model_revision == "main" else source.model_revision
+    model = add_adapter(model, config, revision=revision)
+    model.peft_config[ADAPTER].base_model_name_or_path = source.model_name_or_path
+    return model
+
+
+def _lora_config(source: ModelConfig) -> PeftConfig:
+    asked = copy.copy(source)
+    asked.use_peft = True  # TRL makes no configuration without it
+    config = get_peft_config(asked)
+    if config.target_modules is None:
+        config.target_modules = "all-linear"
+    return config
+
+
+def _train_only_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Freeze all but the linear layers a mask of the same decoder layers would have scores for."""
+    config = MaskConfig(layers_to_transform=list(layers), target_modules="all-linear")
+    resolve_targets(config, model)
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if name and check_target_module_exists(config, name):
+            module.weight.requires_grad_(True)
+
+
+def task_evaluation(args: TrainingArguments, data: Prepared, console: Console) -> TrainingEvaluation | None:
+    """What ``eval_tasks`` asks for; the metric that chooses the best must be among what is measured."""
+    names = [name.strip() for name in (args.eval_tasks or "").split(",") if name.strip()]
+    wanted = args.metric_for_best_model or "eval_loss"
+    task = next((task for task in TASKS if wanted.startswith(f"eval_{task}_")), None)
+    if task and task not in names:
+        raise UserError(f"metric_for_best_model is {wanted}; add --eval_tasks {task} to measure it")
+    evaluation = None
+    if names:
+        evaluation = TrainingEvaluation(
+            names, args.eval_limit, args.eval_data_dir, data.train_rows, data.heldout_rows, console=console
+        )
+    known = TrainingEvaluation.metric_names(names)
+    if wanted not in known:
+        raise UserError(
+            f"metric_for_best_model: no {wanted!r}{did_you_mean(wanted, known)}; there are {', '.join(known)}"
+        )
+    return evaluation

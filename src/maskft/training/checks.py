@@ -1,0 +1,72 @@
+"""What is refused before a model is loaded, and before processes begin to wait for each other."""
+
+from __future__ import annotations
+
+from .. import runtime
+from ..errors import UserError
+from .arguments import TrainConfig
+from .launch import check_deepspeed, check_mask_sharding
+from .method_arguments import FIXED_MASK_METHODS, MethodArguments
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse what TRL or torch would do otherwise than is meant, or would refuse after the model is loaded.
+
+    Raises:
+        UserError: For the first mistake.
+    """
+    method, training = config.method.method, config.training
+    check_method(config.method)
+    if method == "mask":
+        check_mask_sharding()
+    check_deepspeed(training.deepspeed)
+    # Fixed masks run on one of them, and preparing data on none.
+    if method == "mask" and not config.data.prepare_only and training.n_gpu > 1:
+        raise UserError(
+            f"this process sees {training.n_gpu} GPUs, which a mask does not share: add --accelerate_config multi_gpu, "
+            "or set CUDA_VISIBLE_DEVICES=0"
+        )
+    if training.eval_packing and runtime.num_processes() > 1:
+        raise UserError("eval_packing with several processes would count held-out rows twice; set it to false")
+    if training.eval_tasks and runtime.uses_fsdp():
+        raise UserError(
+            "eval_tasks generate, which takes whole models, and FSDP splits them: leave eval_tasks out, and measure "
+            "with maskft evaluate"
+        )
+    if config.model.load_in_4bit or config.model.load_in_8bit:
+        raise UserError("a mask needs the model's own weights: load_in_4bit and load_in_8bit are not supported")
+    if config.data.prepare_only and config.data.prepared_data_dir is None:
+        raise UserError("prepare_only has nowhere to put the rows; name a prepared_data_dir")
+
+
+def check_method(args: MethodArguments) -> None:
+    """Refuse settings of one method that are given with another, and numbers out of range."""
+    method, layers = args.method, args.partial_layers
+    if layers is not None and method != "full":
+        raise UserError("partial_layers goes with --method full; for a mask use mask_layers_to_transform")
+    if layers and min(layers) < 0:
+        raise UserError(f"partial_layers names layer {min(layers)}; layers are counted from 0")
+    if args.match_adapter is not None and method not in FIXED_MASK_METHODS:
+        raise UserError(f"match_adapter goes with a fixed mask ({', '.join(FIXED_MASK_METHODS)}), not with {method}")
+    if args.num_candidates < 1 or (args.num_candidates > 1 and method != "random_mask"):
+        raise UserError(f"num_candidates is {args.num_candidates}; with random_mask it is 1 or more, otherwise 1")
+    if args.num_calibration_samples < 1:
+        raise UserError(f"num_calibration_samples is {args.num_calibration_samples}; it must be at least 1")
+
+
+def check_processes(model, train_set, heldout_set) -> None:
+    """Refuse weights that are not there, and processes that do not hold the same thing, before they wait for another.
+
+    Raises:
+        UserError: The same one in every process.
+    """
+    missing = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    for rank, name in enumerate(runtime.gather(missing[0] if missing else None)):
+        if name is not None:
+            raise UserError(f"{name} is still on the meta device on rank {rank}; load or initialise the weights first")
+    runtime.check_same(
+        {name: f"{parameter.dtype}, shape {tuple(parameter.shape)}" for name, parameter in model.named_parameters()},
+        "the models",
+    )
+    counts = {"number of training rows": len(train_set), "number of held-out rows": len(heldout_set)}
+    runtime.check_same({name: f"{count:,}" for name, count in counts.items()}, "the data")

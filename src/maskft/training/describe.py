@@ -1,0 +1,83 @@
+"""What a run prints: resolved numbers before it starts, the verdict when it ends."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from ..data import format_sample, supervised_token_count
+from ..data.prepared import Prepared
+from ..errors import UserError
+from ..tuner import adapter_layers
+from .arguments import TrainingArguments
+from .method_arguments import FIXED_MASK_METHODS, MaskArguments, MethodArguments
+from .record import TrainingSummary
+
+
+def describe(
+    model,
+    tokenizer,
+    data: Prepared,
+    method: MethodArguments,
+    mask: MaskArguments,
+    training: TrainingArguments,
+    console: Console,
+) -> None:
+    """Print the resolved numbers a person checks before a long run.
+
+    Raises:
+        UserError: If the loss would be taken on no token.
+    """
+    supervised = supervised_token_count(data.train)
+    if supervised == 0:
+        raise UserError("no token of the training data is supervised; every label is masked")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    console.print(f"method {method.method}: {trainable:,} trainable parameters")
+    if training.is_float32_by_machine:
+        console.print("computing in float32: this CPU has no bfloat16 instructions (--bf16 true asks for it anyway)")
+    if method.method == "mask":
+        targets = sum(layer.get_base_layer().weight.numel() for layer in adapter_layers(model).values())
+        console.print(mask_line(mask, targets))
+    console.print(
+        f"data: {len(data.train):,} training rows ({supervised:,} supervised tokens), {len(data.heldout):,} held out "
+        f"({supervised_token_count(data.heldout):,} supervised tokens); {batch} sequences per step"
+    )
+    console.print("one sample, supervised text in [[ ]]:", highlight=False)
+    console.print(format_sample(data.train[0], tokenizer), markup=False, highlight=False)
+
+
+def mask_line(mask: MaskArguments, num_target_weights: int) -> str:
+    """The line every run prints about what it removes."""
+    of_weights = f"of {num_target_weights:,} target weights"
+    if mask.mask_selection == "threshold":
+        return f"threshold {mask.mask_threshold:g}: removes what scores below it, {of_weights}"
+    return f"sparsity {mask.mask_sparsity:.2f}: removes {100 * mask.mask_sparsity:g} % {of_weights}"
+
+
+def report(summary: TrainingSummary, folder: str, failure: str | None, console: Console) -> None:
+    """Print what came of the run, and where it is.
+
+    Raises:
+        UserError: If training ended with a ``failure``.
+    """
+    if failure is not None:
+        raise UserError(f"{failure}; the best so far (step {summary.best_step}) is saved in {folder}")
+    start, best, step = summary.start_loss, summary.best_loss, summary.best_step
+    if best is None or summary.method in FIXED_MASK_METHODS:
+        console.print(f"saved to {folder}")
+    elif summary.method != "mask":
+        console.print(
+            f"held-out loss {start:.4f} at the start, best {best:.4f} at step {step}, {summary.end_loss:.4f} at the "
+            f"end; the best is saved in {folder}"
+        )
+    else:
+        verdict = "no mask was found that lowers held-out loss"
+        if best < start:
+            verdict = (
+                f"the mask lowers held-out loss by {start - best:.4f}; whether that holds on new items, maskft "
+                "evaluate and compare tell"
+            )
+        console.print(
+            f"held-out loss {start:.4f} without a mask, best {best:.4f} with it (step {step}): {verdict}. Saved in "
+            f"{folder}"
+        )

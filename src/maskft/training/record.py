@@ -1,0 +1,159 @@
+"""``training.json``: what a run did, how it was made, on what data and which machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+
+from .. import files, runtime
+from ..data.prepared import Prepared
+from ..evaluation.during_training import TrainingEvaluation
+from ..files import FileModel, read_model
+from ..tuner import adapter_layers
+from .arguments import TrainConfig, TrainingArguments
+from .method_arguments import ADAPTER, MASK_METHODS
+from .trainer import MaskSFTTrainer
+
+# Of TRL's hundreds of arguments, those that decide what is learned.
+_RECORDED = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "max_length",
+    "bf16",
+    "seed",
+)
+
+
+class TrainingSummary(FileModel):
+    """What a run did.
+
+    Attributes:
+        method: The method.
+        start_loss: Held-out loss in nats per token before the first step; of a mask: without it.
+        best_loss: Held-out loss of what was saved.
+        best_step: The step it was saved at.
+        end_loss: Held-out loss at the last measurement.
+        num_steps: Optimizer steps.
+        num_epochs: Passes over the training rows.
+        num_train_tokens: Tokens trained on, those without a label included.
+        num_trainable: Parameters that were trained.
+        num_target_weights: Weights a mask could remove; 0 for other methods.
+        train_time_s: Seconds, evaluation included.
+        peak_memory_bytes: Of this process: of the GPU where there is one.
+        history: What was logged, a dict per time.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=True)  # a diverged run is recorded as well
+
+    method: str
+    start_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    end_loss: float | None = None
+    num_steps: int = 0
+    num_epochs: float = 0.0
+    num_train_tokens: int = 0
+    num_trainable: int = 0
+    num_target_weights: int = 0
+    train_time_s: float = 0.0
+    peak_memory_bytes: int
+    history: list[dict[str, Any]]
+
+
+class TrainingRecord(FileModel):
+    """Content of ``training.json``.
+
+    Attributes:
+        summary: What the run did.
+        recipe: How it was trained: what decides the outcome, and every other setting that is not a default.
+        data: What was read and what became of it, and the rows that chose the checkpoint.
+        environment: Versions and machine.
+    """
+
+    summary: TrainingSummary
+    recipe: dict[str, Any]
+    data: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def read_record(folder: str | Path) -> TrainingRecord:
+    """The record of the run in ``folder``.
+
+    Raises:
+        UserError: If the file is not a record.
+    """
+    file = Path(folder) / files.TRAINING
+    return read_model(TrainingRecord, json.loads(file.read_text()), file)
+
+
+def make_record(
+    config: TrainConfig,
+    training: TrainingArguments,
+    summary: TrainingSummary,
+    data: Prepared,
+    evaluation: TrainingEvaluation | None,
+) -> TrainingRecord:
+    """The record of a run; ``training`` are its arguments with the accumulation steps that were taken."""
+    recipe = {"method": config.method.method, "model_name_or_path": config.model.model_name_or_path}
+    for group in (config.data, config.mask, config.method):
+        for name, spec in type(group).__dataclass_fields__.items():
+            value = getattr(group, name)
+            if value is not None and value != spec.default and name not in ("prepared_data_dir", "prepare_only"):
+                recipe[name] = value
+    recipe |= {name: getattr(training, name) for name in _RECORDED}
+    recipe |= {"best_step": summary.best_step, "best_heldout_loss": summary.best_loss}
+    selected = {} if evaluation is None else {"selected_on": evaluation.selected_on}
+    return TrainingRecord(
+        summary=summary,
+        recipe={name: _plain(value) for name, value in recipe.items()},
+        data={**data.report["counts"], **selected},
+        environment=runtime.environment(),
+    )
+
+
+def summarise(trainer: MaskSFTTrainer, method: str, seconds: float, reference_loss: float | None) -> TrainingSummary:
+    """Sum up a run that has ended.
+
+    Args:
+        trainer: What trained.
+        method: The method.
+        seconds: How long it took.
+        reference_loss: Held-out loss without the mask; None for other methods.
+    """
+    state, model = trainer.state, trainer.model
+    losses = {row["step"]: row["eval_loss"] for row in state.log_history if "eval_loss" in row}
+    best_step = next(reversed(losses), None)
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        best_step = int(str(state.best_model_checkpoint).rpartition("-")[2])
+    layers = adapter_layers(model, ADAPTER) if method in MASK_METHODS else {}
+    return TrainingSummary(
+        method=method,
+        start_loss=reference_loss if reference_loss is not None else next(iter(losses.values()), None),
+        best_loss=losses.get(best_step),
+        best_step=best_step,
+        end_loss=next(reversed(losses.values()), None),
+        num_steps=state.global_step,
+        num_epochs=round(state.epoch or 0.0, 4),
+        num_train_tokens=int(trainer._total_train_tokens),
+        num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_target_weights=sum(layer.get_base_layer().weight.numel() for layer in layers.values()),
+        train_time_s=round(seconds, 1),
+        peak_memory_bytes=runtime.peak_memory_bytes(),
+        history=state.log_history,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """An enum as its value, and a path as its last part: a recipe is shared, folders are not."""
+    value = getattr(value, "value", value)
+    return Path(value).name if isinstance(value, str) and files.is_there(value) else value
