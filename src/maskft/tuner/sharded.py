@@ -3,7 +3,7 @@
 Scores and weights are DTensors sharded by rows (``Shard(0)``). Ranks agree on the cut by summing counts of score bits,
 so no score leaves its rank. Each rank then masks its own rows of the weight in place, keeping what was there, and
 FSDP's all-gather, which every frozen weight goes through anyway, carries the masked weight: masking adds no traffic to
-it. The raw gradient is reduce-scattered once per optimizer step and multiplied by the local weight.
+it. The gradient of the masked weight is reduce-scattered in every backward pass and multiplied by the local weight.
 
 Nothing here runs unless scores are DTensors.
 
