@@ -51,13 +51,13 @@ class _RegisterWithPeft(MetaPathFinder):
 
             def execute_and_register(module):
                 execute(module)
-                importlib.import_module(".tuner", __name__)
+                importlib.import_module(f"{__name__}.tuner")
 
             spec.loader.exec_module = execute_and_register
         return spec
 
 
 if "peft" in sys.modules:
-    importlib.import_module(".tuner", __name__)
+    importlib.import_module(f"{__name__}.tuner")
 else:
     sys.meta_path.insert(0, _RegisterWithPeft())

@@ -83,7 +83,8 @@ def prepare(
     runtime.decided_by_main(lambda: _keep(folder, args, tokenizer, how))
     # On another machine, without a shared disk, the main process's is not there.
     _keep(folder, args, tokenizer, how)
-    return Prepared(*(load_from_disk(folder / each) for each in _SETS), json.loads((folder / _REPORT).read_text()))
+    sets = (load_from_disk(folder / each) for each in _SETS)
+    return Prepared(*sets, report=json.loads((folder / _REPORT).read_text()))
 
 
 def _prepare(args: DataArguments, tokenizer, how: Mapping[str, Any]) -> Prepared:

@@ -62,15 +62,16 @@ def build_model(model: PreTrainedModel, method: MethodArguments, source: ModelCo
 def with_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelConfig) -> PeftModel:
     """Add an adapter that names its base model as ``source`` does, and its revision unless it is the newest."""
     revision = None if source.model_revision == "main" else source.model_revision
-    model = add_adapter(model, config, revision=revision)
-    model.peft_config[ADAPTER].base_model_name_or_path = source.model_name_or_path
-    return model
+    adapted = add_adapter(model, config, revision=revision)
+    adapted.peft_config[ADAPTER].base_model_name_or_path = source.model_name_or_path
+    return adapted
 
 
 def _lora_config(source: ModelConfig) -> PeftConfig:
     asked = copy.copy(source)
-    asked.use_peft = True  # TRL makes no configuration without it
+    asked.use_peft = True
     config = get_peft_config(asked)
+    assert config is not None  # TRL makes none only without use_peft
     if config.target_modules is None:
         config.target_modules = "all-linear"
     return config

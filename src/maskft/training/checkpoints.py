@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -154,7 +154,7 @@ def agreed_masks(model):
             raise RuntimeError(f"the saved masks ({saved[:12]}) are not those trained with ({agreed[:12]})")
 
 
-def trainable_state(model) -> dict[str, torch.Tensor]:
+def trainable_state(model) -> dict[str, Any]:
     """What an FSDP2 checkpoint holds, gathered into the memory of the main process; all processes must call it.
 
     The frozen weights of a model with an adapter are left out.

@@ -49,29 +49,29 @@ def make_fixed_mask(
     config = mask_config(mask, inference_mode=True)
     if config.selection != "topk":
         raise UserError(f"mask_selection is {config.selection!r}; {method.method} removes mask_sparsity of the weights")
-    model = with_adapter(model.to(training.device), config, source).eval()
-    layers = list(adapter_layers(model, ADAPTER).values())
+    masked = with_adapter(model.to(training.device), config, source).eval()
+    layers = list(adapter_layers(masked, ADAPTER).values())
     weights = [layer.get_base_layer().weight.detach() for layer in layers]
     counts = _counts(method.match_adapter, layers)
     norms = None
     if method.method == "wanda_mask":
-        with model.disable_adapter():
-            norms = input_norms(model, layers, data.train["input_ids"], method.num_calibration_samples)
+        with masked.disable_adapter():
+            norms = input_norms(masked, layers, data.train["input_ids"], method.num_calibration_samples)
     candidates = []
     for seed in range(config.mask_seed, config.mask_seed + method.num_candidates):
         masks = fixed_masks(method.method, weights, config.sparsity, config.scope, seed, counts, norms)
         coded = [encode_mask(mask) for mask in masks]
         _set_masks(layers, coded)
-        loss = _mean_nll(model, data.heldout, tokenizer, training) if method.num_candidates > 1 else None
+        loss = _mean_nll(masked, data.heldout, tokenizer, training) if method.num_candidates > 1 else None
         candidates.append((loss, seed, coded))
     loss, seed, coded = min(candidates, key=lambda candidate: candidate[:2])
     _set_masks(layers, coded)
-    model.peft_config[ADAPTER].mask_seed = seed
+    masked.peft_config[ADAPTER].mask_seed = seed
     removed, numel = sum(mask_info(code)["num_removed"] for code in coded), sum(weight.numel() for weight in weights)
     console.print(f"{method.method}: removes {removed:,} of {numel:,} target weights")
     if method.num_candidates > 1:
         console.print(f"best of {method.num_candidates} by held-out loss: seed {seed}, {loss:.4f}")
-    return model, TrainingSummary(
+    return masked, TrainingSummary(
         method=method.method,
         best_loss=loss,
         num_target_weights=numel,

@@ -82,7 +82,8 @@ def load_data(
         "num_proc": training.dataset_num_proc,
     }
     if splits is not None:
-        return Prepared(*splits, *(tokenize_dataset(rows, tokenizer, **how) for rows in splits), {"counts": {}})
+        tokenized = (tokenize_dataset(rows, tokenizer, **how) for rows in splits)
+        return Prepared(*splits, *tokenized, report={"counts": {}})
     data = prepare(args, tokenizer, **how)
     console.print(f"data: {data.report['text']}", highlight=False)
     return data
