@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one line that says what is wrong, the value, and what to do."""
+"""Errors that the user can fix: one line that says what is wrong, the value, and what to do."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ def _check_restored(model: nn.Module, adapter_name: str, loaded: dict[str, Tenso
     different = [name for name, mask in loaded.items() if not torch.equal(restored[name].cpu(), mask)]
     if different:
         raise UserError(
-            f"training cannot go on from the mask of {listed(different)} without the scores it was made from; save it "
+            f"training cannot resume from the mask of {listed(different)} without the scores it was made from; save it "
             "with MaskConfig(save_scores=True), or load it for inference"
         )
 
