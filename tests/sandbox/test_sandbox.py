@@ -577,8 +577,6 @@ def test_interrupt_does_not_wait_for_running_programs() -> None:
 def test_bad_limits(limits: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run_code("print(1)", **limits)
-    with pytest.raises(UserError, match=message):
-        run_many(["print(1)"], **limits)
 
 
 def test_no_workers() -> None:

@@ -73,7 +73,7 @@ def load_each(
         UserError: If a folder is not what it should be, or the adapters belong to different base models.
     """
     if not adapters and model_name_or_path is not None and holds_adapter(model_name_or_path):
-        model_name_or_path, adapters = None, [model_name_or_path]
+        adapters, model_name_or_path = [model_name_or_path], None
     adapters = list(adapters) or [NO_ADAPTER]
     base_name, named_revision = _base(model_name_or_path, adapters)
     revision = revision or named_revision or "main"

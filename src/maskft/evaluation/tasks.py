@@ -222,14 +222,15 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
         ),
         chat_template_hash=chat_template_hash(lm.tokenizer) if chat else None,
     )
-    record |= _truncation(lm, task, samples)
-    record |= {
+    return {
+        **record,
+        **_truncation(lm, task, samples),
         "data_sha256": task_data_sha256(task, limit),
         "lm_eval_task": benchmark.lm_eval_task or name,
         "generation_kwargs": task.get_config("generation_kwargs"),
         "seeds": SEEDS,
+        **({"confinement": ", ".join(sorted(confinement))} if confinement else {}),
     }
-    return record | ({"confinement": ", ".join(sorted(confinement))} if confinement else {})
 
 
 # Building tasks
