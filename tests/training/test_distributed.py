@@ -132,6 +132,8 @@ def test_two_processes_give_the_mask_of_one(config, arguments, one_process, tmp_
     check_equal(out, one_process)
     for line in ("held-out loss without the mask", "one sample, supervised text", "step     0  held-out loss"):
         assert result.stderr.count(line) == 1, line  # one process speaks
+    for debris in ("FutureWarning", "it/s", "Tokenizing", "[transformers]"):
+        assert debris not in result.stderr
     checkpoint = sorted(path.name for path in (out / "checkpoint-4").iterdir())
     assert ("optimizer.bin" in checkpoint) == (config == "fsdp2") and "rng_state_1.pth" in checkpoint
 

@@ -9,9 +9,6 @@ Shapes: B rows, T tokens, D hidden size.
 
 from __future__ import annotations
 
-import fcntl
-import itertools
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +24,6 @@ from ..errors import UserError
 from ..files import digest, digest_tensors
 from .method_arguments import MethodArguments
 
-_KEY_BYTES = 16
-
 
 class PrefixCache:
     """Wraps the prefix of a model; :meth:`remove` undoes it.
@@ -36,10 +31,10 @@ class PrefixCache:
     Args:
         model: A causal language model, possibly with adapters; what is trained must be marked ``requires_grad``.
         folder: Where the outputs are kept; may hold those of other runs and models.
-        max_bytes: Bound on this model's file; rows beyond it are computed every time.
+        max_bytes: Bound on what is kept for this model; rows beyond it are computed every time.
         compute_dtype: Dtype of autocast, or None without it; outputs of different dtypes are kept apart.
 
-    Runs at one time each have a file of their own: a run takes the first that is free, with what is in it.
+    A row is a file, which is there whole or not at all, so that runs may share a folder and may be killed.
 
     Raises:
         UserError: If the prefix is not frozen or has dropout.
@@ -48,26 +43,19 @@ class PrefixCache:
     def __init__(self, model: nn.Module, folder: str | Path, max_bytes: float, compute_dtype: torch.dtype | None):
         self.decoder, self.layers = _frozen_prefix(model)
         self.max_bytes, self.num_hits, self.num_rows = max_bytes, 0, 0
-        self._keys: list[bytes | None] = []
+        self._rows: list[tuple[str, int]] = []
         self._hidden_BTD: Tensor | None = None
         # Whether a layer returns a tuple is seen when the prefix runs first; until then no row is taken from here.
         self._returns_tuple: bool | None = None
-        name = _fingerprint(self.decoder, self.layers, compute_dtype)
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._data = _first_free(folder, name)
-        self._index_file = Path(self._data.name).with_suffix(".index")
+        self._folder = Path(folder) / _fingerprint(self.decoder, self.layers, compute_dtype)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self._folder) if "." not in entry.name}
+        self._known, self.num_bytes = set(sizes), sum(sizes.values())
         self._width = self.decoder.get_input_embeddings().weight.shape[1]
-        self._index = self._read_index()
         self._forwards = [layer.forward for layer in self.layers]
         for position, layer in enumerate(self.layers):
             layer.forward = self._wrapped(position)
         self._hook = self.decoder.register_forward_pre_hook(self._before_batch, with_kwargs=True)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes kept."""
-        return os.fstat(self._data.fileno()).st_size
 
     @property
     def bytes_per_token(self) -> int:
@@ -81,21 +69,20 @@ class PrefixCache:
         return f"prefix cache: {share:.0%} of rows came from it, {self.num_bytes / 1e9:.2f} GB kept{full}"
 
     def remove(self) -> None:
-        """Let the layers run as before, and close the file."""
+        """Let the layers run as before."""
         self._hook.remove()
         for layer in self.layers:
             del layer.forward
-        self._data.close()
 
     def _before_batch(self, module, args, kwargs) -> None:
         ids_BT = kwargs.get("input_ids", args[0] if args else None)
-        self._keys = _row_keys(ids_BT, kwargs.get("attention_mask"))
-        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") or not self._keys:
-            self._keys, self._hidden_BTD = [], None
+        self._rows = _row_files(ids_BT, kwargs.get("attention_mask"))
+        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") or not self._rows:
+            self._rows, self._hidden_BTD = [], None
             return
-        self.num_rows += len(self._keys)
-        known = self._returns_tuple is not None and all(key in self._index for key in self._keys)
-        self.num_hits += len(self._keys) * known
+        self.num_rows += len(self._rows)
+        known = self._returns_tuple is not None and self._known.issuperset(name for name, _ in self._rows)
+        self.num_hits += len(self._rows) * known
         self._hidden_BTD = self._read(ids_BT) if known else None
 
     def _wrapped(self, position: int):
@@ -106,7 +93,7 @@ class PrefixCache:
                 hidden_BTD = self._hidden_BTD.to(hidden_BTD.dtype) if position == 0 else hidden_BTD
                 return (hidden_BTD,) if self._returns_tuple else hidden_BTD
             out = forward(hidden_BTD, *args, **kwargs)
-            if not last or not self._keys:
+            if not last or not self._rows:
                 return out
             self._returns_tuple = isinstance(out, tuple)
             hidden_BTD, *rest = out if self._returns_tuple else (out,)
@@ -120,43 +107,21 @@ class PrefixCache:
 
     def _read(self, ids_BT: Tensor) -> Tensor:
         hidden_BTD = torch.zeros(*ids_BT.shape, self._width, dtype=torch.bfloat16)
-        for row, key in enumerate(self._keys):
-            offset, length = self._index[key]
-            data = bytearray(os.pread(self._data.fileno(), length * self.bytes_per_token, offset))
+        for row, (name, length) in enumerate(self._rows):
+            data = bytearray((self._folder / name).read_bytes())
             hidden_BTD[row, :length] = torch.frombuffer(data, dtype=torch.bfloat16).view(length, self._width)
         return hidden_BTD.to(ids_BT.device)
 
     def _write(self, hidden_BTD: Tensor) -> None:
-        rows_BTD = hidden_BTD.cpu().contiguous()
-        lines = []
-        for row_TD, key in zip(rows_BTD, self._keys, strict=True):
-            length = _length(key)
-            offset, size = self.num_bytes, length * self.bytes_per_token
-            if key in self._index or offset + size > self.max_bytes:
+        for row_TD, (name, length) in zip(hidden_BTD.cpu(), self._rows, strict=True):
+            size = length * self.bytes_per_token
+            if name in self._known or self.num_bytes + size > self.max_bytes:
                 continue
-            self._data.write(row_TD[:length].view(torch.int16).numpy().tobytes())
-            self._data.flush()
-            self._index[key] = (offset, length)
-            lines.append(json.dumps([key.hex(), offset, length]) + "\n")
-        # Written after the rows: a run killed in between leaves rows that nobody looks for.
-        with open(self._index_file, "a") as file:
-            file.writelines(lines)
-
-    def _read_index(self) -> dict[bytes, tuple[int, int]]:
-        if not self._index_file.exists():
-            return {}
-        index = {}
-        for line in self._index_file.read_text().splitlines():
-            try:
-                key, offset, length = json.loads(line)
-            except ValueError:
-                continue  # the last line of a run that was killed
-            if offset + length * self.bytes_per_token <= self.num_bytes:
-                index[bytes.fromhex(key)] = (offset, length)
-        # Rewritten: a line that points behind a data file that was cut must not come to point at new rows.
-        lines = (json.dumps([key.hex(), *place]) + "\n" for key, place in index.items())
-        self._index_file.write_text("".join(lines))
-        return index
+            partial = self._folder / f"{name}.{os.getpid()}"
+            partial.write_bytes(row_TD[:length].contiguous().view(torch.int16).numpy().tobytes())
+            partial.replace(self._folder / name)
+            self._known.add(name)
+            self.num_bytes += size
 
 
 @contextmanager
@@ -198,17 +163,6 @@ def _check_fits(trainer: SFTTrainer) -> None:
         )
     if trainer.is_fsdp_enabled:
         raise UserError("mask_prefix_cache needs whole layers on every process, FSDP splits them: drop one of the two")
-
-
-def _first_free(folder: Path, name: str):
-    """Open the first of ``NAME.bin``, ``NAME-2.bin``, ... that no other run has open, and keep others from it."""
-    for number in itertools.count(1):
-        file = open(folder / (f"{name}.bin" if number == 1 else f"{name}-{number}.bin"), "a+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            file.close()
 
 
 def _frozen_prefix(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
@@ -261,8 +215,8 @@ def _fingerprint(decoder: nn.Module, prefix: list[nn.Module], compute_dtype: tor
     return digest([*made_with, weights])[:24]
 
 
-def _row_keys(ids_BT: Tensor | None, mask_BT: Tensor | None) -> list[bytes]:
-    """A key per row: hash of its tokens, and their number. Empty where rows are not sequences padded on the right."""
+def _row_files(ids_BT: Tensor | None, mask_BT: Tensor | None) -> list[tuple[str, int]]:
+    """The name of every row, a digest of its tokens, and its length; none if rows are not padded on the right."""
     if ids_BT is None:
         return []
     lengths = [ids_BT.shape[1]] * len(ids_BT)
@@ -271,11 +225,4 @@ def _row_keys(ids_BT: Tensor | None, mask_BT: Tensor | None) -> list[bytes]:
             return []
         lengths = mask_BT.sum(1).tolist()
     rows = ids_BT.cpu().to(torch.int64)
-    return [
-        bytes.fromhex(digest(row[:length].numpy().tobytes()))[:_KEY_BYTES] + int(length).to_bytes(4, "little")
-        for row, length in zip(rows, lengths, strict=True)
-    ]
-
-
-def _length(key: bytes) -> int:
-    return int.from_bytes(key[_KEY_BYTES:], "little")
+    return [(digest(row[:length].numpy().tobytes())[:40], length) for row, length in zip(rows, lengths, strict=True)]
