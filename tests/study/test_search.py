@@ -175,14 +175,14 @@ def test_parts_of_the_data_are_of_one_chat_template(content, base, tmp_path):
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        ("search", {"layer_groups": None, "group_sizes": [4]}, "group size is 4; the model has 3 layers"),
-        ("search", {"layer_groups": [[2, 3]]}, "layer group [2, 3] names layer 3; the model has layers 0 to 2"),
-        ("search", {"sparsities": [0.1, 1.0]}, "sparsity is 1.0; the fraction removed must be in [0, 1)"),
-        ("search", {"sparsities": None}, "search has no sparsities"),
-        ("search", {"sparsities": [0.1, 0.10000000001]}, "two candidates are named 'layers 1-2, sparsity 0.1'"),
-        ("search", {"sparsities": [0.1]}, "there is 1 candidate; give at least 2"),
+        ("search", {"layer_groups": None, "group_sizes": [4]}, "search: a group has layers"),
+        ("search", {"layer_groups": [[2, 3]]}, "search: a group has layers [2, 3]; the model has layers 0 to 2"),
+        ("search", {"sparsities": [0.1, 1.0]}, "search: sparsities.1 is 1.0: input should be less than 1"),
+        ("search", {"sparsities": None}, "search: sparsities is None: input should be a valid list"),
+        ("search", {"sparsities": [0.1, 0.10000000001]}, "search: two candidates are named 'layers 1-2, sparsity 0.1'"),
+        ("search", {"sparsities": [0.1]}, "search: there is 1 candidate; give more"),
         ("search", {"budget_steps": 11}, "is too small for one rung: the first of 2 has 3 probes of 1 steps"),
-        ("search", {"budget": 5}, "unknown key in search: 'budget' (did you mean 'budget_steps'?)"),
+        ("search", {"budget": 5}, "search: unknown key 'budget' (did you mean 'budget_steps'?)"),
         ("search", {"group_sizes": [1]}, "group_sizes or layer_groups, and not both"),
         (
             "data",

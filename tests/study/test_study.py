@@ -13,9 +13,12 @@ import yaml
 from killing import kill_now_and_then
 from maskft import files
 from maskft.cli.main import main
+from maskft.cli.study import check
 from maskft.errors import UserError
-from maskft.study.execute import _without_folders, partial_folder
+from maskft.study.execute import Study, is_control, launch_words, partial_folder
 from maskft.study.process import run_command
+from maskft.study.recipe import parse_recipe
+from maskft.study.record import build_record, read_record, write_record
 
 
 def recipe(base, data, methods):
@@ -264,22 +267,10 @@ def test_a_run_that_is_killed_says_so(end, tmp_path):
         run_command([sys.executable, "-c", code], tmp_path / "log")
 
 
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("openai/gsm8k:0.5,meta-math/MetaMathQA:100", "openai/gsm8k:0.5,meta-math/MetaMathQA:100"),
-        ("FILE:0.5,openai/gsm8k", "sums.jsonl:0.5,openai/gsm8k"),
-        ("FILE", "sums.jsonl"),
-    ],
-)
-def test_a_result_names_data_without_folders_of_this_machine(name, shown, data):
-    assert _without_folders(name.replace("FILE", str(data))) == shown
-
-
 def test_a_folder_in_use_is_refused(base, data, tmp_path, monkeypatch, capsys):
     import fcntl
 
-    monkeypatch.setattr("maskft.study.run._LOCK_WAIT_S", 0)
+    monkeypatch.setattr("maskft.study.study.LOCK_WAIT_S", 0)
     file, folder = write(tmp_path, recipe(base, data, {"full": FULL})), tmp_path / "out"
     folder.mkdir()
     with (folder / files.LOCK).open("w") as lock:
@@ -288,20 +279,29 @@ def test_a_folder_in_use_is_refused(base, data, tmp_path, monkeypatch, capsys):
     assert "another study is running in" in capsys.readouterr().err
 
 
-def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, tmp_path):
-    """Of the mask from the best of its start on, not from where that one's training ended."""
-    from maskft.cli.study import check
-    from maskft.study.execute import Study, _record, _training
-    from maskft.study.recipe import parse_recipe
+@pytest.fixture
+def records(base, data):
+    """Records of runs that are said to have been made, of methods and what their trainings left."""
 
+    def build(content, trainings):
+        plan, found = check(parse_recipe(content)), {}
+        for run in plan.runs:
+            name = run.method.name
+            parent = run.start and found[run.start.method.name]
+            found[name] = build_record(run, plan.recipe, {"best": "x"}, run.options, trainings.get(name), parent)
+        return found
+
+    return build
+
+
+def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, records):
+    """Of the mask from the best of its start on, not from where that one's training ended."""
     methods = {
         "pre-trained": {"method": "pretrained"},
         "full": {"method": "full"},
         "mask": {"method": "mask", "from": "full"},
         "l1": {"method": "l1_mask", "from": "full", "match": "mask"},
     }
-    plan = check(parse_recipe(recipe(base, data, methods)))
-    study = Study(tmp_path, plan.recipe)
     common = {"best_loss": 1.0, "train_time_s": 1.0, "peak_memory_bytes": 1, "history": []}
     trainings = {
         "full": {"best_step": 2, "num_steps": 8, "num_epochs": 4.0, "num_train_tokens": 800},
@@ -310,18 +310,11 @@ def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, t
     }
     trainings = {name: common | training for name, training in trainings.items()}
     trainings["full"]["history"] = [{"step": 2, "eval_loss": 1.0, "eval_num_tokens": 190}]
-    found = {}
-    for run in plan.runs:
-        name = run.method.name
-        record = _record(study, run, {"best": "x"}, run.options, trainings.get(name))
-        file = study.run_folder(run) / files.RUN
-        file.parent.mkdir(parents=True)
-        file.write_text(json.dumps(record))
-        block = _training(study, run, "best", record)
-        found[name] = [
-            block[f"{part}num_{count}"] for part in ("", "complete_") for count in ("epochs", "train_tokens")
-        ]
-    assert found == {
+    found = records(recipe(base, data, methods), trainings)
+    assert {
+        name: [getattr(record, f"total_{count}")[role] for role in ("best", "last") for count in ("epochs", "tokens")]
+        for name, record in found.items()
+    } == {
         "pre-trained": [0.0, 0, 0.0, 0],
         "full": [1.0, 190, 4.0, 800],
         "mask": [2.5, 490, 3.0, 590],
@@ -329,11 +322,24 @@ def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, t
     }
 
 
-def test_how_a_run_is_launched(base, data, tmp_path):
-    from maskft.cli.study import check
-    from maskft.study.execute import Study, _launcher
-    from maskft.study.recipe import parse_recipe
+@pytest.mark.parametrize("name", ["openai/gsm8k:0.5,meta-math/MetaMathQA:100", "FILE:0.5,openai/gsm8k", "FILE"])
+def test_a_record_names_data_without_folders_of_this_machine(name, base, data, records):
+    content = recipe(base, data, {"full": FULL})
+    content["data"]["sums"]["dataset_name"] = name.replace("FILE", str(data))
+    assert records(content, {})["full"].settings["dataset_name"] == name.replace("FILE", "sums.jsonl")
 
+
+def test_a_record_that_is_damaged_is_one_line(base, data, records, tmp_path):
+    record = records(recipe(base, data, {"full": FULL}), {})["full"]
+    write_record(tmp_path, record)
+    assert read_record(tmp_path) == record
+    content = json.loads((tmp_path / files.RUN).read_text())
+    (tmp_path / files.RUN).write_text(json.dumps(content | {"seed": "zero"}))
+    with pytest.raises(UserError, match=r"run\.json: seed is 'zero': .*; remove the run's folder"):
+        read_record(tmp_path)
+
+
+def test_how_a_run_is_launched(base, data):
     content = recipe(base, data, {"full": FULL, "l1": {"method": "l1_mask", "from": "full"}})
     train = [sys.executable, "-m", "maskft.cli.main", "train"]
     expected = [
@@ -355,18 +361,14 @@ def test_how_a_run_is_launched(base, data, tmp_path):
     for launch, words in expected:
         content["launch"] = launch
         plan = check(parse_recipe(content))
-        study = Study(tmp_path, plan.recipe)
-        assert _launcher(study, plan.runs[0]) == words
-        assert _launcher(study, plan.runs[1]) == train
+        assert launch_words(plan.recipe, plan.runs[0]) == words
+        assert launch_words(plan.recipe, plan.runs[1]) == train
 
 
 def test_the_live_table_shows_a_log_as_it_is(base, data, tmp_path):
     from rich.console import Console
 
-    from maskft.cli.study import check
-    from maskft.study.execute import Study
-    from maskft.study.recipe import parse_recipe
-    from maskft.study.run import Board
+    from maskft.study.study import Board
 
     content = recipe(base, data, {"full": FULL, "mask": MASK})
     content["grid"] = {"mask.mask_sparsity": [0.1, 0.2]}
@@ -418,13 +420,9 @@ def test_answers_given_under_other_versions_are_given_again(base, data, tmp_path
     assert json.loads(result.read_text())["tasks"] == expected and not partial.exists()
 
 
-def test_masks_by_threshold_and_by_share_each_have_their_row(base, data, tmp_path):
-    from maskft.cli.study import check
-    from maskft.study.execute import Study, _is_control
-    from maskft.study.recipe import parse_recipe
-
+def test_masks_by_threshold_and_by_share_each_have_their_row(base, data):
     threshold = {"mask_selection": "threshold", "mask_rank_by": "signed", "mask_init_scores": "constant"}
     methods = {"full": FULL, "mask": MASK, "global mask": {**MASK, **threshold, "last": "end of global"}}
     methods["again"] = {**MASK, "last": "end", "learning_rate": 1e-3}
     plan = check(parse_recipe(recipe(base, data, methods)))
-    assert [_is_control(Study(tmp_path, plan.recipe), run) for run in plan.runs] == [False, False, False, True]
+    assert [is_control(plan.recipe, run) for run in plan.runs] == [False, False, False, True]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from ..study.plan import Plan, PlannedRun
+    from ..study.recipe import Recipe
 
 LAUNCHERS = ("local", "ray")
 
@@ -35,90 +40,101 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check the recipe, expand it, then list or run it."""
-    from ..study.plan import check_layers
-    from ..study.recipe import Facts, load_recipe
+    from ..study.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.data_dir)
     if args.model:
-        recipe = replace(recipe, models=(args.model,), facts=Facts(flops_per_s=recipe.facts.flops_per_s))
+        recipe = with_model(recipe, args.model)
     plan = check(recipe, allow_many=args.yes)
-    for model in recipe.models:
-        if not args.dry_run or Path(model).is_dir():  # a dry run downloads nothing
-            from ..models import load_config
-
-            config = load_config(model, revision=recipe.revision)
-            check_layers(plan, model, config.get_text_config().num_hidden_layers)
-    folder = Path(args.output_dir or Path("runs") / recipe.name)
-    if args.launcher == "ray":
-        import importlib.util
-
-        if importlib.util.find_spec("ray") is None:
-            raise UserError("--launcher ray needs Ray; run: pip install 'maskft[ray]'")
-    from ..study.run import dry_run, run_study
-
+    folder = args.output_dir or Path("runs") / recipe.name
     if args.dry_run:
-        dry_run(plan, folder)
-        return
+        from ..study.dry_run import print_dry_run
+
+        _check_layers(plan, [model for model in recipe.models if Path(model).is_dir()])  # it downloads nothing
+        print_dry_run(plan, folder)
+    else:
+        start(plan, folder, args.launcher)
+
+
+def with_model(recipe: Recipe, model: str) -> Recipe:
+    """The recipe on another base model, of which it knows no facts."""
+    from ..study.recipe import Facts
+
+    return recipe.model_copy(update={"models": [model], "facts": Facts(flops_per_s=recipe.facts.flops_per_s)})
+
+
+def start(plan: Plan, folder: str | Path, launcher: str = "local") -> None:
+    """Run a study whose recipe has been checked; what is wrong with its evaluation would be found after days."""
+    from ..study.study import run_study
     from . import evaluate
 
+    _check_layers(plan, plan.recipe.models)
+    if launcher == "ray" and importlib.util.find_spec("ray") is None:
+        raise UserError("--launcher ray needs Ray; run: pip install 'maskft[ray]'")
     try:
-        evaluate.check_inputs(_evaluation_args(recipe))  # what is wrong with them would be found after days
+        evaluate.check_inputs(_evaluation_args(plan.recipe))
     except UserError as error:
         raise UserError(f"evaluation: {error}") from None
-    run_study(plan, folder, args.launcher)
+    run_study(plan, folder, launcher)
 
 
-def check(recipe, allow_many: bool = False):
-    """Expand a recipe and put every option through the parser of the command it is for; returns the plan."""
-    from ..study.plan import build_plan
-    from ..study.process import command_words
+def check(recipe: Recipe, allow_many: bool = False) -> Plan:
+    """Expand a recipe and put every option through the parser of the command it is for."""
+    from ..study.plan import build_plan, check_layers
     from . import train
 
-    if recipe.launch.accelerate_config:
+    launch = recipe.launch
+    if launch.accelerate_config and not launch.num_processes:
         from ..training.launch import config_processes
 
         # How many share a batch is part of a run's name, also where the configuration says it.
-        processes = recipe.launch.num_processes or config_processes(recipe.launch.accelerate_config)
-        recipe = replace(recipe, launch=replace(recipe.launch, num_processes=processes))
+        launch = launch.model_copy(update={"num_processes": config_processes(launch.accelerate_config)})
+        recipe = recipe.model_copy(update={"launch": launch})
     plan = build_plan(recipe, train.option_defaults(), allow_many)
-    seen = set()
-    for run in plan.runs:
-        for name, value in run.options.items():
-            key = (run.method.name, name, repr(value))
-            if key in seen:
-                continue
-            # One parse of all options of a run checks each of them; only values that are new need another.
-            seen |= {(run.method.name, other, repr(v)) for other, v in run.options.items()}
-            _parse_run(train, run, command_words)
-            break
+    seen: set[tuple[str, str, str]] = set()
+    for planned in plan.runs:
+        # One parse of all options of a run checks each of them; only values that are new need another.
+        values = {(planned.method.name, name, repr(value)) for name, value in planned.options.items()}
+        if values - seen:
+            _check_run(planned)
+        seen |= values
+    check_layers(plan.runs, recipe.facts.num_layers)
     _evaluation_args(recipe)
     return plan
 
 
-def _parse_run(train, run, command_words) -> None:
+def _check_run(planned: PlannedRun) -> None:
     from ..data.arguments import check_sizes
-    from ..study.recipe import CURRENT_RATE, PRETRAINED
+    from ..study.process import command_words
+    from ..study.recipe import CURRENT_RATE
     from ..training.checks import check_method
     from ..training.method_arguments import MASK_METHODS, mask_config
+    from . import train
 
-    if run.method.method == PRETRAINED:
-        return
-    options = {"method": run.method.method, "model_name_or_path": run.model, **run.options}
+    options = {"method": planned.method.method, "model_name_or_path": planned.model, **planned.options}
     if options.get("learning_rate") == CURRENT_RATE:
         del options["learning_rate"]
     try:
         parsed = train.parse(command_words(options))
         check_method(parsed.method)
         check_sizes(parsed.data)
-        if run.method.method in MASK_METHODS:
+        if planned.method.method in MASK_METHODS:
             mask_config(parsed.mask)
     except UserError as error:
-        raise UserError(f"run {run.title!r}: {error}") from None
+        raise UserError(f"run {planned.title!r}: {error}") from None
 
 
-def _evaluation_args(recipe) -> argparse.Namespace:
+def _check_layers(plan: Plan, models: list[str]) -> None:
+    from ..models import load_config
+    from ..study.plan import check_layers
+
+    for model in models:
+        config = load_config(model, revision=plan.recipe.revision)
+        check_layers([run for run in plan.runs if run.model == model], config.get_text_config().num_hidden_layers)
+
+
+def _evaluation_args(recipe: Recipe) -> argparse.Namespace:
     """The recipe's options of ``maskft evaluate``, parsed; what that would refuse is refused."""
-    from ..errors import did_you_mean
     from ..study.execute import evaluation_words
     from . import evaluate
     from .main import OneLineParser

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import gzip
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from ..estimate.floor import layer_passes
 from ..files import is_there
 from ..training.method_arguments import FIXED_MASK_METHODS
-from .plan import Plan, Run
+from .execute import Study
+from .plan import Plan, PlannedRun
 from .recipe import PRETRAINED, Facts
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -31,7 +36,63 @@ class Estimate:
     seconds: float | None
 
 
-def estimate(plan: Plan, run: Run, facts: Facts) -> Estimate:
+def print_dry_run(plan: Plan, folder: str | Path, console: Console | None = None) -> None:
+    """Print what would run, from what, and what it takes; writes nothing."""
+    console = console or Console()
+    study = Study(Path(folder).absolute(), plan.recipe)
+    table = Table("run", "from", "tokens", "memory", "time", "state", title=plan.recipe.name)
+    facts = {model: model_facts(plan.recipe.facts, model) for model in plan.recipe.models}
+    estimates = {run.id: estimate(plan, run, facts[run.model]) for run in plan.runs}
+    for run in plan.runs:
+        state = "finished" if study.is_done(run) else "to evaluate" if study.is_trained(run) else "to do"
+        parents = ", ".join(parent.id for parent in run.parents) or run.model
+        table.add_row(*map(Text, (run.id, parents, *_words(estimates[run.id]), state)))
+    # Piped or in a log, nothing may be cut off.
+    width = console if console.is_terminal else Console(file=console.file, width=200)
+    width.print(table, markup=False)
+    left = [estimates[run.id] for run in plan.runs if not study.is_trained(run)]
+    tokens, seconds = (
+        None if any(value is None for value in values) else sum(values)
+        for values in ([e.tokens for e in left], [e.seconds for e in left])
+    )
+    total = _words(Estimate(tokens, None, seconds))
+    width.print(
+        f"{len(plan.runs)} runs; training left: {total[0]} tokens, {total[2]}. Memory is weights, gradients and "
+        "optimizer of one process, without activations; evaluation comes on top of the time."
+        + _about_time(plan.recipe.facts),
+        highlight=False,
+    )
+
+
+def _about_time(facts: Facts) -> str:
+    if facts.tokens_per_s:
+        return ""
+    if facts.flops_per_s:
+        return (
+            "\nTime is counted, not measured: 2 FLOPs per parameter and pass, at the recipe's "
+            f"{facts.flops_per_s:.3g} FLOP/s in all; model_facts: {{tokens_per_s: N}}, as maskft train prints it, "
+            "is better."
+        )
+    return (
+        "\nTime is not known: say in the recipe how fast your hardware trains (maskft train prints it), "
+        "model_facts: {tokens_per_s: N}."
+    )
+
+
+def _words(e: Estimate) -> tuple[str, str, str]:
+    tokens = "?" if e.tokens is None else f"{e.tokens:.3g}"
+    memory = "?" if e.memory_bytes is None else _in_units(e.memory_bytes, (("GB", 1e9, 1), ("MB", 1e6, 0)))
+    time = "?" if e.seconds is None else _in_units(e.seconds, (("h", 3600, 1), ("min", 60, 0), ("s", 1, 0)))
+    return tokens, memory, time
+
+
+def _in_units(value: float, units: tuple[tuple[str, float, int], ...]) -> str:
+    """Return a value in the largest of the units of which it has one and a half, else in the smallest."""
+    unit, size, digits = next((unit for unit in units if value >= 1.5 * unit[1]), units[-1])
+    return f"{value / size:.{digits}f} {unit}"
+
+
+def estimate(plan: Plan, run: PlannedRun, facts: Facts) -> Estimate:
     """Estimate one run from its options, the data's size and facts about the model."""
     if run.method.method == PRETRAINED or run.method.method in FIXED_MASK_METHODS:
         options = plan.recipe.evaluation if run.method.method == PRETRAINED else run.options
@@ -60,15 +121,15 @@ def model_facts(recipe_facts: Facts, model: str) -> Facts:
     num_layers = config.num_hidden_layers
     names = maskable_names(whole)
     weights = sum(m.weight.numel() for name, m in whole.named_modules() if name.rpartition(".")[2] in names)
-    return replace(
-        recipe_facts,
-        num_layers=num_layers,
-        num_parameters=sum(p.numel() for p in whole.parameters()),
-        weights_per_layer=weights // num_layers,
-    )
+    counted = {
+        "num_layers": num_layers,
+        "num_parameters": sum(p.numel() for p in whole.parameters()),
+        "weights_per_layer": weights // num_layers,
+    }
+    return recipe_facts.model_copy(update=counted)
 
 
-def _tokens(plan: Plan, run: Run) -> int | None:
+def _tokens(plan: Plan, run: PlannedRun) -> int | None:
     data = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))]
     if data.tokens_per_row is None:
         return None
@@ -79,7 +140,7 @@ def _tokens(plan: Plan, run: Run) -> int | None:
     return None if rows is None else round(rows * per_row * run.options.get("num_train_epochs", 3))
 
 
-def _batch(plan: Plan, run: Run) -> int:
+def _batch(plan: Plan, run: PlannedRun) -> int:
     options = run.options
     if options.get("global_batch_size"):
         return options["global_batch_size"]
@@ -87,7 +148,7 @@ def _batch(plan: Plan, run: Run) -> int:
     return per_process * (plan.recipe.launch.num_processes or 1)
 
 
-def _num_rows(plan: Plan, run: Run) -> int | None:
+def _num_rows(plan: Plan, run: PlannedRun) -> int | None:
     """Rows to train on: what the recipe says, else the lines of a local file, bounded by max_train_samples."""
     data = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))]
     rows, file = data.num_rows, Path(str(run.options.get("dataset_name", ""))).expanduser()
@@ -102,7 +163,7 @@ def _num_rows(plan: Plan, run: Run) -> int | None:
     return rows if most is None else most if rows is None else min(rows, most)
 
 
-def _seconds(run: Run, facts: Facts, tokens: int) -> float | None:
+def _seconds(run: PlannedRun, facts: Facts, tokens: int) -> float | None:
     """Time of ``tokens``, where the recipe says how fast full fine-tuning is or how fast the machine multiplies."""
     layers = _trained_layers(run)
     if facts.num_layers is None:  # then every method is taken to be as slow as full fine-tuning
@@ -136,11 +197,11 @@ def _passes(method: str, options: dict, num_layers: int, layers: list[int] | Non
     return passes
 
 
-def _trained_layers(run: Run) -> list[int] | None:
+def _trained_layers(run: PlannedRun) -> list[int] | None:
     return run.options.get("mask_layers_to_transform") or run.options.get("partial_layers")
 
 
-def _memory(run: Run, facts: Facts) -> int | None:
+def _memory(run: PlannedRun, facts: Facts) -> int | None:
     if facts.num_parameters is None:
         return None
     from ..estimate.planned_run import OPTIMIZER_BYTES

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..errors import UserError, did_you_mean
 from ..files import digest, digest_file
 from ..models import model_identity
 from ..training.method_arguments import FIXED_MASK_METHODS, MASK_METHODS
-from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe, is_number, labels_of
+from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe
 
 MAX_RUNS = 1000
 BEST, LAST = "best", "last"
@@ -29,22 +29,23 @@ _HASH_LENGTH = 10
 # What says which matrices are masked: a fixed mask takes it from the learned mask that it matches.
 _PLACES = ("mask_layers_to_transform", "mask_layers_pattern", "mask_target_modules", "mask_exclude_modules")
 _LAYERS = ("mask_layers_to_transform", "partial_layers")
-_ROWS = "max_train_samples"
-# What estimates and seeds compute with.
-_NUMBERS = (
-    "num_candidates",
-    "num_train_epochs",
-    "max_steps",
-    "max_length",
-    "eval_split_size",
-    _ROWS,
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-)
+# Options of `maskft train` that a recipe cannot give, and what to do instead.
+_STUDY_DECIDES = "the study itself decides that; drop it"
+_NOT_IN_A_RECIPE = {
+    "method": _STUDY_DECIDES,
+    "model_name_or_path": _STUDY_DECIDES,
+    "output_dir": _STUDY_DECIDES,
+    "resume_from_checkpoint": _STUDY_DECIDES,
+    "match_adapter": _STUDY_DECIDES,
+    "prepared_data_dir": _STUDY_DECIDES,
+    "prepare_only": _STUDY_DECIDES,
+    "keep_last": "give the methods whose end is kept `last: NAME`",
+    "seed": "the list of seeds decides that; write `seeds: [0, 1]`",
+}
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class PlannedRun:
     """One run: one training (or one base model taken as it is), and the evaluations of its models.
 
     Attributes:
@@ -53,7 +54,8 @@ class Run:
         seed: Training seed; also that of the mask unless ``mask_seed`` is given.
         axes: The grid's values that this run or one it is made from has.
         options: Options of ``maskft train``, without paths and model.
-        parents: Runs it is made from: ``start`` and ``match``, None where there is none.
+        start: Run whose best checkpoint it starts from; None: the base model.
+        match: Run whose mask gives a fixed mask its counts; None where there is none.
         id: Folder name; ends with the hash.
     """
 
@@ -62,8 +64,8 @@ class Run:
     seed: int
     axes: dict[tuple[str, str], Any]
     options: dict[str, Any]
-    start: Run | None
-    match: Run | None
+    start: PlannedRun | None
+    match: PlannedRun | None
     id: str
 
     @property
@@ -72,7 +74,7 @@ class Run:
         return self.id.rpartition("-")[2]
 
     @property
-    def parents(self) -> list[Run]:
+    def parents(self) -> list[PlannedRun]:
         """The runs that must be finished before this one starts."""
         return [run for run in (self.start, self.match) if run is not None]
 
@@ -87,19 +89,25 @@ class Run:
         for (name, option), value in self.axes.items():
             whose = f"{name} " if options.count(option) > 1 and name != self.method.name else ""
             # Nothing said means all layers, all rows; of other options the default.
-            text = _short(value) if value is not None else "all" if option in (*_LAYERS, _ROWS) else "default"
+            is_all = option in (*_LAYERS, "max_train_samples")
+            text = _short(value) if value is not None else "all" if is_all else "default"
             words.append(f"{whose}{option.removeprefix('mask_')}={text}")
         return f" [{', '.join(words)}]" if words else ""
 
     @property
     def labels(self) -> dict[str, str]:
         """Role (``best``, ``last``) -> name in tables."""
-        return dict(zip((BEST, LAST), (label + self.variant for label in labels_of(self.method)), strict=False))
+        return dict(zip((BEST, LAST), (label + self.variant for label in self.method.labels), strict=False))
+
+    @property
+    def name(self) -> str:
+        """Method and grid values."""
+        return self.method.name + self.variant
 
     @property
     def title(self) -> str:
         """Name of the run for people: method, grid values, seed."""
-        return f"{self.method.name}{self.variant}, seed {self.seed}"
+        return f"{self.name}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ class Plan:
     """All runs of a study, each after those it is made from."""
 
     recipe: Recipe
-    runs: list[Run] = field(default_factory=list)
+    runs: list[PlannedRun]
 
 
 def build_plan(recipe: Recipe, defaults: dict[str, Any], allow_many: bool = False) -> Plan:
@@ -122,34 +130,168 @@ def build_plan(recipe: Recipe, defaults: dict[str, Any], allow_many: bool = Fals
         UserError: If an option is unknown, or there are too many runs.
     """
     _check_options(recipe, defaults)
-    count = sum(
-        len(recipe.models) * _num_variants(recipe, method) * len(_seeds(recipe, method))
-        for method in recipe.methods.values()
-    )
+    planner = _Planner(recipe, defaults)
+    count = sum(1 for _ in planner.wanted())
     if count > MAX_RUNS and not allow_many:
         raise UserError(f"the grid makes {count:,} runs, more than {MAX_RUNS:,}; pass --yes if that is meant")
-    found: dict[tuple, Run] = {}
-    for model in recipe.models:
-        for method in recipe.methods.values():
-            for axes in _assignments(recipe, method):
-                for seed in _seeds(recipe, method):
-                    _build(recipe, defaults, found, model, method, axes, seed)
-    runs = list(found.values())
+    for model, method, axes, seed in planner.wanted():
+        planner.run(model, method, axes, seed)
+    runs = list(planner.found.values())
     _check_names(runs)
     return Plan(recipe, runs)
 
 
-def _check_names(runs: list[Run]) -> None:
+@dataclass
+class _Planner:
+    """Makes each run once, after those it is made from."""
+
+    recipe: Recipe
+    defaults: dict[str, Any]
+    found: dict[tuple, PlannedRun] = field(default_factory=dict)
+
+    def wanted(self) -> Iterator[tuple[str, Method, dict, int]]:
+        """Model, method, grid values and seed of every run."""
+        for model, method in itertools.product(self.recipe.models, self.recipe.methods.values()):
+            axes = self.axes(method)
+            for values in itertools.product(*axes.values()):
+                for seed in self.seeds(method):
+                    yield model, method, dict(zip(axes, values, strict=True)), seed
+
+    def axes(self, method: Method) -> dict[tuple[str, str], list]:
+        """Grid axes of a method: its own and those of what it is made from."""
+        inherited = {key for name in method.parents for key in self.axes(self.recipe.methods[name])}
+        return {key: v for key, v in self.recipe.axes.items() if key[0] == method.name or key in inherited}
+
+    def seeds(self, method: Method) -> list[int]:
+        """Seeds of a method; a base model taken as it is has but one."""
+        return self.recipe.seeds[:1] if method.method == PRETRAINED else method.seeds or self.recipe.seeds
+
+    def run(self, model: str, method: Method, axes: dict, seed: int) -> PlannedRun:
+        """One run and, before it, those it is made from."""
+        axes = {key: value for key, value in axes.items() if key in self.axes(method)}
+        key = (model, method.name, json.dumps([[*k, v] for k, v in axes.items()]), seed)
+        if key not in self.found:
+            start, match = (
+                None if name is None else self.parent(model, name, axes, seed) for name in (method.start, method.match)
+            )
+            options = _options(self.recipe, method, axes, seed, match)
+            name = f"{_slug(method.name)}-s{seed}" if method.method != PRETRAINED else _slug(method.name)
+            run_id = f"{name}-{self.hash(model, method, options, start, match)}"
+            self.found[key] = PlannedRun(method, model, seed, axes, options, start, match, run_id)
+        return self.found[key]
+
+    def parent(self, model: str, name: str, axes: dict, seed: int) -> PlannedRun:
+        """The run of the method ``name`` with the same seed, else its only one."""
+        method = self.recipe.methods[name]
+        seeds = self.seeds(method)
+        if seed not in seeds and len(seeds) > 1:
+            raise UserError(
+                f"method {name!r} has seeds {seeds}; a run made from it has seed {seed}, which has no match"
+            )
+        return self.run(model, method, axes, seed if seed in seeds else seeds[0])
+
+    def hash(self, model, method: Method, options, start: PlannedRun | None, match: PlannedRun | None) -> str:
+        """Hash of what decides a run's outcome."""
+        named = _identity(_without_preset(options))
+        settings = {
+            "method": method.method,
+            "model": model_identity(model),
+            "options": {k: v for k, v in named.items() if k not in self.defaults or v != _plain(self.defaults[k])},
+            "start": start and start.hash,
+            "match": match and match.hash,
+        }
+        launch = self.recipe.launch
+        is_trained = method.method not in (PRETRAINED, *FIXED_MASK_METHODS)
+        # How many processes share a batch, where that decides its size; beside a command the number is for estimates.
+        shared = {"num_processes": 1 if launch.command else launch.num_processes or 1, "command": launch.command}
+        if is_trained and not options.get("global_batch_size") and shared != {"num_processes": 1, "command": None}:
+            settings["launch"] = shared
+        return _hash(settings)
+
+
+def _check_names(runs: list[PlannedRun]) -> None:
     """Refuse two runs with one folder, or with one name in the tables."""
-    seen: dict[tuple, Run] = {}
+    seen: set[tuple | str] = set()
     for run in runs:
-        for key in (run.id, *((run.model, run.seed, label) for label in run.labels.values())):
-            if key in seen:
-                raise UserError(f"two runs are named {run.title!r}: their settings mean the same; drop one")
-            seen[key] = run
+        keys = {run.id, *((run.model, run.seed, label) for label in run.labels.values())}
+        if keys & seen:
+            raise UserError(f"two runs are named {run.title!r}: their settings mean the same; drop one")
+        seen |= keys
 
 
-def evaluation_id(run: Run, role: str, evaluation: dict, study: str) -> str:
+# Options
+
+
+def _options(recipe: Recipe, method: Method, axes: dict, seed: int, match: PlannedRun | None) -> dict[str, Any]:
+    """Options of ``maskft train``: the study's, the data's, the method's, the grid's; the later win."""
+    if method.method == PRETRAINED:
+        return {}
+    is_mask = method.method in MASK_METHODS
+    own = method.options | {option: value for (name, option), value in axes.items() if name == method.name}
+    options = {key: value for key, value in recipe.train.items() if is_mask or not key.startswith("mask_")}
+    options |= recipe.data[method.data or next(iter(recipe.data))].options | {"seed": seed}
+    options |= {"mask_seed": seed} if is_mask else {}
+    options |= own | ({"keep_last": True} if method.last else {})
+    options = {key: _plain(value) for key, value in options.items() if value is not None}
+    num_candidates = options.get("num_candidates")
+    if isinstance(num_candidates, int) and num_candidates > 1 and own.get("mask_seed") is None:
+        # The candidates are mask_seed, mask_seed + 1, ...: without this those of two seeds would be nearly the same.
+        options["mask_seed"] = seed * num_candidates
+    options |= {key: _as_list(options[key]) for key in _LAYERS if key in options}
+    if match is not None:
+        for key in _PLACES:
+            if key in method.options and options.get(key) != match.options.get(key):
+                raise UserError(
+                    f"method {method.name!r} has {key} {options.get(key)}, and the mask it matches, {match.title!r}, "
+                    f"has {match.options.get(key)}; leave it out"
+                )
+        options = {key: value for key, value in options.items() if key not in _PLACES}
+        options |= {key: match.options[key] for key in _PLACES if key in match.options}
+    return options
+
+
+def _check_options(recipe: Recipe, defaults: dict[str, Any]) -> None:
+    """Refuse a name that ``maskft train`` does not know, wherever it stands."""
+    shared = {"train": recipe.train} | {f"data {name!r}": data.options for name, data in recipe.data.items()}
+    own = {f"method {method.name!r}": method.options for method in recipe.methods.values()}
+    own |= {f"grid {'.'.join(axis)!r}": {axis[1]: None} for axis in recipe.axes}
+    for where, options in (shared | own).items():
+        refused = dict(_NOT_IN_A_RECIPE)
+        if where in shared:
+            refused["mask_seed"] = refused["seed"]
+        if where != "train":
+            refused[REVISION] = "the base model is one for all runs, write it under train"
+        for option in options:
+            if option in refused:
+                raise UserError(f"{where} sets {option}; {refused[option]}")
+            if option not in defaults:
+                raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(option, defaults)}")
+        if where in shared and options.get("learning_rate") == CURRENT_RATE:
+            raise UserError(f"{where} sets learning_rate: {CURRENT_RATE}, which is for a method with `from`")
+    for name, method in recipe.methods.items():
+        rates = [method.options.get("learning_rate"), *recipe.axes.get((name, "learning_rate"), ())]
+        if CURRENT_RATE in rates and (method.start is None or recipe.methods[method.start].method != "full"):
+            raise UserError(
+                f"method {name!r} has learning_rate {CURRENT_RATE!r} but is not `from` a full fine-tuning whose rate "
+                "that could be"
+            )
+
+
+def check_layers(runs: Iterable[PlannedRun], num_layers: int | None) -> None:
+    """Refuse layers that a model does not have; None: their number is not known."""
+    for run in runs:
+        for option in _LAYERS:
+            layers = map(int, run.options.get(option, []))
+            beyond = next((n for n in layers if n < 0 or (num_layers is not None and n >= num_layers)), None)
+            if beyond is not None:
+                known = "layers are counted from 0" + ("" if num_layers is None else f" to {num_layers - 1}")
+                raise UserError(f"run {run.title!r}: {option} names layer {beyond}; {known}")
+
+
+# Identities
+
+
+def evaluation_id(run: PlannedRun, role: str, evaluation: dict, study: str) -> str:
     """Folder name of an evaluation of one of the run's models.
 
     It ends with a hash of what is measured and one of the study's name: studies in one folder copy each other's
@@ -170,7 +312,7 @@ def evaluation_identity(evaluation: dict) -> dict:
     out, folder = _identity(evaluation), evaluation.get("data_dir")
     if folder is not None:
         digests = _benchmark_digests(names_text(evaluation.get("tasks")) or "", folder)
-        out |= {f"files of {task}": digest for task, digest in digests.items()}
+        out |= {f"files of {task}": found for task, found in digests.items()}
     return out
 
 
@@ -179,186 +321,6 @@ def data_hash(model: str, options: dict) -> str:
     defaults = {field.name: field.default for field in fields(DataArguments)}
     decides = {key: value for key, value in _identity(options).items() if value != defaults.get(key, options)}
     return _hash({"model": model_identity(model), "data": decides})
-
-
-def _build(recipe, defaults, found, model, method, axes, seed) -> Run:
-    """One run and, before it, those it is made from; ``found`` holds each once, in order."""
-    axes = {key: value for key, value in axes.items() if key in _axes(recipe, method)}
-    key = (model, method.name, json.dumps([[*k, v] for k, v in axes.items()]), seed)
-    if key in found:
-        return found[key]
-    start, match = (
-        None if name is None else _build(recipe, defaults, found, model, *_parent(recipe, name, seed, axes))
-        for name in (method.start, method.match)
-    )
-    options = _options(recipe, method, axes, seed, match)
-    named = _identity(_without_preset(options))
-    settings = {
-        "method": method.method,
-        "model": model_identity(model),
-        "options": {k: v for k, v in named.items() if k not in defaults or v != _plain(defaults[k])},
-        "start": start and start.hash,
-        "match": match and match.hash,
-        **_launch_identity(recipe, method, options),
-    }
-    name = f"{_slug(method.name)}-s{seed}" if method.method != PRETRAINED else _slug(method.name)
-    found[key] = Run(method, model, seed, axes, options, start, match, f"{name}-{_hash(settings)}")
-    return found[key]
-
-
-def _parent(recipe: Recipe, name: str, seed: int, axes: dict):
-    """Method, axes and seed of the parent: the one with the same seed, else its only one."""
-    method = recipe.methods[name]
-    seeds = _seeds(recipe, method)
-    if seed not in seeds and len(seeds) > 1:
-        raise UserError(
-            f"method {name!r} has seeds {list(seeds)}; a run made from it has seed {seed}, which has no match"
-        )
-    return method, axes, seed if seed in seeds else seeds[0]
-
-
-def _seeds(recipe: Recipe, method: Method) -> tuple[int, ...]:
-    """Seeds of a method; a base model taken as it is has but one."""
-    return (recipe.seeds[0],) if method.method == PRETRAINED else method.seeds or recipe.seeds
-
-
-def _launch_identity(recipe: Recipe, method: Method, options: dict) -> dict:
-    """How many processes share a batch, where that decides its size: half as many make another run."""
-    launch = recipe.launch
-    if method.method in (PRETRAINED, *FIXED_MASK_METHODS) or options.get("global_batch_size"):
-        return {}
-    # Beside a command the number is there for estimates.
-    num_processes = 1 if launch.command else launch.num_processes or 1
-    shared = {"num_processes": num_processes, "command": launch.command}
-    return {} if shared == {"num_processes": 1, "command": None} else {"launch": shared}
-
-
-def _options(recipe: Recipe, method: Method, axes: dict, seed: int, match: Run | None) -> dict[str, Any]:
-    """Options of ``maskft train``: the study's, the data's, the method's, the grid's; the later win."""
-    if method.method == PRETRAINED:
-        return {}
-    data = recipe.data[method.data or next(iter(recipe.data))]
-    shared = dict(recipe.train)
-    if method.method not in MASK_METHODS:
-        shared = {key: value for key, value in shared.items() if not key.startswith("mask_")}
-    options = {**shared, **data.options, "seed": seed}
-    if method.method in MASK_METHODS:
-        options["mask_seed"] = seed
-    own = method.options | {option: value for (name, option), value in axes.items() if name == method.name}
-    options |= own
-    if (options.get("num_candidates") or 1) > 1 and own.get("mask_seed") is None:
-        # The candidates are mask_seed, mask_seed + 1, ...: without this those of two seeds would be nearly the same.
-        options["mask_seed"] = seed * options["num_candidates"]
-    options = {key: _plain(value) for key, value in options.items() if value is not None}
-    options |= {key: _as_list(options[key]) for key in _LAYERS if key in options}
-    if match is not None:
-        for key in _PLACES:
-            if key in method.options and options.get(key) != match.options.get(key):
-                raise UserError(
-                    f"method {method.name!r} has {key} {options.get(key)}, and the mask it matches, {match.title!r}, "
-                    f"has {match.options.get(key)}; leave it out"
-                )
-        options = {key: value for key, value in options.items() if key not in _PLACES}
-        options |= {key: match.options[key] for key in _PLACES if key in match.options}
-    return options
-
-
-def _axes(recipe: Recipe, method: Method) -> list[tuple[str, str]]:
-    """Grid axes of a method: its own and those of what it is made from."""
-    names = {method.name}
-    for parent in filter(None, (method.start, method.match)):
-        names |= {name for name, _ in _axes(recipe, recipe.methods[parent])}
-    return [key for key in recipe.grid if key[0] in names]
-
-
-def _assignments(recipe: Recipe, method: Method) -> Iterator[dict]:
-    axes = _axes(recipe, method)
-    for values in itertools.product(*(recipe.grid[axis] for axis in axes)):
-        yield dict(zip(axes, values, strict=True))
-
-
-def _num_variants(recipe: Recipe, method: Method) -> int:
-    count = 1
-    for axis in _axes(recipe, method):
-        count *= len(recipe.grid[axis])
-    return count
-
-
-def _check_options(recipe: Recipe, defaults: dict) -> None:
-    """Refuse a name that ``maskft train`` does not know, wherever it stands."""
-    ours = {
-        "method",
-        "model_name_or_path",
-        "output_dir",
-        "resume_from_checkpoint",
-        "match_adapter",
-        "prepared_data_dir",
-        "prepare_only",
-    }
-    known = set(defaults) - ours
-    places = [("train", recipe.train)]
-    places += [(f"data {name!r}", data.options) for name, data in recipe.data.items()]
-    places += [(f"method {method.name!r}", method.options) for method in recipe.methods.values()]
-    places += [(f"grid of {name!r}", {option: None}) for name, option in recipe.grid]
-    for where, options in places:
-        for option in options:
-            if option in ours:
-                raise UserError(f"{where} sets {option}, which the study itself decides; drop it")
-            if option == REVISION and where != "train":
-                raise UserError(f"{where} sets {option}; the base model is one for all runs, write it under train")
-            if option == "keep_last" and not where.startswith("method"):
-                raise UserError(f"{where} sets {option}; give the methods whose end is kept `last: NAME`")
-            if option == "seed" or (option == "mask_seed" and where.startswith(("train", "data"))):
-                raise UserError(f"{where} sets {option}, which the list of seeds decides; write `seeds: [0, 1]`")
-            if option not in known:
-                raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(str(option), known)}")
-    values = [options for _, options in places]
-    values += [{option: value} for (_, option), values_ in recipe.grid.items() for value in values_]
-    for options in values:
-        _check_values(options, recipe.facts.num_layers)
-    for method in recipe.methods.values():
-        needs = method.method in FIXED_MASK_METHODS
-        if method.match is not None and not needs:
-            raise UserError(f"method {method.name!r} has `match`, which is for {', '.join(FIXED_MASK_METHODS)}")
-        rates = [method.options.get("learning_rate"), *recipe.grid.get((method.name, "learning_rate"), ())]
-        if CURRENT_RATE in rates and (method.start is None or recipe.methods[method.start].method != "full"):
-            raise UserError(
-                f"method {method.name!r} has learning_rate {CURRENT_RATE!r} but is not `from` a full fine-tuning whose "
-                "rate that could be"
-            )
-    rates = [o.get("learning_rate") for o in (recipe.train, *(d.options for d in recipe.data.values()))]
-    if CURRENT_RATE in rates:
-        raise UserError(f"learning_rate: {CURRENT_RATE} is for a method with `from`, not for all")
-
-
-def check_layers(plan: Plan, model: str, num_layers: int) -> None:
-    """Refuse layers that a model does not have."""
-    for run in plan.runs:
-        if run.model == model:
-            _check_values(run.options, num_layers)
-
-
-def _check_values(options: dict, num_layers: int | None) -> None:
-    """Refuse what the plan itself would stumble over; every other value is for the parser of ``maskft train``."""
-    for option in _LAYERS:
-        named = _as_list(options.get(option))
-        if not all(isinstance(n, int) and not isinstance(n, bool) for n in named):
-            raise UserError(f"{option} is {options[option]!r}; it must be a list of layers, such as [20, 21]")
-        beyond = [n for n in named if n < 0 or (num_layers is not None and n >= num_layers)]
-        if beyond:
-            known = "layers are counted from 0" if num_layers is None else f"the model has layers 0 to {num_layers - 1}"
-            raise UserError(f"{option} names layer {beyond[0]}; {known}")
-    for option in _NUMBERS:
-        value = options.get(option)
-        if value is not None and not is_number(value):
-            raise UserError(f"{option} is {value!r}; it must be a number")
-
-
-def _as_list(value: Any) -> list:
-    return [] if value is None else value if isinstance(value, list) else [value]
-
-
-# Identities
 
 
 def _hash(settings: dict) -> str:
@@ -388,14 +350,11 @@ def _benchmark_digests(tasks: str, folder: str, splits: Sequence[str] | None = N
 
 def _without_preset(options: dict) -> dict:
     """The options with those that ``mask_preset`` stands for."""
-    if options.get("mask_preset") is None:
-        return options
     from ..tuner.config import PRESETS
 
-    preset = PRESETS.get(options["mask_preset"], {})
-    return {f"mask_{key}": value for key, value in preset.items()} | {
-        key: value for key, value in options.items() if key != "mask_preset" or not preset
-    }
+    preset = PRESETS.get(str(options.get("mask_preset")), {})
+    stands_for = {f"mask_{key}": value for key, value in preset.items()}
+    return stands_for | {key: value for key, value in options.items() if key != "mask_preset" or not preset}
 
 
 def _plain(value: Any) -> Any:
@@ -410,12 +369,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "run"
 
 
 def _short(value: Any) -> str:
     """A list of consecutive layers as first-last."""
-    if isinstance(value, list) and len(value) > 1 and value == list(range(value[0], value[0] + len(value))):
+    is_list = isinstance(value, list) and len(value) > 1 and all(isinstance(number, int) for number in value)
+    if is_list and value == list(range(value[0], value[0] + len(value))):
         return f"{value[0]}-{value[-1]}"
     return str(value)

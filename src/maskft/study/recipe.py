@@ -1,20 +1,18 @@
-"""The recipe of a study: one YAML file, checked before anything runs."""
+"""The recipe of a study: one YAML file, read into types and checked before anything runs."""
 
 from __future__ import annotations
 
-import math
 import shlex
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import yaml
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
 from ..data.arguments import DATA_NAMES, TEMPLATE, mixture_text, names_text
 from ..data.mixtures import rename_sets
 from ..data.sources import FILE_ENDINGS
 from ..errors import UserError, did_you_mean
-from ..files import is_there
+from ..files import FileModel, is_there, read_model, read_yaml
 from ..training.method_arguments import FIXED_MASK_METHODS, METHODS
 
 VERSION = 1
@@ -22,9 +20,32 @@ PRETRAINED = "pretrained"  # method of a run that trains nothing: the base model
 CURRENT_RATE = "current"  # learning_rate: that of the schedule of `from` at its best step
 REVISION = "model_revision"  # the option that names a revision of a hub model
 
+Count = Annotated[int, Field(gt=0)]
+Number = Annotated[float, Field(gt=0)]
 
-@dataclass(frozen=True)
-class Facts:
+
+class Section(FileModel):
+    """A section of a recipe; values are taken as YAML reads them, so ``"8"`` is no number."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class SectionWithOptions(Section):
+    """A section in which every key that is no field is an option of ``maskft train``."""
+
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, section: Any) -> Any:
+        if not isinstance(section, dict):
+            return section
+        keys = {field.alias or name for name, field in cls.model_fields.items()} - {"options", "name"}
+        options = {str(key): value for key, value in section.items() if key not in keys}
+        return {key: value for key, value in section.items() if key in keys} | {"options": as_text(options)}
+
+
+class Facts(Section):
     """What a dry run cannot look up without a download; used for its estimates and for nothing else.
 
     Attributes:
@@ -36,16 +57,15 @@ class Facts:
         dtype_bytes: Bytes per parameter in the model's files, for ``dtype: auto``.
     """
 
-    num_layers: int | None = None
-    num_parameters: int | None = None
-    weights_per_layer: int | None = None
-    tokens_per_s: float | None = None
-    flops_per_s: float | None = None
-    dtype_bytes: int = 4
+    num_layers: Count | None = None
+    num_parameters: Count | None = None
+    weights_per_layer: Count | None = None
+    tokens_per_s: Number | None = None
+    flops_per_s: Number | None = None
+    dtype_bytes: Count = 4
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(SectionWithOptions):
     """One training set, with the part of it that is held out.
 
     Attributes:
@@ -54,13 +74,21 @@ class Data:
         tokens_per_row: Mean tokens of a row, for the same estimate.
     """
 
-    options: dict[str, Any]
-    num_rows: int | None = None
-    tokens_per_row: float | None = None
+    num_rows: Count | None = None
+    tokens_per_row: Number | None = None
+
+    @model_validator(mode="after")
+    def _has_a_name(self) -> Data:
+        name = self.options.get("dataset_name")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"dataset_name is {name!r}; it must be a name, or `name: rows`")
+        return self
 
 
-@dataclass(frozen=True)
-class Method:
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class Method(SectionWithOptions):
     """One line of the table: what is trained, from which model, with which options.
 
     Attributes:
@@ -74,18 +102,54 @@ class Method:
         options: Options of ``maskft train`` that are this method's own.
     """
 
-    name: str
-    method: str
-    start: str | None = None
+    name: str = ""
+    method: Literal[(PRETRAINED, *METHODS)]
+    start: str | None = Field(default=None, alias="from")
     match: str | None = None
     data: str | None = None
     last: str | None = None
-    seeds: tuple[int, ...] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    seeds: Seeds | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_method(self) -> Method:
+        others = sorted(self.model_fields_set - {"name", "method", "options"}) + list(self.options)
+        if self.method == PRETRAINED and others:
+            raise ValueError(f"method {PRETRAINED} trains nothing; drop {', '.join(others)}")
+        if self.last and self.method in FIXED_MASK_METHODS:
+            raise ValueError(f"last is {self.last!r}, and {self.method} has no end of training; drop it")
+        if self.match and self.method not in FIXED_MASK_METHODS:
+            raise ValueError(f"match is {self.match!r}, which is for {', '.join(FIXED_MASK_METHODS)}; drop it")
+        return self
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the method's models in tables: the best, and where it is kept the last."""
+        return [f"{self.name} (best)", f"{self.name} ({self.last})"] if self.last else [self.name]
+
+    @property
+    def parents(self) -> list[str]:
+        """Names of the methods that this one is made from."""
+        return [name for name in (self.start, self.match) if name is not None]
 
 
-@dataclass(frozen=True)
-class Launch:
+def _named(methods: dict[str, Method]) -> dict[str, Method]:
+    return {name: method.model_copy(update={"name": name}) for name, method in methods.items()}
+
+
+Methods = Annotated[dict[str, Method], Field(min_length=1), AfterValidator(_named)]
+
+
+def methods_of(sections: dict[str, dict[str, Any]]) -> dict[str, Method]:
+    """Methods from what stands in a recipe's section ``methods``."""
+    return TypeAdapter(Methods).validate_python(sections)
+
+
+def _command(text: str) -> str:
+    shlex.split(text)  # an open quotation is a ValueError
+    return text
+
+
+class Launch(Section):
     """How a run is started.
 
     Attributes:
@@ -98,88 +162,148 @@ class Launch:
     """
 
     accelerate_config: str | None = None
-    command: str | None = None
-    num_processes: int | None = None
-    num_cpus: float = 1
-    num_gpus: float = 0
+    command: Annotated[str, Field(min_length=1), AfterValidator(_command)] | None = None
+    num_processes: Count | None = None
+    num_cpus: Number = 1
+    num_gpus: Annotated[float, Field(ge=0)] = 0
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A study."""
+class Recipe(Section):
+    """A study.
 
+    Attributes:
+        version: Of the format.
+        name: Names the folder and the tables.
+        models: Base models.
+        data: Name -> training set; the first is the default.
+        methods: Name -> method.
+        train: Options of ``maskft train`` for all methods.
+        seeds: Training seeds.
+        grid: ``METHOD.OPTION`` -> values; see :attr:`axes`.
+        evaluation: Options of ``maskft evaluate``; in the file those of held-out data stand under ``heldout``.
+        baseline: Name in the tables of the run that all are compared with.
+        facts: Of the base model, for estimates.
+        launch: How runs are started.
+    """
+
+    version: int
     name: str
-    models: tuple[str, ...]
-    data: dict[str, Data]
-    methods: dict[str, Method]
-    train: dict[str, Any] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0,)
-    grid: dict[tuple[str, str], list] = field(default_factory=dict)
-    evaluation: dict[str, Any] = field(default_factory=dict)
+    models: list[str]
+    data: Annotated[dict[str, Data], Field(min_length=1)]
+    methods: Methods
+    train: Annotated[dict[str, Any], AfterValidator(lambda options: as_text(options))] = {}
+    seeds: Seeds = [0]
+    grid: dict[str, Annotated[list, Field(min_length=1)]] = {}
+    evaluation: dict[str, Any] = {}
     baseline: str | None = None
-    facts: Facts = field(default_factory=Facts)
-    launch: Launch = field(default_factory=Launch)
+    facts: Facts = Field(default=Facts(), alias="model_facts")
+    launch: Launch = Launch()
 
     @property
     def revision(self) -> str:
         """Of the base models, where they are on the hub."""
         return self.train.get(REVISION, "main")
 
+    @property
+    def axes(self) -> dict[tuple[str, str], list]:
+        """The grid: name of a method and option -> values."""
+        splits = {key: key.rpartition(".") for key in self.grid}
+        return {(name, option): self.grid[key] for key, (name, _, option) in splits.items()}
 
-_KEYS = (
-    "version",
-    "name",
-    "model",
-    "models",
-    "model_facts",
-    "data",
-    "train",
-    "seeds",
-    "methods",
-    "grid",
-    "evaluation",
-    "baseline",
-    "launch",
-)
-# Key of a method's section -> field of Method; every other key is an option of `maskft train`.
-_METHOD_KEYS = {
-    "method": "method",
-    "from": "start",
-    "match": "match",
-    "data": "data",
-    "last": "last",
-    "seeds": "seeds",
-}
+    @model_validator(mode="before")
+    @classmethod
+    def _one_model_is_a_list_of_one(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        if ("model" in content) == ("models" in content):
+            raise ValueError("it must name the model; write `model: NAME`, or `models: [NAME, NAME]`")
+        content = {"models": [content["model"]], **content} if "model" in content else content
+        return {key: value for key, value in content.items() if key != "model"}
+
+    @field_validator("version")
+    @classmethod
+    def _is_known(cls, version: int) -> int:
+        if version != VERSION:
+            raise ValueError(f"version is {version}; this maskft reads {VERSION} (a newer one: pip install -U maskft)")
+        return version
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if name in ("", ".", "..") or "/" in name:
+            raise ValueError(f"name is {name!r}; it names a folder, so give a word without a slash")
+        return name
+
+    @field_validator("evaluation")
+    @classmethod
+    def _heldout_is_a_task(cls, section: dict[str, Any]) -> dict[str, Any]:
+        """``heldout`` holds the options about data, and is measured beside the ``tasks``."""
+        heldout, tasks = section.get("heldout"), section.get("tasks")
+        if heldout is not None and not isinstance(heldout, dict):
+            raise ValueError(f"heldout is {heldout!r}; it must be lines of `name: value`")
+        if isinstance(tasks, str):
+            tasks = [name.strip() for name in tasks.split(",")]
+        if tasks is not None and not isinstance(tasks, list):
+            raise ValueError(f"tasks is {tasks!r}; it must be a list of names")
+        options = {key: value for key, value in section.items() if key not in ("heldout", "tasks")}
+        if tasks:
+            options["tasks"] = (["heldout"] if heldout and "heldout" not in tasks else []) + tasks
+        return options | (heldout or {})
+
+    @model_validator(mode="after")
+    def _has_no_name_twice(self) -> Recipe:
+        lists = {"models": self.models, "seeds": self.seeds, **{f"grid {k!r}": v for k, v in self.grid.items()}}
+        lists |= {f"seeds of method {name!r}": method.seeds or [] for name, method in self.methods.items()}
+        lists["methods and their `last`"] = labels = [label for m in self.methods.values() for label in m.labels]
+        for where, values in lists.items():
+            twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
+            if twice is not None:
+                raise ValueError(f"{where}: {twice!r} stands there twice, and two runs would have one name; drop one")
+        if self.baseline is not None and self.baseline not in labels:
+            raise ValueError(
+                f"baseline is {self.baseline!r}{did_you_mean(self.baseline, labels)}; one of {', '.join(labels)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _names_what_is_there(self) -> Recipe:
+        for key in self.grid:
+            name, dot, _ = key.rpartition(".")
+            if not dot or name not in self.methods:
+                raise ValueError(f"grid: {key!r} must be METHOD.OPTION{did_you_mean(name, self.methods)}")
+        for name, method in self.methods.items():
+            places = (("from", method.start, self.methods), ("match", method.match, self.methods))
+            for key, value, known in (*places, ("data", method.data, self.data)):
+                if value is not None and value not in known:
+                    raise ValueError(
+                        f"method {name!r} has {key}: {value!r}, which is missing{did_you_mean(value, known)}"
+                    )
+            if method.seeds and len(self.seeds) > 1 and method.seeds != self.seeds:
+                raise ValueError(
+                    f"method {name!r} has seeds {method.seeds} and the study {self.seeds}; they are paired by seed; "
+                    "give a method its own seeds only where the study has one"
+                )
+        for name, method in self.methods.items():
+            _check_no_cycle(self.methods, [name])
+            if method.match is not None and self.methods[method.match].method != "mask":
+                raise ValueError(f"method {name!r} matches {method.match!r}, which is no learned mask")
+            start = method.start and self.methods[method.start]
+            if start and start.method not in (PRETRAINED, "full"):
+                raise ValueError(
+                    f"method {name!r} starts from {start.name!r}, an adapter of method {start.method}; start from full "
+                    "fine-tuning"
+                )
+        return self
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as it is, but a key given twice is an error and 1e-3 is a number."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *name`; what it brings may be replaced
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, dict | list):
-                raise UserError(f"line {key_node.start_mark.line + 1}: {key!r} stands where a name should be")
-            if key in seen:
-                raise UserError(f"line {key_node.start_mark.line + 1}: two entries are named {key!r}; rename one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+def _check_no_cycle(methods: dict[str, Method], path: list[str]) -> None:
+    for parent in methods[path[-1]].parents:
+        if parent in path:
+            raise ValueError(f"the runs form a cycle: {' -> '.join([*path, parent])}; break it")
+        _check_no_cycle(methods, [*path, parent])
 
 
-def _number(loader, node):
-    text = loader.construct_scalar(node)
-    try:  # YAML 1.1 takes 1e-3 for text
-        return float(text) if node.style is None and text[:1].isdigit() else text
-    except ValueError:
-        return text
-
-
-_Loader.add_constructor("tag:yaml.org,2002:str", _number)
-# A date is the text that it was written as.
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_scalar(node))
+# Reading
 
 
 def load_recipe(file: str | Path, data_dir: str | Path | None = None) -> Recipe:
@@ -192,293 +316,58 @@ def load_recipe(file: str | Path, data_dir: str | Path | None = None) -> Recipe:
     Raises:
         UserError: The first mistake, in one line.
     """
-    file, content = Path(file), read_content(file)
-    try:
-        return parse_recipe(content, file.stem, data_dir, file.parent)
-    except UserError as error:
-        raise UserError(f"recipe {str(file)!r}: {error}") from None
+    return parse_recipe(read_yaml(file), data_dir, file)
 
 
-def read_content(file: str | Path) -> Any:
-    """What the YAML of a recipe holds, unchecked; every mistake of form is one UserError."""
-    file = Path(file)
-    if not file.is_file():
-        raise UserError(f"recipe {str(file)!r} does not exist")
-    try:
-        return yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except UserError as error:
-        raise UserError(f"recipe {str(file)!r}, {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {str(file)!r} is not YAML: {' '.join(str(error).split())}") from None
-
-
-def parse_recipe(
-    content: Any, name: str = "study", data_dir: str | Path | None = None, folder: str | Path = "."
-) -> Recipe:
+def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str | Path = "study") -> Recipe:
     """Build a :class:`Recipe` from what the YAML holds; see :func:`load_recipe`.
 
     Args:
         content: The YAML's value.
-        name: Name of the study where the recipe gives none.
         data_dir: Folder in which data files are looked for.
-        folder: Folder from which a relative ``chat_template_path`` counts.
+        source: The file. Names the study where the recipe does not; a relative ``chat_template_path`` counts from it.
     """
-    if not isinstance(content, dict):
-        raise UserError("it must be a list of `name: value` lines")
-    version = content.get("version")
-    if version is None:
-        raise UserError(f"it has no version; write `version: {VERSION}`")
-    if not is_number(version) or version < 1:
-        raise UserError(f"its version is {version!r}; write `version: {VERSION}`")
-    if version > VERSION:
-        raise UserError(
-            f"it is of version {version}, this maskft reads up to {VERSION}; upgrade: pip install -U maskft"
-        )
-    _check_keys(content, _KEYS, "key")
-    for key in ("data", "methods"):
-        if not isinstance(content.get(key), dict) or not content[key]:
-            raise UserError(f"it has no section {key!r}")
-    models = _models(content)
-    data = {key: _data(key, section, data_dir) for key, section in content["data"].items()}
-    methods = {str(key): _method(str(key), section, data) for key, section in content["methods"].items()}
-    seeds = _seeds(content.get("seeds", [0]), "seeds")
-    for method in methods.values():
-        if method.seeds and len(seeds) > 1 and method.seeds != seeds:
-            raise UserError(
-                f"method {method.name!r} has seeds {list(method.seeds)} and the study {list(seeds)}; they are paired "
-                "by seed; give a method its own seeds only where the study has one"
-            )
-    labels = [label for method in methods.values() for label in labels_of(method)]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    if twice is not None:
-        raise UserError(f"two runs are named {twice!r}; rename a method or its `last`")
-    baseline = content.get("baseline")
-    if baseline is not None and baseline not in labels:
-        raise UserError(f"baseline {baseline!r} is no run{did_you_mean(str(baseline), labels)}: {', '.join(labels)}")
-    train = _as_text(_section(content, "train"))
+    source = Path(source)
+    if isinstance(content, dict):
+        content = {"name": source.stem, **content}
+    recipe = read_model(Recipe, content, source)
+    train, evaluation = dict(recipe.train), dict(recipe.evaluation)
     if TEMPLATE in train:
-        # Of the pre-trained model too: all rows of the table answer to the same prompts.
-        train[TEMPLATE] = str(Path(folder) / Path(str(train[TEMPLATE])).expanduser())
+        train[TEMPLATE] = str(source.parent / Path(str(train[TEMPLATE])).expanduser())
         if not Path(train[TEMPLATE]).is_file():
-            raise UserError(f"{TEMPLATE} names {train[TEMPLATE]!r}, which is no file; its place counts from the recipe")
-    name = str(content.get("name", name))
-    if name in ("", ".", "..") or "/" in name:
-        raise UserError(f"its name is {name!r}; it names a folder, so give a word without a slash")
-    recipe = Recipe(
-        name=name,
-        models=models,
-        data=data,
-        methods=methods,
-        train=train,
-        seeds=seeds,
-        grid=_grid(_section(content, "grid"), methods),
-        evaluation={key: train[key] for key in (TEMPLATE, REVISION) if key in train}
-        | _evaluation(_section(content, "evaluation"), data_dir),
-        baseline=baseline,
-        facts=_build(Facts, _section(content, "model_facts"), "model_facts"),
-        launch=_build(Launch, _section(content, "launch"), "launch"),
-    )
-    _check_parents(methods)
-    return recipe
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of a recipe is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _models(content: dict) -> tuple[str, ...]:
-    if "model" in content and "models" in content:
-        raise UserError("it has `model` and `models`; drop one")
-    models = content.get("models", content.get("model"))
-    models = models if isinstance(models, list) else [models]
-    if not models or not all(isinstance(model, str) and model for model in models):
-        raise UserError("it names no model; write `model: NAME`, or `models: [NAME, NAME]`")
-    twice = next((model for model in models if models.count(model) > 1), None)
-    if twice is not None:
-        raise UserError(f"models holds {twice!r} twice; drop one")
-    return tuple(models)
-
-
-def labels_of(method: Method) -> list[str]:
-    """Names under which a method's models stand in tables: the best, and where it is kept the last."""
-    return [f"{method.name} (best)", f"{method.name} ({method.last})"] if method.last else [method.name]
-
-
-def _check_keys(section: dict, known, what: str) -> None:
-    for key in section:
-        if key not in known:
-            raise UserError(f"unknown {what} {key!r}{did_you_mean(str(key), known)}")
-
-
-def _section(content: dict, key: str) -> dict:
-    section = content.get(key) or {}
-    if not isinstance(section, dict):
-        raise UserError(f"{key} must be a list of `name: value` lines, not {section!r}")
-    return dict(section)
-
-
-def _build(kind, section: dict, where: str):
-    _check_keys(section, kind.__dataclass_fields__, f"key in {where}:")
-    for key, value in section.items():
-        types = str(kind.__dataclass_fields__[key].type)
-        if "str" in types:
-            if not isinstance(value, str) or not value.strip():
-                raise UserError(f"{where}: {key} is {value!r}; it must be text")
-            try:
-                shlex.split(value)
-            except ValueError as error:
-                raise UserError(f"{where}: {key} is {value!r}; {error}") from None
-        elif not is_number(value) or (not value > 0 and key != "num_gpus") or value < 0:
-            raise UserError(f"{where}: {key} is {value!r}; it must be a number above 0")
-        elif "int" in types and value != int(value):
-            raise UserError(f"{where}: {key} is {value!r}; it must be a whole number")
-    return kind(**section)
-
-
-def _data(name: str, section: Any, data_dir) -> Data:
-    if not isinstance(section, dict):
-        raise UserError(f"data {name!r} must be a list of `name: value` lines")
-    section = dict(section)
-    estimate = {key: section.pop(key, None) for key in ("num_rows", "tokens_per_row")}
-    for key, value in estimate.items():
-        if value is not None and (not is_number(value) or value <= 0):
-            raise UserError(f"data {name!r}: {key} is {value!r}; it must be a number above 0")
-    if not section.get("dataset_name"):
-        raise UserError(f"data {name!r} has no dataset_name")
-    options = _as_text(section)
-    if not isinstance(options["dataset_name"], str):
-        raise UserError(f"data {name!r}: dataset_name is {options['dataset_name']!r}; it must be a name, or name: rows")
-    options = in_data_dir(options, data_dir)
+            raise UserError(
+                f"{source}: {TEMPLATE} is {train[TEMPLATE]!r}, which is no file; its place counts from the recipe"
+            )
+    data = recipe.data
     if data_dir is not None:
-        options["data_dir"] = str(data_dir)  # sets by name are looked for there, test sets too
-    return Data(options, **estimate)
+        place = {"data_dir": str(data_dir)}  # sets by name are looked for there, test sets too
+        data = {
+            name: part.model_copy(update={"options": in_data_dir(part.options, data_dir) | place})
+            for name, part in data.items()
+        }
+        if "tasks" in evaluation or "dataset_name" in evaluation:
+            evaluation = in_data_dir(evaluation, data_dir) | place
+    # Of the pre-trained model too: all rows of the table answer to the same prompts.
+    shared = {key: train[key] for key in (TEMPLATE, REVISION) if key in train}
+    return recipe.model_copy(update={"train": train, "data": data, "evaluation": shared | evaluation})
 
 
-def _as_text(options: dict) -> dict:
+def as_text(options: dict[str, Any]) -> dict[str, Any]:
     """Mixtures and lists of test sets as the command line takes them."""
     forms = {"dataset_name": mixture_text, "contamination_sets": names_text}
     return {key: forms[key](value) if key in forms else value for key, value in options.items()}
 
 
-def in_data_dir(options: dict, data_dir: str | Path | None) -> dict:
+def in_data_dir(options: dict[str, Any], data_dir: str | Path) -> dict[str, Any]:
     """Replace file names that mean nothing here by the files of that name in ``data_dir``."""
-    options = dict(options)
-    for key in DATA_NAMES:
-        name = options.get(key)
-        if data_dir is not None and isinstance(name, str):
-            options[key] = rename_sets(name, lambda name: _in_data_dir(name, Path(data_dir).expanduser()))
-    return options
+    folder = Path(data_dir).expanduser()
+    names = {key: options[key] for key in DATA_NAMES if isinstance(options.get(key), str)}
+    return options | {key: rename_sets(name, lambda name: _in_folder(name, folder)) for key, name in names.items()}
 
 
-def _in_data_dir(name: str, folder: Path) -> str:
+def _in_folder(name: str, folder: Path) -> str:
     if not name.lower().endswith(FILE_ENDINGS) or is_there(name):
         return name
     if not (folder / name).is_file():
         raise UserError(f"data file {name!r} is neither here nor in data_dir {str(folder)!r}")
     return str(folder / name)
-
-
-def _method(name: str, section: Any, data: dict) -> Method:
-    if not isinstance(section, dict):
-        raise UserError(f"method {name!r} must be a list of `name: value` lines")
-    if "." in name:
-        raise UserError(f"method name {name!r} has a dot, which separates names from options in the grid; rename it")
-    fields = {field: section[key] for key, field in _METHOD_KEYS.items() if key in section}
-    options = _as_text({key: value for key, value in section.items() if key not in _METHOD_KEYS})
-    if "keep_last" in options:
-        raise UserError(f"method {name!r} has keep_last; write `last: NAME`, the name of that model in tables")
-    kinds = (PRETRAINED, *METHODS)
-    kind = fields.get("method")
-    if kind not in kinds:
-        raise UserError(
-            f"method {name!r} is of method {kind!r}{did_you_mean(str(kind), kinds)}; one of: {', '.join(kinds)}"
-        )
-    for key in ("from", "match", "data", "last"):
-        if section.get(key) is not None and not isinstance(section[key], str):
-            raise UserError(f"method {name!r} has {key}: {section[key]!r}; it must be one name")
-    if kind == PRETRAINED and (options or len(fields) > 1):
-        raise UserError(f"method {name!r} is {PRETRAINED}: it takes no option")
-    if fields.get("data") is not None and fields["data"] not in data:
-        raise UserError(f"method {name!r} names data {fields['data']!r}{did_you_mean(fields['data'], data)}")
-    if fields.get("seeds") is not None:
-        fields["seeds"] = _seeds(fields["seeds"], f"seeds of method {name!r}")
-    if fields.get("last"):
-        if kind in FIXED_MASK_METHODS:
-            raise UserError(f"method {name!r} has `last`, and {kind} has no end of training; drop it")
-        options["keep_last"] = True
-    return Method(name=name, options=options, **fields)
-
-
-def _seeds(value: Any, where: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(seed, int) and seed >= 0 for seed in value):
-        raise UserError(f"{where} must be a list of whole numbers, e.g. [0, 1], not {value!r}")
-    if len(set(value)) < len(value):
-        raise UserError(f"{where} {value} holds one seed twice: two runs would have one name")
-    return tuple(value)
-
-
-def _grid(section: dict, methods: dict) -> dict[tuple[str, str], list]:
-    grid = {}
-    for key, values in section.items():
-        name, dot, option = str(key).rpartition(".")
-        if not dot or name not in methods:
-            raise UserError(f"grid key {key!r} must be METHOD.OPTION{did_you_mean(name, methods)}")
-        if not isinstance(values, list) or not values:
-            raise UserError(f"grid {key!r} must be a list of values, not {values!r}")
-        twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
-        if twice is not None:
-            raise UserError(f"grid {key!r} holds {twice!r} twice: two runs would have one name; drop one")
-        grid[name, option] = values
-    return grid
-
-
-def _evaluation(section: dict, data_dir) -> dict:
-    """Options of ``maskft evaluate``: ``heldout`` holds those about data, and is measured beside the ``tasks``."""
-    heldout = section.pop("heldout", None)
-    if heldout is not None and not isinstance(heldout, dict):
-        raise UserError(f"evaluation.heldout must be a list of `name: value` lines, not {heldout!r}")
-    tasks = section.get("tasks")
-    if isinstance(tasks, str):
-        tasks = [name.strip() for name in tasks.split(",")]
-    if tasks is not None and not isinstance(tasks, list):
-        raise UserError(f"evaluation.tasks must be a list of names, not {tasks!r}")
-    if tasks:
-        section["tasks"] = (["heldout"] if heldout and "heldout" not in tasks else []) + list(tasks)
-    if data_dir is not None and (tasks or heldout):
-        section["data_dir"] = str(data_dir)
-    return section | in_data_dir(heldout or {}, data_dir)
-
-
-def _check_parents(methods: dict[str, Method]) -> None:
-    for method in methods.values():
-        for key, name in (("from", method.start), ("match", method.match)):
-            if name is not None and name not in methods:
-                raise UserError(
-                    f"method {method.name!r} has {key}: {name!r}, which is missing{did_you_mean(name, methods)}"
-                )
-    for name in methods:
-        cycle = _leads_back(name, methods)
-        if cycle:
-            raise UserError(f"the runs form a cycle: {' -> '.join(cycle)}; break it")
-    for method in methods.values():
-        if method.match is not None and methods[method.match].method != "mask":
-            raise UserError(f"method {method.name!r} matches {method.match!r}, which is no learned mask")
-        start = methods.get(method.start)
-        if start is not None and start.method not in (PRETRAINED, "full"):
-            raise UserError(
-                f"method {method.name!r} starts from {start.name!r}, an adapter of method {start.method}; start from "
-                "full fine-tuning"
-            )
-
-
-def _leads_back(name: str, methods: dict[str, Method]) -> list[str] | None:
-    paths = [[name]]
-    while paths:
-        path = paths.pop()
-        for parent in filter(None, (methods[path[-1]].start, methods[path[-1]].match)):
-            if parent == name:
-                return [*path, parent]
-            if parent not in path:
-                paths.append([*path, parent])
-    return None

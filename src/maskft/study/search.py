@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from ..files import write_text
 from ..results.schema import read_result
 from ..results.statistics import weighted_mean
 from .execute import Study, prepare_base
-from .plan import BEST, Plan
+from .plan import BEST, Plan, PlannedRun
 from .recipe import Recipe
-from .run import locked, make_all, refuse_failed
 from .search_recipe import CACHE, NO_MASK, OF_DATA, PARTS, Candidate, Search
+from .study import locked, make_all, refuse_failed
 
 
 def run_search(
@@ -49,48 +49,52 @@ def run_search(
     """
     console = console or Console()
     with locked(folder) as (folder, lock_fd):
-        study = Study(folder, search.recipe, lock_fd)
-        base_plan = check(search.recipe)
-        prepare_base(study, base_plan.runs)
-        rows = _split(search, study, base_plan)
-        candidates, rungs = search.candidates, []
-        for number, steps in enumerate(search.steps):
-            recipe = search.rung(candidates, steps, folder)
-            plan, study = check(recipe), Study(folder, recipe, lock_fd)
-            console.print(
-                f"rung {number + 1} of {len(search.steps)}: {len(candidates)} candidates, {steps} steps each",
-                highlight=False,
-            )
+
+        def measured(recipe: Recipe) -> tuple[Study, Plan]:
+            """Make the runs of a rung that are not finished."""
+            study, plan = Study(folder, recipe, lock_fd), check(recipe)
             refuse_failed(make_all(study, plan, "local", console))
-            rungs.append(_rung_record(study, plan, candidates, steps))
-            num_kept = math.ceil(len(candidates) / search.settings.eta)
-            order = sorted(range(len(candidates)), key=lambda n: rungs[-1]["candidates"][n]["nll"])
-            for place, index in enumerate(order):
-                rungs[-1]["candidates"][index]["kept"] = place < num_kept
-            candidates = [candidates[index] for index in sorted(order[:num_kept])]
+            return study, plan
+
+        base = check(search.recipe)
+        study = Study(folder, search.recipe, lock_fd)
+        prepare_base(study, base.runs)
+        rows = _split(search, study, base)
+        candidates, rungs = search.candidates, []
+        for number, steps in enumerate(search.steps, start=1):
+            said = f"rung {number} of {len(search.steps)}: {len(candidates)} candidates, {steps} steps each"
+            console.print(said, highlight=False)
+            rungs.append(_rung_record(*measured(search.rung(candidates, steps, folder)), candidates, steps))
+            candidates = _survivors(rungs[-1]["candidates"], candidates, search.settings.eta)
             _drop_caches(folder, {str(min(candidate.layers)) for candidate in candidates})
-        winner = candidates[0]
+        (winner,) = candidates
         recipe = search.rung([winner], search.steps[-1], folder)
-        chosen = _gain(Study(folder, recipe, lock_fd), check(recipe))
-        recipe = replace(recipe, evaluation=search.evaluation(str(search.part_file(folder, "report"))))
-        study, plan = Study(folder, recipe, lock_fd), check(recipe)
-        refuse_failed(make_all(study, plan, "local", console))
+        report = search.evaluation(str(search.part_file(folder, "report")))
         record = {
             "version": 1,
             "name": search.recipe.name,
             "model": search.recipe.models[0],
-            "seeds": list(search.recipe.seeds),
+            "seeds": search.recipe.seeds,
             "rows": rows,
             "rungs": rungs,
             "winner": winner.options,
-            "on_rows_that_chose_it": chosen,
-            "on_rows_that_did_not": _gain(study, plan),
+            "on_rows_that_chose_it": _gain(*measured(recipe)),
+            "on_rows_that_did_not": _gain(*measured(recipe.model_copy(update={"evaluation": report}))),
         }
         shutil.rmtree(folder / CACHE, ignore_errors=True)
         write_text(folder / files.WINNER, _winner_recipe(search, winner))
         write_text(folder / files.SEARCH, json.dumps(record, indent=1) + "\n")
         _print(record, winner, folder, console)
     return record
+
+
+def _survivors(rows: list[dict], candidates: list[Candidate], eta: int) -> list[Candidate]:
+    """The candidates with the lowest losses, in their order; notes in ``rows`` which were kept."""
+    order = sorted(range(len(candidates)), key=lambda index: rows[index]["nll"])
+    kept = sorted(order[: math.ceil(len(candidates) / eta)])
+    for index, row in enumerate(rows):
+        row["kept"] = index in kept
+    return [candidates[index] for index in kept]
 
 
 def print_rungs(search: Search, console: Console | None = None) -> None:
@@ -149,14 +153,14 @@ def _drop_caches(folder: Path, first_layers: set[str]) -> None:
 
 def _rung_record(study: Study, plan: Plan, candidates: list[Candidate], steps: int) -> dict[str, Any]:
     """Losses on the rows that choose, nats per token, and training times in seconds."""
-    nlls = {run.method.name: {} for run in plan.runs}
-    times = dict.fromkeys(nlls, 0.0)
+    nlls: dict[str, dict[str, float]] = {}
+    times: Counter[str] = Counter()
     for run in plan.runs:
         value = _heldout(study, run)["metrics"]["nll"]["value"]
         if value is None:
             raise UserError(f"the loss of {run.title!r} is not finite; leave that candidate out")
-        nlls[run.method.name][str(run.seed)] = value
-        times[run.method.name] += study.record(run)["train_time_s"] or 0.0
+        nlls.setdefault(run.method.name, {})[str(run.seed)] = value
+        times[run.method.name] += study.record(run).train_time_s or 0.0
     mean = {name: sum(values.values()) / len(values) for name, values in nlls.items()}
     rows = [
         {"name": c.name, **c.options, "nll": mean[c.name], "nll_of_seed": nlls[c.name], "train_time_s": times[c.name]}
@@ -165,16 +169,15 @@ def _rung_record(study: Study, plan: Plan, candidates: list[Candidate], steps: i
     return {"steps": steps, "nll_without_mask": mean[NO_MASK], "candidates": rows}
 
 
-def _heldout(study: Study, run) -> dict[str, Any]:
+def _heldout(study: Study, run: PlannedRun) -> dict[str, Any]:
     return read_result(study.result_file(run, BEST))["tasks"]["heldout"]
 
 
 def _gain(study: Study, plan: Plan) -> dict[str, float | None]:
     """Loss of the unmasked model and of the one other candidate, and by how much it is lower, paired by items."""
     without, *masked = [_heldout(study, run)["items"] for run in plan.runs]
-    tokens = [item["num_tokens"] for item in without]
+    tokens, before = [item["num_tokens"] for item in without], [item["nll"] for item in without]
     nlls = [sum(item["nll"] for item in items) / len(masked) for items in zip(*masked, strict=True)]
-    before = [item["nll"] for item in without]
     gain, stderr = weighted_mean([a - b for a, b in zip(before, nlls, strict=True)], tokens)
     return {
         "num_items": len(tokens),

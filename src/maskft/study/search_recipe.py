@@ -1,29 +1,22 @@
-"""The recipe of a search, checked before anything runs, and its rungs as studies."""
+"""The recipe of a search: what to try, checked before anything runs, and its rungs as studies."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
 
 from ..data.arguments import TEMPLATE, DataArguments
 from ..data.mixtures import parse_mixture
 from ..data.sources import FILE_ENDINGS
-from ..errors import UserError, did_you_mean
-from ..files import is_there
+from ..errors import UserError
+from ..files import is_there, read_model, read_yaml
 from .plan import data_hash
-from .recipe import (
-    PRETRAINED,
-    REVISION,
-    Data,
-    Method,
-    Recipe,
-    is_number,
-    parse_recipe,
-    read_content,
-)
+from .recipe import PRETRAINED, REVISION, Count, Data, Number, Recipe, Section, methods_of, parse_recipe
 
 NO_MASK = "no mask"
 CACHE, _DATA = "cache", "data"
@@ -57,8 +50,10 @@ class Candidate:
         return {"mask_layers_to_transform": list(self.layers), "mask_sparsity": self.sparsity, **rate}
 
 
-@dataclass(frozen=True)
-class SearchSettings:
+Layers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class SearchSettings(Section):
     """Section ``search`` of the recipe.
 
     Attributes:
@@ -67,21 +62,47 @@ class SearchSettings:
         group_sizes: Numbers of consecutive layers; groups of one size tile the model, the last one ends at its end.
         layer_groups: The groups themselves, instead of ``group_sizes``.
         learning_rates: Rates to try; empty: that of ``train``.
-        eta: Of a rung's candidates, one in ``eta`` goes on to the next; at least 2.
-        min_steps: Fewest steps of a probe that say anything; at least 1.
+        eta: Of a rung's candidates, one in ``eta`` goes on to the next.
+        min_steps: Fewest steps of a probe that say anything.
         choose_size: Rows that rank the candidates: a count if >= 1, else a fraction of the rows held out.
         prefix_cache: Whether the outputs of the frozen layers below a group are kept for all probes that share them.
     """
 
-    sparsities: list[float]
-    budget_steps: int
-    group_sizes: list[int] | None = None
-    layer_groups: list[list[int]] | None = None
-    learning_rates: list[float] | None = None
-    eta: int = 2
-    min_steps: int = 10
-    choose_size: float = 0.5
+    sparsities: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)]
+    budget_steps: Count
+    group_sizes: Annotated[list[Count], Field(min_length=1)] | None = None
+    layer_groups: Annotated[list[Layers], Field(min_length=1)] | None = None
+    learning_rates: list[Number] = []
+    eta: Annotated[int, Field(ge=2)] = 2
+    min_steps: Count = 10
+    choose_size: Number = 0.5
     prefix_cache: bool = True
+
+    @model_validator(mode="after")
+    def _groups_are_given_once(self) -> SearchSettings:
+        if (self.group_sizes is None) == (self.layer_groups is None):
+            raise ValueError("it needs group_sizes or layer_groups, and not both")
+        return self
+
+    def candidates(self, num_layers: int) -> list[Candidate]:
+        """What is tried on a model of ``num_layers`` layers."""
+        groups = [tuple(sorted(set(layers))) for layers in self.layer_groups or []]
+        for size in self.group_sizes or []:
+            # The last group ends at the end of the model.
+            firsts = (min(first, num_layers - size) for first in range(0, num_layers, size))
+            groups += [tuple(range(first, first + size)) for first in firsts]
+        beyond = next((layers for layers in groups if not 0 <= layers[0] <= layers[-1] < num_layers), None)
+        if beyond is not None:
+            raise UserError(f"search: a group has layers {list(beyond)}; the model has layers 0 to {num_layers - 1}")
+        tried = itertools.product(dict.fromkeys(groups), self.sparsities, self.learning_rates or [None])
+        candidates = list(itertools.starmap(Candidate, tried))
+        names = [candidate.name for candidate in candidates]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"search: two candidates are named {twice!r}; values that close mean the same: drop one")
+        if len(candidates) < 2:
+            raise UserError("search: there is 1 candidate; give more layer groups, sparsities or learning rates")
+        return candidates
 
 
 @dataclass(frozen=True)
@@ -118,21 +139,22 @@ class Search:
 
     def rung(self, candidates: list[Candidate], steps: int, folder: Path | None = None) -> Recipe:
         """A rung as a study; without ``folder`` on the data as it is, to check its options."""
-        methods = {NO_MASK: Method(NO_MASK, PRETRAINED)}
+        methods: dict[str, dict] = {NO_MASK: {"method": PRETRAINED}}
         # Those above the same frozen layers follow each other.
         for candidate in sorted(candidates, key=lambda c: c.layers):
             # Measured at the end of its schedule, where rates are zero, and nowhere else.
             options = {**candidate.options, "max_steps": steps, "eval_strategy": "no", "save_steps": 0.5}
             if folder and self.settings.prefix_cache and min(candidate.layers) > 0:
                 options["mask_prefix_cache"] = str(folder / CACHE / str(min(candidate.layers)))
-            methods[candidate.name] = Method(candidate.name, "mask", options=options)
-        recipe = replace(self.recipe, methods=methods)
-        if folder is None:
-            return recipe
-        rows = {part: str(self.part_file(folder, part)) for part in PARTS}
-        names = {"dataset_name": rows["train"], "eval_dataset_name": rows["choose"]}
-        data = {"probes": Data(names | _of_probes(self.data.options))}
-        return replace(recipe, data=data, train=_of_probes(recipe.train), evaluation=self.evaluation(rows["choose"]))
+            methods[candidate.name] = {"method": "mask", **options}
+        changes: dict[str, Any] = {"methods": methods_of(methods)}
+        if folder is not None:
+            rows = {part: str(self.part_file(folder, part)) for part in PARTS}
+            names = {"dataset_name": rows["train"], "eval_dataset_name": rows["choose"]}
+            changes["data"] = {"probes": Data.model_validate(_of_probes(self.data.options) | names)}
+            changes["train"] = _of_probes(self.recipe.train)
+            changes["evaluation"] = self.evaluation(rows["choose"])
+        return self.recipe.model_copy(update=changes)
 
     def evaluation(self, rows: str) -> dict[str, Any]:
         """Options of ``maskft evaluate`` that measure the loss on ``rows``."""
@@ -165,61 +187,38 @@ def load_search(file: str | Path, data_dir: str | None = None, model: str | None
     Raises:
         UserError: The first mistake, in one line.
     """
-    content = read_content(file)
+    content = read_yaml(file)
+    if not isinstance(content, dict) or "search" not in content:
+        raise UserError(f"{file}: search is missing; write sparsities, group_sizes and budget_steps into it")
+    for key in ("methods", "grid", "baseline", "models"):
+        if key in content:
+            raise UserError(f"{file}: {key} is for `maskft study`; drop it")
     if data_dir is not None and not Path(data_dir).expanduser().is_dir():
         raise UserError(f"data_dir {data_dir!r} is no folder; name the one that holds the training data")
-    try:
-        if not isinstance(content, dict) or not isinstance(content.get("search"), dict):
-            raise UserError("it has no section 'search'; write sparsities, group_sizes and budget_steps into one")
-        for key in ("methods", "grid", "baseline", "models"):
-            if key in content:
-                raise UserError(f"it has a section {key!r}, which is for `maskft study`; drop it")
-        content = dict(content)
-        section = content.pop("search")
-        if model is not None:
-            content["model"] = model
-            content.pop("model_facts", None)  # those of the recipe's
-        content["methods"] = {NO_MASK: {"method": PRETRAINED}}
-        recipe = parse_recipe(content, Path(file).stem, data_dir, Path(file).parent)
-        return _checked(recipe, _settings(section))
-    except UserError as error:
-        raise UserError(f"recipe {str(file)!r}: {error}") from None
+    settings = read_model(SearchSettings, content["search"], f"{file}: search")
+    study = {key: value for key, value in content.items() if key != "search"}
+    if model is not None:
+        study = {key: value for key, value in study.items() if key != "model_facts"} | {"model": model}
+    recipe = parse_recipe(study | {"methods": {NO_MASK: {"method": PRETRAINED}}}, data_dir, file)
+    _check_rows(recipe)
+    num_layers = recipe.facts.num_layers
+    if num_layers is None:
+        from ..models import load_config
+
+        num_layers = load_config(recipe.models[0], revision=recipe.revision).get_text_config().num_hidden_layers
+    search = Search(recipe, settings, settings.candidates(num_layers))
+    if search.steps[0] < settings.min_steps:
+        probes, rungs = search.sizes[0] * len(recipe.seeds), len(search.sizes)
+        raise UserError(
+            f"budget_steps {settings.budget_steps} is too small for one rung: the first of {rungs} has {probes} "
+            f"probes of {search.steps[0]} steps, fewer than min_steps {settings.min_steps}; give at least "
+            f"{settings.min_steps * probes * rungs}"
+        )
+    return search
 
 
-def _settings(section: dict) -> SearchSettings:
-    known = {spec.name for spec in fields(SearchSettings)}
-    for key in section:
-        if key not in known:
-            raise UserError(f"unknown key in search: {key!r}{did_you_mean(str(key), known)}")
-    for key in ("sparsities", "budget_steps"):
-        if section.get(key) is None:
-            raise UserError(f"search has no {key}")
-    settings = SearchSettings(**section)
-    for key in ("sparsities", "group_sizes", "layer_groups", "learning_rates"):
-        values = section.get(key)
-        if values is not None and (not isinstance(values, list) or not values):
-            raise UserError(f"{key} must be a list of values, not {values!r}")
-        twice = next((value for value in values or [] if values.count(value) > 1), None)
-        if twice is not None:
-            raise UserError(f"{key} holds {twice!r} twice; drop one")
-    for key, least in (("budget_steps", 1), ("eta", 2), ("min_steps", 1)):
-        value = getattr(settings, key)
-        if not _is_int(value) or value < least:
-            raise UserError(f"{key} is {value!r}; it must be a whole number of at least {least}")
-    for value in settings.sparsities:
-        if not is_number(value) or not 0 <= value < 1:
-            raise UserError(f"sparsity is {value!r}; the fraction removed must be in [0, 1)")
-    for value in settings.learning_rates or []:
-        if not is_number(value) or not value > 0:
-            raise UserError(f"learning rate is {value!r}; it must be above 0")
-    if not is_number(settings.choose_size) or settings.choose_size <= 0:
-        raise UserError(f"choose_size is {settings.choose_size!r}; give a number of rows, or a fraction below 1")
-    if (settings.group_sizes is None) == (settings.layer_groups is None):
-        raise UserError("search needs group_sizes or layer_groups, and not both")
-    return settings
-
-
-def _checked(recipe: Recipe, settings: SearchSettings) -> Search:
+def _check_rows(recipe: Recipe) -> None:
+    """Refuse what would make candidates see other rows than held-out training rows, or what the search decides."""
     for key in _OF_TEST:
         if key in recipe.evaluation:
             raise UserError(f"evaluation sets {key}; a search measures loss on held-out training rows; drop it")
@@ -230,55 +229,6 @@ def _checked(recipe: Recipe, settings: SearchSettings) -> Search:
         raise UserError("mask_selection must be topk: with a threshold no sparsity is given that could be searched")
     if len(recipe.data) > 1:
         raise UserError(f"it has {len(recipe.data)} data sets; a search is on one, which may be a mixture")
-    name = next(iter(recipe.data.values())).options["dataset_name"]
-    for part in parse_mixture(name):
+    for part in parse_mixture(next(iter(recipe.data.values())).options["dataset_name"]):
         if part.name.lower().endswith(FILE_ENDINGS) and not is_there(part.name):
             raise UserError(f"data file {part.name!r} does not exist; name the folder it is in: --data_dir DIR")
-    num_layers = recipe.facts.num_layers
-    if num_layers is None:
-        from ..models import load_config
-
-        config = load_config(recipe.models[0], revision=recipe.revision)
-        num_layers = config.get_text_config().num_hidden_layers
-    groups = _groups(settings, num_layers)
-    rates = settings.learning_rates or [None]
-    candidates = list(itertools.starmap(Candidate, itertools.product(groups, settings.sparsities, rates)))
-    names = [candidate.name for candidate in candidates]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"two candidates are named {twice!r}; values that close mean the same: drop one")
-    if len(candidates) < 2:
-        raise UserError("there is 1 candidate; give at least 2: more layer groups, sparsities or learning rates")
-    search = Search(recipe, settings, candidates)
-    if search.steps[0] < settings.min_steps:
-        probes, rungs = len(candidates) * len(recipe.seeds), len(search.sizes)
-        raise UserError(
-            f"budget_steps {settings.budget_steps} is too small for one rung: the first of {rungs} has {probes} "
-            f"probes of {search.steps[0]} steps, fewer than min_steps {settings.min_steps}; give at least "
-            f"{settings.min_steps * probes * rungs}"
-        )
-    return search
-
-
-def _groups(settings: SearchSettings, num_layers: int) -> list[tuple[int, ...]]:
-    """The layer groups, checked against the model."""
-    for size in settings.group_sizes or []:
-        if not _is_int(size) or not 1 <= size <= num_layers:
-            raise UserError(f"group size is {size!r}; the model has {num_layers} layers, so give 1 to {num_layers}")
-    groups = [
-        tuple(range(min(first, num_layers - size), min(first, num_layers - size) + size))
-        for size in settings.group_sizes or []
-        for first in range(0, num_layers, size)
-    ]
-    for layers in settings.layer_groups or []:
-        if not isinstance(layers, list) or not layers or len(set(map(str, layers))) < len(layers):
-            raise UserError(f"layer group {layers!r} must be a list of different layers, e.g. [4, 5, 6, 7]")
-        beyond = next((n for n in layers if not _is_int(n) or not 0 <= n < num_layers), None)
-        if beyond is not None:
-            raise UserError(f"layer group {layers} names layer {beyond!r}; the model has layers 0 to {num_layers - 1}")
-        groups.append(tuple(sorted(layers)))
-    return list(dict.fromkeys(groups))
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -51,7 +51,7 @@ def summarise(study: Study, plan: Plan) -> str:
 
 
 def _of_one_model(results: list[Result], baseline: str | None) -> tuple[str, str, dict]:
-    """Table for a terminal, table in Markdown, record."""
+    """Tables for a terminal, tables in Markdown, record."""
     names = list(dict.fromkeys(result["name"] for result in results))
     runs = [_row(result) for result in results]
     wanted = baseline or _default_baseline(results)
