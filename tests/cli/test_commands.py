@@ -1,9 +1,11 @@
 """Every command for real on a tiny model: evaluate, compare, merge, inspect, verify, demo, env, and help."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+from importlib import resources
 
 import pytest
 import safetensors.torch
@@ -15,7 +17,10 @@ import tiny
 from maskft.adapter.mask_set import MaskSet
 from maskft.cli.main import COMMANDS, main
 from maskft.cli.train import option_defaults
+from maskft.data import load_splits
+from maskft.data.arguments import DataArguments
 from maskft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
+from maskft.study.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -257,52 +262,31 @@ def test_an_existing_result_is_not_replaced_unasked(base, data, tmp_path, capsys
 # demo
 
 
-def demo_words(base, data, out):
-    options = {
-        "output_dir": out,
-        "model_name_or_path": base,
-        "dataset_name": data,
-        "eval_split_size": 32,
-        "num_train_epochs": 1,
-        "bf16": False,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 0.003,
-    }
-    return ["demo", *(str(word) for key, value in options.items() for word in (f"--{key}", value))]
-
-
-def test_demo_on_a_users_own_model_and_data(base, data, tmp_path, capsys):
+def test_demo_on_another_model(base, tmp_path, capsys):
+    """The whole packaged study, on a few sums and a tiny model, twice: the second time nothing is repeated."""
+    pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
     out = tmp_path / "demo"
-    status, printed, err = call(demo_words(base, data, out), capsys)
+    words = ["demo", "--output_dir", out, "--model", base, "--limit", 8]
+    status, printed, err = call(words, capsys)
     assert status == 0, err
-    for name in ("pre-trained", "full (best)", "full (continued)", "random mask", "L1 mask", "learned mask", "warm"):
+    for name in ("pre-trained", "full (best)", "random mask", "L1 mask", "learned mask", "warm restart"):
         assert name in printed
-    assert (out / "table.md").is_file() and json.loads((out / "comparison.json").read_text())["differences"]
+    assert "Verdict: learned mask vs full (best), nll on heldout: " in printed and str(out / "table-demo.md") in printed
+    assert max(map(len, printed.replace(str(out), "runs/demo").splitlines())) <= 80
     results = [json.loads(path.read_text()) for path in (out / "results").rglob(RESULT)]
-    assert len(results) == 7 and len({r["tasks"]["test"]["items_fingerprint"] for r in results}) == 1
-    assert all(len(r["tasks"]["test"]["items"]) == 24 for r in results)
+    assert len(results) == 7 and len({r["tasks"]["heldout"]["items_fingerprint"] for r in results}) == 1
+    assert all(len(r["tasks"]["heldout"]["items"]) == 8 for r in results)
     assert str(tmp_path) not in json.dumps(results)
-    # Run again: nothing is repeated. With other settings: refused.
-    before = (out / "mask" / ADAPTER_WEIGHTS).stat().st_mtime_ns
-    status, printed, _ = call(demo_words(base, data, out), capsys)
-    assert status == 0 and printed.count("already done") == 7
-    assert (out / "mask" / ADAPTER_WEIGHTS).stat().st_mtime_ns == before
-    status, _, err = call([*demo_words(base, data, out), "--mask_sparsity", "0.2"], capsys)
-    assert status == 2 and "holds a demo with other settings" in err
+    status, printed, _ = call(words, capsys)
+    assert status == 0 and "6 runs, 6 finished before" in printed
 
 
 @pytest.mark.parametrize(
     "words,message",
     [
-        (["--learning_rat", "1"], "did you mean 'learning_rate'"),
-        (["--mask.learning_rat", "1"], "did you mean 'learning_rate'"),
-        (["--msk.learning_rate", "1"], "unknown stage 'msk'"),
-        (["--dataset_name", "[x"], "put it in quotes"),
-        (["--preset", "papr"], "the only one is paper"),
-        (["--config", "none.yaml"], "does not exist"),
-        (["stray"], "'stray' is not an option"),
-        (["--config"], "--config has no value"),
-        (["--preset"], "--preset has no value"),
+        (["--learning_rate", "1"], "unknown option --learning_rate"),
+        (["--preset", "papr"], "invalid choice: 'papr'"),
+        (["--limit", "1"], "limit is 1; it must be at least 2"),
     ],
 )
 def test_bad_demo_input(words, message, tmp_path, capsys):
@@ -310,10 +294,10 @@ def test_bad_demo_input(words, message, tmp_path, capsys):
     assert status == 2 and message in err and not (tmp_path / "demo").exists()
 
 
-def test_a_demo_recipe_whose_section_is_a_list(tmp_path, capsys):
-    (tmp_path / "demo.yaml").write_text("mask: [1]\n")
-    status, _, err = call(["demo", "--config", tmp_path / "demo.yaml"], capsys)
-    assert status == 2 and "section mask of the recipe must be a list of `name: value` lines, not [1]" in err
+def test_the_demo_shows_a_recipe_that_is_a_study(tmp_path, capsys):
+    status, printed, _ = call(["demo", "--show"], capsys)
+    (tmp_path / "demo.yaml").write_text(printed)
+    assert status == 0 and call(["study", tmp_path / "demo.yaml", "--dry_run"], capsys)[0] == 0
 
 
 def test_merge_into_the_folder_one_is_in(adapter, tmp_path, monkeypatch, capsys):
@@ -323,12 +307,28 @@ def test_merge_into_the_folder_one_is_in(adapter, tmp_path, monkeypatch, capsys)
     assert status == 0 and (tmp_path / "empty" / "config.json").is_file(), err
 
 
-def test_demo_preset_paper():
-    from maskft.cli.demo import SECTIONS, _parse_recipe, _recipe_text, merge_options
+def test_demo_preset_paper(base, tmp_path, capsys, monkeypatch):
+    plans = []
+    monkeypatch.setattr("maskft.cli.study.start", lambda plan, folder: plans.append(plan))
+    for words in ([], ["--preset", "paper"]):
+        assert call(["demo", "--model", base, *words], capsys)[0] == 0
+    ours, paper = (next(run.options for run in plan.runs if run.method.method == "mask") for plan in plans)
+    assert (ours["mask_init_scores"], ours["mask_rank_by"]) == ("magnitude", "signed")
+    assert (paper["mask_preset"], paper["learning_rate"]) == ("paper", 1e-3)
+    assert "mask_init_scores" not in paper
 
-    recipe = merge_options(_parse_recipe(_recipe_text(None)), {"preset": "paper"})
-    assert set(recipe) == set(SECTIONS)
-    assert recipe["mask"]["mask_preset"] == "paper" and "mask_init_scores" not in recipe["mask"]
+
+def test_the_demo_tests_on_sums_that_nothing_else_has_seen():
+    pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
+    recipe = load_recipe(resources.files("maskft") / "recipes" / "demo.yaml")
+    known = {field.name for field in dataclasses.fields(DataArguments)}
+    train, test = (
+        DataArguments(**{key: value for key, value in options.items() if key in known})
+        for options in (recipe.data["sums"].options, recipe.evaluation)
+    )
+    seen = load_splits(train, train.split_seed, None)
+    asked = load_splits(test, test.split_seed, None).heldout["prompt"]
+    assert len(set(asked)) == 300 and not set(asked) & {*seen.train["prompt"], *seen.heldout["prompt"]}
 
 
 def test_a_revision_of_a_hub_model(base, data, tmp_path, capsys, monkeypatch):

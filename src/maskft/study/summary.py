@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..files import write_text
 from ..results.compare import compare, scores
 from ..results.schema import Result, read_result
-from ..results.text import render, render_scores
+from ..results.text import render, render_scores, sentence, wrap
 from .execute import Study
 from .plan import BEST, LAST, Plan
 
@@ -64,7 +64,10 @@ def _of_one_model(results: list[Result], baseline: str | None) -> tuple[str, str
     except UserError as error:  # measured, and not comparable: say so instead of losing the numbers
         return f"not compared: {error}\n", f"Not compared: {error}\n", {"runs": runs, "not_compared": str(error)}
     record = {"baseline": baseline, "runs": runs, "comparison": comparison.to_dict()}
-    return render(comparison, "terminal"), render(comparison, "markdown"), record
+    text, masks = render(comparison, "terminal"), {r["name"] for r in results if r["model"]["method"] == "mask"}
+    verdict = next((row for row in comparison.differences if row.method in masks), None)
+    text += f"\n{wrap(f'Verdict: {sentence(verdict)}')}" if verdict else ""
+    return text, render(comparison, "markdown"), record
 
 
 def _default_baseline(results: list[Result]) -> str:
