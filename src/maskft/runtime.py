@@ -31,26 +31,11 @@ T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 30.0
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
+# Those that a number may depend on.
 PACKAGES = (
-    "accelerate",
-    "alpaca_eval",
-    "antlr4-python3-runtime",
-    "datasets",
-    "langdetect",
-    "lm_eval",
-    "maskft",
-    "math-verify",
-    "nltk",
-    "numpy",
-    "peft",
-    "scipy",
-    "sympy",
-    "tokenizers",
-    "torch",
-    "transformers",
-    "trl",
-    "vllm",
-)
+    "accelerate alpaca_eval antlr4-python3-runtime datasets langdetect lm_eval maskft math-verify nltk numpy peft "
+    "scipy sympy tokenizers torch transformers trl vllm"
+).split()
 
 
 # Processes
@@ -209,7 +194,7 @@ class _BarOrLines(Progress):
     def __init__(self, *columns, **options):
         super().__init__(*columns, **options)
         self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-        self._advanced = 0.0  # of the last task; one that goes on from an earlier run does not begin at 0
+        self._advanced = 0.0  # of the last task; one that is resumed does not begin at 0
 
     def add_task(self, *args, **kwargs) -> TaskID:
         self._advanced = 0.0

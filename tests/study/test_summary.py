@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskft.study.summary import _unchanged, _without_repeats
+from maskft.study.summary import unchanged_notes, without_repeats
 
 
 def result(name, role, best_step, num_steps=8):
@@ -14,16 +14,16 @@ BEST = [result("mask (best)", "best", 8), result("mask (best)", "best", 8)]
 
 def test_an_end_that_is_the_best_at_every_seed_is_left_out():
     ends = [result("mask (complete)", "last", 8), result("mask (complete)", "last", 8)]
-    kept, notes = _without_repeats([*BEST, *ends], None)
+    kept, notes = without_repeats([*BEST, *ends], None)
     assert kept == BEST
     assert notes == ["Note: mask (complete) is not listed: it is the best one, whose step is the last."]
-    assert _without_repeats([*BEST, *ends], "mask (complete)") == ([*BEST, *ends], []), "the baseline stays"
+    assert without_repeats([*BEST, *ends], "mask (complete)") == ([*BEST, *ends], []), "the baseline stays"
 
 
 @pytest.mark.parametrize("best_step", [6, 0])
 def test_an_end_that_differs_at_one_seed_stays_for_all(best_step):
     results = [*BEST, result("mask (complete)", "last", 8), result("mask (complete)", "last", best_step)]
-    assert _without_repeats(results, None) == (results, [])
+    assert without_repeats(results, None) == (results, [])
 
 
 def test_what_is_its_own_start_is_named_with_its_seeds():
@@ -32,8 +32,8 @@ def test_what_is_its_own_start_is_named_with_its_seeds():
         return {"name": "warm restart", "model": {"method": "full", "seed": seed}, "study": study}
 
     unchanged = "its parent, unchanged; no step lowered its held-out loss."
-    assert _unchanged([full(0, 0), full(1, 0)]) == [f"Note: warm restart is {unchanged}"]
-    assert _unchanged([full(0, 0), full(1, 8), full(2, 0)]) == [f"Note: warm restart (seed 0, 2) is {unchanged}"]
-    assert _unchanged([full(0, 8)]) == []
+    assert unchanged_notes([full(0, 0), full(1, 0)]) == [f"Note: warm restart is {unchanged}"]
+    assert unchanged_notes([full(0, 0), full(1, 8), full(2, 0)]) == [f"Note: warm restart (seed 0, 2) is {unchanged}"]
+    assert unchanged_notes([full(0, 8)]) == []
     already = "Note: warm restart (seed 1) is its parent, unchanged; the rate of its schedule was 0 already."
-    assert _unchanged([full(0, 8), full(1, None, 0)]) == [already]
+    assert unchanged_notes([full(0, 8), full(1, None, 0)]) == [already]

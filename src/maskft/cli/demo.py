@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from importlib import resources
 
-INTRO = """Fully fine-tunes a small language model on sums, learns a mask on the best checkpoint, and
-compares it on new sums with its controls: the model before and after fine-tuning, a random
-mask, an L1 mask, and full fine-tuning again with as many tokens."""
+INTRO = """\
+Fully fine-tunes a small language model on sums, learns a mask on the best
+checkpoint, and compares it on new sums with its controls: the model before and
+after fine-tuning, a random mask, an L1 mask, and more fine-tuning."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,15 +30,9 @@ _HASH_LENGTH = 10
 _PLACES = ("mask_layers_to_transform", "mask_layers_pattern", "mask_target_modules", "mask_exclude_modules")
 _LAYERS = ("mask_layers_to_transform", "partial_layers")
 # Options of `maskft train` that a recipe cannot give, and what to do instead.
-_STUDY_DECIDES = "the study itself decides that; drop it"
+_OF_THE_STUDY = ("method", "model_name_or_path", "output_dir", "resume_from_checkpoint", "match_adapter")
 _NOT_IN_A_RECIPE = {
-    "method": _STUDY_DECIDES,
-    "model_name_or_path": _STUDY_DECIDES,
-    "output_dir": _STUDY_DECIDES,
-    "resume_from_checkpoint": _STUDY_DECIDES,
-    "match_adapter": _STUDY_DECIDES,
-    "prepared_data_dir": _STUDY_DECIDES,
-    "prepare_only": _STUDY_DECIDES,
+    **dict.fromkeys((*_OF_THE_STUDY, "prepared_data_dir", "prepare_only"), "the study itself decides that; drop it"),
     "keep_last": "give the methods whose end is kept `last: NAME`",
     "seed": "the list of seeds decides that; write `seeds: [0, 1]`",
 }
@@ -46,27 +40,16 @@ _NOT_IN_A_RECIPE = {
 
 @dataclass(frozen=True, eq=False)
 class PlannedRun:
-    """One run: one training (or one base model taken as it is), and the evaluations of its models.
-
-    Attributes:
-        method: The recipe's method.
-        model: Base model of the study this run belongs to.
-        seed: Training seed; also that of the mask unless ``mask_seed`` is given.
-        axes: The grid's values that this run or one it is made from has.
-        options: Options of ``maskft train``, without paths and model.
-        start: Run whose best checkpoint it starts from; None: the base model.
-        match: Run whose mask gives a fixed mask its counts; None where there is none.
-        id: Folder name; ends with the hash.
-    """
+    """One run: one training (or one base model taken as it is), and the evaluations of its models."""
 
     method: Method
-    model: str
-    seed: int
-    axes: dict[tuple[str, str], Any]
-    options: dict[str, Any]
-    start: PlannedRun | None
-    match: PlannedRun | None
-    id: str
+    model: str  # base model of the study this run belongs to
+    seed: int  # of training; also that of the mask unless `mask_seed` is given
+    axes: dict[tuple[str, str], Any]  # the grid's values that this run or one it is made from has
+    options: dict[str, Any]  # of `maskft train`, without paths and model
+    start: PlannedRun | None  # the run whose best checkpoint it starts from; None: the base model
+    match: PlannedRun | None  # the run whose mask gives a fixed mask its counts
+    id: str  # folder name; ends with the hash
 
     @property
     def hash(self) -> str:

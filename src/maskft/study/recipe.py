@@ -22,6 +22,8 @@ REVISION = "model_revision"  # the option that names a revision of a hub model
 
 Count = Annotated[int, Field(gt=0)]
 Number = Annotated[float, Field(gt=0)]
+Options = dict[str, Any]
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class Section(FileModel):
@@ -33,7 +35,7 @@ class Section(FileModel):
 class SectionWithOptions(Section):
     """A section in which every key that is no field is an option of ``maskft train``."""
 
-    options: dict[str, Any] = {}
+    options: Options = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -46,36 +48,21 @@ class SectionWithOptions(Section):
 
 
 class Facts(Section):
-    """What a dry run cannot look up without a download; used for its estimates and for nothing else.
+    """What a dry run cannot look up without a download; used for its estimates and for nothing else."""
 
-    Attributes:
-        num_layers: Decoder layers.
-        num_parameters: Parameters of the model.
-        weights_per_layer: Weights of the linear layers of one decoder layer.
-        tokens_per_s: Training tokens per second of full fine-tuning, measured on the hardware meant.
-        flops_per_s: FLOPs per second of all processes together, for where ``tokens_per_s`` is not measured.
-        dtype_bytes: Bytes per parameter in the model's files, for ``dtype: auto``.
-    """
-
-    num_layers: Count | None = None
+    num_layers: Count | None = None  # decoder layers
     num_parameters: Count | None = None
-    weights_per_layer: Count | None = None
-    tokens_per_s: Number | None = None
-    flops_per_s: Number | None = None
-    dtype_bytes: Count = 4
+    weights_per_layer: Count | None = None  # of the linear layers of one decoder layer
+    tokens_per_s: Number | None = None  # of full fine-tuning, measured on the hardware meant
+    flops_per_s: Number | None = None  # of all processes together, where tokens_per_s is not measured
+    dtype_bytes: Count = 4  # per parameter in the model's files, for `dtype: auto`
 
 
 class Data(SectionWithOptions):
-    """One training set, with the part of it that is held out.
+    """One training set, with the part of it that is held out."""
 
-    Attributes:
-        options: Options of ``maskft train`` about data.
-        num_rows: Rows to train on, for a dry run's estimate where the data is not at hand.
-        tokens_per_row: Mean tokens of a row, for the same estimate.
-    """
-
-    num_rows: Count | None = None
-    tokens_per_row: Number | None = None
+    num_rows: Count | None = None  # to train on, for a dry run where the data is not at hand
+    tokens_per_row: Number | None = None  # mean, for the same estimate
 
     @model_validator(mode="after")
     def _has_a_name(self) -> Data:
@@ -85,30 +72,16 @@ class Data(SectionWithOptions):
         return self
 
 
-Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-
-
 class Method(SectionWithOptions):
-    """One line of the table: what is trained, from which model, with which options.
+    """One line of the table: what is trained, from which model, with which options."""
 
-    Attributes:
-        name: Label in tables.
-        method: ``pretrained`` or a method of ``maskft train``.
-        start: Name of the method whose best checkpoint this starts from; None: the base model.
-        match: Name of the mask whose counts a fixed mask takes.
-        data: Name of the data; None: the recipe's first.
-        last: What the model at the end of training is called beside the best one; None: it is not kept.
-        seeds: Seeds of this method; None: those of the study.
-        options: Options of ``maskft train`` that are this method's own.
-    """
-
-    name: str = ""
+    name: str = ""  # in tables: its key in the recipe
     method: Literal[(PRETRAINED, *METHODS)]
-    start: str | None = Field(default=None, alias="from")
-    match: str | None = None
-    data: str | None = None
-    last: str | None = None
-    seeds: Seeds | None = None
+    start: str | None = Field(default=None, alias="from")  # the method whose best checkpoint it starts from
+    match: str | None = None  # the learned mask whose counts a fixed mask takes
+    data: str | None = None  # None: the recipe's first
+    last: str | None = None  # name of the model at the end of training beside the best one; None: not kept
+    seeds: Seeds | None = None  # None: those of the study
 
     @model_validator(mode="after")
     def _fits_its_method(self) -> Method:
@@ -139,63 +112,40 @@ def _named(methods: dict[str, Method]) -> dict[str, Method]:
 Methods = Annotated[dict[str, Method], Field(min_length=1), AfterValidator(_named)]
 
 
-def methods_of(sections: dict[str, dict[str, Any]]) -> dict[str, Method]:
+def methods_of(sections: dict[str, Options]) -> dict[str, Method]:
     """Methods from what stands in a recipe's section ``methods``."""
     return TypeAdapter(Methods).validate_python(sections)
 
 
-def _command(text: str) -> str:
-    shlex.split(text)  # an open quotation is a ValueError
-    return text
-
-
 class Launch(Section):
-    """How a run is started.
+    """How a run is started."""
 
-    Attributes:
-        accelerate_config: One of TRL's configurations (``fsdp2``, ``multi_gpu``) or a file of ``accelerate config``.
-        command: Words before ``-m maskft.cli.main train``, e.g. ``torchrun --nproc_per_node 8``; None: this Python.
-        num_processes: ``maskft train --num_processes N``; None: what the accelerate configuration says, else 1. Beside
-            ``command`` it starts nothing, it tells a dry run how many processes the command starts.
-        num_cpus: CPU cores a run takes on a Ray cluster.
-        num_gpus: GPUs a run takes on a Ray cluster.
-    """
-
-    accelerate_config: str | None = None
-    command: Annotated[str, Field(min_length=1), AfterValidator(_command)] | None = None
-    num_processes: Count | None = None
-    num_cpus: Number = 1
+    accelerate_config: str | None = None  # fsdp2, multi_gpu, ... of TRL, or a file of `accelerate config`
+    command: str | None = None  # before `-m maskft.cli.main train`, e.g. torchrun --nproc_per_node 8
+    num_processes: Count | None = None  # None: as accelerate_config says, else 1; beside `command` for estimates only
+    num_cpus: Number = 1  # that a run takes on a Ray cluster
     num_gpus: Annotated[float, Field(ge=0)] = 0
+
+    @field_validator("command")
+    @classmethod
+    def _can_be_split(cls, command: str | None) -> str | None:
+        shlex.split(command or "")  # an open quotation is a ValueError
+        return command
 
 
 class Recipe(Section):
-    """A study.
-
-    Attributes:
-        version: Of the format.
-        name: Names the folder and the tables.
-        models: Base models.
-        data: Name -> training set; the first is the default.
-        methods: Name -> method.
-        train: Options of ``maskft train`` for all methods.
-        seeds: Training seeds.
-        grid: ``METHOD.OPTION`` -> values; see :attr:`axes`.
-        evaluation: Options of ``maskft evaluate``; in the file those of held-out data stand under ``heldout``.
-        baseline: Name in the tables of the run that all are compared with.
-        facts: Of the base model, for estimates.
-        launch: How runs are started.
-    """
+    """A study."""
 
     version: int
-    name: str
-    models: list[str]
+    name: str  # of the folder and of the tables
+    models: list[str]  # in the file also `model`, of one
     data: Annotated[dict[str, Data], Field(min_length=1)]
     methods: Methods
-    train: Annotated[dict[str, Any], AfterValidator(lambda options: as_text(options))] = {}
+    train: Annotated[Options, AfterValidator(lambda options: as_text(options))] = {}  # for all methods
     seeds: Seeds = [0]
-    grid: dict[str, Annotated[list, Field(min_length=1)]] = {}
-    evaluation: dict[str, Any] = {}
-    baseline: str | None = None
+    grid: dict[str, Annotated[list, Field(min_length=1)]] = {}  # METHOD.OPTION -> values
+    evaluation: Options = {}  # of `maskft evaluate`; in the file those of held-out data stand under `heldout`
+    baseline: str | None = None  # name in tables of what all are compared with
     facts: Facts = Field(default=Facts(), alias="model_facts")
     launch: Launch = Launch()
 
@@ -236,64 +186,65 @@ class Recipe(Section):
 
     @field_validator("evaluation")
     @classmethod
-    def _heldout_is_a_task(cls, section: dict[str, Any]) -> dict[str, Any]:
-        """``heldout`` holds the options about data, and is measured beside the ``tasks``."""
-        heldout, tasks = section.get("heldout"), section.get("tasks")
-        if heldout is not None and not isinstance(heldout, dict):
-            raise ValueError(f"heldout is {heldout!r}; it must be lines of `name: value`")
-        if isinstance(tasks, str):
-            tasks = [name.strip() for name in tasks.split(",")]
-        if tasks is not None and not isinstance(tasks, list):
-            raise ValueError(f"tasks is {tasks!r}; it must be a list of names")
+    def _heldout_is_a_task(cls, section: Options) -> Options:
+        """``heldout`` is measured beside the ``tasks``; its options join the others."""
+        heldout, tasks = section.get("heldout") or {}, section.get("tasks") or []
+        tasks = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else tasks
+        for name, value, kind, form in (
+            ("heldout", heldout, dict, "lines of `name: value`"),
+            ("tasks", tasks, list, "a list of names"),
+        ):
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} is {value!r}; it must be {form}")
         options = {key: value for key, value in section.items() if key not in ("heldout", "tasks")}
         if tasks:
             options["tasks"] = (["heldout"] if heldout and "heldout" not in tasks else []) + tasks
-        return options | (heldout or {})
+        return options | heldout
 
     @model_validator(mode="after")
     def _has_no_name_twice(self) -> Recipe:
-        lists = {"models": self.models, "seeds": self.seeds, **{f"grid {k!r}": v for k, v in self.grid.items()}}
+        labels = [label for method in self.methods.values() for label in method.labels]
+        lists = {"models": self.models, "seeds": self.seeds, "methods and their `last`": labels}
+        lists |= {f"grid {key!r}": values for key, values in self.grid.items()}
         lists |= {f"seeds of method {name!r}": method.seeds or [] for name, method in self.methods.items()}
-        lists["methods and their `last`"] = labels = [label for m in self.methods.values() for label in m.labels]
         for where, values in lists.items():
             twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
             if twice is not None:
                 raise ValueError(f"{where}: {twice!r} stands there twice, and two runs would have one name; drop one")
-        if self.baseline is not None and self.baseline not in labels:
-            raise ValueError(
-                f"baseline is {self.baseline!r}{did_you_mean(self.baseline, labels)}; one of {', '.join(labels)}"
-            )
+        _check_known("baseline", self.baseline, labels)
         return self
 
     @model_validator(mode="after")
-    def _names_what_is_there(self) -> Recipe:
+    def _is_made_from_what_is_there(self) -> Recipe:
         for key in self.grid:
             name, dot, _ = key.rpartition(".")
             if not dot or name not in self.methods:
                 raise ValueError(f"grid: {key!r} must be METHOD.OPTION{did_you_mean(name, self.methods)}")
         for name, method in self.methods.items():
-            places = (("from", method.start, self.methods), ("match", method.match, self.methods))
-            for key, value, known in (*places, ("data", method.data, self.data)):
-                if value is not None and value not in known:
-                    raise ValueError(
-                        f"method {name!r} has {key}: {value!r}, which is missing{did_you_mean(value, known)}"
-                    )
+            _check_known(f"methods.{name}.from", method.start, self.methods)
+            _check_known(f"methods.{name}.match", method.match, self.methods)
+            _check_known(f"methods.{name}.data", method.data, self.data)
             if method.seeds and len(self.seeds) > 1 and method.seeds != self.seeds:
                 raise ValueError(
-                    f"method {name!r} has seeds {method.seeds} and the study {self.seeds}; they are paired by seed; "
-                    "give a method its own seeds only where the study has one"
+                    f"methods.{name}.seeds is {method.seeds} and those of the study are {self.seeds}; they are paired "
+                    "by seed; give a method its own seeds only where the study has one"
                 )
         for name, method in self.methods.items():
             _check_no_cycle(self.methods, [name])
-            if method.match is not None and self.methods[method.match].method != "mask":
-                raise ValueError(f"method {name!r} matches {method.match!r}, which is no learned mask")
-            start = method.start and self.methods[method.start]
+            match, start = self.methods.get(method.match), self.methods.get(method.start)
+            if match and match.method != "mask":
+                raise ValueError(f"methods.{name}.match is {match.name!r}, which is no learned mask")
             if start and start.method not in (PRETRAINED, "full"):
                 raise ValueError(
-                    f"method {name!r} starts from {start.name!r}, an adapter of method {start.method}; start from full "
+                    f"methods.{name}.from is {start.name!r}, an adapter of method {start.method}; start from full "
                     "fine-tuning"
                 )
         return self
+
+
+def _check_known(where: str, name: str | None, known: list[str] | dict[str, Any]) -> None:
+    if name is not None and name not in known:
+        raise ValueError(f"{where} is {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
 
 
 def _check_no_cycle(methods: dict[str, Method], path: list[str]) -> None:
@@ -331,43 +282,37 @@ def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str |
     if isinstance(content, dict):
         content = {"name": source.stem, **content}
     recipe = read_model(Recipe, content, source)
-    train, evaluation = dict(recipe.train), dict(recipe.evaluation)
+    data, train, evaluation = recipe.data, dict(recipe.train), recipe.evaluation
     if TEMPLATE in train:
-        train[TEMPLATE] = str(source.parent / Path(str(train[TEMPLATE])).expanduser())
-        if not Path(train[TEMPLATE]).is_file():
-            raise UserError(
-                f"{source}: {TEMPLATE} is {train[TEMPLATE]!r}, which is no file; its place counts from the recipe"
-            )
-    data = recipe.data
+        train[TEMPLATE] = template = str(source.parent / Path(str(train[TEMPLATE])).expanduser())
+        if not Path(template).is_file():
+            raise UserError(f"{source}: {TEMPLATE} is {template!r}, no file; its place counts from the recipe")
     if data_dir is not None:
-        place = {"data_dir": str(data_dir)}  # sets by name are looked for there, test sets too
-        data = {
-            name: part.model_copy(update={"options": in_data_dir(part.options, data_dir) | place})
-            for name, part in data.items()
-        }
+        of_data = {name: in_data_dir(part.options, data_dir) for name, part in data.items()}
+        data = {name: part.model_copy(update={"options": of_data[name]}) for name, part in data.items()}
         if "tasks" in evaluation or "dataset_name" in evaluation:
-            evaluation = in_data_dir(evaluation, data_dir) | place
+            evaluation = in_data_dir(evaluation, data_dir)
     # Of the pre-trained model too: all rows of the table answer to the same prompts.
     shared = {key: train[key] for key in (TEMPLATE, REVISION) if key in train}
     return recipe.model_copy(update={"train": train, "data": data, "evaluation": shared | evaluation})
 
 
-def as_text(options: dict[str, Any]) -> dict[str, Any]:
+def as_text(options: Options) -> Options:
     """Mixtures and lists of test sets as the command line takes them."""
     forms = {"dataset_name": mixture_text, "contamination_sets": names_text}
     return {key: forms[key](value) if key in forms else value for key, value in options.items()}
 
 
-def in_data_dir(options: dict[str, Any], data_dir: str | Path) -> dict[str, Any]:
-    """Replace file names that mean nothing here by the files of that name in ``data_dir``."""
-    folder = Path(data_dir).expanduser()
+def in_data_dir(options: Options, data_dir: str | Path) -> Options:
+    """Options with ``data_dir``, and file names that mean nothing here replaced by the files of that name in it."""
+
+    def found(name: str) -> str:
+        file = Path(data_dir).expanduser() / name
+        if not name.lower().endswith(FILE_ENDINGS) or is_there(name):
+            return name
+        if not file.is_file():
+            raise UserError(f"data file {name!r} is neither here nor in data_dir {str(data_dir)!r}")
+        return str(file)
+
     names = {key: options[key] for key in DATA_NAMES if isinstance(options.get(key), str)}
-    return options | {key: rename_sets(name, lambda name: _in_folder(name, folder)) for key, name in names.items()}
-
-
-def _in_folder(name: str, folder: Path) -> str:
-    if not name.lower().endswith(FILE_ENDINGS) or is_there(name):
-        return name
-    if not (folder / name).is_file():
-        raise UserError(f"data file {name!r} is neither here nor in data_dir {str(folder)!r}")
-    return str(folder / name)
+    return options | {key: rename_sets(name, found) for key, name in names.items()} | {"data_dir": str(data_dir)}

@@ -16,54 +16,32 @@ from .recipe import Recipe
 
 
 class RunRecord(FileModel):
-    """Identity, settings and accounts of one finished run.
+    """Identity, settings and accounts of one finished run. Dictionaries hold a value per role, ``best`` and ``last``.
 
-    Attributes:
-        study: Name of the study that made it.
-        run: Its id.
-        method: ``pretrained`` or a method of ``maskft train``.
-        name: Method and grid values, as in tables.
-        seed: Training seed.
-        model: Base model of the study.
-        data: Name of its data in the recipe.
-        start: Id of the run it starts from.
-        match: Id of the run whose mask it matches.
-        settings: Options of ``maskft train``, without folders of the machine.
-        models: Role -> model or adapter, relative to the study's folder where it lies in it.
-        num_steps: Optimizer steps; None where nothing was trained.
-        best_step: Step of the best checkpoint.
-        best_heldout_loss: Nats per token at the best checkpoint.
-        learning_rate_at_best: Rate of the schedule there.
-        epochs: Role -> its own up to there. ``last`` also where that model is not kept: a table tells how long
-            training went on beyond the best.
-        tokens: Its own, padding not counted.
-        total_epochs: With those of the runs it was made from.
-        total_tokens: With those of the runs it was made from.
-        train_time_s: Seconds.
-        peak_memory_bytes: Of one process.
+    ``last`` is counted also where that model is not kept: a table tells how long training went on beyond the best.
     """
 
-    study: str
-    run: str
+    study: str  # that made it
+    run: str  # its id
     method: str
-    name: str
+    name: str  # method and grid values, as in tables
     seed: int
-    model: str
+    model: str  # base model of the study
     data: str
-    start: str | None
+    start: str | None  # ids of the runs it was made from
     match: str | None
-    settings: dict[str, Any]
-    models: dict[str, str]
-    num_steps: int | None
+    settings: dict[str, Any]  # options of `maskft train`, without folders of the machine
+    models: dict[str, str]  # relative to the study's folder where they lie in it
+    num_steps: int | None  # None where nothing was trained
     best_step: int | None
-    best_heldout_loss: float | None
+    best_heldout_loss: float | None  # nats per token
     learning_rate_at_best: float | None
-    epochs: dict[str, float]
-    tokens: dict[str, int]
-    total_epochs: dict[str, float]
+    epochs: dict[str, float]  # its own
+    tokens: dict[str, int]  # without padding
+    total_epochs: dict[str, float]  # with those of the run it starts from
     total_tokens: dict[str, int]
     train_time_s: float | None
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int | None  # of one process
 
 
 def read_record(folder: Path) -> RunRecord:

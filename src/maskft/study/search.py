@@ -16,13 +16,13 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from .. import files
 from ..errors import UserError
 from ..files import write_text
 from ..results.schema import read_result
 from ..results.statistics import weighted_mean
+from ..results.text import Table, draw
 from .execute import Study, prepare_base
 from .plan import BEST, Plan, PlannedRun
 from .recipe import Recipe
@@ -213,16 +213,14 @@ def _winner_recipe(search: Search, winner: Candidate) -> str:
 
 def _print(record: dict[str, Any], winner: Candidate, folder: Path, console: Console) -> None:
     total = sum(row["train_time_s"] for rung in record["rungs"] for row in rung["candidates"]) or 1.0
-    table = Table("rung", "candidate", "steps", "held-out nll", "share of time", "", title=record["name"])
-    for number, rung in enumerate(record["rungs"]):
-        share = sum(row["train_time_s"] for row in rung["candidates"]) / total
-        table.add_row(str(number + 1), NO_MASK, "", f"{rung['nll_without_mask']:.4f}", f"{share:.0%} in all")
+    rows = []
+    for number, rung in enumerate(record["rungs"], start=1):
+        rows.append((NO_MASK, str(number), "", f"{rung['nll_without_mask']:.4f}", "", ""))
         for row in sorted(rung["candidates"], key=lambda row: row["nll"]):
-            cells = f"{row['nll']:.4f}", f"{row['train_time_s'] / total:.0%}", "kept" if row["kept"] else "dropped"
-            table.add_row(str(number + 1), row["name"], str(rung["steps"]), *cells)
-        table.add_section()
-    wide = console if console.is_terminal else Console(file=console.file, width=160)
-    wide.print(table, markup=False)
+            time, fate = f"{row['train_time_s'] / total:.0%}", "kept" if row["kept"] else "dropped"
+            rows.append((row["name"], str(number), str(rung["steps"]), f"{row['nll']:.4f}", time, fate))
+    columns = ("candidate", "rung", "steps", "held-out nll", "time", "")
+    console.print(draw(Table(columns, rows), "terminal"), highlight=False, markup=False, soft_wrap=True)
     seeds = ", ".join(map(str, record["seeds"]))
     lines = [f"seeds {seeds}; training {total:.0f} s", f"winner: {winner.name}"]
     for key, rows in (("on_rows_that_chose_it", "rows that chose it"), ("on_rows_that_did_not", "rows that did not")):

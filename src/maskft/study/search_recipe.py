@@ -54,29 +54,18 @@ Layers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class SearchSettings(Section):
-    """Section ``search`` of the recipe.
-
-    Attributes:
-        sparsities: Fractions removed, each in [0, 1).
-        budget_steps: Optimizer steps of all probes together, shared equally among the rungs.
-        group_sizes: Numbers of consecutive layers; groups of one size tile the model, the last one ends at its end.
-        layer_groups: The groups themselves, instead of ``group_sizes``.
-        learning_rates: Rates to try; empty: that of ``train``.
-        eta: Of a rung's candidates, one in ``eta`` goes on to the next.
-        min_steps: Fewest steps of a probe that say anything.
-        choose_size: Rows that rank the candidates: a count if >= 1, else a fraction of the rows held out.
-        prefix_cache: Whether the outputs of the frozen layers below a group are kept for all probes that share them.
-    """
+    """Section ``search`` of the recipe."""
 
     sparsities: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)]
-    budget_steps: Count
+    budget_steps: Count  # optimizer steps of all probes together, shared equally among the rungs
+    # Numbers of consecutive layers: groups of one size tile the model, the last one ends at its end.
     group_sizes: Annotated[list[Count], Field(min_length=1)] | None = None
-    layer_groups: Annotated[list[Layers], Field(min_length=1)] | None = None
-    learning_rates: list[Number] = []
-    eta: Annotated[int, Field(ge=2)] = 2
-    min_steps: Count = 10
-    choose_size: Number = 0.5
-    prefix_cache: bool = True
+    layer_groups: Annotated[list[Layers], Field(min_length=1)] | None = None  # the groups themselves, instead
+    learning_rates: list[Number] = []  # empty: that of `train`
+    eta: Annotated[int, Field(ge=2)] = 2  # of a rung's candidates, one in eta goes on to the next
+    min_steps: Count = 10  # fewest steps of a probe that say anything
+    choose_size: Number = 0.5  # rows that rank the candidates: a count if >= 1, else a fraction of those held out
+    prefix_cache: bool = True  # keep the outputs of the frozen layers below a group for all probes that share them
 
     @model_validator(mode="after")
     def _groups_are_given_once(self) -> SearchSettings:

@@ -41,7 +41,7 @@ def run_study(plan: Plan, folder: str | Path, launcher: str = "local", console: 
         failed = make_all(study, plan, launcher, console)
         console.print(summarise(study, plan), highlight=False, markup=False, soft_wrap=True)
         table = folder / files.STUDY_TABLE.format(plan.recipe.name)
-        console.print(f"table: {table}; results: {folder / files.RESULTS}", highlight=False, soft_wrap=True)
+        console.print(f"table: {table}\nresults: {folder / files.RESULTS}", highlight=False, soft_wrap=True)
     refuse_failed(failed)
 
 

@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..files import write_text
 from ..results.compare import compare, scores
 from ..results.schema import Result, read_result
-from ..results.text import render, render_scores, sentence, wrap
+from ..results.text import Table, draw, render, render_scores, sentence, wrap
 from .execute import Study
 from .plan import BEST, LAST, Plan
 
@@ -36,10 +36,10 @@ def summarise(study: Study, plan: Plan) -> str:
             continue
         name = results[0]["study"]["model"]
         name = model if name in models else name  # two folders may have the same name
-        results, notes = _without_repeats(results, study.recipe.baseline)
+        results, notes = without_repeats(results, study.recipe.baseline)
         text, table, record = _of_one_model(results, study.recipe.baseline)
-        notes += _unchanged(results)
-        texts.append("\n".join([f"{name}\n{text}", *notes]))
+        notes += unchanged_notes(results)
+        texts.append("\n".join([f"{name}\n{text}", *map(wrap, notes)]))
         markdown += [f"## {name}", "", table, _accounts(results), "", *(f"- {note}" for note in notes), ""]
         models[name] = record
     name = study.recipe.name
@@ -87,7 +87,7 @@ def _row(result: Result) -> dict:
     return {"name": result["name"], "seed": result["model"]["seed"], "metrics": metrics, **facts}
 
 
-def _without_repeats(results: list[Result], baseline: str | None) -> tuple[list[Result], list[str]]:
+def without_repeats(results: list[Result], baseline: str | None) -> tuple[list[Result], list[str]]:
     """Leave out ends of training that are the best checkpoint at every seed, and say so.
 
     A second row of the same models would count as a comparison of its own and make Holm's correction stricter.
@@ -102,8 +102,8 @@ def _without_repeats(results: list[Result], baseline: str | None) -> tuple[list[
     return [result for result in results if result["name"] not in repeats], notes
 
 
-def _unchanged(results: list[Result]) -> list[str]:
-    """Say which trained models are their own start, at which seeds: a difference of 0 would look like a measurement."""
+def unchanged_notes(results: list[Result]) -> list[str]:
+    """Say which trained models equal their start, at which seeds: a difference of 0 would look like a measurement."""
     seeds: dict[tuple[str, str], list] = {}
     for result in results:
         study = result["study"]
@@ -125,14 +125,11 @@ def _unchanged(results: list[Result]) -> list[str]:
 
 def _accounts(results: list[Result]) -> str:
     """Epochs and tokens of each model, its own and with what it was made from (paper, Tables 8 and 9)."""
-    lines = [
-        "| model | seed | best step | epochs | tokens | epochs in all | tokens in all |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    columns = ("model", "seed", "best step", "epochs", "tokens", "epochs in all", "tokens in all")
+    rows = []
     for result in results:
         study = result["study"]
-        own = [study[key] for key in _ACCOUNTS]
         step = f"{study['best_step']} of {study['num_steps']}" if study["num_steps"] else "–"
-        cells = [step, f"{own[0]:.2f}", f"{own[1]:.3g}", f"{own[2]:.2f}", f"{own[3]:.3g}"]
-        lines.append(f"| {result['name']} | {result['model']['seed']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        counts = (f"{study[key]:{'.2f' if 'epochs' in key else '.3g'}}" for key in _ACCOUNTS)
+        rows.append((result["name"], str(result["model"]["seed"]), step, *counts))
+    return draw(Table(columns, rows), "markdown").rstrip("\n")
