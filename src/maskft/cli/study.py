@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from ..study.plan import Plan, PlannedRun
+    from ..study.plan import Plan, StudyRun
     from ..study.recipe import Recipe
 
 LAUNCHERS = ("local", "ray")
@@ -103,7 +103,7 @@ def check(recipe: Recipe, allow_many: bool = False) -> Plan:
     return plan
 
 
-def _check_run(planned: PlannedRun) -> None:
+def _check_run(planned: StudyRun) -> None:
     from ..data.arguments import check_sizes
     from ..study.process import command_words
     from ..study.recipe import CURRENT_RATE

@@ -15,7 +15,7 @@ from ..estimate.floor import layer_passes
 from ..files import is_there
 from ..training.method_arguments import FIXED_MASK_METHODS
 from .execute import Study
-from .plan import Plan, PlannedRun
+from .plan import Plan, StudyRun
 from .recipe import PRETRAINED, Facts
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -92,7 +92,7 @@ def _in_units(value: float, units: tuple[tuple[str, float, int], ...]) -> str:
     return f"{value / size:.{digits}f} {unit}"
 
 
-def estimate(plan: Plan, run: PlannedRun, facts: Facts) -> Estimate:
+def estimate(plan: Plan, run: StudyRun, facts: Facts) -> Estimate:
     """Estimate one run from its options, the data's size and facts about the model."""
     if run.method.method == PRETRAINED or run.method.method in FIXED_MASK_METHODS:
         options = plan.recipe.evaluation if run.method.method == PRETRAINED else run.options
@@ -129,7 +129,7 @@ def model_facts(recipe_facts: Facts, model: str) -> Facts:
     return recipe_facts.model_copy(update=counted)
 
 
-def _tokens(plan: Plan, run: PlannedRun) -> int | None:
+def _tokens(plan: Plan, run: StudyRun) -> int | None:
     data = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))]
     if data.tokens_per_row is None:
         return None
@@ -140,7 +140,7 @@ def _tokens(plan: Plan, run: PlannedRun) -> int | None:
     return None if rows is None else round(rows * per_row * run.options.get("num_train_epochs", 3))
 
 
-def _batch(plan: Plan, run: PlannedRun) -> int:
+def _batch(plan: Plan, run: StudyRun) -> int:
     options = run.options
     if options.get("global_batch_size"):
         return options["global_batch_size"]
@@ -148,7 +148,7 @@ def _batch(plan: Plan, run: PlannedRun) -> int:
     return per_process * (plan.recipe.launch.num_processes or 1)
 
 
-def _num_rows(plan: Plan, run: PlannedRun) -> int | None:
+def _num_rows(plan: Plan, run: StudyRun) -> int | None:
     """Rows to train on: what the recipe says, else the lines of a local file, bounded by max_train_samples."""
     data = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))]
     rows, file = data.num_rows, Path(str(run.options.get("dataset_name", ""))).expanduser()
@@ -163,7 +163,7 @@ def _num_rows(plan: Plan, run: PlannedRun) -> int | None:
     return rows if most is None else most if rows is None else min(rows, most)
 
 
-def _seconds(run: PlannedRun, facts: Facts, tokens: int) -> float | None:
+def _seconds(run: StudyRun, facts: Facts, tokens: int) -> float | None:
     """Time of ``tokens``, where the recipe says how fast full fine-tuning is or how fast the machine multiplies."""
     layers = _trained_layers(run)
     if facts.num_layers is None:  # then every method is taken to be as slow as full fine-tuning
@@ -197,11 +197,11 @@ def _passes(method: str, options: dict, num_layers: int, layers: list[int] | Non
     return passes
 
 
-def _trained_layers(run: PlannedRun) -> list[int] | None:
+def _trained_layers(run: StudyRun) -> list[int] | None:
     return run.options.get("mask_layers_to_transform") or run.options.get("partial_layers")
 
 
-def _memory(run: PlannedRun, facts: Facts) -> int | None:
+def _memory(run: StudyRun, facts: Facts) -> int | None:
     if facts.num_parameters is None:
         return None
     from ..estimate.planned_run import OPTIMIZER_BYTES

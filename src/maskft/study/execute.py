@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..results.schema import DOMAINS, read_result, write_result
 from ..runtime import environment
 from ..training.method_arguments import FIXED_MASK_METHODS, MASK_METHODS
-from .plan import BEST, LAST, PlannedRun, data_hash, evaluation_id, evaluation_identity
+from .plan import BEST, LAST, StudyRun, data_hash, evaluation_id, evaluation_identity
 from .process import command_words, run_command
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe
 from .record import RunRecord, build_record, data_name, read_record, write_record
@@ -44,7 +44,7 @@ class Study:
     recipe: Recipe
     lock_fd: int | None = None
 
-    def run_folder(self, run: PlannedRun) -> Path:
+    def run_folder(self, run: StudyRun) -> Path:
         """Folder of a run: model or adapter, log, ``run.json``. Of another study's, where that has made the same."""
         own = self.folder / files.RUNS / run.id
         return own if own.exists() else self._finished_before.get(run.hash, own)
@@ -55,7 +55,7 @@ class Study:
         records = sorted((self.folder / files.RUNS).glob(f"*/{files.RUN}"))
         return {record.parent.name.rpartition("-")[2]: record.parent for record in records}
 
-    def result_file(self, run: PlannedRun, role: str) -> Path:
+    def result_file(self, run: StudyRun, role: str) -> Path:
         """Result file of one of the run's models."""
         name = evaluation_id(run, role, self._evaluation, self.recipe.name)
         return self.folder / files.RESULTS / name / files.RESULT
@@ -64,28 +64,28 @@ class Study:
     def _evaluation(self) -> dict:
         return evaluation_identity(self.recipe.evaluation)
 
-    def base(self, run: PlannedRun) -> str:
+    def base(self, run: StudyRun) -> str:
         """The base model as the commands take it; the embedded one is unpacked once, for all runs."""
         return str(self.folder / files.BASE) if run.model == _EMBEDDED_MODEL else run.model
 
-    def start(self, run: PlannedRun) -> str:
+    def start(self, run: StudyRun) -> str:
         """The model that a run starts from."""
         return self.base(run) if run.start is None else self.model(run.start, BEST)
 
-    def record(self, run: PlannedRun) -> RunRecord:
+    def record(self, run: StudyRun) -> RunRecord:
         """What a finished run left in ``run.json``."""
         return read_record(self.run_folder(run))
 
-    def model(self, run: PlannedRun, role: str) -> str:
+    def model(self, run: StudyRun, role: str) -> str:
         """Folder or name of one of a finished run's models."""
         name = self.record(run).models[role]
         return str(self.folder / name) if (self.folder / name).exists() else name
 
-    def is_trained(self, run: PlannedRun) -> bool:
+    def is_trained(self, run: StudyRun) -> bool:
         """Whether the run's models are there."""
         return (self.run_folder(run) / files.RUN).is_file()
 
-    def is_done(self, run: PlannedRun) -> bool:
+    def is_done(self, run: StudyRun) -> bool:
         """Whether the run and all its evaluations are finished."""
         return self.is_trained(run) and all(self.result_file(run, role).is_file() for role in run.labels)
 
@@ -94,7 +94,7 @@ class Study:
         run_command(words, log, tick, self.lock_fd)
 
 
-def prepare_base(study: Study, runs: list[PlannedRun], tick: Tick = lambda: None) -> None:
+def prepare_base(study: Study, runs: list[StudyRun], tick: Tick = lambda: None) -> None:
     """Unpack the embedded model, once for all runs."""
     folder = study.folder / files.BASE
     if not folder.exists() and any(run.model == _EMBEDDED_MODEL for run in runs):
@@ -102,7 +102,7 @@ def prepare_base(study: Study, runs: list[PlannedRun], tick: Tick = lambda: None
         study.call([sys.executable, "-c", code], study.folder / files.LOG, tick)
 
 
-def prepare_data(study: Study, runs: list[PlannedRun], tick: Tick = lambda: None) -> None:
+def prepare_data(study: Study, runs: list[StudyRun], tick: Tick = lambda: None) -> None:
     """Read and tokenise the data of every training to come: once for all, and mistakes are told before any starts.
 
     Raises:
@@ -122,7 +122,7 @@ def prepare_data(study: Study, runs: list[PlannedRun], tick: Tick = lambda: None
         done.touch()
 
 
-def make(study: Study, run: PlannedRun, tick: Tick = lambda: None) -> None:
+def make(study: Study, run: StudyRun, tick: Tick = lambda: None) -> None:
     """Train and evaluate what of ``run`` is not finished.
 
     Raises:
@@ -140,7 +140,7 @@ def make(study: Study, run: PlannedRun, tick: Tick = lambda: None) -> None:
 # Training
 
 
-def _train(study: Study, run: PlannedRun, tick: Tick) -> RunRecord:
+def _train(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
     """Train and return the run's record."""
     options, training, folder = run.options, None, study.run_folder(run)
     if run.method.method == PRETRAINED:
@@ -161,7 +161,7 @@ def _train(study: Study, run: PlannedRun, tick: Tick) -> RunRecord:
     return build_record(run, study.recipe, models, options, training, parent)
 
 
-def _train_options(study: Study, run: PlannedRun) -> dict:
+def _train_options(study: Study, run: StudyRun) -> dict:
     """Options of ``maskft train`` for a run whose parents are finished."""
     options = {
         "method": run.method.method,
@@ -182,7 +182,7 @@ def _train_options(study: Study, run: PlannedRun) -> dict:
     return options
 
 
-def launch_words(recipe: Recipe, run: PlannedRun) -> list[str]:
+def launch_words(recipe: Recipe, run: StudyRun) -> list[str]:
     """The command up to the options of ``maskft train``."""
     launch = recipe.launch
     if run.method.method in FIXED_MASK_METHODS:
@@ -203,7 +203,7 @@ def _inside(folder: Path, name: str) -> str:
 # Evaluation
 
 
-def _evaluate(study: Study, run: PlannedRun, role: str, tick: Tick) -> None:
+def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
     """Evaluate one of the run's models, or copy the result of the same model where there is one."""
     target = study.result_file(run, role)
     file = next((file for file in _results_of_the_same(study, run, role) if file.is_file()), None)
@@ -231,7 +231,7 @@ def _evaluate(study: Study, run: PlannedRun, role: str, tick: Tick) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _results_of_the_same(study: Study, run: PlannedRun, role: str) -> list[Path]:
+def _results_of_the_same(study: Study, run: StudyRun, role: str) -> list[Path]:
     """Where a result of this model would be: its other role's, its start's, under another name or of another study."""
     target, model = study.result_file(run, role), study.model(run, role)
     others = [other for other in (run, run.start) if other is not None and (other, BEST) != (run, role)]
@@ -243,7 +243,7 @@ def _results_of_the_same(study: Study, run: PlannedRun, role: str) -> list[Path]
     ]
 
 
-def _evaluate_options(study: Study, run: PlannedRun, role: str, folder: Path) -> dict:
+def _evaluate_options(study: Study, run: StudyRun, role: str, folder: Path) -> dict:
     model = study.model(run, role)
     is_adapter = run.method.method in (*MASK_METHODS, "lora")
     return {
@@ -270,7 +270,7 @@ def partial_folder(target: Path) -> Path:
     return target.parent.with_name(f"{target.parent.name}.{versions}.partial")
 
 
-def _training_block(study: Study, run: PlannedRun, role: str, record: RunRecord) -> dict:
+def _training_block(study: Study, run: StudyRun, role: str, record: RunRecord) -> dict:
     """The result's block ``training``, by which ``maskft report`` finds the row of the paper's tables."""
     method, name = run.method, data_name(run, study.recipe)
     is_trained = method.method != PRETRAINED
@@ -289,7 +289,7 @@ def _training_block(study: Study, run: PlannedRun, role: str, record: RunRecord)
     }
 
 
-def is_control(recipe: Recipe, run: PlannedRun) -> bool:
+def is_control(recipe: Recipe, run: StudyRun) -> bool:
     """Whether the paper's tables have no row for a run: a control, a grid's variant, a second of its kind."""
     method = run.method
 

@@ -39,7 +39,7 @@ _NOT_IN_A_RECIPE = {
 
 
 @dataclass(frozen=True, eq=False)
-class PlannedRun:
+class StudyRun:
     """One run: one training (or one base model taken as it is), and the evaluations of its models."""
 
     method: Method
@@ -47,8 +47,8 @@ class PlannedRun:
     seed: int  # of training; also that of the mask unless `mask_seed` is given
     axes: dict[tuple[str, str], Any]  # the grid's values that this run or one it is made from has
     options: dict[str, Any]  # of `maskft train`, without paths and model
-    start: PlannedRun | None  # the run whose best checkpoint it starts from; None: the base model
-    match: PlannedRun | None  # the run whose mask gives a fixed mask its counts
+    start: StudyRun | None  # the run whose best checkpoint it starts from; None: the base model
+    match: StudyRun | None  # the run whose mask gives a fixed mask its counts
     id: str  # folder name; ends with the hash
 
     @property
@@ -57,7 +57,7 @@ class PlannedRun:
         return self.id.rpartition("-")[2]
 
     @property
-    def parents(self) -> list[PlannedRun]:
+    def parents(self) -> list[StudyRun]:
         """The runs that must be finished before this one starts."""
         return [run for run in (self.start, self.match) if run is not None]
 
@@ -98,7 +98,7 @@ class Plan:
     """All runs of a study, each after those it is made from."""
 
     recipe: Recipe
-    runs: list[PlannedRun]
+    runs: list[StudyRun]
 
 
 def build_plan(recipe: Recipe, defaults: dict[str, Any], allow_many: bool = False) -> Plan:
@@ -130,7 +130,7 @@ class _Planner:
 
     recipe: Recipe
     defaults: dict[str, Any]
-    found: dict[tuple, PlannedRun] = field(default_factory=dict)
+    found: dict[tuple, StudyRun] = field(default_factory=dict)
 
     def wanted(self) -> Iterator[tuple[str, Method, dict, int]]:
         """Model, method, grid values and seed of every run."""
@@ -149,7 +149,7 @@ class _Planner:
         """Seeds of a method; a base model taken as it is has but one."""
         return self.recipe.seeds[:1] if method.method == PRETRAINED else method.seeds or self.recipe.seeds
 
-    def run(self, model: str, method: Method, axes: dict, seed: int) -> PlannedRun:
+    def run(self, model: str, method: Method, axes: dict, seed: int) -> StudyRun:
         """One run and, before it, those it is made from."""
         axes = {key: value for key, value in axes.items() if key in self.axes(method)}
         key = (model, method.name, json.dumps([[*k, v] for k, v in axes.items()]), seed)
@@ -160,10 +160,10 @@ class _Planner:
             options = _options(self.recipe, method, axes, seed, match)
             name = f"{_slug(method.name)}-s{seed}" if method.method != PRETRAINED else _slug(method.name)
             run_id = f"{name}-{self.hash(model, method, options, start, match)}"
-            self.found[key] = PlannedRun(method, model, seed, axes, options, start, match, run_id)
+            self.found[key] = StudyRun(method, model, seed, axes, options, start, match, run_id)
         return self.found[key]
 
-    def parent(self, model: str, name: str, axes: dict, seed: int) -> PlannedRun:
+    def parent(self, model: str, name: str, axes: dict, seed: int) -> StudyRun:
         """The run of the method ``name`` with the same seed, else its only one."""
         method = self.recipe.methods[name]
         seeds = self.seeds(method)
@@ -173,7 +173,7 @@ class _Planner:
             )
         return self.run(model, method, axes, seed if seed in seeds else seeds[0])
 
-    def hash(self, model, method: Method, options, start: PlannedRun | None, match: PlannedRun | None) -> str:
+    def hash(self, model, method: Method, options, start: StudyRun | None, match: StudyRun | None) -> str:
         """Hash of what decides a run's outcome."""
         named = _identity(_without_preset(options))
         settings = {
@@ -192,7 +192,7 @@ class _Planner:
         return _hash(settings)
 
 
-def _check_names(runs: list[PlannedRun]) -> None:
+def _check_names(runs: list[StudyRun]) -> None:
     """Refuse two runs with one folder, or with one name in the tables."""
     seen: set[tuple | str] = set()
     for run in runs:
@@ -205,7 +205,7 @@ def _check_names(runs: list[PlannedRun]) -> None:
 # Options
 
 
-def _options(recipe: Recipe, method: Method, axes: dict, seed: int, match: PlannedRun | None) -> dict[str, Any]:
+def _options(recipe: Recipe, method: Method, axes: dict, seed: int, match: StudyRun | None) -> dict[str, Any]:
     """Options of ``maskft train``: the study's, the data's, the method's, the grid's; the later win."""
     if method.method == PRETRAINED:
         return {}
@@ -260,7 +260,7 @@ def _check_options(recipe: Recipe, defaults: dict[str, Any]) -> None:
             )
 
 
-def check_layers(runs: Iterable[PlannedRun], num_layers: int | None) -> None:
+def check_layers(runs: Iterable[StudyRun], num_layers: int | None) -> None:
     """Refuse layers that a model does not have; None: their number is not known."""
     for run in runs:
         for option in _LAYERS:
@@ -274,7 +274,7 @@ def check_layers(runs: Iterable[PlannedRun], num_layers: int | None) -> None:
 # Identities
 
 
-def evaluation_id(run: PlannedRun, role: str, evaluation: dict, study: str) -> str:
+def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str:
     """Folder name of an evaluation of one of the run's models.
 
     It ends with a hash of what is measured and one of the study's name: studies in one folder copy each other's

@@ -11,7 +11,7 @@ from ..data.arguments import DATA_NAMES, TEMPLATE
 from ..data.contamination import set_names
 from ..data.mixtures import rename_sets
 from ..files import FileModel, is_there, read_model, write_text
-from .plan import BEST, LAST, PlannedRun
+from .plan import BEST, LAST, StudyRun
 from .recipe import Recipe
 
 
@@ -56,7 +56,7 @@ def write_record(folder: Path, record: RunRecord) -> None:
 
 
 def build_record(
-    run: PlannedRun,
+    run: StudyRun,
     recipe: Recipe,
     models: dict[str, str],
     options: dict[str, Any],
@@ -111,7 +111,7 @@ def build_record(
     )
 
 
-def data_name(run: PlannedRun, recipe: Recipe) -> str:
+def data_name(run: StudyRun, recipe: Recipe) -> str:
     """Name in the recipe of the data that a run is trained on."""
     return run.method.data or next(iter(recipe.data))
 

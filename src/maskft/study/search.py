@@ -24,7 +24,7 @@ from ..results.schema import read_result
 from ..results.statistics import weighted_mean
 from ..results.text import Table, draw
 from .execute import Study, prepare_base
-from .plan import BEST, Plan, PlannedRun
+from .plan import BEST, Plan, StudyRun
 from .recipe import Recipe
 from .search_recipe import CACHE, NO_MASK, OF_DATA, PARTS, Candidate, Search
 from .study import locked, make_all, refuse_failed
@@ -169,7 +169,7 @@ def _rung_record(study: Study, plan: Plan, candidates: list[Candidate], steps: i
     return {"steps": steps, "nll_without_mask": mean[NO_MASK], "candidates": rows}
 
 
-def _heldout(study: Study, run: PlannedRun) -> dict[str, Any]:
+def _heldout(study: Study, run: StudyRun) -> dict[str, Any]:
     return read_result(study.result_file(run, BEST))["tasks"]["heldout"]
 
 

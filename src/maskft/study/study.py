@@ -16,7 +16,7 @@ from rich.text import Text
 from .. import files
 from ..errors import UserError
 from .execute import Study, Tick, make, prepare_base, prepare_data
-from .plan import Plan, PlannedRun
+from .plan import Plan, StudyRun
 from .process import last_line
 from .summary import summarise
 
@@ -45,7 +45,7 @@ def run_study(plan: Plan, folder: str | Path, launcher: str = "local", console: 
     refuse_failed(failed)
 
 
-def make_all(study: Study, plan: Plan, launcher: str, console: Console) -> dict[PlannedRun, str]:
+def make_all(study: Study, plan: Plan, launcher: str, console: Console) -> dict[StudyRun, str]:
     """Make every run that is not finished; returns those that failed, with the reason.
 
     Raises:
@@ -62,7 +62,7 @@ def make_all(study: Study, plan: Plan, launcher: str, console: Console) -> dict[
     return board.failed
 
 
-def refuse_failed(failed: dict[PlannedRun, str]) -> None:
+def refuse_failed(failed: dict[StudyRun, str]) -> None:
     """Raise the first failure as a UserError; nothing where there is none."""
     if failed:
         run, reason = next(iter(failed.items()))
@@ -99,9 +99,9 @@ class Board:
 
     def __init__(self, study: Study, plan: Plan, console: Console):
         self.study, self.plan, self.console = study, plan, console
-        self.running: dict[PlannedRun, float] = {}
-        self.failed: dict[PlannedRun, str] = {}
-        self.seconds: dict[PlannedRun, float] = {}
+        self.running: dict[StudyRun, float] = {}
+        self.failed: dict[StudyRun, str] = {}
+        self.seconds: dict[StudyRun, float] = {}
         self._live = Live(console=console, refresh_per_second=2, auto_refresh=False) if console.is_terminal else None
         self._last_refresh = 0.0
 
@@ -117,12 +117,12 @@ class Board:
             finally:
                 self._live.stop()
 
-    def started(self, run: PlannedRun) -> None:
+    def started(self, run: StudyRun) -> None:
         """Note that a run has begun."""
         self.running[run] = time.monotonic()
         self._say(run, "started")
 
-    def ended(self, run: PlannedRun, reason: str | None = None) -> None:
+    def ended(self, run: StudyRun, reason: str | None = None) -> None:
         """Note that a run is finished, or that it failed and why."""
         self.seconds[run] = time.monotonic() - self.running.pop(run, time.monotonic())
         if reason is not None:
@@ -136,7 +136,7 @@ class Board:
             self._last_refresh = now
             self._live.update(self._table(), refresh=True)
 
-    def _say(self, run: PlannedRun, state: str) -> None:
+    def _say(self, run: StudyRun, state: str) -> None:
         """A line for a log, which can hold no live table."""
         if not self._live:
             number = f"[{self.plan.runs.index(run) + 1}/{len(self.plan.runs)}]"
@@ -157,12 +157,12 @@ class Board:
         return table
 
 
-def _blocked(run: PlannedRun, failed: dict[PlannedRun, str]) -> str | None:
+def _blocked(run: StudyRun, failed: dict[StudyRun, str]) -> str | None:
     parent = next((parent for parent in run.parents if parent in failed), None)
     return None if parent is None else f"it needs {parent.title!r}, which failed"
 
 
-def _failure(study: Study, run: PlannedRun, tick: Tick = lambda: None) -> str | None:
+def _failure(study: Study, run: StudyRun, tick: Tick = lambda: None) -> str | None:
     """Make a run; returns why it failed, None if it did not."""
     try:
         make(study, run, tick)
@@ -171,7 +171,7 @@ def _failure(study: Study, run: PlannedRun, tick: Tick = lambda: None) -> str | 
     return None
 
 
-def _run_local(study: Study, todo: list[PlannedRun], board: Board) -> None:
+def _run_local(study: Study, todo: list[StudyRun], board: Board) -> None:
     for run in todo:
         reason = _blocked(run, board.failed)
         if reason is None:
@@ -180,7 +180,7 @@ def _run_local(study: Study, todo: list[PlannedRun], board: Board) -> None:
         board.ended(run, reason)
 
 
-def _run_on_ray(study: Study, todo: list[PlannedRun], board: Board) -> None:
+def _run_on_ray(study: Study, todo: list[StudyRun], board: Board) -> None:
     """Hand each run to the cluster as soon as those it needs are finished. The folder must be one all nodes see."""
     import ray
 
@@ -216,7 +216,7 @@ def _run_on_ray(study: Study, todo: list[PlannedRun], board: Board) -> None:
         board.tick()
 
 
-def _writes(study: Study, run: PlannedRun, since: float) -> bool:
+def _writes(study: Study, run: StudyRun, since: float) -> bool:
     """Whether a run that was handed out has begun: until there is room for it, the cluster keeps it in a queue."""
     log = study.run_folder(run) / files.LOG
     return log.is_file() and log.stat().st_mtime >= since
