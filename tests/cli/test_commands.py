@@ -262,6 +262,7 @@ def test_an_existing_result_is_not_replaced_unasked(base, data, tmp_path, capsys
 # demo
 
 
+@pytest.mark.slow  # five trainings and seven evaluations, each in a process of its own
 def test_demo_on_another_model(base, tmp_path, capsys):
     """The whole packaged study, on a few sums and a tiny model, twice: the second time nothing is repeated."""
     pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
