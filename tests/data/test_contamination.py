@@ -66,14 +66,6 @@ def test_against_a_naive_search(items, rows):
     assert report["test"].num_items_found == len(set().union(*expected))
 
 
-def test_batches_do_not_change_what_is_found(monkeypatch):
-    rows = [[" ".join(THIRTEEN[:6])], [" ".join(THIRTEEN)], ["x"], [" ".join(THIRTEEN)]]
-    index = NgramIndex({"test": [" ".join(THIRTEEN)]})
-    whole = index.search(rows)
-    monkeypatch.setattr("maskft.data.contamination.BATCH_ROWS", 1)
-    assert index.search(rows) == whole and whole[1] == [1, 3]
-
-
 def test_copies():
     rows = [("a b", "c"), ("a  b\n", "c"), ("a b", "d"), ("A b", "c"), ("ab", "c"), ("ﬁt", "c"), ("fit", "c")]
     examples = Dataset.from_list([{"id": str(n), "prompt": p, "completion": c} for n, (p, c) in enumerate(rows)])

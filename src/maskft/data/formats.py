@@ -30,10 +30,10 @@ def to_examples(
     formats: Formats | None = None,
     as_messages: bool = False,
 ) -> Dataset:
-    """Convert rows, each with the place where it stands, to examples. The first row decides which format they have.
+    """Convert rows, each with its place such as ``line 3``, to examples. The first row decides about their format.
 
     Args:
-        rows: Pairs of a place, such as ``line 3``, and a row.
+        rows: Pairs of a place and a row.
         name: What the rows are called in errors.
         as_chat: Whether questions and answers become messages, or else plain text.
         text_field: Name of the column of plain text.
@@ -106,9 +106,8 @@ def from_messages(row: Row, as_chat: bool, column: str) -> dict:
 
 def from_prompt_completion(row: Row, as_chat: bool, *columns: str) -> dict:
     """Read a prompt and its completion, both text or both messages."""
-    if not all(isinstance(row.get(column), list) for column in columns):
-        return {**{column: _text(row, column) for column in columns}, **_reference(row)}
-    return {**{column: _messages(row, column) for column in columns}, **_reference(row)}
+    read = _messages if all(isinstance(row.get(column), list) for column in columns) else _text
+    return {**{column: read(row, column) for column in columns}, **_reference(row)}
 
 
 def from_question_answer(row: Row, as_chat: bool, *columns: str) -> dict:
@@ -170,20 +169,17 @@ FORMATS: Formats = {
     ("system_prompt", "question", "response"): from_system_question,  # Open-Orca
 }
 
-_ROLES = {"human": "user", "gpt": "assistant"} | {
-    role: role for role in ("system", "developer", "user", "assistant", "tool")
-}
+_ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+_ROLES |= {"human": "user", "gpt": "assistant"}
 
 
 def _dialogue(question: str, answer: str, as_chat: bool, system: str = "") -> dict:
-    if as_chat:
-        opening = [{"role": "system", "content": system}] if system else []
-        return {
-            "prompt": [*opening, {"role": "user", "content": question}],
-            "completion": [{"role": "assistant", "content": answer}],
-        }
-    opening = f"{system}\n\n" if system else ""
-    return {"prompt": f"{opening}Question: {question}\nAnswer:", "completion": f" {answer}"}
+    if not as_chat:
+        opening = f"{system}\n\n" if system else ""
+        return {"prompt": f"{opening}Question: {question}\nAnswer:", "completion": f" {answer}"}
+    prompt = [{"role": "system", "content": system}] if system else []
+    prompt.append({"role": "user", "content": question})
+    return {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
 
 
 def _reference(row: Row) -> dict:

@@ -54,9 +54,9 @@ def prepare(
     completion_only_loss: bool = True,
     num_proc: int | None = None,
 ) -> Prepared:
-    """Read, split and tokenise; or take what an earlier run left in ``args.prepared_data_dir``.
+    """Read, split and tokenise; or load what an earlier run left in ``args.prepared_data_dir``.
 
-    What is kept is found again by all that decides it: these arguments, the content of the files (a hub data set by its
+    What is kept is named by all that decides it: these arguments, the content of the files (a hub data set by its
     name), the tokenizer with its chat template, and the code of this package. Several processes may ask at once.
 
     Args:
@@ -66,9 +66,6 @@ def prepare(
         max_length: Tokens to keep of a row.
         completion_only_loss: False takes the loss on every token.
         num_proc: Processes that tokenise; None: this one.
-
-    Raises:
-        UserError: If the data cannot be used; see ``load_splits`` and ``tokenize_dataset``.
     """
     tokens = {"text_field": text_field, "max_length": max_length, "completion_only_loss": completion_only_loss}
     how = {**tokens, "num_proc": num_proc}

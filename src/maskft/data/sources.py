@@ -97,20 +97,8 @@ def _similar_file(path: Path) -> str:
 def find_files(data_dir: str, names: Sequence[str], split: str, only_split: bool = False) -> list[Path]:
     """Find the data of the first of ``names`` that ``data_dir`` or one of its folders holds, ignoring case.
 
-    That is a file ``NAME_SPLIT.jsonl`` (or another of `FILE_ENDINGS`), or ``NAME.jsonl``, or a folder ``NAME`` as it is
-    downloaded from the hub, with a split in one file or many.
-
-    Args:
-        data_dir: The folder.
-        names: Names of the set.
-        split: The split.
-        only_split: Ignore ``NAME.jsonl``, which is another split's.
-
-    Returns:
-        The files in the order of their names; empty if there is none.
-
-    Raises:
-        UserError: If ``data_dir`` is no folder.
+    That is a file ``NAME_SPLIT.jsonl`` (or another of `FILE_ENDINGS`), or ``NAME.jsonl`` (unless ``only_split``), or a
+    folder ``NAME`` as it is downloaded from the hub, with a split in one file or many. Empty if there is none.
     """
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
@@ -141,10 +129,8 @@ def is_hub_name(name: str) -> bool:
 def split_of(name: str, asked: str | None, of_mixture: bool = False) -> str:
     """Return the split that a set is read from.
 
-    Args:
-        name: The set.
-        asked: The split asked for; None: of held-out data, for which registered sets name one and others have ``test``.
-        of_mixture: Whether ``asked`` is for several sets; of registered ones it then tells training from held-out data.
+    ``asked`` is None for held-out data: registered sets name its split, others have ``test``. Asked of a mixture, the
+    split of a registered set only follows whether training or held-out data is meant.
     """
     known = _registered(name)
     if asked is None:
@@ -188,13 +174,8 @@ def find_rows(
 ) -> tuple[Rows | IterableDataset, TrainingSet | None]:
     """Find the rows of a file, a registered set, a file in ``data_dir`` or a hub data set.
 
-    Args:
-        name: The set.
-        split: Split of a hub data set; None for held-out data, see `split_of`.
-        config: Configuration of a hub data set.
-        data_dir: Folder to look in before the hub is asked.
-        of_mixture: Whether ``split`` and ``config`` are for several sets; what is registered of a set then wins.
-        streaming: Return a hub data set as a stream of rows without places.
+    The options are those of `mixtures.Reader`; in a mixture, what is registered of a set wins over them. With
+    ``streaming``, rows of the hub are an IterableDataset without places.
 
     Returns:
         The rows, and what is registered about the set.
@@ -227,9 +208,10 @@ def load_from_hub(
     name: str, config: str | None, split: str, data_files: str | None = None, streaming: bool = False
 ) -> Dataset | IterableDataset:
     """Download one split of a hub data set, or read it from the hub's cache, or open it as a stream."""
-    asked = {"data_files": data_files, "streaming": streaming}
+    asked = {"data_files": data_files} if data_files else {}
+    asked |= {"streaming": True} if streaming else {}
     try:
-        return datasets.load_dataset(name, config, split=split, **{key: value for key, value in asked.items() if value})
+        return datasets.load_dataset(name, config, split=split, **asked)
     except Exception as error:  # many types: no network, no such name, no such configuration or split
         raise UserError(
             f"{name!r} is no file here{_similar_file(Path(name))} and the hub gave no split {split!r} of it: "

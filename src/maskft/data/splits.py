@@ -44,18 +44,14 @@ class SplitReport:
 
     def __str__(self) -> str:
         mixture = ", ".join(f"{count:,} of {name}" for name, count in self.taken.items())
-        text = (
-            f"read {self.read:,} rows{f' ({mixture})' if len(self.taken) > 1 else ''}: "
-            f"{self.train:,} to train on, {self.heldout:,} held out; "
-            f"{self.dropped_overlap:,} left out of training because their prompt is held out"
-        )
+        text = f"read {self.read:,} rows{f' ({mixture})' if len(self.taken) > 1 else ''}: "
+        text += f"{self.train:,} to train on, {self.heldout:,} held out; "
+        text += f"{self.dropped_overlap:,} left out of training because their prompt is held out"
         if self.dropped_duplicates is not None:
             text += f", {self.dropped_duplicates:,} as copies of others"
         for name, found in self.contamination.items():
-            text += (
-                f"; {found.num_rows:,} share {NGRAM} words in a row with {found.num_items_found:,} of the "
-                f"{found.num_items:,} items of {name}"
-            )
+            text += f"; {found.num_rows:,} share {NGRAM} words in a row with {found.num_items_found:,} of the "
+            text += f"{found.num_items:,} items of {name}"
         if self.contamination:
             text += f" ({self.dropped_contaminated:,} of these rows left out)"
         return text
@@ -77,18 +73,14 @@ class Splits(NamedTuple):
 def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str = "text") -> Splits:
     """Read the training data and the held-out data, and remove from training what is held out.
 
-    The held-out rows are chosen first and never reduced. The same arguments and seed give the same rows; runs that are
-    to be compared item by item need the same seed here, whatever seed they train with.
+    The held-out rows are chosen first and never reduced. The same arguments and seed give the same rows: runs that are
+    compared item by item need the same seed here, whatever seed they train with.
 
     Args:
         args: The data part of the recipe.
-        seed: Chooses the rows held out of the training data, those a mixture takes, and the exercises of a procedural
-            task.
-        tokenizer: Decides about chat or plain text where ``args.as_chat`` does not. None counts as having a template.
+        seed: Of the rows held out, those a mixture takes, and generated exercises.
+        tokenizer: Decides about chat or plain text where ``args.as_chat`` does not; None counts as having a template.
         text_field: Name of the column that holds plain text.
-
-    Raises:
-        UserError: If a name, a file, a row or a number in ``args`` cannot be used.
     """
     check_sizes(args)
     heldout_name = _heldout_name(args)

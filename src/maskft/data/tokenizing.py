@@ -6,7 +6,7 @@ import bisect
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -31,11 +31,10 @@ def tokenize_example(
 ) -> dict[str, list[int]]:
     """Turn an example into token ids and labels; the one tokenisation for training and for evaluation.
 
-    Loss is taken on the completion, or on every assistant turn of ``messages`` (what the chat template writes after the
-    turn's header, with the end-of-turn token), or on all of a text. Plain text ends with the end-of-sequence token. As
-    in TRL, a completion starts where the tokens of the prompt alone and of the whole diverge: where a token spans the
-    border, that token is trained on. The first token has no label, as nothing predicts it; nor has an assistant turn
-    that opens a conversation.
+    The loss is taken on the completion, or on every assistant turn of ``messages`` (what the chat template writes after
+    the turn's header, with the end-of-turn token), or on all of a text. Plain text ends with the end-of-sequence token.
+    As in TRL, a completion starts where the tokens of the prompt alone and of the whole diverge: a token that spans the
+    border is trained on. The first token has no label, nor has an assistant turn that opens a conversation.
 
     Args:
         example: A row of ``load_examples``.
@@ -109,14 +108,9 @@ def tokenize_dataset(
         )
     _warn_of_torn_prompt(dataset[0], tokenized[0]["input_ids"], tokenizer)
     if len(kept) < len(tokenized):
-        logger.warning(
-            "%s of %s rows are left out: within max_length %s they have no token to learn from",
-            f"{len(tokenized) - len(kept):,}",
-            f"{len(tokenized):,}",
-            max_length,
-        )
-        tokenized = tokenized.select(kept)
-    return tokenized
+        left_out = f"{len(tokenized) - len(kept):,} of {len(tokenized):,} rows are left out"
+        logger.warning("%s: within max_length %s they have no token to learn from", left_out, max_length)
+    return tokenized.select(kept)
 
 
 def _warn_of_torn_prompt(example: Row, input_ids: list[int], tokenizer) -> None:
@@ -154,19 +148,15 @@ def format_sample(tokenized_row: Row, tokenizer, max_chars: int = 600) -> str:
 
     A stretch longer than ``max_chars`` is shortened in its middle; control characters are shown as escapes.
     """
-    parts = []
-    for supervised, ids in _stretches(tokenized_row["input_ids"], tokenized_row["labels"]):
+    parts, pairs = [], zip(tokenized_row["input_ids"], tokenized_row["labels"], strict=True)
+    for supervised, stretch in itertools.groupby(pairs, lambda pair: pair[1] != IGNORED):
+        ids = [token for token, _ in stretch]
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if len(text) > max_chars:
             text = f"{text[: max_chars // 2]} ... {text[-(max_chars // 2) :]}"
         text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
         parts.append(f"[[{text}]]" if supervised else text)
     return "".join(parts)
-
-
-def _stretches(input_ids: list[int], labels: list[int]) -> Iterator[tuple[bool, list[int]]]:
-    for supervised, pairs in itertools.groupby(zip(input_ids, labels, strict=True), lambda pair: pair[1] != IGNORED):
-        yield supervised, [token for token, _ in pairs]
 
 
 def _render_spans(example: Row, tokenizer, text_field: str) -> tuple[str, list[tuple[str, str]], bool]:
