@@ -20,7 +20,7 @@ from rich.console import Console
 from .. import files
 from ..errors import UserError
 from ..files import write_text
-from ..results.schema import read_result
+from ..results.schema import TaskRecord, read_result
 from ..results.statistics import weighted_mean
 from ..results.text import Table, draw
 from .execute import Study, prepare_base
@@ -169,7 +169,7 @@ def _rung_record(study: Study, plan: Plan, candidates: list[Candidate], steps: i
     return {"steps": steps, "nll_without_mask": mean[NO_MASK], "candidates": rows}
 
 
-def _heldout(study: Study, run: StudyRun) -> dict[str, Any]:
+def _heldout(study: Study, run: StudyRun) -> TaskRecord:
     return read_result(study.result_file(run, BEST))["tasks"]["heldout"]
 
 
