@@ -18,7 +18,7 @@ from maskft.cli.train import option_defaults, parse
 from maskft.data import TRAINING_SETS, parse_mixture
 from maskft.data.splits import _shares
 from maskft.models import load_tokenizer
-from maskft.study.dry_run import estimate
+from maskft.study.dry_run import cost_of
 from maskft.study.process import command_words
 from maskft.study.recipe import PRETRAINED, load_recipe
 from maskft.training.method_arguments import MASK_METHODS, mask_config
@@ -111,7 +111,7 @@ def test_study(file, tmp_path, capsys):
     recipe = load_recipe(file)
     plan = check(recipe)
     for run in plan.runs:
-        numbers = estimate(plan, run, recipe.facts)
+        numbers = cost_of(plan, run, recipe.facts)
         trained = run.method.method != PRETRAINED and run.method.method in ("full", "lora", "mask")
         memory = numbers.memory_bytes * (recipe.launch.num_processes or 1)  # sharded: each process holds its share
         assert memory >= 2 * recipe.facts.num_parameters and (numbers.tokens > 1_000) == trained

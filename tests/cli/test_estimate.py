@@ -43,11 +43,12 @@ def test_json_and_flags_on_top(recipe, capsys):
     assert len(result["settings"]) == 8 and result["settings"][0]["largest_micro_batch"] >= 1
 
 
-def test_model_config_takes_the_place_of_the_model(recipe, base, capsys):
+def test_a_configuration_takes_the_place_of_the_model(recipe, base, capsys):
     recipe.write_text(recipe.read_text().replace(str(base), "runs/not-there-yet"))
     status, _, err = call(["--config", recipe, "--format", "json"], capsys)
     assert status == 2 and "runs/not-there-yet" in err
-    status, out, _ = call(["--config", recipe, "--format", "json", "--model_config", base / "config.json"], capsys)
+    words = ["--config", recipe, "--format", "json", "--model_name_or_path", base / "config.json"]
+    status, out, _ = call(words, capsys)
     assert status == 0 and json.loads(out)["num_masked"] > 0
 
 

@@ -494,7 +494,7 @@ def test_dry_run_lists_runs_and_writes_nothing(content, tmp_path, capsys):
 
 
 def test_memory_estimate(content):
-    from maskft.study.dry_run import estimate, model_facts
+    from maskft.study.dry_run import cost_of, model_facts
     from maskft.study.recipe import Facts
 
     plan = plan_of(content)
@@ -502,16 +502,16 @@ def test_memory_estimate(content):
     model = tiny.tiny_llama(vocab_size=len(tiny_tokenizer()))
     assert facts.num_parameters == sum(p.numel() for p in model.parameters()) and facts.num_layers == 3
     per_layer = sum(p.numel() for n, p in model.named_parameters() if ".layers.0." in n and "proj" in n)
-    full, mask, fixed = (estimate(plan, run, facts) for run in plan.runs)
+    full, mask, fixed = (cost_of(plan, run, facts) for run in plan.runs)
     assert full.memory_bytes == 16 * facts.num_parameters and full.tokens == 480 and full.seconds == 48
     assert mask.memory_bytes == 4 * facts.num_parameters + 20 * per_layer
     assert fixed.tokens == 0
     content["train"] |= {"global_batch_size": 32, "max_steps": 10}
-    full, *_ = (estimate(plan_of(content), run, facts) for run in plan_of(content).runs)
+    full, *_ = (cost_of(plan_of(content), run, facts) for run in plan_of(content).runs)
     assert full.tokens == 10 * 32 * 5
     del content["train"]["global_batch_size"], content["train"]["max_steps"]
     content["train"] |= {"dtype": "bfloat16", "optim": "adamw_torch_8bit"}
-    full, mask, _ = (estimate(plan_of(content), run, facts) for run in plan_of(content).runs)
+    full, mask, _ = (cost_of(plan_of(content), run, facts) for run in plan_of(content).runs)
     moments = 2 * (1 + 4 / 256)
     assert full.memory_bytes == math.ceil((4 + moments) * facts.num_parameters)
     assert mask.memory_bytes == math.ceil(2 * facts.num_parameters + (2 + 8 + moments) * per_layer)
@@ -534,22 +534,22 @@ def test_time_is_counted_in_layers():
 
 def test_lora_is_faster_than_full_fine_tuning(content):
     """It computes no gradient of the weights: of 4 passes with checkpointing it saves one."""
-    from maskft.study.dry_run import estimate, model_facts
+    from maskft.study.dry_run import cost_of, model_facts
     from maskft.study.recipe import Facts
 
     content["methods"]["LoRA"] = {**content["methods"]["full"], "method": "lora"}
     plan = plan_of(content)
     for speed in ({"tokens_per_s": 10.0}, {"flops_per_s": 1e9}):
         facts = model_facts(Facts(**speed), content["model"])
-        times = {run.method.name: estimate(plan, run, facts).seconds for run in plan.runs}
+        times = {run.method.name: cost_of(plan, run, facts).seconds for run in plan.runs}
         assert times["LoRA"] == pytest.approx(times["full"] * 3 / 4)
 
 
 def test_time_by_the_speed_of_the_machine(content):
-    from maskft.study.dry_run import estimate, model_facts
+    from maskft.study.dry_run import cost_of, model_facts
     from maskft.study.recipe import Facts
 
     plan = plan_of(content)
     facts = model_facts(Facts(flops_per_s=1e9), content["model"])
-    full = estimate(plan, plan.runs[0], facts)
+    full = cost_of(plan, plan.runs[0], facts)
     assert full.seconds == pytest.approx(full.tokens * 8 * facts.num_parameters / 1e9)  # checkpointing: 8, not 6

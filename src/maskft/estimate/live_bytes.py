@@ -110,7 +110,7 @@ _FLOPS = {
 
 @contextlib.contextmanager
 def triton_head(device: str) -> Iterator[None]:
-    """On a GPU TRL's output head folds its tiles in Triton kernels, which allocate nothing; so they do here."""
+    """Let TRL's output head fold its tiles without allocating, as its Triton kernels do on a GPU."""
     if device == "cpu":
         yield
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..estimate.floor import layer_passes
-from ..files import is_there
+from ..estimate.ledger import OPTIMIZER_BYTES, kept_bytes, layer_passes, num_train_rows
 from ..training.method_arguments import FIXED_MASK_METHODS
 from .execute import Study
 from .plan import Plan, StudyRun
@@ -22,8 +20,8 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Estimates of one run; None where the recipe and the files at hand do not say enough.
+class Cost:
+    """What one run takes, estimated; None where the recipe and the files at hand do not say enough.
 
     Attributes:
         tokens: Tokens trained on, padding not counted.
@@ -42,7 +40,7 @@ def print_dry_run(plan: Plan, folder: str | Path, console: Console | None = None
     study = Study(Path(folder).absolute(), plan.recipe)
     table = Table("run", "from", "tokens", "memory", "time", "state", title=plan.recipe.name)
     facts = {model: model_facts(plan.recipe.facts, model) for model in plan.recipe.models}
-    estimates = {run.id: estimate(plan, run, facts[run.model]) for run in plan.runs}
+    estimates = {run.id: cost_of(plan, run, facts[run.model]) for run in plan.runs}
     for run in plan.runs:
         state = "finished" if study.is_done(run) else "to evaluate" if study.is_trained(run) else "to do"
         parents = ", ".join(parent.id for parent in run.parents) or run.model
@@ -55,7 +53,7 @@ def print_dry_run(plan: Plan, folder: str | Path, console: Console | None = None
         None if any(value is None for value in values) else sum(values)
         for values in ([e.tokens for e in left], [e.seconds for e in left])
     )
-    total = _words(Estimate(tokens, None, seconds))
+    total = _words(Cost(tokens, None, seconds))
     width.print(
         f"{len(plan.runs)} runs; training left: {total[0]} tokens, {total[2]}. Memory is weights, gradients and "
         "optimizer of one process, without activations; evaluation comes on top of the time."
@@ -79,7 +77,7 @@ def _about_time(facts: Facts) -> str:
     )
 
 
-def _words(e: Estimate) -> tuple[str, str, str]:
+def _words(e: Cost) -> tuple[str, str, str]:
     tokens = "?" if e.tokens is None else f"{e.tokens:.3g}"
     memory = "?" if e.memory_bytes is None else _in_units(e.memory_bytes, (("GB", 1e9, 1), ("MB", 1e6, 0)))
     time = "?" if e.seconds is None else _in_units(e.seconds, (("h", 3600, 1), ("min", 60, 0), ("s", 1, 0)))
@@ -92,17 +90,17 @@ def _in_units(value: float, units: tuple[tuple[str, float, int], ...]) -> str:
     return f"{value / size:.{digits}f} {unit}"
 
 
-def estimate(plan: Plan, run: StudyRun, facts: Facts) -> Estimate:
+def cost_of(plan: Plan, run: StudyRun, facts: Facts) -> Cost:
     """Estimate one run from its options, the data's size and facts about the model."""
     if run.method.method == PRETRAINED or run.method.method in FIXED_MASK_METHODS:
         options = plan.recipe.evaluation if run.method.method == PRETRAINED else run.options
-        return Estimate(0, facts.num_parameters and facts.num_parameters * _dtype_bytes(options, facts), 0.0)
+        return Cost(0, facts.num_parameters and facts.num_parameters * _dtype_bytes(options, facts), 0.0)
     tokens = _tokens(plan, run)
     seconds = None if tokens is None else _seconds(run, facts, tokens)
     memory, launch = _memory(run, facts), plan.recipe.launch
     if memory is not None and "fsdp" in (launch.accelerate_config or ""):
         memory = math.ceil(memory / (launch.num_processes or 1))  # every process holds its share
-    return Estimate(tokens, memory, seconds)
+    return Cost(tokens, memory, seconds)
 
 
 def model_facts(recipe_facts: Facts, model: str) -> Facts:
@@ -130,14 +128,16 @@ def model_facts(recipe_facts: Facts, model: str) -> Facts:
 
 
 def _tokens(plan: Plan, run: StudyRun) -> int | None:
-    data = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))]
+    data, options = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))], run.options
     if data.tokens_per_row is None:
         return None
-    per_row = min(data.tokens_per_row, run.options.get("max_length") or math.inf)
-    if int(run.options.get("max_steps", -1)) > 0:
-        return round(run.options["max_steps"] * _batch(plan, run) * per_row)
-    rows = _num_rows(plan, run)
-    return None if rows is None else round(rows * per_row * run.options.get("num_train_epochs", 3))
+    per_row = min(data.tokens_per_row, options.get("max_length") or math.inf)
+    if int(options.get("max_steps", -1)) > 0:
+        return round(options["max_steps"] * _batch(plan, run) * per_row)
+    held_out = 0 if options.get("eval_dataset_name") else options.get("eval_split_size", 0.1)
+    dataset, most = str(options.get("dataset_name", "")), options.get("max_train_samples")
+    rows = num_train_rows(dataset, most, held_out, data.num_rows)
+    return None if rows is None else round(rows * per_row * options.get("num_train_epochs", 3))
 
 
 def _batch(plan: Plan, run: StudyRun) -> int:
@@ -146,21 +146,6 @@ def _batch(plan: Plan, run: StudyRun) -> int:
         return options["global_batch_size"]
     per_process = options.get("per_device_train_batch_size", 8) * options.get("gradient_accumulation_steps", 1)
     return per_process * (plan.recipe.launch.num_processes or 1)
-
-
-def _num_rows(plan: Plan, run: StudyRun) -> int | None:
-    """Rows to train on: what the recipe says, else the lines of a local file, bounded by max_train_samples."""
-    data = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))]
-    rows, file = data.num_rows, Path(str(run.options.get("dataset_name", ""))).expanduser()
-    if rows is None and is_there(str(file)) and file.is_file() and ".jsonl" in file.name:
-        opener = gzip.open if file.suffix == ".gz" else open
-        with opener(file, "rb") as lines:
-            rows = sum(1 for line in lines if line.strip())
-        held_out = run.options.get("eval_split_size", 0.1)
-        if not run.options.get("eval_dataset_name"):
-            rows = max(0, rows - round(held_out if held_out >= 1 else held_out * rows))
-    most = run.options.get("max_train_samples")
-    return rows if most is None else most if rows is None else min(rows, most)
 
 
 def _seconds(run: StudyRun, facts: Facts, tokens: int) -> float | None:
@@ -202,25 +187,22 @@ def _trained_layers(run: StudyRun) -> list[int] | None:
 
 
 def _memory(run: StudyRun, facts: Facts) -> int | None:
+    """Weights, gradients and optimizer, and what a mask has besides; LoRA matrices are taken to be nothing."""
     if facts.num_parameters is None:
         return None
-    from ..estimate.planned_run import OPTIMIZER_BYTES
-
-    size = _dtype_bytes(run.options, facts)
-    optim = str(run.options.get("optim"))
-    moments = OPTIMIZER_BYTES.get(optim, OPTIMIZER_BYTES["adamw_torch"])
-    frozen = facts.num_parameters * size
-    if run.method.method == "lora":
-        return frozen
-    layers = _trained_layers(run)
-    if run.method.method == "full" and not layers:
-        return math.ceil(facts.num_parameters * (2 * size + moments(size)))  # weight, gradient, moments
-    if facts.weights_per_layer is None or not (layers or facts.num_layers):
+    size, method, layers = _dtype_bytes(run.options, facts), run.method.method, _trained_layers(run)
+    num_trained: int | None = 0
+    if method == "full" and not layers:
+        num_trained = facts.num_parameters
+    elif method != "lora":
+        num_layers = len(layers) if layers else facts.num_layers
+        num_trained = facts.weights_per_layer and num_layers and facts.weights_per_layer * num_layers
+    if num_trained is None:
         return None
-    trained = facts.weights_per_layer * (len(layers) if layers else facts.num_layers)
-    # Of a mask: the masked copy, float32 scores, their gradient and moments; of layers: gradient and moments.
-    beside = size + 8 + moments(4) if run.method.method == "mask" else size + moments(size)
-    return math.ceil(frozen + trained * beside)
+    optim = str(run.options.get("optim"))
+    optim = optim if optim in OPTIMIZER_BYTES else "adamw_torch"
+    trained, scores = ({}, num_trained) if method == "mask" else ({size: num_trained}, 0)
+    return sum(kept_bytes(facts.num_parameters * size, trained, scores, size, optim).values())
 
 
 def _dtype_bytes(options: dict, facts: Facts) -> int:
