@@ -108,6 +108,7 @@ class AdapterConfig(files.FileModel):
     selection: str = "topk"
     scope: str = "matrix"
     sparsity: float = 0.1
+    mask_seed: int | None = None
     save_scores: bool = False
     base_fingerprint: str | None = None
     mask_sha256: str

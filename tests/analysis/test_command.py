@@ -1,0 +1,111 @@
+"""The command on a study's folder with models, adapters and rows, written by hand."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+import tiny
+from maskft import files
+from maskft.adapter.mask_set import MaskSet
+from maskft.cli.main import main
+
+MODULES = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+
+
+def training(steps, **more):
+    history = [{"step": step, "loss": 2.0 - 0.1 * step, **more} for step in range(1, steps + 1)]
+    return {
+        "summary": {
+            "method": "x",
+            "best_step": steps - 1,
+            "num_steps": steps,
+            "num_train_tokens": 100,
+            "train_time_s": 1.0,
+            "peak_memory_bytes": 1000,
+            "history": [{"step": 0, "eval_loss": 2.0}, *history],
+        },
+        "recipe": {},
+        "data": {"train": 6},
+    }
+
+
+def write_run(study, run_id, method, models, start=None, seed=0, **more):
+    record = {"run": run_id, "name": method, "method": method, "seed": seed, "model": "tiny", "start": start}
+    folder = study / files.RUNS / run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / files.RUN).write_text(json.dumps(record | {"settings": {}, "models": models}))
+    (folder / files.TRAINING).write_text(json.dumps(training(4, **more)))
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path):
+    full = write_run(tmp_path, "full-s0", "full", {"best": "runs/full-s0", "last": "runs/full-s0/last"})
+    tiny.tiny_llama(num_layers=1, seed=0).save_pretrained(full)
+    tiny.tiny_llama(num_layers=1, seed=1).save_pretrained(full / files.LAST)
+    for seed in range(2):
+        run_id, generator = f"mask-s{seed}", torch.Generator().manual_seed(seed)
+        folder = write_run(tmp_path, run_id, "mask", {"best": f"runs/{run_id}"}, "full-s0", seed, mask_flips_per_step=5)
+        shapes = {"q": (32, 32), "k": (16, 32), "v": (16, 32)}
+        masks = zip(MODULES, shapes.values(), strict=True)
+        MaskSet({name: torch.rand(shape, generator=generator) > 0.1 for name, shape in masks}).save(
+            folder / files.ADAPTER_WEIGHTS
+        )
+        config = {"peft_type": "MASK", "format_version": 1, "mask_sha256": "", "mask_seed": seed}
+        (folder / files.ADAPTER_CONFIG).write_text(json.dumps(config))
+    rows = [{"id": str(n), "input_ids": ids, "labels": ids} for n, ids in enumerate(tiny.token_ids(6, 7).tolist())]
+    for split in ("train", "heldout"):
+        Dataset.from_list(rows).save_to_disk(tmp_path / files.PREPARED / "abc" / split)
+    return tmp_path
+
+
+def test_every_analysis_of_a_study(study, capsys):
+    words = ["analyze", str(study), "--what", "curves,cost,bound,masks,landscape", "--grid", "3", "--num_rows", "4"]
+    assert main(words) == 0
+    folder = study / files.ANALYSIS
+    assert {file.name for file in folder.iterdir()} == {
+        f"{what}.json" for what in ("curves", "cost", "bound", "masks", "landscape")
+    }
+    masks = json.loads((folder / "masks.json").read_text())
+    assert masks["masks"]["mask-s1"]["flips_per_step"] == [[step, 5] for step in range(1, 5)]
+    assert len(masks["masks"]["mask-s0"]["by_head"]["0"]["qkv"]) == 4
+    assert abs(masks["agreement"][0]["z_score"]) < 4
+    bound = json.loads((folder / "bound.json").read_text())
+    assert bound["training_loss"] == {"full": pytest.approx(1.7), "mask": pytest.approx(1.7)}  # step 3 of 1 to 3
+    assert bound["settings"]["n"] == 6
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir() if file.stem in ("masks", "landscape")}
+    assert main(words) == 0
+    assert all(file.stat().st_mtime_ns == time for file, time in before.items())
+
+
+def test_a_run_that_a_figure_needs_is_named(study, capsys):
+    def error(*words):
+        assert main(["analyze", str(study), *words]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        return message
+
+    assert "no mask is called 'mask-s7' (did you mean 'mask-s" in error("--what", "bound", "--mask", "mask-s7")
+    assert "a bound needs 2 training rows or more" in error("--what", "bound", "--delta", "2")
+    assert "a landscape of 99999999 x 99999999 points needs" in error("--what", "landscape", "--grid", "99999999")
+    assert "losses need one folder with tokenised rows" in error("--what", "masks", "--rows", str(study))
+    write_run(study, "full-s0", "full", {"best": "runs/full-s0", "last": "runs/full-s0"})
+    assert "and the end of full-s0 is its best checkpoint" in error("--what", "landscape")
+    other = json.loads((study / files.RUNS / "mask-s1" / files.RUN).read_text())
+    (study / files.RUNS / "mask-s1" / files.RUN).write_text(json.dumps(other | {"model": "large"}))
+    assert "runs of different base models cannot be compared (tiny, large)" in error("--what", "cost")
+
+
+def test_folders_of_training_are_runs(study, tmp_path_factory, capsys):
+    target = tmp_path_factory.mktemp("out")
+    for run_id, start in (("full-s0", "tiny"), ("mask-s0", "full-s0")):
+        file = study / files.RUNS / run_id / files.TRAINING
+        recipe = {"method": run_id[:4], "seed": 0, "model_name_or_path": start}
+        file.write_text(json.dumps(training(4) | {"recipe": recipe}))
+    folders = [str(study / files.RUNS / run_id) for run_id in ("mask-s0", "full-s0")]
+    words = ["analyze", "--runs", *folders, "--rows", str(study / files.PREPARED / "abc"), "--output_dir", str(target)]
+    assert main([*words, "--what", "landscape,curves", "--grid", "3"]) == 0
+    steps = {each["run"]: each["steps"][0] for each in json.loads((target / "curves.json").read_text())["series"]}
+    assert steps == {"full-s0": 0, "mask-s0": 3}

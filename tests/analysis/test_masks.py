@@ -1,0 +1,132 @@
+"""Shares, agreement and effects of masks against loops and counting."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.func import functional_call
+
+import tiny
+from maskft.adapter.mask_set import MaskSet
+from maskft.analysis.losses import loss_sum, make_batches, mean_loss, num_targets
+from maskft.analysis.masks import (
+    agreement,
+    decile_shares,
+    effects,
+    head_shares,
+    predicted_effects,
+    shares_by_head,
+    shares_by_layer,
+)
+from maskft.analysis.store import Parts
+from maskft.errors import UserError
+
+
+def random_mask(shape, share, seed):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= share
+
+
+def rows(count=6, length=9):
+    return [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in tiny.token_ids(count, length).tolist()]
+
+
+def test_shares_by_layer_weigh_matrices_by_their_size():
+    full, half = torch.ones(2, 6, dtype=torch.bool), torch.tensor([[True, False]])
+    masks = MaskSet({"model.layers.3.a": full, "model.layers.3.b": half, "model.layers.10.a": half, "lm_head": full})
+    assert shares_by_layer(masks) == {"3": 1 / 14, "10": 0.5, "other": 0.0}
+
+
+def test_heads_with_shared_keys_against_a_loop():
+    """Four query heads of width 2, two key heads: query heads 0 and 1 use key head 0."""
+    q, k, o = random_mask((8, 6), 0.4, 1), random_mask((4, 6), 0.4, 2), random_mask((6, 8), 0.4, 3)
+    for mask, projection in ((q, "q_proj"), (k, "k_proj"), (o, "o_proj")):
+        found = head_shares(mask, projection, 4, 2)
+        for head in range(4):
+            block = head // 2 if projection == "k_proj" else head
+            part = mask[:, 2 * block : 2 * block + 2] if projection == "o_proj" else mask[2 * block : 2 * block + 2]
+            assert found[head] == pytest.approx(float((~part).sum()) / part.numel())
+    names = {"q_proj": q, "k_proj": k, "v_proj": k}
+    shares = shares_by_head(MaskSet({f"layers.5.self_attn.{name}": mask for name, mask in names.items()}), 4, 2)["5"]
+    expected = [(shares["q_proj"][h] + 2 * shares["k_proj"][h]) / 3 for h in range(4)]
+    assert shares["qkv"] == pytest.approx(expected)
+    with pytest.raises(UserError, match="does not divide"):
+        head_shares(q, "q_proj", 3, 3)
+
+
+def test_deciles_of_magnitude():
+    weight = torch.tensor([[5.0, -1, 2, -3, 4, -6, 7, -8, 9, -10]])
+    mask = torch.ones(1, 10, dtype=torch.bool)
+    mask[0, [1, 9]] = False  # the smallest and the largest
+    assert decile_shares(mask, weight) == [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    with pytest.raises(UserError, match="differ in shape"):
+        decile_shares(mask, weight.T)
+
+
+def test_agreement_has_the_mean_and_variance_of_all_placements():
+    """Every way to remove 2 of 5 weights against one fixed choice of 3."""
+    first = torch.tensor([[False, False, False, True, True]])
+    numbers = []
+    for places in itertools.combinations(range(5), 2):
+        second = torch.ones(1, 5, dtype=torch.bool)
+        second[0, list(places)] = False
+        found = agreement(MaskSet({"a": first}), MaskSet({"a": second}))
+        numbers.append(found["num_common"])
+        z = found["z_score"]
+    mean = sum(numbers) / len(numbers)
+    variance = sum((number - mean) ** 2 for number in numbers) / len(numbers)
+    assert found["expected"] == pytest.approx(mean)
+    assert z == pytest.approx((numbers[-1] - mean) / math.sqrt(variance))
+
+
+def test_agreement_of_equal_independent_and_other_masks():
+    a = MaskSet({"x": random_mask((200, 200), 0.1, 1), "only_here": random_mask((4, 4), 0.5, 1)})
+    b = MaskSet({"x": random_mask((200, 200), 0.2, 2)})
+    assert abs(agreement(a, b)["z_score"]) < 4 and agreement(a, b)["num_modules"] == 1
+    assert agreement(a, a)["jaccard"] == 1 and agreement(a, a)["z_score"] > 100
+    with pytest.raises(UserError, match="no common module"):
+        agreement(a, MaskSet({"y": a["x"]}))
+    with pytest.raises(UserError, match="other base models"):
+        agreement(a, MaskSet({"x": a["x"][:2]}))
+
+
+def test_predicted_effects_are_the_slope_of_shrinking_the_removed_weights():
+    """Of the loss in an amount by which all removed weights of a module shrink, at amount 0."""
+    model = tiny.tiny_llama(num_layers=2)
+    names = [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
+    masks = MaskSet({name: random_mask((32, 48), 0.1, seed) for seed, name in enumerate(names)})
+    batches = make_batches(rows(), 4)
+    predicted = predicted_effects(model, masks, batches)
+    for name in names:
+        weight, amount = model.get_submodule(name).weight.detach(), torch.zeros((), requires_grad=True)
+        shrunk = {f"model.{name}.weight": weight * (1 - amount * (~masks[name]).float())}
+        total = sum(functional_call(Sum(model), shrunk, (batch,)) for batch in batches)
+        (slope,) = torch.autograd.grad(total / sum(map(num_targets, batches)), amount)
+        assert predicted[name] == pytest.approx(float(slope), rel=1e-4)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Sum(torch.nn.Module):
+    """`loss_sum` as a module."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return loss_sum(self.model, batch)
+
+
+def test_measured_effects_restore_the_model_and_are_kept(tmp_path):
+    model = tiny.tiny_llama(num_layers=3)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    masks = MaskSet({f"model.layers.{i}.mlp.up_proj": random_mask((48, 32), 0.3, i) for i in range(3)})
+    parts = Parts(tmp_path / "masks.json", {}, 9)
+    batches = make_batches(rows(), 3)
+    found = effects(model, masks, batches, parts, "m")
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    masks.apply_(model)
+    assert found["all"]["measured"] == pytest.approx(mean_loss(model, batches) - found["loss"], abs=1e-12)
+    # The model is another one now; what was done before is not done again.
+    assert effects(model, masks, batches, Parts(tmp_path / "masks.json", {}, 9), "m") == found
+    assert -1 <= found["correlation"] <= 1
