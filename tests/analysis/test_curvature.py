@@ -123,7 +123,7 @@ def test_curvature_of_a_mask_is_computed_once(tmp_path, monkeypatch):
     largest = {name: record[name]["largest"] for name in ("start_all", "start_kept")}
     assert largest["start_kept"]["eigenvalues"][0] <= largest["start_all"]["eigenvalues"][0] * 1.001
     assert largest["start_all"]["stderr_rows"][0] > 0
-    start, end = (record[name]["trace"]["trace"] for name in ("start_all", "mask_all"))
+    start, end = (record[name]["trace"] for name in ("start_all", "mask_all"))
     assert record["mask_all_less_start_all"]["trace"] == pytest.approx(end - start) and end != start
     monkeypatch.setattr(curvature, "load_model", None)  # finished: nothing is loaded
     analyse_curvature(file, str(folder), str(adapter), rows(), num_probes=2, batch_size=2)

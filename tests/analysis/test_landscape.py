@@ -11,7 +11,6 @@ from maskft.adapter.mask_set import MaskSet
 from maskft.analysis import landscape
 from maskft.analysis.landscape import (
     analyse_landscape,
-    check_memory,
     filter_normalised,
     line,
     plane_through,
@@ -131,7 +130,6 @@ def test_what_cannot_be_is_refused_in_one_line(three_models, tmp_path, monkeypat
         analyse_landscape(file, three_models, rows, grid=4)
     with pytest.raises(UserError, match=r"needs about .* GB are free: take a smaller --grid"):
         analyse_landscape(file, three_models, rows, grid=1_000_001)
-    check_memory(10, 4, 3, 10, 1e6)
     monkeypatch.setattr(landscape, "mean_loss", lambda *args: float("nan"))
     with pytest.raises(UserError, match=r"surfaces.fft.train\[0\]\[0\] is nan; nothing was written"):
         analyse_landscape(file, three_models, rows, grid=3)

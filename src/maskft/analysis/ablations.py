@@ -50,7 +50,7 @@ def mean_of(results: Sequence[Result], task: str, metric: str) -> dict[str, Any]
         ``mean`` in the metric's unit; ``stderr``, over seeds where there are several, else over items, as
         ``stderr_over`` says; ``num_seeds``.
     """
-    found = [result["tasks"][task]["metrics"][metric] for result in results if task in result["tasks"]]
+    found = [result["tasks"][task]["metrics"][metric] for result in results]
     values = [each["value"] for each in found]
     if None in values:
         raise UserError(f"{task}/{metric} of {results[0]['name']!r} has no value; evaluate it again")
@@ -73,7 +73,7 @@ def lines_of(runs: Sequence[TrainedRun], setting: str, task: str, metric: str) -
         Per line with two points or more: ``fixed``, the other varied settings; ``points`` in the order of their value,
         each with ``value`` and `mean_of`; ``start``: `mean_of` the models under these masks (the dashed line).
     """
-    masks = [run for run in runs if run.method == MASK and task in run.results.get(BEST, {}).get("tasks", {})]
+    masks = [run for run in runs if run.method == MASK and _has(run, task)]
     others = [name for name in varied_settings(masks) if name != setting]
     groups: dict[str, dict[str, list[TrainedRun]]] = {}
     for run in masks:
@@ -84,8 +84,8 @@ def lines_of(runs: Sequence[TrainedRun], setting: str, task: str, metric: str) -
         if len(points) < 2:
             continue
         ordered = sorted(((json.loads(value), members) for value, members in points.items()), key=_order)
-        starts = {run.start: parent_of(run, runs) for members in points.values() for run in members if run.start}
-        start_results = [run.results[BEST] for run in starts.values() if run and BEST in run.results]
+        parents = {run.start: parent_of(run, runs) for members in points.values() for run in members}
+        start_results = [run.results[BEST] for run in parents.values() if run and _has(run, task)]
         lines.append(
             {
                 "fixed": json.loads(fixed),
@@ -128,6 +128,10 @@ def analyse_ablations(file: Path, runs: Sequence[TrainedRun], setting: str | Non
             "in a study's recipe"
         )
     write_record(file, {"ablations": record}, {"what": "ablations", "runs": digest([run.__dict__ for run in runs])})
+
+
+def _has(run: TrainedRun, task: str) -> bool:
+    return BEST in run.results and task in run.results[BEST]["tasks"]
 
 
 def _key(value: Any) -> str:

@@ -55,12 +55,12 @@ def code_lengths(d: int, z: int, bits: float) -> dict[str, float]:
     }
 
 
-def complexity_term(code_length: float, n: int, delta: float) -> float:
+def complexity_term(code_length: float, n: int | None, delta: float) -> float:
     """Phi of Eq. 6, of a code length in bits (as the paper puts it), for ``n`` training rows, at least 2.
 
     ``delta``, in (0, 1), is the probability with which the bound may fail.
     """
-    if n < 2 or not 0 < delta < 1:
+    if n is None or n < 2 or not 0 < delta < 1:
         raise UserError(f"a bound needs 2 training rows or more and delta in (0, 1), got {n} rows and --delta {delta}")
     return math.sqrt((code_length + math.log(1 / delta)) / (2 * (n - 1)))
 

@@ -19,8 +19,10 @@ Hessian-vector products are those of curvlinops (``pip install 'maskft[analysis]
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ from ..data import IGNORED
 from ..errors import UserError
 from ..files import digest
 from ..models import load_model
-from .losses import Batch, make_batches, num_targets
+from .losses import Batch, check_room, make_batches, num_targets
 from .store import Parts, digest_folder, is_finished, write_record
 
 Product = Callable[[np.ndarray], np.ndarray]  # v -> H v, float64 (num_weights,)
@@ -154,7 +156,7 @@ def largest_eigenvalues(
         inner = kept * vector.reshape(-1)
         return kept * sum(share * product(inner) for share, product in zip(shares, products, strict=True))
 
-    options = {"v0": kept * np.random.default_rng(seed).standard_normal(len(kept)), "tol": TOLERANCE}
+    options: dict[str, Any] = {"v0": kept * np.random.default_rng(seed).standard_normal(len(kept)), "tol": TOLERANCE}
     operator = LinearOperator((len(kept), len(kept)), matvec=apply, dtype=np.float64)
     try:
         values, vectors = eigsh(operator, k=count, which="LA", **options)
@@ -179,7 +181,7 @@ def analyse_curvature(
     batch_size: int = 8,
     device: str = "cpu",
 ) -> None:
-    """Write the four Hessians' `trace_estimate` and `largest_eigenvalues`, in float32 (``.json``).
+    """Write the four Hessians' `trace_estimate` and, as ``largest``, `largest_eigenvalues`, in float32 (``.json``).
 
     ``mask_all_less_start_all`` is the difference of their traces with its own errors, which are smaller than those of
     the two, as probes and rows are the same. ``density`` is the share of kept weights.
@@ -202,22 +204,23 @@ def analyse_curvature(
         return
     masks = MaskSet.from_adapter(adapter)
     names = sorted(masks)
+    # Lanczos keeps its vectors in float64, at least 20 of them.
+    vectors_bytes = 8 * masks.numel * max(2 * num_eigenvalues + 7, 26)
+    check_room(vectors_bytes, "cpu", f"curvature in {masks.numel:,} weights", "analyse a mask over fewer layers")
     model = load_model(start, "float32", attn_implementation="eager").to(device).eval()
     batches = make_batches(rows, batch_size, device)
     products = hessian_products(model, names, batches)
     tokens = np.array([num_targets(batch) for batch in batches], dtype=np.float64)
     shares, kept = tokens / tokens.sum(), torch.cat([masks[name].flatten() for name in names]).numpy()
     parts, record, forms = Parts(file, settings, 4 * (num_probes + 1)), {}, {}
-    for point in ("start", "mask"):
-        if point == "mask":
+    for name in ("start_all", "start_kept", "mask_all", "mask_kept"):
+        if name == "mask_all":
             masks.apply_(model)
-        for name, diagonal in ((f"{point}_all", np.ones_like(kept)), (f"{point}_kept", kept)):
-            forms[name] = quadratic_forms(products, diagonal, num_probes, seed, parts, name)
-            compute = lambda d=diagonal: largest_eigenvalues(products, shares, d, num_eigenvalues, seed)  # noqa: E731
-            record[name] = {
-                "trace": trace_estimate(forms[name], shares),
-                "largest": parts.get(f"{name} eigenvalues", compute),
-            }
+        diagonal = kept if name.endswith("kept") else np.ones_like(kept)
+        forms[name] = quadratic_forms(products, diagonal, num_probes, seed, parts, name)
+        arguments = (products, shares, diagonal, num_eigenvalues, seed)
+        largest = parts.get(f"{name} eigenvalues", functools.partial(largest_eigenvalues, *arguments))
+        record[name] = {**trace_estimate(forms[name], shares), "largest": largest}
     record["mask_all_less_start_all"] = trace_estimate(forms["mask_all"] - forms["start_all"], shares)
     write_record(file, record | {"density": masks.density, "num_weights": masks.numel}, settings)
     parts.remove()

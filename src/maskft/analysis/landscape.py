@@ -12,7 +12,6 @@ from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from ..adapter.mask_set import MaskSet
 from ..errors import UserError
 from ..files import digest
 from ..models import load_model
-from .losses import Batch, count_parameters, make_batches, mean_loss
+from .losses import Batch, check_room, count_parameters, make_batches, mean_loss
 from .store import Parts, digest_folder, is_finished, write_record
 
 Weights = dict[str, Tensor]  # parameter name -> values, on the model's device and in its dtype
@@ -136,20 +135,6 @@ def line(
     return {split: [point[0] for point in points] for split, points in found.items()}
 
 
-def check_memory(num_weights: int, item_bytes: int, grid: int, logits_numel: int, free_bytes: float) -> None:
-    """Refuse a landscape for which there is no room, before a model is loaded.
-
-    Three models, the working copy, two directions and one more on the way; four surfaces of two splits, each point as
-    text, dict and number; ``logits_numel`` logits of a batch, four times in float32.
-    """
-    need = 7 * num_weights * item_bytes + 16 * logits_numel + 4 * 2 * 200 * grid**2
-    if need > free_bytes:
-        raise UserError(
-            f"a landscape of {grid} x {grid} points needs about {need / 1e9:.1f} GB and {free_bytes / 1e9:.1f} GB are "
-            "free: take a smaller --grid or --batch_size, or --dtype bfloat16"
-        )
-
-
 def analyse_landscape(
     file: Path,
     models: Mapping[str, str],
@@ -194,8 +179,14 @@ def analyse_landscape(
         return
     num_weights, vocab_size = count_parameters(models["fft"])
     longest = max(len(row["input_ids"]) for each in rows.values() for row in each)
-    item_bytes = getattr(torch, dtype).itemsize
-    check_memory(num_weights, item_bytes, grid, batch_size * longest * vocab_size, _free_bytes(device))
+    # Three models, the working copy, two directions and one more on the way; logits four times in float32; each point
+    # of four surfaces and two splits as text, dict and number.
+    need_bytes = 7 * num_weights * getattr(torch, dtype).itemsize + 16 * batch_size * longest * vocab_size
+    what, remedy = (
+        f"a landscape of {grid} x {grid} points",
+        "take a smaller --grid or --batch_size, or --dtype bfloat16",
+    )
+    check_room(need_bytes + 1600 * grid**2, device, what, remedy)
     model = load_model(models["fft"], dtype).to(device).eval()
     points = _three_models(model, models, dtype)
     losses = {split: make_batches(each, batch_size, device) for split, each in rows.items()}
@@ -239,8 +230,3 @@ def _plane(model, points, losses: Losses, parts: Parts, grid: int) -> dict:
 
 def _dot(a: Weights, b: Weights) -> float:
     return sum(float(torch.dot(a[name].flatten().double(), b[name].flatten().double())) for name in a)
-
-
-def _free_bytes(device: str) -> float:
-    is_gpu = torch.device(device).type == "cuda"
-    return torch.cuda.mem_get_info(device)[0] if is_gpu else psutil.virtual_memory().available

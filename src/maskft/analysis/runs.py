@@ -146,9 +146,9 @@ def parent_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun | None:
 
 
 def start_model(run: TrainedRun, runs: Sequence[TrainedRun]) -> str:
-    """Folder or name of the model under a mask."""
+    """Folder or name of the model under a mask: of its start, else what its adapter says, else the base."""
     parent = parent_of(run, runs)
-    return parent.models[BEST] if parent else read_config(run.models[BEST]).base_model_name_or_path
+    return parent.models[BEST] if parent else read_config(run.models[BEST]).base_model_name_or_path or run.base
 
 
 def full_run(mask: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun:

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ class Parts:
         known = list(_whole_lines(self.file))
         known = known if known[:1] == [head] else [head]
         self._values = {line["key"]: line["value"] for line in known[1:]}
-        self._num_parts, self._next_report = num_parts, time.monotonic() + SECONDS_BETWEEN_REPORTS
+        self._what, self._num_parts = file.stem, num_parts
+        self._next_report = time.monotonic() + SECONDS_BETWEEN_REPORTS
         write_text(self.file, "".join(json.dumps(line) + "\n" for line in known))
 
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
@@ -70,7 +71,7 @@ class Parts:
                 out.write(json.dumps({"key": key, "value": self._values[key]}) + "\n")
             if time.monotonic() > self._next_report:
                 self._next_report += SECONDS_BETWEEN_REPORTS
-                print(f"  {len(self._values)} of {self._num_parts} parts", file=sys.stderr, flush=True)
+                print(f"{self._what}: {len(self._values)} of {self._num_parts} parts", file=sys.stderr, flush=True)
         return self._values[key]
 
     def remove(self) -> None:
@@ -78,14 +79,14 @@ class Parts:
         self.file.unlink(missing_ok=True)
 
 
-def _whole_lines(file: Path) -> Iterable[dict]:
+def _whole_lines(file: Path) -> Iterator[dict]:
     """Lines of a JSONL file up to one that a kill cut short."""
     for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else ():
         if line.endswith("\n"):
             yield json.loads(line)
 
 
-def _not_finite(value: Any, place: str) -> Iterable[str]:
+def _not_finite(value: Any, place: str) -> Iterator[str]:
     """Places of numbers that are NaN or infinite."""
     if isinstance(value, Mapping):
         for key, each in value.items():

@@ -9,7 +9,8 @@ from ..errors import UserError, did_you_mean
 from ..files import ANALYSIS
 
 # What reads files only stands first: it is done before models are loaded.
-WHAT = ("curves", "cost", "ablations", "bound", "masks", "landscape", "curvature")
+OF_MODELS = ("bound", "masks", "landscape", "curvature")
+WHAT = ("curves", "cost", "ablations", *OF_MODELS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Make each analysis that was asked for, or all that the runs allow."""
     from ..analysis.runs import read_runs, read_study, select_base
+    from ..runtime import silence
 
     if (args.study is None) == (args.runs is None):
         raise UserError("name the folder of a study, or --runs with folders of maskft train")
@@ -63,6 +65,11 @@ def run(args: argparse.Namespace) -> None:
     wanted = _wanted(args.what)
     runs = select_base(read_runs(args.runs) if args.runs else read_study(args.study), args.base)
     folder = Path(args.output_dir or Path(args.study) / ANALYSIS)
+    if set(wanted) & set(OF_MODELS):
+        from ..evaluation.load import usable_device
+
+        usable_device(args.device)
+        silence()
     problems = []
     for what in wanted:
         file = folder / f"{what}.json"
@@ -113,10 +120,9 @@ def _bound(args, runs, file: Path) -> None:
     mask = find_mask(runs, args.mask)
     full = full_run(mask, runs)
     losses = tuple(stable_training_loss(run.history, run.summary["best_step"]) for run in (full, mask))
-    try:
-        bits = [float(each) for each in args.bits.split(",")]
-    except ValueError:
-        raise UserError(f"--bits {args.bits}: give numbers separated by commas, such as 8,16") from None
+    bits = [float(each) if each.strip().isdecimal() else 0.0 for each in args.bits.split(",")]
+    if min(bits) < 1:
+        raise UserError(f"--bits is {args.bits}; give whole numbers from 1 on, separated by commas, such as 8,16")
     num_weights, vocab_size = count_parameters(start_model(mask, runs))
     analyse_bound(
         file,

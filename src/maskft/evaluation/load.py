@@ -77,7 +77,7 @@ def load_each(
     adapters = list(adapters) or [NO_ADAPTER]
     base_name, named_revision = _base(model_name_or_path, adapters)
     revision = revision or named_revision or "main"
-    device = _usable_device(device)
+    device = usable_device(device)
     base = load_model(base_name, dtype, revision=revision)
     fingerprint = model_fingerprint(base)
     configuration = {**base.config.to_diff_dict(), "generation": base.generation_config.to_diff_dict()}
@@ -103,7 +103,7 @@ def load_each(
                 raise RuntimeError(f"taking off the adapter {adapter!r} did not give the base model back")
 
 
-def _usable_device(device: str | None) -> str:
+def usable_device(device: str | None) -> str:
     """The device to run on; one that is not here is refused before a model is loaded for it."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
