@@ -19,6 +19,8 @@ _LAZY = {
     "magnitude_mask": "tuner.fixed",
     "num_removed": "masking",
     "random_mask": "tuner.fixed",
+    "set_mask_progress": "tuner",
+    "start_scores": "tuner",
     "threshold_mask": "masking",
     "topk_mask": "masking",
     "topk_masks": "masking",

@@ -8,7 +8,8 @@ The scores c are trained, the weight W never is. As in the published code, score
 
 A mask is a bool tensor of the weight's shape, **True = keep**. ``sparsity`` is the fraction of weights that is
 *removed*, in [0, 1). Ranking happens in float32; the count is exact and ties are stable, of equal scores the first in
-index order goes first (the published code has neither). Training takes the same masks faster: ``tuner/selection.py``.
+index order goes first (the published code has neither). Training takes the same masks faster,
+``tuner/selection.py``; other learners of masks are in ``tuner/learners.py``.
 
 Shapes: a weight and its scores are (O, I) = (out_features, in_features), or (I, O) for GPT-2's ``Conv1D``.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 from .errors import NotFiniteError, UserError
 
 RankBy = Literal["abs", "signed"]
-ScoreStart = Literal["normal", "kaiming_uniform", "constant", "magnitude"]
+ScoreStart = Literal["normal", "kaiming_uniform", "constant", "magnitude", "wanda", "first_order"]
 
 
 def topk_mask(scores: Tensor, sparsity: float, rank_by: RankBy = "abs") -> Tensor:
@@ -138,8 +139,8 @@ def initial_scores(
     Args:
         weight: The frozen weight.
         start: ``normal``: N(0, std), as published; ``kaiming_uniform``: U(-b, b) with b = 1/sqrt(in_features);
-            ``constant``: ``value`` everywhere; ``magnitude``: the rank of abs(weight), spread evenly over
-            (0, std * sqrt(12)), so that the first mask is the magnitude mask.
+            ``constant``: ``value`` everywhere; ``magnitude``: :func:`spread_by_rank` of abs(weight), so that the first
+            mask is the magnitude mask. The other starts need data, see ``tuner.start_scores``.
         generator: CPU generator; the draw does not depend on the device of ``weight``.
         std: Standard deviation of ``normal`` and ``magnitude``, > 0.
         value: Value of ``constant``.
@@ -154,7 +155,13 @@ def initial_scores(
     elif start == "constant":
         scores.fill_(value)
     else:
-        order = ranking_keys(weight).argsort(stable=True).cpu()
-        step = std * math.sqrt(12) / len(order)
-        scores.view(-1)[order] = (torch.arange(1, len(order) + 1, dtype=torch.float64) * step).float()
+        return spread_by_rank(weight.detach().float().abs(), std)
     return scores.to(weight.device)
+
+
+def spread_by_rank(keys: Tensor, std: float) -> Tensor:
+    """Scores in the order of ``keys`` (ties in index order), evenly over (0, std * sqrt(12)): the lowest go first."""
+    order = ranking_keys(keys, "signed").argsort(stable=True).cpu()
+    scores, step = torch.empty(keys.shape), std * math.sqrt(12) / len(order)
+    scores.view(-1)[order] = (torch.arange(1, len(order) + 1, dtype=torch.float64) * step).float()
+    return scores.to(keys.device)

@@ -6,7 +6,7 @@ from peft import get_peft_model
 
 import tiny
 from maskft import MaskConfig
-from maskft.training.fixed_masks import input_norms
+from maskft.training.calibration import input_norms
 from maskft.tuner import adapter_layers
 
 

@@ -109,6 +109,11 @@ class AdapterConfig(files.FileModel):
     scope: str = "matrix"
     sparsity: float = 0.1
     mask_seed: int | None = None
+    sparsity_ramp: float = 0.0
+    progress: float | None = None
+    removed_value: str = "zero"
+    removed_value_model: str | None = None
+    removed_value_fingerprint: str | None = None
     save_scores: bool = False
     base_fingerprint: str | None = None
     mask_sha256: str

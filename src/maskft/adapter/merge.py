@@ -13,7 +13,8 @@ from .. import files
 from .._version import __version__
 from ..errors import UserError
 from ..models import load_model, load_tokenizer
-from .mask_set import MaskSet, read_config
+from ..tuner import adapter_layers
+from .mask_set import AdapterConfig, MaskSet, read_config
 
 _PROBE_TOKENS = 64
 
@@ -62,7 +63,8 @@ def merge(
     model, tokenizer, name = load_masked(adapter, base, dtype)
     probe = _probe(model)
     expected = _logits(model, probe)
-    masks = MaskSet.from_adapter(adapter)
+    masks, layers = MaskSet.from_adapter(adapter), adapter_layers(model)
+    values = {_module_name(name): layer.removed_value("default") for name, layer in layers.items()}
     merged = model.merge_and_unload()
     _check_disk(merged, output_dir)
     partial = output_dir.with_name(output_dir.name + ".partial")
@@ -71,15 +73,15 @@ def merge(
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(_model_card(adapter, name, masks))
-        _verify_written(partial, probe, expected, masks, merged.dtype)
+        _verify_written(partial, probe, expected, masks, values, merged.dtype)
         if output_dir.exists():
             output_dir.rmdir()
         partial.rename(output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     console.print(
-        f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to zero; reloaded "
-        "and bitwise equal to the masked model on a probe"
+        f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to "
+        f"{_target(read_config(adapter))}; reloaded and bitwise equal to the masked model on a probe"
     )
     return output_dir
 
@@ -101,19 +103,31 @@ def _logits(model, ids: torch.Tensor) -> torch.Tensor:
     return model.eval()(input_ids=ids, use_cache=False).logits.cpu()
 
 
-def _verify_written(folder: Path, probe, expected, masks: MaskSet, dtype) -> None:
+def _module_name(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def _verify_written(folder: Path, probe, expected, masks: MaskSet, values, dtype) -> None:
     written = load_model(str(folder), str(dtype).removeprefix("torch."))
     if not torch.equal(_logits(written.to(probe.device), probe), expected):
         raise UserError("the written checkpoint does not give the masked model's logits bit for bit; nothing was kept")
     modules = dict(written.named_modules())
     for name, mask in masks.items():
-        if int(torch.count_nonzero(modules[name].weight.detach().cpu()[~mask])):
-            raise UserError(f"the written checkpoint has nonzero weights where {name} is masked; nothing was kept")
+        written_values = modules[name].weight.detach().cpu()[~mask]
+        value = 0.0 if values[name] is None else values[name].cpu()[~mask]
+        if not bool((written_values == value).all()):
+            raise UserError(f"the written checkpoint has other weights where {name} is masked; nothing was kept")
 
 
 def _check_disk(model, output_dir: Path) -> None:
     need = sum(p.numel() * p.element_size() for p in model.parameters())
     files.check_free_space(output_dir, need * 1.05, "name another output_dir")
+
+
+def _target(config: AdapterConfig) -> str:
+    if config.removed_value == "zero":
+        return "zero"
+    return f"their value in {Path(config.removed_value_model or '').name}"
 
 
 def _model_card(adapter, base: str, masks: MaskSet) -> str:
@@ -128,7 +142,7 @@ def _model_card(adapter, base: str, masks: MaskSet) -> str:
         "# Masked model",
         "",
         f"{Path(base).name or base} with {masks.num_removed:,} of {masks.numel:,} weights ({masks.sparsity:.2%}) of "
-        f"{len(masks)} linear layers set to zero by Mask Fine-Tuning (https://arxiv.org/abs/2503.22764).",
+        f"{len(masks)} linear layers set to {_target(config)} by Mask Fine-Tuning (https://arxiv.org/abs/2503.22764).",
         "",
         "| | |",
         "|---|---|",

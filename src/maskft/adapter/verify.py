@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import UserError
 from ..masking import num_removed
 from ..tuner.codec import decode_mask
+from ..tuner.learners import current_sparsity
 from ..tuner.model import mask_fingerprint
 from .mask_set import AdapterConfig, describe, read_coded, read_config
 from .merge import load_masked
@@ -35,6 +36,10 @@ def verify(adapter: str | Path, base: str | None = None) -> list[str]:
     if base is not None:
         load_masked(adapter, base)
         passed.append(f"fits {base}: names, shapes and base fingerprint match")
+        if config.removed_value == "base":
+            passed.append(f"removed weights are those of {config.removed_value_model}: shapes and fingerprint match")
+    elif config.removed_value == "base":
+        passed.append(f"removed weights take their values in {config.removed_value_model}, not checked without --base")
     return passed
 
 
@@ -42,10 +47,10 @@ def _check_counts(rows: list[dict[str, Any]], config: AdapterConfig) -> str:
     total, removed = sum(row["numel"] for row in rows), sum(row["num_removed"] for row in rows)
     if config.selection == "topk" and not config.recipe.get("match_adapter"):
         pool = [{"module": "the pool", "numel": total, "num_removed": removed}]
+        sparsity = current_sparsity(config)
         for row in rows if config.scope == "matrix" else pool:
-            if row["num_removed"] != num_removed(row["numel"], config.sparsity):
+            if row["num_removed"] != num_removed(row["numel"], sparsity):
                 raise UserError(
-                    f"{row['module']} does not remove the share sparsity={config.sparsity} asks for; the adapter is "
-                    "damaged"
+                    f"{row['module']} does not remove the share sparsity={sparsity} asks for; the adapter is damaged"
                 )
     return f"removes {removed:,} of {total:,} weights ({removed / total:.2%})"

@@ -20,6 +20,8 @@ def run(args) -> None:
     facts = {
         "base_model": config.base_model_name_or_path,
         "base_fingerprint": config.base_fingerprint,
+        "removed_value_model": config.removed_value_model,
+        "removed_value_fingerprint": config.removed_value_fingerprint,
         "mask_sha256": config.mask_sha256,
         "format_version": config.format_version,
         "has_scores": config.save_scores,

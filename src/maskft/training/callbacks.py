@@ -14,7 +14,8 @@ from trl import SFTTrainer
 
 from .. import files, runtime
 from ..errors import NotFiniteError, UserError
-from ..tuner import MaskConfig, MaskedLinear
+from ..tuner import MaskConfig, MaskedLinear, set_mask_progress
+from ..tuner.learners import current_sparsity
 from ..tuner.model import refresh_masks
 from ..tuner.sharded import is_sharded
 from .checkpoints import agreed_mask_fingerprint, save_weights
@@ -126,6 +127,18 @@ class Reference(TrainerCallback):
         self.console.print(f"  held-out loss without the mask {self.loss:.4f}", highlight=False)
 
 
+class MaskProgress(TrainerCallback):
+    """Tells masks how far training is; of the global step alone, so that a resumed run knows it too."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Before the first step, or the first after resuming."""
+        set_mask_progress(model, state.global_step / state.max_steps)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Before what is measured and saved after a step, and before the next."""
+        set_mask_progress(model, state.global_step / state.max_steps)
+
+
 class StepGuard(TrainerCallback):
     """Looks at every step just before and after the optimizer: finite? how many mask bits flipped?"""
 
@@ -168,7 +181,7 @@ class StepGuard(TrainerCallback):
         if verdict:
             raise NotFiniteError(f"{('gradient', 'loss')[verdict - 1]} is not finite")
         if self._is_logged(args, state):
-            self._before = [(m, m.effective.value == 0) for m in self._layers(model) if m.effective.value is not None]
+            self._before = [(m, _removed(m)) for m in self._layers(model) if m.effective.value is not None]
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Save the start, which may stay the best."""
@@ -193,7 +206,8 @@ class StepGuard(TrainerCallback):
         flips, removed, numel = 0, 0, 0
         with torch.no_grad():
             for layer, before in self._before:
-                after = layer.effective_weight(layer.effective.value.dtype) == 0
+                layer.effective_weight(layer.effective.value.dtype)  # brought up to date
+                after = _removed(layer)
                 flips += int(torch.count_nonzero(after ^ before))
                 removed += (
                     int((~layer.get_mask(ADAPTER)).sum()) if layer.mask_configs[ADAPTER].selection != "topk" else 0
@@ -201,7 +215,7 @@ class StepGuard(TrainerCallback):
                 numel += after.numel()
         config = self._before[0][0].mask_configs[ADAPTER]
         self.trainer.mask_metrics = {
-            "mask_removed_share": config.sparsity if config.selection == "topk" else removed / numel,
+            "mask_removed_share": current_sparsity(config) if config.selection == "topk" else removed / numel,
             "mask_flips_per_step": flips,
         }
         self._before = []
@@ -214,6 +228,14 @@ class StepGuard(TrainerCallback):
     @staticmethod
     def _layers(model):
         return [m for m in model.modules() if isinstance(m, MaskedLinear) and ADAPTER in m.mask_scores]
+
+
+def _removed(layer: MaskedLinear) -> torch.Tensor:
+    """What a layer removes, read off its effective weight where removed means zero and the gate is hard."""
+    config = layer.mask_configs[ADAPTER]
+    if config.selection in ("topk", "threshold") and config.removed_value == "zero":
+        return layer.effective.value == 0
+    return ~layer.get_mask(ADAPTER)
 
 
 def stop_gradient_at_frozen_embeddings(model):

@@ -35,6 +35,8 @@ def check_config(config: TrainConfig) -> None:
         )
     if config.model.load_in_4bit or config.model.load_in_8bit:
         raise UserError("a mask needs the model's own weights: load_in_4bit and load_in_8bit are not supported")
+    if config.mask.mask_price and training.fp16:
+        raise UserError("mask_price is added to gradients that fp16 has scaled, so it would not count: use bf16")
     if config.data.prepare_only and config.data.prepared_data_dir is None:
         raise UserError("prepare_only has nowhere to put the rows; name a prepared_data_dir")
 

@@ -7,9 +7,10 @@ from rich.console import Console
 from ..data import format_sample, supervised_token_count
 from ..data.prepared import Prepared
 from ..errors import UserError
-from ..tuner import adapter_layers
+from ..tuner import MaskConfig, adapter_layers
+from ..tuner.learners import FREE
 from .arguments import TrainingArguments
-from .method_arguments import FIXED_MASK_METHODS, MaskArguments, MethodArguments
+from .method_arguments import ADAPTER, FIXED_MASK_METHODS, MethodArguments
 from .record import TrainingSummary
 
 
@@ -18,7 +19,6 @@ def describe(
     tokenizer,
     data: Prepared,
     method: MethodArguments,
-    mask: MaskArguments,
     training: TrainingArguments,
     console: Console,
 ) -> None:
@@ -37,7 +37,7 @@ def describe(
         console.print("computing in float32: this CPU has no bfloat16 instructions (--bf16 true asks for it anyway)")
     if method.method == "mask":
         targets = sum(layer.get_base_layer().weight.numel() for layer in adapter_layers(model).values())
-        console.print(mask_line(mask, targets))
+        console.print(mask_line(model.peft_config[ADAPTER], targets))
     console.print(
         f"data: {len(data.train):,} training rows ({supervised:,} supervised tokens), {len(data.heldout):,} held out "
         f"({supervised_token_count(data.heldout):,} supervised tokens); {batch} sequences per step"
@@ -46,12 +46,17 @@ def describe(
     console.print(format_sample(data.train[0], tokenizer), markup=False, highlight=False)
 
 
-def mask_line(mask: MaskArguments, num_target_weights: int) -> str:
+def mask_line(config: MaskConfig, num_target_weights: int) -> str:
     """The line every run prints about what it removes."""
     of_weights = f"of {num_target_weights:,} target weights"
-    if mask.mask_selection == "threshold":
-        return f"threshold {mask.mask_threshold:g}: removes what scores below it, {of_weights}"
-    return f"sparsity {mask.mask_sparsity:.2f}: removes {100 * mask.mask_sparsity:g} % {of_weights}"
+    if config.removed_value == "base":
+        of_weights += f"; a removed weight takes its value in {config.removed_value_model}"
+    if config.selection == "threshold":
+        return f"threshold {config.threshold:g}: removes what scores below it, {of_weights}"
+    if config.selection in FREE:
+        return f"{config.selection}: removes what scores 0 or less, {of_weights}"
+    ramp = f", reached after {config.sparsity_ramp:.0%} of training" if config.sparsity_ramp else ""
+    return f"sparsity {config.sparsity:.2f}: removes {100 * config.sparsity:g} % {of_weights}{ramp}"
 
 
 def report(summary: TrainingSummary, folder: str, failure: str | None, console: Console) -> None:

@@ -16,7 +16,16 @@ METHODS = ("full", "lora", *MASK_METHODS)
 _MASK_TYPES = {
     "preset": str | None,
     "sparsity": float,
+    "sparsity_ramp": float,
     "selection": str,
+    "gradient": str,
+    "price": float,
+    "sharpness": float,
+    "sharpness_end": float | None,
+    "temperature": float,
+    "temperature_end": float,
+    "removed_value": str,
+    "removed_value_model": str | None,
     "threshold": float,
     "scope": str,
     "rank_by": str,
@@ -83,7 +92,10 @@ class MethodArguments:
     )
     num_calibration_samples: int = field(
         default=128,
-        metadata={"help": "With wanda_mask: training rows over which the norms of the inputs are taken; at least 1."},
+        metadata={
+            "help": "With wanda_mask and mask_init_scores wanda or first_order: training rows that are looked at; at "
+            "least 1."
+        },
     )
     partial_layers: list[int] | None = field(
         default=None,

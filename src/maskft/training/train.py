@@ -18,6 +18,7 @@ from ..evaluation.during_training import TrainingEvaluation
 from ..tuner import MaskConfig
 from .arguments import TrainConfig, TrainingArguments, trainer_arguments, with_accumulation
 from .build import build_model, load_base, load_tokenizer_of, task_evaluation
+from .calibration import start_on_data
 from .callbacks import add_callbacks
 from .checkpoints import check_disk_space, prepare_output_dir, save_weights
 from .checks import check_config, check_processes
@@ -62,7 +63,9 @@ def train(config: TrainConfig, splits: tuple | None = None, console: Console | N
         model, summary = make_fixed_mask(model, data, method, config.mask, source, training, tokenizer, console)
     else:
         model = build_model(model, method, source, config.mask, training.seed)
-        describe(model, tokenizer, data, method, config.mask, training, console)
+        if method.method == "mask" and resume_from is None:
+            start_on_data(model, data.train, method.num_calibration_samples, training.device)
+        describe(model, tokenizer, data, method, training, console)
         check_disk_space(model, training)
         trainer, summary, failure = fit(model, tokenizer, data, method, training, resume_from, evaluation, console)
     # save

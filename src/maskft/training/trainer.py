@@ -13,7 +13,8 @@ from ..data import IGNORED
 from ..errors import NotFiniteError, UserError
 from ..evaluation.during_training import TrainingEvaluation
 from ..runtime import peak_memory_bytes
-from .callbacks import StepGuard
+from ..tuner import set_mask_progress
+from .callbacks import MaskProgress, StepGuard
 from .checkpoints import agreed_masks, trainable_state
 from .launch import let_cpu_shard
 
@@ -28,6 +29,7 @@ class MaskSFTTrainer(SFTTrainer):
         self.mask_metrics: dict[str, float] = {}
         self.task_evaluation: TrainingEvaluation | None = None
         self._eval_nll, self._eval_tokens = 0.0, 0
+        self.add_callback(MaskProgress())
         self.add_callback(StepGuard(self))
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -108,6 +110,8 @@ class MaskSFTTrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         self.accelerator.wait_for_everyone()  # the main process may still be writing it
         super()._load_best_model()
+        step = int(self.state.best_model_checkpoint.rpartition("-")[2])
+        set_mask_progress(self.model, step / self.state.max_steps)  # the mask is that of the best step
 
     def back_to_best(self, error: NotFiniteError) -> str:
         """Load the best checkpoint after a step that could not be taken; returns why it could not.

@@ -7,7 +7,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 from .config import MaskConfig, MaskPeftType
 from .layer import MaskedLinear
-from .model import MaskModel, adapter_layers, current_masks
+from .model import MaskModel, adapter_layers, current_masks, set_mask_progress, start_scores
 
 # PEFT's register_peft_method refuses names outside its enum. These three tables are what it would fill; tests fail when
 # PEFT stops reading them.
@@ -16,4 +16,13 @@ PEFT_TYPE_TO_CONFIG_MAPPING[_name] = MaskConfig
 PEFT_TYPE_TO_TUNER_MAPPING[_name] = MaskModel
 PEFT_TYPE_TO_PREFIX_MAPPING[_name] = MaskModel.prefix
 
-__all__ = ["MaskConfig", "MaskModel", "MaskPeftType", "MaskedLinear", "adapter_layers", "current_masks"]
+__all__ = [
+    "MaskConfig",
+    "MaskModel",
+    "MaskPeftType",
+    "MaskedLinear",
+    "adapter_layers",
+    "current_masks",
+    "set_mask_progress",
+    "start_scores",
+]

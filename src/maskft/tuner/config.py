@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,9 +13,10 @@ from peft.config import PeftConfig
 from ..errors import UserError, did_you_mean
 from ..masking import RankBy, ScoreStart, check_sparsity
 from .codec import FORMAT_VERSION
+from .learners import FREE
 
 # "we set ... masking ratio [to] 10%" (Sec. 3.2); the start and the ranking by magnitude are the published code's.
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "selection": "topk",
         "scope": "matrix",
@@ -22,7 +24,42 @@ PRESETS = {
         "init_scores": "normal",
         "init_std": 0.02,
         "sparsity": 0.1,
-    }
+    },
+    # What has won so far, on all layers and at learning rate 1e-2 with steps enough: docs/learners.md.
+    "recommended": {
+        "selection": "topk",
+        "scope": "matrix",
+        "rank_by": "abs",
+        "init_scores": "normal",
+        "init_std": 0.02,
+        "sparsity": 0.3,
+    },
+    # Bit-Mask Tuning (https://openreview.net/forum?id=JnfolztAV3): one logit per weight of the gate projections, a hard
+    # forward pass, a start in Wanda's order, a sharpness that rises, a free budget (below 0.05 % in the end). Its
+    # constants are not published: init_std, init_value, sharpness and sharpness_end are ours.
+    "deletion_tuning": {
+        "target_modules": ["gate_proj"],
+        "selection": "logit",
+        "gradient": "sigmoid",
+        "init_scores": "wanda",
+        "init_std": 0.02,
+        "init_value": 0.04,
+        "sharpness": 10.0,
+        "sharpness_end": 100.0,
+    },
+}
+
+DATA_STARTS = ("wanda", "first_order")  # known when training rows have been seen
+
+# Option -> the selections it is for.
+_GOES_WITH = {
+    "sparsity_ramp": ("topk",),
+    "gradient": ("logit",),
+    "price": FREE,
+    "sharpness": ("logit", "gumbel"),
+    "sharpness_end": ("logit", "gumbel"),
+    "temperature": ("gumbel",),
+    "temperature_end": ("gumbel",),
 }
 
 
@@ -68,9 +105,53 @@ class MaskConfig(PeftConfig):
     sparsity: float = field(
         default=0.1, metadata={"help": "Fraction of the target weights to REMOVE, in [0, 1). 0.1 removes 10 %."}
     )
-    selection: Literal["topk", "threshold"] = field(
+    sparsity_ramp: float = field(
+        default=0.0,
+        metadata={
+            "help": "With `topk`: share of training, in [0, 1], over which the fraction removed grows from 0 to "
+            "`sparsity`, along a cubic; 0: it is `sparsity` from the start."
+        },
+    )
+    selection: Literal["topk", "threshold", "logit", "gumbel", "hard_concrete"] = field(
         default="topk",
-        metadata={"help": "`topk` removes exactly `sparsity`; `threshold` removes scores below `threshold`."},
+        metadata={
+            "help": "`topk` removes exactly `sparsity`; `threshold` removes scores below `threshold`; `logit`, "
+            "`gumbel` (sigmoid with noise) and `hard_concrete` (noise, stretched and clipped) remove scores of 0 and "
+            "less, as many as there are; noise is drawn in training only."
+        },
+    )
+    gradient: Literal["straight_through", "sigmoid"] = field(
+        default="straight_through",
+        metadata={
+            "help": "With `logit`: the mask's slope on the way back is 1, or that of sigmoid(sharpness * score)."
+        },
+    )
+    price: float = field(
+        default=0.0,
+        metadata={
+            "help": "With `logit`, `gumbel`, `hard_concrete`: price * (share removed of each matrix, relaxed) is added "
+            "to the loss, >= 0."
+        },
+    )
+    sharpness: float = field(
+        default=1.0,
+        metadata={"help": "With `logit` and `gumbel`: factor of the scores inside the sigmoid, > 0."},
+    )
+    sharpness_end: float | None = field(
+        default=None,
+        metadata={"help": "`sharpness` at the end of training, reached linearly. Default: as at the start."},
+    )
+    temperature: float = field(default=4.0, metadata={"help": "With `gumbel`: temperature at the start, > 0."})
+    temperature_end: float = field(
+        default=0.05, metadata={"help": "With `gumbel`: temperature at the end of training, reached linearly, > 0."}
+    )
+    removed_value: Literal["zero", "base"] = field(
+        default="zero",
+        metadata={"help": "What a removed weight becomes: `zero`, or its value in `removed_value_model`."},
+    )
+    removed_value_model: str | None = field(
+        default=None,
+        metadata={"help": "With `removed_value` `base`: the model before fine-tuning, a folder or a hub name."},
     )
     threshold: float = field(
         default=-0.035, metadata={"help": "Scores below it are removed when `selection` is `threshold`."}
@@ -83,15 +164,30 @@ class MaskConfig(PeftConfig):
         default="abs", metadata={"help": "`abs` ranks by the magnitude of a score (as published), `signed` by value."}
     )
     init_scores: ScoreStart = field(
-        default="normal", metadata={"help": "Start of the scores: normal, kaiming_uniform, constant or magnitude."}
+        default="normal",
+        metadata={
+            "help": "Start of the scores: normal, kaiming_uniform, constant, or in the order of the weights' "
+            "magnitude, of wanda (magnitude * norm of the input) or first_order (|gradient * weight|), the last two on "
+            "training rows."
+        },
     )
     init_std: float = field(
-        default=0.02, metadata={"help": "Standard deviation of the `normal` and `magnitude` starts, > 0."}
+        default=0.02, metadata={"help": "Standard deviation of the `normal` start and of those by an order, > 0."}
     )
-    init_value: float = field(default=0.0, metadata={"help": "Value of the `constant` start."})
+    init_value: float = field(
+        default=0.0,
+        metadata={
+            "help": "Value of the `constant` start; with `logit`, `gumbel` and `hard_concrete` the centre of any start."
+        },
+    )
     mask_seed: int = field(default=0, metadata={"help": "Seed of the score initialisation, >= 0."})
     preset: str | None = field(
-        default=None, metadata={"help": "`paper`: topk, matrix, abs, normal(0, 0.02), sparsity 0.1."}
+        default=None,
+        metadata={
+            "help": "`paper`: topk, matrix, abs, normal(0, 0.02), sparsity 0.1. `recommended`: the same at sparsity "
+            "0.3, meant for all layers and learning rate 1e-2. `deletion_tuning`: logits of all gate_proj in Wanda's "
+            "order, sigmoid slope (Bit-Mask Tuning; init_std 0.02, init_value 0.04, sharpness 10 to 100 are ours)."
+        },
     )
     save_scores: bool = field(
         default=False,
@@ -107,6 +203,12 @@ class MaskConfig(PeftConfig):
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter file."})
     base_fingerprint: str | None = field(
         default=None, metadata={"help": "sha256 of the masked base weights, rounded to bfloat16."}
+    )
+    removed_value_fingerprint: str | None = field(
+        default=None, metadata={"help": "sha256 of the same weights in `removed_value_model`."}
+    )
+    progress: float | None = field(
+        default=None, metadata={"help": "Share of training done, in [0, 1], see `set_mask_progress`."}
     )
     mask_sha256: str | None = field(default=None, metadata={"help": "sha256 over the masks of all modules."})
     recipe: dict[str, Any] | None = field(
@@ -133,8 +235,11 @@ class MaskConfig(PeftConfig):
                     f"{name} is {value!r}{did_you_mean(str(value), choices)}; choose one of: {', '.join(choices)}"
                 )
         check_sparsity(self.sparsity)
-        if self.selection == "threshold" and self.scope == "global":
-            raise UserError("scope='global' has no effect with selection='threshold': one threshold is global already")
+        self._check_learner()
+        if self.selection != "topk" and self.scope == "global":
+            raise UserError(
+                f"scope='global' has no effect with selection={self.selection!r}: each score is judged by itself"
+            )
         if self.selection == "threshold" and self.rank_by == "abs" and self.threshold <= 0:
             raise UserError(
                 f"threshold is {self.threshold} and rank_by is 'abs': no magnitude is below it, so nothing would be "
@@ -147,7 +252,7 @@ class MaskConfig(PeftConfig):
             raise UserError(f"layers_to_transform is {layers}; layers are counted from 0")
         if self.mask_seed < 0:
             raise UserError(f"mask_seed is {self.mask_seed}; it must be >= 0")
-        if self.init_scores == "constant" and self.rank_by == "abs" and self.init_value == 0:
+        if self.init_scores == "constant" and self.ranks_by == "abs" and self.init_value == 0:
             raise UserError(
                 "init_scores='constant' with init_value=0 and rank_by='abs' never trains: the gradient is 0 at score 0;"
                 " set init_value or rank_by='signed'"
@@ -163,6 +268,38 @@ class MaskConfig(PeftConfig):
                 stacklevel=3,
             )
 
+    @property
+    def ranks_by(self) -> RankBy:
+        """What is looked at of a score: its magnitude, or its value (always, where it is cut at 0)."""
+        return "signed" if self.selection in FREE else self.rank_by
+
+    def _check_learner(self) -> None:
+        for name, selections in _GOES_WITH.items():
+            if self.selection not in selections and getattr(self, name) != _default(name):
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} has no effect with selection={self.selection!r}; it goes with "
+                    f"{' and '.join(selections)}"
+                )
+        if not 0 <= self.sparsity_ramp <= 1:
+            raise UserError(f"sparsity_ramp is {self.sparsity_ramp}; it is a share of training and must be in [0, 1]")
+        if not 0 <= self.price < math.inf:
+            raise UserError(f"price is {self.price}; it must be 0 or more")
+        for name in ("sharpness", "sharpness_end", "temperature", "temperature_end"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} is {value}; it must be above 0")
+        if (self.removed_value == "base") != (self.removed_value_model is not None):
+            raise UserError(
+                f"removed_value is {self.removed_value!r} and removed_value_model {self.removed_value_model!r}; "
+                "removed_value='base' needs the model before fine-tuning, and nothing else does"
+            )
+        highest = self.init_value + {"constant": 0.0, "normal": 6.0}.get(self.init_scores, math.sqrt(3)) * self.init_std
+        if self.selection in FREE and self.init_scores != "kaiming_uniform" and highest <= 0:
+            raise UserError(
+                f"selection={self.selection!r} removes scores of 0 and less, and with init_scores={self.init_scores!r} "
+                f"and init_value={self.init_value} that is every weight; set init_value above 0"
+            )
+
     def _apply_preset(self) -> None:
         if self.preset is None:
             return
@@ -171,10 +308,13 @@ class MaskConfig(PeftConfig):
                 f"preset is {self.preset!r}{did_you_mean(self.preset, PRESETS)}; choose one of: {', '.join(PRESETS)}"
             )
         for name, value in PRESETS[self.preset].items():
-            default = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) not in (default, value):
+            if getattr(self, name) not in (_default(name), value):
                 raise UserError(
                     f"preset {self.preset!r} sets {name}={value!r}, but {name}={getattr(self, name)!r} was given; "
                     "drop one"
                 )
             setattr(self, name, value)
+
+
+def _default(name: str) -> Any:
+    return MaskConfig.__dataclass_fields__[name].default

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .scores import check_scores, write_masked_
+from . import learners
+from .scores import check_scores, masks_from_scores, write_masked_
+from .selection import score_gradient_
 from .steps import optimizer_steps
 
 if TYPE_CHECKING:
@@ -19,18 +21,23 @@ class EffectiveWeight:
     """The base weight of one layer with its active masks applied, made anew when any of these has changed.
 
     Attributes:
-        value: The weight, removed entries exactly +0; None before the first forward pass. It is overwritten after the
-            next optimizer step: a backward pass through an older graph then fails, as it does for any weight that an
-            optimizer has changed.
+        value: The weight, removed entries exactly +0 (or their removed value); None before the first forward pass. It
+            is overwritten after the next optimizer step: a backward pass through an older graph then fails, as it does
+            for any weight that an optimizer has changed.
+        slopes: Adapter name -> slope of its gate, of those trained with one that is not 1; made with ``value``.
+        priced_at: Adapter name -> count of optimizer steps at which the price was last added to its gradient.
     """
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
+        self.slopes: dict[str, Tensor] = {}
+        self.priced_at: dict[str, int] = {}
         self._key: tuple[Any, ...] | None = None
 
     def forget(self) -> None:
         """Free the weight."""
         self.value = self._key = None
+        self.slopes = {}
 
     def get(self, layer: MaskedLinear, dtype: torch.dtype) -> Tensor:
         """The up-to-date weight of ``layer``, which owns this object."""
@@ -64,16 +71,60 @@ def _refresh(layer: MaskedLinear, dtype: torch.dtype) -> None:
         member.effective._buffer(weight, its_dtype, tuple(member.active_masks))
         for member, weight, its_dtype in zip(pool, weights, dtypes, strict=True)
     ]
+    for member in pool:
+        member.effective.slopes = {}
     if ranked is None:
         outs[0].copy_(weights[0])
     else:
-        scores = [check_scores(member.mask_scores[ranked], member.module_name) for member in pool]
-        write_masked_(layer.mask_configs[ranked], outs, weights, scores)
+        _write(pool, ranked, outs, weights)
     for member, out, its_dtype in zip(pool, outs, dtypes, strict=True):
         for name in member.active_masks:
             if name != ranked:
-                out.masked_fill_(~member.get_mask(name), 0.0)
+                learners.blend_(out, out, member.get_mask(name), member.removed_value(name))
+            if name in member.mask_scores and member.mask_scores[name].requires_grad:
+                slope = learners.hard_slope(member.mask_configs[name], member.mask_scores[name])
+                if slope is not None:
+                    member.effective.slopes[name] = slope
         member.effective._key = _key(member, its_dtype)
+
+
+def _write(pool: list[MaskedLinear], name: str, outs: list[Tensor], weights: list[Tensor]) -> None:
+    """Write the weights of a pool with one adapter's gate."""
+    config = pool[0].mask_configs[name]
+    scores = [check_scores(member.mask_scores[name], member.module_name, config) for member in pool]
+    if config.selection in learners.SOFT and pool[0].training:
+        for member, out, weight, s in zip(pool, outs, weights, scores, strict=True):
+            noise = learners.draw_noise(config, member.module_name, s.shape, s.device)
+            gate, member.effective.slopes[name] = learners.soft_gate(config, s, noise)
+            learners.blend_(out, weight, gate, member.removed_value(name))
+    elif config.removed_value == "base":
+        for member, out, weight, mask in zip(pool, outs, weights, masks_from_scores(config, scores), strict=True):
+            learners.blend_(out, weight, mask, member.removed_value(name))
+    else:
+        write_masked_(config, outs, weights, scores)
+
+
+def score_gradient_of(layer: MaskedLinear, name: str, grad_weight: Tensor, scores: Tensor) -> Tensor:
+    """Gradient of the scores of one adapter from that of the masked weight, float32, which is overwritten.
+
+    dL/dW_eff * (W - removed value) * slope, and once per optimizer step the gradient of the price.
+    """
+    config = layer.mask_configs[name]
+    if layer.sharded_weight is not None:
+        gradient = layer.sharded_weight.score_gradient(grad_weight, scores, config.ranks_by)
+    else:
+        value = layer.removed_value(name)
+        weight = layer.weight if value is None else layer.weight - value
+        gradient = score_gradient_(grad_weight, weight, scores, config.ranks_by)
+        if name in layer.effective.slopes:
+            gradient.mul_(layer.effective.slopes[name])
+        for other in layer.active_masks:
+            if other != name:  # what another mask removes does not depend on these scores
+                gradient.masked_fill_(~layer.get_mask(other), 0.0)
+    if config.price and layer.effective.priced_at.get(name) != optimizer_steps():  # not in every micro-batch of a step
+        layer.effective.priced_at[name] = optimizer_steps()
+        gradient.add_(learners.price_gradient(config, scores, scores.numel()))
+    return gradient
 
 
 def _key(layer: MaskedLinear, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -86,10 +137,17 @@ def _key(layer: MaskedLinear, dtype: torch.dtype) -> tuple[Any, ...]:
         for s in (member.mask_scores[name] for member in layer.mask_pools[name])
     )
     coded = tuple(id(layer.mask_coded.get(name)) for name in names if name not in layer.mask_scores)
-    return names, dtype, weight.data_ptr(), weight.device, weight._version, scores, coded
+    phases = [learners.phase(layer.mask_configs[n], layer.training) for n in names if n in layer.mask_scores]
+    return names, dtype, weight.data_ptr(), weight.device, weight._version, scores, coded, *phases
 
 
 def _check_can_refresh(layer: MaskedLinear) -> None:
+    configs = [layer.mask_configs[name] for name in layer.active_masks]
+    if len(configs) > 1 and any(c.removed_value == "base" or c.selection in learners.SOFT for c in configs):
+        raise UserError(
+            "masks that are active together must be hard and remove to zero: activate one whose selection is "
+            f"{' or '.join(learners.SOFT)}, or whose removed_value is base, alone"
+        )
     if getattr(layer, "_is_replica", False):
         raise UserError(
             "masks do not work under torch.nn.DataParallel; start one process per GPU (accelerate launch; maskft "

@@ -70,8 +70,13 @@ def _remove_lowest_per_output(keys: Tensor, num: int, output_dim: int) -> Tensor
     each, extra = divmod(num, keys_OI.shape[0])
     limits_O = torch.full((keys_OI.shape[0], 1), each, device=keys.device)
     limits_O[:extra] += 1
-    order_OI = keys_OI.argsort(dim=1, stable=True)
-    places = torch.arange(keys_OI.shape[1], device=keys.device).expand_as(order_OI)
-    ranks_OI = torch.empty_like(order_OI).scatter_(1, order_OI, places)
-    mask_OI = ranks_OI >= limits_O
+    mask_OI = ranks_per_output(keys_OI, output_dim=0) >= limits_O
     return mask_OI if output_dim == 0 else mask_OI.t().contiguous()
+
+
+def ranks_per_output(keys: Tensor, output_dim: int) -> Tensor:
+    """Rank (int64, from 0) of each of ``keys`` among those of its output; ties in index order."""
+    order = keys.argsort(dim=1 - output_dim, stable=True)
+    places = torch.arange(keys.shape[1 - output_dim], device=keys.device)
+    places = places[None] if output_dim == 0 else places[:, None]
+    return torch.empty_like(order).scatter_(1 - output_dim, order, places.expand_as(order))

@@ -18,9 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UserError
 from .codec import decode_mask
 from .config import MaskConfig
-from .effective import EffectiveWeight
+from .effective import EffectiveWeight, score_gradient_of
+from .learners import blend_
 from .scores import Float32ParameterDict, check_scores, draw_scores, masks_from_scores
-from .selection import score_gradient_
 from .sharded import ShardedWeight, is_sharded
 
 
@@ -31,12 +31,13 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         mask_scores: Adapter name -> trainable float32 scores, shape of the weight; none of an adapter for inference.
         mask_coded: Adapter name -> the mask as it was loaded.
         mask_pools: Adapter name -> layers ranked together: this one, or all of the adapter's for scope="global".
+        removed_values: Adapter name -> what removed weights become, shape of the weight; none: zero.
         effective: The masked weight.
         sharded_weight: Under FSDP2, this rank's rows of the weight; they are masked there, and not in ``effective``.
     """
 
     adapter_layer_names = ("mask_scores",)
-    other_param_names = ("mask_coded", "mask_configs", "mask_pools")
+    other_param_names = ("mask_coded", "mask_configs", "mask_pools", "removed_values")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, pool: list[MaskedLinear], module_name: str
@@ -49,6 +50,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.mask_coded: dict[str, Tensor] = {}
         self.mask_configs: dict[str, MaskConfig] = {}
         self.mask_pools: dict[str, list[MaskedLinear]] = {}
+        self.removed_values: dict[str, Tensor] = {}
         self.effective = EffectiveWeight()
         self.sharded_weight: ShardedWeight | None = None
         self.merged_adapters = []
@@ -75,7 +77,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         return cast(Tensor, _MaskedLinearFunction.apply(x, weight, bias, self, list(trained), *trained.values()))
 
     def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Base weight with the active masks applied, removed entries exactly +0; not to be written to."""
+        """Base weight with the active masks applied, removed entries exactly +0 (or base); not to be written to."""
         weight = self.weight
         if not any(map(is_sharded, self.mask_scores.values())):
             return self.effective.get(self, dtype or weight.dtype)
@@ -94,14 +96,23 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         """Bool mask of ``adapter_name``, shape of the weight, True = keep."""
         if adapter_name in self.mask_scores:
             pool = self.mask_pools[adapter_name]
-            scores = [check_scores(layer.mask_scores[adapter_name], layer.module_name) for layer in pool]
-            return masks_from_scores(self.mask_configs[adapter_name], scores)[pool.index(self)]
+            config = self.mask_configs[adapter_name]
+            scores = [check_scores(layer.mask_scores[adapter_name], layer.module_name, config) for layer in pool]
+            return masks_from_scores(config, scores)[pool.index(self)]
         if adapter_name in self.mask_coded:
             return decode_mask(self.mask_coded[adapter_name], self.module_name).to(self.weight.device)
         raise UserError(
             f"adapter {adapter_name!r} has no mask in {self.module_name}: load it with PeftModel.from_pretrained or "
             "PeftModel.load_adapter (transformers' own model.load_adapter and add_adapter cannot read masks)"
         )
+
+    def removed_value(self, adapter_name: str) -> Tensor | None:
+        """What a removed weight becomes, dtype and device of the weight; None: zero."""
+        if adapter_name not in self.removed_values:
+            return None
+        value = self.removed_values[adapter_name].to(self.weight.device, self.weight.dtype)
+        self.removed_values[adapter_name] = value  # moved once
+        return value
 
     def update_layer(self, adapter_name: str, config: MaskConfig, pool: list[MaskedLinear]) -> None:
         """Add an adapter: fresh scores, or none when it is for inference (its mask is then loaded coded)."""
@@ -124,7 +135,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         return draw_scores(config, weight, self.module_name, input_dim)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Zero the removed weights in the base layer; what was there is kept so that ``unmerge`` is bit-exact.
+        """Write the masked weight into the base layer; what it replaces is kept so that ``unmerge`` is bit-exact.
 
         Args:
             safe_merge: Refuse when the masked weight is not finite.
@@ -138,12 +149,12 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.mask_configs:
                 continue
-            removed = ~self.get_mask(name)
-            if safe_merge and not torch.isfinite(weight.detach().masked_fill(removed, 0.0)).all():
+            mask = self.get_mask(name)
+            merged = blend_(torch.empty_like(weight.data), weight.data, mask, self.removed_value(name))
+            if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"{self.module_name} has weights that are not finite after merging {name!r}")
-            self._merge_stash[name] = (removed, weight.detach()[removed])
-            # masked_fill_, not a product: a product would leave -0.0 behind and keep NaN.
-            weight.data.masked_fill_(removed, 0.0)
+            self._merge_stash[name] = (~mask, weight.data[~mask])
+            weight.data.copy_(merged)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -196,15 +207,8 @@ class _MaskedLinearFunction(torch.autograd.Function):
             grad_x = grad_y.matmul(weight.t() if layer.is_transposed else weight)
         grad_y_TO, x_TI = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
         left, right = (x_TI, grad_y_TO) if layer.is_transposed else (grad_y_TO, x_TI)
-        grad_scores = []
-        for name, s in zip(ctx.names, scores, strict=True):
-            grad_weight, rank_by = left.t().mm(right).to(torch.float32), layer.mask_configs[name].rank_by
-            if layer.sharded_weight is not None:
-                grad_scores.append(layer.sharded_weight.score_gradient(grad_weight, s, rank_by))
-                continue
-            gradient = score_gradient_(grad_weight, layer.weight, s, rank_by)
-            for other in layer.active_masks:
-                if other != name:  # what another mask removes does not depend on these scores
-                    gradient.masked_fill_(~layer.get_mask(other), 0.0)
-            grad_scores.append(gradient)
+        grad_scores = [
+            score_gradient_of(layer, name, left.t().mm(right).to(torch.float32), s)
+            for name, s in zip(ctx.names, scores, strict=True)
+        ]
         return grad_x, None, None, None, None, *grad_scores

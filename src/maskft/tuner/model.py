@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
 from ..files import digest, digest_tensors
 from .codec import FORMAT_VERSION, decode_mask, encode_mask, mask_info, mask_sha256
-from .config import NO_TOKEN_INDICES, MaskConfig
+from .config import DATA_STARTS, NO_TOKEN_INDICES, MaskConfig
 from .layer import MaskedLinear
-from .scores import Float32ParameterDict, masks_from_scores
+from .removed_value import load_removed_values
+from .scores import Float32ParameterDict, masks_from_scores, ranked_scores
 from .selection import scores_for_mask
 from .sharded import is_sharded, refresh
 from .targets import listed, resolve_targets
@@ -49,6 +51,7 @@ class MaskModel(BaseTuner):
         """Check the whole request before the first layer is replaced, so that an error leaves the model as it was."""
         assert isinstance(peft_config, MaskConfig)
         resolve_targets(peft_config, model)
+        self._removed_values = _removed_values(peft_config, model)
         # Collects the layers of one adapter in module order, so that scope="global" can rank them together.
         self._pool: list[MaskedLinear] = []
         if self._undo is not None:
@@ -85,11 +88,16 @@ class MaskModel(BaseTuner):
         assert isinstance(peft_config, MaskConfig)
         if isinstance(target, MaskedLinear):
             target.update_layer(adapter_name, peft_config, self._pool)
+            target.removed_values.update(self._removed_value_of(adapter_name, current_key))
             return
         layer = MaskedLinear(target, adapter_name, peft_config, self._pool, current_key)
+        layer.removed_values.update(self._removed_value_of(adapter_name, current_key))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _removed_value_of(self, adapter_name: str, module_name: str) -> dict[str, Tensor]:
+        return {adapter_name: self._removed_values[module_name]} if self._removed_values else {}
 
     @classmethod
     def _get_adapter_state_dict(
@@ -104,6 +112,11 @@ class MaskModel(BaseTuner):
         assert isinstance(config, MaskConfig)
         layers = adapter_layers(model, adapter_name)
         masks = _current_masks(layers, config, adapter_name, state_dict)
+        if not any(bool(mask.any()) for mask in masks.values()):
+            raise UserError(
+                f"the mask removes all {sum(mask.numel() for mask in masks.values()):,} weights: every score is 0 or "
+                "less; set init_value or price higher, or learning_rate lower"
+            )
         out: dict[str, Tensor] = {}
         for name, mask in masks.items():
             out[f"{name}.mask_coded.{adapter_name}"] = encode_mask(mask)
@@ -147,6 +160,49 @@ class MaskModel(BaseTuner):
                 "freshly drawn scores that rank the same"
             )
         return rest
+
+
+def set_mask_progress(model: nn.Module, progress: float) -> None:
+    """Tell every mask of ``model`` how far training is; call it before every step with ``step / max_steps``.
+
+    Budget ramps, schedules of sharpness and temperature, and the noise of gates depend on it; equal progress gives
+    equal noise, so that a resumed run is the uninterrupted one. Other masks do not need it. ``maskft train`` calls it.
+
+    Args:
+        model: A model with mask adapters, maybe wrapped.
+        progress: Share of training done, in [0, 1].
+
+    Raises:
+        UserError: If ``progress`` is outside [0, 1].
+    """
+    if not 0.0 <= progress <= 1.0:
+        raise UserError(f"progress is {progress}; it is a share of training, step / max_steps, and must be in [0, 1]")
+    for module in model.modules():
+        if isinstance(module, MaskedLinear):
+            for config in module.mask_configs.values():
+                config.progress = float(progress)
+
+
+@torch.no_grad()
+def start_scores(model: nn.Module, keys: Mapping[str, Tensor], adapter_name: str = "default") -> None:
+    """Let the scores of an adapter start in the order of ``keys``: of each matrix, the lowest are removed first.
+
+    Args:
+        model: A model with a mask adapter, not yet sharded.
+        keys: Module name (of the unwrapped model) -> ranking values of every masked weight, any dtype, finite.
+        adapter_name: The adapter.
+
+    Raises:
+        UserError: If a masked layer has no keys, or keys of another shape or with NaN.
+    """
+    for name, layer in adapter_layers(model, adapter_name).items():
+        scores, found = layer.mask_scores[adapter_name], keys.get(_module_name(name))
+        if found is None or found.shape != scores.shape:
+            has = "none" if found is None else f"shape {tuple(found.shape)}"
+            raise UserError(f"the keys of {_module_name(name)} must have shape {tuple(scores.shape)}; found {has}")
+        if not bool(torch.isfinite(found).all()):
+            raise UserError(f"the keys of {_module_name(name)} are not finite, so they cannot be ranked")
+        scores.copy_(ranked_scores(layer.mask_configs[adapter_name], found))
 
 
 def refresh_masks(model: nn.Module) -> None:
@@ -231,7 +287,10 @@ def _restore_scores(layer: MaskedLinear, adapter_name: str, mask: Tensor, saved:
         if bool(values.isnan().any()):
             raise UserError(f"{layer.module_name}: the saved scores contain NaN; resume from an earlier checkpoint")
     else:
-        values = scores_for_mask(parameter.detach(), mask.to(parameter.device), config.rank_by)
+        fresh = parameter.detach()
+        if config.init_scores in DATA_STARTS:  # any order will do, the mask puts them into its own
+            fresh = ranked_scores(config, layer.weight.detach().abs())
+        values = scores_for_mask(fresh, mask.to(parameter.device), config.ranks_by)
     with torch.no_grad():
         parameter.copy_(values)
 
@@ -326,8 +385,24 @@ def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
     if layers and layers[0].sharded_weight is not None:
         return layers[0].sharded_weight.base_fingerprint  # the weights themselves are masked by now
     weights = ((layer.module_name, layer.weight.detach()) for layer in layers)
-    whole = ((name, weight.full_tensor() if is_sharded(weight) else weight) for name, weight in weights)
-    return digest_tensors((f"{name}{tuple(weight.shape)}", weight.to(torch.bfloat16)) for name, weight in whole)
+    return weights_fingerprint((name, w.full_tensor() if is_sharded(w) else w) for name, w in weights)
+
+
+def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names (in their order) and weights, rounded to bfloat16."""
+    return digest_tensors((f"{name}{tuple(weight.shape)}", weight.to(torch.bfloat16)) for name, weight in weights)
+
+
+def _removed_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
+    """What removed weights of each target become; empty: zero."""
+    if config.removed_value == "zero":
+        return {}
+    targets = {
+        name: module.weight
+        for name, module in model.named_modules()
+        if name and isinstance(module, nn.Linear | Conv1D | MaskedLinear) and check_target_module_exists(config, name)
+    }
+    return load_removed_values(config, dict(sorted(targets.items())))
 
 
 def mask_fingerprint(coded: dict[str, Tensor]) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files import digest
-from ..masking import initial_scores, num_removed, threshold_mask
-from .config import MaskConfig
+from ..masking import check_not_nan, initial_scores, num_removed, ranking_keys, spread_by_rank
+from . import learners
+from .config import DATA_STARTS, MaskConfig
 from .selection import keep_highest_, topk_masks
 from .sharded import is_sharded, whole_masks
 
@@ -28,22 +29,41 @@ class Float32ParameterDict(nn.ParameterDict):
 
 
 def draw_scores(config: MaskConfig, weight: Tensor, module_name: str, input_dim: int) -> Tensor:
-    """Scores to start from, decided by the seed and the name of the layer."""
+    """Scores to start from, decided by the seed and the name of the layer; NaN until :func:`start_scores` is called."""
     if weight.device.type == "meta":
         return torch.empty(weight.shape, dtype=torch.float32, device="meta")
-    # Every layer draws from its own stream, so that adding or leaving out a layer does not move the others.
-    stream = bytes.fromhex(digest(f"{config.mask_seed}/{module_name}"))
-    generator = torch.Generator().manual_seed(int.from_bytes(stream[:8], "little") >> 1)
-    return initial_scores(weight, config.init_scores, generator, config.init_std, config.init_value, input_dim)
+    if config.init_scores in DATA_STARTS:
+        return torch.full_like(weight, torch.nan, dtype=torch.float32)
+    generator = learners.generator("cpu", config.mask_seed, module_name)
+    scores = initial_scores(weight, config.init_scores, generator, config.init_std, config.init_value, input_dim)
+    return _centred(config, scores)
 
 
-def check_scores(scores: Tensor, module_name: str) -> Tensor:
+def ranked_scores(config: MaskConfig, keys: Tensor) -> Tensor:
+    """Scores in the order of ``keys``, of which the lowest are removed first."""
+    return _centred(config, spread_by_rank(keys, config.init_std))
+
+
+def _centred(config: MaskConfig, scores: Tensor) -> Tensor:
+    """Where scores are cut at 0 they start around ``init_value``; where they are ranked this would change nothing."""
+    if config.selection not in learners.FREE or config.init_scores == "constant":
+        return scores
+    is_spread = config.init_scores in ("magnitude", *DATA_STARTS)
+    return scores + (config.init_value - (config.init_std * math.sqrt(3) if is_spread else 0.0))
+
+
+def check_scores(scores: Tensor, module_name: str, config: MaskConfig) -> Tensor:
     """Return ``scores``, or refuse what cannot be ranked."""
     if scores.device.type == "meta":
         raise UserError(f"the scores of {module_name} are still on the meta device; load or initialise them")
     if scores.dtype != torch.float32:
         raise UserError(
             f"the scores of {module_name} were cast to {scores.dtype}; masks are ranked in float32, undo the cast"
+        )
+    if config.init_scores in DATA_STARTS and bool(scores.detach().view(-1)[:1].isnan().any()):
+        raise UserError(
+            f"init_scores={config.init_scores!r} needs data, and the scores of {module_name} were given none: call "
+            "maskft.start_scores(model, keys) with a ranking value per weight (maskft train does it)"
         )
     return scores
 
@@ -52,19 +72,24 @@ def masks_from_scores(config: MaskConfig, scores: Sequence[Tensor]) -> list[Tens
     """Masks of the score matrices of one adapter; bool, True = keep."""
     if is_sharded(scores[0]):
         return whole_masks(config, scores)
-    if config.selection == "threshold":
-        return [threshold_mask(s, config.threshold, config.rank_by) for s in scores]
+    if config.selection != "topk":
+        return [_passing(config, s) for s in scores]
     pools = [scores] if config.scope == "global" else [[s] for s in scores]
-    return [mask for pool in pools for mask in topk_masks(pool, config.sparsity, config.rank_by)]
+    return [mask for pool in pools for mask in topk_masks(pool, learners.current_sparsity(config), config.rank_by)]
 
 
 def write_masked_(
     config: MaskConfig, outs: Sequence[Tensor], weights: Sequence[Tensor], scores: Sequence[Tensor]
 ) -> None:
-    """Write the masked weights of one pool of matrices into ``outs``."""
+    """Write the masked weights of one pool of matrices into ``outs``; removed ones are +0."""
     if config.selection == "topk":
-        num = num_removed(sum(s.numel() for s in scores), config.sparsity)
+        num = num_removed(sum(s.numel() for s in scores), learners.current_sparsity(config))
         keep_highest_(outs, weights, scores, num, config.rank_by)
         return
     for out, weight, s in zip(outs, weights, scores, strict=True):
-        out.copy_(weight).masked_fill_(~threshold_mask(s, config.threshold, config.rank_by), 0.0)
+        learners.blend_(out, weight, _passing(config, s))
+
+
+def _passing(config: MaskConfig, scores: Tensor) -> Tensor:
+    keys = check_not_nan(ranking_keys(scores, config.ranks_by))
+    return learners.passes(config, keys).view(scores.shape)

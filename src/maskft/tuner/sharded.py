@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from ..errors import NotFiniteError, UserError
 from ..masking import RankBy, num_removed, ranking_keys
+from . import learners
 from .config import MaskConfig
 from .selection import score_gradient_
 from .steps import optimizer_steps
@@ -124,7 +125,7 @@ def shard_masks(config: MaskConfig, scores: Sequence[DTensor]) -> list[Tensor]:
     if config.scope == "matrix" and len(scores) > 1:
         return [shard_masks(config, [s])[0] for s in scores]
     mesh = scores[0].device_mesh
-    keys = [ranking_keys(s.to_local(), config.rank_by) for s in scores]
+    keys = [ranking_keys(s.to_local(), config.ranks_by) for s in scores]
 
     def all_reduce(counts: Tensor) -> Tensor:
         dist.all_reduce(counts, group=mesh.get_group())
@@ -135,12 +136,12 @@ def shard_masks(config: MaskConfig, scores: Sequence[DTensor]) -> list[Tensor]:
         dist.all_gather_into_tensor(out, counts, group=mesh.get_group())
         return out.view(mesh.size(), -1)
 
-    if config.selection == "threshold":
+    if config.selection != "topk":
         if all_reduce(torch.stack([key.isnan().sum() for key in keys]).sum()):
             raise NotFiniteError("scores contain NaN, so they cannot be compared")
-        masks = [key >= config.threshold for key in keys]
+        masks = [learners.passes(config, key) for key in keys]
     else:
-        num = num_removed(sum(s.numel() for s in scores), config.sparsity)
+        num = num_removed(sum(s.numel() for s in scores), learners.current_sparsity(config))
         masks = remove_lowest_of_shards(keys, num, mesh.get_local_rank(), all_reduce, all_gather)
     return [mask.view(s.to_local().shape) for mask, s in zip(masks, scores, strict=True)]
 
@@ -159,15 +160,19 @@ class ShardedWeight:
 
     Attributes:
         original: The unmasked rows.
+        removed_value: What removed weights become, rows as ``original``; None: zero.
         mask: Their mask, bool; None while the layer shows its unmasked weight.
+        slope: Slope of their gate; None: 1.
         num_flips: Entries of ``mask`` that the latest refresh changed.
         base_fingerprint: That of the whole model's masked weights, taken before the first of them was masked.
     """
 
-    def __init__(self, parameter: DTensor, base_fingerprint: str):
+    def __init__(self, parameter: DTensor, base_fingerprint: str, removed_value: Tensor | None = None):
         self.parameter = parameter
         self.original = parameter.to_local().clone()
+        self.removed_value = None if removed_value is None else rows_of(removed_value, parameter).to(self.original)
         self.mask: Tensor | None = None
+        self.slope: Tensor | None = None
         self.num_flips = 0
         self.base_fingerprint = base_fingerprint
         self._key: tuple[Any, ...] | None = None
@@ -177,10 +182,13 @@ class ShardedWeight:
         return self._key == _key(layer)
 
     def show(self, layer: MaskedLinear, mask: Tensor | None) -> None:
-        """Mask the rows, or (None) show them unmasked."""
-        rows = self.parameter.to_local().copy_(self.original)
-        if mask is not None:
-            rows.masked_fill_(~mask, 0.0)
+        """Mask the rows (with the layer's soft gate, if it is trained with one), or (None) show them unmasked."""
+        rows, self.slope = self.parameter.to_local(), None
+        if mask is None:
+            rows.copy_(self.original)
+        else:
+            gate, self.slope = _gate(layer, mask)
+            learners.blend_(rows, self.original, gate, self.removed_value)
             self.num_flips = 0 if self.mask is None else int((mask != self.mask).sum())
         self.mask, self._key = mask, _key(layer)
 
@@ -189,10 +197,31 @@ class ShardedWeight:
         mesh = scores.device_mesh
         summed = DTensor.from_local(raw, mesh, [Partial()], run_check=False).redistribute(placements=scores.placements)
         rows = summed.to_local().div_(mesh.size())
-        score_gradient_(rows, self.original, scores.to_local(), rank_by)
+        weight = self.original if self.removed_value is None else self.original - self.removed_value
+        score_gradient_(rows, weight, scores.to_local(), rank_by)
+        if self.slope is not None:
+            rows.mul_(self.slope)
         return DTensor.from_local(
             rows, mesh, scores.placements, run_check=False, shape=scores.shape, stride=scores.stride()
         )
+
+
+def rows_of(matrix: Tensor, like: DTensor) -> Tensor:
+    """The rows of a whole matrix that this rank holds of ``like``."""
+    chunks, rank = matrix.chunk(like.device_mesh.size()), like.device_mesh.get_local_rank()
+    return chunks[rank] if rank < len(chunks) else matrix[:0]
+
+
+def _gate(layer: MaskedLinear, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gate and slope of this rank's rows; ``mask`` is their hard gate."""
+    name = _adapter(layer)
+    config, scores = layer.mask_configs[name], layer.mask_scores[name]
+    rows = scores.to_local()
+    if config.selection in learners.SOFT and layer.training:
+        # Every rank draws the whole matrix, so that the noise does not depend on how many there are.
+        noise = rows_of(learners.draw_noise(config, layer.module_name, scores.shape, rows.device), scores)
+        return learners.soft_gate(config, rows, noise)
+    return mask, learners.hard_slope(config, rows)
 
 
 def _key(layer: MaskedLinear) -> tuple[Any, ...]:
@@ -203,6 +232,7 @@ def _key(layer: MaskedLinear) -> tuple[Any, ...]:
     return (
         name,
         optimizer_steps(),
+        learners.phase(layer.mask_configs[name], layer.training),
         *((s._version, s.to_local().data_ptr(), s.to_local()._version) for s in pool),
     )
 
@@ -252,7 +282,8 @@ def _attached(layers: Sequence[MaskedLinear], base_fingerprint: Fingerprint) -> 
             _check_sharding(layer)
         fingerprint = base_fingerprint(layers)
         for layer in layers:
-            layer.sharded_weight = ShardedWeight(cast(DTensor, layer.weight), fingerprint)
+            value = layer.removed_values.get(_adapter(layer))
+            layer.sharded_weight = ShardedWeight(cast(DTensor, layer.weight), fingerprint, value)
     return {layer: layer.sharded_weight for layer in layers if layer.sharded_weight is not None}
 
 

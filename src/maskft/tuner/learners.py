@@ -1,0 +1,175 @@
+"""Learners of masks beside the paper's top-k: each a short function from scores to a gate and the slope of that gate.
+
+    W_eff = R + (W - R) * gate(s)          gate 1 keeps a weight W, 0 puts its removed value R there (0, or the base's)
+    dL/ds = dL/dW_eff * (W - R) * slope(s)
+
+A hard gate is a bool mask, True = keep; its slope is chosen, the straight-through slope being 1. A soft gate is a
+float32 tensor in [0, 1] with its own derivative as slope; it is used in training mode only. In evaluation, in the saved
+file and in merging, every gate of this file is the mask ``s > 0``, so that the share removed is free. Docs:
+``docs/learners.md``.
+
+All tensors have the shape of the weight and are float32; s are the scores.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import digest
+
+if TYPE_CHECKING:
+    from .config import MaskConfig
+
+SOFT = ("gumbel", "hard_concrete")
+FREE = ("logit", *SOFT)  # how many weights are removed is free
+
+# Temperature and limits of the stretched gate: "gamma = -0.1, zeta = 1.1, beta = 2/3" (arXiv 1712.01312, Sec. 4).
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+
+
+# The definitions
+
+
+def sigmoid_slope(scores: Tensor, sharpness: float) -> Tensor:
+    """Slope k * sigmoid'(k * s) of a logit learner, which trains the scores near 0 the most."""
+    share = torch.sigmoid(sharpness * scores)
+    return sharpness * share * (1 - share)
+
+
+def gumbel_gate(scores: Tensor, noise: Tensor, sharpness: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """Gate sigmoid((k * s + noise) / tau) and its slope: binary concrete, https://arxiv.org/abs/1611.00712.
+
+    With a scale k and a falling tau, as MaskLLM uses its many-valued kind (https://arxiv.org/abs/2409.17481).
+    """
+    gate = torch.sigmoid((sharpness * scores + noise) / temperature)
+    return gate, gate * (1 - gate) * (sharpness / temperature)
+
+
+def hard_concrete_gate(scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate clip(sigmoid((s + noise) / beta) * (zeta - gamma) + gamma, 0, 1) and its slope, which is 0 where it clips.
+
+    https://arxiv.org/abs/1712.01312, Eq. 10 and 11.
+    """
+    share = torch.sigmoid((scores + noise) / BETA)
+    stretched = share * (ZETA - GAMMA) + GAMMA
+    inside = (stretched > 0) & (stretched < 1)
+    return stretched.clamp(0, 1), share * (1 - share) * ((ZETA - GAMMA) / BETA) * inside
+
+
+def removal_slope(scores: Tensor, sharpness: float) -> Tensor:
+    """d/ds of the relaxed number removed, 1 - sigmoid(k * s) of each score."""
+    return -sigmoid_slope(scores, sharpness)
+
+
+def hard_concrete_removal_slope(scores: Tensor) -> Tensor:
+    """d/ds of the probability that a hard concrete gate is 0: 1 - Eq. 12 of https://arxiv.org/abs/1712.01312."""
+    return -sigmoid_slope(scores - BETA * math.log(-GAMMA / ZETA), 1.0)
+
+
+def cubic_ramp(progress: float, ramp: float) -> float:
+    """Share of the final sparsity: 1 - (1 - t)^3 with t from 0 to 1 over the first ``ramp`` of training; 1 without one.
+
+    https://arxiv.org/abs/1710.01878, Eq. 1, from sparsity 0.
+    """
+    return 1.0 if progress >= ramp else 1 - (1 - progress / ramp) ** 3
+
+
+def logistic_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Standard logistic noise, the difference of two Gumbel variables."""
+    uniform = torch.rand(shape, generator=generator, device=generator.device).clamp_(1e-7, 1 - 1e-7)
+    return uniform.log() - torch.log1p(-uniform)
+
+
+def blend_(out: Tensor, weight: Tensor, gate: Tensor, removed_value: Tensor | None = None) -> Tensor:
+    """Write W_eff into ``out``; with a bool gate each entry is exactly W or R, +0 where ``removed_value`` is None."""
+    if gate.dtype == torch.bool:
+        if removed_value is None:
+            return out.copy_(weight).masked_fill_(~gate, 0.0)
+        return out.copy_(torch.where(gate, weight, removed_value))
+    if removed_value is None:
+        return out.copy_(weight * gate)
+    return out.copy_(removed_value + (weight - removed_value) * gate)
+
+
+# Chosen by a configuration
+
+
+def passes(config: MaskConfig, keys: Tensor) -> Tensor:
+    """Which ranking values (see ``MaskConfig.ranks_by``) are kept, where each entry is judged by itself."""
+    return keys > 0 if config.selection in FREE else keys >= config.threshold
+
+
+class Budget(Protocol):
+    """What of a configuration decides how much a top-k mask removes."""
+
+    sparsity: float
+    sparsity_ramp: float
+    progress: float | None
+
+
+def current_sparsity(config: Budget) -> float:
+    """Fraction that a top-k mask removes now, in [0, 1)."""
+    return config.sparsity * cubic_ramp(config.progress or 0.0, config.sparsity_ramp)
+
+
+def soft_gate(config: MaskConfig, scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and slope in training mode."""
+    if config.selection == "hard_concrete":
+        return hard_concrete_gate(scores, noise)
+    temperature = _scheduled(config, config.temperature, config.temperature_end)
+    return gumbel_gate(scores, noise, _sharpness(config), temperature)
+
+
+def hard_slope(config: MaskConfig, scores: Tensor) -> Tensor | None:
+    """Slope of a hard gate; None for 1."""
+    is_sigmoid = config.selection == "logit" and config.gradient == "sigmoid"
+    return sigmoid_slope(scores, _sharpness(config)) if is_sigmoid else None
+
+
+def price_gradient(config: MaskConfig, scores: Tensor, numel: int) -> Tensor:
+    """Derivative of price * share removed; ``numel`` entries are the whole matrix that ``scores`` are some rows of."""
+    is_stretched = config.selection == "hard_concrete"
+    slope = hard_concrete_removal_slope(scores) if is_stretched else removal_slope(scores, _sharpness(config))
+    return slope.mul_(config.price / numel)
+
+
+def draw_noise(config: MaskConfig, module_name: str, shape: torch.Size, device: torch.device) -> Tensor:
+    """Noise of one matrix, decided by the seed, the name and how far training is (and by the kind of device)."""
+    return logistic_noise(shape, generator(device, config.mask_seed, module_name, repr(config.progress)))
+
+
+def generator(device: torch.device | str, *stream: object) -> torch.Generator:
+    """A generator of its own for each ``stream``, so that what is drawn in one layer does not move another."""
+    seed = bytes.fromhex(digest("/".join(map(str, stream))))[:8]
+    return torch.Generator(device).manual_seed(int.from_bytes(seed, "little") >> 1)
+
+
+def depends_on_progress(config: MaskConfig) -> bool:
+    """Whether the gate or its slope changes as training goes on, the scores being equal."""
+    return config.selection in SOFT or config.sparsity_ramp > 0 or config.sharpness_end is not None
+
+
+def phase(config: MaskConfig, is_training: bool) -> tuple[object, ...]:
+    """What a gate depends on beside its scores."""
+    if not depends_on_progress(config):
+        return ()
+    if is_training and config.progress is None:
+        raise UserError(
+            "this mask depends on how far training is: call maskft.set_mask_progress(model, step / max_steps) before "
+            "every step (with transformers' Trainer: add_callback(maskft.training.callbacks.MaskProgress()))"
+        )
+    return config.progress, is_training and config.selection in SOFT
+
+
+def _sharpness(config: MaskConfig) -> float:
+    return _scheduled(config, config.sharpness, config.sharpness_end)
+
+
+def _scheduled(config: MaskConfig, start: float, end: float | None) -> float:
+    """A value that moves linearly from ``start`` to ``end`` over training."""
+    return start if end is None else start + (end - start) * (config.progress or 0.0)
