@@ -20,7 +20,7 @@ from .codec import FORMAT_VERSION, decode_mask, encode_mask, mask_info, mask_sha
 from .config import DATA_STARTS, NO_TOKEN_INDICES, MaskConfig
 from .layer import MaskedLinear
 from .removed_value import load_removed_values
-from .scores import Float32ParameterDict, masks_from_scores, ranked_scores
+from .scores import Float32ParameterDict, check_scores, masks_from_scores, ranked_scores
 from .selection import scores_for_mask
 from .sharded import is_sharded, refresh
 from .targets import listed, resolve_targets
@@ -267,6 +267,9 @@ def _current_masks(
         for name, layer in layers.items()
         if adapter_name in layer.mask_scores
     }
+    for name, values in scores.items():
+        if not is_sharded(values):
+            check_scores(values, name, config)
     if scores:
         return dict(zip(scores, masks_from_scores(config, list(scores.values())), strict=True))
     return {name: layer.get_mask(adapter_name) for name, layer in layers.items()}

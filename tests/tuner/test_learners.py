@@ -1,0 +1,414 @@
+"""Learners of masks: gates and gradients against their formulas, the layer in all states, budgets, starts, files."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import tiny
+from maskft import MaskConfig, adapter_layers, current_masks, num_removed, set_mask_progress, start_scores
+from maskft.adapter.mask_set import MaskSet
+from maskft.adapter.merge import merge
+from maskft.adapter.verify import verify
+from maskft.errors import UserError
+from maskft.files import ADAPTER_CONFIG
+from maskft.tuner import learners
+from maskft.tuner.fixed import fixed_masks, ranks_per_output
+from maskft.tuner.layer import MaskedLinear
+from tiny_tokenizer import tiny_tokenizer
+
+
+def make_layer(conv1d=False, in_features=12, out_features=8, **config):
+    base = Conv1D(out_features, in_features) if conv1d else nn.Linear(in_features, out_features)
+    if conv1d:
+        nn.init.normal_(base.bias)
+    layer = MaskedLinear(base.requires_grad_(False), "default", MaskConfig(**config), [], "lin")
+    layer.set_adapter("default")
+    return layer
+
+
+def scores_like(*shape, seed=0, std=1.0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * std
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+# The definitions, entry by entry
+
+
+def test_every_slope_is_the_derivative_of_its_gate():
+    """Central differences in float64, away from where hard concrete clips."""
+    scores, noise, h = scores_like(40).double(), scores_like(40, seed=1).double(), 1e-6
+    gates = {
+        "gumbel": lambda s: learners.gumbel_gate(s, noise, 3.0, 0.7),
+        "hard_concrete": lambda s: learners.hard_concrete_gate(s, noise),
+        "sigmoid": lambda s: (torch.sigmoid(2.5 * s), learners.sigmoid_slope(s, 2.5)),
+        "removal": lambda s: (1 - torch.sigmoid(2.5 * s), learners.removal_slope(s, 2.5)),
+        "hard_concrete_removal": lambda s: (
+            1 - torch.sigmoid(s - 2 / 3 * math.log(0.1 / 1.1)),
+            learners.hard_concrete_removal_slope(s),
+        ),
+    }
+    for name, gate in gates.items():
+        numeric = (gate(scores + h)[0] - gate(scores - h)[0]) / (2 * h)
+        torch.testing.assert_close(gate(scores)[1], numeric, rtol=1e-5, atol=1e-8, msg=name)
+
+
+def test_gates_are_those_of_the_papers():
+    for s, n in [(0.3, -0.2), (4.0, 1.0), (-5.0, 0.5), (0.0, 0.0)]:
+        s_, n_ = torch.tensor([s]), torch.tensor([n])
+        assert learners.gumbel_gate(s_, n_, 2.0, 0.5)[0].item() == pytest.approx(sigmoid((2 * s + n) / 0.5), rel=1e-5)
+        stretched = sigmoid((s + n) / (2 / 3)) * 1.2 - 0.1
+        assert learners.hard_concrete_gate(s_, n_)[0].item() == pytest.approx(min(1, max(0, stretched)), abs=1e-6)
+
+
+def test_logistic_noise_and_its_hard_concrete_zeros():
+    noise = learners.logistic_noise(torch.Size([200_000]), torch.Generator().manual_seed(0))
+    assert noise.mean().item() == pytest.approx(0, abs=0.02)
+    assert noise.std().item() == pytest.approx(math.pi / math.sqrt(3), rel=0.01)
+    # The probability that a gate is 0 is the one whose derivative the price takes (1 - Eq. 12).
+    gate, _ = learners.hard_concrete_gate(torch.full_like(noise, 0.4), noise)
+    expected = 1 - sigmoid(0.4 - 2 / 3 * math.log(0.1 / 1.1))
+    assert (gate == 0).float().mean().item() == pytest.approx(expected, abs=0.003)
+
+
+def test_the_cubic_ramp():
+    assert learners.cubic_ramp(0.0, 0.0) == learners.cubic_ramp(0.5, 0.5) == learners.cubic_ramp(1.0, 1.0) == 1.0
+    assert learners.cubic_ramp(0.0, 0.5) == 0.0
+    assert learners.cubic_ramp(0.25, 0.5) == pytest.approx(1 - 0.5**3)
+
+
+# The layer
+
+BASE = scores_like(8, 12, seed=9)
+LEARNERS = [
+    {"selection": "logit", "init_value": 0.02},
+    {"selection": "logit", "init_value": 0.02, "gradient": "sigmoid", "sharpness": 5.0, "sharpness_end": 50.0},
+    {"selection": "logit", "init_value": 0.02, "price": 3.0, "sharpness": 4.0},
+    {"selection": "gumbel", "init_value": 0.5, "sharpness": 2.0},
+    {"selection": "gumbel", "init_value": 0.5, "price": 3.0},
+    {"selection": "hard_concrete", "init_value": 0.5, "init_std": 1.0},
+    {"selection": "hard_concrete", "init_value": 0.5, "price": 3.0},
+    {"selection": "topk", "sparsity": 0.3, "sparsity_ramp": 0.8},
+]
+
+
+def naive_gate(config, scores, noise, progress):
+    """What a learner does, from its formulas and autograd: (gate, relaxed share removed)."""
+    k = config.sharpness if config.sharpness_end is None else config.sharpness * (1 - progress) + 50.0 * progress
+    if config.selection == "logit":
+        soft = torch.sigmoid(k * scores) if config.gradient == "sigmoid" else scores
+        gate = (scores > 0).float() + soft - soft.detach()
+        return gate, (1 - torch.sigmoid(k * scores)).mean()
+    if config.selection == "gumbel":
+        tau = 4.0 * (1 - progress) + 0.05 * progress
+        return torch.sigmoid((k * scores + noise) / tau), (1 - torch.sigmoid(k * scores)).mean()
+    if config.selection == "hard_concrete":
+        gate = (torch.sigmoid((scores + noise) / (2 / 3)) * 1.2 - 0.1).clamp(0, 1)
+        return gate, (1 - torch.sigmoid(scores - 2 / 3 * math.log(0.1 / 1.1))).mean()
+    removed = round(0.3 * (1 - (1 - progress / 0.8) ** 3) * scores.numel())
+    mask = torch.ones(scores.numel())
+    mask[scores.abs().flatten().argsort(stable=True)[:removed]] = 0
+    return mask.view_as(scores) + scores.abs() - scores.abs().detach(), torch.zeros(())
+
+
+@pytest.mark.parametrize("removed_value", ["zero", "base"])
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("settings", LEARNERS, ids=str)
+def test_layer_output_and_gradients_are_those_of_autograd_through_the_formula(settings, conv1d, removed_value):
+    layer, progress = make_layer(conv1d=conv1d, **settings).train(), 0.25
+    config, scores, weight = layer.mask_configs["default"], layer.mask_scores["default"], layer.weight
+    value = torch.zeros_like(weight)
+    if removed_value == "base":
+        config.removed_value, value = "base", (BASE.t() if conv1d else BASE).clone()
+        layer.removed_values["default"] = value
+    set_mask_progress(layer, progress)
+    x, upstream = torch.randn(5, 12, requires_grad=True), torch.randn(5, 8)
+    y = layer(x)
+    y.backward(upstream)
+    noise = learners.draw_noise(config, "lin", scores.shape, scores.device)
+    s, x_ = scores.detach().clone().requires_grad_(True), x.detach().clone().requires_grad_(True)
+    gate, share = naive_gate(config, s, noise, progress)
+    effective = value + (weight - value) * gate
+    expected = F.linear(x_, effective if not conv1d else effective.t(), layer.base_layer.bias)
+    ((expected * upstream).sum() + config.price * share).backward()
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad, x_.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.grad, s.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", LEARNERS, ids=str)
+def test_in_evaluation_the_gate_is_the_mask_that_is_saved(settings):
+    layer = make_layer(**settings)
+    set_mask_progress(layer, 0.5)
+    layer.eval()
+    expected = layer.weight * layer.get_mask("default")
+    assert torch.equal(layer.effective_weight(), expected)
+    if settings["selection"] != "topk":
+        assert torch.equal(layer.get_mask("default"), layer.mask_scores["default"] > 0)
+    layer.train()
+    is_soft = settings["selection"] in learners.SOFT
+    assert torch.equal(layer.effective_weight(), expected) != is_soft
+
+
+def test_the_price_is_paid_once_per_step_and_not_per_micro_batch():
+    layers = [make_layer(selection="logit", init_value=0.02, price=price) for price in (0.0, 7.0)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    optimizer = torch.optim.SGD(layers[1].mask_scores.parameters(), lr=0.0)
+    for _ in range(2):
+        for layer in layers:
+            layer.zero_grad()
+        for seed in range(3):
+            for layer in layers:
+                layer(scores_like(4, 12, seed=seed)).square().sum().backward()
+        plain, priced = (layer.mask_scores["default"] for layer in layers)
+        p = torch.sigmoid(priced.detach())
+        torch.testing.assert_close(priced.grad - plain.grad, -7.0 * p * (1 - p) / 96, rtol=1e-3, atol=1e-6)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("selection", learners.SOFT)
+def test_noise_is_drawn_once_per_step_of_a_seed_and_a_layer(selection):
+    layer = make_layer(selection=selection, init_value=0.5)
+    set_mask_progress(layer, 0.25)
+    first = layer.effective_weight().clone()
+    layer.eval().effective_weight()
+    assert torch.equal(layer.train().effective_weight(), first)
+    set_mask_progress(layer, 0.5)
+    assert not torch.equal(layer.effective_weight(), first)
+    set_mask_progress(layer, 0.25)
+    assert torch.equal(layer.effective_weight(), first)
+    config = layer.mask_configs["default"]
+    noise = [learners.draw_noise(config, name, torch.Size([8]), torch.device("cpu")) for name in ("a", "b")]
+    config.mask_seed = 1
+    noise.append(learners.draw_noise(config, "a", torch.Size([8]), torch.device("cpu")))
+    assert len({tuple(n.tolist()) for n in noise}) == 3
+
+
+@pytest.mark.parametrize("scope", ["matrix", "global"])
+def test_the_count_along_a_ramp_is_exact_and_saved(scope, tmp_path):
+    config = MaskConfig(sparsity=0.4, sparsity_ramp=0.5, scope=scope, target_modules=["q_proj", "up_proj"])
+    model = get_peft_model(tiny.tiny_llama(), config)
+    for progress in (0.0, 0.1, 0.3, 0.5, 1.0):
+        set_mask_progress(model, progress)
+        share = 0.4 * (1 - (1 - min(progress / 0.5, 1)) ** 3)
+        masks = current_masks(model)
+        pools = [masks.values()] if scope == "global" else [[mask] for mask in masks.values()]
+        for pool in pools:
+            removed, numel = sum(int((~m).sum()) for m in pool), sum(m.numel() for m in pool)
+            assert removed == num_removed(numel, share)
+        zeros = sum(int((layer.effective_weight() == 0).sum()) for layer in adapter_layers(model).values())
+        assert zeros == sum(int((~m).sum()) for m in masks.values())
+    set_mask_progress(model, 0.1)
+    model.save_pretrained(tmp_path)
+    assert verify(tmp_path)[-1].startswith("removes ")
+    loaded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path, is_trainable=True)
+    expected = current_masks(model)
+    assert all(torch.equal(mask, expected[name]) for name, mask in current_masks(loaded).items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"selection": "logit", "sparsity_ramp": 0.0, "sharpness_end": 9.0},
+        {"selection": "gumbel"},
+        {"sparsity_ramp": 0.5},
+    ],
+    ids=str,
+)
+def test_training_without_progress_is_refused(settings):
+    layer = make_layer(init_value=0.1, **settings).train()
+    with pytest.raises(UserError, match=r"call maskft.set_mask_progress\(model, step / max_steps\) before every step"):
+        layer(torch.randn(3, 12))
+    with pytest.raises(UserError, match=r"progress is 1.5; it is a share of training"):
+        set_mask_progress(layer, 1.5)
+
+
+def test_masks_that_cannot_be_active_together():
+    layer = make_layer(sparsity=0.3)
+    layer.update_layer("soft", MaskConfig(selection="gumbel", init_value=0.5), [])
+    layer.set_adapter(["default", "soft"])
+    set_mask_progress(layer, 0.0)
+    with pytest.raises(UserError, match="masks that are active together must be hard and remove to zero"):
+        layer(torch.randn(3, 12))
+
+
+# Starts
+
+
+@pytest.mark.parametrize("start", ["normal", "magnitude", "kaiming_uniform", "constant"])
+def test_scores_cut_at_zero_start_around_init_value(start):
+    config = {"selection": "logit", "init_scores": start, "init_value": 0.5, "init_std": 0.02}
+    layer = make_layer(in_features=64, out_features=64, **config)
+    scores = layer.mask_scores["default"].detach()
+    assert scores.mean().item() == pytest.approx(0.5, abs=0.01)
+    if start == "magnitude":
+        assert scores.std().item() == pytest.approx(0.02, rel=0.01)
+        order = scores.flatten().argsort()
+        assert layer.weight.abs().flatten()[order].diff().min() >= 0
+
+
+def test_a_start_in_wandas_order_gives_wandas_mask():
+    for seed, sparsity in enumerate((0.1, 0.37)):
+        weight, norms = scores_like(8, 12, seed=seed), scores_like(1, 12, seed=5).abs()
+        model = torch.nn.ModuleDict({"lin": torch.nn.Linear(12, 8, bias=False)})
+        model["lin"].weight.data.copy_(weight)
+        config = MaskConfig(target_modules=["lin"], init_scores="wanda", sparsity=sparsity)
+        masked = get_peft_model(model, config)
+        with pytest.raises(
+            UserError, match=r"init_scores='wanda' needs data, .* call maskft.start_scores\(model, keys\)"
+        ):
+            current_masks(masked)
+        start_scores(masked, {"lin": ranks_per_output(weight.abs() * norms, 0)})
+        (expected,) = fixed_masks("wanda_mask", [weight], sparsity, input_norms=[norms])
+        assert torch.equal(current_masks(masked)["lin"], expected)
+        with pytest.raises(UserError, match=r"the keys of lin must have shape \(8, 12\); found none"):
+            start_scores(masked, {})
+        with pytest.raises(UserError, match="the keys of lin are not finite"):
+            start_scores(masked, {"lin": weight * float("nan")})
+
+
+# Files: a removed weight takes its value before fine-tuning
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny.tiny_llama(seed=3).save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tiny.tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "tuned")
+    tiny.tiny_llama(seed=3, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "before")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    return str(tmp_path / "tuned")
+
+
+def of_base(base, **settings):
+    return MaskConfig(removed_value="base", removed_value_model=base, sparsity=0.3, **settings)
+
+
+def test_removed_weights_are_the_bases_in_forward_merge_and_file(tuned, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tuned)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    old = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "before").named_parameters())
+    masked = get_peft_model(model, of_base(str(tmp_path / "before")))
+    masks, ids = current_masks(masked), tiny.token_ids()
+    masked.peft_config["default"].base_model_name_or_path = tuned
+    masked.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = masked(input_ids=ids).logits
+        masked.merge_adapter()
+        weights = {name: layer.weight.clone() for name, layer in adapter_layers(masked).items()}
+        for name, mask in masks.items():
+            exact = torch.where(mask, before[f"{name}.weight"], old[f"{name}.weight"])
+            assert torch.equal(weights[f"base_model.model.{name}"], exact)
+        assert torch.equal(masked(input_ids=ids).logits, expected)
+        masked.unmerge_adapter()
+    for name, layer in adapter_layers(masked).items():
+        assert torch.equal(layer.weight, before[name.removeprefix("base_model.model.") + ".weight"])
+    lines = verify(tmp_path / "adapter", tuned)
+    assert lines[-1].startswith("removed weights are those of ") and "before" in lines[-1]
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits, expected)
+    assert "set to their value in before" in (tmp_path / "merged" / "README.md").read_text()
+    assert len(MaskSet.from_adapter(tmp_path / "adapter")) == len(masks)
+
+
+def test_bases_that_cannot_be(base, tmp_path):
+    with pytest.raises(UserError, match=r"removed_value_model: .*nowhere"):
+        get_peft_model(tiny.tiny_llama(), of_base(str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match=r"has another architecture: .* is .* in the model, there"):
+        get_peft_model(tiny.tiny_llama(intermediate_size=64), of_base(base))
+    with pytest.raises(UserError, match=r"has another architecture: .* there no such layer"):
+        get_peft_model(tiny.tiny_gpt2(), of_base(base))
+    get_peft_model(tiny.tiny_llama(), of_base(base)).save_pretrained(tmp_path / "adapter")
+    tiny.tiny_llama(seed=4).save_pretrained(base)
+    with pytest.raises(UserError, match=r"removed_value_model .* has other weights than the mask was trained with"):
+        PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / ADAPTER_CONFIG).read_text())
+    assert settings["removed_value_model"] == base and settings["removed_value_fingerprint"]
+
+
+@pytest.mark.parametrize("selection", learners.FREE)
+def test_a_learned_mask_is_saved_and_loaded_as_any(selection, tmp_path):
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(selection=selection, init_value=0.03)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for step in range(3):
+        set_mask_progress(model, step / 3)
+        ids = tiny.token_ids(seed=step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(tmp_path)
+    verify(tmp_path)
+    loaded, ids = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path).eval(), tiny.token_ids()
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    masks = MaskSet.from_adapter(tmp_path)
+    assert 0 < masks.num_removed < masks.numel
+
+
+def test_a_mask_that_removes_everything_is_not_saved(tmp_path):
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(selection="logit", init_value=0.1))
+    for layer in adapter_layers(model).values():
+        layer.mask_scores["default"].data.fill_(-1.0)
+    with pytest.raises(UserError, match=r"removes all [0-9,]+ weights: every score is 0 or less"):
+        model.save_pretrained(tmp_path)
+
+
+# Configuration
+
+
+def test_presets():
+    recommended = MaskConfig(preset="recommended")
+    assert (recommended.sparsity, recommended.rank_by, recommended.layers_to_transform) == (0.3, "abs", None)
+    deletion = MaskConfig(preset="deletion_tuning")
+    assert (deletion.target_modules, deletion.selection, deletion.gradient) == (["gate_proj"], "logit", "sigmoid")
+    assert deletion.init_scores == "wanda" and deletion.sharpness < deletion.sharpness_end
+    with pytest.raises(UserError, match=r"preset 'recommended' sets sparsity=0.3, but sparsity=0.2 was given"):
+        MaskConfig(preset="recommended", sparsity=0.2)
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (
+            {"price": 0.1},
+            "price=0.1 has no effect with selection='topk'; it goes with logit and gumbel and hard_concrete",
+        ),
+        ({"selection": "logit", "init_value": 1.0, "price": -1.0}, "price is -1.0; it must be 0 or more"),
+        ({"selection": "gumbel", "init_value": 1.0, "gradient": "sigmoid"}, "gradient='sigmoid' has no effect"),
+        ({"selection": "logit", "init_value": 1.0, "temperature": 1.0}, "temperature=1.0 has no effect"),
+        (
+            {"selection": "gumbel", "init_value": 1.0, "temperature_end": 0.0},
+            "temperature_end is 0.0; it must be above 0",
+        ),
+        ({"selection": "logit", "init_value": 1.0, "sharpness": -1.0}, "sharpness is -1.0; it must be above 0"),
+        ({"sparsity_ramp": 1.5}, r"sparsity_ramp is 1.5; it is a share of training and must be in \[0, 1\]"),
+        ({"selection": "logit", "init_value": 1.0, "sparsity_ramp": 0.5}, "sparsity_ramp=0.5 has no effect"),
+        (
+            {"selection": "logit", "init_scores": "constant"},
+            "init_value=0.0 that is every weight; set init_value above 0",
+        ),
+        ({"selection": "hard_concrete", "init_value": -1.0}, "that is every weight; set init_value above 0"),
+        ({"selection": "logit", "init_value": 1.0, "scope": "global"}, "scope='global' has no effect"),
+        ({"removed_value": "base"}, "removed_value='base' needs the model before fine-tuning"),
+        ({"removed_value_model": "x"}, "removed_value='base' needs the model before fine-tuning"),
+    ],
+)
+def test_settings_that_contradict(settings, message):
+    with pytest.raises(UserError, match=message):
+        MaskConfig(**settings)
