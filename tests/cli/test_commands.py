@@ -28,7 +28,8 @@ def adapter(base, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "mask"
     status = main(
         f"train --model_name_or_path {base} --dataset_name {data} --output_dir {folder} --max_steps 3 --eval_steps 3 "
-        "--save_steps 3 --eval_split_size 16 --learning_rate 0.01 --bf16 False --gradient_checkpointing False".split()
+        "--save_steps 3 --eval_split_size 16 --keep_worse true --learning_rate 0.01 --bf16 False "
+        "--gradient_checkpointing False".split()
     )
     assert status == 0
     return folder

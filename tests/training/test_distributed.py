@@ -46,6 +46,7 @@ def arguments(odd_base, data):
         "save_steps": 2,
         "save_total_limit": 3,
         "logging_steps": 1,
+        "keep_worse": True,
         "learning_rate": 1e-2,
         "bf16": False,
         "gradient_checkpointing": False,

@@ -41,6 +41,7 @@ def arguments(base, data, tmp_path):
         "eval_steps": 2,
         "save_steps": 2,
         "logging_steps": 1,
+        "keep_worse": True,
         "learning_rate": 1e-3,
         "bf16": False,
         "gradient_checkpointing": False,

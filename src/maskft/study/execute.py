@@ -170,6 +170,7 @@ def _train_options(study: Study, run: StudyRun) -> dict:
         "resume_from_checkpoint": "auto",
         "match_adapter": None if run.match is None else study.model(run.match, BEST),
         "prepared_data_dir": str(study.folder / files.PREPARED),
+        "keep_worse": True if run.method.method == "mask" else None,  # a study compares masks, also bad ones
         **run.options,
     }
     if options.get("learning_rate") == CURRENT_RATE:

@@ -113,7 +113,7 @@ def build_plan(recipe: Recipe, defaults: dict[str, Any], allow_many: bool = Fals
         UserError: If an option is unknown, or there are too many runs.
     """
     _check_options(recipe, defaults)
-    planner = _Planner(recipe, defaults)
+    planner = _Planner(recipe, defaults | {"keep_worse": True})  # see execute.py
     count = sum(1 for _ in planner.wanted())
     if count > MAX_RUNS and not allow_many:
         raise UserError(f"the grid makes {count:,} runs, more than {MAX_RUNS:,}; pass --yes if that is meant")

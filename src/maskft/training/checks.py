@@ -20,6 +20,13 @@ def check_config(config: TrainConfig) -> None:
     if method == "mask":
         check_mask_sharding()
     check_deepspeed(training.deepspeed)
+    if config.method.mask_sparsity_auto and config.mask.mask_selection != "topk":
+        raise UserError(
+            f"mask_sparsity_auto goes with mask_selection topk, which removes a given share, not with "
+            f"{config.mask.mask_selection}"
+        )
+    if config.method.mask_sparsity_auto and training.eval_strategy == "no":
+        raise UserError("mask_sparsity_auto chooses on held-out rows, and eval_strategy is no; set it to steps")
     # Fixed masks run on one of them, and preparing data on none.
     if method == "mask" and not config.data.prepare_only and training.n_gpu > 1:
         raise UserError(
@@ -50,6 +57,8 @@ def check_method(args: MethodArguments) -> None:
         raise UserError(f"partial_layers names layer {min(layers)}; layers are counted from 0")
     if args.match_adapter is not None and method not in FIXED_MASK_METHODS:
         raise UserError(f"match_adapter goes with a fixed mask ({', '.join(FIXED_MASK_METHODS)}), not with {method}")
+    if args.mask_sparsity_auto and method != "mask":
+        raise UserError(f"mask_sparsity_auto goes with --method mask, whose scores rank the weights, not with {method}")
     if args.num_candidates < 1 or (args.num_candidates > 1 and method != "random_mask"):
         raise UserError(f"num_candidates is {args.num_candidates}; with random_mask it is 1 or more, otherwise 1")
     if args.num_calibration_samples < 1:

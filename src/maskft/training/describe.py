@@ -12,6 +12,7 @@ from ..tuner.learners import FREE
 from .arguments import TrainingArguments
 from .method_arguments import ADAPTER, FIXED_MASK_METHODS, MethodArguments
 from .record import TrainingSummary
+from .verdict import Verdict
 
 
 def describe(
@@ -59,7 +60,9 @@ def mask_line(config: MaskConfig, num_target_weights: int) -> str:
     return f"sparsity {config.sparsity:.2f}: removes {100 * config.sparsity:g} % {of_weights}{ramp}"
 
 
-def report(summary: TrainingSummary, folder: str, failure: str | None, console: Console) -> None:
+def report(
+    summary: TrainingSummary, verdict: Verdict | None, folder: str, failure: str | None, console: Console
+) -> None:
     """Print what came of the run, and where it is.
 
     Raises:
@@ -76,13 +79,17 @@ def report(summary: TrainingSummary, folder: str, failure: str | None, console: 
             f"end; the best is saved in {folder}"
         )
     else:
-        verdict = "no mask was found that lowers held-out loss"
-        if best < start:
-            verdict = (
-                f"the mask lowers held-out loss by {start - best:.4f}; whether that holds on new items, maskft "
-                "evaluate and compare tell"
+        console.print(f"held-out loss {start:.4f} without a mask, best {best:.4f} with it (step {step})")
+        if verdict is None:
+            console.print(f"saved to {folder}; too few held-out rows to say whether the mask is better than no mask")
+        elif verdict.is_better:
+            console.print(
+                f"{verdict} (which chose the step too: whether it holds on new items, maskft evaluate and compare "
+                f"tell). Saved in {folder}"
             )
-        console.print(
-            f"held-out loss {start:.4f} without a mask, best {best:.4f} with it (step {step}): {verdict}. Saved in "
-            f"{folder}"
-        )
+        elif verdict.kept:
+            console.print(f"{verdict}. Saved in {folder} all the same")
+        else:
+            console.print(
+                f"{verdict}. Saved in {folder}: an adapter that removes nothing (--keep_worse true writes the mask)"
+            )

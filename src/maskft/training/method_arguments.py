@@ -103,6 +103,20 @@ class MethodArguments:
             "help": "With --method full: train only these decoder layers (a control for the mask). Default: all."
         },
     )
+    keep_worse: bool = field(
+        default=False,
+        metadata={
+            "help": "Write the mask also when it is not better than no mask on the held-out rows. Default: an adapter "
+            "that removes nothing is written instead."
+        },
+    )
+    mask_sparsity_auto: bool = field(
+        default=False,
+        metadata={
+            "help": "Train at mask_sparsity, then measure masks of 0 to 50 %% from the trained scores on one half of "
+            "the held-out rows and keep the best; the other half judges it."
+        },
+    )
     keep_last: bool = field(
         default=False,
         metadata={"help": "Also save the model as the last step left it, in the folder `last` of output_dir."},

@@ -16,6 +16,7 @@ from ..tuner import adapter_layers
 from .arguments import TrainConfig, TrainingArguments
 from .method_arguments import ADAPTER, MASK_METHODS
 from .trainer import MaskSFTTrainer
+from .verdict import Verdict
 
 # Of TRL's hundreds of arguments, those that decide what is learned.
 _RECORDED = (
@@ -40,7 +41,7 @@ class TrainingSummary(FileModel):
     Attributes:
         method: The method.
         start_loss: Held-out loss in nats per token before the first step; of a mask: without it.
-        best_loss: Held-out loss of what was saved.
+        best_loss: Held-out loss of the best checkpoint, of a mask at the sparsity it was trained with.
         best_step: The step it was saved at.
         end_loss: Held-out loss at the last measurement.
         num_steps: Optimizer steps.
@@ -78,12 +79,14 @@ class TrainingRecord(FileModel):
         recipe: How it was trained: what decides the outcome, and every other setting that is not a default.
         data: What was read and what became of it, and the rows that chose the checkpoint.
         environment: Versions and machine.
+        verdict: Of a mask: whether it is better than its parent, and whether it was written.
     """
 
     summary: TrainingSummary
     recipe: dict[str, Any]
     data: dict[str, Any]
     environment: dict[str, Any]
+    verdict: Verdict | None = None
 
 
 def read_record(folder: str | Path) -> TrainingRecord:
@@ -102,6 +105,7 @@ def make_record(
     summary: TrainingSummary,
     data: Prepared,
     evaluation: TrainingEvaluation | None,
+    verdict: Verdict | None,
 ) -> TrainingRecord:
     """The record of a run; ``training`` are its arguments with the accumulation steps that were taken."""
     recipe = {"method": config.method.method, "model_name_or_path": config.model.model_name_or_path}
@@ -112,12 +116,15 @@ def make_record(
                 recipe[name] = value
     recipe |= {name: getattr(training, name) for name in _RECORDED}
     recipe |= {"best_step": summary.best_step, "best_heldout_loss": summary.best_loss}
+    if verdict is not None:
+        recipe["verdict"] = f"{verdict}{'' if verdict.kept else '; so this adapter removes nothing'}"
     selected = {} if evaluation is None else {"selected_on": evaluation.selected_on}
     return TrainingRecord(
         summary=summary,
         recipe={name: _plain(value) for name, value in recipe.items()},
         data={**data.report["counts"], **selected},
         environment=runtime.environment(),
+        verdict=verdict,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +29,7 @@ from .method_arguments import ADAPTER, FIXED_MASK_METHODS, MethodArguments
 from .prefix_cache import cached_prefix
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
 from .trainer import MaskSFTTrainer
+from .verdict import HeldoutLosses, RowMeter, Verdict, choosing_half, judge, remove_nothing, row_ids
 
 
 def train(config: TrainConfig, splits: tuple | None = None, console: Console | None = None) -> TrainingSummary | None:
@@ -55,6 +57,8 @@ def train(config: TrainConfig, splits: tuple | None = None, console: Console | N
     data = load_data(config.data, training, tokenizer, splits, console)
     if config.data.prepare_only:
         return None
+    if method.mask_sparsity_auto:
+        choosing_half(row_ids(data.heldout), config.data.split_seed)  # too few rows are told before training
     evaluation = task_evaluation(training, data, console)
     model = load_base(source, tokenizer)
     # build and fit
@@ -68,9 +72,11 @@ def train(config: TrainConfig, splits: tuple | None = None, console: Console | N
         describe(model, tokenizer, data, method, training, console)
         check_disk_space(model, training)
         trainer, summary, failure = fit(model, tokenizer, data, method, training, resume_from, evaluation, console)
-    # save
-    save(model, tokenizer, make_record(config, training, summary, data, evaluation), training.output_dir, trainer)
-    report(summary, training.output_dir, failure, console)
+    # judge and save
+    losses, verdict = never_worse(model, tokenizer, data, config, training, trainer)
+    record = make_record(config, training, summary, data, evaluation, verdict)
+    save(model, tokenizer, record, losses, training.output_dir, trainer)
+    report(summary, verdict, training.output_dir, failure, console)
     return summary
 
 
@@ -131,13 +137,46 @@ def fit(
     return trainer, summarise(trainer, method.method, time.perf_counter() - started, reference.loss), failure
 
 
-def save(model, tokenizer, record: TrainingRecord, folder: str, trainer: MaskSFTTrainer | None = None) -> None:
-    """Write the trained model or adapter, its tokenizer and ``training.json``.
+def never_worse(
+    model,
+    tokenizer,
+    data: Prepared,
+    config: TrainConfig,
+    training: TrainingArguments,
+    trainer: MaskSFTTrainer | None = None,
+) -> tuple[HeldoutLosses | None, Verdict | None]:
+    """Compare what was trained with its parent on the held-out rows; a mask that is not better removes nothing.
+
+    Returns:
+        The losses and, of a mask, the verdict; None where held-out rows are not measured.
+    """
+    if training.eval_strategy == "no":
+        return None, None
+    meter = RowMeter(model, training, tokenizer.pad_token_id or 0)
+    if trainer is not None:
+        whole = trainer.accelerator.unwrap_model(trainer.model)
+        meter = replace(meter, model=whole, context=trainer.compute_loss_context_manager)
+    losses, verdict = judge(model, data.heldout, meter, config.method, config.data.split_seed)
+    if verdict is not None and not verdict.kept:
+        remove_nothing(model)
+    return losses, verdict
+
+
+def save(
+    model,
+    tokenizer,
+    record: TrainingRecord,
+    losses: HeldoutLosses | None,
+    folder: str,
+    trainer: MaskSFTTrainer | None = None,
+) -> None:
+    """Write the trained model or adapter, its tokenizer, ``training.json`` and ``heldout.json``.
 
     Args:
         model: What to save.
         tokenizer: Its tokenizer.
         record: What ``training.json`` will hold.
+        losses: What ``heldout.json`` will hold; None: it is not written.
         folder: Where to.
         trainer: What trained ``model``, if anything did; all processes must then call this.
     """
@@ -151,4 +190,6 @@ def save(model, tokenizer, record: TrainingRecord, folder: str, trainer: MaskSFT
         model.save_pretrained(folder)
     if runtime.is_main():
         tokenizer.save_pretrained(folder)
+        if losses is not None:
+            files.write_text(Path(folder) / files.HELDOUT, json.dumps(losses.model_dump()) + "\n")
         files.write_text(Path(folder) / files.TRAINING, json.dumps(record.model_dump(), indent=2) + "\n")

@@ -1,0 +1,249 @@
+"""Never worse: the trained mask against its unmasked parent, on held-out rows, row by row."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft.utils import ModulesToSaveWrapper
+from pydantic import ConfigDict
+
+from .. import files, runtime
+from ..errors import UserError
+from ..evaluation.heldout import nll_per_item
+from ..files import FileModel, digest, read_model
+from ..results.statistics import hierarchical_bootstrap
+from ..tuner import MaskConfig, adapter_layers
+from .arguments import TrainingArguments
+from .method_arguments import ADAPTER, MethodArguments
+
+# Shares that mask_sparsity_auto measures, all from the scores of one training.
+BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+MIN_ROWS = 2  # of a paired interval
+# What an adapter that removes nothing still says: which layers it is for, and of which model.
+_PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+_IDENTITY = ("mask_seed", "verify_base", "format_version", "base_fingerprint", "mask_sha256", "trainable_token_indices")
+
+RowLosses = list[tuple[float, int]]  # per row: nats per supervised token, and number of these tokens
+
+
+class HeldoutLosses(FileModel):
+    """Content of ``heldout.json``: losses row by row, so that runs on the same rows can be compared in pairs.
+
+    Attributes:
+        ids: Ids of the rows, in the order of the lists below.
+        num_tokens: Supervised tokens of each row.
+        nll: Loss of each row under the best checkpoint, in nats per token; of a mask also where it was not kept.
+        parent_nll: Loss without the adapter; None for full fine-tuning, which leaves no parent behind.
+        chose_sparsity: Ids of the rows that chose the mask's size, see ``mask_sparsity_auto``.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    ids: list[str]
+    num_tokens: list[int]
+    nll: list[float]
+    parent_nll: list[float] | None = None
+    chose_sparsity: list[str] = []
+
+
+class Budget(FileModel):
+    """One size of the mask that ``mask_sparsity_auto`` measured."""
+
+    sparsity: float  # fraction removed, in [0, 1)
+    nll: float | None  # nats per token on the rows that choose; None: not finite
+
+
+class Verdict(FileModel):
+    """The mask minus its parent on held-out rows, in nats per token: below 0 the mask is better.
+
+    Attributes:
+        difference: Of the losses, weighted by tokens; None where a loss is not finite.
+        ci_low: Lower end of the paired 95 % interval.
+        ci_high: Upper end.
+        num_rows: Rows compared.
+        is_better: Whether the whole interval is below 0.
+        kept: Whether the mask was written; False: an adapter that removes nothing was.
+        sparsity: Fraction removed by the mask that was compared; None where ``mask_sparsity_auto`` did not choose it.
+        budgets: The path of sizes that it was chosen from.
+    """
+
+    difference: float | None
+    ci_low: float | None
+    ci_high: float | None
+    num_rows: int
+    is_better: bool
+    kept: bool
+    sparsity: float | None = None
+    budgets: list[Budget] | None = None
+
+    def __str__(self) -> str:
+        size = "" if self.sparsity is None else f" of {100 * self.sparsity:g} %"
+        better = f"the mask{size} is {'' if self.is_better else 'not '}better than no mask"
+        if self.difference is None:
+            return f"{better}: its loss is not finite"
+        interval = f"[{self.ci_low:+.4f}, {self.ci_high:+.4f}]"
+        return f"{better}: {self.difference:+.4f} nats/token, 95 % {interval}, on {self.num_rows:,} held-out rows"
+
+
+def read_heldout(folder: str | Path) -> HeldoutLosses:
+    """The held-out losses of the run in ``folder``."""
+    file = Path(folder) / files.HELDOUT
+    return read_model(HeldoutLosses, json.loads(file.read_text()), file)
+
+
+@dataclass(frozen=True)
+class RowMeter:
+    """Measures the loss of rows, which the processes share; every process must call it with the same rows."""
+
+    model: torch.nn.Module
+    args: TrainingArguments
+    pad_token_id: int
+    context: Callable = nullcontext
+
+    def __call__(self, rows: Dataset) -> RowLosses:
+        """Losses of the rows, in their order."""
+        count, world, rank = len(rows), self.args.world_size, self.args.process_index
+        # As many rows for each, or the others would wait for the one that has a batch more.
+        own = [(rank + step * world) % count for step in range(math.ceil(count / world))]
+        chosen = [{"input_ids": rows[n]["input_ids"], "labels": rows[n]["labels"]} for n in own]
+        size = self.args.per_device_eval_batch_size
+        with self.context():
+            found = nll_per_item(self.model, chosen, batch_size=size, pad_token_id=self.pad_token_id)
+        losses: RowLosses = [(0.0, 0)] * count
+        for indices, parts in runtime.gather((own, found)):
+            for index, pair in zip(indices, parts, strict=True):
+                losses[index] = pair
+        return losses
+
+
+def judge(
+    model, rows: Dataset, meter: RowMeter, method: MethodArguments, seed: int
+) -> tuple[HeldoutLosses, Verdict | None]:
+    """Measure the held-out rows, choose the size of the mask where that is asked for, and compare with the parent.
+
+    Args:
+        model: What was trained or made; the size of its mask is changed in place.
+        rows: Tokenised held-out rows, at least one.
+        meter: Measures them.
+        method: The method; masks that are not learned are always kept.
+        seed: Of the half of the rows that chooses the size.
+
+    Returns:
+        The losses, and the verdict on a mask; None of other methods and of fewer than two rows.
+    """
+    ids = row_ids(rows)
+    chosen_by: list[int] = []
+    budgets = parent = None
+    config = getattr(model, "peft_config", {}).get(ADAPTER)
+    if config is not None:
+        with model.disable_adapter():
+            parent = meter(rows)
+    if method.mask_sparsity_auto:
+        chosen_by = choosing_half(ids, seed)
+        budgets = choose_sparsity(model, rows.select(chosen_by), meter, [parent[n] for n in chosen_by])
+    losses = meter(rows)
+    record = HeldoutLosses(
+        ids=ids,
+        num_tokens=[count for _, count in losses],
+        nll=[nll for nll, _ in losses],
+        parent_nll=None if parent is None else [nll for nll, _ in parent],
+        chose_sparsity=[ids[n] for n in chosen_by],
+    )
+    judging = sorted(set(range(len(ids))) - set(chosen_by))
+    if not isinstance(config, MaskConfig) or len(judging) < MIN_ROWS:
+        return record, None
+    difference, low, high = paired_interval(record, judging)
+    is_better = high is not None and high < 0
+    return record, Verdict(
+        difference=difference,
+        ci_low=low,
+        ci_high=high,
+        num_rows=len(judging),
+        is_better=is_better,
+        kept=is_better or method.keep_worse or method.method != "mask",
+        sparsity=config.sparsity if budgets else None,
+        budgets=budgets,
+    )
+
+
+def row_ids(rows: Dataset) -> list[str]:
+    """Ids of the rows; their positions where they have none."""
+    return list(map(str, rows["id"] if "id" in rows.column_names else range(len(rows))))
+
+
+def paired_interval(losses: HeldoutLosses, rows: Sequence[int]) -> tuple[float | None, float | None, float | None]:
+    """Mean difference to the parent over ``rows``, weighted by tokens, and its 95 % interval; None: not finite."""
+    assert losses.parent_nll is not None
+    differences = [losses.nll[n] - losses.parent_nll[n] for n in rows]
+    if not all(map(math.isfinite, differences)):
+        return None, None, None
+    return hierarchical_bootstrap([differences], [losses.num_tokens[n] for n in rows])[:3]
+
+
+def mean_nll(losses: RowLosses) -> float:
+    """Nats per token over all rows."""
+    return sum(nll * count for nll, count in losses) / sum(count for _, count in losses)
+
+
+# The size of the mask
+
+
+def choosing_half(ids: Sequence[str], seed: int) -> list[int]:
+    """Positions of the half of the rows that chooses, by a seeded hash of their ids; the other half judges.
+
+    Raises:
+        UserError: If there are too few rows for two halves.
+    """
+    if len(ids) < 2 * MIN_ROWS:
+        raise UserError(
+            f"mask_sparsity_auto has {len(ids)} held-out rows, one half to choose with and one to judge; hold out at "
+            f"least {2 * MIN_ROWS} (eval_split_size)"
+        )
+    ranked = sorted(range(len(ids)), key=lambda n: digest(f"{seed}/{ids[n]}"))
+    return sorted(ranked[: len(ids) // 2])
+
+
+def choose_sparsity(model, rows: Dataset, meter: RowMeter, parent: RowLosses) -> list[Budget]:
+    """Give the mask the size of the lowest loss on ``rows``, all sizes from its trained scores; 0 removes nothing.
+
+    Returns:
+        What was measured, smallest first.
+    """
+    losses = {0.0: mean_nll(parent)}
+    for sparsity in BUDGETS[1:]:
+        set_sparsity(model, sparsity)
+        losses[sparsity] = mean_nll(meter(rows))
+    finite = {sparsity: loss for sparsity, loss in losses.items() if math.isfinite(loss)}
+    set_sparsity(model, min(finite, key=lambda sparsity: (finite[sparsity], sparsity), default=0.0))
+    return [Budget(sparsity=sparsity, nll=finite.get(sparsity)) for sparsity in losses]
+
+
+@torch.no_grad()
+def set_sparsity(model, sparsity: float) -> None:
+    """Remove another share by the scores as they are."""
+    config = model.peft_config[ADAPTER]
+    config.sparsity, config.preset = sparsity, None  # a preset may stand for another share
+    for layer in adapter_layers(model, ADAPTER).values():
+        layer.mask_scores[ADAPTER].mul_(1)  # masked weights are kept until their scores are written to
+
+
+def remove_nothing(model) -> None:
+    """Make the adapter one that changes nothing: it removes no weight, and modules trained beside it are reset."""
+    config = model.peft_config[ADAPTER]
+    own = {name for name in MaskConfig.__annotations__ if name not in (*_PLACES, *_IDENTITY)}
+    for spec in fields(MaskConfig):
+        if spec.name in own:
+            setattr(config, spec.name, spec.default)
+    set_sparsity(model, 0.0)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            copies = zip(module.modules_to_save[ADAPTER].parameters(), module.original_module.parameters(), strict=True)
+            for copy, original in copies:
+                copy.data.copy_(original.data)

@@ -1,0 +1,184 @@
+"""A mask that is not better than no mask removes nothing; its size is chosen on rows that do not judge it."""
+
+import json
+import re
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from maskft.adapter.mask_set import MaskSet, read_config
+from maskft.adapter.verify import verify
+from maskft.cli.main import main
+from maskft.data import tokenize_dataset
+from maskft.data.arguments import DataArguments
+from maskft.data.splits import load_splits
+from maskft.errors import UserError
+from maskft.evaluation.heldout import nll_per_item
+from maskft.files import HELDOUT
+from maskft.training.record import read_record
+from maskft.training.verdict import BUDGETS, choosing_half, read_heldout
+
+
+@pytest.fixture
+def call(base, data, tmp_path, capsys):
+    """Train on the sums; returns exit status and stderr on one line."""
+
+    def call(name="out", **changes):
+        settings = {
+            "model_name_or_path": base,
+            "dataset_name": data,
+            "output_dir": tmp_path / name,
+            "eval_split_size": 16,
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "eval_steps": 2,
+            "save_steps": 2,
+            "learning_rate": 1e-3,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+        }
+        words = ["train"]
+        for key, value in {**settings, **changes}.items():
+            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        capsys.readouterr()
+        status = main(words)
+        return status, " ".join(capsys.readouterr().err.split())
+
+    return call
+
+
+@pytest.fixture
+def fine_tuned(call, tmp_path):
+    """A model that half of its weights cannot be taken from without loss."""
+    assert call("tuned", method="full", max_steps=40, learning_rate=1e-2, eval_steps=20, save_steps=20)[0] == 0
+    return tmp_path / "tuned"
+
+
+def losses_of(base, data, adapter=None):
+    """Ids and losses of the held-out rows, measured anew."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    rows = load_splits(DataArguments(dataset_name=str(data), eval_split_size=16), 0, tokenizer).heldout
+    rows = tokenize_dataset(rows, tokenizer)
+    pairs = nll_per_item(model, [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in rows])
+    return [str(row_id) for row_id in rows["id"]], [nll for nll, _ in pairs], [count for _, count in pairs]
+
+
+def test_a_mask_that_hurts_removes_nothing(call, fine_tuned, data, tmp_path):
+    status, err = call(model_name_or_path=fine_tuned, mask_sparsity=0.5, learning_rate=1e-4)
+    assert status == 0 and "the mask is not better than no mask: +" in err
+    assert "an adapter that removes nothing (--keep_worse true writes the mask)" in err
+    out = tmp_path / "out"
+    verdict = read_record(out).verdict
+    assert not verdict.is_better and not verdict.kept and verdict.num_rows == 16 and verdict.difference > 0
+    masks = MaskSet.from_adapter(out)
+    assert len(masks) == 21 and masks.num_removed == 0 and verify(out, str(fine_tuned))
+    recipe = read_config(out).recipe
+    assert recipe["mask_sparsity"] == 0.5 and "so this adapter removes nothing" in recipe["verdict"]
+    assert losses_of(fine_tuned, data, out) == losses_of(fine_tuned, data)
+
+
+def test_losses_row_by_row_are_those_of_what_is_saved_and_of_its_parent(call, fine_tuned, data, tmp_path):
+    status, err = call(model_name_or_path=fine_tuned, mask_sparsity=0.5, learning_rate=1e-4, keep_worse=True)
+    assert status == 0 and "is not better than no mask" in err and "all the same" in err
+    out = tmp_path / "out"
+    found, verdict = read_heldout(out), read_record(out).verdict
+    for nll, adapter in ((found.nll, out), (found.parent_nll, None)):
+        ids, expected, counts = losses_of(fine_tuned, data, adapter)
+        assert (found.ids, found.num_tokens) == (ids, counts)
+        assert nll == pytest.approx(expected, abs=1e-5)
+    total = sum(found.num_tokens)
+    difference = sum(t * (a - b) for t, a, b in zip(found.num_tokens, found.nll, found.parent_nll, strict=True)) / total
+    assert verdict.kept and verdict.difference == pytest.approx(difference)
+    assert verdict.ci_low < difference < verdict.ci_high and MaskSet.from_adapter(out).sparsity > 0.49
+
+
+def test_a_mask_that_helps_is_kept(call, tmp_path):
+    status, err = call(max_steps=30, eval_steps=15, save_steps=15, learning_rate=0.02, mask_sparsity=0.3)
+    assert status == 0 and "the mask is better than no mask: -" in err and "whether it holds on new items" in err
+    verdict = read_record(tmp_path / "out").verdict
+    assert verdict.is_better and verdict.kept and verdict.ci_high < 0
+    assert MaskSet.from_adapter(tmp_path / "out").sparsity == pytest.approx(0.3, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "random_mask"])
+def test_other_methods_are_kept_as_they_are(method, call, tmp_path):
+    assert call(method=method, mask_sparsity=0.5)[0] == 0
+    found, verdict = read_heldout(tmp_path / "out"), read_record(tmp_path / "out").verdict
+    assert len(found.nll) == 16 and (found.parent_nll is None) == (method == "full")
+    assert (verdict is None) == (method != "random_mask") and (verdict is None or verdict.kept)
+    if method == "random_mask":
+        assert MaskSet.from_adapter(tmp_path / "out").sparsity == pytest.approx(0.5)
+
+
+def test_settings_of_the_learner_do_not_stay_in_an_adapter_that_removes_nothing(call, fine_tuned, data, tmp_path):
+    """Else it could not be loaded: a threshold removes what it removes, a preset says its own sparsity."""
+    learner = {"mask_selection": "threshold", "mask_threshold": 0.03, "mask_modules_to_save": "lm_head"}
+    for name, options in {"threshold": learner, "preset": {"mask_preset": "paper"}}.items():
+        changes = {"learning_rate": 0.0, **options}
+        assert call(name, model_name_or_path=fine_tuned, **changes)[0] == 0
+        assert MaskSet.from_adapter(tmp_path / name).num_removed == 0 and verify(tmp_path / name, str(fine_tuned))
+        assert losses_of(fine_tuned, data, tmp_path / name) == losses_of(fine_tuned, data)
+
+
+def test_without_evaluation_nothing_is_compared(call, tmp_path):
+    assert call(eval_strategy="no")[0] == 0
+    assert read_record(tmp_path / "out").verdict is None and not (tmp_path / "out" / HELDOUT).exists()
+    assert MaskSet.from_adapter(tmp_path / "out").num_removed > 0
+
+
+# The size of the mask
+
+
+def test_the_size_is_chosen_on_one_half_and_judged_on_the_other(call, data, tmp_path):
+    settings = {"max_steps": 30, "eval_steps": 15, "save_steps": 15, "learning_rate": 0.02}
+    status, err = call(mask_sparsity_auto=True, mask_preset="paper", **settings)
+    assert status == 0, err
+    out = tmp_path / "out"
+    found, verdict, config = read_heldout(out), read_record(out).verdict, read_config(out)
+    assert [budget.sparsity for budget in verdict.budgets] == list(BUDGETS)
+    best = min(verdict.budgets, key=lambda budget: budget.nll)
+    assert verdict.is_better and verdict.sparsity == config.sparsity == best.sparsity > 0
+    assert f"the mask of {100 * best.sparsity:g} % is better" in err
+    assert verdict.num_rows == 8 and len(found.chose_sparsity) == 8 and set(found.chose_sparsity) < set(found.ids)
+    chose = [n for n, row_id in enumerate(found.ids) if row_id in found.chose_sparsity]
+    tokens = sum(found.num_tokens[n] for n in chose)
+    assert sum(found.nll[n] * found.num_tokens[n] for n in chose) / tokens == pytest.approx(best.nll)
+    assert MaskSet.from_adapter(out).sparsity == pytest.approx(best.sparsity, abs=1e-3) and verify(out)
+    assert json.loads((out / "adapter_config.json").read_text())["sparsity"] == best.sparsity
+
+
+def test_auto_removes_nothing_where_masks_hurt(call, fine_tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr("maskft.training.verdict.BUDGETS", (0.0, 0.5))
+    status, err = call(model_name_or_path=fine_tuned, mask_sparsity_auto=True, keep_worse=True, learning_rate=0.0)
+    assert status == 0 and "the mask of 0 % is not better than no mask: +0.0000" in err
+    verdict = read_record(tmp_path / "out").verdict
+    assert verdict.sparsity == verdict.difference == 0 and MaskSet.from_adapter(tmp_path / "out").num_removed == 0
+
+
+def test_the_halves_depend_on_ids_and_seed_alone():
+    ids = [str(n) for n in range(9)]
+    half = choosing_half(ids, 0)
+    assert len(half) == 4 and half == choosing_half(ids, 0) != choosing_half(ids, 1)
+    assert {ids[n] for n in half} == {ids[::-1][n] for n in choosing_half(ids[::-1], 0)}
+    with pytest.raises(UserError, match=r"has 3 held-out rows, .* hold out at least 4"):
+        choosing_half(ids[:3], 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_strategy": "no"}, "mask_sparsity_auto chooses on held-out rows, and eval_strategy is no"),
+        ({"eval_split_size": 3}, "mask_sparsity_auto has 3 held-out rows"),
+        ({"method": "random_mask"}, "mask_sparsity_auto goes with --method mask, .* not with random_mask"),
+        ({"mask_selection": "threshold", "mask_rank_by": "signed"}, "goes with mask_selection topk"),
+    ],
+)
+def test_auto_is_refused_where_it_cannot_choose(changes, message, call, tmp_path):
+
+    status, err = call(mask_sparsity_auto=True, **changes)
+    assert status == 2 and re.search(message, err) and err.count("maskft: error") == 1
+    assert not (tmp_path / "out").exists()
