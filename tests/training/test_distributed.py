@@ -14,6 +14,8 @@ import tiny
 from maskft.adapter.mask_set import MaskSet
 from maskft.cli.main import main
 from maskft.files import ADAPTER_WEIGHTS, LAST, TRAINING
+from maskft.training.record import read_record
+from maskft.training.verdict import read_heldout
 from tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +112,10 @@ def check_equal(folder, reference, resumed=False):
     configs = [json.loads((f / "adapter_config.json").read_text()) for f in (reference, folder)]
     for name in ("mask_sha256", "base_fingerprint"):
         assert configs[0][name] == configs[1][name]
+    expected, found = read_heldout(reference), read_heldout(folder)
+    assert (found.ids, found.num_tokens) == (expected.ids, expected.num_tokens) and len(found.ids) == 11
+    assert found.nll == pytest.approx(expected.nll, abs=1e-4) != found.parent_nll
+    assert found.parent_nll == pytest.approx(expected.parent_nll, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -176,6 +182,22 @@ def test_fsdp2_in_bfloat16_with_recomputed_activations(arguments, tmp_path):
     assert losses(many) == pytest.approx(losses(one), abs=0.02)
     expected, found = MaskSet.from_adapter(one / LAST), MaskSet.from_adapter(many / LAST)
     assert all(found[name].sum() == expected[name].sum() for name in expected)
+
+
+@pytest.mark.slow
+def test_the_size_of_a_sharded_mask_is_chosen_as_that_of_a_whole_one(arguments, tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    settings = {"mask_sparsity_auto": True, "keep_last": None}
+    assert main(arguments(output_dir=one, **settings)) == 0
+    words = arguments(output_dir=many, accelerate_config="fsdp2", **settings, **LAUNCH)
+    result = call(["maskft.cli.main", *words])
+    assert result.returncode == 0, result.stderr
+    expected, found = read_record(one).verdict, read_record(many).verdict
+    pairs = zip(found.budgets, expected.budgets, strict=True)
+    assert all(a.nll == pytest.approx(b.nll, abs=1e-4) and a.sparsity == b.sparsity for a, b in pairs)
+    assert len({round(budget.nll, 6) for budget in found.budgets}) == len(found.budgets)
+    assert found.sparsity == expected.sparsity and found.difference == pytest.approx(expected.difference, abs=1e-4)
+    assert (many / ADAPTER_WEIGHTS).read_bytes() == (one / ADAPTER_WEIGHTS).read_bytes()
 
 
 @pytest.mark.slow
