@@ -174,7 +174,8 @@ def test_the_halves_depend_on_ids_and_seed_alone():
         ({"eval_strategy": "no"}, "mask_sparsity_auto chooses on held-out rows, and eval_strategy is no"),
         ({"eval_split_size": 3}, "mask_sparsity_auto has 3 held-out rows"),
         ({"method": "random_mask"}, "mask_sparsity_auto goes with --method mask, .* not with random_mask"),
-        ({"mask_selection": "threshold", "mask_rank_by": "signed"}, "goes with mask_selection topk"),
+        ({"mask_selection": "threshold", "mask_rank_by": "signed"}, "mask_selection topk, .* not with threshold"),
+        ({"mask_preset": "deletion_tuning"}, "mask_selection topk, .* not with logit"),
     ],
 )
 def test_auto_is_refused_where_it_cannot_choose(changes, message, call, tmp_path):

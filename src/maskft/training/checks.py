@@ -6,7 +6,7 @@ from .. import runtime
 from ..errors import UserError
 from .arguments import TrainConfig
 from .launch import check_deepspeed, check_mask_sharding
-from .method_arguments import FIXED_MASK_METHODS, MethodArguments
+from .method_arguments import FIXED_MASK_METHODS, MethodArguments, mask_config
 
 
 def check_config(config: TrainConfig) -> None:
@@ -20,13 +20,8 @@ def check_config(config: TrainConfig) -> None:
     if method == "mask":
         check_mask_sharding()
     check_deepspeed(training.deepspeed)
-    if config.method.mask_sparsity_auto and config.mask.mask_selection != "topk":
-        raise UserError(
-            f"mask_sparsity_auto goes with mask_selection topk, which removes a given share, not with "
-            f"{config.mask.mask_selection}"
-        )
-    if config.method.mask_sparsity_auto and training.eval_strategy == "no":
-        raise UserError("mask_sparsity_auto chooses on held-out rows, and eval_strategy is no; set it to steps")
+    if config.method.mask_sparsity_auto:
+        _check_choice_of_size(config)
     # Fixed masks run on one of them, and preparing data on none.
     if method == "mask" and not config.data.prepare_only and training.n_gpu > 1:
         raise UserError(
@@ -46,6 +41,16 @@ def check_config(config: TrainConfig) -> None:
         raise UserError("mask_price is added to gradients that fp16 has scaled, so it would not count: use bf16")
     if config.data.prepare_only and config.data.prepared_data_dir is None:
         raise UserError("prepare_only has nowhere to put the rows; name a prepared_data_dir")
+
+
+def _check_choice_of_size(config: TrainConfig) -> None:
+    selection = mask_config(config.mask).selection
+    if selection != "topk":
+        raise UserError(
+            f"mask_sparsity_auto goes with mask_selection topk, which removes a given share, not with {selection}"
+        )
+    if config.training.eval_strategy == "no":
+        raise UserError("mask_sparsity_auto chooses on held-out rows, and eval_strategy is no; set it to steps")
 
 
 def check_method(args: MethodArguments) -> None:

@@ -229,7 +229,8 @@ def choose_sparsity(model, rows: Dataset, meter: RowMeter, parent: RowLosses) ->
 def set_sparsity(model, sparsity: float) -> None:
     """Remove another share by the scores as they are."""
     config = model.peft_config[ADAPTER]
-    config.sparsity, config.preset = sparsity, None  # a preset may stand for another share
+    config.sparsity, config.sparsity_ramp = sparsity, 0.0
+    config.preset = None  # it may stand for another share
     for layer in adapter_layers(model, ADAPTER).values():
         layer.mask_scores[ADAPTER].mul_(1)  # masked weights are kept until their scores are written to
 
