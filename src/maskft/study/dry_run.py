@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ..training.method_arguments import FIXED_MASK_METHODS
 from .execute import Study
 from .plan import Plan, StudyRun
 from .recipe import PRETRAINED, Facts
+from .tuning import MAX_DOUBLINGS, settings_text
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -38,27 +40,59 @@ def print_dry_run(plan: Plan, folder: str | Path, console: Console | None = None
     """Print what would run, from what, and what it takes; writes nothing."""
     console = console or Console()
     study = Study(Path(folder).absolute(), plan.recipe)
-    table = Table("run", "from", "tokens", "memory", "time", "state", title=plan.recipe.name)
+    plan = plan.again(study.heldout)
+    is_tuned = bool(plan.tunings)
+    table = Table(
+        *(["stage"] if is_tuned else []), "run", "from", "tokens", "memory", "time", "state", title=plan.recipe.name
+    )
     facts = {model: model_facts(plan.recipe.facts, model) for model in plan.recipe.models}
     estimates = {run.id: cost_of(plan, run, facts[run.model]) for run in plan.runs}
     for run in plan.runs:
         state = "finished" if study.is_done(run) else "to evaluate" if study.is_trained(run) else "to do"
-        parents = ", ".join(parent.id for parent in run.parents) or run.model
-        table.add_row(*map(Text, (run.id, parents, *_words(estimates[run.id]), state)))
+        if run.is_assumed:
+            state = f"waits for stage {run.stage - 1}"
+        parents = ", ".join(_shown_id(parent) for parent in run.parents) or run.model
+        stage = [str(run.stage)] if is_tuned else []
+        table.add_row(*map(Text, (*stage, _shown_id(run), parents, *_words(estimates[run.id]), state)))
     # Piped or in a log, nothing may be cut off.
     width = console if console.is_terminal else Console(file=console.file, width=200)
     width.print(table, markup=False)
-    left = [estimates[run.id] for run in plan.runs if not study.is_trained(run)]
+    ids = {run.id for run in plan.runs}  # a winner is one of the runs that were tried
+    left = [estimates[run_id] for run_id in {run.id: run for run in plan.runs if not study.is_trained(run)}]
     tokens, seconds = (
         None if any(value is None for value in values) else sum(values)
         for values in ([e.tokens for e in left], [e.seconds for e in left])
     )
     total = _words(Cost(tokens, None, seconds))
     width.print(
-        f"{len(plan.runs)} runs; training left: {total[0]} tokens, {total[2]}. Memory is weights, gradients and "
+        f"{len(ids)} runs; training left: {total[0]} tokens, {total[2]}. Memory is weights, gradients and "
         "optimizer of one process, without activations; evaluation comes on top of the time."
-        + _about_time(plan.recipe.facts),
+        + _about_time(plan.recipe.facts)
+        + _about_stages(plan),
         highlight=False,
+    )
+
+
+def _shown_id(run: StudyRun) -> str:
+    """Folder of a run and what is tried with it; no hash where its settings are still to be chosen."""
+    if run.is_assumed:
+        named = f"{run.id.rpartition('-')[0]}-?"
+        return f"{named} {settings_text(run.tried)}" if run.tried else named
+    return f"{run.id} {settings_text(run.tried)}" if run.tried else run.id
+
+
+def _about_stages(plan: Plan) -> str:
+    if not plan.tunings:
+        return ""
+    counts = Counter({run.id: run.stage for run in reversed(plan.runs)}.values())
+    stages = ", ".join(f"stage {stage}: {number}" for stage, number in sorted(counts.items()))
+    waits = " Costs of runs that wait are those of the first settings in each list." * any(
+        run.is_assumed for run in plan.runs
+    )
+    doubles = any(not tuned.is_settled and tuned.method.tune.double for tuned in plan.tunings)
+    more = f" Each `double` may take up to {MAX_DOUBLINGS - 1} more for each of its seeds." if doubles else ""
+    return (
+        f"\nRuns by stage: {stages}. A stage starts when the held-out losses of the one before are known.{waits}{more}"
     )
 
 

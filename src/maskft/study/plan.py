@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..files import digest, digest_file
 from ..models import model_identity
 from ..training.method_arguments import FIXED_MASK_METHODS, MASK_METHODS
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe
+from .tuning import Look, Trial, Tuned, check_test_rows, settings_text, tune
 
 MAX_RUNS = 1000
 BEST, LAST = "best", "last"
@@ -50,6 +52,10 @@ class StudyRun:
     start: StudyRun | None  # the run whose best checkpoint it starts from; None: the base model
     match: StudyRun | None  # the run whose mask gives a fixed mask its counts
     id: str  # folder name; ends with the hash
+    stage: int = 1  # one more than that of the runs whose losses choose its settings
+    is_assumed: bool = False  # settings, its own or of its parents, are still to be chosen; those here are a guess
+    tried: dict[str, Any] | None = None  # settings that tuning tries with this run, which is not evaluated
+    tuned: Tuned | None = None  # how its settings were chosen
 
     @property
     def hash(self) -> str:
@@ -78,8 +84,21 @@ class StudyRun:
         return f" [{', '.join(words)}]" if words else ""
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """Which of the run's models are kept."""
+        return (BEST, LAST) if self.method.last else (BEST,)
+
+    @property
+    def num_tried(self) -> int:
+        """Settings, or drawn masks, of which this is the best on held-out rows; 0: nothing was chosen."""
+        drawn = self.options.get("num_candidates", 1)
+        return len(self.tuned.trials) if self.tuned else drawn if drawn > 1 else 0
+
+    @property
     def labels(self) -> dict[str, str]:
-        """Role (``best``, ``last``) -> name in tables."""
+        """Role (``best``, ``last``) -> name in tables; empty for a run of tuning."""
+        if self.tried is not None:
+            return {}
         return dict(zip((BEST, LAST), (label + self.variant for label in self.method.labels), strict=False))
 
     @property
@@ -90,7 +109,8 @@ class StudyRun:
     @property
     def title(self) -> str:
         """Name of the run for people: method, grid values, seed."""
-        return f"{self.name}, seed {self.seed}"
+        tried = f", {settings_text(self.tried)}" if self.tried else ""
+        return f"{self.name}{tried}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -99,29 +119,51 @@ class Plan:
 
     recipe: Recipe
     runs: list[StudyRun]
+    defaults: dict[str, Any]
+    tunings: list[Tuned]
+
+    def again(self, look: Look) -> Plan:
+        """The plan as it is with the held-out losses that ``look`` knows by now."""
+        return build_plan(self.recipe, self.defaults, allow_many=True, look=look)
+
+    @property
+    def ready(self) -> Plan:
+        """The runs whose settings are known."""
+        return replace(self, runs=[run for run in self.runs if not run.is_assumed])
 
 
-def build_plan(recipe: Recipe, defaults: dict[str, Any], allow_many: bool = False) -> Plan:
+def build_plan(
+    recipe: Recipe, defaults: dict[str, Any], allow_many: bool = False, look: Look = lambda run: None
+) -> Plan:
     """Expand a recipe into runs.
+
+    Where settings are tuned and their runs are not finished, the first of each list is assumed to win.
 
     Args:
         recipe: The recipe.
         defaults: Every option of ``maskft train`` with its default; see ``cli.train.option_defaults``.
         allow_many: Whether more than 1,000 runs are meant.
+        look: Held-out loss of a run; None where it is not finished.
 
     Raises:
         UserError: If an option is unknown, or there are too many runs.
     """
     _check_options(recipe, defaults)
-    planner = _Planner(recipe, defaults | {"keep_worse": True})  # see execute.py
-    count = sum(1 for _ in planner.wanted())
+    check_test_rows(recipe)
+    planner = _Planner(recipe, defaults | {"keep_worse": True}, look)  # see execute.py
+    count = sum(1 for _ in planner.wanted()) + sum(
+        math.prod(map(len, method.tune.lists.values())) for method in recipe.methods.values() if method.tune
+    )
     if count > MAX_RUNS and not allow_many:
         raise UserError(f"the grid makes {count:,} runs, more than {MAX_RUNS:,}; pass --yes if that is meant")
     for model, method, axes, seed in planner.wanted():
         planner.run(model, method, axes, seed)
-    runs = list(planner.found.values())
-    _check_names(runs)
-    return Plan(recipe, runs)
+    finals = [run for run in planner.runs if run.tried is None]
+    _check_names(finals)
+    # The winner is one of the runs that were tried, from now on with an evaluation.
+    winners = {run.id for run in finals if not run.is_assumed}
+    runs = [run for run in planner.runs if run.tried is None or run.id not in winners]
+    return Plan(recipe, runs, defaults, list(planner.tunings.values()))
 
 
 @dataclass
@@ -130,7 +172,10 @@ class _Planner:
 
     recipe: Recipe
     defaults: dict[str, Any]
+    look: Look
     found: dict[tuple, StudyRun] = field(default_factory=dict)
+    tunings: dict[tuple, Tuned] = field(default_factory=dict)
+    runs: list[StudyRun] = field(default_factory=list)
 
     def wanted(self) -> Iterator[tuple[str, Method, dict, int]]:
         """Model, method, grid values and seed of every run."""
@@ -152,16 +197,56 @@ class _Planner:
     def run(self, model: str, method: Method, axes: dict, seed: int) -> StudyRun:
         """One run and, before it, those it is made from."""
         axes = {key: value for key, value in axes.items() if key in self.axes(method)}
-        key = (model, method.name, json.dumps([[*k, v] for k, v in axes.items()]), seed)
-        if key not in self.found:
-            start, match = (
-                None if name is None else self.parent(model, name, axes, seed) for name in (method.start, method.match)
-            )
-            options = _options(self.recipe, method, axes, seed, match)
-            name = f"{_slug(method.name)}-s{seed}" if method.method != PRETRAINED else _slug(method.name)
-            run_id = f"{name}-{self.hash(model, method, options, start, match)}"
-            self.found[key] = StudyRun(method, model, seed, axes, options, start, match, run_id)
-        return self.found[key]
+        place = (model, method.name, json.dumps([[*k, v] for k, v in axes.items()]))
+        if (*place, seed) not in self.found:
+            tuned = None
+            if method.tune:
+                if place not in self.tunings:
+                    self.tunings[place] = self.tune(model, method, axes)
+                tuned = self.tunings[place]
+            self.found[*place, seed] = self.make(model, method, axes, seed, tuned=tuned)
+        return self.found[*place, seed]
+
+    def make(
+        self, model: str, method: Method, axes: dict, seed: int, tuned: Tuned | None = None, trial: Trial | None = None
+    ) -> StudyRun:
+        """One run, with the settings that won or, for a trial, that are tried."""
+        start, match = (
+            None if name is None else self.parent(model, name, axes, seed) for name in (method.start, method.match)
+        )
+        chosen = trial.settings if trial else tuned.winner.settings if tuned else {}
+        options = _options(self.recipe, method, axes, seed, match, chosen)
+        name = f"{_slug(method.name)}-s{seed}" if method.method != PRETRAINED else _slug(method.name)
+        parents = [run for run in (start, match) if run is not None]
+        waits = trial.is_assumed if trial else tuned is not None and not tuned.is_settled
+        run = StudyRun(
+            method,
+            model,
+            seed,
+            axes,
+            options,
+            start,
+            match,
+            id=f"{name}-{self.hash(model, method, options, start, match)}",
+            stage=max([trial.stage if trial else tuned.stage + 1 if tuned else 1, *(run.stage for run in parents)]),
+            is_assumed=waits or any(run.is_assumed for run in parents),
+            tried=chosen if trial else None,
+            tuned=tuned,
+        )
+        self.runs.append(run)
+        return run
+
+    def tune(self, model: str, method: Method, axes: dict) -> Tuned:
+        """Try the settings of ``method.tune``, as far as what is finished tells which these are."""
+        seeds = self.seeds(method)
+        seeds = [seed for seed in self.recipe.tune_seeds or seeds[:1] if seed in seeds] or seeds[:1]
+
+        def runs_of(trial: Trial) -> list[StudyRun]:
+            return [self.make(model, method, axes, seed, trial=trial) for seed in seeds]
+
+        parent = self.parent(model, method.start, axes, seeds[0]).options if method.start else {}
+        own = _options(self.recipe, method, axes, seeds[0], None)
+        return tune(method, self.defaults | own, self.defaults | parent, runs_of, self.look)
 
     def parent(self, model: str, name: str, axes: dict, seed: int) -> StudyRun:
         """The run of the method ``name`` with the same seed, else its only one."""
@@ -205,12 +290,15 @@ def _check_names(runs: list[StudyRun]) -> None:
 # Options
 
 
-def _options(recipe: Recipe, method: Method, axes: dict, seed: int, match: StudyRun | None) -> dict[str, Any]:
-    """Options of ``maskft train``: the study's, the data's, the method's, the grid's; the later win."""
+def _options(
+    recipe: Recipe, method: Method, axes: dict, seed: int, match: StudyRun | None, chosen: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """Options of ``maskft train``: the study's, the data's, the method's, the grid's, the chosen; the later win."""
     if method.method == PRETRAINED:
         return {}
     is_mask = method.method in MASK_METHODS
     own = method.options | {option: value for (name, option), value in axes.items() if name == method.name}
+    own |= chosen
     options = {key: value for key, value in recipe.train.items() if is_mask or not key.startswith("mask_")}
     options |= recipe.data[method.data or next(iter(recipe.data))].options | {"seed": seed}
     options |= {"mask_seed": seed} if is_mask else {}
@@ -237,6 +325,9 @@ def _check_options(recipe: Recipe, defaults: dict[str, Any]) -> None:
     """Refuse a name that ``maskft train`` does not know, wherever it stands."""
     shared = {"train": recipe.train} | {f"data {name!r}": data.options for name, data in recipe.data.items()}
     own = {f"method {method.name!r}": method.options for method in recipe.methods.values()}
+    for method in (method for method in recipe.methods.values() if method.tune):
+        tried = [*method.tune.grid, *([method.tune.double] if method.tune.double else [])]
+        own[f"tune of method {method.name!r}"] = dict.fromkeys(tried)
     own |= {f"grid {'.'.join(axis)!r}": {axis[1]: None} for axis in recipe.axes}
     for where, options in (shared | own).items():
         refused = dict(_NOT_IN_A_RECIPE)
@@ -252,7 +343,12 @@ def _check_options(recipe: Recipe, defaults: dict[str, Any]) -> None:
         if where in shared and options.get("learning_rate") == CURRENT_RATE:
             raise UserError(f"{where} sets learning_rate: {CURRENT_RATE}, which is for a method with `from`")
     for name, method in recipe.methods.items():
-        rates = [method.options.get("learning_rate"), *recipe.axes.get((name, "learning_rate"), ())]
+        tried = method.tune.grid.get("learning_rate") if method.tune else None
+        rates = [
+            method.options.get("learning_rate"),
+            *(tried if isinstance(tried, list) else []),
+            *recipe.axes.get((name, "learning_rate"), ()),
+        ]
         if CURRENT_RATE in rates and (method.start is None or recipe.methods[method.start].method != "full"):
             raise UserError(
                 f"method {name!r} has learning_rate {CURRENT_RATE!r} but is not `from` a full fine-tuning whose rate "

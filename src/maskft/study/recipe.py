@@ -72,6 +72,32 @@ class Data(SectionWithOptions):
         return self
 
 
+class TimesParent(Section):
+    """Values of an option as multiples of the value that the method's ``from`` has."""
+
+    times_parent: Annotated[list[Number], Field(min_length=1)]
+
+
+class Tuning(Section):
+    """Section ``tune`` of a method: options of ``maskft train`` whose values the held-out rows choose."""
+
+    grid: dict[str, Annotated[list, Field(min_length=1)] | TimesParent] = {}  # in the file: keys beside `double`
+    double: str | None = None  # the option, such as num_train_epochs, that the winner is given twice as much of
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_grid(cls, section: Any) -> Any:
+        if not isinstance(section, dict) or not set(section) - {"double"}:
+            raise ValueError("write `tune: {OPTION: [VALUE, VALUE]}`")
+        given = {"double": section["double"]} if "double" in section else {}
+        return {"grid": {str(key): value for key, value in section.items() if key != "double"}, **given}
+
+    @property
+    def lists(self) -> dict[str, list]:
+        """Option -> what stands in its list, values or multiples of the parent's."""
+        return {key: v.times_parent if isinstance(v, TimesParent) else v for key, v in self.grid.items()}
+
+
 class Method(SectionWithOptions):
     """One line of the table: what is trained, from which model, with which options."""
 
@@ -79,6 +105,7 @@ class Method(SectionWithOptions):
     method: Literal[(PRETRAINED, *METHODS)]
     start: str | None = Field(default=None, alias="from")  # the method whose best checkpoint it starts from
     match: str | None = None  # the learned mask whose counts a fixed mask takes
+    tune: Tuning | None = None
     data: str | None = None  # None: the recipe's first
     last: str | None = None  # name of the model at the end of training beside the best one; None: not kept
     seeds: Seeds | None = None  # None: those of the study
@@ -92,6 +119,11 @@ class Method(SectionWithOptions):
             raise ValueError(f"last is {self.last!r}, and {self.method} has no end of training; drop it")
         if self.match and self.method not in FIXED_MASK_METHODS:
             raise ValueError(f"match is {self.match!r}, which is for {', '.join(FIXED_MASK_METHODS)}; drop it")
+        if self.tune and self.method in FIXED_MASK_METHODS:
+            raise ValueError(f"tune is for methods that are trained, and {self.method} is not; drop it")
+        twice = next((option for option in self.tune.grid if option in self.options), None) if self.tune else None
+        if twice:
+            raise ValueError(f"{twice} stands both in tune and beside it; drop one")
         return self
 
     @property
@@ -143,6 +175,7 @@ class Recipe(Section):
     methods: Methods
     train: Annotated[Options, AfterValidator(lambda options: as_text(options))] = {}  # for all methods
     seeds: Seeds = [0]
+    tune_seeds: Seeds | None = None  # whose held-out losses choose what is under `tune`; None: the first of `seeds`
     grid: dict[str, Annotated[list, Field(min_length=1)]] = {}  # METHOD.OPTION -> values
     evaluation: Options = {}  # of `maskft evaluate`; in the file those of held-out data stand under `heldout`
     baseline: str | None = None  # name in tables of what all are compared with
@@ -206,6 +239,8 @@ class Recipe(Section):
         labels = [label for method in self.methods.values() for label in method.labels]
         lists = {"models": self.models, "seeds": self.seeds, "methods and their `last`": labels}
         lists |= {f"grid {key!r}": values for key, values in self.grid.items()}
+        for method in (method for method in self.methods.values() if method.tune):
+            lists |= {f"methods.{method.name}.tune.{key}": values for key, values in method.tune.lists.items()}
         lists |= {f"seeds of method {name!r}": method.seeds or [] for name, method in self.methods.items()}
         for where, values in lists.items():
             twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
@@ -217,9 +252,14 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _is_made_from_what_is_there(self) -> Recipe:
         for key in self.grid:
-            name, dot, _ = key.rpartition(".")
+            name, dot, option = key.rpartition(".")
             if not dot or name not in self.methods:
                 raise ValueError(f"grid: {key!r} must be METHOD.OPTION{did_you_mean(name, self.methods)}")
+            if (tune := self.methods[name].tune) and option in tune.grid:
+                raise ValueError(f"grid: {key!r} stands in the method's tune too; drop one")
+        for seed in self.tune_seeds or []:
+            if seed not in self.seeds:
+                raise ValueError(f"tune_seeds has {seed}, which is none of the seeds {self.seeds}; add it there")
         for name, method in self.methods.items():
             _check_known(f"methods.{name}.from", method.start, self.methods)
             _check_known(f"methods.{name}.match", method.match, self.methods)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from .execute import Study, Tick, make, prepare_base, prepare_data
 from .plan import Plan, StudyRun
 from .process import last_line
 from .summary import summarise
+from .tuning import Heldout
 
 LOCK_WAIT_S = 30  # a killed study's child needs a moment to end
 
@@ -38,22 +40,52 @@ def run_study(plan: Plan, folder: str | Path, launcher: str = "local", console: 
     console = console or Console()
     with locked(folder) as (folder, lock_fd):
         study = Study(folder, plan.recipe, lock_fd)
-        failed = make_all(study, plan, launcher, console)
+        plan, failed = make_stages(study, plan, launcher, console)
         console.print(summarise(study, plan), highlight=False, markup=False, soft_wrap=True)
         table = folder / files.STUDY_TABLE.format(plan.recipe.name)
         console.print(f"table: {table}\nresults: {folder / files.RESULTS}", highlight=False, soft_wrap=True)
     refuse_failed(failed)
 
 
-def make_all(study: Study, plan: Plan, launcher: str, console: Console) -> dict[StudyRun, str]:
+def make_stages(study: Study, plan: Plan, launcher: str, console: Console) -> tuple[Plan, dict[StudyRun, str]]:
+    """Make the runs whose settings are known, choose from their held-out losses those of others, and so on.
+
+    Returns:
+        The plan as it has become, and the runs that failed, with the reason.
+    """
+    reasons: dict[str, str] = {}
+
+    def look(run: StudyRun) -> Heldout | None:
+        return Heldout(math.inf) if run.id in reasons else study.heldout(run)
+
+    while True:
+        plan = plan.again(look)
+        failed = make_all(study, plan.ready, launcher, console, reasons)
+        reasons |= {run.id: reason for run, reason in failed.items()}
+        if len(plan.ready.runs) == len(plan.runs):
+            return plan, failed
+
+
+def make_all(
+    study: Study, plan: Plan, launcher: str, console: Console, failed_before: Mapping[str, str] = {}
+) -> dict[StudyRun, str]:
     """Make every run that is not finished; returns those that failed, with the reason.
+
+    Args:
+        study: Where.
+        plan: The runs.
+        launcher: ``local`` or ``ray``.
+        console: Where to print.
+        failed_before: Id -> reason of the runs that are not tried again.
 
     Raises:
         UserError: For a mistake in the data of any run, before the first is made.
     """
     board = Board(study, plan, console)
-    todo = [run for run in plan.runs if not study.is_done(run)]
-    console.print(f"{len(plan.runs)} runs, {len(plan.runs) - len(todo)} finished before", highlight=False)
+    board.failed = {run: failed_before[run.id] for run in plan.runs if run.id in failed_before}
+    todo = [run for run in plan.runs if run not in board.failed and not study.is_done(run)]
+    num_finished = len(plan.runs) - len(todo) - len(board.failed)
+    console.print(f"{len(plan.runs)} runs, {num_finished} finished before", highlight=False)
     with board:
         if todo:
             prepare_base(study, todo, board.tick)

@@ -39,9 +39,12 @@ def summarise(study: Study, plan: Plan) -> str:
         results, notes = without_repeats(results, study.recipe.baseline)
         text, table, record = _of_one_model(results, study.recipe.baseline)
         notes += unchanged_notes(results)
+        tunings = [tuned for tuned in plan.tunings if tuned.trials[0].runs[0].model == model and tuned.is_settled]
+        notes += [f"Tuned: {tuned}." for tuned in tunings]
+        num_tried = {label: run.num_tried for run in plan.runs if run.model == model for label in run.labels.values()}
         texts.append("\n".join([f"{name}\n{text}", *map(wrap, notes)]))
-        markdown += [f"## {name}", "", table, _accounts(results), "", *(f"- {note}" for note in notes), ""]
-        models[name] = record
+        markdown += [f"## {name}", "", table, _accounts(results, num_tried), "", *(f"- {note}" for note in notes), ""]
+        models[name] = record | ({"tuning": [tuned.to_dict() for tuned in tunings]} if tunings else {})
     name = study.recipe.name
     write_text(
         study.folder / files.SUMMARY.format(name), json.dumps({"study": name, "models": models}, indent=1) + "\n"
@@ -123,13 +126,18 @@ def unchanged_notes(results: list[Result]) -> list[str]:
     return notes
 
 
-def _accounts(results: list[Result]) -> str:
-    """Epochs and tokens of each model, its own and with what it was made from (paper, Tables 8 and 9)."""
+def _accounts(results: list[Result], num_tried: dict[str, int]) -> str:
+    """Epochs and tokens of each model, its own and with what it was made from (paper, Tables 8 and 9).
+
+    Where anything was tuned, ``tuned`` counts the settings of which a model's are the best on held-out rows.
+    """
     columns = ("model", "seed", "best step", "epochs", "tokens", "epochs in all", "tokens in all")
+    is_tuned = any(num_tried.values())
     rows = []
     for result in results:
         study = result["study"]
         step = f"{study['best_step']} of {study['num_steps']}" if study["num_steps"] else "–"
         counts = (f"{study[key]:{'.2f' if 'epochs' in key else '.3g'}}" for key in _ACCOUNTS)
-        rows.append((result["name"], str(result["model"]["seed"]), step, *counts))
-    return draw(Table(columns, rows), "markdown").rstrip("\n")
+        tried = [str(num_tried.get(result["name"]) or "–")] if is_tuned else []
+        rows.append((result["name"], str(result["model"]["seed"]), step, *counts, *tried))
+    return draw(Table((*columns, *(["tuned"] if is_tuned else [])), rows), "markdown").rstrip("\n")

@@ -1,0 +1,181 @@
+"""Tuning: stages follow from held-out losses, and from nothing else."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from maskft import files
+from maskft.cli.main import main
+from maskft.cli.study import check
+from maskft.errors import UserError
+from maskft.study.recipe import parse_recipe
+from maskft.study.tuning import MAX_DOUBLINGS, Heldout
+
+RATES = [1e-3, 1e-2]
+
+
+@pytest.fixture
+def content(base, data, tmp_path):
+    """A recipe whose full fine-tuning is tuned over rates, with a restart and masks made from the winner."""
+    test_rows = tmp_path / "test.jsonl"
+    test_rows.write_text("".join(reversed(data.read_text().splitlines(keepends=True)[:9])))
+    full = {"method": "full", "max_steps": 2, "tune": {"learning_rate": RATES}}
+    options = "bf16 gradient_checkpointing dataloader_pin_memory".split()
+    return {
+        "version": 1,
+        "name": "small",
+        "model": str(base),
+        "seeds": [0, 1],
+        "data": {"sums": {"dataset_name": str(data), "eval_split_size": 16, "tokens_per_row": 5}},
+        "train": {"eval_steps": 2, "save_steps": 2, "report_to": "none", **dict.fromkeys(options, False)},
+        "methods": {"full": full, "mask": {"method": "mask", "from": "full", "max_steps": 2}},
+        "evaluation": {"heldout": {"dataset_name": str(test_rows)}, "no_generate": True},
+    }
+
+
+def plan_of(content, look=lambda run: None):
+    return check(parse_recipe(content)).again(look)
+
+
+def looks(losses):
+    """Held-out losses by what is tried."""
+    return lambda run: Heldout(losses[tuple(run.tried.values())]) if run.tried else Heldout(0.0)
+
+
+def test_what_follows_from_tuning_waits_and_then_has_the_winner_as_parent(content):
+    plan = plan_of(content)
+    ready = [(run.name, run.seed, run.tried) for run in plan.ready.runs]
+    assert ready == [("full", 0, {"learning_rate": rate}) for rate in RATES], "first seed alone, not evaluated"
+    assert all(run.labels == {} and run.stage == 1 for run in plan.ready.runs)
+    assert {(run.name, run.seed) for run in plan.runs if run.is_assumed} == {
+        ("full", 0), ("full", 1), ("mask", 0), ("mask", 1)
+    }  # fmt: skip
+    for winner, losses in ((1e-3, (1.0, 2.0)), (1e-2, (2.0, 1.0))):
+        tuned = plan_of(content, looks({(rate,): loss for rate, loss in zip(RATES, losses, strict=True)}))
+        assert not any(run.is_assumed for run in tuned.runs)
+        finals = [run for run in tuned.runs if run.tried is None]
+        assert [(run.name, run.seed, run.stage) for run in finals] == [
+            ("full", 0, 2), ("full", 1, 2), ("mask", 0, 2), ("mask", 1, 2)
+        ]  # fmt: skip
+        assert all(run.options["learning_rate"] == winner for run in finals[:2])
+        assert [run.start for run in finals[2:]] == finals[:2]
+        # The winner of the first seed is the run that was tried; it is made once.
+        tried = {run.tried["learning_rate"]: run.id for run in plan.ready.runs}
+        assert finals[0].id == tried[winner] and len({run.id for run in tuned.runs}) == len(tuned.runs) == 5
+    assert [run.num_tried for run in finals] == [2, 2, 0, 0]
+
+
+def test_several_seeds_choose_by_their_mean_and_a_failed_run_loses(content):
+    content["tune_seeds"] = [0, 1]
+    losses = {(1e-3, 0): 1.0, (1e-3, 1): 3.0, (1e-2, 0): 2.0, (1e-2, 1): 1.5}
+    plan = plan_of(content, lambda run: Heldout(losses[run.tried["learning_rate"], run.seed]))
+    assert plan.tunings[0].winner.settings == {"learning_rate": 1e-2} and plan.tunings[0].winner.loss == 1.75
+    losses[1e-2, 1] = math.inf
+    plan = plan_of(content, lambda run: Heldout(losses[run.tried["learning_rate"], run.seed]))
+    assert plan.tunings[0].winner.settings == {"learning_rate": 1e-3}
+    assert plan.tunings[0].to_dict()["trials"][1]["heldout_loss"] is None
+
+
+def rows(values):
+    return Heldout(sum(values) / len(values), {str(n): (value, 2) for n, value in enumerate(values)})
+
+
+@pytest.mark.parametrize(
+    ("held", "steps"),
+    [
+        # steps -> held-out losses of rows: the gain must exceed its standard error.
+        ({2: [2, 2, 2], 4: [1, 1.1, 1], 8: [0.9, 1.3, 0.8]}, 4),
+        ({2: [2, 2, 2], 4: [3, 3, 3]}, 2),
+        ({2: [5, 5], 4: [4, 4.1], 8: [3, 3.1], 16: [2, 2.1]}, 16),
+        # Without losses of rows: 0.005 nats.
+        ({2: 1.0, 4: 0.9, 8: 0.896}, 4),
+    ],
+)
+def test_the_winner_is_doubled_until_that_gains_less_than_its_standard_error(content, held, steps):
+    content["methods"]["full"]["tune"]["double"] = "max_steps"
+
+    def look(run):
+        if run.tried["learning_rate"] == 1e-3:
+            return Heldout(9.0)
+        found = held[run.options["max_steps"]]
+        return rows(found) if isinstance(found, list) else Heldout(found)
+
+    plan = plan_of(content, look)
+    (tuned,) = plan.tunings
+    assert tuned.is_settled and len(tuned.trials) == 1 + len(held) <= 2 + MAX_DOUBLINGS
+    final = next(run for run in plan.runs if run.name == "mask")
+    assert final.start.options["max_steps"] == steps and final.stage == 1 + len(held)
+    # As long as the first doubling is not finished, what follows waits.
+    waiting = plan_of(content, lambda run: None if run.options["max_steps"] == 4 else look(run))
+    assert [run.tried["max_steps"] for run in waiting.ready.runs if run.stage == 2] == [4]
+    assert all(run.is_assumed for run in waiting.runs if run.tried is None)
+
+
+def test_rates_can_be_multiples_of_the_parents_tuned_one(content):
+    restart = {"method": "full", "from": "full", "tune": {"learning_rate": {"times_parent": [0.5, 2]}}}
+    content["methods"]["restart"] = restart
+    losses = {(1e-3,): 2.0, (1e-2,): 1.0, (5e-3,): 1.0, (2e-2,): 0.5}
+    plan = plan_of(content, looks(losses))
+    assert [run.options["learning_rate"] for run in plan.runs if run.name == "restart" and not run.tried] == [2e-2] * 2
+    assert next(run for run in plan.runs if run.name == "restart" and not run.tried).stage == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["evaluation"]["heldout"].update(dataset_name=c["data"]["sums"]["dataset_name"]), "reports on"),
+        (
+            lambda c: c["data"]["sums"].update(eval_dataset_name=c["evaluation"]["heldout"]["dataset_name"]),
+            "which evaluation reports on",
+        ),
+        (lambda c: c["data"]["sums"].update(eval_dataset_name="openai/gsm8k"), "the split 'test' of 'openai/gsm8k'"),
+        (lambda c: c["methods"]["full"].update(learning_rate=1.0), "stands both in tune and beside it"),
+        (lambda c: c["methods"]["full"].update(tune={}), "write `tune:"),
+        (lambda c: c["methods"]["full"].update(tune={"rate": [1]}), "unknown option 'rate'"),
+        (lambda c: c["methods"]["full"]["tune"].update(double="rate"), "unknown option 'rate'"),
+        (lambda c: c["methods"]["full"]["tune"].update(double="optim"), "cannot double optim"),
+        (lambda c: c["methods"]["full"]["tune"].update(learning_rate=[1.0, 1.0]), "stands there twice"),
+        (lambda c: c.update(tune_seeds=[7]), "none of the seeds"),
+        (lambda c: c.update(grid={"full.learning_rate": [1.0]}), "in the method's tune too"),
+        (
+            lambda c: c["methods"].update(l1={"method": "l1_mask", "from": "full", "tune": {"num_candidates": [1]}}),
+            "l1_mask is not",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(content, change, message):
+    change(content)
+    with pytest.raises(UserError, match=message):
+        plan_of(content)
+
+
+def test_a_tuned_study_runs_in_stages_and_resumes(content, tmp_path, capsys):
+    content |= {"seeds": [0]}
+    content["methods"]["mask"] |= {"tune": {"mask_sparsity": [0.1, 0.3]}}
+    file, folder = tmp_path / "study.yaml", tmp_path / "study"
+    file.write_text(yaml.safe_dump(content))
+    assert main(["study", str(file), "--output_dir", str(folder), "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "4 runs; training left" in said and "stage 1: 2, stage 2: 2" in said
+    assert main(["study", str(file), "--output_dir", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "is the best of 2 on held-out rows" in said
+    summary = json.loads((folder / files.SUMMARY.format("small")).read_text())
+    tunings = next(iter(summary["models"].values()))["tuning"]
+    for tuned in tunings:
+        assert tuned["num_runs"] == 2
+        losses = {trial["heldout_loss"]: trial["settings"] for trial in tuned["trials"]}
+        for trial in tuned["trials"]:
+            (run,) = trial["runs"]
+            record = json.loads((folder / files.RUNS / run / files.TRAINING).read_text())
+            assert trial["heldout_loss"] == record["summary"]["best_loss"]
+        assert tuned["winner"] == losses[min(losses)]
+    assert len(list((folder / files.RUNS).iterdir())) == 4, "the winner of each is one of the two tried"
+    assert len(list((folder / files.RESULTS).iterdir())) == 2, "only winners are evaluated"
+    assert "| tuned |" in (folder / files.STUDY_TABLE.format("small")).read_text()
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("r*/**/*")}
+    assert main(["study", str(file), "--output_dir", str(folder)]) == 0
+    assert "4 runs, 4 finished before" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("r*/**/*")}
