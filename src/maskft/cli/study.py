@@ -72,7 +72,8 @@ def start(plan: Plan, folder: str | Path, launcher: str = "local") -> None:
     if launcher == "ray" and importlib.util.find_spec("ray") is None:
         raise UserError("--launcher ray needs Ray; run: pip install 'maskft[ray]'")
     try:
-        evaluate.check_inputs(_evaluation_args(plan.recipe))
+        for args in _evaluation_args(plan.recipe):
+            evaluate.check_inputs(args)
     except UserError as error:
         raise UserError(f"evaluation: {error}") from None
     run_study(plan, folder, launcher)
@@ -133,8 +134,13 @@ def _check_layers(plan: Plan, models: list[str]) -> None:
         check_layers([run for run in plan.runs if run.model == model], config.get_text_config().num_hidden_layers)
 
 
-def _evaluation_args(recipe: Recipe) -> argparse.Namespace:
+def _evaluation_args(recipe: Recipe) -> list[argparse.Namespace]:
     """The recipe's options of ``maskft evaluate``, parsed; what that would refuse is refused."""
+    before = {f"evaluation.before.{name}": options for name, options in recipe.before.items()}
+    return [_parsed_evaluation(*given) for given in ({"evaluation": recipe.evaluation} | before).items()]
+
+
+def _parsed_evaluation(where: str, options: dict) -> argparse.Namespace:
     from ..study.execute import evaluation_words
     from . import evaluate
     from .main import OneLineParser
@@ -143,12 +149,12 @@ def _evaluation_args(recipe: Recipe) -> argparse.Namespace:
     evaluate.add_arguments(parser)
     ours = {"model_name_or_path", "adapter", "name", "seed", "output_dir", "overwrite", "help"}
     known = {action.dest for action in parser._actions} - ours
-    for option in recipe.evaluation:
+    for option in options:
         if option not in known:
-            raise UserError(f"evaluation has an unknown option {option!r}{did_you_mean(option, known)}")
+            raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(option, known)}")
     try:
-        args = parser.parse_args(["--output_dir", "any", *evaluation_words(recipe.evaluation)])
+        args = parser.parse_args(["--output_dir", "any", *evaluation_words(options)])
         evaluate.read(args)
     except UserError as error:
-        raise UserError(f"evaluation: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     return args

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..estimate.ledger import OPTIMIZER_BYTES, kept_bytes, layer_passes, num_train_rows
-from ..training.method_arguments import FIXED_MASK_METHODS
+from ..training.method_arguments import UNTRAINED_METHODS
 from .execute import Study
 from .plan import Plan, StudyRun
 from .recipe import PRETRAINED, Facts
@@ -126,7 +126,7 @@ def _in_units(value: float, units: tuple[tuple[str, float, int], ...]) -> str:
 
 def cost_of(plan: Plan, run: StudyRun, facts: Facts) -> Cost:
     """Estimate one run from its options, the data's size and facts about the model."""
-    if run.method.method == PRETRAINED or run.method.method in FIXED_MASK_METHODS:
+    if run.method.method == PRETRAINED or run.method.method in UNTRAINED_METHODS:
         options = plan.recipe.evaluation if run.method.method == PRETRAINED else run.options
         return Cost(0, facts.num_parameters and facts.num_parameters * _dtype_bytes(options, facts), 0.0)
     tokens = _tokens(plan, run)

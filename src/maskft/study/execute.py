@@ -20,9 +20,9 @@ from pathlib import Path
 from .. import files
 from ..data.arguments import TEMPLATE, DataArguments
 from ..errors import UserError
-from ..results.schema import DOMAINS, read_result, write_result
+from ..results.schema import DOMAINS, Result, read_result, write_result
 from ..runtime import environment
-from ..training.method_arguments import FIXED_MASK_METHODS, MASK_METHODS
+from ..training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS
 from .plan import BEST, LAST, StudyRun, data_hash, evaluation_id, evaluation_identity
 from .process import command_words, run_command
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe
@@ -64,7 +64,7 @@ class Study:
 
     @cached_property
     def _evaluation(self) -> dict:
-        return evaluation_identity(self.recipe.evaluation)
+        return evaluation_identity(self.recipe.evaluation, self.recipe.before)
 
     def base(self, run: StudyRun) -> str:
         """The base model as the commands take it; the embedded one is unpacked once, for all runs."""
@@ -182,6 +182,8 @@ def _train_options(study: Study, run: StudyRun) -> dict:
         "output_dir": str(study.run_folder(run)),
         "resume_from_checkpoint": "auto",
         "match_adapter": None if run.match is None else study.model(run.match, BEST),
+        "before_model": study.start(run.start) if run.method.method in COMBINED_METHODS else None,
+        **{option: study.model(mask, BEST) for option, mask in run.masks.items()},
         "prepared_data_dir": str(study.folder / files.PREPARED),
         "keep_worse": True if run.method.method == "mask" else None,  # a study compares masks, also bad ones
         **run.options,
@@ -199,7 +201,7 @@ def _train_options(study: Study, run: StudyRun) -> dict:
 def launch_words(recipe: Recipe, run: StudyRun) -> list[str]:
     """The command up to the options of ``maskft train``."""
     launch = recipe.launch
-    if run.method.method in FIXED_MASK_METHODS:
+    if run.method.method in UNTRAINED_METHODS:
         return [*_PYTHON, "train"]  # nothing is trained
     if launch.command:
         return [*shlex.split(launch.command), *_PYTHON[1:], "train"]
@@ -221,12 +223,22 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
     """Evaluate one of the run's models, or copy the result of the same model where there is one."""
     target = study.result_file(run, role)
     file = next((file for file in _results_of_the_same(study, run, role) if file.is_file()), None)
-    if file is None:
-        file = partial_folder(target) / files.RESULT
-        if not file.is_file():
-            words = [*_PYTHON, "evaluate", *evaluation_words(_evaluate_options(study, run, role, file.parent))]
-            study.call(words, study.run_folder(run) / files.LOG, tick)
-    result, record = read_result(file) | {"name": run.labels[role]}, study.record(run)
+
+    def measured(folder: Path, options: dict) -> Result:
+        """Result of one call of ``maskft evaluate``, made unless it is there."""
+        if not (folder / files.RESULT).is_file():
+            words = evaluation_words(_model_options(study, run, role, folder) | options)
+            study.call([*_PYTHON, "evaluate", *words], study.run_folder(run) / files.LOG, tick)
+        return read_result(folder / files.RESULT)
+
+    if file is not None:
+        result = read_result(file)
+    else:
+        result = measured(partial_folder(target), study.recipe.evaluation)
+        for number, (name, options) in enumerate(study.recipe.before.items()):
+            earlier = measured(partial_folder(target) / f"before-{number}", options)
+            result["tasks"] |= {f"before: {name}": earlier["tasks"]["heldout"]}
+    result, record = result | {"name": run.labels[role]}, study.record(run)
     # A folder of weights alone, as of the pre-trained model or of the end of training, does not tell its method.
     result["model"] |= {"seed": run.seed, "method": run.method.method}
     result["training"] = _training_block(study, run, role, record)
@@ -257,7 +269,8 @@ def _results_of_the_same(study: Study, run: StudyRun, role: str) -> list[Path]:
     ]
 
 
-def _evaluate_options(study: Study, run: StudyRun, role: str, folder: Path) -> dict:
+def _model_options(study: Study, run: StudyRun, role: str, folder: Path) -> dict:
+    """Options of ``maskft evaluate`` that say what is evaluated and where the result goes."""
     model = study.model(run, role)
     is_adapter = run.method.method in (*MASK_METHODS, "lora")
     return {
@@ -266,7 +279,6 @@ def _evaluate_options(study: Study, run: StudyRun, role: str, folder: Path) -> d
         "name": run.labels[role],
         "seed": run.seed,
         "output_dir": str(folder),
-        **study.recipe.evaluation,
     }
 
 
@@ -313,4 +325,6 @@ def is_control(recipe: Recipe, run: StudyRun) -> bool:
 
     first = next(other for other in recipe.methods.values() if kind(other) == kind(method))
     continued = method.method in ("full", "lora") and run.start is not None and run.start.method.method != PRETRAINED
-    return bool(method.method == "wanda_mask" or continued or run.axes or first.name != method.name)
+    return bool(
+        method.method in ("wanda_mask", *COMBINED_METHODS) or continued or run.axes or first.name != method.name
+    )

@@ -21,8 +21,8 @@ from ..data.prepared import data_identity
 from ..errors import UserError, did_you_mean
 from ..files import digest, digest_file
 from ..models import model_identity
-from ..training.method_arguments import FIXED_MASK_METHODS, MASK_METHODS
-from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe
+from ..training.method_arguments import MASK_METHODS, UNTRAINED_METHODS
+from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Options, Recipe
 from .tuning import Look, Trial, Tuned, check_test_rows, settings_text, tune
 
 MAX_RUNS = 1000
@@ -32,7 +32,15 @@ _HASH_LENGTH = 10
 _PLACES = ("mask_layers_to_transform", "mask_layers_pattern", "mask_target_modules", "mask_exclude_modules")
 _LAYERS = ("mask_layers_to_transform", "partial_layers")
 # Options of `maskft train` that a recipe cannot give, and what to do instead.
-_OF_THE_STUDY = ("method", "model_name_or_path", "output_dir", "resume_from_checkpoint", "match_adapter")
+_OF_THE_STUDY = (
+    "method",
+    "model_name_or_path",
+    "output_dir",
+    "resume_from_checkpoint",
+    "match_adapter",
+    "start_mask",
+    "keep_mask",
+)
 _NOT_IN_A_RECIPE = {
     **dict.fromkeys((*_OF_THE_STUDY, "prepared_data_dir", "prepare_only"), "the study itself decides that; drop it"),
     "keep_last": "give the methods whose end is kept `last: NAME`",
@@ -51,6 +59,7 @@ class StudyRun:
     options: dict[str, Any]  # of `maskft train`, without paths and model
     start: StudyRun | None  # the run whose best checkpoint it starts from; None: the base model
     match: StudyRun | None  # the run whose mask gives a fixed mask its counts
+    masks: dict[str, StudyRun]  # `start_mask` or `keep_mask` -> the run whose mask that is
     id: str  # folder name; ends with the hash
     stage: int = 1  # one more than that of the runs whose losses choose its settings
     is_assumed: bool = False  # settings, its own or of its parents, are still to be chosen; those here are a guess
@@ -65,7 +74,7 @@ class StudyRun:
     @property
     def parents(self) -> list[StudyRun]:
         """The runs that must be finished before this one starts."""
-        return [run for run in (self.start, self.match) if run is not None]
+        return [run for run in (self.start, self.match, *self.masks.values()) if run is not None]
 
     @property
     def variant(self) -> str:
@@ -91,8 +100,10 @@ class StudyRun:
     @property
     def num_tried(self) -> int:
         """Settings, or drawn masks, of which this is the best on held-out rows; 0: nothing was chosen."""
+        if self.tuned:
+            return len(self.tuned.trials)
         drawn = self.options.get("num_candidates", 1)
-        return len(self.tuned.trials) if self.tuned else drawn if drawn > 1 else 0
+        return drawn if drawn > 1 else 0
 
     @property
     def labels(self) -> dict[str, str]:
@@ -214,10 +225,11 @@ class _Planner:
         start, match = (
             None if name is None else self.parent(model, name, axes, seed) for name in (method.start, method.match)
         )
+        masks = {option: self.parent(model, mask, axes, seed) for option, mask in method.masks.items()}
         chosen = trial.settings if trial else tuned.winner.settings if tuned else {}
         options = _options(self.recipe, method, axes, seed, match, chosen)
         name = f"{_slug(method.name)}-s{seed}" if method.method != PRETRAINED else _slug(method.name)
-        parents = [run for run in (start, match) if run is not None]
+        parents = [run for run in (start, match, *masks.values()) if run is not None]
         waits = trial.is_assumed if trial else tuned is not None and not tuned.is_settled
         run = StudyRun(
             method,
@@ -227,7 +239,8 @@ class _Planner:
             options,
             start,
             match,
-            id=f"{name}-{self.hash(model, method, options, start, match)}",
+            masks,
+            id=f"{name}-{self.hash(model, method, options, start, match, masks)}",
             stage=max([trial.stage if trial else tuned.stage + 1 if tuned else 1, *(run.stage for run in parents)]),
             is_assumed=waits or any(run.is_assumed for run in parents),
             tried=chosen if trial else None,
@@ -258,7 +271,15 @@ class _Planner:
             )
         return self.run(model, method, axes, seed if seed in seeds else seeds[0])
 
-    def hash(self, model, method: Method, options, start: StudyRun | None, match: StudyRun | None) -> str:
+    def hash(
+        self,
+        model: str,
+        method: Method,
+        options: Options,
+        start: StudyRun | None,
+        match: StudyRun | None,
+        masks: dict[str, StudyRun],
+    ) -> str:
         """Hash of what decides a run's outcome."""
         named = _identity(_without_preset(options))
         settings = {
@@ -267,9 +288,10 @@ class _Planner:
             "options": {k: v for k, v in named.items() if k not in self.defaults or v != _plain(self.defaults[k])},
             "start": start and start.hash,
             "match": match and match.hash,
+            **{option: run.hash for option, run in masks.items()},
         }
         launch = self.recipe.launch
-        is_trained = method.method not in (PRETRAINED, *FIXED_MASK_METHODS)
+        is_trained = method.method not in (PRETRAINED, *UNTRAINED_METHODS)
         # How many processes share a batch, where that decides its size; beside a command the number is for estimates.
         shared = {"num_processes": 1 if launch.command else launch.num_processes or 1, "command": launch.command}
         if is_trained and not options.get("global_batch_size") and shared != {"num_processes": 1, "command": None}:
@@ -386,8 +408,16 @@ def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str
     return f"{run.id.rpartition('-')[0]}-{role}-{_hash(settings)}-{_hash({'study': study})[:4]}"
 
 
-def evaluation_identity(evaluation: dict) -> dict:
-    """Options of ``maskft evaluate`` with data, and the files of benchmarks, by their content."""
+def evaluation_identity(evaluation: dict, before: dict[str, dict] | None = None) -> dict:
+    """Options of ``maskft evaluate`` with data, and the files of benchmarks, by their content.
+
+    Args:
+        evaluation: The options.
+        before: Those of the sets of earlier abilities.
+    """
+    if before:
+        sets = {name: evaluation_identity(options) for name, options in before.items()}
+        return evaluation_identity(evaluation) | {"before": sets}
     out, folder = _identity(evaluation), evaluation.get("data_dir")
     if folder is not None:
         digests = _benchmark_digests(names_text(evaluation.get("tasks")) or "", folder)

@@ -13,12 +13,18 @@ from ..data.mixtures import rename_sets
 from ..data.sources import FILE_ENDINGS
 from ..errors import UserError, did_you_mean
 from ..files import FileModel, is_there, read_model, read_yaml
-from ..training.method_arguments import FIXED_MASK_METHODS, METHODS
+from ..training.method_arguments import COMBINED_METHODS, FIXED_MASK_METHODS, MASK_METHODS, METHODS, UNTRAINED_METHODS
+from .controls import with_standard_controls
 
 VERSION = 1
 PRETRAINED = "pretrained"  # method of a run that trains nothing: the base model itself
 CURRENT_RATE = "current"  # learning_rate: that of the schedule of `from` at its best step
 REVISION = "model_revision"  # the option that names a revision of a hub model
+# How held-out data is evaluated: of `evaluation`, and of each set of earlier abilities unless it says otherwise.
+_HOW = frozenset(
+    "model_revision chat_template_path dtype device batch_size max_memory_gb max_length max_new_tokens no_generate "
+    "dataset_text_field".split()
+)
 
 Count = Annotated[int, Field(gt=0)]
 Number = Annotated[float, Field(gt=0)]
@@ -105,6 +111,8 @@ class Method(SectionWithOptions):
     method: Literal[(PRETRAINED, *METHODS)]
     start: str | None = Field(default=None, alias="from")  # the method whose best checkpoint it starts from
     match: str | None = None  # the learned mask whose counts a fixed mask takes
+    start_mask: str | None = None  # the mask after which all weights of `from` train
+    keep_mask: str | None = None  # the mask whose removed weights of `from` stay zero while the others train
     tune: Tuning | None = None
     data: str | None = None  # None: the recipe's first
     last: str | None = None  # name of the model at the end of training beside the best one; None: not kept
@@ -115,11 +123,15 @@ class Method(SectionWithOptions):
         others = sorted(self.model_fields_set - {"name", "method", "options"}) + list(self.options)
         if self.method == PRETRAINED and others:
             raise ValueError(f"method {PRETRAINED} trains nothing; drop {', '.join(others)}")
-        if self.last and self.method in FIXED_MASK_METHODS:
+        if self.last and self.method in UNTRAINED_METHODS:
             raise ValueError(f"last is {self.last!r}, and {self.method} has no end of training; drop it")
         if self.match and self.method not in FIXED_MASK_METHODS:
             raise ValueError(f"match is {self.match!r}, which is for {', '.join(FIXED_MASK_METHODS)}; drop it")
-        if self.tune and self.method in FIXED_MASK_METHODS:
+        if self.method in COMBINED_METHODS and self.start is None:
+            raise ValueError(f"{self.method} combines a method's model with what it was made from; name it in `from`")
+        if self.masks and (self.method != "full" or len(self.masks) > 1):
+            raise ValueError(f"{' and '.join(self.masks)}: one of them, and with method full; drop it")
+        if self.tune and self.method in UNTRAINED_METHODS:
             raise ValueError(f"tune is for methods that are trained, and {self.method} is not; drop it")
         twice = next((option for option in self.tune.grid if option in self.options), None) if self.tune else None
         if twice:
@@ -134,7 +146,13 @@ class Method(SectionWithOptions):
     @property
     def parents(self) -> list[str]:
         """Names of the methods that this one is made from."""
-        return [name for name in (self.start, self.match) if name is not None]
+        return [name for name in (self.start, self.match, *self.masks.values()) if name is not None]
+
+    @property
+    def masks(self) -> dict[str, str]:
+        """Option of ``maskft train`` -> name of the method whose mask full fine-tuning starts with or keeps."""
+        named = {"start_mask": self.start_mask, "keep_mask": self.keep_mask}
+        return {option: name for option, name in named.items() if name is not None}
 
 
 def _named(methods: dict[str, Method]) -> dict[str, Method]:
@@ -173,11 +191,13 @@ class Recipe(Section):
     models: list[str]  # in the file also `model`, of one
     data: Annotated[dict[str, Data], Field(min_length=1)]
     methods: Methods
+    controls: Literal["standard"] | None = None  # more methods, see controls.py
     train: Annotated[Options, AfterValidator(lambda options: as_text(options))] = {}  # for all methods
     seeds: Seeds = [0]
     tune_seeds: Seeds | None = None  # whose held-out losses choose what is under `tune`; None: the first of `seeds`
     grid: dict[str, Annotated[list, Field(min_length=1)]] = {}  # METHOD.OPTION -> values
     evaluation: Options = {}  # of `maskft evaluate`; in the file those of held-out data stand under `heldout`
+    before: dict[str, Options] = Field(default={}, alias="evaluation.before")  # held-out data of earlier abilities
     baseline: str | None = None  # name in tables of what all are compared with
     facts: Facts = Field(default=Facts(), alias="model_facts")
     launch: Launch = Launch()
@@ -195,12 +215,19 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_model_is_a_list_of_one(cls, content: Any) -> Any:
+    def _write_out(cls, content: Any) -> Any:
         if not isinstance(content, dict):
             return content
         if ("model" in content) == ("models" in content):
             raise ValueError("it must name the model; write `model: NAME`, or `models: [NAME, NAME]`")
         content = {"models": [content["model"]], **content} if "model" in content else content
+        evaluation = content.get("evaluation")
+        if isinstance(evaluation, dict) and "before" in evaluation:
+            others = {key: value for key, value in evaluation.items() if key != "before"}
+            content = content | {"evaluation": others, "evaluation.before": evaluation["before"]}
+        methods, train = content.get("methods"), content.get("train") or {}
+        if content.get("controls") == "standard" and isinstance(methods, dict) and isinstance(train, dict):
+            content = content | {"methods": with_standard_controls(methods, train)}
         return {key: value for key, value in content.items() if key != "model"}
 
     @field_validator("version")
@@ -263,6 +290,8 @@ class Recipe(Section):
         for name, method in self.methods.items():
             _check_known(f"methods.{name}.from", method.start, self.methods)
             _check_known(f"methods.{name}.match", method.match, self.methods)
+            for option, mask in method.masks.items():
+                _check_known(f"methods.{name}.{option}", mask, self.methods)
             _check_known(f"methods.{name}.data", method.data, self.data)
             if method.seeds and len(self.seeds) > 1 and method.seeds != self.seeds:
                 raise ValueError(
@@ -274,6 +303,12 @@ class Recipe(Section):
             match, start = self.methods.get(method.match), self.methods.get(method.start)
             if match and match.method != "mask":
                 raise ValueError(f"methods.{name}.match is {match.name!r}, which is no learned mask")
+            for option, mask in ((option, self.methods[mask]) for option, mask in method.masks.items()):
+                if mask.method not in MASK_METHODS or mask.start != method.start:
+                    raise ValueError(
+                        f"methods.{name}.{option} is {mask.name!r}; name a mask made from the same model, "
+                        f"`from: {method.start}`"
+                    )
             if start and start.method not in (PRETRAINED, "full"):
                 raise ValueError(
                     f"methods.{name}.from is {start.name!r}, an adapter of method {start.method}; start from full "
@@ -322,7 +357,7 @@ def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str |
     if isinstance(content, dict):
         content = {"name": source.stem, **content}
     recipe = read_model(Recipe, content, source)
-    data, train, evaluation = recipe.data, dict(recipe.train), recipe.evaluation
+    data, train, evaluation, before = recipe.data, dict(recipe.train), recipe.evaluation, recipe.before
     if TEMPLATE in train:
         train[TEMPLATE] = template = str(source.parent / Path(str(train[TEMPLATE])).expanduser())
         if not Path(template).is_file():
@@ -332,9 +367,13 @@ def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str |
         data = {name: part.model_copy(update={"options": of_data[name]}) for name, part in data.items()}
         if "tasks" in evaluation or "dataset_name" in evaluation:
             evaluation = in_data_dir(evaluation, data_dir)
+        before = {name: in_data_dir(options, data_dir) for name, options in before.items()}
     # Of the pre-trained model too: all rows of the table answer to the same prompts.
     shared = {key: train[key] for key in (TEMPLATE, REVISION) if key in train}
-    return recipe.model_copy(update={"train": train, "data": data, "evaluation": shared | evaluation})
+    evaluation = shared | evaluation
+    how = {key: value for key, value in evaluation.items() if key in _HOW}
+    before = {name: how | options for name, options in before.items()}
+    return recipe.model_copy(update={"train": train, "data": data, "evaluation": evaluation, "before": before})
 
 
 def as_text(options: Options) -> Options:

@@ -183,7 +183,9 @@ def _finite(loss: float | None) -> float | None:
 
 def check_test_rows(recipe: Recipe) -> None:
     """Refuse to tune on rows that the study reports on."""
-    reported = _sets(recipe.evaluation.get("dataset_name"))
+    reported = {}
+    for evaluated in (recipe.evaluation, *recipe.before.values()):
+        reported |= _sets(evaluated.get("dataset_name"))
     for method in recipe.methods.values():
         if method.tune is None:
             continue

@@ -6,7 +6,7 @@ from .. import runtime
 from ..errors import UserError
 from .arguments import TrainConfig
 from .launch import check_deepspeed, check_mask_sharding
-from .method_arguments import FIXED_MASK_METHODS, MethodArguments, mask_config
+from .method_arguments import COMBINED_METHODS, FIXED_MASK_METHODS, MethodArguments, mask_config
 
 
 def check_config(config: TrainConfig) -> None:
@@ -39,6 +39,8 @@ def check_config(config: TrainConfig) -> None:
         raise UserError("a mask needs the model's own weights: load_in_4bit and load_in_8bit are not supported")
     if config.mask.mask_price and training.fp16:
         raise UserError("mask_price is added to gradients that fp16 has scaled, so it would not count: use bf16")
+    if method in COMBINED_METHODS and config.method.before_model is None and not config.data.prepare_only:
+        raise UserError(f"method {method} combines two models; name the one before fine-tuning as before_model")
     if config.data.prepare_only and config.data.prepared_data_dir is None:
         raise UserError("prepare_only has nowhere to put the rows; name a prepared_data_dir")
 
@@ -64,6 +66,15 @@ def check_method(args: MethodArguments) -> None:
         raise UserError(f"match_adapter goes with a fixed mask ({', '.join(FIXED_MASK_METHODS)}), not with {method}")
     if args.mask_sparsity_auto and method != "mask":
         raise UserError(f"mask_sparsity_auto goes with --method mask, whose scores rank the weights, not with {method}")
+    if args.before_model is not None and method not in COMBINED_METHODS:
+        raise UserError(f"before_model goes with {' and '.join(COMBINED_METHODS)}, not with {method}; drop it")
+    if args.combine_values is not None:
+        if method not in COMBINED_METHODS:
+            raise UserError(f"combine_values goes with {' and '.join(COMBINED_METHODS)}, not with {method}; drop it")
+        odd = next((v for v in args.combine_values if not 0 <= v <= 1 or (v == 1 and method == "dare")), None)
+        if odd is not None or not args.combine_values:
+            allowed = "[0, 1)" if method == "dare" else "[0, 1]"
+            raise UserError(f"combine_values is {args.combine_values}; with {method} they are in {allowed}")
     if args.num_candidates < 1 or (args.num_candidates > 1 and method != "random_mask"):
         raise UserError(f"num_candidates is {args.num_candidates}; with random_mask it is 1 or more, otherwise 1")
     if args.num_calibration_samples < 1:

@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..tuner import MaskConfig, adapter_layers
 from ..tuner.learners import FREE
 from .arguments import TrainingArguments
-from .method_arguments import ADAPTER, FIXED_MASK_METHODS, MethodArguments
+from .method_arguments import ADAPTER, UNTRAINED_METHODS, MethodArguments
 from .record import TrainingSummary
 from .verdict import Verdict
 
@@ -71,7 +71,7 @@ def report(
     if failure is not None:
         raise UserError(f"{failure}; the best so far (step {summary.best_step}) is saved in {folder}")
     start, best, step = summary.start_loss, summary.best_loss, summary.best_step
-    if best is None or summary.method in FIXED_MASK_METHODS:
+    if best is None or summary.method in UNTRAINED_METHODS:
         console.print(f"saved to {folder}")
     elif summary.method != "mask":
         console.print(

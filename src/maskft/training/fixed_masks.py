@@ -62,7 +62,7 @@ def make_fixed_mask(
         masks = fixed_masks(method.method, weights, config.sparsity, config.scope, seed, counts, norms)
         coded = [encode_mask(mask) for mask in masks]
         _set_masks(layers, coded)
-        loss = _mean_nll(masked, data.heldout, tokenizer, training) if method.num_candidates > 1 else None
+        loss = mean_nll(masked, data.heldout, tokenizer, training) if method.num_candidates > 1 else None
         candidates.append((loss, seed, coded))
     loss, seed, coded = min(candidates, key=lambda candidate: candidate[:2])
     _set_masks(layers, coded)
@@ -93,7 +93,7 @@ def _set_masks(layers: Sequence[MaskedLinear], coded: Sequence[Tensor]) -> None:
         layer.mask_coded[ADAPTER] = code
 
 
-def _mean_nll(model, rows: Dataset, tokenizer, args: TrainingArguments) -> float:
+def mean_nll(model, rows: Dataset, tokenizer, args: TrainingArguments) -> float:
     """Held-out loss in nats per supervised token."""
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
     size = args.per_device_eval_batch_size

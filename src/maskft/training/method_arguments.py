@@ -10,7 +10,9 @@ ADAPTER = "default"  # the name PEFT gives an adapter, of which a run has one
 
 FIXED_MASK_METHODS = ("random_mask", "l1_mask", "wanda_mask")
 MASK_METHODS = ("mask", *FIXED_MASK_METHODS)
-METHODS = ("full", "lora", *MASK_METHODS)
+COMBINED_METHODS = ("interpolate", "dare")  # a model and the one it was made from; not trained
+UNTRAINED_METHODS = (*FIXED_MASK_METHODS, *COMBINED_METHODS)
+METHODS = ("full", "lora", *MASK_METHODS, *COMBINED_METHODS)
 
 # TrlParser reads types, not the strings that MaskConfig's annotations are.
 _MASK_TYPES = {
@@ -72,7 +74,8 @@ class MethodArguments:
         default="mask",
         metadata={
             "help": "full: all weights; lora: TRL's LoRA settings; mask: a learned mask; random_mask, l1_mask, "
-            "wanda_mask: fixed masks of the same size, not trained.",
+            "wanda_mask: fixed masks of the same size, not trained; interpolate, dare: the model combined with "
+            "before_model, not trained.",
             "choices": list(METHODS),
         },
     )
@@ -95,6 +98,18 @@ class MethodArguments:
         metadata={
             "help": "With wanda_mask and mask_init_scores wanda or first_order: training rows that are looked at; at "
             "least 1."
+        },
+    )
+    before_model: str | None = field(
+        default=None,
+        metadata={"help": "With interpolate and dare: the model that model_name_or_path was fine-tuned from."},
+    )
+    combine_values: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "With interpolate: shares of the fine-tuned model to try, in [0, 1] (default: 0.1 to 1.0 in "
+            "tenths); with dare: probabilities to drop a weight's difference, in [0, 1) (default: 0.1, 0.3, 0.5, 0.7, "
+            "0.9). The held-out rows choose."
         },
     )
     partial_layers: list[int] | None = field(

@@ -23,9 +23,10 @@ from .calibration import start_on_data
 from .callbacks import add_callbacks
 from .checkpoints import check_disk_space, prepare_output_dir, save_weights
 from .checks import check_config, check_processes
+from .combined import combine
 from .describe import describe, report
 from .fixed_masks import make_fixed_mask
-from .method_arguments import ADAPTER, FIXED_MASK_METHODS, MethodArguments
+from .method_arguments import ADAPTER, COMBINED_METHODS, FIXED_MASK_METHODS, MethodArguments
 from .prefix_cache import cached_prefix
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
 from .trainer import MaskSFTTrainer
@@ -65,6 +66,8 @@ def train(config: TrainConfig, splits: tuple | None = None, console: Console | N
     trainer = failure = None
     if method.method in FIXED_MASK_METHODS:
         model, summary = make_fixed_mask(model, data, method, config.mask, source, training, tokenizer, console)
+    elif method.method in COMBINED_METHODS:
+        model, summary = combine(model, data, method, training, tokenizer, console)
     else:
         model = build_model(model, method, source, config.mask, training.seed)
         if method.method == "mask" and resume_from is None:

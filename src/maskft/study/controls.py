@@ -1,0 +1,81 @@
+"""``controls: standard`` of a recipe: what every learned mask has to be better than, as methods of the study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+_LENGTH = ("num_train_epochs", "max_steps")
+_LAYERS = "mask_layers_to_transform"
+_RATES = {"times_parent": [0.5, 1, 2]}
+_NUM_DRAWN = 8  # masks of which the best is taken
+
+Methods = dict[str, Any]  # section `methods`, as it stands in the file
+
+
+def with_standard_controls(methods: Methods, train: dict[str, Any]) -> Methods:
+    """The methods, and controls for each learned mask that starts from another method.
+
+    For the mask's parent, at the mask's steps: a warm restart at the best of three rates and an annealed fine-tuning;
+    for a parent that was fine-tuned itself, its interpolation with what it was made from. For each mask: partial
+    fine-tuning of its layers, random masks (one, the best of eight, one with all weights trained after it at the best
+    of three rates), magnitude and Wanda masks. Where the mask's steps are tuned, so are those of what is trained.
+
+    Args:
+        methods: The recipe's own; one of a control's name is kept instead of it.
+        train: Options of all methods.
+    """
+    controls: Methods = {}
+    for name, mask in methods.items():
+        if isinstance(mask, dict) and mask.get("method") == "mask" and isinstance(mask.get("from"), str):
+            # Two masks of one parent and as many steps share the controls that no mask is in.
+            for control, method in (*_of_parent(mask, methods), *_of_mask(name, mask, train)):
+                if method not in controls.values():
+                    controls[control if control not in controls else f"{control} ({name})"] = method
+    return methods | {name: method for name, method in controls.items() if name not in methods}
+
+
+def _trained(mask: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Full fine-tuning on the data and for the steps of a mask."""
+    tune = mask.get("tune") if isinstance(mask.get("tune"), dict) else {}
+    tuned = {key: tune[key] for key in _LENGTH if key in tune}
+    tuned |= {"double": tune["double"]} if tune.get("double") in _LENGTH else {}
+    length = {key: mask[key] for key in _LENGTH if key in mask}
+    tune = tuned | options.pop("tune", {})
+    return {
+        "method": "full",
+        "from": mask["from"],
+        **_kept(mask),
+        **length,
+        **options,
+        **({"tune": tune} if tune else {}),
+    }
+
+
+def _kept(mask: dict[str, Any]) -> dict[str, Any]:
+    """What a control has in common with a mask."""
+    return {key: mask[key] for key in ("data", "seeds") if key in mask}
+
+
+def _of_parent(mask: dict[str, Any], methods: Methods) -> Iterator[tuple[str, dict[str, Any]]]:
+    parent = mask["from"]
+    if (methods.get(parent) or {}).get("method") != "full":
+        return
+    yield f"warm restart of {parent}", _trained(mask, tune={"learning_rate": _RATES})
+    yield f"interpolated {parent}", {"method": "interpolate", "from": parent, **_kept(mask)}
+    yield f"dare {parent}", {"method": "dare", "from": parent, **_kept(mask)}
+    yield f"annealed {parent}", _trained(mask, learning_rate="current", warmup_steps=0)
+
+
+def _of_mask(name: str, mask: dict[str, Any], train: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    layers = mask.get(_LAYERS, train.get(_LAYERS))
+    if layers is not None:
+        yield f"partial full, layers of {name}", _trained(mask, partial_layers=layers)
+    fixed = {"from": mask["from"], **_kept(mask), "match": name}
+    yield f"random mask of {name}", {"method": "random_mask", **fixed}
+    drawn = {"method": "random_mask", **fixed, "num_candidates": _NUM_DRAWN}
+    yield f"best of {_NUM_DRAWN} random masks of {name}", drawn
+    yield f"L1 mask of {name}", {"method": "l1_mask", **fixed}
+    yield f"Wanda mask of {name}", {"method": "wanda_mask", **fixed}
+    refit = _trained(mask, start_mask=f"random mask of {name}", tune={"learning_rate": _RATES})
+    yield f"random damage of {name}, refit", refit
