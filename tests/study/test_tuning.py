@@ -179,3 +179,89 @@ def test_a_tuned_study_runs_in_stages_and_resumes(content, tmp_path, capsys):
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
     assert "4 runs, 4 finished before" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("r*/**/*")}
+
+
+def test_standard_controls_are_methods_at_the_masks_steps(content):
+    methods = content["methods"]
+    methods["mask"] |= {"mask_layers_to_transform": [1], "tune": {"mask_sparsity": [0.1, 0.3]}}
+    methods["other"] = {"method": "mask", "from": "full", "max_steps": 2}
+    methods["L1 mask of other"] = {"method": "l1_mask", "from": "full", "match": "mask"}
+    recipe = parse_recipe(content | {"controls": "standard"})
+    assert list(recipe.methods)[:4] == list(methods)
+    assert set(recipe.methods) - set(methods) == {
+        "warm restart of full", "annealed full", "interpolated full", "dare full", "partial full, layers of mask",
+        *(f"{control} of mask" for control in ("random mask", "best of 8 random masks", "L1 mask", "Wanda mask")),
+        *(f"{control} of other" for control in ("random mask", "best of 8 random masks", "Wanda mask")),
+        "random damage of mask, refit", "random damage of other, refit",
+    }  # fmt: skip
+    assert recipe.methods["L1 mask of other"].match == "mask", "a control of that name is the recipe's own"
+    for method in recipe.methods.values():
+        if method.method == "full" and method.name != "full":
+            assert method.start == "full" and method.options["max_steps"] == 2
+    plan = plan_of(content | {"controls": "standard"}, lambda run: Heldout(1.0))
+    runs = {run.name: run for run in plan.runs if run.seed == 1}
+    refit, restart = runs["random damage of mask, refit"], runs["warm restart of full"]
+    assert refit.masks == {"start_mask": runs["random mask of mask"]} and refit.num_tried == restart.num_tried == 3
+    assert refit.options["learning_rate"] == 0.5 * restart.start.options["learning_rate"]
+    # Where the mask's steps are tuned, so are those of what is trained beside it.
+    methods["mask"] = {"method": "mask", "from": "full", "tune": {"max_steps": [2, 4]}}
+    restart = parse_recipe(content | {"controls": "standard"}).methods["warm restart of full"]
+    assert restart.tune.grid["max_steps"] == [2, 4] and "learning_rate" in restart.tune.grid
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"method": "full", "from": "full", "start_mask": "full"}, "name a mask made from the same model"),
+        ({"method": "full", "start_mask": "mask"}, "name a mask made from the same model"),
+        ({"method": "mask", "from": "full", "keep_mask": "mask"}, "with method full"),
+        ({"method": "full", "from": "full", "keep_mask": "mask", "start_mask": "mask"}, "one of them"),
+        ({"method": "full", "from": "full", "keep_mask": "masks"}, "mask"),
+        ({"method": "interpolate"}, "name it in `from`"),
+        ({"method": "dare", "from": "full", "combine_values": [1.0]}, r"with dare they are in \[0, 1\)"),
+        ({"method": "full", "from": "full", "combine_values": [0.5]}, "combine_values goes with interpolate and dare"),
+    ],
+)
+def test_a_mistake_in_what_follows_a_mask_is_one_line(content, method, message):
+    content["methods"]["odd"] = method
+    with pytest.raises(UserError, match=message):
+        plan_of(content)
+
+
+def test_weights_after_a_mask_follow_its_name(content):
+    content["methods"]["then"] = {"method": "full", "from": "full", "start_mask": "mask", "max_steps": 2}
+    content["methods"]["again"] = {"method": "mask", "from": "then", "max_steps": 2}
+    runs = {run.name: run for run in plan_of(content, lambda run: Heldout(1.0)).runs}
+    assert runs["then"].parents == [runs["full"], runs["mask"]] and runs["again"].start is runs["then"]
+    content["methods"]["mask"]["mask_sparsity"] = 0.3
+    after = {run.name: run for run in plan_of(content, lambda run: Heldout(1.0)).runs}
+    assert after["full"].hash == runs["full"].hash and after["then"].hash != runs["then"].hash
+
+
+def test_earlier_abilities_are_measured_beside_the_gain(content, data, tmp_path):
+    content |= {"seeds": [0], "methods": {"base": {"method": "pretrained"}}}
+    content["methods"]["full"] = {"method": "full", "max_steps": 2}
+    content["methods"]["mixed"] = {"method": "interpolate", "from": "full", "combine_values": [0.25, 1.0]}
+    content["evaluation"]["before"] = {"sums": {"dataset_name": str(data), "eval_split_size": 8}}
+    file, folder = tmp_path / "study.yaml", tmp_path / "study"
+    file.write_text(yaml.safe_dump(content))
+    assert main(["study", str(file), "--output_dir", str(folder)]) == 0
+    results = [json.loads(path.read_text()) for path in folder.glob(f"{files.RESULTS}/*/{files.RESULT}")]
+    assert {result["name"] for result in results} == {"base", "full", "mixed"}
+    for result in results:
+        assert [(name, len(task["items"])) for name, task in result["tasks"].items()] == [
+            ("heldout", 9), ("before: sums", 8)
+        ]  # fmt: skip
+    assert "before: sums" in (folder / files.STUDY_TABLE.format("small")).read_text()
+    (record,) = folder.glob(f"{files.RUNS}/mixed-*/{files.TRAINING}")
+    assert len(json.loads(record.read_text())["summary"]["history"]) == 2
+
+
+def test_a_mistake_in_earlier_abilities_is_one_line(content):
+    for before, message in (
+        ([1], "evaluation.before"),
+        ({"x": {"dataset": "y"}}, "evaluation.before.x has an unknown"),
+    ):
+        content["evaluation"]["before"] = before
+        with pytest.raises(UserError, match=message):
+            plan_of(content)
