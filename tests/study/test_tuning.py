@@ -21,7 +21,7 @@ def content(base, data, tmp_path):
     """A recipe whose full fine-tuning is tuned over rates, with a restart and masks made from the winner."""
     test_rows = tmp_path / "test.jsonl"
     test_rows.write_text("".join(reversed(data.read_text().splitlines(keepends=True)[:9])))
-    full = {"method": "full", "max_steps": 2, "tune": {"learning_rate": RATES}}
+    full = {"method": "full", "max_steps": 2, "tune": {"learning_rate": [1e-3, "1e-2"]}}  # YAML reads 1e-2 as a text
     options = "bf16 gradient_checkpointing dataloader_pin_memory".split()
     return {
         "version": 1,

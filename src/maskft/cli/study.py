@@ -115,6 +115,8 @@ def _check_run(planned: StudyRun) -> None:
     options = {"method": planned.method.method, "model_name_or_path": planned.model, **planned.options}
     if options.get("learning_rate") == CURRENT_RATE:
         del options["learning_rate"]
+    if planned.takes_values_before:
+        options["mask_removed_value_model"] = planned.model  # known once its parent is made
     try:
         parsed = train.parse(command_words(options))
         check_method(parsed.method)

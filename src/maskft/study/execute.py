@@ -183,6 +183,7 @@ def _train_options(study: Study, run: StudyRun) -> dict:
         "resume_from_checkpoint": "auto",
         "match_adapter": None if run.match is None else study.model(run.match, BEST),
         "before_model": study.start(run.start) if run.method.method in COMBINED_METHODS else None,
+        "mask_removed_value_model": study.start(run.start) if run.takes_values_before else None,
         **{option: study.model(mask, BEST) for option, mask in run.masks.items()},
         "prepared_data_dir": str(study.folder / files.PREPARED),
         "keep_worse": True if run.method.method == "mask" else None,  # a study compares masks, also bad ones

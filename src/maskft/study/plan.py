@@ -77,6 +77,12 @@ class StudyRun:
         return [run for run in (self.start, self.match, *self.masks.values()) if run is not None]
 
     @property
+    def takes_values_before(self) -> bool:
+        """Whether a removed weight takes the value it had in the model that the mask's parent was made from."""
+        is_base = self.options.get("mask_removed_value") == "base" and self.start is not None
+        return is_base and "mask_removed_value_model" not in self.options
+
+    @property
     def variant(self) -> str:
         """The grid's values as they stand in a label, e.g. `` [sparsity=0.05]``; empty without a grid.
 

@@ -78,6 +78,14 @@ class Data(SectionWithOptions):
         return self
 
 
+def _number(value: Any) -> Any:
+    """A number where YAML reads a text, as of 3e-3, so that two spellings are not two settings."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 class TimesParent(Section):
     """Values of an option as multiples of the value that the method's ``from`` has."""
 
@@ -96,7 +104,8 @@ class Tuning(Section):
         if not isinstance(section, dict) or not set(section) - {"double"}:
             raise ValueError("write `tune: {OPTION: [VALUE, VALUE]}`")
         given = {"double": section["double"]} if "double" in section else {}
-        return {"grid": {str(key): value for key, value in section.items() if key != "double"}, **given}
+        grid = {str(key): value for key, value in section.items() if key != "double"}
+        return {"grid": {k: [*map(_number, v)] if isinstance(v, list) else v for k, v in grid.items()}, **given}
 
     @property
     def lists(self) -> dict[str, list]:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -59,8 +60,9 @@ def make_stages(study: Study, plan: Plan, launcher: str, console: Console) -> tu
         return Heldout(math.inf) if run.id in reasons else study.heldout(run)
 
     while True:
+        study = replace(study)  # which looks anew what is finished
         plan = plan.again(look)
-        failed = make_all(study, plan.ready, launcher, console, reasons)
+        failed = make_all(study, plan, launcher, console, reasons)
         reasons |= {run.id: reason for run, reason in failed.items()}
         if len(plan.ready.runs) == len(plan.runs):
             return plan, failed
@@ -69,7 +71,7 @@ def make_stages(study: Study, plan: Plan, launcher: str, console: Console) -> tu
 def make_all(
     study: Study, plan: Plan, launcher: str, console: Console, failed_before: Mapping[str, str] = {}
 ) -> dict[StudyRun, str]:
-    """Make every run that is not finished; returns those that failed, with the reason.
+    """Make every run that is not finished and whose settings are known; returns those that failed, with the reason.
 
     Args:
         study: Where.
@@ -81,15 +83,18 @@ def make_all(
     Raises:
         UserError: For a mistake in the data of any run, before the first is made.
     """
-    board = Board(study, plan, console)
-    board.failed = {run: failed_before[run.id] for run in plan.runs if run.id in failed_before}
-    todo = [run for run in plan.runs if run not in board.failed and not study.is_done(run)]
-    num_finished = len(plan.runs) - len(todo) - len(board.failed)
-    console.print(f"{len(plan.runs)} runs, {num_finished} finished before", highlight=False)
+    ready = plan.ready
+    board = Board(study, ready, console)
+    board.failed = {run: failed_before[run.id] for run in ready.runs if run.id in failed_before}
+    todo = [run for run in ready.runs if run not in board.failed and not study.is_done(run)]
+    num_finished = len(ready.runs) - len(todo) - len(board.failed)
+    waiting = len({run.id for run in plan.runs}) - len(ready.runs)
+    waits = f"; about {waiting} wait for what tuning chooses" if waiting else ""
+    console.print(f"{len(ready.runs)} runs, {num_finished} finished before{waits}", highlight=False)
     with board:
         if todo:
             prepare_base(study, todo, board.tick)
-            prepare_data(study, todo, board.tick)
+            prepare_data(study, plan.runs, board.tick)
             {"local": _run_local, "ray": _run_on_ray}[launcher](study, todo, board)
     return board.failed
 
