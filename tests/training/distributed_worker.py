@@ -19,7 +19,7 @@ from maskft.cli.train import parse
 from maskft.errors import UserError
 from maskft.training.checkpoints import agreed_mask_fingerprint, trainable_state
 from maskft.training.checks import check_processes
-from maskft.tuner import MaskConfig, adapter_layers, current_masks
+from maskft.tuner import MaskConfig, adapter_layers, current_masks, set_mask_progress
 from maskft.tuner.model import base_fingerprint
 from maskft.tuner.scores import Float32ParameterDict
 
@@ -30,6 +30,14 @@ def build(**config):
     """A masked model whose MLP has 49 rows, which two ranks cannot share evenly."""
     settings = {"init_scores": "normal", "sparsity": 0.3, "target_modules": ["q_proj", "up_proj", "down_proj"]}
     return get_peft_model(tiny.tiny_llama(intermediate_size=49), MaskConfig(**{**settings, **config}))
+
+
+def saved_base(folder):
+    """A model of the same shapes and other weights, as a folder."""
+    if dist.get_rank() == 0:
+        tiny.tiny_llama(intermediate_size=49, seed=3).save_pretrained(folder / "base")
+    dist.barrier()
+    return str(folder / "base")
 
 
 def shard(model):
@@ -52,7 +60,9 @@ def train(model, batches, num_steps=3):
     """Losses, gradients and the logits at the end, of steps on all of ``batches``."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     losses, gradients = [], []
-    for _ in range(num_steps):
+    model.train()
+    for step in range(num_steps):
+        set_mask_progress(model, step / num_steps)
         loss = sum(model(input_ids=batch, labels=batch).loss for batch in batches) / len(batches)
         loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
@@ -158,6 +168,11 @@ def main():
         "signed": compare(rank_by="signed", init_scores="magnitude"),
         "global": compare(scope="global"),
         "threshold": compare(selection="threshold", threshold=-0.02, rank_by="signed"),
+        "ramp": compare(sparsity_ramp=0.9),
+        "logit": compare(selection="logit", init_value=0.02, gradient="sigmoid", sharpness=5.0, price=1.0),
+        "gumbel": compare(selection="gumbel", init_value=0.5),
+        "hard_concrete": compare(selection="hard_concrete", init_value=0.5, price=1.0),
+        "base": compare(removed_value="base", removed_value_model=saved_base(folder)),
         "refusals": refusals(),
         "nan": nan_on_one_rank(folder),
     }

@@ -212,6 +212,9 @@ def test_full_fine_tuning_under_fsdp2(arguments, tmp_path):
     assert all(torch.allclose(found[key], expected[key], atol=1e-3) for key in expected)
 
 
+LEARNERS = ["ramp", "logit", "gumbel", "hard_concrete", "base"]
+
+
 @pytest.fixture(scope="module")
 def seen(arguments, tmp_path_factory):
     """What each of two ranks saw; see distributed_worker.py."""
@@ -224,7 +227,7 @@ def seen(arguments, tmp_path_factory):
     return folder, [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("config", ["matrix", "signed", "global", "threshold"])
+@pytest.mark.parametrize("config", ["matrix", "signed", "global", "threshold", *LEARNERS])
 def test_fsdp2_trains_the_unsharded_mask(config, seen):
     for rank in seen[1]:
         result = rank[config]

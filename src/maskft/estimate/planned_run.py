@@ -34,6 +34,7 @@ from ..training.method_arguments import MASK_METHODS, UNTRAINED_METHODS, mask_co
 from ..tuner.codec import encode_mask
 from ..tuner.config import MaskConfig
 from ..tuner.fixed import random_mask
+from ..tuner.learners import SOFT, blend_, draw_noise, has_slope, soft_gate
 from ..tuner.scores import write_masked_
 from ..tuner.selection import CHUNK_NUMEL
 from ..tuner.targets import layer_indices, resolve_targets
@@ -130,8 +131,9 @@ class PlannedRun:
             raise UserError(f"method {self.method} trains no parameter of {self.run.model.model_name_or_path!r}")
         layers = layer_indices(trained)
         self.layer_passes = layer_passes(num_layers, layers) if layers and self.method != "lora" else None
-        self.refresh_bytes = _refresh_bytes(mask_config(self.run.mask)) if self.masked else 0
-        self.bits_per_weight = _bits_per_weight(self.run.mask) if self.masked else None
+        self.mask_config = mask_config(self.run.mask) if self.masked else MaskConfig()
+        self.refresh_bytes = _refresh_bytes(self.mask_config) if self.masked else 0
+        self.bits_per_weight = _bits_per_weight(self.mask_config) if self.masked else None
 
     @property
     def kept(self) -> dict[str, int]:
@@ -139,6 +141,10 @@ class PlannedRun:
         size = (self.autocast or self.dtype).itemsize
         are_added = self.method != "full"
         kept = kept_bytes(self.weight_bytes, self.trained, self.num_scores, size, self.optim, are_added)
+        if self.mask_config.removed_value == "base":
+            kept["removed values"] = self.num_masked * self.dtype.itemsize
+        if has_slope(self.mask_config):
+            kept["slopes"] = 4 * self.num_scores
         return {"process": self.process_bytes, **kept}
 
     @property
@@ -169,7 +175,7 @@ class PlannedRun:
         if self.method == "mask":
             # On logged steps the gradients are still there, and a byte per weight tells which bits have flipped.
             ranked = max(self.masked_numels)
-            if self.device == "cpu" and self.run.mask.mask_selection == "topk":
+            if self.device == "cpu" and self.mask_config.selection == "topk":
                 ranked = min(ranked, CHUNK_NUMEL)
             phases["refresh"] = {**kept, "refresh": int(self.refresh_bytes * ranked) + self.num_masked}
         if str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no":
@@ -277,11 +283,11 @@ def _optimizer(training) -> str:
     return name
 
 
-def _bits_per_weight(mask) -> dict[str, float]:
+def _bits_per_weight(config: MaskConfig) -> dict[str, float]:
     """Size of a coded mask, measured on a random one, and the entropy no code can go below; 1 at most."""
-    if mask.mask_selection == "threshold":
-        return {"coded": 1.0, "bound": 1.0}  # how many weights fall below the threshold is not known before
-    share = mask.mask_sparsity
+    if config.selection != "topk":
+        return {"coded": 1.0, "bound": 1.0}  # how many weights will be removed is not known before
+    share = config.sparsity
     coded = 8 * encode_mask(random_mask(_SAMPLE_SHAPE, share, seed=0)).numel() / math.prod(_SAMPLE_SHAPE)
     bound = -sum(p * math.log2(p) for p in (share, 1 - share) if p > 0)
     return {"coded": coded, "bound": bound}
@@ -292,5 +298,9 @@ def _refresh_bytes(config: MaskConfig) -> float:
     scores = torch.randn(CHUNK_NUMEL, generator=torch.Generator().manual_seed(0))
     weight, out = torch.zeros_like(scores), torch.empty_like(scores)
     with LiveBytes([scores, weight, out]) as live:
-        write_masked_(config, [out], [weight], [scores])
+        if config.selection in SOFT:
+            gate, _ = soft_gate(config, scores, draw_noise(config, "", scores.shape, scores.device))
+            blend_(out, weight, gate)
+        else:
+            write_masked_(config, [out], [weight], [scores])
     return live.peak / scores.numel()

@@ -131,6 +131,11 @@ def hard_slope(config: MaskConfig, scores: Tensor) -> Tensor | None:
     return sigmoid_slope(scores, _sharpness(config)) if is_sigmoid else None
 
 
+def has_slope(config: MaskConfig) -> bool:
+    """Whether a slope is kept beside the masked weight, 4 bytes per weight."""
+    return config.selection in SOFT or config.gradient == "sigmoid"
+
+
 def price_gradient(config: MaskConfig, scores: Tensor, numel: int) -> Tensor:
     """Derivative of price * share removed; ``numel`` entries are the whole matrix that ``scores`` are some rows of."""
     is_stretched = config.selection == "hard_concrete"

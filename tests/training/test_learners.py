@@ -1,0 +1,191 @@
+"""Learners of masks through ``maskft train``: resuming, the best step, starts on data, optimizers, mistakes."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+import tiny
+from maskft import adapter_layers
+from maskft.adapter.mask_set import MaskSet
+from maskft.adapter.merge import load_masked
+from maskft.adapter.verify import verify
+from maskft.cli.main import main
+from maskft.files import ADAPTER_CONFIG, TRAINING
+from maskft.training.build import with_adapter
+from maskft.training.calibration import first_order_keys
+from maskft.training.method_arguments import MaskArguments, mask_config
+from maskft.tuner.fixed import fixed_masks
+
+
+@pytest.fixture
+def train(base, data, tmp_path, capsys):
+    settings = {
+        "model_name_or_path": base,
+        "dataset_name": data,
+        "output_dir": tmp_path / "out",
+        "eval_split_size": 16,
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 0.02,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+    }
+
+    def run(**changes):
+        pairs = {**settings, **changes}.items()
+        capsys.readouterr()
+        status = main(["train", *(str(word) for key, value in pairs for word in (f"--{key}", value))])
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def settings_of(folder):
+    return json.loads((folder / ADAPTER_CONFIG).read_text())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask_selection": "gumbel", "mask_init_value": 0.3, "mask_sharpness": 5.0, "mask_price": 0.1},
+        {"mask_sparsity": 0.4, "mask_sparsity_ramp": 0.9},
+    ],
+    ids=["gumbel", "ramp"],
+)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(options, train, tmp_path):
+    folders = tmp_path / "whole", tmp_path / "parts"
+    options |= {"save_total_limit": 5, "metric_for_best_model": "eval_loss", "keep_last": True}
+    for folder in folders:
+        status, err = train(output_dir=folder, **options)
+        assert status == 0, err
+    for path in folders[1].iterdir():
+        if path.name != "checkpoint-2":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    status, err = train(output_dir=folders[1], resume_from_checkpoint="true", **options)
+    assert status == 0, err
+    whole, parts = (MaskSet.from_adapter(folder / "last") for folder in folders)
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[n], parts[n]) for n in whole)
+    losses = [json.loads((folder / TRAINING).read_text())["summary"]["end_loss"] for folder in folders]
+    assert losses[0] == losses[1]
+
+
+def test_the_saved_mask_is_that_of_the_best_step_on_a_ramp(train, tmp_path):
+    status, err = train(mask_sparsity=0.45, mask_sparsity_ramp=1.0, learning_rate=0.0)
+    assert status == 0 and "reached after 100% of training" in " ".join(err.split())
+    step = json.loads((tmp_path / "out" / TRAINING).read_text())["summary"]["best_step"]
+    assert settings_of(tmp_path / "out")["progress"] == step / 4
+    verify(tmp_path / "out")
+    removed = MaskSet.from_adapter(tmp_path / "out").sparsity
+    assert removed == pytest.approx(0.45 * (1 - (1 - step / 4) ** 3), abs=1e-3)
+
+
+@pytest.mark.parametrize("start", ["wanda", "first_order"])
+def test_scores_start_in_an_order_taken_from_training_rows(start, train, base, tmp_path):
+    status, err = train(mask_init_scores=start, learning_rate=0.0, mask_sparsity=0.3, num_calibration_samples=5)
+    assert status == 0, err
+    masks = MaskSet.from_adapter(tmp_path / "out")
+    assert masks.sparsity == pytest.approx(0.3, abs=1e-3)
+    weights = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    by_magnitude = {n: fixed_masks("l1_mask", [weights[f"{n}.weight"]], 0.3)[0] for n in masks}
+    assert any(not torch.equal(masks[n], by_magnitude[n]) for n in masks)
+
+
+def test_first_order_keys_are_the_change_of_the_loss():
+    model = tiny.tiny_llama(num_layers=1).double()
+    source = SimpleNamespace(model_revision="main", model_name_or_path="x")
+    arguments = MaskArguments(mask_init_scores="first_order", mask_target_modules=["q_proj"])
+    masked = with_adapter(model, mask_config(arguments), source).eval()
+    (layer,) = adapter_layers(masked).values()
+    rows = [{"input_ids": ids, "labels": ids} for ids in tiny.token_ids(3).tolist()]
+
+    @torch.no_grad()
+    def loss():
+        with masked.disable_adapter():
+            each = (torch.tensor([row["input_ids"]]) for row in rows)
+            # Not the model's own loss, which is float32: too coarse for differences.
+            return sum(F.cross_entropy(masked(input_ids=ids).logits[0, :-1], ids[0, 1:]) for ids in each)
+
+    with masked.disable_adapter():
+        (keys,) = first_order_keys(masked, [layer], rows)
+    assert [n for n, p in masked.named_parameters() if p.requires_grad] == [
+        "base_model.model.model.layers.0.self_attn.q_proj.mask_scores.default"
+    ]
+    weight = layer.weight.detach()
+    for position in keys.flatten().argsort(descending=True)[:3].tolist():
+        row, column = divmod(position, keys.shape[1])
+        value, h = weight[row, column].item(), 0.2
+        changed = []
+        for factor in (1 + h, 1 - h):
+            weight[row, column] = value * factor
+            changed.append(loss())
+        weight[row, column] = value
+        slope = float(changed[0] - changed[1]) / (2 * h)
+        assert abs(slope) == pytest.approx(keys[row, column].item(), rel=0.02)
+
+
+def test_the_preset_of_deletion_tuning_trains(train, tmp_path):
+    status, err = train(mask_preset="deletion_tuning")
+    assert status == 0 and "logit: removes what scores 0 or less" in err, err
+    masks = MaskSet.from_adapter(tmp_path / "out")
+    assert all(name.endswith("gate_proj") for name in masks) and len(masks) == 3
+
+
+def test_scores_train_with_sgd_and_momentum(train, tmp_path, monkeypatch):
+    steps, step = [], torch.optim.SGD.step
+
+    def spy(self, *args, **kwargs):
+        steps.append(self.param_groups[0]["momentum"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    status, err = train(optim="sgd", optim_args="momentum=0.9", learning_rate=10.0, logging_steps=1)
+    assert status == 0, err
+    assert steps == [0.9] * 4
+    history = json.loads((tmp_path / "out" / TRAINING).read_text())["summary"]["history"]
+    assert max(row.get("mask_flips_per_step", 0) for row in history) > 0
+
+
+def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path):
+    before = AutoModelForCausalLM.from_pretrained(base)
+    for parameter in before.parameters():
+        parameter.data.mul_(0.9)
+    before.save_pretrained(tmp_path / "before")
+    options = {"mask_removed_value": "base", "mask_removed_value_model": tmp_path / "before", "mask_sparsity": 0.3}
+    status, err = train(**options)
+    assert status == 0 and "a removed weight takes its" in err, err
+    assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    model, _, _ = load_masked(tmp_path / "out")
+    masks = MaskSet.from_adapter(tmp_path / "out")
+    for name, layer in adapter_layers(model).items():
+        mask = masks[name.removeprefix("base_model.model.")]
+        expected = torch.where(mask, layer.weight, layer.weight * 0.9)
+        torch.testing.assert_close(layer.effective_weight(), expected)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"mask_price": 1.0}, "price=1.0 has no effect with selection='topk'"),
+        ({"mask_sparsity_ramp": -0.1}, "sparsity_ramp is -0.1; it is a share of training"),
+        ({"mask_sparsity": 1.0}, "sparsity is 1.0; it is the fraction of weights removed"),
+        ({"mask_selection": "logit", "mask_init_scores": "constant"}, "that is every weight; set init_value above 0"),
+        ({"mask_removed_value": "base"}, "removed_value='base' needs the model before fine-tuning"),
+        (
+            {"mask_removed_value": "base", "mask_removed_value_model": "/nowhere/at/all"},
+            "removed_value_model: ",
+        ),
+        ({"mask_preset": "recommended", "mask_rank_by": "signed"}, "preset 'recommended' sets rank_by='abs'"),
+    ],
+)
+def test_mistakes_end_in_one_line(options, message, train):
+    status, err = train(**options)
+    assert status == 2 and message in err and len(err.strip().splitlines()) <= 3, err
