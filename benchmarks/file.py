@@ -22,7 +22,9 @@ def run(report) -> None:
     shape = (48, 64) if report.quick else (4096, 11008)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    targets = {0.01: 1.03 * entropy(0.01), 0.1: 0.48, 0.3: 1.08 * entropy(0.3), 0.5: 1.01}
+    # 0.0005: what Bit-Mask Tuning removes of gate projections, here of one of LLaMA2-7B's.
+    slack = {0.0005: 1.02, 0.01: 1.03, 0.3: 1.08}
+    targets = {sparsity: factor * entropy(sparsity) for sparsity, factor in slack.items()} | {0.1: 0.48, 0.5: 1.01}
     for sparsity, bound in targets.items():
         mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) >= sparsity
         coded = encode_mask(mask)
@@ -37,6 +39,7 @@ def run(report) -> None:
             bits,
             "bit/weight",
             f"<= {bound:.4f}",
+            bytes=coded.numel(),
             bound_H=entropy(sparsity),
             packed=1.0,
             pickle_fp32=8 * buffer.tell() / mask.numel(),

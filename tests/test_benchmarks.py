@@ -40,6 +40,12 @@ def test_ratios_of_both_sides_are_written(tmp_path):
 
 
 @pytest.mark.slow
+def test_learners(tmp_path):
+    rows, _ = run(tmp_path, "learners")
+    assert len(rows) == 3 * 6 and all(row["value"] > 0 for row in rows)
+
+
+@pytest.mark.slow
 def test_memory_and_scaling(tmp_path):
     rows, _ = run(tmp_path, "memory", "scaling")
     assert len(rows) == 7

@@ -26,16 +26,16 @@ def test_round_trip(rows, columns, density, seed):
     assert info["shape"] == (rows, columns) and info["num_removed"] == int((~mask).sum())
 
 
-@pytest.mark.parametrize("gap", [0, 1, 253, 254, 255, 256, 509, 510, 511, 765])
+@pytest.mark.parametrize("gap", [0, 1, 253, 254, 255, 256, 509, 510, 511, 765, 65534, 65535, 65536, 131070])
 def test_gaps_around_the_escape(gap):
     mask = torch.ones(1, gap + 1 + 1000, dtype=torch.bool)
     mask[0, gap] = mask[0, -1] = False
     assert torch.equal(decode_mask(encode_mask(mask)), mask)
 
 
-@pytest.mark.parametrize("sparsity,slack", [(0.01, 1.03), (0.1, 1.05), (0.3, 1.08)])
+@pytest.mark.parametrize("sparsity,slack", [(0.0005, 1.05), (0.01, 1.03), (0.1, 1.05), (0.3, 1.08)])
 def test_size_against_the_entropy_bound(sparsity, slack):
-    mask = torch.rand(1000, 4000, generator=torch.Generator().manual_seed(0)) >= sparsity
+    mask = torch.rand(2000, 4000, generator=torch.Generator().manual_seed(0)) >= sparsity
     bits = 8 * encode_mask(mask).numel() / mask.numel()
     assert bits <= slack * entropy(sparsity)
 

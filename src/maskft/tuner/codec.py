@@ -1,8 +1,9 @@
 """One mask as bytes: about 0.475 bits per weight at sparsity 0.1, exact, with its own checksum.
 
 Layout of the byte string: a 64-byte header (magic, format version, coding, shape, number removed, sha256 of the packed
-mask) followed by the payload. Two codings exist, the smaller one is written: the gaps between removed positions as
-bytes, compressed with zstd; or the bitmap, eight weights a byte.
+mask) followed by the payload. Three codings exist, the smallest one is written: the gaps between removed positions as
+bytes, or as pairs of bytes (first all lower ones, then all upper ones), compressed with zstd; or the bitmap, eight
+weights a byte.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ FORMAT_VERSION = 1
 _MAGIC = b"MFTM"
 # magic, format version, coding, two sizes, number removed, sha256 of version, sizes, count and packed bits
 _HEADER = struct.Struct("<4sHBxIIQ32s8x")
-_GAPS, _BITMAP = 0, 1
-# A gap byte of 255 means "255 kept weights and no removed one"; any smaller byte ends at a removed weight.
-_ESCAPE = 255
+_GAPS, _BITMAP, _WIDE_GAPS = 0, 1, 2
+# The highest gap, say 255, means "255 kept weights and no removed one"; any smaller one ends at a removed weight.
+_ESCAPES = {_GAPS: 255, _WIDE_GAPS: 65535}
+# With fewer removed than one in so many, gaps of one byte are mostly escapes.
+_FEW = 100
 
 
 def encode_mask(mask: Tensor) -> Tensor:
@@ -38,9 +41,10 @@ def encode_mask(mask: Tensor) -> Tensor:
     payload, coding = packed.tobytes(), _BITMAP
     # Beyond one removed weight in two, gaps cannot be shorter than the bitmap.
     if len(positions) * 2 <= max(len(removed), 1):
-        gaps = zstandard.ZstdCompressor(level=1).compress(_gap_bytes(positions).tobytes())
+        kind = _WIDE_GAPS if len(positions) * _FEW < len(removed) else _GAPS
+        gaps = _compress(_gap_bytes(positions, kind))
         if len(gaps) < len(payload):
-            payload, coding = gaps, _GAPS
+            payload, coding = gaps, kind
     header = _HEADER.pack(
         _MAGIC,
         FORMAT_VERSION,
@@ -73,14 +77,15 @@ def decode_mask(coded: Tensor, name: str = "mask") -> Tensor:
     version, shape, removed_count, digest, coding = _read_header(data, name)
     numel, payload = shape[0] * shape[1], data[_HEADER.size :]
     try:
-        if coding == _GAPS:
-            # No valid payload is longer than one byte per removed weight plus one per 255 kept ones.
-            limit = removed_count + numel // _ESCAPE + 1
-            gaps = np.frombuffer(
+        if coding in _ESCAPES:
+            # No valid payload is longer than one gap per removed weight plus one per 255 (65,535) kept ones.
+            limit = (1 + (coding == _WIDE_GAPS)) * (removed_count + numel // _ESCAPES[coding] + 1)
+            data = np.frombuffer(
                 zstandard.ZstdDecompressor().decompress(payload, max_output_size=limit), dtype=np.uint8
             )
+            gaps = data if coding == _GAPS else data.reshape(2, -1).T.copy().view("<u2").reshape(-1)
             ends = np.cumsum(gaps, dtype=np.int64)
-            is_removed = gaps != _ESCAPE
+            is_removed = gaps != _ESCAPES[coding]
             ends += np.cumsum(is_removed)
             removed = np.zeros(numel, dtype=np.bool_)
             removed[ends[is_removed] - 1] = True
@@ -123,12 +128,21 @@ def _digest(version: int, shape: Sequence[int], removed_count: int, packed: np.n
     return bytes.fromhex(files.digest(content))
 
 
-def _gap_bytes(positions: np.ndarray) -> np.ndarray:
-    """Number of kept weights before each removed one, as bytes with escapes for gaps of 255 and more."""
+def _gap_bytes(positions: np.ndarray, coding: int) -> list[bytes]:
+    """Number of kept weights before each removed one, with escapes for gaps that are too long."""
+    escape, dtype = _ESCAPES[coding], "<u2" if coding == _WIDE_GAPS else "u1"
     gaps = np.diff(positions, prepend=-1) - 1
-    escapes = gaps // _ESCAPE
-    if not escapes.any():
-        return gaps.astype(np.uint8)
-    out = np.full(len(gaps) + int(escapes.sum()), _ESCAPE, dtype=np.uint8)
-    out[np.cumsum(escapes + 1) - 1] = (gaps % _ESCAPE).astype(np.uint8)
-    return out
+    escapes, out = gaps // escape, gaps.astype(dtype)
+    if escapes.any():
+        out = np.full(len(gaps) + int(escapes.sum()), escape, dtype)
+        out[np.cumsum(escapes + 1) - 1] = gaps % escape
+    return [out.tobytes()] if coding == _GAPS else [part.tobytes() for part in out.view(np.uint8).reshape(-1, 2).T]
+
+
+def _compress(parts: Sequence[bytes]) -> bytes:
+    """One zstd frame; each part begins a block, with a code of its own: lower bytes hardly compress, upper ones do."""
+    compressor = zstandard.ZstdCompressor(level=1).compressobj(size=sum(map(len, parts)))
+    data = b"".join(
+        compressor.compress(part) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) for part in parts[:-1]
+    )
+    return data + compressor.compress(parts[-1]) + compressor.flush()
