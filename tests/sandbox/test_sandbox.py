@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -295,12 +296,36 @@ assert succeeded == 0, succeeded
         "libc.sethostname(b'x', 1)",
         "libc.memfd_create(b'x', 0)",  # memory that no limit counts
         "libc.shmget(0, 4096, 0o1600)",
+        "libc.inotify_init1(0)",  # tells of files outside that it shares a mount with
+        "libc.socketpair(40, 1, 0, ctypes.create_string_buffer(8))",  # AF_VSOCK
+        "libc.socketpair(16, 3, 0, ctypes.create_string_buffer(8))",  # AF_NETLINK
+        "libc.vmsplice(1, None, 0, 0)",  # a pipe that holds pages of a process that has let go of them
+        "libc.tee(0, 1, 1, 0)",
+        "libc.splice(0, None, 1, None, 1, 0)",
     ],
 )
 def test_refused_system_calls(attempt: str) -> None:
     code = f"import ctypes\nlibc = ctypes.CDLL(None)\nassert {attempt.format(pid=os.getpid())} == -1"
     result = run_code(code)
     assert result.passed, result
+
+
+def test_calls_that_are_newer_than_the_filter_do_not_exist() -> None:
+    code = """
+import ctypes, errno, socket
+libc = ctypes.CDLL(None, use_errno=True)
+for number in (457, 470, 999, 0x40000000 + 39):
+    assert libc.syscall(number, 0, 0, 0, 0) == -1 and ctypes.get_errno() == errno.ENOSYS, number
+socket.socketpair()
+"""
+    result = run_code(code)
+    assert result.passed, result
+
+
+def test_program_is_in_a_session_of_its_own() -> None:
+    """kill(0) would otherwise end the processes that watch it, where they are the same user's."""
+    code = "import os\nassert os.getsid(0) == os.getpgid(0) == os.getpid()"
+    assert run_code(code).passed
 
 
 def test_program_is_nobody_without_capabilities() -> None:
@@ -428,6 +453,72 @@ time.sleep(20)
     )
 
 
+def test_memory_of_processes_whose_first_thread_has_ended_counts() -> None:
+    code = """
+import ctypes, os, platform, threading, time
+def hold():
+    data = b"x" * (100 * 2**20)
+    time.sleep(20)
+for _ in range(4):
+    if os.fork() == 0:
+        threading.Thread(target=hold).start()
+        ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[platform.machine()], 0)
+time.sleep(20)
+"""
+    assert run_code(code, memory_bytes=256 * MIB).status == "out_of_memory"
+
+
+def test_memory_of_processes_that_start_threads_all_the_time_counts() -> None:
+    code = """
+import os, threading, time
+for _ in range(4):
+    if os.fork() == 0:
+        data = b"x" * (100 * 2**20)
+        while True:
+            threading.Thread(target=int).start()
+time.sleep(20)
+"""
+    assert run_code(code, memory_bytes=256 * MIB).status == "out_of_memory"
+
+
+def test_memory_in_sockets_is_bounded() -> None:
+    code = """
+import contextlib, socket
+pairs, held = [], 0
+try:
+    while True:
+        pairs.append(socket.socketpair())
+        for end in pairs[-1]:
+            with contextlib.suppress(PermissionError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**30)
+            end.setblocking(False)
+            try:
+                while True:
+                    held += end.send(bytes(2**16))
+            except BlockingIOError:
+                pass
+except OSError as error:
+    print(error.strerror)
+print(held)
+"""
+    message, held = run_code(code).stdout.splitlines()
+    assert message == "Too many open files" and int(held) < 32 * MIB
+
+
+def test_queued_signals_are_bounded() -> None:
+    code = """
+import ctypes, os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGRTMIN])
+libc = ctypes.CDLL(None)
+print(sum(libc.sigqueue(os.getpid(), int(signal.SIGRTMIN), None) == 0 for _ in range(2000)))
+"""
+    assert 0 < int(run_code(code).stdout) <= 256
+
+
+def test_no_program_is_started_for_a_core_dump() -> None:
+    assert run_code("import resource\nassert resource.getrlimit(resource.RLIMIT_CORE) == (1, 1)").passed
+
+
 def test_printing_without_end() -> None:
     result = run_code("while True:\n    print('x' * 1000)", cpu_time_s=1, max_output_bytes=5000)
     assert result.status == "timeout"
@@ -509,6 +600,18 @@ def test_temporary_folders_are_deleted(tmp_path: Path, monkeypatch: pytest.Monke
     assert run_code(code).passed
     assert not Path("/tmp/decoy-left-behind").exists()
     assert run_unconfined("import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').close()", monkeypatch).passed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_leaves_no_folder(tmp_path: Path) -> None:
+    code = "from maskft.sandbox.sandbox import run_code\nrun_code('import time; time.sleep(60)')"
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
+    children = Path(f"/proc/{process.pid}/task")
+    deadline_s = time.monotonic() + 30
+    while time.monotonic() < deadline_s and not any(file.read_text() for file in children.glob("*/children")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
     assert list(tmp_path.iterdir()) == []
 
 

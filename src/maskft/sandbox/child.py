@@ -44,7 +44,9 @@ NOBODY = 65534  # the user and group the program runs as
 TEMP_FOLDER = "/tmp"
 TEMP_FOLDER_BYTES = 64 * 2**20
 TEMP_FOLDER_FILES = 4096
-MAX_OPEN_FILES = 256
+MAX_OPEN_FILES = 64  # sockets and pipes hold memory that belongs to no process
+MAX_PENDING_SIGNALS = 256
+RLIMIT_SIGPENDING = 11  # the resource module has no name for it
 MODULE_NAME = (
     "program"  # not "__main__": HumanEval's own scorer does not run `if __name__ == "__main__":` blocks either
 )
@@ -66,6 +68,9 @@ REFUSED_CALLS = {
     "fsmount": (432, 432),
     "fsopen": (430, 430),
     "fspick": (433, 433),
+    "inotify_add_watch": (254, 27),
+    "inotify_init": (253, 26),  # arm has the newer one alone
+    "inotify_init1": (294, 26),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
     "io_uring_setup": (425, 425),
@@ -91,11 +96,17 @@ REFUSED_CALLS = {
     "semget": (64, 190),
     "setns": (308, 268),
     "shmget": (29, 194),
+    "splice": (275, 76),
+    "tee": (276, 77),
     "umount2": (166, 39),
     "unshare": (272, 97),
     "userfaultfd": (323, 282),
+    "vmsplice": (278, 75),
 }
-CLONE_CALL, CLONE3_CALL, SOCKET_CALL = (56, 220), (435, 435), (41, 198)  # allowed with some arguments only
+CLONE_CALL, CLONE3_CALL = (56, 220), (435, 435)  # allowed with some arguments only
+SOCKET_CALLS = ((41, 198), (53, 199))  # socket, socketpair
+SETSOCKOPT_CALL, SO_SNDBUF = (54, 208), 7
+FIRST_UNKNOWN_CALL = 457  # newer than Linux 6.7; x86_64 numbers its x32 calls far above
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -214,7 +225,8 @@ def set_limits(job: dict) -> None:
         resource.RLIMIT_AS: (job["memory_bytes"],) * 2,
         resource.RLIMIT_FSIZE: (TEMP_FOLDER_BYTES,) * 2,
         resource.RLIMIT_NOFILE: (MAX_OPEN_FILES,) * 2,
-        resource.RLIMIT_CORE: (0, 0),
+        RLIMIT_SIGPENDING: (MAX_PENDING_SIGNALS,) * 2,
+        resource.RLIMIT_CORE: (1, 1),  # with 0 the kernel still starts a program that takes core dumps
     }
     if job["confined"]:  # elsewhere it would count everything that the user runs
         num_helpers = 0 if os.getuid() == 0 else 2  # launcher and init are the program's user, unless started by root
@@ -238,22 +250,22 @@ def drop_privileges() -> None:
 
 
 def filter_system_calls() -> None:
-    """Refuse ``REFUSED_CALLS``, nested namespaces, and sockets of any family but AF_UNIX.
+    """Refuse ``REFUSED_CALLS``, what is newer than these, nested namespaces, and sockets but AF_UNIX's of usual size.
 
     A network namespace alone does not confine every family: AF_VSOCK reaches the host of a virtual machine.
     """
     machine = MACHINES.index(platform.machine())
     load, equal, greater_equal, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF_LD|W|ABS, BPF_JMP|.., BPF_RET
     allow, refuse, absent, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS, 0x80000000
-    af_unix, number_at, machine_at, first_argument_at = 1, 0, 4, 16  # offsets in struct seccomp_data
+    af_unix, number_at, machine_at, first_argument_at, third_argument_at = 1, 0, 4, 16, 32  # in struct seccomp_data
     program = [
         (load, 0, 0, machine_at),
         (equal, 1, 0, AUDIT_ARCH[machine]),  # (operation, instructions to skip if true, if false, operand)
         (end, 0, 0, kill),
         (load, 0, 0, number_at),
+        (greater_equal, 0, 1, FIRST_UNKNOWN_CALL),
+        (end, 0, 0, absent),
     ]
-    if MACHINES[machine] == "x86_64":
-        program += [(greater_equal, 0, 1, 0x40000000), (end, 0, 0, refuse)]  # the x32 numbering of the same calls
     for numbers in REFUSED_CALLS.values():
         program += [(equal, 0, 1, numbers[machine]), (end, 0, 0, refuse)]
     # clone3 hides its flags behind a pointer; told that it does not exist, libc falls back on clone.
@@ -261,11 +273,16 @@ def filter_system_calls() -> None:
     program += [
         (equal, 0, 3, CLONE_CALL[machine]),
         (load, 0, 0, first_argument_at),
-        (any_bit, 0, 5, ALL_NAMESPACES),
+        (any_bit, 0, 10, ALL_NAMESPACES),
         (end, 0, 0, refuse),
-        (equal, 0, 3, SOCKET_CALL[machine]),
+        (equal, 1, 0, SOCKET_CALLS[0][machine]),
+        (equal, 0, 3, SOCKET_CALLS[1][machine]),
         (load, 0, 0, first_argument_at),
-        (equal, 1, 0, af_unix),
+        (equal, 5, 0, af_unix),
+        (end, 0, 0, refuse),
+        (equal, 0, 3, SETSOCKOPT_CALL[machine]),
+        (load, 0, 0, third_argument_at),
+        (equal, 0, 1, SO_SNDBUF),
         (end, 0, 0, refuse),
         (end, 0, 0, allow),
     ]
@@ -366,6 +383,7 @@ def supervise(job: dict, report_fd: int) -> None:
         try:
             set_limits(job)
             if job["confined"]:
+                os.setsid()  # out of the group of the processes above, which kill(0) would end
                 drop_privileges()
                 filter_system_calls()
         except (OSError, ValueError) as error:

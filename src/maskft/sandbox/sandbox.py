@@ -7,6 +7,7 @@ What is confined, how, and what it does not protect against: docs/sandbox.md. Th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -203,12 +204,12 @@ def _run_checked(code: str, limits: Limits, *, confined: bool, stop: threading.E
 
 def _run(code: str, limits: Limits, *, confined: bool, stop: threading.Event | None = None) -> SandboxResult | str:
     """Run one program; a string is the reason why it was not started."""
-    with (
-        tempfile.TemporaryDirectory(prefix="maskft-sandbox-", ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile("w+") as job_file,
-    ):
-        # The folder stays empty when confined; the program's own is in memory and private to it.
-        home = "/tmp" if confined else folder
+    with contextlib.ExitStack() as opened:
+        job_file = opened.enter_context(tempfile.TemporaryFile("w+"))
+        folder, home = "/", "/tmp"  # the program's own is in memory and private to it
+        if not confined:
+            unconfined = tempfile.TemporaryDirectory(prefix="maskft-sandbox-", ignore_cleanup_errors=True)
+            folder = home = opened.enter_context(unconfined)
         folders, import_paths = _python_folders()
         job = {
             "code": code,
@@ -417,17 +418,28 @@ def _tree_usage(launcher: int, num_helpers: int) -> tuple[int, float]:
     resident_pages, ticks, todo = 0, 0, [(launcher, 0)]
     while todo:
         pid, generation = todo.pop()
+        pages = 0
         try:
-            # After the name in brackets: 11, 12 user and system time, 13, 14 the same of reaped children, 21 resident
-            # pages. As bytes: the program can give itself a name that is no text.
-            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-            for thread in os.listdir(f"/proc/{pid}/task"):
-                children = Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
-                todo += [(int(child), generation + 1) for child in children]
+            fields, threads = _stat(f"/proc/{pid}"), os.listdir(f"/proc/{pid}/task")
         except OSError:  # it ended meanwhile
             continue
+        for thread in threads:
+            with contextlib.suppress(OSError):  # as above
+                # A first thread that has ended shows no pages, though the others still hold them all.
+                pages = max(pages, int(_stat(f"/proc/{pid}/task/{thread}")[21]))
+                children = Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
+                todo += [(int(child), generation + 1) for child in children]
         ticks += int(fields[13]) + int(fields[14])
         if generation >= num_helpers:
             ticks += int(fields[11]) + int(fields[12])
-            resident_pages += int(fields[21])
+            resident_pages += pages
     return resident_pages * _PAGE_BYTES, ticks / _TICKS_PER_S
+
+
+def _stat(folder: str) -> list[bytes]:
+    """The numbers of a process or thread, counted after its name in brackets.
+
+    11, 12: user and system time; 13, 14: the same of reaped children; 21: resident pages. As bytes: the program can
+    give itself a name that is no text.
+    """
+    return Path(f"{folder}/stat").read_bytes().rpartition(b")")[2].split()
