@@ -23,6 +23,7 @@ settings = {
     "logprobs": {},  # instruction -> {token: log-probability} instead of a verdict by length
     "refuse": (),  # instructions that are too long for its context
     "without_logprobs": False,
+    "redirect": None,  # answer every request with status 307 and this place
     "speaks": "openai",  # or a web page, or JSON that is cut off
 }
 lock = threading.Lock()
@@ -72,8 +73,16 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, reply)
 
     def allowed(self):
+        with open(settings["log"] + ".headers", "a") as log:
+            log.write(json.dumps(dict(self.headers)) + "\n")
+        if settings["redirect"]:
+            self.send_response(307)
+            self.send_header("Location", settings["redirect"] + self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return False
         if settings["key"] and self.headers.get("Authorization") != f"Bearer {settings['key']}":
-            self.reply(401, {"error": {"message": "wrong key"}})
+            self.reply(401, {"error": {"message": f"wrong key {self.headers.get('Authorization')}"}})
             return False
         return True
 

@@ -1,10 +1,16 @@
 """Typed files: a mistake is one line with its place."""
 
+import gzip
+from itertools import pairwise
+
 import pytest
 from pydantic import Field
 
+from maskft.cli.main import main
+from maskft.data.sources import read_file
 from maskft.errors import UserError
-from maskft.files import FileModel, read_model
+from maskft.files import FileModel, append_to, read_json, read_model, read_yaml, whole_folder, write_text
+from maskft.results.schema import read_result
 
 
 class Method(FileModel):
@@ -39,3 +45,79 @@ def test_a_mistake_is_one_line_with_its_place(content, message):
 def test_what_is_right_is_returned_typed():
     recipe = read_model(Recipe, {"name": "x", "methods": {"a": {"rate": 1, "layers": [0, 1]}}}, "r.yaml")
     assert recipe.methods["a"].layers == [0, 1] and recipe.methods["a"].rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3", "line 3: two entries are named 'a'"),
+        (
+            "a: &a [x, x]\n" + "".join(f"{n}: &{n} [*{p}, *{p}]\n" for p, n in pairwise("abcdefghijklmnopqrst")),
+            "entries",
+        ),
+        (
+            "a: &a {x: 1}\n"
+            + "".join(f"{n}: &{n} {{<<: [*{p}, *{p}]}}\n" for p, n in pairwise("abcdefghijklmnopqrst")),
+            "entries",
+        ),
+        ("a: &a [*a]", "aliases written out"),
+        ("[" * 5000, "is not YAML"),
+        ("a: " + "x" * 2**20, "has more than 1 MiB"),
+    ],
+)
+def test_recipes_that_are_bombs(text, message, tmp_path, capsys):
+    """Each through the reader of studies and through that of training."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_yaml(file)
+    assert main(["train", "--config", str(file)]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_json_that_is_a_bomb(tmp_path):
+    file = tmp_path / "adapter_config.json"
+    for text, message in (("[" * 100_000, "is not JSON"), ("{", "is not JSON"), ("1" * 5000, "is not JSON")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_json(file)
+    with file.open("wb") as sparse:
+        sparse.truncate(2**30)
+    with pytest.raises(UserError, match="has more than 64 MiB"):
+        read_json(file)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.gz"])
+def test_gzipped_data_does_not_unpack_into_all_memory(name, tmp_path):
+    file = tmp_path / name
+    with gzip.open(file, "wb") as out:
+        for _ in range(200):
+            out.write(bytes(2**20))
+    assert file.stat().st_size < 2**20
+    with pytest.raises(UserError, match=r"cannot be read: .*unpacks to more than 100 times its size"):
+        list(read_file(file))
+    with pytest.raises(UserError, match="unpacks to more than 100 times its size"):
+        read_result(file)
+
+
+def test_a_folder_that_is_made_whole_takes_no_name_that_is_there(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("kept")
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "out") as folder:
+        (folder / "x").write_text("x")
+        raise RuntimeError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial"]
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "x").write_text("x")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
+    assert (tmp_path / "out.partial" / "mine").read_text() == "kept"
+
+
+def test_a_link_is_not_written_through(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "answers.jsonl").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="symbolic link"):
+        append_to(tmp_path / "answers.jsonl")
+    write_text(tmp_path / "answers.jsonl", "new")
+    assert (tmp_path / "mine").read_text() == "kept" and (tmp_path / "answers.jsonl").read_text() == "new"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
+import io
 import json
+import math
 import os
+import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import UserError, did_you_mean
 
@@ -49,6 +54,15 @@ SEARCH = "search.json"
 WINNER = "winner.yaml"
 
 
+# Bounds on what comes from elsewhere. Recipes have some kB; the history of a long training some MB; data and results
+# pack to a third or a twentieth.
+MAX_JSON_BYTES = 64 * 2**20
+MAX_YAML_BYTES = 2**20
+MAX_UNPACKED_TIMES = 100
+MAX_UNPACKED_BYTES = 64 * 2**20
+MAX_YAML_ENTRIES = 100_000  # aliases counted as what they stand for
+
+
 def is_there(name: str) -> bool:
     """Whether a file or folder of this name exists; a text that cannot be a name is none."""
     try:
@@ -73,19 +87,61 @@ def check_free_space(folder: str | Path, need_bytes: float, remedy: str) -> None
         )
 
 
+class _Gzip(gzip.GzipFile):
+    """Gzipped data that ends in an error where it unpacks to far more than data does: 1 MB may hold 1 GB of zeros."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0:
+            return b"".join(iter(lambda: self.read(2**20), b""))
+        return self._counted(super().read(size))
+
+    def read1(self, size: int = -1) -> bytes:
+        return self._counted(super().read1(size))
+
+    def _counted(self, piece: bytes) -> bytes:
+        if self.tell() > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_TIMES * os.path.getsize(self.name)):
+            raise OSError(errno.EFBIG, f"unpacks to more than {MAX_UNPACKED_TIMES} times its size; unpack it yourself")
+        return piece
+
+
+def open_text(file: Path, encoding: str = "utf-8") -> TextIO:
+    """Open a text file for reading, which may be gzipped (``.gz``)."""
+    if file.suffix.lower() != ".gz":
+        return open(file, encoding=encoding)
+    return io.TextIOWrapper(_Gzip(file), encoding=encoding)
+
+
 def read_text(file: Path) -> str:
     """Text of a file, which may be gzipped (``.gz``)."""
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as text:
+    with open_text(file) as text:
         return text.read()
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file of settings or records holds.
+
+    Raises:
+        UserError: If it is no JSON, or larger than settings are.
+    """
+    try:
+        return json.loads(_small_text(file, MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, UserError) else UserError(f"{file} is not JSON: {error}") from error
+
+
+def _small_text(file: Path, max_bytes: int) -> str:
+    if file.stat().st_size > max_bytes:
+        raise UserError(f"{file} has more than {max_bytes // 2**20} MiB; it is no file of settings")
+    return file.read_text(encoding="utf-8")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file whole or not at all (temporary file beside it, then renamed); missing folders are made."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -93,6 +149,28 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}): give another path") from error
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder to write into, which becomes ``folder`` (none, or empty) unless there is an error."""
+    partial = _beside(folder)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def append_to(file: Path) -> TextIO:
+    """Open a text file of ours to append to; a link is refused, it would lead the text into a file of someone else."""
+    return open(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w", encoding="utf-8")
+
+
+def _beside(path: Path) -> Path:
+    """A name beside ``path`` that nothing else has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 # Digests: all sha256, in hex
@@ -147,6 +225,12 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML as it is, but a key given twice is an error, 1e-3 a number, and a date the text that was written."""
 
+    def get_single_node(self):
+        node = super().get_single_node()
+        if _num_entries(node, {}) > MAX_YAML_ENTRIES:  # a few aliases of aliases stand for billions of entries
+            raise UserError(f"it has more than {MAX_YAML_ENTRIES:,} entries, aliases written out; it is no recipe")
+        return node
+
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
@@ -159,6 +243,17 @@ class _Loader(yaml.SafeLoader):
                 raise UserError(f"line {line}: two entries are named {key!r}; rename one")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _num_entries(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """Entries of a node, those behind its aliases each time that they are named; infinite where it holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_num_entries(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _number_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
@@ -182,14 +277,27 @@ def read_yaml(file: str | os.PathLike) -> Any:
     if not Path(file).is_file():
         raise UserError(f"recipe {os.fspath(file)!r} does not exist")
     try:
-        return yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
+        text = _small_text(Path(file), MAX_YAML_BYTES)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{os.fspath(file)} is not YAML: {error}") from None
+    try:
+        return yaml.load(text, _Loader)
     except UserError as error:
         raise UserError(f"{os.fspath(file)}, {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{os.fspath(file)} is not YAML: {' '.join(str(error).split())}") from None
 
 
 # Typed files
+
+
+def _name(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise ValueError(f"{text!r} is no name: give characters that can be seen")
+    return text
+
+
+Name = Annotated[str, Field(min_length=1), AfterValidator(_name)]
 
 
 class FileModel(BaseModel):

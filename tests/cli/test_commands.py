@@ -10,10 +10,11 @@ from importlib import resources
 import pytest
 import safetensors.torch
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
+from maskft import MaskConfig
 from maskft.adapter.mask_set import MaskSet
 from maskft.cli.main import COMMANDS, main
 from maskft.cli.train import option_defaults
@@ -21,6 +22,8 @@ from maskft.data import load_splits
 from maskft.data.arguments import DataArguments
 from maskft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
 from maskft.study.recipe import load_recipe
+from maskft.tuner.codec import encode_mask
+from maskft.tuner.model import mask_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +128,43 @@ def test_verify(adapter, base, tmp_path, capsys):
     assert status == 2 and "was trained on other base weights" in err
 
 
+def test_verify_compares_the_base_whatever_the_configuration_says(adapter, base, tmp_path, capsys):
+    other = tmp_path / "other"
+    tiny.tiny_llama(vocab_size=264, seed=5).save_pretrained(other)
+    AutoTokenizer.from_pretrained(base).save_pretrained(other)
+    folder = copy_of(adapter, tmp_path / "unchecked")
+    config = json.loads((folder / ADAPTER_CONFIG).read_text()) | {"verify_base": False}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
+    status, _, err = call(["verify", folder, "--base", other], capsys)
+    assert status == 2 and "was trained on other base weights" in err
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config | {"base_fingerprint": None}))
+    status, out, _ = call(["verify", folder, "--base", other], capsys)
+    assert status == 0 and "its weights: not checked, none recorded" in out and "fingerprint match" not in out
+
+
+def test_inspect_and_verify_show_what_replaces_the_base(base, tmp_path, capsys):
+    config = MaskConfig(layers_to_transform=[0], modules_to_save=["lm_head"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path)
+    assert "replaced_weights: ['lm_head.weight']" in call(["inspect", tmp_path], capsys)[1]
+    assert (
+        "replaces weights of the base, as the configuration says: lm_head.weight"
+        in call(["verify", tmp_path], capsys)[1]
+    )
+
+
+def test_names_of_an_adapter_do_not_steer_the_terminal(adapter, tmp_path, capsys):
+    folder = copy_of(adapter, tmp_path / "hostile")
+    masks = {f"model.layers.0.[red]\x1b[2J{n}": m for n, m in MaskSet.from_adapter(adapter).items()}
+    MaskSet(masks).save(folder / ADAPTER_WEIGHTS)
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    sha256 = mask_fingerprint({name: encode_mask(mask) for name, mask in masks.items()})
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config | {"mask_sha256": sha256, "recipe": {"a": "\x1b[2J"}}))
+    status, out, _ = call(["inspect", folder], capsys)
+    assert status == 0 and "\x1b" not in out and "[red]" in out
+    status, _, err = call(["verify", folder, "--base", "./\x1b[2J"], capsys)
+    assert status == 2 and "\x1b" not in err
+
+
 def test_verify_finds_damage(adapter, tmp_path, capsys):
     broken = copy_of(adapter, tmp_path / "flipped")
     tensors = safetensors.torch.load_file(broken / ADAPTER_WEIGHTS)
@@ -181,6 +221,8 @@ def test_merge_writes_nothing_when_it_cannot(adapter, base, tmp_path, capsys):
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine").write_text("keep")
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "mine").write_text("keep")
     status, _, err = call(["merge", "--adapter", adapter, "--output_dir", full], capsys)
     assert status == 2 and "is not empty" in err and [p.name for p in full.iterdir()] == ["mine"]
     other = tmp_path / "other"
@@ -189,6 +231,7 @@ def test_merge_writes_nothing_when_it_cannot(adapter, base, tmp_path, capsys):
     assert status == 2 and "other base weights" in err and not (tmp_path / "new").exists()
     status, _, err = call(["merge", "--adapter", base, "--output_dir", tmp_path / "new"], capsys)
     assert status == 2 and "is not an adapter folder" in err
+    assert (tmp_path / "new.partial" / "mine").read_text() == "keep"
 
 
 def test_merge_that_would_not_be_exact_is_not_kept(adapter, tmp_path, capsys, monkeypatch):
@@ -197,7 +240,7 @@ def test_merge_that_would_not_be_exact_is_not_kept(adapter, tmp_path, capsys, mo
     monkeypatch.setattr(module, "_logits", lambda model, ids: torch.rand(3))
     status, _, err = call(["merge", "--adapter", adapter, "--output_dir", tmp_path / "new"], capsys)
     assert status == 2 and "bit for bit; nothing was kept" in err
-    assert not list(tmp_path.glob("new*"))
+    assert not list(tmp_path.glob("*new*"))
 
 
 # evaluate and compare

@@ -317,6 +317,27 @@ def test_keys(command, tmp_path, monkeypatch):
         assert command(url)[0] == 0
 
 
+def test_the_judge_is_told_no_names_and_no_message_holds_a_secret(command, tmp_path, monkeypatch):
+    for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "my-employer")
+    monkeypatch.setenv("JUDGE_API_KEY", "my-key")
+    with judge_server(tmp_path, key="another") as (url, *_):
+        status, out, err = command(url.replace("http://", "http://me:my-password@"))
+    assert status == 2 and "refuses model 'longer'" in err and "@" not in err
+    assert "my-key" not in out + err and "my-password" not in out + err
+    headers = next(tmp_path.glob("*.headers")).read_text()
+    assert "python" in headers and "my-employer" not in headers
+
+
+def test_the_judge_cannot_send_requests_elsewhere(command, tmp_path):
+    (tmp_path / "other").mkdir()
+    with judge_server(tmp_path / "other") as (other, *_):
+        with judge_server(tmp_path, redirect=other.removesuffix("/v1")) as (url, *_):
+            status, _, err = command(url)
+        assert status == 2 and "sends its requests elsewhere (status 307)" in err
+        assert not list((tmp_path / "other").glob("*.headers"))
+
+
 # Length control
 
 
@@ -439,6 +460,7 @@ def test_bad_prompts(rows, message, command, tmp_path):
         (["--judge_model", "x"], "judge_model is given without judge_url"),
         (["--judge_url", "http://127.0.0.1:9/v1"], "judge_url is given without judge_model"),
         (["--judge_url", "localhost", "--judge_model", "x"], "it must look like http"),
+        (["--judge_url", "http://me:pw@1.2.3.4/v1", "--judge_model", "x"], "'http://1.2.3.4/v1' would send prompts"),
         (["--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "x"], "cannot be reached"),
         (["--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "x", "--judge_timeout", "0"], "must be above 0"),
         (["--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "x", "--judge_retries", "-1"], "at least 0"),

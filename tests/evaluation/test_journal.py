@@ -99,3 +99,13 @@ def test_overwriting_drops_answers_of_the_same_settings_too(tmp_path):
     Journal(file, SETTINGS).add_partial("generate_until", ("a", {}), "A")
     assert Journal(file, SETTINGS).answers
     assert Journal(file, SETTINGS, overwrite=True).answers == {} and not file.exists()
+
+
+def test_a_journal_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "answers.jsonl").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="is a link and no journal of ours"):
+        Journal(tmp_path / "answers.jsonl", SETTINGS)
+    journal = Journal(tmp_path / "answers.jsonl", SETTINGS, overwrite=True)
+    journal.add_partial("kind", ["prompt"], "answer")
+    assert (tmp_path / "mine").read_text() == "kept" and not (tmp_path / "answers.jsonl").is_symlink()

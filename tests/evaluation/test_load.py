@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from maskft.errors import UserError
 from maskft.evaluation import load
-from maskft.evaluation.targets import labels
+from maskft.evaluation.targets import labels, result_files
 
 
 def test_a_folder_for_vllm_is_known_by_its_files(base, tmp_path, monkeypatch):
@@ -75,6 +75,18 @@ def test_labels(model, expected, tmp_path, monkeypatch):
     (tmp_path / "outer" / "inner" / "inner").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "outer" / "inner")
     assert labels([model], []) == [expected]
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc", "..", "a/b"])
+def test_a_label_that_leads_out_of_the_output_folder(name, tmp_path):
+    with pytest.raises(UserError, match="names a folder inside output_dir; give a --name without a slash"):
+        result_files(str(tmp_path), [name, "other"], ["one", "two"])
+
+
+def test_a_label_that_cannot_be_seen():
+    with pytest.raises(UserError, match="is no --name; give characters that can be seen"):
+        labels(["one"], ["a\x1b[2J"])
+    assert labels(["./a\x1b[2J"], []) == [r"a\x1b[2J"]
 
 
 def _other_size(folder):

@@ -1,6 +1,7 @@
 import argparse
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from maskft.results import FORMATS
 from maskft.results.compare import compare
 from maskft.results.compare import scores as scores_of
 from maskft.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
-from maskft.results.text import Table, cross_domain_table, draw, render, sentence
+from maskft.results.text import Table, cross_domain_table, draw, render, render_scores, sentence
 
 RESAMPLES = 500
 
@@ -481,6 +482,40 @@ def test_latex(comparison):
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
     outside = [line for line in text.splitlines() if not line.startswith("%")]
     assert all("%" not in line.replace(r"\%", "") for line in outside)
+
+
+HOSTILE = "a\\|b `x` <img src=x> [y](http://z) \\input{/etc/passwd} \\write18{id} % $ \x1b]0;mine\x07\n\\end{tabular}"
+
+
+@pytest.mark.parametrize("output_format", ["terminal", "markdown", "latex"])
+def test_texts_of_a_result_file_stay_texts(output_format):
+    text = draw(Table(("model", "score"), [(HOSTILE, "1"), ("other", "2")]), output_format)
+    lines = text.splitlines()
+    assert all(line.isprintable() for line in lines) and r"\x1b]0;mine\x07\n" in text.replace(
+        "textbackslash{}", ""
+    ).replace("\\\\", "\\")
+    if output_format == "markdown":
+        assert len(lines) == 4 and all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 3 for line in lines)
+        assert r"\<img" in text and r"]\(http" in text and r"\`x\`" in text
+    if output_format == "latex":
+        commands = set(re.findall(r"\\([a-z]+)", text))
+        assert commands == {"begin", "toprule", "midrule", "bottomrule", "end", "textbackslash"} | commands & {
+            "textasciitilde"
+        }
+        assert text.count("end{tabular}") == 1
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_names_with_control_characters_are_refused(form):
+    for name in ("a\x1b[2J", "a\nb", "a\u202eb", " "):
+        with pytest.raises(UserError, match="is no name: give characters that can be seen"):
+            make(name, accuracy=scores(5, 10))
+        with pytest.raises(UserError, match="is no name: give characters that can be seen"):
+            make("mask", tasks={name: make_task(accuracy=scores(5, 10))})
+    result = make("mask", accuracy=scores(5, 10))
+    result["tasks"]["sums"]["metrics"]["accuracy"]["unit"] = "\x1b[2J\nunit"
+    text = render_scores(scores_of([result]), form)
+    assert "\x1b" not in text and "\nunit" not in text
 
 
 def test_json_has_fractions_and_no_percent(comparison):

@@ -309,12 +309,15 @@ def test_launch_mistakes(changes, message, arguments, tmp_path, capsys):
         ),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ZeRO-3 is not supported"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "JSON"}, "ZeRO-3 is not supported"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "CUT"}, "cut.json is not JSON"),
     ],
 )
 def test_a_process_that_others_launched_refuses_too(environment, message, arguments, tmp_path, capsys, monkeypatch):
     (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
+    (tmp_path / "cut.json").write_text('{"zero_optimization": ')
+    files = {"JSON": str(tmp_path / "zero3.json"), "CUT": str(tmp_path / "cut.json")}
     for name, value in environment.items():
-        monkeypatch.setenv(name, str(tmp_path / "zero3.json") if value == "JSON" else value)
+        monkeypatch.setenv(name, files.get(value, value))
     assert message in mistake(arguments(output_dir=tmp_path / "out"), capsys)
 
 

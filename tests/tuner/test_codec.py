@@ -1,10 +1,13 @@
 """The coded mask: exact, small, and impossible to misread."""
 
 import math
+import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,3 +93,26 @@ def test_layout_does_not_matter():
     mask = torch.rand(20, 30) > 0.1
     assert torch.equal(encode_mask(mask.t().contiguous().t()), encode_mask(mask))
     assert np.array_equal(decode_mask(encode_mask(mask.t())).numpy(), mask.t().numpy())
+
+
+@pytest.mark.parametrize("declares_size", [True, False])
+def test_a_mask_unpacks_to_no_more_than_its_weights(declares_size):
+    """2 kB of zstd hold 64 MiB; where the frame declares so, the library takes that for its bound."""
+    compressor = zstandard.ZstdCompressor(write_content_size=declares_size)
+    bomb = encode_mask(torch.ones(20, 30, dtype=torch.bool))[: _HEADER.size].numpy().tobytes()
+    bomb += compressor.compress(bytes(64 * 2**20))
+    assert len(bomb) < 10_000
+    tracemalloc.start()
+    with pytest.raises(UserError, match="q_proj is corrupted"):
+        decode_mask(torch.frombuffer(bytearray(bomb), dtype=torch.uint8), "q_proj")
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shape", [(2**16, 2**16), (0, 5)])
+def test_shapes_that_no_layer_has(shape):
+    coded = encode_mask(torch.ones(20, 30, dtype=torch.bool))
+    coded[8:16] = torch.frombuffer(bytearray(struct.pack("<II", *shape)), dtype=torch.uint8)
+    for read in (decode_mask, mask_info):
+        with pytest.raises(UserError, match=f"it removes 0 of {shape[0]} x {shape[1]} weights"):
+            read(coded)

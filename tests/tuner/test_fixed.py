@@ -5,6 +5,7 @@ import torch
 
 import reference
 from maskft import magnitude_mask, num_removed, random_mask, topk_mask, topk_masks
+from maskft.errors import UserError
 from maskft.tuner.fixed import fixed_masks
 
 
@@ -19,6 +20,15 @@ def test_fixed_masks_have_the_learned_masks_count(sparsity):
 def test_magnitude_mask_removes_the_smallest():
     weight = torch.tensor([[3.0, -0.1, 2.0], [0.2, -5.0, 0.05]])
     assert magnitude_mask(weight, 1 / 3).tolist() == [[True, False, True], [True, True, False]]
+
+
+@pytest.mark.parametrize("kind", ["random_mask", "l1_mask", "wanda_mask"])
+def test_a_base_with_nan_is_refused(kind):
+    broken = torch.ones(4, 3)
+    broken[2, 1] = torch.nan
+    norms = [torch.ones(1, 3)] * 2
+    with pytest.raises(UserError, match=f"weights hold NaN .in matrix 2 of 2.; no {kind} of them is made"):
+        fixed_masks(kind, [torch.ones(4, 3), broken], 0.5, input_norms=norms)
 
 
 def test_random_mask_is_uniform_and_seeded():

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import struct
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from maskft.adapter.wrap import add_adapter
 from maskft.errors import UserError
 from maskft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from maskft.tuner import MaskPeftType
+from maskft.tuner.codec import encode_mask
 from maskft.tuner.targets import check_targets, maskable_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -494,6 +497,13 @@ def test_a_tied_head_is_refused():
         get_peft_model(model, MaskConfig(target_modules=["lm_head", "q_proj"]))
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_tied_weight_is_not_trained_in_one_of_its_places(name):
+    config = MaskConfig(target_modules=["q_proj"], modules_to_save=[name])
+    with pytest.raises(UserError, match=f"{name}', whose weight is shared by model.embed_tokens, lm_head"):
+        get_peft_model(tiny.tiny_llama(tie_word_embeddings=True), config)
+
+
 def test_fused_experts_are_refused():
     sizes = {"num_hidden_layers": 2, "num_local_experts": 2}
     model = tiny.decoder(transformers.MixtralConfig, transformers.MixtralForCausalLM, **sizes)
@@ -592,10 +602,64 @@ def test_extra_mask(saved):
         load(saved[0])
 
 
-@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.base_layer.weight"])
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"])
 def test_an_entry_that_would_overwrite_base_weights(saved, key):
-    edit(saved[0], lambda t: t.update({f"base_model.model.{key}": torch.zeros(3, 3)}))
+    weight = tiny.tiny_llama().state_dict()[key]
+    edit(saved[0], lambda t: t.update({f"base_model.model.{key}": torch.full_like(weight, 3.0)}))
     with pytest.raises(UserError, match="neither masks nor modules_to_save"):
+        load(saved[0])
+    with pytest.raises(UserError, match=f"{key}; they would replace the base's"):
+        MaskSet.from_adapter(saved[0])
+
+
+def test_a_saved_module_is_the_one_that_its_configuration_declares(tmp_path):
+    trained(tiny.tiny_llama, layers_to_transform=[0], modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    assert list(MaskConfig.from_pretrained(tmp_path).weights_sha256) == ["lm_head.weight"]
+    edit(tmp_path, lambda t: t["base_model.model.lm_head.weight"].mul_(2))
+    base = tiny.tiny_llama()
+    for read in (lambda: load(tmp_path, base), lambda: MaskSet.from_adapter(tmp_path)):
+        with pytest.raises(UserError, match=r"weights_sha256 .* lm_head.weight; they would replace the base's"):
+            read()
+    assert same_weights(base, tiny.tiny_llama())
+
+
+def test_masks_of_another_adapter(saved, tmp_path):
+    """Every mask is whole and fits; only the configuration tells that they are others."""
+    trained(tiny.tiny_llama, layers_to_transform=[1, 2], mask_seed=9).save_pretrained(tmp_path / "other")
+    (saved[0] / ADAPTER_WEIGHTS).write_bytes((tmp_path / "other" / ADAPTER_WEIGHTS).read_bytes())
+    with pytest.raises(UserError, match=r"do not match mask_sha256 in adapter_config\.json"):
+        load(saved[0])
+    with pytest.raises(UserError, match=r"do not match mask_sha256 in adapter_config\.json"):
+        MaskSet.from_adapter(saved[0])
+
+
+def test_a_refused_file_leaves_the_base_as_it_was(saved):
+    edit(saved[0], lambda t: t.pop(key_of(t, "layers.1.mlp.up_proj")))
+    base = tiny.tiny_llama()
+    names, attributes = dict(base.named_modules()), set(vars(base))
+    with pytest.raises(UserError, match="has no mask for"):
+        load(saved[0], base)
+    assert dict(base.named_modules()) == names and set(vars(base)) == attributes
+    assert all(parameter.requires_grad for parameter in base.parameters()) and not base._forward_pre_hooks
+    model = trained(tiny.tiny_llama, mask_seed=4)
+    before = logits(model)
+    with pytest.raises(UserError, match="has no mask for"):
+        model.load_adapter(saved[0], "second")
+    assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)
+    with pytest.raises(UserError, match="no mask adapter named 'second'"):
+        current_masks(model, "second")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bases_of_every_dtype_are_checked(saved, dtype):
+    assert load(saved[0], tiny.tiny_llama().to(dtype))
+    with pytest.raises(UserError, match="was trained on other base weights"):
+        load(saved[0], tiny.tiny_llama(seed=1).to(dtype))
+
+
+def test_an_entry_that_is_no_row_of_bytes(saved):
+    edit(saved[0], lambda t: t.update({key_of(t, "layers.1.mlp.up_proj"): torch.zeros(9, dtype=torch.bfloat16)}))
+    with pytest.raises(UserError, match="up_proj is corrupted: it is no row of bytes"):
         load(saved[0])
 
 
@@ -613,6 +677,20 @@ def test_flipped_bit(saved):
 def test_wrong_shape(saved):
     with pytest.raises(UserError, match=r"has shape \(48, 32\), the model's weight \(64, 32\); wrong base"):
         load(saved[0], tiny.tiny_llama(intermediate_size=64))
+
+
+def test_a_shape_is_compared_before_memory_is_taken_for_it(saved):
+    """100 bytes that claim a gigabyte."""
+    bomb = encode_mask(torch.ones(1, 8, dtype=torch.bool))
+    bomb[8:16] = torch.frombuffer(bytearray(struct.pack("<II", 2**15, 2**15)), dtype=torch.uint8)
+    edit(saved[0], lambda t: t.update({key_of(t, "layers.1.mlp.up_proj"): bomb}))
+    config = PeftConfig.from_pretrained(saved[0])
+    config.mask_sha256 = None
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"has shape \(32768, 32768\), the model's weight \(48, 32\)"):
+        PeftModel.from_pretrained(tiny.tiny_llama(), saved[0], config=config)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
 
 
 def test_wrong_base_of_the_same_shape(saved):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 
 from .. import files
 from ..errors import UserError
-from ..tuner.codec import FORMAT_VERSION, decode_mask, encode_mask, mask_info
+from ..tuner.codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, mask_info
+from ..tuner.model import check_weights, mask_fingerprint
 
-_PREFIX = "base_model.model."
 _SUFFIX = ".mask_coded"
 
 
@@ -93,7 +92,7 @@ class MaskSet(dict[str, Tensor]):
 
     def save(self, file: str | Path) -> None:
         """Write the coded masks as a safetensors file with an adapter's keys."""
-        safetensors.torch.save_file({f"{_PREFIX}{n}{_SUFFIX}": encode_mask(m) for n, m in self.items()}, str(file))
+        safetensors.torch.save_file({f"{PREFIX}{n}{_SUFFIX}": encode_mask(m) for n, m in self.items()}, str(file))
 
 
 class AdapterConfig(files.FileModel):
@@ -115,8 +114,10 @@ class AdapterConfig(files.FileModel):
     removed_value_model: str | None = None
     removed_value_fingerprint: str | None = None
     save_scores: bool = False
-    base_fingerprint: str | None = None
-    mask_sha256: str
+    base_fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}(:[0-9a-f]+)?$")] | None = None
+    verify_base: bool = True
+    mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    weights_sha256: dict[str, str] | None = None
     recipe: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("recipe", mode="before")
@@ -137,27 +138,30 @@ class AdapterConfig(files.FileModel):
 def read_config(folder: str | Path) -> AdapterConfig:
     """``adapter_config.json`` of a mask adapter, or one clear error."""
     file = _file(folder, files.ADAPTER_CONFIG)
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
-    return files.read_model(AdapterConfig, content, file, "name the folder of a mask, or save it again")
+    return files.read_model(AdapterConfig, files.read_json(file), file, "name the folder of a mask, or save it again")
 
 
 def read_coded(folder: str | Path) -> dict[str, Tensor]:
-    """Coded masks of an adapter folder by module name, not yet decoded."""
-    file = _file(folder, files.ADAPTER_WEIGHTS)
+    """Coded masks of an adapter folder by module name, not yet decoded.
+
+    Raises:
+        UserError: If the file is not that of its ``adapter_config.json``, by the checksums there.
+    """
+    file, config = _file(folder, files.ADAPTER_WEIGHTS), read_config(folder)
     try:
         tensors = safetensors.torch.load_file(str(file))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from error
     coded = {
-        key.removeprefix(_PREFIX).removesuffix(_SUFFIX): value
-        for key, value in tensors.items()
-        if key.endswith(_SUFFIX)
+        key.removeprefix(PREFIX).removesuffix(_SUFFIX): value for key, value in tensors.items() if key.endswith(_SUFFIX)
     }
     if not coded:
         raise UserError(f"{file} holds no mask")
+    if mask_fingerprint(coded) != config.mask_sha256:
+        raise UserError(
+            f"the masks in {file} do not match mask_sha256 in {files.ADAPTER_CONFIG}; they are of two adapters"
+        )
+    check_weights({key: value for key, value in tensors.items() if not is_of_mask(key)}, config.weights_sha256)
     return coded
 
 

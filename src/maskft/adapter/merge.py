@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,8 +10,9 @@ from rich.console import Console
 
 from .. import files
 from .._version import __version__
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..models import load_model, load_tokenizer
+from ..results.text import markdown_cell
 from ..tuner import adapter_layers
 from .mask_set import AdapterConfig, MaskSet, read_config
 
@@ -67,18 +67,11 @@ def merge(
     values = {_module_name(name): layer.removed_value("default") for name, layer in layers.items()}
     merged = model.merge_and_unload()
     _check_disk(merged, output_dir)
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with files.whole_folder(output_dir) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(_model_card(adapter, name, masks))
         _verify_written(partial, probe, expected, masks, values, merged.dtype)
-        if output_dir.exists():
-            output_dir.rmdir()
-        partial.rename(output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     console.print(
         f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to "
         f"{_target(read_config(adapter))}; reloaded and bitwise equal to the masked model on a probe"
@@ -131,7 +124,7 @@ def _target(config: AdapterConfig) -> str:
 
 
 def _model_card(adapter, base: str, masks: MaskSet) -> str:
-    config = read_config(adapter)
+    config, base = read_config(adapter), printable(base)
     lines = [
         "---",
         "library_name: transformers",
@@ -147,10 +140,14 @@ def _model_card(adapter, base: str, masks: MaskSet) -> str:
         "| | |",
         "|---|---|",
         f"| base model | {Path(base).name if Path(base).exists() else base} |",
-        f"| base fingerprint | `{config.base_fingerprint}` |",
+        f"| base fingerprint | `{(config.base_fingerprint or 'not recorded').partition(':')[0]}` |",
         f"| mask fingerprint | `{config.mask_sha256}` |",
         f"| made with | maskft {__version__} |",
-        *[f"| {key} | {value} |" for key, value in config.recipe.items() if key != "model_name_or_path"],
+        *[
+            f"| {markdown_cell(str(key))} | {markdown_cell(str(value))} |"
+            for key, value in config.recipe.items()
+            if key != "model_name_or_path"
+        ],
         "",
     ]
     result = Path(adapter) / files.RESULT
@@ -162,6 +159,7 @@ def _model_card(adapter, base: str, masks: MaskSet) -> str:
             for metric, entry in record["metrics"].items():
                 error = "" if entry["stderr"] is None else f"{entry['stderr']:.4f}"
                 value = "not finite" if entry["value"] is None else f"{entry['value']:.4f}"
-                lines.append(f"| {task} | {metric} | {value} | {error} | {entry['num_items']} |")
+                names = f"{markdown_cell(task)} | {markdown_cell(metric)}"
+                lines.append(f"| {names} | {value} | {error} | {entry['num_items']} |")
         lines.append("")
     return "\n".join(lines)

@@ -9,7 +9,8 @@ from ..errors import UserError
 from ..masking import num_removed
 from ..tuner.codec import decode_mask
 from ..tuner.learners import current_sparsity
-from ..tuner.model import mask_fingerprint
+from ..tuner.model import adapter_layers, check_base
+from ..tuner.targets import listed
 from .mask_set import AdapterConfig, describe, read_coded, read_config
 from .merge import load_masked
 
@@ -26,18 +27,26 @@ def verify(adapter: str | Path, base: str | None = None) -> list[str]:
     """
     config, coded = read_config(adapter), read_coded(adapter)
     passed = [f"format version {config.format_version}, {len(coded)} masks"]
+    passed.append("masks match the configuration's mask_sha256")
+    if config.weights_sha256:
+        passed.append(f"replaces weights of the base, as the configuration says: {listed(config.weights_sha256)}")
     for name, data in coded.items():
         decode_mask(data, name)
     passed.append("sha256 of every mask matches")
-    if mask_fingerprint(coded) != config.mask_sha256:
-        raise UserError("the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters")
-    passed.append("masks match the configuration's mask_sha256")
     passed.append(_check_counts(describe(coded), config))
     if base is not None:
-        load_masked(adapter, base)
-        passed.append(f"fits {base}: names, shapes and base fingerprint match")
+        model, _, _ = load_masked(adapter, base)
+        check_base(adapter_layers(model).values(), config)
+        known = (
+            "and base fingerprint match"
+            if config.base_fingerprint
+            else "match; its weights: not checked, none recorded"
+        )
+        passed.append(f"fits {base}: names, shapes {known}")
         if config.removed_value == "base":
-            passed.append(f"removed weights are those of {config.removed_value_model}: shapes and fingerprint match")
+            is_checked = config.verify_base and config.removed_value_fingerprint
+            known = "and fingerprint match" if is_checked else "match; its weights: not checked"
+            passed.append(f"removed weights are those of {config.removed_value_model}: shapes {known}")
     elif config.removed_value == "base":
         passed.append(f"removed weights take their values in {config.removed_value_model}, not checked without --base")
     return passed

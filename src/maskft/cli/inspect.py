@@ -14,6 +14,7 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     """Print size, count and share per module, per layer and in all; then base and recipe."""
     from ..adapter.mask_set import describe, read_coded, read_config
+    from ..errors import printable
 
     config, rows = read_config(args.adapter), describe(read_coded(args.adapter))
     total = _total(rows)
@@ -25,12 +26,14 @@ def run(args) -> None:
         "mask_sha256": config.mask_sha256,
         "format_version": config.format_version,
         "has_scores": config.save_scores,
+        "replaced_weights": sorted(config.weights_sha256) if config.weights_sha256 else None,
         **{f"recipe.{key}": value for key, value in config.recipe.items()},
     }
     if args.json:
         print(json.dumps({"modules": rows, "total": total, **facts}, indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
@@ -39,9 +42,9 @@ def run(args) -> None:
         table.add_column(column, justify="right")
     for layer, members in _by_layer(rows).items():
         for row in members:
-            _add(table, row["module"], "x".join(map(str, row["shape"])), row)
+            _add(table, escape(printable(row["module"])), "x".join(map(str, row["shape"])), row)
         if len(members) > 1:
-            _add(table, f"[bold]{layer}[/bold]", "", _total(members))
+            _add(table, f"[bold]{escape(printable(layer))}[/bold]", "", _total(members))
     table.add_section()
     _add(table, "[bold]total[/bold]", "", total)
     # A pipe has no width; a table cut at 80 columns would lose numbers.
@@ -49,7 +52,7 @@ def run(args) -> None:
     console.print(table)
     for key, value in facts.items():
         if value is not None:
-            console.print(f"{key}: {value}", highlight=False, markup=False)
+            console.print(printable(f"{key}: {value}"), highlight=False, markup=False)
 
 
 def _add(table, name: str, shape: str, row: dict) -> None:

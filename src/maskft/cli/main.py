@@ -11,7 +11,7 @@ import time
 from safetensors import SafetensorError
 
 from .._version import __version__
-from ..errors import UserError, did_you_mean
+from ..errors import UserError, did_you_mean, printable
 
 COMMANDS = {
     "demo": "learn a mask on a small real model in about ten minutes and see whether it helped",
@@ -88,7 +88,7 @@ def _print_error(message: str) -> None:
         # The same error in the main process ends this one before it repeats the line.
         time.sleep(_PATIENCE_S)
     where = f" on rank {rank}" if rank else ""
-    print(f"maskft: error{where}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"maskft: error{where}: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 class OneLineParser(argparse.ArgumentParser):

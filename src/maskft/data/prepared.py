@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, load_from_disk
 
 from .. import runtime
-from ..files import digest, digest_file
+from ..files import digest, digest_file, whole_folder
 from .arguments import DATA_NAMES, TEMPLATE, DataArguments
 from .contamination import set_names, test_set_files
 from .mixtures import parse_mixture
@@ -95,18 +93,14 @@ def _keep(folder: Path, args: DataArguments, tokenizer, how: Mapping[str, Any]) 
     if folder.is_dir():
         return
     prepared = _prepare(args, tokenizer, how)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
-        for name in _SETS:
-            getattr(prepared, name).save_to_disk(partial / name)
-        (partial / _REPORT).write_text(json.dumps(prepared.report))
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, and its folder says the same
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with whole_folder(folder) as partial:
+            for name in _SETS:
+                getattr(prepared, name).save_to_disk(partial / name)
+            (partial / _REPORT).write_text(json.dumps(prepared.report))
+    except OSError:
+        if not folder.is_dir():  # else another process was first, and its folder says the same
+            raise
 
 
 # What decides the rows

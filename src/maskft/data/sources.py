@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import zlib
@@ -18,7 +17,7 @@ from datasets import Dataset, IterableDataset
 from pyarrow import parquet
 
 from ..errors import UserError, did_you_mean, first_line
-from ..files import is_there
+from ..files import is_there, open_text
 from .formats import answer_type_of
 from .registry import TRAINING_SETS, TrainingSet
 
@@ -60,8 +59,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8-sig") as lines:
+    with open_text(path, "utf-8-sig") as lines:
         # A .json file may hold one array, or like .jsonl one object per line.
         if ".jsonl" not in path.name.lower():
             text = lines.read()
@@ -80,6 +78,8 @@ def _parse_json(text: str, path: Path, first: int) -> Any:
     except json.JSONDecodeError as error:
         line = first + error.lineno - 1
         raise UserError(f"data file {path} is not JSON at line {line}: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists in lists without end
+        raise UserError(f"data file {path} cannot be read at line {first}: {error}") from None
 
 
 def numbered(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:

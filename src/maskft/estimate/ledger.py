@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 from collections.abc import Callable, Collection
 from pathlib import Path
+
+from ..files import open_text
 
 # Bytes of optimizer state per trained parameter, as a function of the parameter's own size. 8-bit states carry a
 # float32 scale per block of 256, 4-bit ones per block of 128, for each of the two moments.
@@ -80,7 +81,7 @@ def num_train_rows(dataset: str | None, most: int | None, held_out: float, rows:
     """
     file = Path(dataset or "").expanduser()
     if rows is None and ".jsonl" in file.name and file.is_file():
-        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
+        with open_text(file) as lines:
             rows = sum(1 for line in lines if line.strip())
         rows = max(0, rows - round(held_out if held_out >= 1 else held_out * rows))
     return most if rows is None else rows if most is None else min(rows, most)

@@ -7,6 +7,7 @@ Files of prompts, outputs and references are JSON lists of objects with ``instru
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -135,6 +136,13 @@ def load_alpaca(options: AlpacaArguments, limit: int | None) -> AlpacaEval:
     )
 
 
+def _is_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _judge(options: AlpacaArguments) -> Judge | None:
     if not options.judge_url:
         if options.judge_model:
@@ -144,8 +152,13 @@ def _judge(options: AlpacaArguments) -> Judge | None:
         if not getattr(options, option):
             raise UserError(f"judge_url is given without {option}; pass --{option}")
     url = urlsplit(options.judge_url)
+    url = url._replace(netloc=url.netloc.rpartition("@")[2])  # no password in a message
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise UserError(f"judge_url is {options.judge_url!r}; it must look like http://localhost:8000/v1")
+        raise UserError(f"judge_url is {url.geturl()!r}; it must look like http://localhost:8000/v1")
+    if url.scheme == "http" and not _is_this_machine(url.hostname):
+        raise UserError(
+            f"judge_url {url.geturl()!r} would send prompts and key in the clear; use https, or a tunnel to localhost"
+        )
     if importlib.util.find_spec("alpaca_eval") is None:
         raise UserError(
             "task alpaca_eval is judged by alpaca_eval, which is not installed; run: pip install 'maskft[alpaca]'"

@@ -87,7 +87,8 @@ class EvaluationArguments(_Checked):
         "below; lm-eval's other tasks still come from the hub"
     )
     include_path: str | None = _option(
-        "folder with lm-eval task YAMLs of your own, to be named in --tasks", of="lm-eval's tasks"
+        "folder with lm-eval task YAMLs of your own, to be named in --tasks; they can run programs",
+        of="lm-eval's tasks",
     )
     limit: int | None = _option("first N items of each benchmark (default: all)", of="benchmarks", minimum=1)
     apply_chat_template: bool | None = _option(

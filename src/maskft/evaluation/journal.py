@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import UserError
-from ..files import digest
+from ..files import append_to, digest
 from ..generation.greedy import greedy_generate
 from ..runtime import progress_bar
 
@@ -36,6 +36,8 @@ class Journal:
         settings = json.loads(json.dumps(settings))
         if overwrite:
             file.unlink(missing_ok=True)
+        if file.is_symlink():
+            raise UserError(f"{file} is a link and no journal of ours; remove it, or name another output_dir")
         lines = _readable_lines(file)
         if lines and lines[0] != settings:
             differing = sorted(key for key in {*lines[0], *settings} if lines[0].get(key) != settings.get(key))
@@ -67,7 +69,7 @@ class Journal:
     def _write(self, line: Mapping) -> None:
         if self._out is None:  # with the first answer: a run that is refused writes nothing
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._out = self.file.open("a", encoding="utf-8")
+            self._out = append_to(self.file)
             self._out.write(self._start)
         self._out.write(_line(line))
         self._out.flush()

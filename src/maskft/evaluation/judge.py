@@ -43,8 +43,10 @@ class JudgeSilent(Exception):
 class Judge:
     """A model behind a server of the OpenAI protocol.
 
+    It is sent the prompts and the key, and nothing that says whose they are; a redirect is an error.
+
     Args:
-        url: Base URL of the server.
+        url: Base URL of the server, in which a user and a password may be; no message shows them.
         model: The judge's name there.
         timeout_s: How long to wait for an answer, in seconds.
         num_retries: How often to ask again, with growing waits.
@@ -53,18 +55,27 @@ class Judge:
     def __init__(self, url: str, model: str, timeout_s: float = 120, num_retries: int = 5):
         import openai
 
-        self.url, self.model, self.num_retries = url, model, num_retries
+        parts = urlsplit(url)
+        self.url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        self.model, self.num_retries = model, num_retries
         self.reason: str | None = None  # why the last request without a usable answer has none
         key = os.environ.get("JUDGE_API_KEY")
-        if not key and urlsplit(url).hostname == OPENAI_HOST:
+        if not key and parts.hostname == OPENAI_HOST:
             key = os.environ.get("OPENAI_API_KEY")
+        self.secrets = [secret for secret in (parts.password, key) if secret]
         # Servers of one's own do not ask for a key.
-        self.client = openai.OpenAI(base_url=url, api_key=key or "none", timeout=timeout_s, max_retries=num_retries)
+        self.client = openai.OpenAI(
+            base_url=url,
+            api_key=key or "none",
+            timeout=timeout_s,
+            max_retries=num_retries,
+            http_client=openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"request": [_without_names]}),
+        )
 
     @property
     def host(self) -> str:
         """The server's name and port."""
-        return urlsplit(self.url).netloc.rpartition("@")[2]
+        return urlsplit(self.url).netloc
 
     def check_reachable(self) -> None:
         """Refuse a server that does not answer or does not let us in; any other answer will do."""
@@ -74,12 +85,17 @@ class Judge:
             self.client.with_options(max_retries=0, timeout=10).models.list()
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise self._refused(error) from None
-        except (openai.APIStatusError, openai.APIResponseValidationError):
-            pass  # a server without a list of models
+        except (openai.APIStatusError, openai.APIResponseValidationError) as error:
+            if 300 <= error.status_code < 400:
+                raise UserError(
+                    f"the judge at {self.url} sends its requests elsewhere (status {error.status_code}); name that "
+                    "server with --judge_url"
+                ) from None
+            # Else a server without a list of models.
         except (openai.OpenAIError, AttributeError, ValueError) as error:  # the last two: a web page, or nothing
             raise UserError(
-                f"the judge at {self.url} cannot be reached, or does not speak the OpenAI protocol ({_cause(error)}); "
-                "start it, or check --judge_url (does it end in /v1?)"
+                f"the judge at {self.url} cannot be reached, or does not speak the OpenAI protocol "
+                f"({self._cause(error)}); start it, or check --judge_url (does it end in /v1?)"
             ) from None
 
     def answer_all(self, requests: Sequence[Mapping], keep: Callable[[int, dict], None]) -> None:
@@ -115,11 +131,11 @@ class Judge:
         try:
             response = self.client.chat.completions.create(**request)
         except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as error:
-            raise JudgeSilent(f"{_cause(error)}, asked {self.num_retries + 1} times") from None
+            raise JudgeSilent(f"{self._cause(error)}, asked {self.num_retries + 1} times") from None
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise self._refused(error) from None
         except openai.APIError as error:  # this request was refused (too long, filtered)
-            self.reason = _cause(error)
+            self.reason = self._cause(error)
             return None
         except (AttributeError, ValueError):
             self.reason = "its answer is not JSON of the OpenAI protocol"
@@ -132,10 +148,18 @@ class Judge:
             return None
         return choice
 
+    def _cause(self, error: Exception) -> str:
+        """What the server or the network said, in one short line without secrets."""
+        cause = error.__cause__ if error.__cause__ and not getattr(error, "status_code", None) else error
+        text = " ".join(str(cause).split()) or type(cause).__name__
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
+        return text[:160]
+
     def _refused(self, error: Exception) -> UserError:
         return UserError(
-            f"the judge at {self.url} refuses model {self.model!r} ({_cause(error)}); check --judge_model, and the key "
-            "in JUDGE_API_KEY"
+            f"the judge at {self.url} refuses model {self.model!r} ({self._cause(error)}); check --judge_model, and "
+            "the key in JUDGE_API_KEY"
         )
 
 
@@ -282,7 +306,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _cause(error: Exception) -> str:
-    """What the server or the network said, in one short line."""
-    cause = error.__cause__ if error.__cause__ and not getattr(error, "status_code", None) else error
-    return " ".join(str(cause).split())[:160] or type(cause).__name__
+def _without_names(request: Any) -> None:
+    """Take off what the client adds from OPENAI_ORG_ID and OPENAI_PROJECT_ID."""
+    for header in ("OpenAI-Organization", "OpenAI-Project"):
+        request.headers.pop(header, None)

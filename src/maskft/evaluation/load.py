@@ -18,7 +18,7 @@ from ..adapter.mask_set import read_config
 from ..adapter.merge import adapter_tokenizer
 from ..data.tokenizing import tokenizer_rules
 from ..errors import UserError, first_line
-from ..files import ADAPTER_CONFIG, TRAINING, digest, digest_file, digest_tensors, holds_adapter
+from ..files import ADAPTER_CONFIG, TRAINING, digest, digest_file, digest_tensors, holds_adapter, read_json
 from ..models import check_model_source, check_tokenizer_fits, load_config, load_model, load_tokenizer
 
 NO_ADAPTER = "none"  # the name under which the base model itself is evaluated among adapters
@@ -175,7 +175,7 @@ def _folder_sha256(folder: Path) -> str:
 
 def adapter_sha256(folder: str) -> str:
     """sha256 over an adapter's weights and what its ``adapter_config.json`` says about their use."""
-    config = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_json(Path(folder) / ADAPTER_CONFIG)
     used = {
         # PEFT writes sets, target_modules for one, in no fixed order.
         key: sorted(value, key=str) if isinstance(value, list) else value
@@ -276,4 +276,4 @@ def _selected_on(folder: str) -> dict[str, str]:
 
 def _training(folder: str) -> dict:
     file = Path(folder) / TRAINING
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import files
-from ..errors import UserError
+from ..errors import UserError, printable
 from .load import training_seed
 
 
@@ -21,8 +21,9 @@ def labels(sources: Sequence[str], names: Sequence[str]) -> list[str]:
     if names:
         if len(names) != len(sources):
             raise UserError(f"{len(names)} names for {len(sources)} models; give one --name for each")
-        if not all(name.strip() for name in names):
-            raise UserError("a name is empty; every model needs a --name to be told apart by")
+        for name in names:
+            if not name.strip() or not name.isprintable():
+                raise UserError(f"{name!r} is no --name; give characters that can be seen")
         return list(names)
     # `.` and `..` have names too; a hub name is none of a folder.
     paths = [Path(source).resolve() if Path(source).exists() else Path(source) for source in sources]
@@ -30,7 +31,7 @@ def labels(sources: Sequence[str], names: Sequence[str]) -> list[str]:
         found = ["-".join(part.strip("/") for part in path.parts[-depth:]) for path in paths]
         if len(set(found)) == len(found):
             break
-    return found
+    return [printable(name) for name in found]
 
 
 def result_files(output_dir: str, names: Sequence[str], sources: Sequence[str]) -> list[Path]:
@@ -48,6 +49,9 @@ def result_files(output_dir: str, names: Sequence[str], sources: Sequence[str]) 
     for name, source in zip(names, sources, strict=True):
         seed = training_seed(source) if names.count(name) > 1 else None
         folders.append(name if seed is None else f"{name}-seed{seed}")
+    for folder in folders:
+        if folder in (".", "..") or "/" in folder:
+            raise UserError(f"{folder!r} names a folder inside output_dir; give a --name without a slash")
     if len(set(folders)) < len(folders):
         raise UserError(
             f"two models have the same label ({', '.join(folders)}) and were not trained with different seeds; tell "

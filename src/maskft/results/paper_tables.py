@@ -7,7 +7,6 @@ name: ``full (last)``, ``random_mask [math]``, ``mixed mask``. A cell is of one 
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import statistics
@@ -22,10 +21,10 @@ from typing import Any, NamedTuple, cast
 import yaml
 
 from .. import files
-from ..errors import UserError, did_you_mean
+from ..errors import UserError, did_you_mean, printable
 from ..files import read_text
 from .schema import Result, read_result
-from .text import Table, draw, latex_text, to_json, wrap
+from .text import Table, draw, latex_text, markdown_text, to_json, wrap
 
 NO_RESULT = "–"
 
@@ -168,11 +167,12 @@ def render_tables(tables: Sequence[PaperTable], left_over: Sequence[str], output
         return to_json({"tables": records, "in_none": list(left_over)})
     parts: list[str] = []
     for table in tables:
-        caption = {"markdown": f"**{table.caption}**\n", "latex": f"% {latex_text(table.caption)}"}
-        parts.append(f"{caption.get(output_format) or wrap(table.caption)}\n{draw(table.table, output_format)}")
+        text = table.caption
+        caption = {"markdown": f"**{markdown_text(text)}**\n", "latex": f"% {latex_text(text)}"}
+        parts.append(f"{caption.get(output_format) or wrap(printable(text))}\n{draw(table.table, output_format)}")
     if left_over:
-        text = f"In none of these tables: {', '.join(left_over)}."
-        parts.append({"terminal": wrap(text), "markdown": text, "latex": f"% {text}"}[output_format])
+        text = printable(f"In none of these tables: {', '.join(left_over)}.")
+        parts.append({"terminal": wrap(text), "markdown": markdown_text(text), "latex": f"% {text}"}[output_format])
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -208,7 +208,7 @@ def _is_result(file: Path) -> bool:
         text = read_text(file)
         # A folder of runs is full of tokenizers, which would take long to parse.
         content = json.loads(text) if '"evaluation"' in text else None
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error):
+    except (ValueError, OSError, EOFError, zlib.error, RecursionError):
         return False
     return isinstance(content, dict) and content.get("kind") == "evaluation"
 

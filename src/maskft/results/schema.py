@@ -88,7 +88,7 @@ class TaskRecord(TypedDict):
     num_fewshot: int
     items_fingerprint: str
     chat_template_hash: str | None
-    metrics: dict[str, MetricRecord]
+    metrics: dict[files.Name, MetricRecord]
     items: Annotated[list[Item], Field(min_length=1)]
     data_sha256: NotRequired[str]
     generation_kwargs: NotRequired[dict[str, Any] | None]
@@ -100,14 +100,14 @@ class Result(TypedDict):
 
     schema_version: int
     kind: Literal["evaluation"]
-    name: Annotated[str, Field(min_length=1)]
+    name: files.Name
     created: str  # ISO 8601, UTC
     maskft_version: str
     model: ModelRecord
     settings: dict[str, Any]  # what else shaped the numbers: dtype, batch size, ...
     environment: dict[str, Any]
     tasks: Annotated[
-        dict[str, Annotated[TaskRecord, AfterValidator(lambda task: _check_task(task))]], Field(min_length=1)
+        dict[files.Name, Annotated[TaskRecord, AfterValidator(lambda task: _check_task(task))]], Field(min_length=1)
     ]
     training: NotRequired[TrainingRecord]
     study: NotRequired[dict[str, Any]]  # of a result of `maskft study`: study, run, role, ...
@@ -269,7 +269,7 @@ def read_result(path: str | os.PathLike[str]) -> Result:
         raise UserError(f"{file}: no such result file: give one that `maskft evaluate` wrote, or its folder") from None
     except OSError as error:
         raise UserError(f"{file}: the result cannot be read ({error.strerror or error}): check the path") from error
-    except (ValueError, EOFError, zlib.error) as error:
+    except (ValueError, EOFError, zlib.error, RecursionError) as error:
         raise UserError(
             f"{file}: not a result file, not JSON ({error}): evaluate again with `maskft evaluate`"
         ) from error

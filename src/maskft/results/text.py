@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from ..errors import printable
 from .compare import SCHEMA_VERSION, Comparison, Difference, Score
 
 LATEX_ESCAPES = {
@@ -24,6 +25,10 @@ LATEX_ESCAPES = {
 }
 
 
+# What Markdown would take for an escape, code, a tag or a link.
+MARKDOWN_SPECIAL = re.compile(r"[\\`]|<(?=[a-zA-Z/!?])|(?<=\])\(")
+
+
 class Table(NamedTuple):
     """Cells of text, ready for any form; a row with text in its first cell alone is a heading."""
 
@@ -36,12 +41,14 @@ def render(comparison: Comparison, output_format: str) -> str:
     if output_format == "json":
         return to_json(comparison.to_dict())
     reached = draw(cross_domain_table(comparison.scores), output_format)
+    clean = markdown_text if output_format == "markdown" else printable  # in LaTeX they are comments
     sentences = [sentence(row) for row in comparison.differences]
     sentences += [f"Note: {note}." for note in comparison.notes]
     sentences.append(
         f"Differences are method - {comparison.baseline}, with {100 * comparison.confidence:g} % intervals of "
         f"{comparison.num_resamples:,} bootstrap samples; ± is one standard error, over items or several seeds."
     )
+    sentences = [clean(line) for line in sentences]
     if output_format == "terminal":
         lines = map(wrap, sentences)
         return "\n".join([reached, draw(_short_table(comparison), "terminal"), *lines]) + "\n"
@@ -130,14 +137,15 @@ def cross_domain_table(scores: Sequence[Score]) -> Table:
 
 def draw(table: Table, output_format: str) -> str:
     """Return a table as text: ``terminal``, ``markdown`` or ``latex`` (with the booktabs package)."""
+    clean = {"terminal": printable, "markdown": markdown_cell, "latex": latex_text}[output_format]
+    cells = [tuple(map(clean, row)) for row in (table.columns, *table.rows)]
     if output_format == "terminal":
-        return _terminal_table(table)
-    cells = [table.columns, *table.rows]
+        return _terminal_table(Table(cells[0], cells[1:]))
     if output_format == "markdown":
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+        lines = [f"| {' | '.join(row)} |" for row in cells]
         lines.insert(1, "|" + " --- |" + " ---: |" * (len(table.columns) - 1))
         return "\n".join(lines) + "\n"
-    lines = [" & ".join(map(latex_text, row)) + r" \\" for row in cells]
+    lines = [" & ".join(row) + r" \\" for row in cells]
     begin = rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}"
     return "\n".join([begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
 
@@ -171,9 +179,19 @@ def _terminal_table(table: Table) -> str:
     return "\n".join(lines)
 
 
+def markdown_text(text: str) -> str:
+    """Escape what Markdown would read as more than text."""
+    return MARKDOWN_SPECIAL.sub(r"\\\g<0>", printable(text))
+
+
+def markdown_cell(text: str) -> str:
+    """Escape also what would end a cell of a table."""
+    return markdown_text(text).replace("|", r"\|")
+
+
 def latex_text(text: str) -> str:
     """Escape what LaTeX would read as commands."""
-    escaped = "".join(LATEX_ESCAPES.get(character, character) for character in text)
+    escaped = "".join(LATEX_ESCAPES.get(character, character) for character in printable(text))
     return re.sub(r"(?<!\w)-(?=\d)", "$-$", escaped)
 
 

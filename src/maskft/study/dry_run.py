@@ -145,7 +145,7 @@ def model_facts(recipe_facts: Facts, model: str) -> Facts:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
     from ..tuner.targets import maskable_names

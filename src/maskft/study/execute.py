@@ -166,7 +166,7 @@ def _train(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
             models = dict.fromkeys(run.roles, study.model(run.start, BEST))
         else:
             study.call([*launch_words(study.recipe, run), *command_words(options)], folder / files.LOG, tick)
-            training = json.loads((folder / files.TRAINING).read_text())["summary"]
+            training = files.read_json(folder / files.TRAINING)["summary"]
             last_is_best = training["best_step"] == training["num_steps"]
             models = {BEST: str(folder), LAST: str(folder if last_is_best else folder / files.LAST)}
     models = {role: _inside(study.folder, models[role]) for role in run.roles}

@@ -12,7 +12,7 @@ from ..data.arguments import DATA_NAMES, TEMPLATE, mixture_text, names_text
 from ..data.mixtures import rename_sets
 from ..data.sources import FILE_ENDINGS
 from ..errors import UserError, did_you_mean
-from ..files import FileModel, is_there, read_model, read_yaml
+from ..files import FileModel, Name, is_there, read_model, read_yaml
 from ..training.method_arguments import COMBINED_METHODS, FIXED_MASK_METHODS, MASK_METHODS, METHODS, UNTRAINED_METHODS
 from .controls import with_standard_controls
 
@@ -168,7 +168,7 @@ def _named(methods: dict[str, Method]) -> dict[str, Method]:
     return {name: method.model_copy(update={"name": name}) for name, method in methods.items()}
 
 
-Methods = Annotated[dict[str, Method], Field(min_length=1), AfterValidator(_named)]
+Methods = Annotated[dict[Name, Method], Field(min_length=1), AfterValidator(_named)]
 
 
 def methods_of(sections: dict[str, Options]) -> dict[str, Method]:
@@ -196,7 +196,7 @@ class Recipe(Section):
     """A study."""
 
     version: int
-    name: str  # of the folder and of the tables
+    name: Name  # of the folder and of the tables
     models: list[str]  # in the file also `model`, of one
     data: Annotated[dict[str, Data], Field(min_length=1)]
     methods: Methods
@@ -249,7 +249,7 @@ class Recipe(Section):
     @field_validator("name")
     @classmethod
     def _names_a_folder(cls, name: str) -> str:
-        if name in ("", ".", "..") or "/" in name:
+        if name in (".", "..") or "/" in name:
             raise ValueError(f"name is {name!r}; it names a folder, so give a word without a slash")
         return name
 

@@ -10,7 +10,7 @@ from .. import files
 from ..data.arguments import DATA_NAMES, TEMPLATE
 from ..data.contamination import set_names
 from ..data.mixtures import rename_sets
-from ..files import FileModel, is_there, read_model, write_text
+from ..files import FileModel, is_there, read_json, read_model, write_text
 from .plan import BEST, LAST, StudyRun
 from .recipe import Recipe
 
@@ -47,7 +47,7 @@ class RunRecord(FileModel):
 def read_record(folder: Path) -> RunRecord:
     """Record of the finished run in ``folder``."""
     file = folder / files.RUN
-    return read_model(RunRecord, json.loads(file.read_text()), file, "remove the run's folder, and it is made again")
+    return read_model(RunRecord, read_json(file), file, "remove the run's folder, and it is made again")
 
 
 def write_record(folder: Path, record: RunRecord) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import json
 import logging
 import os
 import subprocess
@@ -11,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -19,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..errors import UserError, did_you_mean
+from ..files import read_json, read_yaml
 from ..runtime import uses_fsdp
 
 # Set in the processes that are launched, so that launch settings of a recipe do not launch again.
@@ -97,8 +96,8 @@ def _refuse(message: str):
 
 def _read_config(file: str) -> dict:
     try:
-        config = yaml.safe_load(Path(file).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+        config = read_yaml(file)
+    except UserError:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"--accelerate_config {file!r} is no file that accelerate config writes")
@@ -141,7 +140,7 @@ def check_deepspeed(config: str | dict | None = None) -> None:
 
 def _zero_stage(config: str | dict | None) -> int | str | None:
     if isinstance(config, str) and Path(config).is_file():
-        config = json.loads(Path(config).read_text(encoding="utf-8"))
+        config = read_json(Path(config))
     stage = config.get("zero_optimization") if isinstance(config, dict) else None
     return stage.get("stage") if isinstance(stage, dict) else None
 

@@ -8,12 +8,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from trl import ModelConfig, TrlParser
 from trl.cli.commands.training import _subtract_subsequence
 
 from ..data.arguments import DataArguments
 from ..errors import UserError, did_you_mean
+from ..files import read_yaml
 from .arguments import TrainConfig, TrainingArguments
 from .launch import launch_options
 from .method_arguments import MaskArguments, MethodArguments
@@ -93,14 +93,11 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
         recipe = next(iter(words[words.index("--config") + 1 :]), None)
         if recipe is None:
             raise UserError("--config needs the path of a recipe")
+        read_yaml(recipe)  # TRL's reader takes the last of two entries of one name, and whatever aliases stand for
     try:
         *parts, of_recipe, of_flags = parser.parse_args_and_config(
             words, return_remaining_strings=True, separate_remaining_strings=True
         )
-    except FileNotFoundError:
-        raise UserError(f"recipe {recipe!r} does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {recipe!r} is not YAML: {str(error).splitlines()[0]}") from error
     except (ValueError, TypeError) as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
     for name in (word.removeprefix("--") for word in of_recipe[::2]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from pydantic import ConfigDict
 from .. import files, runtime
 from ..data.prepared import Prepared
 from ..evaluation.during_training import TrainingEvaluation
-from ..files import FileModel, read_model
+from ..files import FileModel, read_json, read_model
 from ..tuner import adapter_layers
 from .arguments import TrainConfig, TrainingArguments
 from .method_arguments import ADAPTER, MASK_METHODS
@@ -96,7 +95,7 @@ def read_record(folder: str | Path) -> TrainingRecord:
         UserError: If the file is not a record.
     """
     file = Path(folder) / files.TRAINING
-    return read_model(TrainingRecord, json.loads(file.read_text()), file)
+    return read_model(TrainingRecord, read_json(file), file)
 
 
 def make_record(

@@ -9,7 +9,7 @@ weights a byte.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from .. import files
 from ..errors import UserError
 
 FORMAT_VERSION = 1
+PREFIX = "base_model.model."  # before the names of modules in PEFT's files
 _MAGIC = b"MFTM"
 # magic, format version, coding, two sizes, number removed, sha256 of version, sizes, count and packed bits
 _HEADER = struct.Struct("<4sHBxIIQ32s8x")
@@ -29,6 +30,8 @@ _GAPS, _BITMAP, _WIDE_GAPS = 0, 1, 2
 _ESCAPES = {_GAPS: 255, _WIDE_GAPS: 65535}
 # With fewer removed than one in so many, gaps of one byte are mostly escapes.
 _FEW = 100
+# What a few bytes may claim where there is no layer to compare with; the output head of Llama 3.1 405B has 2.1e9.
+_MAX_NUMEL = 2**31
 
 
 def encode_mask(mask: Tensor) -> Tensor:
@@ -66,20 +69,44 @@ def _removed(mask: Tensor) -> np.ndarray:
     return ~mask.detach().cpu().contiguous().view(-1).numpy()
 
 
-def decode_mask(coded: Tensor, name: str = "mask") -> Tensor:
+def is_of_mask(key: str) -> bool:
+    """Whether an entry of an adapter file is a mask or its scores, and no weight."""
+    return key.endswith((".mask_coded", ".mask_scores"))
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """sha256 of each tensor's dtype, shape and bytes, by the module names of the unwrapped model."""
+    return {
+        name.removeprefix(PREFIX): files.digest_tensors([(f"{tensor.dtype}{tuple(tensor.shape)}", tensor)])
+        for name, tensor in weights.items()
+    }
+
+
+def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | None = None) -> Tensor:
     """Decode what :func:`encode_mask` wrote; bool, True = keep.
 
+    Args:
+        coded: What was written.
+        name: Of the layer, for errors.
+        expected: Shape of the layer's weight. A few bytes can claim any shape, and it is compared before memory is
+            taken for it.
+
     Raises:
-        UserError: If the bytes are not a mask, are of a newer format, or do not match their checksum; ``name`` is in
-            the message.
+        UserError: If the bytes are not a mask, are of a newer format, of another shape, or do not match their checksum.
     """
-    data = coded.detach().cpu().contiguous().numpy().tobytes()
+    data = _bytes(coded, name)
     version, shape, removed_count, digest, coding = _read_header(data, name)
     numel, payload = shape[0] * shape[1], data[_HEADER.size :]
+    if expected is not None and shape != tuple(expected):
+        raise UserError(
+            f"the mask of {name} has shape {shape}, the model's weight {tuple(expected)}; wrong base model?"
+        )
     try:
         if coding in _ESCAPES:
             # No valid payload is longer than one gap per removed weight plus one per 255 (65,535) kept ones.
             limit = (1 + (coding == _WIDE_GAPS)) * (removed_count + numel // _ESCAPES[coding] + 1)
+            if zstandard.frame_content_size(payload) > limit:  # which decompress() would take for its bound
+                raise ValueError("more gaps than weights")
             data = np.frombuffer(
                 zstandard.ZstdDecompressor().decompress(payload, max_output_size=limit), dtype=np.uint8
             )
@@ -89,6 +116,8 @@ def decode_mask(coded: Tensor, name: str = "mask") -> Tensor:
             ends += np.cumsum(is_removed)
             removed = np.zeros(numel, dtype=np.bool_)
             removed[ends[is_removed] - 1] = True
+        elif len(payload) != (numel + 7) // 8:
+            raise ValueError("another number of bits than weights")
         else:
             removed = np.unpackbits(np.frombuffer(payload, dtype=np.uint8), count=numel).view(np.bool_)
         intact = (
@@ -104,17 +133,26 @@ def decode_mask(coded: Tensor, name: str = "mask") -> Tensor:
 
 def mask_info(coded: Tensor, name: str = "mask") -> dict[str, Any]:
     """Header of a coded mask without decoding it: shape, num_removed, sha256 (hex), num_bytes."""
-    data = coded[: _HEADER.size].cpu().numpy().tobytes()
+    data = _bytes(coded[: _HEADER.size] if coded.dim() else coded, name)
     _, shape, removed_count, digest, _ = _read_header(data, name)
     return {"shape": shape, "num_removed": removed_count, "sha256": digest.hex(), "num_bytes": coded.numel()}
+
+
+def _bytes(coded: Tensor, name: str) -> bytes:
+    if coded.dtype != torch.uint8 or coded.dim() != 1:
+        raise UserError(f"{name} is corrupted: it is no row of bytes; fetch or save the adapter again")
+    return coded.detach().cpu().contiguous().numpy().tobytes()
 
 
 def _read_header(data: bytes, name: str) -> tuple[int, tuple[int, int], int, bytes, int]:
     if len(data) < _HEADER.size or data[:4] != _MAGIC:
         raise UserError(f"{name} is corrupted: it does not start with a mask header; fetch or save the adapter again")
     _, version, coding, rows, columns, removed_count, digest = _HEADER.unpack_from(data)
-    if removed_count > rows * columns:
-        raise UserError(f"{name} is corrupted: it removes more weights than it has; fetch or save the adapter again")
+    if not removed_count <= rows * columns <= _MAX_NUMEL or rows * columns == 0:
+        raise UserError(
+            f"{name} is corrupted: it removes {removed_count} of {rows} x {columns} weights; fetch or save the adapter "
+            "again"
+        )
     if version > FORMAT_VERSION:
         raise UserError(
             f"{name} has mask format {version}, this maskft reads up to {FORMAT_VERSION}; "

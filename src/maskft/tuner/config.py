@@ -6,13 +6,16 @@ import math
 import warnings
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from peft.config import PeftConfig
+from safetensors import safe_open
 
 from ..errors import UserError, did_you_mean
+from ..files import ADAPTER_WEIGHTS
 from ..masking import RankBy, ScoreStart, check_sparsity
-from .codec import FORMAT_VERSION
+from .codec import FORMAT_VERSION, is_of_mask, weights_sha256
 from .learners import FREE
 
 # "we set ... masking ratio [to] 10%" (Sec. 3.2); the start and the ranking by magnitude are the published code's.
@@ -202,7 +205,8 @@ class MaskConfig(PeftConfig):
     # Filled in when an adapter is saved.
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter file."})
     base_fingerprint: str | None = field(
-        default=None, metadata={"help": "sha256 of the masked base weights, rounded to bfloat16."}
+        default=None,
+        metadata={"help": "sha256 of the masked base weights, rounded to bfloat16; then some of them, for float16."},
     )
     removed_value_fingerprint: str | None = field(
         default=None, metadata={"help": "sha256 of the same weights in `removed_value_model`."}
@@ -211,6 +215,10 @@ class MaskConfig(PeftConfig):
         default=None, metadata={"help": "Share of training done, in [0, 1], see `set_mask_progress`."}
     )
     mask_sha256: str | None = field(default=None, metadata={"help": "sha256 over the masks of all modules."})
+    weights_sha256: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "sha256 of each tensor beside the masks: modules_to_save and resized embeddings."},
+    )
     recipe: dict[str, Any] | None = field(
         default=None, metadata={"help": "How the mask was trained, for people to read."}
     )
@@ -218,6 +226,10 @@ class MaskConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Not supported by masks; present because TRL reads it."}
     )
+
+    # Whether no weights were loaded or saved since an adapter of this configuration was made: its checksums are then
+    # those of the file that comes next.
+    is_new: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -267,6 +279,15 @@ class MaskConfig(PeftConfig):
                 f"code calls the fraction that is KEPT sparsity; its {self.sparsity} is {1 - self.sparsity:g} here.",
                 stacklevel=3,
             )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, with the checksums of what PEFT has written beside the masks."""
+        file = Path(save_directory) / ADAPTER_WEIGHTS
+        if file.is_file():
+            with safe_open(file, "pt") as tensors:
+                others = {name: tensors.get_tensor(name) for name in tensors.keys() if not is_of_mask(name)}
+            self.weights_sha256 = weights_sha256(others) or None
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def ranks_by(self) -> RankBy:

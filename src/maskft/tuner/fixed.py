@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..masking import num_removed, ranking_keys
 from .selection import remove_lowest_of_pool
 
@@ -44,6 +45,11 @@ def fixed_masks(
         input_norms: With ``wanda_mask``: per weight the L2 norm of each input feature, shape (1, I) or, for a weight
             of shape (I, O), (I, 1).
     """
+    for number, weight in enumerate(weights, start=1):
+        if not weight.is_meta and bool(weight.isnan().any()):
+            raise UserError(
+                f"the base's weights hold NaN (in matrix {number} of {len(weights)}); no {kind} of them is made"
+            )
     if kind == "random_mask":
         generator = torch.Generator().manual_seed(seed)
         keys = [torch.rand(weight.numel(), generator=generator).view(weight.shape) for weight in weights]

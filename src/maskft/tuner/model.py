@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
 from ..files import digest, digest_tensors
-from .codec import FORMAT_VERSION, decode_mask, encode_mask, mask_info, mask_sha256
+from .codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, mask_info, mask_sha256, weights_sha256
 from .config import DATA_STARTS, NO_TOKEN_INDICES, MaskConfig
 from .layer import MaskedLinear
 from .removed_value import load_removed_values
@@ -45,6 +45,7 @@ class MaskModel(BaseTuner):
             peft_config.target_modules = "all-linear"
         if peft_config.trainable_token_indices is not None:  # TRL sets it after the configuration was made
             raise UserError(NO_TOKEN_INDICES)
+        peft_config.is_new = True
         return peft_config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
@@ -56,6 +57,7 @@ class MaskModel(BaseTuner):
         self._pool: list[MaskedLinear] = []
         if self._undo is not None:
             return
+        self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         whole: Any = model  # torch's type of an attribute is Tensor | Module
         unsplit = getattr(whole, "_no_split_modules", None)
         self._undo = (unsplit, whole.register_forward_pre_hook(_refresh_before_forward))
@@ -124,6 +126,7 @@ class MaskModel(BaseTuner):
                 key = f"{name}.mask_scores.{adapter_name}"
                 out[key] = state_dict.get(key, layers[name].mask_scores[adapter_name])
         config.format_version = FORMAT_VERSION
+        config.is_new = False
         config.mask_sha256 = mask_fingerprint({_module_name(n): out[f"{n}.mask_coded.{adapter_name}"] for n in masks})
         if not any(layer.merged for layer in layers.values()):
             config.base_fingerprint = base_fingerprint(layers.values())
@@ -133,33 +136,65 @@ class MaskModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Check every entry against the model, hand the masks to their layers, and pass on what is not a mask."""
+        """Check every entry against the model, hand the masks to their layers, and pass on what is not a mask.
+
+        A refused file leaves the model as it was before the adapter was added to it.
+        """
         assert isinstance(config, MaskConfig)
-        names = {_module_name(name): name for name in adapter_layers(model, adapter_name)}
-        layers = {_module_name(name): layer for name, layer in adapter_layers(model, adapter_name).items()}
-        coded, scores = _entries(state_dict, "mask_coded"), _entries(state_dict, "mask_scores")
-        rest = {key: value for key, value in state_dict.items() if not key.endswith((".mask_coded", ".mask_scores"))}
-        loaded: dict[str, Tensor] = {}
-        _check_names(layers, coded, rest, adapter_name, _embeddings(model))
-        for name, layer in layers.items():
-            _check_shape(name, mask_info(coded[name], name)["shape"], layer)
-        _check_base(layers.values(), config)
-        for name, layer in layers.items():
-            mask = decode_mask(coded[name], name)
-            layer.mask_coded[adapter_name] = coded[name].detach().cpu().clone()
-            if adapter_name in layer.mask_scores:
-                _restore_scores(layer, adapter_name, mask, scores.get(name))
-                # PEFT reports parameters that a file does not set; these are set already.
-                rest[f"{names[name]}.mask_scores.{adapter_name}"] = layer.mask_scores[adapter_name].data
-            layer.effective.forget()
-            loaded[name] = mask
-        if not config.inference_mode and layers and not scores:
-            _check_restored(model, adapter_name, loaded)
-            warnings.warn(
-                "the adapter holds a mask but not its scores (save_scores=False): if it is trained on, then with "
-                "freshly drawn scores that rank the same"
-            )
-        return rest
+        was_new, config.is_new = config.is_new, False
+        is_of_config = was_new and config.mask_sha256 is not None
+        try:
+            return _load_masks(model, config, adapter_name, state_dict, is_of_config)
+        except UserError:
+            if was_new and hasattr(model, "base_model"):
+                _take_back(model, adapter_name)
+            raise
+
+
+def _load_masks(
+    model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, Tensor], is_of_config: bool
+) -> dict[str, Tensor]:
+    names = {_module_name(name): name for name in adapter_layers(model, adapter_name)}
+    layers = {_module_name(name): layer for name, layer in adapter_layers(model, adapter_name).items()}
+    coded, scores = _entries(state_dict, "mask_coded"), _entries(state_dict, "mask_scores")
+    rest = {key: value for key, value in state_dict.items() if not is_of_mask(key)}
+    declared = {
+        key: shape for key, shape in _embeddings(model).items() if _module_name(key) in (config.weights_sha256 or ())
+    }
+    _check_names(layers, coded, rest, adapter_name, declared)
+    if is_of_config and mask_fingerprint(coded) != config.mask_sha256:
+        raise UserError("the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters")
+    if is_of_config:
+        weights = {key.replace(f".modules_to_save.{adapter_name}.", "."): value for key, value in rest.items()}
+        check_weights(weights, config.weights_sha256)
+    loaded = {name: decode_mask(coded[name], name, layer.weight.shape) for name, layer in layers.items()}
+    if config.verify_base:
+        check_base(layers.values(), config)
+    for name, layer in layers.items():
+        layer.mask_coded[adapter_name] = coded[name].detach().cpu().clone()
+        if adapter_name in layer.mask_scores:
+            _restore_scores(layer, adapter_name, loaded[name], scores.get(name))
+            # PEFT reports parameters that a file does not set; these are set already.
+            rest[f"{names[name]}.mask_scores.{adapter_name}"] = layer.mask_scores[adapter_name].data
+        layer.effective.forget()
+    if not config.inference_mode and layers and not scores:
+        _check_restored(model, adapter_name, loaded)
+        warnings.warn(
+            "the adapter holds a mask but not its scores (save_scores=False): if it is trained on, then with "
+            "freshly drawn scores that rank the same"
+        )
+    return rest
+
+
+def _take_back(model: Any, adapter_name: str) -> None:
+    """Undo the adding of an adapter whose file was refused; the base of the first is bare again."""
+    if len(model.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+        return
+    tuner = model.base_model
+    tuner.unload()
+    for parameter in tuner._trainable:
+        parameter.requires_grad = True
 
 
 def set_mask_progress(model: nn.Module, progress: float) -> None:
@@ -235,7 +270,7 @@ def _entries(state_dict: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 def _module_name(name: str) -> str:
     """Name of a module in the unwrapped model."""
-    return name.removeprefix("base_model.model.")
+    return name.removeprefix(PREFIX)
 
 
 def current_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -350,28 +385,36 @@ def _check_names(
         )
 
 
-def _check_shape(name: str, shape: tuple[int, int], layer: MaskedLinear) -> None:
-    expected = tuple(layer.weight.shape)
-    if tuple(shape) != expected:
+def check_weights(found: Mapping[str, Tensor], declared: Mapping[str, str] | None) -> None:
+    """Refuse weights beside the masks unless ``declared``, from ``adapter_config.json``, has their checksums."""
+    expected, sha256 = declared or {}, weights_sha256(found)
+    different = sorted(name for name in {*expected, *sha256} if expected.get(name) != sha256.get(name))
+    if different:
         raise UserError(
-            f"the mask of {name} has shape {tuple(shape)}, the model's weight {expected}; wrong base model?"
+            f"weights_sha256 in adapter_config.json does not name these weights of the adapter file, or names others: "
+            f"{listed(different)}; they would replace the base's: fetch or save the adapter again"
         )
 
 
-def _check_base(layers: Iterable[MaskedLinear], config: MaskConfig) -> None:
+def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
+    """Refuse base weights other than those that the mask was trained on.
+
+    Args:
+        layers: The masked layers.
+        config: With ``base_fingerprint``, and the name of the base.
+    """
     layers = list(layers)
-    if config.base_fingerprint is None or not config.verify_base:
-        return
-    if any(layer.merged for layer in layers):
+    if config.base_fingerprint is None or any(layer.merged for layer in layers):
         return
     if any(layer.weight.device.type == "meta" for layer in layers):
         warnings.warn("base weights are on the meta device; they are not checked against those of the mask's training")
         return
-    if any(layer.weight.dtype == torch.float16 for layer in layers):
-        warnings.warn("a float16 base rounds differently from the one the mask was trained on; it is not checked")
-        return
     found = base_fingerprint(layers)
-    if found != config.base_fingerprint:
+    if any(layer.weight.dtype == torch.float16 for layer in layers):
+        is_same = _are_close(found, config.base_fingerprint)
+    else:
+        is_same = found.partition(":")[0] == config.base_fingerprint.partition(":")[0]
+    if not is_same:
         raise UserError(
             f"the adapter was trained on other base weights ({config.base_model_name_or_path}, fingerprint "
             f"{config.base_fingerprint[:12]}) than the model's ({found[:12]}); load the right base, or pass "
@@ -379,16 +422,36 @@ def _check_base(layers: Iterable[MaskedLinear], config: MaskConfig) -> None:
         )
 
 
-def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
-    """sha256 over names and weights of the masked base layers, rounded to bfloat16.
+def _are_close(one: str, other: str) -> bool:
+    """Whether the weights in two fingerprints differ by no more than rounding to float16 and to bfloat16 explains."""
+    samples = [
+        torch.frombuffer(bytearray.fromhex(each.partition(":")[2]), dtype=torch.bfloat16) for each in (one, other)
+    ]
+    return samples[0].shape == samples[1].shape and torch.allclose(*samples, rtol=2**-7, atol=2**-24, equal_nan=True)
 
-    Rounding makes a model loaded in bfloat16 match the float32 one it was rounded from.
+
+def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
+    """sha256 over names and weights of the masked base layers, rounded to bfloat16; a colon; 64 of these weights.
+
+    Rounding makes a model loaded in bfloat16 match the float32 one it was rounded from. float16 rounds differently, and
+    is compared by the 64 weights.
     """
     layers = sorted(layers, key=lambda layer: layer.module_name)
     if layers and layers[0].sharded_weight is not None:
         return layers[0].sharded_weight.base_fingerprint  # the weights themselves are masked by now
-    weights = ((layer.module_name, layer.weight.detach()) for layer in layers)
-    return weights_fingerprint((name, w.full_tensor() if is_sharded(w) else w) for name, w in weights)
+    sampled: list[Tensor] = []
+
+    def rounded() -> Iterator[tuple[str, Tensor]]:
+        for number, layer in enumerate(layers):
+            weight = layer.weight.detach()
+            weight = (weight.full_tensor() if is_sharded(weight) else weight).to(torch.bfloat16)
+            yield layer.module_name, weight
+            count = 64 * (number + 1) // len(layers) - 64 * number // len(layers)
+            places = torch.arange(1, count + 1) * weight.numel() // (count + 1)
+            sampled.append(weight.reshape(-1)[places.to(weight.device)].cpu())
+
+    sha256 = weights_fingerprint(rounded())
+    return f"{sha256}:{torch.cat(sampled).view(torch.uint8).numpy().tobytes().hex()}"
 
 
 def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:

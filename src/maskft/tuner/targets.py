@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -29,6 +29,7 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
     """Raise one clear :class:`UserError` when ``config`` asks for layers that are not there or cannot be masked."""
     modules = {name: module for name, module in model.named_modules() if name and ".base_layer" not in name}
     _check_layer_indices(config, modules)
+    _check_not_tied(config, modules, model)
     matched = [name for name in modules if check_target_module_exists(config, name)]
     reasons = {name: _why_not_maskable(name, modules[name], model) for name in matched}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
@@ -93,14 +94,31 @@ def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | N
     of_mixer = hasattr(parent, "conv1d") and hasattr(parent, "A_log") and leaf in read
     if of_mixer or isinstance(parent, nn.MultiheadAttention):
         return f"its {type(parent).__name__} reads the weight and does not call the layer"
-    get_embeddings = getattr(model, "get_input_embeddings", None)
-    try:
-        embeddings = get_embeddings() if get_embeddings else None
-    except NotImplementedError:
-        embeddings = None
-    if embeddings is not None and module.weight is getattr(embeddings, "weight", None):
+    if module.weight is _embedding(model):
         return "its weight is tied to the input embeddings"
     return None
+
+
+def _embedding(model: nn.Module) -> nn.Parameter | None:
+    """The weight of the input embeddings."""
+    try:
+        return getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    except NotImplementedError:  # a model of speech has none
+        return None
+
+
+def _check_not_tied(config: MaskConfig, modules: Mapping[str, nn.Module], model: nn.Module) -> None:
+    """Refuse to train one of two modules that share a weight: no checkpoint of the base can hold both."""
+    embedding = _embedding(model)
+    tied = [
+        name for name, module in modules.items() if embedding is not None and getattr(module, "weight", 0) is embedding
+    ]
+    for entry in config.modules_to_save or [] if len(tied) > 1 else []:
+        if any(name.endswith(entry) for name in tied):
+            raise UserError(
+                f"modules_to_save names {entry!r}, whose weight is shared by {listed(tied)}; a copy of it could not be "
+                "merged: leave it out"
+            )
 
 
 def maskable_names(model: nn.Module) -> set[str]:

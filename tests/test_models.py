@@ -1,0 +1,25 @@
+"""Models come as weights and settings; what else lies in their folder is not run."""
+
+import json
+
+import pytest
+
+import tiny
+from maskft.errors import UserError
+from maskft.models import load_config, load_model, load_tokenizer
+
+
+@pytest.mark.parametrize("load", [load_model, load_config, load_tokenizer])
+def test_code_in_the_folder_of_a_model_is_not_run(load, tmp_path, monkeypatch):
+    tiny.tiny_llama().save_pretrained(tmp_path)
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    classes = {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M", "AutoTokenizer": ["mine.T", "mine.T"]}
+    config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "mine", "auto_map": classes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["mine.T", "mine.T"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    # Not even asked for: transformers would take a "y" from the terminal.
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="cannot"):
+        load(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
