@@ -91,7 +91,7 @@ def rows(count=4, length=6):
 
 def tiny_model():
     return tiny.tiny_llama(
-        num_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1,
+        num_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=4, num_key_value_heads=1,
         attn_implementation="eager",
     )  # fmt: skip
 
@@ -113,17 +113,17 @@ def test_curvature_of_a_mask_is_computed_once(tmp_path, monkeypatch):
     folder, adapter = tmp_path / "start", tmp_path / "mask"
     tiny_model().save_pretrained(folder)
     adapter.mkdir()
-    mask = torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) > 0.2
+    mask = torch.rand(2, 8, generator=torch.Generator().manual_seed(0)) > 0.2
     MaskSet({"model.layers.0.self_attn.k_proj": mask}).save(adapter / ADAPTER_WEIGHTS)
     (adapter / ADAPTER_CONFIG).write_text("{}")
     file = tmp_path / "curvature.json"
-    analyse_curvature(file, str(folder), str(adapter), rows(), num_probes=2, batch_size=2)
+    analyse_curvature(file, str(folder), str(adapter), rows(), num_probes=2, batch_size=4)
     record = json.loads(file.read_text())
-    assert record["num_weights"] == 32 and record["density"] == pytest.approx(float(mask.float().mean()))
+    assert record["num_weights"] == 16 and record["density"] == pytest.approx(float(mask.float().mean()))
     largest = {name: record[name]["largest"] for name in ("start_all", "start_kept")}
     assert largest["start_kept"]["eigenvalues"][0] <= largest["start_all"]["eigenvalues"][0] * 1.001
-    assert largest["start_all"]["stderr_rows"][0] > 0
+    assert largest["start_all"]["stderr_rows"] is None  # of one batch
     start, end = (record[name]["trace"] for name in ("start_all", "mask_all"))
     assert record["mask_all_less_start_all"]["trace"] == pytest.approx(end - start) and end != start
     monkeypatch.setattr(curvature, "load_model", None)  # finished: nothing is loaded
-    analyse_curvature(file, str(folder), str(adapter), rows(), num_probes=2, batch_size=2)
+    analyse_curvature(file, str(folder), str(adapter), rows(), num_probes=2, batch_size=4)

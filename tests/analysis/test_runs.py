@@ -54,6 +54,13 @@ def test_a_curve_goes_on_where_the_best_of_its_start_was():
     assert series_of(FULL, [FULL])["steps"] == [0, 20, 40]
 
 
+def test_a_run_is_found_under_the_name_that_another_study_gave_it():
+    full = TrainedRun("fft-s0-0123456789", "fft", "full", 0, "b", None, {}, FULL.summary)
+    assert series_of(run_of("m", start="full-s0-0123456789"), [full])["steps"][0] == 20
+    with pytest.raises(UserError, match="is not among these runs"):
+        series_of(run_of("m", start="full-s0-9876543210"), [full])
+
+
 def test_costs_are_ones_own_and_from_the_beginning():
     mask = run_of("m")
     found = costs_of(mask, "best", [FULL, mask])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ def read_study(folder: str | Path) -> list[TrainedRun]:
             continue  # a published folder holds summaries beside its results
         result = read_result(file)
         if "study" in result:
-            results.setdefault(result["study"]["run"], {})[result["study"]["role"]] = result
+            results.setdefault(_identity(result["study"]["run"]), {})[result["study"]["role"]] = result
     if not is_published:
         return [_from_record(folder, file, results) for file in records]
     if not results:
@@ -139,7 +140,7 @@ def parent_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun | None:
     Raises:
         UserError: If that run is not among ``runs``.
     """
-    found = next((other for other in runs if other.id == run.start), None)
+    found = next((other for other in runs if run.start and _identity(other.id) == _identity(run.start)), None)
     if found is None and run.start is not None:
         raise UserError(f"{run.id} starts from {run.start}, which is not among these runs; give that too")
     return found
@@ -178,6 +179,12 @@ def continued_model(full: TrainedRun) -> str:
     return last
 
 
+def _identity(run_id: str) -> str:
+    """The hash in a run's id: studies that share a folder share runs, each under its own name for the method."""
+    found = re.search(r"-([0-9a-f]{10})$", run_id)
+    return found[1] if found else run_id
+
+
 def _from_record(study: Path, file: Path, results: dict[str, dict[str, Result]]) -> TrainedRun:
     record = _read_json(file)
     # Paths inside the study are relative to it.
@@ -186,33 +193,34 @@ def _from_record(study: Path, file: Path, results: dict[str, dict[str, Result]])
         id=record["run"],
         base=record["model"],
         models=models,
-        results=results.get(record["run"], {}),
+        results=results.get(_identity(record["run"]), {}),
         **{key: record[key] for key in ("name", "method", "seed", "start", "settings")},
         **_of_training(_read_json(file.parent / files.TRAINING)),
     )
 
 
 def _from_results(results: dict[str, dict[str, Result]], summaries: dict[str, dict]) -> list[TrainedRun]:
-    runs = {}
-    for run_id, roles in results.items():
+    runs = []
+    for roles in results.values():
         result = next(iter(roles.values()))
         study, model = result["study"], result["model"]
-        runs[run_id] = TrainedRun(
-            id=run_id,
-            method=model["method"],
-            seed=model["seed"],
-            base=study["model"],
-            summary=summaries.get(run_id, {}),
-            results=roles,
-            **{key: study[key] for key in ("name", "start", "settings")},
+        runs.append(
+            TrainedRun(
+                id=study["run"],
+                method=model["method"],
+                seed=model["seed"],
+                base=study["model"],
+                summary=summaries.get(study["run"], {}),
+                results=roles,
+                **{key: study[key] for key in ("name", "start", "settings")},
+            )
         )
     # Of a start that was not evaluated, its training alone is known; it is taken to begin at the base model.
-    for run in list(runs.values()):
-        if run.start not in runs and run.start in summaries:
-            summary = summaries[run.start]
-            name = run.start.rsplit("-", 2)[0]
-            runs[run.start] = TrainedRun(run.start, name, summary["method"], run.seed, run.base, summary=summary)
-    return list(runs.values())
+    known = {run.id for run in runs}
+    for start, run in {run.start: run for run in runs if run.start in summaries.keys() - known}.items():
+        method, name = summaries[start]["method"], start.rsplit("-", 2)[0]
+        runs.append(TrainedRun(start, name, method, run.seed, run.base, summary=summaries[start]))
+    return runs
 
 
 def _of_training(training: dict) -> dict[str, Any]:
