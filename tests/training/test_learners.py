@@ -88,6 +88,12 @@ def test_the_saved_mask_is_that_of_the_best_step_on_a_ramp(train, tmp_path):
     assert removed == pytest.approx(0.45 * (1 - (1 - step / 4) ** 3), abs=1e-3)
 
 
+def test_a_fixed_mask_has_no_ramp(train, tmp_path):
+    status, err = train(method="random_mask", mask_sparsity=0.3, mask_sparsity_ramp=0.5)
+    assert status == 0, err
+    verify(tmp_path / "out")
+
+
 @pytest.mark.parametrize("start", ["wanda", "first_order"])
 def test_scores_start_in_an_order_taken_from_training_rows(start, train, base, tmp_path):
     status, err = train(mask_init_scores=start, learning_rate=0.0, mask_sparsity=0.3, num_calibration_samples=5)
@@ -182,6 +188,10 @@ def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path
         (
             {"mask_removed_value": "base", "mask_removed_value_model": "/nowhere/at/all"},
             "removed_value_model: ",
+        ),
+        (
+            {"mask_selection": "logit", "mask_init_value": 0.1, "mask_price": 1, "fp16": True},
+            "would not count: use bf16",
         ),
         ({"mask_preset": "recommended", "mask_rank_by": "signed"}, "preset 'recommended' sets rank_by='abs'"),
     ],

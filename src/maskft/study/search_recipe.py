@@ -215,7 +215,7 @@ def _check_rows(recipe: Recipe) -> None:
         if key in recipe.train:
             raise UserError(f"train sets {key}, which the search decides; drop it")
     if recipe.train.get("mask_selection", "topk") != "topk":
-        raise UserError("mask_selection must be topk: with a threshold no sparsity is given that could be searched")
+        raise UserError("mask_selection must be topk: with any other no sparsity is given that could be searched")
     if len(recipe.data) > 1:
         raise UserError(f"it has {len(recipe.data)} data sets; a search is on one, which may be a mixture")
     for part in parse_mixture(next(iter(recipe.data.values())).options["dataset_name"]):

@@ -234,7 +234,7 @@ def _removed(layer: MaskedLinear) -> torch.Tensor:
     """What a layer removes, read off its effective weight where removed means zero and the gate is hard."""
     config = layer.mask_configs[ADAPTER]
     if config.selection in ("topk", "threshold") and config.removed_value == "zero":
-        return layer.effective.value == 0
+        return torch.eq(layer.effective.value, 0)
     return ~layer.get_mask(ADAPTER)
 
 

@@ -46,7 +46,7 @@ def make_fixed_mask(
     Raises:
         UserError: If the mask is not one of a given size.
     """
-    config = mask_config(mask, inference_mode=True)
+    config = mask_config(mask, inference_mode=True, sparsity_ramp=0.0)
     if config.selection != "topk":
         raise UserError(f"mask_selection is {config.selection!r}; {method.method} removes mask_sparsity of the weights")
     masked = with_adapter(model.to(training.device), config, source).eval()

@@ -107,10 +107,11 @@ def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | Non
             limit = (1 + (coding == _WIDE_GAPS)) * (removed_count + numel // _ESCAPES[coding] + 1)
             if zstandard.frame_content_size(payload) > limit:  # which decompress() would take for its bound
                 raise ValueError("more gaps than weights")
-            data = np.frombuffer(
+            gaps: np.ndarray = np.frombuffer(
                 zstandard.ZstdDecompressor().decompress(payload, max_output_size=limit), dtype=np.uint8
             )
-            gaps = data if coding == _GAPS else data.reshape(2, -1).T.copy().view("<u2").reshape(-1)
+            if coding == _WIDE_GAPS:
+                gaps = gaps.reshape(2, -1).T.copy().view("<u2").reshape(-1)
             ends = np.cumsum(gaps, dtype=np.int64)
             is_removed = gaps != _ESCAPES[coding]
             ends += np.cumsum(is_removed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def score_gradient_of(layer: MaskedLinear, name: str, grad_weight: Tensor, score
     """
     config = layer.mask_configs[name]
     if layer.sharded_weight is not None:
-        gradient = layer.sharded_weight.score_gradient(grad_weight, scores, config.ranks_by)
+        gradient: Tensor = layer.sharded_weight.score_gradient(grad_weight, cast(Any, scores), config.ranks_by)
     else:
         value = layer.removed_value(name)
         weight = layer.weight if value is None else layer.weight - value
