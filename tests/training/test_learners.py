@@ -38,6 +38,7 @@ def train(base, data, tmp_path, capsys):
         "bf16": False,
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
+        "keep_worse": True,  # what is looked at is the mask that was learned
     }
 
     def run(**changes):
@@ -96,7 +97,8 @@ def test_a_fixed_mask_has_no_ramp(train, tmp_path):
 
 @pytest.mark.parametrize("start", ["wanda", "first_order"])
 def test_scores_start_in_an_order_taken_from_training_rows(start, train, base, tmp_path):
-    status, err = train(mask_init_scores=start, learning_rate=0.0, mask_sparsity=0.3, num_calibration_samples=5)
+    options = {"mask_sparsity": 0.3, "num_calibration_samples": 5}
+    status, err = train(mask_init_scores=start, learning_rate=0.0, **options)
     assert status == 0, err
     masks = MaskSet.from_adapter(tmp_path / "out")
     assert masks.sparsity == pytest.approx(0.3, abs=1e-3)
