@@ -50,6 +50,33 @@ def test_runs_come_after_what_they_are_made_from(content):
     assert runs[0].labels == {"best": "full (best)", "last": "full (continued)"}
 
 
+def test_weights_after_a_mask_are_made_from_its_start_and_from_it(content):
+    content["methods"] |= {
+        "sparse": {"method": "full", "from": "full", "keep_mask": "mask"},
+        "dsd": {"method": "full", "from": "full", "start_mask": "mask"},
+        "random": {"method": "random_mask", "from": "full", "match": "mask"},
+        "twin": {"method": "full", "from": "full", "start_mask": "random"},
+        "second": {"method": "mask", "from": "dsd"},
+        "again": {"method": "full", "from": "dsd", "start_mask": "second"},
+    }
+    runs = {run.method.name: run for run in plan_of(content).runs}
+    assert runs["sparse"].parents == [runs["full"], runs["mask"]] and runs["twin"].masks == {
+        "start_mask": runs["random"]
+    }
+    assert runs["again"].parents == [runs["dsd"], runs["second"]]
+    assert len({runs[name].hash for name in ("sparse", "dsd", "twin", "again")}) == 4
+    before, content["methods"]["mask"]["mask_sparsity"] = ids(content), 0.2
+    assert all(ids(content)[name] != before[name] for name in ("sparse", "dsd", "again"))
+
+
+def test_studies_keep_masks_that_are_worse(content):
+    before = ids(content)
+    content["methods"]["mask"]["keep_worse"] = True
+    assert ids(content) == before
+    content["methods"]["mask"]["keep_worse"] = False
+    assert ids(content)["mask"] != before["mask"]
+
+
 def test_a_default_written_out_changes_no_name_and_a_setting_changes_those_below_it(content):
     before = ids(content)
     content["methods"]["mask"] |= {"mask_sparsity": 0.1, "learning_rate": 2e-5, "num_train_epochs": 1.0}

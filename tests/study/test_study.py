@@ -9,13 +9,15 @@ import sys
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from killing import kill_now_and_then
 from maskft import files
+from maskft.adapter.mask_set import MaskSet
 from maskft.cli.main import main
 from maskft.cli.study import check
 from maskft.errors import UserError
-from maskft.study.execute import Study, is_control, launch_words, partial_folder
+from maskft.study.execute import Study, is_control, launch_words, make, partial_folder
 from maskft.study.process import run_command
 from maskft.study.recipe import parse_recipe
 from maskft.study.record import build_record, read_record, write_record
@@ -287,7 +289,8 @@ def records(base, data):
         plan, found = check(parse_recipe(content)), {}
         for run in plan.runs:
             name = run.method.name
-            parent = run.start and found[run.start.method.name]
+            before = next(iter(run.masks.values()), run.start)
+            parent = before and found[before.method.name]
             found[name] = build_record(run, plan.recipe, {"best": "x"}, run.options, trainings.get(name), parent)
         return found
 
@@ -301,6 +304,8 @@ def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, r
         "full": {"method": "full"},
         "mask": {"method": "mask", "from": "full"},
         "l1": {"method": "l1_mask", "from": "full", "match": "mask"},
+        "dsd": {"method": "full", "from": "full", "start_mask": "mask"},
+        "twin": {"method": "full", "from": "full", "start_mask": "l1"},
     }
     common = {"best_loss": 1.0, "train_time_s": 1.0, "peak_memory_bytes": 1, "history": []}
     trainings = {
@@ -308,6 +313,7 @@ def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, r
         "mask": {"best_step": 3, "num_steps": 4, "num_epochs": 2.0, "num_train_tokens": 400},
         "l1": {"best_step": None, "num_steps": 0, "num_epochs": 0.0, "num_train_tokens": 0},
     }
+    trainings["dsd"] = trainings["twin"] = {**trainings["mask"], "best_step": 4}
     trainings = {name: common | training for name, training in trainings.items()}
     trainings["full"]["history"] = [{"step": 2, "eval_loss": 1.0, "eval_num_tokens": 190}]
     found = records(recipe(base, data, methods), trainings)
@@ -319,6 +325,8 @@ def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, r
         "full": [1.0, 190, 4.0, 800],
         "mask": [2.5, 490, 3.0, 590],
         "l1": [1.0, 190, 1.0, 190],
+        "dsd": [4.5, 890, 4.5, 890],
+        "twin": [3.0, 590, 3.0, 590],
     }
 
 
@@ -337,6 +345,30 @@ def test_a_record_that_is_damaged_is_one_line(base, data, records, tmp_path):
     (tmp_path / files.RUN).write_text(json.dumps(content | {"seed": "zero"}))
     with pytest.raises(UserError, match=r"run\.json: seed is 'zero': .*; remove the run's folder"):
         read_record(tmp_path)
+
+
+def test_weights_are_trained_after_a_mask_that_is_worse_too(base, data, tmp_path, monkeypatch):
+    """The mask hurts, and is there to be compared and to be started from all the same."""
+    train = {"max_steps": 2, "eval_steps": 2, "save_steps": 2}
+    methods = {
+        "mask": {"method": "mask", "mask_sparsity": 0.5, "learning_rate": 0, **train},
+        "sparse": {"method": "full", "keep_mask": "mask", **train},
+        "dsd": {"method": "full", "start_mask": "mask", "learning_rate": 0, **train},
+    }
+    content = recipe(base, data, methods)
+    content["evaluation"]["no_generate"] = True
+    content["train"] |= {"mask_init_scores": "magnitude", "mask_rank_by": "signed"}
+    monkeypatch.setattr(Study, "call", lambda self, words, log, tick: main(words[3:]))
+    plan = check(parse_recipe(content))
+    study = Study(tmp_path, plan.recipe)
+    for run in plan.runs:
+        make(study, run)
+    folders = {run.method.name: study.run_folder(run) for run in plan.runs}
+    masks = MaskSet.from_adapter(folders["mask"])
+    assert masks.sparsity == pytest.approx(0.5, abs=1e-3)
+    for name in ("sparse", "dsd"):
+        weights = load_file(folders[name] / "model.safetensors")
+        assert all(not weights[f"{module}.weight"][~mask].any() for module, mask in masks.items())
 
 
 def test_how_a_run_is_launched(base, data):

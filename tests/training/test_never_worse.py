@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.adapter.mask_set import MaskSet, read_config
 from maskft.adapter.verify import verify
-from maskft.cli.main import main
 from maskft.data import tokenize_dataset
 from maskft.data.arguments import DataArguments
 from maskft.data.splits import load_splits
@@ -18,35 +17,6 @@ from maskft.evaluation.heldout import nll_per_item
 from maskft.files import HELDOUT
 from maskft.training.record import read_record
 from maskft.training.verdict import BUDGETS, choosing_half, read_heldout
-
-
-@pytest.fixture
-def call(base, data, tmp_path, capsys):
-    """Train on the sums; returns exit status and stderr on one line."""
-
-    def call(name="out", **changes):
-        settings = {
-            "model_name_or_path": base,
-            "dataset_name": data,
-            "output_dir": tmp_path / name,
-            "eval_split_size": 16,
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "eval_steps": 2,
-            "save_steps": 2,
-            "learning_rate": 1e-3,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "dataloader_pin_memory": False,
-        }
-        words = ["train"]
-        for key, value in {**settings, **changes}.items():
-            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-        capsys.readouterr()
-        status = main(words)
-        return status, " ".join(capsys.readouterr().err.split())
-
-    return call
 
 
 @pytest.fixture

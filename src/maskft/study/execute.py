@@ -160,7 +160,8 @@ def _train(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
         models = {BEST: study.base(run)}
     else:
         options = _train_options(study, run)
-        if options.get("learning_rate") == 0 and run.method.method == "full" and run.start is not None:
+        is_restart = run.method.method == "full" and run.start is not None and not run.masks
+        if options.get("learning_rate") == 0 and is_restart:
             # The schedule of its start had ended: training at rate 0 would change nothing. (A mask would: it removes
             # weights before its first step.)
             models = dict.fromkeys(run.roles, study.model(run.start, BEST))
@@ -170,7 +171,8 @@ def _train(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
             last_is_best = training["best_step"] == training["num_steps"]
             models = {BEST: str(folder), LAST: str(folder if last_is_best else folder / files.LAST)}
     models = {role: _inside(study.folder, models[role]) for role in run.roles}
-    parent = None if run.start is None else study.record(run.start)
+    before = next(iter(run.masks.values()), run.start)  # the tokens of a mask count for the weights after it
+    parent = None if before is None else study.record(before)
     return build_record(run, study.recipe, models, options, training, parent)
 
 

@@ -19,6 +19,7 @@ from ..models import check_model_source, check_tokenizer_fits, load_model, load_
 from ..tuner import MaskConfig
 from ..tuner.targets import resolve_targets
 from .arguments import TrainingArguments
+from .masked_start import set_removed_to_zero
 from .method_arguments import ADAPTER, MaskArguments, MethodArguments, mask_config
 
 
@@ -49,6 +50,7 @@ def build_model(model: PreTrainedModel, method: MethodArguments, source: ModelCo
     """
     set_seed(seed)
     if method.method == "full":
+        set_removed_to_zero(model, method)
         model.requires_grad_(True)
         if method.partial_layers is not None:
             _train_only_layers(model, method.partial_layers)

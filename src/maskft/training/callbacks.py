@@ -13,12 +13,14 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 
 from .. import files, runtime
+from ..adapter.mask_set import MaskSet
 from ..errors import NotFiniteError, UserError
 from ..tuner import MaskConfig, MaskedLinear, set_mask_progress
 from ..tuner.learners import current_sparsity
 from ..tuner.model import refresh_masks
 from ..tuner.sharded import is_sharded
 from .checkpoints import agreed_mask_fingerprint, save_weights
+from .masked_start import RemovedStayZero
 from .method_arguments import ADAPTER, MethodArguments
 
 
@@ -34,6 +36,9 @@ def add_callbacks(
         trainer.add_callback(KeepLast(trainer, Path(trainer.args.output_dir) / files.LAST, tokenizer))
     if method.method == "mask":
         trainer.add_callback(reference)
+    if method.keep_mask is not None:
+        trainer.stay_zero = RemovedStayZero(MaskSet.from_adapter(method.keep_mask))
+        trainer.add_callback(trainer.stay_zero)
     return progress, reference
 
 

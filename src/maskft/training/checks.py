@@ -17,7 +17,7 @@ def check_config(config: TrainConfig) -> None:
     """
     method, training = config.method.method, config.training
     check_method(config.method)
-    if method == "mask":
+    if method == "mask" or config.method.keep_mask is not None:
         check_mask_sharding()
     check_deepspeed(training.deepspeed)
     if config.method.mask_sparsity_auto:
@@ -62,6 +62,11 @@ def check_method(args: MethodArguments) -> None:
         raise UserError("partial_layers goes with --method full; for a mask use mask_layers_to_transform")
     if layers and min(layers) < 0:
         raise UserError(f"partial_layers names layer {min(layers)}; layers are counted from 0")
+    for name in ("keep_mask", "start_mask"):
+        if getattr(args, name) is not None and method != "full":
+            raise UserError(f"{name} goes with --method full, which trains weights, not with {method}")
+    if args.keep_mask is not None and args.start_mask is not None:
+        raise UserError("keep_mask and start_mask are both given; removed weights stay at zero or only start there")
     if args.match_adapter is not None and method not in FIXED_MASK_METHODS:
         raise UserError(f"match_adapter goes with a fixed mask ({', '.join(FIXED_MASK_METHODS)}), not with {method}")
     if args.mask_sparsity_auto and method != "mask":

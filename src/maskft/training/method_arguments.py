@@ -118,6 +118,20 @@ class MethodArguments:
             "help": "With --method full: train only these decoder layers (a control for the mask). Default: all."
         },
     )
+    keep_mask: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --method full: train the weights that the mask in this adapter folder keeps; those it "
+            "removes stay at zero. The model is the one the mask was made for."
+        },
+    )
+    start_mask: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --method full: set the weights that the mask in this adapter folder removes to zero, then "
+            "train all weights (dense, sparse, dense)."
+        },
+    )
     keep_worse: bool = field(
         default=False,
         metadata={

@@ -17,6 +17,7 @@ from ..tuner import set_mask_progress
 from .callbacks import MaskProgress, StepGuard
 from .checkpoints import agreed_masks, trainable_state
 from .launch import let_cpu_shard
+from .masked_start import RemovedStayZero
 
 
 class MaskSFTTrainer(SFTTrainer):
@@ -28,6 +29,7 @@ class MaskSFTTrainer(SFTTrainer):
         self._window = (time.perf_counter(), 0)
         self.mask_metrics: dict[str, float] = {}
         self.task_evaluation: TrainingEvaluation | None = None
+        self.stay_zero: RemovedStayZero | None = None
         self._eval_nll, self._eval_tokens = 0.0, 0
         self.add_callback(MaskProgress())
         self.add_callback(StepGuard(self))
@@ -36,6 +38,11 @@ class MaskSFTTrainer(SFTTrainer):
         """Create the accelerator, also for FSDP on CPUs."""
         let_cpu_shard()
         super().create_accelerator_and_postprocess()
+
+    def _clip_grad_norm(self, model):
+        if self.stay_zero is not None:
+            self.stay_zero.clear_gradients()
+        return super()._clip_grad_norm(model)
 
     def training_step(self, *args, **kwargs):
         """One micro-batch; its loss is looked at once per optimizer step, so that a GPU is not made to wait."""

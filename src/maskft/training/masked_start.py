@@ -1,0 +1,87 @@
+"""Mask, then weights: full fine-tuning from a model without the weights that a mask removes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
+
+from ..adapter.mask_set import MaskSet, read_config
+from ..errors import UserError
+from ..tuner.model import weights_fingerprint
+from ..tuner.sharded import is_sharded, rows_of
+from .method_arguments import MethodArguments
+
+
+def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None:
+    """Zero what the mask of ``keep_mask`` or ``start_mask`` removes; does nothing without one.
+
+    Args:
+        model: The base model of that mask.
+        method: Names the mask.
+
+    Raises:
+        UserError: If the mask is one of another model, or its removed weights are not zero.
+    """
+    folder = method.keep_mask or method.start_mask
+    if folder is None:
+        return
+    option = "keep_mask" if method.keep_mask else "start_mask"
+    config, masks = read_config(folder), MaskSet.from_adapter(folder)
+    if config.removed_value != "zero":
+        raise UserError(
+            f"{option} {folder!r} has removed_value {config.removed_value}; name a mask that removes to zero"
+        )
+    modules = dict(model.named_modules())
+    weights = {name: getattr(modules.get(name), "weight", None) for name in sorted(masks)}
+    base = config.base_model_name_or_path
+    for name, weight in weights.items():
+        if weight is None or weight.shape != masks[name].shape:
+            has = "is not there" if weight is None else f"has shape {tuple(weight.shape)}"
+            raise UserError(
+                f"{option} {folder!r} is a mask of another model: {name} {has}; name the model it was made for ({base})"
+            )
+    is_comparable = config.base_fingerprint is not None and model.dtype != torch.float16  # which rounds otherwise
+    found = weights_fingerprint((name, weight.detach()) for name, weight in weights.items())
+    if is_comparable and found != config.base_fingerprint:
+        raise UserError(
+            f"{option} {folder!r} is a mask of another model: it was made for {base} (fingerprint "
+            f"{str(config.base_fingerprint)[:12]}), and the weights of this one differ ({found[:12]})"
+        )
+    masks.apply_(model)
+
+
+class RemovedStayZero(TrainerCallback):
+    """Holds removed weights at exactly zero, from step to step."""
+
+    def __init__(self, masks: MaskSet):
+        self._masks = masks
+        self._removed: list[tuple[nn.Parameter, Tensor]] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Find the weights, which may have been spread over processes since the masks were applied."""
+        weights = {
+            name.removeprefix("module."): module.weight
+            for name, module in model.named_modules()
+            if name.removeprefix("module.") in self._masks
+        }
+        assert weights.keys() == self._masks.keys()
+        for name, weight in weights.items():
+            removed = ~self._masks[name]
+            removed = rows_of(removed, weight) if is_sharded(weight) else removed
+            self._removed.append((weight, removed.to(_local(weight).device)))
+
+    def clear_gradients(self) -> None:
+        """Zero the gradients of removed weights: they are not to count in the norm that the others are clipped by."""
+        for weight, removed in self._removed:
+            if weight.grad is not None:
+                _local(weight.grad).masked_fill_(removed, 0.0)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        """Zero what the optimizer has moved, as weight decay and moments of a resumed run may."""
+        for weight, removed in self._removed:
+            _local(weight).masked_fill_(removed, 0.0)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()

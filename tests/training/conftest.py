@@ -1,0 +1,34 @@
+"""A short training that a test changes a few options of."""
+
+import pytest
+
+from maskft.cli.main import main
+
+
+@pytest.fixture
+def call(base, data, tmp_path, capsys):
+    """Train on the sums; returns exit status and stderr on one line."""
+
+    def call(name="out", **changes):
+        settings = {
+            "model_name_or_path": base,
+            "dataset_name": data,
+            "output_dir": tmp_path / name,
+            "eval_split_size": 16,
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "eval_steps": 2,
+            "save_steps": 2,
+            "learning_rate": 1e-3,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+        }
+        words = ["train"]
+        for key, value in {**settings, **changes}.items():
+            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        capsys.readouterr()
+        status = main(words)
+        return status, " ".join(capsys.readouterr().err.split())
+
+    return call
