@@ -212,6 +212,23 @@ def test_full_fine_tuning_under_fsdp2(arguments, tmp_path):
     assert all(torch.allclose(found[key], expected[key], atol=1e-3) for key in expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["multi_gpu", "fsdp2"])
+def test_removed_weights_stay_at_zero_in_two_processes(config, arguments, tmp_path):
+    """Of matrices that two ranks share unevenly; gradients are clipped as in one process."""
+    mask, one, many = tmp_path / "mask", tmp_path / "one", tmp_path / "many"
+    assert main(arguments(output_dir=mask, method="random_mask", mask_sparsity=0.3, keep_last=None)) == 0
+    settings = {"method": "full", "keep_mask": mask, "max_grad_norm": 0.1}
+    assert main(arguments(output_dir=one, **settings)) == 0
+    words = arguments(output_dir=many, accelerate_config=config, **settings, **LAUNCH)
+    result = call(["maskft.cli.main", *words])
+    assert result.returncode == 0, result.stderr
+    assert losses(many) == pytest.approx(losses(one), abs=1e-4)
+    weights = load_file(many / LAST / "model.safetensors")
+    for name, kept in MaskSet.from_adapter(mask).items():
+        assert not weights[f"{name}.weight"][~kept].any() and weights[f"{name}.weight"][kept].all()
+
+
 LEARNERS = ["ramp", "logit", "gumbel", "hard_concrete", "base"]
 
 

@@ -112,6 +112,7 @@ def test_the_size_is_chosen_on_one_half_and_judged_on_the_other(call, data, tmp_
     assert [budget.sparsity for budget in verdict.budgets] == list(BUDGETS)
     best = min(verdict.budgets, key=lambda budget: budget.nll)
     assert verdict.is_better and verdict.sparsity == config.sparsity == best.sparsity > 0
+    assert list(read_record(out).data["selected_on"]) == found.chose_sparsity
     assert f"the mask of {100 * best.sparsity:g} % is better" in err
     assert verdict.num_rows == 8 and len(found.chose_sparsity) == 8 and set(found.chose_sparsity) < set(found.ids)
     chose = [n for n, row_id in enumerate(found.ids) if row_id in found.chose_sparsity]

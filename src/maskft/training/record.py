@@ -9,13 +9,14 @@ from pydantic import ConfigDict
 
 from .. import files, runtime
 from ..data.prepared import Prepared
+from ..data.splits import prompt_digest
 from ..evaluation.during_training import TrainingEvaluation
 from ..files import FileModel, read_json, read_model
 from ..tuner import adapter_layers
 from .arguments import TrainConfig, TrainingArguments
 from .method_arguments import ADAPTER, MASK_METHODS
 from .trainer import MaskSFTTrainer
-from .verdict import Verdict
+from .verdict import HeldoutLosses, Verdict
 
 # Of TRL's hundreds of arguments, those that decide what is learned.
 _RECORDED = (
@@ -104,6 +105,7 @@ def make_record(
     summary: TrainingSummary,
     data: Prepared,
     evaluation: TrainingEvaluation | None,
+    losses: HeldoutLosses | None,
     verdict: Verdict | None,
 ) -> TrainingRecord:
     """The record of a run; ``training`` are its arguments with the accumulation steps that were taken."""
@@ -117,7 +119,11 @@ def make_record(
     recipe |= {"best_step": summary.best_step, "best_heldout_loss": summary.best_loss}
     if verdict is not None:
         recipe["verdict"] = f"{verdict}{'' if verdict.kept else '; so this adapter removes nothing'}"
-    selected = {} if evaluation is None else {"selected_on": evaluation.selected_on}
+    selected_on = {} if evaluation is None else evaluation.selected_on
+    if losses is not None and losses.chose_sparsity:
+        chose = [row for row in data.heldout_rows if str(row["id"]) in set(losses.chose_sparsity)]
+        selected_on = selected_on | {str(row["id"]): prompt_digest(row) for row in chose}
+    selected = {"selected_on": selected_on} if selected_on else {}
     return TrainingRecord(
         summary=summary,
         recipe={name: _plain(value) for name, value in recipe.items()},

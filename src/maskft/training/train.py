@@ -77,7 +77,7 @@ def train(config: TrainConfig, splits: tuple | None = None, console: Console | N
         trainer, summary, failure = fit(model, tokenizer, data, method, training, resume_from, evaluation, console)
     # judge and save
     losses, verdict = never_worse(model, tokenizer, data, config, training, trainer)
-    record = make_record(config, training, summary, data, evaluation, verdict)
+    record = make_record(config, training, summary, data, evaluation, losses, verdict)
     save(model, tokenizer, record, losses, training.output_dir, trainer)
     report(summary, verdict, training.output_dir, failure, console)
     return summary
