@@ -84,10 +84,16 @@ def test_other_methods_are_kept_as_they_are(method, call, tmp_path):
         assert MaskSet.from_adapter(tmp_path / "out").sparsity == pytest.approx(0.5)
 
 
-def test_settings_of_the_learner_do_not_stay_in_an_adapter_that_removes_nothing(call, fine_tuned, data, tmp_path):
+def test_settings_of_the_learner_do_not_stay_in_an_adapter_that_removes_nothing(call, base, fine_tuned, data, tmp_path):
     """Else it could not be loaded: a threshold removes what it removes, a preset says its own sparsity."""
-    learner = {"mask_selection": "threshold", "mask_threshold": 0.03, "mask_modules_to_save": "lm_head"}
-    for name, options in {"threshold": learner, "preset": {"mask_preset": "paper"}}.items():
+    learners = {
+        "threshold": {"mask_selection": "threshold", "mask_threshold": 0.03, "mask_modules_to_save": "lm_head"},
+        "preset": {"mask_preset": "paper"},
+        "deletion": {"mask_preset": "deletion_tuning", "num_calibration_samples": 4},
+        "gates": {"mask_selection": "hard_concrete", "mask_init_value": 0.01, "mask_price": 1.0},
+        "values": {"mask_removed_value": "base", "mask_removed_value_model": base, "mask_sparsity_ramp": 0.5},
+    }
+    for name, options in learners.items():
         changes = {"learning_rate": 0.0, **options}
         assert call(name, model_name_or_path=fine_tuned, **changes)[0] == 0
         assert MaskSet.from_adapter(tmp_path / name).num_removed == 0 and verify(tmp_path / name, str(fine_tuned))
