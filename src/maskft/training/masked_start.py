@@ -41,12 +41,13 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
             raise UserError(
                 f"{option} {folder!r} is a mask of another model: {name} {has}; name the model it was made for ({base})"
             )
-    is_comparable = config.base_fingerprint is not None and model.dtype != torch.float16  # which rounds otherwise
+    expected = (config.base_fingerprint or "").partition(":")[0]
+    is_comparable = expected and model.dtype != torch.float16  # which rounds otherwise
     found = weights_fingerprint((name, weight.detach()) for name, weight in weights.items())
-    if is_comparable and found != config.base_fingerprint:
+    if is_comparable and found != expected:
         raise UserError(
             f"{option} {folder!r} is a mask of another model: it was made for {base} (fingerprint "
-            f"{str(config.base_fingerprint)[:12]}), and the weights of this one differ ({found[:12]})"
+            f"{expected[:12]}), and the weights of this one differ ({found[:12]})"
         )
     masks.apply_(model)
 
