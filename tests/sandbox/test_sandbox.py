@@ -481,6 +481,25 @@ time.sleep(20)
     assert run_code(code, memory_bytes=256 * MIB).status == "out_of_memory"
 
 
+@pytest.mark.parametrize("memory", ["-1", "os.open('/dev/zero', os.O_RDWR)"])
+def test_memory_that_no_process_shows_is_refused(memory: str) -> None:
+    """Shared pages stay when those who filled them have dropped them, and no process's resident pages count them."""
+    code = f"""
+import mmap, os, time
+for _ in range(4):
+    if os.fork() == 0:
+        held = mmap.mmap({memory}, 100 * 2**20)
+        for start in range(0, len(held), 2**20):
+            held[start : start + 2**20] = bytes([1]) * 2**20
+            held.madvise(mmap.MADV_DONTNEED, start, 2**20)
+        print("BROKE OUT", held[5], flush=True)
+        time.sleep(1)
+        os._exit(0)
+time.sleep(1)
+"""
+    assert "BROKE OUT" not in run_code(code, memory_bytes=256 * MIB).stdout
+
+
 def test_memory_in_sockets_is_bounded() -> None:
     code = """
 import contextlib, socket

@@ -106,6 +106,7 @@ REFUSED_CALLS = {
 CLONE_CALL, CLONE3_CALL = (56, 220), (435, 435)  # allowed with some arguments only
 SOCKET_CALLS = ((41, 198), (53, 199))  # socket, socketpair
 SETSOCKOPT_CALL, SO_SNDBUF = (54, 208), 7
+MMAP_CALL, SHARED_MEMORY = (9, 222), 0x21  # MAP_SHARED and MAP_ANONYMOUS: pages that stay when no process shows them
 FIRST_UNKNOWN_CALL = 457  # newer than Linux 6.7; x86_64 numbers its x32 calls far above
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -257,7 +258,9 @@ def filter_system_calls() -> None:
     machine = MACHINES.index(platform.machine())
     load, equal, greater_equal, any_bit, end = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF_LD|W|ABS, BPF_JMP|.., BPF_RET
     allow, refuse, absent, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS, 0x80000000
-    af_unix, number_at, machine_at, first_argument_at, third_argument_at = 1, 0, 4, 16, 32  # in struct seccomp_data
+    keep_bits = 0x54  # BPF_ALU|AND
+    af_unix, number_at, machine_at = 1, 0, 4  # offsets in struct seccomp_data; below, the lower half of each argument
+    first_argument_at, third_argument_at, fourth_argument_at = 16, 32, 40
     program = [
         (load, 0, 0, machine_at),
         (equal, 1, 0, AUDIT_ARCH[machine]),  # (operation, instructions to skip if true, if false, operand)
@@ -270,22 +273,17 @@ def filter_system_calls() -> None:
         program += [(equal, 0, 1, numbers[machine]), (end, 0, 0, refuse)]
     # clone3 hides its flags behind a pointer; told that it does not exist, libc falls back on clone.
     program += [(equal, 0, 1, CLONE3_CALL[machine]), (end, 0, 0, absent)]
-    program += [
-        (equal, 0, 3, CLONE_CALL[machine]),
-        (load, 0, 0, first_argument_at),
-        (any_bit, 0, 10, ALL_NAMESPACES),
-        (end, 0, 0, refuse),
-        (equal, 1, 0, SOCKET_CALLS[0][machine]),
-        (equal, 0, 3, SOCKET_CALLS[1][machine]),
-        (load, 0, 0, first_argument_at),
-        (equal, 5, 0, af_unix),
-        (end, 0, 0, refuse),
-        (equal, 0, 3, SETSOCKOPT_CALL[machine]),
-        (load, 0, 0, third_argument_at),
-        (equal, 0, 1, SO_SNDBUF),
-        (end, 0, 0, refuse),
-        (end, 0, 0, allow),
-    ]
+
+    def refuse_if(numbers: tuple[int, int], argument_at: int, *test: tuple[int, int, int, int]) -> None:
+        block = [(load, 0, 0, argument_at), *test, (end, 0, 0, refuse), (end, 0, 0, allow)]
+        program.extend([(equal, 0, len(block), numbers[machine]), *block])
+
+    refuse_if(CLONE_CALL, first_argument_at, (any_bit, 0, 1, ALL_NAMESPACES))
+    for numbers in SOCKET_CALLS:
+        refuse_if(numbers, first_argument_at, (equal, 1, 0, af_unix))
+    refuse_if(SETSOCKOPT_CALL, third_argument_at, (equal, 0, 1, SO_SNDBUF))
+    refuse_if(MMAP_CALL, fourth_argument_at, (keep_bits, 0, 0, SHARED_MEMORY), (equal, 0, 1, SHARED_MEMORY))
+    program.append((end, 0, 0, allow))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
     header = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code))
     call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0)

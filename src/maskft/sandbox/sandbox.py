@@ -35,7 +35,8 @@ STOP_PATIENCE_S = 5.0  # from asking the launcher to stop until it is killed; it
 MIN_MEMORY_BYTES = 64 * 2**20  # less than the interpreter itself needs
 
 _CHILD = Path(__file__).with_name("child.py")
-_VISIBLE_FILES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom", "/etc/ld.so.cache")
+# Not /dev/zero: mapped, it is memory that belongs to no process.
+_VISIBLE_FILES = ("/dev/null", "/dev/random", "/dev/urandom", "/etc/ld.so.cache")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
