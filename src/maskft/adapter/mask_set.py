@@ -109,7 +109,7 @@ class AdapterConfig(files.FileModel):
     sparsity: float = 0.1
     mask_seed: int | None = None
     sparsity_ramp: float = 0.0
-    progress: float | None = None
+    progress: Annotated[float, Field(ge=0, le=1)] | None = None
     removed_value: str = "zero"
     removed_value_model: str | None = None
     removed_value_fingerprint: str | None = None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from rich.console import Console
+from safetensors import SafetensorError
 
 from .. import files
 from .._version import __version__
-from ..errors import UserError, printable
+from ..errors import UserError, first_line, printable
 from ..models import load_model, load_tokenizer
 from ..results.text import markdown_cell
 from ..tuner import adapter_layers
@@ -33,8 +37,22 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
         raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
     revision = (config.revision if name == config.base_model_name_or_path else None) or "main"
     model = load_model(name, dtype, revision=revision)
-    model = PeftModel.from_pretrained(model, str(adapter))
+    with one_line(adapter, f"does not fit {name!r}"):
+        model = PeftModel.from_pretrained(model, str(adapter))
     return model.eval(), adapter_tokenizer(adapter, name, revision=revision), name
+
+
+@contextmanager
+def one_line(adapter: str | Path, problem: str) -> Iterator[None]:
+    """Make one line of the errors that PEFT raises for an adapter."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError, SafetensorError, re.error) as error:
+        raise UserError(
+            f"adapter {str(adapter)!r} {problem} ({type(error).__name__}: {first_line(error)}); check both"
+        ) from error
 
 
 def merge(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +11,9 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
 
 from ..adapter.mask_set import read_config
-from ..adapter.merge import adapter_tokenizer
+from ..adapter.merge import adapter_tokenizer, one_line
 from ..data.tokenizing import tokenizer_rules
 from ..errors import UserError, first_line
 from ..files import ADAPTER_CONFIG, TRAINING, digest, digest_file, digest_tensors, holds_adapter, read_json
@@ -88,7 +86,7 @@ def load_each(
             tokenizer = load_tokenizer(base_name, chat_template_path, revision=revision)
             facts |= _training_facts(base_name)
         else:
-            with _one_line(adapter, f"does not fit {base_name!r}"):
+            with one_line(adapter, f"does not fit {base_name!r}"):
                 model = PeftModel.from_pretrained(base, adapter)
             sha256 = adapter_sha256(adapter)
             identity, selected_on = f"{fingerprint}+{sha256}", _selected_on(base_name) | _selected_on(adapter)
@@ -221,21 +219,8 @@ def _base(model_name_or_path: str | None, adapters: Sequence[str]) -> tuple[str,
 def _peft_config(adapter: str) -> PeftConfig:
     if not holds_adapter(adapter):
         raise UserError(f"{adapter!r} is not an adapter folder: it has no adapter_config.json")
-    with _one_line(adapter, "has no adapter_config.json that PEFT can read"):
+    with one_line(adapter, "has no adapter_config.json that PEFT can read"):
         return PeftConfig.from_pretrained(adapter)
-
-
-@contextlib.contextmanager
-def _one_line(adapter: str, problem: str) -> Iterator[None]:
-    """Make one line of the errors that PEFT raises for an adapter."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
-        raise UserError(
-            f"adapter {adapter!r} {problem} ({type(error).__name__}: {first_line(error)}); check both"
-        ) from error
 
 
 def _adapter_facts(adapter: str) -> dict:

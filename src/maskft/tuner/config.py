@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from peft.config import PeftConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError, did_you_mean
 from ..files import ADAPTER_WEIGHTS
@@ -279,6 +279,18 @@ class MaskConfig(PeftConfig):
                 f"code calls the fraction that is KEPT sparsity; its {self.sparsity} is {1 - self.sparsity:g} here.",
                 stacklevel=3,
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read ``adapter_config.json``; a weights file beside it that cannot be read is refused before PEFT wraps."""
+        file = Path(pretrained_model_name_or_path) / (subfolder or "") / ADAPTER_WEIGHTS
+        try:
+            if file.is_file():
+                with safe_open(file, "pt"):
+                    pass
+        except SafetensorError as error:
+            raise UserError(f"{file} is not a readable safetensors file: {error}") from error
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, with the checksums of what PEFT has written beside the masks."""

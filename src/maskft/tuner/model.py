@@ -145,7 +145,7 @@ class MaskModel(BaseTuner):
         is_of_config = was_new and config.mask_sha256 is not None
         try:
             return _load_masks(model, config, adapter_name, state_dict, is_of_config)
-        except UserError:
+        except Exception:
             if was_new and hasattr(model, "base_model"):
                 _take_back(model, adapter_name)
             raise
