@@ -324,6 +324,13 @@ CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the t
         ("a.jsonl", '{"messages": []}', r"line 1: 'messages' holds an empty list"),
         ("a.jsonl", '{"messages": ["hi"]}', r"line 1: message 1 of 'messages' is text, not an object"),
         ("a.jsonl", '{"messages": [{"role": "bot", "content": "x"}]}', r"role 'bot'; it must be one of .*assistant"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": ["bot"], "content": "x"}]}',
+            r"role \['bot'\]; it must be one of .*assistant",
+        ),
+        ("a.jsonl", '{"text": ' + "1" * 5000 + "}", r"a\.jsonl cannot be read at line 1: Exceeds the limit"),
+        ("a.jsonl", "[" * 100_000, r"a\.jsonl cannot be read at line 1: maximum recursion depth"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": ["x"]}]}', r"has a list as content, not text"),
         ("a.jsonl", '{"text": "a", "answer": ["b"]}', r"line 1: 'answer' holds a list"),
         ("a.jsonl", '{"text": "a", "answer": "b", "answer_type": "near"}', r"'answer_type' is 'near'"),

@@ -247,6 +247,8 @@ NLL = ("tasks", "sums", "metrics", "nll")
         (change([*NLL, "num_items"], 3), "nll has num_items 3 for 2 items"),
         (change([*NLL, "value"], 2.0), "nll has value 2.0, its items give 2.5"),
         (change([*NLL, "value"], None), "nll has value None, its items give 2.5"),
+        (change(["environment"], {}), "environment.packages is missing"),
+        (change(["environment", "packages"], "torch"), "environment.packages is 'torch': input should be a valid dict"),
         (change(["training"], 3), "training is 3: input should be a valid dictionary"),
         (change(["training"], {"num_epochs": "2"}), "training.num_epochs is '2': input should be a valid number"),
         (change(["training"], {"domain": "maths"}), "training.domain is 'maths': .*'math', 'coding' or 'instruction'"),

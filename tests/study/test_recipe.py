@@ -383,6 +383,10 @@ CASES = [
     (change("data/sums/dataset_name", ["a.jsonl"]), r"data.sums: dataset_name is \['a.jsonl'\]; it must be a name"),
     (change("data/sums/tokens", 3), r"unknown option 'tokens'"),
     (change("seeds", [0, 0]), "seeds: 0 stands there twice"),
+    (
+        lambda content: content.update(controls="standard") or content["methods"].update(full=True),
+        "methods.full is True",
+    ),
     (change("grid", {"mask.mask_sparsity": list(range(999))}), "makes 1,999 runs, more than 1,000; pass --yes"),
     (
         change("grid", {"mas.mask_sparsity": [0.1]}),

@@ -219,7 +219,7 @@ def _messages(row: Row, column: str) -> list[Message]:
             raise UserError(f"message {n} of {column!r} is {_kind(message)}, not an object with role and content")
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise UserError(f"message {n} of {column!r} has role {role!r}; it must be one of {', '.join(_ROLES)}")
         if not isinstance(content, str):
             raise UserError(f"message {n} of {column!r} has {_kind(content)} as content, not text")

@@ -95,6 +95,12 @@ class TaskRecord(TypedDict):
     outputs_from_file: NotRequired[bool]  # answers that another program generated
 
 
+class EnvironmentRecord(TypedDict):
+    """What a result was made with; more than the versions is kept, and not read."""
+
+    packages: dict[str, Any]
+
+
 class Result(TypedDict):
     """The whole file. Results of one name and different seeds are seeds of one method."""
 
@@ -105,7 +111,7 @@ class Result(TypedDict):
     maskft_version: str
     model: ModelRecord
     settings: dict[str, Any]  # what else shaped the numbers: dtype, batch size, ...
-    environment: dict[str, Any]
+    environment: EnvironmentRecord
     tasks: Annotated[
         dict[files.Name, Annotated[TaskRecord, AfterValidator(lambda task: _check_task(task))]], Field(min_length=1)
     ]

@@ -59,7 +59,8 @@ def _kept(mask: dict[str, Any]) -> dict[str, Any]:
 
 def _of_parent(mask: dict[str, Any], methods: Methods) -> Iterator[tuple[str, dict[str, Any]]]:
     parent = mask["from"]
-    if (methods.get(parent) or {}).get("method") != "full":
+    made = methods.get(parent)
+    if not isinstance(made, dict) or made.get("method") != "full":
         return
     yield f"warm restart of {parent}", _trained(mask, tune={"learning_rate": _RATES})
     yield f"interpolated {parent}", {"method": "interpolate", "from": parent, **_kept(mask)}
