@@ -162,7 +162,7 @@ def test_scores_train_with_sgd_and_momentum(train, tmp_path, monkeypatch):
     assert max(row.get("mask_flips_per_step", 0) for row in history) > 0
 
 
-def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path):
+def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path, capsys):
     before = AutoModelForCausalLM.from_pretrained(base)
     for parameter in before.parameters():
         parameter.data.mul_(0.9)
@@ -171,6 +171,9 @@ def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path
     status, err = train(**options)
     assert status == 0 and "a removed weight takes its" in err, err
     assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["base_model"], facts["removed_value_model"]) == (str(base), str(tmp_path / "before"))
+    assert facts["removed_value_fingerprint"] != facts["base_fingerprint"]
     model, _, _ = load_masked(tmp_path / "out")
     masks = MaskSet.from_adapter(tmp_path / "out")
     for name, layer in adapter_layers(model).items():

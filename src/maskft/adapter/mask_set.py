@@ -74,7 +74,7 @@ class MaskSet(dict[str, Tensor]):
         return both / either if either else 1.0
 
     def apply_(self, model: nn.Module) -> None:
-        """Zero the removed weights of a plain model in place, exactly as merging an adapter does."""
+        """Zero the removed weights of a plain model in place, as merging an adapter of removed_value zero does."""
         weights = {name: module.weight for name, module in model.named_modules() if name in self}
         for name, mask in self.items():
             if name not in weights:
