@@ -30,7 +30,7 @@ from ..runtime import resident_memory_bytes
 from ..training.arguments import TrainConfig
 from ..training.build import build_model
 from ..training.callbacks import stop_gradient_at_frozen_embeddings
-from ..training.method_arguments import MASK_METHODS, UNTRAINED_METHODS, mask_config
+from ..training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS, mask_config
 from ..tuner.codec import encode_mask
 from ..tuner.config import MaskConfig
 from ..tuner.fixed import random_mask
@@ -76,6 +76,8 @@ class PlannedRun:
         self.run, self.length, self.device = run, run.training.max_length, device
         self.process_bytes = resident_memory_bytes() + _TRAINER_BYTES if device == "cpu" else 0
         self.method = run.method.method
+        if self.method in COMBINED_METHODS:
+            raise UserError(f"method {self.method} trains nothing, and there is no estimate of it")
         self.is_trained = self.method not in UNTRAINED_METHODS
         self.config = load_config(run.model.model_name_or_path, revision=run.model.model_revision)
         self.dtype = _weight_dtype(run.model.dtype, self.config)
