@@ -213,6 +213,8 @@ def test_standard_controls_are_methods_at_the_masks_steps(content):
     runs = {run.name: run for run in plan.runs if run.seed == 1}
     refit, restart = runs["random damage of mask, refit"], runs["warm restart of full"]
     assert refit.masks == {"start_mask": runs["random mask of mask"]} and refit.num_tried == restart.num_tried == 3
+    tried = ("best of 8 random masks of mask", "interpolated full", "dare full", "mask", "L1 mask of mask")
+    assert [runs[name].num_tried for name in tried] == [8, 10, 5, 2, 0]
     assert refit.options["learning_rate"] == 0.5 * restart.start.options["learning_rate"]
     # Where the mask's steps are tuned, so are those of what is trained beside it.
     methods["mask"] = {"method": "mask", "from": "full", "tune": {"max_steps": [2, 4]}}

@@ -21,7 +21,7 @@ from ..data.prepared import data_identity
 from ..errors import UserError, did_you_mean
 from ..files import digest, digest_file
 from ..models import model_identity
-from ..training.method_arguments import MASK_METHODS, UNTRAINED_METHODS
+from ..training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Options, Recipe
 from .tuning import Look, Trial, Tuned, check_test_rows, settings_text, tune
 
@@ -108,6 +108,8 @@ class StudyRun:
         """Settings, or drawn masks, of which this is the best on held-out rows; 0: nothing was chosen."""
         if self.tuned:
             return len(self.tuned.trials)
+        if self.method.method in COMBINED_METHODS:
+            return len(_as_list(self.options.get("combine_values", COMBINED_METHODS[self.method.method])))
         drawn = self.options.get("num_candidates", 1)
         return drawn if drawn > 1 else 0
 

@@ -22,10 +22,8 @@ from ..models import check_model_source, load_model
 from ..runtime import peak_memory_bytes
 from .arguments import TrainingArguments
 from .fixed_masks import mean_nll
-from .method_arguments import MethodArguments
+from .method_arguments import COMBINED_METHODS, MethodArguments
 from .record import TrainingSummary
-
-DEFAULT_VALUES = {"interpolate": [n / 10 for n in range(1, 11)], "dare": [0.1, 0.3, 0.5, 0.7, 0.9]}
 
 
 @torch.no_grad()
@@ -56,7 +54,7 @@ def combine(
         )
     model = model.to(training.device).eval()
     history = []
-    for value in method.combine_values or DEFAULT_VALUES[method.method]:
+    for value in method.combine_values or COMBINED_METHODS[method.method]:
         _set(model, method.method, before, after, value, training.seed)
         history.append({"value": value, "eval_loss": mean_nll(model, data.heldout, tokenizer, training)})
     best = min(history, key=lambda row: row["eval_loss"])

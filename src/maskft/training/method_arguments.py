@@ -10,7 +10,8 @@ ADAPTER = "default"  # the name PEFT gives an adapter, of which a run has one
 
 FIXED_MASK_METHODS = ("random_mask", "l1_mask", "wanda_mask")
 MASK_METHODS = ("mask", *FIXED_MASK_METHODS)
-COMBINED_METHODS = ("interpolate", "dare")  # a model and the one it was made from; not trained
+# A model and the one it was made from, not trained; the values that the held-out rows choose from.
+COMBINED_METHODS = {"interpolate": [n / 10 for n in range(1, 11)], "dare": [0.1, 0.3, 0.5, 0.7, 0.9]}
 UNTRAINED_METHODS = (*FIXED_MASK_METHODS, *COMBINED_METHODS)
 METHODS = ("full", "lora", *MASK_METHODS, *COMBINED_METHODS)
 
