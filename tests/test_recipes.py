@@ -117,7 +117,9 @@ def test_study(file, tmp_path, capsys):
         assert memory >= 2 * recipe.facts.num_parameters and (numbers.tokens > 1_000) == trained
     assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert all(run.id in out for run in plan.runs) and not (tmp_path / "out").exists()
+    # What waits for tuning has no hash yet.
+    shown = [f"{run.id.rpartition('-')[0]}-?" if run.is_assumed else run.id for run in plan.runs]
+    assert all(name in out for name in shown) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("file", SEARCHES, ids=name)
