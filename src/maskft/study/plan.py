@@ -40,6 +40,7 @@ _OF_THE_STUDY = (
     "match_adapter",
     "start_mask",
     "keep_mask",
+    "before_model",
 )
 _NOT_IN_A_RECIPE = {
     **dict.fromkeys((*_OF_THE_STUDY, "prepared_data_dir", "prepare_only"), "the study itself decides that; drop it"),
