@@ -121,7 +121,7 @@ def tune(
 
     trials = [tried(settings, False) for settings in _grid(method, parent)]
     is_settled = all(trial.loss is not None for trial in trials)
-    winner = min(trials, key=lambda trial: trial.loss) if is_settled else trials[0]
+    winner = min(trials, key=lambda trial: math.inf if trial.loss is None else trial.loss) if is_settled else trials[0]
     stage = max(run.stage for trial in trials for run in trial.runs)
     option, goes_on = method.tune.double, is_settled and math.isfinite(winner.loss)
     for doubling in range(MAX_DOUBLINGS if option else 0):

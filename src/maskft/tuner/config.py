@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from peft.config import PeftConfig
 from safetensors import SafetensorError, safe_open
@@ -228,8 +228,8 @@ class MaskConfig(PeftConfig):
     )
 
     # Whether no weights were loaded or saved since an adapter of this configuration was made: its checksums are then
-    # those of the file that comes next.
-    is_new: ClassVar[bool] = False
+    # those of the file that comes next. Without an annotation it is no field, so it is not saved.
+    is_new = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

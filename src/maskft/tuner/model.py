@@ -424,10 +424,8 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
 
 def _are_close(one: str, other: str) -> bool:
     """Whether the weights in two fingerprints differ by no more than rounding to float16 and to bfloat16 explains."""
-    samples = [
-        torch.frombuffer(bytearray.fromhex(each.partition(":")[2]), dtype=torch.bfloat16) for each in (one, other)
-    ]
-    return samples[0].shape == samples[1].shape and torch.allclose(*samples, rtol=2**-7, atol=2**-24, equal_nan=True)
+    a, b = (torch.frombuffer(bytearray.fromhex(each.partition(":")[2]), dtype=torch.bfloat16) for each in (one, other))
+    return a.shape == b.shape and torch.allclose(a, b, rtol=2**-7, atol=2**-24, equal_nan=True)
 
 
 def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
