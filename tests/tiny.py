@@ -1,7 +1,15 @@
-"""Tiny random models of transformers' own classes, made the same in every test."""
+"""Tiny random models of transformers' own classes, made the same in every test, and adapters without one."""
+
+import json
+from pathlib import Path
 
 import torch
 import transformers
+
+from maskft import files
+from maskft.adapter.mask_set import MaskSet
+from maskft.tuner.codec import encode_mask
+from maskft.tuner.model import mask_fingerprint
 
 
 def tiny_llama(num_layers=3, vocab_size=96, seed=0, **overrides):
@@ -58,3 +66,13 @@ MODELS = {
 
 def token_ids(batch=2, length=9, vocab_size=96, seed=1):
     return torch.randint(2, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def save_masks(masks, folder, **config):
+    """Write an adapter folder that holds ``masks`` (module name -> bool tensor) and no more."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    MaskSet(masks).save(folder / files.ADAPTER_WEIGHTS)
+    sha256 = mask_fingerprint({name: encode_mask(mask) for name, mask in masks.items()})
+    config = {"peft_type": "MASK", "format_version": 1, "mask_sha256": sha256, **config}
+    (folder / files.ADAPTER_CONFIG).write_text(json.dumps(config))

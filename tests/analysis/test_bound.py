@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from maskft.adapter.mask_set import MaskSet
+import tiny
 from maskft.analysis.bound import (
     analyse_bound,
     binary_entropy,
@@ -17,7 +17,7 @@ from maskft.analysis.bound import (
     upper_bounds,
 )
 from maskft.errors import UserError
-from maskft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from maskft.files import ADAPTER_WEIGHTS
 
 
 def test_the_papers_difference_per_weight():
@@ -65,8 +65,7 @@ def test_stable_training_loss_is_that_of_the_last_quarter_up_to_the_best():
 def test_the_real_file_stands_beside_its_entropy(tmp_path):
     mask = torch.ones(64, 64, dtype=torch.bool)
     mask.flatten()[::10] = False
-    MaskSet({"a": mask}).save(tmp_path / ADAPTER_WEIGHTS)
-    (tmp_path / ADAPTER_CONFIG).write_text("{}")
+    tiny.save_masks({"a": mask}, tmp_path)
     analyse_bound(tmp_path / "bound.json", str(tmp_path), (0.1, 0.08), 10_000, 48, vocab_size=50)
     record = json.loads((tmp_path / "bound.json").read_text())
     assert record["adapter_file"]["num_bytes"] == (tmp_path / ADAPTER_WEIGHTS).stat().st_size

@@ -8,7 +8,6 @@ from datasets import Dataset
 
 import tiny
 from maskft import files
-from maskft.adapter.mask_set import MaskSet
 from maskft.cli.main import main
 
 MODULES = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
@@ -50,11 +49,8 @@ def study(tmp_path):
         folder = write_run(tmp_path, run_id, "mask", {"best": f"runs/{run_id}"}, "full-s0", seed, mask_flips_per_step=5)
         shapes = {"q": (32, 32), "k": (16, 32), "v": (16, 32)}
         masks = zip(MODULES, shapes.values(), strict=True)
-        MaskSet({name: torch.rand(shape, generator=generator) > 0.1 for name, shape in masks}).save(
-            folder / files.ADAPTER_WEIGHTS
-        )
-        config = {"peft_type": "MASK", "format_version": 1, "mask_sha256": "", "mask_seed": seed}
-        (folder / files.ADAPTER_CONFIG).write_text(json.dumps(config))
+        masks = {name: torch.rand(shape, generator=generator) > 0.1 for name, shape in masks}
+        tiny.save_masks(masks, folder, mask_seed=seed)
     rows = [{"id": str(n), "input_ids": ids, "labels": ids} for n, ids in enumerate(tiny.token_ids(6, 7).tolist())]
     for split in ("train", "heldout"):
         Dataset.from_list(rows).save_to_disk(tmp_path / files.PREPARED / "abc" / split)

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import tiny
-from maskft.adapter.mask_set import MaskSet
 from maskft.analysis import curvature
 from maskft.analysis.curvature import (
     analyse_curvature,
@@ -20,9 +19,6 @@ from maskft.analysis.curvature import (
 )
 from maskft.analysis.losses import loss_sum, make_batches, num_targets
 from maskft.analysis.store import Parts
-from maskft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-
-pytest.importorskip("curvlinops", reason="needs maskft[analysis]")
 
 SPECTRUM = np.array([9.0, 4, 1, 0.5, 0.25, -2])
 
@@ -112,10 +108,8 @@ def test_products_of_a_model_are_those_of_double_backward():
 def test_curvature_of_a_mask_is_computed_once(tmp_path, monkeypatch):
     folder, adapter = tmp_path / "start", tmp_path / "mask"
     tiny_model().save_pretrained(folder)
-    adapter.mkdir()
     mask = torch.rand(2, 8, generator=torch.Generator().manual_seed(0)) > 0.2
-    MaskSet({"model.layers.0.self_attn.k_proj": mask}).save(adapter / ADAPTER_WEIGHTS)
-    (adapter / ADAPTER_CONFIG).write_text("{}")
+    tiny.save_masks({"model.layers.0.self_attn.k_proj": mask}, adapter)
     file = tmp_path / "curvature.json"
     analyse_curvature(file, str(folder), str(adapter), rows(), num_probes=2, batch_size=4)
     record = json.loads(file.read_text())

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import tiny
-from maskft.adapter.mask_set import MaskSet
 from maskft.analysis import landscape
 from maskft.analysis.landscape import (
     analyse_landscape,
@@ -21,7 +20,6 @@ from maskft.analysis.landscape import (
 from maskft.analysis.losses import make_batches, mean_loss
 from maskft.analysis.store import Parts
 from maskft.errors import UserError
-from maskft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 ROWS = [{"input_ids": ids, "labels": ids} for ids in tiny.token_ids(4, 7).tolist()]
 
@@ -89,12 +87,9 @@ def test_a_line_begins_and_ends_at_its_models(tmp_path):
 def three_models(tmp_path):
     for name, seed in (("fft", 0), ("continued", 1)):
         small(seed).save_pretrained(tmp_path / name)
-    (tmp_path / "mask").mkdir()
     generator = torch.Generator().manual_seed(0)
-    MaskSet({"model.layers.0.mlp.up_proj": torch.rand(48, 32, generator=generator) > 0.1}).save(
-        tmp_path / "mask" / ADAPTER_WEIGHTS
-    )
-    (tmp_path / "mask" / ADAPTER_CONFIG).write_text("{}")
+    mask = torch.rand(48, 32, generator=generator) > 0.1
+    tiny.save_masks({"model.layers.0.mlp.up_proj": mask}, tmp_path / "mask")
     return {name: str(tmp_path / name) for name in landscape.MODELS}
 
 

@@ -282,7 +282,7 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
         (["--backend", "vllm", "--adapter", "MASK"], "vLLM does not know masks: run maskft merge"),
         (["--backend", "vllm", "--tasks", "heldout"], "vllm measures no held-out loss"),
         (["--name", "a", "b"], "2 names for 1 models"),
-        (["--name", ""], "a name is empty"),
+        (["--name", ""], "'' is no --name; give characters that can be seen"),
         (["--output_dir", "FILE"], "it is a file; name another"),
         (["--adapter", "MASK", "MASK"], "two models have the same label"),
         (["--adapter", "MASK", "MASK", "--name", "a", "a"], "were not trained with different seeds"),

@@ -197,11 +197,11 @@ def required_seeds(
 
     def is_enough(num_seeds: int) -> bool:
         t = stats.t.ppf(1 - alpha / 2, num_seeds - 1) + stats.t.ppf(power, num_seeds - 1)
-        return between / num_seeds * (t / z) ** 2 <= room
+        return bool(between / num_seeds * (t / z) ** 2 <= room)
 
     while not is_enough(num_seeds):  # the normal approximation is a few seeds short: t(S - 1) has wider tails
         num_seeds += 1
-    return num_seeds
+    return int(num_seeds)
 
 
 def _variance_components(diffs_SN: NDArray[np.float64], weights_N: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -236,7 +236,7 @@ def _stretch(num_units: int, confidence: float) -> float:
     instead of the level, because resamples of three units have no percentiles far out.
     """
     tail = (1 + confidence) / 2
-    return math.sqrt(num_units / (num_units - 1)) * stats.t.ppf(tail, num_units - 1) / stats.norm.ppf(tail)
+    return float(math.sqrt(num_units / (num_units - 1)) * stats.t.ppf(tail, num_units - 1) / stats.norm.ppf(tail))
 
 
 def _resample_counts(rng: np.random.Generator, rows: int, num_units: int) -> NDArray[np.float64]:
