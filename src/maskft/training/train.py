@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -30,7 +29,7 @@ from .method_arguments import ADAPTER, COMBINED_METHODS, FIXED_MASK_METHODS, Met
 from .prefix_cache import cached_prefix
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
 from .trainer import MaskSFTTrainer
-from .verdict import HeldoutLosses, RowMeter, Verdict, choosing_half, judge, remove_nothing, row_ids
+from .verdict import HeldoutLosses, choosing_half, never_worse, row_ids
 
 
 def train(config: TrainConfig, splits: tuple | None = None, console: Console | None = None) -> TrainingSummary | None:
@@ -138,31 +137,6 @@ def fit(
     except NotFiniteError as error:
         failure = trainer.back_to_best(error)
     return trainer, summarise(trainer, method.method, time.perf_counter() - started, reference.loss), failure
-
-
-def never_worse(
-    model,
-    tokenizer,
-    data: Prepared,
-    config: TrainConfig,
-    training: TrainingArguments,
-    trainer: MaskSFTTrainer | None = None,
-) -> tuple[HeldoutLosses | None, Verdict | None]:
-    """Compare what was trained with its parent on the held-out rows; a mask that is not better removes nothing.
-
-    Returns:
-        The losses and, of a mask, the verdict; None where held-out rows are not measured.
-    """
-    if training.eval_strategy == "no":
-        return None, None
-    meter = RowMeter(model, training, tokenizer.pad_token_id or 0)
-    if trainer is not None:
-        whole = trainer.accelerator.unwrap_model(trainer.model)
-        meter = replace(meter, model=whole, context=trainer.compute_loss_context_manager)
-    losses, verdict = judge(model, data.heldout, meter, config.method, config.data.split_seed)
-    if verdict is not None and not verdict.kept:
-        remove_nothing(model)
-    return losses, verdict
 
 
 def save(

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -15,13 +15,15 @@ from peft.utils import ModulesToSaveWrapper
 from pydantic import ConfigDict
 
 from .. import files, runtime
+from ..data.prepared import Prepared
 from ..errors import UserError
 from ..evaluation.heldout import nll_per_item
 from ..files import FileModel, digest, read_model
 from ..results.statistics import hierarchical_bootstrap
 from ..tuner import MaskConfig, adapter_layers
-from .arguments import TrainingArguments
+from .arguments import TrainConfig, TrainingArguments
 from .method_arguments import ADAPTER, MethodArguments
+from .trainer import MaskSFTTrainer
 
 # Shares that mask_sparsity_auto measures, all from the scores of one training.
 BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -248,3 +250,28 @@ def remove_nothing(model) -> None:
             copies = zip(module.modules_to_save[ADAPTER].parameters(), module.original_module.parameters(), strict=True)
             for copy, original in copies:
                 copy.data.copy_(original.data)
+
+
+def never_worse(
+    model,
+    tokenizer,
+    data: Prepared,
+    config: TrainConfig,
+    training: TrainingArguments,
+    trainer: MaskSFTTrainer | None = None,
+) -> tuple[HeldoutLosses | None, Verdict | None]:
+    """Compare what was trained with its parent on the held-out rows; a mask that is not better removes nothing.
+
+    Returns:
+        The losses and, of a mask, the verdict; None where held-out rows are not measured.
+    """
+    if training.eval_strategy == "no":
+        return None, None
+    meter = RowMeter(model, training, tokenizer.pad_token_id or 0)
+    if trainer is not None:
+        whole = trainer.accelerator.unwrap_model(trainer.model)
+        meter = replace(meter, model=whole, context=trainer.compute_loss_context_manager)
+    losses, verdict = judge(model, data.heldout, meter, config.method, config.data.split_seed)
+    if verdict is not None and not verdict.kept:
+        remove_nothing(model)
+    return losses, verdict
