@@ -15,8 +15,9 @@ from maskft.data.splits import load_splits
 from maskft.errors import UserError
 from maskft.evaluation.heldout import nll_per_item
 from maskft.files import HELDOUT
+from maskft.training.method_arguments import MethodArguments
 from maskft.training.record import read_record
-from maskft.training.verdict import BUDGETS, choosing_half, read_heldout
+from maskft.training.verdict import BUDGETS, check_rows, choosing_half, read_heldout
 
 
 @pytest.fixture
@@ -142,7 +143,8 @@ def test_the_halves_depend_on_ids_and_seed_alone():
     assert len(half) == 4 and half == choosing_half(ids, 0) != choosing_half(ids, 1)
     assert {ids[n] for n in half} == {ids[::-1][n] for n in choosing_half(ids[::-1], 0)}
     with pytest.raises(UserError, match=r"has 3 held-out rows, .* hold out at least 4"):
-        choosing_half(ids[:3], 0)
+        check_rows(MethodArguments(mask_sparsity_auto=True), ids[:3])
+    check_rows(MethodArguments(), ids[:3])
 
 
 @pytest.mark.parametrize(

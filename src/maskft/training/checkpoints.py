@@ -22,6 +22,11 @@ from .method_arguments import ADAPTER
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 
 
+def checkpoint_to_resume(args: SFTConfig) -> str | None:
+    """What the main process finds in the output folder, in every process; see :func:`prepare_output_dir`."""
+    return runtime.decided_by_main(lambda: prepare_output_dir(args))
+
+
 def prepare_output_dir(args: SFTConfig) -> str | None:
     """Check the output folder and return the checkpoint to resume from, if any.
 

@@ -20,7 +20,7 @@ from .arguments import TrainConfig, TrainingArguments, trainer_arguments, with_a
 from .build import build_model, load_base, load_tokenizer_of, task_evaluation
 from .calibration import start_on_data
 from .callbacks import add_callbacks
-from .checkpoints import check_disk_space, prepare_output_dir, save_weights
+from .checkpoints import check_disk_space, checkpoint_to_resume, save_weights
 from .checks import check_config, check_processes
 from .combined import combine
 from .describe import describe, report
@@ -29,7 +29,7 @@ from .method_arguments import ADAPTER, COMBINED_METHODS, FIXED_MASK_METHODS, Met
 from .prefix_cache import cached_prefix
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
 from .trainer import MaskSFTTrainer
-from .verdict import HeldoutLosses, choosing_half, never_worse, row_ids
+from .verdict import HeldoutLosses, check_rows, never_worse
 
 
 def train(config: TrainConfig, splits: tuple | None = None, console: Console | None = None) -> TrainingSummary | None:
@@ -50,15 +50,12 @@ def train(config: TrainConfig, splits: tuple | None = None, console: Console | N
     # setup
     check_config(config)
     method, source, training = config.method, config.model, with_accumulation(config.training)
-    resume_from = None
-    if not config.data.prepare_only:  # the folder of a run to come is its own business
-        resume_from = runtime.decided_by_main(lambda: prepare_output_dir(training))
+    resume_from = None if config.data.prepare_only else checkpoint_to_resume(training)
     tokenizer = load_tokenizer_of(source, training)
     data = load_data(config.data, training, tokenizer, splits, console)
     if config.data.prepare_only:
         return None
-    if method.mask_sparsity_auto:
-        choosing_half(row_ids(data.heldout), config.data.split_seed)  # too few rows are told before training
+    check_rows(method, data.heldout)
     evaluation = task_evaluation(training, data, console)
     model = load_base(source, tokenizer)
     # build and fit

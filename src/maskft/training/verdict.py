@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -197,17 +197,17 @@ def mean_nll(losses: RowLosses) -> float:
 # The size of the mask
 
 
-def choosing_half(ids: Sequence[str], seed: int) -> list[int]:
-    """Positions of the half of the rows that chooses, by a seeded hash of their ids; the other half judges.
-
-    Raises:
-        UserError: If there are too few rows for two halves.
-    """
-    if len(ids) < 2 * MIN_ROWS:
+def check_rows(method: MethodArguments, heldout: Sized) -> None:
+    """Refuse, before training, too few held-out rows for a half that chooses the mask's size and one that judges."""
+    if method.mask_sparsity_auto and len(heldout) < 2 * MIN_ROWS:
         raise UserError(
-            f"mask_sparsity_auto has {len(ids)} held-out rows, one half to choose with and one to judge; hold out at "
-            f"least {2 * MIN_ROWS} (eval_split_size)"
+            f"mask_sparsity_auto has {len(heldout)} held-out rows, one half to choose with and one to judge; hold out "
+            f"at least {2 * MIN_ROWS} (eval_split_size)"
         )
+
+
+def choosing_half(ids: Sequence[str], seed: int) -> list[int]:
+    """Positions of the half of the rows that chooses, by a seeded hash of their ids; the other half judges."""
     ranked = sorted(range(len(ids)), key=lambda n: digest(f"{seed}/{ids[n]}"))
     return sorted(ranked[: len(ids) // 2])
 
