@@ -256,6 +256,29 @@ def test_resuming_gives_bitwise_the_uninterrupted_mask(arguments, tmp_path, caps
     assert summary(whole)["best_loss"] == summary(parts)["best_loss"]
 
 
+@pytest.mark.parametrize("method", ["mask", "full"])
+def test_a_run_killed_after_its_last_step_trains_nothing_more(method, arguments, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = {"method": method, "max_steps": 6, "save_steps": 3, "eval_steps": 3, "save_total_limit": 5}
+    options |= {"keep_last": True, "keep_worse": True, "resume_from_checkpoint": "auto"}
+    for folder in (whole, cut):
+        assert run(arguments(output_dir=folder, **options), capsys)[0] == 0
+    for path in cut.iterdir():
+        if path.is_file():
+            path.unlink()
+    status, err = run(arguments(output_dir=cut, **options), capsys)
+    assert status == 0 and "step     7" not in err, err
+    once, again = summary(whole), summary(cut)
+    for record in (once, again):
+        record["history"] = [{k: r.get(k) for k in ("step", "loss", "eval_loss")} for r in record["history"]]
+    timing = ("train_time_s", "peak_memory_bytes")
+    assert {k: v for k, v in again.items() if k not in timing} == {k: v for k, v in once.items() if k not in timing}
+    assert once["num_steps"] == 6
+    name = "adapter_model.safetensors" if method == "mask" else "model.safetensors"
+    for place in ("", "last"):
+        assert (whole / place / name).read_bytes() == (cut / place / name).read_bytes()
+
+
 def test_resume_auto_counts_every_token_once(arguments, tmp_path, capsys):
     """`auto` goes on from a whole checkpoint and otherwise begins; the record is that of an uninterrupted run."""
     options = {"method": "full", "max_steps": 6, "save_steps": 3, "eval_steps": 3, "save_total_limit": 5}

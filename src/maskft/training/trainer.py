@@ -97,6 +97,13 @@ class MaskSFTTrainer(SFTTrainer):
             output.metrics.update(values)
         return output
 
+    def _run_epoch(self, *args, **kwargs):
+        """Train nothing when resumed from the checkpoint of the last step; transformers would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights or adapter; the masks of all processes must be the same, and the saved ones must be theirs."""
         with agreed_masks(self.model):
