@@ -222,6 +222,14 @@ def test_standard_controls_are_methods_at_the_masks_steps(content):
     assert restart.tune.grid["max_steps"] == [2, 4] and "learning_rate" in restart.tune.grid
 
 
+def test_controls_of_the_masks_that_are_named(content):
+    content["methods"] |= {"other": {"method": "mask", "from": "full", "max_steps": 2}}
+    names = parse_recipe(content | {"controls": ["mask"]}).methods
+    assert "L1 mask of mask" in names and not [name for name in names if "of other" in name]
+    with pytest.raises(UserError, match="controls names 'full', which is no learned mask"):
+        parse_recipe(content | {"controls": ["full"]})
+
+
 def test_a_study_with_standard_controls_runs_to_its_end(content, tmp_path, in_process):
     content |= {"seeds": [0], "controls": "standard"}
     content["methods"]["mask"]["mask_layers_to_transform"] = [1]

@@ -13,7 +13,7 @@ _NUM_DRAWN = 8  # masks of which the best is taken
 Methods = dict[str, Any]  # section `methods`, as it stands in the file
 
 
-def with_standard_controls(methods: Methods, train: dict[str, Any]) -> Methods:
+def with_standard_controls(methods: Methods, train: dict[str, Any], masks: list[str] | None = None) -> Methods:
     """The methods, and controls for each learned mask that starts from another method.
 
     For the mask's parent, at the mask's steps: a warm restart at the best of three rates and an annealed fine-tuning;
@@ -24,9 +24,21 @@ def with_standard_controls(methods: Methods, train: dict[str, Any]) -> Methods:
     Args:
         methods: The recipe's own; one of a control's name is kept instead of it.
         train: Options of all methods.
+        masks: The learned masks that get them; None: all.
+
+    Raises:
+        ValueError: Where one of ``masks`` is no learned mask with a ``from``.
     """
     controls: Methods = {}
+    for name in masks or ():
+        mask = methods.get(name)
+        if not (isinstance(mask, dict) and mask.get("method") == "mask" and isinstance(mask.get("from"), str)):
+            raise ValueError(
+                f"controls names {name!r}, which is no learned mask with a `from`; name one, or write standard"
+            )
     for name, mask in methods.items():
+        if masks is not None and name not in masks:
+            continue
         if isinstance(mask, dict) and mask.get("method") == "mask" and isinstance(mask.get("from"), str):
             # Two masks of one parent and as many steps share the controls that no mask is in.
             for control, method in (*_of_parent(mask, methods), *_of_mask(name, mask, train)):

@@ -200,7 +200,9 @@ class Recipe(Section):
     models: list[str]  # in the file also `model`, of one
     data: Annotated[dict[str, Data], Field(min_length=1)]
     methods: Methods
-    controls: Literal["standard"] | None = None  # more methods, see controls.py
+    controls: Literal["standard"] | list[str] | None = (
+        None  # more methods, see controls.py; a list: of these masks only
+    )
     train: Annotated[Options, AfterValidator(lambda options: as_text(options))] = {}  # for all methods
     seeds: Seeds = [0]
     tune_seeds: Seeds | None = None  # whose held-out losses choose what is under `tune`; None: the first of `seeds`
@@ -235,8 +237,14 @@ class Recipe(Section):
             others = {key: value for key, value in evaluation.items() if key != "before"}
             content = content | {"evaluation": others, "evaluation.before": evaluation["before"]}
         methods, train = content.get("methods"), content.get("train") or {}
-        if content.get("controls") == "standard" and isinstance(methods, dict) and isinstance(train, dict):
-            content = content | {"methods": with_standard_controls(methods, train)}
+        controls = content.get("controls")
+        if (
+            (controls == "standard" or isinstance(controls, list))
+            and isinstance(methods, dict)
+            and isinstance(train, dict)
+        ):
+            masks = controls if isinstance(controls, list) else None
+            content = content | {"methods": with_standard_controls(methods, train, masks)}
         return {key: value for key, value in content.items() if key != "model"}
 
     @field_validator("version")
