@@ -200,9 +200,7 @@ class Recipe(Section):
     models: list[str]  # in the file also `model`, of one
     data: Annotated[dict[str, Data], Field(min_length=1)]
     methods: Methods
-    controls: Literal["standard"] | list[str] | None = (
-        None  # more methods, see controls.py; a list: of these masks only
-    )
+    controls: Literal["standard"] | list[str] | None = None  # see controls.py; a list: of these masks
     train: Annotated[Options, AfterValidator(lambda options: as_text(options))] = {}  # for all methods
     seeds: Seeds = [0]
     tune_seeds: Seeds | None = None  # whose held-out losses choose what is under `tune`; None: the first of `seeds`
