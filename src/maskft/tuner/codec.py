@@ -1,17 +1,24 @@
-"""One mask as bytes: about 0.475 bits per weight at sparsity 0.1, exact, with its own checksum.
+"""One mask as bytes: the entropy of its sparsity, 0.469 bits per weight at 0.1; exact, with its own checksum.
 
 Layout of the byte string: a 64-byte header (magic, format version, coding, shape, number removed, sha256 of the packed
-mask) followed by the payload. Three codings exist, the smallest one is written: the gaps between removed positions as
-bytes, or as pairs of bytes (first all lower ones, then all upper ones), compressed with zstd; or the bitmap, eight
-weights a byte.
+mask) followed by the payload. The mask is packed, eight weights a byte, and the smallest of three codings is written:
+
+- the bytes by an asymmetric numeral system (``constriction``) whose model is the header's count: every weight is
+  removed with the probability num_removed / numel, so that nothing is stored beside the words;
+- the bytes compressed by zstd, for masks with structure (whole rows, whole columns);
+- the bytes as they are, where no coding saves 1 %.
+
+Format version 1, of maskft 0.x, coded gaps between removed positions with zstd; it is read and no longer written.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import constriction
 import numpy as np
 import torch
 import zstandard
@@ -20,16 +27,22 @@ from torch import Tensor
 from .. import files
 from ..errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PREFIX = "base_model.model."  # before the names of modules in PEFT's files
 _MAGIC = b"MFTM"
-# magic, format version, coding, two sizes, number removed, sha256 of version, sizes, count and packed bits
+# magic, format version, coding, two sizes, number removed, sha256 of 1, sizes, count and packed bits
 _HEADER = struct.Struct("<4sHBxIIQ32s8x")
-_GAPS, _BITMAP, _WIDE_GAPS = 0, 1, 2
-# The highest gap, say 255, means "255 kept weights and no removed one"; any smaller one ends at a removed weight.
+HEADER_BYTES = _HEADER.size
+# The checksum of a mask is the same in every format: it names the mask, and adapters are compared by it.
+_DIGEST_VERSION = 1
+_GAPS, _BITMAP, _WIDE_GAPS, _ANS, _ZSTD = range(5)
+# A mask is written with the lowest version that reads it.
+_VERSION_OF = {_GAPS: 1, _BITMAP: 1, _WIDE_GAPS: 1, _ANS: 2, _ZSTD: 2}
+# Version 1. The highest gap, say 255, means "255 kept weights and no removed one"; a smaller one ends at a removed one.
 _ESCAPES = {_GAPS: 255, _WIDE_GAPS: 65535}
-# With fewer removed than one in so many, gaps of one byte are mostly escapes.
-_FEW = 100
+# A bitmap is read six times as fast, and is written unless this share of it is saved.
+_WORTH_CODING = 0.01
+_CHUNK = 2**20  # bytes decoded at a time, which keeps the coder's 32-bit symbols small
 # What a few bytes may claim where there is no layer to compare with; the output head of Llama 3.1 405B has 2.1e9.
 _MAX_NUMEL = 2**31
 
@@ -39,30 +52,17 @@ def encode_mask(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool or mask.dim() != 2:
         raise ValueError(f"a mask must be a 2-D bool tensor, got {mask.dtype} with shape {tuple(mask.shape)}")
     removed = _removed(mask)
-    packed = np.packbits(removed)
-    positions = np.flatnonzero(removed)
-    payload, coding = packed.tobytes(), _BITMAP
-    # Beyond one removed weight in two, gaps cannot be shorter than the bitmap.
-    if len(positions) * 2 <= max(len(removed), 1):
-        kind = _WIDE_GAPS if len(positions) * _FEW < len(removed) else _GAPS
-        gaps = _compress(_gap_bytes(positions, kind))
-        if len(gaps) < len(payload):
-            payload, coding = gaps, kind
-    header = _HEADER.pack(
-        _MAGIC,
-        FORMAT_VERSION,
-        coding,
-        *mask.shape,
-        len(positions),
-        _digest(FORMAT_VERSION, mask.shape, len(positions), packed),
-    )
+    packed, count = np.packbits(removed), int(removed.sum())
+    payload, coding = _smallest(packed, removed.size, count)
+    digest = _digest(mask.shape, count, packed)
+    header = _HEADER.pack(_MAGIC, _VERSION_OF[coding], coding, *mask.shape, count, digest)
     return torch.frombuffer(bytearray(header + payload), dtype=torch.uint8)
 
 
 def mask_sha256(mask: Tensor) -> str:
     """The checksum (hex) that ``mask`` would carry when coded."""
     removed = _removed(mask)
-    return _digest(FORMAT_VERSION, mask.shape, int(removed.sum()), np.packbits(removed)).hex()
+    return _digest(mask.shape, int(removed.sum()), np.packbits(removed)).hex()
 
 
 def _removed(mask: Tensor) -> np.ndarray:
@@ -95,7 +95,7 @@ def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | Non
         UserError: If the bytes are not a mask, are of a newer format, of another shape, or do not match their checksum.
     """
     data = _bytes(coded, name)
-    version, shape, removed_count, digest, coding = _read_header(data, name)
+    shape, removed_count, digest, coding = _read_header(data, name)
     numel, payload = shape[0] * shape[1], data[_HEADER.size :]
     if expected is not None and shape != tuple(expected):
         raise UserError(
@@ -103,28 +103,11 @@ def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | Non
         )
     try:
         if coding in _ESCAPES:
-            # No valid payload is longer than one gap per removed weight plus one per 255 (65,535) kept ones.
-            limit = (1 + (coding == _WIDE_GAPS)) * (removed_count + numel // _ESCAPES[coding] + 1)
-            if zstandard.frame_content_size(payload) > limit:  # which decompress() would take for its bound
-                raise ValueError("more gaps than weights")
-            gaps: np.ndarray = np.frombuffer(
-                zstandard.ZstdDecompressor().decompress(payload, max_output_size=limit), dtype=np.uint8
-            )
-            if coding == _WIDE_GAPS:
-                gaps = gaps.reshape(2, -1).T.copy().view("<u2").reshape(-1)
-            ends = np.cumsum(gaps, dtype=np.int64)
-            is_removed = gaps != _ESCAPES[coding]
-            ends += np.cumsum(is_removed)
-            removed = np.zeros(numel, dtype=np.bool_)
-            removed[ends[is_removed] - 1] = True
-        elif len(payload) != (numel + 7) // 8:
-            raise ValueError("another number of bits than weights")
+            removed = _read_gaps(payload, coding, numel, removed_count)
         else:
-            removed = np.unpackbits(np.frombuffer(payload, dtype=np.uint8), count=numel).view(np.bool_)
-        intact = (
-            int(removed.sum()) == removed_count
-            and _digest(version, shape, removed_count, np.packbits(removed)) == digest
-        )
+            packed = _read_packed(payload, coding, numel, removed_count)
+            removed = np.unpackbits(packed, count=numel).view(np.bool_)
+        intact = int(removed.sum()) == removed_count and _digest(shape, removed_count, np.packbits(removed)) == digest
     except (zstandard.ZstdError, ValueError, IndexError, MemoryError):
         intact = False
     if not intact:
@@ -135,7 +118,7 @@ def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | Non
 def mask_info(coded: Tensor, name: str = "mask") -> dict[str, Any]:
     """Header of a coded mask without decoding it: shape, num_removed, sha256 (hex), num_bytes."""
     data = _bytes(coded[: _HEADER.size] if coded.dim() else coded, name)
-    _, shape, removed_count, digest, _ = _read_header(data, name)
+    shape, removed_count, digest, _ = _read_header(data, name)
     return {"shape": shape, "num_removed": removed_count, "sha256": digest.hex(), "num_bytes": coded.numel()}
 
 
@@ -145,7 +128,7 @@ def _bytes(coded: Tensor, name: str) -> bytes:
     return coded.detach().cpu().contiguous().numpy().tobytes()
 
 
-def _read_header(data: bytes, name: str) -> tuple[int, tuple[int, int], int, bytes, int]:
+def _read_header(data: bytes, name: str) -> tuple[tuple[int, int], int, bytes, int]:
     if len(data) < _HEADER.size or data[:4] != _MAGIC:
         raise UserError(f"{name} is corrupted: it does not start with a mask header; fetch or save the adapter again")
     _, version, coding, rows, columns, removed_count, digest = _HEADER.unpack_from(data)
@@ -159,29 +142,104 @@ def _read_header(data: bytes, name: str) -> tuple[int, tuple[int, int], int, byt
             f"{name} has mask format {version}, this maskft reads up to {FORMAT_VERSION}; "
             "upgrade: pip install -U maskft"
         )
-    return version, (rows, columns), removed_count, digest, coding
+    if _VERSION_OF.get(coding) != version:
+        raise UserError(
+            f"{name} is corrupted: mask format {version} has no coding {coding}; fetch or save the adapter again"
+        )
+    return (rows, columns), removed_count, digest, coding
 
 
-def _digest(version: int, shape: Sequence[int], removed_count: int, packed: np.ndarray) -> bytes:
-    content = struct.pack("<HIIQ", version, *shape, removed_count) + packed.tobytes()
+def _digest(shape: Sequence[int], removed_count: int, packed: np.ndarray) -> bytes:
+    content = struct.pack("<HIIQ", _DIGEST_VERSION, *shape, removed_count) + packed.tobytes()
     return bytes.fromhex(files.digest(content))
 
 
-def _gap_bytes(positions: np.ndarray, coding: int) -> list[bytes]:
-    """Number of kept weights before each removed one, with escapes for gaps that are too long."""
-    escape, dtype = _ESCAPES[coding], "<u2" if coding == _WIDE_GAPS else "u1"
-    gaps = np.diff(positions, prepend=-1) - 1
-    escapes, out = gaps // escape, gaps.astype(dtype)
-    if escapes.any():
-        out = np.full(len(gaps) + int(escapes.sum()), escape, dtype)
-        out[np.cumsum(escapes + 1) - 1] = gaps % escape
-    return [out.tobytes()] if coding == _GAPS else [part.tobytes() for part in out.view(np.uint8).reshape(-1, 2).T]
+# Codings of the packed mask
 
 
-def _compress(parts: Sequence[bytes]) -> bytes:
-    """One zstd frame; each part begins a block, with a code of its own: lower bytes hardly compress, upper ones do."""
-    compressor = zstandard.ZstdCompressor(level=1).compressobj(size=sum(map(len, parts)))
-    data = b"".join(
-        compressor.compress(part) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) for part in parts[:-1]
-    )
-    return data + compressor.compress(parts[-1]) + compressor.flush()
+def _smallest(packed: np.ndarray, numel: int, removed_count: int) -> tuple[bytes, int]:
+    """The shortest payload, and its coding."""
+    plain = packed.tobytes()
+    found = [
+        (_write_ans(packed, numel, removed_count), _ANS),
+        (zstandard.ZstdCompressor(level=1).compress(plain), _ZSTD),
+    ]
+    shortest = min(found, key=lambda each: len(each[0]))
+    return shortest if len(shortest[0]) <= (1 - _WORTH_CODING) * len(plain) else (plain, _BITMAP)
+
+
+def _byte_probabilities(numel: int, removed_count: int) -> np.ndarray:
+    """Probability of each byte of a packed mask in which every weight is removed with the same probability.
+
+    Quotients of integers are rounded correctly everywhere; powers of floats are not, and a bit of difference in a model
+    makes another code.
+    """
+    by_ones = [removed_count**ones * (numel - removed_count) ** (8 - ones) / numel**8 for ones in range(9)]
+    return np.array([by_ones[byte.bit_count()] for byte in range(256)])
+
+
+def _model(numel: int, removed_count: int) -> Any:
+    # Both options have changed their default between releases, and the code with it.
+    probabilities = _byte_probabilities(numel, removed_count)
+    return constriction.stream.model.Categorical(probabilities, perfect=False, lazy=False)
+
+
+def _write_ans(packed: np.ndarray, numel: int, removed_count: int) -> bytes:
+    """Little-endian 32-bit words without the zero bytes at their end."""
+    coder = constriction.stream.stack.AnsCoder()
+    coder.encode_reverse(packed.astype(np.int32), _model(numel, removed_count))
+    words: np.ndarray = coder.get_compressed()
+    return words.astype("<u4").tobytes().rstrip(b"\0")
+
+
+def _read_ans(payload: bytes, numel: int, removed_count: int) -> np.ndarray:
+    num_bytes = (numel + 7) // 8
+    if not _fewest_bits(numel, removed_count) - 64 <= 8 * len(payload) <= 8 * num_bytes + 64:
+        raise ValueError("fewer or more bits than so many removed weights can take")
+    words = np.frombuffer(payload + bytes(-len(payload) % 4), dtype="<u4").astype(np.uint32)
+    coder, model = constriction.stream.stack.AnsCoder(words), _model(numel, removed_count)
+    packed = np.empty(num_bytes, dtype=np.uint8)
+    for start in range(0, num_bytes, _CHUNK):
+        packed[start : start + _CHUNK] = coder.decode(model, min(_CHUNK, num_bytes - start))
+    if not coder.is_empty():
+        raise ValueError("more words than weights")
+    return packed
+
+
+def _fewest_bits(numel: int, removed_count: int) -> float:
+    """No code of so many removed weights is shorter: what the cheapest byte costs for each of its removed weights."""
+    probabilities = _byte_probabilities(numel, removed_count)
+    # The coder gives every byte at least 2^-24.
+    costs = (-math.log2(max(probabilities[2**ones - 1], 2**-24)) / ones for ones in range(1, 9))
+    return removed_count * min(costs)
+
+
+def _read_packed(payload: bytes, coding: int, numel: int, removed_count: int) -> np.ndarray:
+    if coding == _ANS:
+        return _read_ans(payload, numel, removed_count)
+    if coding == _ZSTD:
+        payload = _decompress(payload, (numel + 7) // 8)
+    if len(payload) != (numel + 7) // 8:
+        raise ValueError("another number of bits than weights")
+    return np.frombuffer(payload, dtype=np.uint8)
+
+
+def _read_gaps(payload: bytes, coding: int, numel: int, removed_count: int) -> np.ndarray:
+    """Which weights are removed, from the number of kept ones before each (format version 1)."""
+    # No valid payload is longer than one gap per removed weight plus one per 255 (65,535) kept ones.
+    limit = (1 + (coding == _WIDE_GAPS)) * (removed_count + numel // _ESCAPES[coding] + 1)
+    gaps: np.ndarray = np.frombuffer(_decompress(payload, limit), dtype=np.uint8)
+    if coding == _WIDE_GAPS:  # first all lower bytes, then all upper ones
+        gaps = gaps.reshape(2, -1).T.copy().view("<u2").reshape(-1)
+    ends = np.cumsum(gaps, dtype=np.int64)
+    is_removed = gaps != _ESCAPES[coding]
+    ends += np.cumsum(is_removed)
+    removed = np.zeros(numel, dtype=np.bool_)
+    removed[ends[is_removed] - 1] = True
+    return removed
+
+
+def _decompress(payload: bytes, limit: int) -> bytes:
+    if zstandard.frame_content_size(payload) > limit:  # which decompress() would take for its bound
+        raise ValueError("more bytes than weights")
+    return zstandard.ZstdDecompressor().decompress(payload, max_output_size=limit)
