@@ -21,6 +21,7 @@ from maskft.study.execute import Study, is_control, launch_words, make, partial_
 from maskft.study.process import run_command
 from maskft.study.recipe import parse_recipe
 from maskft.study.record import build_record, read_record, write_record
+from maskft.study.warm import PYTHON
 
 
 def recipe(base, data, methods):
@@ -267,6 +268,11 @@ def test_a_run_that_is_killed_says_so(end, tmp_path):
     code = f"import os, signal, sys; print('10/20 steps', flush=True); {end}"
     with pytest.raises(UserError, match=r"ended by SIGKILL, as when memory runs out \(see .*log\)"):
         run_command([sys.executable, "-c", code], tmp_path / "log")
+
+
+def test_a_mistake_of_a_command_in_a_fork_is_its_last_line(tmp_path):
+    with pytest.raises(UserError, match=r"^unknown option --rate.*\(see .*log\)"):
+        run_command([*PYTHON, "train", "--rate", "1"], tmp_path / "log")
 
 
 def test_a_folder_in_use_is_refused(base, data, tmp_path, monkeypatch, capsys):

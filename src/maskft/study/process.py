@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .warm import WarmProcess, is_possible
 
 # On Linux the kernel ends a child whose parent died: without this a killed study would leave a training behind that
 # writes into the folder its successor works in. A launcher (accelerate, torchrun) passes SIGTERM on to its workers.
@@ -50,32 +51,33 @@ def run_command(words: Sequence[str], log: Path, tick: Callable[[], None] = lamb
         UserError: If it fails; the message is the last line it printed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    words = list(words)
-    if sys.platform == "linux":
-        words = [sys.executable, "-c", _END_WITH_PARENT, str(os.getpid()), *words]
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=() if lock_fd is None else (lock_fd,),
-        )
-        try:
-            while process.poll() is None:
-                tick()
-                time.sleep(0.1)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    killed_by = -process.returncode if process.returncode < 0 else process.returncode - 128
+    process = WarmProcess(words, log, lock_fd) if is_possible(words) else _cold_process(words, log, lock_fd)
+    try:
+        while process.poll() is None:
+            tick()
+            time.sleep(0.1)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    status = process.poll()
+    killed_by = -status if status < 0 else status - 128
     if killed_by in set(signal.Signals):  # its last line would be one of progress
         name = signal.Signals(killed_by).name
         raise UserError(f"ended by {name}{', as when memory runs out' if name == 'SIGKILL' else ''} (see {log})")
-    if process.returncode:
-        reason = last_line(log).removeprefix("maskft: error: ") or f"exit status {process.returncode}"
+    if status:
+        reason = last_line(log).removeprefix("maskft: error: ") or f"exit status {status}"
         raise UserError(f"{reason} (see {log})")
+
+
+def _cold_process(words: Sequence[str], log: Path, lock_fd: int | None) -> subprocess.Popen:
+    """Any command, in an interpreter of its own."""
+    words = list(words)
+    if sys.platform == "linux":
+        words = [sys.executable, "-c", _END_WITH_PARENT, str(os.getpid()), *words]
+    fds = () if lock_fd is None else (lock_fd,)
+    with log.open("ab") as output:
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=fds)
 
 
 def last_line(log: Path) -> str:
