@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -273,6 +275,28 @@ def test_a_run_that_is_killed_says_so(end, tmp_path):
 def test_a_mistake_of_a_command_in_a_fork_is_its_last_line(tmp_path):
     with pytest.raises(UserError, match=r"^unknown option --rate.*\(see .*log\)"):
         run_command([*PYTHON, "train", "--rate", "1"], tmp_path / "log")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="commands are forked there")
+def test_a_command_in_a_fork_ends_with_its_study(tmp_path):
+    import fcntl
+
+    os.mkfifo(tmp_path / "result.json")  # the command waits for somebody to write into it
+    code = (
+        "import fcntl, pathlib, sys\n"
+        "from maskft.study.process import PYTHON, run_command\n"
+        "lock = open(sys.argv[1], 'w')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "words = [*PYTHON, 'compare', sys.argv[2]]\n"
+        "run_command(words, pathlib.Path(sys.argv[3]), lambda: print('.', flush=True), lock.fileno())\n"
+    )
+    words = [sys.executable, "-c", code, *(str(tmp_path / name) for name in ("lock", "result.json", "log"))]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as study, (tmp_path / "lock").open("w") as lock:
+        assert study.stdout.readline()
+        with (tmp_path / "result.json").open("w"):  # opens once the command reads
+            study.kill()
+            study.wait()
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the child held it too
 
 
 def test_a_folder_in_use_is_refused(base, data, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .warm import WarmProcess, is_possible
+from .warm import PYTHON, WarmProcess, is_possible
 
 # On Linux the kernel ends a child whose parent died: without this a killed study would leave a training behind that
 # writes into the folder its successor works in. A launcher (accelerate, torchrun) passes SIGTERM on to its workers.
@@ -23,6 +23,9 @@ _END_WITH_PARENT = (
     "if os.getppid() != int(sys.argv[1]): sys.exit(143)\n"
     "os.execvp(sys.argv[2], sys.argv[2:])\n"
 )
+
+
+__all__ = ["PYTHON", "command_words", "last_line", "run_command"]
 
 
 def command_words(options: dict[str, Any]) -> list[str]:

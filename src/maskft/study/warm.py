@@ -1,18 +1,17 @@
 """Commands of maskft in processes that have imported everything: a fork in place of seconds of imports for each.
 
-A study makes hundreds of short commands. Python's fork server imports once and forks a child for each; the server ends
-with the study, and the kernel ends the children with the server.
+A study makes hundreds of short commands. Python's fork server imports once and forks a child for each.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import multiprocessing
 import multiprocessing.reduction
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +50,7 @@ class WarmProcess:
         context.set_forkserver_preload(_IMPORTED)
         # The server hands the descriptor over to the child.
         lock = None if lock_fd is None else _Descriptor(lock_fd)
-        arguments = (list(words[len(PYTHON) :]), str(log), dict(os.environ), os.getpid(), lock)
+        arguments = (list(words[len(PYTHON) :]), str(log), dict(os.environ), lock)
         self._process = context.Process(target=_run, args=arguments)
         self._process.start()
 
@@ -82,14 +81,10 @@ def _detach(duplicate) -> int:
     return duplicate.detach()
 
 
-def _run(words: list[str], log: str, environment: dict[str, str], study: int, lock: int | None) -> None:
+def _run(words: list[str], log: str, environment: dict[str, str], lock: int | None) -> None:
     """In the child: the command, as if it had been started alone."""
     del lock  # open until the process ends
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # when the fork server has ended, which ends with the study
-    try:
-        os.kill(study, 0)
-    except ProcessLookupError:
-        sys.exit(128 + signal.SIGTERM)
+    threading.Thread(target=_end_with_study, daemon=True).start()
     with open(log, "ab", buffering=0) as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -97,3 +92,9 @@ def _run(words: list[str], log: str, environment: dict[str, str], study: int, lo
     os.environ.update(environment)
     sys.argv = [PYTHON[-1], *words]
     sys.exit(importlib.import_module(PYTHON[-1]).main(words))  # by name, as `python -m` has it
+
+
+def _end_with_study() -> None:
+    """Without this a killed study would leave a training behind that writes into the folder its successor works in."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
