@@ -11,7 +11,7 @@ from maskft import runtime
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_log_gets_lines_and_a_terminal_a_bar(terminal, monkeypatch, capsys):
-    monkeypatch.setattr(runtime, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(runtime, "SECONDS_BETWEEN_LINES", 0.0)
     console = Console(file=io.StringIO(), force_terminal=terminal)
     with runtime.progress_bar(console) as bar:
         task = bar.add_task("gsm8k", total=4)

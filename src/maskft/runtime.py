@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from .errors import UserError
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_SECONDS_BETWEEN_LINES = 30.0
+SECONDS_BETWEEN_LINES = 30.0
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 # Those that a number may depend on.
@@ -182,6 +183,31 @@ def keep_freed_memory() -> None:
 # Progress
 
 
+def seconds_left(elapsed: float, done: float, total: float) -> float | None:
+    """Seconds that the rest of ``total`` takes at the mean speed so far; None before anything is done.
+
+    Args:
+        elapsed: Seconds since the start.
+        done: What was done in them, in any unit.
+        total: All that is to be done, in the same unit.
+    """
+    return elapsed / done * (total - done) if done > 0 else None
+
+
+def time_text(seconds: float) -> str:
+    """``90 s`` and longer in minutes, ``90 min`` and longer in hours: ``12 s``, ``34 min``, ``1.6 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def shortened(text: str, width: int) -> str:
+    """``text`` in at most ``width`` columns of a terminal; what is cut off is an ellipsis."""
+    shown = Text(text)
+    shown.truncate(max(width, 1), overflow="ellipsis")
+    return shown.plain
+
+
 def progress_bar(console: Console | None = None, disable: bool = False) -> Progress:
     """The progress bar of all evaluations: what, share done, count, time left; lines on stderr without a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -193,7 +219,7 @@ class _BarOrLines(Progress):
 
     def __init__(self, *columns, **options):
         super().__init__(*columns, **options)
-        self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
         self._advanced = 0.0  # of the last task; one that is resumed does not begin at 0
 
     def add_task(self, *args, **kwargs) -> TaskID:
@@ -205,7 +231,7 @@ class _BarOrLines(Progress):
         self._advanced += advance
         if self.disable or self.console.is_terminal or time.monotonic() < self._next_line:
             return
-        self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
         task = next(task for task in self.tasks if task.id == task_id)
         # The mean since the start: answers come in bursts, and the bar's own estimate follows those.
         speed = self._advanced / task.elapsed

@@ -427,22 +427,61 @@ def test_how_a_run_is_launched(base, data):
         assert launch_words(plan.recipe, plan.runs[1]) == train
 
 
-def test_the_live_table_shows_a_log_as_it_is(base, data, tmp_path):
+def test_a_terminal_shows_one_bar_and_the_log_as_it_is(base, data, tmp_path, monkeypatch):
     from rich.console import Console
 
-    from maskft.study.study import Board
+    from maskft.study import board as boards
 
     content = recipe(base, data, {"full": FULL, "mask": MASK})
     content["grid"] = {"mask.mask_sparsity": [0.1, 0.2]}
     plan = check(parse_recipe(content))
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    with Board(Study(tmp_path, plan.recipe), plan, console) as board:
-        board.started(plan.runs[0])
-        log = tmp_path / files.RUNS / plan.runs[0].id / files.LOG
+    monkeypatch.setattr(boards, "_SECONDS_BETWEEN_REFRESHES", 0.0)
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    full, *masks = plan.runs
+    with boards.Board(Study(tmp_path, plan.recipe), plan, console) as board:
+        board.started(full)
+        log = tmp_path / files.RUNS / full.id / files.LOG
         log.parent.mkdir(parents=True)
         log.write_text("[INST] 3+4= [/INST][[ 7]]")
-    shown = console.file.getvalue()
-    assert "[INST] 3+4= [/INST][[ 7]]" in shown and "mask [sparsity=0.2], seed 0" in shown
+        board.tick()
+        board.ended(full)
+        board.started(masks[0])
+        board.tick()
+        board.ended(masks[0], "no [room]")
+    frames = [frame for frame in re.split(r"[\r\n]+|\x1b\[[?\d;]*[A-Za-z]", console.file.getvalue()) if frame.strip()]
+    assert max(map(len, frames)) <= 80, frames
+    assert any(
+        re.fullmatch(r"0/3 [━╸ ]{10} full, seed 0: \[INST\] 3\+4= \[/INST\]\[\[ 7\]\]", frame) for frame in frames
+    )
+    assert any(re.fullmatch(r"1/3 [━╸ ]{10} 0 s left  mask \[sparsity=0\.1\]… *", frame) for frame in frames)
+    assert [frame for frame in frames if frame.startswith("[")] == [
+        "[2/3] mask [sparsity=0.1], seed 0: failed: no [room], 0 s"
+    ]
+
+
+def test_a_log_of_a_study_gets_lines_with_the_heldout_loss_so_far(base, data, tmp_path, monkeypatch):
+    from rich.console import Console
+
+    from maskft.study import board as boards
+
+    plan = check(parse_recipe(recipe(base, data, {"full": FULL, "mask": MASK})))
+    console = Console(file=io.StringIO(), width=80)
+    with boards.Board(Study(tmp_path, plan.recipe), plan, console) as board:
+        board.started(plan.runs[0])
+        board.ended(plan.runs[0])
+        board.started(plan.runs[1])
+        log = tmp_path / files.RUNS / plan.runs[1].id / files.LOG
+        log.parent.mkdir(parents=True)
+        log.write_text("  step     3/12  held-out loss 5.4704  9 s left\n")
+        board.tick()
+        monkeypatch.setattr(boards, "SECONDS_BETWEEN_LINES", 0.0)
+        board.tick()
+    assert console.file.getvalue().splitlines() == [
+        "[1/2] full, seed 0: started",
+        "[1/2] full, seed 0: finished, 0 s",
+        "[2/2] mask, seed 0: started",
+        "[2/2] mask, seed 0: step     3/12  held-out loss 5.4704  9 s left, 0 s left in all",
+    ]
 
 
 @pytest.mark.parametrize("tasks, message", [(["gsm8kk"], "unknown task 'gsm8kk' (did you mean 'gsm8k'?)")])

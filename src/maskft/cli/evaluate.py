@@ -76,7 +76,9 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.targets import labels, result_files
     from ..evaluation.tasks import task_data_sha256
     from ..results.schema import data_sha256
+    from ..runtime import silence
 
+    silence()
     options, alpaca_options, data = read(args)
     base = options.model_name_or_path or "base"
     sources = [base if adapter == "none" else adapter for adapter in options.adapter or ["none"]]

@@ -19,5 +19,7 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     """Merge and verify."""
     from ..adapter.merge import merge
+    from ..runtime import silence
 
+    silence()
     merge(args.adapter, args.output_dir, base=args.base, dtype=args.dtype)

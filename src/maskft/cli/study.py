@@ -65,9 +65,11 @@ def with_model(recipe: Recipe, model: str) -> Recipe:
 
 def start(plan: Plan, folder: str | Path, launcher: str = "local") -> None:
     """Run a study whose recipe has been checked; what is wrong with its evaluation would be found after days."""
+    from ..runtime import silence
     from ..study.study import run_study
     from . import evaluate
 
+    silence()
     _check_layers(plan, plan.recipe.models)
     if launcher == "ray" and importlib.util.find_spec("ray") is None:
         raise UserError("--launcher ray needs Ray; run: pip install 'maskft[ray]'")

@@ -14,6 +14,9 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     """Print each check that passed; the first that fails ends the command."""
     from ..adapter.verify import verify
+    from ..runtime import silence
 
+    if args.base:
+        silence()
     for line in verify(args.adapter, args.base):
         print(f"ok  {line}")

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..estimate.ledger import OPTIMIZER_BYTES, kept_bytes, layer_passes, num_train_rows
+from ..runtime import time_text
 from ..training.method_arguments import UNTRAINED_METHODS
 from .execute import Study
 from .plan import Plan, StudyRun
@@ -114,7 +115,7 @@ def _about_time(facts: Facts) -> str:
 def _words(e: Cost) -> tuple[str, str, str]:
     tokens = "?" if e.tokens is None else f"{e.tokens:.3g}"
     memory = "?" if e.memory_bytes is None else _in_units(e.memory_bytes, (("GB", 1e9, 1), ("MB", 1e6, 0)))
-    time = "?" if e.seconds is None else _in_units(e.seconds, (("h", 3600, 1), ("min", 60, 0), ("s", 1, 0)))
+    time = "?" if e.seconds is None else time_text(e.seconds)
     return tokens, memory, time
 
 

@@ -11,15 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from .. import files
 from ..errors import UserError
+from .board import Board
 from .execute import Study, Tick, make, prepare_base, prepare_data
 from .plan import Plan, StudyRun
-from .process import last_line
 from .summary import summarise
 from .tuning import Heldout
 
@@ -129,69 +126,6 @@ def locked(folder: str | Path) -> Iterator[tuple[Path, int]]:
                     raise UserError(f"another study is running in {str(folder)!r}; wait for it or stop it") from None
                 time.sleep(0.2)
         yield folder, lock.fileno()
-
-
-class Board:
-    """The live table: every run's state, and the last line of the log of those that run."""
-
-    def __init__(self, study: Study, plan: Plan, console: Console):
-        self.study, self.plan, self.console = study, plan, console
-        self.running: dict[StudyRun, float] = {}
-        self.failed: dict[StudyRun, str] = {}
-        self.seconds: dict[StudyRun, float] = {}
-        self._live = Live(console=console, refresh_per_second=2, auto_refresh=False) if console.is_terminal else None
-        self._last_refresh = 0.0
-
-    def __enter__(self) -> Board:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *exc) -> None:
-        if self._live:
-            try:
-                self._live.update(self._table(), refresh=True)
-            finally:
-                self._live.stop()
-
-    def started(self, run: StudyRun) -> None:
-        """Note that a run has begun."""
-        self.running[run] = time.monotonic()
-        self._say(run, "started")
-
-    def ended(self, run: StudyRun, reason: str | None = None) -> None:
-        """Note that a run is finished, or that it failed and why."""
-        self.seconds[run] = time.monotonic() - self.running.pop(run, time.monotonic())
-        if reason is not None:
-            self.failed[run] = reason
-        self._say(run, f"{'finished' if reason is None else f'failed: {reason}'}, {self.seconds[run]:.0f} s")
-
-    def tick(self) -> None:
-        """Refresh the table, about twice a second."""
-        now = time.monotonic()
-        if self._live and now - self._last_refresh > 0.5:
-            self._last_refresh = now
-            self._live.update(self._table(), refresh=True)
-
-    def _say(self, run: StudyRun, state: str) -> None:
-        """A line for a log, which can hold no live table."""
-        if not self._live:
-            number = f"[{self.plan.runs.index(run) + 1}/{len(self.plan.runs)}]"
-            self.console.print(f"{number} {run.title}: {state}", highlight=False, markup=False, soft_wrap=True)
-
-    def _table(self) -> Table:
-        table = Table("run", "state", "time", "last line", expand=True)
-        for run in self.plan.runs:
-            state = "finished" if self.study.is_done(run) else "waiting"
-            seconds, line = self.seconds.get(run), ""
-            if run in self.running:
-                state, seconds = "running", time.monotonic() - self.running[run]
-                line = last_line(self.study.run_folder(run) / files.LOG)
-            elif run in self.failed:
-                state, seconds, line = "failed", None, self.failed[run]
-            cells = (run.title, state, "" if seconds is None else f"{seconds:.0f} s", line[:100])
-            table.add_row(*map(Text, cells))  # plain: a log may hold [/INST] or the like
-        return table
 
 
 def _blocked(run: StudyRun, failed: dict[StudyRun, str]) -> str | None:

@@ -41,6 +41,7 @@ class TrainingArguments(SFTConfig):
     logging_nan_inf_filter: bool = _default("logging_nan_inf_filter", False)  # a NaN stops training
     ddp_find_unused_parameters: bool | None = _default("ddp_find_unused_parameters", False)  # all have a gradient
     log_level_replica: str = _default("log_level_replica", "error")
+    project: str = _default("project", "maskft")  # of trackio
     # "weight decay to 0.0", "linear schedule", "warm-up ratio of 0.03" (appendix A)
     warmup_steps: float = _default("warmup_steps", 0.03)
     eval_tasks: str | None = field(
@@ -139,6 +140,8 @@ def trainer_arguments(args: TrainingArguments, is_resumed: bool) -> TrainingArgu
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         if args.padding_free:
             args.max_length = None  # TRL would have to cut rows to it, and refuses
+    if args.run_name is None:
+        args.run_name = args.output_dir  # by which trackers continue the line of a resumed run
     if is_resumed:
         args.eval_on_start = False  # it was measured before the first step; the checkpoint knows it
     return args

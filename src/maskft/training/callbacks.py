@@ -1,4 +1,4 @@
-"""What happens around the steps of training: progress, loss without the mask, a look at every step, the last model."""
+"""What happens around the steps of training: loss without the mask, a look at every step, the last model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 
@@ -22,15 +21,18 @@ from ..tuner.sharded import is_sharded
 from .checkpoints import agreed_mask_fingerprint, save_weights
 from .masked_start import RemovedStayZero
 from .method_arguments import ADAPTER, MethodArguments
+from .progress import TrainingProgress
+from .trackers import quieten_trackio
 
 
 def add_callbacks(
     trainer: SFTTrainer, method: MethodArguments, tokenizer, console: Console
-) -> tuple[RichProgress, Reference]:
+) -> tuple[TrainingProgress, Reference]:
     """Replace transformers' progress by ours, and add what ``method`` needs."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    progress, reference = RichProgress(console, method.method), Reference(trainer, console)
+    quieten_trackio(trainer, console)
+    progress, reference = TrainingProgress(console, method.method), Reference(trainer, console)
     trainer.add_callback(progress)
     if method.keep_last:
         trainer.add_callback(KeepLast(trainer, Path(trainer.args.output_dir) / files.LAST, tokenizer))
@@ -40,52 +42,6 @@ def add_callbacks(
         trainer.stay_zero = RemovedStayZero(MaskSet.from_adapter(method.keep_mask))
         trainer.add_callback(trainer.stay_zero)
     return progress, reference
-
-
-class RichProgress(TrainerCallback):
-    """A bar with step, loss and time left; a line per held-out measurement and, in a log, per logged step."""
-
-    def __init__(self, console: Console, label: str):
-        self.console, self.label = console, label
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(
-            *columns,
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Start the bar."""
-        self._bar.start()
-        self._task = self._bar.add_task(self.label, total=state.max_steps, completed=state.global_step)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Move the bar."""
-        self._bar.update(self._task, completed=state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Print a held-out measurement, or a step where there is no bar."""
-        logs = logs or {}
-        if "eval_loss" in logs:
-            loss = float(logs["eval_loss"])
-            self.console.print(f"  step {state.global_step:>5}  held-out loss {loss:.4f}", highlight=False)
-        elif "loss" in logs:
-            loss = float(logs["loss"])
-            self._bar.update(self._task, description=f"{self.label} loss {loss:.4f}")
-            if not self.console.is_terminal:
-                flips = f"  flips {logs['mask_flips_per_step']:,}" if "mask_flips_per_step" in logs else ""
-                self.console.print(
-                    f"  step {state.global_step:>5}/{state.max_steps}  loss {loss:.4f}  "
-                    f"{logs.get('tokens_per_s', 0):.0f} tokens/s{flips}",
-                    highlight=False,
-                )
-
-    def close(self) -> None:
-        """Take the bar off the terminal, also after an error."""
-        self._bar.stop()
 
 
 class KeepLast(TrainerCallback):

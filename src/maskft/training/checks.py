@@ -7,6 +7,7 @@ from ..errors import UserError
 from .arguments import TrainConfig
 from .launch import check_deepspeed, check_mask_sharding
 from .method_arguments import COMBINED_METHODS, FIXED_MASK_METHODS, MethodArguments, mask_config
+from .trackers import check_trackers
 
 
 def check_config(config: TrainConfig) -> None:
@@ -20,6 +21,7 @@ def check_config(config: TrainConfig) -> None:
     if method == "mask" or config.method.keep_mask is not None:
         check_mask_sharding()
     check_deepspeed(training.deepspeed)
+    check_trackers(training.report_to)
     if config.method.mask_sparsity_auto:
         _check_choice_of_size(config)
     # Fixed masks run on one of them, and preparing data on none.

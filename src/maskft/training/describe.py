@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from rich.console import Console
 
 from ..data import format_sample, supervised_token_count
 from ..data.prepared import Prepared
 from ..errors import UserError
+from ..runtime import time_text
 from ..tuner import MaskConfig, adapter_layers
 from ..tuner.learners import FREE
 from .arguments import TrainingArguments
@@ -70,6 +73,10 @@ def report(
     """
     if failure is not None:
         raise UserError(f"{failure}; the best so far (step {summary.best_step}) is saved in {folder}")
+    speeds = [row["tokens_per_s"] for row in summary.history if "tokens_per_s" in row]
+    if speeds:
+        took = time_text(summary.train_time_s)
+        console.print(f"{median(speeds):,.0f} tokens/s; with held-out loss it took {took}", highlight=False)
     start, best, step = summary.start_loss, summary.best_loss, summary.best_step
     if best is None or summary.method in UNTRAINED_METHODS:
         console.print(f"saved to {folder}")

@@ -59,7 +59,7 @@ _SHORT = {
     "resume_from_checkpoint": "true, auto (if there is a checkpoint), or the folder of a checkpoint.",
     "eval_steps": "Steps between measurements; below 1: a fraction of all steps.",
     "save_steps": "Steps between checkpoints; below 1: a fraction of all steps.",
-    "report_to": "Where metrics are logged: none, tensorboard, wandb, ...",
+    "report_to": "Where metrics are logged: none, tensorboard, trackio, wandb, ...",
     "accelerate_config": "multi_gpu, fsdp2, zero1, zero2, or a file of accelerate config.",
     "num_processes": "Processes, one per GPU. All options of accelerate launch are taken.",
 }

@@ -1,0 +1,119 @@
+"""What a training shows while it runs, and what trackers are told."""
+
+import io
+import re
+import socket
+
+import pytest
+from rich.console import Console
+from transformers import TrainerControl, TrainerState
+
+from maskft import runtime
+from maskft.training.progress import TrainingProgress
+from maskft.training.record import read_record
+
+
+def shown(console: Console, max_steps: int = 12000, resumed_at: int = 0) -> str:
+    """What is shown of a run that measures twice, and gets worse."""
+    state = TrainerState(max_steps=max_steps, global_step=resumed_at, log_history=[])
+    if resumed_at:
+        state.log_history = [{"eval_loss": 3.25, "step": 0}]
+    args, progress = (None, state, TrainerControl()), TrainingProgress(console, "mask")
+    progress.on_train_begin(*args)
+    progress.on_log(*args, logs={"eval_loss": 11.51})
+    for loss in (10.1234, 9.8765):
+        progress.on_step_begin(*args)
+        state.global_step += 1
+        progress.on_step_end(*args)
+        progress.on_log(*args, logs={"loss": loss})
+    progress.on_log(*args, logs={"eval_loss": 12.0625})
+    progress.close()
+    return console.file.getvalue()
+
+
+def test_a_terminal_gets_one_bar_with_time_left_and_losses():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    frames = [frame for frame in re.split(r"[\r\n]+|\x1b\[[?\d;]*[A-Za-z]", shown(console)) if frame.strip()]
+    assert all(len(frame) <= 80 for frame in frames)
+    assert re.fullmatch(
+        r"mask +2/12000 [━╸ ]{8} \d+ s left  held-out 12\.0625 \(best 11\.5100\)  loss 9\.8765 *", frames[-1]
+    )
+    assert not any("step" in frame for frame in frames)
+
+
+def test_a_log_gets_a_line_per_measurement_and_now_and_then_one_between(monkeypatch):
+    lines = shown(Console(file=io.StringIO(), width=80)).splitlines()
+    assert lines[0] == "  step     0/12000  held-out loss 11.5100"
+    assert re.fullmatch(
+        r"  step     2/12000  held-out loss 12\.0625 \(best 11\.5100\)  loss 9\.8765  \d+ \w+ left", lines[1]
+    )
+    assert len(lines) == 2 and max(map(len, lines)) <= 80
+    monkeypatch.setattr(runtime, "SECONDS_BETWEEN_LINES", 0.0)
+    assert len(shown(Console(file=io.StringIO(), width=80)).splitlines()) == 4
+
+
+def test_a_resumed_run_knows_the_best_measured_before():
+    assert "(best 3.2500)" in shown(Console(file=io.StringIO(), width=80), resumed_at=5)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Connections beyond this machine fail, and are counted."""
+    tried, connect = [], socket.socket.connect
+
+    def refuse(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            tried.append(address)
+            raise OSError("no network in this test")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return tried
+
+
+def logged(folder) -> dict[str, list[tuple[int, float]]]:
+    """Name -> steps and values of what trackers must be told, as training.json has it."""
+    history = read_record(folder).summary.history
+    names = {
+        "train/loss": "loss",
+        "eval/loss": "eval_loss",
+        "train/mask_removed_share": "mask_removed_share",
+        "train/mask_flips_per_step": "mask_flips_per_step",
+    }
+    return {name: [(row["step"], row[key]) for row in history if key in row] for name, key in names.items()}
+
+
+def test_trackio_gets_loss_heldout_loss_removed_share_and_flips(call, tmp_path, monkeypatch, no_network, capsys):
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
+    for module in (trackio, trackio.utils, trackio.sqlite_storage, trackio.run):
+        if hasattr(module, "TRACKIO_DIR"):
+            monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    status, err = call(report_to="trackio", logging_steps=1, max_steps=4)
+    assert status == 0 and "trackio: to watch it, trackio show --project maskft" in err, err
+    assert not no_network and capsys.readouterr().out == ""
+    run = str(tmp_path / "out")
+    assert SQLiteStorage.get_runs("maskft") == [run]
+    rows = SQLiteStorage.get_logs("maskft", run)
+    for name, values in logged(tmp_path / "out").items():
+        assert values and [(row["train/global_step"], row[name]) for row in rows if name in row] == values, name
+
+
+def test_tensorboard_gets_the_same(call, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    status, err = call(report_to="tensorboard", logging_steps=1, max_steps=4)
+    assert status == 0, err
+    events = EventAccumulator(str(next((tmp_path / "out").rglob("events.out.tfevents*")).parent)).Reload()
+    for name, values in logged(tmp_path / "out").items():
+        told = [(event.step, event.value) for event in events.Scalars(name)]
+        assert [step for step, _ in told] == [step for step, _ in values]
+        assert [value for _, value in told] == pytest.approx([value for _, value in values], rel=1e-6), name
+
+
+def test_a_tracker_that_is_not_there_is_told_before_a_model_is_loaded(call, tmp_path):
+    status, err = call(report_to="trakio")
+    assert status == 2 and "report_to: no 'trakio' (did you mean 'trackio'?)" in err and err.count("error") == 1
+    status, err = call(report_to="clearml")
+    assert status == 2 and "error: report_to clearml:" in err and not (tmp_path / "out").exists()
