@@ -78,7 +78,7 @@ class TrainingProgress(TrainerCallback):
 
     def _line(self, state) -> None:
         if not self.console.is_terminal:
-            step = f"  step {state.global_step:>5}/{state.max_steps}"
+            step = f"  step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
             line = "  ".join([step, *self._losses("held-out loss"), *self._left(state)])
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
             self._last_line = time.monotonic()
