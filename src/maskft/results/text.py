@@ -58,6 +58,32 @@ def render(comparison: Comparison, output_format: str) -> str:
     return "\n".join([*(f"% {line}" for line in sentences), reached, differences])
 
 
+def brief_metric(comparison: Comparison) -> tuple[str, str]:
+    """Return task and metric that stand for a comparison where there is room for one: accuracy, else the main one."""
+    rows = sorted(comparison.differences, key=lambda row: (row.metric != "accuracy", not row.is_main))
+    return rows[0].task, rows[0].metric
+
+
+def render_brief(comparison: Comparison) -> str:
+    """Return for a terminal one table of :func:`brief_metric`: what each model reached, against the baseline."""
+    shown = brief_metric(comparison)
+    rows = {row.method: row for row in comparison.differences if (row.task, row.metric) == shown}
+    reached = [score for score in comparison.scores if (score.task, score.metric) == shown]
+    reached.sort(key=lambda score: score.model != comparison.baseline)
+    columns = (
+        "model",
+        f"{shown[1]} ({_unit_text(reached[0].unit)})",
+        f"difference [{100 * comparison.confidence:g} %]",
+        "verdict",
+    )
+    cells = [(score.model, _score_text(score), *_brief_cells(rows.get(score.model))) for score in reached]
+    return draw(Table(columns, cells), "terminal")
+
+
+def _brief_cells(row: Difference | None) -> tuple[str, str]:
+    return ("", "") if row is None else (_difference_text(row), row.verdict)
+
+
 def render_scores(scores: Sequence[Score], output_format: str) -> str:
     """Return scores alone as text: one model has nothing to be compared with."""
     if output_format == "json":

@@ -27,10 +27,11 @@ class Board:
         study: Where the runs are.
         plan: The runs; their settings are known.
         console: Where to show it.
+        is_brief: In a log, say nothing when a run begins.
     """
 
-    def __init__(self, study: Study, plan: Plan, console: Console):
-        self.study, self.plan, self.console = study, plan, console
+    def __init__(self, study: Study, plan: Plan, console: Console, is_brief: bool = False):
+        self.study, self.plan, self.console, self.is_brief = study, plan, console, is_brief
         self.running: dict[StudyRun, float] = {}
         self.failed: dict[StudyRun, str] = {}
         self.seconds: dict[StudyRun, float] = {}
@@ -58,7 +59,8 @@ class Board:
     def started(self, run: StudyRun) -> None:
         """Note that a run has begun."""
         self.running[run] = time.monotonic()
-        self._say(run, "started")
+        if not self.is_brief:
+            self._say(run, "started")
 
     def ended(self, run: StudyRun, reason: str | None = None) -> None:
         """Note that a run is finished, or that it failed and why."""

@@ -23,7 +23,13 @@ from .tuning import Heldout
 LOCK_WAIT_S = 30  # a killed study's child needs a moment to end
 
 
-def run_study(plan: Plan, folder: str | Path, launcher: str = "local", console: Console | None = None) -> None:
+def run_study(
+    plan: Plan,
+    folder: str | Path,
+    launcher: str = "local",
+    console: Console | None = None,
+    is_brief: bool = False,
+) -> None:
     """Make every run that is not finished, then print and write the table.
 
     Args:
@@ -31,6 +37,7 @@ def run_study(plan: Plan, folder: str | Path, launcher: str = "local", console: 
         folder: The study's folder; finished runs in it are not repeated.
         launcher: ``local`` or ``ray``.
         console: Where to print; default stdout.
+        is_brief: Print one table of the main metric and one sentence, not every comparison.
 
     Raises:
         UserError: If a run failed; the others, as far as they do not need it, are made first.
@@ -38,14 +45,16 @@ def run_study(plan: Plan, folder: str | Path, launcher: str = "local", console: 
     console = console or Console()
     with locked(folder) as (folder, lock_fd):
         study = Study(folder, plan.recipe, lock_fd)
-        plan, failed = make_stages(study, plan, launcher, console)
-        console.print(summarise(study, plan), highlight=False, markup=False, soft_wrap=True)
+        plan, failed = make_stages(study, plan, launcher, console, is_brief)
+        console.print(summarise(study, plan, is_brief), highlight=False, markup=False, soft_wrap=True)
         table = folder / files.STUDY_TABLE.format(plan.recipe.name)
         console.print(f"table: {table}\nresults: {folder / files.RESULTS}", highlight=False, soft_wrap=True)
     refuse_failed(failed)
 
 
-def make_stages(study: Study, plan: Plan, launcher: str, console: Console) -> tuple[Plan, dict[StudyRun, str]]:
+def make_stages(
+    study: Study, plan: Plan, launcher: str, console: Console, is_brief: bool = False
+) -> tuple[Plan, dict[StudyRun, str]]:
     """Make the runs whose settings are known, choose from their held-out losses those of others, and so on.
 
     Returns:
@@ -59,14 +68,19 @@ def make_stages(study: Study, plan: Plan, launcher: str, console: Console) -> tu
     while True:
         study = replace(study)  # which looks anew what is finished
         plan = plan.again(look)
-        failed = make_all(study, plan, launcher, console, reasons)
+        failed = make_all(study, plan, launcher, console, reasons, is_brief)
         reasons |= {run.id: reason for run, reason in failed.items()}
         if len(plan.ready.runs) == len(plan.runs):
             return plan, failed
 
 
 def make_all(
-    study: Study, plan: Plan, launcher: str, console: Console, failed_before: Mapping[str, str] = {}
+    study: Study,
+    plan: Plan,
+    launcher: str,
+    console: Console,
+    failed_before: Mapping[str, str] = {},
+    is_brief: bool = False,
 ) -> dict[StudyRun, str]:
     """Make every run that is not finished and whose settings are known; returns those that failed, with the reason.
 
@@ -76,12 +90,13 @@ def make_all(
         launcher: ``local`` or ``ray``.
         console: Where to print.
         failed_before: Id -> reason of the runs that are not tried again.
+        is_brief: In a log, a line for each run when it has ended, none when it begins.
 
     Raises:
         UserError: For a mistake in the data of any run, before the first is made.
     """
     ready = plan.ready
-    board = Board(study, ready, console)
+    board = Board(study, ready, console, is_brief)
     board.failed = {run: failed_before[run.id] for run in ready.runs if run.id in failed_before}
     todo = [run for run in ready.runs if run not in board.failed and not study.is_done(run)]
     num_finished = len(ready.runs) - len(todo) - len(board.failed)

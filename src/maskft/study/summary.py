@@ -9,19 +9,20 @@ from ..errors import UserError
 from ..files import write_text
 from ..results.compare import compare, scores
 from ..results.schema import Result, read_result
-from ..results.text import Table, draw, render, render_scores, sentence, wrap
+from ..results.text import Table, brief_metric, draw, render, render_brief, render_scores, sentence, wrap
 from .execute import Study
 from .plan import BEST, LAST, Plan
 
 _ACCOUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
 
 
-def summarise(study: Study, plan: Plan) -> str:
+def summarise(study: Study, plan: Plan, is_brief: bool = False) -> str:
     """Compare all results of a study with its baseline, write summary and table, return the table.
 
     Args:
         study: Where the results are.
         plan: Its runs; those without a result yet are left out.
+        is_brief: Return one table of the main metric and the verdict; the files hold everything all the same.
     """
     texts, markdown, models = [], [f"# {study.recipe.name}", ""], {}
     for model in study.recipe.models:
@@ -37,12 +38,12 @@ def summarise(study: Study, plan: Plan) -> str:
         name = results[0]["study"]["model"]
         name = model if name in models else name  # two folders may have the same name
         results, notes = without_repeats(results, study.recipe.baseline)
-        text, table, record = _of_one_model(results, study.recipe.baseline)
+        text, table, record = _of_one_model(results, study.recipe.baseline, is_brief)
         notes += unchanged_notes(results)
         tunings = [tuned for tuned in plan.tunings if tuned.trials[0].runs[0].model == model and tuned.is_settled]
         notes += [f"Tuned: {tuned}." for tuned in tunings]
         num_tried = {label: run.num_tried for run in plan.runs if run.model == model for label in run.labels.values()}
-        texts.append("\n".join([f"{name}\n{text}", *map(wrap, notes)]))
+        texts.append(text if is_brief else "\n".join([f"{name}\n{text}", *map(wrap, notes)]))
         markdown += [f"## {name}", "", table, _accounts(results, num_tried), "", *(f"- {note}" for note in notes), ""]
         models[name] = record | ({"tuning": [tuned.to_dict() for tuned in tunings]} if tunings else {})
     name = study.recipe.name
@@ -53,7 +54,7 @@ def summarise(study: Study, plan: Plan) -> str:
     return "\n".join(texts)
 
 
-def _of_one_model(results: list[Result], baseline: str | None) -> tuple[str, str, dict]:
+def _of_one_model(results: list[Result], baseline: str | None, is_brief: bool) -> tuple[str, str, dict]:
     """Tables for a terminal, tables in Markdown, record."""
     names = list(dict.fromkeys(result["name"] for result in results))
     runs = [_row(result) for result in results]
@@ -67,8 +68,10 @@ def _of_one_model(results: list[Result], baseline: str | None) -> tuple[str, str
     except UserError as error:  # measured, and not comparable: say so instead of losing the numbers
         return f"not compared: {error}\n", f"Not compared: {error}\n", {"runs": runs, "not_compared": str(error)}
     record = {"baseline": baseline, "runs": runs, "comparison": comparison.to_dict()}
-    text, masks = render(comparison, "terminal"), {r["name"] for r in results if r["model"]["method"] == "mask"}
-    verdict = next((row for row in comparison.differences if row.method in masks), None)
+    text = render_brief(comparison) if is_brief else render(comparison, "terminal")
+    masks = {r["name"] for r in results if r["model"]["method"] == "mask"}
+    rows = [row for row in comparison.differences if not is_brief or (row.task, row.metric) == brief_metric(comparison)]
+    verdict = next((row for row in rows if row.method in masks), None)
     text += f"\n{wrap(f'Verdict: {sentence(verdict)}')}" if verdict else ""
     return text, render(comparison, "markdown"), record
 
