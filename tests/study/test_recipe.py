@@ -12,7 +12,8 @@ from maskft.cli.main import main
 from maskft.cli.study import check
 from maskft.errors import UserError
 from maskft.files import digest_file
-from maskft.study.plan import BEST, evaluation_id, evaluation_identity
+from maskft.study.identity import evaluation_id, evaluation_identity
+from maskft.study.plan import BEST
 from maskft.study.recipe import load_recipe, parse_recipe
 from tiny_tokenizer import tiny_tokenizer
 

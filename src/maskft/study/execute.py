@@ -23,7 +23,8 @@ from ..errors import UserError
 from ..results.schema import DOMAINS, Result, read_result, write_result
 from ..runtime import environment
 from ..training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS
-from .plan import BEST, LAST, StudyRun, data_hash, evaluation_id, evaluation_identity
+from .identity import data_hash, evaluation_id, evaluation_identity
+from .plan import BEST, LAST, StudyRun
 from .process import command_words, run_command
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe
 from .record import RunRecord, build_record, data_name, read_record, write_record

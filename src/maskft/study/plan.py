@@ -11,23 +11,19 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..data.arguments import DataArguments, names_text
-from ..data.prepared import data_identity
 from ..errors import UserError, did_you_mean
-from ..files import digest, digest_file
 from ..models import model_identity
 from ..training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS
+from .identity import options_identity, plain, short_digest, without_preset
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Options, Recipe
 from .tuning import Look, Trial, Tuned, check_test_rows, settings_text, tune
 
 MAX_RUNS = 1000
 BEST, LAST = "best", "last"
-_HASH_LENGTH = 10
 # What says which matrices are masked: a fixed mask takes it from the learned mask that it matches.
 _PLACES = ("mask_layers_to_transform", "mask_layers_pattern", "mask_target_modules", "mask_exclude_modules")
 _LAYERS = ("mask_layers_to_transform", "partial_layers")
@@ -290,11 +286,11 @@ class _Planner:
         masks: dict[str, StudyRun],
     ) -> str:
         """Hash of what decides a run's outcome."""
-        named = _identity(_without_preset(options))
+        named = options_identity(without_preset(options))
         settings = {
             "method": method.method,
             "model": model_identity(model),
-            "options": {k: v for k, v in named.items() if k not in self.defaults or v != _plain(self.defaults[k])},
+            "options": {k: v for k, v in named.items() if k not in self.defaults or v != plain(self.defaults[k])},
             "start": start and start.hash,
             "match": match and match.hash,
             **{option: run.hash for option, run in masks.items()},
@@ -305,7 +301,7 @@ class _Planner:
         shared = {"num_processes": 1 if launch.command else launch.num_processes or 1, "command": launch.command}
         if is_trained and not options.get("global_batch_size") and shared != {"num_processes": 1, "command": None}:
             settings["launch"] = shared
-        return _hash(settings)
+        return short_digest(settings)
 
 
 def _check_names(runs: list[StudyRun]) -> None:
@@ -334,7 +330,7 @@ def _options(
     options |= recipe.data[method.data or next(iter(recipe.data))].options | {"seed": seed}
     options |= {"mask_seed": seed} if is_mask else {}
     options |= own | ({"keep_last": True} if method.last else {})
-    options = {key: _plain(value) for key, value in options.items() if value is not None}
+    options = {key: plain(value) for key, value in options.items() if value is not None}
     num_candidates = options.get("num_candidates")
     if isinstance(num_candidates, int) and num_candidates > 1 and own.get("mask_seed") is None:
         # The candidates are mask_seed, mask_seed + 1, ...: without this those of two seeds would be nearly the same.
@@ -396,95 +392,6 @@ def check_layers(runs: Iterable[StudyRun], num_layers: int | None) -> None:
             if beyond is not None:
                 known = "layers are counted from 0" + ("" if num_layers is None else f" to {num_layers - 1}")
                 raise UserError(f"run {run.title!r}: {option} names layer {beyond}; {known}")
-
-
-# Identities
-
-
-def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str:
-    """Folder name of an evaluation of one of the run's models.
-
-    It ends with a hash of what is measured and one of the study's name: studies in one folder copy each other's
-    numbers, and each says itself what the model is in its tables.
-
-    Args:
-        run: The run.
-        role: Which of its models.
-        evaluation: See :func:`evaluation_identity`.
-        study: Name of the study.
-    """
-    settings = {"run": run.hash, "role": role, "evaluation": evaluation}
-    return f"{run.id.rpartition('-')[0]}-{role}-{_hash(settings)}-{_hash({'study': study})[:4]}"
-
-
-def evaluation_identity(evaluation: dict, before: dict[str, dict] | None = None) -> dict:
-    """Options of ``maskft evaluate`` with data, and the files of benchmarks, by their content.
-
-    Args:
-        evaluation: The options.
-        before: Those of the sets of earlier abilities.
-    """
-    if before:
-        sets = {name: evaluation_identity(options) for name, options in before.items()}
-        return evaluation_identity(evaluation) | {"before": sets}
-    out, folder = _identity(evaluation), evaluation.get("data_dir")
-    if folder is not None:
-        digests = _benchmark_digests(names_text(evaluation.get("tasks")) or "", folder)
-        out |= {f"files of {task}": found for task, found in digests.items()}
-    return out
-
-
-def data_hash(model: str, options: dict) -> str:
-    """Name of what ``options`` about data, and the tokenizer of ``model``, make of the data."""
-    defaults = {field.name: field.default for field in fields(DataArguments)}
-    decides = {key: value for key, value in _identity(options).items() if value != defaults.get(key, options)}
-    return _hash({"model": model_identity(model), "data": decides})
-
-
-def _hash(settings: dict) -> str:
-    return digest(json.dumps(settings, sort_keys=True, ensure_ascii=False))[:_HASH_LENGTH]
-
-
-def _identity(options: dict) -> dict:
-    """The options as a run's hash takes them: data by its content, and where a cache lies decides nothing."""
-    out = data_identity({key: _plain(value) for key, value in options.items()})
-    if out.get("mask_prefix_cache"):
-        out["mask_prefix_cache"] = True
-    if out.get("eval_data_dir"):
-        # Training items only choose a checkpoint; what reports on it may be edited.
-        tasks = names_text(out.get("eval_tasks")) or ""
-        out["eval_data_dir"] = _benchmark_digests(tasks, out["eval_data_dir"], ["train"])
-    return out
-
-
-def _benchmark_digests(tasks: str, folder: str, splits: Sequence[str] | None = None) -> dict[str, str]:
-    """Task -> hash of its files in a folder, for those that have some there; of some splits or all."""
-    from ..evaluation.task_data import benchmark_files
-
-    named = filter(None, (task.strip() for task in tasks.split(",")))
-    files = {task: benchmark_files(task, Path(folder).expanduser(), splits) for task in named}
-    return {task: _hash({"files": [*map(digest_file, found)]}) for task, found in files.items() if found}
-
-
-def _without_preset(options: dict) -> dict:
-    """The options with those that ``mask_preset`` stands for."""
-    from ..tuner.config import PRESETS
-
-    preset = PRESETS.get(str(options.get("mask_preset")), {})
-    stands_for = {f"mask_{key}": value for key, value in preset.items()}
-    return stands_for | {key: value for key, value in options.items() if key != "mask_preset" or not preset}
-
-
-def _plain(value: Any) -> Any:
-    """One spelling for values that mean the same: 2.0 is 2, an enum is its value."""
-    value = getattr(value, "value", value)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return value
 
 
 def _as_list(value: Any) -> list:

@@ -15,7 +15,7 @@ from ..data.mixtures import parse_mixture
 from ..data.sources import FILE_ENDINGS
 from ..errors import UserError
 from ..files import is_there, read_model, read_yaml
-from .plan import data_hash
+from .identity import data_hash
 from .recipe import PRETRAINED, REVISION, Count, Data, Number, Recipe, Section, methods_of, parse_recipe
 
 NO_MASK = "no mask"
