@@ -230,6 +230,8 @@ class MaskConfig(PeftConfig):
     # Whether no weights were loaded or saved since an adapter of this configuration was made: its checksums are then
     # those of the file that comes next. Without an annotation it is no field, so it is not saved.
     is_new = False
+    # Name of the adapter that this one is a frozen copy of, such as the reference of preference training; "": of none.
+    copy_of = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -92,7 +92,7 @@ def _write(pool: list[MaskedLinear], name: str, outs: list[Tensor], weights: lis
     """Write the weights of a pool with one adapter's gate."""
     config = pool[0].mask_configs[name]
     scores = [check_scores(member.mask_scores[name], member.module_name, config) for member in pool]
-    if config.selection in learners.SOFT and pool[0].training:
+    if learners.is_soft(config, pool[0].training):
         for member, out, weight, s in zip(pool, outs, weights, scores, strict=True):
             noise = learners.draw_noise(config, member.module_name, s.shape, s.device)
             gate, member.effective.slopes[name] = learners.soft_gate(config, s, noise)

@@ -121,12 +121,10 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.mask_pools[adapter_name] = pool if config.scope == "global" else [self]
         if not config.inference_mode:
             self.mask_scores[adapter_name] = nn.Parameter(self.fresh_scores(config))
-        # A second adapter of one configuration is a copy of the first, as trainers want of a frozen reference.
-        twin = next((n for n, other in self.mask_configs.items() if other is config and n != adapter_name), "")
-        if twin in self.mask_coded:
-            self.mask_coded[adapter_name] = self.mask_coded[twin]
-        if twin in self.mask_scores and adapter_name in self.mask_scores:
-            self.mask_scores[adapter_name].data.copy_(self.mask_scores[twin].data)
+        if config.copy_of in self.mask_coded:
+            self.mask_coded[adapter_name] = self.mask_coded[config.copy_of]
+        if config.copy_of in self.mask_scores and adapter_name in self.mask_scores:
+            self.mask_scores[adapter_name].data.copy_(self.mask_scores[config.copy_of].data)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def fresh_scores(self, config: MaskConfig) -> Tensor:

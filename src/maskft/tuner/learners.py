@@ -159,16 +159,22 @@ def depends_on_progress(config: MaskConfig) -> bool:
     return config.selection in SOFT or config.sparsity_ramp > 0 or config.sharpness_end is not None
 
 
+def is_soft(config: MaskConfig, is_training: bool) -> bool:
+    """Whether a gate is soft now; that of a frozen copy is the mask that its original would be saved as."""
+    return config.selection in SOFT and is_training and not config.copy_of
+
+
 def phase(config: MaskConfig, is_training: bool) -> tuple[object, ...]:
     """What a gate depends on beside its scores."""
     if not depends_on_progress(config):
         return ()
+    is_training = is_training and not config.copy_of
     if is_training and config.progress is None:
         raise UserError(
             "this mask depends on how far training is: call maskft.set_mask_progress(model, step / max_steps) before "
             "every step (with transformers' Trainer: add_callback(maskft.training.callbacks.MaskProgress()))"
         )
-    return config.progress, is_training and config.selection in SOFT
+    return config.progress, is_soft(config, is_training)
 
 
 def _sharpness(config: MaskConfig) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -46,6 +47,11 @@ class MaskModel(BaseTuner):
         if peft_config.trainable_token_indices is not None:  # TRL sets it after the configuration was made
             raise UserError(NO_TOKEN_INDICES)
         peft_config.is_new = True
+        # A second adapter of one configuration is a copy of the first, as trainers want of a frozen reference.
+        names = [name for name, config in self.peft_config.items() if config is peft_config]
+        if len(names) > 1:
+            self.peft_config[names[-1]] = peft_config = copy.copy(peft_config)
+            peft_config.copy_of = names[0]
         return peft_config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
@@ -215,7 +221,8 @@ def set_mask_progress(model: nn.Module, progress: float) -> None:
     for module in model.modules():
         if isinstance(module, MaskedLinear):
             for config in module.mask_configs.values():
-                config.progress = float(progress)
+                if not config.copy_of:
+                    config.progress = float(progress)
 
 
 @torch.no_grad()

@@ -217,7 +217,7 @@ def _gate(layer: MaskedLinear, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     name = _adapter(layer)
     config, scores = layer.mask_configs[name], layer.mask_scores[name]
     rows = scores.to_local()
-    if config.selection in learners.SOFT and layer.training:
+    if learners.is_soft(config, layer.training):
         # Every rank draws the whole matrix, so that the noise does not depend on how many there are.
         noise = rows_of(learners.draw_noise(config, layer.module_name, scores.shape, rows.device), scores)
         return learners.soft_gate(config, rows, noise)
