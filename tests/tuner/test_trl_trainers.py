@@ -222,4 +222,3 @@ def test_grpo_hands_vllm_the_merged_weights_and_takes_the_mask_back(base, tmp_pa
         assert torch.equal(served(input_ids=ids).logits, masked)
     trainer.args.max_steps = 6
     trainer.train()  # and training goes on from there
-
