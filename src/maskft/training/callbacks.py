@@ -20,7 +20,7 @@ from ..tuner.model import refresh_masks
 from ..tuner.sharded import is_sharded
 from .checkpoints import agreed_mask_fingerprint, save_weights
 from .masked_start import RemovedStayZero
-from .method_arguments import ADAPTER, MethodArguments
+from .method_arguments import ADAPTER, OBJECTIVES, MethodArguments
 from .progress import TrainingProgress
 from .trackers import quieten_trackio
 
@@ -32,7 +32,8 @@ def add_callbacks(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     quieten_trackio(trainer, console)
-    progress, reference = TrainingProgress(console, method.method), Reference(trainer, console)
+    noun = OBJECTIVES[method.objective][0]
+    progress, reference = TrainingProgress(console, method.method, noun), Reference(trainer, console, noun)
     trainer.add_callback(progress)
     if method.keep_last:
         trainer.add_callback(KeepLast(trainer, Path(trainer.args.output_dir) / files.LAST, tokenizer))
@@ -70,8 +71,8 @@ class Reference(TrainerCallback):
     By then the model is spread over the processes.
     """
 
-    def __init__(self, trainer: SFTTrainer, console: Console):
-        self.trainer, self.console = trainer, console
+    def __init__(self, trainer: SFTTrainer, console: Console, noun: str = "held-out loss"):
+        self.trainer, self.console, self.noun = trainer, console, noun
         self.loss: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -85,7 +86,7 @@ class Reference(TrainerCallback):
             )
         self.trainer._metrics["eval"].clear()
         self.loss = output.metrics["unmasked_loss"]
-        self.console.print(f"  held-out loss without the mask {self.loss:.4f}", highlight=False)
+        self.console.print(f"  {self.noun} without the mask {self.loss:.4f}", highlight=False)
 
 
 class MaskProgress(TrainerCallback):

@@ -6,6 +6,7 @@ from .. import runtime
 from ..errors import UserError
 from .arguments import TrainConfig
 from .launch import check_deepspeed, check_mask_sharding
+from .objectives import check_objective
 from .method_arguments import COMBINED_METHODS, FIXED_MASK_METHODS, MethodArguments, mask_config
 from .trackers import check_trackers
 
@@ -18,6 +19,7 @@ def check_config(config: TrainConfig) -> None:
     """
     method, training = config.method.method, config.training
     check_method(config.method)
+    check_objective(config.method, training)
     if method == "mask" or config.method.keep_mask is not None:
         check_mask_sharding()
     check_deepspeed(training.deepspeed)

@@ -13,7 +13,7 @@ from ..runtime import time_text
 from ..tuner import MaskConfig, adapter_layers
 from ..tuner.learners import FREE
 from .arguments import TrainingArguments
-from .method_arguments import ADAPTER, UNTRAINED_METHODS, MethodArguments
+from .method_arguments import ADAPTER, OBJECTIVES, UNTRAINED_METHODS, MethodArguments
 from .record import TrainingSummary
 from .verdict import Verdict
 
@@ -77,16 +77,17 @@ def report(
     if speeds:
         took = time_text(summary.train_time_s)
         console.print(f"{median(speeds):,.0f} tokens/s; with held-out loss it took {took}", highlight=False)
+    noun = OBJECTIVES[summary.objective][0]
     start, best, step = summary.start_loss, summary.best_loss, summary.best_step
     if best is None or summary.method in UNTRAINED_METHODS:
         console.print(f"saved to {folder}")
     elif summary.method != "mask":
         console.print(
-            f"held-out loss {start:.4f} at the start, best {best:.4f} at step {step}, {summary.end_loss:.4f} at the "
+            f"{noun} {start:.4f} at the start, best {best:.4f} at step {step}, {summary.end_loss:.4f} at the "
             f"end; the best is saved in {folder}"
         )
     else:
-        console.print(f"held-out loss {start:.4f} without a mask, best {best:.4f} with it (step {step})")
+        console.print(f"{noun} {start:.4f} without a mask, best {best:.4f} with it (step {step})")
         if verdict is None:
             console.print(f"saved to {folder}; too few held-out rows to say whether the mask is better than no mask")
         elif verdict.is_better:

@@ -21,10 +21,11 @@ class TrainingProgress(TrainerCallback):
     Args:
         console: Where to show it.
         label: What stands before the bar: the method.
+        noun: What is measured on held-out rows.
     """
 
-    def __init__(self, console: Console, label: str):
-        self.console, self.label = console, label
+    def __init__(self, console: Console, label: str, noun: str = "held-out loss"):
+        self.console, self.label, self.noun = console, label, noun
         self.heldout: list[float] = []
         self._loss: float | None = None
         self._began: tuple[float, int] | None = None  # when the first step did, and which that was
@@ -79,7 +80,7 @@ class TrainingProgress(TrainerCallback):
     def _line(self, state) -> None:
         if not self.console.is_terminal:
             step = f"  step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
-            line = "  ".join([step, *self._losses("held-out loss"), *self._left(state)])
+            line = "  ".join([step, *self._losses(self.noun), *self._left(state)])
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
             self._last_line = time.monotonic()
 

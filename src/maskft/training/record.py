@@ -15,7 +15,7 @@ from ..files import FileModel, read_json, read_model
 from ..tuner import adapter_layers
 from .arguments import TrainConfig, TrainingArguments
 from .method_arguments import ADAPTER, MASK_METHODS
-from .trainer import MaskSFTTrainer
+from .trainer import MaskTrainer
 from .verdict import HeldoutLosses, Verdict
 
 # Of TRL's hundreds of arguments, those that decide what is learned.
@@ -40,6 +40,7 @@ class TrainingSummary(FileModel):
 
     Attributes:
         method: The method.
+        objective: What was trained for; of dpo and grpo, losses below are what `OBJECTIVES` says.
         start_loss: Held-out loss in nats per token before the first step; of a mask: without it.
         best_loss: Held-out loss of the best checkpoint, of a mask at the sparsity it was trained with.
         best_step: The step it was saved at.
@@ -57,6 +58,7 @@ class TrainingSummary(FileModel):
     model_config = ConfigDict(allow_inf_nan=True)  # a diverged run is recorded as well
 
     method: str
+    objective: str = "sft"
     start_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
@@ -133,7 +135,7 @@ def make_record(
     )
 
 
-def summarise(trainer: MaskSFTTrainer, method: str, seconds: float, reference_loss: float | None) -> TrainingSummary:
+def summarise(trainer: MaskTrainer, method: str, seconds: float, reference_loss: float | None) -> TrainingSummary:
     """Sum up a run that has ended.
 
     Args:
@@ -150,6 +152,7 @@ def summarise(trainer: MaskSFTTrainer, method: str, seconds: float, reference_lo
     layers = adapter_layers(model, ADAPTER) if method in MASK_METHODS else {}
     return TrainingSummary(
         method=method,
+        objective="sft" if trainer.meter is None else trainer.meter.objective,
         start_loss=reference_loss if reference_loss is not None else next(iter(losses.values()), None),
         best_loss=losses.get(best_step),
         best_step=best_step,

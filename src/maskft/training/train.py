@@ -1,4 +1,4 @@
-"""One training path for every method: setup -> build -> fit -> save, over TRL's SFTTrainer."""
+"""One training path for every method: setup -> build -> fit -> save, over TRL's trainers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..data.prepared import Prepared, prepare
 from ..errors import NotFiniteError
 from ..evaluation.during_training import TrainingEvaluation
 from ..tuner import MaskConfig
-from .arguments import TrainConfig, TrainingArguments, trainer_arguments, with_accumulation
+from .arguments import TrainConfig, TrainingArguments, with_accumulation
 from .build import build_model, load_base, load_tokenizer_of, task_evaluation
 from .calibration import start_on_data
 from .callbacks import add_callbacks
@@ -26,9 +26,10 @@ from .combined import combine
 from .describe import describe, report
 from .fixed_masks import make_fixed_mask
 from .method_arguments import ADAPTER, COMBINED_METHODS, FIXED_MASK_METHODS, MethodArguments
+from .objectives import make_trainer
 from .prefix_cache import cached_prefix
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
-from .trainer import MaskSFTTrainer
+from .trainer import MaskTrainer
 from .verdict import HeldoutLosses, check_rows, never_worse
 
 
@@ -106,7 +107,7 @@ def fit(
     resume_from: str | None,
     evaluation: TrainingEvaluation | None,
     console: Console,
-) -> tuple[MaskSFTTrainer, TrainingSummary, str | None]:
+) -> tuple[MaskTrainer, TrainingSummary, str | None]:
     """Train what requires a gradient of ``model``, from the checkpoint ``resume_from`` if given, and keep the best.
 
     Returns:
@@ -118,13 +119,7 @@ def fit(
     check_processes(model, data.train, data.heldout)
     if training.device.type == "cpu":
         runtime.keep_freed_memory()
-    trainer = MaskSFTTrainer(
-        model=model,
-        args=trainer_arguments(training, is_resumed=resume_from is not None),
-        processing_class=tokenizer,
-        train_dataset=data.train.select_columns(["input_ids", "labels"]),
-        eval_dataset=data.heldout.select_columns(["input_ids", "labels"]),
-    )
+    trainer = make_trainer(model, tokenizer, data, method, training, is_resumed=resume_from is not None)
     trainer.task_evaluation = evaluation
     progress, reference = add_callbacks(trainer, method, tokenizer, console)
     started, failure = time.perf_counter(), None
@@ -142,7 +137,7 @@ def save(
     record: TrainingRecord,
     losses: HeldoutLosses | None,
     folder: str,
-    trainer: MaskSFTTrainer | None = None,
+    trainer: MaskTrainer | None = None,
 ) -> None:
     """Write the trained model or adapter, its tokenizer, ``training.json`` and ``heldout.json``.
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with what a mask needs: looks at every step, and processes that agree on what they save."""
+"""TRL's trainers with what a mask needs: looks at every step, and processes that agree on what they save."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ from .launch import let_cpu_shard
 from .masked_start import RemovedStayZero
 
 
-class MaskSFTTrainer(SFTTrainer):
-    """SFTTrainer that stops before a non-finite step and logs speed, memory and what the mask did."""
+class MaskTrainer:
+    """Before one of TRL's trainers: stops before a non-finite step, logs speed, memory and what the mask did.
+
+    Attributes:
+        meter: Measures held-out rows where that is not the loss on their answers, see :mod:`.objectives`.
+    """
+
+    meter = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -89,6 +95,9 @@ class MaskSFTTrainer(SFTTrainer):
         nll, num_tokens = runtime.reduce_(sums).tolist()
         if num_tokens:
             output.metrics[f"{metric_key_prefix}_loss"] = nll / num_tokens
+        return self._with_task_metrics(output, metric_key_prefix)
+
+    def _with_task_metrics(self, output, metric_key_prefix: str):
         if self.task_evaluation and metric_key_prefix == "eval":
             with self.compute_loss_context_manager():
                 values = self.task_evaluation.measure(self.accelerator.unwrap_model(self.model), self.processing_class)
@@ -156,3 +165,7 @@ class MaskSFTTrainer(SFTTrainer):
                 self._get_learning_rate()
             )  # that of the next step, from which a schedule may be continued
         super().log(logs, start_time)
+
+
+class MaskSFTTrainer(MaskTrainer, SFTTrainer):
+    """Supervised fine-tuning."""

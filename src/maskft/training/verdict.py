@@ -22,8 +22,8 @@ from ..files import FileModel, digest, read_model
 from ..results.statistics import hierarchical_bootstrap
 from ..tuner import MaskConfig, adapter_layers
 from .arguments import TrainConfig, TrainingArguments
-from .method_arguments import ADAPTER, MethodArguments
-from .trainer import MaskSFTTrainer
+from .method_arguments import ADAPTER, OBJECTIVES, MethodArguments
+from .trainer import MaskTrainer
 
 # Shares that mask_sparsity_auto measures, all from the scores of one training.
 BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -44,6 +44,8 @@ class HeldoutLosses(FileModel):
         nll: Loss of each row under the best checkpoint, in nats per token; of a mask also where it was not kept.
         parent_nll: Loss without the adapter; None for full fine-tuning, which leaves no parent behind.
         chose_sparsity: Ids of the rows that chose the mask's size, see ``mask_sparsity_auto``.
+        objective: What was trained for. Of dpo the losses are in nats per pair, of grpo 1 for a wrong answer and 0 for
+            a right one, and each row counts as one token.
     """
 
     model_config = ConfigDict(allow_inf_nan=True)
@@ -53,6 +55,7 @@ class HeldoutLosses(FileModel):
     nll: list[float]
     parent_nll: list[float] | None = None
     chose_sparsity: list[str] = []
+    objective: str = "sft"
 
 
 class Budget(FileModel):
@@ -63,7 +66,7 @@ class Budget(FileModel):
 
 
 class Verdict(FileModel):
-    """The mask minus its parent on held-out rows, in nats per token: below 0 the mask is better.
+    """The mask minus its parent on held-out rows, in the unit of its objective: below 0 the mask is better.
 
     Attributes:
         difference: Of the losses, weighted by tokens; None where a loss is not finite.
@@ -74,6 +77,7 @@ class Verdict(FileModel):
         kept: Whether the mask was written; False: an adapter that removes nothing was.
         sparsity: Fraction removed by the mask that was compared; None where ``mask_sparsity_auto`` did not choose it.
         budgets: The path of sizes that it was chosen from.
+        objective: What was trained for, and measured.
     """
 
     difference: float | None
@@ -84,6 +88,7 @@ class Verdict(FileModel):
     kept: bool
     sparsity: float | None = None
     budgets: list[Budget] | None = None
+    objective: str = "sft"
 
     def __str__(self) -> str:
         size = "" if self.sparsity is None else f" of {100 * self.sparsity:g} %"
@@ -91,7 +96,8 @@ class Verdict(FileModel):
         if self.difference is None:
             return f"{better}: its loss is not finite"
         interval = f"[{self.ci_low:+.4f}, {self.ci_high:+.4f}]"
-        return f"{better}: {self.difference:+.4f} nats/token, 95 % {interval}, on {self.num_rows:,} held-out rows"
+        unit = OBJECTIVES[self.objective][1]
+        return f"{better}: {self.difference:+.4f} {unit}, 95 % {interval}, on {self.num_rows:,} held-out rows"
 
 
 def read_heldout(folder: str | Path) -> HeldoutLosses:
@@ -108,6 +114,7 @@ class RowMeter:
     args: TrainingArguments
     pad_token_id: int
     context: Callable = nullcontext
+    objective = "sft"
 
     def __call__(self, rows: Dataset) -> RowLosses:
         """Losses of the rows, in their order."""
@@ -157,6 +164,7 @@ def judge(
         nll=[nll for nll, _ in losses],
         parent_nll=None if parent is None else [nll for nll, _ in parent],
         chose_sparsity=[ids[n] for n in chosen_by],
+        objective=meter.objective,
     )
     judging = sorted(set(range(len(ids))) - set(chosen_by))
     if not isinstance(config, MaskConfig) or len(judging) < MIN_ROWS:
@@ -172,6 +180,7 @@ def judge(
         kept=is_better or method.keep_worse or method.method != "mask",
         sparsity=config.sparsity if budgets else None,
         budgets=budgets,
+        objective=meter.objective,
     )
 
 
@@ -258,7 +267,7 @@ def never_worse(
     data: Prepared,
     config: TrainConfig,
     training: TrainingArguments,
-    trainer: MaskSFTTrainer | None = None,
+    trainer: MaskTrainer | None = None,
 ) -> tuple[HeldoutLosses | None, Verdict | None]:
     """Compare what was trained with its parent on the held-out rows; a mask that is not better removes nothing.
 
@@ -268,7 +277,9 @@ def never_worse(
     if training.eval_strategy == "no":
         return None, None
     meter = RowMeter(model, training, tokenizer.pad_token_id or 0)
-    if trainer is not None:
+    if trainer is not None and trainer.meter is not None:
+        meter = trainer.meter
+    elif trainer is not None:
         whole = trainer.accelerator.unwrap_model(trainer.model)
         meter = replace(meter, model=whole, context=trainer.compute_loss_context_manager)
     losses, verdict = judge(model, data.heldout, meter, config.method, config.data.split_seed)
