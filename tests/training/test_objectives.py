@@ -78,7 +78,10 @@ def test_dpo_is_measured_by_its_own_loss(call, base, pairs, tmp_path):
     for a in range(6):
         for b in range(6):
             prompt = f"{a}+{b}="
-            gain = [log_prob(masked, tokenizer, prompt, t) - log_prob(plain, tokenizer, prompt, t) for t in (f"{a + b}", "no")]
+            gain = [
+                log_prob(masked, tokenizer, prompt, t) - log_prob(plain, tokenizer, prompt, t)
+                for t in (f"{a + b}", "no")
+            ]
             losses.append(math.log1p(math.exp(-0.5 * (gain[0] - gain[1]))))
     assert all(min(abs(loss - each) for each in losses) < 1e-5 for loss in found.nll)
 
@@ -88,7 +91,9 @@ def test_pairs_have_the_tokens_that_trl_gives_them(is_chat):
     tokenizer = tiny_tokenizer()
     row = {"prompt": "2+2=", "chosen": "4", "rejected": "42"}  # "42" is one token, and "=4" is two
     if is_chat:
-        row = {key: [{"role": "user" if key == "prompt" else "assistant", "content": text}] for key, text in row.items()}
+        row = {
+            key: [{"role": "user" if key == "prompt" else "assistant", "content": text}] for key, text in row.items()
+        }
     example = from_preference(row, is_chat, "prompt", "chosen", "rejected")
     trainer = SimpleNamespace(_tokenizer=tokenizer)
     config = SimpleNamespace(dataset_num_proc=None, max_length=None)

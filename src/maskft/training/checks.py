@@ -6,8 +6,8 @@ from .. import runtime
 from ..errors import UserError
 from .arguments import TrainConfig
 from .launch import check_deepspeed, check_mask_sharding
-from .objectives import check_objective
 from .method_arguments import COMBINED_METHODS, FIXED_MASK_METHODS, MethodArguments, mask_config
+from .objectives import check_objective
 from .trackers import check_trackers
 
 

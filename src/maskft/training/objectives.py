@@ -1,4 +1,4 @@
-"""What is trained for: likelihood of answers (sft), preferences (dpo), or answers that are right (grpo); TRL's trainers.
+"""What is trained for: likelihood of answers (sft), preferences (dpo), right answers (grpo); TRL's trainers of each.
 
 Held-out rows are measured by what is trained for, so that the best checkpoint and the verdict on the mask are about it.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -48,7 +48,10 @@ def make_trainer(
     args = trainer_arguments(training, is_resumed)
     if method.objective == "sft":
         columns = ["input_ids", "labels"]
-        sets = {"train_dataset": data.train.select_columns(columns), "eval_dataset": data.heldout.select_columns(columns)}
+        sets = {
+            "train_dataset": data.train.select_columns(columns),
+            "eval_dataset": data.heldout.select_columns(columns),
+        }
         return MaskSFTTrainer(model=model, args=args, processing_class=tokenizer, **sets)
     make = _preference_trainer if method.objective == "dpo" else _answer_trainer
     return make(model, tokenizer, data, method, _objective_config(args, method))
@@ -86,7 +89,7 @@ def objective_options(method: MethodArguments) -> dict[str, Any]:
     except json.JSONDecodeError:
         pass  # still a text, so refused below
     if not isinstance(options, Mapping):
-        raise UserError(f"objective_options is {options!r}; write a JSON object such as '{{\"loss_type\": \"ipo\"}}'")
+        raise UserError(f'objective_options is {options!r}; write a JSON object such as \'{{"loss_type": "ipo"}}\'')
     return {name: value for name, value in given.items() if value is not None} | dict(options)
 
 
@@ -295,7 +298,7 @@ def _by_id(rows: Dataset, kept: Sequence[str], column: str, objective: str) -> l
         "rejected": "a completion that is not wanted: columns prompt, chosen and rejected",
         "answer": "an answer to check: a column answer beside the question",
     }[column]
-    found = {name: row for name, row in zip(row_ids(rows), rows, strict=True)}
+    found = dict(zip(row_ids(rows), rows, strict=True))
     missing = sum(row.get(column) is None for row in found.values())
     if missing:
         raise UserError(f"objective {objective} needs {needs}; {missing:,} of {len(found):,} rows have none")
