@@ -137,12 +137,17 @@ def _small_text(file: Path, max_bytes: int) -> str:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file whole or not at all (temporary file beside it, then renamed); missing folders are made."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file as ``write_text`` does."""
     path = Path(path)
     temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

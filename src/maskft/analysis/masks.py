@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from ..adapter.algebra import agreement
 from ..adapter.mask_set import MaskSet, read_config
 from ..errors import UserError
 from ..files import digest
@@ -100,47 +100,6 @@ def describe_mask(masks: MaskSet, config, weights: Mapping[str, Tensor]) -> dict
         "by_magnitude_decile": {name: decile_shares(mask, weights[name]) for name, mask in masks.items()},
         "removed_per_row": {name: (~mask).sum(1).tolist() for name, mask in masks.items()},
         "removed_per_column": {name: (~mask).sum(0).tolist() for name, mask in masks.items()},
-    }
-
-
-# How alike
-
-
-def agreement(first: MaskSet, second: MaskSet) -> dict[str, float | int | None]:
-    """What two masks remove in common, against two masks of the same counts per matrix whose places are random.
-
-    Under chance the common number in a matrix of N weights, n1 and n2 removed, is hypergeometric: mean n1 n2 / N,
-    variance n1 n2 (N - n1)(N - n2) / (N^2 (N - 1)). A large z-score says that the places depend on something that both
-    masks share: the data, but also the magnitude of the weights, or an equal random start of the scores
-    (``mask_seed``). Only modules that both cover count; sparsities may differ.
-
-    Returns:
-        ``num_common`` removed by both, ``expected``, ``z_score`` (None without variance), ``jaccard``,
-        ``jaccard_expected`` (of the expected number), ``num_modules``.
-
-    Raises:
-        UserError: If the masks have no module in common, or shapes differ.
-    """
-    names = sorted(first.keys() & second.keys())
-    if not names:
-        raise UserError("two masks that cover no common module cannot agree; compare masks of the same layers")
-    common, expected, variance, removed = 0, 0.0, 0.0, 0
-    for name in names:
-        a, b = ~first[name], ~second[name]
-        if a.shape != b.shape:
-            raise UserError(f"{name} has shape {tuple(a.shape)} and {tuple(b.shape)}; the masks have other base models")
-        n, n1, n2 = a.numel(), int(a.sum()), int(b.sum())
-        common += int((a & b).sum())
-        expected += n1 * n2 / n
-        variance += n1 * n2 * (n - n1) * (n - n2) / (n**2 * max(n - 1, 1))
-        removed += n1 + n2
-    return {
-        "num_common": common,
-        "expected": expected,
-        "z_score": (common - expected) / math.sqrt(variance) if variance else None,
-        "jaccard": common / (removed - common) if removed else 1.0,
-        "jaccard_expected": expected / (removed - expected) if removed else 1.0,
-        "num_modules": len(names),
     }
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "report": "put your results into the paper's tables, beside the paper's figures",
     "merge": "apply a mask to its base model and write an ordinary checkpoint",
     "inspect": "show what an adapter removes, module by module",
+    "masks": "combine, compare and export masks over one base, without a model",
     "verify": "check an adapter's integrity, and that it fits a base model",
     "env": "print versions and machine facts for a bug report",
 }
