@@ -1,0 +1,89 @@
+"""Print the evidence of a study as Markdown: each model against several controls, and what it forgot.
+
+python recipes/evidence.py runs/NAME "full" "warm restart of full" "random damage of mask, 30 %, refit"
+
+A row for each model of the study; under each control the difference in the first task's metric (the last of it that is
+measured item by item, accuracy where there is one), with its 95 % interval over seeds and items, bold where Holm's
+correction over the column leaves it distinguishable. Lower is better for losses, higher for accuracies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from maskft import files
+from maskft.errors import UserError
+from maskft.results.compare import compare, scores
+from maskft.results.schema import Result, read_result
+
+BEFORE = "before: "
+
+
+def main(folder: Path, controls: list[str]) -> str:
+    """Return the table of the study whose results are in ``folder``."""
+    results = [read_result(file) for file in sorted((folder / files.RESULTS).rglob(files.RESULT))]
+    names = list(dict.fromkeys(result["name"] for result in results))
+    for control in controls:
+        if control not in names:
+            raise UserError(f"no model {control!r} in {folder}; there are: {', '.join(names)}")
+    task = next(name for name in results[0]["tasks"] if not name.startswith(BEFORE))
+    metrics = list(results[0]["tasks"][task]["metrics"])
+    earlier = [name for name in results[0]["tasks"] if name.startswith(BEFORE)]
+    columns = [f"{metric}" for metric in metrics]
+    columns += [f"{metric} against {control}" for control in controls for metric in metrics]
+    columns += [f"{name}, {metric}" for name in earlier for metric in results[0]["tasks"][name]["metrics"]]
+    columns += ["tokens, its own", "adapter (bytes)"]
+    reached = {(s.model, s.task, s.metric): s for s in scores(results)}
+    compared = {
+        (control, row.method, row.metric): row
+        for control in controls
+        for row in compare(results, control, tasks=[task]).differences
+    }
+    lines = ["| model | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    for name in names:
+        cells = [_score(reached[name, task, metric]) for metric in metrics]
+        cells += [_difference(compared.get((control, name, metric))) for control in controls for metric in metrics]
+        cells += [
+            _score(reached[name, other, metric])
+            for other in earlier
+            for metric in results[0]["tasks"][other]["metrics"]
+        ]
+        of_model = [result for result in results if result["name"] == name]
+        tokens = sum(result["study"]["tokens"] for result in of_model) / len(of_model)
+        lines.append(f"| {name} | " + " | ".join([*cells, f"{tokens:,.0f}", _bytes(folder, of_model)]) + " |")
+    return "\n".join(lines)
+
+
+def _score(score) -> str:
+    scale, digits = (100, 1) if score.unit == "fraction" else (1, 4)
+    error = "" if score.stderr is None else f" ± {scale * score.stderr:.{digits}f}"
+    return f"{scale * score.value:.{digits}f}{error}"
+
+
+def _difference(row) -> str:
+    if row is None:
+        return ""
+    scale, digits = (100, 1) if row.unit == "fraction" else (1, 3)
+    numbers = [scale * number for number in (row.difference, row.ci_low, row.ci_high)]
+    text = f"{numbers[0]:+.{digits}f} [{numbers[1]:.{digits}f}, {numbers[2]:.{digits}f}]"
+    return text if row.verdict == "not distinguishable" else f"**{text}**"
+
+
+def _bytes(folder: Path, results: list[Result]) -> str:
+    """Mean size of the masks' files; a dash for what is no adapter."""
+    found = [folder / files.RUNS / result["study"]["run"] / files.ADAPTER_WEIGHTS for result in results]
+    sizes = [file.stat().st_size for file in found if file.is_file()]
+    return f"{sum(sizes) / len(sizes):,.0f}" if sizes else "–"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="the study's folder")
+    parser.add_argument("controls", nargs="+", help="names of models that the others are compared with")
+    given = parser.parse_args()
+    try:
+        print(main(given.folder, given.controls))
+    except UserError as error:
+        sys.exit(f"error: {error}")
