@@ -31,9 +31,10 @@ def main(folder: Path, controls: list[str]) -> str:
     task = next(name for name in results[0]["tasks"] if not name.startswith(BEFORE))
     metrics = list(results[0]["tasks"][task]["metrics"])
     earlier = [name for name in results[0]["tasks"] if name.startswith(BEFORE)]
-    columns = [f"{metric}" for metric in metrics]
+    before = [(name, metric) for name in earlier for metric in results[0]["tasks"][name]["metrics"]]
+    columns = [*metrics]
     columns += [f"{metric} against {control}" for control in controls for metric in metrics]
-    columns += [f"{name}, {metric}" for name in earlier for metric in results[0]["tasks"][name]["metrics"]]
+    columns += [f"{name}, {metric}" for name, metric in before]
     columns += ["tokens, its own", "adapter (bytes)"]
     reached = {(s.model, s.task, s.metric): s for s in scores(results)}
     compared = {
