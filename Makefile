@@ -7,7 +7,7 @@ SOURCES := src tests benchmarks recipes examples docs
 # Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow bench quality style clean
+.PHONY: demo test test-slow bench docs quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
@@ -15,11 +15,16 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(PYTEST) --dist loadfile --no-loadscope-reorder
 
-test-slow: $(VENV)/.test $(VENV)/.demo $(VENV)/.ray $(VENV)-judge/.judge
+test-slow: $(VENV)/.test $(VENV)/.docs $(VENV)/.demo $(VENV)/.ray $(VENV)-judge/.judge
 	MASKFT_JUDGE_PYTHON=$(CURDIR)/$(VENV)-judge/bin/python $(PYTEST) -m slow
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
+
+# --strict: a link that leads nowhere is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open build/site/index.html"
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)
@@ -61,6 +66,10 @@ $(VENV)/.bench: $(VENV)/.base
 $(VENV)-judge/.judge:
 	$(PYTHON) -m venv $(VENV)-judge
 	$(VENV)-judge/bin/python -m pip install --quiet 'llama-cpp-python[server]>=0.3.10'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base

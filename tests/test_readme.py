@@ -45,13 +45,13 @@ def test_command_lines(users_folder, capsys):
 
 def test_readme_is_short_and_its_links_lead_somewhere():
     assert len(README.splitlines()) <= 150
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md")):
         for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)|src(?:set)?=\"([^\"]+)\"", page.read_text()):
             assert (page.parent / "".join(target)).exists(), f"{page.name} links to {''.join(target)}"
 
 
 def test_files_and_names_in_the_docs_exist():
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")):
         if page.name == "LOG.md":
             continue  # it is about files as they were
         for folder, name, member in re.findall(r"`((?:\w+/)*)(\w+\.py)(?:: (\w+)[^`]*)?`", page.read_text()):
@@ -69,7 +69,7 @@ def test_the_architecture_page_names_every_module():
 
 
 def test_prose_is_wrapped_at_100_columns():
-    pages = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))
+    pages = (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
     lines = [(p.name, n, line) for p in pages for n, line in enumerate(p.read_text().splitlines(), 1)]
     assert not [f"{p}:{n}: {len(line)} columns" for p, n, line in lines if len(line) > 100 and line[0] != "|"]
 

@@ -1,0 +1,88 @@
+"""Hooks of mkdocs: pages of the reference from the source tree, and links to files that are not part of the site."""
+
+from __future__ import annotations
+
+import ast
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "maskft"
+_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)(?:#[^)]*)?\)")
+
+
+def on_files(files, config):
+    """Add a page per room of ``src/maskft``, and one for the files of the root."""
+    rooms = sorted(path.parent for path in SOURCE.glob("*/__init__.py"))
+    for room in (SOURCE, *rooms):
+        name = f"reference/{room.name}.md"
+        files.append(File.generated(config, name, content=_reference(room)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Links that lead out of ``docs/`` name the file in the repository instead."""
+    here = posixpath.dirname(page.file.src_uri)
+
+    def out(match: re.Match) -> str:
+        text, target = match.groups()
+        path = posixpath.normpath(posixpath.join(here, target))
+        if not path.startswith("../"):
+            return match.group()
+        path = path.removeprefix("../")
+        if not (ROOT / path).exists():
+            raise FileNotFoundError(f"{page.file.src_uri} links to {target}, which is not in the repository")
+        return f"`{path}`" if text.strip("`") == path else f"{text} (`{path}`)"
+
+    return _LINK.sub(out, markdown)
+
+
+def on_page_content(html, page, config, files):
+    """Roles of Sphinx in docstrings are plain code here."""
+    return re.sub(r":(?:class|func|mod|meth|data):(?=<code>)", "", html)
+
+
+def _reference(room: Path) -> str:
+    is_root = room == SOURCE
+    title = "Reference: maskft" if is_root else f"Reference: maskft.{room.name}"
+    paths = [path for path in sorted(room.glob("*.py")) if not path.name.startswith("_") and _is_public(path)]
+    doc = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))) or ""
+    prefix = "maskft" if is_root else f"maskft.{room.name}"
+    shown = "::: {}\n    options: {{show_root_full_path: true}}\n\n{}"
+    modules = [shown.format(f"{prefix}.{path.stem}", _options(path)) for path in paths]
+    return "\n".join([f"# {title}\n", doc, "", *modules])
+
+
+def _options(path: Path) -> str:
+    """Tables of the fields whose help is in their metadata, which are the options of a command or of a configuration."""
+    tables = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        rows = [_option(field) for field in node.body] if isinstance(node, ast.ClassDef) else []
+        rows = [row for row in rows if row]
+        if rows:
+            head = f"### Fields of {node.name}\n\n| field | type | default | meaning |\n|---|---|---|---|\n"
+            tables.append(head + "\n".join(rows) + "\n")
+    return "\n".join(tables)
+
+
+def _option(node: ast.stmt) -> str | None:
+    if not (isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)):
+        return None
+    given = {keyword.arg: keyword.value for keyword in node.value.keywords}
+    if not isinstance(given.get("metadata"), ast.Dict):
+        return None
+    texts = {ast.literal_eval(key): value for key, value in zip(given["metadata"].keys, given["metadata"].values)}
+    if not isinstance(texts.get("help"), ast.Constant):
+        return None
+    default = ast.unparse(given["default"]) if "default" in given else "see the text"
+    cells = (f"`{ast.unparse(node.target)}`", f"`{ast.unparse(node.annotation)}`", f"`{default}`", texts["help"].value)
+    return "| " + " | ".join(cell.replace("%%", "%").replace("|", "\\|") for cell in cells) + " |"
+
+
+def _is_public(path: Path) -> bool:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    named = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign)]
+    return bool(named)
