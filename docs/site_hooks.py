@@ -57,7 +57,7 @@ def _reference(room: Path) -> str:
 
 
 def _options(path: Path) -> str:
-    """Tables of the fields whose help is in their metadata, which are the options of a command or of a configuration."""
+    """Tables of the fields whose help is in their metadata: options of a command or of a configuration."""
     tables = []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         rows = [_option(field) for field in node.body] if isinstance(node, ast.ClassDef) else []
@@ -74,7 +74,10 @@ def _option(node: ast.stmt) -> str | None:
     given = {keyword.arg: keyword.value for keyword in node.value.keywords}
     if not isinstance(given.get("metadata"), ast.Dict):
         return None
-    texts = {ast.literal_eval(key): value for key, value in zip(given["metadata"].keys, given["metadata"].values)}
+    texts = {
+        ast.literal_eval(key): value
+        for key, value in zip(given["metadata"].keys, given["metadata"].values, strict=True)
+    }
     if not isinstance(texts.get("help"), ast.Constant):
         return None
     default = ast.unparse(given["default"]) if "default" in given else "see the text"

@@ -1,4 +1,4 @@
-"""Every code block of docs/guides is run, in order, beside a tiny model and the files that guides talk about; the site."""
+"""Every code block of docs/guides is run, in order, beside a tiny model and files; the site."""
 
 import json
 import re
