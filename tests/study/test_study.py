@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 
 from killing import kill_now_and_then
@@ -23,6 +22,7 @@ from maskft.study.execute import Study, is_control, launch_words, make, partial_
 from maskft.study.process import run_command
 from maskft.study.recipe import parse_recipe
 from maskft.study.record import build_record, read_record, write_record
+<<<<<<< HEAD
 from maskft.study.warm import PYTHON
 
 
@@ -74,6 +74,9 @@ def outcome(folder):
     out["summary"] = (folder / files.SUMMARY.format("small")).read_text()
     out["table"] = (folder / files.STUDY_TABLE.format("small")).read_text()
     return out
+=======
+from small_study import FULL, MASK, outcome, recipe, write
+>>>>>>> c22e408 (A finished study notices damaged files and makes them again)
 
 
 def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys):

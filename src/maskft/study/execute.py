@@ -1,8 +1,8 @@
 """Making one run: train in a process of its own, account for it, evaluate its models.
 
-A run is finished when ``run.json`` is there, an evaluation when its ``result.json`` is; both are written last, whole.
-Everything before may be cut off at any moment: training is resumed from its last whole checkpoint, the rest is made
-again.
+A run is finished when ``run.json`` is there and the files that it names are what was written, an evaluation when its
+``result.json`` can be read; both are written last, whole. Everything before may be cut off at any moment: training is
+resumed from its last whole checkpoint, the rest is made again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..results.schema import DOMAINS, Result, read_result, write_result
 from ..runtime import environment
 from ..training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS
+from .damage import damage_of_result, damage_of_run, is_whole_result, move_aside, written_files
 from .identity import data_hash, evaluation_id, evaluation_identity
 from .plan import BEST, LAST, StudyRun
 from .process import command_words, run_command
@@ -94,12 +95,26 @@ class Study:
         return Heldout(math.inf if loss is None else loss, dict(zip(rows["ids"], pairs, strict=True)))
 
     def is_trained(self, run: StudyRun) -> bool:
-        """Whether the run's models are there."""
-        return (self.run_folder(run) / files.RUN).is_file()
+        """Whether the run's models are there, as they were written."""
+        folder = self.run_folder(run)
+        return (folder / files.RUN).is_file() and damage_of_run(folder) is None
 
     def is_done(self, run: StudyRun) -> bool:
         """Whether the run and all its evaluations are finished."""
-        return self.is_trained(run) and all(self.result_file(run, role).is_file() for role in run.labels)
+        return self.is_trained(run) and all(is_whole_result(self.result_file(run, role)) for role in run.labels)
+
+    def set_aside_damaged(self, run: StudyRun) -> Iterator[str]:
+        """Move what of a finished run is damaged out of the way, so that it is made again; yields a line for each."""
+        folder = self.run_folder(run)
+        problem = damage_of_run(folder) if (folder / files.RUN).is_file() else None
+        if problem:
+            self._finished_before.pop(run.hash, None)
+            yield f"{run.title}: {problem}; moved to {move_aside(folder, self.folder)}, the run is made again"
+        for role in run.labels:
+            file = self.result_file(run, role)
+            problem = damage_of_result(file) if file.is_file() else None
+            if problem:
+                yield f"{problem}; moved to {move_aside(file.parent, self.folder)}, it is measured again"
 
     def call(self, words: list[str], log: Path, tick: Tick) -> None:
         """Run a command to its end; the study's lock is held as long."""
@@ -142,12 +157,13 @@ def make(study: Study, run: StudyRun, tick: Tick = lambda: None) -> None:
     """
     if not study.is_trained(run):
         folder = study.run_folder(run)
-        write_record(folder, _train(study, run, tick))
+        record = _train(study, run, tick)
+        write_record(folder, record.model_copy(update={"files": written_files(folder)}))
         study._finished_before.setdefault(run.hash, folder)
     for checkpoint in study.run_folder(run).glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     for role in run.labels:
-        if not study.result_file(run, role).is_file():
+        if not is_whole_result(study.result_file(run, role)):
             _evaluate(study, run, role, tick)
 
 
@@ -226,11 +242,11 @@ def _inside(folder: Path, name: str) -> str:
 def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
     """Evaluate one of the run's models, or copy the result of the same model where there is one."""
     target = study.result_file(run, role)
-    file = next((file for file in _results_of_the_same(study, run, role) if file.is_file()), None)
+    file = next(filter(is_whole_result, _results_of_the_same(study, run, role)), None)
 
     def measured(folder: Path, options: dict) -> Result:
         """Result of one call of ``maskft evaluate``, made unless it is there."""
-        if not (folder / files.RESULT).is_file():
+        if not is_whole_result(folder / files.RESULT):
             words = evaluation_words(_model_options(study, run, role, folder) | options)
             study.call([*PYTHON, "evaluate", *words], study.run_folder(run) / files.LOG, tick)
         return read_result(folder / files.RESULT)

@@ -42,6 +42,7 @@ class RunRecord(FileModel):
     total_tokens: dict[str, int]
     train_time_s: float | None
     peak_memory_bytes: int | None  # of one process
+    files: dict[str, str] = {}  # name in the run's folder -> sha256; none in records of earlier versions
 
 
 def read_record(folder: Path) -> RunRecord:

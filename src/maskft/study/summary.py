@@ -10,6 +10,7 @@ from ..files import write_text
 from ..results.compare import compare, scores
 from ..results.schema import Result, read_result
 from ..results.text import Table, brief_metric, draw, render, render_brief, render_scores, sentence, wrap
+from .damage import is_whole_result
 from .execute import Study
 from .plan import BEST, LAST, Plan
 
@@ -31,7 +32,7 @@ def summarise(study: Study, plan: Plan, is_brief: bool = False) -> str:
             for run in plan.runs
             if run.model == model
             for role in run.labels
-            if study.result_file(run, role).is_file()
+            if is_whole_result(study.result_file(run, role))
         ]
         if not results:
             continue
