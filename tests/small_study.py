@@ -39,7 +39,7 @@ def write(folder, content):
     return file
 
 
-def outcome(folder):
+def outcome(folder, name="small"):
     """Everything a study leaves for tables, without times, and the weights it ends with."""
     out = {}
     for file in sorted(folder.glob(f"{files.RESULTS}/*/{files.RESULT}")):
@@ -53,6 +53,6 @@ def outcome(folder):
         out[f"{file.parent.name} record"] = record
     for file in sorted(folder.glob(f"{files.RUNS}/**/*.safetensors")):
         out[str(file.relative_to(folder))] = file.read_bytes()
-    out["summary"] = (folder / files.SUMMARY.format("small")).read_text()
-    out["table"] = (folder / files.STUDY_TABLE.format("small")).read_text()
+    out["summary"] = (folder / files.SUMMARY.format(name)).read_text()
+    out["table"] = (folder / files.STUDY_TABLE.format(name)).read_text()
     return out
