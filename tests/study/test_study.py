@@ -22,61 +22,8 @@ from maskft.study.execute import Study, is_control, launch_words, make, partial_
 from maskft.study.process import run_command
 from maskft.study.recipe import parse_recipe
 from maskft.study.record import build_record, read_record, write_record
-<<<<<<< HEAD
 from maskft.study.warm import PYTHON
-
-
-def recipe(base, data, methods):
-    return {
-        "version": 1,
-        "name": "small",
-        "model": str(base),
-        "data": {"sums": {"dataset_name": str(data), "eval_split_size": 16}},
-        "train": {
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "eval_steps": 3,
-            "save_steps": 3,
-            "logging_steps": 1,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "report_to": "none",
-        },
-        "methods": methods,
-        "evaluation": {"heldout": {"dataset_name": str(data), "max_eval_samples": 20}, "max_new_tokens": 2},
-    }
-
-
-FULL = {"method": "full", "num_train_epochs": 2, "last": "continued"}
-MASK = {"method": "mask", "from": "full", "num_train_epochs": 1, "last": "complete"}
-
-
-def write(folder, content):
-    file = folder / "study.yaml"
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
-    return file
-
-
-def outcome(folder):
-    """Everything a study leaves for tables, without times, and the weights it ends with."""
-    out = {}
-    for file in sorted(folder.glob(f"{files.RESULTS}/*/{files.RESULT}")):
-        result = json.loads(file.read_text())
-        del result["created"]
-        out[file.parent.name] = result
-    for file in sorted(folder.glob(f"{files.RUNS}/*/{files.RUN}")):
-        record = json.loads(file.read_text())
-        del record["train_time_s"], record["peak_memory_bytes"]
-        out[f"{file.parent.name} record"] = record
-    for file in sorted(folder.glob(f"{files.RUNS}/**/*.safetensors")):
-        out[str(file.relative_to(folder))] = file.read_bytes()
-    out["summary"] = (folder / files.SUMMARY.format("small")).read_text()
-    out["table"] = (folder / files.STUDY_TABLE.format("small")).read_text()
-    return out
-=======
 from small_study import FULL, MASK, outcome, recipe, write
->>>>>>> c22e408 (A finished study notices damaged files and makes them again)
 
 
 def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys):
