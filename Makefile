@@ -7,7 +7,7 @@ SOURCES := src tests benchmarks recipes examples docs
 # Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow bench docs quality style clean
+.PHONY: demo test test-slow test-oldest bench docs quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
@@ -17,6 +17,10 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test $(VENV)/.docs $(VENV)/.demo $(VENV)/.ray $(VENV)-judge/.judge
 	MASKFT_JUDGE_PYTHON=$(CURDIR)/$(VENV)-judge/bin/python $(PYTEST) -m slow
+
+# The lowest versions that pyproject.toml admits. TESTS=tests/tuner runs a part.
+test-oldest: $(VENV)-oldest/.test
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
@@ -54,6 +58,12 @@ $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -e '.[test,demo]'
 	@touch $@
 
+$(VENV)-oldest/.test: pyproject.toml tests/oldest_versions.py
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(PYTHON) tests/oldest_versions.py > $(VENV)-oldest/lowest.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet -c $(VENV)-oldest/lowest.txt -e '.[test,demo]'
+	@touch $@
+
 $(VENV)/.ray: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -e '.[ray]'
 	@touch $@
@@ -77,4 +87,4 @@ $(VENV)/.dev: $(VENV)/.base
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-judge runs build dist
+	rm -rf $(VENV) $(VENV)-judge $(VENV)-oldest runs build dist

@@ -1,6 +1,8 @@
 """Models come as weights and settings; what else lies in their folder is not run."""
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 
@@ -23,3 +25,15 @@ def test_code_in_the_folder_of_a_model_is_not_run(load, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot"):
         load(str(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+def test_every_call_that_could_run_such_code_says_that_it_does_not():
+    found = 0
+    for file in (Path(__file__).parents[1] / "src" / "maskft").rglob("*.py"):
+        for call in [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]:
+            name = ast.unparse(call.func)
+            if name == "VLLM" or (name.startswith("Auto") and name.endswith((".from_pretrained", ".from_config"))):
+                said = {keyword.arg or ast.unparse(keyword.value) for keyword in call.keywords}
+                assert said & {"trust_remote_code", "_NO_CODE"}, f"{file.name}, line {call.lineno}: {name}"
+                found += 1
+    assert found >= 9

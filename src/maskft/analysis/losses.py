@@ -95,7 +95,7 @@ def count_parameters(source: str) -> tuple[int, int]:
     """Number of parameters of a model (tied ones once) and size of its vocabulary, without loading its weights."""
     config = load_config(source)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters()), config.get_text_config().vocab_size
 
 

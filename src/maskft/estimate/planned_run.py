@@ -246,9 +246,8 @@ def meta_model(config, dtype: torch.dtype | None = None, attention: str | None =
     # Flash attention, from whatever package, keeps what sdpa keeps.
     attention = "sdpa" if attention and attention not in ("eager", "sdpa") else attention
     try:
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, **({"attn_implementation": attention} if attention else {})
-        )
+        named = {"attn_implementation": attention} if attention else {}
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False, **named)
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
         raise UserError(f"the configuration makes no causal language model: {first_line(error)}") from error
     if not layer_indices(name for name, _ in model.named_modules()):

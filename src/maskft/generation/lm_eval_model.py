@@ -104,4 +104,4 @@ def vllm_model(source: str, dtype: str):
     """lm-eval's model for vLLM."""
     from lm_eval.models.vllm_causallms import VLLM
 
-    return VLLM(pretrained=source, dtype=dtype, batch_size="auto")
+    return VLLM(pretrained=source, dtype=dtype, batch_size="auto", trust_remote_code=False)

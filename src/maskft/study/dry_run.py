@@ -148,7 +148,7 @@ def model_facts(recipe_facts: Facts, model: str) -> Facts:
 
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(config)
+        whole = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     from ..tuner.targets import maskable_names
 
     num_layers = config.num_hidden_layers
