@@ -14,6 +14,18 @@ class NotFiniteError(UserError):
     """A loss, gradient or score became NaN or infinite."""
 
 
+class Stopped(Exception):
+    """Training was stopped by a signal, after a step that was saved.
+
+    Attributes:
+        status: Exit status of the process, 128 and the signal.
+    """
+
+    def __init__(self, signal: int, message: str):
+        super().__init__(message)
+        self.status = 128 + signal
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest of ``options``, or an empty string when none is close."""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)

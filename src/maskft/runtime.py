@@ -41,6 +41,8 @@ PACKAGES = (
 
 # Processes
 
+COMMAND = "MASKFT_COMMAND"  # in the environment of processes that a launcher started: the command it was given
+
 
 def is_main() -> bool:
     """Whether this process is the one that prints and writes."""

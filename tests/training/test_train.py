@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,10 +19,8 @@ import tiny
 from maskft.adapter.mask_set import MaskSet
 from maskft.cli.main import main
 from maskft.cli.train import parse
-from maskft.errors import UserError
 from maskft.files import ADAPTER_WEIGHTS, LAST, TRAINING
 from maskft.training.arguments import TrainingArguments
-from maskft.training.checkpoints import _last_whole_checkpoint, prepare_output_dir
 from maskft.training.record import read_record
 from maskft.training.train import train
 from tiny_tokenizer import tiny_tokenizer
@@ -152,38 +149,6 @@ def test_without_evaluation_the_last_step_is_kept(arguments, tmp_path, capsys):
     status, err = run(arguments(eval_strategy="no"), capsys)
     assert status == 0 and "saved to" in err and "best" not in err.splitlines()[-1]
     assert MaskSet.from_adapter(tmp_path / "out").sparsity == pytest.approx(0.1, abs=1e-3)
-
-
-def test_a_checkpoint_cut_short_is_passed_over(arguments, tmp_path, capsys):
-    options = {"max_steps": 4, "save_steps": 1, "eval_steps": 1, "save_total_limit": 9}
-    run(arguments(**options), capsys)
-    out = tmp_path / "out"
-    expected = (out / ADAPTER_WEIGHTS).read_bytes()
-    (out / "checkpoint-4" / "optimizer.pt").unlink()
-    weights = out / "checkpoint-3" / ADAPTER_WEIGHTS
-    weights.write_bytes(weights.read_bytes()[:50])
-    shards = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (out / "checkpoint-2" / "model.safetensors.index.json").write_text(json.dumps(shards))
-    whole = _last_whole_checkpoint(out, SimpleNamespace(save_only_model=False, world_size=1))
-    assert whole == str(out / "checkpoint-1")
-    status, err = run(arguments(resume_from_checkpoint="true", **options), capsys)
-    assert status == 0, err
-    assert (out / ADAPTER_WEIGHTS).read_bytes() == expected
-
-
-@pytest.mark.parametrize("how", ["true", "auto", "out/checkpoint-4"])
-def test_a_checkpoint_of_other_processes_is_refused(how, arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run(arguments(), capsys)
-    checkpoint = tmp_path / "out" / "checkpoint-4"
-    two = SimpleNamespace(output_dir="out", resume_from_checkpoint=how, world_size=2, save_only_model=False)
-    with pytest.raises(UserError, match="was written by one process, and this run has 2; resume with as many"):
-        prepare_output_dir(two)
-    state = (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
-    (checkpoint / "rng_state_1.pth").write_bytes(state.read_bytes())  # what two processes leave
-    status, err = run(arguments(resume_from_checkpoint=how), capsys)
-    assert status == 2 and err.count("\n") == 1
-    assert "checkpoint-4' was written by 2 processes, and this run has 1; resume with as many" in err
 
 
 def test_a_checkpoint_of_the_model_alone_is_not_resumed_from(arguments, tmp_path, capsys):

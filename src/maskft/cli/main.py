@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shlex
 import sys
 import time
 
 from safetensors import SafetensorError
 
 from .._version import __version__
-from ..errors import UserError, did_you_mean, printable
+from ..errors import Stopped, UserError, did_you_mean, printable
 
 COMMANDS = {
     "demo": "learn a mask on a small model in minutes, and see whether it helped",
@@ -32,6 +33,7 @@ COMMANDS = {
 
 # Seconds that a process of a distributed run waits for the main one to report an error first.
 _PATIENCE_S = 5
+RESUME = "--resume_from_checkpoint"
 
 
 def usage() -> str:
@@ -77,10 +79,22 @@ def main(argv: list[str] | None = None) -> int:
         # A full disk, a file without permission, a missing extra: the machine's word for it is the best there is.
         _print_error(f"{type(error).__name__}: {error}")
         return 2
+    except Stopped as stop:
+        if not int(os.environ.get("RANK", "0")):
+            print(f"maskft: {stop}; to resume:\n{_resume_line(argv)}", file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
         print("maskft: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _resume_line(words: list[str]) -> str:
+    """The command that resumes what ``words`` began; a launcher has put its own into the environment."""
+    from ..runtime import COMMAND
+
+    words = shlex.split(os.environ.get(COMMAND, "")) or ["maskft", *words]
+    return shlex.join([*words, *(() if RESUME in words else (RESUME, "true"))])
 
 
 def _print_error(message: str) -> None:

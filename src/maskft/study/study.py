@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from .plan import Plan, StudyRun
 from .summary import summarise
 from .tuning import Heldout
 
-LOCK_WAIT_S = 30  # a killed study's child needs a moment to end
+LOCK_WAIT_S = 120  # a killed study's child ends its step and saves it
 
 
 def run_study(
@@ -129,20 +128,8 @@ def locked(folder: str | Path) -> Iterator[tuple[Path, int]]:
         The folder as an absolute path, and the file descriptor of the lock.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / files.LOCK).open("a") as lock:
-        deadline = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"another study is running in {str(folder)!r}; wait for it or stop it") from None
-                time.sleep(0.2)
-        yield folder, lock.fileno()
+    with files.held(folder, files.LOCK, LOCK_WAIT_S, "study") as hold:
+        yield folder, hold.descriptor
 
 
 def _blocked(run: StudyRun, failed: dict[StudyRun, str]) -> str | None:

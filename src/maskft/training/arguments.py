@@ -32,7 +32,6 @@ class TrainingArguments(SFTConfig):
     eval_on_start: bool = _default("eval_on_start", True)
     save_strategy: str = _default("save_strategy", "steps")
     save_steps: float = _default("save_steps", 0.1)
-    # With 1 the Trainer deletes the newest at the end: a run killed while it saves its result resumes from the best.
     save_total_limit: int | None = _default("save_total_limit", 2)
     load_best_model_at_end: bool = _default("load_best_model_at_end", True)
     metric_for_best_model: str | None = field(
@@ -55,6 +54,13 @@ class TrainingArguments(SFTConfig):
     eval_limit: int = field(default=100, metadata={"help": "Items of each of eval_tasks, at least 1."})
     eval_data_dir: str | None = field(
         default=None, metadata={"help": "Folder with the published files of eval_tasks. Default: the hub."}
+    )
+    allow_changes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "With resume_from_checkpoint: names of options (or `data`) that may differ from those that the run "
+            "was started with. Default: none."
+        },
     )
     global_batch_size: int | None = field(
         default=None,
@@ -142,6 +148,7 @@ def trainer_arguments(args: TrainingArguments, is_resumed: bool) -> TrainingArgu
             args.max_length = None  # TRL would have to cut rows to it, and refuses
     if args.run_name is None:
         args.run_name = args.output_dir  # by which trackers continue the line of a resumed run
+    args.save_total_limit = None  # `Checkpoints` deletes the oldest, once a new one is whole
     if is_resumed:
         args.eval_on_start = False  # it was measured before the first step; the checkpoint knows it
     return args

@@ -1,4 +1,4 @@
-"""The parts of a run: the base model, what of it is trained, and what is measured along the way."""
+"""The parts of a run: rows, the base model, what of it is trained, and what is measured along the way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, set_seed
 from trl import ModelConfig, get_peft_config
 
 from ..adapter.wrap import add_adapter
-from ..data.prepared import Prepared
+from ..data import tokenize_dataset
+from ..data.arguments import DataArguments
+from ..data.prepared import Prepared, prepare
 from ..errors import UserError, did_you_mean
 from ..evaluation.during_training import TASKS, TrainingEvaluation
 from ..models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
@@ -27,6 +29,24 @@ def load_tokenizer_of(source: ModelConfig, training: TrainingArguments):
     """Tokenizer of the base model, with the chat template that was asked for."""
     check_model_source(source.model_name_or_path)
     return load_tokenizer(source.model_name_or_path, training.chat_template_path, revision=source.model_revision)
+
+
+def load_data(
+    args: DataArguments, training: TrainingArguments, tokenizer, splits: tuple | None, console: Console
+) -> Prepared:
+    """Rows as text and as tokens, read from where ``args`` says or made of the given ``splits``."""
+    how = {
+        "text_field": training.dataset_text_field,
+        "max_length": training.max_length,
+        "completion_only_loss": training.completion_only_loss is not False,
+        "num_proc": training.dataset_num_proc,
+    }
+    if splits is not None:
+        tokenized = (tokenize_dataset(rows, tokenizer, **how) for rows in splits)
+        return Prepared(*splits, *tokenized, report={"counts": {}})
+    data = prepare(args, tokenizer, **how)
+    console.print(f"data: {data.report['text']}", highlight=False)
+    return data
 
 
 def load_base(args: ModelConfig, tokenizer) -> PreTrainedModel:

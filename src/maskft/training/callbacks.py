@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from trl import SFTTrainer
 
 from .. import files, runtime
 from ..adapter.mask_set import MaskSet
-from ..errors import NotFiniteError, UserError
+from ..errors import NotFiniteError, Stopped, UserError
 from ..tuner import MaskConfig, MaskedLinear, set_mask_progress
 from ..tuner.learners import current_sparsity
 from ..tuner.model import refresh_masks
@@ -108,6 +109,7 @@ class StepGuard(TrainerCallback):
         self.trainer = trainer
         self._before: list[tuple[MaskedLinear, torch.Tensor]] = []
         self._undo = None
+        self._is_stopping = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Check that scores can be ranked and that all processes hold the same masks."""
@@ -129,7 +131,7 @@ class StepGuard(TrainerCallback):
             self._undo.remove()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """Stop before a loss or gradient that is not finite is applied."""
+        """Stop before a loss or gradient that is not finite is applied; hear whether any process is to stop."""
         bad_loss = ~self.trainer._loss_is_finite
         self.trainer._loss_is_finite = torch.tensor(True)
         bad_gradient = torch.zeros_like(bad_loss)
@@ -139,9 +141,11 @@ class StepGuard(TrainerCallback):
             total = sum(_local(p.grad).sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None)
             bad_gradient = ~torch.isfinite(torch.as_tensor(total, device=bad_loss.device))
         # The same verdict in every process, or the others would wait for the one that stopped.
-        verdict = runtime.largest(bad_gradient, bad_loss)
-        if verdict:
-            raise NotFiniteError(f"{('gradient', 'loss')[verdict - 1]} is not finite")
+        is_asked_to_stop = torch.full_like(bad_loss, self.trainer.stop.signal is not None)
+        verdict = runtime.largest(is_asked_to_stop, bad_gradient, bad_loss)
+        if verdict > 1:
+            raise NotFiniteError(f"{('gradient', 'loss')[verdict - 2]} is not finite")
+        self._is_stopping = verdict == 1
         if self._is_logged(args, state):
             self._before = [(m, _removed(m)) for m in self._layers(model) if m.effective.value is not None]
 
@@ -155,8 +159,19 @@ class StepGuard(TrainerCallback):
             self.trainer._save_checkpoint(self.trainer.model, trial=None)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Keep the number of tokens where checkpoints keep it."""
+        """Keep the number of tokens where checkpoints keep it; save before stopping."""
         state.num_input_tokens_seen = int(self.trainer._total_train_tokens)
+        control.should_save = control.should_save or self._is_stopping
+
+    def on_save(self, args, state, control, **kwargs):
+        """Stop after the step that was to be the last."""
+        if self._is_stopping:
+            self.trainer.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
+            asked = self.trainer.stop.signal or signal.SIGTERM
+            name = signal.Signals(asked).name
+            raise Stopped(
+                asked, f"stopped by {name} after step {state.global_step} of {state.max_steps}, which is saved"
+            )
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Count flipped and removed mask entries."""

@@ -1,65 +1,121 @@
-"""The output folder: may it be used, is there a checkpoint to resume from, does the disk take it, what is written."""
+"""The output folder and its checkpoints: who may write there, which one is resumed, which are kept."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from rich.console import Console
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from .. import files, runtime
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..tuner import MaskConfig
 from ..tuner.model import current_mask_fingerprint
-from .method_arguments import ADAPTER
+from .arguments import TrainingArguments
+from .manifest import Course, check_course, damage, read_manifest, seal
+from .method_arguments import ADAPTER, UNTRAINED_METHODS
 
+LOCK_WAIT_S = 10  # the workers that load data outlive a killed run by some seconds
+DAMAGED = ".damaged"
+TRAINER_STATE = "trainer_state.json"
 # As the Trainer, FSDP (whole or in shards) and DeepSpeed write it.
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+# What torch says when a file cannot be written; it does not tell why.
+_WRITE_ERRORS = ("iostream", "inline_container", "PytorchStreamWriter", "file write failed", "No space")
+
+Tell = Callable[[str], None]
 
 
-def checkpoint_to_resume(args: SFTConfig) -> str | None:
-    """What the main process finds in the output folder, in every process; see :func:`prepare_output_dir`."""
-    return runtime.decided_by_main(lambda: prepare_output_dir(args))
+@contextmanager
+def held_output(args: SFTConfig, method: str, console: Console) -> Iterator[str | None]:
+    """Hold the output folder against other runs, and yield the checkpoint to resume from, if any.
+
+    The main process looks; what it finds, or its error, is that of every process.
+    """
+    hold = files.held(Path(args.output_dir), files.TRAIN_LOCK, LOCK_WAIT_S, "run")
+    is_ours = runtime.decided_by_main(lambda: hold.__enter__().is_left_over)
+    try:
+        yield runtime.decided_by_main(lambda: prepare_output_dir(args, method, bool(is_ours), console))
+    finally:
+        if runtime.is_main():
+            hold.__exit__(None, None, None)
 
 
-def prepare_output_dir(args: SFTConfig) -> str | None:
+def prepare_output_dir(args: SFTConfig, method: str, is_ours: bool, console: Console) -> str | None:
     """Check the output folder and return the checkpoint to resume from, if any.
 
+    Args:
+        args: The arguments of training.
+        method: The method.
+        is_ours: Whether a run that was killed has left its lock there.
+        console: Where to tell of damaged checkpoints.
+
     Raises:
-        UserError: If the folder holds another run, or there is nothing to resume from.
+        UserError: If the folder holds something else, or there is nothing to resume from.
     """
     folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
+    there = sorted(path.name for path in folder.iterdir() if path.name != files.TRAIN_LOCK)
     resume = str(args.resume_from_checkpoint or "").lower()
-    if resume not in ("", "auto", "true", "1"):
-        return _named_checkpoint(Path(args.resume_from_checkpoint), args)
-    if resume:
-        last = _last_whole_checkpoint(folder, args)
-        if last is None and resume != "auto":
-            hint = "; those of save_only_model hold no optimizer" if args.save_only_model else ""
+    if not resume:
+        if there:
             raise UserError(
-                f"there is no checkpoint to resume from in {str(folder)!r}{hint}; drop --resume_from_checkpoint"
+                f"output_dir {str(folder)!r} holds another run; name another folder, or resume it: "
+                "--resume_from_checkpoint true"
             )
-        return last
-    if folder.is_dir() and any(folder.iterdir()):
+        return None
+    is_path = resume not in ("auto", "true", "1")
+    if method in UNTRAINED_METHODS and resume != "auto":
+        raise UserError(f"method {method} is not trained, there is nothing to resume; drop --resume_from_checkpoint")
+    _check_owner(folder, there, method, is_ours)
+    if method in UNTRAINED_METHODS:
+        return None
+    if is_path:
+        return _named_checkpoint(Path(args.resume_from_checkpoint), args)
+    last = _last_whole_checkpoint(folder, args, console)
+    if last is None and resume != "auto":
+        hint = "; those of save_only_model hold no optimizer" if args.save_only_model else ""
         raise UserError(
-            f"output_dir {str(folder)!r} holds another run; name another folder, or resume it: "
-            "--resume_from_checkpoint true"
+            f"there is no checkpoint to resume from in {str(folder)!r}{hint}; drop --resume_from_checkpoint"
         )
-    return None
+    return last
+
+
+def _check_owner(folder: Path, there: list[str], method: str, is_ours: bool) -> None:
+    """Refuse to write over what no run, or one of another method, has left in the folder."""
+    checkpoints = [name for name in there if name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")]
+    strangers = [name for name in there if name != files.LOG]  # which a study writes before its run begins
+    record = folder / files.TRAINING
+    if strangers and not (is_ours or checkpoints or record.is_file()):
+        raise UserError(
+            f"output_dir {str(folder)!r} holds files that no run has left ({', '.join(strangers[:3])}"
+            f"{', ...' if len(strangers) > 3 else ''}); name another folder"
+        )
+    if checkpoints and method in UNTRAINED_METHODS:
+        raise UserError(f"output_dir {str(folder)!r} holds the checkpoints of another method; name another folder")
+    other = files.read_json(record)["summary"]["method"] if record.is_file() else method
+    if other != method:
+        raise UserError(f"output_dir {str(folder)!r} holds a run of method {other}, not {method}; name another folder")
 
 
 def _named_checkpoint(checkpoint: Path, args: SFTConfig) -> str:
     if not checkpoint.is_dir():
         raise UserError(f"resume_from_checkpoint {str(checkpoint)!r} is not a folder")
+    problem = damage(checkpoint)
+    if problem:
+        raise UserError(
+            f"{str(checkpoint)!r} is damaged: {problem}; --resume_from_checkpoint true takes the newest whole one"
+        )
     _check_processes(checkpoint, args)
-    if not any(any(checkpoint.glob(pattern)) for pattern in _OPTIMIZER_FILES):
+    if not _has_optimizer(checkpoint):
         raise UserError(
             f"{str(checkpoint)!r} cannot be resumed from, it has no optimizer; to start from its weights, name it as "
             "the model"
@@ -67,63 +123,143 @@ def _named_checkpoint(checkpoint: Path, args: SFTConfig) -> str:
     return str(checkpoint)
 
 
-def _last_whole_checkpoint(folder: Path, args: SFTConfig) -> str | None:
-    """The newest checkpoint that can be resumed exactly; one cut short by a kill is passed over."""
-    needed = _state_files(args)
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
+def _last_whole_checkpoint(folder: Path, args: SFTConfig, console: Console) -> str | None:
+    """The newest checkpoint that can be resumed exactly; damaged ones, as a kill leaves them, are set aside."""
+    for path in reversed(checkpoints_in(folder)):
+        problem = damage(path)
+        if problem:
+            set_aside(path, problem, console)
+            continue
         _check_processes(path, args)
-        weights = [*path.glob("*.safetensors")]
-        whole = all((path / name).is_file() for name in needed) and _is_json(path / "trainer_state.json")
-        if weights and whole and all(map(_is_readable, weights)) and _has_all_shards(path):
+        if _has_optimizer(path):
             return str(path)
     return None
 
 
-def _check_processes(checkpoint: Path, args: SFTConfig) -> None:
-    """Refuse a checkpoint of more processes, or of one where there are several: rows and noise would be others.
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Folders of checkpoints by step, the newest last; those set aside are none."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=step_of)
 
-    Too few random states are no proof: a kill may have come before the others were written.
-    """
-    many, is_alone = len([*checkpoint.glob("rng_state_*.pth")]), args.world_size == 1
-    of_one = (checkpoint / "rng_state.pth").is_file()
-    if many > args.world_size or (many and is_alone) or (of_one and not is_alone):
-        written_by = f"{many} processes" if many else "one process"
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def set_aside(checkpoint: Path, problem: str, console: Console) -> None:
+    """Rename a damaged checkpoint, so that nothing takes it for a whole one, and say so."""
+    target = checkpoint.with_name(checkpoint.name + DAMAGED)
+    shutil.rmtree(target, ignore_errors=True)  # what was left of this step before
+    checkpoint.rename(target)
+    console.print(f"{checkpoint.name} is damaged ({problem}); it is {target.name} now", highlight=False)
+
+
+def _has_optimizer(checkpoint: Path) -> bool:
+    return any(any(checkpoint.glob(pattern)) for pattern in _OPTIMIZER_FILES)
+
+
+def _check_processes(checkpoint: Path, args: SFTConfig) -> None:
+    """Refuse a checkpoint of another number of processes: rows and noise would be others."""
+    count = read_manifest(checkpoint).num_processes
+    if count != args.world_size:
+        written_by = f"{count} processes" if count > 1 else "one process"
         raise UserError(
             f"{str(checkpoint)!r} was written by {written_by}, and this run has {args.world_size}; resume with as many"
         )
 
 
-def _has_all_shards(folder: Path) -> bool:
-    """Whether every file of a model in several is there: a kill may have come while a checkpoint was being deleted."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
-        return True
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if _is_json(index) else {""}
-    return all((folder / shard).is_file() for shard in shards)
+@dataclass
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Attributes:
+        course: What decides how the run goes on.
+        limit: How many are kept besides the best one and the newest; None: all.
+        resume_from: The one that the run is resumed from.
+        changed: Names of what was allowed to change since.
+        best: The best one so far, as the resumed one names it, if it is whole.
+    """
+
+    course: Course
+    limit: int | None = None
+    resume_from: str | None = None
+    changed: frozenset[str] = frozenset()
+    best: str | None = None
+
+    @classmethod
+    def begin(cls, course: Course, args: TrainingArguments, resume_from: str | None, console: Console) -> Checkpoints:
+        """Those of a run that begins, or goes on from ``resume_from``.
+
+        Raises:
+            UserError: If it would go on otherwise than it began.
+        """
+        if resume_from is None:
+            return cls(course, args.save_total_limit)
+
+        def look() -> tuple[frozenset[str], str | None]:
+            changed = check_course(Path(resume_from), course, args.allow_changes)
+            return changed, whole_best(Path(resume_from), console)
+
+        return cls(course, args.save_total_limit, resume_from, *runtime.decided_by_main(look))
+
+    def seal(self, trainer: SFTTrainer, folder: Path) -> None:
+        """Make a checkpoint that was written one that is whole, and delete those that are not kept."""
+        trainer.accelerator.wait_for_everyone()  # all processes write to it
+        if runtime.is_main():
+            seal(folder, trainer.state.global_step, trainer.args.world_size, self.course)
+            self._rotate(folder, trainer.state.best_model_checkpoint)
+
+    def _rotate(self, newest: Path, best: str | None) -> None:
+        """Delete the oldest; never the newest, nor the best."""
+        if not self.limit or self.limit < 1:
+            return
+        kept = {newest.name, Path(best or newest).name}
+        others = [path for path in checkpoints_in(newest.parent) if path.name not in kept]
+        for path in others[: max(0, len(others) + len(kept) - self.limit)]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_json(file: Path) -> bool:
-    """Whether the file is there in full; the Trainer writes its state last, so then the rest of a checkpoint is too."""
+def whole_best(checkpoint: Path, console: Console) -> str | None:
+    """The best checkpoint that ``checkpoint`` names, beside it; None, and a line, where it is damaged."""
+    state = json.loads((checkpoint / TRAINER_STATE).read_text())
+    if not state.get("best_model_checkpoint"):
+        return None
+    best = checkpoint.parent / Path(state["best_model_checkpoint"]).name
+    problem = damage(best) if best.is_dir() else "it is not there"
+    if problem is None:
+        return str(best)
+    lost = lost_best(state["best_model_checkpoint"], state["best_metric"], problem)
+    console.print(f"{lost}: from here on, the best of the later ones is kept", highlight=False)
+    if best.is_dir():
+        set_aside(best, problem, console)
+    return None
+
+
+def lost_best(checkpoint: str, metric: float | None, problem: str) -> str:
+    """What to say of a best checkpoint that cannot be loaded."""
+    value = "" if metric is None else f", {metric:.4f}"
+    return f"the best checkpoint (step {step_of(Path(checkpoint))}{value}) is damaged: {problem}"
+
+
+@contextmanager
+def written_whole(folder: Path, file: str, num_bytes: int) -> Iterator[None]:
+    """Write a file of the checkpoint ``folder`` inside; where the disk does not take it, the checkpoint is removed.
+
+    Raises:
+        UserError: One line with the file, the bytes that it needs and those that are free.
+    """
     try:
-        json.loads(file.read_text())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _state_files(args: SFTConfig) -> list[str]:
-    ranks = range(args.world_size)
-    random = ["rng_state.pth"] if args.world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
-    return ["optimizer.bin" if runtime.uses_fsdp() else "optimizer.pt", "scheduler.pt", *random]
-
-
-def _is_readable(file: Path) -> bool:
-    try:
-        with safe_open(file, framework="pt"):
-            return True
-    except SafetensorError:
-        return False
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _WRITE_ERRORS):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free
+        raise UserError(
+            f"{folder / file} cannot be written ({first_line(error)}): it needs {num_bytes:,} bytes, and {free:,} are "
+            "free without it; make room, then resume with --resume_from_checkpoint true"
+        ) from error
 
 
 def check_disk_space(model, args: SFTConfig) -> None:

@@ -69,10 +69,10 @@ def report(
     """Print what came of the run, and where it is.
 
     Raises:
-        UserError: If training ended with a ``failure``.
+        UserError: If training ended with a ``failure``, a text that ends with what is saved.
     """
     if failure is not None:
-        raise UserError(f"{failure}; the best so far (step {summary.best_step}) is saved in {folder}")
+        raise UserError(f"{failure} is saved in {folder}")
     speeds = [row["tokens_per_s"] for row in summary.history if "tokens_per_s" in row]
     if speeds:
         took = time_text(summary.train_time_s)

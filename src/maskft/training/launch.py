@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import logging
 import os
+import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..errors import UserError, did_you_mean
 from ..files import read_json, read_yaml
-from ..runtime import uses_fsdp
+from ..runtime import COMMAND, uses_fsdp
 
 # Set in the processes that are launched, so that launch settings of a recipe do not launch again.
 _LAUNCHED = "MASKFT_LAUNCHED"
@@ -61,12 +63,15 @@ def launch(launch_words: Sequence[str], command: Sequence[str]) -> int:
             "multi_gpu (on CPUs too)"
         )
     os.environ[_LAUNCHED] = "1"
+    os.environ[COMMAND] = shlex.join(["maskft", *command, *launch_words])
     # The processes print their own errors; torchrun would add a page to each.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     try:
         launch_command(args)
     except ChildFailedError as error:
         return _status(error.get_first_failure()[1].exitcode)
+    except SignalException as error:  # this one was asked to stop, and has passed it on
+        return _status(-error.sigval)
     except subprocess.CalledProcessError as error:  # of a single process
         return _status(error.returncode)
     except ValueError as error:

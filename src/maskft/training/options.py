@@ -36,7 +36,7 @@ _USUAL = {
     "mask": "mask_preset mask_sparsity mask_sparsity_auto mask_scope mask_init_scores mask_target_modules "
     "mask_layers_to_transform mask_seed",
     "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size global_batch_size "
-    "warmup_steps bf16 gradient_checkpointing seed resume_from_checkpoint",
+    "warmup_steps bf16 gradient_checkpointing seed resume_from_checkpoint allow_changes",
     "evaluation": "eval_steps save_steps eval_tasks metric_for_best_model report_to",
     "several GPUs": "accelerate_config num_processes",
 }
@@ -61,6 +61,7 @@ _SHORT = {
     "gradient_checkpointing": "Recompute activations to save memory.",
     "seed": "Seed of the order of the rows and of all that is drawn, except scores.",
     "resume_from_checkpoint": "true, auto (if there is a checkpoint), or the folder of a checkpoint.",
+    "allow_changes": "Options that may differ from those that a resumed run was started with.",
     "eval_steps": "Steps between measurements; below 1: a fraction of all steps.",
     "save_steps": "Steps between checkpoints; below 1: a fraction of all steps.",
     "report_to": "Where metrics are logged: none, tensorboard, trackio, wandb, ...",

@@ -14,6 +14,7 @@ from ..evaluation.during_training import TrainingEvaluation
 from ..files import FileModel, read_json, read_model
 from ..tuner import adapter_layers
 from .arguments import TrainConfig, TrainingArguments
+from .checkpoints import step_of
 from .method_arguments import ADAPTER, MASK_METHODS
 from .trainer import MaskTrainer
 from .verdict import HeldoutLosses, Verdict
@@ -148,7 +149,9 @@ def summarise(trainer: MaskTrainer, method: str, seconds: float, reference_loss:
     losses = {row["step"]: row["eval_loss"] for row in state.log_history if "eval_loss" in row}
     best_step = next(reversed(losses), None)
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
-        best_step = int(str(state.best_model_checkpoint).rpartition("-")[2])
+        best_step = step_of(Path(state.best_model_checkpoint))
+    if trainer.lost_best is not None:
+        best_step = state.global_step  # its state is the one that is kept
     layers = adapter_layers(model, ADAPTER) if method in MASK_METHODS else {}
     return TrainingSummary(
         method=method,

@@ -10,21 +10,20 @@ from pathlib import Path
 from rich.console import Console
 
 from .. import files, runtime
-from ..data import tokenize_dataset
-from ..data.arguments import DataArguments
-from ..data.prepared import Prepared, prepare
+from ..data.prepared import Prepared
 from ..errors import NotFiniteError
 from ..evaluation.during_training import TrainingEvaluation
 from ..tuner import MaskConfig
 from .arguments import TrainConfig, TrainingArguments, with_accumulation
-from .build import build_model, load_base, load_tokenizer_of, task_evaluation
+from .build import build_model, load_base, load_data, load_tokenizer_of, task_evaluation
 from .calibration import start_on_data
 from .callbacks import add_callbacks
-from .checkpoints import check_disk_space, checkpoint_to_resume, save_weights
+from .checkpoints import Checkpoints, check_disk_space, held_output, save_weights
 from .checks import check_config, check_processes
 from .combined import combine
 from .describe import describe, report
 from .fixed_masks import make_fixed_mask
+from .manifest import course_of
 from .method_arguments import ADAPTER, COMBINED_METHODS, FIXED_MASK_METHODS, MethodArguments
 from .objectives import make_trainer
 from .prefix_cache import cached_prefix
@@ -48,14 +47,20 @@ def train(config: TrainConfig, splits: tuple | None = None, console: Console | N
         UserError: For every mistake in the input, and when the loss stops being finite.
     """
     console = console or Console(stderr=True, quiet=not runtime.is_main())
-    # setup
     check_config(config)
+    if config.data.prepare_only:
+        load_data(config.data, config.training, load_tokenizer_of(config.model, config.training), splits, console)
+        return None
+    with held_output(config.training, config.method.method, console) as resume_from:
+        return run(config, splits, resume_from, console)
+
+
+def run(config: TrainConfig, splits: tuple | None, resume_from: str | None, console: Console) -> TrainingSummary:
+    """Do what :func:`train` says, in an output folder that no other run writes to."""
+    # setup
     method, source, training = config.method, config.model, with_accumulation(config.training)
-    resume_from = None if config.data.prepare_only else checkpoint_to_resume(training)
     tokenizer = load_tokenizer_of(source, training)
     data = load_data(config.data, training, tokenizer, splits, console)
-    if config.data.prepare_only:
-        return None
     check_rows(method, data.heldout)
     evaluation = task_evaluation(training, data, console)
     model = load_base(source, tokenizer)
@@ -66,12 +71,13 @@ def train(config: TrainConfig, splits: tuple | None = None, console: Console | N
     elif method.method in COMBINED_METHODS:
         model, summary = combine(model, data, method, training, tokenizer, console)
     else:
+        checkpoints = Checkpoints.begin(course_of(config, training, data, model), training, resume_from, console)
         model = build_model(model, method, source, config.mask, training.seed)
         if method.method == "mask" and resume_from is None:
             start_on_data(model, data.train, method.num_calibration_samples, training.device)
         describe(model, tokenizer, data, method, training, console)
         check_disk_space(model, training)
-        trainer, summary, failure = fit(model, tokenizer, data, method, training, resume_from, evaluation, console)
+        trainer, summary, failure = fit(model, tokenizer, data, method, training, checkpoints, evaluation, console)
     # judge and save
     losses, verdict = never_worse(model, tokenizer, data, config, training, trainer)
     record = make_record(config, training, summary, data, evaluation, losses, verdict)
@@ -80,35 +86,17 @@ def train(config: TrainConfig, splits: tuple | None = None, console: Console | N
     return summary
 
 
-def load_data(
-    args: DataArguments, training: TrainingArguments, tokenizer, splits: tuple | None, console: Console
-) -> Prepared:
-    """Rows as text and as tokens, read from where ``args`` says or made of the given ``splits``."""
-    how = {
-        "text_field": training.dataset_text_field,
-        "max_length": training.max_length,
-        "completion_only_loss": training.completion_only_loss is not False,
-        "num_proc": training.dataset_num_proc,
-    }
-    if splits is not None:
-        tokenized = (tokenize_dataset(rows, tokenizer, **how) for rows in splits)
-        return Prepared(*splits, *tokenized, report={"counts": {}})
-    data = prepare(args, tokenizer, **how)
-    console.print(f"data: {data.report['text']}", highlight=False)
-    return data
-
-
 def fit(
     model,
     tokenizer,
     data: Prepared,
     method: MethodArguments,
     training: TrainingArguments,
-    resume_from: str | None,
+    checkpoints: Checkpoints,
     evaluation: TrainingEvaluation | None,
     console: Console,
 ) -> tuple[MaskTrainer, TrainingSummary, str | None]:
-    """Train what requires a gradient of ``model``, from the checkpoint ``resume_from`` if given, and keep the best.
+    """Train what requires a gradient of ``model``, from a checkpoint where the run is resumed, and keep the best.
 
     Returns:
         The trainer, what was done, and why training stopped too early, if it did.
@@ -119,13 +107,14 @@ def fit(
     check_processes(model, data.train, data.heldout)
     if training.device.type == "cpu":
         runtime.keep_freed_memory()
-    trainer = make_trainer(model, tokenizer, data, method, training, is_resumed=resume_from is not None)
-    trainer.task_evaluation = evaluation
+    trainer = make_trainer(model, tokenizer, data, method, training, checkpoints.resume_from is not None)
+    trainer.task_evaluation, trainer.checkpoints = evaluation, checkpoints
     progress, reference = add_callbacks(trainer, method, tokenizer, console)
     started, failure = time.perf_counter(), None
     try:
-        with closing(progress), cached_prefix(trainer, method, console):
-            trainer.train(resume_from_checkpoint=resume_from)
+        with closing(progress), cached_prefix(trainer, method, console), trainer.stop:
+            trainer.train(resume_from_checkpoint=checkpoints.resume_from)
+        failure = trainer.lost_best
     except NotFiniteError as error:
         failure = trainer.back_to_best(error)
     return trainer, summarise(trainer, method.method, time.perf_counter() - started, reference.loss), failure

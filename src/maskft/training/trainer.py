@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from accelerate.utils import save_fsdp_model
 from trl import SFTTrainer
 
-from .. import runtime
+from .. import files, runtime
 from ..data import IGNORED
 from ..errors import NotFiniteError, UserError
 from ..evaluation.during_training import TrainingEvaluation
 from ..runtime import peak_memory_bytes
 from ..tuner import set_mask_progress
 from .callbacks import MaskProgress, StepGuard
-from .checkpoints import agreed_masks, trainable_state
+from .checkpoints import Checkpoints, agreed_masks, lost_best, step_of, trainable_state, written_whole
 from .launch import let_cpu_shard
+from .manifest import damage
 from .masked_start import RemovedStayZero
+from .stopping import StopRequest
 
 
 class MaskTrainer:
@@ -36,6 +40,9 @@ class MaskTrainer:
         self.mask_metrics: dict[str, float] = {}
         self.task_evaluation: TrainingEvaluation | None = None
         self.stay_zero: RemovedStayZero | None = None
+        self.checkpoints: Checkpoints | None = None
+        self.stop = StopRequest()
+        self.lost_best: str | None = None
         self._eval_nll, self._eval_tokens = 0.0, 0
         self.add_callback(MaskProgress())
         self.add_callback(StepGuard(self))
@@ -113,15 +120,42 @@ class MaskTrainer:
             return
         super()._run_epoch(*args, **kwargs)
 
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from, trial):
+        done = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from, trial)
+        if resume_from is not None and self.checkpoints is not None:
+            self.state.best_model_checkpoint = self.checkpoints.best  # where the folder is now
+            if self.checkpoints.best is None:
+                self.state.best_metric = self.state.best_global_step = None
+        return done
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write a checkpoint whole; its manifest, which is written last, says that it is."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / files.MANIFEST).unlink(missing_ok=True)  # of one of the same step, which is written over
+        with written_whole(folder, "its state", 2**20):
+            super()._save_checkpoint(model, trial)
+            if self.checkpoints is not None:
+                self.checkpoints.seal(self, folder)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights or adapter; the masks of all processes must be the same, and the saved ones must be theirs."""
-        with agreed_masks(self.model):
+        is_adapter = hasattr(self.model, "peft_config")
+        name = files.ADAPTER_WEIGHTS if is_adapter else "model.safetensors"
+        num_bytes = _num_bytes(p for p in self.model.parameters() if p.requires_grad or not is_adapter)
+        with agreed_masks(self.model), written_whole(Path(output_dir or self.args.output_dir), name, num_bytes):
             if self.is_fsdp_enabled:
                 self._save(output_dir, state_dict=trainable_state(self.model))
             else:
                 super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        moments = (value for state in self.optimizer.state.values() for value in state.values())
+        name = "optimizer.bin" if self.is_fsdp_enabled else "optimizer.pt"
+        with written_whole(Path(output_dir), name, _num_bytes(m for m in moments if torch.is_tensor(m))):
+            self._write_optimizer_and_scheduler(output_dir)
+
+    def _write_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled and not self.optimizer.state:
             # Before the first step torch would take a step of nothing to have a state to save, and count it.
             save_fsdp_model(
@@ -130,17 +164,40 @@ class MaskTrainer:
             return
         super()._save_optimizer_and_scheduler(output_dir)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.checkpoints is None or not self.checkpoints.changed:
+            return
+        # The saved state holds the options of before; those that were allowed to change are to count.
+        for group, asked in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(asked)
+        schedule = self.lr_scheduler
+        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            schedule.base_lrs = [group["initial_lr"] for group in groups]
+            shares = [share(schedule.last_epoch) for share in schedule.lr_lambdas]
+            schedule._last_lr = [rate * share for rate, share in zip(schedule.base_lrs, shares, strict=True)]
+            for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
+
     def _load_best_model(self) -> None:
         self.accelerator.wait_for_everyone()  # the main process may still be writing it
+        best = self.state.best_model_checkpoint
+        problem = runtime.decided_by_main(lambda: damage(Path(best), weights_only=True))
+        if problem is not None and self.checkpoints is not None:
+            lost = lost_best(best, self.state.best_metric, problem)
+            self.lost_best = f"{lost}; the last state (step {self.state.global_step})"
+            self.state.best_model_checkpoint = None
+            return
         super()._load_best_model()
-        step = int(self.state.best_model_checkpoint.rpartition("-")[2])
+        step = step_of(Path(best))
         set_mask_progress(self.model, step / self.state.max_steps)  # the mask is that of the best step
 
     def back_to_best(self, error: NotFiniteError) -> str:
-        """Load the best checkpoint after a step that could not be taken; returns why it could not.
+        """Load the best checkpoint after a step that could not be taken; returns why it could not, and what there is.
 
         Raises:
-            UserError: If there is no checkpoint yet.
+            UserError: If there is no checkpoint yet, or it is damaged.
         """
         reason = (
             f"{error} at step {self.state.global_step + 1}: stopped before the update was applied; lower learning_rate "
@@ -149,7 +206,9 @@ class MaskTrainer:
         if self.state.best_model_checkpoint is None:
             raise UserError(f"{reason}; there was no checkpoint yet") from None
         self._load_best_model()
-        return reason
+        if self.lost_best is not None:
+            raise UserError(f"{reason}; {self.lost_best}") from None
+        return f"{reason}; the best so far (step {step_of(Path(self.state.best_model_checkpoint))})"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens/s, peak memory and mask metrics to what TRL logs."""
@@ -169,3 +228,7 @@ class MaskTrainer:
 
 class MaskSFTTrainer(MaskTrainer, SFTTrainer):
     """Supervised fine-tuning."""
+
+
+def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,51 @@
+"""SIGTERM and Ctrl-C during training: the step is finished and saved first; a second one ends the run at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+
+from ..runtime import is_main
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Ctrl-C reaches every process of a terminal, and a launcher then sends its processes SIGTERM for the same wish.
+_SAME_WISH_S = 1.0
+
+
+class StopRequest:
+    """Notes the first signal inside its context, and leaves a second one to what was there before.
+
+    Attributes:
+        signal: The first signal; None: none has come.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._time = 0.0
+        self._before: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # the only one that may
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._time = number, now
+            if is_main():  # not by a console, which may be in the middle of a line and hold its lock
+                os.write(2, b"\nstopping: the step is finished and saved first; once more stops at once\n")
+        elif number == self.signal or now - self._time > _SAME_WISH_S:
+            self._restore()
+            os.kill(os.getpid(), number)
