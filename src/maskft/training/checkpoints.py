@@ -258,7 +258,7 @@ def written_whole(folder: Path, file: str, num_bytes: int) -> Iterator[None]:
         free = shutil.disk_usage(folder.parent).free
         raise UserError(
             f"{folder / file} cannot be written ({first_line(error)}): it needs {num_bytes:,} bytes, and {free:,} are "
-            "free without it; make room, then resume with --resume_from_checkpoint true"
+            "free; make room, then resume with --resume_from_checkpoint true"
         ) from error
 
 
