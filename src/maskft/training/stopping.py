@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from types import FrameType, TracebackType
+from typing import Any
 
 from ..runtime import is_main
 
@@ -25,7 +26,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._time = 0.0
-        self._before: dict[int, signal._HANDLER] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # the only one that may
