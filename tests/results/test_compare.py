@@ -14,8 +14,8 @@ from maskft.cli import compare as command
 from maskft.errors import UserError
 from maskft.results import FORMATS
 from maskft.results.compare import compare
-from maskft.results.compare import scores as scores_of
 from maskft.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
+from maskft.results.scores import scores as scores_of
 from maskft.results.text import Table, cross_domain_table, draw, render, render_scores, sentence
 
 RESAMPLES = 500
@@ -91,10 +91,11 @@ def test_a_difference_within_the_noise_is_not_claimed_and_says_what_it_would_tak
     a, b = scores(50), scores(50)
     b[[0, 1, 60, 61, 62]] ^= True  # 3 won, 2 lost
     row = only(compare([make("full (best)", accuracy=a), make("mask", accuracy=b)]))
+    # Few items differ, so the interval is Tango's.
     # diffs: mean 0.01, variance (5 - 100 * 0.01^2) / 99 = 0.0504; (1.960 + 0.842)^2 * 0.0504 / 0.01^2 = 3956
     assert row.items_needed == 3957
     assert sentence(row) == (
-        "mask vs full (best), accuracy on sums: +1.0 points [-3.1, 5.1], McNemar p 1: not distinguishable; "
+        "mask vs full (best), accuracy on sums: +1.0 points [-4.4, 6.8], McNemar p 1: not distinguishable; "
         "a difference of this size would need about 4,000 items."
     )
 
@@ -108,7 +109,7 @@ def test_an_interval_without_zero_is_not_enough_when_the_exact_test_disagrees():
 
 
 def test_a_small_p_is_not_enough_when_the_interval_holds_zero(monkeypatch):
-    monkeypatch.setattr("maskft.results.compare.mcnemar_exact", lambda a, b: 0.0)
+    monkeypatch.setattr("maskft.results.differences.mcnemar_exact", lambda a, b: 0.0)
     row = only(fast([make("full", accuracy=scores(50)), make("mask", accuracy=scores(51))]))
     assert row.ci_low <= 0 < row.ci_high
     assert row.verdict == "not distinguishable"
@@ -435,6 +436,100 @@ def test_cross_domain_table_by_hand():
     ]
 
 
+def test_a_score_at_an_edge_has_an_interval_and_no_error():
+    results = [make("none", accuracy=scores(0, 300)), make("all", accuracy=scores(300, 300))]
+    results += [make("few", accuracy=scores(9, 300)), make("ten", accuracy=scores(10, 300))]
+    results += [make("seeds", seed, accuracy=scores(0, 300)) for seed in range(3)]
+    results += [make("alike", seed, accuracy=scores(150, 300)) for seed in range(3)]
+    cells = dict(cross_domain_table(scores_of(results)).rows)
+    assert cells == {
+        "none": "0.0 [0.0, 1.3]",
+        "all": "100.0 [98.7, 100.0]",
+        "few": "3.0 [1.6, 5.6]",
+        "ten": "3.3 ± 1.0",
+        "seeds (3 seeds)": "0.0 [0.0, 1.3]",
+        "alike (3 seeds)": "50.0 [44.4, 55.6]",
+    }
+    assert "brackets beside a score are its 95 % interval" in render(fast(results), "markdown")
+
+
+def test_clusters_widen_the_error_and_are_drawn_together():
+    right = np.repeat(np.arange(60) % 3 > 0, 5)
+    better = right | np.repeat(np.arange(60) % 12 == 0, 5)
+    labels = [f"passage {index}" for index in np.repeat(np.arange(60), 5)]
+    loose = [make(name, accuracy=values) for name, values in (("full", right), ("mask", better))]
+    tied = copy.deepcopy(loose)
+    for result in tied:
+        for item, label in zip(result["tasks"]["sums"]["items"], labels, strict=True):
+            item["cluster_id"] = label
+    row, clustered = only(fast(loose)), only(fast(tied))
+    assert (row.test, clustered.test, clustered.num_clusters) == ("McNemar", "bootstrap", 60)
+    assert (row.verdict, clustered.verdict) == ("better", "not distinguishable")  # 25 items, but 5 passages
+    assert clustered.ci_high - clustered.ci_low > 1.8 * (row.ci_high - row.ci_low)
+    assert "sums, 60 clusters: " in sentence(clustered)
+    items = tied[0]["tasks"]["sums"]["items"]
+    assert (
+        metric_from_items(items, "accuracy")["stderr"]
+        > 2 * metric_from_items(loose[0]["tasks"]["sums"]["items"], "accuracy")["stderr"]
+    )
+    items[3]["cluster_id"] = "elsewhere"
+    refuse(tied, "different cluster_id, elsewhere and passage 0 in item 'i003'")
+    for result in tied:
+        for item in result["tasks"]["sums"]["items"]:
+            item["cluster_id"] = "one"
+    refuse(tied, "all 300 items are of one cluster, 'one'")
+    with pytest.raises(UserError, match="item 'x' has cluster_id None: give every item a text"):
+        metric_from_items([{"id": "y", "a": 1, "cluster_id": "p"}, {"id": "x", "a": 1}], "a")
+
+
+def test_the_average_over_tasks_by_hand():
+    def tasks(sums, odd):
+        return {"sums": make_task(accuracy=scores(sums)), "odd": make_task(accuracy=scores(odd, 50))}
+
+    results = [make("full", tasks=tasks(50, 20)), make("mask", tasks=tasks(65, 32))]
+    results[1]["tasks"]["more"] = make_task(accuracy=scores(7))  # only one model has it
+    comparison = fast(results)
+    (average,) = comparison.averages
+    assert (average.task, average.metric, average.num_comparisons) == ("average of 2 tasks", "main metric", 1)
+    assert (average.baseline_value, average.value) == pytest.approx(((0.5 + 0.4) / 2, (0.65 + 0.64) / 2))
+    assert average.difference == pytest.approx((0.15 + 0.24) / 2)
+    half = 1.96 * np.sqrt(0.15 * 0.85 / 99 + 0.24 * 0.76 / 49) / 2
+    assert (average.ci_low, average.ci_high) == pytest.approx((0.195 - half, 0.195 + half), abs=0.01)
+    assert (average.verdict, average.test) == ("better", "bootstrap")
+    shown = {score.model: score for score in comparison.scores if score.task == "average of 2 tasks"}
+    assert shown["full"].value == pytest.approx(0.45)
+    assert shown["full"].stderr == pytest.approx(np.sqrt(0.25 / 99 + 0.24 / 49) / 2)
+    assert cross_domain_table(comparison.scores).columns[-1] == "average of 2 tasks (%)"
+    assert "mask vs full, main metric on average of 2 tasks: +19.5 points" in render(comparison, "markdown")
+    assert [row.num_comparisons for row in comparison.differences] == [2, 2]  # a family of its own
+    assert fast(results, tasks=["sums"]).averages == []
+
+
+def test_a_margin_says_no_worse_or_equivalent():
+    a, b = scores(500, 1000), scores(500, 1000)
+    b[[0, 1, 600, 601]] ^= True
+    losses = {"nll": np.ones(1000), "num_tokens": np.ones(1000, int)}
+    results = [make("full", accuracy=a, **losses), make("mask", accuracy=b, **losses)]
+    accuracy, nll = fast(results, margin=0.01).differences
+    assert (accuracy.equivalence.verdict, nll.equivalence) == ("equivalent", None)
+    assert sentence(accuracy).endswith("not distinguishable; equivalent within 1 point (TOST p 0.002).")
+    worse = only(
+        fast([results[0], make("mask", accuracy=scores(470, 1000), **losses)], margin=0.01, metrics=["accuracy"])
+    )
+    assert sentence(worse).endswith(": worse; may be worse by 1 point or more (p 1).")
+    better = only(
+        fast([results[0], make("mask", accuracy=scores(530, 1000), **losses)], margin=0.01, metrics=["accuracy"])
+    )
+    assert sentence(better).endswith(": better; no worse than 1 point (p < 0.001).")
+    assert "better, no worse" in render(
+        fast([results[0], make("mask", accuracy=scores(530, 1000), **losses)], margin=0.01), "markdown"
+    )
+    for margin, message in ((0, "is no difference above 0"), (2.0, "no fraction below 1"), (np.nan, "no difference")):
+        refuse(results, message, margin=margin)
+    lower = only(fast(results, metrics=["nll"], margin=0.1))
+    assert lower.equivalence.verdict == "equivalent"
+
+
 @pytest.fixture
 def comparison():
     results = [make("full|best", accuracy=scores(50)), make("[red] mask_1 & 5%", accuracy=scores(60))]
@@ -531,6 +626,9 @@ def test_json_has_fractions_and_no_percent(comparison):
         "value": 0.5,
         "stderr": pytest.approx((0.25 / 99) ** 0.5),
         "num_seeds": 1,
+        "low": pytest.approx(0.4038, abs=1e-4),
+        "high": pytest.approx(0.5962, abs=1e-4),
+        "is_at_edge": False,
     }
     assert "%" not in json.dumps(record).replace("5%", "")
 

@@ -16,7 +16,7 @@ from .. import files
 from .._version import __version__
 from ..errors import UserError, first_line, printable
 from ..models import load_model, load_tokenizer
-from ..results.text import markdown_cell
+from ..results.text import error_text, markdown_cell
 from ..tuner import adapter_layers
 from .mask_set import AdapterConfig, MaskSet, read_config
 
@@ -171,13 +171,16 @@ def _model_card(adapter, base: str, masks: MaskSet) -> str:
     result = Path(adapter) / files.RESULT
     if result.is_file():
         from ..results.schema import read_result
+        from ..results.scores import scores
 
-        lines += ["## Scores", "", "| task | metric | value | standard error | items |", "|---|---|---|---|---|"]
-        for task, record in read_result(result)["tasks"].items():
+        scored = read_result(result)
+        errors = {(score.task, score.metric): error_text(score).strip() for score in scores([scored])}
+        lines += ["## Scores", "", "| task | metric | value | ± standard error, or 95 % interval | items |"]
+        lines.append("|---|---|---|---|---|")
+        for task, record in scored["tasks"].items():
             for metric, entry in record["metrics"].items():
-                error = "" if entry["stderr"] is None else f"{entry['stderr']:.4f}"
                 value = "not finite" if entry["value"] is None else f"{entry['value']:.4f}"
                 names = f"{markdown_cell(task)} | {markdown_cell(metric)}"
-                lines.append(f"| {names} | {value} | {error} | {entry['num_items']} |")
+                lines.append(f"| {names} | {value} | {errors[task, metric]} | {entry['num_items']} |")
         lines.append("")
     return "\n".join(lines)

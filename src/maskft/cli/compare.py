@@ -15,8 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "results",
         nargs="+",
         metavar="RESULT",
-        help="result files of maskft evaluate, or folders with one; results of one name with different seeds count as "
-        "training seeds of one method; one method alone is shown without a comparison",
+        help="result files of maskft evaluate, lm-eval's samples_*.jsonl or inspect-ai's logs (.eval, .json), or "
+        "folders of them; NAME=PATH names a model; results of one name with different seeds count as training seeds of "
+        "one method; one method alone is shown without a comparison",
     )
     parser.add_argument("--baseline", metavar="NAME", help="name of the result to compare with (default: the first's)")
     parser.add_argument("--tasks", metavar="A,B", help="tasks to compare, separated by commas (default: all)")
@@ -38,19 +39,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="coverage of the intervals, a fraction in (0, 1) (default: 0.95)",
     )
+    parser.add_argument(
+        "--cluster_by",
+        metavar="FIELD",
+        help="field of the items (lm-eval: of the documents; inspect-ai: of the metadata) whose values are clusters of "
+        "dependent items, such as a passage (default: cluster_id where items have it)",
+    )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        metavar="M",
+        help="also test whether a method is no worse than M, or equivalent within M (two one-sided tests); a fraction: "
+        "0.01 is one point of an accuracy (default: not tested)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Read the results, compare them, print or write the comparison."""
     from ..files import write_text
-    from ..results.compare import compare, scores
-    from ..results.schema import read_result, result_file
+    from ..results.compare import compare
+    from ..results.reading import input_files, read_all
+    from ..results.scores import scores
     from ..results.text import render, render_scores
 
-    files = [result_file(path) for path in args.results]
-    if args.output and Path(args.output).resolve() in {file.resolve() for file in files}:
+    if args.output and Path(args.output).resolve() in input_files(args.results):
         raise UserError(f"--output {args.output} is one of the results and would replace it: name another file")
-    results = [read_result(file) for file in files]
+    results = read_all(args.results, args.cluster_by)
     tasks, metrics = _names(args.tasks), _names(args.metrics)
     if len({result["name"] for result in results}) == 1 and args.baseline is None:
         text = render_scores(scores(results, tasks, metrics), args.format)
@@ -63,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
             num_resamples=args.num_resamples,
             seed=args.seed,
             confidence=args.confidence,
+            margin=args.margin,
         )
         text = render(comparison, args.format)
     if args.output:

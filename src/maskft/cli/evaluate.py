@@ -140,11 +140,14 @@ def _models(options: EvaluationArguments, alpaca, name: str):
 
 
 def _print(name: str, result: dict) -> None:
+    from ..results.scores import scores
+    from ..results.text import error_text
+
+    errors = {(score.task, score.metric): error_text(score) for score in scores([result])}
     for task, record in result["tasks"].items():
         for metric, entry in record["metrics"].items():
-            error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}"
             value = "not finite" if entry["value"] is None else f"{entry['value']:.4f}"
             label = metric if task == HELDOUT else f"{task} {metric}"
-            print(f"{name}: {label} {value}{error} {entry['unit']}, {entry['num_items']} items")
+            print(f"{name}: {label} {value}{errors[task, metric]} {entry['unit']}, {entry['num_items']} items")
         if record.get("note"):
             print(f"{name}: {task}: {record['note']}")

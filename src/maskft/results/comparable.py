@@ -34,7 +34,7 @@ def group_by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
             if len(group) > 1 and (seed is None or seed in seeds[:index]):
                 raise UserError(
                     f"{len(group)} results are named {name!r}, and not with different seeds (seed {seed}): "
-                    "give each file once, and other models other names"
+                    "give each file once, and other models other names (NAME=PATH)"
                 )
         methods = dict.fromkeys(result["model"]["method"] for result in group)
         if len(methods) > 1:
@@ -89,9 +89,10 @@ def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
 
 
 def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
-    if a["version"] != b["version"]:
+    # What another harness does not say (null) shows in the prompts.
+    if a["version"] != b["version"] and None not in (a["version"], b["version"]):
         yield f"different task version, {a['version']} and {b['version']}"
-    if a["num_fewshot"] != b["num_fewshot"]:
+    if a["num_fewshot"] != b["num_fewshot"] and None not in (a["num_fewshot"], b["num_fewshot"]):
         yield f"different num_fewshot (shots), {a['num_fewshot']} and {b['num_fewshot']}"
     # Whether another program put the prompts of its answers into a template is not known.
     outside = a.get("outputs_from_file") or b.get("outputs_from_file")
@@ -100,6 +101,10 @@ def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
     limits_a, limits_b = a.get("generation_kwargs"), b.get("generation_kwargs")
     if limits_a and limits_b and limits_a != limits_b:
         yield f"different generation_kwargs, {limits_a} and {limits_b}"
+    if a.get("task_args", {}) != b.get("task_args", {}):
+        yield f"different task_args, {a.get('task_args', {})} and {b.get('task_args', {})}"
+    if a.get("num_samples", 1) != b.get("num_samples", 1):
+        yield f"different numbers of samples per item, {a.get('num_samples', 1)} and {b.get('num_samples', 1)}"
     yield from _item_mismatches(a, b)
     for name in a["metrics"].keys() & b["metrics"].keys():
         x, y = a["metrics"][name], b["metrics"][name]
@@ -121,6 +126,10 @@ def _item_mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
         x, y = item.get("num_tokens"), items_b[name].get("num_tokens")
         if x != y:
             yield f"different num_tokens (tokenizers?), {x} and {y} in item {name!r}"
+            return
+        x, y = item.get("cluster_id"), items_b[name].get("cluster_id")
+        if x != y:
+            yield f"different cluster_id, {x} and {y} in item {name!r}"
             return
 
 

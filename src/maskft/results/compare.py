@@ -8,14 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import UserError
 from .comparable import (
@@ -23,104 +17,19 @@ from .comparable import (
     check_known,
     group_by_name,
     having,
-    name_and_seed,
     quoted,
     select,
     setting_notes,
     unit_of,
 )
-from .schema import Result, has_items, item_weights
-from .statistics import (
-    Interval,
-    hierarchical_bootstrap,
-    holm,
-    mcnemar_exact,
-    required_items,
-    required_seeds,
-    weighted_mean,
-)
+from .comparison import Comparison, Difference
+from .differences import Measured, Paired, describe, judge, sample_of
+from .schema import Result, has_items
+from .scores import AVERAGE, averaged_metrics, scores
 
-SCHEMA_VERSION = 1
-POWER = 0.8  # of the test that the needed numbers of items and seeds are for
 MIN_RESAMPLES = 100
 
-BETTER, WORSE, NOT_DISTINGUISHABLE = "better", "worse", "not distinguishable"
-
 Pair = tuple[str, str, str]  # method, task, metric
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One method against the baseline, on one metric of one task.
-
-    ``p_value`` is McNemar's exact p (``test`` "McNemar") where both sides are one result with 0/1 scores, and the
-    bootstrap's otherwise; ``p_adjusted`` is Holm's over ``num_comparisons``: those of all methods on the main metrics
-    of all tasks (``is_main``), or on all other metrics together. Items are won, lost and tied by their mean over the
-    seeds. ``items_needed`` and ``seeds_needed`` are None where they would not help or the verdict stands without.
-    """
-
-    method: str
-    baseline: str
-    task: str
-    metric: str
-    unit: str
-    higher_is_better: bool
-    is_main: bool
-    num_items: int
-    num_seeds: int
-    value: float
-    baseline_value: float
-    difference: float
-    ci_low: float
-    ci_high: float
-    confidence: float
-    test: str
-    p_value: float
-    p_adjusted: float
-    num_comparisons: int
-    won: int
-    lost: int
-    tied: int
-    verdict: str
-    items_needed: int | None = None
-    seeds_needed: int | None = None
-
-
-@dataclass(frozen=True)
-class Score:
-    """The value of one model in one metric of a task.
-
-    ``stderr`` is over the items for one result, over the seeds for several; None where there is none. ``value`` is None
-    where a result has none.
-    """
-
-    model: str
-    task: str
-    metric: str
-    unit: str
-    value: float | None
-    stderr: float | None
-    num_seeds: int
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All differences from one baseline, with what they were computed from."""
-
-    baseline: str
-    methods: list[str]
-    differences: list[Difference]
-    scores: list[Score]
-    notes: list[str]
-    confidence: float
-    num_resamples: int
-    seed: int
-    schema_version: int = SCHEMA_VERSION
-    kind: str = "comparison"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON-able values, in the metrics' units (fractions in [0, 1], no percent)."""
-        return asdict(self)
 
 
 def compare(
@@ -132,12 +41,13 @@ def compare(
     num_resamples: int = 10_000,
     seed: int = 0,
     confidence: float = 0.95,
+    margin: float | None = None,
 ) -> Comparison:
     """Compare every method with the baseline on the items they share.
 
-    A method is "better" or "worse" when the interval excludes zero and the Holm-adjusted p is at most
-    ``1 - confidence``, and "not distinguishable" otherwise. The interval itself is not adjusted for the number of
-    comparisons.
+    A method is "better" or "worse" when the interval of the difference excludes zero and the Holm-adjusted p is at most
+    ``1 - confidence``, and "not distinguishable" otherwise. Families are the main metrics of all tasks, all other
+    metrics, and the averages over tasks. Beside each interval stands one that holds together with the family's.
 
     Args:
         results: Results of this schema (`maskft.results.schema.read_result`), at least two names.
@@ -147,14 +57,13 @@ def compare(
         num_resamples: Bootstrap samples per difference, at least 100, and more for many comparisons.
         seed: Seed of the resampling.
         confidence: Coverage of the intervals, in (0, 1).
+        margin: A difference that does not matter, > 0, in the unit of the metrics: of fractions 0.01 is one point.
+            Equivalence is tested for fractions, or for all metrics where none is one.
 
     Raises:
         UserError: If there is nothing to compare, a name is unknown, or items, prompts, shots or versions differ.
     """
-    if not 0 < confidence < 1:
-        raise UserError(f"confidence {confidence} is outside (0, 1): 0.95 is usual")
-    if seed < 0:
-        raise UserError(f"seed {seed} is negative: give 0 or more")
+    _check_numbers(confidence, seed, margin)
     groups = group_by_name(results)
     baseline = next(iter(groups)) if baseline is None else baseline
     check_known("baseline", [baseline], groups)
@@ -166,57 +75,67 @@ def compare(
     main = _main_metrics(groups[baseline][0], pairs)
     sizes = Counter(main[task] == metric for _, task, metric in pairs)
     _check_resamples(num_resamples, max(sizes.values()), confidence)
-    bootstrap = partial(hierarchical_bootstrap, num_resamples=num_resamples, seed=seed, confidence=confidence)
-    differences: list[Difference] = []
+    rows: list[tuple[Difference, Measured]] = []
     for method, task, metric in pairs:
         paired = _pair_by_seed(groups[method], groups[baseline])
-        is_main = main[task] == metric
-        differences.append(_difference(paired, task, metric, bootstrap, is_main, sizes[is_main], confidence))
+        rows.append(_measure(paired, [(task, metric)], main[task] == metric, num_resamples, seed))
+    averaged = averaged_metrics(results, tasks, item_metrics)
+    others = [name for name in groups if name != baseline and averaged]
+    averages = [
+        _measure(_pair_by_seed(groups[name], groups[baseline]), averaged, True, num_resamples, seed) for name in others
+    ]
+    margin_unit = _margin_unit([row for row, _ in rows], margin)
+    families = [[pair for pair in rows if pair[0].is_main == is_main] for is_main in (True, False)]
+    judged = [judge(family, confidence, margin, margin_unit, seed) for family in (*families, averages)]
+    places = {(row.method, row.task, row.metric): row for row in (*judged[0], *judged[1])}
     return Comparison(
         baseline=baseline,
         methods=[name for name in groups if name != baseline],
-        differences=_judge(differences),
+        differences=[places[pair] for pair in pairs],
         scores=scores(results, tasks, metrics),
         notes=notes + _seed_notes(groups, baseline, pairs) + setting_notes(results, tasks),
         confidence=confidence,
         num_resamples=num_resamples,
         seed=seed,
+        averages=judged[2],
     )
 
 
-def scores(
-    results: Sequence[Result], tasks: Sequence[str] | None = None, metrics: Sequence[str] | None = None
-) -> list[Score]:
-    """Return the value of every model in every metric that it has, models in the order given.
-
-    Args:
-        results: Results of this schema, at least one.
-        tasks: Tasks to show; all by default.
-        metrics: Metrics to show; all by default.
-
-    Raises:
-        UserError: If a name is unknown, or items, prompts, shots or versions differ.
-    """
-    groups = group_by_name(results)
-    tasks, metrics = select(results, tasks, metrics, only_items=False)
-    check_comparable(results, tasks)
-    shown = [(task, metric) for task, metric in product(tasks, metrics) if having(results, task, metric)]
-    units = {(task, metric): unit_of(having(results, task, metric), task, metric) for task, metric in shown}
-    return [
-        _score(group, task, metric, units[task, metric])
-        for group in groups.values()
-        for task, metric in shown
-        if having(group, task, metric) == group
-    ]
+def _measure(
+    paired: Paired, metrics: Sequence[tuple[str, str]], is_main: bool, num_resamples: int, seed: int
+) -> tuple[Difference, Measured]:
+    """Measure the difference in a metric of a task, or in the average over several, which have the same unit."""
+    samples = [sample_of(paired, task, metric) for task, metric in metrics]
+    task, metric = metrics[0]
+    unit = unit_of([*paired[0], *paired[1]], task, metric)
+    higher_is_better = paired[1][0]["tasks"][task]["metrics"][metric]["higher_is_better"]
+    if len(metrics) > 1:
+        task, metric = AVERAGE.format(len(metrics)), "main metric"
+    measured = Measured(samples, unit, num_resamples, seed)
+    return describe(paired, measured, (task, metric), higher_is_better, is_main), measured
 
 
-def _score(group: Sequence[Result], task: str, metric: str, unit: str) -> Score:
-    records = [result["tasks"][task]["metrics"][metric] for result in group]
-    values = [record["value"] for record in records if record["value"] is not None]
-    value = stderr = None
-    if len(values) == len(records):
-        value, stderr = weighted_mean(values) if len(group) > 1 else (values[0], records[0]["stderr"])
-    return Score(group[0]["name"], task, metric, unit, value, stderr, len(group))
+def _check_numbers(confidence: float, seed: int, margin: float | None) -> None:
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence {confidence} is outside (0, 1): 0.95 is usual")
+    if seed < 0:
+        raise UserError(f"seed {seed} is negative: give 0 or more")
+    if margin is None:
+        return
+    if not (math.isfinite(margin) and margin > 0):
+        raise UserError(f"margin {margin} is no difference above 0: 0.01 is one point of an accuracy")
+    if confidence <= 0.5:
+        raise UserError(f"confidence {confidence} is too low for a margin: give more than 0.5, 0.95 is usual")
+
+
+def _margin_unit(rows: Sequence[Difference], margin: float | None) -> str:
+    """Return the unit that the margin is meant in."""
+    units = dict.fromkeys(row.unit for row in rows)
+    if margin is not None and "fraction" in units and margin >= 1:
+        raise UserError(f"margin {margin} is no fraction below 1: one point is 0.01")
+    if margin is not None and "fraction" not in units and len(units) > 1:
+        raise UserError(f"margin {margin} could be in {quoted(units)}: choose --metrics of one unit")
+    return "fraction" if "fraction" in units else next(iter(units))
 
 
 def _check_resamples(num_resamples: int, num_comparisons: int, confidence: float) -> None:
@@ -265,25 +184,6 @@ def _main_metrics(result: Result, pairs: Iterable[Pair]) -> dict[str, str]:
     }
 
 
-def _item_values(group: Sequence[Result], task: str, metric: str) -> NDArray[np.float64]:
-    """Return the metric's values, one row per seed, one column per item in the order of the item ids."""
-    rows: list[list[float]] = []
-    for result in group:
-        items = sorted(result["tasks"][task]["items"], key=_item_id)
-        for item in items:
-            if item[metric] is None:
-                raise UserError(
-                    f"{metric} on {task}: item {item['id']!r} of {name_and_seed(result)} has no value, "
-                    "so there is no mean: choose other --metrics or evaluate again"
-                )
-        rows.append([item[metric] for item in items])
-    return np.array(rows, dtype=float)
-
-
-def _item_id(item: Mapping[str, Any]) -> str:
-    return str(item["id"])
-
-
 def _pair_by_seed(group: list[Result], baseline_group: list[Result]) -> tuple[list[Result], list[Result]]:
     """Of two sets of seeds those that both have; one result stands beside all seeds of the other.
 
@@ -315,84 +215,3 @@ def _seed_notes(groups: dict[str, list[Result]], baseline: str, pairs: Iterable[
             seeds = ", ".join(str(result["model"]["seed"]) for result in paired)
             notes.append(f"{name} is compared at seed {seeds} alone, which {baseline} has too")
     return notes
-
-
-def _difference(
-    paired: tuple[list[Result], list[Result]],
-    task: str,
-    metric: str,
-    bootstrap: Callable[..., Interval],
-    is_main: bool,
-    num_comparisons: int,
-    confidence: float,
-) -> Difference:
-    """Measure one difference; `_judge` adds the adjusted p and the verdict."""
-    group, baseline_group = paired
-    record = baseline_group[0]["tasks"][task]
-    unit = unit_of([*group, *baseline_group], task, metric)
-    higher_is_better = record["metrics"][metric]["higher_is_better"]
-    values_SN, baseline_SN = (_item_values(each, task, metric) for each in paired)
-    diffs_SN = values_SN - baseline_SN
-    num_seeds, num_items = diffs_SN.shape
-    if num_items < 2:
-        raise UserError(f"{metric} on {task} has 1 item, too few to compare: evaluate at least 2, better hundreds")
-    weights = item_weights(sorted(record["items"], key=_item_id), unit)
-    interval = bootstrap(diffs_SN, weights)
-    use_mcnemar = num_seeds == 1 and all(bool(np.isin(each, (0, 1)).all()) for each in (values_SN, baseline_SN))
-    # Of the largest of the adjusted tests, so that what is asked for would do whatever the other comparisons show.
-    items_needed, seeds_needed = _needed(diffs_SN, weights, (1 - confidence) / num_comparisons)
-    gains_N = diffs_SN.mean(axis=0) * (1 if higher_is_better else -1)
-    return Difference(
-        method=group[0]["name"],
-        baseline=baseline_group[0]["name"],
-        task=task,
-        metric=metric,
-        unit=unit,
-        higher_is_better=higher_is_better,
-        is_main=is_main,
-        num_items=num_items,
-        num_seeds=num_seeds,
-        value=weighted_mean(values_SN.mean(axis=0), weights)[0],
-        baseline_value=weighted_mean(baseline_SN.mean(axis=0), weights)[0],
-        difference=interval.difference,
-        ci_low=interval.ci_low,
-        ci_high=interval.ci_high,
-        confidence=confidence,
-        test="McNemar" if use_mcnemar else "bootstrap",
-        p_value=mcnemar_exact(values_SN[0], baseline_SN[0]) if use_mcnemar else interval.p_value,
-        p_adjusted=math.nan,
-        num_comparisons=num_comparisons,
-        won=int((gains_N > 0).sum()),
-        lost=int((gains_N < 0).sum()),
-        tied=int((gains_N == 0).sum()),
-        verdict=NOT_DISTINGUISHABLE,
-        items_needed=items_needed,
-        seeds_needed=seeds_needed,
-    )
-
-
-def _needed(
-    diffs_SN: NDArray[np.float64], weights: Sequence[float] | None, alpha: float
-) -> tuple[int | None, int | None]:
-    """Return the items and the seeds that would show the difference; None for what there already is enough of."""
-    num_seeds, num_items = diffs_SN.shape
-    seeds = required_seeds(diffs_SN, weights, POWER, alpha) if num_seeds > 1 else None
-    items = required_items(diffs_SN.mean(axis=0), weights, POWER, alpha) if seeds is None else None
-    return (items if items and items > num_items else None, seeds if seeds and seeds > num_seeds else None)
-
-
-def _judge(differences: Sequence[Difference]) -> list[Difference]:
-    """Adjust the p-values, of main metrics and of others, and give every difference its verdict."""
-    adjusted: dict[int, float] = {}
-    for is_main in (True, False):
-        family = [row for row in differences if row.is_main == is_main]
-        adjusted |= zip(map(id, family), holm([row.p_value for row in family]).tolist(), strict=True)
-    judged: list[Difference] = []
-    for row in differences:
-        row = replace(row, p_adjusted=adjusted[id(row)])
-        excludes_zero = row.ci_low > 0 or row.ci_high < 0
-        if excludes_zero and row.p_adjusted <= 1 - row.confidence:
-            verdict = BETTER if (row.difference > 0) == row.higher_is_better else WORSE
-            row = replace(row, verdict=verdict, items_needed=None, seeds_needed=None)
-        judged.append(row)
-    return judged

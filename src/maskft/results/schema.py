@@ -37,6 +37,7 @@ Domain = Literal["math", "coding", "instruction"]
 DOMAINS: tuple[Domain, ...] = get_args(Domain)
 
 # One evaluated item: a text ``id``, a number or null per metric, ``num_tokens`` for units per token, and anything else.
+# ``cluster_id``: items of one label (questions on one passage) depend on each other.
 Item = dict[str, Any]
 
 
@@ -84,8 +85,8 @@ class MetricRecord(TypedDict):
 class TaskRecord(TypedDict):
     """One task: how it was asked, its metrics (the first is the main one) and every item."""
 
-    version: str | int | float
-    num_fewshot: int
+    version: str | int | float | None  # null where another harness does not say
+    num_fewshot: int | None
     items_fingerprint: str
     chat_template_hash: str | None
     metrics: dict[files.Name, MetricRecord]
@@ -93,6 +94,8 @@ class TaskRecord(TypedDict):
     data_sha256: NotRequired[str]
     generation_kwargs: NotRequired[dict[str, Any] | None]
     outputs_from_file: NotRequired[bool]  # answers that another program generated
+    num_samples: NotRequired[int]  # answers to each item, where there are several
+    task_args: NotRequired[dict[str, Any]]  # arguments of the task, in logs of inspect-ai
 
 
 class EnvironmentRecord(TypedDict):
@@ -160,8 +163,8 @@ def build_task(
     items: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, MetricRecord],
     *,
-    version: str | int | float,
-    num_fewshot: int,
+    version: str | int | float | None,
+    num_fewshot: int | None,
     fingerprint: str,
     chat_template_hash: str | None = None,
 ) -> TaskRecord:
@@ -206,7 +209,7 @@ def metric_from_items(
     weights = item_weights(items, unit)
     value = stderr = None
     if all(_is_finite(value) for value in values):
-        value, stderr = weighted_mean(values, weights)
+        value, stderr = weighted_mean(values, weights, cluster_ids(items))
         stderr = stderr if math.isfinite(stderr) else None
     return {
         "value": value,
@@ -226,6 +229,21 @@ def item_weights(items: Sequence[Mapping[str, Any]], unit: str) -> list[float] |
         if not _is_finite(num_tokens) or num_tokens <= 0:
             raise UserError(f"item {item.get('id')!r} has num_tokens {num_tokens!r}: {unit} needs a number above 0")
     return [item["num_tokens"] for item in items]
+
+
+def cluster_ids(items: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """Return the items' ``cluster_id``, None where no item has one.
+
+    Raises:
+        UserError: If only some items have one, or one is no text and no whole number.
+    """
+    found = [item.get("cluster_id") for item in items]
+    if all(each is None for each in found):
+        return None
+    for item, each in zip(items, found, strict=True):
+        if not isinstance(each, str | int):
+            raise UserError(f"item {item.get('id')!r} has cluster_id {each!r}: give every item a text, or none of them")
+    return [str(each) for each in found]
 
 
 def has_items(items: Sequence[Mapping[str, Any]], metric: str) -> bool:
@@ -323,6 +341,10 @@ def _check_task(task: TaskRecord) -> TaskRecord:
         if item["id"] in seen:
             raise ValueError(f"two items have the id {item['id']!r}")
         seen.add(item["id"])
+    try:
+        cluster_ids(task["items"])
+    except UserError as error:
+        raise ValueError(str(error)) from None
     for name, metric in task["metrics"].items():
         if has_items(task["items"], name):
             _check_metric(name, metric, task["items"])

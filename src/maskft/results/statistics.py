@@ -7,6 +7,7 @@ matrix, one row per seed. Shapes: S seeds, N items, R bootstrap resamples.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,35 +26,82 @@ class Interval(NamedTuple):
     p_value: float
 
 
-def weighted_mean(values: ArrayLike, weights: ArrayLike | None = None) -> tuple[float, float]:
+def weighted_mean(
+    values: ArrayLike, weights: ArrayLike | None = None, clusters: Sequence[str] | None = None
+) -> tuple[float, float]:
     """Return ``sum(w * x) / sum(w)`` over the items and its standard error.
 
     The weights are random too (an item brings its own number of tokens), so this is a ratio of two means, and its error
     is that of its linearisation: the standard error of the mean of ``w * (x - ratio) / mean(w)``. With equal weights
-    it is the usual ``sd / sqrt(n)`` (sd with n - 1). It is NaN for a single item.
+    it is the usual ``sd / sqrt(n)`` (sd with n - 1). Items of one cluster count as one (`as_block`). It is NaN for a
+    single item or cluster.
     """
+    if clusters is not None and len(set(clusters)) > 1:
+        block = as_block(np.asarray(values, dtype=float)[None], weights, clusters)
+        return weighted_mean(block.diffs_SN[0], block.weights_N)
     values_N = np.asarray(values, dtype=float)
     weights_N = np.ones_like(values_N) if weights is None else np.asarray(weights, dtype=float)
     mean = float(values_N @ weights_N / weights_N.sum())
-    if values_N.size < 2:
+    if values_N.size < 2 or clusters is not None:
         return mean, math.nan
     residuals_N = weights_N * (values_N - mean) / weights_N.mean()
     # The residuals have mean 0 by construction, so their variance needs no second centring.
     return mean, float(np.sqrt(residuals_N @ residuals_N / (values_N.size - 1) / values_N.size))
 
 
-def hierarchical_bootstrap(
-    diffs_SN: ArrayLike,
-    weights: ArrayLike | None = None,
-    num_resamples: int = 10_000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Interval:
-    """Bootstrap the mean difference over training seeds and items by resampling both.
+class Block(NamedTuple):
+    """The differences of one task: one row per seed, one column per unit that is drawn (an item or a cluster)."""
+
+    diffs_SN: NDArray[np.float64]
+    weights_N: NDArray[np.float64]
+
+    @property
+    def means_S(self) -> NDArray[np.float64]:
+        """The difference of each seed."""
+        return np.asarray(self.diffs_SN @ self.weights_N / self.weights_N.sum())
+
+
+def as_block(diffs_SN: ArrayLike, weights: ArrayLike | None = None, clusters: Sequence[str] | None = None) -> Block:
+    """Return differences as a block, checked; dependent items become one unit.
+
+    A cluster is a unit whose difference is the weighted mean of its items' and whose weight is their sum. Whatever
+    treats units as independent (an error, a bootstrap, a number of items needed) is then robust to clusters, as in
+    https://arxiv.org/abs/2411.00640, Sec. 2.2.
+
+    Args:
+        diffs_SN: Differences (or values), one row per seed, one column per item.
+        weights: One weight > 0 per item; equal by default.
+        clusters: A label per item: items of one label are drawn together.
+
+    Raises:
+        ValueError: If the shapes or values do not allow a bootstrap.
+    """
+    diffs_SN = np.asarray(diffs_SN, dtype=float)
+    if diffs_SN.ndim != 2 or diffs_SN.shape[0] < 1 or diffs_SN.shape[1] < 2:
+        raise ValueError(f"differences of shape {diffs_SN.shape}: a bootstrap needs seeds x items, at least 2 items")
+    num_items = diffs_SN.shape[1]
+    weights_N = np.ones(num_items) if weights is None else np.asarray(weights, dtype=float)
+    if weights_N.shape != (num_items,) or not (weights_N > 0).all():
+        raise ValueError(f"weights of shape {weights_N.shape} for {num_items} items: give one weight > 0 per item")
+    if not np.isfinite(diffs_SN).all():
+        raise ValueError("a difference is NaN or infinite: leave no item without a value")
+    if clusters is None:
+        return Block(diffs_SN, weights_N)
+    labels_N = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    if labels_N.shape != (num_items,) or labels_N.max() == 0:
+        raise ValueError(f"{labels_N.size} items of {len(set(clusters))} clusters: errors need at least 2 clusters")
+    totals_G = np.bincount(labels_N, weights_N)
+    sums_SG = np.stack([np.bincount(labels_N, row) for row in diffs_SN * weights_N])
+    return Block(sums_SG / totals_G, totals_G.astype(float))
+
+
+class Bootstrap:
+    """The resamples of a mean difference over training seeds and units, from which intervals of any level are read.
 
     Every seed is evaluated on the same items, so seeds and items are resampled independently of each other (rows and
     columns of the matrix), not items anew within each seed: an item that is easy for one seed is easy for the others.
-    With one row, only items are resampled and the result speaks of that one pair of models.
+    With one row, only items are resampled and the result speaks of that one pair of models. Of several tasks, whose
+    differences are averaged, the items are resampled task by task and the seeds for all tasks at once.
 
     The interval is the percentile interval of the resamples after two corrections, without which a percentile interval
     of three seeds covers the truth 75 times in 100. Deviations are stretched for the small sample (`_stretch`),
@@ -64,10 +112,105 @@ def hierarchical_bootstrap(
     Percentile and not BCa, because the differences of 0/1 scores are mostly ties: there BCa's bias term, the share of
     resamples below the estimate, is a count on a coarse grid.
 
-    The p-value is twice the smaller share of resamples at or beyond zero, and never below ``2 ** (1 - k)`` for k items
-    that differ, the smallest two-sided p that a sign test on k items can give: no bootstrap may be surer than that.
-    With several seeds it is not below that of a t-test over the seeds' differences either: the stretch fits the
-    resamples to one confidence, and further out, where Holm's correction looks, three seeds have no resamples.
+    Args:
+        blocks: One per task, all with the same seeds.
+        num_resamples: Number of bootstrap samples, R.
+        seed: Seed of the resampling. The same seed resamples the same items, so swapping the models flips the signs.
+    """
+
+    def __init__(self, blocks: Sequence[Block], num_resamples: int = 10_000, seed: int = 0):
+        self.blocks, self.num_resamples = list(blocks), num_resamples
+        self.observed_S = np.mean([block.means_S for block in blocks], axis=0)
+        self.difference = float(self.observed_S.mean())
+        self.num_seeds = self.observed_S.size
+        self.between, self.interaction, self.item_variance = 0.0, 0.0, math.nan
+        if self.num_seeds > 1:
+            parts = [_variance_components(*block) for block in blocks]
+            self.between = float(self.observed_S.var(ddof=1))
+            self.interaction, self.item_variance = (sum(part[i] for part in parts) / len(blocks) ** 2 for i in (1, 2))
+        self._resample(np.random.default_rng(seed))
+
+    def _resample(self, rng: np.random.Generator) -> None:
+        shape = (self.num_resamples, self.num_seeds)
+        self._item_deviations = [np.empty(shape) for _ in self.blocks]
+        self._seed_deviations = np.zeros(shape)
+        weighted = [(block.diffs_SN * block.weights_N).T for block in self.blocks]
+        chunk = max(1, MAX_CHUNK_COUNTS // max(block.weights_N.size for block in self.blocks))
+        for start in range(0, self.num_resamples, chunk):
+            rows = slice(start, min(start + chunk, self.num_resamples))
+            count = rows.stop - rows.start
+            for block, weighted_NS, deviations_RS in zip(self.blocks, weighted, self._item_deviations, strict=True):
+                counts_RN = _resample_counts(rng, count, block.weights_N.size)
+                ratios_RS = (counts_RN @ weighted_NS) / (counts_RN @ block.weights_N)[:, None]
+                deviations_RS[rows] = ratios_RS - block.means_S
+            if self.num_seeds > 1:
+                drawn_RS = _resample_counts(rng, count, self.num_seeds) / self.num_seeds
+                self._seed_deviations[rows] = drawn_RS - 1 / self.num_seeds
+
+    @property
+    def seed_excess(self) -> float:
+        """The part of the variance between seeds that the finite number of items does not explain."""
+        return max(0.0, self.between - self.interaction)
+
+    def resamples(self, confidence: float) -> NDArray[np.float64]:
+        """Return the resampled differences, shape (R,), stretched so that percentiles at ``confidence`` are right."""
+        values_RS = self.observed_S + sum(
+            _stretch(block.weights_N.size, confidence) / len(self.blocks) * deviations_RS
+            for block, deviations_RS in zip(self.blocks, self._item_deviations, strict=True)
+        )
+        shares_RS = np.full(values_RS.shape, 1 / self.num_seeds)
+        if self.num_seeds > 1:
+            excess = self.seed_excess / self.between if self.between > 0 else 0.0
+            shares_RS += _stretch(self.num_seeds, confidence) * math.sqrt(excess) * self._seed_deviations
+        return np.asarray((shares_RS * values_RS).sum(axis=1))
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Return the interval of the difference; ``confidence`` is its coverage, in (0, 1)."""
+        low, high = np.quantile(self.resamples(confidence), [(1 - confidence) / 2, (1 + confidence) / 2])
+        return float(low), float(high)
+
+    def p_value(self, confidence: float = 0.95) -> float:
+        """Return the two-sided p-value of "no difference".
+
+        It is twice the smaller share of resamples at or beyond zero, and never below ``2 ** (1 - k)`` for k units
+        that differ, the smallest two-sided p that a sign test on k of them can give: no bootstrap may be surer than
+        that. With several seeds it is not below that of a t-test over the seeds' differences either: the stretch fits
+        the resamples to one confidence, and further out, where Holm's correction looks, three seeds have no resamples.
+        """
+        resampled_R = self.resamples(confidence)
+        num_differing = sum(np.count_nonzero(block.diffs_SN.mean(axis=0)) for block in self.blocks)
+        smallest_p = float(2.0 ** (1 - num_differing))
+        if self.num_seeds > 1:
+            smallest_p = max(smallest_p, 2 * self._t_tail(abs(self.difference)))
+        beyond = min((resampled_R <= 0).sum(), (resampled_R >= 0).sum())
+        return float(min(1.0, max(2 * (beyond + 1) / (self.num_resamples + 1), smallest_p)))
+
+    def p_beyond(self, bound: float, sign: int, confidence: float = 0.95) -> float:
+        """Return the one-sided p-value of a true difference that is not beyond ``bound``.
+
+        Beyond is above for ``sign`` 1, below for -1. The test is made at 1 - confidence, so it agrees with the bound of
+        an interval of coverage ``2 * confidence - 1``.
+        """
+        not_beyond = (sign * (self.resamples(2 * confidence - 1) - bound) <= 0).sum()
+        p_value = (not_beyond + 1) / (self.num_resamples + 1)
+        return float(max(p_value, self._t_tail(sign * (self.difference - bound)) if self.num_seeds > 1 else 0.0))
+
+    def _t_tail(self, distance: float) -> float:
+        """One-sided p of a t-test over the seeds, whose mean lies ``distance`` above the hypothesis."""
+        variance = self.between / self.num_seeds
+        if variance == 0:
+            return 0.5 if distance == 0 else float(distance < 0)
+        return float(stats.t.sf(distance / math.sqrt(variance), self.num_seeds - 1))
+
+
+def hierarchical_bootstrap(
+    diffs_SN: ArrayLike,
+    weights: ArrayLike | None = None,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Interval:
+    """Bootstrap the mean difference over training seeds and items by resampling both, as `Bootstrap` says.
 
     Args:
         diffs_SN: Differences, one row per seed, one column per item, at least 2.
@@ -83,45 +226,8 @@ def hierarchical_bootstrap(
     Raises:
         ValueError: If the shapes or values do not allow a bootstrap.
     """
-    diffs_SN = np.asarray(diffs_SN, dtype=float)
-    if diffs_SN.ndim != 2 or diffs_SN.shape[0] < 1 or diffs_SN.shape[1] < 2:
-        raise ValueError(f"differences of shape {diffs_SN.shape}: a bootstrap needs seeds x items, at least 2 items")
-    num_seeds, num_items = diffs_SN.shape
-    weights_N = np.ones(num_items) if weights is None else np.asarray(weights, dtype=float)
-    if weights_N.shape != (num_items,) or not (weights_N > 0).all():
-        raise ValueError(f"weights of shape {weights_N.shape} for {num_items} items: give one weight > 0 per item")
-    if not np.isfinite(diffs_SN).all():
-        raise ValueError("a difference is NaN or infinite: leave no item without a value")
-
-    rng = np.random.default_rng(seed)
-    item_stretch = _stretch(num_items, confidence)
-    observed_S = diffs_SN @ weights_N / weights_N.sum()
-    difference = float(observed_S.mean())
-    num_differing = np.count_nonzero(diffs_SN.mean(axis=0))
-    smallest_p = float(2.0 ** (1 - num_differing))
-    if num_seeds > 1:
-        between, interaction, _ = _variance_components(diffs_SN, weights_N)
-        excess = max(0.0, 1 - interaction / between) if between > 0 else 0.0
-        seed_stretch = _stretch(num_seeds, confidence) * math.sqrt(excess)
-        smallest_p = max(smallest_p, _t_p_value(difference, between / num_seeds, num_seeds - 1))
-    weighted_NS = (diffs_SN * weights_N).T
-    resampled_R = np.empty(num_resamples)
-    chunk = max(1, MAX_CHUNK_COUNTS // num_items)
-    for start in range(0, num_resamples, chunk):
-        rows = min(chunk, num_resamples - start)
-        counts_RN = _resample_counts(rng, rows, num_items)
-        ratios_RS = (counts_RN @ weighted_NS) / (counts_RN @ weights_N)[:, None]
-        ratios_RS = observed_S + item_stretch * (ratios_RS - observed_S)
-        shares_RS = np.full((rows, num_seeds), 1 / num_seeds)
-        if num_seeds > 1:
-            drawn_RS = _resample_counts(rng, rows, num_seeds) / num_seeds
-            shares_RS += seed_stretch * (drawn_RS - shares_RS)
-        resampled_R[start : start + rows] = (shares_RS * ratios_RS).sum(axis=1)
-
-    low, high = np.quantile(resampled_R, [(1 - confidence) / 2, (1 + confidence) / 2])
-    beyond = min((resampled_R <= 0).sum(), (resampled_R >= 0).sum())
-    p_value = max(2 * (beyond + 1) / (num_resamples + 1), smallest_p)
-    return Interval(difference, float(low), float(high), float(min(1.0, p_value)))
+    drawn = Bootstrap([as_block(diffs_SN, weights)], num_resamples, seed)
+    return Interval(drawn.difference, *drawn.interval(confidence), drawn.p_value(confidence))
 
 
 def mcnemar_exact(a: ArrayLike, b: ArrayLike) -> float:
@@ -218,13 +324,6 @@ def _variance_components(diffs_SN: NDArray[np.float64], weights_N: NDArray[np.fl
     interaction = ((residuals_SN - shared_N) ** 2).sum() / ((num_seeds - 1) * (num_items - 1) * num_items)
     item = shared_N @ shared_N / ((num_items - 1) * num_items) - interaction / num_seeds
     return float(means_S.var(ddof=1)), float(interaction), float(max(0.0, item))
-
-
-def _t_p_value(difference: float, variance: float, freedom: int) -> float:
-    """Return the two-sided p of a t-test; ``variance`` is that of the difference, known from ``freedom + 1`` seeds."""
-    if variance == 0:
-        return 0.0 if difference else 1.0
-    return float(2 * stats.t.sf(abs(difference) / math.sqrt(variance), freedom))
 
 
 def _stretch(num_units: int, confidence: float) -> float:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from ..errors import printable
-from .compare import SCHEMA_VERSION, Comparison, Difference, Score
+from .comparison import EQUIVALENT, NO_WORSE, SCHEMA_VERSION, Comparison, Difference, Score
 
 LATEX_ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -42,12 +42,9 @@ def render(comparison: Comparison, output_format: str) -> str:
         return to_json(comparison.to_dict())
     reached = draw(cross_domain_table(comparison.scores), output_format)
     clean = markdown_text if output_format == "markdown" else printable  # in LaTeX they are comments
-    sentences = [sentence(row) for row in comparison.differences]
+    sentences = [sentence(row) for row in (*comparison.differences, *comparison.averages)]
     sentences += [f"Note: {note}." for note in comparison.notes]
-    sentences.append(
-        f"Differences are method - {comparison.baseline}, with {100 * comparison.confidence:g} % intervals of "
-        f"{comparison.num_resamples:,} bootstrap samples; ± is one standard error, over items or several seeds."
-    )
+    sentences.append(_how_to_read(comparison))
     sentences = [clean(line) for line in sentences]
     if output_format == "terminal":
         lines = map(wrap, sentences)
@@ -76,12 +73,25 @@ def render_brief(comparison: Comparison) -> str:
         f"difference [{100 * comparison.confidence:g} %]",
         "verdict",
     )
-    cells = [(score.model, _score_text(score), *_brief_cells(rows.get(score.model))) for score in reached]
+    cells = [(score.model, score_text(score), *_brief_cells(rows.get(score.model))) for score in reached]
     return draw(Table(columns, cells), "terminal")
 
 
 def _brief_cells(row: Difference | None) -> tuple[str, str]:
-    return ("", "") if row is None else (_difference_text(row), row.verdict)
+    return ("", "") if row is None else (_difference_text(row, at_once=True), _verdict_text(row))
+
+
+def _how_to_read(comparison: Comparison) -> str:
+    text = (
+        f"Differences are method - {comparison.baseline}, with {100 * comparison.confidence:g} % intervals of "
+        f"{comparison.num_resamples:,} bootstrap samples; "
+    )
+    if any(row.num_comparisons > 1 for row in (*comparison.differences, *comparison.averages)):
+        text += "those in the table hold all at once, those in the sentences each alone; "
+    text += "± is one standard error, over items or several seeds"
+    if any(_shows_interval(score) for score in comparison.scores):
+        text += "; brackets beside a score are its 95 % interval, where an error would say nothing"
+    return text + "."
 
 
 def render_scores(scores: Sequence[Score], output_format: str) -> str:
@@ -99,6 +109,7 @@ def to_json(record: dict[str, Any]) -> str:
 def sentence(row: Difference) -> str:
     """Return a difference in words, claiming no more than the interval and the adjusted p support."""
     seeds = f", {row.num_seeds} seeds" if row.num_seeds > 1 else ""
+    seeds += f", {row.num_clusters:,} clusters" if row.num_clusters else ""
     unit = "points" if row.unit == "fraction" else row.unit
     text = (
         f"{row.method} vs {row.baseline}, {row.metric} on {row.task}{seeds}: "
@@ -107,6 +118,7 @@ def sentence(row: Difference) -> str:
     if row.num_comparisons > 1:
         text += f" ({_p_text(row.p_adjusted)} after Holm over {row.num_comparisons} comparisons)"
     text += f": {row.verdict}"
+    text += _equivalence_text(row)
     if row.seeds_needed:
         text += f"; a difference of this size would need about {_round_up(row.seeds_needed):,} seeds"
     elif row.items_needed:
@@ -115,8 +127,24 @@ def sentence(row: Difference) -> str:
     return text + "."
 
 
+def _equivalence_text(row: Difference) -> str:
+    """Return what the margin allows to say, as the end of a sentence."""
+    found = row.equivalence
+    if found is None:
+        return ""
+    scale, _digits = _scale_and_digits(row.unit)
+    unit = row.unit if row.unit != "fraction" else "point" if scale * found.margin == 1 else "points"
+    margin = f"{scale * found.margin:g} {unit}"
+    after = " after Holm" if row.num_comparisons > 1 else ""
+    if found.verdict == EQUIVALENT:
+        return f"; equivalent within {margin} (TOST p {_p_text(found.p_equivalent)}{after})"
+    if found.verdict == NO_WORSE:
+        return f"; no worse than {margin} (p {_p_text(found.p_no_worse)}{after})"
+    return f"; may be worse by {margin} or more (p {_p_text(found.p_no_worse)}{after})"
+
+
 def difference_table(comparison: Comparison) -> Table:
-    """Return the differences as a table, fractions in percent."""
+    """Return the differences as a table, fractions in percent, with the intervals that hold all at once."""
     difference = f"difference, {100 * comparison.confidence:g} % interval"
     columns = ("method", "task", "metric", "n", difference, "p (Holm)", "won / lost / tied", "verdict")
     rows: list[tuple[str, ...]] = [
@@ -125,12 +153,12 @@ def difference_table(comparison: Comparison) -> Table:
             row.task,
             f"{row.metric} ({_unit_text(row.unit)})",
             f"{row.num_items:,}" + (f" x {row.num_seeds} seeds" if row.num_seeds > 1 else ""),
-            _difference_text(row),
+            _difference_text(row, at_once=True),
             _p_text(row.p_adjusted),
             f"{row.won} / {row.lost} / {row.tied}",
-            row.verdict,
+            _verdict_text(row),
         )
-        for row in comparison.differences
+        for row in (*comparison.differences, *comparison.averages)
     ]
     return Table(columns, rows)
 
@@ -138,9 +166,11 @@ def difference_table(comparison: Comparison) -> Table:
 def _short_table(comparison: Comparison) -> Table:
     """Return the differences for a terminal, where the sentences say the rest."""
     groups: dict[str, list[tuple[str, ...]]] = {}
-    for row in comparison.differences:
+    for row in (*comparison.differences, *comparison.averages):
         heading = f"{row.metric} on {row.task} ({_unit_text(row.unit)}), {row.num_items:,} items"
-        groups.setdefault(heading, []).append((f"  {row.method}", _difference_text(row), row.verdict))
+        groups.setdefault(heading, []).append(
+            (f"  {row.method}", _difference_text(row, at_once=True), _verdict_text(row))
+        )
     rows = [line for heading, lines in groups.items() for line in [(heading, "", ""), *lines]]
     return Table(("method", f"difference, {100 * comparison.confidence:g} % interval", "verdict"), rows)
 
@@ -148,16 +178,18 @@ def _short_table(comparison: Comparison) -> Table:
 def cross_domain_table(scores: Sequence[Score]) -> Table:
     """Return a row per model, a column per metric of a task, cells ``value ± standard error``; fractions in percent.
 
+    At an edge, where an error would say nothing, a cell is ``value [low, high]`` with the bounds of a 95 % interval.
     A model that has a metric of one task at some of its seeds only counts as without.
     """
     tasks = list(dict.fromkeys(score.task for score in scores))
     units = {(score.task, score.metric): score.unit for score in scores}
     units = dict(sorted(units.items(), key=lambda entry: tasks.index(entry[0][0])))  # a task's metrics side by side
-    columns = ("model", *(f"{task} {metric} ({_unit_text(unit)})" for (task, metric), unit in units.items()))
+    labels = [f"{task} {metric}".strip() + f" ({_unit_text(unit)})" for (task, metric), unit in units.items()]
+    columns = ("model", *labels)
     rows: dict[str, dict[tuple[str, str], str]] = {}
     for score in scores:
         label = score.model + (f" ({score.num_seeds} seeds)" if score.num_seeds > 1 else "")
-        rows.setdefault(label, {})[score.task, score.metric] = _score_text(score)
+        rows.setdefault(label, {})[score.task, score.metric] = score_text(score)
     return Table(columns, [(label, *(cells.get(column, "–") for column in units)) for label, cells in rows.items()])
 
 
@@ -221,23 +253,53 @@ def latex_text(text: str) -> str:
     return re.sub(r"(?<!\w)-(?=\d)", "$-$", escaped)
 
 
-def _score_text(score: Score) -> str:
+def score_text(score: Score) -> str:
+    """Return ``46.8 ± 1.4``, in percent for fractions; at an edge ``0.0 [0.0, 1.3]``, never ``± 0.0``."""
     if score.value is None:
         return "no value"
     scale, digits = _scale_and_digits(score.unit)
+    if score.low is not None and score.high is not None and _shows_interval(score):
+        low, high = (f"{scale * bound:.{digits}f}" for bound in (score.low, score.high))
+        return f"{scale * score.value:.{digits}f} [{low}, {high}]"
     error = "" if score.stderr is None else f" ± {scale * score.stderr:.{digits}f}"
     return f"{scale * score.value:.{digits}f}{error}"
 
 
-def _difference_text(row: Difference, unit: str = "") -> str:
-    """Return ``+1.2 [0.3, 2.1]``, with so many decimals that no number which is not zero is rounded to it."""
+def error_text(score: Score, digits: int = 4) -> str:
+    """Return what stands behind a value in the metric's own unit: `` ± 0.0137``, `` [0.0000, 0.0126]`` or nothing."""
+    if score.value is None or (score.stderr is None and not _shows_interval(score)):
+        return ""
+    if _shows_interval(score):
+        return f" [{score.low:.{digits}f}, {score.high:.{digits}f}]"
+    return f" ± {score.stderr:.{digits}f}"
+
+
+def _shows_interval(score: Score) -> bool:
+    is_shown_as_zero = score.stderr is not None and round(100 * score.stderr, 1) == 0
+    return score.low is not None and (score.is_at_edge or is_shown_as_zero)
+
+
+def _verdict_text(row: Difference) -> str:
+    found = row.equivalence and row.equivalence.verdict
+    return f"{row.verdict}, {found}" if found else row.verdict
+
+
+def _difference_text(row: Difference, unit: str = "", at_once: bool = False) -> str:
+    """Return ``+1.2 [0.3, 2.1]``, with so many decimals that no number which is not zero is rounded to it.
+
+    A round bracket is the bound at zero of a difference whose sign is claimed and no more.
+    """
     scale, digits = _scale_and_digits(row.unit)
-    numbers = [scale * x for x in (row.difference, row.ci_low, row.ci_high)]
+    bounds = (row.simultaneous_low, row.simultaneous_high) if at_once else (row.ci_low, row.ci_high)
+    numbers = [scale * (x or 0.0) for x in (row.difference, *bounds)]
     smallest = min((abs(number) for number in numbers if number), default=1.0)
     while smallest < 0.5 * 10**-digits and digits < 8:
         digits += 1
     value, low, high = (round(number, digits) + 0.0 for number in numbers)  # + 0.0: no minus before zero
-    return f"{value:+.{digits}f}{unit and ' ' + unit} [{low:.{digits}f}, {high:.{digits}f}]"
+    left, right = "(" if at_once and row.is_cut_at_zero and low == 0 else "[", "]"
+    if at_once and row.is_cut_at_zero and high == 0:
+        right = ")"
+    return f"{value:+.{digits}f}{unit and ' ' + unit} {left}{low:.{digits}f}, {high:.{digits}f}{right}"
 
 
 def _scale_and_digits(unit: str) -> tuple[float, int]:

@@ -7,8 +7,9 @@ import json
 from .. import files
 from ..errors import UserError
 from ..files import write_text
-from ..results.compare import compare, scores
+from ..results.compare import compare
 from ..results.schema import Result, read_result
+from ..results.scores import scores
 from ..results.text import Table, brief_metric, draw, render, render_brief, render_scores, sentence, wrap
 from .damage import is_whole_result
 from .execute import Study

@@ -1,0 +1,106 @@
+"""The value of every model in every metric, and its average over tasks; each with its error, or interval at an edge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+
+from .comparable import check_comparable, group_by_name, having, select, unit_of
+from .comparison import Score
+from .proportions import Bounds, average_bounds, is_at_edge, proportion_interval
+from .schema import Result, cluster_ids, has_items
+from .statistics import weighted_mean
+
+AVERAGE = "average of {} tasks"  # the paper's headline is an average over benchmarks
+
+
+def scores(
+    results: Sequence[Result], tasks: Sequence[str] | None = None, metrics: Sequence[str] | None = None
+) -> list[Score]:
+    """Return the value of every model in every metric that it has, models in the order given, and then the averages.
+
+    Args:
+        results: Results of this schema, at least one.
+        tasks: Tasks to show; all by default.
+        metrics: Metrics to show; all by default.
+
+    Raises:
+        UserError: If a name is unknown, or items, prompts, shots or versions differ.
+    """
+    groups = group_by_name(results)
+    tasks, metrics = select(results, tasks, metrics, only_items=False)
+    check_comparable(results, tasks)
+    shown = [(task, metric) for task, metric in product(tasks, metrics) if having(results, task, metric)]
+    units = {(task, metric): unit_of(having(results, task, metric), task, metric) for task, metric in shown}
+    found = [
+        _score(group, task, metric, units[task, metric])
+        for group in groups.values()
+        for task, metric in shown
+        if having(group, task, metric) == group
+    ]
+    averaged = averaged_metrics(results, tasks, metrics)
+    return found + [_average(group, found, averaged) for group in groups.values() if averaged]
+
+
+def averaged_metrics(results: Sequence[Result], tasks: Sequence[str], metrics: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the tasks that are averaged, each with its metric: none where there are not two.
+
+    They are those that all results have, with their first metric measured item by item, where it is a fraction of which
+    more is better: an average over different units, or over other tasks for other models, would say nothing.
+    """
+    found: list[tuple[str, str]] = []
+    for task in tasks:
+        records = [result["tasks"][task] for result in results if task in result["tasks"]]
+        named = [name for name in records[0]["metrics"] if name in metrics and has_items(records[0]["items"], name)]
+        if not named or having(results, task, named[0]) != list(results):
+            continue
+        main = [record["metrics"][named[0]] for record in records]
+        if all(
+            each["unit"] == "fraction" and each["higher_is_better"] and each["value"] is not None for each in main
+        ) and all(has_items(record["items"], named[0]) for record in records):
+            found.append((task, named[0]))
+    return found if len(found) > 1 else []
+
+
+def _score(group: Sequence[Result], task: str, metric: str, unit: str) -> Score:
+    records = [result["tasks"][task]["metrics"][metric] for result in group]
+    values = [record["value"] for record in records if record["value"] is not None]
+    if len(values) < len(records):
+        return Score(group[0]["name"], task, metric, unit, None, None, len(group))
+    value, stderr = weighted_mean(values) if len(group) > 1 else (values[0], records[0]["stderr"])
+    score = Score(group[0]["name"], task, metric, unit, value, stderr, len(group))
+    bounds, at_edge = _bounds(group, task, metric) if unit == "fraction" else (None, False)
+    return replace(score, low=bounds.low, high=bounds.high, is_at_edge=at_edge) if bounds else score
+
+
+def _bounds(group: Sequence[Result], task: str, metric: str) -> tuple[Bounds | None, bool]:
+    """Return the interval over the items of a proportion, and whether it is at an edge."""
+    tables = [result["tasks"][task]["items"] for result in group]
+    if not all(has_items(items, metric) for items in tables):
+        return None, False
+    by_id = [{item["id"]: item[metric] for item in items} for items in tables]
+    values_N = np.mean([[row[item["id"]] for item in tables[0]] for row in by_id], axis=0)
+    clusters = cluster_ids(tables[0])
+    return proportion_interval(values_N, clusters), is_at_edge(values_N, clusters)
+
+
+def _average(group: Sequence[Result], found: Sequence[Score], averaged: Sequence[tuple[str, str]]) -> Score:
+    """Return the unweighted mean over tasks: of one result its error adds over tasks, of seeds it is over seeds."""
+    name = group[0]["name"]
+    by_metric = {(score.task, score.metric): score for score in found if score.model == name}
+    parts = [by_metric[key] for key in averaged]
+    per_seed = [
+        np.mean([result["tasks"][task]["metrics"][metric]["value"] for task, metric in averaged]) for result in group
+    ]
+    value, stderr = weighted_mean(per_seed)
+    if len(group) == 1:
+        stderr = float(np.sqrt(sum((part.stderr or 0.0) ** 2 for part in parts))) / len(parts)
+    bounds = average_bounds(
+        [part.value or 0.0 for part in parts],
+        [Bounds(part.low, part.high) for part in parts if part.low is not None and part.high is not None],
+    )
+    at_edge = any(part.is_at_edge for part in parts)
+    return Score(name, AVERAGE.format(len(parts)), "", "fraction", value, stderr, len(group), *bounds, at_edge)

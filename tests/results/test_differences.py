@@ -1,0 +1,230 @@
+"""Clusters, averages, families and margins: what is claimed, checked by simulation."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from maskft.results import families
+from maskft.results.comparison import EQUIVALENT, NO_WORSE, NOT_DISTINGUISHABLE
+from maskft.results.differences import Measured, Sample, describe, judge
+from maskft.results.families import Noise, simultaneous_level
+from maskft.results.statistics import Bootstrap, as_block, hierarchical_bootstrap, weighted_mean
+
+RESAMPLES = 400
+
+
+def make_sample(values, baseline, task="sums", clusters=None, weights=None):
+    return Sample(task, np.atleast_2d(values).astype(float), np.atleast_2d(baseline).astype(float), weights, clusters)
+
+
+def measure(*samples, unit="score"):
+    return Measured(samples, unit, RESAMPLES, 0)
+
+
+def judged(measured, margin=None, higher_is_better=True):
+    """Judge differences of one family, with the least of results around them."""
+    paired = ([{"name": "mask"}], [{"name": "full"}])
+    unit = measured[0].unit
+    rows = [(describe(paired, each, ("sums", "accuracy"), higher_is_better, True), each) for each in measured]
+    return judge(rows, 0.95, margin, unit)
+
+
+# Clusters
+
+
+def clustered(rng, num_clusters=40, size=5):
+    """Differences with mean 0.1, half of whose variance the items of a cluster share."""
+    shared = np.repeat(rng.normal(size=num_clusters), size)
+    labels = [f"p{index}" for index in np.repeat(np.arange(num_clusters), size)]
+    return 0.1 + shared + rng.normal(size=num_clusters * size), labels
+
+
+def test_a_cluster_is_one_unit():
+    block = as_block([[1.0, 2.0, 6.0, 4.0]], [1, 3, 1, 1], ["a", "a", "b", "b"])
+    np.testing.assert_allclose(block.diffs_SN, [[7 / 4, 5]])
+    np.testing.assert_allclose(block.weights_N, [4, 2])
+    assert block.means_S == pytest.approx([17 / 6])  # as of the items
+    with pytest.raises(ValueError, match="at least 2 clusters"):
+        as_block([[1.0, 2.0]], None, ["a", "a"])
+
+
+def test_clusters_of_one_item_change_nothing():
+    values, weights = np.random.default_rng(0).normal(size=30), np.arange(1, 31)
+    labels = [str(index) for index in range(30)]
+    assert weighted_mean(values, weights, labels) == pytest.approx(weighted_mean(values, weights))
+    assert np.isnan(weighted_mean(values, None, ["a"] * 30)[1])
+
+
+def test_the_clustered_error_is_the_spread_over_fresh_samples():
+    rng = np.random.default_rng(0)
+    drawn = [clustered(rng) for _ in range(800)]
+    means, stderrs = np.array([weighted_mean(values, None, labels) for values, labels in drawn]).T
+    assert np.median(stderrs) == pytest.approx(means.std(), rel=0.05)
+    assert weighted_mean(drawn[0][0])[1] < 0.65 * means.std()  # of items as if independent: 1 / sqrt(3)
+
+
+def test_clusters_are_covered_as_independent_items_are_not():
+    rng = np.random.default_rng(0)
+    hits = np.zeros(2)
+    for _ in range(400):
+        diffs, labels = clustered(rng)
+        for which, clusters in enumerate((labels, None)):
+            low, high = Bootstrap([as_block([diffs], None, clusters)], RESAMPLES).interval()
+            hits[which] += low <= 0.1 <= high
+    assert 0.92 <= hits[0] / 400 <= 0.98
+    assert hits[1] / 400 < 0.8
+
+
+# Averages over tasks
+
+
+def test_an_average_of_one_task_is_the_task():
+    diffs = np.random.default_rng(0).normal(0.1, 1, (3, 50))
+    drawn = Bootstrap([as_block(diffs)], RESAMPLES)
+    interval = hierarchical_bootstrap(diffs, num_resamples=RESAMPLES)
+    assert (drawn.difference, *drawn.interval(), drawn.p_value()) == tuple(interval)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_the_average_over_tasks_is_covered(num_seeds):
+    """Three tasks of 40, 80 and 160 items; a seed is good or bad at all of them at once."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(500):
+        seeds = 0.1 * rng.normal(size=(num_seeds, 1)) * (num_seeds > 1)
+        tasks = [rng.normal(size=n) + 0.5 * rng.normal(size=(num_seeds, n)) for n in (40, 80, 160)]
+        drawn = Bootstrap([as_block(0.1 * t + seeds + diffs) for t, diffs in enumerate(tasks)], RESAMPLES)
+        low, high = drawn.interval()
+        hits += low <= 0.1 <= high
+    assert 0.92 <= hits / 500 <= 0.98
+
+
+def test_the_same_seeds_are_drawn_for_all_tasks():
+    # No item noise: drawn apart, two tasks would halve the variance of the seeds.
+    block = as_block(np.array([[0.1], [0.3]]) + np.zeros((2, 50)))
+    one, both = (Bootstrap([block] * count, RESAMPLES).interval() for count in (1, 2))
+    assert both == pytest.approx(one)
+    assert one[0] < 0  # two seeds: the t interval is 0.2 ± 1.27
+
+
+# Families
+
+
+def noise(*columns):
+    return Noise({"sums": np.array(columns, dtype=float)}, 0.0)
+
+
+def test_the_level_pays_for_what_the_comparisons_do_not_share():
+    rng = np.random.default_rng(0)
+    apart = [noise(*rng.normal(size=2000)) for _ in range(5)]
+    assert simultaneous_level(apart, 0.05) == pytest.approx(1 - 0.95 ** (1 / 5), rel=0.05)  # Šidák
+    assert simultaneous_level([apart[0]] * 5, 0.05) == pytest.approx(0.05, rel=0.05)
+    assert simultaneous_level(apart[:1], 0.05) == 0.05
+    baseline = rng.normal(size=2000)
+    sharing = [noise(*(rng.normal(size=2000) - baseline)) for _ in range(5)]
+    assert 0.0103 < simultaneous_level(sharing, 0.05) < 0.02
+    assert simultaneous_level([noise(0, 0)] * 4, 0.05) == pytest.approx(1 - 0.95**0.25, rel=0.05)
+    elsewhere = [Noise({task: apart[0].parts["sums"]}, 0.0) for task in ("sums", "odd")]
+    assert simultaneous_level(elsewhere, 0.05) == pytest.approx(1 - 0.95**0.5, rel=0.05)
+    seeds = [each._replace(own_variance=1e6) for each in [apart[0]] * 5]
+    assert simultaneous_level(seeds, 0.05) == pytest.approx(1 - 0.95 ** (1 / 5), rel=0.05)
+
+
+def family(rng, truths, num_items=80):
+    """Methods that share a baseline, with their true differences."""
+    baseline = rng.normal(size=num_items)
+    return [measure(make_sample(truth + rng.normal(size=num_items), baseline)) for truth in truths]
+
+
+def test_simultaneous_intervals_hold_all_at_once(monkeypatch):
+    monkeypatch.setattr(families, "NUM_DRAWS", 4000)
+    rng, truths = np.random.default_rng(0), [0.0, 0.1, -0.2, 0.05]
+    alone = at_once = 0
+    for _ in range(150):
+        rows = judged(family(rng, truths))
+        alone += all(row.ci_low <= truth <= row.ci_high for row, truth in zip(rows, truths, strict=True))
+        at_once += all(
+            row.simultaneous_low <= truth <= row.simultaneous_high for row, truth in zip(rows, truths, strict=True)
+        )
+    assert 0.91 <= at_once / 150 <= 0.99
+    assert alone / 150 < 0.91
+
+
+def test_interval_and_verdict_never_disagree(monkeypatch):
+    monkeypatch.setattr(families, "NUM_DRAWS", 4000)
+    rng = np.random.default_rng(1)
+    cut = 0
+    for _ in range(40):
+        for row in judged(family(rng, [2.0, 2.0, 0.3, 0.36, 0.0])):
+            holds_zero = row.simultaneous_low <= 0 <= row.simultaneous_high and not row.is_cut_at_zero
+            assert holds_zero == (row.verdict == NOT_DISTINGUISHABLE)
+            assert (row.simultaneous_low <= row.ci_low and row.ci_high <= row.simultaneous_high) or row.is_cut_at_zero
+            cut += row.is_cut_at_zero
+    assert cut  # Holm's last steps claim what one level for all cannot
+
+
+def test_an_exact_test_that_disagrees_widens_the_interval():
+    # 5 won, 0 lost of 100: the interval alone is above zero, McNemar's p 0.0625.
+    (row,) = judged([measure(make_sample(np.arange(100) < 55, np.arange(100) < 50), unit="fraction")])
+    assert row.ci_low > 0 == row.simultaneous_low
+    assert row.verdict == NOT_DISTINGUISHABLE
+
+
+# Margins
+
+
+def draw_binary(rng, difference):
+    """Right on 60 % and ``difference`` less, 15 % of 400 items differ."""
+    u = rng.random(400)
+    won, lost = u < 0.075 + difference / 2, u > 1 - 0.075 + difference / 2
+    other = rng.random(400) < 0.6
+    return make_sample(np.where(won, 1, np.where(lost, 0, other)), np.where(won, 0, np.where(lost, 1, other)))
+
+
+def draw_seeds(rng, difference):
+    shape = (3, 100)
+    seeds = 0.01 * rng.normal(size=(3, 1))
+    return make_sample(
+        difference + seeds + 0.1 * rng.normal(size=(1, 100)) + 0.1 * rng.normal(size=shape), 0 * np.ones(shape)
+    )
+
+
+@pytest.mark.parametrize(("draw", "unit"), [(draw_binary, "fraction"), (draw_seeds, "nats")])
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_difference_of_the_margin_is_called_smaller_in_5_percent(draw, unit, side):
+    rng, margin = np.random.default_rng(0), 0.05
+    p_values = [measure(draw(rng, -side * margin), unit=unit).p_beyond(-side * margin, side, 0.95) for _ in range(500)]
+    assert np.mean(np.array(p_values) <= 0.05) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 500)
+
+
+def test_a_small_difference_is_called_equivalent_when_there_is_data_enough():
+    rng = np.random.default_rng(0)
+    found = [judged([measure(draw_binary(rng, 0.0), unit="fraction")], margin=0.1)[0].equivalence for _ in range(50)]
+    assert sum(each.verdict == EQUIVALENT for each in found) > 45
+    found = [judged([measure(draw_binary(rng, 0.0), unit="fraction")], margin=0.005)[0].equivalence for _ in range(50)]
+    assert sum(each.verdict is not None for each in found) < 10
+
+
+def test_a_method_that_is_better_is_no_worse_and_not_equivalent():
+    right = np.arange(300)
+    better = measure(make_sample(right < 200, right < 150), unit="fraction")
+    assert judged([better], 0.01)[0].equivalence.verdict == NO_WORSE
+    assert judged([better], 0.01, higher_is_better=False)[0].equivalence.verdict is None
+
+
+def test_models_that_never_differ_are_equivalent_only_with_items_enough():
+    def p_value(num_items):
+        right = np.arange(num_items) < num_items // 2
+        return judged([measure(make_sample(right, right), unit="fraction")], 0.01)[0].equivalence.p_equivalent
+
+    # Tango's score is sqrt(n m / (1 - m)): 1.74 for 300 items and one point.
+    assert p_value(300) == pytest.approx(stats.norm.sf(np.sqrt(300 * 0.01 / 0.99)))
+    assert p_value(200) > 0.05 > p_value(300)
+
+
+def test_shares_of_samples_at_an_edge_are_not_certain():
+    # Average of 4 answers: one answer of one item differs.
+    shares = np.zeros(100)
+    measured = measure(make_sample(shares + 0.25 * (np.arange(100) == 3), shares), unit="fraction")
+    low, high = measured.interval(0.95)
+    assert low < -0.02 and high > 0.03
+    assert measured.p_beyond(-0.01, 1, 0.95) > 0.05
