@@ -127,10 +127,7 @@ def test_ten_kills_at_random_moments(base, data, tmp_path):
 def test_a_ray_cluster_of_two_workers_gives_the_same(base, data, tmp_path, capsys):
     ray = pytest.importorskip("ray", reason="needs maskft[ray]")
     cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs maskft[ray]")
-    masks = {f"mask {n}": {**MASK, "mask_layers_to_transform": [n]} for n in (0, 1)}
-    content = recipe(base, data, {"full": FULL, **masks})
-    file = write(tmp_path, content)
-    alone, together = tmp_path / "alone", tmp_path / "together"
+    file, alone, together = write(tmp_path, with_two_masks(base, data)), tmp_path / "alone", tmp_path / "together"
     assert main(["study", str(file), "--output_dir", str(alone)]) == 0
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
@@ -143,11 +140,34 @@ def test_a_ray_cluster_of_two_workers_gives_the_same(base, data, tmp_path, capsy
     finally:
         ray.shutdown()
         cluster.shutdown()
-    # Both masks are handed out once the full model is there, before either is finished.
-    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\[\d/3\] .*: ", line)]
+    check_the_order(capsys.readouterr().out)
+    check_the_same(together, alone)
+
+
+def test_two_runs_at_once_give_the_same(base, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file, alone, together = write(tmp_path, with_two_masks(base, data)), tmp_path / "alone", tmp_path / "together"
+    assert main(["study", str(file), "--output_dir", str(alone)]) == 0
+    capsys.readouterr()
+    assert main(["study", str(file), "--output_dir", str(together), "--num_at_once", "2"]) == 0
+    check_the_order(capsys.readouterr().out)
+    check_the_same(together, alone)
+
+
+def with_two_masks(base, data):
+    masks = {f"mask {n}": {**MASK, "mask_layers_to_transform": [n]} for n in (0, 1)}
+    return recipe(base, data, {"full": FULL, **masks})
+
+
+def check_the_order(out):
+    """Both masks are handed out once the full model is there, before either is finished."""
+    lines = [line for line in out.splitlines() if re.match(r"\[\d/3\] .*: ", line)]
     states = [(line.split("]")[1].split(",")[0].strip(), line.split(": ")[1].split(",")[0]) for line in lines]
     assert states[:2] == [("full", "started"), ("full", "finished")]
     assert sorted(states[2:4]) == [("mask 0", "started"), ("mask 1", "started")]
+
+
+def check_the_same(together, alone):
     # Ray gives each worker as many threads as CPUs; nothing else differs.
     one, two = outcome(together), outcome(alone)
     for result in (*one.values(), *two.values()):
@@ -164,11 +184,12 @@ def test_ray_without_ray_is_one_line(base, data, tmp_path, capsys, monkeypatch):
     assert "needs Ray; run: pip install 'maskft[ray]'" in capsys.readouterr().err
 
 
-def test_a_run_that_fails_stops_what_needs_it_and_nothing_else(base, data, tmp_path, capsys):
+@pytest.mark.parametrize("words", [[], ["--num_at_once", "2"]])
+def test_a_run_that_fails_stops_what_needs_it_and_nothing_else(words, base, data, tmp_path, capsys):
     methods = {"full": {**FULL, "learning_rate": 1e30}, "mask": MASK, "pre-trained": {"method": "pretrained"}}
     file = write(tmp_path, recipe(base, data, methods))
     capsys.readouterr()
-    assert main(["study", str(file), "--output_dir", str(tmp_path / "out")]) == 2
+    assert main(["study", str(file), "--output_dir", str(tmp_path / "out"), *words]) == 2
     out, err = capsys.readouterr()
     assert (
         len(err.strip().splitlines()[-1:]) == 1

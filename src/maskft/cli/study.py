@@ -34,7 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--launcher",
         choices=LAUNCHERS,
         default="local",
-        help="local: one run after another here; ray: as many at once as the cluster has room for (default: local)",
+        help="local: here; ray: as many at once as the cluster has room for (default: local)",
+    )
+    parser.add_argument(
+        "--num_at_once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with launcher local: runs at a time, which share the cores; for models too small to keep them busy "
+        "(default: 1)",
     )
 
 
@@ -53,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         _check_layers(plan, [model for model in recipe.models if Path(model).is_dir()])  # it downloads nothing
         print_dry_run(plan, folder)
     else:
-        start(plan, folder, args.launcher)
+        start(plan, folder, args.launcher, args.num_at_once)
 
 
 def with_model(recipe: Recipe, model: str) -> Recipe:
@@ -63,9 +71,12 @@ def with_model(recipe: Recipe, model: str) -> Recipe:
     return recipe.model_copy(update={"models": [model], "facts": Facts(flops_per_s=recipe.facts.flops_per_s)})
 
 
-def start(plan: Plan, folder: str | Path, launcher: str = "local", is_brief: bool = False) -> None:
+def start(
+    plan: Plan, folder: str | Path, launcher: str = "local", num_at_once: int = 1, is_brief: bool = False
+) -> None:
     """Run a study whose recipe has been checked; what is wrong with its evaluation would be found after days."""
     from ..runtime import silence
+    from ..study.launchers import Launcher
     from ..study.study import run_study
     from . import evaluate
 
@@ -73,12 +84,14 @@ def start(plan: Plan, folder: str | Path, launcher: str = "local", is_brief: boo
     _check_layers(plan, plan.recipe.models)
     if launcher == "ray" and importlib.util.find_spec("ray") is None:
         raise UserError("--launcher ray needs Ray; run: pip install 'maskft[ray]'")
+    if num_at_once < 1 or (num_at_once > 1 and launcher == "ray"):
+        raise UserError(f"num_at_once is {num_at_once}; it must be at least 1, and a Ray cluster decides it itself")
     try:
         for args in _evaluation_args(plan.recipe):
             evaluate.check_inputs(args)
     except UserError as error:
         raise UserError(f"evaluation: {error}") from None
-    run_study(plan, folder, launcher, is_brief=is_brief)
+    run_study(plan, folder, Launcher(launcher, num_at_once), is_brief=is_brief)
 
 
 def check(recipe: Recipe, allow_many: bool = False) -> Plan:

@@ -24,6 +24,7 @@ from ..results.schema import TaskRecord, read_result
 from ..results.statistics import weighted_mean
 from ..results.text import Table, draw
 from .execute import Study, prepare_base
+from .launchers import Launcher
 from .plan import BEST, Plan, StudyRun
 from .recipe import Recipe
 from .search_recipe import CACHE, NO_MASK, OF_DATA, PARTS, Candidate, Search
@@ -53,7 +54,7 @@ def run_search(
         def measured(recipe: Recipe) -> tuple[Study, Plan]:
             """Make the runs of a rung that are not finished."""
             study, plan = Study(folder, recipe, lock_fd), check(recipe)
-            refuse_failed(make_all(study, plan, "local", console))
+            refuse_failed(make_all(study, plan, Launcher(), console))
             return study, plan
 
         base = check(search.recipe)

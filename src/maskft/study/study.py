@@ -1,9 +1,8 @@
-"""Running a study: on this machine one run after another, or on a Ray cluster as many at once as it has room for."""
+"""Running a study: every run that is not finished, stage by stage, then the table."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +13,8 @@ from rich.console import Console
 from .. import files
 from ..errors import UserError
 from .board import Board
-from .execute import Study, Tick, make, prepare_base, prepare_data
+from .execute import Study, prepare_base, prepare_data
+from .launchers import Launcher
 from .plan import Plan, StudyRun
 from .summary import summarise
 from .tuning import Heldout
@@ -25,7 +25,7 @@ LOCK_WAIT_S = 120  # a killed study's child ends its step and saves it
 def run_study(
     plan: Plan,
     folder: str | Path,
-    launcher: str = "local",
+    launcher: Launcher,
     console: Console | None = None,
     is_brief: bool = False,
 ) -> None:
@@ -34,7 +34,7 @@ def run_study(
     Args:
         plan: The runs.
         folder: The study's folder; finished runs in it are not repeated.
-        launcher: ``local`` or ``ray``.
+        launcher: Where the runs are made.
         console: Where to print; default stdout.
         is_brief: Print one table of the main metric and one sentence, not every comparison.
 
@@ -42,6 +42,7 @@ def run_study(
         UserError: If a run failed; the others, as far as they do not need it, are made first.
     """
     console = console or Console()
+    launcher.share_cores()
     with locked(folder) as (folder, lock_fd):
         study = Study(folder, plan.recipe, lock_fd)
         plan, failed = make_stages(study, plan, launcher, console, is_brief)
@@ -52,7 +53,7 @@ def run_study(
 
 
 def make_stages(
-    study: Study, plan: Plan, launcher: str, console: Console, is_brief: bool = False
+    study: Study, plan: Plan, launcher: Launcher, console: Console, is_brief: bool = False
 ) -> tuple[Plan, dict[StudyRun, str]]:
     """Make the runs whose settings are known, choose from their held-out losses those of others, and so on.
 
@@ -76,7 +77,7 @@ def make_stages(
 def make_all(
     study: Study,
     plan: Plan,
-    launcher: str,
+    launcher: Launcher,
     console: Console,
     failed_before: Mapping[str, str] = {},
     is_brief: bool = False,
@@ -86,7 +87,7 @@ def make_all(
     Args:
         study: Where.
         plan: The runs.
-        launcher: ``local`` or ``ray``.
+        launcher: Where the runs are made.
         console: Where to print.
         failed_before: Id -> reason of the runs that are not tried again.
         is_brief: In a log, a line for each run when it has ended, none when it begins.
@@ -108,7 +109,7 @@ def make_all(
         if todo:
             prepare_base(study, todo, board.tick)
             prepare_data(study, plan.runs, board.tick)
-            {"local": _run_local, "ray": _run_on_ray}[launcher](study, todo, board)
+            launcher.run(study, todo, board)
     return board.failed
 
 
@@ -130,68 +131,3 @@ def locked(folder: str | Path) -> Iterator[tuple[Path, int]]:
     folder = Path(folder).absolute()
     with files.held(folder, files.LOCK, LOCK_WAIT_S, "study") as hold:
         yield folder, hold.descriptor
-
-
-def _blocked(run: StudyRun, failed: dict[StudyRun, str]) -> str | None:
-    parent = next((parent for parent in run.parents if parent in failed), None)
-    return None if parent is None else f"it needs {parent.title!r}, which failed"
-
-
-def _failure(study: Study, run: StudyRun, tick: Tick = lambda: None) -> str | None:
-    """Make a run; returns why it failed, None if it did not."""
-    try:
-        make(study, run, tick)
-    except UserError as error:
-        return str(error)
-    return None
-
-
-def _run_local(study: Study, todo: list[StudyRun], board: Board) -> None:
-    for run in todo:
-        reason = _blocked(run, board.failed)
-        if reason is None:
-            board.started(run)
-            reason = _failure(study, run, board.tick)
-        board.ended(run, reason)
-
-
-def _run_on_ray(study: Study, todo: list[StudyRun], board: Board) -> None:
-    """Hand each run to the cluster as soon as those it needs are finished. The folder must be one all nodes see."""
-    import ray
-
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False)  # RAY_ADDRESS names a cluster; without it, this machine
-    launch = study.recipe.launch
-    # A file descriptor means nothing in another process; the driver holds the lock.
-    remote_study = Study(study.folder, study.recipe)
-    task = ray.remote(num_cpus=launch.num_cpus, num_gpus=launch.num_gpus, max_retries=0)(_failure)
-    waiting, pending, queued = list(todo), {}, {}
-    while waiting or pending:
-        for run in list(waiting):
-            reason = _blocked(run, board.failed)
-            if reason is not None:
-                board.ended(run, reason)
-                waiting.remove(run)
-            elif not any(parent in waiting or parent in pending.values() for parent in run.parents):
-                pending[task.remote(remote_study, run)] = run
-                queued[run] = time.time()
-                waiting.remove(run)
-        for run in [run for run, since in queued.items() if _writes(study, run, since)]:
-            board.started(run)
-            del queued[run]
-        done, _ = ray.wait(list(pending), timeout=0.5) if pending else ([], [])
-        for reference in done:
-            run = pending.pop(reference)
-            if queued.pop(run, None):
-                board.started(run)
-            try:
-                board.ended(run, ray.get(reference))
-            except ray.exceptions.RayError as error:
-                board.ended(run, " ".join(str(error).split())[:300])
-        board.tick()
-
-
-def _writes(study: Study, run: StudyRun, since: float) -> bool:
-    """Whether a run that was handed out has begun: until there is room for it, the cluster keeps it in a queue."""
-    log = study.run_folder(run) / files.LOG
-    return log.is_file() and log.stat().st_mtime >= since
