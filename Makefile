@@ -7,7 +7,7 @@ SOURCES := src tests benchmarks recipes examples docs
 # Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow test-oldest bench docs quality style clean
+.PHONY: demo test test-slow test-oldest soak fuzz bench docs quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
@@ -21,6 +21,15 @@ test-slow: $(VENV)/.test $(VENV)/.docs $(VENV)/.demo $(VENV)/.ray $(VENV)-judge/
 # The lowest versions that pyproject.toml admits. TESTS=tests/tuner runs a part.
 test-oldest: $(VENV)-oldest/.test
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# Kill-and-resume cycles; random changes of files, for so many minutes each.
+CYCLES ?= 200
+MINUTES ?= 10
+soak: $(VENV)/.test
+	$(BIN)/python tests/soak.py --cycles $(CYCLES)
+
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --minutes $(MINUTES)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks
@@ -58,10 +67,12 @@ $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -e '.[test,demo]'
 	@touch $@
 
+# pip's resolver tries versions for a quarter of an hour here, uv's for seconds.
 $(VENV)-oldest/.test: pyproject.toml tests/oldest_versions.py
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(PYTHON) tests/oldest_versions.py > $(VENV)-oldest/lowest.txt
-	$(VENV)-oldest/bin/python -m pip install --quiet -c $(VENV)-oldest/lowest.txt -e '.[test,demo]'
+	$(VENV)-oldest/bin/python -m pip install --quiet uv
+	UV_NATIVE_TLS=1 $(VENV)-oldest/bin/uv pip install --quiet --python $(VENV)-oldest -c $(VENV)-oldest/lowest.txt -e '.[test,demo]'
 	@touch $@
 
 $(VENV)/.ray: $(VENV)/.base

@@ -41,6 +41,8 @@ def check_config(config: TrainConfig) -> None:
         )
     if config.model.load_in_4bit or config.model.load_in_8bit:
         raise UserError("a mask needs the model's own weights: load_in_4bit and load_in_8bit are not supported")
+    if training.trust_remote_code:
+        raise UserError("trust_remote_code: code in the folder of a model is not run; name a model that needs none")
     if config.mask.mask_price and training.fp16:
         raise UserError("mask_price is added to gradients that fp16 has scaled, so it would not count: use bf16")
     if method in COMBINED_METHODS and config.method.before_model is None and not config.data.prepare_only:

@@ -34,6 +34,8 @@ _RECORDED = (
     "bf16",
     "seed",
 )
+# The Trainer's mean over the steps since it was started, divided by all steps: another number where a run was resumed.
+_OF_ONE_PROCESS = ("train_loss",)
 
 
 class TrainingSummary(FileModel):
@@ -167,7 +169,7 @@ def summarise(trainer: MaskTrainer, method: str, seconds: float, reference_loss:
         num_target_weights=sum(layer.get_base_layer().weight.numel() for layer in layers.values()),
         train_time_s=round(seconds, 1),
         peak_memory_bytes=runtime.peak_memory_bytes(),
-        history=state.log_history,
+        history=[{key: value for key, value in row.items() if key not in _OF_ONE_PROCESS} for row in state.log_history],
     )
 
 

@@ -1,0 +1,421 @@
+"""Files from elsewhere with random changes: each is read, or refused in one line. ``make fuzz``; a few in the tests.
+
+usage: python tests/fuzzing.py [--minutes 10] [--seed 0] [--only TARGET ...]
+
+Each target takes a valid file, changes values, keys or bytes of it, and reads it as the commands do. Anything raised
+but :class:`UserError` is a finding, and so is a message of several lines, and a mask that is read and not the one that
+was written. hypothesis makes the changes smaller until they are a case for a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+import pyarrow
+import torch
+import yaml
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from pyarrow import parquet
+
+import small_study
+import tiny
+from maskft import files
+from maskft.adapter.mask_set import MaskSet, read_config
+from maskft.adapter.merge import one_line
+from maskft.adapter.verify import verify
+from maskft.cli.study import check
+from maskft.cli.train import parse
+from maskft.data import load_splits
+from maskft.data.arguments import DataArguments
+from maskft.data.sources import read_file
+from maskft.errors import UserError
+from maskft.results.compare import compare
+from maskft.results.schema import build_result, build_task, items_fingerprint, metric_from_items, read_result
+from maskft.results.text import render
+from maskft.study.recipe import load_recipe
+from maskft.study.search_recipe import load_search
+
+# Values that readers stumble over, beside any others.
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    1e400,
+    -1e-9,
+    float("nan"),
+    2**70,
+    10**400,
+    "",
+    " ",
+    "\x1b[31m",
+    "a\nb",
+    "\ud800",
+    "../x",
+    "x" * 300,
+]
+ODD += [[], [[]], {}, {"": ""}, {"a": {"a": {}}}, "nan", "1e3", "0-3", "true", "~", "2026-11-26", "$(id)", "\\input{x}"]
+values = st.recursive(
+    st.one_of(st.sampled_from(ODD), st.integers(-3, 10), st.floats(), st.text(max_size=8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=5,
+)
+numbers = st.integers(0, 2**30)
+# (where, how, value): applied in turn.
+changes = st.lists(
+    st.tuples(numbers, st.sampled_from(["set", "delete", "rename", "copy", "wrap"]), values), min_size=1, max_size=3
+)
+edits = st.lists(
+    st.tuples(numbers, st.sampled_from(["flip", "cut", "insert", "end", "repeat"]), st.binary(min_size=1, max_size=6)),
+    min_size=1,
+    max_size=4,
+)
+
+
+def places(content, path=()):
+    """Paths of all entries below ``content``."""
+    entries = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    return [found for key, value in entries for found in ((*path, key), *places(value, (*path, key)))]
+
+
+def changed(content, how):
+    """A copy of parsed JSON or YAML with random entries replaced, removed, renamed, copied elsewhere or wrapped."""
+    content = copy.deepcopy(content)
+    for where, kind, value in how:
+        found = places(content)
+        if not found:
+            break
+        *above, key = found[where % len(found)]
+        holder = content
+        for part in above:
+            holder = holder[part]
+        if kind == "set":
+            holder[key] = value
+        elif kind == "delete":
+            del holder[key]
+        elif kind == "wrap":
+            holder[key] = [holder[key]]
+        elif kind == "rename" and isinstance(holder, dict):
+            holder[str(value)] = holder.pop(key)
+        elif kind == "copy":
+            other = found[(where // 7) % len(found)]
+            taken = content
+            for part in other:
+                taken = taken[part] if isinstance(taken, dict | list) else taken
+            holder[key] = copy.deepcopy(taken)
+    return content
+
+
+def edited(data: bytes, how) -> bytes:
+    """Bytes with some flipped, cut out, inserted or repeated, or with a new end."""
+    data = bytearray(data)
+    for where, kind, piece in how:
+        at = where % (len(data) + 1)
+        if kind == "flip" and at < len(data):
+            data[at] ^= piece[0] or 1
+        elif kind == "cut":
+            del data[at : at + len(piece) * 3]
+        elif kind == "insert":
+            data[at:at] = piece
+        elif kind == "repeat":
+            data[at:at] = data[at : at + 40]
+        elif kind == "end":
+            data = data[:at]
+    return bytes(data)
+
+
+def dumped(content, dump: Callable) -> bytes | None:
+    """Content as a file; None where no file can hold it."""
+    try:
+        return dump(content).encode("utf-8", "surrogatepass")
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def accepts(read: Callable) -> bool:
+    """Whether a reader takes its file; an error that is no line for the user is a finding."""
+    try:
+        read()
+    except UserError as error:
+        assert "\n" not in str(error), f"a message of several lines: {error}"
+        return False
+    return True
+
+
+class Target:
+    """A valid file in a folder of its own, and how it is read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True)
+
+
+class Recipes(Target):
+    """Recipes of studies, of searches and of training."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        data = folder / "sums.jsonl"
+        data.write_text('{"prompt": "1+1=", "completion": "2"}\n' * 40)
+        methods = {
+            "full": small_study.FULL,
+            "mask": small_study.MASK,
+            "random": {"method": "random_mask", "from": "full", "match": "mask"},
+        }
+        study = small_study.recipe("org/model", data, methods) | {
+            "seeds": [0, 1],
+            "grid": {"mask.mask_sparsity": [0.1, 0.2]},
+        }
+        study["model_facts"] = {"num_layers": 2, "num_parameters": 1000, "weights_per_layer": 100}
+        search = {key: value for key, value in study.items() if key not in ("methods", "evaluation", "grid")}
+        search["train"] = {key: value for key, value in study["train"].items() if not key.endswith("_steps")}
+        search["search"] = {
+            "layer_groups": [[1], [0, 1]],
+            "sparsities": [0.9, 0.02],
+            "budget_steps": 12,
+            "min_steps": 2,
+            "choose_size": 8,
+        }
+        train = {
+            "method": "mask",
+            "model_name_or_path": "org/model",
+            "dataset_name": str(data),
+            "output_dir": str(folder / "out"),
+        }
+        train |= {
+            "max_steps": 2,
+            "learning_rate": 1e-3,
+            "bf16": False,
+            "mask_sparsity": 0.1,
+            "mask_layers_to_transform": [0, 1],
+        }
+        self.kinds = [
+            (study, lambda file: check(load_recipe(file))),
+            (search, load_search),
+            (train, lambda file: parse(["--config", str(file)])),
+        ]
+
+    def read(self, which, how, bytes_how) -> bool | None:
+        content, read = self.kinds[which % len(self.kinds)]
+        data = dumped(changed(content, how), lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+        if data is None:
+            return None
+        file = self.folder / "recipe.yaml"
+        file.write_bytes(edited(data, bytes_how))
+        return accepts(lambda: read(file))
+
+
+class Results(Target):
+    """Result files, and comparing them."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+
+        def result(name, shift):
+            items = [
+                {
+                    "id": f"i{n}",
+                    "prompt": f"{n}?",
+                    "reference": "r",
+                    "nll": 1.0 + shift * n,
+                    "num_tokens": n + 1,
+                    "accuracy": n % 2,
+                }
+                for n in range(6)
+            ]
+            metrics = {key: metric_from_items(items, key) for key in ("nll", "accuracy")}
+            task = build_task(items, metrics, version="1", num_fewshot=0, fingerprint=items_fingerprint(items))
+            model = {"name_or_path": "m", "seed": 0, "method": "mask"}
+            return build_result(
+                name, model, {"dtype": "float32"}, {"heldout": task}, training={"base": "m", "domain": "math"}
+            )
+
+        self.other, self.content = result("full", 0.1), result("mask", 0.05)
+
+    def read(self, which, how, bytes_how) -> bool | None:
+        data = dumped(changed(self.content, how), json.dumps)
+        if data is None:
+            return None
+        data = edited(data, bytes_how)
+        file = self.folder / ("result.json.gz" if which % 2 else "result.json")
+        file.write_bytes(
+            edited(gzip.compress(data, 1), bytes_how)
+            if which % 4 == 3
+            else gzip.compress(data, 1)
+            if which % 2
+            else data
+        )
+
+        def read():
+            comparison = compare([self.other, read_result(file)])
+            for form in ("terminal", "markdown", "latex", "json"):
+                render(comparison, form)
+
+        return accepts(read)
+
+
+class Data(Target):
+    """Rows to train on: JSON lines, arrays, gzipped ones and parquet."""
+
+    FORMS = (
+        '{"id": "#", "prompt": "#+1=", "completion": "2"}',
+        '{"id": "#", "question": "q#", "answer": "a"}',
+        '{"id": "#", "instruction": "i#", "input": "", "output": "o"}',
+        '{"messages": [{"role": "user", "content": "u#"}, {"role": "assistant", "content": "a"}]}',
+        '{"text": "t#"}',
+    )
+
+    def read(self, which, how, bytes_how) -> bool | None:
+        rows = changed([json.loads(self.FORMS[which % 5].replace("#", str(n))) for n in range(6)], how)
+        ending = ("jsonl", "json", "jsonl.gz", "json.gz", "parquet")[which // 5 % 5]
+        file = self.folder / f"rows.{ending}"
+        if ending == "parquet":
+            try:
+                parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+            except (pyarrow.ArrowException, TypeError, ValueError, AttributeError, OverflowError):
+                return None
+            data = file.read_bytes()
+        else:
+            is_lines = ending.startswith("jsonl")
+            data = dumped(rows, lambda rows: "\n".join(map(json.dumps, rows)) if is_lines else json.dumps(rows))
+            if data is None:
+                return None
+        data = edited(data, bytes_how)
+        file.write_bytes(gzip.compress(data, 1) if ending.endswith("gz") else data)
+
+        def read():
+            list(read_file(file))
+            load_splits(DataArguments(dataset_name=str(file), eval_split_size=2), seed=0)
+
+        return accepts(read)
+
+
+class Adapters(Target):
+    """Adapter folders: the configuration, the file of masks, and loading both over a base."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        generator = torch.Generator().manual_seed(0)
+        base = tiny.tiny_llama(num_layers=1)
+        shapes = {
+            f"model.layers.0.{name}": base.get_submodule(f"model.layers.0.{name}").weight.shape
+            for name in ("self_attn.q_proj", "mlp.up_proj")
+        }
+        self.masks = {name: torch.rand(shape, generator=generator) > 0.1 for name, shape in shapes.items()}
+        # Codings that the others have not: the bitmap, and few removed weights.
+        self.masks["model.layers.0.self_attn.k_proj"] = torch.rand(16, 32, generator=generator) > 0.5
+        self.masks["model.layers.0.mlp.down_proj"] = torch.rand(32, 48, generator=generator) > 0.002
+        targets = [name.rpartition(".")[2] for name in self.masks]
+        tiny.save_masks(self.masks, folder, target_modules=targets, base_model_name_or_path="org/model", scope="global")
+        self.config = json.loads((folder / files.ADAPTER_CONFIG).read_text())
+        self.weights = (folder / files.ADAPTER_WEIGHTS).read_bytes()
+
+    def read(self, which, how, bytes_how) -> bool | None:
+        config, weights = self.config, self.weights
+        if which % 3 != 1:
+            config = changed(config, how)
+        if which % 3:
+            weights = edited(weights, bytes_how)
+        data = dumped(config, json.dumps)
+        if data is None:
+            return None
+        (self.folder / files.ADAPTER_CONFIG).write_bytes(edited(data, bytes_how) if which % 6 == 0 else data)
+        (self.folder / files.ADAPTER_WEIGHTS).write_bytes(weights)
+        taken = accepts(lambda: verify(self.folder))
+        if accepts(lambda: (read_config(self.folder), MaskSet.from_adapter(self.folder))):
+            found = MaskSet.from_adapter(self.folder)
+            assert found.keys() == self.masks.keys(), "masks of other layers"
+            assert all(torch.equal(found[name], mask) for name, mask in self.masks.items()), "another mask"
+        accepts(self.load)
+        return taken
+
+    def load(self):
+        """As the commands do."""
+        read_config(self.folder)
+        with one_line(self.folder, "does not fit"):
+            PeftModel.from_pretrained(tiny.tiny_llama(num_layers=1), str(self.folder))
+
+
+TARGETS = {"recipes": Recipes, "results": Results, "data": Data, "adapters": Adapters}
+
+
+def examine(target: Target, max_examples: int, number: int | None = None) -> Counter:
+    """Read files with random changes; returns how many were read, refused, and could not be written.
+
+    Args:
+        target: What is changed and read.
+        max_examples: How many.
+        number: Seed; None: always the same files.
+
+    Raises:
+        BaseException: The finding, with the smallest changes that show it.
+    """
+    counts: Counter = Counter()
+
+    # Most files are changed in one way only; both together are mostly refused for the bytes.
+    @settings(
+        max_examples=max_examples,
+        deadline=None,
+        database=None,
+        derandomize=number is None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+        print_blob=False,
+    )
+    @given(
+        numbers, st.one_of(st.tuples(changes, st.just([])), st.tuples(st.just([]), edits), st.tuples(changes, edits))
+    )
+    def read_one(which, how):
+        counts[{True: "read", False: "refused", None: "not written"}[target.read(which, *how)]] += 1
+
+    (read_one if number is None else seed(number)(read_one))()
+    return counts
+
+
+def main() -> int:
+    """Fuzz each target for some minutes; returns 1 where there were findings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10, help="for each target (default: 10)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=TARGETS, default=list(TARGETS))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    num_findings = 0
+    for name in args.only:
+        place = Path(tempfile.mkdtemp(prefix="fuzz-"))
+        target, counts, number = TARGETS[name](place / name), Counter(), args.seed
+        deadline = time.monotonic() + 60 * args.minutes
+        while time.monotonic() < deadline:
+            try:
+                counts += examine(target, 200, number)
+            except Exception:
+                traceback.print_exc()
+                counts["findings"] += 1
+                num_findings += 1
+            number += 1
+        shutil.rmtree(place)
+        print(f"{name}: {', '.join(f'{count:,} {what}' for what, count in sorted(counts.items()))}", flush=True)
+    return int(num_findings > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
