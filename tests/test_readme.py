@@ -60,6 +60,15 @@ def test_files_and_names_in_the_docs_exist():
             assert not member or any(re.search(rf"(class|def) {member}\b", p.read_text()) for p in found), member
 
 
+def test_what_the_architecture_page_points_at_is_there():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    pairs = re.findall(r"`([\w/]+\.py)`\s\(`(\w+)`\)", page)
+    assert len(pairs) >= 8
+    for file, name in pairs:
+        source = (ROOT / "src" / "maskft" / file).read_text()
+        assert re.search(rf"(def|class) {name}\b", source), f"docs/architecture.md: {file} has no {name}"
+
+
 def test_the_architecture_page_names_every_module():
     page = (ROOT / "docs" / "architecture.md").read_text()
     for path in (ROOT / "src" / "maskft").rglob("*.py"):
