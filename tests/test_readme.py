@@ -77,6 +77,14 @@ def test_the_architecture_page_names_every_module():
         assert f"`{room.parent.name}/`" in page, f"docs/architecture.md has no {room.parent.name}/"
 
 
+def test_every_page_and_every_room_stands_in_the_navigation_of_the_site():
+    listed = re.findall(r"([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2], re.MULTILINE)
+    docs = ROOT / "docs"
+    pages = [str(page.relative_to(docs)) for page in docs.rglob("*.md")]
+    rooms = [f"reference/{path.parent.name}.md" for path in (ROOT / "src" / "maskft").rglob("__init__.py")]
+    assert sorted(listed) == sorted([*pages, *rooms]), "add the page to nav in mkdocs.yml"
+
+
 def test_prose_is_wrapped_at_100_columns():
     pages = (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
     lines = [(p.name, n, line) for p in pages for n, line in enumerate(p.read_text().splitlines(), 1)]
