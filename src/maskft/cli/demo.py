@@ -16,7 +16,7 @@ _FILES = _RECIPES / "demo"  # the small model and its data
 
 _INTRO = """\
 A Llama of 0.9 M parameters, trained on additions, learns products from 2,000. A
-mask learns which 30 % of its weights to remove, and stands beside its controls:
+mask learns which half of its weights to remove, and stands beside its controls:
 as much training of all weights, masks that were not learned, and training after
 random damage. Two seeds, 4,500 new products. About {minutes} minutes on two cores."""
 
