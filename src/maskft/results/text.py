@@ -78,7 +78,7 @@ def render_brief(comparison: Comparison) -> str:
 
 
 def _brief_cells(row: Difference | None) -> tuple[str, str]:
-    return ("", "") if row is None else (_difference_text(row, at_once=True), _verdict_text(row))
+    return ("", "") if row is None else (difference_text(row, at_once=True), verdict_text(row))
 
 
 def _how_to_read(comparison: Comparison) -> str:
@@ -113,7 +113,7 @@ def sentence(row: Difference) -> str:
     unit = "points" if row.unit == "fraction" else row.unit
     text = (
         f"{row.method} vs {row.baseline}, {row.metric} on {row.task}{seeds}: "
-        f"{_difference_text(row, unit)}, {row.test} p {_p_text(row.p_value)}"
+        f"{difference_text(row, unit)}, {row.test} p {_p_text(row.p_value)}"
     )
     if row.num_comparisons > 1:
         text += f" ({_p_text(row.p_adjusted)} after Holm over {row.num_comparisons} comparisons)"
@@ -153,10 +153,10 @@ def difference_table(comparison: Comparison) -> Table:
             row.task,
             f"{row.metric} ({_unit_text(row.unit)})",
             f"{row.num_items:,}" + (f" x {row.num_seeds} seeds" if row.num_seeds > 1 else ""),
-            _difference_text(row, at_once=True),
+            difference_text(row, at_once=True),
             _p_text(row.p_adjusted),
             f"{row.won} / {row.lost} / {row.tied}",
-            _verdict_text(row),
+            verdict_text(row),
         )
         for row in (*comparison.differences, *comparison.averages)
     ]
@@ -169,7 +169,7 @@ def _short_table(comparison: Comparison) -> Table:
     for row in (*comparison.differences, *comparison.averages):
         heading = f"{row.metric} on {row.task} ({_unit_text(row.unit)}), {row.num_items:,} items"
         groups.setdefault(heading, []).append(
-            (f"  {row.method}", _difference_text(row, at_once=True), _verdict_text(row))
+            (f"  {row.method}", difference_text(row, at_once=True), verdict_text(row))
         )
     rows = [line for heading, lines in groups.items() for line in [(heading, "", ""), *lines]]
     return Table(("method", f"difference, {100 * comparison.confidence:g} % interval", "verdict"), rows)
@@ -279,12 +279,13 @@ def _shows_interval(score: Score) -> bool:
     return score.low is not None and (score.is_at_edge or is_shown_as_zero)
 
 
-def _verdict_text(row: Difference) -> str:
+def verdict_text(row: Difference) -> str:
+    """Return the verdict, and that on a margin where one was given."""
     found = row.equivalence and row.equivalence.verdict
     return f"{row.verdict}, {found}" if found else row.verdict
 
 
-def _difference_text(row: Difference, unit: str = "", at_once: bool = False) -> str:
+def difference_text(row: Difference, unit: str = "", at_once: bool = False) -> str:
     """Return ``+1.2 [0.3, 2.1]``, with so many decimals that no number which is not zero is rounded to it.
 
     A round bracket is the bound at zero of a difference whose sign is claimed and no more.

@@ -1,0 +1,216 @@
+"""A chart: panels drawn by matplotlib, the numbers as a table, and its forms: SVG in a page, files for a paper."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..results.text import Table
+
+Draw = Callable[[Axes], None]
+
+# Every colour has its own value, so that a page can replace it by a name, which is light or dark there.
+COLOURS = {
+    "ink": "#1c2126",
+    "muted": "#5c6670",
+    "rule": "#d8dde3",
+    "blue": "#2166ac",
+    "red": "#c0392b",
+    "green": "#1f7a4d",
+    "orange": "#c26a00",
+    "purple": "#7a4ea3",
+    "teal": "#0e7c86",
+    "grey": "#7f8993",
+}
+SERIES = ("red", "blue", "green", "orange", "purple", "teal")  # of lines that are no methods
+SHADES = "viridis"  # of maps: read on white and on black, and in grey
+
+NARROW, WIDE, HEIGHT = 3.3, 6.8, 2.4  # inches: a column and a page of a paper; height of one row of panels
+FORMATS = ("svg", "pdf", "png")
+
+_STYLE = {
+    "font.size": 8,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.labelcolor": COLOURS["ink"],
+    "axes.titlecolor": COLOURS["ink"],
+    "axes.titlesize": 8,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["rule"],
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "text.color": COLOURS["ink"],
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "image.cmap": SHADES,
+    "axes.formatter.useoffset": False,
+    "axes.unicode_minus": True,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "maskft",
+    "savefig.dpi": 300,
+    "savefig.transparent": True,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: its title, what draws on it, and how large it is, in inches."""
+
+    title: str
+    draw: Draw
+    is_wide: bool = False
+    height: float = HEIGHT
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a legend; ``name`` may be in the words of a result file, which are anyone's."""
+
+    name: str
+    colour: str = "ink"
+    dash: str = "-"  # of matplotlib: -, --, :, -.
+    marker: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What is drawn together.
+
+    Attributes:
+        key: Name of its files and its place in a page.
+        title: What it shows.
+        text: How to read it, and what it does not show.
+        panels: One at least.
+        table: The numbers.
+        numbers: Figures of the paper that it is made after.
+        legend: Common to all panels.
+    """
+
+    key: str
+    title: str
+    text: str
+    panels: Sequence[Panel]
+    table: Table
+    numbers: tuple[int, ...] = ()
+    legend: Sequence[Entry] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A chart whose data is not there: why, and the command that makes it."""
+
+    key: str
+    title: str
+    reason: str
+    command: str
+    numbers: tuple[int, ...] = ()
+
+
+def figure_numbers(numbers: Sequence[int]) -> str:
+    """``Fig. 5`` or ``Figs 5, 12``."""
+    return f"Fig{'s' if len(numbers) > 1 else '.'} {', '.join(map(str, numbers))}" if numbers else ""
+
+
+def plain(text: str) -> str:
+    """A text without what matplotlib would read as mathematics."""
+    return text.replace("$", r"\$")
+
+
+def to_svg(panel: Panel, prefix: str) -> str:
+    """One panel as an SVG element for a page: colours by name, sizes by the page, ids beginning with ``prefix``."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure((WIDE if panel.is_wide else NARROW, panel.height), layout="constrained")
+        panel.draw(figure.add_subplot())
+        text = _saved(figure, "svg").decode()
+    text = text[text.index("<svg") :]
+    for name, value in COLOURS.items():
+        text = text.replace(value, f"var(--{name})")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r"(\d+\.\d{2})\d+", r"\1", re.sub(r"\n\s*", "\n", text))
+    return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+
+
+def draw_figure(chart: Chart) -> Figure:
+    """A chart at the size of a paper, panels two in a row, the legend below."""
+    with matplotlib.rc_context(_STYLE):
+        rows = _rows(chart.panels)
+        heights = [max(panel.height for panel in row) for row in rows]
+        num_entry_lines = math.ceil(len(chart.legend) / 3)
+        width = NARROW if len(chart.panels) == 1 and not chart.panels[0].is_wide else WIDE
+        figure = Figure((width, sum(heights) + 0.2 * num_entry_lines), layout="constrained")
+        grid = figure.add_gridspec(len(rows), 2 if width == WIDE else 1, height_ratios=heights)
+        for index, row in enumerate(rows):
+            for column, panel in enumerate(row):
+                place = grid[index, :] if panel.is_wide or width == NARROW else grid[index, column]
+                axes = figure.add_subplot(place)
+                panel.draw(axes)
+                axes.set_title(plain(panel.title))
+        if chart.legend:
+            lines = [_line(entry) for entry in chart.legend]
+            names = [plain(entry.name) for entry in chart.legend]
+            figure.legend(lines, names, loc="outside lower center", ncols=min(3, len(names)))
+    return figure
+
+
+def write_chart(chart: Chart, folder: Path) -> list[Path]:
+    """Write a chart as SVG, PDF and PNG (300 dots per inch) under its key; text stays text in the first two."""
+    figure = draw_figure(chart)
+    with matplotlib.rc_context(_STYLE):
+        contents = {suffix: _saved(figure, suffix) for suffix in FORMATS}
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for suffix, content in contents.items():
+        written.append(folder / f"{chart.key}.{suffix}")
+        written[-1].write_bytes(content)
+    return written
+
+
+def _saved(figure: Figure, suffix: str) -> bytes:
+    FigureCanvasAgg(figure)
+    out = io.BytesIO()
+    # No dates and no names of programs: the same data gives the same file.
+    nothing = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
+    figure.savefig(out, format=suffix, metadata=nothing.get(suffix, {"Software": None}))
+    return out.getvalue()
+
+
+def _rows(panels: Sequence[Panel]) -> list[list[Panel]]:
+    rows: list[list[Panel]] = []
+    for panel in panels:
+        if panel.is_wide or not rows or len(rows[-1]) == 2 or rows[-1][0].is_wide:
+            rows.append([])
+        rows[-1].append(panel)
+    return rows
+
+
+def _line(entry: Entry):
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=COLOURS[entry.colour], linestyle=entry.dash or "none", marker=entry.marker or None)

@@ -1,0 +1,99 @@
+"""Loss around and between models (Figs 5 and 12): the plane through them, lines, and surfaces that share directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from ..results.text import Table
+from .charts import COLOURS, Chart, Entry, Panel
+from .methods import number
+
+# Shapes as in the paper: star, square, triangle.
+_MODELS = {
+    "fft": Entry("best full fine-tuning", "green", "", "*"),
+    "continued": Entry("continued full fine-tuning", "purple", "", "s"),
+    "mask": Entry("mask", "red", "", "^"),
+}
+_SPLITS = {"heldout": "held-out rows", "train": "training rows"}
+
+
+def landscape_chart(record: Mapping) -> Chart:
+    """The plane through three models, the straight lines between them, and the loss along shared directions."""
+    splits = [split for split in _SPLITS if split in record["plane"]]
+    panels = [Panel(f"Plane through the three, {_SPLITS[s]}", lambda a, s=s: _plane(a, record, s)) for s in splits]
+    panels += [Panel(f"Straight lines, {_SPLITS[s]}", lambda a, s=s: _lines(a, record["lines"], s)) for s in splits]
+    panels += [
+        Panel(f"Around {_MODELS[model].name}, {_SPLITS[s]}", lambda a, m=model, s=s: _surface(a, record, m, s))
+        for s in splits
+        for model in record["surfaces"]
+    ]
+    text = (
+        "Nats per token. The plane holds the three models, in distance of their weights; the lines go straight from "
+        "one to another, and a little beyond. The surfaces are two random directions of millions, as long as the "
+        "filters after full fine-tuning; all models share the pair and the colours of a split, so they can be "
+        "compared. They also move weights that the mask has removed."
+    )
+    table = Table(("model", "rows", "loss at the model", "lowest around it", "highest around it"), _rows(record))
+    key, title = "fig05_12_landscape", "Loss landscape"
+    return Chart(key, title, text, panels, table, (5, 12), list(_MODELS.values()))
+
+
+def _rows(record: Mapping) -> list[tuple[str, ...]]:
+    middle = len(record["axis"]) // 2
+    rows = []
+    for model, surfaces in record["surfaces"].items():
+        for split, values in surfaces.items():
+            numbers = (values[middle][middle], np.min(values), np.max(values))
+            rows.append((_MODELS[model].name, _SPLITS.get(split, split), *(number(float(each)) for each in numbers)))
+    return rows
+
+
+def _levels(values: Sequence, start: float) -> np.ndarray:
+    """Lines of equal loss, closer where it is low: most of the height is at the edges."""
+    low, high = float(np.min(values)), float(np.max(values))
+    if not high > low:
+        return np.array([low, low + 1e-6])
+    return low + (high - low) * np.linspace(0, 1, 13) ** 2
+
+
+def _contours(axes: Axes, x: Sequence, y: Sequence, values: Sequence, levels: np.ndarray) -> None:
+    filled = axes.contourf(x, y, np.transpose(values), levels=levels, cmap="viridis")
+    axes.contour(x, y, np.transpose(values), levels=levels, colors="#ffffff", linewidths=0.3, alpha=0.6)
+    bar = axes.figure.colorbar(filled, ax=axes, ticks=levels[::3], format="%.3g")
+    bar.outline.set_visible(False)
+    axes.grid(False)
+
+
+def _point(axes: Axes, x: float, y: float, model: str) -> None:
+    entry = _MODELS[model]
+    size = 9 if entry.marker == "*" else 6
+    axes.plot(x, y, marker=entry.marker, color=COLOURS[entry.colour], markersize=size, markeredgecolor="#ffffff")
+
+
+def _plane(axes: Axes, record: Mapping, split: str) -> None:
+    plane = record["plane"]
+    _contours(axes, plane["x"], plane["y"], plane[split], _levels(plane[split], 0))
+    for model, point in zip(_MODELS, plane["points"], strict=True):
+        _point(axes, *point, model)
+    axes.set_xlabel("L2 distance of weights")
+
+
+def _surface(axes: Axes, record: Mapping, model: str, split: str) -> None:
+    every = [surfaces[split] for surfaces in record["surfaces"].values()]
+    _contours(axes, record["axis"], record["axis"], record["surfaces"][model][split], _levels(every, 0))
+    _point(axes, 0, 0, model)
+    axes.set_xlabel("first direction, in filters' lengths")
+
+
+def _lines(axes: Axes, lines: Mapping, split: str) -> None:
+    looks = zip(("-", "--", "-."), ("purple", "red", "teal"), strict=True)
+    for (name, values), (dash, colour) in zip(((n, v) for n, v in lines.items() if n != "t"), looks, strict=False):
+        axes.plot(lines["t"], values[split], dash, color=COLOURS[colour], label=name.replace("-", " to "))
+    for end in (0, 1):
+        axes.axvline(end, color=COLOURS["muted"], linewidth=0.6, linestyle=":")
+    axes.legend()
+    axes.set_xlabel("from the first model (0) to the second (1)")
+    axes.set_ylabel("loss (nats/token)")

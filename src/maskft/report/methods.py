@@ -1,0 +1,57 @@
+"""How methods look in every figure: colour, dash and marker; and the order and names of their runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .charts import COLOURS, Entry
+
+# As in the paper's Fig. 1, with shapes besides, so that nothing is told by colour alone.
+_LOOKS = {
+    "full": ("blue", "-", "o"),
+    "lora": ("green", "-", "s"),
+    "mask": ("red", "-", "^"),
+    "random_mask": ("orange", "--", "v"),
+    "l1_mask": ("grey", "--", "D"),
+    "wanda_mask": ("purple", "--", "h"),
+    "pretrained": ("muted", ":", "x"),
+}
+_CONTROL = ("teal", "-.", "p")  # anything else: a restart, a part of the weights, models combined
+
+
+def look(method: str | None, is_start: bool = True) -> tuple[str, str, str]:
+    """Colour, dash and marker of a method; full fine-tuning that begins at another run's model is a control."""
+    return _CONTROL if method == "full" and not is_start else _LOOKS.get(method or "", _CONTROL)
+
+
+def entry(name: str, method: str | None, is_start: bool = True) -> Entry:
+    """Line of a legend for a method."""
+    return Entry(name, *look(method, is_start))
+
+
+def line_style(of: Entry) -> dict[str, Any]:
+    """Arguments of matplotlib's ``plot``."""
+    return {"color": COLOURS[of.colour], "linestyle": of.dash or "none", "marker": of.marker or None}
+
+
+def by_name(rows: Iterable[Mapping]) -> dict[str, list[Mapping]]:
+    """Rows of each ``name``, in the order of their appearance."""
+    groups: dict[str, list[Mapping]] = {}
+    for row in rows:
+        groups.setdefault(row["name"], []).append(row)
+    return groups
+
+
+def mean(values: Sequence[float]) -> float:
+    """Mean of at least one number."""
+    return sum(values) / len(values)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number as tables show it: ``digits`` significant ones, thousands apart; a dash for none."""
+    if value is None:
+        return "–"
+    if isinstance(value, int) or (abs(value) >= 1000 and value == int(value)):
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
