@@ -358,7 +358,7 @@ def test_command(folder, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["report"], "the following arguments are required: KIND"),
+        (["report"], "the following arguments are required: STUDY"),
         (["report", "tables", "--tables", "3"], "no table '3'"),
         (["report", "tables", "--measure", "gsm8k"], "is not BENCHMARK=TASK"),
         (["report", "tables", "--tabels", "1"], "unknown option --tabels (did you mean '--tables'?)"),

@@ -48,7 +48,8 @@ def series_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> dict:
         ``steps``, and ``metrics``: ``task/metric`` -> value, stderr.
     """
     before = spent_before(run, runs)
-    measured = [row for row in run.history if any(_is_metric(key) for key in row)]
+    # The candidates that a best of several random masks was chosen from were measured at no step.
+    measured = [row for row in run.history if "step" in row and any(_is_metric(key) for key in row)]
     logged = [row for row in run.history if "loss" in row]
     ends = {BEST: run.summary.get("best_step"), LAST: run.summary.get("num_steps")}
     return {

@@ -1,4 +1,4 @@
-"""``maskft report``: one page about a study, figures for a paper, and the paper's tables. Trains and evaluates nothing."""
+"""``maskft report``: one page about a study, figures for a paper, and the paper's tables. Trains nothing."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    from ..files import write_bytes
     from ..report.catalogue import charts_of, select_charts
-    from ..report.charts import Missing
     from ..report.evidence import gather
 
     if not (args.output or args.figures):
@@ -52,32 +52,36 @@ def _report(args: argparse.Namespace) -> None:
     if args.only and not args.figures:
         raise UserError("--only chooses figures: give --figures DIR too")
     if args.output and Path(args.output).is_dir():
-        raise UserError(f"--output {args.output} is a folder: name a file, such as {args.output.rstrip('/')}/report.html")
+        raise UserError(f"--output {args.output} is a folder: name a file in it, such as report.html")
     evidence = gather(
         args.study, base=args.base, study_name=args.study_name, baseline=args.baseline, analysis=args.analysis
     )
+    contents: dict[Path, bytes] = {}
     if args.figures:
         wanted = [word.strip() for word in (args.only or "").split(",") if word.strip()]
         charts = [chart for each in charts_of(evidence).values() for chart in each]
-        _write_figures(select_charts(evidence, wanted) if wanted else charts, Path(args.figures), Missing)
+        contents = _figures(select_charts(evidence, wanted) if wanted else charts, Path(args.figures))
     if args.output:
-        from ..report.page import write_report
+        from ..report.page import render_report
 
-        write_report(evidence, args.output)
-        print(f"wrote {args.output}")
+        contents[Path(args.output)] = render_report(evidence).encode()
+    for file, content in contents.items():  # all was drawn before anything is written
+        write_bytes(file, content)
+        print(f"wrote {file}")
 
 
-def _write_figures(charts, folder: Path, missing: type) -> None:
-    from ..report.charts import write_chart
+def _figures(charts: list, folder: Path) -> dict[Path, bytes]:
+    from ..report.charts import Missing, files_of
 
-    if not folder.is_dir() and folder.exists():
+    if folder.exists() and not folder.is_dir():
         raise UserError(f"--figures {str(folder)!r} is a file; name a folder")
+    contents = {}
     for chart in charts:
-        if isinstance(chart, missing):
+        if isinstance(chart, Missing):
             print(f"left out {chart.key}: {chart.reason}; {chart.command}", file=sys.stderr)
         else:
-            files = write_chart(chart, folder)
-            print(f"wrote {', '.join(map(str, files))}")
+            contents |= {folder / name: content for name, content in files_of(chart).items()}
+    return contents
 
 
 def _add_tables(tables: argparse.ArgumentParser) -> None:

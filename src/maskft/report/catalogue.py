@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 from ..errors import UserError
 from .charts import Chart, Missing
@@ -16,6 +18,7 @@ from .fig_masks import mask_charts
 from .fig_theory import bound_chart, curvature_chart
 from .fig_verdict import verdict_chart
 
+T = TypeVar("T")
 Charts = list[Chart | Missing]
 PAPER_FIGURES = (1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14)  # 2 is a drawing of the method
 
@@ -34,7 +37,9 @@ def charts_of(evidence: Evidence) -> dict[str, Charts]:
         "curves": _curves(evidence),
         "ablations": _ablations(evidence),
         "masks": _masks(evidence),
-        "landscape": [_of_array(evidence, "landscape", landscape_chart, "fig05_12_landscape", "Loss landscape", (5, 12))],
+        "landscape": [
+            _of_array(evidence, "landscape", landscape_chart, "fig05_12_landscape", "Loss landscape", (5, 12))
+        ],
         "cost": [
             _of_array(evidence, "curvature", curvature_chart, "eq16_18_curvature", "Curvature"),
             _of_array(evidence, "bound", bound_chart, "table07_bound", "Generalisation bound"),
@@ -70,19 +75,35 @@ def place_of(evidence: Evidence) -> str:
     return shlex.quote(folder.name if folder.is_absolute() else str(folder))
 
 
-def _of_array(evidence: Evidence, what: str, draw, key: str, title: str, numbers: tuple[int, ...] = ()):
+def _of_array(
+    evidence: Evidence, what: str, draw: Callable[[Mapping], Chart], key: str, title: str, numbers: tuple[int, ...] = ()
+) -> Chart | Missing:
     if what in evidence.arrays:
         return _drawn(what, lambda: draw(evidence.arrays[what]))
+    return _missing(evidence, what, key, title, numbers)
+
+
+def _missing(evidence: Evidence, what: str, key: str, title: str, numbers: tuple[int, ...]) -> Missing:
     reason, place = evidence.reasons[what], place_of(evidence)
     if not any(run.models for run in evidence.runs):
         reason, place = f"{reason}, and published results hold no models; it is made where the study ran", "STUDY"
     return Missing(key, title, reason, f"maskft analyze {place} --what {what}", numbers)
 
 
-def _drawn(what: str, make):
+def _drawn(what: str, make: Callable[[], Chart]) -> Chart:
+    """The chart of an array; what is not as it should be is an error that names the file, also when it is drawn."""
+    chart = _guarded(what, make)
+    panels = [
+        replace(panel, draw=lambda axes, panel=panel: _guarded(what, lambda: panel.draw(axes)))
+        for panel in chart.panels
+    ]
+    return replace(chart, panels=panels)
+
+
+def _guarded(what: str, make: Callable[[], T]) -> T:
     try:
         return make()
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise UserError(f"{what}.json is not as maskft analyze writes it ({problem}): compute it again") from error
 
@@ -117,8 +138,7 @@ def _ablations(evidence: Evidence) -> Charts:
 
 def _masks(evidence: Evidence) -> Charts:
     if "masks" not in evidence.arrays:
-        missing = _of_array(evidence, "masks", None, "fig13_heads", "Where masks remove", (13, 14))
-        return [missing]
+        return [_missing(evidence, "masks", "fig13_heads", "Where masks remove", (13, 14))]
     names = {run.id: f"{run.name}, seed {run.seed}" for run in evidence.runs}
     record = evidence.arrays["masks"]
     renamed = {
@@ -130,7 +150,8 @@ def _masks(evidence: Evidence) -> Charts:
         ],
     }
     learned = [names[run.id] for run in evidence.runs if run.method == MASK]
-    charts: Charts = list(_drawn("masks", lambda: mask_charts(renamed, learned)))
+    drawn = _guarded("masks", lambda: mask_charts(renamed, learned))
+    charts: Charts = [_drawn("masks", lambda chart=chart: chart) for chart in drawn]
     if not any(13 in chart.numbers for chart in charts):
         reason = "no mask covers Q, K and V of one layer"
         command = "train a mask with mask_target_modules that hold q_proj, k_proj and v_proj"

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -179,17 +178,11 @@ def draw_figure(chart: Chart) -> Figure:
     return figure
 
 
-def write_chart(chart: Chart, folder: Path) -> list[Path]:
-    """Write a chart as SVG, PDF and PNG (300 dots per inch) under its key; text stays text in the first two."""
+def files_of(chart: Chart) -> dict[str, bytes]:
+    """A chart as SVG, PDF and PNG (300 dots per inch), by file name; text stays text in the first two."""
     figure = draw_figure(chart)
     with matplotlib.rc_context(_STYLE):
-        contents = {suffix: _saved(figure, suffix) for suffix in FORMATS}
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for suffix, content in contents.items():
-        written.append(folder / f"{chart.key}.{suffix}")
-        written[-1].write_bytes(content)
-    return written
+        return {f"{chart.key}.{suffix}": _saved(figure, suffix) for suffix in FORMATS}
 
 
 def _saved(figure: Figure, suffix: str) -> bytes:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .. import files
 from ..analysis.ablations import analyse_ablations
@@ -16,7 +16,8 @@ from ..analysis.curves import analyse_cost, analyse_curves
 from ..analysis.runs import BEST, LAST, TrainedRun, read_study, select_base
 from ..errors import UserError, did_you_mean
 from ..files import read_json
-from ..results.compare import Comparison, Difference, Score, compare
+from ..results.compare import compare
+from ..results.comparison import Comparison, Difference, Equivalence, Score
 from ..results.paper_tables import read_results
 from ..results.schema import Result
 
@@ -185,7 +186,7 @@ def _runs_without_result(folder: Path, rows: list[dict], runs: list[TrainedRun])
     spent as this run begins with; where that is not exactly one, the run is left out.
     """
     published, known = folder / files.TRAINING, {run.id for run in runs}
-    summaries = read_json(published) if published.is_file() else {}
+    summaries: dict[str, dict] = read_json(published) if published.is_file() else {}
     found = []
     for row in rows:
         if row["run"] in known or row["run"] not in summaries or row["role"] != BEST:
@@ -208,11 +209,11 @@ def _name_as_in_summary(evidence: Evidence) -> None:
     for key, result in evidence.results.items():
         if key not in rows:
             continue
-        row = rows[key]
+        row, tasks = rows[key], cast(dict[str, Any], result["tasks"])
         evidence.results[key] = result | {"name": row["name"]}
         for place, value in row["metrics"].items():
             task, _, metric = place.rpartition("/")
-            own = result["tasks"].get(task, {}).get("metrics", {}).get(metric, {}).get("value")
+            own = tasks.get(task, {}).get("metrics", {}).get(metric, {}).get("value")
             both_none = own is None and value is None
             if not both_none and (own is None or value is None or not math.isclose(own, value, rel_tol=1e-9)):
                 raise UserError(
@@ -252,12 +253,18 @@ def _compared(results: list[Result], baseline: str | None) -> Comparison | None:
 
 
 def _from_dict(record: Mapping) -> Comparison:
-    """The comparison that a study has written."""
+    """The comparison that a study has written, also before intervals held all at once."""
     lists = {
-        "differences": [Difference(**each) for each in record["differences"]],
+        "differences": list(map(_difference, record["differences"])),
+        "averages": list(map(_difference, record.get("averages", []))),
         "scores": [Score(**each) for each in record["scores"]],
     }
     return Comparison(**{**record, **lists})
+
+
+def _difference(row: Mapping) -> Difference:
+    found = row.get("equivalence")
+    return Difference(**{**row, "equivalence": found and Equivalence(**found)})
 
 
 def _tuned_text(tuned: Any) -> str:

@@ -38,8 +38,14 @@ def _chart(setting: str, records: Sequence[Mapping]) -> Chart:
     ]
     entries.append(Entry("the model under the mask", "muted", "--"))
     table = [
-        (f"{each['task']}/{each['metric']}", value_text(point["value"]), _fixed_text(line["fixed"]) or "–")
-        + (number(point["mean"]), number(point["stderr"]), str(point["num_seeds"]))
+        (
+            f"{each['task']}/{each['metric']}",
+            value_text(point["value"]),
+            _fixed_text(line["fixed"]) or "–",
+            number(point["mean"]),
+            number(point["stderr"]),
+            str(point["num_seeds"]),
+        )
         for each in records
         for line in each["lines"]
         for point in line["points"]

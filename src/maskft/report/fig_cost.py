@@ -15,6 +15,7 @@ _PANELS = {
     "total_tokens": ("tokens from the pre-trained model (million)", 1e6),
     "total_time_s": ("training time from the pre-trained model (minutes)", 60.0),
 }
+_COLUMNS = {"peak_memory_bytes": 1e9, "tokens": 1e6, "total_tokens": 1e6, "time_s": 60.0, "total_time_s": 60.0}
 _OWN = {"total_tokens": "tokens", "total_time_s": "time_s"}
 
 
@@ -22,11 +23,7 @@ def cost_chart(record: Mapping, methods: Mapping[str, tuple[str | None, bool]], 
     """Bars for each method up to its best checkpoint, and for ``start``, the baseline, also up to its end."""
     rows = [row for row in record["rows"] if row["role"] == "best" or row["name"] == start]
     table = [
-        (row["name"], row["role"], str(row["num_seeds"]))
-        + tuple(
-            number(row[quantity]["mean"] / scale) for quantity, scale in
-            (("peak_memory_bytes", 1e9), ("tokens", 1e6), ("total_tokens", 1e6), ("time_s", 60.0), ("total_time_s", 60.0))
-        )
+        (row["name"], row["role"], str(row["num_seeds"]), *(number(row[q]["mean"] / s) for q, s in _COLUMNS.items()))
         for row in record["rows"]
     ]
     columns = ("method", "until", "seeds", "peak memory (GB)", "tokens (million)", "tokens in all (million)")
@@ -39,7 +36,8 @@ def cost_chart(record: Mapping, methods: Mapping[str, tuple[str | None, bool]], 
         Panel(title, lambda axes, q=quantity, s=scale: _draw(axes, rows, q, s, methods), True, 0.7 + 0.17 * len(rows))
         for quantity, (title, scale) in _PANELS.items()
     ]
-    return Chart("fig04_09_cost", "Cost", text, panels, Table(columns, table), (4, 9), [Entry("spent before this method", "rule", "", "s")])
+    entries = [Entry("spent before this method", "rule", "", "s")]
+    return Chart("fig04_09_cost", "Cost", text, panels, Table(columns, table), (4, 9), entries)
 
 
 def _draw(axes: Axes, rows: Sequence[Mapping], quantity: str, scale: float, methods: Mapping) -> None:

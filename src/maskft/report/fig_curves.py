@@ -110,7 +110,7 @@ def scores_chart(evidence: Evidence) -> Chart:
         "the pre-trained model, so those of a mask include the full fine-tuning under it."
     )
     columns = ("model", "measure", "tokens in all", "mean", "seeds", "each seed")
-    return Chart("scores", "Test scores against tokens spent", text, panels, Table(columns, table), (1,))
+    return Chart("scores_tokens", "Test scores against tokens spent", text, panels, Table(columns, table), (1,))
 
 
 def _one_of_each_kind(evidence: Evidence, series: Iterable[Mapping]) -> set[str]:
@@ -171,8 +171,8 @@ def _draw_scores(axes: Axes, points: list, methods: Mapping[str, tuple[str | Non
     far = [f"{points[i][0]}: {number(value)}" for i, value in enumerate(values) if i not in shown]
     low, high = min(values[i] for i in shown), max(values[i] for i in shown)
     margin = 0.08 * (high - low or 1.0)
-    axes.set_ylim(low - margin, high + margin)
-    places = _spread([values[i] for i in shown], (high - low + 2 * margin) / 22)
+    places = _spread([values[i] for i in shown], (high - low + 2 * margin) / 21)
+    axes.set_ylim(min(low - margin, min(places) - 0.3 * margin), max(high + margin, max(places) + 0.3 * margin))
     tokens = [points[i][1] / 1e6 for i in shown]
     right = max(tokens) + 0.05 * (max(tokens) - min(tokens) or 1.0)
     for index, x, place in zip(shown, tokens, places, strict=True):
@@ -183,10 +183,8 @@ def _draw_scores(axes: Axes, points: list, methods: Mapping[str, tuple[str | Non
         axes.text(right, place, f" {plain(name)}", va="center", fontsize=6.5, color=COLOURS[colour])
     left = min(tokens) - 0.05 * (max(tokens) - min(tokens) or 1.0)
     axes.set_xlim(left, right + 0.6 * (right - left))
-    if far:
-        note = plain(f"outside: {', '.join(far)}")
-        axes.text(0, 1.0, note, ha="left", va="bottom", fontsize=6, transform=axes.transAxes)
-    axes.set_xlabel("million tokens from the pre-trained model, at the kept checkpoint")
+    note = plain(f"\noutside of these axes: {', '.join(far)}") if far else ""
+    axes.set_xlabel(f"million tokens from the pre-trained model, at the kept checkpoint{note}")
 
 
 def _spread(values: Sequence[float], step: float) -> list[float]:

@@ -51,7 +51,7 @@ def _rows(record: Mapping) -> list[tuple[str, ...]]:
     return rows
 
 
-def _levels(values: Sequence, start: float) -> np.ndarray:
+def _levels(values: Sequence) -> np.ndarray:
     """Lines of equal loss, closer where it is low: most of the height is at the edges."""
     low, high = float(np.min(values)), float(np.max(values))
     if not high > low:
@@ -75,15 +75,15 @@ def _point(axes: Axes, x: float, y: float, model: str) -> None:
 
 def _plane(axes: Axes, record: Mapping, split: str) -> None:
     plane = record["plane"]
-    _contours(axes, plane["x"], plane["y"], plane[split], _levels(plane[split], 0))
+    _contours(axes, plane["x"], plane["y"], plane[split], _levels(plane[split]))
     for model, point in zip(_MODELS, plane["points"], strict=True):
-        _point(axes, *point, model)
+        _point(axes, point[0], point[1], model)
     axes.set_xlabel("L2 distance of weights")
 
 
 def _surface(axes: Axes, record: Mapping, model: str, split: str) -> None:
     every = [surfaces[split] for surfaces in record["surfaces"].values()]
-    _contours(axes, record["axis"], record["axis"], record["surfaces"][model][split], _levels(every, 0))
+    _contours(axes, record["axis"], record["axis"], record["surfaces"][model][split], _levels(every))
     _point(axes, 0, 0, model)
     axes.set_xlabel("first direction, in filters' lengths")
 

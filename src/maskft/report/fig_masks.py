@@ -107,12 +107,11 @@ def modules_chart(by_module: Mapping[str, Mapping[str, float]]) -> Chart:
         axes.set_ylabel("layer")
         axes.grid(False)
 
-    rows = [
-        (name, module, number(share)) for name, shares in by_module.items() for module, share in shares.items()
-    ]
+    rows = [(name, module, number(share)) for name, shares in by_module.items() for module, share in shares.items()]
     panels = [Panel(name, lambda axes, each=each: draw(axes, each)) for name, each in by_module.items()]
     text = "Percent of the weights of each matrix that is removed. With one top-k per matrix it is the same everywhere."
-    return Chart("masks_modules", "Share removed by matrix", text, panels, Table(("mask", "matrix", "share removed"), rows))
+    table = Table(("mask", "matrix", "share removed"), rows)
+    return Chart("masks_modules", "Share removed by matrix", text, panels, table)
 
 
 def magnitudes_chart(masks: Mapping[str, Mapping]) -> Chart:
@@ -148,8 +147,16 @@ def agreement_chart(pairs: Sequence[Mapping]) -> Chart:
         axes.grid(False, axis="y")
 
     rows = [
-        (pair["first"], pair["second"], "yes" if pair["same_start"] else "no", str(pair["num_common"]))
-        + (number(pair["expected"]), number(pair["z_score"]), number(pair["jaccard"]), number(pair["jaccard_expected"]))
+        (
+            pair["first"],
+            pair["second"],
+            "yes" if pair["same_start"] else "no",
+            str(pair["num_common"]),
+            number(pair["expected"]),
+            number(pair["z_score"]),
+            number(pair["jaccard"]),
+            number(pair["jaccard_expected"]),
+        )
         for pair in pairs
     ]
     columns = ("first", "second", "same start", "in common", "by chance", "z", "Jaccard", "Jaccard by chance")
@@ -176,9 +183,10 @@ def flips_chart(masks: Mapping[str, Mapping]) -> Chart:
         axes.set_ylim(bottom=0)
 
     rows = [(name, str(step), number(flips)) for name, mask in lines.items() for step, flips in mask["flips_per_step"]]
-    text = "Entries that were kept and are removed now, or the other way round, per step. A mask that settles goes to 0."
+    text = "Entries that were kept and are removed now, or the other way round, per step. A mask that settles nears 0."
     panels = [Panel("Flips per step", draw, True)]
-    return Chart("masks_flips", "Flips during training", text, panels, Table(("mask", "step", "flips"), rows), (), entries)
+    table = Table(("mask", "step", "flips"), rows)
+    return Chart("masks_flips", "Flips during training", text, panels, table, (), entries)
 
 
 def effects_chart(masks: Mapping[str, Mapping]) -> Chart:

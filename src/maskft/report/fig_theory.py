@@ -30,15 +30,27 @@ def curvature_chart(record: Mapping) -> Chart:
         _bars(axes, [(each["eigenvalues"][0], (each["stderr_rows"] or [0.0])[0]) for each in found])
 
     rows = [
-        (text, number(each["trace"]), number(each["stderr_probes"]), number(each["stderr_rows"]))
-        + (number(each["largest"]["eigenvalues"][0]), number(each["largest"]["smallest"]))
+        (
+            text,
+            number(each["trace"]),
+            number(each["stderr_probes"]),
+            number(each["stderr_rows"]),
+            number(each["largest"]["eigenvalues"][0]),
+            number(each["largest"]["smallest"]),
+        )
         for name, text in _HESSIANS.items()
         for each in (record[name],)
     ]
     less = record["mask_all_less_start_all"]
     rows.append(
-        ("with the mask less before it, all entries", number(less["trace"]), number(less["stderr_probes"]))
-        + (number(less["stderr_rows"]), "–", "–")
+        (
+            "with the mask less before it, all entries",
+            number(less["trace"]),
+            number(less["stderr_probes"]),
+            number(less["stderr_rows"]),
+            "–",
+            "–",
+        )
     )
     text = (
         "Whether the mask's own point is flatter is the third line against the first. The second has a smaller largest "
@@ -69,22 +81,29 @@ def bound_chart(record: Mapping) -> Chart:
         axes.grid(False, axis="y")
 
     rows = [
-        (where.replace("_", " "), width, number(each["phi"]["full"]), number(each["phi"]["mask"]))
-        + (number(each["delta_train"]), number(each["delta_complexity"]), number(each["difference"]))
-        + ("vacuous" if each["is_vacuous"] else "informative",)
+        (
+            where.replace("_", " "),
+            width,
+            number(each["phi"]["full"]),
+            number(each["phi"]["mask"]),
+            number(each["delta_train"]),
+            number(each["delta_complexity"]),
+            number(each["difference"]),
+            "vacuous" if each["is_vacuous"] else "informative",
+        )
         for where in _SIZES
         for width, each in record[where].items()
     ]
     file = record["adapter_file"]
     vacuous = sum(row[-1] == "vacuous" for row in rows)
     text = (
-        f"Training loss and complexity term of Eq. 6. Of {len(rows)} bounds, {vacuous} are vacuous: the complexity term "
-        "alone exceeds the loss of guessing. The term is the same for every mask of one sparsity, also a random one. "
+        f"Training loss and complexity term of Eq. 6. Of {len(rows)} bounds, {vacuous} are vacuous: the complexity "
+        "term alone exceeds the loss of guessing. It is the same for every mask of one sparsity, a random one too. "
         f"The adapter has {file['num_bytes']:,} bytes; the entropy of its places is {file['entropy_bytes']:,.0f}."
     )
     columns = ("over", "bits", "term, full", "term, mask", "change of training loss", "change of term", "difference")
     entries = [Entry("training loss", "ink"), Entry("term, full", "blue"), Entry("term, mask", "red")]
-    panels = [Panel(f"Over the {where.replace('_', ' ')}", lambda a, w=where: draw(a, w), True, 1.6) for where in _SIZES]
+    panels = [Panel(f"Over the {w.replace('_', ' ')}", lambda a, w=w: draw(a, w), True, 1.6) for w in _SIZES]
     return Chart("table07_bound", "Generalisation bound", text, panels, Table((*columns, "verdict"), rows), (), entries)
 
 

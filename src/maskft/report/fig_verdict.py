@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
-from ..results.compare import NOT_DISTINGUISHABLE, Comparison, Difference
+from ..results.comparison import NOT_DISTINGUISHABLE, Comparison, Difference
 from ..results.text import difference_table
 from .charts import COLOURS, Chart, Panel, plain
 from .methods import look
@@ -24,7 +24,7 @@ def verdict_chart(comparison: Comparison, methods: Mapping[str, tuple[str | None
         for rows in groups.values()
     ]
     text = (
-        f"Each line is a {100 * comparison.confidence:g} % interval of the difference from {comparison.baseline}, at 0. "
+        f"Each line is a {100 * comparison.confidence:g} % interval of the difference from {comparison.baseline} (0). "
         "A filled mark is a difference that the study calls better or worse after Holm's correction; a hollow one is "
         "not distinguishable."
     )

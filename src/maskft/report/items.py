@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..results.compare import Comparison, Difference
+from ..results.comparison import Comparison, Difference
 from ..results.schema import Result, has_items
 from .evidence import Evidence
 
@@ -65,7 +65,7 @@ def _record(row: Difference, pairs: Sequence[tuple[Result, Result]]) -> dict[str
         for side, result in enumerate(pair):
             for item in result["tasks"][row.task]["items"]:
                 values.setdefault(item["id"], [[], []])[side].append(item[row.metric])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for item, (ours, theirs) in values.items():
         if len(ours) == len(theirs) == len(pairs) and None not in (*ours, *theirs):
             method, baseline = sum(ours) / len(ours), sum(theirs) / len(theirs)

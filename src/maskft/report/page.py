@@ -12,8 +12,7 @@ import jinja2
 
 from .._version import __version__
 from ..analysis.runs import BEST
-from ..files import write_text
-from ..results.compare import BETTER, NOT_DISTINGUISHABLE, WORSE, Comparison, Difference
+from ..results.comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Comparison, Difference
 from ..results.schema import Result
 from ..results.text import Table, difference_text, score_text, sentence
 from .catalogue import Charts, charts_of, place_of
@@ -36,15 +35,6 @@ SECTIONS = (
     ("cost", "Curvature, bound, cost"),
     ("recipe", "Recipe"),
 )
-
-
-def write_report(evidence: Evidence, file: str | Path) -> None:
-    """Write the report of a study, whole or not at all.
-
-    Raises:
-        UserError: If the file cannot be written.
-    """
-    write_text(file, render_report(evidence))
 
 
 def render_report(evidence: Evidence) -> str:
@@ -189,7 +179,7 @@ def _card(comparison: Comparison, name: str) -> dict[str, Any]:
 
 def _scores(evidence: Evidence) -> dict[str, Any]:
     """A row per model, a column per metric of a task; cells with what they sort by and what stands below."""
-    from ..results.compare import scores
+    from ..results.scores import scores
 
     comparison = evidence.comparison
     reached = comparison.scores if comparison else scores(list(evidence.results.values()))
@@ -259,7 +249,7 @@ def _settings(evidence: Evidence) -> dict[str, Table]:
     }
 
 
-def _common(results: Iterable[Result], block: str) -> list[tuple[str, str]]:
+def _common(results: Iterable[Mapping], block: str) -> list[tuple[str, str]]:
     values: dict[str, dict[str, None]] = {}
     for result in results:
         for key, value in result[block].items():
@@ -279,9 +269,10 @@ def _environment(results: Iterable[Result]) -> list[tuple[str, str]]:
 
 def _accounts(rows: Sequence[Mapping]) -> Table:
     keys = ("name", "seed", "role", "best_step", "num_steps", "epochs", "tokens", "total_epochs", "total_tokens")
-    columns = ("model", "seed", "checkpoint", "best step", "steps", "epochs", "tokens", "epochs in all", "tokens in all")
-    lines = [tuple(_text(row[key]) if isinstance(row[key], str) else number(row[key], 6) for key in keys) for row in rows]
-    return Table(columns, lines)
+    columns = ("model", "seed", "checkpoint", "best step", "steps", "epochs", "tokens")
+    columns += ("epochs in all", "tokens in all")
+    cells = [[row[key] for key in keys] for row in rows]
+    return Table(columns, [tuple(cell if isinstance(cell, str) else number(cell, 6) for cell in row) for row in cells])
 
 
 def _text(value: Any) -> str:

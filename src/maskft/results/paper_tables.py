@@ -339,11 +339,24 @@ def _fill(number: str, candidates: list[Candidate], measures: Mapping[str, str])
         if row.get("delta"):
             rows.append(("  against Best FFT", *map(_delta_text, line, best)))
         figures += line
-    names = (spec.get("heading", "Method"), *(columns[key]["label"] for key in spec["columns"]))
+    names = (
+        spec.get("heading", "Method"),
+        *(_head(key, columns[key]["label"], spec, figures, used) for key in spec["columns"]),
+    )
     bases = sorted({each.identity.base or "a base model that is not stated" for each in used})
     results = [each.result for each in used]
     ours = ", ".join(bases) or None
     return PaperTable(number, spec["title"], spec["place"], ours, figures, Table(names, rows), results)
+
+
+def _head(
+    column: str, label: str, spec: Mapping[str, Any], figures: Iterable[Figure], used: Iterable[Candidate]
+) -> str:
+    """Head of a column; it names our model where that is not the paper's, which stands above it."""
+    names = {name for figure in figures if figure.column == column for name in figure.results}
+    bases = {each.identity.base for each in used if _name_of(each.result) in names}
+    others = sorted(base or "a base model that is not stated" for base in bases if _backbone(base) is None)
+    return f"{label}, {spec.get('backbone', 'paper')} / {', '.join(others)}" if others else label
 
 
 def _figure(row: str, column: str, cell: list[float], chosen: Sequence[Candidate]) -> Figure:

@@ -1,0 +1,114 @@
+"""Bad input ends in one line, and nothing is written."""
+
+import json
+import re
+
+import pytest
+
+from finished_study import task_of, write_summary
+from maskft import files
+from maskft.cli.main import main
+from maskft.results.schema import build_result, read_result, write_result
+
+
+@pytest.fixture
+def error(capsys):
+    """Run ``maskft report`` with words, which must fail; its one line."""
+
+    def run(*words):
+        assert main(["report", *map(str, words)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["masks", "landscape", "curvature", "bound"])
+def test_nan_in_an_array(name, study, error):
+    file, page = study / files.ANALYSIS / f"{name}.json", study / "page.html"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"more": [1.0, float("nan")]}))
+    assert re.search(rf"{name}\.json holds NaN: remove it and compute it again", error(study, "-o", page))
+    assert not page.exists()
+
+
+def test_an_array_that_is_not_what_analyze_writes(study, error):
+    file = study / files.ANALYSIS / "landscape.json"
+    file.write_text(json.dumps({"surfaces": {}, "plane": {"heldout": []}, "axis": [0.0]}))
+    assert "landscape.json is not as maskft analyze writes it" in error(study, "--figures", study / "f")
+    file.write_text("{}")
+    assert "it has no 'surfaces'" in error(study, "-o", study / "page.html")
+    file.write_text("[1")
+    assert "is not JSON" in error(study, "-o", study / "page.html")
+    assert not (study / "f").exists() and not (study / "page.html").exists()
+
+
+def test_other_base_models_in_one_comparison(study, error):
+    file = study / files.RUNS / "mask-s0" / files.RUN
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model": "another"}))
+    assert re.search("different base models.*another.*--base", error(study, "-o", study / "page.html"))
+
+
+def test_results_of_no_study_with_other_bases_or_items(tmp_path, error):
+    for name, base, answers in (("full", "a", "x"), ("mask", "b", "x"), ("other", "a", "y")):
+        model = {"name_or_path": name, "method": name, "seed": 0}
+        result = build_result(name, model, {}, {"sums": task_of(0.5, 0, answers=answers)}, {"base": base})
+        write_result(tmp_path / name / files.RESULT, result)
+    assert re.search(r"different base models.*\(a, b\)", error(tmp_path, "-o", tmp_path / "page.html"))
+    line = error(tmp_path, "--base", "a", "-o", tmp_path / "page.html")
+    assert "different prompts or references of the same items" in line
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_other_test_sets_in_one_study(study, error):
+    file = study / files.RESULTS / "mask-s0-best" / files.RESULT
+    result = read_result(file)
+    result["tasks"]["sums"]["items_fingerprint"] = "f" * 64
+    write_result(file, result)
+    (study / files.SUMMARY.format("tiny-study")).unlink()
+    assert "different prompts or references of the same items" in error(study, "-o", study / "page.html")
+
+
+def test_a_summary_that_is_not_of_these_results(study, error):
+    file = study / files.RESULTS / "mask-s0-best" / files.RESULT
+    result = read_result(file) | {"tasks": {"sums": task_of(0.1, 0)}}
+    write_result(file, result)
+    assert re.search(r"sums/nll of 'mask' seed 0 is .* in the summary and .* in its result", error(study, "-o", "x"))
+
+
+def test_a_run_without_results_item_by_item(study):
+    results = [read_result(file) for file in sorted(study.glob(f"{files.RESULTS}/*/{files.RESULT}"))]
+    for result in results:
+        if result["name"] == "mask":
+            for metric in result["tasks"]["sums"]["metrics"]:
+                for item in result["tasks"]["sums"]["items"]:
+                    del item[metric]
+            folder = f"{result['study']['run']}-{result['study']['role']}"
+            write_result(study / files.RESULTS / folder / files.RESULT, result)
+    write_summary(study, results)
+    assert main(["report", str(study), "-o", str(study / "page.html")]) == 0
+    text = (study / "page.html").read_text()
+    assert "Note: nll on sums leaves out &#39;mask&#39;, without it" in text
+    items = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])["items"]
+    assert {record["method"] for record in items} == {"full (continued)", "mask 20 %", "random"}
+
+
+def test_a_figure_whose_run_is_missing(study, error):
+    assert "masks of this study differ in max_train_samples" in error(study, "--figures", study / "f", "--only", "7")
+    (study / files.ANALYSIS / "curvature.json").unlink()
+    line = error(study, "--figures", study / "f", "--only", "eq16_18_curvature")
+    assert line.endswith("there is no analysis/curvature.json; maskft analyze study --what curvature")
+    assert re.search("no figure '2'; there are 1, 3, 4", error(study, "--figures", study / "f", "--only", "2"))
+    assert not (study / "f").exists()
+
+
+def test_places_that_cannot_be_read_or_written(study, error):
+    assert "is not a folder" in error(study / "nowhere", "-o", "x")
+    assert "say what to write" in error(study)
+    assert "is a folder" in error(study, "-o", study)
+    assert "--only chooses figures" in error(study, "-o", "x", "--only", "1")
+    (study / "a-file").write_text("")
+    assert "is a file; name a folder" in error(study, "--figures", study / "a-file")
+    (study / "empty").mkdir()
+    assert "holds no result" in error(study / "empty", "-o", "x")
+    assert "no study in" in error(study, "--study_name", "tinystudy", "-o", "x")

@@ -1,0 +1,103 @@
+"""Figures: drawn from the arrays' own numbers, written in three formats, the same each time."""
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from maskft import files
+from maskft.cli.main import main
+from maskft.report.catalogue import PAPER_FIGURES, charts_of, select_charts
+from maskft.report.charts import FORMATS, Chart, draw_figure
+from maskft.report.evidence import gather
+
+
+@pytest.fixture(scope="module")
+def evidence(finished):
+    return gather(finished)
+
+
+@pytest.fixture(scope="module")
+def charts(evidence):
+    return {chart.key: chart for each in charts_of(evidence).values() for chart in each}
+
+
+def axes_of(panel):
+    figure = Figure()
+    axes = figure.add_subplot()
+    panel.draw(axes)
+    return axes
+
+
+def test_every_figure_of_the_paper_is_drawn_or_says_what_makes_it(charts):
+    assert {number for chart in charts.values() for number in chart.numbers} == set(PAPER_FIGURES)
+    assert {key for key, chart in charts.items() if not isinstance(chart, Chart)} == {
+        "fig03_08_mask_layers_to_transform",
+        "fig07_11_max_train_samples",
+    }
+
+
+def test_files_for_a_paper(finished, charts, tmp_path, capsys):
+    assert main(["report", str(finished), "--figures", str(tmp_path / "a")]) == 0
+    assert main(["report", str(finished), "--figures", str(tmp_path / "b"), "--only", "13, masks_effects"]) == 0
+    drawn = {key for key, chart in charts.items() if isinstance(chart, Chart)}
+    assert {file.name for file in (tmp_path / "a").iterdir()} == {f"{key}.{f}" for key in drawn for f in FORMATS}
+    assert "left out fig07_11_max_train_samples: no two evaluated masks" in capsys.readouterr().err
+    assert {file.stem for file in (tmp_path / "b").iterdir()} == {"fig13_heads", "masks_effects"}
+    for file in (tmp_path / "b").iterdir():
+        assert file.read_bytes() == (tmp_path / "a" / file.name).read_bytes()
+        assert file.read_bytes()[:4] in (b"\x89PNG", b"%PDF", b"<?xm")
+    assert "mask, seed 1" in (tmp_path / "b" / "fig13_heads.svg").read_text()  # text stays text
+
+
+def test_a_figure_fits_a_paper(charts):
+    for chart in charts.values():
+        if isinstance(chart, Chart):
+            width, height = draw_figure(chart).get_size_inches()
+            assert width <= 7 and height <= 24, chart.key
+
+
+def test_heads_are_those_of_the_array(finished, charts):
+    array = json.loads((finished / files.ANALYSIS / "masks.json").read_text())
+    (shown, *_), wanted = axes_of(charts["fig13_heads"].panels[0]).images, array["masks"]["mask-s0"]["by_head"]
+    np.testing.assert_array_equal(shown.get_array(), [shares["qkv"] for shares in wanted.values()])
+    lines = axes_of(charts["fig14_heads_mean"].panels[0]).lines
+    assert len(lines) == 4 and len(charts["fig14_heads_mean"].legend) == 4
+    np.testing.assert_allclose(lines[0].get_ydata(), np.mean(shown.get_array(), axis=0))
+
+
+def test_lines_and_plane_of_the_landscape_are_those_of_the_array(finished, charts):
+    array = json.loads((finished / files.ANALYSIS / "landscape.json").read_text())
+    panels = {panel.title: panel for panel in charts["fig05_12_landscape"].panels}
+    lines = axes_of(panels["Straight lines, held-out rows"]).lines
+    np.testing.assert_array_equal(lines[1].get_ydata(), array["lines"]["fft-mask"]["heldout"])
+    points = axes_of(panels["Plane through the three, training rows"]).lines
+    assert [line.get_xydata()[0].tolist() for line in points] == array["plane"]["points"]
+    assert len(panels) == 2 + 2 + 6
+
+
+def test_the_ablation_is_the_mean_over_seeds(evidence, charts):
+    chart = charts["fig06_10_mask_sparsity"]
+    accuracy = next(panel for panel in chart.panels if panel.title.startswith("accuracy"))
+    line = axes_of(accuracy).lines[0]
+    wanted = [
+        np.mean([r["tasks"]["sums"]["metrics"]["accuracy"]["value"] for r in evidence.results_of(name)])
+        for name in ("mask", "mask 20 %")
+    ]
+    np.testing.assert_allclose(line.get_ydata(), wanted)
+    assert [row[1] for row in chart.table.rows] == ["0.1", "0.2"] * 2
+
+
+def test_intervals_of_verdicts_are_drawn_in_points(evidence, charts):
+    row = next(r for r in evidence.comparison.differences if (r.method, r.metric) == ("mask", "accuracy"))
+    panel = next(panel for panel in charts["verdicts"].panels if panel.title.startswith("accuracy"))
+    ends = [list(line.get_xdata()) for line in axes_of(panel).lines]
+    assert [100 * row.ci_low, 100 * row.ci_high] in ends
+
+
+def test_figures_are_chosen_by_number_or_name(evidence):
+    assert [chart.key for chart in select_charts(evidence, ["5", "12", "fig14_heads_mean"])] == [
+        "fig05_12_landscape",
+        "fig14_heads_mean",
+    ]
