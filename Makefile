@@ -7,7 +7,7 @@ SOURCES := src tests benchmarks recipes examples docs
 # Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow test-oldest soak fuzz bench docs quality style clean
+.PHONY: demo test test-slow test-browser test-oldest soak fuzz bench docs quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
@@ -17,6 +17,12 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test $(VENV)/.docs $(VENV)/.demo $(VENV)/.ray $(VENV)-judge/.judge
 	MASKFT_JUDGE_PYTHON=$(CURDIR)/$(VENV)-judge/bin/python $(PYTEST) -m slow
+
+# Reports in a real browser: Debian's, which this installs where there is none (as root, or by sudo).
+test-browser: $(VENV)/.browser
+	@command -v chromium chromium-browser google-chrome > /dev/null || \
+		$$(command -v sudo) sh -c 'apt-get update -q && apt-get install -q -y --no-install-recommends chromium'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report
 
 # The lowest versions that pyproject.toml admits. TESTS=tests/tuner runs a part.
 test-oldest: $(VENV)-oldest/.test
@@ -31,7 +37,7 @@ soak: $(VENV)/.test
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --minutes $(MINUTES)
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.base
 	$(BIN)/python -m benchmarks
 
 # --strict: a link that leads nowhere is an error.
@@ -79,8 +85,8 @@ $(VENV)/.ray: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -e '.[ray]'
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet -e '.[bench]'
+$(VENV)/.browser: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet -e '.[browser]'
 	@touch $@
 
 # A language model behind a server, for one slow test: compiles llama.cpp, which takes minutes.

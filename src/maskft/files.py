@@ -140,11 +140,6 @@ def _small_text(file: Path, max_bytes: int) -> str:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file whole or not at all (temporary file beside it, then renamed); missing folders are made."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file whole or not at all (temporary file beside it, then renamed); missing folders are made."""
     write_bytes(path, text.encode("utf-8"))
 
 

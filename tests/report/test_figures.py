@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from maskft import files
 from maskft.cli.main import main
 from maskft.report.catalogue import PAPER_FIGURES, charts_of, select_charts
-from maskft.report.charts import FORMATS, Chart, draw_figure
+from maskft.report.charts import FORMATS, Chart, Panel, draw_figure, to_svg
 from maskft.report.evidence import gather
+from maskft.report.fig_verdict import interval
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,12 @@ def test_intervals_of_verdicts_are_drawn_in_points(evidence, charts):
     row = next(r for r in evidence.comparison.differences if (r.method, r.metric) == ("mask", "accuracy"))
     panel = next(panel for panel in charts["verdicts"].panels if panel.title.startswith("accuracy"))
     ends = [list(line.get_xdata()) for line in axes_of(panel).lines]
-    assert [100 * row.ci_low, 100 * row.ci_high] in ends
+    assert [100 * end for end in interval(row)] in ends
+
+
+def test_numbers_in_a_page_are_not_cut():
+    panel = Panel("p", lambda axes: axes.text(0.123456, 0.2, "0.0016 of 4.40901 <b> $x$ a_1".replace("$", r"\$")))
+    assert "0.0016 of 4.40901 &lt;b&gt; $x$ a_1" in to_svg(panel, "p")
 
 
 def test_figures_are_chosen_by_number_or_name(evidence):

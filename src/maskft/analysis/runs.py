@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..adapter.mask_set import read_config
 from ..errors import UserError, did_you_mean
 from ..results.schema import Result, read_result
 
@@ -148,6 +147,8 @@ def parent_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun | None:
 
 def start_model(run: TrainedRun, runs: Sequence[TrainedRun]) -> str:
     """Folder or name of the model under a mask: of its start, else what its adapter says, else the base."""
+    from ..adapter.mask_set import read_config  # torch: reading published results takes seconds without it
+
     parent = parent_of(run, runs)
     return parent.models[BEST] if parent else read_config(run.models[BEST]).base_model_name_or_path or run.base
 

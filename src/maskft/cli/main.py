@@ -23,7 +23,7 @@ COMMANDS = {
     "study": "run all methods, controls and seeds of a recipe, and compare them",
     "search": "choose a mask's layer group and sparsity by short probes on training data",
     "analyze": "compute what the figures of the paper show, from your own finished runs",
-    "report": "put your results into the paper's tables, beside the paper's figures",
+    "report": "write one page about a study, its figures, or the paper's tables with your results",
     "merge": "apply a mask to its base model and write an ordinary checkpoint",
     "inspect": "show what an adapter removes, module by module",
     "masks": "combine, compare and export masks over one base, without a model",

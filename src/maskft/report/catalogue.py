@@ -22,6 +22,7 @@ T = TypeVar("T")
 Charts = list[Chart | Missing]
 PAPER_FIGURES = (1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14)  # 2 is a drawing of the method
 
+_STUDY = "maskft study RECIPE.yaml"
 # Setting that an ablation varies -> figures, and what a recipe's grid must hold.
 _ABLATIONS = {
     "mask_layers_to_transform": ((3, 8), "layers", "mask.mask_layers_to_transform: [[0, 1], [2, 3]]"),
@@ -114,8 +115,7 @@ def _curves(evidence: Evidence) -> Charts:
         charts.append(overview_chart(evidence))
     else:
         reason = evidence.reasons["curves"]
-        command = "keep training.json beside the results, as maskft study does"
-        charts.append(Missing("fig01_curves", "Held-out measures against steps", reason, command, (1,)))
+        charts.append(Missing("fig01_curves", "Held-out measures against steps", reason, _STUDY, (1,)))
     if evidence.trained:
         charts.append(methods_chart(evidence.trained))
     if evidence.accounts:
@@ -129,8 +129,8 @@ def _ablations(evidence: Evidence) -> Charts:
     varied = {each["setting"] for each in record["ablations"]}
     for setting, (numbers, name, grid) in _ABLATIONS.items():
         if setting not in varied:
-            reason = f"no two evaluated masks of this study differ in {setting} alone"
-            command = f"add `grid: {{{grid}}}` to the study's recipe and run maskft study"
+            reason = f"no two evaluated masks of this study differ in {setting} alone; the recipe needs a grid, {grid}"
+            command = _STUDY
             key = f"fig{numbers[0]:02d}_{numbers[1]:02d}_{setting}"
             charts.append(Missing(key, f"Ablation: {name}", reason, command, numbers))
     return charts
@@ -153,19 +153,17 @@ def _masks(evidence: Evidence) -> Charts:
     drawn = _guarded("masks", lambda: mask_charts(renamed, learned))
     charts: Charts = [_drawn("masks", lambda chart=chart: chart) for chart in drawn]
     if not any(13 in chart.numbers for chart in charts):
-        reason = "no mask covers Q, K and V of one layer"
-        command = "train a mask with mask_target_modules that hold q_proj, k_proj and v_proj"
-        charts.append(Missing("fig13_heads", "Share removed by attention head", reason, command, (13, 14)))
+        reason = "no mask covers Q, K and V of one layer; mask_target_modules must hold q_proj, k_proj and v_proj"
+        charts.append(Missing("fig13_heads", "Share removed by attention head", reason, _STUDY, (13, 14)))
     return charts
 
 
 def _cost(evidence: Evidence) -> Chart | Missing:
     if "cost" not in evidence.arrays:
-        command = "keep training.json beside the results, as maskft study does"
-        return Missing("fig04_09_cost", "Cost", evidence.reasons["cost"], command, (4, 9))
+        return Missing("fig04_09_cost", "Cost", evidence.reasons["cost"], _STUDY, (4, 9))
     baseline = evidence.comparison.baseline if evidence.comparison else ""
     return cost_chart(evidence.arrays["cost"], _short_names(evidence.methods), baseline.removesuffix(" (best)"))
 
 
 def _short_names(methods: Mapping[str, tuple[str | None, bool]]) -> dict[str, tuple[str | None, bool]]:
-    return dict(methods) | {name.removesuffix(" (best)"): kind for name, kind in methods.items()}
+    return {name.removesuffix(" (best)"): kind for name, kind in methods.items()}

@@ -152,7 +152,9 @@ def to_svg(panel: Panel, prefix: str) -> str:
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r"(\d+\.\d{2})\d+", r"\1", re.sub(r"\n\s*", "\n", text))
+    text = re.sub(r"\n\s*", "\n", text)
+    # Two decimals of a coordinate are enough; texts, which hold the numbers that are read, stay as they are.
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d+\.\d{2})\d+", r"\1", tag[0]), text)
     return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 

@@ -86,6 +86,11 @@ class Evidence:
         methods = self.comparison.methods if self.comparison else []
         return [name for name in methods if self.methods.get(name, ("", False))[0] == MASK]
 
+    @property
+    def differences(self) -> list[Difference]:
+        """Every difference that is judged: of metrics, then of averages over tasks."""
+        return [*self.comparison.differences, *self.comparison.averages] if self.comparison else []
+
     def results_of(self, name: str) -> list[Result]:
         """Results of one model, by seed."""
         found = [result for result in self.results.values() if result["name"] == name]

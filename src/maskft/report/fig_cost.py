@@ -21,7 +21,9 @@ _OWN = {"total_tokens": "tokens", "total_time_s": "time_s"}
 
 def cost_chart(record: Mapping, methods: Mapping[str, tuple[str | None, bool]], start: str) -> Chart:
     """Bars for each method up to its best checkpoint, and for ``start``, the baseline, also up to its end."""
+    order = list(methods)
     rows = [row for row in record["rows"] if row["role"] == "best" or row["name"] == start]
+    rows.sort(key=lambda row: order.index(row["name"]) if row["name"] in order else len(order))
     table = [
         (row["name"], row["role"], str(row["num_seeds"]), *(number(row[q]["mean"] / s) for q, s in _COLUMNS.items()))
         for row in record["rows"]

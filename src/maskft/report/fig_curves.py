@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ def overview_chart(evidence: Evidence) -> Chart:
     series = evidence.arrays["curves"]["series"]
     metrics = dict.fromkeys(name for each in series for name in each["metrics"])
     chosen = {name: rows for name, rows in by_name(series).items() if name in _one_of_each_kind(evidence, series)}
+    chosen = dict(sorted(chosen.items(), key=lambda each: not _kind(each[1])[1]))  # starts first
     entries = {name: entry(name, *_kind(rows)) for name, rows in chosen.items()}
 
     def draw(axes: Axes, metric: str) -> None:
@@ -183,8 +185,8 @@ def _draw_scores(axes: Axes, points: list, methods: Mapping[str, tuple[str | Non
         axes.text(right, place, f" {plain(name)}", va="center", fontsize=6.5, color=COLOURS[colour])
     left = min(tokens) - 0.05 * (max(tokens) - min(tokens) or 1.0)
     axes.set_xlim(left, right + 0.6 * (right - left))
-    note = plain(f"\noutside of these axes: {', '.join(far)}") if far else ""
-    axes.set_xlabel(f"million tokens from the pre-trained model, at the kept checkpoint{note}")
+    note = textwrap.wrap(plain(f"outside of these axes: {', '.join(far)}"), 110) if far else []
+    axes.set_xlabel("\n".join(["million tokens from the pre-trained model, at the kept checkpoint", *note]))
 
 
 def _spread(values: Sequence[float], step: float) -> list[float]:

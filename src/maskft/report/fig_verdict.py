@@ -14,21 +14,33 @@ from .methods import look
 _SHOWN = 4.0  # times the median size of a difference; what lies beyond is written at the edge
 
 
+def holds_at_once(rows: Sequence[Difference]) -> bool:
+    """Whether intervals that hold together are known; comparisons of earlier versions have only those of each alone."""
+    return bool(rows) and all(row.simultaneous_low is not None and row.simultaneous_high is not None for row in rows)
+
+
 def verdict_chart(comparison: Comparison, methods: Mapping[str, tuple[str | None, bool]]) -> Chart:
     """One panel per metric: every method's difference, its interval, and the baseline at 0."""
     groups: dict[tuple[str, str], list[Difference]] = {}
-    for row in comparison.differences:
+    for row in (*comparison.differences, *comparison.averages):
         groups.setdefault((row.task, row.metric), []).append(row)
     panels = [
         Panel(_title(rows[0]), lambda axes, rows=rows: _draw(axes, rows, methods), True, 0.75 + 0.2 * len(rows))
         for rows in groups.values()
     ]
+    at_once = "; it holds together with all others" if holds_at_once(comparison.differences) else ", each alone"
     text = (
-        f"Each line is a {100 * comparison.confidence:g} % interval of the difference from {comparison.baseline} (0). "
-        "A filled mark is a difference that the study calls better or worse after Holm's correction; a hollow one is "
-        "not distinguishable."
+        f"Each line is a {100 * comparison.confidence:g} % interval of the difference from {comparison.baseline} "
+        f"(0){at_once}. A filled mark is a difference that the study calls better or worse after Holm's correction; "
+        "a hollow one is not distinguishable."
     )
     return Chart("verdicts", "Differences from the baseline", text, panels, difference_table(comparison))
+
+
+def interval(row: Difference) -> tuple[float, float]:
+    """The interval that goes with the verdict: that which holds with all others, where it is known."""
+    low, high = row.simultaneous_low, row.simultaneous_high
+    return (row.ci_low, row.ci_high) if low is None or high is None else (low, high)
 
 
 def _title(row: Difference) -> str:
@@ -42,7 +54,7 @@ def _draw(axes: Axes, rows: Sequence[Difference], methods: Mapping[str, tuple[st
     low, high = _limits(rows, scale)
     for place, row in enumerate(rows):
         colour, _, marker = look(*methods.get(row.method, (None, False)))
-        value, ends = scale * row.difference, (scale * row.ci_low, scale * row.ci_high)
+        value, ends = scale * row.difference, tuple(scale * end for end in interval(row))
         if not low <= value <= high:
             at, side = (low, "left") if value < low else (high, "right")
             arrow = "◀ " if side == "left" else ""
@@ -61,9 +73,9 @@ def _draw(axes: Axes, rows: Sequence[Difference], methods: Mapping[str, tuple[st
 
 
 def _limits(rows: Sequence[Difference], scale: float) -> tuple[float, float]:
-    sizes = sorted(max(abs(row.ci_low), abs(row.ci_high)) * scale for row in rows)
+    sizes = sorted(max(map(abs, interval(row))) * scale for row in rows)
     bound = _SHOWN * (sizes[len(sizes) // 2] or 1.0)
-    ends = [scale * end for row in rows if scale * abs(row.difference) <= bound for end in (row.ci_low, row.ci_high)]
+    ends = [scale * end for row in rows if scale * abs(row.difference) <= bound for end in interval(row)]
     low, high = min([0.0, *ends]), max([0.0, *ends])
     margin = 0.08 * ((high - low) or 1.0)
     return low - margin, high + margin

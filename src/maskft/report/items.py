@@ -31,6 +31,7 @@ def won_and_lost(evidence: Evidence) -> list[dict[str, Any]]:
         pairs = _paired(ours, theirs)
         if pairs and all(_measured(result, row) for pair in pairs for result in pair):
             records.append(_record(row, pairs))
+    records.sort(key=lambda record: record["method"] not in evidence.masks)
     _shorten(records)
     return records
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ..adapter.mask_set import MaskSet
-
 MAX_BYTES = 400_000  # of all maps in a page, before base64
 
 
@@ -61,4 +59,6 @@ def _block_shares(removed: np.ndarray, block: int) -> np.ndarray:
 
 def maps_of_adapter(folder: str, max_bytes: int = MAX_BYTES) -> list[dict[str, Any]]:
     """Maps of a saved mask."""
+    from ..adapter.mask_set import MaskSet  # torch: a report of results without adapters takes seconds without it
+
     return mask_maps(MaskSet.from_adapter(folder), max_bytes)

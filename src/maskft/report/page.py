@@ -14,10 +14,11 @@ from .._version import __version__
 from ..analysis.runs import BEST
 from ..results.comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Comparison, Difference
 from ..results.schema import Result
-from ..results.text import Table, difference_text, score_text, sentence
+from ..results.text import Table, difference_text, score_text, sentence, verdict_text
 from .catalogue import Charts, charts_of, place_of
 from .charts import Chart, Missing, figure_numbers, to_svg
 from .evidence import MASK, Evidence, seeds_of
+from .fig_verdict import holds_at_once
 from .items import won_and_lost
 from .maps import MAX_BYTES as MAX_MAP_BYTES
 from .maps import maps_of_adapter
@@ -55,6 +56,7 @@ def render_report(evidence: Evidence) -> str:
         verdict=_verdict(evidence),
         notes=[f"Note: {note}" for note in notes],
         scores=_scores(evidence),
+        intervals=", which holds together with all others" if holds_at_once(evidence.differences) else "",
         charts=charts,
         has_texts=any(row["texts"] for record in items for row in record["rows"]),
         no_items=text,
@@ -127,21 +129,21 @@ def _verdict(evidence: Evidence) -> dict[str, Any]:
         }
     masks = evidence.masks
     return {
-        "headline": _headline(comparison, masks),
-        "masks": [_card(comparison, name) for name in masks],
-        "sentences": [sentence(row) for row in comparison.differences],
+        "headline": _headline(evidence, comparison, masks),
+        "masks": [_card(evidence, name) for name in masks],
+        "sentences": [sentence(row) for row in evidence.differences],
         "baseline": comparison.baseline,
     }
 
 
-def _headline(comparison: Comparison, masks: Sequence[str]) -> list[str]:
+def _headline(evidence: Evidence, comparison: Comparison, masks: Sequence[str]) -> list[str]:
     if not masks:
         return [f"No learned mask is compared with {comparison.baseline}."]
     ours = [row for row in comparison.differences if row.method in masks and row.is_main]
     if len(ours) == 1:
         return [sentence(ours[0])]
-    lines = _counted([row for row in comparison.differences if row.method in masks], comparison)
-    found = [row for row in comparison.differences if row.method not in masks and row.verdict == BETTER]
+    lines = _counted([row for row in evidence.differences if row.method in masks], comparison)
+    found = [row for row in evidence.differences if row.method not in masks and row.verdict == BETTER]
     if found:
         better = "; ".join(f"{row.method} ({row.metric} on {row.task})" for row in found)
         lines.append(f"Better than {comparison.baseline} without a learned mask: {better}.")
@@ -161,14 +163,15 @@ def _counted(rows: Sequence[Difference], comparison: Comparison) -> list[str]:
     return lines
 
 
-def _card(comparison: Comparison, name: str) -> dict[str, Any]:
+def _card(evidence: Evidence, name: str) -> dict[str, Any]:
     lines = [
         {
             "what": f"{row.metric} on {row.task}" + (f", {row.num_seeds} seeds" if row.num_seeds > 1 else ""),
             "verdict": row.verdict,
-            "difference": difference_text(row, "points" if row.unit == "fraction" else row.unit),
+            "words": verdict_text(row),
+            "difference": difference_text(row, "points" if row.unit == "fraction" else row.unit, at_once=True),
         }
-        for row in comparison.differences
+        for row in evidence.differences
         if row.method == name
     ]
     return {"name": name, "lines": lines}
@@ -183,7 +186,7 @@ def _scores(evidence: Evidence) -> dict[str, Any]:
 
     comparison = evidence.comparison
     reached = comparison.scores if comparison else scores(list(evidence.results.values()))
-    differences = {(r.method, r.task, r.metric): r for r in comparison.differences} if comparison else {}
+    differences = {(r.method, r.task, r.metric): r for r in evidence.differences}
     places = list(dict.fromkeys((score.task, score.metric, score.unit) for score in reached))
     rows: dict[str, list[dict]] = {}
     for score in reached:
@@ -193,14 +196,15 @@ def _scores(evidence: Evidence) -> dict[str, Any]:
         cell.update(text=score_text(score), sort=score.value)
         difference = differences.get((score.model, score.task, score.metric))
         if difference:
-            cell.update(below=difference_text(difference), verdict=difference.verdict)
+            cell.update(below=difference_text(difference, at_once=True), verdict=difference.verdict)
+            cell.update(words=verdict_text(difference))
     units = ["%" if unit == "fraction" else unit for _, _, unit in places]
     names = [f"{task} {metric} ({unit})" for (task, metric, _), unit in zip(places, units, strict=True)]
     return {"columns": ["model", *names], "rows": list(rows.values())}
 
 
 def _cell(text: str, sort: float | None = None) -> dict[str, Any]:
-    return {"text": text, "sort": sort, "below": None, "verdict": None}
+    return {"text": text, "sort": sort, "below": None, "verdict": None, "words": None}
 
 
 # Masks, recipe, environment
@@ -237,9 +241,10 @@ def _settings(evidence: Evidence) -> dict[str, Table]:
         settings = result.get("study", {}).get("settings") or {}
         first.setdefault(result["name"], {k: v for k, v in settings.items() if k not in ("seed", "mask_seed")})
     names = list(dict.fromkeys(key for settings in first.values() for key in settings))
-    differ = [key for key in names if len({_text(settings.get(key)) for settings in first.values()}) > 1]
+    trained = [settings for settings in first.values() if settings]  # a pre-trained model has none
+    differ = [key for key in names if len({_text(settings.get(key)) for settings in trained}) > 1]
     rows = [(name, *(_text(settings.get(key)) for key in differ)) for name, settings in first.items()]
-    same = [(key, _text(next(iter(first.values())).get(key))) for key in names if key not in differ]
+    same = [(key, _text(trained[0].get(key))) for key in names if key not in differ]
     same += [(f"evaluation: {key}", value) for key, value in _common(evidence.results.values(), "settings")]
     return {
         "different": Table(("model", *differ), rows),
@@ -278,4 +283,6 @@ def _accounts(rows: Sequence[Mapping]) -> Table:
 def _text(value: Any) -> str:
     if value is None:
         return "–"
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value)

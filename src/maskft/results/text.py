@@ -288,8 +288,10 @@ def verdict_text(row: Difference) -> str:
 def difference_text(row: Difference, unit: str = "", at_once: bool = False) -> str:
     """Return ``+1.2 [0.3, 2.1]``, with so many decimals that no number which is not zero is rounded to it.
 
-    A round bracket is the bound at zero of a difference whose sign is claimed and no more.
+    A round bracket is the bound at zero of a difference whose sign is claimed and no more. Comparisons written before
+    intervals held all at once have only those that hold alone.
     """
+    at_once = at_once and (row.simultaneous_low, row.simultaneous_high) != (None, None)
     scale, digits = _scale_and_digits(row.unit)
     bounds = (row.simultaneous_low, row.simultaneous_high) if at_once else (row.ci_low, row.ci_high)
     numbers = [scale * (x or 0.0) for x in (row.difference, *bounds)]

@@ -1,0 +1,165 @@
+"""The page in a real browser: Debian's Chromium, driven by Playwright (``make test-browser``)."""
+
+import io
+import shutil
+
+import pytest
+from PIL import Image
+
+from maskft import files
+from maskft.cli.main import main
+
+pytestmark = pytest.mark.browser
+SECTIONS = ("verdict", "table", "curves", "ablations", "items", "masks", "landscape", "cost", "recipe")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    assert chromium, "no Chromium is installed; make test-browser installs Debian's"
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def reports(finished):
+    """Pages of the study and of one adapter."""
+    made = {"study": finished.parent / "study.html", "adapter": finished.parent / "adapter.html"}
+    assert main(["report", str(finished), "-o", str(made["study"])]) == 0
+    assert main(["inspect", str(finished / files.RUNS / "mask-s0"), "--html", str(made["adapter"])]) == 0
+    return made
+
+
+@pytest.fixture
+def open_page(browser, reports):
+    """Open a page from disk; at the end nothing was logged, nothing failed, and no request had left."""
+    opened, problems = [], []
+
+    def open_(name="study", **options):
+        page = browser.new_page(**{"viewport": {"width": 1100, "height": 900}, **options})
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else problems.append(r.url))
+        page.goto(reports[name].as_uri())
+        opened.append(page)
+        return page
+
+    yield open_
+    for page in opened:
+        page.close()
+    assert problems == []
+
+
+def column(page, table, index):
+    return page.eval_on_selector_all(f"#{table} tbody tr", f"rows => rows.map(row => row.cells[{index}].innerText)")
+
+
+def test_the_table_sorts_and_filters(open_page):
+    page = open_page()
+    numbers = "rows => rows.map(row => Number(row.cells[1].dataset.sort))"
+    before = page.eval_on_selector_all("#scores tbody tr", numbers)
+    page.click("#scores thead th:nth-child(2) button")
+    assert page.eval_on_selector_all("#scores tbody tr", numbers) == sorted(before)
+    assert page.get_attribute("#scores thead th:nth-child(2)", "aria-sort") == "ascending"
+    page.focus("#scores thead th:nth-child(2) button")
+    page.keyboard.press("Enter")
+    assert page.eval_on_selector_all("#scores tbody tr", numbers) == sorted(before, reverse=True)
+    page.fill("input[data-filter=scores]", "MASK 20")
+    assert page.locator("#scores tbody tr:visible").count() == 1
+    assert page.inner_text("#scores-count") == f"1 of {len(before)} rows"
+    page.fill("input[data-filter=scores]", "")
+    assert page.locator("#scores tbody tr:visible").count() == len(before)
+
+
+def test_numbers_are_those_of_the_json(open_page):
+    page = open_page()
+    scores = page.evaluate("data.comparison.scores.filter(score => score.metric === 'accuracy')")
+    shown = dict(zip(column(page, "scores", 0), column(page, "scores", 2), strict=True))
+    for score in scores:
+        assert shown[f"{score['model']} (2 seeds)"].startswith(f"{100 * score['value']:.1f}")
+
+
+def test_items_are_searched_and_filtered(open_page):
+    page = open_page()
+    record = page.evaluate("data.items[0]")
+    won = [row["id"] for row in record["rows"] if row["gain"] > 0]
+    page.select_option("#items-kind", "won")
+    assert column(page, "items-table", 0) == won[:25]
+    page.select_option("#items-kind", "all")
+    page.fill("#items-search", record["rows"][-1]["id"])
+    wanted = [row["id"] for row in record["rows"] if record["rows"][-1]["id"] in row["id"]]
+    assert column(page, "items-table", 0) == wanted
+    page.fill("#items-search", "")
+    assert f"{record['won']} won, {record['lost']} lost, {record['tied']} tied" in page.inner_text("#items-count")
+    index = page.evaluate("data.items.findIndex(record => record.method === 'mask')")
+    page.select_option("#items-method", str(index))
+    page.fill("#items-search", "alert")
+    assert "<b>" in page.inner_text("#items-table") and page.locator("#items-table b").count() == 0
+
+
+@pytest.mark.parametrize("name", ["study", "adapter"])
+def test_maps_zoom_by_button_wheel_and_key(name, open_page):
+    page = open_page(name)
+    zoom = lambda: float(page.get_attribute("#map", "data-zoom"))  # noqa: E731
+    assert zoom() == 1
+    page.click("#map-in")
+    assert zoom() == pytest.approx(1.5)
+    page.hover("#map")
+    page.mouse.wheel(0, -100)
+    assert zoom() == pytest.approx(1.8)
+    page.focus("#map")
+    page.keyboard.press("-")
+    assert zoom() == pytest.approx(1.2)
+    before = page.inner_text("#map-text")
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert page.inner_text("#map-text") != before
+    page.keyboard.press("0")
+    assert zoom() == 1
+    page.select_option("#map-matrix", "1")
+    assert "16 x 32" in page.inner_text("#map-text")
+
+
+def test_light_and_dark(open_page):
+    page = open_page(color_scheme="dark")
+    background = "getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(background)
+    page.click("#theme")
+    assert page.evaluate(background) != dark
+    light = open_page(color_scheme="light")
+    assert light.evaluate(background) == page.evaluate(background)
+
+
+def test_nothing_is_wider_than_a_phone(open_page):
+    page = open_page(viewport={"width": 360, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["study", "adapter"])
+def test_axe_finds_nothing_serious(name, scheme, open_page):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = open_page(name, color_scheme=scheme)
+    for details in page.query_selector_all("details"):
+        details.evaluate("each => { each.open = true; }")
+    found = Axe().run(page).response["violations"]
+    serious = [
+        (each["id"], each["nodes"][0]["html"][:200]) for each in found if each["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_section_is_blank(scheme, open_page):
+    page = open_page(color_scheme=scheme)
+    for section in SECTIONS:
+        image = Image.open(io.BytesIO(page.locator(f"main > #{section}").screenshot())).convert("RGB")
+        colours = image.getcolors(maxcolors=image.width * image.height)
+        share = max(count for count, _ in colours) / (image.width * image.height)
+        assert len(colours) > 20 and share < 0.99, section
+    assert page.locator("figure svg path").count() > 100
