@@ -70,6 +70,24 @@ def run(args: argparse.Namespace) -> None:
     # Two small trainings with a thread each are faster than one with two.
     num_at_once = 1 if args.model else min(_MOST_AT_ONCE, os.cpu_count() or 1)
     study.start(plan, args.output_dir, num_at_once=num_at_once, is_brief=True)
+    _report(Path(args.output_dir), content["model"], recipe.name)
+
+
+def _report(folder: Path, model: str, name: str) -> None:
+    """Write the page about the demo, and say where it is."""
+    from ..errors import UserError
+    from ..files import is_there, write_text
+    from ..report.evidence import gather
+    from ..report.page import render_report
+
+    page = folder / "report.html"
+    try:
+        base = Path(model).name if is_there(model) else model
+        write_text(page, render_report(gather(folder, base=base, study_name=name)))
+    except UserError as error:  # the demo itself is done
+        print(f"no report: {error}")
+    else:
+        print(f"All of it, with pictures: {page}")
 
 
 def _shown(text: str, model: str) -> str:

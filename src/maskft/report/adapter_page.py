@@ -44,7 +44,7 @@ def write_adapter_page(adapter: str | Path, file: str | Path, facts: Mapping[str
         "adapter.html",
         title=name,
         kind="Mask Fine-Tuning: one mask",
-        facts=[f"base model {config.base_model_name_or_path}", f"{len(masks)} matrices"],
+        facts=[f"base model: {config.base_model_name_or_path}", f"{len(masks)} matrices"],
         sections=_SECTIONS,
         footer="",
         data={"maps": [{"name": name, "maps": mask_maps(masks)}]},

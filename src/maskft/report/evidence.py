@@ -253,8 +253,14 @@ def _compared(results: list[Result], baseline: str | None) -> Comparison | None:
     names = list(dict.fromkeys(result["name"] for result in results))
     if len(names) < 2 and baseline is None:
         return None
-    full = [r for r in results if r["model"]["method"] == "full" and r.get("study", {}).get("role") != LAST]
+    full = [r for r in results if r["model"]["method"] == "full" and not _is_last(r)]
     return compare(results, baseline or (full or results)[0]["name"])
+
+
+def _is_last(result: Result) -> bool:
+    """Whether a result is of the end of a training that had a better checkpoint."""
+    roles = (result.get("study", {}).get("role"), result.get("training", {}).get("checkpoint"))
+    return LAST in roles or "continued" in result["name"]
 
 
 def _from_dict(record: Mapping) -> Comparison:

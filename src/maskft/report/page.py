@@ -108,11 +108,11 @@ def _drawn(chart: Chart | Missing) -> dict[str, Any]:
 def _facts(evidence: Evidence) -> list[str]:
     results = list(evidence.results.values())
     dates = sorted(result["created"][:10] for result in results)
-    models = len({result["name"] for result in results})
+    models = len({row["name"] for row in evidence.accounts} or {result["name"] for result in results})
     tasks = dict.fromkeys(
         f"{len(record['items']):,} items of {task}" for r in results for task, record in r["tasks"].items()
     )
-    facts = [f"base model {evidence.base}", f"{models} models, {len(results)} results", *tasks]
+    facts = [f"base model: {evidence.base}", f"{models} models, {len(results)} result files", *tasks]
     return [*facts, f"measured {dates[0]}" + ("" if dates[0] == dates[-1] else f" to {dates[-1]}")]
 
 
