@@ -9,7 +9,7 @@ from maskft.runtime import keep_freed_memory
 
 from .common import Report, set_threads
 
-NAMES = ("refresh", "file", "step", "learners", "published", "memory", "prefix", "scaling", "swap")
+NAMES = ("refresh", "file", "step", "learners", "published", "memory", "prefix", "scaling", "swap", "intervals")
 
 
 def main() -> None:

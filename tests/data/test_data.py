@@ -148,6 +148,12 @@ def test_rows_without_an_answer_may_come_first(write):
     assert examples["answer"][:] == [None, None, None, "d"]
 
 
+def test_rows_may_carry_the_cluster_they_are_of(write):
+    rows = [{"prompt": "a", "completion": "b", "cluster_id": 7}, {"prompt": "c", "completion": "d", "cluster_id": "p"}]
+    assert load_examples(write(rows))["cluster_id"][:] == ["7", "p"]
+    assert "cluster_id" not in load_examples(write([{"prompt": "a", "completion": "b"}])).column_names
+
+
 def test_every_file_kind_gives_the_same_examples(tmp_path, write):
     import pyarrow
     from pyarrow import parquet

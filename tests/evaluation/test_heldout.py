@@ -24,6 +24,15 @@ def net():
     return tiny.tiny_llama(vocab_size=len(TOKENIZER), num_layers=1)
 
 
+def test_items_keep_the_cluster_of_their_row(net):
+    rows = [row | {"cluster_id": f"p{index // 2}"} for index, row in enumerate(ROWS)]
+    record = evaluate_rows(net, TOKENIZER, rows, Resources(2), max_new_tokens=4)
+    assert [item["cluster_id"] for item in record["items"]] == ["p0", "p0", "p1", "p1", "p2", "p2"]
+    alone = evaluate_rows(net, TOKENIZER, ROWS, Resources(2), max_new_tokens=4)
+    assert record["metrics"]["nll"]["value"] == alone["metrics"]["nll"]["value"]
+    assert record["metrics"]["nll"]["stderr"] != alone["metrics"]["nll"]["stderr"]
+
+
 class Killed(Exception):
     pass
 

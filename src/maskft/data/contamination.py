@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from ..errors import UserError, did_you_mean
 from ..files import digest
-from .formats import Row
+from .formats import OPTIONAL_COLUMNS, Row
 from .registry import TEST_SETS
 from .sources import find_files, is_hub_name, load_from_hub, numbered, read_file
 
@@ -26,7 +26,7 @@ def example_texts(example: Row) -> list[str]:
     """Return the texts of an example in their order: every message, or prompt and completion, or the plain text."""
     texts = []
     for column, value in example.items():
-        if column in ("id", "answer", "answer_type") or value is None:
+        if column in ("id", *OPTIONAL_COLUMNS) or value is None:
             continue
         texts += [value] if isinstance(value, str) else [message["content"] for message in value]
     return texts

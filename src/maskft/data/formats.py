@@ -21,6 +21,9 @@ Message = dict[str, str]
 # The columns of each format, in the order of preference, and its reader: (row, as_chat, *columns) -> example.
 Formats = dict[tuple[str, ...], Callable[..., dict]]
 
+# Beside the text: the answer to check, and the passage or template that a row shares with others.
+OPTIONAL_COLUMNS = ("answer", "answer_type", "cluster_id")
+
 
 def to_examples(
     rows: Iterable[tuple[str, Row]],
@@ -66,6 +69,8 @@ def to_examples(
             raise UserError(f"{name}: {where}: {error}") from None
         copies[identity] += 1
         example["id"] = identity if copies[identity] == 1 else f"{identity}#{copies[identity]}"
+        if row.get("cluster_id") is not None:
+            example["cluster_id"] = str(row["cluster_id"])
         first = first or example
         examples.append(example)
         if len(examples) == CHUNK_ROWS:
@@ -74,18 +79,19 @@ def to_examples(
     if not first:
         raise UserError(f"{name} is empty: it has no rows")
     dataset = concatenate_datasets([*chunks, _chunk(examples, first)])
-    if all(answer is None for answer in dataset["answer"][:]):
-        dataset = dataset.remove_columns(["answer", "answer_type"])
+    for column, unused in (("answer", ["answer", "answer_type"]), ("cluster_id", ["cluster_id"])):
+        if all(value is None for value in dataset[column][:]):
+            dataset = dataset.remove_columns(unused)
     return dataset
 
 
 def _chunk(examples: list[dict], first: dict) -> Dataset:
     """Store examples. Their columns are declared, those of answers too: guessing fails where all values are missing."""
     text = Value("string")
-    columns = ["id", *(column for column in first if column not in ("id", "answer", "answer_type"))]
+    columns = ["id", *(column for column in first if column != "id" and column not in OPTIONAL_COLUMNS)]
     messages = [{"role": text, "content": text}]
     features = {column: messages if isinstance(first[column], list) else text for column in columns}
-    features |= {"answer": text, "answer_type": text}
+    features |= dict.fromkeys(OPTIONAL_COLUMNS, text)
     return Dataset.from_dict({column: [e.get(column) for e in examples] for column in features}, Features(features))
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from ..errors import UserError
 from ..files import digest, is_there
-from .formats import to_examples
+from .formats import OPTIONAL_COLUMNS, to_examples
 from .sources import PROCEDURAL_PREFIX, SHUFFLE_BUFFER, find_rows, numbered, procedural_rows
 
 
@@ -174,7 +174,7 @@ def mix(parts: Sequence[Dataset], seed: int) -> Dataset:
     """
     if len(parts) == 1:
         return parts[0]
-    layouts = [{column for column in part.column_names if column not in ("answer", "answer_type")} for part in parts]
+    layouts = [{column for column in part.column_names if column not in OPTIONAL_COLUMNS} for part in parts]
     if any(layout != layouts[0] for layout in layouts):
         columns = sorted(set().union(*layouts) - {"id"})
         raise UserError(

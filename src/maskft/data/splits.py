@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..files import digest
 from .arguments import DataArguments, check_sizes
 from .contamination import NGRAM, Contamination, NgramIndex, example_texts, load_test_texts, unique_rows
-from .formats import Row
+from .formats import OPTIONAL_COLUMNS, Row
 from .mixtures import Reader, ReadSet, load_examples, mix
 from .registry import TRAINING_SETS
 from .sources import PROCEDURAL_PREFIX, is_hub_name, procedural_seed
@@ -232,5 +232,5 @@ def prompt_digest(example: Row) -> str:
     elif "prompt" in example:
         text = example["prompt"]
     else:
-        text = next(value for column, value in example.items() if column not in ("id", "answer", "answer_type"))
+        text = next(value for column, value in example.items() if column not in ("id", *OPTIONAL_COLUMNS))
     return digest(" ".join(text.split()))

@@ -96,6 +96,9 @@ def evaluate_rows(
         {"id": str(row["id"]), "nll": nll if math.isfinite(nll) else None, "num_tokens": count}
         for row, (nll, count) in zip(rows, losses, strict=True)
     ]
+    for item, row in zip(items, rows, strict=True):
+        if row.get("cluster_id") is not None:
+            item["cluster_id"] = row["cluster_id"]
     if generate:
         outputs = generated(model, tokenizer, prompts, max_new_tokens, _ANSWER, "answers", resources)
         for item, row, output in zip(items, rows, outputs, strict=True):

@@ -390,6 +390,8 @@ def _new_item(sample: Mapping, benchmark: Benchmark) -> dict:
         **({} if benchmark.runs_code else {"answer": sample["target"]}),
         "output": responses[0] if len(responses) == 1 else responses,
     }
+    if isinstance(sample["doc"], Mapping) and sample["doc"].get("cluster_id") is not None:
+        item["cluster_id"] = str(sample["doc"]["cluster_id"])
     return item | (sample["filtered_resps"][0] if benchmark.runs_code else {})
 
 

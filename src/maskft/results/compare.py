@@ -23,7 +23,7 @@ from .comparable import (
     unit_of,
 )
 from .comparison import Comparison, Difference
-from .differences import Measured, Paired, describe, judge, sample_of
+from .differences import Measured, Paired, Sample, describe, judge, sample_of
 from .schema import Result, has_items
 from .scores import AVERAGE, averaged_metrics, scores
 
@@ -99,6 +99,37 @@ def compare(
         seed=seed,
         averages=judged[2],
     )
+
+
+def main_samples(
+    results: Sequence[Result],
+    baseline: str | None = None,
+    tasks: Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
+) -> list[tuple[str, str, Sample]]:
+    """Return the main metric of every task for the first method beside the baseline: label, unit, values.
+
+    Raises:
+        UserError: If there are not two names, or they cannot be compared.
+    """
+    groups = group_by_name(results)
+    baseline = next(iter(groups)) if baseline is None else baseline
+    check_known("baseline", [baseline], groups)
+    others = [name for name in groups if name != baseline]
+    if not others:
+        raise UserError(f"only {baseline!r} was given: a pilot needs results of two models on the same items")
+    groups = {name: groups[name] for name in (baseline, others[0])}
+    chosen = [result for group in groups.values() for result in group]
+    tasks, metrics = select(chosen, tasks, metrics)
+    check_comparable(chosen, tasks)
+    pairs, _ = _pairs(groups, baseline, tasks, metrics)
+    main = _main_metrics(groups[baseline][0], pairs)
+    paired = _pair_by_seed(groups[others[0]], groups[baseline])
+    return [
+        (f"{metric} on {task}", unit_of(chosen, task, metric), sample_of(paired, task, metric))
+        for _, task, metric in pairs
+        if main[task] == metric
+    ]
 
 
 def _measure(

@@ -95,7 +95,8 @@ def _task(path: Path, task: str, summary: Mapping[str, Any], cluster_by: str | N
                 "--log_samples"
             )
         identity = str(row["doc_id"])
-        document = row.get("doc") if isinstance(row.get("doc"), dict) else {}
+        found = row.get("doc")
+        document: dict[str, Any] = found if isinstance(found, dict) else {}
         item = items.setdefault(identity, {"id": identity, "prompt_hash": row["prompt_hash"]})
         if cluster_by or "cluster_id" in document:
             item["cluster_id"] = cluster_label(document.get(cluster_by or "cluster_id"), f"{path}, {cluster_by}")
@@ -104,7 +105,8 @@ def _task(path: Path, task: str, summary: Mapping[str, Any], cluster_by: str | N
         num_samples = max([num_samples, *(len(each) for each in row["resps"] if isinstance(each, list))])
         for metric in row["metrics"]:
             name = metric if row["filter"] == "none" else f"{metric},{row['filter']}"
-            scores = row.get(metric) if isinstance(row.get(metric), list) else [row.get(metric)]
+            value = row.get(metric)
+            scores = value if isinstance(value, list) else [value]
             values.setdefault(name, {})[identity] = [as_number(score) for score in scores]
     if not items:
         raise UserError(f"{path}: no samples in it: evaluate again with --log_samples")

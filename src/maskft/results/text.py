@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ..errors import printable
 from .comparison import EQUIVALENT, NO_WORSE, SCHEMA_VERSION, Comparison, Difference, Score
+from .planning import Plan
 
 LATEX_ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -73,7 +74,9 @@ def render_brief(comparison: Comparison) -> str:
         f"difference [{100 * comparison.confidence:g} %]",
         "verdict",
     )
-    cells = [(score.model, score_text(score), *_brief_cells(rows.get(score.model))) for score in reached]
+    cells: list[tuple[str, ...]] = [
+        (score.model, score_text(score), *_brief_cells(rows.get(score.model))) for score in reached
+    ]
     return draw(Table(columns, cells), "terminal")
 
 
@@ -99,6 +102,29 @@ def render_scores(scores: Sequence[Score], output_format: str) -> str:
     if output_format == "json":
         return to_json({"schema_version": SCHEMA_VERSION, "kind": "scores", "scores": [asdict(s) for s in scores]})
     return draw(cross_domain_table(scores), output_format)
+
+
+def render_plan(plan: Plan, output_format: str) -> str:
+    """Return plans as text: what each could see, and what that rests on."""
+    if output_format == "json":
+        return to_json(plan.to_dict())
+    rows: list[tuple[str, ...]] = []
+    for row in plan.rows:
+        scale, digits = _scale_and_digits(row.unit)
+        unit = "points" if row.unit == "fraction" else row.unit
+        effect = "none" if row.effect is None else f"{scale * row.effect:.{digits}f} {unit}"
+        rows.append((row.what, f"{row.num_items:,}", str(row.num_seeds), str(row.num_comparisons), effect))
+    table = draw(Table(("metric", "items", "seeds", "comparisons", "smallest difference seen"), rows), output_format)
+    sentences = [
+        f"A true difference of this size is claimed with probability {100 * plan.power:g} %, at confidence "
+        f"{100 * plan.confidence:g} % as the first of the comparisons; smaller ones more rarely.",
+        *(f"Assumed: {assumption}." for assumption in plan.assumptions),
+    ]
+    if output_format == "terminal":
+        return "\n".join([table, *map(wrap, sentences)]) + "\n"
+    if output_format == "markdown":
+        return "\n".join([table, *(f"- {markdown_text(line)}" for line in sentences)]) + "\n"
+    return "\n".join([*(f"% {printable(line)}" for line in sentences), table])
 
 
 def to_json(record: dict[str, Any]) -> str:

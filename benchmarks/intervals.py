@@ -1,0 +1,191 @@
+"""Coverage of the intervals and false claims of the tests that ``maskft compare`` makes, over simulated models."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from scipy import stats
+
+from maskft.results import families
+from maskft.results.comparison import NOT_DISTINGUISHABLE
+from maskft.results.differences import Measured, Sample, describe, judge
+from maskft.results.planning import Spread, detectable_effect, detectable_share
+from maskft.results.proportions import paired_interval, wilson_interval
+from maskft.results.statistics import Bootstrap, as_block, hierarchical_bootstrap, mcnemar_exact
+
+RESAMPLES = 600
+Z = stats.norm.ppf(0.975)
+
+
+def run(report) -> None:
+    """Simulate; with ``--quick`` a few draws each."""
+    draws = 20 if report.quick else 600
+    for part in (scores, differences, clusters, samples, averages, all_at_once, margins, plans):
+        part(report, draws, np.random.default_rng(0))
+
+
+def scores(report, draws: int, rng) -> None:
+    """One proportion: exact, summed over the number of right answers."""
+    for num_items, rate in ((30, 0.05), (100, 0.02), (300, 0.003), (300, 0.01), (300, 0.3)):
+        counts = np.arange(num_items + 1)
+        chances = stats.binom.pmf(counts, num_items, rate)
+        share = counts / num_items
+        half = Z * np.sqrt(share * (1 - share) / num_items)
+        wilson = np.array([wilson_interval(each, num_items) for each in share])
+        ours = chances @ ((wilson[:, 0] <= rate) & (rate <= wilson[:, 1]))
+        wald = chances @ ((share - half <= rate) & (rate <= share + half))
+        what = f"score: {num_items} items, {100 * rate:g} % right"
+        report.add("scores", what, 100 * ours, "% covered", by_standard_error=100 * wald)
+
+
+@cache
+def _resampled(won: int, lost: int) -> tuple[float, float]:
+    diffs = np.repeat([1.0, -1.0, 0.0], [won, lost, 300 - won - lost])
+    return hierarchical_bootstrap([diffs], num_resamples=2000)[1:3]
+
+
+@cache
+def _tango(won: int, lost: int) -> tuple[float, float]:
+    return paired_interval(won, lost, 300)
+
+
+def differences(report, draws: int, rng) -> None:
+    """Two accuracies on the same 300 items, four of five items that differ won by one model."""
+    for expected in (1, 3, 6, 10, 25):
+        won, lost = 0.8 * expected / 300, 0.2 * expected / 300
+        drawn = rng.multinomial(300, [won, lost, 1 - won - lost], 3 * draws).tolist()
+        ours, resampled = [], []
+        for a, b, _ in drawn:
+            interval = _tango(a, b) if a + b < 10 else _resampled(a, b)
+            for found, (low, high) in ((ours, interval), (resampled, _resampled(a, b))):
+                found.append(low - 1e-12 <= won - lost <= high + 1e-12)
+        what = f"difference: {expected} of 300 items expected to differ"
+        report.add("pairs", what, 100 * np.mean(ours), "% covered", by_bootstrap=100 * np.mean(resampled))
+
+
+def _covered(draw, truth: float, draws: int) -> float:
+    hits = 0
+    for seed in range(draws):
+        low, high = Bootstrap(draw(), RESAMPLES, seed).interval()
+        hits += low <= truth <= high
+    return 100 * hits / draws
+
+
+def clusters(report, draws: int, rng) -> None:
+    """Differences of 5 items per passage that share a part of their variance."""
+    for count, shared in ((10, 0.3), (20, 0.3), (40, 0.0), (40, 0.3), (40, 0.7), (100, 0.3)):
+        labels = [str(index // 5) for index in range(5 * count)]
+
+        def draw(known, count=count, shared=shared, labels=labels):
+            passages = np.repeat(rng.normal(size=count), 5)
+            diffs = np.sqrt(shared) * passages + np.sqrt(1 - shared) * rng.normal(size=5 * count)
+            return [as_block([diffs], None, labels if known else None)]
+
+        what = f"clusters: {count} of 5 items, {100 * shared:g} % of the variance shared"
+        plain = _covered(lambda draw=draw: draw(False), 0.0, draws)
+        report.add("clusters", what, _covered(lambda draw=draw: draw(True), 0.0, draws), "% covered", by_items=plain)
+
+
+def samples(report, draws: int, rng) -> None:
+    """avg@k of two models on 100 items whose difficulty they share."""
+    for k in (1, 4, 16):
+
+        def draw(k=k):
+            ease = rng.beta(0.5, 0.5, 100)
+            a, b = (rng.binomial(k, np.clip(ease + shift, 0, 1)) / k for shift in (0.0, 0.0))
+            return [as_block([a - b])]
+
+        report.add("samples", f"avg@{k}: difference over 100 items", _covered(draw, 0.0, draws), "% covered")
+
+
+def averages(report, draws: int, rng) -> None:
+    """The average over tasks of 40, 80 and 160 items; a seed is good or bad at all tasks at once."""
+    for num_seeds in (1, 2, 3, 6):
+
+        def draw(num_seeds=num_seeds):
+            seeds = 0.1 * rng.normal(size=(num_seeds, 1)) * (num_seeds > 1)
+            noise = [rng.normal(size=n) + 0.5 * rng.normal(size=(num_seeds, n)) for n in (40, 80, 160)]
+            return [as_block(seeds + each) for each in noise]
+
+        report.add("averages", f"average of 3 tasks, {num_seeds} seeds", _covered(draw, 0.0, draws), "% covered")
+
+
+def _judged(measured: list[Measured], margin: float | None = None):
+    paired = ([{"name": "method"}], [{"name": "baseline"}])
+    rows = [(describe(paired, each, ("task", "metric"), True, True), each) for each in measured]
+    return judge(rows, 0.95, margin, measured[0].unit)
+
+
+def _sample(values, baseline) -> Sample:
+    return Sample("task", np.atleast_2d(values) * 1.0, np.atleast_2d(baseline) * 1.0, None, None)
+
+
+def all_at_once(report, draws: int, rng) -> None:
+    """Methods that share a baseline, some of them truly different, on 100 items."""
+    families.NUM_DRAWS, usual = 10_000, families.NUM_DRAWS
+    for name, truths in (
+        ("4 equal methods", [0.0] * 4),
+        ("10 equal methods", [0.0] * 10),
+        ("2 far, 2 near, 2 equal", [1.0, 1.0, 0.35, 0.35, 0.0, 0.0]),
+    ):
+        held, alone, signs, cut = [], [], [], 0
+        for _ in range(draws // 2):
+            baseline = rng.normal(size=100)
+            methods = [_sample(truth + rng.normal(size=100), baseline) for truth in truths]
+            rows = _judged([Measured([each], "score", RESAMPLES, 0) for each in methods])
+            both = list(zip(rows, truths, strict=True))
+            held.append(all(r.simultaneous_low <= t <= r.simultaneous_high for r, t in both if not r.is_cut_at_zero))
+            alone.append(all(r.ci_low <= t <= r.ci_high for r, t in both))
+            signs.append(any(r.verdict != NOT_DISTINGUISHABLE and r.difference * t <= 0 for r, t in both))
+            cut += sum(row.is_cut_at_zero for row in rows)
+        facts = {"each_alone": 100 * np.mean(alone), "false_signs": 100 * np.mean(signs), "cut": cut / len(held)}
+        report.add("families", f"all at once: {name}", 100 * np.mean(held), "% covered", **facts)
+    families.NUM_DRAWS = usual
+
+
+def margins(report, draws: int, rng) -> None:
+    """Worse by exactly the margin of 2 points: how often "no worse" is said, which is false."""
+    for num_items, differing in ((300, 0.04), (300, 0.15), (1300, 0.15)):
+        shares = [differing / 2 - 0.01, differing / 2 + 0.01, 1 - differing]
+        claims = 0
+        for won, lost, _ in rng.multinomial(num_items, shares, 3 * draws).tolist():
+            first, second = np.zeros(num_items), np.zeros(num_items)
+            first[:won], second[won : won + lost] = 1, 1
+            measured = Measured([_sample(first, second)], "fraction", 1, 0)
+            claims += measured.p_beyond(-0.02, 1, 0.95) <= 0.05
+        what = f"margin 2 points: {num_items} items, {100 * differing:g} % differ"
+        report.add("margins", what, 100 * claims / (3 * draws), "% false")
+    for num_seeds in (2, 3, 6):
+        claims = 0
+        for _ in range(draws):
+            seeds = 0.01 * rng.normal(size=(num_seeds, 1))
+            diffs = seeds - 0.02 + 0.1 * rng.normal(size=(1, 100)) + 0.1 * rng.normal(size=(num_seeds, 100))
+            claims += Bootstrap([as_block(diffs)], RESAMPLES).p_beyond(-0.02, 1) <= 0.05
+        report.add("margins", f"margin, {num_seeds} seeds, 100 items", 100 * claims / draws, "% false")
+
+
+def plans(report, draws: int, rng) -> None:
+    """Power of a plan's smallest difference, which is to be 80 %."""
+    for num_items, differing in ((300, 0.1), (1300, 0.2)):
+        effect = detectable_share(num_items, differing)
+        shares = [(differing + effect) / 2, (differing - effect) / 2, 1 - differing]
+        drawn = rng.multinomial(num_items, shares, 2 * draws).tolist()
+        seen = np.mean([mcnemar_exact([1] * w + [0] * x, [0] * w + [1] * x) <= 0.05 for w, x, _ in drawn])
+        what = f"plan: {num_items} items, {100 * differing:g} % differ, {100 * effect:.1f} points"
+        report.add("plans", what, 100 * seen, "% seen")
+    for num_seeds in (3, 6):
+        effect = detectable_effect(Spread(0.5, 0.5, 0.02), 100, num_seeds)
+        seen = 0
+        for seed in range(draws):
+            parts = (0.02**0.5 * rng.normal(size=(num_seeds, 1)), 0.5**0.5 * rng.normal(size=(1, 100)))
+            diffs = effect + parts[0] + parts[1] + 0.5**0.5 * rng.normal(size=(num_seeds, 100))
+            drawn = Bootstrap([as_block(diffs)], RESAMPLES, seed)
+            low, high = drawn.interval()
+            seen += drawn.p_value() <= 0.05 and not low <= 0 <= high
+        report.add(
+            "plans",
+            f"plan: {num_seeds} seeds, 100 items, {effect:.2f} of one standard deviation",
+            100 * seen / draws,
+            "% seen",
+        )
