@@ -15,6 +15,7 @@ ROOMS = (
     "generation",
     "evaluation",
     "training",
+    "integrations",
     "analysis",
     "report",
     "estimate",

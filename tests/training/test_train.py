@@ -20,10 +20,11 @@ from maskft.adapter.mask_set import MaskSet
 from maskft.cli.main import main
 from maskft.cli.train import parse
 from maskft.files import ADAPTER_WEIGHTS, LAST, TRAINING
+from maskft.models import load_tokenizer
 from maskft.training.arguments import TrainingArguments
 from maskft.training.record import read_record
 from maskft.training.train import train
-from tiny_tokenizer import tiny_tokenizer
+from tiny_tokenizer import CHATML, tiny_tokenizer
 
 
 @pytest.fixture
@@ -569,3 +570,17 @@ def test_a_base_model_learns_conversations_by_a_template_file(plain_base, conver
         for name in ("base", "mask")
     }
     assert len(hashes) == 1 and None not in hashes
+
+
+def test_values_of_the_chat_template_go_with_the_adapter(call, base, tmp_path):
+    """Trained with, saved with the adapter, and therefore evaluated with."""
+    template = CHATML + "{% if enable_thinking is defined and enable_thinking is false %}{{ 'no thought' }}{% endif %}"
+    (tmp_path / "template.jinja").write_text(template)
+    rows = [{"question": f"{n}+1?", "answer": f"{n + 1}"} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {"dataset_name": tmp_path / "rows.jsonl", "chat_template_path": tmp_path / "template.jinja"}
+    status, err = call(chat_template_kwargs='{"enable_thinking": false}', eval_split_size=4, max_steps=1, **options)
+    assert status == 0 and "no thought" in err, err
+    saved = load_tokenizer(str(tmp_path / "out"))
+    text = saved.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+    assert text.endswith("no thought")

@@ -504,15 +504,6 @@ def test_a_tied_weight_is_not_trained_in_one_of_its_places(name):
         get_peft_model(tiny.tiny_llama(tie_word_embeddings=True), config)
 
 
-def test_fused_experts_are_refused():
-    sizes = {"num_hidden_layers": 2, "num_local_experts": 2}
-    model = tiny.decoder(transformers.MixtralConfig, transformers.MixtralForCausalLM, **sizes)
-    with pytest.raises(UserError, match="experts are fused into 3-D parameters"):
-        get_peft_model(model, MaskConfig(target_modules=["experts", "q_proj"]))
-    masks = current_masks(get_peft_model(model, MaskConfig()))
-    assert len(masks) == 2 * 4 and all("self_attn" in n for n in masks)
-
-
 class Halved(nn.Linear):
     """As transformers has them: a linear layer by its class, another map by its forward."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import files
 from ..errors import UserError
 from ..tuner.codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, mask_info
+from ..tuner.experts import weight_finder
 from ..tuner.model import check_weights, mask_fingerprint
 
 _SUFFIX = ".mask_coded"
@@ -75,13 +76,14 @@ class MaskSet(dict[str, Tensor]):
 
     def apply_(self, model: nn.Module) -> None:
         """Zero the removed weights of a plain model in place, as merging an adapter of removed_value zero does."""
-        weights = {name: module.weight for name, module in model.named_modules() if name in self}
+        find, weights = weight_finder(model), dict[str, Tensor]()
         for name, mask in self.items():
-            if name not in weights:
+            weight = find(name)
+            if weight is None:
                 raise UserError(f"the model has no module {name}; wrong base model?")
-            if weights[name].shape != mask.shape:
-                shapes = f"mask {tuple(mask.shape)} and weight {tuple(weights[name].shape)}"
-                raise UserError(f"{name}: {shapes} differ in shape")
+            if weight.shape != mask.shape:
+                raise UserError(f"{name}: mask {tuple(mask.shape)} and weight {tuple(weight.shape)} differ in shape")
+            weights[name] = weight
         for name, mask in self.items():
             weights[name].data.masked_fill_(~mask.to(weights[name].device), 0.0)
 

@@ -13,11 +13,12 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from .. import files
-from .._version import __version__
-from ..errors import UserError, first_line, printable
+from ..errors import UserError, first_line
 from ..models import load_model, load_tokenizer
-from ..results.text import error_text, markdown_cell
 from ..tuner import adapter_layers
+from ..tuner.card import CARD
+from ..tuner.experts import weight_finder
+from .card import merged_card
 from .mask_set import AdapterConfig, MaskSet, read_config
 
 _PROBE_TOKENS = 64
@@ -88,7 +89,7 @@ def merge(
     with files.whole_folder(output_dir) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(_model_card(adapter, name, masks))
+        (partial / CARD).write_text(merged_card(adapter, name, masks, _target(read_config(adapter))))
         _verify_written(partial, probe, expected, masks, values, merged.dtype)
     console.print(
         f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to "
@@ -97,10 +98,10 @@ def merge(
     return output_dir
 
 
-def adapter_tokenizer(adapter: str | Path, base: str, chat_template_path: str | None = None, **kwargs):
+def adapter_tokenizer(adapter: str | Path, base: str, *template, **kwargs):
     """The tokenizer saved with the adapter, or that of its base model; see ``models.load_tokenizer``."""
     has_own = any((Path(adapter) / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    return load_tokenizer(str(adapter) if has_own else base, chat_template_path, **kwargs)
+    return load_tokenizer(str(adapter) if has_own else base, *template, **kwargs)
 
 
 def _probe(model) -> torch.Tensor:
@@ -122,9 +123,11 @@ def _verify_written(folder: Path, probe, expected, masks: MaskSet, values, dtype
     written = load_model(str(folder), str(dtype).removeprefix("torch."))
     if not torch.equal(_logits(written.to(probe.device), probe), expected):
         raise UserError("the written checkpoint does not give the masked model's logits bit for bit; nothing was kept")
-    modules = dict(written.named_modules())
+    find = weight_finder(written)
     for name, mask in masks.items():
-        written_values = modules[name].weight.detach().cpu()[~mask]
+        weight = find(name)
+        assert weight is not None  # the masked model has it, and the written one gives its logits
+        written_values = weight.detach().cpu()[~mask]
         value = 0.0 if values[name] is None else values[name].cpu()[~mask]
         if not bool((written_values == value).all()):
             raise UserError(f"the written checkpoint has other weights where {name} is masked; nothing was kept")
@@ -139,48 +142,3 @@ def _target(config: AdapterConfig) -> str:
     if config.removed_value == "zero":
         return "zero"
     return f"their value in {Path(config.removed_value_model or '').name}"
-
-
-def _model_card(adapter, base: str, masks: MaskSet) -> str:
-    config, base = read_config(adapter), printable(base)
-    lines = [
-        "---",
-        "library_name: transformers",
-        *([f"base_model: {base}"] if "/" in base and not Path(base).exists() else []),
-        "tags: [maskft, mask-fine-tuning]",
-        "---",
-        "",
-        "# Masked model",
-        "",
-        f"{Path(base).name or base} with {masks.num_removed:,} of {masks.numel:,} weights ({masks.sparsity:.2%}) of "
-        f"{len(masks)} linear layers set to {_target(config)} by Mask Fine-Tuning (https://arxiv.org/abs/2503.22764).",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| base model | {Path(base).name if Path(base).exists() else base} |",
-        f"| base fingerprint | `{(config.base_fingerprint or 'not recorded').partition(':')[0]}` |",
-        f"| mask fingerprint | `{config.mask_sha256}` |",
-        f"| made with | maskft {__version__} |",
-        *[
-            f"| {markdown_cell(str(key))} | {markdown_cell(str(value))} |"
-            for key, value in config.recipe.items()
-            if key != "model_name_or_path"
-        ],
-        "",
-    ]
-    result = Path(adapter) / files.RESULT
-    if result.is_file():
-        from ..results.schema import read_result
-        from ..results.scores import scores
-
-        scored = read_result(result)
-        errors = {(score.task, score.metric): error_text(score).strip() for score in scores([scored])}
-        lines += ["## Scores", "", "| task | metric | value | ± standard error, or 95 % interval | items |"]
-        lines.append("|---|---|---|---|---|")
-        for task, record in scored["tasks"].items():
-            for metric, entry in record["metrics"].items():
-                value = "not finite" if entry["value"] is None else f"{entry['value']:.4f}"
-                names = f"{markdown_cell(task)} | {markdown_cell(metric)}"
-                lines.append(f"| {names} | {value} | {errors[task, metric]} | {entry['num_items']} |")
-        lines.append("")
-    return "\n".join(lines)

@@ -136,7 +136,7 @@ def _models(options: EvaluationArguments, alpaca, name: str):
         # A sixth faster on CPUs. Not where answers are generated: their caches grow, and holes would stay behind.
         keep_freed_memory()
     how = (options.dtype, options.device, options.chat_template_path, options.model_revision)
-    return load_each(options.model_name_or_path, options.adapter or [], *how)
+    return load_each(options.model_name_or_path, options.adapter or [], *how, options.chat_template_kwargs)
 
 
 def _print(name: str, result: dict) -> None:

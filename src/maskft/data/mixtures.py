@@ -10,7 +10,8 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from ..errors import UserError
 from ..files import digest, is_there
 from .formats import OPTIONAL_COLUMNS, to_examples
-from .sources import PROCEDURAL_PREFIX, SHUFFLE_BUFFER, find_rows, numbered, procedural_rows
+from .registry import TRAINING_SETS
+from .sources import PROCEDURAL_PREFIX, SHUFFLE_BUFFER, find_rows, is_hub_name, numbered, procedural_rows
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,14 @@ def parse_mixture(text: str) -> list[Part]:
     if twice:
         raise UserError(f"the mixture names {twice} twice; give it one amount")
     return parts
+
+
+def hub_ids(text: str) -> list[str]:
+    """Names on the hub of the sets of a mixture; files and generated exercises have none."""
+    if not text:
+        return []
+    names = [part.name for part in parse_mixture(text) if is_hub_name(part.name)]
+    return [TRAINING_SETS[name].hub_id if name in TRAINING_SETS else name for name in names]
 
 
 def rename_sets(text: str, change: Callable[[str], str]) -> str:

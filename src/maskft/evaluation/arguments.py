@@ -75,6 +75,9 @@ class EvaluationArguments(_Checked):
     chat_template_path: str | None = _option(
         "a .jinja file to use as chat template, for models that have none", of="backend hf"
     )
+    chat_template_kwargs: str | None = _option(
+        "values of the template's variables, as JSON, e.g. '{\"enable_thinking\": false}'", of="backend hf"
+    )
     seed: int | None = _option("training seed, if the model's folder does not say it (a label)")
     overwrite: bool = _option("replace an existing result.json, drop its journal", False)
     tasks: str = _option(

@@ -54,6 +54,7 @@ def load_each(
     device: str | None = None,
     chat_template_path: str | None = None,
     revision: str | None = None,
+    chat_template_kwargs: str | None = None,
 ) -> Iterator[Loaded]:
     """Load a base model once, and put one adapter after another over it.
 
@@ -65,6 +66,7 @@ def load_each(
         dtype: float32, bfloat16, float16 or auto.
         device: Where to run; default: the first GPU, else the CPU.
         chat_template_path: A ``.jinja`` file that becomes the tokenizers' chat template.
+        chat_template_kwargs: Values of the templates' variables, see ``load_tokenizer``.
         revision: Of a hub model; default: the one that the adapters were trained on, else the newest.
 
     Raises:
@@ -75,7 +77,7 @@ def load_each(
     adapters = list(adapters) or [NO_ADAPTER]
     base_name, named_revision = _base(model_name_or_path, adapters)
     revision = revision or named_revision or "main"
-    device = usable_device(device)
+    device, template = usable_device(device), (chat_template_path, chat_template_kwargs)
     base = load_model(base_name, dtype, revision=revision)
     fingerprint = model_fingerprint(base)
     configuration = {**base.config.to_diff_dict(), "generation": base.generation_config.to_diff_dict()}
@@ -83,14 +85,14 @@ def load_each(
         facts = {"name_or_path": _portable(base_name), "fingerprint": fingerprint}
         if adapter == NO_ADAPTER:
             model, identity, selected_on = base, fingerprint, _selected_on(base_name)
-            tokenizer = load_tokenizer(base_name, chat_template_path, revision=revision)
+            tokenizer = load_tokenizer(base_name, *template, revision=revision)
             facts |= _training_facts(base_name)
         else:
             with one_line(adapter, f"does not fit {base_name!r}"):
                 model = PeftModel.from_pretrained(base, adapter)
             sha256 = adapter_sha256(adapter)
             identity, selected_on = f"{fingerprint}+{sha256}", _selected_on(base_name) | _selected_on(adapter)
-            tokenizer = adapter_tokenizer(adapter, base_name, chat_template_path, revision=revision)
+            tokenizer = adapter_tokenizer(adapter, base_name, *template, revision=revision)
             facts |= {"adapter": _portable(adapter), "adapter_sha256": sha256, **_adapter_facts(adapter)}
         check_tokenizer_fits(model, tokenizer)
         facts["config_sha256"] = config_sha256(configuration, tokenizer)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import files
+from ..adapter.card import write_card
 from ..data.splits import prompt_digest
 from ..errors import UserError
 from ..results.schema import Result, build_result, read_result, write_result
@@ -94,6 +95,8 @@ def evaluate_loaded(
         records[ALPACA_EVAL] = evaluate_alpaca(loaded.model, loaded.tokenizer, alpaca, name, target.parent, resources)
     result = build_result(name, loaded.facts, settings, records, device=_device_name(loaded.model))
     write_result(target, result)
+    if result["model"]["mask_fingerprint"] and files.holds_adapter(target.parent):
+        write_card(target.parent)
     journal.remove()
     return result
 

@@ -22,8 +22,8 @@ CURRENT_RATE = "current"  # learning_rate: that of the schedule of `from` at its
 REVISION = "model_revision"  # the option that names a revision of a hub model
 # How held-out data is evaluated: of `evaluation`, and of each set of earlier abilities unless it says otherwise.
 _HOW = frozenset(
-    "model_revision chat_template_path dtype device batch_size max_memory_gb max_length max_new_tokens no_generate "
-    "dataset_text_field".split()
+    "model_revision chat_template_path chat_template_kwargs dtype device batch_size max_memory_gb max_length "
+    "max_new_tokens no_generate dataset_text_field".split()
 )
 
 Count = Annotated[int, Field(gt=0)]

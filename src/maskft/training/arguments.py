@@ -43,6 +43,13 @@ class TrainingArguments(SFTConfig):
     project: str = _default("project", "maskft")  # of trackio
     # "weight decay to 0.0", "linear schedule", "warm-up ratio of 0.03" (appendix A)
     warmup_steps: float = _default("warmup_steps", 0.03)
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Values of the chat template's variables, as JSON, e.g. '{\"enable_thinking\": false}'. They are "
+            "written into the template that the adapter's folder gets."
+        },
+    )
     eval_tasks: str | None = field(
         default=None,
         metadata={

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..tuner import MaskConfig, MaskedLinear, adapter_layers, start_scores
 from ..tuner.config import DATA_STARTS
+from ..tuner.experts import ExpertMatrix
 from ..tuner.fixed import ranks_per_output
 from .method_arguments import ADAPTER
 
@@ -29,6 +30,11 @@ def start_on_data(model: PeftModel, rows: Dataset, num_samples: int, device: tor
     if not isinstance(config, MaskConfig) or config.init_scores not in DATA_STARTS:
         return
     before, layers = model.device, list(adapter_layers(model, ADAPTER).values())
+    if any(isinstance(layer.get_base_layer(), ExpertMatrix) for layer in layers):
+        raise UserError(
+            f"mask_init_scores {config.init_scores} looks at the input of each matrix, which fused experts do not "
+            "show; use magnitude, or leave the experts out (mask_exclude_modules experts)"
+        )
     model.to(device).eval()
     with model.disable_adapter():
         if config.init_scores == "wanda":

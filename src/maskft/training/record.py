@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from .. import files, runtime
+from ..data.mixtures import hub_ids
 from ..data.prepared import Prepared
 from ..data.splits import prompt_digest
 from ..evaluation.during_training import TrainingEvaluation
@@ -120,6 +121,8 @@ def make_record(
             value = getattr(group, name)
             if value is not None and value != spec.default and name not in ("prepared_data_dir", "prepare_only"):
                 recipe[name] = value
+    if datasets := hub_ids(config.data.dataset_name or ""):
+        recipe["datasets"] = datasets
     recipe |= {name: getattr(training, name) for name in _RECORDED}
     recipe |= {"best_step": summary.best_step, "best_heldout_loss": summary.best_loss}
     if verdict is not None:

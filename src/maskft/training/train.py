@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .. import files, runtime
+from ..adapter.card import write_card
 from ..data.prepared import Prepared
 from ..errors import NotFiniteError
 from ..evaluation.during_training import TrainingEvaluation
@@ -151,3 +152,5 @@ def save(
         if losses is not None:
             files.write_text(Path(folder) / files.HELDOUT, json.dumps(losses.model_dump()) + "\n")
         files.write_text(Path(folder) / files.TRAINING, json.dumps(record.model_dump(), indent=2) + "\n")
+        if isinstance(adapter, MaskConfig):
+            write_card(folder)

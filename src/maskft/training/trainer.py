@@ -15,12 +15,13 @@ from ..data import IGNORED
 from ..errors import NotFiniteError, UserError
 from ..evaluation.during_training import TrainingEvaluation
 from ..runtime import peak_memory_bytes
-from ..tuner import set_mask_progress
+from ..tuner import MaskConfig, set_mask_progress
 from .callbacks import MaskProgress, StepGuard
 from .checkpoints import Checkpoints, agreed_masks, lost_best, step_of, trainable_state, written_whole
 from .launch import let_cpu_shard
 from .manifest import damage
 from .masked_start import RemovedStayZero
+from .method_arguments import ADAPTER
 from .stopping import StopRequest
 
 
@@ -209,6 +210,11 @@ class MaskTrainer:
         if self.lost_best is not None:
             raise UserError(f"{reason}; {self.lost_best}") from None
         return f"{reason}; the best so far (step {step_of(Path(self.state.best_model_checkpoint))})"
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Not TRL's of a mask, whose lines do not load it; see :mod:`maskft.adapter.card`."""
+        if not isinstance(getattr(self.model, "peft_config", {}).get(ADAPTER), MaskConfig):
+            super().create_model_card(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens/s, peak memory and mask metrics to what TRL logs."""

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import UserError, did_you_mean
 from ..files import ADAPTER_WEIGHTS
 from ..masking import RankBy, ScoreStart, check_sparsity
+from .card import write_plain_card
 from .codec import FORMAT_VERSION, is_of_mask, weights_sha256
 from .learners import FREE
 
@@ -302,6 +303,8 @@ class MaskConfig(PeftConfig):
                 others = {name: tensors.get_tensor(name) for name in tensors.keys() if not is_of_mask(name)}
             self.weights_sha256 = weights_sha256(others) or None
         super().save_pretrained(save_directory, **kwargs)
+        if file.is_file():
+            write_plain_card(save_directory, self)  # over PEFT's, whose lines do not load a mask
 
     @property
     def ranks_by(self) -> RankBy:

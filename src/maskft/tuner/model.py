@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..files import digest, digest_tensors
 from .codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, mask_info, mask_sha256, weights_sha256
 from .config import DATA_STARTS, NO_TOKEN_INDICES, MaskConfig
+from .experts import MaskedExperts, is_fused, mask_experts
 from .layer import MaskedLinear
 from .removed_value import load_removed_values
 from .scores import Float32ParameterDict, check_scores, masks_from_scores, ranked_scores
@@ -94,15 +95,30 @@ class MaskModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, MaskConfig)
+        if isinstance(target, MaskedExperts):
+            for matrix in target.matrices:
+                matrix.update_layer(adapter_name, peft_config, self._pool)
+            return
         if isinstance(target, MaskedLinear):
             target.update_layer(adapter_name, peft_config, self._pool)
             target.removed_values.update(self._removed_value_of(adapter_name, current_key))
             return
-        layer = MaskedLinear(target, adapter_name, peft_config, self._pool, current_key)
-        layer.removed_values.update(self._removed_value_of(adapter_name, current_key))
+        layer: MaskedLinear | MaskedExperts
+        if is_fused(target):
+            layer = mask_experts(target, adapter_name, peft_config, self._pool, current_key)
+        else:
+            layer = MaskedLinear(target, adapter_name, peft_config, self._pool, current_key)
+            layer.removed_values.update(self._removed_value_of(adapter_name, current_key))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: Any, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module in the place of another; experts that come back have no ``weight`` that PEFT would copy."""
+        if isinstance(child, MaskedExperts):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _removed_value_of(self, adapter_name: str, module_name: str) -> dict[str, Tensor]:
         return {adapter_name: self._removed_values[module_name]} if self._removed_values else {}

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError, did_you_mean
 from .config import MaskConfig
+from .experts import ExpertMatrix, MaskedExperts, is_fused
 from .layer import MaskedLinear
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
@@ -40,6 +41,9 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
             f"{name} cannot be masked: {reason}; matched and maskable: {listed(maskable)}; matched and not maskable: "
             f"{listed(refused)}; name the linear layers you want in target_modules"
         )
+    fused = [name for name in matched if isinstance(modules[name], MaskedExperts) or is_fused(modules[name])]
+    if fused and config.removed_value == "base":
+        raise UserError(f"removed_value 'base' is not for fused experts; use 'zero', or leave out {listed(fused)}")
     targets = config.target_modules or []
     for entry in targets if matched and not isinstance(targets, str) else []:
         if not any(name == entry or name.endswith(f".{entry}") for name in modules):
@@ -75,13 +79,13 @@ def layer_indices(names: Iterable[str], layers_pattern: list[str] | str | None =
 
 def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | None:
     """Reason why a module cannot be masked, or None when it can."""
-    if isinstance(module, MaskedLinear):
+    if isinstance(module, MaskedLinear | MaskedExperts) or is_fused(module):
         return None
     if isinstance(module, nn.Embedding):
         return "it is an embedding"
     if not isinstance(module, nn.Linear | Conv1D):
         if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
-            return "its experts are fused into 3-D parameters, not linear layers"
+            return f"it is a {type(module).__name__}, whose parameter is no matrix"
         return f"it is a {type(module).__name__}, not a linear layer"
     if type(module).__module__.split(".")[0] not in ("torch", "transformers") or not module.weight.is_floating_point():
         return f"it is quantised ({type(module).__name__}); load the model without quantisation"
@@ -126,8 +130,9 @@ def maskable_names(model: nn.Module) -> set[str]:
     names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D | MaskedLinear)
+        if (isinstance(module, nn.Linear | Conv1D | MaskedLinear | MaskedExperts) or is_fused(module))
         and ".base_layer" not in name
+        and not isinstance(getattr(module, "base_layer", None), ExpertMatrix)
         and _LAYER_INDEX.search(name)
         and _why_not_maskable(name, module, model) is None
     }
