@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from scipy.stats import binomtest
 
 from .. import files
 from .._version import __version__
 from ..errors import UserError
+from ..results.comparison import Score
 from ..results.schema import Result, item_weights, read_result
+from ..results.scores import scores
 from ..results.statistics import hierarchical_bootstrap
 from ..results.text import markdown_cell
 from ..tuner.card import ASKING, CARD, about, head, loading, mask_infos, may_write
@@ -142,24 +143,24 @@ def _scores(folder: str | Path, config: AdapterConfig) -> Iterator[str]:
     if result is None or result["model"]["mask_fingerprint"] not in (None, config.mask_sha256):
         return
     yield from ("## Scores", "", "| task | metric | value | 95 % interval | items |", "| --- | --- | --- | --- | --- |")
+    scored = {(score.task, score.metric): score for score in scores([result])}
     for task, record in result["tasks"].items():
         for metric, entry in record["metrics"].items():
             value = "not finite" if entry["value"] is None else f"{entry['value']:.4f}"
-            interval = _interval(result, task, metric)
+            interval = _interval(result, task, metric, scored[task, metric])
             shown = "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
             yield f"| {markdown_cell(task)} | {markdown_cell(metric)} | {value} | {shown} | {entry['num_items']} |"
     yield from ("", "Intervals are over the items. The base's scores on the same items are not in this table.", "")
 
 
-def _interval(result: Result, task: str, metric: str) -> tuple[float, float] | None:
-    """95 % interval over the items: Wilson's of a share, which is not empty at 0 and 1, else by bootstrap."""
+def _interval(result: Result, task: str, metric: str, score: Score) -> tuple[float, float] | None:
+    """95 % interval over the items: that of a share, which is not empty at 0 and 1, else by bootstrap."""
+    if score.low is not None and score.high is not None:
+        return score.low, score.high
     items = result["tasks"][task]["items"]
     values: Sequence[Any] = [item.get(metric) for item in items]
     if len(values) < 2 or not all(isinstance(value, int | float) for value in values):
         return None
     weights = item_weights(items, result["tasks"][task]["metrics"][metric]["unit"])
-    if set(values) <= {0, 1} and weights is None:
-        low, high = binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
-        return float(low), float(high)
     _, low, high = hierarchical_bootstrap([values], weights)[:3]
     return float(low), float(high)
