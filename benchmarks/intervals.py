@@ -11,7 +11,7 @@ from maskft.results import families
 from maskft.results.comparison import NOT_DISTINGUISHABLE
 from maskft.results.differences import Measured, Sample, describe, judge
 from maskft.results.planning import Spread, detectable_effect, detectable_share
-from maskft.results.proportions import paired_interval, wilson_interval
+from maskft.results.proportions import paired_interval, proportion_interval, wilson_interval
 from maskft.results.statistics import Bootstrap, as_block, hierarchical_bootstrap, mcnemar_exact
 
 RESAMPLES = 600
@@ -21,7 +21,7 @@ Z = stats.norm.ppf(0.975)
 def run(report) -> None:
     """Simulate; with ``--quick`` a few draws each."""
     draws = 20 if report.quick else 600
-    for part in (scores, differences, clusters, samples, averages, all_at_once, margins, plans):
+    for part in (scores, dependent_scores, differences, clusters, samples, averages, all_at_once, margins, plans):
         part(report, draws, np.random.default_rng(0))
 
 
@@ -37,6 +37,26 @@ def scores(report, draws: int, rng) -> None:
         wald = chances @ ((share - half <= rate) & (rate <= share + half))
         what = f"score: {num_items} items, {100 * rate:g} % right"
         report.add("scores", what, 100 * ours, "% covered", by_standard_error=100 * wald)
+
+
+def dependent_scores(report, draws: int, rng) -> None:
+    """One proportion over passages of 5 items, half of whose variance they share, and over k samples of 100 items."""
+    for count, rate in ((60, 0.01), (60, 0.05), (60, 0.3), (20, 0.3)):
+        labels, hits = np.repeat(np.arange(count), 5), np.zeros(2)
+        for _ in range(draws):
+            values = rng.random(5 * count) < np.repeat(rng.beta(rate, 1 - rate, count), 5)
+            bounds = (proportion_interval(values, labels), proportion_interval(values))
+            hits += [low <= rate <= high for low, high in bounds]
+        what = f"score: {count} passages of 5, {100 * rate:g} % right"
+        report.add("scores", what, 100 * hits[0] / draws, "% covered", by_items=100 * hits[1] / draws)
+    for k, rate in ((4, 0.01), (4, 0.5), (16, 0.01), (16, 0.5)):
+        spread = 5 if rate < 0.1 else 1
+        bounds = [
+            proportion_interval(rng.binomial(k, rng.beta(spread * rate, spread * (1 - rate), 100)) / k)
+            for _ in range(draws)
+        ]
+        covered = np.mean([low <= rate <= high for low, high in bounds])
+        report.add("scores", f"score: avg@{k} of 100 items, {100 * rate:g} % right", 100 * covered, "% covered")
 
 
 @cache

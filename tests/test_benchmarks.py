@@ -14,13 +14,13 @@ from tiny_tokenizer import tiny_tokenizer
 ROOT = Path(__file__).parents[1]
 
 
-def run(tmp_path, *names):
+def run(tmp_path, *names, expected=None):
     command = [sys.executable, "-m", "benchmarks", *names, "--quick", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "benchmarks.json").read_text())
     assert record["environment"]["packages"]["torch"] and record["settings"]["threads"] == 2
-    assert {row["benchmark"] for row in record["rows"]} == set(names)
+    assert {row["benchmark"] for row in record["rows"]} == (expected or set(names))
     return record["rows"], done.stdout
 
 
@@ -85,3 +85,14 @@ def test_an_unknown_benchmark_is_named(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "speed", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "no benchmark 'speed'" in done.stderr
+
+
+def test_intervals(tmp_path):
+    rows, _ = run(
+        tmp_path,
+        "intervals",
+        expected={"scores", "pairs", "clusters", "samples", "averages", "families", "margins", "plans"},
+    )
+    assert all(0 <= row["value"] <= 100 for row in rows)
+    exact = [row for row in rows if "by_standard_error" in row]
+    assert min(row["value"] for row in exact) > 93 > min(row["by_standard_error"] for row in exact)

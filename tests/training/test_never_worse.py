@@ -17,7 +17,7 @@ from maskft.evaluation.heldout import nll_per_item
 from maskft.files import HELDOUT
 from maskft.training.method_arguments import MethodArguments
 from maskft.training.record import read_record
-from maskft.training.verdict import BUDGETS, check_rows, choosing_half, read_heldout
+from maskft.training.verdict import BUDGETS, HeldoutLosses, check_rows, choosing_half, paired_interval, read_heldout
 
 
 @pytest.fixture
@@ -162,3 +162,12 @@ def test_auto_is_refused_where_it_cannot_choose(changes, message, call, tmp_path
     status, err = call(mask_sparsity_auto=True, **changes)
     assert status == 2 and re.search(message, err) and err.count("maskft: error") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_right_answers_that_never_differ_are_not_certainly_as_many():
+    same = {"ids": [str(n) for n in range(100)], "num_tokens": [1] * 100, "nll": [0.0] * 100, "parent_nll": [0.0] * 100}
+    edge = 1.96**2 / (100 + 1.96**2)
+    assert paired_interval(HeldoutLosses(**same, objective="grpo"), range(100)) == pytest.approx(
+        (0, -edge, edge), abs=1e-4
+    )
+    assert paired_interval(HeldoutLosses(**same), range(100)) == (0, 0, 0)

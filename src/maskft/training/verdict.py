@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft.utils import ModulesToSaveWrapper
@@ -19,7 +20,7 @@ from ..data.prepared import Prepared
 from ..errors import UserError
 from ..evaluation.heldout import nll_per_item
 from ..files import FileModel, digest, read_model
-from ..results.statistics import hierarchical_bootstrap
+from ..results.differences import Measured, Sample
 from ..tuner import MaskConfig, adapter_layers
 from .arguments import TrainConfig, TrainingArguments
 from .method_arguments import ADAPTER, OBJECTIVES, MethodArguments
@@ -192,10 +193,13 @@ def row_ids(rows: Dataset) -> list[str]:
 def paired_interval(losses: HeldoutLosses, rows: Sequence[int]) -> tuple[float | None, float | None, float | None]:
     """Mean difference to the parent over ``rows``, weighted by tokens, and its 95 % interval; None: not finite."""
     assert losses.parent_nll is not None
-    differences = [losses.nll[n] - losses.parent_nll[n] for n in rows]
-    if not all(map(math.isfinite, differences)):
+    nll, parent = (np.array([[each[n] for n in rows]]) for each in (losses.nll, losses.parent_nll))
+    if not np.isfinite(nll - parent).all():
         return None, None, None
-    return hierarchical_bootstrap([differences], [losses.num_tokens[n] for n in rows])[:3]
+    unit = "fraction" if losses.objective == "grpo" else "nats"  # right and wrong have edges
+    sample = Sample("heldout", nll, parent, [losses.num_tokens[n] for n in rows], None)
+    measured = Measured([sample], unit, num_resamples=10_000, seed=0)
+    return measured.drawn.difference, *measured.interval(0.95)
 
 
 def mean_nll(losses: RowLosses) -> float:
