@@ -12,7 +12,7 @@ import maskft
 ROOT = Path(__file__).parents[1]
 NOISE = ("_abc_", "_member", "_value", "_new_member", "_unhashable", "_generate_next", "_use_args", "_is_protocol")
 # Keys and suffixes of our own that look like names; of autograd functions, whose backward torch makes.
-OURS = {"_acc", "_each", "_loss", "_output", "_stderr", "_backward_cls"}
+OURS = {"_acc", "_each", "_loss", "_output", "_proj", "_stderr", "_backward_cls"}
 DOCUMENTED = {"_replace", "_exit"}  # of named tuples, of os: public in spite of the underscore
 
 
@@ -47,7 +47,8 @@ def overridden():
     """Private methods of dependencies that our classes put their own in the place of."""
     found = set()
     for module in pkgutil.walk_packages(maskft.__path__, "maskft."):
-        if ".cli." in module.name or ".sandbox." in module.name or "vllm_engine" in module.name:  # needs vllm
+        # The last two are imported by their hosts.
+        if any(part in module.name for part in (".cli.", ".sandbox.", "vllm_engine", ".axolotl", ".ms_swift")):
             continue
         for kind in vars(importlib.import_module(module.name)).values():
             if inspect.isclass(kind) and kind.__module__ == module.name:

@@ -30,12 +30,12 @@ class ExpertMatrix(nn.Module):
     def __init__(self, experts: nn.Module, parameter: str, index: int) -> None:
         super().__init__()
         # No submodule and no parameter: the weights are in the model once.
-        object.__setattr__(self, "_place", (experts, parameter, index))
+        object.__setattr__(self, "place", (experts, parameter, index))
 
     @property
     def weight(self) -> Tensor:
         """View of the matrix, shape (O, I)."""
-        experts, parameter, index = cast(tuple[nn.Module, str, int], self.__dict__["_place"])
+        experts, parameter, index = cast(tuple[nn.Module, str, int], self.__dict__["place"])
         return cast(Tensor, getattr(experts, parameter))[index]
 
 
@@ -53,7 +53,7 @@ class MaskedExperts(nn.Module):
         self.parameter_names = tuple(matrices)
         for name, layers in matrices.items():
             # Not add_module: it refuses a name that can be read, and the experts' own can, see __getattr__.
-            self._modules[name] = nn.ModuleList(layers)
+            setattr(self, name, nn.ModuleList(layers))
 
     @property
     def matrices(self) -> list[MaskedLinear]:
