@@ -61,6 +61,7 @@ def test_a_run_that_ended_early_is_resumed(kind, net, tmp_path, monkeypatch):
     record = evaluate_rows(net, TOKENIZER, ROWS, Resources(1, journal=journal), max_new_tokens=4)
     assert len(fresh) == 2 * len(ROWS) - known
     assert [item["output"] for item in record["items"]] == [item["output"] for item in whole["items"]]
+    assert [item["prompt"] for item in record["items"]] == [row["prompt"] for row in ROWS]
     assert record["metrics"]["nll"]["value"] == pytest.approx(whole["metrics"]["nll"]["value"], abs=1e-5)
 
 

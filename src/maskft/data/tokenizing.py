@@ -61,15 +61,23 @@ def tokenize_example(
     return {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}
 
 
-def prompt_ids(example: Row, tokenizer) -> list[int]:
-    """Return the token ids after which a model generates its answer: those before the (last) assistant turn."""
+def prompt_of(example: Row) -> str | list[dict]:
+    """Return what stands before the (last) assistant turn: a text, or messages.
+
+    Raises:
+        UserError: If the example is plain text.
+    """
     if "messages" in example:
         turns = [n for n, message in enumerate(example["messages"]) if message["role"] == "assistant"]
-        prompt = example["messages"][: turns[-1]] if turns else example["messages"]
-    elif "prompt" in example:
-        prompt = example["prompt"]
-    else:
-        raise UserError("plain text has no prompt to generate from; give data with prompts")
+        return example["messages"][: turns[-1]] if turns else example["messages"]
+    if "prompt" in example:
+        return example["prompt"]
+    raise UserError("plain text has no prompt to generate from; give data with prompts")
+
+
+def prompt_ids(example: Row, tokenizer) -> list[int]:
+    """Return the token ids after which a model generates its answer: those before the (last) assistant turn."""
+    prompt = prompt_of(example)
     if not isinstance(prompt, str):
         return _encode(tokenizer, _render(prompt, tokenizer, generation=True), templated=True)
     ids = _encode(tokenizer, prompt, templated=False)

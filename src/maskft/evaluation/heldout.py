@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..data import PROCEDURAL_PREFIX, load_examples, load_splits, prompt_ids, tokenize_example
+from ..data import PROCEDURAL_PREFIX, load_examples, load_splits, prompt_ids, prompt_of, tokenize_example
 from ..data.answers import check_answer
 from ..data.arguments import DataArguments
 from ..errors import UserError
@@ -20,6 +20,7 @@ from ..results.schema import build_task, data_sha256, items_fingerprint, metric_
 from .journal import Resources, generated, resumed
 
 TASK_VERSION = 1
+MAX_QUESTION = 500  # characters
 MAX_LOSS_BATCH_SIZE = 16  # a larger one is no faster, and the loss needs logits of all tokens of a row
 _LOSS, _ANSWER = "heldout_loss", "heldout_answer"  # in the journal
 
@@ -103,7 +104,7 @@ def evaluate_rows(
         outputs = generated(model, tokenizer, prompts, max_new_tokens, _ANSWER, "answers", resources)
         for item, row, output in zip(items, rows, outputs, strict=True):
             correct = check_answer(output, row["answer"], row.get("answer_type") or "exact")
-            item.update(accuracy=int(correct), answer=row["answer"], output=output)
+            item.update(accuracy=int(correct), prompt=_question(row), answer=row["answer"], output=output)
     kept = [item for item in items if item["num_tokens"] > 0]
     if not kept:
         raise UserError(f"no item has a supervised token within max_length={max_length}; raise it")
@@ -127,6 +128,12 @@ def evaluate_rows(
     if generate:
         record["generation_kwargs"] = {"max_gen_toks": max_new_tokens}
     return record | ({"note": ". ".join(filter(None, notes))} if any(notes) else {})
+
+
+def _question(row: dict) -> str:
+    """The prompt as a reader of the items wants it: its text, or the last message, and of long ones the beginning."""
+    prompt = prompt_of(row)
+    return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])[:MAX_QUESTION]
 
 
 def _losses(model, tokenizer, rows: Sequence[dict], resources: Resources) -> list[tuple[float, int]]:

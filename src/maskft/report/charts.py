@@ -65,6 +65,7 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 7,
     "image.cmap": SHADES,
+    "image.interpolation": "none",  # a dot per number, in every format
     "axes.formatter.useoffset": False,
     "axes.unicode_minus": True,
     "pdf.fonttype": 42,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 
 from ..results.text import Table
 from .charts import COLOURS, Chart, Entry, Panel
@@ -17,19 +18,21 @@ _MODELS = {
     "continued": Entry("continued full fine-tuning", "purple", "", "s"),
     "mask": Entry("mask", "red", "", "^"),
 }
+_SHORT = {"fft": "best FFT", "continued": "continued FFT", "mask": "mask"}
 _SPLITS = {"heldout": "held-out rows", "train": "training rows"}
 
 
 def landscape_chart(record: Mapping) -> Chart:
     """The plane through three models, the straight lines between them, and the loss along shared directions."""
-    splits = [split for split in _SPLITS if split in record["plane"]]
-    panels = [Panel(f"Plane through the three, {_SPLITS[s]}", lambda a, s=s: _plane(a, record, s)) for s in splits]
-    panels += [Panel(f"Straight lines, {_SPLITS[s]}", lambda a, s=s: _lines(a, record["lines"], s)) for s in splits]
-    panels += [
-        Panel(f"Around {_MODELS[model].name}, {_SPLITS[s]}", lambda a, m=model, s=s: _surface(a, record, m, s))
-        for s in splits
-        for model in record["surfaces"]
-    ]
+    panels = []
+    for split in (split for split in _SPLITS if split in record["plane"]):
+        rows = _SPLITS[split]
+        panels.append(Panel(f"Plane through the three, {rows}", lambda axes, s=split: _plane(axes, record, s)))
+        panels.append(Panel(f"Straight lines, {rows}", lambda axes, s=split: _lines(axes, record["lines"], s)))
+        panels += [
+            Panel(f"Around {_SHORT[model]}, {rows}", lambda axes, m=model, s=split: _surface(axes, record, m, s))
+            for model in record["surfaces"]
+        ]
     text = (
         "Nats per token. The plane holds the three models, in distance of their weights; the lines go straight from "
         "one to another, and a little beyond. The surfaces are two random directions of millions, as long as the "
@@ -59,10 +62,14 @@ def _levels(values: Sequence) -> np.ndarray:
     return low + (high - low) * np.linspace(0, 1, 13) ** 2
 
 
-def _contours(axes: Axes, x: Sequence, y: Sequence, values: Sequence, levels: np.ndarray) -> None:
-    filled = axes.contourf(x, y, np.transpose(values), levels=levels, cmap="viridis")
-    axes.contour(x, y, np.transpose(values), levels=levels, colors="#ffffff", linewidths=0.3, alpha=0.6)
-    bar = axes.figure.colorbar(filled, ax=axes, ticks=levels[::3], format="%.3g")
+def _contours(axes: Axes, x: Sequence[float], y: Sequence[float], values: Sequence, levels: np.ndarray) -> None:
+    """A dot per point of the grid, and lines of equal loss."""
+    half_x, half_y = (x[1] - x[0]) / 2, (y[1] - y[0]) / 2
+    extent = (x[0] - half_x, x[-1] + half_x, y[0] - half_y, y[-1] + half_y)
+    norm = PowerNorm(0.5, levels[0], levels[-1])
+    image = axes.imshow(np.transpose(values), extent=extent, origin="lower", aspect="auto", norm=norm)
+    axes.contour(x, y, np.transpose(values), levels=levels[1:-1], colors="#ffffff", linewidths=0.4, alpha=0.7)
+    bar = axes.figure.colorbar(image, ax=axes, ticks=levels[::3], format="%.3g")
     bar.outline.set_visible(False)
     axes.grid(False)
 
@@ -91,9 +98,12 @@ def _surface(axes: Axes, record: Mapping, model: str, split: str) -> None:
 def _lines(axes: Axes, lines: Mapping, split: str) -> None:
     looks = zip(("-", "--", "-."), ("purple", "red", "teal"), strict=True)
     for (name, values), (dash, colour) in zip(((n, v) for n, v in lines.items() if n != "t"), looks, strict=False):
-        axes.plot(lines["t"], values[split], dash, color=COLOURS[colour], label=name.replace("-", " to "))
+        ends = (_SHORT.get(end, end) for end in name.split("-"))
+        axes.plot(lines["t"], values[split], dash, color=COLOURS[colour], label=" to ".join(ends))
     for end in (0, 1):
         axes.axvline(end, color=COLOURS["muted"], linewidth=0.6, linestyle=":")
-    axes.legend()
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.4 * (high - low))  # room for the legend
+    axes.legend(loc="upper center", fontsize=6)
     axes.set_xlabel("from the first model (0) to the second (1)")
     axes.set_ylabel("loss (nats/token)")
