@@ -35,6 +35,7 @@ TRAINING = "training.json"
 HELDOUT = "heldout.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+CARD = "README.md"
 LAST = "last"
 MANIFEST = "manifest.json"  # of a checkpoint
 TRAIN_LOCK = "train.lock"

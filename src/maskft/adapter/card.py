@@ -16,7 +16,7 @@ from ..results.schema import Result, item_weights, read_result
 from ..results.scores import scores
 from ..results.statistics import hierarchical_bootstrap
 from ..results.text import markdown_cell
-from ..tuner.card import ASKING, CARD, about, head, loading, mask_infos, may_write
+from ..tuner.card import ASKING, about, head, loading, mask_infos, may_write
 from .mask_set import AdapterConfig, MaskSet, read_config
 
 _TOKENIZER = "tokenizer_config.json"
@@ -25,7 +25,7 @@ _TOKENIZER = "tokenizer_config.json"
 def write_card(folder: str | Path) -> None:
     """Write the card of an adapter folder, unless its author has written one."""
     if may_write(folder):
-        files.write_text(Path(folder) / CARD, adapter_card(folder))
+        files.write_text(Path(folder) / files.CARD, adapter_card(folder))
 
 
 def adapter_card(folder: str | Path, base: str | None = None, repository: str | None = None) -> str:
@@ -87,7 +87,7 @@ def merged_card(adapter: str | Path, base: str, masks: MaskSet, target: str) -> 
 
 def licence_of(base: str | None) -> str | None:
     """What the card in the base's folder says; None where there is none to read."""
-    file = Path(base or "") / CARD
+    file = Path(base or "") / files.CARD
     if not base or not file.is_file():
         return None
     _, start, rest = file.read_text(encoding="utf-8", errors="replace").partition("---\n")

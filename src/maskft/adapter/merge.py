@@ -16,7 +16,6 @@ from .. import files
 from ..errors import UserError, first_line
 from ..models import load_model, load_tokenizer
 from ..tuner import adapter_layers
-from ..tuner.card import CARD
 from ..tuner.experts import weight_finder
 from .card import merged_card
 from .mask_set import AdapterConfig, MaskSet, read_config
@@ -89,7 +88,7 @@ def merge(
     with files.whole_folder(output_dir) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / CARD).write_text(merged_card(adapter, name, masks, _target(read_config(adapter))))
+        (partial / files.CARD).write_text(merged_card(adapter, name, masks, _target(read_config(adapter))))
         _verify_written(partial, probe, expected, masks, values, merged.dtype)
     console.print(
         f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to "

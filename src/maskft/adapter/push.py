@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from .. import files
 from ..errors import UserError, first_line
 from ..models import EMBEDDED_MODEL
-from ..tuner.card import CARD, hub_name, may_write
+from ..tuner.card import hub_name, may_write
 from .card import adapter_card
 from .mask_set import read_coded, read_config
 
@@ -40,10 +40,10 @@ def push(folder: str | Path, repository: str, base: str | None = None, private: 
     folder = Path(folder)
     if files.holds_adapter(folder):
         contents = _adapter(folder, repository, base)
-    elif (folder / "config.json").is_file() and (folder / CARD).is_file():
+    elif (folder / "config.json").is_file() and (folder / files.CARD).is_file():
         if base is not None:
             raise UserError(f"{str(folder)!r} is a merged model, which needs no base; drop --base")
-        contents = _matching(folder, _OF_MODEL) | {CARD: str(folder / CARD)}
+        contents = _matching(folder, _OF_MODEL) | {files.CARD: str(folder / files.CARD)}
     else:
         raise UserError(f"{str(folder)!r} is neither an adapter folder nor a model that maskft merge has written")
     api = HfApi()
@@ -68,8 +68,12 @@ def _adapter(folder: Path, repository: str, base: str | None) -> dict[str, str |
         )
     config = json.loads((folder / files.ADAPTER_CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = named
-    card = adapter_card(folder, named, repository) if may_write(folder) else (folder / CARD).read_text(encoding="utf-8")
-    texts = {files.ADAPTER_CONFIG: json.dumps(config, indent=2) + "\n", CARD: card}
+    card = (
+        adapter_card(folder, named, repository)
+        if may_write(folder)
+        else (folder / files.CARD).read_text(encoding="utf-8")
+    )
+    texts = {files.ADAPTER_CONFIG: json.dumps(config, indent=2) + "\n", files.CARD: card}
     return _matching(folder, _OF_ADAPTER) | {name: text.encode() for name, text in texts.items()}
 
 

@@ -14,7 +14,6 @@ from .. import files
 from ..errors import printable
 from .codec import PREFIX, mask_info
 
-CARD = "README.md"
 PAPER = "https://arxiv.org/abs/2503.22764"
 _MARK = "<!-- written by maskft, and again whenever the adapter is saved -->"
 # What PEFT and TRL write for a method they do not know; anything else is the author's own and is left alone.
@@ -42,12 +41,12 @@ def write_plain_card(folder: str | Path, config: Any) -> None:
         infos = mask_infos(folder)
         base = config.base_model_name_or_path
         lines = [*head(base, ["peft"]), *about(base, infos), *loading(base, has_tokenizer=False)]
-        files.write_text(Path(folder) / CARD, "\n".join(lines) + "\n")
+        files.write_text(Path(folder) / files.CARD, "\n".join(lines) + "\n")
 
 
 def may_write(folder: str | Path) -> bool:
     """Whether there is no card, or one that no person has written."""
-    file = Path(folder) / CARD
+    file = Path(folder) / files.CARD
     if not file.is_file():
         return True
     text = file.read_text(encoding="utf-8", errors="replace")
