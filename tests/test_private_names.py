@@ -47,8 +47,10 @@ def overridden():
     """Private methods of dependencies that our classes put their own in the place of."""
     found = set()
     for module in pkgutil.walk_packages(maskft.__path__, "maskft."):
-        # The last two are imported by their hosts.
-        if any(part in module.name for part in (".cli.", ".sandbox.", "vllm_engine", ".axolotl", ".ms_swift")):
+        # The last three are imported by their hosts.
+        if any(
+            part in module.name for part in (".cli.", ".sandbox.", "vllm_engine", ".axolotl", ".ms_swift", "llama_fact")
+        ):
             continue
         for kind in vars(importlib.import_module(module.name)).values():
             if inspect.isclass(kind) and kind.__module__ == module.name:

@@ -109,6 +109,45 @@ def test_ms_swift(base, tmp_path, monkeypatch):
         tuner.prepare_model(SimpleNamespace(quant_method="bnb"), masked)
 
 
+def test_llama_factory(base, tmp_path, monkeypatch):
+    registry = {}
+
+    class PeftPlugin:
+        def __init__(self, name=None):
+            self.name = name
+
+        def register(self):
+            def decorator(obj):
+                registry[self.name] = obj
+                return obj
+
+            return decorator
+
+    def load_adapter(model, adapter_name_or_path, is_train):
+        model = PeftModel.from_pretrained(model, adapter_name_or_path, is_trainable=is_train)
+        return model if is_train else model.merge_and_unload()
+
+    peft = ModuleType("llamafactory.v1.plugins.model_plugins.peft")
+    peft.PeftPlugin, peft.load_adapter = PeftPlugin, load_adapter
+    names = peft.__name__.split(".")
+    for n in range(1, len(names)):
+        monkeypatch.setitem(sys.modules, ".".join(names[:n]), ModuleType(".".join(names[:n])))
+    monkeypatch.setitem(sys.modules, peft.__name__, peft)
+    monkeypatch.delitem(sys.modules, "maskft.integrations.llama_factory", raising=False)
+    importlib.import_module("maskft.integrations.llama_factory")
+    settings = {"name": "mask", "sparsity": 0.2, "layers_to_transform": [1]}
+    masked = registry["mask"](AutoModelForCausalLM.from_pretrained(base), peft_config=settings, is_train=True)
+    assert len(current_masks(masked)) == 7 and masked.peft_config["default"].sparsity == 0.2
+    masked.eval().save_pretrained(tmp_path)
+    settings["adapter_name_or_path"] = str(tmp_path)
+    merged = registry["mask"](AutoModelForCausalLM.from_pretrained(base), peft_config=settings, is_train=False)
+    ids = torch.arange(9).view(1, -1)
+    with torch.no_grad():
+        assert torch.equal(merged(ids).logits, masked(ids).logits)
+    with pytest.raises(UserError, match="did you mean 'sparsity'"):
+        registry["mask"](masked, peft_config={"name": "mask", "sparsty": 0.1}, is_train=True)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
