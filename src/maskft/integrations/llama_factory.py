@@ -1,0 +1,36 @@
+"""Masks in LLaMA-Factory v1: ``peft_config: {name: mask, sparsity: 0.3}``, in a process that has imported this file.
+
+Written against its plugin registry of August 2026 (``llamafactory.v1.plugins.model_plugins.peft``, commit ff6d4d12e).
+It loads no plugins of others by itself: start it as ``docs/hosts.md`` says, on one device. Its launcher's own processes
+for several have not imported this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llamafactory.v1.plugins.model_plugins.peft import PeftPlugin, load_adapter
+from peft import get_peft_model
+
+from .settings import config_of
+
+_OF_THE_HOST = ("name", "adapter_name_or_path")
+
+
+@PeftPlugin("mask").register()
+def get_masked_model(model: Any, peft_config: Mapping[str, Any], is_train: bool = False) -> Any:
+    """A mask over ``model``: that of ``adapter_name_or_path`` (merged, unless it is trained on), or a new one.
+
+    Raises:
+        UserError: If a setting is not one of a mask.
+    """
+    settings = {name: value for name, value in dict(peft_config).items() if name not in _OF_THE_HOST}
+    config = config_of(settings, "peft_config", inference_mode=not is_train)
+    adapter = peft_config.get("adapter_name_or_path")
+    if adapter:
+        return load_adapter(model, adapter, is_train)
+    masked = get_peft_model(model, config)
+    if is_train:
+        masked.print_trainable_parameters()
+    return masked
