@@ -15,6 +15,8 @@ NOISE = ("_abc_", "_member", "_value", "_new_member", "_unhashable", "_generate_
 OURS = {"_acc", "_each", "_loss", "_output", "_proj", "_stderr", "_backward_cls"}
 DOCUMENTED = {"_replace", "_exit"}  # of named tuples, of os: public in spite of the underscore
 
+HOSTS = ("vllm_engine", ".axolotl", ".ms_swift", ".llama_factory")  # imported by what they are for
+
 
 def is_private(name):
     return name.startswith("_") and not name.endswith("__")
@@ -47,10 +49,7 @@ def overridden():
     """Private methods of dependencies that our classes put their own in the place of."""
     found = set()
     for module in pkgutil.walk_packages(maskft.__path__, "maskft."):
-        # The last three are imported by their hosts.
-        if any(
-            part in module.name for part in (".cli.", ".sandbox.", "vllm_engine", ".axolotl", ".ms_swift", "llama_fact")
-        ):
+        if any(part in module.name for part in (".cli.", ".sandbox.", *HOSTS)):
             continue
         for kind in vars(importlib.import_module(module.name)).values():
             if inspect.isclass(kind) and kind.__module__ == module.name:

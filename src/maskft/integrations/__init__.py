@@ -1,1 +1,1 @@
-"""Masks inside other trainers: axolotl, ms-swift and LLaMA-Factory. Each file is imported by its host, and imports it."""
+"""Masks inside other trainers: axolotl, ms-swift, LLaMA-Factory. Each file is imported by its host, and imports it."""
