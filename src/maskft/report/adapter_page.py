@@ -60,7 +60,16 @@ def write_adapter_page(adapter: str | Path, file: str | Path, facts: Mapping[str
     write_text(file, page)
 
 
-_COLUMNS = ("matrix", "shape", "removed", "share (%)", "of a row: least", "most", "of a column: least", "most")
+_COLUMNS = (
+    "matrix",
+    "shape",
+    "removed",
+    "share (%)",
+    "least of a row",
+    "most of a row",
+    "least of a column",
+    "most of a column",
+)
 
 
 def _row(module: str, mask) -> list[dict[str, Any]]:

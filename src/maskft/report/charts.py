@@ -164,8 +164,10 @@ def draw_figure(chart: Chart) -> Figure:
     with matplotlib.rc_context(_STYLE):
         rows = _rows(chart.panels)
         heights = [max(panel.height for panel in row) for row in rows]
-        num_entry_lines = math.ceil(len(chart.legend) / 3)
         width = NARROW if len(chart.panels) == 1 and not chart.panels[0].is_wide else WIDE
+        longest = max((len(entry.name) for entry in chart.legend), default=0)
+        num_columns = min(3, max(1, int(17 * width / (longest + 8))))  # 17 characters of a legend are an inch
+        num_entry_lines = math.ceil(len(chart.legend) / num_columns)
         figure = Figure((width, sum(heights) + 0.2 * num_entry_lines), layout="constrained")
         grid = figure.add_gridspec(len(rows), 2 if width == WIDE else 1, height_ratios=heights)
         for index, row in enumerate(rows):
@@ -177,7 +179,7 @@ def draw_figure(chart: Chart) -> Figure:
         if chart.legend:
             lines = [_line(entry) for entry in chart.legend]
             names = [plain(entry.name) for entry in chart.legend]
-            figure.legend(lines, names, loc="outside lower center", ncols=min(3, len(names)))
+            figure.legend(lines, names, loc="outside lower center", ncols=min(num_columns, len(names)))
     return figure
 
 

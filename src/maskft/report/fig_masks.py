@@ -71,6 +71,7 @@ def mean_heads_chart(masks: Mapping[str, Mapping]) -> Chart:
     def draw(axes: Axes) -> None:
         for entry, values in zip(entries, lines.values(), strict=True):
             axes.plot(values, color=COLOURS[entry.colour], linestyle=entry.dash, marker=entry.marker)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("head")
         axes.set_ylabel("share removed, mean over layers")
 
@@ -197,6 +198,7 @@ def effects_chart(masks: Mapping[str, Mapping]) -> Chart:
         axes.plot(predicted, measured, "o", color=COLOURS["red"], markersize=3.5, alpha=0.7)
         ends = min(*predicted, *measured), max(*predicted, *measured)
         axes.plot(ends, ends, color=COLOURS["muted"], linewidth=0.7, linestyle="--")
+        axes.locator_params(axis="x", nbins=4)
         axes.set_xlabel("predicted (nats/token)")
         axes.set_ylabel("measured (nats/token)")
         if effects["correlation"] is not None:
