@@ -20,7 +20,7 @@ test-slow: $(VENV)/.test $(VENV)/.docs $(VENV)/.demo $(VENV)/.ray $(VENV)-judge/
 
 # Reports in a real browser: Debian's, which this installs where there is none (as root, or by sudo).
 test-browser: $(VENV)/.browser
-	@command -v chromium chromium-browser google-chrome > /dev/null || \
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
 		$$(command -v sudo) sh -c 'apt-get update -q && apt-get install -q -y --no-install-recommends chromium'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report
 

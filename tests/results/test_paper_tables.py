@@ -108,6 +108,17 @@ def test_a_result_in_no_table_is_listed_whatever_others_are_called():
     assert cell(tables, "1", "Specific Domain: MFT w/ Best FFT", "gsm8k").results == ["mask"] == left_over
 
 
+def test_heads_of_columns_name_a_model_that_is_not_the_papers():
+    def heads(base, number="1"):
+        full = result("full", {"gsm8k": {"accuracy": 10}}, "full", training={"base": base, "domain": "math"})
+        return paper_tables([full], [number])[0][0].table.columns
+
+    assert heads(SMOL)[:3] == ("Method", f"GSM8K, LLaMA2-7B / {SMOL}", "Math")
+    assert heads(LLAMA2)[:3] == ("Method", "GSM8K", "Math")
+    assert heads(SMOL, "6")[1] == f"GSM8K, paper / {SMOL}"
+    assert heads(None)[1] == "GSM8K, LLaMA2-7B / a base model that is not stated"
+
+
 def test_scores_stand_in_their_rows():
     results = [
         result("base", {"gsm8k": {"accuracy": 2}, "ifeval": {"prompt_level_strict_acc": 3}}, training={"base": SMOL}),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from ..results.text import Table
 from .charts import COLOURS, SERIES, Chart, Entry, Panel, plain
@@ -71,7 +72,7 @@ def mean_heads_chart(masks: Mapping[str, Mapping]) -> Chart:
     def draw(axes: Axes) -> None:
         for entry, values in zip(entries, lines.values(), strict=True):
             axes.plot(values, color=COLOURS[entry.colour], linestyle=entry.dash, marker=entry.marker)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("head")
         axes.set_ylabel("share removed, mean over layers")
 
