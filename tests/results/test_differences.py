@@ -106,6 +106,13 @@ def test_the_same_seeds_are_drawn_for_all_tasks():
     assert one[0] < 0  # two seeds: the t interval is 0.2 ± 1.27
 
 
+def test_tasks_without_an_item_that_differs_leave_room_in_their_average():
+    right = np.arange(300) % 2
+    low, high = measure(make_sample(right, right), make_sample(right, right, "odd"), unit="fraction").interval(0.95)
+    edge = 1.96**2 / (300 + 1.96**2) / np.sqrt(2)  # independent tasks, averaged
+    assert (low, high) == pytest.approx((-edge, edge), abs=1e-4)
+
+
 # Families
 
 
