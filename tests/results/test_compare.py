@@ -663,11 +663,12 @@ def test_command_prints(files, capsys):
 
 def test_command_writes(files, tmp_path, capsys):
     output = tmp_path / "new" / "table.json"
-    options = ["--format", "json", "--num_resamples", 300, "--seed", 7, "--confidence", 0.9]
+    options = ["--format", "json", "--num_resamples", 300, "--seed", 7, "--confidence", 0.9, "--margin", 0.01]
     command.run(arguments(*files, *options, "--tasks", "sums", "--metrics", "accuracy", "--output", output))
     assert capsys.readouterr().out == f"wrote {output}\n"
     record = json.loads(output.read_text())
     assert (record["num_resamples"], record["seed"], record["confidence"]) == (300, 7, 0.9)
+    assert record["differences"][0]["equivalence"]["verdict"] == "no worse"  # 10 of 100 better
 
 
 def test_command_refuses_to_replace_a_result(files):
