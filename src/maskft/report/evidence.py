@@ -131,14 +131,17 @@ def gather(
     results = {(run.id, role): result for run in runs for role, result in run.results.items()}
     evidence = Evidence(folder, name, runs[0].base, runs, results, accounts=summary.get("runs", []))
     _name_as_in_summary(evidence)
+    evidence.accounts = [*evidence.accounts, *_accounts_of(evidence)]
     _set_methods(evidence)
     if baseline is None and "not_compared" in summary:
         raise UserError(f"{folder}: the study's results cannot be compared: {summary['not_compared']}")
     if baseline is None and "comparison" in summary:
         evidence.comparison = _from_dict(summary["comparison"])
     else:
-        evidence.comparison = _compared(list(evidence.results.values()), baseline)
-    evidence.notes = [f"Tuned: {_tuned_text(tuned)}" for tuned in summary.get("tuning", [])]
+        starts = {run.start for run in runs if run.method == MASK}
+        started_from = [result for (run, _), result in results.items() if run in starts]
+        evidence.comparison = _compared(list(evidence.results.values()), baseline, started_from)
+    evidence.notes = [_tuned_text(tuned) for tuned in summary.get("tuning", []) if tuned.get("winner")]
     _set_arrays(evidence, Path(analysis) if analysis else folder / files.ANALYSIS)
     return evidence
 
@@ -208,6 +211,23 @@ def _runs_without_result(folder: Path, rows: list[dict], runs: list[TrainedRun])
     return found
 
 
+def _accounts_of(evidence: Evidence) -> list[dict]:
+    """Rows, as in the summary, of results that are not in it: those of a study that is not finished."""
+    known = {(row["run"], row["role"]) for row in evidence.accounts}
+    keys = ("run", "role", "best_step", "num_steps", "epochs", "tokens", "total_epochs", "total_tokens")
+    return [
+        {"name": result["name"], "seed": result["model"]["seed"]}
+        | {key: result["study"][key] for key in keys}
+        | {
+            "metrics": {
+                f"{t}/{m}": v["value"] for t, task in result["tasks"].items() for m, v in task["metrics"].items()
+            }
+        }
+        for key, result in evidence.results.items()
+        if key not in known
+    ]
+
+
 def _name_as_in_summary(evidence: Evidence) -> None:
     """Give results the names of the summary, and check that both hold the same numbers."""
     rows = {(row["run"], row["role"]): row for row in evidence.accounts}
@@ -233,11 +253,7 @@ def _set_methods(evidence: Evidence) -> None:
     summaries: dict[str, dict] = read_json(published) if published.is_file() else {}
     known = {run.id: run for run in evidence.runs}
     starts = {run.start for run in evidence.runs} | {run.id for run in evidence.runs if run.start is None}
-    rows = evidence.accounts or [
-        {"run": run, "role": role, "name": result["name"], "seed": result["model"]["seed"]}
-        for (run, role), result in evidence.results.items()
-    ]
-    for row in rows:
+    for row in evidence.accounts:
         run, summary = known.get(row["run"]), summaries.get(row["run"], {})
         method = run.method if run else summary.get("method") or ("pretrained" if not row.get("num_steps") else None)
         is_start = row["run"] in starts
@@ -248,12 +264,16 @@ def _set_methods(evidence: Evidence) -> None:
             evidence.trained.append(Trained(name, method, row["seed"], is_start, history))
 
 
-def _compared(results: list[Result], baseline: str | None) -> Comparison | None:
-    """Compare with the baseline: by default the best of the first full fine-tuning, else the first result."""
+def _compared(results: list[Result], baseline: str | None, started_from: Sequence[Result] = ()) -> Comparison | None:
+    """Compare with the baseline.
+
+    By default that is the best of the first full fine-tuning, one that masks were started from (``started_from``)
+    before others, else the first result.
+    """
     names = list(dict.fromkeys(result["name"] for result in results))
     if len(names) < 2 and baseline is None:
         return None
-    full = [r for r in results if r["model"]["method"] == "full" and not _is_last(r)]
+    full = [r for r in (*started_from, *results) if r["model"]["method"] == "full" and not _is_last(r)]
     return compare(results, baseline or (full or results)[0]["name"])
 
 
@@ -278,8 +298,9 @@ def _difference(row: Mapping) -> Difference:
     return Difference(**{**row, "equivalence": found and Equivalence(**found)})
 
 
-def _tuned_text(tuned: Any) -> str:
-    return tuned if isinstance(tuned, str) else json.dumps(tuned)[:300]
+def _tuned_text(tuned: Mapping) -> str:
+    settings = ", ".join(f"{name}={value}" for name, value in tuned["winner"].items())
+    return f"{tuned['method']} was tuned: {settings} is the best of {len(tuned['trials'])} on held-out rows"
 
 
 def _set_arrays(evidence: Evidence, folder: Path) -> None:

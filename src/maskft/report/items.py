@@ -17,33 +17,34 @@ TEXTS = ("prompt", "answer", "output", "reason")
 
 
 def won_and_lost(evidence: Evidence) -> list[dict[str, Any]]:
-    """For every task, and every method with results item by item, the items that changed most.
+    """For every task, and every method of which an item changed, the items that changed most.
 
     Returns:
         Records with ``method``, ``baseline``, ``task``, ``metric``, ``unit``; ``won``, ``lost``, ``tied`` as in the
         comparison; ``num_seeds``; ``rows``: ``id``, ``gain`` (above 0: won), ``baseline``, ``method`` (means over
         seeds), and ``texts`` of the lowest seed: ``prompt``, ``answer``, ``output_baseline``, ``output_method``.
     """
-    comparison = evidence.comparison
     records = []
-    for row in _one_metric_per_task(comparison) if comparison else ():
-        ours, theirs = evidence.results_of(row.method), evidence.results_of(row.baseline)
-        pairs = _paired(ours, theirs)
-        if pairs and all(_measured(result, row) for pair in pairs for result in pair):
-            records.append(_record(row, pairs))
+    for rows in _by_method(evidence.comparison).values():
+        pairs = _paired(evidence.results_of(rows[0].method), evidence.results_of(rows[0].baseline))
+        made = (
+            _record(row, pairs)
+            for row in rows
+            if pairs and all(_measured(result, row) for pair in pairs for result in pair)
+        )
+        record = next((record for record in made if record["rows"]), None)
+        records += [record] if record else []
     records.sort(key=lambda record: record["method"] not in evidence.masks)
     _shorten(records)
     return records
 
 
-def _one_metric_per_task(comparison: Comparison) -> list[Difference]:
-    """Of each task a right-or-wrong metric if it has one, for there a text explains a number; else its main one."""
-    chosen: dict[str, tuple[bool, str]] = {}
-    for row in comparison.differences:
-        known = chosen.get(row.task)
-        if known is None or (row.unit == "fraction" and not known[0]):
-            chosen[row.task] = (row.unit == "fraction", row.metric)
-    return [row for row in comparison.differences if row.metric == chosen[row.task][1]]
+def _by_method(comparison: Comparison | None) -> dict[tuple[str, str], list[Difference]]:
+    """Differences of each method and task; those of right or wrong first, for there a text explains a number."""
+    groups: dict[tuple[str, str], list[Difference]] = {}
+    for row in comparison.differences if comparison else ():
+        groups.setdefault((row.method, row.task), []).append(row)
+    return {key: sorted(rows, key=lambda row: row.unit != "fraction") for key, rows in groups.items()}
 
 
 def _measured(result: Result, row: Difference) -> bool:

@@ -54,7 +54,7 @@ def render_report(evidence: Evidence) -> str:
         footer=f"Paths are those of the command that made it; {place_of(evidence)} holds all numbers.",
         data={"items": items, "maps": maps, "comparison": comparison.to_dict() if comparison else None},
         verdict=_verdict(evidence),
-        notes=[f"Note: {note}" for note in notes],
+        notes=notes,
         scores=_scores(evidence),
         intervals=", which holds together with all others" if holds_at_once(evidence.differences) else "",
         charts=charts,
