@@ -324,8 +324,10 @@ class Adapters(Target):
         # Codings that the others have not: the bitmap, and few removed weights.
         self.masks["model.layers.0.self_attn.k_proj"] = torch.rand(16, 32, generator=generator) > 0.5
         self.masks["model.layers.0.mlp.down_proj"] = torch.rand(32, 48, generator=generator) > 0.002
-        targets = [name.rpartition(".")[2] for name in self.masks]
-        tiny.save_masks(self.masks, folder, target_modules=targets, base_model_name_or_path="org/model", scope="global")
+        masks = MaskSet(self.masks)
+        config = {"base_model_name_or_path": "org/model", "scope": "global", "sparsity": masks.sparsity}
+        config["target_modules"] = [name.rpartition(".")[2] for name in masks]
+        tiny.save_masks(self.masks, folder, **config)
         self.config = json.loads((folder / files.ADAPTER_CONFIG).read_text())
         self.weights = (folder / files.ADAPTER_WEIGHTS).read_bytes()
 
