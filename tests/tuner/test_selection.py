@@ -19,6 +19,8 @@ def small_samples(monkeypatch):
     """Send small pools through the sample, the band and several chunks: the sizes are private, the result never."""
     monkeypatch.setattr(selection, "_SAMPLED_MIN_NUMEL", 1)
     monkeypatch.setattr(selection, "CHUNK_NUMEL", 16)
+    monkeypatch.setattr(selection, "_NARROWED_MIN_NUMEL", 1)
+    monkeypatch.setattr(selection, "_ROWS", 4)
 
 
 @given(

@@ -1,14 +1,15 @@
 """What :mod:`maskft.masking` defines, faster and in place: bit for bit the same masks and gradients.
 
-Selection is one pass over the scores instead of a sort. A sample says in which narrow band the cut must lie; the pass
-removes what is below the band and collects what is in it; those few are then ranked. Counting proves the band right;
-where it is not (a sample can be unlucky), the cut is selected from all scores. The result never depends on the sample.
+Selection is one pass over the scores instead of a sort. A sample says in which narrow band the cut must lie (on a CPU,
+counting what is below the middle of the band makes it narrower still); the pass removes what is below the band and
+collects what is in it; those few are then ranked. Counting proves the band right; where it is not (a sample can be
+unlucky), the cut is selected from all scores. The result never depends on the sample.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ from ..masking import RankBy, check_not_nan, num_removed, ranking_keys, remove_l
 CHUNK_NUMEL = 1 << 19
 # A pool of fewer entries is ranked without a sample.
 _SAMPLED_MIN_NUMEL = 1 << 14
+# A band of fewer entries is narrow enough.
+_NARROWED_MIN_NUMEL = 1 << 12
+# Entries of a chunk that are looked at as one when few are looked for.
+_ROWS = 32
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -57,12 +62,11 @@ def keep_highest_(
         raise UserError(f"cannot remove {num} of {total} entries")
     if total == 0:
         return
-    in_band: list[tuple[Tensor, Tensor]] = []
-    num_left = -1
-    band = _probable_band(scores, num, rank_by)
-    if band is not None:
+    for band in _probable_bands(scores, num, rank_by):
         in_band, num_left = _split_pool_(outs, weights, scores, band, num, rank_by)
-    if not 0 <= num_left <= sum(len(values) for _, values in in_band):
+        if 0 <= num_left <= sum(len(values) for _, values in in_band):
+            break
+    else:
         cut = _kth_smallest(scores, max(num, 1), rank_by)
         in_band, num_left = _split_pool_(outs, weights, scores, (cut, cut), num, rank_by)
     if num_left == 0:
@@ -73,11 +77,11 @@ def keep_highest_(
         out.view(-1)[indices[~kept.to(indices.device)]] = 0
 
 
-def _probable_band(scores: Sequence[Tensor], num: int, rank_by: RankBy) -> tuple[float, float] | None:
-    """Bounds between which the ``num``-th smallest score very probably lies; None for a pool not worth sampling."""
+def _probable_bands(scores: Sequence[Tensor], num: int, rank_by: RankBy) -> Iterator[tuple[float, float]]:
+    """Bounds between which the ``num``-th smallest score very probably lies; none for a pool not worth sampling."""
     total = sum(s.numel() for s in scores)
     if total < _SAMPLED_MIN_NUMEL:
-        return None
+        return
     # Of n entries, n^(2/3) are sampled: the sample then costs as little as ranking what lies in its band. An odd stride
     # visits every column of a matrix whose width is a power of two.
     stride = int(total ** (1 / 3)) | 1
@@ -85,11 +89,39 @@ def _probable_band(scores: Sequence[Tensor], num: int, rank_by: RankBy) -> tuple
     sample = torch.cat([sample.to(samples[0].device) for sample in samples])
     share = num / total
     middle, spread = share * len(sample), 4 * math.sqrt(len(sample) * share * (1 - share)) + 2
-    low, high = int(middle - spread), int(middle + spread)
-    return (
-        sample.kthvalue(low).values.item() if low >= 1 else -math.inf,
-        sample.kthvalue(high).values.item() if high <= len(sample) else math.inf,
-    )
+    first, last = int(middle - spread), int(middle + spread)
+    low = sample.kthvalue(first).values.item() if first >= 1 else -math.inf
+    high = sample.kthvalue(last).values.item() if last <= len(sample) else math.inf
+    num_in_band = (last - first) * stride
+    is_wide = num_in_band >= _NARROWED_MIN_NUMEL and -math.inf < low < high < math.inf
+    if is_wide and scores[0].device.type == "cpu":
+        yield _narrowed(scores, num, low, high, num_in_band, last - first, rank_by)
+    yield low, high
+
+
+def _narrowed(
+    scores: Sequence[Tensor], num: int, low: float, high: float, num_in_band: int, num_sampled: int, rank_by: RankBy
+) -> tuple[float, float]:
+    """A narrower band, from the exact number of scores below the middle of a wider one and its density."""
+    middle, density = (low + high) / 2, num_in_band / (high - low)
+    excess = num - sum(_num_below(score, middle, rank_by) for score in scores)
+    # What lies between the middle and the cut is counted with the error of the sampled density, and with its own.
+    margin = 4 * (math.sqrt(abs(excess)) + abs(excess) / math.sqrt(num_sampled)) + _ROWS
+    bounds = [middle + (excess - margin) / density, middle + (excess + margin) / density]
+    narrow_low, narrow_high = torch.tensor(bounds, dtype=torch.float32).tolist()  # keys are compared in float32
+    return max(low, narrow_low), min(high, narrow_high)
+
+
+def _num_below(scores: Tensor, value: float, rank_by: RankBy) -> int:
+    """How many scores of a matrix rank below ``value``."""
+    flat, found = scores.detach().reshape(-1), 0
+    buffer = torch.empty(min(CHUNK_NUMEL, len(flat)), dtype=torch.float32)
+    for chunk in flat.split(CHUNK_NUMEL):
+        below = buffer[: len(chunk)]
+        keys = torch.abs(chunk, out=below) if rank_by == "abs" else chunk.float()
+        signs = torch.sub(keys, value, out=below).view(torch.int32)
+        found -= int(torch.bitwise_right_shift(signs, 31, out=signs).sum(dtype=torch.int32))
+    return found
 
 
 def _kth_smallest(scores: Sequence[Tensor], k: int, rank_by: RankBy) -> float:
@@ -130,7 +162,6 @@ def _split_matrix_(
         return 0, torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device)
     chunk = min(CHUNK_NUMEL, numel) if device.type == "cpu" else numel
     keys_buffer, sign_buffer = torch.empty(chunk, device=device), torch.empty(chunk, device=device)
-    band_buffer = torch.empty(chunk, dtype=torch.bool, device=device)
     just_below = torch.nextafter(torch.tensor(low), torch.tensor(-math.inf)).to(device)
     num_below, indices, values = 0, [], []
     for start in range(0, numel, chunk):
@@ -143,7 +174,6 @@ def _split_matrix_(
             keys = scores_flat[part].float()
         check_not_nan(keys.amax())
         source = weight_flat[part].to(out.dtype)
-        in_band = torch.le(keys, high, out=band_buffer[here])
         if low == -math.inf:
             out_flat[part] = source
         else:
@@ -154,20 +184,27 @@ def _split_matrix_(
             torch.bitwise_and(source.view(integer), stays.to(integer), out=out_flat[part].view(integer))
             # A sum of -1, one for each that stays; exact in int32, and ten times faster than counting flags.
             num_below += len(keys) + int(stays.sum(dtype=torch.int32))
-            in_band.view(torch.int8).bitwise_and_(stays.to(torch.int8))
-        found = _nonzero_of_few(in_band)
+        found = _find_in_band(keys, low, high, sign_buffer[here])
         indices.append(found + start)
         values.append(keys[found])
     return num_below, torch.cat(indices), torch.cat(values)
 
 
-def _nonzero_of_few(flags: Tensor) -> Tensor:
-    """Indices of the few True entries of a flat bool tensor; looks at eight flags at once."""
-    if len(flags) % 8:
-        return flags.nonzero().squeeze(1)
-    groups = flags.view(torch.int64).nonzero()
-    candidates = (groups * 8 + torch.arange(8, device=flags.device)).view(-1)
-    return candidates[flags[candidates]]
+def _find_in_band(keys: Tensor, low: float, high: float, scratch: Tensor) -> Tensor:
+    """Indices of the few keys from ``low`` to ``high``, in order; ``scratch``, as large as ``keys``, is written to.
+
+    Flags of all keys would cost more than all the rest of a refresh, so the keys are laid out in a few rows, and only
+    columns in which one lies close to the middle of the band are looked at.
+    """
+    if len(keys) % _ROWS or math.isinf(low) or math.isinf(high):
+        return ((keys >= low) & (keys <= high)).nonzero().squeeze(1)
+    middle = (low + high) / 2
+    reach = (high - low) / 2 * 1.001 + abs(middle) * 2**-22 + 2**-126  # float32 rounds differences, and the middle
+    distances = torch.sub(keys, middle, out=scratch).abs_().view(_ROWS, -1)
+    columns = (distances.amin(0) <= reach).nonzero().squeeze(1)
+    close = keys.view(_ROWS, -1)[:, columns]
+    row, column = ((close >= low) & (close <= high)).nonzero(as_tuple=True)
+    return row * (len(keys) // _ROWS) + columns[column]
 
 
 def scores_for_mask(scores: Tensor, mask: Tensor, rank_by: RankBy = "abs") -> Tensor:
@@ -185,9 +222,13 @@ def scores_for_mask(scores: Tensor, mask: Tensor, rank_by: RankBy = "abs") -> Te
 def score_gradient_(grad: Tensor, weight: Tensor, scores: Tensor, rank_by: RankBy) -> Tensor:
     """:func:`maskft.masking.score_gradient`, written into ``grad`` (float32)."""
     rows = max(1, CHUNK_NUMEL // max(1, scores[0].numel())) if scores.device.type == "cpu" else len(scores)
+    # Written to again in every part, where a new tensor would be fetched from memory.
+    scores = scores.detach()
+    signs = torch.empty_like(scores[:rows], dtype=torch.float32) if rank_by == "abs" else None
     for start in range(0, len(scores), rows):
         part = slice(start, start + rows)
         grad[part].mul_(weight[part])
-        if rank_by == "abs":
-            grad[part].mul_(torch.sign(scores[part]))
+        if signs is not None:
+            sign = signs[: len(scores[part])]
+            grad[part].mul_(torch.sign(scores[part], out=sign))
     return grad
