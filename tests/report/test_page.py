@@ -112,6 +112,14 @@ def test_what_is_missing_names_the_command(study):
     assert 'id="map"' in text  # adapters are there
 
 
+def test_a_study_that_has_written_no_comparison_yet(study):
+    (study / files.SUMMARY.format("tiny-study")).unlink()
+    assert main(["report", str(study), "-o", str(study / "out.html")]) == 0
+    text = (study / "out.html").read_text()
+    assert "the study has written no comparison yet" in text
+    assert "Against full (best), nll on sums: of 2 learned masks" in text
+
+
 @pytest.mark.parametrize("name", ["small-products", "smollm2-math", "demo", "gsm8k"])
 def test_published_results_by_one_command(name, tmp_path):
     file = tmp_path / "report.html"

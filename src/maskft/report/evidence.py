@@ -141,7 +141,9 @@ def gather(
         starts = {run.start for run in runs if run.method == MASK}
         started_from = [result for (run, _), result in results.items() if run in starts]
         evidence.comparison = _compared(list(evidence.results.values()), baseline, started_from)
-    evidence.notes = [_tuned_text(tuned) for tuned in summary.get("tuning", []) if tuned.get("winner")]
+        if baseline is None and evidence.comparison:
+            evidence.notes = ["the study has written no comparison yet; this one is of the results that there are"]
+    evidence.notes += [_tuned_text(tuned) for tuned in summary.get("tuning", []) if tuned.get("winner")]
     _set_arrays(evidence, Path(analysis) if analysis else folder / files.ANALYSIS)
     return evidence
 
@@ -159,7 +161,9 @@ def _of_results(folder: Path, base: str | None) -> Evidence:
     if base is not None and base not in bases:
         raise UserError(f"no base model is called {base!r}{did_you_mean(base, bases)}; there are {', '.join(bases)}")
     if base is None and len(bases) > 1:
-        raise UserError(f"results of different base models cannot be compared ({', '.join(bases)}): name one of --base")
+        raise UserError(
+            f"results of different base models cannot be compared ({', '.join(bases)}): name one with --base"
+        )
     base = base or next(iter(bases), None)
     chosen = [result for result in results if base in (None, result.get("training", {}).get("base", base))]
     evidence = Evidence(folder, folder.resolve().name, base or chosen[0]["model"]["name_or_path"], [], {})
