@@ -7,7 +7,7 @@ SOURCES := src tests benchmarks recipes examples docs
 # Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow test-browser test-oldest soak fuzz bench docs quality style clean
+.PHONY: demo test test-slow test-judge test-browser test-oldest soak fuzz bench docs quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
@@ -15,8 +15,12 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(PYTEST) --dist loadfile --no-loadscope-reorder
 
-test-slow: $(VENV)/.test $(VENV)/.docs $(VENV)/.demo $(VENV)/.ray $(VENV)-judge/.judge
-	MASKFT_JUDGE_PYTHON=$(CURDIR)/$(VENV)-judge/bin/python $(PYTEST) -m slow
+test-slow: $(VENV)/.test $(VENV)/.docs $(VENV)/.demo $(VENV)/.ray
+	$(PYTEST) -m 'slow and not judge'
+
+# One test with a real judge behind a server; compiling llama.cpp takes minutes, which CI has not.
+test-judge: $(VENV)/.test $(VENV)/.demo $(VENV)-judge/.judge
+	MASKFT_JUDGE_PYTHON=$(CURDIR)/$(VENV)-judge/bin/python $(PYTEST) -n 0 -m judge
 
 # Reports in a real browser: Debian's, which this installs where there is none (as root, or by sudo).
 test-browser: $(VENV)/.browser

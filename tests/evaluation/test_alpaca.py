@@ -504,6 +504,7 @@ def test_no_chat_template(base, command, tmp_path):
 # A language model as judge
 
 
+@pytest.mark.judge
 @pytest.mark.slow
 def test_llama_cpp_server_judges(tmp_path, capsys):
     """SmolLM2 judges itself, behind llama-cpp-python's server (MASKFT_JUDGE_PYTHON: the Python that has it)."""
