@@ -158,8 +158,8 @@ def _counted(rows: Sequence[Difference], comparison: Comparison) -> list[str]:
         counts = [
             f"{found.count(verdict)} {verdict}" for verdict in (BETTER, WORSE, NOT_DISTINGUISHABLE) if verdict in found
         ]
-        masks = "the learned mask is" if len(found) == 1 else f"of {len(found)} learned masks"
-        lines.append(f"Against {comparison.baseline}, {metric} on {task}: {masks} {', '.join(counts)}.")
+        masks = "the learned mask is " if len(found) == 1 else f"of {len(found)} learned masks, "
+        lines.append(f"Against {comparison.baseline}, {metric} on {task}: {masks}{', '.join(counts)}.")
     return lines
 
 
