@@ -9,8 +9,10 @@ from peft import PeftModel, get_peft_model
 
 from maskft import MaskConfig, UserError, adapter_layers, current_masks
 from maskft.adapter.mask_set import MaskSet
+from maskft.adapter.patch import apply_patch, patch_of_adapter, undo_patch
 from maskft.adapter.verify import verify
 from maskft.masking import num_removed
+from maskft.tuner.experts import place_of
 from tiny import decoder, token_ids
 
 MODELS = {
@@ -114,6 +116,11 @@ def test_trained_saved_loaded_merged(model, tmp_path):
         merged = loaded.merge_and_unload()
         assert type(merged.model.layers[1].mlp) is type(plain.model.layers[1].mlp)
         assert torch.equal(merged(ids).logits, expected)
+        patched = copy.deepcopy(plain)
+        undo = apply_patch(dict(patched.named_parameters()), patch_of_adapter(tmp_path))
+        assert torch.equal(patched(ids).logits, expected)
+        undo_patch(dict(patched.named_parameters()), undo)
+        assert torch.equal(patched(ids).logits, plain(ids).logits)
         by_hand = copy.deepcopy(plain)
         MaskSet.from_adapter(tmp_path).apply_(by_hand)
         assert torch.equal(by_hand(ids).logits, expected)
@@ -138,6 +145,13 @@ def test_by_default_experts_are_among_the_layers(model):
     peft = get_peft_model(model, MaskConfig())
     targets = peft.peft_config["default"].target_modules
     assert "experts" in targets and "q_proj" in targets and not any(name.isdecimal() for name in targets)
+
+
+def test_names_of_experts_and_of_layers():
+    assert place_of("model.layers.0.mlp.experts.gate_up_proj.3") == ("model.layers.0.mlp.experts.gate_up_proj", 3)
+    assert place_of("model.layers.0.moe.input_linear.weight.12") == ("model.layers.0.moe.input_linear.weight", 12)
+    for name in ("model.layers.0.mlp.experts.3.w1", "model.layers.0.mlp.up_proj", "layers.0.mlp.0"):
+        assert place_of(name) is None
 
 
 def test_what_experts_do_not_have(tmp_path):

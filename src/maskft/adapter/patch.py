@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import files
 from ..errors import UserError
 from ..tuner.codec import decode_mask
+from ..tuner.experts import place_of
 from ..tuner.targets import listed
 from .mask_set import read_coded, read_config
 
@@ -73,12 +74,27 @@ def patch_of_adapter(adapter: str | Path) -> Patch:
             f"{str(adapter)!r} also replaces weights of the base ({listed(config.weights_sha256)}); run maskft merge"
         )
     patch = Patch({}, {}, {key: str(getattr(config, key)) for key in _ORIGIN if getattr(config, key)})
+    fused: dict[str, dict[int, str]] = {}  # parameter -> expert -> name of its mask
     for module, code in coded.items():
+        place = place_of(module)
+        if place is not None:
+            fused.setdefault(place[0], {})[place[1]] = module
+            continue
         mask = decode_mask(code, module)
-        places = (~mask).view(-1).nonzero().view(-1)
-        patch.indices[f"{module}.weight"] = places.to(torch.int32) if mask.numel() < 2**31 else places
-        patch.shapes[f"{module}.weight"] = tuple(mask.shape)
+        _add(patch, f"{module}.weight", [mask], tuple(mask.shape))
+    for parameter, experts in fused.items():
+        masks = [decode_mask(coded[experts[n]], experts[n]) for n in sorted(experts)]
+        _add(patch, parameter, masks, (len(masks), *masks[0].shape))
     return patch
+
+
+def _add(patch: Patch, name: str, masks: Sequence[Tensor], shape: tuple[int, ...]) -> None:
+    """Add a weight whose masks lie one after another: one, or that of each expert."""
+    offsets = [sum(mask.numel() for mask in masks[:n]) for n in range(len(masks))]
+    flat = [(~mask).view(-1).nonzero().view(-1) + offset for mask, offset in zip(masks, offsets, strict=True)]
+    places = torch.cat(flat)
+    patch.indices[name] = places.to(torch.int32) if math.prod(shape) < 2**31 else places
+    patch.shapes[name] = shape
 
 
 def write_patch(patch: Patch, file: str | Path) -> None:

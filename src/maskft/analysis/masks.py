@@ -14,6 +14,7 @@ from ..adapter.mask_set import MaskSet, read_config
 from ..errors import UserError
 from ..files import digest
 from ..models import load_config, load_model
+from ..tuner.experts import place_of
 from .losses import Batch, loss_sum, make_batches, mean_loss, num_targets
 from .store import Parts, digest_folder, is_finished, write_record
 
@@ -189,6 +190,9 @@ def analyse_masks(
     if is_finished(file, settings):
         return
     sets = {name: MaskSet.from_adapter(folder) for name, (folder, _) in adapters.items()}
+    fused = next((module for masks in sets.values() for module in masks if place_of(module)), None)
+    if fused is not None:
+        raise UserError(f"the analysis of masks is for linear layers, and {fused} is a matrix of fused experts")
     parts = Parts(file, settings, sum(len(masks) + 3 for masks in sets.values()))
     record: dict = {"masks": {}, "agreement": []}
     for name, (folder, start) in adapters.items():

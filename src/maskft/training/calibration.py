@@ -30,11 +30,7 @@ def start_on_data(model: PeftModel, rows: Dataset, num_samples: int, device: tor
     if not isinstance(config, MaskConfig) or config.init_scores not in DATA_STARTS:
         return
     before, layers = model.device, list(adapter_layers(model, ADAPTER).values())
-    if any(isinstance(layer.get_base_layer(), ExpertMatrix) for layer in layers):
-        raise UserError(
-            f"mask_init_scores {config.init_scores} looks at the input of each matrix, which fused experts do not "
-            "show; use magnitude, or leave the experts out (mask_exclude_modules experts)"
-        )
+    check_inputs(layers, f"mask_init_scores {config.init_scores}")
     model.to(device).eval()
     with model.disable_adapter():
         if config.init_scores == "wanda":
@@ -43,6 +39,15 @@ def start_on_data(model: PeftModel, rows: Dataset, num_samples: int, device: tor
             keys = first_order_keys(model, layers, rows.select(range(min(num_samples, len(rows)))))
     start_scores(model, {layer.module_name: key for layer, key in zip(layers, keys, strict=True)}, ADAPTER)
     model.to(before).train()
+
+
+def check_inputs(layers: Sequence[MaskedLinear], what: str) -> None:
+    """Refuse fused experts where ``what`` looks at the input of each matrix."""
+    if any(isinstance(layer.get_base_layer(), ExpertMatrix) for layer in layers):
+        raise UserError(
+            f"{what} looks at the input of each matrix, which fused experts do not show; use magnitude (l1_mask), or "
+            "leave the experts out (mask_exclude_modules experts)"
+        )
 
 
 def wanda_keys(

@@ -21,7 +21,7 @@ from ..tuner.codec import encode_mask, mask_info
 from ..tuner.fixed import fixed_masks
 from .arguments import TrainingArguments
 from .build import with_adapter
-from .calibration import input_norms
+from .calibration import check_inputs, input_norms
 from .method_arguments import ADAPTER, MaskArguments, MethodArguments, mask_config
 from .record import TrainingSummary
 
@@ -55,6 +55,7 @@ def make_fixed_mask(
     counts = _counts(method.match_adapter, layers)
     norms = None
     if method.method == "wanda_mask":
+        check_inputs(layers, method.method)
         with masked.disable_adapter():
             norms = input_norms(masked, layers, data.train["input_ids"], method.num_calibration_samples)
     candidates = []

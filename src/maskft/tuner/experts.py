@@ -9,6 +9,7 @@ Shapes: E experts, O rows, I columns of a matrix (which of them is the input dif
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -20,6 +21,9 @@ from .config import MaskConfig
 from .effective import score_gradient_of
 from .layer import MaskedLinear
 from .sharded import is_sharded
+
+# As transformers names them. An old list of experts counts before the layer's name: ``experts.3.w1``.
+_FUSED = re.compile(r"(?P<parameter>.*\.(?:experts\.[^.\d][^.]*|[^.]+\.weight))\.(?P<expert>\d+)")
 
 
 class ExpertMatrix(nn.Module):
@@ -101,6 +105,12 @@ def fused_parameters(module: nn.Module) -> list[str]:
     """Names of the 3-D parameters of a module itself."""
     found = module.named_parameters(recurse=False)
     return [name for name, p in found if p.dim() == 3 and p.is_floating_point() and not is_sharded(p)]
+
+
+def place_of(name: str) -> tuple[str, int] | None:
+    """Parameter and expert of a mask's name, ``...experts.gate_up_proj.3``; None: it is the name of a layer."""
+    match = _FUSED.fullmatch(name)
+    return (match["parameter"], int(match["expert"])) if match else None
 
 
 def mask_experts(
