@@ -270,7 +270,7 @@ def soak(name: str, kind: Kind, place: Path, num_cycles: int, seed: int) -> str:
             sys.exit(f"{out}: {', '.join(different)} differ from {folder / 'whole'}")
         shutil.rmtree(out)
         out.with_suffix(".log").unlink()
-        if (number + 1) % 50 == 0:
+        if (number + 1) % 25 == 0:
             print(f"  {name}: {number + 1} of {num_cycles} cycles, {killed} kills, all equal", flush=True)
     return f"{name}: {num_cycles} cycles, {killed} kills, all equal, {time.monotonic() - started:.0f} s"
 

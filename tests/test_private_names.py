@@ -53,10 +53,11 @@ def overridden():
             continue
         for kind in vars(importlib.import_module(module.name)).values():
             if inspect.isclass(kind) and kind.__module__ == module.name:
-                theirs = [base for base in kind.__mro__ if not base.__module__.startswith("maskft")]
-                found |= {
-                    name for name in vars(kind) if is_private(name) and any(name in vars(base) for base in theirs)
-                }
+                # Of all that it inherits: a mixin of ours meets their class in a third.
+                mine, theirs = set(), set()
+                for base in kind.__mro__:
+                    (mine if base.__module__.startswith("maskft") else theirs).update(filter(is_private, vars(base)))
+                found |= mine & theirs
     return {name for name in found if not name.startswith(NOISE)}
 
 
