@@ -40,8 +40,6 @@ def test_no_command_prints_what_libraries_have_to_say(base, data, tmp_path):
         ["merge", "--adapter", adapter, "--output_dir", str(tmp_path / "merged")],
         ["inspect", adapter],
         ["verify", adapter, "--base", str(base)],
-        ["masks", "compare", adapter, str(tmp_path / "l1")],
-        ["estimate", *model, "--max_train_samples", "64"],
     ]
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "COLUMNS": "80"}
     ran = subprocess.run(
