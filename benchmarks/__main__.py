@@ -9,7 +9,10 @@ from maskft.runtime import keep_freed_memory
 
 from .common import Report, set_threads
 
-NAMES = ("refresh", "file", "step", "learners", "published", "memory", "prefix", "scaling", "swap", "intervals")
+NAMES = (
+    *("refresh", "file", "step", "learners", "published", "memory", "prefix", "scaling", "swap", "intervals"),
+    "saving",
+)
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 LAST = "last"
 MANIFEST = "manifest.json"  # of a checkpoint
+LOGGED = "logged.json"  # of a checkpoint: the loss since the last line of the log
 TRAIN_LOCK = "train.lock"
 SETTINGS = "settings.json"
 TABLE = "table.md"

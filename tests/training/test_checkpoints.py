@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -20,6 +21,7 @@ from maskft import files
 from maskft.adapter.mask_set import MaskSet
 from maskft.cli.main import main
 from maskft.files import ADAPTER_WEIGHTS, MANIFEST, TRAIN_LOCK
+from maskft.study.warm import PYTHON, WarmProcess
 from maskft.training import checkpoints
 from maskft.training.manifest import FIXED, FREE, damage, read_manifest
 from maskft.training.options import option_defaults
@@ -193,6 +195,19 @@ def test_a_folder_that_was_moved_keeps_its_best(train, call, finished, tmp_path)
     status, err = train("moved", resume_from_checkpoint="true")
     assert status == 0, err
     assert same_result(tmp_path / "moved", finished)
+
+
+def test_a_run_cut_between_two_lines_of_the_log(train, tmp_path):
+    """The mean loss of the line after resuming is over all its steps."""
+    options = {"max_steps": 6, "logging_steps": 3, "save_total_limit": 9}
+    for name in ("whole", "out"):
+        assert train(name, **options)[0] == 0
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
+    status, err = train(resume_from_checkpoint="true", **options)
+    assert status == 0, err
+    assert [row["step"] for row in losses(tmp_path / "out") if row["loss"] is not None] == [3, 6]
+    assert same_result(tmp_path / "out", tmp_path / "whole")
 
 
 # Another run
@@ -373,6 +388,27 @@ def test_a_lock_dies_with_its_owner(tmp_path):
         assert hold.is_left_over
 
 
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(base, data, tmp_path):
+    """Real processes, SIGKILL; the masks and every logged loss are those of the undisturbed run."""
+    options = {"max_steps": 80, "eval_steps": 10, "save_steps": 4, "logging_steps": 3, "save_total_limit": 2}
+    assert main(words_of(base, data, tmp_path / "whole", **options)) == 0
+    words = words_of(base, data, tmp_path / "out", resume_from_checkpoint="auto", **options)
+    moments, killed = random.Random(0), 0
+    for _ in range(10):
+        process = WarmProcess([*PYTHON, *words], tmp_path / "log", None)
+        deadline = time.monotonic() + moments.uniform(1, 6)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if process.poll() is None:
+            killed += 1
+            process._process.kill()
+        process.wait()
+    assert killed >= 3
+    assert main(words) == 0
+    assert same_result(tmp_path / "out", tmp_path / "whole")
+
+
 # Signals
 
 
@@ -425,7 +461,8 @@ def test_a_second_signal_ends_at_once(base, data, tmp_path):
     process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout.readline() == "slow\n"
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)  # as a launcher passes it on: the same wish
+    time.sleep(1.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == -signal.SIGTERM

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from safetensors.torch import load_file
 import tiny
 from maskft.adapter.mask_set import MaskSet
 from maskft.cli.main import main
-from maskft.files import ADAPTER_WEIGHTS, LAST, TRAINING
+from maskft.files import ADAPTER_WEIGHTS, LAST, MANIFEST, TRAINING
+from maskft.training.checkpoints import checkpoints_in, step_of
+from maskft.training.manifest import damage, read_manifest
 from maskft.training.record import read_record
 from maskft.training.verdict import read_heldout
 from tiny_tokenizer import tiny_tokenizer
@@ -157,6 +161,28 @@ def test_resuming_in_two_processes_gives_the_uninterrupted_mask(config, argument
     result = call(["maskft.cli.main", *words, "--resume_from_checkpoint", "true"])
     assert result.returncode == 0, result.stderr
     check_equal(out, one_process, resumed=True)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_stopped_saves_the_step(arguments, tmp_path):
+    """Both processes stop after the same step, and the line that is printed resumes it with both."""
+    out = tmp_path / "out"
+    words = arguments(output_dir=out, accelerate_config="multi_gpu", max_steps=5000, save_steps=5000, **LAUNCH)
+    command = [sys.executable, "-m", "maskft.cli.main", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint-0" / MANIFEST).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, err
+    newest = checkpoints_in(out)[-1]
+    assert step_of(newest) > 0 and damage(newest) is None and read_manifest(newest).num_processes == 2
+    lines = err.strip().splitlines()
+    assert f"stopped by SIGTERM after step {step_of(newest)} of 5000" in lines[-2]
+    assert lines[-1].startswith("maskft train ") and "--accelerate_config multi_gpu" in lines[-1]
+    assert lines[-1].endswith("--resume_from_checkpoint true") and err.count("maskft: ") == 1
 
 
 @pytest.mark.slow

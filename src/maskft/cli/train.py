@@ -23,9 +23,11 @@ def main(argv: Sequence[str]) -> None:
     check_deepspeed()
     config, launch_words, train_words = parse_words(argv)
     if not launch_words or is_launched():
+        from ..estimate.out_of_memory import explained
         from ..training.train import train
 
-        train(config)
+        with explained(config):
+            train(config)
         return
     status = launch(launch_words, ["train", *train_words])
     if status:

@@ -42,7 +42,7 @@ from .ledger import OPTIMIZER_BYTES, kept_bytes, layer_passes
 from .live_bytes import Gradients, LiveBytes, make_fake, triton_head
 
 # What reading the data and building the trainer add to a process that has imported everything; measured once.
-_TRAINER_BYTES = 70_000_000
+TRAINER_BYTES = 70_000_000
 
 # Shape of a random mask that is coded, to see how many bits that takes.
 _SAMPLE_SHAPE = (1024, 1024)
@@ -74,7 +74,7 @@ class PlannedRun:
 
     def __init__(self, run: TrainConfig, device: str):
         self.run, self.length, self.device = run, run.training.max_length, device
-        self.process_bytes = resident_memory_bytes() + _TRAINER_BYTES if device == "cpu" else 0
+        self.process_bytes = resident_memory_bytes() + TRAINER_BYTES if device == "cpu" else 0
         self.method = run.method.method
         if self.method in COMBINED_METHODS:
             raise UserError(f"method {self.method} trains nothing, and there is no estimate of it")

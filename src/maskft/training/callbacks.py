@@ -116,6 +116,7 @@ class StepGuard(TrainerCallback):
         # TRL counts from zero when training is resumed; transformers' own count travels with the checkpoints.
         self.trainer._total_train_tokens = state.num_input_tokens_seen
         self.trainer._window = (time.perf_counter(), state.num_input_tokens_seen)
+        self.trainer.resume_log()
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "mask_scores" in name and parameter.dtype != torch.float32:
                 raise UserError(f"{name} is {parameter.dtype}; scores must be float32, masks are ranked in it")

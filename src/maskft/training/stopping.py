@@ -12,7 +12,7 @@ from typing import Any
 from ..runtime import is_main
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Ctrl-C reaches every process of a terminal, and a launcher then sends its processes SIGTERM for the same wish.
+# Ctrl-C reaches every process of a terminal, and launchers and studies pass it on to theirs: one wish, twice.
 _SAME_WISH_S = 1.0
 
 
@@ -47,6 +47,6 @@ class StopRequest:
             self.signal, self._time = number, now
             if is_main():  # not by a console, which may be in the middle of a line and hold its lock
                 os.write(2, b"\nstopping: the step is finished and saved first; once more stops at once\n")
-        elif number == self.signal or now - self._time > _SAME_WISH_S:
+        elif now - self._time > _SAME_WISH_S:
             self._restore()
             os.kill(os.getpid(), number)

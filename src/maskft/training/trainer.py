@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -136,8 +137,24 @@ class MaskTrainer:
             (folder / files.MANIFEST).unlink(missing_ok=True)  # of one of the same step, which is written over
         with written_whole(folder, "its state", 2**20):
             super()._save_checkpoint(model, trial)
+            self._save_loss_since_log(folder)
             if self.checkpoints is not None:
                 self.checkpoints.seal(self, folder)
+
+    def _save_loss_since_log(self, folder: Path) -> None:
+        """Keep what the next line of the log is the mean of: transformers would begin at the checkpoint."""
+        sums = runtime.reduce_(self._tr_loss.detach().double().clone()) / runtime.num_processes()
+        if runtime.is_main():
+            content = {"loss": sums.item(), "step": self._globalstep_last_logged}
+            files.write_text(folder / files.LOGGED, json.dumps(content) + "\n")
+
+    def resume_log(self) -> None:
+        """Go on from what was kept of the loss since the last line of the log."""
+        checkpoint = None if self.checkpoints is None else self.checkpoints.resume_from
+        if checkpoint is not None:
+            kept = files.read_json(Path(checkpoint) / files.LOGGED)
+            self._tr_loss.fill_(kept["loss"])
+            self._globalstep_last_logged = kept["step"]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights or adapter; the masks of all processes must be the same, and the saved ones must be theirs."""
