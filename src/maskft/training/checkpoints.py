@@ -254,7 +254,8 @@ def written_whole(folder: Path, file: str, num_bytes: int) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _WRITE_ERRORS):
             raise
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            shutil.rmtree(folder, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free
         raise UserError(
             f"{folder / file} cannot be written ({first_line(error)}): it needs {num_bytes:,} bytes, and {free:,} are "

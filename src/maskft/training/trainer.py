@@ -151,7 +151,7 @@ class MaskTrainer:
     def resume_log(self) -> None:
         """Go on from what was kept of the loss since the last line of the log."""
         checkpoint = None if self.checkpoints is None else self.checkpoints.resume_from
-        if checkpoint is not None:
+        if checkpoint is not None and (Path(checkpoint) / files.LOGGED).is_file():
             kept = files.read_json(Path(checkpoint) / files.LOGGED)
             self._tr_loss.fill_(kept["loss"])
             self._globalstep_last_logged = kept["step"]
