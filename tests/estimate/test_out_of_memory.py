@@ -46,6 +46,7 @@ def call(tmp_path, capsys):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the bound is one of Linux")
 def test_a_run_that_needs_too_much_says_what_would_fit(call, tmp_path):
     assert call("first", per_device_train_batch_size=1)[0] == 0  # what is imported on the way takes address space too
