@@ -141,8 +141,9 @@ def test_steps_and_time(run, data):
 
 def test_adapter_bytes_against_a_file(run, tmp_path):
     result = estimate(run(mask_sparsity=0.1))
-    shapes = [module.weight.shape for module in PlannedRun(run(), "cpu").masked.values()]
-    coded = {f"model.layers.{i}.mask_coded": encode_mask(random_mask(s, 0.1, seed=i)) for i, s in enumerate(shapes)}
+    shapes = {name: module.weight.shape for name, module in PlannedRun(run(), "cpu").masked.items()}
+    masks = {name: random_mask(shape, 0.1, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    coded = {f"base_model.model.{name}.mask_coded": encode_mask(mask) for name, mask in masks.items()}
     save_file(coded, tmp_path / "adapter.safetensors")
     assert result.adapter_bytes == pytest.approx((tmp_path / "adapter.safetensors").stat().st_size, rel=0.05)
     assert result.bits_per_weight["bound"] == pytest.approx(0.469, abs=1e-3)
