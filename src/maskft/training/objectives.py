@@ -52,7 +52,10 @@ def make_trainer(
             "train_dataset": data.train.select_columns(columns),
             "eval_dataset": data.heldout.select_columns(columns),
         }
-        return MaskSFTTrainer(model=model, args=args, processing_class=tokenizer, **sets)
+        template = tokenizer.chat_template
+        trainer = MaskSFTTrainer(model=model, args=args, processing_class=tokenizer, **sets)
+        tokenizer.chat_template = template  # TRL has read its file again, without chat_template_kwargs
+        return trainer
     make = _preference_trainer if method.objective == "dpo" else _answer_trainer
     return make(model, tokenizer, data, method, _objective_config(args, method))
 
