@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         _limit(content, args.limit)
     recipe = parse_recipe(content, None if args.model else _FILES, file)
     plan = study.check(recipe)
-    print((_INTRO_OF_SUMS if args.model else _INTRO).format(model=args.model, minutes=_minutes(plan)))
+    print((_INTRO_OF_SUMS if args.model else _INTRO).format(model=Path(args.model or "").name, minutes=_minutes(plan)))
     # Two small trainings with a thread each are faster than one with two.
     num_at_once = 1 if args.model else min(_MOST_AT_ONCE, os.cpu_count() or 1)
     study.start(plan, args.output_dir, num_at_once=num_at_once, is_brief=True)

@@ -320,6 +320,8 @@ def difference_text(row: Difference, unit: str = "", at_once: bool = False) -> s
     at_once = at_once and (row.simultaneous_low, row.simultaneous_high) != (None, None)
     scale, digits = _scale_and_digits(row.unit)
     bounds = (row.simultaneous_low, row.simultaneous_high) if at_once else (row.ci_low, row.ci_high)
+    if at_once and row.unit == "fraction":  # of few seeds they go beyond what a difference of fractions can be
+        bounds = (max(-1.0, bounds[0] or 0.0), min(1.0, bounds[1] or 0.0))
     numbers = [scale * (x or 0.0) for x in (row.difference, *bounds)]
     smallest = min((abs(number) for number in numbers if number), default=1.0)
     while smallest < 0.5 * 10**-digits and digits < 8:

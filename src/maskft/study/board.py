@@ -27,7 +27,7 @@ class Board:
         study: Where the runs are.
         plan: The runs; their settings are known.
         console: Where to show it.
-        is_brief: In a log, say nothing when a run begins.
+        is_brief: In a log, say nothing when a run begins, and nothing of runs that are not trained.
     """
 
     def __init__(self, study: Study, plan: Plan, console: Console, is_brief: bool = False):
@@ -69,7 +69,8 @@ class Board:
         if reason is not None:
             self.failed[run] = reason
         text = self._outcome(run) if reason is None else f"failed: {reason}"
-        self._say(run, f"{text}, {self.seconds[run]:.0f} s", is_news=reason is not None)
+        if reason is not None or _is_trained(run) or not self.is_brief:
+            self._say(run, f"{text}, {self.seconds[run]:.0f} s", is_news=reason is not None)
         self._refresh()
 
     def tick(self) -> None:
