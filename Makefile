@@ -30,7 +30,7 @@ test-browser: $(VENV)/.browser
 
 # The lowest versions that pyproject.toml admits. TESTS=tests/tuner runs a part.
 test-oldest: $(VENV)-oldest/.test
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 # Kill-and-resume cycles; random changes of files, for so many minutes each.
 CYCLES ?= 200

@@ -92,7 +92,7 @@ def test_a_killed_search_ends_as_an_undisturbed_one(content, tmp_path):
     def probe_is_trained():
         return any(cut.glob(f"{files.RUNS}/layers*/{files.TRAINING}"))
 
-    assert kill_now_and_then(file, cut, [8.0, probe_is_trained, 20.0, second_rung_is_training], "search") >= 3
+    assert kill_now_and_then(file, cut, [5.0, probe_is_trained, 4.0, second_rung_is_training], "search") >= 2
     assert main(["search", str(file), "--output_dir", str(cut)]) == 0
     records = [json.loads((folder / files.SEARCH).read_text()) for folder in (whole, cut)]
     for record in records:

@@ -391,7 +391,7 @@ def test_a_lock_dies_with_its_owner(tmp_path):
 @pytest.mark.slow
 def test_ten_kills_at_random_moments(base, data, tmp_path):
     """Real processes, SIGKILL; the masks and every logged loss are those of the undisturbed run."""
-    options = {"max_steps": 80, "eval_steps": 10, "save_steps": 4, "logging_steps": 3, "save_total_limit": 2}
+    options = {"max_steps": 80, "eval_steps": 4, "save_steps": 4, "logging_steps": 3, "save_total_limit": 2}
     assert main(words_of(base, data, tmp_path / "whole", **options)) == 0
     words = words_of(base, data, tmp_path / "out", resume_from_checkpoint="auto", **options)
     moments, killed = random.Random(0), 0

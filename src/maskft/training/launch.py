@@ -62,6 +62,7 @@ def launch(launch_words: Sequence[str], command: Sequence[str]) -> int:
             f"num_processes is {args.num_processes}, but not how they share work: add --accelerate_config fsdp2, or "
             "multi_gpu (on CPUs too)"
         )
+    before = dict(os.environ)
     os.environ[_LAUNCHED] = "1"
     os.environ[COMMAND] = shlex.join(["maskft", *command, *launch_words])
     # The processes print their own errors; torchrun would add a page to each.
@@ -76,6 +77,9 @@ def launch(launch_words: Sequence[str], command: Sequence[str]) -> int:
         return _status(error.returncode)
     except ValueError as error:
         raise UserError(str(error)) from error
+    finally:  # accelerate sets more; a later run in this process is no launched one
+        os.environ.clear()
+        os.environ.update(before)
     return 0
 
 
