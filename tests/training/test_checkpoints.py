@@ -391,13 +391,13 @@ def test_a_lock_dies_with_its_owner(tmp_path):
 @pytest.mark.slow
 def test_ten_kills_at_random_moments(base, data, tmp_path):
     """Real processes, SIGKILL; the masks and every logged loss are those of the undisturbed run."""
-    options = {"max_steps": 80, "eval_steps": 4, "save_steps": 4, "logging_steps": 3, "save_total_limit": 2}
+    options = {"max_steps": 400, "eval_steps": 10, "save_steps": 10, "logging_steps": 3, "save_total_limit": 2}
     assert main(words_of(base, data, tmp_path / "whole", **options)) == 0
     words = words_of(base, data, tmp_path / "out", resume_from_checkpoint="auto", **options)
     moments, killed = random.Random(0), 0
     for _ in range(10):
         process = WarmProcess([*PYTHON, *words], tmp_path / "log", None)
-        deadline = time.monotonic() + moments.uniform(1, 6)
+        deadline = time.monotonic() + moments.uniform(0.5, 2.5)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         if process.poll() is None:
