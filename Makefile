@@ -7,7 +7,7 @@ SOURCES := src tests benchmarks recipes examples docs
 # Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow test-judge test-browser test-oldest soak fuzz bench docs quality style clean
+.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest soak fuzz bench docs quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
@@ -27,6 +27,11 @@ test-browser: $(VENV)/.browser
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
 		$$(command -v sudo) sh -c 'apt-get update -q && apt-get install -q -y --no-install-recommends chromium'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report
+
+# Where neither a browser nor a package of one is to be had, it says so.
+test-browser-if-there:
+	@if command -v chromium || (apt-get update -qq && apt-get install -y -qq chromium) > /dev/null 2>&1; \
+	then $(MAKE) test-browser; else echo "no browser here, and none to install: make test-browser was not run"; fi
 
 # The lowest versions that pyproject.toml admits. TESTS=tests/tuner runs a part.
 test-oldest: $(VENV)-oldest/.test
