@@ -274,9 +274,14 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _num_threads() -> int:
     """Return the number of threads that numerical libraries use by default: OMP_NUM_THREADS or the usable cores."""
     requested = os.environ.get("OMP_NUM_THREADS", "")
     if requested.isdecimal() and int(requested) > 0:
         return int(requested)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return num_cores()

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..runtime import num_cores
 
 WATCH_INTERVAL_S = 0.05  # how often the memory and CPU time of all of a program's processes are added up
 STOP_PATIENCE_S = 5.0  # from asking the launcher to stop until it is killed; its end takes everything below with it
@@ -177,7 +178,7 @@ def run_many(
             "to run it with the rights of the current user, accept that risk with --allow_unconfined_code"
         )
     if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_workers = num_cores()
     if num_workers < 1:
         raise UserError(f"num_workers must be at least 1, got {num_workers}")
     stop = threading.Event()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
 from .. import files
 from ..errors import UserError
+from ..runtime import num_cores
 from .board import Board
 from .execute import Study, Tick, make
 from .plan import StudyRun
@@ -31,8 +33,7 @@ class Launcher:
     def share_cores(self) -> None:
         """Give each run its share of the cores, where the user has not said how many threads a process has."""
         if self.num_at_once > 1:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.num_at_once)))
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // self.num_at_once)))
 
     def run(self, study: Study, todo: list[StudyRun], board: Board) -> None:
         """Make ``todo``; what fails is noted on ``board``."""
@@ -80,12 +81,8 @@ def run_several_here(study: Study, todo: list[StudyRun], board: Board, num_at_on
     with ThreadPoolExecutor(num_at_once) as pool:
         try:
             while waiting or running:
-                for run in list(waiting):
-                    reason = _blocked(run, board.failed)
-                    if reason is not None:
-                        board.ended(run, reason)
-                        waiting.remove(run)
-                    elif len(running) < num_at_once and not _waits(run, waiting, running.values()):
+                for run in _ready(waiting, running, board):
+                    if len(running) < num_at_once:
                         board.started(run)
                         running[pool.submit(_failure, study, run, tick)] = run
                         waiting.remove(run)
@@ -96,9 +93,15 @@ def run_several_here(study: Study, todo: list[StudyRun], board: Board, num_at_on
             is_over.set()
 
 
-def _waits(run: StudyRun, *unfinished: Iterable[StudyRun]) -> bool:
-    """Whether a run needs one of those that are not finished."""
-    return any(parent in runs for parent in run.parents for runs in unfinished)
+def _ready(waiting: list[StudyRun], under_way: dict[Any, StudyRun], board: Board) -> Iterator[StudyRun]:
+    """Those of ``waiting`` whose parents are finished; those whose parent failed are taken out and noted as failed."""
+    for run in list(waiting):
+        reason = _blocked(run, board.failed)
+        if reason is not None:
+            board.ended(run, reason)
+            waiting.remove(run)
+        elif not any(parent in waiting or parent in under_way.values() for parent in run.parents):
+            yield run
 
 
 def run_on_ray(study: Study, todo: list[StudyRun], board: Board) -> None:
@@ -113,15 +116,10 @@ def run_on_ray(study: Study, todo: list[StudyRun], board: Board) -> None:
     task = ray.remote(num_cpus=launch.num_cpus, num_gpus=launch.num_gpus, max_retries=0)(_failure)
     waiting, pending, queued = list(todo), {}, {}
     while waiting or pending:
-        for run in list(waiting):
-            reason = _blocked(run, board.failed)
-            if reason is not None:
-                board.ended(run, reason)
-                waiting.remove(run)
-            elif not _waits(run, waiting, pending.values()):
-                pending[task.remote(remote_study, run)] = run
-                queued[run] = time.time()
-                waiting.remove(run)
+        for run in _ready(waiting, pending, board):
+            pending[task.remote(remote_study, run)] = run
+            queued[run] = time.time()
+            waiting.remove(run)
         for run in [run for run, since in queued.items() if _writes(study, run, since)]:
             board.started(run)
             del queued[run]

@@ -72,7 +72,8 @@ def _of_one_model(results: list[Result], baseline: str | None, is_brief: bool) -
     record = {"baseline": baseline, "runs": runs, "comparison": comparison.to_dict()}
     text = render_brief(comparison) if is_brief else render(comparison, "terminal")
     masks = {r["name"] for r in results if r["model"]["method"] == "mask"}
-    rows = [row for row in comparison.differences if not is_brief or (row.task, row.metric) == brief_metric(comparison)]
+    shown = brief_metric(comparison) if is_brief else None
+    rows = (row for row in comparison.differences if shown in (None, (row.task, row.metric)))
     verdict = next((row for row in rows if row.method in masks), None)
     text += f"\n{wrap(f'Verdict: {sentence(verdict)}')}" if verdict else ""
     return text, render(comparison, "markdown"), record
