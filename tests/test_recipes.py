@@ -32,9 +32,9 @@ SEARCHES = [path for path in RECIPES if "search" in yaml.safe_load(path.read_tex
 STUDIES = [path for path in RECIPES if "version" in yaml.safe_load(path.read_text()) and path not in SEARCHES]
 
 
-def small_inputs():
-    """recipes/small/make_inputs.py, which is a script and no module of the package."""
-    spec = importlib.util.spec_from_file_location("make_inputs", ROOT / "recipes/small/make_inputs.py")
+def inputs_of(folder):
+    """make_inputs.py of recipes/small or recipes/text, which is a script and no module of the package."""
+    spec = importlib.util.spec_from_file_location("make_inputs", ROOT / "recipes" / folder / "make_inputs.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -72,7 +72,8 @@ CONFIGS = {
         vocab_size=49152,
         tie_word_embeddings=True,
     ),
-    "runs/small/model": small_inputs().random_model().config,
+    "runs/small/model": inputs_of("small").random_model().config,
+    "runs/text/model": inputs_of("text").random_model().config,
 }
 
 
@@ -124,7 +125,7 @@ def test_study(file, tmp_path, capsys):
 
 @pytest.mark.parametrize("file", SEARCHES, ids=name)
 def test_search(file, tmp_path, capsys):
-    small_inputs().main(tmp_path)
+    inputs_of("small").main(tmp_path)
     words = ["search", str(file), "--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--dry_run"]
     assert main(words) == 0
     assert "rung 2: " in capsys.readouterr().out and not (tmp_path / "out").exists()
@@ -220,7 +221,7 @@ def test_no_mask_is_chosen_on_rows_that_the_mixed_model_was_trained_on(file):
 
 
 def test_inputs_of_the_small_study(tmp_path, capsys):
-    small_inputs().main(tmp_path)
+    inputs_of("small").main(tmp_path)
     files = sorted(tmp_path.glob("*.jsonl.gz"))
     parts = {file.name: [json.loads(line) for line in gzip.open(file, "rt")] for file in files}
     assert [len(rows) for rows in parts.values()] == [20_000, 4_500, 2_700]
@@ -242,3 +243,43 @@ def test_the_template_of_the_base_models(tmp_path):
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     turns = "<|system|>\ns\n<|user|>\nu\n<|assistant|>\na<|im_end|>\n<|user|>\nu\n<|assistant|>\n"
     assert text == "<|im_start|>" + turns
+
+
+def test_inputs_of_the_studies_of_text(tmp_path, capsys, monkeypatch):
+    """From files as they are published, each set with columns of its own."""
+    inputs, sources = inputs_of("text"), tmp_path / "sources"
+    monkeypatch.setattr(inputs, "NUM_BEFORE", 2)
+    monkeypatch.setattr(inputs, "NUM_CODE_TEST", 3)
+    sources.mkdir()
+    sums = [
+        {"question": f"What is {n} + {n}?", "answer": f"It is <<{n}+{n}={2 * n}>>{2 * n}.\n#### {2 * n}"}
+        for n in range(9)
+    ]
+    (sources / "gsm8k_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*sums, sums[0]]))
+    too_long = {"question": "How long? " + "x7 " * 200, "answer": "#### 1"}
+    with gzip.open(sources / "gsm8k_test.jsonl.gz", "wt") as out:
+        out.write(json.dumps(too_long) + "\n" + json.dumps({"question": "And 7?", "answer": "#### 7"}) + "\n")
+    code = [{"instruction": f"Print {n}", "input": f"n={n}", "response": f"print({n})"} for n in range(8)]
+    (sources / "codegen-instruct.json").write_text(json.dumps(code))
+    plain = {"instruction": "Who?", "context": "Ann. " * 300, "response": "Ann", "category": "qa"}
+    (sources / "databricks-dolly-15k.jsonl").write_text(json.dumps(plain))
+    spelling = [{"instruction": f"Spell {n}", "input": "", "output": f"It is {n}."} for n in range(5)]
+    (sources / "instruction-data.json").write_text(json.dumps(spelling))
+    inputs.main(sources, tmp_path)
+    rows = {
+        file.name[:-9]: [json.loads(line) for line in gzip.open(file, "rt")] for file in tmp_path.glob("*.jsonl.gz")
+    }
+    assert {name: len(of_file) for name, of_file in rows.items() if not name.startswith("instructions")} == {
+        "gsm8k_train": 9, "gsm8k_test": 1, "code_train": 5, "code_test": 3
+    }  # fmt: skip
+    assert rows["gsm8k_test"] == [{"prompt": "Question: And 7?\nAnswer:", "completion": " #### 7"}]
+    assert {"prompt": "Question: What is 3 + 3?\nAnswer:", "completion": " It is 6.\n#### 6"} in rows["gsm8k_train"]
+    asked = [row["prompt"] for row in rows["code_train"] + rows["code_test"]]
+    assert set(asked) == {f"Question: Print {n}\n\nn={n}\nAnswer:" for n in range(8)}
+    texts = "".join(row["text"] for row in rows["instructions_train"] + rows["instructions_before"])
+    assert texts.count("Question: ") == 6 and texts.count("Ann.") == 300  # the long one in pieces
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    assert len(tokenizer("2776")["input_ids"]) == 4 and tokenizer.decode(tokenizer("f(x)é")["input_ids"]) == "f(x)é"
+    (sources / "gsm8k_test.jsonl.gz").unlink()
+    with pytest.raises(SystemExit, match=r"0 files in .* have 'gsm8k_test' in their name"):
+        inputs.main(sources, tmp_path)

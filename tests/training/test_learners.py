@@ -204,3 +204,10 @@ def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path
 def test_mistakes_end_in_one_line(options, message, train):
     status, err = train(**options)
     assert status == 2 and message in err and len(err.strip().splitlines()) <= 3, err
+
+
+def test_the_values_of_another_architecture_end_in_one_line(train, tmp_path):
+    tiny.tiny_llama(intermediate_size=64).save_pretrained(tmp_path / "other")
+    status, err = train(mask_removed_value="base", mask_removed_value_model=tmp_path / "other")
+    assert status == 2 and "removed_value_model" in err and "has another architecture: " in err
+    assert err.count("maskft: error") == 1 and "Traceback" not in err
