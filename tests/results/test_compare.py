@@ -224,6 +224,40 @@ def test_several_seeds_of_a_zero_one_metric_use_the_bootstrap():
     assert (row.test, row.verdict) == ("bootstrap", "better")
 
 
+def test_fixed_seeds_are_the_mean_of_these_models():
+    """What is compared is one model per method whose score on an item is the mean over the seeds."""
+    rng = np.random.default_rng(0)
+    right = {name: rng.random((2, 400)) < rates for name, rates in {"full": 0.5, "mask": [[0.7], [0.58]]}.items()}
+    results = [make(name, seed, accuracy=rows[seed].astype(float)) for name, rows in right.items() for seed in (0, 1)]
+    comparison = fast(results, "full", fixed_seeds=True)
+    row, diffs = only(comparison), right["mask"].astype(float) - right["full"]
+    means = [make(name, accuracy=rows.mean(axis=0)) for name, rows in right.items()]
+    one = only(fast(means, "full"))
+    assert (row.difference, row.ci_low, row.ci_high) == (one.difference, one.ci_low, one.ci_high)
+    assert (row.p_value, row.verdict, row.num_seeds) == (one.p_value, "better", 2)
+    assert row.by_seed == pytest.approx(diffs.mean(axis=1))
+    assert comparison.scores[0].stderr == pytest.approx(right["full"].mean(axis=0).std(ddof=1) / 20)
+    text = render(comparison, "terminal").replace("\n  ", " ")
+    by_seed = ", ".join(f"{100 * each:+.1f}" for each in row.by_seed)
+    assert f"accuracy on sums, these 2 seeds: +{100 * row.difference:.1f} points" in text
+    assert f"better; by seed {by_seed}." in text
+    assert "about these trained models and not about other seeds" in text
+    drawn = only(fast(results, "full"))
+    assert (drawn.verdict, drawn.by_seed) == ("not distinguishable", None)
+    assert "other seeds" not in render(fast(results, "full"), "terminal")
+
+
+def test_of_fixed_seeds_more_items_are_asked_for_and_no_seeds():
+    base = np.linspace(1, 2, 50)
+    shifts = {0: 0.02 * np.sin(np.arange(50)), 1: 0.02 * np.cos(np.arange(50)) + 0.001}
+    results = [make("full", seed, nll=base, num_tokens=np.ones(50, int)) for seed in shifts]
+    results += [make("mask", seed, nll=base + shift, num_tokens=np.ones(50, int)) for seed, shift in shifts.items()]
+    row = only(fast(results, "full", fixed_seeds=True))
+    assert row.seeds_needed is None
+    assert row.items_needed > 50
+    assert "would need about" in sentence(row)
+
+
 def test_too_few_items_for_the_seeds_asks_for_items():
     rng = np.random.default_rng(0)
     noise = rng.normal(0.01, 1, 50)

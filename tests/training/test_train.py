@@ -22,8 +22,10 @@ from maskft.cli.train import parse
 from maskft.files import ADAPTER_WEIGHTS, LAST, TRAINING
 from maskft.models import load_tokenizer
 from maskft.training.arguments import TrainingArguments
+from maskft.training.method_arguments import mask_config
 from maskft.training.record import read_record
 from maskft.training.train import train
+from maskft.tuner.config import PRESETS, MaskConfig
 from tiny_tokenizer import CHATML, tiny_tokenizer
 
 
@@ -508,6 +510,25 @@ def test_bfloat16_is_the_default_where_the_processor_multiplies_it(has_instructi
     monkeypatch.setattr(training_arguments, "multiplies_bfloat16", lambda: has_instructions)
     assert TrainingArguments(output_dir=str(tmp_path)).bf16 is has_instructions
     assert TrainingArguments(output_dir=str(tmp_path), bf16=True).bf16 is True
+
+
+@pytest.mark.parametrize(
+    ("words", "sparsity", "rate"),
+    [
+        ([], 0.3, 1e-2),
+        (["--method", "random_mask"], 0.3, 2e-5),
+        (["--mask_preset", "paper"], 0.1, 1e-2),
+        (["--mask_sparsity", "0.1", "--learning_rate", "1e-4"], 0.1, 1e-4),
+        (["--method", "full"], 0.3, 2e-5),
+    ],
+)
+def test_the_recommended_mask_is_the_default(words, sparsity, rate):
+    config = parse(["--model_name_or_path", "any", "--dataset_name", "any", *words])
+    made = mask_config(config.mask)
+    assert (made.sparsity, config.training.learning_rate) == (sparsity, rate)
+    if not words:
+        recommended = MaskConfig(preset="recommended")
+        assert all(getattr(made, name) == getattr(recommended, name) for name in PRESETS["recommended"])
 
 
 def test_a_run_leaves_its_configuration_as_it_was(base, data, tmp_path):

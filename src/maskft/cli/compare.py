@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dependent items, such as a passage (default: cluster_id where items have it)",
     )
     parser.add_argument(
+        "--fixed_seeds",
+        action="store_true",
+        help="claim something about these trained models alone: intervals are over items, training seeds are not a "
+        "sample (default: seeds are drawn as items are, so that claims hold for other seeds too)",
+    )
+    parser.add_argument(
         "--margin",
         type=float,
         metavar="M",
@@ -99,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plan:
         text = _plan(args, results, tasks, metrics)
     elif len({result["name"] for result in results}) == 1 and args.baseline is None:
-        text = render_scores(scores(results, tasks, metrics), args.format)
+        text = render_scores(scores(results, tasks, metrics, args.fixed_seeds), args.format)
     else:
         comparison = compare(
             results,
@@ -110,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             confidence=args.confidence,
             margin=args.margin,
+            fixed_seeds=args.fixed_seeds,
         )
         text = render(comparison, args.format)
     if args.output:

@@ -140,7 +140,8 @@ def gather(
     else:
         starts = {run.start for run in runs if run.method == MASK}
         started_from = [result for (run, _), result in results.items() if run in starts]
-        evidence.comparison = _compared(list(evidence.results.values()), baseline, started_from)
+        is_fixed = summary.get("comparison", {}).get("fixed_seeds", False)
+        evidence.comparison = _compared(list(evidence.results.values()), baseline, started_from, is_fixed)
         if baseline is None and evidence.comparison:
             evidence.notes = ["the study has written no comparison yet; this one is of the results that there are"]
     evidence.notes += [_tuned_text(tuned) for tuned in summary.get("tuning", []) if tuned.get("winner")]
@@ -268,7 +269,9 @@ def _set_methods(evidence: Evidence) -> None:
             evidence.trained.append(Trained(name, method, row["seed"], is_start, history))
 
 
-def _compared(results: list[Result], baseline: str | None, started_from: Sequence[Result] = ()) -> Comparison | None:
+def _compared(
+    results: list[Result], baseline: str | None, started_from: Sequence[Result] = (), fixed_seeds: bool = False
+) -> Comparison | None:
     """Compare with the baseline.
 
     By default that is the best of the first full fine-tuning, one that masks were started from (``started_from``)
@@ -278,7 +281,7 @@ def _compared(results: list[Result], baseline: str | None, started_from: Sequenc
     if len(names) < 2 and baseline is None:
         return None
     full = [r for r in (*started_from, *results) if r["model"]["method"] == "full" and not _is_last(r)]
-    return compare(results, baseline or (full or results)[0]["name"])
+    return compare(results, baseline or (full or results)[0]["name"], fixed_seeds=fixed_seeds)
 
 
 def _is_last(result: Result) -> bool:

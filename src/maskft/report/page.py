@@ -56,6 +56,7 @@ def render_report(evidence: Evidence) -> str:
         verdict=_verdict(evidence),
         notes=notes,
         scores=_scores(evidence),
+        over="items" if comparison and comparison.fixed_seeds else "seeds where there are several, else over items",
         intervals=", which holds together with all others" if holds_at_once(evidence.differences) else "",
         charts=charts,
         has_texts=any(row["texts"] for record in items for row in record["rows"]),
@@ -118,6 +119,8 @@ def _facts(evidence: Evidence) -> list[str]:
 
 # The verdict
 
+_FIXED = "Seeds are fixed: this is about these trained models on other items, and not about other training seeds."
+
 
 def _verdict(evidence: Evidence) -> dict[str, Any]:
     """What is claimed, in words of the comparison."""
@@ -129,7 +132,7 @@ def _verdict(evidence: Evidence) -> dict[str, Any]:
         }
     masks = evidence.masks
     return {
-        "headline": _headline(evidence, comparison, masks),
+        "headline": [*_headline(evidence, comparison, masks), *([_FIXED] if comparison.fixed_seeds else [])],
         "masks": [_card(evidence, name) for name in masks],
         "sentences": [sentence(row) for row in evidence.differences],
         "baseline": comparison.baseline,
@@ -166,7 +169,7 @@ def _counted(rows: Sequence[Difference], comparison: Comparison) -> list[str]:
 def _card(evidence: Evidence, name: str) -> dict[str, Any]:
     lines = [
         {
-            "what": f"{row.metric} on {row.task}" + (f", {row.num_seeds} seeds" if row.num_seeds > 1 else ""),
+            "what": f"{row.metric} on {row.task}" + (f", {_seeds_text(row)}" if row.num_seeds > 1 else ""),
             "verdict": row.verdict,
             "words": verdict_text(row),
             "difference": difference_text(row, "points" if row.unit == "fraction" else row.unit, at_once=True),
@@ -175,6 +178,10 @@ def _card(evidence: Evidence, name: str) -> dict[str, Any]:
         if row.method == name
     ]
     return {"name": name, "lines": lines}
+
+
+def _seeds_text(row: Difference) -> str:
+    return f"{'these ' if row.by_seed else ''}{row.num_seeds} seeds"
 
 
 # The table

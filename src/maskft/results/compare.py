@@ -42,6 +42,7 @@ def compare(
     seed: int = 0,
     confidence: float = 0.95,
     margin: float | None = None,
+    fixed_seeds: bool = False,
 ) -> Comparison:
     """Compare every method with the baseline on the items they share.
 
@@ -59,6 +60,8 @@ def compare(
         confidence: Coverage of the intervals, in (0, 1).
         margin: A difference that does not matter, > 0, in the unit of the metrics: of fractions 0.01 is one point.
             Equivalence is tested for fractions, or for all metrics where none is one.
+        fixed_seeds: Claim something about these trained models, averaged over their seeds: intervals are over items
+            alone and say nothing about other training seeds. By default seeds are drawn as items are.
 
     Raises:
         UserError: If there is nothing to compare, a name is unknown, or items, prompts, shots or versions differ.
@@ -78,11 +81,12 @@ def compare(
     rows: list[tuple[Difference, Measured]] = []
     for method, task, metric in pairs:
         paired = _pair_by_seed(groups[method], groups[baseline])
-        rows.append(_measure(paired, [(task, metric)], main[task] == metric, num_resamples, seed))
+        rows.append(_measure(paired, [(task, metric)], main[task] == metric, num_resamples, seed, fixed_seeds))
     averaged = averaged_metrics(results, tasks, item_metrics)
     others = [name for name in groups if name != baseline and averaged]
     averages = [
-        _measure(_pair_by_seed(groups[name], groups[baseline]), averaged, True, num_resamples, seed) for name in others
+        _measure(_pair_by_seed(groups[name], groups[baseline]), averaged, True, num_resamples, seed, fixed_seeds)
+        for name in others
     ]
     margin_unit = _margin_unit([row for row, _ in rows], margin)
     families = [[pair for pair in rows if pair[0].is_main == is_main] for is_main in (True, False)]
@@ -92,12 +96,13 @@ def compare(
         baseline=baseline,
         methods=[name for name in groups if name != baseline],
         differences=[places[pair] for pair in pairs],
-        scores=scores(results, tasks, metrics),
+        scores=scores(results, tasks, metrics, fixed_seeds),
         notes=notes + _seed_notes(groups, baseline, pairs) + setting_notes(results, tasks),
         confidence=confidence,
         num_resamples=num_resamples,
         seed=seed,
         averages=judged[2],
+        fixed_seeds=fixed_seeds,
     )
 
 
@@ -133,10 +138,15 @@ def main_samples(
 
 
 def _measure(
-    paired: Paired, metrics: Sequence[tuple[str, str]], is_main: bool, num_resamples: int, seed: int
+    paired: Paired,
+    metrics: Sequence[tuple[str, str]],
+    is_main: bool,
+    num_resamples: int,
+    seed: int,
+    fixed_seeds: bool,
 ) -> tuple[Difference, Measured]:
     """Measure the difference in a metric of a task, or in the average over several, which have the same unit."""
-    samples = [sample_of(paired, task, metric) for task, metric in metrics]
+    samples = [sample_of(paired, task, metric, fixed_seeds) for task, metric in metrics]
     task, metric = metrics[0]
     unit = unit_of([*paired[0], *paired[1]], task, metric)
     higher_is_better = paired[1][0]["tasks"][task]["metrics"][metric]["higher_is_better"]

@@ -38,7 +38,9 @@ class Difference:
     that which holds together with those of the family; it holds zero exactly where the verdict claims nothing
     (``is_cut_at_zero``: its bound at zero is open).
 
-    Items are won, lost and tied by their mean over the seeds. ``num_clusters`` is null for independent items.
+    ``by_seed`` are the differences of seeds that are fixed: interval, p and verdict are then about these models and
+    other items, and None says that they are about other seeds too. Items are won, lost and tied by their mean over the
+    seeds. ``num_clusters`` is null for independent items.
     ``items_needed`` and ``seeds_needed`` are None where they would not help or the verdict stands without.
     """
 
@@ -72,13 +74,15 @@ class Difference:
     is_cut_at_zero: bool = False
     num_clusters: int | None = None
     equivalence: Equivalence | None = None
+    by_seed: list[float] | None = None
 
 
 @dataclass(frozen=True)
 class Score:
     """The value of one model in one metric of a task.
 
-    ``stderr`` is over the items (clusters) for one result, over the seeds for several; None where there is none.
+    ``stderr`` is over the items (clusters) for one result and for fixed seeds, over the seeds for several others; None
+    where there is none.
     ``value`` is None where a result has none. ``low`` to ``high`` is a 95 % interval over the items: of a proportion
     (`proportions.proportion_interval`), otherwise None. At the edges (``is_at_edge``) it says what ``stderr`` cannot.
     """
@@ -100,6 +104,7 @@ class Comparison:
     """All differences from one baseline, with what they were computed from.
 
     ``averages`` are differences of the unweighted mean over the tasks' main metrics, a family of their own.
+    ``fixed_seeds`` says that seeds are not a sample: errors and intervals are over items alone.
     """
 
     baseline: str
@@ -111,6 +116,7 @@ class Comparison:
     num_resamples: int
     seed: int
     averages: list[Difference] = field(default_factory=list)
+    fixed_seeds: bool = False
     schema_version: int = SCHEMA_VERSION
     kind: str = "comparison"
 

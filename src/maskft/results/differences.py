@@ -43,6 +43,7 @@ class Sample:
     baseline_SN: NDArray[np.float64]
     weights: list[float] | None
     clusters: list[str] | None
+    has_fixed_seeds: bool = False  # these models are meant, not the seeds they are a sample of
 
     @property
     def diffs_SN(self) -> NDArray[np.float64]:
@@ -50,8 +51,9 @@ class Sample:
         return np.asarray(self.values_SN - self.baseline_SN)
 
     def block(self) -> Block:
-        """Return the differences of the units that are drawn."""
-        return as_block(self.diffs_SN, self.weights, self.clusters)
+        """Return the differences of the units that are drawn; fixed seeds are no units, their mean is meant."""
+        diffs_SN = self.diffs_SN.mean(axis=0, keepdims=True) if self.has_fixed_seeds else self.diffs_SN
+        return as_block(diffs_SN, self.weights, self.clusters)
 
     @property
     def is_binary(self) -> bool:
@@ -136,7 +138,7 @@ def _won_and_lost(block: Block) -> tuple[float, float, int]:
     return float(gains_U[gains_U > 0].sum()), float(-gains_U[gains_U < 0].sum()), num_units
 
 
-def sample_of(paired: Paired, task: str, metric: str) -> Sample:
+def sample_of(paired: Paired, task: str, metric: str, has_fixed_seeds: bool = False) -> Sample:
     """Return the values of two sets of seeds in one metric of a task.
 
     Raises:
@@ -151,7 +153,7 @@ def sample_of(paired: Paired, task: str, metric: str) -> Sample:
     if clusters and len(set(clusters)) == 1:
         raise UserError(f"{metric} on {task}: all {num_items} items are of one cluster, {clusters[0]!r}: give several")
     weights = item_weights(items, unit_of([*paired[0], *paired[1]], task, metric))
-    return Sample(task, values_SN, baseline_SN, weights, clusters)
+    return Sample(task, values_SN, baseline_SN, weights, clusters, has_fixed_seeds)
 
 
 def item_values(group: Sequence[Result], task: str, metric: str) -> NDArray[np.float64]:
@@ -187,6 +189,8 @@ def describe(
     """
     sign = 1 if higher_is_better else -1
     gains_N = sign * np.concatenate([sample.diffs_SN.mean(axis=0) for sample in measured.samples])
+    num_seeds = measured.samples[0].diffs_SN.shape[0]
+    is_fixed = num_seeds > 1 and measured.samples[0].has_fixed_seeds
     values, baseline_values = (
         [weighted_mean(values_SN.mean(axis=0), sample.weights)[0] for sample, values_SN in each]
         for each in (
@@ -204,7 +208,7 @@ def describe(
         higher_is_better=higher_is_better,
         is_main=is_main,
         num_items=gains_N.size,
-        num_seeds=measured.drawn.num_seeds,
+        num_seeds=num_seeds,
         value=float(np.mean(values)),
         baseline_value=float(np.mean(baseline_values)),
         difference=measured.drawn.difference,
@@ -220,7 +224,14 @@ def describe(
         tied=int((gains_N == 0).sum()),
         verdict=NOT_DISTINGUISHABLE,
         num_clusters=sum(block.weights_N.size for block in measured.drawn.blocks) if is_clustered else None,
+        by_seed=_by_seed(measured.samples) if is_fixed else None,
     )
+
+
+def _by_seed(samples: Sequence[Sample]) -> list[float]:
+    """Return the difference of each seed, of several tasks their mean."""
+    means_TS = [[weighted_mean(row, sample.weights)[0] for row in sample.diffs_SN] for sample in samples]
+    return [float(mean) for mean in np.mean(means_TS, axis=0)]
 
 
 def judge(

@@ -7,18 +7,22 @@ from dataclasses import replace
 from itertools import product
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .comparable import check_comparable, group_by_name, having, select, unit_of
 from .comparison import Score
 from .proportions import Bounds, average_bounds, is_at_edge, proportion_interval
-from .schema import Result, cluster_ids, has_items
+from .schema import Result, cluster_ids, has_items, item_weights
 from .statistics import weighted_mean
 
 AVERAGE = "average of {} tasks"  # the paper's headline is an average over benchmarks
 
 
 def scores(
-    results: Sequence[Result], tasks: Sequence[str] | None = None, metrics: Sequence[str] | None = None
+    results: Sequence[Result],
+    tasks: Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
+    fixed_seeds: bool = False,
 ) -> list[Score]:
     """Return the value of every model in every metric that it has, models in the order given, and then the averages.
 
@@ -26,6 +30,7 @@ def scores(
         results: Results of this schema, at least one.
         tasks: Tasks to show; all by default.
         metrics: Metrics to show; all by default.
+        fixed_seeds: Errors are over items, of the mean over the seeds; by default over several seeds.
 
     Raises:
         UserError: If a name is unknown, or items, prompts, shots or versions differ.
@@ -36,13 +41,13 @@ def scores(
     shown = [(task, metric) for task, metric in product(tasks, metrics) if having(results, task, metric)]
     units = {(task, metric): unit_of(having(results, task, metric), task, metric) for task, metric in shown}
     found = [
-        _score(group, task, metric, units[task, metric])
+        _score(group, task, metric, units[task, metric], fixed_seeds)
         for group in groups.values()
         for task, metric in shown
         if having(group, task, metric) == group
     ]
     averaged = averaged_metrics(results, tasks, metrics)
-    return found + [_average(group, found, averaged) for group in groups.values() if averaged]
+    return found + [_average(group, found, averaged, fixed_seeds) for group in groups.values() if averaged]
 
 
 def averaged_metrics(results: Sequence[Result], tasks: Sequence[str], metrics: Sequence[str]) -> list[tuple[str, str]]:
@@ -65,30 +70,47 @@ def averaged_metrics(results: Sequence[Result], tasks: Sequence[str], metrics: S
     return found if len(found) > 1 else []
 
 
-def _score(group: Sequence[Result], task: str, metric: str, unit: str) -> Score:
+def _score(group: Sequence[Result], task: str, metric: str, unit: str, fixed_seeds: bool) -> Score:
     records = [result["tasks"][task]["metrics"][metric] for result in group]
     values = [record["value"] for record in records if record["value"] is not None]
     if len(values) < len(records):
         return Score(group[0]["name"], task, metric, unit, None, None, len(group))
     value, stderr = weighted_mean(values) if len(group) > 1 else (values[0], records[0]["stderr"])
+    if fixed_seeds and len(group) > 1:
+        stderr = _error_over_items(group, task, metric, unit)
     score = Score(group[0]["name"], task, metric, unit, value, stderr, len(group))
     bounds, at_edge = _bounds(group, task, metric) if unit == "fraction" else (None, False)
     return replace(score, low=bounds.low, high=bounds.high, is_at_edge=at_edge) if bounds else score
 
 
-def _bounds(group: Sequence[Result], task: str, metric: str) -> tuple[Bounds | None, bool]:
-    """Return the interval over the items of a proportion, and whether it is at an edge."""
+def _mean_items(group: Sequence[Result], task: str, metric: str) -> NDArray[np.float64] | None:
+    """Return the items' means over the seeds, in the order of the first result; None where it has no items."""
     tables = [result["tasks"][task]["items"] for result in group]
     if not all(has_items(items, metric) for items in tables):
-        return None, False
+        return None
     by_id = [{item["id"]: item[metric] for item in items} for items in tables]
-    values_N = np.mean([[row[item["id"]] for item in tables[0]] for row in by_id], axis=0)
-    clusters = cluster_ids(tables[0])
+    return np.asarray(np.mean([[row[item["id"]] for item in tables[0]] for row in by_id], axis=0))
+
+
+def _error_over_items(group: Sequence[Result], task: str, metric: str, unit: str) -> float | None:
+    """Return the standard error over items (clusters) of the mean over seeds."""
+    values_N, items = _mean_items(group, task, metric), group[0]["tasks"][task]["items"]
+    return None if values_N is None else weighted_mean(values_N, item_weights(items, unit), cluster_ids(items))[1]
+
+
+def _bounds(group: Sequence[Result], task: str, metric: str) -> tuple[Bounds | None, bool]:
+    """Return the interval over the items of a proportion, and whether it is at an edge."""
+    values_N = _mean_items(group, task, metric)
+    if values_N is None:
+        return None, False
+    clusters = cluster_ids(group[0]["tasks"][task]["items"])
     return proportion_interval(values_N, clusters), is_at_edge(values_N, clusters)
 
 
-def _average(group: Sequence[Result], found: Sequence[Score], averaged: Sequence[tuple[str, str]]) -> Score:
-    """Return the unweighted mean over tasks: of one result its error adds over tasks, of seeds it is over seeds."""
+def _average(
+    group: Sequence[Result], found: Sequence[Score], averaged: Sequence[tuple[str, str]], fixed_seeds: bool
+) -> Score:
+    """Return the unweighted mean over tasks: errors over items add over tasks, of several seeds it is over seeds."""
     name = group[0]["name"]
     by_metric = {(score.task, score.metric): score for score in found if score.model == name}
     parts = [by_metric[key] for key in averaged]
@@ -96,7 +118,7 @@ def _average(group: Sequence[Result], found: Sequence[Score], averaged: Sequence
         np.mean([result["tasks"][task]["metrics"][metric]["value"] for task, metric in averaged]) for result in group
     ]
     value, stderr = weighted_mean(per_seed)
-    if len(group) == 1:
+    if len(group) == 1 or fixed_seeds:
         stderr = float(np.sqrt(sum((part.stderr or 0.0) ** 2 for part in parts))) / len(parts)
     bounds = average_bounds(
         [part.value or 0.0 for part in parts],

@@ -77,7 +77,10 @@ def render_brief(comparison: Comparison) -> str:
     cells: list[tuple[str, ...]] = [
         (score.model, score_text(score), *_brief_cells(rows.get(score.model))) for score in reached
     ]
-    return draw(Table(columns, cells), "terminal")
+    text = draw(Table(columns, cells), "terminal")
+    if comparison.fixed_seeds and any(row.by_seed for row in rows.values()):
+        text += f"\n{wrap('Intervals are over items: about these models, not about other training seeds.')}\n"
+    return text
 
 
 def _brief_cells(row: Difference | None) -> tuple[str, str]:
@@ -91,7 +94,9 @@ def _how_to_read(comparison: Comparison) -> str:
     )
     if any(row.num_comparisons > 1 for row in (*comparison.differences, *comparison.averages)):
         text += "those in the table hold all at once, those in the sentences each alone; "
-    text += "± is one standard error, over items or several seeds"
+    if comparison.fixed_seeds:
+        text += "seeds are fixed, so all of it is about these trained models and not about other seeds; "
+    text += "± is one standard error, over items" + ("" if comparison.fixed_seeds else " or several seeds")
     if any(_shows_interval(score) for score in comparison.scores):
         text += "; brackets beside a score are its 95 % interval, where an error would say nothing"
     return text + "."
@@ -134,7 +139,7 @@ def to_json(record: dict[str, Any]) -> str:
 
 def sentence(row: Difference) -> str:
     """Return a difference in words, claiming no more than the interval and the adjusted p support."""
-    seeds = f", {row.num_seeds} seeds" if row.num_seeds > 1 else ""
+    seeds = f", {'these ' if row.by_seed else ''}{row.num_seeds} seeds" if row.num_seeds > 1 else ""
     seeds += f", {row.num_clusters:,} clusters" if row.num_clusters else ""
     unit = "points" if row.unit == "fraction" else row.unit
     text = (
@@ -145,10 +150,13 @@ def sentence(row: Difference) -> str:
         text += f" ({_p_text(row.p_adjusted)} after Holm over {row.num_comparisons} comparisons)"
     text += f": {row.verdict}"
     text += _equivalence_text(row)
+    if row.by_seed:
+        scale, digits = _scale_and_digits(row.unit)
+        text += f"; by seed {', '.join(f'{scale * each:+.{digits}f}' for each in row.by_seed)}"
     if row.seeds_needed:
         text += f"; a difference of this size would need about {_round_up(row.seeds_needed):,} seeds"
     elif row.items_needed:
-        about = "about" if row.num_seeds == 1 else "at least"  # the seeds' own noise comes on top
+        about = "about" if row.num_seeds == 1 or row.by_seed else "at least"  # the seeds' own noise comes on top
         text += f"; a difference of this size would need {about} {_round_up(row.items_needed):,} items"
     return text + "."
 

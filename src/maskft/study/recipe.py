@@ -208,6 +208,7 @@ class Recipe(Section):
     evaluation: Options = {}  # of `maskft evaluate`; in the file those of held-out data stand under `heldout`
     before: dict[str, Options] = Field(default={}, alias="evaluation.before")  # held-out data of earlier abilities
     baseline: str | None = None  # name in tables of what all are compared with
+    fixed_seeds: bool = False  # claims are about the trained models alone, see `maskft compare --fixed_seeds`
     facts: Facts = Field(default=Facts(), alias="model_facts")
     launch: Launch = Launch()
 

@@ -14,6 +14,7 @@ from ..results.text import Table, brief_metric, draw, render, render_brief, rend
 from .damage import is_whole_result
 from .execute import Study
 from .plan import BEST, LAST, Plan
+from .recipe import Recipe
 
 _ACCOUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
 
@@ -40,7 +41,7 @@ def summarise(study: Study, plan: Plan, is_brief: bool = False) -> str:
         name = results[0]["study"]["model"]
         name = model if name in models else name  # two folders may have the same name
         results, notes = without_repeats(results, study.recipe.baseline)
-        text, table, record = _of_one_model(results, study.recipe.baseline, is_brief)
+        text, table, record = _of_one_model(results, study.recipe, is_brief)
         notes += unchanged_notes(results)
         tunings = [tuned for tuned in plan.tunings if tuned.trials[0].runs[0].model == model and tuned.is_settled]
         notes += [f"Tuned: {tuned}." for tuned in tunings]
@@ -56,17 +57,17 @@ def summarise(study: Study, plan: Plan, is_brief: bool = False) -> str:
     return "\n".join(texts)
 
 
-def _of_one_model(results: list[Result], baseline: str | None, is_brief: bool) -> tuple[str, str, dict]:
+def _of_one_model(results: list[Result], recipe: Recipe, is_brief: bool) -> tuple[str, str, dict]:
     """Tables for a terminal, tables in Markdown, record."""
     names = list(dict.fromkeys(result["name"] for result in results))
     runs = [_row(result) for result in results]
-    wanted = baseline or _default_baseline(results)
+    wanted = recipe.baseline or _default_baseline(results)
     baseline = next((name for name in names if name == wanted or name.startswith(f"{wanted} [")), None)
     if baseline is None or len(names) < 2:
-        reached = scores(results)
+        reached = scores(results, fixed_seeds=recipe.fixed_seeds)
         return render_scores(reached, "terminal"), render_scores(reached, "markdown"), {"runs": runs}
     try:
-        comparison = compare(results, baseline)
+        comparison = compare(results, baseline, fixed_seeds=recipe.fixed_seeds)
     except UserError as error:  # measured, and not comparable: say so instead of losing the numbers
         return f"not compared: {error}\n", f"Not compared: {error}\n", {"runs": runs, "not_compared": str(error)}
     record = {"baseline": baseline, "runs": runs, "comparison": comparison.to_dict()}

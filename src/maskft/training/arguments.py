@@ -16,6 +16,8 @@ from ..data.arguments import DataArguments
 from ..errors import UserError
 from .method_arguments import MaskArguments, MethodArguments
 
+MASK_LEARNING_RATE = 1e-2  # of scores: what has won so far, with the preset `recommended`
+
 
 def _default(name: str, value: Any) -> Any:
     """TRL's field of this name with another default."""
@@ -27,6 +29,10 @@ class TrainingArguments(SFTConfig):
     """TRL's SFTConfig with the defaults that Mask Fine-Tuning needs: held-out loss from step 0 on, best one kept."""
 
     output_dir: str | None = _default("output_dir", "runs/mask")
+    learning_rate: float | None = field(  # type: ignore[assignment]  # `TrainConfig` knows the method, and sets it
+        default=None,
+        metadata={"help": "Highest learning rate, 0 or more. Default: 0.01 for mask, of scores; else 2e-05."},
+    )
     eval_strategy: str = _default("eval_strategy", "steps")
     eval_steps: float | None = _default("eval_steps", 0.1)
     eval_on_start: bool = _default("eval_on_start", True)
@@ -81,7 +87,7 @@ class TrainingArguments(SFTConfig):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.learning_rate < math.inf:
+        if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
             raise UserError(f"learning_rate is {self.learning_rate}; it must be 0 or more")
         if not 0 < self.num_train_epochs < math.inf:
             raise UserError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0")
@@ -123,6 +129,11 @@ class TrainConfig:
     data: DataArguments
     mask: MaskArguments
     training: TrainingArguments
+
+    def __post_init__(self):
+        if self.training.learning_rate is None:
+            is_mask = self.method.method == "mask"
+            self.training.learning_rate = MASK_LEARNING_RATE if is_mask else SFTConfig.learning_rate
 
 
 def with_accumulation(args: TrainingArguments) -> TrainingArguments:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, make_dataclass
 
-from ..tuner.config import MaskConfig
+from ..tuner.config import PRESETS, MaskConfig
 
 ADAPTER = "default"  # the name PEFT gives an adapter, of which a run has one
 
@@ -24,7 +24,7 @@ METHODS = ("full", "lora", *MASK_METHODS, *COMBINED_METHODS)
 # TrlParser reads types, not the strings that MaskConfig's annotations are.
 _MASK_TYPES = {
     "preset": str | None,
-    "sparsity": float,
+    "sparsity": float | None,
     "sparsity_ramp": float,
     "selection": str,
     "gradient": str,
@@ -63,7 +63,7 @@ MaskArguments = make_dataclass(
             f"mask_{name}",
             kind,
             field(
-                default=_CONFIG_FIELDS[_config_field(name)].default,
+                default=None if name == "sparsity" else _CONFIG_FIELDS[_config_field(name)].default,
                 metadata={"help": _CONFIG_FIELDS[_config_field(name)].metadata["help"].replace("%", "%%")},
             ),
         )
@@ -196,4 +196,7 @@ class MethodArguments:
 def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:
     """Build the tuner's configuration from flat arguments."""
     values = {_config_field(name): getattr(arguments, f"mask_{name}") for name in _MASK_TYPES}
+    if values["sparsity"] is None:  # of the preset that is named; without one the mask is the recommended one
+        preset = PRESETS.get(str(arguments.mask_preset), {} if arguments.mask_preset else PRESETS["recommended"])
+        values["sparsity"] = preset.get("sparsity", MaskConfig.sparsity)
     return MaskConfig(task_type="CAUSAL_LM", **{**values, **overrides})
