@@ -200,7 +200,8 @@ def test_standard_controls_are_methods_at_the_masks_steps(content):
     recipe = parse_recipe(content | {"controls": "standard"})
     assert list(recipe.methods)[:4] == list(methods)
     assert set(recipe.methods) - set(methods) == {
-        "warm restart of full", "annealed full", "interpolated full", "dare full", "partial full, layers of mask",
+        "warm restart of full", "averaged restart of full", "annealed full", "interpolated full", "dare full",
+        "partial full, layers of mask",
         *(f"{control} of mask" for control in ("random mask", "best of 8 random masks", "L1 mask", "Wanda mask")),
         *(f"{control} of other" for control in ("random mask", "best of 8 random masks", "Wanda mask")),
         "random damage of mask, refit", "random damage of other, refit",

@@ -9,6 +9,7 @@ _LENGTH = ("num_train_epochs", "max_steps")
 _LAYERS = "mask_layers_to_transform"
 _RATES = {"times_parent": [0.5, 1, 2]}
 _NUM_DRAWN = 8  # masks of which the best is taken
+_NUM_AVERAGED = 5  # checkpoints
 
 Methods = dict[str, Any]  # section `methods`, as it stands in the file
 
@@ -16,10 +17,11 @@ Methods = dict[str, Any]  # section `methods`, as it stands in the file
 def with_standard_controls(methods: Methods, train: dict[str, Any], masks: list[str] | None = None) -> Methods:
     """The methods, and controls for each learned mask that starts from another method.
 
-    For the mask's parent, at the mask's steps: a warm restart at the best of three rates and an annealed fine-tuning;
-    for a parent that was fine-tuned itself, its interpolation with what it was made from. For each mask: partial
-    fine-tuning of its layers, random masks (one, the best of eight, one with all weights trained after it at the best
-    of three rates), magnitude and Wanda masks. Where the mask's steps are tuned, so are those of what is trained.
+    For the mask's parent, at the mask's steps: a warm restart at the best of three rates, another whose last
+    checkpoints are averaged, and an annealed fine-tuning; for a parent that was fine-tuned itself, its interpolation
+    with what it was made from. For each mask: partial fine-tuning of its layers, random masks (one, the best of
+    eight, one with all weights trained after it at the best of three rates), magnitude and Wanda masks. Where the
+    mask's steps are tuned, so are those of what is trained.
 
     Args:
         methods: The recipe's own; one of a control's name is kept instead of it.
@@ -75,6 +77,8 @@ def _of_parent(mask: dict[str, Any], methods: Methods) -> Iterator[tuple[str, di
     if not isinstance(made, dict) or made.get("method") != "full":
         return
     yield f"warm restart of {parent}", _trained(mask, tune={"learning_rate": _RATES})
+    averaged = _trained(mask, average_checkpoints=_NUM_AVERAGED, tune={"learning_rate": _RATES})
+    yield f"averaged restart of {parent}", averaged
     yield f"interpolated {parent}", {"method": "interpolate", "from": parent, **_kept(mask)}
     yield f"dare {parent}", {"method": "dare", "from": parent, **_kept(mask)}
     yield f"annealed {parent}", _trained(mask, learning_rate="current", warmup_steps=0)

@@ -134,6 +134,9 @@ class TrainConfig:
         if self.training.learning_rate is None:
             is_mask = self.method.method == "mask"
             self.training.learning_rate = MASK_LEARNING_RATE if is_mask else SFTConfig.learning_rate
+        averaged, limit = self.method.average_checkpoints, self.training.save_total_limit
+        if averaged > 1 and limit:
+            self.training.save_total_limit = max(limit, averaged + 1)  # and the best one
 
 
 def with_accumulation(args: TrainingArguments) -> TrainingArguments:

@@ -26,6 +26,8 @@ def check_config(config: TrainConfig) -> None:
     check_trackers(training.report_to)
     if config.method.mask_sparsity_auto:
         _check_choice_of_size(config)
+    if config.method.average_checkpoints != 1:
+        _check_average(config)
     # Fixed masks run on one of them, and preparing data on none.
     if method == "mask" and not config.data.prepare_only and training.n_gpu > 1:
         raise UserError(
@@ -59,6 +61,21 @@ def _check_choice_of_size(config: TrainConfig) -> None:
         )
     if config.training.eval_strategy == "no":
         raise UserError("mask_sparsity_auto chooses on held-out rows, and eval_strategy is no; set it to steps")
+
+
+def _check_average(config: TrainConfig) -> None:
+    number, training = config.method.average_checkpoints, config.training
+    if number < 1:
+        raise UserError(f"average_checkpoints is {number}; it must be at least 1")
+    if config.method.method != "full":
+        raise UserError(f"average_checkpoints goes with --method full, not with {config.method.method}; drop it")
+    if not training.load_best_model_at_end or training.metric_for_best_model != "eval_loss":
+        raise UserError(
+            "average_checkpoints compares held-out losses: it needs eval_strategy steps and metric_for_best_model "
+            "eval_loss"
+        )
+    if runtime.num_processes() > 1:
+        raise UserError("average_checkpoints goes with one process; drop it or num_processes")
 
 
 def check_method(args: MethodArguments) -> None:

@@ -163,6 +163,13 @@ class MethodArguments:
             "train all weights (dense, sparse, dense)."
         },
     )
+    average_checkpoints: int = field(
+        default=1,
+        metadata={
+            "help": "With --method full: at the end take the mean of the weights of the last N checkpoints, if its "
+            "held-out loss is lower than the best checkpoint's; at least 1, which is none."
+        },
+    )
     keep_worse: bool = field(
         default=False,
         metadata={

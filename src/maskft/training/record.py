@@ -48,6 +48,7 @@ class TrainingSummary(FileModel):
         start_loss: Held-out loss in nats per token before the first step; of a mask: without it.
         best_loss: Held-out loss of the best checkpoint, of a mask at the sparsity it was trained with.
         best_step: The step it was saved at.
+        averaged_steps: Steps of the checkpoints whose mean the best is, see ``average_checkpoints``.
         end_loss: Held-out loss at the last measurement.
         num_steps: Optimizer steps.
         num_epochs: Passes over the training rows.
@@ -66,6 +67,7 @@ class TrainingSummary(FileModel):
     start_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
+    averaged_steps: list[int] = []
     end_loss: float | None = None
     num_steps: int = 0
     num_epochs: float = 0.0

@@ -16,6 +16,7 @@ from ..errors import NotFiniteError
 from ..evaluation.during_training import TrainingEvaluation
 from ..tuner import MaskConfig
 from .arguments import TrainConfig, TrainingArguments, with_accumulation
+from .averaging import average_checkpoints
 from .build import build_model, load_base, load_data, load_tokenizer_of, task_evaluation
 from .calibration import start_on_data
 from .callbacks import add_callbacks
@@ -118,7 +119,10 @@ def fit(
         failure = trainer.lost_best
     except NotFiniteError as error:
         failure = trainer.back_to_best(error)
-    return trainer, summarise(trainer, method.method, time.perf_counter() - started, reference.loss), failure
+    summary = summarise(trainer, method.method, time.perf_counter() - started, reference.loss)
+    if failure is None:
+        summary = average_checkpoints(trainer, method.average_checkpoints, data, summary, console)
+    return trainer, summary, failure
 
 
 def save(
