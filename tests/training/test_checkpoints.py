@@ -22,7 +22,7 @@ from maskft.adapter.mask_set import MaskSet
 from maskft.cli.main import main
 from maskft.files import ADAPTER_WEIGHTS, MANIFEST, TRAIN_LOCK
 from maskft.study.warm import PYTHON, WarmProcess
-from maskft.training import checkpoints
+from maskft.training import checkpoints, manifest
 from maskft.training.manifest import FIXED, FREE, damage, read_manifest
 from maskft.training.options import option_defaults
 from maskft.training.record import read_record
@@ -308,6 +308,26 @@ def test_one_weight_of_the_base_is_another(train, base, out, tmp_path):
     tiny_tokenizer().save_pretrained(other)
     status, err = train(resume_from_checkpoint="true", model_name_or_path=other)
     assert status == 2 and "base: " in err
+
+
+def test_sums_of_parts_are_those_that_older_checkpoints_hold(monkeypatch):
+    """One sum over each tensor made these digests; parts must not change them."""
+    values = torch.arange(-7000, 7001).mul(0.37).reshape(3, -1).t()  # not contiguous
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
+    weights = {str(dtype): values.to(dtype) for dtype in dtypes} | {"empty": torch.empty(0)}
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+    def whole():
+        for name, weight in sorted(weights.items()):
+            flat = weight.reshape(-1)
+            if len(flat):
+                total = flat.view(integers[flat.element_size()]).sum(dtype=torch.int64).item()
+                yield f"{name} {tuple(weight.shape)} {weight.dtype} {total}", flat[:: len(flat) // 1024]
+
+    expected = files.digest_tensors(whole())
+    for size in (999, len(values.reshape(-1)), 2**18):
+        monkeypatch.setattr(manifest, "_PART", size)
+        assert manifest._weights_digest(weights) == expected
 
 
 @pytest.mark.parametrize("how", ["true", "auto", "PATH"])

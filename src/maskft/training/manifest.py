@@ -47,6 +47,7 @@ _STATE = ("optimizer", "scheduler", "scaler", "rng_state", "global_step", "pytor
 _READ = (".safetensors", ".bin", ".pt", ".pth", ".json")  # endings of files that loading looks for
 _NUM_SAMPLES = 1024
 _ROWS = 10_000
+_PART = 2**18  # weights that are summed at a time
 
 
 class FileEntry(FileModel):
@@ -265,5 +266,10 @@ def _of_weights(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         if flat.is_meta or not flat.numel():
             continue
         bits = flat.view(integers[flat.element_size()]) if not flat.is_complex() else torch.view_as_real(flat)
-        label = f"{name} {tuple(weight.shape)} {weight.dtype} {bits.sum(dtype=torch.int64).item()}"
+        label = f"{name} {tuple(weight.shape)} {weight.dtype} {_sum(bits)}"
         yield label, flat[:: max(1, flat.numel() // _NUM_SAMPLES)]
+
+
+def _sum(bits: Tensor) -> int:
+    """Sum in int64. torch widens what it sums in memory first: a part stays in the processor's cache, a tensor not."""
+    return int(torch.stack([part.sum(dtype=torch.int64) for part in bits.split(_PART)]).sum())
