@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 import trl
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
@@ -49,6 +50,7 @@ CLASSES = {
     "gkd": (GKDConfig, GKDTrainer),
 }
 WITH_REFERENCE = ["dpo", "kto", "grpo", "rloo"]
+RESUMES_TWO_ADAPTERS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 
 
 def mask(**changes):
@@ -166,7 +168,9 @@ def test_the_reference_of_a_trained_mask_is_that_mask(kind, base, tmp_path):
     """TRL copies parameters whose name has ``.default.`` in it, as scores have not: the mask copies itself."""
     model = trained_mask(base)
     start = current_masks(model)
-    trainer = trainer_of(kind, model, tmp_path / "out")
+    warned = contextlib.nullcontext() if RESUMES_TWO_ADAPTERS else pytest.warns(UserWarning, match="Do not resume")
+    with warned:
+        trainer = trainer_of(kind, model, tmp_path / "out")
     trainer.train()
     first = trainer.state.log_history[0]
     if kind == "dpo":
@@ -183,7 +187,8 @@ def test_the_reference_of_a_trained_mask_is_that_mask(kind, base, tmp_path):
     again = trainer_of(kind, trained_mask(base), tmp_path / "out")
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     resumed, reference = current_masks(again.model), current_masks(again.model, "ref")
-    assert all(torch.equal(resumed[name], learned[name]) for name in learned)
+    # The warning is no longer true where this fails with an older Trainer.
+    assert RESUMES_TWO_ADAPTERS == all(torch.equal(resumed[name], learned[name]) for name in learned)
     assert all(torch.equal(reference[name], start[name]) for name in start)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
@@ -53,6 +54,12 @@ class MaskModel(BaseTuner):
         if len(names) > 1:
             self.peft_config[names[-1]] = peft_config = copy.copy(peft_config)
             peft_config.copy_of = names[0]
+            if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+                warnings.warn(
+                    f"the Trainer of transformers {transformers.__version__} does not load {names[0]!r} when it "
+                    f"resumes a model that has another adapter, {names[-1]!r}, beside it: the mask would train on "
+                    "from its start. Do not resume this run, or install transformers>=5.23"
+                )
         return peft_config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
