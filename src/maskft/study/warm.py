@@ -18,7 +18,7 @@ from pathlib import Path
 PYTHON = [sys.executable, "-m", "maskft.cli.main"]
 
 # What `maskft train` and `maskft evaluate` import, and the libraries that import their own parts late.
-_IMPORTED = [
+IMPORTED = [
     "maskft.cli.train",
     "maskft.cli.evaluate",
     "maskft.training.train",
@@ -47,7 +47,7 @@ class WarmProcess:
 
     def __init__(self, words: Sequence[str], log: Path, lock_fd: int | None) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_IMPORTED)
+        context.set_forkserver_preload(IMPORTED)
         # The server hands the descriptor over to the child.
         lock = None if lock_fd is None else _Descriptor(lock_fd)
         arguments = (list(words[len(PYTHON) :]), str(log), dict(os.environ), lock)
