@@ -1,6 +1,10 @@
-"""Print the evidence of a study as Markdown: each model against several controls, and what it forgot.
+"""Print the evidence of studies as Markdown: each model against several controls, and what it forgot.
 
-python recipes/evidence.py runs/NAME "full" "warm restart of full" "random damage of mask, 30 %, refit"
+python recipes/evidence.py runs/NAME --controls full "warm restart of full" "random damage of mask, 30 %, refit"
+python recipes/evidence.py results/NAME results/OTHER --controls full
+
+A folder is a study's, or one of published results (`*.json.gz`). Of several, models of one name are the seeds of one
+method; those that one folder lacks are left out.
 
 A row for each model of the study; under each control the difference in the first task's metric (the last of it that is
 measured item by item, accuracy where there is one), with its 95 % interval over seeds and items, bold where Holm's
@@ -21,13 +25,15 @@ from maskft.results.schema import Result, read_result
 BEFORE = "before: "
 
 
-def main(folder: Path, controls: list[str]) -> str:
-    """Return the table of the study whose results are in ``folder``."""
-    results = [read_result(file) for file in sorted((folder / files.RESULTS).rglob(files.RESULT))]
+def main(folders: list[Path], controls: list[str]) -> str:
+    """Return the table of the results in ``folders``."""
+    read = [_read(folder) for folder in folders]
+    in_all = set.intersection(*({result["name"] for result in results} for results in read))
+    results = [result for each in read for result in each if result["name"] in in_all]
     names = list(dict.fromkeys(result["name"] for result in results))
     for control in controls:
         if control not in names:
-            raise UserError(f"no model {control!r} in {folder}; there are: {', '.join(names)}")
+            raise UserError(f"no model {control!r} in {', '.join(map(str, folders))}; there are: {', '.join(names)}")
     task = next(name for name in results[0]["tasks"] if not name.startswith(BEFORE))
     metrics = list(results[0]["tasks"][task]["metrics"])
     earlier = [name for name in results[0]["tasks"] if name.startswith(BEFORE)]
@@ -53,8 +59,16 @@ def main(folder: Path, controls: list[str]) -> str:
         ]
         of_model = [result for result in results if result["name"] == name]
         tokens = sum(result["study"]["tokens"] for result in of_model) / len(of_model)
-        lines.append(f"| {name} | " + " | ".join([*cells, f"{tokens:,.0f}", _bytes(folder, of_model)]) + " |")
+        lines.append(f"| {name} | " + " | ".join([*cells, f"{tokens:,.0f}", _bytes(folders, of_model)]) + " |")
     return "\n".join(lines)
+
+
+def _read(folder: Path) -> list[Result]:
+    of_study = sorted((folder / files.RESULTS).rglob(files.RESULT))
+    found = of_study or sorted(folder.glob("*.json.gz"))
+    if not found:
+        raise UserError(f"no results in {folder}: name a study's folder, or one with results (*.json.gz)")
+    return [read_result(file) for file in found]
 
 
 def _score(score) -> str:
@@ -72,19 +86,20 @@ def _difference(row) -> str:
     return text if row.verdict == "not distinguishable" else f"**{text}**"
 
 
-def _bytes(folder: Path, results: list[Result]) -> str:
-    """Mean size of the masks' files; a dash for what is no adapter."""
-    found = [folder / files.RUNS / result["study"]["run"] / files.ADAPTER_WEIGHTS for result in results]
+def _bytes(folders: list[Path], results: list[Result]) -> str:
+    """Mean size of the masks' files; a dash for what is no adapter, or not there."""
+    runs = [result["study"]["run"] for result in results]
+    found = [folder / files.RUNS / run / files.ADAPTER_WEIGHTS for folder in folders for run in runs]
     sizes = [file.stat().st_size for file in found if file.is_file()]
     return f"{sum(sizes) / len(sizes):,.0f}" if sizes else "–"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="the study's folder")
-    parser.add_argument("controls", nargs="+", help="names of models that the others are compared with")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of studies, or of published results")
+    parser.add_argument("--controls", nargs="+", required=True, help="models that the others are compared with")
     given = parser.parse_args()
     try:
-        print(main(given.folder, given.controls))
+        print(main(given.folders, given.controls))
     except UserError as error:
         sys.exit(f"error: {error}")
