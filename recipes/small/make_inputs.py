@@ -1,6 +1,8 @@
 """Write what study_products.yaml needs: a random model of 0.9 M parameters, additions to train it on first, products.
 
 python recipes/small/make_inputs.py runs/small
+
+Also sums of two numbers of two digits, for recipes/smollm2/study_sums.yaml.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 SEED = 0
 NUM_ADDITIONS = 20_000
 NUM_TRAIN = 2_700  # the study holds out 700 of them
+NUM_SUMS = 1_200  # that study holds out 200 of them
+NUM_TEST_SUMS = 1_000
 CHARACTERS = "0123456789+*= "
 
 
 def main(folder: Path) -> None:
-    """Write the model, its tokenizer (a token per character) and three files of exercises."""
+    """Write the model, its tokenizer (a token per character) and files of exercises."""
     tokenizer().save_pretrained(folder / "model")
     random_model().save_pretrained(folder / "model")
     rng = random.Random(SEED)
@@ -33,6 +37,11 @@ def main(folder: Path) -> None:
     rows = [exercise(f"{a} * {b} =", a * b) for a, b in products]
     write(folder / "products_train.jsonl.gz", rows[:NUM_TRAIN])
     write(folder / "products_test.jsonl.gz", rows[NUM_TRAIN:])
+    sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    rng.shuffle(sums)
+    rows = [exercise(f"{a} + {b} =", a + b) for a, b in sums[: NUM_SUMS + NUM_TEST_SUMS]]
+    write(folder / "sums_train.jsonl.gz", rows[:NUM_SUMS])
+    write(folder / "sums_test.jsonl.gz", rows[NUM_SUMS:])
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
