@@ -109,7 +109,7 @@ def test_grpo_is_measured_by_its_answers(call, guesser, tmp_path):
     assert found.objective == "grpo" and set(found.nll) <= {0.0, 1.0} and len(found.nll) == 16
     assert record.summary.best_loss == pytest.approx(sum(found.nll) / 16)
     assert "share of wrong held-out answers" in err and "wrong answers/question" in err
-    assert record.recipe["num_generations"] == 4
+    assert record.recipe["num_generations"] == 4 and "tokens/s" not in err and "with held-out loss it took" in err
     rewards = [row["reward"] for row in record.summary.history if "reward" in row]
     assert len(rewards) == 4 and all(0 < reward < 1 for reward in rewards)
     # By hand: greedy answers of the saved mask.

@@ -74,9 +74,10 @@ def report(
     if failure is not None:
         raise UserError(f"{failure} is saved in {folder}")
     speeds = [row["tokens_per_s"] for row in summary.history if "tokens_per_s" in row]
-    if speeds:
+    if summary.num_steps:
+        speed = f"{median(speeds):,.0f} tokens/s; " if speeds else ""
         took = time_text(summary.train_time_s)
-        console.print(f"{median(speeds):,.0f} tokens/s; with held-out loss it took {took}", highlight=False)
+        console.print(f"{speed}with held-out loss it took {took}", highlight=False)
     noun = OBJECTIVES[summary.objective][0]
     start, best, step = summary.start_loss, summary.best_loss, summary.best_step
     if best is None or summary.method in UNTRAINED_METHODS:

@@ -238,7 +238,8 @@ class MaskTrainer:
         if "loss" in logs:
             now, tokens = time.perf_counter(), int(self._total_train_tokens)
             seconds = now - self._window[0]
-            logs["tokens_per_s"] = round((tokens - self._window[1]) / max(seconds, 1e-9), 1)
+            if tokens:  # GRPO counts answers
+                logs["tokens_per_s"] = round((tokens - self._window[1]) / max(seconds, 1e-9), 1)
             logs["peak_memory_bytes"] = peak_memory_bytes()
             logs.update(self.mask_metrics)
             self._window = (now, tokens)
