@@ -22,15 +22,18 @@ test-slow: $(VENV)/.test $(VENV)/.docs $(VENV)/.demo $(VENV)/.ray
 test-judge: $(VENV)/.test $(VENV)/.demo $(VENV)-judge/.judge
 	MASKFT_JUDGE_PYTHON=$(CURDIR)/$(VENV)-judge/bin/python $(PYTEST) -n 0 -m judge
 
-# Reports in a real browser: Debian's, which this installs where there is none (as root, or by sudo).
+# Debian's browser, where there is none (as root, or by sudo).
+CHROMIUM := command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	$$(command -v sudo) sh -c 'apt-get update -q && apt-get install -q -y --no-install-recommends chromium'
+
+# Reports in a real browser.
 test-browser: $(VENV)/.browser
-	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
-		$$(command -v sudo) sh -c 'apt-get update -q && apt-get install -q -y --no-install-recommends chromium'
+	@$(CHROMIUM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report
 
 # Where neither a browser nor a package of one is to be had, it says so.
 test-browser-if-there:
-	@if command -v chromium || (apt-get update -qq && apt-get install -y -qq chromium) > /dev/null 2>&1; \
+	@if { $(CHROMIUM); } > /dev/null 2>&1; \
 	then $(MAKE) test-browser; else echo "no browser here, and none to install: make test-browser was not run"; fi
 
 # The lowest versions that pyproject.toml admits. TESTS=tests/tuner runs a part.
