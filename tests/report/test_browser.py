@@ -104,7 +104,10 @@ def test_items_are_searched_and_filtered(open_page):
 @pytest.mark.parametrize("name", ["study", "adapter"])
 def test_maps_zoom_by_button_wheel_and_key(name, open_page):
     page = open_page(name)
-    zoom = lambda: float(page.get_attribute("#map", "data-zoom"))  # noqa: E731
+
+    def zoom():
+        return float(page.get_attribute("#map", "data-zoom"))
+
     assert zoom() == 1
     page.click("#map-in")
     assert zoom() == pytest.approx(1.5)
