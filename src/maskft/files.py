@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -443,9 +443,6 @@ def _field_names(kind: Any, place: tuple) -> list[str]:
             return [field.alias or name for name, field in kind.model_fields.items()]
         below = {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
         return _field_names(below.get(place[0]), place[1:])
-    for part in get_args(kind):
-        # A key of a dict or an index of a list takes one part of the place, a union takes none.
-        for rest in (place[1:], place):
-            if names := _field_names(part, rest):
-                return names
-    return []
+    # A key of a dict or an index of a list takes one part of the place, a union takes none.
+    rest = place[1:] if get_origin(kind) in (dict, list) else place
+    return next((names for part in get_args(kind) if (names := _field_names(part, rest))), [])
