@@ -307,7 +307,7 @@ def _difference(row: Mapping) -> Difference:
 
 def _tuned_text(tuned: Mapping) -> str:
     settings = ", ".join(f"{name}={value}" for name, value in tuned["winner"].items())
-    return f"{tuned['method']} was tuned: {settings} is the best of {len(tuned['trials'])} on held-out rows"
+    return f"{tuned['method']} was tuned: {settings} is the best of {tuned['num_settings']} on held-out rows"
 
 
 def _set_arrays(evidence: Evidence, folder: Path) -> None:

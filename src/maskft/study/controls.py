@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-_LENGTH = ("num_train_epochs", "max_steps")
+LENGTHS = ("num_train_epochs", "max_steps")  # options that say how long a run trains
 _LAYERS = "mask_layers_to_transform"
 _RATES = {"times_parent": [0.5, 1, 2]}
 _NUM_DRAWN = 8  # masks of which the best is taken
@@ -21,7 +21,8 @@ def with_standard_controls(methods: Methods, train: dict[str, Any], masks: list[
     checkpoints are averaged, and an annealed fine-tuning; for a parent that was fine-tuned itself, its interpolation
     with what it was made from. For each mask: partial fine-tuning of its layers, random masks (one, the best of
     eight, one with all weights trained after it at the best of three rates), magnitude and Wanda masks. Where the
-    mask's steps are tuned, so are those of what is trained.
+    mask's steps are tuned or doubled, so are those of what is trained. Halving ends at the mask's own length, which
+    they have.
 
     Args:
         methods: The recipe's own; one of a control's name is kept instead of it.
@@ -52,9 +53,9 @@ def with_standard_controls(methods: Methods, train: dict[str, Any], masks: list[
 def _trained(mask: dict[str, Any], **options: Any) -> dict[str, Any]:
     """Full fine-tuning on the data and for the steps of a mask."""
     tune = mask.get("tune") if isinstance(mask.get("tune"), dict) else {}
-    tuned = {key: tune[key] for key in _LENGTH if key in tune}
-    tuned |= {"double": tune["double"]} if tune.get("double") in _LENGTH else {}
-    length = {key: mask[key] for key in _LENGTH if key in mask}
+    tuned = {key: tune[key] for key in LENGTHS if key in tune}
+    tuned |= {"double": tune["double"]} if tune.get("double") in LENGTHS else {}
+    length = {key: mask[key] for key in LENGTHS if key in mask}
     tune = tuned | options.pop("tune", {})
     return {
         "method": "full",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -105,7 +104,7 @@ class StudyRun:
     def num_tried(self) -> int:
         """Settings, or drawn masks, of which this is the best on held-out rows; 0: nothing was chosen."""
         if self.tuned:
-            return len(self.tuned.trials)
+            return self.tuned.num_settings
         if self.method.method in COMBINED_METHODS:
             return len(_as_list(self.options.get("combine_values", COMBINED_METHODS[self.method.method])))
         drawn = self.options.get("num_candidates", 1)
@@ -168,9 +167,8 @@ def build_plan(
     _check_options(recipe, defaults)
     check_test_rows(recipe)
     planner = _Planner(recipe, defaults | {"keep_worse": True}, look)  # see execute.py
-    count = sum(1 for _ in planner.wanted()) + sum(
-        math.prod(map(len, method.tune.lists.values())) for method in recipe.methods.values() if method.tune
-    )
+    count = sum(1 for _ in planner.wanted())
+    count += sum(method.tune.num_trials for method in recipe.methods.values() if method.tune)
     if count > MAX_RUNS and not allow_many:
         raise UserError(f"the grid makes {count:,} runs, more than {MAX_RUNS:,}; pass --yes if that is meant")
     for model, method, axes, seed in planner.wanted():
@@ -354,8 +352,7 @@ def _check_options(recipe: Recipe, defaults: dict[str, Any]) -> None:
     shared = {"train": recipe.train} | {f"data {name!r}": data.options for name, data in recipe.data.items()}
     own = {f"method {method.name!r}": method.options for method in recipe.methods.values()}
     for method in (method for method in recipe.methods.values() if method.tune):
-        tried = [*method.tune.grid, *([method.tune.double] if method.tune.double else [])]
-        own[f"tune of method {method.name!r}"] = dict.fromkeys(tried)
+        own[f"tune of method {method.name!r}"] = dict.fromkeys(method.tune.options)
     own |= {f"grid {'.'.join(axis)!r}": {axis[1]: None} for axis in recipe.axes}
     for where, options in (shared | own).items():
         refused = dict(_NOT_IN_A_RECIPE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,8 @@ from ..data.sources import FILE_ENDINGS
 from ..errors import UserError, did_you_mean
 from ..files import FileModel, Name, is_there, read_model, read_yaml
 from ..training.method_arguments import COMBINED_METHODS, FIXED_MASK_METHODS, MASK_METHODS, METHODS, UNTRAINED_METHODS
-from .controls import with_standard_controls
+from .controls import LENGTHS, with_standard_controls
+from .halving import rung_sizes
 
 VERSION = 1
 PRETRAINED = "pretrained"  # method of a run that trains nothing: the base model itself
@@ -92,20 +94,63 @@ class TimesParent(Section):
     times_parent: Annotated[list[Number], Field(min_length=1)]
 
 
+class Halving(Section):
+    """Successive halving of a grid, in the words of scikit-learn's ``HalvingGridSearchCV``."""
+
+    resource: Literal[LENGTHS]  # the option that says how long a run trains; the method's value is the last rung's
+    factor: Annotated[int, Field(ge=2)] = 3  # of a rung's settings one in factor goes on, to factor times the length
+    min_resources: Number | None = None  # no rung is shorter
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_word(cls, section: Any) -> Any:
+        section = {"resource": section} if isinstance(section, str) else section
+        if not isinstance(section, dict):
+            raise ValueError(f"it is {section!r}; write `halving: {LENGTHS[0]}`")
+        return section
+
+
 class Tuning(Section):
     """Section ``tune`` of a method: options of ``maskft train`` whose values the held-out rows choose."""
 
-    grid: dict[str, Annotated[list, Field(min_length=1)] | TimesParent] = {}  # in the file: keys beside `double`
+    grid: dict[str, Annotated[list, Field(min_length=1)] | TimesParent] = {}  # in the file: keys beside the others
+    halving: Halving | None = None  # None: every setting is tried at the whole length
     double: str | None = None  # the option, such as num_train_epochs, that the winner is given twice as much of
 
     @model_validator(mode="before")
     @classmethod
     def _gather_grid(cls, section: Any) -> Any:
-        if not isinstance(section, dict) or not set(section) - {"double"}:
+        if not isinstance(section, dict) or not set(section) - {"halving"}:
             raise ValueError("write `tune: {OPTION: [VALUE, VALUE]}`")
-        given = {"double": section["double"]} if "double" in section else {}
-        grid = {str(key): value for key, value in section.items() if key != "double"}
+        given = {key: section[key] for key in ("halving", "double") if key in section}
+        grid = {str(key): value for key, value in section.items() if key not in given}
         return {"grid": {k: [*map(_number, v)] if isinstance(v, list) else v for k, v in grid.items()}, **given}
+
+    @model_validator(mode="after")
+    def _can_be_halved(self) -> Tuning:
+        length = next((option for option in LENGTHS if option in self.grid), None)
+        if self.halving and length:
+            raise ValueError(
+                f"{length} has values to try, and halving chooses among runs of equal length; drop one of the two"
+            )
+        if self.halving and self.grid_size < 2:
+            raise ValueError("halving has 1 setting to choose from; give more values, or drop it")
+        return self
+
+    @property
+    def grid_size(self) -> int:
+        """How many settings the grid has."""
+        return math.prod(map(len, self.lists.values()))
+
+    @property
+    def num_trials(self) -> int:
+        """Trainings of one seed, without those of ``double``."""
+        return sum(rung_sizes(self.grid_size, self.halving.factor)) if self.halving else self.grid_size
+
+    @property
+    def options(self) -> list[str]:
+        """Names of all options that it decides."""
+        return [*self.grid, *([self.halving.resource] if self.halving else []), *([self.double] if self.double else [])]
 
     @property
     def lists(self) -> dict[str, list]:

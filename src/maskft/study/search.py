@@ -24,6 +24,7 @@ from ..results.schema import TaskRecord, read_result
 from ..results.statistics import weighted_mean
 from ..results.text import Table, draw
 from .execute import Study, prepare_base
+from .halving import survivors
 from .launchers import Launcher
 from .plan import BEST, Plan, StudyRun
 from .recipe import Recipe
@@ -34,7 +35,7 @@ from .study import locked, make_all, refuse_failed
 def run_search(
     search: Search, folder: str | Path, check: Callable[[Recipe], Plan], console: Console | None = None
 ) -> dict[str, Any]:
-    """Make the probes of each rung, keep one in ``eta``, and measure the winner on rows that did not choose it.
+    """Make the probes of each rung, keep one in ``factor``, and measure the winner on rows that did not choose it.
 
     Args:
         search: What to try.
@@ -66,7 +67,7 @@ def run_search(
             said = f"rung {number} of {len(search.steps)}: {len(candidates)} candidates, {steps} steps each"
             console.print(said, highlight=False)
             rungs.append(_rung_record(*measured(search.rung(candidates, steps, folder)), candidates, steps))
-            candidates = _survivors(rungs[-1]["candidates"], candidates, search.settings.eta)
+            candidates = _kept(rungs[-1]["candidates"], candidates, search.settings.factor)
             _drop_caches(folder, {str(min(candidate.layers)) for candidate in candidates})
         (winner,) = candidates
         recipe = search.rung([winner], search.steps[-1], folder)
@@ -89,10 +90,9 @@ def run_search(
     return record
 
 
-def _survivors(rows: list[dict], candidates: list[Candidate], eta: int) -> list[Candidate]:
-    """The candidates with the lowest losses, in their order; notes in ``rows`` which were kept."""
-    order = sorted(range(len(candidates)), key=lambda index: rows[index]["nll"])
-    kept = sorted(order[: math.ceil(len(candidates) / eta)])
+def _kept(rows: list[dict], candidates: list[Candidate], factor: int) -> list[Candidate]:
+    """The candidates that go on; notes in ``rows`` which these are."""
+    kept = survivors([row["nll"] for row in rows], factor)
     for index, row in enumerate(rows):
         row["kept"] = index in kept
     return [candidates[index] for index in kept]

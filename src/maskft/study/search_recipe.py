@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from ..data.mixtures import parse_mixture
 from ..data.sources import FILE_ENDINGS
 from ..errors import UserError
 from ..files import is_there, read_model, read_yaml
+from .halving import rung_sizes
 from .identity import data_hash
 from .recipe import PRETRAINED, REVISION, Count, Data, Number, Recipe, Section, methods_of, parse_recipe
 
@@ -62,7 +62,7 @@ class SearchSettings(Section):
     group_sizes: Annotated[list[Count], Field(min_length=1)] | None = None
     layer_groups: Annotated[list[Layers], Field(min_length=1)] | None = None  # the groups themselves, instead
     learning_rates: list[Number] = []  # empty: that of `train`
-    eta: Annotated[int, Field(ge=2)] = 2  # of a rung's candidates, one in eta goes on to the next
+    factor: Annotated[int, Field(ge=2)] = 2  # of a rung's candidates, one in factor goes on to the next
     min_steps: Count = 10  # fewest steps of a probe that say anything
     choose_size: Number = 0.5  # rows that rank the candidates: a count if >= 1, else a fraction of those held out
     prefix_cache: bool = True  # keep the outputs of the frozen layers below a group for all probes that share them
@@ -105,10 +105,7 @@ class Search:
     @property
     def sizes(self) -> list[int]:
         """Number of candidates of each rung; the last keeps one of them."""
-        sizes = [len(self.candidates)]
-        while (left := math.ceil(sizes[-1] / self.settings.eta)) > 1:
-            sizes.append(left)
-        return sizes
+        return rung_sizes(len(self.candidates), self.settings.factor)
 
     @property
     def steps(self) -> list[int]:

@@ -16,12 +16,15 @@ from ..data.mixtures import rename_sets
 from ..errors import UserError
 from ..files import digest_file
 from ..results.statistics import weighted_mean
+from .halving import rungs, survivors
+from .identity import plain
 from .recipe import Method, Options, Recipe, TimesParent
 
 if TYPE_CHECKING:
     from .plan import StudyRun
 
 MAX_DOUBLINGS = 3
+_OF_A_LENGTH = ("eval_steps", "save_steps", "warmup_steps")  # below 1 these are fractions of a run
 MIN_GAIN = 0.005  # nats per token that twice the budget must gain, where losses of single rows are not at hand
 
 
@@ -48,6 +51,7 @@ class Trial:
     settings: Options
     stage: int
     is_assumed: bool  # they are a guess, since what they follow from is not finished
+    rung: int | None = None  # of successive halving, from 1
     runs: list[StudyRun] = field(default_factory=list)
     heldout: list[Heldout] | None = None  # of the runs; None: not all are finished
 
@@ -71,16 +75,27 @@ class Tuned:
         """The last one of its trials."""
         return max(run.stage for trial in self.trials for run in trial.runs)
 
+    @property
+    def num_settings(self) -> int:
+        """How many settings were tried; those of a later rung are of the first."""
+        return sum(trial.rung in (None, 1) for trial in self.trials)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able record for the study's summary."""
         trials = [
-            {"settings": trial.settings, "runs": [run.id for run in trial.runs], "heldout_loss": _finite(trial.loss)}
+            {
+                "settings": trial.settings,
+                **({} if trial.rung is None else {"rung": trial.rung}),
+                "runs": [run.id for run in trial.runs],
+                "heldout_loss": _finite(trial.loss),
+            }
             for trial in self.trials
         ]
         first = self.trials[0].runs[0]
         return {
             "method": first.name,
             "seeds": [run.seed for run in self.trials[0].runs],
+            "num_settings": self.num_settings,
             "num_runs": sum(len(trial.runs) for trial in self.trials),
             "trials": trials,
             "winner": self.winner.settings if self.is_settled else None,
@@ -88,8 +103,8 @@ class Tuned:
 
     def __str__(self) -> str:
         """E.g. ``full: learning_rate=0.003 is the best of 4 settings on held-out rows``."""
-        name = self.trials[0].runs[0].name
-        return f"{name}: {settings_text(self.winner.settings)} is the best of {len(self.trials)} on held-out rows"
+        name, how = self.trials[0].runs[0].name, " (successive halving)" if self.method.tune.halving else ""
+        return f"{name}: {settings_text(self.winner.settings)} is the best of {self.num_settings} on held-out rows{how}"
 
 
 def settings_text(settings: Options) -> str:
@@ -97,10 +112,37 @@ def settings_text(settings: Options) -> str:
     return ", ".join(f"{option}={value}" for option, value in settings.items())
 
 
+@dataclass
+class _Stages:
+    """What is tried, stage by stage, as far as what is finished tells."""
+
+    runs_of: Callable[[Trial], list[StudyRun]]
+    look: Look
+    trials: list[Trial] = field(default_factory=list)
+    number: int = 0  # of the last stage
+    is_settled: bool = True  # the losses of all trials are known
+
+    def add(self, tried: list[Options], rung: int | None = None) -> list[Trial]:
+        """The trials of one stage; a guess where the stage before, from which they follow, is not finished."""
+        trials = [Trial(settings, self.number + 1, not self.is_settled, rung) for settings in tried]
+        for trial in trials:
+            trial.runs = self.runs_of(trial)
+            found = [None if trial.is_assumed else self.look(run) for run in trial.runs]
+            trial.heldout = None if None in found else found
+        self.trials += trials
+        self.number = max(run.stage for trial in trials for run in trial.runs)
+        self.is_settled = self.is_settled and all(trial.loss is not None for trial in trials)
+        return trials
+
+    def best(self, trials: list[Trial]) -> Trial:
+        """The one with the lowest loss; the first where not all are known."""
+        return min(trials, key=lambda trial: trial.loss) if self.is_settled else trials[0]
+
+
 def tune(
     method: Method, own: Options, parent: Options, runs_of: Callable[[Trial], list[StudyRun]], look: Look
 ) -> Tuned:
-    """Try the grid, then the winner with twice as much of ``double`` until that gains less than its standard error.
+    """Try the grid or halve it, then twice as much of ``double`` until that gains less than its standard error.
 
     Args:
         method: The method, which has a ``tune``.
@@ -110,39 +152,15 @@ def tune(
         look: Held-out loss of a run; None where it is not finished.
     """
     assert method.tune is not None
-    stage = 0
-
-    def tried(settings: Options, is_assumed: bool) -> Trial:
-        trial = Trial(settings, stage + 1, is_assumed)
-        trial.runs = runs_of(trial)
-        found = [None if trial.is_assumed else look(run) for run in trial.runs]
-        trial.heldout = None if None in found else found
-        return trial
-
-    trials = [tried(settings, False) for settings in _grid(method, parent)]
-    is_settled = all(trial.loss is not None for trial in trials)
-    winner = min(trials, key=lambda trial: math.inf if trial.loss is None else trial.loss) if is_settled else trials[0]
-    stage = max(run.stage for trial in trials for run in trial.runs)
-    option, goes_on = method.tune.double, is_settled and math.isfinite(winner.loss)
-    for doubling in range(MAX_DOUBLINGS if option else 0):
-        if doubling and not goes_on:
-            break
-        value = _number(winner.settings.get(option, own.get(option)))
-        if value is None or value <= 0:
-            raise UserError(
-                f"method {method.name!r}: tune cannot double {option}, of which it has no value; give it one"
-            )
-        trial = tried(winner.settings | {option: 2 * value}, not is_settled)
-        trials.append(trial)
-        if trial.loss is None:
-            is_settled = False
-            break
-        goes_on = _gains(winner, trial)
-        winner, stage = (trial if goes_on else winner), stage + 1
-    return Tuned(method, trials, winner, is_settled)
+    if own.get("eval_strategy") == "no":
+        raise UserError(f"method {method.name!r}: tune chooses by held-out loss, and eval_strategy is no; drop that")
+    stages, grid = _Stages(runs_of, look), _grid(method, own, parent)
+    winner = _halve(stages, method, own, grid) if method.tune.halving else stages.best(stages.add(grid))
+    winner = _double(stages, method, own, winner) if method.tune.double else winner
+    return Tuned(method, stages.trials, winner, stages.is_settled)
 
 
-def _grid(method: Method, parent: Options) -> list[Options]:
+def _grid(method: Method, own: Options, parent: Options) -> list[Options]:
     """Every combination of the values to try."""
     lists = {}
     for option, values in method.tune.grid.items():
@@ -155,7 +173,71 @@ def _grid(method: Method, parent: Options) -> list[Options]:
                 )
             values = [float(f"{factor * base:.6g}") for factor in values.times_parent]
         lists[option] = values
+    if not lists:  # only `double`
+        lists = {method.tune.double: [_amount(method, own, method.tune.double, "double")]}
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+
+
+def _halve(stages: _Stages, method: Method, own: Options, candidates: list[Options]) -> Trial:
+    """Successive halving of the grid; within a rung all runs are equally long, and each has a schedule of its own."""
+    halving = method.tune.halving
+    whole = _whole(method, own)
+    is_count = halving.resource == "max_steps"
+    shortest = halving.min_resources or (1 if is_count else 0)
+    planned = rungs(len(candidates), halving.factor, whole, shortest)
+    lengths = [round(length) if is_count else plain(float(f"{length:.6g}")) for _, length in planned]
+    cost = sum(size * length for (size, _), length in zip(planned, lengths, strict=True)) / whole
+    if cost >= len(candidates):
+        least = f", min_resources {halving.min_resources:g}" if halving.min_resources else ""
+        raise UserError(
+            f"method {method.name!r}: halving {len(candidates)} settings with factor {halving.factor}{least} and "
+            f"{halving.resource} {whole:g} takes {cost:.3g} whole lengths of training, no fewer than the grid; drop "
+            "halving, or give more values or another factor"
+        )
+    for rung, length in enumerate(lengths, start=1):
+        if len(candidates) == 1 and length != lengths[-1]:
+            continue  # all others failed, and there is nothing left to choose
+        trials = stages.add([settings | {halving.resource: length} for settings in candidates], rung)
+        # Not finished: the first are assumed to go on.
+        losses = [trial.loss if stages.is_settled else 0.0 for trial in trials]
+        candidates = [candidates[index] for index in survivors(losses, halving.factor)]
+    return stages.best(trials)
+
+
+def _whole(method: Method, own: Options) -> float:
+    """Length of the last rung, which is the method's own."""
+    resource = method.tune.halving.resource
+    if resource != "max_steps" and (_number(own.get("max_steps")) or 0) > 0:
+        raise UserError(
+            f"method {method.name!r}: halving is of {resource}, and max_steps {own['max_steps']} decides the length of "
+            "its runs; write `halving: max_steps`, or drop max_steps"
+        )
+    for option in _OF_A_LENGTH:
+        if (_number(own.get(option)) or 0) >= 1:
+            raise UserError(
+                f"method {method.name!r}: {option} {own[option]} is a number of steps, and halving has runs of several "
+                "lengths; give the fraction of a run, below 1"
+            )
+    return _amount(method, own, resource, "halve")
+
+
+def _double(stages: _Stages, method: Method, own: Options, winner: Trial) -> Trial:
+    """The winner, or what it becomes with twice as much, as long as that gains more than its standard error."""
+    option = method.tune.double
+    for _ in range(MAX_DOUBLINGS):
+        amount = _amount(method, own | winner.settings, option, "double")
+        (trial,) = stages.add([winner.settings | {option: 2 * amount}])
+        if not stages.is_settled or not _gains(winner, trial):
+            break
+        winner = trial
+    return winner
+
+
+def _amount(method: Method, options: Options, option: str, what: str) -> float:
+    amount = _number(options.get(option))
+    if amount is None or amount <= 0:
+        raise UserError(f"method {method.name!r}: tune cannot {what} {option}, of which it has no value; give it one")
+    return amount
 
 
 def _number(value: Any) -> float | None:
