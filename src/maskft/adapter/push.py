@@ -66,7 +66,7 @@ def _adapter(folder: Path, repository: str, base: str | None) -> dict[str, str |
         raise UserError(
             f"the adapter's base is {named!r}, which is on no hub; push that model, and name it: --base owner/name"
         )
-    config = json.loads((folder / files.ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = files.read_json(folder / files.ADAPTER_CONFIG)
     config["base_model_name_or_path"] = named
     card = (
         adapter_card(folder, named, repository)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -235,4 +234,4 @@ def _known(what: str, name: str, names: Sequence[str]) -> str:
 
 
 def _read_json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return files.read_json(file) if file.is_file() else {}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, load_from_disk
 
 from .. import runtime
-from ..files import digest, digest_file, whole_folder
+from ..files import digest, digest_file, read_json, whole_folder
 from .arguments import DATA_NAMES, TEMPLATE, DataArguments
 from .contamination import set_names, test_set_files
 from .mixtures import parse_mixture
@@ -79,7 +79,7 @@ def prepare(
     # On another machine, without a shared disk, the main process's is not there.
     _keep(folder, args, tokenizer, how)
     sets = (load_from_disk(folder / each) for each in _SETS)
-    return Prepared(*sets, report=json.loads((folder / _REPORT).read_text()))
+    return Prepared(*sets, report=read_json(folder / _REPORT))
 
 
 def _prepare(args: DataArguments, tokenizer, how: Mapping[str, Any]) -> Prepared:

@@ -7,7 +7,6 @@ resumed from its last whole checkpoint, the rest is made again.
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import shutil
@@ -90,7 +89,7 @@ class Study:
         if not self.is_trained(run):
             return None
         loss, file = self.record(run).best_heldout_loss, self.run_folder(run) / files.HELDOUT
-        rows = json.loads(file.read_text()) if file.is_file() else {"ids": [], "nll": [], "num_tokens": []}
+        rows = files.read_json(file) if file.is_file() else {"ids": [], "nll": [], "num_tokens": []}
         pairs = zip(rows["nll"], rows["num_tokens"], strict=True)
         return Heldout(math.inf if loss is None else loss, dict(zip(rows["ids"], pairs, strict=True)))
 

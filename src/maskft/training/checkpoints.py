@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -222,7 +221,7 @@ class Checkpoints:
 
 def whole_best(checkpoint: Path, console: Console) -> str | None:
     """The best checkpoint that ``checkpoint`` names, beside it; None, and a line, where it is damaged."""
-    state = json.loads((checkpoint / TRAINER_STATE).read_text())
+    state = files.read_json(checkpoint / TRAINER_STATE)
     if not state.get("best_model_checkpoint"):
         return None
     best = checkpoint.parent / Path(state["best_model_checkpoint"]).name

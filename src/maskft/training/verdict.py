@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence, Sized
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from .. import files, runtime
 from ..data.prepared import Prepared
 from ..errors import UserError
 from ..evaluation.heldout import nll_per_item
-from ..files import FileModel, digest, read_model
+from ..files import FileModel, digest, read_json, read_model
 from ..results.differences import Measured, Sample
 from ..tuner import MaskConfig, adapter_layers
 from .arguments import TrainConfig, TrainingArguments
@@ -104,7 +103,7 @@ class Verdict(FileModel):
 def read_heldout(folder: str | Path) -> HeldoutLosses:
     """The held-out losses of the run in ``folder``."""
     file = Path(folder) / files.HELDOUT
-    return read_model(HeldoutLosses, json.loads(file.read_text()), file)
+    return read_model(HeldoutLosses, read_json(file), file)
 
 
 @dataclass(frozen=True)
