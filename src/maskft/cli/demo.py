@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     """Change the recipe as the flags say, and run it as any study."""
     from ..errors import UserError
     from ..files import read_yaml
+    from ..runtime import num_cores
     from ..study.recipe import parse_recipe
     from . import study
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     plan = study.check(recipe)
     print((_INTRO_OF_SUMS if args.model else _INTRO).format(model=Path(args.model or "").name, minutes=_minutes(plan)))
     # Two small trainings with a thread each are faster than one with two.
-    num_at_once = 1 if args.model else min(_MOST_AT_ONCE, os.cpu_count() or 1)
+    num_at_once = 1 if args.model else min(_MOST_AT_ONCE, num_cores())
     study.start(plan, args.output_dir, num_at_once=num_at_once, is_brief=True)
     _report(Path(args.output_dir), content["model"], recipe.name)
 
