@@ -13,6 +13,8 @@ from maskft.adapter.mask_set import MaskSet
 from maskft.adapter.patch import Patch, apply_patch, patch_of_adapter, read_patch, undo_patch, write_patch
 from maskft.adapter.swap import swap_mask
 from maskft.cli.main import main
+from maskft.tuner import layer
+from maskft.tuner.codec import decode_mask
 
 
 def adapter(folder, seed, model=None, **settings):
@@ -152,6 +154,23 @@ def test_a_swapped_mask_is_the_loaded_one(tmp_path):
     assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == (
         folders[1] / "adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_a_swapped_mask_is_decoded_once(tmp_path, monkeypatch):
+    """Checking a mask decodes it, and so does the first forward pass after loading; after a swap it is known."""
+    folders = [adapter(tmp_path / str(seed), seed) for seed in range(3)]
+    expected = [logits(PeftModel.from_pretrained(tiny.tiny_llama(), folder)) for folder in folders]
+    model, decoded = PeftModel.from_pretrained(tiny.tiny_llama(), folders[0]), []
+    monkeypatch.setattr(layer, "decode_mask", lambda coded, name: decoded.append(name) or decode_mask(coded, name))
+    swap_mask(model, folders[1])
+    swap_mask(model, folders[2])  # what was known of the mask before it is of no use
+    assert torch.equal(logits(model), expected[2]) and not decoded
+    masked = next(module for module in model.modules() if isinstance(module, layer.MaskedLinear))
+    assert not masked.mask_decoded
+    # A mask that is loaded in the place of a swapped one.
+    swap_mask(model, folders[1])
+    model.load_adapter(folders[0], "default")
+    assert torch.equal(logits(model), expected[0]) and decoded
 
 
 def test_masks_side_by_side_change_by_name(tmp_path):

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from ..errors import UserError
 from ..tuner import MaskConfig, adapter_layers
-from ..tuner.codec import PREFIX, decode_mask
+from ..tuner.codec import PREFIX, decode_mask, pack_mask
 from ..tuner.model import check_base
 from ..tuner.targets import listed
 from .mask_set import read_coded, read_config
@@ -45,8 +45,8 @@ def swap_mask(model: PeftModel, folder: str | Path, adapter_name: str = "default
         raise UserError(f"{str(folder)!r} or adapter {adapter_name!r} replaces weights beside the mask; load it anew")
     if "base" in (config.removed_value, there.removed_value):
         raise UserError("masks whose removed weights take the base's values cannot be swapped; load the adapter anew")
-    for name, layer in layers.items():
-        decode_mask(coded[name], name, layer.weight.shape)
+    # All are checked before any is put in its place, and kept packed until then: a bit per weight, and not a byte.
+    packed = {n: pack_mask(decode_mask(coded[n], n, layer.weight.shape)) for n, layer in layers.items()}
     # The base was compared with this fingerprint when the first mask was loaded: hashing it again takes seconds.
     is_checked = there.verify_base and there.base_fingerprint and there.base_fingerprint == config.base_fingerprint
     if config.verify_base and not is_checked:
@@ -57,4 +57,6 @@ def swap_mask(model: PeftModel, folder: str | Path, adapter_name: str = "default
     for name, layer in layers.items():
         layer.mask_configs[adapter_name] = full
         layer.mask_coded[adapter_name] = coded[name]
+        if adapter_name in layer.active_adapters:
+            layer.mask_decoded[adapter_name] = coded[name], packed[name]
         layer.effective.forget()
