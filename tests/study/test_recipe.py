@@ -80,7 +80,8 @@ def test_studies_keep_masks_that_are_worse(content):
 
 def test_a_default_written_out_changes_no_name_and_a_setting_changes_those_below_it(content):
     before = ids(content)
-    content["methods"]["mask"] |= {"mask_sparsity": 0.1, "learning_rate": 2e-5, "num_train_epochs": 1.0}
+    content["methods"]["mask"] |= {"mask_sparsity": 0.3, "learning_rate": 1e-2, "num_train_epochs": 1.0}
+    content["methods"]["full"] |= {"learning_rate": 2e-5}
     assert ids(content) == before
     content["methods"]["mask"]["learning_rate"] = 1e-3
     after = ids(content)
@@ -138,8 +139,12 @@ def test_a_large_weight_file_is_sampled_in_every_matrix(tmp_path):
 
 def test_a_preset_names_a_run_by_what_it_stands_for(content):
     before = ids(content)
-    content["methods"]["mask"]["mask_preset"] = "paper"
+    content["methods"]["mask"]["mask_preset"] = "recommended"
     assert ids(content) == before
+    content["methods"]["mask"]["mask_preset"] = "paper"
+    paper = ids(content)
+    content["methods"]["mask"] |= {"mask_preset": None, "mask_sparsity": 0.1}
+    assert ids(content) == paper != before
 
 
 def test_evaluation_settings_name_evaluations_not_runs(content):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from statistics import mean
 
@@ -107,7 +108,8 @@ class Board:
 
     def _outcome(self, run: StudyRun) -> str:
         heldout = self.study.heldout(run) if _is_trained(run) else None
-        return "finished" if heldout is None else f"finished, held-out loss {heldout.loss:.4f}"
+        is_measured = heldout is not None and math.isfinite(heldout.loss)  # not where no step was taken
+        return f"finished, held-out loss {heldout.loss:.4f}" if is_measured else "finished"
 
     def _say(self, run: StudyRun, state: str, is_news: bool = False) -> None:
         """A line for a log, which can hold no bar; on a terminal only what must not be missed."""

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import UserError, did_you_mean
 from ..models import model_identity
 from ..training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS
-from .identity import options_identity, plain, short_digest, without_preset
+from .identity import options_identity, plain, short_digest, written_out
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Options, Recipe
 from .tuning import Look, Trial, Tuned, check_test_rows, settings_text, tune
 
@@ -261,9 +261,10 @@ class _Planner:
         def runs_of(trial: Trial) -> list[StudyRun]:
             return [self.make(model, method, axes, seed, trial=trial) for seed in seeds]
 
-        parent = self.parent(model, method.start, axes, seeds[0]).options if method.start else {}
-        own = _options(self.recipe, method, axes, seeds[0], None)
-        return tune(method, self.defaults | own, self.defaults | parent, runs_of, self.look)
+        parent = self.parent(model, method.start, axes, seeds[0]) if method.start else None
+        of_parent = written_out(parent.method.method, parent.options) if parent else {}
+        own = written_out(method.method, _options(self.recipe, method, axes, seeds[0], None))
+        return tune(method, self.defaults | own, self.defaults | of_parent, runs_of, self.look)
 
     def parent(self, model: str, name: str, axes: dict, seed: int) -> StudyRun:
         """The run of the method ``name`` with the same seed, else its only one."""
@@ -285,7 +286,7 @@ class _Planner:
         masks: dict[str, StudyRun],
     ) -> str:
         """Hash of what decides a run's outcome."""
-        named = options_identity(without_preset(options))
+        named = options_identity(written_out(method.method, options))
         settings = {
             "method": method.method,
             "model": model_identity(model),

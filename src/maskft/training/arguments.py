@@ -16,8 +16,6 @@ from ..data.arguments import DataArguments
 from ..errors import UserError
 from .method_arguments import MaskArguments, MethodArguments
 
-MASK_LEARNING_RATE = 1e-2  # of scores: what has won so far, with the preset `recommended`
-
 
 def _default(name: str, value: Any) -> Any:
     """TRL's field of this name with another default."""
@@ -120,6 +118,11 @@ def multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def default_learning_rate(method: str) -> float:
+    """Highest rate of a method where none is given: of scores what has won so far, else TRL's."""
+    return 1e-2 if method == "mask" else SFTConfig.learning_rate
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything one run is configured by."""
@@ -132,8 +135,7 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.training.learning_rate is None:
-            is_mask = self.method.method == "mask"
-            self.training.learning_rate = MASK_LEARNING_RATE if is_mask else SFTConfig.learning_rate
+            self.training.learning_rate = default_learning_rate(self.method.method)
         averaged, limit = self.method.average_checkpoints, self.training.save_total_limit
         if averaged > 1 and limit:
             self.training.save_total_limit = max(limit, averaged + 1)  # and the best one
