@@ -76,6 +76,20 @@ def test_every_analysis_of_a_study(study, capsys):
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
 
 
+def test_a_restart_stands_for_the_end_of_fine_tuning_that_was_not_kept(study):
+    write_run(study, "full-s0", "full", {"best": "runs/full-s0"})
+    folder = write_run(study, "again-s0", "full", {"best": "runs/again-s0"}, "full-s0")
+    tiny.tiny_llama(num_layers=1, seed=2).save_pretrained(folder)
+    record = json.loads((folder / files.RUN).read_text()) | {"name": "warm restart"}
+    (folder / files.RUN).write_text(json.dumps(record))
+    words = ["--what", "landscape", "--grid", "3", "--num_rows", "2", "--against", "warm restart", "mask", "mask-s1"]
+    assert main(["analyze", str(study), *words]) == 0
+    array = json.loads((study / files.ANALYSIS / "landscape.json").read_text())
+    assert array["plane"]["models"] == ["fft", "warm restart", "mask"]
+    assert list(array["surfaces"]) == ["fft", "warm restart", "mask", "mask-s0", "mask-s1"]
+    assert array["surfaces"]["mask-s0"] == array["surfaces"]["mask"] != array["surfaces"]["mask-s1"]
+
+
 def test_a_run_that_a_figure_needs_is_named(study, capsys):
     def error(*words):
         assert main(["analyze", str(study), *words]) == 2
@@ -90,7 +104,10 @@ def test_a_run_that_a_figure_needs_is_named(study, capsys):
     assert "--bits is 8,x; give whole numbers" in error("--what", "bound", "--bits", "8,x")
     assert "losses need one folder with tokenised rows" in error("--what", "masks", "--rows", str(study))
     write_run(study, "full-s0", "full", {"best": "runs/full-s0", "last": "runs/full-s0"})
-    assert "and the end of full-s0 is its best checkpoint" in error("--what", "landscape")
+    assert "and the end of full-s0 is its best checkpoint: name a run with --against" in error("--what", "landscape")
+    assert "no run with a model is called 'restart'" in error("--what", "landscape", "--against", "restart")
+    line = error("--what", "landscape", "--against", "full", "--mask", "mask-s1")
+    assert "'full' has no run of seed 1, that of the mask: name a run by its id" in line
     other = json.loads((study / files.RUNS / "mask-s1" / files.RUN).read_text())
     (study / files.RUNS / "mask-s1" / files.RUN).write_text(json.dumps(other | {"model": "large"}))
     assert "runs of different base models cannot be compared (tiny, large)" in error("--what", "cost")

@@ -18,6 +18,7 @@ from maskft.analysis.curvature import (
     trace_estimate,
 )
 from maskft.analysis.losses import loss_sum, make_batches, num_targets
+from maskft.analysis.points import Point
 from maskft.analysis.store import Parts
 
 SPECTRUM = np.array([9.0, 4, 1, 0.5, 0.25, -2])
@@ -111,13 +112,17 @@ def test_curvature_of_a_mask_is_computed_once(tmp_path, monkeypatch):
     mask = torch.rand(2, 8, generator=torch.Generator().manual_seed(0)) > 0.2
     tiny.save_masks({"model.layers.0.self_attn.k_proj": mask}, adapter)
     file = tmp_path / "curvature.json"
-    analyse_curvature(file, str(folder), str(adapter), rows(), num_probes=2, batch_size=4)
+    others = {"again": Point(str(folder)), "the mask": Point(str(folder), str(adapter))}
+    analyse_curvature(file, str(folder), str(adapter), rows(), others=others, num_probes=2, batch_size=4)
     record = json.loads(file.read_text())
     assert record["num_weights"] == 16 and record["density"] == pytest.approx(float(mask.float().mean()))
     largest = {name: record[name]["largest"] for name in ("start_all", "start_kept")}
     assert largest["start_kept"]["eigenvalues"][0] <= largest["start_all"]["eigenvalues"][0] * 1.001
     assert largest["start_all"]["stderr_rows"] is None  # of one batch
     start, end = (record[name]["trace"] for name in ("start_all", "mask_all"))
-    assert record["mask_all_less_start_all"]["trace"] == pytest.approx(end - start) and end != start
+    assert record["mask_all"]["less_start_all"]["trace"] == pytest.approx(end - start) and end != start
+    # A point is the same under whatever name it is given.
+    assert record["others"]["again"]["less_start_all"]["trace"] == 0
+    assert record["others"]["the mask"]["trace"] == record["mask_all"]["trace"]
     monkeypatch.setattr(curvature, "load_model", None)  # finished: nothing is loaded
-    analyse_curvature(file, str(folder), str(adapter), rows(), num_probes=2, batch_size=4)
+    analyse_curvature(file, str(folder), str(adapter), rows(), others=others, num_probes=2, batch_size=4)

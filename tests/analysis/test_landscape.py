@@ -7,17 +7,11 @@ import pytest
 import torch
 
 import tiny
+from maskft import files
 from maskft.analysis import landscape
-from maskft.analysis.landscape import (
-    analyse_landscape,
-    filter_normalised,
-    line,
-    plane_through,
-    set_weights,
-    surface,
-    weights_of,
-)
+from maskft.analysis.landscape import analyse_landscape, filter_normalised, line, plane_through, surface
 from maskft.analysis.losses import make_batches, mean_loss
+from maskft.analysis.points import Point, set_weights, weights_of
 from maskft.analysis.store import Parts
 from maskft.errors import UserError
 
@@ -90,7 +84,9 @@ def three_models(tmp_path):
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(48, 32, generator=generator) > 0.1
     tiny.save_masks({"model.layers.0.mlp.up_proj": mask}, tmp_path / "mask")
-    return {name: str(tmp_path / name) for name in landscape.MODELS}
+    fft = str(tmp_path / "fft")
+    continued, mask = Point(str(tmp_path / "continued")), Point(fft, str(tmp_path / "mask"))
+    return {"fft": Point(fft), "continued": continued, "mask": mask}
 
 
 def test_a_landscape_that_was_cut_off_ends_as_one_that_was_not(three_models, tmp_path, monkeypatch):
@@ -119,6 +115,26 @@ def test_a_landscape_that_was_cut_off_ends_as_one_that_was_not(three_models, tmp
     analyse_landscape(cut, three_models, rows, grid=3)  # finished: nothing is loaded
 
 
+def test_other_models_stand_beside_the_three(three_models, tmp_path):
+    rows, file = {"train": ROWS}, tmp_path / "a.json"
+    small(2).save_pretrained(tmp_path / "restart")
+    del three_models["continued"]
+    others = {"restart": Point(str(tmp_path / "restart")), "again": three_models["mask"]}
+    analyse_landscape(file, {"fft": three_models["fft"], **others, "mask": three_models["mask"]}, rows, grid=3)
+    record = json.loads(file.read_text())
+    assert record["plane"]["models"] == ["fft", "restart", "mask"]
+    assert record["lines"]["pairs"] == [["fft", "restart"], ["fft", "mask"], ["restart", "mask"]]
+    assert record["surfaces"]["again"] == record["surfaces"]["mask"] != record["surfaces"]["restart"]
+    assert record["surfaces"]["restart"]["train"][1][1] == pytest.approx(mean_loss(small(2), make_batches(ROWS, 8)))
+
+
+def test_a_mask_of_values_other_than_zero_is_refused(three_models, tmp_path):
+    file = tmp_path / "mask" / files.ADAPTER_CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"removed_value": "base"}))
+    with pytest.raises(UserError, match="take their values before fine-tuning"):
+        analyse_landscape(tmp_path / "a.json", three_models, {"train": ROWS}, grid=3)
+
+
 def test_what_cannot_be_is_refused_in_one_line(three_models, tmp_path, monkeypatch):
     rows, file = {"train": ROWS}, tmp_path / "a.json"
     with pytest.raises(UserError, match="--grid is 4; give an odd number"):
@@ -130,6 +146,6 @@ def test_what_cannot_be_is_refused_in_one_line(three_models, tmp_path, monkeypat
         analyse_landscape(file, three_models, rows, grid=3)
     assert not file.exists()
     monkeypatch.undo()
-    tiny.tiny_llama(num_layers=2).save_pretrained(three_models["continued"])
-    with pytest.raises(UserError, match="not of one architecture"):
+    tiny.tiny_llama(num_layers=2).save_pretrained(three_models["continued"].model)
+    with pytest.raises(UserError, match="is not of the architecture"):
         analyse_landscape(file, three_models, rows, grid=3)

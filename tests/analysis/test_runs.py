@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from finished_study import write_run
 from maskft.analysis.ablations import analyse_ablations, lines_of, varied_settings
 from maskft.analysis.curves import analyse_cost, analyse_curves, costs_of, series_of
 from maskft.analysis.runs import TrainedRun, find_mask, full_run, read_study, select_base
@@ -59,6 +60,13 @@ def test_a_run_is_found_under_the_name_that_another_study_gave_it():
     assert series_of(run_of("m", start="full-s0-0123456789"), [full])["steps"][0] == 20
     with pytest.raises(UserError, match="is not among these runs"):
         series_of(run_of("m", start="full-s0-9876543210"), [full])
+
+
+def test_what_tuning_tried_and_did_not_take_is_no_run_of_the_study(tmp_path):
+    write_run(tmp_path, "mask-s0-aaaaaaaaaa", "mask", "mask", 0, roles=())
+    write_run(tmp_path, "mask-s0-bbbbbbbbbb", "mask", "mask", 0)
+    write_run(tmp_path, "mask-s1-cccccccccc", "mask", "mask", 1, roles=())  # not evaluated yet
+    assert [run.id for run in read_study(tmp_path)] == ["mask-s0-bbbbbbbbbb", "mask-s1-cccccccccc"]
 
 
 def test_costs_are_ones_own_and_from_the_beginning():

@@ -110,16 +110,23 @@ def analyse_ablations(file: Path, runs: Sequence[TrainedRun], setting: str | Non
     if setting is not None and setting not in varied:
         raise UserError(f"no two masks differ in {setting!r}{did_you_mean(setting, varied)}; they differ in {varied}")
     check_same_items(run.results[BEST] for run in runs if BEST in run.results)
-    metrics = dict.fromkeys(
-        (task, metric)
+    units = {
+        (task, metric): values["unit"]
         for run in masks
         for task, record in run.results[BEST]["tasks"].items()
-        for metric in record["metrics"]
-    )
+        for metric, values in record["metrics"].items()
+    }
     record = [
-        {"setting": name, "figures": FIGURES.get(name, []), "task": task, "metric": metric, "lines": lines}
+        {
+            "setting": name,
+            "figures": FIGURES.get(name, []),
+            "task": task,
+            "metric": metric,
+            "unit": unit,
+            "lines": lines,
+        }
         for name in ([setting] if setting else varied)
-        for task, metric in metrics
+        for (task, metric), unit in units.items()
         if (lines := lines_of(runs, name, task, metric))
     ]
     if not record:

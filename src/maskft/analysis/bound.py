@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..adapter.mask_set import MaskSet
 from ..errors import UserError
 from ..files import ADAPTER_WEIGHTS
+from .points import masks_of
 from .store import digest_folder, write_record
 
 TAIL_SHARE = 0.25  # "the mean training loss after training stabilizes" (Table 7): the last quarter of what was logged
@@ -132,7 +132,7 @@ def analyse_bound(
         delta: Probability of failure.
         vocab_size: Of the model.
     """
-    masks = MaskSet.from_adapter(adapter)
+    masks = masks_of(adapter)
     z, masked = masks.num_removed, masks.numel
     entropy = sum(mask.numel() * binary_entropy(float((~mask).double().mean())) for mask in masks.values())
     settings = {"what": "bound", "adapter": digest_folder(adapter), "bits": list(bits), "delta": delta, "n": n}

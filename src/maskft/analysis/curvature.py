@@ -10,6 +10,9 @@ weights. Four Hessians are computed, so that the argument can be told from the f
 * ``mask_all``: at the weights with the mask, over all entries. Against ``start_all`` this is the question itself.
 * ``mask_kept``: the same over kept entries: the directions that the masked model still has.
 
+Beside them the same over all entries at whatever else is named (``others``): a mask that is flatter than the model
+under it and not flatter than a restart of that model has gained nothing that a restart has not.
+
 None of them says that flatter generalises better: a rescaling that leaves the function as it is changes curvature
 (Dinh et al., https://arxiv.org/abs/1703.04933). Where ``smallest`` is below 0, H is not positive semi-definite, as
 Eq. 16 assumes, and the trace is a sum with both signs.
@@ -29,12 +32,12 @@ import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 
-from ..adapter.mask_set import MaskSet
 from ..data import IGNORED
 from ..errors import UserError
 from ..files import digest
 from ..models import load_model
 from .losses import Batch, check_room, make_batches, num_targets
+from .points import Point, masks_of, set_weights, weights_at, weights_of
 from .store import Parts, digest_folder, is_finished, write_record
 
 Product = Callable[[np.ndarray], np.ndarray]  # v -> H v, float64 (num_weights,)
@@ -159,8 +162,12 @@ def largest_eigenvalues(
     options: dict[str, Any] = {"v0": kept * np.random.default_rng(seed).standard_normal(len(kept)), "tol": TOLERANCE}
     operator = LinearOperator((len(kept), len(kept)), matvec=apply, dtype=np.float64)
     try:
-        values, vectors = eigsh(operator, k=count, which="LA", **options)
-        smallest = eigsh(operator, k=1, which="SA", return_eigenvectors=False, **options)
+        if count == 1:  # both ends of the spectrum from one Krylov space
+            values, vectors = eigsh(operator, k=2, which="BE", **options)
+            smallest, values, vectors = values[:1], values[1:], vectors[:, 1:]
+        else:
+            values, vectors = eigsh(operator, k=count, which="LA", **options)
+            smallest = eigsh(operator, k=1, which="SA", return_eigenvectors=False, **options)
     except (ArpackNoConvergence, TypeError) as error:
         raise UserError(f"{count} eigenvalues cannot be computed ({error}); ask for fewer --num_eigenvalues") from error
     order = np.argsort(-values)
@@ -175,6 +182,7 @@ def analyse_curvature(
     adapter: str,
     rows: Sequence[Mapping],
     *,
+    others: Mapping[str, Point] | None = None,
     num_probes: int = 16,
     num_eigenvalues: int = 1,
     seed: int = 0,
@@ -183,14 +191,16 @@ def analyse_curvature(
 ) -> None:
     """Write the four Hessians' `trace_estimate` and, as ``largest``, `largest_eigenvalues`, in float32 (``.json``).
 
-    ``mask_all_less_start_all`` is the difference of their traces with its own errors, which are smaller than those of
-    the two, as probes and rows are the same. ``density`` is the share of kept weights.
+    ``less_start_all`` is the difference of a trace from that of ``start_all`` with its own errors, which are smaller
+    than those of the two, as probes and rows are the same. ``others`` NAME: the same at other points, over all entries.
+    ``density`` is the share of kept weights.
 
     Args:
         file: Where the record goes; probes that are done survive a kill.
         start: Model under the mask.
         adapter: Adapter folder.
         rows: Tokenised rows.
+        others: Name -> point, such as a restart of the model under the mask.
         num_probes: Random vectors per trace.
         num_eigenvalues: How many of the largest.
         seed: Of probes and Lanczos.
@@ -200,29 +210,42 @@ def analyse_curvature(
     settings = {"what": "curvature", "num_probes": num_probes, "num_eigenvalues": num_eigenvalues, "seed": seed}
     settings |= {"start": digest_folder(start), "mask": digest_folder(adapter), "batch_size": batch_size}
     settings |= {"rows": digest(rows), "num_rows": len(rows)}
+    settings |= {"others": {name: point.digest() for name, point in (others or {}).items()}}
     if is_finished(file, settings):
         return
-    masks = MaskSet.from_adapter(adapter)
+    masks = masks_of(adapter)
     names = sorted(masks)
     # Lanczos keeps its vectors in float64, at least 20 of them.
     vectors_bytes = 8 * masks.numel * max(2 * num_eigenvalues + 7, 26)
     check_room(vectors_bytes, "cpu", f"curvature in {masks.numel:,} weights", "analyse a mask over fewer layers")
     model = load_model(start, "float32", attn_implementation="eager").to(device).eval()
+    before = weights_of(model)
     batches = make_batches(rows, batch_size, device)
     products = hessian_products(model, names, batches)
     tokens = np.array([num_targets(batch) for batch in batches], dtype=np.float64)
     shares, kept = tokens / tokens.sum(), torch.cat([masks[name].flatten() for name in names]).numpy()
-    parts, record, forms = Parts(file, settings, 4 * (num_probes + 1)), {}, {}
-    for name in ("start_all", "start_kept", "mask_all", "mask_kept"):
-        if name == "mask_all":
-            masks.apply_(model)
-        diagonal = kept if name.endswith("kept") else np.ones_like(kept)
-        forms[name] = quadratic_forms(products, diagonal, num_probes, seed, parts, name)
+    parts = Parts(file, settings, (4 + len(others or {})) * (num_probes + 1))
+
+    def describe(name: str, diagonal: np.ndarray) -> dict:
+        forms = quadratic_forms(products, diagonal, num_probes, seed, parts, name)
         arguments = (products, shares, diagonal, num_eigenvalues, seed)
         largest = parts.get(f"{name} eigenvalues", functools.partial(largest_eigenvalues, *arguments))
-        record[name] = {**trace_estimate(forms[name], shares), "largest": largest}
-    record["mask_all_less_start_all"] = trace_estimate(forms["mask_all"] - forms["start_all"], shares)
-    write_record(file, record | {"density": masks.density, "num_weights": masks.numel}, settings)
+        return {**trace_estimate(forms, shares), "largest": largest, "forms": forms}
+
+    every = np.ones_like(kept)
+    record = {"start_all": describe("start_all", every), "start_kept": describe("start_kept", kept)}
+    masks.apply_(model)
+    record |= {"mask_all": describe("mask_all", every), "mask_kept": describe("mask_kept", kept)}
+    found = {}
+    for name, point in (others or {}).items():
+        set_weights(model, weights_at(point, before))
+        found[name] = describe(f"other {name}", every)
+    at_start = record["start_all"]["forms"]
+    for each in (record["mask_all"], *found.values()):
+        each["less_start_all"] = trace_estimate(each["forms"] - at_start, shares)
+    for each in (*record.values(), *found.values()):
+        del each["forms"]
+    write_record(file, record | {"others": found, "density": masks.density, "num_weights": masks.numel}, settings)
     parts.remove()
 
 

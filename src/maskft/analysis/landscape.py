@@ -2,7 +2,8 @@
 
 A surface is taken along random directions that are filter-normalised (Li et al., https://arxiv.org/abs/1712.09913).
 Surfaces of several models can be compared only where they share directions: here one pair, normalised on the weights
-after full fine-tuning, serves best FFT, continued FFT and mask. So it also moves weights that a mask has removed.
+after full fine-tuning, serves best FFT, continued FFT, mask, and whatever else is named (a restart, a refit, another
+mask). So it also moves weights that a mask has removed.
 """
 
 from __future__ import annotations
@@ -13,38 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ..adapter.mask_set import MaskSet
 from ..errors import UserError
 from ..files import digest
 from ..models import load_model
 from .losses import Batch, check_room, count_parameters, make_batches, mean_loss
-from .store import Parts, digest_folder, is_finished, write_record
+from .points import Point, Weights, set_weights, weights_at, weights_of
+from .store import Parts, is_finished, write_record
 
-Weights = dict[str, Tensor]  # parameter name -> values, on the model's device and in its dtype
 Losses = Mapping[str, list[Batch]]  # split -> batches
 
-MODELS = ("fft", "continued", "mask")
+FFT, CONTINUED, MASK = "fft", "continued", "mask"
 MARGIN = 0.25  # lines and planes go on beyond their models by this share of the distance
-
-
-def weights_of(model) -> Weights:
-    """A copy of all parameters; tied ones once."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-@torch.no_grad()
-def set_weights(model, center: Weights, steps: Sequence[tuple[float, Weights]] = ()) -> None:
-    """Set parameters to ``center`` plus the sum of amount x direction; a parameter without a direction stays.
-
-    The same amounts give the same bits, in whatever order points are visited; amounts of 0 give ``center``.
-    """
-    for name, parameter in model.named_parameters():
-        parameter.copy_(center[name])
-        for amount, direction in steps:
-            if amount != 0 and name in direction:
-                parameter.add_(direction[name], alpha=amount)
 
 
 def filter_normalised(weights: Weights, seed: int) -> Weights:
@@ -137,7 +118,7 @@ def line(
 
 def analyse_landscape(
     file: Path,
-    models: Mapping[str, str],
+    models: Mapping[str, Point],
     rows: Mapping[str, Sequence[dict]],
     *,
     grid: int = 21,
@@ -147,16 +128,18 @@ def analyse_landscape(
     dtype: str = "float32",
     device: str = "cpu",
 ) -> None:
-    """Surfaces, plane and lines of best FFT, continued FFT and mask.
+    """Surfaces around models, and plane and lines of three: ``fft``, the first that is neither it nor mask, ``mask``.
 
     Losses are nats per supervised token, SPLIT is ``train`` or ``heldout``. ``axis`` (grid,) is in lengths of the
-    model's filters; ``surfaces`` MODEL SPLIT (grid, grid), first index along the first direction. ``plane``: ``x`` and
-    ``y`` (grid,) in L2 distance of weights, ``points`` (3, 2) of fft, continued and mask, SPLIT (grid, grid), first
-    index x. ``lines``: ``t`` (grid,), 0 the first model and 1 the second; FIRST-SECOND SPLIT (grid,).
+    filters of ``fft``; ``surfaces`` MODEL SPLIT (grid, grid), first index along the first direction. ``plane``: ``x``
+    and ``y`` (grid,) in L2 distance of weights, ``models`` its three, ``points`` (3, 2) where they lie, SPLIT
+    (grid, grid), first index x. ``lines``: ``t`` (grid,), 0 the first model and 1 the second; ``pairs`` of names, and
+    as many SPLIT (grid,).
 
     Args:
         file: Where the record goes (``.json``). Points that are done survive a kill.
-        models: ``fft`` and ``continued``: folders of models; ``mask``: adapter folder over ``fft``.
+        models: Name -> point, in order; ``fft``, whose weights give the directions their lengths, ``mask``, and one
+            more at least.
         rows: Split -> tokenised rows.
         grid: Points of each axis, odd, so that the middle one is the model itself.
         span: Largest amount along a direction; 1 moves every filter by its own length.
@@ -173,58 +156,56 @@ def analyse_landscape(
     if not 0 < span < float("inf"):
         raise UserError(f"--span is {span}; it must be above 0, in lengths of the model's filters")
     settings = {"what": "landscape", "grid": grid, "span": span, "seed": seed, "dtype": dtype}
-    settings["models"] = {name: digest_folder(folder) for name, folder in models.items()}
+    settings["models"] = {name: point.digest() for name, point in models.items()}
     settings["rows"] = {split: digest(each) for split, each in rows.items()}
     if is_finished(file, settings):
         return
-    num_weights, vocab_size = count_parameters(models["fft"])
+    num_weights, vocab_size = count_parameters(models[FFT].model)
+    weights_bytes = num_weights * getattr(torch, dtype).itemsize
     longest = max(len(row["input_ids"]) for each in rows.values() for row in each)
-    # Three models, the working copy, two directions and one more on the way; logits four times in float32; each point
-    # of four surfaces and two splits as text, dict and number.
-    need_bytes = 7 * num_weights * getattr(torch, dtype).itemsize + 16 * batch_size * longest * vocab_size
+    # The models, the working copy, two directions and one more on the way; logits four times in float32; each point of
+    # the surfaces and two splits as text, dict and number.
+    need_bytes = (len(models) + 4) * weights_bytes + 16 * batch_size * longest * vocab_size
     what, remedy = (
         f"a landscape of {grid} x {grid} points",
         "take a smaller --grid or --batch_size, or --dtype bfloat16",
     )
-    check_room(need_bytes + 1600 * grid**2, device, what, remedy)
-    model = load_model(models["fft"], dtype).to(device).eval()
-    points = _three_models(model, models, dtype)
+    num_surfaces = len(models) + 1
+    check_room(need_bytes + 400 * num_surfaces * grid**2, device, what, remedy)
+    model = load_model(models[FFT].model, dtype).to(device).eval()
+    fft = weights_of(model)
+    points = {name: fft if name == FFT else weights_at(point, fft, dtype) for name, point in models.items()}
     losses = {split: make_batches(each, batch_size, device) for split, each in rows.items()}
-    parts = Parts(file, settings, 4 * grid**2 + 3 * grid)
+    parts = Parts(file, settings, num_surfaces * grid**2 + 3 * grid)
     record = _surfaces(model, points, losses, parts, grid, span, seed)
-    record["plane"] = _plane(model, points, losses, parts, grid)
+    three = [FFT, next(name for name in models if name not in (FFT, MASK)), MASK]
+    record["plane"] = {"models": three, **_plane(model, [points[name] for name in three], losses, parts, grid)}
     amounts = np.linspace(-MARGIN, 1 + MARGIN, grid)
-    record["lines"] = {"t": amounts.tolist()}
-    for a, b in combinations(MODELS, 2):
-        record["lines"][f"{a}-{b}"] = line(model, points[a], points[b], amounts, losses, parts, f"line {a} {b}")
+    pairs = list(combinations(three, 2))
+    found = [line(model, points[a], points[b], amounts, losses, parts, f"line {a} {b}") for a, b in pairs]
+    by_split = {split: [each[split] for each in found] for split in losses}
+    record["lines"] = {"t": amounts.tolist(), "pairs": pairs, **by_split}
     write_record(file, record, settings)
     parts.remove()
 
 
-def _three_models(model, models: Mapping[str, str], dtype: str) -> dict[str, Weights]:
-    fft, device = weights_of(model), model.device
-    MaskSet.from_adapter(models["mask"]).apply_(model)
-    mask = weights_of(model)
-    continued = weights_of(load_model(models["continued"], dtype).to(device))
-    if {n: w.shape for n, w in continued.items()} != {n: w.shape for n, w in fft.items()}:
-        raise UserError(f"{models['continued']!r} and {models['fft']!r} are not of one architecture")
-    return {"fft": fft, "continued": continued, "mask": mask}
-
-
 def _surfaces(model, points, losses: Losses, parts: Parts, grid: int, span: float, seed: int) -> dict:
-    directions = filter_normalised(points["fft"], 2 * seed), filter_normalised(points["fft"], 2 * seed + 1)
+    directions = filter_normalised(points[FFT], 2 * seed), filter_normalised(points[FFT], 2 * seed + 1)
     axis = np.linspace(-span, span, grid)
     axis[grid // 2] = 0.0
     axes = (axis, axis)
-    found = {name: surface(model, points[name], directions, axes, losses, parts, f"surface {name}") for name in MODELS}
+    found = {
+        name: surface(model, point, directions, axes, losses, parts, f"surface {name}")
+        for name, point in points.items()
+    }
     return {"axis": axis.tolist(), "surfaces": found}
 
 
-def _plane(model, points, losses: Losses, parts: Parts, grid: int) -> dict:
-    u, v, coordinates = plane_through(*(points[name] for name in MODELS))
+def _plane(model, points: Sequence[Weights], losses: Losses, parts: Parts, grid: int) -> dict:
+    u, v, coordinates = plane_through(*points)
     low, high = coordinates.min(0), coordinates.max(0)
     x, y = np.linspace(low - MARGIN * (high - low), high + MARGIN * (high - low), grid).T
-    found = surface(model, points["fft"], (u, v), (x, y), losses, parts, "plane")
+    found = surface(model, points[0], (u, v), (x, y), losses, parts, "plane")
     return {"x": x.tolist(), "y": y.tolist(), "points": coordinates.tolist(), **found}
 
 

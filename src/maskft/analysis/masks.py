@@ -173,9 +173,9 @@ def analyse_masks(
 ) -> None:
     """Write shares, effects and flips of each mask, and the agreement of every two (``.json``).
 
-    ``masks`` NAME: `describe_mask`, `effects`, ``mask_seed``, ``flips_per_step``: pairs of step and number of entries
-    that it flipped. ``agreement``, of masks with modules in common: ``first``, ``second``, ``same_start`` (whether they
-    are over the same model) and `agreement`.
+    ``masks`` NAME: `describe_mask`, `effects` (None where removed weights take another value than 0), ``mask_seed``,
+    ``flips_per_step``: pairs of step and number of entries that it flipped. ``agreement``, of masks with modules in
+    common: ``first``, ``second``, ``same_start`` (whether they are over the same model) and `agreement`.
 
     Args:
         file: Where the record goes; effects that are done survive a kill.
@@ -196,12 +196,14 @@ def analyse_masks(
     parts = Parts(file, settings, sum(len(masks) + 3 for masks in sets.values()))
     record: dict = {"masks": {}, "agreement": []}
     for name, (folder, start) in adapters.items():
+        config = read_config(folder)
         model = load_model(start, "float32").to(device).eval()
         weights = {module: model.get_submodule(module).weight.detach().cpu() for module in sets[name]}
+        batches, is_zero = make_batches(rows, batch_size, device), config.removed_value == "zero"
         record["masks"][name] = {
             **describe_mask(sets[name], load_config(start).get_text_config(), weights),
-            "effects": effects(model, sets[name], make_batches(rows, batch_size, device), parts, name),
-            "mask_seed": read_config(folder).mask_seed,
+            "effects": effects(model, sets[name], batches, parts, name) if is_zero else None,
+            "mask_seed": config.mask_seed,
             "flips_per_step": [[r["step"], r[FLIPS]] for r in histories[name] if FLIPS in r],
         }
     for first, second in combinations(sets, 2):

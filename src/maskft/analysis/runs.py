@@ -71,7 +71,7 @@ def read_study(folder: str | Path) -> list[TrainedRun]:
         if "study" in result:
             results.setdefault(_identity(result["study"]["run"]), {})[result["study"]["role"]] = result
     if not is_published:
-        return [_from_record(folder, file, results) for file in records]
+        return _without_trials([_from_record(folder, file, results) for file in records])
     if not results:
         raise UserError(f"{str(folder)!r} holds neither finished runs (runs/*/run.json) nor results of a study")
     return _from_results(results, _read_json(folder / files.TRAINING))
@@ -132,6 +132,22 @@ def find_mask(runs: Sequence[TrainedRun], wanted: str | None = None) -> TrainedR
     return min((run for run in masks if name in (run.id, run.name)), key=lambda run: run.seed or 0)
 
 
+def find_run(wanted: str, runs: Sequence[TrainedRun], seed: int | None) -> TrainedRun:
+    """The run of an id, or of a name and a seed, whose model is a full one or a mask.
+
+    Raises:
+        UserError: If there is none.
+    """
+    known = [run for run in runs if BEST in run.models]
+    name = _known("run with a model", wanted, list(dict.fromkeys(text for run in known for text in (run.name, run.id))))
+    found = next((run for run in known if name == run.id or (name, seed) == (run.name, run.seed)), None)
+    if found is None:
+        raise UserError(f"{name!r} has no run of seed {seed}, that of the mask: name a run by its id")
+    if not found.method.endswith(MASK) and files.holds_adapter(found.models[BEST]):
+        raise UserError(f"{found.id} is an adapter of method {found.method}: name a run of all weights, or a mask")
+    return found
+
+
 def parent_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun | None:
     """The run that ``run`` started from; None where it started from the base model.
 
@@ -166,6 +182,11 @@ def full_run(mask: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun:
     return parent
 
 
+def has_continued(full: TrainedRun) -> bool:
+    """Whether the model with which full fine-tuning ended was kept, and is not its best."""
+    return full.models.get(LAST) not in (None, full.models[BEST])
+
+
 def continued_model(full: TrainedRun) -> str:
     """Folder of the model with which full fine-tuning ended, where that is not its best.
 
@@ -173,9 +194,12 @@ def continued_model(full: TrainedRun) -> str:
         UserError: If it was not kept, or is the best one.
     """
     last = full.models.get(LAST)
-    if last is None or last == full.models[BEST]:
+    if last is None or not has_continued(full):
         why = "was not kept (train it with keep_last)" if last is None else "is its best checkpoint"
-        raise UserError(f"a landscape needs continued full fine-tuning, and the end of {full.id} {why}")
+        raise UserError(
+            f"a landscape needs a third model, and the end of {full.id} {why}: name a run with --against, such as a "
+            "warm restart"
+        )
     return last
 
 
@@ -183,6 +207,12 @@ def _identity(run_id: str) -> str:
     """The hash in a run's id: studies that share a folder share runs, each under its own name for the method."""
     found = re.search(r"-([0-9a-f]{10})$", run_id)
     return found[1] if found else run_id
+
+
+def _without_trials(runs: Sequence[TrainedRun]) -> list[TrainedRun]:
+    """Runs less those that tuning tried and did not take: they bear the winner's name and seed, and no results."""
+    evaluated = {(run.name, run.seed) for run in runs if run.results}
+    return [run for run in runs if run.results or (run.name, run.seed) not in evaluated]
 
 
 def _from_record(study: Path, file: Path, results: dict[str, dict[str, Result]]) -> TrainedRun:

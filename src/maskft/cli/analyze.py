@@ -29,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_argument("--output_dir", metavar="DIR", help="where the files go (default: STUDY/analysis)")
     runs.add_argument("--base", metavar="NAME", help="the base model whose runs are meant, where there are several")
     runs.add_argument("--mask", metavar="NAME", help="id or name of the mask for bound, landscape and curvature")
+    runs.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="landscape, curvature: other runs of the mask's seed to show beside it, by id or name, such as a restart",
+    )
     runs.add_argument("--setting", metavar="NAME", help="the setting that ablations are about (default: each varied)")
     rows = parser.add_argument_group("rows on which losses are taken (landscape, curvature, effects of masks)")
     rows.add_argument("--rows", metavar="DIR", help="folder of tokenised rows (default: the study's)")
@@ -148,14 +155,18 @@ def _masks(args, runs, file: Path) -> None:
 
 
 def _landscape(args, runs, file: Path) -> None:
-    from ..analysis.landscape import analyse_landscape
-    from ..analysis.runs import BEST, continued_model, find_mask, full_run
+    from ..analysis.landscape import CONTINUED, FFT, MASK, analyse_landscape
+    from ..analysis.points import Point
+    from ..analysis.runs import BEST, continued_model, find_mask, full_run, has_continued
 
     mask = find_mask(runs, args.mask)
-    full = full_run(mask, runs)
-    models = {"fft": full.models[BEST], "continued": continued_model(full), "mask": mask.models[BEST]}
+    full, others = full_run(mask, runs), _against(args, runs, mask)
+    if not others or has_continued(full):
+        others = {CONTINUED: Point(continued_model(full)), **others}
+    first, best = next(iter(others)), full.models[BEST]  # the first stands with FFT and mask in the plane
+    points = {FFT: Point(best), first: others.pop(first), MASK: Point(best, mask.models[BEST])}
     options = {key: getattr(args, key) for key in ("grid", "span", "seed", "batch_size", "dtype", "device")}
-    analyse_landscape(file, models, _rows(args), **options)
+    analyse_landscape(file, points | others, _rows(args), **options)
 
 
 def _curvature(args, runs, file: Path) -> None:
@@ -164,7 +175,21 @@ def _curvature(args, runs, file: Path) -> None:
 
     mask = find_mask(runs, args.mask)
     options = {key: getattr(args, key) for key in ("num_probes", "num_eigenvalues", "seed", "batch_size", "device")}
+    options["others"] = _against(args, runs, mask)
     analyse_curvature(file, start_model(mask, runs), mask.models[BEST], _rows(args)["train"], **options)
+
+
+def _against(args, runs, mask) -> dict:
+    from ..analysis.points import Point
+    from ..analysis.runs import BEST, MASK, find_run, start_model
+
+    taken = ("fft", "continued", MASK)  # names that a landscape gives
+    found = {name: find_run(name, runs, mask.seed) for name in args.against}
+    found = {run.id if name in taken else name: run for name, run in found.items()}
+    return {
+        name: Point(start_model(run, runs), run.models[BEST]) if run.method.endswith(MASK) else Point(run.models[BEST])
+        for name, run in found.items()
+    }
 
 
 def _rows(args) -> dict[str, list[dict]]:

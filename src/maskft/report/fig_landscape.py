@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 
 from ..results.text import Table
-from .charts import COLOURS, Chart, Entry, Panel
+from .charts import COLOURS, Chart, Entry, Panel, plain
 from .methods import number
 
 # Shapes as in the paper: star, square, triangle.
@@ -22,15 +22,21 @@ _SHORT = {"fft": "best FFT", "continued": "continued FFT", "mask": "mask"}
 _SPLITS = {"heldout": "held-out rows", "train": "training rows"}
 
 
+_OTHERS = ("blue", "orange", "teal", "grey")  # of models that the paper's figure does not have
+
+
 def landscape_chart(record: Mapping) -> Chart:
     """The plane through three models, the straight lines between them, and the loss along shared directions."""
     panels = []
     for split in (split for split in _SPLITS if split in record["plane"]):
         rows = _SPLITS[split]
-        panels.append(Panel(f"Plane through the three, {rows}", lambda axes, s=split: _plane(axes, record, s)))
+        panels.append(Panel(f"Plane through three models, {rows}", lambda axes, s=split: _plane(axes, record, s)))
         panels.append(Panel(f"Straight lines, {rows}", lambda axes, s=split: _lines(axes, record["lines"], s)))
         panels += [
-            Panel(f"Around {_SHORT[model]}, {rows}", lambda axes, m=model, s=split: _surface(axes, record, m, s))
+            Panel(
+                f"Around {_SHORT.get(model, model)}, {rows}",
+                lambda axes, m=model, s=split: _surface(axes, record, m, s),
+            )
             for model in record["surfaces"]
         ]
     text = (
@@ -39,9 +45,15 @@ def landscape_chart(record: Mapping) -> Chart:
         "filters after full fine-tuning; all models share the pair and the colours of a split, so they can be "
         "compared. They also move weights that the mask has removed."
     )
-    table = Table(("model", "rows", "loss at the model", "lowest around it", "highest around it"), _rows(record))
-    key, title = "fig05_12_landscape", "Loss landscape"
-    return Chart(key, title, text, panels, table, (5, 12), list(_MODELS.values()))
+    columns = ("model", "rows", "loss at the model", "mean around it", "lowest", "highest")
+    table, entries = Table(columns, _rows(record)), list(_entries(record).values())
+    return Chart("fig05_12_landscape", "Loss landscape", text, panels, table, (5, 12), entries)
+
+
+def _entries(record: Mapping) -> dict[str, Entry]:
+    others = [name for name in record["surfaces"] if name not in _MODELS]
+    more = {name: Entry(name, _OTHERS[i % len(_OTHERS)], "", "opDX"[i % 4]) for i, name in enumerate(others)}
+    return {name: _MODELS.get(name) or more[name] for name in record["surfaces"]}
 
 
 def _rows(record: Mapping) -> list[tuple[str, ...]]:
@@ -49,8 +61,9 @@ def _rows(record: Mapping) -> list[tuple[str, ...]]:
     rows = []
     for model, surfaces in record["surfaces"].items():
         for split, values in surfaces.items():
-            numbers = (values[middle][middle], np.min(values), np.max(values))
-            rows.append((_MODELS[model].name, _SPLITS.get(split, split), *(number(float(each)) for each in numbers)))
+            numbers = (values[middle][middle], np.mean(values), np.min(values), np.max(values))
+            name = _entries(record)[model].name
+            rows.append((name, _SPLITS.get(split, split), *(number(float(each)) for each in numbers)))
     return rows
 
 
@@ -74,8 +87,7 @@ def _contours(axes: Axes, x: Sequence[float], y: Sequence[float], values: Sequen
     axes.grid(False)
 
 
-def _point(axes: Axes, x: float, y: float, model: str) -> None:
-    entry = _MODELS[model]
+def _point(axes: Axes, x: float, y: float, entry: Entry) -> None:
     size = 9 if entry.marker == "*" else 6
     axes.plot(x, y, marker=entry.marker, color=COLOURS[entry.colour], markersize=size, markeredgecolor="#ffffff")
 
@@ -83,23 +95,23 @@ def _point(axes: Axes, x: float, y: float, model: str) -> None:
 def _plane(axes: Axes, record: Mapping, split: str) -> None:
     plane = record["plane"]
     _contours(axes, plane["x"], plane["y"], plane[split], _levels(plane[split]))
-    for model, point in zip(_MODELS, plane["points"], strict=True):
-        _point(axes, point[0], point[1], model)
+    for model, point in zip(plane["models"], plane["points"], strict=True):
+        _point(axes, point[0], point[1], _entries(record)[model])
     axes.set_xlabel("L2 distance of weights")
 
 
 def _surface(axes: Axes, record: Mapping, model: str, split: str) -> None:
     every = [surfaces[split] for surfaces in record["surfaces"].values()]
     _contours(axes, record["axis"], record["axis"], record["surfaces"][model][split], _levels(every))
-    _point(axes, 0, 0, model)
+    _point(axes, 0, 0, _entries(record)[model])
     axes.set_xlabel("first direction, in filters' lengths")
 
 
 def _lines(axes: Axes, lines: Mapping, split: str) -> None:
     looks = zip(("-", "--", "-."), ("purple", "red", "teal"), strict=True)
-    for (name, values), (dash, colour) in zip(((n, v) for n, v in lines.items() if n != "t"), looks, strict=False):
-        ends = (_SHORT.get(end, end) for end in name.split("-"))
-        axes.plot(lines["t"], values[split], dash, color=COLOURS[colour], label=" to ".join(ends))
+    for pair, values, (dash, colour) in zip(lines["pairs"], lines[split], looks, strict=True):
+        label = plain(" to ".join(_SHORT.get(end, end) for end in pair))
+        axes.plot(lines["t"], values, dash, color=COLOURS[colour], label=label)
     for end in (0, 1):
         axes.axvline(end, color=COLOURS["muted"], linewidth=0.6, linestyle=":")
     low, high = axes.get_ylim()

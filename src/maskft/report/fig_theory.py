@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 
 from ..results.text import Table
-from .charts import COLOURS, Chart, Entry, Panel
+from .charts import COLOURS, Chart, Entry, Panel, plain
 from .methods import number
 
 _HESSIANS = {
@@ -20,14 +20,16 @@ _SIZES = ("model", "masked_matrices")
 
 
 def curvature_chart(record: Mapping) -> Chart:
-    """Trace and largest eigenvalue of the four Hessians, with one standard error."""
+    """Trace and largest eigenvalue of the Hessians, with one standard error."""
+    hessians = {text: record[name] for name, text in _HESSIANS.items()}
+    hessians |= {f"{name}, all entries": each for name, each in record["others"].items()}
 
     def traces(axes: Axes) -> None:
-        _bars(axes, [(each["trace"], _error(each)) for each in map(record.get, _HESSIANS)])
+        _bars(axes, {name: (each["trace"], _error(each)) for name, each in hessians.items()})
 
     def eigenvalues(axes: Axes) -> None:
-        found = [record[name]["largest"] for name in _HESSIANS]
-        _bars(axes, [(each["eigenvalues"][0], (each["stderr_rows"] or [0.0])[0]) for each in found])
+        found = {name: each["largest"] for name, each in hessians.items()}
+        _bars(axes, {n: (each["eigenvalues"][0], (each["stderr_rows"] or [0.0])[0]) for n, each in found.items()})
 
     rows = [
         (
@@ -38,27 +40,28 @@ def curvature_chart(record: Mapping) -> Chart:
             number(each["largest"]["eigenvalues"][0]),
             number(each["largest"]["smallest"]),
         )
-        for name, text in _HESSIANS.items()
-        for each in (record[name],)
+        for text, each in hessians.items()
     ]
-    less = record["mask_all_less_start_all"]
-    rows.append(
+    rows += [
         (
-            "with the mask less before it, all entries",
-            number(less["trace"]),
-            number(less["stderr_probes"]),
-            number(less["stderr_rows"]),
+            f"{text}, less that before the mask",
+            number(each["less_start_all"]["trace"]),
+            number(each["less_start_all"]["stderr_probes"]),
+            number(each["less_start_all"]["stderr_rows"]),
             "–",
             "–",
         )
-    )
+        for text, each in hessians.items()
+        if "less_start_all" in each
+    ]
     text = (
         "Whether the mask's own point is flatter is the third line against the first. The second has a smaller largest "
         "eigenvalue than the first for any mask, a random one included: Eq. 17 projects the Hessian at a point where "
         "the masked model is not. Flatter does not mean better: rescaling weights changes curvature and not the model."
     )
     columns = ("Hessian", "trace", "error (probes)", "error (rows)", "largest eigenvalue", "smallest eigenvalue")
-    panels = [Panel("Trace", traces, True, 1.5), Panel("Largest eigenvalue", eigenvalues, True, 1.5)]
+    height = 0.7 + 0.2 * len(hessians)
+    panels = [Panel("Trace", traces, True, height), Panel("Largest eigenvalue", eigenvalues, True, height)]
     return Chart("eq16_18_curvature", "Curvature", text, panels, Table(columns, rows))
 
 
@@ -73,10 +76,11 @@ def bound_chart(record: Mapping) -> Chart:
                 phi, loss = record[where][width]["phi"][name], record["training_loss"][name]
                 axes.barh(len(labels), loss, color=COLOURS["ink"], height=0.6)
                 axes.barh(len(labels), phi, left=loss, color=COLOURS["blue" if name == "full" else "red"], height=0.6)
-                axes.text(loss + phi, len(labels), f" {number(loss + phi)}", va="center", fontsize=6.5)
+                axes.text(loss + phi, len(labels), f" {loss + phi:.2f}", va="center", fontsize=6.5)
                 labels.append(f"{name}, {width} bits")
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.set_xlabel("nats per token and the term of Eq. 6, added up as the paper does")
         axes.margins(x=0.15)
         axes.grid(False, axis="y")
 
@@ -111,11 +115,11 @@ def _error(trace: Mapping) -> float:
     return max(trace["stderr_probes"] or 0.0, trace["stderr_rows"] or 0.0)
 
 
-def _bars(axes: Axes, values: list[tuple[float, float]]) -> None:
-    for place, (value, error) in enumerate(values):
-        colour = COLOURS["red" if place > 1 else "blue"]
-        axes.errorbar(value, place, xerr=error, color=colour, marker="^" if place > 1 else "o", capsize=2)
+def _bars(axes: Axes, values: Mapping[str, tuple[float, float]]) -> None:
+    for place, (value, error) in enumerate(values.values()):
+        colour, marker = (("blue", "o"), ("red", "^"), ("teal", "p"))[min(place // 2, 2)]
+        axes.errorbar(value, place, xerr=error, color=COLOURS[colour], marker=marker, capsize=2)
     axes.axvline(0, color=COLOURS["muted"], linewidth=0.6)
-    axes.set_yticks(range(len(_HESSIANS)), list(_HESSIANS.values()))
-    axes.set_ylim(len(_HESSIANS) - 0.4, -0.6)
+    axes.set_yticks(range(len(values)), list(map(plain, values)))
+    axes.set_ylim(len(values) - 0.4, -0.6)
     axes.grid(False, axis="y")
