@@ -137,8 +137,9 @@ def test_light_and_dark(open_page):
     assert light.evaluate(background) == page.evaluate(background)
 
 
-def test_nothing_is_wider_than_a_phone(open_page):
-    page = open_page(viewport={"width": 360, "height": 700})
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_wider_than_a_phone(scheme, open_page):
+    page = open_page(viewport={"width": 360, "height": 700}, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 

@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from maskft import files
 from maskft.cli.main import main
 from maskft.report.catalogue import PAPER_FIGURES, charts_of, select_charts
-from maskft.report.charts import FORMATS, Chart, Panel, draw_figure, to_svg
+from maskft.report.charts import FORMATS, PAGE_HEIGHT, Chart, Panel, draw_pages, files_of, to_svg
 from maskft.report.evidence import gather
 from maskft.report.fig_verdict import interval
+from maskft.results.text import Table
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +56,37 @@ def test_files_for_a_paper(finished, charts, tmp_path, capsys):
 def test_a_figure_fits_a_paper(charts):
     for chart in charts.values():
         if isinstance(chart, Chart):
-            width, height = draw_figure(chart).get_size_inches()
-            assert width <= 7 and height <= 24, chart.key
+            for page in draw_pages(chart):
+                width, height = page.get_size_inches()
+                assert width <= 7 and height <= 9.5, chart.key
 
 
 def test_heads_are_those_of_the_array(finished, charts):
     array = json.loads((finished / files.ANALYSIS / "masks.json").read_text())
     (shown, *_), wanted = axes_of(charts["fig13_heads"].panels[0]).images, array["masks"]["mask-s0"]["by_head"]
     np.testing.assert_array_equal(shown.get_array(), [shares["qkv"] for shares in wanted.values()])
-    lines = axes_of(charts["fig14_heads_mean"].panels[0]).lines
+    lines = [line for panel in charts["fig14_heads_mean"].panels for line in axes_of(panel).lines]
     assert len(lines) == 4 and len(charts["fig14_heads_mean"].legend) == 4
     np.testing.assert_allclose(lines[0].get_ydata(), np.mean(shown.get_array(), axis=0))
+
+
+def test_agreement_is_a_multiple_of_chance_and_seeds_of_one_method_stand_first(finished, charts):
+    array, chart = json.loads((finished / files.ANALYSIS / "masks.json").read_text()), charts["masks_agreement"]
+    axes = axes_of(chart.panels[0])
+    assert [text.get_text() for text in axes.get_yticklabels()][:4] == [
+        "mask (1)", "mask 20 % (1)", "random (1)", "mask / mask 20 % (4)",
+    ]  # fmt: skip
+    pair = next(p for p in array["agreement"] if (p["first"], p["second"]) == ("mask-s0", "mask-s1"))
+    assert axes.lines[0].get_xdata()[0] == pytest.approx(pair["num_common"] / pair["expected"])
+    assert len(chart.table.rows) == len(array["agreement"])
 
 
 def test_lines_and_plane_of_the_landscape_are_those_of_the_array(finished, charts):
     array = json.loads((finished / files.ANALYSIS / "landscape.json").read_text())
     panels = {panel.title: panel for panel in charts["fig05_12_landscape"].panels}
     lines = axes_of(panels["Straight lines, held-out rows"]).lines
-    np.testing.assert_array_equal(lines[1].get_ydata(), array["lines"]["fft-mask"]["heldout"])
-    points = axes_of(panels["Plane through the three, training rows"]).lines
+    np.testing.assert_array_equal(lines[1].get_ydata(), array["lines"]["heldout"][1])
+    points = axes_of(panels["Plane through three models, training rows"]).lines
     assert [line.get_xydata()[0].tolist() for line in points] == array["plane"]["points"]
     assert len(panels) == 2 + 2 + 6
 
@@ -86,7 +99,7 @@ def test_the_ablation_is_the_mean_over_seeds(evidence, charts):
         np.mean([r["tasks"]["sums"]["metrics"]["accuracy"]["value"] for r in evidence.results_of(name)])
         for name in ("mask", "mask 20 %")
     ]
-    np.testing.assert_allclose(line.get_ydata(orig=False), wanted)
+    np.testing.assert_allclose(line.get_ydata(orig=False), np.multiply(100, wanted))
     assert [row[1] for row in chart.table.rows] == ["0.1", "0.2"] * 2
 
 
@@ -107,3 +120,22 @@ def test_figures_are_chosen_by_number_or_name(evidence):
         "fig05_12_landscape",
         "fig14_heads_mean",
     ]
+
+
+def test_names_of_points_lie_apart_and_inside_of_the_axes(charts):
+    for panel in charts["scores_tokens"].panels:
+        axes = axes_of(panel)
+        places = sorted(axes.transAxes.inverted().transform(axes.transData.transform((0, text.get_position()[1])))[1]
+                        for text in axes.texts)  # fmt: skip
+        assert len(places) == 5 and places[0] >= 0 and places[-1] <= 1
+        assert min(np.diff(places)) >= 1 / 14 - 1e-9
+
+
+def test_what_is_higher_than_a_page_becomes_several():
+    panels = [Panel(f"{'a long title of ' * 3}{n}", lambda axes: axes.plot([0, 1])) for n in range(20)]
+    files_ = files_of(Chart("many", "Many", "", panels, Table(("a",), [])))
+    assert {name for name in files_ if name.endswith("png")} == {"many.png", "many_2.png"}
+    pages = draw_pages(Chart("many", "Many", "", panels, Table(("a",), [])))
+    assert [len(page.axes) for page in pages] == [12, 8]
+    assert all(page.get_size_inches()[1] <= PAGE_HEIGHT for page in pages)
+    assert "\n" in pages[0].axes[0].get_title(loc="left")

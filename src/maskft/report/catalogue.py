@@ -149,7 +149,10 @@ def _masks(evidence: Evidence) -> Charts:
             for pair in record["agreement"]
         ],
     }
-    learned = [names[run.id] for run in evidence.runs if run.method == MASK]
+    order = [name.removesuffix(" (best)") for name in evidence.masks]  # that of the verdict
+    masks = [run for run in evidence.runs if run.method == MASK]
+    masks.sort(key=lambda run: order.index(run.name) if run.name in order else len(order))
+    learned = [names[run.id] for run in masks]
     drawn = _guarded("masks", lambda: mask_charts(renamed, learned))
     charts: Charts = [_drawn("masks", lambda chart=chart: chart) for chart in drawn]
     if not any(13 in chart.numbers for chart in charts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,9 @@ SERIES = ("red", "blue", "green", "orange", "purple", "teal")  # of lines that a
 SHADES = "viridis"  # of maps: read on white and on black, and in grey
 
 NARROW, WIDE, HEIGHT = 3.3, 6.8, 2.4  # inches: a column and a page of a paper; height of one row of panels
+PAGE_HEIGHT = 9.0  # inches that a page of a paper has for a figure
+MANY = 6  # more narrow panels than these stand three in a row
+TITLE_CHARACTERS = 11  # of a panel's title in an inch
 FORMATS = ("svg", "pdf", "png")
 
 _STYLE = {
@@ -159,35 +163,64 @@ def to_svg(panel: Panel, prefix: str) -> str:
     return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
-def draw_figure(chart: Chart) -> Figure:
-    """A chart at the size of a paper, panels two in a row, the legend below."""
+def draw_pages(chart: Chart) -> list[Figure]:
+    """A chart at the size of a paper: panels two or three in a row, the legend below; a page each of what is higher."""
+    num_columns = 3 if sum(not panel.is_wide for panel in chart.panels) > MANY else 2
+    num_entries = _entries_in_a_row(chart)
+    room = PAGE_HEIGHT - 0.2 * math.ceil(len(chart.legend) / num_entries)
+    pages: list[list[list[Panel]]] = [[]]
+    for row in _rows(chart.panels, num_columns):
+        if pages[-1] and sum(_height(each, num_columns) for each in (*pages[-1], row)) > room:
+            pages.append([])
+        pages[-1].append(row)
+    return [_draw_page(chart, rows, num_columns, num_entries) for rows in pages]
+
+
+def _draw_page(chart: Chart, rows: Sequence[Sequence[Panel]], num_columns: int, num_entries: int) -> Figure:
     with matplotlib.rc_context(_STYLE):
-        rows = _rows(chart.panels)
-        heights = [max(panel.height for panel in row) for row in rows]
-        width = NARROW if len(chart.panels) == 1 and not chart.panels[0].is_wide else WIDE
-        longest = max((len(entry.name) for entry in chart.legend), default=0)
-        num_columns = min(3, max(1, int(17 * width / (longest + 8))))  # 17 characters of a legend are an inch
-        num_entry_lines = math.ceil(len(chart.legend) / num_columns)
-        figure = Figure((width, sum(heights) + 0.2 * num_entry_lines), layout="constrained")
-        grid = figure.add_gridspec(len(rows), 2 if width == WIDE else 1, height_ratios=heights)
+        width, heights = _width(chart), [_height(row, num_columns) for row in rows]
+        height = sum(heights) + 0.2 * math.ceil(len(chart.legend) / num_entries)
+        figure = Figure((width, height), layout="constrained")
+        grid = figure.add_gridspec(len(rows), num_columns if width == WIDE else 1, height_ratios=heights)
         for index, row in enumerate(rows):
             for column, panel in enumerate(row):
-                place = grid[index, :] if panel.is_wide or width == NARROW else grid[index, column]
-                axes = figure.add_subplot(place)
+                is_alone = panel.is_wide or width == NARROW
+                axes = figure.add_subplot(grid[index, :] if is_alone else grid[index, column])
                 panel.draw(axes)
-                axes.set_title(plain(panel.title))
+                room = width if is_alone else width / num_columns
+                axes.set_title(plain(textwrap.fill(panel.title, int(room * TITLE_CHARACTERS))))
         if chart.legend:
-            lines = [_line(entry) for entry in chart.legend]
-            names = [plain(entry.name) for entry in chart.legend]
-            figure.legend(lines, names, loc="outside lower center", ncols=min(num_columns, len(names)))
+            lines, names = [_line(entry) for entry in chart.legend], [plain(entry.name) for entry in chart.legend]
+            figure.legend(lines, names, loc="outside lower center", ncols=min(num_entries, len(names)))
     return figure
 
 
 def files_of(chart: Chart) -> dict[str, bytes]:
-    """A chart as SVG, PDF and PNG (300 dots per inch), by file name; text stays text in the first two."""
-    figure = draw_figure(chart)
-    with matplotlib.rc_context(_STYLE):
-        return {f"{chart.key}.{suffix}": _saved(figure, suffix) for suffix in FORMATS}
+    """A chart as SVG, PDF and PNG (300 dots per inch), by file name; text stays text in the first two.
+
+    The second page of a chart that is higher than one is ``KEY_2``.
+    """
+    contents = {}
+    for index, figure in enumerate(draw_pages(chart)):
+        name = f"{chart.key}_{index + 1}" if index else chart.key
+        with matplotlib.rc_context(_STYLE):
+            contents |= {f"{name}.{suffix}": _saved(figure, suffix) for suffix in FORMATS}
+    return contents
+
+
+def _width(chart: Chart) -> float:
+    return NARROW if len(chart.panels) == 1 and not chart.panels[0].is_wide else WIDE
+
+
+def _entries_in_a_row(chart: Chart) -> int:
+    longest = max((len(entry.name) for entry in chart.legend), default=0)
+    return min(3, max(1, int(17 * _width(chart) / (longest + 8))))  # 17 characters of a legend are an inch
+
+
+def _height(row: Sequence[Panel], num_columns: int) -> float:
+    """Of a row on paper: narrower panels are lower, but keep the room that labels and title take."""
+    height = max(panel.height for panel in row)
+    return height if num_columns == 2 or row[0].is_wide else 0.6 + 0.55 * height
 
 
 def _saved(figure: Figure, suffix: str) -> bytes:
@@ -199,10 +232,10 @@ def _saved(figure: Figure, suffix: str) -> bytes:
     return out.getvalue()
 
 
-def _rows(panels: Sequence[Panel]) -> list[list[Panel]]:
+def _rows(panels: Sequence[Panel], num_columns: int) -> list[list[Panel]]:
     rows: list[list[Panel]] = []
     for panel in panels:
-        if panel.is_wide or not rows or len(rows[-1]) == 2 or rows[-1][0].is_wide:
+        if panel.is_wide or not rows or len(rows[-1]) == num_columns or rows[-1][0].is_wide:
             rows.append([])
         rows[-1].append(panel)
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -17,6 +17,7 @@ _NAMES = {
     "max_train_samples": "training rows",
     "learning_rate": "learning rate of the scores",
 }
+_ALL = ("mask_layers_to_transform", "max_train_samples")  # settings whose default is all there is
 _NUMBERS = {3: "03_08", 6: "06_10", 7: "07_11"}
 
 
@@ -31,17 +32,19 @@ def ablation_charts(record: Mapping) -> list[Chart]:
 def _chart(setting: str, records: Sequence[Mapping]) -> Chart:
     numbers = tuple(records[0]["figures"])
     name = _NAMES.get(setting, setting)
-    fixed = list(dict.fromkeys(_fixed_text(line["fixed"]) for each in records for line in each["lines"]))
-    entries = [
-        Entry(text or "learned mask", SERIES[index % len(SERIES)], "-", "o^sDvP"[index % 6])
-        for index, text in enumerate(fixed)
-    ]
+    lines = [line["fixed"] for each in records for line in each["lines"]]
+    names = [name for name in lines[0] if len({repr(fixed[name]) for fixed in lines}) > 1] if lines else []
+    looks = {
+        text: Entry(text, SERIES[index % len(SERIES)], "-", "o^sDvP"[index % 6])
+        for index, text in enumerate(dict.fromkeys(_fixed_text(fixed, names) for fixed in lines))
+    }
+    entries = list(looks.values())
     entries.append(Entry("the model under the mask", "muted", "--"))
     table = [
         (
             f"{each['task']}/{each['metric']}",
-            value_text(point["value"]),
-            _fixed_text(line["fixed"]) or "–",
+            value_text(point["value"], setting),
+            _fixed_text(line["fixed"], line["fixed"]),
             number(point["mean"]),
             number(point["stderr"]),
             str(point["num_seeds"]),
@@ -58,37 +61,59 @@ def _chart(setting: str, records: Sequence[Mapping]) -> Chart:
         "not verdicts: those stand above, paired by item and seed."
     )
     panels = [
-        Panel(f"{each['metric']} on {each['task']}", lambda axes, e=each: _draw(axes, e, name, fixed, entries))
+        Panel(f"{each['metric']} on {each['task']}", lambda axes, e=each: _draw(axes, e, name, looks, names))
         for each in records
     ]
     return Chart(key, f"Ablation: {name}", text, panels, Table(columns, table), numbers, entries)
 
 
-def _draw(axes: Axes, record: Mapping, name: str, fixed: list[str], entries: Sequence[Entry]) -> None:
-    values = list(dict.fromkeys(value_text(point["value"]) for line in record["lines"] for point in line["points"]))
+def _draw(axes: Axes, record: Mapping, name: str, looks: Mapping[str, Entry], names: Sequence[str]) -> None:
+    setting, points = record["setting"], [point for line in record["lines"] for point in line["points"]]
+    values = list(dict.fromkeys(value_text(point["value"], setting) for point in _in_order(points)))
+    scale = 100.0 if record["unit"] == "fraction" else 1.0
     for line in record["lines"]:
-        entry = entries[fixed.index(_fixed_text(line["fixed"]))]
-        x = [values.index(value_text(point["value"])) for point in line["points"]]
-        y = [point["mean"] for point in line["points"]]
-        errors = [point["stderr"] or 0.0 for point in line["points"]]
-        axes.errorbar(x, y, errors, color=COLOURS[entry.colour], marker=entry.marker, elinewidth=0.8, capsize=2)
+        entry = looks[_fixed_text(line["fixed"], names)]
+        for points in _connected(line["points"]):
+            x = [values.index(value_text(point["value"], setting)) for point in points]
+            y = [scale * point["mean"] for point in points]
+            errors = [scale * (point["stderr"] or 0.0) for point in points]
+            axes.errorbar(x, y, errors, color=COLOURS[entry.colour], marker=entry.marker, elinewidth=0.8, capsize=2)
         if line["start"]:
-            axes.axhline(line["start"]["mean"], color=COLOURS["muted"], linestyle="--", linewidth=0.8)
+            axes.axhline(scale * line["start"]["mean"], color=COLOURS["muted"], linestyle="--", linewidth=0.8)
     long = max(map(len, values)) > 8
     axes.set_xticks(range(len(values)), list(map(plain, values)), rotation=20 if long else 0)
     axes.set_xlim(-0.4, len(values) - 0.6)
     axes.set_xlabel(plain(name))
-    axes.set_ylabel(plain(record["metric"]))
+    axes.set_ylabel("%" if record["unit"] == "fraction" else plain(record["unit"]))
 
 
-def value_text(value: Any) -> str:
-    """A setting's value for an axis; layers 0, 1, 2, 3 as 0-3, none as ``all``."""
+def _in_order(points: Sequence[Mapping]) -> list[Mapping]:
+    """Points of several lines by their value; those that are no numbers as they come, after the numbers."""
+    numbers = [point for point in points if isinstance(point["value"], int | float)]
+    return sorted(numbers, key=lambda point: point["value"]) + [point for point in points if point not in numbers]
+
+
+def _connected(points: Sequence[Mapping]) -> list[list[Mapping]]:
+    """Points that one line connects: of groups of layers those that are as large as each other, else all."""
+    groups: dict[int, list[Mapping]] = {}
+    has_lists = any(isinstance(point["value"], list) for point in points)
+    for point in points:
+        value = point["value"]
+        size = len(value) if isinstance(value, list) else 0
+        groups.setdefault(size if has_lists else 0, []).append(point)
+    return list(groups.values())
+
+
+def value_text(value: Any, setting: str = "") -> str:
+    """A setting's value for an axis; layers 0, 1, 2, 3 as 0-3, none of layers and rows as ``all``."""
     if value is None:
-        return "all"
+        return "all" if setting in _ALL else "default"
     if isinstance(value, list) and len(value) > 1 and value == list(range(value[0], value[0] + len(value))):
         return f"{value[0]}-{value[-1]}"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _fixed_text(fixed: Mapping[str, Any]) -> str:
-    return ", ".join(f"{_NAMES.get(name, name)} {value_text(value)}" for name, value in fixed.items())
+def _fixed_text(fixed: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The settings of a line that are named and are not at their defaults."""
+    texts = [f"{_NAMES.get(n, n)} {value_text(fixed[n], n)}" for n in names if fixed[n] is not None or n in _ALL]
+    return ", ".join(texts) or "learned mask"

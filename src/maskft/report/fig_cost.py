@@ -35,7 +35,7 @@ def cost_chart(record: Mapping, methods: Mapping[str, tuple[str | None, bool]], 
         "the method's own. Times are comparable between runs of one machine only, memory between runs of one device."
     )
     panels = [
-        Panel(title, lambda axes, q=quantity, s=scale: _draw(axes, rows, q, s, methods), True, 0.7 + 0.17 * len(rows))
+        Panel(title, lambda axes, q=quantity, s=scale: _draw(axes, rows, q, s, methods), True, 0.65 + 0.13 * len(rows))
         for quantity, (title, scale) in _PANELS.items()
     ]
     entries = [Entry("spent before this method", "rule", "", "s")]

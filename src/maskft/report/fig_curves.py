@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -15,6 +16,7 @@ from .methods import by_name, entry, line_style, look, mean, number
 
 LOSS = "eval_loss"
 _FAR = 8.0  # times the median distance from the median: what lies farther is named beside the axes
+_NAME_HEIGHT = 0.125  # inches that the name of a point takes
 _CUT = 1.6  # the axis ends so many times the spread of what was measured after the first tenth of a run
 
 
@@ -89,6 +91,8 @@ def scores_chart(evidence: Evidence) -> Chart:
     rows = evidence.accounts
     metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     groups = by_name(rows)
+    reached = evidence.comparison.scores if evidence.comparison else []
+    units = {f"{score.task}/{score.metric}": score.unit for score in reached}
 
     def points(metric: str) -> list[tuple[str, float, list[float]]]:
         found = []
@@ -104,7 +108,12 @@ def scores_chart(evidence: Evidence) -> Chart:
         for name, tokens, values in points(metric)
     ]
     panels = [
-        Panel(metric, lambda axes, m=metric: _draw_scores(axes, points(m), evidence.methods), True, 3.0)
+        Panel(
+            f"{metric.rpartition('/')[2]} on {metric.rpartition('/')[0]}",
+            lambda axes, m=metric: _draw_scores(axes, points(m), evidence.methods, units.get(m, "")),
+            True,
+            max(2.4, 0.9 + _NAME_HEIGHT * len(points(metric))),
+        )
         for metric in metrics
     ]
     text = (
@@ -161,43 +170,50 @@ def _draw_method(axes: Axes, group: Sequence[Trained]) -> None:
         axes.plot(*best, "o", color=COLOURS[colour], markersize=3.5)
     _cut(axes, [[loss for _, loss in _losses(each)] for each in group], True)
     axes.set_xlabel("steps of this run")
-    axes.set_ylabel("held-out loss (nats/token)")
+    axes.set_ylabel("nats/token")
 
 
-def _draw_scores(axes: Axes, points: list, methods: Mapping[str, tuple[str | None, bool]]) -> None:
-    """Points, named in a column at the right, with thin lines to their names where these had to move."""
-    values = [mean(each) for _, _, each in points]
+def _draw_scores(axes: Axes, points: list, methods: Mapping[str, tuple[str | None, bool]], unit: str) -> None:
+    """Points, named in a column at the right, with thin lines to their names."""
+    scale = 100.0 if unit == "fraction" else 1.0
+    values = [scale * mean(each) for _, _, each in points]
     middle = float(np.median(values))
     near = _FAR * (float(np.median(np.abs(np.array(values) - middle))) or 1.0)
     shown = [index for index, value in enumerate(values) if abs(value - middle) <= near]
     far = [f"{points[i][0]}: {number(value)}" for i, value in enumerate(values) if i not in shown]
     low, high = min(values[i] for i in shown), max(values[i] for i in shown)
-    margin = 0.08 * (high - low or 1.0)
-    places = _spread([values[i] for i in shown], (high - low + 2 * margin) / 21)
-    axes.set_ylim(min(low - margin, min(places) - 0.3 * margin), max(high + margin, max(places) + 0.3 * margin))
+    height = 1.1 * (high - low or 1.0)
+    bottom = (low + high - height) / 2
+    axes.set_ylim(bottom, bottom + height)
+    places = _spread([(values[i] - bottom) / height for i in shown], 1 / max(len(shown), 14))
     tokens = [points[i][1] / 1e6 for i in shown]
-    right = max(tokens) + 0.05 * (max(tokens) - min(tokens) or 1.0)
-    for index, x, place in zip(shown, tokens, places, strict=True):
-        name, value = points[index][0], values[index]
-        colour, _, marker = look(*methods.get(name, (None, False)))
-        axes.plot([x, right], [value, place], color=COLOURS["rule"], linewidth=0.6, zorder=0)
-        axes.plot(x, value, marker=marker, color=COLOURS[colour])
-        axes.text(right, place, f" {plain(name)}", va="center", fontsize=6.5, color=COLOURS[colour])
-    left = min(tokens) - 0.05 * (max(tokens) - min(tokens) or 1.0)
+    margin = 0.05 * (max(tokens) - min(tokens) or 1.0)
+    left, right = min(tokens) - margin, max(tokens) + margin
     axes.set_xlim(left, right + 0.6 * (right - left))
+    axes.set_xticks([tick for tick in axes.get_xticks() if left <= tick <= right])  # none below the names
+    for index, x, place in zip(shown, tokens, places, strict=True):
+        name, value, at = points[index][0], values[index], bottom + place * height
+        colour, _, marker = look(*methods.get(name, (None, False)))
+        axes.plot([x, right], [value, at], color=COLOURS["rule"], linewidth=0.6, zorder=0)
+        axes.plot(x, value, marker=marker, color=COLOURS[colour])
+        axes.text(right, at, f" {plain(name)}", va="center", fontsize=6.5, color=COLOURS[colour])
+    axes.set_ylabel("%" if unit == "fraction" else plain(unit))
     note = textwrap.wrap(plain(f"outside of these axes: {', '.join(far)}"), 110) if far else []
     axes.set_xlabel("\n".join(["million tokens from the pre-trained model, at the kept checkpoint", *note]))
 
 
 def _spread(values: Sequence[float], step: float) -> list[float]:
-    """Places for labels near ``values``, at least ``step`` apart."""
+    """Places for labels near ``values``, at least ``step`` apart and between 0 and 1 (where that many have room)."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
     places = [0.0] * len(values)
-    above = None
-    for index in sorted(range(len(values)), key=lambda i: values[i]):
-        places[index] = values[index] if above is None else max(values[index], above + step)
-        above = places[index]
-    shift = (max(places) - max(values)) / 2
-    return [place - shift for place in places]
+    below = -math.inf
+    for index in order:
+        places[index] = below = max(values[index], below + step)
+    above = 1.0
+    for index in reversed(order):
+        places[index] = min(places[index], above)
+        above = places[index] - step
+    return places
 
 
 def _cut(axes: Axes, lines: Sequence[Sequence[float]], is_loss: bool) -> None:
@@ -211,7 +227,7 @@ def _cut(axes: Axes, lines: Sequence[Sequence[float]], is_loss: bool) -> None:
     if 0 < top - low < 0.6 * (high - low):
         margin = 0.05 * (top - low)
         axes.set_ylim(low - margin, top + margin)
-        axes.text(1, 1.0, f"up to {high:.3g} above", ha="right", va="bottom", fontsize=6, transform=axes.transAxes)
+        axes.text(0.99, 0.98, f"up to {high:.3g} above", ha="right", va="top", fontsize=6, transform=axes.transAxes)
 
 
 def _short(metric: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,38 +14,48 @@ from .charts import COLOURS, SERIES, Chart, Entry, Panel, plain
 from .methods import number
 
 MAX_MAPS = 6  # as many as the paper's Fig. 13
+SAME = 0.01  # shares of matrices that differ by less, relatively, are rounding
+MAX_PAIRS = 24  # of methods whose masks are compared
+_SEED = re.compile(r", seed \d+$")
 _MARKERS = "o^sDvP"
 
 
 def mask_charts(record: Mapping, learned: Sequence[str]) -> list[Chart]:
-    """Every chart that the record has numbers for; ``learned`` are the ids of learned masks, which stand first."""
+    """Every chart that the record has numbers for; ``learned`` names the learned masks, the first of them first."""
     masks = record["masks"]
-    order = [name for name in masks if name in learned] or list(masks)
+    order = [name for name in learned if name in masks] or list(masks)
     chosen = {name: masks[name] for name in order[:MAX_MAPS]}
     with_heads = {name: each for name, each in chosen.items() if any("qkv" in h for h in each["by_head"].values())}
     charts = []
     if with_heads:
         charts += [heads_chart(with_heads), mean_heads_chart(with_heads)]
-    charts.append(modules_chart({name: each["by_module"] for name, each in chosen.items()}))
+    by_module = {name: each["by_module"] for name, each in chosen.items()}
+    if any(max(shares.values()) - min(shares.values()) >= SAME * max(shares.values()) for shares in by_module.values()):
+        charts.append(modules_chart(by_module))  # not of one top-k per matrix, which makes all shares equal
     charts.append(magnitudes_chart(chosen))
     if record["agreement"]:
-        charts.append(agreement_chart(record["agreement"]))
-    if any(each["flips_per_step"] for each in masks.values()):
-        charts.append(flips_chart(masks))
-    charts.append(effects_chart(chosen))
+        charts.append(agreement_chart(record["agreement"], learned))
+    if any(each["flips_per_step"] for each in chosen.values()):
+        charts.append(flips_chart(chosen))
+    with_effects = {name: each for name, each in chosen.items() if each["effects"]}
+    if with_effects:
+        charts.append(effects_chart(with_effects))
     return charts
 
 
 def heads_chart(masks: Mapping[str, Mapping]) -> Chart:
     """Fig. 13: share removed of each head, mean over Q, K and V; a map per mask."""
-    values = [value for each in masks.values() for layer in _heads(each).values() for value in layer]
-    bounds = min(values), max(values)
+    bounds = {}
+    for percent, members in _by_sparsity(masks).items():
+        values = [value for each in members.values() for layer in _heads(each).values() for value in layer]
+        bounds[percent] = min(values), max(values)
 
     def draw(axes: Axes, mask: Mapping) -> None:
-        heads = _heads(mask)
-        image = axes.imshow(np.array(list(heads.values())), aspect="auto", vmin=bounds[0], vmax=bounds[1])
+        heads, (low, high) = _heads(mask), bounds[_percent(mask)]
+        image = axes.imshow(np.array(list(heads.values())), aspect="auto", vmin=low, vmax=high)
         axes.figure.colorbar(image, ax=axes, format="%.3f").outline.set_visible(False)
         axes.set_yticks(range(len(heads)), list(heads))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("head")
         axes.set_ylabel("layer")
         axes.grid(False)
@@ -57,7 +68,7 @@ def heads_chart(masks: Mapping[str, Mapping]) -> Chart:
     ]
     text = (
         "Mean share removed of the parts of Q, K and V that belong to a head; heads that share keys and values count "
-        "them each. Maps share one scale."
+        "them each. Maps of masks that remove as much share one scale."
     )
     panels = [Panel(name, lambda axes, mask=mask: draw(axes, mask)) for name, mask in masks.items()]
     table = Table(("mask", "layer", "head", "share removed"), rows)
@@ -65,33 +76,36 @@ def heads_chart(masks: Mapping[str, Mapping]) -> Chart:
 
 
 def mean_heads_chart(masks: Mapping[str, Mapping]) -> Chart:
-    """Fig. 14: the same, averaged over layers, a line per mask."""
+    """Fig. 14: the same, averaged over layers, a line per mask; a panel for those that remove as much."""
     lines = {name: np.mean(list(_heads(mask).values()), axis=0).tolist() for name, mask in masks.items()}
-    entries = _entries(lines)
+    entries = dict(zip(lines, _entries(lines), strict=True))
 
-    def draw(axes: Axes) -> None:
-        for entry, values in zip(entries, lines.values(), strict=True):
-            axes.plot(values, color=COLOURS[entry.colour], linestyle=entry.dash, marker=entry.marker)
+    def draw(axes: Axes, names: Sequence[str]) -> None:
+        for name in names:
+            entry = entries[name]
+            axes.plot(lines[name], color=COLOURS[entry.colour], linestyle=entry.dash, marker=entry.marker)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("head")
-        axes.set_ylabel("share removed, mean over layers")
+        axes.set_ylabel("share removed")
 
     rows = [(name, str(head), number(value)) for name, values in lines.items() for head, value in enumerate(values)]
     text = (
-        "Lines that run together are heads that all masks thin alike. Whether that is more than chance is told by the "
-        "agreement of the masks, not by the eye."
+        "Means over layers. Lines that run together are heads that all masks thin alike. Whether that is more than "
+        "chance is told by the agreement of the masks, not by the eye."
     )
     table = Table(("mask", "head", "share removed"), rows)
-    panels = [Panel("Mean over layers", draw, True)]
-    return Chart("fig14_heads_mean", "Share removed by head, over layers", text, panels, table, (14,), entries)
+    panels = [
+        Panel(f"{percent} % removed", lambda axes, names=list(members): draw(axes, names), True)
+        for percent, members in _by_sparsity(masks).items()
+    ]
+    title = "Share removed by head, over layers"
+    return Chart("fig14_heads_mean", title, text, panels, table, (14,), list(entries.values()))
 
 
 def modules_chart(by_module: Mapping[str, Mapping[str, float]]) -> Chart:
     """Share removed of every masked matrix, layers down, kinds across; a map per mask."""
     values = [share for shares in by_module.values() for share in shares.values()]
     low, high = min(values), max(values)
-    if high - low < 0.01 * high:  # equal counts per matrix: no difference to be shown by colour
-        low, high = 0.0, 2 * high
 
     def draw(axes: Axes, shares: Mapping[str, float]) -> None:
         layers, kinds, grid = module_grid(shares)
@@ -111,7 +125,7 @@ def modules_chart(by_module: Mapping[str, Mapping[str, float]]) -> Chart:
 
     rows = [(name, module, number(share)) for name, shares in by_module.items() for module, share in shares.items()]
     panels = [Panel(name, lambda axes, each=each: draw(axes, each)) for name, each in by_module.items()]
-    text = "Percent of the weights of each matrix that is removed. With one top-k per matrix it is the same everywhere."
+    text = "Percent of the weights of each matrix that is removed."
     table = Table(("mask", "matrix", "share removed"), rows)
     return Chart("masks_modules", "Share removed by matrix", text, panels, table)
 
@@ -136,16 +150,33 @@ def magnitudes_chart(masks: Mapping[str, Mapping]) -> Chart:
     return Chart("masks_magnitude", "Share removed by magnitude", text, panels, table, (), entries)
 
 
-def agreement_chart(pairs: Sequence[Mapping]) -> Chart:
-    """What two masks remove in common against what chance gives."""
+def agreement_chart(pairs: Sequence[Mapping], learned: Sequence[str]) -> Chart:
+    """What two masks remove in common against what chance gives: lines are pairs of methods, marks pairs of masks."""
+    order = list(dict.fromkeys(_SEED.sub("", name) for name in learned))
+    groups: dict[tuple[str, ...], list[Mapping]] = {}
+    for pair in pairs:
+        if pair["expected"]:  # else one of them removes nothing, and there is nothing to agree on
+            methods = dict.fromkeys(_SEED.sub("", pair[side]) for side in ("first", "second"))
+            groups.setdefault(tuple(methods), []).append(pair)
+
+    def place(methods: tuple[str, ...]) -> tuple:
+        """Seeds of one method first, learned masks before others, these in the order of the verdict."""
+        places = [order.index(name) if name in order else len(order) for name in methods]
+        return len(methods), places.count(len(order)), places
+
+    shown = sorted(groups, key=place)[:MAX_PAIRS]
 
     def draw(axes: Axes) -> None:
-        for place, pair in enumerate(pairs[:24]):
-            axes.plot(pair["jaccard_expected"], place, "|", color=COLOURS["muted"], markersize=9)
-            axes.plot(pair["jaccard"], place, "o" if pair["same_start"] else "s", color=COLOURS["red"])
-        axes.set_yticks(range(len(pairs[:24])), [plain(_pair_text(pair)) for pair in pairs[:24]], fontsize=6)
-        axes.set_ylim(len(pairs[:24]) - 0.4, -0.6)
-        axes.set_xlabel("Jaccard index of what is removed")
+        for row, methods in enumerate(shown):
+            for pair in groups[methods]:
+                marker, colour = ("o", "red") if pair["same_start"] else ("s", "blue")
+                ratio = pair["num_common"] / pair["expected"]
+                axes.plot(ratio, row, marker, color=COLOURS[colour], markerfacecolor="none")
+        axes.axvline(1, color=COLOURS["ink"], linewidth=0.8)
+        names = [f"{' / '.join(methods)} ({len(groups[methods])})" for methods in shown]
+        axes.set_yticks(range(len(shown)), list(map(plain, names)), fontsize=6.5)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.set_xlabel("removed by both, as a multiple of chance")
         axes.grid(False, axis="y")
 
     rows = [
@@ -159,16 +190,25 @@ def agreement_chart(pairs: Sequence[Mapping]) -> Chart:
             number(pair["jaccard"]),
             number(pair["jaccard_expected"]),
         )
-        for pair in pairs
+        for methods in shown
+        for pair in groups[methods]
     ]
     columns = ("first", "second", "same start", "in common", "by chance", "z", "Jaccard", "Jaccard by chance")
     text = (
-        "The dot is what two masks share, the bar what two masks of these counts share by chance. Above chance says "
-        "that both depend on something they have in common: the data, the weights' magnitude, or an equal start of the "
-        "scores. Squares are masks over different models."
+        "A mark is what two masks both remove, divided by what two masks of these counts have in common by chance (the "
+        "line at 1). Above it both depend on something that they share: the data, the weights' magnitude, or an equal "
+        "start of the scores. In brackets the number of pairs"
     )
-    panels = [Panel("Agreement", draw, True, 0.8 + 0.17 * len(pairs[:24]))]
-    return Chart("masks_agreement", "Agreement of masks against chance", text, panels, Table(columns, rows))
+    left_out = len(groups) - len(shown)
+    text += f"; {left_out} more pairs of methods are in masks.json." if left_out else "."
+    entries = [
+        Entry("two masks over one model", "red", "", "o"),
+        Entry("over different models", "blue", "", "s"),
+    ]
+    panels = [Panel("Agreement", draw, True, 0.8 + 0.17 * len(shown))]
+    return Chart(
+        "masks_agreement", "Agreement of masks against chance", text, panels, Table(columns, rows), (), entries
+    )
 
 
 def flips_chart(masks: Mapping[str, Mapping]) -> Chart:
@@ -202,9 +242,9 @@ def effects_chart(masks: Mapping[str, Mapping]) -> Chart:
         axes.locator_params(axis="x", nbins=4)
         axes.set_xlabel("predicted (nats/token)")
         axes.set_ylabel("measured (nats/token)")
-        if effects["correlation"] is not None:
-            text = f"r = {effects['correlation']:.2f}"
-            axes.text(0.02, 0.98, text, va="top", fontsize=7, transform=axes.transAxes)
+        lines = [] if effects["correlation"] is None else [f"r = {effects['correlation']:.2f}"]
+        lines.append(f"whole mask: {effects['all']['predicted']:+.3f}, {effects['all']['measured']:+.3f}")
+        axes.text(0.02, 0.98, "\n".join(lines), va="top", fontsize=7, transform=axes.transAxes)
 
     rows = [
         (name, module, number(effect["predicted"]), number(effect["measured"]))
@@ -213,8 +253,9 @@ def effects_chart(masks: Mapping[str, Mapping]) -> Chart:
     ]
     panels = [Panel(name, lambda axes, e=mask["effects"]: draw(axes, e)) for name, mask in masks.items()]
     text = (
-        "One dot per matrix, on held-out rows. Below 0, removing lowers the loss. On the dashed line the first-order "
-        "prediction would be right; the gap says how much weights that are removed together make up for each other."
+        "One dot per matrix whose removed weights alone become 0, on held-out rows; r is their correlation, and below "
+        "it stand prediction and measurement of the whole mask. Below 0, removing lowers the loss. On the dashed line "
+        "the first-order prediction would be right; the gap is what weights that are removed together do to each other."
     )
     columns = ("mask", "matrix", "predicted", "measured")
     return Chart("masks_effects", "What removing does: predicted and measured", text, panels, Table(columns, rows))
@@ -235,6 +276,18 @@ def _layer(module: str) -> str:
     return next((part for part in module.split(".") if part.isdigit()), "other")
 
 
+def _percent(mask: Mapping) -> str:
+    """How much of its matrices a mask removes, for those that remove as much."""
+    return f"{100 * mask['num_removed'] / mask['num_weights']:.0f}"
+
+
+def _by_sparsity(masks: Mapping[str, Mapping]) -> dict[str, dict[str, Mapping]]:
+    groups: dict[str, dict[str, Mapping]] = {}
+    for name, mask in masks.items():
+        groups.setdefault(_percent(mask), {})[name] = mask
+    return groups
+
+
 def _heads(mask: Mapping) -> dict[str, list[float]]:
     return {layer: shares["qkv"] for layer, shares in mask["by_head"].items() if "qkv" in shares}
 
@@ -244,7 +297,3 @@ def _entries(names: Mapping) -> list[Entry]:
         Entry(name, SERIES[index % len(SERIES)], ("-", "--", "-.")[index // 6 % 3], _MARKERS[index % 6])
         for index, name in enumerate(names)
     ]
-
-
-def _pair_text(pair: Mapping) -> str:
-    return f"{pair['first']} / {pair['second']}"

@@ -25,7 +25,7 @@ def verdict_chart(comparison: Comparison, methods: Mapping[str, tuple[str | None
     for row in (*comparison.differences, *comparison.averages):
         groups.setdefault((row.task, row.metric), []).append(row)
     panels = [
-        Panel(_title(rows[0]), lambda axes, rows=rows: _draw(axes, rows, methods), True, 0.75 + 0.2 * len(rows))
+        Panel(_title(rows[0]), lambda axes, rows=rows: _draw(axes, rows, methods), True, 0.65 + 0.18 * len(rows))
         for rows in groups.values()
     ]
     at_once = "; it holds together with all others" if holds_at_once(comparison.differences) else ", each alone"
@@ -63,6 +63,9 @@ def _draw(axes: Axes, rows: Sequence[Difference], methods: Mapping[str, tuple[st
             continue
         face = "none" if row.verdict == NOT_DISTINGUISHABLE else COLOURS[colour]
         axes.plot(ends, [place, place], color=COLOURS[colour], clip_on=True, solid_capstyle="butt")
+        for end, edge, arrow in ((ends[0], low, "<"), (ends[1], high, ">")):
+            if abs(end) > abs(edge) and end * edge > 0:  # it goes on beyond the axes
+                axes.plot(edge, place, arrow, color=COLOURS[colour], markersize=4, clip_on=False)
         axes.plot(value, place, marker=marker if marker != "x" else "o", color=COLOURS[colour], markerfacecolor=face)
     axes.axvline(0, color=COLOURS["ink"], linewidth=0.8)
     axes.set_xlim(low, high)

@@ -11,7 +11,7 @@ from ..results.schema import Result, has_items
 from .evidence import Evidence
 
 MAX_TEXT = 500  # characters of one text
-MAX_BYTES = 700_000  # of all texts in a page
+MAX_BYTES = 500_000  # of all texts in a page
 MAX_ROWS = 300  # of one method and task
 TEXTS = ("prompt", "answer", "output", "reason")
 

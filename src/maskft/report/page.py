@@ -25,6 +25,7 @@ from .maps import maps_of_adapter
 from .methods import number
 
 MAX_MASKS = 3  # whose maps can be zoomed
+MAX_CARDS = 3  # of verdicts that stand open; the others are one click away
 SECTIONS = (
     ("verdict", "Verdict"),
     ("table", "Table"),
@@ -128,12 +129,13 @@ def _verdict(evidence: Evidence) -> dict[str, Any]:
     if comparison is None:
         return {
             "headline": ["There is one model only; nothing is compared, and nothing is claimed."],
-            **{"masks": [], "sentences": [], "baseline": None},
+            **{"masks": [], "more_masks": [], "sentences": [], "baseline": None},
         }
     masks = evidence.masks
     return {
         "headline": [*_headline(evidence, comparison, masks), *([_FIXED] if comparison.fixed_seeds else [])],
-        "masks": [_card(evidence, name) for name in masks],
+        "masks": [_card(evidence, name) for name in masks[:MAX_CARDS]],
+        "more_masks": [_card(evidence, name) for name in masks[MAX_CARDS:]],
         "sentences": [sentence(row) for row in evidence.differences],
         "baseline": comparison.baseline,
     }
@@ -154,16 +156,16 @@ def _headline(evidence: Evidence, comparison: Comparison, masks: Sequence[str]) 
 
 
 def _counted(rows: Sequence[Difference], comparison: Comparison) -> list[str]:
-    """For each metric, how many of the masks got which verdict."""
-    lines = []
+    """How many of the masks got which verdict; metrics of which the same is to be said in one sentence."""
+    places: dict[str, list[str]] = {}
     for metric, task in dict.fromkeys((row.metric, row.task) for row in rows):
         found = [row.verdict for row in rows if (row.metric, row.task) == (metric, task)]
         counts = [
             f"{found.count(verdict)} {verdict}" for verdict in (BETTER, WORSE, NOT_DISTINGUISHABLE) if verdict in found
         ]
         masks = "the learned mask is " if len(found) == 1 else f"of {len(found)} learned masks, "
-        lines.append(f"Against {comparison.baseline}, {metric} on {task}: {masks}{', '.join(counts)}.")
-    return lines
+        places.setdefault(f"{masks}{', '.join(counts)}", []).append(f"{metric} on {task}")
+    return [f"Against {comparison.baseline}, {'; '.join(where)}: {text}." for text, where in places.items()]
 
 
 def _card(evidence: Evidence, name: str) -> dict[str, Any]:
@@ -218,9 +220,10 @@ def _cell(text: str, sort: float | None = None) -> dict[str, Any]:
 
 
 def _maps(evidence: Evidence) -> list[dict[str, Any]]:
-    """Maps of the first seed of the first learned masks whose adapters are there."""
+    """Maps of the first seed of the first learned masks, in the order of the verdict, whose adapters are there."""
     chosen: dict[str, Any] = {}
-    for run in evidence.runs:
+    order = [name.removesuffix(f" ({BEST})") for name in evidence.masks]
+    for run in sorted(evidence.runs, key=lambda run: order.index(run.name) if run.name in order else len(order)):
         folder = run.models.get(BEST)
         if run.method == MASK and folder and Path(folder).is_dir():
             chosen.setdefault(run.name, run)
