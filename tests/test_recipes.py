@@ -74,6 +74,7 @@ CONFIGS = {
     ),
     "runs/small/model": inputs_of("small").random_model().config,
     "runs/text/model": inputs_of("text").random_model().config,
+    "src/maskft/recipes/demo/model": inputs_of("small").random_model().config,
 }
 
 
