@@ -441,7 +441,7 @@ def test_standard_controls_are_methods_at_the_masks_steps(content):
     content["train"] |= {"eval_steps": 0.5, "save_steps": 0.5}
     methods["mask"] = {"method": "mask", "from": "full", "max_steps": 6, "tune": halved}
     plan = plan_of(content | {"controls": "standard"}, lambda run: Heldout(1.0))
-    for name in ("warm restart of full", "annealed full", "random damage of mask, refit"):
+    for name in ("warm restart of full", "averaged restart of full", "annealed full", "random damage of mask, refit"):
         tune, runs = plan.recipe.methods[name].tune, [run for run in plan.runs if run.name == name]
         assert tune.halving is None and tune.double == "max_steps"
         assert {run.options["max_steps"] for run in runs} == {6, 12}, "12 was tried, and gained nothing"

@@ -136,7 +136,9 @@ class _Stages:
 
     def best(self, trials: list[Trial]) -> Trial:
         """The one with the lowest loss; the first where not all are known."""
-        return min(trials, key=lambda trial: trial.loss) if self.is_settled else trials[0]
+        if not self.is_settled:
+            return trials[0]
+        return min(trials, key=lambda trial: math.inf if trial.loss is None else trial.loss)
 
 
 def tune(
