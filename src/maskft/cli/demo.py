@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.limit:
         _limit(content, args.limit)
-    recipe = parse_recipe(content, None if args.model else _FILES, file)
+    recipe = parse_recipe(content, _FILES, file)
     plan = study.check(recipe)
     print((_INTRO_OF_SUMS if args.model else _INTRO).format(model=Path(args.model or "").name, minutes=_minutes(plan)))
     # Two small trainings with a thread each are faster than one with two.
@@ -99,12 +99,8 @@ def _shown(text: str, model: str) -> str:
 def _limit(content: dict, limit: int) -> None:
     """Fewer rows to train on and to test on."""
     for data in content["data"].values():
-        if "procedural_train_size" in data:
-            data |= {"procedural_train_size": limit, "procedural_eval_size": limit}
-            content["evaluation"]["heldout"]["procedural_eval_size"] = limit
-        else:
-            data |= {"max_train_samples": limit}
-            content["evaluation"]["heldout"]["max_eval_samples"] = limit
+        data |= {"max_train_samples": limit}
+    content["evaluation"]["heldout"]["max_eval_samples"] = limit
 
 
 def _minutes(plan: Plan) -> int:
