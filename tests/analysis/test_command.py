@@ -8,7 +8,9 @@ from datasets import Dataset
 
 import tiny
 from maskft import files
+from maskft.analysis.losses import load_rows
 from maskft.cli.main import main
+from maskft.data.prepared import REPORT
 
 MODULES = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
 
@@ -88,6 +90,21 @@ def test_a_restart_stands_for_the_end_of_fine_tuning_that_was_not_kept(study):
     assert array["plane"]["models"] == ["fft", "warm restart", "mask"]
     assert list(array["surfaces"]) == ["fft", "warm restart", "mask", "mask-s0", "mask-s1"]
     assert array["surfaces"]["mask-s0"] == array["surfaces"]["mask"] != array["surfaces"]["mask-s1"]
+
+
+def test_of_several_sets_of_rows_those_of_the_mask_are_taken(study, capsys):
+    prepared = study / files.PREPARED
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 3
+    for split in ("train", "heldout"):
+        Dataset.from_list(rows).save_to_disk(prepared / "aaa" / split)
+    words = ["analyze", str(study), "--what", "landscape", "--grid", "3", "--num_rows", "2"]
+    assert main(words) == 2 and "name it with --rows" in capsys.readouterr().err
+    for name, count in (("aaa", 5), ("abc", 6)):
+        (prepared / name / REPORT).write_text(json.dumps({"text": "", "counts": {"train": count}}))
+    assert main(words) == 0
+    rows = load_rows(prepared / "abc", 2)
+    settings = json.loads((study / files.ANALYSIS / "landscape.json").read_text())["settings"]
+    assert settings["rows"] == {split: files.digest(each) for split, each in rows.items()}
 
 
 def test_a_run_that_a_figure_needs_is_named(study, capsys):

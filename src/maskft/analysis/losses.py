@@ -13,22 +13,32 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ..data import IGNORED
+from ..data.prepared import REPORT
 from ..errors import UserError
-from ..files import PREPARED
+from ..files import PREPARED, read_json
 from ..models import load_config
 
 SPLITS = ("train", "heldout")
 Batch = tuple[Tensor, Tensor]  # input_ids and labels, (rows, tokens), int64
 
 
-def rows_folder(study: Path | None, given: str | None) -> Path:
-    """The folder of tokenised rows that was named, or the only one of a study.
+def rows_folder(study: Path | None, given: str | None, data: Mapping) -> Path:
+    """The folder of tokenised rows that was named, or the only one of a study, or the one a run was trained on.
+
+    Args:
+        study: The study's folder; None where runs are no study.
+        given: The folder that was named; None: that of the study.
+        data: How that run's rows were counted, ``data`` of its ``training.json``; it tells folders of a study apart.
 
     Raises:
-        UserError: If there is none, or a study has several.
+        UserError: If there is none, or a study has several that this does not tell apart.
     """
     named = [] if study is None else sorted(path.parent for path in (study / PREPARED).glob(f"*/{SPLITS[0]}"))
     found = named if given is None else [Path(given)]
+    if len(found) > 1:
+        found = [
+            path for path in found if (path / REPORT).is_file() and read_json(path / REPORT)["counts"] == data
+        ] or found
     if len(found) != 1 or not all((found[0] / split).is_dir() for split in SPLITS):
         names = ", ".join(map(str, found)) or "none given"
         raise UserError(

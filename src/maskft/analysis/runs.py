@@ -29,7 +29,7 @@ class TrainedRun:
         start: ``id`` of the run from whose best model this one started; None: from ``base``.
         settings: Options of training.
         summary: ``summary`` of ``training.json``: losses in nats per token, times in s, history; empty if not trained.
-        num_train_rows: Rows it was trained on; None where that is not known.
+        data: Counts of the rows it was trained on, ``data`` of ``training.json``; empty where that is not known.
         models: Role (``best``, ``last``) -> folder of a model or adapter; empty where only results are there.
         results: Role -> result.
     """
@@ -42,7 +42,7 @@ class TrainedRun:
     start: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
-    num_train_rows: int | None = None
+    data: dict[str, Any] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
     results: dict[str, Result] = field(default_factory=dict)
 
@@ -254,7 +254,7 @@ def _from_results(results: dict[str, dict[str, Result]], summaries: dict[str, di
 
 
 def _of_training(training: dict) -> dict[str, Any]:
-    return {"summary": training.get("summary", {}), "num_train_rows": training.get("data", {}).get("train")}
+    return {"summary": training.get("summary", {}), "data": training.get("data", {})}
 
 
 def _known(what: str, name: str, names: Sequence[str]) -> str:

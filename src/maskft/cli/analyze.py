@@ -136,7 +136,7 @@ def _bound(args, runs, file: Path) -> None:
         mask.models[BEST],
         losses,
         num_weights,
-        mask.num_train_rows,
+        mask.data.get("train"),
         bits=bits,
         delta=args.delta,
         vocab_size=vocab_size,
@@ -147,11 +147,11 @@ def _masks(args, runs, file: Path) -> None:
     from ..analysis.masks import analyse_masks
     from ..analysis.runs import BEST, MASK, find_mask, start_model
 
-    find_mask(runs)
+    rows = _rows(args, find_mask(runs, args.mask))["heldout"]
     masks = [run for run in runs if run.method.endswith(MASK) and BEST in run.models]
     adapters = {run.id: (run.models[BEST], start_model(run, runs)) for run in masks}
     histories = {run.id: run.history for run in masks}
-    analyse_masks(file, adapters, histories, _rows(args)["heldout"], batch_size=args.batch_size, device=args.device)
+    analyse_masks(file, adapters, histories, rows, batch_size=args.batch_size, device=args.device)
 
 
 def _landscape(args, runs, file: Path) -> None:
@@ -166,7 +166,7 @@ def _landscape(args, runs, file: Path) -> None:
     first, best = next(iter(others)), full.models[BEST]  # the first stands with FFT and mask in the plane
     points = {FFT: Point(best), first: others.pop(first), MASK: Point(best, mask.models[BEST])}
     options = {key: getattr(args, key) for key in ("grid", "span", "seed", "batch_size", "dtype", "device")}
-    analyse_landscape(file, points | others, _rows(args), **options)
+    analyse_landscape(file, points | others, _rows(args, mask), **options)
 
 
 def _curvature(args, runs, file: Path) -> None:
@@ -176,7 +176,7 @@ def _curvature(args, runs, file: Path) -> None:
     mask = find_mask(runs, args.mask)
     options = {key: getattr(args, key) for key in ("num_probes", "num_eigenvalues", "seed", "batch_size", "device")}
     options["others"] = _against(args, runs, mask)
-    analyse_curvature(file, start_model(mask, runs), mask.models[BEST], _rows(args)["train"], **options)
+    analyse_curvature(file, start_model(mask, runs), mask.models[BEST], _rows(args, mask)["train"], **options)
 
 
 def _against(args, runs, mask) -> dict:
@@ -192,10 +192,11 @@ def _against(args, runs, mask) -> dict:
     }
 
 
-def _rows(args) -> dict[str, list[dict]]:
+def _rows(args, mask) -> dict[str, list[dict]]:
     from ..analysis.losses import load_rows, rows_folder
 
-    return load_rows(rows_folder(Path(args.study) if args.study else None, args.rows), args.num_rows, args.seed)
+    folder = rows_folder(Path(args.study) if args.study else None, args.rows, mask.data)
+    return load_rows(folder, args.num_rows, args.seed)
 
 
 _ANALYSES = {

@@ -22,7 +22,7 @@ from .tokenizing import tokenize_dataset, tokenizer_rules
 # Options of `maskft train` and `maskft evaluate` that name a file, or a folder of files, as it is.
 _FILES = (TEMPLATE, "alpaca_prompts", "alpaca_outputs", "reference_outputs", "length_control", "include_path")
 
-_REPORT = "report.json"
+REPORT = "report.json"
 _SETS = ("train_rows", "heldout_rows", "train", "heldout")
 
 
@@ -79,7 +79,7 @@ def prepare(
     # On another machine, without a shared disk, the main process's is not there.
     _keep(folder, args, tokenizer, how)
     sets = (load_from_disk(folder / each) for each in _SETS)
-    return Prepared(*sets, report=read_json(folder / _REPORT))
+    return Prepared(*sets, report=read_json(folder / REPORT))
 
 
 def _prepare(args: DataArguments, tokenizer, how: Mapping[str, Any]) -> Prepared:
@@ -97,7 +97,7 @@ def _keep(folder: Path, args: DataArguments, tokenizer, how: Mapping[str, Any]) 
         with whole_folder(folder) as partial:
             for name in _SETS:
                 getattr(prepared, name).save_to_disk(partial / name)
-            (partial / _REPORT).write_text(json.dumps(prepared.report))
+            (partial / REPORT).write_text(json.dumps(prepared.report))
     except OSError:
         if not folder.is_dir():  # else another process was first, and its folder says the same
             raise

@@ -188,7 +188,7 @@ def _draw_page(chart: Chart, rows: Sequence[Sequence[Panel]], num_columns: int, 
                 axes = figure.add_subplot(grid[index, :] if is_alone else grid[index, column])
                 panel.draw(axes)
                 room = width if is_alone else width / num_columns
-                axes.set_title(plain(textwrap.fill(panel.title, int(room * TITLE_CHARACTERS))))
+                axes.set_title(plain(textwrap.fill(panel.title, int(room * TITLE_CHARACTERS), break_on_hyphens=False)))
         if chart.legend:
             lines, names = [_line(entry) for entry in chart.legend], [plain(entry.name) for entry in chart.legend]
             figure.legend(lines, names, loc="outside lower center", ncols=min(num_entries, len(names)))

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 
 from ..results.text import Table
-from .charts import COLOURS, Chart, Entry, Panel, plain
+from .charts import COLOURS, Chart, Entry, Panel
 from .methods import number
 
 # Shapes as in the paper: star, square, triangle.
@@ -31,7 +31,7 @@ def landscape_chart(record: Mapping) -> Chart:
     for split in (split for split in _SPLITS if split in record["plane"]):
         rows = _SPLITS[split]
         panels.append(Panel(f"Plane through three models, {rows}", lambda axes, s=split: _plane(axes, record, s)))
-        panels.append(Panel(f"Straight lines, {rows}", lambda axes, s=split: _lines(axes, record["lines"], s)))
+        panels.append(Panel(f"Straight lines, {rows}", lambda axes, s=split: _lines(axes, record, s)))
         panels += [
             Panel(
                 f"Around {_SHORT.get(model, model)}, {rows}",
@@ -41,12 +41,12 @@ def landscape_chart(record: Mapping) -> Chart:
         ]
     text = (
         "Nats per token. The plane holds the three models, in distance of their weights; the lines go straight from "
-        "one to another, and a little beyond. The surfaces are two random directions of millions, as long as the "
+        "one to another, and a little beyond. The surfaces are two random directions of millions, in lengths of the "
         "filters after full fine-tuning; all models share the pair and the colours of a split, so they can be "
         "compared. They also move weights that the mask has removed."
     )
     columns = ("model", "rows", "loss at the model", "mean around it", "lowest", "highest")
-    table, entries = Table(columns, _rows(record)), list(_entries(record).values())
+    table, entries = Table(columns, _rows(record)), [*_entries(record).values(), *_line_entries(record)]
     return Chart("fig05_12_landscape", "Loss landscape", text, panels, table, (5, 12), entries)
 
 
@@ -104,18 +104,20 @@ def _surface(axes: Axes, record: Mapping, model: str, split: str) -> None:
     every = [surfaces[split] for surfaces in record["surfaces"].values()]
     _contours(axes, record["axis"], record["axis"], record["surfaces"][model][split], _levels(every))
     _point(axes, 0, 0, _entries(record)[model])
-    axes.set_xlabel("first direction, in filters' lengths")
+    axes.set_xlabel("first direction")
 
 
-def _lines(axes: Axes, lines: Mapping, split: str) -> None:
+def _line_entries(record: Mapping) -> list[Entry]:
     looks = zip(("-", "--", "-."), ("purple", "red", "teal"), strict=True)
-    for pair, values, (dash, colour) in zip(lines["pairs"], lines[split], looks, strict=True):
-        label = plain(" to ".join(_SHORT.get(end, end) for end in pair))
-        axes.plot(lines["t"], values, dash, color=COLOURS[colour], label=label)
+    pairs = [" to ".join(_SHORT.get(end, end) for end in pair) for pair in record["lines"]["pairs"]]
+    return [Entry(name, colour, dash) for name, (dash, colour) in zip(pairs, looks, strict=True)]
+
+
+def _lines(axes: Axes, record: Mapping, split: str) -> None:
+    lines = record["lines"]
+    for entry, values in zip(_line_entries(record), lines[split], strict=True):
+        axes.plot(lines["t"], values, entry.dash, color=COLOURS[entry.colour])
     for end in (0, 1):
         axes.axvline(end, color=COLOURS["muted"], linewidth=0.6, linestyle=":")
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.4 * (high - low))  # room for the legend
-    axes.legend(loc="upper center", fontsize=6)
-    axes.set_xlabel("from the first model (0) to the second (1)")
-    axes.set_ylabel("loss (nats/token)")
+    axes.set_xlabel("first model (0) to second (1)")
+    axes.set_ylabel("nats/token")
