@@ -53,11 +53,15 @@ TIMES = re.compile(r"_s$|per_second|runtime|peak_memory|^created$")  # what no t
 
 @dataclass(frozen=True)
 class Kind:
-    """A command, in as many processes as work together, and what of its folder must not depend on kills."""
+    """A command, in as many processes as work together, and what of its folder must not depend on kills.
+
+    ``is_refused`` says of a folder that the command will not run in it again, because it is finished.
+    """
 
     command: Callable[[Path], list[str]]
     outcome: Callable[[Path], dict]
     num_processes: int = 1
+    is_refused: Callable[[Path], bool] = lambda folder: False
 
 
 # Forks
@@ -208,7 +212,11 @@ def make_kinds(place: Path) -> dict[str, Kind]:
     return {
         "train": Kind(lambda out: ["train", *flags(**training, output_dir=out)], outcome_of_training),
         "two processes": Kind(lambda out: ["train", *flags(**training, output_dir=out)], outcome_of_training, 2),
-        "evaluate": Kind(lambda out: ["evaluate", *flags(**evaluation, output_dir=out)], outcome_of_evaluation),
+        "evaluate": Kind(
+            lambda out: ["evaluate", *flags(**evaluation, output_dir=out)],
+            outcome_of_evaluation,
+            is_refused=lambda folder: (folder / files.RESULT).is_file(),
+        ),
         "study": Kind(lambda out: ["study", place / "study.yaml", "--output_dir", out], outcome_of_study("small")),
         "search": Kind(lambda out: ["search", place / "search.yaml", "--output_dir", out], outcome_of_search),
         "demo": Kind(lambda out: ["demo", *flags(**demo, output_dir=out)], outcome_of_study("demo")),
@@ -244,12 +252,15 @@ def cycle(kind: Kind, folder: Path, rng: random.Random, seconds: float) -> int:
     """Kill a run now and then, and let it run to its end; returns how often it was killed."""
     killed = 0
     for _ in range(rng.randint(1, MAX_KILLS)):
+        if kind.is_refused(folder):
+            return killed
         statuses = end(start_all(kind, folder), time.monotonic() + rng.uniform(0.0, 1.1 * seconds))
         if not statuses:
             killed += 1
         elif any(statuses):
             sys.exit(f"{folder}: exit status {statuses}\n{folder.with_suffix('.log').read_text()[-3000:]}")
-    run_whole(kind, folder)
+    if not kind.is_refused(folder):
+        run_whole(kind, folder)
     return killed
 
 
