@@ -307,7 +307,8 @@ def _difference(row: Mapping) -> Difference:
 
 def _tuned_text(tuned: Mapping) -> str:
     settings = ", ".join(f"{name}={value}" for name, value in tuned["winner"].items())
-    return f"{tuned['method']} was tuned: {settings} is the best of {tuned['num_settings']} on held-out rows"
+    number = tuned.get("num_settings", len(tuned["trials"]))  # a summary without it is of a grid
+    return f"{tuned['method']} was tuned: {settings} is the best of {number} on held-out rows"
 
 
 def _set_arrays(evidence: Evidence, folder: Path) -> None:
