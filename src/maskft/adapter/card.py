@@ -120,6 +120,7 @@ def _how(config: AdapterConfig) -> Iterator[str]:
     recipe = {name: value for name, value in config.recipe.items() if name not in left_out}
     facts = {
         **recipe,
+        **({"base weights held as": config.base_quantisation} if config.base_quantisation else {}),
         "base fingerprint": f"`{(config.base_fingerprint or 'not recorded').partition(':')[0]}`",
         "mask fingerprint": f"`{config.mask_sha256}`",
         "made with": f"maskft {__version__}",

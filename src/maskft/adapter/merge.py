@@ -90,9 +90,11 @@ def merge(
         tokenizer.save_pretrained(partial)
         (partial / files.CARD).write_text(merged_card(adapter, name, masks, _target(read_config(adapter))))
         _verify_written(partial, probe, expected, masks, values, merged.dtype)
+    held = read_config(adapter).base_quantisation
+    learned = f"; the mask was learned on weights held as {held}: evaluate what came of it" if held else ""
     console.print(
         f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to "
-        f"{_target(read_config(adapter))}; reloaded and bitwise equal to the masked model on a probe"
+        f"{_target(read_config(adapter))}; reloaded and bitwise equal to the masked model on a probe{learned}"
     )
     return output_dir
 

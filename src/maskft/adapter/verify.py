@@ -10,6 +10,7 @@ from ..masking import num_removed
 from ..tuner.codec import decode_mask
 from ..tuner.learners import current_sparsity
 from ..tuner.model import adapter_layers, check_base
+from ..tuner.quantised import described
 from ..tuner.targets import listed
 from .mask_set import AdapterConfig, describe, read_coded, read_config
 from .merge import load_masked
@@ -36,12 +37,16 @@ def verify(adapter: str | Path, base: str | None = None) -> list[str]:
     passed.append(_check_counts(describe(coded), config))
     if base is not None:
         model, _, _ = load_masked(adapter, base)
-        check_base(adapter_layers(model).values(), config)
-        known = (
-            "and base fingerprint match"
-            if config.base_fingerprint
-            else "match; its weights: not checked, none recorded"
-        )
+        layers = adapter_layers(model).values()
+        check_base(layers, config)
+        held = described(layer.quantisation for layer in layers)
+        if config.base_fingerprint is None:
+            known = "match; its weights: not checked, none recorded"
+        elif held != config.base_quantisation:
+            learned_on = config.base_quantisation or "float"
+            known = f"match; its weights: compared roughly, the mask was learned on {learned_on} ones"
+        else:
+            known = "and base fingerprint match"
         passed.append(f"fits {base}: names, shapes {known}")
         if config.removed_value == "base":
             is_checked = config.verify_base and config.removed_value_fingerprint

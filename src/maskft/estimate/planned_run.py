@@ -78,6 +78,8 @@ class PlannedRun:
         self.method = run.method.method
         if self.method in COMBINED_METHODS:
             raise UserError(f"method {self.method} trains nothing, and there is no estimate of it")
+        if run.model.load_in_4bit or run.model.load_in_8bit:
+            raise UserError("there is no estimate of a quantised base: leave out load_in_4bit and load_in_8bit")
         self.is_trained = self.method not in UNTRAINED_METHODS
         self.config = load_config(run.model.model_name_or_path, revision=run.model.model_revision)
         self.dtype = _weight_dtype(run.model.dtype, self.config)

@@ -21,7 +21,10 @@ from ..models import check_model_source, check_tokenizer_fits, load_config, load
 
 NO_ADAPTER = "none"  # the name under which the base model itself is evaluated among adapters
 # Fields of an adapter_config.json that change no output: where the base was, how it was trained, who wrote it.
-_CHANGE_NO_OUTPUT_OF_ADAPTER = ("base_model_name_or_path", "recipe", "inference_mode", "peft_version", "revision")
+_CHANGE_NO_OUTPUT_OF_ADAPTER = (
+    *("base_model_name_or_path", "recipe", "inference_mode", "peft_version", "revision"),
+    "base_quantisation",
+)
 # And of a model's configuration, as do keys that begin with an underscore; the dtype is a setting of the evaluation.
 _CHANGE_NO_OUTPUT_OF_MODEL = ("transformers_version", "dtype", "torch_dtype", "architectures", "attn_implementation")
 

@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from rich.console import Console
 from transformers import PreTrainedModel, set_seed
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..adapter.wrap import add_adapter
 from ..data import tokenize_dataset
@@ -21,6 +21,7 @@ from ..models import check_model_source, check_tokenizer_fits, load_model, load_
 from ..tuner import MaskConfig
 from ..tuner.targets import resolve_targets
 from .arguments import TrainingArguments
+from .checks import check_quantised
 from .masked_start import set_removed_to_zero
 from .method_arguments import ADAPTER, MaskArguments, MethodArguments, mask_config
 
@@ -50,11 +51,21 @@ def load_data(
     return data
 
 
-def load_base(args: ModelConfig, tokenizer) -> PreTrainedModel:
-    """Load the base model that ``args`` names; it must have a row for every token of ``tokenizer``."""
-    given = {"revision": args.model_revision, "attn_implementation": args.attn_implementation}
+def load_base(args: ModelConfig, tokenizer, method: str) -> PreTrainedModel:
+    """Load the base model that ``args`` names; it must have a row for every token of ``tokenizer``.
+
+    Raises:
+        UserError: Also if it is a quantised one, and ``method`` changes weights.
+    """
+    given = {
+        "revision": args.model_revision,
+        "attn_implementation": args.attn_implementation,
+        "quantization_config": get_quantization_config(args),
+    }
     kwargs = {key: value for key, value in given.items() if value is not None}
     model = load_model(args.model_name_or_path, args.dtype, **kwargs)
+    if getattr(model, "is_quantized", False):
+        check_quantised(method)
     check_tokenizer_fits(model, tokenizer)
     return model
 

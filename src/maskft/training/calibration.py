@@ -70,6 +70,12 @@ def first_order_keys(model: PeftModel, layers: Sequence[MaskedLinear], rows: Dat
 
     The gradient is that of the sum over ``rows`` of each row's mean loss; one row per pass, no padding.
     """
+    held = [layer.module_name for layer in layers if layer.quantisation is not None]
+    if held:
+        raise UserError(
+            f"first_order takes the gradient of the weights, which quantised ones have not ({held[0]}); use wanda or "
+            "magnitude, or load the model without quantisation"
+        )
     weights = [layer.weight for layer in layers]
     gradients = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -117,7 +123,7 @@ def input_norms(
 
         return hook
 
-    hooks = [layer.get_base_layer().register_forward_pre_hook(add(n)) for n, layer in enumerate(layers)]
+    hooks = [layer.register_forward_pre_hook(add(n)) for n, layer in enumerate(layers)]
     try:
         for ids in input_ids[:num_samples]:
             model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)

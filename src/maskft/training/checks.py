@@ -6,7 +6,7 @@ from .. import runtime
 from ..errors import UserError
 from .arguments import TrainConfig
 from .launch import check_deepspeed, check_mask_sharding
-from .method_arguments import COMBINED_METHODS, FIXED_MASK_METHODS, MethodArguments, mask_config
+from .method_arguments import COMBINED_METHODS, FIXED_MASK_METHODS, MASK_METHODS, MethodArguments, mask_config
 from .objectives import check_objective
 from .trackers import check_trackers
 
@@ -42,7 +42,7 @@ def check_config(config: TrainConfig) -> None:
             "with maskft evaluate"
         )
     if config.model.load_in_4bit or config.model.load_in_8bit:
-        raise UserError("a mask needs the model's own weights: load_in_4bit and load_in_8bit are not supported")
+        check_quantised(method)
     if training.trust_remote_code:
         raise UserError("trust_remote_code: code in the folder of a model is not run; name a model that needs none")
     if config.mask.mask_price and training.fp16:
@@ -51,6 +51,15 @@ def check_config(config: TrainConfig) -> None:
         raise UserError(f"method {method} combines two models; name the one before fine-tuning as before_model")
     if config.data.prepare_only and config.data.prepared_data_dir is None:
         raise UserError("prepare_only has nowhere to put the rows; name a prepared_data_dir")
+
+
+def check_quantised(method: str) -> None:
+    """Refuse quantised weights where a method writes to them."""
+    if method not in ("lora", *MASK_METHODS):
+        raise UserError(
+            f"method {method} changes weights, which quantised ones do not let: name the unquantised model, without "
+            "load_in_4bit and load_in_8bit"
+        )
 
 
 def _check_choice_of_size(config: TrainConfig) -> None:

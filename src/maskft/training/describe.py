@@ -40,7 +40,7 @@ def describe(
     if training.is_float32_by_machine:
         console.print("computing in float32: this CPU has no bfloat16 instructions (--bf16 true asks for it anyway)")
     if method.method == "mask":
-        targets = sum(layer.get_base_layer().weight.numel() for layer in adapter_layers(model).values())
+        targets = sum(layer.weight.numel() for layer in adapter_layers(model).values())
         console.print(mask_line(model.peft_config[ADAPTER], targets))
     console.print(
         f"data: {len(data.train):,} training rows ({supervised:,} supervised tokens), {len(data.heldout):,} held out "

@@ -51,7 +51,7 @@ def make_fixed_mask(
         raise UserError(f"mask_selection is {config.selection!r}; {method.method} removes mask_sparsity of the weights")
     masked = with_adapter(model.to(training.device), config, source).eval()
     layers = list(adapter_layers(masked, ADAPTER).values())
-    weights = [layer.get_base_layer().weight.detach() for layer in layers]
+    weights = [layer.weight.detach() for layer in layers]
     counts = _counts(method.match_adapter, layers)
     norms = None
     if method.method == "wanda_mask":

@@ -123,6 +123,7 @@ def make_record(
             value = getattr(group, name)
             if value is not None and value != spec.default and name not in ("prepared_data_dir", "prepare_only"):
                 recipe[name] = value
+    recipe |= {name: True for name in ("load_in_8bit", "load_in_4bit") if getattr(config.model, name)}
     if datasets := hub_ids(config.data.dataset_name or ""):
         recipe["datasets"] = datasets
     recipe |= {name: getattr(training, name) for name in _RECORDED}
@@ -171,7 +172,7 @@ def summarise(trainer: MaskTrainer, method: str, seconds: float, reference_loss:
         num_epochs=round(state.epoch or 0.0, 4),
         num_train_tokens=int(trainer._total_train_tokens),
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        num_target_weights=sum(layer.get_base_layer().weight.numel() for layer in layers.values()),
+        num_target_weights=sum(layer.weight.numel() for layer in layers.values()),
         train_time_s=round(seconds, 1),
         peak_memory_bytes=runtime.peak_memory_bytes(),
         history=[{key: value for key, value in row.items() if key not in _OF_ONE_PROCESS} for row in state.log_history],

@@ -65,7 +65,7 @@ def run(config: TrainConfig, splits: tuple | None, resume_from: str | None, cons
     data = load_data(config.data, training, tokenizer, splits, console)
     check_rows(method, data.heldout)
     evaluation = task_evaluation(training, data, console)
-    model = load_base(source, tokenizer)
+    model = load_base(source, tokenizer, method.method)
     # build and fit
     trainer = failure = None
     if method.method in FIXED_MASK_METHODS:

@@ -209,6 +209,10 @@ class MaskConfig(PeftConfig):
         default=None,
         metadata={"help": "sha256 of the masked base weights, rounded to bfloat16; then some of them, for float16."},
     )
+    base_quantisation: str | None = field(
+        default=None,
+        metadata={"help": "How the masked base weights were held in training: nf4, fp4, int8; null: as floats."},
+    )
     removed_value_fingerprint: str | None = field(
         default=None, metadata={"help": "sha256 of the same weights in `removed_value_model`."}
     )

@@ -66,7 +66,8 @@ def _refresh(layer: MaskedLinear, dtype: torch.dtype) -> None:
     ranked = next((name for name in layer.active_masks if name in layer.mask_scores), None)
     pool = [layer] if ranked is None else layer.mask_pools[ranked]
     weights = [member.weight.detach() for member in pool]
-    dtypes = [weight.dtype if dtype == layer.weight.dtype else dtype for weight in weights]
+    own_dtype = weights[pool.index(layer)].dtype
+    dtypes = [weight.dtype if dtype == own_dtype else dtype for weight in weights]
     outs = [
         member.effective._buffer(weight, its_dtype, tuple(member.active_masks))
         for member, weight, its_dtype in zip(pool, weights, dtypes, strict=True)
@@ -129,7 +130,7 @@ def score_gradient_of(layer: MaskedLinear, name: str, grad_weight: Tensor, score
 
 def _key(layer: MaskedLinear, dtype: torch.dtype) -> tuple[Any, ...]:
     """What an effective weight is made of: equal keys, equal weights."""
-    weight, names = layer.weight, tuple(layer.active_masks)
+    weight, names = layer.stored_weight, tuple(layer.active_masks)
     scores = tuple(
         (s.data_ptr(), s._version, optimizer_steps() if s.requires_grad else None)
         for name in names
@@ -153,7 +154,7 @@ def _check_can_refresh(layer: MaskedLinear) -> None:
             "masks do not work under torch.nn.DataParallel; start one process per GPU (accelerate launch; maskft "
             "train --accelerate_config multi_gpu), or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
         )
-    if layer.weight.device.type == "meta":
+    if layer.stored_weight.device.type == "meta":
         raise UserError(
             f"the weight of {layer.module_name} is on the meta device: offloaded layers cannot be masked; load the "
             "model whole, without device_map"

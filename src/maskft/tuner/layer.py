@@ -35,8 +35,10 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         removed_values: Adapter name -> what removed weights become, shape of the weight; none: zero.
         effective: The masked weight.
         sharded_weight: Under FSDP2, this rank's rows of the weight; they are masked there, and not in ``effective``.
+        quantisation: How bitsandbytes holds the weight; None: as floats.
     """
 
+    quantisation: str | None = None
     adapter_layer_names = ("mask_scores",)
     other_param_names = ("mask_coded", "mask_decoded", "mask_configs", "mask_pools", "removed_values")
 
@@ -67,7 +69,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         names = self.active_masks
         if self.disable_adapters or self.merged or not names:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        dtype = self.weight.dtype
+        dtype = self.weight.dtype if self.quantisation is None else x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
@@ -80,14 +82,18 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
 
     def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Base weight with the active masks applied, removed entries exactly +0 (or base); not to be written to."""
-        weight = self.weight
         if not any(map(is_sharded, self.mask_scores.values())):
-            return self.effective.get(self, dtype or weight.dtype)
+            return self.effective.get(self, dtype or self.weight.dtype)
         if self.sharded_weight is None or not self.sharded_weight.is_current(self):
             raise UserError(
                 f"the sharded mask of {self.module_name} is out of date: call the whole model, not a part of it"
             )
-        return weight.to(dtype or weight.dtype)
+        return self.weight.to(dtype or self.weight.dtype)
+
+    @property
+    def stored_weight(self) -> Tensor:
+        """The frozen weight as the base layer holds it; ``weight`` is always one of floats."""
+        return cast(Tensor, self.get_base_layer().weight)
 
     @property
     def active_masks(self) -> list[str]:
@@ -105,8 +111,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             coded = self.mask_coded[adapter_name]
             decoded = self.mask_decoded.pop(adapter_name, None)
             if decoded is not None and decoded[0] is coded:
-                return unpack_mask(decoded[1], self.weight.shape).to(self.weight.device)
-            return decode_mask(coded, self.module_name).to(self.weight.device)
+                return unpack_mask(decoded[1], self.weight.shape).to(self.stored_weight.device)
+            return decode_mask(coded, self.module_name).to(self.stored_weight.device)
         raise UserError(
             f"adapter {adapter_name!r} has no mask in {self.module_name}: load it with PeftModel.from_pretrained or "
             "PeftModel.load_adapter (transformers' own model.load_adapter and add_adapter cannot read masks)"
@@ -183,7 +189,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move scores, and leave them float32 whatever the base is: in bfloat16 they would tie at the cut."""
-        target = torch.device(device or self.weight.device)
+        target = torch.device(device or self.stored_weight.device)
         scores = self.mask_scores[adapter_name] if adapter_name in self.mask_scores else None
         if scores is not None and "meta" not in (target.type, scores.device.type):
             scores.data = scores.data.to(target)

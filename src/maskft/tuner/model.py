@@ -22,11 +22,14 @@ from .codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask,
 from .config import DATA_STARTS, NO_TOKEN_INDICES, MaskConfig
 from .experts import MaskedExperts, is_fused, mask_experts
 from .layer import MaskedLinear
+from .quantised import MaskedQuantisedLinear, described, quantisation
 from .removed_value import load_removed_values
 from .scores import Float32ParameterDict, check_scores, masks_from_scores, ranked_scores
 from .selection import scores_for_mask
 from .sharded import is_sharded, refresh
 from .targets import listed, resolve_targets
+
+_NUM_SAMPLED = 64  # weights that a fingerprint holds
 
 
 class MaskModel(BaseTuner):
@@ -40,6 +43,8 @@ class MaskModel(BaseTuner):
     prefix: str = "mask_"
     tuner_layer_cls = MaskedLinear
     target_module_mapping: dict[str, list[str]] = {}
+    # Read through the wrapped model otherwise, by trainers, which cast what trains over a quantised base to bfloat16.
+    is_loaded_in_8bit = is_loaded_in_4bit = False
     _undo: tuple[Any, RemovableHandle] | None = None
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
@@ -86,6 +91,12 @@ class MaskModel(BaseTuner):
             self._undo[1].remove()
         return model
 
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(module, MaskedQuantisedLinear):
+                module.merge()  # refuses, before another is merged
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the wrapped model."""
         refresh_masks(self.model)  # the tuner calls the model's forward, which passes hooks by
@@ -114,7 +125,8 @@ class MaskModel(BaseTuner):
         if is_fused(target):
             layer = mask_experts(target, adapter_name, peft_config, self._pool, current_key)
         else:
-            layer = MaskedLinear(target, adapter_name, peft_config, self._pool, current_key)
+            kind = MaskedLinear if quantisation(target) is None else MaskedQuantisedLinear
+            layer = kind(target, adapter_name, peft_config, self._pool, current_key)
             layer.removed_values.update(self._removed_value_of(adapter_name, current_key))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -159,6 +171,7 @@ class MaskModel(BaseTuner):
         config.mask_sha256 = mask_fingerprint({_module_name(n): out[f"{n}.mask_coded.{adapter_name}"] for n in masks})
         if not any(layer.merged for layer in layers.values()):
             config.base_fingerprint = base_fingerprint(layers.values())
+            config.base_quantisation = described(layer.quantisation for layer in layers.values())
         return out
 
     @classmethod
@@ -343,6 +356,8 @@ def _current_masks(
 def _restore_scores(layer: MaskedLinear, adapter_name: str, mask: Tensor, saved: Tensor | None) -> None:
     """Put saved scores into the layer, or permute its fresh ones so that they give the loaded mask."""
     parameter, config = layer.mask_scores[adapter_name], layer.mask_configs[adapter_name]
+    if isinstance(layer, MaskedQuantisedLinear):
+        layer.undo_cast()
     if parameter.device.type == "meta":
         parameter = nn.Parameter(layer.fresh_scores(config), requires_grad=parameter.requires_grad)
         layer.mask_scores[adapter_name] = parameter
@@ -436,11 +451,22 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
     layers = list(layers)
     if config.base_fingerprint is None or any(layer.merged for layer in layers):
         return
-    if any(layer.weight.device.type == "meta" for layer in layers):
+    if any(layer.stored_weight.device.type == "meta" for layer in layers):
         warnings.warn("base weights are on the meta device; they are not checked against those of the mask's training")
         return
-    found = base_fingerprint(layers)
-    if any(layer.weight.dtype == torch.float16 for layer in layers):
+    found, quantised = base_fingerprint(layers), described(layer.quantisation for layer in layers)
+    if quantised != config.base_quantisation:
+        is_same = _are_alike(found, config.base_fingerprint)
+        if is_same:
+            warnings.warn(
+                f"the mask was learned on weights held as {config.base_quantisation or 'float'}, the model's are held "
+                f"as {quantised or 'float'}: {_NUM_SAMPLED} of them were compared, roughly, and the mask has to be "
+                "evaluated on these"
+            )
+    elif quantised is not None:
+        # Not the sha256: another kind of processor may round a tie in quantising otherwise.
+        is_same = found.partition(":")[2] == config.base_fingerprint.partition(":")[2]
+    elif any(layer.stored_weight.dtype == torch.float16 for layer in layers):
         is_same = _are_close(found, config.base_fingerprint)
     else:
         is_same = found.partition(":")[0] == config.base_fingerprint.partition(":")[0]
@@ -454,8 +480,23 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
 
 def _are_close(one: str, other: str) -> bool:
     """Whether the weights in two fingerprints differ by no more than rounding to float16 and to bfloat16 explains."""
-    a, b = (torch.frombuffer(bytearray.fromhex(each.partition(":")[2]), dtype=torch.bfloat16) for each in (one, other))
+    a, b = _sampled(one), _sampled(other)
     return a.shape == b.shape and torch.allclose(a, b, rtol=2**-7, atol=2**-24, equal_nan=True)
+
+
+def _are_alike(one: str, other: str) -> bool:
+    """Whether they differ by less than half their norm, as weights and their 4-bit form do (by a tenth or a fifth).
+
+    Weights of unrelated models differ by more than their norm, those of two fine-tunings of one model by less.
+    """
+    a, b = _sampled(one).float(), _sampled(other).float()
+    return a.shape == b.shape and bool((a - b).norm() <= 0.5 * torch.maximum(a.norm(), b.norm()))
+
+
+def _sampled(fingerprint: str) -> Tensor:
+    """The weights in a fingerprint."""
+    buffer = bytearray.fromhex(fingerprint.partition(":")[2])
+    return torch.frombuffer(buffer, dtype=torch.bfloat16) if buffer else torch.empty(0)
 
 
 def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
@@ -474,7 +515,7 @@ def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
             weight = layer.weight.detach()
             weight = (weight.full_tensor() if is_sharded(weight) else weight).to(torch.bfloat16)
             yield layer.module_name, weight
-            count = 64 * (number + 1) // len(layers) - 64 * number // len(layers)
+            count = _NUM_SAMPLED * (number + 1) // len(layers) - _NUM_SAMPLED * number // len(layers)
             places = torch.arange(1, count + 1) * weight.numel() // (count + 1)
             sampled.append(weight.reshape(-1)[places.to(weight.device)].cpu())
 
