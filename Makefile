@@ -7,7 +7,7 @@ SOURCES := src tests benchmarks recipes examples docs
 # Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest soak fuzz bench docs quality style clean
+.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest test-quantised soak fuzz bench docs quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
@@ -39,6 +39,10 @@ test-browser-if-there:
 # The lowest versions that pyproject.toml admits. TESTS=tests/tuner runs a part.
 test-oldest: $(VENV)-oldest/.test
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+# Masks over 8- and 4-bit bases; bitsandbytes is a wheel of 40 MB.
+test-quantised: $(VENV)/.quantised
+	$(PYTEST) tests/tuner/test_quantised.py tests/training/test_quantised.py
 
 # Kill-and-resume cycles; random changes of files, for so many minutes each.
 CYCLES ?= 200
@@ -95,6 +99,10 @@ $(VENV)-oldest/.test: pyproject.toml tests/oldest_versions.py
 
 $(VENV)/.ray: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -e '.[ray]'
+	@touch $@
+
+$(VENV)/.quantised: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet -e '.[quantized]'
 	@touch $@
 
 $(VENV)/.browser: $(VENV)/.test
