@@ -79,7 +79,7 @@ def render_brief(comparison: Comparison) -> str:
     ]
     text = draw(Table(columns, cells), "terminal")
     if comparison.fixed_seeds and any(row.by_seed for row in rows.values()):
-        text += f"\n{wrap('Intervals are over items: about these models, not about other training seeds.')}\n"
+        text += wrap("Intervals are over items: about these models, not about other training seeds.")
     return text
 
 
