@@ -7,6 +7,7 @@ a rate that does not fall it is stochastic weight averaging (arXiv:1803.05407).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -34,7 +35,8 @@ def average_checkpoints(
     """
     if number < 2:
         return summary
-    folders = [folder for folder in checkpoints_in(Path(trainer.args.output_dir)) if damage(folder) is None][-number:]
+    newest_first = reversed(checkpoints_in(Path(trainer.args.output_dir)))  # each is read whole, so no more than needed
+    folders = list(islice((folder for folder in newest_first if damage(folder) is None), number))[::-1]
     if len(folders) < 2:
         return summary
     model, tokenizer = trainer.model, trainer.processing_class
