@@ -109,7 +109,7 @@ def changed(content, how):
         for part in above:
             holder = holder[part]
         if kind == "set":
-            holder[key] = value
+            holder[key] = copy.deepcopy(value)  # else a later change could put it into itself
         elif kind == "delete":
             del holder[key]
         elif kind == "wrap":

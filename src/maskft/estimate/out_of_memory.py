@@ -21,8 +21,8 @@ from .estimate import EIGHT_BIT
 from .planned_run import TRAINER_BYTES, PlannedRun
 
 NUM_SETTINGS = 3
-# What allocators say: torch's on the CPU, and a library on a GPU that has no room for its workspace.
-_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+# What allocators say: torch's on the CPU, the kernel where a file is mapped, a library on a GPU without room to work in.
+_WORDS = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 @contextmanager
