@@ -348,6 +348,8 @@ def _num_entries(node: yaml.Node | None, known: dict[int, float]) -> float:
 
 def _number_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
     text = loader.construct_scalar(node)
+    if any("\ud800" <= character <= "\udfff" for character in text):  # an escape can spell what no file can hold
+        raise UserError(f"line {node.start_mark.line + 1}: {text!r} holds half a character; write it in full")
     try:  # YAML 1.1 takes 1e-3 for text
         return float(text) if node.style is None and text[:1].isdigit() else text
     except ValueError:
