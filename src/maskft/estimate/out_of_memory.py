@@ -21,7 +21,7 @@ from .estimate import EIGHT_BIT
 from .planned_run import TRAINER_BYTES, PlannedRun
 
 NUM_SETTINGS = 3
-# What allocators say: torch's on the CPU, the kernel where a file is mapped, a library on a GPU without room to work in.
+# What allocators say: torch's on the CPU, the kernel where a file is mapped, a library on a GPU without workspace.
 _WORDS = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
