@@ -33,6 +33,7 @@ class Recipe(FileModel):
         ({"name": "x", "methods": {"a": {"rate": 1, "layer": [0]}}}, r"unknown key 'methods.a.layer' .*'layers'"),
         ({"name": "x", "methods": {"a": {"rate": -1.0}}}, "methods.a.rate is -1.0: input should be greater than 0"),
         ({"name": "x", "methods": {"a": {"rate": float("nan")}}}, "methods.a.rate is nan: .* finite"),
+        ({"name": "x", "methods": {"a\nb": 1}}, r"r.yaml: methods.a\\nb is 1: "),
         ({"name": 3}, "name is 3: input should be a valid string"),
         ([], "input should be a valid dictionary"),
     ],

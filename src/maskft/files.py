@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO, TypeVar, g
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -414,7 +414,7 @@ def read_model(model: type[Model], content: Any, source: str | os.PathLike, reme
 def first_problem(error: ValidationError, kind: Any) -> str:
     """Return the first mistake in what was to become ``kind``: the place, the value, and what to write."""
     problem = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in problem["loc"] if not _is_choice_of_union(part))
+    place = printable(".".join(str(part) for part in problem["loc"] if not _is_choice_of_union(part)))
     where = place or "the content"
     if problem["type"] == "extra_forbidden":
         name = str(problem["loc"][-1])

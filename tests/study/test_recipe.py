@@ -366,6 +366,7 @@ CASES = [
     (change("methods/L1 mask/num_calibration_samples", 0), "num_calibration_samples is 0; it must be at least 1"),
     (change("methods/mask/learning_rate", -1), "run 'mask, seed 0': learning_rate is -1.0; it must be 0 or more"),
     (change("train/per_device_train_batch_size", 0), "per_device_train_batch_size is 0; it must be at least 1"),
+    (change("train/eval_steps", math.inf), "eval_steps is inf; it must be a number of steps, or below 1 a fraction"),
     (change("methods/full/num_train_epochs", 0), "num_train_epochs is 0.0; it must be above 0"),
     (change("launch", {"num_processes": 0}), "launch.num_processes is 0: input should be greater than 0"),
     (change("launch", {"num_processes": 1.5}), "launch.num_processes is 1.5: input should be a valid integer"),

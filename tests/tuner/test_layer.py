@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 import reference
 from maskft import MaskConfig
 from maskft.errors import UserError
-from maskft.masking import StraightThroughMask
+from maskft.masking import StraightThroughMask, score_gradient
 from maskft.tuner.layer import MaskedLinear
 from tiny import tiny_llama, token_ids
 
@@ -130,6 +130,41 @@ def plain(layer, x, *names):
     for name in names or ("default",):
         weight = StraightThroughMask.apply(weight, layer.mask_scores[name], layer.get_mask(name), "abs")
     return F.linear(x, weight, layer.base_layer.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_micro_batch_of_a_step_gets_the_gradient_of_the_definition(dtype):
+    """Once a step has a second one, weight * sign(scores) is kept until one of the two changes, told of it or not."""
+    layer = make_layer(in_features=48, out_features=32, dtype=dtype, sparsity=0.3)
+    scores, weight = layer.mask_scores["default"], layer.base_layer.weight
+    with torch.no_grad():
+        scores[0, 0] = 0.0
+    optimizer = torch.optim.AdamW([scores], lr=0.5, fused=True)
+
+    def kept():
+        """One backward pass; the product that was kept for it."""
+        scores.grad = None
+        x, grad = torch.randn(5, 48, dtype=dtype), torch.randn(5, 32, dtype=dtype)
+        layer(x).backward(grad)
+        assert torch.equal(scores.grad, score_gradient(grad.t().mm(x), weight, scores.detach()))
+        return layer.effective.signed["default"][1]
+
+    for _ in range(2):
+        assert kept() is None
+        optimizer.step()
+    assert kept() is None
+    product = kept()
+    assert product is kept() and product.dtype == dtype
+    before = torch.sign(scores.detach()).clone()
+    optimizer.step()
+    assert not torch.equal(torch.sign(scores.detach()), before)
+    assert kept() is product
+    with torch.no_grad():
+        weight.mul_(-1.5)
+    assert kept() is product
+    with torch.no_grad():
+        scores.neg_()
+    assert kept() is product
 
 
 def test_adapters_trained_at_once_each_get_the_gradient_at_the_others_mask():

@@ -33,6 +33,7 @@ from ..training.callbacks import stop_gradient_at_frozen_embeddings
 from ..training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS, mask_config
 from ..tuner.codec import encode_mask
 from ..tuner.config import MaskConfig
+from ..tuner.effective import is_signed_weight_kept
 from ..tuner.fixed import random_mask
 from ..tuner.learners import SOFT, blend_, draw_noise, has_slope, soft_gate
 from ..tuner.scores import write_masked_
@@ -149,6 +150,9 @@ class PlannedRun:
             kept["removed values"] = self.num_masked * self.dtype.itemsize
         if has_slope(self.mask_config):
             kept["slopes"] = 4 * self.num_scores
+        accumulates = self.run.training.gradient_accumulation_steps > 1
+        if self.device == "cpu" and accumulates and is_signed_weight_kept(self.mask_config):
+            kept["signed weights"] = self.num_scores * self.dtype.itemsize
         return {"process": self.process_bytes, **kept}
 
     @property

@@ -89,6 +89,10 @@ class TrainingArguments(SFTConfig):
             raise UserError(f"learning_rate is {self.learning_rate}; it must be 0 or more")
         if not 0 < self.num_train_epochs < math.inf:
             raise UserError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0")
+        for name in ("eval_steps", "save_steps", "logging_steps"):
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{name} is {value}; it must be a number of steps, or below 1 a fraction of the run")
         # Whether float32 was chosen here because of this machine's processor.
         self.is_float32_by_machine = False
         if not torch.accelerator.is_available():

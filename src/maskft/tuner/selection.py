@@ -221,14 +221,23 @@ def scores_for_mask(scores: Tensor, mask: Tensor, rank_by: RankBy = "abs") -> Te
 
 def score_gradient_(grad: Tensor, weight: Tensor, scores: Tensor, rank_by: RankBy) -> Tensor:
     """:func:`maskft.masking.score_gradient`, written into ``grad`` (float32)."""
+    if rank_by == "signed":
+        return grad.mul_(weight)
+    for part, sign in _signs(scores.detach()):
+        grad[part].mul_(weight[part]).mul_(sign)
+    return grad
+
+
+def write_signed_(out: Tensor, weight: Tensor, scores: Tensor) -> None:
+    """Write weight * sign(scores), which is exact in any dtype, into ``out``."""
+    for part, sign in _signs(scores.detach()):
+        torch.mul(weight[part], sign, out=out[part])
+
+
+def _signs(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows of a matrix at a time, few enough for the cache on a CPU, and the signs of their scores, float32."""
     rows = max(1, CHUNK_NUMEL // max(1, scores[0].numel())) if scores.device.type == "cpu" else len(scores)
-    # Written to again in every part, where a new tensor would be fetched from memory.
-    scores = scores.detach()
-    signs = torch.empty_like(scores[:rows], dtype=torch.float32) if rank_by == "abs" else None
+    buffer = torch.empty_like(scores[:rows], dtype=torch.float32)  # written to again: new memory would cost more
     for start in range(0, len(scores), rows):
         part = slice(start, start + rows)
-        grad[part].mul_(weight[part])
-        if signs is not None:
-            sign = signs[: len(scores[part])]
-            grad[part].mul_(torch.sign(scores[part], out=sign))
-    return grad
+        yield part, torch.sign(scores[part], out=buffer[: len(scores[part])])
