@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import digest, open_text
 from .proportions import pass_at_k
-from .schema import SCHEMA_VERSION, MetricRecord, Result, TaskRecord, metric_from_items, validate_result
+from .schema import SCHEMA_VERSION, MetricRecord, Result, TaskRecord, is_finite, metric_from_items, validate_result
 
 MAX_LABEL = 60  # characters of a cluster's label; longer ones (a passage) are known by their digest
 # Where a harness does not say: of these less is better.
@@ -43,7 +42,7 @@ def as_number(value: Any) -> float | int | None:
     """Return a score as a number, None if it is none: true and false are 1 and 0."""
     if isinstance(value, bool):
         return int(value)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    return value if is_finite(value) else None
 
 
 def cluster_label(value: Any, place: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -204,11 +205,11 @@ def metric_from_items(
             raise UserError(f"item {item.get('id')!r} has no {name!r}: give every item a number, or null")
     values = [item[name] for item in items]
     if unit is None:
-        is_share = all(0 <= value <= 1 for value in values if _is_finite(value))
+        is_share = all(0 <= value <= 1 for value in values if is_finite(value))
         unit = "nats/token" if name == "nll" else "fraction" if is_share else "score"
     weights = item_weights(items, unit)
     value = stderr = None
-    if all(_is_finite(value) for value in values):
+    if all(is_finite(value) for value in values):
         value, stderr = weighted_mean(values, weights, cluster_ids(items))
         stderr = stderr if math.isfinite(stderr) else None
     return {
@@ -226,7 +227,7 @@ def item_weights(items: Sequence[Mapping[str, Any]], unit: str) -> list[float] |
         return None
     for item in items:
         num_tokens: object = item.get("num_tokens")
-        if not _is_finite(num_tokens) or num_tokens <= 0:
+        if not is_finite(num_tokens) or num_tokens <= 0:
             raise UserError(f"item {item.get('id')!r} has num_tokens {num_tokens!r}: {unit} needs a number above 0")
     return [item["num_tokens"] for item in items]
 
@@ -355,6 +356,8 @@ def _check_metric(name: str, metric: MetricRecord, items: list[Item]) -> None:
     for item in items:
         if name not in item or not isinstance(item[name], int | float | None):
             raise ValueError(f"item {item['id']!r} has {name} {item.get(name)!r}, not a number or null")
+        if isinstance(item[name], int) and not is_finite(item[name]):
+            raise ValueError(f"item {item['id']!r} has a {name} of more than {sys.float_info.max:.0e}")
     if metric["num_items"] != len(items):
         raise ValueError(f"{name} has num_items {metric['num_items']} for {len(items)} items")
     value, expected = metric["value"], metric_from_items(items, name, unit=metric["unit"])["value"]
@@ -366,8 +369,9 @@ def _check_metric(name: str, metric: MetricRecord, items: list[Item]) -> None:
         raise ValueError(f"{name} has value {value}, its items give {expected}")
 
 
-def _is_finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether a value is a number that a float can hold; JSON's integers have any size."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _refuse_constant(name: str) -> None:

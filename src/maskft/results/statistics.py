@@ -46,7 +46,8 @@ def weighted_mean(
         return mean, math.nan
     residuals_N = weights_N * (values_N - mean) / weights_N.mean()
     # The residuals have mean 0 by construction, so their variance needs no second centring.
-    return mean, float(np.sqrt(residuals_N @ residuals_N / (values_N.size - 1) / values_N.size))
+    with np.errstate(over="ignore"):  # values near the largest float; the error is then infinite
+        return mean, float(np.sqrt(residuals_N @ residuals_N / (values_N.size - 1) / values_N.size))
 
 
 class Block(NamedTuple):
