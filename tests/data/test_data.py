@@ -342,6 +342,16 @@ CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the t
         ("a.jsonl", '{"text": "a", "answer": "b", "answer_type": "near"}', r"'answer_type' is 'near'"),
         ("a.jsonl", b"\xff\xfe", r"a\.jsonl is not UTF-8"),
         ("a.jsonl", GOOD_LINE + r'{"prompt": "\ud83d", "completion": "b"}', r"line 2: '\\ud83d' is half a character"),
+        (
+            "a.jsonl",
+            GOOD_LINE + r'{"prompt": "a", "completion": "b", "cluster_id": "\ud83d"}',
+            r"line 2: '\\ud83d' is half a character",
+        ),
+        (
+            "a.jsonl",
+            GOOD_LINE + r'{"prompt": "a", "completion": "b", "answer": "\ud83d"}',
+            r"line 2: '\\ud83d' is half a character",
+        ),
         ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz cannot be read: .*gzip"),
         # Without the time, which would stand in the test's name.
         (

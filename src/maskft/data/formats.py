@@ -60,6 +60,9 @@ def to_examples(
                 example["messages"] = example.pop("prompt") + example.pop("completion")
             if first and type(example.get("prompt")) is not type(first.get("prompt")):
                 raise UserError("'prompt' is text in some rows and messages in others; use one of them throughout")
+            if row.get("cluster_id") is not None:
+                example["cluster_id"] = str(row["cluster_id"])
+            "".join(example.get(column) or "" for column in OPTIONAL_COLUMNS).encode()
             content = json.dumps([row[column] for column in columns], sort_keys=True, default=str, ensure_ascii=False)
             identity = digest(content)[:16]
         except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no text can hold
@@ -69,8 +72,6 @@ def to_examples(
             raise UserError(f"{name}: {where}: {error}") from None
         copies[identity] += 1
         example["id"] = identity if copies[identity] == 1 else f"{identity}#{copies[identity]}"
-        if row.get("cluster_id") is not None:
-            example["cluster_id"] = str(row["cluster_id"])
         first = first or example
         examples.append(example)
         if len(examples) == CHUNK_ROWS:
