@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "init_std": 0.02,
         "sparsity": 0.1,
     },
-    # What has won so far, on all layers and at learning rate 1e-2 with steps enough: docs/learners.md.
+    # A starting point, on all layers and at learning rate 1e-2 (try 3e-3 too) with steps enough: docs/learners.md.
     "recommended": {
         "selection": "topk",
         "scope": "matrix",
