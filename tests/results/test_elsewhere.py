@@ -120,6 +120,20 @@ def test_bad_samples_are_refused(folders, tmp_path):
     refuse(folders, "a second file of task tiny_sums")
 
 
+def test_nested_json_is_refused_in_one_line(folders, tmp_path):
+    """Deeper than Python's stack: in samples, in what stands beside them, in a log and in an archive of one."""
+    deep = "[" * 200_000
+    samples, log, archive = tmp_path / "samples_a_1.jsonl", tmp_path / "log.json", tmp_path / "log.eval"
+    samples.write_text(deep)
+    log.write_text(deep)
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("header.json", deep)
+    for path in (samples, log, archive):
+        refuse([path], "not JSON|cannot be read as")
+    next(folders[0].glob("results_*.json")).write_text(deep)
+    refuse(folders, "results_.*cannot be read|results_.*not JSON")
+
+
 def test_scores_of_several_samples_become_averages_and_pass_rates():
     items = [{"id": "a"}, {"id": "b"}, {"id": "c"}]
     add_samples(items, "match", [[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])

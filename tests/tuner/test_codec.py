@@ -191,6 +191,20 @@ def test_few_bytes_cannot_claim_many_weights():
         tracemalloc.stop()
 
 
+def test_gaps_of_many_weights_take_two_bytes_for_each():
+    """Format 1 in 2 kB: a mask that removes all of 2^24 weights, by gaps of 0."""
+    numel = 2**24
+    coded = bytearray(encode_mask(torch.zeros(4096, 4096, dtype=torch.bool))[:HEADER_BYTES].numpy().tobytes())
+    coded[4:7] = struct.pack("<HB", 1, 0)
+    coded += zstandard.ZstdCompressor(level=19).compress(bytes(numel))
+    assert len(coded) < 2_000
+    tracemalloc.start()
+    mask = decode_mask(torch.frombuffer(coded, dtype=torch.uint8), "q_proj")
+    assert not mask.any() and mask.shape == (4096, 4096)
+    assert tracemalloc.get_traced_memory()[1] < 2.6 * numel + 64 * 2**20
+    tracemalloc.stop()
+
+
 @given(st.binary(max_size=60), st.integers(0, 600))
 @settings(max_examples=200, deadline=None)
 def test_no_bytes_do_more_than_end_in_one_line(payload, count):

@@ -614,6 +614,21 @@ def test_a_saved_module_is_the_one_that_its_configuration_declares(tmp_path):
     assert same_weights(base, tiny.tiny_llama())
 
 
+def test_an_adapter_without_its_checksum_is_not_loaded(tmp_path):
+    """Nothing else would tell that the head beside the masks is not the one that was saved."""
+    trained(tiny.tiny_llama, layers_to_transform=[0]).save_pretrained(tmp_path)
+    edit(tmp_path, lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(64, 32)}))
+    content = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    content |= {"mask_sha256": None, "weights_sha256": {"lm_head.weight": "0" * 64}}
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(content))
+    base = tiny.tiny_llama()
+    with pytest.raises(UserError, match="has no mask_sha256, so nothing in the adapter's file can be checked"):
+        load(tmp_path, base)
+    with pytest.raises(UserError, match="neither masks nor modules_to_save"):
+        PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    assert same_weights(base, tiny.tiny_llama())
+
+
 def test_masks_of_another_adapter(saved, tmp_path):
     """Every mask is whole and fits; only the configuration tells that they are others."""
     trained(tiny.tiny_llama, layers_to_transform=[1, 2], mask_seed=9).save_pretrained(tmp_path / "other")
@@ -687,7 +702,7 @@ def test_a_shape_is_compared_before_memory_is_taken_for_it(saved):
     config.mask_sha256 = None
     tracemalloc.start()
     with pytest.raises(UserError, match=r"has shape \(32768, 32768\), the model's weight \(48, 32\)"):
-        PeftModel.from_pretrained(tiny.tiny_llama(), saved[0], config=config)
+        PeftModel.from_pretrained(tiny.tiny_llama(), saved[0], config=config, is_trainable=True)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
 

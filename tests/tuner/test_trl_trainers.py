@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 import trl
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
@@ -16,6 +15,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import tiny
 from maskft import MaskConfig, current_masks, set_mask_progress
+from maskft.tuner.model import resumes_two_adapters
 from tiny_tokenizer import tiny_tokenizer
 
 PAIRS = [(a, b) for a in range(4) for b in range(4)]
@@ -50,7 +50,7 @@ CLASSES = {
     "gkd": (GKDConfig, GKDTrainer),
 }
 WITH_REFERENCE = ["dpo", "kto", "grpo", "rloo"]
-RESUMES_TWO_ADAPTERS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+RESUMES_TWO_ADAPTERS = resumes_two_adapters()
 
 
 def mask(**changes):

@@ -117,7 +117,9 @@ class PlannedRun:
             model = build_model(model, self.run.method, self.run.model, self.run.mask, self.run.training.seed)
         model.train()
         if self.run.training.gradient_checkpointing:
-            model.activation_checkpointing_enable(self.run.training.gradient_checkpointing_kwargs)
+            # Its old name warns in new versions of transformers, and the new one is not in old versions.
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable(self.run.training.gradient_checkpointing_kwargs)
             stop_gradient_at_frozen_embeddings(model)
         return model
 

@@ -161,7 +161,7 @@ def _problems(task: str, folder: Path, split: str) -> list[Path]:
 def _read_object(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
 
 

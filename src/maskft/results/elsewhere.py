@@ -31,7 +31,7 @@ def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
 def _object(text: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({error}): is the file whole?") from None
     if not isinstance(row, dict):
         raise UserError(f"{place}: not an object of sample fields but {type(row).__name__}")

@@ -56,7 +56,7 @@ def read_logs(paths: Sequence[Path], name: str | None = None, cluster_by: str | 
 def _json_file(path: Path) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
     try:
         log = json.loads(read_text(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}): is the file whole?") from None
     log = log if isinstance(log, dict) else {}
     return log, iter(log.get("samples") or [])
@@ -72,7 +72,15 @@ def _eval_file(path: Path) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
             header = json.loads(_member(path, archive, "header.json"))
             inside = [name for name in names if name.startswith("samples/") and name.endswith(".json")]
             samples = [_reduced(json.loads(_member(path, archive, name))) for name in inside]
-    except (OSError, ValueError, zipfile.BadZipFile, zstandard.ZstdError, struct.error, NotImplementedError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        zipfile.BadZipFile,
+        zstandard.ZstdError,
+        struct.error,
+        NotImplementedError,
+    ) as error:
         raise UserError(f"{path}: cannot be read as a log of inspect-ai ({error}): is the file whole?") from None
     return header, iter(samples)
 

@@ -76,7 +76,7 @@ def _summary_beside(path: Path, date: str | None) -> dict[str, Any]:
         return {}
     try:
         summary = json.loads(read_text(found[0]))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{found[0]}: lm-eval's results cannot be read ({error}): remove the file or evaluate again"
         ) from None

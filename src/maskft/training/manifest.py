@@ -169,7 +169,9 @@ def course_of(config: TrainConfig, training: TrainingArguments, data: Prepared, 
             if spec.init and spec.name not in FREE:
                 options[spec.name] = getattr(group, spec.name)
     options = {name: _plain(_content(name, value)) for name, value in data_identity(options).items()}
-    return Course(options=options, data=_data_digest(data), base=_weights_digest(model.state_dict()))
+    return Course(
+        options=options, data=_data_digest(data, config.method.objective), base=_weights_digest(model.state_dict())
+    )
 
 
 def changes(was: Course, now: Course) -> dict[str, tuple[Any, Any]]:
@@ -237,13 +239,19 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
 
 
-def _data_digest(data: Prepared) -> str:
-    return files.digest_tensors(
+def _data_digest(data: Prepared, objective: str) -> str:
+    tokens = files.digest_tensors(
         (f"{name} {column}", part)
         for name, rows in (("train", data.train), ("heldout", data.heldout))
         for column in ("input_ids", "labels")
         for part in _column(rows, column)
     )
+    if objective == "sft":
+        return tokens
+    # What other objectives read of a row, and no token of it is trained on.
+    columns = ("prompt", "completion", "messages", "rejected", "answer", "answer_type")
+    rows = [[row.get(name) for name in columns] for rows in (data.train_rows, data.heldout_rows) for row in rows]
+    return files.digest([tokens, rows])
 
 
 def _column(rows: Dataset, column: str) -> Iterator[Tensor]:

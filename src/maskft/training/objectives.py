@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
 from rich.console import Console
 from transformers.trainer_utils import EvalLoopOutput
@@ -25,6 +26,7 @@ from ..data.answers import check_answer
 from ..data.prepared import Prepared
 from ..errors import UserError, did_you_mean
 from ..evaluation.journal import Resources, generated
+from ..tuner.model import resumes_two_adapters
 from .arguments import TrainingArguments, trainer_arguments
 from .method_arguments import MethodArguments
 from .trainer import MaskSFTTrainer, MaskTrainer
@@ -56,6 +58,11 @@ def make_trainer(
         trainer = MaskSFTTrainer(model=model, args=args, processing_class=tokenizer, **sets)
         tokenizer.chat_template = template  # TRL has read its file again, without chat_template_kwargs
         return trainer
+    if method.objective == "dpo" and is_resumed and not resumes_two_adapters():  # TRL's reference is the second
+        raise UserError(
+            f"the Trainer of transformers {transformers.__version__} does not load the mask when a run with a "
+            "reference is resumed: install transformers>=5.23, or start again without resume_from_checkpoint"
+        )
     make = _preference_trainer if method.objective == "dpo" else _answer_trainer
     return make(model, tokenizer, data, method, _objective_config(args, method))
 

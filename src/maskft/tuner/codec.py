@@ -242,11 +242,13 @@ def _read_gaps(payload: bytes, coding: int, numel: int, removed_count: int) -> n
     gaps: np.ndarray = np.frombuffer(_decompress(payload, limit), dtype=np.uint8)
     if coding == _WIDE_GAPS:  # first all lower bytes, then all upper ones
         gaps = gaps.reshape(2, -1).T.copy().view("<u2").reshape(-1)
-    ends = np.cumsum(gaps, dtype=np.int64)
-    is_removed = gaps != _ESCAPES[coding]
-    ends += np.cumsum(is_removed)
-    removed = np.zeros(numel, dtype=np.bool_)
-    removed[ends[is_removed] - 1] = True
+    removed, end = np.zeros(numel, dtype=np.bool_), -1
+    for start in range(0, len(gaps), _CHUNK):  # whole, the positions would take 24 bytes for each removed weight
+        chunk = gaps[start : start + _CHUNK]
+        is_removed = chunk != _ESCAPES[coding]
+        ends = end + np.cumsum(chunk + is_removed.astype(np.int64))
+        removed[ends[is_removed]] = True
+        end = int(ends[-1])
     return removed
 
 

@@ -59,7 +59,7 @@ class MaskModel(BaseTuner):
         if len(names) > 1:
             self.peft_config[names[-1]] = peft_config = copy.copy(peft_config)
             peft_config.copy_of = names[0]
-            if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+            if not resumes_two_adapters():
                 warnings.warn(
                     f"the Trainer of transformers {transformers.__version__} does not load {names[0]!r} when it "
                     f"resumes a model that has another adapter, {names[-1]!r}, beside it: the mask would train on "
@@ -186,6 +186,11 @@ class MaskModel(BaseTuner):
         was_new, config.is_new = config.is_new, False
         is_of_config = was_new and config.mask_sha256 is not None
         try:
+            if was_new and config.inference_mode and config.mask_sha256 is None:
+                raise UserError(
+                    "adapter_config.json has no mask_sha256, so nothing in the adapter's file can be checked; save the "
+                    "adapter again, or fetch it from where it was saved"
+                )
             return _load_masks(model, config, adapter_name, state_dict, is_of_config)
         except Exception:
             if was_new and hasattr(model, "base_model"):
@@ -200,9 +205,8 @@ def _load_masks(
     layers = {_module_name(name): layer for name, layer in adapter_layers(model, adapter_name).items()}
     coded, scores = _entries(state_dict, "mask_coded"), _entries(state_dict, "mask_scores")
     rest = {key: value for key, value in state_dict.items() if not is_of_mask(key)}
-    declared = {
-        key: shape for key, shape in _embeddings(model).items() if _module_name(key) in (config.weights_sha256 or ())
-    }
+    hashed = config.weights_sha256 or () if config.mask_sha256 is not None else ()
+    declared = {key: shape for key, shape in _embeddings(model).items() if _module_name(key) in hashed}
     _check_names(layers, coded, rest, adapter_name, declared)
     if is_of_config and mask_fingerprint(coded) != config.mask_sha256:
         raise UserError("the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters")
@@ -226,6 +230,11 @@ def _load_masks(
             "freshly drawn scores that rank the same"
         )
     return rest
+
+
+def resumes_two_adapters() -> bool:
+    """Whether the Trainer of the installed transformers loads an adapter that has another, a reference, beside it."""
+    return tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 
 
 def _take_back(model: Any, adapter_name: str) -> None:
