@@ -202,6 +202,11 @@ class Checkpoints:
 
         return cls(course, args.save_total_limit, resume_from, *runtime.decided_by_main(look))
 
+    def tell_if_finished(self, max_steps: int, console: Console) -> None:
+        """Say so where the run was resumed from its last step."""
+        if self.resume_from and step_of(Path(self.resume_from)) >= max_steps:
+            console.print(f"already finished: all {max_steps} steps had been trained")
+
     def seal(self, trainer: SFTTrainer, folder: Path) -> None:
         """Make a checkpoint that was written one that is whole, and delete those that are not kept."""
         trainer.accelerator.wait_for_everyone()  # all processes write to it

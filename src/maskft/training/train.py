@@ -20,7 +20,7 @@ from .averaging import average_checkpoints
 from .build import build_model, load_base, load_data, load_tokenizer_of, task_evaluation
 from .calibration import start_on_data
 from .callbacks import add_callbacks
-from .checkpoints import Checkpoints, check_disk_space, held_output, save_weights, step_of
+from .checkpoints import Checkpoints, check_disk_space, held_output, save_weights
 from .checks import check_config, check_processes
 from .combined import combine
 from .describe import describe, report
@@ -116,8 +116,7 @@ def fit(
     try:
         with closing(progress), cached_prefix(trainer, method, console), trainer.stop:
             trainer.train(resume_from_checkpoint=checkpoints.resume_from)
-        if checkpoints.resume_from and step_of(Path(checkpoints.resume_from)) >= trainer.state.max_steps:
-            console.print(f"already finished: all {trainer.state.max_steps} steps had been trained")
+        checkpoints.tell_if_finished(trainer.state.max_steps, console)
         failure = trainer.lost_best
     except NotFiniteError as error:
         failure = trainer.back_to_best(error)
