@@ -11,6 +11,17 @@ from maskft.adapter.mask_set import MaskSet
 from maskft.tuner.codec import encode_mask
 from maskft.tuner.model import mask_fingerprint
 
+# What TRL's trainers need on a CPU, and some steps of a tiny model.
+TRAINER = {
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 6,
+    "logging_steps": 1,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "gradient_checkpointing": False,
+}
+
 
 def tiny_llama(num_layers=3, vocab_size=96, seed=0, **overrides):
     torch.manual_seed(seed)

@@ -129,9 +129,21 @@ def read_json(file: Path) -> Any:
         UserError: If it is no JSON, or larger than settings are.
     """
     try:
-        return json.loads(_small_text(file, MAX_JSON_BYTES))
-    except (ValueError, RecursionError) as error:
+        return parse_json(_small_text(file, MAX_JSON_BYTES))
+    except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(f"{file} is not JSON: {error}") from error
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """``json.loads``, for which lists in lists without end are as wrong as anything else that is no JSON.
+
+    Raises:
+        ValueError: Also for what is nested deeper than Python's stack.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
 
 
 def _small_text(file: Path, max_bytes: int) -> str:

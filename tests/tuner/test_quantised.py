@@ -18,7 +18,7 @@ from maskft.adapter.verify import verify
 from maskft.errors import UserError
 from maskft.masking import topk_mask
 from maskft.tuner.model import adapter_layers, current_masks
-from tiny import tiny_llama, token_ids
+from tiny import TRAINER, tiny_llama, token_ids
 from tiny_tokenizer import tiny_tokenizer
 
 pytest.importorskip("bitsandbytes", reason="pip install -e '.[quantized]': a wheel of 40 MB")
@@ -198,18 +198,7 @@ def test_magnitudes_are_those_of_the_dequantised_weight(folder):
 def test_trl_trains_over_it(folder, tmp_path):
     """The trainer loads the base quantised, and casts what trains over it to bfloat16."""
     rows = Dataset.from_list([{"prompt": f"{a}+{b}=", "completion": f"{a + b}"} for a in range(6) for b in range(6)])
-    args = SFTConfig(
-        str(tmp_path / "out"),
-        learning_rate=1e-2,
-        max_steps=4,
-        per_device_train_batch_size=6,
-        logging_steps=1,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        gradient_checkpointing=False,
-        model_init_kwargs={"dtype": "float32"},
-    )
+    args = SFTConfig(str(tmp_path / "out"), max_steps=4, model_init_kwargs={"dtype": "float32"}, **TRAINER)
     trainer = SFTTrainer(
         str(folder),
         args,

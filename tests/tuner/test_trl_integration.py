@@ -17,22 +17,13 @@ from trl import DPOConfig, DPOTrainer
 
 from maskft import MaskConfig
 from maskft.tuner import MaskedLinear
+from tiny import TRAINER
 from tiny_tokenizer import tiny_tokenizer
 
 
 def dpo_trainer(model, folder, max_steps, **kwargs):
     pairs = [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a - b}"} for a in range(6) for b in range(6)]
-    args = DPOConfig(
-        str(folder),
-        learning_rate=1e-2,
-        max_steps=max_steps,
-        per_device_train_batch_size=6,
-        logging_steps=1,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        gradient_checkpointing=False,
-    )
+    args = DPOConfig(str(folder), max_steps=max_steps, **TRAINER)
     data = Dataset.from_list(pairs)
     return DPOTrainer(model=model, args=args, train_dataset=data, processing_class=tiny_tokenizer(), **kwargs)
 

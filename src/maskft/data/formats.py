@@ -62,6 +62,7 @@ def to_examples(
                 raise UserError("'prompt' is text in some rows and messages in others; use one of them throughout")
             if row.get("cluster_id") is not None:
                 example["cluster_id"] = str(row["cluster_id"])
+            # What the identity below is not made of has to be text that can be stored, too.
             "".join(example.get(column) or "" for column in OPTIONAL_COLUMNS).encode()
             content = json.dumps([row[column] for column in columns], sort_keys=True, default=str, ensure_ascii=False)
             identity = digest(content)[:16]

@@ -17,7 +17,7 @@ from datasets import Dataset, IterableDataset
 from pyarrow import parquet
 
 from ..errors import UserError, did_you_mean, first_line
-from ..files import is_there, open_text
+from ..files import is_there, open_text, parse_json
 from .formats import answer_type_of
 from .registry import TRAINING_SETS, TrainingSet
 
@@ -74,11 +74,11 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _parse_json(text: str, path: Path, first: int) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         line = first + error.lineno - 1
         raise UserError(f"data file {path} is not JSON at line {line}: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists in lists without end
+    except ValueError as error:  # a number of 5,000 digits, lists in lists without end
         raise UserError(f"data file {path} cannot be read at line {first}: {error}") from None
 
 

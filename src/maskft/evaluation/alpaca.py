@@ -174,8 +174,8 @@ def read_rows(source: str, row: type[BaseModel]) -> list[dict]:
     """
     path = _file(source, HUB_PROMPTS)
     try:
-        rows = json.loads(files.read_text(path))
-    except (ValueError, RecursionError) as error:
+        rows = files.parse_json(files.read_text(path))
+    except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); AlpacaEval's files are JSON lists of objects") from None
     files.read_model(RootModel[list[row]], rows, path, "AlpacaEval's files are JSON lists of objects")
     if not rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import datasets
 from ..data.registry import MATH_SUBJECTS
 from ..data.sources import read_file
 from ..errors import UserError, first_line
+from ..files import parse_json
 
 ENDINGS = r"\.(jsonl|jsonl\.gz|json|json\.gz|parquet)"
 
@@ -160,8 +160,8 @@ def _problems(task: str, folder: Path, split: str) -> list[Path]:
 
 def _read_object(path: Path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from ..analysis.ablations import analyse_ablations
 from ..analysis.curves import analyse_cost, analyse_curves
 from ..analysis.runs import BEST, LAST, TrainedRun, read_study, select_base
 from ..errors import UserError, did_you_mean
-from ..files import read_json
+from ..files import parse_json, read_json
 from ..results.compare import compare
 from ..results.comparison import Comparison, Difference, Equivalence, Score
 from ..results.paper_tables import read_results
@@ -343,10 +342,10 @@ def read_array(file: Path) -> dict:
         raise UserError(f"{file} holds {constant}: remove it and compute it again with maskft analyze")
 
     try:
-        record = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+        record = parse_json(file.read_text(encoding="utf-8"), parse_constant=refuse)
     except UserError:
         raise
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{file} is not JSON ({error}): remove it and compute it again with maskft analyze") from error
     if not isinstance(record, dict):
         raise UserError(f"{file} is no file of maskft analyze: remove it and compute it again")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import digest, open_text
+from ..files import digest, open_text, parse_json
 from .proportions import pass_at_k
 from .schema import SCHEMA_VERSION, MetricRecord, Result, TaskRecord, is_finite, metric_from_items, validate_result
 
@@ -30,8 +30,8 @@ def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
 
 def _object(text: str, place: str) -> dict[str, Any]:
     try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(text)
+    except ValueError as error:
         raise UserError(f"{place}: not JSON ({error}): is the file whole?") from None
     if not isinstance(row, dict):
         raise UserError(f"{place}: not an object of sample fields but {type(row).__name__}")

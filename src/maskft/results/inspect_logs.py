@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import zstandard
 
 from ..errors import UserError
-from ..files import read_text
+from ..files import parse_json, read_text
 from .elsewhere import add_samples, as_number, cluster_label, metrics_of, result_from
 from .schema import Result, TaskRecord, build_task, items_fingerprint
 
@@ -55,8 +54,8 @@ def read_logs(paths: Sequence[Path], name: str | None = None, cluster_by: str | 
 
 def _json_file(path: Path) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
     try:
-        log = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
+        log = parse_json(read_text(path))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}): is the file whole?") from None
     log = log if isinstance(log, dict) else {}
     return log, iter(log.get("samples") or [])
@@ -69,18 +68,10 @@ def _eval_file(path: Path) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
             names = archive.namelist()
             if "header.json" not in names:
                 raise UserError(f"{path}: no header.json in it: the run has not ended, or it is no log of inspect-ai")
-            header = json.loads(_member(path, archive, "header.json"))
+            header = parse_json(_member(path, archive, "header.json"))
             inside = [name for name in names if name.startswith("samples/") and name.endswith(".json")]
-            samples = [_reduced(json.loads(_member(path, archive, name))) for name in inside]
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-        zipfile.BadZipFile,
-        zstandard.ZstdError,
-        struct.error,
-        NotImplementedError,
-    ) as error:
+            samples = [_reduced(parse_json(_member(path, archive, name))) for name in inside]
+    except (OSError, ValueError, zipfile.BadZipFile, zstandard.ZstdError, struct.error, NotImplementedError) as error:
         raise UserError(f"{path}: cannot be read as a log of inspect-ai ({error}): is the file whole?") from None
     return header, iter(samples)
 

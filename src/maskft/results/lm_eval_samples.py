@@ -5,7 +5,6 @@ The format is that of lm-eval 0.4.5 to 0.4.13 (``loggers/evaluation_tracker.py``
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import read_text
+from ..files import parse_json, read_text
 from .elsewhere import add_samples, as_number, cluster_label, metrics_of, read_json_lines, result_from
 from .schema import Result, TaskRecord, build_task, items_fingerprint
 
@@ -75,8 +74,8 @@ def _summary_beside(path: Path, date: str | None) -> dict[str, Any]:
     if not found:
         return {}
     try:
-        summary = json.loads(read_text(found[0]))
-    except (OSError, ValueError, RecursionError) as error:
+        summary = parse_json(read_text(found[0]))
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{found[0]}: lm-eval's results cannot be read ({error}): remove the file or evaluate again"
         ) from None

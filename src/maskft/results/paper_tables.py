@@ -7,7 +7,6 @@ name: ``full (last)``, ``random_mask [math]``, ``mixed mask``. A cell is of one 
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import zlib
@@ -22,7 +21,7 @@ import yaml
 
 from .. import files
 from ..errors import UserError, did_you_mean, printable
-from ..files import read_text
+from ..files import parse_json, read_text
 from .schema import Result, read_result
 from .text import Table, draw, latex_text, markdown_text, to_json, wrap
 
@@ -207,8 +206,8 @@ def _is_result(file: Path) -> bool:
     try:
         text = read_text(file)
         # A folder of runs is full of tokenizers, which would take long to parse.
-        content = json.loads(text) if '"evaluation"' in text else None
-    except (ValueError, OSError, EOFError, zlib.error, RecursionError):
+        content = parse_json(text) if '"evaluation"' in text else None
+    except (ValueError, OSError, EOFError, zlib.error):
         return False
     return isinstance(content, dict) and content.get("kind") == "evaluation"
 

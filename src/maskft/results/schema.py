@@ -28,7 +28,7 @@ from typing_extensions import TypedDict
 from .. import files
 from .._version import __version__
 from ..errors import UserError
-from ..files import digest, first_problem, read_text, write_text
+from ..files import digest, first_problem, parse_json, read_text, write_text
 from ..runtime import environment
 from .statistics import weighted_mean
 
@@ -289,12 +289,12 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     """
     file = result_file(path)
     try:
-        result = json.loads(read_text(file), parse_constant=_refuse_constant)
+        result = parse_json(read_text(file), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise UserError(f"{file}: no such result file: give one that `maskft evaluate` wrote, or its folder") from None
     except OSError as error:
         raise UserError(f"{file}: the result cannot be read ({error.strerror or error}): check the path") from error
-    except (ValueError, EOFError, zlib.error, RecursionError) as error:
+    except (ValueError, EOFError, zlib.error) as error:
         raise UserError(
             f"{file}: not a result file, not JSON ({error}): evaluate again with `maskft evaluate`"
         ) from error

@@ -250,8 +250,8 @@ def _data_digest(data: Prepared, objective: str) -> str:
         return tokens
     # What other objectives read of a row, and no token of it is trained on.
     columns = ("prompt", "completion", "messages", "rejected", "answer", "answer_type")
-    rows = [[row.get(name) for name in columns] for rows in (data.train_rows, data.heldout_rows) for row in rows]
-    return files.digest([tokens, rows])
+    texts = [[row.get(name) for name in columns] for part in (data.train_rows, data.heldout_rows) for row in part]
+    return files.digest([tokens, texts])
 
 
 def _column(rows: Dataset, column: str) -> Iterator[Tensor]:

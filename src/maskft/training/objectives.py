@@ -58,9 +58,10 @@ def make_trainer(
         trainer = MaskSFTTrainer(model=model, args=args, processing_class=tokenizer, **sets)
         tokenizer.chat_template = template  # TRL has read its file again, without chat_template_kwargs
         return trainer
-    if method.objective == "dpo" and is_resumed and not resumes_two_adapters():  # TRL's reference is the second
+    has_two_adapters = method.objective == "dpo" and hasattr(model, "peft_config")  # TRL's reference is the second
+    if has_two_adapters and is_resumed and not resumes_two_adapters():
         raise UserError(
-            f"the Trainer of transformers {transformers.__version__} does not load the mask when a run with a "
+            f"the Trainer of transformers {transformers.__version__} does not load the adapter when a run with a "
             "reference is resumed: install transformers>=5.23, or start again without resume_from_checkpoint"
         )
     make = _preference_trainer if method.objective == "dpo" else _answer_trainer

@@ -205,7 +205,7 @@ def _load_masks(
     layers = {_module_name(name): layer for name, layer in adapter_layers(model, adapter_name).items()}
     coded, scores = _entries(state_dict, "mask_coded"), _entries(state_dict, "mask_scores")
     rest = {key: value for key, value in state_dict.items() if not is_of_mask(key)}
-    hashed = config.weights_sha256 or () if config.mask_sha256 is not None else ()
+    hashed = () if config.mask_sha256 is None else config.weights_sha256 or ()
     declared = {key: shape for key, shape in _embeddings(model).items() if _module_name(key) in hashed}
     _check_names(layers, coded, rest, adapter_name, declared)
     if is_of_config and mask_fingerprint(coded) != config.mask_sha256:
