@@ -1,6 +1,8 @@
-"""Starts a study or a search as a user does, and kills it."""
+"""Starts commands as a user does, and kills them."""
 
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,25 +12,61 @@ from pathlib import Path
 _SRC = str(Path(__file__).parents[1] / "src")
 
 
-def _start(file, folder, command="study"):
-    words = [sys.executable, "-m", "maskft.cli.main", command, str(file), "--output_dir", str(folder)]
+def start(words):
+    """A command of maskft in a process of its own, its stderr in a pipe."""
+    words = [sys.executable, "-m", "maskft.cli.main", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": _SRC}
-    return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def kill_now_and_then(file, folder, waits, command="study"):
-    """Start the study and kill it after each wait, which is a number of seconds or a condition to become true."""
+def kill_now_and_then(file, folder, waits, command="study", number=signal.SIGKILL):
+    """Start the study and send it a signal after each wait: a number of seconds, or a condition to become true."""
     killed = 0
     for wait in waits:
-        process = _start(file, folder, command)
-        deadline = time.monotonic() + (wait if isinstance(wait, float) else 120)
-        while process.poll() is None and time.monotonic() < deadline:
-            if callable(wait) and wait():
-                break
-            time.sleep(0.01)
+        process = start([command, file, "--output_dir", folder])
+        _wait(process, wait)
         if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(number)
             killed += 1
-        process.wait()
-        process.stderr.close()
+        process.communicate()
     return killed
+
+
+def stop_when(is_time, words):
+    """Send SIGTERM to a command once ``is_time()``; returns its exit status and the lines of its stderr."""
+    process = start(words)
+    _wait(process, is_time)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=120)[1]
+    return process.returncode, err.strip().splitlines()
+
+
+def kill_ten_times(words, folder, seconds, check, begin=start):
+    """Kill a command at ten moments drawn from ``seconds`` after its start, and let it end; ``check`` what it leaves.
+
+    Where it was faster than the moment, its folder is checked and deleted, and another one takes the kills that are
+    left. Returns how many were killed after they had written something.
+    """
+    moments, killed, at_work = random.Random(0), 0, 0
+    while killed < 10:
+        process = begin(words)
+        _wait(process, moments.uniform(*seconds))
+        if process.poll() is None:
+            (process.kill if hasattr(process, "kill") else process._process.kill)()
+            killed, at_work = killed + 1, at_work + any(folder.glob("*"))
+            process.wait()
+        else:
+            check()
+            shutil.rmtree(folder)
+    process = begin(words)
+    process.wait()
+    check()
+    return at_work
+
+
+def _wait(process, wait):
+    deadline = time.monotonic() + (wait if isinstance(wait, float) else 120)
+    while process.poll() is None and time.monotonic() < deadline:
+        if callable(wait) and wait():
+            break
+        time.sleep(0.01)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from killing import kill_now_and_then
+from killing import kill_ten_times
 from maskft import files
 from maskft.cli.main import main
 from maskft.cli.study import check
@@ -81,27 +81,24 @@ def test_a_search_ends_with_a_recipe_and_goes_on_where_it_stopped(content, data,
 
 
 @pytest.mark.slow
-def test_a_killed_search_ends_as_an_undisturbed_one(content, tmp_path):
+def test_ten_kills_of_a_search(content, tmp_path):
     content["search"]["prefix_cache"] = False  # its rounding follows the batches that came first
     file, whole, cut = write(tmp_path, content), tmp_path / "whole", tmp_path / "cut"
     assert main(["search", str(file), "--output_dir", str(whole)]) == 0
 
-    def second_rung_is_training():
-        return any("max_steps 3" in log.read_text() for log in cut.glob(f"{files.RUNS}/*/{files.LOG}"))
-
-    def probe_is_trained():
-        return any(cut.glob(f"{files.RUNS}/layers*/{files.TRAINING}"))
-
-    assert kill_now_and_then(file, cut, [5.0, probe_is_trained, 4.0, second_rung_is_training], "search") >= 2
-    assert main(["search", str(file), "--output_dir", str(cut)]) == 0
-    records = [json.loads((folder / files.SEARCH).read_text()) for folder in (whole, cut)]
-    for record in records:
+    def end_of(folder):
+        record = json.loads((folder / files.SEARCH).read_text())
         for rung in record["rungs"]:
             for row in rung["candidates"]:
                 del row["train_time_s"]
-    assert records[0] == records[1]
-    recipes = [(folder / files.WINNER).read_text().replace(str(folder), "") for folder in (whole, cut)]
-    assert recipes[0] == recipes[1]
+        return record, (folder / files.WINNER).read_text().replace(str(folder), "")
+
+    expected = end_of(whole)
+
+    def check():
+        assert end_of(cut) == expected
+
+    assert kill_ten_times(["search", file, "--output_dir", cut], cut, (4.0, 20.0), check) >= 5
 
 
 def check_rungs(record, folder):

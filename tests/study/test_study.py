@@ -3,8 +3,8 @@
 import io
 import json
 import os
-import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +12,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from killing import kill_now_and_then
+from killing import kill_now_and_then, kill_ten_times, stop_when
 from maskft import files
 from maskft.adapter.mask_set import MaskSet
 from maskft.cli.main import main
@@ -27,7 +27,7 @@ from small_study import FULL, MASK, outcome, recipe, write
 
 
 def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys):
-    """Killed once in the middle of training, after a checkpoint, and once between training and evaluation."""
+    """Killed in the middle of training, after a checkpoint; asked to stop between training and evaluation."""
     content = recipe(base, data, {"full": FULL, "mask": MASK})
     content["data"]["sums"]["data_dir"] = str(tmp_path)
     file = write(tmp_path, content)
@@ -40,7 +40,14 @@ def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys)
     def mask_is_trained():
         return any(cut.glob(f"{files.RUNS}/mask-*/{files.RUN}"))
 
-    assert kill_now_and_then(file, cut, [checkpoint_is_there, mask_is_trained]) == 2
+    assert kill_now_and_then(file, cut, [checkpoint_is_there]) == 1
+    words = ["study", str(file), "--output_dir", str(cut)]
+    status, lines = stop_when(mask_is_trained, words)
+    assert status == 143
+    assert lines[-2:] == [
+        "maskft: stopped by SIGTERM; what is finished is kept, to resume:",
+        shlex.join(["maskft", *words]),
+    ]
     before = [p.stat().st_mtime_ns for p in cut.glob(f"{files.RUNS}/*/{files.TRAINING}")]
     assert main(["study", str(file), "--output_dir", str(cut)]) == 0
     assert outcome(cut) == outcome(whole)
@@ -111,16 +118,13 @@ def test_ten_kills_at_random_moments(base, data, tmp_path):
     file = write(tmp_path, recipe(base, data, methods))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(["study", str(file), "--output_dir", str(whole)]) == 0
+    expected = outcome(whole)
+
+    def check():
+        assert outcome(cut) == expected
+
     # A start takes some seconds, so a kill may come at any moment of a run or between two.
-    rng, killed = random.Random(0), 0
-    while killed < 10:
-        if kill_now_and_then(file, cut, [rng.uniform(4.0, 24.0)]):
-            killed += 1
-        else:  # the study was faster: it is done, and another one takes the kills that are left
-            assert outcome(cut) == outcome(whole)
-            shutil.rmtree(cut)
-    assert main(["study", str(file), "--output_dir", str(cut)]) == 0
-    assert outcome(cut) == outcome(whole)
+    assert kill_ten_times(["study", file, "--output_dir", cut], cut, (4.0, 24.0), check) >= 5
 
 
 @pytest.mark.slow

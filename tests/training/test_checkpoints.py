@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
+from killing import start
 from maskft import files
 from maskft.adapter.mask_set import MaskSet
 from maskft.cli.main import main
@@ -26,6 +27,7 @@ from maskft.training import checkpoints, manifest
 from maskft.training.manifest import FIXED, FREE, damage, read_manifest
 from maskft.training.options import option_defaults
 from maskft.training.record import read_record
+from maskft.training.trainer import MaskSFTTrainer
 from tiny_tokenizer import tiny_tokenizer
 
 STEPS = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "learning_rate": 0.01}
@@ -385,12 +387,6 @@ def words_of(base, data, out, **changes):
     return ["train", *(str(word) for key, value in settings.items() for word in (f"--{key}", value))]
 
 
-def start(words):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    words = [sys.executable, "-m", "maskft.cli.main", *words]
-    return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
 def test_of_two_runs_that_start_at_once_one_is_refused(base, data, tmp_path):
     runs = [start(words_of(base, data, tmp_path / "out", keep_worse=True)) for _ in range(2)]
@@ -480,6 +476,24 @@ def test_ctrl_c_does_too(train, finished, tmp_path):
     assert status == 130 and "stopped by SIGINT after step" in err and "--resume_from_checkpoint true" in err
     assert signal.getsignal(signal.SIGINT) is before
     assert damage(checkpoints.checkpoints_in(out)[-1]) is None
+
+
+def test_a_signal_after_the_last_step_is_heeded_too(train, finished, tmp_path, monkeypatch):
+    """While the last state is evaluated: it is saved, and the same run then only has to say its result."""
+    evaluate = MaskSFTTrainer.evaluate
+
+    def press(self, *args, **kwargs):
+        if self.state.global_step == self.state.max_steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskSFTTrainer, "evaluate", press)
+        status, err = train()
+    assert status == 130 and "stopped by SIGINT after step 4 of 4, which is saved; to resume" in err
+    assert not (tmp_path / "out" / files.TRAINING).exists()
+    assert train(resume_from_checkpoint=True)[0] == 0
+    assert same_result(tmp_path / "out", finished)
 
 
 def test_a_second_signal_ends_at_once(base, data, tmp_path):

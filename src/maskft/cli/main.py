@@ -6,8 +6,11 @@ import argparse
 import importlib
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
+from types import FrameType
 
 from safetensors import SafetensorError
 
@@ -35,6 +38,8 @@ COMMANDS = {
 # Seconds that a process of a distributed run waits for the main one to report an error first.
 _PATIENCE_S = 5
 RESUME = "--resume_from_checkpoint"
+# They keep what is finished, and find it when they are given again. Training finishes its step first (StopRequest).
+_RESUMED_BY_REPEATING = ("demo", "study", "search", "evaluate")
 
 
 def usage() -> str:
@@ -66,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"maskft: error: no command {name!r}{did_you_mean(name, COMMANDS)}; see maskft --help", file=sys.stderr)
         return 2
     module = importlib.import_module(f".{name}", __package__)
+    before = _heed_sigterm() if name in _RESUMED_BY_REPEATING else None
     try:
         if hasattr(module, "main"):
             module.main(rest)
@@ -84,10 +90,33 @@ def main(argv: list[str] | None = None) -> int:
         if not int(os.environ.get("RANK", "0")):
             print(f"maskft: {stop}; to resume:\n{_resume_line(argv)}", file=sys.stderr)
         return stop.status
-    except KeyboardInterrupt:
-        print("maskft: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        number = signal.Signals(*stop.args or (signal.SIGINT,))
+        advice = f"; what is finished is kept, to resume:\n{_command(argv)}" if name in _RESUMED_BY_REPEATING else ""
+        print(f"maskft: stopped by {number.name}{advice}", file=sys.stderr)
+        return 128 + number
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _heed_sigterm():
+    """Let SIGTERM end this process as Ctrl-C does, children first; returns the handler that was there before."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    this = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == this:
+            raise KeyboardInterrupt(number)
+        os._exit(128 + number)  # a fork, which has nothing to say
+
+    return signal.signal(signal.SIGTERM, end)
+
+
+def _command(words: list[str]) -> str:
+    return shlex.join(["maskft", *words])
 
 
 def _resume_line(words: list[str]) -> str:

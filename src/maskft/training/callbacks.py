@@ -127,9 +127,13 @@ class StepGuard(TrainerCallback):
             self._undo = stop_gradient_at_frozen_embeddings(self.trainer.accelerator.unwrap_model(model))
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Undo what was done to the model."""
+        """Undo what was done to the model; stop where the wish came after the last step and that step is saved."""
         if self._undo is not None:
             self._undo.remove()
+        is_asked_to_stop = torch.tensor(self.trainer.stop.signal is not None, device=args.device)
+        last = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if runtime.largest(is_asked_to_stop) and last.is_dir():
+            self._stop(state)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Stop before a loss or gradient that is not finite is applied; hear whether any process is to stop."""
@@ -167,12 +171,13 @@ class StepGuard(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """Stop after the step that was to be the last."""
         if self._is_stopping:
-            self.trainer.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
-            asked = self.trainer.stop.signal or signal.SIGTERM
-            name = signal.Signals(asked).name
-            raise Stopped(
-                asked, f"stopped by {name} after step {state.global_step} of {state.max_steps}, which is saved"
-            )
+            self._stop(state)
+
+    def _stop(self, state):
+        self.trainer.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
+        asked = self.trainer.stop.signal or signal.SIGTERM
+        name = signal.Signals(asked).name
+        raise Stopped(asked, f"stopped by {name} after step {state.global_step} of {state.max_steps}, which is saved")
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Count flipped and removed mask entries."""

@@ -1,0 +1,58 @@
+"""Evaluations that are killed or stopped, given again, end as the undisturbed one."""
+
+import json
+import shlex
+
+import pytest
+
+from killing import kill_ten_times, stop_when
+from maskft import files
+from maskft.cli.main import main
+from maskft.study.warm import PYTHON, WarmProcess
+
+
+@pytest.fixture
+def words(base, data, tmp_path):
+    """One answer at a time, each of many tokens."""
+    options = {"model_name_or_path": base, "dataset_name": data, "batch_size": 1, "max_new_tokens": 24}
+    options |= {"output_dir": tmp_path / "out", "as_chat": False}
+    return ["evaluate", *(str(word) for key, value in options.items() for word in (f"--{key}", value))]
+
+
+def answers_in(folder):
+    return [json.loads(line) for line in (folder / files.JOURNAL).read_text().splitlines()[:-1]]
+
+
+def result_in(folder):
+    result = json.loads((folder / files.RESULT).read_text())
+    return result["model"], result["tasks"]
+
+
+@pytest.fixture
+def undisturbed(words, tmp_path):
+    whole = tmp_path / "whole"
+    assert main([str(whole) if word == str(tmp_path / "out") else word for word in words]) == 0
+    return result_in(whole)
+
+
+def test_an_evaluation_that_is_stopped_says_how_it_is_resumed(words, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    status, lines = stop_when(lambda: (out / files.JOURNAL).is_file() and len(answers_in(out)) > 8, words)
+    assert status == 143, lines
+    assert lines[-2].startswith("maskft: stopped by SIGTERM;") and lines[-1] == shlex.join(["maskft", *words])
+    assert not (out / files.RESULT).exists()
+    assert main(shlex.split(lines[-1])[1:]) == 0
+    assert result_in(out) == undisturbed
+
+
+@pytest.mark.slow
+def test_ten_kills_of_an_evaluation(words, undisturbed, tmp_path):
+    out = tmp_path / "out"
+
+    def check():
+        assert result_in(out) == undisturbed
+
+    def begin(words):
+        return WarmProcess([*PYTHON, *words], tmp_path / "log", None)
+
+    assert kill_ten_times(words, out, (0.2, 3.0), check, begin) >= 3
