@@ -536,3 +536,21 @@ def test_a_disk_that_is_full_while_the_optimizer_is_written(train, out, finished
     assert not (out / "checkpoint-4").exists() and damage(out / "checkpoint-2") is None
     assert train(resume_from_checkpoint="true")[0] == 0
     assert same_result(out, finished)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_disk_that_is_full_when_it_is_asked_to_write(train, finished, tmp_path, monkeypatch, step):
+    """Beside a step (2) or after the last one (4)."""
+
+    def sync(path):
+        if path.parent.name == f"checkpoint-{step}":
+            raise OSError(28, "No space left on device")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync", sync)
+        status, err = train()
+    assert status == 2 and "Traceback" not in err and f"checkpoint-{step}/manifest.json cannot be written" in err
+    assert not (out / f"checkpoint-{step}").exists() and damage(out / f"checkpoint-{step - 2}") is None
+    assert train(resume_from_checkpoint="true")[0] == 0
+    assert same_result(out, finished)

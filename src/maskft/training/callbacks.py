@@ -174,6 +174,8 @@ class StepGuard(TrainerCallback):
             self._stop(state)
 
     def _stop(self, state):
+        if self.trainer.checkpoints is not None:
+            self.trainer.checkpoints.finish()
         self.trainer.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
         asked = self.trainer.stop.signal or signal.SIGTERM
         name = signal.Signals(asked).name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +179,7 @@ class Checkpoints:
         resume_from: The one that the run is resumed from.
         changed: Names of what was allowed to change since.
         best: The best one so far, as the resumed one names it, if it is whole.
+        sealing: The one that is being sealed beside the next steps: the disk is slow, and hashing needs no model.
     """
 
     course: Course
@@ -185,6 +187,7 @@ class Checkpoints:
     resume_from: str | None = None
     changed: frozenset[str] = frozenset()
     best: str | None = None
+    sealing: Future | None = None
 
     @classmethod
     def begin(cls, course: Course, args: TrainingArguments, resume_from: str | None, console: Console) -> Checkpoints:
@@ -208,11 +211,37 @@ class Checkpoints:
             console.print(f"already finished: all {max_steps} steps had been trained")
 
     def seal(self, trainer: SFTTrainer, folder: Path) -> None:
-        """Make a checkpoint that was written one that is whole, and delete those that are not kept."""
+        """Begin to make a checkpoint that was written one that is whole, and then to delete those that are not kept.
+
+        Raises:
+            UserError: If the disk did not take the one before.
+        """
+        self.finish()
         trainer.accelerator.wait_for_everyone()  # all processes write to it
-        if runtime.is_main():
-            seal(folder, trainer.state.global_step, trainer.args.world_size, self.course)
-            self._rotate(folder, trainer.state.best_model_checkpoint)
+        if not runtime.is_main():
+            return
+        step, best = trainer.state.global_step, trainer.state.best_model_checkpoint
+
+        def work() -> None:
+            with written_whole(folder, files.MANIFEST, 2**20):
+                seal(folder, step, trainer.args.world_size, self.course)
+                self._rotate(folder, best)
+
+        pool = ThreadPoolExecutor(1)
+        self.sealing = pool.submit(work)
+        pool.shutdown(wait=False)
+        if trainer.control.should_training_stop:  # no step comes, and the Trainer may delete checkpoints itself
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the newest checkpoint is whole.
+
+        Raises:
+            UserError: If the disk did not take it.
+        """
+        sealing, self.sealing = self.sealing, None
+        if sealing is not None:
+            sealing.result()
 
     def _rotate(self, newest: Path, best: str | None) -> None:
         """Delete the oldest; never the newest, nor the best."""

@@ -199,6 +199,8 @@ class MaskTrainer:
                 group["lr"] = rate
 
     def _load_best_model(self) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.finish()
         self.accelerator.wait_for_everyone()  # the main process may still be writing it
         best = self.state.best_model_checkpoint
         problem = runtime.decided_by_main(lambda: damage(Path(best), weights_only=True))
