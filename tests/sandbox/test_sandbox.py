@@ -32,6 +32,69 @@ def run_unconfined(code: str, monkeypatch: pytest.MonkeyPatch, **limits: float) 
         return run_code(code, allow_unconfined=True, **limits)
 
 
+# ---- control groups ----
+
+# In place of systemd, which containers and this test lack: it notes what it is asked for, and runs the command as
+# systemd-run --scope does, by becoming it. Of what the kernel then bounds, this shows nothing.
+SYSTEMD_RUN = """#!/bin/sh
+echo "$@" >> {log}
+for word in "$@"; do case $word in --property=MemoryMax=*) bytes=${{word#*Max=}};; esac; done
+while [ "$1" != -- ]; do shift; done
+shift
+[ "$1" = sh ] && exec echo {answer}
+exec "$@"
+"""
+
+
+@pytest.fixture
+def systemd(tmp_path, monkeypatch):
+    def put(answer: str) -> Path:
+        log = tmp_path / "asked"
+        (tmp_path / "systemd-run").write_text(SYSTEMD_RUN.format(log=log, answer=answer))
+        (tmp_path / "systemd-run").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setenv("DECOY", SECRET)
+        sandbox.control_groups.cache_clear()
+        return log
+
+    yield put
+    sandbox.control_groups.cache_clear()
+
+
+def test_programs_run_in_bounded_groups_where_systemd_makes_them(systemd) -> None:
+    log = systemd("$bytes")
+    code = f"import os\nassert {SECRET!r} not in str(dict(os.environ)), 'seen'\nprint(sorted(os.environ))"
+    result = run_code(code, memory_bytes=256 * MIB, max_processes=3)
+    assert result.passed, result.reason
+    asked = log.read_text().splitlines()[-1].split(" -- ")[0].split()
+    assert asked == [
+        *("--scope", "--quiet", "--collect", *(["--user"] if os.geteuid() else [])),
+        f"--property=MemoryMax={256 * MIB + sandbox.GROUP_EXTRA_BYTES}",
+        "--property=MemorySwapMax=0",
+        f"--property=TasksMax={3 + sandbox.GROUP_EXTRA_PROCESSES}",
+    ]
+    result = run_code("import time\ntime.sleep(60)", wall_time_s=1.0)
+    assert result.status == "timeout"
+
+
+def test_a_group_that_is_not_bounded_is_none(systemd) -> None:
+    log = systemd("max")
+    assert run_code("pass").passed and sandbox.control_groups() == []
+    assert len(log.read_text().splitlines()) == 1
+
+
+def test_the_kernel_bounds_a_program_that_the_watch_does_not_see(monkeypatch) -> None:
+    """Where systemd makes groups: the memory is taken between two looks."""
+    if not sandbox.control_groups():
+        pytest.skip("systemd makes no control groups with a bound of memory here")
+    monkeypatch.setattr(sandbox, "WATCH_INTERVAL_S", 1000.0)
+    code = (
+        "import os, time\nfor _ in range(4):\n    if os.fork() == 0:\n        held = b'x' * (200 * 2**20)\n"
+        "        time.sleep(5)\n        os._exit(0)\nassert not any(os.wait()[1] for _ in range(4)), 'killed'"
+    )
+    assert run_code(code, memory_bytes=300 * MIB).reason == "AssertionError: killed"
+
+
 # ---- ordinary programs ----
 
 
