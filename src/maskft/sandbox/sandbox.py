@@ -232,7 +232,7 @@ def _run(code: str, limits: Limits, *, confined: bool, stop: threading.Event | N
         try:
             process = subprocess.Popen(
                 # -S, -P, -B: no site hooks, nothing from the current folder, no bytecode written
-                _in_group(limits, home) + [sys.executable, "-S", "-P", "-B", str(_CHILD), str(child_report_end)],
+                [*_in_group(limits, home), sys.executable, "-S", "-P", "-B", str(_CHILD), str(child_report_end)],
                 stdin=job_file,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
