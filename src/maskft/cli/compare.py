@@ -55,8 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--margin",
         type=float,
         metavar="M",
-        help="also test whether a method is no worse than M, or equivalent within M (two one-sided tests); a fraction: "
-        "0.01 is one point of an accuracy (default: not tested)",
+        help="also test whether a method is no worse than M, or equivalent within M (two one-sided tests): "
+        "of accuracies where there are some, 0.01 is one point; else in the unit of the one metric, such as nats per "
+        "token (default: not tested)",
     )
     _add_plan_arguments(parser)
 
