@@ -7,7 +7,7 @@ SOURCES := src tests benchmarks recipes examples docs
 # Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest test-quantised soak fuzz bench docs quality style clean
+.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest test-quantised test-triton soak fuzz bench docs quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
@@ -43,6 +43,10 @@ test-oldest: $(VENV)-oldest/.test
 # Masks over 8- and 4-bit bases; bitsandbytes is a wheel of 40 MB.
 test-quantised: $(VENV)/.quantised
 	$(PYTEST) tests/tuner/test_quantised.py tests/training/test_quantised.py
+
+# The kernel for GPUs, in Triton's interpreter: a wheel of 290 MB.
+test-triton: $(VENV)/.triton
+	TRITON_INTERPRET=1 $(PYTEST) -n 0 tests/tuner/test_triton.py
 
 # Kill-and-resume cycles; random changes of files, for so many minutes each.
 CYCLES ?= 200
@@ -103,6 +107,10 @@ $(VENV)/.ray: $(VENV)/.base
 
 $(VENV)/.quantised: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet -e '.[quantized]'
+	@touch $@
+
+$(VENV)/.triton: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet -e '.[triton]'
 	@touch $@
 
 $(VENV)/.browser: $(VENV)/.test

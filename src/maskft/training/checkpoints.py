@@ -205,8 +205,9 @@ class Checkpoints:
 
         return cls(course, args.save_total_limit, resume_from, *runtime.decided_by_main(look))
 
-    def tell_if_finished(self, max_steps: int, console: Console) -> None:
-        """Say so where the run was resumed from its last step."""
+    def end(self, max_steps: int, console: Console) -> None:
+        """Wait until the newest is whole; say so where the run was resumed from its last step."""
+        self.finish()
         if self.resume_from and step_of(Path(self.resume_from)) >= max_steps:
             console.print(f"already finished: all {max_steps} steps had been trained")
 

@@ -116,8 +116,7 @@ def fit(
     try:
         with closing(progress), cached_prefix(trainer, method, console), trainer.stop:
             trainer.train(resume_from_checkpoint=checkpoints.resume_from)
-            checkpoints.finish()
-        checkpoints.tell_if_finished(trainer.state.max_steps, console)
+        checkpoints.end(trainer.state.max_steps, console)
         failure = trainer.lost_best
     except NotFiniteError as error:
         failure = trainer.back_to_best(error)

@@ -9,6 +9,7 @@ unlucky), the cut is selected from all scores. The result never depends on the s
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -160,6 +161,13 @@ def _split_matrix_(
     numel, device, integer = scores.numel(), scores.device, _INTEGERS[out.element_size()]
     if numel == 0:
         return 0, torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device)
+    if _uses_triton(device):
+        from .triton_split import split_matrix_
+
+        num_below, has_nan, found = split_matrix_(out_flat, weight_flat, scores_flat, low, high, rank_by)
+        check_not_nan(torch.tensor(math.nan if has_nan else 0.0))
+        if found is not None:
+            return num_below, found, ranking_keys(scores_flat[found], rank_by)
     chunk = min(CHUNK_NUMEL, numel) if device.type == "cpu" else numel
     keys_buffer, sign_buffer = torch.empty(chunk, device=device), torch.empty(chunk, device=device)
     just_below = torch.nextafter(torch.tensor(low), torch.tensor(-math.inf)).to(device)
@@ -188,6 +196,11 @@ def _split_matrix_(
         indices.append(found + start)
         values.append(keys[found])
     return num_below, torch.cat(indices), torch.cat(values)
+
+
+def _uses_triton(device: torch.device) -> bool:
+    """Whether one kernel takes the place of several passes; asked for, as only an interpreter has run it."""
+    return device.type == "cuda" and os.environ.get("MASKFT_TRITON") == "1"
 
 
 def _find_in_band(keys: Tensor, low: float, high: float, scratch: Tensor) -> Tensor:
