@@ -42,6 +42,7 @@ def test_a_mask_that_hurts_removes_nothing(call, fine_tuned, data, tmp_path):
     status, err = call(model_name_or_path=fine_tuned, mask_sparsity=0.9, learning_rate=1e-4)
     assert status == 0 and "the mask is not better than no mask: +" in err
     assert "an adapter that removes nothing (--keep_worse true writes the mask)" in err
+    assert "The loss with the mask still fell at the last step: train longer, or let it begin with the smallest" in err
     out = tmp_path / "out"
     verdict = read_record(out).verdict
     assert not verdict.is_better and not verdict.kept and verdict.num_rows == 16 and verdict.difference > 0

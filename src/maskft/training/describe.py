@@ -12,8 +12,8 @@ from ..errors import UserError
 from ..runtime import time_text
 from ..tuner import MaskConfig, adapter_layers
 from ..tuner.learners import FREE
-from .arguments import TrainingArguments
-from .method_arguments import ADAPTER, OBJECTIVES, UNTRAINED_METHODS, MethodArguments
+from .arguments import TrainConfig, TrainingArguments
+from .method_arguments import ADAPTER, OBJECTIVES, UNTRAINED_METHODS, MethodArguments, mask_config
 from .record import TrainingSummary
 from .verdict import Verdict
 
@@ -64,13 +64,14 @@ def mask_line(config: MaskConfig, num_target_weights: int) -> str:
 
 
 def report(
-    summary: TrainingSummary, verdict: Verdict | None, folder: str, failure: str | None, console: Console
+    summary: TrainingSummary, verdict: Verdict | None, config: TrainConfig, failure: str | None, console: Console
 ) -> None:
-    """Print what came of the run, and where it is.
+    """Print what came of the run, where it is, and what may help a mask that was still learning.
 
     Raises:
         UserError: If training ended with a ``failure``, a text that ends with what is saved.
     """
+    folder = config.training.output_dir
     if failure is not None:
         raise UserError(f"{failure} is saved in {folder}")
     speeds = [row["tokens_per_s"] for row in summary.history if "tokens_per_s" in row]
@@ -102,3 +103,12 @@ def report(
             console.print(
                 f"{verdict}. Saved in {folder}: an adapter that removes nothing (--keep_worse true writes the mask)"
             )
+        if verdict is not None and not verdict.is_better and summary.num_steps and step == summary.num_steps:
+            console.print(f"The loss with the mask still fell at the last step: {_help_for_a_start(config)}")
+
+
+def _help_for_a_start(config: TrainConfig) -> str:
+    """What a mask needs that had not won back its start, which removes weights before one step is taken."""
+    if mask_config(config.mask).init_scores in ("magnitude", "wanda", "first_order"):
+        return "train longer, or at another rate"
+    return "train longer, or let it begin with the smallest weights (--mask_init_scores magnitude) at a lower rate"

@@ -84,7 +84,7 @@ def run(config: TrainConfig, splits: tuple | None, resume_from: str | None, cons
     losses, verdict = never_worse(model, tokenizer, data, config, training, trainer)
     record = make_record(config, training, summary, data, evaluation, losses, verdict)
     save(model, tokenizer, record, losses, training.output_dir, trainer)
-    report(summary, verdict, training.output_dir, failure, console)
+    report(summary, verdict, config, failure, console)
     return summary
 
 
