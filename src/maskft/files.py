@@ -104,9 +104,18 @@ class _Gzip(gzip.GzipFile):
         return self._counted(super().read1(size))
 
     def _counted(self, piece: bytes) -> bytes:
-        if self.tell() > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_TIMES * os.path.getsize(self.name)):
-            raise OSError(errno.EFBIG, f"unpacks to more than {MAX_UNPACKED_TIMES} times its size; unpack it yourself")
+        check_unpacked(self.tell(), os.path.getsize(self.name))
         return piece
+
+
+def check_unpacked(num_bytes: int, packed_bytes: int) -> None:
+    """Refuse what unpacks to far more than data does.
+
+    Raises:
+        OSError: If it is more than 64 MiB and more than 100 times what is packed.
+    """
+    if num_bytes > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_TIMES * packed_bytes):
+        raise OSError(errno.EFBIG, f"unpacks to more than {MAX_UNPACKED_TIMES} times its size; unpack it yourself")
 
 
 def open_text(file: Path, encoding: str = "utf-8") -> TextIO:

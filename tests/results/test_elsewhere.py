@@ -254,6 +254,8 @@ def test_inspect_logs_measured_differently_are_refused(tmp_path):
     )
     (tmp_path / "cut.eval").write_bytes(Path(one).read_bytes()[:200])
     refuse([one, tmp_path / "cut.eval"], "cannot be read as a log of inspect-ai")
+    bomb = {"id": 1, "epoch": 1, "input": "", "metadata": {"zeros": "0" * (65 * 2**20)}}
+    refuse([one, write_log(tmp_path / "bomb.eval", log("two", GRADES)[0], [bomb])], "more than 100 times its size")
     with zipfile.ZipFile(tmp_path / "open.eval", "w") as archive:
         archive.writestr("_journal/start.json", "{}")
     refuse([one, tmp_path / "open.eval"], "no header.json in it: the run has not ended")

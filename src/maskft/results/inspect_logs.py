@@ -11,7 +11,7 @@ from typing import Any
 import zstandard
 
 from ..errors import UserError
-from ..files import parse_json, read_text
+from ..files import check_unpacked, parse_json, read_text
 from .elsewhere import add_samples, as_number, cluster_label, metrics_of, result_from
 from .schema import Result, TaskRecord, build_task, items_fingerprint
 
@@ -70,6 +70,7 @@ def _eval_file(path: Path) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
                 raise UserError(f"{path}: no header.json in it: the run has not ended, or it is no log of inspect-ai")
             header = parse_json(_member(path, archive, "header.json"))
             inside = [name for name in names if name.startswith("samples/") and name.endswith(".json")]
+            check_unpacked(sum(archive.getinfo(name).file_size for name in inside), path.stat().st_size)
             samples = [_reduced(parse_json(_member(path, archive, name))) for name in inside]
     except (OSError, ValueError, zipfile.BadZipFile, zstandard.ZstdError, struct.error, NotImplementedError) as error:
         raise UserError(f"{path}: cannot be read as a log of inspect-ai ({error}): is the file whole?") from None
