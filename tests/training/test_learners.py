@@ -199,6 +199,10 @@ def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path
             "would not count: use bf16",
         ),
         ({"mask_preset": "recommended", "mask_rank_by": "signed"}, "preset 'recommended' sets rank_by='abs'"),
+        (
+            {"mask_preset": "recommended", "mask_sparsity": 0.1},
+            "preset 'recommended' sets sparsity=0.3, but sparsity=0.1",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(options, message, train):

@@ -1,7 +1,9 @@
 """Learners of masks: gates and gradients against their formulas, the layer in all states, budgets, starts, files."""
 
+import copy
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -380,6 +382,15 @@ def test_presets():
     assert deletion.init_scores == "wanda" and deletion.sharpness < deletion.sharpness_end
     with pytest.raises(UserError, match=r"preset 'recommended' sets sparsity=0.3, but sparsity=0.2 was given"):
         MaskConfig(preset="recommended", sparsity=0.2)
+    # A default that is asked for contradicts too.
+    with pytest.raises(UserError, match=r"preset 'recommended' sets sparsity=0.3, but sparsity=0.1 was given"):
+        MaskConfig(preset="recommended", sparsity=0.1)
+    with pytest.raises(UserError, match=r"sets selection='logit', but selection='topk' was given"):
+        MaskConfig(preset="deletion_tuning", selection="topk")
+    assert copy.copy(deletion) == deletion == pickle.loads(pickle.dumps(deletion))
+    # What was saved stands, also where a preset has other values by then.
+    saved = deletion.to_dict() | {"mask_sha256": "0" * 64, "sharpness": 11.0}
+    assert MaskConfig(**saved).sharpness == 11.0
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def _config_field(name: str) -> str:
 
 
 _CONFIG_FIELDS = {f.name: f for f in fields(MaskConfig)}
+_DEFAULTS = {name: spec.default for name, spec in _CONFIG_FIELDS.items()}
 
 MaskArguments = make_dataclass(
     "MaskArguments",
@@ -203,7 +204,9 @@ class MethodArguments:
 def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:
     """Build the tuner's configuration from flat arguments."""
     values = {_config_field(name): getattr(arguments, f"mask_{name}") for name in _MASK_TYPES}
+    # What stands at its default was not asked for; of the share, None says so.
+    values = {name: value for name, value in values.items() if value != _DEFAULTS.get(name) or name == "sparsity"}
     if values["sparsity"] is None:  # of the preset that is named; without one the mask is the recommended one
-        preset = PRESETS.get(str(arguments.mask_preset), {} if arguments.mask_preset else PRESETS["recommended"])
-        values["sparsity"] = preset.get("sparsity", MaskConfig.sparsity)
+        del values["sparsity"]
+        values |= {} if arguments.mask_preset else {"sparsity": PRESETS["recommended"]["sparsity"]}
     return MaskConfig(task_type="CAUSAL_LM", **{**values, **overrides})

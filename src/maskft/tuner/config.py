@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from peft.config import PeftConfig
 from safetensors import SafetensorError, safe_open
@@ -237,6 +237,13 @@ class MaskConfig(PeftConfig):
     is_new = False
     # Name of the adapter that this one is a frozen copy of, such as the reference of preference training; "": of none.
     copy_of = ""
+    _given = frozenset[str]()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Keep the names of what was given: a default that was asked for contradicts a preset, another does not."""
+        config = super().__new__(cls)
+        config._given = frozenset(kwargs)
+        return config
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -343,14 +350,14 @@ class MaskConfig(PeftConfig):
             )
 
     def _apply_preset(self) -> None:
-        if self.preset is None:
+        if self.preset is None or self.mask_sha256 is not None:  # a saved adapter is what it says
             return
         if self.preset not in PRESETS:
             raise UserError(
                 f"preset is {self.preset!r}{did_you_mean(self.preset, PRESETS)}; choose one of: {', '.join(PRESETS)}"
             )
         for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) not in (_default(name), value):
+            if getattr(self, name) != value and (name in self._given or getattr(self, name) != _default(name)):
                 raise UserError(
                     f"preset {self.preset!r} sets {name}={value!r}, but {name}={getattr(self, name)!r} was given; "
                     "drop one"
