@@ -14,7 +14,14 @@ from ..data.mixtures import rename_sets
 from ..data.sources import FILE_ENDINGS
 from ..errors import UserError, did_you_mean
 from ..files import FileModel, Name, is_there, read_model, read_yaml
-from ..training.method_arguments import COMBINED_METHODS, FIXED_MASK_METHODS, MASK_METHODS, METHODS, UNTRAINED_METHODS
+from ..training.method_arguments import (
+    COMBINED_METHODS,
+    DSD,
+    FIXED_MASK_METHODS,
+    MASK_METHODS,
+    METHODS,
+    UNTRAINED_METHODS,
+)
 from .controls import LENGTHS, with_standard_controls
 from .halving import rung_sizes
 
@@ -171,6 +178,15 @@ class Method(SectionWithOptions):
     data: str | None = None  # None: the recipe's first
     last: str | None = None  # name of the model at the end of training beside the best one; None: not kept
     seeds: Seeds | None = None  # None: those of the study
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_full(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or content.get("method") != DSD:
+            return content
+        if content.get("start_mask") is None:
+            raise ValueError(f"method {DSD} trains all weights after a mask; name the mask's method in start_mask")
+        return content | {"method": "full"}
 
     @model_validator(mode="after")
     def _fits_its_method(self) -> Method:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, make_dataclass
 
+from ..errors import UserError
 from ..tuner.config import PRESETS, MaskConfig
 
 ADAPTER = "default"  # the name PEFT gives an adapter, of which a run has one
@@ -20,6 +21,7 @@ OBJECTIVES = {
     "grpo": ("share of wrong held-out answers", "wrong answers/question"),
 }
 METHODS = ("full", "lora", *MASK_METHODS, *COMBINED_METHODS)
+DSD = "dsd"  # dense, sparse, dense (arXiv:1607.04381): another name of full with start_mask
 
 # TrlParser reads types, not the strings that MaskConfig's annotations are.
 _MASK_TYPES = {
@@ -81,10 +83,10 @@ class MethodArguments:
     method: str = field(
         default="mask",
         metadata={
-            "help": "full: all weights; lora: TRL's LoRA settings; mask: a learned mask; random_mask, l1_mask, "
-            "wanda_mask: fixed masks of the same size, not trained; interpolate, dare: the model combined with "
-            "before_model, not trained.",
-            "choices": list(METHODS),
+            "help": "full: all weights; dsd: all weights, after start_mask has set some to zero; lora: TRL's LoRA "
+            "settings; mask: a learned mask; random_mask, l1_mask, wanda_mask: fixed masks of the same size, not "
+            "trained; interpolate, dare: the model combined with before_model, not trained.",
+            "choices": [*METHODS, DSD],
         },
     )
     objective: str = field(
@@ -199,6 +201,12 @@ class MethodArguments:
     mask_prefix_cache_gb: float = field(
         default=20.0, metadata={"help": "Bound on what mask_prefix_cache keeps for one model, in GB (1e9 bytes)."}
     )
+
+    def __post_init__(self) -> None:
+        if self.method == DSD:
+            if self.start_mask is None:
+                raise UserError(f"method {DSD} trains all weights after a mask; name its adapter folder in start_mask")
+            self.method = "full"
 
 
 def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:
