@@ -1,6 +1,7 @@
 """Figures: drawn from the arrays' own numbers, written in three formats, the same each time."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +109,27 @@ def test_intervals_of_verdicts_are_drawn_in_points(evidence, charts):
     panel = next(panel for panel in charts["verdicts"].panels if panel.title.startswith("accuracy"))
     ends = [list(line.get_xdata()) for line in axes_of(panel).lines]
     assert [100 * end for end in interval(row)] in ends
+
+
+def test_gain_and_forgetting_of_published_results():
+    """What the models could do before, as a loss: where it falls less is forgotten, so that is to the right."""
+    evidence = gather(Path(__file__).parents[2] / "results" / "smollm2-sums")
+    (chart,) = select_charts(evidence, ["forgetting"])
+    rows = {(r.method, r.task, r.metric): r for r in evidence.comparison.differences}
+    gain = rows["mask, 10 %", "heldout", "accuracy"]
+    kept = rows["mask, 10 %", "before: instructions", "nll"]
+    axes = axes_of(chart.panels[0])
+    points = [line.get_xydata()[0].tolist() for line in axes.lines if line.get_marker() == "^"]
+    assert [kept.difference, 100 * gain.difference] in points
+    assert axes.xaxis_inverted() and not axes.yaxis_inverted()
+    named = {text.get_text(): text.xy for text in axes.texts}
+    place = [name for name, row in zip(named, named.values(), strict=True) if row == (kept.difference, 12.7)]
+    assert [entry.name for entry in chart.legend if entry.name.split("  ")[0] in place] == [f"{place[0]}  mask, 10 %"]
+    assert len(chart.table.rows) == 9 and chart.table.rows[2][:2] == ("mask, 10 %", "12.7 points")
+
+
+def test_a_study_without_earlier_abilities_has_no_such_chart(charts):
+    assert "forgetting" not in charts
 
 
 def test_numbers_in_a_page_are_not_cut():

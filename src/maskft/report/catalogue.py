@@ -13,6 +13,7 @@ from .evidence import MASK, Evidence
 from .fig_ablations import ablation_charts
 from .fig_cost import cost_chart
 from .fig_curves import methods_chart, overview_chart, scores_chart
+from .fig_forgetting import forgetting_chart
 from .fig_landscape import landscape_chart
 from .fig_masks import mask_charts
 from .fig_theory import bound_chart, curvature_chart
@@ -34,7 +35,7 @@ _ABLATIONS = {
 def charts_of(evidence: Evidence) -> dict[str, Charts]:
     """Section of a report -> its charts."""
     return {
-        "verdict": [verdict_chart(evidence.comparison, evidence.methods)] if evidence.comparison else [],
+        "verdict": _verdict(evidence),
         "curves": _curves(evidence),
         "ablations": _ablations(evidence),
         "masks": _masks(evidence),
@@ -74,6 +75,14 @@ def place_of(evidence: Evidence) -> str:
     """The study's folder for a command line; without the folders above it where it was named from the root."""
     folder = evidence.folder
     return shlex.quote(folder.name if folder.is_absolute() else str(folder))
+
+
+def _verdict(evidence: Evidence) -> Charts:
+    if not evidence.comparison:
+        return []
+    forgetting = forgetting_chart(evidence.comparison, evidence.methods)
+    verdict = verdict_chart(evidence.comparison, evidence.methods)
+    return [verdict] if forgetting is None else [verdict, forgetting]
 
 
 def _of_array(
