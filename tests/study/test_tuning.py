@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,9 +14,24 @@ from maskft.errors import UserError
 from maskft.study.execute import Study
 from maskft.study.halving import rungs, survivors
 from maskft.study.recipe import parse_recipe
+from maskft.study.summary import more_tuned_than_controls
 from maskft.study.tuning import MAX_DOUBLINGS, Heldout
 
 RATES = [1e-3, 1e-2]
+
+
+def test_a_mask_that_was_tuned_more_than_its_restart_is_noted():
+    def tuned(name, method, number, start="full"):
+        return SimpleNamespace(method=SimpleNamespace(name=name, method=method, start=start), num_settings=number)
+
+    mask, restart = tuned("mask", "mask", 3), tuned("restart", "full", 2)
+    assert more_tuned_than_controls([mask, restart]) == [
+        "Note: mask was tuned over 3 settings, training all weights of full again over 2: give the latter as many "
+        "before comparing the two."
+    ]
+    assert "over 1: " in more_tuned_than_controls([mask, tuned("other", "full", 9, start="other")])[0]
+    assert not more_tuned_than_controls([mask, tuned("restart", "full", 3)])
+    assert not more_tuned_than_controls([tuned("full", "full", 5, start=None), restart])
 
 
 @pytest.fixture

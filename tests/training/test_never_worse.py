@@ -130,12 +130,15 @@ def test_the_size_is_chosen_on_one_half_and_judged_on_the_other(call, data, tmp_
     assert json.loads((out / "adapter_config.json").read_text())["sparsity"] == best.sparsity
 
 
-def test_auto_removes_nothing_where_masks_hurt(call, fine_tuned, tmp_path, monkeypatch):
-    monkeypatch.setattr("maskft.training.verdict.BUDGETS", (0.0, 0.99))
-    status, err = call(model_name_or_path=fine_tuned, mask_sparsity_auto=True, keep_worse=True, learning_rate=0.0)
-    assert status == 0 and "the mask of 0 % is not better than no mask: +0.0000" in err
+@pytest.mark.parametrize("budgets", [BUDGETS, (0.0, 0.99)])
+def test_auto_removes_nothing_where_masks_hurt(budgets, call, fine_tuned, tmp_path, monkeypatch):
+    """Scores that learn nothing remove at random: what helps the rows that choose does not help the others."""
+    monkeypatch.setattr("maskft.training.verdict.BUDGETS", budgets)
+    status, err = call(model_name_or_path=fine_tuned, mask_sparsity_auto=True, learning_rate=0.0)
+    assert status == 0 and "% is not better than no mask" in err and "an adapter that removes nothing" in err
     verdict = read_record(tmp_path / "out").verdict
-    assert verdict.sparsity == verdict.difference == 0 and MaskSet.from_adapter(tmp_path / "out").num_removed == 0
+    assert [budget.sparsity for budget in verdict.budgets] == list(budgets) and not verdict.is_better
+    assert MaskSet.from_adapter(tmp_path / "out").num_removed == 0 and verify(tmp_path / "out", str(fine_tuned))
 
 
 def test_the_halves_depend_on_ids_and_seed_alone():

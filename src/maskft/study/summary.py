@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from .. import files
 from ..errors import UserError
@@ -15,6 +16,7 @@ from .damage import is_whole_result
 from .execute import Study
 from .plan import BEST, LAST, Plan
 from .recipe import Recipe
+from .tuning import Tuned
 
 _ACCOUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
 
@@ -44,7 +46,7 @@ def summarise(study: Study, plan: Plan, is_brief: bool = False) -> str:
         text, table, record = _of_one_model(results, study.recipe, is_brief)
         notes += unchanged_notes(results)
         tunings = [tuned for tuned in plan.tunings if tuned.trials[0].runs[0].model == model and tuned.is_settled]
-        notes += [f"Tuned: {tuned}." for tuned in tunings]
+        notes += [f"Tuned: {tuned}." for tuned in tunings] + more_tuned_than_controls(tunings)
         num_tried = {label: run.num_tried for run in plan.runs if run.model == model for label in run.labels.values()}
         texts.append(text if is_brief else "\n".join([f"{name}\n{text}", *map(wrap, notes)]))
         markdown += [f"## {name}", "", table, _accounts(results, num_tried), "", *(f"- {note}" for note in notes), ""]
@@ -55,6 +57,20 @@ def summarise(study: Study, plan: Plan, is_brief: bool = False) -> str:
     )
     write_text(study.folder / files.STUDY_TABLE.format(name), "\n".join(markdown))
     return "\n".join(texts)
+
+
+def more_tuned_than_controls(tunings: Sequence[Tuned]) -> list[str]:
+    """A note for each mask that was tried in more settings than every training of all weights from its start was."""
+    methods = [(tuned.method, tuned.num_settings) for tuned in tunings]
+    notes = []
+    for method, number in methods:
+        most = max((n for other, n in methods if other.method == "full" and other.start == method.start), default=1)
+        if method.method == "mask" and method.start is not None and number > most:
+            notes.append(
+                f"Note: {method.name} was tuned over {number} settings, training all weights of {method.start} again "
+                f"over {most}: give the latter as many before comparing the two."
+            )
+    return notes
 
 
 def _of_one_model(results: list[Result], recipe: Recipe, is_brief: bool) -> tuple[str, str, dict]:
