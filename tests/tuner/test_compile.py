@@ -1,6 +1,7 @@
 """A masked model under torch.compile: the weight that is kept between steps is never an old one."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -14,7 +15,20 @@ from tiny import tiny_llama, token_ids
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
     reason="2.6 does not compile the plain model; 2.7 to 2.12 not tried",
 )
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "eager",
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler"),
+            ],
+        ),
+    ],
+)
 def test_a_compiled_model_trains_as_the_plain_one(backend):
     config = MaskConfig(sparsity=0.2, layers_to_transform=[1], task_type="CAUSAL_LM")
     plain = get_peft_model(tiny_llama(num_layers=2), copy.deepcopy(config))
