@@ -538,6 +538,20 @@ def test_a_disk_that_is_full_while_the_optimizer_is_written(train, out, finished
     assert same_result(out, finished)
 
 
+def test_a_checkpoint_that_is_made_whole_slowly_takes_no_later_one_with_it(train, tmp_path, monkeypatch):
+    """A disk slower than a step: older checkpoints are deleted when the newest is whole, and only they."""
+
+    def slowly(*args):
+        time.sleep(0.3)
+        manifest.seal(*args)
+
+    monkeypatch.setattr(checkpoints, "seal", slowly)
+    status, err = train(eval_steps=1, save_steps=1, save_total_limit=1)
+    assert status == 0, err
+    left = checkpoints.checkpoints_in(tmp_path / "out")
+    assert checkpoints.step_of(left[-1]) == 4 and len(left) <= 2 and not any(map(damage, left))
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_disk_that_is_full_when_it_is_asked_to_write(train, finished, tmp_path, monkeypatch, step):
     """Beside a step (2) or after the last one (4)."""

@@ -214,10 +214,8 @@ class Checkpoints:
     def seal(self, trainer: SFTTrainer, folder: Path) -> None:
         """Begin to make a checkpoint that was written one that is whole, and then to delete those that are not kept.
 
-        Raises:
-            UserError: If the disk did not take the one before.
+        The one before must be finished.
         """
-        self.finish()
         trainer.accelerator.wait_for_everyone()  # all processes write to it
         if not runtime.is_main():
             return

@@ -133,6 +133,8 @@ class MaskTrainer:
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint whole; its manifest, which is written last, says that it is."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.checkpoints is not None:
+            self.checkpoints.finish()  # which deletes what is not kept, and must not see this one
         if self.args.should_save:
             (folder / files.MANIFEST).unlink(missing_ok=True)  # of one of the same step, which is written over
         with written_whole(folder, "its state", 2**20):
