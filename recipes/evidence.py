@@ -25,8 +25,8 @@ from maskft.results.schema import Result, read_result
 BEFORE = "before: "
 
 
-def main(folders: list[Path], controls: list[str]) -> str:
-    """Return the table of the results in ``folders``."""
+def main(folders: list[Path], controls: list[str], fixed_seeds: bool = False) -> str:
+    """Return the table of the results in ``folders``; with ``fixed_seeds`` of these models, over items alone."""
     read = [_read(folder) for folder in folders]
     in_all = set.intersection(*({result["name"] for result in results} for results in read))
     results = [result for each in read for result in each if result["name"] in in_all]
@@ -46,7 +46,7 @@ def main(folders: list[Path], controls: list[str]) -> str:
     compared = {
         (control, row.method, row.metric): row
         for control in controls
-        for row in compare(results, control, tasks=[task]).differences
+        for row in compare(results, control, tasks=[task], fixed_seeds=fixed_seeds).differences
     }
     lines = ["| model | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for name in names:
@@ -98,8 +98,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="folders of studies, or of published results")
     parser.add_argument("--controls", nargs="+", required=True, help="models that the others are compared with")
+    parser.add_argument("--fixed_seeds", action="store_true", help="claims about these models alone, over items")
     given = parser.parse_args()
     try:
-        print(main(given.folders, given.controls))
+        print(main(given.folders, given.controls, given.fixed_seeds))
     except UserError as error:
         sys.exit(f"error: {error}")
