@@ -596,8 +596,8 @@ def test_a_base_model_learns_conversations_by_a_template_file(plain_base, conver
     assert len(hashes) == 1 and None not in hashes
 
 
-def test_values_of_the_chat_template_go_with_the_adapter(call, base, tmp_path):
-    """Trained with, saved with the adapter, and therefore evaluated with."""
+def test_values_of_the_chat_template_go_with_the_adapter(call, base, tmp_path, capsys):
+    """Trained with, saved with the adapter, and therefore evaluated with; a base is told them."""
     template = CHATML + "{% if enable_thinking is defined and enable_thinking is false %}{{ 'no thought' }}{% endif %}"
     (tmp_path / "template.jinja").write_text(template)
     rows = [{"question": f"{n}+1?", "answer": f"{n + 1}"} for n in range(20)]
@@ -608,3 +608,14 @@ def test_values_of_the_chat_template_go_with_the_adapter(call, base, tmp_path):
     saved = load_tokenizer(str(tmp_path / "out"))
     text = saved.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
     assert text.endswith("no thought")
+
+    evaluate = ["evaluate", "--dataset_name", tmp_path / "rows.jsonl", "--no_generate"]
+    of_base = ["--model_name_or_path", base, "--chat_template_path", tmp_path / "template.jinja"]
+    thinking = ["--chat_template_kwargs", '{"enable_thinking": false}']
+    records = {}
+    for name, model in (("mask", ["--adapter", tmp_path / "out"]), ("told", of_base + thinking), ("other", of_base)):
+        assert run([*evaluate, *model, "--output_dir", tmp_path / name], capsys)[0] == 0
+        records[name] = json.loads((tmp_path / name / "result.json").read_text())["tasks"]["heldout"]
+    hashes = {name: record["chat_template_hash"] for name, record in records.items()}
+    assert hashes["mask"] == hashes["told"] != hashes["other"]
+    assert records["told"]["metrics"]["nll"]["value"] != records["other"]["metrics"]["nll"]["value"]
