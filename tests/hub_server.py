@@ -8,6 +8,8 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import yaml
+
 
 class Hub:
     """``with Hub() as hub``: its address is ``hub.url``, what was pushed ``hub.repositories[name][file]``.
@@ -94,7 +96,9 @@ class Hub:
             if name is None or "/tree/" in path:
                 return 404, {"error": "Not found"}, {"X-Error-Code": "EntryNotFound" if name else "RepoNotFound"}
             siblings = [{"rfilename": file} for file in self.repositories[name]]
-            return 200, {"id": name, "modelId": name, "sha": self.commit_of(name), "siblings": siblings, "tags": []}
+            front = self.repositories[name].get("README.md", b"").decode().partition("---\n")[2].partition("\n---")[0]
+            about = {"id": name, "modelId": name, "sha": self.commit_of(name), "siblings": siblings, "tags": []}
+            return 200, about | {"cardData": yaml.safe_load(front) or {}}
         name, _, rest = path.lstrip("/").partition("/resolve/")
         file = rest.partition("/")[2]
         if name not in self.repositories:

@@ -148,6 +148,7 @@ def test_pushed_and_loaded_from_the_hub(adapter, base, tmp_path):
     with Hub() as hub:
         done = in_a_process(hub, tmp_path / "home", "-c", PUSH_BASE, base)
         assert done.returncode == 0, done.stderr
+        hub.repositories["me/base"]["README.md"] = b"---\nlicense: apache-2.0\n---\n# A base\n"
         push = ["-m", "maskft.cli.main", "push", adapter, "me/mask", "--base", "me/base"]
         done = in_a_process(hub, tmp_path / "home", *push)
         assert done.returncode == 0 and "/me/mask/commit/" in done.stdout, done.stderr
@@ -159,7 +160,9 @@ def test_pushed_and_loaded_from_the_hub(adapter, base, tmp_path):
         *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
     }
     card = there["README.md"].decode()
-    assert 'adapter = "me/mask"' in card and yaml.safe_load(card.split("---\n")[1])["base_model"] == "me/base"
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert 'adapter = "me/mask"' in card and head["base_model"] == "me/base"
+    assert head["license"] == "apache-2.0"  # the base's, as its card on the hub says
     assert card in hub.cards  # huggingface_hub had it checked
     assert str(base) not in there["adapter_config.json"].decode()
     assert "adapter_model.safetensors" in hub.repositories["me/again"]  # PEFT's own way, with transformers' empty card

@@ -28,18 +28,21 @@ def write_card(folder: str | Path) -> None:
         files.write_text(Path(folder) / files.CARD, adapter_card(folder))
 
 
-def adapter_card(folder: str | Path, base: str | None = None, repository: str | None = None) -> str:
+def adapter_card(
+    folder: str | Path, base: str | None = None, repository: str | None = None, licence: str | None = None
+) -> str:
     """The card of an adapter folder.
 
     Args:
         folder: Adapter folder; a ``result.json`` of ``maskft evaluate`` in it gives the scores.
         base: Name of the base; default: the one the adapter gives.
         repository: Name on the hub, for the lines that load it; default: the folder itself.
+        licence: Of the base, as the hub names it; default: what the card in the base's folder says.
     """
     config = read_config(folder)
     base = base or config.base_model_name_or_path
     lines = [
-        *head(base, ["peft"], "adapter", licence_of(base), config.recipe.get("datasets") or ()),
+        *head(base, ["peft"], "adapter", licence or licence_of(base), config.recipe.get("datasets") or ()),
         *about(base, mask_infos(folder)),
         *_beside(config),
         *_verdict(config),

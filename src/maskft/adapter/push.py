@@ -37,16 +37,15 @@ def push(folder: str | Path, repository: str, base: str | None = None, private: 
     Raises:
         UserError: If the folder is neither, names a base that nobody else has, or the hub refuses it.
     """
-    folder = Path(folder)
+    folder, api = Path(folder), HfApi()
     if files.holds_adapter(folder):
-        contents = _adapter(folder, repository, base)
+        contents = _adapter(folder, repository, base, api)
     elif (folder / "config.json").is_file() and (folder / files.CARD).is_file():
         if base is not None:
             raise UserError(f"{str(folder)!r} is a merged model, which needs no base; drop --base")
         contents = _matching(folder, _OF_MODEL) | {files.CARD: str(folder / files.CARD)}
     else:
         raise UserError(f"{str(folder)!r} is neither an adapter folder nor a model that maskft merge has written")
-    api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         adding = [CommitOperationAdd(name, content) for name, content in contents.items()]
@@ -58,7 +57,7 @@ def push(folder: str | Path, repository: str, base: str | None = None, private: 
         raise UserError(f"the hub does not take {repository!r}: {first_line(error)}") from error
 
 
-def _adapter(folder: Path, repository: str, base: str | None) -> dict[str, str | bytes]:
+def _adapter(folder: Path, repository: str, base: str | None, api: HfApi) -> dict[str, str | bytes]:
     """Contents by their names there; configuration and card name the base and the repository as the hub does."""
     read_coded(folder)  # checks it
     named = base or read_config(folder).base_model_name_or_path
@@ -69,12 +68,24 @@ def _adapter(folder: Path, repository: str, base: str | None) -> dict[str, str |
     config = files.read_json(folder / files.ADAPTER_CONFIG)
     config["base_model_name_or_path"] = named
     card = (
-        adapter_card(folder, named, repository)
+        adapter_card(folder, named, repository, _licence(named, api))
         if may_write(folder)
         else (folder / files.CARD).read_text(encoding="utf-8")
     )
     texts = {files.ADAPTER_CONFIG: json.dumps(config, indent=2) + "\n", files.CARD: card}
     return _matching(folder, _OF_ADAPTER) | {name: text.encode() for name, text in texts.items()}
+
+
+def _licence(base: str, api: HfApi) -> str | None:
+    """The licence that the base's card on the hub names; None where it names none, or is not ours to read."""
+    if hub_name(base) is None:
+        return None
+    try:
+        card = api.model_info(base).card_data
+    except HfHubHTTPError:
+        return None
+    licence = None if card is None else card.get("license")
+    return licence if isinstance(licence, str) else None
 
 
 def _matching(folder: Path, names: re.Pattern[str]) -> dict[str, str | bytes]:
