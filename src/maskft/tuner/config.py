@@ -237,12 +237,12 @@ class MaskConfig(PeftConfig):
     is_new = False
     # Name of the adapter that this one is a frozen copy of, such as the reference of preference training; "": of none.
     copy_of = ""
-    _given = frozenset[str]()
+    asked_for = frozenset[str]()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Keep the names of what was given: a default that was asked for contradicts a preset, another does not."""
         config = super().__new__(cls)
-        config._given = frozenset(kwargs)
+        config.asked_for = frozenset(kwargs)
         return config
 
     def __post_init__(self) -> None:
@@ -357,7 +357,7 @@ class MaskConfig(PeftConfig):
                 f"preset is {self.preset!r}{did_you_mean(self.preset, PRESETS)}; choose one of: {', '.join(PRESETS)}"
             )
         for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) != value and (name in self._given or getattr(self, name) != _default(name)):
+            if getattr(self, name) != value and (name in self.asked_for or getattr(self, name) != _default(name)):
                 raise UserError(
                     f"preset {self.preset!r} sets {name}={value!r}, but {name}={getattr(self, name)!r} was given; "
                     "drop one"
