@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from math import comb
 
 import numpy as np
 from scipy import stats
@@ -11,7 +12,7 @@ from maskft.results import families
 from maskft.results.comparison import NOT_DISTINGUISHABLE
 from maskft.results.differences import Measured, Sample, describe, judge
 from maskft.results.planning import Spread, detectable_effect, detectable_share
-from maskft.results.proportions import paired_interval, proportion_interval, wilson_interval
+from maskft.results.proportions import paired_interval, pass_at_k, proportion_interval, wilson_interval
 from maskft.results.statistics import Bootstrap, as_block, hierarchical_bootstrap, mcnemar_exact
 
 RESAMPLES = 600
@@ -21,7 +22,9 @@ Z = stats.norm.ppf(0.975)
 def run(report) -> None:
     """Simulate; with ``--quick`` a few draws each."""
     draws = 20 if report.quick else 600
-    for part in (scores, dependent_scores, differences, clusters, samples, averages, all_at_once, margins, plans):
+    of_items = (scores, dependent_scores, differences, clusters, samples, pass_rates)
+    parts = (*of_items, averages, all_at_once, margins, plans)
+    for part in parts:
         part(report, draws, np.random.default_rng(0))
 
 
@@ -117,6 +120,35 @@ def samples(report, draws: int, rng) -> None:
             return [as_block([a - b])]
 
         report.add("samples", f"avg@{k}: difference over 100 items", _covered(draw, 0.0, draws), "% covered")
+
+
+def pass_rates(report, draws: int, rng) -> None:
+    """pass@4 of 8 samples on 100 items, about the rate over other items: of a model, and against a weaker one."""
+    k, num_samples, num_items, weaker = 4, 8, 100, 0.7
+
+    def rates(ease):
+        return pass_at_k(rng.binomial(num_samples, ease), num_samples, k)
+
+    for rate, spread in ((0.01, 5), (0.3, 1)):
+        law = stats.beta(spread * rate, spread * (1 - rate))
+        # Over all items: (1 - p)^k is the chance of k wrong answers, here by the moments of p.
+        truth, other = (
+            -sum(comb(k, j) * (-part) ** j * law.moment(j) for j in range(1, k + 1)) for part in (1, weaker)
+        )
+        hits = np.zeros(3)
+        for seed in range(3 * draws):
+            ease = law.rvs(num_items, random_state=rng)
+            first, second = rates(ease), rates(weaker * ease)
+            low, high = proportion_interval(first)
+            half = Z * first.std(ddof=1) / num_items**0.5
+            paired = Measured([_sample(first, second)], "fraction", RESAMPLES, seed).interval(0.95)
+            hits[0] += low <= truth <= high
+            hits[1] += abs(first.mean() - truth) <= half
+            hits[2] += paired.low <= truth - other <= paired.high
+        covered = 100 * hits / (3 * draws)
+        what = f"pass@{k} of {num_samples} samples, {num_items} items, {100 * rate:g} % right"
+        report.add("samples", f"score: {what}", covered[0], "% covered", by_standard_error=covered[1])
+        report.add("samples", f"difference: {what}", covered[2], "% covered")
 
 
 def averages(report, draws: int, rng) -> None:

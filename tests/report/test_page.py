@@ -53,7 +53,7 @@ def test_verdicts_are_those_of_the_comparison(finished, parsed):
     texts = " ".join(parsed.texts)
     for row in differences:
         assert sentence(row) in parsed.texts
-        assert difference_text(row, at_once=True) in parsed.texts
+        assert difference_text(row) in parsed.texts
     assert "of 2 learned masks" in texts
     # The page claims nothing of its own: the words of verdicts are as many as there are differences shown.
     words = ("better", "worse", "not distinguishable")

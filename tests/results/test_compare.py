@@ -1,5 +1,6 @@
 import argparse
 import copy
+import dataclasses
 import json
 import re
 import subprocess
@@ -12,11 +13,20 @@ from hypothesis import strategies as st
 
 from maskft.cli import compare as command
 from maskft.errors import UserError
-from maskft.results import FORMATS
+from maskft.results import FORMATS, families
 from maskft.results.compare import compare
 from maskft.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
 from maskft.results.scores import scores as scores_of
-from maskft.results.text import Table, cross_domain_table, draw, render, render_scores, sentence
+from maskft.results.text import (
+    Table,
+    cross_domain_table,
+    difference_text,
+    draw,
+    render,
+    render_brief,
+    render_scores,
+    sentence,
+)
 
 RESAMPLES = 500
 
@@ -674,6 +684,59 @@ def test_rounding_never_contradicts_the_verdict():
     row = only(fast([make("a", nll=values, num_tokens=tokens), make("b", nll=values - 2e-6, num_tokens=tokens)]))
     assert row.verdict == "better"
     assert "-0.000002 nats/token [-0.000002, -0.000002]" in sentence(row)
+
+
+CLAIMS = re.compile(r"better|worse|not distinguishable")
+INTERVAL = re.compile(r"[+-][\d.]+(?: points| nats/token)? ([\[(])(-?[\d.]+), (-?[\d.]+)([\])])")
+
+
+def holds_zero(line):
+    """Whether the one interval of a line that is not labelled holds zero; a round bracket is no part of it."""
+    ((left, low, high, right),) = INTERVAL.findall(re.sub(r", alone \[[^\]]*\]", "", line.replace("$-$", "-")))
+    low, high = float(low), float(high)
+    return low <= 0 <= high and not (low == 0 and left == "(") and not (high == 0 and right == ")")
+
+
+def random_family(rng):
+    """Results of a baseline and three methods, some of them truly different, of one to three seeds."""
+    num_items, num_seeds = int(rng.integers(8, 120)), int(rng.choice([1, 1, 3]))
+    ease, losses = rng.random(num_items), rng.normal(3, 1, num_items)
+    tokens, results = rng.integers(1, 9, num_items), []
+    for name, shift in zip(("full", "mask", "random", "L1"), (0, *rng.choice([0, 0.05, 0.1, -0.15], 3)), strict=True):
+        for seed in range(num_seeds):
+            right = ease + 0.05 * rng.normal(size=num_items) < 0.5 + shift
+            nll = losses - shift + 0.3 * rng.normal(size=num_items)
+            results.append(make(name, seed, accuracy=right.astype(int), nll=nll, num_tokens=tokens))
+    return results
+
+
+def test_no_printed_interval_disagrees_with_its_verdict(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(families, "NUM_DRAWS", 2000)
+    rng, seen, contradicted_alone = np.random.default_rng(0), set(), 0
+    for _ in range(20):
+        comparison = fast(random_family(rng))
+        assert {row.num_comparisons for row in comparison.differences} == {3}
+        texts = {form: render(comparison, form) for form in ("terminal", "markdown", "latex")}
+        for form, text in (*texts.items(), ("brief", render_brief(comparison))):
+            lines = [line for line in text.splitlines() if CLAIMS.search(line)]
+            assert len(lines) == {"brief": 3}.get(form, 12)  # a row of a table and a sentence each
+            for line in lines:
+                (claim,) = CLAIMS.findall(line)
+                assert holds_zero(line) == (claim == "not distinguishable"), line
+                seen.add((form, claim))
+        for row in comparison.differences:
+            contradicted_alone += not row.ci_low <= 0 <= row.ci_high and row.verdict == "not distinguishable"
+            seen.add(("cut", row.is_cut_at_zero))
+    assert contradicted_alone > 5  # which is why the interval alone does not stand beside the verdict
+    assert {("latex", claim) for claim in ("better", "worse", "not distinguishable")} | {("cut", True)} <= seen
+
+
+def test_the_interval_alone_is_labelled(comparison):
+    of_one, of_several = only(comparison), fast(random_family(np.random.default_rng(3))).differences[0]
+    assert " alone [" not in sentence(of_one) and " alone [" in sentence(of_several)
+    earlier = dataclasses.replace(of_several, simultaneous_low=None, simultaneous_high=None)
+    assert difference_text(earlier).endswith("] alone") and sentence(earlier).count(" alone") == 1
 
 
 def arguments(*argv):

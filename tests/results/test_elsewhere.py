@@ -19,6 +19,8 @@ from maskft.results.reading import read_all
 
 # Written by lm-eval 0.4.13 with two tiny random models (``tests/results/make_lm_eval_samples.py``).
 LM_EVAL = Path(__file__).parent / "lm_eval"
+# Written by inspect-ai 0.3.285 with its mock model (``tests/results/make_inspect_logs.py``).
+INSPECT = Path(__file__).parent / "inspect"
 
 
 def rows_of(folder, task):
@@ -146,6 +148,24 @@ def test_scores_of_several_samples_become_averages_and_pass_rates():
         add_samples(items[:2], "match", [[1], [1, 0]])
 
 
+def test_real_logs_of_inspect_ai_are_read_and_compared():
+    logs = [str(INSPECT / f"{name}.eval") for name in ("base", "tuned")]
+    base, tuned = read_all(logs)
+    assert (base["name"], tuned["name"]) == ("mockllm/base", "mockllm/tuned")
+    assert base["environment"]["packages"] == {"inspect_ai": "0.3.285"}
+    task = base["tasks"]["sums"]
+    assert (task["version"], task["num_samples"]) == (1, 2)
+    assert task["generation_kwargs"] == {"max_tokens": 16, "temperature": 0.7}  # options of the run, not of the model
+    assert [item["match avg@2"] for item in task["items"]] == [1, 0, 0.5, 0, 0.5]
+    assert [item["match pass@2"] for item in task["items"]] == [1, 0, 1, 0, 1]
+    rows = compare([base, tuned], num_resamples=500).differences
+    assert [(row.metric, row.num_items) for row in rows] == [("match avg@2", 5), ("match pass@2", 5)]
+    assert [row.difference for row in rows] == pytest.approx([0.3, 0.2])
+    assert read_all([str(INSPECT)]) == [base, tuned]  # inspect-ai writes the logs of all models into one folder
+    (row, _) = compare(read_all(logs, cluster_by="passage"), num_resamples=500).differences
+    assert row.num_clusters == 3
+
+
 # inspect-ai: the layout of ``inspect_ai/log/_recorders/eval.py``, written here
 
 
@@ -230,6 +250,24 @@ def test_inspect_logs_are_compared(tmp_path):
     assert row.num_clusters == 10
 
 
+def test_inspect_logs_of_one_task_and_model_need_names(tmp_path):
+    first, second = (write_log(tmp_path / f"{name}.eval", *log("one", GRADES)) for name in "ab")
+    refuse([tmp_path], "b.eval: a second log of task arithmetic and model one: give each a name, NAME=")
+    assert [result["name"] for result in read_all([f"before={first}", f"after={second}"])] == ["before", "after"]
+
+
+def test_ids_of_messages_are_no_wording(tmp_path):
+    """inspect-ai draws an id for every message of every run."""
+    paths = []
+    for name, text in (("one", "1+1?"), ("two", "1+1?"), ("three", "1+2?")):
+        header, samples = log(name, GRADES)
+        for sample in samples:
+            sample["input"] = [{"id": name, "role": "user", "content": text}]
+        paths.append(write_log(tmp_path / f"{name}.eval", header, samples))
+    assert compare(read_all(paths[:2]), num_resamples=500).differences
+    refuse(paths[1:], "different prompts or references of the same items")
+
+
 def test_epochs_are_samples_of_an_item(tmp_path):
     one = write_log(tmp_path / "one" / "a.eval", *log("one", [["C", "I", "I", "C"]] * 20, epochs=4))
     two = write_log(tmp_path / "two" / "b.eval", *log("two", [["C", "C", "I", "C"]] * 10 + [["I"] * 4] * 10, epochs=4))
@@ -247,8 +285,12 @@ def test_inspect_logs_measured_differently_are_refused(tmp_path):
         ("f", {"task_args": {"fewshot": 5}}, r"different num_fewshot \(shots\), 3 and 5"),
         ("t", {"task_args": {"fewshot": 3, "level": 2}}, "different task_args"),
         ("g", {"model_generate_config": {"max_tokens": 9}}, "different generation_kwargs"),
+        ("d", {"model_generate_config": {}}, "different generation_kwargs, {'max_tokens': 64} and {}"),
     ):
         refuse([one, write_log(tmp_path / folder / "b.eval", *log("two", GRADES, eval=changes))], message)
+    run = {"config": {"max_tokens": 9, "temperature": None}}  # over the model's own
+    other = write_log(tmp_path / "p" / "b.eval", *log("two", GRADES, plan=run))
+    refuse([one, other], "different generation_kwargs, {'max_tokens': 64} and {'max_tokens': 9}")
     refuse(
         [one, write_log(tmp_path / "s" / "b.eval", *log("two", GRADES, status="error"))], "ended with status 'error'"
     )

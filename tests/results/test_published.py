@@ -10,8 +10,9 @@ from maskft.results.paper_tables import paper_tables, read_results, render_table
 from maskft.results.text import render, sentence
 
 RESULTS = Path(__file__).parents[2] / "results"
-# Sentences of commit 15c644f, with 10,000 resamples of seed 0; intervals of accuracies on which fewer than ten items
-# differ are Tango's since (docs/LOG.md, "Intervals at the edges"). No verdict and no p has changed.
+# Sentences of commit 15c644f, with 10,000 resamples of seed 0. Since then intervals of accuracies on which fewer than
+# ten items differ are Tango's (docs/LOG.md, "Intervals at the edges"), and that commit's are marked "alone":
+# beside the verdict stand those that hold together. No verdict and no p has changed.
 GOLDEN = json.loads((Path(__file__).parent / "golden_verdicts.json").read_text(encoding="utf-8"))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 
 from ..results.comparison import NOT_DISTINGUISHABLE, Comparison, Difference
-from ..results.text import difference_table
+from ..results.text import difference_table, difference_text
 from .charts import COLOURS, Chart, Panel, plain
 from .methods import look
 
@@ -57,8 +57,7 @@ def _draw(axes: Axes, rows: Sequence[Difference], methods: Mapping[str, tuple[st
         value, ends = scale * row.difference, tuple(scale * end for end in interval(row))
         if not low <= value <= high:
             at, side = (low, "left") if value < low else (high, "right")
-            arrow = "◀ " if side == "left" else ""
-            text = f"{arrow}{value:+.3g} [{ends[0]:.3g}, {ends[1]:.3g}]{' ▶' if side == 'right' else ''}"
+            text = f"◀ {difference_text(row)}" if side == "left" else f"{difference_text(row)} ▶"
             axes.text(at, place, text, ha=side, va="center", fontsize=7, color=COLOURS[colour])
             continue
         face = "none" if row.verdict == NOT_DISTINGUISHABLE else COLOURS[colour]

@@ -174,7 +174,7 @@ def _card(evidence: Evidence, name: str) -> dict[str, Any]:
             "what": f"{row.metric} on {row.task}" + (f", {_seeds_text(row)}" if row.num_seeds > 1 else ""),
             "verdict": row.verdict,
             "words": verdict_text(row),
-            "difference": difference_text(row, "points" if row.unit == "fraction" else row.unit, at_once=True),
+            "difference": difference_text(row, "points" if row.unit == "fraction" else row.unit),
         }
         for row in evidence.differences
         if row.method == name
@@ -205,7 +205,7 @@ def _scores(evidence: Evidence) -> dict[str, Any]:
         cell.update(text=score_text(score), sort=score.value)
         difference = differences.get((score.model, score.task, score.metric))
         if difference:
-            cell.update(below=difference_text(difference, at_once=True), verdict=difference.verdict)
+            cell.update(below=difference_text(difference), verdict=difference.verdict)
             cell.update(words=verdict_text(difference))
     units = ["%" if unit == "fraction" else unit for _, _, unit in places]
     names = [f"{task} {metric} ({unit})" for (task, metric, _), unit in zip(places, units, strict=True)]

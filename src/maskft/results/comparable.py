@@ -99,7 +99,7 @@ def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
     if a["chat_template_hash"] != b["chat_template_hash"] and not outside:
         yield f"different chat_template_hash (prompts), {a['chat_template_hash']} and {b['chat_template_hash']}"
     limits_a, limits_b = a.get("generation_kwargs"), b.get("generation_kwargs")
-    if limits_a and limits_b and limits_a != limits_b:
+    if None not in (limits_a, limits_b) and limits_a != limits_b:
         yield f"different generation_kwargs, {limits_a} and {limits_b}"
     if a.get("task_args", {}) != b.get("task_args", {}):
         yield f"different task_args, {a.get('task_args', {})} and {b.get('task_args', {})}"

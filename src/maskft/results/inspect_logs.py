@@ -6,7 +6,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import zstandard
 
@@ -22,34 +22,54 @@ _MAX_MEMBER_BYTES = 512 * 2**20
 _GENERATION = ("max_tokens", "temperature", "top_p", "top_k", "stop_seqs", "reasoning_effort", "reasoning_tokens")
 
 
-def read_logs(paths: Sequence[Path], name: str | None = None, cluster_by: str | None = None) -> Result:
-    """Return the logs of one model, one per task, as a result.
+class _Log(NamedTuple):
+    """One log: what it says of the run, and its task."""
+
+    path: Path
+    spec: Mapping[str, Any]
+    record: TaskRecord
+
+
+def read_logs(paths: Sequence[Path], name: str | None = None, cluster_by: str | None = None) -> list[Result]:
+    """Return logs as results, one per model: inspect-ai writes those of all models into one folder.
 
     Args:
         paths: ``.eval`` or ``.json`` files.
-        name: Of the model; by default as the log names it.
+        name: Of the model that all of them are of; by default each is of the model that it names.
         cluster_by: Field of the samples' metadata whose values are the clusters; by default ``cluster_id`` where they
             have it.
 
     Raises:
-        UserError: If a file is no log, the run did not end well, or two logs are of one task.
+        UserError: If a file is no log, the run did not end well, or two logs are of one task and model.
     """
-    tasks: dict[str, TaskRecord] = {}
-    packages: dict[str, Any] = {}
-    created = ""
+    models: dict[str, dict[str, _Log]] = {}
     for path in paths:
-        header, samples = _eval_file(path) if path.suffix == ".eval" else _json_file(path)
-        spec = header.get("eval")
-        if not isinstance(spec, dict) or not isinstance(spec.get("task"), str):
-            raise UserError(f"{path}: no log of inspect-ai, 'eval' or its 'task' is missing")
-        if header.get("status") != "success":
-            raise UserError(f"{path}: the run ended with status {header.get('status')!r}: retry it until it succeeds")
-        if spec["task"] in tasks:
-            raise UserError(f"{path}: a second log of task {spec['task']} beside another: name the file that is meant")
-        tasks[spec["task"]] = _task(path, spec, samples, cluster_by)
-        packages |= spec.get("packages") or {}
-        name, created = name or spec.get("model") or path.stem, str(spec.get("created") or "")
-    return result_from(str(name), paths[0], tasks, {}, packages, created)
+        log = _read_log(path, cluster_by)
+        model, task = str(name or log.spec.get("model") or path.stem), log.spec["task"]
+        if task in models.setdefault(model, {}):
+            raise UserError(f"{path}: a second log of task {task} and model {model}: give each a name, NAME={path}")
+        models[model][task] = log
+    return [_result(model, list(logs.values())) for model, logs in models.items()]
+
+
+def _read_log(path: Path, cluster_by: str | None) -> _Log:
+    header, samples = _eval_file(path) if path.suffix == ".eval" else _json_file(path)
+    spec = header.get("eval")
+    if not isinstance(spec, dict) or not isinstance(spec.get("task"), str):
+        raise UserError(f"{path}: no log of inspect-ai, 'eval' or its 'task' is missing")
+    if header.get("status") != "success":
+        raise UserError(f"{path}: the run ended with status {header.get('status')!r}: retry it until it succeeds")
+    record = _task(path, spec, samples, cluster_by)
+    record["generation_kwargs"] = _generation(header, spec)
+    return _Log(path, spec, record)
+
+
+def _result(model: str, logs: Sequence[_Log]) -> Result:
+    packages: dict[str, Any] = {}
+    for log in logs:
+        packages |= log.spec.get("packages") or {}
+    tasks = {log.spec["task"]: log.record for log in logs}
+    return result_from(model, logs[0].path, tasks, {}, packages, str(logs[-1].spec.get("created") or ""))
 
 
 def _json_file(path: Path) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
@@ -114,7 +134,9 @@ def _task(path: Path, spec: Mapping[str, Any], samples: Iterator[dict[str, Any]]
         if cluster_by or "cluster_id" in metadata:
             item["cluster_id"] = cluster_label(metadata.get(cluster_by or "cluster_id"), f"{path}, {cluster_by}")
         items.append(item)
-        questions.append({"id": identity, "prompt": group[0].get("input"), "reference": group[0].get("target")})
+        questions.append(
+            {"id": identity, "prompt": _wording(group[0].get("input")), "reference": group[0].get("target")}
+        )
     groups = list(by_item.values())
     num_samples = len(groups[0])
     for scorer in dict.fromkeys(name for group in groups for sample in group for name in _scores(sample)):
@@ -133,11 +155,23 @@ def _task(path: Path, spec: Mapping[str, Any], samples: Iterator[dict[str, Any]]
         fingerprint=items_fingerprint(questions),
     )
     record["task_args"] = arguments
-    generation = spec.get("model_generate_config") or {}
-    record["generation_kwargs"] = {key: generation[key] for key in _GENERATION if generation.get(key) is not None}
     if num_samples > 1:
         record["num_samples"] = num_samples
     return record
+
+
+def _wording(prompt: Any) -> Any:
+    """Return a prompt without what is drawn anew in every run: messages have an id each."""
+    if not isinstance(prompt, list):
+        return prompt
+    return [{key: m.get(key) for key in ("role", "content")} if isinstance(m, dict) else m for m in prompt]
+
+
+def _generation(header: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what shaped the answers: options of the model, and over them those of the run and its task."""
+    of_model, of_run = spec.get("model_generate_config") or {}, (header.get("plan") or {}).get("config") or {}
+    found = {key: of_model.get(key) if of_run.get(key) is None else of_run[key] for key in _GENERATION}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _scores(sample: Mapping[str, Any]) -> dict[str, float | int | None]:

@@ -14,7 +14,7 @@ from .schema import Result, read_result, result_file, validate_result
 
 
 class _Source(NamedTuple):
-    """Files of one model of one harness; those of one folder belong together."""
+    """Files of one harness that belong together: those of one folder."""
 
     kind: str  # maskft, lm-eval or inspect-ai
     name: str | None
@@ -25,7 +25,7 @@ def read_all(paths: Sequence[str], cluster_by: str | None = None) -> list[Result
     """Return the results of files and folders, in the order given.
 
     A folder is one with a ``result.json``, with lm-eval's ``samples_*.jsonl`` or with inspect-ai's ``*.eval``. Files of
-    lm-eval in one folder are tasks of one model.
+    lm-eval in one folder are tasks of one model; logs of inspect-ai say which model they are of.
 
     Args:
         paths: Paths, or ``NAME=PATH``.
@@ -49,9 +49,10 @@ def read_all(paths: Sequence[str], cluster_by: str | None = None) -> list[Result
     for source, group in found.items():
         if source.kind == "maskft":
             results.append(_own(ours[source], source.name, cluster_by))
+        elif source.kind == "lm-eval":
+            results.append(lm_eval_samples.read_samples(list(dict.fromkeys(group)), source.name, cluster_by))
         else:
-            read = lm_eval_samples.read_samples if source.kind == "lm-eval" else inspect_logs.read_logs
-            results.append(read(list(dict.fromkeys(group)), source.name, cluster_by))
+            results += inspect_logs.read_logs(list(dict.fromkeys(group)), source.name, cluster_by)
     return results
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from ..errors import printable
-from .comparison import EQUIVALENT, NO_WORSE, SCHEMA_VERSION, Comparison, Difference, Score
+from .comparison import EQUIVALENT, NO_WORSE, NOT_DISTINGUISHABLE, SCHEMA_VERSION, Comparison, Difference, Score
 from .planning import Plan
 
 LATEX_ESCAPES = {
@@ -84,7 +84,7 @@ def render_brief(comparison: Comparison) -> str:
 
 
 def _brief_cells(row: Difference | None) -> tuple[str, str]:
-    return ("", "") if row is None else (difference_text(row, at_once=True), verdict_text(row))
+    return ("", "") if row is None else (difference_text(row), verdict_text(row))
 
 
 def _how_to_read(comparison: Comparison) -> str:
@@ -93,7 +93,9 @@ def _how_to_read(comparison: Comparison) -> str:
         f"{comparison.num_resamples:,} bootstrap samples; "
     )
     if any(row.num_comparisons > 1 for row in (*comparison.differences, *comparison.averages)):
-        text += "those in the table hold all at once, those in the sentences each alone; "
+        text += "they hold all at once and go with the verdicts, those marked alone do not; "
+    if any(row.is_cut_at_zero for row in (*comparison.differences, *comparison.averages)):
+        text += "a round bracket at 0 claims a sign and no size; "
     if comparison.fixed_seeds:
         text += "seeds are fixed, so all of it is about these trained models and not about other seeds; "
     text += "± is one standard error, over items" + ("" if comparison.fixed_seeds else " or several seeds")
@@ -138,13 +140,17 @@ def to_json(record: dict[str, Any]) -> str:
 
 
 def sentence(row: Difference) -> str:
-    """Return a difference in words, claiming no more than the interval and the adjusted p support."""
+    """Return a difference in words, claiming no more than the interval and the adjusted p support.
+
+    Of several comparisons the interval beside the verdict holds together with the others; that of this one alone is
+    labelled, since it may leave zero out where nothing is claimed.
+    """
     seeds = f", {'these ' if row.by_seed else ''}{row.num_seeds} seeds" if row.num_seeds > 1 else ""
     seeds += f", {row.num_clusters:,} clusters" if row.num_clusters else ""
     unit = "points" if row.unit == "fraction" else row.unit
     text = (
         f"{row.method} vs {row.baseline}, {row.metric} on {row.task}{seeds}: "
-        f"{difference_text(row, unit)}, {row.test} p {_p_text(row.p_value)}"
+        f"{difference_text(row, unit)}{_alone_text(row)}, {row.test} p {_p_text(row.p_value)}"
     )
     if row.num_comparisons > 1:
         text += f" ({_p_text(row.p_adjusted)} after Holm over {row.num_comparisons} comparisons)"
@@ -187,7 +193,7 @@ def difference_table(comparison: Comparison) -> Table:
             row.task,
             f"{row.metric} ({_unit_text(row.unit)})",
             f"{row.num_items:,}" + (f" x {row.num_seeds} seeds" if row.num_seeds > 1 else ""),
-            difference_text(row, at_once=True),
+            difference_text(row),
             _p_text(row.p_adjusted),
             f"{row.won} / {row.lost} / {row.tied}",
             verdict_text(row),
@@ -202,9 +208,7 @@ def _short_table(comparison: Comparison) -> Table:
     groups: dict[str, list[tuple[str, ...]]] = {}
     for row in (*comparison.differences, *comparison.averages):
         heading = f"{row.metric} on {row.task} ({_unit_text(row.unit)}), {row.num_items:,} items"
-        groups.setdefault(heading, []).append(
-            (f"  {row.method}", difference_text(row, at_once=True), verdict_text(row))
-        )
+        groups.setdefault(heading, []).append((f"  {row.method}", difference_text(row), verdict_text(row)))
     rows = [line for heading, lines in groups.items() for line in [(heading, "", ""), *lines]]
     return Table(("method", f"difference, {100 * comparison.confidence:g} % interval", "verdict"), rows)
 
@@ -319,25 +323,39 @@ def verdict_text(row: Difference) -> str:
     return f"{row.verdict}, {found}" if found else row.verdict
 
 
-def difference_text(row: Difference, unit: str = "", at_once: bool = False) -> str:
-    """Return ``+1.2 [0.3, 2.1]``, with so many decimals that no number which is not zero is rounded to it.
+def difference_text(row: Difference, unit: str = "") -> str:
+    """Return ``+1.2 [0.3, 2.1]`` with the interval that agrees with the verdict: the one that holds with all others.
 
     A round bracket is the bound at zero of a difference whose sign is claimed and no more. Comparisons written before
-    intervals held all at once have only those that hold alone.
+    intervals held all at once have only those that hold alone, which then say so.
     """
-    at_once = at_once and (row.simultaneous_low, row.simultaneous_high) != (None, None)
+    low, high = row.simultaneous_low, row.simultaneous_high
+    if low is None or high is None:
+        label = " alone" if row.num_comparisons > 1 else ""
+        return _with_interval(row, (row.ci_low, row.ci_high), unit) + label
+    if row.unit == "fraction":  # of few seeds they go beyond what a difference of fractions can be
+        low, high = max(-1.0, low), min(1.0, high)
+    return _with_interval(row, (low, high), unit)
+
+
+def _alone_text(row: Difference) -> str:
+    """Return ``, alone [0.6, 1.8]`` where another interval stands beside the verdict."""
+    if row.num_comparisons == 1 or row.simultaneous_low is None:
+        return ""
+    _, interval = _with_interval(row, (row.ci_low, row.ci_high)).split(" ", 1)
+    return f", alone {interval}"
+
+
+def _with_interval(row: Difference, bounds: tuple[float, float], unit: str = "") -> str:
+    """Return a difference and bounds, with so many decimals that no number which is not zero is rounded to it."""
     scale, digits = _scale_and_digits(row.unit)
-    bounds = (row.simultaneous_low, row.simultaneous_high) if at_once else (row.ci_low, row.ci_high)
-    if at_once and row.unit == "fraction":  # of few seeds they go beyond what a difference of fractions can be
-        bounds = (max(-1.0, bounds[0] or 0.0), min(1.0, bounds[1] or 0.0))
-    numbers = [scale * (x or 0.0) for x in (row.difference, *bounds)]
+    numbers = [scale * number for number in (row.difference, *bounds)]
     smallest = min((abs(number) for number in numbers if number), default=1.0)
     while smallest < 0.5 * 10**-digits and digits < 8:
         digits += 1
     value, low, high = (round(number, digits) + 0.0 for number in numbers)  # + 0.0: no minus before zero
-    left, right = "(" if at_once and row.is_cut_at_zero and low == 0 else "[", "]"
-    if at_once and row.is_cut_at_zero and high == 0:
-        right = ")"
+    is_claimed = row.verdict != NOT_DISTINGUISHABLE
+    left, right = "(" if is_claimed and low == 0 else "[", ")" if is_claimed and high == 0 else "]"
     return f"{value:+.{digits}f}{unit and ' ' + unit} {left}{low:.{digits}f}, {high:.{digits}f}{right}"
 
 
