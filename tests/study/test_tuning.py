@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ import yaml
 from maskft import files
 from maskft.cli.main import main
 from maskft.cli.study import check
+from maskft.data import load_splits
+from maskft.data.arguments import DataArguments
 from maskft.errors import UserError
 from maskft.study.execute import Study
 from maskft.study.halving import rungs, survivors
@@ -38,7 +41,8 @@ def test_a_mask_that_was_tuned_more_than_its_restart_is_noted():
 def content(base, data, tmp_path):
     """A recipe whose full fine-tuning is tuned over rates, with a restart and masks made from the winner."""
     test_rows = tmp_path / "test.jsonl"
-    test_rows.write_text("".join(reversed(data.read_text().splitlines(keepends=True)[:9])))
+    sums = [{"prompt": f"9+{n}=", "completion": f"{9 + n}", "answer": f"{9 + n}"} for n in range(9)]
+    test_rows.write_text("\n".join(json.dumps(row | {"answer_type": "number"}) for row in sums))
     full = {"method": "full", "max_steps": 2, "tune": {"learning_rate": [1e-3, "1e-2"]}}  # YAML reads 1e-2 as a text
     options = "bf16 gradient_checkpointing dataloader_pin_memory".split()
     return {
@@ -361,6 +365,26 @@ def test_rates_can_be_multiples_of_the_parents_tuned_one(content):
     plan = plan_of(content, looks(losses))
     assert [run.options["learning_rate"] for run in plan.runs if run.name == "restart" and not run.tried] == [2e-2] * 2
     assert next(run for run in plan.runs if run.name == "restart" and not run.tried).stage == 3
+
+
+def test_copies_of_test_rows_are_not_tuned_on(content, data, tmp_path, capsys):
+    """Another file, in which some rows are those that the training file holds out."""
+    test = Path(content["evaluation"]["heldout"]["dataset_name"])
+    lines = data.read_text().splitlines()
+    test.write_text("\n".join([*lines[:60], json.dumps({"prompt": "9+9=", "completion": "18"})]))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(content))
+    assert main(["study", str(recipe), "--output_dir", str(tmp_path / "study")]) == 2
+    heldout = load_splits(DataArguments(dataset_name=str(data), eval_split_size=16), 0).heldout["prompt"]
+    number = len(set(heldout) & {json.loads(line)["prompt"] for line in lines[:60]})
+    assert (
+        0 < number
+        and (
+            f"method 'full' would be tuned on 16 held-out rows, and evaluation reports on the prompts of {number} of them"
+        )
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "study").exists()
 
 
 @pytest.mark.parametrize(

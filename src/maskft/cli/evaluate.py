@@ -55,8 +55,8 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, AlpacaArguments
     return options, alpaca, data
 
 
-def check_inputs(args: argparse.Namespace) -> None:
-    """Read tasks and data and check them as far as that can be done without a model.
+def check_inputs(args: argparse.Namespace) -> list[dict]:
+    """Read tasks and data and check them as far as that can be done without a model; returns the held-out rows.
 
     Raises:
         UserError: For every mistake in them.
@@ -65,8 +65,9 @@ def check_inputs(args: argparse.Namespace) -> None:
 
     options, alpaca, data = read(args)
     _load_tasks(options, alpaca)
-    if HELDOUT in options.task_names:
-        heldout_rows(data, options.eval_split_size, None, options.dataset_text_field)
+    if HELDOUT not in options.task_names:
+        return []
+    return heldout_rows(data, options.eval_split_size, None, options.dataset_text_field)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from ..errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from ..study.plan import Plan, StudyRun
     from ..study.recipe import Recipe
+    from ..training.arguments import TrainConfig
 
 LAUNCHERS = ("local", "ray")
 
@@ -87,10 +88,10 @@ def start(
     if num_at_once < 1 or (num_at_once > 1 and launcher == "ray"):
         raise UserError(f"num_at_once is {num_at_once}; it must be at least 1, and a Ray cluster decides it itself")
     try:
-        for args in _evaluation_args(plan.recipe):
-            evaluate.check_inputs(args)
+        reported = [row for args in _evaluation_args(plan.recipe) for row in evaluate.check_inputs(args)]
     except UserError as error:
         raise UserError(f"evaluation: {error}") from None
+    _check_tuned_rows(plan, reported)
     run_study(plan, folder, Launcher(launcher, num_at_once), is_brief=is_brief)
 
 
@@ -119,12 +120,9 @@ def check(recipe: Recipe, allow_many: bool = False) -> Plan:
     return plan
 
 
-def _check_run(planned: StudyRun) -> None:
-    from ..data.arguments import check_sizes
+def _parsed(planned: StudyRun) -> TrainConfig:
     from ..study.process import command_words
     from ..study.recipe import CURRENT_RATE
-    from ..training.checks import check_method
-    from ..training.method_arguments import MASK_METHODS, mask_config
     from . import train
 
     options = {"method": planned.method.method, "model_name_or_path": planned.model, **planned.options}
@@ -132,14 +130,46 @@ def _check_run(planned: StudyRun) -> None:
         del options["learning_rate"]
     if planned.takes_values_before:
         options["mask_removed_value_model"] = planned.model  # known once its parent is made
+    return train.parse(command_words(options))
+
+
+def _check_run(planned: StudyRun) -> None:
+    from ..data.arguments import check_sizes
+    from ..training.checks import check_method
+    from ..training.method_arguments import MASK_METHODS, mask_config
+
     try:
-        parsed = train.parse(command_words(options))
+        parsed = _parsed(planned)
         check_method(parsed.method)
         check_sizes(parsed.data)
         if planned.method.method in MASK_METHODS:
             mask_config(parsed.mask)
     except UserError as error:
         raise UserError(f"run {planned.title!r}: {error}") from None
+
+
+def _check_tuned_rows(plan: Plan, reported: list[dict]) -> None:
+    """Refuse to tune on rows of files whose prompts are among those that the study reports on."""
+    from ..data import load_splits
+    from ..data.splits import prompt_digest
+    from ..study.tuning import data_sets
+
+    digests, seen = {prompt_digest(row) for row in reported}, set()
+    for planned in plan.runs:
+        if planned.tried is None:
+            continue
+        parsed = _parsed(planned)
+        files = [*data_sets(parsed.data.dataset_name).values(), *data_sets(parsed.data.eval_dataset_name).values()]
+        if repr(parsed.data) in seen or not files or not all(Path(name).is_file() for name in files):
+            continue
+        seen.add(repr(parsed.data))
+        heldout = load_splits(parsed.data, parsed.data.split_seed, None, parsed.training.dataset_text_field).heldout
+        number = sum(prompt_digest(row) in digests for row in heldout)
+        if number:
+            raise UserError(
+                f"method {planned.method.name!r} would be tuned on {len(heldout):,} held-out rows, and evaluation "
+                f"reports on the prompts of {number:,} of them; hold out other rows, or take these out of the test"
+            )
 
 
 def _check_layers(plan: Plan, models: list[str]) -> None:

@@ -269,13 +269,13 @@ def check_test_rows(recipe: Recipe) -> None:
     """Refuse to tune on rows that the study reports on."""
     reported = {}
     for evaluated in (recipe.evaluation, *recipe.before.values()):
-        reported |= _sets(evaluated.get("dataset_name"))
+        reported |= data_sets(evaluated.get("dataset_name"))
     for method in recipe.methods.values():
         if method.tune is None:
             continue
         data = recipe.data[method.data or next(iter(recipe.data))].options | method.options
         name = data.get("eval_dataset_name")
-        chosen = _sets(name or data.get("dataset_name"))
+        chosen = data_sets(name or data.get("dataset_name"))
         same = next((chosen[key] for key in chosen if key in reported), None)
         if same is not None:
             raise UserError(
@@ -290,7 +290,7 @@ def check_test_rows(recipe: Recipe) -> None:
             )
 
 
-def _sets(names: str | None) -> dict[str, str]:
+def data_sets(names: str | None) -> dict[str, str]:
     """Identity -> name of each data set of a mixture: a file is its content."""
     found: dict[str, str] = {}
 
