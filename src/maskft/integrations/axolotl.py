@@ -1,7 +1,6 @@
 """Masks in axolotl: ``plugins: [maskft.integrations.axolotl.MaskPlugin]`` and ``adapter: mask`` in its YAML.
 
-Written against axolotl's plugin interface of July 2026 (``axolotl.integrations.base``, commit 067b021c8), which asks
-plugins for adapters that it does not know itself.
+Run with axolotl 0.21.0, which asks plugins (``axolotl.integrations.base``) for adapters that it does not know itself.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from ..errors import UserError
 from ..training.callbacks import MaskProgress
-from .settings import config_of
+from .settings import config_of, refuse_quantised
 
 ADAPTER = "mask"
 
@@ -42,12 +41,18 @@ class MaskPlugin(BasePlugin):
         """A mask over ``model``, from ``lora_model_dir`` if that is given; None for other adapters.
 
         Raises:
-            UserError: If the base is quantised or a setting is not one of a mask.
+            UserError: If the base is not quantised as asked, or not by bitsandbytes, or a setting is not one of a mask.
         """
         if cfg.adapter != ADAPTER:
             return None
-        if cfg.load_in_4bit or cfg.load_in_8bit:
-            raise UserError("adapter: mask needs the model's own weights; drop load_in_4bit and load_in_8bit")
+        refuse_quantised(model)
+        # axolotl 0.21 quantises for its own adapters only, and says nothing.
+        asked = "load_in_4bit" if cfg.load_in_4bit else "load_in_8bit" if cfg.load_in_8bit else None
+        if asked and not getattr(model, "is_quantized", False):
+            raise UserError(
+                f"{asked}: true did not quantise the base, axolotl does so for its own adapters only; replace it by "
+                f"overrides_of_model_kwargs: {{quantization_config: {{{asked}: true}}}}"
+            )
         config = config_of(
             dict(cfg.mask or {}),
             "mask",
