@@ -36,6 +36,13 @@ LLAMA2_7B_TWO_LAYERS = {
     "num_hidden_layers": 2,
     "num_attention_heads": 32,
 }
+ONE_LAYER = {
+    "vocab_size": 256,
+    "hidden_size": 1536,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 12,
+}
 TINY = {
     "vocab_size": 64,
     "hidden_size": 32,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from .common import LLAMA2_7B_TWO_LAYERS, SMOLLM2, TINY, Step, alternate, build, prepare
+from .common import LLAMA2_7B_TWO_LAYERS, ONE_LAYER, SMOLLM2, TINY, Step, alternate, build, prepare
 
 
 def units(num_layers: int, first: int, last: int) -> int:
@@ -23,6 +23,7 @@ def run(report) -> None:
     targets = {"floor": "<= 1.05", "full": f"<= {counted * 1.1:.3f}", "lora": None}
     compare_sides(report, name, small, layers, 128, 16, targets, report.rounds)
     compare_sides(report, name, small, layers, 128, 1, {"floor": "<= 1.25", "full": None}, 2 * report.rounds)
+    compare_sides(report, "one layer of width 1536", ONE_LAYER, [0], 128, 16, {"floor": "<= 1.05"}, report.rounds)
     big, name = LLAMA2_7B_TWO_LAYERS, "7B-shaped layer"
     compare_sides(report, name, big, [1], 128, 1, {"floor": "<= 1.25", "full": None}, report.rounds)
     compare_sides(report, name, big, [1], 128, 16, {"floor": "<= 1.05"}, 2)
