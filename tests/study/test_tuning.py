@@ -16,7 +16,7 @@ from maskft.data.arguments import DataArguments
 from maskft.errors import UserError
 from maskft.study.execute import Study
 from maskft.study.halving import rungs, survivors
-from maskft.study.recipe import parse_recipe
+from maskft.study.recipe import Method, parse_recipe
 from maskft.study.summary import more_tuned_than_controls
 from maskft.study.tuning import MAX_DOUBLINGS, Heldout
 
@@ -24,15 +24,18 @@ RATES = [1e-3, 1e-2]
 
 
 def test_a_mask_that_was_tuned_more_than_its_restart_is_noted():
-    def tuned(name, method, number, start="full"):
-        return SimpleNamespace(method=SimpleNamespace(name=name, method=method, start=start), num_settings=number)
+    def tuned(name, method, number, start="full", **options):
+        method = Method(method=method, **{"from": start}, **options).model_copy(update={"name": name})
+        return SimpleNamespace(method=method, num_settings=number)
 
     mask, restart = tuned("mask", "mask", 3), tuned("restart", "full", 2)
     assert more_tuned_than_controls([mask, restart]) == [
         "Note: mask was tuned over 3 settings, training all weights of full again over 2: give the latter as many "
         "before comparing the two."
     ]
-    assert "over 1: " in more_tuned_than_controls([mask, tuned("other", "full", 9, start="other")])[0]
+    others = [tuned("other", "full", 9, start="other"), tuned("part", "full", 9, partial_layers=[0])]
+    assert "of full again not at all: " in more_tuned_than_controls([mask, mask, *others])[0]
+    assert len(more_tuned_than_controls([mask, mask])) == 1
     assert not more_tuned_than_controls([mask, tuned("restart", "full", 3)])
     assert not more_tuned_than_controls([tuned("full", "full", 5, start=None), restart])
 
@@ -377,13 +380,8 @@ def test_copies_of_test_rows_are_not_tuned_on(content, data, tmp_path, capsys):
     assert main(["study", str(recipe), "--output_dir", str(tmp_path / "study")]) == 2
     heldout = load_splits(DataArguments(dataset_name=str(data), eval_split_size=16), 0).heldout["prompt"]
     number = len(set(heldout) & {json.loads(line)["prompt"] for line in lines[:60]})
-    assert (
-        0 < number
-        and (
-            f"method 'full' would be tuned on 16 held-out rows, and evaluation reports on the prompts of {number} of them"
-        )
-        in capsys.readouterr().err
-    )
+    said = f"would be tuned on 16 held-out rows, and evaluation reports on the prompts of {number} of them"
+    assert number > 0 and said in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
 
 

@@ -203,6 +203,10 @@ def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path
             {"mask_preset": "recommended", "mask_sparsity": 0.1},
             "preset 'recommended' sets sparsity=0.3, but sparsity=0.1",
         ),
+        (
+            {"mask_preset": "deletion_tuning", "mask_selection": "topk"},
+            "preset 'deletion_tuning' sets selection='logit', but selection='topk' was given; drop one",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(options, message, train):

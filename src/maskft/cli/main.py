@@ -58,7 +58,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status (0 done, 2 the input is wrong, 130 interrupted)."""
+    """Run one command; returns the exit status (0 done, 2 wrong input, 130 Ctrl-C, 143 SIGTERM)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -116,7 +116,7 @@ def _heed_sigterm():
 
 
 def _command(words: list[str]) -> str:
-    return shlex.join(["maskft", *words])
+    return shlex.join(["maskft", *(word for word in words if word != "--overwrite")])  # which would drop what is kept
 
 
 def _resume_line(words: list[str]) -> str:

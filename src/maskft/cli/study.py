@@ -152,17 +152,21 @@ def _check_tuned_rows(plan: Plan, reported: list[dict]) -> None:
     """Refuse to tune on rows of files whose prompts are among those that the study reports on."""
     from ..data import load_splits
     from ..data.splits import prompt_digest
+    from ..study.search_recipe import OF_DATA
     from ..study.tuning import data_sets
 
     digests, seen = {prompt_digest(row) for row in reported}, set()
     for planned in plan.runs:
         if planned.tried is None:
             continue
+        of_data = repr(sorted((name, value) for name, value in planned.options.items() if name in OF_DATA))
+        if of_data in seen:
+            continue
+        seen.add(of_data)
         parsed = _parsed(planned)
         files = [*data_sets(parsed.data.dataset_name).values(), *data_sets(parsed.data.eval_dataset_name).values()]
-        if repr(parsed.data) in seen or not files or not all(Path(name).is_file() for name in files):
+        if not files or not all(Path(name).is_file() for name in files):
             continue
-        seen.add(repr(parsed.data))
         heldout = load_splits(parsed.data, parsed.data.split_seed, None, parsed.training.dataset_text_field).heldout
         number = sum(prompt_digest(row) in digests for row in heldout)
         if number:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..training.method_arguments import DSD
+
 LENGTHS = ("num_train_epochs", "max_steps")  # options that say how long a run trains
 _LAYERS = "mask_layers_to_transform"
 _RATES = {"times_parent": [0.5, 1, 2]}
@@ -75,7 +77,7 @@ def _kept(mask: dict[str, Any]) -> dict[str, Any]:
 def _of_parent(mask: dict[str, Any], methods: Methods) -> Iterator[tuple[str, dict[str, Any]]]:
     parent = mask["from"]
     made = methods.get(parent)
-    if not isinstance(made, dict) or made.get("method") != "full":
+    if not isinstance(made, dict) or made.get("method") not in ("full", DSD):
         return
     yield f"warm restart of {parent}", _trained(mask, tune={"learning_rate": _RATES})
     averaged = _trained(mask, average_checkpoints=_NUM_AVERAGED, tune={"learning_rate": _RATES})

@@ -15,7 +15,7 @@ from ..results.text import Table, brief_metric, draw, render, render_brief, rend
 from .damage import is_whole_result
 from .execute import Study
 from .plan import BEST, LAST, Plan
-from .recipe import Recipe
+from .recipe import Method, Recipe
 from .tuning import Tuned
 
 _ACCOUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
@@ -64,13 +64,19 @@ def more_tuned_than_controls(tunings: Sequence[Tuned]) -> list[str]:
     methods = [(tuned.method, tuned.num_settings) for tuned in tunings]
     notes = []
     for method, number in methods:
-        most = max((n for other, n in methods if other.method == "full" and other.start == method.start), default=1)
-        if method.method == "mask" and method.start is not None and number > most:
-            notes.append(
-                f"Note: {method.name} was tuned over {number} settings, training all weights of {method.start} again "
-                f"over {most}: give the latter as many before comparing the two."
-            )
-    return notes
+        of_all = [n for other, n in methods if _trains_all(other) and other.start == method.start]
+        if method.method != "mask" or method.start is None or number <= max(of_all, default=1):
+            continue
+        times = f"over {max(of_all)}" if of_all else "not at all"
+        notes.append(
+            f"Note: {method.name} was tuned over {number} settings, training all weights of {method.start} again "
+            f"{times}: give the latter as many before comparing the two."
+        )
+    return list(dict.fromkeys(notes))  # a grid has one for each of its values
+
+
+def _trains_all(method: Method) -> bool:
+    return method.method == "full" and method.keep_mask is None and "partial_layers" not in method.options
 
 
 def _of_one_model(results: list[Result], recipe: Recipe, is_brief: bool) -> tuple[str, str, dict]:

@@ -132,7 +132,7 @@ class StepGuard(TrainerCallback):
             self._undo.remove()
         is_asked_to_stop = torch.tensor(self.trainer.stop.signal is not None, device=args.device)
         last = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if runtime.largest(is_asked_to_stop) and last.is_dir():
+        if runtime.largest(is_asked_to_stop) and last.is_dir() and not args.save_only_model:  # it could not resume
             self._stop(state)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):

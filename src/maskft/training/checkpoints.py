@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -205,9 +206,8 @@ class Checkpoints:
 
         return cls(course, args.save_total_limit, resume_from, *runtime.decided_by_main(look))
 
-    def end(self, max_steps: int, console: Console) -> None:
-        """Wait until the newest is whole; say so where the run was resumed from its last step."""
-        self.finish()
+    def tell_if_finished(self, max_steps: int, console: Console) -> None:
+        """Say so where the run was resumed from its last step."""
         if self.resume_from and step_of(Path(self.resume_from)) >= max_steps:
             console.print(f"already finished: all {max_steps} steps had been trained")
 
@@ -229,7 +229,15 @@ class Checkpoints:
         pool = ThreadPoolExecutor(1)
         self.sealing = pool.submit(work)
         pool.shutdown(wait=False)
-        if trainer.control.should_training_stop:  # no step comes, and the Trainer may delete checkpoints itself
+        if trainer.control.should_training_stop:  # there is no step to do it beside
+            self.finish()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Wait for the newest also where training failed: nothing writes to the folder after the run let go of it."""
+        with nullcontext() if error is None else suppress(UserError):
             self.finish()
 
     def finish(self) -> None:

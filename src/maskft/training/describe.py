@@ -103,7 +103,9 @@ def report(
             console.print(
                 f"{verdict}. Saved in {folder}: an adapter that removes nothing (--keep_worse true writes the mask)"
             )
-        if verdict is not None and not verdict.is_better and summary.num_steps and step == summary.num_steps:
+        by_loss = config.training.metric_for_best_model in (None, "loss", "eval_loss")
+        is_last = by_loss and summary.num_steps and step == summary.num_steps
+        if verdict is not None and not verdict.is_better and is_last:
             console.print(f"The loss with the mask still fell at the last step: {_help_for_a_start(config)}")
 
 
@@ -111,4 +113,6 @@ def _help_for_a_start(config: TrainConfig) -> str:
     """What a mask needs that had not won back its start, which removes weights before one step is taken."""
     if mask_config(config.mask).init_scores in ("magnitude", "wanda", "first_order"):
         return "train longer, or at another rate"
-    return "train longer, or let it begin with the smallest weights (--mask_init_scores magnitude) at a lower rate"
+    preset = f", without --mask_preset {config.mask.mask_preset}" if config.mask.mask_preset else ""
+    start = f"--mask_init_scores magnitude{preset}"
+    return f"train longer, or let it begin with the smallest weights ({start}) at a lower rate"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, make_dataclass
 
 from ..errors import UserError
@@ -209,10 +210,26 @@ class MethodArguments:
             self.method = "full"
 
 
+def check_preset(arguments: MaskArguments, given: Collection[str]) -> None:
+    """Refuse what contradicts the preset that is named, also where it is a default that was written out.
+
+    Args:
+        arguments: Settings of the mask.
+        given: Names of all options that were given.
+    """
+    for name, value in PRESETS.get(str(arguments.mask_preset), {}).items():
+        option = f"mask_{name}"
+        if option in given and getattr(arguments, option) not in (None, value):
+            raise UserError(
+                f"preset {arguments.mask_preset!r} sets {name}={value!r}, but {name}={getattr(arguments, option)!r} "
+                "was given; drop one"
+            )
+
+
 def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:
     """Build the tuner's configuration from flat arguments."""
     values = {_config_field(name): getattr(arguments, f"mask_{name}") for name in _MASK_TYPES}
-    # What stands at its default was not asked for; of the share, None says so.
+    # What stands at its default contradicts no preset, see check_preset; of the share, None says that none was given.
     values = {name: value for name, value in values.items() if value != _DEFAULTS.get(name) or name == "sparsity"}
     if values["sparsity"] is None:  # of the preset that is named; without one the mask is the recommended one
         del values["sparsity"]

@@ -114,9 +114,9 @@ def fit(
     progress, reference = add_callbacks(trainer, method, tokenizer, console)
     started, failure = time.perf_counter(), None
     try:
-        with closing(progress), cached_prefix(trainer, method, console), trainer.stop:
+        with closing(progress), cached_prefix(trainer, method, console), trainer.stop, checkpoints:
             trainer.train(resume_from_checkpoint=checkpoints.resume_from)
-        checkpoints.end(trainer.state.max_steps, console)
+        checkpoints.tell_if_finished(trainer.state.max_steps, console)
         failure = trainer.lost_best
     except NotFiniteError as error:
         failure = trainer.back_to_best(error)

@@ -6,6 +6,8 @@ CPUs, tests it (``make test-triton``); ``pytest -m gpu tests/tuner/test_triton.p
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -61,19 +63,13 @@ def split_matrix_(
         out, weight = out.view(torch.uint8), weight.view(torch.uint8)
     places = torch.empty(max(_MIN_PLACES, numel // _PLACES_OF_NUMEL), dtype=torch.int64, device=scores.device)
     counts = torch.zeros(3, dtype=torch.int64, device=scores.device)
-    _split[(triton.cdiv(numel, BLOCK),)](
-        out,
-        weight.to(out.dtype),
-        scores,
-        places,
-        counts,
-        numel,
-        len(places),
-        low,
-        high,
-        BY_SIZE=rank_by == "abs",
-        BLOCK=BLOCK,
-    )
+    # Triton launches on the current device, which need not be that of the scores.
+    with torch.cuda.device(scores.device) if scores.is_cuda else nullcontext():
+        _split[(triton.cdiv(numel, BLOCK),)](
+            *(out, weight, scores, places, counts, numel, len(places), low, high),
+            BY_SIZE=rank_by == "abs",
+            BLOCK=BLOCK,
+        )
     num_below, num_nan, num_in_band = counts.tolist()
     found = places[:num_in_band].sort().values if num_in_band <= len(places) else None
     return num_below, num_nan > 0, found
