@@ -20,9 +20,7 @@ from pathlib import Path
 from maskft import files
 from maskft.errors import UserError
 from maskft.results.compare import compare, scores
-from maskft.results.schema import Result, read_result
-
-BEFORE = "before: "
+from maskft.results.schema import BEFORE, Result, read_result
 
 
 def main(folders: list[Path], controls: list[str], fixed_seeds: bool = False) -> str:

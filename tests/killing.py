@@ -19,14 +19,14 @@ def start(words):
     return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def kill_now_and_then(file, folder, waits, command="study", number=signal.SIGKILL):
-    """Start the study and send it a signal after each wait: a number of seconds, or a condition to become true."""
+def kill_now_and_then(file, folder, waits):
+    """Start the study and kill it after each wait: a number of seconds, or a condition to become true."""
     killed = 0
     for wait in waits:
-        process = start([command, file, "--output_dir", folder])
+        process = start(["study", file, "--output_dir", folder])
         _wait(process, wait)
         if process.poll() is None:
-            process.send_signal(number)
+            process.kill()
             killed += 1
         process.communicate()
     return killed

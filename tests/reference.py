@@ -1,6 +1,19 @@
 """Naive versions of what maskft computes, written from the equations and nothing else."""
 
+import math
+
 import torch
+from hypothesis import strategies as st
+
+# Few different scores, how many to remove, how they are ranked, over how many matrices.
+POOLS = (
+    st.lists(
+        st.sampled_from([-math.inf, -2.0, -1.0, -1e-40, -0.0, 0.0, 1e-40, 0.5, 1.0, 2.0, 3.0, math.inf]), max_size=90
+    ),
+    st.integers(0, 90),
+    st.sampled_from(["abs", "signed"]),
+    st.integers(1, 3),
+)
 
 
 def topk_mask(scores, sparsity, rank_by="abs"):

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from maskft import masking
 from maskft.errors import UserError
 from maskft.tuner import selection
+from reference import POOLS
 
 SAMPLED_NUMEL = 500_000
 
@@ -23,14 +23,7 @@ def small_samples(monkeypatch):
     monkeypatch.setattr(selection, "_ROWS", 4)
 
 
-@given(
-    st.lists(
-        st.sampled_from([-math.inf, -2.0, -1.0, -1e-40, -0.0, 0.0, 1e-40, 0.5, 1.0, 2.0, 3.0, math.inf]), max_size=90
-    ),
-    st.integers(0, 90),
-    st.sampled_from(["abs", "signed"]),
-    st.integers(1, 3),
-)
+@given(*POOLS)
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_masks_are_those_of_the_plain_definition(small_samples, values, num, rank_by, num_matrices):
     """Bit for bit, ties and infinities included, whatever the sample says; removed weights are +0."""

@@ -7,11 +7,11 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from maskft import masking
 from maskft.errors import NotFiniteError
 from maskft.tuner import selection
+from reference import POOLS
 
 pytest.importorskip("triton", reason="needs maskft[triton]")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,7 +20,6 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 triton_split = importlib.import_module("maskft.tuner.triton_split")
 ON = "cpu" if INTERPRETED else "cuda"
-VALUES = [-math.inf, -2.0, -1.0, -1e-40, -0.0, 0.0, 1e-40, 0.5, 1.0, 2.0, 3.0, math.inf]
 
 
 @pytest.fixture
@@ -60,12 +59,7 @@ def test_many_scores(calls, rank_by, of_weight, of_out, kind):
     assert calls
 
 
-@given(
-    st.lists(st.sampled_from(VALUES), min_size=1, max_size=90),
-    st.integers(0, 90),
-    st.sampled_from(["abs", "signed"]),
-    st.integers(1, 3),
-)
+@given(*POOLS)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_pools_of_few_values(calls, values, num, rank_by, num_matrices):
     pool = torch.tensor(values, dtype=torch.float32)

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 
 from ..results.comparison import Comparison, Difference
+from ..results.schema import BEFORE
 from ..results.text import Table
 from .charts import COLOURS, Chart, Entry, Panel, plain
 from .methods import entry, line_style, number
 
-BEFORE = "before: "  # begins the name of a task that measures earlier abilities
 _SHOWN = 4.0  # times the median distance from the baseline; the table has what lies beyond
 _HEIGHT = 3.0
 

@@ -33,6 +33,7 @@ from ..runtime import environment
 from .statistics import weighted_mean
 
 SCHEMA_VERSION = 1
+BEFORE = "before: "  # begins the name of a task that measures what the model could do before
 
 Domain = Literal["math", "coding", "instruction"]
 DOMAINS: tuple[Domain, ...] = get_args(Domain)

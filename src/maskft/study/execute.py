@@ -19,7 +19,7 @@ from pathlib import Path
 from .. import files
 from ..data.arguments import TEMPLATE, DataArguments
 from ..errors import UserError
-from ..results.schema import DOMAINS, Result, read_result, write_result
+from ..results.schema import BEFORE, DOMAINS, Result, read_result, write_result
 from ..runtime import environment
 from ..training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS
 from .damage import damage_of_result, damage_of_run, is_whole_result, move_aside, written_files
@@ -256,7 +256,7 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
         result = measured(partial_folder(target), study.recipe.evaluation)
         for number, (name, options) in enumerate(study.recipe.before.items()):
             earlier = measured(partial_folder(target) / f"before-{number}", options)
-            result["tasks"] |= {f"before: {name}": earlier["tasks"]["heldout"]}
+            result["tasks"] |= {f"{BEFORE}{name}": earlier["tasks"]["heldout"]}
     result, record = result | {"name": run.labels[role]}, study.record(run)
     # A folder of weights alone, as of the pre-trained model or of the end of training, does not tell its method.
     result["model"] |= {"seed": run.seed, "method": run.method.method}

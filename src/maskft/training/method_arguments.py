@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, fields, make_dataclass
 
 from ..errors import UserError
-from ..tuner.config import PRESETS, MaskConfig
+from ..tuner.config import PRESETS, MaskConfig, refuse_contradictions
 
 ADAPTER = "default"  # the name PEFT gives an adapter, of which a run has one
 
@@ -217,13 +217,11 @@ def check_preset(arguments: MaskArguments, given: Collection[str]) -> None:
         arguments: Settings of the mask.
         given: Names of all options that were given.
     """
-    for name, value in PRESETS.get(str(arguments.mask_preset), {}).items():
-        option = f"mask_{name}"
-        if option in given and getattr(arguments, option) not in (None, value):
-            raise UserError(
-                f"preset {arguments.mask_preset!r} sets {name}={value!r}, but {name}={getattr(arguments, option)!r} "
-                "was given; drop one"
-            )
+    if arguments.mask_preset not in PRESETS:  # none, or one that MaskConfig refuses
+        return
+    values = {name: getattr(arguments, f"mask_{name}") for name in PRESETS[arguments.mask_preset]}
+    asked_for = {name: value for name, value in values.items() if f"mask_{name}" in given and value is not None}
+    refuse_contradictions(arguments.mask_preset, asked_for)
 
 
 def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:

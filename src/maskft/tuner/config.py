@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -356,13 +357,22 @@ class MaskConfig(PeftConfig):
             raise UserError(
                 f"preset is {self.preset!r}{did_you_mean(self.preset, PRESETS)}; choose one of: {', '.join(PRESETS)}"
             )
+        values = {name: getattr(self, name) for name in PRESETS[self.preset]}
+        given = {name: value for name, value in values.items() if name in self.asked_for or value != _default(name)}
+        refuse_contradictions(self.preset, given)
         for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) != value and (name in self.asked_for or getattr(self, name) != _default(name)):
-                raise UserError(
-                    f"preset {self.preset!r} sets {name}={value!r}, but {name}={getattr(self, name)!r} was given; "
-                    "drop one"
-                )
             setattr(self, name, value)
+
+
+def refuse_contradictions(preset: str, given: Mapping[str, Any]) -> None:
+    """Refuse a ``given`` value that is not that of the preset.
+
+    Raises:
+        UserError: For the first one, in the order of the preset.
+    """
+    for name, value in PRESETS[preset].items():
+        if name in given and given[name] != value:
+            raise UserError(f"preset {preset!r} sets {name}={value!r}, but {name}={given[name]!r} was given; drop one")
 
 
 def _default(name: str) -> Any:
