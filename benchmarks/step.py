@@ -18,12 +18,13 @@ def run(report) -> None:
         targets = {"floor": None, "full": None, "lora": None}
         compare_sides(report, "tiny", TINY, [1, 2], 8, 4, targets, report.rounds)
         return
+    # First: memory freed by large models changes what a small one pays for allocations, not equally on both sides.
+    compare_sides(report, "one layer of width 1536", ONE_LAYER, [0], 128, 16, {"floor": "<= 1.05"}, 2 * report.rounds)
     small, name, layers = SMOLLM2, "SmolLM2-135M layers 20-23", list(range(20, 24))
     counted = units(30, 20, 23) / (3 * 30)
     targets = {"floor": "<= 1.05", "full": f"<= {counted * 1.1:.3f}", "lora": None}
     compare_sides(report, name, small, layers, 128, 16, targets, report.rounds)
     compare_sides(report, name, small, layers, 128, 1, {"floor": "<= 1.25", "full": None}, 2 * report.rounds)
-    compare_sides(report, "one layer of width 1536", ONE_LAYER, [0], 128, 16, {"floor": "<= 1.05"}, report.rounds)
     big, name = LLAMA2_7B_TWO_LAYERS, "7B-shaped layer"
     compare_sides(report, name, big, [1], 128, 1, {"floor": "<= 1.25", "full": None}, report.rounds)
     compare_sides(report, name, big, [1], 128, 16, {"floor": "<= 1.05"}, 2)
