@@ -6,9 +6,12 @@ import io
 import itertools
 import math
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from maskft.tuner.codec import HEADER_BYTES, decode_mask, encode_mask
 
@@ -26,7 +29,24 @@ def run(report) -> None:
     shapes = [(48, 64)] if report.quick else [(4096, 11008), (512, 512)]
     for shape, sparsity in itertools.product(shapes, (0.0005, 0.01, 0.1, 0.3, 0.4, 0.5)):
         _measure(report, shape, sparsity)
+    _adapter(report, *((2, shapes[0]) if report.quick else (32, (11008, 4096))), 0.0005)
     torch.set_num_threads(threads)
+
+
+def _adapter(report, num_layers: int, shape: tuple[int, int], sparsity: float) -> None:
+    """The file of an adapter of all gate projections of LLaMA2-7B, headers and names included."""
+    generator = torch.Generator().manual_seed(0)
+    masks = (torch.rand(shape, generator=generator) >= sparsity for _ in range(num_layers))
+    names = (f"base_model.model.model.layers.{n}.mlp.gate_proj.mask_coded" for n in range(num_layers))
+    coded = {name: encode_mask(mask) for name, mask in zip(names, masks, strict=True)}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "adapter_model.safetensors"
+        save_file(coded, file)
+        size = file.stat().st_size
+    numel = num_layers * math.prod(shape)
+    bound = entropy(sparsity) * numel / 8
+    what = f"adapter of {num_layers} gate projections at {sparsity} / entropy"
+    report.add("file", what, size / bound, "x", "<= 1.02", bytes=size, bound_bytes=bound, weights=numel)
 
 
 def _measure(report, shape: tuple[int, int], sparsity: float) -> None:

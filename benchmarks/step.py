@@ -18,7 +18,7 @@ def run(report) -> None:
         targets = {"floor": None, "full": None, "lora": None}
         compare_sides(report, "tiny", TINY, [1, 2], 8, 4, targets, report.rounds)
         return
-    # First: memory freed by large models changes what a small one pays for allocations, not equally on both sides.
+    # First: what large models leave in memory changes the price of allocations.
     compare_sides(report, "one layer of width 1536", ONE_LAYER, [0], 128, 16, {"floor": "<= 1.05"}, 2 * report.rounds)
     small, name, layers = SMOLLM2, "SmolLM2-135M layers 20-23", list(range(20, 24))
     counted = units(30, 20, 23) / (3 * 30)

@@ -125,6 +125,27 @@ def test_what_is_written_loads_like_any_adapter(tmp_path, operation, capsys):
     assert config.recipe["of"] == [read_config(folder).mask_sha256 for folder in folders]
 
 
+def as_held():
+    """The tiny model with the weights that 4 bits of it might stand for."""
+    model = tiny.tiny_llama()
+    for name in LAYERS:
+        weight = model.get_submodule(name).weight
+        weight.data = (weight.data * 100).round() / 100
+    return model
+
+
+def test_masks_of_a_quantised_base_combine(tmp_path):
+    """Their fingerprint is that of dequantised weights, which the float base does not have."""
+    made = [folder_of(tmp_path, f"mask{seed}", seed, as_held(), base_quantisation="nf4") for seed in range(2)]
+    combine_adapters("union", [folder for folder, _ in made], tmp_path / "out")
+    assert read_config(tmp_path / "out").base_quantisation == "nf4"
+    with pytest.warns(UserWarning, match="learned on weights held as nf4, the model's are held as float"):
+        loaded = current_masks(PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "out"))
+    assert all(torch.equal(loaded[name], made[0][1][name] & made[1][1][name]) for name in LAYERS)
+    with pytest.raises(UserError, match="was trained on other base weights"):
+        PeftModel.from_pretrained(tiny.tiny_llama(seed=1), tmp_path / "out")
+
+
 def test_a_combined_mask_has_no_scores_to_train(tmp_path):
     folders = [folder_of(tmp_path, f"mask{seed}", seed)[0] for seed in range(2)]
     combine_adapters("union", folders, tmp_path / "out")
@@ -158,6 +179,11 @@ def with_weights(tmp_path):
     return folder, "also replaces weights of the base"
 
 
+def held_otherwise(tmp_path):
+    folder = folder_of(tmp_path, "b", 1, as_held(), base_quantisation="nf4")[0]
+    return folder, "were learned on base weights held as float and as nf4"
+
+
 def lora(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
@@ -168,7 +194,9 @@ def newer(tmp_path):
     return folder_of(tmp_path, "b", 1, format_version=9)[0], "format_version is 9"
 
 
-@pytest.mark.parametrize("make", [other_base, other_shapes, other_modules, other_value, with_weights, lora, newer])
+@pytest.mark.parametrize(
+    "make", [other_base, other_shapes, other_modules, other_value, held_otherwise, with_weights, lora, newer]
+)
 def test_what_does_not_go_together_is_one_line(tmp_path, make, capsys):
     first = folder_of(tmp_path, "a", 0)[0]
     second, message = make(tmp_path)

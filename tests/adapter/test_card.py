@@ -138,6 +138,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("me/mask").eval()
 assert AutoTokenizer.from_pretrained("me/mask").chat_template
 torch.save(model(torch.arange(20)[None]).logits, sys.argv[1])
 model.push_to_hub("me/again")
+model.push_to_hub("me/kept")
 """
 
 
@@ -152,6 +153,7 @@ def test_pushed_and_loaded_from_the_hub(adapter, base, tmp_path):
         push = ["-m", "maskft.cli.main", "push", adapter, "me/mask", "--base", "me/base"]
         done = in_a_process(hub, tmp_path / "home", *push)
         assert done.returncode == 0 and "/me/mask/commit/" in done.stdout, done.stderr
+        hub.repositories["me/kept"] = {"README.md": b"# A mask of mine\n"}
         done = in_a_process(hub, tmp_path / "home", "-c", LOAD, tmp_path / "logits.pt")
         assert done.returncode == 0, done.stderr
     there = hub.repositories["me/mask"]
@@ -165,7 +167,12 @@ def test_pushed_and_loaded_from_the_hub(adapter, base, tmp_path):
     assert head["license"] == "apache-2.0"  # the base's, as its card on the hub says
     assert card in hub.cards  # huggingface_hub had it checked
     assert str(base) not in there["adapter_config.json"].decode()
-    assert "adapter_model.safetensors" in hub.repositories["me/again"]  # PEFT's own way, with transformers' empty card
+    # PEFT's own way: with transformers' card, or the one that is there; docs/hosts.md says so.
+    again, kept = hub.repositories["me/again"], hub.repositories["me/kept"]
+    assert "adapter_model.safetensors" in again and "adapter_model.safetensors" in kept
+    assert "card has been automatically generated" in again["README.md"].decode()
+    assert "Mask Fine-Tuning" not in again["README.md"].decode()
+    assert kept["README.md"].decode().endswith("# A mask of mine\n")
     masked = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits.pt"), masked(torch.arange(20)[None]).logits)

@@ -80,7 +80,8 @@ def test_studies_keep_masks_that_are_worse(content):
 
 def test_a_default_written_out_changes_no_name_and_a_setting_changes_those_below_it(content):
     before = ids(content)
-    content["methods"]["mask"] |= {"mask_sparsity": 0.3, "learning_rate": 1e-2, "num_train_epochs": 1.0}
+    content["methods"]["mask"] |= {"mask_sparsity": 0.1, "mask_init_scores": "magnitude", "learning_rate": 3e-4}
+    content["methods"]["mask"] |= {"num_train_epochs": 1.0}
     content["methods"]["full"] |= {"learning_rate": 2e-5}
     assert ids(content) == before
     content["methods"]["mask"]["learning_rate"] = 1e-3
@@ -143,7 +144,7 @@ def test_a_preset_names_a_run_by_what_it_stands_for(content):
     assert ids(content) == before
     content["methods"]["mask"]["mask_preset"] = "paper"
     paper = ids(content)
-    content["methods"]["mask"] |= {"mask_preset": None, "mask_sparsity": 0.1}
+    content["methods"]["mask"] |= {"mask_preset": None, "mask_init_scores": "normal"}
     assert ids(content) == paper != before
 
 

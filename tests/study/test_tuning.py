@@ -18,26 +18,45 @@ from maskft.study.execute import Study
 from maskft.study.halving import rungs, survivors
 from maskft.study.recipe import Method, parse_recipe
 from maskft.study.summary import more_tuned_than_controls
-from maskft.study.tuning import MAX_DOUBLINGS, Heldout
+from maskft.study.tuning import MAX_DOUBLINGS, Heldout, check_test_rows
 
 RATES = [1e-3, 1e-2]
 
 
-def test_a_mask_that_was_tuned_more_than_its_restart_is_noted():
-    def tuned(name, method, number, start="full", **options):
-        method = Method(method=method, **{"from": start}, **options).model_copy(update={"name": name})
-        return SimpleNamespace(method=method, num_settings=number)
+def test_a_mask_that_was_tuned_more_than_a_control_is_noted():
+    def notes(**methods):
+        """Of methods by name: how many settings were tried (1: not tuned), and the method."""
+        methods = {
+            name: (number, Method(**{"from": "full"} | options).model_copy(update={"name": name}))
+            for name, (number, options) in methods.items()
+        }
+        tunings = [SimpleNamespace(method=m, num_settings=number) for number, m in methods.values() if number > 1]
+        return more_tuned_than_controls(tunings, [method for _, method in methods.values()])
 
-    mask, restart = tuned("mask", "mask", 3), tuned("restart", "full", 2)
-    assert more_tuned_than_controls([mask, restart]) == [
+    full, mask, random = {"method": "full"}, {"method": "mask"}, {"method": "random_mask"}
+    assert notes(mask=(3, mask), restart=(2, full)) == [
         "Note: mask was tuned over 3 settings, training all weights of full again over 2: give the latter as many "
         "before comparing the two."
     ]
-    others = [tuned("other", "full", 9, start="other"), tuned("part", "full", 9, partial_layers=[0])]
-    assert "of full again not at all: " in more_tuned_than_controls([mask, mask, *others])[0]
-    assert len(more_tuned_than_controls([mask, mask])) == 1
-    assert not more_tuned_than_controls([mask, tuned("restart", "full", 3)])
-    assert not more_tuned_than_controls([tuned("full", "full", 5, start=None), restart])
+    others = {"other": (9, full | {"from": "other"}), "part": (9, full | {"partial_layers": [0]})}
+    (note,) = notes(mask=(3, mask), **others)
+    assert "of full again not at all: " in note
+    assert not notes(mask=(3, mask), restart=(3, full))
+    assert not notes(full=(5, full | {"from": None}), restart=(2, full))
+    # What was tuned after the mask itself is no control of it; a refit has to be tuned as well as a restart.
+    after = {"dsd": (9, full | {"start_mask": "mask"})}
+    assert "of full again not at all: " in notes(mask=(3, mask), **after)[0]
+    damaged = {"random": (1, random), "refit": (1, full | {"start_mask": "random"})}
+    (note,) = notes(mask=(3, mask), restart=(3, full), **damaged)
+    assert "the refit of full after random damage not at all: " in note
+    # What an earlier study tried counts, of a mask and of its controls.
+    refit = damaged["refit"][1] | {"tuned_elsewhere": 3}
+    assert not notes(mask=(3, mask), restart=(3, full), random=(1, random), refit=(1, refit))
+    assert "tuned over 5 settings" in notes(mask=(3, mask | {"tuned_elsewhere": 2}), restart=(3, full))[0]
+    assert "tuned over 2 settings" in notes(mask=(1, mask | {"tuned_elsewhere": 2}))[0]
+    damaged["refit"] = (3, damaged["refit"][1])
+    assert "of full again not at all: " in notes(mask=(3, mask), **damaged)[0]
+    assert not notes(mask=(3, mask), restart=(3, full), **damaged)
 
 
 @pytest.fixture
@@ -100,6 +119,8 @@ def test_what_follows_from_tuning_waits_and_then_has_the_winner_as_parent(conten
         tried = {run.tried["learning_rate"]: run.id for run in plan.ready.runs}
         assert finals[0].id == tried[winner] and len({run.id for run in tuned.runs}) == len(tuned.runs) == 5
     assert [run.num_tried for run in finals] == [2, 2, 0, 0]
+    content["methods"]["mask"]["tuned_elsewhere"] = 5
+    assert sorted(run.num_tried for run in plan_of(content).runs if run.name == "mask") == [5, 5]
 
 
 def test_several_seeds_choose_by_their_mean_and_a_failed_run_loses(content):
@@ -140,6 +161,10 @@ def test_the_winner_is_doubled_until_that_gains_less_than_its_standard_error(con
     plan = plan_of(content, look)
     (tuned,) = plan.tunings
     assert tuned.is_settled and len(tuned.trials) == 1 + len(held) <= 2 + MAX_DOUBLINGS
+    # Where it ends for another reason than that twice as much gains nothing, the table says so.
+    assert tuned.still_gains == (steps == 16)
+    assert tuned.still_gains == ("it still gained when max_steps had been doubled 3 times" in str(tuned))
+    assert tuned.to_dict()["still_gains"] == tuned.still_gains
     final = next(run for run in plan.runs if run.name == "mask")
     assert final.start.options["max_steps"] == steps and final.stage == 1 + len(held)
     # As long as the first doubling is not finished, what follows waits.
@@ -401,6 +426,10 @@ def test_copies_of_test_rows_are_not_tuned_on(content, data, tmp_path, capsys):
         (lambda c: c["methods"]["full"]["tune"].update(double="optim"), "cannot double optim"),
         (lambda c: c["methods"]["full"]["tune"].update(learning_rate=[1.0, 1.0]), "stands there twice"),
         (lambda c: c.update(tune_seeds=[7]), "none of the seeds"),
+        (
+            lambda c: c["methods"]["mask"].update(tune={"learning_rate": [1.0]}, mask_sparsity_auto=True),
+            "method 'mask': tune compares losses at the size that is trained",
+        ),
         (lambda c: c["train"].update(eval_strategy="no"), "tune chooses by held-out loss, and eval_strategy is no"),
         (lambda c: c.update(grid={"full.learning_rate": [1.0]}), "in the method's tune too"),
         (
@@ -413,6 +442,34 @@ def test_a_mistake_is_one_line(content, change, message):
     change(content)
     with pytest.raises(UserError, match=message):
         plan_of(content)
+
+
+@pytest.mark.parametrize(
+    "chooses",
+    [
+        {"method": "interpolate"},
+        {"method": "dare"},
+        {"method": "random_mask", "match": "mask", "num_candidates": 2},
+        {"method": "mask", "mask_sparsity_auto": True},
+        {"average_checkpoints": 2},
+    ],
+)
+def test_what_chooses_without_tuning_takes_no_test_rows_either(content, chooses):
+    del content["methods"]["full"]["tune"]
+    content["evaluation"]["heldout"]["dataset_name"] = content["data"]["sums"]["dataset_name"]
+    parse_recipe(content)  # full fine-tuning chooses nothing but a checkpoint
+    content["methods"]["choosing"] = {"method": "full", "from": "full", "max_steps": 2} | chooses
+    with pytest.raises(UserError, match=r"'choosing' would be chosen on rows of .*, which evaluation reports on"):
+        plan_of(content)
+
+
+def test_two_splits_of_one_data_set_are_other_rows(content):
+    content["data"]["sums"] |= {"dataset_name": "openai/gsm8k"}
+    content["evaluation"]["heldout"] = {"dataset_name": "openai/gsm8k", "dataset_eval_split": "test"}
+    check_test_rows(parse_recipe(content))
+    content["evaluation"]["heldout"] = {"dataset_name": "openai/gsm8k", "eval_split_size": 16}
+    with pytest.raises(UserError, match="would be tuned on rows of 'openai/gsm8k', which evaluation reports on"):
+        check_test_rows(parse_recipe(content))
 
 
 def test_a_tuned_study_runs_in_stages_and_resumes(content, tmp_path, capsys, in_process):
@@ -493,6 +550,28 @@ def test_controls_of_the_masks_that_are_named(content):
         parse_recipe(content | {"controls": ["full"]})
 
 
+def test_a_cycle_of_masks_and_weights_runs_each_from_the_one_before(content, tmp_path, in_process):
+    content |= {"seeds": [0]}
+    del content["methods"]["full"]["tune"]
+    content["methods"] |= {
+        "dsd": {"method": "dsd", "from": "full", "start_mask": "mask", "max_steps": 2},
+        "second mask": {"method": "mask", "from": "dsd", "max_steps": 2},
+        "second weights": {"method": "full", "from": "dsd", "start_mask": "second mask", "max_steps": 2},
+    }
+    file, folder = tmp_path / "study.yaml", tmp_path / "study"
+    file.write_text(yaml.safe_dump(content))
+    assert main(["study", str(file), "--output_dir", str(folder)]) == 0
+    assert len(list(folder.glob(f"{files.RESULTS}/*/{files.RESULT}"))) == 5
+
+    def losses(name):
+        (record,) = folder.glob(f"{files.RUNS}/{name}-*/{files.TRAINING}")
+        return json.loads(record.read_text())["summary"]
+
+    for mask, weights in (("mask", "dsd"), ("second_mask", "second_weights")):
+        assert losses(weights)["start_loss"] == pytest.approx(losses(mask)["best_loss"], abs=1e-5)
+        assert losses(weights)["start_loss"] != pytest.approx(losses("full")["best_loss"], abs=1e-5)
+
+
 def test_a_study_with_standard_controls_runs_to_its_end(content, tmp_path, in_process):
     content |= {"seeds": [0], "controls": "standard"}
     content["methods"]["mask"]["mask_layers_to_transform"] = [1]
@@ -528,11 +607,13 @@ def test_a_mistake_in_what_follows_a_mask_is_one_line(content, method, message):
         plan_of(content)
 
 
-def test_earlier_abilities_are_measured_beside_the_gain(content, data, tmp_path, in_process):
+def test_earlier_abilities_are_measured_beside_the_gain(content, tmp_path, in_process):
     content |= {"seeds": [0], "methods": {"base": {"method": "pretrained"}}}
     content["methods"]["full"] = {"method": "full", "max_steps": 2}
     content["methods"]["mixed"] = {"method": "interpolate", "from": "full", "combine_values": [0.25, 1.0]}
-    content["evaluation"]["before"] = {"sums": {"dataset_name": str(data), "eval_split_size": 8}}
+    earlier = tmp_path / "earlier.jsonl"
+    earlier.write_text("\n".join(json.dumps({"prompt": f"{n}+8=", "completion": f"{n + 8}"}) for n in range(80, 90)))
+    content["evaluation"]["before"] = {"sums": {"dataset_name": str(earlier), "eval_split_size": 8}}
     file, folder = tmp_path / "study.yaml", tmp_path / "study"
     file.write_text(yaml.safe_dump(content))
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0

@@ -200,8 +200,8 @@ def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path
         ),
         ({"mask_preset": "recommended", "mask_rank_by": "signed"}, "preset 'recommended' sets rank_by='abs'"),
         (
-            {"mask_preset": "recommended", "mask_sparsity": 0.1},
-            "preset 'recommended' sets sparsity=0.3, but sparsity=0.1",
+            {"mask_preset": "recommended", "mask_sparsity": 0.3},
+            "preset 'recommended' sets sparsity=0.1, but sparsity=0.3",
         ),
         (
             {"mask_preset": "deletion_tuning", "mask_selection": "topk"},

@@ -92,7 +92,7 @@ def test_every_method_trains_and_saves_what_loads(method, arguments, base, tmp_p
         assert isinstance(PeftModel.from_pretrained(plain, out), PeftModel)
     if method in ("random_mask", "l1_mask", "wanda_mask", "mask"):
         masks = MaskSet.from_adapter(out)
-        assert all(int((~m).sum()) == round(0.3 * m.numel()) for m in masks.values()) and len(masks) == 21
+        assert all(int((~m).sum()) == round(0.1 * m.numel()) for m in masks.values()) and len(masks) == 21
     else:
         assert set(heldout_losses(out)) == {0, 2, 4}
 
@@ -516,19 +516,26 @@ def test_bfloat16_is_the_default_where_the_processor_multiplies_it(has_instructi
 
 
 @pytest.mark.parametrize(
-    ("words", "sparsity", "rate"),
+    ("words", "sparsity", "start", "rate"),
     [
-        ([], 0.3, 1e-2),
-        (["--method", "random_mask"], 0.3, 2e-5),
-        (["--mask_preset", "paper"], 0.1, 1e-2),
-        (["--mask_sparsity", "0.1", "--learning_rate", "1e-4"], 0.1, 1e-4),
-        (["--method", "full"], 0.3, 2e-5),
+        ([], 0.1, "magnitude", 3e-4),
+        (["--mask_preset", "recommended"], 0.1, "magnitude", 3e-4),
+        (["--method", "random_mask"], 0.1, "magnitude", 2e-5),
+        (["--mask_preset", "paper"], 0.1, "normal", 1e-2),
+        (["--mask_sparsity", "0.3", "--learning_rate", "1e-4"], 0.3, "magnitude", 1e-4),
+        (["--mask_init_scores", "normal"], 0.1, "normal", 1e-2),
+        (["--mask_init_scores", "wanda"], 0.1, "wanda", 3e-4),
+        (["--mask_selection", "logit", "--mask_init_value", "0.1"], 0.1, "normal", 1e-2),
+        (["--mask_selection", "logit", "--mask_init_value", "0.1", "--mask_init_scores", "wanda"], 0.1, "wanda", 1e-2),
+        (["--mask_preset", "deletion_tuning"], 0.1, "wanda", 1e-2),
+        (["--mask_removed_value", "base", "--mask_removed_value_model", "any"], 0.1, "normal", 1e-2),
+        (["--method", "full"], 0.1, "magnitude", 2e-5),
     ],
 )
-def test_the_recommended_mask_is_the_default(words, sparsity, rate):
+def test_the_recommended_mask_is_the_default(words, sparsity, start, rate):
     config = parse(["--model_name_or_path", "any", "--dataset_name", "any", *words])
     made = mask_config(config.mask)
-    assert (made.sparsity, config.training.learning_rate) == (sparsity, rate)
+    assert (made.sparsity, made.init_scores, config.training.learning_rate) == (sparsity, start, rate)
     if not words:
         recommended = MaskConfig(preset="recommended")
         assert all(getattr(made, name) == getattr(recommended, name) for name in PRESETS["recommended"])

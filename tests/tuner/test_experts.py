@@ -1,6 +1,7 @@
 """Masks of experts that are fused into 3-D parameters: one mask for each expert's matrix."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -68,6 +69,27 @@ def test_each_expert_has_a_mask_of_exact_size(model):
         with peft.disable_adapter():
             assert torch.equal(peft(token_ids()).logits, plain(token_ids()).logits)
         assert torch.equal(found, set_to_masks(plain, masks)(token_ids()).logits)
+
+
+def test_experts_in_another_form_are_left_out_with_a_warning():
+    """Those of DBRX lie in matrices, one expert below the other."""
+    sizes = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 96, "pad_token_id": 0}
+    parts = {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    }
+    dbrx = transformers.DbrxForCausalLM(transformers.DbrxConfig(**sizes, **parts))
+    numel = 2 * 3 * 4 * 24 * 32  # layers, parameters, experts
+    with pytest.warns(UserWarning, match=rf"maskft cannot mask are left out: DbrxExpertGLU \({numel:,} weights\)"):
+        names = current_masks(get_peft_model(dbrx, MaskConfig()))
+    assert names and not any("experts" in name for name in names)
+
+
+def test_experts_that_are_masked_or_not_asked_for_are_no_warning(model):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="experts in a form")
+        get_peft_model(copy.deepcopy(model), MaskConfig()).add_adapter("second", MaskConfig())
+        get_peft_model(model, MaskConfig(target_modules=["q_proj"]))
 
 
 def test_one_pool_for_all_experts(model):

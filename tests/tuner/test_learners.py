@@ -100,6 +100,10 @@ LEARNERS = [
     {"selection": "hard_concrete", "init_value": 0.5, "price": 3.0},
     {"selection": "topk", "sparsity": 0.3, "sparsity_ramp": 0.8},
 ]
+CUT = [
+    {"selection": "threshold", "threshold": 0.01},
+    {"selection": "threshold", "threshold": -0.01, "rank_by": "signed"},
+]
 
 
 def naive_gate(config, scores, noise, progress):
@@ -115,6 +119,9 @@ def naive_gate(config, scores, noise, progress):
     if config.selection == "hard_concrete":
         gate = (torch.sigmoid((scores + noise) / (2 / 3)) * 1.2 - 0.1).clamp(0, 1)
         return gate, (1 - torch.sigmoid(scores - 2 / 3 * math.log(0.1 / 1.1))).mean()
+    if config.selection == "threshold":
+        keys = scores.abs() if config.rank_by == "abs" else scores
+        return (keys >= config.threshold).float() + keys - keys.detach(), torch.zeros(())
     removed = round(0.3 * (1 - (1 - progress / 0.8) ** 3) * scores.numel())
     mask = torch.ones(scores.numel())
     mask[scores.abs().flatten().argsort(stable=True)[:removed]] = 0
@@ -123,7 +130,7 @@ def naive_gate(config, scores, noise, progress):
 
 @pytest.mark.parametrize("removed_value", ["zero", "base"])
 @pytest.mark.parametrize("conv1d", [False, True])
-@pytest.mark.parametrize("settings", LEARNERS, ids=str)
+@pytest.mark.parametrize("settings", LEARNERS + CUT, ids=str)
 def test_layer_output_and_gradients_are_those_of_autograd_through_the_formula(settings, conv1d, removed_value):
     layer, progress = make_layer(conv1d=conv1d, **settings).train(), 0.25
     config, scores, weight = layer.mask_configs["default"], layer.mask_scores["default"], layer.weight
@@ -336,6 +343,9 @@ def test_bases_that_cannot_be(base, tmp_path):
         get_peft_model(tiny.tiny_llama(intermediate_size=64), of_base(base))
     with pytest.raises(UserError, match=r"has another architecture: .* there no such layer"):
         get_peft_model(tiny.tiny_gpt2(), of_base(base))
+    tiny.tiny_llama().save_pretrained(tmp_path / "itself")
+    with pytest.raises(UserError, match=r"itself' has the weights of the model itself, .*; name the model before"):
+        get_peft_model(tiny.tiny_llama(), of_base(str(tmp_path / "itself")))
     get_peft_model(tiny.tiny_llama(), of_base(base)).save_pretrained(tmp_path / "adapter")
     tiny.tiny_llama(seed=4).save_pretrained(base)
     with pytest.raises(UserError, match=r"removed_value_model .* has other weights than the mask was trained with"):

@@ -504,6 +504,55 @@ def test_a_tied_weight_is_not_trained_in_one_of_its_places(name):
         get_peft_model(tiny.tiny_llama(tie_word_embeddings=True), config)
 
 
+def test_a_weight_shared_by_two_layers_is_refused():
+    """Also where one of them alone is masked: merging would write into both."""
+
+    def sharing(attribute):
+        model = tiny.tiny_llama()
+        for kind in ("q_proj", "o_proj"):
+            one, other = (layer.self_attn for layer in model.model.layers[:2])
+            if attribute == "weight":
+                getattr(other, kind).weight = getattr(one, kind).weight
+            else:
+                setattr(other, kind, getattr(one, kind))
+        return model
+
+    both = r"model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj share one weight, .*: q_proj, o_proj$"
+    for attribute in ("weight", "module"):
+        with pytest.raises(UserError, match=both):
+            get_peft_model(sharing(attribute), MaskConfig())
+    for layer in (0, 1):
+        with pytest.raises(UserError, match=both):
+            get_peft_model(sharing("weight"), MaskConfig(layers_to_transform=[layer]))
+    model = get_peft_model(sharing("weight"), MaskConfig(exclude_modules=["q_proj", "o_proj"]))
+    assert len(current_masks(model)) == 3 * 5
+    with pytest.raises(UserError, match=both):  # a second adapter, over layers that are wrapped
+        model.add_adapter("second", MaskConfig())
+
+
+def test_a_block_that_is_used_again_has_one_mask():
+    plain = tiny.tiny_llama()
+    plain.model.layers[1].mlp = plain.model.layers[0].mlp
+    before = logits(plain)
+    model = get_peft_model(plain, MaskConfig(sparsity=0.3, target_modules=["up_proj"], layers_to_transform=[0]))
+    model.add_adapter("second", MaskConfig(target_modules=["up_proj"], layers_to_transform=[0]))
+    assert set(current_masks(model)) == {"model.layers.0.mlp.up_proj"}
+    masked = logits(model.eval())
+    merged = model.merge_and_unload()
+    assert merged.model.layers[1].mlp is merged.model.layers[0].mlp
+    assert torch.equal(logits(merged), masked) and not torch.equal(masked, before)
+
+
+def test_blocks_that_zamba_repeats_are_left_out_by_name():
+    sizes = {"num_key_value_heads": 4, "mamba_d_state": 8, "n_mamba_heads": 2, "attention_hidden_size": 64}
+    every_second = {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1}
+    zamba = tiny.decoder(transformers.ZambaConfig, transformers.ZambaForCausalLM, **sizes, **every_second)
+    with pytest.raises(UserError, match=r"shared_transf.self_attn.q_proj share one weight, .*: q_proj, k_proj, v_proj"):
+        get_peft_model(zamba, MaskConfig())
+    masks = current_masks(get_peft_model(zamba, MaskConfig(exclude_modules=r".*\.shared_transf\..*")))
+    assert masks and not any("shared_transf" in name for name in masks)
+
+
 class Halved(nn.Linear):
     """As transformers has them: a linear layer by its class, another map by its forward."""
 

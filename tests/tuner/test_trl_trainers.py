@@ -92,7 +92,7 @@ def trainer_of(kind, model, folder, **changes):
 
 
 def teacher(student):
-    return tiny.tiny_llama(vocab_size=student.config.vocab_size, seed=1).requires_grad_(False)
+    return tiny.tiny_llama(vocab_size=student.config.vocab_size, seed=1)
 
 
 def load(base):
@@ -105,7 +105,10 @@ def scores(model):
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_trainer_learns_resumes_and_merges(kind, base, tmp_path):
-    """Killed after step 2 and resumed, the scores are bit for bit those of four steps; merged, so are the logits."""
+    """Killed after step 2 and resumed, the scores are bit for bit those of four steps; merged, so are the logits.
+
+    A teacher has no mask, and the weights that it had before.
+    """
     trainer = trainer_of(kind, load(base), tmp_path / "out", peft_config=mask())
     model = trainer.model
     start = scores(model)
@@ -113,6 +116,10 @@ def test_a_trainer_learns_resumes_and_merges(kind, base, tmp_path):
     trainer.train()
     trained = scores(model)
     assert all(not torch.equal(trained[name], start[name]) for name in start)
+    if kind in ("distillation", "gkd"):
+        before, after = teacher(model).state_dict(), trainer.teacher_model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
 
     again = trainer_of(kind, load(base), tmp_path / "out", peft_config=mask())
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))

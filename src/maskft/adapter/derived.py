@@ -33,6 +33,7 @@ _OF_THE_BASE = (
     "removed_value_model",
     "removed_value_fingerprint",
     "base_fingerprint",
+    "base_quantisation",
     "verify_base",
 )
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -58,7 +59,8 @@ def read_alike(folders: Sequence[str | Path]) -> list[dict[str, Tensor]]:
     """Coded masks of adapter folders that are over one base; see ``read_coded``.
 
     Raises:
-        UserError: If one is no mask, or two differ in base, modules, shapes or in what removed weights become.
+        UserError: If one is no mask, or two differ in base, how it was held, modules, shapes or what removed weights
+            become.
     """
     configs, coded = [read_config(folder) for folder in folders], [read_coded(folder) for folder in folders]
     for folder, config, masks in zip(folders[1:], configs[1:], coded[1:], strict=True):
@@ -80,6 +82,12 @@ def _check_alike(
         if shapes[0] != shapes[1]:
             raise UserError(f"{both} are over other bases: {name} is {shapes[0]} and {shapes[1]}")
     bases = [(each.base_fingerprint or "").partition(":")[0] for each in (config, its_config)]
+    held = [each.base_quantisation or "float" for each in (config, its_config)]
+    if all(bases) and held[0] != held[1]:
+        raise UserError(
+            f"{both} were learned on base weights held as {held[0]} and as {held[1]}; combine masks learned on weights "
+            "held alike"
+        )
     if all(bases) and bases[0] != bases[1]:
         raise UserError(
             f"{both} are over other base weights (fingerprints {bases[0][:12]} and {bases[1][:12]}); combine masks of "

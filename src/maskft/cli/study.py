@@ -149,15 +149,16 @@ def _check_run(planned: StudyRun) -> None:
 
 
 def _check_tuned_rows(plan: Plan, reported: list[dict]) -> None:
-    """Refuse to tune on rows of files whose prompts are among those that the study reports on."""
+    """Refuse to tune or choose on rows of files whose prompts are among those that the study reports on."""
     from ..data import load_splits
     from ..data.splits import prompt_digest
     from ..study.search_recipe import OF_DATA
-    from ..study.tuning import data_sets
+    from ..study.tuning import data_sets, how_chosen
 
     digests, seen = {prompt_digest(row) for row in reported}, set()
     for planned in plan.runs:
-        if planned.tried is None:
+        verb = how_chosen(planned.method, planned.options)
+        if verb is None:
             continue
         of_data = repr(sorted((name, value) for name, value in planned.options.items() if name in OF_DATA))
         if of_data in seen:
@@ -171,7 +172,7 @@ def _check_tuned_rows(plan: Plan, reported: list[dict]) -> None:
         number = sum(prompt_digest(row) in digests for row in heldout)
         if number:
             raise UserError(
-                f"method {planned.method.name!r} would be tuned on {len(heldout):,} held-out rows, and evaluation "
+                f"method {planned.method.name!r} would be {verb} on {len(heldout):,} held-out rows, and evaluation "
                 f"reports on the prompts of {number:,} of them; hold out other rows, or take these out of the test"
             )
 

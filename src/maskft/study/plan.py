@@ -103,12 +103,13 @@ class StudyRun:
     @property
     def num_tried(self) -> int:
         """Settings, or drawn masks, of which this is the best on held-out rows; 0: nothing was chosen."""
+        elsewhere = self.method.tuned_elsewhere or 0
         if self.tuned:
-            return self.tuned.num_settings
+            return self.tuned.num_settings + elsewhere
         if self.method.method in COMBINED_METHODS:
             return len(_as_list(self.options.get("combine_values", COMBINED_METHODS[self.method.method])))
         drawn = self.options.get("num_candidates", 1)
-        return drawn if drawn > 1 else 0
+        return drawn if drawn > 1 else elsewhere
 
     @property
     def labels(self) -> dict[str, str]:

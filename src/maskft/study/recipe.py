@@ -175,6 +175,7 @@ class Method(SectionWithOptions):
     start_mask: str | None = None  # the mask after which all weights of `from` train
     keep_mask: str | None = None  # the mask whose removed weights of `from` stay zero while the others train
     tune: Tuning | None = None
+    tuned_elsewhere: Count | None = None  # settings that an earlier study tried, whose choice stands in the options
     data: str | None = None  # None: the recipe's first
     last: str | None = None  # name of the model at the end of training beside the best one; None: not kept
     seeds: Seeds | None = None  # None: those of the study

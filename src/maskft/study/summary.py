@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .. import files
 from ..errors import UserError
@@ -46,7 +46,8 @@ def summarise(study: Study, plan: Plan, is_brief: bool = False) -> str:
         text, table, record = _of_one_model(results, study.recipe, is_brief)
         notes += unchanged_notes(results)
         tunings = [tuned for tuned in plan.tunings if tuned.trials[0].runs[0].model == model and tuned.is_settled]
-        notes += [f"Tuned: {tuned}." for tuned in tunings] + more_tuned_than_controls(tunings)
+        notes += [f"Tuned: {tuned}." for tuned in tunings]
+        notes += more_tuned_than_controls(tunings, study.recipe.methods.values())
         num_tried = {label: run.num_tried for run in plan.runs if run.model == model for label in run.labels.values()}
         texts.append(text if is_brief else "\n".join([f"{name}\n{text}", *map(wrap, notes)]))
         markdown += [f"## {name}", "", table, _accounts(results, num_tried), "", *(f"- {note}" for note in notes), ""]
@@ -59,24 +60,35 @@ def summarise(study: Study, plan: Plan, is_brief: bool = False) -> str:
     return "\n".join(texts)
 
 
-def more_tuned_than_controls(tunings: Sequence[Tuned]) -> list[str]:
-    """A note for each mask that was tried in more settings than every training of all weights from its start was."""
-    methods = [(tuned.method, tuned.num_settings) for tuned in tunings]
+def more_tuned_than_controls(tunings: Sequence[Tuned], methods: Iterable[Method]) -> list[str]:
+    """A note for each mask that was tried in more settings than its restart, or the refit of a random mask, was.
+
+    Args:
+        tunings: What was tuned.
+        methods: All methods of the recipe.
+    """
+    by_name = {method.name: method for method in methods}
+    tried = {name: method.tuned_elsewhere or 1 for name, method in by_name.items()}
+    tried |= {t.method.name: t.num_settings + (t.method.tuned_elsewhere or 0) for t in tunings}
+    full = [method for method in by_name.values() if method.method == "full"]
+    fits_all = [method for method in full if method.keep_mask is None and "partial_layers" not in method.options]
     notes = []
-    for method, number in methods:
-        of_all = [n for other, n in methods if _trains_all(other) and other.start == method.start]
-        if method.method != "mask" or method.start is None or number <= max(of_all, default=1):
-            continue
-        times = f"over {max(of_all)}" if of_all else "not at all"
-        notes.append(
-            f"Note: {method.name} was tuned over {number} settings, training all weights of {method.start} again "
-            f"{times}: give the latter as many before comparing the two."
-        )
-    return list(dict.fromkeys(notes))  # a grid has one for each of its values
-
-
-def _trains_all(method: Method) -> bool:
-    return method.method == "full" and method.keep_mask is None and "partial_layers" not in method.options
+    for mask in (method for method in by_name.values() if method.method == "mask" and method.start):
+        of_start = [method for method in fits_all if method.start == mask.start]
+        # Controls of their own: neither was tuned by tuning the other. What follows a learned mask is no control.
+        restarts = [tried[m.name] for m in of_start if m.start_mask is None]
+        refits = [tried[m.name] for m in of_start if m.start_mask and by_name[m.start_mask].method != "mask"]
+        for number, what in (
+            (max(restarts, default=1), f"training all weights of {mask.start} again"),
+            (max(refits, default=tried[mask.name]), f"the refit of {mask.start} after random damage"),
+        ):
+            if number < tried[mask.name]:
+                times = f"over {number}" if number > 1 else "not at all"
+                notes.append(
+                    f"Note: {mask.name} was tuned over {tried[mask.name]} settings, {what} {times}: give the latter as "
+                    "many before comparing the two."
+                )
+    return notes
 
 
 def _of_one_model(results: list[Result], recipe: Recipe, is_brief: bool) -> tuple[str, str, dict]:

@@ -69,6 +69,7 @@ class Tuned:
     trials: list[Trial]
     winner: Trial  # while not settled: a guess
     is_settled: bool
+    still_gains: bool = False  # doubling ended at its limit, not because it gained too little
 
     @property
     def stage(self) -> int:
@@ -99,12 +100,15 @@ class Tuned:
             "num_runs": sum(len(trial.runs) for trial in self.trials),
             "trials": trials,
             "winner": self.winner.settings if self.is_settled else None,
+            "still_gains": self.still_gains,
         }
 
     def __str__(self) -> str:
         """E.g. ``full: learning_rate=0.003 is the best of 4 settings on held-out rows``."""
         name, how = self.trials[0].runs[0].name, " (successive halving)" if self.method.tune.halving else ""
-        return f"{name}: {settings_text(self.winner.settings)} is the best of {self.num_settings} on held-out rows{how}"
+        best = f"{name}: {settings_text(self.winner.settings)} is the best of {self.num_settings} on held-out rows{how}"
+        more = f"; it still gained when {self.method.tune.double} had been doubled {MAX_DOUBLINGS} times, give it more"
+        return best + (more if self.still_gains else "")
 
 
 def settings_text(settings: Options) -> str:
@@ -156,10 +160,17 @@ def tune(
     assert method.tune is not None
     if own.get("eval_strategy") == "no":
         raise UserError(f"method {method.name!r}: tune chooses by held-out loss, and eval_strategy is no; drop that")
+    if own.get("mask_sparsity_auto"):
+        raise UserError(
+            f"method {method.name!r}: tune compares losses at the size that is trained, and mask_sparsity_auto changes "
+            "it afterwards, on half of the same rows; drop one of them"
+        )
     stages, grid = _Stages(runs_of, look), _grid(method, own, parent)
     winner = _halve(stages, method, own, grid) if method.tune.halving else stages.best(stages.add(grid))
-    winner = _double(stages, method, own, winner) if method.tune.double else winner
-    return Tuned(method, stages.trials, winner, stages.is_settled)
+    still_gains = False
+    if method.tune.double:
+        winner, still_gains = _double(stages, method, own, winner)
+    return Tuned(method, stages.trials, winner, stages.is_settled, still_gains)
 
 
 def _grid(method: Method, own: Options, parent: Options) -> list[Options]:
@@ -223,16 +234,20 @@ def _whole(method: Method, own: Options) -> float:
     return _amount(method, own, resource, "halve")
 
 
-def _double(stages: _Stages, method: Method, own: Options, winner: Trial) -> Trial:
-    """The winner, or what it becomes with twice as much, as long as that gains more than its standard error."""
+def _double(stages: _Stages, method: Method, own: Options, winner: Trial) -> tuple[Trial, bool]:
+    """The winner, or what it becomes with twice as much, as long as that gains more than its standard error.
+
+    Returns:
+        It, and whether the last doubling that is allowed still gained.
+    """
     option = method.tune.double
     for _ in range(MAX_DOUBLINGS):
         amount = _amount(method, own | winner.settings, option, "double")
         (trial,) = stages.add([winner.settings | {option: 2 * amount}])
         if not stages.is_settled or not _gains(winner, trial):
-            break
+            return winner, False
         winner = trial
-    return winner
+    return winner, True
 
 
 def _amount(method: Method, options: Options, option: str, what: str) -> float:
@@ -265,37 +280,56 @@ def _finite(loss: float | None) -> float | None:
     return loss if loss is not None and math.isfinite(loss) else None
 
 
+def how_chosen(method: Method, options: Options) -> str | None:
+    """``tuned`` or ``chosen`` where held-out rows choose more of a method than its checkpoint, None where they do not.
+
+    Args:
+        method: The method.
+        options: Its options of ``maskft train``, those of all methods included.
+    """
+    if method.tune is not None:
+        return "tuned"
+    counts = (_number(options.get(name)) or 1 for name in ("num_candidates", "average_checkpoints"))
+    chooses = method.method in ("interpolate", "dare") or options.get("mask_sparsity_auto") or max(counts) > 1
+    return "chosen" if chooses else None
+
+
 def check_test_rows(recipe: Recipe) -> None:
-    """Refuse to tune on rows that the study reports on."""
+    """Refuse to tune or choose on rows that the study reports on."""
     reported = {}
     for evaluated in (recipe.evaluation, *recipe.before.values()):
-        reported |= data_sets(evaluated.get("dataset_name"))
+        reported |= data_sets(evaluated.get("dataset_name"), _reported_split(evaluated))
     for method in recipe.methods.values():
-        if method.tune is None:
+        data = recipe.data[method.data or next(iter(recipe.data))].options | recipe.train | method.options
+        verb = how_chosen(method, data)
+        if verb is None:
             continue
-        data = recipe.data[method.data or next(iter(recipe.data))].options | method.options
         name = data.get("eval_dataset_name")
-        chosen = data_sets(name or data.get("dataset_name"))
+        split = data.get("dataset_eval_split") or ("test" if name and not Path(name).is_file() else None)
+        chosen = data_sets(name or data.get("dataset_name"), split or data.get("dataset_train_split") or "train")
         same = next((chosen[key] for key in chosen if key in reported), None)
         if same is not None:
             raise UserError(
-                f"method {method.name!r} would be tuned on rows of {same!r}, which evaluation reports on; hold out "
+                f"method {method.name!r} would be {verb} on rows of {same!r}, which evaluation reports on; hold out "
                 "rows of the training data (eval_split_size)"
             )
-        split = data.get("dataset_eval_split") or ("test" if name and not Path(name).is_file() else None)
         if split == "test":
             raise UserError(
-                f"method {method.name!r} would be tuned on the split 'test' of {name or data.get('dataset_name')!r}; "
+                f"method {method.name!r} would be {verb} on the split 'test' of {name or data.get('dataset_name')!r}; "
                 "hold out rows of the training data (eval_split_size)"
             )
 
 
-def data_sets(names: str | None) -> dict[str, str]:
-    """Identity -> name of each data set of a mixture: a file is its content."""
+def _reported_split(evaluated: Mapping[str, Any]) -> str:
+    return evaluated.get("dataset_eval_split") or evaluated.get("dataset_train_split") or "train"
+
+
+def data_sets(names: str | None, split: str = "train") -> dict[str, str]:
+    """Identity -> name of each data set of a mixture: a file is its content, one of the hub has splits."""
     found: dict[str, str] = {}
 
     def note(name: str) -> str:
-        found[digest_file(name) if Path(name).is_file() else name] = name
+        found[digest_file(name) if Path(name).is_file() else f"{name} {split}"] = name
         return name
 
     if isinstance(names, str):

@@ -6,6 +6,7 @@ import copy
 import math
 import platform
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,8 @@ from trl import ModelConfig, SFTConfig
 
 from ..data.arguments import DataArguments
 from ..errors import UserError
-from .method_arguments import MaskArguments, MethodArguments
+from ..tuner.config import DATA_STARTS
+from .method_arguments import MaskArguments, MethodArguments, default_start
 
 
 def _default(name: str, value: Any) -> Any:
@@ -29,7 +31,10 @@ class TrainingArguments(SFTConfig):
     output_dir: str | None = _default("output_dir", "runs/mask")
     learning_rate: float | None = field(  # type: ignore[assignment]  # `TrainConfig` knows the method, and sets it
         default=None,
-        metadata={"help": "Highest learning rate, 0 or more. Default: 0.01 for mask, of scores; else 2e-05."},
+        metadata={
+            "help": "Highest learning rate, 0 or more. Default: for mask, of scores, 3e-4 where they start in an "
+            "order (as of the smallest weights), else 0.01; for other methods 2e-05."
+        },
     )
     eval_strategy: str = _default("eval_strategy", "steps")
     eval_steps: float | None = _default("eval_steps", 0.1)
@@ -122,9 +127,18 @@ def multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def default_learning_rate(method: str) -> float:
-    """Highest rate of a method where none is given: of scores a starting point (try 3e-3 too), else TRL's."""
-    return 1e-2 if method == "mask" else SFTConfig.learning_rate
+def default_learning_rate(method: str, options: Mapping[str, Any]) -> float:
+    """Highest rate of a method where none is given: of scores a starting point, else TRL's.
+
+    Args:
+        method: Name of the method.
+        options: The mask's options, as of `default_start`.
+    """
+    if method != "mask":
+        return SFTConfig.learning_rate
+    start = options.get("mask_init_scores") or default_start(options)
+    is_topk = options.get("mask_selection", "topk") == "topk" and options.get("mask_preset") != "deletion_tuning"
+    return 3e-4 if is_topk and start in ("magnitude", *DATA_STARTS) else 1e-2
 
 
 @dataclass(frozen=True)
@@ -139,7 +153,7 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.training.learning_rate is None:
-            self.training.learning_rate = default_learning_rate(self.method.method)
+            self.training.learning_rate = default_learning_rate(self.method.method, vars(self.mask))
         averaged, limit = self.method.average_checkpoints, self.training.save_total_limit
         if averaged > 1 and limit:
             self.training.save_total_limit = max(limit, averaged + 1)  # and the best one

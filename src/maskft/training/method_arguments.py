@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any
 
 from ..errors import UserError
+from ..masking import ScoreStart
 from ..tuner.config import PRESETS, MaskConfig, refuse_contradictions
 
 ADAPTER = "default"  # the name PEFT gives an adapter, of which a run has one
@@ -41,7 +43,7 @@ _MASK_TYPES = {
     "threshold": float,
     "scope": str,
     "rank_by": str,
-    "init_scores": str,
+    "init_scores": str | None,
     "init_std": float,
     "init_value": float,
     "seed": int,
@@ -57,6 +59,7 @@ def _config_field(name: str) -> str:
     return "mask_seed" if name == "seed" else name
 
 
+_DECIDED = ("sparsity", "init_scores")  # None: as the preset says, without one as recommended
 _CONFIG_FIELDS = {f.name: f for f in fields(MaskConfig)}
 _DEFAULTS = {name: spec.default for name, spec in _CONFIG_FIELDS.items()}
 
@@ -67,7 +70,7 @@ MaskArguments = make_dataclass(
             f"mask_{name}",
             kind,
             field(
-                default=None if name == "sparsity" else _CONFIG_FIELDS[_config_field(name)].default,
+                default=None if name in _DECIDED else _CONFIG_FIELDS[_config_field(name)].default,
                 metadata={"help": _CONFIG_FIELDS[_config_field(name)].metadata["help"].replace("%", "%%")},
             ),
         )
@@ -210,6 +213,20 @@ class MethodArguments:
             self.method = "full"
 
 
+def default_start(options: Mapping[str, Any]) -> ScoreStart:
+    """Where scores start if ``mask_init_scores`` is not given: as the preset says, without one as is recommended.
+
+    Args:
+        options: The mask's options, ``mask_preset`` and so on; what is missing stands at its default.
+    """
+    is_cut_at_rank = options.get("mask_selection", "topk") == "topk"
+    if options.get("mask_preset"):
+        return PRESETS.get(str(options["mask_preset"]), {}).get("init_scores", "normal")
+    # A small weight is no small change, which is what a difference mask takes back; and what is cut at 0 has no rank.
+    is_plain = is_cut_at_rank and options.get("mask_removed_value", "zero") == "zero"
+    return PRESETS["recommended"]["init_scores"] if is_plain else "normal"
+
+
 def check_preset(arguments: MaskArguments, given: Collection[str]) -> None:
     """Refuse what contradicts the preset that is named, also where it is a default that was written out.
 
@@ -227,9 +244,10 @@ def check_preset(arguments: MaskArguments, given: Collection[str]) -> None:
 def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:
     """Build the tuner's configuration from flat arguments."""
     values = {_config_field(name): getattr(arguments, f"mask_{name}") for name in _MASK_TYPES}
-    # What stands at its default contradicts no preset, see check_preset; of the share, None says that none was given.
-    values = {name: value for name, value in values.items() if value != _DEFAULTS.get(name) or name == "sparsity"}
-    if values["sparsity"] is None:  # of the preset that is named; without one the mask is the recommended one
-        del values["sparsity"]
-        values |= {} if arguments.mask_preset else {"sparsity": PRESETS["recommended"]["sparsity"]}
+    # What stands at its default contradicts no preset, see check_preset; None says that nothing was given.
+    decided = {name: values.pop(name) for name in _DECIDED}
+    values = {name: value for name, value in values.items() if value != _DEFAULTS.get(name)}
+    if not arguments.mask_preset:
+        values |= {"sparsity": PRESETS["recommended"]["sparsity"], "init_scores": default_start(vars(arguments))}
+    values |= {name: value for name, value in decided.items() if value is not None}
     return MaskConfig(task_type="CAUSAL_LM", **{**values, **overrides})

@@ -25,7 +25,7 @@ from .arguments import TrainConfig, TrainingArguments
 from .method_arguments import ADAPTER, OBJECTIVES, MethodArguments
 from .trainer import MaskTrainer
 
-# Shares that mask_sparsity_auto measures, all from the scores of one training.
+# Shares that mask_sparsity_auto measures beside the one that was trained, all from the scores of one training.
 BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 MIN_ROWS = 2  # of a paired interval
 # What an adapter that removes nothing still says: which layers it is for, and of which model.
@@ -231,7 +231,7 @@ def choose_sparsity(model, rows: Dataset, meter: RowMeter, parent: RowLosses) ->
         What was measured, smallest first.
     """
     losses = {0.0: mean_nll(parent)}
-    for sparsity in BUDGETS[1:]:
+    for sparsity in sorted({*BUDGETS[1:], model.peft_config[ADAPTER].sparsity}):
         set_sparsity(model, sparsity)
         losses[sparsity] = mean_nll(meter(rows))
     finite = {sparsity: loss for sparsity, loss in losses.items() if math.isfinite(loss)}

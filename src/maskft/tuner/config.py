@@ -30,14 +30,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "init_std": 0.02,
         "sparsity": 0.1,
     },
-    # A starting point, on all layers and at learning rate 1e-2 (try 3e-3 too) with steps enough: docs/learners.md.
+    # A starting point, on all layers and at learning rate 3e-4: docs/learners.md.
     "recommended": {
         "selection": "topk",
         "scope": "matrix",
         "rank_by": "abs",
-        "init_scores": "normal",
+        "init_scores": "magnitude",
         "init_std": 0.02,
-        "sparsity": 0.3,
+        "sparsity": 0.1,
     },
     # Bit-Mask Tuning (https://openreview.net/forum?id=JnfolztAV3): one logit per weight of the gate projections, a hard
     # forward pass, a start in Wanda's order, a sharpness that rises, a free budget (below 0.05 % in the end). Its
@@ -189,9 +189,10 @@ class MaskConfig(PeftConfig):
     preset: str | None = field(
         default=None,
         metadata={
-            "help": "`paper`: topk, matrix, abs, normal(0, 0.02), sparsity 0.1. `recommended`: the same at sparsity "
-            "0.3, meant for all layers and learning rate 1e-2. `deletion_tuning`: logits of all gate_proj in Wanda's "
-            "order, sigmoid slope (Bit-Mask Tuning; init_std 0.02, init_value 0.04, sharpness 10 to 100 are ours)."
+            "help": "`paper`: topk, matrix, abs, normal(0, 0.02), sparsity 0.1. `recommended`: the same from the "
+            "smallest weights on, meant for all layers and learning rate 3e-4. `deletion_tuning`: logits of all "
+            "gate_proj in Wanda's order, sigmoid slope (Bit-Mask Tuning; init_std 0.02, init_value 0.04, sharpness 10 "
+            "to 100 are ours)."
         },
     )
     save_scores: bool = field(

@@ -18,7 +18,8 @@ def load_removed_values(config: MaskConfig, weights: Mapping[str, Tensor]) -> di
         weights: The weights that are masked, by module name.
 
     Raises:
-        UserError: If the model is missing, has another architecture, or is not the one the mask was trained with.
+        UserError: If the model is missing, has another architecture or the same weights, or is not the one the mask was
+            trained with.
     """
     from ..models import load_model  # not at import: the tuner is imported wherever PEFT is
     from .model import weights_fingerprint
@@ -45,6 +46,11 @@ def load_removed_values(config: MaskConfig, weights: Mapping[str, Tensor]) -> di
             f"removed_value_model {source!r} (fingerprint {fingerprint[:12]}) has other weights than the mask was "
             f"trained with ({str(config.removed_value_fingerprint)[:12]}); set removed_value_model in "
             "adapter_config.json to the right one"
+        )
+    if fingerprint == weights_fingerprint(weights.items()):
+        raise UserError(
+            f"removed_value_model {source!r} has the weights of the model itself, so nothing would change; "
+            "name the model before fine-tuning"
         )
     config.removed_value_fingerprint = fingerprint
     return values

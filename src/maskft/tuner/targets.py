@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -24,6 +26,7 @@ def resolve_targets(config: MaskConfig, model: nn.Module) -> None:
     """Put the names of the linear layers in the place of "all-linear", and check the whole request."""
     if config.target_modules in (None, "all-linear"):
         config.target_modules = sorted(maskable_names(model))
+        _warn_of_other_experts(model)
     check_targets(config, model)
 
 
@@ -42,6 +45,7 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
             f"{name} cannot be masked: {reason}; matched and maskable: {listed(maskable)}; matched and not maskable: "
             f"{listed(refused)}; name the linear layers you want in target_modules"
         )
+    _check_not_shared({name: modules[name] for name in matched}, model)
     fused = [name for name in matched if isinstance(modules[name], MaskedExperts) or is_fused(modules[name])]
     if fused and config.removed_value == "base":
         raise UserError(f"removed_value 'base' is not for fused experts; use 'zero', or leave out {listed(fused)}")
@@ -132,6 +136,42 @@ def _check_not_tied(config: MaskConfig, modules: Mapping[str, nn.Module], model:
                 f"modules_to_save names {entry!r}, whose weight is shared by {listed(tied)}; a copy of it could not be "
                 "merged: leave it out"
             )
+
+
+def _check_not_shared(targets: Mapping[str, nn.Module], model: nn.Module) -> None:
+    """Refuse to mask a weight that is in two places: merging writes there, so a mask of one place is one of all."""
+    # A block that is used again is one module under several names, and gets one mask: a place is a parent's attribute.
+    everywhere = dict(model.named_modules(remove_duplicate=False))
+    places: dict[int, dict[tuple[int, str], str]] = {}
+    for name, module in everywhere.items():
+        parent, _, attribute = name.rpartition(".")
+        for parameter in module.parameters(recurse=False):
+            place = id(everywhere[parent]), attribute
+            places.setdefault(id(parameter), {}).setdefault(place, name.removesuffix(".base_layer"))
+    shared = {
+        name: list(places[id(parameter)].values())
+        for name, module in targets.items()
+        for parameter in getattr(module, "base_layer", module).parameters(recurse=False)
+        if parameter.dim() > 1 and len(places[id(parameter)]) > 1
+    }
+    if shared:
+        leaves = dict.fromkeys(name.rpartition(".")[2] for name in shared)
+        raise UserError(
+            f"{listed(next(iter(shared.values())))} share one weight, so a mask of one would be merged into all; leave "
+            f"out every target that shares its weight, with exclude_modules or target_modules: {listed(leaves)}"
+        )
+
+
+def _warn_of_other_experts(model: nn.Module) -> None:
+    """Say which experts "all-linear" leaves out: neither linear layers nor fused in a way that is known here."""
+    weights: Counter[str] = Counter()
+    for module in model.modules():
+        kind = type(module).__name__
+        if "Expert" in kind and not isinstance(module, nn.Linear | Conv1D) and not is_fused(module):
+            weights[kind] += sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+    left_out = [f"{kind} ({count:,} weights)" for kind, count in weights.items() if count]
+    if left_out:
+        warnings.warn(f"experts in a form that maskft cannot mask are left out: {listed(left_out)}")
 
 
 def maskable_names(model: nn.Module) -> set[str]:
