@@ -288,10 +288,12 @@ class _Planner:
     ) -> str:
         """Hash of what decides a run's outcome."""
         named = options_identity(written_out(method.method, options))
+        # What other options decide has no default here; of the start, the published one is not named.
+        defaults = self.defaults | {"mask_init_scores": "normal"}
         settings = {
             "method": method.method,
             "model": model_identity(model),
-            "options": {k: v for k, v in named.items() if k not in self.defaults or v != plain(self.defaults[k])},
+            "options": {k: v for k, v in named.items() if k not in defaults or v != plain(defaults[k])},
             "start": start and start.hash,
             "match": match and match.hash,
             **{option: run.hash for option, run in masks.items()},
