@@ -21,6 +21,7 @@ from maskft import files
 from maskft.errors import UserError
 from maskft.results.compare import compare, scores
 from maskft.results.schema import BEFORE, Result, read_result
+from maskft.results.text import score_text
 
 
 def main(folders: list[Path], controls: list[str], fixed_seeds: bool = False) -> str:
@@ -48,10 +49,10 @@ def main(folders: list[Path], controls: list[str], fixed_seeds: bool = False) ->
     }
     lines = ["| model | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for name in names:
-        cells = [_score(reached[name, task, metric]) for metric in metrics]
+        cells = [score_text(reached[name, task, metric]) for metric in metrics]
         cells += [_difference(compared.get((control, name, metric))) for control in controls for metric in metrics]
         cells += [
-            _score(reached[name, other, metric])
+            score_text(reached[name, other, metric])
             for other in earlier
             for metric in results[0]["tasks"][other]["metrics"]
         ]
@@ -67,12 +68,6 @@ def _read(folder: Path) -> list[Result]:
     if not found:
         raise UserError(f"no results in {folder}: name a study's folder, or one with results (*.json.gz)")
     return [read_result(file) for file in found]
-
-
-def _score(score) -> str:
-    scale, digits = (100, 1) if score.unit == "fraction" else (1, 4)
-    error = "" if score.stderr is None else f" ± {scale * score.stderr:.{digits}f}"
-    return f"{scale * score.value:.{digits}f}{error}"
 
 
 def _difference(row) -> str:
