@@ -109,7 +109,7 @@ def test_env(capsys):
 def test_inspect(adapter, capsys):
     status, out, _ = call(["inspect", adapter], capsys)
     assert status == 0
-    assert "model.layers.2.mlp.down_proj" in out and "30.0" in out and "base_fingerprint" in out and "recipe" in out
+    assert "model.layers.2.mlp.down_proj" in out and "10.0" in out and "base_fingerprint" in out and "recipe" in out
     rows = json.loads(call(["inspect", adapter, "--json"], capsys)[1])
     masks = MaskSet.from_adapter(adapter)
     assert rows["total"]["num_removed"] == masks.num_removed and len(rows["modules"]) == 21
