@@ -211,7 +211,10 @@ def test_null_in_a_grid_is_what_is_said_nowhere(content):
     assert masks[1].hash == before
 
 
-def test_candidates_of_two_seeds_do_not_overlap(content):
+def test_candidates_of_two_seeds_do_not_overlap(content, tmp_path):
+    other_rows = tmp_path / "test.jsonl"
+    other_rows.write_text('{"prompt": "90+9=", "completion": "99"}\n')
+    content["evaluation"]["heldout"]["dataset_name"] = str(other_rows)
     content["methods"]["best of 8"] = {"method": "random_mask", "from": "full", "match": "mask", "num_candidates": 8}
     content["methods"]["best of 8"]["seeds"] = [0, 1]
     assert [run.options["mask_seed"] for run in plan_of(content).runs if run.method.name == "best of 8"] == [0, 8]

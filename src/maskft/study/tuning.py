@@ -16,6 +16,7 @@ from ..data.mixtures import rename_sets
 from ..errors import UserError
 from ..files import digest_file
 from ..results.statistics import weighted_mean
+from ..training.method_arguments import COMBINED_METHODS
 from .halving import rungs, survivors
 from .identity import plain
 from .recipe import Method, Options, Recipe, TimesParent
@@ -289,9 +290,13 @@ def how_chosen(method: Method, options: Options) -> str | None:
     """
     if method.tune is not None:
         return "tuned"
-    counts = (_number(options.get(name)) or 1 for name in ("num_candidates", "average_checkpoints"))
-    chooses = method.method in ("interpolate", "dare") or options.get("mask_sparsity_auto") or max(counts) > 1
-    return "chosen" if chooses else None
+    chooses = {
+        "mask": bool(options.get("mask_sparsity_auto")),
+        "full": (_number(options.get("average_checkpoints")) or 1) > 1,
+        "random_mask": (_number(options.get("num_candidates")) or 1) > 1,
+        **dict.fromkeys(COMBINED_METHODS, True),
+    }
+    return "chosen" if chooses.get(method.method) else None
 
 
 def check_test_rows(recipe: Recipe) -> None:
