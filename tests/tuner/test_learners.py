@@ -386,15 +386,17 @@ def test_a_mask_that_removes_everything_is_not_saved(tmp_path):
 
 def test_presets():
     recommended = MaskConfig(preset="recommended")
-    assert (recommended.sparsity, recommended.rank_by, recommended.layers_to_transform) == (0.3, "abs", None)
+    assert (recommended.sparsity, recommended.rank_by, recommended.layers_to_transform) == (0.1, "abs", None)
     deletion = MaskConfig(preset="deletion_tuning")
     assert (deletion.target_modules, deletion.selection, deletion.gradient) == (["gate_proj"], "logit", "sigmoid")
     assert deletion.init_scores == "wanda" and deletion.sharpness < deletion.sharpness_end
-    with pytest.raises(UserError, match=r"preset 'recommended' sets sparsity=0.3, but sparsity=0.2 was given"):
+    with pytest.raises(UserError, match=r"preset 'recommended' sets sparsity=0.1, but sparsity=0.2 was given"):
         MaskConfig(preset="recommended", sparsity=0.2)
     # A default that is asked for contradicts too.
-    with pytest.raises(UserError, match=r"preset 'recommended' sets sparsity=0.3, but sparsity=0.1 was given"):
-        MaskConfig(preset="recommended", sparsity=0.1)
+    with pytest.raises(
+        UserError, match=r"'recommended' sets init_scores='magnitude', but init_scores='normal' was given"
+    ):
+        MaskConfig(preset="recommended", init_scores="normal")
     with pytest.raises(UserError, match=r"sets selection='logit', but selection='topk' was given"):
         MaskConfig(preset="deletion_tuning", selection="topk")
     assert copy.copy(deletion) == deletion == pickle.loads(pickle.dumps(deletion))
