@@ -115,7 +115,11 @@ def test_ten_kills_at_random_moments(base, data, tmp_path):
         "wanda mask": {"method": "wanda_mask", "from": "full", "match": "mask"},
         "annealed": {"method": "full", "from": "full", "num_train_epochs": 1, "learning_rate": "current"},
     }
-    file = write(tmp_path, recipe(base, data, methods))
+    test_rows = tmp_path / "test.jsonl"  # held-out rows choose among the random masks
+    test_rows.write_text("\n".join(json.dumps({"prompt": f"9{n}+9=", "completion": f"{99 + n}"}) for n in range(10)))
+    content = recipe(base, data, methods)
+    content["evaluation"]["heldout"]["dataset_name"] = str(test_rows)
+    file = write(tmp_path, content)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(["study", str(file), "--output_dir", str(whole)]) == 0
     expected = outcome(whole)
