@@ -16,7 +16,7 @@ from trl import ModelConfig, SFTConfig
 from ..data.arguments import DataArguments
 from ..errors import UserError
 from ..tuner.config import DATA_STARTS
-from .method_arguments import MaskArguments, MethodArguments, default_start
+from .method_arguments import MaskArguments, MethodArguments, default_start, removes_a_share
 
 
 def _default(name: str, value: Any) -> Any:
@@ -137,8 +137,7 @@ def default_learning_rate(method: str, options: Mapping[str, Any]) -> float:
     if method != "mask":
         return SFTConfig.learning_rate
     start = options.get("mask_init_scores") or default_start(options)
-    is_topk = options.get("mask_selection", "topk") == "topk" and options.get("mask_preset") != "deletion_tuning"
-    return 3e-4 if is_topk and start in ("magnitude", *DATA_STARTS) else 1e-2
+    return 3e-4 if removes_a_share(options) and start in ("magnitude", *DATA_STARTS) else 1e-2
 
 
 @dataclass(frozen=True)

@@ -213,17 +213,22 @@ class MethodArguments:
             self.method = "full"
 
 
+def removes_a_share(options: Mapping[str, Any]) -> bool:
+    """Whether the mask, by its preset or its own option, is cut at a rank (topk)."""
+    preset = PRESETS.get(str(options.get("mask_preset")), {})
+    return preset.get("selection", options.get("mask_selection", "topk")) == "topk"
+
+
 def default_start(options: Mapping[str, Any]) -> ScoreStart:
     """Where scores start if ``mask_init_scores`` is not given: as the preset says, without one as is recommended.
 
     Args:
         options: The mask's options, ``mask_preset`` and so on; what is missing stands at its default.
     """
-    is_cut_at_rank = options.get("mask_selection", "topk") == "topk"
     if options.get("mask_preset"):
         return PRESETS.get(str(options["mask_preset"]), {}).get("init_scores", "normal")
     # A small weight is no small change, which is what a difference mask takes back; and what is cut at 0 has no rank.
-    is_plain = is_cut_at_rank and options.get("mask_removed_value", "zero") == "zero"
+    is_plain = removes_a_share(options) and options.get("mask_removed_value", "zero") == "zero"
     return PRESETS["recommended"]["init_scores"] if is_plain else "normal"
 
 
