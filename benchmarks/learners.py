@@ -17,6 +17,7 @@ LEARNERS = {
     PLAIN: {},
     "topk, ramp": {"sparsity_ramp": 1.0},
     "topk, removed value of the base": {"removed_value": "base"},
+    "threshold": {"selection": "threshold", "rank_by": "signed"},
     "logit, straight through": {"selection": "logit", "init_value": 0.04},
     "logit, sigmoid, price": {
         "selection": "logit",

@@ -495,7 +495,8 @@ def test_a_tuned_study_runs_in_stages_and_resumes(content, tmp_path, capsys, in_
         assert tuned["winner"] == losses[min(losses)]
     assert len(list((folder / files.RUNS).iterdir())) == 4, "the winner of each is one of the two tried"
     assert len(list((folder / files.RESULTS).iterdir())) == 2, "only winners are evaluated"
-    assert "| tuned |" in (folder / files.STUDY_TABLE.format("small")).read_text()
+    table = (folder / files.STUDY_TABLE.format("small")).read_text()
+    assert "| tuned |" in table and "evaluation.before is empty" in table, "nothing says what was forgotten"
     before = {path: path.stat().st_mtime_ns for path in folder.glob("r*/**/*")}
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
     assert "4 runs, 4 finished before" in capsys.readouterr().out
@@ -548,6 +549,47 @@ def test_controls_of_the_masks_that_are_named(content):
     assert "L1 mask of mask" in names and not [name for name in names if "of other" in name]
     with pytest.raises(UserError, match="controls names 'full', which is no learned mask"):
         parse_recipe(content | {"controls": ["full"]})
+
+
+def test_weights_after_a_mask_have_twins_of_as_many_steps_in_all(content):
+    methods = content["methods"]
+    methods["mask"] = {"method": "mask", "from": "full", "max_steps": 2}
+    rates = {"learning_rate": {"times_parent": [1, 2]}}
+    weights = {"from": "full", "max_steps": 3, "tune": rates, "tuned_elsewhere": 2}
+    methods["dsd"] = {"method": "dsd", "start_mask": "mask"} | weights
+    methods["kept"] = {"method": "full", "keep_mask": "mask", "last": "end"} | weights
+    made = parse_recipe(content | {"controls": "standard"}).methods
+    assert {name for name in made if "twin" in name} == {
+        "random damage, twin of dsd",
+        "restart, twin of dsd",  # of both: what is trained after no mask is the same
+        "random damage, twin of kept",
+    }
+    for name, masks in (
+        ("random damage, twin of dsd", {"start_mask": "random mask of mask"}),
+        ("random damage, twin of kept", {"keep_mask": "random mask of mask"}),
+        ("restart, twin of dsd", {}),
+    ):
+        assert made[name].masks == masks and made[name].options == {"max_steps": 5}
+        assert made[name].tune == made["dsd"].tune and made[name].last is made[name].tuned_elsewhere is None
+    plan = plan_of(content | {"controls": "standard"}, lambda run: Heldout(1.0))
+    (run,) = (run for run in plan.runs if run.name == "random damage, twin of kept" and run.seed == 1)
+    assert [mask.name for mask in run.masks.values()] == ["random mask of mask"] and run.num_tried == 2
+
+    def twins(**others):
+        recipe = content | {"controls": "standard"} | others
+        return [name for name in parse_recipe(recipe).methods if "twin" in name]
+
+    assert not twins(controls=["other"], methods=methods | {"other": methods["mask"]})
+    written = {"method": "full", "from": "full", "start_mask": "random mask of mask", "max_steps": 5, "tune": rates}
+    assert "random damage, twin of dsd" not in twins(methods=methods | {"written out": written})
+    for length in ({"num_train_epochs": 2}, {"max_steps": -1}, {"tune": {"max_steps": [2, 4]}}):
+        tuned = {"method": "mask", "from": "full"} | length
+        assert not twins(methods=methods | {"mask": tuned}), "no sum of the two lengths"
+    # An option of all methods is theirs too.
+    for name in ("mask", "dsd", "kept"):
+        del methods[name]["max_steps"]
+    content["train"]["max_steps"] = 4
+    assert parse_recipe(content | {"controls": "standard"}).methods["restart, twin of dsd"].options["max_steps"] == 8
 
 
 def test_a_cycle_of_masks_and_weights_runs_each_from_the_one_before(content, tmp_path, in_process):
@@ -623,7 +665,8 @@ def test_earlier_abilities_are_measured_beside_the_gain(content, tmp_path, in_pr
         assert [(name, len(task["items"])) for name, task in result["tasks"].items()] == [
             ("heldout", 9), ("before: sums", 8)
         ]  # fmt: skip
-    assert "before: sums" in (folder / files.STUDY_TABLE.format("small")).read_text()
+    table = (folder / files.STUDY_TABLE.format("small")).read_text()
+    assert "before: sums" in table and "evaluation.before is empty" not in table
     (record,) = folder.glob(f"{files.RUNS}/mixed-*/{files.TRAINING}")
     assert len(json.loads(record.read_text())["summary"]["history"]) == 2
 

@@ -187,6 +187,7 @@ def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path
     [
         ({"mask_price": 1.0}, "price=1.0 has no effect with selection='topk'"),
         ({"mask_sparsity_ramp": -0.1}, "sparsity_ramp is -0.1; it is a share of training"),
+        ({"mask_sparsity": "auto"}, "invalid float value: 'auto'; mask_sparsity_auto true chooses it"),
         ({"mask_sparsity": 1.0}, "sparsity is 1.0; it is the fraction of weights removed"),
         ({"mask_selection": "logit", "mask_init_scores": "constant"}, "that is every weight; set init_value above 0"),
         ({"mask_removed_value": "base"}, "removed_value='base' needs the model before fine-tuning"),
@@ -212,6 +213,16 @@ def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path
 def test_mistakes_end_in_one_line(options, message, train):
     status, err = train(**options)
     assert status == 2 and message in err and len(err.strip().splitlines()) <= 3, err
+
+
+def test_scores_that_remove_everything_on_the_way_end_in_one_line(train, tmp_path):
+    # Decay of more than a whole score in one step of SGD turns all of them below 0.
+    options = {"mask_selection": "logit", "mask_init_scores": "constant", "mask_init_value": 0.04}
+    decay = {"optim": "sgd", "weight_decay": 100.0, "eval_steps": 1, "save_steps": 1}
+    status, err = train(**options, **decay)
+    assert status == 2 and err.count("maskft: error") == 1 and "Traceback" not in err, err
+    assert "the mask removes all" in err and "every score is 0 or less" in err
+    assert not (tmp_path / "out" / ADAPTER_CONFIG).exists(), "nothing half-written"
 
 
 def test_the_values_of_another_architecture_end_in_one_line(train, tmp_path):

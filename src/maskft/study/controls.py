@@ -12,6 +12,7 @@ _LAYERS = "mask_layers_to_transform"
 _RATES = {"times_parent": [0.5, 1, 2]}
 _NUM_DRAWN = 8  # masks of which the best is taken
 _NUM_AVERAGED = 5  # checkpoints
+_AFTER = ("start_mask", "keep_mask")  # options that name the mask after which weights train
 
 Methods = dict[str, Any]  # section `methods`, as it stands in the file
 
@@ -25,6 +26,10 @@ def with_standard_controls(methods: Methods, train: dict[str, Any], masks: list[
     eight, one with all weights trained after it at the best of three rates), magnitude and Wanda masks. Where the
     mask's steps are tuned or doubled, so are those of what is trained. Halving ends at the mask's own length, which
     they have.
+
+    For each method in which the weights train after such a mask (``start_mask``, ``keep_mask``), two twins, as long as
+    mask and weights together and tuned as the weights are: the same after the random mask, and with no mask at all.
+    Where one of the two lengths is tuned or not given, there is no sum and no twin.
 
     Args:
         methods: The recipe's own; one of a control's name is kept instead of it.
@@ -49,6 +54,11 @@ def with_standard_controls(methods: Methods, train: dict[str, Any], masks: list[
             for control, method in (*_of_parent(mask, methods), *_of_mask(name, mask, train)):
                 if method not in controls.values():
                     controls[control if control not in controls else f"{control} ({name})"] = method
+    for name, method in methods.items():
+        for twin, control in _twins(name, method, methods, train, masks):
+            # It may be written out under another name, and two ways to train after a mask share a restart.
+            if control not in [*methods.values(), *controls.values()]:
+                controls[twin] = control
     return methods | {name: method for name, method in controls.items() if name not in methods}
 
 
@@ -99,3 +109,30 @@ def _of_mask(name: str, mask: dict[str, Any], train: dict[str, Any]) -> Iterator
     yield f"Wanda mask of {name}", {"method": "wanda_mask", **fixed}
     refit = _trained(mask, start_mask=f"random mask of {name}", tune={"learning_rate": _RATES})
     yield f"random damage of {name}, refit", refit
+
+
+def _twins(
+    name: str, method: Any, methods: Methods, train: dict[str, Any], masks: list[str] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    option = next((option for option in _AFTER if isinstance(method, dict) and method.get(option)), None)
+    if option is None or method.get("method") not in ("full", DSD):
+        return
+    mask = methods.get(method[option])
+    if not (isinstance(mask, dict) and mask.get("method") == "mask" and mask.get("from") == method.get("from")):
+        return
+    (key, weights), (key_of_mask, length_of_mask) = _length(method, train), _length(mask, train)
+    if weights is None or key != key_of_mask or (masks is not None and method[option] not in masks):
+        return
+    others = {k: v for k, v in method.items() if k not in (*_AFTER, *LENGTHS, "last", "tuned_elsewhere")}
+    trained = {**others, "method": "full", key: weights + length_of_mask}
+    yield f"random damage, twin of {name}", trained | {option: f"random mask of {method[option]}"}
+    yield f"restart, twin of {name}", trained
+
+
+def _length(method: dict[str, Any], train: dict[str, Any]) -> tuple[str | None, float | None]:
+    """Option and number that say how long a run trains; none of a length that is tuned or not given."""
+    tune = method.get("tune") if isinstance(method.get("tune"), dict) else {}
+    if any(key in tune or tune.get("double") == key for key in LENGTHS):
+        return None, None
+    given = {key: method.get(key, train.get(key)) for key in reversed(LENGTHS)}  # max_steps wins, as in training
+    return next(((key, n) for key, n in given.items() if isinstance(n, int | float) and n > 0), (None, None))
