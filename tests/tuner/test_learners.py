@@ -264,6 +264,33 @@ def test_scores_cut_at_zero_start_around_init_value(start):
         assert layer.weight.abs().flatten()[order].diff().min() >= 0
 
 
+@pytest.mark.parametrize("start", ["normal", "magnitude", "constant"])
+@pytest.mark.parametrize(
+    ("settings", "centre"),
+    [
+        ({"selection": "logit"}, 0.04),
+        ({"selection": "logit", "init_std": 0.5}, 1.0),
+        ({"selection": "gumbel"}, 3.0),
+        ({"selection": "gumbel", "sharpness": 100.0, "init_std": 0.005}, 0.03),
+        ({"selection": "hard_concrete"}, 3.0),
+    ],
+)
+def test_scores_cut_at_zero_start_where_nearly_all_weights_are_kept(settings, centre, start):
+    layer = make_layer(in_features=64, out_features=64, init_scores=start, **settings)
+    scores, config = layer.mask_scores["default"].detach(), layer.mask_configs["default"]
+    assert scores.mean().item() == pytest.approx(centre, rel=0.05)
+    kept = layer.get_mask("default").float().mean().item()
+    assert kept > 0.965 if settings["selection"] == "logit" and start == "normal" else kept == 1.0
+    # The noise of gates in training: how often a gate is open where the paper's formula says so.
+    if settings["selection"] != "logit" and start == "constant":
+        noise = learners.logistic_noise(torch.Size((100, 100)), torch.Generator().manual_seed(0))
+        config.progress = 0.0
+        gate, _ = learners.soft_gate(config, torch.full((100, 100), centre), noise)
+        shut = {"gumbel": 0.047, "hard_concrete": 0.010}[settings["selection"]]
+        is_shut = gate < 0.5 if settings["selection"] == "gumbel" else gate == 0
+        assert is_shut.float().mean().item() == pytest.approx(shut, abs=0.008)
+
+
 def test_a_start_in_wandas_order_gives_wandas_mask():
     for seed, sparsity in enumerate((0.1, 0.37)):
         weight, norms = scores_like(8, 12, seed=seed), scores_like(1, 12, seed=5).abs()
@@ -423,7 +450,7 @@ def test_presets():
         ({"sparsity_ramp": 1.5}, r"sparsity_ramp is 1.5; it is a share of training and must be in \[0, 1\]"),
         ({"selection": "logit", "init_value": 1.0, "sparsity_ramp": 0.5}, "sparsity_ramp=0.5 has no effect"),
         (
-            {"selection": "logit", "init_scores": "constant"},
+            {"selection": "logit", "init_scores": "constant", "init_value": 0.0},
             "init_value=0.0 that is every weight; set init_value above 0",
         ),
         ({"selection": "hard_concrete", "init_value": -1.0}, "that is every weight; set init_value above 0"),

@@ -45,7 +45,7 @@ _MASK_TYPES = {
     "rank_by": str,
     "init_scores": str | None,
     "init_std": float,
-    "init_value": float,
+    "init_value": float | None,
     "seed": int,
     "target_modules": list[str] | None,
     "exclude_modules": list[str] | None,

@@ -35,7 +35,7 @@ def draw_scores(config: MaskConfig, weight: Tensor, module_name: str, input_dim:
     if config.init_scores in DATA_STARTS:
         return torch.full_like(weight, torch.nan, dtype=torch.float32)
     generator = learners.generator("cpu", config.mask_seed, module_name)
-    scores = initial_scores(weight, config.init_scores, generator, config.init_std, config.init_value, input_dim)
+    scores = initial_scores(weight, config.init_scores, generator, config.init_std, config.start_value, input_dim)
     return _centred(config, scores)
 
 
@@ -45,11 +45,11 @@ def ranked_scores(config: MaskConfig, keys: Tensor) -> Tensor:
 
 
 def _centred(config: MaskConfig, scores: Tensor) -> Tensor:
-    """Where scores are cut at 0 they start around ``init_value``; where they are ranked this would change nothing."""
+    """Where scores are cut at 0 they start around ``start_value``; where they are ranked this would change nothing."""
     if config.selection not in learners.FREE or config.init_scores == "constant":
         return scores
     is_spread = config.init_scores in ("magnitude", *DATA_STARTS)
-    return scores + (config.init_value - (config.init_std * math.sqrt(3) if is_spread else 0.0))
+    return scores + (config.start_value - (config.init_std * math.sqrt(3) if is_spread else 0.0))
 
 
 def check_scores(scores: Tensor, module_name: str, config: MaskConfig) -> Tensor:
