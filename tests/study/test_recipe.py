@@ -51,6 +51,24 @@ def test_runs_come_after_what_they_are_made_from(content):
     assert runs[0].labels == {"best": "full (best)", "last": "full (continued)"}
 
 
+def test_a_fixed_mask_lies_where_the_preset_of_its_match_does(content):
+    content["methods"]["mask"] = {"method": "mask", "from": "full", "mask_preset": "deletion_tuning"}
+    content["methods"]["L1 mask"] = {"method": "l1_mask", "from": "full", "match": "mask"}
+    (fixed,) = (run for run in plan_of(content).runs if run.method.name == "L1 mask")
+    assert fixed.options["mask_target_modules"] == ["gate_proj"]
+
+
+def test_a_start_that_is_not_named_names_a_run_where_scores_are_cut_at_zero(content):
+    def of(**options):
+        methods = {"full": content["methods"]["full"], "mask": {"method": "mask", "from": "full"} | options}
+        return ids(content | {"methods": methods})["mask"]
+
+    assert of() == of(mask_init_value=0)
+    assert len({of(mask_selection="gumbel", **named) for named in ({}, {"mask_init_value": 0})}) == 2
+    # A run of when 0 was the default has the name of one that is given it.
+    assert of(mask_selection="gumbel", mask_init_value=0) == of(mask_selection="gumbel", mask_init_value=0.0)
+
+
 def test_weights_after_a_mask_are_made_from_its_start_and_from_it(content):
     content["methods"] |= {
         "sparse": {"method": "full", "from": "full", "keep_mask": "mask"},

@@ -496,7 +496,7 @@ def test_a_tuned_study_runs_in_stages_and_resumes(content, tmp_path, capsys, in_
     assert len(list((folder / files.RUNS).iterdir())) == 4, "the winner of each is one of the two tried"
     assert len(list((folder / files.RESULTS).iterdir())) == 2, "only winners are evaluated"
     table = (folder / files.STUDY_TABLE.format("small")).read_text()
-    assert "| tuned |" in table and "evaluation.before is empty" in table, "nothing says what was forgotten"
+    assert "| tuned |" in table and "no evaluation.before" in table
     before = {path: path.stat().st_mtime_ns for path in folder.glob("r*/**/*")}
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
     assert "4 runs, 4 finished before" in capsys.readouterr().out
@@ -585,6 +585,17 @@ def test_weights_after_a_mask_have_twins_of_as_many_steps_in_all(content):
     for length in ({"num_train_epochs": 2}, {"max_steps": -1}, {"tune": {"max_steps": [2, 4]}}):
         tuned = {"method": "mask", "from": "full"} | length
         assert not twins(methods=methods | {"mask": tuned}), "no sum of the two lengths"
+    assert not twins(grid={"mask.max_steps": [2, 4]})
+    assert not twins(methods=methods | {"mask": methods["mask"] | {"per_device_train_batch_size": 2}})
+    from_base = {name: {k: v for k, v in methods[name].items() if k != "from"} for name in ("mask", "dsd", "kept")}
+    assert not twins(methods=methods | from_base), "no random mask of it is made"
+    with pytest.raises(UserError, match="start_mask"):
+        twins(methods=methods | {"dsd": methods["dsd"] | {"start_mask": ["mask"]}})
+    # A rate that was chosen for what follows the mask is none for what follows damage.
+    chosen = {"method": "full", "from": "full", "start_mask": "mask", "max_steps": 3, "learning_rate": 1e-4}
+    recipe = content | {"controls": "standard", "methods": methods | {"dsd": chosen | {"tuned_elsewhere": 3}}}
+    twin = parse_recipe(recipe).methods["random damage, twin of dsd"]
+    assert "learning_rate" not in twin.options and len(twin.tune.lists["learning_rate"]) == 3
     # An option of all methods is theirs too.
     for name in ("mask", "dsd", "kept"):
         del methods[name]["max_steps"]
@@ -666,7 +677,7 @@ def test_earlier_abilities_are_measured_beside_the_gain(content, tmp_path, in_pr
             ("heldout", 9), ("before: sums", 8)
         ]  # fmt: skip
     table = (folder / files.STUDY_TABLE.format("small")).read_text()
-    assert "before: sums" in table and "evaluation.before is empty" not in table
+    assert "before: sums" in table and "no evaluation.before" not in table
     (record,) = folder.glob(f"{files.RUNS}/mixed-*/{files.TRAINING}")
     assert len(json.loads(record.read_text())["summary"]["history"]) == 2
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from ..training.method_arguments import DSD
@@ -13,11 +13,21 @@ _RATES = {"times_parent": [0.5, 1, 2]}
 _NUM_DRAWN = 8  # masks of which the best is taken
 _NUM_AVERAGED = 5  # checkpoints
 _AFTER = ("start_mask", "keep_mask")  # options that name the mask after which weights train
+# Where these differ, epochs or steps of two methods are not of one length.
+_OF_A_STEP = (
+    "data",
+    "max_train_samples",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+)
 
 Methods = dict[str, Any]  # section `methods`, as it stands in the file
 
 
-def with_standard_controls(methods: Methods, train: dict[str, Any], masks: list[str] | None = None) -> Methods:
+def with_standard_controls(
+    methods: Methods, train: dict[str, Any], masks: list[str] | None = None, grid: Collection[str] = ()
+) -> Methods:
     """The methods, and controls for each learned mask that starts from another method.
 
     For the mask's parent, at the mask's steps: a warm restart at the best of three rates, another whose last
@@ -29,12 +39,14 @@ def with_standard_controls(methods: Methods, train: dict[str, Any], masks: list[
 
     For each method in which the weights train after such a mask (``start_mask``, ``keep_mask``), two twins, as long as
     mask and weights together and tuned as the weights are: the same after the random mask, and with no mask at all.
-    Where one of the two lengths is tuned or not given, there is no sum and no twin.
+    Where one of the two lengths is tuned, in the grid or not given, or their steps are of different data or batches,
+    there is no sum and no twin.
 
     Args:
         methods: The recipe's own; one of a control's name is kept instead of it.
         train: Options of all methods.
         masks: The learned masks that get them; None: all.
+        grid: What the study varies: ``METHOD.OPTION``.
 
     Raises:
         ValueError: Where one of ``masks`` is no learned mask with a ``from``.
@@ -55,9 +67,10 @@ def with_standard_controls(methods: Methods, train: dict[str, Any], masks: list[
                 if method not in controls.values():
                     controls[control if control not in controls else f"{control} ({name})"] = method
     for name, method in methods.items():
-        for twin, control in _twins(name, method, methods, train, masks):
+        for twin, control in _twins(name, method, methods, train, masks, grid):
             # It may be written out under another name, and two ways to train after a mask share a restart.
-            if control not in [*methods.values(), *controls.values()]:
+            there = map(_without_tuning, (*methods.values(), *controls.values()))
+            if _without_tuning(control) not in there:
                 controls[twin] = control
     return methods | {name: method for name, method in controls.items() if name not in methods}
 
@@ -112,21 +125,32 @@ def _of_mask(name: str, mask: dict[str, Any], train: dict[str, Any]) -> Iterator
 
 
 def _twins(
-    name: str, method: Any, methods: Methods, train: dict[str, Any], masks: list[str] | None
+    name: str, method: Any, methods: Methods, train: dict[str, Any], masks: list[str] | None, grid: Collection[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     option = next((option for option in _AFTER if isinstance(method, dict) and method.get(option)), None)
-    if option is None or method.get("method") not in ("full", DSD):
+    if option is None or method.get("method") not in ("full", DSD) or not isinstance(method[option], str):
         return
     mask = methods.get(method[option])
-    if not (isinstance(mask, dict) and mask.get("method") == "mask" and mask.get("from") == method.get("from")):
+    if not (isinstance(mask, dict) and mask.get("method") == "mask" and isinstance(mask.get("from"), str)):
         return
     (key, weights), (key_of_mask, length_of_mask) = _length(method, train), _length(mask, train)
-    if weights is None or key != key_of_mask or (masks is not None and method[option] not in masks):
+    is_sum = weights is not None and key == key_of_mask
+    is_sum = is_sum and all(method.get(k, train.get(k)) == mask.get(k, train.get(k)) for k in _OF_A_STEP)
+    is_sum = is_sum and not any(f"{each}.{key}" in grid for each in (name, method[option]))
+    if not is_sum or mask["from"] != method.get("from") or (masks is not None and method[option] not in masks):
         return
-    others = {k: v for k, v in method.items() if k not in (*_AFTER, *LENGTHS, "last", "tuned_elsewhere")}
-    trained = {**others, "method": "full", key: weights + length_of_mask}
+    trained = {k: v for k, v in method.items() if k not in (*_AFTER, "last", "tuned_elsewhere")}
+    trained |= {"method": "full", key: round(weights + length_of_mask, 6)}
+    if "tuned_elsewhere" in method and "tune" not in method:
+        # Its rate was chosen for what follows this mask, not for what follows damage.
+        trained = {k: v for k, v in trained.items() if k != "learning_rate"} | {"tune": {"learning_rate": _RATES}}
     yield f"random damage, twin of {name}", trained | {option: f"random mask of {method[option]}"}
     yield f"restart, twin of {name}", trained
+
+
+def _without_tuning(method: Any) -> Any:
+    tuning = ("learning_rate", "tune", "tuned_elsewhere", "last")
+    return {k: v for k, v in method.items() if k not in tuning} if isinstance(method, dict) else method
 
 
 def _length(method: dict[str, Any], train: dict[str, Any]) -> tuple[str | None, float | None]:

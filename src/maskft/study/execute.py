@@ -21,7 +21,7 @@ from ..data.arguments import TEMPLATE, DataArguments
 from ..errors import UserError
 from ..results.schema import BEFORE, DOMAINS, Result, read_result, write_result
 from ..runtime import environment
-from ..training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS
+from ..training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS, selection_of
 from .damage import damage_of_result, damage_of_run, is_whole_result, move_aside, written_files
 from .identity import data_hash, evaluation_id, evaluation_identity
 from .plan import BEST, LAST, StudyRun
@@ -325,7 +325,7 @@ def _training_block(study: Study, run: StudyRun, role: str, record: RunRecord) -
         "domain": name if is_trained and name in DOMAINS else None,
         "mixed": _MIXED in data if is_trained else None,
         "checkpoint": role,
-        "selection": run.options.get("mask_selection", "topk") if method.method == "mask" else None,
+        "selection": selection_of(run.options) if method.method == "mask" else None,
         "variant": run.name if is_control(study.recipe, run) else None,
         "num_epochs": record.total_epochs[role],
         "num_train_tokens": record.total_tokens[role],
@@ -339,8 +339,7 @@ def is_control(recipe: Recipe, run: StudyRun) -> bool:
     method = run.method
 
     def kind(method: Method) -> tuple:
-        selection = (recipe.train | method.options).get("mask_selection", "topk")
-        return method.method, method.start, method.data, selection
+        return method.method, method.start, method.data, selection_of(recipe.train | method.options)
 
     first = next(other for other in recipe.methods.values() if kind(other) == kind(method))
     continued = method.method in ("full", "lora") and run.start is not None and run.start.method.method != PRETRAINED

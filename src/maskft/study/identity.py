@@ -88,13 +88,16 @@ def _benchmark_digests(tasks: str, folder: str, splits: Sequence[str] | None = N
 def written_out(method: str, options: dict) -> dict:
     """The options of a method, with those that ``mask_preset`` stands for and with defaults that the method decides."""
     from ..training.arguments import default_learning_rate
-    from ..training.method_arguments import MASK_METHODS, UNTRAINED_METHODS, default_start
+    from ..training.method_arguments import MASK_METHODS, UNTRAINED_METHODS, default_start, selection_of
     from ..tuner.config import PRESETS
+    from ..tuner.learners import FREE
 
     preset = PRESETS.get(str(options.get("mask_preset") or ("recommended" if method in MASK_METHODS else "")), {})
     stands_for = {f"mask_{key}": value for key, value in preset.items()}
     if method in MASK_METHODS:
         stands_for["mask_init_scores"] = default_start(options)
+    if method == "mask" and selection_of(options) in FREE and "mask_init_value" not in stands_for:
+        stands_for["mask_init_value"] = "nearly all kept"  # not 0, as it was once
     if method not in UNTRAINED_METHODS:
         stands_for["learning_rate"] = default_learning_rate(method, options)
     return stands_for | {key: value for key, value in options.items() if key != "mask_preset" or not preset}

@@ -289,7 +289,7 @@ class _Planner:
         """Hash of what decides a run's outcome."""
         named = options_identity(written_out(method.method, options))
         # What other options decide has no default here; of the start, the published one is not named.
-        defaults = self.defaults | {"mask_init_scores": "normal"}
+        defaults = self.defaults | {"mask_init_scores": "normal", "mask_init_value": 0}
         settings = {
             "method": method.method,
             "model": model_identity(model),
@@ -340,14 +340,15 @@ def _options(
         options["mask_seed"] = seed * num_candidates
     options |= {key: _as_list(options[key]) for key in _LAYERS if key in options}
     if match is not None:
+        of_match = written_out(match.method.method, match.options)  # a preset may say where it lies
         for key in _PLACES:
-            if key in method.options and options.get(key) != match.options.get(key):
+            if key in method.options and options.get(key) != of_match.get(key):
                 raise UserError(
                     f"method {method.name!r} has {key} {options.get(key)}, and the mask it matches, {match.title!r}, "
-                    f"has {match.options.get(key)}; leave it out"
+                    f"has {of_match.get(key)}; leave it out"
                 )
         options = {key: value for key, value in options.items() if key not in _PLACES}
-        options |= {key: match.options[key] for key in _PLACES if key in match.options}
+        options |= {key: of_match[key] for key in _PLACES if key in of_match}
     return options
 
 

@@ -305,7 +305,7 @@ class Recipe(Section):
             and isinstance(train, dict)
         ):
             masks = controls if isinstance(controls, list) else None
-            content = content | {"methods": with_standard_controls(methods, train, masks)}
+            content = content | {"methods": with_standard_controls(methods, train, masks, content.get("grid") or ())}
         return {key: value for key, value in content.items() if key != "model"}
 
     @field_validator("version")

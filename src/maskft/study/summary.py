@@ -49,7 +49,7 @@ def summarise(study: Study, plan: Plan, is_brief: bool = False) -> str:
         notes += [f"Tuned: {tuned}." for tuned in tunings]
         notes += more_tuned_than_controls(tunings, study.recipe.methods.values())
         if not study.recipe.before and len(results) > 1:
-            notes.append("Note: evaluation.before is empty: beside the tasks above nothing says what was forgotten.")
+            notes.append("Note: forgetting was not measured beyond the tasks above (no evaluation.before).")
         num_tried = {label: run.num_tried for run in plan.runs if run.model == model for label in run.labels.values()}
         texts.append(text if is_brief else "\n".join([f"{name}\n{text}", *map(wrap, notes)]))
         markdown += [f"## {name}", "", table, _accounts(results, num_tried), "", *(f"- {note}" for note in notes), ""]

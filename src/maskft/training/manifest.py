@@ -19,6 +19,7 @@ from ..data.prepared import Prepared, data_identity
 from ..errors import UserError, did_you_mean
 from ..files import FileModel, read_json, read_model
 from ..models import model_identity
+from ..tuner import learners
 from .arguments import TrainConfig, TrainingArguments
 
 # What a run may be resumed with otherwise: where it writes and reports, how many workers serve it, on what machine. Of
@@ -168,6 +169,9 @@ def course_of(config: TrainConfig, training: TrainingArguments, data: Prepared, 
         for spec in dataclasses.fields(group):
             if spec.init and spec.name not in FREE:
                 options[spec.name] = getattr(group, spec.name)
+    has_free_budget = not config.mask.mask_preset and config.mask.mask_selection in learners.FREE
+    if options["mask_init_value"] is None and not has_free_budget:
+        options["mask_init_value"] = 0.0  # as in checkpoints of when this was the default of all
     options = {name: _plain(_content(name, value)) for name, value in data_identity(options).items()}
     return Course(
         options=options, data=_data_digest(data, config.method.objective), base=_weights_digest(model.state_dict())

@@ -213,10 +213,15 @@ class MethodArguments:
             self.method = "full"
 
 
-def removes_a_share(options: Mapping[str, Any]) -> bool:
-    """Whether the mask, by its preset or its own option, is cut at a rank (topk)."""
+def selection_of(options: Mapping[str, Any]) -> str:
+    """What removes weights, by the mask's preset or its own option."""
     preset = PRESETS.get(str(options.get("mask_preset")), {})
-    return preset.get("selection", options.get("mask_selection", "topk")) == "topk"
+    return preset.get("selection", options.get("mask_selection", "topk"))
+
+
+def removes_a_share(options: Mapping[str, Any]) -> bool:
+    """Whether the mask is cut at a rank."""
+    return selection_of(options) == "topk"
 
 
 def default_start(options: Mapping[str, Any]) -> ScoreStart:

@@ -74,7 +74,7 @@ _SHORT = {
 
 class _Parser(TrlParser):
     def error(self, message: str):
-        if "mask_sparsity" in message and message.endswith("'auto'"):
+        if "--mask_sparsity/" in message and message.endswith("'auto'"):
             message += "; mask_sparsity_auto true chooses it"
         raise UserError(f"{message}; see maskft train --help")
 

@@ -183,7 +183,8 @@ class MaskConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Value of the `constant` start; with `logit`, `gumbel` and `hard_concrete` the centre of any start "
-            "[0, and there what keeps nearly all weights: 2 * init_std, 3 / sharpness, 3]."
+            "[0, and there what keeps nearly all weights: 2 * init_std, with `gumbel` 3 / sharpness and with "
+            "`hard_concrete` 3 where that is more]."
         },
     )
     mask_seed: int = field(default=0, metadata={"help": "Seed of the score initialisation, >= 0."})
@@ -329,13 +330,15 @@ class MaskConfig(PeftConfig):
     def start_value(self) -> float:
         """``init_value``, or where it is not given and scores are cut at 0 one that keeps nearly all weights.
 
-        ``logit`` keeps 97.7 % of a normal start and all of one by an order; a gate of ``gumbel`` is open with
-        probability 0.95, one of ``hard_concrete`` is not 0 with probability 0.99. Starts that removed half of the
-        weights did not come back (docs/evidence.md).
+        ``logit`` keeps 97.7 % of a normal start and all of one by an order (of ``kaiming_uniform``, which is as wide as
+        the layer makes it, fewer); a gate of ``gumbel`` is open with probability 0.95, one of ``hard_concrete`` is not
+        0 with probability 0.99. Gates that began at 0, half of them shut, did not come back (docs/evidence.md).
         """
         if self.init_value is not None:
             return self.init_value
-        return {"logit": 2 * self.init_std, "gumbel": 3 / self.sharpness, "hard_concrete": 3.0}.get(self.selection, 0.0)
+        by_spread = 2 * self.init_std
+        by_gate = {"logit": 0.0, "gumbel": 3 / self.sharpness, "hard_concrete": 3.0}
+        return max(by_spread, by_gate[self.selection]) if self.selection in FREE else 0.0
 
     def _check_learner(self) -> None:
         for name, selections in _GOES_WITH.items():
