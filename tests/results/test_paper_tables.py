@@ -328,7 +328,7 @@ def test_a_cell_is_of_one_study():
 
 
 def test_a_model_that_was_named_otherwise_once_counts_once():
-    run = {"study": {"study": "s", "run": "full-s0-abc", "role": "best"}}
+    run = {"study": {"study": "s", "run": "full-s0-abc", "role": "best"}, "created": "2025-01-01"}
     old, new = (result(name, {"gsm8k": {"accuracy": 5}}, "full") | run for name in ("old", "new"))
     (table,), left_over = paper_tables([old, new], ["1"])
     assert cell([table], "1", "Specific Domain: Best FFT", "gsm8k").results == ["old of s"] and left_over == []
