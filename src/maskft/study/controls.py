@@ -54,14 +54,14 @@ def with_standard_controls(
     controls: Methods = {}
     for name in masks or ():
         mask = methods.get(name)
-        if not (isinstance(mask, dict) and mask.get("method") == "mask" and isinstance(mask.get("from"), str)):
+        if not _is_learned(mask):
             raise ValueError(
                 f"controls names {name!r}, which is no learned mask with a `from`; name one, or write standard"
             )
     for name, mask in methods.items():
         if masks is not None and name not in masks:
             continue
-        if isinstance(mask, dict) and mask.get("method") == "mask" and isinstance(mask.get("from"), str):
+        if _is_learned(mask):
             # Two masks of one parent and as many steps share the controls that no mask is in.
             for control, method in (*_of_parent(mask, methods), *_of_mask(name, mask, train)):
                 if method not in controls.values():
@@ -75,9 +75,18 @@ def with_standard_controls(
     return methods | {name: method for name, method in controls.items() if name not in methods}
 
 
+def _is_learned(mask: Any) -> bool:
+    """Whether it is a learned mask that starts from another method."""
+    return isinstance(mask, dict) and mask.get("method") == "mask" and isinstance(mask.get("from"), str)
+
+
+def _tune(method: dict[str, Any]) -> dict[str, Any]:
+    return method["tune"] if isinstance(method.get("tune"), dict) else {}
+
+
 def _trained(mask: dict[str, Any], **options: Any) -> dict[str, Any]:
     """Full fine-tuning on the data and for the steps of a mask."""
-    tune = mask.get("tune") if isinstance(mask.get("tune"), dict) else {}
+    tune = _tune(mask)
     tuned = {key: tune[key] for key in LENGTHS if key in tune}
     tuned |= {"double": tune["double"]} if tune.get("double") in LENGTHS else {}
     length = {key: mask[key] for key in LENGTHS if key in mask}
@@ -131,7 +140,7 @@ def _twins(
     if option is None or method.get("method") not in ("full", DSD) or not isinstance(method[option], str):
         return
     mask = methods.get(method[option])
-    if not (isinstance(mask, dict) and mask.get("method") == "mask" and isinstance(mask.get("from"), str)):
+    if not _is_learned(mask):
         return
     (key, weights), (key_of_mask, length_of_mask) = _length(method, train), _length(mask, train)
     is_sum = weights is not None and key == key_of_mask
@@ -155,7 +164,7 @@ def _without_tuning(method: Any) -> Any:
 
 def _length(method: dict[str, Any], train: dict[str, Any]) -> tuple[str | None, float | None]:
     """Option and number that say how long a run trains; none of a length that is tuned or not given."""
-    tune = method.get("tune") if isinstance(method.get("tune"), dict) else {}
+    tune = _tune(method)
     if any(key in tune or tune.get("double") == key for key in LENGTHS):
         return None, None
     given = {key: method.get(key, train.get(key)) for key in reversed(LENGTHS)}  # max_steps wins, as in training
