@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benchmarks.learners import LEARNERS, PLAIN
 
 import benchmark_files
 import tiny
@@ -42,7 +43,11 @@ def test_ratios_of_both_sides_are_written(tmp_path):
 @pytest.mark.slow
 def test_learners(tmp_path):
     rows, _ = run(tmp_path, "learners")
-    assert len(rows) == 3 * 6 and all(row["value"] > 0 for row in rows)
+    others = [learner for learner in LEARNERS if learner != PLAIN]
+    measured = ["step"] * 2 + ["memory"]  # a step of one micro-batch and of four
+    expected = [f"tiny: {learner} / {PLAIN}, {what}" for learner in others for what in measured]
+    assert sorted(row["what"] for row in rows) == sorted(expected)
+    assert all(row["value"] > 0 for row in rows)
 
 
 @pytest.mark.slow
