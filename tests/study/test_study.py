@@ -437,12 +437,14 @@ def test_a_terminal_shows_one_bar_and_the_log_as_it_is(base, data, tmp_path, mon
     ]
 
 
-def test_a_log_of_a_study_gets_lines_with_the_heldout_loss_so_far(base, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("first, left", [(FULL, ", 0 s left in all"), ({"method": "pretrained"}, "")])
+def test_a_log_of_a_study_gets_lines_with_the_heldout_loss_so_far(first, left, base, data, tmp_path, monkeypatch):
+    """And with the time left, once a run was trained: that of others says nothing about it."""
     from rich.console import Console
 
     from maskft.study import board as boards
 
-    plan = check(parse_recipe(recipe(base, data, {"full": FULL, "mask": MASK})))
+    plan = check(parse_recipe(recipe(base, data, {"full": first, "mask": MASK | {"from": "full"}})))
     console = Console(file=io.StringIO(), width=80)
     with boards.Board(Study(tmp_path, plan.recipe), plan, console) as board:
         board.started(plan.runs[0])
@@ -458,7 +460,7 @@ def test_a_log_of_a_study_gets_lines_with_the_heldout_loss_so_far(base, data, tm
         "[1/2] full, seed 0: started",
         "[1/2] full, seed 0: finished, 0 s",
         "[2/2] mask, seed 0: started",
-        "[2/2] mask, seed 0: step     3/12  held-out loss 5.4704  9 s left, 0 s left in all",
+        f"[2/2] mask, seed 0: step     3/12  held-out loss 5.4704  9 s left{left}",
     ]
 
 

@@ -85,8 +85,11 @@ class Board:
                 self._say(run, self._state(run) + self._left(", {} left in all"))
 
     def seconds_left(self) -> float | None:
-        """Seconds until the last run ends if each takes as long as others of its method did; None before the first."""
-        if not self.seconds:
+        """Seconds until the last run ends if each takes as long as others of its method did.
+
+        None before the first ends, and where only runs without training have ended, which say nothing about the others.
+        """
+        if not self.seconds or (any(map(_is_trained, self._todo)) and not any(map(_is_trained, self.seconds))):
             return None
         left = 0.0
         for run in self._todo:
