@@ -17,7 +17,7 @@ from maskft.errors import UserError
 from maskft.study.execute import Study
 from maskft.study.halving import rungs, survivors
 from maskft.study.recipe import Method, parse_recipe
-from maskft.study.summary import more_tuned_than_controls
+from maskft.study.summary import more_tuned_than_controls, without_twin
 from maskft.study.tuning import MAX_DOUBLINGS, Heldout, check_test_rows
 
 RATES = [1e-3, 1e-2]
@@ -57,6 +57,9 @@ def test_a_mask_that_was_tuned_more_than_a_control_is_noted():
     damaged["refit"] = (3, damaged["refit"][1])
     assert "of full again not at all: " in notes(mask=(3, mask), **damaged)[0]
     assert not notes(mask=(3, mask), restart=(3, full), **damaged)
+
+
+TWO = {"accelerate_config": "multi_gpu", "num_processes": 2}
 
 
 @pytest.fixture
@@ -315,7 +318,7 @@ def test_halving_of_epochs_counts_from_the_parents_rates_and_from_what_train_say
         ({"learning_rate": [1e-3, 1e-2, 1e-1]}, "3 settings with factor 3 and max_steps 6 takes 3 whole lengths"),
         ({"halving": {"resource": "max_steps", "factor": 2}}, "halving 4 settings with factor 2 .* takes 4 whole"),
         ({"halving": {"resource": "max_steps", "min_resources": 4}}, "min_resources 4 and max_steps 6 takes 4 whole"),
-        ({"halving": "num_train_epochs"}, "max_steps 6 decides the length of its runs; write `halving: max_steps`"),
+        ({"halving": "num_train_epochs"}, "tune is of num_train_epochs, and max_steps 6 decides the length"),
         ({"learning_rate": None, "halving": "max_steps"}, "write `tune: {OPTION"),
     ],
 )
@@ -431,6 +434,31 @@ def test_copies_of_test_rows_are_not_tuned_on(content, data, tmp_path, capsys):
             "method 'mask': tune compares losses at the size that is trained",
         ),
         (lambda c: c["train"].update(eval_strategy="no"), "tune chooses by held-out loss, and eval_strategy is no"),
+        (
+            lambda c: c["methods"]["full"]["tune"].update(double="num_train_epochs"),
+            "tune is of num_train_epochs, and max_steps 2 decides the length",
+        ),
+        (
+            lambda c: c["methods"].update(mean={"method": "full", "average_checkpoints": 2}) or c.update(launch=TWO),
+            "run 'mean, seed 0': average_checkpoints goes with one process",
+        ),
+        (
+            lambda c: c["methods"].update(
+                sized={"method": "mask", "mask_sparsity_auto": True, "mask_selection": "logit"}
+            ),
+            "run 'sized, seed 0': mask_sparsity_auto goes with mask_selection topk",
+        ),
+        (
+            lambda c: c["methods"].update(l1={"method": "l1_mask", "from": "full", "mask_selection": "logit"}),
+            "run 'l1, seed 0': mask_selection is 'logit'; l1_mask removes mask_sparsity",
+        ),
+        (
+            lambda c: (
+                c["methods"]["mask"].update(mask_removed_value="base")
+                or c["methods"].update(after={"method": "full", "from": "full", "start_mask": "mask"})
+            ),
+            "methods.after.start_mask is 'mask', a difference mask",
+        ),
         (lambda c: c.update(grid={"full.learning_rate": [1.0]}), "in the method's tune too"),
         (
             lambda c: c["methods"].update(l1={"method": "l1_mask", "from": "full", "tune": {"num_candidates": [1]}}),
@@ -470,6 +498,23 @@ def test_two_splits_of_one_data_set_are_other_rows(content):
     content["evaluation"]["heldout"] = {"dataset_name": "openai/gsm8k", "eval_split_size": 16}
     with pytest.raises(UserError, match="would be tuned on rows of 'openai/gsm8k', which evaluation reports on"):
         check_test_rows(parse_recipe(content))
+    # What is reported on may have a name of its own, and a data set's options win over those of all methods.
+    held_out = {"eval_dataset_name": "openai/gsm8k_platinum", "dataset_eval_split": "validation"}
+    content["evaluation"]["heldout"] = {"dataset_name": "openai/gsm8k"} | held_out
+    content["train"]["dataset_eval_split"] = "other"
+    content["data"]["sums"] |= held_out
+    with pytest.raises(UserError, match="would be tuned on rows of 'openai/gsm8k_platinum', which evaluation reports"):
+        check_test_rows(parse_recipe(content))
+
+
+def test_fixed_masks_beside_masks_that_all_learn_by_logits(content):
+    """They take counts and places of the mask they match; how that is learned is not theirs."""
+    content["train"] |= {"mask_preset": "deletion_tuning", "mask_target_modules": ["gate_proj"]}
+    plan = plan_of(content | {"controls": "standard"}, lambda run: Heldout(1.0))
+    options = {run.name: run.options for run in plan.runs if run.method.method.endswith("_mask")}
+    assert len(options) == 4
+    for of_run in options.values():
+        assert of_run["mask_target_modules"] == ["gate_proj"] and not {"mask_preset", "mask_selection"} & of_run.keys()
 
 
 def test_a_tuned_study_runs_in_stages_and_resumes(content, tmp_path, capsys, in_process):
@@ -549,6 +594,55 @@ def test_controls_of_the_masks_that_are_named(content):
     assert "L1 mask of mask" in names and not [name for name in names if "of other" in name]
     with pytest.raises(UserError, match="controls names 'full', which is no learned mask"):
         parse_recipe(content | {"controls": ["full"]})
+    with pytest.raises(UserError, match="which is no learned mask"):
+        parse_recipe(content | {"controls": [["mask"]]})
+    without = {name: method for name, method in content["methods"].items() if method["method"] != "mask"}
+    with pytest.raises(UserError, match="controls has no learned mask to stand beside"):
+        parse_recipe(content | {"controls": "standard", "methods": without})
+    with pytest.raises(UserError, match=r"grid mask.max_steps gives the mask several lengths"):
+        parse_recipe(content | {"controls": "standard", "grid": {"mask.max_steps": [2, 4]}})
+
+
+def test_controls_have_the_masks_batches_and_no_fewer_settings(content):
+    own = {"per_device_train_batch_size": 2, "max_train_samples": 24, "mask_layers_to_transform": [1], "max_steps": 2}
+    tried = {"learning_rate": [1e-3, 1e-2], "mask_sparsity": [0.1, 0.3, 0.5]}
+    content["methods"]["mask"] = {"method": "mask", "from": "full", "tune": tried} | own
+    content["train"]["max_steps"] = 2  # said for all: not once more for each
+    made = parse_recipe(content | {"controls": "standard"}).methods
+    trained = ("warm restart of full", "averaged restart of full", "annealed full", "random damage of mask, refit")
+    for name in (*trained, "partial full, layers of mask"):
+        options = made[name].options
+        assert options["per_device_train_batch_size"] == 2 and options["max_train_samples"] == 24
+        assert "max_steps" not in options
+        if name != "annealed full":
+            assert sorted(made[name].tune.lists["learning_rate"]) == [0.125, 0.25, 0.5, 1, 2, 4]
+    content["methods"]["other"] = {"method": "mask", "from": "full", "max_steps": 2} | own
+    assert "warm restart of full (other)" in parse_recipe(content | {"controls": "standard"}).methods, "three rates"
+    for others in ({"launch": {"num_processes": 2}}, {"train": content["train"] | {"metric_for_best_model": "eval_x"}}):
+        made = parse_recipe(content | {"controls": "standard"} | others).methods
+        assert "warm restart of full" in made and "averaged restart of full" not in made
+
+
+def test_a_mask_of_a_model_that_was_not_tuned_has_the_controls_that_need_no_rate(content):
+    """Deletion tuning, for one; nothing there has a rate of which others would be multiples."""
+    content["methods"] = {"base": {"method": "pretrained"}, "mask": {"method": "mask", "max_steps": 2}}
+    fixed = {f"{control} of mask" for control in ("random mask", "best of 8 random masks", "L1 mask", "Wanda mask")}
+    for start in ({}, {"from": "base"}):
+        content["methods"]["mask"] |= start
+        plan = plan_of(content | {"controls": "standard"}, lambda run: Heldout(1.0))
+        assert set(plan.recipe.methods) == {"base", "mask"} | fixed
+    content["methods"]["refit"] = {
+        "method": "full",
+        "from": "base",
+        "tune": {"learning_rate": {"times_parent": [1, 2]}},
+    }
+    with pytest.raises(UserError, match="that of 'base' is None, of which there are no multiples; give the values"):
+        plan_of(content)
+    content["methods"] = {"full": {"method": "full", "max_steps": 2}}
+    decays = {"weight_decay": {"times_parent": [1, 2]}}
+    content["methods"]["restart"] = {"method": "full", "from": "full", "max_steps": 2, "tune": decays}
+    with pytest.raises(UserError, match=r"that of 'full' is 0.0, of which there are no multiples"):
+        plan_of(content)
 
 
 def test_weights_after_a_mask_have_twins_of_as_many_steps_in_all(content):
@@ -575,6 +669,12 @@ def test_weights_after_a_mask_have_twins_of_as_many_steps_in_all(content):
     (run,) = (run for run in plan.runs if run.name == "random damage, twin of kept" and run.seed == 1)
     assert [mask.name for mask in run.masks.values()] == ["random mask of mask"] and run.num_tried == 2
 
+    # Where they are missing, the table says so.
+    without = plan_of(content, lambda run: Heldout(1.0))
+    notes = without_twin([run for run in without.runs if run.labels], without.defaults)
+    assert len(notes) == 2 and "dsd has trained for as long as its mask and its weights together" in notes[0]
+    assert without_twin([run for run in plan.runs if run.labels], plan.defaults) == []
+
     def twins(**others):
         recipe = content | {"controls": "standard"} | others
         return [name for name in parse_recipe(recipe).methods if "twin" in name]
@@ -585,7 +685,11 @@ def test_weights_after_a_mask_have_twins_of_as_many_steps_in_all(content):
     for length in ({"num_train_epochs": 2}, {"max_steps": -1}, {"tune": {"max_steps": [2, 4]}}):
         tuned = {"method": "mask", "from": "full"} | length
         assert not twins(methods=methods | {"mask": tuned}), "no sum of the two lengths"
-    assert not twins(grid={"mask.max_steps": [2, 4]})
+    assert [name for name in twins(grid={"dsd.max_steps": [3, 4]}) if "damage" in name] == [
+        "random damage, twin of kept"
+    ]
+    as_dsd = written | {"method": "dsd"}
+    assert "random damage, twin of dsd" not in twins(methods=methods | {"written out": as_dsd}), "another name of full"
     assert not twins(methods=methods | {"mask": methods["mask"] | {"per_device_train_batch_size": 2}})
     from_base = {name: {k: v for k, v in methods[name].items() if k != "from"} for name in ("mask", "dsd", "kept")}
     assert not twins(methods=methods | from_base), "no random mask of it is made"

@@ -2,8 +2,11 @@
 
 import json
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,9 +18,16 @@ from maskft.data.splits import load_splits
 from maskft.errors import UserError
 from maskft.evaluation.heldout import nll_per_item
 from maskft.files import HELDOUT
-from maskft.training.method_arguments import MethodArguments
+from maskft.training.method_arguments import BUDGETS, MethodArguments
 from maskft.training.record import read_record
-from maskft.training.verdict import BUDGETS, HeldoutLosses, check_rows, choosing_half, paired_interval, read_heldout
+from maskft.training.verdict import (
+    HeldoutLosses,
+    check_rows,
+    choosing_half,
+    clusters_of,
+    paired_interval,
+    read_heldout,
+)
 
 
 @pytest.fixture
@@ -148,9 +158,35 @@ def test_the_halves_depend_on_ids_and_seed_alone():
     half = choosing_half(ids, 0)
     assert len(half) == 4 and half == choosing_half(ids, 0) != choosing_half(ids, 1)
     assert {ids[n] for n in half} == {ids[::-1][n] for n in choosing_half(ids[::-1], 0)}
+    for auto, data in ((True, prepared(4)), (False, prepared(3))):
+        check_rows(MethodArguments(mask_sparsity_auto=auto), data)
     with pytest.raises(UserError, match=r"has 3 held-out rows, .* hold out at least 4"):
-        check_rows(MethodArguments(mask_sparsity_auto=True), ids[:3])
-    check_rows(MethodArguments(), ids[:3])
+        check_rows(MethodArguments(mask_sparsity_auto=True), prepared(3))
+
+
+def prepared(num_rows, clusters=None):
+    """Held-out rows as they are prepared: with text, and tokenised."""
+    rows = Dataset.from_list(
+        [{"id": str(n)} | ({"cluster_id": clusters[n]} if clusters else {}) for n in range(num_rows)]
+    )
+    return SimpleNamespace(heldout_rows=rows, heldout=rows.select_columns(["id"]))
+
+
+def test_rows_that_depend_on_each_other_count_as_one():
+    """As in `maskft compare`: questions on one passage are not as many independent ones."""
+    rng = np.random.default_rng(0)
+    labels = [f"passage {n // 10}" for n in range(200)]
+    parent = rng.normal(2.0, 0.3, 200)
+    nll = parent + np.repeat(rng.normal(-0.02, 0.05, 20), 10)
+    same = {"ids": [str(n) for n in range(200)], "num_tokens": [1] * 200, "nll": [*nll], "parent_nll": [*parent]}
+    alone = paired_interval(HeldoutLosses(**same), range(200))
+    clustered = paired_interval(HeldoutLosses(**same, clusters=labels), range(200))
+    assert clustered[0] == pytest.approx(alone[0]) and clustered[2] - clustered[1] > 2 * (alone[2] - alone[1])
+    assert clusters_of(prepared(200, labels)) == labels and clusters_of(prepared(3)) is None
+    half = choosing_half(labels, 0)
+    assert len(half) == 100 and not {labels[n] for n in half} & {labels[n] for n in {*range(200)} - {*half}}
+    with pytest.raises(UserError, match="has 3 held-out clusters of rows"):
+        check_rows(MethodArguments(mask_sparsity_auto=True), prepared(30, labels))
 
 
 @pytest.mark.parametrize(

@@ -226,14 +226,14 @@ def test_the_count_along_a_ramp_is_exact_and_saved(scope, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"selection": "logit", "sparsity_ramp": 0.0, "sharpness_end": 9.0},
+        {"selection": "logit", "gradient": "sigmoid", "sharpness_end": 9.0},
         {"selection": "gumbel"},
         {"sparsity_ramp": 0.5},
     ],
     ids=str,
 )
 def test_training_without_progress_is_refused(settings):
-    layer = make_layer(init_value=0.1, **settings).train()
+    layer = make_layer(**settings).train()
     with pytest.raises(UserError, match=r"call maskft.set_mask_progress\(model, step / max_steps\) before every step"):
         layer(torch.randn(3, 12))
     with pytest.raises(UserError, match=r"progress is 1.5; it is a share of training"):
@@ -447,7 +447,17 @@ def test_presets():
             {"selection": "gumbel", "init_value": 1.0, "temperature_end": 0.0},
             "temperature_end is 0.0; it must be above 0",
         ),
-        ({"selection": "logit", "init_value": 1.0, "sharpness": -1.0}, "sharpness is -1.0; it must be above 0"),
+        ({"selection": "gumbel", "init_value": 1.0, "sharpness": -1.0}, "sharpness is -1.0; it must be above 0"),
+        (
+            {"selection": "logit", "sharpness_end": 9.0},
+            "sharpness_end=9.0 has no effect with gradient='straight_through'",
+        ),
+        (
+            {"selection": "logit", "sparsity": 0.3},
+            "sparsity=0.3 has no effect with selection='logit'; it goes with topk",
+        ),
+        ({"threshold": 0.1}, "threshold=0.1 has no effect with selection='topk'; it goes with threshold"),
+        ({"init_value": 0.1}, "init_value=0.1 has no effect with selection='topk' and init_scores='normal'"),
         ({"sparsity_ramp": 1.5}, r"sparsity_ramp is 1.5; it is a share of training and must be in \[0, 1\]"),
         ({"selection": "logit", "init_value": 1.0, "sparsity_ramp": 0.5}, "sparsity_ramp=0.5 has no effect"),
         (

@@ -113,7 +113,7 @@ def check(recipe: Recipe, allow_many: bool = False) -> Plan:
         # One parse of all options of a run checks each of them; only values that are new need another.
         values = {(planned.method.name, name, repr(value)) for name, value in planned.options.items()}
         if values - seen:
-            _check_run(planned)
+            _check_run(planned, recipe.launch.num_processes or 1)
         seen |= values
     check_layers(plan.runs, recipe.facts.num_layers)
     _evaluation_args(recipe)
@@ -133,17 +133,20 @@ def _parsed(planned: StudyRun) -> TrainConfig:
     return train.parse(command_words(options))
 
 
-def _check_run(planned: StudyRun) -> None:
+def _check_run(planned: StudyRun, num_processes: int) -> None:
     from ..data.arguments import check_sizes
-    from ..training.checks import check_method
-    from ..training.method_arguments import MASK_METHODS, mask_config
+    from ..training.checks import check_choice, check_method, check_size
+    from ..training.method_arguments import FIXED_MASK_METHODS, MASK_METHODS, mask_config
 
     try:
         parsed = _parsed(planned)
         check_method(parsed.method)
         check_sizes(parsed.data)
         if planned.method.method in MASK_METHODS:
-            mask_config(parsed.mask)
+            config = mask_config(parsed.mask)
+            if planned.method.method in FIXED_MASK_METHODS:
+                check_size(planned.method.method, config)
+        check_choice(parsed, num_processes)
     except UserError as error:
         raise UserError(f"run {planned.title!r}: {error}") from None
 

@@ -19,11 +19,12 @@ from pathlib import Path
 from .. import files
 from ..data.arguments import TEMPLATE, DataArguments
 from ..errors import UserError
+from ..evaluation.arguments import HELDOUT
 from ..results.schema import BEFORE, DOMAINS, Result, read_result, write_result
 from ..runtime import environment
 from ..training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS, selection_of
 from .damage import damage_of_result, damage_of_run, is_whole_result, move_aside, written_files
-from .identity import data_hash, evaluation_id, evaluation_identity
+from .identity import data_hash, evaluation_id, evaluation_identity, short_digest
 from .plan import BEST, LAST, StudyRun
 from .process import command_words, run_command
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe
@@ -91,7 +92,8 @@ class Study:
         loss, file = self.record(run).best_heldout_loss, self.run_folder(run) / files.HELDOUT
         rows = files.read_json(file) if file.is_file() else {"ids": [], "nll": [], "num_tokens": []}
         pairs = zip(rows["nll"], rows["num_tokens"], strict=True)
-        return Heldout(math.inf if loss is None else loss, dict(zip(rows["ids"], pairs, strict=True)))
+        clusters = dict(zip(rows["ids"], rows.get("clusters") or [], strict=False))
+        return Heldout(math.inf if loss is None else loss, dict(zip(rows["ids"], pairs, strict=True)), clusters)
 
     def is_trained(self, run: StudyRun) -> bool:
         """Whether the run's models are there, as they were written."""
@@ -184,7 +186,7 @@ def _train(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
         else:
             study.call([*launch_words(study.recipe, run), *command_words(options)], folder / files.LOG, tick)
             training = files.read_json(folder / files.TRAINING)["summary"]
-            last_is_best = training["best_step"] == training["num_steps"]
+            last_is_best = training["best_step"] == training["num_steps"] and not training.get("averaged_steps")
             models = {BEST: str(folder), LAST: str(folder if last_is_best else folder / files.LAST)}
     models = {role: _inside(study.folder, models[role]) for role in run.roles}
     before = next(iter(run.masks.values()), run.start)  # the tokens of a mask count for the weights after it
@@ -254,14 +256,15 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
         result = read_result(file)
     else:
         result = measured(partial_folder(target), study.recipe.evaluation)
-        for number, (name, options) in enumerate(study.recipe.before.items()):
-            earlier = measured(partial_folder(target) / f"before-{number}", options)
-            result["tasks"] |= {f"{BEFORE}{name}": earlier["tasks"]["heldout"]}
+        for name, options in study.recipe.before.items():
+            earlier = measured(partial_folder(target) / f"before-{short_digest({'set': name})}", options)
+            for task, found in earlier["tasks"].items():
+                result["tasks"][f"{BEFORE}{name}" + ("" if task == HELDOUT else f" {task}")] = found
     result, record = result | {"name": run.labels[role]}, study.record(run)
     # A folder of weights alone, as of the pre-trained model or of the end of training, does not tell its method.
     result["model"] |= {"seed": run.seed, "method": run.method.method}
     result["training"] = _training_block(study, run, role, record)
-    kept = ("run", "start", "match", "settings", "num_steps", "best_step", "best_heldout_loss")
+    kept = ("run", "start", "match", "settings", "num_steps", "best_step", "averaged_steps", "best_heldout_loss")
     result["study"] = {
         "role": role,
         "model": record.model,

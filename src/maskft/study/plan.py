@@ -16,7 +16,14 @@ from typing import Any
 
 from ..errors import UserError, did_you_mean
 from ..models import model_identity
-from ..training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS
+from ..training.method_arguments import (
+    COMBINED_METHODS,
+    LEARNER_OPTIONS,
+    MASK_METHODS,
+    UNTRAINED_METHODS,
+    removes_a_share,
+    sizes_measured,
+)
 from .identity import options_identity, plain, short_digest, written_out
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Options, Recipe
 from .tuning import Look, Trial, Tuned, check_test_rows, settings_text, tune
@@ -108,8 +115,12 @@ class StudyRun:
             return self.tuned.num_settings + elsewhere
         if self.method.method in COMBINED_METHODS:
             return len(_as_list(self.options.get("combine_values", COMBINED_METHODS[self.method.method])))
-        drawn = self.options.get("num_candidates", 1)
-        return drawn if drawn > 1 else elsewhere
+        chosen = {
+            "random_mask": self.options.get("num_candidates", 1),
+            "mask": len(sizes_measured(self.options)),
+            "full": 2 if self.options.get("average_checkpoints", 1) > 1 else 1,  # the mean, and the best checkpoint
+        }.get(self.method.method, 1)
+        return chosen if chosen > 1 else elsewhere
 
     @property
     def labels(self) -> dict[str, str]:
@@ -263,9 +274,11 @@ class _Planner:
             return [self.make(model, method, axes, seed, trial=trial) for seed in seeds]
 
         parent = self.parent(model, method.start, axes, seeds[0]) if method.start else None
-        of_parent = written_out(parent.method.method, parent.options) if parent else {}
+        # What was not trained has no rate to be multiplied.
+        is_trained = parent is not None and parent.method.method != PRETRAINED
+        of_parent = self.defaults | written_out(parent.method.method, parent.options) if is_trained else {}
         own = written_out(method.method, _options(self.recipe, method, axes, seeds[0], None))
-        return tune(method, self.defaults | own, self.defaults | of_parent, runs_of, self.look)
+        return tune(method, self.defaults | own, of_parent, runs_of, self.look)
 
     def parent(self, model: str, name: str, axes: dict, seed: int) -> StudyRun:
         """The run of the method ``name`` with the same seed, else its only one."""
@@ -348,6 +361,8 @@ def _options(
                     f"has {of_match.get(key)}; leave it out"
                 )
         options = {key: value for key, value in options.items() if key not in _PLACES}
+        if not removes_a_share(options):  # it removes as many as are matched, whatever all other masks learn by
+            options = {key: value for key, value in options.items() if key not in LEARNER_OPTIONS or key in own}
         options |= {key: of_match[key] for key in _PLACES if key in of_match}
     return options
 

@@ -305,7 +305,9 @@ class Recipe(Section):
             and isinstance(train, dict)
         ):
             masks = controls if isinstance(controls, list) else None
-            content = content | {"methods": with_standard_controls(methods, train, masks, content.get("grid") or ())}
+            launch = content.get("launch") if isinstance(content.get("launch"), dict) else None
+            added = with_standard_controls(methods, train, masks, content.get("grid") or (), launch)
+            content = content | {"methods": added}
         return {key: value for key, value in content.items() if key != "model"}
 
     @field_validator("version")
@@ -386,6 +388,11 @@ class Recipe(Section):
                     raise ValueError(
                         f"methods.{name}.{option} is {mask.name!r}; name a mask made from the same model, "
                         f"`from: {method.start}`"
+                    )
+                if (self.train | mask.options).get("mask_removed_value") == "base":
+                    raise ValueError(
+                        f"methods.{name}.{option} is {mask.name!r}, a difference mask, whose removed weights are not "
+                        "zero; name one that removes to zero"
                     )
             if start and start.method not in (PRETRAINED, "full"):
                 raise ValueError(

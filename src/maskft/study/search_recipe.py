@@ -14,6 +14,7 @@ from ..data.mixtures import parse_mixture
 from ..data.sources import FILE_ENDINGS
 from ..errors import UserError
 from ..files import is_there, read_model, read_yaml
+from ..training.method_arguments import removes_a_share
 from .halving import rung_sizes
 from .identity import data_hash
 from .recipe import PRETRAINED, REVISION, Count, Data, Number, Recipe, Section, methods_of, parse_recipe
@@ -211,7 +212,7 @@ def _check_rows(recipe: Recipe) -> None:
     for key in _DECIDED:
         if key in recipe.train:
             raise UserError(f"train sets {key}, which the search decides; drop it")
-    if recipe.train.get("mask_selection", "topk") != "topk":
+    if not removes_a_share(recipe.train):
         raise UserError("mask_selection must be topk: with any other no sparsity is given that could be searched")
     if len(recipe.data) > 1:
         raise UserError(f"it has {len(recipe.data)} data sets; a search is on one, which may be a mixture")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from .. import files
 from ..errors import UserError
@@ -12,9 +13,10 @@ from ..results.compare import compare
 from ..results.schema import Result, read_result
 from ..results.scores import scores
 from ..results.text import Table, brief_metric, draw, render, render_brief, render_scores, sentence, wrap
+from .controls import length_of, sum_of_lengths
 from .damage import is_whole_result
 from .execute import Study
-from .plan import BEST, LAST, Plan
+from .plan import BEST, LAST, Plan, StudyRun
 from .recipe import Method, Recipe
 from .tuning import Tuned
 
@@ -48,6 +50,7 @@ def summarise(study: Study, plan: Plan, is_brief: bool = False) -> str:
         tunings = [tuned for tuned in plan.tunings if tuned.trials[0].runs[0].model == model and tuned.is_settled]
         notes += [f"Tuned: {tuned}." for tuned in tunings]
         notes += more_tuned_than_controls(tunings, study.recipe.methods.values())
+        notes += without_twin([run for run in plan.runs if run.model == model and run.labels], plan.defaults)
         if not study.recipe.before and len(results) > 1:
             notes.append("Note: forgetting was not measured beyond the tasks above (no evaluation.before).")
         num_tried = {label: run.num_tried for run in plan.runs if run.model == model for label in run.labels.values()}
@@ -91,6 +94,35 @@ def more_tuned_than_controls(tunings: Sequence[Tuned], methods: Iterable[Method]
                     "many before comparing the two."
                 )
     return notes
+
+
+def without_twin(runs: Sequence[StudyRun], defaults: Mapping[str, Any]) -> list[str]:
+    """A note for each method in which weights train after a learned mask, and none does so after random damage.
+
+    Args:
+        runs: Those that are reported on.
+        defaults: Every option of ``maskft train``.
+    """
+    found = {}
+    for run in runs:
+        for option, mask in run.masks.items():
+            if mask.method.method != "mask":
+                continue
+            length = sum_of_lengths(run.options, mask.options, defaults)
+            twins = [
+                other
+                for other in runs
+                if option in other.masks
+                and other.masks[option].method.method == "random_mask"
+                and (other.start, other.seed) == (run.start, run.seed)
+                and length_of(other.options, defaults) == length
+            ]
+            if length is None or not twins:
+                found[run.name] = (
+                    f"Note: {run.name} has trained for as long as its mask and its weights together, and no method for "
+                    f"as long after random damage ({option}: a random mask): what the mask adds is not known."
+                )
+    return list(found.values())
 
 
 def _of_one_model(results: list[Result], recipe: Recipe, is_brief: bool) -> tuple[str, str, dict]:
@@ -142,7 +174,8 @@ def without_repeats(results: list[Result], baseline: str | None) -> tuple[list[R
     for result in results:
         if result["study"]["role"] == LAST and result["name"] != baseline:
             study = result["study"]
-            ends.setdefault(result["name"], []).append(study["best_step"] == study["num_steps"])
+            is_best = study["best_step"] == study["num_steps"] and not study.get("averaged_steps")
+            ends.setdefault(result["name"], []).append(is_best)
     repeats = [name for name, same in ends.items() if all(same)]
     notes = [f"Note: {name} is not listed: it is the best one, whose step is the last." for name in repeats]
     return [result for result in results if result["name"] not in repeats], notes

@@ -36,10 +36,12 @@ class Heldout:
     Attributes:
         loss: Of the best checkpoint, in nats per token; infinite where the run failed.
         rows: Id of a row -> its loss in nats per token, and its number of supervised tokens; empty if not recorded.
+        clusters: Id of a row -> label of those that depend on each other; empty: they are independent.
     """
 
     loss: float
     rows: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    clusters: Mapping[str, str] = field(default_factory=dict)
 
 
 Look = Callable[["StudyRun"], Heldout | None]
@@ -166,6 +168,11 @@ def tune(
             f"method {method.name!r}: tune compares losses at the size that is trained, and mask_sparsity_auto changes "
             "it afterwards, on half of the same rows; drop one of them"
         )
+    if "num_train_epochs" in method.tune.options and (_number(own.get("max_steps")) or 0) > 0:
+        raise UserError(
+            f"method {method.name!r}: tune is of num_train_epochs, and max_steps {own['max_steps']} decides the length "
+            "of its runs; write max_steps there, or drop it here"
+        )
     stages, grid = _Stages(runs_of, look), _grid(method, own, parent)
     winner = _halve(stages, method, own, grid) if method.tune.halving else stages.best(stages.add(grid))
     still_gains = False
@@ -180,10 +187,10 @@ def _grid(method: Method, own: Options, parent: Options) -> list[Options]:
     for option, values in method.tune.grid.items():
         if isinstance(values, TimesParent):
             base = _number(parent.get(option))
-            if base is None:
+            if not base:
                 raise UserError(
                     f"method {method.name!r}: tune.{option} is given as times_parent, and that of {method.start!r} is "
-                    f"{parent.get(option)!r}, no number; give the values"
+                    f"{parent.get(option)!r}, of which there are no multiples; give the values"
                 )
             values = [float(f"{factor * base:.6g}") for factor in values.times_parent]
         lists[option] = values
@@ -220,19 +227,13 @@ def _halve(stages: _Stages, method: Method, own: Options, candidates: list[Optio
 
 def _whole(method: Method, own: Options) -> float:
     """Length of the last rung, which is the method's own."""
-    resource = method.tune.halving.resource
-    if resource != "max_steps" and (_number(own.get("max_steps")) or 0) > 0:
-        raise UserError(
-            f"method {method.name!r}: halving is of {resource}, and max_steps {own['max_steps']} decides the length of "
-            "its runs; write `halving: max_steps`, or drop max_steps"
-        )
     for option in _OF_A_LENGTH:
         if (_number(own.get(option)) or 0) >= 1:
             raise UserError(
                 f"method {method.name!r}: {option} {own[option]} is a number of steps, and halving has runs of several "
                 "lengths; give the fraction of a run, below 1"
             )
-    return _amount(method, own, resource, "halve")
+    return _amount(method, own, method.tune.halving.resource, "halve")
 
 
 def _double(stages: _Stages, method: Method, own: Options, winner: Trial) -> tuple[Trial, bool]:
@@ -270,10 +271,12 @@ def _gains(before: Trial, after: Trial) -> bool:
     """Whether held-out loss falls by more than the standard error of the paired difference."""
     pairs = list(zip(before.heldout, after.heldout, strict=True))
     rows = [row for row in before.heldout[0].rows if all(row in found.rows for pair in pairs for found in pair)]
-    if len(rows) < 2:
+    clusters = [before.heldout[0].clusters.get(row, row) for row in rows]
+    if len(set(clusters)) < 2:
         return before.loss - after.loss > MIN_GAIN
     differences = [sum(a.rows[row][0] - b.rows[row][0] for a, b in pairs) / len(pairs) for row in rows]
-    gain, stderr = weighted_mean(differences, [before.heldout[0].rows[row][1] for row in rows])
+    weights = [before.heldout[0].rows[row][1] for row in rows]
+    gain, stderr = weighted_mean(differences, weights, clusters if before.heldout[0].clusters else None)
     return gain > stderr
 
 
@@ -303,15 +306,14 @@ def check_test_rows(recipe: Recipe) -> None:
     """Refuse to tune or choose on rows that the study reports on."""
     reported = {}
     for evaluated in (recipe.evaluation, *recipe.before.values()):
-        reported |= data_sets(evaluated.get("dataset_name"), _reported_split(evaluated))
+        reported |= data_sets(*_heldout_source(evaluated))
     for method in recipe.methods.values():
-        data = recipe.data[method.data or next(iter(recipe.data))].options | recipe.train | method.options
+        data = recipe.train | recipe.data[method.data or next(iter(recipe.data))].options | method.options
         verb = how_chosen(method, data)
         if verb is None:
             continue
-        name = data.get("eval_dataset_name")
-        split = data.get("dataset_eval_split") or ("test" if name and not Path(name).is_file() else None)
-        chosen = data_sets(name or data.get("dataset_name"), split or data.get("dataset_train_split") or "train")
+        name, split = _heldout_source(data)
+        chosen = data_sets(name, split)
         same = next((chosen[key] for key in chosen if key in reported), None)
         if same is not None:
             raise UserError(
@@ -320,13 +322,16 @@ def check_test_rows(recipe: Recipe) -> None:
             )
         if split == "test":
             raise UserError(
-                f"method {method.name!r} would be {verb} on the split 'test' of {name or data.get('dataset_name')!r}; "
+                f"method {method.name!r} would be {verb} on the split 'test' of {name!r}; "
                 "hold out rows of the training data (eval_split_size)"
             )
 
 
-def _reported_split(evaluated: Mapping[str, Any]) -> str:
-    return evaluated.get("dataset_eval_split") or evaluated.get("dataset_train_split") or "train"
+def _heldout_source(options: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Data set and split that held-out rows are from, in options of ``maskft train`` or ``evaluate``."""
+    name = options.get("eval_dataset_name")
+    split = options.get("dataset_eval_split") or ("test" if name and not Path(name).is_file() else None)
+    return name or options.get("dataset_name"), split or options.get("dataset_train_split") or "train"
 
 
 def data_sets(names: str | None, split: str = "train") -> dict[str, str]:

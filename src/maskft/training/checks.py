@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .. import runtime
 from ..errors import UserError
+from ..tuner.config import MaskConfig
 from .arguments import TrainConfig
 from .launch import check_deepspeed, check_mask_sharding
 from .method_arguments import COMBINED_METHODS, FIXED_MASK_METHODS, MASK_METHODS, MethodArguments, mask_config
@@ -24,10 +25,7 @@ def check_config(config: TrainConfig) -> None:
         check_mask_sharding()
     check_deepspeed(training.deepspeed)
     check_trackers(training.report_to)
-    if config.method.mask_sparsity_auto:
-        _check_choice_of_size(config)
-    if config.method.average_checkpoints != 1:
-        _check_average(config)
+    check_choice(config, runtime.num_processes())
     # Fixed masks run on one of them, and preparing data on none.
     if method == "mask" and not config.data.prepare_only and training.n_gpu > 1:
         raise UserError(
@@ -62,6 +60,14 @@ def check_quantised(method: str) -> None:
         )
 
 
+def check_choice(config: TrainConfig, num_processes: int) -> None:
+    """Refuse what held-out rows cannot choose: the size of a mask that has no given one, a mean of checkpoints."""
+    if config.method.mask_sparsity_auto:
+        _check_choice_of_size(config)
+    if config.method.average_checkpoints != 1:
+        _check_average(config, num_processes)
+
+
 def _check_choice_of_size(config: TrainConfig) -> None:
     selection = mask_config(config.mask).selection
     if selection != "topk":
@@ -72,7 +78,7 @@ def _check_choice_of_size(config: TrainConfig) -> None:
         raise UserError("mask_sparsity_auto chooses on held-out rows, and eval_strategy is no; set it to steps")
 
 
-def _check_average(config: TrainConfig) -> None:
+def _check_average(config: TrainConfig, num_processes: int) -> None:
     number, training = config.method.average_checkpoints, config.training
     if number < 1:
         raise UserError(f"average_checkpoints is {number}; it must be at least 1")
@@ -83,7 +89,7 @@ def _check_average(config: TrainConfig) -> None:
             "average_checkpoints compares held-out losses: it needs eval_strategy steps and metric_for_best_model "
             "eval_loss"
         )
-    if runtime.num_processes() > 1:
+    if num_processes > 1:
         raise UserError("average_checkpoints goes with one process; drop it or num_processes")
 
 
@@ -116,6 +122,12 @@ def check_method(args: MethodArguments) -> None:
         raise UserError(f"num_candidates is {args.num_candidates}; with random_mask it is 1 or more, otherwise 1")
     if args.num_calibration_samples < 1:
         raise UserError(f"num_calibration_samples is {args.num_calibration_samples}; it must be at least 1")
+
+
+def check_size(method: str, config: MaskConfig) -> None:
+    """Refuse a fixed mask without a given size."""
+    if config.selection != "topk":
+        raise UserError(f"mask_selection is {config.selection!r}; {method} removes mask_sparsity of the weights")
 
 
 def check_processes(model, train_set, heldout_set) -> None:

@@ -84,9 +84,12 @@ def report(
     if best is None or summary.method in UNTRAINED_METHODS:
         console.print(f"saved to {folder}")
     elif summary.method != "mask":
+        where = (
+            f"as the mean of {len(summary.averaged_steps)} checkpoints" if summary.averaged_steps else f"at step {step}"
+        )
         console.print(
-            f"{noun} {start:.4f} at the start, best {best:.4f} at step {step}, {summary.end_loss:.4f} at the "
-            f"end; the best is saved in {folder}"
+            f"{noun} {start:.4f} at the start, best {best:.4f} {where}, {summary.end_loss:.4f} at the end; the best is "
+            f"saved in {folder}"
         )
     else:
         console.print(f"{noun} {start:.4f} without a mask, best {best:.4f} with it (step {step})")

@@ -13,7 +13,6 @@ from trl import ModelConfig
 
 from ..adapter.mask_set import MaskSet
 from ..data.prepared import Prepared
-from ..errors import UserError
 from ..evaluation.heldout import nll_per_item
 from ..runtime import peak_memory_bytes
 from ..tuner import MaskedLinear, adapter_layers
@@ -22,6 +21,7 @@ from ..tuner.fixed import fixed_masks
 from .arguments import TrainingArguments
 from .build import with_adapter
 from .calibration import check_inputs, input_norms
+from .checks import check_size
 from .method_arguments import ADAPTER, MaskArguments, MethodArguments, mask_config
 from .record import TrainingSummary
 
@@ -47,8 +47,7 @@ def make_fixed_mask(
         UserError: If the mask is not one of a given size.
     """
     config = mask_config(mask, inference_mode=True, sparsity_ramp=0.0)
-    if config.selection != "topk":
-        raise UserError(f"mask_selection is {config.selection!r}; {method.method} removes mask_sparsity of the weights")
+    check_size(method.method, config)
     masked = with_adapter(model.to(training.device), config, source).eval()
     layers = list(adapter_layers(masked, ADAPTER).values())
     weights = [layer.weight.detach() for layer in layers]

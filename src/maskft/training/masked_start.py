@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..adapter.mask_set import MaskSet, read_config
 from ..errors import UserError
-from ..tuner.model import weights_fingerprint
+from ..tuner.model import fingerprint_of, is_the_base
 from ..tuner.sharded import is_sharded, rows_of
+from ..tuner.targets import listed
 from .method_arguments import MethodArguments
 
 
@@ -32,6 +32,11 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
         raise UserError(
             f"{option} {folder!r} has removed_value {config.removed_value}; name a mask that removes to zero"
         )
+    if config.weights_sha256:
+        raise UserError(
+            f"{option} {folder!r} also replaces weights of the base ({listed(config.weights_sha256)}), which {option} "
+            "does not; name a mask alone, or train from what maskft merge writes"
+        )
     modules = dict(model.named_modules())
     weights = {name: getattr(modules.get(name), "weight", None) for name in sorted(masks)}
     base = config.base_model_name_or_path
@@ -44,13 +49,12 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
             raise UserError(
                 f"{option} {folder!r} is a mask of another model: {name} {has}; name the model it was made for ({base})"
             )
-    expected = (config.base_fingerprint or "").partition(":")[0]
-    is_comparable = expected and model.dtype != torch.float16  # which rounds otherwise
-    found = weights_fingerprint((name, weight.detach()) for name, weight in weights.items())
-    if is_comparable and found != expected:
+    found = fingerprint_of(((name, weight.detach()) for name, weight in weights.items()), len(weights))
+    dtypes = {weight.dtype for weight in weights.values()}
+    if config.base_fingerprint and not is_the_base(found, None, dtypes, config):
         raise UserError(
             f"{option} {folder!r} is a mask of another model: it was made for {base} (fingerprint "
-            f"{expected[:12]}), and the weights of this one differ ({found[:12]})"
+            f"{config.base_fingerprint[:12]}), and the weights of this one differ ({found[:12]})"
         )
     masks.apply_(model)
 

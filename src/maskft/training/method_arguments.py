@@ -24,6 +24,8 @@ OBJECTIVES = {
     "grpo": ("share of wrong held-out answers", "wrong answers/question"),
 }
 METHODS = ("full", "lora", *MASK_METHODS, *COMBINED_METHODS)
+# Shares that mask_sparsity_auto measures beside the one that was trained, all from the scores of one training.
+BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 DSD = "dsd"  # dense, sparse, dense (arXiv:1607.04381): another name of full with start_mask
 
 # TrlParser reads types, not the strings that MaskConfig's annotations are.
@@ -59,6 +61,12 @@ def _config_field(name: str) -> str:
     return "mask_seed" if name == "seed" else name
 
 
+# What decides how a mask is learned, and nothing of one that is drawn or ranked.
+LEARNER_OPTIONS = frozenset(
+    f"mask_{name}"
+    for name in "preset selection gradient price sharpness sharpness_end temperature temperature_end threshold "
+    "rank_by init_scores init_std init_value".split()
+)
 _DECIDED = ("sparsity", "init_scores")  # None: as the preset says, without one as recommended
 _CONFIG_FIELDS = {f.name: f for f in fields(MaskConfig)}
 _DEFAULTS = {name: spec.default for name, spec in _CONFIG_FIELDS.items()}
@@ -222,6 +230,12 @@ def selection_of(options: Mapping[str, Any]) -> str:
 def removes_a_share(options: Mapping[str, Any]) -> bool:
     """Whether the mask is cut at a rank."""
     return selection_of(options) == "topk"
+
+
+def sizes_measured(options: Mapping[str, Any]) -> list[float]:
+    """Sizes among which held-out rows choose that of a mask; one without ``mask_sparsity_auto``."""
+    trained = float(options.get("mask_sparsity") or PRESETS["recommended"]["sparsity"])
+    return sorted({*BUDGETS, trained}) if options.get("mask_sparsity_auto") else [trained]
 
 
 def default_start(options: Mapping[str, Any]) -> ScoreStart:

@@ -63,7 +63,7 @@ def run(config: TrainConfig, splits: tuple | None, resume_from: str | None, cons
     method, source, training = config.method, config.model, with_accumulation(config.training)
     tokenizer = load_tokenizer_of(source, training)
     data = load_data(config.data, training, tokenizer, splits, console)
-    check_rows(method, data.heldout)
+    check_rows(method, data)
     evaluation = task_evaluation(training, data, console)
     model = load_base(source, tokenizer, method.method)
     # build and fit

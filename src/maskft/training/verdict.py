@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,13 +20,12 @@ from ..errors import UserError
 from ..evaluation.heldout import nll_per_item
 from ..files import FileModel, digest, read_json, read_model
 from ..results.differences import Measured, Sample
+from ..results.schema import cluster_ids
 from ..tuner import MaskConfig, adapter_layers
 from .arguments import TrainConfig, TrainingArguments
-from .method_arguments import ADAPTER, OBJECTIVES, MethodArguments
+from .method_arguments import ADAPTER, BUDGETS, OBJECTIVES, MethodArguments
 from .trainer import MaskTrainer
 
-# Shares that mask_sparsity_auto measures beside the one that was trained, all from the scores of one training.
-BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 MIN_ROWS = 2  # of a paired interval
 # What an adapter that removes nothing still says: which layers it is for, and of which model.
 _PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
@@ -44,6 +43,8 @@ class HeldoutLosses(FileModel):
         nll: Loss of each row under the best checkpoint, in nats per token; of a mask also where it was not kept.
         parent_nll: Loss without the adapter; None for full fine-tuning, which leaves no parent behind.
         chose_sparsity: Ids of the rows that chose the mask's size, see ``mask_sparsity_auto``.
+        clusters: ``cluster_id`` of each row: rows of one label (questions on one passage) depend on each other; None
+            where they have none.
         objective: What was trained for. Of dpo the losses are in nats per pair, of grpo 1 for a wrong answer and 0 for
             a right one, and each row counts as one token.
     """
@@ -55,6 +56,7 @@ class HeldoutLosses(FileModel):
     nll: list[float]
     parent_nll: list[float] | None = None
     chose_sparsity: list[str] = []
+    clusters: list[str] | None = None
     objective: str = "sft"
 
 
@@ -133,7 +135,12 @@ class RowMeter:
 
 
 def judge(
-    model, rows: Dataset, meter: RowMeter, method: MethodArguments, seed: int
+    model,
+    rows: Dataset,
+    meter: RowMeter,
+    method: MethodArguments,
+    seed: int,
+    clusters: list[str] | None = None,
 ) -> tuple[HeldoutLosses, Verdict | None]:
     """Measure the held-out rows, choose the size of the mask where that is asked for, and compare with the parent.
 
@@ -143,11 +150,13 @@ def judge(
         meter: Measures them.
         method: The method; masks that are not learned are always kept.
         seed: Of the half of the rows that chooses the size.
+        clusters: Labels of the rows that depend on each other; None: all are independent.
 
     Returns:
-        The losses, and the verdict on a mask; None of other methods and of fewer than two rows.
+        The losses, and the verdict on a mask; None of other methods and of fewer than two rows, or clusters of them.
     """
     ids = row_ids(rows)
+    units = clusters or ids  # what is drawn as one
     chosen_by: list[int] = []
     budgets = parent = None
     config = getattr(model, "peft_config", {}).get(ADAPTER)
@@ -155,7 +164,7 @@ def judge(
         with model.disable_adapter():
             parent = meter(rows)
     if method.mask_sparsity_auto:
-        chosen_by = choosing_half(ids, seed)
+        chosen_by = choosing_half(units, seed)
         budgets = choose_sparsity(model, rows.select(chosen_by), meter, [parent[n] for n in chosen_by])
     losses = meter(rows)
     record = HeldoutLosses(
@@ -164,10 +173,11 @@ def judge(
         nll=[nll for nll, _ in losses],
         parent_nll=None if parent is None else [nll for nll, _ in parent],
         chose_sparsity=[ids[n] for n in chosen_by],
+        clusters=clusters,
         objective=meter.objective,
     )
     judging = sorted(set(range(len(ids))) - set(chosen_by))
-    if not isinstance(config, MaskConfig) or len(judging) < MIN_ROWS:
+    if not isinstance(config, MaskConfig) or len({units[n] for n in judging}) < MIN_ROWS:
         return record, None
     difference, low, high = paired_interval(record, judging)
     is_better = high is not None and high < 0
@@ -196,7 +206,8 @@ def paired_interval(losses: HeldoutLosses, rows: Sequence[int]) -> tuple[float |
     if not np.isfinite(nll - parent).all():
         return None, None, None
     unit = "fraction" if losses.objective == "grpo" else "nats"  # right and wrong have edges
-    sample = Sample("heldout", nll, parent, [losses.num_tokens[n] for n in rows], None)
+    clusters = losses.clusters and [losses.clusters[n] for n in rows]
+    sample = Sample("heldout", nll, parent, [losses.num_tokens[n] for n in rows], clusters)
     measured = Measured([sample], unit, num_resamples=10_000, seed=0)
     return measured.drawn.difference, *measured.interval(0.95)
 
@@ -209,19 +220,32 @@ def mean_nll(losses: RowLosses) -> float:
 # The size of the mask
 
 
-def check_rows(method: MethodArguments, heldout: Sized) -> None:
+def check_rows(method: MethodArguments, data: Prepared) -> None:
     """Refuse, before training, too few held-out rows for a half that chooses the mask's size and one that judges."""
-    if method.mask_sparsity_auto and len(heldout) < 2 * MIN_ROWS:
+    clusters = clusters_of(data)
+    count = len(data.heldout) if clusters is None else len(set(clusters))
+    if method.mask_sparsity_auto and count < 2 * MIN_ROWS:
         raise UserError(
-            f"mask_sparsity_auto has {len(heldout)} held-out rows, one half to choose with and one to judge; hold out "
-            f"at least {2 * MIN_ROWS} (eval_split_size)"
+            f"mask_sparsity_auto has {count} held-out {'rows' if clusters is None else 'clusters of rows'}, one half "
+            f"to choose with and one to judge; hold out at least {2 * MIN_ROWS} (eval_split_size)"
         )
 
 
-def choosing_half(ids: Sequence[str], seed: int) -> list[int]:
-    """Positions of the half of the rows that chooses, by a seeded hash of their ids; the other half judges."""
-    ranked = sorted(range(len(ids)), key=lambda n: digest(f"{seed}/{ids[n]}"))
-    return sorted(ranked[: len(ids) // 2])
+def clusters_of(data: Prepared) -> list[str] | None:
+    """``cluster_id`` of each held-out row that is measured; None where no row has one.
+
+    Raises:
+        UserError: If only some rows have one.
+    """
+    found = {str(row.get("id")): row for row in data.heldout_rows}
+    return cluster_ids([found.get(name, {}) for name in row_ids(data.heldout)])
+
+
+def choosing_half(units: Sequence[str], seed: int) -> list[int]:
+    """Positions of the half that chooses, by a seeded hash of ids or of clusters, which stay whole; the rest judges."""
+    ranked = sorted(dict.fromkeys(units), key=lambda unit: digest(f"{seed}/{unit}"))
+    chosen = set(ranked[: len(ranked) // 2])
+    return [n for n, unit in enumerate(units) if unit in chosen]
 
 
 def choose_sparsity(model, rows: Dataset, meter: RowMeter, parent: RowLosses) -> list[Budget]:
@@ -285,7 +309,7 @@ def never_worse(
     elif trainer is not None:
         whole = trainer.accelerator.unwrap_model(trainer.model)
         meter = replace(meter, model=whole, context=trainer.compute_loss_context_manager)
-    losses, verdict = judge(model, data.heldout, meter, config.method, config.data.split_seed)
+    losses, verdict = judge(model, data.heldout, meter, config.method, config.data.split_seed, clusters_of(data))
     if verdict is not None and not verdict.kept:
         remove_nothing(model)
     return losses, verdict

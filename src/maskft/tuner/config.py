@@ -58,6 +58,8 @@ DATA_STARTS = ("wanda", "first_order")  # known when training rows have been see
 
 # Option -> the selections it is for.
 _GOES_WITH = {
+    "sparsity": ("topk",),
+    "threshold": ("threshold",),
     "sparsity_ramp": ("topk",),
     "gradient": ("logit",),
     "price": FREE,
@@ -340,13 +342,32 @@ class MaskConfig(PeftConfig):
         by_gate = {"logit": 0.0, "gumbel": 3 / self.sharpness, "hard_concrete": 3.0}
         return max(by_spread, by_gate[self.selection]) if self.selection in FREE else 0.0
 
-    def _check_learner(self) -> None:
+    def _check_effects(self) -> None:
+        """Refuse what would change nothing."""
+        given = {name: getattr(self, name) for name in (*_GOES_WITH, "init_value")}
+        given = {name: value for name, value in given.items() if value != _default(name)}
         for name, selections in _GOES_WITH.items():
-            if self.selection not in selections and getattr(self, name) != _default(name):
+            if name in given and self.selection not in selections:
                 raise UserError(
-                    f"{name}={getattr(self, name)!r} has no effect with selection={self.selection!r}; it goes with "
+                    f"{name}={given[name]!r} has no effect with selection={self.selection!r}; it goes with "
                     f"{' and '.join(selections)}"
                 )
+        if self.selection == "logit" and self.gradient == "straight_through" and not self.price:
+            for name in ("sharpness", "sharpness_end"):
+                if name in given:
+                    raise UserError(
+                        f"{name}={given[name]!r} has no effect with gradient='straight_through' and no price; set "
+                        "gradient='sigmoid'"
+                    )
+        if given.get("init_value") and self.selection not in FREE and self.init_scores != "constant":
+            raise UserError(
+                f"init_value={self.init_value!r} has no effect with selection={self.selection!r} and "
+                f"init_scores={self.init_scores!r}; it goes with {', '.join(FREE)} and with init_scores='constant'"
+            )
+
+    def _check_learner(self) -> None:
+        if self.mask_sha256 is None:  # a saved adapter is what it says
+            self._check_effects()
         if not 0 <= self.sparsity_ramp <= 1:
             raise UserError(f"sparsity_ramp is {self.sparsity_ramp}; it is a share of training and must be in [0, 1]")
         if not 0 <= self.price < math.inf:

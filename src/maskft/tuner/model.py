@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -156,10 +156,11 @@ class MaskModel(BaseTuner):
         layers = adapter_layers(model, adapter_name)
         masks = _current_masks(layers, config, adapter_name, state_dict)
         if not any(bool(mask.any()) for mask in masks.values()):
-            raise UserError(
-                f"the mask removes all {sum(mask.numel() for mask in masks.values()):,} weights: every score is 0 or "
-                "less; set init_value or price higher, or learning_rate lower"
-            )
+            why = "every score is 0 or less; set init_value or price higher, or learning_rate lower"
+            if config.selection == "threshold":
+                why = f"every score is below the threshold, {config.threshold}; set that or learning_rate lower"
+            number = sum(mask.numel() for mask in masks.values())
+            raise UserError(f"the mask removes all {number:,} weights: {why}")
         out: dict[str, Tensor] = {}
         for name, mask in masks.items():
             out[f"{name}.mask_coded.{adapter_name}"] = encode_mask(mask)
@@ -464,6 +465,23 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
         warnings.warn("base weights are on the meta device; they are not checked against those of the mask's training")
         return
     found, quantised = base_fingerprint(layers), described(layer.quantisation for layer in layers)
+    if not is_the_base(found, quantised, {layer.stored_weight.dtype for layer in layers}, config):
+        raise UserError(
+            f"the adapter was trained on other base weights ({config.base_model_name_or_path}, fingerprint "
+            f"{config.base_fingerprint[:12]}) than the model's ({found[:12]}); load the right base, or pass "
+            "MaskConfig(verify_base=False) to accept it"
+        )
+
+
+def is_the_base(found: str, quantised: str | None, dtypes: Collection[torch.dtype], config: Any) -> bool:
+    """Whether weights are those that a mask was trained on, as far as how they are held lets one tell.
+
+    Args:
+        found: Their fingerprint.
+        quantised: How they are quantised, None of floats.
+        dtypes: What they are stored in.
+        config: The mask's, with a ``base_fingerprint``.
+    """
     if quantised != config.base_quantisation:
         is_same = _are_alike(found, config.base_fingerprint)
         if is_same:
@@ -472,19 +490,13 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
                 f"as {quantised or 'float'}: {_NUM_SAMPLED} of them were compared, roughly, and the mask has to be "
                 "evaluated on these"
             )
-    elif quantised is not None:
-        # Not the sha256: another kind of processor may round a tie in quantising otherwise.
-        is_same = found.partition(":")[2] == config.base_fingerprint.partition(":")[2]
-    elif any(layer.stored_weight.dtype == torch.float16 for layer in layers):
-        is_same = _are_close(found, config.base_fingerprint)
-    else:
-        is_same = found.partition(":")[0] == config.base_fingerprint.partition(":")[0]
-    if not is_same:
-        raise UserError(
-            f"the adapter was trained on other base weights ({config.base_model_name_or_path}, fingerprint "
-            f"{config.base_fingerprint[:12]}) than the model's ({found[:12]}); load the right base, or pass "
-            "MaskConfig(verify_base=False) to accept it"
-        )
+        return is_same
+    # Not the sha256 of quantised ones: another kind of processor may round a tie in quantising otherwise.
+    if quantised is not None:
+        return bool(found.partition(":")[2] == config.base_fingerprint.partition(":")[2])
+    if torch.float16 in dtypes:
+        return _are_close(found, config.base_fingerprint)
+    return bool(found.partition(":")[0] == config.base_fingerprint.partition(":")[0])
 
 
 def _are_close(one: str, other: str) -> bool:
@@ -509,22 +521,31 @@ def _sampled(fingerprint: str) -> Tensor:
 
 
 def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
-    """sha256 over names and weights of the masked base layers, rounded to bfloat16; a colon; 64 of these weights.
-
-    Rounding makes a model loaded in bfloat16 match the float32 one it was rounded from. float16 rounds differently, and
-    is compared by the 64 weights.
-    """
+    """:func:`fingerprint_of` the masked base layers."""
     layers = sorted(layers, key=lambda layer: layer.module_name)
     if layers and layers[0].sharded_weight is not None:
         return layers[0].sharded_weight.base_fingerprint  # the weights themselves are masked by now
+    weights = ((layer.module_name, layer.weight.detach()) for layer in layers)
+    return fingerprint_of(weights, len(layers))
+
+
+def fingerprint_of(weights: Iterable[tuple[str, Tensor]], number_of_weights: int) -> str:
+    """sha256 over names and weights, rounded to bfloat16; a colon; 64 of these weights.
+
+    Rounding makes a model loaded in bfloat16 match the float32 one it was rounded from. float16 rounds differently, and
+    is compared by the 64 weights.
+
+    Args:
+        weights: Names and weight matrices, in the order of the names; one is in memory at a time.
+        number_of_weights: How many there are.
+    """
     sampled: list[Tensor] = []
 
     def rounded() -> Iterator[tuple[str, Tensor]]:
-        for number, layer in enumerate(layers):
-            weight = layer.weight.detach()
+        for number, (name, weight) in enumerate(weights):
             weight = (weight.full_tensor() if is_sharded(weight) else weight).to(torch.bfloat16)
-            yield layer.module_name, weight
-            count = _NUM_SAMPLED * (number + 1) // len(layers) - _NUM_SAMPLED * number // len(layers)
+            yield name, weight
+            count = _NUM_SAMPLED * (number + 1) // number_of_weights - _NUM_SAMPLED * number // number_of_weights
             places = torch.arange(1, count + 1) * weight.numel() // (count + 1)
             sampled.append(weight.reshape(-1)[places.to(weight.device)].cpu())
 
