@@ -72,6 +72,9 @@ def _covariance(a: Noise, b: Noise) -> float:
 
 
 def _root(correlation: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return R with ``R R^T`` the correlation, which may be singular (two metrics that are the same)."""
+    """Return R with ``R R^T`` the correlation, which may be singular (two metrics that are the same).
+
+    The symmetric root: there is but one, where signs and order of eigenvectors are other ones on another processor.
+    """
     values, vectors = np.linalg.eigh(correlation)
-    return np.asarray(vectors * np.sqrt(np.maximum(values, 0)))
+    return np.asarray((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
