@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
+import benchmark_files
 from maskft import files
 from maskft.cli.main import main
 from maskft.cli.study import check
@@ -770,7 +772,12 @@ def test_earlier_abilities_are_measured_beside_the_gain(content, tmp_path, in_pr
     content["methods"]["mixed"] = {"method": "interpolate", "from": "full", "combine_values": [0.25, 1.0]}
     earlier = tmp_path / "earlier.jsonl"
     earlier.write_text("\n".join(json.dumps({"prompt": f"{n}+8=", "completion": f"{n + 8}"}) for n in range(80, 90)))
-    content["evaluation"]["before"] = {"sums": {"dataset_name": str(earlier), "eval_split_size": 8}}
+    long = shutil.copytree(content["model"], tmp_path / "long")  # whose context has room for a benchmark's answer
+    config = json.loads((long / "config.json").read_text())
+    (long / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    content["model"] = str(long)
+    school = {"tasks": ["gsm8k"], "data_dir": str(benchmark_files.write(tmp_path / "files")), "limit": 2}
+    content["evaluation"]["before"] = {"sums": {"dataset_name": str(earlier), "eval_split_size": 8}, "school": school}
     file, folder = tmp_path / "study.yaml", tmp_path / "study"
     file.write_text(yaml.safe_dump(content))
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
@@ -778,7 +785,7 @@ def test_earlier_abilities_are_measured_beside_the_gain(content, tmp_path, in_pr
     assert {result["name"] for result in results} == {"base", "full", "mixed"}
     for result in results:
         assert [(name, len(task["items"])) for name, task in result["tasks"].items()] == [
-            ("heldout", 9), ("before: sums", 8)
+            ("heldout", 9), ("before: school gsm8k", 2), ("before: sums", 8)
         ]  # fmt: skip
     table = (folder / files.STUDY_TABLE.format("small")).read_text()
     assert "before: sums" in table and "no evaluation.before" not in table

@@ -118,6 +118,28 @@ def test_a_mask_of_another_model_is_refused(option, base, call, tmp_path):
         assert err.count("maskft: error") == 1 and "Traceback" not in err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_mask_is_compared_with_its_base_as_it_is_stored(dtype, tmp_path):
+    """float16 rounds otherwise than the fingerprint does, and is not let through for that."""
+    model, other = (tiny.tiny_llama(seed=seed) for seed in (0, 1))
+    get_peft_model(copy.deepcopy(model), MaskConfig(sparsity=0.3, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    method = MethodArguments(method="full", start_mask=str(tmp_path))
+    model = model.to(dtype)
+    set_removed_to_zero(model, method)
+    masks = MaskSet.from_adapter(tmp_path)
+    assert all((model.get_submodule(name).weight[~mask] == 0).all() for name, mask in masks.items())
+    with pytest.raises(UserError, match=r"start_mask .* is a mask of another model: .*fingerprint"):
+        set_removed_to_zero(other.to(dtype), method)
+
+
+def test_a_mask_with_other_weights_beside_it_is_refused(tmp_path):
+    model = tiny.tiny_llama()
+    config = MaskConfig(sparsity=0.3, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"start_mask .* also replaces weights of the base \(.*lm_head.*\)"):
+        set_removed_to_zero(model, MethodArguments(method="full", start_mask=str(tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -31,9 +31,9 @@ CURRENT_RATE = "current"  # learning_rate: that of the schedule of `from` at its
 REVISION = "model_revision"  # the option that names a revision of a hub model
 # How held-out data is evaluated: of `evaluation`, and of each set of earlier abilities unless it says otherwise.
 _HOW = frozenset(
-    "model_revision chat_template_path chat_template_kwargs dtype device batch_size max_memory_gb max_length "
-    "max_new_tokens no_generate dataset_text_field".split()
+    "model_revision chat_template_path chat_template_kwargs dtype device batch_size max_memory_gb".split()
 )
+_HOW_OF_HELDOUT = frozenset("max_length max_new_tokens no_generate dataset_text_field".split())
 
 Count = Annotated[int, Field(gt=0)]
 Number = Annotated[float, Field(gt=0)]
@@ -338,8 +338,14 @@ class Recipe(Section):
                 raise ValueError(f"{name} is {value!r}; it must be {form}")
         options = {key: value for key, value in section.items() if key not in ("heldout", "tasks")}
         if tasks:
-            options["tasks"] = (["heldout"] if heldout and "heldout" not in tasks else []) + tasks
+            is_missing = (heldout or "dataset_name" in options) and "heldout" not in tasks
+            options["tasks"] = (["heldout"] if is_missing else []) + tasks
         return options | heldout
+
+    @field_validator("before")
+    @classmethod
+    def _has_tasks_and_heldout(cls, sets: dict[str, Options]) -> dict[str, Options]:
+        return {name: cls._heldout_is_a_task(section) for name, section in sets.items()}
 
     @model_validator(mode="after")
     def _has_no_name_twice(self) -> Recipe:
@@ -457,7 +463,11 @@ def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str |
     shared = {key: train[key] for key in (TEMPLATE, REVISION) if key in train}
     evaluation = shared | evaluation
     how = {key: value for key, value in evaluation.items() if key in _HOW}
-    before = {name: how | options for name, options in before.items()}
+    of_heldout = {key: value for key, value in evaluation.items() if key in _HOW_OF_HELDOUT}
+    before = {
+        name: how | (of_heldout if "heldout" in options.get("tasks", ["heldout"]) else {}) | options
+        for name, options in before.items()
+    }
     return recipe.model_copy(update={"train": train, "data": data, "evaluation": evaluation, "before": before})
 
 
