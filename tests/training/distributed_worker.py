@@ -28,7 +28,8 @@ LENGTH = 9
 
 def build(**config):
     """A masked model whose MLP has 49 rows, which two ranks cannot share evenly."""
-    settings = {"init_scores": "normal", "sparsity": 0.3, "target_modules": ["q_proj", "up_proj", "down_proj"]}
+    settings = {"init_scores": "normal", "target_modules": ["q_proj", "up_proj", "down_proj"]}
+    settings |= {} if "selection" in config else {"sparsity": 0.3}
     return get_peft_model(tiny.tiny_llama(intermediate_size=49), MaskConfig(**{**settings, **config}))
 
 
