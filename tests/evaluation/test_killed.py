@@ -55,4 +55,4 @@ def test_ten_kills_of_an_evaluation(words, undisturbed, tmp_path):
     def begin(words):
         return WarmProcess([*PYTHON, *words], tmp_path / "log", None)
 
-    assert kill_ten_times(words, out, (0.2, 3.0), check, begin) >= 3
+    kill_ten_times(words, out, 3.0, check, begin)

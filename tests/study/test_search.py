@@ -98,7 +98,7 @@ def test_ten_kills_of_a_search(content, tmp_path):
     def check():
         assert end_of(cut) == expected
 
-    assert kill_ten_times(["search", file, "--output_dir", cut], cut, (4.0, 20.0), check) >= 5
+    kill_ten_times(["search", file, "--output_dir", cut], cut, 12.0, check)
 
 
 def check_rungs(record, folder):

