@@ -237,6 +237,8 @@ def clusters_of(data: Prepared) -> list[str] | None:
     Raises:
         UserError: If only some rows have one.
     """
+    if "cluster_id" not in data.heldout_rows.column_names:
+        return None
     found = {str(row.get("id")): row for row in data.heldout_rows}
     return cluster_ids([found.get(name, {}) for name in row_ids(data.heldout)])
 
