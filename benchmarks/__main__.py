@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-from maskft.runtime import keep_freed_memory
+from maskft_base.runtime import keep_freed_memory
 
 from .common import Report, set_threads
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import lm_eval.tasks
 from rich.console import Console
 
-from maskft.evaluation.task_data import find_file
-from maskft.evaluation.tasks import BENCHMARKS
-from maskft.runtime import environment
+from maskft_base.runtime import environment
+from maskft_lab.evaluation.task_data import find_file
+from maskft_lab.evaluation.tasks import BENCHMARKS
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
 # HumanEval's prompts and stop strings without the scorer.
@@ -65,7 +65,7 @@ def run_maskft(task: str, args, folder: Path) -> tuple[dict[str, dict], float]:
     settings = {"model_name_or_path": args.model, "data_dir": args.data_dir, "output_dir": out, "tasks": task}
     settings |= {"limit": args.limit, "batch_size": args.batch_size}
     words = [f"--{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "-m", "maskft.cli.main", "evaluate", "--overwrite", *words]
+    command = [sys.executable, "-m", "maskft_lab.cli.main", "evaluate", "--overwrite", *words]
     seconds = timed(command, folder / f"{task}-maskft.log")
     record = json.loads((out / "result.json").read_text())
     return {item["id"]: item for item in record["tasks"][task]["items"]}, seconds

@@ -14,8 +14,8 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from maskft import MaskConfig
-from maskft.runtime import environment
 from maskft.training.arguments import multiplies_bfloat16
+from maskft_base.runtime import environment
 
 from .as_published import SortingMaskedLinear
 

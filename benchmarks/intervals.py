@@ -8,12 +8,12 @@ from math import comb
 import numpy as np
 from scipy import stats
 
-from maskft.results import families
-from maskft.results.comparison import NOT_DISTINGUISHABLE
-from maskft.results.differences import Measured, Sample, describe, judge
-from maskft.results.planning import Spread, detectable_effect, detectable_share
-from maskft.results.proportions import paired_interval, pass_at_k, proportion_interval, wilson_interval
-from maskft.results.statistics import Bootstrap, as_block, hierarchical_bootstrap, mcnemar_exact
+from maskft_lab.results import families
+from maskft_lab.results.comparison import NOT_DISTINGUISHABLE
+from maskft_lab.results.differences import Measured, Sample, describe, judge
+from maskft_lab.results.planning import Spread, detectable_effect, detectable_share
+from maskft_lab.results.proportions import paired_interval, pass_at_k, proportion_interval, wilson_interval
+from maskft_lab.results.statistics import Bootstrap, as_block, hierarchical_bootstrap, mcnemar_exact
 
 RESAMPLES = 600
 Z = stats.norm.ppf(0.975)

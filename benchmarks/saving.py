@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import save_file
 
-from maskft import files
-from maskft.runtime import largest
 from maskft.training.checkpoints import Checkpoints
 from maskft.training.manifest import Course, damage, seal
+from maskft_base import files
+from maskft_base.runtime import largest
 
 
 def run(report) -> None:

@@ -17,11 +17,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from maskft import files
-from maskft.errors import UserError
-from maskft.results.compare import compare, scores
-from maskft.results.schema import BEFORE, Result, read_result
-from maskft.results.text import score_text
+from maskft_base import files
+from maskft_base.errors import UserError
+from maskft_lab.results.compare import compare, scores
+from maskft_lab.results.schema import BEFORE, Result, read_result
+from maskft_lab.results.text import score_text
 
 
 def main(folders: list[Path], controls: list[str], fixed_seeds: bool = False) -> str:

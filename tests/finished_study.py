@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 
 import tiny
-from maskft import files
-from maskft.results.compare import compare
-from maskft.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
+from maskft_base import files
+from maskft_lab.results.compare import compare
+from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
 
 NUM_ITEMS = 40
 HOSTILE = "</script><script>alert('x')</script> $x_1$ <b>&amp;"

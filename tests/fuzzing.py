@@ -38,21 +38,21 @@ from pyarrow import parquet
 
 import small_study
 import tiny
-from maskft import files
 from maskft.adapter.mask_set import MaskSet, read_config
 from maskft.adapter.merge import one_line
 from maskft.adapter.verify import verify
-from maskft.cli.study import check
-from maskft.cli.train import parse
 from maskft.data import load_splits
 from maskft.data.arguments import DataArguments
 from maskft.data.sources import read_file
-from maskft.errors import UserError
-from maskft.results.compare import compare
-from maskft.results.schema import build_result, build_task, items_fingerprint, metric_from_items, read_result
-from maskft.results.text import render
-from maskft.study.recipe import load_recipe
-from maskft.study.search_recipe import load_search
+from maskft_base import files
+from maskft_base.errors import UserError
+from maskft_lab.cli.study import check
+from maskft_lab.cli.train import parse
+from maskft_lab.results.compare import compare
+from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, read_result
+from maskft_lab.results.text import render
+from maskft_lab.study.recipe import load_recipe
+from maskft_lab.study.search_recipe import load_search
 
 # Values that readers stumble over, beside any others.
 ODD = [

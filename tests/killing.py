@@ -15,7 +15,7 @@ _SRC = str(Path(__file__).parents[1] / "src")
 
 def start(words):
     """A command of maskft in a process of its own, its stderr in a pipe."""
-    words = [sys.executable, "-m", "maskft.cli.main", *map(str, words)]
+    words = [sys.executable, "-m", "maskft_lab.cli.main", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": _SRC}
     return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 

@@ -4,7 +4,7 @@ import json
 
 import yaml
 
-from maskft import files
+from maskft_base import files
 
 
 def recipe(base, data, methods):

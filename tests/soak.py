@@ -36,18 +36,29 @@ import yaml
 
 import small_study
 import tiny
-from maskft import files
-from maskft.cli.main import main
-from maskft.errors import UserError
-from maskft.study import execute, warm
+from maskft_base import files
+from maskft_base.errors import UserError
+from maskft_lab.cli.main import main
+from maskft_lab.study import execute, warm
 from tiny_tokenizer import tiny_tokenizer
 
 PR_SET_PDEATHSIG = 1
 MAX_KILLS = 3
 # Of the cycles of `train`, one in how many each of the others gets.
 SHARES = {"train": 1, "two processes": 40, "evaluate": 10, "study": 20, "search": 20, "demo": 100}
-IMPORTED = [*warm.IMPORTED, "maskft.cli.study", "maskft.cli.search", "maskft.cli.demo", "maskft.study.study"]
-IMPORTED += ["maskft.study.search", "maskft.study.summary", "maskft.report.page", "maskft.estimate.out_of_memory"]
+IMPORTED = [
+    *warm.IMPORTED,
+    "maskft_lab.cli.study",
+    "maskft_lab.cli.search",
+    "maskft_lab.cli.demo",
+    "maskft_lab.study.study",
+]
+IMPORTED += [
+    "maskft_lab.study.search",
+    "maskft_lab.study.summary",
+    "maskft_lab.report.page",
+    "maskft_lab.estimate.out_of_memory",
+]
 TIMES = re.compile(r"_s$|per_second|runtime|peak_memory|^created$")  # what no two runs have in common
 
 
@@ -94,7 +105,7 @@ def start(words: list[str], log: Path, environment: dict[str, str]) -> int:
 def run_forked(words, log, tick=lambda: None, lock_fd=None):
     """In place of the study's own ``run_command``: the same command in a fork, which holds the lock as it is open."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    child = start(words[words.index("maskft.cli.main") + 1 :], log, {})
+    child = start(words[words.index("maskft_lab.cli.main") + 1 :], log, {})
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status:
         raise UserError(f"exit status {status} (see {log})")

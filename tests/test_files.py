@@ -7,11 +7,11 @@ from itertools import pairwise
 import pytest
 from pydantic import Field
 
-from maskft.cli.main import main
 from maskft.data.sources import read_file
-from maskft.errors import UserError
-from maskft.files import FileModel, append_to, read_json, read_model, read_yaml, whole_folder, write_text
-from maskft.results.schema import read_result
+from maskft_base.errors import UserError
+from maskft_base.files import FileModel, append_to, read_json, read_model, read_yaml, whole_folder, write_text
+from maskft_lab.cli.main import main
+from maskft_lab.results.schema import read_result
 
 
 class Method(FileModel):

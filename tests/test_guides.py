@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from maskft.cli.main import main
+from maskft_lab.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from maskft.errors import UserError
 from maskft.masking import (
     StraightThroughMask,
     initial_scores,
@@ -17,6 +16,7 @@ from maskft.masking import (
     topk_mask,
     topk_masks,
 )
+from maskft_base.errors import UserError
 
 SPARSITIES = (0.0, 0.1, 0.9)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import tiny
-from maskft.errors import UserError
 from maskft.models import load_config, load_model, load_tokenizer, with_defaults
+from maskft_base.errors import UserError
 from tiny_tokenizer import CHATML, tiny_tokenizer
 
 

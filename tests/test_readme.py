@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from maskft.cli.main import COMMANDS, main
+from maskft_lab.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -12,18 +12,18 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from maskft.cli.main import main
-from maskft.cli.study import check
-from maskft.cli.train import option_defaults, parse
 from maskft.data import TRAINING_SETS, parse_mixture
 from maskft.data.splits import _shares
 from maskft.models import load_tokenizer
-from maskft.study.dry_run import cost_of
-from maskft.study.process import command_words
-from maskft.study.recipe import PRETRAINED, load_recipe
 from maskft.training.method_arguments import MASK_METHODS, mask_config
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.targets import check_targets, maskable_names
+from maskft_lab.cli.main import main
+from maskft_lab.cli.study import check
+from maskft_lab.cli.train import option_defaults, parse
+from maskft_lab.study.dry_run import cost_of
+from maskft_lab.study.process import command_words
+from maskft_lab.study.recipe import PRETRAINED, load_recipe
 from tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +74,7 @@ CONFIGS = {
     ),
     "runs/small/model": inputs_of("small").random_model().config,
     "runs/text/model": inputs_of("text").random_model().config,
-    "src/maskft/recipes/demo/model": inputs_of("small").random_model().config,
+    "src/maskft_lab/recipes/demo/model": inputs_of("small").random_model().config,
 }
 
 

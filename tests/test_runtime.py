@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from maskft import runtime
+from maskft_base import runtime
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from maskft import files
 from maskft.adapter.mask_set import MaskSet
 from maskft.tuner.codec import encode_mask
 from maskft.tuner.model import mask_fingerprint
+from maskft_base import files
 
 # What TRL's trainers need on a CPU, and some steps of a tiny model.
 TRAINER = {

@@ -8,8 +8,9 @@ import importlib
 import sys
 from importlib.abc import MetaPathFinder
 
+from maskft_base.errors import UserError as UserError
+
 from ._version import __version__ as __version__
-from .errors import UserError as UserError
 
 _LAZY = {
     "MaskConfig": "tuner",

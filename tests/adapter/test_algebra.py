@@ -14,10 +14,10 @@ from maskft.adapter.algebra import OPERATIONS, agreement, chance_interval, combi
 from maskft.adapter.derived import combine_adapters
 from maskft.adapter.mask_set import MaskSet, read_config
 from maskft.adapter.verify import verify
-from maskft.cli.main import main
-from maskft.files import ADAPTER_CONFIG
 from maskft.tuner import adapter_layers
 from maskft.tuner.model import base_fingerprint
+from maskft_base.files import ADAPTER_CONFIG
+from maskft_lab.cli.main import main
 
 LAYERS = ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj")
 

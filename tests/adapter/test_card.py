@@ -16,8 +16,8 @@ from hub_server import Hub
 from maskft import MaskConfig
 from maskft.adapter.card import adapter_card
 from maskft.adapter.merge import merge
-from maskft.cli.main import main
-from maskft.results.schema import build_result, build_task, metric_from_items, write_result
+from maskft_lab.cli.main import main
+from maskft_lab.results.schema import build_result, build_task, metric_from_items, write_result
 from tiny_tokenizer import tiny_tokenizer
 
 RECIPE = {"method": "mask", "learning_rate": 0.01, "datasets": ["openai/gsm8k"], "verdict": "the mask is | fine"}
@@ -150,7 +150,7 @@ def test_pushed_and_loaded_from_the_hub(adapter, base, tmp_path):
         done = in_a_process(hub, tmp_path / "home", "-c", PUSH_BASE, base)
         assert done.returncode == 0, done.stderr
         hub.repositories["me/base"]["README.md"] = b"---\nlicense: apache-2.0\n---\n# A base\n"
-        push = ["-m", "maskft.cli.main", "push", adapter, "me/mask", "--base", "me/base"]
+        push = ["-m", "maskft_lab.cli.main", "push", adapter, "me/mask", "--base", "me/base"]
         done = in_a_process(hub, tmp_path / "home", *push)
         assert done.returncode == 0 and "/me/mask/commit/" in done.stdout, done.stderr
         hub.repositories["me/kept"] = {"README.md": b"# A mask of mine\n"}
@@ -187,7 +187,7 @@ def test_what_is_not_pushed(adapter, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_refusal_of_the_hub_is_one_line(adapter, tmp_path):
-    push = ["-m", "maskft.cli.main", "push", adapter, "me/mask", "--base", "me/base"]
+    push = ["-m", "maskft_lab.cli.main", "push", adapter, "me/mask", "--base", "me/base"]
     with Hub() as hub:
         done = in_a_process(hub, tmp_path / "home", *push, HF_TOKEN="")
     assert done.returncode == 2 and done.stderr.startswith("maskft: error: ") and done.stderr.count("\n") == 1

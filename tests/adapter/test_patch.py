@@ -12,9 +12,9 @@ from maskft import MaskConfig, UserError
 from maskft.adapter.mask_set import MaskSet
 from maskft.adapter.patch import Patch, apply_patch, patch_of_adapter, read_patch, undo_patch, write_patch
 from maskft.adapter.swap import swap_mask
-from maskft.cli.main import main
 from maskft.tuner import layer
 from maskft.tuner.codec import decode_mask
+from maskft_lab.cli.main import main
 
 
 def adapter(folder, seed, model=None, **settings):

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import tiny
-from maskft.analysis.bound import (
+from maskft_base.errors import UserError
+from maskft_base.files import ADAPTER_WEIGHTS
+from maskft_lab.analysis.bound import (
     analyse_bound,
     binary_entropy,
     code_lengths,
@@ -16,8 +18,6 @@ from maskft.analysis.bound import (
     stable_training_loss,
     upper_bounds,
 )
-from maskft.errors import UserError
-from maskft.files import ADAPTER_WEIGHTS
 
 
 def test_the_papers_difference_per_weight():

@@ -7,10 +7,10 @@ import torch
 from datasets import Dataset
 
 import tiny
-from maskft import files
-from maskft.analysis.losses import load_rows
-from maskft.cli.main import main
 from maskft.data.prepared import REPORT
+from maskft_base import files
+from maskft_lab.analysis.losses import load_rows
+from maskft_lab.cli.main import main
 
 MODULES = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import tiny
-from maskft.analysis import curvature
-from maskft.analysis.curvature import (
+from maskft_lab.analysis import curvature
+from maskft_lab.analysis.curvature import (
     analyse_curvature,
     hessian_products,
     largest_eigenvalues,
@@ -17,9 +17,9 @@ from maskft.analysis.curvature import (
     quadratic_forms,
     trace_estimate,
 )
-from maskft.analysis.losses import loss_sum, make_batches, num_targets
-from maskft.analysis.points import Point
-from maskft.analysis.store import Parts
+from maskft_lab.analysis.losses import loss_sum, make_batches, num_targets
+from maskft_lab.analysis.points import Point
+from maskft_lab.analysis.store import Parts
 
 SPECTRUM = np.array([9.0, 4, 1, 0.5, 0.25, -2])
 

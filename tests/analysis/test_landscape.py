@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import tiny
-from maskft import files
-from maskft.analysis import landscape
-from maskft.analysis.landscape import analyse_landscape, filter_normalised, line, plane_through, surface
-from maskft.analysis.losses import make_batches, mean_loss
-from maskft.analysis.points import Point, set_weights, weights_of
-from maskft.analysis.store import Parts
-from maskft.errors import UserError
+from maskft_base import files
+from maskft_base.errors import UserError
+from maskft_lab.analysis import landscape
+from maskft_lab.analysis.landscape import analyse_landscape, filter_normalised, line, plane_through, surface
+from maskft_lab.analysis.losses import make_batches, mean_loss
+from maskft_lab.analysis.points import Point, set_weights, weights_of
+from maskft_lab.analysis.store import Parts
 
 ROWS = [{"input_ids": ids, "labels": ids} for ids in tiny.token_ids(4, 7).tolist()]
 

@@ -9,8 +9,9 @@ from torch.func import functional_call
 
 import tiny
 from maskft.adapter.mask_set import MaskSet
-from maskft.analysis.losses import loss_sum, make_batches, mean_loss, num_targets
-from maskft.analysis.masks import (
+from maskft_base.errors import UserError
+from maskft_lab.analysis.losses import loss_sum, make_batches, mean_loss, num_targets
+from maskft_lab.analysis.masks import (
     agreement,
     decile_shares,
     effects,
@@ -19,8 +20,7 @@ from maskft.analysis.masks import (
     shares_by_head,
     shares_by_layer,
 )
-from maskft.analysis.store import Parts
-from maskft.errors import UserError
+from maskft_lab.analysis.store import Parts
 
 
 def random_mask(shape, share, seed):

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from finished_study import write_run
-from maskft.analysis.ablations import analyse_ablations, lines_of, varied_settings
-from maskft.analysis.curves import analyse_cost, analyse_curves, costs_of, series_of
-from maskft.analysis.runs import TrainedRun, find_mask, full_run, read_study, select_base
-from maskft.analysis.store import Parts, is_finished, write_record
-from maskft.cli.main import main
-from maskft.errors import UserError
+from maskft_base.errors import UserError
+from maskft_lab.analysis.ablations import analyse_ablations, lines_of, varied_settings
+from maskft_lab.analysis.curves import analyse_cost, analyse_curves, costs_of, series_of
+from maskft_lab.analysis.runs import TrainedRun, find_mask, full_run, read_study, select_base
+from maskft_lab.analysis.store import Parts, is_finished, write_record
+from maskft_lab.cli.main import main
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "small-products"
 

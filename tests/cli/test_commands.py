@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from maskft import MaskConfig
 from maskft.adapter.mask_set import MaskSet
-from maskft.cli.main import COMMANDS, main
-from maskft.cli.train import option_defaults
-from maskft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
 from maskft.tuner.codec import encode_mask
 from maskft.tuner.model import mask_fingerprint
+from maskft_base.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
+from maskft_lab.cli.main import COMMANDS, main
+from maskft_lab.cli.train import option_defaults
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_help_of_train_shows_what_people_set_and_all_on_request(capsys):
 def test_help_and_import_do_not_import_torch():
     code = (
         "import sys, maskft\n"
-        "from maskft.cli.main import main\n"
+        "from maskft_lab.cli.main import main\n"
         "for command in ('', 'compare', 'estimate', 'merge', 'evaluate', 'demo', 'inspect', 'verify', 'env'):\n"
         "    try: main([*command.split(), '--help'])\n"
         "    except SystemExit: pass\n"
@@ -188,7 +188,16 @@ def test_verify_finds_damage(adapter, tmp_path, capsys):
 def test_merge_gives_an_ordinary_checkpoint(adapter, base, tmp_path):
     out = tmp_path / "merged"
     # In a process of its own: nothing else has registered the method with PEFT there.
-    command = [sys.executable, "-m", "maskft.cli.main", "merge", "--adapter", str(adapter), "--output_dir", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "maskft_lab.cli.main",
+        "merge",
+        "--adapter",
+        str(adapter),
+        "--output_dir",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "bitwise equal" in " ".join(done.stderr.split()), done.stderr
     files = {path.name for path in out.iterdir()}

@@ -11,7 +11,7 @@ DEBRIS = ("it/s", "%|", "Warning", "[transformers]", "Traceback", "Map:", "Gener
 CODE = """
 import json, os, sys
 import datasets, transformers, trl, peft  # once for all
-from maskft.cli.main import main
+from maskft_lab.cli.main import main
 for words in json.load(sys.stdin):
     for stream in (sys.stdout, sys.stderr):
         print("==", words[0], file=stream, flush=True)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from maskft.cli.main import main
+from maskft_lab.cli.main import main
 
 
 def call(words, capsys):
@@ -69,7 +69,7 @@ def test_mistakes_are_one_line(words, message, recipe, capsys):
 
 def test_help_needs_no_torch():
     code = (
-        "import sys\nfrom maskft.cli.main import main\n"
+        "import sys\nfrom maskft_lab.cli.main import main\n"
         "try: main(['estimate', '--help'])\nexcept SystemExit: pass\n"
         "sys.exit(int('torch' in sys.modules))"
     )

@@ -16,12 +16,12 @@ import benchmark_files
 import tiny
 from benchmark_files import GSM8K
 from maskft import MaskConfig
-from maskft.cli.main import main
-from maskft.errors import UserError
-from maskft.evaluation import load, run
-from maskft.evaluation.arguments import EvaluationArguments
-from maskft.evaluation.run import evaluate_loaded
-from maskft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, JOURNAL, RESULT
+from maskft_base.errors import UserError
+from maskft_base.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, JOURNAL, RESULT
+from maskft_lab.cli.main import main
+from maskft_lab.evaluation import load, run
+from maskft_lab.evaluation.arguments import EvaluationArguments
+from maskft_lab.evaluation.run import evaluate_loaded
 from tiny_tokenizer import tiny_tokenizer
 
 
@@ -240,7 +240,7 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
     words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k", "--data_dir", files]
     words += ["--output_dir", tmp_path / "out", "--batch_size", 1]
     words = [str(word) for word in words]
-    process = subprocess.Popen([sys.executable, "-m", "maskft.cli.main", *words], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "maskft_lab.cli.main", *words], stderr=subprocess.DEVNULL)
     journal = tmp_path / "out" / JOURNAL
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -254,7 +254,7 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
     known = journal.read_text().count("\n") - 1
     assert 2 <= known <= 4 and not (tmp_path / "out" / RESULT).exists()
 
-    from maskft.generation import lm_eval_model as backend
+    from maskft_lab.generation import lm_eval_model as backend
 
     asked = []
     generate = backend.greedy_generate
@@ -383,9 +383,9 @@ def test_trls_own_metrics_may_choose_the_checkpoint(chat_base, files, data, tmp_
 
 
 def test_items_that_were_trained_on_are_left_out(files):
-    from maskft.errors import UserError
-    from maskft.evaluation.during_training import unseen
-    from maskft.evaluation.task_data import load_docs
+    from maskft_base.errors import UserError
+    from maskft_lab.evaluation.during_training import unseen
+    from maskft_lab.evaluation.task_data import load_docs
 
     docs = load_docs("gsm8k", files, "train")
     questions = [f"Train: {row['question']}" for row in GSM8K]

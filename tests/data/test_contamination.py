@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from maskft.data import load_splits
 from maskft.data.arguments import DataArguments
 from maskft.data.contamination import NGRAM, NgramIndex, load_test_texts, unique_rows, words
-from maskft.errors import UserError
+from maskft_base.errors import UserError
 
 THIRTEEN = "a b c d e f g h i j k l m".split()
 

@@ -23,7 +23,7 @@ from maskft.data import (
     tokenize_example,
 )
 from maskft.data.arguments import DataArguments
-from maskft.errors import UserError
+from maskft_base.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

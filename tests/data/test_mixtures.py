@@ -9,7 +9,7 @@ from transformers import HfArgumentParser
 from maskft.data import load_examples, load_splits, parse_mixture
 from maskft.data.arguments import DataArguments
 from maskft.data.mixtures import rename_sets
-from maskft.errors import UserError
+from maskft_base.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
 SAMPLES = str(Path(__file__).parent / "samples")

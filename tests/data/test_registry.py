@@ -8,7 +8,7 @@ import pytest
 
 from maskft.data import TEST_SETS, TRAINING_SETS, load_examples, tokenize_example
 from maskft.data.sources import split_of
-from maskft.errors import UserError
+from maskft_base.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
 SAMPLES = Path(__file__).parent / "samples"

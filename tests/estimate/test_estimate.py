@@ -12,16 +12,16 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from maskft.cli.train import parse
-from maskft.errors import UserError
-from maskft.estimate.estimate import estimate
-from maskft.estimate.live_bytes import LiveBytes
-from maskft.estimate.planned_run import PlannedRun
 from maskft.models import EMBEDDED_MODEL
 from maskft.training.method_arguments import mask_config
 from maskft.tuner import MaskedLinear
 from maskft.tuner.codec import encode_mask
 from maskft.tuner.fixed import random_mask
+from maskft_base.errors import UserError
+from maskft_lab.cli.train import parse
+from maskft_lab.estimate.estimate import estimate
+from maskft_lab.estimate.live_bytes import LiveBytes
+from maskft_lab.estimate.planned_run import PlannedRun
 
 LLAMA2_7B = {
     "model_type": "llama",
@@ -243,7 +243,7 @@ def test_peak_memory_of_real_runs(method, dtype, tmp_path):
     words += f" --per_device_train_batch_size 2 --gradient_checkpointing false --dtype {dtype} --report_to none"
     if method == "mask":
         words += " --mask_layers_to_transform 20 21 22 23"
-    command = [sys.executable, "-m", "maskft.cli.main"]
+    command = [sys.executable, "-m", "maskft_lab.cli.main"]
     subprocess.run([*command, "train", *words.split()], check=True, env={**os.environ})
     measured = json.loads((tmp_path / "out" / "training.json").read_text())["summary"]["peak_memory_bytes"]
     out = subprocess.run([*command, "estimate", *words.split(), "--format", "json"], check=True, capture_output=True)

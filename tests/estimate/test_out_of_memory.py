@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from maskft.estimate.out_of_memory import is_out_of_memory
+from maskft_lab.estimate.out_of_memory import is_out_of_memory
 from tiny_tokenizer import tiny_tokenizer
 
 SETTINGS = {
@@ -28,7 +28,7 @@ SETTINGS = {
 # A process that trains once, since what is imported on the way takes address space too, then within a bound on it.
 BOUNDED = """
 import resource, sys, psutil
-from maskft.cli.main import main
+from maskft_lab.cli.main import main
 
 first = ["--output_dir", sys.argv[-1] + "-first", "--per_device_train_batch_size", "1"]
 assert main(["train", *sys.argv[1:], *first]) == 0

@@ -13,12 +13,12 @@ import pandas as pd
 import pytest
 from alpaca_eval.metrics import get_winrate, glm_winrate
 
-from maskft.cli.main import main
-from maskft.evaluation import judge
-from maskft.evaluation.journal import Journal, Resources
-from maskft.evaluation.judge import Judge, length_controlled_win_rate, preferences
-from maskft.files import ALPACA_OUTPUTS, JOURNAL, RESULT
-from maskft.results.schema import read_result
+from maskft_base.files import ALPACA_OUTPUTS, JOURNAL, RESULT
+from maskft_lab.cli.main import main
+from maskft_lab.evaluation import judge
+from maskft_lab.evaluation.journal import Journal, Resources
+from maskft_lab.evaluation.judge import Judge, length_controlled_win_rate, preferences
+from maskft_lab.results.schema import read_result
 from tiny_tokenizer import tiny_tokenizer
 
 SERVER = Path(__file__).parents[1] / "judge_server.py"

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import tiny
-from maskft.errors import UserError
-from maskft.evaluation import heldout as evaluate
-from maskft.evaluation.heldout import evaluate_rows, nll_per_item
-from maskft.evaluation.journal import Journal, Resources
+from maskft_base.errors import UserError
+from maskft_lab.evaluation import heldout as evaluate
+from maskft_lab.evaluation.heldout import evaluate_rows, nll_per_item
+from maskft_lab.evaluation.journal import Journal, Resources
 from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 from lm_eval.api.model import CacheHook
 
-from maskft.errors import UserError
-from maskft.evaluation.journal import Journal, Resuming
+from maskft_base.errors import UserError
+from maskft_lab.evaluation.journal import Journal, Resuming
 
 SETTINGS = {"model": "abc", "dtype": "float32"}
 

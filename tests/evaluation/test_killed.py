@@ -6,9 +6,9 @@ import shlex
 import pytest
 
 from killing import kill_ten_times, stop_when
-from maskft import files
-from maskft.cli.main import main
-from maskft.study.warm import PYTHON, WarmProcess
+from maskft_base import files
+from maskft_lab.cli.main import main
+from maskft_lab.study.warm import PYTHON, WarmProcess
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import tiny
-from maskft.errors import UserError
-from maskft.evaluation import load
-from maskft.evaluation.targets import labels, result_files
+from maskft_base.errors import UserError
+from maskft_lab.evaluation import load
+from maskft_lab.evaluation.targets import labels, result_files
 
 
 def test_a_folder_for_vllm_is_known_by_its_files(base, tmp_path, monkeypatch):

@@ -3,8 +3,8 @@ import json
 import pytest
 
 import benchmark_files
-from maskft.errors import UserError
-from maskft.evaluation.task_data import SOURCES, load_docs
+from maskft_base.errors import UserError
+from maskft_lab.evaluation.task_data import SOURCES, load_docs
 
 
 @pytest.fixture

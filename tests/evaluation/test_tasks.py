@@ -21,13 +21,13 @@ from lm_eval.tasks._yaml_loader import load_yaml
 import benchmark_files
 import tiny
 from benchmark_files import GSM8K, HUMANEVAL, IFEVAL, MATH, ScriptedLM
-from maskft.errors import UserError
-from maskft.evaluation import tasks as tasks_module
-from maskft.evaluation.during_training import TrainingEvaluation
-from maskft.evaluation.journal import Journal, Resuming
-from maskft.evaluation.tasks import BENCHMARKS, check_chat_template, check_names, load_tasks, run_task
-from maskft.generation.lm_eval_model import BatchedLM
-from maskft.results.schema import build_result
+from maskft_base.errors import UserError
+from maskft_lab.evaluation import tasks as tasks_module
+from maskft_lab.evaluation.during_training import TrainingEvaluation
+from maskft_lab.evaluation.journal import Journal, Resuming
+from maskft_lab.evaluation.tasks import BENCHMARKS, check_chat_template, check_names, load_tasks, run_task
+from maskft_lab.generation.lm_eval_model import BatchedLM
+from maskft_lab.results.schema import build_result
 from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

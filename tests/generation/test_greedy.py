@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import tiny
-from maskft.errors import UserError
-from maskft.generation import greedy as generation
-from maskft.generation.greedy import greedy_generate, memory_bound_rows, shared_prefix_length
+from maskft_base.errors import UserError
+from maskft_lab.generation import greedy as generation
+from maskft_lab.generation.greedy import greedy_generate, memory_bound_rows, shared_prefix_length
 from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

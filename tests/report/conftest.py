@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from finished_study import Page, make_study
-from maskft.cli.main import main
+from maskft_lab.cli.main import main
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from finished_study import task_of, write_summary
-from maskft import files
-from maskft.cli.main import main
-from maskft.results.schema import build_result, read_result, write_result
+from maskft_base import files
+from maskft_lab.cli.main import main
+from maskft_lab.results.schema import build_result, read_result, write_result
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from PIL import Image
 
-from maskft import files
-from maskft.cli.main import main
+from maskft_base import files
+from maskft_lab.cli.main import main
 
 pytestmark = pytest.mark.browser
 SECTIONS = ("verdict", "table", "curves", "ablations", "items", "masks", "landscape", "cost", "recipe")

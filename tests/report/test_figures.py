@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from maskft import files
-from maskft.cli.main import main
-from maskft.report.catalogue import PAPER_FIGURES, charts_of, select_charts
-from maskft.report.charts import FORMATS, PAGE_HEIGHT, Chart, Panel, draw_pages, files_of, to_svg
-from maskft.report.evidence import gather
-from maskft.report.fig_verdict import interval
-from maskft.results.text import Table
+from maskft_base import files
+from maskft_lab.cli.main import main
+from maskft_lab.report.catalogue import PAPER_FIGURES, charts_of, select_charts
+from maskft_lab.report.charts import FORMATS, PAGE_HEIGHT, Chart, Panel, draw_pages, files_of, to_svg
+from maskft_lab.report.evidence import gather
+from maskft_lab.report.fig_verdict import interval
+from maskft_lab.results.text import Table
 
 
 @pytest.fixture(scope="module")

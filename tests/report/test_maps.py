@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from finished_study import MODULES
-from maskft import files
 from maskft.adapter.mask_set import MaskSet
-from maskft.cli.main import main
-from maskft.report.maps import block_side, mask_maps
+from maskft_base import files
+from maskft_lab.cli.main import main
+from maskft_lab.report.maps import block_side, mask_maps
 
 
 def masks(*shapes, share=0.3):

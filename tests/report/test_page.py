@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from finished_study import HOSTILE, Page
-from maskft import files
-from maskft.cli.main import main
-from maskft.results.comparison import Difference
-from maskft.results.schema import read_result
-from maskft.results.text import difference_text, sentence
+from maskft_base import files
+from maskft_lab.cli.main import main
+from maskft_lab.results.comparison import Difference
+from maskft_lab.results.schema import read_result
+from maskft_lab.results.text import difference_text, sentence
 
 RESULTS = Path(__file__).parents[2] / "results"
 MAX_BYTES = 2_000_000

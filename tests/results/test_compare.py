@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskft.cli import compare as command
-from maskft.errors import UserError
-from maskft.results import FORMATS, families
-from maskft.results.compare import compare
-from maskft.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
-from maskft.results.scores import scores as scores_of
-from maskft.results.text import (
+from maskft_base.errors import UserError
+from maskft_lab.cli import compare as command
+from maskft_lab.results import FORMATS, families
+from maskft_lab.results.compare import compare
+from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
+from maskft_lab.results.scores import scores as scores_of
+from maskft_lab.results.text import (
     Table,
     cross_domain_table,
     difference_text,
@@ -119,7 +119,7 @@ def test_an_interval_without_zero_is_not_enough_when_the_exact_test_disagrees():
 
 
 def test_a_small_p_is_not_enough_when_the_interval_holds_zero(monkeypatch):
-    monkeypatch.setattr("maskft.results.differences.mcnemar_exact", lambda a, b: 0.0)
+    monkeypatch.setattr("maskft_lab.results.differences.mcnemar_exact", lambda a, b: 0.0)
     row = only(fast([make("full", accuracy=scores(50)), make("mask", accuracy=scores(51))]))
     assert row.ci_low <= 0 < row.ci_high
     assert row.verdict == "not distinguishable"
@@ -793,7 +793,7 @@ def test_command_shows_one_model_alone(form, files, capsys):
 
 def test_the_options_are_known_without_imports():
     code = (
-        "import argparse, sys; from maskft.cli import compare; compare.add_arguments(argparse.ArgumentParser());"
+        "import argparse, sys; from maskft_lab.cli import compare; compare.add_arguments(argparse.ArgumentParser());"
         "print([m for m in ('torch', 'scipy', 'numpy', 'rich') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
@@ -801,7 +801,7 @@ def test_the_options_are_known_without_imports():
 
 def test_comparing_does_not_import_torch(files):
     code = (
-        "import sys; from maskft.results import compare, schema;"
+        "import sys; from maskft_lab.results import compare, schema;"
         "compare.compare([schema.read_result(path) for path in sys.argv[1:]]); print('torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True)

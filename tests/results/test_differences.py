@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from maskft.results import families
-from maskft.results.comparison import EQUIVALENT, NO_WORSE, NOT_DISTINGUISHABLE
-from maskft.results.differences import Measured, Sample, describe, judge
-from maskft.results.families import Noise, simultaneous_level
-from maskft.results.statistics import Bootstrap, as_block, hierarchical_bootstrap, weighted_mean
+from maskft_lab.results import families
+from maskft_lab.results.comparison import EQUIVALENT, NO_WORSE, NOT_DISTINGUISHABLE
+from maskft_lab.results.differences import Measured, Sample, describe, judge
+from maskft_lab.results.families import Noise, simultaneous_level
+from maskft_lab.results.statistics import Bootstrap, as_block, hierarchical_bootstrap, weighted_mean
 
 RESAMPLES = 400
 

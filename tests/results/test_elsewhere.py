@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import zstandard
 
-from maskft.cli import compare as command
-from maskft.errors import UserError
-from maskft.results.compare import compare
-from maskft.results.elsewhere import add_samples
-from maskft.results.reading import read_all
+from maskft_base.errors import UserError
+from maskft_lab.cli import compare as command
+from maskft_lab.results.compare import compare
+from maskft_lab.results.elsewhere import add_samples
+from maskft_lab.results.reading import read_all
 
 # Written by lm-eval 0.4.13 with two tiny random models (``tests/results/make_lm_eval_samples.py``).
 LM_EVAL = Path(__file__).parent / "lm_eval"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from maskft.cli.main import main
-from maskft.errors import UserError
-from maskft.results.paper_tables import identify, paper, paper_tables, read_results, render_tables
-from maskft.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
+from maskft_base.errors import UserError
+from maskft_lab.cli.main import main
+from maskft_lab.results.paper_tables import identify, paper, paper_tables, read_results, render_tables
+from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
 
 RESULTS = Path(__file__).parents[2] / "results"
 LLAMA2, LLAMA31, SMOL = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B", "SmolLM2-135M"

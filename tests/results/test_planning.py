@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from maskft.cli import compare as command
-from maskft.errors import UserError
-from maskft.results.differences import Sample
-from maskft.results.planning import (
+from maskft_base.errors import UserError
+from maskft_lab.cli import compare as command
+from maskft_lab.results.differences import Sample
+from maskft_lab.results.planning import (
     Spread,
     detectable_effect,
     detectable_share,
@@ -19,8 +19,8 @@ from maskft.results.planning import (
     plan_from_rates,
     spread_of,
 )
-from maskft.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
-from maskft.results.statistics import mcnemar_exact
+from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
+from maskft_lab.results.statistics import mcnemar_exact
 
 
 def test_by_hand():

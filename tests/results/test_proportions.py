@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from maskft.results.proportions import (
+from maskft_lab.results.proportions import (
     average_bounds,
     is_at_edge,
     paired_interval,
@@ -19,7 +19,7 @@ from maskft.results.proportions import (
     proportion_interval,
     wilson_interval,
 )
-from maskft.results.statistics import hierarchical_bootstrap
+from maskft_lab.results.statistics import hierarchical_bootstrap
 
 Z = stats.norm.ppf(0.975)
 

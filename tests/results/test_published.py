@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from maskft.results.compare import compare
-from maskft.results.paper_tables import paper_tables, read_results, render_tables
-from maskft.results.text import render, sentence
+from maskft_lab.results.compare import compare
+from maskft_lab.results.paper_tables import paper_tables, read_results, render_tables
+from maskft_lab.results.text import render, sentence
 
 RESULTS = Path(__file__).parents[2] / "results"
 SUMMARY = "summary.json"

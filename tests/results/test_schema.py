@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from maskft.errors import UserError
-from maskft.files import read_text, write_text
-from maskft.results.schema import (
+from maskft_base.errors import UserError
+from maskft_base.files import read_text, write_text
+from maskft_base.runtime import environment
+from maskft_lab.results.schema import (
     build_result,
     build_task,
     items_fingerprint,
@@ -18,7 +19,6 @@ from maskft.results.schema import (
     validate_result,
     write_result,
 )
-from maskft.runtime import environment
 
 ITEMS = [
     {"id": "p0", "nll": 1.0, "num_tokens": 2, "accuracy": 1, "output": "4"},

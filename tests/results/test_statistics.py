@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from maskft.results import statistics
-from maskft.results.statistics import (
+from maskft_lab.results import statistics
+from maskft_lab.results.statistics import (
     hierarchical_bootstrap,
     holm,
     mcnemar_exact,

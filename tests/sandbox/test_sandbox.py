@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from maskft.errors import UserError
-from maskft.sandbox import sandbox
-from maskft.sandbox.sandbox import Confinement, SandboxResult, check_confinement, run_code, run_many
+from maskft_base.errors import UserError
+from maskft_lab.sandbox import sandbox
+from maskft_lab.sandbox.sandbox import Confinement, SandboxResult, check_confinement, run_code, run_many
 
 MIB = 2**20
 SECRET = "decoy-secret-4f1c"
@@ -686,7 +686,7 @@ def test_temporary_folders_are_deleted(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_kill_leaves_no_folder(tmp_path: Path) -> None:
-    code = "from maskft.sandbox.sandbox import run_code\nrun_code('import time; time.sleep(60)')"
+    code = "from maskft_lab.sandbox.sandbox import run_code\nrun_code('import time; time.sleep(60)')"
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)})
     children = Path(f"/proc/{process.pid}/task")
     deadline_s = time.monotonic() + 30

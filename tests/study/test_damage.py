@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from maskft import files
-from maskft.cli.main import main
-from maskft.errors import UserError
-from maskft.study.damage import damage_of_result, damage_of_run
+from maskft_base import files
+from maskft_base.errors import UserError
+from maskft_lab.cli.main import main
+from maskft_lab.study.damage import damage_of_result, damage_of_run
 from small_study import FULL, MASK, outcome, recipe, write
 
 
@@ -27,10 +27,10 @@ def in_this_process(monkeypatch):
 
     def run(words, log, tick, lock_fd):
         log.parent.mkdir(parents=True, exist_ok=True)
-        if main(words[words.index("maskft.cli.main") + 1 :]):
+        if main(words[words.index("maskft_lab.cli.main") + 1 :]):
             raise UserError("failed")
 
-    monkeypatch.setattr("maskft.study.execute.run_command", run)
+    monkeypatch.setattr("maskft_lab.study.execute.run_command", run)
 
 
 def test_a_damaged_study_repeats_what_is_damaged_and_nothing_else(in_this_process, base, data, tmp_path, capsys):

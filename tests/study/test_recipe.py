@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 import tiny
-from maskft.cli.main import main
-from maskft.cli.study import check
-from maskft.errors import UserError
-from maskft.files import digest_file
-from maskft.study.identity import evaluation_id, evaluation_identity
-from maskft.study.plan import BEST
-from maskft.study.recipe import load_recipe, parse_recipe
+from maskft_base.errors import UserError
+from maskft_base.files import digest_file
+from maskft_lab.cli.main import main
+from maskft_lab.cli.study import check
+from maskft_lab.study.identity import evaluation_id, evaluation_identity
+from maskft_lab.study.plan import BEST
+from maskft_lab.study.recipe import load_recipe, parse_recipe
 from tiny_tokenizer import tiny_tokenizer
 
 
@@ -554,8 +554,8 @@ def test_dry_run_lists_runs_and_writes_nothing(content, tmp_path, capsys):
 
 
 def test_memory_estimate(content):
-    from maskft.study.dry_run import cost_of, model_facts
-    from maskft.study.recipe import Facts
+    from maskft_lab.study.dry_run import cost_of, model_facts
+    from maskft_lab.study.recipe import Facts
 
     plan = plan_of(content)
     facts = model_facts(Facts(tokens_per_s=10.0), content["model"])
@@ -579,7 +579,7 @@ def test_memory_estimate(content):
 
 
 def test_time_is_counted_in_layers():
-    from maskft.study.dry_run import _passes
+    from maskft_lab.study.dry_run import _passes
 
     def units(method, layers, **options):
         return _passes(method, options, 30, layers)
@@ -594,8 +594,8 @@ def test_time_is_counted_in_layers():
 
 def test_lora_is_faster_than_full_fine_tuning(content):
     """It computes no gradient of the weights: of 4 passes with checkpointing it saves one."""
-    from maskft.study.dry_run import cost_of, model_facts
-    from maskft.study.recipe import Facts
+    from maskft_lab.study.dry_run import cost_of, model_facts
+    from maskft_lab.study.recipe import Facts
 
     content["methods"]["LoRA"] = {**content["methods"]["full"], "method": "lora"}
     plan = plan_of(content)
@@ -606,8 +606,8 @@ def test_lora_is_faster_than_full_fine_tuning(content):
 
 
 def test_time_by_the_speed_of_the_machine(content):
-    from maskft.study.dry_run import cost_of, model_facts
-    from maskft.study.recipe import Facts
+    from maskft_lab.study.dry_run import cost_of, model_facts
+    from maskft_lab.study.recipe import Facts
 
     plan = plan_of(content)
     facts = model_facts(Facts(flops_per_s=1e9), content["model"])

@@ -8,15 +8,15 @@ import pytest
 import yaml
 
 from killing import kill_ten_times
-from maskft import files
-from maskft.cli.main import main
-from maskft.cli.study import check
-from maskft.cli.train import parse
 from maskft.data import load_splits
 from maskft.data.arguments import DataArguments
-from maskft.errors import UserError
-from maskft.study.recipe import parse_recipe
-from maskft.study.search_recipe import Candidate, load_search
+from maskft_base import files
+from maskft_base.errors import UserError
+from maskft_lab.cli.main import main
+from maskft_lab.cli.study import check
+from maskft_lab.cli.train import parse
+from maskft_lab.study.recipe import parse_recipe
+from maskft_lab.study.search_recipe import Candidate, load_search
 
 
 @pytest.fixture

@@ -13,16 +13,16 @@ import pytest
 from safetensors.torch import load_file
 
 from killing import kill_now_and_then, kill_ten_times, stop_when
-from maskft import files
 from maskft.adapter.mask_set import MaskSet
-from maskft.cli.main import main
-from maskft.cli.study import check
-from maskft.errors import UserError
-from maskft.study.execute import Study, is_control, launch_words, make, partial_folder
-from maskft.study.process import run_command
-from maskft.study.recipe import parse_recipe
-from maskft.study.record import build_record, read_record, write_record
-from maskft.study.warm import PYTHON
+from maskft_base import files
+from maskft_base.errors import UserError
+from maskft_lab.cli.main import main
+from maskft_lab.cli.study import check
+from maskft_lab.study.execute import Study, is_control, launch_words, make, partial_folder
+from maskft_lab.study.process import run_command
+from maskft_lab.study.recipe import parse_recipe
+from maskft_lab.study.record import build_record, read_record, write_record
+from maskft_lab.study.warm import PYTHON
 from small_study import FULL, MASK, outcome, recipe, write
 
 
@@ -261,7 +261,7 @@ def test_a_command_in_a_fork_ends_with_its_study(tmp_path):
     os.mkfifo(tmp_path / "result.json")  # the command waits for somebody to write into it
     code = (
         "import fcntl, pathlib, sys\n"
-        "from maskft.study.process import PYTHON, run_command\n"
+        "from maskft_lab.study.process import PYTHON, run_command\n"
         "lock = open(sys.argv[1], 'w')\n"
         "fcntl.flock(lock, fcntl.LOCK_EX)\n"
         "words = [*PYTHON, 'compare', sys.argv[2]]\n"
@@ -279,7 +279,7 @@ def test_a_command_in_a_fork_ends_with_its_study(tmp_path):
 def test_a_folder_in_use_is_refused(base, data, tmp_path, monkeypatch, capsys):
     import fcntl
 
-    monkeypatch.setattr("maskft.study.study.LOCK_WAIT_S", 0)
+    monkeypatch.setattr("maskft_lab.study.study.LOCK_WAIT_S", 0)
     file, folder = write(tmp_path, recipe(base, data, {"full": FULL})), tmp_path / "out"
     folder.mkdir()
     with (folder / files.LOCK).open("w") as lock:
@@ -380,7 +380,7 @@ def test_weights_are_trained_after_a_mask_that_is_worse_too(base, data, tmp_path
 
 def test_how_a_run_is_launched(base, data):
     content = recipe(base, data, {"full": FULL, "l1": {"method": "l1_mask", "from": "full"}})
-    train = [sys.executable, "-m", "maskft.cli.main", "train"]
+    train = [sys.executable, "-m", "maskft_lab.cli.main", "train"]
     expected = [
         ({}, train),
         (
@@ -394,7 +394,7 @@ def test_how_a_run_is_launched(base, data):
         ),
         (
             {"command": "torchrun --nproc_per_node 4", "num_processes": 4},
-            ["torchrun", "--nproc_per_node", "4", "-m", "maskft.cli.main", "train"],
+            ["torchrun", "--nproc_per_node", "4", "-m", "maskft_lab.cli.main", "train"],
         ),
     ]
     for launch, words in expected:
@@ -407,7 +407,7 @@ def test_how_a_run_is_launched(base, data):
 def test_a_terminal_shows_one_bar_and_the_log_as_it_is(base, data, tmp_path, monkeypatch):
     from rich.console import Console
 
-    from maskft.study import board as boards
+    from maskft_lab.study import board as boards
 
     content = recipe(base, data, {"full": FULL, "mask": MASK})
     content["grid"] = {"mask.mask_sparsity": [0.1, 0.2]}
@@ -441,7 +441,7 @@ def test_a_log_of_a_study_gets_lines_with_the_heldout_loss_so_far(first, left, b
     """And with the time left, once a run was trained: that of others says nothing about it."""
     from rich.console import Console
 
-    from maskft.study import board as boards
+    from maskft_lab.study import board as boards
 
     plan = check(parse_recipe(recipe(base, data, {"full": first, "mask": MASK | {"from": "full"}})))
     console = Console(file=io.StringIO(), width=80)
@@ -491,7 +491,7 @@ def test_answers_given_under_other_versions_are_given_again(base, data, tmp_path
     expected = json.loads(result.read_text())["tasks"]
     shutil.rmtree(result.parent)
     with monkeypatch.context() as patch:
-        patch.setattr("maskft.study.execute.environment", lambda: {"packages": {"torch": "1.0"}})
+        patch.setattr("maskft_lab.study.execute.environment", lambda: {"packages": {"torch": "1.0"}})
         partial = partial_folder(result)
     assert partial != partial_folder(result)
     partial.mkdir()

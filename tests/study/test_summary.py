@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskft.study.summary import unchanged_notes, without_repeats
+from maskft_lab.study.summary import unchanged_notes, without_repeats
 
 
 def result(name, role, best_step, num_steps=8):

@@ -10,17 +10,17 @@ import pytest
 import yaml
 
 import benchmark_files
-from maskft import files
-from maskft.cli.main import main
-from maskft.cli.study import check
 from maskft.data import load_splits
 from maskft.data.arguments import DataArguments
-from maskft.errors import UserError
-from maskft.study.execute import Study
-from maskft.study.halving import rungs, survivors
-from maskft.study.recipe import Method, parse_recipe
-from maskft.study.summary import more_tuned_than_controls, without_twin
-from maskft.study.tuning import MAX_DOUBLINGS, Heldout, check_test_rows
+from maskft_base import files
+from maskft_base.errors import UserError
+from maskft_lab.cli.main import main
+from maskft_lab.cli.study import check
+from maskft_lab.study.execute import Study
+from maskft_lab.study.halving import rungs, survivors
+from maskft_lab.study.recipe import Method, parse_recipe
+from maskft_lab.study.summary import more_tuned_than_controls, without_twin
+from maskft_lab.study.tuning import MAX_DOUBLINGS, Heldout, check_test_rows
 
 RATES = [1e-3, 1e-2]
 

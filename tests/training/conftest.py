@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskft.cli.main import main
+from maskft_lab.cli.main import main
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from torch.distributed.fsdp import fully_shard
 import maskft.training.build
 import maskft.training.train
 import tiny
-from maskft import runtime
-from maskft.cli.train import parse
-from maskft.errors import UserError
 from maskft.training.checkpoints import agreed_mask_fingerprint, trainable_state
 from maskft.training.checks import check_processes
 from maskft.tuner import MaskConfig, adapter_layers, current_masks, set_mask_progress
 from maskft.tuner.model import base_fingerprint
 from maskft.tuner.scores import Float32ParameterDict
+from maskft_base import runtime
+from maskft_base.errors import UserError
+from maskft_lab.cli.train import parse
 
 LENGTH = 9
 

@@ -18,16 +18,16 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from killing import start
-from maskft import files
 from maskft.adapter.mask_set import MaskSet
-from maskft.cli.main import main
-from maskft.files import ADAPTER_WEIGHTS, MANIFEST, TRAIN_LOCK
-from maskft.study.warm import PYTHON, WarmProcess
 from maskft.training import checkpoints, manifest
 from maskft.training.manifest import FIXED, FREE, damage, read_manifest
 from maskft.training.options import option_defaults
 from maskft.training.record import read_record
 from maskft.training.trainer import MaskSFTTrainer
+from maskft_base import files
+from maskft_base.files import ADAPTER_WEIGHTS, MANIFEST, TRAIN_LOCK
+from maskft_lab.cli.main import main
+from maskft_lab.study.warm import PYTHON, WarmProcess
 from tiny_tokenizer import tiny_tokenizer
 
 STEPS = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "learning_rate": 0.01}
@@ -406,7 +406,7 @@ def wait_for(path, process):
 
 
 def test_a_lock_dies_with_its_owner(tmp_path):
-    code = "import sys, time; from pathlib import Path; from maskft import files\n"
+    code = "import sys, time; from pathlib import Path; from maskft_base import files\n"
     code += "with files.held(Path(sys.argv[1]), 'train.lock', 0, 'run'): time.sleep(600)"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], env=environment)
@@ -499,7 +499,7 @@ def test_a_signal_after_the_last_step_is_heeded_too(train, finished, tmp_path, m
 
 def test_a_second_signal_ends_at_once(base, data, tmp_path):
     """While the first step waits for its rows."""
-    code = "import sys, time, torch; from maskft.cli.main import main\n"
+    code = "import sys, time, torch; from maskft_lab.cli.main import main\n"
     code += "from maskft.training.trainer import MaskSFTTrainer as T\n"
     code += "def slow(*args, **kwargs): print('slow', flush=True); time.sleep(600)\n"
     code += "T.training_step = slow; sys.exit(main(sys.argv[1:]))"

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 import tiny
 from maskft.adapter.mask_set import MaskSet
-from maskft.cli.main import main
-from maskft.files import ADAPTER_WEIGHTS, LAST, MANIFEST, TRAINING
 from maskft.training.checkpoints import checkpoints_in, step_of
 from maskft.training.manifest import damage, read_manifest
 from maskft.training.record import read_record
 from maskft.training.verdict import read_heldout
+from maskft_base.files import ADAPTER_WEIGHTS, LAST, MANIFEST, TRAINING
+from maskft_lab.cli.main import main
 from tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +133,9 @@ def test_repeated_rows_do_not_count_where_rows_are_put_together(arguments, tmp_p
     settings = {"padding_free": True, "max_length": 16, "eval_split_size": 5, "per_device_eval_batch_size": 1}
     settings |= {"max_steps": 1, "eval_steps": 1, "save_steps": 1}
     assert main(arguments(output_dir=one, **settings)) == 0
-    result = call(["maskft.cli.main", *arguments(output_dir=many, accelerate_config="multi_gpu", **settings, **LAUNCH)])
+    result = call(
+        ["maskft_lab.cli.main", *arguments(output_dir=many, accelerate_config="multi_gpu", **settings, **LAUNCH)]
+    )
     assert result.returncode == 0, result.stderr
     first = [run["start_loss"] for run in (json.loads((f / TRAINING).read_text())["summary"] for f in (one, many))]
     assert first[1] == pytest.approx(first[0], abs=LOSS_TOLERANCE)
@@ -142,7 +144,7 @@ def test_repeated_rows_do_not_count_where_rows_are_put_together(arguments, tmp_p
 @pytest.mark.parametrize("config", ["multi_gpu", FSDP2])
 def test_two_processes_give_the_mask_of_one(config, arguments, one_process, tmp_path):
     out = tmp_path / "out"
-    result = call(["maskft.cli.main", *arguments(output_dir=out, accelerate_config=config, **LAUNCH)])
+    result = call(["maskft_lab.cli.main", *arguments(output_dir=out, accelerate_config=config, **LAUNCH)])
     assert result.returncode == 0, result.stderr
     check_equal(out, one_process)
     for line in ("held-out loss without the mask", "one sample, supervised text", "step 0/4  held-out loss"):
@@ -158,11 +160,11 @@ def test_two_processes_give_the_mask_of_one(config, arguments, one_process, tmp_
 def test_resuming_in_two_processes_gives_the_uninterrupted_mask(config, arguments, one_process, tmp_path):
     out = tmp_path / "out"
     words = arguments(output_dir=out, accelerate_config=config, **LAUNCH)
-    assert call(["maskft.cli.main", *words]).returncode == 0
+    assert call(["maskft_lab.cli.main", *words]).returncode == 0
     (out / "checkpoint-4" / ("optimizer.bin" if config == "fsdp2" else "optimizer.pt")).unlink()
     for file in [out / ADAPTER_WEIGHTS, out / TRAINING]:
         file.unlink()
-    result = call(["maskft.cli.main", *words, "--resume_from_checkpoint", "true"])
+    result = call(["maskft_lab.cli.main", *words, "--resume_from_checkpoint", "true"])
     assert result.returncode == 0, result.stderr
     check_equal(out, one_process, resumed=True)
 
@@ -172,7 +174,7 @@ def test_a_launcher_that_is_stopped_saves_the_step(arguments, tmp_path):
     """Both processes stop after the same step, and the line that is printed resumes it with both."""
     out = tmp_path / "out"
     words = arguments(output_dir=out, accelerate_config="multi_gpu", max_steps=5000, save_steps=5000, **LAUNCH)
-    command = [sys.executable, "-m", "maskft.cli.main", *map(str, words)]
+    command = [sys.executable, "-m", "maskft_lab.cli.main", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -195,7 +197,10 @@ def test_sending_the_gradient_in_every_micro_batch_changes_nothing(config, argum
     out = tmp_path / "out"
     every = '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}'
     result = call(
-        ["maskft.cli.main", *arguments(output_dir=out, accelerate_config=config, accelerator_config=every, **LAUNCH)]
+        [
+            "maskft_lab.cli.main",
+            *arguments(output_dir=out, accelerate_config=config, accelerator_config=every, **LAUNCH),
+        ]
     )
     assert result.returncode == 0, result.stderr
     check_equal(out, one_process)
@@ -207,7 +212,7 @@ def test_fsdp2_in_bfloat16_with_recomputed_activations(arguments, tmp_path):
     settings = {"bf16": True, "gradient_checkpointing": True}
     assert main(arguments(output_dir=one, **settings)) == 0
     words = arguments(output_dir=many, accelerate_config="fsdp2", num_processes=2, main_process_port=0, **settings)
-    result = call(["maskft.cli.main", *words])
+    result = call(["maskft_lab.cli.main", *words])
     assert result.returncode == 0, result.stderr
     assert losses(many) == pytest.approx(losses(one), abs=0.02)
     expected, found = MaskSet.from_adapter(one / LAST), MaskSet.from_adapter(many / LAST)
@@ -220,7 +225,7 @@ def test_the_size_of_a_sharded_mask_is_chosen_as_that_of_a_whole_one(arguments, 
     settings = {"mask_sparsity_auto": True, "keep_last": None}
     assert main(arguments(output_dir=one, **settings)) == 0
     words = arguments(output_dir=many, accelerate_config="fsdp2", **settings, **LAUNCH)
-    result = call(["maskft.cli.main", *words])
+    result = call(["maskft_lab.cli.main", *words])
     assert result.returncode == 0, result.stderr
     expected, found = read_record(one).verdict, read_record(many).verdict
     pairs = zip(found.budgets, expected.budgets, strict=True)
@@ -234,7 +239,9 @@ def test_the_size_of_a_sharded_mask_is_chosen_as_that_of_a_whole_one(arguments, 
 def test_full_fine_tuning_under_fsdp2(arguments, tmp_path):
     one, many = tmp_path / "one", tmp_path / "many"
     assert main(arguments(output_dir=one, method="full")) == 0
-    result = call(["maskft.cli.main", *arguments(output_dir=many, method="full", accelerate_config="fsdp2", **LAUNCH)])
+    result = call(
+        ["maskft_lab.cli.main", *arguments(output_dir=many, method="full", accelerate_config="fsdp2", **LAUNCH)]
+    )
     assert result.returncode == 0, result.stderr
     assert losses(many) == pytest.approx(losses(one), abs=1e-4)
     expected, found = load_file(one / "model.safetensors"), load_file(many / "model.safetensors")
@@ -251,7 +258,7 @@ def test_removed_weights_stay_at_zero_in_two_processes(config, arguments, tmp_pa
     settings = {"method": "full", "keep_mask": mask, "max_grad_norm": 0.1}
     assert main(arguments(output_dir=one, **settings)) == 0
     words = arguments(output_dir=many, accelerate_config=config, **settings, **LAUNCH)
-    result = call(["maskft.cli.main", *words])
+    result = call(["maskft_lab.cli.main", *words])
     assert result.returncode == 0, result.stderr
     assert losses(many) == pytest.approx(losses(one), abs=1e-4)
     weights = load_file(many / LAST / "model.safetensors")
@@ -372,7 +379,7 @@ def test_a_process_that_others_launched_refuses_too(environment, message, argume
 
 def test_an_error_before_training_is_one_line_from_one_process(arguments, tmp_path):
     words = arguments(output_dir=tmp_path / "out", global_batch_size=6, accelerate_config="multi_gpu", **LAUNCH)
-    result = call(["maskft.cli.main", *words])
+    result = call(["maskft_lab.cli.main", *words])
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if "error" in line.lower()]
     assert errors == [
@@ -383,5 +390,5 @@ def test_an_error_before_training_is_one_line_from_one_process(arguments, tmp_pa
 @pytest.mark.slow
 def test_packed_held_out_rows_in_several_processes_are_refused(arguments, tmp_path):
     settings = {"packing": True, "eval_packing": True, "accelerate_config": "multi_gpu", **LAUNCH}
-    result = call(["maskft.cli.main", *arguments(output_dir=tmp_path / "out", **settings)])
+    result = call(["maskft_lab.cli.main", *arguments(output_dir=tmp_path / "out", **settings)])
     assert result.returncode == 2 and "eval_packing with several processes would count held-out rows" in result.stderr

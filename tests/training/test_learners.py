@@ -14,12 +14,12 @@ from maskft import adapter_layers
 from maskft.adapter.mask_set import MaskSet
 from maskft.adapter.merge import load_masked
 from maskft.adapter.verify import verify
-from maskft.cli.main import main
-from maskft.files import ADAPTER_CONFIG, TRAINING
 from maskft.training.build import with_adapter
 from maskft.training.calibration import first_order_keys
 from maskft.training.method_arguments import MaskArguments, mask_config
 from maskft.tuner.fixed import fixed_masks
+from maskft_base.files import ADAPTER_CONFIG, TRAINING
+from maskft_lab.cli.main import main
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 import tiny
 from maskft import MaskConfig, UserError
 from maskft.adapter.mask_set import MaskSet
-from maskft.files import LAST
 from maskft.training.masked_start import RemovedStayZero, set_removed_to_zero
 from maskft.training.method_arguments import MethodArguments
 from maskft.training.record import read_record
+from maskft_base.files import LAST
 from tiny_tokenizer import tiny_tokenizer
 
 

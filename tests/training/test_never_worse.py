@@ -15,9 +15,6 @@ from maskft.adapter.verify import verify
 from maskft.data import tokenize_dataset
 from maskft.data.arguments import DataArguments
 from maskft.data.splits import load_splits
-from maskft.errors import UserError
-from maskft.evaluation.heldout import nll_per_item
-from maskft.files import HELDOUT
 from maskft.training.method_arguments import BUDGETS, MethodArguments
 from maskft.training.record import read_record
 from maskft.training.verdict import (
@@ -28,6 +25,9 @@ from maskft.training.verdict import (
     paired_interval,
     read_heldout,
 )
+from maskft_base.errors import UserError
+from maskft_base.files import HELDOUT
+from maskft_lab.evaluation.heldout import nll_per_item
 
 
 @pytest.fixture

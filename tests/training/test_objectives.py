@@ -14,11 +14,11 @@ from trl import DPOTrainer
 from maskft.adapter.mask_set import MaskSet
 from maskft.data import load_examples
 from maskft.data.formats import FORMATS, from_preference
-from maskft.errors import UserError
 from maskft.training.objectives import _for_dpo, _pair, answer_reward
 from maskft.training.record import read_record
 from maskft.training.verdict import read_heldout
 from maskft.tuner.model import resumes_two_adapters
+from maskft_base.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
 

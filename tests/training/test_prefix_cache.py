@@ -8,10 +8,10 @@ from peft import get_peft_model
 
 import tiny
 from maskft import MaskConfig
-from maskft.cli.main import main
-from maskft.errors import UserError
-from maskft.files import TRAINING
 from maskft.training.prefix_cache import PrefixCache
+from maskft_base.errors import UserError
+from maskft_base.files import TRAINING
+from maskft_lab.cli.main import main
 
 
 def masked(dtype=torch.float32, layers=(2,), make=tiny.tiny_llama, **overrides):

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
-from maskft import runtime
 from maskft.training.progress import TrainingProgress
 from maskft.training.record import read_record
+from maskft_base import runtime
 
 
 def shown(console: Console, max_steps: int = 12000, resumed_at: int = 0) -> str:

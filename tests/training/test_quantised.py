@@ -6,10 +6,10 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from maskft import files
 from maskft.adapter.mask_set import MaskSet, read_config
-from maskft.cli.main import main
 from maskft.training.record import read_record
+from maskft_base import files
+from maskft_lab.cli.main import main
 from tiny import tiny_llama
 from tiny_tokenizer import tiny_tokenizer
 

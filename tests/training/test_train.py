@@ -18,15 +18,15 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from maskft.adapter.mask_set import MaskSet
-from maskft.cli.main import main
-from maskft.cli.train import parse
-from maskft.files import ADAPTER_WEIGHTS, LAST, TRAINING
 from maskft.models import load_tokenizer
 from maskft.training.arguments import TrainingArguments
 from maskft.training.method_arguments import mask_config
 from maskft.training.record import read_record
 from maskft.training.train import train
 from maskft.tuner.config import PRESETS, MaskConfig
+from maskft_base.files import ADAPTER_WEIGHTS, LAST, TRAINING
+from maskft_lab.cli.main import main
+from maskft_lab.cli.train import parse
 from tiny_tokenizer import CHATML, tiny_tokenizer
 
 

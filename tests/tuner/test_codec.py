@@ -12,8 +12,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskft.errors import UserError
 from maskft.tuner.codec import HEADER_BYTES, decode_mask, encode_mask, mask_info, mask_sha256
+from maskft_base.errors import UserError
 
 
 def entropy(p):

@@ -5,8 +5,8 @@ import torch
 
 import reference
 from maskft import magnitude_mask, num_removed, random_mask, topk_mask, topk_masks
-from maskft.errors import UserError
 from maskft.tuner.fixed import fixed_masks
+from maskft_base.errors import UserError
 
 
 @pytest.mark.parametrize("sparsity", (0.0, 0.1, 0.9))

@@ -8,9 +8,9 @@ from transformers.pytorch_utils import Conv1D
 
 import reference
 from maskft import MaskConfig
-from maskft.errors import UserError
 from maskft.masking import StraightThroughMask, score_gradient
 from maskft.tuner.layer import MaskedLinear
+from maskft_base.errors import UserError
 from tiny import tiny_llama, token_ids
 
 

@@ -17,11 +17,11 @@ from maskft import MaskConfig, adapter_layers, current_masks, num_removed, set_m
 from maskft.adapter.mask_set import MaskSet
 from maskft.adapter.merge import merge
 from maskft.adapter.verify import verify
-from maskft.errors import UserError
-from maskft.files import ADAPTER_CONFIG
 from maskft.tuner import learners
 from maskft.tuner.fixed import fixed_masks, ranks_per_output
 from maskft.tuner.layer import MaskedLinear
+from maskft_base.errors import UserError
+from maskft_base.files import ADAPTER_CONFIG
 from tiny_tokenizer import tiny_tokenizer
 
 

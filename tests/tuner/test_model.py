@@ -21,11 +21,11 @@ import tiny
 from maskft import MaskConfig, current_masks
 from maskft.adapter.mask_set import MaskSet
 from maskft.adapter.wrap import add_adapter
-from maskft.errors import UserError
-from maskft.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from maskft.tuner import MaskPeftType
 from maskft.tuner.codec import encode_mask
 from maskft.tuner.targets import check_targets, maskable_names
+from maskft_base.errors import UserError
+from maskft_base.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 

@@ -15,9 +15,9 @@ from maskft import MaskConfig
 from maskft.adapter.merge import merge
 from maskft.adapter.swap import swap_mask
 from maskft.adapter.verify import verify
-from maskft.errors import UserError
 from maskft.masking import topk_mask
 from maskft.tuner.model import adapter_layers, current_masks
+from maskft_base.errors import UserError
 from tiny import TRAINER, tiny_llama, token_ids
 from tiny_tokenizer import tiny_tokenizer
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from maskft import masking
-from maskft.errors import UserError
 from maskft.tuner import selection
+from maskft_base.errors import UserError
 from reference import POOLS
 
 SAMPLED_NUMEL = 500_000

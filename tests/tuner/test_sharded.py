@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
-from maskft.errors import NotFiniteError
 from maskft.masking import ranking_keys, remove_lowest
 from maskft.tuner.sharded import remove_lowest_of_shards
+from maskft_base.errors import NotFiniteError
 
 
 class Ranks:

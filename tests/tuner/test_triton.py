@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from maskft import masking
-from maskft.errors import NotFiniteError
 from maskft.tuner import selection
+from maskft_base.errors import NotFiniteError
 from reference import POOLS
 
 pytest.importorskip("triton", reason="needs maskft[triton]")

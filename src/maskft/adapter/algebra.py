@@ -14,7 +14,7 @@ import torch
 from scipy.stats import hypergeom, norm
 from torch import Tensor
 
-from ..errors import UserError
+from maskft_base.errors import UserError
 
 OPERATIONS = {
     "union": "remove what any of the masks removes",

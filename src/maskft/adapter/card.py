@@ -8,14 +8,15 @@ from typing import Any
 
 import yaml
 
-from .. import files
+from maskft_base import files
+from maskft_base.errors import UserError
+from maskft_lab.results.comparison import Score
+from maskft_lab.results.schema import Result, item_weights, read_result
+from maskft_lab.results.scores import scores
+from maskft_lab.results.statistics import hierarchical_bootstrap
+from maskft_lab.results.text import markdown_cell
+
 from .._version import __version__
-from ..errors import UserError
-from ..results.comparison import Score
-from ..results.schema import Result, item_weights, read_result
-from ..results.scores import scores
-from ..results.statistics import hierarchical_bootstrap
-from ..results.text import markdown_cell
 from ..tuner.card import ASKING, about, head, loading, mask_infos, may_write
 from .mask_set import AdapterConfig, MaskSet, read_config
 

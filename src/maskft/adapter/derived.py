@@ -11,8 +11,9 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from .. import files
-from ..errors import UserError
+from maskft_base import files
+from maskft_base.errors import UserError
+
 from ..tuner.codec import PREFIX, decode_mask, encode_mask, mask_info
 from ..tuner.config import MaskConfig
 from ..tuner.model import mask_fingerprint

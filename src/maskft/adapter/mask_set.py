@@ -12,8 +12,9 @@ from pydantic import ConfigDict, Field, field_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .. import files
-from ..errors import UserError
+from maskft_base import files
+from maskft_base.errors import UserError
+
 from ..tuner.codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, mask_info
 from ..tuner.experts import weight_finder
 from ..tuner.model import check_weights, mask_fingerprint

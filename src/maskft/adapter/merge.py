@@ -12,8 +12,9 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors import SafetensorError
 
-from .. import files
-from ..errors import UserError, first_line
+from maskft_base import files
+from maskft_base.errors import UserError, first_line
+
 from ..models import load_model, load_tokenizer
 from ..tuner import adapter_layers
 from ..tuner.experts import weight_finder

@@ -22,8 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .. import files
-from ..errors import UserError
+from maskft_base import files
+from maskft_base.errors import UserError
+
 from ..tuner.codec import decode_mask
 from ..tuner.experts import place_of
 from ..tuner.targets import listed

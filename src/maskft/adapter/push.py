@@ -9,8 +9,9 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from .. import files
-from ..errors import UserError, first_line
+from maskft_base import files
+from maskft_base.errors import UserError, first_line
+
 from ..models import EMBEDDED_MODEL
 from ..tuner.card import hub_name, may_write
 from .card import adapter_card

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from ..errors import UserError
+from maskft_base.errors import UserError
+
 from ..tuner import MaskConfig, adapter_layers
 from ..tuner.codec import PREFIX, decode_mask, pack_mask
 from ..tuner.model import check_base

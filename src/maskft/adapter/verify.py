@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from maskft_base.errors import UserError
+
 from ..masking import num_removed
 from ..tuner.codec import decode_mask
 from ..tuner.learners import current_sparsity

@@ -22,7 +22,8 @@ from vllm.model_executor.model_loader.checkpoint_weight_patch import (
     load_checkpoint_weight_patches,
 )
 
-from ..errors import UserError
+from maskft_base.errors import UserError
+
 from .patch import Patch, Undo, read_patch, undo_patch
 
 

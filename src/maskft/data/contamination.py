@@ -11,8 +11,9 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from ..errors import UserError, did_you_mean
-from ..files import digest
+from maskft_base.errors import UserError, did_you_mean
+from maskft_base.files import digest
+
 from .formats import OPTIONAL_COLUMNS, Row
 from .registry import TEST_SETS
 from .sources import find_files, is_hub_name, load_from_hub, numbered, read_file

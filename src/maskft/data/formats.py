@@ -10,8 +10,9 @@ from typing import Any
 
 from datasets import Dataset, Features, Value, concatenate_datasets
 
-from ..errors import UserError
-from ..files import digest
+from maskft_base.errors import UserError
+from maskft_base.files import digest
+
 from .answers import ANSWER_MARK, parse_number
 
 CHUNK_ROWS = 10_000  # examples that are Python objects at a time; stored, they take a fraction of the memory

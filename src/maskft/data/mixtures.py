@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
-from ..errors import UserError
-from ..files import digest, is_there
+from maskft_base.errors import UserError
+from maskft_base.files import digest, is_there
+
 from .formats import OPTIONAL_COLUMNS, to_examples
 from .registry import TRAINING_SETS
 from .sources import PROCEDURAL_PREFIX, SHUFFLE_BUFFER, find_rows, is_hub_name, numbered, procedural_rows

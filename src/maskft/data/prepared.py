@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, load_from_disk
 
-from .. import runtime
-from ..files import digest, digest_file, read_json, whole_folder
+from maskft_base import runtime
+from maskft_base.files import digest, digest_file, read_json, whole_folder
+
 from .arguments import DATA_NAMES, TEMPLATE, DataArguments
 from .contamination import set_names, test_set_files
 from .mixtures import parse_mixture

@@ -16,8 +16,9 @@ import pyarrow
 from datasets import Dataset, IterableDataset
 from pyarrow import parquet
 
-from ..errors import UserError, did_you_mean, first_line
-from ..files import is_there, open_text, parse_json
+from maskft_base.errors import UserError, did_you_mean, first_line
+from maskft_base.files import is_there, open_text, parse_json
+
 from .formats import answer_type_of
 from .registry import TRAINING_SETS, TrainingSet
 

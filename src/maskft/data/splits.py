@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
-from ..errors import UserError
-from ..files import digest
+from maskft_base.errors import UserError
+from maskft_base.files import digest
+
 from .arguments import DataArguments, check_sizes
 from .contamination import NGRAM, Contamination, NgramIndex, example_texts, load_test_texts, unique_rows
 from .formats import OPTIONAL_COLUMNS, Row

@@ -11,7 +11,8 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
 from pydantic import BaseModel, Field
 
-from ..errors import UserError
+from maskft_base.errors import UserError
+
 from ..training.callbacks import MaskProgress
 from .settings import config_of, refuse_quantised
 

@@ -13,7 +13,8 @@ from typing import Any
 from llamafactory.v1.plugins.model_plugins.peft import PeftPlugin, load_adapter
 from peft import get_peft_model
 
-from ..errors import UserError
+from maskft_base.errors import UserError
+
 from ..tuner import MaskConfig
 from .settings import config_of, moving_settings, refuse_quantised
 

@@ -12,9 +12,9 @@ from peft import get_peft_model
 from swift.callbacks import callbacks_map
 from swift.tuner_plugin import PeftTuner, tuners_map
 
-from maskft.errors import UserError
 from maskft.integrations.settings import config_of, moving_settings, refuse_quantised
 from maskft.training.callbacks import MaskProgress
+from maskft_base.errors import UserError
 
 NAME = "mask"
 SETTINGS = "MASKFT"

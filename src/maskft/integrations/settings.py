@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ..errors import UserError, did_you_mean
+from maskft_base.errors import UserError, did_you_mean
+
 from ..tuner import MaskConfig
 from ..tuner.learners import depends_on_progress
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from trl import ModelConfig, SFTConfig
 
+from maskft_base.errors import UserError
+
 from ..data.arguments import DataArguments
-from ..errors import UserError
 from ..tuner.config import DATA_STARTS
 from .method_arguments import MaskArguments, MethodArguments, default_start, removes_a_share
 

@@ -11,12 +11,13 @@ from rich.console import Console
 from transformers import PreTrainedModel, set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from maskft_base.errors import UserError, did_you_mean
+from maskft_lab.evaluation.during_training import TASKS, TrainingEvaluation
+
 from ..adapter.wrap import add_adapter
 from ..data import tokenize_dataset
 from ..data.arguments import DataArguments
 from ..data.prepared import Prepared, prepare
-from ..errors import UserError, did_you_mean
-from ..evaluation.during_training import TASKS, TrainingEvaluation
 from ..models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from ..tuner import MaskConfig
 from ..tuner.targets import resolve_targets

@@ -9,7 +9,8 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 
-from ..errors import UserError
+from maskft_base.errors import UserError
+
 from ..tuner import MaskConfig, MaskedLinear, adapter_layers, start_scores
 from ..tuner.config import DATA_STARTS
 from ..tuner.experts import ExpertMatrix

@@ -12,9 +12,10 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 
-from .. import files, runtime
+from maskft_base import files, runtime
+from maskft_base.errors import NotFiniteError, Stopped, UserError
+
 from ..adapter.mask_set import MaskSet
-from ..errors import NotFiniteError, Stopped, UserError
 from ..tuner import MaskConfig, MaskedLinear, set_mask_progress
 from ..tuner.learners import current_sparsity
 from ..tuner.model import refresh_masks

@@ -17,8 +17,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
-from .. import files, runtime
-from ..errors import UserError, first_line
+from maskft_base import files, runtime
+from maskft_base.errors import UserError, first_line
+
 from ..tuner import MaskConfig
 from ..tuner.model import current_mask_fingerprint
 from .arguments import TrainingArguments

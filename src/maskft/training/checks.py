@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .. import runtime
-from ..errors import UserError
+from maskft_base import runtime
+from maskft_base.errors import UserError
+
 from ..tuner.config import MaskConfig
 from .arguments import TrainConfig
 from .launch import check_deepspeed, check_mask_sharding

@@ -16,10 +16,11 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from maskft_base.errors import UserError
+from maskft_base.runtime import peak_memory_bytes
+
 from ..data.prepared import Prepared
-from ..errors import UserError
 from ..models import check_model_source, load_model
-from ..runtime import peak_memory_bytes
 from .arguments import TrainingArguments
 from .fixed_masks import mean_nll
 from .method_arguments import COMBINED_METHODS, MethodArguments

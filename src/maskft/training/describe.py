@@ -6,10 +6,11 @@ from statistics import median
 
 from rich.console import Console
 
+from maskft_base.errors import UserError
+from maskft_base.runtime import time_text
+
 from ..data import format_sample, supervised_token_count
 from ..data.prepared import Prepared
-from ..errors import UserError
-from ..runtime import time_text
 from ..tuner import MaskConfig, adapter_layers
 from ..tuner.learners import FREE
 from .arguments import TrainConfig, TrainingArguments

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
+from maskft_base.runtime import peak_memory_bytes
+from maskft_lab.evaluation.heldout import nll_per_item
+
 from ..adapter.mask_set import MaskSet
 from ..data.prepared import Prepared
-from ..evaluation.heldout import nll_per_item
-from ..runtime import peak_memory_bytes
 from ..tuner import MaskedLinear, adapter_layers
 from ..tuner.codec import encode_mask, mask_info
 from ..tuner.fixed import fixed_masks

@@ -18,9 +18,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from ..errors import UserError, did_you_mean
-from ..files import read_json, read_yaml
-from ..runtime import COMMAND, uses_fsdp
+from maskft_base.errors import UserError, did_you_mean
+from maskft_base.files import read_json, read_yaml
+from maskft_base.runtime import COMMAND, uses_fsdp
 
 # Set in the processes that are launched, so that launch settings of a recipe do not launch again.
 _LAUNCHED = "MASKFT_LAUNCHED"
@@ -52,7 +52,7 @@ def launch(launch_words: Sequence[str], command: Sequence[str]) -> int:
     """
     parser = launch_command_parser()
     parser.error = _refuse
-    args = parser.parse_args([*_resolve(launch_words), "--module", "maskft.cli.main", *command])
+    args = parser.parse_args([*_resolve(launch_words), "--module", "maskft_lab.cli.main", *command])
     config = _read_config(args.config_file) if args.config_file else {}
     ways = (args.multi_gpu, args.use_fsdp, args.use_deepspeed, args.tpu, args.use_megatron_lm)
     is_alone = config.get("distributed_type") in (None, "NO") and not any(ways) and torch.cuda.device_count() < 2

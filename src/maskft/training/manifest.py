@@ -14,10 +14,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from .. import files
+from maskft_base import files
+from maskft_base.errors import UserError, did_you_mean
+from maskft_base.files import FileModel, read_json, read_model
+
 from ..data.prepared import Prepared, data_identity
-from ..errors import UserError, did_you_mean
-from ..files import FileModel, read_json, read_model
 from ..models import model_identity
 from ..tuner import learners
 from .arguments import TrainConfig, TrainingArguments

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from maskft_base.errors import UserError
+
 from ..adapter.mask_set import MaskSet, read_config
-from ..errors import UserError
 from ..tuner.model import fingerprint_of, is_the_base
 from ..tuner.sharded import is_sharded, rows_of
 from ..tuner.targets import listed

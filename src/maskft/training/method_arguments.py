@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
-from ..errors import UserError
+from maskft_base.errors import UserError
+
 from ..masking import ScoreStart
 from ..tuner.config import PRESETS, MaskConfig, refuse_contradictions
 

@@ -20,12 +20,13 @@ from rich.console import Console
 from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-from .. import runtime
+from maskft_base import runtime
+from maskft_base.errors import UserError, did_you_mean
+from maskft_lab.evaluation.journal import Resources, generated
+
 from ..data import IGNORED, prompt_ids, tokenize_example
 from ..data.answers import check_answer
 from ..data.prepared import Prepared
-from ..errors import UserError, did_you_mean
-from ..evaluation.journal import Resources, generated
 from ..tuner.model import resumes_two_adapters
 from .arguments import TrainingArguments, trainer_arguments
 from .method_arguments import MethodArguments

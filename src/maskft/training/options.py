@@ -11,9 +11,10 @@ from typing import Any
 from trl import ModelConfig, TrlParser
 from trl.cli.commands.training import _subtract_subsequence
 
+from maskft_base.errors import UserError, did_you_mean
+from maskft_base.files import read_yaml
+
 from ..data.arguments import DataArguments
-from ..errors import UserError, did_you_mean
-from ..files import read_yaml
 from .arguments import TrainConfig, TrainingArguments
 from .launch import launch_options
 from .method_arguments import MaskArguments, MethodArguments, check_preset

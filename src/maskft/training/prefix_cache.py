@@ -20,8 +20,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from trl import SFTTrainer
 
-from ..errors import UserError
-from ..files import digest, digest_tensors
+from maskft_base.errors import UserError
+from maskft_base.files import digest, digest_tensors
+
 from .method_arguments import MethodArguments
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
-from .. import runtime
+from maskft_base import runtime
 
 _BAR_WIDTH = 8
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from .. import files, runtime
+from maskft_base import files, runtime
+from maskft_base.files import FileModel, read_json, read_model
+from maskft_lab.evaluation.during_training import TrainingEvaluation
+
 from ..data.mixtures import hub_ids
 from ..data.prepared import Prepared
 from ..data.splits import prompt_digest
-from ..evaluation.during_training import TrainingEvaluation
-from ..files import FileModel, read_json, read_model
 from ..tuner import adapter_layers
 from .arguments import TrainConfig, TrainingArguments
 from .checkpoints import step_of

@@ -9,7 +9,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from ..runtime import is_main
+from maskft_base.runtime import is_main
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Ctrl-C reaches every process of a terminal, and launchers and studies pass it on to theirs: one wish, twice.

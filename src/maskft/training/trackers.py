@@ -10,7 +10,7 @@ from transformers import Trainer
 from transformers.integrations import TrackioCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from ..errors import UserError, did_you_mean
+from maskft_base.errors import UserError, did_you_mean
 
 
 def check_trackers(names: list[str]) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .. import files, runtime
+from maskft_base import files, runtime
+from maskft_base.errors import NotFiniteError
+from maskft_lab.evaluation.during_training import TrainingEvaluation
+
 from ..adapter.card import write_card
 from ..data.prepared import Prepared
-from ..errors import NotFiniteError
-from ..evaluation.during_training import TrainingEvaluation
 from ..tuner import MaskConfig
 from .arguments import TrainConfig, TrainingArguments, with_accumulation
 from .averaging import average_checkpoints

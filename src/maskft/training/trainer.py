@@ -11,11 +11,12 @@ import torch
 from accelerate.utils import save_fsdp_model
 from trl import SFTTrainer
 
-from .. import files, runtime
+from maskft_base import files, runtime
+from maskft_base.errors import NotFiniteError, UserError
+from maskft_base.runtime import peak_memory_bytes
+from maskft_lab.evaluation.during_training import TrainingEvaluation
+
 from ..data import IGNORED
-from ..errors import NotFiniteError, UserError
-from ..evaluation.during_training import TrainingEvaluation
-from ..runtime import peak_memory_bytes
 from ..tuner import MaskConfig, set_mask_progress
 from .callbacks import MaskProgress, StepGuard
 from .checkpoints import Checkpoints, agreed_masks, lost_best, step_of, trainable_state, written_whole

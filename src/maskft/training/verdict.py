@@ -14,13 +14,14 @@ from datasets import Dataset
 from peft.utils import ModulesToSaveWrapper
 from pydantic import ConfigDict
 
-from .. import files, runtime
+from maskft_base import files, runtime
+from maskft_base.errors import UserError
+from maskft_base.files import FileModel, digest, read_json, read_model
+from maskft_lab.evaluation.heldout import nll_per_item
+from maskft_lab.results.differences import Measured, Sample
+from maskft_lab.results.schema import cluster_ids
+
 from ..data.prepared import Prepared
-from ..errors import UserError
-from ..evaluation.heldout import nll_per_item
-from ..files import FileModel, digest, read_json, read_model
-from ..results.differences import Measured, Sample
-from ..results.schema import cluster_ids
 from ..tuner import MaskConfig, adapter_layers
 from .arguments import TrainConfig, TrainingArguments
 from .method_arguments import ADAPTER, BUDGETS, OBJECTIVES, MethodArguments

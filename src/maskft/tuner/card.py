@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
-from .. import files
-from ..errors import printable
+from maskft_base import files
+from maskft_base.errors import printable
+
 from .codec import PREFIX, mask_info
 
 PAPER = "https://arxiv.org/abs/2503.22764"

@@ -24,8 +24,8 @@ import torch
 import zstandard
 from torch import Tensor
 
-from .. import files
-from ..errors import UserError
+from maskft_base import files
+from maskft_base.errors import UserError
 
 FORMAT_VERSION = 2
 PREFIX = "base_model.model."  # before the names of modules in PEFT's files

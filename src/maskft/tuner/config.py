@@ -13,8 +13,9 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 from peft.config import PeftConfig
 from safetensors import SafetensorError, safe_open
 
-from ..errors import UserError, did_you_mean
-from ..files import ADAPTER_WEIGHTS
+from maskft_base.errors import UserError, did_you_mean
+from maskft_base.files import ADAPTER_WEIGHTS
+
 from ..masking import RankBy, ScoreStart, check_sparsity
 from .card import write_plain_card
 from .codec import FORMAT_VERSION, is_of_mask, weights_sha256

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from maskft_base.errors import UserError
+
 from . import learners
 from .config import MaskConfig
 from .scores import check_scores, masks_from_scores, write_masked_

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from maskft_base.errors import UserError
+
 from ..masking import num_removed, ranking_keys
 from .selection import remove_lowest_of_pool
 

@@ -15,7 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import UserError
+from maskft_base.errors import UserError
+
 from .codec import decode_mask, unpack_mask
 from .config import MaskConfig
 from .effective import EffectiveWeight, score_gradient_of

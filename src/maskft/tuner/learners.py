@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..files import digest
+from maskft_base.errors import UserError
+from maskft_base.files import digest
 
 if TYPE_CHECKING:
     from .config import MaskConfig

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import UserError
-from ..files import digest, digest_tensors
+from maskft_base.errors import UserError
+from maskft_base.files import digest, digest_tensors
+
 from .codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, mask_info, mask_sha256, weights_sha256
 from .config import DATA_STARTS, NO_TOKEN_INDICES, MaskConfig
 from .experts import MaskedExperts, is_fused, mask_experts

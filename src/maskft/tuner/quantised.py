@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
-from ..errors import UserError
+from maskft_base.errors import UserError
+
 from .config import MaskConfig
 from .layer import MaskedLinear
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ..errors import UserError
+from maskft_base.errors import UserError
+
 from .config import MaskConfig
 
 

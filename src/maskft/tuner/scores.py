@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from maskft_base.errors import UserError
+
 from ..masking import check_not_nan, initial_scores, num_removed, ranking_keys, spread_by_rank
 from . import learners
 from .config import DATA_STARTS, MaskConfig

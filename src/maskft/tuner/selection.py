@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from maskft_base.errors import UserError
+
 from ..masking import RankBy, check_not_nan, num_removed, ranking_keys, remove_lowest
 
 # Entries looked at together on a CPU: few enough that what is computed from them stays in the cache.

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from ..errors import NotFiniteError, UserError
+from maskft_base.errors import NotFiniteError, UserError
+
 from ..masking import RankBy, num_removed, ranking_keys
 from . import learners
 from .config import MaskConfig

@@ -1,0 +1,1 @@
+"""What every layer of maskft stands on: errors in one line, files written whole, the machine. Imports no torch."""

@@ -1,0 +1,1 @@
+"""Did it help? Studies, evaluation, verdicts and reports about masks; the method itself is :mod:`maskft`."""

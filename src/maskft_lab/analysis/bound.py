@@ -1,0 +1,152 @@
+"""The paper's generalisation bound (Eqs. 6-15, Table 7): code lengths, complexity terms, and the real file beside them.
+
+The paper compares U(h) = training loss + Phi(C(h)) of full fine-tuning and of the mask. Beside its figures stands what
+its argument leaves out: Eq. 6 holds for losses in [0, 1], not for nats per token, and wants C in nats (bits x ln 2);
+with fewer rows than weights Phi alone exceeds the loss of guessing (``is_vacuous``); and d[H(p) - b p] is the same for
+every mask of one sparsity, also a random one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from maskft_base.errors import UserError
+from maskft_base.files import ADAPTER_WEIGHTS
+
+from .points import masks_of
+from .store import digest_folder, write_record
+
+TAIL_SHARE = 0.25  # "the mean training loss after training stabilizes" (Table 7): the last quarter of what was logged
+
+
+def binary_entropy(p: float) -> float:
+    """H(p) of a share in [0, 1], in bits, Eq. 12; 0 at 0 and 1."""
+    return -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
+
+
+def log2_binomial(d: int, z: int) -> float:
+    """log2 of the number of ways to choose ``z`` of ``d`` weights, in bits, by ``lgamma``."""
+    return (math.lgamma(d + 1) - math.lgamma(z + 1) - math.lgamma(d - z + 1)) / math.log(2)
+
+
+def code_lengths(d: int, z: int, bits: float) -> dict[str, float]:
+    """Code lengths of Eq. 11, in bits.
+
+    Args:
+        d: Number of weights.
+        z: How many are removed, 0 to ``d``.
+        bits: Width b of one weight, in bits.
+
+    Returns:
+        ``full``, b d; ``kept_weights``, b (1 - p) d; what the places cost: ``index_exact``, log2 C(d, z), and
+        ``index_entropy``, d H(p); ``mask``, kept weights and exact index; ``difference``, mask less full;
+        ``difference_per_weight``, H(p) - b p (Eqs. 13 and 14).
+    """
+    p, exact, kept = z / d, log2_binomial(d, z), bits * (d - z)
+    return {
+        "full": bits * d,
+        "kept_weights": kept,
+        "index_exact": exact,
+        "index_entropy": d * binary_entropy(p),
+        "mask": kept + exact,
+        "difference": exact - bits * z,
+        "difference_per_weight": binary_entropy(p) - bits * p,
+    }
+
+
+def complexity_term(code_length: float, n: int | None, delta: float) -> float:
+    """Phi of Eq. 6, of a code length in bits (as the paper puts it), for ``n`` training rows, at least 2.
+
+    ``delta``, in (0, 1), is the probability with which the bound may fail.
+    """
+    if n is None or n < 2 or not 0 < delta < 1:
+        raise UserError(f"a bound needs 2 training rows or more and delta in (0, 1), got {n} rows and --delta {delta}")
+    return math.sqrt((code_length + math.log(1 / delta)) / (2 * (n - 1)))
+
+
+def upper_bounds(
+    losses: tuple[float, float], d: int, z: int, bits: float, n: int, delta: float, vocab_size: int
+) -> dict:
+    """Both upper bounds and their difference, Eqs. 7-10 and 15.
+
+    ``losses``: training loss after full fine-tuning and with the mask, nats per token; ``d`` weights, ``z`` removed,
+    ``bits`` wide; ``n`` training rows; ``delta``, the probability of failure; guessing has a loss of ln ``vocab_size``.
+
+    Returns:
+        ``code_lengths``; ``phi`` and ``bound``, of ``full`` and ``mask``; ``delta_train`` and ``delta_complexity`` of
+        Eq. 10, and ``difference``, their sum; ``is_vacuous``, whether the smaller Phi exceeds the loss of guessing.
+    """
+    lengths = code_lengths(d, z, bits)
+    phi = {name: complexity_term(lengths[name], n, delta) for name in ("full", "mask")}
+    delta_train, delta_complexity = losses[1] - losses[0], phi["mask"] - phi["full"]
+    return {
+        "code_lengths": lengths,
+        "phi": phi,
+        "bound": {name: loss + phi[name] for name, loss in zip(phi, losses, strict=True)},
+        "delta_train": delta_train,
+        "delta_complexity": delta_complexity,
+        "difference": delta_train + delta_complexity,
+        "is_vacuous": min(phi.values()) > math.log(vocab_size),
+    }
+
+
+def stable_training_loss(history: Sequence[Mapping], until_step: int | None = None) -> float:
+    """Mean of the last quarter of the training losses logged up to a step (None: the last), nats per token (Table 7).
+
+    Raises:
+        UserError: If none was logged by then.
+    """
+    losses = [row["loss"] for row in history if "loss" in row and (until_step is None or row["step"] <= until_step)]
+    if not losses:
+        raise UserError(
+            f"no training loss was logged up to the best checkpoint (step {until_step}), and the bound needs it: train "
+            "with smaller logging_steps, or until a step lowers held-out loss"
+        )
+    tail = losses[-max(1, round(TAIL_SHARE * len(losses))) :]
+    return sum(tail) / len(tail)
+
+
+def analyse_bound(
+    file: Path,
+    adapter: str,
+    losses: tuple[float, float],
+    num_weights: int,
+    n: int,
+    *,
+    bits: Sequence[float] = (8, 16),
+    delta: float = 0.05,
+    vocab_size: int,
+) -> None:
+    """Write the bounds over the whole model and over the masked matrices alone, and the mask's size (``.json``).
+
+    ``adapter_file``: ``num_bytes`` of the weights file, and ``entropy_bytes``, the sum of d H(p) of each matrix.
+
+    Args:
+        file: Where the record goes.
+        adapter: Folder of the mask.
+        losses: Training loss after full fine-tuning, and with the mask, nats per token.
+        num_weights: All weights of the model.
+        n: Number of training rows.
+        bits: Widths of a weight, in bits ("we always use b = 8 or 16").
+        delta: Probability of failure.
+        vocab_size: Of the model.
+    """
+    masks = masks_of(adapter)
+    z, masked = masks.num_removed, masks.numel
+    entropy = sum(mask.numel() * binary_entropy(float((~mask).double().mean())) for mask in masks.values())
+    settings = {"what": "bound", "adapter": digest_folder(adapter), "bits": list(bits), "delta": delta, "n": n}
+    record = {
+        "training_loss": {"full": losses[0], "mask": losses[1]},
+        "num_weights": num_weights,
+        "num_masked_weights": masked,
+        "num_removed": z,
+        "model": {f"{b:g}": upper_bounds(losses, num_weights, z, b, n, delta, vocab_size) for b in bits},
+        "masked_matrices": {f"{b:g}": upper_bounds(losses, masked, z, b, n, delta, vocab_size) for b in bits},
+        "adapter_file": {
+            "num_bytes": (Path(adapter) / ADAPTER_WEIGHTS).stat().st_size,
+            "entropy_bytes": entropy / 8,
+        },
+    }
+    write_record(file, record, settings)

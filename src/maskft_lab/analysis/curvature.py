@@ -1,0 +1,256 @@
+"""Curvature of the loss in the masked matrices: trace and largest eigenvalues of Hessians (Eqs. 16-18).
+
+The paper argues that a mask's minimum is flatter because H_mask = P H_fft P (Eq. 17), P the projection onto the kept
+weights. Four Hessians are computed, so that the argument can be told from the fact:
+
+* ``start_all``: at the weights under the mask, over all entries of the masked matrices: H_fft.
+* ``start_kept``: P H_fft P, Eq. 17. Its largest eigenvalue is at most that of H_fft for every projection (Cauchy), and
+  its trace (1 - sparsity) Tr(H_fft) for a random mask on average. So it tells which weights the mask took away, and
+  nothing about the point to which the mask leads: Eq. 17 takes H where the masked model no longer is.
+* ``mask_all``: at the weights with the mask, over all entries. Against ``start_all`` this is the question itself.
+* ``mask_kept``: the same over kept entries: the directions that the masked model still has.
+
+Beside them the same over all entries at whatever else is named (``others``): a mask that is flatter than the model
+under it and not flatter than a restart of that model has gained nothing that a restart has not.
+
+None of them says that flatter generalises better: a rescaling that leaves the function as it is changes curvature
+(Dinh et al., https://arxiv.org/abs/1703.04933). Where ``smallest`` is below 0, H is not positive semi-definite, as
+Eq. 16 assumes, and the trace is a sum with both signs.
+
+Hessian-vector products are those of curvlinops (``pip install 'maskft[analysis]'``).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from torch import Tensor, nn
+
+from maskft.data import IGNORED
+from maskft.models import load_model
+from maskft_base.errors import UserError
+from maskft_base.files import digest
+
+from .losses import Batch, check_room, make_batches, num_targets
+from .points import Point, masks_of, set_weights, weights_at, weights_of
+from .store import Parts, digest_folder, is_finished, write_record
+
+Product = Callable[[np.ndarray], np.ndarray]  # v -> H v, float64 (num_weights,)
+
+TOLERANCE = 1e-3  # of eigenvalues, relative
+
+
+class _SiLU(nn.Module):
+    """SiLU of parts that have a forward mode; without a gradient tape, torch's own backward of it has none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class _Logits(nn.Module):
+    """Token ids -> logits of the next tokens, (rows x (tokens - 1), vocabulary), float32."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return self.model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+
+
+def hessian_products(model, names: Sequence[str], batches: Sequence[Batch]) -> list[Product]:
+    """Hessian-vector products of the mean loss (nats per token) of each batch, over the weights of the named modules.
+
+    Args:
+        model: A causal language model with ``attn_implementation="eager"``; its SiLUs are replaced by equal ones.
+        names: Modules, in the order in which their weights are flattened and joined.
+        batches: Token ids and labels.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ in ("SiLU", "SiLUActivation"):
+                setattr(parent, name, _SiLU())
+    model.requires_grad_(False)
+    weights = [model.get_submodule(name).weight.requires_grad_(True) for name in names]
+    loss = nn.CrossEntropyLoss(ignore_index=IGNORED)
+    return [operator_product(_Logits(model), loss, weights, ids, labels[:, 1:].flatten()) for ids, labels in batches]
+
+
+def operator_product(model, loss, parameters: list[nn.Parameter], inputs: Tensor, targets: Tensor) -> Product:
+    """Hessian-vector product of ``loss(model(inputs), targets)`` in ``parameters``, at their present values."""
+    try:
+        from curvlinops import HessianLinearOperator
+    except ImportError as error:
+        raise UserError(f"curvature needs curvlinops; run: pip install 'maskft[analysis]' ({error})") from error
+    # One batch is all the data: its mean is not scaled.
+    data = [(inputs, targets)]
+    operator = HessianLinearOperator(model, loss, parameters, data, check_deterministic=False, num_data=len(inputs))
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        moved = torch.as_tensor(vector, dtype=parameters[0].dtype, device=parameters[0].device)
+        return (operator @ moved).double().cpu().numpy()
+
+    return product
+
+
+def quadratic_forms(
+    products: Sequence[Product], kept: np.ndarray, num_probes: int, seed: int, parts: Parts, name: str
+) -> np.ndarray:
+    """z^T P H_b P z of each probe z and batch b (Hutchinson), float64 (num_probes, num_batches).
+
+    Args:
+        products: H_b of each batch.
+        kept: Bool (num_weights,), the diagonal of P.
+        num_probes: Rademacher vectors; each depends on ``seed`` and its number alone.
+        seed: Of the probes.
+        parts: Keeps each probe's numbers.
+        name: Of the Hessian, in ``parts``.
+    """
+
+    def forms(index: int) -> list[float]:
+        z = kept * np.random.default_rng([seed, index]).choice([-1.0, 1.0], len(kept))
+        return [float(z @ product(z)) for product in products]
+
+    return np.array([parts.get(f"{name} {index}", lambda index=index: forms(index)) for index in range(num_probes)])
+
+
+def trace_estimate(forms: np.ndarray, shares: np.ndarray) -> dict[str, float | None]:
+    """Trace from quadratic forms.
+
+    Args:
+        forms: (probes, batches), or the difference of two with the same probes and batches.
+        shares: Share of the tokens in each batch, sum 1.
+
+    Returns:
+        ``trace``; its standard errors ``stderr_probes``, over probes on these rows (None for one probe), and
+        ``stderr_rows``, over rows, from the spread between batches (None for one batch).
+    """
+    per_probe, (num_probes, num_batches) = forms @ shares, forms.shape
+    return {
+        "trace": float(per_probe.mean()),
+        "stderr_probes": float(per_probe.std(ddof=1) / num_probes**0.5) if num_probes > 1 else None,
+        "stderr_rows": _stderr_of_mean(forms.mean(0), shares) if num_batches > 1 else None,
+    }
+
+
+def largest_eigenvalues(
+    products: Sequence[Product], shares: np.ndarray, kept: np.ndarray, count: int, seed: int
+) -> dict[str, list[float] | float | None]:
+    """Largest eigenvalues of P H P by Lanczos (ARPACK), H the token-weighted mean of the batches' Hessians.
+
+    Args:
+        products: H_b of each batch.
+        shares: Share of the tokens in each batch, sum 1.
+        kept: Bool (num_weights,), the diagonal of P.
+        count: How many, fewer than there are weights.
+        seed: Of the first vector.
+
+    Returns:
+        ``eigenvalues``, largest first; their ``stderr_rows`` to first order, from the spread of v^T H_b v between
+        batches (None for one batch); ``smallest``, the lowest eigenvalue.
+    """
+
+    def apply(vector: np.ndarray) -> np.ndarray:
+        inner = kept * vector.reshape(-1)
+        return kept * sum(share * product(inner) for share, product in zip(shares, products, strict=True))
+
+    options: dict[str, Any] = {"v0": kept * np.random.default_rng(seed).standard_normal(len(kept)), "tol": TOLERANCE}
+    operator = LinearOperator((len(kept), len(kept)), matvec=apply, dtype=np.float64)
+    try:
+        if count == 1:  # both ends of the spectrum from one Krylov space
+            values, vectors = eigsh(operator, k=2, which="BE", **options)
+            smallest, values, vectors = values[:1], values[1:], vectors[:, 1:]
+        else:
+            values, vectors = eigsh(operator, k=count, which="LA", **options)
+            smallest = eigsh(operator, k=1, which="SA", return_eigenvectors=False, **options)
+    except (ArpackNoConvergence, TypeError) as error:
+        raise UserError(f"{count} eigenvalues cannot be computed ({error}); ask for fewer --num_eigenvalues") from error
+    order = np.argsort(-values)
+    forms = np.array([[v @ product(v) for product in products] for v in kept * vectors.T[order]])
+    errors = [_stderr_of_mean(each, shares) for each in forms] if len(products) > 1 else None
+    return {"eigenvalues": values[order].tolist(), "stderr_rows": errors, "smallest": float(smallest[0])}
+
+
+def analyse_curvature(
+    file: Path,
+    start: str,
+    adapter: str,
+    rows: Sequence[Mapping],
+    *,
+    others: Mapping[str, Point] | None = None,
+    num_probes: int = 16,
+    num_eigenvalues: int = 1,
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str = "cpu",
+) -> None:
+    """Write the four Hessians' `trace_estimate` and, as ``largest``, `largest_eigenvalues`, in float32 (``.json``).
+
+    ``less_start_all`` is the difference of a trace from that of ``start_all`` with its own errors, which are smaller
+    than those of the two, as probes and rows are the same. ``others`` NAME: the same at other points, over all entries.
+    ``density`` is the share of kept weights.
+
+    Args:
+        file: Where the record goes; probes that are done survive a kill.
+        start: Model under the mask.
+        adapter: Adapter folder.
+        rows: Tokenised rows.
+        others: Name -> point, such as a restart of the model under the mask.
+        num_probes: Random vectors per trace.
+        num_eigenvalues: How many of the largest.
+        seed: Of probes and Lanczos.
+        batch_size: Rows of one product; batches are also what ``stderr_rows`` compares.
+        device: Where to compute.
+    """
+    settings = {"what": "curvature", "num_probes": num_probes, "num_eigenvalues": num_eigenvalues, "seed": seed}
+    settings |= {"start": digest_folder(start), "mask": digest_folder(adapter), "batch_size": batch_size}
+    settings |= {"rows": digest(rows), "num_rows": len(rows)}
+    settings |= {"others": {name: point.digest() for name, point in (others or {}).items()}}
+    if is_finished(file, settings):
+        return
+    masks = masks_of(adapter)
+    names = sorted(masks)
+    # Lanczos keeps its vectors in float64, at least 20 of them.
+    vectors_bytes = 8 * masks.numel * max(2 * num_eigenvalues + 7, 26)
+    check_room(vectors_bytes, "cpu", f"curvature in {masks.numel:,} weights", "analyse a mask over fewer layers")
+    model = load_model(start, "float32", attn_implementation="eager").to(device).eval()
+    before = weights_of(model)
+    batches = make_batches(rows, batch_size, device)
+    products = hessian_products(model, names, batches)
+    tokens = np.array([num_targets(batch) for batch in batches], dtype=np.float64)
+    shares, kept = tokens / tokens.sum(), torch.cat([masks[name].flatten() for name in names]).numpy()
+    parts = Parts(file, settings, (4 + len(others or {})) * (num_probes + 1))
+
+    def describe(name: str, diagonal: np.ndarray) -> dict:
+        forms = quadratic_forms(products, diagonal, num_probes, seed, parts, name)
+        arguments = (products, shares, diagonal, num_eigenvalues, seed)
+        largest = parts.get(f"{name} eigenvalues", functools.partial(largest_eigenvalues, *arguments))
+        return {**trace_estimate(forms, shares), "largest": largest, "forms": forms}
+
+    every = np.ones_like(kept)
+    record = {"start_all": describe("start_all", every), "start_kept": describe("start_kept", kept)}
+    masks.apply_(model)
+    record |= {"mask_all": describe("mask_all", every), "mask_kept": describe("mask_kept", kept)}
+    found = {}
+    for name, point in (others or {}).items():
+        set_weights(model, weights_at(point, before))
+        found[name] = describe(f"other {name}", every)
+    at_start = record["start_all"]["forms"]
+    for each in (record["mask_all"], *found.values()):
+        each["less_start_all"] = trace_estimate(each["forms"] - at_start, shares)
+    for each in (*record.values(), *found.values()):
+        del each["forms"]
+    write_record(file, record | {"others": found, "density": masks.density, "num_weights": masks.numel}, settings)
+    parts.remove()
+
+
+def _stderr_of_mean(values: np.ndarray, shares: np.ndarray) -> float:
+    """Standard error of ``sum(shares x values)`` over independent batches."""
+    count, residuals = len(values), shares * (values - values @ shares)
+    return float(np.sqrt(count / (count - 1) * np.sum(residuals**2)))

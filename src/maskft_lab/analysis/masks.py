@@ -1,0 +1,215 @@
+"""What masks remove: where, how large, how alike two masks are, and what removing each part does (Figs 13 and 14)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from maskft.adapter.algebra import agreement
+from maskft.adapter.mask_set import MaskSet, read_config
+from maskft.models import load_config, load_model
+from maskft.tuner.experts import place_of
+from maskft_base.errors import UserError
+from maskft_base.files import digest
+
+from .losses import Batch, loss_sum, make_batches, mean_loss, num_targets
+from .store import Parts, digest_folder, is_finished, write_record
+
+NUM_DECILES = 10
+FLIPS = "mask_flips_per_step"  # in a training history
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def layer_of(module: str) -> str:
+    """Number of the layer that a module lies in, ``other`` outside the layers."""
+    return next((part for part in module.split(".") if part.isdigit()), "other")
+
+
+def shares_by_layer(masks: MaskSet) -> dict[str, float]:
+    """Layer -> share of the weights of its masked matrices that is removed, in [0, 1]."""
+    layers: dict[str, MaskSet] = {}
+    for name, mask in masks.items():
+        layers.setdefault(layer_of(name), MaskSet())[name] = mask
+    return {layer: members.sparsity for layer, members in layers.items()}
+
+
+def head_shares(mask: Tensor, projection: str, num_heads: int, num_kv_heads: int) -> Tensor:
+    """Share removed of the part of each attention head.
+
+    Heads are blocks of rows of ``q_proj``, ``k_proj`` and ``v_proj``, (O, I) as a linear layer stores them, and blocks
+    of columns of ``o_proj``. Where there are fewer key and value heads, each serves consecutive query heads.
+
+    Returns:
+        float32 (num_heads,); each query head has the share of the key or value head that it uses.
+
+    Raises:
+        UserError: If the matrix cannot be divided into the heads.
+    """
+    blocks = num_kv_heads if projection in ("k_proj", "v_proj") else num_heads
+    removed = (~mask.T if projection == "o_proj" else ~mask).float()
+    if removed.shape[0] % blocks or num_heads % blocks:
+        raise UserError(f"{projection} of shape {tuple(mask.shape)} does not divide into {blocks} of {num_heads} heads")
+    return removed.reshape(blocks, -1).mean(1).repeat_interleave(num_heads // blocks)
+
+
+def shares_by_head(masks: MaskSet, num_heads: int, num_kv_heads: int) -> dict[str, dict[str, list[float]]]:
+    """Layer -> projection of attention -> share removed per query head.
+
+    ``qkv`` is the mean over Q, K and V where all three are masked: a cell of Fig. 13, a point of Fig. 14.
+    """
+    out: dict[str, dict[str, list[float]]] = {}
+    for name, mask in masks.items():
+        kind = name.rpartition(".")[2]
+        if kind in _ATTENTION:
+            out.setdefault(layer_of(name), {})[kind] = head_shares(mask, kind, num_heads, num_kv_heads).tolist()
+    for found in out.values():
+        if found.keys() >= {"q_proj", "k_proj", "v_proj"}:
+            found["qkv"] = np.mean([found[kind] for kind in ("q_proj", "k_proj", "v_proj")], axis=0).tolist()
+    return out
+
+
+def decile_shares(mask: Tensor, weight: Tensor) -> list[float]:
+    """Share removed of each tenth of a matrix's weights by magnitude, smallest first; ten numbers in [0, 1].
+
+    Equal magnitudes are put in index order. A mask that does not look at magnitude has about its sparsity everywhere.
+    """
+    if mask.shape != weight.shape:
+        raise UserError(f"mask {tuple(mask.shape)} and weight {tuple(weight.shape)} differ in shape; wrong base model?")
+    removed = (~mask.flatten())[weight.detach().flatten().float().abs().argsort(stable=True)].float()
+    return [float(part.mean()) for part in removed.tensor_split(NUM_DECILES)]
+
+
+def describe_mask(masks: MaskSet, config, weights: Mapping[str, Tensor]) -> dict:
+    """Everything about where a mask of a model (its text configuration and masked ``weights`` by module) removes.
+
+    Returns:
+        ``num_weights``, ``num_removed``; shares in [0, 1]: ``by_layer``, ``by_module``, ``by_head`` (where the
+        configuration tells heads), ``by_magnitude_decile``; counts: ``removed_per_row`` and ``removed_per_column`` of
+        each matrix as it is stored.
+    """
+    num_heads = getattr(config, "num_attention_heads", None)
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    return {
+        "num_weights": masks.numel,
+        "num_removed": masks.num_removed,
+        "by_layer": shares_by_layer(masks),
+        "by_module": {name: MaskSet({name: mask}).sparsity for name, mask in masks.items()},
+        "by_head": shares_by_head(masks, num_heads, num_kv_heads) if num_heads else {},
+        "by_magnitude_decile": {name: decile_shares(mask, weights[name]) for name, mask in masks.items()},
+        "removed_per_row": {name: (~mask).sum(1).tolist() for name, mask in masks.items()},
+        "removed_per_column": {name: (~mask).sum(0).tolist() for name, mask in masks.items()},
+    }
+
+
+# What removing does
+
+
+def predicted_effects(model, masks: MaskSet, batches: Sequence[Batch]) -> dict[str, float]:
+    """First-order change of the mean loss when a module's removed weights become 0: -sum of gradient x weight.
+
+    Returns:
+        Module -> nats per token; below 0, removing is predicted to help. Only masked weights require gradients then.
+    """
+    modules = dict(model.named_modules())
+    model.requires_grad_(False)
+    weights = {name: modules[name].weight.requires_grad_(True) for name in masks}
+    total = sum(num_targets(batch) for batch in batches)
+    for batch in batches:
+        (loss_sum(model, batch) / total).backward()
+    effects = {}
+    for name, weight in weights.items():
+        products = weight.grad.double() * weight.detach().double()
+        effects[name] = -float(products[~masks[name].to(weight.device)].sum())
+        weight.grad = None
+    return effects
+
+
+def measured_effect(model, masks: MaskSet, batches: Sequence[Batch], loss: float) -> float:
+    """Change of the mean ``loss`` when the removed weights become 0, nats per token; the model is left as it was."""
+    modules = dict(model.named_modules())
+    before = {name: modules[name].weight.detach().clone() for name in masks}
+    masks.apply_(model)
+    try:
+        return mean_loss(model, batches) - loss
+    finally:
+        for name, weight in before.items():
+            modules[name].weight.data.copy_(weight)
+
+
+def effects(model, masks: MaskSet, batches: Sequence[Batch], parts: Parts, name: str) -> dict:
+    """Prediction and measurement for every module and for the whole mask, kept in ``parts`` under ``name``.
+
+    Returns:
+        ``loss`` without the mask; ``modules``: name -> ``predicted``, ``measured``; ``all``: the same of the mask (the
+        prediction is the sum); ``correlation`` of the two over modules, None for fewer than three.
+    """
+    loss = parts.get(f"{name} loss", lambda: mean_loss(model, batches))
+    predicted = parts.get(f"{name} predicted", lambda: predicted_effects(model, masks, batches))
+
+    def measure(group: str, members: MaskSet) -> float:
+        return parts.get(f"{name} measured {group}", lambda: measured_effect(model, members, batches, loss))
+
+    pairs = [(predicted[module], measure(module, MaskSet({module: mask}))) for module, mask in masks.items()]
+    varies = len(pairs) > 2 and np.std(pairs, axis=0).min() > 0
+    return {
+        "loss": loss,
+        "modules": {name: {"predicted": p, "measured": m} for name, (p, m) in zip(masks, pairs, strict=True)},
+        "all": {"predicted": sum(predicted.values()), "measured": measure("all", masks)},
+        "correlation": float(np.corrcoef(np.transpose(pairs))[0, 1]) if varies else None,
+    }
+
+
+def analyse_masks(
+    file: Path,
+    adapters: Mapping[str, tuple[str, str]],
+    histories: Mapping[str, Sequence[Mapping]],
+    rows: Sequence[Mapping],
+    *,
+    batch_size: int = 8,
+    device: str = "cpu",
+) -> None:
+    """Write shares, effects and flips of each mask, and the agreement of every two (``.json``).
+
+    ``masks`` NAME: `describe_mask`, `effects` (None where removed weights take another value than 0), ``mask_seed``,
+    ``flips_per_step``: pairs of step and number of entries that it flipped. ``agreement``, of masks with modules in
+    common: ``first``, ``second``, ``same_start`` (whether they are over the same model) and `agreement`.
+
+    Args:
+        file: Where the record goes; effects that are done survive a kill.
+        adapters: Name -> adapter folder, and the model that it was trained over.
+        histories: Name -> training history.
+        rows: Tokenised held-out rows on which effects are predicted and measured.
+        batch_size: Rows of one forward pass.
+        device: Where to compute.
+    """
+    settings = {"what": "masks", "rows": digest(rows), "histories": digest(histories)}
+    settings["masks"] = {name: [digest_folder(folder) for folder in pair] for name, pair in adapters.items()}
+    if is_finished(file, settings):
+        return
+    sets = {name: MaskSet.from_adapter(folder) for name, (folder, _) in adapters.items()}
+    fused = next((module for masks in sets.values() for module in masks if place_of(module)), None)
+    if fused is not None:
+        raise UserError(f"the analysis of masks is for linear layers, and {fused} is a matrix of fused experts")
+    parts = Parts(file, settings, sum(len(masks) + 3 for masks in sets.values()))
+    record: dict = {"masks": {}, "agreement": []}
+    for name, (folder, start) in adapters.items():
+        config = read_config(folder)
+        model = load_model(start, "float32").to(device).eval()
+        weights = {module: model.get_submodule(module).weight.detach().cpu() for module in sets[name]}
+        batches, is_zero = make_batches(rows, batch_size, device), config.removed_value == "zero"
+        record["masks"][name] = {
+            **describe_mask(sets[name], load_config(start).get_text_config(), weights),
+            "effects": effects(model, sets[name], batches, parts, name) if is_zero else None,
+            "mask_seed": config.mask_seed,
+            "flips_per_step": [[r["step"], r[FLIPS]] for r in histories[name] if FLIPS in r],
+        }
+    for first, second in combinations(sets, 2):
+        if sets[first].keys() & sets[second].keys():
+            pair = {"first": first, "second": second, "same_start": adapters[first][1] == adapters[second][1]}
+            record["agreement"].append(pair | agreement(sets[first], sets[second]))
+    write_record(file, record, settings)
+    parts.remove()

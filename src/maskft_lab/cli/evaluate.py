@@ -1,0 +1,157 @@
+"""``maskft evaluate``: held-out loss and benchmarks, for a model or for several adapters over one."""
+
+from __future__ import annotations
+
+import argparse
+
+from maskft.data.arguments import DataArguments
+from maskft_base.errors import UserError
+
+from ..evaluation.arguments import (
+    ALPACA_EVAL,
+    HELDOUT,
+    HUB_DATASET,
+    NOT_OF_HELDOUT_DATA,
+    AlpacaArguments,
+    EvaluationArguments,
+    check_used,
+)
+from .options import add_options, read_options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``maskft evaluate``."""
+    add_options(parser, EvaluationArguments)
+    alpaca = parser.add_argument_group(
+        ALPACA_EVAL,
+        "Answers to instructions, judged against reference answers by a model of your choice: pip install "
+        f"'maskft[alpaca]'. Where a file is asked for, {HUB_DATASET} means the published one, from the hub.",
+    )
+    add_options(alpaca, AlpacaArguments)
+    data = parser.add_argument_group(
+        "held-out data",
+        "What is evaluated: eval_dataset_name if given; else, with eval_split_size or generated exercises, the "
+        "held-out part; else all of dataset_name.",
+    )
+    add_options(data, DataArguments, NOT_OF_HELDOUT_DATA)
+
+
+def read(args: argparse.Namespace) -> tuple[EvaluationArguments, AlpacaArguments, DataArguments]:
+    """The parsed options in their parts.
+
+    Raises:
+        UserError: For numbers out of range, and for options that would be ignored.
+    """
+    options = read_options(EvaluationArguments, args)
+    alpaca, data = read_options(AlpacaArguments, args), read_options(DataArguments, args)
+    if not options.output_dir:
+        raise UserError("output_dir is missing; name a folder for the results with --output_dir")
+    if not options.task_names:
+        raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
+    if options.backend == "vllm" and HELDOUT in options.task_names:
+        raise UserError("backend vllm measures no held-out loss; leave heldout out of --tasks, or use --backend hf")
+    if alpaca.alpaca_outputs and len(options.adapter or []) > 1:
+        raise UserError("alpaca_outputs are of one model, and several adapters are given; give one at a time")
+    check_used(options, alpaca, data)
+    return options, alpaca, data
+
+
+def check_inputs(args: argparse.Namespace) -> list[dict]:
+    """Read tasks and data and check them as far as that can be done without a model; returns the held-out rows.
+
+    Raises:
+        UserError: For every mistake in them.
+    """
+    from ..evaluation.heldout import heldout_rows
+
+    options, alpaca, data = read(args)
+    _load_tasks(options, alpaca)
+    if HELDOUT not in options.task_names:
+        return []
+    return heldout_rows(data, options.eval_split_size, None, options.dataset_text_field)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate each model and write its ``result.json``."""
+    from maskft_base.runtime import silence
+
+    from ..evaluation.heldout import heldout_rows
+    from ..evaluation.run import check_same_evaluation, evaluate_loaded, finished_result, settings_of
+    from ..evaluation.targets import labels, result_files
+    from ..evaluation.tasks import task_data_sha256
+    from ..results.schema import data_sha256
+
+    silence()
+    options, alpaca_options, data = read(args)
+    base = options.model_name_or_path or "base"
+    sources = [base if adapter == "none" else adapter for adapter in options.adapter or ["none"]]
+    names = labels(sources, options.name or [])
+    targets = result_files(options.output_dir, names, options.adapter or [base])
+    alpaca, tasks = _load_tasks(options, alpaca_options)
+    settings = settings_of(options, alpaca)
+    if len(targets) == 1 and targets[0].exists() and not options.overwrite:
+        raise UserError(f"{targets[0]} exists; name another output_dir or pass --overwrite")
+    models = _models(options, alpaca, names[0])
+    data_hashes = {name: task_data_sha256(task, options.limit) for name, task in tasks.items()}
+    if alpaca:
+        data_hashes[ALPACA_EVAL] = alpaca.data_sha256
+    measured = {*data_hashes, *({HELDOUT} & set(options.task_names))}
+    earlier = [None if options.overwrite else finished_result(target, settings, measured) for target in targets]
+    for loaded, name, target, done in zip(models, names, targets, earlier, strict=True):
+        if loaded.facts.get("seed") is None and options.seed is not None:
+            loaded.facts["seed"] = options.seed
+        rows = None
+        if HELDOUT in options.task_names:
+            rows = heldout_rows(data, options.eval_split_size, loaded.tokenizer, options.dataset_text_field)
+        if done is not None:
+            hashes = data_hashes if rows is None else data_hashes | {HELDOUT: data_sha256(rows)}
+            check_same_evaluation(done, target, loaded, hashes)
+            print(f"{name}: already done, {target}")
+            continue
+        _print(name, evaluate_loaded(loaded, tasks, rows, options, target, name, alpaca))
+        print(f"written to {target}")
+
+
+def _load_tasks(options: EvaluationArguments, alpaca: AlpacaArguments) -> tuple:
+    """AlpacaEval's inputs, or None, and lm-eval's tasks by name."""
+    from ..evaluation.alpaca import load_alpaca
+    from ..evaluation.tasks import check_names, load_tasks
+
+    benchmarks = [name for name in options.task_names if name not in (HELDOUT, ALPACA_EVAL)]
+    check_names(benchmarks, options.include_path)
+    how = {"include_path": options.include_path, "allow_unconfined": options.allow_unconfined_code}
+    return (
+        load_alpaca(alpaca, options.limit) if ALPACA_EVAL in options.task_names else None,
+        load_tasks(benchmarks, options.data_dir, options.limit, **how),
+    )
+
+
+def _models(options: EvaluationArguments, alpaca, name: str):
+    """The models one after another, each loaded when it is asked for."""
+    from maskft_base.runtime import keep_freed_memory
+
+    from ..evaluation.load import load_each, load_for_vllm, no_model
+
+    if alpaca and alpaca.outputs is not None and options.task_names == [ALPACA_EVAL]:
+        return no_model(name)  # whatever model is named did not make these outputs here
+    if options.backend == "vllm":
+        return load_for_vllm(options.model_name_or_path, options.adapter or [])
+    if options.no_generate and options.task_names == [HELDOUT]:
+        # A sixth faster on CPUs. Not where answers are generated: their caches grow, and holes would stay behind.
+        keep_freed_memory()
+    how = (options.dtype, options.device, options.chat_template_path, options.model_revision)
+    return load_each(options.model_name_or_path, options.adapter or [], *how, options.chat_template_kwargs)
+
+
+def _print(name: str, result: dict) -> None:
+    from ..results.scores import scores
+    from ..results.text import error_text
+
+    errors = {(score.task, score.metric): error_text(score) for score in scores([result])}
+    for task, record in result["tasks"].items():
+        for metric, entry in record["metrics"].items():
+            value = "not finite" if entry["value"] is None else f"{entry['value']:.4f}"
+            label = metric if task == HELDOUT else f"{task} {metric}"
+            print(f"{name}: {label} {value}{errors[task, metric]} {entry['unit']}, {entry['num_items']} items")
+        if record.get("note"):
+            print(f"{name}: {task}: {record['note']}")

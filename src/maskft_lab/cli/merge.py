@@ -1,0 +1,25 @@
+"""``maskft merge``: an ordinary checkpoint from a mask and its base."""
+
+from __future__ import annotations
+
+
+def add_arguments(parser) -> None:
+    """Options of ``maskft merge``."""
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="adapter folder")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="new folder for the checkpoint")
+    parser.add_argument("--base", metavar="MODEL", help="base model; default: the one the adapter names")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16", "auto"),
+        help="dtype of the written weights (default: %(default)s)",
+    )
+
+
+def run(args) -> None:
+    """Merge and verify."""
+    from maskft.adapter.merge import merge
+    from maskft_base.runtime import silence
+
+    silence()
+    merge(args.adapter, args.output_dir, base=args.base, dtype=args.dtype)

@@ -1,0 +1,126 @@
+"""``maskft report``: one page about a study, figures for a paper, and the paper's tables. Trains nothing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from maskft_base.errors import UserError
+
+from ..results import FORMATS
+
+TABLES = "tables"
+
+
+def main(argv: list[str]) -> None:
+    """Run ``maskft report STUDY`` or ``maskft report tables``."""
+    from .main import OneLineParser
+
+    is_tables = argv[:1] == [TABLES]
+    parser = OneLineParser(prog="maskft report" + (f" {TABLES}" if is_tables else ""), allow_abbrev=False)
+    (_add_tables if is_tables else _add_report)(parser)
+    (_tables if is_tables else _report)(parser.parse_args(argv[1:] if is_tables else argv))
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "One HTML file about a study, to be opened from disk: verdict, table, curves, ablations, items won and lost, "
+        "masks, landscape, curvature, bound, cost, recipe. It loads nothing. maskft report tables --help: the paper's "
+        "tables with your figures."
+    )
+    parser.add_argument(
+        "study", metavar="STUDY", help="folder of a study, or of published results such as results/small-products"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="the page to write, such as report.html")
+    parser.add_argument("--figures", metavar="DIR", help="write every figure as SVG, PDF and PNG, at a paper's size")
+    parser.add_argument(
+        "--only", metavar="A,B", help="of --figures those with these numbers in the paper, or names of files: 1,5,14"
+    )
+    parser.add_argument("--base", metavar="NAME", help="the base model whose runs are meant, where there are several")
+    parser.add_argument("--study_name", metavar="NAME", help="the study that is meant, where several share the folder")
+    parser.add_argument("--baseline", metavar="NAME", help="compare with this model (default: as the study does)")
+    parser.add_argument("--analysis", metavar="DIR", help="files of maskft analyze (default: STUDY/analysis)")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from maskft_base.files import write_bytes
+
+    from ..report.catalogue import charts_of, select_charts
+    from ..report.evidence import gather
+
+    if not (args.output or args.figures):
+        raise UserError("say what to write: -o report.html for the page, --figures DIR for the figures")
+    if args.only and not args.figures:
+        raise UserError("--only chooses figures: give --figures DIR too")
+    if args.output and Path(args.output).is_dir():
+        raise UserError(f"--output {args.output} is a folder: name a file in it, such as report.html")
+    evidence = gather(
+        args.study, base=args.base, study_name=args.study_name, baseline=args.baseline, analysis=args.analysis
+    )
+    contents: dict[Path, bytes] = {}
+    if args.figures:
+        wanted = [word.strip() for word in (args.only or "").split(",") if word.strip()]
+        charts = [chart for each in charts_of(evidence).values() for chart in each]
+        contents = _figures(select_charts(evidence, wanted) if wanted else charts, Path(args.figures))
+    if args.output:
+        from ..report.page import render_report
+
+        contents[Path(args.output)] = render_report(evidence).encode()
+    for file, content in contents.items():  # all was drawn before anything is written
+        write_bytes(file, content)
+        print(f"wrote {file}")
+
+
+def _figures(charts: list, folder: Path) -> dict[Path, bytes]:
+    from ..report.charts import Missing, files_of
+
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--figures {str(folder)!r} is a file; name a folder")
+    contents = {}
+    for chart in charts:
+        if isinstance(chart, Missing):
+            print(f"left out {chart.key}: {chart.reason}; {chart.command}", file=sys.stderr)
+        else:
+            contents |= {folder / name: content for name, content in files_of(chart).items()}
+    return contents
+
+
+def _add_tables(tables: argparse.ArgumentParser) -> None:
+    tables.description = (
+        "The paper's Tables 1, 2, 4, 5, 6, 8 and 9 with your figures beside the paper's. A result stands where its "
+        "method, checkpoint, domain and base model belong; see docs/results.md. Scores are in percent."
+    )
+    tables.add_argument("results", nargs="*", metavar="RESULT", help="result files, or folders, with all below them")
+    tables.add_argument("--tables", metavar="N,N", help="numbers of the tables, separated by commas (default: all)")
+    tables.add_argument(
+        "--measure",
+        action="append",
+        default=[],
+        metavar="BENCHMARK=TASK[/METRIC]",
+        help="the task that measures a benchmark in these results, e.g. gsm8k=heldout/accuracy; its metric must be a "
+        "fraction; may be repeated",
+    )
+    tables.add_argument("--format", choices=FORMATS, default="terminal", help="form of the output (default: terminal)")
+    tables.add_argument("--output", metavar="FILE", help="write to FILE instead of printing")
+
+
+def _tables(args: argparse.Namespace) -> None:
+    from maskft_base.files import write_text
+
+    from ..results.paper_tables import paper_tables, read_results, render_tables
+
+    measures = {}
+    for measure in args.measure:
+        benchmark, equals, task = measure.partition("=")
+        if not (benchmark and equals and task):
+            raise UserError(f"--measure {measure} is not BENCHMARK=TASK, such as gsm8k=heldout/accuracy")
+        measures[benchmark] = task
+    ids = [number.strip() for number in args.tables.split(",")] if args.tables else None
+    tables, left_over = paper_tables(read_results(args.results), ids, measures)
+    text = render_tables(tables, left_over, args.format)
+    if args.output:
+        write_text(args.output, text)
+        print(f"wrote {args.output}")
+    else:
+        print(text, end="")

@@ -1,0 +1,87 @@
+"""Bytes that training keeps, passes over layers, rows: counted from numbers, without a model.
+
+`maskft estimate` adds what it follows on fake tensors (activations); a study's dry run has the numbers alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from maskft_base.files import open_text
+
+# Bytes of optimizer state per trained parameter, as a function of the parameter's own size. 8-bit states carry a
+# float32 scale per block of 256, 4-bit ones per block of 128, for each of the two moments.
+OPTIMIZER_BYTES: dict[str, Callable[[int], float]] = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), lambda size: 2 * size),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit"), lambda size: 2 * (1 + 4 / 256)),
+    "adamw_torch_4bit": lambda size: 2 * (0.5 + 4 / 128),
+    "sgd": lambda size: 0,
+}
+
+
+def kept_bytes(
+    base: int, trained: dict[int, int], num_scores: int, compute_size: int, optim: str, are_added: bool = False
+) -> dict[str, int]:
+    """Return the bytes that training keeps from step to step, by term.
+
+    Args:
+        base: Bytes of all base weights and buffers.
+        trained: Bytes per parameter -> how many of that size are trained, besides scores.
+        num_scores: Weights with a score that is trained; float32 as their gradients are.
+        compute_size: Bytes per weight in the dtype that matrices are multiplied in.
+        optim: One of `OPTIMIZER_BYTES`.
+        are_added: Whether the trained parameters come on top of the base weights (LoRA matrices).
+    """
+    terms = {"weights": base}
+    if num_scores:
+        # The base weights stay beside the effective ones.
+        terms |= {"effective weights": num_scores * compute_size, "scores": 4 * num_scores}
+    others = sum(size * count for size, count in trained.items())
+    if are_added and others:
+        terms["adapter"] = others
+    moments = OPTIMIZER_BYTES[optim]
+    terms["optimizer"] = math.ceil(sum(n * moments(size) for size, n in trained.items()) + num_scores * moments(4))
+    terms["gradients"] = others + 4 * num_scores
+    return terms
+
+
+def layer_passes(num_layers: int, trained_layers: Collection[int]) -> dict[str, int]:
+    """Count what training some layers cannot do without, in passes over one decoder layer, and ``full``: training all.
+
+    A token goes forward through all L layers; gradients of activations go back through those from the lowest trained
+    one up, L - a; and each trained layer computes the gradient of its weights. A pass is about 2 FLOPs per weight.
+
+    Args:
+        num_layers: Decoder layers of the model.
+        trained_layers: Indices of those that hold trained weights, at least one, in [0, num_layers).
+
+    Returns:
+        Passes per token: forward, activation_gradients, weight_gradients, their total, and full = 3 L.
+    """
+    activations = num_layers - min(trained_layers)
+    return {
+        "forward": num_layers,
+        "activation_gradients": activations,
+        "weight_gradients": len(trained_layers),
+        "total": num_layers + activations + len(trained_layers),
+        "full": 3 * num_layers,
+    }
+
+
+def num_train_rows(dataset: str | None, most: int | None, held_out: float, rows: int | None = None) -> int | None:
+    """Return the rows to train on; None where the data are not a local file and nothing else says it.
+
+    Args:
+        dataset: Name of the data, maybe a ``.jsonl`` file.
+        most: At most so many.
+        held_out: Rows of the file that are held out; below 1: a fraction of them.
+        rows: Rows, where they are known.
+    """
+    file = Path(dataset or "").expanduser()
+    if rows is None and ".jsonl" in file.name and file.is_file():
+        with open_text(file) as lines:
+            rows = sum(1 for line in lines if line.strip())
+        rows = max(0, rows - round(held_out if held_out >= 1 else held_out * rows))
+    return most if rows is None else rows if most is None else min(rows, most)

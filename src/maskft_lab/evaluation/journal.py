@@ -1,0 +1,217 @@
+"""Answers already given, on disk, so that an evaluation that was killed is resumed where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from maskft_base.errors import UserError
+from maskft_base.files import append_to, digest
+from maskft_base.runtime import progress_bar
+
+from ..generation.greedy import greedy_generate
+
+_REQUEST_KINDS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
+
+
+class Journal:
+    """An append-only JSONL file: what the answers depend on in the first line, then one answer per line.
+
+    It has the interface of lm-eval's cache hook, which models call with each answer as soon as they have it.
+
+    Args:
+        file: The file; made if it does not exist.
+        settings: What all answers depend on, JSON-able: model, adapter, dtype, ...
+        overwrite: Throw away the file if there is one.
+
+    Raises:
+        UserError: If the file is the journal of another evaluation.
+    """
+
+    def __init__(self, file: Path, settings: Mapping, overwrite: bool = False):
+        self.file = file
+        self.answers: dict[str, Any] = {}
+        settings = json.loads(json.dumps(settings))
+        if overwrite:
+            file.unlink(missing_ok=True)
+        if file.is_symlink():
+            raise UserError(f"{file} is a link and no journal of ours; remove it, or name another output_dir")
+        lines = _readable_lines(file)
+        if lines and lines[0] != settings:
+            differing = sorted(key for key in {*lines[0], *settings} if lines[0].get(key) != settings.get(key))
+            raise UserError(
+                f"{file} holds answers of an unfinished evaluation with other settings ({', '.join(differing)}); "
+                "name another output_dir, or pass --overwrite to throw them away"
+            )
+        self.answers = {line["key"]: line["answer"] for line in lines[1:]}
+        self._start = "\n" if lines else _line(settings)  # the former ends a line that a kill cut short
+        self._out: TextIO | None = None
+
+    @staticmethod
+    def key(kind: str, arguments: Sequence) -> str:
+        """The name of a request: its kind, prompt and settings, whatever task it comes from."""
+        return digest([kind, *arguments])
+
+    def add_partial(self, kind: str, arguments: Sequence, answer: Any) -> None:
+        """Keep one answer."""
+        key = self.key(kind, arguments)
+        self.answers[key] = answer
+        self._write({"key": key, "answer": answer})
+
+    def remove(self) -> None:
+        """Delete the file: the result is written."""
+        if self._out:
+            self._out.close()
+        self.file.unlink(missing_ok=True)
+
+    def _write(self, line: Mapping) -> None:
+        if self._out is None:  # with the first answer: a run that is refused writes nothing
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._out = append_to(self.file)
+            self._out.write(self._start)
+        self._out.write(_line(line))
+        self._out.flush()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What an evaluation may use.
+
+    Args:
+        batch_size: Items at one time; None: by ``max_memory_gb``.
+        max_memory_gb: Bound on the memory of a batch, in 10^9 bytes; None: half of what is free.
+        journal: Keeps losses and answers, so that a run that ended early is resumed; None: nothing is kept.
+        console: Where progress bars go.
+    """
+
+    batch_size: int | None = None
+    max_memory_gb: float | None = None
+    journal: Journal | None = None
+    console: Any = None
+
+    @property
+    def max_memory_bytes(self) -> float | None:
+        """`max_memory_gb` in bytes."""
+        return None if self.max_memory_gb is None else self.max_memory_gb * 1e9
+
+
+def resumed(
+    kind: str,
+    requests: Sequence[list],
+    compute: Callable[[list[int], Callable[[int, Any], None]], None],
+    title: str,
+    resources: Resources,
+) -> list:
+    """Answers to requests: those that the journal knows, and the others computed and kept one by one.
+
+    Args:
+        kind: What is asked, for the journal.
+        requests: What each answer depends on, JSON-able.
+        compute: Given the indices of the requests to compute, it calls its second argument with the position among
+            these and the answer; a request for which it does not has the answer None.
+        title: Of the progress bar.
+        resources: The journal and the console.
+    """
+    journal, answers = resources.journal, {}
+    if journal:
+        keys = [journal.key(kind, request) for request in requests]
+        answers = {index: journal.answers[key] for index, key in enumerate(keys) if key in journal.answers}
+    missing = [index for index in range(len(requests)) if index not in answers]
+    with progress_bar(resources.console) as progress:
+        bar = progress.add_task(title, total=len(requests), completed=len(answers))
+
+        def keep(position: int, answer: Any) -> None:
+            answers[missing[position]] = answer
+            if journal:
+                journal.add_partial(kind, requests[missing[position]], answer)
+            progress.advance(bar)
+
+        if missing:
+            compute(missing, keep)
+    return [answers.get(index) for index in range(len(requests))]
+
+
+def generated(
+    model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int, kind: str, title: str, resources: Resources
+) -> list[str]:
+    """Greedy answers to prompts of token ids, see `resumed` and `generation.greedy_generate`."""
+
+    def generate(indices: list[int], keep: Callable[[int, str], None]) -> None:
+        greedy_generate(
+            model,
+            tokenizer,
+            [prompts[index] for index in indices],
+            max_new_tokens=max_new_tokens,
+            batch_size=resources.batch_size,
+            max_memory_bytes=resources.max_memory_bytes,
+            on_answer=keep,
+        )
+
+    return resumed(kind, [[ids, max_new_tokens] for ids in prompts], generate, title, resources)
+
+
+class Resuming:
+    """An lm-eval model that asks the wrapped one only what the journal does not know.
+
+    Args:
+        lm: The model.
+        journal: Keeps its answers.
+        slice_size: So many requests are asked for at one time, and then kept. None: all of them, the model calls the
+            journal as a cache hook with each answer, under the arguments of its request.
+    """
+
+    def __init__(self, lm, journal: Journal, slice_size: int | None = None):
+        self.lm, self.journal, self.slice_size = lm, journal, slice_size
+        if slice_size is None:
+            lm.set_cache_hook(journal)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _REQUEST_KINDS:
+            return getattr(self.lm, name)
+        return lambda requests: self._answer(name, requests)
+
+    def _answer(self, kind: str, requests: list) -> list:
+        keys = [None if _is_sampled(request) else self.journal.key(kind, request.args) for request in requests]
+        known = [key in self.journal.answers for key in keys]
+        missing = [request for request, is_known in zip(requests, known, strict=True) if not is_known]
+        fresh = iter(self._ask(kind, missing))
+        return [
+            self.journal.answers[key] if is_known else next(fresh) for key, is_known in zip(keys, known, strict=True)
+        ]
+
+    def _ask(self, kind: str, requests: list) -> list:
+        ask, size = getattr(self.lm, kind), self.slice_size
+        if size is None:
+            return ask(requests) if requests else []
+        answers = []
+        for start in range(0, len(requests), size):
+            part = requests[start : start + size]
+            answers += ask(part)
+            for request, answer in zip(part, answers[start:], strict=True):
+                if not _is_sampled(request):
+                    self.journal.add_partial(kind, request.args, answer)
+        return answers
+
+
+def _line(content: Mapping) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
+def _is_sampled(request) -> bool:
+    """Whether the answer is drawn at random, and each repetition of the request wants another."""
+    settings = request.args[1] if len(request.args) > 1 else None
+    return isinstance(settings, dict) and bool(settings.get("do_sample"))
+
+
+def _readable_lines(file: Path) -> list[dict]:
+    lines = []
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                lines.append(json.loads(line))
+            except ValueError:  # cut short by a kill
+                continue
+    return lines

@@ -1,0 +1,269 @@
+"""Load what is to be evaluated: a model, or a model with an adapter over it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+
+from maskft.adapter.mask_set import read_config
+from maskft.adapter.merge import adapter_tokenizer, one_line
+from maskft.data.tokenizing import tokenizer_rules
+from maskft.models import check_model_source, check_tokenizer_fits, load_config, load_model, load_tokenizer
+from maskft_base.errors import UserError, first_line
+from maskft_base.files import ADAPTER_CONFIG, TRAINING, digest, digest_file, digest_tensors, holds_adapter, read_json
+
+NO_ADAPTER = "none"  # the name under which the base model itself is evaluated among adapters
+# Fields of an adapter_config.json that change no output: where the base was, how it was trained, who wrote it.
+_CHANGE_NO_OUTPUT_OF_ADAPTER = (
+    *("base_model_name_or_path", "recipe", "inference_mode", "peft_version", "revision"),
+    "base_quantisation",
+)
+# And of a model's configuration, as do keys that begin with an underscore; the dtype is a setting of the evaluation.
+_CHANGE_NO_OUTPUT_OF_MODEL = ("transformers_version", "dtype", "torch_dtype", "architectures", "attn_implementation")
+
+
+@dataclass
+class Loaded:
+    """A model ready to evaluate, and what is known of it.
+
+    Args:
+        model: The model; None where vLLM loads it.
+        tokenizer: Its tokenizer.
+        facts: What goes into its result file.
+        source: The base model's name or folder.
+        identity: A text that changes with the weights.
+        selected_on: Ids of the held-out rows that it was measured on while it was trained, and hashes of their prompts.
+    """
+
+    model: Any
+    tokenizer: Any
+    facts: dict
+    source: str
+    identity: str
+    selected_on: dict[str, str] = field(default_factory=dict)
+
+
+def load_each(
+    model_name_or_path: str | None,
+    adapters: Sequence[str] = (),
+    dtype: str = "float32",
+    device: str | None = None,
+    chat_template_path: str | None = None,
+    revision: str | None = None,
+    chat_template_kwargs: str | None = None,
+) -> Iterator[Loaded]:
+    """Load a base model once, and put one adapter after another over it.
+
+    What was yielded is no longer to be used when the next is asked for: it is the same model.
+
+    Args:
+        model_name_or_path: Base model; may be None when the adapters name it. An adapter folder is taken as one.
+        adapters: Adapter folders; ``none`` is the base model itself. None at all: the base model.
+        dtype: float32, bfloat16, float16 or auto.
+        device: Where to run; default: the first GPU, else the CPU.
+        chat_template_path: A ``.jinja`` file that becomes the tokenizers' chat template.
+        chat_template_kwargs: Values of the templates' variables, see ``load_tokenizer``.
+        revision: Of a hub model; default: the one that the adapters were trained on, else the newest.
+
+    Raises:
+        UserError: If a folder is not what it should be, or the adapters belong to different base models.
+    """
+    if not adapters and model_name_or_path is not None and holds_adapter(model_name_or_path):
+        adapters, model_name_or_path = [model_name_or_path], None
+    adapters = list(adapters) or [NO_ADAPTER]
+    base_name, named_revision = _base(model_name_or_path, adapters)
+    revision = revision or named_revision or "main"
+    device, template = usable_device(device), (chat_template_path, chat_template_kwargs)
+    base = load_model(base_name, dtype, revision=revision)
+    fingerprint = model_fingerprint(base)
+    configuration = {**base.config.to_diff_dict(), "generation": base.generation_config.to_diff_dict()}
+    for number, adapter in enumerate(adapters):
+        facts = {"name_or_path": _portable(base_name), "fingerprint": fingerprint}
+        if adapter == NO_ADAPTER:
+            model, identity, selected_on = base, fingerprint, _selected_on(base_name)
+            tokenizer = load_tokenizer(base_name, *template, revision=revision)
+            facts |= _training_facts(base_name)
+        else:
+            with one_line(adapter, f"does not fit {base_name!r}"):
+                model = PeftModel.from_pretrained(base, adapter)
+            sha256 = adapter_sha256(adapter)
+            identity, selected_on = f"{fingerprint}+{sha256}", _selected_on(base_name) | _selected_on(adapter)
+            tokenizer = adapter_tokenizer(adapter, base_name, *template, revision=revision)
+            facts |= {"adapter": _portable(adapter), "adapter_sha256": sha256, **_adapter_facts(adapter)}
+        check_tokenizer_fits(model, tokenizer)
+        facts["config_sha256"] = config_sha256(configuration, tokenizer)
+        yield Loaded(model.to(device).eval(), tokenizer, facts, base_name, identity, selected_on)
+        if model is not base and number + 1 < len(adapters):
+            base = model.unload()
+            if model_fingerprint(base) != fingerprint:
+                raise RuntimeError(f"taking off the adapter {adapter!r} did not give the base model back")
+
+
+def usable_device(device: str | None) -> str:
+    """The device to run on; one that is not here is refused before a model is loaded for it."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device {device!r} cannot be used ({first_line(error)}); name another: cpu, cuda, cuda:1, mps"
+        ) from None
+    return device
+
+
+def no_model(name: str) -> Iterator[Loaded]:
+    """For outputs that were made elsewhere: nothing but the name under which they are reported."""
+    return iter([Loaded(None, None, {"name_or_path": name}, name, name)])
+
+
+def load_for_vllm(model_name_or_path: str | None, adapters: Sequence[str] = ()) -> Iterator[Loaded]:
+    """What `load_each` yields, without the model: vLLM loads a merged folder or a hub model itself.
+
+    Raises:
+        UserError: If vLLM is not installed, or there is an adapter.
+    """
+    adapters = list(adapters) or [model for model in [model_name_or_path] if model and holds_adapter(model)]
+    if adapters:
+        raise UserError(f"vLLM does not know masks: run maskft merge on {adapters[0]!r}, and name the merged folder")
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("backend vllm needs vLLM, which is not installed; run: pip install vllm, or use --backend hf")
+    source, _ = _base(model_name_or_path, [])
+    config, tokenizer = load_config(source), load_tokenizer(source)
+    fingerprint = _folder_sha256(Path(source)) if Path(source).is_dir() else None
+    facts = {
+        "name_or_path": _portable(source),
+        "fingerprint": fingerprint,
+        "config_sha256": config_sha256(config.to_diff_dict(), tokenizer),
+        **_training_facts(source),
+    }
+    identity = fingerprint or f"{source}@{getattr(config, '_commit_hash', None)}"
+    return iter([Loaded(None, tokenizer, facts, source, identity)])
+
+
+# Identities
+
+
+def model_fingerprint(model) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of all weights."""
+    weights = sorted(model.state_dict().items())
+    return digest_tensors((f"{name} {tensor.dtype} {tuple(tensor.shape)}", tensor) for name, tensor in weights)
+
+
+def config_sha256(configuration: Mapping, tokenizer) -> str:
+    """sha256 over what changes outputs in a model's configuration and in its tokenizer, chat template apart."""
+    return digest({"configuration": _without_unused(configuration), **tokenizer_rules(tokenizer)})
+
+
+def _without_unused(value):
+    """A configuration without the keys that change no output, at every depth."""
+    if not isinstance(value, Mapping):
+        return value
+    kept = {str(key): _without_unused(each) for key, each in value.items()}
+    return {k: each for k, each in kept.items() if k not in _CHANGE_NO_OUTPUT_OF_MODEL and not k.startswith("_")}
+
+
+def _folder_sha256(folder: Path) -> str:
+    """sha256 over a model folder's weight files and configuration: what vLLM reads, and we do not load."""
+    names = ("*.safetensors", "*.bin", "config.json", "generation_config.json")
+    found = sorted(file for name in names for file in folder.glob(name))
+    return digest([[file.name, digest_file(file)] for file in found])
+
+
+def adapter_sha256(folder: str) -> str:
+    """sha256 over an adapter's weights and what its ``adapter_config.json`` says about their use."""
+    config = read_json(Path(folder) / ADAPTER_CONFIG)
+    used = {
+        # PEFT writes sets, target_modules for one, in no fixed order.
+        key: sorted(value, key=str) if isinstance(value, list) else value
+        for key, value in config.items()
+        if key not in _CHANGE_NO_OUTPUT_OF_ADAPTER
+    }
+    weights = b"".join(file.read_bytes() for file in sorted(Path(folder).glob("adapter_model.*")))
+    return digest(json.dumps(used, sort_keys=True).encode() + weights)
+
+
+# What folders say
+
+
+def _base(model_name_or_path: str | None, adapters: Sequence[str]) -> tuple[str, str | None]:
+    """The base model, and the revision of it that the adapters were trained on, where they say one.
+
+    Raises:
+        UserError: If a folder is not what it should be, or the adapters belong to different models or revisions.
+    """
+    configs = {adapter: _peft_config(adapter) for adapter in adapters if adapter != NO_ADAPTER}
+    named = {adapter: config.base_model_name_or_path for adapter, config in configs.items()}
+    base = model_name_or_path
+    if base is not None:
+        check_model_source(base)
+    elif len(set(named.values())) > 1:
+        shown = ", ".join(f"{Path(adapter).name}: {name}" for adapter, name in named.items())
+        raise UserError(f"the adapters belong to different base models ({shown}); evaluate them one by one")
+    elif not configs:
+        raise UserError("name a model: --model_name_or_path or --adapter")
+    else:
+        base = next(iter(named.values()))
+        if not base:
+            raise UserError(
+                f"the adapter {next(iter(named))!r} does not name its base model; pass --model_name_or_path"
+            )
+    revisions = {config.revision for config in configs.values() if config.base_model_name_or_path == base}
+    if len(revisions) > 1:
+        shown = ", ".join(sorted(str(revision or "the newest") for revision in revisions))
+        raise UserError(f"the adapters belong to different revisions of {base!r} ({shown}); evaluate them one by one")
+    return base, next(iter(revisions), None)
+
+
+def _peft_config(adapter: str) -> PeftConfig:
+    if not holds_adapter(adapter):
+        raise UserError(f"{adapter!r} is not an adapter folder: it has no adapter_config.json")
+    with one_line(adapter, "has no adapter_config.json that PEFT can read"):
+        return PeftConfig.from_pretrained(adapter)
+
+
+def _adapter_facts(adapter: str) -> dict:
+    kind = _peft_config(adapter).peft_type
+    kind = str(getattr(kind, "value", kind))
+    if kind != "MASK":
+        return {"method": kind.lower(), **_training_facts(adapter)}
+    config = read_config(adapter)
+    return {
+        "mask_fingerprint": config.mask_sha256,
+        "method": config.recipe.get("method", "mask"),
+        "seed": config.recipe.get("seed"),
+    }
+
+
+def training_seed(source: str) -> int | None:
+    """The training seed recorded in a folder of a model or an adapter; None if there is none."""
+    if not Path(source).is_dir():
+        return None
+    return (_adapter_facts(source) if holds_adapter(source) else _training_facts(source)).get("seed")
+
+
+def _portable(name: str) -> str:
+    """A result file is shared: a folder is named by its last component, a hub model in full."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def _training_facts(folder: str) -> dict:
+    """Method and seed of a folder that ``maskft train`` wrote."""
+    recipe = _training(folder).get("recipe")
+    return {"method": recipe["method"], "seed": recipe["seed"]} if recipe else {}
+
+
+def _selected_on(folder: str) -> dict[str, str]:
+    """Held-out rows that a run measured while it trained: id -> hash of the prompt."""
+    return _training(folder).get("data", {}).get("selected_on", {})
+
+
+def _training(folder: str) -> dict:
+    file = Path(folder) / TRAINING
+    return read_json(file) if file.is_file() else {}

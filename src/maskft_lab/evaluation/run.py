@@ -1,0 +1,186 @@
+"""Evaluate one loaded model on held-out data and benchmarks, and write its result file; a killed run is resumed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskft.adapter.card import write_card
+from maskft.data.splits import prompt_digest
+from maskft_base import files
+from maskft_base.errors import UserError
+from maskft_base.runtime import environment
+
+from ..results.schema import Result, build_result, read_result, write_result
+from .alpaca import AlpacaEval, check_model, evaluate_alpaca
+from .arguments import ALPACA_EVAL, HELDOUT, EvaluationArguments
+from .heldout import chat_template_hash, evaluate_rows
+from .journal import Journal, Resources, Resuming
+from .load import Loaded
+from .tasks import check_chat_template, run_task
+
+# Settings that leave every answer as it is, up to rounding, or are kept with each; a killed run may resume with others.
+_CHANGE_NO_ANSWER = ("batch_size", "max_memory_gb", "max_new_tokens", "limit", "alpaca_eval")
+_SETTINGS = (
+    "dtype",
+    "backend",
+    "batch_size",
+    "max_memory_gb",
+    "max_length",
+    "max_new_tokens",
+    "limit",
+    "apply_chat_template",
+)
+
+
+def settings_of(options: EvaluationArguments, alpaca: AlpacaEval | None = None) -> dict:
+    """What shapes the numbers: the ``settings`` of a result file."""
+    return {
+        **{name: getattr(options, name) for name in _SETTINGS},
+        "generate": False if options.no_generate else None,
+        "text_field": options.dataset_text_field,
+        "alpaca_eval": alpaca.settings() if alpaca else None,
+    }
+
+
+def evaluate_loaded(
+    loaded: Loaded,
+    tasks: Mapping[str, Any],
+    heldout_rows: Sequence[Mapping] | None,
+    options: EvaluationArguments,
+    target: Path,
+    name: str,
+    alpaca: AlpacaEval | None = None,
+) -> Result:
+    """Evaluate a model on ``tasks`` and, with ``heldout_rows``, on held-out data; write and return the result.
+
+    Args:
+        loaded: The model.
+        tasks: From ``tasks.load_tasks``.
+        heldout_rows: The held-out rows; None: that is not a task.
+        options: How it is evaluated.
+        target: The result file. The journal of an unfinished evaluation lies beside it.
+        name: Label in tables.
+        alpaca: From ``alpaca.load_alpaca``; None: that is not a task.
+    """
+    check_chat_template(list(tasks), loaded.tokenizer, options.apply_chat_template)
+    if alpaca:
+        check_model(alpaca, loaded.model, loaded.tokenizer)
+    settings = settings_of(options, alpaca)
+    journal = Journal(target.with_name(files.JOURNAL), _journal_settings(loaded, settings), options.overwrite)
+    resources = Resources(options.batch_size, options.max_memory_gb, journal)
+    records = {}
+    if heldout_rows is not None:
+        records[HELDOUT] = evaluate_rows(
+            loaded.model,
+            loaded.tokenizer,
+            heldout_rows,
+            resources,
+            max_length=options.max_length,
+            max_new_tokens=options.max_new_tokens,
+            generate=settings["generate"],
+            text_field=options.dataset_text_field,
+        )
+        _add_selection(records[HELDOUT], loaded, heldout_rows)
+    if tasks:
+        lm = _lm(loaded, options, resources)
+    for task_name, task in tasks.items():
+        started = time.perf_counter()
+        record = run_task(lm, task_name, task, limit=options.limit, apply_chat_template=options.apply_chat_template)
+        records[task_name] = record | {"time_s": round(time.perf_counter() - started, 1)}
+    if alpaca:
+        records[ALPACA_EVAL] = evaluate_alpaca(loaded.model, loaded.tokenizer, alpaca, name, target.parent, resources)
+    result = build_result(name, loaded.facts, settings, records, device=_device_name(loaded.model))
+    write_result(target, result)
+    if result["model"]["mask_fingerprint"] and files.holds_adapter(target.parent):
+        write_card(target.parent)
+    journal.remove()
+    return result
+
+
+def finished_result(target: Path, settings: Mapping, tasks: Iterable[str]) -> Result | None:
+    """The result of an earlier run with these settings and tasks, or None.
+
+    Raises:
+        UserError: If there is a result of other settings or tasks.
+    """
+    if not target.exists():
+        return None
+    result = read_result(target)
+    if result["settings"] != settings or not set(tasks) <= set(result["tasks"]):
+        raise UserError(f"{target} exists, with other settings or tasks; name another output_dir or pass --overwrite")
+    return result
+
+
+def check_same_evaluation(result: Result, target: Path, loaded: Loaded, data: Mapping[str, str]) -> None:
+    """Refuse a finished result of another model, chat template or other data than would be evaluated now.
+
+    Args:
+        result: From `finished_result`.
+        target: Its file.
+        loaded: The model.
+        data: Task -> `results.data_sha256` of its items.
+
+    Raises:
+        UserError: If they are not the same.
+    """
+    differing = {key for key, value in loaded.facts.items() if result["model"].get(key) != value}
+    template = chat_template_hash(loaded.tokenizer)
+    problem = None
+    if differing == {"config_sha256"}:
+        problem = "is of a model with another configuration or tokenizer"
+    elif differing:
+        problem = "is of another model"
+    for task, sha256 in data.items():
+        if result["tasks"][task]["chat_template_hash"] not in (None, template):
+            problem = problem or f"has {task} with another chat template"
+        if result["tasks"][task].get("data_sha256") != sha256:
+            problem = problem or f"has {task} on other data"
+    if problem:
+        raise UserError(f"{target} {problem}; name another output_dir or pass --overwrite")
+
+
+def _device_name(model) -> str:
+    """What the model ran on; vLLM, which has it elsewhere, runs on a GPU where there is one."""
+    kind = model.device.type if model is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.cuda.get_device_name() if kind == "cuda" else kind
+
+
+def _add_selection(record: dict, loaded: Loaded, rows: Sequence[Mapping]) -> None:
+    """Tell in a task record which of the held-out rows the model was measured on while it was trained."""
+    ids = [str(row["id"]) for row in rows if loaded.selected_on.get(str(row["id"])) == prompt_digest(row)]
+    if not ids:
+        return
+    note = (
+        f"{len(ids)} of {len(rows)} items were measured during training (eval_tasks, mask_sparsity_auto) and may have "
+        "chosen the checkpoint or the mask's size; report on others, or say so"
+    )
+    record |= {"selected_on": ids, "note": ". ".join([*filter(None, [record.get("note")]), note])}
+
+
+def _journal_settings(loaded: Loaded, settings: Mapping) -> dict:
+    """What all answers depend on, apart from the request."""
+    generation = {} if loaded.model is None else loaded.model.generation_config.to_diff_dict()
+    return {
+        "model": loaded.identity,
+        "configuration": loaded.facts.get("config_sha256"),
+        "chat_template": chat_template_hash(loaded.tokenizer),
+        **{key: value for key, value in settings.items() if key not in _CHANGE_NO_ANSWER},
+        "generation_config": {key: value for key, value in generation.items() if key != "transformers_version"},
+        "packages": environment()["packages"],
+    }
+
+
+def _lm(loaded: Loaded, options: EvaluationArguments, resources: Resources) -> Resuming:
+    """What lm-eval asks."""
+    from ..generation.lm_eval_model import BatchedLM, vllm_model
+
+    if options.backend == "vllm":
+        # It reports answers under other arguments than those of the request, and is fastest with many at one time.
+        return Resuming(vllm_model(loaded.source, options.dtype), resources.journal, slice_size=256)
+    bounds = {"batch_size": resources.batch_size, "max_memory_bytes": resources.max_memory_bytes}
+    return Resuming(BatchedLM(loaded.model, loaded.tokenizer, **bounds), resources.journal)

@@ -1,0 +1,108 @@
+"""The models that lm-eval asks: ours, which generates with `greedy_generate`, and lm-eval's own for vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+from maskft_base.errors import UserError
+from maskft_base.runtime import progress_bar
+
+from .greedy import greedy_generate, memory_bound_rows
+
+# What greedy generation has to know, or does not depend on.
+_GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "num_beams"}
+
+
+class BatchedLM(HFLM):
+    """lm-eval's model for transformers with our greedy generation; log-likelihoods and anything else are lm-eval's own.
+
+    Args:
+        model: A loaded causal language model.
+        tokenizer: Its tokenizer.
+        batch_size: Requests at one time; None: what ``max_memory_bytes`` allows.
+        max_memory_bytes: Bound on the memory of a batch, in bytes, without the model; default: half of what is free.
+        console: Where the progress bar goes.
+    """
+
+    def __init__(self, model, tokenizer, *, batch_size: int | None = None, max_memory_bytes=None, console=None):
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto")
+        self.rows, self.max_memory_bytes, self.console = batch_size, max_memory_bytes, console
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Answer the requests, those of one task and setting together."""
+        out: list[str] = [""] * len(requests)
+        groups: dict[tuple, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault((request.task_name, repr(request.args[1])), []).append(index)
+        for (task_name, _), indices in groups.items():
+            group = [requests[i] for i in indices]
+            settings = normalize_gen_kwargs(group[0].args[1], self.max_gen_toks)
+            is_greedy = not settings["do_sample"] and settings.get("num_beams", 1) == 1
+            answers = (
+                self._generate_greedily(group, settings, task_name)
+                if is_greedy and settings.keys() <= _GREEDY_SETTINGS
+                else super().generate_until(group, disable_tqdm)
+            )
+            for index, answer in zip(indices, answers, strict=True):
+                out[index] = answer
+        return out
+
+    def _generate_greedily(self, requests, settings: dict, task_name: str | None) -> list[str]:
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        max_new_tokens = settings["max_gen_toks"]
+        room = self.max_length - max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"task {task_name} generates up to {max_new_tokens} tokens, the model's context is {self.max_length}, "
+                "which leaves no room for a prompt"
+            )
+        prompts = [self._prompt_ids(request.args[0])[-room:] for request in requests]
+        with progress_bar(self.console) as progress:
+            bar = progress.add_task(task_name or "answers", total=len(prompts))
+
+            def on_answer(index: int, text: str) -> None:
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                progress.advance(bar)
+
+            return greedy_generate(
+                self.model,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                batch_size=self.rows,
+                max_memory_bytes=self.max_memory_bytes,
+                stop_strings=[stop for stop in handle_stop_sequences(settings.get("until"), eos) if stop],
+                on_answer=on_answer,
+            )
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        return self.tok_batch_encode([text])[0][0].tolist()
+
+    def num_truncated(self, arguments: Iterable[tuple[str, dict]]) -> int:
+        """How many of these requests for generation have a prompt that is cut on its left, for room for the answer."""
+        count = 0
+        for text, settings in arguments:
+            room = self.max_length - normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+            count += len(self._prompt_ids(text)) > room
+        return count
+
+    def _detect_batch_size(self, requests=None, pos: int = 0) -> int:
+        """Rows for log-likelihoods by a bound on memory; lm-eval tries until the machine has none left."""
+        length = self.max_length
+        if requests:
+            _, context, continuation = requests[pos]
+            length = min(length, len(context) + len(continuation))
+        # Log-probabilities of every token of a row, in float32, beside the logits they come from.
+        logits = 3 * 4 * self.model.config.get_text_config().vocab_size * length
+        rows = memory_bound_rows(self.model, length, 0, self.max_memory_bytes, extra_row_bytes=logits)
+        return min(rows, self.max_batch_size)
+
+
+def vllm_model(source: str, dtype: str):
+    """lm-eval's model for vLLM."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    return VLLM(pretrained=source, dtype=dtype, batch_size="auto", trust_remote_code=False)

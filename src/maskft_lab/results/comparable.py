@@ -1,0 +1,177 @@
+"""Which results may be compared, and what the reader must know where they were not measured alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from maskft_base.errors import UserError, did_you_mean
+
+from .schema import Result, TaskRecord, has_items
+
+# Units that are guessed from the values where the metric names none: by luck, one model may have no value above 1.
+_GUESSED_UNITS = {"fraction", "score"}
+
+# Packages whose version may change answers or scores; a task's own version does not tell.
+_DECIDING_PACKAGES = ("lm_eval", "transformers", "torch", "maskft")
+# Beginning of a task's name -> the packages that score it.
+_SCORING_PACKAGES = {
+    "minerva_math": ("math-verify", "sympy", "antlr4-python3-runtime"),
+    "ifeval": ("langdetect", "nltk"),
+    "alpaca_eval": ("alpaca_eval",),
+}
+
+
+def group_by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Return the results of each name in the order of their seeds; the names in the order given."""
+    if not results:
+        raise UserError("no results were given: give at least one")
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result["name"], []).append(result)
+    for name, group in groups.items():
+        seeds = [result["model"]["seed"] for result in group]
+        for index, seed in enumerate(seeds):
+            if len(group) > 1 and (seed is None or seed in seeds[:index]):
+                raise UserError(
+                    f"{len(group)} results are named {name!r}, and not with different seeds (seed {seed}): "
+                    "give each file once, and other models other names (NAME=PATH)"
+                )
+        methods = dict.fromkeys(result["model"]["method"] for result in group)
+        if len(methods) > 1:
+            raise UserError(
+                f"results named {name!r} are of different methods ({quoted(methods)}), so not seeds of one: "
+                "give them different names"
+            )
+        group.sort(key=lambda result: result["model"]["seed"] or 0)
+    return groups
+
+
+def check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a name that no result has."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown {what} {name!r}{did_you_mean(name, known)}: the results have {quoted(known)}")
+
+
+def select(
+    results: Sequence[Result], tasks: Sequence[str] | None, metrics: Sequence[str] | None, only_items: bool = True
+) -> tuple[list[str], list[str]]:
+    """Return the tasks and metrics asked for, or all that any result has, in the order of their appearance."""
+    all_tasks = dict.fromkeys(task for result in results for task in result["tasks"])
+    check_known("task", tasks or [], all_tasks)
+    tasks = list(dict.fromkeys(tasks or all_tasks))
+    records = [result["tasks"][task] for task in tasks for result in results if task in result["tasks"]]
+    all_metrics = dict.fromkeys(
+        metric
+        for record in records
+        for metric in record["metrics"]
+        if not only_items or has_items(record["items"], metric)
+    )
+    check_known("metric", metrics or [], all_metrics)
+    return tasks, list(dict.fromkeys(metrics or all_metrics))
+
+
+def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
+    """Refuse results that were not measured alike, naming in one line all that differs from the first result."""
+    problems: list[str] = []
+    for task in tasks:
+        first, *others = (result for result in results if task in result["tasks"])
+        for other in others:
+            names = f"{name_and_seed(first)} and {name_and_seed(other)}"
+            problems += [
+                f"{task}: {text} ({names})" for text in _mismatches(first["tasks"][task], other["tasks"][task])
+            ]
+    if problems:
+        raise UserError(
+            f"these results cannot be compared, they were not measured alike: {'; '.join(problems)}: "
+            "evaluate them with the same data and settings, or choose other --tasks"
+        )
+
+
+def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
+    # What another harness does not say (null) shows in the prompts.
+    if a["version"] != b["version"] and None not in (a["version"], b["version"]):
+        yield f"different task version, {a['version']} and {b['version']}"
+    if a["num_fewshot"] != b["num_fewshot"] and None not in (a["num_fewshot"], b["num_fewshot"]):
+        yield f"different num_fewshot (shots), {a['num_fewshot']} and {b['num_fewshot']}"
+    # Whether another program put the prompts of its answers into a template is not known.
+    outside = a.get("outputs_from_file") or b.get("outputs_from_file")
+    if a["chat_template_hash"] != b["chat_template_hash"] and not outside:
+        yield f"different chat_template_hash (prompts), {a['chat_template_hash']} and {b['chat_template_hash']}"
+    limits_a, limits_b = a.get("generation_kwargs"), b.get("generation_kwargs")
+    if None not in (limits_a, limits_b) and limits_a != limits_b:
+        yield f"different generation_kwargs, {limits_a} and {limits_b}"
+    if a.get("task_args", {}) != b.get("task_args", {}):
+        yield f"different task_args, {a.get('task_args', {})} and {b.get('task_args', {})}"
+    if a.get("num_samples", 1) != b.get("num_samples", 1):
+        yield f"different numbers of samples per item, {a.get('num_samples', 1)} and {b.get('num_samples', 1)}"
+    yield from _item_mismatches(a, b)
+    for name in a["metrics"].keys() & b["metrics"].keys():
+        x, y = a["metrics"][name], b["metrics"][name]
+        if x["unit"] != y["unit"] and {x["unit"], y["unit"]} != _GUESSED_UNITS:
+            yield f"different unit of {name}, {x['unit']} and {y['unit']}"
+        if x["higher_is_better"] != y["higher_is_better"]:
+            yield f"different higher_is_better of {name}, {x['higher_is_better']} and {y['higher_is_better']}"
+
+
+def _item_mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
+    items_a, items_b = ({item["id"]: item for item in task["items"]} for task in (a, b))
+    if items_a.keys() != items_b.keys():
+        only = next(name for name in [*items_a, *items_b] if (name in items_a) != (name in items_b))
+        yield f"different items, {len(items_a)} and {len(items_b)} of them, {only!r} in one only"
+        return
+    if a["items_fingerprint"] != b["items_fingerprint"]:
+        yield "different prompts or references of the same items"
+    for name, item in items_a.items():
+        x, y = item.get("num_tokens"), items_b[name].get("num_tokens")
+        if x != y:
+            yield f"different num_tokens (tokenizers?), {x} and {y} in item {name!r}"
+            return
+        x, y = item.get("cluster_id"), items_b[name].get("cluster_id")
+        if x != y:
+            yield f"different cluster_id, {x} and {y} in item {name!r}"
+            return
+
+
+def setting_notes(results: Sequence[Result], tasks: Sequence[str]) -> list[str]:
+    """Name settings and package versions that are not the same in all results: allowed, but the reader should know."""
+    notes: list[str] = []
+    for key in dict.fromkeys(key for result in results for key in result["settings"]):
+        if values := _if_different(results, [result["settings"].get(key) for result in results]):
+            notes.append(f"the results differ in the setting {key}: {values}")
+    scored = [name for name in _SCORING_PACKAGES if any(task.startswith(name) for task in tasks)]
+    scoring = [package for name in scored for package in _SCORING_PACKAGES[name]]
+    for package in (*_DECIDING_PACKAGES, *scoring):
+        if values := _if_different(results, [result["environment"]["packages"].get(package) for result in results]):
+            notes.append(f"the results were made with different versions of {package}: {values}")
+    return notes
+
+
+def _if_different(results: Sequence[Result], values: Sequence[Any]) -> str:
+    """Return the value of each result where they are not all the same, and otherwise nothing."""
+    if all(value == values[0] for value in values):
+        return ""
+    return ", ".join(f"{value} for {name_and_seed(result)}" for result, value in zip(results, values, strict=True))
+
+
+def having(results: Iterable[Result], task: str, metric: str) -> list[Result]:
+    """Return those of the results that have a metric of a task."""
+    return [result for result in results if task in result["tasks"] and metric in result["tasks"][task]["metrics"]]
+
+
+def unit_of(results: Iterable[Result], task: str, metric: str) -> str:
+    """Return the unit of a metric in all of these results."""
+    units = {result["tasks"][task]["metrics"][metric]["unit"] for result in results}
+    return "score" if units == _GUESSED_UNITS else units.pop()
+
+
+def name_and_seed(result: Result) -> str:
+    """Return what a message calls a result."""
+    seed = result["model"]["seed"]
+    return repr(result["name"]) + ("" if seed is None else f" seed {seed}")
+
+
+def quoted(names: Iterable[object]) -> str:
+    """Return names for a message."""
+    return ", ".join(map(repr, names))

@@ -1,0 +1,380 @@
+"""The result file: what one evaluation of one model measured, item by item. ``docs/results.md`` shows one in full.
+
+Results are plain dictionaries, in memory as on disk; the types below name their fields, and pydantic checks a file
+against them. Keys that are not named here are kept and ignored.
+
+Values are in [0, 1] (unit "fraction") or in their unit (nll: "nats/token"), never in percent. A metric whose unit ends
+in "/token" is a mean over tokens: an item's number is its own mean per token and counts ``num_tokens`` times. A number
+that could not be computed is null, in the item and then in the metric. A metric that no item has is a summary of the
+task (a fitted win rate, say): it appears in tables and is not compared item by item.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, TypeGuard, cast, get_args
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from maskft._version import __version__
+from maskft_base import files
+from maskft_base.errors import UserError
+from maskft_base.files import digest, first_problem, parse_json, read_text, write_text
+from maskft_base.runtime import environment
+
+from .statistics import weighted_mean
+
+SCHEMA_VERSION = 1
+BEFORE = "before: "  # begins the name of a task that measures what the model could do before
+
+Domain = Literal["math", "coding", "instruction"]
+DOMAINS: tuple[Domain, ...] = get_args(Domain)
+
+# One evaluated item: a text ``id``, a number or null per metric, ``num_tokens`` for units per token, and anything else.
+# ``cluster_id``: items of one label (questions on one passage) depend on each other.
+Item = dict[str, Any]
+
+
+class ModelRecord(TypedDict):
+    """The evaluated model; null where there is none (a plain model has no adapter)."""
+
+    name_or_path: str
+    fingerprint: str | None
+    adapter: str | None
+    mask_fingerprint: str | None
+    method: str | None
+    seed: int | None
+    adapter_sha256: NotRequired[str | None]
+    config_sha256: NotRequired[str | None]
+
+
+class TrainingRecord(TypedDict, total=False):
+    """How the model came about, for the tables of the paper.
+
+    Epochs and tokens count from the pre-trained model, so those of a mask include the run it started from.
+    """
+
+    base: str | None  # the pre-trained model, e.g. meta-llama/Llama-2-7b-hf
+    domain: Domain | None  # of the data the model was last trained on
+    mixed: bool | None  # whether full fine-tuning (of a mask: of its start) used all domains
+    checkpoint: Literal["best", "last"] | None  # best on held-out data, or as the last step left it
+    selection: str | None  # of a mask: topk or threshold
+    variant: str | None  # name of a control that is not in the paper; keeps it out of the paper's tables
+    num_epochs: float | None  # until this checkpoint
+    num_train_tokens: int | None
+    complete_num_epochs: float | None  # until the end of the run, whichever checkpoint this is
+    complete_num_train_tokens: int | None
+
+
+class MetricRecord(TypedDict):
+    """One metric of a task, in its unit; ``value`` is null where an item has none, ``stderr`` also for one item."""
+
+    value: float | None
+    stderr: float | None
+    num_items: int
+    higher_is_better: bool
+    unit: str
+
+
+class TaskRecord(TypedDict):
+    """One task: how it was asked, its metrics (the first is the main one) and every item."""
+
+    version: str | int | float | None  # null where another harness does not say
+    num_fewshot: int | None
+    items_fingerprint: str
+    chat_template_hash: str | None
+    metrics: dict[files.Name, MetricRecord]
+    items: Annotated[list[Item], Field(min_length=1)]
+    data_sha256: NotRequired[str]
+    generation_kwargs: NotRequired[dict[str, Any] | None]
+    outputs_from_file: NotRequired[bool]  # answers that another program generated
+    num_samples: NotRequired[int]  # answers to each item, where there are several
+    task_args: NotRequired[dict[str, Any]]  # arguments of the task, in logs of inspect-ai
+
+
+class EnvironmentRecord(TypedDict):
+    """What a result was made with; more than the versions is kept, and not read."""
+
+    packages: dict[str, Any]
+
+
+class Result(TypedDict):
+    """The whole file. Results of one name and different seeds are seeds of one method."""
+
+    schema_version: int
+    kind: Literal["evaluation"]
+    name: files.Name
+    created: str  # ISO 8601, UTC
+    maskft_version: str
+    model: ModelRecord
+    settings: dict[str, Any]  # what else shaped the numbers: dtype, batch size, ...
+    environment: EnvironmentRecord
+    tasks: Annotated[
+        dict[files.Name, Annotated[TaskRecord, AfterValidator(lambda task: _check_task(task))]], Field(min_length=1)
+    ]
+    training: NotRequired[TrainingRecord]
+    study: NotRequired[dict[str, Any]]  # of a result of `maskft study`: study, run, role, ...
+
+
+def build_result(
+    name: str,
+    model: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    tasks: Mapping[str, TaskRecord],
+    training: TrainingRecord | None = None,
+    device: str | None = None,
+) -> Result:
+    """Return a result of this schema version, dated now, with the environment it was made in.
+
+    Args:
+        name: Label of the model in tables, e.g. ``"mask"``.
+        model: The fields of `ModelRecord`; those left out are null.
+        settings: What else shaped the numbers (JSON-able).
+        tasks: Task name -> `build_task`.
+        training: How the model came about, where known.
+        device: What the model ran on, where known: the name of a GPU, or ``cpu``.
+
+    Raises:
+        UserError: If it is not of this schema.
+    """
+    result: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "evaluation",
+        "name": name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "maskft_version": __version__,
+        "model": dict.fromkeys(ModelRecord.__annotations__) | dict(model),
+        "settings": dict(settings),
+        "environment": environment() | {"device": device},
+        "tasks": {task: dict(record) for task, record in tasks.items()},
+    }
+    if training is not None:
+        result["training"] = dict(training)
+    return validate_result(result)
+
+
+def build_task(
+    items: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, MetricRecord],
+    *,
+    version: str | int | float | None,
+    num_fewshot: int | None,
+    fingerprint: str,
+    chat_template_hash: str | None = None,
+) -> TaskRecord:
+    """Return the record of one task: ``metrics`` from `metric_from_items`, ``fingerprint`` from `items_fingerprint`."""
+    return {
+        "version": version,
+        "num_fewshot": num_fewshot,
+        "items_fingerprint": fingerprint,
+        "chat_template_hash": chat_template_hash,
+        "metrics": dict(metrics),
+        "items": [dict(item) for item in items],
+    }
+
+
+def metric_from_items(
+    items: Sequence[Mapping[str, Any]], name: str, *, unit: str | None = None, higher_is_better: bool | None = None
+) -> MetricRecord:
+    """Summarise the per-item numbers called ``name`` as a metric with its standard error.
+
+    Args:
+        items: Items, each with a number under ``name`` (null where it could not be computed).
+        name: Key of the items.
+        unit: "fraction", "nats/token", ...; by default "nats/token" for ``nll``, "fraction" for values in [0, 1], else
+            "score". With a unit per token the items are weighted by their ``num_tokens``.
+        higher_is_better: By default true, except for ``nll``.
+
+    Returns:
+        The metric; value and stderr are None if an item has no finite number, stderr alone for a single item.
+
+    Raises:
+        UserError: If there are no items, or one lacks ``name`` or the number of tokens that its unit needs.
+    """
+    if not items:
+        raise UserError(f"no items to compute {name!r} from: give at least one")
+    for item in items:
+        if name not in item:
+            raise UserError(f"item {item.get('id')!r} has no {name!r}: give every item a number, or null")
+    values = [item[name] for item in items]
+    if unit is None:
+        is_share = all(0 <= value <= 1 for value in values if is_finite(value))
+        unit = "nats/token" if name == "nll" else "fraction" if is_share else "score"
+    weights = item_weights(items, unit)
+    value = stderr = None
+    if all(is_finite(value) for value in values):
+        value, stderr = weighted_mean(values, weights, cluster_ids(items))
+        stderr = stderr if math.isfinite(stderr) else None
+    return {
+        "value": value,
+        "stderr": stderr,
+        "num_items": len(items),
+        "higher_is_better": name != "nll" if higher_is_better is None else higher_is_better,
+        "unit": unit,
+    }
+
+
+def item_weights(items: Sequence[Mapping[str, Any]], unit: str) -> list[float] | None:
+    """Return the items' ``num_tokens`` for a unit per token, None (equal weights) for any other unit."""
+    if not unit.endswith("/token"):
+        return None
+    for item in items:
+        num_tokens: object = item.get("num_tokens")
+        if not is_finite(num_tokens) or num_tokens <= 0:
+            raise UserError(f"item {item.get('id')!r} has num_tokens {num_tokens!r}: {unit} needs a number above 0")
+    return [item["num_tokens"] for item in items]
+
+
+def cluster_ids(items: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """Return the items' ``cluster_id``, None where no item has one.
+
+    Raises:
+        UserError: If only some items have one, or one is no text and no whole number.
+    """
+    found = [item.get("cluster_id") for item in items]
+    if all(each is None for each in found):
+        return None
+    for item, each in zip(items, found, strict=True):
+        if not isinstance(each, str | int):
+            raise UserError(f"item {item.get('id')!r} has cluster_id {each!r}: give every item a text, or none of them")
+    return [str(each) for each in found]
+
+
+def has_items(items: Sequence[Mapping[str, Any]], metric: str) -> bool:
+    """Tell whether a metric is measured item by item, and is not a summary of the task."""
+    return any(metric in item for item in items)
+
+
+def items_fingerprint(items: Iterable[Mapping[str, Any]]) -> str:
+    """Return the sha256 of the items' ``id``, ``prompt`` and ``reference``, whatever the order of the items.
+
+    Two results with the same fingerprint were measured on the same questions, worded alike. Prompts and references may
+    be anything JSON can hold (text, a list of messages, None).
+    """
+    lines = sorted(json.dumps([item["id"], item["prompt"], item["reference"]], sort_keys=True) for item in items)
+    return digest("\n".join(lines))
+
+
+def data_sha256(rows: Iterable[Any]) -> str:
+    """Return the sha256 of rows of data in their order: the identity of a data source, wherever its files lie."""
+    return digest("".join(json.dumps(row, sort_keys=True, default=str) + "\n" for row in rows))
+
+
+def write_result(path: str | os.PathLike[str], result: Result) -> None:
+    """Validate ``result`` and write it to ``path``, whole or not at all; missing folders are created.
+
+    Raises:
+        UserError: If the result is not of this schema, holds NaN or infinity, or the file cannot be written.
+    """
+    validate_result(result, path)
+    try:
+        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f"{path}: a result cannot hold NaN or infinity: give null for what has no value") from error
+    write_text(path, text + "\n")
+
+
+def read_result(path: str | os.PathLike[str]) -> Result:
+    """Read and validate a result from a file, which may be gzipped (``.json.gz``), or the ``result.json`` of a folder.
+
+    Raises:
+        UserError: If it is missing, not JSON, not a result, or of a newer schema.
+    """
+    file = result_file(path)
+    try:
+        result = parse_json(read_text(file), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such result file: give one that `maskft evaluate` wrote, or its folder") from None
+    except OSError as error:
+        raise UserError(f"{file}: the result cannot be read ({error.strerror or error}): check the path") from error
+    except (ValueError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{file}: not a result file, not JSON ({error}): evaluate again with `maskft evaluate`"
+        ) from error
+    return validate_result(result, file)
+
+
+def result_file(path: str | os.PathLike[str]) -> Path:
+    """Return ``path``, or the result file in it if it is a folder."""
+    return Path(path) / files.RESULT if Path(path).is_dir() else Path(path)
+
+
+def validate_result(result: Any, source: str | os.PathLike[str] = "result") -> Result:
+    """Return ``result`` if it is of this schema and its metrics agree with its items; ``source`` names it in errors.
+
+    Raises:
+        UserError: The first thing that is wrong, in one line.
+    """
+    if not isinstance(result, dict) or not isinstance(result.get("schema_version"), int):
+        raise UserError(f"{source}: not a result file, no schema_version: give one that `maskft evaluate` wrote")
+    if result["schema_version"] > SCHEMA_VERSION:
+        raise UserError(
+            f"{source}: schema version {result['schema_version']} is newer than this maskft reads "
+            f"({SCHEMA_VERSION}): upgrade maskft"
+        )
+    try:
+        _adapter().validate_python(result, strict=True)
+    except ValidationError as error:
+        raise UserError(
+            f"{source}: not a valid result: {first_problem(error, Result)}; evaluate again with `maskft evaluate`"
+        ) from None
+    return cast(Result, result)
+
+
+@cache
+def _adapter() -> TypeAdapter[Result]:
+    return TypeAdapter(Result)
+
+
+def _check_task(task: TaskRecord) -> TaskRecord:
+    """Refuse items without or with equal ids, and metrics that are not those of the items."""
+    seen: set[str] = set()
+    for index, item in enumerate(task["items"]):
+        if not isinstance(item.get("id"), str):
+            raise ValueError(f"item {index} has id {item.get('id')!r}: every item needs a text")
+        if item["id"] in seen:
+            raise ValueError(f"two items have the id {item['id']!r}")
+        seen.add(item["id"])
+    try:
+        cluster_ids(task["items"])
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    for name, metric in task["metrics"].items():
+        if has_items(task["items"], name):
+            _check_metric(name, metric, task["items"])
+    return task
+
+
+def _check_metric(name: str, metric: MetricRecord, items: list[Item]) -> None:
+    for item in items:
+        if name not in item or not isinstance(item[name], int | float | None):
+            raise ValueError(f"item {item['id']!r} has {name} {item.get(name)!r}, not a number or null")
+        if isinstance(item[name], int) and not is_finite(item[name]):
+            raise ValueError(f"item {item['id']!r} has a {name} of more than {sys.float_info.max:.0e}")
+    if metric["num_items"] != len(items):
+        raise ValueError(f"{name} has num_items {metric['num_items']} for {len(items)} items")
+    value, expected = metric["value"], metric_from_items(items, name, unit=metric["unit"])["value"]
+    if value is None or expected is None:
+        agrees = value is expected
+    else:
+        agrees = math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-9)
+    if not agrees:
+        raise ValueError(f"{name} has value {value}, its items give {expected}")
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether a value is a number that a float can hold; JSON's integers have any size."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}")

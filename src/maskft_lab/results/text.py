@@ -1,0 +1,379 @@
+"""Comparisons and tables as text: for a terminal, Markdown, LaTeX or JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from maskft_base.errors import printable
+
+from .comparison import EQUIVALENT, NO_WORSE, NOT_DISTINGUISHABLE, SCHEMA_VERSION, Comparison, Difference, Score
+from .planning import Plan
+
+LATEX_ESCAPES = {
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    **{character: "\\" + character for character in "&%$#_{}"},
+}
+
+
+# What Markdown would take for an escape, code, a tag or a link.
+MARKDOWN_SPECIAL = re.compile(r"[\\`]|<(?=[a-zA-Z/!?])|(?<=\])\(")
+
+
+class Table(NamedTuple):
+    """Cells of text, ready for any form; a row with text in its first cell alone is a heading."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def render(comparison: Comparison, output_format: str) -> str:
+    """Return a comparison as text: ``terminal``, ``markdown``, ``latex`` or ``json``."""
+    if output_format == "json":
+        return to_json(comparison.to_dict())
+    reached = draw(cross_domain_table(comparison.scores), output_format)
+    clean = markdown_text if output_format == "markdown" else printable  # in LaTeX they are comments
+    sentences = [sentence(row) for row in (*comparison.differences, *comparison.averages)]
+    sentences += [f"Note: {note}." for note in comparison.notes]
+    sentences.append(_how_to_read(comparison))
+    sentences = [clean(line) for line in sentences]
+    if output_format == "terminal":
+        lines = map(wrap, sentences)
+        return "\n".join([reached, draw(_short_table(comparison), "terminal"), *lines]) + "\n"
+    differences = draw(difference_table(comparison), output_format)
+    if output_format == "markdown":
+        return "\n".join([reached, differences, *(f"- {line}" for line in sentences)]) + "\n"
+    return "\n".join([*(f"% {line}" for line in sentences), reached, differences])
+
+
+def brief_metric(comparison: Comparison) -> tuple[str, str]:
+    """Return task and metric that stand for a comparison where there is room for one: accuracy, else the main one."""
+    rows = sorted(comparison.differences, key=lambda row: (row.metric != "accuracy", not row.is_main))
+    return rows[0].task, rows[0].metric
+
+
+def render_brief(comparison: Comparison) -> str:
+    """Return for a terminal one table of :func:`brief_metric`: what each model reached, against the baseline."""
+    shown = brief_metric(comparison)
+    rows = {row.method: row for row in comparison.differences if (row.task, row.metric) == shown}
+    reached = [score for score in comparison.scores if (score.task, score.metric) == shown]
+    reached.sort(key=lambda score: score.model != comparison.baseline)
+    columns = (
+        "model",
+        f"{shown[1]} ({_unit_text(reached[0].unit)})",
+        f"difference [{100 * comparison.confidence:g} %]",
+        "verdict",
+    )
+    cells: list[tuple[str, ...]] = [
+        (score.model, score_text(score), *_brief_cells(rows.get(score.model))) for score in reached
+    ]
+    text = draw(Table(columns, cells), "terminal")
+    if comparison.fixed_seeds and any(row.by_seed for row in rows.values()):
+        text += wrap("Intervals are over items: about these models, not about other training seeds.")
+    return text
+
+
+def _brief_cells(row: Difference | None) -> tuple[str, str]:
+    return ("", "") if row is None else (difference_text(row), verdict_text(row))
+
+
+def _how_to_read(comparison: Comparison) -> str:
+    text = (
+        f"Differences are method - {comparison.baseline}, with {100 * comparison.confidence:g} % intervals of "
+        f"{comparison.num_resamples:,} bootstrap samples; "
+    )
+    if any(row.num_comparisons > 1 for row in (*comparison.differences, *comparison.averages)):
+        text += "they hold all at once and go with the verdicts, those marked alone do not; "
+    if any(row.is_cut_at_zero for row in (*comparison.differences, *comparison.averages)):
+        text += "a round bracket at 0 claims a sign and no size; "
+    if comparison.fixed_seeds:
+        text += "seeds are fixed, so all of it is about these trained models and not about other seeds; "
+    text += "± is one standard error, over items" + ("" if comparison.fixed_seeds else " or several seeds")
+    if any(_shows_interval(score) for score in comparison.scores):
+        text += "; brackets beside a score are its 95 % interval, where an error would say nothing"
+    return text + "."
+
+
+def render_scores(scores: Sequence[Score], output_format: str) -> str:
+    """Return scores alone as text: one model has nothing to be compared with."""
+    if output_format == "json":
+        return to_json({"schema_version": SCHEMA_VERSION, "kind": "scores", "scores": [asdict(s) for s in scores]})
+    return draw(cross_domain_table(scores), output_format)
+
+
+def render_plan(plan: Plan, output_format: str) -> str:
+    """Return plans as text: what each could see, and what that rests on."""
+    if output_format == "json":
+        return to_json(plan.to_dict())
+    rows: list[tuple[str, ...]] = []
+    for row in plan.rows:
+        scale, digits = _scale_and_digits(row.unit)
+        unit = "points" if row.unit == "fraction" else row.unit
+        effect = "none" if row.effect is None else f"{scale * row.effect:.{digits}f} {unit}"
+        rows.append((row.what, f"{row.num_items:,}", str(row.num_seeds), str(row.num_comparisons), effect))
+    table = draw(Table(("metric", "items", "seeds", "comparisons", "smallest difference seen"), rows), output_format)
+    sentences = [
+        f"A true difference of this size is claimed with probability {100 * plan.power:g} %, at confidence "
+        f"{100 * plan.confidence:g} % as the first of the comparisons; smaller ones more rarely.",
+        *(f"Assumed: {assumption}." for assumption in plan.assumptions),
+    ]
+    if output_format == "terminal":
+        return "\n".join([table, *map(wrap, sentences)]) + "\n"
+    if output_format == "markdown":
+        return "\n".join([table, *(f"- {markdown_text(line)}" for line in sentences)]) + "\n"
+    return "\n".join([*(f"% {printable(line)}" for line in sentences), table])
+
+
+def to_json(record: dict[str, Any]) -> str:
+    """Return a record as text for a file."""
+    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def sentence(row: Difference) -> str:
+    """Return a difference in words, claiming no more than the interval and the adjusted p support.
+
+    Of several comparisons the interval beside the verdict holds together with the others; that of this one alone is
+    labelled, since it may leave zero out where nothing is claimed.
+    """
+    seeds = f", {'these ' if row.by_seed else ''}{row.num_seeds} seeds" if row.num_seeds > 1 else ""
+    seeds += f", {row.num_clusters:,} clusters" if row.num_clusters else ""
+    unit = "points" if row.unit == "fraction" else row.unit
+    text = (
+        f"{row.method} vs {row.baseline}, {row.metric} on {row.task}{seeds}: "
+        f"{difference_text(row, unit)}{_alone_text(row)}, {row.test} p {_p_text(row.p_value)}"
+    )
+    if row.num_comparisons > 1:
+        text += f" ({_p_text(row.p_adjusted)} after Holm over {row.num_comparisons} comparisons)"
+    text += f": {row.verdict}"
+    text += _equivalence_text(row)
+    if row.by_seed:
+        scale, digits = _scale_and_digits(row.unit)
+        text += f"; by seed {', '.join(f'{scale * each:+.{digits}f}' for each in row.by_seed)}"
+    if row.seeds_needed:
+        text += f"; a difference of this size would need about {_round_up(row.seeds_needed):,} seeds"
+    elif row.items_needed:
+        about = "about" if row.num_seeds == 1 or row.by_seed else "at least"  # the seeds' own noise comes on top
+        text += f"; a difference of this size would need {about} {_round_up(row.items_needed):,} items"
+    return text + "."
+
+
+def _equivalence_text(row: Difference) -> str:
+    """Return what the margin allows to say, as the end of a sentence."""
+    found = row.equivalence
+    if found is None:
+        return ""
+    scale, _digits = _scale_and_digits(row.unit)
+    unit = row.unit if row.unit != "fraction" else "point" if scale * found.margin == 1 else "points"
+    margin = f"{scale * found.margin:g} {unit}"
+    after = " after Holm" if row.num_comparisons > 1 else ""
+    if found.verdict == EQUIVALENT:
+        return f"; equivalent within {margin} (TOST p {_p_text(found.p_equivalent)}{after})"
+    if found.verdict == NO_WORSE:
+        return f"; no worse than {margin} (p {_p_text(found.p_no_worse)}{after})"
+    return f"; may be worse by {margin} or more (p {_p_text(found.p_no_worse)}{after})"
+
+
+def difference_table(comparison: Comparison) -> Table:
+    """Return the differences as a table, fractions in percent, with the intervals that hold all at once."""
+    difference = f"difference, {100 * comparison.confidence:g} % interval"
+    columns = ("method", "task", "metric", "n", difference, "p (Holm)", "won / lost / tied", "verdict")
+    rows: list[tuple[str, ...]] = [
+        (
+            row.method,
+            row.task,
+            f"{row.metric} ({_unit_text(row.unit)})",
+            f"{row.num_items:,}" + (f" x {row.num_seeds} seeds" if row.num_seeds > 1 else ""),
+            difference_text(row),
+            _p_text(row.p_adjusted),
+            f"{row.won} / {row.lost} / {row.tied}",
+            verdict_text(row),
+        )
+        for row in (*comparison.differences, *comparison.averages)
+    ]
+    return Table(columns, rows)
+
+
+def _short_table(comparison: Comparison) -> Table:
+    """Return the differences for a terminal, where the sentences say the rest."""
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for row in (*comparison.differences, *comparison.averages):
+        heading = f"{row.metric} on {row.task} ({_unit_text(row.unit)}), {row.num_items:,} items"
+        groups.setdefault(heading, []).append((f"  {row.method}", difference_text(row), verdict_text(row)))
+    rows = [line for heading, lines in groups.items() for line in [(heading, "", ""), *lines]]
+    return Table(("method", f"difference, {100 * comparison.confidence:g} % interval", "verdict"), rows)
+
+
+def cross_domain_table(scores: Sequence[Score]) -> Table:
+    """Return a row per model, a column per metric of a task, cells ``value ± standard error``; fractions in percent.
+
+    At an edge, where an error would say nothing, a cell is ``value [low, high]`` with the bounds of a 95 % interval.
+    A model that has a metric of one task at some of its seeds only counts as without.
+    """
+    tasks = list(dict.fromkeys(score.task for score in scores))
+    units = {(score.task, score.metric): score.unit for score in scores}
+    units = dict(sorted(units.items(), key=lambda entry: tasks.index(entry[0][0])))  # a task's metrics side by side
+    labels = [f"{task} {metric}".strip() + f" ({_unit_text(unit)})" for (task, metric), unit in units.items()]
+    columns = ("model", *labels)
+    rows: dict[str, dict[tuple[str, str], str]] = {}
+    for score in scores:
+        label = score.model + (f" ({score.num_seeds} seeds)" if score.num_seeds > 1 else "")
+        rows.setdefault(label, {})[score.task, score.metric] = score_text(score)
+    return Table(columns, [(label, *(cells.get(column, "–") for column in units)) for label, cells in rows.items()])
+
+
+def draw(table: Table, output_format: str) -> str:
+    """Return a table as text: ``terminal``, ``markdown`` or ``latex`` (with the booktabs package)."""
+    clean = {"terminal": printable, "markdown": markdown_cell, "latex": latex_text}[output_format]
+    cells = [tuple(map(clean, row)) for row in (table.columns, *table.rows)]
+    if output_format == "terminal":
+        return _terminal_table(Table(cells[0], cells[1:]))
+    if output_format == "markdown":
+        lines = [f"| {' | '.join(row)} |" for row in cells]
+        lines.insert(1, "|" + " --- |" + " ---: |" * (len(table.columns) - 1))
+        return "\n".join(lines) + "\n"
+    lines = [" & ".join(row) + r" \\" for row in cells]
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}"
+    return "\n".join([begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def wrap(line: str) -> str:
+    """Break a line where the terminal ends."""
+    return textwrap.fill(line, _terminal_width(), subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _terminal_width() -> int:
+    return shutil.get_terminal_size(fallback=(80, 24)).columns
+
+
+def _terminal_table(table: Table) -> str:
+    """Return columns side by side; those for which the terminal is too narrow follow below, with the labels again."""
+    rows = [table.columns, *(row for row in table.rows if any(row[1:]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    blocks: list[list[int]] = []
+    for index in range(1, len(widths)):
+        if not blocks or sum(widths[i] + 2 for i in [0, *blocks[-1], index]) - 2 > _terminal_width():
+            blocks.append([])
+        blocks[-1].append(index)
+    lines: list[str] = []
+    for block in blocks:
+        rule = "─" * (sum(widths[i] + 2 for i in [0, *block]) - 2)
+        drawn = [
+            "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in block)]).rstrip()
+            for row in [table.columns, *table.rows]
+        ]
+        lines += [drawn[0], rule, *drawn[1:], ""]
+    return "\n".join(lines)
+
+
+def markdown_text(text: str) -> str:
+    """Escape what Markdown would read as more than text."""
+    return MARKDOWN_SPECIAL.sub(r"\\\g<0>", printable(text))
+
+
+def markdown_cell(text: str) -> str:
+    """Escape also what would end a cell of a table."""
+    return markdown_text(text).replace("|", r"\|")
+
+
+def latex_text(text: str) -> str:
+    """Escape what LaTeX would read as commands."""
+    escaped = "".join(LATEX_ESCAPES.get(character, character) for character in printable(text))
+    return re.sub(r"(?<!\w)-(?=\d)", "$-$", escaped)
+
+
+def score_text(score: Score) -> str:
+    """Return ``46.8 ± 1.4``, in percent for fractions; at an edge ``0.0 [0.0, 1.3]``, never ``± 0.0``."""
+    if score.value is None:
+        return "no value"
+    scale, digits = _scale_and_digits(score.unit)
+    if score.low is not None and score.high is not None and _shows_interval(score):
+        low, high = (f"{scale * bound:.{digits}f}" for bound in (score.low, score.high))
+        return f"{scale * score.value:.{digits}f} [{low}, {high}]"
+    error = "" if score.stderr is None else f" ± {scale * score.stderr:.{digits}f}"
+    return f"{scale * score.value:.{digits}f}{error}"
+
+
+def error_text(score: Score, digits: int = 4) -> str:
+    """Return what stands behind a value in the metric's own unit: `` ± 0.0137``, `` [0.0000, 0.0126]`` or nothing."""
+    if score.value is None or (score.stderr is None and not _shows_interval(score)):
+        return ""
+    if _shows_interval(score):
+        return f" [{score.low:.{digits}f}, {score.high:.{digits}f}]"
+    return f" ± {score.stderr:.{digits}f}"
+
+
+def _shows_interval(score: Score) -> bool:
+    is_shown_as_zero = score.stderr is not None and round(100 * score.stderr, 1) == 0
+    return score.low is not None and (score.is_at_edge or is_shown_as_zero)
+
+
+def verdict_text(row: Difference) -> str:
+    """Return the verdict, and that on a margin where one was given."""
+    found = row.equivalence and row.equivalence.verdict
+    return f"{row.verdict}, {found}" if found else row.verdict
+
+
+def difference_text(row: Difference, unit: str = "") -> str:
+    """Return ``+1.2 [0.3, 2.1]`` with the interval that agrees with the verdict: the one that holds with all others.
+
+    A round bracket is the bound at zero of a difference whose sign is claimed and no more. Comparisons written before
+    intervals held all at once have only those that hold alone, which then say so.
+    """
+    low, high = row.simultaneous_low, row.simultaneous_high
+    if low is None or high is None:
+        label = " alone" if row.num_comparisons > 1 else ""
+        return _with_interval(row, (row.ci_low, row.ci_high), unit) + label
+    if row.unit == "fraction":  # of few seeds they go beyond what a difference of fractions can be
+        low, high = max(-1.0, low), min(1.0, high)
+    return _with_interval(row, (low, high), unit)
+
+
+def _alone_text(row: Difference) -> str:
+    """Return ``, alone [0.6, 1.8]`` where another interval stands beside the verdict."""
+    if row.num_comparisons == 1 or row.simultaneous_low is None:
+        return ""
+    _, interval = _with_interval(row, (row.ci_low, row.ci_high)).split(" ", 1)
+    return f", alone {interval}"
+
+
+def _with_interval(row: Difference, bounds: tuple[float, float], unit: str = "") -> str:
+    """Return a difference and bounds, with so many decimals that no number which is not zero is rounded to it."""
+    scale, digits = _scale_and_digits(row.unit)
+    numbers = [scale * number for number in (row.difference, *bounds)]
+    smallest = min((abs(number) for number in numbers if number), default=1.0)
+    while smallest < 0.5 * 10**-digits and digits < 8:
+        digits += 1
+    value, low, high = (round(number, digits) + 0.0 for number in numbers)  # + 0.0: no minus before zero
+    is_claimed = row.verdict != NOT_DISTINGUISHABLE
+    left, right = "(" if is_claimed and low == 0 else "[", ")" if is_claimed and high == 0 else "]"
+    return f"{value:+.{digits}f}{unit and ' ' + unit} {left}{low:.{digits}f}, {high:.{digits}f}{right}"
+
+
+def _scale_and_digits(unit: str) -> tuple[float, int]:
+    """Return by what values of a unit are multiplied to be shown, and with how many decimals at least."""
+    return (100.0, 1) if unit == "fraction" else (1.0, 4)
+
+
+def _unit_text(unit: str) -> str:
+    return "%" if unit == "fraction" else unit
+
+
+def _p_text(p_value: float) -> str:
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.2g}"
+
+
+def _round_up(number: int) -> int:
+    """Round up to two significant digits: 2871 items are "about 2,900"."""
+    step: int = 10 ** max(0, len(str(number)) - 2)
+    return -(-number // step) * step

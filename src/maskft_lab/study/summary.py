@@ -1,0 +1,220 @@
+"""The end of a study: one table over its results, with intervals; reads result files only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from maskft_base import files
+from maskft_base.errors import UserError
+from maskft_base.files import write_text
+
+from ..results.compare import compare
+from ..results.schema import Result, read_result
+from ..results.scores import scores
+from ..results.text import Table, brief_metric, draw, render, render_brief, render_scores, sentence, wrap
+from .controls import length_of, sum_of_lengths
+from .damage import is_whole_result
+from .execute import Study
+from .plan import BEST, LAST, Plan, StudyRun
+from .recipe import Method, Recipe
+from .tuning import Tuned
+
+_ACCOUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
+
+
+def summarise(study: Study, plan: Plan, is_brief: bool = False) -> str:
+    """Compare all results of a study with its baseline, write summary and table, return the table.
+
+    Args:
+        study: Where the results are.
+        plan: Its runs; those without a result yet are left out.
+        is_brief: Return one table of the main metric and the verdict; the files hold everything all the same.
+    """
+    texts, markdown, models = [], [f"# {study.recipe.name}", ""], {}
+    for model in study.recipe.models:
+        results = [
+            read_result(study.result_file(run, role)) | {"name": run.labels[role]}  # it may have had another
+            for run in plan.runs
+            if run.model == model
+            for role in run.labels
+            if is_whole_result(study.result_file(run, role))
+        ]
+        if not results:
+            continue
+        name = results[0]["study"]["model"]
+        name = model if name in models else name  # two folders may have the same name
+        results, notes = without_repeats(results, study.recipe.baseline)
+        text, table, record = _of_one_model(results, study.recipe, is_brief)
+        notes += unchanged_notes(results)
+        tunings = [tuned for tuned in plan.tunings if tuned.trials[0].runs[0].model == model and tuned.is_settled]
+        notes += [f"Tuned: {tuned}." for tuned in tunings]
+        notes += more_tuned_than_controls(tunings, study.recipe.methods.values())
+        notes += without_twin([run for run in plan.runs if run.model == model and run.labels], plan.defaults)
+        if not study.recipe.before and len(results) > 1:
+            notes.append("Note: forgetting was not measured beyond the tasks above (no evaluation.before).")
+        num_tried = {label: run.num_tried for run in plan.runs if run.model == model for label in run.labels.values()}
+        texts.append(text if is_brief else "\n".join([f"{name}\n{text}", *map(wrap, notes)]))
+        markdown += [f"## {name}", "", table, _accounts(results, num_tried), "", *(f"- {note}" for note in notes), ""]
+        models[name] = record | ({"tuning": [tuned.to_dict() for tuned in tunings]} if tunings else {})
+    name = study.recipe.name
+    write_text(
+        study.folder / files.SUMMARY.format(name), json.dumps({"study": name, "models": models}, indent=1) + "\n"
+    )
+    write_text(study.folder / files.STUDY_TABLE.format(name), "\n".join(markdown))
+    return "\n".join(texts)
+
+
+def more_tuned_than_controls(tunings: Sequence[Tuned], methods: Iterable[Method]) -> list[str]:
+    """A note for each mask that was tried in more settings than its restart, or the refit of a random mask, was.
+
+    Args:
+        tunings: What was tuned.
+        methods: All methods of the recipe.
+    """
+    by_name = {method.name: method for method in methods}
+    tried = {name: method.tuned_elsewhere or 1 for name, method in by_name.items()}
+    tried |= {t.method.name: t.num_settings + (t.method.tuned_elsewhere or 0) for t in tunings}
+    full = [method for method in by_name.values() if method.method == "full"]
+    fits_all = [method for method in full if method.keep_mask is None and "partial_layers" not in method.options]
+    notes = []
+    for mask in (method for method in by_name.values() if method.method == "mask" and method.start):
+        of_start = [method for method in fits_all if method.start == mask.start]
+        # Controls of their own: neither was tuned by tuning the other. What follows a learned mask is no control.
+        restarts = [tried[m.name] for m in of_start if m.start_mask is None]
+        refits = [tried[m.name] for m in of_start if m.start_mask and by_name[m.start_mask].method != "mask"]
+        for number, what in (
+            (max(restarts, default=1), f"training all weights of {mask.start} again"),
+            (max(refits, default=tried[mask.name]), f"the refit of {mask.start} after random damage"),
+        ):
+            if number < tried[mask.name]:
+                times = f"over {number}" if number > 1 else "not at all"
+                notes.append(
+                    f"Note: {mask.name} was tuned over {tried[mask.name]} settings, {what} {times}: give the latter as "
+                    "many before comparing the two."
+                )
+    return notes
+
+
+def without_twin(runs: Sequence[StudyRun], defaults: Mapping[str, Any]) -> list[str]:
+    """A note for each method in which weights train after a learned mask, and none does so after random damage.
+
+    Args:
+        runs: Those that are reported on.
+        defaults: Every option of ``maskft train``.
+    """
+    found = {}
+    for run in runs:
+        for option, mask in run.masks.items():
+            if mask.method.method != "mask":
+                continue
+            length = sum_of_lengths(run.options, mask.options, defaults)
+            twins = [
+                other
+                for other in runs
+                if option in other.masks
+                and other.masks[option].method.method == "random_mask"
+                and (other.start, other.seed) == (run.start, run.seed)
+                and length_of(other.options, defaults) == length
+            ]
+            if length is None or not twins:
+                found[run.name] = (
+                    f"Note: {run.name} has trained for as long as its mask and its weights together, and no method for "
+                    f"as long after random damage ({option}: a random mask): what the mask adds is not known."
+                )
+    return list(found.values())
+
+
+def _of_one_model(results: list[Result], recipe: Recipe, is_brief: bool) -> tuple[str, str, dict]:
+    """Tables for a terminal, tables in Markdown, record."""
+    names = list(dict.fromkeys(result["name"] for result in results))
+    runs = [_row(result) for result in results]
+    wanted = recipe.baseline or _default_baseline(results)
+    baseline = next((name for name in names if name == wanted or name.startswith(f"{wanted} [")), None)
+    if baseline is None or len(names) < 2:
+        reached = scores(results, fixed_seeds=recipe.fixed_seeds)
+        return render_scores(reached, "terminal"), render_scores(reached, "markdown"), {"runs": runs}
+    try:
+        comparison = compare(results, baseline, fixed_seeds=recipe.fixed_seeds)
+    except UserError as error:  # measured, and not comparable: say so instead of losing the numbers
+        return f"not compared: {error}\n", f"Not compared: {error}\n", {"runs": runs, "not_compared": str(error)}
+    record = {"baseline": baseline, "runs": runs, "comparison": comparison.to_dict()}
+    text = render_brief(comparison) if is_brief else render(comparison, "terminal")
+    masks = {r["name"] for r in results if r["model"]["method"] == "mask"}
+    shown = brief_metric(comparison) if is_brief else None
+    rows = (row for row in comparison.differences if shown in (None, (row.task, row.metric)))
+    verdict = next((row for row in rows if row.method in masks), None)
+    text += f"\n{wrap(f'Verdict: {sentence(verdict)}')}" if verdict else ""
+    return text, render(comparison, "markdown"), record
+
+
+def _default_baseline(results: list[Result]) -> str:
+    """The best checkpoint of the first full fine-tuning, else the first result."""
+    full = [r for r in results if r["model"]["method"] == "full" and r["study"]["role"] == "best"]
+    return (full or results)[0]["name"]
+
+
+def _row(result: Result) -> dict:
+    study = result["study"]
+    metrics = {
+        f"{task}/{name}": metric["value"]
+        for task, record in result["tasks"].items()
+        for name, metric in record["metrics"].items()
+    }
+    facts = {key: study[key] for key in ("run", "role", "best_step", "num_steps", "best_heldout_loss", *_ACCOUNTS)}
+    return {"name": result["name"], "seed": result["model"]["seed"], "metrics": metrics, **facts}
+
+
+def without_repeats(results: list[Result], baseline: str | None) -> tuple[list[Result], list[str]]:
+    """Leave out ends of training that are the best checkpoint at every seed, and say so.
+
+    A second row of the same models would count as a comparison of its own and make Holm's correction stricter.
+    """
+    ends = {}
+    for result in results:
+        if result["study"]["role"] == LAST and result["name"] != baseline:
+            study = result["study"]
+            is_best = study["best_step"] == study["num_steps"] and not study.get("averaged_steps")
+            ends.setdefault(result["name"], []).append(is_best)
+    repeats = [name for name, same in ends.items() if all(same)]
+    notes = [f"Note: {name} is not listed: it is the best one, whose step is the last." for name in repeats]
+    return [result for result in results if result["name"] not in repeats], notes
+
+
+def unchanged_notes(results: list[Result]) -> list[str]:
+    """Say which trained models equal their start, at which seeds: a difference of 0 would look like a measurement."""
+    seeds: dict[tuple[str, str], list] = {}
+    for result in results:
+        study = result["study"]
+        if study["role"] == BEST and study["num_steps"] and study["best_step"] == 0:
+            start = "its mask before the first step" if result["model"]["method"] == "mask" else "its parent, unchanged"
+            what = f"{start}; no step lowered its held-out loss"
+        elif result["model"]["method"] == "full" and study["start"] and study["epochs"] == 0:
+            what = "its parent, unchanged; the rate of its schedule was 0 already"
+        else:
+            continue
+        seeds.setdefault((result["name"], what), []).append(result["model"]["seed"])
+    notes = []
+    for (name, what), found in seeds.items():
+        num_seeds = sum(result["name"] == name for result in results)
+        where = "" if len(found) == num_seeds else f" (seed {', '.join(map(str, found))})"
+        notes.append(f"Note: {name}{where} is {what}.")
+    return notes
+
+
+def _accounts(results: list[Result], num_tried: dict[str, int]) -> str:
+    """Epochs and tokens of each model, its own and with what it was made from (paper, Tables 8 and 9).
+
+    Where anything was tuned, ``tuned`` counts the settings of which a model's are the best on held-out rows.
+    """
+    columns = ("model", "seed", "best step", "epochs", "tokens", "epochs in all", "tokens in all")
+    is_tuned = any(num_tried.values())
+    rows = []
+    for result in results:
+        study = result["study"]
+        step = f"{study['best_step']} of {study['num_steps']}" if study["num_steps"] else "–"
+        counts = (f"{study[key]:{'.2f' if 'epochs' in key else '.3g'}}" for key in _ACCOUNTS)
+        tried = [str(num_tried.get(result["name"]) or "–")] if is_tuned else []
+        rows.append((result["name"], str(result["model"]["seed"]), step, *counts, *tried))
+    return draw(Table((*columns, *(["tuned"] if is_tuned else [])), rows), "markdown").rstrip("\n")

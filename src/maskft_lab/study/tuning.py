@@ -1,0 +1,348 @@
+"""Tuning a method of a study: which settings are tried, and which of them the held-out rows choose.
+
+The rows are those held out from the training data, never those that a study reports on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskft.data.mixtures import rename_sets
+from maskft.training.method_arguments import COMBINED_METHODS
+from maskft_base.errors import UserError
+from maskft_base.files import digest_file
+
+from ..results.statistics import weighted_mean
+from .halving import rungs, survivors
+from .identity import plain
+from .recipe import Method, Options, Recipe, TimesParent
+
+if TYPE_CHECKING:
+    from .plan import StudyRun
+
+MAX_DOUBLINGS = 3
+_OF_A_LENGTH = ("eval_steps", "save_steps", "warmup_steps")  # below 1 these are fractions of a run
+MIN_GAIN = 0.005  # nats per token that twice the budget must gain, where losses of single rows are not at hand
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out loss of one finished run.
+
+    Attributes:
+        loss: Of the best checkpoint, in nats per token; infinite where the run failed.
+        rows: Id of a row -> its loss in nats per token, and its number of supervised tokens; empty if not recorded.
+        clusters: Id of a row -> label of those that depend on each other; empty: they are independent.
+    """
+
+    loss: float
+    rows: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    clusters: Mapping[str, str] = field(default_factory=dict)
+
+
+Look = Callable[["StudyRun"], Heldout | None]
+
+
+@dataclass
+class Trial:
+    """Settings that are tried, with one run for each of the seeds that choose."""
+
+    settings: Options
+    stage: int
+    is_assumed: bool  # they are a guess, since what they follow from is not finished
+    rung: int | None = None  # of successive halving, from 1
+    runs: list[StudyRun] = field(default_factory=list)
+    heldout: list[Heldout] | None = None  # of the runs; None: not all are finished
+
+    @property
+    def loss(self) -> float | None:
+        """Mean held-out loss over the seeds, in nats per token."""
+        return None if self.heldout is None else sum(found.loss for found in self.heldout) / len(self.heldout)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was tried for a method, and what won."""
+
+    method: Method
+    trials: list[Trial]
+    winner: Trial  # while not settled: a guess
+    is_settled: bool
+    still_gains: bool = False  # doubling ended at its limit, not because it gained too little
+
+    @property
+    def stage(self) -> int:
+        """The last one of its trials."""
+        return max(run.stage for trial in self.trials for run in trial.runs)
+
+    @property
+    def num_settings(self) -> int:
+        """How many settings were tried; those of a later rung are of the first."""
+        return sum(trial.rung in (None, 1) for trial in self.trials)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able record for the study's summary."""
+        trials = [
+            {
+                "settings": trial.settings,
+                **({} if trial.rung is None else {"rung": trial.rung}),
+                "runs": [run.id for run in trial.runs],
+                "heldout_loss": _finite(trial.loss),
+            }
+            for trial in self.trials
+        ]
+        first = self.trials[0].runs[0]
+        return {
+            "method": first.name,
+            "seeds": [run.seed for run in self.trials[0].runs],
+            "num_settings": self.num_settings,
+            "num_runs": sum(len(trial.runs) for trial in self.trials),
+            "trials": trials,
+            "winner": self.winner.settings if self.is_settled else None,
+            "still_gains": self.still_gains,
+        }
+
+    def __str__(self) -> str:
+        """E.g. ``full: learning_rate=0.003 is the best of 4 settings on held-out rows``."""
+        name, how = self.trials[0].runs[0].name, " (successive halving)" if self.method.tune.halving else ""
+        best = f"{name}: {settings_text(self.winner.settings)} is the best of {self.num_settings} on held-out rows{how}"
+        more = f"; it still gained when {self.method.tune.double} had been doubled {MAX_DOUBLINGS} times, give it more"
+        return best + (more if self.still_gains else "")
+
+
+def settings_text(settings: Options) -> str:
+    """Settings for people, e.g. ``learning_rate=0.003, num_train_epochs=40``."""
+    return ", ".join(f"{option}={value}" for option, value in settings.items())
+
+
+@dataclass
+class _Stages:
+    """What is tried, stage by stage, as far as what is finished tells."""
+
+    runs_of: Callable[[Trial], list[StudyRun]]
+    look: Look
+    trials: list[Trial] = field(default_factory=list)
+    number: int = 0  # of the last stage
+    is_settled: bool = True  # the losses of all trials are known
+
+    def add(self, tried: list[Options], rung: int | None = None) -> list[Trial]:
+        """The trials of one stage; a guess where the stage before, from which they follow, is not finished."""
+        trials = [Trial(settings, self.number + 1, not self.is_settled, rung) for settings in tried]
+        for trial in trials:
+            trial.runs = self.runs_of(trial)
+            found = [None if trial.is_assumed else self.look(run) for run in trial.runs]
+            trial.heldout = None if None in found else found
+        self.trials += trials
+        self.number = max(run.stage for trial in trials for run in trial.runs)
+        self.is_settled = self.is_settled and all(trial.loss is not None for trial in trials)
+        return trials
+
+    def best(self, trials: list[Trial]) -> Trial:
+        """The one with the lowest loss; the first where not all are known."""
+        if not self.is_settled:
+            return trials[0]
+        return min(trials, key=lambda trial: math.inf if trial.loss is None else trial.loss)
+
+
+def tune(
+    method: Method, own: Options, parent: Options, runs_of: Callable[[Trial], list[StudyRun]], look: Look
+) -> Tuned:
+    """Try the grid or halve it, then twice as much of ``double`` until that gains less than its standard error.
+
+    Args:
+        method: The method, which has a ``tune``.
+        own: Its options of ``maskft train``, defaults included.
+        parent: Those of the run that it starts from.
+        runs_of: Makes the runs of a trial.
+        look: Held-out loss of a run; None where it is not finished.
+    """
+    assert method.tune is not None
+    if own.get("eval_strategy") == "no":
+        raise UserError(f"method {method.name!r}: tune chooses by held-out loss, and eval_strategy is no; drop that")
+    if own.get("mask_sparsity_auto"):
+        raise UserError(
+            f"method {method.name!r}: tune compares losses at the size that is trained, and mask_sparsity_auto changes "
+            "it afterwards, on half of the same rows; drop one of them"
+        )
+    if "num_train_epochs" in method.tune.options and (_number(own.get("max_steps")) or 0) > 0:
+        raise UserError(
+            f"method {method.name!r}: tune is of num_train_epochs, and max_steps {own['max_steps']} decides the length "
+            "of its runs; write max_steps there, or drop it here"
+        )
+    stages, grid = _Stages(runs_of, look), _grid(method, own, parent)
+    winner = _halve(stages, method, own, grid) if method.tune.halving else stages.best(stages.add(grid))
+    still_gains = False
+    if method.tune.double:
+        winner, still_gains = _double(stages, method, own, winner)
+    return Tuned(method, stages.trials, winner, stages.is_settled, still_gains)
+
+
+def _grid(method: Method, own: Options, parent: Options) -> list[Options]:
+    """Every combination of the values to try."""
+    lists = {}
+    for option, values in method.tune.grid.items():
+        if isinstance(values, TimesParent):
+            base = _number(parent.get(option))
+            if not base:
+                raise UserError(
+                    f"method {method.name!r}: tune.{option} is given as times_parent, and that of {method.start!r} is "
+                    f"{parent.get(option)!r}, of which there are no multiples; give the values"
+                )
+            values = [float(f"{factor * base:.6g}") for factor in values.times_parent]
+        lists[option] = values
+    if not lists:  # only `double`
+        lists = {method.tune.double: [_amount(method, own, method.tune.double, "double")]}
+    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+
+
+def _halve(stages: _Stages, method: Method, own: Options, candidates: list[Options]) -> Trial:
+    """Successive halving of the grid; within a rung all runs are equally long, and each has a schedule of its own."""
+    halving = method.tune.halving
+    whole = _whole(method, own)
+    is_count = halving.resource == "max_steps"
+    shortest = halving.min_resources or (1 if is_count else 0)
+    planned = rungs(len(candidates), halving.factor, whole, shortest)
+    lengths = [round(length) if is_count else plain(float(f"{length:.6g}")) for _, length in planned]
+    cost = sum(size * length for (size, _), length in zip(planned, lengths, strict=True)) / whole
+    if cost >= len(candidates):
+        least = f", min_resources {halving.min_resources:g}" if halving.min_resources else ""
+        raise UserError(
+            f"method {method.name!r}: halving {len(candidates)} settings with factor {halving.factor}{least} and "
+            f"{halving.resource} {whole:g} takes {cost:.3g} whole lengths of training, no fewer than the grid; drop "
+            "halving, or give more values or another factor"
+        )
+    for rung, length in enumerate(lengths, start=1):
+        if len(candidates) == 1 and length != lengths[-1]:
+            continue  # all others failed, and there is nothing left to choose
+        trials = stages.add([settings | {halving.resource: length} for settings in candidates], rung)
+        # Not finished: the first are assumed to go on.
+        losses = [trial.loss if stages.is_settled else 0.0 for trial in trials]
+        candidates = [candidates[index] for index in survivors(losses, halving.factor)]
+    return stages.best(trials)
+
+
+def _whole(method: Method, own: Options) -> float:
+    """Length of the last rung, which is the method's own."""
+    for option in _OF_A_LENGTH:
+        if (_number(own.get(option)) or 0) >= 1:
+            raise UserError(
+                f"method {method.name!r}: {option} {own[option]} is a number of steps, and halving has runs of several "
+                "lengths; give the fraction of a run, below 1"
+            )
+    return _amount(method, own, method.tune.halving.resource, "halve")
+
+
+def _double(stages: _Stages, method: Method, own: Options, winner: Trial) -> tuple[Trial, bool]:
+    """The winner, or what it becomes with twice as much, as long as that gains more than its standard error.
+
+    Returns:
+        It, and whether the last doubling that is allowed still gained.
+    """
+    option = method.tune.double
+    for _ in range(MAX_DOUBLINGS):
+        amount = _amount(method, own | winner.settings, option, "double")
+        (trial,) = stages.add([winner.settings | {option: 2 * amount}])
+        if not stages.is_settled or not _gains(winner, trial):
+            return winner, False
+        winner = trial
+    return winner, True
+
+
+def _amount(method: Method, options: Options, option: str, what: str) -> float:
+    amount = _number(options.get(option))
+    if amount is None or amount <= 0:
+        raise UserError(f"method {method.name!r}: tune cannot {what} {option}, of which it has no value; give it one")
+    return amount
+
+
+def _number(value: Any) -> float | None:
+    """A number also where YAML reads a text, as of 3e-3."""
+    try:
+        return value if isinstance(value, int | float) else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _gains(before: Trial, after: Trial) -> bool:
+    """Whether held-out loss falls by more than the standard error of the paired difference."""
+    pairs = list(zip(before.heldout, after.heldout, strict=True))
+    rows = [row for row in before.heldout[0].rows if all(row in found.rows for pair in pairs for found in pair)]
+    clusters = [before.heldout[0].clusters.get(row, row) for row in rows]
+    if len(set(clusters)) < 2:
+        return before.loss - after.loss > MIN_GAIN
+    differences = [sum(a.rows[row][0] - b.rows[row][0] for a, b in pairs) / len(pairs) for row in rows]
+    weights = [before.heldout[0].rows[row][1] for row in rows]
+    gain, stderr = weighted_mean(differences, weights, clusters if before.heldout[0].clusters else None)
+    return gain > stderr
+
+
+def _finite(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None
+
+
+def how_chosen(method: Method, options: Options) -> str | None:
+    """``tuned`` or ``chosen`` where held-out rows choose more of a method than its checkpoint, None where they do not.
+
+    Args:
+        method: The method.
+        options: Its options of ``maskft train``, those of all methods included.
+    """
+    if method.tune is not None:
+        return "tuned"
+    chooses = {
+        "mask": bool(options.get("mask_sparsity_auto")),
+        "full": (_number(options.get("average_checkpoints")) or 1) > 1,
+        "random_mask": (_number(options.get("num_candidates")) or 1) > 1,
+        **dict.fromkeys(COMBINED_METHODS, True),
+    }
+    return "chosen" if chooses.get(method.method) else None
+
+
+def check_test_rows(recipe: Recipe) -> None:
+    """Refuse to tune or choose on rows that the study reports on."""
+    reported = {}
+    for evaluated in (recipe.evaluation, *recipe.before.values()):
+        reported |= data_sets(*_heldout_source(evaluated))
+    for method in recipe.methods.values():
+        data = recipe.train | recipe.data[method.data or next(iter(recipe.data))].options | method.options
+        verb = how_chosen(method, data)
+        if verb is None:
+            continue
+        name, split = _heldout_source(data)
+        chosen = data_sets(name, split)
+        same = next((chosen[key] for key in chosen if key in reported), None)
+        if same is not None:
+            raise UserError(
+                f"method {method.name!r} would be {verb} on rows of {same!r}, which evaluation reports on; hold out "
+                "rows of the training data (eval_split_size)"
+            )
+        if split == "test":
+            raise UserError(
+                f"method {method.name!r} would be {verb} on the split 'test' of {name!r}; "
+                "hold out rows of the training data (eval_split_size)"
+            )
+
+
+def _heldout_source(options: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Data set and split that held-out rows are from, in options of ``maskft train`` or ``evaluate``."""
+    name = options.get("eval_dataset_name")
+    split = options.get("dataset_eval_split") or ("test" if name and not Path(name).is_file() else None)
+    return name or options.get("dataset_name"), split or options.get("dataset_train_split") or "train"
+
+
+def data_sets(names: str | None, split: str = "train") -> dict[str, str]:
+    """Identity -> name of each data set of a mixture: a file is its content, one of the hub has splits."""
+    found: dict[str, str] = {}
+
+    def note(name: str) -> str:
+        found[digest_file(name) if Path(name).is_file() else f"{name} {split}"] = name
+        return name
+
+    if isinstance(names, str):
+        rename_sets(names, note)
+    return found
