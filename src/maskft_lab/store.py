@@ -1,0 +1,104 @@
+"""Finished pieces of a long computation, kept on disk by key: what was killed is resumed where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from maskft_base.errors import UserError
+from maskft_base.files import append_to, digest, read_text
+
+
+class Store:
+    """An append-only JSONL file: the settings in the first line, then one piece per line with a checksum.
+
+    Nothing is written before the first piece. A line that a kill cut short, or that was edited, counts as not there.
+
+    Args:
+        file: The file; made if it does not exist.
+        settings: What all pieces depend on, JSON-able.
+        overwrite: Throw away the pieces there are.
+        discard: Throw away pieces that were made with other settings, instead of raising.
+
+    Raises:
+        UserError: If the file is a link, or holds pieces made with other settings.
+    """
+
+    def __init__(self, file: Path, settings: Mapping, *, overwrite: bool = False, discard: bool = False):
+        self.file, self.values = file, {}
+        self._settings, self._out = _as_json(settings), None
+        if file.is_symlink():
+            raise UserError(f"{file} is a link and no file of ours; remove it, or name another output_dir")
+        if overwrite:
+            file.unlink(missing_ok=True)
+        lines = list(_lines(file))
+        if lines and lines[0] != self._settings:
+            if not discard:
+                raise UserError(_other_settings(file, lines[0], self._settings))
+            lines = []
+        self._is_new = not lines
+        if self._is_new:
+            file.unlink(missing_ok=True)  # a kill may have cut its first line short
+        for line in lines[1:]:
+            if isinstance(line, dict) and line.get("sha256") == _checksum(line.get("key"), line.get("value")):
+                self.values[line["key"]] = line["value"]
+
+    def get(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The value of ``key``, computed now unless it is known; floats survive unchanged, tuples become lists."""
+        if key not in self.values:
+            self.add(key, compute())
+        return self.values[key]
+
+    def add(self, key: str, value: Any) -> None:
+        """Keep one piece."""
+        self.values[key] = value = _as_json(value)
+        self._write({"key": key, "value": value, "sha256": _checksum(key, value)})
+
+    def remove(self) -> None:
+        """Delete the file: the result is written."""
+        if self._out:
+            self._out.close()
+        self.file.unlink(missing_ok=True)
+
+    def _write(self, line: Mapping) -> None:
+        if self._out is None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._out = self._opened()
+        self._out.write(_text(line))
+        self._out.flush()
+
+    def _opened(self) -> TextIO:
+        out = append_to(self.file)
+        out.write(_text(self._settings) if self._is_new else "\n")  # the latter ends a line that a kill cut short
+        return out
+
+
+def _lines(file: Path) -> Iterator[Any]:
+    for line in read_text(file).split("\n") if file.is_file() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:  # cut short by a kill, or empty
+            continue
+
+
+def _other_settings(file: Path, found: Any, wanted: Mapping) -> str:
+    found = found if isinstance(found, dict) else {}
+    differing = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+    return (
+        f"{file} holds finished pieces of a run with other settings ({', '.join(differing)}); name another output_dir, "
+        "or pass --overwrite to throw them away"
+    )
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _checksum(key: Any, value: Any) -> str:
+    return digest([key, value])[:16]
+
+
+def _text(content: Any) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
