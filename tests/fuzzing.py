@@ -52,7 +52,6 @@ from maskft_lab.results.compare import compare
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, read_result
 from maskft_lab.results.text import render
 from maskft_lab.study.recipe import load_recipe
-from maskft_lab.study.search_recipe import load_search
 
 # Values that readers stumble over, beside any others.
 ODD = [
@@ -170,7 +169,7 @@ class Target:
 
 
 class Recipes(Target):
-    """Recipes of studies, of searches and of training."""
+    """Recipes of studies and of training."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -186,15 +185,6 @@ class Recipes(Target):
             "grid": {"mask.mask_sparsity": [0.1, 0.2]},
         }
         study["model_facts"] = {"num_layers": 2, "num_parameters": 1000, "weights_per_layer": 100}
-        search = {key: value for key, value in study.items() if key not in ("methods", "evaluation", "grid")}
-        search["train"] = {key: value for key, value in study["train"].items() if not key.endswith("_steps")}
-        search["search"] = {
-            "layer_groups": [[1], [0, 1]],
-            "sparsities": [0.9, 0.02],
-            "budget_steps": 12,
-            "min_steps": 2,
-            "choose_size": 8,
-        }
         train = {
             "method": "mask",
             "model_name_or_path": "org/model",
@@ -210,7 +200,6 @@ class Recipes(Target):
         }
         self.kinds = [
             (study, lambda file: check(load_recipe(file))),
-            (search, load_search),
             (train, lambda file: parse(["--config", str(file)])),
         ]
 

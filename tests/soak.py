@@ -45,16 +45,14 @@ from tiny_tokenizer import tiny_tokenizer
 PR_SET_PDEATHSIG = 1
 MAX_KILLS = 3
 # Of the cycles of `train`, one in how many each of the others gets.
-SHARES = {"train": 1, "two processes": 40, "evaluate": 10, "study": 20, "search": 20, "demo": 100}
+SHARES = {"train": 1, "two processes": 40, "evaluate": 10, "study": 20, "demo": 100}
 IMPORTED = [
     *warm.IMPORTED,
     "maskft_lab.cli.study",
-    "maskft_lab.cli.search",
     "maskft_lab.cli.demo",
     "maskft_lab.study.study",
 ]
 IMPORTED += [
-    "maskft_lab.study.search",
     "maskft_lab.study.summary",
     "maskft_lab.report.page",
     "maskft_lab.estimate.out_of_memory",
@@ -175,11 +173,6 @@ def outcome_of_evaluation(folder: Path) -> dict:
     return {"result": without_times(json.loads((folder / files.RESULT).read_text()))}
 
 
-def outcome_of_search(folder: Path) -> dict:
-    record = without_times(json.loads((folder / files.SEARCH).read_text()))
-    return {"search": record, "winner": (folder / files.WINNER).read_text().replace(str(folder), "")}
-
-
 def outcome_of_study(name: str) -> Callable[[Path], dict]:
     return lambda folder: {key: without_times(value) for key, value in small_study.outcome(folder, name).items()}
 
@@ -211,13 +204,7 @@ def make_kinds(place: Path) -> dict[str, Kind]:
     }
     methods = {"full": {**small_study.FULL, "num_train_epochs": 1}, "mask": small_study.MASK}
     study = small_study.recipe(base, data, methods)
-    search = {key: value for key, value in study.items() if key not in ("methods", "evaluation")} | {
-        "search": {"layer_groups": [[1, 2]], "sparsities": [0.9, 0.02], "budget_steps": 8, "min_steps": 2}
-        | {"choose_size": 8, "prefix_cache": False}
-    }
-    search["train"] = {key: value for key, value in study["train"].items() if not key.endswith("_steps")}
-    for name, content in (("study", study), ("search", search)):
-        (place / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    (place / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     evaluation = {"model_name_or_path": base, "dataset_name": data, "max_new_tokens": 4, "batch_size": 4}
     demo = {"model": base, "limit": 16}
     return {
@@ -229,7 +216,6 @@ def make_kinds(place: Path) -> dict[str, Kind]:
             is_refused=lambda folder: (folder / files.RESULT).is_file(),
         ),
         "study": Kind(lambda out: ["study", place / "study.yaml", "--output_dir", out], outcome_of_study("small")),
-        "search": Kind(lambda out: ["search", place / "search.yaml", "--output_dir", out], outcome_of_search),
         "demo": Kind(lambda out: ["demo", *flags(**demo, output_dir=out)], outcome_of_study("demo")),
     }
 

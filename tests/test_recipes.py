@@ -28,8 +28,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-SEARCHES = [path for path in RECIPES if "search" in yaml.safe_load(path.read_text())]
-STUDIES = [path for path in RECIPES if "version" in yaml.safe_load(path.read_text()) and path not in SEARCHES]
+STUDIES = [path for path in RECIPES if "version" in yaml.safe_load(path.read_text())]
 
 
 def inputs_of(folder):
@@ -95,12 +94,12 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)
 def test_header(recipe):
     head = recipe.read_text().splitlines()
-    command = "study" if recipe in STUDIES else "search" if recipe in SEARCHES else "train --config"
+    command = "study" if recipe in STUDIES else "train --config"
     assert head[0].startswith("# What: ")
     assert any(line.startswith(f"# Launch: maskft {command} {recipe.relative_to(ROOT)}") for line in head)
 
 
-@pytest.mark.parametrize("recipe", [path for path in RECIPES if path not in STUDIES + SEARCHES], ids=name)
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if path not in STUDIES], ids=name)
 def test_run(recipe):
     run = parse(["--config", str(recipe)])
     if run.method.method in MASK_METHODS:
@@ -122,14 +121,6 @@ def test_study(file, tmp_path, capsys):
     # What waits for tuning has no hash yet.
     shown = [f"{run.id.rpartition('-')[0]}-?" if run.is_assumed else run.id for run in plan.runs]
     assert all(name in out for name in shown) and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("file", SEARCHES, ids=name)
-def test_search(file, tmp_path, capsys):
-    inputs_of("small").main(tmp_path)
-    words = ["search", str(file), "--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--dry_run"]
-    assert main(words) == 0
-    assert "rung 2: " in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=name)

@@ -54,9 +54,6 @@ LOG = "log.txt"
 LOCK = "study.lock"
 SUMMARY = "summary-{}.json"  # of the study of this name; several may share a folder
 STUDY_TABLE = "table-{}.md"
-# Of a search.
-SEARCH = "search.json"
-WINNER = "winner.yaml"
 
 
 # Bounds on what comes from elsewhere. Recipes have some kB; the history of a long training some MB; data and results

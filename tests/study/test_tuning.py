@@ -391,6 +391,28 @@ def test_a_halved_study_says_its_rungs_and_goes_on_where_it_stopped(halved, tmp_
     assert next(row for row in table if row.startswith("| full ") and row.count("|") > 8).split("|")[-2].strip() == "4"
 
 
+def test_a_search_for_layers_and_sparsity_is_a_halved_study(tmp_path, in_process, capsys):
+    """The recipe, on the small model that comes with the package, with fewer rows, settings and steps."""
+    root = Path(__file__).parents[2]
+    content = yaml.safe_load((root / "recipes/small/search_products.yaml").read_text())
+    mask = content["methods"]["mask"]
+    mask["max_steps"] = 4
+    mask["tune"]["mask_sparsity"] = [0.1, 0.9]
+    content["data"]["products"] |= {"eval_split_size": 16, "max_train_samples": 64}
+    content["evaluation"]["heldout"]["max_eval_samples"] = 16
+    file, demo = tmp_path / "search.yaml", root / "src/maskft_lab/recipes/demo"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    words = ["study", file, "--data_dir", demo, "--model", demo / "model", "--output_dir", tmp_path / "out"]
+    assert main([str(word) for word in words]) == 0
+    (summary,) = json.loads((tmp_path / "out" / files.SUMMARY.format(content["name"])).read_text())["models"].values()
+    (tuning,) = summary["tuning"]
+    rungs_of = [[trial for trial in tuning["trials"] if trial["rung"] == rung] for rung in (1, 2, 3)]
+    assert [(len(rung), rung[0]["settings"]["max_steps"]) for rung in rungs_of] == [(8, 1), (4, 2), (2, 4)]
+    assert tuning["winner"] == min(rungs_of[-1], key=lambda trial: trial["heldout_loss"])["settings"]
+    assert tuning["winner"]["mask_layers_to_transform"] in ([1, 2], [0, 1, 2, 3])
+    assert "mask_layers_to_transform=" in capsys.readouterr().out
+
+
 def test_rates_can_be_multiples_of_the_parents_tuned_one(content):
     restart = {"method": "full", "from": "full", "tune": {"learning_rate": {"times_parent": [0.5, 2]}}}
     content["methods"]["restart"] = restart

@@ -24,7 +24,6 @@ COMMANDS = {
     "evaluate": "measure held-out loss and accuracy, item by item",
     "compare": "compare results on the same items, with intervals",
     "study": "run all methods, controls and seeds of a recipe, and compare them",
-    "search": "choose a mask's layer group and sparsity by short probes on training data",
     "analyze": "compute what the figures of the paper show, from your own finished runs",
     "report": "write one page about a study, its figures, or the paper's tables with your results",
     "merge": "apply a mask to its base model and write an ordinary checkpoint",
@@ -39,7 +38,7 @@ COMMANDS = {
 _PATIENCE_S = 5
 RESUME = "--resume_from_checkpoint"
 # They keep what is finished, and find it when they are given again. Training finishes its step first (StopRequest).
-_RESUMED_BY_REPEATING = ("demo", "study", "search", "evaluate")
+_RESUMED_BY_REPEATING = ("demo", "study", "evaluate")
 
 
 def usage() -> str:

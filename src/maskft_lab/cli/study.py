@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -156,17 +157,18 @@ def _check_run(planned: StudyRun, num_processes: int) -> None:
 def _check_tuned_rows(plan: Plan, reported: list[dict]) -> None:
     """Refuse to tune or choose on rows of files whose prompts are among those that the study reports on."""
     from maskft.data import load_splits
+    from maskft.data.arguments import DataArguments
     from maskft.data.splits import prompt_digest
 
-    from ..study.search_recipe import OF_DATA
     from ..study.tuning import data_sets, how_chosen
 
     digests, seen = {prompt_digest(row) for row in reported}, set()
+    about_data = {field.name for field in fields(DataArguments)}
     for planned in plan.runs:
         verb = how_chosen(planned.method, planned.options)
         if verb is None:
             continue
-        of_data = repr(sorted((name, value) for name, value in planned.options.items() if name in OF_DATA))
+        of_data = repr(sorted((name, value) for name, value in planned.options.items() if name in about_data))
         if of_data in seen:
             continue
         seen.add(of_data)

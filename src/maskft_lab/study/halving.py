@@ -1,4 +1,4 @@
-"""Successive halving: many candidates for a short time, the better of them for longer; of searches and of tuning.
+"""Successive halving: many candidates for a short time, the better of them for longer.
 
 Jamieson and Talwalkar, https://arxiv.org/abs/1502.07943. Here every rung trains from scratch: the learning rate falls
 to zero at the end of each length, and a run that went on from there would have another schedule than one as long.
