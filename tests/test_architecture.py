@@ -8,7 +8,7 @@ SOURCE = ROOT / "maskft"
 # A layer may import from the layers before it; a room from the rooms before it, from its own files and from the roots.
 LAYERS = {
     "maskft_base": ("errors", "files", "runtime"),
-    "maskft": ("tuner", "adapter", "data", "training", "integrations"),
+    "maskft": ("tuner", "adapter", "data", "training"),
     "maskft_lab": (
         "results",
         "sandbox",

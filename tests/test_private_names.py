@@ -15,7 +15,7 @@ NOISE = ("_abc_", "_member", "_value", "_new_member", "_unhashable", "_generate_
 OURS = {"_acc", "_each", "_loss", "_output", "_proj", "_stderr", "_backward_cls"}
 DOCUMENTED = {"_replace", "_exit"}  # of named tuples, of os: public in spite of the underscore
 
-HOSTS = ("vllm_engine", ".axolotl", ".ms_swift", ".llama_factory", "triton_split")  # imported by what they are for
+HOSTS = ("triton_split",)  # imported by what they are for
 
 
 def is_private(name):

@@ -1,4 +1,4 @@
-"""Training by the hosts' own command lines, 4 steps on the CPU, where they are installed (docs/hosts.md says how)."""
+"""The plugins of examples/hosts: 4 steps by each host's own command, where it is installed (docs/hosts.md says how)."""
 
 import json
 import os
@@ -13,13 +13,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import maskft.integrations
 from maskft.adapter.verify import verify
 
 pytestmark = pytest.mark.slow
 MASK = {"sparsity": 0.3, "init_scores": "normal"}
 MOVING = {**MASK, "sparsity_ramp": 0.5}
-QUIET = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
+HOSTS = Path(__file__).parents[1] / "examples" / "hosts"
+QUIET = {
+    "PYTHONPATH": os.pathsep.join([str(HOSTS), os.environ.get("PYTHONPATH", "")]),
+    "HF_HUB_OFFLINE": "1",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+}
 
 
 def needs(module):
@@ -60,7 +64,7 @@ def is_same_adapter(one, other):
 def test_axolotl_trains_and_resumes(base, rows, tmp_path):
     settings = {
         "base_model": str(base),
-        "plugins": ["maskft.integrations.axolotl.MaskPlugin"],
+        "plugins": ["maskft_axolotl.MaskPlugin"],
         "adapter": "mask",
         "mask": MOVING,
         "peft_layers_to_transform": [1, 2],
@@ -89,12 +93,12 @@ def test_axolotl_trains_and_resumes(base, rows, tmp_path):
     assert status == 0, output
     assert is_same_adapter(tmp_path / "whole", tmp_path / "resumed")
     status, output = train("quantised", load_in_4bit=True)
-    assert status != 0 and "load_in_4bit: true did not quantise the base" in output
+    assert status != 0 and "did not quantise the base" in output
 
 
 @needs("swift")
 def test_ms_swift_trains_and_resumes(base, rows, tmp_path):
-    plugin = Path(maskft.integrations.__path__[0]) / "ms_swift.py"
+    plugin = HOSTS / "maskft_ms_swift.py"
     options = f"--tuner_type mask --external_plugins {plugin} --model {base} --model_type llama --template chatml"
     options += f" --dataset {rows} --split_dataset_ratio 0 --torch_dtype float32 --max_length 256 --max_steps 4"
     options += " --save_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 --learning_rate 1e-2"
@@ -114,14 +118,12 @@ def test_ms_swift_trains_and_resumes(base, rows, tmp_path):
     assert status == 0, output
     assert is_same_adapter(last, tmp_path / "resumed" / "checkpoint-4")
     status, output = train("alone")
-    assert status != 0 and "add --callbacks mask" in output
-    status, output = train("alone", *resume)
     assert status != 0 and "this mask depends on how far training is" in output
 
 
 @needs("llamafactory")
 def test_llama_factory_trains_and_resumes(base, rows, tmp_path):
-    start = "import maskft.integrations.llama_factory; from llamafactory.v1.launcher import launch; launch()"
+    start = "import maskft_llama_factory; from llamafactory.v1.launcher import launch; launch()"
     data = tmp_path / "data.yaml"
     data.write_text(yaml.safe_dump({"sums": {"path": str(rows), "source": "local", "converter": "alpaca"}}))
     settings = {
@@ -153,4 +155,4 @@ def test_llama_factory_trains_and_resumes(base, rows, tmp_path):
     assert status == 0, output
     assert is_same_adapter(tmp_path / "whole", tmp_path / "resumed")
     status, output = train("moving", MOVING)
-    assert status != 0 and "sparsity_ramp: 0.5: such a mask has to know how far training is" in output
+    assert status != 0 and "this mask depends on how far training is" in output

@@ -1,0 +1,71 @@
+"""Masks in axolotl: a plugin for its YAML, run with axolotl 0.21.0.
+
+plugins: [maskft_axolotl.MaskPlugin]      # with this folder on PYTHONPATH
+adapter: mask
+mask: {sparsity: 0.3}                     # fields of maskft.MaskConfig
+"""
+
+from typing import Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from peft import PeftModel, get_peft_model
+from pydantic import BaseModel
+from transformers import TrainerCallback
+
+from maskft import MaskConfig, UserError, set_mask_progress
+
+
+class MaskArgs(BaseModel):
+    """What the plugin adds to axolotl's configuration."""
+
+    mask: dict[str, Any] | None = None
+
+
+class Progress(TrainerCallback):
+    """Tells masks with a ramp, a schedule or noise how far training is."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Also where a run is resumed."""
+        set_mask_progress(model, state.global_step / state.max_steps)
+
+    on_step_end = on_train_begin  # before a checkpoint is written
+
+
+class MaskPlugin(BasePlugin):
+    """Gives axolotl the adapter ``mask``."""
+
+    def get_input_args(self):
+        """Where axolotl finds what the plugin adds to its configuration."""
+        return f"{MaskArgs.__module__}.MaskArgs"
+
+    def get_adapter_capabilities(self):
+        """It is not built like LoRA, and ReLoRA's restarts would not merge it."""
+        return [AdapterCapabilities(name="mask", lora_like=False, relora=False)]
+
+    def load_adapter(self, model, cfg, inference=False, config_only=False):
+        """A mask over ``model``, from ``lora_model_dir`` if that is given; None for other adapters."""
+        if cfg.adapter != "mask":
+            return None
+        # axolotl 0.21 quantises for its own adapters only, and says nothing.
+        if (cfg.load_in_4bit or cfg.load_in_8bit) and not getattr(model, "is_quantized", False):
+            raise UserError(
+                "load_in_4bit or load_in_8bit did not quantise the base; replace it by "
+                "overrides_of_model_kwargs: {quantization_config: {load_in_4bit: true}}"
+            )
+        given = {
+            "target_modules": cfg.lora_target_modules,
+            "modules_to_save": cfg.lora_modules_to_save,
+            "layers_to_transform": cfg.peft_layers_to_transform,
+            "save_scores": True,  # to resume
+            **(cfg.mask or {}),
+        }
+        config = MaskConfig(task_type="CAUSAL_LM", **{name: value for name, value in given.items() if value})
+        if config_only:
+            return None, config
+        if cfg.lora_model_dir:
+            return PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference), config
+        return get_peft_model(model, config), config
+
+    def add_callbacks_pre_trainer(self, cfg, model):
+        """The callback of masks."""
+        return [Progress()] if cfg.adapter == "mask" else []

@@ -1,0 +1,45 @@
+"""Masks in ms-swift: a tuner and a callback, run with ms-swift 4.6.0. Settings of maskft.MaskConfig are JSON in MASKFT.
+
+MASKFT='{"sparsity": 0.3}' swift sft --tuner_type mask --callbacks mask \
+    --external_plugins examples/hosts/maskft_ms_swift.py ...
+"""
+
+import json
+import os
+
+from peft import get_peft_model
+from swift.callbacks import callbacks_map
+from swift.tuner_plugin import PeftTuner, tuners_map
+from transformers import TrainerCallback
+
+from maskft import MaskConfig, set_mask_progress
+
+
+class MaskTuner(PeftTuner):
+    """A mask as one of ms-swift's tuners; it saves and loads as PEFT does."""
+
+    @staticmethod
+    def prepare_model(args, model):
+        """A mask over ``model``."""
+        given = {
+            "target_modules": [name for name in args.target_modules or [] if name != "all-linear"],
+            "modules_to_save": args.modules_to_save,
+            "save_scores": True,  # to resume
+            **json.loads(os.environ.get("MASKFT") or "{}"),
+        }
+        config = MaskConfig(task_type="CAUSAL_LM", **{name: value for name, value in given.items() if value})
+        return get_peft_model(model, config)
+
+
+class Progress(TrainerCallback):
+    """Tells masks with a ramp, a schedule or noise how far training is; without it their first step is an error."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Also where a run is resumed."""
+        set_mask_progress(model, state.global_step / state.max_steps)
+
+    on_step_end = on_train_begin  # before a checkpoint is written
+
+
+tuners_map["mask"] = MaskTuner
+callbacks_map["mask"] = lambda args, trainer: Progress()

@@ -1,0 +1,81 @@
+"""Masks where others load them: PEFT's own comparison of methods, and lm-eval by the line of docs/hosts.md."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from maskft import MaskConfig
+
+REPOSITORY = Path(__file__).parents[1]
+EXPERIMENTS = REPOSITORY / "recipes" / "peft_metamathqa" / "experiments"
+
+
+def test_the_experiment_has_the_form_that_peft_s_comparison_takes():
+    """Its runner reads adapter_config.json by PeftConfig, and training_params.json over its defaults."""
+    # Fields of TrainConfig in its utils.py.
+    known = set(
+        "model_id dtype max_seq_length batch_size batch_size_eval max_steps eval_steps compile use_gc query_template "
+        "seed grad_norm_clip optimizer_type optimizer_kwargs lr_scheduler use_amp autocast_adapter_dtype "
+        "generation_kwargs attn_implementation init_kv_cache_prefix".split()
+    )
+    folders = [file.parent for file in EXPERIMENTS.rglob("adapter_config.json")]
+    assert folders and all(folder.parts[-3:-1] == ("experiments", "mask") for folder in folders)
+    for folder in folders:
+        config = PeftConfig.from_pretrained(str(folder))
+        assert isinstance(config, MaskConfig) and config.sparsity == 0.3
+        assert set(json.loads((folder / "training_params.json").read_text())) <= known
+
+
+@pytest.mark.slow
+def test_lm_eval_reads_an_adapter_by_the_documented_line(base, tmp_path):
+    """The line of docs/hosts.md, with names of this test in it, gives what the merged model gives."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    masked = get_peft_model(AutoModelForCausalLM.from_pretrained(base), MaskConfig(sparsity=0.3)).eval()
+    masked.save_pretrained(tmp_path / "mask")
+    rows = [{"question": f"{n}+1=", "answer": str(n + 1)} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "sums.yaml").write_text(json.dumps(task))  # which YAML contains
+    text = (REPOSITORY / "docs" / "hosts.md").read_text()
+    line = text.split("\n## lm-eval\n")[1].split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    names = {"your-name/your-model": str(base), "runs/mask": str(tmp_path / "mask"), "gsm8k": "sums"}
+    for name, ours in names.items():
+        assert name in line
+        line = line.replace(name, ours)
+    command = [sys.executable, *shlex.split(line)[1:], "--include_path", str(tmp_path), "--device", "cpu"]
+    command += ["--output_path", str(tmp_path / "out"), "--log_samples"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [samples] = (tmp_path / "out").rglob("samples_sums_*.jsonl")
+    found = [json.loads(row)["filtered_resps"][0] for row in samples.read_text().splitlines()]
+
+    requests = [Instance("loglikelihood", {}, (row["question"], row["answer"]), n) for n, row in enumerate(rows)]
+    tokenizer = HFLM(pretrained=str(base), device="cpu").tokenizer
+    plain, merged = AutoModelForCausalLM.from_pretrained(base), masked.merge_and_unload()
+    logits = [
+        HFLM(pretrained=model, tokenizer=tokenizer).loglikelihood(requests, disable_tqdm=True)
+        for model in (merged, plain)
+    ]
+    expected, unmasked = ([value for value, _ in each] for each in logits)
+    assert [float(value) for value, _ in found] == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx(unmasked, rel=1e-5)
