@@ -13,7 +13,6 @@ from trl import SFTConfig, SFTTrainer
 
 from maskft import MaskConfig
 from maskft.adapter.merge import merge
-from maskft.adapter.swap import swap_mask
 from maskft.adapter.verify import verify
 from maskft.masking import topk_mask
 from maskft.tuner.model import adapter_layers, current_masks
@@ -126,7 +125,6 @@ def test_the_file_says_it_and_goes_onto_either_base(held, folder, tmp_path):
         again = PeftModel.from_pretrained(load(folder, held), tmp_path / "mask")
     model.eval()
     assert torch.equal(again(input_ids=token_ids()).logits, model(input_ids=token_ids()).logits)
-    swap_mask(again, tmp_path / "mask")
     other = "int8" if held != "int8" else "nf4"
     for base in (plain_llama(), load(folder, other)):
         with pytest.warns(UserWarning, match=f"learned on weights held as {held}, the model's are held as"):

@@ -27,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("adapters", nargs="+", metavar="DIR", help="adapter folders over one base, two or more")
     compare.add_argument("--format", choices=("terminal", "markdown", "latex", "json"), default="terminal")
     compare.add_argument("--confidence", type=float, default=0.95, metavar="P", help="of chance's interval, in (0, 1)")
-    text = "write a mask as a patch (names and places) that a server applies and undoes"
+    text = "write the places that a mask sets to zero, by the names of the weights"
     export = commands.add_parser("export", help=text, description=f"{text}.", allow_abbrev=False)
     export.add_argument("adapters", nargs=1, metavar="DIR", help="adapter folder")
-    export.add_argument("--output", required=True, metavar="FILE", help="the patch, a .safetensors file")
+    export.add_argument("--output", required=True, metavar="FILE", help="a new .safetensors file")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,11 +48,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from maskft.adapter.patch import patch_of_adapter, write_patch
+    from maskft.adapter.export import export
 
-    patch = patch_of_adapter(args.adapters[0])
-    write_patch(patch, args.output)
-    print(f"{args.output}: {patch.num_removed:,} places in {len(patch.indices)} weights")
+    num_removed, num_weights = export(args.adapters[0], args.output)
+    print(f"{args.output}: {num_removed:,} places in {num_weights} weights")
 
 
 def _compare(args: argparse.Namespace) -> None:
