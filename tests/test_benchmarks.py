@@ -26,7 +26,7 @@ def run(tmp_path, *names, expected=None):
 
 
 def test_ratios_of_both_sides_are_written(tmp_path):
-    rows, printed = run(tmp_path, "refresh", "file", "step", "published", "prefix", "swap", "saving")
+    rows, printed = run(tmp_path, "refresh", "file", "step", "published", "prefix", "saving")
     for row in rows:
         assert row["value"] > 0 and row["what"] in printed
         if "ratio_of_each_round" in row:

@@ -777,3 +777,15 @@ def test_scores_that_are_nan_are_not_saved(tmp_path):
     with pytest.raises(UserError, match="NaN"):
         model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / ADAPTER_WEIGHTS).exists()
+
+
+def test_masks_side_by_side_change_by_name(tmp_path):
+    models = [get_peft_model(tiny_llama(), MaskConfig(mask_seed=seed, sparsity=0.2)).eval() for seed in range(2)]
+    for seed, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(seed))
+    both = PeftModel.from_pretrained(tiny_llama(), tmp_path / "0", adapter_name="0").eval()
+    both.load_adapter(tmp_path / "1", "1")
+    with torch.no_grad():
+        for name in "101":
+            both.set_adapter(name)
+            assert torch.equal(both(token_ids()).logits, models[int(name)](token_ids()).logits)

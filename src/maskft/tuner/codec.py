@@ -65,17 +65,6 @@ def mask_sha256(mask: Tensor) -> str:
     return _digest(mask.shape, int(removed.sum()), np.packbits(removed)).hex()
 
 
-def pack_mask(mask: Tensor) -> Tensor:
-    """A mask in a bit per weight, uint8, for one that is known and not used yet; in memory only, it has no checksum."""
-    return torch.from_numpy(np.packbits(_removed(mask)))
-
-
-def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """What :func:`pack_mask` packed, of this shape; bool, True = keep."""
-    removed = np.unpackbits(packed.numpy(), count=math.prod(shape)).view(np.bool_)
-    return torch.from_numpy(~removed).view(*shape)
-
-
 def _removed(mask: Tensor) -> np.ndarray:
     return ~mask.detach().cpu().contiguous().view(-1).numpy()
 

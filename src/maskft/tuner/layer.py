@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from maskft_base.errors import UserError
 
-from .codec import decode_mask, unpack_mask
+from .codec import decode_mask
 from .config import MaskConfig
 from .effective import EffectiveWeight, score_gradient_of
 from .learners import blend_
@@ -31,7 +31,6 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     Attributes:
         mask_scores: Adapter name -> trainable float32 scores, shape of the weight; none of an adapter for inference.
         mask_coded: Adapter name -> the mask as it was loaded.
-        mask_decoded: Adapter name -> such a mask, and what it decodes to, where that was needed to check it; used once.
         mask_pools: Adapter name -> layers ranked together: this one, or all of the adapter's for scope="global".
         removed_values: Adapter name -> what removed weights become, shape of the weight; none: zero.
         effective: The masked weight.
@@ -41,7 +40,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
 
     quantisation: str | None = None
     adapter_layer_names = ("mask_scores",)
-    other_param_names = ("mask_coded", "mask_decoded", "mask_configs", "mask_pools", "removed_values")
+    other_param_names = ("mask_coded", "mask_configs", "mask_pools", "removed_values")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, pool: list[MaskedLinear], module_name: str
@@ -52,7 +51,6 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.is_transposed = isinstance(base_layer, Conv1D)
         self.mask_scores = Float32ParameterDict({})
         self.mask_coded: dict[str, Tensor] = {}
-        self.mask_decoded: dict[str, tuple[Tensor, Tensor]] = {}
         self.mask_configs: dict[str, MaskConfig] = {}
         self.mask_pools: dict[str, list[MaskedLinear]] = {}
         self.removed_values: dict[str, Tensor] = {}
@@ -109,11 +107,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             scores = [check_scores(layer.mask_scores[adapter_name], layer.module_name, config) for layer in pool]
             return masks_from_scores(config, scores)[pool.index(self)]
         if adapter_name in self.mask_coded:
-            coded = self.mask_coded[adapter_name]
-            decoded = self.mask_decoded.pop(adapter_name, None)
-            if decoded is not None and decoded[0] is coded:
-                return unpack_mask(decoded[1], self.weight.shape).to(self.stored_weight.device)
-            return decode_mask(coded, self.module_name).to(self.stored_weight.device)
+            return decode_mask(self.mask_coded[adapter_name], self.module_name).to(self.stored_weight.device)
         raise UserError(
             f"adapter {adapter_name!r} has no mask in {self.module_name}: load it with PeftModel.from_pretrained or "
             "PeftModel.load_adapter (transformers' own model.load_adapter and add_adapter cannot read masks)"
