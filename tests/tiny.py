@@ -85,5 +85,5 @@ def save_masks(masks, folder, **config):
     folder.mkdir(parents=True, exist_ok=True)
     MaskSet(masks).save(folder / files.ADAPTER_WEIGHTS)
     sha256 = mask_fingerprint({name: encode_mask(mask) for name, mask in masks.items()})
-    config = {"peft_type": "MASK", "format_version": 1, "mask_sha256": sha256, **config}
+    config = {"peft_type": "MASK", "format_version": 2, "mask_sha256": sha256, **config}
     (folder / files.ADAPTER_CONFIG).write_text(json.dumps(config))

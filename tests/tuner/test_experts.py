@@ -9,8 +9,8 @@ import transformers
 from peft import PeftModel, get_peft_model
 
 from maskft import MaskConfig, UserError, adapter_layers, current_masks
-from maskft.adapter.mask_set import MaskSet
 from maskft.adapter.export import removed_places
+from maskft.adapter.mask_set import MaskSet
 from maskft.adapter.verify import verify
 from maskft.masking import num_removed
 from maskft.tuner.experts import place_of

@@ -780,12 +780,12 @@ def test_scores_that_are_nan_are_not_saved(tmp_path):
 
 
 def test_masks_side_by_side_change_by_name(tmp_path):
-    models = [get_peft_model(tiny_llama(), MaskConfig(mask_seed=seed, sparsity=0.2)).eval() for seed in range(2)]
+    models = [get_peft_model(tiny.tiny_llama(), MaskConfig(mask_seed=seed, sparsity=0.2)).eval() for seed in range(2)]
     for seed, model in enumerate(models):
         model.save_pretrained(tmp_path / str(seed))
-    both = PeftModel.from_pretrained(tiny_llama(), tmp_path / "0", adapter_name="0").eval()
+    both = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "0", adapter_name="0").eval()
     both.load_adapter(tmp_path / "1", "1")
     with torch.no_grad():
         for name in "101":
             both.set_adapter(name)
-            assert torch.equal(both(token_ids()).logits, models[int(name)](token_ids()).logits)
+            assert torch.equal(both(tiny.token_ids()).logits, models[int(name)](tiny.token_ids()).logits)

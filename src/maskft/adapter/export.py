@@ -1,4 +1,4 @@
-"""A mask as the places in a checkpoint's weights that become zero: nothing but torch and safetensors is needed to use it.
+"""A mask as the places in a checkpoint's weights that become zero, for programs that have no maskft.
 
 ``NAME.indices`` holds the flat places (row by row in the weight NAME of the checkpoint, ascending) as int32, or int64
 where int32 is too small; the metadata hold the shapes and the adapter that it was exported from.

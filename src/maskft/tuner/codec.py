@@ -5,23 +5,23 @@ mask) followed by the payload. The mask is packed, eight weights a byte, and the
 
 - the bytes by an asymmetric numeral system (``constriction``) whose model is the header's count: every weight is
   removed with the probability num_removed / numel, so that nothing is stored beside the words;
-- the bytes compressed by zstd, for masks with structure (whole rows, whole columns);
+- the bytes compressed by zlib, for masks with structure (whole rows, whole columns);
 - the bytes as they are, where no coding saves 1 %.
 
-Format version 1, of maskft 0.x, coded gaps between removed positions with zstd; it is read and no longer written.
+A mask that removes nothing, or everything, is its header alone.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import constriction
 import numpy as np
 import torch
-import zstandard
 from torch import Tensor
 
 from maskft_base import files
@@ -33,18 +33,15 @@ _MAGIC = b"MFTM"
 # magic, format version, coding, two sizes, number removed, sha256 of 1, sizes, count and packed bits
 _HEADER = struct.Struct("<4sHBxIIQ32s8x")
 HEADER_BYTES = _HEADER.size
-# The checksum of a mask is the same in every format: it names the mask, and adapters are compared by it.
+# A part of the checksum: it names the mask whatever the format, and adapters are compared by it.
 _DIGEST_VERSION = 1
-_GAPS, _BITMAP, _WIDE_GAPS, _ANS, _ZSTD = range(5)
-# A mask is written with the lowest version that reads it.
-_VERSION_OF = {_GAPS: 1, _BITMAP: 1, _WIDE_GAPS: 1, _ANS: 2, _ZSTD: 2}
-# Version 1. The highest gap, say 255, means "255 kept weights and no removed one"; a smaller one ends at a removed one.
-_ESCAPES = {_GAPS: 255, _WIDE_GAPS: 65535}
+_BITMAP, _ANS, _ZLIB = 1, 3, 5
 # A bitmap is read six times as fast, and is written unless this share of it is saved.
 _WORTH_CODING = 0.01
 _CHUNK = 2**20  # bytes decoded at a time, which keeps the coder's 32-bit symbols small
-# What a few bytes may claim where there is no layer to compare with; the output head of Llama 3.1 405B has 2.1e9.
-_MAX_NUMEL = 2**31
+# What a few bytes may claim where there is no layer to compare with: a matrix of 67 million weights, and more with so
+# many weights to a byte. One weight removed in 30,000 takes more.
+_FREE_NUMEL, _NUMEL_PER_BYTE, _MAX_NUMEL = 2**26, 2**14, 2**31
 
 
 def encode_mask(mask: Tensor) -> Tensor:
@@ -55,7 +52,7 @@ def encode_mask(mask: Tensor) -> Tensor:
     packed, count = np.packbits(removed), int(removed.sum())
     payload, coding = _smallest(packed, removed.size, count)
     digest = _digest(mask.shape, count, packed)
-    header = _HEADER.pack(_MAGIC, _VERSION_OF[coding], coding, *mask.shape, count, digest)
+    header = _HEADER.pack(_MAGIC, FORMAT_VERSION, coding, *mask.shape, count, digest)
     return torch.frombuffer(bytearray(header + payload), dtype=torch.uint8)
 
 
@@ -88,8 +85,8 @@ def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | Non
     Args:
         coded: What was written.
         name: Of the layer, for errors.
-        expected: Shape of the layer's weight. A few bytes can claim any shape, and it is compared before memory is
-            taken for it.
+        expected: Shape of the layer's weight, compared before memory is taken for it; None: there is no layer, and a
+            few bytes cannot claim any shape.
 
     Raises:
         UserError: If the bytes are not a mask, are of a newer format, of another shape, or do not match their checksum.
@@ -101,14 +98,15 @@ def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | Non
         raise UserError(
             f"the mask of {name} has shape {shape}, the model's weight {tuple(expected)}; wrong base model?"
         )
+    if expected is None and numel > _FREE_NUMEL + _NUMEL_PER_BYTE * len(payload):
+        raise UserError(
+            f"{name} claims {shape[0]} x {shape[1]} weights in {len(data)} bytes; read it with its base model (--base)"
+        )
     try:
-        if coding in _ESCAPES:
-            removed = _read_gaps(payload, coding, numel, removed_count)
-        else:
-            packed = _read_packed(payload, coding, numel, removed_count)
-            removed = np.unpackbits(packed, count=numel).view(np.bool_)
+        packed = _read_packed(payload, coding, numel, removed_count)
+        removed = np.unpackbits(packed, count=numel).view(np.bool_)
         intact = int(removed.sum()) == removed_count and _digest(shape, removed_count, np.packbits(removed)) == digest
-    except (zstandard.ZstdError, ValueError, IndexError, MemoryError):
+    except (zlib.error, ValueError, IndexError, MemoryError):
         intact = False
     if not intact:
         raise UserError(f"{name} is corrupted: its bytes do not match its sha256; fetch or save the adapter again")
@@ -142,9 +140,10 @@ def _read_header(data: bytes, name: str) -> tuple[tuple[int, int], int, bytes, i
             f"{name} has mask format {version}, this maskft reads up to {FORMAT_VERSION}; "
             "upgrade: pip install -U maskft"
         )
-    if _VERSION_OF.get(coding) != version:
+    if version != FORMAT_VERSION or coding not in (_BITMAP, _ANS, _ZLIB):
         raise UserError(
-            f"{name} is corrupted: mask format {version} has no coding {coding}; fetch or save the adapter again"
+            f"{name} is corrupted: there is no mask format {version} with coding {coding}; fetch or save the adapter "
+            "again"
         )
     return (rows, columns), removed_count, digest, coding
 
@@ -159,11 +158,10 @@ def _digest(shape: Sequence[int], removed_count: int, packed: np.ndarray) -> byt
 
 def _smallest(packed: np.ndarray, numel: int, removed_count: int) -> tuple[bytes, int]:
     """The shortest payload, and its coding."""
+    if removed_count in (0, numel):
+        return b"", _ANS
     plain = packed.tobytes()
-    found = [
-        (_write_ans(packed, numel, removed_count), _ANS),
-        (zstandard.ZstdCompressor(level=1).compress(plain), _ZSTD),
-    ]
+    found = [(_write_ans(packed, numel, removed_count), _ANS), (zlib.compress(plain, level=1), _ZLIB)]
     shortest = min(found, key=lambda each: len(each[0]))
     return shortest if len(shortest[0]) <= (1 - _WORTH_CODING) * len(plain) else (plain, _BITMAP)
 
@@ -194,6 +192,8 @@ def _write_ans(packed: np.ndarray, numel: int, removed_count: int) -> bytes:
 
 def _read_ans(payload: bytes, numel: int, removed_count: int) -> np.ndarray:
     num_bytes = (numel + 7) // 8
+    if removed_count in (0, numel):
+        return np.packbits(np.full(numel, removed_count > 0))
     if not _fewest_bits(numel, removed_count) - 64 <= 8 * len(payload) <= 8 * num_bytes + 64:
         raise ValueError("fewer or more bits than so many removed weights can take")
     words = np.frombuffer(payload + bytes(-len(payload) % 4), dtype="<u4").astype(np.uint32)
@@ -217,31 +217,8 @@ def _fewest_bits(numel: int, removed_count: int) -> float:
 def _read_packed(payload: bytes, coding: int, numel: int, removed_count: int) -> np.ndarray:
     if coding == _ANS:
         return _read_ans(payload, numel, removed_count)
-    if coding == _ZSTD:
-        payload = _decompress(payload, (numel + 7) // 8)
+    if coding == _ZLIB:
+        payload = zlib.decompressobj().decompress(payload, (numel + 7) // 8 + 1)
     if len(payload) != (numel + 7) // 8:
         raise ValueError("another number of bits than weights")
     return np.frombuffer(payload, dtype=np.uint8)
-
-
-def _read_gaps(payload: bytes, coding: int, numel: int, removed_count: int) -> np.ndarray:
-    """Which weights are removed, from the number of kept ones before each (format version 1)."""
-    # No valid payload is longer than one gap per removed weight plus one per 255 (65,535) kept ones.
-    limit = (1 + (coding == _WIDE_GAPS)) * (removed_count + numel // _ESCAPES[coding] + 1)
-    gaps: np.ndarray = np.frombuffer(_decompress(payload, limit), dtype=np.uint8)
-    if coding == _WIDE_GAPS:  # first all lower bytes, then all upper ones
-        gaps = gaps.reshape(2, -1).T.copy().view("<u2").reshape(-1)
-    removed, end = np.zeros(numel, dtype=np.bool_), -1
-    for start in range(0, len(gaps), _CHUNK):  # whole, the positions would take 24 bytes for each removed weight
-        chunk = gaps[start : start + _CHUNK]
-        is_removed = chunk != _ESCAPES[coding]
-        ends = end + np.cumsum(chunk + is_removed.astype(np.int64))
-        removed[ends[is_removed]] = True
-        end = int(ends[-1])
-    return removed
-
-
-def _decompress(payload: bytes, limit: int) -> bytes:
-    if zstandard.frame_content_size(payload) > limit:  # which decompress() would take for its bound
-        raise ValueError("more bytes than weights")
-    return zstandard.ZstdDecompressor().decompress(payload, max_output_size=limit)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from maskft_base.errors import UserError
 
-from .codec import decode_mask
+from .codec import decode_mask, mask_info
 from .config import MaskConfig
 from .effective import EffectiveWeight, score_gradient_of
 from .learners import blend_
@@ -107,7 +107,9 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             scores = [check_scores(layer.mask_scores[adapter_name], layer.module_name, config) for layer in pool]
             return masks_from_scores(config, scores)[pool.index(self)]
         if adapter_name in self.mask_coded:
-            return decode_mask(self.mask_coded[adapter_name], self.module_name).to(self.stored_weight.device)
+            coded = self.mask_coded[adapter_name]
+            shape = mask_info(coded, self.module_name)["shape"]  # compared with the weight's when it was loaded
+            return decode_mask(coded, self.module_name, shape).to(self.stored_weight.device)
         raise UserError(
             f"adapter {adapter_name!r} has no mask in {self.module_name}: load it with PeftModel.from_pretrained or "
             "PeftModel.load_adapter (transformers' own model.load_adapter and add_adapter cannot read masks)"
