@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,13 +13,15 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from peft.config import PeftConfig
 from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from maskft_base.errors import UserError, did_you_mean
 from maskft_base.files import ADAPTER_WEIGHTS
 
 from ..masking import RankBy, ScoreStart, check_sparsity
+from .adapter_file import ScoresOfSave, add_tensors, find_weights, weights_beside_masks
 from .card import write_plain_card
-from .codec import FORMAT_VERSION, is_of_mask, weights_sha256
+from .codec import FORMAT_VERSION, weights_sha256
 from .learners import FREE
 
 # "we set ... masking ratio [to] 10%" (Sec. 3.2); the start and the ranking by magnitude are the published code's.
@@ -55,6 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+_CHECKPOINT = re.compile(rf"(^|/){PREFIX_CHECKPOINT_DIR}-\d+(/|$)")  # the folders that transformers' Trainer writes
 DATA_STARTS = ("wanda", "first_order")  # known when training rows have been seen
 
 # Option -> the selections it is for.
@@ -77,7 +81,10 @@ class MaskPeftType(str, Enum):  # noqa: UP042 - PEFT's own PeftType is (str, Enu
     MASK = "MASK"
 
 
-NO_TOKEN_INDICES = "trainable_token_indices is not supported by masks; use modules_to_save=['embed_tokens']"
+NO_TOKEN_INDICES = (
+    "trainable_token_indices is not supported by masks: train new tokens with the weights, before the mask (or, where "
+    "input and output embeddings are not tied, with modules_to_save=['embed_tokens'])"
+)
 
 
 @dataclass
@@ -102,7 +109,10 @@ class MaskConfig(PeftConfig):
         default=None, metadata={"help": "Names (or a regular expression) of layers not to mask."}
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the decoder layers to mask, from 0. Default: all."}
+        default=None,
+        metadata={
+            "help": "Indices of the decoder layers to mask, from 0; not beside a regular expression. Default: all."
+        },
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of decoder layers, if it cannot be inferred, e.g. `h`."}
@@ -203,8 +213,8 @@ class MaskConfig(PeftConfig):
     save_scores: bool = field(
         default=False,
         metadata={
-            "help": "Also write the float32 scores into the adapter file (4 bytes per weight). Needed to resume "
-            "training from a checkpoint; not needed to use the mask."
+            "help": "Also write the float32 scores into the adapter file (4 bytes per weight): to train it further. "
+            "Folders named checkpoint-N hold them always; using the mask does not need them."
         },
     )
     verify_base: bool = field(
@@ -245,6 +255,8 @@ class MaskConfig(PeftConfig):
     # Name of the adapter that this one is a frozen copy of, such as the reference of preference training; "": of none.
     copy_of = ""
     asked_for = frozenset[str]()
+    # Left by the tuner for save_pretrained, which alone knows the folder.
+    scores_of_save = ScoresOfSave()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Keep the names of what was given: a default that was asked for contradicts a preset, another does not."""
@@ -281,6 +293,11 @@ class MaskConfig(PeftConfig):
                 "removed; set rank_by='signed', or a threshold above 0"
             )
         layers = self.layers_to_transform
+        if layers is not None and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            raise UserError(
+                f"layers_to_transform has no effect beside a regular expression in target_modules "
+                f"({self.target_modules!r}): name the layers in the expression, or give a list of names"
+            )
         if layers is not None and min([layers] if isinstance(layers, int) else [*layers, 0]) < 0:
             raise UserError(f"layers_to_transform is {layers}; layers are counted from 0")
         if self.mask_seed < 0:
@@ -314,14 +331,18 @@ class MaskConfig(PeftConfig):
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json``, with the checksums of what PEFT has written beside the masks."""
-        file = Path(save_directory) / ADAPTER_WEIGHTS
-        if file.is_file():
-            with safe_open(file, "pt") as tensors:
-                others = {name: tensors.get_tensor(name) for name in tensors.keys() if not is_of_mask(name)}
-            self.weights_sha256 = weights_sha256(others) or None
+        """Write ``adapter_config.json``, with the checksums of what PEFT has written beside the masks.
+
+        In a Trainer's checkpoint folder the scores join them, so that any trainer resumes where it was.
+        """
+        file = find_weights(save_directory)
+        scores, self.scores_of_save = self.scores_of_save, ScoresOfSave()
+        if file is not None:
+            if scores and _CHECKPOINT.search(Path(save_directory).as_posix()):
+                add_tensors(file, scores)
+            self.weights_sha256 = weights_sha256(weights_beside_masks(file)) or None
         super().save_pretrained(save_directory, **kwargs)
-        if file.is_file():
+        if file is not None and file.suffix != ".bin":
             write_plain_card(save_directory, self)  # over PEFT's, whose lines do not load a mask
 
     @property

@@ -77,7 +77,11 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         trained = {n: self.mask_scores[n] for n in names if n in self.mask_scores and self.mask_scores[n].requires_grad}
         if not trained or not torch.is_grad_enabled():
             return F.linear(x, weight.t() if self.is_transposed else weight, bias)
-        return cast(Tensor, _MaskedLinearFunction.apply(x, weight, bias, self, list(trained), *trained.values()))
+        # Of a matrix: a view made inside the function could not be changed in place, as ReLU(inplace=True) does.
+        y_TO = _MaskedLinearFunction.apply(
+            x.reshape(-1, x.shape[-1]), weight, bias, self, list(trained), *trained.values()
+        )
+        return cast(Tensor, y_TO).view(*x.shape[:-1], y_TO.shape[-1])
 
     def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Base weight with the active masks applied, removed entries exactly +0 (or base); not to be written to."""
@@ -200,19 +204,24 @@ class _MaskedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: MaskedLinear, names: list[str], *scores: Tensor
+        ctx: Any,
+        x_TI: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: MaskedLinear,
+        names: list[str],
+        *scores: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, *scores)
+        ctx.save_for_backward(x_TI, weight, *scores)
         ctx.layer, ctx.names = layer, names
-        return F.linear(x, weight.t() if layer.is_transposed else weight, bias)
+        return F.linear(x_TI, weight.t() if layer.is_transposed else weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *scores = ctx.saved_tensors
+    def backward(ctx: Any, grad_y_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, weight, *scores = ctx.saved_tensors
         layer, grad_x = ctx.layer, None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_y.matmul(weight.t() if layer.is_transposed else weight)
-        grad_y_TO, x_TI = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+            grad_x = grad_y_TO.matmul(weight.t() if layer.is_transposed else weight)
         left, right = (x_TI, grad_y_TO) if layer.is_transposed else (grad_y_TO, x_TI)
         grad_scores = [
             score_gradient_of(layer, name, left.t().mm(right).to(torch.float32), s)

@@ -19,10 +19,12 @@ from transformers.pytorch_utils import Conv1D
 from maskft_base.errors import UserError
 from maskft_base.files import digest, digest_tensors
 
+from .adapter_file import ScoresOfSave
 from .codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, mask_info, mask_sha256, weights_sha256
 from .config import DATA_STARTS, NO_TOKEN_INDICES, MaskConfig
 from .experts import MaskedExperts, is_fused, mask_experts
 from .layer import MaskedLinear
+from .learners import is_soft
 from .quantised import MaskedQuantisedLinear, described, quantisation
 from .removed_value import load_removed_values
 from .scores import Float32ParameterDict, check_scores, masks_from_scores, ranked_scores
@@ -134,8 +136,8 @@ class MaskModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: Any, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put a module in the place of another; experts that come back have no ``weight`` that PEFT would copy."""
-        if isinstance(child, MaskedExperts):
+        """Replace a module; PEFT's way needs a ``weight``, which experts and many classification heads do not have."""
+        if isinstance(child, MaskedExperts) or not hasattr(child, "weight"):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -163,11 +165,17 @@ class MaskModel(BaseTuner):
             number = sum(mask.numel() for mask in masks.values())
             raise UserError(f"the mask removes all {number:,} weights: {why}")
         out: dict[str, Tensor] = {}
+        config.scores_of_save = ScoresOfSave()
         for name, mask in masks.items():
             out[f"{name}.mask_coded.{adapter_name}"] = encode_mask(mask)
-            if config.save_scores and adapter_name in layers[name].mask_scores:
+            if adapter_name in layers[name].mask_scores:
+                _check_mask_is_used(layers[name], adapter_name, mask)
                 key = f"{name}.mask_scores.{adapter_name}"
-                out[key] = state_dict.get(key, layers[name].mask_scores[adapter_name])
+                scores = state_dict.get(key, layers[name].mask_scores[adapter_name])
+                if config.save_scores:
+                    out[key] = scores
+                else:
+                    config.scores_of_save[f"{name}.mask_scores"] = scores
         config.format_version = FORMAT_VERSION
         config.is_new = False
         config.mask_sha256 = mask_fingerprint({_module_name(n): out[f"{n}.mask_coded.{adapter_name}"] for n in masks})
@@ -362,6 +370,18 @@ def _current_masks(
     if scores:
         return dict(zip(scores, masks_from_scores(config, list(scores.values())), strict=True))
     return {name: layer.get_mask(adapter_name) for name, layer in layers.items()}
+
+
+def _check_mask_is_used(layer: MaskedLinear, adapter_name: str, mask: Tensor) -> None:
+    """Refuse to save a mask other than the one that the last forward pass used, where both are of the same step."""
+    config, used = layer.mask_configs[adapter_name], layer.effective.current(layer)
+    if used is None or layer.active_masks != [adapter_name] or config.removed_value != "zero" or is_soft(config, True):
+        return
+    if bool(used[~mask.to(used.device)].any()):
+        raise UserError(
+            f"the scores of {layer.module_name} were changed through `.data`, which the model does not see; "
+            "change them by an optimizer, or in `with torch.no_grad(): scores.sub_(...)`"
+        )
 
 
 def _restore_scores(layer: MaskedLinear, adapter_name: str, mask: Tensor, saved: Tensor | None) -> None:

@@ -1,0 +1,134 @@
+"""What PEFT's and transformers' own tests found: checkpoints of plain trainers, heads, views, regular expressions."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from transformers import RobertaConfig, RobertaForSequenceClassification, Trainer, TrainingArguments
+
+from maskft import MaskConfig, UserError, adapter_layers, current_masks
+from tiny import tiny_llama, token_ids
+
+CAUSAL = {"task_type": "CAUSAL_LM"}
+
+
+def head_model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return RobertaForSequenceClassification(RobertaConfig(vocab_size=50, num_labels=3, **sizes))
+
+
+def scores_of(model):
+    return {name: layer.mask_scores["default"].detach().clone() for name, layer in adapter_layers(model).items()}
+
+
+def keys_of(folder):
+    with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
+        return list(tensors.keys())
+
+
+@pytest.mark.parametrize("options", [{}, {"init_scores": "magnitude"}, {"scope": "global"}])
+def test_a_plain_trainer_resumes_exactly(tmp_path, options):
+    ids = token_ids().tolist()
+    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids * 4])
+
+    def train(folder, resume, **settings):
+        model = get_peft_model(tiny_llama(num_layers=2), MaskConfig(**CAUSAL, **options))
+        args = TrainingArguments(
+            str(folder),
+            max_steps=4,
+            save_steps=2,
+            learning_rate=1e-2,
+            per_device_train_batch_size=2,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            **settings,
+        )
+        trainer = Trainer(model, args, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model(str(folder / "final"))
+        return model
+
+    straight = train(tmp_path / "straight", None)
+    resumed = train(tmp_path / "resumed", str(tmp_path / "straight" / "checkpoint-2"))
+    for name, scores in scores_of(straight).items():
+        assert torch.equal(scores, scores_of(resumed)[name]), name
+    assert any(key.endswith("mask_scores") for key in keys_of(tmp_path / "straight" / "checkpoint-4"))
+    assert not any(key.endswith("mask_scores") for key in keys_of(tmp_path / "straight" / "final"))
+
+
+def test_layers_beside_a_regular_expression_are_refused():
+    with pytest.raises(UserError, match="layers_to_transform has no effect beside a regular expression"):
+        MaskConfig(target_modules=r".*q_proj", layers_to_transform=[1])
+    assert MaskConfig(target_modules="all-linear", layers_to_transform=[1]).layers_to_transform == [1]
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (2, 0, 4)])
+def test_a_masked_output_can_be_changed_in_place(shape):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 2))
+    model = get_peft_model(copy.deepcopy(plain), MaskConfig(target_modules=["0"], sparsity=0.2))
+    x = torch.randn(shape)
+    y = model(x)
+    y.sum().backward()
+    layer = next(iter(adapter_layers(model).values()))
+    assert layer.mask_scores["default"].grad.shape == (5, 4)
+    plain[0].weight.data.masked_fill_(~current_masks(model)["0"], 0)
+    assert torch.equal(y, plain(x)) and y.shape == (*shape[:-1], 2)
+
+
+def test_a_head_of_several_layers_is_merged_with_its_weights():
+    model = get_peft_model(head_model(), MaskConfig(task_type="SEQ_CLS", sparsity=0.2)).eval()
+    ids = token_ids() % 50
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        merged = model.merge_and_unload()
+        assert isinstance(merged, RobertaForSequenceClassification)
+        assert torch.equal(merged(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_heads_are_saved_and_loaded_in_both_kinds_of_files(tmp_path, safe):
+    model = get_peft_model(head_model(), MaskConfig(task_type="SEQ_CLS", sparsity=0.2)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.5)
+    model.save_pretrained(tmp_path, safe_serialization=safe)
+    loaded = PeftModel.from_pretrained(head_model(), tmp_path).eval()
+    ids = token_ids() % 50
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    if not safe:  # what replaces weights of the base is checked here too
+        file = tmp_path / "adapter_model.bin"
+        content = torch.load(file, weights_only=True)
+        next(value for key, value in content.items() if "classifier" in key).add_(1)
+        torch.save(content, file)
+        with pytest.raises(UserError, match="weights_sha256"):
+            PeftModel.from_pretrained(head_model(), tmp_path)
+
+
+def test_scores_changed_behind_autograd_are_not_saved_as_a_mask_that_was_never_used(tmp_path):
+    model = get_peft_model(tiny_llama(num_layers=2), MaskConfig(**CAUSAL))
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.data -= 100 * parameter.grad
+    with pytest.raises(UserError, match="were changed through `.data`"):
+        model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1)
+    model.save_pretrained(tmp_path)
+
+
+def test_new_tokens_of_a_tied_model_get_one_clear_line():
+    with pytest.raises(UserError, match="before the mask"):
+        MaskConfig(trainable_token_indices=[1])
+    with pytest.raises(UserError, match="leave it out"):
+        get_peft_model(tiny_llama(num_layers=2, tie_word_embeddings=True), MaskConfig(modules_to_save=["lm_head"]))
