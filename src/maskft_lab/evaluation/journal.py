@@ -157,16 +157,13 @@ class Resuming:
     """An lm-eval model that asks the wrapped one only what the journal does not know.
 
     Args:
-        lm: The model.
+        lm: The model; it calls the journal, its cache hook, with each answer.
         journal: Keeps its answers.
-        slice_size: So many requests are asked for at one time, and then kept. None: all of them, the model calls the
-            journal as a cache hook with each answer, under the arguments of its request.
     """
 
-    def __init__(self, lm, journal: Journal, slice_size: int | None = None):
-        self.lm, self.journal, self.slice_size = lm, journal, slice_size
-        if slice_size is None:
-            lm.set_cache_hook(journal)
+    def __init__(self, lm, journal: Journal):
+        self.lm, self.journal = lm, journal
+        lm.set_cache_hook(journal)
 
     def __getattr__(self, name: str) -> Any:
         if name not in _REQUEST_KINDS:
@@ -177,23 +174,10 @@ class Resuming:
         keys = [None if _is_sampled(request) else self.journal.key(kind, request.args) for request in requests]
         known = [key in self.journal.answers for key in keys]
         missing = [request for request, is_known in zip(requests, known, strict=True) if not is_known]
-        fresh = iter(self._ask(kind, missing))
+        fresh = iter(getattr(self.lm, kind)(missing) if missing else [])
         return [
             self.journal.answers[key] if is_known else next(fresh) for key, is_known in zip(keys, known, strict=True)
         ]
-
-    def _ask(self, kind: str, requests: list) -> list:
-        ask, size = getattr(self.lm, kind), self.slice_size
-        if size is None:
-            return ask(requests) if requests else []
-        answers = []
-        for start in range(0, len(requests), size):
-            part = requests[start : start + size]
-            answers += ask(part)
-            for request, answer in zip(part, answers[start:], strict=True):
-                if not _is_sampled(request):
-                    self.journal.add_partial(kind, request.args, answer)
-        return answers
 
 
 def _line(content: Mapping) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +14,9 @@ from peft import PeftConfig, PeftModel
 from maskft.adapter.mask_set import read_config
 from maskft.adapter.merge import adapter_tokenizer, one_line
 from maskft.data.tokenizing import tokenizer_rules
-from maskft.models import check_model_source, check_tokenizer_fits, load_config, load_model, load_tokenizer
+from maskft.models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from maskft_base.errors import UserError, first_line
-from maskft_base.files import ADAPTER_CONFIG, TRAINING, digest, digest_file, digest_tensors, holds_adapter, read_json
+from maskft_base.files import ADAPTER_CONFIG, TRAINING, digest, digest_tensors, holds_adapter, read_json
 
 NO_ADAPTER = "none"  # the name under which the base model itself is evaluated among adapters
 # Fields of an adapter_config.json that change no output: where the base was, how it was trained, who wrote it.
@@ -34,10 +33,9 @@ class Loaded:
     """A model ready to evaluate, and what is known of it.
 
     Args:
-        model: The model; None where vLLM loads it.
+        model: The model; None where its outputs were made elsewhere.
         tokenizer: Its tokenizer.
         facts: What goes into its result file.
-        source: The base model's name or folder.
         identity: A text that changes with the weights.
         selected_on: Ids of the held-out rows that it was measured on while it was trained, and hashes of their prompts.
     """
@@ -45,7 +43,6 @@ class Loaded:
     model: Any
     tokenizer: Any
     facts: dict
-    source: str
     identity: str
     selected_on: dict[str, str] = field(default_factory=dict)
 
@@ -99,7 +96,7 @@ def load_each(
             facts |= {"adapter": _portable(adapter), "adapter_sha256": sha256, **_adapter_facts(adapter)}
         check_tokenizer_fits(model, tokenizer)
         facts["config_sha256"] = config_sha256(configuration, tokenizer)
-        yield Loaded(model.to(device).eval(), tokenizer, facts, base_name, identity, selected_on)
+        yield Loaded(model.to(device).eval(), tokenizer, facts, identity, selected_on)
         if model is not base and number + 1 < len(adapters):
             base = model.unload()
             if model_fingerprint(base) != fingerprint:
@@ -120,31 +117,7 @@ def usable_device(device: str | None) -> str:
 
 def no_model(name: str) -> Iterator[Loaded]:
     """For outputs that were made elsewhere: nothing but the name under which they are reported."""
-    return iter([Loaded(None, None, {"name_or_path": name}, name, name)])
-
-
-def load_for_vllm(model_name_or_path: str | None, adapters: Sequence[str] = ()) -> Iterator[Loaded]:
-    """What `load_each` yields, without the model: vLLM loads a merged folder or a hub model itself.
-
-    Raises:
-        UserError: If vLLM is not installed, or there is an adapter.
-    """
-    adapters = list(adapters) or [model for model in [model_name_or_path] if model and holds_adapter(model)]
-    if adapters:
-        raise UserError(f"vLLM does not know masks: run maskft merge on {adapters[0]!r}, and name the merged folder")
-    if importlib.util.find_spec("vllm") is None:
-        raise UserError("backend vllm needs vLLM, which is not installed; run: pip install vllm, or use --backend hf")
-    source, _ = _base(model_name_or_path, [])
-    config, tokenizer = load_config(source), load_tokenizer(source)
-    fingerprint = _folder_sha256(Path(source)) if Path(source).is_dir() else None
-    facts = {
-        "name_or_path": _portable(source),
-        "fingerprint": fingerprint,
-        "config_sha256": config_sha256(config.to_diff_dict(), tokenizer),
-        **_training_facts(source),
-    }
-    identity = fingerprint or f"{source}@{getattr(config, '_commit_hash', None)}"
-    return iter([Loaded(None, tokenizer, facts, source, identity)])
+    return iter([Loaded(None, None, {"name_or_path": name}, name)])
 
 
 # Identities
@@ -167,13 +140,6 @@ def _without_unused(value):
         return value
     kept = {str(key): _without_unused(each) for key, each in value.items()}
     return {k: each for k, each in kept.items() if k not in _CHANGE_NO_OUTPUT_OF_MODEL and not k.startswith("_")}
-
-
-def _folder_sha256(folder: Path) -> str:
-    """sha256 over a model folder's weight files and configuration: what vLLM reads, and we do not load."""
-    names = ("*.safetensors", "*.bin", "config.json", "generation_config.json")
-    found = sorted(file for name in names for file in folder.glob(name))
-    return digest([[file.name, digest_file(file)] for file in found])
 
 
 def adapter_sha256(folder: str) -> str:

@@ -27,7 +27,6 @@ from .tasks import check_chat_template, run_task
 _CHANGE_NO_ANSWER = ("batch_size", "max_memory_gb", "max_new_tokens", "limit", "alpaca_eval")
 _SETTINGS = (
     "dtype",
-    "backend",
     "batch_size",
     "max_memory_gb",
     "max_length",
@@ -87,7 +86,7 @@ def evaluate_loaded(
         )
         _add_selection(records[HELDOUT], loaded, heldout_rows)
     if tasks:
-        lm = _lm(loaded, options, resources)
+        lm = _lm(loaded, resources)
     for task_name, task in tasks.items():
         started = time.perf_counter()
         record = run_task(lm, task_name, task, limit=options.limit, apply_chat_template=options.apply_chat_template)
@@ -145,8 +144,8 @@ def check_same_evaluation(result: Result, target: Path, loaded: Loaded, data: Ma
 
 
 def _device_name(model) -> str:
-    """What the model ran on; vLLM, which has it elsewhere, runs on a GPU where there is one."""
-    kind = model.device.type if model is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    """What the model ran on; there is none where its outputs were made elsewhere."""
+    kind = model.device.type if model is not None else "cpu"
     return torch.cuda.get_device_name() if kind == "cuda" else kind
 
 
@@ -175,12 +174,9 @@ def _journal_settings(loaded: Loaded, settings: Mapping) -> dict:
     }
 
 
-def _lm(loaded: Loaded, options: EvaluationArguments, resources: Resources) -> Resuming:
+def _lm(loaded: Loaded, resources: Resources) -> Resuming:
     """What lm-eval asks."""
-    from ..generation.lm_eval_model import BatchedLM, vllm_model
+    from ..generation.lm_eval_model import BatchedLM
 
-    if options.backend == "vllm":
-        # It reports answers under other arguments than those of the request, and is fastest with many at one time.
-        return Resuming(vllm_model(loaded.source, options.dtype), resources.journal, slice_size=256)
     bounds = {"batch_size": resources.batch_size, "max_memory_bytes": resources.max_memory_bytes}
     return Resuming(BatchedLM(loaded.model, loaded.tokenizer, **bounds), resources.journal)

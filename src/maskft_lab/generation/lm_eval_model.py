@@ -1,4 +1,4 @@
-"""The models that lm-eval asks: ours, which generates with `greedy_generate`, and lm-eval's own for vLLM."""
+"""The model that lm-eval asks: its own for transformers, generating with `greedy_generate`."""
 
 from __future__ import annotations
 
@@ -99,10 +99,3 @@ class BatchedLM(HFLM):
         logits = 3 * 4 * self.model.config.get_text_config().vocab_size * length
         rows = memory_bound_rows(self.model, length, 0, self.max_memory_bytes, extra_row_bytes=logits)
         return min(rows, self.max_batch_size)
-
-
-def vllm_model(source: str, dtype: str):
-    """lm-eval's model for vLLM."""
-    from lm_eval.models.vllm_causallms import VLLM
-
-    return VLLM(pretrained=source, dtype=dtype, batch_size="auto", trust_remote_code=False)
