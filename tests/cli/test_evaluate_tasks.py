@@ -208,7 +208,7 @@ def test_an_unfinished_evaluation_is_resumed_with_the_same_configuration_only(ch
 
     def evaluate(max_new_tokens, max_memory_gb=1):
         options = EvaluationArguments(max_new_tokens=max_new_tokens, max_memory_gb=max_memory_gb)
-        return evaluate_loaded(next(load.load_each(str(folder))), {}, rows, options, target, "a")
+        return evaluate_loaded(next(load.load_each(str(folder))), {"heldout": rows}, options, target, "a")
 
     def killed(path, result):
         raise KeyboardInterrupt
@@ -271,7 +271,6 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
     "words,message",
     [
         (["--tasks", "gsm8"], "unknown task 'gsm8' (did you mean 'gsm8k'?)"),
-        (["--tasks", "alpaca_eval"], "alpaca_eval has no prompts"),
         (["--tasks", ","], "tasks names no task"),
         (["--limit", "0"], "limit is 0; it must be at least 1"),
         (["--max_length", "-1"], "max_length is -1; it must be at least 1"),
@@ -288,7 +287,7 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
         (["--dataset_name", "FILE"], "dataset_name is given and would be ignored: it is for task heldout; drop it"),
         (["--no_generate"], "no_generate is given and would be ignored: it is for task heldout"),
         (["--max_length", "9"], "max_length is given and would be ignored: it is for task heldout"),
-        (["--judge_url", "http://x/v1"], "judge_url is given and would be ignored: it is for task alpaca_eval"),
+        (["--alpaca_annotator", "x"], "alpaca_annotator is given and would be ignored: it is for task alpaca_eval"),
         (["--alpaca_max_new_tokens", "9"], "alpaca_max_new_tokens is given and would be ignored"),
         (["--tasks", "heldout", "--limit", "4"], "limit is given and would be ignored: it is for benchmarks"),
         (["--tasks", "heldout", "--apply_chat_template", "true"], "would be ignored: it is for lm-eval's tasks"),

@@ -37,7 +37,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("kind", ["heldout_loss", "heldout_answer"])
+@pytest.mark.parametrize("kind", ["heldout_loss", "answer"])
 def test_a_run_that_ended_early_is_resumed(kind, net, tmp_path, monkeypatch):
     whole = evaluate_rows(net, TOKENIZER, ROWS, Resources(2), max_new_tokens=4)
     file = tmp_path / "answers.jsonl"
@@ -46,16 +46,16 @@ def test_a_run_that_ended_early_is_resumed(kind, net, tmp_path, monkeypatch):
 
     def killed(found, *rest):
         keep(found, *rest)
-        if found == kind and len(journal.answers) % len(ROWS) == 3:
+        if found == kind and len(journal.values) % len(ROWS) == 3:
             raise Killed
 
     monkeypatch.setattr(journal, "add_partial", killed)
     with pytest.raises(Killed):
         evaluate_rows(net, TOKENIZER, ROWS, Resources(2, journal=journal), max_new_tokens=4)
-    known = len(journal.answers)
+    known = len(journal.values)
     fresh = []
     journal = Journal(file, {})
-    assert len(journal.answers) == known
+    assert len(journal.values) == known
     keep_again = journal.add_partial
     monkeypatch.setattr(journal, "add_partial", lambda *answer: (fresh.append(answer), keep_again(*answer)))
     record = evaluate_rows(net, TOKENIZER, ROWS, Resources(1, journal=journal), max_new_tokens=4)
@@ -91,7 +91,7 @@ def test_rows_beyond_the_context(tmp_path):
     journal = Journal(tmp_path / "answers.jsonl", {})
     with pytest.raises(UserError, match="the longest item has 304 tokens, and the model has positions for 256; pass"):
         evaluate_rows(tiny.tiny_gpt2(), TOKENIZER, rows, Resources(journal=journal))
-    assert not journal.answers
+    assert not journal.values
     record = evaluate_rows(tiny.tiny_gpt2(), TOKENIZER, ROWS, max_new_tokens=2)
     assert "note" not in record
     net = tiny.tiny_llama(vocab_size=len(TOKENIZER), num_layers=1)
@@ -103,7 +103,7 @@ def test_a_prompt_without_room_for_its_answer_is_refused_before_the_losses(net, 
     journal = Journal(tmp_path / "answers.jsonl", {})
     with pytest.raises(UserError, match="its answer may have 253, the model's context 256"):
         evaluate_rows(net, TOKENIZER, ROWS, Resources(journal=journal), max_new_tokens=253)
-    assert not journal.answers
+    assert not journal.values
     record = evaluate_rows(net, TOKENIZER, ROWS, max_new_tokens=3)
     assert record["generation_kwargs"] == {"max_gen_toks": 3}
     assert "generation_kwargs" not in evaluate_rows(net, TOKENIZER, ROWS, generate=False)
@@ -120,7 +120,7 @@ def test_the_journal_is_plain_json(net, tmp_path):
     journal = Journal(tmp_path / "answers.jsonl", {"a": 1})
     evaluate_rows(net, TOKENIZER, ROWS[:2], Resources(journal=journal), max_new_tokens=2)
     first, *lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert first == {"a": 1} and [type(line["answer"]) for line in lines] == [list, list, str, str]
+    assert first == {"a": 1} and [type(line["value"]) for line in lines] == [list, list, str, str]
 
 
 # The loss of an item against float64

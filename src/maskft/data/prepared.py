@@ -21,7 +21,7 @@ from .splits import load_splits
 from .tokenizing import tokenize_dataset, tokenizer_rules
 
 # Options of `maskft train` and `maskft evaluate` that name a file, or a folder of files, as it is.
-_FILES = (TEMPLATE, "alpaca_prompts", "alpaca_outputs", "reference_outputs", "length_control", "include_path")
+_FILES = (TEMPLATE, "reference_outputs", "alpaca_annotator", "include_path")
 
 REPORT = "report.json"
 _SETS = ("train_rows", "heldout_rows", "train", "heldout")

@@ -284,7 +284,6 @@ class AnswerMeter:
                 self.tokenizer,
                 prompts,
                 self.trainer.args.max_completion_length,
-                "training_answer",
                 "answers",
                 Resources(console=_QUIET),
             )

@@ -7,27 +7,13 @@ import argparse
 from maskft.data.arguments import DataArguments
 from maskft_base.errors import UserError
 
-from ..evaluation.arguments import (
-    ALPACA_EVAL,
-    HELDOUT,
-    HUB_DATASET,
-    NOT_OF_HELDOUT_DATA,
-    AlpacaArguments,
-    EvaluationArguments,
-    check_used,
-)
+from ..evaluation.arguments import ALPACA_EVAL, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments, check_used
 from .options import add_options, read_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``maskft evaluate``."""
     add_options(parser, EvaluationArguments)
-    alpaca = parser.add_argument_group(
-        ALPACA_EVAL,
-        "Answers to instructions, judged against reference answers by a model of your choice: pip install "
-        f"'maskft[alpaca]'. Where a file is asked for, {HUB_DATASET} means the published one, from the hub.",
-    )
-    add_options(alpaca, AlpacaArguments)
     data = parser.add_argument_group(
         "held-out data",
         "What is evaluated: eval_dataset_name if given; else, with eval_split_size or generated exercises, the "
@@ -36,22 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(data, DataArguments, NOT_OF_HELDOUT_DATA)
 
 
-def read(args: argparse.Namespace) -> tuple[EvaluationArguments, AlpacaArguments, DataArguments]:
+def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
     """The parsed options in their parts.
 
     Raises:
         UserError: For numbers out of range, and for options that would be ignored.
     """
-    options = read_options(EvaluationArguments, args)
-    alpaca, data = read_options(AlpacaArguments, args), read_options(DataArguments, args)
+    options, data = read_options(EvaluationArguments, args), read_options(DataArguments, args)
     if not options.output_dir:
         raise UserError("output_dir is missing; name a folder for the results with --output_dir")
     if not options.task_names:
         raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
-    if alpaca.alpaca_outputs and len(options.adapter or []) > 1:
-        raise UserError("alpaca_outputs are of one model, and several adapters are given; give one at a time")
-    check_used(options, alpaca, data)
-    return options, alpaca, data
+    check_used(options, data)
+    return options, data
 
 
 def check_inputs(args: argparse.Namespace) -> list[dict]:
@@ -62,8 +45,8 @@ def check_inputs(args: argparse.Namespace) -> list[dict]:
     """
     from ..evaluation.heldout import heldout_rows
 
-    options, alpaca, data = read(args)
-    _load_tasks(options, alpaca)
+    options, data = read(args)
+    _load_tasks(options)
     if HELDOUT not in options.task_names:
         return []
     return heldout_rows(data, options.eval_split_size, None, options.dataset_text_field)
@@ -80,58 +63,54 @@ def run(args: argparse.Namespace) -> None:
     from ..results.schema import data_sha256
 
     silence()
-    options, alpaca_options, data = read(args)
+    options, data = read(args)
     base = options.model_name_or_path or "base"
     sources = [base if adapter == "none" else adapter for adapter in options.adapter or ["none"]]
     names = labels(sources, options.name or [])
     targets = result_files(options.output_dir, names, options.adapter or [base])
-    alpaca, tasks = _load_tasks(options, alpaca_options)
-    settings = settings_of(options, alpaca)
+    tasks = _load_tasks(options)
+    settings = settings_of(options, tasks.get(ALPACA_EVAL))
     if len(targets) == 1 and targets[0].exists() and not options.overwrite:
         raise UserError(f"{targets[0]} exists; name another output_dir or pass --overwrite")
-    models = _models(options, alpaca, names[0])
-    data_hashes = {name: task_data_sha256(task, options.limit) for name, task in tasks.items()}
-    if alpaca:
-        data_hashes[ALPACA_EVAL] = alpaca.data_sha256
-    measured = {*data_hashes, *({HELDOUT} & set(options.task_names))}
+    models = _models(options)
+    hashes = {
+        name: task.data_sha256 if name == ALPACA_EVAL else task_data_sha256(task, options.limit)
+        for name, task in tasks.items()
+    }
+    measured = {*tasks, *({HELDOUT} & set(options.task_names))}
     earlier = [None if options.overwrite else finished_result(target, settings, measured) for target in targets]
     for loaded, name, target, done in zip(models, names, targets, earlier, strict=True):
         if loaded.facts.get("seed") is None and options.seed is not None:
             loaded.facts["seed"] = options.seed
-        rows = None
         if HELDOUT in options.task_names:
             rows = heldout_rows(data, options.eval_split_size, loaded.tokenizer, options.dataset_text_field)
+            tasks[HELDOUT], hashes[HELDOUT] = rows, data_sha256(rows)
         if done is not None:
-            hashes = data_hashes if rows is None else data_hashes | {HELDOUT: data_sha256(rows)}
             check_same_evaluation(done, target, loaded, hashes)
             print(f"{name}: already done, {target}")
             continue
-        _print(name, evaluate_loaded(loaded, tasks, rows, options, target, name, alpaca))
+        _print(name, evaluate_loaded(loaded, tasks, options, target, name))
         print(f"written to {target}")
 
 
-def _load_tasks(options: EvaluationArguments, alpaca: AlpacaArguments) -> tuple:
-    """AlpacaEval's inputs, or None, and lm-eval's tasks by name."""
+def _load_tasks(options: EvaluationArguments) -> dict:
+    """What is asked, by task; held-out rows, which depend on the tokenizer, come with the model."""
     from ..evaluation.alpaca import load_alpaca
     from ..evaluation.tasks import check_names, load_tasks
 
     benchmarks = [name for name in options.task_names if name not in (HELDOUT, ALPACA_EVAL)]
     check_names(benchmarks, options.include_path)
+    alpaca = {ALPACA_EVAL: load_alpaca(options)} if ALPACA_EVAL in options.task_names else {}
     how = {"include_path": options.include_path, "allow_unconfined": options.allow_unconfined_code}
-    return (
-        load_alpaca(alpaca, options.limit) if ALPACA_EVAL in options.task_names else None,
-        load_tasks(benchmarks, options.data_dir, options.limit, **how),
-    )
+    return load_tasks(benchmarks, options.data_dir, options.limit, **how) | alpaca
 
 
-def _models(options: EvaluationArguments, alpaca, name: str):
+def _models(options: EvaluationArguments):
     """The models one after another, each loaded when it is asked for."""
     from maskft_base.runtime import keep_freed_memory
 
-    from ..evaluation.load import load_each, no_model
+    from ..evaluation.load import load_each
 
-    if alpaca and alpaca.outputs is not None and options.task_names == [ALPACA_EVAL]:
-        return no_model(name)  # whatever model is named did not make these outputs here
     if options.no_generate and options.task_names == [HELDOUT]:
         # A sixth faster on CPUs. Not where answers are generated: their caches grow, and holes would stay behind.
         keep_freed_memory()

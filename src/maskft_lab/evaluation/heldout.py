@@ -23,7 +23,7 @@ from .journal import Resources, generated, resumed
 TASK_VERSION = 1
 MAX_QUESTION = 500  # characters
 MAX_LOSS_BATCH_SIZE = 16  # a larger one is no faster, and the loss needs logits of all tokens of a row
-_LOSS, _ANSWER = "heldout_loss", "heldout_answer"  # in the journal
+_LOSS = "heldout_loss"  # in the journal
 
 
 def heldout_rows(data: DataArguments, eval_split_size: float | None, tokenizer, text_field: str = "text") -> list[dict]:
@@ -102,7 +102,7 @@ def evaluate_rows(
         if row.get("cluster_id") is not None:
             item["cluster_id"] = row["cluster_id"]
     if generate:
-        outputs = generated(model, tokenizer, prompts, max_new_tokens, _ANSWER, "answers", resources)
+        outputs = generated(model, tokenizer, prompts, max_new_tokens, "answers", resources)
         for item, row, output in zip(items, rows, outputs, strict=True):
             correct = check_answer(output, row["answer"], row.get("answer_type") or "exact")
             item.update(accuracy=int(correct), prompt=_question(row), answer=row["answer"], output=output)

@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from maskft_base.errors import UserError
-from maskft_base.files import append_to, digest
+from maskft_base.files import digest
 from maskft_base.runtime import progress_bar
 
 from ..generation.greedy import greedy_generate
+from ..store import Store
 
 _REQUEST_KINDS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 
 
-class Journal:
-    """An append-only JSONL file: what the answers depend on in the first line, then one answer per line.
-
-    It has the interface of lm-eval's cache hook, which models call with each answer as soon as they have it.
-
-    Args:
-        file: The file; made if it does not exist.
-        settings: What all answers depend on, JSON-able: model, adapter, dtype, ...
-        overwrite: Throw away the file if there is one.
-
-    Raises:
-        UserError: If the file is the journal of another evaluation.
-    """
-
-    def __init__(self, file: Path, settings: Mapping, overwrite: bool = False):
-        self.file = file
-        self.answers: dict[str, Any] = {}
-        settings = json.loads(json.dumps(settings))
-        if overwrite:
-            file.unlink(missing_ok=True)
-        if file.is_symlink():
-            raise UserError(f"{file} is a link and no journal of ours; remove it, or name another output_dir")
-        lines = _readable_lines(file)
-        if lines and lines[0] != settings:
-            differing = sorted(key for key in {*lines[0], *settings} if lines[0].get(key) != settings.get(key))
-            raise UserError(
-                f"{file} holds answers of an unfinished evaluation with other settings ({', '.join(differing)}); "
-                "name another output_dir, or pass --overwrite to throw them away"
-            )
-        self.answers = {line["key"]: line["answer"] for line in lines[1:]}
-        self._start = "\n" if lines else _line(settings)  # the former ends a line that a kill cut short
-        self._out: TextIO | None = None
+class Journal(Store):
+    """Finished answers by what was asked; lm-eval's models call it, as their cache hook, with each answer they have."""
 
     @staticmethod
     def key(kind: str, arguments: Sequence) -> str:
@@ -57,23 +25,7 @@ class Journal:
 
     def add_partial(self, kind: str, arguments: Sequence, answer: Any) -> None:
         """Keep one answer."""
-        key = self.key(kind, arguments)
-        self.answers[key] = answer
-        self._write({"key": key, "answer": answer})
-
-    def remove(self) -> None:
-        """Delete the file: the result is written."""
-        if self._out:
-            self._out.close()
-        self.file.unlink(missing_ok=True)
-
-    def _write(self, line: Mapping) -> None:
-        if self._out is None:  # with the first answer: a run that is refused writes nothing
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._out = append_to(self.file)
-            self._out.write(self._start)
-        self._out.write(_line(line))
-        self._out.flush()
+        self.add(self.key(kind, arguments), answer)
 
 
 @dataclass(frozen=True)
@@ -118,7 +70,7 @@ def resumed(
     journal, answers = resources.journal, {}
     if journal:
         keys = [journal.key(kind, request) for request in requests]
-        answers = {index: journal.answers[key] for index, key in enumerate(keys) if key in journal.answers}
+        answers = {index: journal.values[key] for index, key in enumerate(keys) if key in journal.values}
     missing = [index for index in range(len(requests)) if index not in answers]
     with progress_bar(resources.console) as progress:
         bar = progress.add_task(title, total=len(requests), completed=len(answers))
@@ -135,7 +87,7 @@ def resumed(
 
 
 def generated(
-    model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int, kind: str, title: str, resources: Resources
+    model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int, title: str, resources: Resources
 ) -> list[str]:
     """Greedy answers to prompts of token ids, see `resumed` and `generation.greedy_generate`."""
 
@@ -150,7 +102,7 @@ def generated(
             on_answer=keep,
         )
 
-    return resumed(kind, [[ids, max_new_tokens] for ids in prompts], generate, title, resources)
+    return resumed("answer", [[ids, max_new_tokens] for ids in prompts], generate, title, resources)
 
 
 class Resuming:
@@ -172,30 +124,15 @@ class Resuming:
 
     def _answer(self, kind: str, requests: list) -> list:
         keys = [None if _is_sampled(request) else self.journal.key(kind, request.args) for request in requests]
-        known = [key in self.journal.answers for key in keys]
+        known = [key in self.journal.values for key in keys]
         missing = [request for request, is_known in zip(requests, known, strict=True) if not is_known]
         fresh = iter(getattr(self.lm, kind)(missing) if missing else [])
         return [
-            self.journal.answers[key] if is_known else next(fresh) for key, is_known in zip(keys, known, strict=True)
+            self.journal.values[key] if is_known else next(fresh) for key, is_known in zip(keys, known, strict=True)
         ]
-
-
-def _line(content: Mapping) -> str:
-    return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 def _is_sampled(request) -> bool:
     """Whether the answer is drawn at random, and each repetition of the request wants another."""
     settings = request.args[1] if len(request.args) > 1 else None
     return isinstance(settings, dict) and bool(settings.get("do_sample"))
-
-
-def _readable_lines(file: Path) -> list[dict]:
-    lines = []
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                lines.append(json.loads(line))
-            except ValueError:  # cut short by a kill
-                continue
-    return lines

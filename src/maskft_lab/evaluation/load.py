@@ -33,7 +33,7 @@ class Loaded:
     """A model ready to evaluate, and what is known of it.
 
     Args:
-        model: The model; None where its outputs were made elsewhere.
+        model: The model.
         tokenizer: Its tokenizer.
         facts: What goes into its result file.
         identity: A text that changes with the weights.
@@ -113,11 +113,6 @@ def usable_device(device: str | None) -> str:
             f"device {device!r} cannot be used ({first_line(error)}); name another: cpu, cuda, cuda:1, mps"
         ) from None
     return device
-
-
-def no_model(name: str) -> Iterator[Loaded]:
-    """For outputs that were made elsewhere: nothing but the name under which they are reported."""
-    return iter([Loaded(None, None, {"name_or_path": name}, name)])
 
 
 # Identities

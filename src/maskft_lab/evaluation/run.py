@@ -16,7 +16,7 @@ from maskft_base.errors import UserError
 from maskft_base.runtime import environment
 
 from ..results.schema import Result, build_result, read_result, write_result
-from .alpaca import AlpacaEval, check_model, evaluate_alpaca
+from .alpaca import AlpacaEval, evaluate_alpaca
 from .arguments import ALPACA_EVAL, HELDOUT, EvaluationArguments
 from .heldout import chat_template_hash, evaluate_rows
 from .journal import Journal, Resources, Resuming
@@ -24,7 +24,7 @@ from .load import Loaded
 from .tasks import check_chat_template, run_task
 
 # Settings that leave every answer as it is, up to rounding, or are kept with each; a killed run may resume with others.
-_CHANGE_NO_ANSWER = ("batch_size", "max_memory_gb", "max_new_tokens", "limit", "alpaca_eval")
+_CHANGE_NO_ANSWER = ("batch_size", "max_memory_gb", "max_new_tokens", "limit")
 _SETTINGS = (
     "dtype",
     "batch_size",
@@ -49,50 +49,49 @@ def settings_of(options: EvaluationArguments, alpaca: AlpacaEval | None = None) 
 def evaluate_loaded(
     loaded: Loaded,
     tasks: Mapping[str, Any],
-    heldout_rows: Sequence[Mapping] | None,
     options: EvaluationArguments,
     target: Path,
     name: str,
-    alpaca: AlpacaEval | None = None,
 ) -> Result:
-    """Evaluate a model on ``tasks`` and, with ``heldout_rows``, on held-out data; write and return the result.
+    """Evaluate a model on ``tasks``; write and return the result.
 
     Args:
         loaded: The model.
-        tasks: From ``tasks.load_tasks``.
-        heldout_rows: The held-out rows; None: that is not a task.
+        tasks: Name -> what is asked: the rows of ``heldout``, `AlpacaEval`, and tasks from ``tasks.load_tasks``.
         options: How it is evaluated.
         target: The result file. The journal of an unfinished evaluation lies beside it.
         name: Label in tables.
-        alpaca: From ``alpaca.load_alpaca``; None: that is not a task.
     """
-    check_chat_template(list(tasks), loaded.tokenizer, options.apply_chat_template)
-    if alpaca:
-        check_model(alpaca, loaded.model, loaded.tokenizer)
+    benchmarks = {task: asked for task, asked in tasks.items() if task not in (HELDOUT, ALPACA_EVAL)}
+    rows, alpaca = tasks.get(HELDOUT), tasks.get(ALPACA_EVAL)
+    check_chat_template([task for task in tasks if task != HELDOUT], loaded.tokenizer, options.apply_chat_template)
     settings = settings_of(options, alpaca)
-    journal = Journal(target.with_name(files.JOURNAL), _journal_settings(loaded, settings), options.overwrite)
+    journal = Journal(target.with_name(files.JOURNAL), _journal_settings(loaded, settings), overwrite=options.overwrite)
     resources = Resources(options.batch_size, options.max_memory_gb, journal)
     records = {}
-    if heldout_rows is not None:
+    if rows is not None:
         records[HELDOUT] = evaluate_rows(
             loaded.model,
             loaded.tokenizer,
-            heldout_rows,
+            rows,
             resources,
             max_length=options.max_length,
             max_new_tokens=options.max_new_tokens,
             generate=settings["generate"],
             text_field=options.dataset_text_field,
         )
-        _add_selection(records[HELDOUT], loaded, heldout_rows)
-    if tasks:
-        lm = _lm(loaded, resources)
-    for task_name, task in tasks.items():
+        _add_selection(records[HELDOUT], loaded, rows)
+    if benchmarks:
+        from ..generation.lm_eval_model import BatchedLM
+
+        bounds = {"batch_size": resources.batch_size, "max_memory_bytes": resources.max_memory_bytes}
+        lm = Resuming(BatchedLM(loaded.model, loaded.tokenizer, **bounds), journal)
+    for task_name, task in benchmarks.items():
         started = time.perf_counter()
         record = run_task(lm, task_name, task, limit=options.limit, apply_chat_template=options.apply_chat_template)
         records[task_name] = record | {"time_s": round(time.perf_counter() - started, 1)}
     if alpaca:
-        records[ALPACA_EVAL] = evaluate_alpaca(loaded.model, loaded.tokenizer, alpaca, name, target.parent, resources)
+        records[ALPACA_EVAL] = evaluate_alpaca(loaded, alpaca, name, target.parent, resources)
     result = build_result(name, loaded.facts, settings, records, device=_device_name(loaded.model))
     write_result(target, result)
     if result["model"]["mask_fingerprint"] and files.holds_adapter(target.parent):
@@ -144,9 +143,7 @@ def check_same_evaluation(result: Result, target: Path, loaded: Loaded, data: Ma
 
 
 def _device_name(model) -> str:
-    """What the model ran on; there is none where its outputs were made elsewhere."""
-    kind = model.device.type if model is not None else "cpu"
-    return torch.cuda.get_device_name() if kind == "cuda" else kind
+    return torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type
 
 
 def _add_selection(record: dict, loaded: Loaded, rows: Sequence[Mapping]) -> None:
@@ -163,7 +160,7 @@ def _add_selection(record: dict, loaded: Loaded, rows: Sequence[Mapping]) -> Non
 
 def _journal_settings(loaded: Loaded, settings: Mapping) -> dict:
     """What all answers depend on, apart from the request."""
-    generation = {} if loaded.model is None else loaded.model.generation_config.to_diff_dict()
+    generation = loaded.model.generation_config.to_diff_dict()
     return {
         "model": loaded.identity,
         "configuration": loaded.facts.get("config_sha256"),
@@ -172,11 +169,3 @@ def _journal_settings(loaded: Loaded, settings: Mapping) -> dict:
         "generation_config": {key: value for key, value in generation.items() if key != "transformers_version"},
         "packages": environment()["packages"],
     }
-
-
-def _lm(loaded: Loaded, resources: Resources) -> Resuming:
-    """What lm-eval asks."""
-    from ..generation.lm_eval_model import BatchedLM
-
-    bounds = {"batch_size": resources.batch_size, "max_memory_bytes": resources.max_memory_bytes}
-    return Resuming(BatchedLM(loaded.model, loaded.tokenizer, **bounds), resources.journal)

@@ -99,7 +99,7 @@ def check_names(names: Sequence[str], include_path: str | None = None) -> None:
         UserError: In both cases, with what to do.
     """
     if ALPACA_EVAL in names:  # only maskft evaluate has it
-        raise UserError(f"{ALPACA_EVAL} needs a judge and is a task of maskft evaluate alone; see docs/alpaca_eval.md")
+        raise UserError(f"{ALPACA_EVAL} is a task of maskft evaluate alone")
     scored = [name for name in names if name != HELDOUT]
     if not scored:
         return
@@ -166,6 +166,8 @@ def _check_ids(docs, name: str) -> None:
 
 def wants_chat_template(name: str, choice: bool | None) -> bool:
     """Whether prompts of task ``name`` go into the chat template; ``choice`` is the user's, None: the task's own."""
+    if name == ALPACA_EVAL:
+        return True
     return BENCHMARKS.get(name, _OTHERS).use_chat_template if choice is None else choice
 
 
