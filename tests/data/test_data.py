@@ -464,6 +464,15 @@ def test_plain_completion_by_hand():
     assert prompt_ids({"prompt": "ab", "completion": "cd"}, TOKENIZER) == [a, b]
 
 
+def test_spaces_at_the_end_of_a_prompt_belong_to_the_completion():
+    """A model asked after a space, where training had it joined to the answer, answered 1 % instead of 11 %."""
+    spaced, joined = {"prompt": "1+1= ", "completion": "2"}, {"prompt": "1+1=", "completion": " 2"}
+    assert tokenize_example(spaced, TOKENIZER) == tokenize_example(joined, TOKENIZER)
+    assert supervised_stretches(tokenize_example(spaced, TOKENIZER)) == [" 2<|im_end|>"]
+    assert prompt_ids(spaced, TOKENIZER) == prompt_ids(joined, TOKENIZER)
+    assert TOKENIZER.decode(prompt_ids({"prompt": " "}, TOKENIZER)) == " "
+
+
 def test_chat_completion_by_hand():
     tokenized = tokenize_example(CHAT_PAIR, TOKENIZER)
     text = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
@@ -553,7 +562,7 @@ def test_what_is_trained_on_is_the_completion(prompt, completion):
     plain = tokenize_example({"prompt": prompt, "completion": completion}, TOKENIZER)
     assert TOKENIZER.decode(plain["input_ids"]) == prompt + completion + "<|im_end|>"
     labels = [label for label in plain["labels"] if label != IGNORED]
-    expected = completion + "<|im_end|>"
+    expected = prompt[len(prompt.rstrip(" ")) :] + completion + "<|im_end|>"
     alone = prompt_ids({"prompt": prompt}, TOKENIZER)
     if plain["input_ids"][: len(alone)] == alone:
         assert TOKENIZER.decode(labels) == expected

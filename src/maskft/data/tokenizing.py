@@ -34,7 +34,8 @@ def tokenize_example(
     The loss is taken on the completion, or on every assistant turn of ``messages`` (what the chat template writes after
     the turn's header, with the end-of-turn token), or on all of a text. Plain text ends with the end-of-sequence token.
     As in TRL, a completion starts where the tokens of the prompt alone and of the whole diverge: a token that spans the
-    border is trained on. The first token has no label, nor has an assistant turn that opens a conversation.
+    border is trained on. Spaces at the end of a plain prompt belong to the completion: most tokenizers join a space to
+    the word after it. The first token has no label, nor has an assistant turn that opens a conversation.
 
     Args:
         example: A row of ``load_examples``.
@@ -80,7 +81,7 @@ def prompt_ids(example: Row, tokenizer) -> list[int]:
     prompt = prompt_of(example)
     if not isinstance(prompt, str):
         return _encode(tokenizer, _render(prompt, tokenizer, generation=True), templated=True)
-    ids = _encode(tokenizer, prompt, templated=False)
+    ids = _encode(tokenizer, _without_last_spaces(prompt), templated=False)
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text with it
 
 
@@ -129,7 +130,7 @@ def _warn_of_torn_prompt(example: Row, input_ids: list[int], tokenizer) -> None:
     if common < len(ids):
         logger.warning(
             "the tokens of a prompt alone and before its completion differ from %r on: the model generates after other "
-            "tokens than it was trained after; where plain prompts end with a space, move it to the completions",
+            "tokens than it was trained after",
             tokenizer.decode(ids[common:]),
         )
 
@@ -178,9 +179,14 @@ def _render_spans(example: Row, tokenizer, text_field: str) -> tuple[str, list[t
         return example[text_field], [("", example[text_field])], False
     prompt, completion = example["prompt"], example["completion"]
     if isinstance(prompt, str):
-        return prompt + completion, [(prompt, prompt + completion)], False
+        return prompt + completion, [(_without_last_spaces(prompt), prompt + completion)], False
     text = _render(prompt + completion, tokenizer)
     return text, [(_render(prompt, tokenizer, generation=True), text)], True
+
+
+def _without_last_spaces(prompt: str) -> str:
+    """The part of a plain prompt that a model generates after; the spaces behind it are the answer's."""
+    return prompt.rstrip(" ") or prompt
 
 
 def _assistant_turns(messages: list[Message], tokenizer) -> tuple[str, list[tuple[str, str]]]:
