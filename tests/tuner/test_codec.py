@@ -116,7 +116,7 @@ def test_truncated_and_foreign_bytes():
 def test_newer_format_says_upgrade():
     coded = encode_mask(torch.rand(20, 30) > 0.1)
     coded[4] = 9
-    with pytest.raises(UserError, match="mask format 9, this maskft reads up to 2; upgrade"):
+    with pytest.raises(UserError, match="mask format 9, this maskft reads up to 2; use a newer one"):
         decode_mask(coded)
 
 

@@ -452,7 +452,7 @@ def test_preset_paper():
         ({"selection": "threshold"}, "threshold is -0.035 and rank_by is 'abs': no magnitude is below it"),
         ({"init_scores": "constant"}, "never trains: the gradient is 0 at score 0"),
         ({"trainable_token_indices": [1]}, "not supported by masks"),
-        ({"format_version": 99}, "format version 99, this maskft reads up to 2; upgrade"),
+        ({"format_version": 99}, "format version 99, this maskft reads up to 2; use a newer one"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -767,7 +767,7 @@ def test_wrong_base_of_the_same_shape(saved):
 def test_newer_format(saved):
     file = saved[0] / ADAPTER_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 3}))
-    with pytest.raises(UserError, match="format version 3, this maskft reads up to 2; upgrade"):
+    with pytest.raises(UserError, match="format version 3, this maskft reads up to 2; use a newer one"):
         load(saved[0])
 
 

@@ -162,7 +162,7 @@ def _write(folder: Path, coded: Mapping[str, Tensor], like: Path, sparsity: floa
     config.save_pretrained(str(folder))
     for name in _BESIDE:
         if (like / name).is_file():
-            shutil.copy2(like / name, folder / name)
+            shutil.copy2(files.own_file(like, name), folder / name)
 
 
 def compare_adapters(folders: Sequence[str | Path], confidence: float = 0.95) -> list[dict[str, Any]]:

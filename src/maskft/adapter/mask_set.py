@@ -107,6 +107,7 @@ class AdapterConfig(files.FileModel):
     format_version: int
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    task_type: str | None = None
     selection: str = "topk"
     scope: str = "matrix"
     sparsity: float = 0.1
@@ -133,9 +134,7 @@ class AdapterConfig(files.FileModel):
     @classmethod
     def _is_known(cls, version: int) -> int:
         if version > FORMAT_VERSION:
-            raise ValueError(
-                f"format_version is {version}, this maskft reads up to {FORMAT_VERSION}; upgrade: pip install -U maskft"
-            )
+            raise ValueError(f"format_version is {version}, this maskft reads up to {FORMAT_VERSION}; use a newer one")
         return version
 
 
@@ -170,7 +169,7 @@ def read_coded(folder: str | Path) -> dict[str, Tensor]:
 
 
 def _file(folder: str | Path, name: str) -> Path:
-    file = Path(folder) / name
+    file = files.own_file(folder, name)
     if not file.is_file():
         raise UserError(f"{str(folder)!r} is not an adapter folder: it has no {name}")
     return file

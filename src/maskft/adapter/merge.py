@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from rich.console import Console
 from safetensors import SafetensorError
 
 from maskft_base import files
 from maskft_base.errors import UserError, first_line
 
 from ..models import load_model, load_tokenizer
-from ..tuner import adapter_layers
+from ..tuner import adapter_layers, current_masks
+from ..tuner.card import mask_infos, merged_card
+from ..tuner.codec import PREFIX
 from ..tuner.experts import weight_finder
-from .card import merged_card
-from .mask_set import AdapterConfig, MaskSet, read_config
+from .mask_set import MaskSet, read_config
 
 _PROBE_TOKENS = 64
 
@@ -56,13 +56,7 @@ def one_line(adapter: str | Path, problem: str) -> Iterator[None]:
         ) from error
 
 
-def merge(
-    adapter: str | Path,
-    output_dir: str | Path,
-    base: str | None = None,
-    dtype: str = "float32",
-    console: Console | None = None,
-) -> Path:
+def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, dtype: str = "float32") -> str:
     """Merge a mask into its base, verify the result, and write it as an ordinary checkpoint.
 
     The folder gets weights, tokenizer, chat template, generation config and a model card. It is written beside its
@@ -74,30 +68,36 @@ def merge(
         output_dir: Where the checkpoint goes; must not exist or be empty.
         base: Base model; default: the one named in the adapter.
         dtype: Dtype of the written weights: float32, bfloat16, float16 or auto.
-        console: Where to print.
+
+    Returns:
+        What was done, in a line.
     """
-    console, output_dir = console or Console(stderr=True), Path(output_dir).absolute()
+    output_dir = Path(output_dir).absolute()
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"output_dir {str(output_dir)!r} is not empty; name another folder")
     model, tokenizer, name = load_masked(adapter, base, dtype)
     probe = _probe(model)
     expected = _logits(model, probe)
-    masks, layers = MaskSet.from_adapter(adapter), adapter_layers(model)
-    values = {_module_name(name): layer.removed_value("default") for name, layer in layers.items()}
+    config, masks = read_config(adapter), MaskSet(current_masks(model))
+    values = {
+        name.removeprefix(PREFIX): layer.removed_value("default") for name, layer in adapter_layers(model).items()
+    }
     merged = model.merge_and_unload()
-    _check_disk(merged, output_dir)
+    merged.config.use_cache = True  # a base that was trained further may say no, and generation would be slow
+    need = sum(p.numel() * p.element_size() for p in merged.parameters())
+    files.check_free_space(output_dir, need * 1.05, "name another output_dir")
+    target = "zero" if config.removed_value == "zero" else f"those of {Path(config.removed_value_model or '').name}"
     with files.whole_folder(output_dir) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / files.CARD).write_text(merged_card(adapter, name, masks, _target(read_config(adapter))))
+        files.write_text(partial / files.CARD, merged_card(config, name, mask_infos(adapter), target))
         _verify_written(partial, probe, expected, masks, values, merged.dtype)
-    held = read_config(adapter).base_quantisation
-    learned = f"; the mask was learned on weights held as {held}: evaluate what came of it" if held else ""
-    console.print(
-        f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to "
-        f"{_target(read_config(adapter))}; reloaded and bitwise equal to the masked model on a probe{learned}"
+    held = config.base_quantisation
+    learned = f"; the mask was learned on weights held as {held}: evaluate the merged model" if held else ""
+    return (
+        f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to {target}; "
+        f"reloaded and bitwise equal to the masked model on a probe{learned}"
     )
-    return output_dir
 
 
 def adapter_tokenizer(adapter: str | Path, base: str, *template, **kwargs):
@@ -117,10 +117,6 @@ def _logits(model, ids: torch.Tensor) -> torch.Tensor:
     return model.eval()(input_ids=ids, use_cache=False).logits.cpu()
 
 
-def _module_name(name: str) -> str:
-    return name.removeprefix("base_model.model.")
-
-
 def _verify_written(folder: Path, probe, expected, masks: MaskSet, values, dtype) -> None:
     written = load_model(str(folder), str(dtype).removeprefix("torch."))
     if not torch.equal(_logits(written.to(probe.device), probe), expected):
@@ -133,14 +129,3 @@ def _verify_written(folder: Path, probe, expected, masks: MaskSet, values, dtype
         value = 0.0 if values[name] is None else values[name].cpu()[~mask]
         if not bool((written_values == value).all()):
             raise UserError(f"the written checkpoint has other weights where {name} is masked; nothing was kept")
-
-
-def _check_disk(model, output_dir: Path) -> None:
-    need = sum(p.numel() * p.element_size() for p in model.parameters())
-    files.check_free_space(output_dir, need * 1.05, "name another output_dir")
-
-
-def _target(config: AdapterConfig) -> str:
-    if config.removed_value == "zero":
-        return "zero"
-    return f"their value in {Path(config.removed_value_model or '').name}"

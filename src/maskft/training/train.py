@@ -13,9 +13,9 @@ from maskft_base import files, runtime
 from maskft_base.errors import NotFiniteError
 from maskft_lab.evaluation.during_training import TrainingEvaluation
 
-from ..adapter.card import write_card
 from ..data.prepared import Prepared
 from ..tuner import MaskConfig
+from ..tuner.card import write_card
 from .arguments import TrainConfig, TrainingArguments, with_accumulation
 from .averaging import average_checkpoints
 from .build import build_model, load_base, load_data, load_tokenizer_of, task_evaluation
@@ -159,4 +159,4 @@ def save(
             files.write_text(Path(folder) / files.HELDOUT, json.dumps(losses.model_dump()) + "\n")
         files.write_text(Path(folder) / files.TRAINING, json.dumps(record.model_dump(), indent=2) + "\n")
         if isinstance(adapter, MaskConfig):
-            write_card(folder)
+            write_card(folder, adapter)

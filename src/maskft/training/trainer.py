@@ -18,6 +18,7 @@ from maskft_lab.evaluation.during_training import TrainingEvaluation
 
 from ..data import IGNORED
 from ..tuner import MaskConfig, set_mask_progress
+from ..tuner.card import hub_name
 from .callbacks import MaskProgress, StepGuard
 from .checkpoints import Checkpoints, agreed_masks, lost_best, step_of, trainable_state, written_whole
 from .launch import let_cpu_shard
@@ -234,8 +235,9 @@ class MaskTrainer:
         return f"{reason}; the best so far (step {step_of(Path(self.state.best_model_checkpoint))})"
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Not TRL's of a mask, whose lines do not load it; see :mod:`maskft.adapter.card`."""
-        if not isinstance(getattr(self.model, "peft_config", {}).get(ADAPTER), MaskConfig):
+        """Not TRL's of a mask, whose lines do not load it (maskft.tuner.card), nor of a base that is on no hub."""
+        is_mask = isinstance(getattr(self.model, "peft_config", {}).get(ADAPTER), MaskConfig)
+        if not is_mask and hub_name(self.model.config._name_or_path):
             super().create_model_card(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

