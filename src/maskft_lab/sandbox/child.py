@@ -63,6 +63,7 @@ REFUSED_CALLS = {
     "chroot": (161, 51),
     "execve": (59, 221),
     "execveat": (322, 281),
+    "fadvise64": (221, 223),
     "fanotify_init": (300, 262),
     "fsconfig": (431, 431),
     "fsmount": (432, 432),
@@ -71,11 +72,13 @@ REFUSED_CALLS = {
     "inotify_add_watch": (254, 27),
     "inotify_init": (253, 26),  # arm has the newer one alone
     "inotify_init1": (294, 26),
+    "io_setup": (206, 0),  # its number of events is a quota of the whole machine
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
     "io_uring_setup": (425, 425),
     "kcmp": (312, 272),
     "keyctl": (250, 219),
+    "landlock_create_ruleset": (444, 444),
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "mount": (165, 40),
@@ -92,8 +95,10 @@ REFUSED_CALLS = {
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
     "ptrace": (101, 117),
+    "readahead": (187, 213),
     "request_key": (249, 218),
     "semget": (64, 190),
+    "sendfile": (40, 71),  # a socket then holds pages that no process shows
     "setns": (308, 268),
     "shmget": (29, 194),
     "splice": (275, 76),
@@ -105,7 +110,13 @@ REFUSED_CALLS = {
 }
 CLONE_CALL, CLONE3_CALL = (56, 220), (435, 435)  # allowed with some arguments only
 SOCKET_CALLS = ((41, 198), (53, 199))  # socket, socketpair
-SETSOCKOPT_CALL, SO_SNDBUF = (54, 208), 7
+# Calls that are refused with some values of an argument (its position): memory that belongs to no process, and
+# F_NOTIFY, whose number is a quota of the whole machine.
+REFUSED_VALUES = {
+    "fcntl": ((72, 25), 1, (6, 7, 37, 38, 1026)),  # F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW, F_NOTIFY
+    "prctl": ((157, 167), 0, (78,)),  # PR_FUTEX_HASH
+    "setsockopt": ((54, 208), 2, (7,)),  # SO_SNDBUF
+}
 MMAP_CALL, SHARED_MEMORY = (9, 222), 0x21  # MAP_SHARED and MAP_ANONYMOUS: pages that stay when no process shows them
 FIRST_UNKNOWN_CALL = 457  # newer than Linux 6.7; x86_64 numbers its x32 calls far above
 
@@ -251,7 +262,7 @@ def drop_privileges() -> None:
 
 
 def filter_system_calls() -> None:
-    """Refuse ``REFUSED_CALLS``, what is newer than these, nested namespaces, and sockets but AF_UNIX's of usual size.
+    """Refuse ``REFUSED_CALLS``, what is newer, ``REFUSED_VALUES``, nested namespaces, and sockets but AF_UNIX's.
 
     A network namespace alone does not confine every family: AF_VSOCK reaches the host of a virtual machine.
     """
@@ -260,7 +271,7 @@ def filter_system_calls() -> None:
     allow, refuse, absent, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS, 0x80000000
     keep_bits = 0x54  # BPF_ALU|AND
     af_unix, number_at, machine_at = 1, 0, 4  # offsets in struct seccomp_data; below, the lower half of each argument
-    first_argument_at, third_argument_at, fourth_argument_at = 16, 32, 40
+    arguments_at = [16 + 8 * position for position in range(6)]
     program = [
         (load, 0, 0, machine_at),
         (equal, 1, 0, AUDIT_ARCH[machine]),  # (operation, instructions to skip if true, if false, operand)
@@ -278,11 +289,14 @@ def filter_system_calls() -> None:
         block = [(load, 0, 0, argument_at), *test, (end, 0, 0, refuse), (end, 0, 0, allow)]
         program.extend([(equal, 0, len(block), numbers[machine]), *block])
 
-    refuse_if(CLONE_CALL, first_argument_at, (any_bit, 0, 1, ALL_NAMESPACES))
+    refuse_if(CLONE_CALL, arguments_at[0], (any_bit, 0, 1, ALL_NAMESPACES))
     for numbers in SOCKET_CALLS:
-        refuse_if(numbers, first_argument_at, (equal, 1, 0, af_unix))
-    refuse_if(SETSOCKOPT_CALL, third_argument_at, (equal, 0, 1, SO_SNDBUF))
-    refuse_if(MMAP_CALL, fourth_argument_at, (keep_bits, 0, 0, SHARED_MEMORY), (equal, 0, 1, SHARED_MEMORY))
+        refuse_if(numbers, arguments_at[0], (equal, 1, 0, af_unix))
+    for numbers, position, values in REFUSED_VALUES.values():
+        last = len(values) - 1
+        tests = [(equal, last - index, index == last, value) for index, value in enumerate(values)]
+        refuse_if(numbers, arguments_at[position], *tests)
+    refuse_if(MMAP_CALL, arguments_at[3], (keep_bits, 0, 0, SHARED_MEMORY), (equal, 0, 1, SHARED_MEMORY))
     program.append((end, 0, 0, allow))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
     header = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code))
@@ -295,15 +309,15 @@ def filter_system_calls() -> None:
 def run_program(job: dict, token_fd: int) -> None:
     """Run ``job["code"]`` and never return.
 
-    Only a program whose last line was reached writes the token with the word "passed": an early exit writes no
-    "passed", whatever the exit status or the output.
+    Only a program whose last line was reached writes the token: an early exit writes none, whatever the exit status or
+    the output, and so shows none to a program that has put a pipe of its own in the place of ours.
     """
     token, pid = job.pop("token").encode(), os.getpid()
     write, leave, getpid = os.write, os._exit, os.getpid  # the program may replace these in os
 
-    def tell(outcome: str, reason: str = "") -> None:
+    def tell(outcome: bytes, reason: str = "") -> None:
         if getpid() == pid:  # not a child that the program forked and that came this far too
-            write(token_fd, token + f" {outcome} {reason[:500]}".encode("utf-8", "replace"))
+            write(token_fd, outcome + b" " + reason[:500].encode("utf-8", "replace"))
 
     code, exit_code = job.pop("code"), 0
     sys.path += job["import_paths"]
@@ -313,19 +327,19 @@ def run_program(job: dict, token_fd: int) -> None:
     linecache.cache["program.py"] = (len(code), None, code.splitlines(keepends=True), "program.py")
     try:
         exec(compile(code, "program.py", "exec", dont_inherit=True), module.__dict__)
-        tell("passed")
+        tell(token)
     except SystemExit as error:
         exit_code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        tell("exit", f"the program called sys.exit({error.code!r}) before its last line")
+        tell(b"exit", f"the program called sys.exit({error.code!r}) before its last line")
     except MemoryError as error:
         exit_code = 1
         error.__traceback__ = None  # lets go of the frames and what they hold
         module.__dict__.clear()
-        tell("out_of_memory", f"MemoryError: {error}".removesuffix(": "))
+        tell(b"out_of_memory", f"MemoryError: {error}".removesuffix(": "))
         traceback.print_exception(error)
     except BaseException as error:
         exit_code = 1
-        tell("failed", traceback.format_exception_only(error)[-1].strip())
+        tell(b"failed", traceback.format_exception_only(error)[-1].strip())
         error.__traceback__ = error.__traceback__.tb_next  # from the program's first frame on
         traceback.print_exception(error)
     finally:
@@ -374,7 +388,6 @@ def init(job: dict, report_fd: int) -> None:
 
 def supervise(job: dict, report_fd: int) -> None:
     """Fork the program, wait for it, report how it ended."""
-    token = job["token"].encode()
     read_end, write_end = os.pipe()
     program = os.fork()
     if program == 0:
@@ -403,9 +416,11 @@ def supervise(job: dict, report_fd: int) -> None:
         message = os.read(read_end, 4096)
     except BlockingIOError:
         message = b""
-    outcome, reason = "", ""
-    if message.startswith(token + b" "):
-        _, outcome, reason = message.decode("utf-8", "replace").split(" ", 2)
+    outcome, _, reason = message.decode("utf-8", "replace").partition(" ")
+    if outcome == job["token"]:
+        outcome = "passed"
+    elif outcome not in ("exit", "failed", "out_of_memory"):
+        outcome = reason = ""
     report(
         report_fd,
         {
