@@ -34,8 +34,6 @@ from maskft_base.runtime import num_cores
 WATCH_INTERVAL_S = 0.05  # how often the memory and CPU time of all of a program's processes are added up
 STOP_PATIENCE_S = 5.0  # from asking the launcher to stop until it is killed; its end takes everything below with it
 MIN_MEMORY_BYTES = 64 * 2**20  # less than the interpreter itself needs
-# Of a program's control group, besides the program: its folder in memory, and the processes around it.
-GROUP_EXTRA_BYTES, GROUP_EXTRA_PROCESSES = 192 * 2**20, 4
 
 _CHILD = Path(__file__).with_name("child.py")
 # Not /dev/zero: mapped, it is memory that belongs to no process.
@@ -232,12 +230,12 @@ def _run(code: str, limits: Limits, *, confined: bool, stop: threading.Event | N
         try:
             process = subprocess.Popen(
                 # -S, -P, -B: no site hooks, nothing from the current folder, no bytecode written
-                [*_in_group(limits, home), sys.executable, "-S", "-P", "-B", str(_CHILD), str(child_report_end)],
+                [sys.executable, "-S", "-P", "-B", str(_CHILD), str(child_report_end)],
                 stdin=job_file,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 cwd=folder,
-                env=None if control_groups() else _environment(home),
+                env=_environment(home),
                 pass_fds=[child_report_end],
                 start_new_session=True,
             )
@@ -253,38 +251,6 @@ def _run(code: str, limits: Limits, *, confined: bool, stop: threading.Event | N
             finally:
                 watch.end_everything()
             return watch.result("confined" if confined else "unconfined")
-
-
-@functools.lru_cache(maxsize=1)
-def control_groups() -> list[str]:
-    """The words that run a command in a control group of its own; none where systemd makes no bounded ones for us.
-
-    Tried once per process: a group asked to hold no more than some bytes must say so from inside.
-    """
-    words = ["systemd-run", "--scope", "--quiet", "--collect", *(["--user"] if os.geteuid() else [])]
-    bound = MIN_MEMORY_BYTES + _PAGE_BYTES
-    look = "cat /sys/fs/cgroup$(sed -n 's/^0:://p' /proc/self/cgroup)/memory.max"
-    try:
-        command = [*words, f"--property=MemoryMax={bound}", "--", "sh", "-c", look]
-        found = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return words if found.stdout.split() == [str(bound).encode()] else []
-
-
-def _in_group(limits: Limits, home: str) -> list[str]:
-    """What stands before a command so that the kernel bounds all of its memory and processes, and its environment."""
-    words = control_groups()
-    if not words:
-        return []
-    bounds = {
-        "MemoryMax": limits.memory_bytes + GROUP_EXTRA_BYTES,
-        "MemorySwapMax": 0,
-        "TasksMax": limits.max_processes + GROUP_EXTRA_PROCESSES,
-    }
-    properties = [f"--property={name}={value}" for name, value in bounds.items()]
-    # systemd-run needs the user's environment to reach systemd, and the program must not see it.
-    return [*words, *properties, "--", "env", "-i", *(f"{key}={value}" for key, value in _environment(home).items())]
 
 
 def _environment(home: str) -> dict[str, str]:
