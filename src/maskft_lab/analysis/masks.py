@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from maskft.adapter.algebra import agreement
 from maskft.adapter.mask_set import MaskSet, read_config
 from maskft.models import load_config, load_model
 from maskft.tuner.experts import place_of
 from maskft_base.errors import UserError
 from maskft_base.files import digest
 
+from .agreement import agreement
 from .losses import Batch, loss_sum, make_batches, mean_loss, num_targets
 from .store import Parts, digest_folder, is_finished, write_record
 

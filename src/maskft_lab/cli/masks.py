@@ -8,7 +8,6 @@ import json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Subcommands of ``maskft masks``."""
-    # adapter/algebra.py has these texts too; it imports scipy, which --help should not wait for.
     operations = {
         "union": "write an adapter that removes what any of the masks removes",
         "intersect": "write an adapter that removes what all of the masks remove",
@@ -40,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.operation == "export":
         _export(args)
     else:
-        from maskft.adapter.derived import combine_adapters
+        from maskft.adapter.combine import combine_adapters
 
         at_least = getattr(args, "at_least", None)
         removed, numel = combine_adapters(args.operation, args.adapters, args.output_dir, at_least)
@@ -55,9 +54,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from maskft.adapter.derived import compare_adapters
     from maskft_base.errors import UserError
 
+    from ..analysis.agreement import compare_adapters
     from ..results.text import Table, draw
 
     if not 0 < args.confidence < 1:

@@ -1,14 +1,17 @@
-"""Adapter folders made from others without a model: masks of one base in, a mask of that base out."""
+"""Adapter folders made from others without a model: masks of one base in, a mask of that base out.
+
+Sets are of what is REMOVED: a union removes what any of its masks removes. Masks are bool, True = keep.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from maskft_base import files
@@ -18,9 +21,9 @@ from ..tuner.codec import PREFIX, decode_mask, encode_mask, mask_info
 from ..tuner.config import MaskConfig
 from ..tuner.model import mask_fingerprint
 from ..tuner.targets import listed
-from .algebra import agreement, combine, num_votes, verdict
 from .mask_set import AdapterConfig, read_coded, read_config
 
+OPERATIONS = ("union", "intersect", "vote", "minus")
 # Of adapter_config.json: which layers are masked, over what, and what removed weights become.
 _OF_THE_BASE = (
     "base_model_name_or_path",
@@ -40,20 +43,43 @@ _OF_THE_BASE = (
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-class DecodedMasks(Mapping[str, Tensor]):
-    """The masks of a folder by module name, each decoded when it is asked for: one is in memory at a time."""
+def combine(operation: str, masks: Sequence[Tensor], at_least: int | None = None) -> Tensor:
+    """One mask from several of one matrix.
 
-    def __init__(self, coded: Mapping[str, Tensor]) -> None:
-        self._coded = coded
+    Args:
+        operation: One of ``OPERATIONS``.
+        masks: Bool masks of one shape, True = keep; for ``minus`` the first is what is left.
+        at_least: With ``vote``: by how many masks a weight must be removed, from 1 to their number; default: the
+            smallest majority.
 
-    def __getitem__(self, name: str) -> Tensor:
-        return decode_mask(self._coded[name], name)
+    Returns:
+        Bool mask of the same shape.
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._coded)
+    Raises:
+        UserError: If ``operation`` is none of these or ``at_least`` is out of its range.
+    """
+    if operation not in OPERATIONS:
+        raise UserError(f"no operation {operation!r}; there are {', '.join(OPERATIONS)}")
+    if len(masks) < 2:
+        raise UserError(f"{operation} needs two masks or more, and there is {len(masks)}")
+    if operation == "minus":
+        removed_by_others = ~masks[1]
+        for mask in masks[2:]:
+            removed_by_others |= ~mask
+        return masks[0] | removed_by_others
+    votes = {"union": 1, "intersect": len(masks), "vote": num_votes(len(masks), at_least)}[operation]
+    removed_by = torch.zeros(masks[0].shape, dtype=torch.int16, device=masks[0].device)
+    for mask in masks:
+        removed_by += ~mask
+    return removed_by < votes
 
-    def __len__(self) -> int:
-        return len(self._coded)
+
+def num_votes(num_masks: int, at_least: int | None) -> int:
+    """By how many of so many masks a weight must be removed, where ``at_least`` were asked for."""
+    votes = num_masks // 2 + 1 if at_least is None else at_least
+    if not 1 <= votes <= num_masks:
+        raise UserError(f"at_least is {votes} and there are {num_masks} masks; give a number from 1 to {num_masks}")
+    return votes
 
 
 def read_alike(folders: Sequence[str | Path]) -> list[dict[str, Tensor]]:
@@ -63,43 +89,39 @@ def read_alike(folders: Sequence[str | Path]) -> list[dict[str, Tensor]]:
         UserError: If one is no mask, or two differ in base, how it was held, modules, shapes or what removed weights
             become.
     """
-    configs, coded = [read_config(folder) for folder in folders], [read_coded(folder) for folder in folders]
-    for folder, config, masks in zip(folders[1:], configs[1:], coded[1:], strict=True):
-        _check_alike((folders[0], configs[0], coded[0]), (folder, config, masks))
-    return coded
+    read = [(folder, read_config(folder), read_coded(folder)) for folder in folders]
+    for one in read[1:]:
+        _check_alike(*read[0], *one)
+    return [coded for _, _, coded in read]
 
 
 def _check_alike(
-    first: tuple[str | Path, AdapterConfig, Mapping[str, Tensor]],
-    second: tuple[str | Path, AdapterConfig, Mapping[str, Tensor]],
+    one: str | Path,
+    config: AdapterConfig,
+    masks: Mapping[str, Tensor],
+    other: str | Path,
+    its_config: AdapterConfig,
+    its_masks: Mapping[str, Tensor],
 ) -> None:
-    (one, config, masks), (other, its_config, its_masks) = first, second
     both = f"{str(one)!r} and {str(other)!r}"
-    only = sorted(masks.keys() ^ its_masks.keys())
-    if only:
+    if only := sorted(masks.keys() ^ its_masks.keys()):
         raise UserError(f"{both} mask other modules: {listed(only)} only in one; combine masks of the same layers")
     for name in masks:
         shapes = [mask_info(each[name], name)["shape"] for each in (masks, its_masks)]
         if shapes[0] != shapes[1]:
             raise UserError(f"{both} are over other bases: {name} is {shapes[0]} and {shapes[1]}")
-    bases = [(each.base_fingerprint or "").partition(":")[0] for each in (config, its_config)]
-    held = [each.base_quantisation or "float" for each in (config, its_config)]
-    if all(bases) and held[0] != held[1]:
-        raise UserError(
-            f"{both} were learned on base weights held as {held[0]} and as {held[1]}; combine masks learned on weights "
-            "held alike"
-        )
-    if all(bases) and bases[0] != bases[1]:
-        raise UserError(
-            f"{both} are over other base weights (fingerprints {bases[0][:12]} and {bases[1][:12]}); combine masks of "
-            "one base"
-        )
-    names = [each.base_model_name_or_path for each in (config, its_config)]
-    if not all(bases) and names[0] != names[1]:
-        raise UserError(f"{both} are over other bases: {names[0]} and {names[1]}")
-    values = [(each.removed_value, each.removed_value_fingerprint) for each in (config, its_config)]
-    if values[0] != values[1]:
-        raise UserError(f"{both} put other values where they remove: {values[0][0]} and {values[1][0]}")
+    configs = (config, its_config)
+    prints = [(each.base_fingerprint or "").partition(":")[0][:12] for each in configs]
+    are_known = all(prints)
+    for what, values, is_compared in (
+        ("were learned on base weights held as", [each.base_quantisation or "float" for each in configs], are_known),
+        ("are over other base weights, of fingerprints", prints, are_known),
+        ("are over other bases,", [each.base_model_name_or_path for each in configs], not are_known),
+        ("put other values where they remove:", [each.removed_value for each in configs], True),
+        ("take removed weights from models", [each.removed_value_fingerprint for each in configs], True),
+    ):
+        if is_compared and values[0] != values[1]:
+            raise UserError(f"{both} {what} {values[0]} and {values[1]}; combine masks of one base")
 
 
 def combine_adapters(
@@ -163,26 +185,3 @@ def _write(folder: Path, coded: Mapping[str, Tensor], like: Path, sparsity: floa
     for name in _BESIDE:
         if (like / name).is_file():
             shutil.copy2(files.own_file(like, name), folder / name)
-
-
-def compare_adapters(folders: Sequence[str | Path], confidence: float = 0.95) -> list[dict[str, Any]]:
-    """Of every two adapter folders, in how much they agree: ``first``, ``second``, their counts and ``agreement``."""
-    masks = [DecodedMasks(coded) for coded in read_alike(folders)]
-    names = distinct_names(folders)
-    removed = [sum(int((~mask).sum()) for mask in each.values()) for each in masks]
-    rows = []
-    for a, b in combinations(range(len(folders)), 2):
-        pair = agreement(masks[a], masks[b], confidence)
-        counts = {"num_removed_first": removed[a], "num_removed_second": removed[b]}
-        rows.append({"first": names[a], "second": names[b], **counts, **pair, "verdict": verdict(pair)})
-    return rows
-
-
-def distinct_names(folders: Sequence[str | Path]) -> list[str]:
-    """Last parts of the paths, as many of them as tell the folders apart."""
-    parts = [Path(folder).absolute().parts for folder in folders]
-    for count in range(1, max(map(len, parts))):
-        names = ["/".join(each[-count:]) for each in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]

@@ -1,8 +1,6 @@
-"""What several masks remove together, and their agreement against chance."""
+"""What several masks remove together."""
 
-import itertools
 import json
-from math import comb
 
 import pytest
 import torch
@@ -10,8 +8,7 @@ from peft import PeftModel, get_peft_model
 
 import tiny
 from maskft import MaskConfig, UserError, current_masks
-from maskft.adapter.algebra import OPERATIONS, agreement, chance_interval, combine
-from maskft.adapter.derived import combine_adapters
+from maskft.adapter.combine import OPERATIONS, combine, combine_adapters
 from maskft.adapter.mask_set import MaskSet, read_config
 from maskft.adapter.verify import verify
 from maskft.tuner import adapter_layers
@@ -57,32 +54,6 @@ def test_votes_outside_their_range_and_too_few_masks():
         combine("union", masks[:1])
     with pytest.raises(UserError, match="no operation 'xor'; there are union"):
         combine("xor", masks)
-
-
-@pytest.mark.parametrize("counts", [[(12, 5, 4)], [(12, 5, 4), (7, 3, 6), (9, 0, 2)]])
-def test_chance_has_the_interval_of_all_placements(counts):
-    """Against the distribution of the sum by counting, of each matrix and of all."""
-    chances = {0: 1.0}
-    for n, n1, n2 in counts:
-        one = {c: comb(n1, c) * comb(n - n1, n2 - c) / comb(n, n2) for c in range(min(n1, n2) + 1) if n2 - c <= n - n1}
-        sums = {}
-        for (a, p), (b, q) in itertools.product(chances.items(), one.items()):
-            sums[a + b] = sums.get(a + b, 0.0) + p * q
-        chances = sums
-    for confidence in (0.5, 0.8, 0.95):
-        low, high = chance_interval(counts, confidence)
-        tail = (1 - confidence) / 2
-        assert sum(p for c, p in chances.items() if c < low) < tail <= sum(p for c, p in chances.items() if c <= low)
-        assert sum(p for c, p in chances.items() if c > high) <= tail + 1e-12
-
-
-def test_random_masks_fall_into_the_interval_as_often_as_it_says():
-    inside, generator = 0, torch.Generator().manual_seed(0)
-    for _ in range(200):
-        a, b = ({"x": torch.rand(100, 100, generator=generator) >= 0.3} for _ in range(2))
-        pair = agreement(a, b)
-        inside += pair["chance_low"] <= pair["num_common"] <= pair["chance_high"]
-    assert 0.90 <= inside / 200 <= 0.99
 
 
 # Folders

@@ -1,68 +1,46 @@
-"""Many masks over one base: what several remove together, and whether two agree more than chance makes them.
-
-Sets are of what is REMOVED: a union removes what any of its masks removes. Masks are bool, True = keep.
-"""
+"""Whether two masks remove more in common than chance makes them; masks are bool, True = keep."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import hypergeom, norm
 from torch import Tensor
 
+from maskft.adapter.combine import read_alike
+from maskft.tuner.codec import decode_mask
 from maskft_base.errors import UserError
 
-OPERATIONS = {
-    "union": "remove what any of the masks removes",
-    "intersect": "remove what all of the masks remove",
-    "vote": "remove what at least --at_least of the masks remove (default: more than half)",
-    "minus": "remove what the first mask removes and no other does",
-}
 # Above this variance the number in common is as good as normal.
 _NORMAL_VARIANCE = 400.0
 
 
-def combine(operation: str, masks: Sequence[Tensor], at_least: int | None = None) -> Tensor:
-    """One mask from several of one matrix.
-
-    Args:
-        operation: One of ``OPERATIONS``.
-        masks: Bool masks of one shape, True = keep; for ``minus`` the first is what is left.
-        at_least: With ``vote``: by how many masks a weight must be removed, from 1 to their number; default: the
-            smallest majority.
-
-    Returns:
-        Bool mask of the same shape.
-
-    Raises:
-        UserError: If ``operation`` is none of these or ``at_least`` is out of its range.
-    """
-    if operation not in OPERATIONS:
-        raise UserError(f"no operation {operation!r}; there are {', '.join(OPERATIONS)}")
-    if len(masks) < 2:
-        raise UserError(f"{operation} needs two masks or more, and there is {len(masks)}")
-    if operation == "minus":
-        removed_by_others = ~masks[1]
-        for mask in masks[2:]:
-            removed_by_others |= ~mask
-        return masks[0] | removed_by_others
-    votes = {"union": 1, "intersect": len(masks), "vote": num_votes(len(masks), at_least)}[operation]
-    removed_by = torch.zeros(masks[0].shape, dtype=torch.int16, device=masks[0].device)
-    for mask in masks:
-        removed_by += ~mask
-    return removed_by < votes
+def compare_adapters(folders: Sequence[str | Path], confidence: float = 0.95) -> list[dict[str, Any]]:
+    """Of every two adapter folders, in how much they agree: ``first``, ``second``, their counts and ``agreement``."""
+    coded, names = read_alike(folders), distinct_names(folders)
+    rows = []
+    for a, b in combinations(range(len(folders)), 2):
+        first, second = ({name: decode_mask(code, name) for name, code in coded[n].items()} for n in (a, b))
+        pair = agreement(first, second, confidence)
+        counts = [sum(int((~mask).sum()) for mask in masks.values()) for masks in (first, second)]
+        row = {"first": names[a], "second": names[b], "num_removed_first": counts[0], "num_removed_second": counts[1]}
+        rows.append({**row, **pair, "verdict": verdict(pair)})
+    return rows
 
 
-def num_votes(num_masks: int, at_least: int | None) -> int:
-    """By how many of so many masks a weight must be removed, where ``at_least`` were asked for."""
-    votes = num_masks // 2 + 1 if at_least is None else at_least
-    if not 1 <= votes <= num_masks:
-        raise UserError(f"at_least is {votes} and there are {num_masks} masks; give a number from 1 to {num_masks}")
-    return votes
+def distinct_names(folders: Sequence[str | Path]) -> list[str]:
+    """Last parts of the paths, as many of them as tell the folders apart."""
+    parts = [Path(folder).absolute().parts for folder in folders]
+    for count in range(1, max(map(len, parts))):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
 
 
 def agreement(
