@@ -1,4 +1,4 @@
-"""The table of docs/architectures.md: what is masked in which model, and that it trains, saves and merges there."""
+"""The table of docs/compatibility.md: what is masked in which model, and that it trains, saves and merges there."""
 
 import copy
 import re
@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from maskft import MaskConfig, current_masks
 from tiny import token_ids
 
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 TABLE = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", PAGE.read_text(), re.MULTILINE))
 SIZES = {
     "vocab_size": 96,
