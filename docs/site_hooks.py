@@ -10,14 +10,15 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "src" / "maskft"
+SOURCE = ROOT / "src"
+ROOTS = ("maskft_base", "maskft", "maskft_lab")  # packages whose own files have a page
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)(?:#[^)]*)?\)")
 
 
 def on_files(files, config):
-    """Add a page per room of ``src/maskft``, and one for the files of the root."""
-    rooms = sorted(path.parent for path in SOURCE.glob("*/__init__.py"))
-    for room in (SOURCE, *rooms):
+    """Add a page per room of the packages in ``src``, and one for the files of each root."""
+    rooms = sorted(path.parent for path in SOURCE.glob("*/*/__init__.py"))
+    for room in (*(SOURCE / name for name in ROOTS), *rooms):
         name = f"reference/{room.name}.md"
         files.append(File.generated(config, name, content=_reference(room)))
     return files
@@ -46,14 +47,12 @@ def on_page_content(html, page, config, files):
 
 
 def _reference(room: Path) -> str:
-    is_root = room == SOURCE
-    title = "Reference: maskft" if is_root else f"Reference: maskft.{room.name}"
+    prefix = ".".join(room.relative_to(SOURCE).parts)
     paths = [path for path in sorted(room.glob("*.py")) if not path.name.startswith("_") and _is_public(path)]
     doc = ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))) or ""
-    prefix = "maskft" if is_root else f"maskft.{room.name}"
     shown = "::: {}\n    options: {{show_root_full_path: true}}\n\n{}"
     modules = [shown.format(f"{prefix}.{path.stem}", _options(path)) for path in paths]
-    return "\n".join([f"# {title}\n", doc, "", *modules])
+    return "\n".join([f"# Reference: {prefix}\n", doc, "", *modules])
 
 
 def _options(path: Path) -> str:

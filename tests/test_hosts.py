@@ -1,4 +1,4 @@
-"""Masks where others load them: PEFT's own comparison of methods, and lm-eval by the line of docs/hosts.md."""
+"""Masks where others load them: PEFT's own comparison of methods, and lm-eval by the line of docs/compatibility.md."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def test_the_experiment_has_the_form_that_peft_s_comparison_takes():
 
 @pytest.mark.slow
 def test_lm_eval_reads_an_adapter_by_the_documented_line(base, tmp_path):
-    """The line of docs/hosts.md, with names of this test in it, gives what the merged model gives."""
+    """The line of docs/compatibility.md, with names of this test in it, gives what the merged model gives."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -55,8 +55,8 @@ def test_lm_eval_reads_an_adapter_by_the_documented_line(base, tmp_path):
         "metric_list": [{"metric": "acc"}],
     }
     (tmp_path / "sums.yaml").write_text(json.dumps(task))  # which YAML contains
-    text = (REPOSITORY / "docs" / "hosts.md").read_text()
-    line = text.split("\n## lm-eval\n")[1].split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    text = (REPOSITORY / "docs" / "compatibility.md").read_text()
+    line = text.split("```sh\n")[1].split("```")[0].replace("\\\n", " ")
     names = {"your-name/your-model": str(base), "runs/mask": str(tmp_path / "mask"), "gsm8k": "sums"}
     for name, ours in names.items():
         assert name in line
