@@ -7,9 +7,8 @@ import pkgutil
 import re
 from pathlib import Path
 
-import maskft
-
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("maskft_base", "maskft", "maskft_lab")
 NOISE = ("_abc_", "_member", "_value", "_new_member", "_unhashable", "_generate_next", "_use_args", "_is_protocol")
 # Keys and suffixes of our own that look like names; of autograd functions, whose backward torch makes.
 OURS = {"_acc", "_each", "_loss", "_output", "_proj", "_stderr", "_backward_cls"}
@@ -48,8 +47,11 @@ def _is_set(node):
 def overridden():
     """Private methods of dependencies that our classes put their own in the place of."""
     found = set()
-    for module in pkgutil.walk_packages(maskft.__path__, "maskft."):
-        if any(part in module.name for part in (".cli.", ".sandbox.", *HOSTS)):
+    packages = ((name, importlib.import_module(name).__path__) for name in PACKAGES)
+    for module in (found for name, path in packages for found in pkgutil.walk_packages(path, f"{name}.")):
+        if any(
+            part in module.name for part in (".cli.", ".sandbox.", "triton_split")
+        ):  # they override nothing of others
             continue
         for kind in vars(importlib.import_module(module.name)).values():
             if inspect.isclass(kind) and kind.__module__ == module.name:
@@ -65,7 +67,7 @@ def test_every_private_name_of_a_dependency_is_listed_with_what_replaces_it():
     text = (ROOT / "docs" / "reliability.md").read_text().partition("## Private names of dependencies")[2]
     rows = [line for line in text.partition("\n## ")[0].splitlines() if line.startswith("| `")]
     listed = {name for row in rows for name in re.findall(r"`(_\w+)`", row.split("|")[1])}
-    trees = [ast.parse(file.read_text()) for file in (ROOT / "src" / "maskft").rglob("*.py")]
+    trees = [ast.parse(file.read_text()) for name in PACKAGES for file in (ROOT / "src" / name).rglob("*.py")]
     used = (used_in(trees) | overridden()) - OURS
     assert sorted(used - listed) == [], "used and not listed"
     assert sorted(listed - used) == [], "listed and not used"
