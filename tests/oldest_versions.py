@@ -4,7 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
-EXTRAS = ("test", "analysis", "alpaca", "demo", "eval", "tensorboard", "trackio")  # what the tests need
+EXTRAS = ("train", "lab", "test", "analysis", "alpaca", "demo", "eval", "tensorboard", "trackio")  # what the tests need
 
 
 def lowest(requirement):

@@ -10,25 +10,14 @@ from typing import Any
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftModel, get_peft_model
 from pydantic import BaseModel
-from transformers import TrainerCallback
 
-from maskft import MaskConfig, UserError, set_mask_progress
+from maskft import MaskConfig, MaskProgress, UserError
 
 
 class MaskArgs(BaseModel):
     """What the plugin adds to axolotl's configuration."""
 
     mask: dict[str, Any] | None = None
-
-
-class Progress(TrainerCallback):
-    """Tells masks with a ramp, a schedule or noise how far training is."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Also where a run is resumed."""
-        set_mask_progress(model, state.global_step / state.max_steps)
-
-    on_step_end = on_train_begin  # before a checkpoint is written
 
 
 class MaskPlugin(BasePlugin):
@@ -67,5 +56,5 @@ class MaskPlugin(BasePlugin):
         return get_peft_model(model, config), config
 
     def add_callbacks_pre_trainer(self, cfg, model):
-        """The callback of masks."""
-        return [Progress()] if cfg.adapter == "mask" else []
+        """Tells masks with a ramp, a schedule or noise how far training is."""
+        return [MaskProgress()] if cfg.adapter == "mask" else []

@@ -10,9 +10,8 @@ import os
 from peft import get_peft_model
 from swift.callbacks import callbacks_map
 from swift.tuner_plugin import PeftTuner, tuners_map
-from transformers import TrainerCallback
 
-from maskft import MaskConfig, set_mask_progress
+from maskft import MaskConfig, MaskProgress
 
 
 class MaskTuner(PeftTuner):
@@ -31,15 +30,6 @@ class MaskTuner(PeftTuner):
         return get_peft_model(model, config)
 
 
-class Progress(TrainerCallback):
-    """Tells masks with a ramp, a schedule or noise how far training is; without it their first step is an error."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Also where a run is resumed."""
-        set_mask_progress(model, state.global_step / state.max_steps)
-
-    on_step_end = on_train_begin  # before a checkpoint is written
-
-
 tuners_map["mask"] = MaskTuner
-callbacks_map["mask"] = lambda args, trainer: Progress()
+# Without it, a mask with a ramp, a schedule or noise ends at its first step.
+callbacks_map["mask"] = lambda args, trainer: MaskProgress()

@@ -79,16 +79,29 @@ def test_help_of_train_shows_what_people_set_and_all_on_request(capsys):
     assert all(f"--{name}" in every for name in option_defaults())
 
 
-def test_help_and_import_do_not_import_torch():
+def test_help_does_not_import_the_method():
     code = (
-        "import sys, maskft\n"
+        "import sys\n"
         "from maskft_lab.cli.main import main\n"
-        "for command in ('', 'compare', 'estimate', 'merge', 'evaluate', 'demo', 'inspect', 'verify', 'env'):\n"
+        "for command in ('', 'compare', 'estimate', 'merge', 'demo', 'inspect', 'masks', 'push', 'verify', 'env'):\n"
         "    try: main([*command.split(), '--help'])\n"
         "    except SystemExit: pass\n"
-        "sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
+        "sys.exit(int(any(name in sys.modules for name in ('maskft', 'torch', 'transformers', 'numpy'))))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_a_reader_that_closes_and_a_missing_extra_are_no_tracebacks():
+    run = f"{sys.executable} -m maskft_lab.cli.main"
+    done = subprocess.run(f"{run} --help | true", shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+    code = (
+        "import sys; sys.modules['datasets'] = None\n"
+        "from maskft_lab.cli.main import main; sys.exit(main(['train', '--help']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "train needs datasets, which is not installed; " in done.stderr and "install -e '.[train]'" in done.stderr
 
 
 def test_unknown_command_and_option(capsys):

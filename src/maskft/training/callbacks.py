@@ -16,7 +16,7 @@ from maskft_base import files, runtime
 from maskft_base.errors import NotFiniteError, Stopped, UserError
 
 from ..adapter.mask_set import MaskSet
-from ..tuner import MaskConfig, MaskedLinear, set_mask_progress
+from ..tuner import MaskConfig, MaskedLinear
 from ..tuner.learners import current_sparsity
 from ..tuner.model import refresh_masks
 from ..tuner.sharded import is_sharded
@@ -89,18 +89,6 @@ class Reference(TrainerCallback):
         self.trainer._metrics["eval"].clear()
         self.loss = output.metrics["unmasked_loss"]
         self.console.print(f"  {self.noun} without the mask {self.loss:.4f}", highlight=False)
-
-
-class MaskProgress(TrainerCallback):
-    """Tells masks how far training is; of the global step alone, so that a resumed run knows it too."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Before the first step, or the first after resuming."""
-        set_mask_progress(model, state.global_step / state.max_steps)
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        """Before what is measured and saved after a step, and before the next."""
-        set_mask_progress(model, state.global_step / state.max_steps)
 
 
 class StepGuard(TrainerCallback):

@@ -17,9 +17,9 @@ from maskft_base.runtime import peak_memory_bytes
 from maskft_lab.evaluation.during_training import TrainingEvaluation
 
 from ..data import IGNORED
-from ..tuner import MaskConfig, set_mask_progress
+from ..tuner import MaskConfig, MaskProgress, set_mask_progress
 from ..tuner.card import hub_name
-from .callbacks import MaskProgress, StepGuard
+from .callbacks import StepGuard
 from .checkpoints import Checkpoints, agreed_masks, lost_best, step_of, trainable_state, written_whole
 from .launch import let_cpu_shard
 from .manifest import damage

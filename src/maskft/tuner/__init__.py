@@ -6,8 +6,10 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from .config import MaskConfig, MaskPeftType
+from .fixed import magnitude_mask, random_mask
 from .layer import MaskedLinear
-from .model import MaskModel, adapter_layers, current_masks, set_mask_progress, start_scores
+from .model import MaskModel, adapter_layers, current_masks, start_scores
+from .progress import MaskProgress, set_mask_progress
 
 # PEFT's register_peft_method refuses names outside its enum. These three tables are what it would fill; tests fail when
 # PEFT stops reading them.
@@ -20,9 +22,12 @@ __all__ = [
     "MaskConfig",
     "MaskModel",
     "MaskPeftType",
+    "MaskProgress",
     "MaskedLinear",
     "adapter_layers",
     "current_masks",
+    "magnitude_mask",
+    "random_mask",
     "set_mask_progress",
     "start_scores",
 ]

@@ -10,10 +10,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
-from maskft_base import files
+from maskft_base import __version__, files
 from maskft_base.errors import HOW_TO_INSTALL, printable
 
-from .._version import __version__
 from .codec import PREFIX, mask_info
 
 PAPER = "https://arxiv.org/abs/2503.22764"

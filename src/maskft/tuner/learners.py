@@ -172,7 +172,7 @@ def phase(config: MaskConfig, is_training: bool) -> tuple[object, ...]:
     if is_training and config.progress is None:
         raise UserError(
             "this mask depends on how far training is: call maskft.set_mask_progress(model, step / max_steps) before "
-            "every step (with transformers' Trainer: add_callback(maskft.training.callbacks.MaskProgress()))"
+            "every step (with transformers' Trainer: add_callback(maskft.MaskProgress()))"
         )
     return config.progress, is_soft(config, is_training)
 

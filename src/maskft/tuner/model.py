@@ -258,28 +258,6 @@ def _take_back(model: Any, adapter_name: str) -> None:
         parameter.requires_grad = True
 
 
-def set_mask_progress(model: nn.Module, progress: float) -> None:
-    """Tell every mask of ``model`` how far training is; call it before every step with ``step / max_steps``.
-
-    Budget ramps, schedules of sharpness and temperature, and the noise of gates depend on it; equal progress gives
-    equal noise, so that a resumed run is the uninterrupted one. Other masks do not need it. ``maskft train`` calls it.
-
-    Args:
-        model: A model with mask adapters, maybe wrapped.
-        progress: Share of training done, in [0, 1].
-
-    Raises:
-        UserError: If ``progress`` is outside [0, 1].
-    """
-    if not 0.0 <= progress <= 1.0:
-        raise UserError(f"progress is {progress}; it is a share of training, step / max_steps, and must be in [0, 1]")
-    for module in model.modules():
-        if isinstance(module, MaskedLinear):
-            for config in module.mask_configs.values():
-                if not config.copy_of:
-                    config.progress = float(progress)
-
-
 @torch.no_grad()
 def start_scores(model: nn.Module, keys: Mapping[str, Tensor], adapter_name: str = "default") -> None:
     """Let the scores of an adapter start in the order of ``keys``: of each matrix, the lowest are removed first.

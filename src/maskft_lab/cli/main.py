@@ -14,8 +14,8 @@ from types import FrameType
 
 from safetensors import SafetensorError
 
-from maskft._version import __version__
-from maskft_base.errors import Stopped, UserError, did_you_mean, printable
+from maskft_base import __version__
+from maskft_base.errors import Stopped, UserError, did_you_mean, install_hint, printable
 
 COMMANDS = {
     "demo": "learn a mask on a small model in minutes, and see whether it helped",
@@ -33,6 +33,8 @@ COMMANDS = {
     "verify": "check an adapter's integrity, and that it fits a base model",
     "env": "print versions and machine facts for a bug report",
 }
+
+_EXTRAS = {"train": "train"}  # what a command needs beside the method; the others: lab
 
 # Seconds that a process of a distributed run waits for the main one to report an error first.
 _PATIENCE_S = 5
@@ -57,7 +59,17 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status (0 done, 2 wrong input, 130 Ctrl-C, 143 SIGTERM)."""
+    """Run one command; returns the exit status (0 done, 2 wrong input, 130 Ctrl-C, 141 no reader, 143 SIGTERM)."""
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # of `maskft ... | head`; what is left must not be written again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(argv: list[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -81,8 +93,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         _print_error(str(error))
         return 2
+    except ModuleNotFoundError as error:
+        _print_error(f"{name} needs {error.name}, which is not installed; {install_hint(_EXTRAS.get(name, 'lab'))}")
+        return 2
+    except BrokenPipeError:
+        raise
     except (OSError, ImportError, SafetensorError) as error:
-        # A full disk, a file without permission, a missing extra: the machine's word for it is the best there is.
+        # A full disk, a file without permission: the machine's word for it is the best there is.
         _print_error(f"{type(error).__name__}: {error}")
         return 2
     except Stopped as stop:

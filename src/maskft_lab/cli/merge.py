@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 
 def add_arguments(parser) -> None:
@@ -20,8 +21,10 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     """Merge and verify."""
-    from maskft.adapter.merge import merge
-    from maskft_base.runtime import silence
+    import transformers
 
-    silence()
+    from maskft.adapter.merge import merge
+
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.utils.logging.disable_progress_bar()
     print(merge(args.adapter, args.output_dir, base=args.base, dtype=args.dtype), file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 
 def add_arguments(parser) -> None:
     """Options of ``maskft verify``."""
@@ -13,10 +15,12 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     """Print each check that passed; the first that fails ends the command."""
+    import transformers
+
     from maskft.adapter.verify import verify
-    from maskft_base.runtime import silence
 
     if args.base:
-        silence()
+        warnings.simplefilter("ignore", FutureWarning)
+        transformers.utils.logging.disable_progress_bar()
     for line in verify(args.adapter, args.base):
         print(f"ok  {line}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from maskft._version import __version__
+from maskft_base import __version__
 
 from ..analysis.runs import BEST
 from ..results.comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Comparison, Difference

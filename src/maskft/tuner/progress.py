@@ -1,0 +1,46 @@
+"""How far training is, which budget ramps, schedules and the noise of gates depend on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from maskft_base.errors import UserError
+
+from .layer import MaskedLinear
+
+
+def set_mask_progress(model: nn.Module, progress: float) -> None:
+    """Tell every mask of ``model`` how far training is; call it before every step with ``step / max_steps``.
+
+    Equal progress gives equal noise, so that a resumed run is the uninterrupted one. Masks without a ramp, a schedule
+    or noise do not need it. ``maskft train`` calls it; other trainers of transformers take :class:`MaskProgress`.
+
+    Args:
+        model: A model with mask adapters, maybe wrapped.
+        progress: Share of training done, in [0, 1].
+
+    Raises:
+        UserError: If ``progress`` is outside [0, 1].
+    """
+    if not 0.0 <= progress <= 1.0:
+        raise UserError(f"progress is {progress}; it is a share of training, step / max_steps, and must be in [0, 1]")
+    for module in model.modules():
+        if isinstance(module, MaskedLinear):
+            for config in module.mask_configs.values():
+                if not config.copy_of:
+                    config.progress = float(progress)
+
+
+class MaskProgress(TrainerCallback):
+    """Tells masks how far training is; of the global step alone, so that a resumed run knows it too."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Before the first step, or the first after resuming."""
+        set_mask_progress(model, state.global_step / state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Before what is measured and saved after a step, and before the next."""
+        set_mask_progress(model, state.global_step / state.max_steps)
