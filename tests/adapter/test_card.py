@@ -183,7 +183,7 @@ def test_pushed_and_loaded_from_the_hub(adapter, base, tmp_path):
     assert head["license"] == "apache-2.0"  # the base's, as its card on the hub says
     assert card in hub.cards  # huggingface_hub had it checked
     assert str(base) not in there["adapter_config.json"].decode()
-    # PEFT's own way: with transformers' card, or the one that is there; docs/hosts.md says so.
+    # PEFT's own way: with transformers' card, or the one that is there; docs/adapters.md says so.
     again, kept = hub.repositories["me/again"], hub.repositories["me/kept"]
     assert "adapter_model.safetensors" in again and "adapter_model.safetensors" in kept
     assert "card has been automatically generated" in again["README.md"].decode()

@@ -2,7 +2,7 @@
 
 A program runs in its own Linux namespaces with no network, no file system but a read-only view of the Python
 installation and an empty folder in memory, and limits on memory, processes, CPU time, wall time and output.
-What is confined, how, and what it does not protect against: docs/sandbox.md. The inside is ``child.py``.
+What is confined, how, and what it does not protect against: docs/evaluation.md. The inside is ``child.py``.
 """
 
 from __future__ import annotations
