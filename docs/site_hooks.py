@@ -46,6 +46,13 @@ def on_page_content(html, page, config, files):
     return re.sub(r":(?:class|func|mod|meth|data):(?=<code>)", "", html)
 
 
+def on_post_page(output, page, config):
+    """The theme's dialog of search has no name for screen readers."""
+    return output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
+
+
 def _reference(room: Path) -> str:
     prefix = ".".join(room.relative_to(SOURCE).parts)
     paths = [path for path in sorted(room.glob("*.py")) if not path.name.startswith("_") and _is_public(path)]

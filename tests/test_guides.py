@@ -92,6 +92,7 @@ def test_the_site_is_whole_and_loads_nothing_from_elsewhere(site):
 
 @pytest.mark.browser
 def test_from_disk_the_site_searches_and_switches_its_colours(site):
+    from axe_playwright_python.sync_playwright import Axe
     from playwright.sync_api import sync_playwright
 
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -111,5 +112,7 @@ def test_from_disk_the_site_searches_and_switches_its_colours(site):
         for name in ("index", "evidence", "compatibility", "studies"):
             page.goto((site / f"{name}.html").as_uri())
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
+            found = [each["id"] for each in Axe().run(page).response["violations"]]
+            assert found == [], name
         browser.close()
     assert problems == []
