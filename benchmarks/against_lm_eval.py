@@ -18,8 +18,7 @@ import lm_eval.tasks
 from rich.console import Console
 
 from maskft_base.runtime import environment
-from maskft_lab.evaluation.task_data import find_file
-from maskft_lab.evaluation.tasks import BENCHMARKS
+from maskft_lab.evaluation.benchmarks import BENCHMARKS, find_file
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
 # HumanEval's prompts and stop strings without the scorer.
@@ -80,7 +79,7 @@ def run_lm_eval(task: str, args, folder: Path) -> tuple[dict[str, dict], float]:
     packaged = Path(lm_eval.tasks.__file__).parent / benchmark.config
     split = "train" if task == "ifeval" else "test"
     (local / f"{task}.yaml").write_text(
-        (_HUMANEVAL if benchmark.runs_code else f"include: {packaged}\n")
+        (_HUMANEVAL if benchmark.program else f"include: {packaged}\n")
         + f"task: {task}_local\ndataset_path: json\ndataset_name: null\ntest_split: {split}\n"
         + f"dataset_kwargs: {{data_files: {{{split}: {json.dumps(str(file))}}}}}\n"
     )
@@ -89,7 +88,7 @@ def run_lm_eval(task: str, args, folder: Path) -> tuple[dict[str, dict], float]:
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     if benchmark.use_chat_template:
         words.append("--apply_chat_template")
-    if benchmark.runs_code:
+    if benchmark.program:
         words.append("--predict_only")
     command = [sys.executable, "-m", "lm_eval", "run", *words, "--log_samples"]
     seconds = timed(command, folder / f"{task}-lm_eval.log", NLTK_DATA=str(Path(args.data_dir) / "nltk_data"))

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from maskft.data.sources import read_file
-from maskft_lab.evaluation.task_data import code_with_tests, find_file
+from maskft_lab.evaluation.benchmarks import code_with_tests, find_file
 from maskft_lab.sandbox.sandbox import run_many
 
 

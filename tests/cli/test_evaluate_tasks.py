@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 import benchmark_files
 import tiny
-from benchmark_files import GSM8K
 from maskft import MaskConfig
 from maskft_base.errors import UserError
 from maskft_base.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, JOURNAL, RESULT
@@ -306,88 +305,3 @@ def test_mistakes_are_one_line_and_write_nothing(words, message, chat_base, adap
     command += ["--output_dir", tmp_path / "out", *(places.get(word, word) for word in words)]
     status, _, err = call(command, capsys)
     assert status == 2 and message in err.strip().splitlines()[-1] and not (tmp_path / "out").exists()
-
-
-def train(base, files, data, out, capsys, *words):
-    common = f"train --method mask --model_name_or_path {base} --dataset_name {data} --output_dir {out} --max_steps 2 "
-    common += "--eval_steps 1 --save_steps 1 --eval_split_size 16 --learning_rate 0.01 --bf16 False "
-    common += f"--gradient_checkpointing False --eval_data_dir {files} --eval_limit 2"
-    return call([*common.split(), *words], capsys)
-
-
-def test_generation_metrics_choose_the_checkpoint(chat_base, files, data, tmp_path, capsys):
-    best = ["--metric_for_best_model", "eval_gsm8k_accuracy", "--eval_tasks", "gsm8k,heldout"]
-    status, _, err = train(chat_base, files, data, tmp_path / "run", capsys, *best)
-    assert status == 0, err
-    assert err.count("gsm8k: accuracy") == 3 == err.count("heldout: accuracy") and "(2 items)" in err
-    history = json.loads((tmp_path / "run" / "training.json").read_text())["summary"]["history"]
-    measured = [row["eval_gsm8k_accuracy"] for row in history if "eval_gsm8k_accuracy" in row]
-    assert len(measured) == 3 and all("eval_heldout_accuracy" in row for row in history if "eval_loss" in row)
-    best_step = json.loads((tmp_path / "run" / "training.json").read_text())["summary"]["best_step"]
-    assert best_step == measured.index(max(measured)), "the first of the best, and higher is better"
-
-    # What was measured during training is told from other held-out rows afterwards.
-    selected = json.loads((tmp_path / "run" / "training.json").read_text())["data"]["selected_on"]
-    words = ["evaluate", "--adapter", tmp_path / "run", "--dataset_name", data, "--no_generate"]
-    status, out, err = call([*words, "--eval_split_size", 16, "--output_dir", tmp_path / "result"], capsys)
-    assert status == 0, err
-    record = result_of(tmp_path / "result")["tasks"]["heldout"]
-    ids = [item["id"] for item in record["items"]]
-    assert record["selected_on"] == list(selected) and len(selected) == 2 and len(ids) == 16
-    assert set(selected) < set(ids) and list(selected) != ids[:2], "drawn, not the first"
-    assert "2 of 16 items were measured during training" in out
-    other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps({"prompt": f"What is {n}?", "completion": str(n)}) + "\n" for n in range(70)))
-    words[4] = other
-    assert call([*words, "--output_dir", tmp_path / "unseen"], capsys)[0] == 0
-    assert "selected_on" not in result_of(tmp_path / "unseen")["tasks"]["heldout"], "the same ids, other rows"
-
-
-@pytest.mark.parametrize(
-    "words,message",
-    [
-        (["--eval_tasks", "humaneval"], "humaneval has test items only, and test items must not choose the checkpoint"),
-        (["--eval_tasks", "gsm8"], "no task 'gsm8' (did you mean 'gsm8k'?)"),
-        (["--eval_tasks", "gsm8k", "--eval_limit", "0"], "eval_limit is 0; it must be at least 1"),
-        (["--metric_for_best_model", "gsm8k_accuracy"], "add --eval_tasks gsm8k to measure it"),
-        (["--metric_for_best_model", "eval_los"], "no 'eval_los' (did you mean 'eval_loss'?); there are eval_loss, "),
-        (
-            ["--metric_for_best_model", "heldout_acc", "--eval_tasks", "heldout"],
-            "no 'eval_heldout_acc' (did you mean 'eval_heldout_accuracy'?)",
-        ),
-    ],
-)
-def test_mistakes_in_eval_tasks(words, message, chat_base, files, data, tmp_path, capsys):
-    status, _, err = train(chat_base, files, data, tmp_path / "run", capsys, *words)
-    assert status == 2 and message in err.strip().splitlines()[-1]
-    assert "eval_loss=" not in err and "parameters" not in err, "before anything is trained"
-
-
-def test_eval_tasks_under_fsdp(chat_base, files, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    status, _, err = train(chat_base, files, data, tmp_path / "run", capsys, "--eval_tasks", "heldout")
-    assert status == 2 and "FSDP splits them: leave eval_tasks out" in err.strip().splitlines()[-1]
-
-
-def test_trls_own_metrics_may_choose_the_checkpoint(chat_base, files, data, tmp_path, capsys):
-    words = ["--metric_for_best_model", "mean_token_accuracy", "--max_steps", "1"]
-    status, _, err = train(chat_base, files, data, tmp_path / "run", capsys, *words)
-    assert status == 0, err
-
-
-def test_items_that_were_trained_on_are_left_out(files):
-    from maskft_base.errors import UserError
-    from maskft_lab.evaluation.during_training import unseen
-    from maskft_lab.evaluation.task_data import load_docs
-
-    docs = load_docs("gsm8k", files, "train")
-    questions = [f"Train: {row['question']}" for row in GSM8K]
-    rows = [
-        {"messages": [{"role": "user", "content": questions[0]}]},
-        {"prompt": f"Question:\n{questions[2]}\nAnswer:"},
-    ]
-    kept = unseen(docs, "gsm8k", rows, 10)["question"]
-    assert sorted(kept) == sorted([questions[1], questions[3]]) and len(unseen(docs, "gsm8k", rows, 1)) == 1
-    with pytest.raises(UserError, match="contains all 4 items of gsm8k's training split; use heldout"):
-        unseen(docs, "gsm8k", [{"text": " ".join(questions)}], 10)

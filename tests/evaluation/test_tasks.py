@@ -7,9 +7,7 @@ import random
 import datasets
 import lm_eval.tasks
 import nltk
-import numpy as np
 import pytest
-import torch
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
@@ -23,9 +21,9 @@ import tiny
 from benchmark_files import GSM8K, HUMANEVAL, IFEVAL, MATH, ScriptedLM
 from maskft_base.errors import UserError
 from maskft_lab.evaluation import tasks as tasks_module
-from maskft_lab.evaluation.during_training import TrainingEvaluation
+from maskft_lab.evaluation.benchmarks import BENCHMARKS
 from maskft_lab.evaluation.journal import Journal, Resuming
-from maskft_lab.evaluation.tasks import BENCHMARKS, check_chat_template, check_names, load_tasks, run_task
+from maskft_lab.evaluation.tasks import check_chat_template, check_names, load_tasks, run_task
 from maskft_lab.generation.lm_eval_model import BatchedLM
 from maskft_lab.results.schema import build_result
 from tiny_tokenizer import tiny_tokenizer
@@ -225,24 +223,6 @@ def test_every_model_sees_the_same_examples(tmp_path):
     assert records[0]["items_fingerprint"] == records[1]["items_fingerprint"]
 
 
-def test_measuring_during_training_leaves_its_random_state(local_tasks):
-    rows = [{"id": "0", "prompt": "1+1=", "completion": "2", "answer": "2"}]
-    evaluation = TrainingEvaluation(["heldout"], 1, None, [], rows)
-    evaluation.tasks = load_tasks(["one"], include_path=local_tasks)
-    net = tiny.tiny_llama(vocab_size=len(TOKENIZER), num_layers=1, max_position_embeddings=512)
-
-    def draw():
-        return random.random(), np.random.random(), torch.rand(1).item()
-
-    drawn = []
-    for measured in (False, True):
-        random.seed(5), np.random.seed(5), torch.manual_seed(5)
-        if measured:
-            assert set(evaluation.measure(net, TOKENIZER)) == {"heldout_accuracy", "one_exact_match"}
-        drawn.append(draw())
-    assert drawn[0] == drawn[1]
-
-
 def test_log_likelihoods_within_a_memory_bound():
     net = tiny.tiny_llama(vocab_size=len(TOKENIZER))
     requests = [
@@ -318,8 +298,8 @@ def test_items_with_one_id(tmp_path):
 
 def test_unknown_task(local_tasks):
     with pytest.raises(UserError, match=r"unknown task 'gsm8kk' \(did you mean 'gsm8k'\?\)"):
-        check_names(["heldout", "gsm8kk"])
-    check_names(["heldout", "gsm8k", "lambada_openai"])
+        check_names(["gsm8kk"])
+    check_names(["gsm8k", "lambada_openai"])
     with pytest.raises(UserError, match="unknown task 'pair'"):
         check_names(["pair"])
     check_names(["pair", "humaneval"], local_tasks)
@@ -332,8 +312,8 @@ def test_unknown_task(local_tasks):
 def test_lm_eval_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"gsm8k is scored by lm-eval, which is not installed.*'maskft\[eval\]'"):
-        check_names(["heldout", "gsm8k"])
-    check_names(["heldout"])
+        check_names(["gsm8k"])
+    check_names([])
 
 
 def test_model_without_chat_template():

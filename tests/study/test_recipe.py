@@ -506,22 +506,6 @@ def test_a_date_is_text(content, tmp_path):
     assert check(load_recipe(file)).runs[0].options["run_name"] == "2025-01-31"
 
 
-def test_benchmark_files_that_choose_checkpoints_name_the_run(content, tmp_path):
-    files = tmp_path / "a", tmp_path / "b"
-    for folder in files:
-        folder.mkdir()
-        (folder / "gsm8k_train.jsonl").write_text('{"question": "1?", "answer": "#### 1"}\n')
-    named = []
-    for folder in files:
-        content["train"] |= {"eval_tasks": "gsm8k", "eval_data_dir": str(folder)}
-        named.append(ids(content))
-    assert named[0] == named[1]
-    (files[1] / "gsm8k_test.jsonl").write_text('{"question": "9?", "answer": "#### 9"}\n')  # chooses nothing
-    assert ids(content) == named[0]
-    (files[1] / "gsm8k_train.jsonl").write_text('{"question": "2?", "answer": "#### 2"}\n')
-    assert not set(ids(content).values()) & set(named[0].values())
-
-
 def test_a_revision_is_evaluated_as_it_is_trained(content):
     content["train"]["model_revision"] = "v1"
     assert parse_recipe(content).evaluation["model_revision"] == "v1"

@@ -7,10 +7,8 @@ the training data does not contain. Test items never choose a checkpoint: the sc
 from __future__ import annotations
 
 import contextlib
-import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from random import Random
 
 import numpy as np
@@ -21,12 +19,11 @@ from maskft.data.splits import prompt_digest
 from maskft_base.errors import UserError, did_you_mean
 
 from .arguments import HELDOUT
+from .benchmarks import BENCHMARKS
 from .heldout import evaluate_rows
 from .journal import Resources
-from .task_data import SOURCES, load_docs
-from .tasks import BENCHMARKS, check_names, load_tasks, run_task
 
-TASKS = (HELDOUT, *(name for name, source in SOURCES.items() if "train" in source.splits))
+TASKS = (HELDOUT,)
 # What the Trainer and TRL measure at every evaluation.
 LOSS_METRICS = ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss")
 _MAX_NEW_TOKENS = 256  # bound on an answer to a held-out row
@@ -71,10 +68,6 @@ class TrainingEvaluation:
             self.selected_on = {str(row["id"]): prompt_digest(row) for row in self.rows}
             if any(row.get("answer") is None for row in self.rows):
                 raise UserError("eval_tasks: heldout answers cannot be checked, the data has no `answer` column")
-        benchmarks = [name for name in names if name != HELDOUT]
-        docs = {name: unseen(load_docs(name, data_dir, "train"), name, train_rows, limit) for name in benchmarks}
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        self.tasks = load_tasks(benchmarks, data_dir, limit, docs=docs)
 
     @staticmethod
     def metric_names(tasks: Sequence[str]) -> list[str]:
@@ -102,11 +95,6 @@ class TrainingEvaluation:
             records[HELDOUT] = evaluate_rows(
                 model, tokenizer, self.rows, Resources(console=_QUIET), max_new_tokens=_MAX_NEW_TOKENS
             )
-        if self.tasks:
-            from ..generation.lm_eval_model import BatchedLM
-
-            lm = BatchedLM(model, tokenizer, console=_QUIET)
-            records |= {name: run_task(lm, name, task) for name, task in self.tasks.items()}
         return records
 
 
@@ -121,7 +109,6 @@ def _check(names: Sequence[str], limit: int) -> None:
             raise UserError(f"eval_tasks: no task {name!r}{did_you_mean(name, TASKS)}; there are {', '.join(TASKS)}")
     if limit < 1:
         raise UserError(f"eval_limit is {limit}; it must be at least 1")
-    check_names(names)
 
 
 @contextlib.contextmanager
@@ -134,33 +121,3 @@ def _kept_random_state() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-
-
-def unseen(docs, name: str, train_rows: Iterable[Mapping], limit: int):
-    """The first ``limit`` of ``docs``, in a shuffled order, whose question is in no training row.
-
-    Raises:
-        UserError: If the training data contains them all.
-    """
-    question = next(iter(SOURCES[name].fields))
-    seen = "\n".join(_plain(text) for row in train_rows for text in _texts(row))
-    order = list(range(len(docs)))
-    Random(0).shuffle(order)
-    kept = list(islice((index for index in order if _plain(docs[index][question]) not in seen), limit))
-    if not kept:
-        raise UserError(
-            f"eval_tasks: the training data contains all {len(docs):,} items of {name}'s training split; use heldout"
-        )
-    return docs.select(kept)
-
-
-def _texts(row: Mapping) -> Iterable[str]:
-    for value in row.values():
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, list):
-            yield from (part["content"] for part in value if isinstance(part, Mapping) and part.get("content"))
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split())

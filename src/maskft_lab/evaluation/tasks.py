@@ -6,19 +6,15 @@ model-written code runs in our sandbox: lm-eval's own scorer downloads a metric 
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import math
 import random
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -30,62 +26,11 @@ from ..results.schema import build_task, data_sha256, items_fingerprint, metric_
 from ..results.statistics import weighted_mean
 from ..sandbox.sandbox import check_confinement, run_many
 from .arguments import ALPACA_EVAL, HELDOUT
+from .benchmarks import BENCHMARKS, Benchmark, load_docs, without_nltk_downloads
 from .heldout import chat_template_hash
-from .task_data import code_with_tests, load_docs
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # lm-eval's defaults
-# These instructions of IFEval split text with NLTK's tables; all others need no data.
-_PUNKT_INSTRUCTIONS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
-_IFEVAL_METRICS = ("prompt_level_strict", "prompt_level_loose", "inst_level_strict", "inst_level_loose")
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One of the paper's benchmarks, as lm-eval has it.
-
-    Args:
-        config: lm-eval's YAML file, below its folder of tasks.
-        lm_eval_task: lm-eval's name of the task.
-        metrics: lm-eval's ``metric,filter`` -> our name; the first is the benchmark's main metric.
-        use_chat_template: Whether prompts are put into the chat template unless the user decides.
-        id_field: Field that identifies an item; None: its position.
-        runs_code: Whether answers are scored by running them.
-    """
-
-    config: str
-    lm_eval_task: str
-    metrics: Mapping[str, str]
-    use_chat_template: bool = False
-    id_field: str | None = None
-    runs_code: bool = False
-
-
-BENCHMARKS = {
-    "gsm8k": Benchmark(
-        "gsm8k/gsm8k-cot.yaml",
-        "gsm8k_cot",
-        {"exact_match,flexible-extract": "accuracy", "exact_match,strict-match": "accuracy_strict"},
-    ),
-    "minerva_math": Benchmark(
-        "minerva_math/minerva_math_algebra.yaml",
-        "minerva_math",  # its seven subjects are one task here
-        {"math_verify,none": "accuracy", "exact_match,none": "exact_match"},
-    ),
-    **{
-        name: Benchmark(
-            f"humaneval/{name}.yaml", name, {"pass_at_1,create_test": "pass_at_1"}, id_field="task_id", runs_code=True
-        )
-        for name in ("humaneval", "humaneval_plus")
-    },
-    "ifeval": Benchmark(
-        "ifeval/ifeval.yaml",
-        "ifeval",
-        {f"{name}_acc,none": f"{name}_acc" for name in _IFEVAL_METRICS},
-        use_chat_template=True,
-        id_field="key",
-    ),
-}
-_OTHERS = Benchmark("", "", {})
+_OTHERS = Benchmark("", "", {}, "", {}, "")  # all other tasks of lm-eval
 
 
 def check_names(names: Sequence[str], include_path: str | None = None) -> None:
@@ -98,19 +43,16 @@ def check_names(names: Sequence[str], include_path: str | None = None) -> None:
     Raises:
         UserError: In both cases, with what to do.
     """
-    if ALPACA_EVAL in names:  # only maskft evaluate has it
-        raise UserError(f"{ALPACA_EVAL} is a task of maskft evaluate alone")
-    scored = [name for name in names if name != HELDOUT]
-    if not scored:
+    if not names:
         return
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            f"task {scored[0]} is scored by lm-eval, which is not installed; run: pip install 'maskft[eval]'"
+            f"task {names[0]} is scored by lm-eval, which is not installed; run: pip install 'maskft[eval]'"
         )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if include_path is not None and not Path(include_path).expanduser().is_dir():
         raise UserError(f"include_path {include_path!r} is not a folder; name one with lm-eval task YAMLs")
-    for name in scored:
+    for name in names:
         if name in BENCHMARKS and include_path and name in _task_manager(include_path, False).all_tasks:
             raise UserError(
                 f"include_path {include_path!r} holds a task {name}, which is the name of one of maskft; give yours "
@@ -126,7 +68,6 @@ def load_tasks(
     data_dir: str | Path | None = None,
     limit: int | None = None,
     *,
-    docs: Mapping[str, Any] | None = None,
     include_path: str | None = None,
     allow_unconfined: bool = False,
 ) -> dict[str, Any]:
@@ -136,7 +77,6 @@ def load_tasks(
         names: From ``check_names``.
         data_dir: Folder with the benchmarks' files; None: the hub.
         limit: First items of each task only.
-        docs: Items of a benchmark, where they are not those of its test split.
         include_path: Folder with lm-eval task YAMLs of the user's own.
         allow_unconfined: Run model-written code even where it cannot be confined.
 
@@ -146,22 +86,15 @@ def load_tasks(
     tasks = {}
     for name in names:
         if name in BENCHMARKS:
-            items = docs[name] if docs and name in docs else load_docs(name, data_dir)
-            _check_ids(items, name)
-            tasks[name] = _build(name, items, limit, data_dir, allow_unconfined)
+            docs = load_docs(name, data_dir)
+            BENCHMARKS[name].prepare(docs.select(range(min(limit or len(docs), len(docs)))), data_dir)
+            tasks[name] = _build(name, docs, allow_unconfined)
         else:
             tasks |= _build_other(name, include_path)
     for task in tasks.values():
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
     return tasks
-
-
-def _check_ids(docs, name: str) -> None:
-    field = BENCHMARKS[name].id_field
-    repeated = [identity for identity, count in Counter(docs[field]).items() if count > 1] if field else []
-    if repeated:
-        raise UserError(f"the data of {name} has {field} {repeated[0]!r} more than once; every item needs its own")
 
 
 def wants_chat_template(name: str, choice: bool | None) -> bool:
@@ -214,7 +147,7 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
     samples = results["samples"][name]
     benchmark = BENCHMARKS.get(name, _OTHERS)
     items = _items(samples, benchmark)
-    confinement = {item.pop("confinement") for item in items if benchmark.runs_code}
+    confinement = {item.pop("confinement") for item in items if benchmark.program}
     record = build_task(
         items,
         _metrics(items, results["results"][name], results["higher_is_better"][name], benchmark),
@@ -247,19 +180,17 @@ def _task_manager(include_path: str | None, include_defaults: bool = True):
     return TaskManager(include_path=folder, include_defaults=include_defaults)
 
 
-def _build(name: str, docs, limit: int | None, data_dir, allow_unconfined: bool):
+def _build(name: str, docs, allow_unconfined: bool):
     import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
 
     benchmark = BENCHMARKS[name]
-    if name == "ifeval":
-        _prepare_ifeval(docs.select(range(min(limit or len(docs), len(docs)))), data_dir)
     try:
         # Resolving HumanEval's functions would import its scorer, which asks the hub for a metric.
-        with _without_nltk_downloads():
+        with without_nltk_downloads():
             config = load_yaml(
-                Path(lm_eval.tasks.__file__).parent / benchmark.config, resolve_func=not benchmark.runs_code
+                Path(lm_eval.tasks.__file__).parent / benchmark.config, resolve_func=benchmark.program is None
             )
     except (ImportError, AssertionError) as error:
         raise UserError(f"task {name} lacks a package ({error}); run: pip install 'maskft[eval]'") from error
@@ -270,14 +201,14 @@ def _build(name: str, docs, limit: int | None, data_dir, allow_unconfined: bool)
         "training_split": None,
         "dataset_kwargs": None,
     }
-    if benchmark.runs_code:
+    if benchmark.program is not None:
         confinement = check_confinement()
         if not confinement.available and not allow_unconfined:
             raise UserError(
                 f"task {name} runs model-written code, which cannot be confined here ({confinement.reason}); "
                 "accept that risk with --allow_unconfined_code, or leave the task out"
             )
-        run = partial(_run_code, name=name, allow_unconfined=allow_unconfined)
+        run = partial(_run_answers, name=name, allow_unconfined=allow_unconfined)
         config |= {
             "unsafe_code": False,  # ours is confined
             "filter_list": [{"name": "create_test", "filter": [{"function": "custom", "filter_fn": run}]}],
@@ -287,9 +218,9 @@ def _build(name: str, docs, limit: int | None, data_dir, allow_unconfined: bool)
     return ConfigurableTask(config=config)
 
 
-def _run_code(resps, docs, *, name: str, allow_unconfined: bool) -> list[dict]:
+def _run_answers(resps, docs, *, name: str, allow_unconfined: bool) -> list[dict]:
     """Run each item's answer with its tests."""
-    programs = [code_with_tests(doc, resp[0]) for resp, doc in zip(resps, docs, strict=True)]
+    programs = [BENCHMARKS[name].program(doc, resp[0]) for resp, doc in zip(resps, docs, strict=True)]
     with progress_bar(None) as progress:
         bar = progress.add_task(f"{name}: running code", total=len(programs))
         ended = run_many(programs, allow_unconfined=allow_unconfined, progress=lambda *_: progress.advance(bar))
@@ -312,45 +243,6 @@ def _build_other(name: str, include_path: str | None) -> dict:
                 f"task {member} would run model-written code outside the sandbox; use humaneval or humaneval_plus"
             )
     return tasks
-
-
-def _prepare_ifeval(docs, data_dir) -> None:
-    """Make IFEval's checks repeatable, and find out now whether they have the data they need."""
-    try:
-        import langdetect
-        import nltk
-    except ImportError as error:
-        raise UserError(f"task ifeval lacks a package ({error}); run: pip install 'maskft[eval]'") from error
-
-    with _without_nltk_downloads():
-        from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
-    unknown = next((kind for doc in docs for kind in doc["instruction_id_list"] if kind not in INSTRUCTION_DICT), None)
-    if unknown is not None:
-        raise UserError(
-            f"the data of ifeval has the instruction {unknown!r}, which is none of IFEval's; is it its file?"
-        )
-    langdetect.DetectorFactory.seed = 0  # it draws at random: the same answer could get another score
-    tables = [str(Path(data_dir).expanduser() / "nltk_data")] if data_dir else []
-    nltk.data.path += [folder for folder in tables if folder not in nltk.data.path]
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        needed = {kind for doc in docs for kind in doc["instruction_id_list"]} & set(_PUNKT_INSTRUCTIONS)
-        if needed:
-            raise UserError(
-                f"task ifeval needs NLTK's punkt_tab for {', '.join(sorted(needed))}, and it is not here; run: "
-                "python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder with tokenizers/punkt_tab"
-            ) from None
-
-
-@contextlib.contextmanager
-def _without_nltk_downloads() -> Iterator[None]:
-    """Importing lm-eval's IFEval would download NLTK's tables unasked."""
-    if importlib.util.find_spec("nltk") is None:
-        yield
-        return
-    with mock.patch("nltk.download", return_value=False):
-        yield
 
 
 # Records
@@ -390,12 +282,12 @@ def _new_item(sample: Mapping, benchmark: Benchmark) -> dict:
         "prompt_hash": sample["prompt_hash"],
         "answer_hash": sample["target_hash"],
         # The tests of a program are long, and everybody has them.
-        **({} if benchmark.runs_code else {"answer": sample["target"]}),
+        **({} if benchmark.program else {"answer": sample["target"]}),
         "output": responses[0] if len(responses) == 1 else responses,
     }
     if isinstance(sample["doc"], Mapping) and sample["doc"].get("cluster_id") is not None:
         item["cluster_id"] = str(sample["doc"]["cluster_id"])
-    return item | (sample["filtered_resps"][0] if benchmark.runs_code else {})
+    return item | (sample["filtered_resps"][0] if benchmark.program else {})
 
 
 def _metrics(items: list[dict], summary: Mapping, higher: Mapping, benchmark: Benchmark) -> dict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,19 +68,15 @@ def options_identity(options: dict) -> dict:
     out = data_identity({key: plain(value) for key, value in options.items()})
     if out.get("mask_prefix_cache"):
         out["mask_prefix_cache"] = True
-    if out.get("eval_data_dir"):
-        # Training items only choose a checkpoint; what reports on it may be edited.
-        tasks = names_text(out.get("eval_tasks")) or ""
-        out["eval_data_dir"] = _benchmark_digests(tasks, out["eval_data_dir"], ["train"])
     return out
 
 
-def _benchmark_digests(tasks: str, folder: str, splits: Sequence[str] | None = None) -> dict[str, str]:
-    """Task -> hash of its files in a folder, for those that have some there; of some splits or all."""
-    from ..evaluation.task_data import benchmark_files
+def _benchmark_digests(tasks: str, folder: str) -> dict[str, str]:
+    """Task -> hash of its files in a folder, for those that have some there."""
+    from ..evaluation.benchmarks import benchmark_files
 
     named = filter(None, (task.strip() for task in tasks.split(",")))
-    files = {task: benchmark_files(task, Path(folder).expanduser(), splits) for task in named}
+    files = {task: benchmark_files(task, Path(folder).expanduser()) for task in named}
     return {task: short_digest({"files": [*map(digest_file, found)]}) for task, found in files.items() if found}
 
 

@@ -4,7 +4,8 @@ import pytest
 
 import benchmark_files
 from maskft_base.errors import UserError
-from maskft_lab.evaluation.task_data import SOURCES, load_docs
+from maskft_lab.evaluation.benchmarks import BENCHMARKS, Benchmark, load_docs
+from maskft_lab.evaluation.tasks import check_names, load_tasks, run_task
 
 
 @pytest.fixture
@@ -12,15 +13,9 @@ def folder(tmp_path):
     return benchmark_files.write(tmp_path / "data")
 
 
-@pytest.mark.parametrize("task", SOURCES)
+@pytest.mark.parametrize("task", BENCHMARKS)
 def test_published_files_are_found_in_any_folder(task, folder):
     assert len(load_docs(task, folder)) == {"gsm8k": 4}.get(task, 2)
-
-
-def test_train_split(folder):
-    assert load_docs("gsm8k", folder, "train")[0]["question"].startswith("Train:")
-    with pytest.raises(UserError, match="ifeval has no train split, only test items"):
-        load_docs("ifeval", folder, "train")
 
 
 def test_math_as_one_file_per_problem(tmp_path):
@@ -92,3 +87,28 @@ def test_the_right_fields_with_other_content(task, row, message, tmp_path):
     (tmp_path / ("math_test.jsonl" if task == "minerva_math" else "ifeval.jsonl")).write_text(json.dumps(row))
     with pytest.raises(UserError, match=message):
         load_docs(task, tmp_path)
+
+
+def test_a_toy_benchmark_by_the_documented_step(tmp_path, monkeypatch):
+    """One entry, for a task that lm-eval has: it is asked by name, read from a file, scored, and named in results."""
+    arithmetic = Benchmark(
+        config="asdiv/asdiv-cot-llama.yaml",
+        lm_eval_task="asdiv_cot_llama",
+        metrics={"exact_match,flexible-extract": "accuracy"},
+        files=r"asdiv.*test.*",
+        fields={"body": str, "question": str, "answer": str},
+        hub="EleutherAI/asdiv",
+        split="validation",
+    )
+    monkeypatch.setitem(BENCHMARKS, "arithmetic", arithmetic)
+    rows = [
+        {"body": "Tom has 3 pens.", "question": f"He buys {n}. How many has he?", "answer": f"{3 + n}"} for n in (1, 2)
+    ]
+    (tmp_path / "asdiv_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    check_names(["arithmetic"])
+    lm = benchmark_files.ScriptedLM({"buys 1": "The final answer is 4", "buys 2": "The final answer is 7"})
+    record = run_task(lm, "arithmetic", load_tasks(["arithmetic"], tmp_path)["arithmetic"])
+    assert [item["accuracy"] for item in record["items"]] == [1, 0] and next(iter(record["metrics"])) == "accuracy"
+    assert record["lm_eval_task"] == "asdiv_cot_llama" and "Tom has 3 pens." in lm.prompts[0]
+    with pytest.raises(UserError, match="the hub did not give 'EleutherAI/asdiv'"):
+        load_docs("arithmetic", None)

@@ -1,0 +1,270 @@
+"""The benchmarks of ``maskft evaluate``: which task of lm-eval each is, and its items from files or the hub.
+
+A benchmark is one entry of `BENCHMARKS`; everything else follows from it. Other tasks of lm-eval need none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import datasets
+
+from maskft.data.registry import MATH_SUBJECTS
+from maskft.data.sources import read_file
+from maskft_base.errors import UserError, first_line
+from maskft_base.files import parse_json
+
+ENDINGS = r"\.(jsonl|jsonl\.gz|json|json\.gz|parquet)"
+# These instructions of IFEval split text with NLTK's tables; all others need no data.
+_PUNKT_INSTRUCTIONS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+_IFEVAL_METRICS = ("prompt_level_strict", "prompt_level_loose", "inst_level_strict", "inst_level_loose")
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A task of lm-eval, and where its items come from.
+
+    Args:
+        config: lm-eval's YAML file, below its folder of tasks.
+        lm_eval_task: lm-eval's name of the task.
+        metrics: lm-eval's ``metric,filter`` -> our name; the first is the benchmark's main metric.
+        files: Regular expression of file names without ending, any case.
+        fields: Field -> type that every item must have.
+        hub: Name on the hub.
+        configs: Configurations of the hub's data set, all of which are joined.
+        split: Of the hub's data set.
+        folders: Pattern of folders that hold one JSON file per item, below the data folder.
+        use_chat_template: Whether prompts are put into the chat template unless the user decides.
+        id_field: Field that identifies an item; None: its position.
+        program: Of tasks that run the answer: the program that scores an answer to an item.
+        flaw: What is wrong with an item that has the fields, or None; what lm-eval would end on with a traceback.
+        prepare: Called with the items and the data folder before the task is built; raises where something is missing.
+    """
+
+    config: str
+    lm_eval_task: str
+    metrics: Mapping[str, str]
+    files: str
+    fields: Mapping[str, type]
+    hub: str
+    configs: tuple[str | None, ...] = (None,)
+    split: str = "test"
+    folders: str | None = None
+    use_chat_template: bool = False
+    id_field: str | None = None
+    program: Callable[[Row, str], str] | None = None
+    flaw: Callable[[Row], str | None] = lambda row: None
+    prepare: Callable[[datasets.Dataset, str | Path | None], None] = lambda docs, data_dir: None
+
+
+def _no_boxed_answer(row: Row) -> str | None:
+    return None if r"\boxed" in row["solution"] else r"solution has no \boxed{answer}"
+
+
+def _arguments_missing(row: Row) -> str | None:
+    kinds, arguments = len(row["instruction_id_list"]), len(row["kwargs"])
+    return None if kinds == arguments else f"{kinds} entries in instruction_id_list and {arguments} in kwargs"
+
+
+def code_with_tests(row: Row, completion: str) -> str:
+    """The program that scores an answer to an item of HumanEval, put together as its own scorer does it."""
+    return f"{row['prompt']}{completion}\n{row['test']}\ncheck({row['entry_point']})"
+
+
+def without_nltk_downloads():
+    """A context in which importing lm-eval's IFEval does not download NLTK's tables, unasked."""
+    is_there = importlib.util.find_spec("nltk") is not None
+    return mock.patch("nltk.download", return_value=False) if is_there else contextlib.nullcontext()
+
+
+def _prepare_ifeval(docs: datasets.Dataset, data_dir: str | Path | None) -> None:
+    """Make IFEval's checks repeatable, and find out now whether they have the data they need."""
+    try:
+        import langdetect
+        import nltk
+    except ImportError as error:
+        raise UserError(f"task ifeval lacks a package ({error}); run: pip install 'maskft[eval]'") from error
+
+    with without_nltk_downloads():
+        from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+    unknown = next((kind for doc in docs for kind in doc["instruction_id_list"] if kind not in INSTRUCTION_DICT), None)
+    if unknown is not None:
+        raise UserError(
+            f"the data of ifeval has the instruction {unknown!r}, which is none of IFEval's; is it its file?"
+        )
+    langdetect.DetectorFactory.seed = 0  # it draws at random: the same answer could get another score
+    tables = [str(Path(data_dir).expanduser() / "nltk_data")] if data_dir else []
+    nltk.data.path += [folder for folder in tables if folder not in nltk.data.path]
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        needed = {kind for doc in docs for kind in doc["instruction_id_list"]} & set(_PUNKT_INSTRUCTIONS)
+        if needed:
+            raise UserError(
+                f"task ifeval needs NLTK's punkt_tab for {', '.join(sorted(needed))}, and it is not here; run: "
+                "python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder with tokenizers/punkt_tab"
+            ) from None
+
+
+BENCHMARKS = {
+    "gsm8k": Benchmark(
+        config="gsm8k/gsm8k-cot.yaml",
+        lm_eval_task="gsm8k_cot",
+        metrics={"exact_match,flexible-extract": "accuracy", "exact_match,strict-match": "accuracy_strict"},
+        files=r"gsm8k.*test.*",
+        fields={"question": str, "answer": str},
+        hub="openai/gsm8k",
+        configs=("main",),
+    ),
+    "minerva_math": Benchmark(
+        config="minerva_math/minerva_math_algebra.yaml",
+        lm_eval_task="minerva_math",  # its seven subjects are one task here
+        metrics={"math_verify,none": "accuracy", "exact_match,none": "exact_match"},
+        files=r"(minerva[-_]|hendrycks[-_])?math[-_]?(500)?[-_]?test.*",
+        fields={"problem": str, "solution": str},
+        hub="EleutherAI/hendrycks_math",
+        configs=MATH_SUBJECTS,
+        folders="MATH/test/*/*.json",
+        flaw=_no_boxed_answer,
+    ),
+    **{
+        name: Benchmark(
+            config=f"humaneval/{name}.yaml",
+            lm_eval_task=name,
+            metrics={"pass_at_1,create_test": "pass_at_1"},
+            files=files,
+            fields={"task_id": str, "prompt": str, "entry_point": str, "test": str},
+            hub=hub,
+            id_field="task_id",
+            program=code_with_tests,
+        )
+        for name, files, hub in (
+            ("humaneval", r"human[-_]?eval", "openai/openai_humaneval"),
+            ("humaneval_plus", r"human[-_]?eval[-_]?plus.*", "evalplus/humanevalplus"),
+        )
+    },
+    "ifeval": Benchmark(
+        config="ifeval/ifeval.yaml",
+        lm_eval_task="ifeval",
+        metrics={f"{name}_acc,none": f"{name}_acc" for name in _IFEVAL_METRICS},
+        files=r"if[-_]?eval.*|input_data",
+        fields={"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list},
+        hub="google/IFEval",
+        split="train",
+        use_chat_template=True,
+        id_field="key",
+        flaw=_arguments_missing,
+        prepare=_prepare_ifeval,
+    ),
+}
+
+
+# Items
+
+
+def load_docs(task: str, data_dir: str | Path | None) -> datasets.Dataset:
+    """The items of a benchmark, checked.
+
+    Args:
+        task: Key of ``BENCHMARKS``.
+        data_dir: Folder that holds the published files, searched with all its folders; None: the hub.
+
+    Raises:
+        UserError: If there is no such file, several, a row lacks a field, or two have one id.
+    """
+    benchmark = BENCHMARKS[task]
+    docs = _from_hub(benchmark) if data_dir is None else _from_files(task, Path(data_dir).expanduser())
+    field, seen = benchmark.id_field, set()
+    for identity in docs[field] if field else ():
+        if identity in seen:
+            raise UserError(f"the data of {task} has {field} {identity!r} more than once; every item needs its own")
+        seen.add(identity)
+    return docs
+
+
+def find_file(task: str, folder: Path) -> Path:
+    """The one file of a benchmark in a folder and its folders.
+
+    Raises:
+        UserError: If there is none, or several.
+    """
+    benchmark, found = BENCHMARKS[task], _tables(task, folder)
+    if not found:
+        raise UserError(
+            f"data_dir {str(folder)!r} holds no test file of {task}, a table of {', '.join(benchmark.fields)}; its "
+            f"name must match {benchmark.files!r} (.jsonl, .jsonl.gz, .json, .parquet)"
+        )
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UserError(f"data_dir {str(folder)!r} holds several test files of {task} ({names}); keep one")
+    return found[0]
+
+
+def benchmark_files(task: str, folder: Path) -> list[Path]:
+    """Every file of a benchmark in a folder; none for tasks that are not read from files."""
+    return [*_tables(task, folder), *_single_items(task, folder)] if task in BENCHMARKS else []
+
+
+def _tables(task: str, folder: Path) -> list[Path]:
+    pattern = re.compile(f"({BENCHMARKS[task].files}){ENDINGS}", re.IGNORECASE)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and pattern.fullmatch(path.name))
+
+
+def _single_items(task: str, folder: Path) -> list[Path]:
+    pattern = BENCHMARKS[task].folders
+    return sorted(folder.rglob(pattern)) if pattern else []
+
+
+def _from_files(task: str, folder: Path) -> datasets.Dataset:
+    if not folder.is_dir():
+        raise UserError(f"data_dir {str(folder)!r} is not a folder")
+    if single := _single_items(task, folder):
+        found = [(str(path), _read_object(path)) for path in single]
+    else:
+        file = find_file(task, folder)
+        found = [(f"{file}: {place}", row) for place, row in read_file(file)]
+        if not found:
+            raise UserError(f"{file} has no rows")
+    fields = BENCHMARKS[task].fields
+    for place, row in found:
+        _check_row(row, BENCHMARKS[task], place)
+    return datasets.Dataset.from_list([{field: row[field] for field in fields} for _, row in found])
+
+
+def _read_object(path: Path):
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+
+
+def _check_row(row, benchmark: Benchmark, where: str) -> None:
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not an object; expected the fields {', '.join(benchmark.fields)}")
+    for field, kind in benchmark.fields.items():
+        if field not in row:
+            raise UserError(f"{where} has no field {field!r}; it has {', '.join(map(str, row))}")
+        if not isinstance(row[field], kind):
+            raise UserError(f"{where}: field {field!r} is {type(row[field]).__name__}, not {kind.__name__}")
+    if flaw := benchmark.flaw(row):
+        raise UserError(f"{where}: {flaw}; is it the published file?")
+
+
+def _from_hub(benchmark: Benchmark) -> datasets.Dataset:
+    try:
+        parts = [datasets.load_dataset(benchmark.hub, config, split=benchmark.split) for config in benchmark.configs]
+    except Exception as error:  # many types: no network, no such name
+        raise UserError(
+            f"the hub did not give {benchmark.hub!r} ({type(error).__name__}: {first_line(error)}); with the files on "
+            "this machine, name their folder: --data_dir"
+        ) from None
+    return datasets.concatenate_datasets([part.select_columns(list(benchmark.fields)) for part in parts])
