@@ -15,11 +15,12 @@ import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
 from .errors import UserError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 30.0
+_BAR_WIDTH = 8
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 # Those that a number may depend on.
@@ -44,9 +46,14 @@ PACKAGES = (
 COMMAND = "MASKFT_COMMAND"  # in the environment of processes that a launcher started: the command it was given
 
 
+def rank() -> int:
+    """Number of this process among those that a launcher started."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
     """Whether this process is the one that prints and writes."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def uses_fsdp() -> bool:
@@ -185,17 +192,6 @@ def keep_freed_memory() -> None:
 # Progress
 
 
-def seconds_left(elapsed: float, done: float, total: float) -> float | None:
-    """Seconds that the rest of ``total`` takes at the mean speed so far; None before anything is done.
-
-    Args:
-        elapsed: Seconds since the start.
-        done: What was done in them, in any unit.
-        total: All that is to be done, in the same unit.
-    """
-    return elapsed / done * (total - done) if done > 0 else None
-
-
 def time_text(seconds: float) -> str:
     """``90 s`` and longer in minutes, ``90 min`` and longer in hours: ``12 s``, ``34 min``, ``1.6 h``."""
     if seconds < 90:
@@ -210,39 +206,72 @@ def shortened(text: str, width: int) -> str:
     return shown.plain
 
 
-def progress_bar(console: Console | None = None, disable: bool = False) -> Progress:
-    """The progress bar of all evaluations: what, share done, count, time left; lines on stderr without a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return _BarOrLines(*columns, console=console, disable=disable, transient=True)
+class Progress(rich.progress.Progress):
+    """The progress of a command: a bar on a terminal; in a log a line about every half a minute.
 
+    Beside the count of each task stand the time left, at the mean speed so far, and a note.
+    """
 
-class _BarOrLines(Progress):
-    """A bar on a terminal; in a log, which would show none, a line every half a minute."""
-
-    def __init__(self, *columns, **options):
-        super().__init__(*columns, **options)
-        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-        self._advanced = 0.0  # of the last task; one that is resumed does not begin at 0
-
-    def add_task(self, *args, **kwargs) -> TaskID:
-        self._advanced = 0.0
-        return super().add_task(*args, **kwargs)
-
-    def advance(self, task_id, advance: float = 1) -> None:
-        super().advance(task_id, advance)
-        self._advanced += advance
-        if self.disable or self.console.is_terminal or time.monotonic() < self._next_line:
-            return
-        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-        task = next(task for task in self.tasks if task.id == task_id)
-        # The mean since the start: answers come in bursts, and the bar's own estimate follows those.
-        speed = self._advanced / task.elapsed
-        print(
-            f"{task.description}: {task.completed:g} of {task.total:g}, {speed:.2f} a second, "
-            f"about {(task.total - task.completed) / speed / 60:.0f} min left",
-            file=sys.stderr,
-            flush=True,
+    def __init__(self, console: Console | None = None):
+        console = console or Console(stderr=True)
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=_BAR_WIDTH),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
+        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+        self._began: dict[TaskID, tuple[float, float]] = {}  # when, and what was completed by then
+
+    def add_task(self, description: str, *args: Any, **kwargs: Any) -> TaskID:
+        """Add a task and start its clock."""
+        task_id = super().add_task(description, *args, note="", **kwargs)
+        self.start_clock(task_id)
+        return task_id
+
+    def start_clock(self, task_id: TaskID) -> None:
+        """Measure the speed from now on."""
+        self._began[task_id] = (time.monotonic(), self._task(task_id).completed)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """Move a task, whose total must be known."""
+        self.move(task_id, self._task(task_id).completed + advance)
+
+    def move(self, task_id: TaskID, completed: float, note: str = "", is_news: bool = False) -> None:
+        """Set what is completed of a task.
+
+        Args:
+            task_id: The task.
+            completed: All of it so far.
+            note: What to show beside it.
+            is_news: Whether a log gets a line now.
+        """
+        task = self._task(task_id)
+        count = f"{completed:>{len(f'{task.total:g}')}g}/{task.total:g}"
+        parts = [part for part in (self._left(task_id, completed), note) if part]
+        if self.console.is_terminal:
+            room = self.console.width - len(task.description) - len(count) - _BAR_WIDTH - 3
+            self.update(task_id, completed=completed, note=shortened("  ".join(parts), room))
+            return
+        self.update(task_id, completed=completed)
+        if is_news or time.monotonic() > self._next_line:
+            line = "  ".join([f"  {task.description} {count}", *reversed(parts)])
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+
+    def _left(self, task_id: TaskID, completed: float) -> str:
+        began, first = self._began[task_id]
+        total = self._task(task_id).total or completed
+        if completed <= first or completed >= total:
+            return ""
+        seconds = (time.monotonic() - began) / (completed - first) * (total - completed)
+        return f"{time_text(seconds)} left"
+
+    def _task(self, task_id: TaskID) -> Task:
+        return next(task for task in self.tasks if task.id == task_id)
 
 
 # Environment

@@ -1,4 +1,4 @@
-"""``maskft evaluate --tasks`` and ``maskft train --eval_tasks`` on tiny models and files."""
+"""``maskft evaluate --tasks`` on tiny models and files."""
 
 import json
 import shutil

@@ -23,7 +23,7 @@ from maskft.training import checkpoints, manifest
 from maskft.training.manifest import FIXED, FREE, damage, read_manifest
 from maskft.training.options import option_defaults
 from maskft.training.record import read_record
-from maskft.training.trainer import MaskSFTTrainer
+from maskft.training.trainer import MaskTrainer
 from maskft_base import files
 from maskft_base.files import ADAPTER_WEIGHTS, MANIFEST, TRAIN_LOCK
 from maskft_lab.cli.main import main
@@ -481,7 +481,7 @@ def test_ctrl_c_does_too(train, finished, tmp_path):
 
 def test_a_signal_after_the_last_step_is_heeded_too(train, finished, tmp_path, monkeypatch):
     """While the last state is evaluated: it is saved, and the same run then only has to say its result."""
-    evaluate = MaskSFTTrainer.evaluate
+    evaluate = MaskTrainer.evaluate
 
     def press(self, *args, **kwargs):
         if self.state.global_step == self.state.max_steps:
@@ -489,7 +489,7 @@ def test_a_signal_after_the_last_step_is_heeded_too(train, finished, tmp_path, m
         return evaluate(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MaskSFTTrainer, "evaluate", press)
+        patch.setattr(MaskTrainer, "evaluate", press)
         status, err = train()
     assert status == 130 and "stopped by SIGINT after step 4 of 4, which is saved; to resume" in err
     assert not (tmp_path / "out" / files.TRAINING).exists()
@@ -500,7 +500,7 @@ def test_a_signal_after_the_last_step_is_heeded_too(train, finished, tmp_path, m
 def test_a_second_signal_ends_at_once(base, data, tmp_path):
     """While the first step waits for its rows."""
     code = "import sys, time, torch; from maskft_lab.cli.main import main\n"
-    code += "from maskft.training.trainer import MaskSFTTrainer as T\n"
+    code += "from maskft.training.trainer import MaskTrainer as T\n"
     code += "def slow(*args, **kwargs): print('slow', flush=True); time.sleep(600)\n"
     code += "T.training_step = slow; sys.exit(main(sys.argv[1:]))"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}

@@ -104,7 +104,7 @@ def test_what_a_run_prints(arguments, capsys, tmp_path):
     assert re.search(r"sparsity 0.10: removes 10 % of [\d,]+ target weights", text)
     assert re.search(r"48 training rows \(\d+ supervised tokens\), 16 held out", text)
     assert re.search(r"\d\+\d=\[\[\d+<\|im_end\|>\]\]", text)
-    assert "held-out loss without the mask" in text and "step 0/4 held-out loss" in text
+    assert "held-out loss without the mask" in text and "step 0/4 held-out 5." in text
     logged = [row for row in read_record(tmp_path / "out").summary.history if "loss" in row]
     assert logged and all(
         {"tokens_per_s", "peak_memory_bytes", "mask_removed_share", "mask_flips_per_step", "grad_norm"} <= set(row)

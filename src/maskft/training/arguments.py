@@ -44,9 +44,7 @@ class TrainingArguments(SFTConfig):
     save_steps: float = _default("save_steps", 0.1)
     save_total_limit: int | None = _default("save_total_limit", 2)
     load_best_model_at_end: bool = _default("load_best_model_at_end", True)
-    metric_for_best_model: str | None = field(
-        default="eval_loss", metadata={"help": "What 'best' means: eval_loss, or eval_TASK_METRIC of eval_tasks."}
-    )
+    metric_for_best_model: str | None = _default("metric_for_best_model", "eval_loss")
     logging_nan_inf_filter: bool = _default("logging_nan_inf_filter", False)  # a NaN stops training
     ddp_find_unused_parameters: bool | None = _default("ddp_find_unused_parameters", False)  # all have a gradient
     log_level_replica: str = _default("log_level_replica", "error")
@@ -59,18 +57,6 @@ class TrainingArguments(SFTConfig):
             "help": "Values of the chat template's variables, as JSON, e.g. '{\"enable_thinking\": false}'. They are "
             "written into the template that the adapter's folder gets."
         },
-    )
-    eval_tasks: str | None = field(
-        default=None,
-        metadata={
-            "help": "Also generate and score answers at each measurement: gsm8k, minerva_math (items of their training "
-            "split that the training data does not contain), heldout; comma-separated. They are logged as "
-            "eval_TASK_METRIC, e.g. eval_gsm8k_accuracy."
-        },
-    )
-    eval_limit: int = field(default=100, metadata={"help": "Items of each of eval_tasks, at least 1."})
-    eval_data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with the published files of eval_tasks. Default: the hub."}
     )
     allow_changes: list[str] | None = field(
         default=None,
@@ -181,8 +167,7 @@ def with_accumulation(args: TrainingArguments) -> TrainingArguments:
 def trainer_arguments(args: TrainingArguments, is_resumed: bool) -> TrainingArguments:
     """A copy for TRL's trainer, which is given rows that are tokenised and truncated already."""
     args = copy.copy(args)
-    if args.packing and args.eval_packing is None:
-        args.eval_packing = False  # held-out loss does not depend on how rows are put together
+    args.eval_packing = False  # held-out rows are measured one by one
     if not args.packing:
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         if args.padding_free:

@@ -15,9 +15,9 @@ from rich.console import Console
 from torch import Tensor
 
 from ..data.prepared import Prepared
+from ..loss import mean_nll
 from ..models import load_model
 from .checkpoints import checkpoints_in, damage, step_of
-from .fixed_masks import mean_nll
 from .record import TrainingSummary
 from .trainer import MaskTrainer
 
@@ -39,10 +39,10 @@ def average_checkpoints(
     folders = list(islice((folder for folder in newest_first if damage(folder) is None), number))[::-1]
     if len(folders) < 2:
         return summary
-    model, tokenizer = trainer.model, trainer.processing_class
+    model = trainer.model
     best = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     _set(model, mean_weights(folders))
-    loss, steps = mean_nll(model, data.heldout, tokenizer, trainer.args), [step_of(folder) for folder in folders]
+    loss, steps = mean_nll(trainer.heldout_loss()(data.heldout)), [step_of(folder) for folder in folders]
     is_kept = summary.best_loss is None or loss < summary.best_loss
     if not is_kept:
         _set(model, best)

@@ -11,9 +11,6 @@ from rich.console import Console
 from transformers import PreTrainedModel, set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from maskft_base.errors import UserError, did_you_mean
-from maskft_lab.evaluation.during_training import TASKS, TrainingEvaluation
-
 from ..adapter.wrap import add_adapter
 from ..data import tokenize_dataset
 from ..data.arguments import DataArguments
@@ -90,8 +87,7 @@ def build_model(model: PreTrainedModel, method: MethodArguments, source: ModelCo
         return model
     if method.method == "lora":
         return with_adapter(model, _lora_config(source), source)
-    # Checkpoints carry the scores so that training can be resumed from them; the final adapter does not.
-    return with_adapter(model, mask_config(mask, save_scores=True), source)
+    return with_adapter(model, mask_config(mask), source)
 
 
 def with_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelConfig) -> PeftModel:
@@ -120,23 +116,3 @@ def _train_only_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     for name, module in model.named_modules():
         if name and check_target_module_exists(config, name):
             module.weight.requires_grad_(True)
-
-
-def task_evaluation(args: TrainingArguments, data: Prepared, console: Console) -> TrainingEvaluation | None:
-    """What ``eval_tasks`` asks for; the metric that chooses the best must be among what is measured."""
-    names = [name.strip() for name in (args.eval_tasks or "").split(",") if name.strip()]
-    wanted = args.metric_for_best_model or "eval_loss"
-    task = next((task for task in TASKS if wanted.startswith(f"eval_{task}_")), None)
-    if task and task not in names:
-        raise UserError(f"metric_for_best_model is {wanted}; add --eval_tasks {task} to measure it")
-    evaluation = None
-    if names:
-        evaluation = TrainingEvaluation(
-            names, args.eval_limit, args.eval_data_dir, data.train_rows, data.heldout_rows, console=console
-        )
-    known = TrainingEvaluation.metric_names(names)
-    if wanted not in known:
-        raise UserError(
-            f"metric_for_best_model: no {wanted!r}{did_you_mean(wanted, known)}; there are {', '.join(known)}"
-        )
-    return evaluation

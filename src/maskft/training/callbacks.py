@@ -1,70 +1,41 @@
-"""What happens around the steps of training: loss without the mask, a look at every step, the last model."""
+"""What happens around the steps of training: checks of every step, loss without the mask, the last model."""
 
 from __future__ import annotations
 
 import math
 import signal
-import time
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from maskft_base import files, runtime
+from maskft_base import runtime
 from maskft_base.errors import NotFiniteError, Stopped, UserError
 
-from ..adapter.mask_set import MaskSet
-from ..tuner import MaskConfig, MaskedLinear
+from ..loss import mean_nll
+from ..tuner import MaskedLinear
 from ..tuner.learners import current_sparsity
 from ..tuner.model import refresh_masks
 from ..tuner.sharded import is_sharded
-from .checkpoints import agreed_mask_fingerprint, save_weights
-from .masked_start import RemovedStayZero
-from .method_arguments import ADAPTER, OBJECTIVES, MethodArguments
-from .progress import TrainingProgress
-from .trackers import quieten_trackio
-
-
-def add_callbacks(
-    trainer: SFTTrainer, method: MethodArguments, tokenizer, console: Console
-) -> tuple[TrainingProgress, Reference]:
-    """Replace transformers' progress by ours, and add what ``method`` needs."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    quieten_trackio(trainer, console)
-    noun = OBJECTIVES[method.objective][0]
-    progress, reference = TrainingProgress(console, method.method, noun), Reference(trainer, console, noun)
-    trainer.add_callback(progress)
-    if method.keep_last:
-        trainer.add_callback(KeepLast(trainer, Path(trainer.args.output_dir) / files.LAST, tokenizer))
-    if method.method == "mask":
-        trainer.add_callback(reference)
-    if method.keep_mask is not None:
-        trainer.stay_zero = RemovedStayZero(MaskSet.from_adapter(method.keep_mask))
-        trainer.add_callback(trainer.stay_zero)
-    return progress, reference
+from .checkpoints import agreed_mask_fingerprint, save_final
+from .method_arguments import ADAPTER
+from .stopping import StopRequest
 
 
 class KeepLast(TrainerCallback):
     """Saves the model as the last step left it, before the best checkpoint replaces it."""
 
-    def __init__(self, trainer: SFTTrainer, folder: Path, tokenizer):
-        self.trainer, self.folder, self.tokenizer = trainer, folder, tokenizer
+    def __init__(self, trainer: SFTTrainer, folder: Path):
+        self.trainer, self.folder = trainer, folder
 
     def on_step_end(self, args, state, control, **kwargs):
         """Save after the last step."""
-        if state.global_step < state.max_steps:
-            return
-        config = getattr(self.trainer.model, "peft_config", {}).get(ADAPTER)
-        if isinstance(config, MaskConfig):
-            config.save_scores = False
-        save_weights(self.trainer, self.folder)
-        if isinstance(config, MaskConfig):
-            config.save_scores = True  # the last checkpoint follows, and training may be resumed from it
-        if runtime.is_main():
-            self.tokenizer.save_pretrained(self.folder)
+        if state.global_step == state.max_steps:
+            save_final(self.trainer.model, self.folder, trainer=self.trainer)
+            if runtime.is_main():
+                self.trainer.processing_class.save_pretrained(self.folder)
 
 
 class Reference(TrainerCallback):
@@ -73,61 +44,65 @@ class Reference(TrainerCallback):
     By then the model is spread over the processes.
     """
 
-    def __init__(self, trainer: SFTTrainer, console: Console, noun: str = "held-out loss"):
-        self.trainer, self.console, self.noun = trainer, console, noun
+    def __init__(self, trainer: SFTTrainer, console: Console):
+        self.trainer, self.console = trainer, console
         self.loss: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Measure."""
         if args.eval_strategy == "no":
             return
-        # Not evaluate(): its callbacks would log a metric of another model, before they are told where to log.
-        with self.trainer.accelerator.unwrap_model(self.trainer.model).disable_adapter():
-            output = self.trainer.evaluation_loop(
-                self.trainer.get_eval_dataloader(), "unmasked", prediction_loss_only=True, metric_key_prefix="unmasked"
-            )
-        self.trainer._metrics["eval"].clear()
-        self.loss = output.metrics["unmasked_loss"]
-        self.console.print(f"  {self.noun} without the mask {self.loss:.4f}", highlight=False)
+        measure = self.trainer.heldout_loss()
+        with measure.model.disable_adapter():
+            self.loss = mean_nll(measure(self.trainer.eval_dataset))
+        self.console.print(f"  held-out loss without the mask {self.loss:.4f}", highlight=False)
 
 
 class StepGuard(TrainerCallback):
-    """Looks at every step just before and after the optimizer: finite? how many mask bits flipped?"""
+    """Checks every step just before and after the optimizer: is it finite, how many mask entries flipped?
+
+    Attributes:
+        mask_metrics: Of the last step that is logged.
+        stop: Whether a signal asks the run to stop.
+    """
 
     def __init__(self, trainer: SFTTrainer):
         self.trainer = trainer
+        self.mask_metrics: dict[str, float] = {}
+        self.stop = StopRequest()
+        self._loss_is_finite = torch.tensor(True)
         self._before: list[tuple[MaskedLinear, torch.Tensor]] = []
         self._undo = None
         self._is_stopping = False
 
+    def see_loss(self, loss: torch.Tensor) -> None:
+        """Note whether the loss of a micro-batch is finite."""
+        self._loss_is_finite = torch.isfinite(loss) & self._loss_is_finite.to(loss.device)
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Check that scores can be ranked and that all processes hold the same masks."""
-        # TRL counts from zero when training is resumed; transformers' own count travels with the checkpoints.
-        self.trainer._total_train_tokens = state.num_input_tokens_seen
-        self.trainer._window = (time.perf_counter(), state.num_input_tokens_seen)
         self.trainer.resume_log()
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "mask_scores" in name and parameter.dtype != torch.float32:
                 raise UserError(f"{name} is {parameter.dtype}; scores must be float32, masks are ranked in it")
         if runtime.num_processes() > 1:
             agreed_mask_fingerprint(model)
-
         if args.gradient_checkpointing and not args.is_reentrant:
             self._undo = stop_gradient_at_frozen_embeddings(self.trainer.accelerator.unwrap_model(model))
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Undo what was done to the model; stop where the wish came after the last step and that step is saved."""
+        """Remove the hook on the embeddings; stop where a signal came after the last step and that step is saved."""
         if self._undo is not None:
             self._undo.remove()
-        is_asked_to_stop = torch.tensor(self.trainer.stop.signal is not None, device=args.device)
+        is_asked_to_stop = torch.tensor(self.stop.signal is not None, device=args.device)
         last = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if runtime.largest(is_asked_to_stop) and last.is_dir() and not args.save_only_model:  # it could not resume
             self._stop(state)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """Stop before a loss or gradient that is not finite is applied; hear whether any process is to stop."""
-        bad_loss = ~self.trainer._loss_is_finite
-        self.trainer._loss_is_finite = torch.tensor(True)
+        """Stop before a loss or gradient that is not finite is applied; ask all processes for a signal."""
+        bad_loss = ~self._loss_is_finite
+        self._loss_is_finite = torch.tensor(True)
         bad_gradient = torch.zeros_like(bad_loss)
         # float16 gradients overflow now and then; the scaler skips such a step itself.
         if self.trainer.accelerator.scaler is None:
@@ -135,7 +110,7 @@ class StepGuard(TrainerCallback):
             total = sum(_local(p.grad).sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None)
             bad_gradient = ~torch.isfinite(torch.as_tensor(total, device=bad_loss.device))
         # The same verdict in every process, or the others would wait for the one that stopped.
-        is_asked_to_stop = torch.full_like(bad_loss, self.trainer.stop.signal is not None)
+        is_asked_to_stop = torch.full_like(bad_loss, self.stop.signal is not None)
         verdict = runtime.largest(is_asked_to_stop, bad_gradient, bad_loss)
         if verdict > 1:
             raise NotFiniteError(f"{('gradient', 'loss')[verdict - 2]} is not finite")
@@ -150,7 +125,7 @@ class StepGuard(TrainerCallback):
         if state.global_step == 0 and args.load_best_model_at_end and math.isfinite(loss):
             state.best_metric = loss
             state.best_model_checkpoint = str(Path(args.output_dir) / "checkpoint-0")
-            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+            self.trainer.save_start()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Keep the number of tokens where checkpoints keep it; save before stopping."""
@@ -158,15 +133,14 @@ class StepGuard(TrainerCallback):
         control.should_save = control.should_save or self._is_stopping
 
     def on_save(self, args, state, control, **kwargs):
-        """Stop after the step that was to be the last."""
+        """Stop after the step that a signal interrupted is saved."""
         if self._is_stopping:
             self._stop(state)
 
     def _stop(self, state):
-        if self.trainer.checkpoints is not None:
-            self.trainer.checkpoints.finish()
+        self.trainer.checkpoints.finish()
         self.trainer.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
-        asked = self.trainer.stop.signal or signal.SIGTERM
+        asked = self.stop.signal or signal.SIGTERM
         name = signal.Signals(asked).name
         raise Stopped(asked, f"stopped by {name} after step {state.global_step} of {state.max_steps}, which is saved")
 
@@ -174,7 +148,7 @@ class StepGuard(TrainerCallback):
         """Count flipped and removed mask entries."""
         layers = self._layers(model)
         if self._is_logged(args, state) and layers and layers[0].sharded_weight is not None:
-            self.trainer.mask_metrics = _sharded_mask_metrics(model, layers)
+            self.mask_metrics = _sharded_mask_metrics(model, layers)
         if not self._before:
             return
         flips, removed, numel = 0, 0, 0
@@ -188,7 +162,7 @@ class StepGuard(TrainerCallback):
                 )
                 numel += after.numel()
         config = self._before[0][0].mask_configs[ADAPTER]
-        self.trainer.mask_metrics = {
+        self.mask_metrics = {
             "mask_removed_share": current_sparsity(config) if config.selection == "topk" else removed / numel,
             "mask_flips_per_step": flips,
         }

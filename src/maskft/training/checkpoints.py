@@ -315,15 +315,24 @@ def check_disk_space(model, args: SFTConfig) -> None:
     )
 
 
-def save_weights(trainer: SFTTrainer, folder: str | Path) -> None:
-    """Write weights or adapter from the main process; all processes must call it."""
-    with agreed_masks(trainer.model):
-        if trainer.is_fsdp_enabled:
-            state = trainable_state(trainer.model)
-            if runtime.is_main():
-                trainer.model.save_pretrained(folder, state_dict=state)
-        elif runtime.is_main():
-            trainer.model.save_pretrained(folder)
+def save_final(
+    model, folder: str | Path, recipe: dict[str, Any] | None = None, trainer: SFTTrainer | None = None
+) -> None:
+    """Write weights or adapter from the main process; all processes that train must call it.
+
+    Args:
+        model: What to save.
+        folder: Where to.
+        recipe: How a mask was trained, for its configuration.
+        trainer: What trained ``model``; None: nothing did.
+    """
+    config = getattr(model, "peft_config", {}).get(ADAPTER)
+    if isinstance(config, MaskConfig):
+        config.recipe = recipe
+    with agreed_masks(model):
+        state = trainable_state(model) if trainer is not None and trainer.is_fsdp_enabled else None
+        if runtime.is_main():
+            model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
 
 
 @contextmanager

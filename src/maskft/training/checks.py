@@ -1,16 +1,16 @@
-"""What is refused before a model is loaded, and before processes begin to wait for each other."""
+"""Checks made before a model is loaded, and before processes begin to wait for each other."""
 
 from __future__ import annotations
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
 from maskft_base import runtime
-from maskft_base.errors import UserError
+from maskft_base.errors import UserError, did_you_mean
 
 from ..tuner.config import MaskConfig
 from .arguments import TrainConfig
 from .launch import check_deepspeed, check_mask_sharding
 from .method_arguments import COMBINED_METHODS, FIXED_MASK_METHODS, MASK_METHODS, MethodArguments, mask_config
-from .objectives import check_objective
-from .trackers import check_trackers
 
 
 def check_config(config: TrainConfig) -> None:
@@ -21,7 +21,6 @@ def check_config(config: TrainConfig) -> None:
     """
     method, training = config.method.method, config.training
     check_method(config.method)
-    check_objective(config.method, training)
     if method == "mask" or config.method.keep_mask is not None:
         check_mask_sharding()
     check_deepspeed(training.deepspeed)
@@ -33,12 +32,10 @@ def check_config(config: TrainConfig) -> None:
             f"this process sees {training.n_gpu} GPUs, which a mask does not share: add --accelerate_config multi_gpu, "
             "or set CUDA_VISIBLE_DEVICES=0"
         )
-    if training.eval_packing and runtime.num_processes() > 1:
-        raise UserError("eval_packing with several processes would count held-out rows twice; set it to false")
-    if training.eval_tasks and runtime.uses_fsdp():
+    if training.metric_for_best_model != "eval_loss":
         raise UserError(
-            "eval_tasks generate, which takes whole models, and FSDP splits them: leave eval_tasks out, and measure "
-            "with maskft evaluate"
+            f"metric_for_best_model is {training.metric_for_best_model}; training measures eval_loss alone: drop it, "
+            "and measure checkpoints with maskft evaluate"
         )
     if config.model.load_in_4bit or config.model.load_in_8bit:
         check_quantised(method)
@@ -50,6 +47,22 @@ def check_config(config: TrainConfig) -> None:
         raise UserError(f"method {method} combines two models; name the one before fine-tuning as before_model")
     if config.data.prepare_only and config.data.prepared_data_dir is None:
         raise UserError("prepare_only has nowhere to put the rows; name a prepared_data_dir")
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse a name of ``report_to`` that transformers does not know, or whose package is not installed.
+
+    Raises:
+        UserError: For the first such name.
+    """
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = sorted(INTEGRATION_TO_CALLBACK)
+            raise UserError(f"report_to: no {name!r}{did_you_mean(name, known)}; there are none, {', '.join(known)}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (RuntimeError, ImportError) as error:
+            raise UserError(f"report_to {name}: {error}") from None
 
 
 def check_quantised(method: str) -> None:
@@ -85,11 +98,8 @@ def _check_average(config: TrainConfig, num_processes: int) -> None:
         raise UserError(f"average_checkpoints is {number}; it must be at least 1")
     if config.method.method != "full":
         raise UserError(f"average_checkpoints goes with --method full, not with {config.method.method}; drop it")
-    if not training.load_best_model_at_end or training.metric_for_best_model != "eval_loss":
-        raise UserError(
-            "average_checkpoints compares held-out losses: it needs eval_strategy steps and metric_for_best_model "
-            "eval_loss"
-        )
+    if not training.load_best_model_at_end:
+        raise UserError("average_checkpoints compares held-out losses: it needs eval_strategy steps")
     if num_processes > 1:
         raise UserError("average_checkpoints goes with one process; drop it or num_processes")
 

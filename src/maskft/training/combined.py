@@ -20,9 +20,9 @@ from maskft_base.errors import UserError
 from maskft_base.runtime import peak_memory_bytes
 
 from ..data.prepared import Prepared
+from ..loss import mean_nll, nll_per_item
 from ..models import check_model_source, load_model
 from .arguments import TrainingArguments
-from .fixed_masks import mean_nll
 from .method_arguments import COMBINED_METHODS, MethodArguments
 from .record import TrainingSummary
 
@@ -57,7 +57,13 @@ def combine(
     history = []
     for value in method.combine_values or COMBINED_METHODS[method.method]:
         _set(model, method.method, before, after, value, training.seed)
-        history.append({"value": value, "eval_loss": mean_nll(model, data.heldout, tokenizer, training)})
+        losses = nll_per_item(
+            model,
+            data.heldout,
+            batch_size=training.per_device_eval_batch_size,
+            pad_token_id=tokenizer.pad_token_id or 0,
+        )
+        history.append({"value": value, "eval_loss": mean_nll(losses)})
     best = min(history, key=lambda row: row["eval_loss"])
     _set(model, method.method, before, after, best["value"], training.seed)
     console.print(f"{method.method}: {best['value']:g} is the best of {len(history)} values by held-out loss")

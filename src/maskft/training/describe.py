@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import median
 
 from rich.console import Console
@@ -13,8 +14,8 @@ from ..data import format_sample, supervised_token_count
 from ..data.prepared import Prepared
 from ..tuner import MaskConfig, adapter_layers
 from ..tuner.learners import FREE
-from .arguments import TrainConfig, TrainingArguments
-from .method_arguments import ADAPTER, OBJECTIVES, UNTRAINED_METHODS, MethodArguments, mask_config
+from .arguments import TrainConfig
+from .method_arguments import ADAPTER, UNTRAINED_METHODS, mask_config
 from .record import TrainingSummary
 from .verdict import Verdict
 
@@ -23,8 +24,7 @@ def describe(
     model,
     tokenizer,
     data: Prepared,
-    method: MethodArguments,
-    training: TrainingArguments,
+    config: TrainConfig,
     console: Console,
 ) -> None:
     """Print the resolved numbers a person checks before a long run.
@@ -32,6 +32,7 @@ def describe(
     Raises:
         UserError: If the loss would be taken on no token.
     """
+    method, training = config.method, config.training
     supervised = supervised_token_count(data.train)
     if supervised == 0:
         raise UserError("no token of the training data is supervised; every label is masked")
@@ -67,7 +68,7 @@ def mask_line(config: MaskConfig, num_target_weights: int) -> str:
 def report(
     summary: TrainingSummary, verdict: Verdict | None, config: TrainConfig, failure: str | None, console: Console
 ) -> None:
-    """Print what came of the run, where it is, and what may help a mask that was still learning.
+    """Print the outcome of the run, where it is saved, and what to try next where a mask is not better than none.
 
     Raises:
         UserError: If training ended with a ``failure``, a text that ends with what is saved.
@@ -79,44 +80,54 @@ def report(
     if summary.num_steps:
         speed = f"{median(speeds):,.0f} tokens/s; " if speeds else ""
         took = time_text(summary.train_time_s)
-        console.print(f"{speed}with held-out loss it took {took}", highlight=False)
-    noun = OBJECTIVES[summary.objective][0]
+        console.print(f"{speed}{took} in all, held-out measurements included", highlight=False)
     start, best, step = summary.start_loss, summary.best_loss, summary.best_step
     if best is None or summary.method in UNTRAINED_METHODS:
         console.print(f"saved to {folder}")
     elif summary.method != "mask":
-        where = (
-            f"as the mean of {len(summary.averaged_steps)} checkpoints" if summary.averaged_steps else f"at step {step}"
-        )
+        where = f"mean of {len(summary.averaged_steps)} checkpoints" if summary.averaged_steps else f"step {step}"
         console.print(
-            f"{noun} {start:.4f} at the start, best {best:.4f} {where}, {summary.end_loss:.4f} at the end; the best is "
-            f"saved in {folder}"
+            f"held-out loss {start:.4f} at the start, best {best:.4f} ({where}), {summary.end_loss:.4f} at the end; "
+            f"the best is saved in {folder}"
         )
     else:
-        console.print(f"{noun} {start:.4f} without a mask, best {best:.4f} with it (step {step})")
-        if verdict is None:
-            console.print(f"saved to {folder}; too few held-out rows to say whether the mask is better than no mask")
-        elif verdict.is_better:
-            console.print(
-                f"{verdict} (which chose the step too: whether it holds on new items, maskft evaluate and compare "
-                f"tell). Saved in {folder}"
-            )
-        elif verdict.kept:
-            console.print(f"{verdict}. Saved in {folder} all the same")
-        else:
-            console.print(
-                f"{verdict}. Saved in {folder}: an adapter that removes nothing (--keep_worse true writes the mask)"
-            )
-        by_loss = config.training.metric_for_best_model in (None, "loss", "eval_loss")
-        is_last = by_loss and summary.num_steps and step == summary.num_steps
-        if verdict is not None and not verdict.is_better and is_last:
-            console.print(f"The loss with the mask still fell at the last step: {_help_for_a_start(config)}")
+        console.print(f"held-out loss {start:.4f} without a mask, best {best:.4f} with it (step {step})")
+        _report_verdict(summary, verdict, config, console)
 
 
-def _help_for_a_start(config: TrainConfig) -> str:
-    """What a mask needs that had not won back its start, which removes weights before one step is taken."""
-    if mask_config(config.mask).init_scores in ("magnitude", "wanda", "first_order"):
-        return "train longer, or at another rate"
+def _report_verdict(summary: TrainingSummary, verdict: Verdict | None, config: TrainConfig, console: Console) -> None:
+    folder = config.training.output_dir
+    if verdict is None:
+        console.print(f"saved to {folder}; too few held-out rows to say whether the mask is better than no mask")
+        return
+    if verdict.is_better:
+        console.print(
+            f"{verdict}. These rows chose the step too: maskft evaluate and compare tell whether it holds on new ones. "
+            f"Saved in {folder}"
+        )
+        return
+    if verdict.kept:
+        console.print(f"{verdict}. Saved in {folder} all the same")
+    else:
+        console.print(f"{verdict}. Saved in {folder}: an adapter that removes nothing.")
+        checkpoint = Path(folder) / f"checkpoint-{summary.best_step}"
+        if checkpoint.is_dir():
+            console.print(
+                f"The mask is in {checkpoint}. To save it all the same, repeat the command with "
+                "--resume_from_checkpoint true --keep_worse true: nothing is trained again"
+            )
+    console.print(f"To try next: {_next_step(config)}")
+
+
+def _next_step(config: TrainConfig) -> str:
+    """What may help a mask that is not better than no mask."""
+    mask = mask_config(config.mask)
+    if mask.selection == "topk" and not config.method.mask_sparsity_auto:
+        return (
+            "a smaller mask from the same scores, without training again: repeat the command with "
+            "--resume_from_checkpoint true --mask_sparsity_auto true"
+        )
+    if mask.init_scores in ("magnitude", "wanda", "first_order"):
+        return "train longer, or at another learning_rate"
     preset = f", without --mask_preset {config.mask.mask_preset}" if config.mask.mask_preset else ""
-    start = f"--mask_init_scores magnitude{preset}"
-    return f"train longer, or let it begin with the smallest weights ({start}) at a lower rate"
+    return f"start from the smallest weights: --mask_init_scores magnitude{preset}, at a lower learning_rate"

@@ -4,40 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl import ModelConfig
 
 from maskft_base.runtime import peak_memory_bytes
-from maskft_lab.evaluation.heldout import nll_per_item
 
 from ..adapter.mask_set import MaskSet
 from ..data.prepared import Prepared
+from ..loss import mean_nll, nll_per_item
 from ..tuner import MaskedLinear, adapter_layers
 from ..tuner.codec import encode_mask, mask_info
 from ..tuner.fixed import fixed_masks
-from .arguments import TrainingArguments
+from .arguments import TrainConfig
 from .build import with_adapter
 from .calibration import check_inputs, input_norms
 from .checks import check_size
-from .method_arguments import ADAPTER, MaskArguments, MethodArguments, mask_config
+from .method_arguments import ADAPTER, mask_config
 from .record import TrainingSummary
 
 
 def make_fixed_mask(
-    model: PreTrainedModel,
-    data: Prepared,
-    method: MethodArguments,
-    mask: MaskArguments,
-    source: ModelConfig,
-    training: TrainingArguments,
-    tokenizer,
-    console: Console,
+    model: PreTrainedModel, data: Prepared, run: TrainConfig, tokenizer, console: Console
 ) -> tuple[PeftModel, TrainingSummary]:
-    """Make the mask that ``method`` names.
+    """Make the mask that the method of ``run`` names.
 
     Wanda's norms are taken over the training rows; the held-out rows choose the best of several random masks.
 
@@ -47,9 +38,10 @@ def make_fixed_mask(
     Raises:
         UserError: If the mask is not one of a given size.
     """
-    config = mask_config(mask, inference_mode=True, sparsity_ramp=0.0)
+    method, training = run.method, run.training
+    config = mask_config(run.mask, inference_mode=True, sparsity_ramp=0.0)
     check_size(method.method, config)
-    masked = with_adapter(model.to(training.device), config, source).eval()
+    masked = with_adapter(model.to(training.device), config, run.model).eval()
     layers = list(adapter_layers(masked, ADAPTER).values())
     weights = [layer.weight.detach() for layer in layers]
     counts = _counts(method.match_adapter, layers)
@@ -58,12 +50,15 @@ def make_fixed_mask(
         check_inputs(layers, method.method)
         with masked.disable_adapter():
             norms = input_norms(masked, layers, data.train["input_ids"], method.num_calibration_samples)
+    size, pad_token_id = training.per_device_eval_batch_size, tokenizer.pad_token_id or 0
     candidates = []
     for seed in range(config.mask_seed, config.mask_seed + method.num_candidates):
         masks = fixed_masks(method.method, weights, config.sparsity, config.scope, seed, counts, norms)
         coded = [encode_mask(mask) for mask in masks]
         _set_masks(layers, coded)
-        loss = mean_nll(masked, data.heldout, tokenizer, training) if method.num_candidates > 1 else None
+        loss = None
+        if method.num_candidates > 1:
+            loss = mean_nll(nll_per_item(masked, data.heldout, batch_size=size, pad_token_id=pad_token_id))
         candidates.append((loss, seed, coded))
     loss, seed, coded = min(candidates, key=lambda candidate: candidate[:2])
     _set_masks(layers, coded)
@@ -71,7 +66,9 @@ def make_fixed_mask(
     removed, numel = sum(mask_info(code)["num_removed"] for code in coded), sum(weight.numel() for weight in weights)
     console.print(f"{method.method}: removes {removed:,} of {numel:,} target weights")
     if method.num_candidates > 1:
-        console.print(f"best of {method.num_candidates} by held-out loss: seed {seed}, {loss:.4f}")
+        tied = sum(other == loss for other, _, _ in candidates)
+        among = f", as low as that of {tied - 1} others" if tied > 1 else ""
+        console.print(f"best of {method.num_candidates} by held-out loss: seed {seed}, {loss:.4f}{among}")
     return masked, TrainingSummary(
         method=method.method,
         best_loss=loss,
@@ -92,11 +89,3 @@ def _counts(match_adapter: str | None, layers: Sequence[MaskedLinear]) -> list[i
 def _set_masks(layers: Sequence[MaskedLinear], coded: Sequence[Tensor]) -> None:
     for layer, code in zip(layers, coded, strict=True):
         layer.mask_coded[ADAPTER] = code
-
-
-def mean_nll(model, rows: Dataset, tokenizer, args: TrainingArguments) -> float:
-    """Held-out loss in nats per supervised token."""
-    rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
-    size = args.per_device_eval_batch_size
-    pairs = nll_per_item(model, rows, batch_size=size, pad_token_id=tokenizer.pad_token_id or 0)
-    return sum(nll * count for nll, count in pairs) / sum(count for _, count in pairs)

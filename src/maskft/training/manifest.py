@@ -21,19 +21,19 @@ from maskft_base.files import FileModel, read_json, read_model
 from ..data.prepared import Prepared, data_identity
 from ..models import model_identity
 from ..tuner import learners
-from .arguments import TrainConfig, TrainingArguments
+from .arguments import TrainConfig
 
 # What a run may be resumed with otherwise: where it writes and reports, how many workers serve it, on what machine. Of
 # three of these something else tells: the base of its weights, the accumulation steps of the global batch size.
 FREE = frozenset(
     "output_dir resume_from_checkpoint allow_changes prepared_data_dir prepare_only keep_last keep_worse "
-    "mask_prefix_cache_gb model_name_or_path model_revision global_batch_size save_total_limit save_on_each_node "
-    "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision logging_strategy "
-    "logging_steps logging_first_step log_on_each_node log_level log_level_replica disable_tqdm report_to run_name "
-    "project trackio_space_id trackio_bucket_id trackio_static_space_id dataloader_num_workers dataloader_pin_memory "
-    "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataset_num_proc "
-    "use_cpu local_rank ddp_backend ddp_timeout ddp_bucket_cap_mb torch_empty_cache_steps skip_memory_metrics debug "
-    "do_train do_eval do_predict".split()
+    "mask_prefix_cache_gb mask_sparsity_auto model_name_or_path model_revision global_batch_size save_total_limit "
+    "save_on_each_node push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
+    "hub_revision logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica "
+    "disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "
+    "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+    "dataloader_multiprocessing_context dataset_num_proc use_cpu local_rank ddp_backend ddp_timeout "
+    "ddp_bucket_cap_mb torch_empty_cache_steps skip_memory_metrics debug do_train do_eval do_predict".split()
 )
 # What cannot change on the way: the state that was saved is that of other parameters.
 FIXED = frozenset(
@@ -156,17 +156,16 @@ def damage(folder: Path, weights_only: bool = False) -> str | None:
 # The course of a run
 
 
-def course_of(config: TrainConfig, training: TrainingArguments, data: Prepared, model: nn.Module) -> Course:
-    """What decides how a run goes on.
+def course_of(config: TrainConfig, data: Prepared, model: nn.Module) -> Course:
+    """What a resumed run must have in common with the one that it resumes.
 
     Args:
-        config: The run.
-        training: Its arguments with the accumulation steps that are taken.
+        config: The run, with the accumulation steps that are taken.
         data: The rows.
         model: The base model as it was loaded.
     """
     options: dict[str, Any] = {}
-    for group in (config.method, config.model, config.data, config.mask, training):
+    for group in (config.method, config.model, config.data, config.mask, config.training):
         for spec in dataclasses.fields(group):
             if spec.init and spec.name not in FREE:
                 options[spec.name] = getattr(group, spec.name)
@@ -174,16 +173,13 @@ def course_of(config: TrainConfig, training: TrainingArguments, data: Prepared, 
     if options["mask_init_value"] is None and not has_free_budget:
         options["mask_init_value"] = 0.0  # as in checkpoints of when this was the default of all
     options = {name: _plain(_content(name, value)) for name, value in data_identity(options).items()}
-    return Course(
-        options=options, data=_data_digest(data, config.method.objective), base=_weights_digest(model.state_dict())
-    )
+    return Course(options=options, data=_data_digest(data), base=_weights_digest(model.state_dict()))
 
 
 def changes(was: Course, now: Course) -> dict[str, tuple[Any, Any]]:
-    """What differs: name -> (then, now)."""
+    """What differs: name -> (then, now); options that this version no longer has do not count."""
     old, new = was.values(), now.values()
-    names = sorted({*old, *new})
-    return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+    return {name: (old.get(name), new[name]) for name in sorted(new) if old.get(name) != new[name]}
 
 
 def check_course(checkpoint: Path, now: Course, allowed: Iterable[str] | None) -> frozenset[str]:
@@ -244,19 +240,13 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
 
 
-def _data_digest(data: Prepared, objective: str) -> str:
-    tokens = files.digest_tensors(
+def _data_digest(data: Prepared) -> str:
+    return files.digest_tensors(
         (f"{name} {column}", part)
         for name, rows in (("train", data.train), ("heldout", data.heldout))
         for column in ("input_ids", "labels")
         for part in _column(rows, column)
     )
-    if objective == "sft":
-        return tokens
-    # What other objectives read of a row, and no token of it is trained on.
-    columns = ("prompt", "completion", "messages", "rejected", "answer", "answer_type")
-    texts = [[row.get(name) for name in columns] for part in (data.train_rows, data.heldout_rows) for row in part]
-    return files.digest([tokens, texts])
 
 
 def _column(rows: Dataset, column: str) -> Iterator[Tensor]:

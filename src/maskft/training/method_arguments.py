@@ -18,6 +18,11 @@ MASK_METHODS = ("mask", *FIXED_MASK_METHODS)
 # A model and the one it was made from, not trained; the values that the held-out rows choose from.
 COMBINED_METHODS = {"interpolate": [n / 10 for n in range(1, 11)], "dare": [0.1, 0.3, 0.5, 0.7, 0.9]}
 UNTRAINED_METHODS = (*FIXED_MASK_METHODS, *COMBINED_METHODS)
+METHODS = ("random_mask", "l1_mask", "wanda_mask")
+MASK_METHODS = ("mask", *FIXED_MASK_METHODS)
+# A model and the one it was made from, not trained; the values that the held-out rows choose from.
+COMBINED_METHODS = {"interpolate": [n / 10 for n in range(1, 11)], "dare": [0.1, 0.3, 0.5, 0.7, 0.9]}
+UNTRAINED_METHODS = (*FIXED_MASK_METHODS, *COMBINED_METHODS)
 # What is trained for -> what held-out rows are measured by, and its unit.
 OBJECTIVES = {
     "sft": ("held-out loss", "nats/token"),
@@ -102,30 +107,6 @@ class MethodArguments:
             "choices": [*METHODS, DSD],
         },
     )
-    objective: str = field(
-        default="sft",
-        metadata={
-            "help": "With mask and lora: sft, likelihood of the answers; dpo, of `chosen` over `rejected` ones; grpo, "
-            "sampled answers that equal the row's `answer`. Held-out rows are measured by it.",
-            "choices": list(OBJECTIVES),
-        },
-    )
-    beta: float | None = field(
-        default=None,
-        metadata={"help": "With dpo and grpo: strength of the pull to the reference, >= 0 [dpo 0.1, grpo 0]."},
-    )
-    num_generations: int | None = field(
-        default=None, metadata={"help": "With grpo: answers sampled to each question, at least 2 [8]."}
-    )
-    max_completion_length: int | None = field(
-        default=None, metadata={"help": "With grpo: tokens of an answer, at least 1 [256]."}
-    )
-    temperature: float | None = field(
-        default=None, metadata={"help": "With grpo: temperature of the sampled answers, > 0 [1]."}
-    )
-    objective_options: dict | str | None = field(
-        default=None, metadata={"help": "With dpo and grpo: further options of TRL's DPOConfig or GRPOConfig, as JSON."}
-    )
     match_adapter: str | None = field(
         default=None,
         metadata={
@@ -183,7 +164,7 @@ class MethodArguments:
         default=1,
         metadata={
             "help": "With --method full: at the end take the mean of the weights of the last N checkpoints, if its "
-            "held-out loss is lower than the best checkpoint's; at least 1, which is none."
+            "held-out loss is lower than the best checkpoint's; 1 disables averaging."
         },
     )
     keep_worse: bool = field(

@@ -32,12 +32,12 @@ option of TRL's SFTConfig and ModelConfig under TRL's name."""
 _USUAL = {
     "model": "model_name_or_path model_revision dtype chat_template_path",
     "data": "dataset_name eval_dataset_name eval_split_size max_train_samples max_length prepared_data_dir",
-    "method": "method objective beta num_generations keep_mask start_mask match_adapter lora_r keep_last keep_worse",
+    "method": "method keep_mask start_mask match_adapter lora_r keep_last keep_worse",
     "mask": "mask_preset mask_sparsity mask_sparsity_auto mask_scope mask_init_scores mask_target_modules "
     "mask_layers_to_transform mask_seed",
     "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size global_batch_size "
     "warmup_steps bf16 gradient_checkpointing seed resume_from_checkpoint allow_changes",
-    "evaluation": "eval_steps save_steps eval_tasks metric_for_best_model report_to",
+    "evaluation": "eval_steps save_steps report_to",
     "several GPUs": "accelerate_config num_processes",
 }
 # In a line, what TRL says in a paragraph; ours are shown as they are.
@@ -48,9 +48,6 @@ _SHORT = {
     "model_revision": "Branch, tag or commit of a hub model.",
     "dtype": "Dtype of the weights: auto, float32, bfloat16 or float16.",
     "chat_template_path": "A .jinja file with a chat template, for a model that has none.",
-    "objective": "sft, dpo (chosen over rejected) or grpo (right answers).",
-    "beta": "With dpo, grpo: pull to the reference, >= 0 [dpo 0.1, grpo 0].",
-    "num_generations": "With grpo: answers to each question, at least 2 [8].",
     "max_length": "Tokens of a row that are kept, at least 1.",
     "lora_r": "With lora: rank of the matrices, at least 1.",
     "output_dir": "Folder of this run; must not hold another.",

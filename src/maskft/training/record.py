@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 
 from maskft_base import files, runtime
 from maskft_base.files import FileModel, read_json, read_model
-from maskft_lab.evaluation.during_training import TrainingEvaluation
 
 from ..data.mixtures import hub_ids
 from ..data.prepared import Prepared
 from ..data.splits import prompt_digest
 from ..tuner import adapter_layers
-from .arguments import TrainConfig, TrainingArguments
+from .arguments import TrainConfig
 from .checkpoints import step_of
 from .method_arguments import ADAPTER, MASK_METHODS
 from .trainer import MaskTrainer
@@ -45,7 +44,7 @@ class TrainingSummary(FileModel):
 
     Attributes:
         method: The method.
-        objective: What was trained for; of dpo and grpo, losses below are what `OBJECTIVES` says.
+        objective: What was trained for.
         start_loss: Held-out loss in nats per token before the first step; of a mask: without it.
         best_loss: Held-out loss of the best checkpoint, of a mask at the sparsity it was trained with.
         best_step: The step it was saved at.
@@ -64,7 +63,7 @@ class TrainingSummary(FileModel):
     model_config = ConfigDict(allow_inf_nan=True)  # a diverged run is recorded as well
 
     method: str
-    objective: str = "sft"
+    objective: Literal["sft"] = "sft"
     start_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
@@ -110,14 +109,12 @@ def read_record(folder: str | Path) -> TrainingRecord:
 
 def make_record(
     config: TrainConfig,
-    training: TrainingArguments,
     summary: TrainingSummary,
     data: Prepared,
-    evaluation: TrainingEvaluation | None,
     losses: HeldoutLosses | None,
     verdict: Verdict | None,
 ) -> TrainingRecord:
-    """The record of a run; ``training`` are its arguments with the accumulation steps that were taken."""
+    """The record of a run."""
     recipe = {"method": config.method.method, "model_name_or_path": config.model.model_name_or_path}
     for group in (config.data, config.mask, config.method):
         for name, spec in type(group).__dataclass_fields__.items():
@@ -127,15 +124,14 @@ def make_record(
     recipe |= {name: True for name in ("load_in_8bit", "load_in_4bit") if getattr(config.model, name)}
     if datasets := hub_ids(config.data.dataset_name or ""):
         recipe["datasets"] = datasets
-    recipe |= {name: getattr(training, name) for name in _RECORDED}
+    recipe |= {name: getattr(config.training, name) for name in _RECORDED}
     recipe |= {"best_step": summary.best_step, "best_heldout_loss": summary.best_loss}
     if verdict is not None:
         recipe["verdict"] = f"{verdict}{'' if verdict.kept else '; so this adapter removes nothing'}"
-    selected_on = {} if evaluation is None else evaluation.selected_on
+    selected = {}
     if losses is not None and losses.chose_sparsity:
         chose = [row for row in data.heldout_rows if str(row["id"]) in set(losses.chose_sparsity)]
-        selected_on = selected_on | {str(row["id"]): prompt_digest(row) for row in chose}
-    selected = {"selected_on": selected_on} if selected_on else {}
+        selected["selected_on"] = {str(row["id"]): prompt_digest(row) for row in chose}
     return TrainingRecord(
         summary=summary,
         recipe={name: _plain(value) for name, value in recipe.items()},
@@ -164,7 +160,6 @@ def summarise(trainer: MaskTrainer, method: str, seconds: float, reference_loss:
     layers = adapter_layers(model, ADAPTER) if method in MASK_METHODS else {}
     return TrainingSummary(
         method=method,
-        objective="sft" if trainer.meter is None else trainer.meter.objective,
         start_loss=reference_loss if reference_loss is not None else next(iter(losses.values()), None),
         best_loss=losses.get(best_step),
         best_step=best_step,

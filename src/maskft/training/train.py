@@ -1,7 +1,8 @@
-"""One training path for every method: setup -> build -> fit -> save, over TRL's trainers."""
+"""One training path for every method: setup -> build -> fit -> save, over TRL's SFT trainer."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from contextlib import closing
@@ -11,25 +12,27 @@ from rich.console import Console
 
 from maskft_base import files, runtime
 from maskft_base.errors import NotFiniteError
-from maskft_lab.evaluation.during_training import TrainingEvaluation
 
+from ..adapter.mask_set import MaskSet
 from ..data.prepared import Prepared
+from ..loss import HeldoutLoss
 from ..tuner import MaskConfig
 from ..tuner.card import write_card
-from .arguments import TrainConfig, TrainingArguments, with_accumulation
+from .arguments import TrainConfig, with_accumulation
 from .averaging import average_checkpoints
-from .build import build_model, load_base, load_data, load_tokenizer_of, task_evaluation
+from .build import build_model, load_base, load_data, load_tokenizer_of
 from .calibration import start_on_data
-from .callbacks import add_callbacks
-from .checkpoints import Checkpoints, check_disk_space, held_output, save_weights
+from .callbacks import KeepLast, Reference
+from .checkpoints import Checkpoints, check_disk_space, held_output, save_final
 from .checks import check_config, check_processes
 from .combined import combine
 from .describe import describe, report
 from .fixed_masks import make_fixed_mask
 from .manifest import course_of
-from .method_arguments import ADAPTER, COMBINED_METHODS, FIXED_MASK_METHODS, MethodArguments
-from .objectives import make_trainer
+from .masked_start import RemovedStayZero
+from .method_arguments import ADAPTER, COMBINED_METHODS, FIXED_MASK_METHODS
 from .prefix_cache import cached_prefix
+from .progress import TrainingProgress
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
 from .trainer import MaskTrainer
 from .verdict import HeldoutLosses, check_rows, never_worse
@@ -55,49 +58,43 @@ def train(config: TrainConfig, splits: tuple | None = None, console: Console | N
         load_data(config.data, config.training, load_tokenizer_of(config.model, config.training), splits, console)
         return None
     with held_output(config.training, config.method.method, console) as resume_from:
+        config = dataclasses.replace(config, training=with_accumulation(config.training))
         return run(config, splits, resume_from, console)
 
 
 def run(config: TrainConfig, splits: tuple | None, resume_from: str | None, console: Console) -> TrainingSummary:
     """Do what :func:`train` says, in an output folder that no other run writes to."""
     # setup
-    method, source, training = config.method, config.model, with_accumulation(config.training)
-    tokenizer = load_tokenizer_of(source, training)
+    method, training = config.method, config.training
+    tokenizer = load_tokenizer_of(config.model, training)
     data = load_data(config.data, training, tokenizer, splits, console)
     check_rows(method, data)
-    evaluation = task_evaluation(training, data, console)
-    model = load_base(source, tokenizer, method.method)
+    model = load_base(config.model, tokenizer, method.method)
     # build and fit
     trainer = failure = None
     if method.method in FIXED_MASK_METHODS:
-        model, summary = make_fixed_mask(model, data, method, config.mask, source, training, tokenizer, console)
+        model, summary = make_fixed_mask(model, data, config, tokenizer, console)
     elif method.method in COMBINED_METHODS:
         model, summary = combine(model, data, method, training, tokenizer, console)
     else:
-        checkpoints = Checkpoints.begin(course_of(config, training, data, model), training, resume_from, console)
-        model = build_model(model, method, source, config.mask, training.seed)
+        checkpoints = Checkpoints.begin(course_of(config, data, model), training, resume_from, console)
+        model = build_model(model, method, config.model, config.mask, training.seed)
         if method.method == "mask" and resume_from is None:
             start_on_data(model, data.train, method.num_calibration_samples, training.device)
-        describe(model, tokenizer, data, method, training, console)
+        describe(model, tokenizer, data, config, console)
         check_disk_space(model, training)
-        trainer, summary, failure = fit(model, tokenizer, data, method, training, checkpoints, evaluation, console)
+        trainer, summary, failure = fit(model, tokenizer, data, config, checkpoints, console)
     # judge and save
-    losses, verdict = never_worse(model, tokenizer, data, config, training, trainer)
-    record = make_record(config, training, summary, data, evaluation, losses, verdict)
+    measure = heldout_loss(model, tokenizer, config) if trainer is None else trainer.heldout_loss()
+    losses, verdict = never_worse(model, data, config, measure)
+    record = make_record(config, summary, data, losses, verdict)
     save(model, tokenizer, record, losses, training.output_dir, trainer)
     report(summary, verdict, config, failure, console)
     return summary
 
 
 def fit(
-    model,
-    tokenizer,
-    data: Prepared,
-    method: MethodArguments,
-    training: TrainingArguments,
-    checkpoints: Checkpoints,
-    evaluation: TrainingEvaluation | None,
-    console: Console,
+    model, tokenizer, data: Prepared, config: TrainConfig, checkpoints: Checkpoints, console: Console
 ) -> tuple[MaskTrainer, TrainingSummary, str | None]:
     """Train what requires a gradient of ``model``, from a checkpoint where the run is resumed, and keep the best.
 
@@ -107,15 +104,21 @@ def fit(
     Raises:
         UserError: If processes hold different things, or the loss is not finite before there is a checkpoint.
     """
+    method, training = config.method, config.training
     check_processes(model, data.train, data.heldout)
     if training.device.type == "cpu":
         runtime.keep_freed_memory()
-    trainer = make_trainer(model, tokenizer, data, method, training, checkpoints.resume_from is not None)
-    trainer.task_evaluation, trainer.checkpoints = evaluation, checkpoints
-    progress, reference = add_callbacks(trainer, method, tokenizer, console)
+    stay_zero = None if method.keep_mask is None else RemovedStayZero(MaskSet.from_adapter(method.keep_mask))
+    trainer = MaskTrainer(model, tokenizer, data, training, checkpoints, stay_zero)
+    progress, reference = TrainingProgress(console), Reference(trainer, console)
+    trainer.add_callback(progress)
+    if method.keep_last:
+        trainer.add_callback(KeepLast(trainer, Path(training.output_dir) / files.LAST))
+    if method.method == "mask":
+        trainer.add_callback(reference)
     started, failure = time.perf_counter(), None
     try:
-        with closing(progress), cached_prefix(trainer, method, console), trainer.stop, checkpoints:
+        with closing(progress), cached_prefix(trainer, method, console), trainer.guard.stop, checkpoints:
             trainer.train(resume_from_checkpoint=checkpoints.resume_from)
         checkpoints.tell_if_finished(trainer.state.max_steps, console)
         failure = trainer.lost_best
@@ -125,6 +128,11 @@ def fit(
     if failure is None:
         summary = average_checkpoints(trainer, method.average_checkpoints, data, summary, console)
     return trainer, summary, failure
+
+
+def heldout_loss(model, tokenizer, config: TrainConfig) -> HeldoutLoss:
+    """What measures held-out rows where nothing is trained."""
+    return HeldoutLoss(model, config.training.per_device_eval_batch_size, tokenizer.pad_token_id or 0)
 
 
 def save(
@@ -145,18 +153,12 @@ def save(
         folder: Where to.
         trainer: What trained ``model``, if anything did; all processes must then call this.
     """
-    adapter = getattr(model, "peft_config", {}).get(ADAPTER)
-    if isinstance(adapter, MaskConfig):
-        adapter.save_scores = False
-        adapter.recipe = record.recipe
-    if trainer is not None:
-        save_weights(trainer, folder)
-    elif runtime.is_main():
-        model.save_pretrained(folder)
+    save_final(model, folder, record.recipe, trainer)
     if runtime.is_main():
         tokenizer.save_pretrained(folder)
         if losses is not None:
             files.write_text(Path(folder) / files.HELDOUT, json.dumps(losses.model_dump()) + "\n")
         files.write_text(Path(folder) / files.TRAINING, json.dumps(record.model_dump(), indent=2) + "\n")
-        if isinstance(adapter, MaskConfig):
-            write_card(folder, adapter)
+        config = getattr(model, "peft_config", {}).get(ADAPTER)
+        if isinstance(config, MaskConfig):
+            write_card(folder, config)

@@ -1,60 +1,87 @@
-"""TRL's trainers with what a mask needs: looks at every step, and processes that agree on what they save."""
+"""TRL's SFT trainer with what a mask needs: checks at every step, and processes that agree on what they save."""
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from accelerate.utils import save_fsdp_model
+from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from maskft_base import files, runtime
 from maskft_base.errors import NotFiniteError, UserError
-from maskft_base.runtime import peak_memory_bytes
-from maskft_lab.evaluation.during_training import TrainingEvaluation
 
-from ..data import IGNORED
+from ..data.prepared import Prepared
+from ..loss import HeldoutLoss, mean_nll
 from ..tuner import MaskConfig, MaskProgress, set_mask_progress
 from ..tuner.card import hub_name
+from .arguments import TrainingArguments, trainer_arguments
 from .callbacks import StepGuard
 from .checkpoints import Checkpoints, agreed_masks, lost_best, step_of, trainable_state, written_whole
 from .launch import let_cpu_shard
 from .manifest import damage
 from .masked_start import RemovedStayZero
 from .method_arguments import ADAPTER
-from .stopping import StopRequest
 
 
-class MaskTrainer:
-    """Before one of TRL's trainers: stops before a non-finite step, logs speed, memory and what the mask did.
+class MaskTrainer(SFTTrainer):
+    """Stops before a non-finite step, measures the one held-out loss, and logs speed, memory and what the mask did.
+
+    Args:
+        model: What to train; its adapter, if any, is :data:`ADAPTER`.
+        tokenizer: Its tokenizer.
+        data: Tokenised rows.
+        training: Arguments of the run.
+        checkpoints: Those of the run.
+        stay_zero: Holds removed weights at zero, if the method wants that.
 
     Attributes:
-        meter: Measures held-out rows where that is not the loss on their answers, see :mod:`.objectives`.
+        lost_best: Why the best checkpoint could not be loaded; None: it could, or was not to be.
     """
 
-    meter = None
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._loss_is_finite = torch.tensor(True)
-        self._window = (time.perf_counter(), 0)
-        self.mask_metrics: dict[str, float] = {}
-        self.task_evaluation: TrainingEvaluation | None = None
-        self.stay_zero: RemovedStayZero | None = None
-        self.checkpoints: Checkpoints | None = None
-        self.stop = StopRequest()
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        data: Prepared,
+        training: TrainingArguments,
+        checkpoints: Checkpoints,
+        stay_zero: RemovedStayZero | None = None,
+    ):
+        self.checkpoints, self.stay_zero = checkpoints, stay_zero
         self.lost_best: str | None = None
-        self._eval_nll, self._eval_tokens = 0.0, 0
-        self.add_callback(MaskProgress())
-        self.add_callback(StepGuard(self))
+        self._heldout = data.heldout.select_columns(["input_ids", "labels"])
+        self._window = (time.perf_counter(), 0)  # when the last line of the log was written, and tokens by then
+        template = tokenizer.chat_template
+        super().__init__(
+            model=model,
+            args=trainer_arguments(training, checkpoints.resume_from is not None),
+            processing_class=tokenizer,
+            train_dataset=data.train.select_columns(["input_ids", "labels"]),
+            eval_dataset=self._heldout,
+        )
+        tokenizer.chat_template = template  # TRL has read its file again, without chat_template_kwargs
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.guard = StepGuard(self)
+        for callback in (MaskProgress(), self.guard, *([stay_zero] if stay_zero else [])):
+            self.add_callback(callback)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, also for FSDP on CPUs."""
         let_cpu_shard()
         super().create_accelerator_and_postprocess()
+
+    def _send_telemetry(self) -> None:
+        """Send TRL's report on the machine only where the user asks for it."""
+        if os.environ.get("HF_HUB_DISABLE_TELEMETRY") == "0":
+            super()._send_telemetry()
 
     def _clip_grad_norm(self, model):
         if self.stay_zero is not None:
@@ -62,60 +89,23 @@ class MaskTrainer:
         return super()._clip_grad_norm(model)
 
     def training_step(self, *args, **kwargs):
-        """One micro-batch; its loss is looked at once per optimizer step, so that a GPU is not made to wait."""
+        """One micro-batch; its loss is checked once per optimizer step, so that a GPU is not made to wait."""
         loss = super().training_step(*args, **kwargs)
-        self._loss_is_finite = torch.isfinite(loss.detach()) & self._loss_is_finite.to(loss.device)
+        self.guard.see_loss(loss.detach())
         return loss
 
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        """Loss of one batch, and how many tokens it is the mean of."""
-        num_tokens = self._hide_repeated_rows(inputs) if "labels" in inputs else 0
-        loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
-        if loss is not None and num_tokens:
-            self._eval_nll += float(loss) * num_tokens
-            self._eval_tokens += num_tokens
-        return loss, *rest
+    def heldout_loss(self) -> HeldoutLoss:
+        """What measures held-out rows, with the model and the autocast of this training."""
+        whole = self.accelerator.unwrap_model(self.model)
+        pad_token_id = self.processing_class.pad_token_id or 0
+        size = self.args.per_device_eval_batch_size
+        return HeldoutLoss(whole, size, pad_token_id, self.compute_loss_context_manager)
 
-    def _hide_repeated_rows(self, inputs: dict) -> int:
-        """Take the labels off rows that only fill the last batch; returns the number of tokens that count.
-
-        Where processes share the rows, accelerate fills each one's last batch with rows from the start. Of the rows of
-        that batch of all processes, in their order, the first ``remainder`` are new: what ``gather_for_metrics`` keeps.
-        """
-        labels_BT, state = inputs["labels"], self.accelerator.gradient_state
-        if self.accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0:
-            if "cu_seq_lens_q" in inputs:  # padding_free: one sequence of all rows, each counting its positions from 0
-                row_BT, num_rows = (inputs["position_ids"] == 0).cumsum(-1) - 1, self.args.eval_batch_size
-            else:
-                row_BT, num_rows = torch.arange(len(labels_BT), device=labels_BT.device)[:, None], len(labels_BT)
-            is_new_BT = row_BT + self.accelerator.process_index * num_rows < state.remainder
-            if not is_new_BT.any():
-                return 0  # the loss of nothing would be no number; this one is not counted
-            inputs["labels"] = labels_BT = labels_BT.masked_fill(~is_new_BT, IGNORED)
-        return int((labels_BT[..., 1:] != IGNORED).sum())
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Take the loss over tokens, and add the metrics of generated answers; both are logged and can choose the best.
-
-        The mean of the batches' means, which transformers takes, depends on which rows share a batch.
-        """
-        self._eval_nll, self._eval_tokens = 0.0, 0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        device = self.args.device if runtime.num_processes() > 1 else "cpu"
-        sums = torch.tensor([self._eval_nll, self._eval_tokens], dtype=torch.float64, device=device)
-        nll, num_tokens = runtime.reduce_(sums).tolist()
-        if num_tokens:
-            output.metrics[f"{metric_key_prefix}_loss"] = nll / num_tokens
-        return self._with_task_metrics(output, metric_key_prefix)
-
-    def _with_task_metrics(self, output, metric_key_prefix: str):
-        if self.task_evaluation and metric_key_prefix == "eval":
-            with self.compute_loss_context_manager():
-                values = self.task_evaluation.measure(self.accelerator.unwrap_model(self.model), self.processing_class)
-            # Another batch size on another process may round another way; all must choose the same best.
-            values = runtime.gather({f"eval_{name}": value for name, value in values.items()})[0]
-            output.metrics.update(values)
-        return output
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """Measure the held-out rows, one by one; TRL's loss would depend on which rows share a batch."""
+        loss = mean_nll(self.heldout_loss()(self._heldout))
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_num_tokens": int(self._total_train_tokens)}
+        return EvalLoopOutput(None, None, metrics, len(self._heldout))
 
     def _run_epoch(self, *args, **kwargs):
         """Train nothing when resumed from the checkpoint of the last step; transformers would take one step more."""
@@ -126,24 +116,36 @@ class MaskTrainer:
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from, trial):
         done = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from, trial)
-        if resume_from is not None and self.checkpoints is not None:
+        if resume_from is not None:
             self.state.best_model_checkpoint = self.checkpoints.best  # where the folder is now
             if self.checkpoints.best is None:
                 self.state.best_metric = self.state.best_global_step = None
         return done
 
+    def resume_log(self) -> None:
+        """Resume the counts of the log: TRL counts tokens from zero, transformers the loss since its last line."""
+        self._total_train_tokens = self.state.num_input_tokens_seen
+        self._window = (time.perf_counter(), self.state.num_input_tokens_seen)
+        checkpoint = self.checkpoints.resume_from
+        if checkpoint is not None and (Path(checkpoint) / files.LOGGED).is_file():
+            kept = files.read_json(Path(checkpoint) / files.LOGGED)
+            self._tr_loss.fill_(kept["loss"])
+            self._globalstep_last_logged = kept["step"]
+
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint whole; its manifest, which is written last, says that it is."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.checkpoints is not None:
-            self.checkpoints.finish()  # which deletes what is not kept, and must not see this one
+        self.checkpoints.finish()  # which deletes what is not kept, and must not see this one
         if self.args.should_save:
             (folder / files.MANIFEST).unlink(missing_ok=True)  # of one of the same step, which is written over
         with written_whole(folder, "its state", 2**20):
             super()._save_checkpoint(model, trial)
             self._save_loss_since_log(folder)
-            if self.checkpoints is not None:
-                self.checkpoints.seal(self, folder)
+            self.checkpoints.seal(self, folder)
+
+    def save_start(self) -> None:
+        """Save a checkpoint before the first step."""
+        self._save_checkpoint(self.model, trial=None)
 
     def _save_loss_since_log(self, folder: Path) -> None:
         """Keep what the next line of the log is the mean of: transformers would begin at the checkpoint."""
@@ -151,14 +153,6 @@ class MaskTrainer:
         if runtime.is_main():
             content = {"loss": sums.item(), "step": self._globalstep_last_logged}
             files.write_text(folder / files.LOGGED, json.dumps(content) + "\n")
-
-    def resume_log(self) -> None:
-        """Go on from what was kept of the loss since the last line of the log."""
-        checkpoint = None if self.checkpoints is None else self.checkpoints.resume_from
-        if checkpoint is not None and (Path(checkpoint) / files.LOGGED).is_file():
-            kept = files.read_json(Path(checkpoint) / files.LOGGED)
-            self._tr_loss.fill_(kept["loss"])
-            self._globalstep_last_logged = kept["step"]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights or adapter; the masks of all processes must be the same, and the saved ones must be theirs."""
@@ -175,21 +169,17 @@ class MaskTrainer:
         moments = (value for state in self.optimizer.state.values() for value in state.values())
         name = "optimizer.bin" if self.is_fsdp_enabled else "optimizer.pt"
         with written_whole(Path(output_dir), name, _num_bytes(m for m in moments if torch.is_tensor(m))):
-            self._write_optimizer_and_scheduler(output_dir)
-
-    def _write_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled and not self.optimizer.state:
-            # Before the first step torch would take a step of nothing to have a state to save, and count it.
-            save_fsdp_model(
-                self.accelerator.state.fsdp_plugin, self.accelerator, self.model, output_dir, adapter_only=True
-            )
-            return
-        super()._save_optimizer_and_scheduler(output_dir)
+            if self.is_fsdp_enabled and not self.optimizer.state:
+                # Before the first step torch would take a step of nothing to have a state to save, and count it.
+                plugin = self.accelerator.state.fsdp_plugin
+                save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
+            else:
+                super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.checkpoints is None or not self.checkpoints.changed:
+        if checkpoint is None or not self.checkpoints.changed:
             return
         # The saved state holds the options of before; those that were allowed to change are to count.
         for group, asked in zip(self.optimizer.param_groups, groups, strict=True):
@@ -203,12 +193,11 @@ class MaskTrainer:
                 group["lr"] = rate
 
     def _load_best_model(self) -> None:
-        if self.checkpoints is not None:
-            self.checkpoints.finish()
+        self.checkpoints.finish()
         self.accelerator.wait_for_everyone()  # the main process may still be writing it
         best = self.state.best_model_checkpoint
         problem = runtime.decided_by_main(lambda: damage(Path(best), weights_only=True))
-        if problem is not None and self.checkpoints is not None:
+        if problem is not None:
             lost = lost_best(best, self.state.best_metric, problem)
             self.lost_best = f"{lost}; the last state (step {self.state.global_step})"
             self.state.best_model_checkpoint = None
@@ -244,21 +233,13 @@ class MaskTrainer:
         """Add tokens/s, peak memory and mask metrics to what TRL logs."""
         if "loss" in logs:
             now, tokens = time.perf_counter(), int(self._total_train_tokens)
-            seconds = now - self._window[0]
-            if tokens:  # GRPO counts answers
-                logs["tokens_per_s"] = round((tokens - self._window[1]) / max(seconds, 1e-9), 1)
-            logs["peak_memory_bytes"] = peak_memory_bytes()
-            logs.update(self.mask_metrics)
+            logs["tokens_per_s"] = round((tokens - self._window[1]) / max(now - self._window[0], 1e-9), 1)
+            logs["peak_memory_bytes"] = runtime.peak_memory_bytes()
+            logs.update(self.guard.mask_metrics)
             self._window = (now, tokens)
         elif "eval_loss" in logs and self.lr_scheduler is not None:
-            logs["learning_rate"] = (
-                self._get_learning_rate()
-            )  # that of the next step, from which a schedule may be continued
+            logs["learning_rate"] = self._get_learning_rate()  # of the next step: a schedule may be continued from it
         super().log(logs, start_time)
-
-
-class MaskSFTTrainer(MaskTrainer, SFTTrainer):
-    """Supervised fine-tuning."""
 
 
 def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from peft.utils import ModulesToSaveWrapper
 from pydantic import ConfigDict
 
-from maskft_base import files, runtime
+from maskft_base import files
 from maskft_base.errors import UserError
 from maskft_base.files import FileModel, digest, read_json, read_model
-from maskft_lab.evaluation.heldout import nll_per_item
-from maskft_lab.results.differences import Measured, Sample
-from maskft_lab.results.schema import cluster_ids
 
 from ..data.prepared import Prepared
-from ..tuner import MaskConfig, adapter_layers
-from .arguments import TrainConfig, TrainingArguments
-from .method_arguments import ADAPTER, BUDGETS, OBJECTIVES, MethodArguments
-from .trainer import MaskTrainer
+from ..loss import RowLoss, mean_nll
+from ..tuner import MaskConfig
+from .arguments import TrainConfig
+from .method_arguments import ADAPTER, BUDGETS, MethodArguments
 
 MIN_ROWS = 2  # of a paired interval
+NUM_RESAMPLES = 10_000
+CONFIDENCE = 0.95
+_MAX_DRAWS = 2**22  # row numbers in memory at a time
 # What an adapter that removes nothing still says: which layers it is for, and of which model.
 _PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _IDENTITY = ("mask_seed", "verify_base", "format_version", "base_fingerprint", "mask_sha256", "trainable_token_indices")
 
-RowLosses = list[tuple[float, int]]  # per row: nats per supervised token, and number of these tokens
+Measure = Callable[[Sequence[Mapping[str, Any]]], list[RowLoss]]
 
 
 class HeldoutLosses(FileModel):
@@ -46,8 +47,7 @@ class HeldoutLosses(FileModel):
         chose_sparsity: Ids of the rows that chose the mask's size, see ``mask_sparsity_auto``.
         clusters: ``cluster_id`` of each row: rows of one label (questions on one passage) depend on each other; None
             where they have none.
-        objective: What was trained for. Of dpo the losses are in nats per pair, of grpo 1 for a wrong answer and 0 for
-            a right one, and each row counts as one token.
+        objective: What was trained for.
     """
 
     model_config = ConfigDict(allow_inf_nan=True)
@@ -58,7 +58,7 @@ class HeldoutLosses(FileModel):
     parent_nll: list[float] | None = None
     chose_sparsity: list[str] = []
     clusters: list[str] | None = None
-    objective: str = "sft"
+    objective: Literal["sft"] = "sft"
 
 
 class Budget(FileModel):
@@ -69,7 +69,7 @@ class Budget(FileModel):
 
 
 class Verdict(FileModel):
-    """The mask minus its parent on held-out rows, in the unit of its objective: below 0 the mask is better.
+    """The mask minus its parent on held-out rows, in nats per token: below 0 the mask is better.
 
     Attributes:
         difference: Of the losses, weighted by tokens; None where a loss is not finite.
@@ -79,8 +79,8 @@ class Verdict(FileModel):
         is_better: Whether the whole interval is below 0.
         kept: Whether the mask was written; False: an adapter that removes nothing was.
         sparsity: Fraction removed by the mask that was compared; None where ``mask_sparsity_auto`` did not choose it.
-        budgets: The path of sizes that it was chosen from.
-        objective: What was trained for, and measured.
+        budgets: The sizes that it was chosen from.
+        objective: What was trained for.
     """
 
     difference: float | None
@@ -91,16 +91,17 @@ class Verdict(FileModel):
     kept: bool
     sparsity: float | None = None
     budgets: list[Budget] | None = None
-    objective: str = "sft"
+    objective: Literal["sft"] = "sft"
 
     def __str__(self) -> str:
         size = "" if self.sparsity is None else f" of {100 * self.sparsity:g} %"
         better = f"the mask{size} is {'' if self.is_better else 'not '}better than no mask"
+        if self.sparsity == 0:
+            better = "no size of the mask is better than no mask"
         if self.difference is None:
             return f"{better}: its loss is not finite"
         interval = f"[{self.ci_low:+.4f}, {self.ci_high:+.4f}]"
-        unit = OBJECTIVES[self.objective][1]
-        return f"{better}: {self.difference:+.4f} {unit}, 95 % {interval}, on {self.num_rows:,} held-out rows"
+        return f"{better}: {self.difference:+.4f} nats/token, 95 % {interval}, on {self.num_rows:,} held-out rows"
 
 
 def read_heldout(folder: str | Path) -> HeldoutLosses:
@@ -109,65 +110,56 @@ def read_heldout(folder: str | Path) -> HeldoutLosses:
     return read_model(HeldoutLosses, read_json(file), file)
 
 
-@dataclass(frozen=True)
-class RowMeter:
-    """Measures the loss of rows, which the processes share; every process must call it with the same rows."""
+def never_worse(
+    model, data: Prepared, config: TrainConfig, measure: Measure
+) -> tuple[HeldoutLosses | None, Verdict | None]:
+    """Compare what was trained with its parent on the held-out rows; a mask that is not better removes nothing.
 
-    model: torch.nn.Module
-    args: TrainingArguments
-    pad_token_id: int
-    context: Callable = nullcontext
-    objective = "sft"
+    Args:
+        model: What was trained or made; its mask is changed in place.
+        data: The rows.
+        config: The run.
+        measure: Measures held-out rows under ``model``.
 
-    def __call__(self, rows: Dataset) -> RowLosses:
-        """Losses of the rows, in their order."""
-        count, world, rank = len(rows), self.args.world_size, self.args.process_index
-        # As many rows for each, or the others would wait for the one that has a batch more.
-        own = [(rank + step * world) % count for step in range(math.ceil(count / world))]
-        chosen = [{"input_ids": rows[n]["input_ids"], "labels": rows[n]["labels"]} for n in own]
-        size = self.args.per_device_eval_batch_size
-        with self.context():
-            found = nll_per_item(self.model, chosen, batch_size=size, pad_token_id=self.pad_token_id)
-        losses: RowLosses = [(0.0, 0)] * count
-        for indices, parts in runtime.gather((own, found)):
-            for index, pair in zip(indices, parts, strict=True):
-                losses[index] = pair
-        return losses
+    Returns:
+        The losses and, of a mask, the verdict; None where held-out rows are not measured.
+    """
+    if config.training.eval_strategy == "no":
+        return None, None
+    losses, verdict = judge(model, data, measure, config.method, config.data.split_seed)
+    if verdict is not None and not verdict.kept:
+        remove_nothing(model)
+    return losses, verdict
 
 
 def judge(
-    model,
-    rows: Dataset,
-    meter: RowMeter,
-    method: MethodArguments,
-    seed: int,
-    clusters: list[str] | None = None,
+    model, data: Prepared, measure: Measure, method: MethodArguments, seed: int
 ) -> tuple[HeldoutLosses, Verdict | None]:
     """Measure the held-out rows, choose the size of the mask where that is asked for, and compare with the parent.
 
     Args:
         model: What was trained or made; the size of its mask is changed in place.
-        rows: Tokenised held-out rows, at least one.
-        meter: Measures them.
+        data: The rows, at least one of them held out.
+        measure: Measures held-out rows under ``model``.
         method: The method; masks that are not learned are always kept.
         seed: Of the half of the rows that chooses the size.
-        clusters: Labels of the rows that depend on each other; None: all are independent.
 
     Returns:
         The losses, and the verdict on a mask; None of other methods and of fewer than two rows, or clusters of them.
     """
+    rows, clusters = data.heldout, clusters_of(data)
     ids = row_ids(rows)
-    units = clusters or ids  # what is drawn as one
+    units = clusters or ids  # what is resampled as one
     chosen_by: list[int] = []
     budgets = parent = None
     config = getattr(model, "peft_config", {}).get(ADAPTER)
     if config is not None:
         with model.disable_adapter():
-            parent = meter(rows)
+            parent = measure(rows)
     if method.mask_sparsity_auto:
         chosen_by = choosing_half(units, seed)
-        budgets = choose_sparsity(model, rows.select(chosen_by), meter, [parent[n] for n in chosen_by])
-    losses = meter(rows)
+        budgets = choose_sparsity(model, rows.select(chosen_by), measure, [parent[n] for n in chosen_by])
+    losses = measure(rows)
     record = HeldoutLosses(
         ids=ids,
         num_tokens=[count for _, count in losses],
@@ -175,7 +167,6 @@ def judge(
         parent_nll=None if parent is None else [nll for nll, _ in parent],
         chose_sparsity=[ids[n] for n in chosen_by],
         clusters=clusters,
-        objective=meter.objective,
     )
     judging = sorted(set(range(len(ids))) - set(chosen_by))
     if not isinstance(config, MaskConfig) or len({units[n] for n in judging}) < MIN_ROWS:
@@ -191,7 +182,6 @@ def judge(
         kept=is_better or method.keep_worse or method.method != "mask",
         sparsity=config.sparsity if budgets else None,
         budgets=budgets,
-        objective=meter.objective,
     )
 
 
@@ -200,22 +190,49 @@ def row_ids(rows: Dataset) -> list[str]:
     return list(map(str, rows["id"] if "id" in rows.column_names else range(len(rows))))
 
 
+# The interval
+
+
 def paired_interval(losses: HeldoutLosses, rows: Sequence[int]) -> tuple[float | None, float | None, float | None]:
-    """Mean difference to the parent over ``rows``, weighted by tokens, and its 95 % interval; None: not finite."""
+    """Mean difference to the parent over ``rows``, weighted by tokens, and its 95 % interval; None: not finite.
+
+    A percentile bootstrap of rows, or of clusters of rows; deviations are stretched to the width of a t interval.
+    """
     assert losses.parent_nll is not None
-    nll, parent = (np.array([[each[n] for n in rows]]) for each in (losses.nll, losses.parent_nll))
-    if not np.isfinite(nll - parent).all():
+    tokens = np.array([losses.num_tokens[n] for n in rows], dtype=float)
+    sums = tokens * np.array([losses.nll[n] - losses.parent_nll[n] for n in rows])
+    if not np.isfinite(sums).all():
         return None, None, None
-    unit = "fraction" if losses.objective == "grpo" else "nats"  # right and wrong have edges
-    clusters = losses.clusters and [losses.clusters[n] for n in rows]
-    sample = Sample("heldout", nll, parent, [losses.num_tokens[n] for n in rows], clusters)
-    measured = Measured([sample], unit, num_resamples=10_000, seed=0)
-    return measured.drawn.difference, *measured.interval(0.95)
+    if losses.clusters is not None:
+        units = np.unique([losses.clusters[n] for n in rows], return_inverse=True)[1]
+        sums, tokens = np.bincount(units, sums), np.bincount(units, tokens)
+    difference = sums.sum() / tokens.sum()
+    deviations = _resampled(sums, tokens) - difference
+    count, tail = len(sums), (1 + CONFIDENCE) / 2
+    stretch = math.sqrt(count / (count - 1)) * _t_quantile(count - 1) / NormalDist().inv_cdf(tail)
+    low, high = np.quantile(difference + stretch * deviations, [1 - tail, tail])
+    return float(difference), float(low), float(high)
 
 
-def mean_nll(losses: RowLosses) -> float:
-    """Nats per token over all rows."""
-    return sum(nll * count for nll, count in losses) / sum(count for _, count in losses)
+def _resampled(sums: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean per token of each resample of the units."""
+    random, count = np.random.default_rng(0), len(sums)
+    means, chunk = np.empty(NUM_RESAMPLES), max(1, _MAX_DRAWS // count)
+    for start in range(0, NUM_RESAMPLES, chunk):
+        drawn = random.integers(count, size=(min(chunk, NUM_RESAMPLES - start), count))
+        means[start : start + chunk] = sums[drawn].sum(1) / tokens[drawn].sum(1)
+    return means
+
+
+def _t_quantile(degrees: int) -> float:
+    """The value that Student's t stays below in absolute value with probability ``CONFIDENCE``, to six digits.
+
+    With t = sqrt(degrees) * tan(angle), the density of the angle is proportional to cos(angle) ** (degrees - 1).
+    """
+    angles = np.linspace(0, min(math.pi / 2, 12 / math.sqrt(degrees)), 2**18 + 1)
+    middle = (angles[1:] + angles[:-1]) / 2
+    mass = np.concatenate([[0.0], np.cumsum(np.cos(middle) ** (degrees - 1))])
+    return math.sqrt(degrees) * math.tan(np.interp(CONFIDENCE * mass[-1], mass, angles))
 
 
 # The size of the mask
@@ -240,8 +257,14 @@ def clusters_of(data: Prepared) -> list[str] | None:
     """
     if "cluster_id" not in data.heldout_rows.column_names:
         return None
-    found = {str(row.get("id")): row for row in data.heldout_rows}
-    return cluster_ids([found.get(name, {}) for name in row_ids(data.heldout)])
+    found = {str(row.get("id")): row["cluster_id"] for row in data.heldout_rows}
+    clusters = [found.get(name) for name in row_ids(data.heldout)]
+    if None in clusters:
+        raise UserError(
+            f"held-out row {row_ids(data.heldout)[clusters.index(None)]} has no cluster_id, and others have one; give "
+            "it to every row, or to none"
+        )
+    return clusters
 
 
 def choosing_half(units: Sequence[str], seed: int) -> list[int]:
@@ -251,7 +274,7 @@ def choosing_half(units: Sequence[str], seed: int) -> list[int]:
     return [n for n, unit in enumerate(units) if unit in chosen]
 
 
-def choose_sparsity(model, rows: Dataset, meter: RowMeter, parent: RowLosses) -> list[Budget]:
+def choose_sparsity(model, rows: Dataset, measure: Measure, parent: list[RowLoss]) -> list[Budget]:
     """Give the mask the size of the lowest loss on ``rows``, all sizes from its trained scores; 0 removes nothing.
 
     Returns:
@@ -260,20 +283,17 @@ def choose_sparsity(model, rows: Dataset, meter: RowMeter, parent: RowLosses) ->
     losses = {0.0: mean_nll(parent)}
     for sparsity in sorted({*BUDGETS[1:], model.peft_config[ADAPTER].sparsity}):
         set_sparsity(model, sparsity)
-        losses[sparsity] = mean_nll(meter(rows))
+        losses[sparsity] = mean_nll(measure(rows))
     finite = {sparsity: loss for sparsity, loss in losses.items() if math.isfinite(loss)}
     set_sparsity(model, min(finite, key=lambda sparsity: (finite[sparsity], sparsity), default=0.0))
     return [Budget(sparsity=sparsity, nll=finite.get(sparsity)) for sparsity in losses]
 
 
-@torch.no_grad()
 def set_sparsity(model, sparsity: float) -> None:
     """Remove another share by the scores as they are."""
     config = model.peft_config[ADAPTER]
     config.sparsity, config.sparsity_ramp = sparsity, 0.0
     config.preset = None  # it may stand for another share
-    for layer in adapter_layers(model, ADAPTER).values():
-        layer.mask_scores[ADAPTER].mul_(1)  # masked weights are kept until their scores are written to
 
 
 def remove_nothing(model) -> None:
@@ -289,30 +309,3 @@ def remove_nothing(model) -> None:
             copies = zip(module.modules_to_save[ADAPTER].parameters(), module.original_module.parameters(), strict=True)
             for copy, original in copies:
                 copy.data.copy_(original.data)
-
-
-def never_worse(
-    model,
-    tokenizer,
-    data: Prepared,
-    config: TrainConfig,
-    training: TrainingArguments,
-    trainer: MaskTrainer | None = None,
-) -> tuple[HeldoutLosses | None, Verdict | None]:
-    """Compare what was trained with its parent on the held-out rows; a mask that is not better removes nothing.
-
-    Returns:
-        The losses and, of a mask, the verdict; None where held-out rows are not measured.
-    """
-    if training.eval_strategy == "no":
-        return None, None
-    meter = RowMeter(model, training, tokenizer.pad_token_id or 0)
-    if trainer is not None and trainer.meter is not None:
-        meter = trainer.meter
-    elif trainer is not None:
-        whole = trainer.accelerator.unwrap_model(trainer.model)
-        meter = replace(meter, model=whole, context=trainer.compute_loss_context_manager)
-    losses, verdict = judge(model, data.heldout, meter, config.method, config.data.split_seed, clusters_of(data))
-    if verdict is not None and not verdict.kept:
-        remove_nothing(model)
-    return losses, verdict

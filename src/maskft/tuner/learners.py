@@ -166,15 +166,16 @@ def is_soft(config: MaskConfig, is_training: bool) -> bool:
 
 def phase(config: MaskConfig, is_training: bool) -> tuple[object, ...]:
     """What a gate depends on beside its scores."""
+    size = (config.selection, config.sparsity)  # which held-out rows may choose after training
     if not depends_on_progress(config):
-        return ()
+        return size
     is_training = is_training and not config.copy_of
     if is_training and config.progress is None:
         raise UserError(
             "this mask depends on how far training is: call maskft.set_mask_progress(model, step / max_steps) before "
             "every step (with transformers' Trainer: add_callback(maskft.MaskProgress()))"
         )
-    return config.progress, is_soft(config, is_training)
+    return *size, config.progress, is_soft(config, is_training)
 
 
 def _sharpness(config: MaskConfig) -> float:

@@ -117,11 +117,6 @@ def estimate(
         UserError: For an unknown model, layers out of range, or a device too small for micro-batch 1.
     """
     check_method(run.method)
-    if run.method.objective != "sft":
-        raise UserError(
-            f"maskft estimate counts supervised fine-tuning; what objective {run.method.objective} generates and "
-            "compares is not counted: drop it for a lower bound"
-        )
     for name, value in (("device_memory_gb", device_memory_gb), ("flops_per_s", flops_per_s)):
         if value is not None and not value > 0:
             raise UserError(f"{name} is {value}; it must be above 0")

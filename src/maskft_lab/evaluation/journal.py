@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maskft_base.files import digest
-from maskft_base.runtime import progress_bar
+from maskft_base.runtime import Progress
 
 from ..generation.greedy import greedy_generate
 from ..store import Store
@@ -72,7 +72,7 @@ def resumed(
         keys = [journal.key(kind, request) for request in requests]
         answers = {index: journal.values[key] for index, key in enumerate(keys) if key in journal.values}
     missing = [index for index in range(len(requests)) if index not in answers]
-    with progress_bar(resources.console) as progress:
+    with Progress(resources.console) as progress:
         bar = progress.add_task(title, total=len(requests), completed=len(answers))
 
         def keep(position: int, answer: Any) -> None:

@@ -152,8 +152,8 @@ def _add_selection(record: dict, loaded: Loaded, rows: Sequence[Mapping]) -> Non
     if not ids:
         return
     note = (
-        f"{len(ids)} of {len(rows)} items were measured during training (eval_tasks, mask_sparsity_auto) and may have "
-        "chosen the checkpoint or the mask's size; report on others, or say so"
+        f"{len(ids)} of {len(rows)} items were measured during training (mask_sparsity_auto) and may have "
+        "chosen the mask's size; report on others, or say so"
     )
     record |= {"selected_on": ids, "note": ". ".join([*filter(None, [record.get("note")]), note])}
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from maskft_base.errors import UserError, did_you_mean, first_line
-from maskft_base.runtime import progress_bar
+from maskft_base.runtime import Progress
 
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
 from ..results.statistics import weighted_mean
@@ -221,7 +221,7 @@ def _build(name: str, docs, allow_unconfined: bool):
 def _run_answers(resps, docs, *, name: str, allow_unconfined: bool) -> list[dict]:
     """Run each item's answer with its tests."""
     programs = [BENCHMARKS[name].program(doc, resp[0]) for resp, doc in zip(resps, docs, strict=True)]
-    with progress_bar(None) as progress:
+    with Progress() as progress:
         bar = progress.add_task(f"{name}: running code", total=len(programs))
         ended = run_many(programs, allow_unconfined=allow_unconfined, progress=lambda *_: progress.advance(bar))
     return [{name: getattr(result, name) for name in ("status", "reason", "confinement")} for result in ended]

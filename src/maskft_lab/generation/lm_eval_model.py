@@ -8,7 +8,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from maskft_base.errors import UserError
-from maskft_base.runtime import progress_bar
+from maskft_base.runtime import Progress
 
 from .greedy import greedy_generate, memory_bound_rows
 
@@ -60,7 +60,7 @@ class BatchedLM(HFLM):
                 "which leaves no room for a prompt"
             )
         prompts = [self._prompt_ids(request.args[0])[-room:] for request in requests]
-        with progress_bar(self.console) as progress:
+        with Progress(self.console) as progress:
             bar = progress.add_task(task_name or "answers", total=len(prompts))
 
             def on_answer(index: int, text: str) -> None:

@@ -1,0 +1,135 @@
+"""The held-out loss, in nats per supervised token, row by row. Training, verdicts and evaluation all measure this one.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskft_base import runtime
+
+from .data.tokenizing import IGNORED
+
+RowLoss = tuple[float, int]  # nats per supervised token, and the number of these tokens
+
+
+def mean_nll(losses: Iterable[RowLoss]) -> float:
+    """Nats per token over all rows."""
+    losses = list(losses)
+    return sum(nll * count for nll, count in losses) / sum(count for _, count in losses)
+
+
+@torch.no_grad()
+def nll_per_item(
+    model,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int = 16,
+    pad_token_id: int = 0,
+    on_loss: Callable[[int, RowLoss], None] | None = None,
+) -> list[RowLoss]:
+    """Mean negative log-likelihood of the supervised tokens of each row.
+
+    Args:
+        model: A causal language model; put into evaluation mode.
+        rows: Rows with ``input_ids`` and ``labels`` (-100 where there is no loss), as ``tokenize_example`` makes them.
+        batch_size: Rows per forward pass.
+        pad_token_id: Padding on the right; it changes no number.
+        on_loss: Called with index and loss of each row as soon as it is measured.
+
+    Returns:
+        Per row: nats per supervised token, and the number of supervised tokens.
+    """
+    model.eval()
+    out: list[RowLoss] = [(0.0, 0)] * len(rows)
+    for indices in length_sorted_batches([len(row["input_ids"]) for row in rows], batch_size):
+        batch = [rows[i] for i in indices]
+        ids_BT, mask_BT = pad([row["input_ids"] for row in batch], pad_token_id, model.device)
+        labels_BT, _ = pad([row["labels"] for row in batch], IGNORED, model.device)
+        for index, pair in zip(indices, _batch_nll(model, ids_BT, mask_BT, labels_BT), strict=True):
+            out[index] = pair
+            if on_loss:
+                on_loss(index, pair)
+    return out
+
+
+@dataclass(frozen=True)
+class HeldoutLoss:
+    """Measures rows during a run, whose processes share them; every process must call it with the same rows.
+
+    Attributes:
+        model: A causal language model, not wrapped by accelerate.
+        batch_size: Rows per forward pass of a process.
+        pad_token_id: Padding on the right.
+        context: Makes the context to compute in, such as autocast.
+    """
+
+    model: nn.Module
+    batch_size: int
+    pad_token_id: int
+    context: Callable[[], AbstractContextManager] = nullcontext
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[RowLoss]:
+        """Losses of the rows, in their order."""
+        count, world = len(rows), runtime.num_processes()
+        # Each process takes the same number of rows: under FSDP all have to run the same number of batches.
+        own = [(runtime.rank() + step * world) % count for step in range(math.ceil(count / world))]
+        chosen = [rows[n] for n in own]
+        with self.context():
+            found = nll_per_item(self.model, chosen, batch_size=self.batch_size, pad_token_id=self.pad_token_id)
+        losses: list[RowLoss] = [(0.0, 0)] * count
+        for indices, parts in runtime.gather((own, found)):
+            for index, pair in zip(indices, parts, strict=True):
+                losses[index] = pair
+        return losses
+
+
+def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first, so that a batch too large for memory fails at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, device, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Pad rows of token ids to one length; returns ids (B, T) and the attention mask (B, T), both int64."""
+    width = max(len(row) for row in rows)
+    ids_BT = torch.full((len(rows), width), value, dtype=torch.long)
+    mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
+    for index, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids_BT[index, where] = torch.tensor(list(row), dtype=torch.long)
+        mask_BT[index, where] = 1
+    return ids_BT.to(device), mask_BT.to(device)
+
+
+def _batch_nll(model, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> list[RowLoss]:
+    targets_BT = labels_BT[:, 1:]
+    supervised_BT = targets_BT != IGNORED
+    # Logits only where there is a label: over a vocabulary of 49k the head is a third of the forward pass.
+    first = int(supervised_BT.any(0).nonzero().min()) if supervised_BT.any() else 0
+    positions = torch.arange(first, targets_BT.shape[1], device=ids_BT.device)
+    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, logits_to_keep=positions, use_cache=False).logits
+    targets_BT = targets_BT[:, first:]
+    losses_BT = _cross_entropy(logits_BTV, targets_BT).masked_fill(~supervised_BT[:, first:], 0)
+    counts = supervised_BT.sum(1)
+    return [(float(s / max(int(c), 1)), int(c)) for s, c in zip(losses_BT.sum(1), counts, strict=True)]
+
+
+def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, float64; meaningless for a target below 0.
+
+    Summed in float32, as by torch's cross_entropy, 49,152 small probabilities are too few by 1e-5 nats (it depends on
+    how many the processor sums at once), and by 1e-4 with the vocabulary in the middle.
+    """
+    highest_BT1 = logits_BTV.amax(-1, keepdim=True).float()
+    sums_BT = (logits_BTV.float() - highest_BT1).exp_().sum(-1, dtype=torch.float64)
+    chosen_BT = logits_BTV.gather(-1, targets_BT.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return sums_BT.log() + (highest_BT1.squeeze(-1).double() - chosen_BT.double())
