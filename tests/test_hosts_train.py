@@ -1,4 +1,4 @@
-"""The plugins of examples/hosts: 4 steps by each host's own command, where it is installed (docs/compatibility.md says how)."""
+"""The plugins of examples/hosts: 4 steps by each host's own command, where it is installed: docs/compatibility.md."""
 
 import json
 import os
@@ -27,7 +27,9 @@ QUIET = {
 
 
 def needs(module):
-    return pytest.mark.skipif(find_spec(module) is None, reason=f"{module} is not installed, docs/compatibility.md says how")
+    return pytest.mark.skipif(
+        find_spec(module) is None, reason=f"{module} is not installed, docs/compatibility.md says how"
+    )
 
 
 @pytest.fixture

@@ -140,9 +140,10 @@ def test_first_order_keys_are_the_change_of_the_loss():
         assert abs(slope) == pytest.approx(keys[row, column].item(), rel=0.02)
 
 
-def test_the_preset_of_deletion_tuning_trains(train, tmp_path):
-    status, err = train(mask_preset="deletion_tuning")
+def test_the_preset_of_deletion_tuning_trains_and_options_beside_it_win(train, tmp_path):
+    status, err = train(mask_preset="deletion_tuning", mask_sharpness_end=50.0)
     assert status == 0 and "logit: removes what scores 0 or less" in err, err
+    assert "preset deletion_tuning, but {'sharpness_end': 50.0}" in err
     masks = MaskSet.from_adapter(tmp_path / "out")
     assert all(name.endswith("gate_proj") for name in masks) and len(masks) == 3
 
@@ -201,15 +202,6 @@ def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path
         (
             {"mask_selection": "logit", "mask_init_value": 0.1, "mask_price": 1, "fp16": True},
             "would not count: use bf16",
-        ),
-        ({"mask_preset": "recommended", "mask_rank_by": "signed"}, "preset 'recommended' sets rank_by='abs'"),
-        (
-            {"mask_preset": "recommended", "mask_sparsity": 0.3},
-            "preset 'recommended' sets sparsity=0.1, but sparsity=0.3",
-        ),
-        (
-            {"mask_preset": "deletion_tuning", "mask_selection": "topk"},
-            "preset 'deletion_tuning' sets selection='logit', but selection='topk' was given; drop one",
         ),
     ],
 )

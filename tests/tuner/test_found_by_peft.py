@@ -119,7 +119,7 @@ def test_scores_changed_behind_autograd_are_not_saved_as_a_mask_that_was_never_u
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.data -= 100 * parameter.grad
-    with pytest.raises(UserError, match="were changed through `.data`"):
+    with pytest.raises(UserError, match="were changed through"):
         model.save_pretrained(tmp_path)
     with torch.no_grad():
         for parameter in model.parameters():

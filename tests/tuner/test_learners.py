@@ -163,7 +163,7 @@ def test_in_evaluation_the_gate_is_the_mask_that_is_saved(settings):
     if settings["selection"] != "topk":
         assert torch.equal(layer.get_mask("default"), layer.mask_scores["default"] > 0)
     layer.train()
-    is_soft = settings["selection"] in learners.SOFT
+    is_soft = learners.LEARNERS[settings["selection"]].soft_gate is not None
     assert torch.equal(layer.effective_weight(), expected) != is_soft
 
 
@@ -183,7 +183,7 @@ def test_the_price_is_paid_once_per_step_and_not_per_micro_batch():
         optimizer.step()
 
 
-@pytest.mark.parametrize("selection", learners.SOFT)
+@pytest.mark.parametrize("selection", ["gumbel", "hard_concrete"])
 def test_noise_is_drawn_once_per_step_of_a_seed_and_a_layer(selection):
     layer = make_layer(selection=selection, init_value=0.5)
     set_mask_progress(layer, 0.25)
@@ -382,7 +382,7 @@ def test_bases_that_cannot_be(base, tmp_path):
     assert settings["removed_value_model"] == base and settings["removed_value_fingerprint"]
 
 
-@pytest.mark.parametrize("selection", learners.FREE)
+@pytest.mark.parametrize("selection", ["logit", "gumbel", "hard_concrete"])
 def test_a_learned_mask_is_saved_and_loaded_as_any(selection, tmp_path):
     model = get_peft_model(tiny.tiny_llama(), MaskConfig(selection=selection, init_value=0.03)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
@@ -418,18 +418,20 @@ def test_presets():
     deletion = MaskConfig(preset="deletion_tuning")
     assert (deletion.target_modules, deletion.selection, deletion.gradient) == (["gate_proj"], "logit", "sigmoid")
     assert deletion.init_scores == "wanda" and deletion.sharpness < deletion.sharpness_end
-    with pytest.raises(UserError, match=r"preset 'recommended' sets sparsity=0.1, but sparsity=0.2 was given"):
-        MaskConfig(preset="recommended", sparsity=0.2)
-    # A default that is asked for contradicts too.
-    with pytest.raises(
-        UserError, match=r"'recommended' sets init_scores='magnitude', but init_scores='normal' was given"
-    ):
-        MaskConfig(preset="recommended", init_scores="normal")
-    with pytest.raises(UserError, match=r"sets selection='logit', but selection='topk' was given"):
-        MaskConfig(preset="deletion_tuning", selection="topk")
     assert copy.copy(deletion) == deletion == pickle.loads(pickle.dumps(deletion))
+    assert recommended.beside_preset == deletion.beside_preset == {}
+
+
+def test_options_beside_a_preset_win():
+    beside = MaskConfig(preset="recommended", sparsity=0.2, init_scores="normal")  # the latter a default, asked for
+    assert (beside.sparsity, beside.init_scores, beside.init_std) == (0.2, "normal", 0.02)
+    assert beside.beside_preset == {"sparsity": 0.2, "init_scores": "normal"}
+    priced = MaskConfig(preset="deletion_tuning", price=2.0, target_modules=["up_proj"])
+    assert (priced.price, priced.target_modules, priced.selection) == (2.0, ["up_proj"], "logit")
+    other = MaskConfig(preset="deletion_tuning", selection="topk")
+    assert (other.selection, other.init_scores, other.gradient) == ("topk", "wanda", "straight_through")
     # What was saved stands, also where a preset has other values by then.
-    saved = deletion.to_dict() | {"mask_sha256": "0" * 64, "sharpness": 11.0}
+    saved = MaskConfig(preset="deletion_tuning").to_dict() | {"mask_sha256": "0" * 64, "sharpness": 11.0}
     assert MaskConfig(**saved).sharpness == 11.0
 
 
@@ -473,3 +475,35 @@ def test_presets():
 def test_settings_that_contradict(settings, message):
     with pytest.raises(UserError, match=message):
         MaskConfig(**settings)
+
+
+def test_a_learner_is_one_entry(monkeypatch, tmp_path):
+    """As docs/learners.md tells: keep what scores above 0, with a slope of one's own."""
+    toy = learners.Learner(
+        options=("sharpness", "price"),
+        is_kept=lambda config, keys: keys > 0,
+        start=lambda config: 0.1,
+        hard_slope=lambda config, scores: 1 / (1 + (config.sharpness * scores) ** 2),
+        removal_slope=lambda config, scores: -torch.ones_like(scores),
+    )
+    monkeypatch.setitem(learners.LEARNERS, "toy", toy)
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(selection="toy", sharpness=3.0, price=1e-3, init_std=0.05))
+    layer = next(iter(adapter_layers(model).values()))
+    scores = layer.mask_scores["default"]
+    optimizer, before = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05), current_masks(model)
+    for _ in range(2):
+        model(input_ids=tiny.token_ids(), labels=tiny.token_ids()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(layer.get_mask("default"), scores > 0)
+    assert any(not torch.equal(before[name], mask) for name, mask in current_masks(model).items())
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path).eval()
+    with torch.no_grad():
+        expected = model(input_ids=tiny.token_ids()).logits
+        assert torch.equal(loaded(input_ids=tiny.token_ids()).logits, expected)
+        assert torch.equal(loaded.merge_and_unload()(input_ids=tiny.token_ids()).logits, expected)
+    with pytest.raises(UserError, match=r"temperature=1\.0 has no effect with selection='toy'; it goes with gumbel"):
+        MaskConfig(selection="toy", temperature=1.0)
+    with pytest.raises(UserError, match=r"selection is 'toi' \(did you mean 'toy'"):
+        MaskConfig(selection="toi")

@@ -86,9 +86,7 @@ def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, 
     merged.config.use_cache = True  # a base that was trained further may say no, and generation would be slow
     need = sum(p.numel() * p.element_size() for p in merged.parameters())
     files.check_free_space(output_dir, need * 1.05, "name another output_dir")
-    target = (
-        "zero" if config.removed_value == "zero" else f"their value in {Path(config.removed_value_model or '').name}"
-    )
+    target = f"their value in {Path(config.removed_value_model).name}" if config.removed_value_model else "zero"
     with files.whole_folder(output_dir) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -13,7 +13,7 @@ from maskft_base.runtime import time_text
 from ..data import format_sample, supervised_token_count
 from ..data.prepared import Prepared
 from ..tuner import MaskConfig, adapter_layers
-from ..tuner.learners import FREE
+from ..tuner.learners import is_free
 from .arguments import TrainConfig
 from .method_arguments import ADAPTER, UNTRAINED_METHODS, mask_config
 from .record import TrainingSummary
@@ -44,6 +44,8 @@ def describe(
     if method.method == "mask":
         targets = sum(layer.weight.numel() for layer in adapter_layers(model).values())
         console.print(mask_line(model.peft_config[ADAPTER], targets))
+        if beside := model.peft_config[ADAPTER].beside_preset:
+            console.print(f"preset {model.peft_config[ADAPTER].preset}, but {beside}", markup=False, highlight=False)
     console.print(
         f"data: {len(data.train):,} training rows ({supervised:,} supervised tokens), {len(data.heldout):,} held out "
         f"({supervised_token_count(data.heldout):,} supervised tokens); {batch} sequences per step"
@@ -59,7 +61,7 @@ def mask_line(config: MaskConfig, num_target_weights: int) -> str:
         of_weights += f"; a removed weight takes its value in {config.removed_value_model}"
     if config.selection == "threshold":
         return f"threshold {config.threshold:g}: removes what scores below it, {of_weights}"
-    if config.selection in FREE:
+    if is_free(config.selection):
         return f"{config.selection}: removes what scores 0 or less, {of_weights}"
     ramp = f", reached after {config.sparsity_ramp:.0%} of training" if config.sparsity_ramp else ""
     return f"sparsity {config.sparsity:.2f}: removes {100 * config.sparsity:g} % {of_weights}{ramp}"

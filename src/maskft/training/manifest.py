@@ -169,7 +169,7 @@ def course_of(config: TrainConfig, data: Prepared, model: nn.Module) -> Course:
         for spec in dataclasses.fields(group):
             if spec.init and spec.name not in FREE:
                 options[spec.name] = getattr(group, spec.name)
-    has_free_budget = not config.mask.mask_preset and config.mask.mask_selection in learners.FREE
+    has_free_budget = not config.mask.mask_preset and learners.is_free(config.mask.mask_selection)
     if options["mask_init_value"] is None and not has_free_budget:
         options["mask_init_value"] = 0.0  # as in checkpoints of when this was the default of all
     options = {name: _plain(_content(name, value)) for name, value in data_identity(options).items()}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
 from maskft_base.errors import UserError
 
 from ..masking import ScoreStart
-from ..tuner.config import PRESETS, MaskConfig, refuse_contradictions
+from ..tuner.config import PRESETS, MaskConfig
 
 ADAPTER = "default"  # the name PEFT gives an adapter, of which a run has one
 
@@ -233,24 +233,10 @@ def default_start(options: Mapping[str, Any]) -> ScoreStart:
     return PRESETS["recommended"]["init_scores"] if is_plain else "normal"
 
 
-def check_preset(arguments: MaskArguments, given: Collection[str]) -> None:
-    """Refuse what contradicts the preset that is named, also where it is a default that was written out.
-
-    Args:
-        arguments: Settings of the mask.
-        given: Names of all options that were given.
-    """
-    if arguments.mask_preset not in PRESETS:  # none, or one that MaskConfig refuses
-        return
-    values = {name: getattr(arguments, f"mask_{name}") for name in PRESETS[arguments.mask_preset]}
-    asked_for = {name: value for name, value in values.items() if f"mask_{name}" in given and value is not None}
-    refuse_contradictions(arguments.mask_preset, asked_for)
-
-
 def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:
     """Build the tuner's configuration from flat arguments."""
     values = {_config_field(name): getattr(arguments, f"mask_{name}") for name in _MASK_TYPES}
-    # What stands at its default contradicts no preset, see check_preset; None says that nothing was given.
+    # What stands at its default was not given, so that a preset decides it; None says the same.
     decided = {name: values.pop(name) for name in _DECIDED}
     values = {name: value for name, value in values.items() if value != _DEFAULTS.get(name)}
     if not arguments.mask_preset:

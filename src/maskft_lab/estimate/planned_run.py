@@ -33,7 +33,7 @@ from maskft.tuner.codec import encode_mask
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.effective import is_signed_weight_kept
 from maskft.tuner.fixed import random_mask
-from maskft.tuner.learners import SOFT, blend_, draw_noise, has_slope, soft_gate
+from maskft.tuner.learners import blend_, draw_noise, has_slope, has_soft_gate, soft_gate
 from maskft.tuner.scores import write_masked_
 from maskft.tuner.selection import CHUNK_NUMEL
 from maskft.tuner.targets import layer_indices, resolve_targets
@@ -308,7 +308,7 @@ def _refresh_bytes(config: MaskConfig) -> float:
     scores = torch.randn(CHUNK_NUMEL, generator=torch.Generator().manual_seed(0))
     weight, out = torch.zeros_like(scores), torch.empty_like(scores)
     with LiveBytes([scores, weight, out]) as live:
-        if config.selection in SOFT:
+        if has_soft_gate(config):
             gate, _ = soft_gate(config, scores, draw_noise(config, "", scores.shape, scores.device))
             blend_(out, weight, gate)
         else:

@@ -85,13 +85,13 @@ def written_out(method: str, options: dict) -> dict:
     from maskft.training.arguments import default_learning_rate
     from maskft.training.method_arguments import MASK_METHODS, UNTRAINED_METHODS, default_start, selection_of
     from maskft.tuner.config import PRESETS
-    from maskft.tuner.learners import FREE
+    from maskft.tuner.learners import is_free
 
     preset = PRESETS.get(str(options.get("mask_preset") or ("recommended" if method in MASK_METHODS else "")), {})
     stands_for = {f"mask_{key}": value for key, value in preset.items()}
     if method in MASK_METHODS:
         stands_for["mask_init_scores"] = default_start(options)
-    if method == "mask" and selection_of(options) in FREE and "mask_init_value" not in stands_for:
+    if method == "mask" and is_free(selection_of(options)) and "mask_init_value" not in stands_for:
         stands_for["mask_init_value"] = "nearly all kept"  # not 0, as it was once
     if method not in UNTRAINED_METHODS:
         stands_for["learning_rate"] = default_learning_rate(method, options)
