@@ -22,6 +22,7 @@ NUM_ADDITIONS = 20_000
 NUM_TRAIN = 2_700  # the study holds out 700 of them
 NUM_SUMS = 1_200  # that study holds out 200 of them
 NUM_TEST_SUMS = 1_000
+NUM_SUM_PROMPTS = 64  # to measure how far a model has moved on its task
 CHARACTERS = "0123456789+*= "
 
 
@@ -39,9 +40,11 @@ def main(folder: Path) -> None:
     write(folder / "products_test.jsonl.gz", rows[NUM_TRAIN:])
     sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     rng.shuffle(sums)
-    rows = [exercise(f"{a} + {b} =", a + b) for a, b in sums[: NUM_SUMS + NUM_TEST_SUMS]]
+    rows = [exercise(f"{a} + {b} =", a + b) for a, b in sums]
+    last = NUM_SUMS + NUM_TEST_SUMS
     write(folder / "sums_train.jsonl.gz", rows[:NUM_SUMS])
-    write(folder / "sums_test.jsonl.gz", rows[NUM_SUMS:])
+    write(folder / "sums_test.jsonl.gz", rows[NUM_SUMS:last])
+    write(folder / "sums_prompts.jsonl.gz", rows[last : last + NUM_SUM_PROMPTS])
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -76,7 +76,7 @@ def heldout_losses(folder):
     return {row["step"]: row["eval_loss"] for row in summary(folder)["history"] if "eval_loss" in row}
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "mask", "random_mask", "l1_mask", "wanda_mask"])
+@pytest.mark.parametrize("method", ["full", "mask", "random_mask", "l1_mask", "wanda_mask"])
 def test_every_method_trains_and_saves_what_loads(method, arguments, base, tmp_path, capsys):
     weights = (base / "model.safetensors").read_bytes()
     status, err = run(arguments(method=method), capsys)

@@ -58,6 +58,13 @@ class TrainingArguments(SFTConfig):
             "written into the template that the adapter's folder gets."
         },
     )
+    kl_to_base: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight, >= 0, of KL(base || model) on the supervised tokens of training rows, in nats per token, "
+            "which is added to the loss. The base is the model without its adapter; with full, a frozen copy."
+        },
+    )
     allow_changes: list[str] | None = field(
         default=None,
         metadata={

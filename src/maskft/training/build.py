@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from rich.console import Console
 from transformers import PreTrainedModel, set_seed
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_quantization_config
+
+from maskft_base.errors import UserError, first_line
 
 from ..adapter.wrap import add_adapter
 from ..data import tokenize_dataset
@@ -21,7 +22,8 @@ from ..tuner.targets import resolve_targets
 from .arguments import TrainingArguments
 from .checks import check_quantised
 from .masked_start import set_removed_to_zero
-from .method_arguments import ADAPTER, MaskArguments, MethodArguments, mask_config
+from .method_arguments import ADAPTER, PEFT, MaskArguments, MethodArguments, mask_config
+from .peft_config import adapter_config
 
 
 def load_tokenizer_of(source: ModelConfig, training: TrainingArguments):
@@ -69,14 +71,14 @@ def load_base(args: ModelConfig, tokenizer, method: str) -> PreTrainedModel:
 
 
 def build_model(model: PreTrainedModel, method: MethodArguments, source: ModelConfig, mask: MaskArguments, seed: int):
-    """Make trainable what the method trains: all weights, some layers, LoRA matrices, or mask scores.
+    """Make trainable what the method trains: all weights, some layers, an adapter of PEFT's, or mask scores.
 
     Args:
         model: The base model.
         method: The method and its settings.
-        source: Where the base model came from, and the settings of LoRA.
+        source: Where the base model came from.
         mask: The settings of a mask.
-        seed: Seed of what is drawn, the start of LoRA; the Trainer seeds later.
+        seed: Seed of what is drawn, the start of an adapter; the Trainer seeds later.
     """
     set_seed(seed)
     if method.method == "full":
@@ -85,8 +87,12 @@ def build_model(model: PreTrainedModel, method: MethodArguments, source: ModelCo
         if method.partial_layers is not None:
             _train_only_layers(model, method.partial_layers)
         return model
-    if method.method == "lora":
-        return with_adapter(model, _lora_config(source), source)
+    if method.method == PEFT:
+        config = adapter_config(method.peft_config or {})
+        try:
+            return with_adapter(model, config, source)
+        except (ValueError, TypeError, KeyError, RuntimeError, ImportError, NotImplementedError) as error:
+            raise UserError(f"peft_config: PEFT does not take it for this model: {first_line(error)}") from error
     return with_adapter(model, mask_config(mask), source)
 
 
@@ -96,16 +102,6 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelConfig
     adapted = add_adapter(model, config, revision=revision)
     adapted.peft_config[ADAPTER].base_model_name_or_path = source.model_name_or_path
     return adapted
-
-
-def _lora_config(source: ModelConfig) -> PeftConfig:
-    asked = copy.copy(source)
-    asked.use_peft = True
-    config = get_peft_config(asked)
-    assert config is not None  # TRL makes none only without use_peft
-    if config.target_modules is None:
-        config.target_modules = "all-linear"
-    return config
 
 
 def _train_only_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from maskft_base import runtime
@@ -10,7 +12,19 @@ from maskft_base.errors import UserError, did_you_mean
 from ..tuner.config import MaskConfig
 from .arguments import TrainConfig
 from .launch import check_deepspeed, check_mask_sharding
-from .method_arguments import COMBINED_METHODS, FIXED_MASK_METHODS, MASK_METHODS, MethodArguments, mask_config
+from .method_arguments import (
+    COMBINED_METHODS,
+    FIXED_MASK_METHODS,
+    MASK_METHODS,
+    PEFT,
+    UNTRAINED_METHODS,
+    MethodArguments,
+    mask_config,
+)
+from .peft_config import adapter_config
+
+_OF_LORA = ("lora_", "use_peft", "use_rslora", "use_dora")  # options of TRL's ModelConfig
+_LORA = '{"peft_type": "LORA", "r": 16, "target_modules": "all-linear"}'
 
 
 def check_config(config: TrainConfig) -> None:
@@ -21,6 +35,13 @@ def check_config(config: TrainConfig) -> None:
     """
     method, training = config.method.method, config.training
     check_method(config.method)
+    for name, spec in type(config.model).__dataclass_fields__.items():
+        if name.startswith(_OF_LORA) and getattr(config.model, name) != spec.default:
+            raise UserError(f"{name} is TRL's option of LoRA; write --method peft --peft_config '{_LORA}'")
+    if not 0 <= training.kl_to_base < math.inf:
+        raise UserError(f"kl_to_base is {training.kl_to_base}; it must be 0 or more")
+    if training.kl_to_base and method in UNTRAINED_METHODS:
+        raise UserError(f"kl_to_base is a term of the loss, and method {method} is not trained; drop it")
     if method == "mask" or config.method.keep_mask is not None:
         check_mask_sharding()
     check_deepspeed(training.deepspeed)
@@ -67,7 +88,7 @@ def check_trackers(names: list[str]) -> None:
 
 def check_quantised(method: str) -> None:
     """Refuse quantised weights where a method writes to them."""
-    if method not in ("lora", *MASK_METHODS):
+    if method not in (PEFT, *MASK_METHODS):
         raise UserError(
             f"method {method} changes weights, which quantised ones do not let: name the unquantised model, without "
             "load_in_4bit and load_in_8bit"
@@ -107,6 +128,11 @@ def _check_average(config: TrainConfig, num_processes: int) -> None:
 def check_method(args: MethodArguments) -> None:
     """Refuse settings of one method that are given with another, and numbers out of range."""
     method, layers = args.method, args.partial_layers
+    if (args.peft_config is None) == (method == PEFT):
+        what = f"needs --peft_config, such as '{_LORA}'" if method == PEFT else "has no peft_config; drop it"
+        raise UserError(f"method {method} {what}")
+    if args.peft_config is not None:
+        adapter_config(args.peft_config)
     if layers is not None and method != "full":
         raise UserError("partial_layers goes with --method full; for a mask use mask_layers_to_transform")
     if layers and min(layers) < 0:

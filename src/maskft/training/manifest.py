@@ -37,8 +37,7 @@ FREE = frozenset(
 )
 # What cannot change on the way: the state that was saved is that of other parameters.
 FIXED = frozenset(
-    "method base optim optim_target_modules partial_layers keep_mask start_mask dtype use_peft lora_r "
-    "lora_target_modules lora_target_parameters lora_modules_to_save lora_task_type use_dora mask_selection "
+    "method base optim optim_target_modules partial_layers keep_mask start_mask dtype peft_config mask_selection "
     "mask_removed_value mask_removed_value_model mask_target_modules mask_exclude_modules mask_layers_to_transform "
     "mask_layers_pattern mask_modules_to_save".split()
 )

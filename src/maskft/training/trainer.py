@@ -24,6 +24,7 @@ from ..tuner.card import hub_name
 from .arguments import TrainingArguments, trainer_arguments
 from .callbacks import StepGuard
 from .checkpoints import Checkpoints, agreed_masks, lost_best, step_of, trainable_state, written_whole
+from .kl import KLToBase
 from .launch import let_cpu_shard
 from .manifest import damage
 from .masked_start import RemovedStayZero
@@ -56,6 +57,7 @@ class MaskTrainer(SFTTrainer):
     ):
         self.checkpoints, self.stay_zero = checkpoints, stay_zero
         self.lost_best: str | None = None
+        self._kl = KLToBase(model, training.kl_to_base) if training.kl_to_base else None
         self._heldout = data.heldout.select_columns(["input_ids", "labels"])
         self._window = (time.perf_counter(), 0)  # when the last line of the log was written, and tokens by then
         template = tokenizer.chat_template
@@ -87,6 +89,16 @@ class MaskTrainer(SFTTrainer):
         if self.stay_zero is not None:
             self.stay_zero.clear_gradients()
         return super()._clip_grad_norm(model)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss and, in training, the term that holds the model near its base."""
+        if self._kl is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        term = self._kl(self.accelerator.unwrap_model(model), inputs, num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            term = term * self.accelerator.num_processes  # as TRL's loss
+        return (loss + term, outputs) if return_outputs else loss + term
 
     def training_step(self, *args, **kwargs):
         """One micro-batch; its loss is checked once per optimizer step, so that a GPU is not made to wait."""

@@ -33,6 +33,14 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
         raise UserError("output_dir is missing; name a folder for the results with --output_dir")
     if not options.task_names:
         raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
+    if (options.scale or options.kl) and not options.change:
+        raise UserError("scale and kl are of what training has changed: name it with --change, and what it was before")
+    if options.change and (options.adapter or not options.model_name_or_path):
+        raise UserError("change needs --model_name_or_path, the model before training, and no --adapter")
+    if options.scale and len(options.scale) != len(options.change or []):
+        raise UserError(f"{len(options.scale)} scales for {len(options.change or [])} changes; give one for each")
+    if not all(0 <= scale <= 1 for scale in options.scale or []):
+        raise UserError(f"scale is {options.scale}; the part of a change is 0 to 1")
     check_used(options, data)
     return options, data
 
@@ -65,9 +73,10 @@ def run(args: argparse.Namespace) -> None:
     silence()
     options, data = read(args)
     base = options.model_name_or_path or "base"
-    sources = [base if adapter == "none" else adapter for adapter in options.adapter or ["none"]]
+    folders = options.change or options.adapter or ["none"]
+    sources = [base if folder == "none" else folder for folder in folders]
     names = labels(sources, options.name or [])
-    targets = result_files(options.output_dir, names, options.adapter or [base])
+    targets = result_files(options.output_dir, names, sources)
     tasks = _load_tasks(options)
     settings = settings_of(options, tasks.get(ALPACA_EVAL))
     if len(targets) == 1 and targets[0].exists() and not options.overwrite:
@@ -109,12 +118,15 @@ def _models(options: EvaluationArguments):
     """The models one after another, each loaded when it is asked for."""
     from maskft_base.runtime import keep_freed_memory
 
-    from ..evaluation.load import load_each
+    from ..evaluation.load import load_changes, load_each
 
     if options.no_generate and options.task_names == [HELDOUT]:
         # A sixth faster on CPUs. Not where answers are generated: their caches grow, and holes would stay behind.
         keep_freed_memory()
     how = (options.dtype, options.device, options.chat_template_path, options.model_revision)
+    if options.change:
+        scales = options.scale or [1.0] * len(options.change)
+        return load_changes(options.model_name_or_path, options.change, scales, *how, options.chat_template_kwargs)
     return load_each(options.model_name_or_path, options.adapter or [], *how, options.chat_template_kwargs)
 
 

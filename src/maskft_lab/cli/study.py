@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..study.plan import Plan, StudyRun
     from ..study.recipe import Recipe
 
+_ANY = ["--output_dir", "any", "--model_name_or_path", "any", "--change", "none"]
 LAUNCHERS = ("local", "ray")
 
 
@@ -198,6 +199,7 @@ def _check_layers(plan: Plan, models: list[str]) -> None:
 def _evaluation_args(recipe: Recipe) -> list[argparse.Namespace]:
     """The recipe's options of ``maskft evaluate``, parsed; what that would refuse is refused."""
     before = {f"evaluation.before.{name}": options for name, options in recipe.before.items()}
+    before |= {f"path.before.{name}": options for name, options in (recipe.path.before if recipe.path else {}).items()}
     return [_parsed_evaluation(*given) for given in ({"evaluation": recipe.evaluation} | before).items()]
 
 
@@ -208,13 +210,13 @@ def _parsed_evaluation(where: str, options: dict) -> argparse.Namespace:
 
     parser = OneLineParser(prog="maskft evaluate", allow_abbrev=False)
     evaluate.add_arguments(parser)
-    ours = {"model_name_or_path", "adapter", "name", "seed", "output_dir", "overwrite", "help"}
+    ours = {"model_name_or_path", "adapter", "change", "scale", "name", "seed", "output_dir", "overwrite", "help"}
     known = {action.dest for action in parser._actions} - ours
     for option in options:
         if option not in known:
             raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(option, known)}")
     try:
-        args = parser.parse_args(["--output_dir", "any", *evaluation_words(options)])
+        args = parser.parse_args([*_ANY, *evaluation_words(options)])
         evaluate.read(args)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

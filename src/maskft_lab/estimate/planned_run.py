@@ -28,7 +28,7 @@ from maskft.models import load_config
 from maskft.training.arguments import TrainConfig
 from maskft.training.build import build_model
 from maskft.training.callbacks import stop_gradient_at_frozen_embeddings
-from maskft.training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS, mask_config
+from maskft.training.method_arguments import COMBINED_METHODS, MASK_METHODS, PEFT, UNTRAINED_METHODS, mask_config
 from maskft.tuner.codec import encode_mask
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.effective import is_signed_weight_kept
@@ -138,7 +138,7 @@ class PlannedRun:
         if self.is_trained and not self.num_trainable:
             raise UserError(f"method {self.method} trains no parameter of {self.run.model.model_name_or_path!r}")
         layers = layer_indices(trained)
-        self.layer_passes = layer_passes(num_layers, layers) if layers and self.method != "lora" else None
+        self.layer_passes = layer_passes(num_layers, layers) if layers and self.method != PEFT else None
         self.mask_config = mask_config(self.run.mask) if self.masked else MaskConfig()
         self.refresh_bytes = _refresh_bytes(self.mask_config) if self.masked else 0
         self.bits_per_weight = _bits_per_weight(self.mask_config) if self.masked else None

@@ -43,12 +43,18 @@ class EvaluationArguments:
         "mask or LoRA adapters, evaluated one after another over a model that is loaded once (masked in memory); "
         "`none` is the model itself"
     )
+    change: Sequence[str] | None = _option(
+        "adapters, or folders of whole models, that were trained from model_name_or_path: each is measured as that "
+        "model and --scale of the difference, merged; `none` is the model itself",
+    )
+    scale: Sequence[float] | None = _option("of each --change, the part of it that is kept, 0 to 1 (default: 1)")
     name: Sequence[str] | None = _option(
         "label in tables, one per model (default: the folder's name); training seeds of one method get the same, and "
         "folders NAME-seed0, NAME-seed1, ..."
     )
     output_dir: str | None = _option("folder for result.json; with several adapters, of a folder for each label")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = _option("dtype of the weights", "float32")
+    bf16: bool = _option("compute in bfloat16 from weights of `dtype`, as training with bf16 does", False)
     device: str | None = _option("cpu, cuda, ... (default: the first GPU, else the CPU)")
     batch_size: int | None = _option(
         "items at one time (default: as many as --max_memory_gb allows, at most 64; losses: 16)",
@@ -90,6 +96,11 @@ class EvaluationArguments:
         "bound on a held-out answer, in tokens; benchmarks have their own", 256, of="task heldout", minimum=1
     )
     no_generate: bool = _option("held-out: only loss, no generated answers", False, of="task heldout")
+    kl: bool = _option(
+        "held-out: KL(model_name_or_path || --change) on the tokens of the prompts, instead of loss and answers",
+        False,
+        of="task heldout",
+    )
     dataset_text_field: str = _option("column of plain text data", "text", of="task heldout")
     eval_split_size: float | None = _option(
         "evaluate on the rows that training holds out of dataset_name with this size: a count if >= 1, a fraction if "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -129,6 +130,61 @@ def evaluate_rows(
     if generate:
         record["generation_kwargs"] = {"max_gen_toks": max_new_tokens}
     return record | ({"note": ". ".join(filter(None, notes))} if any(notes) else {})
+
+
+def evaluate_kl(
+    model, before: Mapping[str, torch.Tensor], tokenizer, rows: Sequence[dict], max_length: int | None = None
+) -> dict:
+    """KL(before || model) of the next token, the mean over the tokens of each row's prompt, in nats.
+
+    Args:
+        model: A causal language model.
+        before: Its weights before training, by name.
+        tokenizer: Its tokenizer.
+        rows: Rows as ``load_splits`` makes them.
+        max_length: Truncation of the prompt in tokens; None: not truncated.
+
+    Returns:
+        A task record of the result schema, metric ``kl``.
+    """
+    prompts = [prompt_ids(row, tokenizer)[:max_length] for row in rows]
+    values = [0.0] * len(rows)
+    for indices in length_sorted_batches([len(ids) for ids in prompts], MAX_LOSS_BATCH_SIZE):
+        ids_BT, mask_BT = pad([prompts[i] for i in indices], tokenizer.pad_token_id or 0, model.device)
+        with weights_of(model, before):
+            of_before = _log_probs(model, ids_BT, mask_BT)
+        kl_BT = (of_before.exp() * (of_before - _log_probs(model, ids_BT, mask_BT))).sum(-1) * mask_BT
+        for index, value in zip(indices, kl_BT.sum(1) / mask_BT.sum(1), strict=True):
+            values[index] = float(value)
+    items = [{"id": str(row["id"]), "kl": value} for row, value in zip(rows, values, strict=True)]
+    return build_task(
+        items,
+        {"kl": metric_from_items(items, "kl", unit="nats", higher_is_better=False)},
+        version=TASK_VERSION,
+        num_fewshot=0,
+        fingerprint=items_fingerprint(
+            {"id": item["id"], "prompt": ids, "reference": None} for item, ids in zip(items, prompts, strict=True)
+        ),
+        chat_template_hash=chat_template_hash(tokenizer),
+    ) | {"data_sha256": data_sha256(rows)}
+
+
+@torch.inference_mode()
+def _log_probs(model, ids_BT, mask_BT) -> torch.Tensor:
+    return model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits.float().log_softmax(-1)
+
+
+@contextmanager
+def weights_of(model, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Within, the model computes with other weights of its shape; nothing is copied."""
+    own = {name: parameter.data for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.data = weights[name]
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = own[name]
 
 
 def _question(row: dict) -> str:

@@ -38,6 +38,7 @@ class Loaded:
         facts: What goes into its result file.
         identity: A text that changes with the weights.
         selected_on: Ids of the held-out rows that it was measured on while it was trained, and hashes of their prompts.
+        before: Of `load_changes`, the weights of the base model by name.
     """
 
     model: Any
@@ -45,6 +46,7 @@ class Loaded:
     facts: dict
     identity: str
     selected_on: dict[str, str] = field(default_factory=dict)
+    before: dict[str, torch.Tensor] | None = None
 
 
 def load_each(
@@ -101,6 +103,85 @@ def load_each(
             base = model.unload()
             if model_fingerprint(base) != fingerprint:
                 raise RuntimeError(f"taking off the adapter {adapter!r} did not give the base model back")
+
+
+def load_changes(
+    base_name: str,
+    changes: Sequence[str],
+    scales: Sequence[float],
+    dtype: str = "float32",
+    device: str | None = None,
+    chat_template_path: str | None = None,
+    revision: str | None = None,
+    chat_template_kwargs: str | None = None,
+) -> Iterator[Loaded]:
+    """A base model and part of what training has changed, W0 + scale * (W - W0), one after another.
+
+    What was yielded is no longer to be used when the next is asked for: it is the same model.
+
+    Args:
+        base_name: The model before training.
+        changes: Folders of adapters, merged, or of whole models, with the weights W; ``none`` is the base itself.
+        scales: The part of each that is kept.
+        dtype: See `load_each`, as for the others.
+        device: Where to run.
+        chat_template_path: Chat template of the tokenizers.
+        revision: Of a hub model.
+        chat_template_kwargs: Values of the template's variables.
+
+    Raises:
+        UserError: If a folder is not what it should be, or of another model.
+    """
+    check_model_source(base_name)
+    revision, template = revision or "main", (chat_template_path, chat_template_kwargs)
+    model = load_model(base_name, dtype, revision=revision).to(usable_device(device)).eval()
+    before = _weights(model)
+    fingerprint = model_fingerprint(model)
+    configuration = {**model.config.to_diff_dict(), "generation": model.generation_config.to_diff_dict()}
+    merged, after = NO_ADAPTER, before
+    for change, scale in zip(changes, scales, strict=True):
+        facts = {"name_or_path": _portable(base_name), "fingerprint": fingerprint, "scale": scale}
+        identity, tokenizer = f"{fingerprint}+0", load_tokenizer(base_name, *template, revision=revision)
+        if change != merged:
+            _set_weights(model, before, before, 0)
+            model, after, merged = *_changed(model, before, change, dtype), change
+        if change != NO_ADAPTER:
+            sha256 = adapter_sha256(change) if holds_adapter(change) else _folder_sha256(Path(change))
+            identity = f"{fingerprint}+{scale}*{sha256}"
+            facts |= {"adapter": _portable(change), "adapter_sha256": sha256}
+            facts |= _adapter_facts(change) if holds_adapter(change) else _training_facts(change)
+            tokenizer = adapter_tokenizer(change, base_name, *template, revision=revision)
+        facts["config_sha256"] = config_sha256(configuration, tokenizer)
+        _set_weights(model, before, after, scale)
+        yield Loaded(model, tokenizer, facts, base_name, identity, _selected_on(change), before)
+
+
+def _changed(model, before: Mapping[str, torch.Tensor], change: str, dtype: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The model as it is after an adapter was merged, and the weights that it or another model has then."""
+    if change == NO_ADAPTER:
+        return model, dict(before)
+    if holds_adapter(change):
+        with one_line(change, "does not fit"):
+            model = PeftModel.from_pretrained(model, change).merge_and_unload().eval()
+        after = _weights(model)
+    else:
+        check_model_source(change)
+        after = _weights(load_model(change, dtype).to(model.device))
+    odd = next((name for name in {**before, **after} if name not in before or name not in after), None)
+    odd = odd or next((name for name in after if after[name].shape != before[name].shape), None)
+    if odd:
+        raise UserError(f"change {change!r} is of another model: {odd} is not in both, or of another shape")
+    return model, after
+
+
+def _weights(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def _set_weights(model, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], scale: float) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(torch.lerp(before[name], after[name], scale))
 
 
 def usable_device(device: str | None) -> str:

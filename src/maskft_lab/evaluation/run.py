@@ -18,7 +18,7 @@ from ..results.schema import Result, build_result, read_result, write_result
 from ..sharing.card import write_scored_card
 from .alpaca import AlpacaEval, evaluate_alpaca
 from .arguments import ALPACA_EVAL, HELDOUT, EvaluationArguments
-from .heldout import chat_template_hash, evaluate_rows
+from .heldout import chat_template_hash, evaluate_kl, evaluate_rows
 from .journal import Journal, Resources, Resuming
 from .load import Loaded
 from .tasks import check_chat_template, run_task
@@ -40,6 +40,7 @@ def settings_of(options: EvaluationArguments, alpaca: AlpacaEval | None = None) 
     """What shapes the numbers: the ``settings`` of a result file."""
     return {
         **{name: getattr(options, name) for name in _SETTINGS},
+        **{name: True for name in ("bf16", "kl") if getattr(options, name)},
         "generate": False if options.no_generate else None,
         "text_field": options.dataset_text_field,
         "alpaca_eval": alpaca.settings() if alpaca else None,
@@ -68,28 +69,8 @@ def evaluate_loaded(
     settings = settings_of(options, alpaca)
     journal = Journal(target.with_name(files.JOURNAL), _journal_settings(loaded, settings), overwrite=options.overwrite)
     resources = Resources(options.batch_size, options.max_memory_gb, journal)
-    records = {}
-    if rows is not None:
-        records[HELDOUT] = evaluate_rows(
-            loaded.model,
-            loaded.tokenizer,
-            rows,
-            resources,
-            max_length=options.max_length,
-            max_new_tokens=options.max_new_tokens,
-            generate=settings["generate"],
-            text_field=options.dataset_text_field,
-        )
-        _add_selection(records[HELDOUT], loaded, rows)
-    if benchmarks:
-        from ..generation.lm_eval_model import BatchedLM
-
-        bounds = {"batch_size": resources.batch_size, "max_memory_bytes": resources.max_memory_bytes}
-        lm = Resuming(BatchedLM(loaded.model, loaded.tokenizer, **bounds), journal)
-    for task_name, task in benchmarks.items():
-        started = time.perf_counter()
-        record = run_task(lm, task_name, task, limit=options.limit, apply_chat_template=options.apply_chat_template)
-        records[task_name] = record | {"time_s": round(time.perf_counter() - started, 1)}
+    with torch.autocast(loaded.model.device.type, torch.bfloat16, enabled=options.bf16):
+        records = _records(loaded, benchmarks, rows, options, resources)
     if alpaca:
         records[ALPACA_EVAL] = evaluate_alpaca(loaded, alpaca, name, target.parent, resources)
     result = build_result(name, loaded.facts, settings, records, device=_device_name(loaded.model))
@@ -98,6 +79,43 @@ def evaluate_loaded(
         write_scored_card(target.parent)
     journal.remove()
     return result
+
+
+def _records(
+    loaded: Loaded,
+    tasks: Mapping[str, Any],
+    heldout_rows: Sequence[Mapping] | None,
+    options: EvaluationArguments,
+    resources: Resources,
+) -> dict[str, dict]:
+    """Task -> record."""
+    records = {}
+    model, tokenizer = loaded.model, loaded.tokenizer
+    if heldout_rows is not None and options.kl:
+        records[HELDOUT] = evaluate_kl(model, loaded.before or {}, tokenizer, heldout_rows, options.max_length)
+    elif heldout_rows is not None:
+        records[HELDOUT] = evaluate_rows(
+            model,
+            tokenizer,
+            heldout_rows,
+            resources,
+            max_length=options.max_length,
+            max_new_tokens=options.max_new_tokens,
+            generate=False if options.no_generate else None,
+            text_field=options.dataset_text_field,
+        )
+    if heldout_rows is not None:
+        _add_selection(records[HELDOUT], loaded, heldout_rows)
+    if tasks:
+        from ..generation.lm_eval_model import BatchedLM
+
+        bounds = {"batch_size": resources.batch_size, "max_memory_bytes": resources.max_memory_bytes}
+        lm = Resuming(BatchedLM(model, tokenizer, **bounds), resources.journal)
+    for task_name, task in tasks.items():
+        started = time.perf_counter()
+        record = run_task(lm, task_name, task, limit=options.limit, apply_chat_template=options.apply_chat_template)
+        records[task_name] = record | {"time_s": round(time.perf_counter() - started, 1)}
+    return records
 
 
 def finished_result(target: Path, settings: Mapping, tasks: Iterable[str]) -> Result | None:

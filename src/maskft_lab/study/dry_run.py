@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from maskft.training.method_arguments import UNTRAINED_METHODS
+from maskft.training.method_arguments import PEFT, UNTRAINED_METHODS
 from maskft_base.runtime import time_text
 
 from ..estimate.ledger import OPTIMIZER_BYTES, kept_bytes, layer_passes, num_train_rows
@@ -208,7 +208,7 @@ def _passes(method: str, options: dict, num_layers: int, layers: list[int] | Non
     """
     floor = layer_passes(num_layers, layers or range(num_layers))
     passes: float = floor["total"]
-    if method == "lora":
+    if method == PEFT:
         passes -= floor["weight_gradients"]  # those of its small matrices are next to nothing
     if layers and options.get("mask_prefix_cache"):
         num_epochs = max(options.get("num_train_epochs", 3), 1)
@@ -230,7 +230,7 @@ def _memory(run: StudyRun, facts: Facts) -> int | None:
     num_trained: int | None = 0
     if method == "full" and not layers:
         num_trained = facts.num_parameters
-    elif method != "lora":
+    elif method != PEFT:
         num_layers = len(layers) if layers else facts.num_layers
         num_trained = facts.weights_per_layer and num_layers and facts.weights_per_layer * num_layers
     if num_trained is None:

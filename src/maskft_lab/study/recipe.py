@@ -31,8 +31,10 @@ PRETRAINED = "pretrained"  # method of a run that trains nothing: the base model
 CURRENT_RATE = "current"  # learning_rate: that of the schedule of `from` at its best step
 REVISION = "model_revision"  # the option that names a revision of a hub model
 # How held-out data is evaluated: of `evaluation`, and of each set of earlier abilities unless it says otherwise.
-_HOW = frozenset("model_revision chat_template_path chat_template_kwargs dtype device batch_size max_memory_gb".split())
-_HOW_OF_HELDOUT = frozenset("max_length max_new_tokens no_generate dataset_text_field".split())
+HOW = frozenset(
+    "model_revision chat_template_path chat_template_kwargs dtype bf16 device batch_size max_memory_gb".split()
+)
+HOW_OF_HELDOUT = frozenset("max_length max_new_tokens no_generate dataset_text_field".split())
 
 Count = Annotated[int, Field(gt=0)]
 Number = Annotated[float, Field(gt=0)]
@@ -164,6 +166,25 @@ class Tuning(Section):
         return {key: v.times_parent if isinstance(v, TimesParent) else v for key, v in self.grid.items()}
 
 
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class MethodPath(Section):
+    """Section ``path``: where between the base model and the end of training every trained method is measured.
+
+    On the rows held out from training data, and on rows of earlier abilities that the study does not report on.
+    """
+
+    before: dict[str, Options] = {}  # as evaluation.before, of other rows
+    checkpoints: Annotated[list[Share], Field(min_length=1)] = [1.0]  # shares of training, at the whole change
+    scales: list[Share] = []  # parts of the change at the end of training, W0 + scale * (W - W0)
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """Share of training and part of the change of every point."""
+        return list(dict.fromkeys([*((share, 1.0) for share in self.checkpoints), *((1.0, s) for s in self.scales)]))
+
+
 class Method(SectionWithOptions):
     """One line of the table: what is trained, from which model, with which options."""
 
@@ -268,6 +289,7 @@ class Recipe(Section):
     grid: dict[str, Annotated[list, Field(min_length=1)]] = {}  # METHOD.OPTION -> values
     evaluation: Options = {}  # of `maskft evaluate`; in the file those of held-out data stand under `heldout`
     before: dict[str, Options] = Field(default={}, alias="evaluation.before")  # held-out data of earlier abilities
+    path: MethodPath | None = None
     baseline: str | None = None  # name in tables of what all are compared with
     fixed_seeds: bool = False  # claims are about the trained models alone, see `maskft compare --fixed_seeds`
     facts: Facts = Field(default=Facts(), alias="model_facts")
@@ -297,6 +319,10 @@ class Recipe(Section):
             others = {key: value for key, value in evaluation.items() if key != "before"}
             content = content | {"evaluation": others, "evaluation.before": evaluation["before"]}
         methods, train = content.get("methods"), content.get("train") or {}
+        if content.get("path") and PRETRAINED not in [
+            m.get("method") for m in (methods or {}).values() if isinstance(m, dict)
+        ]:
+            raise ValueError(f"path measures what training changes: add the model before it, {{method: {PRETRAINED}}}")
         controls = content.get("controls")
         if (
             (controls == "standard" or isinstance(controls, list))
@@ -447,7 +473,7 @@ def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str |
     if isinstance(content, dict):
         content = {"name": source.stem, **content}
     recipe = read_model(Recipe, content, source)
-    data, train, evaluation, before = recipe.data, dict(recipe.train), recipe.evaluation, recipe.before
+    data, train, evaluation = recipe.data, dict(recipe.train), recipe.evaluation
     if TEMPLATE in train:
         train[TEMPLATE] = template = str(source.parent / Path(str(train[TEMPLATE])).expanduser())
         if not Path(template).is_file():
@@ -457,17 +483,22 @@ def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str |
         data = {name: part.model_copy(update={"options": of_data[name]}) for name, part in data.items()}
         if "tasks" in evaluation or "dataset_name" in evaluation:
             evaluation = in_data_dir(evaluation, data_dir)
-        before = {name: in_data_dir(options, data_dir) for name, options in before.items()}
     # Of the pre-trained model too: all rows of the table answer to the same prompts.
-    shared = {key: train[key] for key in (TEMPLATE, REVISION) if key in train}
-    evaluation = shared | evaluation
-    how = {key: value for key, value in evaluation.items() if key in _HOW}
-    of_heldout = {key: value for key, value in evaluation.items() if key in _HOW_OF_HELDOUT}
-    before = {
-        name: how | (of_heldout if "heldout" in options.get("tasks", ["heldout"]) else {}) | options
-        for name, options in before.items()
-    }
-    return recipe.model_copy(update={"train": train, "data": data, "evaluation": evaluation, "before": before})
+    evaluation = {key: train[key] for key in (TEMPLATE, REVISION) if key in train} | evaluation
+    how = {key: value for key, value in evaluation.items() if key in HOW}
+    of_heldout = {key: value for key, value in evaluation.items() if key in HOW_OF_HELDOUT}
+
+    def completed(sets: dict[str, Options]) -> dict[str, Options]:
+        """Sets of earlier abilities with what they share with ``evaluation``."""
+        sets = sets if data_dir is None else {name: in_data_dir(options, data_dir) for name, options in sets.items()}
+        return {
+            name: how | (of_heldout if "heldout" in options.get("tasks", ["heldout"]) else {}) | options
+            for name, options in sets.items()
+        }
+
+    path = recipe.path and recipe.path.model_copy(update={"before": completed(recipe.path.before)})
+    update = {"train": train, "data": data, "evaluation": evaluation, "before": completed(recipe.before), "path": path}
+    return recipe.model_copy(update=update)
 
 
 def as_text(options: Options) -> Options:

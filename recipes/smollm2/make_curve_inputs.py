@@ -1,0 +1,70 @@
+"""Write what study_curve_*.yaml need: probes of what a model could do before, intents and word problems.
+
+python recipes/smollm2/make_curve_inputs.py SOURCES runs/curve
+
+SOURCES is a folder (with folders) of ``.jsonl.gz`` files, one for each word in its name:
+
+- ``dolly``: rows of databricks-dolly-15k (CC-BY-SA-3.0) as ``messages``
+- ``wikitext``: paragraphs of WikiText-2 (CC-BY-SA), column ``text``
+- ``banking77_train``, ``banking77_test``: Banking77 (CC-BY-4.0), columns ``prompt``, ``completion`` and ``answer``
+- ``mawps_train``, ``mawps_test``: word problems of MAWPS, the same columns
+
+The sums come from ``python recipes/small/make_inputs.py runs/curve``. Probes that choose a point of a path are other rows
+than those that are reported; so are the prompts on which KL to the base is measured.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import sys
+from pathlib import Path
+
+SEED = 0
+LENGTHS = range(160, 700)  # characters of an instruction with its answer
+NUM_CHOOSE, NUM_REPORT = 24, 50  # of a probe
+NUM_PROMPTS = 48
+SIZES = {"banking77": (1_200, 600), "mawps": (1_200, 400)}  # rows to train on with those held out, and of the test
+
+
+def main(sources: Path, folder: Path) -> None:
+    """Write the probes and, for each task, training rows, test rows and prompts."""
+    rng = random.Random(SEED)
+    instructions = [row for row in read(sources, "dolly") if len(json.dumps(row)) in LENGTHS]
+    for name, rows in (("instructions", instructions), ("wikipedia", read(sources, "wikitext"))):
+        rng.shuffle(rows)
+        write(folder / f"{name}_choose.jsonl.gz", rows[:NUM_CHOOSE])
+        write(folder / f"{name}_report.jsonl.gz", rows[NUM_CHOOSE : NUM_CHOOSE + NUM_REPORT])
+    for task, (num_train, num_test) in SIZES.items():
+        train, test = read(sources, f"{task}_train"), read(sources, f"{task}_test")
+        rng.shuffle(train)
+        rng.shuffle(test)
+        test = [row for row in test if row["prompt"] not in {row["prompt"] for row in train}]
+        write(folder / f"{task}_train.jsonl.gz", train[:num_train])
+        write(folder / f"{task}_prompts.jsonl.gz", train[num_train : num_train + NUM_PROMPTS])
+        write(folder / f"{task}_test.jsonl.gz", test[:num_test])
+
+
+def read(sources: Path, word: str) -> list[dict]:
+    """Return the rows of the one file with ``word`` in its name."""
+    found = [file for file in sorted(sources.rglob("*.jsonl.gz")) if word in file.name]
+    if len(found) != 1:
+        sys.exit(f"error: {len(found)} files in {sources} have {word!r} in their name; there must be one")
+    with gzip.open(found[0], "rt") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write(file: Path, rows: list[dict]) -> None:
+    """Write rows as gzipped JSON lines, the same bytes whenever it is called."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as out:
+        for row in rows:
+            out.write((json.dumps(row) + "\n").encode())
+    print(f"{len(rows):,} rows: {file}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python recipes/smollm2/make_curve_inputs.py SOURCES DIR")
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

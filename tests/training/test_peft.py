@@ -1,0 +1,132 @@
+"""Adapters of PEFT's: trained, saved, loaded, evaluated and merged by their configuration alone; what cannot be."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from maskft.training.kl import KLToBase
+from maskft.training.method_arguments import method_label
+from maskft.training.peft_config import adapter_config
+from maskft.training.record import read_record
+from maskft_lab.cli.main import main
+
+ADAPTERS = {
+    "LoRA": {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"},
+    "DoRA": {"peft_type": "LORA", "r": 2, "use_dora": True, "target_modules": ["gate_proj"]},
+    "IA3": {
+        "peft_type": "IA3",
+        "target_modules": ["k_proj", "v_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    },
+    "OFT": {"peft_type": "OFT", "oft_block_size": 8, "target_modules": ["q_proj"]},
+    "OSF": {"peft_type": "OSF", "target_modules": ["q_proj", "v_proj"], "effective_rank": 2},
+    "SHiRA": {"peft_type": "SHIRA", "r": 2, "mask_type": "random", "random_seed": 0, "target_modules": ["q_proj"]},
+    "LN": {"peft_type": "LN_TUNING", "target_modules": ["input_layernorm", "post_attention_layernorm", "norm"]},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_trains_and_is_saved_loaded_evaluated_and_merged(name, call, base, data, tmp_path):
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(ADAPTERS[name]))
+    status, err = call(method="peft", peft_config=file, max_steps=3, learning_rate=0.05)
+    assert status == 0, err
+    record = read_record(tmp_path / "out")
+    assert record.summary.num_trainable > 0 and record.recipe["peft_config"] == ADAPTERS[name]
+    losses = [row["eval_loss"] for row in record.summary.history if "eval_loss" in row]
+    assert losses[-1] < losses[0]
+    words = ["--adapter", tmp_path / "out", "--dataset_name", data, "--eval_split_size", 16, "--no_generate"]
+    assert main(["evaluate", *map(str, words), "--output_dir", str(tmp_path / "eval")]) == 0
+    measured = json.loads((tmp_path / "eval" / "result.json").read_text())["tasks"]["heldout"]["metrics"]["nll"][
+        "value"
+    ]
+    assert measured == pytest.approx(record.summary.best_loss, rel=1e-4)
+    ids = torch.arange(5, 25)[None]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out").eval()
+    with torch.no_grad():
+        adapted = model(input_ids=ids).logits
+        merged = model.merge_and_unload()(input_ids=ids).logits
+    torch.testing.assert_close(merged, adapted, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(merged, AutoModelForCausalLM.from_pretrained(base)(input_ids=ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "method peft needs --peft_config"),
+        ({"peft_type": "LORO"}, "peft_type 'LORO'; did you mean 'LORA'?"),
+        ({"peft_type": "MASK"}, "masks are --method mask"),
+        ({"peft_type": "PROMPT_TUNING"}, "learns tokens before the prompt"),
+        ({"peft_type": "ADALORA"}, "must be told of every step"),
+        ({"peft_type": "LORA", "rank": 3}, "has an option 'rank'"),
+        ({"peft_type": "LORA", "init_lora_weights": "eva"}, "a start that PEFT computes from data"),
+        ({"peft_type": "LORA", "target_modules": ["nothing"]}, "PEFT does not take it for this model"),
+        ("{", "is neither a file nor a JSON object"),
+    ],
+)
+def test_a_configuration_that_cannot_be_trained_is_one_line(config, message, call):
+    given = {} if config is None else {"peft_config": config if isinstance(config, str) else json.dumps(config)}
+    status, err = call(method="peft", **given)
+    assert status == 2 and message in err and err.count("error:") == 1
+
+
+def test_options_of_another_method_are_refused(call):
+    status, err = call(method="full", peft_config='{"peft_type": "LORA"}')
+    assert status == 2 and "method full has no peft_config" in err
+    status, err = call(method="mask", lora_r=4)
+    assert status == 2 and "lora_r is TRL's option of LoRA; write --method peft" in err
+
+
+def test_results_name_the_adapter():
+    assert method_label("peft", {"peft_config": {"peft_type": "IA3"}}) == "ia3"
+    assert method_label("mask", {}) == "mask"
+
+
+@pytest.mark.parametrize("method", ["full", "peft"])
+def test_kl_to_base_is_the_sum_over_tokens(method, base):
+    """Against a loop, after the model has been moved; a model that was not moved has no term."""
+    model = AutoModelForCausalLM.from_pretrained(base).train()
+    if method == "peft":
+        model = get_peft_model(model, adapter_config({**ADAPTERS["LoRA"], "lora_dropout": 0.0}))
+    term = KLToBase(model, 3.0)
+    ids = torch.arange(5, 25).reshape(2, 10)
+    labels = torch.where(torch.arange(10) < 7, -100, ids)
+    inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        before = model(input_ids=ids).logits.log_softmax(-1)
+    assert term(model, inputs, 6).item() == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02)
+    after = model(input_ids=ids).logits.log_softmax(-1)
+    expected = 0.0
+    for row in range(2):
+        for place in (6, 7, 8):  # of the tokens that predict a label
+            p, q = before[row, place], after[row, place]
+            expected += float((p.exp() * (p - q)).sum())
+    value = term(model, inputs, 6)
+    assert value.item() == pytest.approx(3 * expected / 6, rel=1e-3) and expected > 0.01
+    value.backward()
+    assert all(
+        p.grad is not None
+        for name, p in model.named_parameters()
+        if "lora_B" in name or "lm_head" in name and p.requires_grad
+    )
+
+
+def test_training_with_kl_to_base_loses_less_of_it(call, tmp_path):
+    options = {"method": "full", "max_steps": 6, "learning_rate": 0.003, "load_best_model_at_end": False}
+    for weight in (0, 3):
+        status, err = call(name=f"kl{weight}", kl_to_base=weight, **options)
+        assert status == 0, err
+    ends = [read_record(tmp_path / f"kl{weight}").summary.end_loss for weight in (0, 3)]
+    assert ends[0] < ends[1]  # what holds it near its base keeps it from the task
+
+
+def test_kl_to_base_needs_a_loss(call):
+    assert "kl_to_base is -1.0" in call(kl_to_base=-1)[1]
+    assert "method random_mask has none" in call(method="random_mask", kl_to_base=1)[1]
