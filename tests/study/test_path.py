@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import yaml
 
 from maskft_base import files
 from maskft_lab.cli.main import main
+from maskft_lab.study.recipe import Choice
+from maskft_lab.study.tuning import ChosenFrom, Trial, choose
 from small_study import recipe, write
 
 LORA = {"method": "peft", "peft_config": {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}}
@@ -49,3 +52,77 @@ def test_every_point_is_measured_on_heldout_rows_and_probes(study, tmp_path):
         else:
             assert 0 < kl["1-0.5"] < kl["1-1"] and kl["0.5-1"] != kl["1-1"]
             assert len(list(folder.glob("checkpoint-*"))) == 2
+
+
+def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(study, tmp_path, capsys):
+    content = yaml.safe_load(study.read_text())
+    content["path"]["choose"] = {"forgetting_at_most": 1.0e-3}
+    content["methods"]["random"] = {"method": "random_mask", "match": "mask"}
+    del content["methods"]["full"]
+    out = tmp_path / "study"
+    assert main(["study", str(write(tmp_path, content)), "--output_dir", str(out)]) == 0
+    tuning = {
+        each["method"]: each
+        for each in json.loads((out / files.SUMMARY.format("small")).read_text())["models"]["base0"]["tuning"]
+    }
+    assert set(tuning) == {"LoRA", "mask"} and all(len(each["points"]) == 3 for each in tuning.values())
+    results = {r["name"]: r for r in (json.loads(f.read_text()) for f in out.glob(f"{files.RESULTS}/*/{files.RESULT}"))}
+    for name, each in tuning.items():
+        within = [p for p in each["points"] if p["forgetting"] <= 1.0e-3] or [
+            min(each["points"], key=lambda p: p["forgetting"])
+        ]
+        best = max(within, key=lambda p: (p["gain"], -p["forgetting"]))
+        assert each["point"] == {key: best[key] for key in ("checkpoint", "scale")} == results[name]["study"]["point"]
+        assert results[name]["model"]["scale"] == best["scale"]
+    assert results["base"]["model"]["adapter"] is None and "point" not in results["random"]["study"]
+    assert "is the best of 3 on held-out rows" in capsys.readouterr().out.replace("\n  ", " ")
+
+
+def a_point(gain, forgetting):
+    return ChosenFrom(Trial({}, 1, False), (1.0, gain), gain, forgetting, {})
+
+
+def test_what_is_chosen():
+    points = [a_point(0.9, 0.3), a_point(0.8, 0.1), a_point(0.4, 0.05)]
+    least = [choose(points, 1.0, Choice(accuracy_at_least=share)).gain for share in (0.95, 0.8, 0.7, 0.4)]
+    assert least == [0.9, 0.8, 0.8, 0.4]  # none gains 0.95, the first comes nearest
+    assert [choose(points, 1.0, Choice(forgetting_at_most=most)).gain for most in (0.4, 0.2, 0.06, 0.01)] == [
+        0.9,
+        0.8,
+        0.4,
+        0.4,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"choose": {"accuracy_at_least": 0.9, "forgetting_at_most": 1.0}}, "one of accuracy_at_least and"),
+        ({"choose": {"accuracy_at_least": 2}}, "less than or equal to 1"),
+        ({"checkpoints": [0.2]}, "has no checkpoint at step 0.8"),
+        ({"checkpoints": []}, "at least 1 item"),
+    ],
+)
+def test_a_path_that_cannot_be(change, message, study, tmp_path, capsys):
+    content = yaml.safe_load(study.read_text())
+    content["path"] |= change
+    content["methods"] = {name: content["methods"][name] for name in ("base", "LoRA")}
+    content["methods"]["LoRA"] |= {"max_steps": 4}
+    assert main(["study", str(write(tmp_path, content)), "--output_dir", str(tmp_path / "study")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_path_needs_the_model_before_training(study, tmp_path, capsys):
+    content = yaml.safe_load(study.read_text())
+    del content["methods"]["base"]
+    assert main(["study", str(write(tmp_path, content)), "--dry_run"]) == 2
+    assert "add the model before it, {method: pretrained}" in capsys.readouterr().err
+
+
+def test_points_are_not_chosen_on_test_rows(study, tmp_path, capsys):
+    content = yaml.safe_load(study.read_text())
+    content["path"]["choose"] = {"accuracy_at_least": 0.9}
+    content["evaluation"]["heldout"] = {"dataset_name": content["data"]["sums"]["dataset_name"]}
+    del content["methods"]["full"]
+    assert main(["study", str(write(tmp_path, content)), "--dry_run"]) == 2
+    assert "would be tuned on rows of" in capsys.readouterr().err

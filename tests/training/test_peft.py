@@ -57,7 +57,7 @@ def test_an_adapter_trains_and_is_saved_loaded_evaluated_and_merged(name, call, 
     ("config", "message"),
     [
         (None, "method peft needs --peft_config"),
-        ({"peft_type": "LORO"}, "peft_type 'LORO'; did you mean 'LORA'?"),
+        ({"peft_type": "LORO"}, "peft_type 'LORO' (did you mean 'LORA'?)"),
         ({"peft_type": "MASK"}, "masks are --method mask"),
         ({"peft_type": "PROMPT_TUNING"}, "learns tokens before the prompt"),
         ({"peft_type": "ADALORA"}, "must be told of every step"),

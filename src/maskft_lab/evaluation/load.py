@@ -146,14 +146,14 @@ def load_changes(
             _set_weights(model, before, before, 0)
             model, after, merged = *_changed(model, before, change, dtype), change
         if change != NO_ADAPTER:
-            sha256 = adapter_sha256(change) if holds_adapter(change) else _folder_sha256(Path(change))
+            sha256 = adapter_sha256(change) if holds_adapter(change) else digest_tensors(sorted(after.items()))
             identity = f"{fingerprint}+{scale}*{sha256}"
             facts |= {"adapter": _portable(change), "adapter_sha256": sha256}
             facts |= _adapter_facts(change) if holds_adapter(change) else _training_facts(change)
             tokenizer = adapter_tokenizer(change, base_name, *template, revision=revision)
         facts["config_sha256"] = config_sha256(configuration, tokenizer)
         _set_weights(model, before, after, scale)
-        yield Loaded(model, tokenizer, facts, base_name, identity, _selected_on(change), before)
+        yield Loaded(model, tokenizer, facts, identity, _selected_on(change), before)
 
 
 def _changed(model, before: Mapping[str, torch.Tensor], change: str, dtype: str) -> tuple[Any, dict[str, torch.Tensor]]:

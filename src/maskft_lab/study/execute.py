@@ -45,7 +45,6 @@ _MIXED = "mixed"  # name of the data of all domains
 _TOKENISATION = ("max_length", "completion_only_loss", "dataset_text_field")  # options of TRL that decide tokens
 _OF_DATA = {f.name for f in fields(DataArguments)} - set(NOT_OF_HELDOUT_DATA) | {"eval_split_size"}
 PATH = "path"  # folder of a run's points
-_ALL = 10_000  # checkpoints
 _SWITCHES = ("no_generate", "kl", "bf16", "allow_unconfined_code")  # options of `maskft evaluate` without a value
 
 Tick = Callable[[], None]  # called about twice a second while a command runs
@@ -92,7 +91,9 @@ class Study:
         return read_record(self.run_folder(run))
 
     def model(self, run: StudyRun, role: str) -> str:
-        """Folder or name of one of a finished run's models."""
+        """Folder or name of one of a finished run's models; the checkpoint of the point that was chosen."""
+        if run.point is not None:
+            return str(self.checkpoints(run)[run.point[0]])
         name = self.record(run).models[role]
         return str(self.folder / name) if (self.folder / name).exists() else name
 
@@ -104,7 +105,16 @@ class Study:
         rows = files.read_json(file) if file.is_file() else {"ids": [], "nll": [], "num_tokens": []}
         pairs = zip(rows["nll"], rows["num_tokens"], strict=True)
         clusters = dict(zip(rows["ids"], rows.get("clusters") or [], strict=False))
-        return Heldout(math.inf if loss is None else loss, dict(zip(rows["ids"], pairs, strict=True)), clusters)
+        points = {}
+        if self.has_path(run):
+            results = self.path_results(run)
+            if results is None:
+                return None
+            for point, sets in results.items():
+                found = {name: result["tasks"][HELDOUT]["metrics"] for name, result in sets.items()}
+                points[point] = {n: {m: record["value"] for m, record in each.items()} for n, each in found.items()}
+        loss = math.inf if loss is None else loss
+        return Heldout(loss, dict(zip(rows["ids"], pairs, strict=True)), clusters, points)
 
     def is_trained(self, run: StudyRun) -> bool:
         """Whether the run's models are there, as they were written."""
@@ -238,7 +248,7 @@ def _measure_path(study: Study, run: StudyRun, tick: Tick) -> None:
 
 
 def _checkpoint(folder: Path, step: float) -> Path:
-    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*[0-9]")}
+    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-[1-9]*")}
     nearest = min(found, key=lambda number: abs(number - step), default=-2)
     if abs(nearest - step) > 1:
         raise UserError(
@@ -246,6 +256,12 @@ def _checkpoint(folder: Path, step: float) -> Path:
             "path.checkpoints; a run that was made without a path is to be removed first"
         )
     return found[nearest]
+
+
+def _num_saved(run: StudyRun) -> int:
+    """How many checkpoints a run writes, all of which its path may need."""
+    every = float(run.options.get("save_steps", 0.1))
+    return math.ceil(1 / every) + 1 if every < 1 else math.ceil(float(run.options.get("max_steps", 1000)) / every) + 1
 
 
 def point_name(share: float, scale: float) -> str:
@@ -292,7 +308,7 @@ def _train_options(study: Study, run: StudyRun) -> dict:
         **{option: study.model(mask, BEST) for option, mask in run.masks.items()},
         "prepared_data_dir": str(study.folder / files.PREPARED),
         "keep_worse": True if run.method.method == "mask" else None,  # a study compares masks, also bad ones
-        "save_total_limit": _ALL if study.has_path(run) else None,
+        "save_total_limit": _num_saved(run) if study.has_path(run) else None,
         **{k: v for k, v in run.options.items() if k != "save_total_limit" or not study.has_path(run)},
     }
     if options.get("learning_rate") == CURRENT_RATE:
@@ -357,6 +373,7 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
         "study": study.recipe.name,
         "name": run.name,
         "data": data_name(run, study.recipe),
+        **({} if run.point is None else {"point": dict(zip(("checkpoint", "scale"), run.point, strict=True))}),
         **{key: getattr(record, key) for key in kept},
         **{key: getattr(record, key)[role] for key in ("epochs", "tokens", "total_epochs", "total_tokens")},
     }
@@ -386,7 +403,7 @@ def _model_options(study: Study, run: StudyRun, role: str, folder: Path) -> dict
         return {
             "model_name_or_path": study.base(run),
             "change": "none" if is_base else model,
-            "scale": 1.0,
+            "scale": run.point[1] if run.point else 1.0,
             "name": run.labels[role],
             "seed": run.seed,
             "output_dir": str(folder),

@@ -31,6 +31,7 @@ def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str
         study: Name of the study.
     """
     settings = {"run": run.hash, "role": role, "evaluation": evaluation}
+    settings |= {} if run.point is None else {"point": list(run.point)}
     return f"{run.id.rpartition('-')[0]}-{role}-{short_digest(settings)}-{short_digest({'study': study})[:4]}"
 
 

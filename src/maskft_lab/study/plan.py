@@ -27,7 +27,7 @@ from maskft_base.errors import UserError, did_you_mean
 
 from .identity import options_identity, plain, short_digest, written_out
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Options, Recipe
-from .tuning import Look, Trial, Tuned, check_test_rows, settings_text, tune
+from .tuning import Look, Point, Trial, Tuned, check_test_rows, choose, points_of, settings_text, tune
 
 MAX_RUNS = 1000
 BEST, LAST = "best", "last"
@@ -70,6 +70,7 @@ class StudyRun:
     is_assumed: bool = False  # settings, its own or of its parents, are still to be chosen; those here are a guess
     tried: dict[str, Any] | None = None  # settings that tuning tries with this run, which is not evaluated
     tuned: Tuned | None = None  # how its settings were chosen
+    point: Point | None = None  # of its path, the one that is kept; None: the best checkpoint by held-out loss
 
     @property
     def hash(self) -> str:
@@ -203,6 +204,7 @@ class _Planner:
     look: Look
     found: dict[tuple, StudyRun] = field(default_factory=dict)
     tunings: dict[tuple, Tuned] = field(default_factory=dict)
+    tried: dict[tuple, Tuned] = field(default_factory=dict)
     runs: list[StudyRun] = field(default_factory=list)
 
     def wanted(self) -> Iterator[tuple[str, Method, dict, int]]:
@@ -230,7 +232,7 @@ class _Planner:
             tuned = None
             if method.tune:
                 if place not in self.tunings:
-                    self.tunings[place] = self.tune(model, method, axes)
+                    self.tunings[place] = self.chosen(model, method, axes)
                 tuned = self.tunings[place]
             self.found[*place, seed] = self.make(model, method, axes, seed, tuned=tuned)
         return self.found[*place, seed]
@@ -262,11 +264,42 @@ class _Planner:
             is_assumed=waits or any(run.is_assumed for run in parents),
             tried=chosen if trial else None,
             tuned=tuned,
+            point=tuned.point if tuned else None,
         )
         self.runs.append(run)
         return run
 
+    def chosen(self, model: str, method: Method, axes: dict) -> Tuned:
+        """The settings, and the point of a path, that held-out rows choose."""
+        tuned = self.tune(model, method, axes)
+        path = self.recipe.path
+        if path is None or path.choose is None:
+            return tuned
+        base = next(each for each in self.recipe.methods.values() if each.method == PRETRAINED)
+        before = self.look(self.run(model, base, {}, self.seeds(base)[0]))
+        # Of those that start from a trained model the best would wait for what they start from.
+        rivals = [
+            each for each in self.recipe.methods.values() if each.tune and each.data == method.data and not each.start
+        ]
+        all_tuned = [tuned, *(self.tune(model, each, axes) for each in rivals if each.name != method.name)]
+        if before is None or not all(each.is_settled for each in all_tuned):
+            return replace(tuned, is_settled=False, point=(1.0, 1.0))
+        base_values = next(iter(before.points.values()))
+        found = [points_of(each.trials, base_values) for each in all_tuned]
+        if not found[0]:
+            return tuned  # all of its runs failed
+        best = choose(found[0], max(point.gain for points in found for point in points), path.choose)
+        return replace(tuned, winner=best.trial, point=best.point, points=found[0])
+
     def tune(self, model: str, method: Method, axes: dict) -> Tuned:
+        """:meth:`try_settings`, once."""
+        axes = {key: value for key, value in axes.items() if key in self.axes(method)}
+        place = (model, method.name, json.dumps([[*k, v] for k, v in axes.items()]))
+        if place not in self.tried:
+            self.tried[place] = self.try_settings(model, method, axes)
+        return self.tried[place]
+
+    def try_settings(self, model: str, method: Method, axes: dict) -> Tuned:
         """Try the settings of ``method.tune``, as far as what is finished tells which these are."""
         seeds = self.seeds(method)
         seeds = [seed for seed in self.recipe.tune_seeds or seeds[:1] if seed in seeds] or seeds[:1]

@@ -145,6 +145,11 @@ class Tuning(Section):
             raise ValueError("halving has 1 setting to choose from; give more values, or drop it")
         return self
 
+    @classmethod
+    def nothing(cls) -> Tuning:
+        """Of a method whose settings are given: one trial."""
+        return cls.model_construct(grid={}, halving=None, double=None)
+
     @property
     def grid_size(self) -> int:
         """How many settings the grid has."""
@@ -169,6 +174,19 @@ class Tuning(Section):
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
+class Choice(Section):
+    """What held-out rows choose among the points of a method's path: one of the two constraints."""
+
+    accuracy_at_least: Share | None = None  # of the best that any method of the same data has; then least forgetting
+    forgetting_at_most: Number | None = None  # nats per token; then most accuracy
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Choice:
+        if (self.accuracy_at_least is None) == (self.forgetting_at_most is None):
+            raise ValueError("choose takes one of accuracy_at_least and forgetting_at_most")
+        return self
+
+
 class MethodPath(Section):
     """Section ``path``: where between the base model and the end of training every trained method is measured.
 
@@ -178,6 +196,7 @@ class MethodPath(Section):
     before: dict[str, Options] = {}  # as evaluation.before, of other rows
     checkpoints: Annotated[list[Share], Field(min_length=1)] = [1.0]  # shares of training, at the whole change
     scales: list[Share] = []  # parts of the change at the end of training, W0 + scale * (W - W0)
+    choose: Choice | None = None  # None: the setting with the lowest held-out loss, at its best checkpoint
 
     @property
     def points(self) -> list[tuple[float, float]]:
@@ -371,6 +390,25 @@ class Recipe(Section):
     @classmethod
     def _has_tasks_and_heldout(cls, sets: dict[str, Options]) -> dict[str, Options]:
         return {name: cls._heldout_is_a_task(section) for name, section in sets.items()}
+
+    @model_validator(mode="after")
+    def _chooses_of_every_path(self) -> Recipe:
+        """A trained method whose settings are given has points to choose from all the same."""
+        if self.path and self.path.choose:
+            for method in self.methods.values():
+                if method.tune and (method.tune.halving or method.tune.double):
+                    raise ValueError(
+                        f"methods.{method.name}.tune halves or doubles, and path.choose takes a grid alone"
+                    )
+                if method.last:
+                    raise ValueError(f"methods.{method.name}.last: path.choose names the model that is kept; drop last")
+            trained = [name for name, m in self.methods.items() if m.method not in (PRETRAINED, *UNTRAINED_METHODS)]
+            tuned = {
+                name: self.methods[name].model_copy(update={"tune": self.methods[name].tune or Tuning.nothing()})
+                for name in trained
+            }
+            self.__dict__["methods"] = self.methods | tuned
+        return self
 
     @model_validator(mode="after")
     def _has_no_name_twice(self) -> Recipe:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,11 @@ from maskft.training.method_arguments import COMBINED_METHODS
 from maskft_base.errors import UserError
 from maskft_base.files import digest_file
 
+from ..evaluation.arguments import HELDOUT
 from ..results.statistics import weighted_mean
 from .halving import rungs, survivors
 from .identity import plain
-from .recipe import Method, Options, Recipe, TimesParent
+from .recipe import Choice, Method, Options, Recipe, TimesParent
 
 if TYPE_CHECKING:
     from .plan import StudyRun
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 MAX_DOUBLINGS = 3
 _OF_A_LENGTH = ("eval_steps", "save_steps", "warmup_steps")  # below 1 these are fractions of a run
 MIN_GAIN = 0.005  # nats per token that twice the budget must gain, where losses of single rows are not at hand
+
+
+Point = tuple[float, float]  # share of training, and part of the change, of a model between the base and the end
+PointValues = Mapping[str, Mapping[str, float]]  # set of rows -> metric -> value
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,13 @@ class Heldout:
         loss: Of the best checkpoint, in nats per token; infinite where the run failed.
         rows: Id of a row -> its loss in nats per token, and its number of supervised tokens; empty if not recorded.
         clusters: Id of a row -> label of those that depend on each other; empty: they are independent.
+        points: What was measured along the run's path; empty without one.
     """
 
     loss: float
     rows: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     clusters: Mapping[str, str] = field(default_factory=dict)
+    points: Mapping[Point, PointValues] = field(default_factory=dict)
 
 
 Look = Callable[["StudyRun"], Heldout | None]
@@ -64,6 +71,70 @@ class Trial:
         """Mean held-out loss over the seeds, in nats per token."""
         return None if self.heldout is None else sum(found.loss for found in self.heldout) / len(self.heldout)
 
+    def value(self, point: Point, rows: str, metric: str) -> float:
+        """Mean over the seeds of what a set of rows says of a point; the trial is finished."""
+        found = [heldout.points[point][rows][metric] for heldout in self.heldout or []]
+        return sum(found) / len(found)
+
+
+@dataclass(frozen=True)
+class ChosenFrom:
+    """A point of a path, beside the base model on the same rows.
+
+    Attributes:
+        trial: The settings it is of.
+        point: Which.
+        gain: Accuracy, or where rows have no answers what the base's loss is higher, in nats per token.
+        forgetting: Mean over the losses of earlier abilities of what it is higher than the base's, in nats per token.
+        values: All that was measured.
+    """
+
+    trial: Trial
+    point: Point
+    gain: float
+    forgetting: float
+    values: dict[str, dict[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able record."""
+        share, scale = self.point
+        place = {"settings": self.trial.settings, "checkpoint": share, "scale": scale}
+        return place | {"gain": self.gain, "forgetting": self.forgetting, "values": self.values}
+
+
+def points_of(trials: Sequence[Trial], base: PointValues) -> list[ChosenFrom]:
+    """All points of the finished trials of a method; ``base``: the same sets of rows of the model before training."""
+    out = []
+    for trial in trials:
+        if not trial.heldout or not all(found.points for found in trial.heldout):
+            continue  # failed
+        for point, sets in trial.heldout[0].points.items():
+            values = {
+                rows: {metric: trial.value(point, rows, metric) for metric in found} for rows, found in sets.items()
+            }
+            own, lost = values[HELDOUT], [name for name in values if name != HELDOUT and "nll" in values[name]]
+            gain = own["accuracy"] if "accuracy" in own else base[HELDOUT]["nll"] - own["nll"]
+            rises = [values[name]["nll"] - base[name]["nll"] for name in lost]
+            out.append(ChosenFrom(trial, point, gain, sum(rises) / len(rises) if rises else 0.0, values))
+    return out
+
+
+def choose(points: Sequence[ChosenFrom], best_gain: float, rule: Choice) -> ChosenFrom:
+    """The point with the least forgetting that gains enough, or with the most gain that forgets little enough.
+
+    Where no point does, the one that comes nearest.
+
+    Args:
+        points: Those of one method.
+        best_gain: The best of any method of the same data.
+        rule: The constraint.
+    """
+    if rule.accuracy_at_least is not None:
+        enough = [each for each in points if each.gain >= rule.accuracy_at_least * best_gain]
+        return min(enough, key=lambda p: (p.forgetting, -p.gain)) if enough else max(points, key=lambda p: p.gain)
+    little = [each for each in points if each.forgetting <= rule.forgetting_at_most]
+    return max(little, key=lambda p: (p.gain, -p.forgetting)) if little else min(points, key=lambda p: p.forgetting)
+
 
 @dataclass(frozen=True)
 class Tuned:
@@ -74,6 +145,8 @@ class Tuned:
     winner: Trial  # while not settled: a guess
     is_settled: bool
     still_gains: bool = False  # doubling ended at its limit, not because it gained too little
+    point: Point | None = None  # that of the winner's path which `path.choose` takes
+    points: list[ChosenFrom] = field(default_factory=list)
 
     @property
     def stage(self) -> int:
@@ -83,7 +156,8 @@ class Tuned:
     @property
     def num_settings(self) -> int:
         """How many settings were tried; those of a later rung are of the first."""
-        return sum(trial.rung in (None, 1) for trial in self.trials)
+        count = sum(trial.rung in (None, 1) for trial in self.trials)
+        return max(count, len(self.points))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able record for the study's summary."""
@@ -105,12 +179,17 @@ class Tuned:
             "trials": trials,
             "winner": self.winner.settings if self.is_settled else None,
             "still_gains": self.still_gains,
+            **({} if self.point is None else {"point": dict(zip(("checkpoint", "scale"), self.point, strict=True))}),
+            **({"points": [point.to_dict() for point in self.points]} if self.points else {}),
         }
 
     def __str__(self) -> str:
         """E.g. ``full: learning_rate=0.003 is the best of 4 settings on held-out rows``."""
         name, how = self.trials[0].runs[0].name, " (successive halving)" if self.method.tune.halving else ""
-        best = f"{name}: {settings_text(self.winner.settings)} is the best of {self.num_settings} on held-out rows{how}"
+        settings = settings_text(self.winner.settings) or "its setting"
+        if self.point is not None:
+            settings += f" at {self.point[0]:g} of training, {self.point[1]:g} of the change,"
+        best = f"{name}: {settings} is the best of {self.num_settings} on held-out rows{how}"
         more = f"; it still gained when {self.method.tune.double} had been doubled {MAX_DOUBLINGS} times, give it more"
         return best + (more if self.still_gains else "")
 
@@ -195,7 +274,9 @@ def _grid(method: Method, own: Options, parent: Options) -> list[Options]:
                 )
             values = [float(f"{factor * base:.6g}") for factor in values.times_parent]
         lists[option] = values
-    if not lists:  # only `double`
+    if not lists and not method.tune.double:
+        return [{}]
+    if not lists:
         lists = {method.tune.double: [_amount(method, own, method.tune.double, "double")]}
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
