@@ -92,7 +92,9 @@ def test_parameters_and_units(run):
     partial = estimate(run(method="full", partial_layers=[1, 2]), device="cpu")
     assert partial.num_trainable == 2 * per_layer and partial.num_masked == 0
     assert estimate(run(method="full"), device="cpu").num_trainable == result.num_parameters
-    lora = estimate(run(method="lora", lora_r=2), device="cpu")
+    lora = estimate(
+        run(method="peft", peft_config='{"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}'), device="cpu"
+    )
     assert lora.num_trainable == 4 * 2 * (4 * 64 + 2 * (64 + 32) + 3 * (64 + 256))
     fixed = estimate(run(method="l1_mask", **layers), device="cpu")
     assert fixed.num_steps == 0 and fixed.flops_per_step["total"] == 0 and fixed.num_masked == 2 * per_layer
@@ -233,7 +235,7 @@ def test_llama3_8b_on_a_card_of_24_gb(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["full", "mask", "lora"])
+@pytest.mark.parametrize("method", ["full", "mask", "peft"])
 def test_peak_memory_of_real_runs(method, dtype, tmp_path):
     """Within 10 % of the peak resident memory of ``maskft train`` on the embedded model, in a fresh process."""
     rows = tmp_path / "rows.jsonl"
@@ -241,6 +243,8 @@ def test_peak_memory_of_real_runs(method, dtype, tmp_path):
     words = f"--model_name_or_path {EMBEDDED_MODEL} --dataset_name {rows} --output_dir {tmp_path / 'out'} --max_steps 2"
     words += f" --eval_strategy no --save_strategy no --eval_split_size 8 --max_length 256 --method {method}"
     words += f" --per_device_train_batch_size 2 --gradient_checkpointing false --dtype {dtype} --report_to none"
+    if method == "peft":
+        words += ' --peft_config {"peft_type":"LORA","r":16,"target_modules":"all-linear"}'
     if method == "mask":
         words += " --mask_layers_to_transform 20 21 22 23"
     command = [sys.executable, "-m", "maskft_lab.cli.main"]

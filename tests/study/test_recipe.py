@@ -570,7 +570,7 @@ def test_time_is_counted_in_layers():
 
     plain = {"gradient_checkpointing": False}
     assert units("full", None, **plain) == 90 and units("full", None) == 120
-    assert units("lora", None, **plain) == 60 == units("lora", None, activation_checkpointing=False)
+    assert units("peft", None, **plain) == 60 == units("peft", None, activation_checkpointing=False)
     # Layers 20 to 23 of 30: all forward, back through the upper ten, four layers of weights or scores.
     assert units("mask", [20, 21, 22, 23], **plain) == 44 == units("full", [20, 21, 22, 23], **plain)
     assert units("mask", [20, 21, 22, 23], mask_prefix_cache="cache", num_train_epochs=4, **plain) == 15 + 10 + 4
@@ -581,7 +581,7 @@ def test_lora_is_faster_than_full_fine_tuning(content):
     from maskft_lab.study.dry_run import cost_of, model_facts
     from maskft_lab.study.recipe import Facts
 
-    content["methods"]["LoRA"] = {**content["methods"]["full"], "method": "lora"}
+    content["methods"]["LoRA"] = {**content["methods"]["full"], "method": "peft", "peft_config": {"peft_type": "LORA"}}
     plan = plan_of(content)
     for speed in ({"tokens_per_s": 10.0}, {"flops_per_s": 1e9}):
         facts = model_facts(Facts(**speed), content["model"])

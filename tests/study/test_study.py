@@ -108,7 +108,12 @@ def check_accounts(folder):
 def test_ten_kills_at_random_moments(base, data, tmp_path):
     methods = {
         "pre-trained": {"method": "pretrained"},
-        "lora": {"method": "lora", "num_train_epochs": 1, "last": "continued", "lora_dropout": 0.1},
+        "lora": {
+            "method": "peft",
+            "peft_config": {"peft_type": "LORA", "lora_dropout": 0.1},
+            "num_train_epochs": 1,
+            "last": "continued",
+        },
         "full": FULL,
         "mask": MASK,
         "random mask": {"method": "random_mask", "from": "full", "match": "mask", "num_candidates": 3},

@@ -340,7 +340,7 @@ def test_a_mask_is_not_replaced_by_one_of_another_method(how, train, finished, t
     shutil.copytree(finished, tmp_path / "out")
     mask = (finished / ADAPTER_WEIGHTS).read_bytes()
     how = tmp_path / "out" / "checkpoint-4" if how == "PATH" else how
-    for method in ("random_mask", "lora"):
+    for method in ("random_mask", "full"):
         status, err = train(method=method, resume_from_checkpoint=how)
         assert status == 2 and err.count("maskft: error") == 1, err
     assert (tmp_path / "out" / ADAPTER_WEIGHTS).read_bytes() == mask

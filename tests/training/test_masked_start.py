@@ -148,8 +148,12 @@ def test_a_mask_with_other_weights_beside_it_is_refused(tmp_path):
             "keep_mask goes with --method full, which trains weights, not with mask",
         ),
         (
-            {"method": "lora", "start_mask": "x"},
-            "start_mask goes with --method full, which trains weights, not with lora",
+            {
+                "method": "peft",
+                "peft_config": '{"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}',
+                "start_mask": "x",
+            },
+            "start_mask goes with --method full, which trains weights, not with peft",
         ),
         ({"method": "dsd"}, "method dsd trains all weights after a mask; name its adapter folder in start_mask"),
         ({"method": "full", "keep_mask": "x", "start_mask": "x"}, "keep_mask and start_mask are both given"),

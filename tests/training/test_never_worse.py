@@ -102,9 +102,10 @@ def test_what_to_try_next_works_without_training_again(call, fine_tuned, tmp_pat
     assert MaskSet.from_adapter(tmp_path / "out").sparsity == pytest.approx(0.9, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "random_mask"])
+@pytest.mark.parametrize("method", ["full", "peft", "random_mask"])
 def test_other_methods_are_kept_as_they_are(method, call, tmp_path):
-    assert call(method=method, mask_sparsity=0.5)[0] == 0
+    config = {"peft_config": '{"peft_type": "LORA"}'} if method == "peft" else {}
+    assert call(method=method, mask_sparsity=0.5, **config)[0] == 0
     found, verdict = read_heldout(tmp_path / "out"), read_record(tmp_path / "out").verdict
     assert len(found.nll) == 16 and (found.parent_nll is None) == (method == "full")
     assert (verdict is None) == (method != "random_mask") and (verdict is None or verdict.kept)

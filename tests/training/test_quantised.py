@@ -25,11 +25,13 @@ def base(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["mask", "lora", "l1_mask", "wanda_mask"])
+@pytest.mark.parametrize("method", ["mask", "peft", "l1_mask", "wanda_mask"])
 def test_methods(method, call, base, tmp_path):
-    status, err = call(method=method, load_in_4bit=True, bnb_4bit_quant_type="nf4", mask_sparsity=0.1, keep_worse=True)
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "mask_sparsity": 0.1, "keep_worse": True}
+    options |= {"peft_config": '{"peft_type": "LORA"}'} if method == "peft" else {}
+    status, err = call(method=method, **options)
     assert status == 0, err
-    if method == "lora":
+    if method == "peft":
         plain = AutoModelForCausalLM.from_pretrained(base)
         assert isinstance(PeftModel.from_pretrained(plain, tmp_path / "out"), PeftModel)
         return

@@ -543,7 +543,18 @@ def test_the_recommended_mask_is_the_default(words, sparsity, start, rate):
 
 def test_a_run_leaves_its_configuration_as_it_was(base, data, tmp_path):
     words = ["--model_name_or_path", base, "--dataset_name", data, "--output_dir", tmp_path / "out", "--max_steps", 1]
-    words += ["--method", "lora", "--global_batch_size", 8, "--per_device_train_batch_size", 4, "--padding_free", True]
+    words += [
+        "--method",
+        "peft",
+        "--peft_config",
+        '{"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}',
+        "--global_batch_size",
+        8,
+        "--per_device_train_batch_size",
+        4,
+        "--padding_free",
+        True,
+    ]
     config = parse([str(word) for word in [*words, "--max_length", 16, "--bf16", False]])
     parts = (config.method, config.model, config.data, config.mask, config.training)
 

@@ -105,9 +105,10 @@ class MethodArguments:
     method: str = field(
         default="mask",
         metadata={
-            "help": "full: all weights; dsd: all weights, after start_mask has set some to zero; peft: the adapter that "
-            "peft_config describes (LoRA, IA3, OFT, ...); mask: a learned mask; random_mask, l1_mask, wanda_mask: fixed masks of the same size, not "
-            "trained; interpolate, dare: the model combined with before_model, not trained.",
+            "help": "full: all weights; dsd: all weights, after start_mask has set some to zero; peft: the adapter "
+            "that peft_config describes (LoRA, IA3, OFT, ...); mask: a learned mask; random_mask, l1_mask, wanda_mask: "
+            "fixed masks of the same size, not trained; interpolate, dare: the model combined with before_model, not "
+            "trained.",
             "choices": [*METHODS, DSD],
         },
     )

