@@ -14,6 +14,7 @@ import zstandard
 from maskft_base.errors import UserError
 from maskft_lab.cli import compare as command
 from maskft_lab.results.compare import compare
+from maskft_lab.results.comparison import Settings
 from maskft_lab.results.elsewhere import add_samples
 from maskft_lab.results.reading import read_all
 
@@ -40,7 +41,7 @@ def folders(tmp_path):
 
 def refuse(paths, match, **options):
     with pytest.raises(UserError, match=match) as caught:
-        compare(read_all([str(path) for path in paths], **options), num_resamples=200)
+        compare(read_all([str(path) for path in paths], **options), settings=Settings(200))
     assert "\n" not in str(caught.value)
 
 
@@ -59,7 +60,7 @@ def test_real_samples_are_read_with_what_stands_beside_them():
 
 
 def test_real_samples_are_compared():
-    comparison = compare(read_all([str(LM_EVAL / "tiny-base"), str(LM_EVAL / "tiny-tuned")]), num_resamples=500)
+    comparison = compare(read_all([str(LM_EVAL / "tiny-base"), str(LM_EVAL / "tiny-tuned")]), settings=Settings(500))
     row = next(row for row in comparison.differences if row.metric == "acc")
     _, ours = rows_of(LM_EVAL / "tiny-tuned", "tiny_sums")
     _, theirs = rows_of(LM_EVAL / "tiny-base", "tiny_sums")
@@ -74,12 +75,12 @@ def test_single_files_without_the_results_beside_them(folders):
     base, tuned = read_all([f"before={files[0]}", str(files[1])])
     assert (base["name"], tuned["name"]) == ("before", "tiny-tuned")
     assert base["tasks"]["tiny_sums"]["num_fewshot"] is None
-    assert compare([base, tuned], num_resamples=500).differences
+    assert compare([base, tuned], settings=Settings(500)).differences
 
 
 def test_a_field_of_the_documents_names_clusters(folders):
     comparison = compare(
-        read_all(list(map(str, folders)), cluster_by="passage"), tasks=["tiny_sums"], num_resamples=500
+        read_all(list(map(str, folders)), cluster_by="passage"), tasks=["tiny_sums"], settings=Settings(500)
     )
     assert [row.num_clusters for row in comparison.differences] == [7, 7]
     refuse(folders, "chapter: no such field to take clusters from", cluster_by="chapter")
@@ -119,7 +120,7 @@ def test_bad_samples_are_refused(folders, tmp_path):
     refuse(folders, "no samples in it")
     write_rows(file, rows)
     shutil.copy(file, file.with_name("samples_tiny_sums_2020-01-01T00-00-00.0.jsonl"))
-    refuse(folders, "a second file of task tiny_sums")
+    refuse(folders, "a second log of task tiny_sums")
 
 
 def test_nested_json_is_refused_in_one_line(folders, tmp_path):
@@ -158,11 +159,11 @@ def test_real_logs_of_inspect_ai_are_read_and_compared():
     assert task["generation_kwargs"] == {"max_tokens": 16, "temperature": 0.7}  # options of the run, not of the model
     assert [item["match avg@2"] for item in task["items"]] == [1, 0, 0.5, 0, 0.5]
     assert [item["match pass@2"] for item in task["items"]] == [1, 0, 1, 0, 1]
-    rows = compare([base, tuned], num_resamples=500).differences
+    rows = compare([base, tuned], settings=Settings(500)).differences
     assert [(row.metric, row.num_items) for row in rows] == [("match avg@2", 5), ("match pass@2", 5)]
     assert [row.difference for row in rows] == pytest.approx([0.3, 0.2])
     assert read_all([str(INSPECT)]) == [base, tuned]  # inspect-ai writes the logs of all models into one folder
-    (row, _) = compare(read_all(logs, cluster_by="passage"), num_resamples=500).differences
+    (row, _) = compare(read_all(logs, cluster_by="passage"), settings=Settings(500)).differences
     assert row.num_clusters == 3
 
 
@@ -244,9 +245,9 @@ def test_inspect_logs_are_read(tmp_path, name):
 def test_inspect_logs_are_compared(tmp_path):
     paths = [write_log(tmp_path / "a.eval", *log("one", ["C", "I"] * 20))]
     paths.append(write_log(tmp_path / "b" / "b.json", *log("two", [True, "C"] * 20)))
-    (row,) = compare(read_all(paths), num_resamples=500).differences
+    (row,) = compare(read_all(paths), settings=Settings(500)).differences
     assert (row.method, row.difference, row.verdict) == ("two", 0.5, "better")
-    (row,) = compare(read_all(paths, cluster_by="page"), num_resamples=500).differences
+    (row,) = compare(read_all(paths, cluster_by="page"), settings=Settings(500)).differences
     assert row.num_clusters == 10
 
 
@@ -254,6 +255,93 @@ def test_inspect_logs_of_one_task_and_model_need_names(tmp_path):
     first, second = (write_log(tmp_path / f"{name}.eval", *log("one", GRADES)) for name in "ab")
     refuse([tmp_path], "b.eval: a second log of task arithmetic and model one: give each a name, NAME=")
     assert [result["name"] for result in read_all([f"before={first}", f"after={second}"])] == ["before", "after"]
+    refuse([f"all={tmp_path}", first], "b.eval: a second log of task arithmetic and model one")
+
+
+def test_logs_of_one_name_are_seeds(tmp_path, folders):
+    """As of several runs of one model, in the order given."""
+    paths = [
+        write_log(tmp_path / f"{name}.eval", *log(name, ["C"] * right + ["I"] * (40 - right)))
+        for name, right in (("a", 10), ("b", 12), ("c", 30), ("d", 34))
+    ]
+    results = read_all([f"{name}={path}" for name, path in zip(("base", "base", "tuned", "tuned"), paths, strict=True)])
+    assert [(result["name"], result["model"]["seed"]) for result in results] == [
+        ("base", 0),
+        ("base", 1),
+        ("tuned", 0),
+        ("tuned", 1),
+    ]
+    (row,) = compare(results, settings=Settings(500)).differences
+    assert (row.num_seeds, row.difference) == (2, pytest.approx((20 / 40 + 22 / 40) / 2))
+    both = read_all([f"{name}={folder}" for name, folder in zip(("base", "base"), folders, strict=True)])
+    assert [result["model"]["seed"] for result in both] == [0, 1] and set(both[1]["tasks"]) == {
+        "tiny_sums",
+        "tiny_words",
+    }
+    # One result beside seeds may be a pre-trained model's or not; which is not known here.
+    comparison = compare([*read_all([paths[0]]), *results[2:]], settings=Settings(500))
+    assert "a is one result beside 2 seeds, which is right for a model that no seed has shaped" in comparison.notes[0]
+
+
+def test_the_direction_of_a_metric_is_never_guessed_from_a_part_of_a_word(tmp_path, folders):
+    """ "wer" is in "answer", "ter" in "filter" and "criteria", "loss" in "gloss"."""
+
+    def with_score(name, scorer, values):
+        header, samples = log(name, GRADES)
+        for sample, value in zip(samples, values, strict=True):
+            sample["scores"] = {scorer: {"value": value}}
+        return write_log(tmp_path / scorer / f"{name}.eval", header, samples)
+
+    few, many = ["C"] * 10 + ["I"] * 30, ["C"] * 30 + ["I"] * 10
+    for scorer in ("answer", "criteria", "loss"):  # grades are right and wrong, whatever their name
+        paths = [with_score(name, scorer, values) for name, values in (("few", few), ("many", many))]
+        (row,) = compare(read_all(paths), settings=Settings(500)).differences
+        assert (row.metric, row.verdict) == (scorer, "better")
+    paths = [with_score(name, "wer", [value] * 39 + [0.5]) for name, value in (("low", 0.1), ("high", 0.9))]
+    assert compare(read_all(paths), settings=Settings(500)).differences[0].verdict == "worse"
+    paths = [with_score(name, "gloss", [value] * 39 + [0.5]) for name, value in (("one", 0.1), ("two", 0.9))]
+    refuse(paths, "gloss is better is not known: say --higher_is_better gloss or --lower_is_better gloss")
+    for more_is_better, verdict in ((True, "better"), (False, "worse")):
+        read = read_all(paths, directions={"gloss": more_is_better})
+        assert compare(read, settings=Settings(500)).differences[0].verdict == verdict
+    # Of lm-eval without the results beside its samples: not by the filter's name either.
+    for folder in folders:
+        next(folder.glob("results_*.json")).unlink()
+        file, rows = rows_of(folder, "tiny_sums")
+        write_rows(file, [row | {"filter": "get-answer"} for row in rows])
+    (base, _) = read_all([str(folder) for folder in folders])
+    assert base["tasks"]["tiny_sums"]["metrics"]["acc,get-answer"]["higher_is_better"]
+
+
+STRANGE = [
+    {"samples": [{"id": 1, "scores": {"match": []}}]},
+    {"samples": [{"id": 1, "scores": 7}]},
+    {"samples": [7]},
+    {"eval": {"task": "t", "packages": [1]}},
+    {"samples": [{"id": 1, "epoch": "one", "scores": {"match": {"value": "C"}}}]},
+    {"plan": [3]},
+]
+
+
+@pytest.mark.parametrize("changes", STRANGE)
+def test_strange_logs_are_refused_in_one_line(tmp_path, changes):
+    header, samples = log("one", GRADES)
+    path = tmp_path / "log.json"
+    path.write_text(json.dumps(header | {"samples": samples} | changes), encoding="utf-8")
+    refuse([path], "log.json: ")
+
+
+@pytest.mark.parametrize("line", ["[1]", "7", '{"doc_id": 1}', "null", '{"resps": 7}'])
+def test_strange_samples_are_refused_in_one_line(folders, line):
+    file, rows = rows_of(folders[0], "tiny_sums")
+    file.write_text(json.dumps(rows[0] | json.loads(line)) if line[0] == "{" and "resps" in line else line)
+    refuse(folders, "samples_tiny_sums")
+
+
+def test_the_header_of_an_archive_is_within_its_bound(tmp_path):
+    header, samples = log("one", GRADES)
+    bomb = header | {"zeros": "0" * (70 * 2**20)}
+    refuse([write_log(tmp_path / "bomb.eval", bomb, samples)], "more than 100 times its size")
 
 
 def test_ids_of_messages_are_no_wording(tmp_path):
@@ -264,14 +352,14 @@ def test_ids_of_messages_are_no_wording(tmp_path):
         for sample in samples:
             sample["input"] = [{"id": name, "role": "user", "content": text}]
         paths.append(write_log(tmp_path / f"{name}.eval", header, samples))
-    assert compare(read_all(paths[:2]), num_resamples=500).differences
+    assert compare(read_all(paths[:2]), settings=Settings(500)).differences
     refuse(paths[1:], "different prompts or references of the same items")
 
 
 def test_epochs_are_samples_of_an_item(tmp_path):
     one = write_log(tmp_path / "one" / "a.eval", *log("one", [["C", "I", "I", "C"]] * 20, epochs=4))
     two = write_log(tmp_path / "two" / "b.eval", *log("two", [["C", "C", "I", "C"]] * 10 + [["I"] * 4] * 10, epochs=4))
-    comparison = compare(read_all([one, two]), num_resamples=500)
+    comparison = compare(read_all([one, two]), settings=Settings(500))
     assert [row.metric for row in comparison.differences] == ["match avg@4", "match pass@2", "match pass@4"]
     assert comparison.differences[0].difference == pytest.approx(0.375 - 0.5)
     other = write_log(tmp_path / "other" / "c.eval", *log("other", [["C", "I"]] * 20, epochs=2))
@@ -295,7 +383,7 @@ def test_inspect_logs_measured_differently_are_refused(tmp_path):
         [one, write_log(tmp_path / "s" / "b.eval", *log("two", GRADES, status="error"))], "ended with status 'error'"
     )
     (tmp_path / "cut.eval").write_bytes(Path(one).read_bytes()[:200])
-    refuse([one, tmp_path / "cut.eval"], "cannot be read as a log of inspect-ai")
+    refuse([one, tmp_path / "cut.eval"], "cannot be read as a log .File is not a zip")
     bomb = {"id": 1, "epoch": 1, "input": "", "metadata": {"zeros": "0" * (65 * 2**20)}}
     refuse([one, write_log(tmp_path / "bomb.eval", log("two", GRADES)[0], [bomb])], "more than 100 times its size")
     with zipfile.ZipFile(tmp_path / "open.eval", "w") as archive:

@@ -3,40 +3,48 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from maskft_base.errors import UserError
-from maskft_base.files import digest, open_text, parse_json
+from maskft_base.files import digest
 
 from .proportions import pass_at_k
 from .schema import SCHEMA_VERSION, MetricRecord, Result, TaskRecord, is_finite, metric_from_items, validate_result
 
 MAX_LABEL = 60  # characters of a cluster's label; longer ones (a passage) are known by their digest
-# Where a harness does not say: of these less is better.
-LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "loss", "brier", "ter", "wer", "nll")
+# Words of a metric's name that tell, where its harness does not, whether more or less of it is better.
+_HIGHER = {"acc", "accuracy", "bleu", "chrf", "correct", "em", "f1", "match", "mcc", "meteor", "pass", "rouge"}
+_HIGHER |= {"rouge1", "rouge2", "rougel"}
+_LOWER = {"bits", "brier", "cer", "error", "loss", "mae", "mse", "nll", "perplexity", "ppl", "rmse", "ter", "wer"}
+
+Directions = Mapping[str, bool]  # metric -> whether more of it is better
 
 
-def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file with one per line, which may be gzipped."""
-    try:
-        with open_text(file) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _object(line, f"{file}, line {number}")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}): check the path") from None
+class Asked(NamedTuple):
+    """What the user says of logs that they do not say themselves.
+
+    Attributes:
+        cluster_by: Field of the documents or metadata whose values are the clusters; None: ``cluster_id``, where it is.
+        directions: Metric -> whether more of it is better.
+    """
+
+    cluster_by: str | None = None
+    directions: Directions = {}
 
 
-def _object(text: str, place: str) -> dict[str, Any]:
-    try:
-        row = parse_json(text)
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}): is the file whole?") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: not an object of sample fields but {type(row).__name__}")
-    return row
+class Log(NamedTuple):
+    """One file: a task of a model."""
+
+    source: Path
+    model: str
+    task: str
+    record: TaskRecord
+    settings: dict[str, Any]  # differences are noted in a comparison
+    packages: dict[str, Any]  # package -> version, of the machine that measured
+    created: str = ""  # ISO 8601
 
 
 def as_number(value: Any) -> float | int | None:
@@ -46,12 +54,17 @@ def as_number(value: Any) -> float | int | None:
     return value if is_finite(value) else None
 
 
-def cluster_label(value: Any, place: str) -> str:
-    """Return a field's value as the label of a cluster."""
+def set_cluster(item: dict[str, Any], fields: Mapping[str, Any], asked: Asked, place: str | Path) -> None:
+    """Give an item its cluster where there is one: the value of the field that was asked for, or ``cluster_id``."""
+    if asked.cluster_by is None and "cluster_id" not in fields:
+        return
+    value = fields.get(asked.cluster_by or "cluster_id")
     if value is None:
-        raise UserError(f"{place}: no such field to take clusters from: name one that every item has")
+        raise UserError(
+            f"{place}, {asked.cluster_by}: no such field to take clusters from: name one that every item has"
+        )
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-    return text if len(text) <= MAX_LABEL else digest(text)[:16]
+    item["cluster_id"] = text if len(text) <= MAX_LABEL else digest(text)[:16]
 
 
 def add_samples(items: Sequence[dict[str, Any]], name: str, samples: Sequence[Sequence[float | int | None]]) -> None:
@@ -71,16 +84,13 @@ def add_samples(items: Sequence[dict[str, Any]], name: str, samples: Sequence[Se
             raise UserError(
                 f"{name}: item {items[0]['id']!r} has {count} samples, {item['id']!r} {len(scores)}: give a whole log"
             )
+    is_binary = all(score in (0, 1) for scores in samples for score in scores)
     for item, scores in zip(items, samples, strict=True):
         known = [score for score in scores if score is not None]
         value = sum(known) / count if len(known) == count else None
-        if count == 1:
-            item[name] = known[0] if known else None
-            continue
-        item[f"{name} avg@{count}"] = value
-        if all(score in (0, 1) for each in samples for score in each):
-            for k in _powers_up_to(count):
-                item[f"{name} pass@{k}"] = float(pass_at_k([sum(known)], count, k)[0])
+        item[name if count == 1 else f"{name} avg@{count}"] = scores[0] if count == 1 else value
+        for k in _powers_up_to(count) if is_binary and count > 1 else []:
+            item[f"{name} pass@{k}"] = float(pass_at_k([sum(known)], count, k)[0])
 
 
 def _powers_up_to(count: int) -> list[int]:
@@ -89,47 +99,52 @@ def _powers_up_to(count: int) -> list[int]:
 
 
 def metrics_of(
-    items: Sequence[Mapping[str, Any]], names: Iterable[str], higher_is_better: Mapping[str, bool]
+    items: Sequence[Mapping[str, Any]], known: Directions, asked: Asked, source: Path
 ) -> dict[str, MetricRecord]:
-    """Summarise what items hold under these names; what less of is better is guessed from the name if not given."""
-    return {
-        name: metric_from_items(
-            items,
-            name,
-            higher_is_better=higher_is_better.get(name, not any(word in name for word in LOWER_IS_BETTER)),
-        )
-        for name in names
-    }
+    """Summarise the scores that items hold, each with its direction: as asked for, as known, or by a word of its name.
 
-
-def result_from(
-    name: str,
-    source: Path,
-    tasks: dict[str, TaskRecord],
-    settings: dict[str, Any],
-    packages: dict[str, Any],
-    created: str = "",
-) -> Result:
-    """Return a result of what another harness measured.
-
-    Args:
-        name: The model, as it is shown.
-        source: File it was read from, for messages.
-        tasks: Task name -> record.
-        settings: What else shaped the numbers; differences are noted in a comparison.
-        packages: Package -> version, of the machine that measured.
-        created: When, ISO 8601.
+    Raises:
+        UserError: If a direction is not known.
     """
-    model = dict.fromkeys(("fingerprint", "adapter", "mask_fingerprint", "method", "seed"))
-    result = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "evaluation",
-        "name": name,
-        "created": created,
-        "maskft_version": "",
-        "model": {"name_or_path": name, **model},
-        "settings": settings,
-        "environment": {"packages": packages},
-        "tasks": tasks,
-    }
-    return validate_result(result, source)
+    found: dict[str, MetricRecord] = {}
+    for name in (name for name in items[0] if name not in ("id", "cluster_id")):
+        metric = base_name(name)
+        said = [of[key] for of in (asked.directions, known) for key in (name, metric) if key in of]
+        words = set(re.findall(r"[a-z0-9]+", metric.lower()))
+        if not said and bool(words & _HIGHER) == bool(words & _LOWER):
+            raise UserError(
+                f"{source}: whether more or less of {metric} is better is not known: say --higher_is_better {metric} "
+                f"or --lower_is_better {metric}"
+            )
+        found[name] = metric_from_items(items, name, higher_is_better=said[0] if said else bool(words & _HIGHER))
+    return found
+
+
+def base_name(name: str) -> str:
+    """Return the metric of ``metric,filter`` and ``metric avg@4``."""
+    return re.split(r",| (?:avg|pass)@", name)[0]
+
+
+def results_of(name: str, logs: Sequence[Log]) -> list[Result]:
+    """Return the results of one model: of several logs of a task the first is seed 0, the second seed 1."""
+    by_task: dict[str, list[Log]] = {}
+    for log in logs:
+        by_task.setdefault(log.task, []).append(log)
+    num_seeds = max(map(len, by_task.values()))
+    results: list[Result] = []
+    for seed in range(num_seeds):
+        of_seed = [each[seed] for each in by_task.values() if seed < len(each)]
+        model = dict.fromkeys(("fingerprint", "adapter", "mask_fingerprint", "method"))
+        result = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "evaluation",
+            "name": name,
+            "created": of_seed[-1].created,
+            "maskft_version": "",
+            "model": {"name_or_path": name, **model, "seed": seed if num_seeds > 1 else None},
+            "settings": {key: value for log in of_seed for key, value in log.settings.items()},
+            "environment": {"packages": {key: value for log in of_seed for key, value in log.packages.items()}},
+            "tasks": {log.task: log.record for log in of_seed},
+        }
+        results.append(validate_result(result, of_seed[0].source))
+    return results

@@ -1,164 +1,107 @@
-"""inspect-ai's logs (``.eval``, a zip archive, or ``.json``) as results; epochs are several samples of an item."""
+"""inspect-ai's logs (``.eval``, a zip archive, or ``.json``); epochs are several samples of an item."""
 
 from __future__ import annotations
 
-import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import zstandard
 
 from maskft_base.errors import UserError
 from maskft_base.files import check_unpacked, parse_json, read_text
 
-from .elsewhere import add_samples, as_number, cluster_label, metrics_of, result_from
-from .schema import Result, TaskRecord, build_task, items_fingerprint
+from .elsewhere import Asked, Log, add_samples, as_number, metrics_of, set_cluster
+from .schema import build_task, items_fingerprint
 
 _GRADES = {"C": 1, "I": 0, "P": 0.5, "N": 0}  # inspect_ai.scorer: correct, incorrect, partial, no answer
 _ZSTD = 93  # method of newer logs, which zipfile reads from Python 3.14 on
-_MAX_MEMBER_BYTES = 512 * 2**20
+_LOCAL_HEADER = 30  # bytes of a member's own header, the last four of which are two lengths
 # What of a generation's settings changes answers.
 _GENERATION = ("max_tokens", "temperature", "top_p", "top_k", "stop_seqs", "reasoning_effort", "reasoning_tokens")
+_KEPT = ("id", "epoch", "input", "target", "scores", "metadata")  # of a sample, whose events may have many megabytes
+
+Sample = Mapping[str, Any]
 
 
-class _Log(NamedTuple):
-    """One log: what it says of the run, and its task."""
-
-    path: Path
-    spec: Mapping[str, Any]
-    record: TaskRecord
-
-
-def read_logs(paths: Sequence[Path], name: str | None = None, cluster_by: str | None = None) -> list[Result]:
-    """Return logs as results, one per model: inspect-ai writes those of all models into one folder.
-
-    Args:
-        paths: ``.eval`` or ``.json`` files.
-        name: Of the model that all of them are of; by default each is of the model that it names.
-        cluster_by: Field of the samples' metadata whose values are the clusters; by default ``cluster_id`` where they
-            have it.
+def read_log(path: Path, asked: Asked) -> Log:
+    """Return a log as a task of the model that it names.
 
     Raises:
-        UserError: If a file is no log, the run did not end well, or two logs are of one task and model.
+        UserError: If it is no log, or its run did not end well.
+        ValueError: If it cannot be read; other exceptions where its content is not what it should be.
     """
-    models: dict[str, dict[str, _Log]] = {}
-    for path in paths:
-        log = _read_log(path, cluster_by)
-        model, task = str(name or log.spec.get("model") or path.stem), log.spec["task"]
-        if task in models.setdefault(model, {}):
-            raise UserError(f"{path}: a second log of task {task} and model {model}: give each a name, NAME={path}")
-        models[model][task] = log
-    return [_result(model, list(logs.values())) for model, logs in models.items()]
-
-
-def _read_log(path: Path, cluster_by: str | None) -> _Log:
-    header, samples = _eval_file(path) if path.suffix == ".eval" else _json_file(path)
+    if path.suffix == ".eval":
+        header, samples = _archive(path)
+    else:
+        header = parse_json(read_text(path))
+        samples = header.get("samples") or []
     spec = header.get("eval")
     if not isinstance(spec, dict) or not isinstance(spec.get("task"), str):
         raise UserError(f"{path}: no log of inspect-ai, 'eval' or its 'task' is missing")
     if header.get("status") != "success":
         raise UserError(f"{path}: the run ended with status {header.get('status')!r}: retry it until it succeeds")
-    record = _task(path, spec, samples, cluster_by)
-    record["generation_kwargs"] = _generation(header, spec)
-    return _Log(path, spec, record)
-
-
-def _result(model: str, logs: Sequence[_Log]) -> Result:
-    packages: dict[str, Any] = {}
-    for log in logs:
-        packages |= log.spec.get("packages") or {}
-    tasks = {log.spec["task"]: log.record for log in logs}
-    return result_from(model, logs[0].path, tasks, {}, packages, str(logs[-1].spec.get("created") or ""))
-
-
-def _json_file(path: Path) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
-    try:
-        log = parse_json(read_text(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}): is the file whole?") from None
-    log = log if isinstance(log, dict) else {}
-    return log, iter(log.get("samples") or [])
-
-
-def _eval_file(path: Path) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
-    """Return the header and the samples of an archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if "header.json" not in names:
-                raise UserError(f"{path}: no header.json in it: the run has not ended, or it is no log of inspect-ai")
-            header = parse_json(_member(path, archive, "header.json"))
-            inside = [name for name in names if name.startswith("samples/") and name.endswith(".json")]
-            check_unpacked(sum(archive.getinfo(name).file_size for name in inside), path.stat().st_size)
-            samples = [_reduced(parse_json(_member(path, archive, name))) for name in inside]
-    except (OSError, ValueError, zipfile.BadZipFile, zstandard.ZstdError, struct.error, NotImplementedError) as error:
-        raise UserError(f"{path}: cannot be read as a log of inspect-ai ({error}): is the file whole?") from None
-    return header, iter(samples)
-
-
-def _reduced(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep what is needed of a sample: its events may have many megabytes."""
-    return {key: sample.get(key) for key in ("id", "epoch", "input", "target", "scores", "metadata")}
-
-
-def _member(path: Path, archive: zipfile.ZipFile, name: str) -> bytes:
-    """Return a file of the archive."""
-    info = archive.getinfo(name)
-    if info.file_size > _MAX_MEMBER_BYTES:
-        raise UserError(f"{path}: {name} unpacks to {info.file_size:,} bytes, more than {_MAX_MEMBER_BYTES:,}")
-    if info.compress_type != _ZSTD or hasattr(zipfile, "ZIP_ZSTANDARD"):
-        return archive.read(name)
-    with path.open("rb") as file:
-        # The local header has the lengths of its own name and extra field at bytes 26 to 29 of 30.
-        file.seek(info.header_offset + 26)
-        name_length, extra_length = struct.unpack("<HH", file.read(4))
-        file.seek(name_length + extra_length, 1)
-        packed = file.read(info.compress_size)
-    reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
-    return bytes(reader.read(info.file_size))
-
-
-def _task(path: Path, spec: Mapping[str, Any], samples: Iterator[dict[str, Any]], cluster_by: str | None) -> TaskRecord:
-    by_item: dict[str, list[dict[str, Any]]] = {}
-    for sample in samples:
+    by_item: dict[str, list[Sample]] = {}
+    for sample in sorted(samples, key=lambda sample: int(sample.get("epoch") or 1)):
         by_item.setdefault(str(sample.get("id")), []).append(sample)
     if not by_item:
         raise UserError(f"{path}: no samples in it: log them (--log-samples)")
-    items: list[dict[str, Any]] = []
-    questions: list[dict[str, Any]] = []
-    for identity, group in by_item.items():
-        group.sort(key=lambda sample: int(sample.get("epoch") or 1))
-        item: dict[str, Any] = {"id": identity}
-        metadata = group[0].get("metadata") or {}
-        if cluster_by or "cluster_id" in metadata:
-            item["cluster_id"] = cluster_label(metadata.get(cluster_by or "cluster_id"), f"{path}, {cluster_by}")
-        items.append(item)
-        questions.append(
-            {"id": identity, "prompt": _wording(group[0].get("input")), "reference": group[0].get("target")}
-        )
+    items: list[dict[str, Any]] = [{"id": identity} for identity in by_item]
     groups = list(by_item.values())
-    num_samples = len(groups[0])
-    for scorer in dict.fromkeys(name for group in groups for sample in group for name in _scores(sample)):
-        scores = [[_scores(sample).get(scorer) for sample in group] for group in groups]
-        add_samples(items, scorer, scores)
-    names = [name for name in items[0] if name not in ("id", "cluster_id")]
-    if not names:
+    for item, group in zip(items, groups, strict=True):
+        set_cluster(item, group[0].get("metadata") or {}, asked, path)
+    known: dict[str, bool] = {}
+    found = [[_scores(sample, known) for sample in group] for group in groups]
+    for scorer in dict.fromkeys(name for group in found for scores in group for name in scores):
+        add_samples(items, scorer, [[scores.get(scorer) for scores in group] for group in found])
+    metrics = metrics_of(items, known, asked, path)
+    if not metrics:
         raise UserError(f"{path}: no score is a number or a grade (C, I, P, N), so there is nothing to compare")
     arguments = spec.get("task_args") or {}
     fewshot = arguments.get("fewshot", arguments.get("num_fewshot"))
+    questions = [
+        {"id": identity, "prompt": _wording(group[0].get("input")), "reference": group[0].get("target")}
+        for identity, group in by_item.items()
+    ]
     record = build_task(
         items,
-        metrics_of(items, names, {}),
+        metrics,
         version=spec.get("task_version"),
         num_fewshot=fewshot if isinstance(fewshot, int) and not isinstance(fewshot, bool) else None,
         fingerprint=items_fingerprint(questions),
     )
     record["task_args"] = arguments
-    if num_samples > 1:
-        record["num_samples"] = num_samples
-    return record
+    record["generation_kwargs"] = _generation(header, spec)
+    if len(groups[0]) > 1:
+        record["num_samples"] = len(groups[0])
+    model, created = str(spec.get("model") or path.stem), str(spec.get("created") or "")
+    return Log(path, model, spec["task"], record, {}, dict(spec.get("packages") or {}), created)
+
+
+def _archive(path: Path) -> tuple[dict[str, Any], Sequence[Sample]]:
+    """Return the header and the samples of an archive, none of which unpacks to far more than logs do."""
+    with zipfile.ZipFile(path) as archive:
+        infos = {info.filename: info for info in archive.infolist()}
+        if "header.json" not in infos:
+            raise UserError(f"{path}: no header.json in it: the run has not ended, or it is no log of inspect-ai")
+        inside = [name for name in infos if name.startswith("samples/") and name.endswith(".json")]
+        check_unpacked(sum(infos[name].file_size for name in ("header.json", *inside)), path.stat().st_size)
+        samples = [parse_json(_member(path, archive, infos[name])) for name in inside]
+        header = parse_json(_member(path, archive, infos["header.json"]))
+    return header, [{key: sample.get(key) for key in _KEPT} for sample in samples]
+
+
+def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    if info.compress_type != _ZSTD or hasattr(zipfile, "ZIP_ZSTANDARD"):
+        return archive.read(info)
+    with path.open("rb") as file:
+        file.seek(info.header_offset + _LOCAL_HEADER - 4)
+        name_length, extra_length = (int.from_bytes(file.read(2), "little") for _ in range(2))
+        file.seek(name_length + extra_length, 1)
+        packed = file.read(info.compress_size)
+    reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
+    return bytes(reader.read(info.file_size))
 
 
 def _wording(prompt: Any) -> Any:
@@ -175,9 +118,9 @@ def _generation(header: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str,
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _scores(sample: Mapping[str, Any]) -> dict[str, float | int | None]:
-    """Return scorer -> number, of several values one each; values of other kinds are left out."""
-    found: dict[str, float | int | None] = {}
+def _scores(sample: Sample, known: dict[str, bool]) -> dict[str, float | int]:
+    """Return scorer -> number, of several values one each; of grades ``known`` then says that more is better."""
+    found: dict[str, float | int] = {}
     for scorer, score in (sample.get("scores") or {}).items():
         value = score.get("value") if isinstance(score, dict) else score
         parts = {f"{scorer}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {scorer: value}
@@ -185,4 +128,5 @@ def _scores(sample: Mapping[str, Any]) -> dict[str, float | int | None]:
             number = _GRADES.get(part) if isinstance(part, str) else as_number(part)
             if number is not None:
                 found[name] = number
+                known |= {name: True} if isinstance(part, str) else {}
     return found

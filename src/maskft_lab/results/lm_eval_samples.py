@@ -1,4 +1,4 @@
-"""lm-eval's ``samples_TASK_DATE.jsonl`` as a result, with what ``results_DATE.json`` beside it says, where it is there.
+"""lm-eval's ``samples_TASK_DATE.jsonl`` as a log, with what ``results_DATE.json`` beside it says, where it is there.
 
 The format is that of lm-eval 0.4.5 to 0.4.13 (``loggers/evaluation_tracker.py``): a line per document and filter.
 """
@@ -7,148 +7,79 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from maskft_base.errors import UserError
-from maskft_base.files import parse_json, read_text
+from maskft_base.files import open_text, parse_json, read_text
 
-from .elsewhere import add_samples, as_number, cluster_label, metrics_of, read_json_lines, result_from
-from .schema import Result, TaskRecord, build_task, items_fingerprint
+from .elsewhere import Asked, Log, add_samples, as_number, base_name, metrics_of, set_cluster
+from .schema import build_task, items_fingerprint
 
-FILE_NAME = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.+-]+)\.jsonl(\.gz)?")
+_FILE_NAME = re.compile(r"samples_(?P<task>.+?)(_(?P<date>\d{4}-\d\d-\d\dT[\d.+-]+))?\.jsonl(\.gz)?")
 _NEEDED = ("doc_id", "filter", "metrics", "prompt_hash", "target_hash", "doc_hash", "resps")
-_SETTINGS = (
-    "limit",
-    "gen_kwargs",
-    "model_dtype",
-    "random_seed",
-    "numpy_seed",
-    "torch_seed",
-    "fewshot_seed",
-    "system_instruction_sha",
-    "fewshot_as_multiturn",
-)
+_SETTINGS = ("limit", "gen_kwargs", "model_dtype", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
+_SETTINGS = (*_SETTINGS, "system_instruction_sha", "fewshot_as_multiturn")
 
 
 def is_samples_file(path: Path) -> bool:
     """Tell whether a file is named as lm-eval names its samples."""
-    return bool(re.fullmatch(r"samples_.+\.jsonl(\.gz)?", path.name))
+    return bool(_FILE_NAME.fullmatch(path.name))
 
 
-def read_samples(paths: Sequence[Path], name: str | None = None, cluster_by: str | None = None) -> Result:
-    """Return the samples files of one model as a result.
-
-    Args:
-        paths: One file per task.
-        name: Of the model; by default as lm-eval's results name it, else the folder of the files.
-        cluster_by: Field of the documents whose values are the clusters; by default ``cluster_id`` where they have it.
+def read_samples(path: Path, asked: Asked) -> Log:
+    """Return a samples file as a log; the model is called as lm-eval's results call it, else as the folder is.
 
     Raises:
-        UserError: If a file is no samples file, or two are of one task.
+        UserError: If it has no samples, or not those of lm-eval 0.4.5 or later.
+        ValueError: If it cannot be read; other exceptions where its content is not what it should be.
     """
-    tasks: dict[str, TaskRecord] = {}
-    settings: dict[str, Any] = {}
-    packages: dict[str, Any] = {}
-    for path in paths:
-        named = FILE_NAME.fullmatch(path.name)
-        task = named["task"] if named else path.name.removesuffix(".gz").removesuffix(".jsonl").removeprefix("samples_")
-        if task in tasks:
-            raise UserError(f"{path}: a second file of task {task} beside another: name the file that is meant")
-        summary = _summary_beside(path, named["date"] if named else None)
-        tasks[task] = _task(path, task, summary, cluster_by)
-        config = summary.get("config") or {}
-        settings |= {key: value for key in _SETTINGS if (value := config.get(key, summary.get(key))) is not None}
-        packages |= {
-            package: summary[f"{package}_version"]
-            for package in ("lm_eval", "transformers")
-            if summary.get(f"{package}_version")
-        }
-        name = name or summary.get("model_name") or path.resolve().parent.name
-    return result_from(str(name), paths[0], tasks, settings, packages)
-
-
-def _summary_beside(path: Path, date: str | None) -> dict[str, Any]:
-    """Return lm-eval's results of the same run; empty where they are not there."""
-    found = sorted(path.parent.glob(f"*_{date}.json")) if date else []
-    if not found:
-        return {}
+    named = _FILE_NAME.fullmatch(path.name)
+    assert named is not None
+    task, beside = named["task"], sorted(path.parent.glob(f"*_{named['date']}.json")) if named["date"] else []
     try:
-        summary = parse_json(read_text(found[0]))
+        summary: dict[str, Any] = parse_json(read_text(beside[0])) if beside else {}
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{found[0]}: lm-eval's results cannot be read ({error}): remove the file or evaluate again"
-        ) from None
-    return summary if isinstance(summary, dict) else {}
-
-
-def _task(path: Path, task: str, summary: Mapping[str, Any], cluster_by: str | None) -> TaskRecord:
+        raise UserError(f"{beside[0]}: cannot be read ({error}): remove the file or evaluate again") from None
     items: dict[str, dict[str, Any]] = {}
     values: dict[str, dict[str, list[Any]]] = {}  # metric -> item -> its samples' scores
     questions: dict[str, dict[str, Any]] = {}
     num_samples = 1
-    for row in read_json_lines(path):
+    for row in _rows(path):
         if missing := [key for key in _NEEDED if key not in row]:
             raise UserError(
                 f"{path}: no samples file of lm-eval 0.4.5 or later, {missing[0]!r} is missing: evaluate again with "
                 "--log_samples"
             )
-        identity = str(row["doc_id"])
-        found = row.get("doc")
-        document: dict[str, Any] = found if isinstance(found, dict) else {}
-        item = items.setdefault(identity, {"id": identity, "prompt_hash": row["prompt_hash"]})
-        if cluster_by or "cluster_id" in document:
-            item["cluster_id"] = cluster_label(document.get(cluster_by or "cluster_id"), f"{path}, {cluster_by}")
+        identity, document = str(row["doc_id"]), row.get("doc")
+        item = items.setdefault(identity, {"id": identity})
+        set_cluster(item, document if isinstance(document, dict) else {}, asked, path)
         prompt = [row["doc_hash"], row["prompt_hash"]]
         questions[identity] = {"id": identity, "prompt": prompt, "reference": row["target_hash"]}
         num_samples = max([num_samples, *(len(each) for each in row["resps"] if isinstance(each, list))])
         for metric in row["metrics"]:
             name = metric if row["filter"] == "none" else f"{metric},{row['filter']}"
-            value = row.get(metric)
-            scores = value if isinstance(value, list) else [value]
+            scores = row.get(metric) if isinstance(row.get(metric), list) else [row.get(metric)]
             values.setdefault(name, {})[identity] = [as_number(score) for score in scores]
     if not items:
         raise UserError(f"{path}: no samples in it: evaluate again with --log_samples")
-    rows = list(items.values())
     for name, by_item in values.items():
-        if by_item.keys() == items.keys() and _are_scores(by_item, num_samples):
-            add_samples(rows, name, [by_item[item["id"]] for item in rows])
-    return _record(path, task, summary, rows, list(questions.values()), num_samples)
-
-
-def _are_scores(by_item: Mapping[str, Sequence[float | None]], num_samples: int) -> bool:
-    """Whether a metric is one number per item or sample; others are parts of a summary (a corpus score, say)."""
-    return all(len(scores) in (1, num_samples) and None not in scores for scores in by_item.values())
-
-
-def _record(
-    path: Path,
-    task: str,
-    summary: Mapping[str, Any],
-    items: list[dict[str, Any]],
-    questions: list[dict[str, Any]],
-    num_samples: int,
-) -> TaskRecord:
-    """Put a task together: metrics are the means over items that lm-eval reports, where it reports any."""
-    names = [name for name in items[0] if name not in ("id", "prompt_hash", "cluster_id")]
-    higher = {name: _higher_is_better(summary, task, name) for name in names}
-    metrics = metrics_of(items, names, {name: value for name, value in higher.items() if value is not None})
-    reported = (summary.get("results") or {}).get(task) or {}
-    for name in names:
-        expected, mean = reported.get(name if "," in name else f"{name},none"), metrics[name]["value"]
-        if isinstance(expected, int | float) and mean is not None and not math.isclose(expected, mean, rel_tol=1e-6):
-            del metrics[name]  # not a mean over items (a perplexity, an F1 of the corpus)
-            for item in items:
-                del item[name]
+        # Others are parts of a summary (a corpus score, say).
+        is_score = all(len(scores) in (1, num_samples) and None not in scores for scores in by_item.values())
+        if by_item.keys() == items.keys() and is_score and _is_mean(summary, task, name, by_item):
+            add_samples(list(items.values()), name, [by_item[identity] for identity in items])
+    higher = (summary.get("higher_is_better") or {}).get(task) or {}
+    known = {name: higher[base_name(name)] for name in values if isinstance(higher.get(base_name(name)), bool)}
+    metrics = metrics_of(list(items.values()), known, asked, path)
     if not metrics:
         raise UserError(f"{path}: no metric is a number per item, so there is nothing to compare")
     record = build_task(
-        items,
+        list(items.values()),
         metrics,
         version=(summary.get("versions") or {}).get(task),
         num_fewshot=(summary.get("n-shot") or {}).get(task),
-        fingerprint=items_fingerprint(questions),
+        fingerprint=items_fingerprint(questions.values()),
         chat_template_hash=summary.get("chat_template_sha"),
     )
     if not summary:
@@ -157,10 +88,27 @@ def _record(
         record["num_samples"] = num_samples
     if kwargs := ((summary.get("configs") or {}).get(task) or {}).get("generation_kwargs"):
         record["generation_kwargs"] = kwargs
-    return record
+    said = {**summary, **(summary.get("config") or {})}
+    settings = {key: said[key] for key in _SETTINGS if said.get(key) is not None}
+    versions = {name: summary.get(f"{name}_version") for name in ("lm_eval", "transformers")}
+    packages = {name: version for name, version in versions.items() if version}
+    model = str(summary.get("model_name") or path.resolve().parent.name)
+    return Log(path, model, task, record, settings, packages)
 
 
-def _higher_is_better(summary: Mapping[str, Any], task: str, name: str) -> bool | None:
-    metric = re.split(r",| (?:avg|pass)@", name)[0]
-    found = ((summary.get("higher_is_better") or {}).get(task) or {}).get(metric)
-    return found if isinstance(found, bool) else None
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip():
+                    yield parse_json(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error}): is the file whole?") from None
+
+
+def _is_mean(summary: Mapping[str, Any], task: str, name: str, by_item: Mapping[str, list[Any]]) -> bool:
+    """Whether lm-eval reports the mean over the items, where it reports anything (of a perplexity it does not)."""
+    reported = (summary.get("results") or {}).get(task) or {}
+    expected = reported.get(name if "," in name else f"{name},none")
+    mean = math.fsum(math.fsum(scores) / len(scores) for scores in by_item.values()) / len(by_item)
+    return not isinstance(expected, int | float) or math.isclose(expected, mean, rel_tol=1e-6)
