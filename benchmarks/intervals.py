@@ -9,9 +9,9 @@ import numpy as np
 from scipy import stats
 
 from maskft_lab.results import families
-from maskft_lab.results.comparison import NOT_DISTINGUISHABLE
+from maskft_lab.results.comparison import NOT_DISTINGUISHABLE, Settings
 from maskft_lab.results.differences import Measured, Sample, describe, judge
-from maskft_lab.results.planning import Spread, detectable_effect, detectable_share
+from maskft_lab.results.planning import smallest_difference
 from maskft_lab.results.proportions import paired_interval, pass_at_k, proportion_interval, wilson_interval
 from maskft_lab.results.statistics import Bootstrap, as_block, hierarchical_bootstrap, mcnemar_exact
 
@@ -23,7 +23,7 @@ def run(report) -> None:
     """Simulate; with ``--quick`` a few draws each."""
     draws = 20 if report.quick else 600
     of_items = (scores, dependent_scores, differences, clusters, samples, pass_rates)
-    parts = (*of_items, averages, all_at_once, margins, plans)
+    parts = (*of_items, averages, few_seeds, one_for_many_seeds, all_at_once, margins, plans)
     for part in parts:
         part(report, draws, np.random.default_rng(0))
 
@@ -109,6 +109,14 @@ def clusters(report, draws: int, rng) -> None:
         plain = _covered(lambda draw=draw: draw(False), 0.0, draws)
         report.add("clusters", what, _covered(lambda draw=draw: draw(True), 0.0, draws), "% covered", by_items=plain)
 
+    def unequal():
+        sizes = np.clip(rng.geometric(0.2, 40), 1, 40)
+        labels = np.repeat(np.arange(40), sizes)
+        diffs = np.repeat(rng.normal(size=40), sizes) + rng.normal(size=labels.size)
+        return [as_block([diffs], None, [str(label) for label in labels])]
+
+    report.add("clusters", "clusters: 40 of 1 to 40 items, half shared", _covered(unequal, 0.0, draws), "% covered")
+
 
 def samples(report, draws: int, rng) -> None:
     """avg@k of two models on 100 items whose difficulty they share."""
@@ -163,10 +171,50 @@ def averages(report, draws: int, rng) -> None:
         report.add("averages", f"average of 3 tasks, {num_seeds} seeds", _covered(draw, 0.0, draws), "% covered")
 
 
+def few_seeds(report, draws: int, rng) -> None:
+    """Accuracies on 300 items whose seeds vary about as much as the items let them: normal, or skewed in one arm."""
+
+    def right(shifts_S):
+        ease = rng.normal(size=300)
+        return (ease + 0.5 * rng.normal(size=(len(shifts_S), 300)) < shifts_S[:, None]).astype(float)
+
+    for num_seeds in (2, 3):
+        for name, skewed in (("normal seeds", False), ("seeds skewed in one arm", True)):
+            hits = claims = 0
+            for seed in range(draws):
+                first = (rng.exponential(size=num_seeds) - 1 if skewed else rng.normal(size=num_seeds)) * 0.1
+                measured = Measured(
+                    [_sample(right(first), right(0.1 * rng.normal(size=num_seeds)))], "fraction", 600, seed
+                )
+                low, high = measured.interval(0.95)
+                hits += low <= 0 <= high
+                claims += not low <= 0 <= high and measured.p_value(0.95) <= 0.05
+            what = f"{num_seeds} seeds of 300 items, {name}"
+            report.add("seeds", what, 100 * hits / draws, "% covered", false_claims=100 * claims / draws)
+
+
+def one_for_many_seeds(report, draws: int, rng) -> None:
+    """One result beside several seeds, of equal methods: why it is refused, but for a model that no seed has shaped."""
+    for num_seeds in (3, 6):
+        claims = np.zeros(2)
+        for seed in range(draws):
+            ease = rng.normal(size=300)
+            shifts = 0.15 * rng.normal(size=(num_seeds + 1, 1))
+            values = ease + shifts + 0.5 * rng.normal(size=(num_seeds + 1, 300))
+            parent = ease + 0.5 * rng.normal(size=(1, 300))
+            for index, single in enumerate((values[-1:], parent)):
+                measured = Measured([_sample(values[:-1], single)], "score", RESAMPLES, seed)
+                low, high = measured.interval(0.95)
+                claims[index] += not low <= 0 <= high and measured.p_value(0.95) <= 0.05
+        refused, allowed = 100 * claims / draws
+        what = f"one result beside {num_seeds} seeds of equal methods"
+        report.add("seeds", what, refused, "% false", of_an_untrained_model=allowed)
+
+
 def _judged(measured: list[Measured], margin: float | None = None):
     paired = ([{"name": "method"}], [{"name": "baseline"}])
     rows = [(describe(paired, each, ("task", "metric"), True, True), each) for each in measured]
-    return judge(rows, 0.95, margin, measured[0].unit)
+    return judge(rows, Settings(margin=margin), measured[0].unit)
 
 
 def _sample(values, baseline) -> Sample:
@@ -187,8 +235,8 @@ def all_at_once(report, draws: int, rng) -> None:
             methods = [_sample(truth + rng.normal(size=100), baseline) for truth in truths]
             rows = _judged([Measured([each], "score", RESAMPLES, 0) for each in methods])
             both = list(zip(rows, truths, strict=True))
-            held.append(all(r.simultaneous_low <= t <= r.simultaneous_high for r, t in both if not r.is_cut_at_zero))
-            alone.append(all(r.ci_low <= t <= r.ci_high for r, t in both))
+            held.append(all(r.ci_low <= t <= r.ci_high for r, t in both if not r.is_cut_at_zero))
+            alone.append(all(r.unadjusted_low <= t <= r.unadjusted_high for r, t in both))
             signs.append(any(r.verdict != NOT_DISTINGUISHABLE and r.difference * t <= 0 for r, t in both))
             cut += sum(row.is_cut_at_zero for row in rows)
         facts = {"each_alone": 100 * np.mean(alone), "false_signs": 100 * np.mean(signs), "cut": cut / len(held)}
@@ -220,24 +268,9 @@ def margins(report, draws: int, rng) -> None:
 def plans(report, draws: int, rng) -> None:
     """Power of a plan's smallest difference, which is to be 80 %."""
     for num_items, differing in ((300, 0.1), (1300, 0.2)):
-        effect = detectable_share(num_items, differing)
+        effect = smallest_difference(num_items, differing)
         shares = [(differing + effect) / 2, (differing - effect) / 2, 1 - differing]
         drawn = rng.multinomial(num_items, shares, 2 * draws).tolist()
         seen = np.mean([mcnemar_exact([1] * w + [0] * x, [0] * w + [1] * x) <= 0.05 for w, x, _ in drawn])
         what = f"plan: {num_items} items, {100 * differing:g} % differ, {100 * effect:.1f} points"
         report.add("plans", what, 100 * seen, "% seen")
-    for num_seeds in (3, 6):
-        effect = detectable_effect(Spread(0.5, 0.5, 0.02), 100, num_seeds)
-        seen = 0
-        for seed in range(draws):
-            parts = (0.02**0.5 * rng.normal(size=(num_seeds, 1)), 0.5**0.5 * rng.normal(size=(1, 100)))
-            diffs = effect + parts[0] + parts[1] + 0.5**0.5 * rng.normal(size=(num_seeds, 100))
-            drawn = Bootstrap([as_block(diffs)], RESAMPLES, seed)
-            low, high = drawn.interval()
-            seen += drawn.p_value() <= 0.05 and not low <= 0 <= high
-        report.add(
-            "plans",
-            f"plan: {num_seeds} seeds, 100 items, {effect:.2f} of one standard deviation",
-            100 * seen / draws,
-            "% seen",
-        )

@@ -19,8 +19,10 @@ from pathlib import Path
 
 from maskft_base import files
 from maskft_base.errors import UserError
-from maskft_lab.results.compare import compare, scores
+from maskft_lab.results.compare import compare
+from maskft_lab.results.comparison import Settings
 from maskft_lab.results.schema import BEFORE, Result, read_result
+from maskft_lab.results.scores import scores
 from maskft_lab.results.text import score_text
 
 
@@ -45,7 +47,7 @@ def main(folders: list[Path], controls: list[str], fixed_seeds: bool = False) ->
     compared = {
         (control, row.method, row.metric): row
         for control in controls
-        for row in compare(results, control, tasks=[task], fixed_seeds=fixed_seeds).differences
+        for row in compare(results, control, tasks=[task], settings=Settings(fixed_seeds=fixed_seeds)).differences
     }
     lines = ["| model | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for name in names:
@@ -74,7 +76,7 @@ def _difference(row) -> str:
     if row is None:
         return ""
     scale, digits = (100, 1) if row.unit == "fraction" else (1, 3)
-    numbers = [scale * number for number in (row.difference, row.ci_low, row.ci_high)]
+    numbers = [scale * number for number in (row.difference, row.unadjusted_low, row.unadjusted_high)]
     text = f"{numbers[0]:+.{digits}f} [{numbers[1]:.{digits}f}, {numbers[2]:.{digits}f}]"
     return text if row.verdict == "not distinguishable" else f"**{text}**"
 

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from maskft_base.errors import UserError
 from maskft_lab.cli import compare as command
 from maskft_lab.results import FORMATS, families
 from maskft_lab.results.compare import compare
+from maskft_lab.results.comparison import Settings
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
 from maskft_lab.results.scores import scores as scores_of
 from maskft_lab.results.text import (
@@ -23,12 +25,12 @@ from maskft_lab.results.text import (
     difference_text,
     draw,
     render,
-    render_brief,
     render_scores,
     sentence,
 )
 
 RESAMPLES = 500
+RESULTS_OF_THE_REPOSITORY = Path(__file__).parents[2] / "results"
 
 
 def make_task(prompt="2+2", version=1, num_fewshot=0, chat_template_hash=None, **columns):
@@ -64,8 +66,10 @@ def only(comparison):
     return comparison.differences[0]
 
 
-def fast(results, *args, **options):
-    return compare(results, *args, **{"num_resamples": RESAMPLES} | options)
+def fast(results, baseline=None, tasks=None, metrics=None, **settings):
+    return compare(
+        results, baseline, tasks=tasks, metrics=metrics, settings=Settings(**{"num_resamples": RESAMPLES} | settings)
+    )
 
 
 def test_accuracy_by_hand():
@@ -113,7 +117,7 @@ def test_a_difference_within_the_noise_is_not_claimed_and_says_what_it_would_tak
 def test_an_interval_without_zero_is_not_enough_when_the_exact_test_disagrees():
     # 5 won, 0 lost: nearly all resamples are above zero, but the exact p is 2 / 2^5 = 0.0625.
     row = only(compare([make("full", accuracy=scores(50)), make("mask", accuracy=scores(55))]))
-    assert row.ci_low > 0
+    assert row.unadjusted_low > 0
     assert row.p_value == pytest.approx(0.0625)
     assert row.verdict == "not distinguishable"
 
@@ -165,7 +169,7 @@ def test_holm_takes_back_what_one_comparison_would_claim():
     among, *_ = fast(results).differences
     assert (alone.verdict, among.verdict) == ("better", "not distinguishable")
     assert among.p_adjusted == pytest.approx(3 * 2 / 64)
-    assert among.ci_low == alone.ci_low > 0
+    assert among.unadjusted_low == alone.unadjusted_low > 0
 
 
 def test_seeds_of_one_name_are_one_method():
@@ -223,8 +227,8 @@ def test_a_method_is_compared_at_the_seeds_that_the_baseline_has_too():
     expected = 4 - np.mean([nll[seed].mean() for seed in nll])
     assert found == {"mask": (2, -0.1), "L1 mask": (1, 0.1), "again": (3, -0.2), "pre-trained": (3, round(expected, 6))}
     assert [note for note in comparison.notes if "seed" in note] == [
-        "mask is compared at seed 0, 2 alone, which full has too",
-        "L1 mask is compared at seed 1 alone, which full has too",
+        "mask is compared at seed 0, 2 only, which full has too",
+        "L1 mask is compared at seed 1 only, which full has too",
     ]
 
 
@@ -247,14 +251,15 @@ def test_fixed_seeds_are_the_mean_of_these_models():
     assert (row.p_value, row.verdict, row.num_seeds) == (one.p_value, "better", 2)
     assert row.by_seed == pytest.approx(diffs.mean(axis=1))
     assert comparison.scores[0].stderr == pytest.approx(right["full"].mean(axis=0).std(ddof=1) / 20)
-    text = render(comparison, "terminal").replace("\n  ", " ")
+    text = render(comparison, "markdown")
     by_seed = ", ".join(f"{100 * each:+.1f}" for each in row.by_seed)
     assert f"accuracy on sums, these 2 seeds: +{100 * row.difference:.1f} points" in text
     assert f"better; by seed {by_seed}." in text
     assert "about these trained models and not about other seeds" in text
     drawn = only(fast(results, "full"))
     assert (drawn.verdict, drawn.by_seed) == ("not distinguishable", None)
-    assert "other seeds" not in render(fast(results, "full"), "terminal")
+    assert "about these models" in render(comparison, "terminal")
+    assert "other seeds" not in render(fast(results, "full"), "markdown")
 
 
 def test_of_fixed_seeds_more_items_are_asked_for_and_no_seeds():
@@ -583,9 +588,9 @@ def comparison():
 def test_terminal(comparison, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     text = render(comparison, "terminal")
-    assert "50.0 ± 5.0" in text
+    assert "50.0" in text
     assert "+10.0 [" in text
-    assert text.count("[red] mask_1 & 5% ") == 3  # two tables and a sentence: no markup
+    assert text.count("[red] mask_1 & 5% ") == 2  # a table and a sentence: no markup
     assert "[red] mask_1 & 5% vs full|best, accuracy on sums: +10.0 points" in text
 
 
@@ -659,7 +664,7 @@ def test_names_with_control_characters_are_refused(form):
 
 def test_json_has_fractions_and_no_percent(comparison):
     record = json.loads(render(comparison, "json"))
-    assert (record["schema_version"], record["kind"], record["baseline"]) == (1, "comparison", "full|best")
+    assert (record["schema_version"], record["kind"], record["baseline"]) == (2, "comparison", "full|best")
     assert record["differences"][0]["difference"] == pytest.approx(0.1)
     assert record["differences"][0]["verdict"] == "better"
     assert record["scores"][0] == {
@@ -692,7 +697,7 @@ INTERVAL = re.compile(r"[+-][\d.]+(?: points| nats/token)? ([\[(])(-?[\d.]+), (-
 
 def holds_zero(line):
     """Whether the one interval of a line that is not labelled holds zero; a round bracket is no part of it."""
-    ((left, low, high, right),) = INTERVAL.findall(re.sub(r", alone \[[^\]]*\]", "", line.replace("$-$", "-")))
+    ((left, low, high, right),) = INTERVAL.findall(re.sub(r", unadjusted \[[^\]]*\]", "", line.replace("$-$", "-")))
     low, high = float(low), float(high)
     return low <= 0 <= high and not (low == 0 and left == "(") and not (high == 0 and right == ")")
 
@@ -713,30 +718,32 @@ def random_family(rng):
 def test_no_printed_interval_disagrees_with_its_verdict(monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setattr(families, "NUM_DRAWS", 2000)
-    rng, seen, contradicted_alone = np.random.default_rng(0), set(), 0
+    rng, seen, contradicted = np.random.default_rng(0), set(), 0
     for _ in range(20):
         comparison = fast(random_family(rng))
         assert {row.num_comparisons for row in comparison.differences} == {3}
         texts = {form: render(comparison, form) for form in ("terminal", "markdown", "latex")}
-        for form, text in (*texts.items(), ("brief", render_brief(comparison))):
+        for form, text in texts.items():
             lines = [line for line in text.splitlines() if CLAIMS.search(line)]
-            assert len(lines) == {"brief": 3}.get(form, 12)  # a row of a table and a sentence each
+            if form == "terminal":  # rows of its table
+                lines = [line for line in lines if line.startswith("  ") and INTERVAL.search(line)]
+            assert len(lines) == (3 if form == "terminal" else 12)  # a row of a table and a sentence each
             for line in lines:
                 (claim,) = CLAIMS.findall(line)
                 assert holds_zero(line) == (claim == "not distinguishable"), line
                 seen.add((form, claim))
         for row in comparison.differences:
-            contradicted_alone += not row.ci_low <= 0 <= row.ci_high and row.verdict == "not distinguishable"
+            contradicted += not row.unadjusted_low <= 0 <= row.unadjusted_high and row.verdict == "not distinguishable"
             seen.add(("cut", row.is_cut_at_zero))
-    assert contradicted_alone > 5  # which is why the interval alone does not stand beside the verdict
+    assert contradicted > 5  # which is why the unadjusted interval does not stand beside the verdict
     assert {("latex", claim) for claim in ("better", "worse", "not distinguishable")} | {("cut", True)} <= seen
 
 
-def test_the_interval_alone_is_labelled(comparison):
+def test_the_unadjusted_interval_is_labelled(comparison):
     of_one, of_several = only(comparison), fast(random_family(np.random.default_rng(3))).differences[0]
-    assert " alone [" not in sentence(of_one) and " alone [" in sentence(of_several)
-    earlier = dataclasses.replace(of_several, simultaneous_low=None, simultaneous_high=None)
-    assert difference_text(earlier).endswith("] alone") and sentence(earlier).count(" alone") == 1
+    assert " unadjusted [" not in sentence(of_one) and " unadjusted [" in sentence(of_several)
+    earlier = dataclasses.replace(of_several, unadjusted_low=None, unadjusted_high=None)
+    assert difference_text(earlier).endswith("] unadjusted") and sentence(earlier).count(" unadjusted") == 1
 
 
 def arguments(*argv):
@@ -806,3 +813,13 @@ def test_comparing_does_not_import_torch(files):
     )
     run = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True)
     assert run.stdout == "False\n", run.stderr
+
+
+def test_the_command_reads_folders_of_published_results(capsys, tmp_path):
+    """Two studies whose models have the same names and other seeds: six seeds of each."""
+    folders = [RESULTS_OF_THE_REPOSITORY / name for name in ("small-products-tuned", "small-products-confirm")]
+    command.run(arguments(*folders, "--metrics", "accuracy", "--tasks", "heldout", "--num_resamples", 700))
+    out = capsys.readouterr().out
+    assert "accuracy on heldout (%), 4,500 items, 6 seeds" in out and "Verdict: " in out
+    with pytest.raises(UserError, match="no such result file"):
+        command.run(arguments(tmp_path))

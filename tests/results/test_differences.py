@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from maskft_lab.results import families
-from maskft_lab.results.comparison import EQUIVALENT, NO_WORSE, NOT_DISTINGUISHABLE
+from maskft_lab.results.comparison import EQUIVALENT, NO_WORSE, NOT_DISTINGUISHABLE, Settings
 from maskft_lab.results.differences import Measured, Sample, describe, judge
 from maskft_lab.results.families import Noise, simultaneous_level
 from maskft_lab.results.statistics import Bootstrap, as_block, hierarchical_bootstrap, weighted_mean
@@ -26,7 +26,7 @@ def judged(measured, margin=None, higher_is_better=True):
     paired = ([{"name": "mask"}], [{"name": "full"}])
     unit = measured[0].unit
     rows = [(describe(paired, each, ("sums", "accuracy"), higher_is_better, True), each) for each in measured]
-    return judge(rows, 0.95, margin, unit)
+    return judge(rows, Settings(margin=margin), unit)
 
 
 # Clusters
@@ -145,15 +145,15 @@ def family(rng, truths, num_items=80):
 def test_simultaneous_intervals_hold_all_at_once(monkeypatch):
     monkeypatch.setattr(families, "NUM_DRAWS", 4000)
     rng, truths = np.random.default_rng(0), [0.0, 0.1, -0.2, 0.05]
-    alone = at_once = 0
+    unadjusted = at_once = 0
     for _ in range(150):
         rows = judged(family(rng, truths))
-        alone += all(row.ci_low <= truth <= row.ci_high for row, truth in zip(rows, truths, strict=True))
-        at_once += all(
-            row.simultaneous_low <= truth <= row.simultaneous_high for row, truth in zip(rows, truths, strict=True)
+        unadjusted += all(
+            row.unadjusted_low <= truth <= row.unadjusted_high for row, truth in zip(rows, truths, strict=True)
         )
+        at_once += all(row.ci_low <= truth <= row.ci_high for row, truth in zip(rows, truths, strict=True))
     assert 0.91 <= at_once / 150 <= 0.99
-    assert alone / 150 < 0.91
+    assert unadjusted / 150 < 0.91
 
 
 def test_interval_and_verdict_never_disagree(monkeypatch):
@@ -162,17 +162,17 @@ def test_interval_and_verdict_never_disagree(monkeypatch):
     cut = 0
     for _ in range(40):
         for row in judged(family(rng, [2.0, 2.0, 0.3, 0.36, 0.0])):
-            holds_zero = row.simultaneous_low <= 0 <= row.simultaneous_high and not row.is_cut_at_zero
+            holds_zero = row.ci_low <= 0 <= row.ci_high and not row.is_cut_at_zero
             assert holds_zero == (row.verdict == NOT_DISTINGUISHABLE)
-            assert (row.simultaneous_low <= row.ci_low and row.ci_high <= row.simultaneous_high) or row.is_cut_at_zero
+            assert (row.ci_low <= row.unadjusted_low and row.unadjusted_high <= row.ci_high) or row.is_cut_at_zero
             cut += row.is_cut_at_zero
     assert cut  # Holm's last steps claim what one level for all cannot
 
 
 def test_an_exact_test_that_disagrees_widens_the_interval():
-    # 5 won, 0 lost of 100: the interval alone is above zero, McNemar's p 0.0625.
+    # 5 won, 0 lost of 100: the unadjusted interval is above zero, McNemar's p 0.0625.
     (row,) = judged([measure(make_sample(np.arange(100) < 55, np.arange(100) < 50), unit="fraction")])
-    assert row.ci_low > 0 == row.simultaneous_low
+    assert row.unadjusted_low > 0 == row.ci_low
     assert row.verdict == NOT_DISTINGUISHABLE
 
 
@@ -235,3 +235,16 @@ def test_shares_of_samples_at_an_edge_are_not_certain():
     low, high = measured.interval(0.95)
     assert low < -0.02 and high > 0.03
     assert measured.p_beyond(-0.01, 1, 0.95) > 0.05
+
+
+def test_a_task_at_an_edge_is_not_exactly_known_in_an_average():
+    """Of one task no item differs: the average is as unsure of it as of a task of its own."""
+    rng = np.random.default_rng(0)
+    differs, same = rng.random((2, 300)) < 0.5, np.zeros(20)
+    first = make_sample(differs[0], differs[1])
+    averaged = measure(first, make_sample(same, same, "none"), unit="fraction")
+    alone = measure(first, unit="fraction")
+    (low, high), (own_low, own_high) = averaged.interval(0.95), alone.interval(0.95)
+    edge = measure(make_sample(same, same, "none"), unit="fraction").interval(0.95)
+    half = np.hypot((own_high - own_low) / 2, edge.high) / 2
+    assert (high - low) / 2 == pytest.approx(half, rel=0.05) and (high - low) / 2 > 1.5 * (own_high - own_low) / 4

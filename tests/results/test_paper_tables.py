@@ -9,7 +9,8 @@ import pytest
 
 from maskft_base.errors import UserError
 from maskft_lab.cli.main import main
-from maskft_lab.results.paper_tables import identify, paper, paper_tables, read_results, render_tables
+from maskft_lab.results.paper_tables import identify, paper, paper_tables, render_tables
+from maskft_lab.results.reading import read_results
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
 
 RESULTS = Path(__file__).parents[2] / "results"

@@ -142,3 +142,13 @@ def test_pass_at_k_is_unbiased():
 def test_average_bounds_are_those_of_a_sum_of_independent_errors():
     # Distances 0.3 and 0.4 below, 0.6 and 0.8 above: 0.5 and 1.0, halved.
     assert average_bounds([1.0, 2.0], [(0.7, 1.6), (1.6, 2.8)]) == pytest.approx((1.5 - 0.25, 1.5 + 0.5))
+
+
+def test_samples_that_all_share_a_value_are_not_known_exactly():
+    """One of two samples right, of every item: another item may be otherwise."""
+    low, high = proportion_interval(np.full(100, 0.5))
+    assert (low, high) == pytest.approx(wilson_interval(0.5, 100))
+    assert proportion_interval(np.full(20, 0.5), np.repeat(np.arange(4), 5)).low < 0.2  # four clusters
+    few = np.full(100, 0.5)
+    few[:3] = 1.0
+    assert proportion_interval(few).low < 0.45

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from maskft_lab.results.compare import compare
-from maskft_lab.results.paper_tables import paper_tables, read_results, render_tables
+from maskft_lab.results.paper_tables import paper_tables, render_tables
+from maskft_lab.results.reading import read_results
 from maskft_lab.results.text import render, sentence
 
 RESULTS = Path(__file__).parents[2] / "results"

@@ -308,3 +308,15 @@ def test_no_number_of_seeds_mends_too_few_items():
     items = np.random.default_rng(0).normal(0.05, 1, 100)  # far within its own noise
     assert required_seeds(np.stack([items - 0.01, items + 0.01])) is None
     assert required_items(items) is not None
+
+
+def test_a_tie_up_to_rounding_needs_nothing():
+    """A mean of 1e-18 asked scipy for a t of more seeds than a 64-bit integer can count."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        diffs = rng.choice([-0.1, 0.1, 0.3, -0.3], size=(3, 30))
+        diffs = np.concatenate([diffs, -diffs], axis=1)  # exactly zero, but for the rounding of the sums
+        diffs = diffs[:, rng.permutation(60)]
+        assert required_seeds(diffs) is None
+        assert required_items(diffs[0]) is None
+    assert required_seeds(np.array([[1e-9, -1e-9, 1.0, -1.0], [3e-9, -1e-9, 1.0, -1.0]])) is None  # too many to be told

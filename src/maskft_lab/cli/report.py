@@ -108,7 +108,8 @@ def _add_tables(tables: argparse.ArgumentParser) -> None:
 def _tables(args: argparse.Namespace) -> None:
     from maskft_base.files import write_text
 
-    from ..results.paper_tables import paper_tables, read_results, render_tables
+    from ..results.paper_tables import paper_tables, render_tables
+    from ..results.reading import read_results
 
     measures = {}
     for measure in args.measure:

@@ -17,8 +17,8 @@ from ..analysis.ablations import analyse_ablations
 from ..analysis.curves import analyse_cost, analyse_curves
 from ..analysis.runs import BEST, LAST, TrainedRun, read_study, select_base
 from ..results.compare import compare
-from ..results.comparison import Comparison, Difference, Equivalence, Score
-from ..results.paper_tables import read_results
+from ..results.comparison import Comparison, Difference, Settings
+from ..results.reading import read_results
 from ..results.schema import Result
 
 PUBLISHED_SUMMARY = "summary.json"
@@ -136,7 +136,7 @@ def gather(
     if baseline is None and "not_compared" in summary:
         raise UserError(f"{folder}: the study's results cannot be compared: {summary['not_compared']}")
     if baseline is None and "comparison" in summary:
-        evidence.comparison = _from_dict(summary["comparison"])
+        evidence.comparison = Comparison.from_dict(summary["comparison"])
     else:
         starts = {run.start for run in runs if run.method == MASK}
         started_from = [result for (run, _), result in results.items() if run in starts]
@@ -281,28 +281,13 @@ def _compared(
     if len(names) < 2 and baseline is None:
         return None
     full = [r for r in (*started_from, *results) if r["model"]["method"] == "full" and not _is_last(r)]
-    return compare(results, baseline or (full or results)[0]["name"], fixed_seeds=fixed_seeds)
+    return compare(results, baseline or (full or results)[0]["name"], settings=Settings(fixed_seeds=fixed_seeds))
 
 
 def _is_last(result: Result) -> bool:
     """Whether a result is of the end of a training that had a better checkpoint."""
     roles = (result.get("study", {}).get("role"), result.get("training", {}).get("checkpoint"))
     return LAST in roles or "continued" in result["name"]
-
-
-def _from_dict(record: Mapping) -> Comparison:
-    """The comparison that a study has written, also before intervals held all at once."""
-    lists = {
-        "differences": list(map(_difference, record["differences"])),
-        "averages": list(map(_difference, record.get("averages", []))),
-        "scores": [Score(**each) for each in record["scores"]],
-    }
-    return Comparison(**{**record, **lists})
-
-
-def _difference(row: Mapping) -> Difference:
-    found = row.get("equivalence")
-    return Difference(**{**row, "equivalence": found and Equivalence(**found)})
 
 
 def _tuned_text(tuned: Mapping) -> str:

@@ -48,7 +48,7 @@ def forgetting_chart(comparison: Comparison, methods: Mapping[str, tuple[str | N
     ]
     text = (
         f"Differences from {comparison.baseline}, the cross of the axes; up is a gain, right is less forgotten. Lines "
-        f"are {100 * comparison.confidence:g} % intervals, each alone, so they are no verdicts. Methods are numbered "
+        f"are {100 * comparison.confidence:g} % intervals, as in the tables. Methods are numbered "
         "as in the legend; what lies far outside is in the table only."
     )
     entries = [Entry(f"{shown[name]}  {name}", *_look(name, methods)) for name in names]
@@ -114,7 +114,7 @@ def _unit(row: Difference) -> str:
 
 
 def _table(groups: Mapping[str, Sequence[Pair]]) -> Table:
-    columns = ("method", "gain", "95 % alone", "before", "difference", "95 % alone")
+    columns = ("method", "gain", "95 %", "before", "difference", "95 %")
     rows = [
         (gain.method, _amount(gain), _ends(gain), task.removeprefix(BEFORE), _amount(kept), _ends(kept))
         for task, pairs in groups.items()

@@ -16,7 +16,7 @@ _SHOWN = 4.0  # times the median size of a difference; what lies beyond is writt
 
 def holds_at_once(rows: Sequence[Difference]) -> bool:
     """Whether intervals that hold together are known; comparisons of earlier versions have only those of each alone."""
-    return bool(rows) and all(row.simultaneous_low is not None and row.simultaneous_high is not None for row in rows)
+    return bool(rows) and all(row.unadjusted_low is not None for row in rows)
 
 
 def verdict_chart(comparison: Comparison, methods: Mapping[str, tuple[str | None, bool]]) -> Chart:
@@ -39,8 +39,7 @@ def verdict_chart(comparison: Comparison, methods: Mapping[str, tuple[str | None
 
 def interval(row: Difference) -> tuple[float, float]:
     """The interval that goes with the verdict: that which holds with all others, where it is known."""
-    low, high = row.simultaneous_low, row.simultaneous_high
-    return (row.ci_low, row.ci_high) if low is None or high is None else (low, high)
+    return row.ci_low, row.ci_high
 
 
 def _title(row: Difference) -> str:

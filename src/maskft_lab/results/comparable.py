@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from maskft_base.errors import UserError, did_you_mean
 
 from .schema import Result, TaskRecord, has_items
+
+Groups = dict[str, list[Result]]  # name -> its results, by seed
+Paired = tuple[Sequence[Result], Sequence[Result]]  # the seeds of a method and of the baseline, one for one
 
 # Units that are guessed from the values where the metric names none: by luck, one model may have no value above 1.
 _GUESSED_UNITS = {"fraction", "score"}
@@ -22,11 +25,11 @@ _SCORING_PACKAGES = {
 }
 
 
-def group_by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
+def group_by_name(results: Sequence[Result]) -> Groups:
     """Return the results of each name in the order of their seeds; the names in the order given."""
     if not results:
         raise UserError("no results were given: give at least one")
-    groups: dict[str, list[Result]] = {}
+    groups: Groups = {}
     for result in results:
         groups.setdefault(result["name"], []).append(result)
     for name, group in groups.items():
@@ -45,6 +48,71 @@ def group_by_name(results: Sequence[Result]) -> dict[str, list[Result]]:
             )
         group.sort(key=lambda result: result["model"]["seed"] or 0)
     return groups
+
+
+def pair_by_seed(group: list[Result], baseline_group: list[Result], fixed_seeds: bool = False) -> Paired:
+    """Return of two sets of seeds those that both have.
+
+    A single result stands beside all seeds of the other where nothing in it was drawn: a model that was not trained, or
+    the one that all of the others start from. So does any other where seeds are fixed. Else its own seed would count as
+    no source of noise: of equal methods one in ten would be told apart with three seeds, one in four with six.
+
+    Raises:
+        UserError: If the two have no seed in common.
+    """
+    if len(group) == len(baseline_group) == 1:
+        return group, baseline_group
+    single, others = (group, baseline_group) if len(group) == 1 else (baseline_group, group)
+    seeds, baseline_seeds = ([result["model"]["seed"] for result in each] for each in (group, baseline_group))
+    common = set(seeds) & set(baseline_seeds)
+    if len(single) == 1 and (_is_not_drawn(single[0], others) or (fixed_seeds and not common)):
+        return group, baseline_group
+    if not common and len(single) == 1:
+        raise UserError(
+            f"{name_and_seed(single[0])} is one result beside {len(others)} seeds of {others[0]['name']!r}, and how "
+            "much its own seed matters is not known: give results of the same seeds for both, or claim something about "
+            "these models only (--fixed_seeds)"
+        )
+    if not common:
+        raise UserError(
+            f"{group[0]['name']!r} has seeds {quoted(seeds)} and {baseline_group[0]['name']!r} "
+            f"{quoted(baseline_seeds)}: give results of the same seeds for both"
+        )
+    paired, with_baseline = (
+        [result for result in each if result["model"]["seed"] in common] for each in (group, baseline_group)
+    )
+    return paired, with_baseline
+
+
+def _is_not_drawn(result: Result, others: Sequence[Result]) -> bool:
+    model = result["model"]
+    is_untrained = model["method"] == "pretrained" or (model["method"] is None and model["seed"] is None)
+    return is_untrained or all(is_parent(result, other) for other in others)
+
+
+def is_parent(parent: Result, mask: Result) -> bool:
+    """Tell whether an adapter was evaluated on the weights that ``parent`` is."""
+    fingerprint = parent["model"]["fingerprint"]
+    is_plain = parent["model"]["adapter"] is None and mask["model"]["adapter"] is not None
+    return is_plain and fingerprint is not None and fingerprint == mask["model"]["fingerprint"]
+
+
+def seed_notes(paired: Mapping[str, Paired], groups: Groups) -> list[str]:
+    """Say where only a part of the seeds can be paired, and where one of unknown origin stands for many seeds."""
+    notes: list[str] = []
+    for name, (of_method, of_baseline) in paired.items():
+        baseline = of_baseline[0]["name"]
+        if (len(of_method), len(of_baseline)) != (len(groups[name]), len(groups[baseline])):
+            seeds = ", ".join(str(result["model"]["seed"]) for result in of_method)
+            notes.append(f"{name} is compared at seed {seeds} only, which {baseline} has too")
+        single = of_method if len(of_method) < len(of_baseline) else of_baseline
+        if len(of_method) != len(of_baseline) and single[0]["model"]["method"] is None:
+            number = max(len(of_method), len(of_baseline))
+            notes.append(
+                f"{single[0]['name']} is one result beside {number} seeds, which is right for a model that no seed "
+                "has shaped, such as a pre-trained one"
+            )
+    return list(dict.fromkeys(notes))
 
 
 def check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -6,7 +6,6 @@ baseline, task by task and metric by metric. The difference is always method - b
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -14,21 +13,22 @@ from itertools import product
 from maskft_base.errors import UserError
 
 from .comparable import (
+    Groups,
     check_comparable,
     check_known,
     group_by_name,
     having,
+    pair_by_seed,
     quoted,
+    seed_notes,
     select,
     setting_notes,
-    unit_of,
 )
-from .comparison import Comparison, Difference
-from .differences import Measured, Paired, Sample, describe, judge, sample_of
+from .comparison import Comparison, Difference, Settings
+from .differences import judge, measure
 from .schema import Result, has_items
-from .scores import AVERAGE, averaged_metrics, scores
-
-MIN_RESAMPLES = 100
+from .scores import averaged_metrics, scores
+from .verdict import verdicts_on_masks
 
 Pair = tuple[str, str, str]  # method, task, metric
 
@@ -39,35 +39,25 @@ def compare(
     *,
     tasks: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
-    num_resamples: int = 10_000,
-    seed: int = 0,
-    confidence: float = 0.95,
-    margin: float | None = None,
-    fixed_seeds: bool = False,
+    settings: Settings | None = None,
 ) -> Comparison:
     """Compare every method with the baseline on the items they share.
 
-    A method is "better" or "worse" when the interval of the difference excludes zero and the Holm-adjusted p is at most
-    ``1 - confidence``, and "not distinguishable" otherwise. Families are the main metrics of all tasks, all other
-    metrics, and the averages over tasks. Beside each interval stands one that holds together with the family's.
+    A method is "better" or "worse" when the unadjusted interval of the difference excludes zero and the Holm-adjusted p
+    is at most ``1 - confidence``, and "not distinguishable" otherwise. Families are the main metrics of all tasks, all
+    other metrics, and the averages over tasks. The interval that is shown is simultaneous over the family.
 
     Args:
         results: Results of this schema (`maskft_lab.results.schema.read_result`), at least two names.
         baseline: Name of the baseline; the first result's by default.
         tasks: Tasks to compare; all by default.
         metrics: Metrics to compare; by default all that are measured item by item.
-        num_resamples: Bootstrap samples per difference, at least 100, and more for many comparisons.
-        seed: Seed of the resampling.
-        confidence: Coverage of the intervals, in (0, 1).
-        margin: A difference that does not matter, > 0, in the unit of the metrics: of fractions 0.01 is one point.
-            Equivalence is tested for fractions, or for all metrics where none is one.
-        fixed_seeds: Claim something about these trained models, averaged over their seeds: intervals are over items
-            alone and say nothing about other training seeds. By default seeds are drawn as items are.
+        settings: Confidence, resamples, margin, and whether seeds are fixed.
 
     Raises:
         UserError: If there is nothing to compare, a name is unknown, or items, prompts, shots or versions differ.
     """
-    _check_numbers(confidence, seed, margin)
+    settings = settings or Settings()
     groups = group_by_name(results)
     baseline = next(iter(groups)) if baseline is None else baseline
     check_known("baseline", [baseline], groups)
@@ -78,96 +68,32 @@ def compare(
     pairs, notes = _pairs(groups, baseline, tasks, item_metrics)
     main = _main_metrics(groups[baseline][0], pairs)
     sizes = Counter(main[task] == metric for _, task, metric in pairs)
-    _check_resamples(num_resamples, max(sizes.values()), confidence)
-    rows: list[tuple[Difference, Measured]] = []
-    for method, task, metric in pairs:
-        paired = _pair_by_seed(groups[method], groups[baseline])
-        rows.append(_measure(paired, [(task, metric)], main[task] == metric, num_resamples, seed, fixed_seeds))
+    settings.check_resamples(max(sizes.values()))
+    others = [name for name in groups if name != baseline]
+    paired = {name: pair_by_seed(groups[name], groups[baseline], settings.fixed_seeds) for name in others}
+    rows = [measure(paired[name], [(task, metric)], main[task] == metric, settings) for name, task, metric in pairs]
     averaged = averaged_metrics(results, tasks, item_metrics)
-    others = [name for name in groups if name != baseline and averaged]
-    averages = [
-        _measure(_pair_by_seed(groups[name], groups[baseline]), averaged, True, num_resamples, seed, fixed_seeds)
-        for name in others
-    ]
-    margin_unit = _margin_unit([row for row, _ in rows], margin)
+    averages = [measure(paired[name], averaged, True, settings) for name in others if averaged]
+    margin_unit = _margin_unit([row for row, _ in rows], settings.margin)
     families = [[pair for pair in rows if pair[0].is_main == is_main] for is_main in (True, False)]
-    judged = [judge(family, confidence, margin, margin_unit, seed) for family in (*families, averages)]
+    judged = [judge(family, settings, margin_unit) for family in (*families, averages)]
     places = {(row.method, row.task, row.metric): row for row in (*judged[0], *judged[1])}
+    differences = [places[pair] for pair in pairs]
     return Comparison(
         baseline=baseline,
-        methods=[name for name in groups if name != baseline],
-        differences=[places[pair] for pair in pairs],
-        scores=scores(results, tasks, metrics, fixed_seeds),
-        notes=notes + _seed_notes(groups, baseline, pairs) + setting_notes(results, tasks),
-        confidence=confidence,
-        num_resamples=num_resamples,
-        seed=seed,
+        methods=others,
+        differences=differences,
+        scores=scores(results, tasks, metrics, settings.fixed_seeds),
+        notes=notes + seed_notes({name: paired[name] for name, _, _ in pairs}, groups) + setting_notes(results, tasks),
+        confidence=settings.confidence,
+        num_resamples=settings.num_resamples,
+        seed=settings.seed,
         averages=judged[2],
-        fixed_seeds=fixed_seeds,
+        fixed_seeds=settings.fixed_seeds,
+        verdicts=verdicts_on_masks(
+            groups, [(row, measured) for row, (_, measured) in zip(differences, rows, strict=True)], settings
+        ),
     )
-
-
-def main_samples(
-    results: Sequence[Result],
-    baseline: str | None = None,
-    tasks: Sequence[str] | None = None,
-    metrics: Sequence[str] | None = None,
-) -> list[tuple[str, str, Sample]]:
-    """Return the main metric of every task for the first method beside the baseline: label, unit, values.
-
-    Raises:
-        UserError: If there are not two names, or they cannot be compared.
-    """
-    groups = group_by_name(results)
-    baseline = next(iter(groups)) if baseline is None else baseline
-    check_known("baseline", [baseline], groups)
-    others = [name for name in groups if name != baseline]
-    if not others:
-        raise UserError(f"only {baseline!r} was given: a pilot needs results of two models on the same items")
-    groups = {name: groups[name] for name in (baseline, others[0])}
-    chosen = [result for group in groups.values() for result in group]
-    tasks, metrics = select(chosen, tasks, metrics)
-    check_comparable(chosen, tasks)
-    pairs, _ = _pairs(groups, baseline, tasks, metrics)
-    main = _main_metrics(groups[baseline][0], pairs)
-    paired = _pair_by_seed(groups[others[0]], groups[baseline])
-    return [
-        (f"{metric} on {task}", unit_of(chosen, task, metric), sample_of(paired, task, metric))
-        for _, task, metric in pairs
-        if main[task] == metric
-    ]
-
-
-def _measure(
-    paired: Paired,
-    metrics: Sequence[tuple[str, str]],
-    is_main: bool,
-    num_resamples: int,
-    seed: int,
-    fixed_seeds: bool,
-) -> tuple[Difference, Measured]:
-    """Measure the difference in a metric of a task, or in the average over several, which have the same unit."""
-    samples = [sample_of(paired, task, metric, fixed_seeds) for task, metric in metrics]
-    task, metric = metrics[0]
-    unit = unit_of([*paired[0], *paired[1]], task, metric)
-    higher_is_better = paired[1][0]["tasks"][task]["metrics"][metric]["higher_is_better"]
-    if len(metrics) > 1:
-        task, metric = AVERAGE.format(len(metrics)), "main metric"
-    measured = Measured(samples, unit, num_resamples, seed)
-    return describe(paired, measured, (task, metric), higher_is_better, is_main), measured
-
-
-def _check_numbers(confidence: float, seed: int, margin: float | None) -> None:
-    if not 0 < confidence < 1:
-        raise UserError(f"confidence {confidence} is outside (0, 1): 0.95 is usual")
-    if seed < 0:
-        raise UserError(f"seed {seed} is negative: give 0 or more")
-    if margin is None:
-        return
-    if not (math.isfinite(margin) and margin > 0):
-        raise UserError(f"margin {margin} is no difference above 0: 0.01 is one point of an accuracy")
-    if confidence <= 0.5:
-        raise UserError(f"confidence {confidence} is too low for a margin: give more than 0.5, 0.95 is usual")
 
 
 def _margin_unit(rows: Sequence[Difference], margin: float | None) -> str:
@@ -180,19 +106,7 @@ def _margin_unit(rows: Sequence[Difference], margin: float | None) -> str:
     return "fraction" if "fraction" in units else next(iter(units))
 
 
-def _check_resamples(num_resamples: int, num_comparisons: int, confidence: float) -> None:
-    # A bootstrap p is a multiple of 2 / (num_resamples + 1): with fewer, none could be significant after Holm.
-    needed = max(MIN_RESAMPLES, math.ceil(4 * num_comparisons / (1 - confidence)))
-    if num_resamples < needed:
-        raise UserError(
-            f"num_resamples {num_resamples} is too few for {num_comparisons} comparisons at confidence "
-            f"{confidence}: give at least {needed}"
-        )
-
-
-def _pairs(
-    groups: dict[str, list[Result]], baseline: str, tasks: Sequence[str], metrics: Sequence[str]
-) -> tuple[list[Pair], list[str]]:
+def _pairs(groups: Groups, baseline: str, tasks: Sequence[str], metrics: Sequence[str]) -> tuple[list[Pair], list[str]]:
     """Return every (method, task, metric) that the method and the baseline both have, and notes of what is left out."""
     pairs: list[Pair] = []
     notes: list[str] = []
@@ -224,36 +138,3 @@ def _main_metrics(result: Result, pairs: Iterable[Pair]) -> dict[str, str]:
         task: next(metric for metric in result["tasks"][task]["metrics"] if (task, metric) in compared)
         for task in {task for task, _ in compared}
     }
-
-
-def _pair_by_seed(group: list[Result], baseline_group: list[Result]) -> tuple[list[Result], list[Result]]:
-    """Of two sets of seeds those that both have; one result stands beside all seeds of the other.
-
-    A single result of a seed that the baseline has is what is left of several (the others failed, say): it is paired
-    with its own seed. A pre-trained model has no seed.
-    """
-    seeds, baseline_seeds = ([result["model"]["seed"] for result in each] for each in (group, baseline_group))
-    is_one_for_all = group[0]["model"]["method"] == "pretrained" or seeds[0] not in baseline_seeds
-    if len(baseline_seeds) == 1 or (len(seeds) == 1 and is_one_for_all):
-        return group, baseline_group
-    common = set(seeds) & set(baseline_seeds)
-    if not common:
-        raise UserError(
-            f"{group[0]['name']!r} has seeds {quoted(seeds)} and {baseline_group[0]['name']!r} "
-            f"{quoted(baseline_seeds)}: give results of the same seeds for both, or a single baseline result"
-        )
-    paired, with_baseline = (
-        [result for result in each if result["model"]["seed"] in common] for each in (group, baseline_group)
-    )
-    return paired, with_baseline
-
-
-def _seed_notes(groups: dict[str, list[Result]], baseline: str, pairs: Iterable[Pair]) -> list[str]:
-    """Say where only a part of the seeds can be paired."""
-    notes: list[str] = []
-    for name in dict.fromkeys(method for method, _, _ in pairs):
-        paired, with_baseline = _pair_by_seed(groups[name], groups[baseline])
-        if (len(paired), len(with_baseline)) != (len(groups[name]), len(groups[baseline])):
-            seeds = ", ".join(str(result["model"]["seed"]) for result in paired)
-            notes.append(f"{name} is compared at seed {seeds} alone, which {baseline} has too")
-    return notes

@@ -2,13 +2,62 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 1
+from pydantic import TypeAdapter
+
+from maskft_base.errors import UserError
+
+SCHEMA_VERSION = 2  # 1: ci_low and ci_high were the unadjusted interval
+MIN_RESAMPLES = 100
 
 BETTER, WORSE, NOT_DISTINGUISHABLE = "better", "worse", "not distinguishable"
 EQUIVALENT, NO_WORSE = "equivalent", "no worse"  # within a margin
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How differences are judged.
+
+    Attributes:
+        num_resamples: Bootstrap samples per difference, at least 100, and more for many comparisons.
+        seed: Seed of the resampling.
+        confidence: Coverage of the intervals, in (0, 1).
+        margin: A difference that does not matter, > 0, in the unit of the metrics: of fractions 0.01 is one point.
+            Equivalence is tested for fractions, or for all metrics where none is one.
+        fixed_seeds: Claim something about these trained models, averaged over their seeds: intervals are over items
+            only and say nothing about other training seeds. By default seeds are drawn as items are.
+    """
+
+    num_resamples: int = 10_000
+    seed: int = 0
+    confidence: float = 0.95
+    margin: float | None = None
+    fixed_seeds: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence < 1:
+            raise UserError(f"confidence {self.confidence} is outside (0, 1): 0.95 is usual")
+        if self.seed < 0:
+            raise UserError(f"seed {self.seed} is negative: give 0 or more")
+        if self.margin is None:
+            return
+        if not (math.isfinite(self.margin) and self.margin > 0):
+            raise UserError(f"margin {self.margin} is no difference above 0: 0.01 is one point of an accuracy")
+        if self.confidence <= 0.5:
+            raise UserError(f"confidence {self.confidence} is too low for a margin: give more than 0.5, 0.95 is usual")
+
+    def check_resamples(self, num_comparisons: int) -> None:
+        """Refuse fewer resamples than Holm needs: a bootstrap p is a multiple of ``2 / (num_resamples + 1)``."""
+        needed = max(MIN_RESAMPLES, math.ceil(4 * num_comparisons / (1 - self.confidence)))
+        if self.num_resamples < needed:
+            raise UserError(
+                f"num_resamples {self.num_resamples} is too few for {num_comparisons} comparisons at confidence "
+                f"{self.confidence}: give at least {needed}"
+            )
 
 
 @dataclass(frozen=True)
@@ -34,9 +83,10 @@ class Difference:
     items, and the bootstrap's otherwise; ``p_adjusted`` is Holm's over ``num_comparisons``: those of all methods on the
     main metrics of all tasks (``is_main``), on all other metrics together, or of the averages.
 
-    ``ci_low`` to ``ci_high`` is the interval of this difference alone, ``simultaneous_low`` to ``simultaneous_high``
-    that which holds together with those of the family; it holds zero exactly where the verdict claims nothing
-    (``is_cut_at_zero``: its bound at zero is open).
+    ``ci_low`` to ``ci_high`` is the simultaneous interval, the one that is shown: it holds together with those of the
+    family, and holds zero exactly where the verdict claims nothing (``is_cut_at_zero``: its bound at zero is open).
+    ``unadjusted_low`` to ``unadjusted_high`` is that of this difference without the others; comparisons written before
+    there were simultaneous intervals have no other one, which is then ``ci_low`` to ``ci_high``, and null here.
 
     ``by_seed`` are the differences of seeds that are fixed: interval, p and verdict are then about these models and
     other items, and None says that they are about other seeds too. Items are won, lost and tied by their mean over the
@@ -69,8 +119,8 @@ class Difference:
     verdict: str
     items_needed: int | None = None
     seeds_needed: int | None = None
-    simultaneous_low: float | None = None
-    simultaneous_high: float | None = None
+    unadjusted_low: float | None = None
+    unadjusted_high: float | None = None
     is_cut_at_zero: bool = False
     num_clusters: int | None = None
     equivalence: Equivalence | None = None
@@ -100,10 +150,24 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """A learned mask against the model that it starts from, and against the strongest control.
+
+    Controls are models trained from the same start on as many tokens without a learned mask. ``control`` is None where
+    there is none; ``text`` says both differences and what follows from them, seeds that contradict it first.
+    """
+
+    parent: Difference
+    control: Difference | None
+    text: str
+
+
+@dataclass(frozen=True)
 class Comparison:
     """All differences from one baseline, with what they were computed from.
 
     ``averages`` are differences of the unweighted mean over the tasks' main metrics, a family of their own.
+    ``verdicts`` are of the learned masks, in the order of the results.
     ``fixed_seeds`` says that seeds are not a sample: errors and intervals are over items alone.
     """
 
@@ -117,9 +181,34 @@ class Comparison:
     seed: int
     averages: list[Difference] = field(default_factory=list)
     fixed_seeds: bool = False
+    verdicts: list[Verdict] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
     kind: str = "comparison"
+
+    @property
+    def rows(self) -> list[Difference]:
+        """All differences: of metrics, then of averages over tasks."""
+        return [*self.differences, *self.averages]
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-able values, in the metrics' units (fractions in [0, 1], no percent)."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Comparison:
+        """Return what `to_dict` gave, also before there were simultaneous intervals, averages or verdicts.
+
+        Raises:
+            ValueError: If it is no comparison.
+        """
+        rows = {key: [_as_of_now(row) for row in record.get(key, [])] for key in ("differences", "averages")}
+        return TypeAdapter(cls).validate_python({**record, **rows, "schema_version": SCHEMA_VERSION})
+
+
+def _as_of_now(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a difference of schema version 1 with the names of today: its ``ci_low`` was the unadjusted bound."""
+    row = dict(record)
+    low, high = row.pop("simultaneous_low", None), row.pop("simultaneous_high", None)
+    if low is not None:
+        row |= {"unadjusted_low": row["ci_low"], "unadjusted_high": row["ci_high"], "ci_low": low, "ci_high": high}
+    return row

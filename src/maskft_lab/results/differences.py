@@ -15,7 +15,7 @@ from scipy import stats
 
 from maskft_base.errors import UserError
 
-from .comparable import name_and_seed, unit_of
+from .comparable import Paired, name_and_seed, unit_of
 from .comparison import (
     BETTER,
     EQUIVALENT,
@@ -24,15 +24,22 @@ from .comparison import (
     WORSE,
     Difference,
     Equivalence,
+    Settings,
 )
 from .families import noise_of, simultaneous_level
 from .proportions import FEW, Bounds, average_bounds, paired_interval, paired_score
-from .schema import Result, cluster_ids, item_weights
-from .statistics import Block, Bootstrap, as_block, holm, mcnemar_exact, required_items, required_seeds, weighted_mean
-
-POWER = 0.8  # of the test that the needed numbers of items and seeds are for
-
-Paired = tuple[Sequence[Result], Sequence[Result]]  # the seeds of a method and of the baseline, one for one
+from .schema import AVERAGE, Result, cluster_ids, item_weights
+from .statistics import (
+    POWER,
+    Block,
+    Bootstrap,
+    as_block,
+    holm,
+    mcnemar_exact,
+    required_items,
+    required_seeds,
+    weighted_mean,
+)
 
 
 @dataclass(frozen=True)
@@ -77,21 +84,29 @@ class Measured:
         self.samples, self.unit = list(samples), unit
         self.drawn = Bootstrap([sample.block() for sample in samples], num_resamples, seed)
         self.is_binary = len(samples) == 1 and samples[0].is_binary
-        num_differing = sum(np.count_nonzero(block.diffs_SN.mean(axis=0)) for block in self.drawn.blocks)
+        # One task at an edge is enough: where no item differs, resampling takes its difference for exactly known.
+        num_differing = min(np.count_nonzero(block.diffs_SN.mean(axis=0)) for block in self.drawn.blocks)
         self.is_at_edge = unit == "fraction" and num_differing < FEW
 
+    @property
+    def by_seed(self) -> list[float]:
+        """The difference of each seed, of several tasks their mean."""
+        means_TS = [[weighted_mean(row, sample.weights)[0] for row in sample.diffs_SN] for sample in self.samples]
+        return [float(mean) for mean in np.mean(means_TS, axis=0)]
+
     def interval(self, confidence: float) -> Bounds:
-        """Return the interval of this difference alone.
+        """Return the unadjusted interval; of shares it ends where a difference of shares does, at -1 and 1.
 
         It is the bootstrap's, but for shares of which fewer than `FEW` items differ: resampling never draws a kind of
         item that was not seen, and covers in 55 to 92 % there. Of right and wrong it is then Tango's; of other shares
         the wider of both.
         """
-        resampled = Bounds(*self.drawn.interval(confidence))
-        if not self.is_at_edge:
-            return resampled
-        edge = self._edge(confidence)
-        return edge if self.is_binary else Bounds(min(edge.low, resampled.low), max(edge.high, resampled.high))
+        low, high = self.drawn.interval(confidence)
+        if self.is_at_edge:
+            edge = self._edge(confidence)
+            low, high = edge if self.is_binary else (min(edge.low, low), max(edge.high, high))
+        # The stretched resamples of few seeds go beyond it.
+        return Bounds(max(-1.0, low), min(1.0, high)) if self.unit == "fraction" else Bounds(low, high)
 
     def _edge(self, confidence: float) -> Bounds:
         each = [paired_interval(*_won_and_lost(block), confidence) for block in self.drawn.blocks]
@@ -176,6 +191,20 @@ def _item_id(item: Mapping[str, Any]) -> str:
     return str(item["id"])
 
 
+def measure(
+    paired: Paired, metrics: Sequence[tuple[str, str]], is_main: bool, settings: Settings
+) -> tuple[Difference, Measured]:
+    """Measure the difference in a metric of a task, or in the average over several, which have the same unit."""
+    samples = [sample_of(paired, task, metric, settings.fixed_seeds) for task, metric in metrics]
+    task, metric = metrics[0]
+    unit = unit_of([*paired[0], *paired[1]], task, metric)
+    higher_is_better = paired[1][0]["tasks"][task]["metrics"][metric]["higher_is_better"]
+    if len(metrics) > 1:
+        task, metric = AVERAGE.format(len(metrics)), "main metric"
+    measured = Measured(samples, unit, settings.num_resamples, settings.seed)
+    return describe(paired, measured, (task, metric), higher_is_better, is_main), measured
+
+
 def describe(
     paired: Paired, measured: Measured, labels: tuple[str, str], higher_is_better: bool, is_main: bool
 ) -> Difference:
@@ -225,46 +254,35 @@ def describe(
         tied=int((gains_N == 0).sum()),
         verdict=NOT_DISTINGUISHABLE,
         num_clusters=sum(block.weights_N.size for block in measured.drawn.blocks) if is_clustered else None,
-        by_seed=_by_seed(measured.samples) if is_fixed else None,
+        by_seed=measured.by_seed if is_fixed else None,
     )
 
 
-def _by_seed(samples: Sequence[Sample]) -> list[float]:
-    """Return the difference of each seed, of several tasks their mean."""
-    means_TS = [[weighted_mean(row, sample.weights)[0] for row in sample.diffs_SN] for sample in samples]
-    return [float(mean) for mean in np.mean(means_TS, axis=0)]
-
-
 def judge(
-    family: Sequence[tuple[Difference, Measured]],
-    confidence: float,
-    margin: float | None = None,
-    margin_unit: str = "fraction",
-    seed: int = 0,
+    family: Sequence[tuple[Difference, Measured]], settings: Settings, margin_unit: str = "fraction"
 ) -> list[Difference]:
     """Give the differences of one family their intervals, p-values and verdicts.
 
-    A method is better or worse where Holm's p is at most ``1 - confidence`` and the interval of the difference alone
-    excludes zero. The simultaneous interval never says another thing than the verdict. Where nothing is claimed it is
-    widened to hold zero. Holm's procedure goes step by step and can claim a sign that intervals of one level cannot:
-    such an interval is cut at zero, open there, and tells the sign alone. Signs and intervals that are not cut each
-    hold together with probability ``confidence``; signs and magnitudes in one statement would need wider intervals.
+    A method is better or worse where Holm's p is at most ``1 - confidence`` and the unadjusted interval excludes zero.
+    The simultaneous interval never says another thing than the verdict. Where nothing is claimed it is widened to hold
+    zero. Holm's procedure goes step by step and can claim a sign that intervals of one level cannot: such an interval
+    is cut at zero, open there, and tells the sign and no more. Signs and intervals that are not cut each hold together
+    with probability ``confidence``; signs and magnitudes in one statement would need wider intervals.
 
     Args:
         family: Differences with what they were measured from.
-        confidence: Coverage of each interval alone, and of all simultaneous ones together.
-        margin: A difference that does not matter; None: no equivalence is tested.
+        settings: Confidence, margin, and the seed of the draws for the simultaneous level.
         margin_unit: Equivalence is tested in metrics of this unit.
-        seed: Seed of the draws for the simultaneous level.
     """
+    confidence = settings.confidence
     alpha, size = 1 - confidence, len(family)
     if not family:
         return []
     p_values = [measured.p_value(confidence) for _, measured in family]
     adjusted = holm(p_values).tolist()
     noises = [noise_of(measured.drawn, [sample.task for sample in measured.samples]) for _, measured in family]
-    level = simultaneous_level(noises, alpha, seed)
-    equivalences = _equivalences(family, confidence, margin, margin_unit)
+    level = simultaneous_level(noises, alpha, settings.seed)
+    equivalences = _equivalences(family, confidence, settings.margin, margin_unit)
     judged: list[Difference] = []
     for index, (row, measured) in enumerate(family):
         low, high = measured.interval(confidence)
@@ -283,8 +301,8 @@ def judge(
         judged.append(
             replace(
                 row,
-                ci_low=low,
-                ci_high=high,
+                ci_low=all_low,
+                ci_high=all_high,
                 confidence=confidence,
                 p_value=p_values[index],
                 p_adjusted=adjusted[index],
@@ -292,8 +310,8 @@ def judge(
                 verdict=verdict,
                 items_needed=items_needed,
                 seeds_needed=seeds_needed,
-                simultaneous_low=all_low,
-                simultaneous_high=all_high,
+                unadjusted_low=low,
+                unadjusted_high=high,
                 is_cut_at_zero=is_cut,
                 equivalence=equivalences[index],
             )

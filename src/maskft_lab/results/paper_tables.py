@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import re
 import statistics
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import yaml
 
-from maskft_base import files
 from maskft_base.errors import UserError, did_you_mean, printable
-from maskft_base.files import parse_json, read_text
 
-from .schema import Result, read_result
+from .schema import Result
 from .text import Table, draw, latex_text, markdown_text, to_json, wrap
 
 NO_RESULT = "–"
@@ -177,40 +173,6 @@ def render_tables(tables: Sequence[PaperTable], left_over: Sequence[str], output
 
 
 # Which results there are
-
-
-def read_results(places: Iterable[str]) -> list[Result]:
-    """Read result files, and those in folders and all folders below, where other JSON files are passed over.
-
-    Returns:
-        The results in the order of the places. A file reached twice, or a copy of one, counts once.
-
-    Raises:
-        UserError: If a place does not exist or holds no result.
-    """
-    results: list[Result] = []
-    for place in map(Path, places):
-        found = [place]
-        if place.is_dir():
-            found = [file for file in sorted([*place.rglob("*.json"), *place.rglob("*.json.gz")]) if _is_result(file)]
-        if not found:
-            raise UserError(f"{place} holds no result.json and no other result file; give a folder of results")
-        for result in map(read_result, found):
-            if result not in results:
-                results.append(result)
-    return results
-
-
-def _is_result(file: Path) -> bool:
-    if file.name == files.RESULT or not file.is_file():
-        return file.is_file()  # also a damaged result.json, so that reading it says so
-    try:
-        text = read_text(file)
-        # A folder of runs is full of tokenizers, which would take long to parse.
-        content = parse_json(text) if '"evaluation"' in text else None
-    except (ValueError, OSError, EOFError, zlib.error):
-        return False
-    return isinstance(content, dict) and content.get("kind") == "evaluation"
 
 
 def identify(result: Result) -> Identity | None:

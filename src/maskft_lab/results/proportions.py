@@ -46,7 +46,8 @@ def proportion_interval(values: ArrayLike, clusters: ArrayLike | None = None, co
     number is N, and the interval Wilson's own. An average over samples of one item brings more than one item.
 
     At an edge (fewer than `FEW` clusters with anything right, or anything wrong) nothing can be known of how alike the
-    items of a cluster are; the number of items is then at most that of the clusters.
+    items of a cluster are; the number of items is then at most that of the clusters. So it is where fewer than `FEW`
+    values are not the median: two samples of each item of which one is right do not make the rate known exactly.
 
     Args:
         values: One value in [0, 1] per item: right or wrong, or the share of its samples that are right.
@@ -65,12 +66,12 @@ def proportion_interval(values: ArrayLike, clusters: ArrayLike | None = None, co
     residuals_G = np.bincount(labels_N, values_N - share)
     variance = float(residuals_G @ residuals_G) / values_N.size**2
     effective = share * (1 - share) / variance if variance > 0 else math.inf
-    if is_at_edge(values_N, labels_N):
+    if is_at_edge(values_N, labels_N) or np.count_nonzero(values_N != np.median(values_N)) < FEW:
         effective = min(effective, num_clusters)
     z = float(stats.norm.ppf((1 + confidence) / 2))
     if clusters is not None and num_clusters > 1:
         z = float(stats.t.ppf((1 + confidence) / 2, num_clusters - 1))
-    return _wilson(share, effective, z) if math.isfinite(effective) else Bounds(share, share)
+    return _wilson(share, effective, z)
 
 
 def is_at_edge(values: ArrayLike, clusters: ArrayLike | None = None) -> bool:

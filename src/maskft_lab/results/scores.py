@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 from .comparable import check_comparable, group_by_name, having, select, unit_of
 from .comparison import Score
 from .proportions import Bounds, average_bounds, is_at_edge, proportion_interval
-from .schema import Result, cluster_ids, has_items, item_weights
+from .schema import AVERAGE, Result, cluster_ids, has_items, item_weights
 from .statistics import weighted_mean
-
-AVERAGE = "average of {} tasks"  # the paper's headline is an average over benchmarks
 
 
 def scores(

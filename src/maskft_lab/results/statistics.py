@@ -14,6 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+POWER = 0.8  # of the test that needed numbers of items and seeds are for
+MAX_NEEDED = 10_000_000  # items or seeds; more say that none would do
+ROUNDING = 1e-12  # of the largest difference: a mean this close to zero is zero
 MAX_CHUNK_COUNTS = 2**21  # resamples x items held at once: about 50 MB, whatever the numbers of resamples and items
 
 
@@ -252,7 +255,7 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def required_items(
-    diffs: ArrayLike, weights: ArrayLike | None = None, power: float = 0.8, alpha: float = 0.05
+    diffs: ArrayLike, weights: ArrayLike | None = None, power: float = POWER, alpha: float = 0.05
 ) -> int | None:
     """Return how many items a paired test needs to see the observed mean difference.
 
@@ -266,18 +269,18 @@ def required_items(
         alpha: Two-sided level of the test, in (0, 1).
 
     Returns:
-        Number of items, or None if the difference is zero (no number of items shows it).
+        Number of items, or None if the difference is zero up to rounding (no number of items shows it).
     """
     difference, stderr = weighted_mean(diffs, weights)
-    if difference == 0:
+    if abs(difference) <= ROUNDING * np.abs(diffs).max():
         return None
     z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
     needed = np.size(diffs) * (z * stderr / difference) ** 2
-    return max(2, math.ceil(needed)) if math.isfinite(needed) else None
+    return max(2, math.ceil(needed)) if needed <= MAX_NEEDED else None
 
 
 def required_seeds(
-    diffs_SN: ArrayLike, weights: ArrayLike | None = None, power: float = 0.8, alpha: float = 0.05
+    diffs_SN: ArrayLike, weights: ArrayLike | None = None, power: float = POWER, alpha: float = 0.05
 ) -> int | None:
     """Return how many training seeds are needed to see the observed mean difference on the same items.
 
@@ -290,7 +293,8 @@ def required_seeds(
         alpha: Two-sided level of the test, in (0, 1).
 
     Returns:
-        Number of seeds (at least 2), or None if no number suffices: the difference is zero or lost in the item noise.
+        Number of seeds (at least 2), or None if no number suffices: the difference is zero up to rounding, or
+        lost in the item noise.
     """
     diffs_SN = np.asarray(diffs_SN, dtype=float)
     weights_N = np.ones(diffs_SN.shape[1]) if weights is None else np.asarray(weights, dtype=float)
@@ -298,7 +302,7 @@ def required_seeds(
     between, _, item_variance = _variance_components(diffs_SN, weights_N)
     z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
     room = (difference / z) ** 2 - item_variance  # what the variance between seeds, divided by their number, may be
-    if room <= 0 or not math.isfinite(between / room):
+    if abs(difference) <= ROUNDING * np.abs(diffs_SN).max() or room <= 0 or not between / room <= MAX_NEEDED:
         return None
     num_seeds = max(2, math.ceil(between / room))
 

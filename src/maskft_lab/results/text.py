@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 from maskft_base.errors import printable
 
 from .comparison import EQUIVALENT, NO_WORSE, NOT_DISTINGUISHABLE, SCHEMA_VERSION, Comparison, Difference, Score
-from .planning import Plan
+
+PAGE_LINES, PAGE_WIDTH = 25, 80
+MIN_NAME = 12  # characters of a name that a page's table leaves at least
 
 LATEX_ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -39,53 +41,93 @@ class Table(NamedTuple):
 
 
 def render(comparison: Comparison, output_format: str) -> str:
-    """Return a comparison as text: ``terminal``, ``markdown``, ``latex`` or ``json``."""
+    """Return a comparison as text: ``markdown``, ``latex`` and ``json`` have all of it, ``terminal`` a page at most."""
     if output_format == "json":
         return to_json(comparison.to_dict())
-    reached = draw(cross_domain_table(comparison.scores), output_format)
-    clean = markdown_text if output_format == "markdown" else printable  # in LaTeX they are comments
-    sentences = [sentence(row) for row in (*comparison.differences, *comparison.averages)]
-    sentences += [f"Note: {note}." for note in comparison.notes]
-    sentences.append(_how_to_read(comparison))
-    sentences = [clean(line) for line in sentences]
     if output_format == "terminal":
-        lines = map(wrap, sentences)
-        return "\n".join([reached, draw(_short_table(comparison), "terminal"), *lines]) + "\n"
+        return _page(comparison)
+    clean = markdown_text if output_format == "markdown" else printable  # in LaTeX they are comments
+    sentences = [f"Verdict: {verdict.text}" for verdict in comparison.verdicts]
+    sentences += [sentence(row) for row in comparison.rows]
+    sentences += [f"Note: {note}." for note in comparison.notes]
+    sentences = [clean(line) for line in (*sentences, _how_to_read(comparison))]
+    reached = draw(cross_domain_table(comparison.scores), output_format)
     differences = draw(difference_table(comparison), output_format)
     if output_format == "markdown":
         return "\n".join([reached, differences, *(f"- {line}" for line in sentences)]) + "\n"
     return "\n".join([*(f"% {line}" for line in sentences), reached, differences])
 
 
-def brief_metric(comparison: Comparison) -> tuple[str, str]:
+def brief_metric(differences: Sequence[Difference]) -> tuple[str, str]:
     """Return task and metric that stand for a comparison where there is room for one: accuracy, else the main one."""
-    rows = sorted(comparison.differences, key=lambda row: (row.metric != "accuracy", not row.is_main))
+    rows = sorted(differences, key=lambda row: (row.metric != "accuracy", not row.is_main))
     return rows[0].task, rows[0].metric
 
 
-def render_brief(comparison: Comparison) -> str:
-    """Return for a terminal one table of :func:`brief_metric`: what each model reached, against the baseline."""
-    shown = brief_metric(comparison)
-    rows = {row.method: row for row in comparison.differences if (row.task, row.metric) == shown}
-    reached = [score for score in comparison.scores if (score.task, score.metric) == shown]
-    reached.sort(key=lambda score: score.model != comparison.baseline)
-    columns = (
-        "model",
-        f"{shown[1]} ({_unit_text(reached[0].unit)})",
-        f"difference [{100 * comparison.confidence:g} %]",
-        "verdict",
-    )
-    cells: list[tuple[str, ...]] = [
-        (score.model, score_text(score), *_brief_cells(rows.get(score.model))) for score in reached
-    ]
-    text = draw(Table(columns, cells), "terminal")
-    if comparison.fixed_seeds and any(row.by_seed for row in rows.values()):
-        text += wrap("Intervals are over items: about these models, not about other training seeds.")
-    return text
+def _page(comparison: Comparison) -> str:
+    """Return one table of 80 columns, masks first, then the verdict: 25 lines at most, and what is left out is said."""
+    first = brief_metric(comparison.differences)
+    rows = sorted(comparison.rows, key=lambda row: (row.task, row.metric) != first)
+    shown = [row for row in rows if row.is_main or (row.task, row.metric) == first]
+    if comparison.verdicts:
+        sentences = [f"Verdict: {comparison.verdicts[0].text}"]
+    else:
+        sentences = [sentence(row) for row in shown if row.method == rows[0].method][:2]
+    if comparison.fixed_seeds:
+        sentences.append("Intervals are over items: about these models, not about other training seeds.")
+    elif any(row.num_seeds == 2 for row in shown):
+        sentences.append("Two seeds: what is not distinguishable is no claim over seeds.")
+    sentences += [f"Note: {note}." for note in comparison.notes[:2]]
+    tail = [line for text in sentences for line in textwrap.wrap(printable(text), PAGE_WIDTH, subsequent_indent="  ")]
+    lines = _lines(comparison, shown)[: max(6, PAGE_LINES - 1 - len(tail))]
+    num_shown = sum(row is not None for _, row in lines)
+    left_out = f"{len(rows) - num_shown} more differences, " if len(rows) > num_shown else ""
+    tail.append(f"{left_out}p-values, errors: --format markdown, or a study's table.md.".capitalize())
+    return "\n".join([*(line for line, _ in lines), *tail]) + "\n"
 
 
-def _brief_cells(row: Difference | None) -> tuple[str, str]:
-    return ("", "") if row is None else (difference_text(row), verdict_text(row))
+def _lines(comparison: Comparison, shown: Sequence[Difference]) -> list[tuple[str, Difference | None]]:
+    """Return the lines of a page's table with the difference that each shows: a block for each metric of a task."""
+    masks = {verdict.parent.method for verdict in comparison.verdicts}
+    values = {(score.model, score.task, score.metric): score for score in comparison.scores}
+    blocks: dict[tuple[str, str], list[Difference]] = {}
+    for row in shown:
+        blocks.setdefault((row.task, row.metric), []).append(row)
+    head = ("", "value", f"difference, {100 * comparison.confidence:g} %", "verdict")
+    cells: list[tuple[tuple[str, ...], Difference | None]] = [(head, None)]
+    for (task, metric), rows in blocks.items():
+        count = max(row.num_seeds for row in rows)
+        seeds = f", {count} seeds" if count > 1 else ""
+        cells.append(((f"{metric} on {task} ({_unit_text(rows[0].unit)}), {rows[0].num_items:,} items{seeds}",), None))
+        of_average = "" if metric == "main metric" else metric
+        for row in sorted(rows, key=lambda row: row.method not in masks):
+            value = _value_text(values.get((row.method, task, of_average)))
+            cells.append((("  " + row.method, value, difference_text(row), verdict_text(row)), row))
+        value = _value_text(values.get((comparison.baseline, task, of_average)))
+        cells.append((("  " + comparison.baseline, value, "", "(baseline)"), None))
+    widths = [max(len(each[column]) for each, _ in cells if len(each) > 1) for column in range(4)]
+    widths[0] = max(MIN_NAME, min(widths[0], PAGE_WIDTH - sum(widths[1:]) - 6))
+    lines: list[tuple[str, Difference | None]] = []
+    for (name, *numbers), row in cells:
+        name = printable(name)
+        if not numbers:
+            lines.append((_cut(name, PAGE_WIDTH), row))
+            continue
+        value, difference, verdict = numbers
+        line = f"{_cut(name, widths[0]):<{widths[0]}}  {value:>{widths[1]}}  {difference:>{widths[2]}}  {verdict}"
+        lines.append((line.rstrip(), row))
+    return lines
+
+
+def _value_text(score: Score | None) -> str:
+    if score is None or score.value is None:
+        return "no value"
+    scale, digits = _scale_and_digits(score.unit)
+    return f"{scale * score.value:.{digits}f}"
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _how_to_read(comparison: Comparison) -> str:
@@ -93,9 +135,9 @@ def _how_to_read(comparison: Comparison) -> str:
         f"Differences are method - {comparison.baseline}, with {100 * comparison.confidence:g} % intervals of "
         f"{comparison.num_resamples:,} bootstrap samples; "
     )
-    if any(row.num_comparisons > 1 for row in (*comparison.differences, *comparison.averages)):
-        text += "they hold all at once and go with the verdicts, those marked alone do not; "
-    if any(row.is_cut_at_zero for row in (*comparison.differences, *comparison.averages)):
+    if any(row.num_comparisons > 1 for row in comparison.rows):
+        text += "they are simultaneous and go with the verdicts, those marked unadjusted do not; "
+    if any(row.is_cut_at_zero for row in comparison.rows):
         text += "a round bracket at 0 claims a sign and no size; "
     if comparison.fixed_seeds:
         text += "seeds are fixed, so all of it is about these trained models and not about other seeds; "
@@ -106,33 +148,10 @@ def _how_to_read(comparison: Comparison) -> str:
 
 
 def render_scores(scores: Sequence[Score], output_format: str) -> str:
-    """Return scores alone as text: one model has nothing to be compared with."""
+    """Return scores as text: one model has nothing to be compared with."""
     if output_format == "json":
         return to_json({"schema_version": SCHEMA_VERSION, "kind": "scores", "scores": [asdict(s) for s in scores]})
     return draw(cross_domain_table(scores), output_format)
-
-
-def render_plan(plan: Plan, output_format: str) -> str:
-    """Return plans as text: what each could see, and what that rests on."""
-    if output_format == "json":
-        return to_json(plan.to_dict())
-    rows: list[tuple[str, ...]] = []
-    for row in plan.rows:
-        scale, digits = _scale_and_digits(row.unit)
-        unit = "points" if row.unit == "fraction" else row.unit
-        effect = "none" if row.effect is None else f"{scale * row.effect:.{digits}f} {unit}"
-        rows.append((row.what, f"{row.num_items:,}", str(row.num_seeds), str(row.num_comparisons), effect))
-    table = draw(Table(("metric", "items", "seeds", "comparisons", "smallest difference seen"), rows), output_format)
-    sentences = [
-        f"A true difference of this size is claimed with probability {100 * plan.power:g} %, at confidence "
-        f"{100 * plan.confidence:g} % as the first of the comparisons; smaller ones more rarely.",
-        *(f"Assumed: {assumption}." for assumption in plan.assumptions),
-    ]
-    if output_format == "terminal":
-        return "\n".join([table, *map(wrap, sentences)]) + "\n"
-    if output_format == "markdown":
-        return "\n".join([table, *(f"- {markdown_text(line)}" for line in sentences)]) + "\n"
-    return "\n".join([*(f"% {printable(line)}" for line in sentences), table])
 
 
 def to_json(record: dict[str, Any]) -> str:
@@ -143,23 +162,24 @@ def to_json(record: dict[str, Any]) -> str:
 def sentence(row: Difference) -> str:
     """Return a difference in words, claiming no more than the interval and the adjusted p support.
 
-    Of several comparisons the interval beside the verdict holds together with the others; that of this one alone is
-    labelled, since it may leave zero out where nothing is claimed.
+    Of several comparisons the interval beside the verdict is simultaneous; the unadjusted one is labelled, since it may
+    leave zero out where nothing is claimed.
     """
     seeds = f", {'these ' if row.by_seed else ''}{row.num_seeds} seeds" if row.num_seeds > 1 else ""
     seeds += f", {row.num_clusters:,} clusters" if row.num_clusters else ""
     unit = "points" if row.unit == "fraction" else row.unit
     text = (
         f"{row.method} vs {row.baseline}, {row.metric} on {row.task}{seeds}: "
-        f"{difference_text(row, unit)}{_alone_text(row)}, {row.test} p {_p_text(row.p_value)}"
+        f"{difference_text(row, unit)}{_unadjusted_text(row)}, {row.test} p {_p_text(row.p_value)}"
     )
     if row.num_comparisons > 1:
         text += f" ({_p_text(row.p_adjusted)} after Holm over {row.num_comparisons} comparisons)"
     text += f": {row.verdict}"
+    if row.num_seeds == 2 and not row.by_seed and row.verdict == NOT_DISTINGUISHABLE:
+        text += "; two seeds: no claim over seeds"
     text += _equivalence_text(row)
     if row.by_seed:
-        scale, digits = _scale_and_digits(row.unit)
-        text += f"; by seed {', '.join(f'{scale * each:+.{digits}f}' for each in row.by_seed)}"
+        text += f"; by seed {numbers_text(row.by_seed, row.unit)}"
     if row.seeds_needed:
         text += f"; a difference of this size would need about {_round_up(row.seeds_needed):,} seeds"
     elif row.items_needed:
@@ -199,19 +219,9 @@ def difference_table(comparison: Comparison) -> Table:
             f"{row.won} / {row.lost} / {row.tied}",
             verdict_text(row),
         )
-        for row in (*comparison.differences, *comparison.averages)
+        for row in comparison.rows
     ]
     return Table(columns, rows)
-
-
-def _short_table(comparison: Comparison) -> Table:
-    """Return the differences for a terminal, where the sentences say the rest."""
-    groups: dict[str, list[tuple[str, ...]]] = {}
-    for row in (*comparison.differences, *comparison.averages):
-        heading = f"{row.metric} on {row.task} ({_unit_text(row.unit)}), {row.num_items:,} items"
-        groups.setdefault(heading, []).append((f"  {row.method}", difference_text(row), verdict_text(row)))
-    rows = [line for heading, lines in groups.items() for line in [(heading, "", ""), *lines]]
-    return Table(("method", f"difference, {100 * comparison.confidence:g} % interval", "verdict"), rows)
 
 
 def cross_domain_table(scores: Sequence[Score]) -> Table:
@@ -325,26 +335,27 @@ def verdict_text(row: Difference) -> str:
 
 
 def difference_text(row: Difference, unit: str = "") -> str:
-    """Return ``+1.2 [0.3, 2.1]`` with the interval that agrees with the verdict: the one that holds with all others.
+    """Return ``+1.2 [0.3, 2.1]`` with the interval that agrees with the verdict: the simultaneous one.
 
     A round bracket is the bound at zero of a difference whose sign is claimed and no more. Comparisons written before
-    intervals held all at once have only those that hold alone, which then say so.
+    intervals were simultaneous have only unadjusted ones, which then say so.
     """
-    low, high = row.simultaneous_low, row.simultaneous_high
-    if low is None or high is None:
-        label = " alone" if row.num_comparisons > 1 else ""
-        return _with_interval(row, (row.ci_low, row.ci_high), unit) + label
-    if row.unit == "fraction":  # of few seeds they go beyond what a difference of fractions can be
-        low, high = max(-1.0, low), min(1.0, high)
-    return _with_interval(row, (low, high), unit)
+    label = " unadjusted" if row.num_comparisons > 1 and row.unadjusted_low is None else ""
+    return _with_interval(row, (row.ci_low, row.ci_high), unit) + label
 
 
-def _alone_text(row: Difference) -> str:
-    """Return ``, alone [0.6, 1.8]`` where another interval stands beside the verdict."""
-    if row.num_comparisons == 1 or row.simultaneous_low is None:
+def numbers_text(numbers: Sequence[float], unit: str) -> str:
+    """Return differences with their signs, such as those of several seeds."""
+    scale, digits = _scale_and_digits(unit)
+    return ", ".join(f"{scale * number:+.{digits}f}" for number in numbers)
+
+
+def _unadjusted_text(row: Difference) -> str:
+    """Return ``, unadjusted [0.6, 1.8]`` where another interval stands beside the verdict."""
+    if row.num_comparisons == 1 or row.unadjusted_low is None or row.unadjusted_high is None:
         return ""
-    _, interval = _with_interval(row, (row.ci_low, row.ci_high)).split(" ", 1)
-    return f", alone {interval}"
+    _, interval = _with_interval(row, (row.unadjusted_low, row.unadjusted_high)).split(" ", 1)
+    return f", unadjusted {interval}"
 
 
 def _with_interval(row: Difference, bounds: tuple[float, float], unit: str = "") -> str:

@@ -11,9 +11,10 @@ from maskft_base.errors import UserError
 from maskft_base.files import write_text
 
 from ..results.compare import compare
+from ..results.comparison import Settings
 from ..results.schema import Result, read_result
 from ..results.scores import scores
-from ..results.text import Table, brief_metric, draw, render, render_brief, render_scores, sentence, wrap
+from ..results.text import Table, draw, render, render_scores, wrap
 from .controls import length_of, sum_of_lengths
 from .damage import is_whole_result
 from .execute import Study
@@ -46,7 +47,7 @@ def summarise(study: Study, plan: Plan, is_brief: bool = False) -> str:
         name = results[0]["study"]["model"]
         name = model if name in models else name  # two folders may have the same name
         results, notes = without_repeats(results, study.recipe.baseline)
-        text, table, record = _of_one_model(results, study.recipe, is_brief)
+        text, table, record = _of_one_model(results, study.recipe)
         notes += unchanged_notes(results)
         tunings = [tuned for tuned in plan.tunings if tuned.trials[0].runs[0].model == model and tuned.is_settled]
         notes += [f"Tuned: {tuned}." for tuned in tunings]
@@ -126,7 +127,7 @@ def without_twin(runs: Sequence[StudyRun], defaults: Mapping[str, Any]) -> list[
     return list(found.values())
 
 
-def _of_one_model(results: list[Result], recipe: Recipe, is_brief: bool) -> tuple[str, str, dict]:
+def _of_one_model(results: list[Result], recipe: Recipe) -> tuple[str, str, dict]:
     """Tables for a terminal, tables in Markdown, record."""
     names = list(dict.fromkeys(result["name"] for result in results))
     runs = [_row(result) for result in results]
@@ -136,17 +137,11 @@ def _of_one_model(results: list[Result], recipe: Recipe, is_brief: bool) -> tupl
         reached = scores(results, fixed_seeds=recipe.fixed_seeds)
         return render_scores(reached, "terminal"), render_scores(reached, "markdown"), {"runs": runs}
     try:
-        comparison = compare(results, baseline, fixed_seeds=recipe.fixed_seeds)
+        comparison = compare(results, baseline, settings=Settings(fixed_seeds=recipe.fixed_seeds))
     except UserError as error:  # measured, and not comparable: say so instead of losing the numbers
         return f"not compared: {error}\n", f"Not compared: {error}\n", {"runs": runs, "not_compared": str(error)}
     record = {"baseline": baseline, "runs": runs, "comparison": comparison.to_dict()}
-    text = render_brief(comparison) if is_brief else render(comparison, "terminal")
-    masks = {r["name"] for r in results if r["model"]["method"] == "mask"}
-    shown = brief_metric(comparison) if is_brief else None
-    rows = (row for row in comparison.differences if shown in (None, (row.task, row.metric)))
-    verdict = next((row for row in rows if row.method in masks), None)
-    text += f"\n{wrap(f'Verdict: {sentence(verdict)}')}" if verdict else ""
-    return text, render(comparison, "markdown"), record
+    return render(comparison, "terminal"), render(comparison, "markdown"), record
 
 
 def _default_baseline(results: list[Result]) -> str:

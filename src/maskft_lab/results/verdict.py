@@ -1,0 +1,108 @@
+"""The verdict on a learned mask: against the model that it starts from, and against the strongest control."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .comparable import Groups, is_parent, pair_by_seed
+from .comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Difference, Settings, Verdict
+from .differences import Measured, judge, measure
+from .schema import Result
+from .text import brief_metric, difference_text, numbers_text
+
+MASK = "mask"
+EQUAL_TOKENS = 0.02  # share by which numbers of tokens may differ and still count as equal
+
+# What follows: (against the parent, against the control) -> a sentence about {control}.
+_CONCLUSIONS = {
+    (BETTER, BETTER): "the mask improves the model it starts from, and more than {control} does",
+    (BETTER, NOT_DISTINGUISHABLE): (
+        "the mask improves the model it starts from; whether more than {control} does is not known"
+    ),
+    (BETTER, WORSE): "the mask improves the model it starts from; {control} improves it more",
+    (NOT_DISTINGUISHABLE, BETTER): "no improvement of the model it starts from is shown; {control} is behind the mask",
+    (NOT_DISTINGUISHABLE, NOT_DISTINGUISHABLE): "no improvement is shown, neither of its start nor over {control}",
+    (NOT_DISTINGUISHABLE, WORSE): "no improvement of the model it starts from is shown; {control} is ahead of the mask",
+    (WORSE, BETTER): "the mask makes the model it starts from worse; {control} makes it worse still",
+    (WORSE, NOT_DISTINGUISHABLE): "the mask makes the model it starts from worse",
+    (WORSE, WORSE): "the mask makes the model it starts from worse; {control} is ahead of the mask",
+    (BETTER, None): "the mask improves the model it starts from; no control with as many tokens was measured",
+    (NOT_DISTINGUISHABLE, None): "no improvement is shown, and no control with as many tokens was measured",
+    (WORSE, None): "the mask makes the model it starts from worse",
+}
+
+
+def verdicts_on_masks(groups: Groups, rows: Sequence[tuple[Difference, Measured]], settings: Settings) -> list[Verdict]:
+    """Return the verdict on each learned mask, in the metric of :func:`brief_metric`.
+
+    Args:
+        groups: All results by name.
+        rows: Differences from the baseline, judged, with what they were measured from: where the baseline is the
+            parent, the same is said of it here.
+        settings: As of the comparison.
+    """
+    shown = brief_metric([row for row, _ in rows])
+    judged = {row.method: (row, measured) for row, measured in rows if (row.task, row.metric) == shown}
+    baseline = rows[0][0].baseline
+    known = [name for name in groups if name in judged or name == baseline]
+    found = []
+    for mask in (name for name in known if groups[name][0]["model"]["method"] == MASK):
+        others = [name for name in known if name != mask]
+        others.sort(key=lambda name: name != baseline)  # another model may be the same, such as one that gained nothing
+        parent = next((name for name in others if _all_paired(groups, mask, name, is_parent)), baseline)
+        controls = [name for name in others if name != parent and _all_paired(groups, mask, name, _is_control)]
+        if parent == mask:  # it is the baseline, and its parent was not given
+            continue
+        against = [judged[mask]] if parent == baseline else _judged(groups, mask, [parent], shown, settings)
+        of_controls = _judged(groups, mask, controls, shown, settings)  # Holm over those, of which the best is chosen
+        sign = 1 if against[0][0].higher_is_better else -1
+        against += sorted(of_controls, key=lambda pair: -sign * pair[0].baseline_value)[:1]
+        found.append(Verdict(against[0][0], against[1][0] if len(against) > 1 else None, _text(against)))
+    return found
+
+
+def _judged(
+    groups: Groups, mask: str, others: Sequence[str], shown: tuple[str, str], settings: Settings
+) -> list[tuple[Difference, Measured]]:
+    """Return the differences of a mask from others, as a family of their own."""
+    paired = [pair_by_seed(groups[mask], groups[name], settings.fixed_seeds) for name in others]
+    family = [measure(pair, [shown], True, settings) for pair in paired]
+    return [(row, measured) for row, (_, measured) in zip(judge(family, settings), family, strict=True)]
+
+
+def _all_paired(groups: Groups, mask: str, name: str, is_so: Callable[[Result, Result], bool]) -> bool:
+    """Whether something holds of another model's results and the mask's at all seeds that both have."""
+    by_seed = {result["model"]["seed"]: result for result in groups[mask]}
+    pairs = [(other, by_seed[seed]) for other in groups[name] if (seed := other["model"]["seed"]) in by_seed]
+    if len(groups[name]) == 1 and not pairs:
+        pairs = [(groups[name][0], result) for result in groups[mask]]
+    return bool(pairs) and all(is_so(other, result) for other, result in pairs)
+
+
+def _is_control(other: Result, mask: Result) -> bool:
+    """Whether a model was trained from the mask's start on as many tokens, and by no learned mask."""
+    start = mask.get("study", {}).get("start")
+    tokens, others = ((r.get("training", {}).get("complete_num_train_tokens") or 0) for r in (mask, other))
+    is_as_long = tokens > 0 and abs(others - tokens) <= EQUAL_TOKENS * tokens
+    return (
+        start is not None
+        and other.get("study", {}).get("start") == start
+        and is_as_long
+        and (other["model"]["method"] != MASK)
+    )
+
+
+def _text(against: Sequence[tuple[Difference, Measured]]) -> str:
+    """Return both differences and what follows, after the seeds that contradict it."""
+    parts, doubts = [], []
+    for row, measured in against:
+        unit = "points" if row.unit == "fraction" else row.unit
+        tokens = "" if not parts else " (as many tokens)"
+        parts.append(f"{difference_text(row, unit)} against {row.baseline}{tokens}, {row.verdict}")
+        by_seed = measured.by_seed
+        if row.verdict != NOT_DISTINGUISHABLE and min(by_seed) < 0 < max(by_seed):
+            doubts.append(f"the seeds disagree against {row.baseline} ({numbers_text(by_seed, row.unit)}); ")
+    first, control = against[0][0], against[1][0] if len(against) > 1 else None
+    said = _CONCLUSIONS[first.verdict, control and control.verdict].format(control=control and control.baseline)
+    seeds = f", {first.num_seeds} seeds" if first.num_seeds > 1 else ""
+    return f"{''.join(doubts)}{said}. {first.method}, {first.metric} on {first.task}{seeds}: {'; '.join(parts)}."

@@ -1,0 +1,168 @@
+"""The verdict on a mask: against its parent and the strongest control; and what the end of a study shows."""
+
+import json
+
+import pytest
+
+from maskft_base.errors import UserError
+from maskft_lab.results.compare import compare
+from maskft_lab.results.comparison import Comparison, Settings
+from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items
+from maskft_lab.results.text import render, sentence
+
+NUM_ITEMS, PARENT = 400, "f" * 64
+
+
+def result(name, method, right, seed=0, *, tokens=2000, start="full-s{}-a", fingerprint=PARENT):
+    """A result of a study's run whose model has the first ``right`` of 400 items right."""
+    items = [{"id": f"{n:03}", "accuracy": int(n < right)} for n in range(NUM_ITEMS)]
+    questions = [{"id": item["id"], "prompt": "", "reference": ""} for item in items]
+    task = build_task(
+        items,
+        {"accuracy": metric_from_items(items, "accuracy")},
+        version=1,
+        num_fewshot=0,
+        fingerprint=items_fingerprint(questions),
+    )
+    model = {"name_or_path": "m", "method": method, "seed": seed, "fingerprint": f"{fingerprint}{seed}"}
+    model["adapter"] = "a" if method.endswith("mask") else None
+    training = {"complete_num_train_tokens": tokens}
+    built = build_result(name, model, {}, {"sums": task}, training)
+    return built | {"study": {"start": start.format(seed), "run": f"{name}-s{seed}-a", "role": "best"}}
+
+
+def family(mask, restart, parent=200, seed=0, **others):
+    found = [
+        result("full", "full", parent, seed, tokens=1000, start="none"),
+        result("mask", "mask", mask, seed),
+        result("restart", "full", restart, seed, fingerprint="b"),
+        # No controls: trained for longer, from another start, not at all, or after a learned mask.
+        result("twice as long", "full", 399, seed, tokens=4000, fingerprint="c"),
+        result("elsewhere", "full", 398, seed, start="other", fingerprint="d"),
+        result("random mask", "random_mask", 397, seed, tokens=1000),
+        result("other mask", "mask", 396, seed),
+    ]
+    return found + [result(name, "full", right, seed, fingerprint=name) for name, right in others.items()]
+
+
+def compared(results, baseline="full", **settings):
+    return compare(results, baseline, settings=Settings(**{"num_resamples": 1000} | settings))
+
+
+@pytest.mark.parametrize(
+    ("mask", "restart", "conclusion"),
+    [
+        (260, 320, "the mask improves the model it starts from; restart improves it more"),
+        (260, 230, "the mask improves the model it starts from, and more than restart does"),
+        (260, 262, "the mask improves the model it starts from; whether more than restart does is not known"),
+        (202, 260, "no improvement of the model it starts from is shown; restart is ahead of the mask"),
+        (202, 150, "no improvement of the model it starts from is shown; restart is behind the mask"),
+        (202, 201, "no improvement is shown, neither of its start nor over restart"),
+        (150, 100, "the mask makes the model it starts from worse; restart makes it worse still"),
+        (150, 260, "the mask makes the model it starts from worse; restart is ahead of the mask"),
+    ],
+)
+def test_a_verdict_is_against_the_parent_and_the_strongest_control(mask, restart, conclusion):
+    first, second = compared(family(mask, restart)).verdicts
+    assert (first.parent.method, first.parent.baseline, first.control.baseline) == ("mask", "full", "restart")
+    assert first.text.startswith(f"{conclusion}. mask, accuracy on sums: ")
+    assert "against restart (as many tokens)" in first.text
+    assert second.parent.method == "other mask"
+
+
+def test_the_strongest_of_several_controls_is_named_with_holm_over_all():
+    (first, _) = compared(family(260, 230, refit=300, annealed=280)).verdicts
+    assert (first.control.baseline, first.control.num_comparisons) == ("refit", 3)
+    assert first.control.verdict == "worse" and "refit improves it more" in first.text
+
+
+def test_the_parent_is_found_where_the_baseline_is_another():
+    results = [result("pre-trained", "pretrained", 20, fingerprint="p", start="none"), *family(260, 320)]
+    (first, _) = compared(results, "pre-trained").verdicts
+    assert (first.parent.baseline, first.parent.difference) == ("full", pytest.approx(60 / NUM_ITEMS))
+    (first, _) = compared(results, "mask").verdicts  # the baseline itself is the mask
+    assert (first.parent.baseline, first.parent.method) == ("full", "mask")
+
+
+def test_without_a_control_that_is_said():
+    (verdict,) = compared([each for each in family(260, 0) if each["name"] in ("full", "mask", "elsewhere")]).verdicts
+    assert verdict.control is None
+    assert verdict.text.startswith("the mask improves the model it starts from; no control with as many tokens was")
+
+
+def test_seeds_that_contradict_a_verdict_are_said_first():
+    results = [*family(300, 320), *family(190, 320, seed=1)]
+    first = compared(results, fixed_seeds=True).verdicts[0]
+    assert first.parent.verdict == "better"
+    assert first.text.startswith("the seeds disagree against full (+25.0, -2.5); the mask improves")
+
+
+def test_a_comparison_is_read_as_it_was_written():
+    comparison = compared(family(260, 320), margin=0.01)
+    record = json.loads(render(comparison, "json"))
+    assert Comparison.from_dict(record) == comparison
+    row = record["differences"][0]
+    # What a reader of the JSON takes is the interval on the page.
+    assert f"[{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]" in render(comparison, "markdown").split("\n- ")[0]
+    assert row["ci_low"] < row["unadjusted_low"] < row["unadjusted_high"] < row["ci_high"]
+
+
+def test_a_comparison_of_the_first_schema_is_read():
+    record = json.loads(render(compared(family(260, 320)), "json"))
+    new = Comparison.from_dict(record)
+    for row in record["differences"]:
+        row["simultaneous_low"], row["simultaneous_high"] = row["ci_low"], row["ci_high"]
+        row["ci_low"], row["ci_high"] = row.pop("unadjusted_low"), row.pop("unadjusted_high")
+    del record["verdicts"], record["averages"]
+    old = Comparison.from_dict(record | {"schema_version": 1})
+    assert old.differences == new.differences and old.verdicts == []
+    with pytest.raises(ValueError, match="baseline"):
+        Comparison.from_dict({"differences": [], "scores": []})
+
+
+@pytest.mark.parametrize("num_more", [0, 3, 20])
+def test_the_end_of_a_study_is_one_table_of_25_lines_with_masks_first(num_more, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    more = {f"another control with a long name, {n}": 210 + n for n in range(num_more)}
+    results = [each for seed in (0, 1, 2) for each in family(260 + 9 * seed, 320, seed=seed, **more)]
+    comparison = compare(results, "full", settings=Settings(2400))
+    lines = render(comparison, "terminal").splitlines()
+    assert len(lines) <= 25 and max(map(len, lines)) <= 80
+    assert [line.split("  ")[1].strip() for line in lines[2:5]] == ["mask", "other mask", "restart"]
+    assert lines[1] == "accuracy on sums (%), 400 items, 3 seeds"
+    assert " ".join(lines).count("Verdict: ") == 1 and lines[-1].endswith("--format markdown, or a study's table.md.")
+    assert ("more differences" in lines[-1]) is (num_more == 20)
+    assert all(sentence(row) in render(comparison, "markdown") for row in comparison.differences)
+
+
+def test_one_trained_result_does_not_stand_beside_several_seeds():
+    """Its own seed would count as no noise: of equal methods 10 % would be told apart with 3 seeds, 24 % with 6."""
+    masks = [result("mask", "mask", 250 + seed, seed) for seed in (1, 2, 3)]
+    alone = result("lora", "lora", 200, 7, fingerprint="l")
+    for results in ([alone, *masks], [*masks, alone]):
+        with pytest.raises(UserError, match=r"'lora' seed 7 is one result beside 3 seeds of 'mask'.*--fixed_seeds"):
+            compared(results, results[0]["name"])
+        assert compared(results, results[0]["name"], fixed_seeds=True).differences[0].num_seeds == 3
+    own = result("lora", "lora", 200, 2, fingerprint="l")
+    comparison = compared([own, *masks], "lora")
+    assert comparison.differences[0].num_seeds == 1 and "at seed 2 only" in comparison.notes[0]
+    # A pre-trained model has no seed, and the parent of all masks is what they are meant to improve.
+    for single in (
+        result("pre-trained", "pretrained", 200, 0, fingerprint="p"),
+        result("full", "full", 200, 9) | {"model": masks[0]["model"] | {"method": "full", "adapter": None, "seed": 9}},
+    ):
+        of_one = [each | {"model": each["model"] | {"fingerprint": masks[0]["model"]["fingerprint"]}} for each in masks]
+        assert compared([single, *of_one], single["name"]).differences[0].num_seeds == 3
+
+
+def test_two_seeds_make_no_claim_and_no_interval_is_impossible():
+    results = [
+        result(name, "full", right, seed, fingerprint=name)
+        for seed, (a, b) in enumerate([(390, 10), (200, 150)])
+        for name, right in (("a", a), ("b", b))
+    ]
+    comparison = compared(results, "a")
+    (row,) = comparison.differences
+    assert row.ci_low == row.unadjusted_low == -1.0 and row.ci_high <= 1.0
+    assert "not distinguishable; two seeds: no claim over seeds" in sentence(row)
+    assert "Two seeds: what is not distinguishable is no claim over seeds." in render(comparison, "terminal")
