@@ -10,18 +10,27 @@ from peft import get_peft_model
 from maskft import MaskConfig
 from tiny import tiny_llama, token_ids
 
-
-@pytest.mark.skipif(
+LOGIT = {"selection": "logit", "gradient": "sigmoid", "init_value": 0.04, "sharpness": 10.0}
+COMPILES = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
     reason="2.6 does not compile the plain model; 2.7 to 2.12 not tried",
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_other_tests():
+    torch._dynamo.reset()
+
+
+@COMPILES
 @pytest.mark.parametrize(
-    "backend",
+    "backend, options",
     [
-        "eager",
-        "aot_eager",
+        ("eager", {"sparsity": 0.2, "scope": "global", "layers_to_transform": [0]}),
+        ("aot_eager", LOGIT),
         pytest.param(
             "inductor",
+            {"sparsity": 0.2, "layers_to_transform": [0]},
             marks=[
                 pytest.mark.slow,
                 pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler"),
@@ -29,11 +38,11 @@ from tiny import tiny_llama, token_ids
         ),
     ],
 )
-def test_a_compiled_model_trains_as_the_plain_one(backend):
-    config = MaskConfig(sparsity=0.2, layers_to_transform=[1], task_type="CAUSAL_LM")
-    plain = get_peft_model(tiny_llama(num_layers=2), copy.deepcopy(config))
-    other = get_peft_model(tiny_llama(num_layers=2), copy.deepcopy(config))
-    compiled, ids, losses = torch.compile(other, backend=backend), token_ids(), []
+def test_a_compiled_model_trains_as_the_plain_one_in_one_graph(backend, options):
+    config = MaskConfig(**options, task_type="CAUSAL_LM")
+    plain = get_peft_model(tiny_llama(num_layers=1), copy.deepcopy(config))
+    other = get_peft_model(tiny_llama(num_layers=1), copy.deepcopy(config))
+    compiled, ids, losses = torch.compile(other, backend=backend, fullgraph=True), token_ids(), []
     for model, parameters in ((plain, plain.parameters()), (compiled, other.parameters())):
         optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-2)
         losses.append([])
@@ -50,3 +59,60 @@ def test_a_compiled_model_trains_as_the_plain_one(backend):
         torch.testing.assert_close(compiled(input_ids=ids).logits, plain(input_ids=ids).logits, **close)
         with plain.disable_adapter(), other.disable_adapter():
             torch.testing.assert_close(compiled(input_ids=ids).logits, plain(input_ids=ids).logits, **close)
+
+
+@COMPILES
+def test_a_graph_follows_whatever_changes_the_mask():
+    model = get_peft_model(tiny_llama(num_layers=1), MaskConfig(sparsity=0.2, task_type="CAUSAL_LM")).eval()
+    model.add_adapter("other", MaskConfig(sparsity=0.4, mask_seed=1, task_type="CAUSAL_LM"))
+    compiled, ids = torch.compile(model, backend="eager", fullgraph=True), token_ids()
+
+    def check():
+        with torch.no_grad():
+            assert torch.equal(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+
+    check()
+    model.set_adapter("other")
+    check()
+    loss = compiled(input_ids=ids, labels=ids).loss
+    loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0).step()
+    check()
+    copied = copy.deepcopy(model)
+    other = torch.compile(copied, backend="eager", fullgraph=True)
+    for parameter in copied.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD([p for p in copied.parameters() if p.requires_grad], lr=0.1).step()
+    with torch.no_grad():
+        assert torch.equal(other(input_ids=ids).logits, copied(input_ids=ids).logits)
+    check()
+    model.merge_adapter()
+    check()
+
+
+@COMPILES
+def test_a_priced_mask_breaks_the_graph_and_trains():
+    config = MaskConfig(**LOGIT, price=1.0, task_type="CAUSAL_LM")
+    plain = get_peft_model(tiny_llama(num_layers=1), copy.deepcopy(config))
+    other = get_peft_model(tiny_llama(num_layers=1), copy.deepcopy(config))
+    losses = []
+    for model, call in ((plain, plain), (other, torch.compile(other, backend="eager"))):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses.append([])
+        for _ in range(3):
+            loss = call(input_ids=token_ids(), labels=token_ids()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(float(loss.detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@COMPILES
+def test_exporting_says_to_merge_first():
+    model = get_peft_model(tiny_llama(num_layers=1), MaskConfig(sparsity=0.2, task_type="CAUSAL_LM")).eval()
+    with pytest.raises(Exception, match="merge it first"):
+        torch.export.export(model, (), {"input_ids": token_ids()})
+    exported = torch.export.export(model.merge_and_unload(), (), {"input_ids": token_ids(), "use_cache": False})
+    assert exported.module()(input_ids=token_ids(), use_cache=False).logits.shape[0] == 2

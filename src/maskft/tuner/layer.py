@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from maskft_base.errors import UserError
 
+from . import compiled
 from .codec import decode_mask, mask_info
 from .config import MaskConfig
 from .effective import EffectiveWeight, score_gradient_of
@@ -35,6 +36,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         removed_values: Adapter name -> what removed weights become, shape of the weight; none: zero.
         effective: The masked weight.
         sharded_weight: Under FSDP2, this rank's rows of the weight; they are masked there, and not in ``effective``.
+        number: What the graphs of ``torch.compile`` know the layer by.
         quantisation: How bitsandbytes holds the weight; None: as floats.
     """
 
@@ -56,10 +58,15 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.removed_values: dict[str, Tensor] = {}
         self.effective = EffectiveWeight()
         self.sharded_weight: ShardedWeight | None = None
+        self.number = compiled.register(self)
         self.merged_adapters = []
         self._merge_stash: dict[str, tuple[Tensor, Tensor]] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, pool)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = compiled.register(self)  # a copy is another layer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map x (..., I) to (..., O)."""
@@ -73,6 +80,12 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
+        if torch.compiler.is_compiling() and compiled.is_supported(self, names):
+            return compiled.forward(self, x, bias, dtype, names[0])
+        return self._forward(x, bias, dtype, names)
+
+    @torch.compiler.disable
+    def _forward(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype, names: list[str]) -> Tensor:
         weight = self.effective_weight(dtype)
         trained = {n: self.mask_scores[n] for n in names if n in self.mask_scores and self.mask_scores[n].requires_grad}
         if not trained or not torch.is_grad_enabled():

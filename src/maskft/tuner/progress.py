@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from maskft_base.errors import UserError
 
+from . import compiled
 from .layer import MaskedLinear
 
 
@@ -32,6 +33,7 @@ def set_mask_progress(model: nn.Module, progress: float) -> None:
             for config in module.mask_configs.values():
                 if not config.copy_of:
                     config.progress = float(progress)
+    compiled.refresh()
 
 
 class MaskProgress(TrainerCallback):
