@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.resources
+import json
 import logging
 import os
 import shlex
@@ -18,8 +18,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from maskft_base.errors import UserError, did_you_mean
-from maskft_base.files import read_json, read_yaml
+from maskft_base.errors import UserError
+from maskft_base.files import read_yaml
 from maskft_base.runtime import COMMAND, uses_fsdp
 
 # Set in the processes that are launched, so that launch settings of a recipe do not launch again.
@@ -50,9 +50,8 @@ def launch(launch_words: Sequence[str], command: Sequence[str]) -> int:
     Raises:
         UserError: If accelerate does not start them.
     """
-    parser = launch_command_parser()
-    parser.error = _refuse
-    args = parser.parse_args([*_resolve(launch_words), "--module", "maskft_lab.cli.main", *command])
+    words = _resolve(launch_words)
+    args = launch_command_parser().parse_args([*words, "--module", "maskft_lab.cli.main", *command])
     config = _read_config(args.config_file) if args.config_file else {}
     ways = (args.multi_gpu, args.use_fsdp, args.use_deepspeed, args.tpu, args.use_megatron_lm)
     is_alone = config.get("distributed_type") in (None, "NO") and not any(ways) and torch.cuda.device_count() < 2
@@ -63,18 +62,13 @@ def launch(launch_words: Sequence[str], command: Sequence[str]) -> int:
             "multi_gpu (on CPUs too)"
         )
     before = dict(os.environ)
-    os.environ[_LAUNCHED] = "1"
-    os.environ[COMMAND] = shlex.join(["maskft", *command, *launch_words])
+    os.environ |= {_LAUNCHED: "1", COMMAND: shlex.join(["maskft", *command, *launch_words])}
     # The processes print their own errors; torchrun would add a page to each.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     try:
         launch_command(args)
-    except ChildFailedError as error:
-        return _status(error.get_first_failure()[1].exitcode)
-    except SignalException as error:  # this one was asked to stop, and has passed it on
-        return _status(-error.sigval)
-    except subprocess.CalledProcessError as error:  # of a single process
-        return _status(error.returncode)
+    except (ChildFailedError, SignalException, subprocess.CalledProcessError) as error:
+        return _status(error)
     except ValueError as error:
         raise UserError(str(error)) from error
     finally:  # accelerate sets more; a later run in this process is no launched one
@@ -84,47 +78,32 @@ def launch(launch_words: Sequence[str], command: Sequence[str]) -> int:
 
 
 def config_processes(name: str) -> int:
-    """Processes that a configuration starts where nothing else is said.
-
-    Args:
-        name: A file of ``accelerate config``, or a name of TRL's configurations; everything else is refused.
-    """
-    words = _resolve(["--accelerate_config", name])
-    config = _read_config(words[words.index("--config_file") + 1])
+    """Processes that a configuration, a file or one of TRL's names, starts where nothing else is said."""
+    config = _read_config(_resolve(["--accelerate_config", name])[1])
     return 1 if config.get("distributed_type") in (None, "NO") else config.get("num_processes") or 1
 
 
-def _status(code: int) -> int:
+def _status(error: ChildFailedError | SignalException | subprocess.CalledProcessError) -> int:
     """Exit status as a shell gives it: 128 and the signal for a process that was killed."""
+    if isinstance(error, ChildFailedError):
+        code = error.get_first_failure()[1].exitcode
+    else:
+        code = -error.sigval if isinstance(error, SignalException) else error.returncode
     return 128 - code if code < 0 else max(1, code)
-
-
-def _refuse(message: str):
-    raise UserError(f"{message}; see accelerate launch --help")
-
-
-def _read_config(file: str) -> dict:
-    try:
-        config = read_yaml(file)
-    except UserError:
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"--accelerate_config {file!r} is no file that accelerate config writes")
-    return config
 
 
 def _resolve(words: Sequence[str]) -> list[str]:
     try:
         return resolve_accelerate_config_argument(list(words))
     except ValueError as error:
-        if words[-1] == "--accelerate_config":
-            raise UserError("--accelerate_config needs a name or a file") from error
-        name = words[words.index("--accelerate_config") + 1]
-        files = importlib.resources.files("trl.accelerate_configs").iterdir()
-        known = sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
-        raise UserError(
-            f"--accelerate_config {name!r} is neither a file nor one of {', '.join(known)}{did_you_mean(name, known)}"
-        ) from error
+        raise UserError(f"{error} TRL's are fsdp2, multi_gpu, single_gpu, zero1 and zero2") from error
+
+
+def _read_config(file: str) -> dict:
+    config = read_yaml(file)
+    if not isinstance(config, dict):
+        raise UserError(f"--accelerate_config {file!r} is not a file that accelerate config writes")
+    return config
 
 
 # In the launched processes, by what the launcher put into their environment
@@ -149,7 +128,10 @@ def check_deepspeed(config: str | dict | None = None) -> None:
 
 def _zero_stage(config: str | dict | None) -> int | str | None:
     if isinstance(config, str) and Path(config).is_file():
-        config = read_json(Path(config))
+        try:
+            config = json.loads(Path(config).read_text())
+        except ValueError as error:
+            raise UserError(f"{config} is not JSON: {error}") from error
     stage = config.get("zero_optimization") if isinstance(config, dict) else None
     return stage.get("stage") if isinstance(stage, dict) else None
 
