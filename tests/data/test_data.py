@@ -167,6 +167,9 @@ def test_every_file_kind_gives_the_same_examples(tmp_path, write):
     expected = load_examples(lines).to_list()
     for name in ("rows.jsonl.gz", "array.json", "lines.json", "rows.parquet"):
         assert load_examples(str(tmp_path / name)).to_list() == expected, name
+    (tmp_path / "rows.csv").write_text('\ufeffprompt,completion\n"a, ""b""",1\n"two\nlines",007\n')
+    pairs = [{"prompt": 'a, "b"', "completion": "1"}, {"prompt": "two\nlines", "completion": "007"}]
+    assert load_examples(str(tmp_path / "rows.csv")).to_list() == load_examples(write(pairs)).to_list()
 
 
 def test_ids_name_the_content(write):
@@ -360,7 +363,10 @@ CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the t
             r"a\.jsonl\.gz cannot be read: .*end-of-stream",
         ),
         ("a.parquet", b"not parquet", r"a\.parquet cannot be read: .*[Pp]arquet"),
-        ("a.csv", "prompt,completion\n", r"a\.csv has an unsupported ending; convert it to one of \.jsonl"),
+        ("a.tsv", "prompt\tcompletion\n", r"a\.tsv has an unsupported ending; convert it to one of \.jsonl"),
+        ("a.csv", "prompt,completion\na,b,c\n", r"a\.csv has 2 columns, and others in the row that ends in line 2"),
+        ("a.csv", 'prompt,completion\n"a,b\n', r"a\.csv is not CSV at line 1: unexpected end of data"),
+        ("a.csv", "", r"a\.csv is empty: it has no rows"),
     ],
 )
 def test_file_mistakes_are_one_line(tmp_path, name, content, message):

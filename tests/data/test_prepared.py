@@ -82,6 +82,17 @@ def test_nothing_half_written_is_left(file, tmp_path, monkeypatch):
     assert not (tmp_path / "kept").exists() or folders(tmp_path / "kept") == []
 
 
+@pytest.mark.parametrize("name", ["train/data-00000-of-00001.arrow", "heldout_rows/state.json"])
+def test_a_flipped_bit_is_told(name, file, tmp_path):
+    prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
+    damaged = next((tmp_path / "kept").iterdir()) / name
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match=f"is damaged: {name} is not what was written; delete that folder"):
+        prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
+
+
 def test_bad_rows_are_told_with_and_without(file, tmp_path):
     file.write_text('{"prompt": 3}\n')
     with pytest.raises(UserError) as plain:

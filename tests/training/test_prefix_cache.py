@@ -113,12 +113,27 @@ def test_a_killed_run_and_deleted_rows_leave_what_can_be_used(tmp_path):
     cache.remove()
 
 
+@pytest.mark.parametrize("harm", ["zeroed", "cut", "emptied", "deleted"])
+def test_a_damaged_row_is_computed_again(harm, tmp_path):
+    model, inputs = masked(), batch(9, 5)
+    cache = PrefixCache(model, tmp_path, 1e9, None)
+    expected = loss_of(model, inputs).item()
+    file = next(file for folder in tmp_path.iterdir() for file in folder.iterdir())
+    content = file.read_bytes()
+    changed = {"zeroed": bytes(len(content)), "cut": content[:-7], "emptied": b""}
+    file.unlink() if harm == "deleted" else file.write_bytes(changed[harm])
+    assert loss_of(model, inputs).item() == expected and cache.num_hits == 0
+    assert file.read_bytes() == content
+    assert loss_of(model, inputs).item() == expected and cache.num_hits == 2
+    cache.remove()
+
+
 def test_it_keeps_no_more_than_its_bound(tmp_path):
     model = masked()
-    cache = PrefixCache(model, tmp_path, 10 * 32 * 2, None)
+    cache = PrefixCache(model, tmp_path, 10 * 32 * 2, None)  # one row, and not two
     for _ in range(2):
         loss_of(model, batch(9, 5))
-    assert cache.num_bytes == 9 * 32 * 2 and cache.num_hits == 0
+    assert cache.num_bytes == 9 * 32 * 2 + 4 and cache.num_hits == 0
     assert "full" in cache.summary()
     cache.remove()
 
@@ -158,7 +173,7 @@ def test_two_runs_at_once_leave_each_row_once(tmp_path):
     caches = [PrefixCache(model, tmp_path, 1e9, None) for model in models]
     assert loss_of(models[0], inputs).item() == loss_of(models[1], inputs).item()
     files = [file for folder in tmp_path.iterdir() for file in folder.iterdir()]
-    assert sum(file.stat().st_size for file in files) == (9 + 5) * 32 * 2
+    assert sum(file.stat().st_size for file in files) == (9 + 5) * 32 * 2 + 2 * 4
     assert loss_of(models[1], inputs).item() == loss_of(models[0], inputs).item()
     assert [cache.num_hits for cache in caches] == [2, 2]
     for cache in caches:

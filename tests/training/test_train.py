@@ -377,6 +377,9 @@ def cases():
         r"match no layer \(did you mean 'q_proj'\?\); the model's linear layers are",
     )
     yield {"mask_preset": "papr"}, "did you mean 'paper'"
+    for steps in (0, -2):
+        yield {"max_steps": steps}, f"max_steps is {steps}; it must be at least 1, or -1 to count num_train_epochs"
+    yield {"metric_for_best_model": "mean_token_accuracy"}, "training measures eval_loss alone"
     yield {"learning_rat": 3}, r"unknown option --learning_rat \(did you mean 'learning_rate'\?\)"
     yield {"method": "masks"}, "invalid choice: 'masks'"
     yield {"dataset_name": "no-such-file.jsonl"}, "data file no-such-file.jsonl does not exist"
@@ -391,7 +394,7 @@ def cases():
     yield {"trust_remote_code": True}, "code in the folder of a model is not run"
     yield {"load_in_4bit": True, "method": "full"}, "method full changes weights, which quantised ones do not let"
     if importlib.util.find_spec("bitsandbytes") is None:
-        yield {"load_in_4bit": True}, r"cannot load model .* pip install 'maskft\[quantized\]'"
+        yield {"load_in_4bit": True}, r"cannot load model .* pip install -e '.\[quantized\]'"
     yield {"match_adapter": "none"}, "match_adapter goes with a fixed mask"
     threshold = {"mask_selection": "threshold", "mask_rank_by": "signed"}
     yield {"method": "l1_mask", **threshold}, "l1_mask removes mask_sparsity of the weights"
@@ -566,6 +569,20 @@ def test_a_run_leaves_its_configuration_as_it_was(base, data, tmp_path):
     assert values() == before
     recipe = read_record(tmp_path / "out").recipe
     assert recipe["gradient_accumulation_steps"] == 2 and recipe["max_length"] == 16
+
+
+def test_telemetry_is_off_unless_asked_for(arguments, tmp_path, capsys, monkeypatch):
+    sent = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: sent.append("sent"))
+    monkeypatch.delenv("CI", raising=False)
+    for asked in (None, "0"):
+        if asked:
+            monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", asked)
+        else:
+            monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+        words = arguments(output_dir=tmp_path / str(asked), max_steps=1, eval_strategy="no", save_strategy="no")
+        assert run(words, capsys)[0] == 0
+        assert len(sent) == (asked == "0")
 
 
 def test_trls_default_does_not_warn_of_its_old_name(tmp_path):

@@ -51,8 +51,8 @@ class DataArguments:
 
     dataset_name: dict | str | None = _option(
         None,
-        "Data to train on or, in maskft evaluate, to measure on: a local .jsonl, .json or .parquet file (.jsonl.gz "
-        "and .json.gz too), a set of docs/datasets.md such as metamathqa, the name of a data set on the hub, or "
+        "Data to train on or, in maskft evaluate, to measure on: a local file (.jsonl, .json, .csv, .parquet, "
+        ".jsonl.gz), a set of docs/datasets.md such as metamathqa, the name of a data set on the hub, or "
         "reasoning-gym/TASK for generated exercises, e.g. reasoning-gym/products. Several make a mixture, each "
         "with a number of rows or a fraction of its rows in (0, 1]: metamathqa:40000,gsm8k:0.5. In a recipe, lines "
         "of `name: rows` as well.",

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from datasets import Dataset, load_from_disk
 
 from maskft_base import runtime
-from maskft_base.files import digest, digest_file, read_json, whole_folder
+from maskft_base.errors import UserError
+from maskft_base.files import digest, digest_file, digest_now, read_json, whole_folder
 
 from .arguments import DATA_NAMES, TEMPLATE, DataArguments
 from .contamination import set_names, test_set_files
@@ -79,8 +80,8 @@ def prepare(
     runtime.decided_by_main(lambda: _keep(folder, args, tokenizer, how))
     # On another machine, without a shared disk, the main process's is not there.
     _keep(folder, args, tokenizer, how)
-    sets = (load_from_disk(folder / each) for each in _SETS)
-    return Prepared(*sets, report=read_json(folder / REPORT))
+    report = _checked_report(folder)
+    return Prepared(*(load_from_disk(folder / each) for each in _SETS), report=report)
 
 
 def _prepare(args: DataArguments, tokenizer, how: Mapping[str, Any]) -> Prepared:
@@ -98,10 +99,27 @@ def _keep(folder: Path, args: DataArguments, tokenizer, how: Mapping[str, Any]) 
         with whole_folder(folder) as partial:
             for name in _SETS:
                 getattr(prepared, name).save_to_disk(partial / name)
-            (partial / REPORT).write_text(json.dumps(prepared.report))
+            sums = {str(file.relative_to(partial)): digest_now(file) for file in partial.rglob("*") if file.is_file()}
+            (partial / REPORT).write_text(json.dumps(prepared.report | {"sha256": sums}))
     except OSError:
         if not folder.is_dir():  # else another process was first, and its folder says the same
             raise
+
+
+def _checked_report(folder: Path) -> dict[str, Any]:
+    """The report of prepared rows, whose files are as they were written.
+
+    Raises:
+        UserError: If one is not.
+    """
+    report = read_json(folder / REPORT)
+    for name, sha256 in report.pop("sha256").items():
+        if not (folder / name).is_file() or digest_now(folder / name) != sha256:
+            raise UserError(
+                f"prepared data {str(folder)!r} is damaged: {name} is not what was written; delete that folder, and "
+                "the data is prepared again"
+            )
+    return report
 
 
 # What decides the rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import zlib
@@ -22,8 +23,8 @@ from maskft_base.files import is_there, open_text, parse_json
 from .formats import answer_type_of
 from .registry import TRAINING_SETS, TrainingSet
 
-FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
-_OTHER_FILE_ENDINGS = (".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2", ".yaml", ".yml", ".md")
+FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
+_OTHER_FILE_ENDINGS = (".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2", ".yaml", ".yml", ".md")
 PROCEDURAL_PREFIX = "reasoning-gym/"
 SHUFFLE_BUFFER = 10_000  # rows of a stream that are held in memory to draw from
 
@@ -51,12 +52,30 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
         if name.endswith(".parquet"):
             batches = parquet.ParquetFile(path).iter_batches()
             yield from numbered(row for batch in batches for row in batch.to_pylist())
+        elif name.endswith(".csv"):
+            yield from _csv_rows(path)
         else:
             yield from _json_rows(path)
     except UnicodeDecodeError as error:
         raise UserError(f"data file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:  # gzip's errors are among these
         raise UserError(f"data file {path} cannot be read: {first_line(error)}") from None
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Rows of text; the first line names the columns."""
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"data file {path} has {len(reader.fieldnames or ())} columns, and others in the row that ends "
+                        f"in line {reader.line_num}; put text with commas in double quotes"
+                    )
+                yield f"line {reader.line_num}", row
+        except csv.Error as error:
+            raise UserError(f"data file {path} is not CSV at line {reader.line_num}: {error}") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:

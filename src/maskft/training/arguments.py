@@ -88,6 +88,8 @@ class TrainingArguments(SFTConfig):
             raise UserError(f"learning_rate is {self.learning_rate}; it must be 0 or more")
         if not 0 < self.num_train_epochs < math.inf:
             raise UserError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise UserError(f"max_steps is {self.max_steps}; it must be at least 1, or -1 to count num_train_epochs")
         for name in ("eval_steps", "save_steps", "logging_steps"):
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +44,7 @@ def held_output(args: SFTConfig, method: str, console: Console) -> Iterator[str 
 
     The main process looks; what it finds, or its error, is that of every process.
     """
+    runtime.decided_by_main(lambda: check_no_links(Path(args.output_dir)))
     hold = files.held(Path(args.output_dir), files.TRAIN_LOCK, LOCK_WAIT_S, "run")
     is_ours = runtime.decided_by_main(lambda: hold.__enter__().is_left_over)
     try:
@@ -50,6 +52,18 @@ def held_output(args: SFTConfig, method: str, console: Console) -> Iterator[str 
     finally:
         if runtime.is_main():
             hold.__exit__(None, None, None)
+
+
+def check_no_links(folder: Path) -> None:
+    """Refuse an output folder that is a link to nothing, or holds links, which would be written through."""
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"output_dir {str(folder)!r} is a link to nothing; remove it, or name another folder")
+    link = next((path for path in sorted(folder.rglob("*")) if path.is_symlink()), None)
+    if link is not None:
+        raise UserError(
+            f"output_dir {str(folder)!r} holds a link, {str(link.relative_to(folder))!r}, through which other files "
+            "would be overwritten; remove it, or name another folder"
+        )
 
 
 def prepare_output_dir(args: SFTConfig, method: str, is_ours: bool, console: Console) -> str | None:
@@ -126,11 +140,11 @@ def _named_checkpoint(checkpoint: Path, args: SFTConfig) -> str:
 
 
 def _last_whole_checkpoint(folder: Path, args: SFTConfig, console: Console) -> str | None:
-    """The newest checkpoint that can be resumed exactly; damaged ones, as a kill leaves them, are set aside."""
+    """The newest checkpoint that can be resumed exactly; damaged ones, as a kill leaves them, are renamed."""
     for path in reversed(checkpoints_in(folder)):
         problem = damage(path)
         if problem:
-            set_aside(path, problem, console)
+            rename_damaged(path, problem, console)
             continue
         _check_processes(path, args)
         if _has_optimizer(path):
@@ -139,7 +153,7 @@ def _last_whole_checkpoint(folder: Path, args: SFTConfig, console: Console) -> s
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Folders of checkpoints by step, the newest last; those set aside are none."""
+    """Folders of checkpoints by step, the newest last; damaged ones that were renamed are left out."""
     found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=step_of)
 
@@ -149,7 +163,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def set_aside(checkpoint: Path, problem: str, console: Console) -> None:
+def rename_damaged(checkpoint: Path, problem: str, console: Console) -> None:
     """Rename a damaged checkpoint, so that nothing takes it for a whole one, and say so."""
     target = checkpoint.with_name(checkpoint.name + DAMAGED)
     shutil.rmtree(target, ignore_errors=True)  # what was left of this step before
@@ -176,7 +190,7 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Attributes:
-        course: What decides how the run goes on.
+        course: What a resumed run must have in common with this one.
         limit: How many are kept besides the best one and the newest; None: all.
         resume_from: The one that the run is resumed from.
         changed: Names of what was allowed to change since.
@@ -193,10 +207,10 @@ class Checkpoints:
 
     @classmethod
     def begin(cls, course: Course, args: TrainingArguments, resume_from: str | None, console: Console) -> Checkpoints:
-        """Those of a run that begins, or goes on from ``resume_from``.
+        """Those of a run that begins, or is resumed from ``resume_from``.
 
         Raises:
-            UserError: If it would go on otherwise than it began.
+            UserError: If an option, the data or the base differs from what it began with.
         """
         if resume_from is None:
             return cls(course, args.save_total_limit)
@@ -273,7 +287,7 @@ def whole_best(checkpoint: Path, console: Console) -> str | None:
     lost = lost_best(state["best_model_checkpoint"], state["best_metric"], problem)
     console.print(f"{lost}: from here on, the best of the later ones is kept", highlight=False)
     if best.is_dir():
-        set_aside(best, problem, console)
+        rename_damaged(best, problem, console)
     return None
 
 
@@ -297,11 +311,22 @@ def written_whole(folder: Path, file: str, num_bytes: int) -> Iterator[None]:
             raise
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             shutil.rmtree(folder, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent).free
         raise UserError(
-            f"{folder / file} cannot be written ({first_line(error)}): it needs {num_bytes:,} bytes, and {free:,} are "
-            "free; make room, then resume with --resume_from_checkpoint true"
+            f"{folder / file} cannot be written ({first_line(error)}): {_why_not_written(folder.parent, num_bytes)}, "
+            "then resume with --resume_from_checkpoint true"
         ) from error
+
+
+def _why_not_written(folder: Path, num_bytes: int) -> str:
+    """What keeps ``num_bytes`` from being written to ``folder``, and what to do."""
+    limit, free = resource.getrlimit(resource.RLIMIT_FSIZE)[0], shutil.disk_usage(folder).free
+    if limit != resource.RLIM_INFINITY and limit < num_bytes + 2**20:  # and what stands around the tensors
+        return (
+            f"no file may be larger than {files.size(limit)} (ulimit -f), and it has {files.size(num_bytes)}; raise it"
+        )
+    if free < num_bytes + 2**20:
+        return f"it needs {files.size(num_bytes)}, and {files.size(free)} are free; make room"
+    return "check that the disk can be written to"
 
 
 def check_disk_space(model, args: SFTConfig) -> None:

@@ -23,7 +23,7 @@ from ..models import model_identity
 from ..tuner import learners
 from .arguments import TrainConfig
 
-# What a run may be resumed with otherwise: where it writes and reports, how many workers serve it, on what machine. Of
+# What may change when a run is resumed: where it writes and reports, how many workers serve it, on what machine. Of
 # three of these something else tells: the base of its weights, the accumulation steps of the global batch size.
 FREE = frozenset(
     "output_dir resume_from_checkpoint allow_changes prepared_data_dir prepare_only keep_last keep_worse "
@@ -59,7 +59,7 @@ class FileEntry(FileModel):
 
 
 class Course(FileModel):
-    """What decides how a run goes on.
+    """What a resumed run must have in common with the one that it resumes.
 
     Attributes:
         options: Every option of ``maskft train`` but those of ``FREE``; files and folders by their content.
@@ -182,18 +182,20 @@ def changes(was: Course, now: Course) -> dict[str, tuple[Any, Any]]:
 
 
 def check_course(checkpoint: Path, now: Course, allowed: Iterable[str] | None) -> frozenset[str]:
-    """Refuse to go on otherwise than a checkpoint began, except in what is ``allowed`` by name.
+    """Raise if the run differs from that of a checkpoint, except in what is ``allowed`` by name.
 
     Returns:
         The names of what has changed.
 
     Raises:
-        UserError: One message with all differences; or for a name in ``allowed`` that is none.
+        UserError: One message with all differences; or for a name in ``allowed`` that is not an option.
     """
     allowed = set(allowed or ())
     for name in sorted(allowed):
         if name in FIXED or name not in now.values():
-            hint = "cannot change within a run" if name in FIXED else f"is no option{did_you_mean(name, now.values())}"
+            hint = (
+                "cannot change within a run" if name in FIXED else f"is not an option{did_you_mean(name, now.values())}"
+            )
             raise UserError(f"allow_changes names {name}, which {hint}; drop it")
     found = changes(read_manifest(checkpoint).course, now)
     refused = [name for name in found if name not in allowed]
@@ -204,7 +206,7 @@ def check_course(checkpoint: Path, now: Course, allowed: Iterable[str] | None) -
     remedy = (
         f"{', '.join(fixed)} cannot change within a run: name another output_dir"
         if fixed
-        else f"give it as it was, or go on with the change: --allow_changes {' '.join(found)}"
+        else f"give it as it was, or allow the change: --allow_changes {' '.join(found)}"
     )
     raise UserError(f"{str(checkpoint)!r} is of a run that differs ({differences}); {remedy}")
 

@@ -2,7 +2,8 @@
 
 What a token sequence looks like after frozen layers depends on its tokens alone, so a row is found by them, in any
 later epoch and in any later run with the same base model and the same first trained layer. Kept in bfloat16: exact for
-a bfloat16 model, rounded for a float32 one. A batch that is not wholly known runs through the layers as usual.
+a bfloat16 model, rounded for a float32 one. A batch of which a row is not known, or whose file is damaged, runs
+through the layers as usual.
 
 Shapes: B rows, T tokens, D hidden size.
 """
@@ -10,6 +11,7 @@ Shapes: B rows, T tokens, D hidden size.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,8 @@ from maskft_base.errors import UserError
 from maskft_base.files import digest, digest_tensors
 
 from .method_arguments import MethodArguments
+
+_CHECKSUM_BYTES = 4  # crc32, at the end of every file
 
 
 class PrefixCache:
@@ -83,8 +87,8 @@ class PrefixCache:
             return
         self.num_rows += len(self._rows)
         known = self._returns_tuple is not None and self._known.issuperset(name for name, _ in self._rows)
-        self.num_hits += len(self._rows) * known
         self._hidden_BTD = self._read(ids_BT) if known else None
+        self.num_hits += len(self._rows) * (self._hidden_BTD is not None)
 
     def _wrapped(self, position: int):
         forward, last = self._forwards[position], position == len(self.layers) - 1
@@ -106,23 +110,42 @@ class PrefixCache:
 
         return run
 
-    def _read(self, ids_BT: Tensor) -> Tensor:
+    def _read(self, ids_BT: Tensor) -> Tensor | None:
+        """The kept outputs of the batch; None if a row is damaged, which is then computed and written again."""
         hidden_BTD = torch.zeros(*ids_BT.shape, self._width, dtype=torch.bfloat16)
         for row, (name, length) in enumerate(self._rows):
-            data = bytearray((self._folder / name).read_bytes())
+            data = _checked(self._folder / name, length * self.bytes_per_token)
+            if data is None:
+                self._known.discard(name)
+                return None
             hidden_BTD[row, :length] = torch.frombuffer(data, dtype=torch.bfloat16).view(length, self._width)
         return hidden_BTD.to(ids_BT.device)
 
     def _write(self, hidden_BTD: Tensor) -> None:
         for row_TD, (name, length) in zip(hidden_BTD.cpu(), self._rows, strict=True):
-            size = length * self.bytes_per_token
+            size = length * self.bytes_per_token + _CHECKSUM_BYTES
             if name in self._known or self.num_bytes + size > self.max_bytes:
                 continue
             partial = self._folder / f"{name}.{os.getpid()}"
-            partial.write_bytes(row_TD[:length].contiguous().view(torch.int16).numpy().tobytes())
+            data = row_TD[:length].contiguous().view(torch.int16).numpy().tobytes()
+            partial.write_bytes(data + _checksum(data))
             partial.replace(self._folder / name)
             self._known.add(name)
             self.num_bytes += size
+
+
+def _checksum(data: bytes | bytearray) -> bytes:
+    return zlib.crc32(data).to_bytes(_CHECKSUM_BYTES, "little")
+
+
+def _checked(file: Path, num_bytes: int) -> bytearray | None:
+    """Content of a file without its checksum; None if it is not what was written."""
+    try:
+        content = bytearray(file.read_bytes())
+    except OSError:
+        return None
+    data, checksum = content[:num_bytes], content[num_bytes:]
+    return data if len(data) == num_bytes and checksum == _checksum(data) else None
 
 
 @contextmanager
@@ -212,7 +235,7 @@ def _fingerprint(decoder: nn.Module, prefix: list[nn.Module], compute_dtype: tor
     parameters = [p for _, p in _outside_layers(decoder, _layers(decoder))]
     parameters += [p for layer in prefix for p in layer.parameters()]
     weights = digest_tensors((str(parameter.dtype), parameter) for parameter in parameters)
-    made_with = [type(decoder).__name__, len(prefix), str(compute_dtype), decoder.config.to_diff_dict()]
+    made_with = ["crc32", type(decoder).__name__, len(prefix), str(compute_dtype), decoder.config.to_diff_dict()]
     return digest([*made_with, weights])[:24]
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from maskft_base.runtime import is_main
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Ctrl-C reaches every process of a terminal, and launchers and studies pass it on to theirs: one wish, twice.
-_SAME_WISH_S = 1.0
+# Debounce: Ctrl-C reaches every process of a terminal, and launchers and studies pass it on to theirs once more.
+_SAME_SIGNAL_S = 1.0
 
 
 class StopRequest:
@@ -47,6 +47,6 @@ class StopRequest:
             self.signal, self._time = number, now
             if is_main():  # not by a console, which may be in the middle of a line and hold its lock
                 os.write(2, b"\nstopping: the step is finished and saved first; once more stops at once\n")
-        elif now - self._time > _SAME_WISH_S:
+        elif now - self._time > _SAME_SIGNAL_S:
             self._restore()
             os.kill(os.getpid(), number)
