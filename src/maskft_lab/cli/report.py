@@ -88,7 +88,7 @@ def _figures(charts: list, folder: Path) -> dict[Path, bytes]:
 
 def _add_tables(tables: argparse.ArgumentParser) -> None:
     tables.description = (
-        "The paper's Tables 1, 2, 4, 5, 6, 8 and 9 with your figures beside the paper's. A result stands where its "
+        "The paper's Tables 1, 2, 4, 5 and 6 with your figures beside the paper's. A result stands where its "
         "method, checkpoint, domain and base model belong; see docs/results.md. Scores are in percent."
     )
     tables.add_argument("results", nargs="*", metavar="RESULT", help="result files, or folders, with all below them")

@@ -25,8 +25,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypeGuard, cast, get_ar
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from maskft_base import __version__
-from maskft_base import files
+from maskft_base import __version__, files
 from maskft_base.errors import UserError
 from maskft_base.files import digest, first_problem, parse_json, read_text, write_text
 from maskft_base.runtime import environment
