@@ -18,6 +18,7 @@ from .tuner import (
     random_mask,
     set_mask_progress,
     start_scores,
+    wanda_keys,
 )
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "threshold_mask",
     "topk_mask",
     "topk_masks",
+    "wanda_keys",
 ]

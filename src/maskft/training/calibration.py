@@ -1,4 +1,4 @@
-"""What training rows say of each weight before the first step: norms of its input, first-order change of the loss."""
+"""What training rows say of each weight before the first step; see also :mod:`maskft.tuner.wanda`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from maskft_base.errors import UserError
 
 from ..tuner import MaskConfig, MaskedLinear, adapter_layers, start_scores
 from ..tuner.config import DATA_STARTS
-from ..tuner.experts import ExpertMatrix
-from ..tuner.fixed import ranks_per_output
+from ..tuner.wanda import check_inputs, wanda_keys
 from .method_arguments import ADAPTER
 
 
@@ -31,39 +30,17 @@ def start_on_data(model: PeftModel, rows: Dataset, num_samples: int, device: tor
     if not isinstance(config, MaskConfig) or config.init_scores not in DATA_STARTS:
         return
     before, layers = model.device, list(adapter_layers(model, ADAPTER).values())
-    check_inputs(layers, f"mask_init_scores {config.init_scores}")
+    rows = rows.select(range(min(num_samples, len(rows))))
     model.to(device).eval()
-    with model.disable_adapter():
-        if config.init_scores == "wanda":
-            keys = wanda_keys(model, layers, rows["input_ids"], num_samples)
-        else:
-            keys = first_order_keys(model, layers, rows.select(range(min(num_samples, len(rows)))))
-    start_scores(model, {layer.module_name: key for layer, key in zip(layers, keys, strict=True)}, ADAPTER)
+    if config.init_scores == "wanda":
+        keys = wanda_keys(model, rows["input_ids"], ADAPTER)
+    else:
+        check_inputs(layers, f"init_scores {config.init_scores}")
+        with model.disable_adapter():
+            found = first_order_keys(model, layers, rows)
+        keys = {layer.module_name: key for layer, key in zip(layers, found, strict=True)}
+    start_scores(model, keys, ADAPTER)
     model.to(before).train()
-
-
-def check_inputs(layers: Sequence[MaskedLinear], what: str) -> None:
-    """Refuse fused experts where ``what`` looks at the input of each matrix."""
-    if any(isinstance(layer.get_base_layer(), ExpertMatrix) for layer in layers):
-        raise UserError(
-            f"{what} looks at the input of each matrix, which fused experts do not show; use magnitude (l1_mask), or "
-            "leave the experts out (mask_exclude_modules experts)"
-        )
-
-
-def wanda_keys(
-    model: PeftModel, layers: Sequence[MaskedLinear], input_ids: Sequence[Sequence[int]], num_samples: int
-) -> list[Tensor]:
-    """Rank of abs(weight) * norm of its input among the inputs of its output (https://arxiv.org/abs/2306.11695).
-
-    Ranks, because magnitudes of different outputs have no common scale: removing the lowest gives Wanda's mask.
-    """
-    norms = input_norms(model, layers, input_ids, num_samples)
-    weights = [layer.weight.detach().float().abs() for layer in layers]
-    return [
-        ranks_per_output(weight * norm, output_dim=int(layer.is_transposed)).float()
-        for weight, norm, layer in zip(weights, norms, layers, strict=True)
-    ]
 
 
 def first_order_keys(model: PeftModel, layers: Sequence[MaskedLinear], rows: Dataset) -> list[Tensor]:
@@ -96,45 +73,3 @@ def first_order_keys(model: PeftModel, layers: Sequence[MaskedLinear], rows: Dat
         for parameter in frozen:
             parameter.requires_grad_(True)
     return [(total * weight.detach()).abs() for total, weight in zip(gradients, weights, strict=True)]
-
-
-@torch.inference_mode()
-def input_norms(
-    model, layers: Sequence[MaskedLinear], input_ids: Sequence[Sequence[int]], num_samples: int
-) -> list[Tensor]:
-    """L2 norm of every input feature of ``layers`` over all tokens of the first ``num_samples`` rows.
-
-    One pass over the unmasked model; the published method prunes layer by layer and measures each layer behind the
-    pruned ones.
-
-    Args:
-        model: The model, its adapter disabled.
-        layers: The layers that are to be masked.
-        input_ids: Token ids of the rows; no padding, one row per forward pass.
-        num_samples: How many rows to use, at least 1.
-
-    Returns:
-        One float32 tensor per layer, (1, I), or (I, 1) where the weight is stored transposed.
-    """
-    squares = [0.0] * len(layers)
-
-    def add(index: int):
-        def hook(module, args):
-            squares[index] = squares[index] + args[0].detach().reshape(-1, args[0].shape[-1]).float().pow(2).sum(0)
-
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(add(n)) for n, layer in enumerate(layers)]
-    try:
-        for ids in input_ids[:num_samples]:
-            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    idle = [layer.module_name for layer, total in zip(layers, squares, strict=True) if isinstance(total, float)]
-    if idle:
-        raise UserError(f"no calibration row reached {idle[0]}; leave it out of mask_target_modules, or give more rows")
-    return [
-        total.sqrt()[:, None] if layer.is_transposed else total.sqrt()[None, :]
-        for total, layer in zip(squares, layers, strict=True)
-    ]

@@ -17,9 +17,9 @@ from ..loss import mean_nll, nll_per_item
 from ..tuner import MaskedLinear, adapter_layers
 from ..tuner.codec import encode_mask, mask_info
 from ..tuner.fixed import fixed_masks
+from ..tuner.wanda import check_inputs, input_norms
 from .arguments import TrainConfig
 from .build import with_adapter
-from .calibration import check_inputs, input_norms
 from .checks import check_size
 from .method_arguments import ADAPTER, mask_config
 from .record import TrainingSummary
@@ -49,7 +49,7 @@ def make_fixed_mask(
     if method.method == "wanda_mask":
         check_inputs(layers, method.method)
         with masked.disable_adapter():
-            norms = input_norms(masked, layers, data.train["input_ids"], method.num_calibration_samples)
+            norms = input_norms(masked, layers, data.train["input_ids"][: method.num_calibration_samples])
     size, pad_token_id = training.per_device_eval_batch_size, tokenizer.pad_token_id or 0
     candidates = []
     for seed in range(config.mask_seed, config.mask_seed + method.num_candidates):

@@ -10,6 +10,7 @@ from .fixed import magnitude_mask, random_mask
 from .layer import MaskedLinear
 from .model import MaskModel, adapter_layers, current_masks, start_scores
 from .progress import MaskProgress, set_mask_progress
+from .wanda import wanda_keys
 
 # PEFT's register_peft_method refuses names outside its enum. These three tables are what it would fill; tests fail when
 # PEFT stops reading them.
@@ -30,4 +31,5 @@ __all__ = [
     "random_mask",
     "set_mask_progress",
     "start_scores",
+    "wanda_keys",
 ]

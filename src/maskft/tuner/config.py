@@ -42,9 +42,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "init_std": 0.02,
         "sparsity": 0.1,
     },
-    # Bit-Mask Tuning (https://openreview.net/forum?id=JnfolztAV3): one logit per weight of the gate projections, a hard
-    # forward pass, a start in Wanda's order, a sharpness that rises, a free budget (below 0.05 % in the end). Its
-    # constants are not published: init_std, init_value, sharpness and sharpness_end are ours.
+    # Deletion Tuning (https://arxiv.org/abs/2611.10866): one logit per weight of the gate projections, a hard forward
+    # pass, a start in Wanda's order, a sharpness that rises, a free budget, a price on what is removed (without it a
+    # hundred times as many weights go). Only its abstract was read: the constants are ours.
     "deletion_tuning": {
         "target_modules": ["gate_proj"],
         "selection": "logit",
@@ -52,6 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "init_scores": "wanda",
         "init_std": 0.02,
         "init_value": 0.04,
+        "price": 1.0,
         "sharpness": 10.0,
         "sharpness_end": 100.0,
     },

@@ -64,7 +64,8 @@ def check_scores(scores: Tensor, module_name: str, config: MaskConfig) -> Tensor
     if config.init_scores in DATA_STARTS and bool(scores.detach().view(-1)[:1].isnan().any()):
         raise UserError(
             f"init_scores={config.init_scores!r} needs data, and the scores of {module_name} were given none: call "
-            "maskft.start_scores(model, keys) with a ranking value per weight (maskft train does it)"
+            "maskft.start_scores(model, keys) with a ranking value per weight, such as maskft.wanda_keys(model, rows) "
+            "(maskft train does it)"
         )
     return scores
 

@@ -120,7 +120,7 @@ def _models(options: EvaluationArguments):
 
     from ..evaluation.load import load_changes, load_each
 
-    if options.no_generate and options.task_names == [HELDOUT]:
+    if options.change or (options.no_generate and options.task_names == [HELDOUT]):
         # A sixth faster on CPUs. Not where answers are generated: their caches grow, and holes would stay behind.
         keep_freed_memory()
     how = (options.dtype, options.device, options.chat_template_path, options.model_revision)

@@ -1,0 +1,95 @@
+"""Wanda (https://arxiv.org/abs/2306.11695): weights ranked by their magnitude and the norm of their input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from maskft_base.errors import UserError
+
+from .experts import ExpertMatrix
+from .fixed import ranks_per_output
+from .layer import MaskedLinear
+from .model import adapter_layers
+
+
+def wanda_keys(
+    model: nn.Module, rows: Iterable[Sequence[int] | Tensor], adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """Rank of abs(weight) * norm of its input among the inputs of its output, for :func:`maskft.start_scores`.
+
+    Ranks, because magnitudes of different outputs have no common scale: removing the lowest gives Wanda's mask.
+
+    Args:
+        model: A model with a mask adapter, as ``get_peft_model`` returns it.
+        rows: Token ids of some rows (a hundred are enough), without padding.
+        adapter_name: The adapter.
+
+    Returns:
+        Module name -> float32 ranks in the shape of its weight.
+
+    Raises:
+        UserError: If a layer sees no token of the rows.
+    """
+    layers = list(adapter_layers(model, adapter_name).values())
+    check_inputs(layers, "init_scores wanda")
+    is_training = model.training
+    model.eval()
+    with model.disable_adapter():
+        norms = input_norms(model, layers, rows)
+    model.train(is_training)
+    weights = [layer.weight.detach().float().abs() for layer in layers]
+    return {
+        layer.module_name: ranks_per_output(weight * norm, output_dim=int(layer.is_transposed)).float()
+        for weight, norm, layer in zip(weights, norms, layers, strict=True)
+    }
+
+
+def check_inputs(layers: Sequence[MaskedLinear], what: str) -> None:
+    """Refuse fused experts where ``what`` looks at the input of each matrix."""
+    if any(isinstance(layer.get_base_layer(), ExpertMatrix) for layer in layers):
+        raise UserError(
+            f"{what} looks at the input of each matrix, which fused experts do not show; use magnitude (l1_mask), or "
+            "leave the experts out (mask_exclude_modules experts)"
+        )
+
+
+@torch.inference_mode()
+def input_norms(model, layers: Sequence[MaskedLinear], rows: Iterable[Sequence[int] | Tensor]) -> list[Tensor]:
+    """L2 norm of every input feature of ``layers`` over all tokens of ``rows``.
+
+    One pass over the unmasked model; the published method prunes layer by layer and measures each layer behind the
+    pruned ones.
+
+    Args:
+        model: The model, its adapter disabled.
+        layers: The layers that are to be masked.
+        rows: Token ids; no padding, one row per forward pass.
+
+    Returns:
+        One float32 tensor per layer, (1, I), or (I, 1) where the weight is stored transposed.
+    """
+    squares = [0.0] * len(layers)
+
+    def add(index: int):
+        def hook(module, args):
+            squares[index] = squares[index] + args[0].detach().reshape(-1, args[0].shape[-1]).float().pow(2).sum(0)
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(add(n)) for n, layer in enumerate(layers)]
+    try:
+        for ids in rows:
+            model(input_ids=torch.as_tensor(ids, device=model.device)[None], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    idle = [layer.module_name for layer, total in zip(layers, squares, strict=True) if isinstance(total, float)]
+    if idle:
+        raise UserError(f"no calibration row reached {idle[0]}; leave it out of mask_target_modules, or give more rows")
+    return [
+        total.sqrt()[:, None] if layer.is_transposed else total.sqrt()[None, :]
+        for total, layer in zip(squares, layers, strict=True)
+    ]
