@@ -678,6 +678,7 @@ def test_json_has_fractions_and_no_percent(comparison):
         "low": pytest.approx(0.4038, abs=1e-4),
         "high": pytest.approx(0.5962, abs=1e-4),
         "is_at_edge": False,
+        "test_set": None,
     }
     assert "%" not in json.dumps(record).replace("5%", "")
 

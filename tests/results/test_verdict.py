@@ -166,3 +166,15 @@ def test_two_seeds_make_no_claim_and_no_interval_is_impossible():
     assert row.ci_low == row.unadjusted_low == -1.0 and row.ci_high <= 1.0
     assert "not distinguishable; two seeds: no claim over seeds" in sentence(row)
     assert "Two seeds: what is not distinguishable is no claim over seeds." in render(comparison, "terminal")
+
+
+def test_a_test_set_is_called_by_its_file():
+    """And not "heldout", beside held-out rows that choose checkpoints."""
+    results = family(260, 320)
+    for each in results:
+        each["tasks"]["heldout"] = each["tasks"].pop("sums") | {"data_file": "products_test.jsonl"}
+    comparison = compared(results)
+    assert {row.task for row in comparison.rows} == {"heldout"}
+    for form in ("terminal", "markdown"):
+        text = render(comparison, form)
+        assert "accuracy on products_test.jsonl" in text and "heldout" not in text

@@ -15,6 +15,15 @@ Paired = tuple[Sequence[Result], Sequence[Result]]  # the seeds of a method and 
 # Units that are guessed from the values where the metric names none: by luck, one model may have no value above 1.
 _GUESSED_UNITS = {"fraction", "score"}
 
+# What must be the same of a task: its key, what a message calls it, and what it is where it is not said.
+_ALIKE = (
+    ("version", "task version", None),
+    ("num_fewshot", "num_fewshot (shots)", None),
+    ("chat_template_hash", "chat_template_hash (prompts)", None),
+    ("generation_kwargs", "generation_kwargs", None),
+    ("task_args", "task_args", {}),
+    ("num_samples", "numbers of samples per item", 1),
+)
 # Packages whose version may change answers or scores; a task's own version does not tell.
 _DECIDING_PACKAGES = ("lm_eval", "transformers", "torch", "maskft")
 # Beginning of a task's name -> the packages that score it.
@@ -158,29 +167,18 @@ def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
 
 
 def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
-    # What another harness does not say (null) shows in the prompts.
-    if a["version"] != b["version"] and None not in (a["version"], b["version"]):
-        yield f"different task version, {a['version']} and {b['version']}"
-    if a["num_fewshot"] != b["num_fewshot"] and None not in (a["num_fewshot"], b["num_fewshot"]):
-        yield f"different num_fewshot (shots), {a['num_fewshot']} and {b['num_fewshot']}"
-    # Whether another program put the prompts of its answers into a template is not known.
+    # What another harness does not say (null) shows in the prompts, and so does a template in answers from a file.
     outside = a.get("outputs_from_file") or b.get("outputs_from_file")
-    if a["chat_template_hash"] != b["chat_template_hash"] and not outside:
-        yield f"different chat_template_hash (prompts), {a['chat_template_hash']} and {b['chat_template_hash']}"
-    limits_a, limits_b = a.get("generation_kwargs"), b.get("generation_kwargs")
-    if None not in (limits_a, limits_b) and limits_a != limits_b:
-        yield f"different generation_kwargs, {limits_a} and {limits_b}"
-    if a.get("task_args", {}) != b.get("task_args", {}):
-        yield f"different task_args, {a.get('task_args', {})} and {b.get('task_args', {})}"
-    if a.get("num_samples", 1) != b.get("num_samples", 1):
-        yield f"different numbers of samples per item, {a.get('num_samples', 1)} and {b.get('num_samples', 1)}"
+    for key, label, default in _ALIKE:
+        x, y = a.get(key, default), b.get(key, default)
+        if x != y and not (None in (x, y) and key != "chat_template_hash") and not (outside and key.startswith("chat")):
+            yield f"different {label}, {x} and {y}"
     yield from _item_mismatches(a, b)
     for name in a["metrics"].keys() & b["metrics"].keys():
-        x, y = a["metrics"][name], b["metrics"][name]
-        if x["unit"] != y["unit"] and {x["unit"], y["unit"]} != _GUESSED_UNITS:
-            yield f"different unit of {name}, {x['unit']} and {y['unit']}"
-        if x["higher_is_better"] != y["higher_is_better"]:
-            yield f"different higher_is_better of {name}, {x['higher_is_better']} and {y['higher_is_better']}"
+        for key in ("unit", "higher_is_better"):
+            values = (a["metrics"][name].get(key), b["metrics"][name].get(key))
+            if values[0] != values[1] and set(values) != _GUESSED_UNITS:
+                yield f"different {key} of {name}, {values[0]} and {values[1]}"
 
 
 def _item_mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
@@ -191,15 +189,10 @@ def _item_mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
         return
     if a["items_fingerprint"] != b["items_fingerprint"]:
         yield "different prompts or references of the same items"
-    for name, item in items_a.items():
-        x, y = item.get("num_tokens"), items_b[name].get("num_tokens")
-        if x != y:
-            yield f"different num_tokens (tokenizers?), {x} and {y} in item {name!r}"
-            return
-        x, y = item.get("cluster_id"), items_b[name].get("cluster_id")
-        if x != y:
-            yield f"different cluster_id, {x} and {y} in item {name!r}"
-            return
+    for key, label in (("num_tokens", "num_tokens (tokenizers?)"), ("cluster_id", "cluster_id")):
+        pairs = ((name, item.get(key), items_b[name].get(key)) for name, item in items_a.items())
+        if found := next(((name, x, y) for name, x, y in pairs if x != y), None):
+            yield f"different {label}, {found[1]} and {found[2]} in item {found[0]!r}"
 
 
 def setting_notes(results: Sequence[Result], tasks: Sequence[str]) -> list[str]:

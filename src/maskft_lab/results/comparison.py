@@ -91,6 +91,7 @@ class Difference:
     ``by_seed`` are the differences of seeds that are fixed: interval, p and verdict are then about these models and
     other items, and None says that they are about other seeds too. Items are won, lost and tied by their mean over the
     seeds. ``num_clusters`` is null for independent items.
+    ``test_set`` is the file that the items are from, where it is known: tables call the task by it.
     ``items_needed`` and ``seeds_needed`` are None where they would not help or the verdict stands without.
     """
 
@@ -106,17 +107,18 @@ class Difference:
     value: float
     baseline_value: float
     difference: float
-    ci_low: float
-    ci_high: float
-    confidence: float
     test: str
-    p_value: float
-    p_adjusted: float
-    num_comparisons: int
     won: int
     lost: int
     tied: int
-    verdict: str
+    # Given by `differences.judge`.
+    ci_low: float = math.nan
+    ci_high: float = math.nan
+    confidence: float = math.nan
+    p_value: float = math.nan
+    p_adjusted: float = math.nan
+    num_comparisons: int = 0
+    verdict: str = NOT_DISTINGUISHABLE
     items_needed: int | None = None
     seeds_needed: int | None = None
     unadjusted_low: float | None = None
@@ -125,6 +127,7 @@ class Difference:
     num_clusters: int | None = None
     equivalence: Equivalence | None = None
     by_seed: list[float] | None = None
+    test_set: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class Score:
     low: float | None = None
     high: float | None = None
     is_at_edge: bool = False
+    test_set: str | None = None
 
 
 @dataclass(frozen=True)

@@ -197,12 +197,14 @@ def measure(
     """Measure the difference in a metric of a task, or in the average over several, which have the same unit."""
     samples = [sample_of(paired, task, metric, settings.fixed_seeds) for task, metric in metrics]
     task, metric = metrics[0]
+    test_set = paired[1][0]["tasks"][task].get("data_file") if len(metrics) == 1 else None
     unit = unit_of([*paired[0], *paired[1]], task, metric)
     higher_is_better = paired[1][0]["tasks"][task]["metrics"][metric]["higher_is_better"]
     if len(metrics) > 1:
         task, metric = AVERAGE.format(len(metrics)), "main metric"
     measured = Measured(samples, unit, settings.num_resamples, settings.seed)
-    return describe(paired, measured, (task, metric), higher_is_better, is_main), measured
+    row = describe(paired, measured, (task, metric), higher_is_better, is_main)
+    return replace(row, test_set=test_set), measured
 
 
 def describe(
@@ -221,13 +223,8 @@ def describe(
     gains_N = sign * np.concatenate([sample.diffs_SN.mean(axis=0) for sample in measured.samples])
     num_seeds = measured.samples[0].diffs_SN.shape[0]
     is_fixed = num_seeds > 1 and measured.samples[0].has_fixed_seeds
-    values, baseline_values = (
-        [weighted_mean(values_SN.mean(axis=0), sample.weights)[0] for sample, values_SN in each]
-        for each in (
-            [(sample, sample.values_SN) for sample in measured.samples],
-            [(sample, sample.baseline_SN) for sample in measured.samples],
-        )
-    )
+    values = [weighted_mean(sample.values_SN.mean(axis=0), sample.weights)[0] for sample in measured.samples]
+    baseline_values = [weighted_mean(sample.baseline_SN.mean(axis=0), sample.weights)[0] for sample in measured.samples]
     is_clustered = any(sample.clusters for sample in measured.samples)
     return Difference(
         method=paired[0][0]["name"],
@@ -242,17 +239,10 @@ def describe(
         value=float(np.mean(values)),
         baseline_value=float(np.mean(baseline_values)),
         difference=measured.drawn.difference,
-        ci_low=float("nan"),
-        ci_high=float("nan"),
-        confidence=float("nan"),
         test="McNemar" if measured.is_binary else "bootstrap",
-        p_value=float("nan"),
-        p_adjusted=float("nan"),
-        num_comparisons=0,
         won=int((gains_N > 0).sum()),
         lost=int((gains_N < 0).sum()),
         tied=int((gains_N == 0).sum()),
-        verdict=NOT_DISTINGUISHABLE,
         num_clusters=sum(block.weights_N.size for block in measured.drawn.blocks) if is_clustered else None,
         by_seed=measured.by_seed if is_fixed else None,
     )
@@ -287,17 +277,15 @@ def judge(
     for index, (row, measured) in enumerate(family):
         low, high = measured.interval(confidence)
         all_low, all_high = measured.interval(1 - level) if level < alpha else (low, high)
+        is_claimed = adjusted[index] <= alpha and (low > 0 or high < 0)
+        is_cut = is_claimed and all_low <= 0 <= all_high
+        if not is_claimed or row.difference > 0:
+            all_low = max(all_low, 0.0) if is_claimed else min(all_low, 0.0)
+        if not is_claimed or row.difference <= 0:
+            all_high = min(all_high, 0.0) if is_claimed else max(all_high, 0.0)
         # Of the largest of the adjusted tests, so that what is asked for would do whatever the others show.
-        items_needed, seeds_needed = measured.needed(alpha / size)
-        verdict = NOT_DISTINGUISHABLE
-        is_cut = False
-        if adjusted[index] <= alpha and (low > 0 or high < 0):
-            verdict = BETTER if (row.difference > 0) == row.higher_is_better else WORSE
-            items_needed = seeds_needed = None
-            is_cut = all_low <= 0 <= all_high
-            all_low, all_high = (max(all_low, 0.0), all_high) if row.difference > 0 else (all_low, min(all_high, 0.0))
-        else:
-            all_low, all_high = min(all_low, 0.0), max(all_high, 0.0)
+        needed = (None, None) if is_claimed else measured.needed(alpha / size)
+        won = BETTER if (row.difference > 0) == row.higher_is_better else WORSE
         judged.append(
             replace(
                 row,
@@ -307,9 +295,9 @@ def judge(
                 p_value=p_values[index],
                 p_adjusted=adjusted[index],
                 num_comparisons=size,
-                verdict=verdict,
-                items_needed=items_needed,
-                seeds_needed=seeds_needed,
+                verdict=won if is_claimed else NOT_DISTINGUISHABLE,
+                items_needed=needed[0],
+                seeds_needed=needed[1],
                 unadjusted_low=low,
                 unadjusted_high=high,
                 is_cut_at_zero=is_cut,

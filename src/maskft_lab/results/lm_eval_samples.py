@@ -22,6 +22,8 @@ _NEEDED = ("doc_id", "filter", "metrics", "prompt_hash", "target_hash", "doc_has
 _SETTINGS = ("limit", "gen_kwargs", "model_dtype", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 _SETTINGS = (*_SETTINGS, "system_instruction_sha", "fewshot_as_multiturn")
 
+Items = dict[str, dict[str, Any]]  # id -> item, or question
+
 
 def is_samples_file(path: Path) -> bool:
     """Tell whether a file is named as lm-eval names its samples."""
@@ -42,28 +44,7 @@ def read_samples(path: Path, asked: Asked) -> Log:
         summary: dict[str, Any] = parse_json(read_text(beside[0])) if beside else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{beside[0]}: cannot be read ({error}): remove the file or evaluate again") from None
-    items: dict[str, dict[str, Any]] = {}
-    values: dict[str, dict[str, list[Any]]] = {}  # metric -> item -> its samples' scores
-    questions: dict[str, dict[str, Any]] = {}
-    num_samples = 1
-    for row in _rows(path):
-        if missing := [key for key in _NEEDED if key not in row]:
-            raise UserError(
-                f"{path}: no samples file of lm-eval 0.4.5 or later, {missing[0]!r} is missing: evaluate again with "
-                "--log_samples"
-            )
-        identity, document = str(row["doc_id"]), row.get("doc")
-        item = items.setdefault(identity, {"id": identity})
-        set_cluster(item, document if isinstance(document, dict) else {}, asked, path)
-        prompt = [row["doc_hash"], row["prompt_hash"]]
-        questions[identity] = {"id": identity, "prompt": prompt, "reference": row["target_hash"]}
-        num_samples = max([num_samples, *(len(each) for each in row["resps"] if isinstance(each, list))])
-        for metric in row["metrics"]:
-            name = metric if row["filter"] == "none" else f"{metric},{row['filter']}"
-            scores = row.get(metric) if isinstance(row.get(metric), list) else [row.get(metric)]
-            values.setdefault(name, {})[identity] = [as_number(score) for score in scores]
-    if not items:
-        raise UserError(f"{path}: no samples in it: evaluate again with --log_samples")
+    items, values, questions, num_samples = _parsed(path, asked)
     for name, by_item in values.items():
         # Others are parts of a summary (a corpus score, say).
         is_score = all(len(scores) in (1, num_samples) and None not in scores for scores in by_item.values())
@@ -94,6 +75,33 @@ def read_samples(path: Path, asked: Asked) -> Log:
     packages = {name: version for name, version in versions.items() if version}
     model = str(summary.get("model_name") or path.resolve().parent.name)
     return Log(path, model, task, record, settings, packages)
+
+
+def _parsed(path: Path, asked: Asked) -> tuple[Items, dict[str, dict[str, list[Any]]], Items, int]:
+    """Return the items, metric -> item -> its samples' scores, the questions, and the number of samples per item."""
+    items: Items = {}
+    values: dict[str, dict[str, list[Any]]] = {}
+    questions: Items = {}
+    num_samples = 1
+    for row in _rows(path):
+        if missing := [key for key in _NEEDED if key not in row]:
+            raise UserError(
+                f"{path}: no samples file of lm-eval 0.4.5 or later, {missing[0]!r} is missing: evaluate again with "
+                "--log_samples"
+            )
+        identity, document = str(row["doc_id"]), row.get("doc")
+        item = items.setdefault(identity, {"id": identity})
+        set_cluster(item, document if isinstance(document, dict) else {}, asked, path)
+        prompt = [row["doc_hash"], row["prompt_hash"]]
+        questions[identity] = {"id": identity, "prompt": prompt, "reference": row["target_hash"]}
+        num_samples = max([num_samples, *(len(each) for each in row["resps"] if isinstance(each, list))])
+        for metric in row["metrics"]:
+            name = metric if row["filter"] == "none" else f"{metric},{row['filter']}"
+            scores = row.get(metric) if isinstance(row.get(metric), list) else [row.get(metric)]
+            values.setdefault(name, {})[identity] = [as_number(score) for score in scores]
+    if not items:
+        raise UserError(f"{path}: no samples in it: evaluate again with --log_samples")
+    return items, values, questions, num_samples
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -97,6 +97,7 @@ class TaskRecord(TypedDict):
     data_sha256: NotRequired[str]
     generation_kwargs: NotRequired[dict[str, Any] | None]
     outputs_from_file: NotRequired[bool]  # answers that another program generated
+    data_file: NotRequired[str]  # of rows of one's own: the test set's file, by which tables name it
     num_samples: NotRequired[int]  # answers to each item, where there are several
     task_args: NotRequired[dict[str, Any]]  # arguments of the task, in logs of inspect-ai
 

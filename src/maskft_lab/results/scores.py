@@ -71,12 +71,14 @@ def averaged_metrics(results: Sequence[Result], tasks: Sequence[str], metrics: S
 def _score(group: Sequence[Result], task: str, metric: str, unit: str, fixed_seeds: bool) -> Score:
     records = [result["tasks"][task]["metrics"][metric] for result in group]
     values = [record["value"] for record in records if record["value"] is not None]
+    test_set = group[0]["tasks"][task].get("data_file")
+    score = Score(group[0]["name"], task, metric, unit, None, None, len(group), test_set=test_set)
     if len(values) < len(records):
-        return Score(group[0]["name"], task, metric, unit, None, None, len(group))
+        return score
     value, stderr = weighted_mean(values) if len(group) > 1 else (values[0], records[0]["stderr"])
     if fixed_seeds and len(group) > 1:
         stderr = _error_over_items(group, task, metric, unit)
-    score = Score(group[0]["name"], task, metric, unit, value, stderr, len(group))
+    score = replace(score, value=value, stderr=stderr)
     bounds, at_edge = _bounds(group, task, metric) if unit == "fraction" else (None, False)
     return replace(score, low=bounds.low, high=bounds.high, is_at_edge=at_edge) if bounds else score
 

@@ -98,7 +98,8 @@ def _lines(comparison: Comparison, shown: Sequence[Difference]) -> list[tuple[st
     for (task, metric), rows in blocks.items():
         count = max(row.num_seeds for row in rows)
         seeds = f", {count} seeds" if count > 1 else ""
-        cells.append(((f"{metric} on {task} ({_unit_text(rows[0].unit)}), {rows[0].num_items:,} items{seeds}",), None))
+        heading = f"{metric} on {task_text(rows[0])} ({_unit_text(rows[0].unit)}), {rows[0].num_items:,} items{seeds}"
+        cells.append(((heading,), None))
         of_average = "" if metric == "main metric" else metric
         for row in sorted(rows, key=lambda row: row.method not in masks):
             value = _value_text(values.get((row.method, task, of_average)))
@@ -108,14 +109,14 @@ def _lines(comparison: Comparison, shown: Sequence[Difference]) -> list[tuple[st
     widths = [max(len(each[column]) for each, _ in cells if len(each) > 1) for column in range(4)]
     widths[0] = max(MIN_NAME, min(widths[0], PAGE_WIDTH - sum(widths[1:]) - 6))
     lines: list[tuple[str, Difference | None]] = []
-    for (name, *numbers), row in cells:
+    for (name, *numbers), shown_row in cells:
         name = printable(name)
         if not numbers:
-            lines.append((_cut(name, PAGE_WIDTH), row))
+            lines.append((_cut(name, PAGE_WIDTH), shown_row))
             continue
         value, difference, verdict = numbers
         line = f"{_cut(name, widths[0]):<{widths[0]}}  {value:>{widths[1]}}  {difference:>{widths[2]}}  {verdict}"
-        lines.append((line.rstrip(), row))
+        lines.append((line.rstrip(), shown_row))
     return lines
 
 
@@ -169,7 +170,7 @@ def sentence(row: Difference) -> str:
     seeds += f", {row.num_clusters:,} clusters" if row.num_clusters else ""
     unit = "points" if row.unit == "fraction" else row.unit
     text = (
-        f"{row.method} vs {row.baseline}, {row.metric} on {row.task}{seeds}: "
+        f"{row.method} vs {row.baseline}, {row.metric} on {task_text(row)}{seeds}: "
         f"{difference_text(row, unit)}{_unadjusted_text(row)}, {row.test} p {_p_text(row.p_value)}"
     )
     if row.num_comparisons > 1:
@@ -211,7 +212,7 @@ def difference_table(comparison: Comparison) -> Table:
     rows: list[tuple[str, ...]] = [
         (
             row.method,
-            row.task,
+            task_text(row),
             f"{row.metric} ({_unit_text(row.unit)})",
             f"{row.num_items:,}" + (f" x {row.num_seeds} seeds" if row.num_seeds > 1 else ""),
             difference_text(row),
@@ -233,7 +234,8 @@ def cross_domain_table(scores: Sequence[Score]) -> Table:
     tasks = list(dict.fromkeys(score.task for score in scores))
     units = {(score.task, score.metric): score.unit for score in scores}
     units = dict(sorted(units.items(), key=lambda entry: tasks.index(entry[0][0])))  # a task's metrics side by side
-    labels = [f"{task} {metric}".strip() + f" ({_unit_text(unit)})" for (task, metric), unit in units.items()]
+    shown = {score.task: task_text(score) for score in scores}
+    labels = [f"{shown[task]} {metric}".strip() + f" ({_unit_text(unit)})" for (task, metric), unit in units.items()]
     columns = ("model", *labels)
     rows: dict[str, dict[tuple[str, str], str]] = {}
     for score in scores:
@@ -326,6 +328,11 @@ def error_text(score: Score, digits: int = 4) -> str:
 def _shows_interval(score: Score) -> bool:
     is_shown_as_zero = score.stderr is not None and round(100 * score.stderr, 1) == 0
     return score.low is not None and (score.is_at_edge or is_shown_as_zero)
+
+
+def task_text(row: Difference | Score) -> str:
+    """Return what a task is called: rows of one's own by the file of the test set."""
+    return row.test_set or row.task
 
 
 def verdict_text(row: Difference) -> str:

@@ -8,7 +8,7 @@ from .comparable import Groups, is_parent, pair_by_seed
 from .comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Difference, Settings, Verdict
 from .differences import Measured, judge, measure
 from .schema import Result
-from .text import brief_metric, difference_text, numbers_text
+from .text import brief_metric, difference_text, numbers_text, task_text
 
 MASK = "mask"
 EQUAL_TOKENS = 0.02  # share by which numbers of tokens may differ and still count as equal
@@ -105,4 +105,4 @@ def _text(against: Sequence[tuple[Difference, Measured]]) -> str:
     first, control = against[0][0], against[1][0] if len(against) > 1 else None
     said = _CONCLUSIONS[first.verdict, control and control.verdict].format(control=control and control.baseline)
     seeds = f", {first.num_seeds} seeds" if first.num_seeds > 1 else ""
-    return f"{''.join(doubts)}{said}. {first.method}, {first.metric} on {first.task}{seeds}: {'; '.join(parts)}."
+    return f"{''.join(doubts)}{said}. {first.method}, {first.metric} on {task_text(first)}{seeds}: {'; '.join(parts)}."
