@@ -51,6 +51,8 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
         return _load_embedded(torch.float32 if dtype == "auto" else getattr(torch, dtype), **kwargs)
     check_model_source(name_or_path)
     try:
+        values, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=kwargs.get("revision"))
+        _check_no_kernels(values, name_or_path)
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **_NO_CODE, **kwargs)
     except ImportError as error:
         is_bitsandbytes = "bitsandbytes" in str(error)
@@ -58,6 +60,17 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
         raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}{remedy}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}") from error
+
+
+def _check_no_kernels(values: dict[str, Any], name_or_path: str) -> None:
+    """Refuse a configuration that names a kernel of the hub: transformers would download its code and run it."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_no_kernels(value, name_or_path)
+        if key.endswith("_implementation") and "/" in str(value):
+            raise UserError(
+                f"the configuration of {name_or_path!r} asks for code of the hub ({key}: {value!r}); remove it"
+            )
 
 
 def load_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
@@ -184,8 +197,20 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def is_local_folder(name_or_path: str) -> bool:
-    """Whether the name means a folder on this machine (it exists, or it is written like a path)."""
-    return Path(name_or_path).exists() or name_or_path.startswith((".", "/", "~"))
+    """Whether the name means a folder on this machine: it exists, is written like a path, or is in a folder here."""
+    if Path(name_or_path).exists() or name_or_path.startswith((".", "/", "~")):
+        return True
+    owner, slash, name = name_or_path.partition("/")
+    return bool(slash) and ("/" in name or not name or Path(owner).is_dir())
+
+
+def base_of(adapter: str | Path, name: str) -> str:
+    """The base model that an adapter names; a relative path may be from a folder above the adapter, not from here."""
+    if not Path(name).expanduser().exists():
+        for folder in Path(adapter).resolve().parents:
+            if (folder / name / "config.json").is_file():
+                return str(folder / name)
+    return name
 
 
 def check_model_source(name_or_path: str) -> None:

@@ -207,7 +207,9 @@ def test_an_unfinished_evaluation_is_resumed_with_the_same_configuration_only(ch
 
     def evaluate(max_new_tokens, max_memory_gb=1):
         options = EvaluationArguments(max_new_tokens=max_new_tokens, max_memory_gb=max_memory_gb)
-        return evaluate_loaded(next(load.load_each(str(folder))), {"heldout": rows}, options, target, "a")
+        return evaluate_loaded(
+            next(load.load_each(EvaluationArguments(str(folder)))), {"heldout": rows}, options, target, "a"
+        )
 
     def killed(path, result):
         raise KeyboardInterrupt
@@ -305,3 +307,52 @@ def test_mistakes_are_one_line_and_write_nothing(words, message, chat_base, adap
     command += ["--output_dir", tmp_path / "out", *(places.get(word, word) for word in words)]
     status, _, err = call(command, capsys)
     assert status == 2 and message in err.strip().splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+import psutil
+import torch
+from maskft_lab.cli.main import main
+import maskft_lab.evaluation.run
+bound = psutil.Process().memory_info().vms + 150_000_000
+resource.setrlimit(resource.RLIMIT_AS, (bound, resource.getrlimit(resource.RLIMIT_AS)[1]))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_memory_that_runs_out_is_one_line(tmp_path):
+    base, rows = tmp_path / "base", tmp_path / "rows.jsonl"
+    tiny.tiny_llama(vocab_size=50_000, num_layers=1).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    rows.write_text("".join(json.dumps({"prompt": f"{n}=", "completion": "1" * 200}) + "\n" for n in range(16)))
+    words = ["evaluate", "--model_name_or_path", base, "--dataset_name", rows, "--no_generate", "--batch_size", "16"]
+    command = [sys.executable, "-c", OUT_OF_MEMORY, *map(str, words), "--output_dir", str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert "out of memory (" in ended.stderr.splitlines()[-1] and "Traceback" not in ended.stderr
+    assert not (tmp_path / "out" / RESULT).exists()
+
+
+def test_an_adapter_is_evaluated_from_any_folder(chat_base, data, tmp_path, monkeypatch, capsys):
+    """Its base is named relative to where it was trained; a name in a folder that is here is not asked of the hub."""
+    shutil.copytree(chat_base, tmp_path / "models" / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(chat_base), MaskConfig(sparsity=0.1))
+    model.peft_config["default"].base_model_name_or_path = "models/base"
+    model.save_pretrained(tmp_path / "runs" / "mask")
+    monkeypatch.chdir(tmp_path / "runs")
+    words = [
+        "evaluate",
+        "--dataset_name",
+        data,
+        "--no_generate",
+        "--max_eval_samples",
+        2,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    status, _, err = call([*words, "--adapter", "mask"], capsys)
+    assert status == 0, err
+    assert result_of(tmp_path / "out")["model"]["name_or_path"] == "base"
+    status, _, err = call([*words[:-1], tmp_path / "b", "--model_name_or_path", "mask/none"], capsys)
+    assert status == 2 and "model folder 'mask/none' does not exist" in err

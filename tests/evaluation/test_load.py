@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 import tiny
 from maskft_base.errors import UserError
 from maskft_lab.evaluation import load
+from maskft_lab.evaluation.arguments import EvaluationArguments
 from maskft_lab.evaluation.targets import labels, result_files
 
 
@@ -32,7 +33,7 @@ def test_the_hash_of_a_configuration(name, values, is_same, base, tmp_path):
     hashes = []
     for change in ({}, values):
         _edit(folder / name, **change)
-        hashes.append(next(load.load_each(str(folder))).facts["config_sha256"])
+        hashes.append(next(load.load_each(EvaluationArguments(str(folder)))).facts["config_sha256"])
     assert len(hashes[0]) == 64 and (hashes[0] == hashes[1]) is is_same
 
 
@@ -97,5 +98,5 @@ def test_adapters_that_cannot_be_loaded_are_one_line(damage, message, base, tmp_
     get_peft_model(tiny.tiny_llama(vocab_size=96), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
     damage(folder)
     with pytest.raises(UserError, match=message) as caught:
-        next(load.load_each(str(base), [str(folder)]))
+        next(load.load_each(EvaluationArguments(str(base), adapter=[str(folder)])))
     assert len(str(caught.value).splitlines()) == 1

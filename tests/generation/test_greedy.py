@@ -6,7 +6,7 @@ import torch
 import tiny
 from maskft_base.errors import UserError
 from maskft_lab.generation import greedy as generation
-from maskft_lab.generation.greedy import greedy_generate, memory_bound_rows, shared_prefix_length
+from maskft_lab.generation.greedy import Bounds, greedy_generate, memory_bound_rows, shared_prefix_length
 from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -54,7 +54,7 @@ def test_same_text_as_without_batch_and_cache(batch_size, num_shared):
     assert len(set(expected)) > 5
     done = []
     found = greedy_generate(
-        net, TOKENIZER, questions, max_new_tokens=30, batch_size=batch_size, on_answer=lambda *pair: done.append(pair)
+        net, TOKENIZER, questions, Bounds(30, batch_size), on_answer=lambda *pair: done.append(pair)
     )
     assert found == expected
     assert sorted(done) == sorted(enumerate(expected))
@@ -67,7 +67,7 @@ def test_stop_strings_end_each_row_by_itself():
     stops = [free[0][4:6], free[1][9:10]]
     expected = [reference(net, ids, 30, stops) for ids in questions]
     assert expected[0] != free[0] and len({len(text) for text in expected}) > 2
-    assert greedy_generate(net, TOKENIZER, questions, max_new_tokens=30, batch_size=4, stop_strings=stops) == expected
+    assert greedy_generate(net, TOKENIZER, questions, Bounds(30, 4, stop_strings=stops)) == expected
 
 
 def test_finished_rows_leave_and_others_take_their_places(monkeypatch):
@@ -84,7 +84,7 @@ def test_finished_rows_leave_and_others_take_their_places(monkeypatch):
         generation, "_prefill", lambda m, r, *rest: (prefills.append([len(x) for x in r]), prefill(m, r, *rest))[1]
     )
     monkeypatch.setattr(generation, "_attention_is_known", lambda model: True)
-    greedy_generate(net, TOKENIZER, questions, max_new_tokens=30, batch_size=4, stop_strings=[stop])
+    greedy_generate(net, TOKENIZER, questions, Bounds(30, 4, stop_strings=[stop]))
     assert prefills[0] == [40], "the shared prefix once"
     assert max(map(len, prefills)) == 4 and len(prefills) > 3 and max(sizes) == 4
     assert sorted(length for batch in prefills[1:] for length in batch) == sorted(len(ids) - 40 for ids in questions), (
@@ -102,7 +102,7 @@ def test_every_architecture(name):
             net.generate(torch.tensor([row]), max_new_tokens=8, do_sample=False, eos_token_id=ends)[0, len(row) :]
             for row in ids
         ]
-    texts = greedy_generate(net, TOKENIZER, ids, max_new_tokens=8, batch_size=2)
+    texts = greedy_generate(net, TOKENIZER, ids, Bounds(8, 2))
     assert texts == [TOKENIZER.decode(answer, skip_special_tokens=True) for answer in expected]
 
 
@@ -113,7 +113,7 @@ def test_sliding_windows_are_left_to_transformers():
 
 def test_repetition_penalty_of_the_model_is_kept():
     net, questions = model(), prompts(20, (3, 8))
-    plain = greedy_generate(net, TOKENIZER, questions, max_new_tokens=12)
+    plain = greedy_generate(net, TOKENIZER, questions, Bounds(12))
     net.generation_config.repetition_penalty = 1.5
     expected = [
         TOKENIZER.decode(
@@ -122,7 +122,7 @@ def test_repetition_penalty_of_the_model_is_kept():
         )
         for ids in questions
     ]
-    assert greedy_generate(net, TOKENIZER, questions, max_new_tokens=12) == expected != plain
+    assert greedy_generate(net, TOKENIZER, questions, Bounds(12)) == expected != plain
 
 
 @pytest.mark.parametrize("make", [tiny.tiny_llama, tiny.tiny_gpt2])
@@ -130,11 +130,11 @@ def test_what_does_not_fit_into_the_context_is_refused(make):
     net = make()
     context = net.config.max_position_embeddings
     prompt = [5] * (context - 4)
-    assert len(greedy_generate(net, TOKENIZER, [prompt], max_new_tokens=4)) == 1
+    assert len(greedy_generate(net, TOKENIZER, [prompt], Bounds(4))) == 1
     with pytest.raises(
         UserError, match=f"has {context - 4} tokens and its answer may have 5, the .* context {context};"
     ):
-        greedy_generate(net, TOKENIZER, [[5], prompt], max_new_tokens=5)
+        greedy_generate(net, TOKENIZER, [[5], prompt], Bounds(5))
 
 
 def test_shared_prefix_length():

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from maskft_base import files
 from maskft_base.errors import UserError, first_line
 
-from ..models import load_model, load_tokenizer
+from ..models import base_of, load_model, load_tokenizer
 from ..tuner import adapter_layers, current_masks
 from ..tuner.card import mask_infos, merged_card
 from ..tuner.codec import PREFIX
@@ -33,10 +33,10 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
         dtype: See ``load_model``.
     """
     config = read_config(adapter)
-    name = base or config.base_model_name_or_path
+    name = base or base_of(adapter, config.base_model_name_or_path or "")
     if not name:
         raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
-    revision = (config.revision if name == config.base_model_name_or_path else None) or "main"
+    revision = (config.revision if base in (None, config.base_model_name_or_path) else None) or "main"
     model = load_model(name, dtype, revision=revision)
     with one_line(adapter, f"does not fit {name!r}"):
         model = PeftModel.from_pretrained(model, str(adapter))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from maskft.data.arguments import DataArguments
-from maskft_base.errors import UserError
+from maskft_base.errors import UserError, first_line
 
 from ..evaluation.arguments import ALPACA_EVAL, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments, check_used
 from .options import add_options, read_options
@@ -61,8 +61,29 @@ def check_inputs(args: argparse.Namespace) -> list[dict]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate each model and write its ``result.json``."""
+    """Evaluate each model and write its ``result.json``.
+
+    Raises:
+        UserError: Also where memory runs out.
+    """
     from maskft_base.runtime import silence
+
+    from ..estimate.out_of_memory import is_out_of_memory
+
+    silence()
+    options, data = read(args)
+    try:
+        _evaluate(options, data)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory ({first_line(error)[:100]}); answers so far are kept: run the same command with a smaller "
+            "--batch_size or --max_memory_gb, or anew with --dtype bfloat16"
+        ) from None
+
+
+def _evaluate(options: EvaluationArguments, data: DataArguments) -> None:
 
     from ..evaluation.heldout import heldout_rows
     from ..evaluation.run import check_same_evaluation, evaluate_loaded, finished_result, settings_of
@@ -70,8 +91,6 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.tasks import task_data_sha256
     from ..results.schema import data_sha256
 
-    silence()
-    options, data = read(args)
     base = options.model_name_or_path or "base"
     folders = options.change or options.adapter or ["none"]
     sources = [base if folder == "none" else folder for folder in folders]
@@ -123,11 +142,7 @@ def _models(options: EvaluationArguments):
     if options.change or (options.no_generate and options.task_names == [HELDOUT]):
         # A sixth faster on CPUs. Not where answers are generated: their caches grow, and holes would stay behind.
         keep_freed_memory()
-    how = (options.dtype, options.device, options.chat_template_path, options.model_revision)
-    if options.change:
-        scales = options.scale or [1.0] * len(options.change)
-        return load_changes(options.model_name_or_path, options.change, scales, *how, options.chat_template_kwargs)
-    return load_each(options.model_name_or_path, options.adapter or [], *how, options.chat_template_kwargs)
+    return load_changes(options) if options.change else load_each(options)
 
 
 def _print(name: str, result: dict) -> None:

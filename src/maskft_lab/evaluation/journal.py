@@ -9,7 +9,7 @@ from typing import Any
 from maskft_base.files import digest
 from maskft_base.runtime import Progress
 
-from ..generation.greedy import greedy_generate
+from ..generation.greedy import Bounds, greedy_generate
 from ..store import Store
 
 _REQUEST_KINDS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
@@ -96,10 +96,8 @@ def generated(
             model,
             tokenizer,
             [prompts[index] for index in indices],
-            max_new_tokens=max_new_tokens,
-            batch_size=resources.batch_size,
-            max_memory_bytes=resources.max_memory_bytes,
-            on_answer=keep,
+            Bounds(max_new_tokens, resources.batch_size, resources.max_memory_bytes),
+            keep,
         )
 
     return resumed("answer", [[ids, max_new_tokens] for ids in prompts], generate, title, resources)

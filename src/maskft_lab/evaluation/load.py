@@ -14,9 +14,11 @@ from peft import PeftConfig, PeftModel
 from maskft.adapter.mask_set import read_config
 from maskft.adapter.merge import adapter_tokenizer, one_line
 from maskft.data.tokenizing import tokenizer_rules
-from maskft.models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
+from maskft.models import base_of, check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from maskft_base.errors import UserError, first_line
 from maskft_base.files import ADAPTER_CONFIG, TRAINING, digest, digest_tensors, holds_adapter, read_json
+
+from .arguments import EvaluationArguments
 
 NO_ADAPTER = "none"  # the name under which the base model itself is evaluated among adapters
 # Fields of an adapter_config.json that change no output: where the base was, how it was trained, who wrote it.
@@ -49,38 +51,23 @@ class Loaded:
     before: dict[str, torch.Tensor] | None = None
 
 
-def load_each(
-    model_name_or_path: str | None,
-    adapters: Sequence[str] = (),
-    dtype: str = "float32",
-    device: str | None = None,
-    chat_template_path: str | None = None,
-    revision: str | None = None,
-    chat_template_kwargs: str | None = None,
-) -> Iterator[Loaded]:
+def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
     """Load a base model once, and put one adapter after another over it.
 
-    What was yielded is no longer to be used when the next is asked for: it is the same model.
-
-    Args:
-        model_name_or_path: Base model; may be None when the adapters name it. An adapter folder is taken as one.
-        adapters: Adapter folders; ``none`` is the base model itself. None at all: the base model.
-        dtype: float32, bfloat16, float16 or auto.
-        device: Where to run; default: the first GPU, else the CPU.
-        chat_template_path: A ``.jinja`` file that becomes the tokenizers' chat template.
-        chat_template_kwargs: Values of the templates' variables, see ``load_tokenizer``.
-        revision: Of a hub model; default: the one that the adapters were trained on, else the newest.
+    What was yielded is no longer to be used when the next is asked for: it is the same model. An adapter folder that is
+    named as the model is taken as an adapter.
 
     Raises:
         UserError: If a folder is not what it should be, or the adapters belong to different base models.
     """
-    if not adapters and model_name_or_path is not None and holds_adapter(model_name_or_path):
-        adapters, model_name_or_path = [model_name_or_path], None
-    adapters = list(adapters) or [NO_ADAPTER]
-    base_name, named_revision = _base(model_name_or_path, adapters)
-    revision = revision or named_revision or "main"
-    device, template = usable_device(device), (chat_template_path, chat_template_kwargs)
-    base = load_model(base_name, dtype, revision=revision)
+    name, adapters = options.model_name_or_path, list(options.adapter or [])
+    if not adapters and name is not None and holds_adapter(name):
+        adapters, name = [name], None
+    adapters = adapters or [NO_ADAPTER]
+    base_name, named_revision = _base(name, adapters)
+    revision = options.model_revision or named_revision or "main"
+    device, template = usable_device(options.device), (options.chat_template_path, options.chat_template_kwargs)
+    base = load_model(base_name, options.dtype, revision=revision)
     fingerprint = model_fingerprint(base)
     configuration = {**base.config.to_diff_dict(), "generation": base.generation_config.to_diff_dict()}
     for number, adapter in enumerate(adapters):
@@ -105,36 +92,19 @@ def load_each(
                 raise RuntimeError(f"taking off the adapter {adapter!r} did not give the base model back")
 
 
-def load_changes(
-    base_name: str,
-    changes: Sequence[str],
-    scales: Sequence[float],
-    dtype: str = "float32",
-    device: str | None = None,
-    chat_template_path: str | None = None,
-    revision: str | None = None,
-    chat_template_kwargs: str | None = None,
-) -> Iterator[Loaded]:
-    """A base model and part of what training has changed, W0 + scale * (W - W0), one after another.
+def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
+    """A base model and part of what training has changed, W0 + scale * (W - W0), one ``change`` after another.
 
     What was yielded is no longer to be used when the next is asked for: it is the same model.
-
-    Args:
-        base_name: The model before training.
-        changes: Folders of adapters, merged, or of whole models, with the weights W; ``none`` is the base itself.
-        scales: The part of each that is kept.
-        dtype: See `load_each`, as for the others.
-        device: Where to run.
-        chat_template_path: Chat template of the tokenizers.
-        revision: Of a hub model.
-        chat_template_kwargs: Values of the template's variables.
 
     Raises:
         UserError: If a folder is not what it should be, or of another model.
     """
+    base_name, changes = options.model_name_or_path, options.change
     check_model_source(base_name)
-    revision, template = revision or "main", (chat_template_path, chat_template_kwargs)
-    model = load_model(base_name, dtype, revision=revision).to(usable_device(device)).eval()
+    revision, template = options.model_revision or "main", (options.chat_template_path, options.chat_template_kwargs)
+    dtype, scales = options.dtype, options.scale or [1.0] * len(changes)
+    model = load_model(base_name, dtype, revision=revision).to(usable_device(options.device)).eval()
     before = _weights(model)
     fingerprint = model_fingerprint(model)
     configuration = {**model.config.to_diff_dict(), "generation": model.generation_config.to_diff_dict()}
@@ -241,7 +211,10 @@ def _base(model_name_or_path: str | None, adapters: Sequence[str]) -> tuple[str,
         UserError: If a folder is not what it should be, or the adapters belong to different models or revisions.
     """
     configs = {adapter: _peft_config(adapter) for adapter in adapters if adapter != NO_ADAPTER}
-    named = {adapter: config.base_model_name_or_path for adapter, config in configs.items()}
+    named = {
+        adapter: config.base_model_name_or_path and base_of(adapter, config.base_model_name_or_path)
+        for adapter, config in configs.items()
+    }
     base = model_name_or_path
     if base is not None:
         check_model_source(base)
@@ -256,7 +229,7 @@ def _base(model_name_or_path: str | None, adapters: Sequence[str]) -> tuple[str,
             raise UserError(
                 f"the adapter {next(iter(named))!r} does not name its base model; pass --model_name_or_path"
             )
-    revisions = {config.revision for config in configs.values() if config.base_model_name_or_path == base}
+    revisions = {config.revision for adapter, config in configs.items() if named[adapter] == base}
     if len(revisions) > 1:
         shown = ", ".join(sorted(str(revision or "the newest") for revision in revisions))
         raise UserError(f"the adapters belong to different revisions of {base!r} ({shown}); evaluate them one by one")
@@ -297,15 +270,19 @@ def _portable(name: str) -> str:
 
 def _training_facts(folder: str) -> dict:
     """Method and seed of a folder that ``maskft train`` wrote."""
-    recipe = _training(folder).get("recipe")
-    return {"method": recipe["method"], "seed": recipe["seed"]} if recipe else {}
+    recipe = _training(folder, "recipe")
+    return {key: recipe.get(key) for key in ("method", "seed")} if recipe else {}
 
 
 def _selected_on(folder: str) -> dict[str, str]:
     """Held-out rows that a run measured while it trained: id -> hash of the prompt."""
-    return _training(folder).get("data", {}).get("selected_on", {})
+    rows = _training(folder, "data").get("selected_on")
+    return rows if isinstance(rows, dict) else {}
 
 
-def _training(folder: str) -> dict:
+def _training(folder: str, part: str) -> dict:
+    """A part of ``training.json``; what is no such file, in a folder from elsewhere, says nothing."""
     file = Path(folder) / TRAINING
-    return read_json(file) if file.is_file() else {}
+    content = read_json(file) if file.is_file() else None
+    found = content.get(part) if isinstance(content, dict) else None
+    return found if isinstance(found, dict) else {}

@@ -25,17 +25,26 @@ _PROBE_TOKENS = 24
 OnAnswer = Callable[[int, str], None]
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """When an answer ends, and how many are generated together.
+
+    Args:
+        max_new_tokens: Upper bound on generated tokens, > 0.
+        batch_size: Prompts at one time; None: as many as ``max_memory_bytes`` allows, at most 64.
+        max_memory_bytes: Bound on the memory of a batch, in bytes, without the model; default: half of what is free.
+        stop_strings: Generation of an item ends at the first of these.
+    """
+
+    max_new_tokens: int = 256
+    batch_size: int | None = 16
+    max_memory_bytes: float | None = None
+    stop_strings: Sequence[str] = ()
+
+
 @torch.inference_mode()
 def greedy_generate(
-    model,
-    tokenizer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = 256,
-    batch_size: int | None = 16,
-    max_memory_bytes: float | None = None,
-    stop_strings: Sequence[str] = (),
-    on_answer: OnAnswer | None = None,
+    model, tokenizer, prompts: Sequence[Sequence[int]], bounds: Bounds, on_answer: OnAnswer | None = None
 ) -> list[str]:
     """Continue each prompt greedily until end of text, a stop string, or ``max_new_tokens``.
 
@@ -46,10 +55,7 @@ def greedy_generate(
         model: A causal language model; put into evaluation mode.
         tokenizer: Its tokenizer.
         prompts: Token ids of each prompt.
-        max_new_tokens: Upper bound on generated tokens, > 0.
-        batch_size: Prompts at one time; None: as many as ``max_memory_bytes`` allows, at most 64.
-        max_memory_bytes: Bound on the memory of a batch, in bytes, without the model; default: half of what is free.
-        stop_strings: Generation of an item ends at the first of these.
+        bounds: When an answer ends, and how many are generated together.
         on_answer: Called with index and text of each prompt when it is done, in the order in which they are.
 
     Returns:
@@ -59,20 +65,19 @@ def greedy_generate(
         UserError: If a prompt and its answer may be longer than the model's context.
     """
     model.eval()
-    job = _Job(model, tokenizer, prompts, max_new_tokens, list(stop_strings), on_answer)
+    job = _Job(model, tokenizer, prompts, bounds, on_answer)
     if not prompts:
         return []
-    check_context(model, max(len(prompt) for prompt in prompts), max_new_tokens)
-    if not _attention_is_known(model):
-        longest = max(len(prompt) for prompt in prompts)
-        size = batch_size or memory_bound_rows(model, longest, max_new_tokens, max_memory_bytes)
-        _generate_in_batches(job, size)
-    else:
-        shared = shared_prefix_length(prompts)
-        longest = max(len(prompt) for prompt in prompts) - shared
-        size = batch_size or memory_bound_rows(model, longest, max_new_tokens, max_memory_bytes)
+    longest, max_new_tokens = max(len(prompt) for prompt in prompts), bounds.max_new_tokens
+    check_context(model, longest, max_new_tokens)
+    is_known = _attention_is_known(model)
+    shared = shared_prefix_length(prompts) if is_known else 0
+    size = bounds.batch_size or memory_bound_rows(model, longest - shared, max_new_tokens, bounds.max_memory_bytes)
+    if is_known:
         with _attention(model):
             _generate_in_slots(job, shared, size)
+    else:
+        _generate_in_batches(job, size)
     return job.out
 
 
@@ -132,8 +137,7 @@ class _Job:
     model: object
     tokenizer: object
     prompts: Sequence[Sequence[int]]
-    max_new_tokens: int
-    stop_strings: list[str]
+    bounds: Bounds
     on_answer: OnAnswer | None
     out: list[str] = field(init=False)
 
@@ -143,6 +147,7 @@ class _Job:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.eos_ids = {tokenizer.eos_token_id, *_as_list(generation.eos_token_id)} - {None}
         # A stop string cannot span more tokens than it has bytes.
+        self.stop_strings = list(self.bounds.stop_strings)
         self.lookback = max((len(stop.encode()) for stop in self.stop_strings), default=0)
         self.processors = []
         if generation.repetition_penalty not in (None, 1.0):
@@ -152,7 +157,7 @@ class _Job:
 
     def is_over(self, tokens: list[int]) -> bool:
         """Whether the answer ``tokens`` ends with its last token."""
-        if tokens[-1] in self.eos_ids or len(tokens) >= self.max_new_tokens:
+        if tokens[-1] in self.eos_ids or len(tokens) >= self.bounds.max_new_tokens:
             return True
         if not self.stop_strings:
             return False
@@ -335,7 +340,7 @@ def _generate_in_batches(job: _Job, batch_size: int) -> None:
         generated_BT = job.model.generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,
-            max_new_tokens=job.max_new_tokens,
+            max_new_tokens=job.bounds.max_new_tokens,
             do_sample=False,
             temperature=None,
             top_p=None,

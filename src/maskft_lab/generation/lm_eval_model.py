@@ -10,7 +10,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from maskft_base.errors import UserError
 from maskft_base.runtime import Progress
 
-from .greedy import greedy_generate, memory_bound_rows
+from .greedy import Bounds, greedy_generate, memory_bound_rows
 
 # What greedy generation has to know, or does not depend on.
 _GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "num_beams"}
@@ -60,6 +60,7 @@ class BatchedLM(HFLM):
                 "which leaves no room for a prompt"
             )
         prompts = [self._prompt_ids(request.args[0])[-room:] for request in requests]
+        stops = [stop for stop in handle_stop_sequences(settings.get("until"), eos) if stop]
         with Progress(self.console) as progress:
             bar = progress.add_task(task_name or "answers", total=len(prompts))
 
@@ -71,11 +72,8 @@ class BatchedLM(HFLM):
                 self.model,
                 self.tokenizer,
                 prompts,
-                max_new_tokens=max_new_tokens,
-                batch_size=self.rows,
-                max_memory_bytes=self.max_memory_bytes,
-                stop_strings=[stop for stop in handle_stop_sequences(settings.get("until"), eos) if stop],
-                on_answer=on_answer,
+                Bounds(max_new_tokens, self.rows, self.max_memory_bytes, stops),
+                on_answer,
             )
 
     def _prompt_ids(self, text: str) -> list[int]:
