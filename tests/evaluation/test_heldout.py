@@ -1,22 +1,25 @@
 """Losses and answers of held-out rows: kept one by one, and bounded in memory."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import nn
 
 import tiny
+from maskft.loss import nll_per_item
 from maskft_base.errors import UserError
 from maskft_lab.evaluation import heldout as evaluate
-from maskft_lab.evaluation.heldout import evaluate_rows, nll_per_item
+from maskft_lab.evaluation.arguments import EvaluationArguments
+from maskft_lab.evaluation.heldout import evaluate_rows
 from maskft_lab.evaluation.journal import Journal, Resources
 from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 ROWS = [{"id": str(n), "prompt": f"{n}+1=", "completion": str(n + 1), "answer": str(n + 1)} for n in range(6)]
+LOSSES = EvaluationArguments(no_generate=True)
+
+
+def answers_of(max_new_tokens):
+    return EvaluationArguments(max_new_tokens=max_new_tokens)
 
 
 @pytest.fixture
@@ -26,9 +29,9 @@ def net():
 
 def test_items_keep_the_cluster_of_their_row(net):
     rows = [row | {"cluster_id": f"p{index // 2}"} for index, row in enumerate(ROWS)]
-    record = evaluate_rows(net, TOKENIZER, rows, Resources(2), max_new_tokens=4)
+    record = evaluate_rows(net, TOKENIZER, rows, answers_of(4), Resources(2))
     assert [item["cluster_id"] for item in record["items"]] == ["p0", "p0", "p1", "p1", "p2", "p2"]
-    alone = evaluate_rows(net, TOKENIZER, ROWS, Resources(2), max_new_tokens=4)
+    alone = evaluate_rows(net, TOKENIZER, ROWS, answers_of(4), Resources(2))
     assert record["metrics"]["nll"]["value"] == alone["metrics"]["nll"]["value"]
     assert record["metrics"]["nll"]["stderr"] != alone["metrics"]["nll"]["stderr"]
 
@@ -39,7 +42,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("kind", ["heldout_loss", "answer"])
 def test_a_run_that_ended_early_is_resumed(kind, net, tmp_path, monkeypatch):
-    whole = evaluate_rows(net, TOKENIZER, ROWS, Resources(2), max_new_tokens=4)
+    whole = evaluate_rows(net, TOKENIZER, ROWS, answers_of(4), Resources(2))
     file = tmp_path / "answers.jsonl"
     journal = Journal(file, {})
     keep = journal.add_partial
@@ -51,14 +54,14 @@ def test_a_run_that_ended_early_is_resumed(kind, net, tmp_path, monkeypatch):
 
     monkeypatch.setattr(journal, "add_partial", killed)
     with pytest.raises(Killed):
-        evaluate_rows(net, TOKENIZER, ROWS, Resources(2, journal=journal), max_new_tokens=4)
+        evaluate_rows(net, TOKENIZER, ROWS, answers_of(4), Resources(2, journal=journal))
     known = len(journal.values)
     fresh = []
     journal = Journal(file, {})
     assert len(journal.values) == known
     keep_again = journal.add_partial
     monkeypatch.setattr(journal, "add_partial", lambda *answer: (fresh.append(answer), keep_again(*answer)))
-    record = evaluate_rows(net, TOKENIZER, ROWS, Resources(1, journal=journal), max_new_tokens=4)
+    record = evaluate_rows(net, TOKENIZER, ROWS, answers_of(4), Resources(1, journal=journal))
     assert len(fresh) == 2 * len(ROWS) - known
     assert [item["output"] for item in record["items"]] == [item["output"] for item in whole["items"]]
     assert [item["prompt"] for item in record["items"]] == [row["prompt"] for row in ROWS]
@@ -73,16 +76,8 @@ def test_batches_keep_within_the_memory_bound(net, monkeypatch):
         lambda *args, batch_size, **kw: (sizes.append(batch_size), nll_per_item(*args, batch_size=batch_size, **kw))[1],
     )
     for max_memory_gb in (1e-9, 1e-4, 8):
-        evaluate_rows(net, TOKENIZER, ROWS, Resources(max_memory_gb=max_memory_gb), generate=False)
+        evaluate_rows(net, TOKENIZER, ROWS, LOSSES, Resources(max_memory_gb=max_memory_gb))
     assert sizes[0] == 1 < sizes[1] < sizes[2] == 16
-
-
-def test_a_refused_run_leaves_no_journal(net, tmp_path):
-    rows = [{"id": "0", "prompt": "a", "completion": "b"}]
-    with pytest.raises(UserError, match="no `answer` column"):
-        journal = Journal(tmp_path / "out" / "answers.jsonl", {})
-        evaluate_rows(net, TOKENIZER, rows, Resources(journal=journal), generate=True)
-    assert not (tmp_path / "out").exists()
 
 
 def test_rows_beyond_the_context(tmp_path):
@@ -90,9 +85,9 @@ def test_rows_beyond_the_context(tmp_path):
     rows = [*ROWS, {"id": "long", "prompt": "1+" * 150, "completion": "150"}]
     journal = Journal(tmp_path / "answers.jsonl", {})
     with pytest.raises(UserError, match="the longest item has 304 tokens, and the model has positions for 256; pass"):
-        evaluate_rows(tiny.tiny_gpt2(), TOKENIZER, rows, Resources(journal=journal))
+        evaluate_rows(tiny.tiny_gpt2(), TOKENIZER, rows, resources=Resources(journal=journal))
     assert not journal.values
-    record = evaluate_rows(tiny.tiny_gpt2(), TOKENIZER, ROWS, max_new_tokens=2)
+    record = evaluate_rows(tiny.tiny_gpt2(), TOKENIZER, ROWS, answers_of(2))
     assert "note" not in record
     net = tiny.tiny_llama(vocab_size=len(TOKENIZER), num_layers=1)
     record = evaluate_rows(net, TOKENIZER, rows)
@@ -102,63 +97,22 @@ def test_rows_beyond_the_context(tmp_path):
 def test_a_prompt_without_room_for_its_answer_is_refused_before_the_losses(net, tmp_path):
     journal = Journal(tmp_path / "answers.jsonl", {})
     with pytest.raises(UserError, match="its answer may have 253, the model's context 256"):
-        evaluate_rows(net, TOKENIZER, ROWS, Resources(journal=journal), max_new_tokens=253)
+        evaluate_rows(net, TOKENIZER, ROWS, answers_of(253), Resources(journal=journal))
     assert not journal.values
-    record = evaluate_rows(net, TOKENIZER, ROWS, max_new_tokens=3)
+    record = evaluate_rows(net, TOKENIZER, ROWS, answers_of(3))
     assert record["generation_kwargs"] == {"max_gen_toks": 3}
-    assert "generation_kwargs" not in evaluate_rows(net, TOKENIZER, ROWS, generate=False)
+    assert "generation_kwargs" not in evaluate_rows(net, TOKENIZER, ROWS, LOSSES)
 
 
 def test_items_whose_prompt_fills_max_length_are_counted(net):
     rows = [*ROWS, {"id": "long", "prompt": "1+1+1+1=", "completion": "4", "answer": "4"}]
-    record = evaluate_rows(net, TOKENIZER, rows, max_length=6, max_new_tokens=2)
+    record = evaluate_rows(net, TOKENIZER, rows, EvaluationArguments(max_length=6, max_new_tokens=2))
     assert len(record["items"]) == record["metrics"]["accuracy"]["num_items"] == 6
     assert record["note"] == "1 of 7 items have no supervised token within max_length=6 and count in no metric"
 
 
 def test_the_journal_is_plain_json(net, tmp_path):
     journal = Journal(tmp_path / "answers.jsonl", {"a": 1})
-    evaluate_rows(net, TOKENIZER, ROWS[:2], Resources(journal=journal), max_new_tokens=2)
+    evaluate_rows(net, TOKENIZER, ROWS[:2], answers_of(2), Resources(journal=journal))
     first, *lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert first == {"a": 1} and [type(line["value"]) for line in lines] == [list, list, str, str]
-
-
-# The loss of an item against float64
-
-VOCABULARY = 49152
-
-
-class Peaked(nn.Module):
-    """Logits of a sure model: all tokens but one have 1e-4 of the probability, each too little to be added to 1."""
-
-    device = torch.device("cpu")
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.logits_TV = 0.5 * torch.randn(12, VOCABULARY, generator=generator)
-        self.logits_TV[:, 3] = 20
-
-    def forward(self, input_ids, attention_mask, logits_to_keep, use_cache):
-        return SimpleNamespace(logits=self.logits_TV[logits_to_keep].expand(len(input_ids), -1, -1))
-
-
-def test_a_large_vocabulary_costs_no_accuracy():
-    model = Peaked()
-    ids = torch.full((3, 12), 3)
-    rows = [{"input_ids": row.tolist(), "labels": [-100] * 4 + row[4:].tolist()} for row in ids]
-    found = nll_per_item(model, rows)
-    for (nll, count), row in zip(found, ids, strict=True):
-        expected = F.cross_entropy(model.logits_TV[3:11].double(), row[4:]).item()
-        assert count == 8 and expected > 1e-4 and nll == pytest.approx(expected, abs=1e-9)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_that_are_no_peak(dtype):
-    model = Peaked()
-    model.logits_TV = (10 + 4 * torch.randn(12, VOCABULARY, generator=torch.Generator().manual_seed(1))).to(dtype)
-    ids = torch.arange(12)
-    row = {"input_ids": ids.tolist(), "labels": [-100] * 4 + ids[4:].tolist()}
-    ((nll, count),) = nll_per_item(model, [row])
-    expected = F.cross_entropy(model.logits_TV[3:11].double(), ids[4:]).item()
-    assert count == 8 and expected > 5 and nll == pytest.approx(expected, abs=1e-7)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,12 +13,13 @@ from torch import nn
 from maskft.data import PROCEDURAL_PREFIX, load_examples, load_splits, prompt_ids, prompt_of, tokenize_example
 from maskft.data.answers import check_answer
 from maskft.data.arguments import DataArguments
+from maskft.loss import RowLoss, length_sorted_batches, nll_per_item, pad
 from maskft_base.errors import UserError
 from maskft_base.files import digest
 
-from ..generation.batching import length_sorted_batches, pad
 from ..generation.greedy import check_context, context_length, memory_bound_rows
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
+from .arguments import EvaluationArguments
 from .journal import Resources, generated, resumed
 
 TASK_VERSION = 1
@@ -59,24 +60,17 @@ def evaluate_rows(
     model,
     tokenizer,
     rows: Sequence[dict],
+    options: EvaluationArguments = EvaluationArguments(),  # noqa: B008 - not changed
     resources: Resources = Resources(),  # noqa: B008 - frozen
-    *,
-    max_length: int | None = None,
-    max_new_tokens: int = 256,
-    generate: bool | None = None,
-    text_field: str = "text",
 ) -> dict:
-    """Held-out loss and, for rows with an ``answer``, accuracy of greedily generated answers.
+    """Held-out loss and, where every row has an ``answer``, accuracy of greedily generated answers.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
         rows: Rows as ``load_splits`` makes them.
+        options: How they are evaluated.
         resources: Bounds on a batch, journal and console.
-        max_length: Truncation of the scored sequence in tokens; None: not truncated.
-        max_new_tokens: Bound on a generated answer, in tokens.
-        generate: Whether to generate answers; None: where every row has one to check.
-        text_field: Column of plain text data.
 
     Returns:
         A task record of the result schema, metrics ``nll`` and possibly ``accuracy``.
@@ -84,37 +78,29 @@ def evaluate_rows(
     rows = list(rows)
     if not rows:
         raise UserError("there are no items to evaluate; check eval_split_size and max_eval_samples")
-    checkable = all(row.get("answer") is not None for row in rows)
-    if generate and not checkable:
-        raise UserError("answers cannot be generated and checked: the data has no `answer` column")
-    generate = checkable if generate is None else generate
-    tokenized = [tokenize_example(row, tokenizer, max_length=max_length, text_field=text_field) for row in rows]
-    prompts = [prompt_ids(row, tokenizer) for row in rows] if generate else []
+    generate = not options.no_generate and all(row.get("answer") is not None for row in rows)
+    how = {"max_length": options.max_length, "text_field": options.dataset_text_field}
+    tokenized = [tokenize_example(row, tokenizer, **how) for row in rows]
     notes = [_beyond_context(model, tokenized)]
+    prompts = [prompt_ids(row, tokenizer) for row in rows] if generate else []
     if generate:
-        check_context(model, max(map(len, prompts)), max_new_tokens)
-
-    losses = _losses(model, tokenizer, tokenized, resources)
-    items = [
-        {"id": str(row["id"]), "nll": nll if math.isfinite(nll) else None, "num_tokens": count}
-        for row, (nll, count) in zip(rows, losses, strict=True)
-    ]
-    for item, row in zip(items, rows, strict=True):
+        check_context(model, max(map(len, prompts)), options.max_new_tokens)
+    items = []
+    for row, (nll, count) in zip(rows, _losses(model, tokenizer, tokenized, resources), strict=True):
+        items.append({"id": str(row["id"]), "nll": nll if math.isfinite(nll) else None, "num_tokens": count})
         if row.get("cluster_id") is not None:
-            item["cluster_id"] = row["cluster_id"]
+            items[-1]["cluster_id"] = row["cluster_id"]
     if generate:
-        outputs = generated(model, tokenizer, prompts, max_new_tokens, "answers", resources)
+        outputs = generated(model, tokenizer, prompts, options.max_new_tokens, "answers", resources)
         for item, row, output in zip(items, rows, outputs, strict=True):
             correct = check_answer(output, row["answer"], row.get("answer_type") or "exact")
             item.update(accuracy=int(correct), prompt=_question(row), answer=row["answer"], output=output)
     kept = [item for item in items if item["num_tokens"] > 0]
+    where = f"no supervised token within max_length={options.max_length}"
     if not kept:
-        raise UserError(f"no item has a supervised token within max_length={max_length}; raise it")
+        raise UserError(f"no item has a supervised token within max_length={options.max_length}; raise it")
     if len(kept) < len(items):
-        notes.append(
-            f"{len(items) - len(kept)} of {len(items)} items have no supervised token within max_length={max_length} "
-            "and count in no metric"
-        )
+        notes.append(f"{len(items) - len(kept)} of {len(items)} items have {where} and count in no metric")
     record = build_task(
         kept,
         {name: metric_from_items(kept, name) for name in ("nll", "accuracy") if name in kept[0]},
@@ -128,7 +114,7 @@ def evaluate_rows(
     )
     record["data_sha256"] = data_sha256(rows)
     if generate:
-        record["generation_kwargs"] = {"max_gen_toks": max_new_tokens}
+        record["generation_kwargs"] = {"max_gen_toks": options.max_new_tokens}
     return record | ({"note": ". ".join(filter(None, notes))} if any(notes) else {})
 
 
@@ -193,7 +179,7 @@ def _question(row: dict) -> str:
     return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])[:MAX_QUESTION]
 
 
-def _losses(model, tokenizer, rows: Sequence[dict], resources: Resources) -> list[tuple[float, int]]:
+def _losses(model, tokenizer, rows: Sequence[dict], resources: Resources) -> list[RowLoss]:
     """`nll_per_item` of tokenised rows, resumed."""
 
     def compute(indices: list[int], keep: Callable) -> None:
@@ -222,49 +208,6 @@ def _beyond_context(model, rows: Sequence[dict]) -> str | None:
     return f"{count} of {len(rows)} items are longer than the model's context of {context} tokens"
 
 
-def chat_template_hash(tokenizer) -> str | None:
-    """sha256 of the tokenizer's chat template, or None without one."""
-    template = getattr(tokenizer, "chat_template", None)
-    return digest(str(template)) if template else None
-
-
-# The loss
-
-
-@torch.inference_mode()
-def nll_per_item(
-    model,
-    rows: Sequence[dict],
-    *,
-    batch_size: int = 16,
-    pad_token_id: int = 0,
-    on_loss: Callable[[int, tuple[float, int]], None] | None = None,
-) -> list[tuple[float, int]]:
-    """Mean negative log-likelihood of the supervised tokens of each row.
-
-    Args:
-        model: A causal language model; put into evaluation mode.
-        rows: Rows with ``input_ids`` and ``labels`` (-100 where there is no loss), as ``tokenize_example`` makes them.
-        batch_size: Rows per forward pass.
-        pad_token_id: Padding on the right; it changes no number.
-        on_loss: Called with index and numbers of each row when it is done, in the order in which they are.
-
-    Returns:
-        Per row: nats per supervised token, and the number of supervised tokens.
-    """
-    model.eval()
-    out: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
-    for indices in length_sorted_batches([len(row["input_ids"]) for row in rows], batch_size):
-        batch = [rows[i] for i in indices]
-        ids_BT, mask_BT = pad([row["input_ids"] for row in batch], pad_token_id, model.device)
-        labels_BT, _ = pad([row["labels"] for row in batch], -100, model.device)
-        for index, pair in zip(indices, _batch_nll(model, ids_BT, mask_BT, labels_BT), strict=True):
-            out[index] = pair
-            if on_loss:
-                on_loss(index, pair)
-    return out
-
-
 def has_learned_positions(model, context: int) -> bool:
     """Whether the positions of a context are rows of a table, as in GPT-2 and OPT: beyond its end there is no loss."""
     return any(
@@ -273,26 +216,7 @@ def has_learned_positions(model, context: int) -> bool:
     )
 
 
-def _batch_nll(model, ids_BT, mask_BT, labels_BT) -> Iterable[tuple[float, int]]:
-    targets_BT = labels_BT[:, 1:]
-    supervised_BT = targets_BT != -100
-    # Logits only where there is a label: over a vocabulary of 49k the head is a third of the forward pass.
-    first = int(supervised_BT.any(0).nonzero().min()) if supervised_BT.any() else 0
-    positions = torch.arange(first, targets_BT.shape[1], device=ids_BT.device)
-    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, logits_to_keep=positions, use_cache=False).logits
-    targets_BT = targets_BT[:, first:]
-    losses_BT = _cross_entropy(logits_BTV, targets_BT).masked_fill(~supervised_BT[:, first:], 0)
-    counts = supervised_BT.sum(1)
-    return [(float(s / max(int(c), 1)), int(c)) for s, c in zip(losses_BT.sum(1), counts, strict=True)]
-
-
-def _cross_entropy(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each target, float64; of a target below 0 it is any number.
-
-    Summed in float32, as by torch's cross_entropy, 49,152 small probabilities are too few by 1e-5 nats (it depends on
-    how many the processor sums at once), and by 1e-4 with the vocabulary in the middle.
-    """
-    highest_BT1 = logits_BTV.amax(-1, keepdim=True).float()
-    sums_BT = (logits_BTV.float() - highest_BT1).exp_().sum(-1, dtype=torch.float64)
-    chosen_BT = logits_BTV.gather(-1, targets_BT.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return sums_BT.log() + (highest_BT1.squeeze(-1).double() - chosen_BT.double())
+def chat_template_hash(tokenizer) -> str | None:
+    """sha256 of the tokenizer's chat template, or None without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    return digest(str(template)) if template else None

@@ -70,9 +70,19 @@ def evaluate_loaded(
     journal = Journal(target.with_name(files.JOURNAL), _journal_settings(loaded, settings), overwrite=options.overwrite)
     resources = Resources(options.batch_size, options.max_memory_gb, journal)
     with torch.autocast(loaded.model.device.type, torch.bfloat16, enabled=options.bf16):
-        records = _records(loaded, benchmarks, rows, options, resources)
-    if alpaca:
-        records[ALPACA_EVAL] = evaluate_alpaca(loaded, alpaca, name, target.parent, resources)
+        records = {} if rows is None else {HELDOUT: _heldout_record(loaded, rows, options, resources)}
+        if benchmarks:
+            from ..generation.lm_eval_model import BatchedLM
+
+            bounds = {"batch_size": resources.batch_size, "max_memory_bytes": resources.max_memory_bytes}
+            lm = Resuming(BatchedLM(loaded.model, loaded.tokenizer, **bounds), journal)
+        for task_name, task in benchmarks.items():
+            started = time.perf_counter()
+            chat = options.apply_chat_template
+            record = run_task(lm, task_name, task, limit=options.limit, apply_chat_template=chat)
+            records[task_name] = record | {"time_s": round(time.perf_counter() - started, 1)}
+        if alpaca:
+            records[ALPACA_EVAL] = evaluate_alpaca(loaded, alpaca, name, target.parent, resources)
     result = build_result(name, loaded.facts, settings, records, device=_device_name(loaded.model))
     write_result(target, result)
     if result["model"]["mask_fingerprint"] and files.holds_adapter(target.parent):
@@ -81,41 +91,20 @@ def evaluate_loaded(
     return result
 
 
-def _records(
-    loaded: Loaded,
-    tasks: Mapping[str, Any],
-    heldout_rows: Sequence[Mapping] | None,
-    options: EvaluationArguments,
-    resources: Resources,
-) -> dict[str, dict]:
-    """Task -> record."""
-    records = {}
-    model, tokenizer = loaded.model, loaded.tokenizer
-    if heldout_rows is not None and options.kl:
-        records[HELDOUT] = evaluate_kl(model, loaded.before or {}, tokenizer, heldout_rows, options.max_length)
-    elif heldout_rows is not None:
-        records[HELDOUT] = evaluate_rows(
-            model,
-            tokenizer,
-            heldout_rows,
-            resources,
-            max_length=options.max_length,
-            max_new_tokens=options.max_new_tokens,
-            generate=False if options.no_generate else None,
-            text_field=options.dataset_text_field,
-        )
-    if heldout_rows is not None:
-        _add_selection(records[HELDOUT], loaded, heldout_rows)
-    if tasks:
-        from ..generation.lm_eval_model import BatchedLM
-
-        bounds = {"batch_size": resources.batch_size, "max_memory_bytes": resources.max_memory_bytes}
-        lm = Resuming(BatchedLM(model, tokenizer, **bounds), resources.journal)
-    for task_name, task in tasks.items():
-        started = time.perf_counter()
-        record = run_task(lm, task_name, task, limit=options.limit, apply_chat_template=options.apply_chat_template)
-        records[task_name] = record | {"time_s": round(time.perf_counter() - started, 1)}
-    return records
+def _heldout_record(loaded: Loaded, rows: Sequence, options: EvaluationArguments, resources: Resources) -> dict:
+    """The record of the held-out rows; which of them the model was measured on while it was trained is noted."""
+    if options.kl:
+        record = evaluate_kl(loaded.model, loaded.before or {}, loaded.tokenizer, rows, options.max_length)
+    else:
+        record = evaluate_rows(loaded.model, loaded.tokenizer, rows, options, resources)
+    ids = [str(row["id"]) for row in rows if loaded.selected_on.get(str(row["id"])) == prompt_digest(row)]
+    if not ids:
+        return record
+    note = (
+        f"{len(ids)} of {len(rows)} items were measured during training (mask_sparsity_auto) and may have chosen the "
+        "checkpoint or the mask's size; report on others, or say so"
+    )
+    return record | {"selected_on": ids, "note": ". ".join([*filter(None, [record.get("note")]), note])}
 
 
 def finished_result(target: Path, settings: Mapping, tasks: Iterable[str]) -> Result | None:
@@ -162,18 +151,6 @@ def check_same_evaluation(result: Result, target: Path, loaded: Loaded, data: Ma
 
 def _device_name(model) -> str:
     return torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type
-
-
-def _add_selection(record: dict, loaded: Loaded, rows: Sequence[Mapping]) -> None:
-    """Tell in a task record which of the held-out rows the model was measured on while it was trained."""
-    ids = [str(row["id"]) for row in rows if loaded.selected_on.get(str(row["id"])) == prompt_digest(row)]
-    if not ids:
-        return
-    note = (
-        f"{len(ids)} of {len(rows)} items were measured during training (mask_sparsity_auto) and may have "
-        "chosen the mask's size; report on others, or say so"
-    )
-    record |= {"selected_on": ids, "note": ". ".join([*filter(None, [record.get("note")]), note])}
 
 
 def _journal_settings(loaded: Loaded, settings: Mapping) -> dict:

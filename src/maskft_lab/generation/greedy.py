@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
+from maskft.loss import length_sorted_batches, pad
 from maskft_base.errors import UserError
 
-from .batching import length_sorted_batches, pad
 from .row_cache import ATTENTION, RowCache, UnsupportedAttention
 
 MAX_BATCH_SIZE = 64
