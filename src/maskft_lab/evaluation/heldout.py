@@ -143,7 +143,7 @@ def evaluate_kl(
         for index, value in zip(indices, kl_BT.sum(1) / mask_BT.sum(1), strict=True):
             values[index] = float(value)
     items = [{"id": str(row["id"]), "kl": value} for row, value in zip(rows, values, strict=True)]
-    return build_task(
+    record = build_task(
         items,
         {"kl": metric_from_items(items, "kl", unit="nats", higher_is_better=False)},
         version=TASK_VERSION,
@@ -152,7 +152,8 @@ def evaluate_kl(
             {"id": item["id"], "prompt": ids, "reference": None} for item, ids in zip(items, prompts, strict=True)
         ),
         chat_template_hash=chat_template_hash(tokenizer),
-    ) | {"data_sha256": data_sha256(rows)}
+    )
+    return {**record, "data_sha256": data_sha256(rows)}
 
 
 @torch.inference_mode()
