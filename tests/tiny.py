@@ -8,7 +8,7 @@ import transformers
 
 from maskft.adapter.mask_set import MaskSet
 from maskft.tuner.codec import encode_mask
-from maskft.tuner.model import mask_fingerprint
+from maskft.tuner.fingerprints import mask_fingerprint
 from maskft_base import files
 
 # What TRL's trainers need on a CPU, and some steps of a tiny model.

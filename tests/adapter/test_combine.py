@@ -12,7 +12,7 @@ from maskft.adapter.combine import OPERATIONS, combine, combine_adapters
 from maskft.adapter.mask_set import MaskSet, read_config
 from maskft.adapter.verify import verify
 from maskft.tuner import adapter_layers
-from maskft.tuner.model import base_fingerprint
+from maskft.tuner.fingerprints import base_fingerprint
 from maskft_base.files import ADAPTER_CONFIG
 from maskft_lab.cli.main import main
 

@@ -17,7 +17,7 @@ import tiny
 from maskft.training.checkpoints import agreed_mask_fingerprint, trainable_state
 from maskft.training.checks import check_processes
 from maskft.tuner import MaskConfig, adapter_layers, current_masks, set_mask_progress
-from maskft.tuner.model import base_fingerprint
+from maskft.tuner.fingerprints import base_fingerprint
 from maskft.tuner.scores import Float32ParameterDict
 from maskft_base import runtime
 from maskft_base.errors import UserError

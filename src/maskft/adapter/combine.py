@@ -19,7 +19,7 @@ from maskft_base.errors import UserError
 
 from ..tuner.codec import PREFIX, decode_mask, encode_mask, mask_info
 from ..tuner.config import MaskConfig
-from ..tuner.model import mask_fingerprint
+from ..tuner.fingerprints import mask_fingerprint
 from ..tuner.targets import listed
 from .mask_set import AdapterConfig, read_coded, read_config
 

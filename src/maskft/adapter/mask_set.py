@@ -17,7 +17,8 @@ from maskft_base.errors import UserError
 
 from ..tuner.codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, mask_info
 from ..tuner.experts import weight_finder
-from ..tuner.model import check_weights, mask_fingerprint
+from ..tuner.fingerprints import mask_fingerprint
+from ..tuner.model import check_weights
 
 _SUFFIX = ".mask_coded"
 

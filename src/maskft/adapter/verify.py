@@ -8,9 +8,10 @@ from typing import Any
 from maskft_base.errors import UserError
 
 from ..masking import num_removed
+from ..tuner import adapter_layers
 from ..tuner.codec import decode_mask
+from ..tuner.fingerprints import check_base
 from ..tuner.learners import current_sparsity
-from ..tuner.model import adapter_layers, check_base
 from ..tuner.quantised import described
 from ..tuner.targets import listed
 from .mask_set import AdapterConfig, describe, read_coded, read_config

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from maskft_base.errors import UserError
 
 from ..adapter.mask_set import MaskSet, read_config
-from ..tuner.model import fingerprint_of, is_the_base
+from ..tuner.fingerprints import fingerprint_of, is_the_base
 from ..tuner.sharded import is_sharded, rows_of
 from ..tuner.targets import listed
 from .method_arguments import MethodArguments

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Settings(Protocol):
     """What learners read of a :class:`~maskft.MaskConfig`."""
 
     selection: str
-    gradient: str
+    gradient: Literal["straight_through", "sigmoid"]
     sparsity: float
     sparsity_ramp: float
     threshold: float

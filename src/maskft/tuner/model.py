@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,12 +17,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from maskft_base.errors import UserError
-from maskft_base.files import digest, digest_tensors
 
 from .adapter_file import ScoresOfSave
-from .codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, mask_info, mask_sha256, weights_sha256
+from .codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, mask_sha256, weights_sha256
 from .config import DATA_STARTS, NO_TOKEN_INDICES, MaskConfig
 from .experts import MaskedExperts, is_fused, mask_experts
+from .fingerprints import base_fingerprint, check_base, mask_fingerprint, masks_fingerprint
 from .layer import MaskedLinear
 from .learners import is_soft
 from .quantised import MaskedQuantisedLinear, described, quantisation
@@ -31,8 +31,6 @@ from .scores import Float32ParameterDict, check_scores, masks_from_scores, ranke
 from .selection import scores_for_mask
 from .sharded import is_sharded, refresh
 from .targets import listed, resolve_targets
-
-_NUM_SAMPLED = 64  # weights that a fingerprint holds
 
 
 class MaskModel(BaseTuner):
@@ -327,9 +325,9 @@ def current_mask_fingerprint(model: nn.Module, adapter_name: str = "default") ->
     layers = adapter_layers(model, adapter_name)
     if any(layer.mask_configs[adapter_name].scope == "global" for layer in layers.values()):
         masks = current_masks(model, adapter_name)
-        return _fingerprint({name: mask_sha256(mask) for name, mask in masks.items()})
+        return masks_fingerprint({name: mask_sha256(mask) for name, mask in masks.items()})
     # One mask in memory at a time.
-    return _fingerprint(
+    return masks_fingerprint(
         {_module_name(name): mask_sha256(layer.get_mask(adapter_name)) for name, layer in layers.items()}
     )
 
@@ -450,113 +448,6 @@ def check_weights(found: Mapping[str, Tensor], declared: Mapping[str, str] | Non
         )
 
 
-def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
-    """Refuse base weights other than those that the mask was trained on.
-
-    Args:
-        layers: The masked layers.
-        config: With ``base_fingerprint``, and the name of the base.
-    """
-    layers = list(layers)
-    if config.base_fingerprint is None or any(layer.merged for layer in layers):
-        return
-    if any(layer.stored_weight.device.type == "meta" for layer in layers):
-        warnings.warn("base weights are on the meta device; they are not checked against those of the mask's training")
-        return
-    found, quantised = base_fingerprint(layers), described(layer.quantisation for layer in layers)
-    if not is_the_base(found, quantised, {layer.stored_weight.dtype for layer in layers}, config):
-        raise UserError(
-            f"the adapter was trained on other base weights ({config.base_model_name_or_path}, fingerprint "
-            f"{config.base_fingerprint[:12]}) than the model's ({found[:12]}); load the right base, or pass "
-            "MaskConfig(verify_base=False) to accept it"
-        )
-
-
-def is_the_base(found: str, quantised: str | None, dtypes: Collection[torch.dtype], config: Any) -> bool:
-    """Whether weights are those that a mask was trained on, as far as how they are held lets one tell.
-
-    Args:
-        found: Their fingerprint.
-        quantised: How they are quantised, None of floats.
-        dtypes: What they are stored in.
-        config: The mask's, with a ``base_fingerprint``.
-    """
-    if quantised != config.base_quantisation:
-        is_same = _are_alike(found, config.base_fingerprint)
-        if is_same:
-            warnings.warn(
-                f"the mask was learned on weights held as {config.base_quantisation or 'float'}, the model's are held "
-                f"as {quantised or 'float'}: {_NUM_SAMPLED} of them were compared, roughly, and the mask has to be "
-                "evaluated on these"
-            )
-        return is_same
-    # Not the sha256 of quantised ones: another kind of processor may round a tie in quantising otherwise.
-    if quantised is not None:
-        return bool(found.partition(":")[2] == config.base_fingerprint.partition(":")[2])
-    if torch.float16 in dtypes:
-        return _are_close(found, config.base_fingerprint)
-    return bool(found.partition(":")[0] == config.base_fingerprint.partition(":")[0])
-
-
-def _are_close(one: str, other: str) -> bool:
-    """Whether the weights in two fingerprints differ by no more than rounding to float16 and to bfloat16 explains."""
-    a, b = _sampled(one), _sampled(other)
-    return a.shape == b.shape and torch.allclose(a, b, rtol=2**-7, atol=2**-24, equal_nan=True)
-
-
-def _are_alike(one: str, other: str) -> bool:
-    """Whether they differ by less than half their norm, as weights and their 4-bit form do (by a tenth or a fifth).
-
-    Weights of unrelated models differ by more than their norm, those of two fine-tunings of one model by less.
-    """
-    a, b = _sampled(one).float(), _sampled(other).float()
-    return a.shape == b.shape and bool((a - b).norm() <= 0.5 * torch.maximum(a.norm(), b.norm()))
-
-
-def _sampled(fingerprint: str) -> Tensor:
-    """The weights in a fingerprint."""
-    buffer = bytearray.fromhex(fingerprint.partition(":")[2])
-    return torch.frombuffer(buffer, dtype=torch.bfloat16) if buffer else torch.empty(0)
-
-
-def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
-    """:func:`fingerprint_of` the masked base layers."""
-    layers = sorted(layers, key=lambda layer: layer.module_name)
-    if layers and layers[0].sharded_weight is not None:
-        return layers[0].sharded_weight.base_fingerprint  # the weights themselves are masked by now
-    weights = ((layer.module_name, layer.weight.detach()) for layer in layers)
-    return fingerprint_of(weights, len(layers))
-
-
-def fingerprint_of(weights: Iterable[tuple[str, Tensor]], number_of_weights: int) -> str:
-    """sha256 over names and weights, rounded to bfloat16; a colon; 64 of these weights.
-
-    Rounding makes a model loaded in bfloat16 match the float32 one it was rounded from. float16 rounds differently, and
-    is compared by the 64 weights.
-
-    Args:
-        weights: Names and weight matrices, in the order of the names; one is in memory at a time.
-        number_of_weights: How many there are.
-    """
-    sampled: list[Tensor] = []
-
-    def rounded() -> Iterator[tuple[str, Tensor]]:
-        for number, (name, weight) in enumerate(weights):
-            weight = (weight.full_tensor() if is_sharded(weight) else weight).to(torch.bfloat16)
-            yield name, weight
-            count = _NUM_SAMPLED * (number + 1) // number_of_weights - _NUM_SAMPLED * number // number_of_weights
-            places = torch.arange(1, count + 1) * weight.numel() // (count + 1)
-            sampled.append(weight.reshape(-1)[places.to(weight.device)].cpu())
-
-    sha256 = weights_fingerprint(rounded())
-    return f"{sha256}:{torch.cat(sampled).view(torch.uint8).numpy().tobytes().hex()}"
-
-
-def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names (in their order) and weights, rounded to bfloat16."""
-    return digest_tensors((f"{name}{tuple(weight.shape)}", weight.to(torch.bfloat16)) for name, weight in weights)
-
-
 def _removed_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
     """What removed weights of each target become; empty: zero."""
     if config.removed_value == "zero":
@@ -567,12 +458,3 @@ def _removed_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
         if name and isinstance(module, nn.Linear | Conv1D | MaskedLinear) and check_target_module_exists(config, name)
     }
     return load_removed_values(config, dict(sorted(targets.items())))
-
-
-def mask_fingerprint(coded: dict[str, Tensor]) -> str:
-    """sha256 over the names and mask checksums of all modules; equal for equal masks."""
-    return _fingerprint({name: mask_info(code, name)["sha256"] for name, code in coded.items()})
-
-
-def _fingerprint(sha256: dict[str, str]) -> str:
-    return digest("".join(f"{name}:{sha256[name]};" for name in sorted(sha256)))

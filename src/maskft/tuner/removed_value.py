@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from maskft_base.errors import UserError
 
+from ..models import load_model
 from .config import MaskConfig
+from .fingerprints import weights_fingerprint
 
 
 def load_removed_values(config: MaskConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -22,9 +24,6 @@ def load_removed_values(config: MaskConfig, weights: Mapping[str, Tensor]) -> di
         UserError: If the model is missing, has another architecture or the same weights, or is not the one the mask was
             trained with.
     """
-    from ..models import load_model  # not at import: the tuner is imported wherever PEFT is
-    from .model import weights_fingerprint
-
     source = str(config.removed_value_model)
     try:
         base = load_model(source, "auto")
