@@ -13,7 +13,7 @@ from maskft_lab.results.comparison import NOT_DISTINGUISHABLE, Settings
 from maskft_lab.results.differences import Measured, Sample, describe, judge
 from maskft_lab.results.planning import smallest_difference
 from maskft_lab.results.proportions import paired_interval, pass_at_k, proportion_interval, wilson_interval
-from maskft_lab.results.statistics import Bootstrap, as_block, hierarchical_bootstrap, mcnemar_exact
+from maskft_lab.results.statistics import Bootstrap, as_block, mcnemar_exact
 
 RESAMPLES = 600
 Z = stats.norm.ppf(0.975)
@@ -65,7 +65,7 @@ def dependent_scores(report, draws: int, rng) -> None:
 @cache
 def _resampled(won: int, lost: int) -> tuple[float, float]:
     diffs = np.repeat([1.0, -1.0, 0.0], [won, lost, 300 - won - lost])
-    return hierarchical_bootstrap([diffs], num_resamples=2000)[1:3]
+    return Bootstrap([as_block([diffs])], 2000).interval()
 
 
 @cache

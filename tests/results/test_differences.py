@@ -8,7 +8,7 @@ from maskft_lab.results import families
 from maskft_lab.results.comparison import EQUIVALENT, NO_WORSE, NOT_DISTINGUISHABLE, Settings
 from maskft_lab.results.differences import Measured, Sample, describe, judge
 from maskft_lab.results.families import Noise, simultaneous_level
-from maskft_lab.results.statistics import Bootstrap, as_block, hierarchical_bootstrap, weighted_mean
+from maskft_lab.results.statistics import Bootstrap, as_block, weighted_mean
 
 RESAMPLES = 400
 
@@ -76,13 +76,6 @@ def test_clusters_are_covered_as_independent_items_are_not():
 
 
 # Averages over tasks
-
-
-def test_an_average_of_one_task_is_the_task():
-    diffs = np.random.default_rng(0).normal(0.1, 1, (3, 50))
-    drawn = Bootstrap([as_block(diffs)], RESAMPLES)
-    interval = hierarchical_bootstrap(diffs, num_resamples=RESAMPLES)
-    assert (drawn.difference, *drawn.interval(), drawn.p_value()) == tuple(interval)
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])

@@ -19,7 +19,7 @@ from maskft_lab.results.proportions import (
     proportion_interval,
     wilson_interval,
 )
-from maskft_lab.results.statistics import hierarchical_bootstrap
+from maskft_lab.results.statistics import Bootstrap, as_block
 
 Z = stats.norm.ppf(0.975)
 
@@ -99,7 +99,7 @@ def test_tango_holds_the_difference_and_flips_with_the_models(won, lost, tied):
 def bootstrap_interval(won, lost):
     diffs = np.zeros(300)
     diffs[:won], diffs[won : won + lost] = 1, -1
-    return hierarchical_bootstrap([diffs], num_resamples=1000)[1:3]
+    return Bootstrap([as_block([diffs])], 1000).interval()
 
 
 @cache

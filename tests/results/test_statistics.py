@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,8 @@ from scipy import stats
 
 from maskft_lab.results import statistics
 from maskft_lab.results.statistics import (
-    hierarchical_bootstrap,
+    Bootstrap,
+    as_block,
     holm,
     mcnemar_exact,
     required_items,
@@ -17,6 +20,19 @@ from maskft_lab.results.statistics import (
 
 NUM_DRAWS = 2000
 NUM_ITEMS = 100
+
+
+class Interval(NamedTuple):
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+
+
+def hierarchical_bootstrap(diffs_SN, weights=None, num_resamples=10_000, seed=0, confidence=0.95):
+    """Bootstrap of the differences of one task, over its seeds and items."""
+    drawn = Bootstrap([as_block(diffs_SN, weights)], num_resamples, seed)
+    return Interval(drawn.difference, *drawn.interval(confidence), drawn.p_value(confidence))
 
 
 def one_row(diffs, *args, **options):

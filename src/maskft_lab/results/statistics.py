@@ -20,15 +20,6 @@ ROUNDING = 1e-12  # of the largest difference: a mean this close to zero is zero
 MAX_CHUNK_COUNTS = 2**21  # resamples x items held at once: about 50 MB, whatever the numbers of resamples and items
 
 
-class Interval(NamedTuple):
-    """A mean difference, its confidence interval, and the two-sided p-value of "no difference"."""
-
-    difference: float
-    ci_low: float
-    ci_high: float
-    p_value: float
-
-
 def weighted_mean(
     values: ArrayLike, weights: ArrayLike | None = None, clusters: Sequence[str] | None = None
 ) -> tuple[float, float]:
@@ -74,7 +65,7 @@ def as_block(diffs_SN: ArrayLike, weights: ArrayLike | None = None, clusters: Se
 
     Args:
         diffs_SN: Differences (or values), one row per seed, one column per item.
-        weights: One weight > 0 per item; equal by default.
+        weights: One weight > 0 per item (tokens, for nats/token); equal by default.
         clusters: A label per item: items of one label are drawn together.
 
     Raises:
@@ -207,33 +198,6 @@ class Bootstrap:
         return float(stats.t.sf(distance / math.sqrt(variance), self.num_seeds - 1))
 
 
-def hierarchical_bootstrap(
-    diffs_SN: ArrayLike,
-    weights: ArrayLike | None = None,
-    num_resamples: int = 10_000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Interval:
-    """Bootstrap the mean difference over training seeds and items by resampling both, as `Bootstrap` says.
-
-    Args:
-        diffs_SN: Differences, one row per seed, one column per item, at least 2.
-        weights: One weight > 0 per item (tokens, for nats/token); the resampled value is then the ratio
-            ``sum(w * d) / sum(w)``, which is the difference of the two models' token-weighted means.
-        num_resamples: Number of bootstrap samples.
-        seed: Seed of the resampling. The same seed resamples the same items, so swapping the models flips the signs.
-        confidence: Coverage of the interval, in (0, 1).
-
-    Returns:
-        Difference, interval and p-value.
-
-    Raises:
-        ValueError: If the shapes or values do not allow a bootstrap.
-    """
-    drawn = Bootstrap([as_block(diffs_SN, weights)], num_resamples, seed)
-    return Interval(drawn.difference, *drawn.interval(confidence), drawn.p_value(confidence))
-
-
 def mcnemar_exact(a: ArrayLike, b: ArrayLike) -> float:
     """Return the exact two-sided p-value of McNemar's test for two rows of 0/1 scores on the same items.
 
@@ -264,7 +228,7 @@ def required_items(
 
     Args:
         diffs: One difference per item, at least 2.
-        weights: One weight > 0 per item, as in `hierarchical_bootstrap`.
+        weights: One weight > 0 per item, as in `as_block`.
         power: Probability of seeing a true difference of this size, in (0, 1).
         alpha: Two-sided level of the test, in (0, 1).
 
@@ -288,7 +252,7 @@ def required_seeds(
 
     Args:
         diffs_SN: Differences, one row per seed (at least 2), one column per item.
-        weights: One weight > 0 per item, as in `hierarchical_bootstrap`.
+        weights: One weight > 0 per item, as in `as_block`.
         power: Probability of seeing a true difference of this size, in (0, 1).
         alpha: Two-sided level of the test, in (0, 1).
 

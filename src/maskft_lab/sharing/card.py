@@ -12,7 +12,7 @@ from maskft_base.errors import UserError
 
 from ..results.schema import Result, item_weights, read_result
 from ..results.scores import scores
-from ..results.statistics import hierarchical_bootstrap
+from ..results.statistics import Bootstrap, as_block
 from ..results.text import markdown_cell
 
 
@@ -50,5 +50,5 @@ def _bootstrapped(result: Result, task: str, metric: str) -> tuple[float, float]
     if len(values) < 2 or not all(isinstance(value, int | float) for value in values):
         return None
     weights = item_weights(items, result["tasks"][task]["metrics"][metric]["unit"])
-    _, low, high = hierarchical_bootstrap([values], weights)[:3]
+    low, high = Bootstrap([as_block([values], weights)]).interval()
     return float(low), float(high)
