@@ -37,5 +37,13 @@ def test_two_masks_over_one_base():
     assert sums < words  # the mask learned on sums is the better one on a sum
 
 
-def test_there_are_four():
-    assert len([path for path in EXAMPLES.glob("*.py") if path.name != "tiny.py"]) == 4
+def test_a_mask_is_rewarded():
+    before, after = map(
+        float, re.findall(r"reward (\d\.\d{4}) [^,\n]*, (\d\.\d{4})", printed_by("grpo_with_a_mask.py"))[-1]
+    )
+    assert after > before
+
+
+def test_each_is_run():
+    tested = re.findall(r"\w+\.py", Path(__file__).read_text())
+    assert {path.name for path in EXAMPLES.glob("*.py")} <= set(tested)  # tiny.py is their model

@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from maskft.tuner.learners import LEARNERS
 from maskft_lab.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +33,8 @@ def users_folder(base, tmp_path, monkeypatch):
         ]
         (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    with mock.patch.dict(LEARNERS):  # a page that adds a learner adds it for itself
+        yield tmp_path
 
 
 def run_block(language: str, text: str, names: dict, capsys) -> None:
