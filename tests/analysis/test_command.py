@@ -72,7 +72,7 @@ def test_every_analysis_of_a_study(study, capsys):
     assert abs(masks["agreement"][0]["z_score"]) < 4
     bound = json.loads((folder / "bound.json").read_text())
     assert bound["training_loss"] == {"full": pytest.approx(1.7), "mask": pytest.approx(1.7)}  # step 3 of 1 to 3
-    assert bound["settings"]["n"] == 6
+    assert bound["settings"]["num_rows"] == 6
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir() if file.stem in ("masks", "landscape")}
     assert main(words) == 0
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
@@ -84,12 +84,10 @@ def test_a_restart_stands_for_the_end_of_fine_tuning_that_was_not_kept(study):
     tiny.tiny_llama(num_layers=1, seed=2).save_pretrained(folder)
     record = json.loads((folder / files.RUN).read_text()) | {"name": "warm restart"}
     (folder / files.RUN).write_text(json.dumps(record))
-    words = ["--what", "landscape", "--grid", "3", "--num_rows", "2", "--against", "warm restart", "mask", "mask-s1"]
+    words = ["--what", "landscape", "--grid", "3", "--num_rows", "2", "--against", "warm restart", "mask-s1"]
     assert main(["analyze", str(study), *words]) == 0
     array = json.loads((study / files.ANALYSIS / "landscape.json").read_text())
     assert array["plane"]["models"] == ["fft", "warm restart", "mask"]
-    assert list(array["surfaces"]) == ["fft", "warm restart", "mask", "mask-s0", "mask-s1"]
-    assert array["surfaces"]["mask-s0"] == array["surfaces"]["mask"] != array["surfaces"]["mask-s1"]
 
 
 def test_of_several_sets_of_rows_those_of_the_mask_are_taken(study, capsys):
@@ -117,9 +115,9 @@ def test_a_run_that_a_figure_needs_is_named(study, capsys):
     assert "no mask is called 'mask-s7' (did you mean 'mask-s" in error("--what", "bound", "--mask", "mask-s7")
     assert "a bound needs 2 training rows or more" in error("--what", "bound", "--delta", "2")
     assert "a landscape of 99999999 x 99999999 points needs" in error("--what", "landscape", "--grid", "99999999")
-    assert "device 'tpu' cannot be used" in error("--device", "tpu", "--what", "masks")
+    assert "device 'tpu' cannot be used" in error("--device", "tpu", "--what", "curvature")
     assert "--bits is 8,x; give whole numbers" in error("--what", "bound", "--bits", "8,x")
-    assert "losses need one folder with tokenised rows" in error("--what", "masks", "--rows", str(study))
+    assert "losses need one folder with tokenised rows" in error("--what", "landscape", "--rows", str(study))
     write_run(study, "full-s0", "full", {"best": "runs/full-s0", "last": "runs/full-s0"})
     assert "and the end of full-s0 is its best checkpoint: name a run with --against" in error("--what", "landscape")
     assert "no run with a model is called 'restart'" in error("--what", "landscape", "--against", "restart")
@@ -130,14 +128,14 @@ def test_a_run_that_a_figure_needs_is_named(study, capsys):
     assert "runs of different base models cannot be compared (tiny, large)" in error("--what", "cost")
 
 
-def test_folders_of_training_are_runs(study, tmp_path_factory, capsys):
-    target = tmp_path_factory.mktemp("out")
-    for run_id, start in (("full-s0", "tiny"), ("mask-s0", "full-s0")):
-        file = study / files.RUNS / run_id / files.TRAINING
-        recipe = {"method": run_id[:4], "seed": 0, "model_name_or_path": start}
-        file.write_text(json.dumps(training(4) | {"recipe": recipe}))
-    folders = [str(study / files.RUNS / run_id) for run_id in ("mask-s0", "full-s0")]
-    words = ["analyze", "--runs", *folders, "--rows", str(study / files.PREPARED / "abc"), "--output_dir", str(target)]
-    assert main([*words, "--what", "landscape,curves", "--grid", "3"]) == 0
-    steps = {each["run"]: each["steps"][0] for each in json.loads((target / "curves.json").read_text())["series"]}
-    assert steps == {"full-s0": 0, "mask-s0": 3}
+def test_what_has_no_data_is_left_out_and_the_others_are_made(study, capsys):
+    write_run(study, "full-s0", "full", {"best": "runs/full-s0"})  # its end was not kept: no landscape
+    words = ["--what", "landscape,curves,ablations,bound", "--num_rows", "2"]
+    assert main(["analyze", str(study), *words]) == 0
+    out, folder = capsys.readouterr().out, study / files.ANALYSIS
+    assert {file.name for file in folder.iterdir()} == {"curves.json", "bound.json"}
+    assert "left out landscape: a landscape needs a third model, and the end of full-s0 was not kept" in out
+    assert "left out ablations: no two evaluated masks differ in one setting alone" in out
+    assert main(["analyze", str(study), "--what", "landscape,ablations"]) == 2
+    error = capsys.readouterr().err
+    assert "nothing was computed; landscape: " in error and error.count("\n") == 1

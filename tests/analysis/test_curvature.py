@@ -10,6 +10,7 @@ from torch import nn
 import tiny
 from maskft_lab.analysis import curvature
 from maskft_lab.analysis.curvature import (
+    Probing,
     analyse_curvature,
     hessian_products,
     largest_eigenvalues,
@@ -17,9 +18,9 @@ from maskft_lab.analysis.curvature import (
     quadratic_forms,
     trace_estimate,
 )
-from maskft_lab.analysis.losses import loss_sum, make_batches, num_targets
+from maskft_lab.analysis.losses import Sampling, loss_sum, make_batches, num_targets
 from maskft_lab.analysis.points import Point
-from maskft_lab.analysis.store import Parts
+from maskft_lab.store import Store
 
 SPECTRUM = np.array([9.0, 4, 1, 0.5, 0.25, -2])
 
@@ -60,7 +61,7 @@ def test_a_quadratic_with_a_known_spectrum(quadratic, tmp_path):
     assert found["smallest"] == pytest.approx(-2, rel=1e-3)
     # Batches have 0.5 and 1.5 times the Hessian: the standard error of their mean is half of it.
     assert found["stderr_rows"] == pytest.approx([4.5, 2], rel=1e-3)
-    forms = quadratic_forms(products, kept, 100, 0, Parts(tmp_path / "a.json", {}, 9), "h")
+    forms = quadratic_forms(products, kept, 100, 0, Store(tmp_path / "a.jsonl", {}), "h")
     estimate = trace_estimate(forms, shares)
     # Of Rademacher vectors, the variance is twice the sum of the squares off the diagonal.
     variance = 2 * ((matrix**2).sum() - (np.diag(matrix) ** 2).sum())
@@ -76,7 +77,7 @@ def test_the_projection_is_p_h_p(quadratic, tmp_path):
     found = largest_eigenvalues(products, shares, kept, 1, seed=0)
     assert found["eigenvalues"][0] == pytest.approx(np.linalg.eigvalsh(inner)[-1], rel=1e-3)
     assert found["eigenvalues"][0] <= 9 + 1e-6  # Eq. 18, true of every projection
-    forms = quadratic_forms(products, kept, 100, 0, Parts(tmp_path / "a.json", {}, 9), "h")
+    forms = quadratic_forms(products, kept, 100, 0, Store(tmp_path / "a.jsonl", {}), "h")
     estimate = trace_estimate(forms, shares)
     assert abs(estimate["trace"] - np.trace(inner)) < 4 * estimate["stderr_probes"]
     assert trace_estimate(forms[:1, :1], np.ones(1))["stderr_rows"] is None
@@ -113,7 +114,8 @@ def test_curvature_of_a_mask_is_computed_once(tmp_path, monkeypatch):
     tiny.save_masks({"model.layers.0.self_attn.k_proj": mask}, adapter)
     file = tmp_path / "curvature.json"
     others = {"again": Point(str(folder)), "the mask": Point(str(folder), str(adapter))}
-    analyse_curvature(file, str(folder), str(adapter), rows(), others=others, num_probes=2, batch_size=4)
+    arguments = (Point(str(folder), str(adapter)), rows(), others, Probing(2), Sampling(4))
+    analyse_curvature(file, *arguments)
     record = json.loads(file.read_text())
     assert record["num_weights"] == 16 and record["density"] == pytest.approx(float(mask.float().mean()))
     largest = {name: record[name]["largest"] for name in ("start_all", "start_kept")}
@@ -125,4 +127,4 @@ def test_curvature_of_a_mask_is_computed_once(tmp_path, monkeypatch):
     assert record["others"]["again"]["less_start_all"]["trace"] == 0
     assert record["others"]["the mask"]["trace"] == record["mask_all"]["trace"]
     monkeypatch.setattr(curvature, "load_model", None)  # finished: nothing is loaded
-    analyse_curvature(file, str(folder), str(adapter), rows(), others=others, num_probes=2, batch_size=4)
+    analyse_curvature(file, *arguments)

@@ -5,30 +5,20 @@ import math
 
 import pytest
 import torch
-from torch.func import functional_call
 
-import tiny
 from maskft.adapter.mask_set import MaskSet
 from maskft_base.errors import UserError
-from maskft_lab.analysis.losses import loss_sum, make_batches, mean_loss, num_targets
 from maskft_lab.analysis.masks import (
     agreement,
     decile_shares,
-    effects,
     head_shares,
-    predicted_effects,
     shares_by_head,
     shares_by_layer,
 )
-from maskft_lab.analysis.store import Parts
 
 
 def random_mask(shape, share, seed):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= share
-
-
-def rows(count=6, length=9):
-    return [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in tiny.token_ids(count, length).tolist()]
 
 
 def test_shares_by_layer_weigh_matrices_by_their_size():
@@ -88,45 +78,3 @@ def test_agreement_of_equal_independent_and_other_masks():
         agreement(a, MaskSet({"y": a["x"]}))
     with pytest.raises(UserError, match="other base models"):
         agreement(a, MaskSet({"x": a["x"][:2]}))
-
-
-def test_predicted_effects_are_the_slope_of_shrinking_the_removed_weights():
-    """Of the loss in an amount by which all removed weights of a module shrink, at amount 0."""
-    model = tiny.tiny_llama(num_layers=2)
-    names = [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
-    masks = MaskSet({name: random_mask((32, 48), 0.1, seed) for seed, name in enumerate(names)})
-    batches = make_batches(rows(), 4)
-    predicted = predicted_effects(model, masks, batches)
-    for name in names:
-        weight, amount = model.get_submodule(name).weight.detach(), torch.zeros((), requires_grad=True)
-        shrunk = {f"model.{name}.weight": weight * (1 - amount * (~masks[name]).float())}
-        total = sum(functional_call(Sum(model), shrunk, (batch,)) for batch in batches)
-        (slope,) = torch.autograd.grad(total / sum(map(num_targets, batches)), amount)
-        assert predicted[name] == pytest.approx(float(slope), rel=1e-4)
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-class Sum(torch.nn.Module):
-    """`loss_sum` as a module."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch):
-        return loss_sum(self.model, batch)
-
-
-def test_measured_effects_restore_the_model_and_are_kept(tmp_path):
-    model = tiny.tiny_llama(num_layers=3)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    masks = MaskSet({f"model.layers.{i}.mlp.up_proj": random_mask((48, 32), 0.3, i) for i in range(3)})
-    parts = Parts(tmp_path / "masks.json", {}, 9)
-    batches = make_batches(rows(), 3)
-    found = effects(model, masks, batches, parts, "m")
-    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
-    masks.apply_(model)
-    assert found["all"]["measured"] == pytest.approx(mean_loss(model, batches) - found["loss"], abs=1e-12)
-    # The model is another one now; what was done before is not done again.
-    assert effects(model, masks, batches, Parts(tmp_path / "masks.json", {}, 9), "m") == found
-    assert -1 <= found["correlation"] <= 1

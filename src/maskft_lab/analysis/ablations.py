@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from maskft_base.errors import UserError, did_you_mean
-from maskft_base.files import digest
+from maskft_base.errors import UserError
 
 from ..results.schema import Result
 from ..results.statistics import weighted_mean
 from .runs import BEST, MASK, TrainedRun, parent_of
-from .store import write_record
 
-# Of the paper, by the setting that they vary.
-FIGURES = {"mask_layers_to_transform": [3, 8], "mask_sparsity": [6, 10], "max_train_samples": [7, 11]}
 # Settings that are not what an ablation varies: repetition, and what is written when.
 _NOT_VARIED = ("seed", "mask_seed", "eval_steps", "save_steps", "logging_steps", "keep_last", "report_to")
 
@@ -25,23 +20,6 @@ def varied_settings(runs: Sequence[TrainedRun]) -> list[str]:
     """Settings that are not equal in all runs, in the order of their appearance."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in _NOT_VARIED)
     return [name for name in names if len({_key(run.settings.get(name)) for run in runs}) > 1]
-
-
-def check_same_items(results: Iterable[Result]) -> None:
-    """Refuse results that were not measured on the same items of a task.
-
-    Raises:
-        UserError: With the task, and two results that differ.
-    """
-    first: dict[str, Result] = {}
-    for result in results:
-        for task, record in result["tasks"].items():
-            known = first.setdefault(task, result)
-            if known["tasks"][task]["items_fingerprint"] != record["items_fingerprint"]:
-                raise UserError(
-                    f"{known['name']!r} and {result['name']!r} were measured on different items of {task}: evaluate "
-                    "them on the same test set"
-                )
 
 
 def mean_of(results: Sequence[Result], task: str, metric: str) -> dict[str, Any]:
@@ -100,42 +78,31 @@ def lines_of(runs: Sequence[TrainedRun], setting: str, task: str, metric: str) -
     return lines
 
 
-def analyse_ablations(file: Path, runs: Sequence[TrainedRun], setting: str | None = None) -> None:
-    """Write the lines of every metric against every varied setting, or the one named, to ``file`` (``.json``).
+def ablations_of(runs: Sequence[TrainedRun]) -> dict[str, Any]:
+    """Lines of every metric against every varied setting; runs of a study were measured on the same items.
 
     Raises:
-        UserError: If masks do not differ in the setting, or were measured on different items.
+        UserError: If no two masks differ in one setting alone.
     """
     masks = [run for run in runs if run.method == MASK and BEST in run.results]
-    varied = varied_settings(masks)
-    if setting is not None and setting not in varied:
-        raise UserError(f"no two masks differ in {setting!r}{did_you_mean(setting, varied)}; they differ in {varied}")
-    check_same_items(run.results[BEST] for run in runs if BEST in run.results)
     units = {
         (task, metric): values["unit"]
         for run in masks
         for task, record in run.results[BEST]["tasks"].items()
         for metric, values in record["metrics"].items()
     }
-    record = [
-        {
-            "setting": name,
-            "figures": FIGURES.get(name, []),
-            "task": task,
-            "metric": metric,
-            "unit": unit,
-            "lines": lines,
-        }
-        for name in ([setting] if setting else varied)
+    found = [
+        {"setting": name, "task": task, "metric": metric, "unit": unit, "lines": lines}
+        for name in varied_settings(masks)
         for (task, metric), unit in units.items()
         if (lines := lines_of(runs, name, task, metric))
     ]
-    if not record:
+    if not found:
         raise UserError(
             "no two evaluated masks differ in one setting alone: an ablation needs a grid, such as mask.mask_sparsity "
             "in a study's recipe"
         )
-    write_record(file, {"ablations": record}, {"what": "ablations", "runs": digest([run.__dict__ for run in runs])})
+    return {"ablations": found}
 
 
 def _has(run: TrainedRun, task: str) -> bool:

@@ -11,12 +11,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from maskft_base.errors import UserError
 from maskft_base.files import ADAPTER_WEIGHTS
 
 from .points import masks_of
-from .store import digest_folder, write_record
+from .records import digest_folder, write_record
+
+
+class Setting(NamedTuple):
+    """Training rows (None: not known), probability of failure in (0, 1), vocabulary: guessing has a loss of its ln."""
+
+    num_rows: int | None
+    vocab_size: int
+    delta: float = 0.05
+
 
 TAIL_SHARE = 0.25  # "the mean training loss after training stabilizes" (Table 7): the last quarter of what was logged
 
@@ -66,20 +76,18 @@ def complexity_term(code_length: float, n: int | None, delta: float) -> float:
     return math.sqrt((code_length + math.log(1 / delta)) / (2 * (n - 1)))
 
 
-def upper_bounds(
-    losses: tuple[float, float], d: int, z: int, bits: float, n: int, delta: float, vocab_size: int
-) -> dict:
+def upper_bounds(losses: tuple[float, float], d: int, z: int, bits: float, setting: Setting) -> dict:
     """Both upper bounds and their difference, Eqs. 7-10 and 15.
 
     ``losses``: training loss after full fine-tuning and with the mask, nats per token; ``d`` weights, ``z`` removed,
-    ``bits`` wide; ``n`` training rows; ``delta``, the probability of failure; guessing has a loss of ln ``vocab_size``.
+    ``bits`` wide.
 
     Returns:
         ``code_lengths``; ``phi`` and ``bound``, of ``full`` and ``mask``; ``delta_train`` and ``delta_complexity`` of
         Eq. 10, and ``difference``, their sum; ``is_vacuous``, whether the smaller Phi exceeds the loss of guessing.
     """
     lengths = code_lengths(d, z, bits)
-    phi = {name: complexity_term(lengths[name], n, delta) for name in ("full", "mask")}
+    phi = {name: complexity_term(lengths[name], setting.num_rows, setting.delta) for name in ("full", "mask")}
     delta_train, delta_complexity = losses[1] - losses[0], phi["mask"] - phi["full"]
     return {
         "code_lengths": lengths,
@@ -88,7 +96,7 @@ def upper_bounds(
         "delta_train": delta_train,
         "delta_complexity": delta_complexity,
         "difference": delta_train + delta_complexity,
-        "is_vacuous": min(phi.values()) > math.log(vocab_size),
+        "is_vacuous": min(phi.values()) > math.log(setting.vocab_size),
     }
 
 
@@ -109,15 +117,7 @@ def stable_training_loss(history: Sequence[Mapping], until_step: int | None = No
 
 
 def analyse_bound(
-    file: Path,
-    adapter: str,
-    losses: tuple[float, float],
-    num_weights: int,
-    n: int,
-    *,
-    bits: Sequence[float] = (8, 16),
-    delta: float = 0.05,
-    vocab_size: int,
+    file: Path, adapter: str, losses: tuple[float, float], num_weights: int, bits: Sequence[float], setting: Setting
 ) -> None:
     """Write the bounds over the whole model and over the masked matrices alone, and the mask's size (``.json``).
 
@@ -128,25 +128,23 @@ def analyse_bound(
         adapter: Folder of the mask.
         losses: Training loss after full fine-tuning, and with the mask, nats per token.
         num_weights: All weights of the model.
-        n: Number of training rows.
         bits: Widths of a weight, in bits ("we always use b = 8 or 16").
-        delta: Probability of failure.
-        vocab_size: Of the model.
+        setting: Training rows, probability of failure, vocabulary.
     """
     masks = masks_of(adapter)
     z, masked = masks.num_removed, masks.numel
     entropy = sum(mask.numel() * binary_entropy(float((~mask).double().mean())) for mask in masks.values())
-    settings = {"what": "bound", "adapter": digest_folder(adapter), "bits": list(bits), "delta": delta, "n": n}
     record = {
         "training_loss": {"full": losses[0], "mask": losses[1]},
         "num_weights": num_weights,
         "num_masked_weights": masked,
         "num_removed": z,
-        "model": {f"{b:g}": upper_bounds(losses, num_weights, z, b, n, delta, vocab_size) for b in bits},
-        "masked_matrices": {f"{b:g}": upper_bounds(losses, masked, z, b, n, delta, vocab_size) for b in bits},
+        "model": {f"{b:g}": upper_bounds(losses, num_weights, z, b, setting) for b in bits},
+        "masked_matrices": {f"{b:g}": upper_bounds(losses, masked, z, b, setting) for b in bits},
         "adapter_file": {
             "num_bytes": (Path(adapter) / ADAPTER_WEIGHTS).stat().st_size,
             "entropy_bytes": entropy / 8,
         },
     }
+    settings = {"what": "bound", "adapter": digest_folder(adapter), "bits": list(bits), **setting._asdict()}
     write_record(file, record, settings)

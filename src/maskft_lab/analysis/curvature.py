@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,13 +37,21 @@ from maskft.models import load_model
 from maskft_base.errors import UserError
 from maskft_base.files import digest
 
-from .losses import Batch, check_room, make_batches, num_targets
+from ..store import Store
+from .losses import Batch, Sampling, check_room, make_batches, num_targets
 from .points import Point, masks_of, set_weights, weights_at, weights_of
-from .store import Parts, digest_folder, is_finished, write_record
+from .records import digest_folder, is_finished, pieces_of, write_record
 
 Product = Callable[[np.ndarray], np.ndarray]  # v -> H v, float64 (num_weights,)
 
 TOLERANCE = 1e-3  # of eigenvalues, relative
+
+
+class Probing(NamedTuple):
+    """Random vectors per trace, and how many of the largest eigenvalues."""
+
+    num_probes: int = 16
+    num_eigenvalues: int = 1
 
 
 class _SiLU(nn.Module):
@@ -100,7 +108,7 @@ def operator_product(model, loss, parameters: list[nn.Parameter], inputs: Tensor
 
 
 def quadratic_forms(
-    products: Sequence[Product], kept: np.ndarray, num_probes: int, seed: int, parts: Parts, name: str
+    products: Sequence[Product], kept: np.ndarray, num_probes: int, seed: int, pieces: Store, name: str
 ) -> np.ndarray:
     """z^T P H_b P z of each probe z and batch b (Hutchinson), float64 (num_probes, num_batches).
 
@@ -109,15 +117,15 @@ def quadratic_forms(
         kept: Bool (num_weights,), the diagonal of P.
         num_probes: Rademacher vectors; each depends on ``seed`` and its number alone.
         seed: Of the probes.
-        parts: Keeps each probe's numbers.
-        name: Of the Hessian, in ``parts``.
+        pieces: Keeps each probe's numbers.
+        name: Of the Hessian, in ``pieces``.
     """
 
     def forms(index: int) -> list[float]:
         z = kept * np.random.default_rng([seed, index]).choice([-1.0, 1.0], len(kept))
         return [float(z @ product(z)) for product in products]
 
-    return np.array([parts.get(f"{name} {index}", lambda index=index: forms(index)) for index in range(num_probes)])
+    return np.array([pieces.get(f"{name} {index}", lambda index=index: forms(index)) for index in range(num_probes)])
 
 
 def trace_estimate(forms: np.ndarray, shares: np.ndarray) -> dict[str, float | None]:
@@ -178,17 +186,7 @@ def largest_eigenvalues(
 
 
 def analyse_curvature(
-    file: Path,
-    start: str,
-    adapter: str,
-    rows: Sequence[Mapping],
-    *,
-    others: Mapping[str, Point] | None = None,
-    num_probes: int = 16,
-    num_eigenvalues: int = 1,
-    seed: int = 0,
-    batch_size: int = 8,
-    device: str = "cpu",
+    file: Path, mask: Point, rows: Sequence[Mapping], others: Mapping[str, Point], probing: Probing, sampling: Sampling
 ) -> None:
     """Write the four Hessians' `trace_estimate` and, as ``largest``, `largest_eigenvalues`, in float32 (``.json``).
 
@@ -198,39 +196,36 @@ def analyse_curvature(
 
     Args:
         file: Where the record goes; probes that are done survive a kill.
-        start: Model under the mask.
-        adapter: Adapter folder.
-        rows: Tokenised rows.
+        mask: Model under the mask, and its adapter.
+        rows: Tokenised rows; batches of them are also what ``stderr_rows`` compares.
         others: Name -> point, such as a restart of the model under the mask.
-        num_probes: Random vectors per trace.
-        num_eigenvalues: How many of the largest.
-        seed: Of probes and Lanczos.
-        batch_size: Rows of one product; batches are also what ``stderr_rows`` compares.
-        device: Where to compute.
+        probing: How many probes and eigenvalues.
+        sampling: Batch size, device, seed of probes and Lanczos.
     """
-    settings = {"what": "curvature", "num_probes": num_probes, "num_eigenvalues": num_eigenvalues, "seed": seed}
-    settings |= {"start": digest_folder(start), "mask": digest_folder(adapter), "batch_size": batch_size}
-    settings |= {"rows": digest(rows), "num_rows": len(rows)}
-    settings |= {"others": {name: point.digest() for name, point in (others or {}).items()}}
+    assert mask.adapter is not None
+    settings: dict[str, Any] = {"what": "curvature", **probing._asdict(), "seed": sampling.seed}
+    settings |= {"start": digest_folder(mask.model), "mask": digest_folder(mask.adapter)}
+    settings |= {"batch_size": sampling.batch_size, "rows": digest(rows), "num_rows": len(rows)}
+    settings |= {"others": {name: point.digest() for name, point in others.items()}}
     if is_finished(file, settings):
         return
-    masks = masks_of(adapter)
+    masks = masks_of(mask.adapter)
     names = sorted(masks)
     # Lanczos keeps its vectors in float64, at least 20 of them.
-    vectors_bytes = 8 * masks.numel * max(2 * num_eigenvalues + 7, 26)
+    vectors_bytes = 8 * masks.numel * max(2 * probing.num_eigenvalues + 7, 26)
     check_room(vectors_bytes, "cpu", f"curvature in {masks.numel:,} weights", "analyse a mask over fewer layers")
-    model = load_model(start, "float32", attn_implementation="eager").to(device).eval()
+    model = load_model(mask.model, "float32", attn_implementation="eager").to(sampling.device).eval()
     before = weights_of(model)
-    batches = make_batches(rows, batch_size, device)
+    batches = make_batches(rows, sampling.batch_size, sampling.device)
     products = hessian_products(model, names, batches)
     tokens = np.array([num_targets(batch) for batch in batches], dtype=np.float64)
     shares, kept = tokens / tokens.sum(), torch.cat([masks[name].flatten() for name in names]).numpy()
-    parts = Parts(file, settings, (4 + len(others or {})) * (num_probes + 1))
+    pieces = pieces_of(file, settings)
 
     def describe(name: str, diagonal: np.ndarray) -> dict:
-        forms = quadratic_forms(products, diagonal, num_probes, seed, parts, name)
-        arguments = (products, shares, diagonal, num_eigenvalues, seed)
-        largest = parts.get(f"{name} eigenvalues", functools.partial(largest_eigenvalues, *arguments))
+        forms = quadratic_forms(products, diagonal, probing.num_probes, sampling.seed, pieces, name)
+        arguments = (products, shares, diagonal, probing.num_eigenvalues, sampling.seed)
+        largest = pieces.get(f"{name} eigenvalues", functools.partial(largest_eigenvalues, *arguments))
         return {**trace_estimate(forms, shares), "largest": largest, "forms": forms}
 
     every = np.ones_like(kept)
@@ -238,7 +233,7 @@ def analyse_curvature(
     masks.apply_(model)
     record |= {"mask_all": describe("mask_all", every), "mask_kept": describe("mask_kept", kept)}
     found = {}
-    for name, point in (others or {}).items():
+    for name, point in others.items():
         set_weights(model, weights_at(point, before))
         found[name] = describe(f"other {name}", every)
     at_start = record["start_all"]["forms"]
@@ -247,7 +242,7 @@ def analyse_curvature(
     for each in (*record.values(), *found.values()):
         del each["forms"]
     write_record(file, record | {"others": found, "density": masks.density, "num_weights": masks.numel}, settings)
-    parts.remove()
+    pieces.remove()
 
 
 def _stderr_of_mean(values: np.ndarray, shares: np.ndarray) -> float:

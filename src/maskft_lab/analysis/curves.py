@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from maskft_base.errors import UserError
-from maskft_base.files import digest
 
 from ..results.statistics import weighted_mean
 from .runs import BEST, LAST, TrainedRun, parent_of
-from .store import write_record
 
 QUANTITIES = ("peak_memory_bytes", "tokens", "total_tokens", "time_s", "total_time_s")
 _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "mean_token_accuracy", "entropy")
@@ -73,8 +71,8 @@ def series_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> dict:
     }
 
 
-def analyse_curves(file: Path, runs: Sequence[TrainedRun]) -> None:
-    """Write ``series``, one of each run, for Fig. 1 (``.json``).
+def curves_of(runs: Sequence[TrainedRun]) -> dict[str, Any]:
+    """``series``, one of each run, for Fig. 1.
 
     Raises:
         UserError: If no run was measured while it was trained.
@@ -82,7 +80,7 @@ def analyse_curves(file: Path, runs: Sequence[TrainedRun]) -> None:
     series = [series_of(run, runs) for run in runs]
     if not any(each["metrics"] for each in series):
         raise UserError("no run has a training history with measurements: curves need training.json beside the results")
-    write_record(file, {"series": series}, {"what": "curves", "runs": digest([run.__dict__ for run in runs])})
+    return {"series": series}
 
 
 def costs_of(run: TrainedRun, role: str, runs: Sequence[TrainedRun]) -> dict[str, float]:
@@ -101,8 +99,8 @@ def costs_of(run: TrainedRun, role: str, runs: Sequence[TrainedRun]) -> dict[str
     }
 
 
-def analyse_cost(file: Path, runs: Sequence[TrainedRun]) -> None:
-    """Write ``rows`` for Figs 4 and 9: of each method and role, every cost's mean and standard error over seeds.
+def cost_of(runs: Sequence[TrainedRun]) -> dict[str, Any]:
+    """``rows`` for Figs 4 and 9: of each method and role, every cost's mean and standard error over seeds.
 
     Times are comparable only between runs of one machine.
 
@@ -122,7 +120,7 @@ def analyse_cost(file: Path, runs: Sequence[TrainedRun]) -> None:
             mean, stderr = weighted_mean([cost[quantity] for cost in costs])
             row[quantity] = {"mean": mean, "stderr": stderr if len(costs) > 1 else None}
         rows.append(row)
-    write_record(file, {"rows": rows}, {"what": "cost", "runs": digest([run.__dict__ for run in runs])})
+    return {"rows": rows}
 
 
 def _is_metric(key: str) -> bool:

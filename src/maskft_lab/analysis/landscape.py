@@ -1,16 +1,12 @@
-"""Loss around and between models (Figs 5 and 12): surfaces, the plane through three models, straight lines.
-
-A surface is taken along random directions that are filter-normalised (Li et al., https://arxiv.org/abs/1712.09913).
-Surfaces of several models can be compared only where they share directions: here one pair, normalised on the weights
-after full fine-tuning, serves best FFT, continued FFT, mask, and whatever else is named (a restart, a refit, another
-mask). So it also moves weights that a mask has removed.
-"""
+"""Loss between models (Figs 5 and 12): the plane through three of them, and the straight lines between them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,35 +15,16 @@ from maskft.models import load_model
 from maskft_base.errors import UserError
 from maskft_base.files import digest
 
-from .losses import Batch, check_room, count_parameters, make_batches, mean_loss
+from ..store import Store
+from .losses import Batch, Sampling, check_room, count_parameters, make_batches, mean_loss
 from .points import Point, Weights, set_weights, weights_at, weights_of
-from .store import Parts, is_finished, write_record
+from .records import is_finished, pieces_of, write_record
 
 Losses = Mapping[str, list[Batch]]  # split -> batches
+Points = Mapping[str, tuple[float, float]]  # name -> amounts along two directions
 
 FFT, CONTINUED, MASK = "fft", "continued", "mask"
 MARGIN = 0.25  # lines and planes go on beyond their models by this share of the distance
-
-
-def filter_normalised(weights: Weights, seed: int) -> Weights:
-    """A random direction whose every filter is as long as the model's.
-
-    Args:
-        weights: The model. A filter is a row of a matrix as it is stored, i.e. an output of a linear layer.
-        seed: Of the Gaussian draws, which do not depend on the device or on other parameters.
-
-    Returns:
-        A direction for each parameter of two or more dimensions; norms and biases are not moved, as in Li et al.
-    """
-    out = {}
-    for name, weight in weights.items():
-        if weight.dim() < 2:
-            continue
-        generator = torch.Generator().manual_seed(int(digest([seed, name])[:15], 16))
-        draw = torch.randn(weight.shape, generator=generator).to(weight.device)
-        scale = weight.float().norm(dim=-1, keepdim=True) / draw.norm(dim=-1, keepdim=True)
-        out[name] = (draw * scale).to(weight.dtype)
-    return out
 
 
 def plane_through(first: Weights, second: Weights, third: Weights) -> tuple[Weights, Weights, np.ndarray]:
@@ -72,142 +49,82 @@ def plane_through(first: Weights, second: Weights, third: Weights) -> tuple[Weig
     return u, v, np.array([[0.0, 0.0], [length_u, 0.0], [along, length_v]])
 
 
-def surface(
-    model,
-    center: Weights,
-    directions: tuple[Weights, Weights],
-    axes: tuple[np.ndarray, np.ndarray],
-    losses: Losses,
-    parts: Parts,
-    name: str,
-) -> dict[str, list[list[float]]]:
-    """Loss at every point ``center + a x first + b x second``.
+def losses_at(
+    model, center: Weights, directions: tuple[Weights, Weights], points: Points, losses: Losses, pieces: Store
+) -> list[dict[str, float]]:
+    """Loss of each split, nats per supervised token, at every point ``center + x first + y second``.
 
     Args:
         model: Holds the architecture; its weights are overwritten.
         center: The point (0, 0).
         directions: Two directions.
-        axes: The amounts ``a``, shape (A,), and ``b``, shape (B,).
+        points: Name of each point in ``pieces`` -> its amounts.
         losses: Batches of each split.
-        parts: Keeps points that are done.
-        name: Of the surface, in ``parts``.
-
-    Returns:
-        Split -> (A, B), nats per supervised token.
+        pieces: Keeps points that are done.
     """
 
-    def at(a: float, b: float) -> dict[str, float]:
-        set_weights(model, center, [(a, directions[0]), (b, directions[1])])
+    def at(x: float, y: float) -> dict[str, float]:
+        set_weights(model, center, [(x, directions[0]), (y, directions[1])])
         return {split: mean_loss(model, batches) for split, batches in losses.items()}
 
-    points = [
-        parts.get(f"{name} {i} {j}", lambda a=float(a), b=float(b): at(a, b))
-        for (i, a), (j, b) in product(enumerate(axes[0]), enumerate(axes[1]))
-    ]
-    shape = (len(axes[0]), len(axes[1]))
-    return {split: np.reshape([point[split] for point in points], shape).tolist() for split in losses}
-
-
-def line(
-    model, start: Weights, end: Weights, amounts: np.ndarray, losses: Losses, parts: Parts, name: str
-) -> dict[str, list[float]]:
-    """Loss on the straight line ``start + t x (end - start)`` for each ``t`` of ``amounts``, (T,): split -> (T,)."""
-    way = {key: end[key] - start[key] for key in start}
-    found = surface(model, start, (way, {}), (amounts, np.zeros(1)), losses, parts, name)
-    return {split: [point[0] for point in points] for split, points in found.items()}
+    return [pieces.get(name, functools.partial(at, *point)) for name, point in points.items()]
 
 
 def analyse_landscape(
-    file: Path,
-    models: Mapping[str, Point],
-    rows: Mapping[str, Sequence[dict]],
-    *,
-    grid: int = 21,
-    span: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 8,
-    dtype: str = "float32",
-    device: str = "cpu",
+    file: Path, models: Mapping[str, Point], rows: Mapping[str, Sequence[dict]], sampling: Sampling, grid: int = 21
 ) -> None:
-    """Surfaces around models, and plane and lines of three: ``fft``, the first that is neither it nor mask, ``mask``.
+    """Loss over the plane through three models and on the lines between them, in nats per supervised token.
 
-    Losses are nats per supervised token, SPLIT is ``train`` or ``heldout``. ``axis`` (grid,) is in lengths of the
-    filters of ``fft``; ``surfaces`` MODEL SPLIT (grid, grid), first index along the first direction. ``plane``: ``x``
-    and ``y`` (grid,) in L2 distance of weights, ``models`` its three, ``points`` (3, 2) where they lie, SPLIT
-    (grid, grid), first index x. ``lines``: ``t`` (grid,), 0 the first model and 1 the second; ``pairs`` of names, and
-    as many SPLIT (grid,).
+    ``plane``: ``x`` and ``y`` (grid,) in L2 distance of weights, ``models`` the three names, ``points`` (3, 2) where
+    they lie, and SPLIT (``train``, ``heldout``), (grid, grid), first index x. ``lines``: ``t`` (grid,), 0 the first
+    model and 1 the second; ``pairs`` of names, and as many SPLIT (grid,).
 
     Args:
         file: Where the record goes (``.json``). Points that are done survive a kill.
-        models: Name -> point, in order; ``fft``, whose weights give the directions their lengths, ``mask``, and one
-            more at least.
+        models: Three, name -> point; the first is the origin of the plane.
         rows: Split -> tokenised rows.
-        grid: Points of each axis, odd, so that the middle one is the model itself.
-        span: Largest amount along a direction; 1 moves every filter by its own length.
-        seed: Of the two directions.
-        batch_size: Rows of one forward pass.
-        dtype: Of the weights: float32, bfloat16 or float16.
-        device: Where to compute.
+        sampling: Batch size and device.
+        grid: Points of each axis.
 
     Raises:
         UserError: If the models differ in architecture, memory is short, or a loss is not finite.
     """
-    if grid < 3 or grid % 2 == 0:
-        raise UserError(f"--grid is {grid}; give an odd number of points from 3 on, the middle one is the model")
-    if not 0 < span < float("inf"):
-        raise UserError(f"--span is {span}; it must be above 0, in lengths of the model's filters")
-    settings = {"what": "landscape", "grid": grid, "span": span, "seed": seed, "dtype": dtype}
+    if grid < 3:
+        raise UserError(f"--grid is {grid}; give 3 points of an axis or more")
+    settings: dict[str, Any] = {"what": "landscape", "grid": grid, "batch_size": sampling.batch_size}
     settings["models"] = {name: point.digest() for name, point in models.items()}
     settings["rows"] = {split: digest(each) for split, each in rows.items()}
     if is_finished(file, settings):
         return
-    num_weights, vocab_size = count_parameters(models[FFT].model)
-    weights_bytes = num_weights * getattr(torch, dtype).itemsize
+    names = list(models)
+    num_weights, vocab_size = count_parameters(models[names[0]].model)
     longest = max(len(row["input_ids"]) for each in rows.values() for row in each)
-    # The models, the working copy, two directions and one more on the way; logits four times in float32; each point of
-    # the surfaces and two splits as text, dict and number.
-    need_bytes = (len(models) + 4) * weights_bytes + 16 * batch_size * longest * vocab_size
-    what, remedy = (
-        f"a landscape of {grid} x {grid} points",
-        "take a smaller --grid or --batch_size, or --dtype bfloat16",
-    )
-    num_surfaces = len(models) + 1
-    check_room(need_bytes + 400 * num_surfaces * grid**2, device, what, remedy)
-    model = load_model(models[FFT].model, dtype).to(device).eval()
-    fft = weights_of(model)
-    points = {name: fft if name == FFT else weights_at(point, fft, dtype) for name, point in models.items()}
-    losses = {split: make_batches(each, batch_size, device) for split, each in rows.items()}
-    parts = Parts(file, settings, num_surfaces * grid**2 + 3 * grid)
-    record = _surfaces(model, points, losses, parts, grid, span, seed)
-    three = [FFT, next(name for name in models if name not in (FFT, MASK)), MASK]
-    record["plane"] = {"models": three, **_plane(model, [points[name] for name in three], losses, parts, grid)}
-    amounts = np.linspace(-MARGIN, 1 + MARGIN, grid)
-    pairs = list(combinations(three, 2))
-    found = [line(model, points[a], points[b], amounts, losses, parts, f"line {a} {b}") for a, b in pairs]
-    by_split = {split: [each[split] for each in found] for split in losses}
-    record["lines"] = {"t": amounts.tolist(), "pairs": pairs, **by_split}
-    write_record(file, record, settings)
-    parts.remove()
-
-
-def _surfaces(model, points, losses: Losses, parts: Parts, grid: int, span: float, seed: int) -> dict:
-    directions = filter_normalised(points[FFT], 2 * seed), filter_normalised(points[FFT], 2 * seed + 1)
-    axis = np.linspace(-span, span, grid)
-    axis[grid // 2] = 0.0
-    axes = (axis, axis)
-    found = {
-        name: surface(model, point, directions, axes, losses, parts, f"surface {name}")
-        for name, point in points.items()
-    }
-    return {"axis": axis.tolist(), "surfaces": found}
-
-
-def _plane(model, points: Sequence[Weights], losses: Losses, parts: Parts, grid: int) -> dict:
+    # Three models, the working copy, two directions and one more on the way; logits four times in float32.
+    need_bytes = 28 * num_weights + 16 * sampling.batch_size * longest * vocab_size + 400 * grid**2
+    what = f"a landscape of {grid} x {grid} points"
+    check_room(need_bytes, sampling.device, what, "take a smaller --grid or --batch_size")
+    model = load_model(models[names[0]].model, "float32").to(sampling.device).eval()
+    origin = weights_of(model)
+    points = [origin, *(weights_at(models[name], origin) for name in names[1:])]
+    losses = {split: make_batches(each, sampling.batch_size, sampling.device) for split, each in rows.items()}
+    pieces = pieces_of(file, settings)
     u, v, coordinates = plane_through(*points)
     low, high = coordinates.min(0), coordinates.max(0)
-    x, y = np.linspace(low - MARGIN * (high - low), high + MARGIN * (high - low), grid).T
-    found = surface(model, points[0], (u, v), (x, y), losses, parts, "plane")
-    return {"x": x.tolist(), "y": y.tolist(), "points": coordinates.tolist(), **found}
+    x, y = np.linspace(low - MARGIN * (high - low), high + MARGIN * (high - low), grid).T.tolist()
+    in_plane = {f"plane {i} {j}": (a, b) for i, a in enumerate(x) for j, b in enumerate(y)}
+    found = losses_at(model, origin, (u, v), in_plane, losses, pieces)
+    plane = {split: np.reshape([each[split] for each in found], (grid, grid)).tolist() for split in losses}
+    amounts = np.linspace(-MARGIN, 1 + MARGIN, grid).tolist()
+    lines: dict[str, Any] = {"t": amounts, "pairs": list(combinations(names, 2)), **{split: [] for split in losses}}
+    for (first, start), (second, end) in combinations(zip(names, points, strict=True), 2):
+        way = {key: end[key] - start[key] for key in start}
+        on_line = {f"line {first} {second} {i}": (t, 0.0) for i, t in enumerate(amounts)}
+        found = losses_at(model, start, (way, {}), on_line, losses, pieces)
+        for split in losses:
+            lines[split].append([each[split] for each in found])
+    record = {"plane": {"models": names, "points": coordinates.tolist(), "x": x, "y": y, **plane}, "lines": lines}
+    write_record(file, record, settings)
+    pieces.remove()
 
 
 def _dot(a: Weights, b: Weights) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -22,25 +23,30 @@ SPLITS = ("train", "heldout")
 Batch = tuple[Tensor, Tensor]  # input_ids and labels, (rows, tokens), int64
 
 
-def rows_folder(study: Path | None, given: str | None, data: Mapping) -> Path:
+class Sampling(NamedTuple):
+    """How losses are taken: rows of one forward pass, the device, and the seed of what is drawn at random."""
+
+    batch_size: int = 8
+    device: str = "cpu"
+    seed: int = 0
+
+
+def rows_folder(study: Path, given: str | None, data: Mapping) -> Path:
     """The folder of tokenised rows that was named, or the only one of a study, or the one a run was trained on.
 
     Args:
-        study: The study's folder; None where runs are no study.
+        study: The study's folder.
         given: The folder that was named; None: that of the study.
         data: How that run's rows were counted, ``data`` of its ``training.json``; it tells folders of a study apart.
 
     Raises:
         UserError: If there is none, or a study has several that this does not tell apart.
     """
-    named = [] if study is None else sorted(path.parent for path in (study / PREPARED).glob(f"*/{SPLITS[0]}"))
-    found = named if given is None else [Path(given)]
+    found = [Path(given)] if given else sorted(path.parent for path in (study / PREPARED).glob(f"*/{SPLITS[0]}"))
     if len(found) > 1:
-        found = [
-            path for path in found if (path / REPORT).is_file() and read_json(path / REPORT)["counts"] == data
-        ] or found
+        found = [path for path in found if (path / REPORT).is_file() and read_json(path / REPORT)["counts"] == data]
     if len(found) != 1 or not all((found[0] / split).is_dir() for split in SPLITS):
-        names = ", ".join(map(str, found)) or "none given"
+        names = ", ".join(map(str, found)) or "none that this mask was trained on"
         raise UserError(
             f"losses need one folder with tokenised rows ({' and '.join(SPLITS)}), got {names}: name it with --rows; "
             "`maskft train ... --prepare_only --prepared_data_dir DIR` makes one"

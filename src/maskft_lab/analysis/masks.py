@@ -1,10 +1,11 @@
-"""What masks remove: where, how large, how alike two masks are, and what removing each part does (Figs 13 and 14)."""
+"""What masks remove: where, how large, and how alike two masks are (Figs 13 and 14)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,8 +17,7 @@ from maskft_base.errors import UserError
 from maskft_base.files import digest
 
 from .agreement import agreement
-from .losses import Batch, loss_sum, make_batches, mean_loss, num_targets
-from .store import Parts, digest_folder, is_finished, write_record
+from .records import digest_folder, is_finished, write_record
 
 NUM_DECILES = 10
 FLIPS = "mask_flips_per_step"  # in a training history
@@ -105,88 +105,21 @@ def describe_mask(masks: MaskSet, config, weights: Mapping[str, Tensor]) -> dict
     }
 
 
-# What removing does
-
-
-def predicted_effects(model, masks: MaskSet, batches: Sequence[Batch]) -> dict[str, float]:
-    """First-order change of the mean loss when a module's removed weights become 0: -sum of gradient x weight.
-
-    Returns:
-        Module -> nats per token; below 0, removing is predicted to help. Only masked weights require gradients then.
-    """
-    modules = dict(model.named_modules())
-    model.requires_grad_(False)
-    weights = {name: modules[name].weight.requires_grad_(True) for name in masks}
-    total = sum(num_targets(batch) for batch in batches)
-    for batch in batches:
-        (loss_sum(model, batch) / total).backward()
-    effects = {}
-    for name, weight in weights.items():
-        products = weight.grad.double() * weight.detach().double()
-        effects[name] = -float(products[~masks[name].to(weight.device)].sum())
-        weight.grad = None
-    return effects
-
-
-def measured_effect(model, masks: MaskSet, batches: Sequence[Batch], loss: float) -> float:
-    """Change of the mean ``loss`` when the removed weights become 0, nats per token; the model is left as it was."""
-    modules = dict(model.named_modules())
-    before = {name: modules[name].weight.detach().clone() for name in masks}
-    masks.apply_(model)
-    try:
-        return mean_loss(model, batches) - loss
-    finally:
-        for name, weight in before.items():
-            modules[name].weight.data.copy_(weight)
-
-
-def effects(model, masks: MaskSet, batches: Sequence[Batch], parts: Parts, name: str) -> dict:
-    """Prediction and measurement for every module and for the whole mask, kept in ``parts`` under ``name``.
-
-    Returns:
-        ``loss`` without the mask; ``modules``: name -> ``predicted``, ``measured``; ``all``: the same of the mask (the
-        prediction is the sum); ``correlation`` of the two over modules, None for fewer than three.
-    """
-    loss = parts.get(f"{name} loss", lambda: mean_loss(model, batches))
-    predicted = parts.get(f"{name} predicted", lambda: predicted_effects(model, masks, batches))
-
-    def measure(group: str, members: MaskSet) -> float:
-        return parts.get(f"{name} measured {group}", lambda: measured_effect(model, members, batches, loss))
-
-    pairs = [(predicted[module], measure(module, MaskSet({module: mask}))) for module, mask in masks.items()]
-    varies = len(pairs) > 2 and np.std(pairs, axis=0).min() > 0
-    return {
-        "loss": loss,
-        "modules": {name: {"predicted": p, "measured": m} for name, (p, m) in zip(masks, pairs, strict=True)},
-        "all": {"predicted": sum(predicted.values()), "measured": measure("all", masks)},
-        "correlation": float(np.corrcoef(np.transpose(pairs))[0, 1]) if varies else None,
-    }
-
-
 def analyse_masks(
-    file: Path,
-    adapters: Mapping[str, tuple[str, str]],
-    histories: Mapping[str, Sequence[Mapping]],
-    rows: Sequence[Mapping],
-    *,
-    batch_size: int = 8,
-    device: str = "cpu",
+    file: Path, adapters: Mapping[str, tuple[str, str]], histories: Mapping[str, Sequence[Mapping]]
 ) -> None:
-    """Write shares, effects and flips of each mask, and the agreement of every two (``.json``).
+    """Write shares and flips of each mask, and the agreement of every two (``.json``).
 
-    ``masks`` NAME: `describe_mask`, `effects` (None where removed weights take another value than 0), ``mask_seed``,
-    ``flips_per_step``: pairs of step and number of entries that it flipped. ``agreement``, of masks with modules in
-    common: ``first``, ``second``, ``same_start`` (whether they are over the same model) and `agreement`.
+    ``masks`` NAME: `describe_mask`, ``mask_seed``, ``flips_per_step``: pairs of step and number of entries that it
+    flipped. ``agreement``, of masks with modules in common: ``first``, ``second``, ``same_start`` (whether they are
+    over the same model) and `agreement`.
 
     Args:
-        file: Where the record goes; effects that are done survive a kill.
+        file: Where the record goes.
         adapters: Name -> adapter folder, and the model that it was trained over.
         histories: Name -> training history.
-        rows: Tokenised held-out rows on which effects are predicted and measured.
-        batch_size: Rows of one forward pass.
-        device: Where to compute.
     """
-    settings = {"what": "masks", "rows": digest(rows), "histories": digest(histories)}
+    settings: dict[str, Any] = {"what": "masks", "histories": digest(histories)}
     settings["masks"] = {name: [digest_folder(folder) for folder in pair] for name, pair in adapters.items()}
     if is_finished(file, settings):
         return
@@ -194,22 +127,17 @@ def analyse_masks(
     fused = next((module for masks in sets.values() for module in masks if place_of(module)), None)
     if fused is not None:
         raise UserError(f"the analysis of masks is for linear layers, and {fused} is a matrix of fused experts")
-    parts = Parts(file, settings, sum(len(masks) + 3 for masks in sets.values()))
     record: dict = {"masks": {}, "agreement": []}
     for name, (folder, start) in adapters.items():
-        config = read_config(folder)
-        model = load_model(start, "float32").to(device).eval()
-        weights = {module: model.get_submodule(module).weight.detach().cpu() for module in sets[name]}
-        batches, is_zero = make_batches(rows, batch_size, device), config.removed_value == "zero"
+        model = load_model(start, "float32")
+        weights = {module: model.get_submodule(module).weight.detach() for module in sets[name]}
         record["masks"][name] = {
             **describe_mask(sets[name], load_config(start).get_text_config(), weights),
-            "effects": effects(model, sets[name], batches, parts, name) if is_zero else None,
-            "mask_seed": config.mask_seed,
-            "flips_per_step": [[r["step"], r[FLIPS]] for r in histories[name] if FLIPS in r],
+            "mask_seed": read_config(folder).mask_seed,
+            "flips_per_step": [[row["step"], row[FLIPS]] for row in histories[name] if FLIPS in row],
         }
     for first, second in combinations(sets, 2):
         if sets[first].keys() & sets[second].keys():
             pair = {"first": first, "second": second, "same_start": adapters[first][1] == adapters[second][1]}
             record["agreement"].append(pair | agreement(sets[first], sets[second]))
     write_record(file, record, settings)
-    parts.remove()

@@ -12,7 +12,7 @@ from maskft.adapter.mask_set import MaskSet, read_config
 from maskft.models import load_model
 from maskft_base.errors import UserError
 
-from .store import digest_folder
+from .records import digest_folder
 
 Weights = dict[str, Tensor]  # parameter name -> values, on the model's device and in its dtype
 
@@ -47,13 +47,13 @@ def weights_of(model) -> Weights:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def weights_at(point: Point, like: Weights, dtype: str = "float32") -> Weights:
+def weights_at(point: Point, like: Weights) -> Weights:
     """Parameters of a point, on the devices of ``like``.
 
     Raises:
         UserError: If it is not of the architecture of ``like``.
     """
-    model = load_model(point.model, dtype)
+    model = load_model(point.model, "float32")
     if point.adapter is not None:
         masks_of(point.adapter).apply_(model)
     weights = weights_of(model)

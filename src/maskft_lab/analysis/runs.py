@@ -1,4 +1,4 @@
-"""Finished runs as analyses need them: from a study's folder, from published results, or from folders of training."""
+"""Finished runs as analyses and reports need them: from a study's folder, or from published results."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..results.schema import Result, read_result
 
 BEST, LAST = "best", "last"
 FULL, MASK = "full", "mask"
+PUBLISHED_SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -53,69 +54,35 @@ class TrainedRun:
         return self.summary.get("history", [])
 
 
-def read_study(folder: str | Path) -> list[TrainedRun]:
-    """All finished runs of a study's folder, or of a folder of published results with their ``training.json``.
+def read_study(folder: str | Path, base: str | None = None) -> list[TrainedRun]:
+    """All finished runs of one base model: of a study's folder, or of a folder of published results.
 
     Raises:
-        UserError: If there are none.
+        UserError: If there are none, or they are of several base models and ``base`` names none of them.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} is not a folder; name the output_dir of a study")
     records = sorted((folder / files.RUNS).glob(f"*/{files.RUN}"))
-    is_published = not records
-    results: dict[str, dict[str, Result]] = {}
-    for file in sorted(folder.glob("*.json*") if is_published else (folder / files.RESULTS).glob(f"*/{files.RESULT}")):
-        if '"kind": "evaluation"' not in files.read_text(file)[:200]:
-            continue  # a published folder holds summaries beside its results
-        result = read_result(file)
-        if "study" in result:
-            results.setdefault(_identity(result["study"]["run"]), {})[result["study"]["role"]] = result
-    if not is_published:
-        return _without_trials([_from_record(folder, file, results) for file in records])
-    if not results:
+    results = _results_of(
+        sorted((folder / files.RESULTS).glob(f"*/{files.RESULT}") if records else folder.glob("*.json*"))
+    )
+    runs = [_from_record(folder, file, results) for file in records] or _published(folder, results)
+    if not runs:
         raise UserError(f"{str(folder)!r} holds neither finished runs (runs/*/run.json) nor results of a study")
-    return _from_results(results, _read_json(folder / files.TRAINING))
-
-
-def read_runs(folders: Sequence[str]) -> list[TrainedRun]:
-    """Runs of ``maskft train``, each by its output folder; one that was trained on another's model starts from it.
-
-    Raises:
-        UserError: If a folder is not one of training.
-    """
-    runs: dict[str, TrainedRun] = {}
-    # What is trained on stands before what is trained over it.
-    for path in sorted({Path(folder).resolve() for folder in folders}, key=files.holds_adapter):
-        training = _read_json(path / files.TRAINING)
-        if not training:
-            raise UserError(f"{str(path)!r} is not a folder of maskft train: it has no {files.TRAINING}")
-        recipe, last = training["recipe"], path / files.LAST
-        start = runs.get(Path(recipe["model_name_or_path"]).name)  # a recipe names a folder by its last part
-        runs[path.name] = TrainedRun(
-            id=path.name,
-            name=path.name,
-            method=recipe["method"],
-            seed=recipe.get("seed"),
-            base=start.base if start else recipe["model_name_or_path"],
-            start=start.id if start else None,
-            settings=recipe,
-            models={BEST: str(path)} | ({LAST: str(last)} if last.is_dir() else {}),
-            **_of_training(training),
-        )
-    return list(runs.values())
-
-
-def select_base(runs: Sequence[TrainedRun], wanted: str | None = None) -> list[TrainedRun]:
-    """The runs of one base model.
-
-    Raises:
-        UserError: If there are several and none is named, or none is of the one named.
-    """
+    # Runs that tuning tried and did not take have the name and the seed of the one it took, and no results.
+    evaluated = {(run.name, run.seed) for run in runs if run.results}
+    runs = [run for run in runs if run.results or not records or (run.name, run.seed) not in evaluated]
     bases = list(dict.fromkeys(run.base for run in runs))
-    if wanted is None and len(bases) > 1:
+    if base is None and len(bases) > 1:
         raise UserError(f"runs of different base models cannot be compared ({', '.join(bases)}): name one with --base")
-    return [run for run in runs if run.base == _known("base model", wanted or bases[0], bases)]
+    return [run for run in runs if run.base == _known("base model", base or bases[0], bases)]
+
+
+def read_published_summary(folder: Path) -> dict[str, Any]:
+    """Base model -> summary of a published study; empty where there is none."""
+    file = folder / PUBLISHED_SUMMARY
+    return files.read_json(file)["models"] if file.is_file() else {}
 
 
 def find_mask(runs: Sequence[TrainedRun], wanted: str | None = None) -> TrainedRun:
@@ -155,9 +122,11 @@ def parent_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun | None:
     Raises:
         UserError: If that run is not among ``runs``.
     """
-    found = next((other for other in runs if run.start and _identity(other.id) == _identity(run.start)), None)
-    if found is None and run.start is not None:
-        raise UserError(f"{run.id} starts from {run.start}, which is not among these runs; give that too")
+    if run.start is None:
+        return None
+    found = next((other for other in runs if _identity(other.id) == _identity(run.start)), None)
+    if found is None:
+        raise UserError(f"{run.id} starts from {run.start}, which is not among these runs")
     return found
 
 
@@ -177,31 +146,9 @@ def full_run(mask: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun:
     """
     parent = parent_of(mask, runs)
     if parent is None or parent.method != FULL:
-        raise UserError(
-            f"{mask.id} starts from {parent.id if parent else mask.base}, which is no full fine-tuning here"
-        )
+        start = parent.id if parent else mask.base
+        raise UserError(f"{mask.id} starts from {start}, and this analysis needs a mask of a full fine-tuning")
     return parent
-
-
-def has_continued(full: TrainedRun) -> bool:
-    """Whether the model with which full fine-tuning ended was kept, and is not its best."""
-    return full.models.get(LAST) not in (None, full.models[BEST])
-
-
-def continued_model(full: TrainedRun) -> str:
-    """Folder of the model with which full fine-tuning ended, where that is not its best.
-
-    Raises:
-        UserError: If it was not kept, or is the best one.
-    """
-    last = full.models.get(LAST)
-    if last is None or not has_continued(full):
-        why = "was not kept (train it with keep_last)" if last is None else "is its best checkpoint"
-        raise UserError(
-            f"a landscape needs a third model, and the end of {full.id} {why}: name a run with --against, such as a "
-            "warm restart"
-        )
-    return last
 
 
 def _identity(run_id: str) -> str:
@@ -210,59 +157,54 @@ def _identity(run_id: str) -> str:
     return found[1] if found else run_id
 
 
-def _without_trials(runs: Sequence[TrainedRun]) -> list[TrainedRun]:
-    """Runs less those that tuning tried and did not take: they bear the winner's name and seed, and no results."""
-    evaluated = {(run.name, run.seed) for run in runs if run.results}
-    return [run for run in runs if run.results or (run.name, run.seed) not in evaluated]
+def _results_of(candidates: Sequence[Path]) -> dict[str, dict[str, Result]]:
+    """Identity of a run -> role -> result; a published folder holds other JSON files beside its results."""
+    found: dict[str, dict[str, Result]] = {}
+    for file in candidates:
+        if '"kind": "evaluation"' in files.read_text(file)[:200]:
+            result = read_result(file)
+            if "study" in result:
+                found.setdefault(_identity(result["study"]["run"]), {})[result["study"]["role"]] = result
+    return found
 
 
 def _from_record(study: Path, file: Path, results: dict[str, dict[str, Result]]) -> TrainedRun:
-    record = _read_json(file)
+    record, training = files.read_json(file), file.parent / files.TRAINING
+    known = files.read_json(training) if training.is_file() else {}
     # Paths inside the study are relative to it.
     models = {role: str(study / name) if (study / name).exists() else name for role, name in record["models"].items()}
     return TrainedRun(
         id=record["run"],
         base=record["model"],
+        summary=known.get("summary", {}),
+        data=known.get("data", {}),
         models=models,
         results=results.get(_identity(record["run"]), {}),
         **{key: record[key] for key in ("name", "method", "seed", "start", "settings")},
-        **_of_training(_read_json(file.parent / files.TRAINING)),
     )
 
 
-def _from_results(results: dict[str, dict[str, Result]], summaries: dict[str, dict]) -> list[TrainedRun]:
-    runs = []
-    for roles in results.values():
-        result = next(iter(roles.values()))
-        study, model = result["study"], result["model"]
-        runs.append(
-            TrainedRun(
-                id=study["run"],
-                method=model["method"],
-                seed=model["seed"],
-                base=study["model"],
-                summary=summaries.get(study["run"], {}),
+def _published(folder: Path, results: dict[str, dict[str, Result]]) -> list[TrainedRun]:
+    """The rows of the published summary are the list of runs; not each has its result file beside it."""
+    training = folder / files.TRAINING
+    summaries = files.read_json(training) if training.is_file() else {}
+    runs: dict[str, TrainedRun] = {}
+    for base, summary in read_published_summary(folder).items():
+        for row in summary["runs"]:
+            roles = results.get(_identity(row["run"]), {})
+            runs[row["run"]] = TrainedRun(
+                id=row["run"],
+                name=row["name"].removesuffix(f" ({BEST})").removesuffix(" (continued)"),
+                base=base,
+                settings=next(iter(roles.values()))["study"]["settings"] if roles else {},
+                summary=summaries.get(row["run"], {}),
                 results=roles,
-                **{key: study[key] for key in ("name", "start", "settings")},
+                **{key: row[key] for key in ("method", "seed", "start")},
             )
-        )
-    # Of a start that was not evaluated, its training alone is known; it is taken to begin at the base model.
-    known = {run.id for run in runs}
-    for start, run in {run.start: run for run in runs if run.start in summaries.keys() - known}.items():
-        method, name = summaries[start]["method"], start.rsplit("-", 2)[0]
-        runs.append(TrainedRun(start, name, method, run.seed, run.base, summary=summaries[start]))
-    return runs
-
-
-def _of_training(training: dict) -> dict[str, Any]:
-    return {"summary": training.get("summary", {}), "data": training.get("data", {})}
+    return list(runs.values())
 
 
 def _known(what: str, name: str, names: Sequence[str]) -> str:
     if name not in names:
         raise UserError(f"no {what} is called {name!r}{did_you_mean(name, names)}; there are {', '.join(names)}")
     return name
-
-
-def _read_json(file: Path) -> dict:
-    return files.read_json(file) if file.is_file() else {}

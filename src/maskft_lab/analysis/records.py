@@ -1,0 +1,72 @@
+"""Files of analyses: JSON, whole, finite, with their settings; and the pieces of what is still being computed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from maskft._version import __version__
+from maskft_base.errors import UserError
+from maskft_base.files import digest, digest_file, parse_json, write_text
+
+from ..store import Store
+
+
+def digest_folder(folder: str | Path) -> str:
+    """Digest of a folder's weight files: the identity of a model wherever it lies. Of a hub model its name."""
+    weights = sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")])
+    return digest([digest_file(file) for file in weights]) if weights else str(folder)
+
+
+def write_record(file: Path, record: Mapping, settings: Mapping) -> None:
+    """Write plain values and lists as JSON, whole or not at all, with what decides them under ``settings``.
+
+    Raises:
+        UserError: If a number is NaN or infinite; nothing is written then.
+    """
+    try:
+        text = json.dumps({"settings": _with_version(settings), **record}, allow_nan=False)
+    except ValueError as error:
+        raise UserError(
+            f"{file.name}: a number is NaN or infinite ({error}), and nothing was written: check the losses of the "
+            "runs that it is computed from"
+        ) from error
+    write_text(file, text + "\n")
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """What an analysis wrote.
+
+    Raises:
+        UserError: If it is no JSON or holds NaN or infinity.
+    """
+
+    def refuse(constant: str):
+        raise UserError(f"{file} holds {constant}: remove it and compute it again with maskft analyze")
+
+    try:
+        record = parse_json(file.read_text(encoding="utf-8"), parse_constant=refuse)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}): remove it and compute it again with maskft analyze") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{file} is no file of maskft analyze: remove it and compute it again")
+    return record
+
+
+def is_finished(file: Path, settings: Mapping) -> bool:
+    """Whether ``file`` is there and was made with the same settings by the same version."""
+    wanted = json.loads(json.dumps(_with_version(settings)))
+    return file.is_file() and read_record(file).get("settings") == wanted
+
+
+def pieces_of(file: Path, settings: Mapping) -> Store:
+    """What is finished of the record that ``file`` will hold; pieces of other settings are thrown away."""
+    return Store(file.with_name(f".{file.name}.parts.jsonl"), _with_version(settings), discard=True)
+
+
+def _with_version(settings: Mapping) -> dict:
+    return {**settings, "maskft_version": __version__}
