@@ -1,10 +1,9 @@
-"""Loss between models (Figs 5 and 12): the plane through three of them, and the straight lines between them."""
+"""Loss between models (Figs 5 and 12): the plane through three of them."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ Losses = Mapping[str, list[Batch]]  # split -> batches
 Points = Mapping[str, tuple[float, float]]  # name -> amounts along two directions
 
 FFT, CONTINUED, MASK = "fft", "continued", "mask"
-MARGIN = 0.25  # lines and planes go on beyond their models by this share of the distance
+MARGIN = 0.25  # the plane goes on beyond its models by this share of their distance
 
 
 def plane_through(first: Weights, second: Weights, third: Weights) -> tuple[Weights, Weights, np.ndarray]:
@@ -73,11 +72,10 @@ def losses_at(
 def analyse_landscape(
     file: Path, models: Mapping[str, Point], rows: Mapping[str, Sequence[dict]], sampling: Sampling, grid: int = 21
 ) -> None:
-    """Loss over the plane through three models and on the lines between them, in nats per supervised token.
+    """Write the loss over the plane through three models, in nats per supervised token (``.json``).
 
     ``plane``: ``x`` and ``y`` (grid,) in L2 distance of weights, ``models`` the three names, ``points`` (3, 2) where
-    they lie, and SPLIT (``train``, ``heldout``), (grid, grid), first index x. ``lines``: ``t`` (grid,), 0 the first
-    model and 1 the second; ``pairs`` of names, and as many SPLIT (grid,).
+    they lie, and SPLIT (``train``, ``heldout``), (grid, grid), first index x.
 
     Args:
         file: Where the record goes (``.json``). Points that are done survive a kill.
@@ -114,15 +112,7 @@ def analyse_landscape(
     in_plane = {f"plane {i} {j}": (a, b) for i, a in enumerate(x) for j, b in enumerate(y)}
     found = losses_at(model, origin, (u, v), in_plane, losses, pieces)
     plane = {split: np.reshape([each[split] for each in found], (grid, grid)).tolist() for split in losses}
-    amounts = np.linspace(-MARGIN, 1 + MARGIN, grid).tolist()
-    lines: dict[str, Any] = {"t": amounts, "pairs": list(combinations(names, 2)), **{split: [] for split in losses}}
-    for (first, start), (second, end) in combinations(zip(names, points, strict=True), 2):
-        way = {key: end[key] - start[key] for key in start}
-        on_line = {f"line {first} {second} {i}": (t, 0.0) for i, t in enumerate(amounts)}
-        found = losses_at(model, start, (way, {}), on_line, losses, pieces)
-        for split in losses:
-            lines[split].append([each[split] for each in found])
-    record = {"plane": {"models": names, "points": coordinates.tolist(), "x": x, "y": y, **plane}, "lines": lines}
+    record = {"plane": {"models": names, "points": coordinates.tolist(), "x": x, "y": y, **plane}}
     write_record(file, record, settings)
     pieces.remove()
 

@@ -72,6 +72,21 @@ def shares_by_head(masks: MaskSet, num_heads: int, num_kv_heads: int) -> dict[st
     return out
 
 
+def chance_by_head(masks: MaskSet, num_heads: int, num_kv_heads: int) -> dict[str, float]:
+    """Layer -> standard deviation of a head's ``qkv`` share, were the removed places of each matrix drawn at random.
+
+    The number removed of a head's n weights, of N of which a share p is removed, is hypergeometric.
+    """
+    variances: dict[str, list[float]] = {}
+    for name, mask in masks.items():
+        kind = name.rpartition(".")[2]
+        if kind in ("q_proj", "k_proj", "v_proj"):
+            p, total = float((~mask).double().mean()), mask.numel()
+            size = total // (num_heads if kind == "q_proj" else num_kv_heads)
+            variances.setdefault(layer_of(name), []).append(p * (1 - p) / size * (total - size) / max(total - 1, 1))
+    return {layer: sum(found) ** 0.5 / 3 for layer, found in variances.items() if len(found) == 3}
+
+
 def decile_shares(mask: Tensor, weight: Tensor) -> list[float]:
     """Share removed of each tenth of a matrix's weights by magnitude, smallest first; ten numbers in [0, 1].
 
@@ -99,6 +114,7 @@ def describe_mask(masks: MaskSet, config, weights: Mapping[str, Tensor]) -> dict
         "by_layer": shares_by_layer(masks),
         "by_module": {name: MaskSet({name: mask}).sparsity for name, mask in masks.items()},
         "by_head": shares_by_head(masks, num_heads, num_kv_heads) if num_heads else {},
+        "by_head_chance": chance_by_head(masks, num_heads, num_kv_heads) if num_heads else {},
         "by_magnitude_decile": {name: decile_shares(mask, weights[name]) for name, mask in masks.items()},
         "removed_per_row": {name: (~mask).sum(1).tolist() for name, mask in masks.items()},
         "removed_per_column": {name: (~mask).sum(0).tolist() for name, mask in masks.items()},

@@ -9,7 +9,6 @@ def add_arguments(parser) -> None:
     """Options of ``maskft inspect``."""
     parser.add_argument("adapter", metavar="DIR", help="adapter folder")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--html", metavar="FILE", help="write a page with maps to zoom instead; it loads nothing")
 
 
 def run(args) -> None:
@@ -30,12 +29,6 @@ def run(args) -> None:
         "replaced_weights": sorted(config.weights_sha256) if config.weights_sha256 else None,
         **{f"recipe.{key}": value for key, value in config.recipe.items()},
     }
-    if args.html:
-        from ..report.adapter_page import write_adapter_page
-
-        write_adapter_page(args.adapter, args.html, {**facts, "bytes": f"{total['num_bytes']:,}"})
-        print(f"wrote {args.html}")
-        return
     if args.json:
         print(json.dumps({"modules": rows, "total": total, **facts}, indent=2))
         return

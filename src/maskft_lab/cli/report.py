@@ -25,15 +25,17 @@ def main(argv: list[str]) -> None:
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "One HTML file about a study, to be opened from disk: verdict, table, curves, ablations, items won and lost, "
-        "masks, landscape, curvature, bound, cost, recipe. It loads nothing. maskft report tables --help: the paper's "
+        "One HTML file about a study, to be opened from disk: verdict, gain against forgetting, table, curves, "
+        "ablations, items won and lost, masks, landscape, curvature, bound, cost, recipe. It loads nothing. maskft report tables --help: the paper's "
         "tables with your figures."
     )
     parser.add_argument(
         "study", metavar="STUDY", help="folder of a study, or of published results such as results/small-products"
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="the page to write, such as report.html")
-    parser.add_argument("--figures", metavar="DIR", help="write every figure as SVG, PDF and PNG, at a paper's size")
+    parser.add_argument(
+        "--figures", metavar="DIR", help="write every figure as SVG (light and dark), PDF and PNG, at a paper's size"
+    )
     parser.add_argument(
         "--only", metavar="A,B", help="of --figures those with these numbers in the paper, or names of files: 1,5,14"
     )
@@ -46,7 +48,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _report(args: argparse.Namespace) -> None:
     from maskft_base.files import write_bytes
 
-    from ..report.catalogue import charts_of, select_charts
+    from ..report.catalogue import select_figures
     from ..report.evidence import gather
 
     if not (args.output or args.figures):
@@ -55,14 +57,13 @@ def _report(args: argparse.Namespace) -> None:
         raise UserError("--only chooses figures: give --figures DIR too")
     if args.output and Path(args.output).is_dir():
         raise UserError(f"--output {args.output} is a folder: name a file in it, such as report.html")
+    if args.figures and Path(args.figures).exists() and not Path(args.figures).is_dir():
+        raise UserError(f"--figures {args.figures!r} is a file; name a folder")
+    figures = select_figures([word.strip() for word in (args.only or "").split(",") if word.strip()])
     evidence = gather(
         args.study, base=args.base, study_name=args.study_name, baseline=args.baseline, analysis=args.analysis
     )
-    contents: dict[Path, bytes] = {}
-    if args.figures:
-        wanted = [word.strip() for word in (args.only or "").split(",") if word.strip()]
-        charts = [chart for each in charts_of(evidence).values() for chart in each]
-        contents = _figures(select_charts(evidence, wanted) if wanted else charts, Path(args.figures))
+    contents = _figures(evidence, figures, Path(args.figures), bool(args.only)) if args.figures else {}
     if args.output:
         from ..report.page import render_report
 
@@ -72,18 +73,17 @@ def _report(args: argparse.Namespace) -> None:
         print(f"wrote {file}")
 
 
-def _figures(charts: list, folder: Path) -> dict[Path, bytes]:
-    from ..report.charts import Missing, files_of
+def _figures(evidence, figures, folder: Path, is_chosen: bool) -> dict[Path, bytes]:
+    from ..report.catalogue import draw_figures
+    from ..report.charts import files_of
 
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--figures {str(folder)!r} is a file; name a folder")
-    contents = {}
-    for chart in charts:
-        if isinstance(chart, Missing):
-            print(f"left out {chart.key}: {chart.reason}; {chart.command}", file=sys.stderr)
-        else:
-            contents |= {folder / name: content for name, content in files_of(chart).items()}
-    return contents
+    drawn, missing = draw_figures(evidence, figures)
+    if is_chosen and not drawn:
+        raise UserError(f"{missing[0].figure.title} cannot be drawn: {missing[0].reason}; {missing[0].command}")
+    for each in missing:
+        print(f"left out {each.figure.key}: {each.reason}; {each.command}", file=sys.stderr)
+    files = [files_of(chart, figure.key) for figure, chart in drawn]
+    return {folder / name: content for each in files for name, content in each.items()}
 
 
 def _add_tables(tables: argparse.ArgumentParser) -> None:

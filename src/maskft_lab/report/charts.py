@@ -15,30 +15,32 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..results.text import Table
+from ..results.text import draw as draw_table
 
 Draw = Callable[[Axes], None]
 
 # Every colour has its own value, so that a page can replace it by a name, which is light or dark there.
-COLOURS = {
-    "ink": "#1c2126",
-    "muted": "#5c6670",
-    "rule": "#d8dde3",
-    "blue": "#2166ac",
-    "red": "#c0392b",
-    "green": "#1f7a4d",
-    "orange": "#c26a00",
-    "purple": "#7a4ea3",
-    "teal": "#0e7c86",
-    "grey": "#7f8993",
+_PALETTE = {
+    "ink": ("#1c2126", "#e8eaed"),
+    "muted": ("#5c6670", "#a5afb9"),
+    "rule": ("#d8dde3", "#394149"),
+    "blue": ("#2166ac", "#7ab3e8"),
+    "red": ("#c0392b", "#f0897d"),
+    "green": ("#1f7a4d", "#6cc799"),
+    "orange": ("#c26a00", "#eaa353"),
+    "purple": ("#7a4ea3", "#c0a0e3"),
+    "teal": ("#0e7c86", "#5cc4cc"),
+    "grey": ("#7f8993", "#98a2ad"),
 }
+COLOURS = {name: light for name, (light, _) in _PALETTE.items()}
+DARK = {name: dark for name, (_, dark) in _PALETTE.items()}
 SERIES = ("red", "blue", "green", "orange", "purple", "teal")  # of lines that are no methods
 SHADES = "viridis"  # of maps: read on white and on black, and in grey
 
-NARROW, WIDE, HEIGHT = 3.3, 6.8, 2.4  # inches: a column and a page of a paper; height of one row of panels
-PAGE_HEIGHT = 9.0  # inches that a page of a paper has for a figure
-MANY = 6  # more narrow panels than these stand three in a row
+NARROW, PAGE, WIDE, HEIGHT = 3.3, 4.6, 6.8, 2.4  # inches: a column of a paper, a wide panel of a page, a paper; a row
+ROW_HEIGHT = 0.24  # of a row of bars, whose name may have two lines
 TITLE_CHARACTERS = 11  # of a panel's title in an inch
-FORMATS = ("svg", "pdf", "png")
+FORMATS = ("svg", "dark.svg", "pdf", "png")
 
 _STYLE = {
     "font.size": 8,
@@ -105,38 +107,18 @@ class Chart:
     """What is drawn together.
 
     Attributes:
-        key: Name of its files and its place in a page.
-        title: What it shows.
         text: How to read it, and what it does not show.
-        panels: One at least.
+        panels: None for what is a table only.
         table: The numbers.
-        numbers: Figures of the paper that it is made after.
         legend: Common to all panels.
+        width: On paper, in inches, of a chart with a wide panel.
     """
 
-    key: str
-    title: str
     text: str
     panels: Sequence[Panel]
     table: Table
-    numbers: tuple[int, ...] = ()
     legend: Sequence[Entry] = field(default_factory=tuple)
-
-
-@dataclass(frozen=True)
-class Missing:
-    """A chart whose data is not there: why, and the command that makes it."""
-
-    key: str
-    title: str
-    reason: str
-    command: str
-    numbers: tuple[int, ...] = ()
-
-
-def figure_numbers(numbers: Sequence[int]) -> str:
-    """``Fig. 5`` or ``Figs 5, 12``."""
-    return f"Fig{'s' if len(numbers) > 1 else '.'} {', '.join(map(str, numbers))}" if numbers else ""
+    width: float = WIDE
 
 
 def plain(text: str) -> str:
@@ -144,10 +126,15 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def row_name(name: str) -> str:
+    """A name for a row of bars, in two lines where it is long."""
+    return plain("\n".join(textwrap.wrap(name, 24, max_lines=2, placeholder="…")))
+
+
 def to_svg(panel: Panel, prefix: str) -> str:
     """One panel as an SVG element for a page: colours by name, sizes by the page, ids beginning with ``prefix``."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure((WIDE if panel.is_wide else NARROW, panel.height), layout="constrained")
+        figure = Figure((PAGE if panel.is_wide else NARROW, panel.height), layout="constrained")
         panel.draw(figure.add_subplot())
         text = _saved(figure, "svg").decode()
     text = text[text.index("<svg") :]
@@ -163,31 +150,27 @@ def to_svg(panel: Panel, prefix: str) -> str:
     return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
-def draw_pages(chart: Chart) -> list[Figure]:
-    """A chart at the size of a paper: panels two or three in a row, the legend below; a page each of what is higher."""
-    num_columns = 3 if sum(not panel.is_wide for panel in chart.panels) > MANY else 2
-    num_entries = _entries_in_a_row(chart)
-    room = PAGE_HEIGHT - 0.2 * math.ceil(len(chart.legend) / num_entries)
-    pages: list[list[list[Panel]]] = [[]]
-    for row in _rows(chart.panels, num_columns):
-        if pages[-1] and sum(_height(each, num_columns) for each in (*pages[-1], row)) > room:
-            pages.append([])
-        pages[-1].append(row)
-    return [_draw_page(chart, rows, num_columns, num_entries) for rows in pages]
-
-
-def _draw_page(chart: Chart, rows: Sequence[Sequence[Panel]], num_columns: int, num_entries: int) -> Figure:
+def draw_page(chart: Chart) -> Figure:
+    """A chart at the size of a paper: panels two in a row, wide ones alone, the legend below."""
+    num_columns = 1 if len(chart.panels) == 1 else 2
+    width = chart.width if num_columns == 2 or chart.panels[0].is_wide else NARROW
+    rows: list[list[Panel]] = []
+    for panel in chart.panels:
+        if panel.is_wide or not rows or len(rows[-1]) == num_columns or rows[-1][0].is_wide:
+            rows.append([])
+        rows[-1].append(panel)
+    heights = [max(panel.height for panel in row) for row in rows]
+    longest = max((len(entry.name) for entry in chart.legend), default=0)
+    num_entries = min(3, max(1, int(17 * width / (longest + 8))))  # 17 characters of a legend are an inch
     with matplotlib.rc_context(_STYLE):
-        width, heights = _width(chart), [_height(row, num_columns) for row in rows]
         height = sum(heights) + 0.2 * math.ceil(len(chart.legend) / num_entries)
         figure = Figure((width, height), layout="constrained")
-        grid = figure.add_gridspec(len(rows), num_columns if width == WIDE else 1, height_ratios=heights)
+        grid = figure.add_gridspec(len(rows), num_columns, height_ratios=heights)
         for index, row in enumerate(rows):
             for column, panel in enumerate(row):
-                is_alone = panel.is_wide or width == NARROW
-                axes = figure.add_subplot(grid[index, :] if is_alone else grid[index, column])
+                axes = figure.add_subplot(grid[index, :] if panel.is_wide else grid[index, column])
                 panel.draw(axes)
-                room = width if is_alone else width / num_columns
+                room = width if panel.is_wide else width / num_columns
                 axes.set_title(plain(textwrap.fill(panel.title, int(room * TITLE_CHARACTERS), break_on_hyphens=False)))
         if chart.legend:
             lines, names = [_line(entry) for entry in chart.legend], [plain(entry.name) for entry in chart.legend]
@@ -195,32 +178,13 @@ def _draw_page(chart: Chart, rows: Sequence[Sequence[Panel]], num_columns: int, 
     return figure
 
 
-def files_of(chart: Chart) -> dict[str, bytes]:
-    """A chart as SVG, PDF and PNG (300 dots per inch), by file name; text stays text in the first two.
-
-    The second page of a chart that is higher than one is ``KEY_2``.
-    """
-    contents = {}
-    for index, figure in enumerate(draw_pages(chart)):
-        name = f"{chart.key}_{index + 1}" if index else chart.key
-        with matplotlib.rc_context(_STYLE):
-            contents |= {f"{name}.{suffix}": _saved(figure, suffix) for suffix in FORMATS}
-    return contents
-
-
-def _width(chart: Chart) -> float:
-    return NARROW if len(chart.panels) == 1 and not chart.panels[0].is_wide else WIDE
-
-
-def _entries_in_a_row(chart: Chart) -> int:
-    longest = max((len(entry.name) for entry in chart.legend), default=0)
-    return min(3, max(1, int(17 * _width(chart) / (longest + 8))))  # 17 characters of a legend are an inch
-
-
-def _height(row: Sequence[Panel], num_columns: int) -> float:
-    """Of a row on paper: narrower panels are lower, but keep the room that labels and title take."""
-    height = max(panel.height for panel in row)
-    return height if num_columns == 2 or row[0].is_wide else 0.6 + 0.55 * height
+def files_of(chart: Chart, key: str) -> dict[str, bytes]:
+    """A chart as SVG (light and dark), PDF and PNG (300 dots per inch), by file name; a table only as Markdown."""
+    if not chart.panels:
+        return {f"{key}.md": draw_table(chart.table, "markdown").encode()}
+    figure = draw_page(chart)
+    with matplotlib.rc_context(_STYLE):
+        return {f"{key}.{suffix}": _saved(figure, suffix) for suffix in FORMATS}
 
 
 def _saved(figure: Figure, suffix: str) -> bytes:
@@ -228,17 +192,14 @@ def _saved(figure: Figure, suffix: str) -> bytes:
     out = io.BytesIO()
     # No dates and no names of programs: the same data gives the same file.
     nothing = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
-    figure.savefig(out, format=suffix, metadata=nothing.get(suffix, {"Software": None}))
-    return out.getvalue()
-
-
-def _rows(panels: Sequence[Panel], num_columns: int) -> list[list[Panel]]:
-    rows: list[list[Panel]] = []
-    for panel in panels:
-        if panel.is_wide or not rows or len(rows[-1]) == num_columns or rows[-1][0].is_wide:
-            rows.append([])
-        rows[-1].append(panel)
-    return rows
+    form = suffix.removeprefix("dark.")
+    figure.savefig(out, format=form, metadata=nothing.get(form, {"Software": None}))
+    if suffix != "dark.svg":
+        return out.getvalue()
+    text = out.getvalue().decode()
+    for name, value in COLOURS.items():
+        text = text.replace(value, DARK[name])
+    return text.encode()
 
 
 def _line(entry: Entry):

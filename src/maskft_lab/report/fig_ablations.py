@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
 
 from ..results.text import Table
 from .charts import COLOURS, SERIES, Chart, Entry, Panel, plain
+from .evidence import Evidence, NotComputed
 from .methods import number
 
 _NAMES = {
@@ -18,61 +20,64 @@ _NAMES = {
     "learning_rate": "learning rate of the scores",
 }
 _ALL = ("mask_layers_to_transform", "max_train_samples")  # settings whose default is all there is
-_NUMBERS = {3: "03_08", 6: "06_10", 7: "07_11"}
+_OF_THE_PAPER = ("mask_layers_to_transform", "mask_sparsity", "max_train_samples")
 
 
-def ablation_charts(record: Mapping) -> list[Chart]:
-    """One chart for each varied setting, a panel for each metric."""
-    groups: dict[str, list[Mapping]] = {}
-    for each in record["ablations"]:
-        groups.setdefault(each["setting"], []).append(each)
-    return [_chart(setting, each) for setting, each in groups.items()]
+def ablation_chart(setting: str, evidence: Evidence) -> Chart:
+    """One metric per panel against one setting."""
+    records = [each for each in evidence.record("ablations")["ablations"] if each["setting"] == setting]
+    if not records:
+        raise NotComputed(f"no two evaluated masks of this study differ in {setting} alone")
+    return _chart(records)
 
 
-def _chart(setting: str, records: Sequence[Mapping]) -> Chart:
-    numbers = tuple(records[0]["figures"])
-    name = _NAMES.get(setting, setting)
-    lines = [line["fixed"] for each in records for line in each["lines"]]
-    names = [name for name in lines[0] if len({repr(fixed[name]) for fixed in lines}) > 1] if lines else []
+def other_ablations_chart(evidence: Evidence) -> Chart:
+    """One setting and metric per panel, of settings that the paper does not vary."""
+    records = [each for each in evidence.record("ablations")["ablations"] if each["setting"] not in _OF_THE_PAPER]
+    if not records:
+        raise NotComputed("no two evaluated masks of this study differ in one other setting alone")
+    return _chart(records)
+
+
+def _chart(records: Sequence[Mapping]) -> Chart:
+    lines = [(each["setting"], line["fixed"]) for each in records for line in each["lines"]]
+    # What is equal in all lines need not be said in each.
+    varied = {name for _, fixed in lines for name in fixed if len({repr(other.get(name)) for _, other in lines}) > 1}
     looks = {
         text: Entry(text, SERIES[index % len(SERIES)], "-", "o^sDvP"[index % 6])
-        for index, text in enumerate(dict.fromkeys(_fixed_text(fixed, names) for fixed in lines))
+        for index, text in enumerate(dict.fromkeys(_fixed_text(fixed, varied) for _, fixed in lines))
     }
-    entries = list(looks.values())
-    entries.append(Entry("the model under the mask", "muted", "--"))
+    entries = [*looks.values(), Entry("the model under the mask", "muted", "--")]
     table = [
         (
             f"{each['task']}/{each['metric']}",
-            value_text(point["value"], setting),
-            _fixed_text(line["fixed"], line["fixed"]),
-            number(point["mean"]),
-            number(point["stderr"]),
-            str(point["num_seeds"]),
+            f"{_name(each['setting'])}: {value_text(point['value'], each['setting'])}",
+            _fixed_text(line["fixed"], set(line["fixed"])),
+            *(number(point["mean"]), number(point["stderr"]), str(point["num_seeds"])),
         )
         for each in records
         for line in each["lines"]
         for point in line["points"]
     ]
-    columns = ("measure", name, "other settings", "mean", "standard error", "seeds")
-    key = f"fig{_NUMBERS[numbers[0]]}_{setting}" if numbers and numbers[0] in _NUMBERS else f"ablation_{setting}"
     text = (
-        f"Test measures of learned masks against {name}, all else as the line says. Bars are one standard error, over "
-        "seeds where there are several, else over items; the dashed line is the model under these masks. Points are "
-        "not verdicts: those stand above, paired by item and seed."
+        "Test measures of learned masks, all else as the line says. Bars are one standard error, over seeds where "
+        "there are several, else over items; the dashed line is the model under these masks. Points are not verdicts: "
+        "those stand above, paired by item and seed."
     )
     panels = [
-        Panel(f"{each['metric']} on {each['task']}", lambda axes, e=each: _draw(axes, e, name, looks, names))
+        Panel(f"{each['metric']} on {each['task']}", partial(_draw, record=each, looks=looks, varied=varied))
         for each in records
     ]
-    return Chart(key, f"Ablation: {name}", text, panels, Table(columns, table), numbers, entries)
+    columns = ("measure", "setting", "other settings", "mean", "standard error", "seeds")
+    return Chart(text, panels, Table(columns, table), entries)
 
 
-def _draw(axes: Axes, record: Mapping, name: str, looks: Mapping[str, Entry], names: Sequence[str]) -> None:
+def _draw(axes: Axes, record: Mapping, looks: Mapping[str, Entry], varied: Collection[str]) -> None:
     setting, points = record["setting"], [point for line in record["lines"] for point in line["points"]]
     values = list(dict.fromkeys(value_text(point["value"], setting) for point in _in_order(points)))
     scale = 100.0 if record["unit"] == "fraction" else 1.0
     for line in record["lines"]:
-        entry = looks[_fixed_text(line["fixed"], names)]
+        entry = looks[_fixed_text(line["fixed"], varied)]
         for points in _connected(line["points"]):
             x = [values.index(value_text(point["value"], setting)) for point in points]
             y = [scale * point["mean"] for point in points]
@@ -83,7 +88,7 @@ def _draw(axes: Axes, record: Mapping, name: str, looks: Mapping[str, Entry], na
     long = max(map(len, values)) > 8
     axes.set_xticks(range(len(values)), list(map(plain, values)), rotation=20 if long else 0)
     axes.set_xlim(-0.4, len(values) - 0.6)
-    axes.set_xlabel(plain(name))
+    axes.set_xlabel(plain(_name(setting)))
     axes.set_ylabel("%" if record["unit"] == "fraction" else plain(record["unit"]))
 
 
@@ -113,7 +118,15 @@ def value_text(value: Any, setting: str = "") -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _fixed_text(fixed: Mapping[str, Any], names: Iterable[str]) -> str:
+def _name(setting: str) -> str:
+    return _NAMES.get(setting, setting)
+
+
+def _fixed_text(fixed: Mapping[str, Any], names: Collection[str]) -> str:
     """The settings of a line that are named and are not at their defaults."""
-    texts = [f"{_NAMES.get(n, n)} {value_text(fixed[n], n)}" for n in names if fixed[n] is not None or n in _ALL]
+    texts = [
+        f"{_name(n)} {value_text(value, n)}"
+        for n, value in fixed.items()
+        if n in names and (value is not None or n in _ALL)
+    ]
     return ", ".join(texts) or "learned mask"

@@ -1,8 +1,10 @@
-"""Loss around and between models (Figs 5 and 12): the plane through them, lines, and surfaces that share directions."""
+"""Loss between models (Figs 5 and 12): the plane through three of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,114 +12,56 @@ from matplotlib.colors import PowerNorm
 
 from ..results.text import Table
 from .charts import COLOURS, Chart, Entry, Panel
+from .evidence import Evidence
 from .methods import number
 
-# Shapes as in the paper: star, square, triangle.
-_MODELS = {
-    "fft": Entry("best full fine-tuning", "green", "", "*"),
-    "continued": Entry("continued full fine-tuning", "purple", "", "s"),
-    "mask": Entry("mask", "red", "", "^"),
-}
-_SHORT = {"fft": "best FFT", "continued": "continued FFT", "mask": "mask"}
 _SPLITS = {"heldout": "held-out rows", "train": "training rows"}
+# Shapes as in the paper: star, square, triangle.
+_LOOKS = (("green", "*"), ("purple", "s"), ("red", "^"))
+_NAMES = {"fft": "best full fine-tuning", "continued": "continued full fine-tuning", "mask": "mask"}
 
 
-_OTHERS = ("blue", "orange", "teal", "grey")  # of models that the paper's figure does not have
-
-
-def landscape_chart(record: Mapping) -> Chart:
-    """The plane through three models, the straight lines between them, and the loss along shared directions."""
-    panels = []
-    for split in (split for split in _SPLITS if split in record["plane"]):
-        rows = _SPLITS[split]
-        panels.append(Panel(f"Plane through three models, {rows}", lambda axes, s=split: _plane(axes, record, s)))
-        panels.append(Panel(f"Straight lines, {rows}", lambda axes, s=split: _lines(axes, record, s)))
-        panels += [
-            Panel(
-                f"Around {_SHORT.get(model, model)}, {rows}",
-                lambda axes, m=model, s=split: _surface(axes, record, m, s),
-            )
-            for model in record["surfaces"]
-        ]
+def plane_chart(evidence: Evidence) -> Chart:
+    """The plane through three models: a panel of held-out rows, one of training rows."""
+    plane = evidence.record("landscape")["plane"]
+    entries = [
+        Entry(_NAMES.get(name, name), colour, "", marker)
+        for name, (colour, marker) in zip(plane["models"], _LOOKS, strict=True)
+    ]
+    panels = [
+        Panel(f"Loss on {rows}", partial(_plane, plane=plane, split=split, entries=entries), height=2.7)
+        for split, rows in _SPLITS.items()
+        if split in plane
+    ]
+    rows = [
+        (text, *(number(float(each)) for each in (np.min(plane[split]), np.mean(plane[split]), np.max(plane[split]))))
+        for split, text in _SPLITS.items()
+        if split in plane
+    ]
     text = (
-        "Nats per token. The plane holds the three models, in distance of their weights; the lines go straight from "
-        "one to another, and a little beyond. The surfaces are two random directions of millions, in lengths of the "
-        "filters after full fine-tuning; all models share the pair and the colours of a split, so they can be "
-        "compared. They also move weights that the mask has removed."
+        "Loss in nats per token over the plane that holds the three models; axes are distances of all weights "
+        "together. What lies beside the plane it does not show."
     )
-    columns = ("model", "rows", "loss at the model", "mean around it", "lowest", "highest")
-    table, entries = Table(columns, _rows(record)), [*_entries(record).values(), *_line_entries(record)]
-    return Chart("fig05_12_landscape", "Loss landscape", text, panels, table, (5, 12), entries)
+    return Chart(text, panels, Table(("rows", "lowest", "mean", "highest"), rows), entries)
 
 
-def _entries(record: Mapping) -> dict[str, Entry]:
-    others = [name for name in record["surfaces"] if name not in _MODELS]
-    more = {name: Entry(name, _OTHERS[i % len(_OTHERS)], "", "opDX"[i % 4]) for i, name in enumerate(others)}
-    return {name: _MODELS.get(name) or more[name] for name in record["surfaces"]}
-
-
-def _rows(record: Mapping) -> list[tuple[str, ...]]:
-    middle = len(record["axis"]) // 2
-    rows = []
-    for model, surfaces in record["surfaces"].items():
-        for split, values in surfaces.items():
-            numbers = (values[middle][middle], np.mean(values), np.min(values), np.max(values))
-            name = _entries(record)[model].name
-            rows.append((name, _SPLITS.get(split, split), *(number(float(each)) for each in numbers)))
-    return rows
-
-
-def _levels(values: Sequence) -> np.ndarray:
-    """Lines of equal loss, closer where it is low: most of the height is at the edges."""
-    low, high = float(np.min(values)), float(np.max(values))
-    if not high > low:
-        return np.array([low, low + 1e-6])
-    return low + (high - low) * np.linspace(0, 1, 13) ** 2
-
-
-def _contours(axes: Axes, x: Sequence[float], y: Sequence[float], values: Sequence, levels: np.ndarray) -> None:
-    """A dot per point of the grid, and lines of equal loss."""
+def _plane(axes: Axes, plane: Mapping[str, Any], split: str, entries: Sequence[Entry]) -> None:
+    x, y, values = plane["x"], plane["y"], np.transpose(plane[split])
+    low, high = float(values.min()), float(values.max())
+    # Lines of equal loss, closer where it is low: most of the height is at the edges.
+    levels = low + max(high - low, 1e-6) * np.linspace(0, 1, 13) ** 2
     half_x, half_y = (x[1] - x[0]) / 2, (y[1] - y[0]) / 2
     extent = (x[0] - half_x, x[-1] + half_x, y[0] - half_y, y[-1] + half_y)
     norm = PowerNorm(0.5, levels[0], levels[-1])
-    image = axes.imshow(np.transpose(values), extent=extent, origin="lower", aspect="auto", norm=norm)
-    axes.contour(x, y, np.transpose(values), levels=levels[1:-1], colors="#ffffff", linewidths=0.4, alpha=0.7)
-    bar = axes.figure.colorbar(image, ax=axes, ticks=levels[::3], format="%.3g")
+    image = axes.imshow(values, extent=extent, origin="lower", aspect="auto", norm=norm)
+    axes.contour(x, y, values, levels=levels[1:-1], colors="#ffffff", linewidths=0.4, alpha=0.7)
+    bar = axes.figure.colorbar(image, ax=axes, ticks=levels[::3], format="%.3g", label="nats/token")
     bar.outline.set_visible(False)
+    for (at_x, at_y), entry in zip(plane["points"], entries, strict=True):
+        size = 9 if entry.marker == "*" else 6
+        axes.plot(
+            at_x, at_y, marker=entry.marker, color=COLOURS[entry.colour], markersize=size, markeredgecolor="#ffffff"
+        )
+    axes.set_xlabel("distance of weights (L2)")
+    axes.set_ylabel("distance of weights (L2)")
     axes.grid(False)
-
-
-def _point(axes: Axes, x: float, y: float, entry: Entry) -> None:
-    size = 9 if entry.marker == "*" else 6
-    axes.plot(x, y, marker=entry.marker, color=COLOURS[entry.colour], markersize=size, markeredgecolor="#ffffff")
-
-
-def _plane(axes: Axes, record: Mapping, split: str) -> None:
-    plane = record["plane"]
-    _contours(axes, plane["x"], plane["y"], plane[split], _levels(plane[split]))
-    for model, point in zip(plane["models"], plane["points"], strict=True):
-        _point(axes, point[0], point[1], _entries(record)[model])
-    axes.set_xlabel("L2 distance of weights")
-
-
-def _surface(axes: Axes, record: Mapping, model: str, split: str) -> None:
-    every = [surfaces[split] for surfaces in record["surfaces"].values()]
-    _contours(axes, record["axis"], record["axis"], record["surfaces"][model][split], _levels(every))
-    _point(axes, 0, 0, _entries(record)[model])
-    axes.set_xlabel("first direction")
-
-
-def _line_entries(record: Mapping) -> list[Entry]:
-    looks = zip(("-", "--", "-."), ("purple", "red", "teal"), strict=True)
-    pairs = [" to ".join(_SHORT.get(end, end) for end in pair) for pair in record["lines"]["pairs"]]
-    return [Entry(name, colour, dash) for name, (dash, colour) in zip(pairs, looks, strict=True)]
-
-
-def _lines(axes: Axes, record: Mapping, split: str) -> None:
-    lines = record["lines"]
-    for entry, values in zip(_line_entries(record), lines[split], strict=True):
-        axes.plot(lines["t"], values, entry.dash, color=COLOURS[entry.colour])
-    for end in (0, 1):
-        axes.axvline(end, color=COLOURS["muted"], linewidth=0.6, linestyle=":")
-    axes.set_xlabel("first model (0) to second (1)")
-    axes.set_ylabel("nats/token")

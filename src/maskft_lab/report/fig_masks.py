@@ -1,60 +1,40 @@
-"""Where masks remove (Figs 13 and 14), how alike they are, and what removing each part does."""
+"""Where masks remove (Figs 13 and 14), and how alike they are."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from ..analysis.runs import MASK
 from ..results.text import Table
-from .charts import COLOURS, SERIES, Chart, Entry, Panel, plain
-from .methods import number
+from .charts import COLOURS, ROW_HEIGHT, SERIES, Chart, Entry, Panel, row_name
+from .evidence import Evidence, NotComputed
+from .methods import number, plain_name
 
-MAX_MAPS = 6  # as many as the paper's Fig. 13
-SAME = 0.01  # shares of matrices that differ by less, relatively, are rounding
+MAX_MASKS = 6  # as many as the paper's Fig. 13
 MAX_PAIRS = 24  # of methods whose masks are compared
 _SEED = re.compile(r", seed \d+$")
-_MARKERS = "o^sDvP"
 
 
-def mask_charts(record: Mapping, learned: Sequence[str]) -> list[Chart]:
-    """Every chart that the record has numbers for; ``learned`` names the learned masks, the first of them first."""
-    masks = record["masks"]
-    order = [name for name in learned if name in masks] or list(masks)
-    chosen = {name: masks[name] for name in order[:MAX_MAPS]}
-    with_heads = {name: each for name, each in chosen.items() if any("qkv" in h for h in each["by_head"].values())}
-    charts = []
-    if with_heads:
-        charts += [heads_chart(with_heads), mean_heads_chart(with_heads)]
-    by_module = {name: each["by_module"] for name, each in chosen.items()}
-    if any(max(shares.values()) - min(shares.values()) >= SAME * max(shares.values()) for shares in by_module.values()):
-        charts.append(modules_chart(by_module))  # not of one top-k per matrix, which makes all shares equal
-    charts.append(magnitudes_chart(chosen))
-    if record["agreement"]:
-        charts.append(agreement_chart(record["agreement"], learned))
-    if any(each["flips_per_step"] for each in chosen.values()):
-        charts.append(flips_chart(chosen))
-    with_effects = {name: each for name, each in chosen.items() if each["effects"]}
-    if with_effects:
-        charts.append(effects_chart(with_effects))
-    return charts
-
-
-def heads_chart(masks: Mapping[str, Mapping]) -> Chart:
+def heads_chart(evidence: Evidence) -> Chart:
     """Fig. 13: share removed of each head, mean over Q, K and V; a map per mask."""
-    bounds = {}
-    for percent, members in _by_sparsity(masks).items():
-        values = [value for each in members.values() for layer in _heads(each).values() for value in layer]
-        bounds[percent] = min(values), max(values)
+    masks = _with_heads(evidence)
+    every = {name: np.array(list(_heads(mask).values())) for name, mask in masks.items()}
+    bounds = {
+        percent: (min(every[name].min() for name in names), max(every[name].max() for name in names))
+        for percent, names in _by_sparsity(masks).items()
+    }
 
-    def draw(axes: Axes, mask: Mapping) -> None:
-        heads, (low, high) = _heads(mask), bounds[_percent(mask)]
-        image = axes.imshow(np.array(list(heads.values())), aspect="auto", vmin=low, vmax=high)
-        axes.figure.colorbar(image, ax=axes, format="%.3f").outline.set_visible(False)
-        axes.set_yticks(range(len(heads)), list(heads))
+    def draw(axes: Axes, name: str) -> None:
+        low, high = bounds[_percent(masks[name])]
+        image = axes.imshow(every[name], aspect="auto", vmin=low, vmax=high)
+        axes.figure.colorbar(image, ax=axes, format="%.3f", label="share removed").outline.set_visible(False)
+        axes.set_yticks(range(len(every[name])), list(_heads(masks[name])))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("head")
         axes.set_ylabel("layer")
@@ -70,74 +50,79 @@ def heads_chart(masks: Mapping[str, Mapping]) -> Chart:
         "Mean share removed of the parts of Q, K and V that belong to a head; heads that share keys and values count "
         "them each. Maps of masks that remove as much share one scale."
     )
-    panels = [Panel(name, lambda axes, mask=mask: draw(axes, mask)) for name, mask in masks.items()]
-    table = Table(("mask", "layer", "head", "share removed"), rows)
-    return Chart("fig13_heads", "Share removed by attention head", text, panels, table, (13,))
+    panels = [Panel(name, partial(draw, name=name)) for name in masks]
+    return Chart(text, panels, Table(("mask", "layer", "head", "share removed"), rows))
 
 
-def mean_heads_chart(masks: Mapping[str, Mapping]) -> Chart:
-    """Fig. 14: the same, averaged over layers, a line per mask; a panel for those that remove as much."""
-    lines = {name: np.mean(list(_heads(mask).values()), axis=0).tolist() for name, mask in masks.items()}
-    entries = dict(zip(lines, _entries(lines), strict=True))
+def mean_heads_chart(evidence: Evidence) -> Chart:
+    """Fig. 14: the same, averaged over layers, with the band of chance; a panel for masks that remove as much."""
+    masks = _with_heads(evidence)
+    lines = {name: np.mean(list(_heads(mask).values()), axis=0) for name, mask in masks.items()}
+    entries = _entries(lines)
 
     def draw(axes: Axes, names: Sequence[str]) -> None:
+        middle, spread = np.mean([lines[name].mean() for name in names]), _chance(masks[names[0]])
+        axes.axhspan(middle - 1.96 * spread, middle + 1.96 * spread, color=COLOURS["rule"], zorder=0)
         for name in names:
             entry = entries[name]
             axes.plot(lines[name], color=COLOURS[entry.colour], linestyle=entry.dash, marker=entry.marker)
+        farthest = max(np.abs(lines[name] - middle).max() for name in names)
+        room = 1.15 * max(farthest, 4 * spread)  # noise is not magnified: the band takes its part of the height
+        axes.set_ylim(middle - room, middle + room)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("head")
         axes.set_ylabel("share removed")
 
-    rows = [(name, str(head), number(value)) for name, values in lines.items() for head, value in enumerate(values)]
+    rows = [(name, str(head), number(value)) for name, line in lines.items() for head, value in enumerate(line)]
     text = (
-        "Means over layers. Lines that run together are heads that all masks thin alike. Whether that is more than "
-        "chance is told by the agreement of the masks, not by the eye."
+        "Means over layers. In the band lie 95 % of the heads of a mask that removes as much at random places; whether "
+        "masks agree more than chance is told by their agreement below."
     )
-    table = Table(("mask", "head", "share removed"), rows)
     panels = [
-        Panel(f"{percent} % removed", lambda axes, names=list(members): draw(axes, names), True)
-        for percent, members in _by_sparsity(masks).items()
+        Panel(f"{percent} % removed", partial(draw, names=names), True)
+        for percent, names in _by_sparsity(masks).items()
     ]
-    title = "Share removed by head, over layers"
-    return Chart("fig14_heads_mean", title, text, panels, table, (14,), list(entries.values()))
+    band = Entry("95 % of heads at random places", "rule", "", "s")
+    return Chart(text, panels, Table(("mask", "head", "share removed"), rows), [*entries.values(), band])
 
 
-def modules_chart(by_module: Mapping[str, Mapping[str, float]]) -> Chart:
-    """Share removed of every masked matrix, layers down, kinds across; a map per mask."""
+def modules_chart(evidence: Evidence) -> Chart:
+    """Share removed of every masked matrix; of one top-k per matrix all shares are equal, and there is none."""
+    by_module = {name: mask["by_module"] for name, mask in _masks(evidence).items()}
+    if all(max(shares.values()) - min(shares.values()) < 0.01 * max(shares.values()) for shares in by_module.values()):
+        raise NotComputed("each of these masks removes the same share of all its matrices")
+    return shares_chart(by_module)
+
+
+def shares_chart(by_module: Mapping[str, Mapping[str, float]]) -> Chart:
+    """Share removed of every matrix, layers down, kinds across; a map per mask."""
     values = [share for shares in by_module.values() for share in shares.values()]
     low, high = min(values), max(values)
 
     def draw(axes: Axes, shares: Mapping[str, float]) -> None:
         layers, kinds, grid = module_grid(shares)
-        axes.imshow(grid, aspect="auto", vmin=low, vmax=high)
-        is_small = len(layers) * len(kinds) <= 64
-        for (row, column), share in np.ndenumerate(grid):
-            if is_small and np.isfinite(share):
-                dark = (share - low) / (high - low or 1) < 0.6
-                axes.text(
-                    column, row, f"{100 * share:.1f}", ha="center", va="center", fontsize=6,
-                    color="#ffffff" if dark else "#000000",
-                )  # fmt: skip
+        image = axes.imshow(100 * grid, aspect="auto", vmin=100 * low, vmax=100 * high)
+        axes.figure.colorbar(image, ax=axes, format="%.3g", label="% removed").outline.set_visible(False)
         axes.set_xticks(range(len(kinds)), [kind.removesuffix("_proj") for kind in kinds])
         axes.set_yticks(range(len(layers)), layers)
         axes.set_ylabel("layer")
         axes.grid(False)
 
     rows = [(name, module, number(share)) for name, shares in by_module.items() for module, share in shares.items()]
-    panels = [Panel(name, lambda axes, each=each: draw(axes, each)) for name, each in by_module.items()]
+    panels = [Panel(name, partial(draw, shares=shares)) for name, shares in by_module.items()]
     text = "Percent of the weights of each matrix that is removed."
-    table = Table(("mask", "matrix", "share removed"), rows)
-    return Chart("masks_modules", "Share removed by matrix", text, panels, table)
+    return Chart(text, panels, Table(("mask", "matrix", "share removed"), rows))
 
 
-def magnitudes_chart(masks: Mapping[str, Mapping]) -> Chart:
+def magnitudes_chart(evidence: Evidence) -> Chart:
     """Share removed of each tenth of the weights by magnitude, mean over matrices."""
+    masks = _masks(evidence)
     lines = {name: np.mean(list(mask["by_magnitude_decile"].values()), axis=0).tolist() for name, mask in masks.items()}
     entries = _entries(lines)
 
     def draw(axes: Axes) -> None:
-        for entry, values in zip(entries, lines.values(), strict=True):
-            axes.plot(range(1, 11), values, color=COLOURS[entry.colour], linestyle=entry.dash, marker=entry.marker)
+        for name, entry in entries.items():
+            axes.plot(range(1, 11), lines[name], color=COLOURS[entry.colour], linestyle=entry.dash, marker=entry.marker)
         axes.set_xticks(range(1, 11))
         axes.set_xlabel("tenth of a matrix's weights by magnitude, smallest first")
         axes.set_ylabel("share removed")
@@ -145,19 +130,22 @@ def magnitudes_chart(masks: Mapping[str, Mapping]) -> Chart:
 
     rows = [(name, str(n), number(value)) for name, values in lines.items() for n, value in enumerate(values, 1)]
     text = "A mask that does not look at magnitude is a flat line; one that removes the smallest falls to the right."
-    table = Table(("mask", "tenth", "share removed"), rows)
     panels = [Panel("Mean over matrices", draw, True)]
-    return Chart("masks_magnitude", "Share removed by magnitude", text, panels, table, (), entries)
+    return Chart(text, panels, Table(("mask", "tenth", "share removed"), rows), list(entries.values()))
 
 
-def agreement_chart(pairs: Sequence[Mapping], learned: Sequence[str]) -> Chart:
+def agreement_chart(evidence: Evidence) -> Chart:
     """What two masks remove in common against what chance gives: lines are pairs of methods, marks pairs of masks."""
-    order = list(dict.fromkeys(_SEED.sub("", name) for name in learned))
+    names, order = _names(evidence), [plain_name(name) for name in evidence.masks]
+    record = evidence.record("masks")["agreement"]
+    pairs = [pair | {side: names.get(pair[side], pair[side]) for side in ("first", "second")} for pair in record]
     groups: dict[tuple[str, ...], list[Mapping]] = {}
     for pair in pairs:
         if pair["expected"]:  # else one of them removes nothing, and there is nothing to agree on
             methods = dict.fromkeys(_SEED.sub("", pair[side]) for side in ("first", "second"))
             groups.setdefault(tuple(methods), []).append(pair)
+    if not groups:
+        raise NotComputed("there is one mask only, or masks of different matrices")
 
     def place(methods: tuple[str, ...]) -> tuple:
         """Seeds of one method first, learned masks before others, these in the order of the verdict."""
@@ -173,92 +161,26 @@ def agreement_chart(pairs: Sequence[Mapping], learned: Sequence[str]) -> Chart:
                 ratio = pair["num_common"] / pair["expected"]
                 axes.plot(ratio, row, marker, color=COLOURS[colour], markerfacecolor="none")
         axes.axvline(1, color=COLOURS["ink"], linewidth=0.8)
-        names = [f"{' / '.join(methods)} ({len(groups[methods])})" for methods in shown]
-        axes.set_yticks(range(len(shown)), list(map(plain, names)), fontsize=6.5)
+        axes.set_yticks(range(len(shown)), [row_name(f"{' / '.join(m)} ({len(groups[m])})") for m in shown])
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.set_xlabel("removed by both, as a multiple of chance")
         axes.grid(False, axis="y")
 
+    columns = ("first", "second", "over the same model", "in common", "by chance", "z", "Jaccard")
     rows = [
         (
-            pair["first"],
-            pair["second"],
-            "yes" if pair["same_start"] else "no",
-            str(pair["num_common"]),
-            number(pair["expected"]),
-            number(pair["z_score"]),
-            number(pair["jaccard"]),
-            number(pair["jaccard_expected"]),
+            *(pair["first"], pair["second"], "yes" if pair["same_start"] else "no", str(pair["num_common"])),
+            *(number(pair["expected"]), number(pair["z_score"]), number(pair["jaccard"])),
         )
-        for methods in shown
-        for pair in groups[methods]
+        for pair in pairs
     ]
-    columns = ("first", "second", "same start", "in common", "by chance", "z", "Jaccard", "Jaccard by chance")
     text = (
-        "A mark is what two masks both remove, divided by what two masks of these counts have in common by chance (the "
-        "line at 1). Above it both depend on something that they share: the data, the weights' magnitude, or an equal "
-        "start of the scores. In brackets the number of pairs"
+        "1 is what two masks of random places have in common; a mark is a pair of masks, and a number how many there "
+        f"are. The first {MAX_PAIRS} pairs of methods are drawn; the table has all. More than chance says that masks "
+        "depend on something they share: the data, the magnitude of the weights, an equal start of the scores."
     )
-    left_out = len(groups) - len(shown)
-    text += f"; {left_out} more pairs of methods are in masks.json." if left_out else "."
-    entries = [
-        Entry("two masks over one model", "red", "", "o"),
-        Entry("over different models", "blue", "", "s"),
-    ]
-    panels = [Panel("Agreement", draw, True, 0.8 + 0.17 * len(shown))]
-    return Chart(
-        "masks_agreement", "Agreement of masks against chance", text, panels, Table(columns, rows), (), entries
-    )
-
-
-def flips_chart(masks: Mapping[str, Mapping]) -> Chart:
-    """Entries that change their place per optimizer step, as a share of the mask."""
-    lines = {name: mask for name, mask in masks.items() if mask["flips_per_step"]}
-    entries = _entries(lines)
-
-    def draw(axes: Axes) -> None:
-        for entry, mask in zip(entries, lines.values(), strict=True):
-            steps, flips = np.transpose(mask["flips_per_step"])
-            axes.plot(steps, flips / mask["num_weights"], color=COLOURS[entry.colour], linestyle=entry.dash)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("share of entries that flips")
-        axes.set_ylim(bottom=0)
-
-    rows = [(name, str(step), number(flips)) for name, mask in lines.items() for step, flips in mask["flips_per_step"]]
-    text = "Entries that were kept and are removed now, or the other way round, per step. A mask that settles nears 0."
-    panels = [Panel("Flips per step", draw, True)]
-    table = Table(("mask", "step", "flips"), rows)
-    return Chart("masks_flips", "Flips during training", text, panels, table, (), entries)
-
-
-def effects_chart(masks: Mapping[str, Mapping]) -> Chart:
-    """Predicted against measured change of the loss when one matrix's removed weights become 0."""
-
-    def draw(axes: Axes, effects: Mapping) -> None:
-        predicted, measured = zip(*((e["predicted"], e["measured"]) for e in effects["modules"].values()), strict=True)
-        axes.plot(predicted, measured, "o", color=COLOURS["red"], markersize=3.5, alpha=0.7)
-        ends = min(*predicted, *measured), max(*predicted, *measured)
-        axes.plot(ends, ends, color=COLOURS["muted"], linewidth=0.7, linestyle="--")
-        axes.locator_params(axis="x", nbins=4)
-        axes.set_xlabel("predicted (nats/token)")
-        axes.set_ylabel("measured (nats/token)")
-        lines = [] if effects["correlation"] is None else [f"r = {effects['correlation']:.2f}"]
-        lines.append(f"whole mask: {effects['all']['predicted']:+.3f}, {effects['all']['measured']:+.3f}")
-        axes.text(0.02, 0.98, "\n".join(lines), va="top", fontsize=7, transform=axes.transAxes)
-
-    rows = [
-        (name, module, number(effect["predicted"]), number(effect["measured"]))
-        for name, mask in masks.items()
-        for module, effect in [*mask["effects"]["modules"].items(), ("the whole mask", mask["effects"]["all"])]
-    ]
-    panels = [Panel(name, lambda axes, e=mask["effects"]: draw(axes, e)) for name, mask in masks.items()]
-    text = (
-        "One dot per matrix whose removed weights alone become 0, on held-out rows; r is their correlation, and below "
-        "it stand prediction and measurement of the whole mask. Below 0, removing lowers the loss. On the dashed line "
-        "the first-order prediction would be right; the gap is what weights that are removed together do to each other."
-    )
-    columns = ("mask", "matrix", "predicted", "measured")
-    return Chart("masks_effects", "What removing does: predicted and measured", text, panels, Table(columns, rows))
+    entries = [Entry("over the same model", "red", "", "o"), Entry("over different models", "blue", "", "s")]
+    return Chart(text, [Panel("Agreement", draw, True, 0.8 + ROW_HEIGHT * len(shown))], Table(columns, rows), entries)
 
 
 def module_grid(shares: Mapping[str, float]) -> tuple[list[str], list[str], np.ndarray]:
@@ -272,6 +194,39 @@ def module_grid(shares: Mapping[str, float]) -> tuple[list[str], list[str], np.n
     return layers, kinds, grid
 
 
+def _masks(evidence: Evidence) -> dict[str, Mapping]:
+    """The first learned masks in the order of the verdict, by name and seed; other masks where none is learned."""
+    masks, names = evidence.record("masks")["masks"], _names(evidence)
+    order = [plain_name(name) for name in evidence.masks]
+    learned = [run for run in evidence.runs if run.method == MASK and run.id in masks]
+    learned.sort(key=lambda run: order.index(run.name) if run.name in order else len(order))
+    chosen = [run.id for run in learned] or list(masks)
+    return {names.get(key, key): masks[key] for key in chosen[:MAX_MASKS]}
+
+
+def _names(evidence: Evidence) -> dict[str, str]:
+    return {run.id: f"{run.name}, seed {run.seed}" for run in evidence.runs}
+
+
+def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
+    masks = {name: mask for name, mask in _masks(evidence).items() if _heads(mask)}
+    if not masks:
+        raise NotComputed(
+            "no mask covers Q, K and V of one layer; mask_target_modules must hold q_proj, k_proj, v_proj"
+        )
+    return masks
+
+
+def _heads(mask: Mapping) -> dict[str, list[float]]:
+    return {layer: shares["qkv"] for layer, shares in mask["by_head"].items() if "qkv" in shares}
+
+
+def _chance(mask: Mapping) -> float:
+    """Standard deviation of a head's share, mean over layers, at random places."""
+    layers = [mask["by_head_chance"][layer] for layer in _heads(mask)]
+    return float(np.sqrt(np.sum(np.square(layers))) / len(layers))
+
+
 def _layer(module: str) -> str:
     return next((part for part in module.split(".") if part.isdigit()), "other")
 
@@ -281,19 +236,15 @@ def _percent(mask: Mapping) -> str:
     return f"{100 * mask['num_removed'] / mask['num_weights']:.0f}"
 
 
-def _by_sparsity(masks: Mapping[str, Mapping]) -> dict[str, dict[str, Mapping]]:
-    groups: dict[str, dict[str, Mapping]] = {}
+def _by_sparsity(masks: Mapping[str, Mapping]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
     for name, mask in masks.items():
-        groups.setdefault(_percent(mask), {})[name] = mask
+        groups.setdefault(_percent(mask), []).append(name)
     return groups
 
 
-def _heads(mask: Mapping) -> dict[str, list[float]]:
-    return {layer: shares["qkv"] for layer, shares in mask["by_head"].items() if "qkv" in shares}
-
-
-def _entries(names: Mapping) -> list[Entry]:
-    return [
-        Entry(name, SERIES[index % len(SERIES)], ("-", "--", "-.")[index // 6 % 3], _MARKERS[index % 6])
+def _entries(names: Mapping) -> dict[str, Entry]:
+    return {
+        name: Entry(name, SERIES[index % len(SERIES)], ("-", "--", "-.")[index // 6 % 3], "o^sDvP"[index % 6])
         for index, name in enumerate(names)
-    ]
+    }

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 
 from ..results.text import Table
-from .charts import COLOURS, Chart, Entry, Panel, plain
+from .charts import COLOURS, ROW_HEIGHT, Chart, Panel, row_name
+from .evidence import Evidence
 from .methods import number
 
 _HESSIANS = {
@@ -19,8 +20,9 @@ _HESSIANS = {
 _SIZES = ("model", "masked_matrices")
 
 
-def curvature_chart(record: Mapping) -> Chart:
+def curvature_chart(evidence: Evidence) -> Chart:
     """Trace and largest eigenvalue of the Hessians, with one standard error."""
+    record = evidence.record("curvature")
     hessians = {text: record[name] for name, text in _HESSIANS.items()}
     hessians |= {f"{name}, all entries": each for name, each in record["others"].items()}
 
@@ -60,30 +62,14 @@ def curvature_chart(record: Mapping) -> Chart:
         "the masked model is not. Flatter does not mean better: rescaling weights changes curvature and not the model."
     )
     columns = ("Hessian", "trace", "error (probes)", "error (rows)", "largest eigenvalue", "smallest eigenvalue")
-    height = 0.7 + 0.2 * len(hessians)
+    height = 0.7 + ROW_HEIGHT * len(hessians)
     panels = [Panel("Trace", traces, True, height), Panel("Largest eigenvalue", eigenvalues, True, height)]
-    return Chart("eq16_18_curvature", "Curvature", text, panels, Table(columns, rows))
+    return Chart(text, panels, Table(columns, rows))
 
 
-def bound_chart(record: Mapping) -> Chart:
-    """Both upper bounds, as training loss and complexity term, per width of a weight."""
-    bits = list(record["model"])
-
-    def draw(axes: Axes, where: str) -> None:
-        labels = []
-        for width in bits:
-            for name in ("full", "mask"):
-                phi, loss = record[where][width]["phi"][name], record["training_loss"][name]
-                axes.barh(len(labels), loss, color=COLOURS["ink"], height=0.6)
-                axes.barh(len(labels), phi, left=loss, color=COLOURS["blue" if name == "full" else "red"], height=0.6)
-                axes.text(loss + phi, len(labels), f" {loss + phi:.2f}", va="center", fontsize=6.5)
-                labels.append(f"{name}, {width} bits")
-        axes.set_yticks(range(len(labels)), labels)
-        axes.set_ylim(len(labels) - 0.4, -0.6)
-        axes.set_xlabel("nats per token and the term of Eq. 6, added up as the paper does")
-        axes.margins(x=0.15)
-        axes.grid(False, axis="y")
-
+def bound_chart(evidence: Evidence) -> Chart:
+    """Both upper bounds per width of a weight, as a table: a vacuous bound is no result to draw."""
+    record = evidence.record("bound")
     rows = [
         (
             where.replace("_", " "),
@@ -106,9 +92,7 @@ def bound_chart(record: Mapping) -> Chart:
         f"The adapter has {file['num_bytes']:,} bytes; the entropy of its places is {file['entropy_bytes']:,.0f}."
     )
     columns = ("over", "bits", "term, full", "term, mask", "change of training loss", "change of term", "difference")
-    entries = [Entry("training loss", "ink"), Entry("term, full", "blue"), Entry("term, mask", "red")]
-    panels = [Panel(f"Over the {w.replace('_', ' ')}", lambda a, w=w: draw(a, w), True, 1.6) for w in _SIZES]
-    return Chart("table07_bound", "Generalisation bound", text, panels, Table((*columns, "verdict"), rows), (), entries)
+    return Chart(text, [], Table((*columns, "verdict"), rows))
 
 
 def _error(trace: Mapping) -> float:
@@ -120,6 +104,6 @@ def _bars(axes: Axes, values: Mapping[str, tuple[float, float]]) -> None:
         colour, marker = (("blue", "o"), ("red", "^"), ("teal", "p"))[min(place // 2, 2)]
         axes.errorbar(value, place, xerr=error, color=COLOURS[colour], marker=marker, capsize=2)
     axes.axvline(0, color=COLOURS["muted"], linewidth=0.6)
-    axes.set_yticks(range(len(values)), list(map(plain, values)))
+    axes.set_yticks(range(len(values)), list(map(row_name, values)))
     axes.set_ylim(len(values) - 0.4, -0.6)
     axes.grid(False, axis="y")

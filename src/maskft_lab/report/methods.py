@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .charts import COLOURS, Entry
+from .charts import COLOURS, SERIES, Entry
 
 # As in the paper's Fig. 1, with shapes besides, so that nothing is told by colour alone.
 _LOOKS = {
@@ -25,6 +26,20 @@ def look(method: str | None, is_start: bool = True) -> tuple[str, str, str]:
     return _CONTROL if method == "full" and not is_start else _LOOKS.get(method or "", _CONTROL)
 
 
+def series_looks(names: Iterable[str]) -> dict[str, Entry]:
+    """A look for each name of a picture with many methods: masks red, full fine-tuning blue, all others in turn."""
+    looks: dict[str, Entry] = {}
+    others = [colour for colour in SERIES if colour not in ("red", "blue")]
+    counts: Counter[str] = Counter()
+    for name in names:
+        kind = next((kind for kind, colour in (("mask", "red"), ("full", "blue")) if name.startswith(kind)), "other")
+        colour = {"mask": "red", "full": "blue"}.get(kind) or others[counts[kind] % len(others)]
+        markers = {"mask": "^vdX", "full": "osDP"}.get(kind, "sDphP*o")
+        looks[name] = Entry(name, colour, "", markers[counts[kind] % len(markers)])
+        counts[kind] += 1
+    return looks
+
+
 def entry(name: str, method: str | None, is_start: bool = True) -> Entry:
     """Line of a legend for a method."""
     return Entry(name, *look(method, is_start))
@@ -41,6 +56,11 @@ def by_name(rows: Iterable[Mapping]) -> dict[str, list[Mapping]]:
     for row in rows:
         groups.setdefault(row["name"], []).append(row)
     return groups
+
+
+def plain_name(name: str) -> str:
+    """Name of a method whose model is its best checkpoint."""
+    return name.removesuffix(" (best)")
 
 
 def mean(values: Sequence[float]) -> float:

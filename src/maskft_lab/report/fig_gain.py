@@ -1,0 +1,287 @@
+"""What methods gain against what they forget: every method's path, the points that no other beats, chosen ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from maskft_base.files import read_json
+
+from ..results.compare import compare
+from ..results.comparison import Comparison, Difference
+from ..results.schema import BEFORE
+from ..results.text import Table
+from .charts import COLOURS, PAGE, Chart, Entry, Panel, plain
+from .evidence import CURVE, Evidence, NotComputed
+from .fig_verdict import has_interval, interval
+from .methods import number, series_looks
+
+_ROOM = 0.08  # of the span of what is shown, beyond it; what lies farther has an arrow
+_SHOWN = 4.0  # times the median of what those forget that gain at least half of the most
+_PALE = 0.35
+
+Ends = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model: means over seeds, after minus before.
+
+    Attributes:
+        method: Of which it is.
+        path: Points of one path are joined: the checkpoints of a run, the scales of a checkpoint.
+        label: Where on the path it lies.
+        gained: In ``units[0]`` of the picture, points or nats; above 0 is better.
+        forgotten: In ``units[1]``; below is better.
+        gained_ends: Simultaneous interval, of chosen points.
+        forgotten_ends: The same.
+        num_bytes: Size of what is stored of it, where that is known.
+        num_seeds: Over which the means are.
+    """
+
+    method: str
+    path: str
+    label: str
+    gained: float
+    forgotten: float
+    gained_ends: Ends | None = None
+    forgotten_ends: Ends | None = None
+    num_bytes: int | None = None
+    num_seeds: int = 1
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The points of one task and one probe of earlier abilities, against one model."""
+
+    task: str
+    probe: str
+    against: str
+    points: Sequence[Point]
+    units: tuple[str, str] = ("points", "nats")
+
+
+def curves_of(evidence: Evidence) -> list[Curve]:
+    """The curve that a study has written, else one of its comparison, against the pre-trained model where it has that.
+
+    Raises:
+        NotComputed: If the study measures no earlier abilities.
+    """
+    file = evidence.folder / CURVE
+    if file.is_file():
+        return [curve_of_record(read_json(file))]
+    comparison = evidence.comparison
+    curves = curves_of_comparison(comparison) if comparison else []
+    if comparison is None or not curves:
+        raise NotComputed("this study measures nothing that the model could do before (evaluation.before)")
+    before = next((name for name in comparison.methods if evidence.methods.get(name, ("", 0))[0] == "pretrained"), None)
+    has_all = {result["name"] for result in evidence.results} >= {comparison.baseline, *comparison.methods}
+    if before and has_all:
+        return curves_of_comparison(compare(evidence.results, before, fixed_seeds=comparison.fixed_seeds))
+    return curves
+
+
+def curve_of_record(record: Mapping[str, Any]) -> Curve:
+    """The curve of a ``curve.json``: means of every method's rates, checkpoints and scales."""
+    points = [
+        Point(
+            each["method"],
+            each.get("path", each["method"]),
+            each.get("label", ""),
+            each["points_gained"],
+            each["nats_forgotten"],
+            _ends(each.get("points_gained_interval")),
+            _ends(each.get("nats_forgotten_interval")),
+            each.get("num_bytes"),
+            each.get("num_seeds", 1),
+        )
+        for each in record["points"]
+    ]
+    return Curve(record["task"], record["probe"], record["model"], points)
+
+
+def curves_of_comparison(comparison: Comparison) -> list[Curve]:
+    """A curve for each set of earlier abilities that a study measures, of one point per method."""
+    tests = [row for row in comparison.differences if not row.task.startswith(BEFORE)]
+    first = next((row for row in tests if row.unit == "fraction"), tests[0] if tests else None)
+    if first is None:
+        return []
+    gains = {row.method: row for row in tests if (row.task, row.metric) == (first.task, first.metric)}
+    earlier: dict[str, list[Difference]] = {}
+    for row in comparison.differences:
+        if row.task.startswith(BEFORE) and row.method in gains:
+            earlier.setdefault(row.task, []).append(row)
+    curves = []
+    for task, rows in earlier.items():
+        # Its loss, where it has one: what was forgotten altogether has no accuracy left to differ in.
+        finest = next((row for row in rows if row.unit != "fraction"), rows[0])
+        points = [_point(gains[row.method], row) for row in rows if row.metric == finest.metric]
+        units = (_unit(first), _unit(finest))
+        curves.append(Curve(first.task, task.removeprefix(BEFORE), comparison.baseline, points, units))
+    return curves
+
+
+def gain_chart(evidence: Evidence) -> Chart:
+    """One panel for each set of earlier abilities."""
+    curves = curves_of(evidence)
+    looks = series_looks(dict.fromkeys(point.method for curve in curves for point in curve.points))
+    panels = [
+        Panel(f"{curve.task}, against {curve.against}", partial(_draw, curve=curve, looks=looks), True, 3.6)
+        for curve in curves
+    ]
+    columns = ("method", "where on its path", "gained", "simultaneous", "forgotten", "simultaneous", "bytes", "seeds")
+    rows = [
+        (
+            point.method,
+            " ".join(filter(None, (point.path if point.path != point.method else "", point.label))),
+            f"{number(point.gained)} {curve.units[0]}",
+            _ends_text(point.gained_ends),
+            f"{number(point.forgotten)} {curve.units[1]}",
+            _ends_text(point.forgotten_ends),
+            number(point.num_bytes),
+            str(point.num_seeds),
+        )
+        for curve in curves
+        for point in curve.points
+    ]
+    text = (
+        "Up is gained, left is kept: the best corner is the upper left. The black line joins the points that no other "
+        "beats on both axes, beginning at the model before training; all others are pale, and thin lines are the path "
+        "of one run or of one checkpoint's scales. Bars are simultaneous 95 % intervals, of two seeds none. What lies "
+        "off scale is an arrow with its number."
+    )
+    entries = [Entry("not beaten on both axes", "ink", "-"), *looks.values()]
+    return Chart(text, panels, Table(columns, rows), entries, width=PAGE)
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """Points that no other beats on both axes, by what they forget."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda each: (each.forgotten, -each.gained)):
+        if point.gained > (best[-1].gained if best else 0.0):
+            best.append(point)
+    return best
+
+
+def peft_records(curve: Curve) -> list[dict[str, Any]]:
+    """Every point as a result of PEFT's method comparison: ``run_info``, ``train_info``, ``meta_info``."""
+    return [
+        {
+            "run_info": {"experiment_name": f"{point.method}/{point.path} {point.label}".rstrip(), "error_msg": ""},
+            "train_info": {
+                "status": "success",
+                "file_size": point.num_bytes,
+                "metrics": [{"test gain": point.gained, "forgetting": point.forgotten, "seeds": point.num_seeds}],
+            },
+            "meta_info": {
+                "model_info": {"name": curve.against},
+                "dataset_info": {"task": curve.task, "probe": curve.probe},
+            },
+        }
+        for point in curve.points
+    ]
+
+
+def _draw(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
+    best = frontier(curve.points)
+    most = max(point.gained for point in curve.points)
+    useful = [abs(point.forgotten) for point in curve.points if point.gained >= most / 2]
+    near = _SHOWN * float(np.median(useful))
+    shown = [point for point in curve.points if point in best or abs(point.forgotten) <= near]
+    left, right = _limits([p.forgotten for p in shown], [end for p in shown for end in p.forgotten_ends or ()])
+    bottom, top = _limits([p.gained for p in shown], [end for p in shown for end in p.gained_ends or ()])
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, top)
+    paths: dict[tuple[str, str], list[Point]] = {}
+    for point in curve.points:
+        paths.setdefault((point.method, point.path), []).append(point)
+    for (method, _), members in paths.items():
+        colour = COLOURS[looks[method].colour]
+        axes.plot([p.forgotten for p in members], [p.gained for p in members], color=colour, alpha=_PALE, linewidth=0.8)
+    axes.plot([0, *(p.forgotten for p in best)], [0, *(p.gained for p in best)], color=COLOURS["ink"], linewidth=1.1)
+    axes.plot(0, 0, "x", color=COLOURS["ink"])
+    for point in curve.points:
+        look = looks[point.method]
+        colour, is_best = COLOURS[look.colour], point in best
+        x, y = min(max(point.forgotten, left), right), min(max(point.gained, bottom), top)
+        is_strong = is_best or point.gained_ends or point.forgotten_ends
+        style: dict[str, Any] = {"color": colour, "marker": look.marker, "linestyle": "none", "clip_on": False}
+        axes.plot(x, y, **style, alpha=1.0 if is_strong else _PALE, markersize=5.5 if is_strong else 4, zorder=3)
+        for ends, along in ((point.forgotten_ends, "x"), (point.gained_ends, "y")):
+            if ends:
+                line = (ends, [y, y]) if along == "x" else ([x, x], ends)
+                axes.plot(*line, color=colour, linewidth=1.0, solid_capstyle="butt")
+                _end_beyond(axes, ends, (x, y), along, colour)
+    step = (top - bottom) / 25  # that a number takes
+    below = bottom - step
+    for point in sorted(curve.points, key=lambda each: each.gained):
+        if not (left <= point.forgotten <= right and bottom <= point.gained <= top):
+            below = max(min(max(point.gained, bottom), top), below + step)
+            _name_beyond(axes, point, below, COLOURS[looks[point.method].colour])
+    for line in (axes.axhline, axes.axvline):
+        line(0, color=COLOURS["rule"], linewidth=0.8, zorder=0)
+    axes.set_xlabel(plain(f"{curve.units[1]} forgotten ({curve.probe})"))
+    axes.set_ylabel(plain(f"{curve.units[0]} gained ({curve.task})"))
+
+
+def _end_beyond(axes: Axes, ends: Ends, place: tuple[float, float], along: str, colour: str) -> None:
+    """An arrow where an interval goes on beyond the axes."""
+    edges, markers = (axes.get_xlim(), "<>") if along == "x" else (axes.get_ylim(), "v^")
+    for end, edge, marker in zip(ends, edges, markers, strict=True):
+        if (end < edge) == (marker in "<v") and end != edge:
+            at = (edge, place[1]) if along == "x" else (place[0], edge)
+            axes.plot(*at, marker, color=colour, markersize=3.5, clip_on=False)
+
+
+def _name_beyond(axes: Axes, point: Point, height: float, colour: str) -> None:
+    """The number of a point that lies beyond the axes, with an arrow to where it lies."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    x, texts = min(max(point.forgotten, left), right), []
+    if x != point.forgotten:
+        texts.append(f"{number(point.forgotten, 3)} {'→' if point.forgotten > x else '←'}")
+    if not bottom <= point.gained <= top:
+        texts.append(f"{number(point.gained, 3)} {'↑' if point.gained > top else '↓'}")
+    offset, side = ((-5, 0), "right") if x > (left + right) / 2 else ((5, 0), "left")
+    style: dict[str, Any] = {"ha": side, "va": "center", "fontsize": 6.5, "color": colour}
+    axes.annotate(", ".join(texts), (x, height), offset, textcoords="offset points", **style)
+
+
+def _limits(values: Sequence[float], ends: Sequence[float]) -> Ends:
+    """Room for all values, and for intervals as far as they do not take a quarter of the axes each side."""
+    low, high = min(0.0, *values), max(0.0, *values)
+    span = (high - low) or 1.0
+    wide = max(low - span / 4, min([low, *ends])), min(high + span / 4, max([high, *ends]))
+    return wide[0] - _ROOM * span, wide[1] + _ROOM * span
+
+
+def _point(gain: Difference, kept: Difference) -> Point:
+    gained_ends: Ends | None
+    forgotten_ends: Ends | None
+    gained, gained_ends = _scaled(gain, 1 if gain.higher_is_better else -1)
+    forgotten, forgotten_ends = _scaled(kept, -1 if kept.higher_is_better else 1)
+    if not has_interval(gain):
+        gained_ends = forgotten_ends = None
+    return Point(gain.method, gain.method, "", gained, forgotten, gained_ends, forgotten_ends, None, gain.num_seeds)
+
+
+def _scaled(row: Difference, sign: int) -> tuple[float, Ends]:
+    scale = sign * (100.0 if row.unit == "fraction" else 1.0)
+    low, high = sorted(scale * end for end in interval(row))
+    return scale * row.difference, (low, high)
+
+
+def _unit(row: Difference) -> str:
+    return "points" if row.unit == "fraction" else row.unit.removesuffix("/token")
+
+
+def _ends(pair: Sequence[float] | None) -> Ends | None:
+    return (pair[0], pair[1]) if pair else None
+
+
+def _ends_text(ends: Ends | None) -> str:
+    return f"[{number(ends[0])}, {number(ends[1])}]" if ends else ""
