@@ -8,7 +8,7 @@ import pytest
 from finished_study import task_of, write_summary
 from maskft_base import files
 from maskft_lab.cli.main import main
-from maskft_lab.results.schema import build_result, read_result, write_result
+from maskft_lab.results.schema import read_result, write_result
 
 
 @pytest.fixture
@@ -34,10 +34,11 @@ def test_nan_in_an_array(name, study, error):
 
 def test_an_array_that_is_not_what_analyze_writes(study, error):
     file = study / files.ANALYSIS / "landscape.json"
-    file.write_text(json.dumps({"surfaces": {}, "plane": {"heldout": []}, "axis": [0.0]}))
-    assert "landscape.json is not as maskft analyze writes it" in error(study, "--figures", study / "f", "--only", "5")
+    file.write_text(json.dumps({"plane": {"models": ["a", "b", "c"], "heldout": [], "x": [0.0]}}))
+    line = error(study, "--figures", study / "f", "--only", "5")
+    assert "fig05_12_landscape: its data is not as it should be" in line and "make it again: maskft analyze" in line
     file.write_text("{}")
-    assert "it has no 'surfaces'" in error(study, "-o", study / "page.html")
+    assert "its data is not as it should be (KeyError: 'plane')" in error(study, "-o", study / "page.html")
     file.write_text("[1")
     assert "is not JSON" in error(study, "-o", study / "page.html")
     assert not (study / "f").exists() and not (study / "page.html").exists()
@@ -47,17 +48,6 @@ def test_other_base_models_in_one_comparison(study, error):
     file = study / files.RUNS / "mask-s0" / files.RUN
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model": "another"}))
     assert re.search("different base models.*another.*--base", error(study, "-o", study / "page.html"))
-
-
-def test_results_of_no_study_with_other_bases_or_items(tmp_path, error):
-    for name, base, answers in (("full", "a", "x"), ("mask", "b", "x"), ("other", "a", "y")):
-        model = {"name_or_path": name, "method": name, "seed": 0}
-        result = build_result(name, model, {}, {"sums": task_of(0.5, 0, answers=answers)}, {"base": base})
-        write_result(tmp_path / name / files.RESULT, result)
-    assert re.search(r"different base models.*\(a, b\)", error(tmp_path, "-o", tmp_path / "page.html"))
-    line = error(tmp_path, "--base", "a", "-o", tmp_path / "page.html")
-    assert "different prompts or references of the same items" in line
-    assert not (tmp_path / "page.html").exists()
 
 
 def test_other_test_sets_in_one_study(study, error):
@@ -94,7 +84,9 @@ def test_a_run_without_results_item_by_item(study):
 
 
 def test_a_figure_whose_run_is_missing(study, error):
-    assert "masks of this study differ in max_train_samples" in error(study, "--figures", study / "f", "--only", "7")
+    assert "masks of this study differ in max_train_samples alone" in error(
+        study, "--figures", study / "f", "--only", "7"
+    )
     (study / files.ANALYSIS / "curvature.json").unlink()
     line = error(study, "--figures", study / "f", "--only", "eq16_18_curvature")
     assert line.endswith("there is no analysis/curvature.json; maskft analyze study --what curvature")
@@ -110,5 +102,5 @@ def test_places_that_cannot_be_read_or_written(study, error):
     (study / "a-file").write_text("")
     assert "is a file; name a folder" in error(study, "--figures", study / "a-file")
     (study / "empty").mkdir()
-    assert "holds no result" in error(study / "empty", "-o", "x")
+    assert "holds neither finished runs" in error(study / "empty", "-o", "x")
     assert "no study in" in error(study, "--study_name", "tinystudy", "-o", "x")

@@ -1,4 +1,4 @@
-"""Figures: drawn from the arrays' own numbers, written in three formats, the same each time."""
+"""Figures: drawn from the arrays' own numbers, written in every format, the same each time."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 
 from maskft_base import files
 from maskft_lab.cli.main import main
-from maskft_lab.report.catalogue import PAPER_FIGURES, charts_of, select_charts
-from maskft_lab.report.charts import FORMATS, PAGE_HEIGHT, Chart, Panel, draw_pages, files_of, to_svg
-from maskft_lab.report.evidence import gather
-from maskft_lab.report.fig_verdict import interval
+from maskft_lab.report import catalogue
+from maskft_lab.report.catalogue import FIGURES, draw_figures, select_figures
+from maskft_lab.report.charts import COLOURS, DARK, FORMATS, Chart, Panel, draw_page, to_svg
+from maskft_lab.report.evidence import NotComputed, gather
+from maskft_lab.report.fig_verdict import has_interval, interval
 from maskft_lab.results.text import Table
 
 
@@ -22,53 +23,63 @@ def evidence(finished):
 
 
 @pytest.fixture(scope="module")
-def charts(evidence):
-    return {chart.key: chart for each in charts_of(evidence).values() for chart in each}
+def drawn(evidence):
+    return draw_figures(evidence, FIGURES)
+
+
+@pytest.fixture(scope="module")
+def charts(drawn):
+    return {figure.key: chart for figure, chart in drawn[0]}
 
 
 def axes_of(panel):
-    figure = Figure()
-    axes = figure.add_subplot()
+    axes = Figure().add_subplot()
     panel.draw(axes)
     return axes
 
 
-def test_every_figure_of_the_paper_is_drawn_or_says_what_makes_it(charts):
-    assert {number for chart in charts.values() for number in chart.numbers} == set(PAPER_FIGURES)
-    assert {key for key, chart in charts.items() if not isinstance(chart, Chart)} == {
-        "fig03_08_mask_layers_to_transform",
-        "fig07_11_max_train_samples",
-    }
+def test_every_figure_of_the_paper_is_drawn_or_says_what_makes_it(drawn):
+    assert {number for each in FIGURES for number in each.numbers} == {1, *range(3, 15)}  # 2 is a drawing of the method
+    missing = {each.figure.key: each for each in drawn[1]}
+    unequal = ("fig03_08_layers", "fig07_11_rows", "ablations_other", "masks_modules", "gain_forgetting")
+    assert set(missing) <= set(unequal) and len(missing) >= 4
+    assert "mask_layers_to_transform: [[0, 1], [2, 3]]" in missing["fig03_08_layers"].command
 
 
 def test_files_for_a_paper(finished, charts, tmp_path, capsys):
     assert main(["report", str(finished), "--figures", str(tmp_path / "a")]) == 0
-    assert main(["report", str(finished), "--figures", str(tmp_path / "b"), "--only", "13, masks_effects"]) == 0
-    drawn = {key for key, chart in charts.items() if isinstance(chart, Chart)}
-    assert {file.name for file in (tmp_path / "a").iterdir()} == {f"{key}.{f}" for key in drawn for f in FORMATS}
-    assert "left out fig07_11_max_train_samples: no two evaluated masks" in capsys.readouterr().err
-    assert {file.stem for file in (tmp_path / "b").iterdir()} == {"fig13_heads", "masks_effects"}
+    assert main(["report", str(finished), "--figures", str(tmp_path / "b"), "--only", "13, masks_agreement"]) == 0
+    names = {f"{key}.{form}" for key, chart in charts.items() for form in (FORMATS if chart.panels else ("md",))}
+    assert {file.name for file in (tmp_path / "a").iterdir()} == names
+    assert "left out fig07_11_rows: no two evaluated masks" in capsys.readouterr().err
+    assert {file.name.split(".")[0] for file in (tmp_path / "b").iterdir()} == {"fig13_heads", "masks_agreement"}
     for file in (tmp_path / "b").iterdir():
         assert file.read_bytes() == (tmp_path / "a" / file.name).read_bytes()
         assert file.read_bytes()[:4] in (b"\x89PNG", b"%PDF", b"<?xm")
-    assert "mask, seed 1" in (tmp_path / "b" / "fig13_heads.svg").read_text()  # text stays text
+    light, dark = ((tmp_path / "b" / f"masks_agreement.{form}").read_text() for form in ("svg", "dark.svg"))
+    assert "mask / mask 20 % (4)" in light  # text stays text
+    assert COLOURS["ink"] in light and COLOURS["ink"] not in dark and DARK["ink"] in dark
 
 
 def test_a_figure_fits_a_paper(charts):
-    for chart in charts.values():
-        if isinstance(chart, Chart):
-            for page in draw_pages(chart):
-                width, height = page.get_size_inches()
-                assert width <= 7 and height <= 9.5, chart.key
+    for key, chart in charts.items():
+        if chart.panels:
+            width, height = draw_page(chart).get_size_inches()
+            assert width <= 7 and height <= 9.5, key
 
 
-def test_heads_are_those_of_the_array(finished, charts):
+def test_heads_are_those_of_the_array_and_stand_beside_chance(finished, charts):
     array = json.loads((finished / files.ANALYSIS / "masks.json").read_text())
     (shown, *_), wanted = axes_of(charts["fig13_heads"].panels[0]).images, array["masks"]["mask-s0"]["by_head"]
     np.testing.assert_array_equal(shown.get_array(), [shares["qkv"] for shares in wanted.values()])
-    lines = [line for panel in charts["fig14_heads_mean"].panels for line in axes_of(panel).lines]
-    assert len(lines) == 4 and len(charts["fig14_heads_mean"].legend) == 4
-    np.testing.assert_allclose(lines[0].get_ydata(), np.mean(shown.get_array(), axis=0))
+    panels = [axes_of(panel) for panel in charts["fig14_heads_mean"].panels]
+    assert sum(len(axes.lines) for axes in panels) == 4 and len(charts["fig14_heads_mean"].legend) == 5
+    np.testing.assert_allclose(panels[0].lines[0].get_ydata(), np.mean(shown.get_array(), axis=0))
+    for axes in panels:  # random masks: the band of chance holds nearly all heads, and is a third of the height or more
+        low, high = axes.patches[0].get_y(), axes.patches[0].get_y() + axes.patches[0].get_height()
+        heads = np.concatenate([line.get_ydata() for line in axes.lines])
+        assert np.mean((heads >= low) & (heads <= high)) >= 0.75
+        assert (high - low) / np.ptp(axes.get_ylim()) > 1 / 3
 
 
 def test_agreement_is_a_multiple_of_chance_and_seeds_of_one_method_stand_first(finished, charts):
@@ -82,18 +93,23 @@ def test_agreement_is_a_multiple_of_chance_and_seeds_of_one_method_stand_first(f
     assert len(chart.table.rows) == len(array["agreement"])
 
 
-def test_lines_and_plane_of_the_landscape_are_those_of_the_array(finished, charts):
-    array = json.loads((finished / files.ANALYSIS / "landscape.json").read_text())
-    panels = {panel.title: panel for panel in charts["fig05_12_landscape"].panels}
-    lines = axes_of(panels["Straight lines, held-out rows"]).lines
-    np.testing.assert_array_equal(lines[1].get_ydata(), array["lines"]["heldout"][1])
-    points = axes_of(panels["Plane through three models, training rows"]).lines
-    assert [line.get_xydata()[0].tolist() for line in points] == array["plane"]["points"]
-    assert len(panels) == 2 + 2 + 6
+def test_the_plane_of_the_landscape_is_that_of_the_array(finished, charts):
+    array = json.loads((finished / files.ANALYSIS / "landscape.json").read_text())["plane"]
+    panels = {panel.title: axes_of(panel) for panel in charts["fig05_12_landscape"].panels}
+    axes = panels["Loss on training rows"]
+    assert [line.get_xydata()[0].tolist() for line in axes.lines] == array["points"]
+    np.testing.assert_allclose(axes.images[0].get_array(), np.transpose(array["train"]))
+    assert set(panels) == {"Loss on held-out rows", "Loss on training rows"}
+
+
+def test_a_vacuous_bound_is_a_table_and_no_picture(charts):
+    chart = charts["table07_bound"]
+    assert not chart.panels and len(chart.table.rows) == 4
+    assert {row[-1] for row in chart.table.rows} == {"vacuous"} and "4 are vacuous" in chart.text
 
 
 def test_the_ablation_is_the_mean_over_seeds(evidence, charts):
-    chart = charts["fig06_10_mask_sparsity"]
+    chart = charts["fig06_10_sparsity"]
     accuracy = next(panel for panel in chart.panels if panel.title.startswith("accuracy"))
     line = axes_of(accuracy).containers[0][0]  # of points with bars
     wanted = [
@@ -101,35 +117,20 @@ def test_the_ablation_is_the_mean_over_seeds(evidence, charts):
         for name in ("mask", "mask 20 %")
     ]
     np.testing.assert_allclose(line.get_ydata(orig=False), np.multiply(100, wanted))
-    assert [row[1] for row in chart.table.rows] == ["0.1", "0.2"] * 2
+    assert [row[1] for row in chart.table.rows] == ["share removed: 0.1", "share removed: 0.2"] * 2
 
 
-def test_intervals_of_verdicts_are_drawn_in_points(evidence, charts):
+def test_intervals_are_drawn_in_points_and_of_two_seeds_none(evidence, charts):
     row = next(r for r in evidence.comparison.differences if (r.method, r.metric) == ("mask", "accuracy"))
+    assert row.num_seeds == 2 and not has_interval(row)
     panel = next(panel for panel in charts["verdicts"].panels if panel.title.startswith("accuracy"))
-    ends = [list(line.get_xdata()) for line in axes_of(panel).lines]
-    assert [100 * end for end in interval(row)] in ends
-
-
-def test_gain_and_forgetting_of_published_results():
-    """What the models could do before, as a loss: where it falls less is forgotten, so that is to the right."""
-    evidence = gather(Path(__file__).parents[2] / "results" / "smollm2-sums")
-    (chart,) = select_charts(evidence, ["forgetting"])
-    rows = {(r.method, r.task, r.metric): r for r in evidence.comparison.differences}
-    gain = rows["mask, 10 %", "heldout", "accuracy"]
-    kept = rows["mask, 10 %", "before: instructions", "nll"]
-    axes = axes_of(chart.panels[0])
-    points = [line.get_xydata()[0].tolist() for line in axes.lines if line.get_marker() == "^"]
-    assert [kept.difference, 100 * gain.difference] in points
-    assert axes.xaxis_inverted() and not axes.yaxis_inverted()
-    named = {text.get_text(): text.xy for text in axes.texts}
-    place = [name for name, row in zip(named, named.values(), strict=True) if row == (kept.difference, 12.7)]
-    assert [entry.name for entry in chart.legend if entry.name.split("  ")[0] in place] == [f"{place[0]}  mask, 10 %"]
-    assert len(chart.table.rows) == 9 and chart.table.rows[2][:2] == ("mask, 10 %", "12.7 points")
-
-
-def test_a_study_without_earlier_abilities_has_no_such_chart(charts):
-    assert "forgetting" not in charts
+    drawn = [list(line.get_xdata()) for line in axes_of(panel).lines]
+    assert [100 * row.difference] in drawn and [100 * end for end in interval(row)] not in drawn
+    published = gather(Path(__file__).parents[2] / "results" / "small-products-tuned")
+    row = next(r for r in published.comparison.differences if (r.method, r.metric) == ("mask, 30 %", "accuracy"))
+    (_, chart) = draw_figures(published, select_figures(["verdicts"]))[0][0]
+    panel = next(panel for panel in chart.panels if panel.title.startswith("accuracy on heldout"))
+    assert [100 * end for end in interval(row)] in [list(line.get_xdata()) for line in axes_of(panel).lines]
 
 
 def test_numbers_in_a_page_are_not_cut():
@@ -137,27 +138,28 @@ def test_numbers_in_a_page_are_not_cut():
     assert "0.0016 of 4.40901 &lt;b&gt; $x$ a_1" in to_svg(panel, "p")
 
 
-def test_figures_are_chosen_by_number_or_name(evidence):
-    assert [chart.key for chart in select_charts(evidence, ["5", "12", "fig14_heads_mean"])] == [
-        "fig05_12_landscape",
-        "fig14_heads_mean",
-    ]
+def test_a_figure_is_added_by_one_function_and_one_entry(finished, evidence, tmp_path, monkeypatch):
+    """The steps of the docs, to the letter."""
 
+    # 1. A function that makes a chart from the evidence, and raises NotComputed where its data is not there.
+    def toy_chart(evidence):
+        if len(evidence.runs) < 2:
+            raise NotComputed("there is one run only")
+        names = sorted({run.name for run in evidence.runs})
+        counts = [sum(run.name == name for run in evidence.runs) for name in names]
+        panel = Panel("runs of each method", lambda axes: axes.bar(range(len(names)), counts))
+        return Chart("How many.", [panel], Table(("method", "runs"), list(zip(names, map(str, counts), strict=True))))
 
-def test_names_of_points_lie_apart_and_inside_of_the_axes(charts):
-    for panel in charts["scores_tokens"].panels:
-        axes = axes_of(panel)
-        places = sorted(axes.transAxes.inverted().transform(axes.transData.transform((0, text.get_position()[1])))[1]
-                        for text in axes.texts)  # fmt: skip
-        assert len(places) == 5 and places[0] >= 0 and places[-1] <= 1
-        assert min(np.diff(places)) >= 1 / 14 - 1e-9
+    # 2. One entry in the table of figures.
+    entry = catalogue.Figure("toy", "cost", "Runs of each method", toy_chart, "maskft study RECIPE.yaml")
+    monkeypatch.setattr(catalogue, "FIGURES", (*FIGURES, entry))
+    monkeypatch.setattr("maskft_lab.report.page.FIGURES", catalogue.FIGURES)
 
-
-def test_what_is_higher_than_a_page_becomes_several():
-    panels = [Panel(f"{'a long title of ' * 3}{n}", lambda axes: axes.plot([0, 1])) for n in range(20)]
-    files_ = files_of(Chart("many", "Many", "", panels, Table(("a",), [])))
-    assert {name for name in files_ if name.endswith("png")} == {"many.png", "many_2.png"}
-    pages = draw_pages(Chart("many", "Many", "", panels, Table(("a",), [])))
-    assert [len(page.axes) for page in pages] == [12, 8]
-    assert all(page.get_size_inches()[1] <= PAGE_HEIGHT for page in pages)
-    assert "\n" in pages[0].axes[0].get_title(loc="left")
+    assert main(["report", str(finished), "--figures", str(tmp_path), "--only", "toy"]) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {f"toy.{form}" for form in FORMATS}
+    assert main(["report", str(finished), "-o", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert '<section class="chart" id="toy"' in page and "Numbers of “Runs of each method”" in page
+    alone = type(evidence)(finished, "x", "tiny", evidence.runs[:1], [])
+    (missing,) = draw_figures(alone, [entry])[1]
+    assert (missing.reason, missing.command) == ("there is one run only", "maskft study RECIPE.yaml")

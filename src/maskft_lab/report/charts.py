@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import matplotlib
@@ -112,6 +113,7 @@ class Chart:
         table: The numbers.
         legend: Common to all panels.
         width: On paper, in inches, of a chart with a wide panel.
+        records: The numbers for other programs, written beside the pictures as JSON.
     """
 
     text: str
@@ -119,6 +121,7 @@ class Chart:
     table: Table
     legend: Sequence[Entry] = field(default_factory=tuple)
     width: float = WIDE
+    records: Sequence[Mapping] = ()
 
 
 def plain(text: str) -> str:
@@ -182,9 +185,10 @@ def files_of(chart: Chart, key: str) -> dict[str, bytes]:
     """A chart as SVG (light and dark), PDF and PNG (300 dots per inch), by file name; a table only as Markdown."""
     if not chart.panels:
         return {f"{key}.md": draw_table(chart.table, "markdown").encode()}
+    contents = {f"{key}.json": (json.dumps(chart.records, indent=1) + "\n").encode()} if chart.records else {}
     figure = draw_page(chart)
     with matplotlib.rc_context(_STYLE):
-        return {f"{key}.{suffix}": _saved(figure, suffix) for suffix in FORMATS}
+        return contents | {f"{key}.{suffix}": _saved(figure, suffix) for suffix in FORMATS}
 
 
 def _saved(figure: Figure, suffix: str) -> bytes:

@@ -42,6 +42,7 @@ class Point:
         forgotten_ends: The same.
         num_bytes: Size of what is stored of it, where that is known.
         num_seeds: Over which the means are.
+        score: The test measure itself, in its own unit.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Point:
     forgotten_ends: Ends | None = None
     num_bytes: int | None = None
     num_seeds: int = 1
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def curve_of_record(record: Mapping[str, Any]) -> Curve:
             _ends(each.get("nats_forgotten_interval")),
             each.get("num_bytes"),
             each.get("num_seeds", 1),
+            each.get("accuracy"),
         )
         for each in record["points"]
     ]
@@ -128,7 +131,11 @@ def curves_of_comparison(comparison: Comparison) -> list[Curve]:
 
 def gain_chart(evidence: Evidence) -> Chart:
     """One panel for each set of earlier abilities."""
-    curves = curves_of(evidence)
+    return chart_of(curves_of(evidence))
+
+
+def chart_of(curves: Sequence[Curve]) -> Chart:
+    """One panel per curve."""
     looks = series_looks(dict.fromkeys(point.method for curve in curves for point in curve.points))
     panels = [
         Panel(f"{curve.task}, against {curve.against}", partial(_draw, curve=curve, looks=looks), True, 3.6)
@@ -149,6 +156,7 @@ def gain_chart(evidence: Evidence) -> Chart:
         for curve in curves
         for point in curve.points
     ]
+    records = [record for curve in curves for record in peft_records(curve)]
     text = (
         "Up is gained, left is kept: the best corner is the upper left. The black line joins the points that no other "
         "beats on both axes, beginning at the model before training; all others are pale, and thin lines are the path "
@@ -156,7 +164,7 @@ def gain_chart(evidence: Evidence) -> Chart:
         "off scale is an arrow with its number."
     )
     entries = [Entry("not beaten on both axes", "ink", "-"), *looks.values()]
-    return Chart(text, panels, Table(columns, rows), entries, width=PAGE)
+    return Chart(text, panels, Table(columns, rows), entries, PAGE, records=records)
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
@@ -169,26 +177,25 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def peft_records(curve: Curve) -> list[dict[str, Any]]:
-    """Every point as a result of PEFT's method comparison: ``run_info``, ``train_info``, ``meta_info``."""
-    return [
-        {
-            "run_info": {"experiment_name": f"{point.method}/{point.path} {point.label}".rstrip(), "error_msg": ""},
-            "train_info": {
-                "status": "success",
-                "file_size": point.num_bytes,
-                "metrics": [{"test gain": point.gained, "forgetting": point.forgotten, "seeds": point.num_seeds}],
-            },
-            "meta_info": {
-                "model_info": {"name": curve.against},
-                "dataset_info": {"task": curve.task, "probe": curve.probe},
-            },
-        }
-        for point in curve.points
-    ]
+    """Every point as a result of PEFT's method comparison, which gives accuracies as fractions."""
+    records = []
+    for point in curve.points:
+        measured = {"test accuracy": point.score, "points gained": point.gained, "forgetting": point.forgotten}
+        name = " ".join(filter(None, (point.path if point.path != point.method else "", point.label)))
+        about = {"name": curve.against}
+        records.append(
+            {
+                "run_info": {"experiment_name": f"{point.method}/{name}", "train_config": {"seeds": point.num_seeds}},
+                "train_info": {"status": "success", "file_size": point.num_bytes, "metrics": [measured]},
+                "meta_info": {"model_info": about, "dataset_info": {"task": curve.task, "probe": curve.probe}},
+            }
+        )
+    return records
 
 
 def _draw(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
     best = frontier(curve.points)
+    places = {(point.forgotten, point.gained) for point in best}
     most = max(point.gained for point in curve.points)
     useful = [abs(point.forgotten) for point in curve.points if point.gained >= most / 2]
     near = _SHOWN * float(np.median(useful))
@@ -201,13 +208,15 @@ def _draw(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
     for point in curve.points:
         paths.setdefault((point.method, point.path), []).append(point)
     for (method, _), members in paths.items():
+        if len(members) == 1:
+            continue
         colour = COLOURS[looks[method].colour]
         axes.plot([p.forgotten for p in members], [p.gained for p in members], color=colour, alpha=_PALE, linewidth=0.8)
     axes.plot([0, *(p.forgotten for p in best)], [0, *(p.gained for p in best)], color=COLOURS["ink"], linewidth=1.1)
     axes.plot(0, 0, "x", color=COLOURS["ink"])
     for point in curve.points:
         look = looks[point.method]
-        colour, is_best = COLOURS[look.colour], point in best
+        colour, is_best = COLOURS[look.colour], (point.forgotten, point.gained) in places
         x, y = min(max(point.forgotten, left), right), min(max(point.gained, bottom), top)
         is_strong = is_best or point.gained_ends or point.forgotten_ends
         style: dict[str, Any] = {"color": colour, "marker": look.marker, "linestyle": "none", "clip_on": False}
@@ -266,7 +275,8 @@ def _point(gain: Difference, kept: Difference) -> Point:
     forgotten, forgotten_ends = _scaled(kept, -1 if kept.higher_is_better else 1)
     if not has_interval(gain):
         gained_ends = forgotten_ends = None
-    return Point(gain.method, gain.method, "", gained, forgotten, gained_ends, forgotten_ends, None, gain.num_seeds)
+    ends = (gained_ends, forgotten_ends)
+    return Point(gain.method, gain.method, "", gained, forgotten, *ends, None, gain.num_seeds, gain.value)
 
 
 def _scaled(row: Difference, sign: int) -> tuple[float, Ends]:

@@ -1,0 +1,116 @@
+"""The picture of gain against forgetting: its points, the line that no other beats, and what lies off scale."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from maskft_lab.cli.main import main
+from maskft_lab.report.catalogue import draw_figures, select_figures
+from maskft_lab.report.evidence import CURVE, gather
+from maskft_lab.report.fig_gain import Curve, Point, chart_of, curve_of_record, curves_of, frontier
+
+RESULTS = Path(__file__).parents[2] / "results"
+RECORD = json.loads((Path(__file__).parent / CURVE).read_text())
+
+
+def axes_of(panel):
+    axes = Figure().add_subplot()
+    panel.draw(axes)
+    return axes
+
+
+def lines_of(axes):
+    return [[tuple(each) for each in line.get_xydata()] for line in axes.lines]
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A published study with a file of paths beside its summary."""
+    folder = tmp_path / "study"
+    shutil.copytree(RESULTS / "smollm2-sums-deletion", folder)
+    (folder / CURVE).write_text(json.dumps(RECORD))
+    return folder
+
+
+def test_no_point_on_the_line_is_beaten_and_every_other_one_is():
+    points = curve_of_record(RECORD).points
+    best = frontier(points)
+
+    def place(point):
+        return point.forgotten, point.gained
+
+    def beats(a, b):
+        return a.gained >= b.gained and a.forgotten <= b.forgotten and place(a) != place(b)
+
+    for point in points:
+        is_beaten = any(beats(other, point) for other in points) or point.gained <= 0
+        assert (place(point) in map(place, best)) != is_beaten, point
+    assert [point.gained for point in best] == sorted(point.gained for point in best)
+
+
+def test_paths_are_joined_and_the_line_begins_at_the_model_before_training(study):
+    (chart,) = (chart for _, chart in draw_figures(gather(study), select_figures(["gain_forgetting"]))[0])
+    axes, curve = axes_of(chart.panels[0]), curve_of_record(RECORD)
+    lines = lines_of(axes)
+    assert [(0, 0), *((p.forgotten, p.gained) for p in frontier(curve.points))] in lines
+    path = [(p.forgotten, p.gained) for p in curve.points if (p.method, p.path) == ("LoRA r 16", "rate 1e-3")]
+    assert len(path) == 3 and path in lines
+    assert axes.get_xlabel() == "nats forgotten (instructions)" and axes.get_ylabel() == "points gained (sums)"
+    assert len(chart.table.rows) == len(curve.points)
+
+
+def test_no_point_is_cut_off_without_an_arrow_and_its_number(study):
+    (chart,) = (chart for _, chart in draw_figures(gather(study), select_figures(["gain_forgetting"]))[0])
+    axes = axes_of(chart.panels[0])
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    beyond = [p for p in curve_of_record(RECORD).points if not left <= p.forgotten <= right]
+    assert [p.forgotten for p in beyond] == [7.9] and [text.get_text() for text in axes.texts] == ["7.9 →"]
+    assert all(left <= x <= right and bottom <= y <= top for line in lines_of(axes) for x, y in line if len(line) == 1)
+
+
+def test_numbers_of_points_off_scale_do_not_cover_each_other():
+    points = [Point("a", "a", "", 50.0, 0.1), *(Point(f"m{n}", "m", "", 0.1 * n, 20.0 + n) for n in range(4))]
+    curve = Curve("t", "p", "base", points)
+    axes = axes_of(chart_of([curve]).panels[0])
+    heights = sorted(text.xy[1] for text in axes.texts)
+    assert len(heights) == 4 and min(np.diff(heights)) >= 0.03 * np.ptp(axes.get_ylim())
+
+
+def test_intervals_are_those_of_chosen_points(study):
+    (chart,) = (chart for _, chart in draw_figures(gather(study), select_figures(["gain_forgetting"]))[0])
+    lines, chosen = lines_of(axes_of(chart.panels[0])), [p for p in curve_of_record(RECORD).points if p.gained_ends]
+    assert len(chosen) == 6
+    for point in chosen:
+        assert [(point.forgotten, end) for end in point.gained_ends] in lines
+        assert [(end, point.gained) for end in point.forgotten_ends] in lines
+
+
+def test_files_light_and_dark_and_the_layout_of_peft(study, tmp_path):
+    assert main(["report", str(study), "--figures", str(tmp_path / "out"), "--only", "gain_forgetting"]) == 0
+    names = {f"gain_forgetting.{form}" for form in ("svg", "dark.svg", "pdf", "png", "json")}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+    records = json.loads((tmp_path / "out" / "gain_forgetting.json").read_text())
+    assert len(records) == len(RECORD["points"])
+    first = records[0]
+    assert first["run_info"]["experiment_name"] == "LoRA r 16/rate 1e-3 step 24"
+    assert first["train_info"]["metrics"][-1]["forgetting"] == 0.204
+    assert first["train_info"]["file_size"] == 3686400 and first["meta_info"]["dataset_info"]["task"] == "sums"
+
+
+def test_a_study_without_paths_shows_its_methods_beside_the_pretrained_model():
+    evidence = gather(RESULTS / "smollm2-sums-deletion")
+    (curve,) = curves_of(evidence)
+    rows = {(r.method, r.task, r.metric): r for r in evidence.comparison.differences}
+    for point in curve.points:
+        gain, kept = rows[point.method, "heldout", "accuracy"], rows[point.method, "before: instructions", "nll"]
+        assert (point.gained, point.forgotten) == (100 * gain.difference, kept.difference)
+    assert curve.against == "pre-trained" and curve.units == ("points", "nats")
+
+
+def test_a_study_without_earlier_abilities_says_so():
+    drawn, (missing,) = draw_figures(gather(RESULTS / "small-products"), select_figures(["gain_forgetting"]))
+    assert not drawn and "evaluation.before" in missing.reason
