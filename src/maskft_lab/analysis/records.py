@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskft._version import __version__
+from maskft_base import __version__
 from maskft_base.errors import UserError
 from maskft_base.files import digest, digest_file, parse_json, write_text
 
