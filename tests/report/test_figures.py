@@ -13,7 +13,7 @@ from maskft_lab.report import catalogue
 from maskft_lab.report.catalogue import FIGURES, draw_figures, select_figures
 from maskft_lab.report.charts import COLOURS, DARK, FORMATS, Chart, Panel, draw_page, to_svg
 from maskft_lab.report.evidence import NotComputed, gather
-from maskft_lab.report.fig_verdict import has_interval, interval
+from maskft_lab.report.fig_verdict import has_interval
 from maskft_lab.results.text import Table
 
 
@@ -125,12 +125,12 @@ def test_intervals_are_drawn_in_points_and_of_two_seeds_none(evidence, charts):
     assert row.num_seeds == 2 and not has_interval(row)
     panel = next(panel for panel in charts["verdicts"].panels if panel.title.startswith("accuracy"))
     drawn = [list(line.get_xdata()) for line in axes_of(panel).lines]
-    assert [100 * row.difference] in drawn and [100 * end for end in interval(row)] not in drawn
+    assert [100 * row.difference] in drawn and [100 * end for end in (row.ci_low, row.ci_high)] not in drawn
     published = gather(Path(__file__).parents[2] / "results" / "small-products-tuned")
     row = next(r for r in published.comparison.differences if (r.method, r.metric) == ("mask, 30 %", "accuracy"))
     (_, chart) = draw_figures(published, select_figures(["verdicts"]))[0][0]
     panel = next(panel for panel in chart.panels if panel.title.startswith("accuracy on heldout"))
-    assert [100 * end for end in interval(row)] in [list(line.get_xdata()) for line in axes_of(panel).lines]
+    assert [100 * end for end in (row.ci_low, row.ci_high)] in [list(line.get_xdata()) for line in axes_of(panel).lines]
 
 
 def test_numbers_in_a_page_are_not_cut():

@@ -18,7 +18,7 @@ from ..analysis.curves import cost_of, curves_of
 from ..analysis.records import read_record
 from ..analysis.runs import BEST, MASK, PUBLISHED_SUMMARY, TrainedRun, read_study
 from ..results.compare import compare
-from ..results.comparison import Comparison, Difference, Equivalence, Score
+from ..results.comparison import Comparison, Difference, Settings
 from ..results.schema import Result
 
 CURVE = "curve.json"  # beside the summary: means of every method's rates, checkpoints and scales
@@ -76,7 +76,7 @@ class Evidence:
     @property
     def differences(self) -> list[Difference]:
         """Every difference that is judged: of metrics, then of averages over tasks."""
-        return [*self.comparison.differences, *self.comparison.averages] if self.comparison else []
+        return self.comparison.rows if self.comparison else []
 
     @property
     def seeds(self) -> list[int]:
@@ -143,7 +143,7 @@ def gather(
     if baseline is None and "not_compared" in summary:
         raise UserError(f"{folder}: the study's results cannot be compared: {summary['not_compared']}")
     if baseline is None and "comparison" in summary:
-        evidence.comparison = _from_dict(summary["comparison"])
+        evidence.comparison = Comparison.from_dict(summary["comparison"])
     else:
         is_fixed = summary.get("comparison", {}).get("fixed_seeds", False)
         evidence.comparison = _compared(evidence.results, baseline, is_fixed)
@@ -211,22 +211,8 @@ def _compared(results: Sequence[Result], baseline: str | None, fixed_seeds: bool
     starts = {result.get("study", {}).get("start") for result in best if result["model"]["method"] == MASK}
     full = [result for result in best if result["model"]["method"] == "full"]
     started_from = [result for result in full if result.get("study", {}).get("run") in starts]
-    return compare(results, baseline or (started_from or full or results)[0]["name"], fixed_seeds=fixed_seeds)
-
-
-def _from_dict(record: Mapping) -> Comparison:
-    """The comparison that a study has written, also before intervals held all at once."""
-    lists = {
-        "differences": list(map(_difference, record["differences"])),
-        "averages": list(map(_difference, record.get("averages", []))),
-        "scores": [Score(**each) for each in record["scores"]],
-    }
-    return Comparison(**{**record, **lists})
-
-
-def _difference(row: Mapping) -> Difference:
-    found = row.get("equivalence")
-    return Difference(**{**row, "equivalence": found and Equivalence(**found)})
+    chosen = baseline or (started_from or full or results)[0]["name"]
+    return compare(results, chosen, settings=Settings(fixed_seeds=fixed_seeds))
 
 
 def _tuned_text(tuned: Mapping) -> str:

@@ -13,12 +13,12 @@ from matplotlib.axes import Axes
 from maskft_base.files import read_json
 
 from ..results.compare import compare
-from ..results.comparison import Comparison, Difference
+from ..results.comparison import Comparison, Difference, Settings
 from ..results.schema import BEFORE
 from ..results.text import Table
 from .charts import COLOURS, PAGE, Chart, Entry, Panel, plain
 from .evidence import CURVE, Evidence, NotComputed
-from .fig_verdict import has_interval, interval
+from .fig_verdict import has_interval
 from .methods import number, series_looks
 
 _ROOM = 0.08  # of the span of what is shown, beyond it; what lies farther has an arrow
@@ -84,7 +84,8 @@ def curves_of(evidence: Evidence) -> list[Curve]:
     before = next((name for name in comparison.methods if evidence.methods.get(name, ("", 0))[0] == "pretrained"), None)
     has_all = {result["name"] for result in evidence.results} >= {comparison.baseline, *comparison.methods}
     if before and has_all:
-        return curves_of_comparison(compare(evidence.results, before, fixed_seeds=comparison.fixed_seeds))
+        settings = Settings(fixed_seeds=comparison.fixed_seeds)
+        return curves_of_comparison(compare(evidence.results, before, settings=settings))
     return curves
 
 
@@ -281,7 +282,7 @@ def _point(gain: Difference, kept: Difference) -> Point:
 
 def _scaled(row: Difference, sign: int) -> tuple[float, Ends]:
     scale = sign * (100.0 if row.unit == "fraction" else 1.0)
-    low, high = sorted(scale * end for end in interval(row))
+    low, high = sorted(scale * end for end in (row.ci_low, row.ci_high))
     return scale * row.difference, (low, high)
 
 

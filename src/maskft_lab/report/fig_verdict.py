@@ -18,7 +18,7 @@ _SHOWN = 4.0  # times the median size of a difference; what lies beyond is writt
 
 def are_simultaneous(rows: Sequence[Difference]) -> bool:
     """Whether simultaneous intervals are known; comparisons of earlier versions have only unadjusted ones."""
-    return bool(rows) and all(row.simultaneous_low is not None and row.simultaneous_high is not None for row in rows)
+    return bool(rows) and all(row.unadjusted_low is not None for row in rows)
 
 
 def verdict_chart(evidence: Evidence) -> Chart:
@@ -48,12 +48,6 @@ def has_interval(row: Difference) -> bool:
     return row.num_seeds != 2 or row.by_seed is not None
 
 
-def interval(row: Difference) -> tuple[float, float]:
-    """The interval that goes with the verdict: the simultaneous one, where it is known."""
-    low, high = row.simultaneous_low, row.simultaneous_high
-    return (row.ci_low, row.ci_high) if low is None or high is None else (low, high)
-
-
 def _title(row: Difference) -> str:
     better = "right" if row.higher_is_better else "left"
     unit = "points" if row.unit == "fraction" else row.unit
@@ -65,7 +59,7 @@ def _draw(axes: Axes, rows: Sequence[Difference], methods: Mapping[str, tuple[st
     low, high = _limits(rows, scale)
     for place, row in enumerate(rows):
         colour, _, marker = look(*methods.get(row.method, (None, False)))
-        value, ends = scale * row.difference, tuple(scale * end for end in interval(row))
+        value, ends = scale * row.difference, tuple(scale * end for end in (row.ci_low, row.ci_high))
         if not low <= value <= high:
             at, side = (low, "left") if value < low else (high, "right")
             text = difference_text(row) if has_interval(row) else f"{value:+.3g}"
@@ -97,4 +91,4 @@ def _limits(rows: Sequence[Difference], scale: float) -> tuple[float, float]:
 
 
 def _ends(row: Difference) -> tuple[float, float]:
-    return interval(row) if has_interval(row) else (row.difference, row.difference)
+    return (row.ci_low, row.ci_high) if has_interval(row) else (row.difference, row.difference)

@@ -124,8 +124,8 @@ def _verdicts(evidence: Evidence) -> list[str]:
     comparison = evidence.comparison
     if comparison is None:
         return ["There is one model only; nothing is compared, and nothing is claimed."]
-    if verdicts := getattr(comparison, "verdicts", []):
-        return [verdict.text for verdict in verdicts]
+    if comparison.verdicts:
+        return [verdict.text for verdict in comparison.verdicts]
     found = [sentence(row) for row in comparison.differences if row.method in evidence.masks and row.is_main]
     return found or [f"No learned mask is compared with {comparison.baseline}."]
 
