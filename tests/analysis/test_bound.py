@@ -10,7 +10,6 @@ import tiny
 from maskft_base.errors import UserError
 from maskft_base.files import ADAPTER_WEIGHTS
 from maskft_lab.analysis.bound import (
-    Setting,
     analyse_bound,
     binary_entropy,
     code_lengths,
@@ -45,14 +44,14 @@ def test_code_lengths_by_hand():
 def test_the_bound_by_hand():
     """Eqs. 6-10 with Table 7's losses of coding."""
     phi = math.sqrt((64 + math.log(20)) / (2 * 9))
-    assert complexity_term(64, 10, 0.05) == pytest.approx(phi)
-    found = upper_bounds((0.098, 0.054), 4, 2, 16, Setting(10, vocab_size=50))
+    assert complexity_term(64, 10) == pytest.approx(phi)
+    found = upper_bounds((0.098, 0.054), 4, 2, 16, 10, vocab_size=50)
     assert found["bound"]["full"] == pytest.approx(0.098 + phi)
     assert found["difference"] == pytest.approx(found["bound"]["mask"] - found["bound"]["full"])
     assert found["delta_train"] == pytest.approx(-0.044) and found["delta_complexity"] < 0
-    assert not found["is_vacuous"] and upper_bounds((1, 1), 4, 2, 16, Setting(10, vocab_size=2))["is_vacuous"]
+    assert not found["is_vacuous"] and upper_bounds((1, 1), 4, 2, 16, 10, vocab_size=2)["is_vacuous"]
     with pytest.raises(UserError, match="2 training rows or more"):
-        complexity_term(64, 1, 0.05)
+        complexity_term(64, 1)
 
 
 def test_stable_training_loss_is_that_of_the_last_quarter_up_to_the_best():
@@ -67,8 +66,7 @@ def test_the_real_file_stands_beside_its_entropy(tmp_path):
     mask = torch.ones(64, 64, dtype=torch.bool)
     mask.flatten()[::10] = False
     tiny.save_masks({"a": mask}, tmp_path)
-    setting = Setting(48, vocab_size=50)
-    analyse_bound(tmp_path / "bound.json", str(tmp_path), (0.1, 0.08), 10_000, (8, 16), setting)
+    analyse_bound(tmp_path / "bound.json", str(tmp_path), (0.1, 0.08), (10_000, 50), 48)
     record = json.loads((tmp_path / "bound.json").read_text())
     assert record["adapter_file"]["num_bytes"] == (tmp_path / ADAPTER_WEIGHTS).stat().st_size
     assert record["adapter_file"]["entropy_bytes"] == pytest.approx(4096 * binary_entropy(410 / 4096) / 8)

@@ -113,10 +113,8 @@ def test_a_run_that_a_figure_needs_is_named(study, capsys):
         return message
 
     assert "no mask is called 'mask-s7' (did you mean 'mask-s" in error("--what", "bound", "--mask", "mask-s7")
-    assert "a bound needs 2 training rows or more" in error("--what", "bound", "--delta", "2")
     assert "a landscape of 99999999 x 99999999 points needs" in error("--what", "landscape", "--grid", "99999999")
     assert "device 'tpu' cannot be used" in error("--device", "tpu", "--what", "curvature")
-    assert "--bits is 8,x; give whole numbers" in error("--what", "bound", "--bits", "8,x")
     assert "losses need one folder with tokenised rows" in error("--what", "landscape", "--rows", str(study))
     write_run(study, "full-s0", "full", {"best": "runs/full-s0", "last": "runs/full-s0"})
     assert "and the end of full-s0 is its best checkpoint: name a run with --against" in error("--what", "landscape")

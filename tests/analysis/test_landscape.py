@@ -7,15 +7,20 @@ import pytest
 import torch
 
 import tiny
+from maskft.loss import mean_nll, nll_per_item
 from maskft_base import files
 from maskft_base.errors import UserError
 from maskft_lab.analysis import landscape
 from maskft_lab.analysis.landscape import analyse_landscape, losses_at, plane_through
-from maskft_lab.analysis.losses import Sampling, make_batches, mean_loss
+from maskft_lab.analysis.losses import Sampling
 from maskft_lab.analysis.points import Point, set_weights, weights_of
 from maskft_lab.store import Store
 
 ROWS = [{"input_ids": ids, "labels": ids} for ids in tiny.token_ids(4, 7).tolist()]
+
+
+def loss_of(model):
+    return mean_nll(nll_per_item(model, ROWS))
 
 
 def small(seed=0):
@@ -25,12 +30,12 @@ def small(seed=0):
 def test_the_plane_goes_through_its_three_models():
     points = [weights_of(small(seed)) for seed in range(3)]
     u, v, coordinates = plane_through(*points)
-    model, losses = small(), make_batches(ROWS, 4)
+    model = small()
     for point, (x, y) in zip(points, coordinates, strict=True):
         set_weights(model, point)
-        expected = mean_loss(model, losses)
+        expected = loss_of(model)
         set_weights(model, points[0], [(float(x), u), (float(y), v)])
-        assert mean_loss(model, losses) == pytest.approx(expected, rel=1e-4)
+        assert loss_of(model) == pytest.approx(expected, rel=1e-4)
     distance = sum(float((points[2][name] - points[0][name]).double().pow(2).sum()) for name in u) ** 0.5
     assert np.linalg.norm(coordinates[2]) == pytest.approx(distance, rel=1e-5)
     middle = {name: (points[0][name] + points[1][name]) / 2 for name in u}
@@ -40,15 +45,15 @@ def test_the_plane_goes_through_its_three_models():
 
 
 def test_points_are_the_losses_at_these_weights(tmp_path):
-    model, losses = small(), {"heldout": make_batches(ROWS, 4)}
+    model = small()
     start, end = weights_of(small(0)), weights_of(small(1))
     way = {name: end[name] - start[name] for name in start}
     points = {"start": (0.0, 0.0), "half": (0.5, 0.0), "end": (0.0, 1.0)}
-    found = losses_at(model, start, (way, way), points, losses, Store(tmp_path / "a.jsonl", {}))
+    found = losses_at(model, start, (way, way), points, lambda: loss_of(model), Store(tmp_path / "a.jsonl", {}))
     middle = {name: (start[name] + end[name]) / 2 for name in start}
     for loss, weights in zip(found, (start, middle, end), strict=True):
         set_weights(model, weights)
-        assert loss["heldout"] == pytest.approx(mean_loss(model, losses["heldout"]), rel=1e-5)
+        assert loss == pytest.approx(loss_of(model), rel=1e-5)
 
 
 @pytest.fixture
@@ -69,34 +74,21 @@ def test_a_landscape_that_was_cut_off_ends_as_one_that_was_not(three_models, tmp
     analyse_landscape(whole, three_models, rows, Sampling(), grid=3)
     calls = []
 
-    def stops_after_20(model, batches):
+    def stops_after_10(*args, **options):
         calls.append(None)
-        if len(calls) == 21:
+        if len(calls) == 11:
             raise KeyboardInterrupt
-        return mean_loss(model, batches)
+        return nll_per_item(*args, **options)
 
-    monkeypatch.setattr(landscape, "mean_loss", stops_after_20)
+    monkeypatch.setattr(landscape, "nll_per_item", stops_after_10)
     with pytest.raises(KeyboardInterrupt):
         analyse_landscape(cut, three_models, rows, Sampling(), grid=3)
     assert not cut.exists()
     analyse_landscape(cut, three_models, rows, Sampling(), grid=3)
-    # A plane of nine points and three lines of three, two splits; the one that was cut off twice.
-    assert len(calls) == 2 * (9 + 3 * 3) + 1
+    assert len(calls) == 2 * 9 + 1  # nine points, two splits; the one that was cut off twice
     assert cut.read_bytes() == whole.read_bytes() and not list(tmp_path.glob(".*parts*"))
     monkeypatch.setattr(landscape, "load_model", None)
     analyse_landscape(cut, three_models, rows, Sampling(), grid=3)  # finished: nothing is loaded
-
-
-def test_lines_begin_and_end_at_their_models(three_models, tmp_path):
-    rows, file = {"train": ROWS}, tmp_path / "a.json"
-    analyse_landscape(file, three_models, rows, Sampling(), grid=7)
-    record = json.loads(file.read_text())
-    assert record["plane"]["models"] == ["fft", "continued", "mask"]
-    assert record["lines"]["pairs"] == [["fft", "continued"], ["fft", "mask"], ["continued", "mask"]]
-    t = record["lines"]["t"]
-    ends = {name: mean_loss(small(seed), make_batches(ROWS, 8)) for name, seed in (("fft", 0), ("continued", 1))}
-    for place, name in ((t.index(0.0), "fft"), (t.index(1.0), "continued")):
-        assert record["lines"]["train"][0][place] == pytest.approx(ends[name], rel=1e-5)
 
 
 def test_a_mask_of_values_other_than_zero_is_refused(three_models, tmp_path):
@@ -112,7 +104,7 @@ def test_bad_input_ends_in_one_line(three_models, tmp_path, monkeypatch):
         analyse_landscape(file, three_models, rows, Sampling(), grid=2)
     with pytest.raises(UserError, match=r"needs about .* GB are free: take a smaller --grid"):
         analyse_landscape(file, three_models, rows, Sampling(), grid=1_000_001)
-    monkeypatch.setattr(landscape, "mean_loss", lambda *args: float("nan"))
+    monkeypatch.setattr(landscape, "mean_nll", lambda losses: float("nan"))
     with pytest.raises(UserError, match="a number is NaN or infinite"):
         analyse_landscape(file, three_models, rows, Sampling(), grid=3)
     assert not file.exists()

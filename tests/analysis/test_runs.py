@@ -52,7 +52,6 @@ def test_a_curve_goes_on_where_the_best_of_its_start_was():
     assert found["steps"] == [20, 25, 30] and found["tokens"] == [400, 450, 500]
     assert found["metrics"] == {"eval_loss": [2, 1.5, 1]}
     assert found["train"] == {"steps": [21], "loss": [3.0]}
-    assert found["results"]["best"] == {"steps": 25, "metrics": {"t/accuracy": {"value": 0.5, "stderr": 0.5}}}
     assert series_of(FULL, [FULL])["steps"] == [0, 20, 40]
 
 

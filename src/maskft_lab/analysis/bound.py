@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from maskft_base.errors import UserError
 from maskft_base.files import ADAPTER_WEIGHTS
@@ -19,15 +18,8 @@ from maskft_base.files import ADAPTER_WEIGHTS
 from .points import masks_of
 from .records import digest_folder, write_record
 
-
-class Setting(NamedTuple):
-    """Training rows (None: not known), probability of failure in (0, 1), vocabulary: guessing has a loss of its ln."""
-
-    num_rows: int | None
-    vocab_size: int
-    delta: float = 0.05
-
-
+BITS = (8, 16)  # of a weight: "we always use b = 8 or 16"
+DELTA = 0.05  # probability with which the bound may fail
 TAIL_SHARE = 0.25  # "the mean training loss after training stabilizes" (Table 7): the last quarter of what was logged
 
 
@@ -66,28 +58,27 @@ def code_lengths(d: int, z: int, bits: float) -> dict[str, float]:
     }
 
 
-def complexity_term(code_length: float, n: int | None, delta: float) -> float:
-    """Phi of Eq. 6, of a code length in bits (as the paper puts it), for ``n`` training rows, at least 2.
-
-    ``delta``, in (0, 1), is the probability with which the bound may fail.
-    """
-    if n is None or n < 2 or not 0 < delta < 1:
-        raise UserError(f"a bound needs 2 training rows or more and delta in (0, 1), got {n} rows and --delta {delta}")
-    return math.sqrt((code_length + math.log(1 / delta)) / (2 * (n - 1)))
+def complexity_term(code_length: float, num_rows: int | None) -> float:
+    """Phi of Eq. 6, of a code length in bits (as the paper puts it), for at least 2 training rows."""
+    if num_rows is None or num_rows < 2:
+        raise UserError(f"a bound needs 2 training rows or more, got {num_rows}")
+    return math.sqrt((code_length + math.log(1 / DELTA)) / (2 * (num_rows - 1)))
 
 
-def upper_bounds(losses: tuple[float, float], d: int, z: int, bits: float, setting: Setting) -> dict:
+def upper_bounds(
+    losses: tuple[float, float], d: int, z: int, bits: float, num_rows: int | None, vocab_size: int
+) -> dict:
     """Both upper bounds and their difference, Eqs. 7-10 and 15.
 
     ``losses``: training loss after full fine-tuning and with the mask, nats per token; ``d`` weights, ``z`` removed,
-    ``bits`` wide.
+    ``bits`` wide; guessing has a loss of ln ``vocab_size``.
 
     Returns:
         ``code_lengths``; ``phi`` and ``bound``, of ``full`` and ``mask``; ``delta_train`` and ``delta_complexity`` of
         Eq. 10, and ``difference``, their sum; ``is_vacuous``, whether the smaller Phi exceeds the loss of guessing.
     """
     lengths = code_lengths(d, z, bits)
-    phi = {name: complexity_term(lengths[name], setting.num_rows, setting.delta) for name in ("full", "mask")}
+    phi = {name: complexity_term(lengths[name], num_rows) for name in ("full", "mask")}
     delta_train, delta_complexity = losses[1] - losses[0], phi["mask"] - phi["full"]
     return {
         "code_lengths": lengths,
@@ -96,7 +87,7 @@ def upper_bounds(losses: tuple[float, float], d: int, z: int, bits: float, setti
         "delta_train": delta_train,
         "delta_complexity": delta_complexity,
         "difference": delta_train + delta_complexity,
-        "is_vacuous": min(phi.values()) > math.log(setting.vocab_size),
+        "is_vacuous": min(phi.values()) > math.log(vocab_size),
     }
 
 
@@ -117,7 +108,7 @@ def stable_training_loss(history: Sequence[Mapping], until_step: int | None = No
 
 
 def analyse_bound(
-    file: Path, adapter: str, losses: tuple[float, float], num_weights: int, bits: Sequence[float], setting: Setting
+    file: Path, adapter: str, losses: tuple[float, float], size: tuple[int, int], num_rows: int | None
 ) -> None:
     """Write the bounds over the whole model and over the masked matrices alone, and the mask's size (``.json``).
 
@@ -127,11 +118,10 @@ def analyse_bound(
         file: Where the record goes.
         adapter: Folder of the mask.
         losses: Training loss after full fine-tuning, and with the mask, nats per token.
-        num_weights: All weights of the model.
-        bits: Widths of a weight, in bits ("we always use b = 8 or 16").
-        setting: Training rows, probability of failure, vocabulary.
+        size: All weights of the model, and its vocabulary.
+        num_rows: Of training; None: not known.
     """
-    masks = masks_of(adapter)
+    masks, (num_weights, vocab_size) = masks_of(adapter), size
     z, masked = masks.num_removed, masks.numel
     entropy = sum(mask.numel() * binary_entropy(float((~mask).double().mean())) for mask in masks.values())
     record = {
@@ -139,12 +129,11 @@ def analyse_bound(
         "num_weights": num_weights,
         "num_masked_weights": masked,
         "num_removed": z,
-        "model": {f"{b:g}": upper_bounds(losses, num_weights, z, b, setting) for b in bits},
-        "masked_matrices": {f"{b:g}": upper_bounds(losses, masked, z, b, setting) for b in bits},
+        "model": {f"{b}": upper_bounds(losses, num_weights, z, b, num_rows, vocab_size) for b in BITS},
+        "masked_matrices": {f"{b}": upper_bounds(losses, masked, z, b, num_rows, vocab_size) for b in BITS},
         "adapter_file": {
             "num_bytes": (Path(adapter) / ADAPTER_WEIGHTS).stat().st_size,
             "entropy_bytes": entropy / 8,
         },
     }
-    settings = {"what": "bound", "adapter": digest_folder(adapter), "bits": list(bits), **setting._asdict()}
-    write_record(file, record, settings)
+    write_record(file, record, {"what": "bound", "adapter": digest_folder(adapter), "num_rows": num_rows})

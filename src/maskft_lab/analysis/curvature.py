@@ -1,4 +1,4 @@
-"""Curvature of the loss in the masked matrices: trace and largest eigenvalues of Hessians (Eqs. 16-18).
+"""Curvature of the loss in the masked matrices: trace and largest eigenvalue of Hessians (Eqs. 16-18).
 
 The paper argues that a mask's minimum is flatter because H_mask = P H_fft P (Eq. 17), P the projection onto the kept
 weights. Four Hessians are computed, so that the argument can be told from the fact:
@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,13 +45,6 @@ from .records import digest_folder, is_finished, pieces_of, write_record
 Product = Callable[[np.ndarray], np.ndarray]  # v -> H v, float64 (num_weights,)
 
 TOLERANCE = 1e-3  # of eigenvalues, relative
-
-
-class Probing(NamedTuple):
-    """Random vectors per trace, and how many of the largest eigenvalues."""
-
-    num_probes: int = 16
-    num_eigenvalues: int = 1
 
 
 class _SiLU(nn.Module):
@@ -147,48 +140,42 @@ def trace_estimate(forms: np.ndarray, shares: np.ndarray) -> dict[str, float | N
     }
 
 
-def largest_eigenvalues(
-    products: Sequence[Product], shares: np.ndarray, kept: np.ndarray, count: int, seed: int
-) -> dict[str, list[float] | float | None]:
-    """Largest eigenvalues of P H P by Lanczos (ARPACK), H the token-weighted mean of the batches' Hessians.
+def largest_eigenvalue(
+    products: Sequence[Product], shares: np.ndarray, kept: np.ndarray, seed: int
+) -> dict[str, float | None]:
+    """Largest eigenvalue of P H P by Lanczos (ARPACK), H the token-weighted mean of the batches' Hessians.
 
     Args:
         products: H_b of each batch.
         shares: Share of the tokens in each batch, sum 1.
         kept: Bool (num_weights,), the diagonal of P.
-        count: How many, fewer than there are weights.
         seed: Of the first vector.
 
     Returns:
-        ``eigenvalues``, largest first; their ``stderr_rows`` to first order, from the spread of v^T H_b v between
-        batches (None for one batch); ``smallest``, the lowest eigenvalue.
+        ``eigenvalue``; its ``stderr_rows`` to first order, from the spread of v^T H_b v between batches (None for one
+        batch); ``smallest``, the lowest eigenvalue.
     """
 
     def apply(vector: np.ndarray) -> np.ndarray:
         inner = kept * vector.reshape(-1)
         return kept * sum(share * product(inner) for share, product in zip(shares, products, strict=True))
 
-    options: dict[str, Any] = {"v0": kept * np.random.default_rng(seed).standard_normal(len(kept)), "tol": TOLERANCE}
+    start = kept * np.random.default_rng(seed).standard_normal(len(kept))
     operator = LinearOperator((len(kept), len(kept)), matvec=apply, dtype=np.float64)
-    try:
-        if count == 1:  # both ends of the spectrum from one Krylov space
-            values, vectors = eigsh(operator, k=2, which="BE", **options)
-            smallest, values, vectors = values[:1], values[1:], vectors[:, 1:]
-        else:
-            values, vectors = eigsh(operator, k=count, which="LA", **options)
-            smallest = eigsh(operator, k=1, which="SA", return_eigenvectors=False, **options)
+    try:  # both ends of the spectrum from one Krylov space
+        (smallest, largest), vectors = eigsh(operator, k=2, which="BE", v0=start, tol=TOLERANCE)
     except (ArpackNoConvergence, TypeError) as error:
-        raise UserError(f"{count} eigenvalues cannot be computed ({error}); ask for fewer --num_eigenvalues") from error
-    order = np.argsort(-values)
-    forms = np.array([[v @ product(v) for product in products] for v in kept * vectors.T[order]])
-    errors = [_stderr_of_mean(each, shares) for each in forms] if len(products) > 1 else None
-    return {"eigenvalues": values[order].tolist(), "stderr_rows": errors, "smallest": float(smallest[0])}
+        raise UserError(f"the largest eigenvalue cannot be computed ({error}); take more --num_rows") from error
+    v = kept * vectors[:, 1]
+    forms = np.array([v @ product(v) for product in products])
+    error = _stderr_of_mean(forms, shares) if len(products) > 1 else None
+    return {"eigenvalue": float(largest), "stderr_rows": error, "smallest": float(smallest)}
 
 
 def analyse_curvature(
-    file: Path, mask: Point, rows: Sequence[Mapping], others: Mapping[str, Point], probing: Probing, sampling: Sampling
+    file: Path, mask: Point, rows: Sequence[Mapping], others: Mapping[str, Point], num_probes: int, sampling: Sampling
 ) -> None:
-    """Write the four Hessians' `trace_estimate` and, as ``largest``, `largest_eigenvalues`, in float32 (``.json``).
+    """Write the four Hessians' `trace_estimate` and, as ``largest``, `largest_eigenvalue`, in float32 (``.json``).
 
     ``less_start_all`` is the difference of a trace from that of ``start_all`` with its own errors, which are smaller
     than those of the two, as probes and rows are the same. ``others`` NAME: the same at other points, over all entries.
@@ -199,11 +186,11 @@ def analyse_curvature(
         mask: Model under the mask, and its adapter.
         rows: Tokenised rows; batches of them are also what ``stderr_rows`` compares.
         others: Name -> point, such as a restart of the model under the mask.
-        probing: How many probes and eigenvalues.
+        num_probes: Random vectors per trace.
         sampling: Batch size, device, seed of probes and Lanczos.
     """
     assert mask.adapter is not None
-    settings: dict[str, Any] = {"what": "curvature", **probing._asdict(), "seed": sampling.seed}
+    settings: dict[str, Any] = {"what": "curvature", "num_probes": num_probes, "seed": sampling.seed}
     settings |= {"start": digest_folder(mask.model), "mask": digest_folder(mask.adapter)}
     settings |= {"batch_size": sampling.batch_size, "rows": digest(rows), "num_rows": len(rows)}
     settings |= {"others": {name: point.digest() for name, point in others.items()}}
@@ -212,8 +199,7 @@ def analyse_curvature(
     masks = masks_of(mask.adapter)
     names = sorted(masks)
     # Lanczos keeps its vectors in float64, at least 20 of them.
-    vectors_bytes = 8 * masks.numel * max(2 * probing.num_eigenvalues + 7, 26)
-    check_room(vectors_bytes, "cpu", f"curvature in {masks.numel:,} weights", "analyse a mask over fewer layers")
+    check_room(8 * 26 * masks.numel, "cpu", f"curvature in {masks.numel:,} weights", "analyse a mask over fewer layers")
     model = load_model(mask.model, "float32", attn_implementation="eager").to(sampling.device).eval()
     before = weights_of(model)
     batches = make_batches(rows, sampling.batch_size, sampling.device)
@@ -223,9 +209,9 @@ def analyse_curvature(
     pieces = pieces_of(file, settings)
 
     def describe(name: str, diagonal: np.ndarray) -> dict:
-        forms = quadratic_forms(products, diagonal, probing.num_probes, sampling.seed, pieces, name)
-        arguments = (products, shares, diagonal, probing.num_eigenvalues, sampling.seed)
-        largest = pieces.get(f"{name} eigenvalues", functools.partial(largest_eigenvalues, *arguments))
+        forms = quadratic_forms(products, diagonal, num_probes, sampling.seed, pieces, name)
+        find = functools.partial(largest_eigenvalue, products, shares, diagonal, sampling.seed)
+        largest = pieces.get(f"{name} eigenvalue", find)
         return {**trace_estimate(forms, shares), "largest": largest, "forms": forms}
 
     every = np.ones_like(kept)

@@ -43,31 +43,20 @@ def series_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> dict:
     Returns:
         ``run``, ``name``, ``method``, ``seed``, ``start``; ``steps`` and ``tokens`` at which something was measured,
         counted from the pre-trained model; ``metrics``: name -> values, None where that one was not measured
-        (``eval_loss`` in nats per token, scores in [0, 1]); ``train``: steps and training losses; ``results``: role ->
-        ``steps``, and ``metrics``: ``task/metric`` -> value, stderr.
+        (``eval_loss`` in nats per token, scores in [0, 1]); ``train``: steps and training losses.
     """
     before = spent_before(run, runs)
     # The candidates that a best of several random masks was chosen from were measured at no step.
     measured = [row for row in run.history if "step" in row and any(_is_metric(key) for key in row)]
     logged = [row for row in run.history if "loss" in row]
-    ends = {BEST: run.summary.get("best_step"), LAST: run.summary.get("num_steps")}
+    names = dict.fromkeys(key for row in measured for key in row if _is_metric(key))
     return {
         **{key: getattr(run, key) for key in ("name", "method", "seed", "start")},
         "run": run.id,
         "steps": [before["steps"] + row["step"] for row in measured],
         "tokens": [before["tokens"] + spent_until(run, row["step"])["tokens"] for row in measured],
-        "metrics": {
-            name: [row.get(name) for row in measured]
-            for name in dict.fromkeys(key for row in measured for key in row if _is_metric(key))
-        },
-        "train": {
-            "steps": [before["steps"] + row["step"] for row in logged],
-            "loss": [row["loss"] for row in logged],
-        },
-        "results": {
-            role: {"steps": before["steps"] + (ends[role] or 0), "metrics": _metrics(result)}
-            for role, result in run.results.items()
-        },
+        "metrics": {name: [row.get(name) for row in measured] for name in names},
+        "train": {"steps": [before["steps"] + row["step"] for row in logged], "loss": [row["loss"] for row in logged]},
     }
 
 
@@ -125,11 +114,3 @@ def cost_of(runs: Sequence[TrainedRun]) -> dict[str, Any]:
 
 def _is_metric(key: str) -> bool:
     return key.startswith("eval_") and not key.endswith(_NOT_METRICS)
-
-
-def _metrics(result: dict) -> dict:
-    return {
-        f"{task}/{name}": {"value": metric["value"], "stderr": metric["stderr"]}
-        for task, record in result["tasks"].items()
-        for name, metric in record["metrics"].items()
-    }

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from maskft.loss import mean_nll, nll_per_item
 from maskft.models import load_model
 from maskft_base.errors import UserError
 from maskft_base.files import digest
 
 from ..store import Store
-from .losses import Batch, Sampling, check_room, count_parameters, make_batches, mean_loss
+from .losses import Sampling, check_room, count_parameters
 from .points import Point, Weights, set_weights, weights_at, weights_of
 from .records import is_finished, pieces_of, write_record
 
-Losses = Mapping[str, list[Batch]]  # split -> batches
+Rows = Mapping[str, Sequence[dict]]  # split -> tokenised rows
 Points = Mapping[str, tuple[float, float]]  # name -> amounts along two directions
 
 FFT, CONTINUED, MASK = "fft", "continued", "mask"
@@ -49,29 +50,32 @@ def plane_through(first: Weights, second: Weights, third: Weights) -> tuple[Weig
 
 
 def losses_at(
-    model, center: Weights, directions: tuple[Weights, Weights], points: Points, losses: Losses, pieces: Store
-) -> list[dict[str, float]]:
-    """Loss of each split, nats per supervised token, at every point ``center + x first + y second``.
+    model,
+    center: Weights,
+    directions: tuple[Weights, Weights],
+    points: Points,
+    measure: Callable[[], Any],
+    pieces: Store,
+) -> list[Any]:
+    """What ``measure`` returns at every point ``center + x first + y second``.
 
     Args:
         model: Holds the architecture; its weights are overwritten.
         center: The point (0, 0).
         directions: Two directions.
         points: Name of each point in ``pieces`` -> its amounts.
-        losses: Batches of each split.
+        measure: Measures the model, JSON-able.
         pieces: Keeps points that are done.
     """
 
-    def at(x: float, y: float) -> dict[str, float]:
+    def at(x: float, y: float) -> Any:
         set_weights(model, center, [(x, directions[0]), (y, directions[1])])
-        return {split: mean_loss(model, batches) for split, batches in losses.items()}
+        return measure()
 
     return [pieces.get(name, functools.partial(at, *point)) for name, point in points.items()]
 
 
-def analyse_landscape(
-    file: Path, models: Mapping[str, Point], rows: Mapping[str, Sequence[dict]], sampling: Sampling, grid: int = 21
-) -> None:
+def analyse_landscape(file: Path, models: Mapping[str, Point], rows: Rows, sampling: Sampling, grid: int = 21) -> None:
     """Write the loss over the plane through three models, in nats per supervised token (``.json``).
 
     ``plane``: ``x`` and ``y`` (grid,) in L2 distance of weights, ``models`` the three names, ``points`` (3, 2) where
@@ -104,14 +108,19 @@ def analyse_landscape(
     model = load_model(models[names[0]].model, "float32").to(sampling.device).eval()
     origin = weights_of(model)
     points = [origin, *(weights_at(models[name], origin) for name in names[1:])]
-    losses = {split: make_batches(each, sampling.batch_size, sampling.device) for split, each in rows.items()}
+
+    def measure() -> dict[str, float]:
+        return {
+            split: mean_nll(nll_per_item(model, each, batch_size=sampling.batch_size)) for split, each in rows.items()
+        }
+
     pieces = pieces_of(file, settings)
     u, v, coordinates = plane_through(*points)
     low, high = coordinates.min(0), coordinates.max(0)
     x, y = np.linspace(low - MARGIN * (high - low), high + MARGIN * (high - low), grid).T.tolist()
     in_plane = {f"plane {i} {j}": (a, b) for i, a in enumerate(x) for j, b in enumerate(y)}
-    found = losses_at(model, origin, (u, v), in_plane, losses, pieces)
-    plane = {split: np.reshape([each[split] for each in found], (grid, grid)).tolist() for split in losses}
+    found = losses_at(model, origin, (u, v), in_plane, measure, pieces)
+    plane = {split: np.reshape([each[split] for each in found], (grid, grid)).tolist() for split in rows}
     record = {"plane": {"models": names, "points": coordinates.tolist(), "x": x, "y": y, **plane}}
     write_record(file, record, settings)
     pieces.remove()

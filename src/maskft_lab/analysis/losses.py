@@ -1,20 +1,20 @@
-"""Tokenised rows for analyses, and the loss of a model on them."""
+"""Tokenised rows for analyses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import torch
-import torch.nn.functional as F
 from datasets import load_from_disk
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from maskft.data import IGNORED
 from maskft.data.prepared import REPORT
+from maskft.loss import length_sorted_batches, pad
 from maskft.models import load_config
 from maskft_base.errors import UserError
 from maskft_base.files import PREPARED, read_json
@@ -75,36 +75,16 @@ def load_rows(folder: Path, num_rows: int, seed: int = 0) -> dict[str, list[dict
 
 def make_batches(rows: Sequence[Mapping], batch_size: int, device: str | torch.device = "cpu") -> list[Batch]:
     """Batches of rows of similar length, padded on the right: a causal model never sees the padding."""
-    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     out = []
-    for start in range(0, len(ordered), batch_size):
-        part = ordered[start : start + batch_size]
-        length = len(part[-1]["input_ids"])
-        padded = [
-            [list(row[key]) + [value] * (length - len(row[key])) for row in part]
-            for key, value in (("input_ids", 0), ("labels", IGNORED))
-        ]
-        out.append((torch.tensor(padded[0], device=device), torch.tensor(padded[1], device=device)))
+    for indices in length_sorted_batches([len(row["input_ids"]) for row in rows], batch_size):
+        ids, labels = ([rows[i][key] for i in indices] for key in ("input_ids", "labels"))
+        out.append((pad(ids, 0, device)[0], pad(labels, IGNORED, device)[0]))
     return out
 
 
 def num_targets(batch: Batch) -> int:
     """Number of tokens of a batch that have a loss."""
     return int((batch[1][:, 1:] != IGNORED).sum())
-
-
-def loss_sum(model, batch: Batch) -> Tensor:
-    """Sum of the negative log-likelihood of a batch's supervised tokens, in nats; a scalar with a gradient."""
-    logits_BTV = model(input_ids=batch[0], use_cache=False).logits[:, :-1]
-    targets = batch[1][:, 1:].flatten()
-    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
-
-
-@torch.no_grad()
-def mean_loss(model, batches: Iterable[Batch]) -> float:
-    """Mean negative log-likelihood over all supervised tokens of the batches, in nats per token."""
-    sums = [(float(loss_sum(model, batch)), num_targets(batch)) for batch in batches]
-    return sum(total for total, _ in sums) / sum(count for _, count in sums)
 
 
 def count_parameters(source: str) -> tuple[int, int]:

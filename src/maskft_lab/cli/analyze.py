@@ -42,9 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     more = parser.add_argument_group("one analysis each")
     more.add_argument("--grid", type=int, default=21, help="landscape: points of an axis (default: 21)")
     more.add_argument("--num_probes", type=int, default=16, help="curvature: random vectors per trace (default: 16)")
-    more.add_argument("--num_eigenvalues", type=int, default=1, help="curvature: largest ones (default: 1)")
-    more.add_argument("--bits", default="8,16", help="bound: bits of a weight (default: 8,16)")
-    more.add_argument("--delta", type=float, default=0.05, help="bound: probability of failure, 0 to 1 (default: 0.05)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..analysis.runs import read_study
 
-    for name in ("num_rows", "batch_size", "num_probes", "num_eigenvalues"):
+    for name in ("num_rows", "batch_size", "num_probes"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; give 1 or more")
     wanted = [name.strip() for name in (args.what or ",".join(_ANALYSES)).split(",") if name.strip()]
@@ -90,19 +87,15 @@ def _of_files(args, runs, file: Path) -> None:
 
 
 def _bound(args, runs, file: Path) -> None:
-    from ..analysis.bound import Setting, analyse_bound, stable_training_loss
+    from ..analysis.bound import analyse_bound, stable_training_loss
     from ..analysis.losses import count_parameters
     from ..analysis.runs import BEST, find_mask, full_run
 
     mask = find_mask(runs, args.mask)
     full = full_run(mask, runs)
     losses = tuple(stable_training_loss(run.history, run.summary["best_step"]) for run in (full, mask))
-    bits = [float(each) if each.strip().isdecimal() else 0.0 for each in args.bits.split(",")]
-    if min(bits) < 1:
-        raise UserError(f"--bits is {args.bits}; give whole numbers from 1 on, separated by commas, such as 8,16")
-    num_weights, vocab_size = count_parameters(full.models[BEST])
-    setting = Setting(mask.data.get("train"), vocab_size, args.delta)
-    analyse_bound(file, mask.models[BEST], losses, num_weights, bits, setting)
+    size = count_parameters(full.models[BEST])
+    analyse_bound(file, mask.models[BEST], losses, size, mask.data.get("train"))
 
 
 def _masks(args, runs, file: Path) -> None:
@@ -135,14 +128,13 @@ def _landscape(args, runs, file: Path) -> None:
 
 
 def _curvature(args, runs, file: Path) -> None:
-    from ..analysis.curvature import Probing, analyse_curvature
+    from ..analysis.curvature import analyse_curvature
     from ..analysis.points import Point
     from ..analysis.runs import BEST, find_mask, start_model
 
     mask = find_mask(runs, args.mask)
     point, others = Point(start_model(mask, runs), mask.models[BEST]), _against(args, runs, mask)
-    probing = Probing(args.num_probes, args.num_eigenvalues)
-    analyse_curvature(file, point, _rows(args, mask)["train"], others, probing, _sampling(args))
+    analyse_curvature(file, point, _rows(args, mask)["train"], others, args.num_probes, _sampling(args))
 
 
 def _against(args, runs, mask) -> dict:

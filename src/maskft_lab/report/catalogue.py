@@ -20,7 +20,7 @@ from .fig_cost import cost_chart
 from .fig_curves import curves_chart
 from .fig_gain import gain_chart
 from .fig_landscape import plane_chart
-from .fig_masks import agreement_chart, heads_chart, magnitudes_chart, mean_heads_chart, modules_chart
+from .fig_masks import agreement_chart, heads_chart, magnitudes_chart, mean_heads_chart
 from .fig_theory import bound_chart, curvature_chart
 from .fig_verdict import verdict_chart
 
@@ -86,7 +86,6 @@ FIGURES = (
     Figure(
         "fig14_heads_mean", "masks", "Share removed by head, over layers", mean_heads_chart, f"{_ANALYZE}masks", (14,)
     ),
-    Figure("masks_modules", "masks", "Share removed by matrix", modules_chart, f"{_ANALYZE}masks"),
     Figure("masks_magnitude", "masks", "Share removed by magnitude", magnitudes_chart, f"{_ANALYZE}masks"),
     Figure("masks_agreement", "masks", "Agreement of masks against chance", agreement_chart, f"{_ANALYZE}masks"),
     Figure("fig05_12_landscape", "landscape", "Loss landscape", plane_chart, f"{_ANALYZE}landscape", (5, 12)),

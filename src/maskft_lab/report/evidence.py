@@ -48,7 +48,6 @@ class Evidence:
         notes: What the reader must know besides.
         methods: Name of a model -> its method, and whether others start from it (or it from nothing).
         accounts: Rows of the study's summary: run, role, steps, epochs, tokens.
-        analysis: Folder of the files of ``maskft analyze``.
     """
 
     folder: Path
@@ -60,7 +59,6 @@ class Evidence:
     notes: list[str] = field(default_factory=list)
     methods: dict[str, tuple[str | None, bool]] = field(default_factory=dict)
     accounts: list[dict] = field(default_factory=list)
-    analysis: Path = Path()
 
     @property
     def place(self) -> str:
@@ -100,11 +98,11 @@ class Evidence:
                 return _OF_FILES[what](self.runs)
             except UserError as error:
                 raise NotComputed(str(error)) from error
-        file = self.analysis / f"{what}.json"
+        file = self.folder / files.ANALYSIS / f"{what}.json"
         if not file.is_file():
             is_published = not any(run.models for run in self.runs)
             where = "published results hold no models, so it is made where the study ran"
-            raise NotComputed(where if is_published else f"there is no {self.analysis.name}/{what}.json")
+            raise NotComputed(where if is_published else f"there is no {files.ANALYSIS}/{what}.json")
         return read_record(file)
 
 
@@ -114,7 +112,6 @@ def gather(
     base: str | None = None,
     study_name: str | None = None,
     baseline: str | None = None,
-    analysis: str | Path | None = None,
 ) -> Evidence:
     """Read a study's folder, or a folder of published results.
 
@@ -123,7 +120,6 @@ def gather(
         base: The base model whose runs are meant, where there are several.
         study_name: The study that is meant, where several share the folder.
         baseline: Compare with this model instead of the study's baseline.
-        analysis: Folder of the files of ``maskft analyze``. Default: ``analysis`` in the folder.
 
     Raises:
         UserError: If there is nothing to report, or results do not fit each other.
@@ -133,7 +129,6 @@ def gather(
     name, summary = _summary(folder, study_name, runs[0].base)
     results = [result for run in runs for result in run.results.values()]
     evidence = Evidence(folder, name, runs[0].base, runs, results, accounts=summary.get("runs", []))
-    evidence.analysis = Path(analysis) if analysis else folder / files.ANALYSIS
     _check_summary(evidence)
     evidence.accounts = [*evidence.accounts, *_accounts_of(evidence)]
     starts = {run.start for run in runs} | {run.id for run in runs if run.start is None}

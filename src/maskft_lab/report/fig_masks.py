@@ -86,34 +86,6 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
     return Chart(text, panels, Table(("mask", "head", "share removed"), rows), [*entries.values(), band])
 
 
-def modules_chart(evidence: Evidence) -> Chart:
-    """Share removed of every masked matrix; of one top-k per matrix all shares are equal, and there is none."""
-    by_module = {name: mask["by_module"] for name, mask in _masks(evidence).items()}
-    if all(max(shares.values()) - min(shares.values()) < 0.01 * max(shares.values()) for shares in by_module.values()):
-        raise NotComputed("each of these masks removes the same share of all its matrices")
-    return shares_chart(by_module)
-
-
-def shares_chart(by_module: Mapping[str, Mapping[str, float]]) -> Chart:
-    """Share removed of every matrix, layers down, kinds across; a map per mask."""
-    values = [share for shares in by_module.values() for share in shares.values()]
-    low, high = min(values), max(values)
-
-    def draw(axes: Axes, shares: Mapping[str, float]) -> None:
-        layers, kinds, grid = module_grid(shares)
-        image = axes.imshow(100 * grid, aspect="auto", vmin=100 * low, vmax=100 * high)
-        axes.figure.colorbar(image, ax=axes, format="%.3g", label="% removed").outline.set_visible(False)
-        axes.set_xticks(range(len(kinds)), [kind.removesuffix("_proj") for kind in kinds])
-        axes.set_yticks(range(len(layers)), layers)
-        axes.set_ylabel("layer")
-        axes.grid(False)
-
-    rows = [(name, module, number(share)) for name, shares in by_module.items() for module, share in shares.items()]
-    panels = [Panel(name, partial(draw, shares=shares)) for name, shares in by_module.items()]
-    text = "Percent of the weights of each matrix that is removed."
-    return Chart(text, panels, Table(("mask", "matrix", "share removed"), rows))
-
-
 def magnitudes_chart(evidence: Evidence) -> Chart:
     """Share removed of each tenth of the weights by magnitude, mean over matrices."""
     masks = _masks(evidence)
@@ -183,17 +155,6 @@ def agreement_chart(evidence: Evidence) -> Chart:
     return Chart(text, [Panel("Agreement", draw, True, 0.8 + ROW_HEIGHT * len(shown))], Table(columns, rows), entries)
 
 
-def module_grid(shares: Mapping[str, float]) -> tuple[list[str], list[str], np.ndarray]:
-    """Layers, kinds of matrices, and the shares, (layers, kinds), NaN where a layer has no such matrix."""
-    places = {module: (_layer(module), module.rpartition(".")[2]) for module in shares}
-    layers = list(dict.fromkeys(layer for layer, _ in places.values()))
-    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
-    grid = np.full((len(layers), len(kinds)), np.nan)
-    for module, (layer, kind) in places.items():
-        grid[layers.index(layer), kinds.index(kind)] = shares[module]
-    return layers, kinds, grid
-
-
 def _masks(evidence: Evidence) -> dict[str, Mapping]:
     """The first learned masks in the order of the verdict, by name and seed; other masks where none is learned."""
     masks, names = evidence.record("masks")["masks"], _names(evidence)
@@ -225,10 +186,6 @@ def _chance(mask: Mapping) -> float:
     """Standard deviation of a head's share, mean over layers, at random places."""
     layers = [mask["by_head_chance"][layer] for layer in _heads(mask)]
     return float(np.sqrt(np.sum(np.square(layers))) / len(layers))
-
-
-def _layer(module: str) -> str:
-    return next((part for part in module.split(".") if part.isdigit()), "other")
 
 
 def _percent(mask: Mapping) -> str:

@@ -31,7 +31,7 @@ def curvature_chart(evidence: Evidence) -> Chart:
 
     def eigenvalues(axes: Axes) -> None:
         found = {name: each["largest"] for name, each in hessians.items()}
-        _bars(axes, {n: (each["eigenvalues"][0], (each["stderr_rows"] or [0.0])[0]) for n, each in found.items()})
+        _bars(axes, {name: (each["eigenvalue"], each["stderr_rows"] or 0.0) for name, each in found.items()})
 
     rows = [
         (
@@ -39,7 +39,7 @@ def curvature_chart(evidence: Evidence) -> Chart:
             number(each["trace"]),
             number(each["stderr_probes"]),
             number(each["stderr_rows"]),
-            number(each["largest"]["eigenvalues"][0]),
+            number(each["largest"]["eigenvalue"]),
             number(each["largest"]["smallest"]),
         )
         for text, each in hessians.items()
