@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 
 from maskft_lab.cli.main import main
 from maskft_lab.report.catalogue import draw_figures, select_figures
-from maskft_lab.report.evidence import CURVE, gather
+from maskft_lab.report.evidence import gather
 from maskft_lab.report.fig_gain import Curve, Point, chart_of, curve_of_record, curves_of, frontier
 
 RESULTS = Path(__file__).parents[2] / "results"
-RECORD = json.loads((Path(__file__).parent / CURVE).read_text())
+RECORD = json.loads((Path(__file__).parent / "curve.json").read_text())
 
 
 def axes_of(panel):
@@ -32,7 +32,7 @@ def study(tmp_path):
     """A published study with a file of paths beside its summary."""
     folder = tmp_path / "study"
     shutil.copytree(RESULTS / "smollm2-sums-deletion", folder)
-    (folder / CURVE).write_text(json.dumps(RECORD))
+    (folder / "curve-sums-instructions.json").write_text(json.dumps(RECORD))
     return folder
 
 
@@ -99,6 +99,16 @@ def test_files_light_and_dark_and_the_layout_of_peft(study, tmp_path):
     assert first["run_info"]["experiment_name"] == "LoRA r 16/rate 1e-3 step 24"
     assert first["train_info"]["metrics"][-1]["forgetting"] == 0.204
     assert first["train_info"]["file_size"] == 3686400 and first["meta_info"]["dataset_info"]["task"] == "sums"
+
+
+def test_chosen_points_on_test_rows_stand_beside_the_paths_and_not_on_the_line():
+    path = [Point("a", "a", f"step {n}", 10.0 * n, 0.1 * n, rows="held-out") for n in (1, 2, 3)]
+    chosen = Point("a", "a", "step 2", 60.0, 0.05, (55.0, 65.0), (0.04, 0.06), num_seeds=5)
+    curve = Curve("t", "p", "base", [*path, chosen])
+    assert frontier(curve.points) == path
+    lines = lines_of(axes_of(chart_of([curve]).panels[0]))
+    assert [(p.forgotten, p.gained) for p in path] in lines and [(0.05, 60.0)] in lines
+    assert [(0.05, 55.0), (0.05, 65.0)] in lines
 
 
 def test_a_study_without_paths_shows_its_methods_beside_the_pretrained_model():

@@ -21,7 +21,7 @@ from ..results.compare import compare
 from ..results.comparison import Comparison, Difference, Settings
 from ..results.schema import Result
 
-CURVE = "curve.json"  # beside the summary: means of every method's rates, checkpoints and scales
+CURVES = "curve*.json"  # beside the summary, one for each probe: every method's rates, checkpoints and scales
 # Analyses that read files only are made anew for each report; the others need models and are read as they were written.
 _OF_FILES: dict[str, Callable[[Sequence[TrainedRun]], dict]] = {
     "curves": curves_of,

@@ -17,7 +17,7 @@ from ..results.comparison import Comparison, Difference, Settings
 from ..results.schema import BEFORE
 from ..results.text import Table
 from .charts import COLOURS, PAGE, Chart, Entry, Panel, plain
-from .evidence import CURVE, Evidence, NotComputed
+from .evidence import CURVES, Evidence, NotComputed
 from .fig_verdict import has_interval
 from .methods import number, series_looks
 
@@ -42,7 +42,8 @@ class Point:
         forgotten_ends: The same.
         num_bytes: Size of what is stored of it, where that is known.
         num_seeds: Over which the means are.
-        score: The test measure itself, in its own unit.
+        score: The measure itself, in its own unit.
+        rows: On which it was measured: ``held-out`` of a path, of which some are chosen, ``test`` of chosen ones.
     """
 
     method: str
@@ -55,6 +56,7 @@ class Point:
     num_bytes: int | None = None
     num_seeds: int = 1
     score: float | None = None
+    rows: str = "test"
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,13 @@ class Curve:
 
 
 def curves_of(evidence: Evidence) -> list[Curve]:
-    """The curve that a study has written, else one of its comparison, against the pre-trained model where it has that.
+    """The curves that a study has written, else one of its comparison, against the pre-trained model where it has that.
 
     Raises:
         NotComputed: If the study measures no earlier abilities.
     """
-    file = evidence.folder / CURVE
-    if file.is_file():
-        return [curve_of_record(read_json(file))]
+    if written := sorted(evidence.folder.glob(CURVES)):
+        return [curve_of_record(read_json(file)) for file in written]
     comparison = evidence.comparison
     curves = curves_of_comparison(comparison) if comparison else []
     if comparison is None or not curves:
@@ -90,7 +91,7 @@ def curves_of(evidence: Evidence) -> list[Curve]:
 
 
 def curve_of_record(record: Mapping[str, Any]) -> Curve:
-    """The curve of a ``curve.json``: means of every method's rates, checkpoints and scales."""
+    """The curve of a file that a study has written: every method's rates, checkpoints and scales."""
     points = [
         Point(
             each["method"],
@@ -103,6 +104,7 @@ def curve_of_record(record: Mapping[str, Any]) -> Curve:
             each.get("num_bytes"),
             each.get("num_seeds", 1),
             each.get("accuracy"),
+            each.get("rows", "held-out"),
         )
         for each in record["points"]
     ]
@@ -142,11 +144,22 @@ def chart_of(curves: Sequence[Curve]) -> Chart:
         Panel(f"{curve.task}, against {curve.against}", partial(_draw, curve=curve, looks=looks), True, 3.6)
         for curve in curves
     ]
-    columns = ("method", "where on its path", "gained", "simultaneous", "forgotten", "simultaneous", "bytes", "seeds")
+    columns = (
+        "method",
+        "where on its path",
+        "rows",
+        "gained",
+        "simultaneous",
+        "forgotten",
+        "simultaneous",
+        "bytes",
+        "seeds",
+    )
     rows = [
         (
             point.method,
             " ".join(filter(None, (point.path if point.path != point.method else "", point.label))),
+            point.rows,
             f"{number(point.gained)} {curve.units[0]}",
             _ends_text(point.gained_ends),
             f"{number(point.forgotten)} {curve.units[1]}",
@@ -161,17 +174,26 @@ def chart_of(curves: Sequence[Curve]) -> Chart:
     text = (
         "Up is gained, left is kept: the best corner is the upper left. The black line joins the points that no other "
         "beats on both axes, beginning at the model before training; all others are pale, and thin lines are the path "
-        "of one run or of one checkpoint's scales. Bars are simultaneous 95 % intervals, of two seeds none. What lies "
-        "off scale is an arrow with its number."
+        "of one run or of one checkpoint's scales, on held-out rows. Chosen points are on test rows, with simultaneous "
+        "95 % intervals (of two seeds none). What lies off scale is an arrow with its number."
     )
     entries = [Entry("not beaten on both axes", "ink", "-"), *looks.values()]
     return Chart(text, panels, Table(columns, rows), entries, PAGE, records=records)
 
 
+def is_chosen(curve: Curve, point: Point) -> bool:
+    """Whether a point is one of those that were chosen from paths, and measured on the test rows."""
+    return point.rows == "test" and any(other.rows == "held-out" for other in curve.points)
+
+
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """Points that no other beats on both axes, by what they forget."""
+    """Points that no other beats on both axes, by what they forget.
+
+    Of paths, where there are any: all of them are measured on the same rows.
+    """
     best: list[Point] = []
-    for point in sorted(points, key=lambda each: (each.forgotten, -each.gained)):
+    paths = [point for point in points if point.rows == "held-out"]
+    for point in sorted(paths or points, key=lambda each: (each.forgotten, -each.gained)):
         if point.gained > (best[-1].gained if best else 0.0):
             best.append(point)
     return best
@@ -181,7 +203,7 @@ def peft_records(curve: Curve) -> list[dict[str, Any]]:
     """Every point as a result of PEFT's method comparison, which gives accuracies as fractions."""
     records = []
     for point in curve.points:
-        measured = {"test accuracy": point.score, "points gained": point.gained, "forgetting": point.forgotten}
+        measured = {f"{point.rows} accuracy": point.score, "points gained": point.gained, "forgetting": point.forgotten}
         name = " ".join(filter(None, (point.path if point.path != point.method else "", point.label)))
         about = {"name": curve.against}
         records.append(
@@ -200,13 +222,15 @@ def _draw(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
     most = max(point.gained for point in curve.points)
     useful = [abs(point.forgotten) for point in curve.points if point.gained >= most / 2]
     near = _SHOWN * float(np.median(useful))
-    shown = [point for point in curve.points if point in best or abs(point.forgotten) <= near]
+    shown = [
+        point for point in curve.points if point in best or is_chosen(curve, point) or abs(point.forgotten) <= near
+    ]
     left, right = _limits([p.forgotten for p in shown], [end for p in shown for end in p.forgotten_ends or ()])
     bottom, top = _limits([p.gained for p in shown], [end for p in shown for end in p.gained_ends or ()])
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
     paths: dict[tuple[str, str], list[Point]] = {}
-    for point in curve.points:
+    for point in (each for each in curve.points if not is_chosen(curve, each)):
         paths.setdefault((point.method, point.path), []).append(point)
     for (method, _), members in paths.items():
         if len(members) == 1:
@@ -219,7 +243,7 @@ def _draw(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
         look = looks[point.method]
         colour, is_best = COLOURS[look.colour], (point.forgotten, point.gained) in places
         x, y = min(max(point.forgotten, left), right), min(max(point.gained, bottom), top)
-        is_strong = is_best or point.gained_ends or point.forgotten_ends
+        is_strong = is_best or point.gained_ends or point.forgotten_ends or is_chosen(curve, point)
         style: dict[str, Any] = {"color": colour, "marker": look.marker, "linestyle": "none", "clip_on": False}
         axes.plot(x, y, **style, alpha=1.0 if is_strong else _PALE, markersize=5.5 if is_strong else 4, zorder=3)
         for ends, along in ((point.forgotten_ends, "x"), (point.gained_ends, "y")):
