@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from maskft.data.arguments import DataArguments
 from maskft_base.errors import UserError, first_line
 
 from ..evaluation.arguments import ALPACA_EVAL, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments, check_used
 from .options import add_options, read_options
 
+if TYPE_CHECKING:
+    from maskft.data.arguments import DataArguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``maskft evaluate``."""
+    from maskft.data.arguments import DataArguments
+
     add_options(parser, EvaluationArguments)
     data = parser.add_argument_group(
         "held-out data",
@@ -28,6 +33,8 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
     Raises:
         UserError: For numbers out of range, and for options that would be ignored.
     """
+    from maskft.data.arguments import DataArguments
+
     options, data = read_options(EvaluationArguments, args), read_options(DataArguments, args)
     if not options.output_dir:
         raise UserError("output_dir is missing; name a folder for the results with --output_dir")

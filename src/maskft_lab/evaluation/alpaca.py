@@ -18,7 +18,7 @@ from pydantic import BaseModel, RootModel
 
 from maskft.data import prompt_ids
 from maskft_base import files
-from maskft_base.errors import UserError, did_you_mean, first_line
+from maskft_base.errors import UserError, did_you_mean, first_line, install_hint
 
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
 from .arguments import ALPACA_EVAL, EvaluationArguments
@@ -82,9 +82,7 @@ def load_alpaca(options: EvaluationArguments) -> AlpacaEval:
         raise UserError(f"{path}: the list is empty; give at least one object")
     if annotator is not None:
         if importlib.util.find_spec("alpaca_eval") is None:
-            raise UserError(
-                "alpaca_annotator is given and alpaca_eval is not installed; run: pip install 'maskft[alpaca]'"
-            )
+            raise UserError(f"alpaca_annotator needs alpaca_eval, which is not installed; {install_hint('alpaca')}")
         from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
 
         known = [folder.name for folder in EVALUATORS_CONFIG_DIR.iterdir() if folder.is_dir()]

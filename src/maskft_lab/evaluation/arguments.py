@@ -1,13 +1,15 @@
-"""Options of ``maskft evaluate``; imports neither torch nor lm-eval, so that ``--help`` is fast."""
+"""Options of ``maskft evaluate``; imports neither torch nor lm-eval."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from maskft.data.arguments import DataArguments
 from maskft_base.errors import UserError
+
+if TYPE_CHECKING:
+    from maskft.data.arguments import DataArguments
 
 HELDOUT, ALPACA_EVAL = "heldout", "alpaca_eval"  # tasks that are not lm-eval's
 
@@ -71,7 +73,7 @@ class EvaluationArguments:
     overwrite: bool = _option("replace an existing result.json, drop its journal", False)
     tasks: str = _option(
         "separated by commas: gsm8k, minerva_math, humaneval, humaneval_plus, ifeval, alpaca_eval, heldout, or any "
-        "other task of lm-eval; all but heldout need: pip install 'maskft[eval]'",
+        "other task of lm-eval; all but heldout need the extra `eval`",
         HELDOUT,
     )
     data_dir: str | None = _option(
@@ -114,7 +116,7 @@ class EvaluationArguments:
         of="task alpaca_eval",
     )
     alpaca_annotator: str | None = _option(
-        "which judge, an annotator of alpaca_eval or a file in its format; needs: pip install 'maskft[alpaca]' "
+        "which judge, an annotator of alpaca_eval or a file in its format; needs the extra `alpaca` "
         "(default: the answers are written and not judged)",
         of="task alpaca_eval",
     )

@@ -18,7 +18,7 @@ import datasets
 
 from maskft.data.registry import MATH_SUBJECTS
 from maskft.data.sources import read_file
-from maskft_base.errors import UserError, first_line
+from maskft_base.errors import UserError, first_line, install_hint
 from maskft_base.files import parse_json
 
 ENDINGS = r"\.(jsonl|jsonl\.gz|json|json\.gz|parquet)"
@@ -92,7 +92,7 @@ def _prepare_ifeval(docs: datasets.Dataset, data_dir: str | Path | None) -> None
         import langdetect
         import nltk
     except ImportError as error:
-        raise UserError(f"task ifeval lacks a package ({error}); run: pip install 'maskft[eval]'") from error
+        raise UserError(f"task ifeval lacks a package ({error}); {install_hint('eval')}") from error
 
     with without_nltk_downloads():
         from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT

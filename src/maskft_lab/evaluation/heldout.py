@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from maskft.data import PROCEDURAL_PREFIX, load_examples, load_splits, prompt_ids, prompt_of, tokenize_example
 from maskft.data.answers import check_answer
@@ -101,21 +101,28 @@ def evaluate_rows(
         raise UserError(f"no item has a supervised token within max_length={options.max_length}; raise it")
     if len(kept) < len(items):
         notes.append(f"{len(items) - len(kept)} of {len(items)} items have {where} and count in no metric")
-    record = build_task(
-        kept,
-        {name: metric_from_items(kept, name) for name in ("nll", "accuracy") if name in kept[0]},
-        version=TASK_VERSION,
-        num_fewshot=0,
-        fingerprint=items_fingerprint(
-            {"id": str(row["id"]), "prompt": ids["input_ids"], "reference": row.get("answer")}
-            for row, ids in zip(rows, tokenized, strict=True)
-        ),
-        chat_template_hash=chat_template_hash(tokenizer),
-    )
-    record["data_sha256"] = data_sha256(rows)
+    metrics = {name: metric_from_items(kept, name) for name in ("nll", "accuracy") if name in kept[0]}
+    asked = zip(rows, (ids["input_ids"] for ids in tokenized), strict=True)
+    record = _record(kept, metrics, asked, tokenizer) | {"data_sha256": data_sha256(rows)}
     if generate:
         record["generation_kwargs"] = {"max_gen_toks": options.max_new_tokens}
     return record | ({"note": ". ".join(filter(None, notes))} if any(notes) else {})
+
+
+def _record(items: list[dict], metrics: dict, asked: Iterable[tuple[dict, list[int]]], tokenizer) -> dict:
+    """A task record of items that were ``asked`` (rows and tokens)."""
+    return dict(
+        build_task(
+            items,
+            metrics,
+            version=TASK_VERSION,
+            num_fewshot=0,
+            fingerprint=items_fingerprint(
+                {"id": str(row["id"]), "prompt": ids, "reference": row.get("answer")} for row, ids in asked
+            ),
+            chat_template_hash=chat_template_hash(tokenizer),
+        )
+    )
 
 
 def evaluate_kl(
@@ -137,41 +144,20 @@ def evaluate_kl(
     values = [0.0] * len(rows)
     for indices in length_sorted_batches([len(ids) for ids in prompts], MAX_LOSS_BATCH_SIZE):
         ids_BT, mask_BT = pad([prompts[i] for i in indices], tokenizer.pad_token_id or 0, model.device)
-        with weights_of(model, before):
-            of_before = _log_probs(model, ids_BT, mask_BT)
-        kl_BT = (of_before.exp() * (of_before - _log_probs(model, ids_BT, mask_BT))).sum(-1) * mask_BT
+        of_before = _log_probs(model, before, ids_BT, mask_BT)
+        kl_BT = (of_before.exp() * (of_before - _log_probs(model, {}, ids_BT, mask_BT))).sum(-1) * mask_BT
         for index, value in zip(indices, kl_BT.sum(1) / mask_BT.sum(1), strict=True):
             values[index] = float(value)
     items = [{"id": str(row["id"]), "kl": value} for row, value in zip(rows, values, strict=True)]
-    record = build_task(
-        items,
-        {"kl": metric_from_items(items, "kl", unit="nats", higher_is_better=False)},
-        version=TASK_VERSION,
-        num_fewshot=0,
-        fingerprint=items_fingerprint(
-            {"id": item["id"], "prompt": ids, "reference": None} for item, ids in zip(items, prompts, strict=True)
-        ),
-        chat_template_hash=chat_template_hash(tokenizer),
-    )
-    return {**record, "data_sha256": data_sha256(rows)}
+    metrics = {"kl": metric_from_items(items, "kl", unit="nats", higher_is_better=False)}
+    return _record(items, metrics, zip(items, prompts, strict=True), tokenizer) | {"data_sha256": data_sha256(rows)}
 
 
 @torch.inference_mode()
-def _log_probs(model, ids_BT, mask_BT) -> torch.Tensor:
-    return model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits.float().log_softmax(-1)
-
-
-@contextmanager
-def weights_of(model, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Within, the model computes with other weights of its shape; nothing is copied."""
-    own = {name: parameter.data for name, parameter in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        parameter.data = weights[name]
-    try:
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.data = own[name]
+def _log_probs(model, weights: Mapping[str, torch.Tensor], ids_BT, mask_BT) -> torch.Tensor:
+    """Of each next token; ``weights`` stand in the place of the model's own of their names."""
+    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False}
+    return functional_call(model, dict(weights), kwargs=inputs).logits.float().log_softmax(-1)
 
 
 def _question(row: dict) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from maskft_base.errors import UserError, did_you_mean, first_line
+from maskft_base.errors import UserError, did_you_mean, first_line, install_hint
 from maskft_base.runtime import Progress
 
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
@@ -46,9 +46,7 @@ def check_names(names: Sequence[str], include_path: str | None = None) -> None:
     if not names:
         return
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            f"task {names[0]} is scored by lm-eval, which is not installed; run: pip install 'maskft[eval]'"
-        )
+        raise UserError(f"task {names[0]} is scored by lm-eval, which is not installed; {install_hint('eval')}")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if include_path is not None and not Path(include_path).expanduser().is_dir():
         raise UserError(f"include_path {include_path!r} is not a folder; name one with lm-eval task YAMLs")
@@ -193,7 +191,7 @@ def _build(name: str, docs, allow_unconfined: bool):
                 Path(lm_eval.tasks.__file__).parent / benchmark.config, resolve_func=benchmark.program is None
             )
     except (ImportError, AssertionError) as error:
-        raise UserError(f"task {name} lacks a package ({error}); run: pip install 'maskft[eval]'") from error
+        raise UserError(f"task {name} lacks a package ({error}); {install_hint('eval')}") from error
     config |= {
         "task": name,
         "custom_dataset": lambda **_: {"test": docs},
