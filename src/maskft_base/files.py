@@ -56,6 +56,7 @@ LOG = "log.txt"
 LOCK = "study.lock"
 SUMMARY = "summary-{}.json"  # of the study of this name; several may share a folder
 STUDY_TABLE = "table-{}.md"
+CURVE = "curve-{}-{}.json"  # gain against forgetting, of a study and a probe
 
 
 # Bounds on what comes from elsewhere. The history of a long training has some MB; data and results pack to a third or a

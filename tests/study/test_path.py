@@ -58,6 +58,8 @@ def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(study, tmp_
     content = yaml.safe_load(study.read_text())
     content["path"]["choose"] = {"forgetting_at_most": 1.0e-3}
     content["methods"]["random"] = {"method": "random_mask", "match": "mask"}
+    content["evaluation"]["before"] = {"text": content["evaluation"]["heldout"]}
+    content["baseline"] = "base"
     del content["methods"]["full"]
     out = tmp_path / "study"
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(out)]) == 0
@@ -75,6 +77,19 @@ def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(study, tmp_
         assert each["point"] == {key: best[key] for key in ("checkpoint", "scale")} == results[name]["study"]["point"]
         assert results[name]["model"]["scale"] == best["scale"]
     assert results["base"]["model"]["adapter"] is None and "point" not in results["random"]["study"]
+    curve = json.loads((out / files.CURVE.format("small", "text")).read_text())
+    assert [p["is_chosen"] for p in curve["points"]] == [False] * 6 + [True] * 3
+    for name, each in tuning.items():
+        of_path, (chosen,) = (
+            [p for p in curve["points"] if p["method"] == name and p["is_chosen"] == which] for which in (False, True)
+        )
+        assert [p["nats_forgotten"] for p in of_path] == pytest.approx([p["forgetting"] for p in each["points"]])
+        low, high = chosen["nats_forgotten_interval"]
+        assert low <= chosen["nats_forgotten"] <= high
+    stored = {p["method"]: p["num_bytes"] for p in curve["points"] if p["is_chosen"]}
+    assert (
+        stored["LoRA"] == 2 * 2 * 3 * (4 * 32 + 2 * (32 + 16) + 3 * (32 + 48)) and 0 < stored["mask"] < stored["LoRA"]
+    )
     assert "is the best of 3 on held-out rows" in capsys.readouterr().out.replace("\n  ", " ")
 
 

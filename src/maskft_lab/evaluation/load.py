@@ -10,13 +10,24 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
 
-from maskft.adapter.mask_set import read_config
+from maskft.adapter.mask_set import MaskSet, read_config
 from maskft.adapter.merge import adapter_tokenizer, one_line
 from maskft.data.tokenizing import tokenizer_rules
 from maskft.models import base_of, check_model_source, check_tokenizer_fits, load_model, load_tokenizer
+from maskft.training.method_arguments import MASK_METHODS
+from maskft.tuner.codec import encode_mask
 from maskft_base.errors import UserError, first_line
-from maskft_base.files import ADAPTER_CONFIG, TRAINING, digest, digest_tensors, holds_adapter, read_json
+from maskft_base.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    TRAINING,
+    digest,
+    digest_tensors,
+    holds_adapter,
+    read_json,
+)
 
 from .arguments import EvaluationArguments
 
@@ -118,7 +129,7 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
         if change != NO_ADAPTER:
             sha256 = adapter_sha256(change) if holds_adapter(change) else digest_tensors(sorted(after.items()))
             identity = f"{fingerprint}+{scale}*{sha256}"
-            facts |= {"adapter": _portable(change), "adapter_sha256": sha256}
+            facts |= {"adapter": _portable(change), "adapter_sha256": sha256, "num_bytes": _stored_bytes(change, after)}
             facts |= _adapter_facts(change) if holds_adapter(change) else _training_facts(change)
             tokenizer = adapter_tokenizer(change, base_name, *template, revision=revision)
         facts["config_sha256"] = config_sha256(configuration, tokenizer)
@@ -142,6 +153,16 @@ def _changed(model, before: Mapping[str, torch.Tensor], change: str, dtype: str)
     if odd:
         raise UserError(f"change {change!r} is of another model: {odd} is not in both, or of another shape")
     return model, after
+
+
+def _stored_bytes(change: str, after: Mapping[str, torch.Tensor]) -> int:
+    """Bytes that have to be kept of what training changed: masks coded, all other numbers in bfloat16."""
+    if not holds_adapter(change):
+        return sum(2 * weight.numel() for weight in after.values())
+    if _adapter_facts(change)["method"] in MASK_METHODS:
+        return sum(encode_mask(mask).numel() for mask in MaskSet.from_adapter(change).values())
+    tensors = load_file(Path(change) / ADAPTER_WEIGHTS).values()
+    return sum(t.numel() * 2 if t.is_floating_point() else t.nbytes for t in tensors)
 
 
 def _weights(model) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ from maskft_base.runtime import environment
 from ..evaluation.arguments import HELDOUT, NOT_OF_HELDOUT_DATA
 from ..results.schema import BEFORE, DOMAINS, Result, read_result, write_result
 from .damage import damage_of_result, damage_of_run, is_whole_result, move_aside, written_files
-from .identity import data_hash, evaluation_id, evaluation_identity, short_digest
+from .identity import data_hash, evaluation_id, evaluation_identity, options_identity, short_digest
 from .plan import BEST, LAST, StudyRun
 from .process import command_words, run_command
 from .recipe import CURRENT_RATE, HOW, HOW_OF_HELDOUT, PRETRAINED, REVISION, Method, Recipe
@@ -138,11 +138,24 @@ class Study:
             return {}
         return {share: _checkpoint(self.run_folder(run), share * num_steps) for share, _ in self.points(run)}
 
+    def path_sets(self, run: StudyRun) -> dict[str, tuple[Path, dict]]:
+        """Set of rows -> folder of the results of all points of a run's path, and options of ``maskft evaluate``."""
+        assert self.recipe.path is not None
+        evaluation = self.recipe.evaluation
+        shared = {key: evaluation[key] for key in (*HOW, *HOW_OF_HELDOUT) if key in evaluation}
+        data = run.options or self.recipe.data[next(iter(self.recipe.data))].options  # the base model has none
+        sets = {
+            HELDOUT: shared | {key: value for key, value in data.items() if key in _OF_DATA}
+        } | self.recipe.path.before
+        # By content: what other rows have said of a point is another measurement.
+        folder = self.run_folder(run) / PATH
+        return {n: (folder / f"{n}-{short_digest(options_identity(options))}", options) for n, options in sets.items()}
+
     def path_results(self, run: StudyRun) -> dict[tuple[float, float], dict[str, Result]] | None:
         """Point -> set -> result of a run's path; None where one is missing."""
-        sets, out = [HELDOUT, *(self.recipe.path.before if self.recipe.path else ())], {}
+        sets, out = self.path_sets(run), {}
         for point in self.points(run):
-            places = {name: self.run_folder(run) / PATH / name / point_name(*point) / files.RESULT for name in sets}
+            places = {name: folder / point_name(*point) / files.RESULT for name, (folder, _) in sets.items()}
             if not all(map(is_whole_result, places.values())):
                 return None
             out[point] = {name: read_result(file) for name, file in places.items()}
@@ -226,15 +239,9 @@ def make(study: Study, run: StudyRun, tick: Tick = lambda: None) -> None:
 
 def _measure_path(study: Study, run: StudyRun, tick: Tick) -> None:
     """Measure every point of a run's path on its held-out rows and on earlier abilities."""
-    folder, recipe = study.run_folder(run), study.recipe
-    assert recipe.path is not None
     points, found = study.points(run), study.checkpoints(run)
     names = [point_name(*point) for point in points]
-    shared = {key: recipe.evaluation[key] for key in (*HOW, *HOW_OF_HELDOUT) if key in recipe.evaluation}
-    data = run.options or recipe.data[next(iter(recipe.data))].options  # the base model has no data of its own
-    of_data = {key: value for key, value in data.items() if key in _OF_DATA}
-    for name, options in ({HELDOUT: shared | of_data} | recipe.path.before).items():
-        target = folder / PATH / name
+    for target, options in study.path_sets(run).values():
         if all(is_whole_result(target / point / files.RESULT) for point in names):
             continue
         which = {
@@ -244,7 +251,7 @@ def _measure_path(study: Study, run: StudyRun, tick: Tick) -> None:
             "name": names,
             "output_dir": str(target if len(names) > 1 else target / names[0]),
         }
-        study.call([*PYTHON, "evaluate", *evaluation_words(which | options)], folder / files.LOG, tick)
+        study.call([*PYTHON, "evaluate", *evaluation_words(which | options)], study.run_folder(run) / files.LOG, tick)
 
 
 def _checkpoint(folder: Path, step: float) -> Path:

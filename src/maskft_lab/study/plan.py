@@ -289,7 +289,7 @@ class _Planner:
         if not found[0]:
             return tuned  # all of its runs failed
         best = choose(found[0], max(point.gain for points in found for point in points), path.choose)
-        return replace(tuned, winner=best.trial, point=best.point, points=found[0])
+        return replace(tuned, winner=best.trial, point=best.point, points=found[0], base=base_values)
 
     def tune(self, model: str, method: Method, axes: dict) -> Tuned:
         """:meth:`try_settings`, once."""

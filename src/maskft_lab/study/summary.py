@@ -16,6 +16,7 @@ from ..results.schema import Result, read_result
 from ..results.scores import scores
 from ..results.text import Table, draw, render, render_scores, wrap
 from .controls import length_of, sum_of_lengths
+from .curve import curves
 from .damage import is_whole_result
 from .execute import Study
 from .plan import BEST, LAST, Plan, StudyRun
@@ -47,9 +48,12 @@ def summarise(study: Study, plan: Plan, is_brief: bool = False) -> str:
         name = results[0]["study"]["model"]
         name = model if name in models else name  # two folders may have the same name
         results, notes = without_repeats(results, study.recipe.baseline)
-        text, table, record = _of_one_model(results, study.recipe)
-        notes += unchanged_notes(results)
         tunings = [tuned for tuned in plan.tunings if tuned.trials[0].runs[0].model == model and tuned.is_settled]
+        text, table, record = _of_one_model(results, study.recipe, tunings)
+        for probe, curve in record.pop("curves", {}).items():
+            file = study.folder / files.CURVE.format(study.recipe.name, probe)
+            write_text(file, json.dumps(curve, indent=1) + "\n")
+        notes += unchanged_notes(results)
         notes += [f"Tuned: {tuned}." for tuned in tunings]
         notes += more_tuned_than_controls(tunings, study.recipe.methods.values())
         notes += without_twin([run for run in plan.runs if run.model == model and run.labels], plan.defaults)
@@ -127,7 +131,7 @@ def without_twin(runs: Sequence[StudyRun], defaults: Mapping[str, Any]) -> list[
     return list(found.values())
 
 
-def _of_one_model(results: list[Result], recipe: Recipe) -> tuple[str, str, dict]:
+def _of_one_model(results: list[Result], recipe: Recipe, tunings: Sequence[Tuned]) -> tuple[str, str, dict]:
     """Tables for a terminal, tables in Markdown, record."""
     names = list(dict.fromkeys(result["name"] for result in results))
     runs = [_row(result) for result in results]
@@ -141,6 +145,9 @@ def _of_one_model(results: list[Result], recipe: Recipe) -> tuple[str, str, dict
     except UserError as error:  # measured, and not comparable: say so instead of losing the numbers
         return f"not compared: {error}\n", f"Not compared: {error}\n", {"runs": runs, "not_compared": str(error)}
     record = {"baseline": baseline, "runs": runs, "comparison": comparison.to_dict()}
+    base = next((tuned.base for tuned in tunings if tuned.points), None)
+    if base is not None:
+        record["curves"] = curves(tunings, results, comparison, base)
     return render(comparison, "terminal"), render(comparison, "markdown"), record
 
 
@@ -201,15 +208,20 @@ def unchanged_notes(results: list[Result]) -> list[str]:
 def _accounts(results: list[Result], num_tried: dict[str, int]) -> str:
     """Epochs and tokens of each model, its own and with what it was made from (paper, Tables 8 and 9).
 
-    Where anything was tuned, ``tuned`` counts the settings of which a model's are the best on held-out rows.
+    Where anything was tuned, ``tuned`` counts the settings of which a model's are the best on held-out rows. ``kB`` is
+    what has to be kept of a change: a mask coded, all other numbers in bfloat16.
     """
     columns = ("model", "seed", "best step", "epochs", "tokens", "epochs in all", "tokens in all")
-    is_tuned = any(num_tried.values())
+    is_tuned, has_sizes = any(num_tried.values()), any(result["model"].get("num_bytes") for result in results)
     rows = []
     for result in results:
         study = result["study"]
         step = f"{study['best_step']} of {study['num_steps']}" if study["num_steps"] else "–"
         counts = (f"{study[key]:{'.2f' if 'epochs' in key else '.3g'}}" for key in _ACCOUNTS)
         tried = [str(num_tried.get(result["name"]) or "–")] if is_tuned else []
+        size = result["model"].get("num_bytes")
+        tried += [f"{size / 1000:,.0f}" if size else "–"] if has_sizes else []
         rows.append((result["name"], str(result["model"]["seed"]), step, *counts, *tried))
-    return draw(Table((*columns, *(["tuned"] if is_tuned else [])), rows), "markdown").rstrip("\n")
+    return draw(
+        Table((*columns, *(["tuned"] if is_tuned else []), *(["kB"] if has_sizes else [])), rows), "markdown"
+    ).rstrip("\n")

@@ -147,6 +147,7 @@ class Tuned:
     still_gains: bool = False  # doubling ended at its limit, not because it gained too little
     point: Point | None = None  # that of the winner's path which `path.choose` takes
     points: list[ChosenFrom] = field(default_factory=list)
+    base: PointValues | None = None  # what the rows of the points say of the model before training
 
     @property
     def stage(self) -> int:
