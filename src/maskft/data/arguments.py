@@ -38,8 +38,9 @@ def check_sizes(args: DataArguments) -> None:
         raise UserError(f"eval_split_size is {size}; it must be a whole number of rows, or a fraction below 1")
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A field of arguments, with its help."""
+    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass
@@ -49,7 +50,7 @@ class DataArguments:
     ``completion_only_loss``, ``max_length``, ``dataset_text_field`` and ``data_seed`` are fields of ``trl.SFTConfig``.
     """
 
-    dataset_name: dict | str | None = _option(
+    dataset_name: dict | str | None = option(
         None,
         "Data to train on or, in maskft evaluate, to measure on: a local file (.jsonl, .json, .csv, .parquet, "
         ".jsonl.gz), a set of docs/datasets.md such as metamathqa, the name of a data set on the hub, or "
@@ -57,68 +58,68 @@ class DataArguments:
         "with a number of rows or a fraction of its rows in (0, 1]: metamathqa:40000,gsm8k:0.5. In a recipe, lines "
         "of `name: rows` as well.",
     )
-    data_dir: str | None = _option(
+    data_dir: str | None = option(
         None,
         "Folder with data files named like the sets, e.g. metamathqa.jsonl.gz, or as the hub names them. A set of "
         "docs/datasets.md that is not there is an error, not a download.",
     )
-    prepared_data_dir: str | None = _option(
+    prepared_data_dir: str | None = option(
         None,
         "Folder that keeps rows as they were read, split and tokenised, for later runs on the same files, tokenizer "
         "and lengths; a hub data set in it is not looked up again. Default: not kept.",
     )
-    prepare_only: bool = _option(
+    prepare_only: bool = option(
         False,
         "Fill prepared_data_dir and stop: read, check and (from the hub) download the data without loading a model.",
     )
-    dataset_streaming: bool = _option(
+    dataset_streaming: bool = option(
         False,
         "Read only as many rows of a hub data set as the mixture asks for, drawn from a buffer of 10,000 rows that "
         "moves along it, instead of downloading all.",
     )
-    deduplicate: bool = _option(False, "Leave out training rows that are exact copies of others, white space apart.")
-    contamination_sets: list | str | None = _option(
+    deduplicate: bool = option(False, "Leave out training rows that are exact copies of others, white space apart.")
+    contamination_sets: list | str | None = option(
         None,
         "Test sets to look for in the training rows (13 words in a row), separated by commas: gsm8k_test, math_test, "
         "humaneval, ifeval, alpaca_eval, or data files. What is found is printed and recorded.",
     )
-    drop_contaminated: bool = _option(False, "Leave out the training rows that contamination_sets are found in.")
-    dataset_config: str | None = _option(None, "Configuration of a hub data set, e.g. main for openai/gsm8k.")
-    dataset_train_split: str = _option("train", "Split of a hub data set to train on. A file is one split.")
-    eval_dataset_name: str | None = _option(
+    drop_contaminated: bool = option(False, "Leave out the training rows that contamination_sets are found in.")
+    dataset_config: str | None = option(None, "Configuration of a hub data set, e.g. main for openai/gsm8k.")
+    dataset_train_split: str = option("train", "Split of a hub data set to train on. A file is one split.")
+    eval_dataset_name: str | None = option(
         None, "Held-out data, named like dataset_name. Default: a part of the training data."
     )
-    dataset_eval_split: str | None = _option(
+    dataset_eval_split: str | None = option(
         None,
         "Split of the hub data set to hold out: of eval_dataset_name (default: test) or, without one, of dataset_name.",
     )
-    eval_split_size: float = _option(
+    eval_split_size: float = option(
         0.1,
         "Rows held out of the training data when there is no other held-out data: a count if >= 1, a fraction if in "
         "(0, 1). Which rows depends on the seed and on their prompts, not on their order.",
     )
-    split_seed: int = _option(
+    split_seed: int = option(
         0,
         "Seed of the held-out rows and of generated exercises. Keep it when only the training seed changes: runs are "
         "compared on the same held-out rows.",
     )
-    max_train_samples: int | None = _option(
+    max_train_samples: int | None = option(
         None, "Train on the first N rows only, after the held-out rows are taken out. Default: all."
     )
-    max_eval_samples: int | None = _option(None, "Evaluate on the first N held-out rows only. Default: all.")
-    as_chat: bool | None = _option(
+    max_eval_samples: int | None = option(None, "Evaluate on the first N held-out rows only. Default: all.")
+    as_chat: bool | None = option(
         None,
         "Put question/answer and instruction/output rows into the chat template (true) or into plain text 'Question: "
         "... Answer: ...' (false). Default: true when the tokenizer has a chat template. Generated arithmetic stays "
         "plain ('12 * 34 =') unless this is true.",
     )
-    procedural_options: dict | str | None = _option(
+    procedural_options: dict | str | None = option(
         None, 'Options of a reasoning-gym task, as JSON, e.g. \'{"min_digits": 2, "max_digits": 3}\'.'
     )
-    procedural_train_size: int = _option(
+    procedural_train_size: int = option(
         2000, "Exercises to generate for training, before those also held out are removed."
     )
-    procedural_eval_size: int = _option(500, "Exercises to generate for evaluation.")
+    procedural_eval_size: int = option(500, "Exercises to generate for evaluation.")
 
     def __post_init__(self):
         """Write a mixture and the test sets as one text each, and read ``procedural_options`` given as JSON text."""

@@ -1,5 +1,7 @@
 """What a run is configured by."""
 
+# ruff: noqa: RUF009 -- an option is a dataclasses.field
+
 from __future__ import annotations
 
 import copy
@@ -15,7 +17,7 @@ from trl import ModelConfig, SFTConfig
 
 from maskft_base.errors import UserError
 
-from ..data.arguments import DataArguments
+from ..data.arguments import DataArguments, option
 from ..tuner.config import DATA_STARTS
 from .method_arguments import MaskArguments, MethodArguments, default_start, removes_a_share
 
@@ -30,12 +32,10 @@ class TrainingArguments(SFTConfig):
     """TRL's SFTConfig with the defaults that Mask Fine-Tuning needs: held-out loss from step 0 on, best one kept."""
 
     output_dir: str | None = _default("output_dir", "runs/mask")
-    learning_rate: float | None = field(  # type: ignore[assignment]  # `TrainConfig` knows the method, and sets it
-        default=None,
-        metadata={
-            "help": "Highest learning rate, 0 or more. Default: for mask, of scores, 3e-4 where they start in an "
-            "order (as of the smallest weights), else 0.01; for other methods 2e-05."
-        },
+    learning_rate: float | None = option(
+        None,
+        "Highest learning rate, 0 or more. Default: for mask, of scores, 3e-4 where they start in an "
+        "order (as of the smallest weights), else 0.01; for other methods 2e-05.",
     )
     eval_strategy: str = _default("eval_strategy", "steps")
     eval_steps: float | None = _default("eval_steps", 0.1)
@@ -51,33 +51,28 @@ class TrainingArguments(SFTConfig):
     project: str = _default("project", "maskft")  # of trackio
     # "weight decay to 0.0", "linear schedule", "warm-up ratio of 0.03" (appendix A)
     warmup_steps: float = _default("warmup_steps", 0.03)
-    chat_template_kwargs: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Values of the chat template's variables, as JSON, e.g. '{\"enable_thinking\": false}'. They are "
-            "written into the template that the adapter's folder gets."
-        },
+    chat_template_kwargs: dict | str | None = option(
+        None,
+        "Values of the chat template's variables, as JSON, e.g. '{\"enable_thinking\": false}'. They are "
+        "written into the template that the adapter's folder gets.",
     )
-    kl_to_base: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight, >= 0, of KL(base || model) on the supervised tokens of training rows, in nats per token, "
-            "which is added to the loss. The base is the model without its adapter; with full, a frozen copy."
-        },
+    kl_to_base: float = option(
+        0.0,
+        "Weight, >= 0, of KL(base || model) on the supervised tokens of training rows, in nats per token, "
+        "which is added to the loss. The base is the model without its adapter; with full, a frozen copy.",
     )
-    allow_changes: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "With resume_from_checkpoint: names of options (or `data`) that may differ from those that the run "
-            "was started with. Default: none."
-        },
+    resume_from_checkpoint: str | None = option(
+        None, "true, auto (if there is a checkpoint), or the folder of a checkpoint."
     )
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Sequences per optimizer step over all processes; sets gradient_accumulation_steps, so it must be "
-            "a multiple of per_device_train_batch_size x processes."
-        },
+    allow_changes: list[str] | None = option(
+        None,
+        "With resume_from_checkpoint: names of options (or `data`) that may differ from those that the run "
+        "was started with. Default: none.",
+    )
+    global_batch_size: int | None = option(
+        None,
+        "Sequences per optimizer step over all processes; sets gradient_accumulation_steps, so it must be "
+        "a multiple of per_device_train_batch_size x processes.",
     )
 
     def __post_init__(self):

@@ -1,16 +1,20 @@
 """What ``maskft train`` adds to TRL's arguments: the method, and the mask's settings with the prefix ``mask_``."""
 
+# ruff: noqa: RUF009 -- an option is a dataclasses.field
+
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from maskft_base.errors import UserError
 from maskft_base.files import read_json
 
+from ..data.arguments import option
 from ..masking import ScoreStart
 from ..tuner.config import PRESETS, MaskConfig
 
@@ -21,55 +25,11 @@ MASK_METHODS = ("mask", *FIXED_MASK_METHODS)
 # A model and the one it was made from, not trained; the values that the held-out rows choose from.
 COMBINED_METHODS = {"interpolate": [n / 10 for n in range(1, 11)], "dare": [0.1, 0.3, 0.5, 0.7, 0.9]}
 UNTRAINED_METHODS = (*FIXED_MASK_METHODS, *COMBINED_METHODS)
-METHODS = ("random_mask", "l1_mask", "wanda_mask")
-MASK_METHODS = ("mask", *FIXED_MASK_METHODS)
-# A model and the one it was made from, not trained; the values that the held-out rows choose from.
-COMBINED_METHODS = {"interpolate": [n / 10 for n in range(1, 11)], "dare": [0.1, 0.3, 0.5, 0.7, 0.9]}
-UNTRAINED_METHODS = (*FIXED_MASK_METHODS, *COMBINED_METHODS)
-# What is trained for -> what held-out rows are measured by, and its unit.
-OBJECTIVES = {
-    "sft": ("held-out loss", "nats/token"),
-    "dpo": ("held-out preference loss", "nats/pair"),
-    "grpo": ("share of wrong held-out answers", "wrong answers/question"),
-}
 PEFT = "peft"  # an adapter of PEFT's, which peft_config says
 METHODS = ("full", PEFT, *MASK_METHODS, *COMBINED_METHODS)
 # Shares that mask_sparsity_auto measures beside the one that was trained, all from the scores of one training.
 BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 DSD = "dsd"  # dense, sparse, dense (arXiv:1607.04381): another name of full with start_mask
-
-# TrlParser reads types, not the strings that MaskConfig's annotations are.
-_MASK_TYPES = {
-    "preset": str | None,
-    "sparsity": float | None,
-    "sparsity_ramp": float,
-    "selection": str,
-    "gradient": str,
-    "price": float,
-    "sharpness": float,
-    "sharpness_end": float | None,
-    "temperature": float,
-    "temperature_end": float,
-    "removed_value": str,
-    "removed_value_model": str | None,
-    "threshold": float,
-    "scope": str,
-    "rank_by": str,
-    "init_scores": str | None,
-    "init_std": float,
-    "init_value": float | None,
-    "seed": int,
-    "target_modules": list[str] | None,
-    "exclude_modules": list[str] | None,
-    "layers_to_transform": list[int] | None,
-    "layers_pattern": str | None,
-    "modules_to_save": list[str] | None,
-}
-
-
-def _config_field(name: str) -> str:
-    return "mask_seed" if name == "seed" else name
-
 
 # What decides how a mask is learned, and nothing of one that is drawn or ranked.
 LEARNER_OPTIONS = frozenset(
@@ -78,23 +38,30 @@ LEARNER_OPTIONS = frozenset(
     "rank_by init_scores init_std init_value".split()
 )
 _DECIDED = ("sparsity", "init_scores")  # None: as the preset says, without one as recommended
-_CONFIG_FIELDS = {f.name: f for f in fields(MaskConfig)}
-_DEFAULTS = {name: spec.default for name, spec in _CONFIG_FIELDS.items()}
+# Fields of MaskConfig that are options; those from save_scores on are filled in when an adapter is saved.
+_SETTINGS = list(MaskConfig.__annotations__)[: list(MaskConfig.__annotations__).index("save_scores")]
+_SPECS = {spec.name: spec for spec in fields(MaskConfig)}
 
-MaskArguments = make_dataclass(
-    "MaskArguments",
-    [
-        (
-            f"mask_{name}",
-            kind,
-            field(
-                default=None if name in _DECIDED else _CONFIG_FIELDS[_config_field(name)].default,
-                metadata={"help": _CONFIG_FIELDS[_config_field(name)].metadata["help"].replace("%", "%%")},
-            ),
-        )
-        for name, kind in _MASK_TYPES.items()
-    ],
-)
+
+def _argument(name: str) -> str:
+    return f"mask_{name.removeprefix('mask_')}"
+
+
+def _kind(hint: Any) -> Any:
+    """A type for TrlParser: of several the list, and text for a choice, which MaskConfig checks."""
+    parts = [part for part in get_args(hint) if part is not NoneType] if get_origin(hint) is UnionType else [hint]
+    kind = next((part for part in parts if get_origin(part) is list), parts[0])
+    return str if get_origin(kind) is Literal else kind
+
+
+def _mask_argument(name: str, hint: Any) -> tuple[str, Any, Any]:
+    default = None if name in _DECIDED else _SPECS[name].default
+    kind = _kind(hint) if default is not None else _kind(hint) | None
+    return _argument(name), kind, option(default, _SPECS[name].metadata["help"].replace("%", "%%"))
+
+
+_HINTS = get_type_hints(MaskConfig)
+MaskArguments = make_dataclass("MaskArguments", [_mask_argument(name, _HINTS[name]) for name in _SETTINGS])
 MaskArguments.__doc__ = "Settings of the mask; each is the field of MaskConfig without the prefix."
 
 
@@ -102,110 +69,77 @@ MaskArguments.__doc__ = "Settings of the mask; each is the field of MaskConfig w
 class MethodArguments:
     """Which method is trained."""
 
-    method: str = field(
-        default="mask",
-        metadata={
-            "help": "full: all weights; dsd: all weights, after start_mask has set some to zero; peft: the adapter "
-            "that peft_config describes (LoRA, IA3, OFT, ...); mask: a learned mask; random_mask, l1_mask, wanda_mask: "
-            "fixed masks of the same size, not trained; interpolate, dare: the model combined with before_model, not "
-            "trained.",
-            "choices": [*METHODS, DSD],
-        },
+    method: str = option(
+        "mask",
+        "full: all weights; dsd: all weights, after start_mask has set some to zero; peft: the adapter "
+        "that peft_config describes (LoRA, IA3, OFT, ...); mask: a learned mask; random_mask, l1_mask, wanda_mask: "
+        "fixed masks of the same size, not trained; interpolate, dare: the model combined with before_model, not "
+        "trained.",
+        choices=[*METHODS, DSD],
     )
-    peft_config: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "With --method peft: an adapter_config.json of PEFT's, or its content as JSON: peft_type, and any "
-            "option of PEFT's configuration of that type."
-        },
+    peft_config: dict | str | None = option(
+        None,
+        "With --method peft: an adapter_config.json of PEFT's, or its content as JSON: peft_type, and any "
+        "option of PEFT's configuration of that type.",
     )
-    match_adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "With a fixed mask: remove from each matrix as many weights as the mask in this adapter "
-            "folder does. Default: mask_sparsity of each."
-        },
+    match_adapter: str | None = option(
+        None,
+        "With a fixed mask: remove from each matrix as many weights as the mask in this adapter "
+        "folder does. Default: mask_sparsity of each.",
     )
-    num_candidates: int = field(
-        default=1,
-        metadata={
-            "help": "With random_mask: draw this many masks, with the seeds mask_seed, mask_seed + 1, ..., and keep "
-            "the one with the lowest held-out loss; at least 1."
-        },
+    num_candidates: int = option(
+        1,
+        "With random_mask: draw this many masks, with the seeds mask_seed, mask_seed + 1, ..., and keep "
+        "the one with the lowest held-out loss; at least 1.",
     )
-    num_calibration_samples: int = field(
-        default=128,
-        metadata={
-            "help": "With wanda_mask and mask_init_scores wanda or first_order: training rows that are looked at; at "
-            "least 1."
-        },
+    num_calibration_samples: int = option(
+        128, "With wanda_mask and mask_init_scores wanda or first_order: training rows that are looked at; at least 1."
     )
-    before_model: str | None = field(
-        default=None,
-        metadata={"help": "With interpolate and dare: the model that model_name_or_path was fine-tuned from."},
+    before_model: str | None = option(
+        None, "With interpolate and dare: the model that model_name_or_path was fine-tuned from."
     )
-    combine_values: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "With interpolate: shares of the fine-tuned model to try, in [0, 1] (default: 0.1 to 1.0 in "
-            "tenths); with dare: probabilities to drop a weight's difference, in [0, 1) (default: 0.1, 0.3, 0.5, 0.7, "
-            "0.9). The held-out rows choose."
-        },
+    combine_values: list[float] | None = option(
+        None,
+        "With interpolate: shares of the fine-tuned model to try, in [0, 1] (default: 0.1 to 1.0 in "
+        "tenths); with dare: probabilities to drop a weight's difference, in [0, 1) (default: 0.1, 0.3, 0.5, 0.7, "
+        "0.9). The held-out rows choose.",
     )
-    partial_layers: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "With --method full: train only these decoder layers (a control for the mask). Default: all."
-        },
+    partial_layers: list[int] | None = option(
+        None, "With --method full: train only these decoder layers (a control for the mask). Default: all."
     )
-    keep_mask: str | None = field(
-        default=None,
-        metadata={
-            "help": "With --method full: train the weights that the mask in this adapter folder keeps; those it "
-            "removes stay at zero. The model is the one the mask was made for."
-        },
+    keep_mask: str | None = option(
+        None,
+        "With --method full: train the weights that the mask in this adapter folder keeps; those it "
+        "removes stay at zero. The model is the one the mask was made for.",
     )
-    start_mask: str | None = field(
-        default=None,
-        metadata={
-            "help": "With --method full: set the weights that the mask in this adapter folder removes to zero, then "
-            "train all weights (dense, sparse, dense)."
-        },
+    start_mask: str | None = option(
+        None,
+        "With --method full: set the weights that the mask in this adapter folder removes to zero, then "
+        "train all weights (dense, sparse, dense).",
     )
-    average_checkpoints: int = field(
-        default=1,
-        metadata={
-            "help": "With --method full: at the end take the mean of the weights of the last N checkpoints, if its "
-            "held-out loss is lower than the best checkpoint's; 1 disables averaging."
-        },
+    average_checkpoints: int = option(
+        1,
+        "With --method full: at the end take the mean of the weights of the last N checkpoints, if its "
+        "held-out loss is lower than the best checkpoint's; 1 disables averaging.",
     )
-    keep_worse: bool = field(
-        default=False,
-        metadata={
-            "help": "Write the mask also when it is not better than no mask on the held-out rows. Default: an adapter "
-            "that removes nothing is written instead."
-        },
+    keep_worse: bool = option(
+        False,
+        "Write the mask also when it is not better than no mask on the held-out rows. Default: an adapter "
+        "that removes nothing is written instead.",
     )
-    mask_sparsity_auto: bool = field(
-        default=False,
-        metadata={
-            "help": "Train at mask_sparsity, then measure masks of 0 to 50 %% from the trained scores on one half of "
-            "the held-out rows and keep the best; the other half judges it."
-        },
+    mask_sparsity_auto: bool = option(
+        False,
+        "Train at mask_sparsity, then measure masks of 0 to 50 %% from the trained scores on one half of "
+        "the held-out rows and keep the best; the other half judges it.",
     )
-    keep_last: bool = field(
-        default=False,
-        metadata={"help": "Also save the model as the last step left it, in the folder `last` of output_dir."},
+    keep_last: bool = option(False, "Also save the model as the last step left it, in the folder `last` of output_dir.")
+    mask_prefix_cache: str | None = option(
+        None,
+        "Folder that keeps the outputs of the frozen layers below the first trained one (in bfloat16), so "
+        "that later epochs, and later runs on the same layers and data, need not compute them. Default: not kept.",
     )
-    mask_prefix_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder that keeps the outputs of the frozen layers below the first trained one (in bfloat16), so "
-            "that later epochs, and later runs on the same layers and data, need not compute them. Default: not kept."
-        },
-    )
-    mask_prefix_cache_gb: float = field(
-        default=20.0, metadata={"help": "Bound on what mask_prefix_cache keeps for one model, in GB (1e9 bytes)."}
+    mask_prefix_cache_gb: float = option(
+        20.0, "Bound on what mask_prefix_cache keeps for one model, in GB (1e9 bytes)."
     )
 
     def __post_init__(self) -> None:
@@ -268,10 +202,10 @@ def default_start(options: Mapping[str, Any]) -> ScoreStart:
 
 def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:
     """Build the tuner's configuration from flat arguments."""
-    values = {_config_field(name): getattr(arguments, f"mask_{name}") for name in _MASK_TYPES}
+    values = {name: getattr(arguments, _argument(name)) for name in _SETTINGS}
     # What stands at its default was not given, so that a preset decides it; None says the same.
     decided = {name: values.pop(name) for name in _DECIDED}
-    values = {name: value for name, value in values.items() if value != _DEFAULTS.get(name)}
+    values = {name: value for name, value in values.items() if value != _SPECS[name].default}
     if not arguments.mask_preset:
         values |= {"sparsity": PRESETS["recommended"]["sparsity"], "init_scores": default_start(vars(arguments))}
     values |= {name: value for name, value in decided.items() if value is not None}

