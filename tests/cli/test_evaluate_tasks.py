@@ -292,7 +292,7 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
         (["--alpaca_max_new_tokens", "9"], "alpaca_max_new_tokens is given and would be ignored"),
         (["--tasks", "heldout", "--limit", "4"], "limit is given and would be ignored: it is for benchmarks"),
         (["--tasks", "heldout", "--apply_chat_template", "true"], "would be ignored: it is for lm-eval's tasks"),
-        (["--tasks", "heldout", "--dataset_name", "FILE", "--deduplicate", "true"], "unknown option --deduplicate"),
+        (["--tasks", "heldout", "--dataset_name", "FILE", "--prepare_only", "true"], "unknown option --prepare_only"),
         (
             ["--tasks", "heldout", "--dataset_name", "FILE", "--max_train_samples", "5"],
             "unknown option --max_train_samples",

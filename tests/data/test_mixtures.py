@@ -1,4 +1,4 @@
-"""Mixtures: amounts, seeds, streams, and what is held out of them."""
+"""Mixtures: amounts, seeds, and what is held out of them."""
 
 import json
 from pathlib import Path
@@ -102,7 +102,6 @@ def test_a_mixture_may_be_longer_than_a_file_name(sets):
 
 def test_mapping_of_a_recipe():
     assert DataArguments(dataset_name={"metamathqa": 40000, "gsm8k": None}).dataset_name == "metamathqa:40000,gsm8k"
-    assert DataArguments(contamination_sets=["gsm8k_test", "ifeval"]).contamination_sets == "gsm8k_test,ifeval"
     (args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses(["--dataset_name", "a:1,b:0.5"])
     assert args.dataset_name == "a:1,b:0.5"
 
@@ -112,44 +111,6 @@ def test_registered_sets_of_three_formats():
     examples = load_examples(name, data_dir=SAMPLES)
     assert len(examples) == 20 and examples.column_names == ["id", "messages"]
     assert load_examples("gsm8k:3,metamathqa:2", data_dir=SAMPLES)["answer"][:].count("17") == 3
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    import datasets
-
-    def from_hub(name, config, split, streaming):
-        rows = datasets.Dataset.from_list([{"query": f"{n}?", "response": "r"} for n in range(100)])
-        return rows.to_iterable_dataset() if streaming else rows
-
-    monkeypatch.setattr(datasets, "load_dataset", from_hub)
-
-
-def stream(name, seed=0):
-    return load_splits(DataArguments(dataset_name=name, dataset_streaming=True), seed)
-
-
-def test_stream_takes_what_is_asked_for(hub, sets, monkeypatch):
-    monkeypatch.setattr("maskft.data.mixtures.SHUFFLE_BUFFER", 10)
-    one, again, two = (stream("metamathqa:20", seed) for seed in (0, 0, 1))
-    assert (len(one.train), len(one.heldout)) == (18, 2)
-    assert one.train.to_list() == again.train.to_list()
-    assert questions(one.train) != questions(two.train)
-    assert max(int(question[:-1]) for question in questions(one.train)) < 30  # read 20 rows and the buffer, no more
-    whole, streamed = (splits(sets, "small:10,large:25", dataset_streaming=flag) for flag in (False, True))
-    assert streamed.train.to_list() == whole.train.to_list()  # files are read as ever
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("metamathqa", r"a stream needs a number of rows to take, such as metamathqa:10000"),
-        ("metamathqa:101", r"asks for 101 rows of metamathqa, which has 100"),
-    ],
-)
-def test_mistakes_of_streams(hub, name, message):
-    with pytest.raises(UserError, match=message):
-        stream(name)
 
 
 @pytest.mark.parametrize(

@@ -113,18 +113,6 @@ def test_every_file_of_a_mixture_names_it(file, tmp_path):
     assert data_identity(name | {"dataset_name": f"{file}:11,metamathqa:1"}) != data_identity(name)
 
 
-@pytest.mark.parametrize("place", ["by name", "as a file"])
-def test_test_sets_that_are_looked_for_name_it(place, file, tmp_path):
-    tests = tmp_path / "gsm8k_test.jsonl"
-    tests.write_text('{"question": "a", "answer": "b"}\n')
-    sets = "gsm8k_test, humaneval" if place == "by name" else str(tests)
-    name = {"dataset_name": str(file), "data_dir": str(tmp_path), "contamination_sets": sets}
-    before = data_identity(name)
-    assert str(tmp_path) not in json.dumps(before) and data_identity(name) == before
-    tests.write_text('{"question": "c", "answer": "b"}\n')
-    assert data_identity(name) != before
-
-
 def test_a_heldout_split_of_the_same_set_names_it(tmp_path):
     for split in ("train", "dev"):
         (tmp_path / f"sums_{split}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from maskft.data import TEST_SETS, TRAINING_SETS, load_examples, tokenize_example
+from maskft.data import TRAINING_SETS, load_examples, tokenize_example
 from maskft.data.sources import split_of
 from maskft_base.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
@@ -238,5 +238,3 @@ def test_table_in_the_docs():
         assert all(f"`{part}`" in rows[name] for part in (spec.hub_id, spec.source, spec.data_files) if part)
         assert spec.num_published is None or f"{spec.num_published:,}" in rows[name]
         assert all(f"`{column}`" in rows[name] for columns in spec.formats for column in columns)
-    for name, spec in TEST_SETS.items():
-        assert f"`{spec.hub_id}`" in rows[name] and f"`{spec.column}`" in rows[name]

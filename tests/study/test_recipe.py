@@ -267,14 +267,14 @@ def test_an_accelerate_configuration_says_how_many_processes(content, tmp_path):
         assert plan_of(content).recipe.launch.num_processes == processes
     for text in ("- 1", "{", ""):
         file.write_text(text)
-        with pytest.raises(UserError, match="is no file that accelerate config writes"):
+        with pytest.raises(UserError, match=r"is not a file that accelerate config writes|is not YAML"):
             plan_of(content)
 
 
-def test_mixtures_and_lists_of_the_recipe_are_those_of_the_command_line(content, data):
-    content["data"]["sums"] |= {"dataset_name": {str(data): 40}, "contamination_sets": [str(data)]}
+def test_mixtures_of_the_recipe_are_those_of_the_command_line(content, data):
+    content["data"]["sums"] |= {"dataset_name": {str(data): 40}}
     options = plan_of(content).runs[0].options
-    assert (options["dataset_name"], options["contamination_sets"]) == (f"{data}:40", str(data))
+    assert options["dataset_name"] == f"{data}:40"
     as_text = ids(content)
     content["data"]["sums"]["dataset_name"] = f"{data}:40"
     assert ids(content) == as_text

@@ -145,7 +145,7 @@ def test_a_mask_with_other_weights_beside_it_is_refused(tmp_path):
     [
         (
             {"method": "mask", "keep_mask": "x"},
-            "keep_mask goes with --method full, which trains weights, not with mask",
+            "keep_mask goes with --method full, not with mask",
         ),
         (
             {
@@ -153,7 +153,7 @@ def test_a_mask_with_other_weights_beside_it_is_refused(tmp_path):
                 "peft_config": '{"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}',
                 "start_mask": "x",
             },
-            "start_mask goes with --method full, which trains weights, not with peft",
+            "start_mask goes with --method full, not with peft",
         ),
         ({"method": "dsd"}, "method dsd trains all weights after a mask; name its adapter folder in start_mask"),
         ({"method": "full", "keep_mask": "x", "start_mask": "x"}, "keep_mask and start_mask are both given"),

@@ -388,14 +388,17 @@ def cases():
     yield {"dataset_name": None}, "dataset_name is missing"
     yield {"max_length": 2}, "every label is masked"
     yield {"eval_split_size": 1000}, "eval_split_size"
-    yield {"method": "l1_mask", "num_candidates": 2}, "num_candidates is 2; with random_mask"
+    yield {"method": "l1_mask", "num_candidates": 2}, "num_candidates goes with --method random_mask, not with l1_mask"
     yield {"method": "wanda_mask", "num_calibration_samples": 0}, "num_calibration_samples is 0"
     yield {"partial_layers": [1]}, "partial_layers goes with --method full"
     yield {"trust_remote_code": True}, "code in the folder of a model is not run"
     yield {"load_in_4bit": True, "method": "full"}, "method full changes weights, which quantised ones do not let"
     if importlib.util.find_spec("bitsandbytes") is None:
         yield {"load_in_4bit": True}, r"cannot load model .* pip install -e '.\[quantized\]'"
-    yield {"match_adapter": "none"}, "match_adapter goes with a fixed mask"
+    yield (
+        {"match_adapter": "none"},
+        "match_adapter goes with --method random_mask or l1_mask or wanda_mask, not with mask",
+    )
     threshold = {"mask_selection": "threshold", "mask_rank_by": "signed"}
     yield {"method": "l1_mask", **threshold}, "l1_mask removes mask_sparsity of the weights"
     for name in ("other-model", "missing.jinja"):

@@ -7,7 +7,7 @@ where the rows have it: rows of one label depend on each other.
 """
 
 from .mixtures import load_examples, parse_mixture
-from .registry import TEST_SETS, TRAINING_SETS
+from .registry import TRAINING_SETS
 from .sources import PROCEDURAL_PREFIX
 from .splits import SplitReport, Splits, load_splits
 from .tokenizing import (
@@ -23,7 +23,6 @@ from .tokenizing import (
 __all__ = [
     "IGNORED",
     "PROCEDURAL_PREFIX",
-    "TEST_SETS",
     "TRAINING_SETS",
     "SplitReport",
     "Splits",

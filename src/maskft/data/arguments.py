@@ -72,18 +72,6 @@ class DataArguments:
         False,
         "Fill prepared_data_dir and stop: read, check and (from the hub) download the data without loading a model.",
     )
-    dataset_streaming: bool = option(
-        False,
-        "Read only as many rows of a hub data set as the mixture asks for, drawn from a buffer of 10,000 rows that "
-        "moves along it, instead of downloading all.",
-    )
-    deduplicate: bool = option(False, "Leave out training rows that are exact copies of others, white space apart.")
-    contamination_sets: list | str | None = option(
-        None,
-        "Test sets to look for in the training rows (13 words in a row), separated by commas: gsm8k_test, math_test, "
-        "humaneval, ifeval, alpaca_eval, or data files. What is found is printed and recorded.",
-    )
-    drop_contaminated: bool = option(False, "Leave out the training rows that contamination_sets are found in.")
     dataset_config: str | None = option(None, "Configuration of a hub data set, e.g. main for openai/gsm8k.")
     dataset_train_split: str = option("train", "Split of a hub data set to train on. A file is one split.")
     eval_dataset_name: str | None = option(
@@ -122,9 +110,8 @@ class DataArguments:
     procedural_eval_size: int = option(500, "Exercises to generate for evaluation.")
 
     def __post_init__(self):
-        """Write a mixture and the test sets as one text each, and read ``procedural_options`` given as JSON text."""
+        """Write a mixture as one text, and read ``procedural_options`` given as JSON text."""
         self.dataset_name = mixture_text(self.dataset_name)
-        self.contamination_sets = names_text(self.contamination_sets)
         given = self.procedural_options
         try:
             self.procedural_options = json.loads(given) if isinstance(given, str) else given

@@ -57,7 +57,7 @@ def to_examples(
             if not first:
                 columns = _recognised_columns(row, known, changed=formats is not None)
             example = known[columns](row, as_chat, *columns)
-            if as_messages and isinstance(example.get("prompt"), list) and "rejected" not in example:
+            if as_messages and isinstance(example.get("prompt"), list):
                 example["messages"] = example.pop("prompt") + example.pop("completion")
             if first and type(example.get("prompt")) is not type(first.get("prompt")):
                 raise UserError("'prompt' is text in some rows and messages in others; use one of them throughout")
@@ -119,27 +119,6 @@ def from_prompt_completion(row: Row, as_chat: bool, *columns: str) -> dict:
     return {**{column: read(row, column) for column in columns}, **_reference(row)}
 
 
-def from_preference(row: Row, as_chat: bool, *columns: str) -> dict:
-    """Read a completion that is wanted, as ``completion``, and one that is not, as ``rejected``.
-
-    Both are text, or messages; messages may begin with the prompt's, which is then what both begin with.
-    """
-    chosen, rejected = columns[-2:]
-    if not all(isinstance(row.get(column), list) for column in (chosen, rejected)):
-        texts = [_text(row, column) for column in ("prompt", chosen, rejected)]
-        return {**dict(zip(("prompt", "completion", "rejected"), texts, strict=True)), **_reference(row)}
-    wanted, other = (_messages(row, column) for column in (chosen, rejected))
-    if isinstance(row.get("prompt"), list):
-        prompt = _messages(row, "prompt")
-    else:
-        pairs = enumerate(zip(wanted, other, strict=False))
-        length = next((n for n, (one, two) in pairs if one != two), min(len(wanted), len(other)))
-        prompt, wanted, other = wanted[:length], wanted[length:], other[length:]
-    if not prompt or not wanted or not other:
-        raise UserError(f"{chosen!r} and {rejected!r} must begin with the same messages, and end with others")
-    return {"prompt": prompt, "completion": wanted, "rejected": other, **_reference(row)}
-
-
 def from_question_answer(row: Row, as_chat: bool, *columns: str) -> dict:
     """Read a question and its solution; what follows ``####``, or a bare number, is the answer to check."""
     question, answer = (_text(row, column) for column in columns)
@@ -190,8 +169,6 @@ def from_text(row: Row, as_chat: bool, column: str) -> dict:
 
 # The formats that are recognised by their columns alone.
 FORMATS: Formats = {
-    ("prompt", "chosen", "rejected"): from_preference,  # UltraFeedback, which has messages too
-    ("chosen", "rejected"): from_preference,
     ("messages",): from_messages,
     ("conversations",): from_messages,  # ShareGPT
     ("prompt", "completion"): from_prompt_completion,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
 from maskft_base.errors import UserError
 from maskft_base.files import digest, is_there
 
 from .formats import OPTIONAL_COLUMNS, to_examples
 from .registry import TRAINING_SETS
-from .sources import PROCEDURAL_PREFIX, SHUFFLE_BUFFER, find_rows, is_hub_name, numbered, procedural_rows
+from .sources import PROCEDURAL_PREFIX, find_rows, is_hub_name, numbered, procedural_rows
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,9 @@ class Reader:
         tokenizer: None counts as having a template.
         text_field: Name of the column of plain text.
         data_dir: Folder to look for sets in before the hub is asked.
-        streaming: Read only as many rows of hub data sets as are taken.
         num_exercises: Number of exercises of a procedural task.
         options: Of a procedural task.
-        seed: Of a procedural task, and of the rows taken from a stream.
+        seed: Of a procedural task, and of the rows that a mixture takes.
     """
 
     split: str | None = "train"
@@ -136,7 +135,6 @@ class Reader:
     tokenizer: object = None
     text_field: str = "text"
     data_dir: str | None = None
-    streaming: bool = False
     num_exercises: int = 500
     options: dict = field(default_factory=dict)
     seed: int = 0
@@ -155,11 +153,7 @@ class Reader:
             size, plain = part.count or self.num_exercises, self.as_chat is not True
             rows, known = numbered(procedural_rows(part.name, size, self.seed, self.options, plain)), None
         else:
-            rows, known = find_rows(part.name, self.split, self.config, self.data_dir, of_mixture, self.streaming)
-        if isinstance(rows, IterableDataset):
-            if part.count is None:
-                raise UserError(f"a stream needs a number of rows to take, such as {part.name}:10000")
-            rows = numbered(rows.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER).take(part.count))
+            rows, known = find_rows(part.name, self.split, self.config, self.data_dir, of_mixture)
         # Conversations, as the sets of a mixture must have the same columns. Tokens and labels are the same for both.
         return to_examples(rows, part.name, as_chat, self.text_field, known and known.formats, as_messages=of_mixture)
 

@@ -15,7 +15,6 @@ from maskft_base.errors import UserError
 from maskft_base.files import digest, digest_file, digest_now, read_json, whole_folder
 
 from .arguments import DATA_NAMES, TEMPLATE, DataArguments
-from .contamination import set_names, test_set_files
 from .mixtures import parse_mixture
 from .sources import local_files, split_of
 from .splits import load_splits
@@ -140,9 +139,6 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
     if isinstance(options.get("dataset_name"), str) and splits[1]:
         # Without a set of its own the held-out data is another split of this one.
         out["dataset_eval_split"] = f"{splits[1]} of {_mixture_identity(options['dataset_name'], data_dir, splits[1])}"
-    if isinstance(out.get("contamination_sets"), str):
-        named = {name: test_set_files(name, data_dir) for name in set_names(out["contamination_sets"])}
-        out["contamination_sets"] = ",".join(_of_files(files) or name for name, files in named.items())
     for key in _FILES:
         if isinstance(out.get(key), str):
             files = [Path(out[key]).expanduser()]

@@ -1,4 +1,4 @@
-"""The paper's training sets (Table 3) and test sets by name: where each is on the hub, and in which format.
+"""The paper's training sets (Table 3) by name: where each is on the hub, and in which format.
 
 Their titles, domains and licences are in docs/datasets.md.
 """
@@ -44,27 +44,6 @@ class TrainingSet:
     source: str | None = None
     file_names: tuple[str, ...] = ()
     heldout_split: str = "train"
-
-
-@dataclass(frozen=True)
-class TestSet:
-    """A set that is evaluated on, and that training rows are compared with.
-
-    Attributes:
-        hub_id: Data set on the hub.
-        column: The column of the question or prompt.
-        configs: Configurations on the hub, read one after another.
-        split: Split on the hub.
-        file_names: Other names, without ending, of local files.
-    """
-
-    __test__ = False  # not a test for pytest
-
-    hub_id: str
-    column: str
-    configs: tuple[str | None, ...] = (None,)
-    split: str = "test"
-    file_names: tuple[str, ...] = ()
 
 
 TRAINING_SETS: dict[str, TrainingSet] = {
@@ -132,13 +111,3 @@ MATH_SUBJECTS = (
     "prealgebra",
     "precalculus",
 )
-
-TEST_SETS: dict[str, TestSet] = {
-    "gsm8k_test": TestSet("openai/gsm8k", "question", configs=("main",)),
-    "math_test": TestSet(
-        "EleutherAI/hendrycks_math", "problem", configs=MATH_SUBJECTS, file_names=("MATH", "MATH-500")
-    ),
-    "humaneval": TestSet("openai/openai_humaneval", "prompt", file_names=("HumanEval", "HumanEvalPlus")),
-    "ifeval": TestSet("google/IFEval", "prompt", split="train", file_names=("ifeval_prompts", "ifeval_input_data")),
-    "alpaca_eval": TestSet("tatsu-lab/alpaca_eval", "instruction", split="eval"),
-}

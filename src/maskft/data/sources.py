@@ -14,7 +14,7 @@ from typing import Any
 
 import datasets
 import pyarrow
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from pyarrow import parquet
 
 from maskft_base.errors import UserError, did_you_mean, first_line
@@ -26,7 +26,6 @@ from .registry import TRAINING_SETS, TrainingSet
 FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
 _OTHER_FILE_ENDINGS = (".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2", ".yaml", ".yml", ".md")
 PROCEDURAL_PREFIX = "reasoning-gym/"
-SHUFFLE_BUFFER = 10_000  # rows of a stream that are held in memory to draw from
 
 Row = Mapping[str, Any]
 Rows = Iterable[tuple[str, Row]]  # each with its place, such as "line 3"
@@ -190,12 +189,10 @@ def find_rows(
     config: str | None = None,
     data_dir: str | None = None,
     of_mixture: bool = False,
-    streaming: bool = False,
-) -> tuple[Rows | IterableDataset, TrainingSet | None]:
+) -> tuple[Rows, TrainingSet | None]:
     """Find the rows of a file, a registered set, a file in ``data_dir`` or a hub data set.
 
-    The options are those of `mixtures.Reader`; in a mixture, what is registered of a set wins over them. With
-    ``streaming``, rows of the hub are an IterableDataset without places.
+    The options are those of `mixtures.Reader`; in a mixture, what is registered of a set wins over them.
 
     Returns:
         The rows, and what is registered about the set.
@@ -215,21 +212,18 @@ def find_rows(
     if known is None:
         if "/" not in name and (similar := did_you_mean(name, TRAINING_SETS)):
             raise UserError(f"there is no file and no known data set {name!r}{similar}")
-        found = load_from_hub(name, config, split, streaming=streaming)
+        found = load_from_hub(name, config, split)
     else:
         config = known.config if of_mixture else config or known.config
-        found = load_from_hub(known.hub_id, config, split, known.data_files, streaming)
+        found = load_from_hub(known.hub_id, config, split, known.data_files)
         if known.source:
             found = found.filter(lambda source: source == known.source, input_columns="source")
-    return (found if streaming else numbered(found)), known
+    return numbered(found), known
 
 
-def load_from_hub(
-    name: str, config: str | None, split: str, data_files: str | None = None, streaming: bool = False
-) -> Dataset | IterableDataset:
-    """Download one split of a hub data set, or read it from the hub's cache, or open it as a stream."""
+def load_from_hub(name: str, config: str | None, split: str, data_files: str | None = None) -> Dataset:
+    """Download one split of a hub data set, or read it from the hub's cache."""
     asked = {"data_files": data_files} if data_files else {}
-    asked |= {"streaming": True} if streaming else {}
     try:
         return datasets.load_dataset(name, config, split=split, **asked)
     except Exception as error:  # many types: no network, no such name, no such configuration or split

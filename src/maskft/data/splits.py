@@ -12,7 +12,6 @@ from maskft_base.errors import UserError
 from maskft_base.files import digest
 
 from .arguments import DataArguments, check_sizes
-from .contamination import NGRAM, Contamination, NgramIndex, example_texts, load_test_texts, unique_rows
 from .formats import OPTIONAL_COLUMNS, Row
 from .mixtures import Reader, ReadSet, load_examples, mix
 from .registry import TRAINING_SETS
@@ -29,9 +28,6 @@ class SplitReport:
         train: Rows to train on.
         heldout: Rows held out.
         taken: Rows taken of each set of the training data, those held out included.
-        dropped_duplicates: Training rows left out as exact copies of others. None: not looked for.
-        dropped_contaminated: Training rows left out for what they share with a test set.
-        contamination: What the training rows share with each test set, before any is left out for it.
     """
 
     read: int
@@ -39,23 +35,12 @@ class SplitReport:
     train: int
     heldout: int
     taken: dict[str, int]
-    dropped_duplicates: int | None
-    dropped_contaminated: int
-    contamination: dict[str, Contamination]
 
     def __str__(self) -> str:
         mixture = ", ".join(f"{count:,} of {name}" for name, count in self.taken.items())
         text = f"read {self.read:,} rows{f' ({mixture})' if len(self.taken) > 1 else ''}: "
         text += f"{self.train:,} to train on, {self.heldout:,} held out; "
-        text += f"{self.dropped_overlap:,} left out of training because their prompt is held out"
-        if self.dropped_duplicates is not None:
-            text += f", {self.dropped_duplicates:,} as copies of others"
-        for name, found in self.contamination.items():
-            text += f"; {found.num_rows:,} share {NGRAM} words in a row with {found.num_items_found:,} of the "
-            text += f"{found.num_items:,} items of {name}"
-        if self.contamination:
-            text += f" ({self.dropped_contaminated:,} of these rows left out)"
-        return text
+        return text + f"{self.dropped_overlap:,} left out of training because their prompt is held out"
 
     def to_dict(self) -> dict:
         """Return it as JSON-able values, with the published number of samples of the sets that have one."""
@@ -85,9 +70,6 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
     """
     check_sizes(args)
     heldout_name = _heldout_name(args)
-    # Before the training data, which takes longer: a mistake in a name is told at once.
-    test_texts = load_test_texts(args.contamination_sets, args.data_dir) if args.contamination_sets else {}
-
     common = {
         "as_chat": args.as_chat,
         "tokenizer": tokenizer,
@@ -100,7 +82,6 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
         config=args.dataset_config,
         num_exercises=args.procedural_train_size,
         seed=procedural_seed(seed, "train"),
-        streaming=args.dataset_streaming,
         **common,
     ).read(args.dataset_name)
     taken = {each.name: each.count for each in sets}
@@ -119,15 +100,6 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
         train, heldout = _hold_out(sets, args.eval_split_size, seed)
 
     train, dropped = _without_heldout(train, heldout, args.dataset_name)
-    duplicates = None
-    if args.deduplicate:
-        unique = unique_rows(train)
-        duplicates, train = len(train) - len(unique), train.select(unique)
-    contamination, contaminated = NgramIndex(test_texts).search(map(example_texts, train)) if test_texts else ({}, [])
-    if args.drop_contaminated:
-        if len(contaminated) == len(train):
-            raise UserError(f"all {len(train):,} training rows share {NGRAM} words with a test set; none are left")
-        train = train.select(sorted(set(range(len(train))) - set(contaminated)))
     train, heldout = _first_rows(train, args.max_train_samples), _first_rows(heldout, args.max_eval_samples)
     report = SplitReport(
         read=read,
@@ -135,9 +107,6 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
         train=len(train),
         heldout=len(heldout),
         taken=taken,
-        dropped_duplicates=duplicates,
-        dropped_contaminated=len(contaminated) if args.drop_contaminated else 0,
-        contamination=contamination,
     )
     return Splits(train, heldout, report)
 
@@ -146,8 +115,6 @@ def _heldout_name(args: DataArguments) -> str | None:
     """Return the set of the held-out data; None: a part of the training data is held out."""
     if not args.dataset_name:
         raise UserError("dataset_name is missing; give a data file, a hub name or reasoning-gym/TASK")
-    if args.drop_contaminated and not args.contamination_sets:
-        raise UserError("drop_contaminated needs contamination_sets, the test sets to look for")
     name = args.eval_dataset_name
     is_procedural = args.dataset_name.startswith(PROCEDURAL_PREFIX) and "," not in args.dataset_name
     if not name and is_procedural:

@@ -24,6 +24,19 @@ from .method_arguments import (
 from .peft_config import adapter_config
 
 _OF_LORA = ("lora_", "use_peft", "use_rslora", "use_dora")  # options of TRL's ModelConfig
+# Options of MethodArguments that only some methods have.
+_ONLY_WITH = {
+    "peft_config": (PEFT,),
+    "partial_layers": ("full",),
+    "keep_mask": ("full",),
+    "start_mask": ("full",),
+    "average_checkpoints": ("full",),
+    "match_adapter": FIXED_MASK_METHODS,
+    "num_candidates": ("random_mask",),
+    "mask_sparsity_auto": ("mask",),
+    "before_model": tuple(COMBINED_METHODS),
+    "combine_values": tuple(COMBINED_METHODS),
+}
 _LORA = '{"peft_type": "LORA", "r": 16, "target_modules": "all-linear"}'
 
 
@@ -97,68 +110,42 @@ def check_quantised(method: str) -> None:
 
 def check_choice(config: TrainConfig, num_processes: int) -> None:
     """Refuse what held-out rows cannot choose: the size of a mask that has no given one, a mean of checkpoints."""
-    if config.method.mask_sparsity_auto:
-        _check_choice_of_size(config)
-    if config.method.average_checkpoints != 1:
-        _check_average(config, num_processes)
-
-
-def _check_choice_of_size(config: TrainConfig) -> None:
-    selection = mask_config(config.mask).selection
+    method, training = config.method, config.training
+    selection = mask_config(config.mask).selection if method.mask_sparsity_auto else "topk"
     if selection != "topk":
         raise UserError(
             f"mask_sparsity_auto goes with mask_selection topk, which removes a given share, not with {selection}"
         )
-    if config.training.eval_strategy == "no":
+    if method.mask_sparsity_auto and training.eval_strategy == "no":
         raise UserError("mask_sparsity_auto chooses on held-out rows, and eval_strategy is no; set it to steps")
-
-
-def _check_average(config: TrainConfig, num_processes: int) -> None:
-    number, training = config.method.average_checkpoints, config.training
-    if number < 1:
-        raise UserError(f"average_checkpoints is {number}; it must be at least 1")
-    if config.method.method != "full":
-        raise UserError(f"average_checkpoints goes with --method full, not with {config.method.method}; drop it")
-    if not training.load_best_model_at_end:
+    if method.average_checkpoints > 1 and not training.load_best_model_at_end:
         raise UserError("average_checkpoints compares held-out losses: it needs eval_strategy steps")
-    if num_processes > 1:
+    if method.average_checkpoints > 1 and num_processes > 1:
         raise UserError("average_checkpoints goes with one process; drop it or num_processes")
 
 
 def check_method(args: MethodArguments) -> None:
     """Refuse settings of one method that are given with another, and numbers out of range."""
-    method, layers = args.method, args.partial_layers
-    if (args.peft_config is None) == (method == PEFT):
-        what = f"needs --peft_config, such as '{_LORA}'" if method == PEFT else "has no peft_config; drop it"
-        raise UserError(f"method {method} {what}")
-    if args.peft_config is not None:
+    method = args.method
+    for name, methods in _ONLY_WITH.items():
+        if getattr(args, name) != MethodArguments.__dataclass_fields__[name].default and method not in methods:
+            raise UserError(f"{name} goes with --method {' or '.join(methods)}, not with {method}; drop it")
+    for name in ("num_candidates", "num_calibration_samples", "average_checkpoints"):
+        if getattr(args, name) < 1:
+            raise UserError(f"{name} is {getattr(args, name)}; it must be at least 1")
+    if method == PEFT:
+        if args.peft_config is None:
+            raise UserError(f"method peft needs --peft_config, such as '{_LORA}'")
         adapter_config(args.peft_config)
-    if layers is not None and method != "full":
-        raise UserError("partial_layers goes with --method full; for a mask use mask_layers_to_transform")
-    if layers and min(layers) < 0:
-        raise UserError(f"partial_layers names layer {min(layers)}; layers are counted from 0")
-    for name in ("keep_mask", "start_mask"):
-        if getattr(args, name) is not None and method != "full":
-            raise UserError(f"{name} goes with --method full, which trains weights, not with {method}")
+    if args.partial_layers and min(args.partial_layers) < 0:
+        raise UserError(f"partial_layers names layer {min(args.partial_layers)}; layers are counted from 0")
     if args.keep_mask is not None and args.start_mask is not None:
         raise UserError("keep_mask and start_mask are both given; removed weights stay at zero or only start there")
-    if args.match_adapter is not None and method not in FIXED_MASK_METHODS:
-        raise UserError(f"match_adapter goes with a fixed mask ({', '.join(FIXED_MASK_METHODS)}), not with {method}")
-    if args.mask_sparsity_auto and method != "mask":
-        raise UserError(f"mask_sparsity_auto goes with --method mask, whose scores rank the weights, not with {method}")
-    if args.before_model is not None and method not in COMBINED_METHODS:
-        raise UserError(f"before_model goes with {' and '.join(COMBINED_METHODS)}, not with {method}; drop it")
     if args.combine_values is not None:
-        if method not in COMBINED_METHODS:
-            raise UserError(f"combine_values goes with {' and '.join(COMBINED_METHODS)}, not with {method}; drop it")
         odd = next((v for v in args.combine_values if not 0 <= v <= 1 or (v == 1 and method == "dare")), None)
         if odd is not None or not args.combine_values:
             allowed = "[0, 1)" if method == "dare" else "[0, 1]"
             raise UserError(f"combine_values is {args.combine_values}; with {method} they are in {allowed}")
-    if args.num_candidates < 1 or (args.num_candidates > 1 and method != "random_mask"):
-        raise UserError(f"num_candidates is {args.num_candidates}; with random_mask it is 1 or more, otherwise 1")
-    if args.num_calibration_samples < 1:
-        raise UserError(f"num_calibration_samples is {args.num_calibration_samples}; it must be at least 1")
 
 
 def check_size(method: str, config: MaskConfig) -> None:

@@ -19,9 +19,6 @@ NOT_OF_HELDOUT_DATA = (
     "eval_split_size",
     "prepared_data_dir",
     "prepare_only",
-    "deduplicate",
-    "contamination_sets",
-    "drop_contaminated",
     "max_train_samples",
     "procedural_train_size",
 )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
-from maskft.data.arguments import DATA_NAMES, TEMPLATE, mixture_text, names_text
+from maskft.data.arguments import DATA_NAMES, TEMPLATE, mixture_text
 from maskft.data.mixtures import rename_sets
 from maskft.data.sources import FILE_ENDINGS
 from maskft.training.method_arguments import (
@@ -540,9 +540,8 @@ def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str |
 
 
 def as_text(options: Options) -> Options:
-    """Mixtures and lists of test sets as the command line takes them."""
-    forms = {"dataset_name": mixture_text, "contamination_sets": names_text}
-    return {key: forms[key](value) if key in forms else value for key, value in options.items()}
+    """Mixtures as the command line takes them."""
+    return {key: mixture_text(value) if key == "dataset_name" else value for key, value in options.items()}
 
 
 def in_data_dir(options: Options, data_dir: str | Path) -> Options:

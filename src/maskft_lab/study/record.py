@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from maskft.data.arguments import DATA_NAMES, TEMPLATE
-from maskft.data.contamination import set_names
 from maskft.data.mixtures import rename_sets
 from maskft_base import files
 from maskft_base.files import FileModel, is_there, read_json, read_model, write_text
@@ -140,8 +139,6 @@ def _shown(options: dict[str, Any]) -> dict[str, Any]:
     shown |= {key: Path(shown[key]).name for key in (TEMPLATE, "mask_prefix_cache") if key in shown}
     names = {key: shown[key] for key in DATA_NAMES if isinstance(shown.get(key), str)}
     shown |= {key: rename_sets(name, _without_folder) for key, name in names.items()}
-    if isinstance(shown.get("contamination_sets"), str):
-        shown["contamination_sets"] = ",".join(map(_without_folder, set_names(shown["contamination_sets"])))
     return shown
 
 
