@@ -64,11 +64,6 @@ class TrainingArguments(SFTConfig):
     resume_from_checkpoint: str | None = option(
         None, "true, auto (if there is a checkpoint), or the folder of a checkpoint."
     )
-    allow_changes: list[str] | None = option(
-        None,
-        "With resume_from_checkpoint: names of options (or `data`) that may differ from those that the run "
-        "was started with. Default: none.",
-    )
     global_batch_size: int | None = option(
         None,
         "Sequences per optimizer step over all processes; sets gradient_accumulation_steps, so it must be "

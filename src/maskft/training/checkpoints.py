@@ -193,7 +193,6 @@ class Checkpoints:
         course: What a resumed run must have in common with this one.
         limit: How many are kept besides the best one and the newest; None: all.
         resume_from: The one that the run is resumed from.
-        changed: Names of what was allowed to change since.
         best: The best one so far, as the resumed one names it, if it is whole.
         sealing: The one that is being sealed beside the next steps: the disk is slow, and hashing needs no model.
     """
@@ -201,7 +200,6 @@ class Checkpoints:
     course: Course
     limit: int | None = None
     resume_from: str | None = None
-    changed: frozenset[str] = frozenset()
     best: str | None = None
     sealing: Future | None = None
 
@@ -215,11 +213,11 @@ class Checkpoints:
         if resume_from is None:
             return cls(course, args.save_total_limit)
 
-        def look() -> tuple[frozenset[str], str | None]:
-            changed = check_course(Path(resume_from), course, args.allow_changes)
-            return changed, whole_best(Path(resume_from), console)
+        def look() -> str | None:
+            check_course(Path(resume_from), course)
+            return whole_best(Path(resume_from), console)
 
-        return cls(course, args.save_total_limit, resume_from, *runtime.decided_by_main(look))
+        return cls(course, args.save_total_limit, resume_from, runtime.decided_by_main(look))
 
     def tell_if_finished(self, max_steps: int, console: Console) -> None:
         """Say so where the run was resumed from its last step."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskft_base import files
-from maskft_base.errors import UserError, did_you_mean
+from maskft_base.errors import UserError
 from maskft_base.files import FileModel, read_json, read_model
 
 from ..data.prepared import Prepared, data_identity
@@ -24,10 +24,10 @@ from ..tuner import learners
 from .arguments import TrainConfig
 
 # What may change when a run is resumed: where it writes and reports, how many workers serve it, on what machine. Of
-# three of these something else tells: the base of its weights, the accumulation steps of the global batch size.
+# two of these something else tells: the base of its weights, the accumulation steps of the global batch size.
 FREE = frozenset(
-    "output_dir resume_from_checkpoint allow_changes prepared_data_dir prepare_only keep_last keep_worse "
-    "mask_prefix_cache_gb mask_sparsity_auto model_name_or_path model_revision global_batch_size save_total_limit "
+    "output_dir resume_from_checkpoint prepared_data_dir prepare_only keep_last keep_worse "
+    "mask_prefix_cache_gb mask_sparsity_auto model_name_or_path global_batch_size save_total_limit "
     "save_on_each_node push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
     "hub_revision logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica "
     "disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "
@@ -35,20 +35,12 @@ FREE = frozenset(
     "dataloader_multiprocessing_context dataset_num_proc use_cpu local_rank ddp_backend ddp_timeout "
     "ddp_bucket_cap_mb torch_empty_cache_steps skip_memory_metrics debug do_train do_eval do_predict".split()
 )
-# What cannot change on the way: the state that was saved is that of other parameters.
-FIXED = frozenset(
-    "method base optim optim_target_modules partial_layers keep_mask start_mask dtype peft_config mask_selection "
-    "mask_removed_value mask_removed_value_model mask_target_modules mask_exclude_modules mask_layers_to_transform "
-    "mask_layers_pattern mask_modules_to_save".split()
-)
 _ADAPTERS = ("keep_mask", "start_mask", "match_adapter")
 _MODELS = ("mask_removed_value_model", "before_model")
 # Of a checkpoint, what only resuming reads.
 _STATE = ("optimizer", "scheduler", "scaler", "rng_state", "global_step", "pytorch_model_fsdp")
 _READ = (".safetensors", ".bin", ".pt", ".pth", ".json")  # endings of files that loading looks for
-_NUM_SAMPLES = 1024
 _ROWS = 10_000
-_PART = 2**18  # weights that are summed at a time
 
 
 class FileEntry(FileModel):
@@ -64,7 +56,7 @@ class Course(FileModel):
     Attributes:
         options: Every option of ``maskft train`` but those of ``FREE``; files and folders by their content.
         data: Digest of the tokens and labels of all rows, in their order.
-        base: Digest of the weights that the run starts from.
+        base: Identity of the model that the run starts from.
     """
 
     options: dict[str, Any]
@@ -72,8 +64,8 @@ class Course(FileModel):
     base: str
 
     def values(self) -> dict[str, Any]:
-        """Options, data and base, by the names that ``allow_changes`` takes."""
-        return {**self.options, "data": self.data[:12], "base": self.base[:12]}
+        """Options, data and base by name."""
+        return {**self.options, "data": self.data, "base": self.base}
 
 
 class Manifest(FileModel):
@@ -155,13 +147,12 @@ def damage(folder: Path, weights_only: bool = False) -> str | None:
 # The course of a run
 
 
-def course_of(config: TrainConfig, data: Prepared, model: nn.Module) -> Course:
+def course_of(config: TrainConfig, data: Prepared) -> Course:
     """What a resumed run must have in common with the one that it resumes.
 
     Args:
         config: The run, with the accumulation steps that are taken.
         data: The rows.
-        model: The base model as it was loaded.
     """
     options: dict[str, Any] = {}
     for group in (config.method, config.model, config.data, config.mask, config.training):
@@ -172,7 +163,7 @@ def course_of(config: TrainConfig, data: Prepared, model: nn.Module) -> Course:
     if options["mask_init_value"] is None and not has_free_budget:
         options["mask_init_value"] = 0.0  # as in checkpoints of when this was the default of all
     options = {name: _plain(_content(name, value)) for name, value in data_identity(options).items()}
-    return Course(options=options, data=_data_digest(data), base=_weights_digest(model.state_dict()))
+    return Course(options=options, data=_data_digest(data), base=model_identity(str(config.model.model_name_or_path)))
 
 
 def changes(was: Course, now: Course) -> dict[str, tuple[Any, Any]]:
@@ -181,34 +172,19 @@ def changes(was: Course, now: Course) -> dict[str, tuple[Any, Any]]:
     return {name: (old.get(name), new[name]) for name in sorted(new) if old.get(name) != new[name]}
 
 
-def check_course(checkpoint: Path, now: Course, allowed: Iterable[str] | None) -> frozenset[str]:
-    """Raise if the run differs from that of a checkpoint, except in what is ``allowed`` by name.
-
-    Returns:
-        The names of what has changed.
+def check_course(checkpoint: Path, now: Course) -> None:
+    """Raise if the run differs from that of a checkpoint.
 
     Raises:
-        UserError: One message with all differences; or for a name in ``allowed`` that is not an option.
+        UserError: One message with all differences.
     """
-    allowed = set(allowed or ())
-    for name in sorted(allowed):
-        if name in FIXED or name not in now.values():
-            hint = (
-                "cannot change within a run" if name in FIXED else f"is not an option{did_you_mean(name, now.values())}"
-            )
-            raise UserError(f"allow_changes names {name}, which {hint}; drop it")
     found = changes(read_manifest(checkpoint).course, now)
-    refused = [name for name in found if name not in allowed]
-    if not refused:
-        return frozenset(found)
-    differences = "; ".join(f"{name}: {_shown(was)} -> {_shown(new)}" for name, (was, new) in found.items())
-    fixed = [name for name in refused if name in FIXED]
-    remedy = (
-        f"{', '.join(fixed)} cannot change within a run: name another output_dir"
-        if fixed
-        else f"give it as it was, or allow the change: --allow_changes {' '.join(found)}"
-    )
-    raise UserError(f"{str(checkpoint)!r} is of a run that differs ({differences}); {remedy}")
+    if found:
+        differences = "; ".join(f"{name}: {_shown(was)} -> {_shown(new)}" for name, (was, new) in found.items())
+        raise UserError(
+            f"{str(checkpoint)!r} is of a run that differs ({differences}); give the options of that run to resume it, "
+            "or name another output_dir"
+        )
 
 
 def _shown(value: Any) -> str:
@@ -256,24 +232,3 @@ def _column(rows: Dataset, column: str) -> Iterator[Tensor]:
         values = table[column].combine_chunks()
         yield torch.from_numpy(values.value_lengths().to_numpy(zero_copy_only=False).astype("int64"))
         yield torch.from_numpy(values.flatten().to_numpy(zero_copy_only=False).astype("int64"))
-
-
-def _weights_digest(weights: dict[str, Tensor]) -> str:
-    """Digest of the sum of all bits of each tensor and of evenly spaced values; runs at the speed of memory."""
-    return files.digest_tensors(_of_weights(weights))
-
-
-def _of_weights(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, weight in sorted(weights.items()):
-        flat = weight.detach().reshape(-1)
-        if flat.is_meta or not flat.numel():
-            continue
-        bits = flat.view(integers[flat.element_size()]) if not flat.is_complex() else torch.view_as_real(flat)
-        label = f"{name} {tuple(weight.shape)} {weight.dtype} {_sum(bits)}"
-        yield label, flat[:: max(1, flat.numel() // _NUM_SAMPLES)]
-
-
-def _sum(bits: Tensor) -> int:
-    """Sum in int64, in parts that stay in the processor's cache: a tensor in one takes 13 to 24 times as long."""
-    return int(torch.stack([part.sum(dtype=torch.int64) for part in bits.split(_PART)]).sum())

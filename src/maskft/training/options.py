@@ -39,7 +39,7 @@ _USUAL = {
     "mask": "mask_preset mask_sparsity mask_sparsity_auto mask_scope mask_init_scores mask_target_modules "
     "mask_layers_to_transform mask_seed",
     "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size global_batch_size "
-    "warmup_steps bf16 gradient_checkpointing seed resume_from_checkpoint allow_changes",
+    "warmup_steps bf16 gradient_checkpointing seed resume_from_checkpoint",
     "evaluation": "eval_steps save_steps report_to",
     "several GPUs": "num_processes",
 }

@@ -77,7 +77,7 @@ def run(config: TrainConfig, splits: tuple | None, resume_from: str | None, cons
     elif method.method in COMBINED_METHODS:
         model, summary = combine(model, data, method, training, tokenizer, console)
     else:
-        checkpoints = Checkpoints.begin(course_of(config, data, model), training, resume_from, console)
+        checkpoints = Checkpoints.begin(course_of(config, data), training, resume_from, console)
         model = build_model(model, method, config.model, config.mask, training.seed)
         if method.method == "mask" and resume_from is None:
             start_on_data(model, data.train, method.num_calibration_samples, training.device)

@@ -188,22 +188,6 @@ class MaskTrainer(SFTTrainer):
             else:
                 super()._save_optimizer_and_scheduler(output_dir)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.checkpoints.changed:
-            return
-        # The saved state holds the options of before; those that were allowed to change are to count.
-        for group, asked in zip(self.optimizer.param_groups, groups, strict=True):
-            group.update(asked)
-        schedule = self.lr_scheduler
-        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-            schedule.base_lrs = [group["initial_lr"] for group in groups]
-            shares = [share(schedule.last_epoch) for share in schedule.lr_lambdas]
-            schedule._last_lr = [rate * share for rate, share in zip(schedule.base_lrs, shares, strict=True)]
-            for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
-                group["lr"] = rate
-
     def _load_best_model(self) -> None:
         self.checkpoints.finish()
         self.accelerator.wait_for_everyone()  # the main process may still be writing it

@@ -40,7 +40,6 @@ _OF_THE_STUDY = (
     "model_name_or_path",
     "output_dir",
     "resume_from_checkpoint",
-    "allow_changes",
     "match_adapter",
     "start_mask",
     "keep_mask",
