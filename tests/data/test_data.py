@@ -398,7 +398,7 @@ def test_hub_name_without_network(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
-        UserError, match=r"'some/data' is no file here and the hub gave no split 'train'.*Couldn't reach"
+        UserError, match=r"'some/data' is not a file here and the hub gave no split 'train'.*Couldn't reach"
     ):
         splits("some/data")
 

@@ -33,9 +33,9 @@ class Prepared(NamedTuple):
     Attributes:
         train_rows: Training rows as examples.
         heldout_rows: Held-out rows as examples.
-        train: Training rows as token ids and labels; those of which nothing is trained on are left out.
+        train: Training rows as token ids and labels; those without a supervised token are left out.
         heldout: Held-out rows as token ids and labels, likewise.
-        report: What was read and what became of it: ``text`` and, as values, ``counts``.
+        report: Counts of rows read, kept and left out: ``text`` and, as values, ``counts``.
     """
 
     train_rows: Dataset

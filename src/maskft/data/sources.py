@@ -228,7 +228,7 @@ def load_from_hub(name: str, config: str | None, split: str, data_files: str | N
         return datasets.load_dataset(name, config, split=split, **asked)
     except Exception as error:  # many types: no network, no such name, no such configuration or split
         raise UserError(
-            f"{name!r} is no file here{_similar_file(Path(name))} and the hub gave no split {split!r} of it: "
+            f"{name!r} is not a file here{_similar_file(Path(name))} and the hub gave no split {split!r} of it: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from None
 

@@ -20,7 +20,7 @@ from .sources import PROCEDURAL_PREFIX, is_hub_name, procedural_seed
 
 @dataclass(frozen=True)
 class SplitReport:
-    """How many rows were read and what became of them.
+    """How many rows were read, kept and left out.
 
     Attributes:
         read: Rows read, or taken of each set of a mixture; with those of separate held-out data.

@@ -93,7 +93,7 @@ def tokenize_dataset(
     text_field: str = "text",
     num_proc: int | None = None,
 ) -> Dataset:
-    """Tokenise every example, and leave out (with a warning) those of which nothing is trained on.
+    """Tokenise every example, and leave out (with a warning) those without a supervised token.
 
     Returns:
         ``id``, ``input_ids`` and ``labels``; see ``tokenize_example``.

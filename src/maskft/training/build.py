@@ -1,4 +1,4 @@
-"""The parts of a run: rows, the base model, what of it is trained, and what is measured along the way."""
+"""The parts of a run: rows, the base model, and what of it is trained."""
 
 from __future__ import annotations
 

@@ -279,7 +279,7 @@ def whole_best(checkpoint: Path, console: Console) -> str | None:
     if not state.get("best_model_checkpoint"):
         return None
     best = checkpoint.parent / Path(state["best_model_checkpoint"]).name
-    problem = damage(best) if best.is_dir() else "it is not there"
+    problem = damage(best) if best.is_dir() else "it is missing"
     if problem is None:
         return str(best)
     lost = lost_best(state["best_model_checkpoint"], state["best_metric"], problem)

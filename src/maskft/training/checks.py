@@ -41,7 +41,7 @@ _LORA = '{"peft_type": "LORA", "r": 16, "target_modules": "all-linear"}'
 
 
 def check_config(config: TrainConfig) -> None:
-    """Refuse what TRL or torch would do otherwise than is meant, or would refuse after the model is loaded.
+    """Refuse what TRL or torch would do differently than meant, or refuse only after the model is loaded.
 
     Raises:
         UserError: For the first mistake.

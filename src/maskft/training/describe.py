@@ -70,7 +70,7 @@ def mask_line(config: MaskConfig, num_target_weights: int) -> str:
 def report(
     summary: TrainingSummary, verdict: Verdict | None, config: TrainConfig, failure: str | None, console: Console
 ) -> None:
-    """Print the outcome of the run, where it is saved, and what to try next where a mask is not better than none.
+    """Print the outcome of the run, where it is saved, and what to try next if a mask is not better than no mask.
 
     Raises:
         UserError: If training ended with a ``failure``, a text that ends with what is saved.
@@ -109,13 +109,13 @@ def _report_verdict(summary: TrainingSummary, verdict: Verdict | None, config: T
         )
         return
     if verdict.kept:
-        console.print(f"{verdict}. Saved in {folder} all the same")
+        console.print(f"{verdict}. Saved in {folder} anyway")
     else:
         console.print(f"{verdict}. Saved in {folder}: an adapter that removes nothing.")
         checkpoint = Path(folder) / f"checkpoint-{summary.best_step}"
         if checkpoint.is_dir():
             console.print(
-                f"The mask is in {checkpoint}. To save it all the same, repeat the command with "
+                f"The mask is in {checkpoint}. To save it anyway, repeat the command with "
                 "--resume_from_checkpoint true --keep_worse true: nothing is trained again"
             )
     console.print(f"To try next: {_next_step(config)}")

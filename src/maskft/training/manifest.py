@@ -108,7 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        UserError: If it is none.
+        UserError: If it is not a manifest.
     """
     return read_model(Manifest, read_json(folder / files.MANIFEST), folder / files.MANIFEST)
 

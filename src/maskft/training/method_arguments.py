@@ -18,7 +18,7 @@ from ..data.arguments import option
 from ..masking import ScoreStart
 from ..tuner.config import PRESETS, MaskConfig
 
-ADAPTER = "default"  # the name PEFT gives an adapter, of which a run has one
+ADAPTER = "default"  # the name PEFT gives an adapter, every run has one adapter
 
 FIXED_MASK_METHODS = ("random_mask", "l1_mask", "wanda_mask")
 MASK_METHODS = ("mask", *FIXED_MASK_METHODS)

@@ -86,7 +86,7 @@ class TrainingRecord(FileModel):
     Attributes:
         summary: What the run did.
         recipe: How it was trained: what decides the outcome, and every other setting that is not a default.
-        data: What was read and what became of it, and the rows that chose the checkpoint.
+        data: Counts of rows read, kept and left out, and the rows that chose the checkpoint.
         environment: Versions and machine.
         verdict: Of a mask: whether it is better than its parent, and whether it was written.
     """

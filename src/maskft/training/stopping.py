@@ -46,7 +46,7 @@ class StopRequest:
         if self.signal is None:
             self.signal, self._time = number, now
             if is_main():  # not by a console, which may be in the middle of a line and hold its lock
-                os.write(2, b"\nstopping: the step is finished and saved first; once more stops at once\n")
+                os.write(2, b"\nstopping: the step is finished and saved first; a second signal stops immediately\n")
         elif now - self._time > _SAME_SIGNAL_S:
             self._restore()
             os.kill(os.getpid(), number)
