@@ -88,7 +88,6 @@ def test_every_checkpoint_has_a_manifest_of_all_that_it_holds(finished):
         assert manifest.step == step and manifest.num_processes == 1
         assert {*manifest.files, MANIFEST} == {path.name for path in folder.iterdir()}
         assert damage(folder) is None
-    assert manifest.course.options["mask_init_value"] == 0.0, "the default of earlier checkpoints, which go on"
     assert manifest.course.options["learning_rate"] == 0.01 and FREE.isdisjoint(manifest.course.options)
     assert not (finished / TRAIN_LOCK).exists()
 

@@ -20,7 +20,6 @@ from maskft_base.files import FileModel, read_json, read_model
 
 from ..data.prepared import Prepared, data_identity
 from ..models import model_identity
-from ..tuner import learners
 from .arguments import TrainConfig
 
 # What may change when a run is resumed: where it writes and reports, how many workers serve it, on what machine. Of
@@ -159,9 +158,6 @@ def course_of(config: TrainConfig, data: Prepared) -> Course:
         for spec in dataclasses.fields(group):
             if spec.init and spec.name not in FREE:
                 options[spec.name] = getattr(group, spec.name)
-    has_free_budget = not config.mask.mask_preset and learners.is_free(config.mask.mask_selection)
-    if options["mask_init_value"] is None and not has_free_budget:
-        options["mask_init_value"] = 0.0  # as in checkpoints of when this was the default of all
     options = {name: _plain(_content(name, value)) for name, value in data_identity(options).items()}
     return Course(options=options, data=_data_digest(data), base=model_identity(str(config.model.model_name_or_path)))
 
