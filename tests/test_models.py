@@ -88,3 +88,13 @@ def test_values_that_are_refused(given, message):
         with_defaults(THINKING, given)
     with pytest.raises(UserError, match="the tokenizer has none"):
         with_defaults(None, {"enable_thinking": False})
+
+
+@pytest.mark.parametrize("name", ["runs/maks", "runs/a/b", "./runs", "maks/"])
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mask").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"model folder .* does not exist|is not a model folder"):
+        load_model(name)
+    with pytest.raises(UserError, match="is not a folder with a tokenizer"):
+        load_tokenizer(name)

@@ -1,7 +1,8 @@
-"""``python -m maskft``: the ``maskft`` command, whose extra ``lab`` has to be installed."""
+"""``python -m maskft``: the ``maskft`` command, for which some commands need an extra."""
 
 import sys
 
 from maskft_lab.cli.main import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

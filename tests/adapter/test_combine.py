@@ -152,7 +152,7 @@ def with_weights(tmp_path):
 
 def held_otherwise(tmp_path):
     folder = folder_of(tmp_path, "b", 1, as_held(), base_quantisation="nf4")[0]
-    return folder, "were learned on base weights held as float and as nf4"
+    return folder, "were learned on base weights held as float and nf4"
 
 
 def lora(tmp_path):

@@ -21,7 +21,7 @@ import tiny
 from maskft import MaskConfig, current_masks
 from maskft.adapter.mask_set import MaskSet
 from maskft.adapter.wrap import add_adapter
-from maskft.tuner import MaskPeftType
+from maskft.tuner import MaskedLinear, MaskPeftType
 from maskft.tuner.codec import encode_mask
 from maskft.tuner.targets import check_targets, maskable_names
 from maskft_base.errors import UserError
@@ -783,3 +783,34 @@ def test_masks_side_by_side_change_by_name(tmp_path):
         for name in "101":
             both.set_adapter(name)
             assert torch.equal(both(tiny.token_ids()).logits, models[int(name)](tiny.token_ids()).logits)
+
+
+def test_the_base_is_named_by_a_path_that_holds_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.tiny_llama().save_pretrained("base")
+    model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained("base"), MaskConfig())
+    model.save_pretrained("mask")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "mask")
+    assert json.loads((tmp_path / "mask" / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == str(
+        tmp_path / "base"
+    )
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_llama, tiny.tiny_gpt2])
+def test_a_masked_layer_has_the_sizes_of_its_base(make):
+    layer = next(m for m in get_peft_model(make(), MaskConfig()).modules() if isinstance(m, MaskedLinear))
+    names = [name for name in ("in_features", "out_features", "nf", "nx") if hasattr(layer.base_layer, name)]
+    assert names and all(getattr(layer, name) == getattr(layer.base_layer, name) for name in names)
+
+
+def test_an_adapter_saved_while_it_is_merged_knows_its_base(tmp_path):
+    models = [get_peft_model(tiny.tiny_llama(), MaskConfig(sparsity=0.2)).eval() for _ in range(2)]
+    models[0].merge_adapter()
+    for number, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(number))
+    merged, plain = (json.loads((tmp_path / name / ADAPTER_CONFIG).read_text()) for name in "01")
+    assert merged["base_fingerprint"] == plain["base_fingerprint"] is not None
+    with pytest.raises(UserError, match="was trained on other base weights"):
+        PeftModel.from_pretrained(tiny.tiny_llama(seed=1), tmp_path / "0")

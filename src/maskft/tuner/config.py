@@ -324,6 +324,8 @@ class MaskConfig(PeftConfig):
 
         In a Trainer's checkpoint folder the scores join them, so that any trainer resumes where it was.
         """
+        if self.base_model_name_or_path and Path(self.base_model_name_or_path).is_dir():
+            self.base_model_name_or_path = str(Path(self.base_model_name_or_path).resolve())  # is read elsewhere
         file = find_weights(save_directory)
         scores, self.scores_of_save = self.scores_of_save, ScoresOfSave()
         if file is not None:

@@ -28,7 +28,7 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
         config: With ``base_fingerprint``, and the name of the base.
     """
     layers = list(layers)
-    if config.base_fingerprint is None or any(layer.merged for layer in layers):
+    if config.base_fingerprint is None:
         return
     if any(layer.stored_weight.device.type == "meta" for layer in layers):
         warnings.warn("base weights are on the meta device; they are not checked against those of the mask's training")
@@ -94,7 +94,7 @@ def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
     layers = sorted(layers, key=lambda layer: layer.module_name)
     if layers and layers[0].sharded_weight is not None:
         return layers[0].sharded_weight.base_fingerprint  # the weights themselves are masked by now
-    weights = ((layer.module_name, layer.weight.detach()) for layer in layers)
+    weights = ((layer.module_name, layer.unmerged_weight) for layer in layers)
     return fingerprint_of(weights, len(layers))
 
 

@@ -61,6 +61,9 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.number = compiled.register(self)
         self.merged_adapters = []
         self._merge_stash: dict[str, tuple[Tensor, Tensor]] = {}
+        for name in ("in_features", "out_features", "nf", "nx"):  # which other code asks linear layers for
+            if hasattr(base_layer, name):
+                setattr(self, name, getattr(base_layer, name))
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, pool)
 
@@ -110,6 +113,17 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     def stored_weight(self) -> Tensor:
         """The frozen weight as the base layer holds it; ``weight`` is always one of floats."""
         return cast(Tensor, self.get_base_layer().weight)
+
+    @property
+    def unmerged_weight(self) -> Tensor:
+        """The weight as it was before anything was merged into it."""
+        weight = self.weight.detach()
+        if self.merged:
+            weight = weight.clone()
+            for name in reversed(self.merged_adapters):
+                removed, values = self._merge_stash[name]
+                weight[removed] = values
+        return weight
 
     @property
     def active_masks(self) -> list[str]:

@@ -177,9 +177,8 @@ class MaskModel(BaseTuner):
         config.format_version = FORMAT_VERSION
         config.is_new = False
         config.mask_sha256 = mask_fingerprint({_module_name(n): out[f"{n}.mask_coded.{adapter_name}"] for n in masks})
-        if not any(layer.merged for layer in layers.values()):
-            config.base_fingerprint = base_fingerprint(layers.values())
-            config.base_quantisation = described(layer.quantisation for layer in layers.values())
+        config.base_fingerprint = base_fingerprint(layers.values())
+        config.base_quantisation = described(layer.quantisation for layer in layers.values())
         return out
 
     @classmethod

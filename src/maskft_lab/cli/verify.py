@@ -18,9 +18,10 @@ def run(args) -> None:
     import transformers
 
     from maskft.adapter.verify import verify
+    from maskft_base.errors import printable
 
     if args.base:
         warnings.simplefilter("ignore", FutureWarning)
         transformers.utils.logging.disable_progress_bar()
     for line in verify(args.adapter, args.base):
-        print(f"ok  {line}")
+        print(printable(f"ok  {line}"))
