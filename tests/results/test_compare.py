@@ -314,6 +314,15 @@ def test_identical_results_are_not_distinguishable(values):
     assert sentence(row).endswith("not distinguishable.")
 
 
+def test_a_model_that_differs_on_no_item_is_said_to_be_the_same():
+    """As a mask that removes nothing is its parent."""
+    results = [make("full", accuracy=scores(50)), make("mask", accuracy=scores(50)), make("lora", accuracy=scores(51))]
+    said = "mask and full differ on no item: are they one model, such as a mask that removes nothing?"
+    comparison = fast(results)
+    assert comparison.notes == [said]
+    assert f"Note: {said}\n" in render(comparison, "markdown")
+
+
 def test_the_order_of_the_items_does_not_matter():
     columns = {"nll": np.linspace(1, 2, 100), "num_tokens": np.arange(1, 101)}
     a, b = make("a", accuracy=scores(50), **columns), make("b", accuracy=scores(60), **columns | {"nll": scores(30)})
@@ -350,7 +359,7 @@ def test_tasks_and_metrics_can_be_chosen():
 
 
 def test_settings_that_differ_are_noted():
-    comparison = fast([make("a", accuracy=scores(5)), make("b", 4, setting=2, accuracy=scores(5))])
+    comparison = fast([make("a", accuracy=scores(5)), make("b", 4, setting=2, accuracy=scores(6))])
     assert comparison.notes == ["the results differ in the setting batch_size: 1 for 'a', 2 for 'b' seed 4"]
 
 

@@ -57,7 +57,7 @@ def compared(results, baseline="full", **settings):
         (260, 262, "the mask improves the model it starts from; whether more than restart does is not known"),
         (202, 260, "no improvement of the model it starts from is shown; restart is ahead of the mask"),
         (202, 150, "no improvement of the model it starts from is shown; restart is behind the mask"),
-        (202, 201, "no improvement is shown, neither of its start nor over restart"),
+        (202, 201, "no improvement is shown over the model it starts from, nor over restart"),
         (150, 100, "the mask makes the model it starts from worse; restart makes it worse still"),
         (150, 260, "the mask makes the model it starts from worse; restart is ahead of the mask"),
     ],

@@ -16,7 +16,7 @@ Paired = tuple[Sequence[Result], Sequence[Result]]  # the seeds of a method and 
 _GUESSED_UNITS = {"fraction", "score"}
 
 # What must be the same of a task: its key, what a message calls it, and what it is where it is not said.
-_ALIKE = (
+_ALIKE: tuple[tuple[str, str, Any], ...] = (
     ("version", "task version", None),
     ("num_fewshot", "num_fewshot (shots)", None),
     ("chat_template_hash", "chat_template_hash (prompts)", None),

@@ -79,6 +79,11 @@ def compare(
     judged = [judge(family, settings, margin_unit) for family in (*families, averages)]
     places = {(row.method, row.task, row.metric): row for row in (*judged[0], *judged[1])}
     differences = [places[pair] for pair in pairs]
+    notes += [
+        f"{name} and {baseline} differ on no item: are they one model, such as a mask that removes nothing?"
+        for name in dict.fromkeys(row.method for row in differences)
+        if all(row.tied == row.num_items for row in differences if row.method == name)
+    ]
     return Comparison(
         baseline=baseline,
         methods=others,

@@ -19,8 +19,10 @@ from .schema import build_task, items_fingerprint
 
 _FILE_NAME = re.compile(r"samples_(?P<task>.+?)(_(?P<date>\d{4}-\d\d-\d\dT[\d.+-]+))?\.jsonl(\.gz)?")
 _NEEDED = ("doc_id", "filter", "metrics", "prompt_hash", "target_hash", "doc_hash", "resps")
-_SETTINGS = ("limit", "gen_kwargs", "model_dtype", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
-_SETTINGS = (*_SETTINGS, "system_instruction_sha", "fewshot_as_multiturn")
+_SETTINGS = (
+    *("limit", "gen_kwargs", "model_dtype", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed"),
+    *("system_instruction_sha", "fewshot_as_multiturn"),
+)
 
 Items = dict[str, dict[str, Any]]  # id -> item, or question
 
@@ -97,7 +99,8 @@ def _parsed(path: Path, asked: Asked) -> tuple[Items, dict[str, dict[str, list[A
         num_samples = max([num_samples, *(len(each) for each in row["resps"] if isinstance(each, list))])
         for metric in row["metrics"]:
             name = metric if row["filter"] == "none" else f"{metric},{row['filter']}"
-            scores = row.get(metric) if isinstance(row.get(metric), list) else [row.get(metric)]
+            value = row.get(metric)
+            scores = value if isinstance(value, list) else [value]
             values.setdefault(name, {})[identity] = [as_number(score) for score in scores]
     if not items:
         raise UserError(f"{path}: no samples in it: evaluate again with --log_samples")

@@ -19,8 +19,10 @@ from .lm_eval_samples import is_samples_file, read_samples
 from .schema import Result, read_result, result_file, validate_result
 
 # What a damaged or strange file may end in, however it is damaged.
-_DAMAGE = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError)
-_DAMAGE = (*_DAMAGE, NotImplementedError, zipfile.BadZipFile, zlib.error, zstandard.ZstdError)
+_DAMAGE = (
+    *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError),
+    *(NotImplementedError, zipfile.BadZipFile, zlib.error, zstandard.ZstdError),
+)
 
 
 def read_all(paths: Sequence[str], cluster_by: str | None = None, directions: Directions | None = None) -> list[Result]:

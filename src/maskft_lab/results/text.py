@@ -49,7 +49,7 @@ def render(comparison: Comparison, output_format: str) -> str:
     clean = markdown_text if output_format == "markdown" else printable  # in LaTeX they are comments
     sentences = [f"Verdict: {verdict.text}" for verdict in comparison.verdicts]
     sentences += [sentence(row) for row in comparison.rows]
-    sentences += [f"Note: {note}." for note in comparison.notes]
+    sentences += [_note(note) for note in comparison.notes]
     sentences = [clean(line) for line in (*sentences, _how_to_read(comparison))]
     reached = draw(cross_domain_table(comparison.scores), output_format)
     differences = draw(difference_table(comparison), output_format)
@@ -77,7 +77,7 @@ def _page(comparison: Comparison) -> str:
         sentences.append("Intervals are over items: about these models, not about other training seeds.")
     elif any(row.num_seeds == 2 for row in shown):
         sentences.append("Two seeds: what is not distinguishable is no claim over seeds.")
-    sentences += [f"Note: {note}." for note in comparison.notes[:2]]
+    sentences += [_note(note) for note in comparison.notes[:2]]
     tail = [line for text in sentences for line in textwrap.wrap(printable(text), PAGE_WIDTH, subsequent_indent="  ")]
     lines = _lines(comparison, shown)[: max(6, PAGE_LINES - 1 - len(tail))]
     num_shown = sum(row is not None for _, row in lines)
@@ -129,6 +129,10 @@ def _value_text(score: Score | None) -> str:
 
 def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _note(note: str) -> str:
+    return f"Note: {note}" + ("" if note.endswith("?") else ".")
 
 
 def _how_to_read(comparison: Comparison) -> str:

@@ -21,7 +21,7 @@ _CONCLUSIONS = {
     ),
     (BETTER, WORSE): "the mask improves the model it starts from; {control} improves it more",
     (NOT_DISTINGUISHABLE, BETTER): "no improvement of the model it starts from is shown; {control} is behind the mask",
-    (NOT_DISTINGUISHABLE, NOT_DISTINGUISHABLE): "no improvement is shown, neither of its start nor over {control}",
+    (NOT_DISTINGUISHABLE, NOT_DISTINGUISHABLE): "no improvement is shown over the model it starts from, nor over {control}",
     (NOT_DISTINGUISHABLE, WORSE): "no improvement of the model it starts from is shown; {control} is ahead of the mask",
     (WORSE, BETTER): "the mask makes the model it starts from worse; {control} makes it worse still",
     (WORSE, NOT_DISTINGUISHABLE): "the mask makes the model it starts from worse",
@@ -94,7 +94,8 @@ def _is_control(other: Result, mask: Result) -> bool:
 
 def _text(against: Sequence[tuple[Difference, Measured]]) -> str:
     """Return both differences and what follows, after the seeds that contradict it."""
-    parts, doubts = [], []
+    parts: list[str] = []
+    doubts: list[str] = []
     for row, measured in against:
         unit = "points" if row.unit == "fraction" else row.unit
         tokens = "" if not parts else " (as many tokens)"
@@ -103,6 +104,7 @@ def _text(against: Sequence[tuple[Difference, Measured]]) -> str:
         if row.verdict != NOT_DISTINGUISHABLE and min(by_seed) < 0 < max(by_seed):
             doubts.append(f"the seeds disagree against {row.baseline} ({numbers_text(by_seed, row.unit)}); ")
     first, control = against[0][0], against[1][0] if len(against) > 1 else None
-    said = _CONCLUSIONS[first.verdict, control and control.verdict].format(control=control and control.baseline)
+    outcome = (first.verdict, control.verdict if control else None)
+    said = _CONCLUSIONS[outcome].format(control=control.baseline if control else "")
     seeds = f", {first.num_seeds} seeds" if first.num_seeds > 1 else ""
     return f"{''.join(doubts)}{said}. {first.method}, {first.metric} on {task_text(first)}{seeds}: {'; '.join(parts)}."
