@@ -27,20 +27,18 @@ def recipe(base, tmp_path):
 
 
 def test_table(recipe, capsys):
-    status, out, err = call(["--config", recipe, "--device", "cpu", "--flops_per_s", "1e9"], capsys)
+    status, out, err = call(["--config", recipe, "--device", "cpu"], capsys)
     assert status == 0, err
-    for text in ("process", "scores", "in all", "forward 3 + activation gradients 2 + weight gradients 1", "7 steps"):
+    for text in ("process", "scores", "total", "6 passes over a decoder layer; full fine-tuning has 9", "7 steps"):
         assert text in out
-    assert "at the given speed" in out and "bits per masked weight" in out
 
 
 def test_json_and_flags_on_top(recipe, capsys):
-    words = ["--config", recipe, "--max_steps", 9, "--format", "json", "--compare_settings"]
-    words += ["--max_length", 256, "--device", "cuda", "--device_memory_gb", 0.2, "--reserve_gb", 0]
+    words = ["--config", recipe, "--max_steps", 9, "--format", "json"]
+    words += ["--max_length", 256, "--device", "cuda", "--device_memory_gb", 1.2]
     result = json.loads(call(words, capsys)[1])
-    assert result["num_steps"] == 9 and result["micro_batch"] == 2 and result["sequence_length"] == 256
-    assert sum(result["memory"].values()) == result["peak_bytes"] == max(result["phases"].values())
-    assert len(result["settings"]) == 8 and result["settings"][0]["largest_micro_batch"] >= 1
+    assert result["num_steps"] == 9 and result["largest_micro_batch"] >= 1
+    assert sum(result["memory"].values()) == result["peak_bytes"]
 
 
 def test_a_configuration_takes_the_place_of_the_model(recipe, base, capsys):
@@ -74,4 +72,4 @@ def test_help_needs_no_torch():
         "sys.exit(int('torch' in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "--compare_settings" in done.stdout and "maskft train --help" in done.stdout
+    assert done.returncode == 0 and "--device_memory_gb" in done.stdout and "maskft train --help" in done.stdout

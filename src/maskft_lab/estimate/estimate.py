@@ -1,107 +1,87 @@
 """What a run will need, before it is started: parameters, memory, FLOPs, tokens, bytes on disk.
 
-Nothing is loaded but the model's configuration. Weights, optimizer state and scores are counted (``ledger.py``);
-activations are seen on fake tensors (``planned_run.py``).
+Only the model's configuration is loaded. What training keeps is counted (``ledger.py``); activations are what one
+forward pass saves for the backward pass, seen on fake tensors, which have shapes and no data. A mask is stood in for by
+training the effective weights: the same operations save the same tensors.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import asdict, dataclass, field, replace
+import warnings
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from trl.trainer.utils import add_fused_lm_head
 
+from maskft.models import load_config
 from maskft.training.arguments import TrainConfig, with_accumulation
+from maskft.training.build import build_model
 from maskft.training.checks import check_method
-from maskft_base.errors import UserError
+from maskft.training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS, mask_config
+from maskft.tuner.targets import layer_indices, resolve_targets
+from maskft_base.errors import UserError, did_you_mean, first_line
+from maskft_base.runtime import resident_memory_bytes
 
-from .ledger import num_train_rows
-from .planned_run import PlannedRun
+from .ledger import OPTIMIZER_BYTES, kept_bytes, layer_passes, num_train_rows
 
-EIGHT_BIT = "adamw_torch_8bit"
+TRAINER_BYTES = 70_000_000  # what reading data and building the trainer add to a process; measured once
+MAX_MICRO_BATCH = 1024  # no larger one is tried; the answer then means this or more
+RESERVE_BYTES = 2**30  # of a GPU, for its driver and fragmentation; an assumption
+_REFRESH_BYTES = 12  # per weight of the largest matrix on a GPU: its magnitudes, a copy to rank them, masks
 
-# No larger micro-batch is tried; the answer then means this or more.
-MAX_MICRO_BATCH = 1024
-
-
-@dataclass
-class Setting:
-    """One row of the table of settings that may fit a device."""
-
-    dtype: str
-    optim: str
-    gradient_checkpointing: bool
-    bytes_at_batch_1: int
-    largest_micro_batch: int
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts those of GPUs only
 
 
-@dataclass
+@dataclass(frozen=True)
 class Estimate:
     """What a run needs; the memory is that of one process, in bytes.
 
     Attributes:
-        model: Name or file the configuration came from.
         num_parameters: Parameters of the base model; tied ones count once.
-        num_masked: Weights a mask covers, 0 for other methods.
-        phases: Memory per phase of the run; ``peak`` is the phase that needs most.
-        memory: Memory per term at the peak; ``process`` is Python and its libraries.
-        layer_passes: Cost of the decoder layers in forward passes of one layer: counted floor, and full fine-tuning.
-        flops_per_step: FLOPs of one optimizer step: forward, backward, total.
-        tokens_per_step: Tokens of one optimizer step if every row has ``sequence_length`` tokens.
+        num_masked: Weights that a mask covers, 0 for other methods.
+        memory: Bytes per term at the peak; ``process`` is Python and its libraries.
+        layer_passes: Cost of a token in passes over one decoder layer; None where nothing is trained.
+        flops_per_step: FLOPs of one optimizer step, from those of a forward pass.
+        tokens_per_step: Tokens of one optimizer step if every row has ``max_length`` tokens.
         num_steps: Optimizer steps of the run; None when the number of rows is not known.
-        flops_per_run: FLOPs of the run, evaluation not counted.
-        time_s: ``flops_per_run`` over the given speed.
-        adapter_bytes: Result on disk (adapter, or whole model).
-        bits_per_weight: Measured size of a coded mask and its lower bound.
-        largest_micro_batch: Largest ``per_device_train_batch_size`` for the device, at most 1024; None when no device
-            was given.
-        settings: The table of settings, when asked for.
+        result_bytes: Result on disk: adapter, or whole model.
+        largest_micro_batch: Largest ``per_device_train_batch_size`` for the device; None when none was given.
     """
 
     method: str
     model: str
     device: str
-    dtype: str
-    optim: str
-    gradient_checkpointing: bool
-    micro_batch: int
-    accumulation: int
-    sequence_length: int
     num_parameters: int
     num_trainable: int
     num_masked: int
-    phases: dict[str, int]
-    peak: str
     memory: dict[str, int]
-    peak_bytes: int
     layer_passes: dict[str, int] | None
-    flops_per_step: dict[str, int]
+    flops_per_step: int
     tokens_per_step: int
     num_steps: int | None
-    flops_per_run: int | None
-    tokens_per_run: int | None
-    time_s: float | None
-    adapter_bytes: int
-    bits_per_weight: dict[str, float] | None
-    checkpoint_bytes: int
+    result_bytes: int
     largest_micro_batch: int | None = None
-    settings: list[Setting] = field(default_factory=list)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes in all at the peak."""
+        return sum(self.memory.values())
 
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
-        return asdict(self)
+        return asdict(self) | {"peak_bytes": self.peak_bytes}
 
 
-def estimate(
-    run: TrainConfig,
-    *,
-    device: str | None = None,
-    device_memory_gb: float | None = None,
-    reserve_gb: float = 1.0,
-    flops_per_s: float | None = None,
-    compare_settings: bool = False,
-) -> Estimate:
+def estimate(run: TrainConfig, device: str | None = None, device_memory_gb: float | None = None) -> Estimate:
     """Estimate what ``run`` needs, from the configuration of its model.
 
     Args:
@@ -109,78 +89,247 @@ def estimate(
             taken to have ``max_length`` tokens; how many there are, ``max_train_samples`` or a local file says.
         device: ``cpu`` or ``cuda``; default: what this machine has.
         device_memory_gb: Memory of the device as it is sold, for the largest micro-batch: 24 means 24 * 2**30 bytes.
-        reserve_gb: Part of it (same unit) left for the driver's context and fragmentation of a GPU; not used on a CPU.
-        flops_per_s: Speed the run is expected to reach, for its time.
-        compare_settings: Also tell which weight dtypes, optimizers and checkpointing fit ``device_memory_gb``.
 
     Raises:
         UserError: For an unknown model, layers out of range, or a device too small for micro-batch 1.
     """
-    check_method(run.method)
-    for name, value in (("device_memory_gb", device_memory_gb), ("flops_per_s", flops_per_s)):
-        if value is not None and not value > 0:
-            raise UserError(f"{name} is {value}; it must be above 0")
-    if compare_settings and device_memory_gb is None:
-        raise UserError("compare_settings needs device_memory_gb: which settings fit what?")
+    _check(run, device_memory_gb)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if run.training.max_length is None:
-        raise UserError("max_length is not set, so rows have any length; give that of the longest")
     run = replace(run, training=with_accumulation(run.training))
-    planned = PlannedRun(run, device)
-    result = _estimate(planned, flops_per_s)
-    if device_memory_gb is not None:
-        limit = int((device_memory_gb - (reserve_gb if device == "cuda" else 0)) * 2**30)
-        result.largest_micro_batch = _largest_micro_batch(planned, limit)
-        if compare_settings:
-            result.settings = _compare(run, device, limit)
-        elif not result.largest_micro_batch:
-            raise UserError(_why_nothing_fits(planned, limit))
-    return result
-
-
-def _estimate(planned: PlannedRun, flops_per_s: float | None) -> Estimate:
-    training = planned.run.training
-    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    phases = planned.phases(batch)
-    sizes = {name: sum(terms.values()) for name, terms in phases.items()}
-    peak = max(sizes, key=lambda name: sizes[name])
-    flops, tokens, num_steps = {"forward": 0, "backward": 0}, 0, 0
-    if planned.is_trained:
-        micro = planned.micro_batch(batch)
-        flops = {"forward": accumulation * micro.forward_flops, "backward": accumulation * micro.backward_flops}
-        tokens = batch * accumulation * planned.length * training.world_size
-        num_steps = _num_steps(planned.run)
-    flops["total"] = sum(flops.values())
-    flops_per_run = None if num_steps is None else num_steps * flops["total"]
-    adapter_bytes, checkpoint_bytes = planned.file_bytes
-    return Estimate(
-        method=planned.method,
-        model=str(planned.run.model.model_name_or_path),
-        device=planned.device,
-        dtype=str(planned.dtype).removeprefix("torch."),
-        optim=planned.optim,
-        gradient_checkpointing=bool(training.gradient_checkpointing),
-        micro_batch=batch,
-        accumulation=accumulation,
-        sequence_length=planned.length,
+    planned = _Planned(run, device)
+    training, rows = run.training, run.training.per_device_train_batch_size
+    num_steps = _num_steps(run) if planned.passes else 0
+    result = Estimate(
+        method=run.method.method,
+        model=str(run.model.model_name_or_path),
+        device=device,
         num_parameters=planned.num_parameters,
         num_trainable=planned.num_trainable,
-        num_masked=planned.num_masked,
-        phases=sizes,
-        peak=peak,
-        memory=phases[peak],
-        peak_bytes=sizes[peak],
-        layer_passes=planned.layer_passes,
-        flops_per_step=flops,
-        tokens_per_step=tokens,
+        num_masked=sum(planned.masked_sizes),
+        memory=planned.memory(rows),
+        layer_passes=planned.passes,
+        flops_per_step=planned.flops(rows) * training.gradient_accumulation_steps,
+        tokens_per_step=rows * training.gradient_accumulation_steps * training.max_length * training.world_size,
         num_steps=num_steps,
-        flops_per_run=flops_per_run,
-        tokens_per_run=None if num_steps is None else num_steps * tokens,
-        time_s=flops_per_run / flops_per_s if flops_per_s and flops_per_run is not None else None,
-        adapter_bytes=adapter_bytes,
-        bits_per_weight=planned.bits_per_weight,
-        checkpoint_bytes=checkpoint_bytes,
+        result_bytes=planned.result_bytes,
     )
+    if device_memory_gb is None:
+        return result
+    limit = int(device_memory_gb * 2**30) - (RESERVE_BYTES if device == "cuda" else 0)
+    largest = _largest_micro_batch(planned, limit)
+    if not largest:
+        raise UserError(f"device memory is too small for micro-batch 1: {needs(planned.memory(1), limit)}")
+    return replace(result, largest_micro_batch=largest)
+
+
+def needs(memory: dict[str, int], there: float) -> str:
+    """What is needed, what there is, and what usually helps, for a line about memory that is too small."""
+    term = max(memory, key=lambda name: memory[name])
+    return (
+        f"about {gb(sum(memory.values()))} GB are needed, most of it {term} ({gb(memory[term])} GB), and {gb(there)} "
+        "GB are there; try, in this order, --per_device_train_batch_size 1 with more --gradient_accumulation_steps, "
+        "--gradient_checkpointing true, and --dtype bfloat16 with --optim adamw_torch_8bit"
+    )
+
+
+def gb(size: float) -> str:
+    """Bytes in GB, with three digits that say something."""
+    return f"{size / 1e9:.3g}"
+
+
+class _Planned:
+    """The model of a run without data: what training it keeps in memory and computes."""
+
+    def __init__(self, run: TrainConfig, device: str):
+        self.run, self.device, self.method = run, device, run.method.method
+        source = run.model
+        self.config = load_config(source.model_name_or_path, revision=source.model_revision)
+        own = getattr(self.config, "dtype", None)
+        self.stored = own if isinstance(own, torch.dtype) else torch.float32
+        self.dtype = self.stored if source.dtype == "auto" else getattr(torch, source.dtype)
+        self.autocast = _autocast_dtype(run.training, device)
+        self.optim = _optimizer(run.training)
+        self.mask = mask_config(run.mask) if self.method in MASK_METHODS else None
+        self.process_bytes = resident_memory_bytes() + TRAINER_BYTES if device == "cpu" else 0
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = model_without_data(self.config, self.dtype, source.attn_implementation)
+            self.num_parameters = sum(p.numel() for p in model.parameters())
+            self.weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+            num_layers = len(layer_indices(name for name, _ in model.named_modules()))
+            self._prepare(model)
+        with FakeTensorMode():
+            _make_fake(self.model)
+            # One row and two, from which those of more follow.
+            self._seen = [self._run_forward(rows) for rows in (1, 2)]
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.num_trainable = sum(p.numel() for p in trained.values())
+        if self.method not in UNTRAINED_METHODS and not trained:
+            raise UserError(f"method {self.method} trains no parameter of {source.model_name_or_path!r}")
+        self._count(trained)
+        how = {"is_lora": self.method == "lora", "is_checkpointed": bool(run.training.gradient_checkpointing)}
+        self.passes = layer_passes(num_layers, layer_indices(trained) or [0], **how) if trained else None
+
+    def _prepare(self, model: nn.Module) -> None:
+        """Make trainable what the method trains, as ``build_model`` does."""
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        self.masked: dict[str, nn.Module] = {}
+        if self.mask is None:
+            self.model = build_model(model, self.run.method, self.run.model, self.run.mask, self.run.training.seed)
+            return
+        self.model = model.requires_grad_(False)
+        resolve_targets(self.mask, model)
+        self.masked = {n: m for n, m in model.named_modules() if n and check_target_module_exists(self.mask, n)}
+        for module in self.masked.values():
+            weight = torch.empty_like(module.weight, dtype=self.autocast or self.dtype)
+            module.weight = nn.Parameter(weight, requires_grad=self.method == "mask")
+        for name, module in model.named_modules():
+            if any(name.endswith(saved) for saved in self.run.mask.mask_modules_to_save or []):  # as PEFT does
+                module.requires_grad_(True)
+
+    def _count(self, trained: dict[str, nn.Parameter]) -> None:
+        masked = {id(module.weight) for module in self.masked.values()}
+        self.masked_sizes = [module.weight.numel() for module in self.masked.values()]
+        others: Counter[int] = Counter()  # bytes per parameter -> how many
+        for parameter in trained.values():
+            others[parameter.element_size()] += 0 if id(parameter) in masked else parameter.numel()
+        num_scores = sum(self.masked_sizes) if self.method == "mask" else 0
+        size = (self.autocast or self.dtype).itemsize
+        self.kept = kept_bytes(self.weight_bytes, dict(others), num_scores, size, self.optim)
+        added = sum(size * count for size, count in others.items()) if self.method != "full" else 0
+        # At most a bit per masked weight, and some 200 bytes for the name and header of each matrix.
+        coded = sum(math.ceil(n * self._bits_per_weight / 8) + 200 for n in self.masked_sizes)
+        self.result_bytes = self.weight_bytes if self.method == "full" else coded + added
+        if added:
+            self.kept["adapter"] = added
+        if self.mask is not None and self.mask.removed_value == "base":
+            self.kept["removed values"] = sum(self.masked_sizes) * self.dtype.itemsize
+
+    @property
+    def _bits_per_weight(self) -> float:
+        """Entropy of a mask of the given sparsity, which its code comes within 1 % of; 1 where a share is not given."""
+        if self.mask is None or self.mask.selection != "topk":
+            return 1.0
+        return 1.01 * -sum(p * math.log2(p) for p in (self.mask.sparsity, 1 - self.mask.sparsity) if p > 0)
+
+    def memory(self, rows: int) -> dict[str, int]:
+        """Bytes per term at the peak of a run with micro-batches of ``rows`` rows."""
+        start = {"process": self.process_bytes, "weights": self.weight_bytes}
+        if not self.passes:  # float32 ranking keys and bool masks of all matrices at once
+            return start | {"masks": 5 * sum(self.masked_sizes)}
+        step = {**start, **self.kept, "activations": 0, "buffers": self._step_bytes}
+        during = {**step, "activations": self._activations(rows), "buffers": 0}
+        if self.run.training.gradient_accumulation_steps == 1:
+            during["gradients"] = 0  # they come as activations go
+        phases = [step, during]
+        if self.device == "cpu":  # a file's pages are resident while the weights are read from it
+            phases.append(start | {"file": self.stored.itemsize * self.num_parameters})
+        return max(phases, key=lambda terms: sum(terms.values()))
+
+    @property
+    def _step_bytes(self) -> int:
+        """What an optimizer step and the refresh of a mask take for a moment."""
+        # adamw_torch updates all tensors at once on a GPU; a byte per weight tells which bits have flipped.
+        update = self.kept["gradients"] if self.optim == "adamw_torch" and self.device == "cuda" else 0
+        ranked = _REFRESH_BYTES * max(self.masked_sizes, default=0) if self.device == "cuda" else 0
+        return max(update, ranked + sum(self.masked_sizes))
+
+    def _activations(self, rows: int) -> int:
+        saved = self._forward(rows)[0]
+        if not self.run.training.gradient_checkpointing:
+            return saved
+        num_layers = self.passes["activation_gradients"]  # each keeps its input; one at a time is computed again
+        hidden = rows * self.run.training.max_length * self.config.get_text_config().hidden_size
+        return num_layers * hidden * (self.autocast or self.dtype).itemsize + saved // num_layers
+
+    def flops(self, rows: int) -> int:
+        """FLOPs of one micro-batch, forward and backward."""
+        return self._forward(rows)[1] * self.passes["total"] // self.passes["forward"] if self.passes else 0
+
+    def _forward(self, rows: int) -> tuple[int, int]:
+        """Bytes that a forward pass saves for the backward pass, and its FLOPs."""
+        (saved, flops), (saved_by_two, flops_of_two) = self._seen
+        return saved + (rows - 1) * (saved_by_two - saved), flops + (rows - 1) * (flops_of_two - flops)
+
+    def _run_forward(self, rows: int) -> tuple[int, int]:
+        there = {t.untyped_storage()._cdata for t in (*self.model.parameters(), *self.model.buffers())}
+        saved: dict[int, torch.UntypedStorage] = {}  # held, or another could take its place
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in there:
+                saved[storage._cdata] = storage
+            return tensor
+
+        counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops})
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        autocast = torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+        with counter, hooks, autocast:
+            ids = torch.zeros(rows, self.run.training.max_length, dtype=torch.long)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
+            self.model.train()(**inputs, fused_lm_head=True).log_probs.sum()
+        return sum(storage.nbytes() for storage in saved.values()), counter.get_total_flops()
+
+
+def model_without_data(config: PretrainedConfig, dtype: torch.dtype | None = None, attention: str | None = None):
+    """Return a model of a configuration, to be called under ``torch.device("meta")``."""
+    # Flash attention, from whatever package, keeps what sdpa keeps.
+    named = {"attn_implementation": attention if attention in ("eager", "sdpa") else "sdpa"} if attention else {}
+    try:
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False, **named)
+    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+        raise UserError(f"the configuration makes no causal language model: {first_line(error)}") from error
+    if not layer_indices(name for name, _ in model.named_modules()):
+        raise UserError(f"the configuration has no decoder layers ({type(model).__name__}); is it complete?")
+    return model
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Put fake CPU tensors, which choose CPU kernels, in place of a model's meta tensors; tied ones stay tied."""
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if tensor not in made:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[tensor] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                tensors[name] = made[tensor]
+
+
+def _attention_flops(query: tuple, key: tuple, value: tuple, *_, out_shape=None, **__) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _check(run: TrainConfig, device_memory_gb: float | None) -> None:
+    check_method(run.method)
+    method = run.method.method
+    if method in COMBINED_METHODS:
+        raise UserError(f"method {method} trains nothing, and there is no estimate of it")
+    if run.model.load_in_4bit or run.model.load_in_8bit:
+        raise UserError("there is no estimate of a quantised base: leave out load_in_4bit and load_in_8bit")
+    if device_memory_gb is not None and not device_memory_gb > 0:
+        raise UserError(f"device_memory_gb is {device_memory_gb}; it must be above 0")
+    if run.training.max_length is None:
+        raise UserError("max_length is not set, so rows have any length; give that of the longest")
+
+
+def _autocast_dtype(training, device: str) -> torch.dtype | None:
+    """The dtype matrices are multiplied in under autocast; None without."""
+    # float32 that nobody asked for is the default of this machine, and not of the one that is asked about.
+    if training.bf16 or (device == "cuda" and training.is_float32_by_machine):
+        return torch.bfloat16
+    return torch.float16 if training.fp16 else None
+
+
+def _optimizer(training) -> str:
+    name = str(getattr(training.optim, "value", training.optim))
+    if name not in OPTIMIZER_BYTES:
+        known = ", ".join(OPTIMIZER_BYTES)
+        raise UserError(f"optim is {name!r}{did_you_mean(name, OPTIMIZER_BYTES)}; estimates are made for: {known}")
+    return name
 
 
 def _num_steps(run: TrainConfig) -> int | None:
@@ -196,41 +345,7 @@ def _num_steps(run: TrainConfig) -> int | None:
     return math.ceil(training.num_train_epochs * math.ceil(micro_batches / training.gradient_accumulation_steps))
 
 
-def _largest_micro_batch(planned: PlannedRun, limit: int) -> int:
+def _largest_micro_batch(planned: _Planned, limit: int) -> int:
     """Largest number of rows whose peak is at most ``limit`` bytes; 0 when not even one fits."""
-    fits, more = 0, 1
-    while planned.peak_bytes(more) <= limit:
-        fits, more = more, 2 * more
-        if not planned.is_trained or more > MAX_MICRO_BATCH:
-            return fits
-    while fits and more - fits > 1:
-        at_fits, at_more = planned.peak_bytes(fits), planned.peak_bytes(more)
-        # Memory is almost a straight line in the rows, so this finds the place in few steps.
-        guess = fits + int((limit - at_fits) * (more - fits) / (at_more - at_fits))
-        guess = min(max(guess, fits + 1), more - 1)
-        fits, more = (guess, more) if planned.peak_bytes(guess) <= limit else (fits, guess)
-    return fits
-
-
-def _why_nothing_fits(planned: PlannedRun, limit: int) -> str:
-    terms = max(planned.phases(1).values(), key=lambda terms: sum(terms.values()))
-    largest = max(terms, key=lambda term: terms[term])
-    return (
-        f"device memory is too small for micro-batch 1: {sum(terms.values()) / 1e9:.1f} GB are needed and "
-        f"{limit / 1e9:.1f} GB are there; most of it is {largest} ({terms[largest] / 1e9:.1f} GB); see which dtype, "
-        "optim and gradient_checkpointing fit (--compare_settings), or train fewer layers"
-    )
-
-
-def _compare(run: TrainConfig, device: str, limit: int) -> list[Setting]:
-    """What fits with the weights in float32 or bfloat16, 32-bit or 8-bit moments, with and without checkpointing."""
-    rows = []
-    for dtype in ("float32", "bfloat16"):
-        for checkpointing in (False, True):
-            model, training = copy.copy(run.model), copy.copy(run.training)
-            model.dtype, training.gradient_checkpointing = dtype, checkpointing
-            planned = PlannedRun(replace(run, model=model, training=training), device)
-            for planned.optim in ("adamw_torch_fused", EIGHT_BIT):
-                largest = _largest_micro_batch(planned, limit)
-                rows.append(Setting(dtype, planned.optim, checkpointing, planned.peak_bytes(1), largest))
-    return rows
+    sizes = range(1, MAX_MICRO_BATCH + 1)
+    return bisect_right(sizes, limit, key=lambda rows: sum(planned.memory(rows).values()))

@@ -1,6 +1,6 @@
 """Bytes that training keeps, passes over layers, rows: counted from numbers, without a model.
 
-`maskft estimate` adds what it follows on fake tensors (activations); a study's dry run has the numbers alone.
+``maskft estimate`` adds activations, and a study's dry run the number of its runs.
 """
 
 from __future__ import annotations
@@ -21,53 +21,48 @@ OPTIMIZER_BYTES: dict[str, Callable[[int], float]] = {
 }
 
 
-def kept_bytes(
-    base: int, trained: dict[int, int], num_scores: int, compute_size: int, optim: str, are_added: bool = False
-) -> dict[str, int]:
+def kept_bytes(base: int, trained: dict[int, int], num_scores: int, compute_size: int, optim: str) -> dict[str, int]:
     """Return the bytes that training keeps from step to step, by term.
 
     Args:
         base: Bytes of all base weights and buffers.
         trained: Bytes per parameter -> how many of that size are trained, besides scores.
-        num_scores: Weights with a score that is trained; float32 as their gradients are.
+        num_scores: Weights with a trained score, which is float32, as is its gradient.
         compute_size: Bytes per weight in the dtype that matrices are multiplied in.
         optim: One of `OPTIMIZER_BYTES`.
-        are_added: Whether the trained parameters come on top of the base weights (LoRA matrices).
     """
     terms = {"weights": base}
     if num_scores:
         # The base weights stay beside the effective ones.
         terms |= {"effective weights": num_scores * compute_size, "scores": 4 * num_scores}
-    others = sum(size * count for size, count in trained.items())
-    if are_added and others:
-        terms["adapter"] = others
     moments = OPTIMIZER_BYTES[optim]
     terms["optimizer"] = math.ceil(sum(n * moments(size) for size, n in trained.items()) + num_scores * moments(4))
-    terms["gradients"] = others + 4 * num_scores
+    terms["gradients"] = sum(size * count for size, count in trained.items()) + 4 * num_scores
     return terms
 
 
-def layer_passes(num_layers: int, trained_layers: Collection[int]) -> dict[str, int]:
-    """Count what training some layers cannot do without, in passes over one decoder layer, and ``full``: training all.
+def layer_passes(
+    num_layers: int, trained_layers: Collection[int], is_lora: bool = False, is_checkpointed: bool = False
+) -> dict[str, int]:
+    """Count what training costs per token, in passes over one decoder layer; a pass is about 2 FLOPs per weight.
 
     A token goes forward through all L layers; gradients of activations go back through those from the lowest trained
-    one up, L - a; and each trained layer computes the gradient of its weights. A pass is about 2 FLOPs per weight.
+    one up, L - a; and each trained layer computes the gradient of its weights, which for LoRA is next to nothing.
 
     Args:
         num_layers: Decoder layers of the model.
         trained_layers: Indices of those that hold trained weights, at least one, in [0, num_layers).
-
-    Returns:
-        Passes per token: forward, activation_gradients, weight_gradients, their total, and full = 3 L.
+        is_lora: Whether LoRA matrices are trained in their place.
+        is_checkpointed: Whether activations are computed again (gradient checkpointing).
     """
-    activations = num_layers - min(trained_layers)
-    return {
+    back = num_layers - min(trained_layers)
+    passes = {
         "forward": num_layers,
-        "activation_gradients": activations,
-        "weight_gradients": len(trained_layers),
-        "total": num_layers + activations + len(trained_layers),
-        "full": 3 * num_layers,
+        "activation_gradients": back,
+        "weight_gradients": 0 if is_lora else len(trained_layers),
+        "recomputed": back if is_checkpointed else 0,
     }
+    return passes | {"total": sum(passes.values()), "full": 3 * num_layers}
 
 
 def num_train_rows(dataset: str | None, most: int | None, held_out: float, rows: int | None = None) -> int | None:
