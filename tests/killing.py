@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from maskft_lab.study.process import PYTHON, start_command
+
 _SRC = str(Path(__file__).parents[1] / "src")
 
 
@@ -18,6 +20,17 @@ def start(words):
     words = [sys.executable, "-m", "maskft_lab.cli.main", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": _SRC}
     return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+class Forked:
+    """A command of maskft in a fork that has imported everything, with what is called of a ``Popen``."""
+
+    def __init__(self, words, log):
+        self._process = start_command([*PYTHON, *map(str, words)], log)
+        self.kill, self.wait = self._process.kill, self._process.join
+
+    def poll(self):
+        return self._process.exitcode
 
 
 def kill_now_and_then(file, folder, waits):
@@ -55,7 +68,7 @@ def kill_ten_times(words, folder, seconds, check, begin=start):
         _wait(process, lambda: _last_write(folder) >= begun)  # noqa: B023 - called at once
         _wait(process, moments.uniform(0.0, seconds))
         if process.poll() is None:
-            (process.kill if hasattr(process, "kill") else process._process.kill)()
+            process.kill()
             killed += 1
             process.wait()
         else:

@@ -39,7 +39,7 @@ import tiny
 from maskft_base import files
 from maskft_base.errors import UserError
 from maskft_lab.cli.main import main
-from maskft_lab.study import execute, warm
+from maskft_lab.study import execute, process
 from tiny_tokenizer import tiny_tokenizer
 
 PR_SET_PDEATHSIG = 1
@@ -47,7 +47,7 @@ MAX_KILLS = 3
 # Of the cycles of `train`, one in how many each of the others gets.
 SHARES = {"train": 1, "two processes": 40, "evaluate": 10, "study": 20, "demo": 100}
 IMPORTED = [
-    *warm.IMPORTED,
+    *process.IMPORTED,
     "maskft_lab.cli.study",
     "maskft_lab.cli.demo",
     "maskft_lab.study.study",

@@ -57,6 +57,7 @@ LOCK = "study.lock"
 SUMMARY = "summary-{}.json"  # of the study of this name; several may share a folder
 STUDY_TABLE = "table-{}.md"
 CURVE = "curve-{}-{}.json"  # gain against forgetting, of a study and a probe
+SLURM = "slurm"  # logs of its jobs
 
 
 # Bounds on what comes from elsewhere. The history of a long training has some MB; data and results pack to a third or a

@@ -5,10 +5,9 @@ import shlex
 
 import pytest
 
-from killing import kill_ten_times, stop_when
+from killing import Forked, kill_ten_times, stop_when
 from maskft_base import files
 from maskft_lab.cli.main import main
-from maskft_lab.study.warm import PYTHON, WarmProcess
 
 
 @pytest.fixture
@@ -53,6 +52,6 @@ def test_ten_kills_of_an_evaluation(words, undisturbed, tmp_path):
         assert result_in(out) == undisturbed
 
     def begin(words):
-        return WarmProcess([*PYTHON, *words], tmp_path / "log", None)
+        return Forked(words, tmp_path / "log")
 
     kill_ten_times(words, out, 3.0, check, begin)

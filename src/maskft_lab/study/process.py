@@ -1,32 +1,39 @@
-"""Child processes that end with the study, also when it is killed."""
+"""Commands in processes that end with the study, also when it is killed; those of maskft without seconds of imports.
+
+A study makes hundreds of short commands. Python's fork server imports once and forks a child for each.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import json
+import multiprocessing
+import multiprocessing.reduction
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from maskft_base.errors import UserError
 
-from .warm import PYTHON, WarmProcess, is_possible
+PYTHON = [sys.executable, "-m", "maskft_lab.cli.main"]
 
-# On Linux the kernel ends a child whose parent died: without this a killed study would leave a training behind that
-# writes into the folder its successor works in. A launcher (accelerate, torchrun) passes SIGTERM on to its workers.
-_END_WITH_PARENT = (
-    "import ctypes, os, signal, sys\n"
-    "ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"
-    "if os.getppid() != int(sys.argv[1]): sys.exit(143)\n"
-    "os.execvp(sys.argv[2], sys.argv[2:])\n"
-)
-
-
-__all__ = ["PYTHON", "command_words", "last_line", "run_command"]
+# What `maskft train` and `maskft evaluate` import, and the libraries that import their own parts late.
+IMPORTED = [
+    "maskft_lab.cli.train",
+    "maskft_lab.cli.evaluate",
+    "maskft.training.train",
+    "maskft.training.options",
+    "maskft_lab.evaluation.run",
+    "maskft_lab.evaluation.load",
+    "maskft_lab.generation.greedy",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+]
+_PR_SET_PDEATHSIG = 1
 
 
 def command_words(options: dict[str, Any]) -> list[str]:
@@ -42,6 +49,18 @@ def command_words(options: dict[str, Any]) -> list[str]:
     return words
 
 
+def start_command(words: Sequence[str], log: Path, lock_fd: int | None = None) -> multiprocessing.process.BaseProcess:
+    """Start a command, its output appended to ``log``; it holds the study's lock until it ends."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    if sys.platform == "linux":
+        context.set_forkserver_preload(IMPORTED)
+    lock = None if lock_fd is None else _Descriptor(lock_fd)  # the server hands it over to the child
+    process = context.Process(target=_run, args=(list(words), str(log), dict(os.environ), lock))
+    process.start()
+    return process
+
+
 def run_command(words: Sequence[str], log: Path, tick: Callable[[], None] = lambda: None, lock_fd: int | None = None):
     """Run a command to its end, its output appended to ``log``.
 
@@ -54,17 +73,16 @@ def run_command(words: Sequence[str], log: Path, tick: Callable[[], None] = lamb
     Raises:
         UserError: If it fails; the message is the last line it printed.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    process = WarmProcess(words, log, lock_fd) if is_possible(words) else _cold_process(words, log, lock_fd)
+    process = start_command(words, log, lock_fd)
     try:
-        while process.poll() is None:
+        while process.exitcode is None:
             tick()
-            time.sleep(0.1)
+            process.join(0.1)
     finally:
-        if process.poll() is None:
+        if process.exitcode is None:
             process.terminate()
-            process.wait()
-    status = process.poll()
+            process.join()
+    status = process.exitcode
     killed_by = -status if status < 0 else status - 128
     if killed_by in set(signal.Signals):  # its last line would be one of progress
         name = signal.Signals(killed_by).name
@@ -72,16 +90,6 @@ def run_command(words: Sequence[str], log: Path, tick: Callable[[], None] = lamb
     if status:
         reason = last_line(log).removeprefix("maskft: error: ") or f"exit status {status}"
         raise UserError(f"{reason} (see {log})")
-
-
-def _cold_process(words: Sequence[str], log: Path, lock_fd: int | None) -> subprocess.Popen:
-    """Any command, in an interpreter of its own."""
-    words = list(words)
-    if sys.platform == "linux":
-        words = [sys.executable, "-c", _END_WITH_PARENT, str(os.getpid()), *words]
-    fds = () if lock_fd is None else (lock_fd,)
-    with log.open("ab") as output:
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=fds)
 
 
 def last_line(log: Path) -> str:
@@ -93,3 +101,38 @@ def last_line(log: Path) -> str:
     except OSError:
         return ""
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+class _Descriptor:
+    """A file descriptor, duplicated into the child when it is pickled for it."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __reduce__(self):
+        return _detach, (multiprocessing.reduction.DupFd(self.fd),)
+
+
+def _detach(duplicate) -> int:
+    return duplicate.detach()
+
+
+def _run(words: list[str], log: str, environment: dict[str, str], lock: int | None) -> None:
+    """In the child: the command, as if it had been started alone."""
+    if lock is not None:
+        os.set_inheritable(lock, True)
+    if sys.platform == "linux":
+        # The server ends with the study, and this with the server: a training left behind would write into the folder
+        # that a resumed study works in. A launcher (accelerate, torchrun) passes SIGTERM on to its workers.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if not multiprocessing.parent_process().is_alive():
+            sys.exit(128 + signal.SIGTERM)
+    with open(log, "ab", buffering=0) as output, open(os.devnull) as nothing:
+        for stream, number in ((nothing, 0), (output, 1), (output, 2)):
+            os.dup2(stream.fileno(), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    if words[: len(PYTHON)] != PYTHON:
+        os.execvp(words[0], words)
+    sys.argv = [PYTHON[-1], *words[len(PYTHON) :]]
+    sys.exit(importlib.import_module(PYTHON[-1]).main(sys.argv[1:]))  # by name, as `python -m` has it

@@ -15,7 +15,7 @@ from maskft_base.errors import UserError
 
 from .board import Board
 from .execute import Study, prepare_base, prepare_data
-from .launchers import Launcher
+from .launchers import Launcher, make_runs
 from .plan import Plan, StudyRun
 from .summary import summarise
 from .tuning import Heldout
@@ -43,7 +43,6 @@ def run_study(
         UserError: If a run failed; the others, as far as they do not need it, are made first.
     """
     console = console or Console()
-    launcher.share_cores()
     with locked(folder) as (folder, lock_fd):
         study = Study(folder, plan.recipe, lock_fd)
         plan, failed = make_stages(study, plan, launcher, console, is_brief)
@@ -110,7 +109,7 @@ def make_all(
         if todo:
             prepare_base(study, todo, board.tick)
             prepare_data(study, plan.runs, board.tick)
-            launcher.run(study, todo, board)
+            make_runs(study, todo, board, launcher)
     return board.failed
 
 
