@@ -112,10 +112,9 @@ def test_study(file, tmp_path, capsys):
     recipe = load_recipe(file)
     plan = check(recipe)
     for run in plan.runs:
-        numbers = cost_of(plan, run, recipe.facts)
+        tokens, seconds = cost_of(plan, run)
         trained = run.method.method != PRETRAINED and run.method.method in ("full", "peft", "mask")
-        memory = numbers.memory_bytes * (recipe.launch.num_processes or 1)  # sharded: each process holds its share
-        assert memory >= 2 * recipe.facts.num_parameters and (numbers.tokens > 1_000) == trained
+        assert (tokens > 1_000) == trained == (seconds > 0)
     assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     # What waits for tuning has no hash yet.

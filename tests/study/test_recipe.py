@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from maskft_base.errors import UserError
 from maskft_base.files import digest_file
 from maskft_lab.cli.main import main
 from maskft_lab.cli.study import check
+from maskft_lab.study.dry_run import cost_of, passes_of
 from maskft_lab.study.identity import evaluation_id, evaluation_identity
 from maskft_lab.study.plan import BEST
 from maskft_lab.study.recipe import load_recipe, parse_recipe
@@ -518,55 +520,46 @@ def test_tasks_pass_through(content):
 
 
 def test_dry_run_lists_runs_and_writes_nothing(content, tmp_path, capsys):
+    def said(*words, **changes):
+        file = tmp_path / "study.yaml"
+        file.write_text(yaml.safe_dump(content | changes, sort_keys=False))
+        assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out"), *words]) == 0
+        return capsys.readouterr().out
+
+    out = said()
+    assert all(run.id in out for run in plan_of(content).runs) and not (tmp_path / "out").exists()
+    # 48 rows x 5 tokens x (2 + 1) epochs.
+    assert "3 runs: 3 of yours, 0 controls; training left: 720 tokens, ? (time is not known: --measure" in out
+    # The mask on the middle of 3 layers: 3 + 2 + 2 + 1 of the 12 passes of full fine-tuning, so 80 s and not 120.
+    out = said(model_facts={"tokens_per_s": 2.0})
+    assert "training left: 720 tokens, 5 min at 2 tokens/s" in out and " 4 min " in out
+    assert "at 1e+09 FLOP/s, counted" in said(model_facts={"flops_per_s": 1e9, "num_parameters": 1000})
+    content["methods"]["full"]["learning_rate"] = 1e-3
+    out = said("--measure", controls="standard")
+    assert re.search(r"\d+ runs: 3 of yours, [1-9]\d* controls; .* tokens/s of full fine-tuning", out), out
+
+
+def test_dry_run_counts_rows_and_tokens_of_local_data(content, tmp_path, capsys):
+    del content["data"]["sums"]["tokens_per_row"]
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False))
-    assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
-    out = capsys.readouterr().out
-    runs = plan_of(content).runs
-    assert all(run.id in out for run in runs) and not (tmp_path / "out").exists()
-    # 48 rows x 5 tokens x (2 + 1) epochs; the model is counted from its configuration.
-    assert "training left: 720 tokens, ?" in out and " MB " in out and "model_facts: {tokens_per_s: N}" in out
-    file.write_text(yaml.safe_dump(content | {"model_facts": {"tokens_per_s": 2.0}}, sort_keys=False))
-    assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
-    out = capsys.readouterr().out
-    # The mask on the middle of 3 layers: 3 + 2 + 2 + 1 of the 12 passes of full fine-tuning, so 80 s and not 120.
-    assert "training left: 720 tokens, 5 min" in out and " 4 min " in out and "tokens_per_s" not in out
-    file.write_text(yaml.safe_dump(content | {"model_facts": {"flops_per_s": 1e9}}, sort_keys=False))
-    assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
-    out = capsys.readouterr().out
-    assert "counted, not measured" in out and "at the recipe's 1e+09 FLOP/s" in out and "?" not in out
+    assert main(["study", str(file), "--dry_run"]) == 0
+    assert re.search(r"training left: [1-9]\d* tokens", capsys.readouterr().out)
 
 
-def test_memory_estimate(content):
-    from maskft_lab.study.dry_run import cost_of, model_facts
-    from maskft_lab.study.recipe import Facts
-
+def test_costs(content):
+    content["model_facts"] = {"tokens_per_s": 10.0, "num_layers": 3}
     plan = plan_of(content)
-    facts = model_facts(Facts(tokens_per_s=10.0), content["model"])
-    model = tiny.tiny_llama(vocab_size=len(tiny_tokenizer()))
-    assert facts.num_parameters == sum(p.numel() for p in model.parameters()) and facts.num_layers == 3
-    per_layer = sum(p.numel() for n, p in model.named_parameters() if ".layers.0." in n and "proj" in n)
-    full, mask, fixed = (cost_of(plan, run, facts) for run in plan.runs)
-    assert full.memory_bytes == 16 * facts.num_parameters and full.tokens == 480 and full.seconds == 48
-    assert mask.memory_bytes == 4 * facts.num_parameters + 20 * per_layer
-    assert fixed.tokens == 0
+    full, _, fixed = (cost_of(plan, run) for run in plan.runs)
+    assert full == (480, 48) and fixed == (0, 0)
     content["train"] |= {"global_batch_size": 32, "max_steps": 10}
-    full, *_ = (cost_of(plan_of(content), run, facts) for run in plan_of(content).runs)
-    assert full.tokens == 10 * 32 * 5
-    del content["train"]["global_batch_size"], content["train"]["max_steps"]
-    content["train"] |= {"dtype": "bfloat16", "optim": "adamw_torch_8bit"}
-    full, mask, _ = (cost_of(plan_of(content), run, facts) for run in plan_of(content).runs)
-    moments = 2 * (1 + 4 / 256)
-    assert full.memory_bytes == math.ceil((4 + moments) * facts.num_parameters)
-    assert mask.memory_bytes == math.ceil(2 * facts.num_parameters + (2 + 8 + moments) * per_layer)
-    assert json.dumps(full.tokens)
+    plan = plan_of(content)
+    assert cost_of(plan, plan.runs[0])[0] == 10 * 32 * 5
 
 
 def test_time_is_counted_in_layers():
-    from maskft_lab.study.dry_run import _passes
-
     def units(method, layers, **options):
-        return _passes(method, options, 30, layers)
+        return passes_of(method, options, 30, layers)
 
     plain = {"gradient_checkpointing": False}
     assert units("full", None, **plain) == 90 and units("full", None) == 120
@@ -576,24 +569,12 @@ def test_time_is_counted_in_layers():
     assert units("mask", [20, 21, 22, 23], mask_prefix_cache="cache", num_train_epochs=4, **plain) == 15 + 10 + 4
 
 
-def test_lora_is_faster_than_full_fine_tuning(content):
-    """It computes no gradient of the weights: of 4 passes with checkpointing it saves one."""
-    from maskft_lab.study.dry_run import cost_of, model_facts
-    from maskft_lab.study.recipe import Facts
-
-    content["methods"]["LoRA"] = {**content["methods"]["full"], "method": "peft", "peft_config": {"peft_type": "LORA"}}
-    plan = plan_of(content)
-    for speed in ({"tokens_per_s": 10.0}, {"flops_per_s": 1e9}):
-        facts = model_facts(Facts(**speed), content["model"])
-        times = {run.method.name: cost_of(plan, run, facts).seconds for run in plan.runs}
-        assert times["LoRA"] == pytest.approx(times["full"] * 3 / 4)
-
-
 def test_time_by_the_speed_of_the_machine(content):
-    from maskft_lab.study.dry_run import cost_of, model_facts
-    from maskft_lab.study.recipe import Facts
-
+    """LoRA computes no gradient of the weights: of 4 passes with checkpointing it saves one."""
+    content["methods"]["LoRA"] = {**content["methods"]["full"], "method": "peft", "peft_config": {"peft_type": "LORA"}}
+    content["model_facts"] = {"flops_per_s": 1e9, "num_layers": 3, "num_parameters": 1000}
     plan = plan_of(content)
-    facts = model_facts(Facts(flops_per_s=1e9), content["model"])
-    full = cost_of(plan, plan.runs[0], facts)
-    assert full.seconds == pytest.approx(full.tokens * 8 * facts.num_parameters / 1e9)  # checkpointing: 8, not 6
+    costs = {run.method.name: cost_of(plan, run) for run in plan.runs}
+    tokens, seconds = costs["full"]
+    assert seconds == pytest.approx(tokens * 8 * 1000 / 1e9, rel=1e-9), "checkpointing: 8, not 6"
+    assert costs["LoRA"][1] == pytest.approx(seconds * 3 / 4)

@@ -353,7 +353,10 @@ def test_a_halved_study_says_its_rungs_and_goes_on_where_it_stopped(halved, tmp_
     assert main([*words, "--dry_run"]) == 0
     said = capsys.readouterr().out
     # Four runs of two steps, two of six, and the mask of two: 24 steps of 8 rows of 5 tokens.
-    assert "7 runs; training left: 880 tokens" in said and "stage 1: 4, stage 2: 2, stage 3: 1" in said
+    assert (
+        "7 runs: 7 of yours, 0 controls; training left: 880 tokens" in said
+        and "stage 1: 4, stage 2: 2, stage 3: 1" in said
+    )
     assert said.count("waits for stage 1") == 2
 
     # Ended in the middle of the first rung, and of the second.

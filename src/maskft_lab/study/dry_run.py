@@ -57,7 +57,9 @@ def print_dry_run(plan: Plan, folder: Path, own: Collection[str], console: Conso
     wide = console if console.is_terminal else Console(file=console.file, width=200)
     wide.print(table, markup=False)
     left = [costs[run_id] for run_id in {run.id for run in plan.runs if not study.is_trained(run)}]
-    tokens, seconds = (None if None in values else sum(values) for values in zip(*left, strict=True)) if left else (0, 0)
+    tokens, seconds = (
+        (None if None in values else sum(values) for values in zip(*left, strict=True)) if left else (0, 0)
+    )
     ids = {run.id: run.method.name in own for run in plan.runs}  # a winner is one of the runs that were tried
     words = _words(tokens, seconds)
     wide.print(
@@ -83,14 +85,18 @@ def _about_stages(plan: Plan) -> str:
     waits = " Runs that wait are shown with the first settings of each list." * any(r.is_assumed for r in plan.runs)
     doubles = any(not tuned.is_settled and tuned.method.tune.double for tuned in plan.tunings)
     more = f" Each `double` may take up to {MAX_DOUBLINGS - 1} more for each of its seeds." if doubles else ""
-    return f"\nRuns by stage: {stages}; a stage starts when the held-out losses of the one before are known.{waits}{more}"
+    return (
+        f"\nRuns by stage: {stages}; a stage starts when the held-out losses of the one before are known.{waits}{more}"
+    )
 
 
 def _about_time(facts: Facts) -> str:
     if facts.tokens_per_s:
         return f" at {facts.tokens_per_s:.3g} tokens/s of full fine-tuning"
     if facts.flops_per_s:
-        return f" at {facts.flops_per_s:.3g} FLOP/s, counted and not measured (--measure times {NUM_MEASURED_STEPS} steps)"
+        return (
+            f" at {facts.flops_per_s:.3g} FLOP/s, counted and not measured (--measure times {NUM_MEASURED_STEPS} steps)"
+        )
     return f" (time is not known: --measure times {NUM_MEASURED_STEPS} steps, or give model_facts: {{tokens_per_s: N}})"
 
 
@@ -201,7 +207,5 @@ def with_measured_speed(plan: Plan) -> Plan:
         given = {"method": "full", "model_name_or_path": run.model, "output_dir": f"{place}/run"}
         run_command([*PYTHON, "train", *command_words(run.options | given | short)], Path(place) / files.LOG)
         summary = files.read_json(Path(place) / "run" / files.TRAINING)["summary"]
-    facts = plan.recipe.facts.model_copy(
-        update={"tokens_per_s": summary["num_train_tokens"] / summary["train_time_s"]}
-    )
+    facts = plan.recipe.facts.model_copy(update={"tokens_per_s": summary["num_train_tokens"] / summary["train_time_s"]})
     return replace(plan, recipe=plan.recipe.model_copy(update={"facts": facts}))
