@@ -117,6 +117,8 @@ def test_study(file, tmp_path, capsys):
         assert (tokens > 1_000) == trained == (seconds > 0)
     assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
+    has_controls = yaml.safe_load(file.read_text()).get("controls")
+    assert (" 0 controls" not in out) == bool(has_controls)
     # What waits for tuning has no hash yet.
     shown = [f"{run.id.rpartition('-')[0]}-?" if run.is_assumed else run.id for run in plan.runs]
     assert all(name in out for name in shown) and not (tmp_path / "out").exists()

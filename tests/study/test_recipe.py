@@ -534,9 +534,7 @@ def test_dry_run_lists_runs_and_writes_nothing(content, tmp_path, capsys):
     out = said(model_facts={"tokens_per_s": 2.0})
     assert "training left: 720 tokens, 5 min at 2 tokens/s" in out and " 4 min " in out
     assert "at 1e+09 FLOP/s, counted" in said(model_facts={"flops_per_s": 1e9, "num_parameters": 1000})
-    content["methods"]["full"]["learning_rate"] = 1e-3
-    out = said("--measure", controls="standard")
-    assert re.search(r"\d+ runs: 3 of yours, [1-9]\d* controls; .* tokens/s of full fine-tuning", out), out
+    assert re.search(r"3 runs: 3 of yours, 0 controls; .* at [\d.e+]+ tokens/s of full fine-tuning", said("--measure"))
 
 
 def test_dry_run_counts_rows_and_tokens_of_local_data(content, tmp_path, capsys):
