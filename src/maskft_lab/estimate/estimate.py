@@ -26,7 +26,7 @@ from maskft.models import load_config
 from maskft.training.arguments import TrainConfig, with_accumulation
 from maskft.training.build import build_model
 from maskft.training.checks import check_method
-from maskft.training.method_arguments import COMBINED_METHODS, MASK_METHODS, UNTRAINED_METHODS, mask_config
+from maskft.training.method_arguments import COMBINED_METHODS, MASK_METHODS, PEFT, UNTRAINED_METHODS, mask_config
 from maskft.tuner.targets import layer_indices, resolve_targets
 from maskft_base.errors import UserError, did_you_mean, first_line
 from maskft_base.runtime import resident_memory_bytes
@@ -167,7 +167,7 @@ class _Planned:
         if self.method not in UNTRAINED_METHODS and not trained:
             raise UserError(f"method {self.method} trains no parameter of {source.model_name_or_path!r}")
         self._count(trained)
-        how = {"is_lora": self.method == "lora", "is_checkpointed": bool(run.training.gradient_checkpointing)}
+        how = {"is_lora": self.method == PEFT, "is_checkpointed": bool(run.training.gradient_checkpointing)}
         self.passes = layer_passes(num_layers, layer_indices(trained) or [0], **how) if trained else None
 
     def _prepare(self, model: nn.Module) -> None:

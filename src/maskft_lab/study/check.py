@@ -25,7 +25,8 @@ from .process import command_words
 from .recipe import CURRENT_RATE, Facts, Recipe
 from .tuning import data_sets, how_chosen
 
-_OF_THE_STUDY = {"model_name_or_path", "adapter", "name", "seed", "output_dir", "overwrite", "help"}
+_OF_THE_STUDY = set("model_name_or_path adapter change scale name seed output_dir overwrite help".split())
+_ANY = ["--output_dir", "any", "--model_name_or_path", "any", "--change", "none"]
 
 
 class Evaluation(Protocol):
@@ -138,6 +139,8 @@ def evaluation_args(recipe: Recipe, evaluation: Evaluation) -> list[Namespace]:
     """The recipe's options of ``maskft evaluate``, parsed; what that would refuse is refused."""
     sections = {"evaluation": recipe.evaluation}
     sections |= {f"evaluation.before.{name}": options for name, options in recipe.before.items()}
+    before = recipe.path.before if recipe.path else {}
+    sections |= {f"path.before.{name}": options for name, options in before.items()}
     found = []
     for where, options in sections.items():
         parser = evaluation.parser()
@@ -146,7 +149,7 @@ def evaluation_args(recipe: Recipe, evaluation: Evaluation) -> list[Namespace]:
             if option not in known:
                 raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(option, known)}")
         try:
-            found.append(parser.parse_args(["--output_dir", "any", *evaluation_words(options)]))
+            found.append(parser.parse_args([*_ANY, *evaluation_words(options)]))
             evaluation.read(found[-1])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from maskft.data import load_splits, tokenize_dataset
 from maskft.models import load_config, load_tokenizer
-from maskft.training.method_arguments import UNTRAINED_METHODS
+from maskft.training.method_arguments import PEFT, UNTRAINED_METHODS
 from maskft_base import files
 from maskft_base.runtime import time_text
 
@@ -153,7 +153,7 @@ def passes_of(method: str, options: dict, num_layers: int, layers: list[int] | N
         layers: Layers that are trained; None for all.
     """
     is_checkpointed = options.get("activation_checkpointing", options.get("gradient_checkpointing", True))
-    passes = layer_passes(num_layers, layers or range(num_layers), method == "lora", is_checkpointed)["total"]
+    passes = layer_passes(num_layers, layers or range(num_layers), method == PEFT, is_checkpointed)["total"]
     is_cached = layers and options.get("mask_prefix_cache")  # the layers below are computed once, then read
     return passes - (min(layers) * (1 - 1 / max(options.get("num_train_epochs", 3), 1)) if is_cached else 0)
 

@@ -37,7 +37,7 @@ def run_study(
         folder: The study's folder; finished runs in it are not repeated.
         launcher: Where the runs are made.
         console: Where to print; default stdout.
-        is_brief: Print one table of the main metric and one sentence, not every comparison.
+        is_brief: In a log, a line for each run when it has ended, none when it begins.
 
     Raises:
         UserError: If a run failed; the others, as far as they do not need it, are made first.
@@ -46,9 +46,10 @@ def run_study(
     with locked(folder) as (folder, lock_fd):
         study = Study(folder, plan.recipe, lock_fd)
         plan, failed = make_stages(study, plan, launcher, console, is_brief)
-        console.print(summarise(study, plan, is_brief), highlight=False, markup=False, soft_wrap=True)
-        table = folder / files.STUDY_TABLE.format(plan.recipe.name)
-        console.print(f"table: {table}\nresults: {folder / files.RESULTS}", highlight=False, soft_wrap=True)
+        console.print(summarise(study, plan), highlight=False, markup=False, soft_wrap=True)
+        shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        table = shown / files.STUDY_TABLE.format(plan.recipe.name)
+        console.print(f"table: {table}\nresults: {shown / files.RESULTS}", highlight=False, soft_wrap=True)
     refuse_failed(failed)
 
 

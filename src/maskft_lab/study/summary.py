@@ -14,7 +14,7 @@ from ..results.compare import compare
 from ..results.comparison import Settings
 from ..results.schema import Result, read_result
 from ..results.scores import scores
-from ..results.text import Table, draw, render, render_scores, wrap
+from ..results.text import Table, draw, render, render_scores
 from .controls import length_of, sum_of_lengths
 from .curve import curves
 from .damage import is_whole_result
@@ -26,13 +26,12 @@ from .tuning import Tuned
 _ACCOUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
 
 
-def summarise(study: Study, plan: Plan, is_brief: bool = False) -> str:
-    """Compare all results of a study with its baseline, write summary and table, return the table.
+def summarise(study: Study, plan: Plan) -> str:
+    """Compare all results of a study with its baseline, write summary and table; return one page: table and verdict.
 
     Args:
         study: Where the results are.
         plan: Its runs; those without a result yet are left out.
-        is_brief: Return one table of the main metric and the verdict; the files hold everything all the same.
     """
     texts, markdown, models = [], [f"# {study.recipe.name}", ""], {}
     for model in study.recipe.models:
@@ -60,7 +59,7 @@ def summarise(study: Study, plan: Plan, is_brief: bool = False) -> str:
         if not study.recipe.before and len(results) > 1:
             notes.append("Note: forgetting was not measured beyond the tasks above (no evaluation.before).")
         num_tried = {label: run.num_tried for run in plan.runs if run.model == model for label in run.labels.values()}
-        texts.append(text if is_brief else "\n".join([f"{name}\n{text}", *map(wrap, notes)]))
+        texts.append(text if len(study.recipe.models) == 1 else f"{name}\n{text}")
         markdown += [f"## {name}", "", table, _accounts(results, num_tried), "", *(f"- {note}" for note in notes), ""]
         models[name] = record | ({"tuning": [tuned.to_dict() for tuned in tunings]} if tunings else {})
     name = study.recipe.name
@@ -164,8 +163,10 @@ def _row(result: Result) -> dict:
         for task, record in result["tasks"].items()
         for name, metric in record["metrics"].items()
     }
-    facts = {key: study[key] for key in ("run", "role", "best_step", "num_steps", "best_heldout_loss", *_ACCOUNTS)}
-    return {"name": result["name"], "seed": result["model"]["seed"], "metrics": metrics, **facts}
+    named = ("run", "start", "role", "best_step", "num_steps", "best_heldout_loss", *_ACCOUNTS)
+    facts = {key: study[key] for key in named}
+    model = {key: result["model"][key] for key in ("method", "seed")}
+    return {"name": result["name"], **model, "metrics": metrics, **facts}
 
 
 def without_repeats(results: list[Result], baseline: str | None) -> tuple[list[Result], list[str]]:

@@ -1,0 +1,82 @@
+"""Masks that come with the package, each in a folder with its card and five questions, and what they change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+import maskft  # noqa: F401 - registers the method with PEFT
+from maskft.adapter.mask_set import MaskSet
+from maskft.models import load_model, load_tokenizer
+from maskft_base.errors import UserError
+from maskft_base.files import ADAPTER_WEIGHTS, EMBEDDED_MODEL
+
+QUESTIONS = "questions.jsonl"  # of a folder: prompt and answer
+_FOLDER = Path(__file__).parent
+_WIDTH = 24  # of a column
+_MAX_NEW_TOKENS = 12
+
+
+def ready_masks() -> dict[str, Path]:
+    """Task -> folder of the masks that come with the package."""
+    return {file.parent.name: file.parent for file in sorted(_FOLDER.glob(f"*/{ADAPTER_WEIGHTS}"))}
+
+
+def show(folder: Path, name_or_path: str = EMBEDDED_MODEL) -> list[str]:
+    """Ask a model five questions with and without a mask; returns lines of at most 80 columns.
+
+    Args:
+        folder: Adapter folder with its questions.
+        name_or_path: Its base model.
+    """
+    questions = [json.loads(line) for line in (folder / QUESTIONS).read_text(encoding="utf-8").splitlines()]
+    tokenizer = load_tokenizer(name_or_path)
+    model = PeftModel.from_pretrained(load_model(name_or_path), folder).eval()
+    masks, size = MaskSet.from_adapter(folder), (folder / ADAPTER_WEIGHTS).stat().st_size
+    rows = [("question", "without the mask", "with the mask")]
+    for question in questions:
+        ids = tokenizer(question["prompt"], return_tensors="pt")
+        masked = _answer(model, tokenizer, ids)
+        with model.disable_adapter():
+            rows.append((question["prompt"], _answer(model, tokenizer, ids), masked))
+    return [
+        *("  ".join(_fit(cell) for cell in row).rstrip() for row in rows),
+        "",
+        f"The mask removes {masks.num_removed:,} of {masks.numel:,} weights: {8 * size:,} bits on disk.",
+        "The same in Python:",
+        "  from peft import PeftModel; import maskft, maskft.models",
+        f'  model = maskft.models.load_model("{name_or_path}")',
+        f'  model = PeftModel.from_pretrained(model, "{_shown(folder)}")',
+    ]
+
+
+def ready_mask(task: str | None = None) -> Path:
+    """Folder of a mask, by default the first.
+
+    Raises:
+        UserError: If there is no such mask.
+    """
+    masks = ready_masks()
+    if not masks or (task is not None and task not in masks):
+        raise UserError(f"no ready mask {task or ''}; there are: {', '.join(masks) or 'none in this installation'}")
+    return masks[task or next(iter(masks))]
+
+
+def _answer(model, tokenizer, ids) -> str:
+    with torch.inference_mode():
+        out = model.generate(**ids, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _fit(text: str) -> str:
+    """One line of a column's width."""
+    text = " ".join(text.split())
+    return f"{text if len(text) <= _WIDTH else text[: _WIDTH - 1] + '…':<{_WIDTH}}"
+
+
+def _shown(folder: Path) -> str:
+    """A folder relative to where one is, if it lies below."""
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
