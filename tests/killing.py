@@ -38,7 +38,7 @@ def kill_now_and_then(file, folder, waits):
     killed = 0
     for wait in waits:
         process = start(["study", file, "--output_dir", folder])
-        _wait(process, wait)
+        wait_for(process, wait)
         if process.poll() is None:
             process.kill()
             killed += 1
@@ -49,7 +49,7 @@ def kill_now_and_then(file, folder, waits):
 def stop_when(is_time, words):
     """Send SIGTERM to a command once ``is_time()``; returns its exit status and the lines of its stderr."""
     process = start(words)
-    _wait(process, is_time)
+    wait_for(process, is_time)
     process.send_signal(signal.SIGTERM)
     err = process.communicate(timeout=120)[1]
     return process.returncode, err.strip().splitlines()
@@ -65,8 +65,8 @@ def kill_ten_times(words, folder, seconds, check, begin=start):
     while killed < 10:
         begun = time.time()
         process = begin(words)
-        _wait(process, lambda: _last_write(folder) >= begun)  # noqa: B023 - called at once
-        _wait(process, moments.uniform(0.0, seconds))
+        wait_for(process, lambda: _last_write(folder) >= begun)  # noqa: B023 - called at once
+        wait_for(process, moments.uniform(0.0, seconds))
         if process.poll() is None:
             process.kill()
             killed += 1
@@ -88,7 +88,7 @@ def _last_write(folder):
     return newest
 
 
-def _wait(process, wait):
+def wait_for(process, wait):
     deadline = time.monotonic() + (wait if isinstance(wait, float) else 120)
     while process.poll() is None and time.monotonic() < deadline:
         if callable(wait) and wait():

@@ -8,12 +8,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from killing import kill_now_and_then, kill_ten_times, stop_when
+from killing import kill_now_and_then, kill_ten_times, start, stop_when, wait_for
 from maskft.adapter.mask_set import MaskSet
 from maskft_base import files
 from maskft_base.errors import UserError
@@ -21,9 +22,11 @@ from maskft_lab.cli.main import main
 from maskft_lab.cli.study import check
 from maskft_lab.study import board as boards
 from maskft_lab.study.execute import Study, is_control, launch_words, make, partial_folder
+from maskft_lab.study.launchers import Slurm
 from maskft_lab.study.process import PYTHON, run_command
-from maskft_lab.study.recipe import parse_recipe
+from maskft_lab.study.recipe import load_recipe, parse_recipe
 from maskft_lab.study.record import build_record, read_record, write_record
+from maskft_lab.study.study import run_study
 from small_study import FULL, MASK, outcome, recipe, write
 
 
@@ -164,6 +167,79 @@ def test_two_runs_at_once_give_the_same(base, data, tmp_path, capsys, monkeypatc
     assert main(["study", str(file), "--output_dir", str(together), "--num_at_once", "2"]) == 0
     check_the_order(capsys.readouterr().out)
     check_the_same(together, alone)
+
+
+def test_jobs_of_submitit_give_the_same(base, data, tmp_path, monkeypatch):
+    """By its executor for this machine; a job that is killed is submitted again, and its run resumes."""
+    pytest.importorskip("submitit", reason="needs the extra slurm")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file, alone, together = write(tmp_path, with_two_masks(base, data)), tmp_path / "alone", tmp_path / "together"
+    assert main(["study", str(file), "--output_dir", str(alone)]) == 0
+    plan, killed = check(load_recipe(file)), []
+
+    class KillsTheFirst(Slurm):
+        def submit(self, study, runs):
+            jobs = super().submit(study, runs)
+            if not killed:
+                killed.append(jobs[0])
+                jobs[0].cancel()
+            return jobs
+
+    run_study(plan, together, KillsTheFirst(cluster="local", time_min=60))
+    assert killed and killed[0].done()
+    check_the_same(together, alone)
+
+
+@pytest.mark.slow
+def test_slurm_gives_the_same_when_a_node_loses_its_job(base, data, tmp_path, slurm):
+    """A real controller and daemon: one job's processes are killed, and the table is that of the loop."""
+    pytest.importorskip("submitit", reason="needs the extra slurm")
+    file, alone, together = write(tmp_path, with_two_masks(base, data)), tmp_path / "alone", tmp_path / "together"
+    assert main(["study", str(file), "--output_dir", str(alone)]) == 0
+    words = ["study", file, "--output_dir", together, "--launcher", "slurm", "--partition", "debug", "--time_min", 60]
+    process = start(words)
+    wait_for(process, lambda: any(together.glob(f"{files.RUNS}/full-*/checkpoint-3/trainer_state.json")))
+    (job,) = subprocess.run(["squeue", "-h", "-o", "%A"], capture_output=True, text=True, check=True).stdout.split()
+    subprocess.run(["scancel", "--signal=KILL", "--full", job], check=True)
+    assert process.wait(timeout=600) == 0, process.stderr.read()
+    check_the_same(together, alone)
+
+
+@pytest.fixture
+def slurm(tmp_path_factory, monkeypatch):
+    """A cluster of this machine: munged, slurmctld and slurmd of Debian's packages slurm-wlm and munge."""
+    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
+    if missing or os.geteuid():
+        pytest.skip(f"needs root and Debian's slurm-wlm and munge; missing: {', '.join(missing) or 'root'}")
+    folder = tmp_path_factory.mktemp("slurm")
+    host, cpus = os.uname().nodename.split(".")[0], os.cpu_count()
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    (folder / "slurm.conf").write_text(
+        f"ClusterName=test\nSlurmctldHost={host}(127.0.0.1)\nSlurmUser=root\nAuthType=auth/munge\n"
+        f"StateSaveLocation={folder}/state\nSlurmdSpoolDir={folder}/spool\nReturnToService=2\n"
+        f"SlurmctldPidFile={folder}/ctld.pid\nSlurmdPidFile={folder}/d.pid\nProctrackType=proctrack/linuxproc\n"
+        f"SlurmctldLogFile={folder}/ctld.log\nSlurmdLogFile={folder}/d.log\nTaskPlugin=task/none\n"
+        "SelectType=select/cons_tres\nSelectTypeParameters=CR_CPU\nMpiDefault=none\n"
+        f"NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN\n"
+        f"PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP\n"
+    )
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    os.makedirs("/run/munge", exist_ok=True)
+    daemons = [
+        subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for words in (["munged", "--force", "--foreground"], ["slurmctld", "-D"], ["slurmd", "-D"])
+    ]
+    try:
+        deadline = time.monotonic() + 60
+        while "idle" not in subprocess.run(["sinfo", "-h"], capture_output=True, text=True).stdout:
+            assert time.monotonic() < deadline, (folder / "ctld.log").read_text()[-2000:]
+            time.sleep(0.5)
+        yield
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait()
 
 
 def with_two_masks(base, data):

@@ -34,7 +34,7 @@ def show(folder: Path, name_or_path: str = EMBEDDED_MODEL) -> list[str]:
     """
     questions = [json.loads(line) for line in (folder / QUESTIONS).read_text(encoding="utf-8").splitlines()]
     tokenizer = load_tokenizer(name_or_path)
-    model = PeftModel.from_pretrained(load_model(name_or_path), folder).eval()
+    model = PeftModel.from_pretrained(load_model(name_or_path, "float32"), folder).eval()
     masks, size = MaskSet.from_adapter(folder), (folder / ADAPTER_WEIGHTS).stat().st_size
     rows = [("question", "without the mask", "with the mask")]
     for question in questions:

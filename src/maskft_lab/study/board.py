@@ -27,7 +27,7 @@ class Board:
         study: Where the runs are.
         plan: The runs; their settings are known.
         console: Where to show it.
-        is_brief: In a log, say nothing when a run begins, and nothing of runs that are not trained.
+        is_brief: In a log, say nothing of runs that begin and end, unless they fail.
     """
 
     def __init__(self, study: Study, plan: Plan, console: Console, is_brief: bool = False):
@@ -60,7 +60,7 @@ class Board:
             self.failed[run] = reason
             if self.console.is_terminal:  # where a bar would hide it
                 self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        self._show(text, is_news=reason is not None or _is_trained(run) or not self.is_brief)
+        self._show(text, is_news=reason is not None or not self.is_brief)
 
     def tick(self) -> None:
         """Refresh what is shown, about twice a second; in a log, a line now and then."""

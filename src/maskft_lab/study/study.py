@@ -37,7 +37,7 @@ def run_study(
         folder: The study's folder; finished runs in it are not repeated.
         launcher: Where the runs are made.
         console: Where to print; default stdout.
-        is_brief: In a log, a line for each run when it has ended, none when it begins.
+        is_brief: In a log, no line for each run.
 
     Raises:
         UserError: If a run failed; the others, as far as they do not need it, are made first.
