@@ -14,7 +14,7 @@ LAYERS = {
     "training": "maskft_base/runtime maskft/data maskft/loss maskft/training".split(),
     "lab": [
         f"maskft_lab/{room}"
-        for room in "store results sharing sandbox generation evaluation analysis report estimate study cli".split()
+        for room in "store results sharing sandbox generation evaluation analysis report estimate study ready cli".split()
     ],
 }
 ROOMS = [room for layer in LAYERS.values() for room in layer]
