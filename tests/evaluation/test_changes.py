@@ -1,0 +1,103 @@
+"""Part of what training changed: W0 + scale * (W - W0), one definition for adapters and whole models."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from transformers import AutoModelForCausalLM
+
+from maskft import MaskConfig
+from maskft.adapter.mask_set import MaskSet
+from maskft_lab.cli.main import main
+from maskft_lab.evaluation.arguments import EvaluationArguments
+from maskft_lab.evaluation.load import load_changes
+
+IDS = torch.arange(5, 25)[None]
+
+
+@pytest.fixture
+def lora(base, tmp_path):
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    config = MaskConfig(sparsity=0.3, target_modules=["gate_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "mask")
+    return tmp_path / "mask"
+
+
+@pytest.fixture
+def full(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    model.save_pretrained(tmp_path / "full")
+    return tmp_path / "full"
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_a_part_of_an_adapter_is_what_peft_rescales(base, lora, full):
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    options = EvaluationArguments(
+        model_name_or_path=str(base),
+        change=[str(lora), str(lora), "none", str(full), str(lora)],
+        scale=[0.3, 1.0, 1.0, 0.5, 1.0],
+        output_dir="any",
+    )
+    found = []
+    for loaded in load_changes(options):
+        with torch.no_grad():
+            found.append((loaded.model(input_ids=IDS).logits, weights(loaded.model), loaded.facts))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), lora).eval()
+    with torch.no_grad(), rescale_adapter_scale(model, 0.3):
+        torch.testing.assert_close(found[0][0], model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(found[1][0], model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+    for name, weight in plain.named_parameters():
+        assert torch.equal(found[2][1][name], weight), "nothing is left of an adapter"
+        torch.testing.assert_close(found[3][1][name], 1.05 * weight)
+    torch.testing.assert_close(found[4][0], found[1][0], rtol=0, atol=0)
+    assert [facts["scale"] for _, _, facts in found] == options.scale
+    assert found[0][2]["num_bytes"] == 2 * 3 * 8 * ((32 + 32) + (48 + 32))
+    assert (
+        found[3][2]["num_bytes"] == 2 * sum(p.numel() for p in plain.parameters())
+        and found[2][2].get("adapter") is None
+    )
+
+
+def test_part_of_a_removal_makes_weights_smaller(base, adapter):
+    options = EvaluationArguments(model_name_or_path=str(base), change=[str(adapter)], scale=[0.25], output_dir="any")
+    after = weights(next(load_changes(options)).model)
+    masks, seen = MaskSet.from_adapter(adapter), 0
+    for name, weight in AutoModelForCausalLM.from_pretrained(base).named_parameters():
+        mask = masks.get(name.removesuffix(".weight"))
+        expected = weight if mask is None else torch.where(mask, weight, 0.75 * weight)
+        torch.testing.assert_close(after[name], expected)
+        seen += mask is not None
+    assert seen == len(masks) > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--scale 0.5", "scale and kl are of what training has changed"),
+        ("--kl", "scale and kl are of what training has changed"),
+        ("--change LORA --adapter LORA", "and no --adapter"),
+        ("--change LORA --scale 0.5 1", "2 scales for 1 changes"),
+        ("--change LORA --scale 1.5", "the part of a change is 0 to 1"),
+        ("--change ./nowhere", "model folder './nowhere' does not exist"),
+    ],
+)
+def test_what_cannot_be_a_change_is_one_line(words, message, base, data, lora, tmp_path, capsys):
+    words = words.replace("LORA", str(lora)).split()
+    words += ["--model_name_or_path", str(base), "--dataset_name", str(data), "--output_dir", str(tmp_path / "out")]
+    assert main(["evaluate", *words, "--no_generate"]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("maskft: error") == 1
