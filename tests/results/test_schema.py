@@ -13,10 +13,10 @@ from maskft_base.runtime import environment
 from maskft_lab.results.schema import (
     build_result,
     build_task,
+    check_result,
     items_fingerprint,
     metric_from_items,
     read_result,
-    validate_result,
     write_result,
 )
 
@@ -138,7 +138,7 @@ def test_write_and_read_back(result, tmp_path):
 def test_the_documented_result_is_valid():
     text = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
     example = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
-    assert validate_result(example) == example
+    assert check_result(example) == example
     for name, metric in example["tasks"]["products"]["metrics"].items():
         assert metric == metric_from_items(example["tasks"]["products"]["items"], name)
 
@@ -283,7 +283,7 @@ def test_a_metric_of_the_task_alone_is_allowed(result):
         "higher_is_better": True,
         "unit": "fraction",
     }
-    assert validate_result(result) is result
+    assert check_result(result) is result
 
 
 def test_training_block(result, tmp_path):

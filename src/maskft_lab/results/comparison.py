@@ -172,7 +172,7 @@ class Comparison:
 
     ``averages`` are differences of the unweighted mean over the tasks' main metrics, a family of their own.
     ``verdicts`` are of the learned masks, in the order of the results.
-    ``fixed_seeds`` says that seeds are not a sample: errors and intervals are over items alone.
+    ``fixed_seeds`` says that seeds are not a sample: errors and intervals are over items only.
     """
 
     baseline: str

@@ -12,7 +12,7 @@ from maskft_base.errors import UserError
 from maskft_base.files import digest
 
 from .proportions import pass_at_k
-from .schema import SCHEMA_VERSION, MetricRecord, Result, TaskRecord, is_finite, metric_from_items, validate_result
+from .schema import SCHEMA_VERSION, MetricRecord, Result, TaskRecord, check_result, is_finite, metric_from_items
 
 MAX_LABEL = 60  # characters of a cluster's label; longer ones (a passage) are known by their digest
 # Words of a metric's name that tell, where its harness does not, whether more or less of it is better.
@@ -146,5 +146,5 @@ def results_of(name: str, logs: Sequence[Log]) -> list[Result]:
             "environment": {"packages": {key: value for log in of_seed for key, value in log.packages.items()}},
             "tasks": {log.task: log.record for log in of_seed},
         }
-        results.append(validate_result(result, of_seed[0].source))
+        results.append(check_result(result, of_seed[0].source))
     return results

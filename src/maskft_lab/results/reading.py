@@ -16,7 +16,7 @@ from maskft_base.files import parse_json, read_text
 from .elsewhere import Asked, Directions, Log, results_of, set_cluster
 from .inspect_logs import read_log
 from .lm_eval_samples import is_samples_file, read_samples
-from .schema import Result, read_result, result_file, validate_result
+from .schema import Result, check_result, read_result, result_file
 
 # What a damaged or strange file may end in, however it is damaged.
 _DAMAGE = (
@@ -153,4 +153,4 @@ def _own(file: Path, name: str | None, cluster_by: str | None) -> Result:
     for task, record in result["tasks"].items() if cluster_by else ():
         for item in record["items"]:
             set_cluster(item, dict(item), Asked(cluster_by), f"{file}, {task}")
-    return validate_result(result, file)
+    return check_result(result, file)

@@ -160,7 +160,7 @@ def build_result(
     }
     if training is not None:
         result["training"] = dict(training)
-    return validate_result(result)
+    return check_result(result)
 
 
 def build_task(
@@ -196,7 +196,7 @@ def metric_from_items(
         higher_is_better: By default true, except for ``nll``.
 
     Returns:
-        The metric; value and stderr are None if an item has no finite number, stderr alone for a single item.
+        The metric; value and stderr are None if an item has no finite number, only stderr for a single item.
 
     Raises:
         UserError: If there are no items, or one lacks ``name`` or the number of tokens that its unit needs.
@@ -276,7 +276,7 @@ def write_result(path: str | os.PathLike[str], result: Result) -> None:
     Raises:
         UserError: If the result is not of this schema, holds NaN or infinity, or the file cannot be written.
     """
-    validate_result(result, path)
+    check_result(result, path)
     try:
         text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
@@ -301,7 +301,7 @@ def read_result(path: str | os.PathLike[str]) -> Result:
         raise UserError(
             f"{file}: not a result file, not JSON ({error}): evaluate again with `maskft evaluate`"
         ) from error
-    return validate_result(result, file)
+    return check_result(result, file)
 
 
 def result_file(path: str | os.PathLike[str]) -> Path:
@@ -309,7 +309,7 @@ def result_file(path: str | os.PathLike[str]) -> Path:
     return Path(path) / files.RESULT if Path(path).is_dir() else Path(path)
 
 
-def validate_result(result: Any, source: str | os.PathLike[str] = "result") -> Result:
+def check_result(result: Any, source: str | os.PathLike[str] = "result") -> Result:
     """Return ``result`` if it is of this schema and its metrics agree with its items; ``source`` names it in errors.
 
     Raises:

@@ -284,7 +284,7 @@ def _variance_components(diffs_SN: NDArray[np.float64], weights_N: NDArray[np.fl
 
     Returns:
         The variance between the seeds' differences; the part of it that is seed-item interaction (which items a seed
-        happens to win), and would vanish with more items; and the variance of the mean difference due to items alone.
+        happens to win), and would vanish with more items; and the variance of the mean difference due to items only.
     """
     num_seeds, num_items = diffs_SN.shape
     means_S = diffs_SN @ weights_N / weights_N.sum()

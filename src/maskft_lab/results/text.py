@@ -34,7 +34,7 @@ MARKDOWN_SPECIAL = re.compile(r"[\\`]|<(?=[a-zA-Z/!?])|(?<=\])\(")
 
 
 class Table(NamedTuple):
-    """Cells of text, ready for any form; a row with text in its first cell alone is a heading."""
+    """Cells of text, ready for any form; a row with text in its first cell only is a heading."""
 
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]

@@ -21,7 +21,10 @@ _CONCLUSIONS = {
     ),
     (BETTER, WORSE): "the mask improves the model it starts from; {control} improves it more",
     (NOT_DISTINGUISHABLE, BETTER): "no improvement of the model it starts from is shown; {control} is behind the mask",
-    (NOT_DISTINGUISHABLE, NOT_DISTINGUISHABLE): "no improvement is shown over the model it starts from, nor over {control}",
+    (
+        NOT_DISTINGUISHABLE,
+        NOT_DISTINGUISHABLE,
+    ): "no improvement is shown over the model it starts from, nor over {control}",
     (NOT_DISTINGUISHABLE, WORSE): "no improvement of the model it starts from is shown; {control} is ahead of the mask",
     (WORSE, BETTER): "the mask makes the model it starts from worse; {control} makes it worse still",
     (WORSE, NOT_DISTINGUISHABLE): "the mask makes the model it starts from worse",
