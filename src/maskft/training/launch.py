@@ -37,11 +37,12 @@ def launch_options() -> set[str]:
     return {"accelerate_config", *(option.lstrip("-") for option in options if option.startswith("--"))}
 
 
-def launch(launch_words: Sequence[str], command: Sequence[str]) -> int:
+def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> int:
     """Run ``maskft COMMAND`` in the processes that ``launch_words`` describe.
 
     Args:
         launch_words: Options of ``accelerate launch``, and ``--accelerate_config NAME_OR_FILE``.
+        module: What ``python -m`` runs for ``maskft``.
         command: Words after ``maskft``.
 
     Returns:
@@ -51,7 +52,7 @@ def launch(launch_words: Sequence[str], command: Sequence[str]) -> int:
         UserError: If accelerate does not start them.
     """
     words = _resolve(launch_words)
-    args = launch_command_parser().parse_args([*words, "--module", "maskft_lab.cli.main", *command])
+    args = launch_command_parser().parse_args([*words, "--module", module, *command])
     config = _read_config(args.config_file) if args.config_file else {}
     ways = (args.multi_gpu, args.use_fsdp, args.use_deepspeed, args.tpu, args.use_megatron_lm)
     is_alone = config.get("distributed_type") in (None, "NO") and not any(ways) and torch.cuda.device_count() < 2

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         with explained(config):
             train(config)
         return
-    status = launch(launch_words, ["train", *train_words])
+    status = launch(launch_words, "maskft_lab.cli.main", ["train", *train_words])
     if status:
         sys.exit(status)
 
