@@ -28,6 +28,7 @@ from maskft.training.verdict import (
 )
 from maskft_base.errors import UserError
 from maskft_base.files import HELDOUT
+from maskft_lab.cli.main import main
 from maskft_lab.results.statistics import Bootstrap, as_block
 
 
@@ -155,6 +156,11 @@ def test_the_size_is_chosen_on_one_half_and_judged_on_the_other(call, data, tmp_
     assert sum(found.nll[n] * found.num_tokens[n] for n in chose) / tokens == pytest.approx(best.nll)
     assert MaskSet.from_adapter(out).sparsity == pytest.approx(best.sparsity, abs=1e-3) and verify(out)
     assert json.loads((out / "adapter_config.json").read_text())["sparsity"] == best.sparsity
+    # maskft evaluate tells which of its items chose the size.
+    words = ["evaluate", "--adapter", out, "--dataset_name", data, "--eval_split_size", 16, "--no_generate"]
+    assert main([str(word) for word in [*words, "--output_dir", tmp_path / "result"]]) == 0
+    (record,) = json.loads((tmp_path / "result" / "result.json").read_text())["tasks"].values()
+    assert sorted(record["selected_on"]) == sorted(found.chose_sparsity)
 
 
 @pytest.mark.parametrize("budgets", [BUDGETS, (0.0, 0.99)])

@@ -14,7 +14,6 @@ from trl import SFTTrainer
 from maskft_base import runtime
 from maskft_base.errors import NotFiniteError, Stopped, UserError
 
-from ..loss import mean_nll
 from ..tuner import MaskedLinear
 from ..tuner.learners import current_sparsity
 from ..tuner.model import refresh_masks
@@ -52,9 +51,8 @@ class Reference(TrainerCallback):
         """Measure."""
         if args.eval_strategy == "no":
             return
-        measure = self.trainer.heldout_loss()
-        with measure.model.disable_adapter():
-            self.loss = mean_nll(measure(self.trainer.eval_dataset))
+        with self.trainer.accelerator.unwrap_model(self.trainer.model).disable_adapter():
+            self.loss = self.trainer.measure_heldout()
         self.console.print(f"  held-out loss without the mask {self.loss:.4f}", highlight=False)
 
 

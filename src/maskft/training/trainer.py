@@ -113,9 +113,13 @@ class MaskTrainer(SFTTrainer):
         size = self.args.per_device_eval_batch_size
         return HeldoutLoss(whole, size, pad_token_id, self.compute_loss_context_manager)
 
+    def measure_heldout(self) -> float:
+        """Nats per token over all held-out rows, under the model as it is."""
+        return mean_nll(self.heldout_loss()(self._heldout))
+
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """Measure the held-out rows, one by one; TRL's loss would depend on which rows share a batch."""
-        loss = mean_nll(self.heldout_loss()(self._heldout))
+        loss = self.measure_heldout()
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_num_tokens": int(self._total_train_tokens)}
         return EvalLoopOutput(None, None, metrics, len(self._heldout))
 
