@@ -11,7 +11,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("maskft_base", "maskft", "maskft_lab")
 NOISE = ("_abc_", "_member", "_value", "_new_member", "_unhashable", "_generate_next", "_use_args", "_is_protocol")
 # Keys and suffixes of our own that look like names; of autograd functions, whose backward torch makes.
-OURS = {"_acc", "_each", "_loss", "_output", "_proj", "_stderr", "_backward_cls"}
+OURS = {
+    "_acc",
+    "_each",
+    "_implementation",
+    "_is_better",
+    "_num_tokens",
+    "_loss",
+    "_output",
+    "_proj",
+    "_stderr",
+    "_backward_cls",
+}
 DOCUMENTED = {"_replace", "_exit"}  # of named tuples, of os: public in spite of the underscore
 
 HOSTS = ("triton_split",)  # imported by what they are for
@@ -50,7 +61,7 @@ def overridden():
     packages = ((name, importlib.import_module(name).__path__) for name in PACKAGES)
     for module in (found for name, path in packages for found in pkgutil.walk_packages(path, f"{name}.")):
         if any(
-            part in module.name for part in (".cli.", ".sandbox.", "triton_split")
+            part in module.name for part in (".cli.", ".sandbox.", "triton_split", "__main__")
         ):  # they override nothing of others
             continue
         for kind in vars(importlib.import_module(module.name)).values():
