@@ -28,7 +28,7 @@ def error(capsys):
 def test_nan_in_an_array(name, study, error):
     file, page = study / files.ANALYSIS / f"{name}.json", study / "page.html"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"more": [1.0, float("nan")]}))
-    assert re.search(rf"{name}\.json holds NaN: remove it and compute it again", error(study, "-o", page))
+    assert re.search(rf"{name}\.json is not as .* \(it holds NaN\): remove it", error(study, "-o", page))
     assert not page.exists()
 
 
@@ -40,7 +40,7 @@ def test_an_array_that_is_not_what_analyze_writes(study, error):
     file.write_text("{}")
     assert "its data is not as it should be (KeyError: 'plane')" in error(study, "-o", study / "page.html")
     file.write_text("[1")
-    assert "is not JSON" in error(study, "-o", study / "page.html")
+    assert "landscape.json is not as maskft analyze writes it" in error(study, "-o", study / "page.html")
     assert not (study / "f").exists() and not (study / "page.html").exists()
 
 

@@ -40,21 +40,16 @@ def read_record(file: Path) -> dict[str, Any]:
     """What an analysis wrote.
 
     Raises:
-        UserError: If it is no JSON or holds NaN or infinity.
+        UserError: If it is no JSON object, or holds NaN or infinity.
     """
-
-    def refuse(constant: str):
-        raise UserError(f"{file} holds {constant}: remove it and compute it again with maskft analyze")
-
     try:
-        record = parse_json(file.read_text(encoding="utf-8"), parse_constant=refuse)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}): remove it and compute it again with maskft analyze") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{file} is no file of maskft analyze: remove it and compute it again")
-    return record
+        return dict(parse_json(file.read_text(encoding="utf-8"), parse_constant=_refuse))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is not as maskft analyze writes it ({error}): remove it, make it again") from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}")
 
 
 def is_finished(file: Path, settings: Mapping) -> bool:

@@ -82,6 +82,8 @@ _STYLE = {
     "savefig.transparent": True,
 }
 
+_ON_A_PAGE = {"font.size": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "axes.labelsize": 9}  # read on a phone
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -136,7 +138,7 @@ def row_name(name: str) -> str:
 
 def to_svg(panel: Panel, prefix: str) -> str:
     """One panel as an SVG element for a page: colours by name, sizes by the page, ids beginning with ``prefix``."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE | _ON_A_PAGE):
         figure = Figure((PAGE if panel.is_wide else NARROW, panel.height), layout="constrained")
         panel.draw(figure.add_subplot())
         text = _saved(figure, "svg").decode()

@@ -61,7 +61,7 @@ def _draw(axes: Axes, rows: Sequence[Mapping], quantity: str, scale: float, meth
         colour = look(*methods.get(row["name"], (None, False)))[0]
         axes.barh(place, total, color=COLOURS["rule"], height=0.7)
         axes.barh(place, own, left=total - own, color=COLOURS[colour], height=0.7)
-        axes.text(total, place, f" {number(total, 3)}", va="center", fontsize=6.5)
+        axes.text(total, place, f" {number(total, 3)}", va="center", fontsize="small")
     names = [row["name"] + (" (to the end)" if row["role"] == "last" else "") for row in rows]
     axes.set_yticks(range(len(rows)), list(map(row_name, names)))
     axes.set_ylim(len(rows) - 0.4, -0.6)

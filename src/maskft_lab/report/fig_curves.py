@@ -95,7 +95,9 @@ def _cut(axes: Axes, lines: Sequence[Sequence[float]], is_loss: bool) -> None:
     if 0 < top - low < 0.6 * (high - low):
         margin = 0.05 * (top - low)
         axes.set_ylim(low - margin, top + margin)
-        axes.text(0.99, 0.98, f"clipped (max {high:.3g})", ha="right", va="top", fontsize=6, transform=axes.transAxes)
+        axes.text(
+            0.99, 0.98, f"clipped (max {high:.3g})", ha="right", va="top", fontsize="small", transform=axes.transAxes
+        )
 
 
 def _short(metric: str) -> str:

@@ -281,7 +281,7 @@ def _name_beyond(axes: Axes, point: Point, height: float, colour: str) -> None:
     if not bottom <= point.gained <= top:
         texts.append(f"{number(point.gained, 3)} {'↑' if point.gained > top else '↓'}")
     offset, side = ((-5, 0), "right") if x > (left + right) / 2 else ((5, 0), "left")
-    style: dict[str, Any] = {"ha": side, "va": "center", "fontsize": 6.5, "color": colour}
+    style: dict[str, Any] = {"ha": side, "va": "center", "fontsize": "small", "color": colour}
     axes.annotate(", ".join(texts), (x, height), offset, textcoords="offset points", **style)
 
 

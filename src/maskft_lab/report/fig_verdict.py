@@ -37,14 +37,14 @@ def verdict_chart(evidence: Evidence) -> Chart:
     text = (
         f"Each line is a {kind} {100 * comparison.confidence:g} % interval of the difference from "
         f"{comparison.baseline} (0). A filled mark is a difference that the study calls better or worse after Holm's "
-        "correction; a hollow one is not distinguishable. Two seeds: no claim over seeds, and no interval is drawn. "
-        "What lies off scale is an arrow with its number."
+        "correction; a hollow one is not distinguishable. Intervals over two seeds are too wide to draw; the table has "
+        "them. What lies off scale is an arrow with its number."
     )
     return Chart(text, panels, difference_table(comparison))
 
 
 def has_interval(row: Difference) -> bool:
-    """Whether the interval is worth drawing: two seeds allow no claim over seeds."""
+    """Whether the interval is worth drawing: over two seeds it is wider than any picture."""
     return row.num_seeds != 2 or row.by_seed is not None
 
 
@@ -64,7 +64,7 @@ def _draw(axes: Axes, rows: Sequence[Difference], methods: Mapping[str, tuple[st
             at, side = (low, "left") if value < low else (high, "right")
             text = difference_text(row) if has_interval(row) else f"{value:+.3g}"
             text = f"◀ {text}" if side == "left" else f"{text} ▶"
-            axes.text(at, place, text, ha=side, va="center", fontsize=7, color=COLOURS[colour])
+            axes.text(at, place, text, ha=side, va="center", fontsize="small", color=COLOURS[colour])
             continue
         face = "none" if row.verdict == NOT_DISTINGUISHABLE else COLOURS[colour]
         if has_interval(row):

@@ -125,7 +125,7 @@ def _verdicts(evidence: Evidence) -> list[str]:
     if comparison is None:
         return ["There is one model only; nothing is compared, and nothing is claimed."]
     if comparison.verdicts:
-        return [verdict.text for verdict in comparison.verdicts]
+        return [verdict.text[:1].upper() + verdict.text[1:] for verdict in comparison.verdicts]
     found = [sentence(row) for row in comparison.differences if row.method in evidence.masks and row.is_main]
     return found or [f"No learned mask is compared with {comparison.baseline}."]
 
