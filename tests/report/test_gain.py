@@ -111,6 +111,18 @@ def test_chosen_points_on_test_rows_stand_beside_the_paths_and_not_on_the_line()
     assert [(0.05, 55.0), (0.05, 65.0)] in lines
 
 
+def test_checkpoints_are_one_path_and_the_scales_of_each_another():
+    each = {"method": "a", "path": "a", "points_gained": 1.0, "nats_forgotten": 0.1}
+    places = [(1.0, 0.5), (1.0, 1.0), (0.5, 1.0), (1.0, 0.25)]
+    points = [{**each, "share": share, "scale": scale, "label": f"{share} {scale}"} for share, scale in places]
+    curve = curve_of_record({"task": "t", "probe": "p", "model": "m", "unit": "nats", "points": points})
+    paths = {}
+    for point in curve.points:
+        paths.setdefault(point.path, []).append(point.label)
+    assert paths == {"a": ["0.5 1.0", "1.0 1.0"], "a, 1 of training scaled": ["1.0 0.25", "1.0 0.5"]}
+    assert curve.units == ("nats", "nats")
+
+
 def test_a_study_without_paths_shows_its_methods_beside_the_pretrained_model():
     evidence = gather(RESULTS / "smollm2-sums-deletion")
     (curve,) = curves_of(evidence)

@@ -95,7 +95,7 @@ def curve_of_record(record: Mapping[str, Any]) -> Curve:
     points = [
         Point(
             each["method"],
-            each.get("path", each["method"]),
+            _path(each),
             each.get("label", ""),
             each["points_gained"],
             each["nats_forgotten"],
@@ -106,9 +106,15 @@ def curve_of_record(record: Mapping[str, Any]) -> Curve:
             each.get("accuracy"),
             each.get("rows", "held-out"),
         )
-        for each in record["points"]
+        for each in sorted(record["points"], key=lambda each: (each.get("share", 1.0), each.get("scale", 1.0)))
     ]
-    return Curve(record["task"], record["probe"], record["model"], points)
+    return Curve(record["task"], record["probe"], record["model"], points, (record.get("unit", "points"), "nats"))
+
+
+def _path(point: Mapping[str, Any]) -> str:
+    """What a point is joined with: the checkpoints of a run as they are, and the scales of each checkpoint."""
+    path = point.get("path", point["method"])
+    return path if point.get("scale", 1.0) == 1.0 else f"{path}, {point['share']:g} of training scaled"
 
 
 def curves_of_comparison(comparison: Comparison) -> list[Curve]:

@@ -37,7 +37,9 @@ def curves(
         points = [_of_path(tuned, point, probe, base) for tuned in tunings for point in tuned.points]
         points += [_chosen(gains[name], lost[name], results) for name in gains if name in lost]
         model = results[0]["model"]["name_or_path"]
-        out[probe] = {"model": model, "task": _main(comparison)[0], "probe": probe, "points": points}
+        task, metric = _main(comparison)
+        unit = "points" if metric == "accuracy" else "nats"
+        out[probe] = {"model": model, "task": task, "probe": probe, "unit": unit, "points": points}
     return out
 
 
@@ -56,6 +58,8 @@ def _of_path(tuned: Tuned, point: ChosenFrom, probe: str, base: Mapping[str, Map
         "method": name,
         "path": f"{name}, {settings_text(point.trial.settings)}" if point.trial.settings else name,
         "label": f"{share:g} of training, {scale:g} of the change",
+        "share": share,
+        "scale": scale,
         "rows": "held-out",
         "points_gained": gain,
         "nats_forgotten": point.values[probe]["nll"] - base[probe]["nll"],
@@ -65,7 +69,7 @@ def _of_path(tuned: Tuned, point: ChosenFrom, probe: str, base: Mapping[str, Map
 
 
 def _chosen(gain: Difference, lost: Difference, results: Sequence[Result]) -> dict[str, Any]:
-    scale = 100 if gain.unit == "fraction" else 1
+    scale = 100 if gain.unit == "fraction" else -1  # a lower loss is a gain
     sizes = [r["model"].get("num_bytes") for r in results if r["name"] == gain.method]
     return {
         "method": gain.method,
@@ -74,7 +78,7 @@ def _chosen(gain: Difference, lost: Difference, results: Sequence[Result]) -> di
         "rows": "test",
         "points_gained": scale * gain.difference,
         "nats_forgotten": lost.difference,
-        "points_gained_interval": [scale * gain.ci_low, scale * gain.ci_high],
+        "points_gained_interval": sorted([scale * gain.ci_low, scale * gain.ci_high]),
         "nats_forgotten_interval": [lost.ci_low, lost.ci_high],
         "num_seeds": gain.num_seeds,
         "num_bytes": max(size for size in sizes if size is not None) if all(sizes) else None,
