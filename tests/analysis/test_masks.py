@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,10 +11,10 @@ from maskft.adapter.mask_set import MaskSet
 from maskft_base.errors import UserError
 from maskft_lab.analysis.masks import (
     agreement,
+    chance_by_head,
     decile_shares,
     head_shares,
     shares_by_head,
-    shares_by_layer,
 )
 
 
@@ -21,10 +22,18 @@ def random_mask(shape, share, seed):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= share
 
 
-def test_shares_by_layer_weigh_matrices_by_their_size():
-    full, half = torch.ones(2, 6, dtype=torch.bool), torch.tensor([[True, False]])
-    masks = MaskSet({"model.layers.3.a": full, "model.layers.3.b": half, "model.layers.10.a": half, "lm_head": full})
-    assert shares_by_layer(masks) == {"3": 1 / 14, "10": 0.5, "other": 0.0}
+def test_the_spread_of_chance_is_that_of_random_masks():
+    """Of a thousand masks of equal counts, the standard deviation of one head's share over Q, K and V."""
+    generator, shapes, share = torch.Generator().manual_seed(0), {"q_proj": 8, "k_proj": 4, "v_proj": 4}, 0.25
+    found = []
+    for _ in range(1000):
+        masks = MaskSet()
+        for name, rows in shapes.items():
+            mask = torch.ones(rows * 6, dtype=torch.bool)
+            mask[torch.randperm(rows * 6, generator=generator)[: round(share * rows * 6)]] = False
+            masks[f"layers.0.{name}"] = mask.reshape(rows, 6)
+        found.append(shares_by_head(masks, 4, 2)["0"]["qkv"][0])
+    assert chance_by_head(masks, 4, 2)["0"] == pytest.approx(float(np.std(found)), rel=0.1)
 
 
 def test_heads_with_shared_keys_against_a_loop():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,27 +14,17 @@ from maskft.adapter.mask_set import MaskSet, read_config
 from maskft.models import load_config, load_model
 from maskft.tuner.experts import place_of
 from maskft_base.errors import UserError
-from maskft_base.files import digest
 
 from .agreement import agreement
 from .records import digest_folder, is_finished, write_record
 
 NUM_DECILES = 10
-FLIPS = "mask_flips_per_step"  # in a training history
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def layer_of(module: str) -> str:
     """Number of the layer that a module lies in, ``other`` outside the layers."""
     return next((part for part in module.split(".") if part.isdigit()), "other")
-
-
-def shares_by_layer(masks: MaskSet) -> dict[str, float]:
-    """Layer -> share of the weights of its masked matrices that is removed, in [0, 1]."""
-    layers: dict[str, MaskSet] = {}
-    for name, mask in masks.items():
-        layers.setdefault(layer_of(name), MaskSet())[name] = mask
-    return {layer: members.sparsity for layer, members in layers.items()}
 
 
 def head_shares(mask: Tensor, projection: str, num_heads: int, num_kv_heads: int) -> Tensor:
@@ -102,40 +92,32 @@ def describe_mask(masks: MaskSet, config, weights: Mapping[str, Tensor]) -> dict
     """Everything about where a mask of a model (its text configuration and masked ``weights`` by module) removes.
 
     Returns:
-        ``num_weights``, ``num_removed``; shares in [0, 1]: ``by_layer``, ``by_module``, ``by_head`` (where the
-        configuration tells heads), ``by_magnitude_decile``; counts: ``removed_per_row`` and ``removed_per_column`` of
-        each matrix as it is stored.
+        ``num_weights``, ``num_removed``; shares in [0, 1]: ``by_module``, ``by_head`` and ``by_head_chance`` (where
+        the configuration tells heads), ``by_magnitude_decile``.
     """
     num_heads = getattr(config, "num_attention_heads", None)
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     return {
         "num_weights": masks.numel,
         "num_removed": masks.num_removed,
-        "by_layer": shares_by_layer(masks),
         "by_module": {name: MaskSet({name: mask}).sparsity for name, mask in masks.items()},
         "by_head": shares_by_head(masks, num_heads, num_kv_heads) if num_heads else {},
         "by_head_chance": chance_by_head(masks, num_heads, num_kv_heads) if num_heads else {},
         "by_magnitude_decile": {name: decile_shares(mask, weights[name]) for name, mask in masks.items()},
-        "removed_per_row": {name: (~mask).sum(1).tolist() for name, mask in masks.items()},
-        "removed_per_column": {name: (~mask).sum(0).tolist() for name, mask in masks.items()},
     }
 
 
-def analyse_masks(
-    file: Path, adapters: Mapping[str, tuple[str, str]], histories: Mapping[str, Sequence[Mapping]]
-) -> None:
-    """Write shares and flips of each mask, and the agreement of every two (``.json``).
+def analyse_masks(file: Path, adapters: Mapping[str, tuple[str, str]]) -> None:
+    """Write shares of each mask, and the agreement of every two (``.json``).
 
-    ``masks`` NAME: `describe_mask`, ``mask_seed``, ``flips_per_step``: pairs of step and number of entries that it
-    flipped. ``agreement``, of masks with modules in common: ``first``, ``second``, ``same_start`` (whether they are
-    over the same model) and `agreement`.
+    ``masks`` NAME: `describe_mask` and ``mask_seed``. ``agreement``, of masks with modules in common: ``first``,
+    ``second``, ``same_start`` (whether they are over the same model) and `agreement`.
 
     Args:
         file: Where the record goes.
         adapters: Name -> adapter folder, and the model that it was trained over.
-        histories: Name -> training history.
     """
-    settings: dict[str, Any] = {"what": "masks", "histories": digest(histories)}
+    settings: dict[str, Any] = {"what": "masks"}
     settings["masks"] = {name: [digest_folder(folder) for folder in pair] for name, pair in adapters.items()}
     if is_finished(file, settings):
         return
@@ -150,7 +132,6 @@ def analyse_masks(
         record["masks"][name] = {
             **describe_mask(sets[name], load_config(start).get_text_config(), weights),
             "mask_seed": read_config(folder).mask_seed,
-            "flips_per_step": [[row["step"], row[FLIPS]] for row in histories[name] if FLIPS in row],
         }
     for first, second in combinations(sets, 2):
         if sets[first].keys() & sets[second].keys():

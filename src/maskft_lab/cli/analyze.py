@@ -105,7 +105,7 @@ def _masks(args, runs, file: Path) -> None:
     find_mask(runs)  # raises where there is none
     masks = [run for run in runs if run.method.endswith(MASK) and BEST in run.models]
     adapters = {run.id: (run.models[BEST], start_model(run, runs)) for run in masks}
-    analyse_masks(file, adapters, {run.id: run.history for run in masks})
+    analyse_masks(file, adapters)
 
 
 def _landscape(args, runs, file: Path) -> None:
