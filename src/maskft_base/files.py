@@ -42,9 +42,6 @@ LAST = "last"
 MANIFEST = "manifest.json"  # of a checkpoint
 LOGGED = "logged.json"  # of a checkpoint: the loss since the last line of the log
 TRAIN_LOCK = "train.lock"
-SETTINGS = "settings.json"
-TABLE = "table.md"
-COMPARISON = "comparison.json"
 # Of a study: folders, and what marks a run as finished.
 BASE = "base"
 PREPARED = "prepared"
@@ -222,15 +219,10 @@ def sync(path: Path) -> None:
 
 
 class Hold(NamedTuple):
-    """A folder that is held.
-
-    Attributes:
-        descriptor: Of the lock's file; a child process that inherits it holds the folder too.
-        is_left_over: Whether the lock's file was there: an owner that was killed has left it.
-    """
+    """A folder that is held by a descriptor of the lock's file, which child processes inherit."""
 
     descriptor: int
-    is_left_over: bool
+    is_left_over: bool  # whether the file was there: an owner that was killed has left it
 
 
 @contextmanager

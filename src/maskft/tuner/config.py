@@ -24,24 +24,11 @@ from .codec import FORMAT_VERSION, weights_sha256
 from .learners import LEARNERS, is_free, learner_options, names_with
 
 # "we set ... masking ratio [to] 10%" (Sec. 3.2); the start and the ranking by magnitude are the published code's.
+_PUBLISHED = {"selection": "topk", "scope": "matrix", "rank_by": "abs", "init_std": 0.02, "sparsity": 0.1}
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "selection": "topk",
-        "scope": "matrix",
-        "rank_by": "abs",
-        "init_scores": "normal",
-        "init_std": 0.02,
-        "sparsity": 0.1,
-    },
+    "paper": {**_PUBLISHED, "init_scores": "normal"},
     # A starting point, on all layers and at learning rate 3e-4: docs/learners.md.
-    "recommended": {
-        "selection": "topk",
-        "scope": "matrix",
-        "rank_by": "abs",
-        "init_scores": "magnitude",
-        "init_std": 0.02,
-        "sparsity": 0.1,
-    },
+    "recommended": {**_PUBLISHED, "init_scores": "magnitude"},
     # Deletion Tuning (https://arxiv.org/abs/2611.10866): one logit per weight of the gate projections, a hard forward
     # pass, a start in Wanda's order, a sharpness that rises, a free budget, a price on what is removed (without it a
     # hundred times as many weights go). Only its abstract was read: the constants are ours.
