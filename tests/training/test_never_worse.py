@@ -229,7 +229,7 @@ def test_rows_that_depend_on_each_other_count_as_one():
     [
         ({"eval_strategy": "no"}, "mask_sparsity_auto chooses on held-out rows, and eval_strategy is no"),
         ({"eval_split_size": 3}, "mask_sparsity_auto has 3 held-out rows"),
-        ({"method": "random_mask"}, "mask_sparsity_auto goes with --method mask, .* not with random_mask"),
+        ({"method": "random_mask"}, "mask_sparsity_auto goes with --method mask, not with random_mask"),
         ({"mask_selection": "threshold", "mask_rank_by": "signed"}, "mask_selection topk, .* not with threshold"),
         ({"mask_preset": "deletion_tuning"}, "mask_selection topk, .* not with logit"),
     ],
