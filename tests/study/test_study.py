@@ -26,7 +26,7 @@ from maskft_lab.study.launchers import Slurm
 from maskft_lab.study.process import PYTHON, run_command
 from maskft_lab.study.recipe import load_recipe, parse_recipe
 from maskft_lab.study.record import build_record, read_record, write_record
-from maskft_lab.study.study import run_study
+from maskft_lab.study.study import locked, run_study
 from small_study import FULL, MASK, outcome, recipe, write
 
 
@@ -368,6 +368,17 @@ def test_a_folder_in_use_is_refused(base, data, tmp_path, monkeypatch, capsys):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(["study", str(file), "--output_dir", str(folder)]) == 2
     assert "another study is running in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["study.lock", "runs", f"runs/full/{files.LOG}", f"results/full/{files.RESULT}"])
+def test_a_folder_with_a_link_is_refused(name, tmp_path):
+    elsewhere, folder = tmp_path / "mine.txt", tmp_path / "out"
+    elsewhere.write_text("keep")
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(UserError, match="holds a link"), locked(folder):
+        pass
+    assert elsewhere.read_text() == "keep"
 
 
 @pytest.fixture

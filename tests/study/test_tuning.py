@@ -782,7 +782,10 @@ def test_a_study_with_standard_controls_runs_to_its_end(content, tmp_path, in_pr
         ({"method": "full", "from": "full", "keep_mask": "masks"}, "mask"),
         ({"method": "interpolate"}, "name it in `from`"),
         ({"method": "dare", "from": "full", "combine_values": [1.0]}, r"with dare they are in \[0, 1\)"),
-        ({"method": "full", "from": "full", "combine_values": [0.5]}, "combine_values goes with --method interpolate or dare"),
+        (
+            {"method": "full", "from": "full", "combine_values": [0.5]},
+            "combine_values goes with --method interpolate or dare",
+        ),
     ],
 )
 def test_a_mistake_in_what_follows_a_mask_is_one_line(content, method, message):

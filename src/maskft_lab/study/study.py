@@ -128,7 +128,15 @@ def locked(folder: str | Path) -> Iterator[tuple[Path, int]]:
 
     Yields:
         The folder as an absolute path, and the file descriptor of the lock.
+
+    Raises:
+        UserError: If it holds a link, which may lead elsewhere.
     """
     folder = Path(folder).absolute()
+    # Those of submitit's own folder lead from a job to its array.
+    inside = (path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != files.SLURM)
+    link = next((path for path in inside if path.is_symlink()), None)
+    if link is not None:
+        raise UserError(f"{str(folder)!r} holds a link, {link.name!r}, through which a study would write; remove it")
     with files.held(folder, files.LOCK, LOCK_WAIT_S, "study") as hold:
         yield folder, hold.descriptor
