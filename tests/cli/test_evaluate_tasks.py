@@ -133,7 +133,7 @@ def test_training_seeds_share_a_name(chat_base, adapters, files, tmp_path, capsy
     seeds = {path.name: result_of(path)["model"]["seed"] for path in (tmp_path / "out").iterdir()}
     assert seeds == {"base": 7, "mask-seed0": 0, "mask-seed1": 1}, "the option is for what does not tell its seed"
     status, out, err = call(["compare", *sorted((tmp_path / "out").iterdir()), "--baseline", "base"], capsys)
-    assert status == 0 and "mask vs base, accuracy on gsm8k, 2 seeds" in " ".join(out.split()), err
+    assert status == 0 and "accuracy on gsm8k (%), 2 items, 2 seeds mask" in " ".join(out.split()), err
 
 
 def test_a_finished_result_of_another_chat_template_is_refused(chat_base, files, tmp_path, capsys):
@@ -279,7 +279,7 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
         (["--include_path", "nowhere"], "include_path 'nowhere' is not a folder"),
         (["--max_memory_gb", "0"], "max_memory_gb is 0.0; it must be above 0"),
         (["--name", "a", "b"], "2 names for 1 models"),
-        (["--name", ""], "'' is no --name; give characters that can be seen"),
+        (["--name", ""], "'' is not a valid --name; use printable characters"),
         (["--output_dir", "FILE"], "it is a file; name another"),
         (["--adapter", "MASK", "MASK"], "two models have the same label"),
         (["--adapter", "MASK", "MASK", "--name", "a", "a"], "were not trained with different seeds"),

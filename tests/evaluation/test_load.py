@@ -66,8 +66,8 @@ def test_a_label_that_leads_out_of_the_output_folder(name, tmp_path):
         result_files(str(tmp_path), [name, "other"], ["one", "two"])
 
 
-def test_a_label_that_cannot_be_seen():
-    with pytest.raises(UserError, match="is no --name; give characters that can be seen"):
+def test_a_label_that_is_not_printable():
+    with pytest.raises(UserError, match="is not a valid --name; use printable characters"):
         labels(["one"], ["a\x1b[2J"])
     assert labels(["./a\x1b[2J"], []) == [r"a\x1b[2J"]
 

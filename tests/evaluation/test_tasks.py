@@ -303,7 +303,7 @@ def test_unknown_task(local_tasks):
     with pytest.raises(UserError, match="unknown task 'pair'"):
         check_names(["pair"])
     check_names(["pair", "humaneval"], local_tasks)
-    with pytest.raises(UserError, match="holds a task gsm8k, which is the name of one of maskft; give yours another"):
+    with pytest.raises(UserError, match="holds a task gsm8k, the name of a benchmark of maskft; give yours another"):
         check_names(["pair", "gsm8k"], local_tasks)
     with pytest.raises(UserError, match="include_path 'nowhere' is not a folder"):
         check_names(["pair"], "nowhere")

@@ -707,23 +707,3 @@ def test_interrupt_does_not_wait_for_running_programs() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_many(["pass", *["import time\ntime.sleep(60)"] * 5], num_workers=2, progress=interrupt)
     assert time.monotonic() - start_s < 10
-
-
-@pytest.mark.parametrize(
-    ("limits", "message"),
-    [
-        ({"cpu_time_s": 0}, "cpu_time_s must be a positive number of seconds, got 0"),
-        ({"wall_time_s": float("nan")}, "wall_time_s must be a positive number of seconds, got nan"),
-        ({"memory_bytes": MIB}, "memory_bytes=1048576 is too little to start Python"),
-        ({"max_processes": 0}, "max_processes must be at least 1"),
-        ({"max_output_bytes": -1}, "max_output_bytes must not be negative"),
-    ],
-)
-def test_bad_limits(limits: dict[str, float], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        run_code("print(1)", **limits)
-
-
-def test_no_workers() -> None:
-    with pytest.raises(UserError, match="num_workers must be at least 1, got 0"):
-        run_many(["print(1)"], num_workers=0)

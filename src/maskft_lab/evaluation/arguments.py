@@ -151,7 +151,7 @@ def check_used(options: EvaluationArguments, data: DataArguments) -> None:
     ]
     for owner, option in given:
         if not is_used[owner]:
-            raise UserError(f"{option} is given and would be ignored: it is for {owner}; drop it, or ask for that")
+            raise UserError(f"{option} is given and would be ignored: it is for {owner}; drop it, or add that task")
 
 
 def _given(arguments) -> Iterator[Field]:

@@ -100,7 +100,7 @@ def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
         if model is not base and number + 1 < len(adapters):
             base = model.unload()
             if model_fingerprint(base) != fingerprint:
-                raise RuntimeError(f"taking off the adapter {adapter!r} did not give the base model back")
+                raise RuntimeError(f"unloading the adapter {adapter!r} did not restore the base model")
 
 
 def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:

@@ -24,7 +24,7 @@ def labels(sources: Sequence[str], names: Sequence[str]) -> list[str]:
             raise UserError(f"{len(names)} names for {len(sources)} models; give one --name for each")
         for name in names:
             if not name.strip() or not name.isprintable():
-                raise UserError(f"{name!r} is no --name; give characters that can be seen")
+                raise UserError(f"{name!r} is not a valid --name; use printable characters")
         return list(names)
     # `.` and `..` have names too; a hub name is none of a folder.
     paths = [Path(source).resolve() if Path(source).exists() else Path(source) for source in sources]

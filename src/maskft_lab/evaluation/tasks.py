@@ -24,7 +24,7 @@ from maskft_base.runtime import Progress
 
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
 from ..results.statistics import weighted_mean
-from ..sandbox.sandbox import check_confinement, run_many
+from ..sandbox.sandbox import check_allowed, run_many
 from .arguments import ALPACA_EVAL, HELDOUT
 from .benchmarks import BENCHMARKS, Benchmark, load_docs, without_nltk_downloads
 from .heldout import chat_template_hash
@@ -53,7 +53,7 @@ def check_names(names: Sequence[str], include_path: str | None = None) -> None:
     for name in names:
         if name in BENCHMARKS and include_path and name in _task_manager(include_path, False).all_tasks:
             raise UserError(
-                f"include_path {include_path!r} holds a task {name}, which is the name of one of maskft; give yours "
+                f"include_path {include_path!r} holds a task {name}, the name of a benchmark of maskft; give yours "
                 "another name"
             )
         if name not in BENCHMARKS and name not in _task_manager(include_path).all_tasks:
@@ -200,12 +200,7 @@ def _build(name: str, docs, allow_unconfined: bool):
         "dataset_kwargs": None,
     }
     if benchmark.program is not None:
-        confinement = check_confinement()
-        if not confinement.available and not allow_unconfined:
-            raise UserError(
-                f"task {name} runs model-written code, which cannot be confined here ({confinement.reason}); "
-                "accept that risk with --allow_unconfined_code, or leave the task out"
-            )
+        check_allowed(allow_unconfined)  # now, and not after the answers
         run = partial(_run_answers, name=name, allow_unconfined=allow_unconfined)
         config |= {
             "unsafe_code": False,  # ours is confined

@@ -33,7 +33,6 @@ from maskft_base.runtime import num_cores
 
 WATCH_INTERVAL_S = 0.05  # how often the memory and CPU time of all of a program's processes are added up
 STOP_PATIENCE_S = 5.0  # from asking the launcher to stop until it is killed; its end takes everything below with it
-MIN_MEMORY_BYTES = 64 * 2**20  # less than the interpreter itself needs
 
 _CHILD = Path(__file__).with_name("child.py")
 # Not /dev/zero: mapped, it is memory that belongs to no process.
@@ -101,19 +100,6 @@ class Limits:
     max_processes: int = 16
     max_output_bytes: int = 64 * 2**10
 
-    def __post_init__(self) -> None:
-        for name in ("cpu_time_s", "wall_time_s"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be a positive number of seconds, got {getattr(self, name)}")
-        if self.memory_bytes < MIN_MEMORY_BYTES:
-            raise UserError(
-                f"memory_bytes={self.memory_bytes} is too little to start Python: give at least {MIN_MEMORY_BYTES}"
-            )
-        if self.max_processes < 1:
-            raise UserError(f"max_processes must be at least 1, the program itself, got {self.max_processes}")
-        if self.max_output_bytes < 0:
-            raise UserError(f"max_output_bytes must not be negative, got {self.max_output_bytes}")
-
 
 @functools.lru_cache(maxsize=1)
 def check_confinement() -> Confinement:
@@ -137,6 +123,17 @@ def check_confinement() -> Confinement:
     if not result.passed:
         return Confinement(False, f"an empty program did not run: {result.reason} {result.stderr[-500:]}".strip())
     return Confinement(True, "user, mount, process, network, IPC, host-name and cgroup namespaces, system-call filter")
+
+
+def check_allowed(allow_unconfined: bool) -> bool:
+    """Whether programs are confined; raises where they cannot be and the caller does not accept that."""
+    confinement = check_confinement()
+    if not confinement.available and not allow_unconfined:
+        raise UserError(
+            f"model-written code cannot be confined on this machine ({confinement.reason}), so it is not run; "
+            "to run it with the rights of the current user, accept that risk with --allow_unconfined_code"
+        )
+    return confinement.available
 
 
 def run_code(code: str, *, allow_unconfined: bool = False, **limits: Any) -> SandboxResult:
@@ -168,23 +165,13 @@ def run_many(
         Results in the order of ``programs``.
 
     Raises:
-        UserError: If a limit is out of range, or programs cannot be confined and ``allow_unconfined`` is not set.
+        UserError: If programs cannot be confined and ``allow_unconfined`` is not set.
     """
-    programs = list(programs)
-    checked_limits, confinement = Limits(**limits), check_confinement()
-    if not confinement.available and not allow_unconfined:
-        raise UserError(
-            f"model-written code cannot be confined on this machine ({confinement.reason}), so it is not run; "
-            "to run it with the rights of the current user, accept that risk with --allow_unconfined_code"
-        )
-    if num_workers is None:
-        num_workers = num_cores()
-    if num_workers < 1:
-        raise UserError(f"num_workers must be at least 1, got {num_workers}")
+    confined, bounds = check_allowed(allow_unconfined), Limits(**limits)
     stop = threading.Event()
-    with ThreadPoolExecutor(num_workers) as pool:
-        how = {"confined": confinement.available, "stop": stop}
-        futures = [pool.submit(_run_checked, code, checked_limits, **how) for code in programs]
+    with ThreadPoolExecutor(num_workers or num_cores()) as pool:
+        how = {"confined": confined, "stop": stop}
+        futures = [pool.submit(_run_checked, code, bounds, **how) for code in programs]
         try:
             for num_done, future in enumerate(as_completed(futures), start=1):
                 result = future.result()
