@@ -88,7 +88,7 @@ def load_alpaca(options: EvaluationArguments) -> AlpacaEval:
         known = [folder.name for folder in EVALUATORS_CONFIG_DIR.iterdir() if folder.is_dir()]
         if annotator not in known and not Path(annotator).is_file():
             raise UserError(
-                f"alpaca_annotator {annotator!r} is neither a file nor an annotator of alpaca_eval{did_you_mean(annotator, known)}"
+                f"alpaca_annotator {annotator!r} is no file and not in alpaca_eval{did_you_mean(annotator, known)}"
             )
     is_published = len(references) == PUBLISHED_NUM_PROMPTS and all(
         row.get("generator") == PUBLISHED_REFERENCE for row in references
