@@ -39,7 +39,7 @@ def is_supported(layer: MaskedLinear, names: list[str]) -> bool:
     config = layer.mask_configs[names[0]]
     is_plain = len(names) == 1 and config.removed_value == "zero" and not config.price
     is_whole = layer.quantisation is None and not any(map(is_sharded, layer.mask_scores.values()))
-    return is_plain and is_whole and config.selection not in learners.SOFT
+    return is_plain and is_whole and not learners.has_soft_gate(config)
 
 
 def forward(layer: MaskedLinear, x: Tensor, bias: Tensor | None, dtype: torch.dtype, name: str) -> Tensor:

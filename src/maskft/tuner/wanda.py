@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def check_inputs(layers: Sequence[MaskedLinear], what: str) -> None:
 
 
 @torch.inference_mode()
-def input_norms(model, layers: Sequence[MaskedLinear], rows: Iterable[Sequence[int] | Tensor]) -> list[Tensor]:
+def input_norms(model: nn.Module, layers: Sequence[MaskedLinear], rows: Iterable[Sequence[int] | Tensor]) -> list[Tensor]:
     """L2 norm of every input feature of ``layers`` over all tokens of ``rows``.
 
     One pass over the unmasked model; the published method prunes layer by layer and measures each layer behind the
@@ -71,10 +72,10 @@ def input_norms(model, layers: Sequence[MaskedLinear], rows: Iterable[Sequence[i
     Returns:
         One float32 tensor per layer, (1, I), or (I, 1) where the weight is stored transposed.
     """
-    squares = [0.0] * len(layers)
+    squares: list[Any] = [0.0] * len(layers)
 
-    def add(index: int):
-        def hook(module, args):
+    def add(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             squares[index] = squares[index] + args[0].detach().reshape(-1, args[0].shape[-1]).float().pow(2).sum(0)
 
         return hook
