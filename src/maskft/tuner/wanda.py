@@ -58,7 +58,9 @@ def check_inputs(layers: Sequence[MaskedLinear], what: str) -> None:
 
 
 @torch.inference_mode()
-def input_norms(model: nn.Module, layers: Sequence[MaskedLinear], rows: Iterable[Sequence[int] | Tensor]) -> list[Tensor]:
+def input_norms(
+    model: nn.Module, layers: Sequence[MaskedLinear], rows: Iterable[Sequence[int] | Tensor]
+) -> list[Tensor]:
     """L2 norm of every input feature of ``layers`` over all tokens of ``rows``.
 
     One pass over the unmasked model; the published method prunes layer by layer and measures each layer behind the
