@@ -123,6 +123,15 @@ def test_checkpoints_are_one_path_and_the_scales_of_each_another():
     assert curve.units == ("nats", "nats")
 
 
+def test_paths_are_drawn_before_there_are_results(tmp_path):
+    (tmp_path / "curve-sums-instructions.json").write_text(json.dumps(RECORD))
+    words = ["--figures", str(tmp_path / "out"), "--only", "gain_forgetting", "-o", str(tmp_path / "page.html")]
+    assert main(["report", str(tmp_path), *words]) == 0
+    assert (tmp_path / "out" / "gain_forgetting.svg").is_file()
+    page = (tmp_path / "page.html").read_text()
+    assert 'id="gain_forgetting"' in page and "nothing is claimed" in page
+
+
 def test_a_study_without_paths_shows_its_methods_beside_the_pretrained_model():
     evidence = gather(RESULTS / "smollm2-sums-deletion")
     (curve,) = curves_of(evidence)

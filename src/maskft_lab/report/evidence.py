@@ -125,6 +125,9 @@ def gather(
         UserError: If there is nothing to report, or results do not fit each other.
     """
     folder = Path(folder)
+    curves = sorted(folder.glob(CURVES))
+    if curves and not (folder / files.RUNS).is_dir() and not (folder / PUBLISHED_SUMMARY).is_file():
+        return Evidence(folder, folder.resolve().name, read_json(curves[0])["model"], [], [])  # its paths alone
     runs = read_study(folder, base)
     name, summary = _summary(folder, study_name, runs[0].base)
     results = [result for run in runs for result in run.results.values()]

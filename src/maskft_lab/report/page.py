@@ -123,7 +123,7 @@ def _verdicts(evidence: Evidence) -> list[str]:
     """Each learned mask against its parent and the strongest control, in the words of the comparison."""
     comparison = evidence.comparison
     if comparison is None:
-        return ["There is one model only; nothing is compared, and nothing is claimed."]
+        return ["There are no results of two models to compare, and nothing is claimed."]
     if comparison.verdicts:
         return [verdict.text[:1].upper() + verdict.text[1:] for verdict in comparison.verdicts]
     found = [sentence(row) for row in comparison.differences if row.method in evidence.masks and row.is_main]
@@ -132,7 +132,8 @@ def _verdicts(evidence: Evidence) -> list[str]:
 
 def _scores(evidence: Evidence) -> dict[str, Any]:
     """A row per model, a column per metric of a task; cells with what they sort by and what stands below."""
-    reached = evidence.comparison.scores if evidence.comparison else scores(evidence.results)
+    without = scores(evidence.results) if evidence.results else []  # nothing but paths was published
+    reached = evidence.comparison.scores if evidence.comparison else without
     differences = {(r.method, r.task, r.metric): r for r in evidence.differences}
     places = list(dict.fromkeys((score.task, score.metric, score.unit) for score in reached))
     rows: dict[str, list[dict[str, Any]]] = {}
