@@ -8,7 +8,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -184,13 +184,19 @@ def draw_page(chart: Chart) -> Figure:
 
 
 def files_of(chart: Chart, key: str) -> dict[str, bytes]:
-    """A chart as SVG (light and dark), PDF and PNG (300 dots per inch), by file name; a table only as Markdown."""
+    """A chart as SVG (light and dark), PDF and PNG (300 dots per inch), by file name; a table only as Markdown.
+
+    Of a chart that is narrower than a paper each panel has files of its own: ``KEY``, ``KEY_2``.
+    """
     if not chart.panels:
         return {f"{key}.md": draw_table(chart.table, "markdown").encode()}
     contents = {f"{key}.json": (json.dumps(chart.records, indent=1) + "\n").encode()} if chart.records else {}
-    figure = draw_page(chart)
-    with matplotlib.rc_context(_STYLE):
-        return contents | {f"{key}.{suffix}": _saved(figure, suffix) for suffix in FORMATS}
+    parts = [chart] if chart.width == WIDE else [replace(chart, panels=[panel]) for panel in chart.panels]
+    for index, part in enumerate(parts):
+        figure, name = draw_page(part), f"{key}_{index + 1}" if index else key
+        with matplotlib.rc_context(_STYLE):
+            contents |= {f"{name}.{suffix}": _saved(figure, suffix) for suffix in FORMATS}
+    return contents
 
 
 def _saved(figure: Figure, suffix: str) -> bytes:

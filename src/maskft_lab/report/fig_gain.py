@@ -243,7 +243,10 @@ def _draw(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
             continue
         colour = COLOURS[looks[method].colour]
         axes.plot([p.forgotten for p in members], [p.gained for p in members], color=colour, alpha=_PALE, linewidth=0.8)
-    axes.plot([0, *(p.forgotten for p in best)], [0, *(p.gained for p in best)], color=COLOURS["ink"], linewidth=1.1)
+    joined = [(point.forgotten, point.gained) for point in best]
+    if not best or best[0].forgotten >= 0:  # else a point beats the model before training too
+        joined.insert(0, (0.0, 0.0))
+    axes.plot(*np.transpose(joined), color=COLOURS["ink"], linewidth=1.1)
     axes.plot(0, 0, "x", color=COLOURS["ink"])
     for point in curve.points:
         look = looks[point.method]

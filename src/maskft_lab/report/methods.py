@@ -32,7 +32,9 @@ def series_looks(names: Iterable[str]) -> dict[str, Entry]:
     others = [colour for colour in SERIES if colour not in ("red", "blue")]
     counts: Counter[str] = Counter()
     for name in names:
-        kind = next((kind for kind, colour in (("mask", "red"), ("full", "blue")) if name.startswith(kind)), "other")
+        kind = next(
+            (kind for kind, colour in (("mask", "red"), ("full", "blue")) if kind in name.split(",")[0]), "other"
+        )
         colour = {"mask": "red", "full": "blue"}.get(kind) or others[counts[kind] % len(others)]
         markers = {"mask": "^vdX", "full": "osDP"}.get(kind, "sDphP*o")
         looks[name] = Entry(name, colour, "", markers[counts[kind] % len(markers)])
