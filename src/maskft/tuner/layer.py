@@ -85,7 +85,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         bias = None if self.bias is None else self.bias.to(dtype)
         if torch.compiler.is_compiling() and compiled.is_supported(self, names):
             return compiled.forward(self, x, bias, dtype, names[0])
-        return self._forward(x, bias, dtype, names)
+        return cast(Tensor, self._forward(x, bias, dtype, names))
 
     @torch.compiler.disable
     def _forward(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype, names: list[str]) -> Tensor:

@@ -17,7 +17,7 @@ from .model import adapter_layers
 
 
 def wanda_keys(
-    model: nn.Module, rows: Iterable[Sequence[int] | Tensor], adapter_name: str = "default"
+    model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name: str = "default"
 ) -> dict[str, Tensor]:
     """Rank of abs(weight) * norm of its input among the inputs of its output, for :func:`maskft.start_scores`.
 
@@ -59,7 +59,7 @@ def check_inputs(layers: Sequence[MaskedLinear], what: str) -> None:
 
 @torch.inference_mode()
 def input_norms(
-    model: nn.Module, layers: Sequence[MaskedLinear], rows: Iterable[Sequence[int] | Tensor]
+    model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Sequence[int] | Tensor]
 ) -> list[Tensor]:
     """L2 norm of every input feature of ``layers`` over all tokens of ``rows``.
 
