@@ -16,9 +16,7 @@ from .layer import MaskedLinear
 from .model import adapter_layers
 
 
-def wanda_keys(
-    model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name: str = "default"
-) -> dict[str, Tensor]:
+def wanda_keys(model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name: str = "default") -> dict[str, Tensor]:
     """Rank of abs(weight) * norm of its input among the inputs of its output, for :func:`maskft.start_scores`.
 
     Ranks, because magnitudes of different outputs have no common scale: removing the lowest gives Wanda's mask.
@@ -58,9 +56,7 @@ def check_inputs(layers: Sequence[MaskedLinear], what: str) -> None:
 
 
 @torch.inference_mode()
-def input_norms(
-    model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Sequence[int] | Tensor]
-) -> list[Tensor]:
+def input_norms(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Sequence[int] | Tensor]) -> list[Tensor]:
     """L2 norm of every input feature of ``layers`` over all tokens of ``rows``.
 
     One pass over the unmasked model; the published method prunes layer by layer and measures each layer behind the
