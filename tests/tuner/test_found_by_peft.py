@@ -8,7 +8,14 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
-from transformers import RobertaConfig, RobertaForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from maskft import MaskConfig, UserError, adapter_layers, current_masks
 from tiny import tiny_llama, token_ids
@@ -132,3 +139,16 @@ def test_new_tokens_of_a_tied_model_get_one_clear_line():
         MaskConfig(trainable_token_indices=[1])
     with pytest.raises(UserError, match="leave it out"):
         get_peft_model(tiny_llama(num_layers=2, tie_word_embeddings=True), MaskConfig(modules_to_save=["lm_head"]))
+
+
+@pytest.mark.parametrize("excluded", [None, ["intermediate.dense"], r".*intermediate\.dense"])
+def test_by_default_only_layers_of_the_stack_are_masked(excluded):
+    """The pooler shares the name "dense" with them; without a loss on it, its scores would stay as they were drawn."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = get_peft_model(BertModel(BertConfig(vocab_size=50, **sizes)), MaskConfig(exclude_modules=excluded))
+    names = list(current_masks(model))
+    assert names and all(".layer." in name for name in names)
+    assert any("intermediate" in name for name in names) == (excluded is None)
+    model(input_ids=token_ids() % 50).last_hidden_state.sum().backward()
+    assert all(layer.mask_scores["default"].grad is not None for layer in adapter_layers(model).values())

@@ -21,7 +21,7 @@ import tiny
 from maskft import MaskConfig, current_masks
 from maskft.adapter.mask_set import MaskSet
 from maskft.adapter.wrap import add_adapter
-from maskft.tuner import MaskedLinear, MaskPeftType
+from maskft.tuner import MaskedLinear, MaskPeftType, adapter_layers
 from maskft.tuner.codec import encode_mask
 from maskft.tuner.targets import check_targets, maskable_names
 from maskft_base.errors import UserError
@@ -360,6 +360,32 @@ def test_a_second_adapter_of_the_same_configuration_is_a_copy():
     model.add_adapter("ref", model.peft_config["default"])
     ours, theirs = current_masks(model), current_masks(model, "ref")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_another_adapter_of_the_same_configuration_starts_fresh():
+    """Only a trainer's reference is a copy; a second mask is its own, whatever the first has learned."""
+    config = MaskConfig(sparsity=0.3, layers_to_transform=[1])
+    model = get_peft_model(tiny.tiny_llama(), config)
+    start = current_masks(model)
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            layer.mask_scores["default"].copy_(layer.mask_scores["default"].flip(0))
+    model.add_adapter("second", config)
+    first, second = current_masks(model), current_masks(model, "second")
+    assert all(torch.equal(second[name], start[name]) for name in start)
+    assert not any(torch.equal(second[name], first[name]) for name in start)
+    assert model.peft_config["second"] is not model.peft_config["default"]
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_llama, tiny.tiny_gpt2])
+def test_a_regular_expression_does_not_match_what_a_masked_layer_is_made_of(make):
+    pattern = r".*\.1\.(self_attn|attn)\.(q_proj|c_attn).*"
+    model = get_peft_model(make(), MaskConfig(target_modules=pattern, sparsity=0.1))
+    model.add_adapter("second", MaskConfig(target_modules=pattern, sparsity=0.2))
+    names = set(current_masks(model))
+    assert names == set(current_masks(model, "second")) and not any("mask_scores" in name for name in names)
+    merged = model.merge_and_unload(adapter_names=["second"])
+    assert not any(isinstance(module, MaskedLinear) for module in merged.modules())
 
 
 def test_a_model_without_token_embeddings(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
@@ -30,7 +30,9 @@ from .removed_value import load_removed_values
 from .scores import Float32ParameterDict, check_scores, masks_from_scores, ranked_scores
 from .selection import scores_for_mask
 from .sharded import is_sharded, refresh
-from .targets import listed, resolve_targets
+from .targets import is_target, listed, resolve_targets
+
+_REFERENCE = "ref"  # TRL's name of the adapter that preference training compares with
 
 
 class MaskModel(BaseTuner):
@@ -55,10 +57,11 @@ class MaskModel(BaseTuner):
         if peft_config.trainable_token_indices is not None:  # TRL sets it after the configuration was made
             raise UserError(NO_TOKEN_INDICES)
         peft_config.is_new = True
-        # A second adapter of one configuration is a copy of the first, as trainers want of a frozen reference.
+        # Two adapters of one configuration object: the second has its own from here on.
         names = [name for name, config in self.peft_config.items() if config is peft_config]
         if len(names) > 1:
             self.peft_config[names[-1]] = peft_config = copy.copy(peft_config)
+        if len(names) > 1 and names[-1] == _REFERENCE:  # which trainers want to be the first adapter, frozen
             peft_config.copy_of = names[0]
             if not resumes_two_adapters():
                 warnings.warn(
@@ -67,6 +70,11 @@ class MaskModel(BaseTuner):
                     "from its start. Do not resume this run, or install transformers>=5.23"
                 )
         return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        assert isinstance(peft_config, MaskConfig)
+        return is_target(peft_config, key)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check the whole request before the first layer is replaced, so that an error leaves the model as it was."""
@@ -454,6 +462,6 @@ def _removed_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
     targets = {
         name: module.weight
         for name, module in model.named_modules()
-        if name and isinstance(module, nn.Linear | Conv1D | MaskedLinear) and check_target_module_exists(config, name)
+        if name and isinstance(module, nn.Linear | Conv1D | MaskedLinear) and is_target(config, name)
     }
     return load_removed_values(config, dict(sorted(targets.items())))

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -20,15 +21,35 @@ from .quantised import quantisation
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
+_OWN_MODULES = {"base_layer", "mask_scores"}  # inside a masked layer, where a second adapter may look
 _SHOWN = 8
+
+
+def is_target(config: MaskConfig, name: str) -> Any:
+    """Whether a configuration asks for a module, in PEFT's words; what a masked layer is made of is none."""
+    return _OWN_MODULES.isdisjoint(name.split(".")) and check_target_module_exists(config, name)
 
 
 def resolve_targets(config: MaskConfig, model: nn.Module) -> None:
     """Put the names of the linear layers in the place of "all-linear", and check the whole request."""
     if config.target_modules in (None, "all-linear"):
         config.target_modules = sorted(maskable_names(model))
+        _leave_out_other_layers(config, model)
         _warn_of_other_experts(model)
     check_targets(config, model)
+
+
+def _leave_out_other_layers(config: MaskConfig, model: nn.Module) -> None:
+    """Exclude linear layers outside of the numbered ones that share a name with one inside, such as BERT's pooler."""
+    names = [name for name, module in model.named_modules() if name and is_target(config, name)]
+    others = [name for name in names if not _LAYER_INDEX.search(name)]
+    if len(others) in (0, len(names)):
+        return
+    given = config.exclude_modules
+    if isinstance(given, str):
+        config.exclude_modules = "|".join([f"(?:{given})", *map(re.escape, others)])
+    else:
+        config.exclude_modules = [*(given or []), *others]
 
 
 def check_targets(config: MaskConfig, model: nn.Module) -> None:
@@ -36,7 +57,7 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
     modules = {name: module for name, module in model.named_modules() if name and ".base_layer" not in name}
     _check_layer_indices(config, modules)
     _check_not_tied(config, modules, model)
-    matched = [name for name in modules if check_target_module_exists(config, name)]
+    matched = [name for name in modules if is_target(config, name)]
     reasons = {name: _why_not_maskable(name, modules[name], model) for name in matched}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     if refused:
