@@ -135,10 +135,10 @@ def end(processes: list[int], deadline: float | None) -> list[int]:
     """Wait for processes until a moment; returns the exit statuses, or none where one still ran and all were killed."""
     statuses: dict[int, int] = {}
     while len(statuses) < len(processes):
-        for process in (process for process in processes if process not in statuses):
-            done, status = os.waitpid(process, os.WNOHANG)
+        for pid in (pid for pid in processes if pid not in statuses):
+            done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                statuses[process] = os.waitstatus_to_exitcode(status)
+                statuses[pid] = os.waitstatus_to_exitcode(status)
         # A launcher ends the others where one has failed.
         is_late = deadline is not None and time.monotonic() > deadline
         if is_late or any(statuses.values()):

@@ -9,7 +9,8 @@ SOURCES is a folder (with folders) of ``.jsonl.gz`` files, one for each word in 
 - ``banking77_train``, ``banking77_test``: Banking77 (CC-BY-4.0), columns ``prompt``, ``completion`` and ``answer``
 - ``mawps_train``, ``mawps_test``: word problems of MAWPS, the same columns
 
-The sums come from ``python recipes/small/make_inputs.py runs/curve``. Probes that choose a point of a path are other rows
+The sums come from ``python recipes/small/make_inputs.py runs/curve``.
+Probes that choose a point of a path are other rows
 than those that are reported; so are the prompts on which KL to the base is measured.
 """
 

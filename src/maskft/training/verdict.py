@@ -258,13 +258,13 @@ def clusters_of(data: Prepared) -> list[str] | None:
     if "cluster_id" not in data.heldout_rows.column_names:
         return None
     found = {str(row.get("id")): row["cluster_id"] for row in data.heldout_rows}
-    clusters = [found.get(name) for name in row_ids(data.heldout)]
-    if None in clusters:
+    names = row_ids(data.heldout)
+    missing = next((name for name in names if found.get(name) is None), None)
+    if missing is not None:
         raise UserError(
-            f"held-out row {row_ids(data.heldout)[clusters.index(None)]} has no cluster_id, and others have one; give "
-            "it to every row, or to none"
+            f"held-out row {missing} has no cluster_id, and others have one; give it to every row, or to none"
         )
-    return clusters
+    return [found[name] for name in names]
 
 
 def choosing_half(units: Sequence[str], seed: int) -> list[int]:

@@ -14,6 +14,7 @@ from maskft_base.files import digest, digest_tensors
 
 from .codec import mask_info
 from .layer import MaskedLinear
+from .merging import unmerged_weight
 from .quantised import described
 from .sharded import is_sharded
 
@@ -94,7 +95,7 @@ def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
     layers = sorted(layers, key=lambda layer: layer.module_name)
     if layers and layers[0].sharded_weight is not None:
         return layers[0].sharded_weight.base_fingerprint  # the weights themselves are masked by now
-    weights = ((layer.module_name, layer.unmerged_weight) for layer in layers)
+    weights = ((layer.module_name, unmerged_weight(layer)) for layer in layers)
     return fingerprint_of(weights, len(layers))
 
 

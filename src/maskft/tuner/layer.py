@@ -6,22 +6,20 @@ GPT-2's ``Conv1D``.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from maskft_base.errors import UserError
 
-from . import compiled
+from . import compiled, merging
 from .codec import decode_mask, mask_info
 from .config import MaskConfig
 from .effective import EffectiveWeight, score_gradient_of
-from .learners import blend_
 from .scores import Float32ParameterDict, check_scores, draw_scores, masks_from_scores
 from .sharded import ShardedWeight, is_sharded
 
@@ -48,8 +46,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, pool: list[MaskedLinear], module_name: str
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.module_name = module_name
+        self.base_layer, self.module_name = base_layer, module_name
         self.is_transposed = isinstance(base_layer, Conv1D)
         self.mask_scores = Float32ParameterDict({})
         self.mask_coded: dict[str, Tensor] = {}
@@ -60,7 +57,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.sharded_weight: ShardedWeight | None = None
         self.number = compiled.register(self)
         self.merged_adapters = []
-        self._merge_stash: dict[str, tuple[Tensor, Tensor]] = {}
+        self.merge_stash: dict[str, tuple[Tensor, Tensor]] = {}
         for name in ("in_features", "out_features", "nf", "nx"):  # which other code asks linear layers for
             if hasattr(base_layer, name):
                 setattr(self, name, getattr(base_layer, name))
@@ -104,26 +101,13 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         if not any(map(is_sharded, self.mask_scores.values())):
             return self.effective.get(self, dtype or self.weight.dtype)
         if self.sharded_weight is None or not self.sharded_weight.is_current(self):
-            raise UserError(
-                f"the sharded mask of {self.module_name} is out of date: call the whole model, not a part of it"
-            )
+            raise UserError(f"the sharded mask of {self.module_name} is out of date: call the model, not a part of it")
         return self.weight.to(dtype or self.weight.dtype)
 
     @property
     def stored_weight(self) -> Tensor:
         """The frozen weight as the base layer holds it; ``weight`` is always one of floats."""
         return cast(Tensor, self.get_base_layer().weight)
-
-    @property
-    def unmerged_weight(self) -> Tensor:
-        """The weight as it was before anything was merged into it."""
-        weight = self.weight.detach()
-        if self.merged:
-            weight = weight.clone()
-            for name in reversed(self.merged_adapters):
-                removed, values = self._merge_stash[name]
-                weight[removed] = values
-        return weight
 
     @property
     def active_masks(self) -> list[str]:
@@ -133,8 +117,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     def get_mask(self, adapter_name: str) -> Tensor:
         """Bool mask of ``adapter_name``, shape of the weight, True = keep."""
         if adapter_name in self.mask_scores:
-            pool = self.mask_pools[adapter_name]
-            config = self.mask_configs[adapter_name]
+            pool, config = self.mask_pools[adapter_name], self.mask_configs[adapter_name]
             scores = [check_scores(layer.mask_scores[adapter_name], layer.module_name, config) for layer in pool]
             return masks_from_scores(config, scores)[pool.index(self)]
         if adapter_name in self.mask_coded:
@@ -179,30 +162,11 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             safe_merge: Refuse when the masked weight is not finite.
             adapter_names: Adapters to merge; default: the active ones.
         """
-        weight = self.weight
-        if is_sharded(weight):
-            raise UserError(
-                f"{self.module_name} is sharded by FSDP and cannot be merged; save the adapter and run maskft merge"
-            )
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.mask_configs:
-                continue
-            mask = self.get_mask(name)
-            merged = blend_(torch.empty_like(weight.data), weight.data, mask, self.removed_value(name))
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"{self.module_name} has weights that are not finite after merging {name!r}")
-            self._merge_stash[name] = (~mask, weight.data[~mask])
-            weight.data.copy_(merged)
-            self.merged_adapters.append(name)
+        merging.merge(self, safe_merge, adapter_names)
 
     def unmerge(self) -> None:
         """Undo ``merge``, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
-        weight = self.weight
-        while self.merged_adapters:
-            removed, values = self._merge_stash.pop(self.merged_adapters.pop())
-            weight.data[removed.to(weight.device)] = values.to(weight.device, weight.dtype)
+        merging.unmerge(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and everything kept for it."""
@@ -231,13 +195,7 @@ class _MaskedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_TI: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        layer: MaskedLinear,
-        names: list[str],
-        *scores: Tensor,
+        ctx: Any, x_TI: Tensor, weight: Tensor, bias: Tensor | None, layer: MaskedLinear, names: list[str], *scores: Any
     ) -> Tensor:
         ctx.save_for_backward(x_TI, weight, *scores)
         ctx.layer, ctx.names = layer, names

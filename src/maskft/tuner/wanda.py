@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def wanda_keys(model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name:
     check_inputs(layers, "init_scores wanda")
     is_training = model.training
     model.eval()
-    with model.disable_adapter():
+    with cast(Any, model).disable_adapter():
         norms = input_norms(model, layers, rows)
     model.train(is_training)
     weights = [layer.weight.detach().float().abs() for layer in layers]
@@ -81,7 +81,7 @@ def input_norms(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Seque
     hooks = [layer.register_forward_pre_hook(add(n)) for n, layer in enumerate(layers)]
     try:
         for ids in rows:
-            model(input_ids=torch.as_tensor(ids, device=model.device)[None], use_cache=False)
+            model(input_ids=torch.as_tensor(ids, device=layers[0].stored_weight.device)[None], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -45,7 +45,9 @@ class Job(Protocol):
 class Launcher(Protocol):
     """Where the runs of a study are made."""
 
-    num_at_once: int | None  # None: as many as there is room for, and the others wait in a queue
+    @property
+    def num_at_once(self) -> int | None:
+        """Runs at a time; None: as many as there is room for, and the others wait in a queue."""
 
     def open(self, study: Study) -> contextlib.AbstractContextManager:
         """Be ready for runs of ``study`` inside."""
@@ -94,7 +96,7 @@ class Local:
 class Ray:
     """A Ray cluster: that of RAY_ADDRESS, else one on this machine. The study's folder must be one all nodes see."""
 
-    num_at_once = None
+    num_at_once: None = None
 
     @contextlib.contextmanager
     def open(self, study: Study) -> Iterator[None]:

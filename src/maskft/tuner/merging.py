@@ -1,0 +1,58 @@
+"""Masks written into the weight of a layer, and taken out of it again, bit for bit."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor
+
+from maskft_base.errors import UserError
+
+from .learners import blend_
+from .sharded import is_sharded
+
+if TYPE_CHECKING:
+    from .layer import MaskedLinear
+
+
+def merge(layer: MaskedLinear, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    """Write the masked weight into the base layer; see :meth:`MaskedLinear.merge`."""
+    weight = layer.weight
+    if is_sharded(weight):
+        raise UserError(
+            f"{layer.module_name} is sharded by FSDP and cannot be merged; save the adapter and run maskft merge"
+        )
+    for name in check_adapters_to_merge(layer, adapter_names):
+        if name not in layer.mask_configs:
+            continue
+        mask = layer.get_mask(name)
+        merged = blend_(torch.empty_like(weight.data), weight.data, mask, layer.removed_value(name))
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"{layer.module_name} has weights that are not finite after merging {name!r}")
+        layer.merge_stash[name] = (~mask, weight.data[~mask])
+        weight.data.copy_(merged)
+        layer.merged_adapters.append(name)
+
+
+def unmerge(layer: MaskedLinear) -> None:
+    """Undo :func:`merge`."""
+    if not layer.merged:
+        warnings.warn("Already unmerged. Nothing to do.")
+    weight = layer.weight
+    while layer.merged_adapters:
+        removed, values = layer.merge_stash.pop(layer.merged_adapters.pop())
+        weight.data[removed.to(weight.device)] = values.to(weight.device, weight.dtype)
+
+
+def unmerged_weight(layer: MaskedLinear) -> Tensor:
+    """The weight as it was before anything was merged into it."""
+    weight = layer.weight.detach()
+    if layer.merged:
+        weight = weight.clone()
+        for name in reversed(layer.merged_adapters):
+            removed, values = layer.merge_stash[name]
+            weight[removed] = values
+    return weight
