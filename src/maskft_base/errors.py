@@ -39,9 +39,12 @@ def install_hint(extra: str) -> str:
     return HOW_TO_INSTALL.format(f".[{extra}]")
 
 
+_BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters that are drawn as nothing
+
+
 def printable(text: str) -> str:
     r"""Return ``text`` with what cannot be seen (line breaks, a terminal's escape sequences) written as ``\x1b``."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() and c not in _BLANK else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: Exception) -> str:

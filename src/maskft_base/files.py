@@ -386,7 +386,7 @@ def read_yaml(file: str | os.PathLike) -> Any:
 
 
 def _name(text: str) -> str:
-    if not text.strip() or not text.isprintable():
+    if not text.strip() or printable(text) != text:
         raise ValueError(f"{text!r} is no name: give characters that can be seen")
     return text
 

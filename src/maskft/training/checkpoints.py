@@ -168,7 +168,7 @@ def rename_damaged(checkpoint: Path, problem: str, console: Console) -> None:
     target = checkpoint.with_name(checkpoint.name + DAMAGED)
     shutil.rmtree(target, ignore_errors=True)  # what was left of this step before
     checkpoint.rename(target)
-    console.print(f"{checkpoint.name} is damaged ({problem}); it is {target.name} now", highlight=False)
+    console.print(f"{checkpoint.name} is damaged ({printable(problem)}); it is {target.name} now", highlight=False)
 
 
 def _has_optimizer(checkpoint: Path) -> bool:
@@ -355,7 +355,19 @@ def save_final(
     with agreed_masks(model):
         state = trainable_state(model) if trainer is not None and trainer.is_fsdp_enabled else None
         if runtime.is_main():
-            model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+            with _cached_generation(model.config):
+                model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+
+
+@contextmanager
+def _cached_generation(config):
+    """Save inside with ``use_cache``, which trainers switch off where they recompute activations."""
+    before = getattr(config, "use_cache", None)
+    if before is False:
+        config.use_cache = True
+    yield
+    if before is False:
+        config.use_cache = False
 
 
 @contextmanager

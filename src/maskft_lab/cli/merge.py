@@ -8,7 +8,7 @@ import warnings
 
 def add_arguments(parser) -> None:
     """Options of ``maskft merge``."""
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="adapter folder")
+    parser.add_argument("adapter", metavar="DIR", help="adapter folder")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="new folder for the checkpoint")
     parser.add_argument("--base", metavar="MODEL", help="base model; default: the one the adapter names")
     parser.add_argument(

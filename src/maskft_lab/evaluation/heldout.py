@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch.func import functional_call
 from maskft.data import PROCEDURAL_PREFIX, load_examples, load_splits, prompt_ids, prompt_of, tokenize_example
 from maskft.data.answers import check_answer
 from maskft.data.arguments import DataArguments
+from maskft.data.sources import FILE_ENDINGS
 from maskft.loss import RowLoss, length_sorted_batches, nll_per_item, pad
 from maskft_base.errors import UserError
 from maskft_base.files import digest
@@ -54,6 +56,13 @@ def heldout_rows(data: DataArguments, eval_split_size: float | None, tokenizer, 
         data_dir=data.data_dir,
     )
     return list(rows.select(range(min(len(rows), data.max_eval_samples or len(rows)))))
+
+
+def test_set_name(data: DataArguments, eval_split_size: float | None) -> str | None:
+    """Name of the file that is the test set; None where the rows are a part of one, of several, or no file."""
+    name = data.eval_dataset_name or ("" if eval_split_size is not None else data.dataset_name or "")
+    is_file = name.lower().endswith(FILE_ENDINGS) and (Path(name).is_file() or data.data_dir is not None)
+    return Path(name).name if is_file and not data.dataset_eval_split else None
 
 
 def evaluate_rows(

@@ -53,6 +53,7 @@ def evaluate_loaded(
     options: EvaluationArguments,
     target: Path,
     name: str,
+    test_set: str | None = None,
 ) -> Result:
     """Evaluate a model on ``tasks``; write and return the result.
 
@@ -62,6 +63,7 @@ def evaluate_loaded(
         options: How it is evaluated.
         target: The result file. The journal of an unfinished evaluation lies beside it.
         name: Label in tables.
+        test_set: File of the held-out rows, by which tables call them; None: they are no file of their own.
     """
     benchmarks = {task: asked for task, asked in tasks.items() if task not in (HELDOUT, ALPACA_EVAL)}
     rows, alpaca = tasks.get(HELDOUT), tasks.get(ALPACA_EVAL)
@@ -83,6 +85,8 @@ def evaluate_loaded(
             records[task_name] = record | {"time_s": round(time.perf_counter() - started, 1)}
         if alpaca:
             records[ALPACA_EVAL] = evaluate_alpaca(loaded, alpaca, name, target.parent, resources)
+    if rows is not None and test_set:
+        records[HELDOUT]["data_file"] = test_set
     result = build_result(name, loaded.facts, settings, records, device=_device_name(loaded.model))
     write_result(target, result)
     if result["model"]["mask_fingerprint"] and files.holds_adapter(target.parent):

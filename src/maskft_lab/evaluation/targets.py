@@ -23,7 +23,7 @@ def labels(sources: Sequence[str], names: Sequence[str]) -> list[str]:
         if len(names) != len(sources):
             raise UserError(f"{len(names)} names for {len(sources)} models; give one --name for each")
         for name in names:
-            if not name.strip() or not name.isprintable():
+            if not name.strip() or printable(name) != name:
                 raise UserError(f"{name!r} is not a valid --name; use printable characters")
         return list(names)
     # `.` and `..` have names too; a hub name is none of a folder.

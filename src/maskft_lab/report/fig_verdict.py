@@ -51,7 +51,7 @@ def has_interval(row: Difference) -> bool:
 def _title(row: Difference) -> str:
     better = "right" if row.higher_is_better else "left"
     unit = "points" if row.unit == "fraction" else row.unit
-    return f"{row.metric} on {row.task} ({unit}); better is to the {better}"
+    return f"{row.metric} on {task_text(row)} ({unit}); better is to the {better}"
 
 
 def _draw(axes: Axes, rows: Sequence[Difference], methods: Mapping[str, tuple[str | None, bool]]) -> None:

@@ -99,7 +99,7 @@ def make_all(
     ready = plan.ready
     board = Board(study, ready, console, is_brief)
     for line in [line for run in ready.runs for line in study.set_aside_damaged(run)]:
-        console.print(f"damaged: {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"damaged: {printable(line)}", highlight=False, markup=False, soft_wrap=True)
     board.failed = {run: failed_before[run.id] for run in ready.runs if run.id in failed_before}
     todo = [run for run in ready.runs if run not in board.failed and not study.is_done(run)]
     num_finished = len(ready.runs) - len(todo) - len(board.failed)

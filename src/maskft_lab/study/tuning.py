@@ -191,6 +191,9 @@ class Tuned:
         if self.point is not None:
             settings += f" at {self.point[0]:g} of training, {self.point[1]:g} of the change,"
         best = f"{name}: {settings} is the best of {self.num_settings} on held-out rows{how}"
+        same = sum(trial.loss == self.winner.loss for trial in self.trials if trial.rung == self.winner.rung) - 1
+        if same > 0 and self.point is None and self.winner.loss is not None:
+            best += f", with the same loss as {same} other{'s' if same > 1 else ''}: the first was taken"
         more = f"; it still gained when {self.method.tune.double} had been doubled {MAX_DOUBLINGS} times, give it more"
         return best + (more if self.still_gains else "")
 
