@@ -107,7 +107,7 @@ def test_a_reader_that_closes_and_a_missing_extra_are_no_tracebacks():
 def test_unknown_command_and_option(capsys):
     status, _, err = call(["trian"], capsys)
     assert status == 2 and "no command 'trian' (did you mean 'train'?)" in err
-    status, _, err = call(["merge", "--adapter", "a", "--output_dri", "b", "--output_dir", "c"], capsys)
+    status, _, err = call(["merge", "a", "--output_dri", "b", "--output_dir", "c"], capsys)
     assert status == 2 and "unknown option --output_dri (did you mean '--output_dir'?)" in err
 
 
@@ -206,7 +206,6 @@ def test_merge_gives_an_ordinary_checkpoint(adapter, base, tmp_path):
         "-m",
         "maskft_lab.cli.main",
         "merge",
-        "--adapter",
         str(adapter),
         "--output_dir",
         str(out),
@@ -232,7 +231,7 @@ def test_merge_gives_an_ordinary_checkpoint(adapter, base, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_merge_in_low_precision(dtype, adapter, tmp_path, capsys):
-    status, _, err = call(["merge", "--adapter", adapter, "--output_dir", tmp_path / "out", "--dtype", dtype], capsys)
+    status, _, err = call(["merge", adapter, "--output_dir", tmp_path / "out", "--dtype", dtype], capsys)
     assert status == 0, err
     assert str(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype) == f"torch.{dtype}"
 
@@ -243,13 +242,13 @@ def test_merge_writes_nothing_when_it_cannot(adapter, base, tmp_path, capsys):
     (full / "mine").write_text("keep")
     (tmp_path / "new.partial").mkdir()
     (tmp_path / "new.partial" / "mine").write_text("keep")
-    status, _, err = call(["merge", "--adapter", adapter, "--output_dir", full], capsys)
+    status, _, err = call(["merge", adapter, "--output_dir", full], capsys)
     assert status == 2 and "is not empty" in err and [p.name for p in full.iterdir()] == ["mine"]
     other = tmp_path / "other"
     tiny.tiny_llama(vocab_size=264, seed=5).save_pretrained(other)
-    status, _, err = call(["merge", "--adapter", adapter, "--base", other, "--output_dir", tmp_path / "new"], capsys)
+    status, _, err = call(["merge", adapter, "--base", other, "--output_dir", tmp_path / "new"], capsys)
     assert status == 2 and "other base weights" in err and not (tmp_path / "new").exists()
-    status, _, err = call(["merge", "--adapter", base, "--output_dir", tmp_path / "new"], capsys)
+    status, _, err = call(["merge", base, "--output_dir", tmp_path / "new"], capsys)
     assert status == 2 and "is not an adapter folder" in err
     assert (tmp_path / "new.partial" / "mine").read_text() == "keep"
 
@@ -258,7 +257,7 @@ def test_merge_that_would_not_be_exact_is_not_kept(adapter, tmp_path, capsys, mo
     import maskft.adapter.merge as module
 
     monkeypatch.setattr(module, "_logits", lambda model, ids: torch.rand(3))
-    status, _, err = call(["merge", "--adapter", adapter, "--output_dir", tmp_path / "new"], capsys)
+    status, _, err = call(["merge", adapter, "--output_dir", tmp_path / "new"], capsys)
     assert status == 2 and "bit for bit; nothing was kept" in err
     assert not list(tmp_path.glob("*new*"))
 
@@ -280,11 +279,12 @@ def test_evaluate_and_compare(adapter, base, data, tmp_path, capsys):
     assert status == 0, err
     results = [json.loads((tmp_path / n / RESULT).read_text()) for n in "ab"]
     assert all(set(r["tasks"]["heldout"]["metrics"]) == {"nll", "accuracy"} for r in results)
+    assert {r["tasks"]["heldout"]["data_file"] for r in results} == {data.name}
     assert results[1]["model"]["mask_fingerprint"] and results[1]["model"]["method"] == "mask"
     assert str(tmp_path) not in json.dumps(results)
     status, out, err = call(["compare", tmp_path / "a", tmp_path / "b"], capsys)
     assert status == 0, err
-    assert "mask vs base" in " ".join(out.split())
+    assert "mask vs base" in " ".join(out.split()) and f"accuracy on {data.name}" in out
     for form in ("markdown", "latex", "json"):
         assert call(["compare", tmp_path / "a", tmp_path / "b", "--format", form], capsys)[0] == 0
 
@@ -404,7 +404,7 @@ def test_the_demo_trains_and_tests_on_other_rows(task, num_train, num_test):
 def test_merge_into_the_folder_one_is_in(adapter, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    status, _, err = call(["merge", "--adapter", adapter, "--output_dir", "."], capsys)
+    status, _, err = call(["merge", adapter, "--output_dir", "."], capsys)
     assert status == 0 and (tmp_path / "empty" / "config.json").is_file(), err
 
 
@@ -435,5 +435,5 @@ def test_a_revision_of_a_hub_model(base, data, tmp_path, capsys, monkeypatch):
     assert abs(masked - v1) < abs(masked - newest)
     status, _, err = call(["verify", tmp_path / "mask", "--base", "ours/tiny"], capsys)
     assert status == 0, err
-    assert call(["merge", "--adapter", tmp_path / "mask", "--output_dir", tmp_path / "merged"], capsys)[0] == 0
+    assert call(["merge", tmp_path / "mask", "--output_dir", tmp_path / "merged"], capsys)[0] == 0
     assert nll("of merged", "--model_name_or_path", tmp_path / "merged") == masked

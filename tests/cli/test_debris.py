@@ -37,7 +37,7 @@ def test_no_command_prints_what_libraries_have_to_say(base, data, tmp_path):
         [*evaluate, results[0], *model, "--name", "base"],
         [*evaluate, results[1], "--adapter", adapter, "--name", "masked"],
         ["compare", *results],
-        ["merge", "--adapter", adapter, "--output_dir", str(tmp_path / "merged")],
+        ["merge", adapter, "--output_dir", str(tmp_path / "merged")],
         ["inspect", adapter],
         ["verify", adapter, "--base", str(base)],
     ]

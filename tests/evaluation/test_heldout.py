@@ -5,11 +5,12 @@ import json
 import pytest
 
 import tiny
+from maskft.data.arguments import DataArguments
 from maskft.loss import nll_per_item
 from maskft_base.errors import UserError
 from maskft_lab.evaluation import heldout as evaluate
 from maskft_lab.evaluation.arguments import EvaluationArguments
-from maskft_lab.evaluation.heldout import evaluate_rows
+from maskft_lab.evaluation.heldout import evaluate_rows, name_of_test_set
 from maskft_lab.evaluation.journal import Journal, Resources
 from tiny_tokenizer import tiny_tokenizer
 
@@ -66,6 +67,27 @@ def test_a_run_that_ended_early_is_resumed(kind, net, tmp_path, monkeypatch):
     assert [item["output"] for item in record["items"]] == [item["output"] for item in whole["items"]]
     assert [item["prompt"] for item in record["items"]] == [row["prompt"] for row in ROWS]
     assert record["metrics"]["nll"]["value"] == pytest.approx(whole["metrics"]["nll"]["value"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({"dataset_name": "test.jsonl"}, "test.jsonl"),
+        ({"dataset_name": "train.jsonl", "eval_dataset_name": "test.jsonl"}, "test.jsonl"),
+        ({"dataset_name": "train.jsonl", "dataset_eval_split": "test"}, None),
+        ({"dataset_name": "gsm8k"}, None),
+        ({"dataset_name": {"train.jsonl": 3, "test.jsonl": 1}}, None),
+    ],
+)
+def test_a_test_set_is_named_by_its_file_where_it_is_one(words, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert name_of_test_set(DataArguments(**words), None) == expected
+
+
+def test_a_part_of_the_training_data_has_no_name_of_its_own():
+    assert name_of_test_set(DataArguments(dataset_name="train.jsonl"), 16) is None
 
 
 def test_batches_keep_within_the_memory_bound(net, monkeypatch):

@@ -69,6 +69,8 @@ def test_a_label_that_leads_out_of_the_output_folder(name, tmp_path):
 def test_a_label_that_is_not_printable():
     with pytest.raises(UserError, match="is not a valid --name; use printable characters"):
         labels(["one"], ["a\x1b[2J"])
+    with pytest.raises(UserError, match="is not a valid --name"):
+        labels(["one"], ["\u3164"])  # a letter that is drawn as nothing
     assert labels(["./a\x1b[2J"], []) == [r"a\x1b[2J"]
 
 

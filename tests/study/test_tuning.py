@@ -247,6 +247,13 @@ def test_the_better_ones_of_a_rung_are_trained_for_longer(halved):
     assert "is the best of 4 on held-out rows (successive halving)" in str(tuned)
 
 
+def test_settings_with_one_loss_are_said_to_be_equal(content):
+    """As where none of them improves on its start."""
+    content["methods"]["full"] |= {"tune": {"learning_rate": [1e-4, 1e-3, 1e-2]}}
+    tuned = next(t for t in plan_of(content, lambda run: Heldout(2.0)).tunings if t.method.name == "full")
+    assert str(tuned).endswith("is the best of 3 on held-out rows, with the same loss as 2 others: the first was taken")
+
+
 def test_what_failed_is_not_trained_for_longer(halved):
     """One that is left alone needs no rung in between; its length is the whole one all the same."""
     halved["methods"]["full"]["tune"] |= {"halving": {"resource": "max_steps", "factor": 2}}
@@ -551,7 +558,9 @@ def test_a_tuned_study_runs_in_stages_and_resumes(content, tmp_path, capsys, in_
     file.write_text(yaml.safe_dump(content))
     assert main(["study", str(file), "--output_dir", str(folder), "--dry_run"]) == 0
     said = capsys.readouterr().out
-    assert "4 runs; training left" in said and "stage 1: 2, stage 2: 2" in said
+    assert (
+        "4 runs: 4 of yours, 0 controls; training left" in " ".join(said.split()) and "stage 1: 2, stage 2: 2" in said
+    )
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
     said = capsys.readouterr().out
     assert "is the best of 2 on held-out rows" in said

@@ -142,6 +142,12 @@ def test_a_file_that_was_added_to_a_checkpoint(out):
     assert damage(out / "checkpoint-4") == "model.safetensors was added to it"
 
 
+def test_names_of_files_do_not_steer_the_terminal(train, out):
+    shutil.copy(out / "checkpoint-4" / ADAPTER_WEIGHTS, out / "checkpoint-4" / "a\x1b[2J.pt")
+    status, err = train(resume_from_checkpoint="true")
+    assert status == 0 and "\x1b" not in err and r"a\x1b[2J.pt was added to it" in err
+
+
 def test_a_named_checkpoint_is_checked_too(train, out):
     (out / "checkpoint-2" / "scheduler.pt").unlink()
     status, err = train(resume_from_checkpoint=out / "checkpoint-2")

@@ -58,7 +58,7 @@ def test_evaluating_and_merging_are_of_the_full_precision_base(call, base, data,
     evaluate = ["evaluate", "--adapter", out, "--dataset_name", str(data), "--output_dir", str(tmp_path / "result")]
     evaluate += ["--tasks", "heldout", "--max_new_tokens", "8"]
     assert main(evaluate) == 0
-    assert main(["merge", "--adapter", out, "--output_dir", str(tmp_path / "merged")]) == 0
+    assert main(["merge", out, "--output_dir", str(tmp_path / "merged")]) == 0
     err = " ".join(capsys.readouterr().err.split())
     assert "learned on weights held as nf4" in err
     assert main(["inspect", out]) == 0 and main(["verify", out, "--base", str(base)]) == 0

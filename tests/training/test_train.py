@@ -104,6 +104,7 @@ def test_what_a_run_prints(arguments, capsys, tmp_path):
     assert re.search(r"sparsity 0.10: removes 10 % of [\d,]+ target weights", text)
     assert re.search(r"48 training rows \(\d+ supervised tokens\), 16 held out", text)
     assert re.search(r"\d\+\d=\[\[\d+<\|im_end\|>\]\]", text)
+    assert f"next: maskft evaluate --adapter {tmp_path / 'out'} --dataset_name TEST.jsonl" in text
     assert "held-out loss without the mask" in text and "step 0/4 held-out 5." in text
     logged = [row for row in read_record(tmp_path / "out").summary.history if "loss" in row]
     assert logged and all(
@@ -147,6 +148,13 @@ def test_held_out_loss_does_not_depend_on_which_rows_share_a_batch(arguments, da
         assert run(words, capsys)[0] == 0
         losses.append(heldout_losses(out)[0])
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_a_trained_model_generates_with_its_cache(arguments, tmp_path, capsys):
+    """Trainers switch it off in the configuration where activations are recomputed."""
+    words = arguments(method="full", gradient_checkpointing=True, max_steps=1, eval_strategy="no", save_strategy="no")
+    assert run(words, capsys)[0] == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is True
 
 
 def test_without_evaluation_the_last_step_is_kept(arguments, tmp_path, capsys):

@@ -784,6 +784,27 @@ def test_wrong_base_of_the_same_shape(saved):
     assert PeftModel.from_pretrained(tiny.tiny_llama(seed=1), saved[0], config=config)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [r"(.*)*proj", r"((a|b)c)+", r"(?:[a-z]+\.)*q_proj", r"(x?){60}y", ".*" * 6 + "q"],
+)
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+def test_a_regular_expression_that_never_ends(name, pattern, saved):
+    folder, _, _ = saved
+    file = folder / ADAPTER_CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: pattern}))
+    with pytest.raises(UserError, match=f"{name} is the regular expression .* which may take for ever"):
+        PeftModel.from_pretrained(tiny.tiny_llama(), folder)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r".*\.layers\.(1|2[0-3])\.(self_attn|mlp)\.\w+_proj", r"(.*\.)?q_proj", r"[(*+]a+?\(b+\)+", "all-linear"],
+)
+def test_a_regular_expression_that_ends(pattern):
+    assert MaskConfig(target_modules=pattern).target_modules == pattern
+
+
 def test_newer_format(saved):
     file = saved[0] / ADAPTER_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 3}))

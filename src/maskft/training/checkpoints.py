@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from maskft_base import files, runtime
-from maskft_base.errors import UserError, first_line
+from maskft_base.errors import UserError, first_line, printable
 
 from ..tuner import MaskConfig
 from ..tuner.model import current_mask_fingerprint

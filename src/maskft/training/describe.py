@@ -7,6 +7,7 @@ from statistics import median
 
 from rich.console import Console
 
+from maskft_base import files
 from maskft_base.errors import UserError
 from maskft_base.runtime import time_text
 
@@ -95,6 +96,9 @@ def report(
     else:
         console.print(f"held-out loss {start:.4f} without a mask, best {best:.4f} with it (step {step})")
         _report_verdict(summary, verdict, config, console)
+    if verdict is None or verdict.is_better or verdict.kept:
+        model = "--adapter" if files.holds_adapter(folder) else "--model_name_or_path"
+        console.print(f"next: maskft evaluate {model} {folder} --dataset_name TEST.jsonl --output_dir results/NAME")
 
 
 def _report_verdict(summary: TrainingSummary, verdict: Verdict | None, config: TrainConfig, console: Console) -> None:

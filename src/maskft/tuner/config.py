@@ -22,6 +22,7 @@ from .adapter_file import ScoresOfSave, add_tensors, find_weights, weights_besid
 from .card import write_card
 from .codec import FORMAT_VERSION, weights_sha256
 from .learners import LEARNERS, is_free, learner_options, names_with
+from .patterns import check_pattern
 
 # "we set ... masking ratio [to] 10%" (Sec. 3.2); the start and the ranking by magnitude are the published code's.
 _PUBLISHED = {"selection": "topk", "scope": "matrix", "rank_by": "abs", "init_std": 0.02, "sparsity": 0.1}
@@ -246,6 +247,10 @@ class MaskConfig(PeftConfig):
                 f"the adapter has format version {self.format_version}, this maskft reads up to {FORMAT_VERSION}; "
                 "use a newer one"
             )
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name) or ()
+            for pattern in [value] if isinstance(value, str) else value:
+                check_pattern(pattern, name)
         self._apply_preset()
         hints = get_type_hints(type(self))
         named = {name: get_args(kind) for name, kind in hints.items() if get_origin(kind) is Literal}

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _evaluate(options: EvaluationArguments, data: DataArguments) -> None:
 
-    from ..evaluation.heldout import heldout_rows, test_set_name
+    from ..evaluation.heldout import heldout_rows, name_of_test_set
     from ..evaluation.run import check_same_evaluation, evaluate_loaded, finished_result, settings_of
     from ..evaluation.targets import labels, result_files
     from ..evaluation.tasks import task_data_sha256
@@ -112,7 +112,7 @@ def _evaluate(options: EvaluationArguments, data: DataArguments) -> None:
         name: task.data_sha256 if name == ALPACA_EVAL else task_data_sha256(task, options.limit)
         for name, task in tasks.items()
     }
-    test_set = test_set_name(data, options.eval_split_size)
+    test_set = name_of_test_set(data, options.eval_split_size)
     measured = {*tasks, *({HELDOUT} & set(options.task_names))}
     earlier = [None if options.overwrite else finished_result(target, settings, measured) for target in targets]
     for loaded, name, target, done in zip(models, names, targets, earlier, strict=True):

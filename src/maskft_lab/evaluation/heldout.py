@@ -58,7 +58,7 @@ def heldout_rows(data: DataArguments, eval_split_size: float | None, tokenizer, 
     return list(rows.select(range(min(len(rows), data.max_eval_samples or len(rows)))))
 
 
-def test_set_name(data: DataArguments, eval_split_size: float | None) -> str | None:
+def name_of_test_set(data: DataArguments, eval_split_size: float | None) -> str | None:
     """Name of the file that is the test set; None where the rows are a part of one, of several, or no file."""
     name = data.eval_dataset_name or ("" if eval_split_size is not None else data.dataset_name or "")
     is_file = name.lower().endswith(FILE_ENDINGS) and (Path(name).is_file() or data.data_dir is not None)

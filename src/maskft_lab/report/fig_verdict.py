@@ -8,7 +8,7 @@ from functools import partial
 from matplotlib.axes import Axes
 
 from ..results.comparison import NOT_DISTINGUISHABLE, Difference
-from ..results.text import difference_table, difference_text
+from ..results.text import difference_table, difference_text, task_text
 from .charts import COLOURS, ROW_HEIGHT, Chart, Panel, row_name
 from .evidence import Evidence, NotComputed
 from .methods import look

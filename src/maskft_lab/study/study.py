@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from maskft_base import files
-from maskft_base.errors import UserError
+from maskft_base.errors import UserError, printable
 
 from .board import Board
 from .execute import Study, prepare_base, prepare_data
