@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(PYTEST) --dist loadfile --no-loadscope-reorder
 
-test-slow: $(VENV)/.test $(VENV)/.docs $(VENV)/.demo $(VENV)/.ray
+test-slow: $(VENV)/.test $(VENV)/.docs $(VENV)/.demo $(VENV)/.ray $(VENV)/.peft
 	$(PYTEST) -m 'slow and not judge'
 
 # One test with a real judge behind a server; compiling llama.cpp takes minutes, which CI has not.
@@ -103,6 +103,13 @@ $(VENV)-oldest/.test: pyproject.toml tests/oldest_versions.py
 
 $(VENV)/.ray: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -e '.[ray]'
+	@touch $@
+
+# PEFT's own tests: they come with its source, and import diffusers.
+$(VENV)/.peft: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet diffusers
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary peft --no-build-isolation -d $(VENV)/peft \
+	  peft==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("peft"))')
 	@touch $@
 
 $(VENV)/.quantised: $(VENV)/.test

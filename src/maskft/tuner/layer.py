@@ -61,6 +61,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         for name in ("in_features", "out_features", "nf", "nx"):  # which other code asks linear layers for
             if hasattr(base_layer, name):
                 setattr(self, name, getattr(base_layer, name))
+        if isinstance(base_layer, Conv1D):
+            self.in_features, self.out_features = base_layer.nx, base_layer.nf
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, pool)
 
