@@ -314,8 +314,8 @@ def _train_options(study: Study, run: StudyRun) -> dict:
         **{option: study.model(mask, BEST) for option, mask in run.masks.items()},
         "prepared_data_dir": str(study.folder / files.PREPARED),
         "keep_worse": True if run.method.method == "mask" else None,  # a study compares masks, also bad ones
-        "save_total_limit": _num_saved(run) if study.has_path(run) else None,
-        **{k: v for k, v in run.options.items() if k != "save_total_limit" or not study.has_path(run)},
+        "save_total_limit": _num_saved(run) if study.recipe.path else None,
+        **{k: v for k, v in run.options.items() if k != "save_total_limit" or not study.recipe.path},
     }
     if options.get("learning_rate") == CURRENT_RATE:
         options["learning_rate"] = study.record(run.start).learning_rate_at_best
