@@ -20,6 +20,7 @@ from torch import nn
 import tiny
 from maskft import MaskConfig, current_masks
 from maskft.adapter.mask_set import MaskSet
+from maskft.adapter.verify import verify
 from maskft.adapter.wrap import add_adapter
 from maskft.tuner import MaskedLinear, MaskPeftType, adapter_layers
 from maskft.tuner.codec import encode_mask
@@ -302,16 +303,18 @@ def test_modules_to_save(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_a_resized_vocabulary_is_saved_and_loaded(tmp_path):
+@pytest.mark.parametrize("modules", [None, ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_a_resized_vocabulary_is_saved_and_loaded(modules, tmp_path):
     """PEFT writes the embeddings whole then, as it does for any adapter."""
     tiny.tiny_llama().save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     base.resize_token_embeddings(104)
-    model = train_a_little(get_peft_model(base, MaskConfig(layers_to_transform=[1])))
+    model = train_a_little(get_peft_model(base, MaskConfig(layers_to_transform=[1], modules_to_save=modules)))
     model.save_pretrained(tmp_path / "adapter")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     plain.resize_token_embeddings(104)
     assert torch.equal(logits(PeftModel.from_pretrained(plain, tmp_path / "adapter")), logits(model))
+    assert verify(tmp_path / "adapter")
 
 
 def test_token_indices_that_a_trainer_adds_are_refused():

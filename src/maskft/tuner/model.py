@@ -222,12 +222,16 @@ def _load_masks(
     rest = {key: value for key, value in state_dict.items() if not is_of_mask(key)}
     hashed = () if config.mask_sha256 is None else config.weights_sha256 or ()
     declared = {key: shape for key, shape in _embeddings(model).items() if _module_name(key) in hashed}
-    _check_names(layers, coded, rest, adapter_name, declared)
+    # Of a resized vocabulary PEFT writes what modules_to_save hold twice, and reads it once.
+    twice = [key for key in rest if ".modules_to_save." in key.replace(f".modules_to_save.{adapter_name}.", ".")]
+    once = {key: value for key, value in rest.items() if key not in twice}
+    _check_names(layers, coded, once, adapter_name, declared)
     if is_of_config and mask_fingerprint(coded) != config.mask_sha256:
         raise UserError("the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters")
     if is_of_config:
         weights = {key.replace(f".modules_to_save.{adapter_name}.", "."): value for key, value in rest.items()}
         check_weights(weights, config.weights_sha256)
+    rest = once
     loaded = {name: decode_mask(coded[name], name, layer.weight.shape) for name, layer in layers.items()}
     if config.verify_base:
         check_base(layers.values(), config)
