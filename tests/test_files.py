@@ -2,13 +2,24 @@
 
 import gzip
 import re
+import shutil
 
 import pytest
 from pydantic import Field
 
 from maskft.data.sources import read_file
 from maskft_base.errors import UserError
-from maskft_base.files import FileModel, append_to, read_json, read_model, read_yaml, whole_folder, write_text
+from maskft_base.files import (
+    FileModel,
+    append_to,
+    check_free_space,
+    read_json,
+    read_model,
+    read_yaml,
+    size,
+    whole_folder,
+    write_text,
+)
 from maskft_lab.cli.main import main
 from maskft_lab.results.schema import read_result
 
@@ -89,6 +100,14 @@ def test_gzipped_data_does_not_unpack_into_all_memory(name, tmp_path):
         list(read_file(file))
     with pytest.raises(UserError, match="unpacks to more than 100 times its size"):
         read_result(file)
+
+
+def test_a_full_disk_is_told_in_units_that_say_something(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=120))
+    with pytest.raises(UserError, match="needs about 184 kB and 120 bytes are free; name another"):
+        check_free_space(tmp_path / "new", 184_404, "name another")
+    assert [size(n) for n in (0, 5e6, 3.21e10)] == ["0 bytes", "5 MB", "32.1 GB"]
 
 
 def test_a_folder_that_is_made_whole_takes_no_name_that_is_there(tmp_path):

@@ -284,7 +284,7 @@ def test_evaluate_and_compare(adapter, base, data, tmp_path, capsys):
     assert str(tmp_path) not in json.dumps(results)
     status, out, err = call(["compare", tmp_path / "a", tmp_path / "b"], capsys)
     assert status == 0, err
-    assert "mask vs base" in " ".join(out.split()) and f"accuracy on {data.name}" in out
+    assert "Verdict: " in out and f"accuracy on {data.name}" in out
     for form in ("markdown", "latex", "json"):
         assert call(["compare", tmp_path / "a", tmp_path / "b", "--format", form], capsys)[0] == 0
 

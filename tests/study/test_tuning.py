@@ -563,7 +563,8 @@ def test_a_tuned_study_runs_in_stages_and_resumes(content, tmp_path, capsys, in_
     )
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "is the best of 2 on held-out rows" in said
+    table = (folder / files.STUDY_TABLE.format("small")).read_text()
+    assert table.count("is the best of 2 on held-out rows") == 2 and "is the best of" not in said  # of one page
     summary = json.loads((folder / files.SUMMARY.format("small")).read_text())
     tunings = next(iter(summary["models"].values()))["tuning"]
     for tuned in tunings:

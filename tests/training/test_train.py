@@ -155,6 +155,7 @@ def test_a_trained_model_generates_with_its_cache(arguments, tmp_path, capsys):
     words = arguments(method="full", gradient_checkpointing=True, max_steps=1, eval_strategy="no", save_strategy="no")
     assert run(words, capsys)[0] == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["use_cache"] is True
+    assert not (tmp_path / "out" / "README.md").exists()  # TRL's would link a base that is on no hub to None
 
 
 def test_without_evaluation_the_last_step_is_kept(arguments, tmp_path, capsys):
