@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,10 @@ def _run(words: list[str], log: str, environment: dict[str, str], lock: int | No
         os.set_inheritable(lock, True)
     if sys.platform == "linux":
         # The server ends with the study, and this with the server: a training left behind would write into the folder
-        # that a resumed study works in. A launcher (accelerate, torchrun) passes SIGTERM on to its workers.
+        # that a resumed study works in. A launcher (accelerate, torchrun) passes SIGTERM on to its workers. A child
+        # holds the pipe by whose end the server knows that the study is gone, for processes of its own.
+        os.close(forkserver._forkserver._forkserver_alive_fd)
+        forkserver._forkserver._forkserver_alive_fd = None
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if not multiprocessing.parent_process().is_alive():
             sys.exit(128 + signal.SIGTERM)
