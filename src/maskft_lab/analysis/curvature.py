@@ -17,7 +17,7 @@ None of them says that flatter generalises better: a rescaling that leaves the f
 (Dinh et al., https://arxiv.org/abs/1703.04933). Where ``smallest`` is below 0, H is not positive semi-definite, as
 Eq. 16 assumes, and the trace is a sum with both signs.
 
-Hessian-vector products are those of curvlinops (``pip install 'maskft[analysis]'``).
+Hessian-vector products are those of curvlinops (the extra ``analysis``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from maskft.data import IGNORED
 from maskft.models import load_model
-from maskft_base.errors import UserError
+from maskft_base.errors import UserError, install_hint
 from maskft_base.files import digest
 
 from ..store import Store
@@ -88,7 +88,7 @@ def operator_product(model, loss, parameters: list[nn.Parameter], inputs: Tensor
     try:
         from curvlinops import HessianLinearOperator
     except ImportError as error:
-        raise UserError(f"curvature needs curvlinops; run: pip install 'maskft[analysis]' ({error})") from error
+        raise UserError(f"curvature needs curvlinops ({install_hint('analysis')}): {error}") from error
     # One batch is all the data: its mean is not scaled.
     data = [(inputs, targets)]
     operator = HessianLinearOperator(model, loss, parameters, data, check_deterministic=False, num_data=len(inputs))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from maskft_base import files
-from maskft_base.errors import UserError
+from maskft_base.errors import UserError, install_hint
 from maskft_base.runtime import num_cores
 
 from .board import Board
@@ -174,7 +174,7 @@ def launcher_of(kind: str, num_at_once: int = 1, partition: str | None = None, t
     """
     module = {"ray": "ray", "slurm": "submitit"}.get(kind)
     if module and importlib.util.find_spec(module) is None:
-        raise UserError(f"--launcher {kind} needs {module}; run: pip install 'maskft[{kind}]'")
+        raise UserError(f"--launcher {kind} needs {module}, which is not installed; {install_hint(kind)}")
     if num_at_once < 1 or (num_at_once > 1 and kind != "local"):
         raise UserError(f"num_at_once is {num_at_once}; it must be at least 1, and a cluster decides it itself")
     if (partition or time_min) and kind != "slurm":
