@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import json
 import logging
 import re
@@ -254,9 +256,10 @@ def _load_embedded(dtype: torch.dtype, **kwargs) -> PreTrainedModel:
     path = _embedded_file()
     logging.getLogger(__name__).info("reading %s", path.name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=dtype, **_NO_CODE, **kwargs
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar with 270 updates, which no option of transformers stops
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), gguf_file=path.name, dtype=dtype, **_NO_CODE, **kwargs
+            )
     except ImportError as error:
         raise UserError(f"reading the embedded model needs gguf ({install_hint('demo')}): {error}") from error
     # The weights are dequantised now; with these left, save_pretrained would refuse to write them.

@@ -36,20 +36,24 @@ def show(folder: Path, name_or_path: str = EMBEDDED_MODEL) -> list[str]:
     tokenizer = load_tokenizer(name_or_path)
     model = PeftModel.from_pretrained(load_model(name_or_path, "float32"), folder).eval()
     masks, size = MaskSet.from_adapter(folder), (folder / ADAPTER_WEIGHTS).stat().st_size
-    rows = [("question", "without the mask", "with the mask")]
+    rows, right = [("question", "without the mask", "with the mask")], [0, 0]
     for question in questions:
         ids = tokenizer(question["prompt"], return_tensors="pt")
         masked = _answer(model, tokenizer, ids)
         with model.disable_adapter():
-            rows.append((question["prompt"], _answer(model, tokenizer, ids), masked))
+            plain = _answer(model, tokenizer, ids)
+        rows.append((question["prompt"], plain, masked))
+        right = [
+            n + answer.split()[:1].count(question["answer"]) for n, answer in zip(right, (plain, masked), strict=True)
+        ]
     return [
         *("  ".join(_fit(cell) for cell in row).rstrip() for row in rows),
-        "",
+        f"right: {right[0]} of {len(questions)} without, {right[1]} with the mask (more in its card, README.md)",
         f"The mask removes {masks.num_removed:,} of {masks.numel:,} weights: {8 * size:,} bits on disk.",
         "The same in Python:",
-        "  from peft import PeftModel; import maskft, maskft.models",
+        "  from peft import PeftModel; import maskft.models, maskft_lab.ready",
         f'  model = maskft.models.load_model("{name_or_path}")',
-        f'  model = PeftModel.from_pretrained(model, "{_shown(folder)}")',
+        f'  model = PeftModel.from_pretrained(model, maskft_lab.ready.ready_mask("{folder.name}"))',
     ]
 
 
@@ -75,8 +79,3 @@ def _fit(text: str) -> str:
     """One line of a column's width."""
     text = " ".join(text.split())
     return f"{text if len(text) <= _WIDTH else text[: _WIDTH - 1] + '…':<{_WIDTH}}"
-
-
-def _shown(folder: Path) -> str:
-    """A folder relative to where one is, if it lies below."""
-    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
