@@ -48,7 +48,7 @@ def test_every_call_that_could_run_such_code_says_that_it_does_not():
                 said = {keyword.arg or ast.unparse(keyword.value) for keyword in call.keywords}
                 assert said & {"trust_remote_code", "_NO_CODE"}, f"{file.name}, line {call.lineno}: {name}"
                 found += 1
-    assert found >= 9
+    assert found >= 8
 
 
 # As Qwen 3's: a thought that is empty, so that none is written.

@@ -217,7 +217,7 @@ def test_inputs_of_the_small_study(tmp_path, capsys):
     inputs_of("small").main(tmp_path)
     files = sorted(tmp_path.glob("*.jsonl.gz"))
     parts = {file.name: [json.loads(line) for line in gzip.open(file, "rt")] for file in files}
-    assert [len(rows) for rows in parts.values()] == [20_000, 4_500, 2_700, 1_000, 1_200]
+    assert [len(rows) for rows in parts.values()] == [20_000, 4_500, 2_700, 64, 1_000, 1_200]
     for rows in parts.values():
         for row in rows[::100]:
             assert eval(row["prompt"].removesuffix("=")) == int(row["completion"]) == int(row["answer"])

@@ -43,7 +43,7 @@ def test_every_point_is_measured_on_heldout_rows_and_probes(study, tmp_path):
     assert main(["study", str(study), "--output_dir", str(out)]) == 0
     for folder in (out / files.RUNS).iterdir():
         points = {
-            p.parent.name: json.loads(p.read_text())["tasks"]["heldout"] for p in folder.glob("path/kl/*/result.json")
+            p.parent.name: json.loads(p.read_text())["tasks"]["heldout"] for p in folder.glob("path/kl-*/*/result.json")
         }
         assert set(points) == ({"0-0"} if folder.name.startswith("base") else {"0.5-1", "1-1", "1-0.5"}), folder
         kl = {name: task["metrics"]["kl"]["value"] for name, task in points.items()}
