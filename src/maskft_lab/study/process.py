@@ -138,5 +138,10 @@ def _run(words: list[str], log: str, environment: dict[str, str], lock: int | No
     os.environ.update(environment)
     if words[: len(PYTHON)] != PYTHON:
         os.execvp(words[0], words)
+    num_threads = environment.get("OMP_NUM_THREADS", "")
+    if num_threads.isdecimal() and "torch" in sys.modules:
+        # torch read the variable when the server imported it. With two threads each, two trainings on two cores are
+        # five times slower than with one.
+        sys.modules["torch"].set_num_threads(int(num_threads))
     sys.argv = [PYTHON[-1], *words[len(PYTHON) :]]
     sys.exit(importlib.import_module(PYTHON[-1]).main(sys.argv[1:]))  # by name, as `python -m` has it
