@@ -6,6 +6,7 @@ optimizer step; whatever else changes a mask drops the weight, and the graph is 
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
 
 _layers: WeakValueDictionary[int, MaskedLinear] = WeakValueDictionary()
 _in_graphs: set[int] = set()
+_numbers = itertools.count(1)
 
 
 def register(layer: MaskedLinear) -> int:
     """A number by which a graph names ``layer``."""
-    number = max(_layers, default=0) + 1
+    number = next(_numbers)
     _layers[number] = layer
     return number
 
