@@ -10,9 +10,13 @@ from safetensors import safe_open
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
     BertModel,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -23,10 +27,24 @@ from tiny import tiny_llama, token_ids
 CAUSAL = {"task_type": "CAUSAL_LM"}
 
 
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
 def head_model():
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return RobertaForSequenceClassification(RobertaConfig(vocab_size=50, num_labels=3, **sizes))
+    return RobertaForSequenceClassification(RobertaConfig(vocab_size=50, num_labels=3, **SIZES))
+
+
+def model_of(task):
+    if task == "SEQ_CLS":
+        return head_model()
+    torch.manual_seed(0)
+    if task == "TOKEN_CLS":
+        return BertForTokenClassification(BertConfig(vocab_size=50, num_labels=3, **SIZES))
+    if task == "QUESTION_ANS":
+        return BertForQuestionAnswering(BertConfig(vocab_size=50, **SIZES))
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=50, **t5))
 
 
 def scores_of(model):
@@ -99,6 +117,30 @@ def test_a_head_of_several_layers_is_merged_with_its_weights():
         assert torch.equal(merged(input_ids=ids).logits, expected)
 
 
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM"])
+def test_models_of_other_tasks_train_load_and_merge(task, tmp_path):
+    """New heads are trained beside the mask; encoder-decoders are masked in both stacks and generate."""
+    model, ids = get_peft_model(model_of(task), MaskConfig(task_type=task, sparsity=0.2)), token_ids() % 50
+    labels = {"SEQ_CLS": {"labels": ids[:, 0] % 3}, "TOKEN_CLS": {"labels": ids % 3}, "SEQ_2_SEQ_LM": {"labels": ids}}
+    batch = {"input_ids": ids, **labels.get(task, {"start_positions": ids[:, 0] % 9, "end_positions": ids[:, 1] % 9})}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before, masks = [parameter.detach().clone() for parameter in trained], current_masks(model)
+    model.train()(**batch).loss.backward()
+    torch.optim.AdamW(trained, lr=0.1).step()
+    assert not any(map(torch.equal, before, trained))
+    assert any(not torch.equal(masks[name], mask) for name, mask in current_masks(model).items())
+    assert {name.split(".")[0] for name in masks} >= ({"encoder", "decoder"} if task == "SEQ_2_SEQ_LM" else set())
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model_of(task), tmp_path).eval()
+    with torch.no_grad():
+        expected = model(**batch)
+        assert torch.equal(loaded(**batch)[1], expected[1])
+        if task == "SEQ_2_SEQ_LM":
+            told = loaded.generate(input_ids=ids, max_new_tokens=4)
+            assert torch.equal(told, model.generate(input_ids=ids, max_new_tokens=4))
+        assert torch.equal(loaded.merge_and_unload()(**batch)[1], expected[1])
+
+
 @pytest.mark.parametrize("safe", [True, False])
 def test_heads_are_saved_and_loaded_in_both_kinds_of_files(tmp_path, safe):
     model = get_peft_model(head_model(), MaskConfig(task_type="SEQ_CLS", sparsity=0.2)).eval()
@@ -145,8 +187,7 @@ def test_new_tokens_of_a_tied_model_get_one_clear_line():
 def test_by_default_only_layers_of_the_stack_are_masked(excluded):
     """The pooler shares the name "dense" with them; without a loss on it, its scores would stay as they were drawn."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    model = get_peft_model(BertModel(BertConfig(vocab_size=50, **sizes)), MaskConfig(exclude_modules=excluded))
+    model = get_peft_model(BertModel(BertConfig(vocab_size=50, **SIZES)), MaskConfig(exclude_modules=excluded))
     names = list(current_masks(model))
     assert names and all(".layer." in name for name in names)
     assert any("intermediate" in name for name in names) == (excluded is None)

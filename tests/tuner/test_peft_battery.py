@@ -181,6 +181,7 @@ def test_only_what_has_a_reason_fails(package, name):
     command += ["-k", FILES[name]] if FILES[name] else []
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(command, cwd=package.parent, env=environment, capture_output=True, text=True)
+    print(name, done.stdout.splitlines()[-1:])
     failed = Counter(re.findall(r"^FAILED .*::(test_\w+)", done.stdout, flags=re.MULTILINE))
     assert re.search(r"\d+ passed", done.stdout), done.stdout[-2000:] + done.stderr[-2000:]
     unexpected = {test: count for test, count in failed.items() if test not in EXPECTED and not OF_PROMPTS.match(test)}
