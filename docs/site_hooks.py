@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import posixpath
 import re
+from collections import Counter
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -31,9 +32,10 @@ def on_page_markdown(markdown, page, config, files):
     def out(match: re.Match) -> str:
         text, target = match.groups()
         path = posixpath.normpath(posixpath.join(here, target))
-        if not path.startswith("../"):
+        file = files.get_file_from_path(path)
+        if not path.startswith("../") and (file is None or file.inclusion.is_included()):
             return match.group()
-        path = path.removeprefix("../")
+        path = posixpath.normpath(posixpath.join("docs", path))
         if not (ROOT / path).exists():
             raise FileNotFoundError(f"{page.file.src_uri} links to {target}, which is not in the repository")
         return f"`{path}`" if text.strip("`") == path else f"{text} (`{path}`)"
@@ -47,10 +49,18 @@ def on_page_content(html, page, config, files):
 
 
 def on_post_page(output, page, config):
-    """The theme's dialog of search has no name for screen readers."""
-    return output.replace(
+    """Names for screen readers: the dialog of search has none, and parts of the contents share theirs."""
+    output = output.replace(
         'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
     )
+    seen: Counter[str] = Counter()
+
+    def numbered(match: re.Match) -> str:
+        name = match[1].lower()  # a module "journal" and its class "Journal" sound alike
+        seen[name] += 1
+        return match[0] if seen[name] == 1 else f'<nav class="md-nav" aria-label="{match[1]} {seen[name]}"'
+
+    return re.sub(r'<nav class="md-nav" aria-label="([^"]*)"', numbered, output)
 
 
 def _reference(room: Path) -> str:
