@@ -3,8 +3,6 @@
 import gzip
 import json
 import logging
-import re
-import sys
 
 import pytest
 import trl
@@ -246,63 +244,6 @@ def test_everything_overlaps(write):
         splits(write(numbered(2)), eval_dataset_name=write(numbered(2), "heldout.jsonl"))
 
 
-# Procedural tasks ----------------------------------------------------------------------------------------------------
-
-
-def test_procedural_expression():
-    pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
-    options = '{"min_digits": 1, "max_digits": 1}'
-    train, heldout, report = splits(
-        "reasoning-gym/products", procedural_options=options, procedural_train_size=300, procedural_eval_size=20
-    )
-    assert len(heldout) == 20 and report.read == 320 and report.dropped_overlap == 300 - len(train) > 0
-    assert not set(train["prompt"]) & set(heldout["prompt"])
-    for example in heldout:
-        left, right = re.fullmatch(r"(\d) \* (\d) =", example["prompt"]).groups()
-        assert example["completion"] == f" {int(left) * int(right)}"
-        assert (example["answer"], example["answer_type"]) == (example["completion"].strip(), "number")
-
-
-def test_procedural_question():
-    pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
-    kwargs = {"procedural_train_size": 3, "procedural_eval_size": 2}
-    spelled = splits("reasoning-gym/spell_backward", **kwargs).heldout[0]
-    assert spelled["answer"] == spelled["completion"][0]["content"] and spelled["answer_type"] == "exact"
-    assert splits("reasoning-gym/chain_sum", as_chat=True, **kwargs).heldout[0]["prompt"][0]["role"] == "user"
-    # The "expression" of this task is its solution: it must not be the prompt.
-    countdown = splits("reasoning-gym/countdown", **kwargs).heldout[0]
-    assert countdown["answer"] not in countdown["prompt"][0]["content"]
-
-
-def test_procedural_seeds_share_no_stream():
-    pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
-    kwargs = {"procedural_options": {"min_digits": 6, "max_digits": 6}, "procedural_eval_size": 20}
-    one, again, two = (splits("reasoning-gym/products", seed=seed, **kwargs) for seed in (1, 1, 2))
-    assert one.train.to_list() == again.train.to_list() and one.heldout.to_list() == again.heldout.to_list()
-    assert not set(one.train["prompt"]) & set(two.train["prompt"])
-
-
-def test_procedural_package_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
-    with pytest.raises(UserError, match="pip install reasoning-gym"):
-        splits("reasoning-gym/products")
-
-
-@pytest.mark.parametrize(
-    ("task", "options", "message"),
-    [
-        ("product", None, r"no task 'product' \(did you mean 'products'\?\)"),
-        ("products", {"min_digit": 2}, r"do not suit products: .*unexpected keyword argument 'min_digit'"),
-        ("products", {"min_digits": -2}, r"do not suit products: min_digits must be positive"),
-        ("rush_hour", None, r"'rush_hour' has no single right answer"),
-    ],
-)
-def test_procedural_mistakes(task, options, message):
-    pytest.importorskip("reasoning_gym", reason="needs maskft[demo]")
-    with pytest.raises(UserError, match=message):
-        splits(f"reasoning-gym/{task}", procedural_options=options)
-
-
 # Mistakes in the input -----------------------------------------------------------------------------------------------
 
 GOOD_LINE = '{"prompt": "a", "completion": "b"}\n'
@@ -431,7 +372,6 @@ def test_hub_data_and_splits(monkeypatch):
         ({"eval_split_size": 2.5}, r"eval_split_size is 2\.5"),
         ({"max_train_samples": 0}, r"max_train_samples is 0; it must be at least 1"),
         ({"max_eval_samples": -4}, r"max_eval_samples is -4"),
-        ({"procedural_train_size": 0}, r"procedural_train_size is 0"),
         ({"dataset_eval_split": "test"}, r"dataset_eval_split is 'test', but .* has no splits"),
     ],
 )
@@ -445,18 +385,12 @@ def test_dataset_name_is_missing():
         splits(None)
 
 
-@pytest.mark.parametrize("options", ["{min_digits: 2}", "[1]"])
-def test_procedural_options_are_a_json_object(options):
-    with pytest.raises(UserError, match="procedural_options"):
-        DataArguments(procedural_options=options)
-
-
 def test_arguments_parse_and_do_not_collide_with_trl():
     ours, theirs = DataArguments.__dataclass_fields__, trl.SFTConfig.__dataclass_fields__
     assert not set(ours) & set(theirs)
-    command_line = ["--dataset_name", "a.jsonl", "--as_chat", "false", "--procedural_options", '{"min_digits": 2}']
+    command_line = ["--dataset_name", "a.jsonl", "--as_chat", "false"]
     (args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses(command_line)
-    assert (args.dataset_name, args.as_chat, args.procedural_options) == ("a.jsonl", False, {"min_digits": 2})
+    assert (args.dataset_name, args.as_chat) == ("a.jsonl", False)
     HfArgumentParser(DataArguments).format_help()  # a bare % in a help text fails here
 
 

@@ -8,7 +8,6 @@ where the rows have it: rows of one label depend on each other.
 
 from .mixtures import load_examples, parse_mixture
 from .registry import TRAINING_SETS
-from .sources import PROCEDURAL_PREFIX
 from .splits import SplitReport, Splits, load_splits
 from .tokenizing import (
     IGNORED,
@@ -22,7 +21,6 @@ from .tokenizing import (
 
 __all__ = [
     "IGNORED",
-    "PROCEDURAL_PREFIX",
     "TRAINING_SETS",
     "SplitReport",
     "Splits",

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +28,7 @@ def names_text(value):
 
 def check_sizes(args: DataArguments) -> None:
     """Refuse impossible numbers of rows."""
-    for name in ("max_train_samples", "max_eval_samples", "procedural_train_size", "procedural_eval_size"):
+    for name in ("max_train_samples", "max_eval_samples"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise UserError(f"{name} is {value}; it must be at least 1")
@@ -53,10 +52,9 @@ class DataArguments:
     dataset_name: dict | str | None = option(
         None,
         "Data to train on or, in maskft evaluate, to measure on: a local file (.jsonl, .json, .csv, .parquet, "
-        ".jsonl.gz), a set of docs/datasets.md such as metamathqa, the name of a data set on the hub, or "
-        "reasoning-gym/TASK for generated exercises, e.g. reasoning-gym/products. Several make a mixture, each "
-        "with a number of rows or a fraction of its rows in (0, 1]: metamathqa:40000,gsm8k:0.5. In a recipe, lines "
-        "of `name: rows` as well.",
+        ".jsonl.gz), a set of docs/datasets.md such as metamathqa, or the name of a data set on the hub. Several make "
+        "a mixture, each with a number of rows or a fraction of its rows in (0, 1]: metamathqa:40000,gsm8k:0.5. In a "
+        "recipe, lines of `name: rows` as well.",
     )
     data_dir: str | None = option(
         None,
@@ -88,8 +86,7 @@ class DataArguments:
     )
     split_seed: int = option(
         0,
-        "Seed of the held-out rows and of generated exercises. Keep it when only the training seed changes: runs are "
-        "compared on the same held-out rows.",
+        "Seed of the held-out rows. Keep it when only the training seed changes: runs are compared on the same rows.",
     )
     max_train_samples: int | None = option(
         None, "Train on the first N rows only, after the held-out rows are taken out. Default: all."
@@ -98,24 +95,9 @@ class DataArguments:
     as_chat: bool | None = option(
         None,
         "Put question/answer and instruction/output rows into the chat template (true) or into plain text 'Question: "
-        "... Answer: ...' (false). Default: true when the tokenizer has a chat template. Generated arithmetic stays "
-        "plain ('12 * 34 =') unless this is true.",
+        "... Answer: ...' (false). Default: true when the tokenizer has a chat template.",
     )
-    procedural_options: dict | str | None = option(
-        None, 'Options of a reasoning-gym task, as JSON, e.g. \'{"min_digits": 2, "max_digits": 3}\'.'
-    )
-    procedural_train_size: int = option(
-        2000, "Exercises to generate for training, before those also held out are removed."
-    )
-    procedural_eval_size: int = option(500, "Exercises to generate for evaluation.")
 
     def __post_init__(self):
-        """Write a mixture as one text, and read ``procedural_options`` given as JSON text."""
+        """Write a mixture as one text."""
         self.dataset_name = mixture_text(self.dataset_name)
-        given = self.procedural_options
-        try:
-            self.procedural_options = json.loads(given) if isinstance(given, str) else given
-        except json.JSONDecodeError:
-            pass  # still a text, so refused below
-        if not isinstance(self.procedural_options, dict | None):
-            raise UserError(f"procedural_options is {given!r}; write a JSON object such as '{{\"min_digits\": 2}}'")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from datasets import Dataset, concatenate_datasets
 
@@ -12,7 +12,7 @@ from maskft_base.files import digest, is_there
 
 from .formats import OPTIONAL_COLUMNS, to_examples
 from .registry import TRAINING_SETS
-from .sources import PROCEDURAL_PREFIX, find_rows, is_hub_name, numbered, procedural_rows
+from .sources import find_rows, is_hub_name
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,6 @@ class Part:
 
     name: str
     amount: int | float | None = None
-
-    @property
-    def count(self) -> int | None:
-        """The number of rows, where it is known before reading."""
-        return self.amount if isinstance(self.amount, int) else None
 
     def num_rows(self, existing: int) -> int:
         """Return how many of ``existing`` rows are taken, and refuse to take more."""
@@ -67,7 +62,7 @@ def parse_mixture(text: str) -> list[Part]:
 
 
 def hub_ids(text: str) -> list[str]:
-    """Names on the hub of the sets of a mixture; files and generated exercises have none."""
+    """Names on the hub of the sets of a mixture; files have none."""
     if not text:
         return []
     names = [part.name for part in parse_mixture(text) if is_hub_name(part.name)]
@@ -124,9 +119,7 @@ class Reader:
         tokenizer: None counts as having a template.
         text_field: Name of the column of plain text.
         data_dir: Folder to look for sets in before the hub is asked.
-        num_exercises: Number of exercises of a procedural task.
-        options: Of a procedural task.
-        seed: Of a procedural task, and of the rows that a mixture takes.
+        seed: Of the rows that a mixture takes.
     """
 
     split: str | None = "train"
@@ -135,8 +128,6 @@ class Reader:
     tokenizer: object = None
     text_field: str = "text"
     data_dir: str | None = None
-    num_exercises: int = 500
-    options: dict = field(default_factory=dict)
     seed: int = 0
 
     def read(self, mixture: str) -> list[ReadSet]:
@@ -149,11 +140,7 @@ class Reader:
         as_chat = self.as_chat
         if as_chat is None:
             as_chat = self.tokenizer is None or bool(self.tokenizer.chat_template)
-        if part.name.startswith(PROCEDURAL_PREFIX):
-            size, plain = part.count or self.num_exercises, self.as_chat is not True
-            rows, known = numbered(procedural_rows(part.name, size, self.seed, self.options, plain)), None
-        else:
-            rows, known = find_rows(part.name, self.split, self.config, self.data_dir, of_mixture)
+        rows, known = find_rows(part.name, self.split, self.config, self.data_dir, of_mixture)
         # Conversations, as the sets of a mixture must have the same columns. Tokens and labels are the same for both.
         return to_examples(rows, part.name, as_chat, self.text_field, known and known.formats, as_messages=of_mixture)
 

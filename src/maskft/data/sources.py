@@ -1,4 +1,4 @@
-"""Where rows come from: data files, the hub, and exercises that reasoning-gym generates."""
+"""Where rows come from: data files and the hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, product
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import datasets
@@ -20,12 +19,10 @@ from pyarrow import parquet
 from maskft_base.errors import UserError, did_you_mean, first_line
 from maskft_base.files import is_there, open_text, parse_json
 
-from .formats import answer_type_of
 from .registry import TRAINING_SETS, TrainingSet
 
 FILE_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
 _OTHER_FILE_ENDINGS = (".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2", ".yaml", ".yml", ".md")
-PROCEDURAL_PREFIX = "reasoning-gym/"
 
 Row = Mapping[str, Any]
 Rows = Iterable[tuple[str, Row]]  # each with its place, such as "line 3"
@@ -142,7 +139,7 @@ def find_files(data_dir: str, names: Sequence[str], split: str, only_split: bool
 def is_hub_name(name: str) -> bool:
     """Whether ``name`` can only mean a hub data set: it does not exist here and does not look like a file."""
     looks_like_file = name.startswith((".", "/", "~")) or name.lower().endswith(FILE_ENDINGS + _OTHER_FILE_ENDINGS)
-    return not (looks_like_file or is_there(name) or name.startswith(PROCEDURAL_PREFIX))
+    return not (looks_like_file or is_there(name))
 
 
 def split_of(name: str, asked: str | None, of_mixture: bool = False) -> str:
@@ -160,9 +157,7 @@ def split_of(name: str, asked: str | None, of_mixture: bool = False) -> str:
 
 
 def local_files(name: str, data_dir: str | None, split: str) -> list[Path]:
-    """Return the files that a set is read from; none where it comes from the hub or is generated."""
-    if name.startswith(PROCEDURAL_PREFIX):
-        return []
+    """Return the files that a set is read from; none where it comes from the hub."""
     if not is_hub_name(name):
         return [Path(name).expanduser()]
     # The plain name of a registered set is that of its training split.
@@ -244,37 +239,3 @@ def _only_source(rows: Rows, name: str, known: TrainingSet) -> Iterator[tuple[st
         raise UserError(
             f"{name}: no row has the source {known.source!r}; give the file of {known.hub_id} or of the set"
         )
-
-
-# Exercises
-
-
-def procedural_seed(seed: int, role: str) -> int:
-    """Spread seeds far apart: reasoning-gym makes item i from ``seed + i``, so seeds 1 and 2 share nearly all items."""
-    return Random(f"{role}-{seed}").randrange(2**31)
-
-
-def procedural_rows(name: str, size: int, seed: int, options: dict, plain: bool) -> Iterator[Row]:
-    """Yield ``size`` exercises of a task; ``plain`` writes arithmetic as ``12 * 34 =`` instead of a question."""
-    try:
-        from reasoning_gym.factory import DATASETS, create_dataset
-    except ImportError:
-        raise UserError(f"{name} needs the package reasoning-gym; run: pip install reasoning-gym") from None
-    task = name.removeprefix(PROCEDURAL_PREFIX)
-    if task not in DATASETS:
-        raise UserError(f"reasoning-gym has no task {task!r}{did_you_mean(task, DATASETS)}")
-    try:
-        items = create_dataset(task, size=size, seed=seed, **options)
-    except Exception as error:  # each task checks its options with asserts of its own
-        raise UserError(f"procedural_options {options} do not suit {task}: {first_line(error)}") from None
-    for item in items:
-        question, answer = item["question"], item["answer"]
-        if answer is None:
-            raise UserError(f"reasoning-gym task {task!r} has no single right answer to train on; choose another task")
-        reference = {"answer": answer, "answer_type": answer_type_of(answer)}
-        # Elsewhere "expression" is the solution itself (countdown) or a part of the question (circuit_logic).
-        expression = item["metadata"].get("expression")
-        if plain and isinstance(expression, str) and expression in question:
-            yield {"prompt": f"{expression} =", "completion": f" {answer}", **reference}
-        else:
-            yield {"question": question, **reference}

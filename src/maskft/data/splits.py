@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from random import Random
 from typing import NamedTuple
 
 from datasets import Dataset
@@ -15,7 +16,7 @@ from .arguments import DataArguments, check_sizes
 from .formats import OPTIONAL_COLUMNS, Row
 from .mixtures import Reader, ReadSet, load_examples, mix
 from .registry import TRAINING_SETS
-from .sources import PROCEDURAL_PREFIX, is_hub_name, procedural_seed
+from .sources import is_hub_name
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
 
     Args:
         args: The data part of the recipe.
-        seed: Of the rows held out, those a mixture takes, and generated exercises.
+        seed: Of the rows held out and those a mixture takes.
         tokenizer: Decides about chat or plain text where ``args.as_chat`` does not; None counts as having a template.
         text_field: Name of the column that holds plain text.
     """
@@ -74,16 +75,9 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
         "as_chat": args.as_chat,
         "tokenizer": tokenizer,
         "text_field": text_field,
-        "options": args.procedural_options or {},
         "data_dir": args.data_dir,
     }
-    sets = Reader(
-        split=args.dataset_train_split,
-        config=args.dataset_config,
-        num_exercises=args.procedural_train_size,
-        seed=procedural_seed(seed, "train"),
-        **common,
-    ).read(args.dataset_name)
+    sets = Reader(split=args.dataset_train_split, config=args.dataset_config, **common).read(args.dataset_name)
     taken = {each.name: each.count for each in sets}
     read = sum(taken.values())
     if heldout_name:
@@ -91,8 +85,7 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
             heldout_name,
             args.dataset_eval_split,
             config=args.dataset_config if heldout_name == args.dataset_name else None,
-            num_exercises=args.procedural_eval_size,
-            seed=procedural_seed(seed, "heldout"),
+            seed=Random(f"heldout-{seed}").randrange(2**31),
             **common,
         )
         train, read = mix([each.draw(seed) for each in sets], seed), read + len(heldout)
@@ -114,12 +107,9 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
 def _heldout_name(args: DataArguments) -> str | None:
     """Return the set of the held-out data; None: a part of the training data is held out."""
     if not args.dataset_name:
-        raise UserError("dataset_name is missing; give a data file, a hub name or reasoning-gym/TASK")
+        raise UserError("dataset_name is missing; give a data file or a hub name")
     name = args.eval_dataset_name
-    is_procedural = args.dataset_name.startswith(PROCEDURAL_PREFIX) and "," not in args.dataset_name
-    if not name and is_procedural:
-        name = args.dataset_name.partition(":")[0]
-    elif not name and args.dataset_eval_split:
+    if not name and args.dataset_eval_split:
         name = args.dataset_name
     if name and args.dataset_eval_split and not is_hub_name(name):
         raise UserError(
@@ -140,7 +130,7 @@ def _without_heldout(train: Dataset, heldout: Dataset, name: str) -> tuple[Datas
     if not kept:
         raise UserError(
             f"all {len(train):,} training rows of {name} have a prompt that is also held out; "
-            "give other held-out data, or a smaller eval_split_size or procedural_eval_size"
+            "give other held-out data, or a smaller eval_split_size"
         )
     return train.select(kept), len(train) - len(kept)
 

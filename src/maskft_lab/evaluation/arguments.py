@@ -20,7 +20,6 @@ NOT_OF_HELDOUT_DATA = (
     "prepared_data_dir",
     "prepare_only",
     "max_train_samples",
-    "procedural_train_size",
 )
 
 

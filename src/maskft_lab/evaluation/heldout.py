@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from maskft.data import PROCEDURAL_PREFIX, load_examples, load_splits, prompt_ids, prompt_of, tokenize_example
+from maskft.data import load_examples, load_splits, prompt_ids, prompt_of, tokenize_example
 from maskft.data.answers import check_answer
 from maskft.data.arguments import DataArguments
 from maskft.data.sources import FILE_ENDINGS
@@ -42,7 +42,7 @@ def heldout_rows(data: DataArguments, eval_split_size: float | None, tokenizer, 
     """
     name = data.dataset_name or ""
     is_split = eval_split_size is not None or data.eval_dataset_name or data.dataset_eval_split
-    if is_split or not name or name.startswith(PROCEDURAL_PREFIX):
+    if is_split or not name:
         if eval_split_size is not None:
             data = replace(data, eval_split_size=eval_split_size)
         return list(load_splits(data, data.split_seed, tokenizer, text_field).heldout)
