@@ -10,7 +10,7 @@ from maskft_base.runtime import keep_freed_memory
 from .common import Report, set_threads
 
 NAMES = (
-    *("refresh", "file", "step", "learners", "published", "memory", "prefix", "scaling", "intervals"),
+    *("refresh", "file", "step", "learners", "published", "memory", "scaling", "intervals"),
     "saving",
 )
 

@@ -567,7 +567,6 @@ def test_time_is_counted_in_layers():
     assert units("peft", None, **plain) == 60 == units("peft", None, activation_checkpointing=False)
     # Layers 20 to 23 of 30: all forward, back through the upper ten, four layers of weights or scores.
     assert units("mask", [20, 21, 22, 23], **plain) == 44 == units("full", [20, 21, 22, 23], **plain)
-    assert units("mask", [20, 21, 22, 23], mask_prefix_cache="cache", num_train_epochs=4, **plain) == 15 + 10 + 4
 
 
 def test_time_by_the_speed_of_the_machine(content):

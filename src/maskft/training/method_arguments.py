@@ -133,14 +133,6 @@ class MethodArguments:
         "the held-out rows and keep the best; the other half judges it.",
     )
     keep_last: bool = option(False, "Also save the model as the last step left it, in the folder `last` of output_dir.")
-    mask_prefix_cache: str | None = option(
-        None,
-        "Folder that keeps the outputs of the frozen layers below the first trained one (in bfloat16), so "
-        "that later epochs, and later runs on the same layers and data, need not compute them. Default: not kept.",
-    )
-    mask_prefix_cache_gb: float = option(
-        20.0, "Bound on what mask_prefix_cache keeps for one model, in GB (1e9 bytes)."
-    )
 
     def __post_init__(self) -> None:
         self.peft_config = read_peft_config(self.peft_config)

@@ -31,7 +31,6 @@ from .fixed_masks import make_fixed_mask
 from .manifest import course_of
 from .masked_start import RemovedStayZero
 from .method_arguments import ADAPTER, COMBINED_METHODS, FIXED_MASK_METHODS
-from .prefix_cache import cached_prefix
 from .progress import TrainingProgress
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
 from .trainer import MaskTrainer
@@ -118,7 +117,7 @@ def fit(
         trainer.add_callback(reference)
     started, failure = time.perf_counter(), None
     try:
-        with closing(progress), cached_prefix(trainer, method, console), trainer.guard.stop, checkpoints:
+        with closing(progress), trainer.guard.stop, checkpoints:
             trainer.train(resume_from_checkpoint=checkpoints.resume_from)
         checkpoints.tell_if_finished(trainer.state.max_steps, console)
         failure = trainer.lost_best

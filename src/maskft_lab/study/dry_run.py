@@ -144,18 +144,16 @@ def _seconds(run: StudyRun, facts: Facts, tokens: int) -> float | None:
 
 
 def passes_of(method: str, options: dict, num_layers: int, layers: list[int] | None) -> float:
-    """Cost of a token in passes over one layer, less what a prefix cache saves.
+    """Cost of a token in passes over one layer.
 
     Args:
         method: Method of ``maskft train``.
-        options: Its options, for gradient checkpointing and prefix cache.
+        options: Its options, for gradient checkpointing.
         num_layers: Decoder layers of the model.
         layers: Layers that are trained; None for all.
     """
     is_checkpointed = options.get("activation_checkpointing", options.get("gradient_checkpointing", True))
-    passes = layer_passes(num_layers, layers or range(num_layers), method == PEFT, is_checkpointed)["total"]
-    is_cached = layers and options.get("mask_prefix_cache")  # the layers below are computed once, then read
-    return passes - (min(layers) * (1 - 1 / max(options.get("num_train_epochs", 3), 1)) if is_cached else 0)
+    return layer_passes(num_layers, layers or range(num_layers), method == PEFT, is_checkpointed)["total"]
 
 
 # What is at hand here

@@ -65,11 +65,8 @@ def short_digest(settings: dict) -> str:
 
 
 def options_identity(options: dict) -> dict:
-    """The options as a run's hash takes them: data by its content, and where a cache lies decides nothing."""
-    out = data_identity({key: plain(value) for key, value in options.items()})
-    if out.get("mask_prefix_cache"):
-        out["mask_prefix_cache"] = True
-    return out
+    """The options as a run's hash takes them: data by its content."""
+    return data_identity({key: plain(value) for key, value in options.items()})
 
 
 def _benchmark_digests(tasks: str, folder: str) -> dict[str, str]:

@@ -136,7 +136,7 @@ def _accounts(training: dict[str, Any]) -> tuple[dict, dict]:
 def _shown(options: dict[str, Any]) -> dict[str, Any]:
     """The options without folders of this machine: result files are shared."""
     shown = {key: value for key, value in options.items() if key not in ("data_dir", "eval_data_dir")}
-    shown |= {key: Path(shown[key]).name for key in (TEMPLATE, "mask_prefix_cache") if key in shown}
+    shown |= {TEMPLATE: Path(shown[TEMPLATE]).name} if TEMPLATE in shown else {}
     names = {key: shown[key] for key in DATA_NAMES if isinstance(shown.get(key), str)}
     shown |= {key: rename_sets(name, _without_folder) for key, name in names.items()}
     return shown
