@@ -61,9 +61,6 @@ def test_a_mask_that_was_tuned_more_than_a_control_is_noted():
     assert not notes(mask=(3, mask), restart=(3, full), **damaged)
 
 
-TWO = {"accelerate_config": "multi_gpu", "num_processes": 2}
-
-
 @pytest.fixture
 def content(base, data, tmp_path):
     """A recipe whose full fine-tuning is tuned over rates, with a restart and masks made from the winner."""
@@ -473,10 +470,6 @@ def test_copies_of_test_rows_are_not_tuned_on(content, data, tmp_path, capsys):
             "tune is of num_train_epochs, and max_steps 2 decides the length",
         ),
         (
-            lambda c: c["methods"].update(mean={"method": "full", "average_checkpoints": 2}) or c.update(launch=TWO),
-            "run 'mean, seed 0': average_checkpoints goes with one process",
-        ),
-        (
             lambda c: c["methods"].update(
                 sized={"method": "mask", "mask_sparsity_auto": True, "mask_selection": "logit"}
             ),
@@ -513,7 +506,6 @@ def test_a_mistake_is_one_line(content, change, message):
         {"method": "dare"},
         {"method": "random_mask", "match": "mask", "num_candidates": 2},
         {"method": "mask", "mask_sparsity_auto": True},
-        {"average_checkpoints": 2},
     ],
 )
 def test_what_chooses_without_tuning_takes_no_test_rows_either(content, chooses):
@@ -593,7 +585,7 @@ def test_standard_controls_are_methods_at_the_masks_steps(content):
     recipe = parse_recipe(content | {"controls": "standard"})
     assert list(recipe.methods)[:4] == list(methods)
     assert set(recipe.methods) - set(methods) == {
-        "warm restart of full", "averaged restart of full", "annealed full", "interpolated full", "dare full",
+        "warm restart of full", "annealed full", "interpolated full", "dare full",
         "partial full, layers of mask",
         *(f"{control} of mask" for control in ("random mask", "best of 8 random masks", "L1 mask", "Wanda mask")),
         *(f"{control} of other" for control in ("random mask", "best of 8 random masks", "Wanda mask")),
@@ -619,7 +611,7 @@ def test_standard_controls_are_methods_at_the_masks_steps(content):
     content["train"] |= {"eval_steps": 0.5, "save_steps": 0.5}
     methods["mask"] = {"method": "mask", "from": "full", "max_steps": 6, "tune": halved}
     plan = plan_of(content | {"controls": "standard"}, lambda run: Heldout(1.0))
-    for name in ("warm restart of full", "averaged restart of full", "annealed full", "random damage of mask, refit"):
+    for name in ("warm restart of full", "annealed full", "random damage of mask, refit"):
         tune, runs = plan.recipe.methods[name].tune, [run for run in plan.runs if run.name == name]
         assert tune.halving is None and tune.double == "max_steps"
         assert {run.options["max_steps"] for run in runs} == {6, 12}, "12 was tried, and gained nothing"
@@ -646,7 +638,7 @@ def test_controls_have_the_masks_batches_and_no_fewer_settings(content):
     content["methods"]["mask"] = {"method": "mask", "from": "full", "tune": tried} | own
     content["train"]["max_steps"] = 2  # said for all: not once more for each
     made = parse_recipe(content | {"controls": "standard"}).methods
-    trained = ("warm restart of full", "averaged restart of full", "annealed full", "random damage of mask, refit")
+    trained = ("warm restart of full", "annealed full", "random damage of mask, refit")
     for name in (*trained, "partial full, layers of mask"):
         options = made[name].options
         assert options["per_device_train_batch_size"] == 2 and options["max_train_samples"] == 24
@@ -655,9 +647,6 @@ def test_controls_have_the_masks_batches_and_no_fewer_settings(content):
             assert sorted(made[name].tune.lists["learning_rate"]) == [0.125, 0.25, 0.5, 1, 2, 4]
     content["methods"]["other"] = {"method": "mask", "from": "full", "max_steps": 2} | own
     assert "warm restart of full (other)" in parse_recipe(content | {"controls": "standard"}).methods, "three rates"
-    for others in ({"launch": {"num_processes": 2}}, {"train": content["train"] | {"metric_for_best_model": "eval_x"}}):
-        made = parse_recipe(content | {"controls": "standard"} | others).methods
-        assert "warm restart of full" in made and "averaged restart of full" not in made
 
 
 def test_a_mask_of_a_model_that_was_not_tuned_has_the_controls_that_need_no_rate(content):

@@ -139,9 +139,6 @@ class TrainConfig:
     def __post_init__(self):
         if self.training.learning_rate is None:
             self.training.learning_rate = default_learning_rate(self.method.method, vars(self.mask))
-        averaged, limit = self.method.average_checkpoints, self.training.save_total_limit
-        if averaged > 1 and limit:
-            self.training.save_total_limit = max(limit, averaged + 1)  # and the best one
 
 
 def with_accumulation(args: TrainingArguments) -> TrainingArguments:

@@ -30,7 +30,6 @@ _ONLY_WITH = {
     "partial_layers": ("full",),
     "keep_mask": ("full",),
     "start_mask": ("full",),
-    "average_checkpoints": ("full",),
     "match_adapter": FIXED_MASK_METHODS,
     "num_candidates": ("random_mask",),
     "mask_sparsity_auto": ("mask",),
@@ -59,7 +58,7 @@ def check_config(config: TrainConfig) -> None:
         check_mask_sharding()
     check_deepspeed(training.deepspeed)
     check_trackers(training.report_to)
-    check_choice(config, runtime.num_processes())
+    check_choice(config)
     # Fixed masks run on one of them, and preparing data on none.
     if method == "mask" and not config.data.prepare_only and training.n_gpu > 1:
         raise UserError(
@@ -108,8 +107,8 @@ def check_quantised(method: str) -> None:
         )
 
 
-def check_choice(config: TrainConfig, num_processes: int) -> None:
-    """Refuse what held-out rows cannot choose: the size of a mask that has no given one, a mean of checkpoints."""
+def check_choice(config: TrainConfig) -> None:
+    """Refuse what held-out rows cannot choose: the size of a mask that has no given one."""
     method, training = config.method, config.training
     selection = mask_config(config.mask).selection if method.mask_sparsity_auto else "topk"
     if selection != "topk":
@@ -118,10 +117,6 @@ def check_choice(config: TrainConfig, num_processes: int) -> None:
         )
     if method.mask_sparsity_auto and training.eval_strategy == "no":
         raise UserError("mask_sparsity_auto chooses on held-out rows, and eval_strategy is no; set it to steps")
-    if method.average_checkpoints > 1 and not training.load_best_model_at_end:
-        raise UserError("average_checkpoints compares held-out losses: it needs eval_strategy steps")
-    if method.average_checkpoints > 1 and num_processes > 1:
-        raise UserError("average_checkpoints goes with one process; drop it or num_processes")
 
 
 def check_method(args: MethodArguments) -> None:
@@ -130,7 +125,7 @@ def check_method(args: MethodArguments) -> None:
     for name, methods in _ONLY_WITH.items():
         if getattr(args, name) != MethodArguments.__dataclass_fields__[name].default and method not in methods:
             raise UserError(f"{name} goes with --method {' or '.join(methods)}, not with {method}; drop it")
-    for name in ("num_candidates", "num_calibration_samples", "average_checkpoints"):
+    for name in ("num_candidates", "num_calibration_samples"):
         if getattr(args, name) < 1:
             raise UserError(f"{name} is {getattr(args, name)}; it must be at least 1")
     if method == PEFT:

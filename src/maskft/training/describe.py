@@ -88,10 +88,9 @@ def report(
     if best is None or summary.method in UNTRAINED_METHODS:
         console.print(f"saved to {folder}")
     elif summary.method != "mask":
-        where = f"mean of {len(summary.averaged_steps)} checkpoints" if summary.averaged_steps else f"step {step}"
         console.print(
-            f"held-out loss {start:.4f} at the start, best {best:.4f} ({where}), {summary.end_loss:.4f} at the end; "
-            f"the best is saved in {folder}"
+            f"held-out loss {start:.4f} at the start, best {best:.4f} (step {step}), {summary.end_loss:.4f} at the end"
+            f"; the best is saved in {folder}"
         )
     else:
         console.print(f"held-out loss {start:.4f} without a mask, best {best:.4f} with it (step {step})")

@@ -117,11 +117,6 @@ class MethodArguments:
         "With --method full: set the weights that the mask in this adapter folder removes to zero, then "
         "train all weights (dense, sparse, dense).",
     )
-    average_checkpoints: int = option(
-        1,
-        "With --method full: at the end take the mean of the weights of the last N checkpoints, if its "
-        "held-out loss is lower than the best checkpoint's; 1 disables averaging.",
-    )
     keep_worse: bool = option(
         False,
         "Write the mask also when it is not better than no mask on the held-out rows. Default: an adapter "

@@ -49,7 +49,7 @@ class TrainingSummary(FileModel):
         start_loss: Held-out loss in nats per token before the first step; of a mask: without it.
         best_loss: Held-out loss of the best checkpoint, of a mask at the sparsity it was trained with.
         best_step: The step it was saved at.
-        averaged_steps: Steps of the checkpoints whose mean the best is, see ``average_checkpoints``.
+        averaged_steps: Of runs of earlier versions: checkpoints whose mean the best is.
         end_loss: Held-out loss at the last measurement.
         num_steps: Optimizer steps.
         num_epochs: Passes over the training rows.

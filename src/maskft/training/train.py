@@ -19,7 +19,6 @@ from ..loss import HeldoutLoss
 from ..tuner import MaskConfig
 from ..tuner.card import write_card
 from .arguments import TrainConfig, with_accumulation
-from .averaging import average_checkpoints
 from .build import build_model, load_base, load_data, load_tokenizer_of
 from .calibration import start_on_data
 from .callbacks import KeepLast, Reference
@@ -124,8 +123,6 @@ def fit(
     except NotFiniteError as error:
         failure = trainer.back_to_best(error)
     summary = summarise(trainer, method.method, time.perf_counter() - started, reference.loss)
-    if failure is None:
-        summary = average_checkpoints(trainer, method.average_checkpoints, data, summary, console)
     return trainer, summary, failure
 
 

@@ -59,7 +59,7 @@ def check(recipe: Recipe, evaluation: Evaluation, allow_many: bool = False) -> P
         # One parse of all options of a run checks each of them; only values that are new need another.
         values = {(run.method.name, name, repr(value)) for name, value in run.options.items()}
         if values - seen:
-            _check_run(run, recipe.launch.num_processes or 1)
+            _check_run(run)
         seen |= values
     check_layers(plan.runs, recipe.facts.num_layers)
     evaluation_args(recipe, evaluation)
@@ -81,7 +81,7 @@ def parsed_run(run: StudyRun) -> TrainConfig:
     return parse_words(command_words(options))[0]
 
 
-def _check_run(run: StudyRun, num_processes: int) -> None:
+def _check_run(run: StudyRun) -> None:
     try:
         parsed = parsed_run(run)
         check_method(parsed.method)
@@ -90,7 +90,7 @@ def _check_run(run: StudyRun, num_processes: int) -> None:
             config = mask_config(parsed.mask)
             if run.method.method in FIXED_MASK_METHODS:
                 check_size(run.method.method, config)
-        check_choice(parsed, num_processes)
+        check_choice(parsed)
     except UserError as error:
         raise UserError(f"run {run.title!r}: {error}") from None
 

@@ -14,7 +14,6 @@ _LAYERS = "mask_layers_to_transform"
 _RATES = (0.5, 1, 2, 0.25, 4, 0.125, 8)
 _MIN_RATES = 3
 _NUM_DRAWN = 8  # masks of which the best is taken
-_NUM_AVERAGED = 5  # checkpoints
 _AFTER = ("start_mask", "keep_mask")  # options that name the mask after which weights train
 # Where these differ, epochs or steps of two methods are not of one length.
 _OF_A_STEP = (
@@ -34,17 +33,15 @@ def with_standard_controls(
     train: dict[str, Any],
     masks: list[str] | None = None,
     grid: Collection[str] = (),
-    launch: Mapping[str, Any] | None = None,
 ) -> Methods:
     """The methods, and controls for each learned mask.
 
     For the mask's parent, at the mask's steps, a warm restart at the best of three rates, or of as many as the mask is
-    tuned over (at most seven), another whose last checkpoints are averaged (in one process, by held-out loss), and an
-    annealed fine-tuning; for a parent that was fine-tuned itself, its interpolation with what it was made from. For
-    each mask: random masks (one, the best of eight), magnitude and Wanda masks and, of a fine-tuned parent, partial
-    fine-tuning of its layers and all weights trained after the random mask, both at the best of the restart's rates.
-    Where the mask's steps are tuned or doubled, so are those of what is trained. Halving ends at the mask's own length,
-    which they have.
+    tuned over (at most seven), and an annealed fine-tuning; for a parent that was fine-tuned itself, its interpolation
+    with what it was made from. For each mask: random masks (one, the best of eight), magnitude and Wanda masks and, of
+    a fine-tuned parent, partial fine-tuning of its layers and all weights trained after the random mask, both at the
+    best of the restart's rates. Where the mask's steps are tuned or doubled, so are those of what is trained. Halving
+    ends at the mask's own length, which they have.
 
     For each method in which the weights train after a mask of a fine-tuned model (``start_mask``, ``keep_mask``), two
     twins, as long as mask and weights together and tuned as the weights are: the same after the random mask, and with
@@ -56,7 +53,6 @@ def with_standard_controls(
         train: Options of all methods.
         masks: The learned masks that get them; None: all.
         grid: What the study varies: ``METHOD.OPTION``.
-        launch: The recipe's section of that name.
 
     Raises:
         ValueError: Where one of ``masks`` is no learned mask, there is none at all, or the grid varies its length.
@@ -72,7 +68,6 @@ def with_standard_controls(
     if not learned:
         raise ValueError("controls has no learned mask to stand beside; add one, or drop it")
     controls: Methods = {}
-    is_averaged = _can_average(train, launch or {})
     for name, mask in learned.items():
         varied = next((option for option in (*LENGTHS, *_OF_A_STEP) if f"{name}.{option}" in grid), None)
         if varied:
@@ -82,7 +77,7 @@ def with_standard_controls(
             )
         # Two masks of one parent and as many steps share the controls that no mask is in.
         for control, method in (*_of_parent(mask, methods, train), *_of_mask(name, mask, methods, train)):
-            if method not in controls.values() and (is_averaged or "average_checkpoints" not in method):
+            if method not in controls.values():
                 controls[control if control not in controls else f"{control} ({name})"] = method
     for name, method in methods.items():
         for twin, control in _twins(name, method, learned, train, grid):
@@ -117,12 +112,6 @@ def length_of(method: Mapping[str, Any], train: Mapping[str, Any]) -> dict[str, 
         return {}
     given = {key: method.get(key, train.get(key)) for key in reversed(LENGTHS)}  # max_steps wins, as in training
     return next(({key: n} for key, n in given.items() if isinstance(n, int | float) and n > 0), {})
-
-
-def _can_average(train: Mapping[str, Any], launch: Mapping[str, Any]) -> bool:
-    """Whether ``maskft train`` can average checkpoints: in one process, and by held-out loss."""
-    processes = launch.get("num_processes") or (2 if launch.get("accelerate_config") or launch.get("command") else 1)
-    return processes == 1 and train.get("metric_for_best_model") in (None, "loss", "eval_loss")
 
 
 def _is_learned(mask: Any) -> bool:
@@ -174,9 +163,7 @@ def _of_parent(mask: dict[str, Any], methods: Methods, train: dict[str, Any]) ->
     parent = mask.get("from")
     if not _is_tuned_model(parent, methods):
         return
-    rates = _rates(mask)
-    yield f"warm restart of {parent}", _trained(mask, train, tune=rates)
-    yield f"averaged restart of {parent}", _trained(mask, train, average_checkpoints=_NUM_AVERAGED, tune=rates)
+    yield f"warm restart of {parent}", _trained(mask, train, tune=_rates(mask))
     yield f"interpolated {parent}", {"method": "interpolate", "from": parent, **_kept(mask)}
     yield f"dare {parent}", {"method": "dare", "from": parent, **_kept(mask)}
     yield f"annealed {parent}", _trained(mask, train, learning_rate="current", warmup_steps=0)

@@ -293,7 +293,7 @@ def _train(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
         else:
             study.call([*launch_words(study.recipe, run), *command_words(options)], folder / files.LOG, tick)
             training = files.read_json(folder / files.TRAINING)["summary"]
-            last_is_best = training["best_step"] == training["num_steps"] and not training.get("averaged_steps")
+            last_is_best = training["best_step"] == training["num_steps"]
             models = {BEST: str(folder), LAST: str(folder if last_is_best else folder / files.LAST)}
     models = {role: _inside(study.folder, models[role]) for role in run.roles}
     before = next(iter(run.masks.values()), run.start)  # the tokens of a mask count for the weights after it
@@ -372,7 +372,7 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
     # A folder of weights alone, as of the pre-trained model or of the end of training, does not tell its method.
     result["model"] |= {"seed": run.seed, "method": method_label(run.method.method, run.options)}
     result["training"] = _training_block(study, run, role, record)
-    kept = ("run", "start", "match", "settings", "num_steps", "best_step", "averaged_steps", "best_heldout_loss")
+    kept = ("run", "start", "match", "settings", "num_steps", "best_step", "best_heldout_loss")
     result["study"] = {
         "role": role,
         "model": record.model,

@@ -119,7 +119,6 @@ class StudyRun:
         chosen = {
             "random_mask": self.options.get("num_candidates", 1),
             "mask": len(sizes_measured(self.options)),
-            "full": 2 if self.options.get("average_checkpoints", 1) > 1 else 1,  # the mean, and the best checkpoint
         }.get(self.method.method, 1)
         return chosen if chosen > 1 else elsewhere
 

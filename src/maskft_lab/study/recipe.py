@@ -349,8 +349,7 @@ class Recipe(Section):
             and isinstance(train, dict)
         ):
             masks = controls if isinstance(controls, list) else None
-            launch = content.get("launch") if isinstance(content.get("launch"), dict) else None
-            added = with_standard_controls(methods, train, masks, content.get("grid") or (), launch)
+            added = with_standard_controls(methods, train, masks, content.get("grid") or ())
             content = content | {"methods": added}
         return {key: value for key, value in content.items() if key != "model"}
 

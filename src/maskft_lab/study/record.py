@@ -34,7 +34,7 @@ class RunRecord(FileModel):
     models: dict[str, str]  # relative to the study's folder where they lie in it
     num_steps: int | None  # None where nothing was trained
     best_step: int | None
-    averaged_steps: list[int] = []  # the best is the mean of these checkpoints; none in records of earlier versions
+    averaged_steps: list[int] = []  # of earlier versions: the best is the mean of these checkpoints
     best_heldout_loss: float | None  # nats per token
     learning_rate_at_best: float | None
     epochs: dict[str, float]  # its own
@@ -102,7 +102,6 @@ def build_record(
         models=models,
         num_steps=training["num_steps"] or None if training else None,
         best_step=best["step"],
-        averaged_steps=(training or {}).get("averaged_steps", []),
         best_heldout_loss=training and training["best_loss"],
         learning_rate_at_best=best["learning_rate"],
         epochs={role: round(number, 4) for role, number in own["epochs"].items()},

@@ -381,7 +381,6 @@ def how_chosen(method: Method, options: Options) -> str | None:
         return "tuned"
     chooses = {
         "mask": bool(options.get("mask_sparsity_auto")),
-        "full": (_number(options.get("average_checkpoints")) or 1) > 1,
         "random_mask": (_number(options.get("num_candidates")) or 1) > 1,
         **dict.fromkeys(COMBINED_METHODS, True),
     }
