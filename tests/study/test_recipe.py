@@ -74,7 +74,7 @@ def test_a_start_that_is_not_named_names_a_run_where_scores_are_cut_at_zero(cont
 def test_weights_after_a_mask_are_made_from_its_start_and_from_it(content):
     content["methods"] |= {
         "sparse": {"method": "full", "from": "full", "keep_mask": "mask"},
-        "dsd": {"method": "dsd", "from": "full", "start_mask": "mask"},
+        "dsd": {"method": "full", "from": "full", "start_mask": "mask"},
         "random": {"method": "random_mask", "from": "full", "match": "mask"},
         "twin": {"method": "full", "from": "full", "start_mask": "random"},
         "second": {"method": "mask", "from": "dsd"},

@@ -52,10 +52,6 @@ def test_removed_weights_only_start_at_zero(adapter, base, call, tmp_path):
     still = {"method": "full", "start_mask": adapter, "learning_rate": 0.0}
     assert call("still", **still)[0] == 0
     assert num_nonzero_removed(tmp_path / "still", masks) == 0
-    assert call("dsd", **(still | {"method": "dsd"}))[0] == 0  # the same by its other name
-    assert all(
-        torch.equal(value, weights_of(tmp_path / "dsd")[n]) for n, value in weights_of(tmp_path / "still").items()
-    )
     assert call(**{**still, "learning_rate": 1e-2}, max_steps=4, eval_strategy="no")[0] == 0
     assert num_nonzero_removed(tmp_path / "out", masks) > 0.9 * masks.num_removed
     masked = AutoModelForCausalLM.from_pretrained(base)
@@ -155,7 +151,6 @@ def test_a_mask_with_other_weights_beside_it_is_refused(tmp_path):
             },
             "start_mask goes with --method full, not with peft",
         ),
-        ({"method": "dsd"}, "method dsd trains all weights after a mask; name its adapter folder in start_mask"),
         ({"method": "full", "keep_mask": "x", "start_mask": "x"}, "keep_mask and start_mask are both given"),
         (
             {"method": "full", "keep_mask": "no-such"},

@@ -29,7 +29,6 @@ PEFT = "peft"  # an adapter of PEFT's, which peft_config says
 METHODS = ("full", PEFT, *MASK_METHODS, *COMBINED_METHODS)
 # Shares that mask_sparsity_auto measures beside the one that was trained, all from the scores of one training.
 BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
-DSD = "dsd"  # dense, sparse, dense (arXiv:1607.04381): another name of full with start_mask
 
 # What decides how a mask is learned, and nothing of one that is drawn or ranked.
 LEARNER_OPTIONS = frozenset(
@@ -71,11 +70,11 @@ class MethodArguments:
 
     method: str = option(
         "mask",
-        "full: all weights; dsd: all weights, after start_mask has set some to zero; peft: the adapter "
+        "full: all weights; peft: the adapter "
         "that peft_config describes (LoRA, IA3, OFT, ...); mask: a learned mask; random_mask, l1_mask, wanda_mask: "
         "fixed masks of the same size, not trained; interpolate, dare: the model combined with before_model, not "
         "trained.",
-        choices=[*METHODS, DSD],
+        choices=list(METHODS),
     )
     peft_config: dict | str | None = option(
         None,
@@ -131,10 +130,6 @@ class MethodArguments:
 
     def __post_init__(self) -> None:
         self.peft_config = read_peft_config(self.peft_config)
-        if self.method == DSD:
-            if self.start_mask is None:
-                raise UserError(f"method {DSD} trains all weights after a mask; name its adapter folder in start_mask")
-            self.method = "full"
 
 
 def read_peft_config(given: dict | str | None) -> dict[str, Any] | None:

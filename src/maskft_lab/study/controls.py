@@ -6,8 +6,6 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from maskft.training.method_arguments import DSD
-
 LENGTHS = ("num_train_epochs", "max_steps")  # options that say how long a run trains
 _LAYERS = "mask_layers_to_transform"
 # Of the parent's rate, those that are tried first; a mask of more settings is compared with as many.
@@ -156,7 +154,7 @@ def _kept(mask: dict[str, Any]) -> dict[str, Any]:
 def _is_tuned_model(name: Any, methods: Methods) -> bool:
     """Whether all weights of a method were trained, so that it has a rate, of which others are multiples."""
     made = methods.get(name) if isinstance(name, str) else None
-    return isinstance(made, dict) and made.get("method") in ("full", DSD)
+    return isinstance(made, dict) and made.get("method") == "full"
 
 
 def _of_parent(mask: dict[str, Any], methods: Methods, train: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -209,5 +207,4 @@ def _twins(
 def _without_tuning(method: Any) -> Any:
     if not isinstance(method, dict):
         return method
-    kept = {k: v for k, v in method.items() if k not in ("learning_rate", "tune", "tuned_elsewhere", "last")}
-    return kept | ({"method": "full"} if method.get("method") == DSD else {})
+    return {k: v for k, v in method.items() if k not in ("learning_rate", "tune", "tuned_elsewhere", "last")}

@@ -14,7 +14,6 @@ from maskft.data.mixtures import rename_sets
 from maskft.data.sources import FILE_ENDINGS
 from maskft.training.method_arguments import (
     COMBINED_METHODS,
-    DSD,
     FIXED_MASK_METHODS,
     MASK_METHODS,
     METHODS,
@@ -218,15 +217,6 @@ class Method(SectionWithOptions):
     data: str | None = None  # None: the recipe's first
     last: str | None = None  # name of the model at the end of training beside the best one; None: not kept
     seeds: Seeds | None = None  # None: those of the study
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_full(cls, content: Any) -> Any:
-        if not isinstance(content, dict) or content.get("method") != DSD:
-            return content
-        if content.get("start_mask") is None:
-            raise ValueError(f"method {DSD} trains all weights after a mask; name the mask's method in start_mask")
-        return content | {"method": "full"}
 
     @model_validator(mode="after")
     def _fits_its_method(self) -> Method:
