@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import platform
 import warnings
 from collections.abc import Mapping
@@ -71,6 +72,8 @@ class TrainingArguments(SFTConfig):
     )
 
     def __post_init__(self):
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+            raise UserError("DeepSpeed is not supported; use --accelerate_config fsdp2, which shards as much")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -30,8 +30,7 @@ from .method_arguments import ADAPTER, UNTRAINED_METHODS
 LOCK_WAIT_S = 10  # the workers that load data outlive a killed run by some seconds
 DAMAGED = ".damaged"
 TRAINER_STATE = "trainer_state.json"
-# As the Trainer, FSDP (whole or in shards) and DeepSpeed write it.
-_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+_OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*")  # as the Trainer and FSDP write it
 # What torch says when a file cannot be written; it does not tell why.
 _WRITE_ERRORS = ("iostream", "inline_container", "PytorchStreamWriter", "file write failed", "No space")
 

@@ -11,7 +11,7 @@ from maskft_base.errors import UserError, did_you_mean
 
 from ..tuner.config import MaskConfig
 from .arguments import TrainConfig
-from .launch import check_deepspeed, check_mask_sharding
+from .launch import check_mask_sharding
 from .method_arguments import (
     COMBINED_METHODS,
     FIXED_MASK_METHODS,
@@ -56,7 +56,6 @@ def check_config(config: TrainConfig) -> None:
         raise UserError(f"kl_to_base is a term of the loss, and method {method} is not trained; drop it")
     if method == "mask" or config.method.keep_mask is not None:
         check_mask_sharding()
-    check_deepspeed(training.deepspeed)
     check_trackers(training.report_to)
     check_choice(config)
     # Fixed masks run on one of them, and preparing data on none.

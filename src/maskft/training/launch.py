@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -53,10 +51,9 @@ def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> 
     """
     words = _resolve(launch_words)
     args = launch_command_parser().parse_args([*words, "--module", module, *command])
-    config = _read_config(args.config_file) if args.config_file else {}
-    ways = (args.multi_gpu, args.use_fsdp, args.use_deepspeed, args.tpu, args.use_megatron_lm)
-    is_alone = config.get("distributed_type") in (None, "NO") and not any(ways) and torch.cuda.device_count() < 2
-    if (args.num_processes or 1) > 1 and is_alone:
+    kind = _read_config(args.config_file).get("distributed_type") if args.config_file else None
+    is_shared = kind not in (None, "NO") or args.multi_gpu or args.use_fsdp or torch.cuda.device_count() > 1
+    if (args.num_processes or 1) > 1 and not is_shared:
         # accelerate would start one process and say nothing.
         raise UserError(
             f"num_processes is {args.num_processes}, but not how they share work: add --accelerate_config fsdp2, or "
@@ -97,7 +94,7 @@ def _resolve(words: Sequence[str]) -> list[str]:
     try:
         return resolve_accelerate_config_argument(list(words))
     except ValueError as error:
-        raise UserError(f"{error} TRL's are fsdp2, multi_gpu, single_gpu, zero1 and zero2") from error
+        raise UserError(f"{error} TRL's are fsdp2, multi_gpu and single_gpu") from error
 
 
 def _read_config(file: str) -> dict:
@@ -107,51 +104,15 @@ def _read_config(file: str) -> dict:
     return config
 
 
-# In the launched processes, by what the launcher put into their environment
-
-
-def check_deepspeed(config: str | dict | None = None) -> None:
-    """Refuse ZeRO-3, asked for by the launcher or by ``config``, before anything asks for DeepSpeed itself.
-
-    Args:
-        config: A configuration of DeepSpeed, or its JSON file.
-    """
-    stages = [_zero_stage(config)]
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        stages.append(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"))
-        stages.append(_zero_stage(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")))
-    if "3" in map(str, stages):
-        raise UserError(
-            "ZeRO-3 is not supported: it gathers a parameter only for the module that owns it, and the scores of a "
-            "mask are read by their parent; use --accelerate_config fsdp2, which shards as much"
-        )
-
-
-def _zero_stage(config: str | dict | None) -> int | str | None:
-    if isinstance(config, str) and Path(config).is_file():
-        try:
-            config = json.loads(Path(config).read_text())
-        except ValueError as error:
-            raise UserError(f"{config} is not JSON: {error}") from error
-    stage = config.get("zero_optimization") if isinstance(config, dict) else None
-    return stage.get("stage") if isinstance(stage, dict) else None
-
-
 def check_mask_sharding() -> None:
     """Refuse ways of sharding that other methods may use and a mask may not: FSDP1, and checkpoints in shards."""
     if not uses_fsdp():
         return
     if os.environ.get("FSDP_VERSION", "1") == "1":
-        raise UserError(
-            "FSDP1 is not supported for masks: it flattens scores and weights into one vector; use --accelerate_config "
-            "fsdp2"
-        )
-    state_dict_type = os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
-    if state_dict_type.upper() != "FULL_STATE_DICT":
-        raise UserError(
-            f"fsdp_state_dict_type is {state_dict_type}; an adapter is written from gathered scores, so it must be "
-            "FULL_STATE_DICT"
-        )
+        raise UserError("FSDP1 flattens scores and weights into one vector; use --accelerate_config fsdp2")
+    kind = os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    if kind.upper() != "FULL_STATE_DICT":
+        raise UserError(f"fsdp_state_dict_type is {kind}; an adapter is written whole, so it must be FULL_STATE_DICT")
 
 
 def let_cpu_shard() -> None:

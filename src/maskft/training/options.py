@@ -29,7 +29,7 @@ usage: maskft train [--config RECIPE.yaml] [--OPTION VALUE ...]
 Train a mask, another adapter or all weights. Options come from a recipe (lines of `name: value`)
 and from flags, which win. These are the options most people set; --help_all shows all, among them
 every option of TRL's SFTConfig and ModelConfig under TRL's name. On several GPUs, options of
-accelerate launch are taken too, and --accelerate_config: fsdp2, multi_gpu, zero2, or a file."""
+accelerate launch are taken too, and --accelerate_config: fsdp2, multi_gpu, or a file."""
 
 # What people set.
 _USUAL = {

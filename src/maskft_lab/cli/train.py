@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     """Parse ``--config recipe.yaml`` and flags (flags win), then train, in several processes if that is asked for."""
-    from maskft.training.launch import check_deepspeed, is_launched, launch
+    from maskft.training.launch import is_launched, launch
     from maskft.training.options import help_text, parse_words
     from maskft_base.runtime import silence
 
@@ -20,7 +20,6 @@ def main(argv: Sequence[str]) -> None:
     if not {"-h", "--help", "--help_all"}.isdisjoint(argv):
         print(help_text(is_long="--help_all" in argv))
         return
-    check_deepspeed()
     config, launch_words, train_words = parse_words(argv)
     if not launch_words or is_launched():
         from maskft.training.train import train
