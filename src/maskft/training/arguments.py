@@ -141,7 +141,9 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.training.learning_rate is None:
-            self.training.learning_rate = default_learning_rate(self.method.method, vars(self.mask))
+            training = copy.copy(self.training)  # the caller's own stays as it is
+            training.learning_rate = default_learning_rate(self.method.method, vars(self.mask))
+            object.__setattr__(self, "training", training)
 
 
 def with_accumulation(args: TrainingArguments) -> TrainingArguments:
@@ -173,6 +175,7 @@ def trainer_arguments(args: TrainingArguments, is_resumed: bool) -> TrainingArgu
             args.max_length = None  # TRL would have to cut rows to it, and refuses
     if args.run_name is None:
         args.run_name = args.output_dir  # by which trackers continue the line of a resumed run
+    args.use_cache = True  # in what is saved, for generation; steps and measurements say that they use none
     args.save_total_limit = None  # `Checkpoints` deletes the oldest, once a new one is whole
     if is_resumed:
         args.eval_on_start = False  # it was measured before the first step; the checkpoint knows it

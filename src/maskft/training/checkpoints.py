@@ -354,19 +354,7 @@ def save_final(
     with agreed_masks(model):
         state = trainable_state(model) if trainer is not None and trainer.is_fsdp_enabled else None
         if runtime.is_main():
-            with _cached_generation(model.config):
-                model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
-
-
-@contextmanager
-def _cached_generation(config):
-    """Save inside with ``use_cache``, which trainers switch off where they recompute activations."""
-    before = getattr(config, "use_cache", None)
-    if before is False:
-        config.use_cache = True
-    yield
-    if before is False:
-        config.use_cache = False
+            model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
 
 
 @contextmanager

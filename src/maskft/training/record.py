@@ -142,16 +142,10 @@ def make_record(
     )
 
 
-def summarise(trainer: MaskTrainer, method: str, seconds: float, reference_loss: float | None) -> TrainingSummary:
-    """Sum up a run that has ended.
-
-    Args:
-        trainer: What trained.
-        method: The method.
-        seconds: How long it took.
-        reference_loss: Held-out loss without the mask; None for other methods.
-    """
+def summarise(trainer: MaskTrainer, method: str, seconds: float) -> TrainingSummary:
+    """Sum up a run of ``method`` that has ended, after ``seconds``."""
     state, model = trainer.state, trainer.model
+    without_mask = trainer.reference.loss if trainer.reference else None
     losses = {row["step"]: row["eval_loss"] for row in state.log_history if "eval_loss" in row}
     best_step = next(reversed(losses), None)
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
@@ -161,7 +155,7 @@ def summarise(trainer: MaskTrainer, method: str, seconds: float, reference_loss:
     layers = adapter_layers(model, ADAPTER) if method in MASK_METHODS else {}
     return TrainingSummary(
         method=method,
-        start_loss=reference_loss if reference_loss is not None else next(iter(losses.values()), None),
+        start_loss=without_mask if without_mask is not None else next(iter(losses.values()), None),
         best_loss=losses.get(best_step),
         best_step=best_step,
         end_loss=next(reversed(losses.values()), None),

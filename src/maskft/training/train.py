@@ -13,7 +13,6 @@ from rich.console import Console
 from maskft_base import files, runtime
 from maskft_base.errors import NotFiniteError
 
-from ..adapter.mask_set import MaskSet
 from ..data.prepared import Prepared
 from ..loss import HeldoutLoss
 from ..tuner import MaskConfig
@@ -21,16 +20,13 @@ from ..tuner.card import write_card
 from .arguments import TrainConfig, with_accumulation
 from .build import build_model, load_base, load_data, load_tokenizer_of
 from .calibration import start_on_data
-from .callbacks import KeepLast, Reference
 from .checkpoints import Checkpoints, check_disk_space, held_output, save_final
 from .checks import check_config, check_processes
 from .combined import combine
 from .describe import describe, report
 from .fixed_masks import make_fixed_mask
 from .manifest import course_of
-from .masked_start import RemovedStayZero
 from .method_arguments import ADAPTER, COMBINED_METHODS, FIXED_MASK_METHODS
-from .progress import TrainingProgress
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
 from .trainer import MaskTrainer
 from .verdict import HeldoutLosses, check_rows, never_worse
@@ -102,28 +98,19 @@ def fit(
     Raises:
         UserError: If processes hold different things, or the loss is not finite before there is a checkpoint.
     """
-    method, training = config.method, config.training
     check_processes(model, data.train, data.heldout)
-    if training.device.type == "cpu":
+    if config.training.device.type == "cpu":
         runtime.keep_freed_memory()
-    stay_zero = None if method.keep_mask is None else RemovedStayZero(MaskSet.from_adapter(method.keep_mask))
-    trainer = MaskTrainer(model, tokenizer, data, training, checkpoints, stay_zero)
-    progress, reference = TrainingProgress(console), Reference(trainer, console)
-    trainer.add_callback(progress)
-    if method.keep_last:
-        trainer.add_callback(KeepLast(trainer, Path(training.output_dir) / files.LAST))
-    if method.method == "mask":
-        trainer.add_callback(reference)
+    trainer = MaskTrainer(model, tokenizer, data, config, checkpoints, console)
     started, failure = time.perf_counter(), None
     try:
-        with closing(progress), trainer.guard.stop, checkpoints:
+        with closing(trainer.progress), trainer.guard.stop, checkpoints:
             trainer.train(resume_from_checkpoint=checkpoints.resume_from)
         checkpoints.tell_if_finished(trainer.state.max_steps, console)
         failure = trainer.lost_best
     except NotFiniteError as error:
         failure = trainer.back_to_best(error)
-    summary = summarise(trainer, method.method, time.perf_counter() - started, reference.loss)
-    return trainer, summary, failure
+    return trainer, summarise(trainer, config.method.method, time.perf_counter() - started), failure
 
 
 def heldout_loss(model, tokenizer, config: TrainConfig) -> HeldoutLoss:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import save_fsdp_model
+from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
@@ -17,18 +18,20 @@ from trl import SFTTrainer
 from maskft_base import files, runtime
 from maskft_base.errors import NotFiniteError, UserError
 
+from ..adapter.mask_set import MaskSet
 from ..data.prepared import Prepared
 from ..loss import HeldoutLoss, mean_nll
 from ..tuner import MaskConfig, MaskProgress, set_mask_progress
 from ..tuner.card import hub_name
-from .arguments import TrainingArguments, trainer_arguments
-from .callbacks import StepGuard
+from .arguments import TrainConfig, trainer_arguments
+from .callbacks import KeepLast, Reference, StepGuard
 from .checkpoints import Checkpoints, agreed_masks, lost_best, step_of, trainable_state, written_whole
 from .kl import KLToBase
 from .launch import let_cpu_shard
 from .manifest import damage
 from .masked_start import RemovedStayZero
 from .method_arguments import ADAPTER
+from .progress import TrainingProgress
 
 
 class MaskTrainer(SFTTrainer):
@@ -38,28 +41,28 @@ class MaskTrainer(SFTTrainer):
         model: What to train; its adapter, if any, is :data:`ADAPTER`.
         tokenizer: Its tokenizer.
         data: Tokenised rows.
-        training: Arguments of the run.
+        config: The run.
         checkpoints: Those of the run.
-        stay_zero: Holds removed weights at zero, if the method wants that.
+        console: Where progress is shown.
 
     Attributes:
         lost_best: Why the best checkpoint could not be loaded; None: it could, or was not to be.
     """
 
     def __init__(
-        self,
-        model,
-        tokenizer,
-        data: Prepared,
-        training: TrainingArguments,
-        checkpoints: Checkpoints,
-        stay_zero: RemovedStayZero | None = None,
+        self, model, tokenizer, data: Prepared, config: TrainConfig, checkpoints: Checkpoints, console: Console
     ):
-        self.checkpoints, self.stay_zero = checkpoints, stay_zero
+        method, training = config.method, config.training
+        self.checkpoints = checkpoints
         self.lost_best: str | None = None
         self._kl = KLToBase(model, training.kl_to_base) if training.kl_to_base else None
         self._heldout = data.heldout.select_columns(["input_ids", "labels"])
         self._window = (time.perf_counter(), 0)  # when the last line of the log was written, and tokens by then
+        self.guard, self.progress = StepGuard(self), TrainingProgress(console)
+        self.stay_zero = RemovedStayZero(MaskSet.from_adapter(method.keep_mask)) if method.keep_mask else None
+        self.reference = Reference(self, console) if method.method == "mask" else None
+        last = KeepLast(self, Path(training.output_dir) / files.LAST) if method.keep_last else None
+        callbacks = (MaskProgress(), self.guard, self.stay_zero, self.progress, last, self.reference)
         template = tokenizer.chat_template
         super().__init__(
             model=model,
@@ -67,13 +70,11 @@ class MaskTrainer(SFTTrainer):
             processing_class=tokenizer,
             train_dataset=data.train.select_columns(["input_ids", "labels"]),
             eval_dataset=self._heldout,
+            callbacks=[callback for callback in callbacks if callback is not None],
         )
         tokenizer.chat_template = template  # TRL has read its file again, without chat_template_kwargs
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.guard = StepGuard(self)
-        for callback in (MaskProgress(), self.guard, *([stay_zero] if stay_zero else [])):
-            self.add_callback(callback)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, also for FSDP on CPUs."""
