@@ -67,8 +67,7 @@ def rows_of(case: dict, folder: Path) -> dict:
         out[name] = len(rows)
         for key, value in content.items():
             out[f"{name} {key}"] = hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-    report = splits.report.to_dict()
-    return out | {key: report[key] for key in ("read", "dropped_overlap")}
+    return out | {key: getattr(splits.report, key) for key in ("read", "dropped_overlap")}
 
 
 @pytest.mark.parametrize("case", CASES)

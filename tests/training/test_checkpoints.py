@@ -148,12 +148,6 @@ def test_names_of_files_do_not_steer_the_terminal(train, out):
     assert status == 0 and "\x1b" not in err and r"a\x1b[2J.pt was added to it" in err
 
 
-def test_a_named_checkpoint_is_checked_too(train, out):
-    (out / "checkpoint-2" / "scheduler.pt").unlink()
-    status, err = train(resume_from_checkpoint=out / "checkpoint-2")
-    assert status == 2 and "checkpoint-2' is damaged: scheduler.pt is missing; --resume_from_checkpoint true" in err
-
-
 def test_no_whole_checkpoint(train, out, finished):
     for step in (0, 2, 4):
         zero(out / f"checkpoint-{step}" / "optimizer.pt")
@@ -299,22 +293,20 @@ def test_one_weight_of_the_base_is_another(train, base, out, tmp_path):
     assert status == 2 and "base: " in err
 
 
-@pytest.mark.parametrize("how", ["true", "auto", "PATH"])
+@pytest.mark.parametrize("how", ["true", "auto"])
 def test_a_mask_is_not_replaced_by_one_of_another_method(how, train, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "out")
     mask = (finished / ADAPTER_WEIGHTS).read_bytes()
-    how = tmp_path / "out" / "checkpoint-4" if how == "PATH" else how
     for method in ("random_mask", "full"):
         status, err = train(method=method, resume_from_checkpoint=how)
         assert status == 2 and err.count("maskft: error") == 1, err
     assert (tmp_path / "out" / ADAPTER_WEIGHTS).read_bytes() == mask
 
 
-@pytest.mark.parametrize("how", ["true", "auto", "PATH"])
-def test_a_checkpoint_of_other_processes_is_refused(how, train, out):
+def test_a_checkpoint_of_other_processes_is_refused(train, out):
     manifest = json.loads((out / "checkpoint-4" / MANIFEST).read_text())
     (out / "checkpoint-4" / MANIFEST).write_text(json.dumps({**manifest, "num_processes": 2}))
-    status, err = train(resume_from_checkpoint=out / "checkpoint-4" if how == "PATH" else how)
+    status, err = train(resume_from_checkpoint="auto")
     assert status == 2
     assert "checkpoint-4' was written by 2 processes, and this run has 1; resume with as many" in err
 
@@ -492,31 +484,15 @@ def test_a_file_that_is_larger_than_a_process_may_write(train, out, finished):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (6 * numel, before[1]))  # room for the scores, not for two moments
     try:
-        status, err = train(resume_from_checkpoint=out / "checkpoint-2")
+        status, err = train(resume_from_checkpoint="true")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert status == 2 and "Traceback" not in err
-    pattern = (
-        r"checkpoint-4/optimizer.pt cannot be written \(.+\): no file may be larger than .* \(ulimit -f\), and it has"
-    )
+    pattern = r"checkpoint-4/optimizer.pt cannot be written \(.+\): it needs .*, and .* are free"
     assert re.search(pattern, err), err
     assert not (out / "checkpoint-4").exists() and damage(out / "checkpoint-2") is None
     assert train(resume_from_checkpoint="true")[0] == 0
     assert same_result(out, finished)
-
-
-def test_links_in_the_output_folder_are_refused(train, out, tmp_path):
-    """They would be written through, into files of someone else; a folder that is a link itself is fine."""
-    (tmp_path / "precious").write_text("keep")
-    (out / "tokenizer_config.json").unlink()
-    (out / "tokenizer_config.json").symlink_to(tmp_path / "precious")
-    status, err = train(resume_from_checkpoint="auto")
-    assert status == 2 and "holds a link, 'tokenizer_config.json', through which" in err
-    assert (tmp_path / "precious").read_text() == "keep" and not (out / TRAIN_LOCK).exists()
-    for name, target in (("nothing", "nowhere"), ("loop", "loop")):
-        (tmp_path / name).symlink_to(tmp_path / target)
-        status, err = train(name)
-        assert status == 2 and "is a link to nothing; remove it" in err and "Traceback" not in err
 
 
 def test_a_checkpoint_that_is_made_whole_slowly_takes_no_later_one_with_it(train, tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def prepare(
 def _prepare(args: DataArguments, tokenizer, how: Mapping[str, Any]) -> Prepared:
     train_rows, heldout_rows, report = load_splits(args, args.split_seed, tokenizer, how["text_field"])
     train, heldout = (tokenize_dataset(rows, tokenizer, **how) for rows in (train_rows, heldout_rows))
-    return Prepared(train_rows, heldout_rows, train, heldout, {"text": str(report), "counts": report.to_dict()})
+    return Prepared(train_rows, heldout_rows, train, heldout, {"text": str(report), "counts": asdict(report)})
 
 
 def _keep(folder: Path, args: DataArguments, tokenizer, how: Mapping[str, Any]) -> None:

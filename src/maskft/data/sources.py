@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import zlib
@@ -14,7 +13,7 @@ from typing import Any
 import datasets
 import pyarrow
 from datasets import Dataset
-from pyarrow import parquet
+from pyarrow import csv, parquet
 
 from maskft_base.errors import UserError, did_you_mean, first_line
 from maskft_base.files import is_there, open_text, parse_json
@@ -49,29 +48,16 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
             batches = parquet.ParquetFile(path).iter_batches()
             yield from numbered(row for batch in batches for row in batch.to_pylist())
         elif name.endswith(".csv"):
-            yield from _csv_rows(path)
+            how = {"parse_options": csv.ParseOptions(newlines_in_values=True)}
+            as_text = dict.fromkeys(csv.read_csv(path, **how).column_names, pyarrow.string())
+            rows = csv.read_csv(path, convert_options=csv.ConvertOptions(column_types=as_text), **how)
+            yield from numbered(rows.to_pylist())
         else:
             yield from _json_rows(path)
     except UnicodeDecodeError as error:
         raise UserError(f"data file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:  # gzip's errors are among these
         raise UserError(f"data file {path} cannot be read: {first_line(error)}") from None
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Rows of text; the first line names the columns."""
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise UserError(
-                        f"data file {path} has {len(reader.fieldnames or ())} columns, and others in the row that ends "
-                        f"in line {reader.line_num}; put text with commas in double quotes"
-                    )
-                yield f"line {reader.line_num}", row
-        except csv.Error as error:
-            raise UserError(f"data file {path} is not CSV at line {reader.line_num}: {error}") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:

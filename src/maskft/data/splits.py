@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ from maskft_base.files import digest
 from .arguments import DataArguments, check_sizes
 from .formats import OPTIONAL_COLUMNS, Row
 from .mixtures import Reader, ReadSet, load_examples, mix
-from .registry import TRAINING_SETS
 from .sources import is_hub_name
 
 
@@ -42,11 +41,6 @@ class SplitReport:
         text = f"read {self.read:,} rows{f' ({mixture})' if len(self.taken) > 1 else ''}: "
         text += f"{self.train:,} to train on, {self.heldout:,} held out; "
         return text + f"{self.dropped_overlap:,} left out of training because their prompt is held out"
-
-    def to_dict(self) -> dict:
-        """Return it as JSON-able values, with the published number of samples of the sets that have one."""
-        published = {name: TRAINING_SETS[name].num_published for name in self.taken if name in TRAINING_SETS}
-        return asdict(self) | {"num_published": published}
 
 
 class Splits(NamedTuple):

@@ -63,7 +63,7 @@ class TrainingArguments(SFTConfig):
         "which is added to the loss. The base is the model without its adapter; with full, a frozen copy.",
     )
     resume_from_checkpoint: str | None = option(
-        None, "true, auto (if there is a checkpoint), or the folder of a checkpoint."
+        None, "true: from the newest complete checkpoint of output_dir; auto: the same, if there is one."
     )
     global_batch_size: int | None = option(
         None,

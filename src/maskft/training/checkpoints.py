@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,7 +42,6 @@ def held_output(args: SFTConfig, method: str, console: Console) -> Iterator[str 
 
     The main process looks; what it finds, or its error, is that of every process.
     """
-    runtime.decided_by_main(lambda: check_no_links(Path(args.output_dir)))
     hold = files.held(Path(args.output_dir), files.TRAIN_LOCK, LOCK_WAIT_S, "run")
     is_ours = runtime.decided_by_main(lambda: hold.__enter__().is_left_over)
     try:
@@ -51,18 +49,6 @@ def held_output(args: SFTConfig, method: str, console: Console) -> Iterator[str 
     finally:
         if runtime.is_main():
             hold.__exit__(None, None, None)
-
-
-def check_no_links(folder: Path) -> None:
-    """Refuse an output folder that is a link to nothing, or holds links, which would be written through."""
-    if folder.is_symlink() and not folder.exists():
-        raise UserError(f"output_dir {str(folder)!r} is a link to nothing; remove it, or name another folder")
-    link = next((path for path in sorted(folder.rglob("*")) if path.is_symlink()), None)
-    if link is not None:
-        raise UserError(
-            f"output_dir {str(folder)!r} holds a link, {str(link.relative_to(folder))!r}, through which other files "
-            "would be overwritten; remove it, or name another folder"
-        )
 
 
 def prepare_output_dir(args: SFTConfig, method: str, is_ours: bool, console: Console) -> str | None:
@@ -87,14 +73,13 @@ def prepare_output_dir(args: SFTConfig, method: str, is_ours: bool, console: Con
                 "--resume_from_checkpoint true"
             )
         return None
-    is_path = resume not in ("auto", "true", "1")
+    if resume not in ("auto", "true", "1"):
+        raise UserError(f"resume_from_checkpoint is {args.resume_from_checkpoint!r}; write true, or auto")
     if method in UNTRAINED_METHODS and resume != "auto":
         raise UserError(f"method {method} is not trained, there is nothing to resume; drop --resume_from_checkpoint")
     _check_owner(folder, there, method, is_ours)
     if method in UNTRAINED_METHODS:
         return None
-    if is_path:
-        return _named_checkpoint(Path(args.resume_from_checkpoint), args)
     last = _last_whole_checkpoint(folder, args, console)
     if last is None and resume != "auto":
         hint = "; those of save_only_model hold no optimizer" if args.save_only_model else ""
@@ -119,23 +104,6 @@ def _check_owner(folder: Path, there: list[str], method: str, is_ours: bool) -> 
     other = files.read_json(record)["summary"]["method"] if record.is_file() else method
     if other != method:
         raise UserError(f"output_dir {str(folder)!r} holds a run of method {other}, not {method}; name another folder")
-
-
-def _named_checkpoint(checkpoint: Path, args: SFTConfig) -> str:
-    if not checkpoint.is_dir():
-        raise UserError(f"resume_from_checkpoint {str(checkpoint)!r} is not a folder")
-    problem = damage(checkpoint)
-    if problem:
-        raise UserError(
-            f"{str(checkpoint)!r} is damaged: {problem}; --resume_from_checkpoint true takes the newest whole one"
-        )
-    _check_processes(checkpoint, args)
-    if not _has_optimizer(checkpoint):
-        raise UserError(
-            f"{str(checkpoint)!r} cannot be resumed from, it has no optimizer; to start from its weights, name it as "
-            "the model"
-        )
-    return str(checkpoint)
 
 
 def _last_whole_checkpoint(folder: Path, args: SFTConfig, console: Console) -> str | None:
@@ -309,21 +277,10 @@ def written_whole(folder: Path, file: str, num_bytes: int) -> Iterator[None]:
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             shutil.rmtree(folder, ignore_errors=True)
         raise UserError(
-            f"{folder / file} cannot be written ({first_line(error)}): {_why_not_written(folder.parent, num_bytes)}, "
-            "then resume with --resume_from_checkpoint true"
+            f"{folder / file} cannot be written ({first_line(error)}): it needs {files.size(num_bytes)}, and "
+            f"{files.size(shutil.disk_usage(folder.parent).free)} are free; make room, or raise ulimit -f, then resume "
+            "with --resume_from_checkpoint true"
         ) from error
-
-
-def _why_not_written(folder: Path, num_bytes: int) -> str:
-    """What keeps ``num_bytes`` from being written to ``folder``, and what to do."""
-    limit, free = resource.getrlimit(resource.RLIMIT_FSIZE)[0], shutil.disk_usage(folder).free
-    if limit != resource.RLIM_INFINITY and limit < num_bytes + 2**20:  # and what stands around the tensors
-        return (
-            f"no file may be larger than {files.size(limit)} (ulimit -f), and it has {files.size(num_bytes)}; raise it"
-        )
-    if free < num_bytes + 2**20:
-        return f"it needs {files.size(num_bytes)}, and {files.size(free)} are free; make room"
-    return "check that the disk can be written to"
 
 
 def check_disk_space(model, args: SFTConfig) -> None:
