@@ -460,20 +460,10 @@ def test_copies_of_test_rows_are_not_tuned_on(content, data, tmp_path, capsys):
         (lambda c: c["methods"]["full"]["tune"].update(double="optim"), "cannot double optim"),
         (lambda c: c["methods"]["full"]["tune"].update(learning_rate=[1.0, 1.0]), "stands there twice"),
         (lambda c: c.update(tune_seeds=[7]), "none of the seeds"),
-        (
-            lambda c: c["methods"]["mask"].update(tune={"learning_rate": [1.0]}, mask_sparsity_auto=True),
-            "method 'mask': tune compares losses at the size that is trained",
-        ),
         (lambda c: c["train"].update(eval_strategy="no"), "tune chooses by held-out loss, and eval_strategy is no"),
         (
             lambda c: c["methods"]["full"]["tune"].update(double="num_train_epochs"),
             "tune is of num_train_epochs, and max_steps 2 decides the length",
-        ),
-        (
-            lambda c: c["methods"].update(
-                sized={"method": "mask", "mask_sparsity_auto": True, "mask_selection": "logit"}
-            ),
-            "run 'sized, seed 0': mask_sparsity_auto goes with mask_selection topk",
         ),
         (
             lambda c: c["methods"].update(l1={"method": "l1_mask", "from": "full", "mask_selection": "logit"}),
@@ -505,7 +495,6 @@ def test_a_mistake_is_one_line(content, change, message):
         {"method": "interpolate"},
         {"method": "dare"},
         {"method": "random_mask", "match": "mask", "num_candidates": 2},
-        {"method": "mask", "mask_sparsity_auto": True},
     ],
 )
 def test_what_chooses_without_tuning_takes_no_test_rows_either(content, chooses):

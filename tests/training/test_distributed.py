@@ -16,7 +16,6 @@ import tiny
 from maskft.adapter.mask_set import MaskSet
 from maskft.training.checkpoints import checkpoints_in, step_of
 from maskft.training.manifest import damage, read_manifest
-from maskft.training.record import read_record
 from maskft.training.verdict import read_heldout
 from maskft_base.files import ADAPTER_WEIGHTS, LAST, MANIFEST, TRAINING
 from maskft_lab.cli.main import main
@@ -217,22 +216,6 @@ def test_fsdp2_in_bfloat16_with_recomputed_activations(arguments, tmp_path):
     assert losses(many) == pytest.approx(losses(one), abs=0.02)
     expected, found = MaskSet.from_adapter(one / LAST), MaskSet.from_adapter(many / LAST)
     assert all(found[name].sum() == expected[name].sum() for name in expected)
-
-
-@pytest.mark.slow
-def test_the_size_of_a_sharded_mask_is_chosen_as_that_of_a_whole_one(arguments, tmp_path):
-    one, many = tmp_path / "one", tmp_path / "many"
-    settings = {"mask_sparsity_auto": True, "keep_last": None}
-    assert main(arguments(output_dir=one, **settings)) == 0
-    words = arguments(output_dir=many, accelerate_config="fsdp2", **settings, **LAUNCH)
-    result = call(["maskft_lab.cli.main", *words])
-    assert result.returncode == 0, result.stderr
-    expected, found = read_record(one).verdict, read_record(many).verdict
-    pairs = zip(found.budgets, expected.budgets, strict=True)
-    assert all(a.nll == pytest.approx(b.nll, abs=1e-4) and a.sparsity == b.sparsity for a, b in pairs)
-    assert len({round(budget.nll, 6) for budget in found.budgets}) == len(found.budgets)
-    assert found.sparsity == expected.sparsity and found.difference == pytest.approx(expected.difference, abs=1e-4)
-    assert (many / ADAPTER_WEIGHTS).read_bytes() == (one / ADAPTER_WEIGHTS).read_bytes()
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path
     [
         ({"mask_price": 1.0}, "price=1.0 has no effect with selection='topk'"),
         ({"mask_sparsity_ramp": -0.1}, "sparsity_ramp is -0.1; it is a share of training"),
-        ({"mask_sparsity": "auto"}, "invalid float value: 'auto'; mask_sparsity_auto true chooses it"),
+        ({"mask_sparsity": "auto"}, "invalid float value: 'auto'"),
         ({"mask_sparsity": 1.0}, "sparsity is 1.0; it is the fraction of weights removed"),
         (
             {"mask_selection": "logit", "mask_init_scores": "constant", "mask_init_value": 0},

@@ -19,7 +19,6 @@ from .method_arguments import (
     PEFT,
     UNTRAINED_METHODS,
     MethodArguments,
-    mask_config,
 )
 from .peft_config import adapter_config
 
@@ -32,7 +31,6 @@ _ONLY_WITH = {
     "start_mask": ("full",),
     "match_adapter": FIXED_MASK_METHODS,
     "num_candidates": ("random_mask",),
-    "mask_sparsity_auto": ("mask",),
     "before_model": tuple(COMBINED_METHODS),
     "combine_values": tuple(COMBINED_METHODS),
 }
@@ -57,7 +55,6 @@ def check_config(config: TrainConfig) -> None:
     if method == "mask" or config.method.keep_mask is not None:
         check_mask_sharding()
     check_trackers(training.report_to)
-    check_choice(config)
     # Fixed masks run on one of them, and preparing data on none.
     if method == "mask" and not config.data.prepare_only and training.n_gpu > 1:
         raise UserError(
@@ -104,18 +101,6 @@ def check_quantised(method: str) -> None:
             f"method {method} changes weights, which quantised ones do not let: name the unquantised model, without "
             "load_in_4bit and load_in_8bit"
         )
-
-
-def check_choice(config: TrainConfig) -> None:
-    """Refuse what held-out rows cannot choose: the size of a mask that has no given one."""
-    method, training = config.method, config.training
-    selection = mask_config(config.mask).selection if method.mask_sparsity_auto else "topk"
-    if selection != "topk":
-        raise UserError(
-            f"mask_sparsity_auto goes with mask_selection topk, which removes a given share, not with {selection}"
-        )
-    if method.mask_sparsity_auto and training.eval_strategy == "no":
-        raise UserError("mask_sparsity_auto chooses on held-out rows, and eval_strategy is no; set it to steps")
 
 
 def check_method(args: MethodArguments) -> None:

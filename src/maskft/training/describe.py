@@ -16,18 +16,12 @@ from ..data.prepared import Prepared
 from ..tuner import MaskConfig, adapter_layers
 from ..tuner.learners import is_free
 from .arguments import TrainConfig
-from .method_arguments import ADAPTER, UNTRAINED_METHODS, mask_config
+from .method_arguments import ADAPTER, UNTRAINED_METHODS
 from .record import TrainingSummary
 from .verdict import Verdict
 
 
-def describe(
-    model,
-    tokenizer,
-    data: Prepared,
-    config: TrainConfig,
-    console: Console,
-) -> None:
+def describe(model, tokenizer, data: Prepared, config: TrainConfig, console: Console) -> None:
     """Print the resolved numbers a person checks before a long run.
 
     Raises:
@@ -104,14 +98,12 @@ def _report_verdict(summary: TrainingSummary, verdict: Verdict | None, config: T
     folder = config.training.output_dir
     if verdict is None:
         console.print(f"saved to {folder}; too few held-out rows to say whether the mask is better than no mask")
-        return
-    if verdict.is_better:
+    elif verdict.is_better:
         console.print(
             f"{verdict}. These rows chose the step too: maskft evaluate and compare tell whether it holds on new ones. "
             f"Saved in {folder}"
         )
-        return
-    if verdict.kept:
+    elif verdict.kept:
         console.print(f"{verdict}. Saved in {folder} anyway")
     else:
         console.print(f"{verdict}. Saved in {folder}: an adapter that removes nothing.")
@@ -121,18 +113,3 @@ def _report_verdict(summary: TrainingSummary, verdict: Verdict | None, config: T
                 f"The mask is in {checkpoint}. To save it anyway, repeat the command with "
                 "--resume_from_checkpoint true --keep_worse true: nothing is trained again"
             )
-    console.print(f"To try next: {_next_step(config)}")
-
-
-def _next_step(config: TrainConfig) -> str:
-    """What may help a mask that is not better than no mask."""
-    mask = mask_config(config.mask)
-    if mask.selection == "topk" and not config.method.mask_sparsity_auto:
-        return (
-            "a smaller mask from the same scores, without training again: repeat the command with "
-            "--resume_from_checkpoint true --mask_sparsity_auto true"
-        )
-    if mask.init_scores in ("magnitude", "wanda", "first_order"):
-        return "train longer, or at another learning_rate"
-    preset = f", without --mask_preset {config.mask.mask_preset}" if config.mask.mask_preset else ""
-    return f"start from the smallest weights: --mask_init_scores magnitude{preset}, at a lower learning_rate"

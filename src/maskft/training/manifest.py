@@ -26,7 +26,7 @@ from .arguments import TrainConfig
 # two of these something else tells: the base of its weights, the accumulation steps of the global batch size.
 FREE = frozenset(
     "output_dir resume_from_checkpoint prepared_data_dir prepare_only keep_last keep_worse "
-    "mask_sparsity_auto model_name_or_path global_batch_size save_total_limit "
+    "model_name_or_path global_batch_size save_total_limit "
     "save_on_each_node push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push "
     "hub_revision logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica "
     "disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id "

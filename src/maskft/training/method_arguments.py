@@ -27,8 +27,6 @@ COMBINED_METHODS = {"interpolate": [n / 10 for n in range(1, 11)], "dare": [0.1,
 UNTRAINED_METHODS = (*FIXED_MASK_METHODS, *COMBINED_METHODS)
 PEFT = "peft"  # an adapter of PEFT's, which peft_config says
 METHODS = ("full", PEFT, *MASK_METHODS, *COMBINED_METHODS)
-# Shares that mask_sparsity_auto measures beside the one that was trained, all from the scores of one training.
-BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 
 # What decides how a mask is learned, and nothing of one that is drawn or ranked.
 LEARNER_OPTIONS = frozenset(
@@ -121,11 +119,6 @@ class MethodArguments:
         "Write the mask also when it is not better than no mask on the held-out rows. Default: an adapter "
         "that removes nothing is written instead.",
     )
-    mask_sparsity_auto: bool = option(
-        False,
-        "Train at mask_sparsity, then measure masks of 0 to 50 %% from the trained scores on one half of "
-        "the held-out rows and keep the best; the other half judges it.",
-    )
     keep_last: bool = option(False, "Also save the model as the last step left it, in the folder `last` of output_dir.")
 
     def __post_init__(self) -> None:
@@ -161,12 +154,6 @@ def selection_of(options: Mapping[str, Any]) -> str:
 def removes_a_share(options: Mapping[str, Any]) -> bool:
     """Whether the mask is cut at a rank."""
     return selection_of(options) == "topk"
-
-
-def sizes_measured(options: Mapping[str, Any]) -> list[float]:
-    """Sizes among which held-out rows choose that of a mask; one without ``mask_sparsity_auto``."""
-    trained = float(options.get("mask_sparsity") or PRESETS["recommended"]["sparsity"])
-    return sorted({*BUDGETS, trained}) if options.get("mask_sparsity_auto") else [trained]
 
 
 def default_start(options: Mapping[str, Any]) -> ScoreStart:

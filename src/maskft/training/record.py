@@ -12,13 +12,12 @@ from maskft_base.files import FileModel, read_json, read_model
 
 from ..data.mixtures import hub_ids
 from ..data.prepared import Prepared
-from ..data.splits import prompt_digest
 from ..tuner import adapter_layers
 from .arguments import TrainConfig
 from .checkpoints import step_of
 from .method_arguments import ADAPTER, MASK_METHODS
 from .trainer import MaskTrainer
-from .verdict import HeldoutLosses, Verdict
+from .verdict import Verdict
 
 # Of TRL's hundreds of arguments, those that decide what is learned.
 _RECORDED = (
@@ -86,7 +85,7 @@ class TrainingRecord(FileModel):
     Attributes:
         summary: What the run did.
         recipe: How it was trained: what decides the outcome, and every other setting that is not a default.
-        data: Counts of rows read, kept and left out, and the rows that chose the checkpoint.
+        data: Counts of rows read, kept and left out.
         environment: Versions and machine.
         verdict: Of a mask: whether it is better than its parent, and whether it was written.
     """
@@ -112,7 +111,6 @@ def make_record(
     config: TrainConfig,
     summary: TrainingSummary,
     data: Prepared,
-    losses: HeldoutLosses | None,
     verdict: Verdict | None,
 ) -> TrainingRecord:
     """The record of a run."""
@@ -129,14 +127,10 @@ def make_record(
     recipe |= {"best_step": summary.best_step, "best_heldout_loss": summary.best_loss}
     if verdict is not None:
         recipe["verdict"] = f"{verdict}{'' if verdict.kept else '; so this adapter removes nothing'}"
-    selected = {}
-    if losses is not None and losses.chose_sparsity:
-        chose = [row for row in data.heldout_rows if str(row["id"]) in set(losses.chose_sparsity)]
-        selected["selected_on"] = {str(row["id"]): prompt_digest(row) for row in chose}
     return TrainingRecord(
         summary=summary,
         recipe={name: _plain(value) for name, value in recipe.items()},
-        data={**data.report["counts"], **selected},
+        data=data.report["counts"],
         environment=runtime.environment(),
         verdict=verdict,
     )

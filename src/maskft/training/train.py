@@ -29,7 +29,7 @@ from .manifest import course_of
 from .method_arguments import ADAPTER, COMBINED_METHODS, FIXED_MASK_METHODS
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
 from .trainer import MaskTrainer
-from .verdict import HeldoutLosses, check_rows, never_worse
+from .verdict import HeldoutLosses, never_worse
 
 
 def train(config: TrainConfig, splits: tuple | None = None, console: Console | None = None) -> TrainingSummary | None:
@@ -62,7 +62,6 @@ def run(config: TrainConfig, splits: tuple | None, resume_from: str | None, cons
     method, training = config.method, config.training
     tokenizer = load_tokenizer_of(config.model, training)
     data = load_data(config.data, training, tokenizer, splits, console)
-    check_rows(method, data)
     model = load_base(config.model, tokenizer, method.method)
     # build and fit
     trainer = failure = None
@@ -81,7 +80,7 @@ def run(config: TrainConfig, splits: tuple | None, resume_from: str | None, cons
     # judge and save
     measure = heldout_loss(model, tokenizer, config) if trainer is None else trainer.heldout_loss()
     losses, verdict = never_worse(model, data, config, measure)
-    record = make_record(config, summary, data, losses, verdict)
+    record = make_record(config, summary, data, verdict)
     save(model, tokenizer, record, losses, training.output_dir, trainer)
     report(summary, verdict, config, failure, console)
     return summary

@@ -17,13 +17,13 @@ from pydantic import ConfigDict
 
 from maskft_base import files
 from maskft_base.errors import UserError
-from maskft_base.files import FileModel, digest, read_json, read_model
+from maskft_base.files import FileModel, read_json, read_model
 
 from ..data.prepared import Prepared
-from ..loss import RowLoss, mean_nll
+from ..loss import RowLoss
 from ..tuner import MaskConfig
 from .arguments import TrainConfig
-from .method_arguments import ADAPTER, BUDGETS, MethodArguments
+from .method_arguments import ADAPTER, MethodArguments
 
 MIN_ROWS = 2  # of a paired interval
 NUM_RESAMPLES = 10_000
@@ -44,28 +44,19 @@ class HeldoutLosses(FileModel):
         num_tokens: Supervised tokens of each row.
         nll: Loss of each row under the best checkpoint, in nats per token; of a mask also where it was not kept.
         parent_nll: Loss without the adapter; None for full fine-tuning, which leaves no parent behind.
-        chose_sparsity: Ids of the rows that chose the mask's size, see ``mask_sparsity_auto``.
         clusters: ``cluster_id`` of each row: rows of one label (questions on one passage) depend on each other; None
             where they have none.
         objective: What was trained for.
     """
 
-    model_config = ConfigDict(allow_inf_nan=True)
+    model_config = ConfigDict(allow_inf_nan=True, extra="ignore")  # earlier versions told more
 
     ids: list[str]
     num_tokens: list[int]
     nll: list[float]
     parent_nll: list[float] | None = None
-    chose_sparsity: list[str] = []
     clusters: list[str] | None = None
     objective: Literal["sft"] = "sft"
-
-
-class Budget(FileModel):
-    """One size of the mask that ``mask_sparsity_auto`` measured."""
-
-    sparsity: float  # fraction removed, in [0, 1)
-    nll: float | None  # nats per token on the rows that choose; None: not finite
 
 
 class Verdict(FileModel):
@@ -78,10 +69,10 @@ class Verdict(FileModel):
         num_rows: Rows compared.
         is_better: Whether the whole interval is below 0.
         kept: Whether the mask was written; False: an adapter that removes nothing was.
-        sparsity: Fraction removed by the mask that was compared; None where ``mask_sparsity_auto`` did not choose it.
-        budgets: The sizes that it was chosen from.
         objective: What was trained for.
     """
+
+    model_config = ConfigDict(extra="ignore")  # earlier versions told more
 
     difference: float | None
     ci_low: float | None
@@ -89,15 +80,10 @@ class Verdict(FileModel):
     num_rows: int
     is_better: bool
     kept: bool
-    sparsity: float | None = None
-    budgets: list[Budget] | None = None
     objective: Literal["sft"] = "sft"
 
     def __str__(self) -> str:
-        size = "" if self.sparsity is None else f" of {100 * self.sparsity:g} %"
-        better = f"the mask{size} is {'' if self.is_better else 'not '}better than no mask"
-        if self.sparsity == 0:
-            better = "no size of the mask is better than no mask"
+        better = f"the mask is {'' if self.is_better else 'not '}better than no mask"
         if self.difference is None:
             return f"{better}: its loss is not finite"
         interval = f"[{self.ci_low:+.4f}, {self.ci_high:+.4f}]"
@@ -126,62 +112,48 @@ def never_worse(
     """
     if config.training.eval_strategy == "no":
         return None, None
-    losses, verdict = judge(model, data, measure, config.method, config.data.split_seed)
+    losses, verdict = judge(model, data, measure, config.method)
     if verdict is not None and not verdict.kept:
         remove_nothing(model)
     return losses, verdict
 
 
-def judge(
-    model, data: Prepared, measure: Measure, method: MethodArguments, seed: int
-) -> tuple[HeldoutLosses, Verdict | None]:
-    """Measure the held-out rows, choose the size of the mask where that is asked for, and compare with the parent.
+def judge(model, data: Prepared, measure: Measure, method: MethodArguments) -> tuple[HeldoutLosses, Verdict | None]:
+    """Measure the held-out rows, and compare with the parent.
 
     Args:
-        model: What was trained or made; the size of its mask is changed in place.
+        model: What was trained or made.
         data: The rows, at least one of them held out.
         measure: Measures held-out rows under ``model``.
         method: The method; masks that are not learned are always kept.
-        seed: Of the half of the rows that chooses the size.
 
     Returns:
         The losses, and the verdict on a mask; None of other methods and of fewer than two rows, or clusters of them.
     """
-    rows, clusters = data.heldout, clusters_of(data)
-    ids = row_ids(rows)
-    units = clusters or ids  # what is resampled as one
-    chosen_by: list[int] = []
-    budgets = parent = None
+    clusters, ids, parent = clusters_of(data), row_ids(data.heldout), None
     config = getattr(model, "peft_config", {}).get(ADAPTER)
     if config is not None:
         with model.disable_adapter():
-            parent = measure(rows)
-    if method.mask_sparsity_auto:
-        chosen_by = choosing_half(units, seed)
-        budgets = choose_sparsity(model, rows.select(chosen_by), measure, [parent[n] for n in chosen_by])
-    losses = measure(rows)
+            parent = measure(data.heldout)
+    losses = measure(data.heldout)
     record = HeldoutLosses(
         ids=ids,
         num_tokens=[count for _, count in losses],
         nll=[nll for nll, _ in losses],
         parent_nll=None if parent is None else [nll for nll, _ in parent],
-        chose_sparsity=[ids[n] for n in chosen_by],
         clusters=clusters,
     )
-    judging = sorted(set(range(len(ids))) - set(chosen_by))
-    if not isinstance(config, MaskConfig) or len({units[n] for n in judging}) < MIN_ROWS:
+    if not isinstance(config, MaskConfig) or len(set(clusters or ids)) < MIN_ROWS:
         return record, None
-    difference, low, high = paired_interval(record, judging)
+    difference, low, high = paired_interval(record)
     is_better = high is not None and high < 0
     return record, Verdict(
         difference=difference,
         ci_low=low,
         ci_high=high,
-        num_rows=len(judging),
+        num_rows=len(ids),
         is_better=is_better,
         kept=is_better or method.keep_worse or method.method != "mask",
-        sparsity=config.sparsity if budgets else None,
-        budgets=budgets,
     )
 
 
@@ -193,18 +165,18 @@ def row_ids(rows: Dataset) -> list[str]:
 # The interval
 
 
-def paired_interval(losses: HeldoutLosses, rows: Sequence[int]) -> tuple[float | None, float | None, float | None]:
-    """Mean difference to the parent over ``rows``, weighted by tokens, and its 95 % interval; None: not finite.
+def paired_interval(losses: HeldoutLosses) -> tuple[float | None, float | None, float | None]:
+    """Mean difference to the parent, weighted by tokens, and its 95 % interval; None: not finite.
 
     A percentile bootstrap of rows, or of clusters of rows; deviations are stretched to the width of a t interval.
     """
     assert losses.parent_nll is not None
-    tokens = np.array([losses.num_tokens[n] for n in rows], dtype=float)
-    sums = tokens * np.array([losses.nll[n] - losses.parent_nll[n] for n in rows])
+    tokens = np.array(losses.num_tokens, dtype=float)
+    sums = tokens * (np.array(losses.nll) - np.array(losses.parent_nll))
     if not np.isfinite(sums).all():
         return None, None, None
     if losses.clusters is not None:
-        units = np.unique([losses.clusters[n] for n in rows], return_inverse=True)[1]
+        units = np.unique(losses.clusters, return_inverse=True)[1]
         sums, tokens = np.bincount(units, sums), np.bincount(units, tokens)
     difference = sums.sum() / tokens.sum()
     deviations = _resampled(sums, tokens) - difference
@@ -235,20 +207,6 @@ def _t_quantile(degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(np.interp(CONFIDENCE * mass[-1], mass, angles))
 
 
-# The size of the mask
-
-
-def check_rows(method: MethodArguments, data: Prepared) -> None:
-    """Refuse, before training, too few held-out rows for a half that chooses the mask's size and one that judges."""
-    clusters = clusters_of(data)
-    count = len(data.heldout) if clusters is None else len(set(clusters))
-    if method.mask_sparsity_auto and count < 2 * MIN_ROWS:
-        raise UserError(
-            f"mask_sparsity_auto has {count} held-out {'rows' if clusters is None else 'clusters of rows'}, one half "
-            f"to choose with and one to judge; hold out at least {2 * MIN_ROWS} (eval_split_size)"
-        )
-
-
 def clusters_of(data: Prepared) -> list[str] | None:
     """``cluster_id`` of each held-out row that is measured; None where no row has one.
 
@@ -267,35 +225,6 @@ def clusters_of(data: Prepared) -> list[str] | None:
     return [found[name] for name in names]
 
 
-def choosing_half(units: Sequence[str], seed: int) -> list[int]:
-    """Positions of the half that chooses, by a seeded hash of ids or of clusters, which stay whole; the rest judges."""
-    ranked = sorted(dict.fromkeys(units), key=lambda unit: digest(f"{seed}/{unit}"))
-    chosen = set(ranked[: len(ranked) // 2])
-    return [n for n, unit in enumerate(units) if unit in chosen]
-
-
-def choose_sparsity(model, rows: Dataset, measure: Measure, parent: list[RowLoss]) -> list[Budget]:
-    """Give the mask the size of the lowest loss on ``rows``, all sizes from its trained scores; 0 removes nothing.
-
-    Returns:
-        What was measured, smallest first.
-    """
-    losses = {0.0: mean_nll(parent)}
-    for sparsity in sorted({*BUDGETS[1:], model.peft_config[ADAPTER].sparsity}):
-        set_sparsity(model, sparsity)
-        losses[sparsity] = mean_nll(measure(rows))
-    finite = {sparsity: loss for sparsity, loss in losses.items() if math.isfinite(loss)}
-    set_sparsity(model, min(finite, key=lambda sparsity: (finite[sparsity], sparsity), default=0.0))
-    return [Budget(sparsity=sparsity, nll=finite.get(sparsity)) for sparsity in losses]
-
-
-def set_sparsity(model, sparsity: float) -> None:
-    """Remove another share by the scores as they are."""
-    config = model.peft_config[ADAPTER]
-    config.sparsity, config.sparsity_ramp = sparsity, 0.0
-    config.preset = None  # it may stand for another share
-
-
 def remove_nothing(model) -> None:
     """Make the adapter one that changes nothing: it removes no weight, and modules trained beside it are reset."""
     config = model.peft_config[ADAPTER]
@@ -303,7 +232,7 @@ def remove_nothing(model) -> None:
     for spec in fields(MaskConfig):
         if spec.name in own:
             setattr(config, spec.name, spec.default)
-    set_sparsity(model, 0.0)
+    config.sparsity = config.sparsity_ramp = 0.0  # by the scores as they are
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             copies = zip(module.modules_to_save[ADAPTER].parameters(), module.original_module.parameters(), strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ class Loaded:
         tokenizer: Its tokenizer.
         facts: What goes into its result file.
         identity: A text that changes with the weights.
-        selected_on: Ids of the held-out rows that it was measured on while it was trained, and hashes of their prompts.
         before: Of `load_changes`, the weights of the base model by name.
     """
 
@@ -58,7 +57,6 @@ class Loaded:
     tokenizer: Any
     facts: dict
     identity: str
-    selected_on: dict[str, str] = field(default_factory=dict)
     before: dict[str, torch.Tensor] | None = None
 
 
@@ -84,19 +82,19 @@ def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
     for number, adapter in enumerate(adapters):
         facts = {"name_or_path": _portable(base_name), "fingerprint": fingerprint}
         if adapter == NO_ADAPTER:
-            model, identity, selected_on = base, fingerprint, _selected_on(base_name)
+            model, identity = base, fingerprint
             tokenizer = load_tokenizer(base_name, *template, revision=revision)
             facts |= _training_facts(base_name)
         else:
             with one_line(adapter, f"does not fit {base_name!r}"):
                 model = PeftModel.from_pretrained(base, adapter)
             sha256 = adapter_sha256(adapter)
-            identity, selected_on = f"{fingerprint}+{sha256}", _selected_on(base_name) | _selected_on(adapter)
+            identity = f"{fingerprint}+{sha256}"
             tokenizer = adapter_tokenizer(adapter, base_name, *template, revision=revision)
             facts |= {"adapter": _portable(adapter), "adapter_sha256": sha256, **_adapter_facts(adapter)}
         check_tokenizer_fits(model, tokenizer)
         facts["config_sha256"] = config_sha256(configuration, tokenizer)
-        yield Loaded(model.to(device).eval(), tokenizer, facts, identity, selected_on)
+        yield Loaded(model.to(device).eval(), tokenizer, facts, identity)
         if model is not base and number + 1 < len(adapters):
             base = model.unload()
             if model_fingerprint(base) != fingerprint:
@@ -134,7 +132,7 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
             tokenizer = adapter_tokenizer(change, base_name, *template, revision=revision)
         facts["config_sha256"] = config_sha256(configuration, tokenizer)
         _set_weights(model, before, after, scale)
-        yield Loaded(model, tokenizer, facts, identity, _selected_on(change), before)
+        yield Loaded(model, tokenizer, facts, identity, before)
 
 
 def _changed(model, before: Mapping[str, torch.Tensor], change: str, dtype: str) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -293,12 +291,6 @@ def _training_facts(folder: str) -> dict:
     """Method and seed of a folder that ``maskft train`` wrote."""
     recipe = _training(folder, "recipe")
     return {key: recipe.get(key) for key in ("method", "seed")} if recipe else {}
-
-
-def _selected_on(folder: str) -> dict[str, str]:
-    """Held-out rows that a run measured while it trained: id -> hash of the prompt."""
-    rows = _training(folder, "data").get("selected_on")
-    return rows if isinstance(rows, dict) else {}
 
 
 def _training(folder: str, part: str) -> dict:

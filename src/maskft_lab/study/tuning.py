@@ -247,11 +247,6 @@ def tune(
     assert method.tune is not None
     if own.get("eval_strategy") == "no":
         raise UserError(f"method {method.name!r}: tune chooses by held-out loss, and eval_strategy is no; drop that")
-    if own.get("mask_sparsity_auto"):
-        raise UserError(
-            f"method {method.name!r}: tune compares losses at the size that is trained, and mask_sparsity_auto changes "
-            "it afterwards, on half of the same rows; drop one of them"
-        )
     if "num_train_epochs" in method.tune.options and (_number(own.get("max_steps")) or 0) > 0:
         raise UserError(
             f"method {method.name!r}: tune is of num_train_epochs, and max_steps {own['max_steps']} decides the length "
@@ -380,7 +375,6 @@ def how_chosen(method: Method, options: Options) -> str | None:
     if method.tune is not None:
         return "tuned"
     chooses = {
-        "mask": bool(options.get("mask_sparsity_auto")),
         "random_mask": (_number(options.get("num_candidates")) or 1) > 1,
         **dict.fromkeys(COMBINED_METHODS, True),
     }
