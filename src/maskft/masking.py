@@ -26,7 +26,7 @@ from torch import Tensor
 from maskft_base.errors import NotFiniteError, UserError
 
 RankBy = Literal["abs", "signed"]
-ScoreStart = Literal["normal", "kaiming_uniform", "constant", "magnitude", "wanda", "first_order"]
+ScoreStart = Literal["normal", "kaiming_uniform", "constant", "magnitude", "wanda"]
 
 
 def topk_mask(scores: Tensor, sparsity: float, rank_by: RankBy = "abs") -> Tensor:

@@ -67,5 +67,3 @@ def test_evaluating_and_merging_are_of_the_full_precision_base(call, base, data,
 def test_what_is_refused(call):
     status, err = call(load_in_4bit=True, method="full")
     assert status == 2 and "method full changes weights, which quantised ones do not let" in err
-    status, err = call(load_in_8bit=True, mask_init_scores="first_order")
-    assert status == 2 and "first_order takes the gradient of the weights" in err

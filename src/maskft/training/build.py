@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from rich.console import Console
@@ -17,8 +19,10 @@ from ..data import tokenize_dataset
 from ..data.arguments import DataArguments
 from ..data.prepared import Prepared, prepare
 from ..models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
-from ..tuner import MaskConfig
+from ..tuner import MaskConfig, start_scores
+from ..tuner.config import DATA_STARTS
 from ..tuner.targets import resolve_targets
+from ..tuner.wanda import wanda_keys
 from .arguments import TrainingArguments
 from .checks import check_quantised
 from .masked_start import set_removed_to_zero
@@ -102,6 +106,23 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelConfig
     adapted = add_adapter(model, config, revision=revision)
     adapted.peft_config[ADAPTER].base_model_name_or_path = source.model_name_or_path
     return adapted
+
+
+def start_on_data(model: PeftModel, rows: Dataset, num_samples: int, device: torch.device) -> None:
+    """Let scores start in the order that ``init_scores`` asks for, if that order needs data.
+
+    Args:
+        model: The model, its adapter not yet trained.
+        rows: Tokenised training rows.
+        num_samples: How many of them to look at, at least 1.
+        device: Where to compute; the model is moved back.
+    """
+    if model.peft_config[ADAPTER].init_scores not in DATA_STARTS:
+        return
+    before = model.device
+    model.to(device).eval()
+    start_scores(model, wanda_keys(model, rows["input_ids"][:num_samples], ADAPTER), ADAPTER)
+    model.to(before).train()
 
 
 def _train_only_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:

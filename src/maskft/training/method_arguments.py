@@ -90,7 +90,7 @@ class MethodArguments:
         "the one with the lowest held-out loss; at least 1.",
     )
     num_calibration_samples: int = option(
-        128, "With wanda_mask and mask_init_scores wanda or first_order: training rows that are looked at; at least 1."
+        128, "With wanda_mask and mask_init_scores wanda: training rows that are looked at; at least 1."
     )
     before_model: str | None = option(
         None, "With interpolate and dare: the model that model_name_or_path was fine-tuned from."

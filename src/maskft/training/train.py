@@ -18,8 +18,7 @@ from ..loss import HeldoutLoss
 from ..tuner import MaskConfig
 from ..tuner.card import write_card
 from .arguments import TrainConfig, with_accumulation
-from .build import build_model, load_base, load_data, load_tokenizer_of
-from .calibration import start_on_data
+from .build import build_model, load_base, load_data, load_tokenizer_of, start_on_data
 from .checkpoints import Checkpoints, check_disk_space, held_output, save_final
 from .checks import check_config, check_processes
 from .combined import combine
