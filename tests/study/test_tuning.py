@@ -493,7 +493,6 @@ def test_a_mistake_is_one_line(content, change, message):
     "chooses",
     [
         {"method": "interpolate"},
-        {"method": "dare"},
         {"method": "random_mask", "match": "mask", "num_candidates": 2},
     ],
 )
@@ -574,7 +573,7 @@ def test_standard_controls_are_methods_at_the_masks_steps(content):
     recipe = parse_recipe(content | {"controls": "standard"})
     assert list(recipe.methods)[:4] == list(methods)
     assert set(recipe.methods) - set(methods) == {
-        "warm restart of full", "annealed full", "interpolated full", "dare full",
+        "warm restart of full", "annealed full", "interpolated full",
         "partial full, layers of mask",
         *(f"{control} of mask" for control in ("random mask", "best of 8 random masks", "L1 mask", "Wanda mask")),
         *(f"{control} of other" for control in ("random mask", "best of 8 random masks", "Wanda mask")),
@@ -588,8 +587,8 @@ def test_standard_controls_are_methods_at_the_masks_steps(content):
     runs = {run.name: run for run in plan.runs if run.seed == 1}
     refit, restart = runs["random damage of mask, refit"], runs["warm restart of full"]
     assert refit.masks == {"start_mask": runs["random mask of mask"]} and refit.num_tried == restart.num_tried == 3
-    tried = ("best of 8 random masks of mask", "interpolated full", "dare full", "mask", "L1 mask of mask")
-    assert [runs[name].num_tried for name in tried] == [8, 10, 5, 2, 0]
+    tried = ("best of 8 random masks of mask", "interpolated full", "mask", "L1 mask of mask")
+    assert [runs[name].num_tried for name in tried] == [8, 10, 2, 0]
     assert refit.options["learning_rate"] == 0.5 * restart.start.options["learning_rate"]
     # Where the mask's steps are tuned, so are those of what is trained beside it.
     methods["mask"] = {"method": "mask", "from": "full", "tune": {"max_steps": [2, 4]}}
@@ -766,11 +765,6 @@ def test_a_study_with_standard_controls_runs_to_its_end(content, tmp_path, in_pr
         ({"method": "full", "from": "full", "keep_mask": "mask", "start_mask": "mask"}, "one of them"),
         ({"method": "full", "from": "full", "keep_mask": "masks"}, "mask"),
         ({"method": "interpolate"}, "name it in `from`"),
-        ({"method": "dare", "from": "full", "combine_values": [1.0]}, r"with dare they are in \[0, 1\)"),
-        (
-            {"method": "full", "from": "full", "combine_values": [0.5]},
-            "combine_values goes with --method interpolate or dare",
-        ),
     ],
 )
 def test_a_mistake_in_what_follows_a_mask_is_one_line(content, method, message):
@@ -782,7 +776,7 @@ def test_a_mistake_in_what_follows_a_mask_is_one_line(content, method, message):
 def test_earlier_abilities_are_measured_beside_the_gain(content, tmp_path, in_process):
     content |= {"seeds": [0], "methods": {"base": {"method": "pretrained"}}}
     content["methods"]["full"] = {"method": "full", "max_steps": 2}
-    content["methods"]["mixed"] = {"method": "interpolate", "from": "full", "combine_values": [0.25, 1.0]}
+    content["methods"]["mixed"] = {"method": "interpolate", "from": "full"}
     earlier = tmp_path / "earlier.jsonl"
     earlier.write_text("\n".join(json.dumps({"prompt": f"{n}+8=", "completion": f"{n + 8}"}) for n in range(80, 90)))
     long = shutil.copytree(content["model"], tmp_path / "long")  # whose context has room for a benchmark's answer

@@ -13,8 +13,8 @@ from ..tuner.config import MaskConfig
 from .arguments import TrainConfig
 from .launch import check_mask_sharding
 from .method_arguments import (
-    COMBINED_METHODS,
     FIXED_MASK_METHODS,
+    INTERPOLATE,
     MASK_METHODS,
     PEFT,
     UNTRAINED_METHODS,
@@ -31,8 +31,7 @@ _ONLY_WITH = {
     "start_mask": ("full",),
     "match_adapter": FIXED_MASK_METHODS,
     "num_candidates": ("random_mask",),
-    "before_model": tuple(COMBINED_METHODS),
-    "combine_values": tuple(COMBINED_METHODS),
+    "before_model": (INTERPOLATE,),
 }
 _LORA = '{"peft_type": "LORA", "r": 16, "target_modules": "all-linear"}'
 
@@ -72,8 +71,8 @@ def check_config(config: TrainConfig) -> None:
         raise UserError("trust_remote_code: code in the folder of a model is not run; name a model that needs none")
     if config.mask.mask_price and training.fp16:
         raise UserError("mask_price is added to gradients that fp16 has scaled, so it would not count: use bf16")
-    if method in COMBINED_METHODS and config.method.before_model is None and not config.data.prepare_only:
-        raise UserError(f"method {method} combines two models; name the one before fine-tuning as before_model")
+    if method == INTERPOLATE and config.method.before_model is None and not config.data.prepare_only:
+        raise UserError("interpolate needs the model before fine-tuning; name it as before_model")
     if config.data.prepare_only and config.data.prepared_data_dir is None:
         raise UserError("prepare_only has nowhere to put the rows; name a prepared_data_dir")
 
@@ -120,11 +119,6 @@ def check_method(args: MethodArguments) -> None:
         raise UserError(f"partial_layers names layer {min(args.partial_layers)}; layers are counted from 0")
     if args.keep_mask is not None and args.start_mask is not None:
         raise UserError("keep_mask and start_mask are both given; removed weights stay at zero or only start there")
-    if args.combine_values is not None:
-        odd = next((v for v in args.combine_values if not 0 <= v <= 1 or (v == 1 and method == "dare")), None)
-        if odd is not None or not args.combine_values:
-            allowed = "[0, 1)" if method == "dare" else "[0, 1]"
-            raise UserError(f"combine_values is {args.combine_values}; with {method} they are in {allowed}")
 
 
 def check_size(method: str, config: MaskConfig) -> None:

@@ -22,11 +22,11 @@ ADAPTER = "default"  # the name PEFT gives an adapter, every run has one adapter
 
 FIXED_MASK_METHODS = ("random_mask", "l1_mask", "wanda_mask")
 MASK_METHODS = ("mask", *FIXED_MASK_METHODS)
-# A model and the one it was made from, not trained; the values that the held-out rows choose from.
-COMBINED_METHODS = {"interpolate": [n / 10 for n in range(1, 11)], "dare": [0.1, 0.3, 0.5, 0.7, 0.9]}
-UNTRAINED_METHODS = (*FIXED_MASK_METHODS, *COMBINED_METHODS)
+INTERPOLATE = "interpolate"  # a model and the one it was made from, not trained
+SHARES = tuple(n / 10 for n in range(1, 11))  # of the fine-tuned one, among which the held-out rows choose
+UNTRAINED_METHODS = (*FIXED_MASK_METHODS, INTERPOLATE)
 PEFT = "peft"  # an adapter of PEFT's, which peft_config says
-METHODS = ("full", PEFT, *MASK_METHODS, *COMBINED_METHODS)
+METHODS = ("full", PEFT, *MASK_METHODS, INTERPOLATE)
 
 # What decides how a mask is learned, and nothing of one that is drawn or ranked.
 LEARNER_OPTIONS = frozenset(
@@ -68,10 +68,9 @@ class MethodArguments:
 
     method: str = option(
         "mask",
-        "full: all weights; peft: the adapter "
-        "that peft_config describes (LoRA, IA3, OFT, ...); mask: a learned mask; random_mask, l1_mask, wanda_mask: "
-        "fixed masks of the same size, not trained; interpolate, dare: the model combined with before_model, not "
-        "trained.",
+        "full: all weights; peft: the adapter that peft_config describes (LoRA, IA3, OFT, ...); mask: a learned mask; "
+        "random_mask, l1_mask, wanda_mask: fixed masks of the same size, not trained; interpolate: the model mixed "
+        "with before_model, not trained.",
         choices=list(METHODS),
     )
     peft_config: dict | str | None = option(
@@ -92,15 +91,7 @@ class MethodArguments:
     num_calibration_samples: int = option(
         128, "With wanda_mask and mask_init_scores wanda: training rows that are looked at; at least 1."
     )
-    before_model: str | None = option(
-        None, "With interpolate and dare: the model that model_name_or_path was fine-tuned from."
-    )
-    combine_values: list[float] | None = option(
-        None,
-        "With interpolate: shares of the fine-tuned model to try, in [0, 1] (default: 0.1 to 1.0 in "
-        "tenths); with dare: probabilities to drop a weight's difference, in [0, 1) (default: 0.1, 0.3, 0.5, 0.7, "
-        "0.9). The held-out rows choose.",
-    )
+    before_model: str | None = option(None, "With interpolate: the model that model_name_or_path was fine-tuned from.")
     partial_layers: list[int] | None = option(
         None, "With --method full: train only these decoder layers (a control for the mask). Default: all."
     )

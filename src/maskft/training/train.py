@@ -21,11 +21,11 @@ from .arguments import TrainConfig, with_accumulation
 from .build import build_model, load_base, load_data, load_tokenizer_of, start_on_data
 from .checkpoints import Checkpoints, check_disk_space, held_output, save_final
 from .checks import check_config, check_processes
-from .combined import combine
 from .describe import describe, report
 from .fixed_masks import make_fixed_mask
+from .interpolation import interpolate
 from .manifest import course_of
-from .method_arguments import ADAPTER, COMBINED_METHODS, FIXED_MASK_METHODS
+from .method_arguments import ADAPTER, FIXED_MASK_METHODS, INTERPOLATE
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
 from .trainer import MaskTrainer
 from .verdict import HeldoutLosses, never_worse
@@ -66,8 +66,9 @@ def run(config: TrainConfig, splits: tuple | None, resume_from: str | None, cons
     trainer = failure = None
     if method.method in FIXED_MASK_METHODS:
         model, summary = make_fixed_mask(model, data, config, tokenizer, console)
-    elif method.method in COMBINED_METHODS:
-        model, summary = combine(model, data, method, training, tokenizer, console)
+    elif method.method == INTERPOLATE:
+        measure = heldout_loss(model.to(training.device), tokenizer, config)
+        summary = interpolate(model, str(method.before_model), data, measure, console)
     else:
         checkpoints = Checkpoints.begin(course_of(config, data), training, resume_from, console)
         model = build_model(model, method, config.model, config.mask, training.seed)

@@ -26,7 +26,7 @@ from maskft.models import load_config
 from maskft.training.arguments import TrainConfig, with_accumulation
 from maskft.training.build import build_model
 from maskft.training.checks import check_method
-from maskft.training.method_arguments import COMBINED_METHODS, MASK_METHODS, PEFT, UNTRAINED_METHODS, mask_config
+from maskft.training.method_arguments import INTERPOLATE, MASK_METHODS, PEFT, UNTRAINED_METHODS, mask_config
 from maskft.tuner.targets import layer_indices, resolve_targets
 from maskft_base.errors import UserError, did_you_mean, first_line
 from maskft_base.runtime import resident_memory_bytes
@@ -306,7 +306,7 @@ def _attention_flops(query: tuple, key: tuple, value: tuple, *_, out_shape=None,
 def _check(run: TrainConfig, device_memory_gb: float | None) -> None:
     check_method(run.method)
     method = run.method.method
-    if method in COMBINED_METHODS:
+    if method == INTERPOLATE:
         raise UserError(f"method {method} trains nothing, and there is no estimate of it")
     if run.model.load_in_4bit or run.model.load_in_8bit:
         raise UserError("there is no estimate of a quantised base: leave out load_in_4bit and load_in_8bit")

@@ -163,7 +163,6 @@ def _of_parent(mask: dict[str, Any], methods: Methods, train: dict[str, Any]) ->
         return
     yield f"warm restart of {parent}", _trained(mask, train, tune=_rates(mask))
     yield f"interpolated {parent}", {"method": "interpolate", "from": parent, **_kept(mask)}
-    yield f"dare {parent}", {"method": "dare", "from": parent, **_kept(mask)}
     yield f"annealed {parent}", _trained(mask, train, learning_rate="current", warmup_steps=0)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from maskft.data.arguments import TEMPLATE, DataArguments
 from maskft.training.method_arguments import (
-    COMBINED_METHODS,
+    INTERPOLATE,
     MASK_METHODS,
     PEFT,
     UNTRAINED_METHODS,
@@ -309,7 +309,7 @@ def _train_options(study: Study, run: StudyRun) -> dict:
         "output_dir": str(study.run_folder(run)),
         "resume_from_checkpoint": "auto",
         "match_adapter": None if run.match is None else study.model(run.match, BEST),
-        "before_model": study.start(run.start) if run.method.method in COMBINED_METHODS else None,
+        "before_model": study.start(run.start) if run.method.method == INTERPOLATE else None,
         "mask_removed_value_model": study.start(run.start) if run.takes_values_before else None,
         **{option: study.model(mask, BEST) for option, mask in run.masks.items()},
         "prepared_data_dir": str(study.folder / files.PREPARED),
@@ -465,6 +465,4 @@ def is_control(recipe: Recipe, run: StudyRun) -> bool:
 
     first = next(other for other in recipe.methods.values() if kind(other) == kind(method))
     continued = method.method in ("full", PEFT) and run.start is not None and run.start.method.method != PRETRAINED
-    return bool(
-        method.method in ("wanda_mask", *COMBINED_METHODS) or continued or run.axes or first.name != method.name
-    )
+    return bool(method.method in ("wanda_mask", INTERPOLATE) or continued or run.axes or first.name != method.name)

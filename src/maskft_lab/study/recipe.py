@@ -13,8 +13,8 @@ from maskft.data.arguments import DATA_NAMES, TEMPLATE, mixture_text
 from maskft.data.mixtures import rename_sets
 from maskft.data.sources import FILE_ENDINGS
 from maskft.training.method_arguments import (
-    COMBINED_METHODS,
     FIXED_MASK_METHODS,
+    INTERPOLATE,
     MASK_METHODS,
     METHODS,
     UNTRAINED_METHODS,
@@ -227,8 +227,8 @@ class Method(SectionWithOptions):
             raise ValueError(f"last is {self.last!r}, and {self.method} has no end of training; drop it")
         if self.match and self.method not in FIXED_MASK_METHODS:
             raise ValueError(f"match is {self.match!r}, which is for {', '.join(FIXED_MASK_METHODS)}; drop it")
-        if self.method in COMBINED_METHODS and self.start is None:
-            raise ValueError(f"{self.method} combines a method's model with what it was made from; name it in `from`")
+        if self.method == INTERPOLATE and self.start is None:
+            raise ValueError("interpolate mixes a method's model with what it was made from; name it in `from`")
         if self.masks and (self.method != "full" or len(self.masks) > 1):
             raise ValueError(f"{' and '.join(self.masks)}: one of them, and with method full; drop it")
         if self.tune and self.method in UNTRAINED_METHODS:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskft.data.mixtures import rename_sets
-from maskft.training.method_arguments import COMBINED_METHODS
+from maskft.training.method_arguments import INTERPOLATE
 from maskft_base.errors import UserError
 from maskft_base.files import digest_file
 
@@ -374,11 +374,8 @@ def how_chosen(method: Method, options: Options) -> str | None:
     """
     if method.tune is not None:
         return "tuned"
-    chooses = {
-        "random_mask": (_number(options.get("num_candidates")) or 1) > 1,
-        **dict.fromkeys(COMBINED_METHODS, True),
-    }
-    return "chosen" if chooses.get(method.method) else None
+    is_best_drawn = method.method == "random_mask" and (_number(options.get("num_candidates")) or 1) > 1
+    return "chosen" if is_best_drawn or method.method == INTERPOLATE else None
 
 
 def check_test_rows(recipe: Recipe) -> None:

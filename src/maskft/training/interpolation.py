@@ -1,0 +1,67 @@
+"""A fine-tuned model and the one it was made from, mixed without training: a control for a mask.
+
+With t0 all weights before fine-tuning and t1 those after it: (1 - a) * t0 + a * t1 with one a for all weights
+(WiSE-FT, arXiv:2109.01903), which the held-out rows choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from maskft_base.errors import UserError
+from maskft_base.runtime import peak_memory_bytes
+
+from ..data.prepared import Prepared
+from ..loss import HeldoutLoss, mean_nll
+from ..models import check_model_source, load_model
+from .method_arguments import INTERPOLATE, SHARES
+from .record import TrainingSummary
+
+
+@torch.no_grad()
+def interpolate(
+    model: PreTrainedModel, before_model: str, data: Prepared, measure: HeldoutLoss, console: Console
+) -> TrainingSummary:
+    """Interpolate ``model``, in place, with what it was made from, as is best on the held-out rows.
+
+    Args:
+        model: The fine-tuned model, on the device to compute on.
+        before_model: Folder or name of the model before fine-tuning.
+        data: The rows.
+        measure: Measures held-out rows under ``model``.
+        console: Where to print.
+
+    Returns:
+        What was done; ``history`` has the held-out loss at each share of the fine-tuned model that was tried.
+
+    Raises:
+        UserError: If the two models differ in a parameter's name or shape.
+    """
+    check_model_source(before_model)
+    before = dict(load_model(before_model, str(model.dtype).removeprefix("torch.")).named_parameters())
+    after = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    odd = next((n for n in {**before, **after} if n not in before or n not in after), None)
+    odd = odd or next((name for name in after if before[name].shape != after[name].shape), None)
+    if odd:
+        raise UserError(f"before_model {before_model!r} is another model: {odd} is not in both, or of another shape")
+    history = []
+    for share in SHARES:
+        _set(model, before, after, share)
+        history.append({"value": share, "eval_loss": mean_nll(measure(data.heldout))})
+    best = min(history, key=lambda row: row["eval_loss"])
+    _set(model, before, after, best["value"])
+    console.print(f"{INTERPOLATE}: {best['value']:g} is the best of {len(history)} shares by held-out loss")
+    return TrainingSummary(
+        method=INTERPOLATE, best_loss=best["eval_loss"], peak_memory_bytes=peak_memory_bytes(), history=history
+    )
+
+
+def _set(model, before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: float) -> None:
+    for name, parameter in model.named_parameters():
+        t0 = before[name].to(parameter.device).float()
+        parameter.copy_(torch.lerp(t0, after[name].float(), share))
