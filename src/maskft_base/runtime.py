@@ -227,14 +227,10 @@ class Progress(rich.progress.Progress):
         self._began: dict[TaskID, tuple[float, float]] = {}  # when, and what was completed by then
 
     def add_task(self, description: str, *args: Any, **kwargs: Any) -> TaskID:
-        """Add a task and start its clock."""
+        """Add a task, whose speed is measured from now on."""
         task_id = super().add_task(description, *args, note="", **kwargs)
-        self.start_clock(task_id)
-        return task_id
-
-    def start_clock(self, task_id: TaskID) -> None:
-        """Measure the speed from now on."""
         self._began[task_id] = (time.monotonic(), self._task(task_id).completed)
+        return task_id
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
         """Move a task, whose total must be known."""

@@ -21,7 +21,6 @@ def shown(console: Console, max_steps: int = 12000, resumed_at: int = 0) -> str:
     progress.on_train_begin(*args)
     progress.on_log(*args, logs={"eval_loss": 11.51})
     for loss in (10.1234, 9.8765):
-        progress.on_step_begin(*args)
         state.global_step += 1
         progress.on_step_end(*args)
         progress.on_log(*args, logs={"loss": loss})

@@ -38,7 +38,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
     """
     name = path.name.lower()
     if not path.exists():
-        raise UserError(f"data file {path} does not exist{_similar_file(path)}")
+        raise UserError(f"data file {path} does not exist")
     if path.is_dir():
         raise UserError(f"{path} is a folder; name one file in it ({', '.join(FILE_ENDINGS)})")
     if not name.endswith(FILE_ENDINGS):
@@ -87,13 +87,6 @@ def _parse_json(text: str, path: Path, first: int) -> Any:
 def numbered(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
     """Yield each row with its place, counted from 1."""
     return ((f"row {n}", row) for n, row in enumerate(rows, start=1))
-
-
-def _similar_file(path: Path) -> str:
-    try:
-        return did_you_mean(path.name, sorted(sibling.name for sibling in path.parent.iterdir()))
-    except OSError:
-        return ""
 
 
 def find_files(data_dir: str, names: Sequence[str], split: str, only_split: bool = False) -> list[Path]:
@@ -209,7 +202,7 @@ def load_from_hub(name: str, config: str | None, split: str, data_files: str | N
         return datasets.load_dataset(name, config, split=split, **asked)
     except Exception as error:  # many types: no network, no such name, no such configuration or split
         raise UserError(
-            f"{name!r} is not a file here{_similar_file(Path(name))} and the hub gave no split {split!r} of it: "
+            f"{name!r} is not a file here and the hub gave no split {split!r} of it: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from None
 

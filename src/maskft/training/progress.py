@@ -19,19 +19,12 @@ class TrainingProgress(TrainerCallback):
         self.heldout: list[float] = []
         self._loss: float | None = None
         self._progress, self._task = Progress(console), TaskID(0)
-        self._has_begun = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Start the bar; a resumed run knows what was measured before."""
         self.heldout = [float(row["eval_loss"]) for row in state.log_history if "eval_loss" in row]
         self._progress.start()
         self._task = self._progress.add_task("step", total=state.max_steps, completed=state.global_step)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Start the clock, after what is measured before the first step."""
-        if not self._has_begun:
-            self._progress.start_clock(self._task)
-            self._has_begun = True
 
     def on_step_end(self, args, state, control, **kwargs):
         """Move the bar."""

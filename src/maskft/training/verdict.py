@@ -23,7 +23,7 @@ from ..data.prepared import Prepared
 from ..loss import RowLoss
 from ..tuner import MaskConfig
 from .arguments import TrainConfig
-from .method_arguments import ADAPTER, MethodArguments
+from .method_arguments import ADAPTER
 
 MIN_ROWS = 2  # of a paired interval
 NUM_RESAMPLES = 10_000
@@ -99,7 +99,7 @@ def read_heldout(folder: str | Path) -> HeldoutLosses:
 def never_worse(
     model, data: Prepared, config: TrainConfig, measure: Measure
 ) -> tuple[HeldoutLosses | None, Verdict | None]:
-    """Compare what was trained with its parent on the held-out rows; a mask that is not better removes nothing.
+    """Compare what was trained with its parent on the held-out rows; a learned mask that is not better removes nothing.
 
     Args:
         model: What was trained or made; its mask is changed in place.
@@ -108,53 +108,33 @@ def never_worse(
         measure: Measures held-out rows under ``model``.
 
     Returns:
-        The losses and, of a mask, the verdict; None where held-out rows are not measured.
+        The losses, None where held-out rows are not measured; and the verdict, None of what is no mask, and of fewer
+        than two rows, or clusters of them.
     """
     if config.training.eval_strategy == "no":
         return None, None
-    losses, verdict = judge(model, data, measure, config.method)
-    if verdict is not None and not verdict.kept:
-        remove_nothing(model)
-    return losses, verdict
-
-
-def judge(model, data: Prepared, measure: Measure, method: MethodArguments) -> tuple[HeldoutLosses, Verdict | None]:
-    """Measure the held-out rows, and compare with the parent.
-
-    Args:
-        model: What was trained or made.
-        data: The rows, at least one of them held out.
-        measure: Measures held-out rows under ``model``.
-        method: The method; masks that are not learned are always kept.
-
-    Returns:
-        The losses, and the verdict on a mask; None of other methods and of fewer than two rows, or clusters of them.
-    """
     clusters, ids, parent = clusters_of(data), row_ids(data.heldout), None
-    config = getattr(model, "peft_config", {}).get(ADAPTER)
-    if config is not None:
+    adapter = getattr(model, "peft_config", {}).get(ADAPTER)
+    if adapter is not None:
         with model.disable_adapter():
             parent = measure(data.heldout)
-    losses = measure(data.heldout)
-    record = HeldoutLosses(
+    found = measure(data.heldout)
+    losses = HeldoutLosses(
         ids=ids,
-        num_tokens=[count for _, count in losses],
-        nll=[nll for nll, _ in losses],
+        num_tokens=[count for _, count in found],
+        nll=[nll for nll, _ in found],
         parent_nll=None if parent is None else [nll for nll, _ in parent],
         clusters=clusters,
     )
-    if not isinstance(config, MaskConfig) or len(set(clusters or ids)) < MIN_ROWS:
-        return record, None
-    difference, low, high = paired_interval(record)
+    if not isinstance(adapter, MaskConfig) or len(set(clusters or ids)) < MIN_ROWS:
+        return losses, None
+    difference, low, high = paired_interval(losses)
     is_better = high is not None and high < 0
-    return record, Verdict(
-        difference=difference,
-        ci_low=low,
-        ci_high=high,
-        num_rows=len(ids),
-        is_better=is_better,
-        kept=is_better or method.keep_worse or method.method != "mask",
-    )
+    kept = is_better or config.method.keep_worse or config.method.method != "mask"
+    if not kept:
+        remove_nothing(model)
+    numbers = {"difference": difference, "ci_low": low, "ci_high": high, "num_rows": len(ids)}
+    return losses, Verdict(**numbers, is_better=is_better, kept=kept)
 
 
 def row_ids(rows: Dataset) -> list[str]:
