@@ -761,7 +761,8 @@ def test_a_study_with_standard_controls_runs_to_its_end(content, tmp_path, in_pr
     [
         ({"method": "full", "from": "full", "start_mask": "full"}, "name a mask made from the same model"),
         ({"method": "full", "start_mask": "mask"}, "name a mask made from the same model"),
-        ({"method": "mask", "from": "full", "keep_mask": "mask"}, "with method full"),
+        ({"method": "mask", "from": "full", "keep_mask": "mask"}, "with method full or peft"),
+        ({"method": "peft", "from": "full", "keep_mask": "mask"}, "an adapter may begin after start_mask"),
         ({"method": "full", "from": "full", "keep_mask": "mask", "start_mask": "mask"}, "one of them"),
         ({"method": "full", "from": "full", "keep_mask": "masks"}, "mask"),
         ({"method": "interpolate"}, "name it in `from`"),

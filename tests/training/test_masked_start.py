@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import tiny
@@ -14,8 +14,11 @@ from maskft.adapter.mask_set import MaskSet
 from maskft.training.masked_start import RemovedStayZero, set_removed_to_zero
 from maskft.training.method_arguments import MethodArguments
 from maskft.training.record import read_record
+from maskft.training.verdict import read_heldout
 from maskft_base.files import LAST
 from tiny_tokenizer import tiny_tokenizer
+
+LORA = '{"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}'
 
 
 @pytest.fixture(params=["mask", "random_mask"])
@@ -75,6 +78,23 @@ def test_a_resumed_run_keeps_them_at_zero(call, tmp_path):
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()
+
+
+def test_an_adapter_after_random_pruning_is_merged(adapter, base, call, tmp_path):
+    """What is saved is the pruned base plus the adapter of the best checkpoint, and loads as a model."""
+    lora = {"method": "peft", "peft_config": LORA, "start_mask": adapter, "learning_rate": 1e-2}
+    status, err = call(**lora, max_steps=4, save_steps=2, eval_steps=2)
+    assert status == 0 and "--model_name_or_path" in err, err
+    out, record = tmp_path / "out", read_record(tmp_path / "out")
+    assert not (out / "adapter_config.json").exists() and record.recipe["start_mask"] == "adapter"
+    pruned = AutoModelForCausalLM.from_pretrained(base)
+    MaskSet.from_adapter(adapter).apply_(pruned)
+    best = PeftModel.from_pretrained(pruned, out / f"checkpoint-{record.summary.best_step}").merge_and_unload()
+    saved = weights_of(out)
+    assert record.summary.best_step > 0
+    for name, value in best.state_dict().items():
+        torch.testing.assert_close(saved[name], value, rtol=0, atol=1e-6)
+    assert max(read_heldout(out).nll) != max(read_heldout(out).parent_nll)
 
 
 def test_gradients_of_removed_weights_do_not_count_in_the_norm():
@@ -143,13 +163,10 @@ def test_a_mask_with_other_weights_beside_it_is_refused(tmp_path):
             {"method": "mask", "keep_mask": "x"},
             "keep_mask goes with --method full, not with mask",
         ),
+        ({"method": "peft", "peft_config": LORA, "keep_mask": "x"}, "keep_mask goes with --method full, not with peft"),
         (
-            {
-                "method": "peft",
-                "peft_config": '{"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}',
-                "start_mask": "x",
-            },
-            "start_mask goes with --method full, not with peft",
+            {"method": "peft", "peft_config": LORA, "start_mask": "x", "keep_last": True},
+            "an adapter after start_mask is merged at the end: drop keep_last",
         ),
         ({"method": "full", "keep_mask": "x", "start_mask": "x"}, "keep_mask and start_mask are both given"),
         (

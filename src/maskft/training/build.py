@@ -85,8 +85,8 @@ def build_model(model: PreTrainedModel, method: MethodArguments, source: ModelCo
         seed: Seed of what is drawn, the start of an adapter; the Trainer seeds later.
     """
     set_seed(seed)
+    set_removed_to_zero(model, method)
     if method.method == "full":
-        set_removed_to_zero(model, method)
         model.requires_grad_(True)
         if method.partial_layers is not None:
             _train_only_layers(model, method.partial_layers)

@@ -28,7 +28,7 @@ _ONLY_WITH = {
     "peft_config": (PEFT,),
     "partial_layers": ("full",),
     "keep_mask": ("full",),
-    "start_mask": ("full",),
+    "start_mask": ("full", PEFT),
     "match_adapter": FIXED_MASK_METHODS,
     "num_candidates": ("random_mask",),
     "before_model": (INTERPOLATE,),
@@ -115,6 +115,8 @@ def check_method(args: MethodArguments) -> None:
         if args.peft_config is None:
             raise UserError(f"method peft needs --peft_config, such as '{_LORA}'")
         adapter_config(args.peft_config)
+    if method == PEFT and args.start_mask is not None and (args.keep_last or runtime.uses_fsdp()):
+        raise UserError("an adapter after start_mask is merged at the end: drop keep_last, and use no FSDP")
     if args.partial_layers and min(args.partial_layers) < 0:
         raise UserError(f"partial_layers names layer {min(args.partial_layers)}; layers are counted from 0")
     if args.keep_mask is not None and args.start_mask is not None:

@@ -102,8 +102,8 @@ class MethodArguments:
     )
     start_mask: str | None = option(
         None,
-        "With --method full: set the weights that the mask in this adapter folder removes to zero, then "
-        "train all weights (dense, sparse, dense).",
+        "With --method full or peft: set the weights that the mask in this adapter folder removes to zero, then train "
+        "all weights (dense, sparse, dense) or an adapter, which is merged at the end.",
     )
     keep_worse: bool = option(
         False,

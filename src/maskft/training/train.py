@@ -25,7 +25,7 @@ from .describe import describe, report
 from .fixed_masks import make_fixed_mask
 from .interpolation import interpolate
 from .manifest import course_of
-from .method_arguments import ADAPTER, FIXED_MASK_METHODS, INTERPOLATE
+from .method_arguments import ADAPTER, FIXED_MASK_METHODS, INTERPOLATE, PEFT
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
 from .trainer import MaskTrainer
 from .verdict import HeldoutLosses, never_worse
@@ -80,6 +80,8 @@ def run(config: TrainConfig, splits: tuple | None, resume_from: str | None, cons
     # judge and save
     measure = heldout_loss(model, tokenizer, config) if trainer is None else trainer.heldout_loss()
     losses, verdict = never_worse(model, data, config, measure)
+    if method.method == PEFT and method.start_mask is not None:
+        model = model.merge_and_unload()  # over the base as it is, the adapter would be another model
     record = make_record(config, summary, data, verdict)
     save(model, tokenizer, record, losses, training.output_dir, trainer)
     report(summary, verdict, config, failure, console)

@@ -403,7 +403,7 @@ def _results_of_the_same(study: Study, run: StudyRun, role: str) -> list[Path]:
 def _model_options(study: Study, run: StudyRun, role: str, folder: Path) -> dict:
     """Options of ``maskft evaluate`` that say what is evaluated and where the result goes."""
     model = study.model(run, role)
-    is_adapter = run.method.method in (*MASK_METHODS, PEFT)
+    is_adapter = run.method.method in (*MASK_METHODS, PEFT) and not run.masks  # else it is merged
     if study.recipe.path:
         is_base = run.method.method == PRETRAINED
         return {

@@ -17,6 +17,7 @@ from maskft.training.method_arguments import (
     INTERPOLATE,
     MASK_METHODS,
     METHODS,
+    PEFT,
     UNTRAINED_METHODS,
 )
 from maskft_base.errors import UserError, did_you_mean
@@ -229,8 +230,10 @@ class Method(SectionWithOptions):
             raise ValueError(f"match is {self.match!r}, which is for {', '.join(FIXED_MASK_METHODS)}; drop it")
         if self.method == INTERPOLATE and self.start is None:
             raise ValueError("interpolate mixes a method's model with what it was made from; name it in `from`")
-        if self.masks and (self.method != "full" or len(self.masks) > 1):
-            raise ValueError(f"{' and '.join(self.masks)}: one of them, and with method full; drop it")
+        if self.masks and (len(self.masks) > 1 or self.method not in ("full", PEFT)):
+            raise ValueError(f"{' and '.join(self.masks)}: one of them, and with method full or peft; drop it")
+        if self.method == PEFT and (self.keep_mask or (self.masks and self.last)):
+            raise ValueError("an adapter may begin after start_mask, and is merged at its end; drop keep_mask and last")
         if self.tune and self.method in UNTRAINED_METHODS:
             raise ValueError(f"tune is for methods that are trained, and {self.method} is not; drop it")
         twice = next((option for option in self.tune.grid if option in self.options), None) if self.tune else None
@@ -438,6 +441,8 @@ class Recipe(Section):
                 )
         for name, method in self.methods.items():
             _check_no_cycle(self.methods, [name])
+            if self.path and method.masks and method.method == PEFT:
+                raise ValueError(f"methods.{name} has start_mask, and a path measures adapters over the model as it is")
             match, start = self.methods.get(method.match), self.methods.get(method.start)
             if match and match.method != "mask":
                 raise ValueError(f"methods.{name}.match is {match.name!r}, which is no learned mask")
