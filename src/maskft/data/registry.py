@@ -28,7 +28,6 @@ class TrainingSet:
     Attributes:
         hub_id: Data set on the hub.
         formats: The columns that its rows may have, each with the function that converts them.
-        num_published: Number of samples in the paper; None for a set that is not in Table 3.
         config: Configuration on the hub, where no other is asked for.
         heldout_split: Split on the hub that is held-out data, where no other is asked for.
         data_files: The file to take where the hub data set holds more than is meant.
@@ -38,7 +37,6 @@ class TrainingSet:
 
     hub_id: str
     formats: Formats
-    num_published: int | None = None
     config: str | None = None
     data_files: str | None = None
     source: str | None = None
@@ -47,20 +45,18 @@ class TrainingSet:
 
 
 TRAINING_SETS: dict[str, TrainingSet] = {
-    "tulu3_persona_math": TrainingSet("allenai/tulu-3-sft-personas-math", MESSAGES, 149_960),
-    "tulu3_persona_gsm": TrainingSet("allenai/tulu-3-sft-personas-math-grade", MESSAGES, 49_980),
-    "tulu3_persona_algebra": TrainingSet("allenai/tulu-3-sft-personas-algebra", MESSAGES, 20_000),
+    "tulu3_persona_math": TrainingSet("allenai/tulu-3-sft-personas-math", MESSAGES),
+    "tulu3_persona_gsm": TrainingSet("allenai/tulu-3-sft-personas-math-grade", MESSAGES),
+    "tulu3_persona_algebra": TrainingSet("allenai/tulu-3-sft-personas-algebra", MESSAGES),
     "metamathqa": TrainingSet(
         "meta-math/MetaMathQA",
         {("query", "response"): from_query_response},
-        395_000,
         file_names=("MetaMathQA-395K",),
     ),
-    # The published count is that of Tulu 3's decontaminated selection, not of the 72,441 rows of AI-MO/NuminaMath-TIR.
+    # Tulu 3's decontaminated selection, as the published count tells, not the 72,441 rows of AI-MO/NuminaMath-TIR.
     "numinamath_tir": TrainingSet(
         TULU_MIXTURE,
         MESSAGES,
-        64_312,
         source="ai2-adapt-dev/numinamath_tir_math_decontaminated",
         file_names=("NuminaMath-TIR",),
     ),
@@ -68,31 +64,27 @@ TRAINING_SETS: dict[str, TrainingSet] = {
     "evol_codealpaca": TrainingSet(
         TULU_MIXTURE,
         {**MESSAGES, ("instruction", "output"): from_instruction},
-        107_276,
         source="ai2-adapt-dev/evol_codealpaca_heval_decontaminated",
         file_names=("evol-codealpaca-v1",),
     ),
     "code_alpaca": TrainingSet(
         "sahil2801/CodeAlpaca-20k",
         {("instruction", "output"): from_instruction},
-        20_022,
         file_names=("code_alpaca_20k",),
     ),
-    "tulu3_persona_python": TrainingSet("allenai/tulu-3-sft-personas-code", MESSAGES, 34_999),
+    "tulu3_persona_python": TrainingSet("allenai/tulu-3-sft-personas-code", MESSAGES),
     # Tulu 3's selection of OpenAssistant/oasst1; timdettmers/openassistant-guanaco holds such conversations as text.
     "oasst_guanaco": TrainingSet(
         TULU_MIXTURE,
         {**MESSAGES, ("text",): from_guanaco},
-        7_132,
         source="ai2-adapt-dev/oasst1_converted",
         file_names=("openassistant-guanaco", "openassistant_best_replies"),
     ),
-    "tulu3_persona_if": TrainingSet("allenai/tulu-3-sft-personas-instruction-following", MESSAGES, 29_980),
+    "tulu3_persona_if": TrainingSet("allenai/tulu-3-sft-personas-instruction-following", MESSAGES),
     # The paper does not say which 30,000 rows; those of GPT-4 are taken, as earlier Tulu mixtures took 30,000 of them.
     "open_orca": TrainingSet(
         "Open-Orca/OpenOrca",
         {("system_prompt", "question", "response"): from_system_question},
-        30_000,
         data_files="1M-GPT4-Augmented.parquet",
         file_names=("1M-GPT4-Augmented",),
     ),
@@ -101,13 +93,3 @@ TRAINING_SETS: dict[str, TrainingSet] = {
         "openai/gsm8k", {("question", "answer"): from_question_answer}, config="main", heldout_split="test"
     ),
 }
-
-MATH_SUBJECTS = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
-    "precalculus",
-)

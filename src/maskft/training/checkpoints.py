@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -32,8 +32,6 @@ TRAINER_STATE = "trainer_state.json"
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*")  # as the Trainer and FSDP write it
 # What torch says when a file cannot be written; it does not tell why.
 _WRITE_ERRORS = ("iostream", "inline_container", "PytorchStreamWriter", "file write failed", "No space")
-
-Tell = Callable[[str], None]
 
 
 @contextmanager
@@ -281,17 +279,6 @@ def written_whole(folder: Path, file: str, num_bytes: int) -> Iterator[None]:
             f"{files.size(shutil.disk_usage(folder.parent).free)} are free; make room, or raise ulimit -f, then resume "
             "with --resume_from_checkpoint true"
         ) from error
-
-
-def check_disk_space(model, args: SFTConfig) -> None:
-    """Refuse to start when the disk cannot take the checkpoints and the result."""
-    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    copies = 1 if args.save_strategy == "no" else 1 + (args.save_total_limit or 2) + 1
-    # Adam's two moments travel with every checkpoint unless only the model is saved.
-    need = trainable * copies * (1 if args.save_only_model else 3)
-    files.check_free_space(
-        args.output_dir, need, "lower save_total_limit, set save_only_model, or name another output_dir"
-    )
 
 
 def save_final(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from maskft_base import runtime
-from maskft_base.errors import UserError, did_you_mean
+from maskft_base.errors import UserError, first_line
 
 from ..tuner.config import MaskConfig
 from .arguments import TrainConfig
@@ -78,19 +78,12 @@ def check_config(config: TrainConfig) -> None:
 
 
 def check_trackers(names: list[str]) -> None:
-    """Refuse a name of ``report_to`` that transformers does not know, or whose package is not installed.
-
-    Raises:
-        UserError: For the first such name.
-    """
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            known = sorted(INTEGRATION_TO_CALLBACK)
-            raise UserError(f"report_to: no {name!r}{did_you_mean(name, known)}; there are none, {', '.join(known)}")
-        try:
-            INTEGRATION_TO_CALLBACK[name]()
-        except (RuntimeError, ImportError) as error:
-            raise UserError(f"report_to {name}: {error}") from None
+    """Refuse a name of ``report_to`` that transformers does not know, or whose package is not installed."""
+    try:
+        for callback in get_reporting_integration_callbacks(names):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"report_to: {first_line(error)}") from None
 
 
 def check_quantised(method: str) -> None:

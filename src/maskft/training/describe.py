@@ -22,15 +22,9 @@ from .verdict import Verdict
 
 
 def describe(model, tokenizer, data: Prepared, config: TrainConfig, console: Console) -> None:
-    """Print the resolved numbers a person checks before a long run.
-
-    Raises:
-        UserError: If the loss would be taken on no token.
-    """
+    """Print the resolved numbers a person checks before a long run."""
     method, training = config.method, config.training
     supervised = supervised_token_count(data.train)
-    if supervised == 0:
-        raise UserError("no token of the training data is supervised; every label is masked")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     console.print(f"method {method.method}: {trainable:,} trainable parameters")

@@ -13,7 +13,7 @@ from maskft_base.runtime import peak_memory_bytes
 
 from ..adapter.mask_set import MaskSet
 from ..data.prepared import Prepared
-from ..loss import mean_nll, nll_per_item
+from ..loss import HeldoutLoss, mean_nll
 from ..tuner import MaskedLinear, adapter_layers
 from ..tuner.codec import encode_mask, mask_info
 from ..tuner.fixed import fixed_masks
@@ -50,15 +50,13 @@ def make_fixed_mask(
         check_inputs(layers, method.method)
         with masked.disable_adapter():
             norms = input_norms(masked, layers, data.train["input_ids"][: method.num_calibration_samples])
-    size, pad_token_id = training.per_device_eval_batch_size, tokenizer.pad_token_id or 0
+    measure = HeldoutLoss(masked, training.per_device_eval_batch_size, tokenizer.pad_token_id or 0)
     candidates = []
     for seed in range(config.mask_seed, config.mask_seed + method.num_candidates):
         masks = fixed_masks(method.method, weights, config.sparsity, config.scope, seed, counts, norms)
         coded = [encode_mask(mask) for mask in masks]
         _set_masks(layers, coded)
-        loss = None
-        if method.num_candidates > 1:
-            loss = mean_nll(nll_per_item(masked, data.heldout, batch_size=size, pad_token_id=pad_token_id))
+        loss = mean_nll(measure(data.heldout)) if method.num_candidates > 1 else None
         candidates.append((loss, seed, coded))
     loss, seed, coded = min(candidates, key=lambda candidate: candidate[:2])
     _set_masks(layers, coded)

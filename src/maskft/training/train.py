@@ -19,7 +19,7 @@ from ..tuner import MaskConfig
 from ..tuner.card import write_card
 from .arguments import TrainConfig, with_accumulation
 from .build import build_model, load_base, load_data, load_tokenizer_of, start_on_data
-from .checkpoints import Checkpoints, check_disk_space, held_output, save_final
+from .checkpoints import Checkpoints, held_output, save_final
 from .checks import check_config, check_processes
 from .describe import describe, report
 from .fixed_masks import make_fixed_mask
@@ -75,7 +75,6 @@ def run(config: TrainConfig, splits: tuple | None, resume_from: str | None, cons
         if method.method == "mask" and resume_from is None:
             start_on_data(model, data.train, method.num_calibration_samples, training.device)
         describe(model, tokenizer, data, config, console)
-        check_disk_space(model, training)
         trainer, summary, failure = fit(model, tokenizer, data, config, checkpoints, console)
     # judge and save
     measure = heldout_loss(model, tokenizer, config) if trainer is None else trainer.heldout_loss()

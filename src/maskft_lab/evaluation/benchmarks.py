@@ -16,7 +16,6 @@ from unittest import mock
 
 import datasets
 
-from maskft.data.registry import MATH_SUBJECTS
 from maskft.data.sources import read_file
 from maskft_base.errors import UserError, first_line, install_hint
 from maskft_base.files import parse_json
@@ -25,6 +24,16 @@ ENDINGS = r"\.(jsonl|jsonl\.gz|json|json\.gz|parquet)"
 # These instructions of IFEval split text with NLTK's tables; all others need no data.
 _PUNKT_INSTRUCTIONS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 _IFEVAL_METRICS = ("prompt_level_strict", "prompt_level_loose", "inst_level_strict", "inst_level_loose")
+
+MATH_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
 
 Row = Mapping[str, Any]
 
