@@ -6,10 +6,10 @@ from maskft_lab.cli.main import main
 
 
 @pytest.fixture
-def call(base, data, tmp_path, capsys):
-    """Train on the sums; returns exit status and stderr on one line."""
+def words(base, data, tmp_path):
+    """The command line of a training on the sums; an option that is None is left out."""
 
-    def call(name="out", **changes):
+    def words(name="out", **changes):
         settings = {
             "model_name_or_path": base,
             "dataset_name": data,
@@ -24,11 +24,20 @@ def call(base, data, tmp_path, capsys):
             "gradient_checkpointing": False,
             "dataloader_pin_memory": False,
         }
-        words = ["train"]
-        for key, value in {**settings, **changes}.items():
-            words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        given = {key: value for key, value in {**settings, **changes}.items() if value is not None}
+        parts = ([f"--{key}", *(value if isinstance(value, list) else [value])] for key, value in given.items())
+        return ["train", *(str(word) for part in parts for word in part)]
+
+    return words
+
+
+@pytest.fixture
+def call(words, capsys):
+    """Train on the sums; returns exit status and stderr on one line."""
+
+    def call(name="out", **changes):
         capsys.readouterr()
-        status = main(words)
+        status = main(words(name, **changes))
         return status, " ".join(capsys.readouterr().err.split())
 
     return call
