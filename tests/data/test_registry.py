@@ -63,12 +63,7 @@ def test_conversion_by_hand():
     code = load_examples("code_alpaca", data_dir=str(SAMPLES))
     assert code[1]["prompt"][0]["content"].endswith("sentence.\n\ndef reverse_words(sentence):")
     assert "\n\n" not in code[0]["prompt"][0]["content"]
-
-
-def test_tool_integrated_solution_stays_one_turn():
-    (example, *_) = load_examples("numinamath_tir", data_dir=str(SAMPLES))
-    question, solution = example["messages"]
-    assert question["content"] == "What is the sum of the squares of the first 3 positive integers?"
+    _, solution = load_examples("numinamath_tir", data_dir=str(SAMPLES))[0]["messages"]  # tools in one turn
     assert "```python\n" in solution["content"] and "```output\n14\n```" in solution["content"]
 
 
@@ -145,7 +140,6 @@ def test_another_split_of_a_registered_set(tmp_path, monkeypatch):
     for split, answer in (("train", 1), ("test", 2)):
         row = {"question": f"What is {answer}?", "answer": f"#### {answer}"}
         (tmp_path / f"gsm8k_{split}.jsonl").write_text(json.dumps(row) + "\n")
-    for split, answer in (("train", 1), ("test", 2)):
         (row,) = load_examples("gsm8k", split, data_dir=str(tmp_path))
         assert row["answer"] == str(answer)
     asked = []
@@ -155,17 +149,14 @@ def test_another_split_of_a_registered_set(tmp_path, monkeypatch):
         return datasets.Dataset.from_list([{"question": "What is 1?", "answer": "#### 1"}])
 
     monkeypatch.setattr(datasets, "load_dataset", from_hub)
-    load_examples("gsm8k", "test")
     load_examples("gsm8k", config="socratic")
-    assert asked == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", "socratic", "train")]
-    # Of held-out data another set has a test split.
-    asked.clear()
-    load_examples("ours/other", None)
-    assert asked == [("ours/other", None, "test")]
     # In a mixture the options are for the sets that are not registered.
-    asked.clear()
     load_examples("gsm8k,ours/other", "train_sft", config="own")
-    assert asked == [("openai/gsm8k", "main", "train"), ("ours/other", "own", "train_sft")]
+    assert asked == [
+        ("openai/gsm8k", "socratic", "train"),
+        ("openai/gsm8k", "main", "train"),
+        ("ours/other", "own", "train_sft"),
+    ]
 
 
 def test_a_file_without_a_split_in_its_name_is_that_of_training(tmp_path, monkeypatch):

@@ -192,53 +192,38 @@ def test_several_gpus_without_a_launcher_are_for_what_runs_on_one(arguments, tmp
     assert status == 2 and "this process sees 2 GPUs, which a mask does not share" in err
 
 
+def untimed(folder):
+    """The record of a run without what depends on the machine and the moment."""
+    timing = ("train_time_s", "peak_memory_bytes")
+    record = {key: value for key, value in summary(folder).items() if key not in timing}
+    history = [{k: v for k, v in row.items() if not re.search("per_s|runtime|memory", k)} for row in record["history"]]
+    return record | {"history": history}
+
+
 @pytest.mark.parametrize("method", ["mask", "full"])
-def test_a_run_killed_after_its_last_step_trains_nothing_more(method, arguments, tmp_path, capsys):
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_killed_run_trains_no_step_twice(method, is_finished, arguments, tmp_path, capsys):
+    """After its last step, or where the newest checkpoint is cut short; every token counts once."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = {"method": method, "max_steps": 6, "save_steps": 3, "eval_steps": 3, "save_total_limit": 5}
-    options |= {"keep_last": True, "keep_worse": True, "resume_from_checkpoint": "auto"}
+    options |= {"keep_last": True, "resume_from_checkpoint": "auto"}
     for folder in (whole, cut):
         assert run(arguments(output_dir=folder, **options), capsys)[0] == 0
     for path in cut.iterdir():
         if path.is_file():
             path.unlink()
+    if not is_finished:
+        state = cut / "checkpoint-6" / "trainer_state.json"
+        state.write_text(state.read_text()[:100])
     status, err = run(arguments(output_dir=cut, **options), capsys)
-    assert status == 0 and "step     7" not in err and "already finished: all 6 steps" in err, err
-    once, again = summary(whole), summary(cut)
-    for record in (once, again):
-        rows = [
-            [(k, v) for k, v in row.items() if not re.search("per_s|runtime|memory", k)] for row in record["history"]
-        ]
-        record["history"] = [dict(row) for row in rows]
-    timing = ("train_time_s", "peak_memory_bytes")
-    assert {k: v for k, v in again.items() if k not in timing} == {k: v for k, v in once.items() if k not in timing}
-    assert once["num_steps"] == 6
+    assert status == 0 and ("already finished: all 6 steps" in err) == is_finished, err
+    once, again = untimed(whole), untimed(cut)
+    assert once == again and once["num_steps"] == 6 and once["num_train_tokens"] > 0
+    rates = [row["learning_rate"] for row in again["history"] if "eval_loss" in row]
+    assert rates[0] == 0 and rates[1] > 0 and rates[-1] == 0  # warm-up, in between, the end of a linear schedule
     name = "adapter_model.safetensors" if method == "mask" else "model.safetensors"
     for place in ("", "last"):
         assert (whole / place / name).read_bytes() == (cut / place / name).read_bytes()
-
-
-def test_resume_auto_counts_every_token_once(arguments, tmp_path, capsys):
-    """`auto` goes on from a whole checkpoint and otherwise begins; the record is that of an uninterrupted run."""
-    options = {"method": "full", "max_steps": 6, "save_steps": 3, "eval_steps": 3, "save_total_limit": 5}
-    options |= {"resume_from_checkpoint": "auto", "keep_last": True}
-    for name in ("whole", "parts"):
-        assert run(arguments(output_dir=tmp_path / name, **options), capsys)[0] == 0
-    parts = tmp_path / "parts"
-    for checkpoint in (3, 6):
-        state = parts / f"checkpoint-{checkpoint}" / "trainer_state.json"
-        if checkpoint == 6:
-            state.write_text(state.read_text()[:100])  # cut short, as by a kill
-    (parts / TRAINING).unlink()
-    assert run(arguments(output_dir=parts, **options), capsys)[0] == 0
-    whole, again = summary(tmp_path / "whole"), summary(parts)
-    for record in (whole, again):
-        record["history"] = [{k: r.get(k) for k in ("step", "eval_loss", "eval_num_tokens")} for r in record["history"]]
-    timing = ("train_time_s", "peak_memory_bytes")
-    assert {k: v for k, v in again.items() if k not in timing} == {k: v for k, v in whole.items() if k not in timing}
-    assert whole["num_train_tokens"] > 0
-    rates = [row["learning_rate"] for row in summary(parts)["history"] if "eval_loss" in row]
-    assert rates[0] == 0 and rates[1] > 0 and rates[-1] == 0  # warm-up, in between, the end of a linear schedule
 
 
 def test_best_of_several_random_masks_is_the_one_with_the_lowest_loss(arguments, base, data, tmp_path, capsys):
@@ -291,14 +276,6 @@ def test_partial_layers_train_what_a_mask_of_them_covers(arguments, base, tmp_pa
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert len(changed) == 7 and all(".layers.1." in n and n.endswith("proj.weight") for n in changed)
-
-
-def test_keep_last(arguments, tmp_path, capsys):
-    run(arguments(method="full", keep_last=True, max_steps=6, learning_rate=0.1), capsys)
-    best = AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight
-    last = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / LAST).lm_head.weight
-    losses = heldout_losses(tmp_path / "out")
-    assert torch.equal(best, last) == (summary(tmp_path / "out")["best_step"] == max(losses))
 
 
 def test_recipe_file_with_flags_on_top(arguments, tmp_path, capsys):
@@ -479,18 +456,8 @@ def test_the_recommended_mask_is_the_default(words, sparsity, start, rate):
 
 def test_a_run_leaves_its_configuration_as_it_was(base, data, tmp_path):
     words = ["--model_name_or_path", base, "--dataset_name", data, "--output_dir", tmp_path / "out", "--max_steps", 1]
-    words += [
-        "--method",
-        "peft",
-        "--peft_config",
-        '{"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}',
-        "--global_batch_size",
-        8,
-        "--per_device_train_batch_size",
-        4,
-        "--padding_free",
-        True,
-    ]
+    words += ["--method", "peft", "--peft_config", '{"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}']
+    words += ["--global_batch_size", 8, "--per_device_train_batch_size", 4, "--padding_free", True]
     config = parse([str(word) for word in [*words, "--max_length", 16, "--bf16", False]])
     parts = (config.method, config.model, config.data, config.mask, config.training)
 
@@ -524,27 +491,18 @@ def test_trls_default_does_not_warn_of_its_old_name(tmp_path):
         assert TrainingArguments(str(tmp_path), report_to="none").gradient_checkpointing is True
 
 
-@pytest.fixture
-def plain_base(tmp_path):
+def test_a_base_model_learns_conversations_by_a_template_file(arguments, tmp_path, capsys):
     """A base model as they are published: its tokenizer has no chat template."""
-    folder, tokenizer = tmp_path / "plain", tiny_tokenizer(chat_template=False)
-    tiny.tiny_llama(vocab_size=len(tokenizer), num_layers=3).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def conversations(tmp_path):
-    file = tmp_path / "chat.jsonl"
-    rows = [
-        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}]}
-        for n in range(32)
-    ]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return file
-
-
-def test_a_base_model_learns_conversations_by_a_template_file(plain_base, conversations, arguments, tmp_path, capsys):
+    plain_base, conversations, tokenizer = (
+        tmp_path / "plain",
+        tmp_path / "chat.jsonl",
+        tiny_tokenizer(chat_template=False),
+    )
+    tiny.tiny_llama(vocab_size=len(tokenizer), num_layers=3).save_pretrained(plain_base)
+    tokenizer.save_pretrained(plain_base)
+    turns = [("user", "say {}"), ("assistant", "{}")]
+    rows = [{"messages": [{"role": r, "content": text.format(n)} for r, text in turns]} for n in range(32)]
+    conversations.write_text("\n".join(map(json.dumps, rows)))
     words = {"model_name_or_path": plain_base, "dataset_name": conversations, "eval_split_size": 8}
     status, err = run(arguments(**words), capsys)
     assert status == 2 and "chat_template_path" in err
