@@ -134,16 +134,10 @@ def from_question_answer(row: Row, as_chat: bool, *columns: str) -> dict:
 
 
 def from_instruction(row: Row, as_chat: bool, *columns: str) -> dict:
-    """Read an instruction, the input it is about (if any), and the output."""
+    """Read an instruction or a query, the input it is about (if any), and the output."""
     instruction, output = (_text(row, column) for column in columns)
     context = _text(row, "input") if row.get("input") else ""
     return {**_dialogue("\n\n".join(filter(None, (instruction, context))), output, as_chat), **_reference(row)}
-
-
-def from_query_response(row: Row, as_chat: bool, *columns: str) -> dict:
-    """Read a question and its solution."""
-    query, response = (_text(row, column) for column in columns)
-    return {**_dialogue(query, response, as_chat), **_reference(row)}
 
 
 def from_system_question(row: Row, as_chat: bool, *columns: str) -> dict:
@@ -174,7 +168,7 @@ FORMATS: Formats = {
     ("prompt", "completion"): from_prompt_completion,
     ("question", "answer"): from_question_answer,  # GSM8K
     ("instruction", "output"): from_instruction,  # Alpaca; "input" may be there too
-    ("query", "response"): from_query_response,  # MetaMathQA
+    ("query", "response"): from_instruction,  # MetaMathQA
     ("system_prompt", "question", "response"): from_system_question,  # Open-Orca
 }
 

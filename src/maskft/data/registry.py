@@ -12,7 +12,6 @@ from .formats import (
     from_guanaco,
     from_instruction,
     from_messages,
-    from_query_response,
     from_question_answer,
     from_system_question,
 )
@@ -49,9 +48,7 @@ TRAINING_SETS: dict[str, TrainingSet] = {
     "tulu3_persona_gsm": TrainingSet("allenai/tulu-3-sft-personas-math-grade", MESSAGES),
     "tulu3_persona_algebra": TrainingSet("allenai/tulu-3-sft-personas-algebra", MESSAGES),
     "metamathqa": TrainingSet(
-        "meta-math/MetaMathQA",
-        {("query", "response"): from_query_response},
-        file_names=("MetaMathQA-395K",),
+        "meta-math/MetaMathQA", {("query", "response"): from_instruction}, file_names=("MetaMathQA-395K",)
     ),
     # Tulu 3's decontaminated selection, as the published count tells, not the 72,441 rows of AI-MO/NuminaMath-TIR.
     "numinamath_tir": TrainingSet(
@@ -68,9 +65,7 @@ TRAINING_SETS: dict[str, TrainingSet] = {
         file_names=("evol-codealpaca-v1",),
     ),
     "code_alpaca": TrainingSet(
-        "sahil2801/CodeAlpaca-20k",
-        {("instruction", "output"): from_instruction},
-        file_names=("code_alpaca_20k",),
+        "sahil2801/CodeAlpaca-20k", {("instruction", "output"): from_instruction}, file_names=("code_alpaca_20k",)
     ),
     "tulu3_persona_python": TrainingSet("allenai/tulu-3-sft-personas-code", MESSAGES),
     # Tulu 3's selection of OpenAssistant/oasst1; timdettmers/openassistant-guanaco holds such conversations as text.

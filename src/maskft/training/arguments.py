@@ -103,11 +103,6 @@ class TrainingArguments(SFTConfig):
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
             super().__post_init__()
 
-    @property
-    def is_reentrant(self) -> bool:
-        """Whether gradient checkpointing is the older kind, which needs inputs that require a gradient."""
-        return bool((self.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
-
 
 def multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for bfloat16 products; without, they take five times those of float32."""

@@ -85,7 +85,7 @@ class StepGuard(TrainerCallback):
                 raise UserError(f"{name} is {parameter.dtype}; scores must be float32, masks are ranked in it")
         if runtime.num_processes() > 1:
             agreed_mask_fingerprint(model)
-        if args.gradient_checkpointing and not args.is_reentrant:
+        if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             self._undo = stop_gradient_at_frozen_embeddings(self.trainer.accelerator.unwrap_model(model))
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, EvaluationArguments)
     data = parser.add_argument_group(
         "held-out data",
-        "What is evaluated: eval_dataset_name if given; else, with eval_split_size or generated exercises, the "
+        "What is evaluated: eval_dataset_name if given; else, with eval_split_size, the "
         "held-out part; else all of dataset_name.",
     )
     add_options(data, DataArguments, NOT_OF_HELDOUT_DATA)
