@@ -254,10 +254,8 @@ CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the t
     ("name", "content", "message"),
     [
         ("a.jsonl", "", r"a\.jsonl is empty"),
-        ("a.jsonl", "\n \n", r"a\.jsonl is empty"),
         ("a.json", "[]", r"a\.json is empty"),
         ("a.jsonl", GOOD_LINE + "\n{'prompt': 1}\n", r"a\.jsonl is not JSON at line 3: .*column 2"),
-        ("a.json", '[\n{"prompt": "a",\n}]', r"a\.json is not JSON at line 3"),
         ("a.json", GOOD_LINE + "{", r"a\.json is not JSON at line 2"),
         ("a.jsonl", GOOD_LINE + "[1]\n", r"a\.jsonl: line 2: holds a list, not an object"),
         (
@@ -274,11 +272,6 @@ CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the t
         ("a.jsonl", '{"messages": []}', r"line 1: 'messages' holds an empty list"),
         ("a.jsonl", '{"messages": ["hi"]}', r"line 1: message 1 of 'messages' is text, not an object"),
         ("a.jsonl", '{"messages": [{"role": "bot", "content": "x"}]}', r"role 'bot'; it must be one of .*assistant"),
-        (
-            "a.jsonl",
-            '{"messages": [{"role": ["bot"], "content": "x"}]}',
-            r"role \['bot'\]; it must be one of .*assistant",
-        ),
         ("a.jsonl", '{"text": ' + "1" * 5000 + "}", r"a\.jsonl cannot be read at line 1: Exceeds the limit"),
         ("a.jsonl", "[" * 100_000, r"a\.jsonl cannot be read at line 1: maximum recursion depth"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": ["x"]}]}', r"has a list as content, not text"),
@@ -286,11 +279,6 @@ CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the t
         ("a.jsonl", '{"text": "a", "answer": "b", "answer_type": "near"}', r"'answer_type' is 'near'"),
         ("a.jsonl", b"\xff\xfe", r"a\.jsonl is not UTF-8"),
         ("a.jsonl", GOOD_LINE + r'{"prompt": "\ud83d", "completion": "b"}', r"line 2: '\\ud83d' is half a character"),
-        (
-            "a.jsonl",
-            GOOD_LINE + r'{"prompt": "a", "completion": "b", "cluster_id": "\ud83d"}',
-            r"line 2: '\\ud83d' is half a character",
-        ),
         (
             "a.jsonl",
             GOOD_LINE + r'{"prompt": "a", "completion": "b", "answer": "\ud83d"}',

@@ -93,15 +93,6 @@ def test_a_flipped_bit_is_told(name, file, tmp_path):
         prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
 
 
-def test_bad_rows_are_told_with_and_without(file, tmp_path):
-    file.write_text('{"prompt": 3}\n')
-    with pytest.raises(UserError) as plain:
-        prepare(arguments(file), tiny_tokenizer())
-    with pytest.raises(UserError) as kept:
-        prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
-    assert str(kept.value) == str(plain.value)
-
-
 def test_every_file_of_a_mixture_names_it(file, tmp_path):
     other = tmp_path / "metamathqa.jsonl"
     other.write_text('{"query": "a", "response": "b"}\n')
