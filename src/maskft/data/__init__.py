@@ -8,7 +8,7 @@ where the rows have it: rows of one label depend on each other.
 
 from .mixtures import load_examples, parse_mixture
 from .registry import TRAINING_SETS
-from .splits import SplitReport, Splits, load_splits
+from .splits import load_splits
 from .tokenizing import (
     IGNORED,
     format_sample,
@@ -22,8 +22,6 @@ from .tokenizing import (
 __all__ = [
     "IGNORED",
     "TRAINING_SETS",
-    "SplitReport",
-    "Splits",
     "format_sample",
     "load_examples",
     "load_splits",

@@ -88,13 +88,7 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
 
     train, dropped = _without_heldout(train, heldout, args.dataset_name)
     train, heldout = _first_rows(train, args.max_train_samples), _first_rows(heldout, args.max_eval_samples)
-    report = SplitReport(
-        read=read,
-        dropped_overlap=dropped,
-        train=len(train),
-        heldout=len(heldout),
-        taken=taken,
-    )
+    report = SplitReport(read, dropped, len(train), len(heldout), taken)
     return Splits(train, heldout, report)
 
 
