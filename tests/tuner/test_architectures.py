@@ -51,6 +51,15 @@ def test_there_are_fifteen():
     assert len(TABLE) >= 15
 
 
+def test_experts_that_are_no_linear_layers_are_left_out_with_a_warning():
+    mixtral = model_of("MixtralForCausalLM")
+    experts = [module for name, module in mixtral.named_modules() if name.endswith(".experts")]
+    numel = sum(parameter.numel() for module in experts for parameter in module.parameters())
+    with pytest.warns(UserWarning, match=rf"no linear layers are left out: MixtralExperts \({numel:,} weights\)"):
+        get_peft_model(mixtral, MaskConfig())
+
+
+@pytest.mark.filterwarnings("ignore:experts that are no linear layers")
 @pytest.mark.parametrize("name", TABLE)
 def test_row(name, tmp_path):
     plain, ids = model_of(name), token_ids(length=7)

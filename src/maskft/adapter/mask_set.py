@@ -16,7 +16,6 @@ from maskft_base import files
 from maskft_base.errors import UserError
 
 from ..tuner.codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, mask_info
-from ..tuner.experts import weight_finder
 from ..tuner.fingerprints import mask_fingerprint
 from ..tuner.model import check_weights
 
@@ -78,9 +77,9 @@ class MaskSet(dict[str, Tensor]):
 
     def apply_(self, model: nn.Module) -> None:
         """Zero the removed weights of a plain model in place, as merging an adapter of removed_value zero does."""
-        find, weights = weight_finder(model), dict[str, Tensor]()
+        modules, weights = dict(model.named_modules()), dict[str, Tensor]()
         for name, mask in self.items():
-            weight = find(name)
+            weight = getattr(modules.get(name), "weight", None)
             if weight is None:
                 raise UserError(f"the model has no module {name}; wrong base model?")
             if weight.shape != mask.shape:

@@ -17,7 +17,7 @@ from ..loss import HeldoutLoss, mean_nll
 from ..tuner import MaskedLinear, adapter_layers
 from ..tuner.codec import encode_mask, mask_info
 from ..tuner.fixed import fixed_masks
-from ..tuner.wanda import check_inputs, input_norms
+from ..tuner.wanda import input_norms
 from .arguments import TrainConfig
 from .build import with_adapter
 from .checks import check_size
@@ -47,7 +47,6 @@ def make_fixed_mask(
     counts = _counts(method.match_adapter, layers)
     norms = None
     if method.method == "wanda_mask":
-        check_inputs(layers, method.method)
         with masked.disable_adapter():
             norms = input_norms(masked, layers, data.train["input_ids"][: method.num_calibration_samples])
     measure = HeldoutLoss(masked, training.per_device_eval_batch_size, tokenizer.pad_token_id or 0)

@@ -41,9 +41,6 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
     modules = dict(model.named_modules())
     weights = {name: getattr(modules.get(name), "weight", None) for name in sorted(masks)}
     base = config.base_model_name_or_path
-    of_experts = next((name for name in masks if name not in modules and name.rpartition(".")[2].isdigit()), None)
-    if of_experts is not None:
-        raise UserError(f"{option} {folder!r} has a mask of fused experts ({of_experts}), which {option} cannot apply")
     for name, weight in weights.items():
         if weight is None or weight.shape != masks[name].shape:
             has = "is not there" if weight is None else f"has shape {tuple(weight.shape)}"

@@ -21,7 +21,6 @@ from maskft_base.errors import UserError
 from .adapter_file import ScoresOfSave
 from .codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, mask_sha256, weights_sha256
 from .config import DATA_STARTS, NO_TOKEN_INDICES, MaskConfig
-from .experts import MaskedExperts, is_fused, mask_experts
 from .fingerprints import base_fingerprint, check_base, mask_fingerprint, masks_fingerprint
 from .layer import MaskedLinear
 from .learners import is_soft
@@ -122,28 +121,20 @@ class MaskModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, MaskConfig)
-        if isinstance(target, MaskedExperts):
-            for matrix in target.matrices:
-                matrix.update_layer(adapter_name, peft_config, self._pool)
-            return
         if isinstance(target, MaskedLinear):
             target.update_layer(adapter_name, peft_config, self._pool)
             target.removed_values.update(self._removed_value_of(adapter_name, current_key))
             return
-        layer: MaskedLinear | MaskedExperts
-        if is_fused(target):
-            layer = mask_experts(target, adapter_name, peft_config, self._pool, current_key)
-        else:
-            kind = MaskedLinear if quantisation(target) is None else MaskedQuantisedLinear
-            layer = kind(target, adapter_name, peft_config, self._pool, current_key)
-            layer.removed_values.update(self._removed_value_of(adapter_name, current_key))
+        kind = MaskedLinear if quantisation(target) is None else MaskedQuantisedLinear
+        layer = kind(target, adapter_name, peft_config, self._pool, current_key)
+        layer.removed_values.update(self._removed_value_of(adapter_name, current_key))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: Any, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Replace a module; PEFT's way needs a ``weight``, which experts and many classification heads do not have."""
-        if isinstance(child, MaskedExperts) or not hasattr(child, "weight"):
+        """Replace a module; PEFT's way needs a ``weight``, which many classification heads do not have."""
+        if not hasattr(child, "weight"):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from maskft_base.errors import UserError, did_you_mean
 
 from .config import MaskConfig
-from .experts import ExpertMatrix, MaskedExperts, is_fused
 from .layer import MaskedLinear
 from .quantised import quantisation
 
@@ -35,7 +34,7 @@ def resolve_targets(config: MaskConfig, model: nn.Module) -> None:
     if config.target_modules in (None, "all-linear"):
         config.target_modules = sorted(maskable_names(model))
         _leave_out_other_layers(config, model)
-        _warn_of_other_experts(model)
+        _warn_of_experts(model)
     check_targets(config, model)
 
 
@@ -68,9 +67,6 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
             f"{listed(refused)}; name the linear layers you want in target_modules"
         )
     _check_not_shared({name: modules[name] for name in matched}, model)
-    fused = [name for name in matched if isinstance(modules[name], MaskedExperts) or is_fused(modules[name])]
-    if fused and config.removed_value == "base":
-        raise UserError(f"removed_value 'base' is not for fused experts; use 'zero', or leave out {listed(fused)}")
     held = [name for name in matched if quantisation(modules[name]) is not None]
     if held and config.removed_value == "base":
         raise UserError(f"removed_value 'base' is not for quantised layers; use 'zero', or leave out {listed(held)}")
@@ -109,7 +105,7 @@ def layer_indices(names: Iterable[str], layers_pattern: list[str] | str | None =
 
 def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | None:
     """Reason why a module cannot be masked, or None when it can."""
-    if isinstance(module, MaskedLinear | MaskedExperts) or is_fused(module):
+    if isinstance(module, MaskedLinear):
         return None
     if isinstance(module, nn.Embedding):
         return "it is an embedding"
@@ -184,16 +180,16 @@ def _check_not_shared(targets: Mapping[str, nn.Module], model: nn.Module) -> Non
         )
 
 
-def _warn_of_other_experts(model: nn.Module) -> None:
-    """Say which experts "all-linear" leaves out: neither linear layers nor fused in a way that is known here."""
+def _warn_of_experts(model: nn.Module) -> None:
+    """Say which experts "all-linear" leaves out: those that are no linear layers."""
     weights: Counter[str] = Counter()
     for module in model.modules():
         kind = type(module).__name__
-        if "Expert" in kind and not isinstance(module, nn.Linear | Conv1D) and not is_fused(module):
+        if "Expert" in kind and not isinstance(module, nn.Linear | Conv1D):
             weights[kind] += sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
     left_out = [f"{kind} ({count:,} weights)" for kind, count in weights.items() if count]
     if left_out:
-        warnings.warn(f"experts in a form that maskft cannot mask are left out: {listed(left_out)}")
+        warnings.warn(f"experts that are no linear layers are left out: {listed(left_out)}")
 
 
 def maskable_names(model: nn.Module) -> set[str]:
@@ -201,9 +197,8 @@ def maskable_names(model: nn.Module) -> set[str]:
     names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear | Conv1D | MaskedLinear | MaskedExperts) or is_fused(module))
+        if isinstance(module, nn.Linear | Conv1D | MaskedLinear)
         and ".base_layer" not in name
-        and not isinstance(getattr(module, "base_layer", None), ExpertMatrix)
         and _LAYER_INDEX.search(name)
         and _why_not_maskable(name, module, model) is None
     }

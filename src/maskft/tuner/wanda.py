@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from maskft_base.errors import UserError
 
-from .experts import ExpertMatrix
 from .fixed import ranks_per_output
 from .layer import MaskedLinear
 from .model import adapter_layers
@@ -33,7 +32,6 @@ def wanda_keys(model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name:
         UserError: If a layer sees no token of the rows.
     """
     layers = list(adapter_layers(model, adapter_name).values())
-    check_inputs(layers, "init_scores wanda")
     is_training = model.training
     model.eval()
     with cast(Any, model).disable_adapter():
@@ -44,15 +42,6 @@ def wanda_keys(model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name:
         layer.module_name: ranks_per_output(weight * norm, output_dim=int(layer.is_transposed)).float()
         for weight, norm, layer in zip(weights, norms, layers, strict=True)
     }
-
-
-def check_inputs(layers: Sequence[MaskedLinear], what: str) -> None:
-    """Refuse fused experts where ``what`` looks at the input of each matrix."""
-    if any(isinstance(layer.get_base_layer(), ExpertMatrix) for layer in layers):
-        raise UserError(
-            f"{what} looks at the input of each matrix, which fused experts do not show; use magnitude (l1_mask), or "
-            "leave the experts out (mask_exclude_modules experts)"
-        )
 
 
 @torch.inference_mode()

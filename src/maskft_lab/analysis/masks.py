@@ -12,8 +12,6 @@ from torch import Tensor
 
 from maskft.adapter.mask_set import MaskSet, read_config
 from maskft.models import load_config, load_model
-from maskft.tuner.experts import place_of
-from maskft_base.errors import UserError
 
 from .agreement import agreement
 from .records import digest_folder, is_finished, write_record
@@ -122,9 +120,6 @@ def analyse_masks(file: Path, adapters: Mapping[str, tuple[str, str]]) -> None:
     if is_finished(file, settings):
         return
     sets = {name: MaskSet.from_adapter(folder) for name, (folder, _) in adapters.items()}
-    fused = next((module for masks in sets.values() for module in masks if place_of(module)), None)
-    if fused is not None:
-        raise UserError(f"the analysis of masks is for linear layers, and {fused} is a matrix of fused experts")
     record: dict = {"masks": {}, "agreement": []}
     for name, (folder, start) in adapters.items():
         model = load_model(start, "float32")
