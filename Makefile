@@ -7,7 +7,7 @@ SOURCES := src tests benchmarks recipes examples docs
 # Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest test-quantised test-triton soak fuzz bench docs quality style clean
+.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest test-triton soak fuzz bench docs quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
@@ -39,10 +39,6 @@ test-browser-if-there:
 # The lowest versions that pyproject.toml admits. TESTS=tests/tuner runs a part.
 test-oldest: $(VENV)-oldest/.test
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
-
-# Masks over 8- and 4-bit bases; bitsandbytes is a wheel of 40 MB.
-test-quantised: $(VENV)/.quantised
-	$(PYTEST) tests/tuner/test_quantised.py tests/training/test_quantised.py
 
 # The kernel for GPUs, in Triton's interpreter: a wheel of 290 MB.
 test-triton: $(VENV)/.triton
@@ -110,10 +106,6 @@ $(VENV)/.peft: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet diffusers
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary peft --no-build-isolation -d $(VENV)/peft \
 	  peft==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("peft"))')
-	@touch $@
-
-$(VENV)/.quantised: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet -e '.[quantized]'
 	@touch $@
 
 $(VENV)/.triton: $(VENV)/.test

@@ -94,8 +94,6 @@ def test_axolotl_trains_and_resumes(base, rows, tmp_path):
     status, output = train("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert status == 0, output
     assert is_same_adapter(tmp_path / "whole", tmp_path / "resumed")
-    status, output = train("quantised", load_in_4bit=True)
-    assert status != 0 and "did not quantise the base" in output
 
 
 @needs("swift")

@@ -11,7 +11,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftModel, get_peft_model
 from pydantic import BaseModel
 
-from maskft import MaskConfig, MaskProgress, UserError
+from maskft import MaskConfig, MaskProgress
 
 
 class MaskArgs(BaseModel):
@@ -35,12 +35,6 @@ class MaskPlugin(BasePlugin):
         """A mask over ``model``, from ``lora_model_dir`` if that is given; None for other adapters."""
         if cfg.adapter != "mask":
             return None
-        # axolotl 0.21 quantises for its own adapters only, and says nothing.
-        if (cfg.load_in_4bit or cfg.load_in_8bit) and not getattr(model, "is_quantized", False):
-            raise UserError(
-                "load_in_4bit or load_in_8bit did not quantise the base; replace it by "
-                "overrides_of_model_kwargs: {quantization_config: {load_in_4bit: true}}"
-            )
         given = {
             "target_modules": cfg.lora_target_modules,
             "modules_to_save": cfg.lora_modules_to_save,

@@ -48,19 +48,13 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
         UserError: If there is no such model, or a folder is not one.
     """
     if name_or_path == EMBEDDED_MODEL:
-        if kwargs.pop("quantization_config", None) is not None:
-            raise UserError(f"{EMBEDDED_MODEL} is read from a file that is quantised already; load it as it is")
         return _load_embedded(torch.float32 if dtype == "auto" else getattr(torch, dtype), **kwargs)
     check_model_source(name_or_path)
     try:
         values, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=kwargs.get("revision"))
         _check_no_kernels(values, name_or_path)
         return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **_NO_CODE, **kwargs)
-    except ImportError as error:
-        is_bitsandbytes = "bitsandbytes" in str(error)
-        remedy = f"; install it ({install_hint('quantized')})" if is_bitsandbytes else ""
-        raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}{remedy}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}") from error
 
 

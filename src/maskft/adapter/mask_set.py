@@ -119,7 +119,6 @@ class AdapterConfig(files.FileModel):
     removed_value_fingerprint: str | None = None
     save_scores: bool = False
     base_fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}(:[0-9a-f]+)?$")] | None = None
-    base_quantisation: str | None = None
     verify_base: bool = True
     mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     weights_sha256: dict[str, str] | None = None

@@ -91,11 +91,9 @@ def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, 
         tokenizer.save_pretrained(partial)
         files.write_text(partial / files.CARD, merged_card(config, name, mask_infos(adapter), target))
         _verify_written(partial, probe, expected, masks, values, merged.dtype)
-    held = config.base_quantisation
-    learned = f"; the mask was learned on weights held as {held}: evaluate the merged model" if held else ""
     return (
         f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to {target}; "
-        f"reloaded and bitwise equal to the masked model on a probe{learned}"
+        f"reloaded and bitwise equal to the masked model on a probe"
     )
 
 

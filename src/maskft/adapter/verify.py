@@ -12,7 +12,6 @@ from ..tuner import adapter_layers
 from ..tuner.codec import decode_mask
 from ..tuner.fingerprints import check_base
 from ..tuner.learners import current_sparsity
-from ..tuner.quantised import described
 from ..tuner.targets import listed
 from .mask_set import AdapterConfig, describe, read_coded, read_config
 from .merge import load_masked
@@ -41,12 +40,8 @@ def verify(adapter: str | Path, base: str | None = None) -> list[str]:
         model, _, _ = load_masked(adapter, base)
         layers = adapter_layers(model).values()
         check_base(layers, config)
-        held = described(layer.quantisation for layer in layers)
         if config.base_fingerprint is None:
             known = "match; its weights: not checked, none recorded"
-        elif held != config.base_quantisation:
-            learned_on = config.base_quantisation or "float"
-            known = f"match; its weights: compared roughly, the mask was learned on {learned_on} ones"
         else:
             known = "and base fingerprint match"
         passed.append(f"fits {base}: names, shapes {known}")

@@ -14,8 +14,6 @@ from .arguments import TrainConfig
 from .launch import check_mask_sharding
 from .method_arguments import (
     FIXED_MASK_METHODS,
-    INTERPOLATE,
-    MASK_METHODS,
     PEFT,
     UNTRAINED_METHODS,
     MethodArguments,
@@ -87,11 +85,11 @@ def check_trackers(names: list[str]) -> None:
 
 
 def check_quantised(method: str) -> None:
-    """Refuse quantised weights where a method writes to them."""
-    if method not in (PEFT, *MASK_METHODS):
+    """Refuse quantised weights but under an adapter of PEFT's."""
+    if method != PEFT:
         raise UserError(
-            f"method {method} changes weights, which quantised ones do not let: name the unquantised model, without "
-            "load_in_4bit and load_in_8bit"
+            f"method {method} needs weights that are floats: name the unquantised model, without load_in_4bit and "
+            "load_in_8bit"
         )
 
 

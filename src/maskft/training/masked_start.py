@@ -49,7 +49,7 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
             )
     found = fingerprint_of(((name, weight.detach()) for name, weight in weights.items()), len(weights))
     dtypes = {weight.dtype for weight in weights.values()}
-    if config.base_fingerprint and not is_the_base(found, None, dtypes, config):
+    if config.base_fingerprint and not is_the_base(found, dtypes, config):
         raise UserError(
             f"{option} {folder!r} is a mask of another model: it was made for {base} (fingerprint "
             f"{config.base_fingerprint[:12]}), and the weights of this one differ ({found[:12]})"

@@ -120,7 +120,6 @@ def make_record(
             value = getattr(group, name)
             if value is not None and value != spec.default and name not in ("prepared_data_dir", "prepare_only"):
                 recipe[name] = value
-    recipe |= {name: True for name in ("load_in_8bit", "load_in_4bit") if getattr(config.model, name)}
     if datasets := hub_ids(config.data.dataset_name or ""):
         recipe["datasets"] = datasets
     recipe |= {name: getattr(config.training, name) for name in _RECORDED}

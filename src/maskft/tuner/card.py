@@ -170,8 +170,6 @@ def _beside(config: Any) -> Iterator[str]:
 def _how(config: Any, recipe: Mapping[str, Any]) -> Iterator[str]:
     """The recipe as a table, and what tells this mask from any other."""
     facts = {key: value for key, value in recipe.items() if key not in ("model_name_or_path", "datasets", "verdict")}
-    if config.base_quantisation:
-        facts["base weights held as"] = config.base_quantisation
     facts["base fingerprint"] = (config.base_fingerprint or "not recorded").partition(":")[0]
     facts |= {"mask fingerprint": config.mask_sha256, "made with": f"maskft {__version__}"}
     yield from ("", "## How it was made", "", "| | |", "| --- | --- |")

@@ -37,10 +37,10 @@ def register(layer: MaskedLinear) -> int:
 
 
 def is_supported(layer: MaskedLinear, names: list[str]) -> bool:
-    """Whether one mask, hard and without a price, falls on a whole matrix of floats; others break the graph."""
+    """Whether one mask, hard and without a price, falls on a whole matrix; others break the graph."""
     config = layer.mask_configs[names[0]]
     is_plain = len(names) == 1 and config.removed_value == "zero" and not config.price
-    is_whole = layer.quantisation is None and not any(map(is_sharded, layer.mask_scores.values()))
+    is_whole = not any(map(is_sharded, layer.mask_scores.values()))
     return is_plain and is_whole and not learners.has_soft_gate(config)
 
 

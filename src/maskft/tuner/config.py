@@ -202,7 +202,7 @@ class MaskConfig(PeftConfig):
     )
     base_quantisation: str | None = field(
         default=None,
-        metadata={"help": "How the masked base weights were held in training: nf4, fp4, int8; null: as floats."},
+        metadata={"help": "Of earlier versions, which masked quantised weights too."},
     )
     removed_value_fingerprint: str | None = field(
         default=None, metadata={"help": "sha256 of the same weights in `removed_value_model`."}

@@ -153,7 +153,7 @@ def _signed_weight(layer: MaskedLinear, name: str, scores: Tensor) -> Tensor | N
     is bit for bit that of :func:`maskft.tuner.selection.score_gradient_`, because a sign changes no other bit. Without
     accumulation nothing is kept, and on a GPU memory is dearer than these passes.
     """
-    if scores.device.type != "cpu" or layer.quantisation is not None:
+    if scores.device.type != "cpu":
         return None
     weight, scores = layer.weight.detach(), scores.detach()
     made_of = (scores.data_ptr(), scores._version, weight.data_ptr(), weight._version, optimizer_steps())

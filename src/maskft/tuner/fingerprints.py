@@ -15,7 +15,6 @@ from maskft_base.files import digest, digest_tensors
 from .codec import mask_info
 from .layer import MaskedLinear
 from .merging import unmerged_weight
-from .quantised import described
 from .sharded import is_sharded
 
 _NUM_SAMPLED = 64  # weights that a fingerprint holds
@@ -34,8 +33,8 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
     if any(layer.stored_weight.device.type == "meta" for layer in layers):
         warnings.warn("base weights are on the meta device; they are not checked against those of the mask's training")
         return
-    found, quantised = base_fingerprint(layers), described(layer.quantisation for layer in layers)
-    if not is_the_base(found, quantised, {layer.stored_weight.dtype for layer in layers}, config):
+    found = base_fingerprint(layers)
+    if not is_the_base(found, {layer.stored_weight.dtype for layer in layers}, config):
         raise UserError(
             f"the adapter was trained on other base weights ({config.base_model_name_or_path}, fingerprint "
             f"{config.base_fingerprint[:12]}) than the model's ({found[:12]}); load the right base, or pass "
@@ -43,27 +42,14 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
         )
 
 
-def is_the_base(found: str, quantised: str | None, dtypes: Collection[torch.dtype], config: Any) -> bool:
+def is_the_base(found: str, dtypes: Collection[torch.dtype], config: Any) -> bool:
     """Whether weights are those that a mask was trained on, as far as how they are held lets one tell.
 
     Args:
         found: Their fingerprint.
-        quantised: How they are quantised, None of floats.
         dtypes: What they are stored in.
         config: The mask's, with a ``base_fingerprint``.
     """
-    if quantised != config.base_quantisation:
-        is_same = _are_alike(found, config.base_fingerprint)
-        if is_same:
-            warnings.warn(
-                f"the mask was learned on weights held as {config.base_quantisation or 'float'}, the model's are held "
-                f"as {quantised or 'float'}: {_NUM_SAMPLED} of them were compared, roughly, and the mask has to be "
-                "evaluated on these"
-            )
-        return is_same
-    # Not the sha256 of quantised ones: another kind of processor may round a tie in quantising otherwise.
-    if quantised is not None:
-        return bool(found.partition(":")[2] == config.base_fingerprint.partition(":")[2])
     if torch.float16 in dtypes:
         return _are_close(found, config.base_fingerprint)
     return bool(found.partition(":")[0] == config.base_fingerprint.partition(":")[0])
@@ -73,15 +59,6 @@ def _are_close(one: str, other: str) -> bool:
     """Whether the weights in two fingerprints differ by no more than rounding to float16 and to bfloat16 explains."""
     a, b = _sampled(one), _sampled(other)
     return a.shape == b.shape and torch.allclose(a, b, rtol=2**-7, atol=2**-24, equal_nan=True)
-
-
-def _are_alike(one: str, other: str) -> bool:
-    """Whether they differ by less than half their norm, as weights and their 4-bit form do (by a tenth or a fifth).
-
-    Weights of unrelated models differ by more than their norm, those of two fine-tunings of one model by less.
-    """
-    a, b = _sampled(one).float(), _sampled(other).float()
-    return a.shape == b.shape and bool((a - b).norm() <= 0.5 * torch.maximum(a.norm(), b.norm()))
 
 
 def _sampled(fingerprint: str) -> Tensor:

@@ -35,10 +35,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         effective: The masked weight.
         sharded_weight: Under FSDP2, this rank's rows of the weight; they are masked there, and not in ``effective``.
         number: What the graphs of ``torch.compile`` know the layer by.
-        quantisation: How bitsandbytes holds the weight; None: as floats.
     """
 
-    quantisation: str | None = None
     adapter_layer_names = ("mask_scores",)
     other_param_names = ("mask_coded", "mask_configs", "mask_pools", "removed_values")
 
@@ -77,7 +75,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         names = self.active_masks
         if self.disable_adapters or self.merged or not names:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        dtype = self.weight.dtype if self.quantisation is None else x.dtype
+        dtype = self.weight.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)

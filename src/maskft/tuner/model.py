@@ -24,7 +24,6 @@ from .config import DATA_STARTS, NO_TOKEN_INDICES, MaskConfig
 from .fingerprints import base_fingerprint, check_base, mask_fingerprint, masks_fingerprint
 from .layer import MaskedLinear
 from .learners import is_soft
-from .quantised import MaskedQuantisedLinear, described, quantisation
 from .removed_value import load_removed_values
 from .scores import Float32ParameterDict, check_scores, masks_from_scores, ranked_scores
 from .selection import scores_for_mask
@@ -45,8 +44,6 @@ class MaskModel(BaseTuner):
     prefix: str = "mask_"
     tuner_layer_cls = MaskedLinear
     target_module_mapping: dict[str, list[str]] = {}
-    # Read through the wrapped model otherwise, by trainers, which cast what trains over a quantised base to bfloat16.
-    is_loaded_in_8bit = is_loaded_in_4bit = False
     _undo: tuple[Any, RemovableHandle] | None = None
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
@@ -99,12 +96,6 @@ class MaskModel(BaseTuner):
             self._undo[1].remove()
         return model
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for module in self.model.modules():
-            if isinstance(module, MaskedQuantisedLinear):
-                module.merge()  # refuses, before another is merged
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the wrapped model."""
         refresh_masks(self.model)  # the tuner calls the model's forward, which passes hooks by
@@ -125,8 +116,7 @@ class MaskModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, self._pool)
             target.removed_values.update(self._removed_value_of(adapter_name, current_key))
             return
-        kind = MaskedLinear if quantisation(target) is None else MaskedQuantisedLinear
-        layer = kind(target, adapter_name, peft_config, self._pool, current_key)
+        layer = MaskedLinear(target, adapter_name, peft_config, self._pool, current_key)
         layer.removed_values.update(self._removed_value_of(adapter_name, current_key))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -177,7 +167,6 @@ class MaskModel(BaseTuner):
         config.is_new = False
         config.mask_sha256 = mask_fingerprint({_module_name(n): out[f"{n}.mask_coded.{adapter_name}"] for n in masks})
         config.base_fingerprint = base_fingerprint(layers.values())
-        config.base_quantisation = described(layer.quantisation for layer in layers.values())
         return out
 
     @classmethod
@@ -365,8 +354,6 @@ def _check_mask_is_used(layer: MaskedLinear, adapter_name: str, mask: Tensor) ->
 def _restore_scores(layer: MaskedLinear, adapter_name: str, mask: Tensor, saved: Tensor | None) -> None:
     """Put saved scores into the layer, or permute its fresh ones so that they give the loaded mask."""
     parameter, config = layer.mask_scores[adapter_name], layer.mask_configs[adapter_name]
-    if isinstance(layer, MaskedQuantisedLinear):
-        layer.undo_cast()
     if parameter.device.type == "meta":
         parameter = nn.Parameter(layer.fresh_scores(config), requires_grad=parameter.requires_grad)
         layer.mask_scores[adapter_name] = parameter

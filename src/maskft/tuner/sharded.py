@@ -289,11 +289,6 @@ def _attached(layers: Sequence[MaskedLinear], base_fingerprint: Fingerprint) -> 
 
 
 def _check_sharding(layer: MaskedLinear) -> None:
-    if layer.quantisation is not None:
-        raise UserError(
-            f"{layer.module_name} is held as {layer.quantisation}, which FSDP2 cannot shard under a mask; load the "
-            "model without quantisation, or train with --accelerate_config multi_gpu"
-        )
     if not isinstance(layer.mask_scores, FSDPModule):
         raise UserError(
             f"the scores of {layer.module_name} are not an FSDP2 unit of their own; use FSDP2 with "

@@ -16,7 +16,6 @@ from maskft_base.errors import UserError, did_you_mean
 
 from .config import MaskConfig
 from .layer import MaskedLinear
-from .quantised import quantisation
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
@@ -67,9 +66,6 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
             f"{listed(refused)}; name the linear layers you want in target_modules"
         )
     _check_not_shared({name: modules[name] for name in matched}, model)
-    held = [name for name in matched if quantisation(modules[name]) is not None]
-    if held and config.removed_value == "base":
-        raise UserError(f"removed_value 'base' is not for quantised layers; use 'zero', or leave out {listed(held)}")
     targets = config.target_modules or []
     for entry in targets if matched and not isinstance(targets, str) else []:
         if not any(name == entry or name.endswith(f".{entry}") for name in modules):
@@ -113,14 +109,10 @@ def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | N
         if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
             return f"it is a {type(module).__name__}, whose parameter is no matrix"
         return f"it is a {type(module).__name__}, not a linear layer"
-    is_known = quantisation(module) is not None
     is_plain = type(module).__module__.split(".")[0] in ("torch", "transformers") and module.weight.is_floating_point()
-    if not is_known and not is_plain:
-        return (
-            f"it is quantised ({type(module).__name__}) in a way that maskft does not read; load the model without "
-            "quantisation, or in 8 or 4 bits of bitsandbytes"
-        )
-    if not is_known and type(module).forward not in _PLAIN_FORWARDS and type(module).__name__ != "FalconLinear":
+    if not is_plain:
+        return f"it is quantised ({type(module).__name__}); load the model without quantisation"
+    if type(module).forward not in _PLAIN_FORWARDS and type(module).__name__ != "FalconLinear":
         return f"it is a {type(module).__name__}, which computes something else than a linear map"
     path, _, leaf = name.rpartition(".")
     parent = model.get_submodule(path)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maskft.adapter.mask_set import MaskSet, read_config
 from maskft.models import load_config, load_model
+from maskft_base.errors import UserError
 
 from .agreement import agreement
 from .records import digest_folder, is_finished, write_record
