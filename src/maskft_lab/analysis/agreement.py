@@ -12,8 +12,7 @@ import numpy as np
 from scipy.stats import hypergeom, norm
 from torch import Tensor
 
-from maskft.adapter.combine import read_alike
-from maskft.tuner.codec import decode_mask
+from maskft.adapter.mask_set import MaskSet
 from maskft_base.errors import UserError
 
 # Above this variance the number in common is as good as normal.
@@ -22,13 +21,12 @@ _NORMAL_VARIANCE = 400.0
 
 def compare_adapters(folders: Sequence[str | Path], confidence: float = 0.95) -> list[dict[str, Any]]:
     """Of every two adapter folders, in how much they agree: ``first``, ``second``, their counts and ``agreement``."""
-    coded, names = read_alike(folders), distinct_names(folders)
+    sets, names = [MaskSet.from_adapter(folder) for folder in folders], distinct_names(folders)
     rows = []
     for a, b in combinations(range(len(folders)), 2):
-        first, second = ({name: decode_mask(code, name) for name, code in coded[n].items()} for n in (a, b))
-        pair = agreement(first, second, confidence)
-        counts = [sum(int((~mask).sum()) for mask in masks.values()) for masks in (first, second)]
-        row = {"first": names[a], "second": names[b], "num_removed_first": counts[0], "num_removed_second": counts[1]}
+        pair = agreement(sets[a], sets[b], confidence)
+        counts = {"num_removed_first": sets[a].num_removed, "num_removed_second": sets[b].num_removed}
+        row = {"first": names[a], "second": names[b], **counts}
         rows.append({**row, **pair, "verdict": verdict(pair)})
     return rows
 
