@@ -77,7 +77,8 @@ def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, 
     model, tokenizer, name = load_masked(adapter, base, dtype)
     probe = _probe(model)
     expected = _logits(model, probe)
-    config, masks = read_config(adapter), MaskSet(current_masks(model))
+    config = read_config(adapter).model_copy(update={"base_model_name_or_path": name})
+    masks = MaskSet(current_masks(model))
     values = {
         name.removeprefix(PREFIX): layer.removed_value("default") for name, layer in adapter_layers(model).items()
     }
@@ -89,11 +90,11 @@ def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, 
     with files.whole_folder(output_dir) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        files.write_text(partial / files.CARD, merged_card(config, name, mask_infos(adapter), target))
+        files.write_text(partial / files.CARD, merged_card(config, mask_infos(adapter), target))
         _verify_written(partial, probe, expected, masks, values, merged.dtype)
     return (
         f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to {target}; "
-        f"reloaded and bitwise equal to the masked model on a probe"
+        "reloaded and bitwise equal to the masked model on a probe"
     )
 
 

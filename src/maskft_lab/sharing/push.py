@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from maskft.adapter.mask_set import read_coded, read_config
 from maskft.tuner.card import adapter_card, hub_name, may_write
@@ -21,9 +21,8 @@ _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),
 )
-_INDEX = "model.safetensors.index.json"
-_OF_MODEL = ("config.json", "generation_config.json", "model.safetensors", _INDEX, files.CARD, *_TOKENIZER)
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+_OF_MODEL = ("config.json", "generation_config.json", files.CARD, *_WEIGHTS, *_TOKENIZER)
 
 
 def contents_of(folder: str | Path, repository: str, base: str | None = None) -> dict[str, str | bytes]:
@@ -44,11 +43,7 @@ def contents_of(folder: str | Path, repository: str, base: str | None = None) ->
         raise UserError(f"{str(folder)!r} is neither an adapter folder nor a model that maskft merge has written")
     if base is not None:
         raise UserError(f"{str(folder)!r} is a merged model, which needs no base; drop --base")
-    names = [*_OF_MODEL]
-    if (folder / _INDEX).is_file():
-        shards = {str(name) for name in dict(files.read_json(folder / _INDEX).get("weight_map", {})).values()}
-        names += sorted(name for name in shards if _SHARD.fullmatch(name))
-    return _found(folder, names)
+    return _found(folder, _OF_MODEL)
 
 
 def push(contents: dict[str, str | bytes], repository: str, is_private: bool = True) -> str:
@@ -80,22 +75,12 @@ def _texts(folder: Path, repository: str, base: str | None) -> dict[str, str | b
     written = files.read_json(folder / files.ADAPTER_CONFIG) | {"base_model_name_or_path": named}
     config = config.model_copy(update={"base_model_name_or_path": named})
     if may_write(folder):
-        data = {"license": licence} if (licence := _licence(str(named))) else {}
-        card = adapter_card(folder, config, repository, list(score_lines(folder, config)), **data)
+        card = adapter_card(folder, config, repository, list(score_lines(folder, config)))
     else:
         card = files.own_file(folder, files.CARD).read_text(encoding="utf-8")
     return {files.ADAPTER_CONFIG: json.dumps(written, indent=2).encode() + b"\n", files.CARD: card.encode()}
 
 
-def _licence(base: str) -> str | None:
-    """The licence that the base's card on the hub names; None where it names none, or is not ours to read."""
-    try:
-        card = HfApi().model_info(base).card_data
-    except Exception:  # see push
-        return None
-    licence = None if card is None else card.get("license")
-    return licence if isinstance(licence, str) else None
-
-
-def _found(folder: Path, names) -> dict[str, str | bytes]:
-    return {name: str(files.own_file(folder, name)) for name in names if (folder / name).exists()}
+def _found(folder: Path, patterns: tuple[str, ...]) -> dict[str, str | bytes]:
+    names = filter_repo_objects(sorted(file.name for file in folder.iterdir()), allow_patterns=list(patterns))
+    return {name: str(files.own_file(folder, name)) for name in names}
