@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 import tiny
-from maskft.models import load_config, load_model, load_tokenizer, with_defaults
+from maskft.models import load_config, load_model, load_tokenizer
 from maskft_base.errors import UserError
-from tiny_tokenizer import CHATML, tiny_tokenizer
 
 
 @pytest.mark.parametrize("load", [load_model, load_config, load_tokenizer])
@@ -49,45 +48,6 @@ def test_every_call_that_could_run_such_code_says_that_it_does_not():
                 assert said & {"trust_remote_code", "_NO_CODE"}, f"{file.name}, line {call.lineno}: {name}"
                 found += 1
     assert found >= 8
-
-
-# As Qwen 3's: a thought that is empty, so that none is written.
-THINKING = CHATML.replace(
-    "'<|im_start|>assistant\n' }}",
-    "'<|im_start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}"
-    "{{ '<think>\n\n</think>\n\n' }}{% endif %}",
-)
-QUESTION = [{"role": "user", "content": "2+2?"}]
-
-
-@pytest.mark.parametrize("start", ["", "\n", "  {% set a = 1 %}\nx"])
-def test_values_of_a_template_are_written_into_it(start):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = start + THINKING
-
-    def rendered(**given):
-        return tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True, **given)
-
-    plain, off = rendered(), rendered(enable_thinking=False)
-    assert plain + "<think>\n\n</think>\n\n" == off
-    tokenizer.chat_template = with_defaults(start + THINKING, '{"enable_thinking": false}')
-    assert rendered() == off and rendered(enable_thinking=True) == plain  # a server may still ask for the other
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ('{"enable_thinkin": false}', "which the chat template does not use"),
-        ("[1]", "write a JSON object"),
-        ("{x}", "write a JSON object"),
-        ({"enable_thinking": [1]}, "give a text, a number, true, false or null"),
-    ],
-)
-def test_values_that_are_refused(given, message):
-    with pytest.raises(UserError, match=message):
-        with_defaults(THINKING, given)
-    with pytest.raises(UserError, match="the tokenizer has none"):
-        with_defaults(None, {"enable_thinking": False})
 
 
 @pytest.mark.parametrize("name", ["runs/maks", "runs/a/b", "./runs", "maks/"])

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
-import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from transformers import (
 from maskft_base.errors import UserError, first_line, install_hint
 from maskft_base.files import EMBEDDED_MODEL, digest, digest_file, holds_adapter, read_json, whole_folder
 
-_JINJA = {True: "true", False: "false", None: "none"}
 # Not the default: without it, transformers asks on the terminal whether to run the code that a model brings.
 _NO_CODE = {"trust_remote_code": False}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -99,18 +96,12 @@ def _config_of_file(path: Path) -> PreTrainedConfig:
     return AutoConfig.for_model(**values)
 
 
-def load_tokenizer(
-    name_or_path: str,
-    chat_template_path: str | None = None,
-    chat_template_kwargs: dict | str | None = None,
-    **kwargs,
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **kwargs) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model; see :func:`load_model`. A missing pad token becomes the EOS token.
 
     Args:
         name_or_path: What :func:`load_model` takes.
         chat_template_path: A ``.jinja`` file that becomes its chat template, for models that have none.
-        chat_template_kwargs: Values of the template's variables, also as JSON, such as ``{"enable_thinking": false}``.
         **kwargs: Passed on to ``AutoTokenizer.from_pretrained`` (``revision``).
     """
     template = None if chat_template_path is None else _read_template(chat_template_path)
@@ -128,38 +119,7 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     if template is not None:
         tokenizer.chat_template = template
-    if chat_template_kwargs:
-        tokenizer.chat_template = with_defaults(tokenizer.chat_template, chat_template_kwargs)
     return tokenizer
-
-
-def with_defaults(template: Any, given: dict | str) -> str:
-    """Write values of a chat template's variables into it, as defaults: who renders it may still pass others.
-
-    So they hold wherever the tokenizer goes: in training, in each evaluation, in the folder of the adapter, in the
-    hash that says whether two results were asked alike, in a server.
-
-    Raises:
-        UserError: If they are no JSON object, or the template does not have such a variable.
-    """
-    try:
-        values = json.loads(given) if isinstance(given, str) else given
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise UserError(f"chat_template_kwargs is {given!r}; write a JSON object, '{{\"enable_thinking\": false}}'")
-    if not isinstance(template, str):
-        raise UserError("chat_template_kwargs are for a chat template, and the tokenizer has none, or several")
-    lines = []
-    for name, value in values.items():
-        if not name.isidentifier() or re.search(rf"\b{name}\b", template) is None:
-            raise UserError(f"chat_template_kwargs names {name!r}, which the chat template does not use; drop it")
-        if not isinstance(value, bool | int | float | str | None):
-            raise UserError(f"chat_template_kwargs: {name} is {value!r}; give a text, a number, true, false or null")
-        literal = _JINJA[value] if value is None or isinstance(value, bool) else json.dumps(value)
-        # A line with a statement alone leaves no empty line behind.
-        lines.append(f"{{% set {name} = {name} if {name} is defined else {literal} %}}\n")
-    return "".join(lines) + template
 
 
 def _read_template(file: str) -> str:

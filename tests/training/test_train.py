@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from maskft.adapter.mask_set import MaskSet
-from maskft.models import load_tokenizer
 from maskft.training.arguments import TrainingArguments
 from maskft.training.method_arguments import mask_config
 from maskft.training.record import read_record
@@ -26,7 +25,7 @@ from maskft.tuner.config import PRESETS, MaskConfig
 from maskft_base.files import ADAPTER_WEIGHTS, LAST, TRAINING
 from maskft_lab.cli.main import main
 from maskft_lab.cli.train import parse
-from tiny_tokenizer import CHATML, tiny_tokenizer
+from tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.fixture
@@ -505,28 +504,12 @@ def test_a_base_model_learns_conversations_by_a_template_file(arguments, tmp_pat
     status, err = run(arguments(**words, chat_template_path=template), capsys)
     assert status == 0, err
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == template.read_text()
-
-
-def test_values_of_the_chat_template_go_with_the_adapter(call, base, tmp_path, capsys):
-    """Trained with, saved with the adapter, and therefore evaluated with; a base is told them."""
-    template = CHATML + "{% if enable_thinking is defined and enable_thinking is false %}{{ 'no thought' }}{% endif %}"
-    (tmp_path / "template.jinja").write_text(template)
-    rows = [{"question": f"{n}+1?", "answer": f"{n + 1}"} for n in range(20)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = {"dataset_name": tmp_path / "rows.jsonl", "chat_template_path": tmp_path / "template.jinja"}
-    status, err = call(chat_template_kwargs='{"enable_thinking": false}', eval_split_size=4, max_steps=1, **options)
-    assert status == 0 and "no thought" in err, err
-    saved = load_tokenizer(str(tmp_path / "out"))
-    text = saved.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
-    assert text.endswith("no thought")
-
-    evaluate = ["evaluate", "--dataset_name", tmp_path / "rows.jsonl", "--no_generate"]
-    of_base = ["--model_name_or_path", base, "--chat_template_path", tmp_path / "template.jinja"]
-    thinking = ["--chat_template_kwargs", '{"enable_thinking": false}']
-    records = {}
-    for name, model in (("mask", ["--adapter", tmp_path / "out"]), ("told", of_base + thinking), ("other", of_base)):
+    # The model without the adapter is measured by the same prompts.
+    evaluate = ["evaluate", "--dataset_name", conversations, "--no_generate", "--chat_template_path", template]
+    for name, model in (("base", ["--model_name_or_path", plain_base]), ("mask", ["--adapter", tmp_path / "out"])):
         assert run([*evaluate, *model, "--output_dir", tmp_path / name], capsys)[0] == 0
-        records[name] = json.loads((tmp_path / name / "result.json").read_text())["tasks"]["heldout"]
-    hashes = {name: record["chat_template_hash"] for name, record in records.items()}
-    assert hashes["mask"] == hashes["told"] != hashes["other"]
-    assert records["told"]["metrics"]["nll"]["value"] != records["other"]["metrics"]["nll"]["value"]
+    hashes = {
+        json.loads((tmp_path / name / "result.json").read_text())["tasks"]["heldout"]["chat_template_hash"]
+        for name in ("base", "mask")
+    }
+    assert len(hashes) == 1 and None not in hashes

@@ -1,7 +1,5 @@
 """What a run is configured by."""
 
-# ruff: noqa: RUF009 -- an option is a dataclasses.field
-
 from __future__ import annotations
 
 import copy
@@ -52,11 +50,6 @@ class TrainingArguments(SFTConfig):
     project: str = _default("project", "maskft")  # of trackio
     # "weight decay to 0.0", "linear schedule", "warm-up ratio of 0.03" (appendix A)
     warmup_steps: float = _default("warmup_steps", 0.03)
-    chat_template_kwargs: dict | str | None = option(
-        None,
-        "Values of the chat template's variables, as JSON, e.g. '{\"enable_thinking\": false}'. They are "
-        "written into the template that the adapter's folder gets.",
-    )
     kl_to_base: float = option(
         0.0,
         "Weight, >= 0, of KL(base || model) on the supervised tokens of training rows, in nats per token, "

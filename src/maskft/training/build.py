@@ -33,8 +33,7 @@ from .peft_config import adapter_config
 def load_tokenizer_of(source: ModelConfig, training: TrainingArguments):
     """Tokenizer of the base model, with the chat template that was asked for."""
     check_model_source(source.model_name_or_path)
-    template = (training.chat_template_path, training.chat_template_kwargs)
-    return load_tokenizer(source.model_name_or_path, *template, revision=source.model_revision)
+    return load_tokenizer(source.model_name_or_path, training.chat_template_path, revision=source.model_revision)
 
 
 def load_data(

@@ -62,9 +62,6 @@ class EvaluationArguments:
         "bound on a batch's memory, in GB (10^9 bytes) (default: half of what is free)", above=0
     )
     chat_template_path: str | None = _option("a .jinja file to use as chat template, for models that have none")
-    chat_template_kwargs: str | None = _option(
-        "values of the template's variables, as JSON, e.g. '{\"enable_thinking\": false}'"
-    )
     seed: int | None = _option("training seed, if the model's folder does not say it (a label)")
     overwrite: bool = _option("replace an existing result.json, drop its journal", False)
     tasks: str = _option(

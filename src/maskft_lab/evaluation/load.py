@@ -75,22 +75,22 @@ def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
     adapters = adapters or [NO_ADAPTER]
     base_name, named_revision = _base(name, adapters)
     revision = options.model_revision or named_revision or "main"
-    device, template = usable_device(options.device), (options.chat_template_path, options.chat_template_kwargs)
+    device = usable_device(options.device)
     base = load_model(base_name, options.dtype, revision=revision)
     fingerprint = model_fingerprint(base)
     configuration = {**base.config.to_diff_dict(), "generation": base.generation_config.to_diff_dict()}
     for number, adapter in enumerate(adapters):
         facts = {"name_or_path": _portable(base_name), "fingerprint": fingerprint}
         if adapter == NO_ADAPTER:
-            model, identity = base, fingerprint
-            tokenizer = load_tokenizer(base_name, *template, revision=revision)
+            model, identity, selected_on = base, fingerprint, _selected_on(base_name)
+            tokenizer = load_tokenizer(base_name, options.chat_template_path, revision=revision)
             facts |= _training_facts(base_name)
         else:
             with one_line(adapter, f"does not fit {base_name!r}"):
                 model = PeftModel.from_pretrained(base, adapter)
             sha256 = adapter_sha256(adapter)
-            identity = f"{fingerprint}+{sha256}"
-            tokenizer = adapter_tokenizer(adapter, base_name, *template, revision=revision)
+            identity, selected_on = f"{fingerprint}+{sha256}", _selected_on(base_name) | _selected_on(adapter)
+            tokenizer = adapter_tokenizer(adapter, base_name, options.chat_template_path, revision=revision)
             facts |= {"adapter": _portable(adapter), "adapter_sha256": sha256, **_adapter_facts(adapter)}
         check_tokenizer_fits(model, tokenizer)
         facts["config_sha256"] = config_sha256(configuration, tokenizer)
@@ -111,7 +111,7 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
     """
     base_name, changes = options.model_name_or_path, options.change
     check_model_source(base_name)
-    revision, template = options.model_revision or "main", (options.chat_template_path, options.chat_template_kwargs)
+    revision, template = options.model_revision or "main", options.chat_template_path
     dtype, scales = options.dtype, options.scale or [1.0] * len(changes)
     model = load_model(base_name, dtype, revision=revision).to(usable_device(options.device)).eval()
     before = _weights(model)
@@ -120,7 +120,7 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
     merged, after = NO_ADAPTER, before
     for change, scale in zip(changes, scales, strict=True):
         facts = {"name_or_path": _portable(base_name), "fingerprint": fingerprint, "scale": scale}
-        identity, tokenizer = f"{fingerprint}+0", load_tokenizer(base_name, *template, revision=revision)
+        identity, tokenizer = f"{fingerprint}+0", load_tokenizer(base_name, template, revision=revision)
         if change != merged:
             _set_weights(model, before, before, 0)
             model, after, merged = *_changed(model, before, change, dtype), change
@@ -129,7 +129,7 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
             identity = f"{fingerprint}+{scale}*{sha256}"
             facts |= {"adapter": _portable(change), "adapter_sha256": sha256, "num_bytes": _stored_bytes(change, after)}
             facts |= _adapter_facts(change) if holds_adapter(change) else _training_facts(change)
-            tokenizer = adapter_tokenizer(change, base_name, *template, revision=revision)
+            tokenizer = adapter_tokenizer(change, base_name, template, revision=revision)
         facts["config_sha256"] = config_sha256(configuration, tokenizer)
         _set_weights(model, before, after, scale)
         yield Loaded(model, tokenizer, facts, identity, before)

@@ -182,7 +182,7 @@ def _read(part: Data, run: StudyRun, model: str) -> Data:
     if not names or not all(Path(name).is_file() for name in names):
         return part
     training = parsed.training
-    tokenizer = load_tokenizer(model, training.chat_template_path, training.chat_template_kwargs)
+    tokenizer = load_tokenizer(model, training.chat_template_path)
     train = load_splits(parsed.data, parsed.data.split_seed, tokenizer, training.dataset_text_field).train
     first = train.select(range(min(_ROWS_READ, len(train))))
     tokens = tokenize_dataset(first, tokenizer, training.max_length, text_field=training.dataset_text_field)
