@@ -26,6 +26,12 @@ def topk_mask(scores, sparsity, rank_by="abs"):
     return mask.view(scores.shape)
 
 
+def straight_through(weight, scores, mask, rank_by="abs"):
+    """Weight times mask; on the way back the mask counts as what is ranked."""
+    keys = scores.abs() if rank_by == "abs" else scores
+    return (weight.float() * (mask + (keys - keys.detach()))).to(weight.dtype)
+
+
 def wanda_mask(weight_OI, norms_I, num):
     """Remove the inputs with the smallest abs(weight) * norm of each output, the first outputs one more if uneven."""
     num_outputs = weight_OI.shape[0]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -72,27 +72,6 @@ def remove_lowest(keys: Tensor, num: int) -> Tensor:
 def threshold_mask(scores: Tensor, threshold: float, rank_by: RankBy = "signed") -> Tensor:
     """Remove every entry whose score is below ``threshold`` (paper, appendix C, global MFT: -0.035 on raw scores)."""
     return (check_not_nan(ranking_keys(scores, rank_by)) >= threshold).view(scores.shape)
-
-
-class StraightThroughMask(torch.autograd.Function):
-    """``weight * mask`` with the straight-through gradient for the scores behind the mask (Eqs. 4 and 5).
-
-    forward: (weight, scores, mask, rank_by) -> weight where the mask keeps it, 0 elsewhere.
-    backward: dL/dweight = dL/dout * mask; dL/dscores = dL/dout * weight [* sign(scores)].
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, rank_by: RankBy) -> Tensor:
-        """A removed entry is exactly +0.0, also where the weight is NaN or negative."""
-        ctx.save_for_backward(weight, scores, mask)
-        ctx.rank_by = rank_by
-        return weight.masked_fill(~mask, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Pass the gradient straight through the 0/1 step."""
-        weight, scores, mask = ctx.saved_tensors
-        return grad.masked_fill(~mask, 0.0), score_gradient(grad, weight, scores, ctx.rank_by), None, None
 
 
 def score_gradient(grad: Tensor, weight: Tensor, scores: Tensor, rank_by: RankBy = "abs") -> Tensor:

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 import reference
 from maskft import MaskConfig
-from maskft.masking import StraightThroughMask, score_gradient
+from maskft.masking import score_gradient
 from maskft.tuner.layer import MaskedLinear
 from maskft_base.errors import UserError
 from tiny import tiny_llama, token_ids
@@ -128,7 +128,7 @@ def plain(layer, x, *names):
     """The layer through the plain definitions and autograd alone."""
     weight = layer.base_layer.weight
     for name in names or ("default",):
-        weight = StraightThroughMask.apply(weight, layer.mask_scores[name], layer.get_mask(name), "abs")
+        weight = reference.straight_through(weight, layer.mask_scores[name], layer.get_mask(name), "abs")
     return F.linear(x, weight, layer.base_layer.bias)
 
 
