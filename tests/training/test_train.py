@@ -255,7 +255,7 @@ def test_accumulation_is_one_large_batch(arguments, tmp_path, capsys):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     a, b = MaskSet.from_adapter(tmp_path / "a"), MaskSet.from_adapter(tmp_path / "b")
     # Float rounding may move entries at the cut; nothing else may.
-    assert a.overlap(b) > 0.97
+    assert sum(int((a[name] != b[name]).sum()) for name in a) < 0.03 * a.num_removed
 
 
 def test_fixed_masks_take_a_learned_masks_counts(arguments, tmp_path, capsys):

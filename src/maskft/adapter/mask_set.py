@@ -56,25 +56,6 @@ class MaskSet(dict[str, Tensor]):
         """Fraction removed, in [0, 1]."""
         return self.num_removed / self.numel if self.numel else 0.0
 
-    @property
-    def density(self) -> float:
-        """Fraction kept, ``1 - sparsity``."""
-        return 1.0 - self.sparsity
-
-    def matching(self, name: str) -> Tensor:
-        """The mask of ``name``, or one clear error."""
-        if name not in self:
-            raise UserError(f"the adapter has no mask for {name}; it was made for other layers")
-        return self[name]
-
-    def overlap(self, other: MaskSet) -> float:
-        """Jaccard index of what the two sets remove, in [0, 1]; 1 when both remove nothing."""
-        if self.keys() != other.keys():
-            raise ValueError("the two sets cover different modules")
-        both = sum(int((~self[n] & ~other[n]).sum()) for n in self)
-        either = sum(int((~self[n] | ~other[n]).sum()) for n in self)
-        return both / either if either else 1.0
-
     def apply_(self, model: nn.Module) -> None:
         """Zero the removed weights of a plain model in place, as merging an adapter of removed_value zero does."""
         modules, weights = dict(model.named_modules()), dict[str, Tensor]()

@@ -80,7 +80,7 @@ def _counts(match_adapter: str | None, layers: Sequence[MaskedLinear]) -> list[i
     if match_adapter is None:
         return None
     learned = MaskSet.from_adapter(match_adapter)
-    return [int((~learned.matching(layer.module_name)).sum()) for layer in layers]
+    return [int((~learned[layer.module_name]).sum()) for layer in layers]
 
 
 def _set_masks(layers: Sequence[MaskedLinear], coded: Sequence[Tensor]) -> None:

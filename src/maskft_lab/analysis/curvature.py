@@ -227,7 +227,7 @@ def analyse_curvature(
         each["less_start_all"] = trace_estimate(each["forms"] - at_start, shares)
     for each in (*record.values(), *found.values()):
         del each["forms"]
-    write_record(file, record | {"others": found, "density": masks.density, "num_weights": masks.numel}, settings)
+    write_record(file, record | {"others": found, "density": 1 - masks.sparsity, "num_weights": masks.numel}, settings)
     pieces.remove()
 
 
