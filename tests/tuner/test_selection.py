@@ -83,15 +83,6 @@ def test_weights_are_converted_to_the_dtype_asked_for():
     assert torch.equal(out, weight.bfloat16().masked_fill(~masking.topk_mask(scores, 0.1), 0))
 
 
-@pytest.mark.parametrize("rank_by", ["abs", "signed"])
-@pytest.mark.parametrize("sparsity", (0.0, 0.1, 0.9))
-def test_scores_for_mask_give_the_mask_and_keep_the_values(rank_by, sparsity):
-    scores, mask = torch.randn(40, 30), masking.topk_mask(torch.randn(40, 30), sparsity)
-    permuted = selection.scores_for_mask(scores, mask, rank_by)
-    assert torch.equal(masking.topk_mask(permuted, sparsity, rank_by), mask)
-    assert torch.equal(permuted.view(-1).sort().values, scores.view(-1).sort().values)
-
-
 @pytest.mark.parametrize("nan", [math.nan, -math.nan])
 @pytest.mark.parametrize("rank_by", ["abs", "signed"])
 @pytest.mark.parametrize("n", [50, SAMPLED_NUMEL])

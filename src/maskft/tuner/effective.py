@@ -51,11 +51,6 @@ class EffectiveWeight:
         assert self.value is not None
         return self.value
 
-    def current(self, layer: MaskedLinear) -> Tensor | None:
-        """The weight that the last forward pass used, unless an optimizer or a call has changed it since."""
-        is_current = self._key is not None and self.value is not None and self._key == _key(layer, self.value.dtype)
-        return self.value if is_current else None
-
     def _buffer(self, weight: Tensor, dtype: torch.dtype, names: tuple[str, ...]) -> Tensor:
         """Where to write: the old value, unless it is of other adapters, whose graph may still need it."""
         old = self.value

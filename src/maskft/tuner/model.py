@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -20,13 +18,11 @@ from maskft_base.errors import UserError
 
 from .adapter_file import ScoresOfSave
 from .codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, mask_sha256, weights_sha256
-from .config import DATA_STARTS, NO_TOKEN_INDICES, MaskConfig
+from .config import NO_TOKEN_INDICES, MaskConfig
 from .fingerprints import base_fingerprint, check_base, mask_fingerprint, masks_fingerprint
 from .layer import MaskedLinear
-from .learners import is_soft
 from .removed_value import load_removed_values
 from .scores import Float32ParameterDict, check_scores, masks_from_scores, ranked_scores
-from .selection import scores_for_mask
 from .sharded import is_sharded, refresh
 from .targets import is_target, listed, resolve_targets
 
@@ -59,12 +55,6 @@ class MaskModel(BaseTuner):
             self.peft_config[names[-1]] = peft_config = copy.copy(peft_config)
         if len(names) > 1 and names[-1] == _REFERENCE:  # which trainers want to be the first adapter, frozen
             peft_config.copy_of = names[0]
-            if not resumes_two_adapters():
-                warnings.warn(
-                    f"the Trainer of transformers {transformers.__version__} does not load {names[0]!r} when it "
-                    f"resumes a model that has another adapter, {names[-1]!r}, beside it: the mask would train on "
-                    "from its start. Do not resume this run, or install transformers>=5.23"
-                )
         return peft_config
 
     @staticmethod
@@ -156,7 +146,6 @@ class MaskModel(BaseTuner):
         for name, mask in masks.items():
             out[f"{name}.mask_coded.{adapter_name}"] = encode_mask(mask)
             if adapter_name in layers[name].mask_scores:
-                _check_mask_is_used(layers[name], adapter_name, mask)
                 key = f"{name}.mask_scores.{adapter_name}"
                 scores = state_dict.get(key, layers[name].mask_scores[adapter_name])
                 if config.save_scores:
@@ -212,28 +201,23 @@ def _load_masks(
         weights = {key.replace(f".modules_to_save.{adapter_name}.", "."): value for key, value in rest.items()}
         check_weights(weights, config.weights_sha256)
     rest = once
-    loaded = {name: decode_mask(coded[name], name, layer.weight.shape) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        decode_mask(coded[name], name, layer.weight.shape)
+        if adapter_name in layer.mask_scores and name not in scores:
+            raise UserError(
+                "the adapter holds a mask but not its scores, so it cannot be trained further: save it with "
+                "MaskConfig(save_scores=True), or load it for inference"
+            )
     if config.verify_base:
         check_base(layers.values(), config)
     for name, layer in layers.items():
         layer.mask_coded[adapter_name] = coded[name].detach().cpu().clone()
         if adapter_name in layer.mask_scores:
-            _restore_scores(layer, adapter_name, loaded[name], scores.get(name))
+            _restore_scores(layer, adapter_name, scores[name])
             # PEFT reports parameters that a file does not set; these are set already.
             rest[f"{names[name]}.mask_scores.{adapter_name}"] = layer.mask_scores[adapter_name].data
         layer.effective.forget()
-    if not config.inference_mode and layers and not scores:
-        _check_restored(model, adapter_name, loaded)
-        warnings.warn(
-            "the adapter holds a mask but not its scores (save_scores=False): if it is trained on, then with "
-            "freshly drawn scores that rank the same"
-        )
     return rest
-
-
-def resumes_two_adapters() -> bool:
-    """Whether the Trainer of the installed transformers loads an adapter that has another, a reference, beside it."""
-    return tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 
 
 def _take_back(model: Any, adapter_name: str) -> None:
@@ -339,50 +323,21 @@ def _current_masks(
     return {name: layer.get_mask(adapter_name) for name, layer in layers.items()}
 
 
-def _check_mask_is_used(layer: MaskedLinear, adapter_name: str, mask: Tensor) -> None:
-    """Refuse to save a mask other than the one that the last forward pass used, where both are of the same step."""
-    config, used = layer.mask_configs[adapter_name], layer.effective.current(layer)
-    if used is None or layer.active_masks != [adapter_name] or config.removed_value != "zero" or is_soft(config, True):
-        return
-    if bool(used[~mask.to(used.device)].any()):
-        raise UserError(
-            f"the scores of {layer.module_name} were changed through `.data`, which the model does not see; "
-            "change them by an optimizer, or in `with torch.no_grad(): scores.sub_(...)`"
-        )
-
-
-def _restore_scores(layer: MaskedLinear, adapter_name: str, mask: Tensor, saved: Tensor | None) -> None:
-    """Put saved scores into the layer, or permute its fresh ones so that they give the loaded mask."""
-    parameter, config = layer.mask_scores[adapter_name], layer.mask_configs[adapter_name]
+def _restore_scores(layer: MaskedLinear, adapter_name: str, saved: Tensor) -> None:
+    """Put saved scores into the layer."""
+    parameter = layer.mask_scores[adapter_name]
     if parameter.device.type == "meta":
-        parameter = nn.Parameter(layer.fresh_scores(config), requires_grad=parameter.requires_grad)
-        layer.mask_scores[adapter_name] = parameter
-    if saved is not None:
-        if saved.shape != parameter.shape:
-            raise UserError(
-                f"{layer.module_name}: saved scores have shape {tuple(saved.shape)}, not {tuple(parameter.shape)}"
-            )
-        values = saved.to(parameter.device, torch.float32)
-        if bool(values.isnan().any()):
-            raise UserError(f"{layer.module_name}: the saved scores contain NaN; resume from an earlier checkpoint")
-    else:
-        fresh = parameter.detach()
-        if config.init_scores in DATA_STARTS:  # any order will do, the mask puts them into its own
-            fresh = ranked_scores(config, layer.weight.detach().abs())
-        values = scores_for_mask(fresh, mask.to(parameter.device), config.ranks_by)
+        fresh = layer.fresh_scores(layer.mask_configs[adapter_name])
+        parameter = layer.mask_scores[adapter_name] = nn.Parameter(fresh, requires_grad=parameter.requires_grad)
+    if saved.shape != parameter.shape:
+        raise UserError(
+            f"{layer.module_name}: saved scores have shape {tuple(saved.shape)}, not {tuple(parameter.shape)}"
+        )
+    values = saved.to(parameter.device, torch.float32)
+    if bool(values.isnan().any()):
+        raise UserError(f"{layer.module_name}: the saved scores contain NaN; resume from an earlier checkpoint")
     with torch.no_grad():
         parameter.copy_(values)
-
-
-def _check_restored(model: nn.Module, adapter_name: str, loaded: dict[str, Tensor]) -> None:
-    """Refuse to train from a mask that freshly drawn scores cannot express (thresholds, pools, tied scores)."""
-    restored = current_masks(model, adapter_name)
-    different = [name for name, mask in loaded.items() if not torch.equal(restored[name].cpu(), mask)]
-    if different:
-        raise UserError(
-            f"training cannot resume from the mask of {listed(different)} without the scores it was made from; save it "
-            "with MaskConfig(save_scores=True), or load it for inference"
-        )
 
 
 # Checks

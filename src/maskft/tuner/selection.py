@@ -221,18 +221,6 @@ def _find_in_band(keys: Tensor, low: float, high: float, scratch: Tensor) -> Ten
     return row * (len(keys) // _ROWS) + columns[column]
 
 
-def scores_for_mask(scores: Tensor, mask: Tensor, rank_by: RankBy = "abs") -> Tensor:
-    """Permute ``scores`` so that their top-k mask at the count of ``mask`` is ``mask``; the set of values is unchanged.
-
-    Used to resume training from a saved mask whose scores were not saved.
-    """
-    flat, keep = scores.detach().reshape(-1).clone(), mask.reshape(-1)
-    own = remove_lowest_of_pool([flat], int((~keep).sum()), rank_by)[0]
-    wrongly_kept, wrongly_removed = (own & ~keep).nonzero().squeeze(1), (~own & keep).nonzero().squeeze(1)
-    flat[wrongly_kept], flat[wrongly_removed] = flat[wrongly_removed].clone(), flat[wrongly_kept].clone()
-    return flat.view(scores.shape)
-
-
 def score_gradient_(grad: Tensor, weight: Tensor, scores: Tensor, rank_by: RankBy) -> Tensor:
     """:func:`maskft.masking.score_gradient`, written into ``grad`` (float32)."""
     if rank_by == "signed":
