@@ -26,7 +26,7 @@ from torch import Tensor
 from maskft_base.errors import NotFiniteError, UserError
 
 RankBy = Literal["abs", "signed"]
-ScoreStart = Literal["normal", "kaiming_uniform", "constant", "magnitude", "wanda"]
+ScoreStart = Literal["normal", "constant", "magnitude", "wanda", "first_order"]
 
 
 def topk_mask(scores: Tensor, sparsity: float, rank_by: RankBy = "abs") -> Tensor:
@@ -111,26 +111,22 @@ def check_not_nan(keys: Tensor) -> Tensor:
 
 
 def initial_scores(
-    weight: Tensor, start: ScoreStart, generator: torch.Generator, std: float = 0.02, value: float = 0.0, dim: int = -1
+    weight: Tensor, start: ScoreStart, generator: torch.Generator, std: float = 0.02, value: float = 0.0
 ) -> Tensor:
     """Scores to start from: float32, shape and device of ``weight``.
 
     Args:
         weight: The frozen weight.
-        start: ``normal``: N(0, std), as published; ``kaiming_uniform``: U(-b, b) with b = 1/sqrt(in_features);
-            ``constant``: ``value`` everywhere; ``magnitude``: :func:`spread_by_rank` of abs(weight), so that the first
-            mask is the magnitude mask. The other starts need data, see ``tuner.start_scores``.
+        start: ``normal``: N(0, std), as published; ``constant``: ``value`` everywhere; ``magnitude``:
+            :func:`spread_by_rank` of abs(weight), so that the first mask is the magnitude mask. The other starts need
+            data, see ``tuner.start_scores``.
         generator: CPU generator; the draw does not depend on the device of ``weight``.
         std: Standard deviation of ``normal`` and ``magnitude``, > 0.
         value: Value of ``constant``.
-        dim: Dimension of ``weight`` that holds the inputs.
     """
     scores = torch.empty(weight.shape)
     if start == "normal":
         scores.normal_(0.0, std, generator=generator)
-    elif start == "kaiming_uniform":
-        bound = 1.0 / math.sqrt(weight.shape[dim])
-        scores.uniform_(-bound, bound, generator=generator)
     elif start == "constant":
         scores.fill_(value)
     else:

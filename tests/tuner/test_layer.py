@@ -216,13 +216,6 @@ def test_data_parallel_is_refused():
         layer(torch.randn(5, 12))
 
 
-def test_the_uniform_start_is_of_the_inputs():
-    """Conv1D stores its weight the other way round."""
-    for conv1d in (False, True):
-        layer = make_layer(conv1d=conv1d, in_features=400, out_features=25, init_scores="kaiming_uniform")
-        assert float(layer.mask_scores["default"].detach().abs().max()) == pytest.approx(1 / 20, rel=0.01)
-
-
 def test_backward_after_a_step_on_an_old_graph_is_an_error():
     layer = make_layer()
     x = torch.randn(5, 12, requires_grad=True)

@@ -252,7 +252,7 @@ def test_masks_that_cannot_be_active_together():
 # Starts
 
 
-@pytest.mark.parametrize("start", ["normal", "magnitude", "kaiming_uniform", "constant"])
+@pytest.mark.parametrize("start", ["normal", "magnitude", "constant"])
 def test_scores_cut_at_zero_start_around_init_value(start):
     config = {"selection": "logit", "init_scores": start, "init_value": 0.5, "init_std": 0.02}
     layer = make_layer(in_features=64, out_features=64, **config)

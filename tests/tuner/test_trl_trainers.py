@@ -1,5 +1,6 @@
 """TRL's trainers with ``peft_config=MaskConfig(...)``: training, resuming, merging, and the reference model of each."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest

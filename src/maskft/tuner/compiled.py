@@ -90,7 +90,7 @@ def refresh(*_: Any) -> None:
         layer = _layers.get(number)
         if layer is None:
             _in_graphs.discard(number)
-        elif layer.effective.value is not None and layer.stored_weight.device.type != "meta":
+        elif layer.effective.value is not None and layer.weight.device.type != "meta":
             layer.effective.get(layer, layer.effective.value.dtype)
 
 

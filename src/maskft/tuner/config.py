@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from peft.config import PeftConfig
-from safetensors import SafetensorError, safe_open
+from peft.utils import WEIGHTS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from maskft_base.errors import UserError, did_you_mean
 from maskft_base.files import ADAPTER_WEIGHTS
 
 from ..masking import RankBy, ScoreStart, check_sparsity
-from .adapter_file import ScoresOfSave, add_tensors, find_weights, weights_beside_masks
+from .adapter_file import ScoresOfSave, add_tensors, weights_beside_masks
 from .card import write_card
 from .codec import FORMAT_VERSION, weights_sha256
 from .learners import LEARNERS, is_free, learner_options, names_with
@@ -159,8 +159,9 @@ class MaskConfig(PeftConfig):
     init_scores: ScoreStart = field(
         default="normal",
         metadata={
-            "help": "Start of the scores: normal, kaiming_uniform, constant, or in the order of the weights' "
-            "magnitude or, on training rows, of wanda (magnitude * norm of the input)."
+            "help": "Start of the scores: normal, constant, or in the order of the weights' "
+            "magnitude, of wanda (magnitude * norm of the input) or first_order (|gradient * weight|), the last two on "
+            "training rows."
         },
     )
     init_std: float = field(
@@ -302,18 +303,6 @@ class MaskConfig(PeftConfig):
                 stacklevel=3,
             )
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Read ``adapter_config.json``; a weights file beside it that cannot be read is refused before PEFT wraps."""
-        file = Path(pretrained_model_name_or_path) / (subfolder or "") / ADAPTER_WEIGHTS
-        try:
-            if file.is_file():
-                with safe_open(file, "pt"):
-                    pass
-        except SafetensorError as error:
-            raise UserError(f"{file} is not a readable safetensors file: {error}") from error
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, with the checksums of what PEFT has written beside the masks.
 
@@ -321,14 +310,16 @@ class MaskConfig(PeftConfig):
         """
         if self.base_model_name_or_path and Path(self.base_model_name_or_path).is_dir():
             self.base_model_name_or_path = str(Path(self.base_model_name_or_path).resolve())  # is read elsewhere
-        file = find_weights(save_directory)
+        file = Path(save_directory) / ADAPTER_WEIGHTS
         scores, self.scores_of_save = self.scores_of_save, ScoresOfSave()
-        if file is not None:
+        if (file.parent / WEIGHTS_NAME).is_file():
+            raise UserError("masks are saved as safetensors: leave out safe_serialization=False")
+        if file.is_file():
             if scores and _CHECKPOINT.search(Path(save_directory).as_posix()):
                 add_tensors(file, scores)
             self.weights_sha256 = weights_sha256(weights_beside_masks(file)) or None
         super().save_pretrained(save_directory, **kwargs)
-        if file is not None and file.suffix != ".bin":
+        if file.is_file():
             write_card(save_directory, self)  # over PEFT's, whose lines do not load a mask
 
     @property
@@ -340,9 +331,8 @@ class MaskConfig(PeftConfig):
     def start_value(self) -> float:
         """``init_value``, or where it is not given and scores are cut at 0 one that keeps nearly all weights.
 
-        At two deviations 97.7 % of a normal start are kept and all of one by an order (of ``kaiming_uniform``, which is
-        as wide as the layer makes it, fewer). Gates that began at 0, half of them shut, did not come back
-        (docs/evidence.md).
+        At two deviations 97.7 % of a normal start are kept and all of one by an order. Gates that began at 0, half of
+        them shut, did not come back (docs/evidence.md).
         """
         if self.init_value is not None:
             return self.init_value
@@ -396,7 +386,7 @@ class MaskConfig(PeftConfig):
                 "removed_value='base' needs the model before fine-tuning, and nothing else does"
             )
         spread = {"constant": 0.0, "normal": 6.0}.get(self.init_scores, math.sqrt(3)) * self.init_std
-        if is_free(self.selection) and self.init_scores != "kaiming_uniform" and self.start_value + spread <= 0:
+        if is_free(self.selection) and self.start_value + spread <= 0:
             raise UserError(
                 f"selection={self.selection!r} removes scores of 0 and less, and with init_scores={self.init_scores!r} "
                 f"and init_value={self.start_value} that is every weight; set init_value above 0"

@@ -168,7 +168,7 @@ def _signed_weight(layer: MaskedLinear, name: str, scores: Tensor) -> Tensor | N
 
 def _key(layer: MaskedLinear, dtype: torch.dtype) -> tuple[Any, ...]:
     """What an effective weight is made of: equal keys, equal weights."""
-    weight, names = layer.stored_weight, tuple(layer.active_masks)
+    weight, names = layer.weight, tuple(layer.active_masks)
     scores = tuple(
         (s.data_ptr(), s._version, optimizer_steps() if s.requires_grad else None)
         for name in names
@@ -192,7 +192,7 @@ def _check_can_refresh(layer: MaskedLinear) -> None:
             "masks do not work under torch.nn.DataParallel; start one process per GPU (accelerate launch; maskft "
             "train --accelerate_config multi_gpu), or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
         )
-    if layer.stored_weight.device.type == "meta":
+    if layer.weight.device.type == "meta":
         raise UserError(
             f"the weight of {layer.module_name} is on the meta device: offloaded layers cannot be masked; load the "
             "model whole, without device_map"

@@ -30,11 +30,11 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
     layers = list(layers)
     if config.base_fingerprint is None:
         return
-    if any(layer.stored_weight.device.type == "meta" for layer in layers):
+    if any(layer.weight.device.type == "meta" for layer in layers):
         warnings.warn("base weights are on the meta device; they are not checked against those of the mask's training")
         return
     found = base_fingerprint(layers)
-    if not is_the_base(found, {layer.stored_weight.dtype for layer in layers}, config):
+    if not is_the_base(found, {layer.weight.dtype for layer in layers}, config):
         raise UserError(
             f"the adapter was trained on other base weights ({config.base_model_name_or_path}, fingerprint "
             f"{config.base_fingerprint[:12]}) than the model's ({found[:12]}); load the right base, or pass "

@@ -105,11 +105,6 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         return self.weight.to(dtype or self.weight.dtype)
 
     @property
-    def stored_weight(self) -> Tensor:
-        """The frozen weight as the base layer holds it; ``weight`` is always one of floats."""
-        return cast(Tensor, self.get_base_layer().weight)
-
-    @property
     def active_masks(self) -> list[str]:
         """Names of the active adapters that mask this layer."""
         return [name for name in self.active_adapters if name in self.mask_configs]
@@ -123,7 +118,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         if adapter_name in self.mask_coded:
             coded = self.mask_coded[adapter_name]
             shape = mask_info(coded, self.module_name)["shape"]  # compared with the weight's when it was loaded
-            return decode_mask(coded, self.module_name, shape).to(self.stored_weight.device)
+            return decode_mask(coded, self.module_name, shape).to(self.weight.device)
         raise UserError(
             f"adapter {adapter_name!r} has no mask in {self.module_name}: load it with PeftModel.from_pretrained or "
             "PeftModel.load_adapter (transformers' own model.load_adapter and add_adapter cannot read masks)"
@@ -152,8 +147,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
 
     def fresh_scores(self, config: MaskConfig) -> Tensor:
         """Scores to start from, the same at every call."""
-        weight, input_dim = self.weight.detach(), 0 if self.is_transposed else 1
-        return draw_scores(config, weight, self.module_name, input_dim)
+        return draw_scores(config, self.weight.detach(), self.module_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the masked weight into the base layer; what it replaces is kept so that ``unmerge`` is bit-exact.
@@ -181,7 +175,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move scores, and leave them float32 whatever the base is: in bfloat16 they would tie at the cut."""
-        target = torch.device(device or self.stored_weight.device)
+        target = torch.device(device or self.weight.device)
         scores = self.mask_scores[adapter_name] if adapter_name in self.mask_scores else None
         if scores is not None and "meta" not in (target.type, scores.device.type):
             scores.data = scores.data.to(target)

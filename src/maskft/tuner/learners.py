@@ -235,11 +235,6 @@ def hard_slope(config: Settings, scores: Tensor) -> Tensor | None:
     return None if slope is None else slope(config, scores)
 
 
-def has_slope(config: Settings) -> bool:
-    """Whether a slope is kept beside the masked weight, 4 bytes per weight."""
-    return has_soft_gate(config) or hard_slope(config, torch.empty(0)) is not None
-
-
 def price_gradient(config: Settings, scores: Tensor, numel: int) -> Tensor:
     """Derivative of price * share removed; ``numel`` entries are the whole matrix that ``scores`` are some rows of."""
     slope = LEARNERS[config.selection].removal_slope

@@ -29,14 +29,14 @@ class Float32ParameterDict(nn.ParameterDict):
         return self
 
 
-def draw_scores(config: MaskConfig, weight: Tensor, module_name: str, input_dim: int) -> Tensor:
+def draw_scores(config: MaskConfig, weight: Tensor, module_name: str) -> Tensor:
     """Scores to start from, decided by the seed and the name of the layer; NaN until :func:`start_scores` is called."""
     if weight.device.type == "meta":
         return torch.empty(weight.shape, dtype=torch.float32, device="meta")
     if config.init_scores in DATA_STARTS:
         return torch.full_like(weight, torch.nan, dtype=torch.float32)
     generator = learners.generator("cpu", config.mask_seed, module_name)
-    scores = initial_scores(weight, config.init_scores, generator, config.init_std, config.start_value, input_dim)
+    scores = initial_scores(weight, config.init_scores, generator, config.init_std, config.start_value)
     return _centred(config, scores)
 
 

@@ -70,7 +70,7 @@ def input_norms(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Seque
     hooks = [layer.register_forward_pre_hook(add(n)) for n, layer in enumerate(layers)]
     try:
         for ids in rows:
-            model(input_ids=torch.as_tensor(ids, device=layers[0].stored_weight.device)[None], use_cache=False)
+            model(input_ids=torch.as_tensor(ids, device=layers[0].weight.device)[None], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
