@@ -14,7 +14,6 @@ from maskft.masking import (
     score_gradient,
     threshold_mask,
     topk_mask,
-    topk_masks,
 )
 from maskft_base.errors import UserError
 
@@ -112,19 +111,6 @@ def test_nan_scores_are_refused(nan, rank_by):
             topk_mask(scores, sparsity, rank_by)
     with pytest.raises(UserError, match="NaN"):
         threshold_mask(scores, 0.0, rank_by)
-
-
-def test_global_scope_is_one_pool():
-    a, b = torch.randn(20, 30), 10 * torch.randn(7, 11)
-    masks = topk_masks([a, b], 0.1)
-    together = topk_mask(torch.cat([a.view(-1), b.view(-1)]), 0.1)
-    assert torch.equal(torch.cat([m.view(-1) for m in masks]), together)
-    assert int((~masks[0]).sum()) > int((~masks[1]).sum())
-
-
-def test_global_ties_follow_the_order_of_the_pool():
-    first, second = topk_masks([torch.ones(2, 5), torch.ones(2, 5)], 0.6)
-    assert int((~first).sum()) == 10 and (~second).view(-1).tolist() == [True, True] + [False] * 8
 
 
 def test_threshold():

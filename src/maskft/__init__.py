@@ -7,7 +7,7 @@
 from maskft_base import __version__
 from maskft_base.errors import UserError
 
-from .masking import num_removed, threshold_mask, topk_mask, topk_masks
+from .masking import num_removed, threshold_mask, topk_mask
 from .tuner import (
     MaskConfig,
     MaskModel,
@@ -36,6 +36,5 @@ __all__ = [
     "start_scores",
     "threshold_mask",
     "topk_mask",
-    "topk_masks",
     "wanda_keys",
 ]

@@ -17,7 +17,6 @@ Shapes: a weight and its scores are (O, I) = (out_features, in_features), or (I,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -47,14 +46,7 @@ def topk_mask(scores: Tensor, sparsity: float, rank_by: RankBy = "abs") -> Tenso
         >>> topk_mask(torch.tensor([0.3, -0.1, 0.2, -0.4]), sparsity=0.25)
         tensor([ True, False,  True,  True])
     """
-    return topk_masks([scores], sparsity, rank_by)[0]
-
-
-def topk_masks(scores: Sequence[Tensor], sparsity: float, rank_by: RankBy = "abs") -> list[Tensor]:
-    """Rank several matrices as one pool (``scope="global"``); see :func:`topk_mask`."""
-    keys = torch.cat([ranking_keys(s, rank_by) for s in scores])
-    mask = remove_lowest(keys, num_removed(len(keys), sparsity))
-    return [part.view(s.shape) for part, s in zip(mask.split([s.numel() for s in scores]), scores, strict=True)]
+    return remove_lowest(ranking_keys(scores, rank_by), num_removed(scores.numel(), sparsity)).view(scores.shape)
 
 
 def remove_lowest(keys: Tensor, num: int) -> Tensor:

@@ -167,7 +167,6 @@ def main():
     seen = {
         "matrix": compare(),
         "signed": compare(rank_by="signed", init_scores="magnitude"),
-        "global": compare(scope="global"),
         "threshold": compare(selection="threshold", threshold=-0.02, rank_by="signed"),
         "ramp": compare(sparsity_ramp=0.9),
         "logit": compare(selection="logit", init_value=0.02, gradient="sigmoid", sharpness=5.0, price=1.0),

@@ -219,7 +219,6 @@ CHANGES = {
     "learning_rate": 0.1,
     "mask_sparsity": 0.2,
     "mask_rank_by": "signed",
-    "mask_scope": "global",
     "mask_seed": 1,
     "mask_init_scores": "constant",
     "seed": 1,

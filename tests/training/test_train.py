@@ -260,7 +260,7 @@ def test_accumulation_is_one_large_batch(arguments, tmp_path, capsys):
 
 def test_fixed_masks_take_a_learned_masks_counts(arguments, tmp_path, capsys):
     learned = tmp_path / "learned"
-    run(arguments(output_dir=learned, mask_scope="global"), capsys)
+    run(arguments(output_dir=learned, mask_selection="threshold", mask_rank_by="signed", mask_threshold=0.0005), capsys)
     counts = {n: int((~m).sum()) for n, m in MaskSet.from_adapter(learned).items()}
     for method in ("random_mask", "l1_mask", "wanda_mask"):
         out = tmp_path / method

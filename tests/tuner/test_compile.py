@@ -26,7 +26,6 @@ def _no_graphs_of_other_tests():
 @pytest.mark.parametrize(
     "backend, options",
     [
-        ("eager", {"sparsity": 0.2, "scope": "global", "layers_to_transform": [0]}),
         ("aot_eager", LOGIT),
         pytest.param(
             "inductor",

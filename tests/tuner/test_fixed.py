@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reference
-from maskft import magnitude_mask, num_removed, random_mask, topk_mask, topk_masks
+from maskft import magnitude_mask, num_removed, random_mask, topk_mask
 from maskft.tuner.fixed import fixed_masks
 from maskft_base.errors import UserError
 
@@ -39,12 +39,10 @@ def test_random_mask_is_uniform_and_seeded():
     assert (rate - 0.1).abs().max() < 0.075
 
 
-def test_fixed_masks_of_given_counts_and_global_pool():
+def test_fixed_masks_of_given_counts():
     weights = [torch.randn(10, 10), 5 * torch.randn(4, 25)]
     for kind in ("random_mask", "l1_mask"):
         assert [int((~m).sum()) for m in fixed_masks(kind, weights, 0.1, counts=[3, 17])] == [3, 17]
-        assert sum(int((~m).sum()) for m in fixed_masks(kind, weights, 0.1, scope="global")) == 20
-    assert torch.equal(fixed_masks("l1_mask", weights, 0.1, "global")[0], topk_masks(weights, 0.1)[0])
 
 
 @pytest.mark.parametrize("sparsity", (0.0, 0.1, 0.9))
@@ -58,11 +56,9 @@ def test_wanda_mask_is_the_naive_one(sparsity):
     assert torch.equal(transposed.t(), mask)
 
 
-def test_wanda_mask_takes_counts_and_one_pool():
+def test_wanda_mask_takes_counts():
     weights, norms = [torch.arange(1.0, 7).view(2, 3), 10 * torch.ones(2, 3)], [torch.ones(1, 3)] * 2
     masks = fixed_masks("wanda_mask", weights, 0.5, counts=[1, 3], input_norms=norms)
     # The first output gives one more where the count does not divide.
     assert masks[0].tolist() == [[False, True, True], [True, True, True]]
     assert masks[1].tolist() == [[False, False, True], [False, True, True]]
-    pooled = fixed_masks("wanda_mask", weights, 0.5, "global", input_norms=norms)
-    assert not pooled[0].any() and pooled[1].all()

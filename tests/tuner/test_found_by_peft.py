@@ -56,7 +56,7 @@ def keys_of(folder):
         return list(tensors.keys())
 
 
-@pytest.mark.parametrize("options", [{}, {"init_scores": "magnitude"}, {"scope": "global"}])
+@pytest.mark.parametrize("options", [{}, {"init_scores": "magnitude"}])
 def test_a_plain_trainer_resumes_exactly(tmp_path, options):
     ids = token_ids().tolist()
     rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids * 4])

@@ -21,7 +21,7 @@ def make_layer(bias=True, conv1d=False, dtype=torch.float32, in_features=12, out
     else:
         base = nn.Linear(in_features, out_features, bias=bias)
     base.to(dtype).requires_grad_(False)
-    layer = MaskedLinear(base, "default", MaskConfig(**config), [], "lin")
+    layer = MaskedLinear(base, "default", MaskConfig(**config), "lin")
     layer.set_adapter("default")
     return layer
 
@@ -169,7 +169,7 @@ def test_every_micro_batch_of_a_step_gets_the_gradient_of_the_definition(dtype):
 
 def test_adapters_trained_at_once_each_get_the_gradient_at_the_others_mask():
     layer = make_layer(sparsity=0.3)
-    layer.update_layer("other", MaskConfig(sparsity=0.4, mask_seed=1), [])
+    layer.update_layer("other", MaskConfig(sparsity=0.4, mask_seed=1))
     layer.set_adapter(["default", "other"])
     x = torch.randn(5, 12)
     y = layer(x)
@@ -196,7 +196,7 @@ def test_a_layer_used_twice_in_one_forward():
 def test_a_graph_of_another_set_of_adapters_stays_good():
     """A reference adapter runs between forward and backward of the one that is trained."""
     layer = make_layer()
-    layer.update_layer("ref", MaskConfig(sparsity=0.4), [])
+    layer.update_layer("ref", MaskConfig(sparsity=0.4))
     layer.set_adapter("default")
     x = torch.randn(5, 12, requires_grad=True)
     y = layer(x)
@@ -298,7 +298,7 @@ def test_training_finds_planted_junk():
     base = nn.Linear(32, 24, bias=False)
     with torch.no_grad():
         base.weight.copy_(torch.where(junk, 3 * torch.randn(24, 32, generator=generator), clean))
-    layer = MaskedLinear(base.requires_grad_(False), "default", MaskConfig(sparsity=0.1), [], "lin")
+    layer = MaskedLinear(base.requires_grad_(False), "default", MaskConfig(sparsity=0.1), "lin")
     layer.set_adapter("default")
     optimizer = torch.optim.Adam(layer.mask_scores.parameters(), lr=1e-3)
     for _ in range(400):

@@ -29,7 +29,7 @@ def make_layer(conv1d=False, in_features=12, out_features=8, **config):
     base = Conv1D(out_features, in_features) if conv1d else nn.Linear(in_features, out_features)
     if conv1d:
         nn.init.normal_(base.bias)
-    layer = MaskedLinear(base.requires_grad_(False), "default", MaskConfig(**config), [], "lin")
+    layer = MaskedLinear(base.requires_grad_(False), "default", MaskConfig(**config), "lin")
     layer.set_adapter("default")
     return layer
 
@@ -201,18 +201,14 @@ def test_noise_is_drawn_once_per_step_of_a_seed_and_a_layer(selection):
     assert len({tuple(n.tolist()) for n in noise}) == 3
 
 
-@pytest.mark.parametrize("scope", ["matrix", "global"])
-def test_the_count_along_a_ramp_is_exact_and_saved(scope, tmp_path):
-    config = MaskConfig(sparsity=0.4, sparsity_ramp=0.5, scope=scope, target_modules=["q_proj", "up_proj"])
+def test_the_count_along_a_ramp_is_exact_and_saved(tmp_path):
+    config = MaskConfig(sparsity=0.4, sparsity_ramp=0.5, target_modules=["q_proj", "up_proj"])
     model = get_peft_model(tiny.tiny_llama(), config)
     for progress in (0.0, 0.1, 0.3, 0.5, 1.0):
         set_mask_progress(model, progress)
         share = 0.4 * (1 - (1 - min(progress / 0.5, 1)) ** 3)
         masks = current_masks(model)
-        pools = [masks.values()] if scope == "global" else [[mask] for mask in masks.values()]
-        for pool in pools:
-            removed, numel = sum(int((~m).sum()) for m in pool), sum(m.numel() for m in pool)
-            assert removed == num_removed(numel, share)
+        assert all(int((~mask).sum()) == num_removed(mask.numel(), share) for mask in masks.values())
         zeros = sum(int((layer.effective_weight() == 0).sum()) for layer in adapter_layers(model).values())
         assert zeros == sum(int((~m).sum()) for m in masks.values())
     set_mask_progress(model, 0.1)
@@ -242,7 +238,7 @@ def test_training_without_progress_is_refused(settings):
 
 def test_masks_that_cannot_be_active_together():
     layer = make_layer(sparsity=0.3)
-    layer.update_layer("soft", MaskConfig(selection="gumbel", init_value=0.5), [])
+    layer.update_layer("soft", MaskConfig(selection="gumbel", init_value=0.5))
     layer.set_adapter(["default", "soft"])
     set_mask_progress(layer, 0.0)
     with pytest.raises(UserError, match="masks that are active together must be hard and remove to zero"):
@@ -467,7 +463,6 @@ def test_options_beside_a_preset_win():
             "init_value=0.0 that is every weight; set init_value above 0",
         ),
         ({"selection": "hard_concrete", "init_value": -1.0}, "that is every weight; set init_value above 0"),
-        ({"selection": "logit", "init_value": 1.0, "scope": "global"}, "scope='global' has no effect"),
         ({"removed_value": "base"}, "removed_value='base' needs the model before fine-tuning"),
         ({"removed_value_model": "x"}, "removed_value='base' needs the model before fine-tuning"),
     ],

@@ -399,31 +399,17 @@ def test_a_model_without_token_embeddings(tmp_path):
 
 
 def test_deepcopy_and_pickle(tmp_path):
-    model = trained(tiny.tiny_llama, scope="global")
+    model = trained(tiny.tiny_llama)
     clone = copy.deepcopy(model)
     assert torch.equal(logits(clone), logits(model))
     train_a_little(clone)
     assert not torch.equal(logits(clone), logits(model))
 
 
-@pytest.mark.parametrize("scope", ["matrix", "global"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.45])
-def test_counts(scope, sparsity):
-    masks = MaskSet(current_masks(trained(tiny.tiny_llama, scope=scope, sparsity=sparsity)))
-    if scope == "matrix":
-        assert all(int((~m).sum()) == round(sparsity * m.numel()) for m in masks.values())
-    else:
-        assert masks.num_removed == round(sparsity * masks.numel)
-
-
-def test_global_scope_ranks_all_layers_together():
-    from maskft.masking import topk_masks
-
-    model = trained(tiny.tiny_llama, scope="global")
-    scores = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    expected = topk_masks(list(scores.values()), 0.1)
-    assert all(torch.equal(m, e) for m, e in zip(current_masks(model).values(), expected, strict=True))
-    assert len({round(MaskSet({"x": m}).sparsity, 4) for m in expected}) > 1
+def test_counts(sparsity):
+    masks = current_masks(trained(tiny.tiny_llama, sparsity=sparsity))
+    assert all(int((~m).sum()) == round(sparsity * m.numel()) for m in masks.values())
 
 
 def test_threshold_starts_at_the_published_share_and_moves():
@@ -440,8 +426,8 @@ def test_threshold_starts_at_the_published_share_and_moves():
 
 def test_preset_paper():
     config = MaskConfig(preset="paper")
-    found = (config.selection, config.scope, config.rank_by, config.init_scores, config.init_std, config.sparsity)
-    assert found == ("topk", "matrix", "abs", "normal", 0.02, 0.1)
+    found = (config.selection, config.rank_by, config.init_scores, config.init_std, config.sparsity)
+    assert found == ("topk", "abs", "normal", 0.02, 0.1)
     assert MaskConfig(preset="paper", rank_by="signed").rank_by == "signed"
 
 
@@ -451,13 +437,12 @@ def test_preset_paper():
         ({"sparsity": 1.0}, r"sparsity is 1.0; .* must be in \[0, 1\)"),
         ({"sparsity": -0.1}, r"sparsity is -0.1"),
         ({"selection": "topkk"}, r"selection is 'topkk' \(did you mean 'topk'\?\); choose one of: topk, threshold"),
-        ({"scope": "layer"}, "choose one of: matrix, global"),
+        ({"scope": "global"}, "scope is 'global'; scores are ranked per matrix"),
         ({"rank_by": "absolute"}, "choose one of: abs, signed"),
         ({"init_scores": "zeros"}, "choose one of: normal"),
         ({"init_std": 0.0}, "standard deviation and must be > 0"),
         ({"mask_seed": -1}, "must be >= 0"),
         ({"preset": "papr"}, "did you mean 'paper'"),
-        ({"selection": "threshold", "scope": "global"}, "no effect"),
         ({"selection": "threshold"}, "threshold is -0.035 and rank_by is 'abs': no magnitude is below it"),
         ({"init_scores": "constant"}, "never trains: the gradient is 0 at score 0"),
         ({"trainable_token_indices": [1]}, "not supported by masks"),

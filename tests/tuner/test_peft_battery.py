@@ -50,7 +50,6 @@ MODELS = [
     ("MLP, two layers", "MLP", {"target_modules": ["lin0", "lin1"], "sparsity": 0.3}),
     ("MLP, a layer beside", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"], "sparsity": 0.3}),
     ("MLP, logits", "MLP", {"target_modules": ["lin0"], "selection": "logit", "init_value": 0.005, "init_std": 0.01}),
-    ("MLP, one pool", "MLP", {"target_modules": ["lin0", "lin1"], "scope": "global", "sparsity": 0.3}),
     ("embedding and Conv1D", "EmbConv1D", {"target_modules": ["conv1d"], "sparsity": 0.3}),
 ]
 

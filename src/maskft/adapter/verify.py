@@ -56,10 +56,10 @@ def verify(adapter: str | Path, base: str | None = None) -> list[str]:
 
 def _check_counts(rows: list[dict[str, Any]], config: AdapterConfig) -> str:
     total, removed = sum(row["numel"] for row in rows), sum(row["num_removed"] for row in rows)
-    if config.selection == "topk" and not config.recipe.get("match_adapter"):
-        pool = [{"module": "the pool", "numel": total, "num_removed": removed}]
+    is_of_each = config.selection == "topk" and config.scope == "matrix"
+    if is_of_each and not config.recipe.get("match_adapter"):
         sparsity = current_sparsity(config)
-        for row in rows if config.scope == "matrix" else pool:
+        for row in rows:
             if row["num_removed"] != num_removed(row["numel"], sparsity):
                 raise UserError(
                     f"{row['module']} does not remove the share sparsity={sparsity} asks for; the adapter is damaged"

@@ -52,7 +52,7 @@ def make_fixed_mask(
     measure = HeldoutLoss(masked, training.per_device_eval_batch_size, tokenizer.pad_token_id or 0)
     candidates = []
     for seed in range(config.mask_seed, config.mask_seed + method.num_candidates):
-        masks = fixed_masks(method.method, weights, config.sparsity, config.scope, seed, counts, norms)
+        masks = fixed_masks(method.method, weights, config.sparsity, seed, counts, norms)
         coded = [encode_mask(mask) for mask in masks]
         _set_masks(layers, coded)
         loss = mean_nll(measure(data.heldout)) if method.num_candidates > 1 else None

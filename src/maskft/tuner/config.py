@@ -24,7 +24,7 @@ from .codec import FORMAT_VERSION, weights_sha256
 from .learners import LEARNERS, is_free, learner_options, names_with
 
 # "we set ... masking ratio [to] 10%" (Sec. 3.2); the start and the ranking by magnitude are the published code's.
-_PUBLISHED = {"selection": "topk", "scope": "matrix", "rank_by": "abs", "init_std": 0.02, "sparsity": 0.1}
+_PUBLISHED = {"selection": "topk", "rank_by": "abs", "init_std": 0.02, "sparsity": 0.1}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {**_PUBLISHED, "init_scores": "normal"},
     # A starting point, on all layers and at learning rate 3e-4: docs/learners.md.
@@ -149,10 +149,6 @@ class MaskConfig(PeftConfig):
     threshold: float = field(
         default=-0.035, metadata={"help": "Scores below it are removed when `selection` is `threshold`."}
     )
-    scope: Literal["matrix", "global"] = field(
-        default="matrix",
-        metadata={"help": "`matrix` removes `sparsity` of each matrix; `global` of all of them taken as one pool."},
-    )
     rank_by: RankBy = field(
         default="abs", metadata={"help": "`abs` ranks by the magnitude of a score (as published), `signed` by value."}
     )
@@ -179,7 +175,7 @@ class MaskConfig(PeftConfig):
     preset: str | None = field(
         default=None,
         metadata={
-            "help": "`paper`: topk, matrix, abs, normal(0, 0.02), sparsity 0.1. `recommended`: the same from the "
+            "help": "`paper`: topk, abs, normal(0, 0.02), sparsity 0.1. `recommended`: the same from the "
             "smallest weights on, meant for all layers and learning rate 3e-4. `deletion_tuning`: logits of all "
             "gate_proj in Wanda's order, sigmoid slope (Bit-Mask Tuning; init_std 0.02, init_value 0.04, sharpness 10 "
             "to 100 are ours)."
@@ -196,6 +192,7 @@ class MaskConfig(PeftConfig):
         default=True, metadata={"help": "Refuse to load onto base weights other than those it was trained on."}
     )
     # Filled in when an adapter is saved.
+    scope: str = field(default="matrix", metadata={"help": "Of earlier versions: `matrix`, or `global`, one pool."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the adapter file."})
     base_fingerprint: str | None = field(
         default=None,
@@ -268,10 +265,8 @@ class MaskConfig(PeftConfig):
         if not self.init_std > 0:
             raise UserError(f"init_std is {self.init_std!r}; it is a standard deviation and must be > 0")
         self._check_learner()
-        if self.selection != "topk" and self.scope == "global":
-            raise UserError(
-                f"scope='global' has no effect with selection={self.selection!r}: each score is judged by itself"
-            )
+        if self.scope != "matrix" and self.mask_sha256 is None:
+            raise UserError(f"scope is {self.scope!r}; scores are ranked per matrix: leave it out, or take 'threshold'")
         if self.selection == "threshold" and self.rank_by == "abs" and self.threshold <= 0:
             raise UserError(
                 f"threshold is {self.threshold} and rank_by is 'abs': no magnitude is below it, so nothing would be "

@@ -11,7 +11,7 @@ from maskft_base.errors import UserError
 
 from . import learners
 from .config import MaskConfig
-from .scores import check_scores, masks_from_scores, write_masked_
+from .scores import check_scores, mask_from_scores, write_masked_
 from .selection import score_gradient_, write_signed_
 from .steps import optimizer_steps
 
@@ -66,47 +66,37 @@ class EffectiveWeight:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _refresh(layer: MaskedLinear, dtype: torch.dtype) -> None:
-    """Write the effective weights of ``layer`` and of those ranked together with it, in place."""
+    """Write the effective weight of ``layer`` in place."""
     ranked = next((name for name in layer.active_masks if name in layer.mask_scores), None)
-    pool = [layer] if ranked is None else layer.mask_pools[ranked]
-    weights = [member.weight.detach() for member in pool]
-    own_dtype = weights[pool.index(layer)].dtype
-    dtypes = [weight.dtype if dtype == own_dtype else dtype for weight in weights]
-    outs = [
-        member.effective._buffer(weight, its_dtype, tuple(member.active_masks))
-        for member, weight, its_dtype in zip(pool, weights, dtypes, strict=True)
-    ]
-    for member in pool:
-        member.effective.slopes = {}
+    weight, own = layer.weight.detach(), layer.effective
+    out = own._buffer(weight, dtype, tuple(layer.active_masks))
+    own.slopes = {}
     if ranked is None:
-        outs[0].copy_(weights[0])
+        out.copy_(weight)
     else:
-        _write(pool, ranked, outs, weights)
-    for member, out, its_dtype in zip(pool, outs, dtypes, strict=True):
-        for name in member.active_masks:
-            if name != ranked:
-                learners.blend_(out, out, member.get_mask(name), member.removed_value(name))
-            if name in member.mask_scores and member.mask_scores[name].requires_grad:
-                slope = learners.hard_slope(member.mask_configs[name], member.mask_scores[name])
-                if slope is not None:
-                    member.effective.slopes[name] = slope
-        member.effective._key = _key(member, its_dtype)
+        _write(layer, ranked, out, weight)
+    for name in layer.active_masks:
+        if name != ranked:
+            learners.blend_(out, out, layer.get_mask(name), layer.removed_value(name))
+        if name in layer.mask_scores and layer.mask_scores[name].requires_grad:
+            slope = learners.hard_slope(layer.mask_configs[name], layer.mask_scores[name])
+            if slope is not None:
+                own.slopes[name] = slope
+    own._key = _key(layer, dtype)
 
 
-def _write(pool: list[MaskedLinear], name: str, outs: list[Tensor], weights: list[Tensor]) -> None:
-    """Write the weights of a pool with one adapter's gate."""
-    config = pool[0].mask_configs[name]
-    scores = [check_scores(member.mask_scores[name], member.module_name, config) for member in pool]
-    if learners.is_soft(config, pool[0].training):
-        for member, out, weight, s in zip(pool, outs, weights, scores, strict=True):
-            noise = learners.draw_noise(config, member.module_name, s.shape, s.device)
-            gate, member.effective.slopes[name] = learners.soft_gate(config, s, noise)
-            learners.blend_(out, weight, gate, member.removed_value(name))
+def _write(layer: MaskedLinear, name: str, out: Tensor, weight: Tensor) -> None:
+    """Write the weight with one adapter's gate."""
+    config = layer.mask_configs[name]
+    scores = check_scores(layer.mask_scores[name], layer.module_name, config)
+    if learners.is_soft(config, layer.training):
+        noise = learners.draw_noise(config, layer.module_name, scores.shape, scores.device)
+        gate, layer.effective.slopes[name] = learners.soft_gate(config, scores, noise)
+        learners.blend_(out, weight, gate, layer.removed_value(name))
     elif config.removed_value == "base":
-        for member, out, weight, mask in zip(pool, outs, weights, masks_from_scores(config, scores), strict=True):
-            learners.blend_(out, weight, mask, member.removed_value(name))
+        learners.blend_(out, weight, mask_from_scores(config, scores), layer.removed_value(name))
     else:
-        write_masked_(config, outs, weights, scores)
+        write_masked_(config, out, weight, scores)
 
 
 def score_gradient_of(layer: MaskedLinear, name: str, grad_weight: Tensor, scores: Tensor) -> Tensor:
@@ -171,9 +161,7 @@ def _key(layer: MaskedLinear, dtype: torch.dtype) -> tuple[Any, ...]:
     weight, names = layer.weight, tuple(layer.active_masks)
     scores = tuple(
         (s.data_ptr(), s._version, optimizer_steps() if s.requires_grad else None)
-        for name in names
-        if name in layer.mask_scores
-        for s in (member.mask_scores[name] for member in layer.mask_pools[name])
+        for s in (layer.mask_scores[name] for name in names if name in layer.mask_scores)
     )
     coded = tuple(id(layer.mask_coded.get(name)) for name in names if name not in layer.mask_scores)
     phases = [learners.phase(layer.mask_configs[n], layer.training) for n in names if n in layer.mask_scores]

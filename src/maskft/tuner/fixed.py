@@ -28,7 +28,6 @@ def fixed_masks(
     kind: Literal["random_mask", "l1_mask", "wanda_mask"],
     weights: Sequence[Tensor],
     sparsity: float,
-    scope: Literal["matrix", "global"] = "matrix",
     seed: int = 0,
     counts: Sequence[int] | None = None,
     input_norms: Sequence[Tensor] = (),
@@ -40,7 +39,6 @@ def fixed_masks(
             smallest magnitudes times the norm of their input (https://arxiv.org/abs/2306.11695).
         weights: The weights to mask; of a random mask only the shapes matter.
         sparsity: Fraction removed, in [0, 1).
-        scope: ``matrix``: of each matrix; ``global``: of all as one pool.
         seed: Seed of the random masks.
         counts: Number to remove of each matrix instead, e.g. those of a learned mask.
         input_norms: With ``wanda_mask``: per weight the L2 norm of each input feature, shape (1, I) or, for a weight
@@ -58,8 +56,6 @@ def fixed_masks(
         keys = [ranking_keys(weight).view(weight.shape) for weight in weights]
     if kind == "wanda_mask":
         keys = [key * norms for key, norms in zip(keys, input_norms, strict=True)]
-    if counts is None and scope == "global":
-        return remove_lowest_of_pool(keys, num_removed(sum(key.numel() for key in keys), sparsity))
     counts = [num_removed(key.numel(), sparsity) for key in keys] if counts is None else counts
     if kind == "wanda_mask":
         output_dims = [int(norms.shape[0] != 1) for norms in input_norms]

@@ -20,7 +20,7 @@ from . import compiled, merging
 from .codec import decode_mask, mask_info
 from .config import MaskConfig
 from .effective import EffectiveWeight, score_gradient_of
-from .scores import Float32ParameterDict, check_scores, draw_scores, masks_from_scores
+from .scores import Float32ParameterDict, check_scores, draw_scores, mask_from_scores
 from .sharded import ShardedWeight, is_sharded
 
 
@@ -30,7 +30,6 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     Attributes:
         mask_scores: Adapter name -> trainable float32 scores, shape of the weight; none of an adapter for inference.
         mask_coded: Adapter name -> the mask as it was loaded.
-        mask_pools: Adapter name -> layers ranked together: this one, or all of the adapter's for scope="global".
         removed_values: Adapter name -> what removed weights become, shape of the weight; none: zero.
         effective: The masked weight.
         sharded_weight: Under FSDP2, this rank's rows of the weight; they are masked there, and not in ``effective``.
@@ -38,18 +37,15 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("mask_scores",)
-    other_param_names = ("mask_coded", "mask_configs", "mask_pools", "removed_values")
+    other_param_names = ("mask_coded", "mask_configs", "removed_values")
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, pool: list[MaskedLinear], module_name: str
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, module_name: str) -> None:
         super().__init__()
         self.base_layer, self.module_name = base_layer, module_name
         self.is_transposed = isinstance(base_layer, Conv1D)
         self.mask_scores = Float32ParameterDict({})
         self.mask_coded: dict[str, Tensor] = {}
         self.mask_configs: dict[str, MaskConfig] = {}
-        self.mask_pools: dict[str, list[MaskedLinear]] = {}
         self.removed_values: dict[str, Tensor] = {}
         self.effective = EffectiveWeight()
         self.sharded_weight: ShardedWeight | None = None
@@ -62,7 +58,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         if isinstance(base_layer, Conv1D):
             self.in_features, self.out_features = base_layer.nx, base_layer.nf
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, pool)
+        self.update_layer(adapter_name, config)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -112,9 +108,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     def get_mask(self, adapter_name: str) -> Tensor:
         """Bool mask of ``adapter_name``, shape of the weight, True = keep."""
         if adapter_name in self.mask_scores:
-            pool, config = self.mask_pools[adapter_name], self.mask_configs[adapter_name]
-            scores = [check_scores(layer.mask_scores[adapter_name], layer.module_name, config) for layer in pool]
-            return masks_from_scores(config, scores)[pool.index(self)]
+            config = self.mask_configs[adapter_name]
+            return mask_from_scores(config, check_scores(self.mask_scores[adapter_name], self.module_name, config))
         if adapter_name in self.mask_coded:
             coded = self.mask_coded[adapter_name]
             shape = mask_info(coded, self.module_name)["shape"]  # compared with the weight's when it was loaded
@@ -132,11 +127,9 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.removed_values[adapter_name] = value  # moved once
         return value
 
-    def update_layer(self, adapter_name: str, config: MaskConfig, pool: list[MaskedLinear]) -> None:
+    def update_layer(self, adapter_name: str, config: MaskConfig) -> None:
         """Add an adapter: fresh scores, or none when it is for inference (its mask is then loaded coded)."""
         self.mask_configs[adapter_name] = config
-        pool.append(self)
-        self.mask_pools[adapter_name] = pool if config.scope == "global" else [self]
         if not config.inference_mode:
             self.mask_scores[adapter_name] = nn.Parameter(self.fresh_scores(config))
         if config.copy_of in self.mask_coded:
@@ -164,9 +157,6 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and everything kept for it."""
-        pool = self.mask_pools.get(adapter_name, [])
-        if self in pool:
-            pool.remove(self)
         super().delete_adapter(adapter_name)
         self.effective.forget()
 

@@ -22,7 +22,7 @@ from .config import NO_TOKEN_INDICES, MaskConfig
 from .fingerprints import base_fingerprint, check_base, mask_fingerprint, masks_fingerprint
 from .layer import MaskedLinear
 from .removed_value import load_removed_values
-from .scores import Float32ParameterDict, check_scores, masks_from_scores, ranked_scores
+from .scores import Float32ParameterDict, check_scores, mask_from_scores, ranked_scores
 from .sharded import is_sharded, refresh
 from .targets import is_target, listed, resolve_targets
 
@@ -67,8 +67,6 @@ class MaskModel(BaseTuner):
         assert isinstance(peft_config, MaskConfig)
         resolve_targets(peft_config, model)
         self._removed_values = _removed_values(peft_config, model)
-        # Collects the layers of one adapter in module order, so that scope="global" can rank them together.
-        self._pool: list[MaskedLinear] = []
         if self._undo is not None:
             return
         self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -103,10 +101,10 @@ class MaskModel(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, MaskConfig)
         if isinstance(target, MaskedLinear):
-            target.update_layer(adapter_name, peft_config, self._pool)
+            target.update_layer(adapter_name, peft_config)
             target.removed_values.update(self._removed_value_of(adapter_name, current_key))
             return
-        layer = MaskedLinear(target, adapter_name, peft_config, self._pool, current_key)
+        layer = MaskedLinear(target, adapter_name, peft_config, current_key)
         layer.removed_values.update(self._removed_value_of(adapter_name, current_key))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -298,9 +296,6 @@ def current_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, 
 def current_mask_fingerprint(model: nn.Module, adapter_name: str = "default") -> str:
     """What ``mask_sha256`` of an adapter saved now would be, without coding the masks."""
     layers = adapter_layers(model, adapter_name)
-    if any(layer.mask_configs[adapter_name].scope == "global" for layer in layers.values()):
-        masks = current_masks(model, adapter_name)
-        return masks_fingerprint({name: mask_sha256(mask) for name, mask in masks.items()})
     # One mask in memory at a time.
     return masks_fingerprint(
         {_module_name(name): mask_sha256(layer.get_mask(adapter_name)) for name, layer in layers.items()}
@@ -310,17 +305,16 @@ def current_mask_fingerprint(model: nn.Module, adapter_name: str = "default") ->
 def _current_masks(
     layers: Mapping[str, MaskedLinear], config: MaskConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    scores = {
-        name: state_dict.get(f"{name}.mask_scores.{adapter_name}", layer.mask_scores[adapter_name])
-        for name, layer in layers.items()
-        if adapter_name in layer.mask_scores
-    }
-    for name, values in scores.items():
-        if not is_sharded(values):
-            check_scores(values, name, config)
-    if scores:
-        return dict(zip(scores, masks_from_scores(config, list(scores.values())), strict=True))
-    return {name: layer.get_mask(adapter_name) for name, layer in layers.items()}
+    masks = {}
+    for name, layer in layers.items():
+        if adapter_name in layer.mask_scores:
+            scores = state_dict.get(f"{name}.mask_scores.{adapter_name}", layer.mask_scores[adapter_name])
+            if not is_sharded(scores):
+                check_scores(scores, name, config)
+            masks[name] = mask_from_scores(config, scores)
+        else:
+            masks[name] = layer.get_mask(adapter_name)
+    return masks
 
 
 def _restore_scores(layer: MaskedLinear, adapter_name: str, saved: Tensor) -> None:

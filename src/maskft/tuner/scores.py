@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..masking import check_not_nan, initial_scores, num_removed, ranking_keys, 
 from . import learners
 from .config import DATA_STARTS, MaskConfig
 from .selection import keep_highest_, topk_masks
-from .sharded import is_sharded, whole_masks
+from .sharded import is_sharded, whole_mask
 
 
 class Float32ParameterDict(nn.ParameterDict):
@@ -70,26 +70,22 @@ def check_scores(scores: Tensor, module_name: str, config: MaskConfig) -> Tensor
     return scores
 
 
-def masks_from_scores(config: MaskConfig, scores: Sequence[Tensor]) -> list[Tensor]:
-    """Masks of the score matrices of one adapter; bool, True = keep."""
-    if is_sharded(scores[0]):
-        return whole_masks(config, scores)
+def mask_from_scores(config: MaskConfig, scores: Tensor) -> Tensor:
+    """Mask of a score matrix, in full on every rank; bool, True = keep."""
+    if is_sharded(scores):
+        return whole_mask(config, scores)
     if config.selection != "topk":
-        return [_passing(config, s) for s in scores]
-    pools = [scores] if config.scope == "global" else [[s] for s in scores]
-    return [mask for pool in pools for mask in topk_masks(pool, learners.current_sparsity(config), config.rank_by)]
+        return _passing(config, scores)
+    return topk_masks([scores], learners.current_sparsity(config), config.rank_by)[0]
 
 
-def write_masked_(
-    config: MaskConfig, outs: Sequence[Tensor], weights: Sequence[Tensor], scores: Sequence[Tensor]
-) -> None:
-    """Write the masked weights of one pool of matrices into ``outs``; removed ones are +0."""
+def write_masked_(config: MaskConfig, out: Tensor, weight: Tensor, scores: Tensor) -> None:
+    """Write the masked weight of a matrix into ``out``; removed ones are +0."""
     if config.selection == "topk":
-        num = num_removed(sum(s.numel() for s in scores), learners.current_sparsity(config))
-        keep_highest_(outs, weights, scores, num, config.rank_by)
-        return
-    for out, weight, s in zip(outs, weights, scores, strict=True):
-        learners.blend_(out, weight, _passing(config, s))
+        num = num_removed(scores.numel(), learners.current_sparsity(config))
+        keep_highest_([out], [weight], [scores], num, config.rank_by)
+    else:
+        learners.blend_(out, weight, _passing(config, scores))
 
 
 def _passing(config: MaskConfig, scores: Tensor) -> Tensor:

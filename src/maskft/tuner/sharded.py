@@ -41,57 +41,46 @@ _NUM_BINS = 1 << 16
 
 
 def remove_lowest_of_shards(
-    shards: Sequence[Tensor],
+    shard: Tensor,
     num: int,
     rank: int,
     all_reduce: Callable[[Tensor], Tensor],
     all_gather: Callable[[Tensor], Tensor],
-) -> list[Tensor]:
-    """This rank's rows of the masks that :func:`maskft.masking.remove_lowest` gives on the whole matrices.
+) -> Tensor:
+    """This rank's rows of the mask that :func:`maskft.masking.remove_lowest` gives on the whole matrix.
 
     Two histograms of 65,536 counts (upper, then lower half of the float32 patterns) are summed over the ranks and give
     the cut exactly; the number of entries equal to it on each rank decides which of them are removed.
 
     Args:
-        shards: Flat float32 ranking values of this rank's rows, one tensor per matrix of the pool, maybe empty.
-        num: How many entries of the whole pool to remove.
+        shard: Flat float32 ranking values of this rank's rows, maybe empty.
+        num: How many entries of the whole matrix to remove.
         rank: Position of this rank; lower ranks hold the rows before this one's.
         all_reduce: Sums an int64 tensor over the ranks.
         all_gather: Stacks the int64 tensors of all ranks: (n,) -> (ranks, n).
 
     Returns:
-        Flat bool masks, one per shard; True = keep; over all ranks exactly ``num`` entries are False. Among equal
-        values the first in index order of the whole matrices are removed first.
+        Flat bool mask; True = keep; over all ranks exactly ``num`` entries are False. Among equal values the first in
+        index order of the whole matrix are removed first.
 
     Raises:
         NotFiniteError: On every rank, if a value on any of them is NaN.
     """
-    counts = torch.zeros(_NUM_BINS + 1, dtype=torch.int64, device=shards[0].device)
-    for shard in shards:
-        counts[:-1] += torch.bincount(_upper(ordered_bits(shard)), minlength=_NUM_BINS)
-        counts[-1] += shard.isnan().sum()
-    counts = all_reduce(counts)
+    bits = ordered_bits(shard)
+    counts = torch.bincount(_upper(bits), minlength=_NUM_BINS)
+    counts = all_reduce(torch.cat([counts, shard.isnan().sum()[None]]))
     if counts[-1]:
         raise NotFiniteError("scores contain NaN, so they cannot be ranked")
     if num == 0:
-        return [torch.ones_like(shard, dtype=torch.bool) for shard in shards]
+        return torch.ones_like(shard, dtype=torch.bool)
     upper, num = _find(counts[:-1], num)
-    counts = torch.zeros(_NUM_BINS, dtype=torch.int64, device=counts.device)
-    for shard in shards:
-        bits = ordered_bits(shard)
-        counts += torch.bincount(bits[_upper(bits) == upper] & (_NUM_BINS - 1), minlength=_NUM_BINS)
+    counts = torch.bincount(bits[_upper(bits) == upper] & (_NUM_BINS - 1), minlength=_NUM_BINS)
     lower, num = _find(all_reduce(counts), num)
     cut = ((upper - (_NUM_BINS >> 1)) << 16) | lower
-    num_ties = all_gather(torch.stack([(ordered_bits(shard) == cut).sum() for shard in shards]))
-    masks = []
-    for index, shard in enumerate(shards):
-        bits = ordered_bits(shard)
-        mask = bits > cut
-        # ``num`` ties go, in index order: first those of earlier matrices, then those of earlier rows.
-        before = int(num_ties[:, :index].sum() + num_ties[:rank, index].sum())
-        mask[(bits == cut).nonzero().squeeze(1)[max(num - before, 0) :]] = True
-        masks.append(mask)
-    return masks
+    mask, is_tie = bits > cut, bits == cut
+    before = int(all_gather(is_tie.sum()[None])[:rank].sum())  # ties of earlier rows, which go first
+    mask[is_tie.nonzero().squeeze(1)[max(num - before, 0) :]] = True
+    return mask
 
 
 def ordered_bits(key: Tensor) -> Tensor:
@@ -121,12 +110,9 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 @torch.no_grad()
-def shard_masks(config: MaskConfig, scores: Sequence[DTensor]) -> list[Tensor]:
-    """This rank's rows of the masks of several matrices; every rank must call it. Bool, True = keep."""
-    if config.scope == "matrix" and len(scores) > 1:
-        return [shard_masks(config, [s])[0] for s in scores]
-    mesh = scores[0].device_mesh
-    keys = [ranking_keys(s.to_local(), config.ranks_by) for s in scores]
+def shard_mask(config: MaskConfig, scores: DTensor) -> Tensor:
+    """This rank's rows of the mask of a matrix; every rank must call it. Bool, True = keep."""
+    mesh, key = scores.device_mesh, ranking_keys(scores.to_local(), config.ranks_by)
 
     def all_reduce(counts: Tensor) -> Tensor:
         dist.all_reduce(counts, group=mesh.get_group())
@@ -138,22 +124,19 @@ def shard_masks(config: MaskConfig, scores: Sequence[DTensor]) -> list[Tensor]:
         return out.view(mesh.size(), -1)
 
     if config.selection != "topk":
-        if all_reduce(torch.stack([key.isnan().sum() for key in keys]).sum()):
+        if all_reduce(key.isnan().sum()):
             raise NotFiniteError("scores contain NaN, so they cannot be compared")
-        masks = [learners.passes(config, key) for key in keys]
+        mask = learners.passes(config, key)
     else:
-        num = num_removed(sum(s.numel() for s in scores), learners.current_sparsity(config))
-        masks = remove_lowest_of_shards(keys, num, mesh.get_local_rank(), all_reduce, all_gather)
-    return [mask.view(s.to_local().shape) for mask, s in zip(masks, scores, strict=True)]
+        num = num_removed(scores.numel(), learners.current_sparsity(config))
+        mask = remove_lowest_of_shards(key, num, mesh.get_local_rank(), all_reduce, all_gather)
+    return mask.view(scores.to_local().shape)
 
 
-def whole_masks(config: MaskConfig, scores: Sequence[Tensor]) -> list[Tensor]:
-    """The masks of several matrices in full on every rank; every rank must call it."""
-    sharded, masks = [s for s in scores if is_sharded(s)], []
-    for mask, s in zip(shard_masks(config, sharded), sharded, strict=True):
-        rows = DTensor.from_local(mask.byte(), s.device_mesh, s.placements, shape=s.shape, stride=s.stride())
-        masks.append(rows.full_tensor().bool())
-    return masks
+def whole_mask(config: MaskConfig, scores: DTensor) -> Tensor:
+    """The mask of a matrix in full on every rank; every rank must call it."""
+    rows, (mesh, placements) = shard_mask(config, scores).byte(), (scores.device_mesh, scores.placements)
+    return DTensor.from_local(rows, mesh, placements, shape=scores.shape, stride=scores.stride()).full_tensor().bool()
 
 
 class ShardedWeight:
@@ -229,13 +212,8 @@ def _key(layer: MaskedLinear) -> tuple[Any, ...]:
     if layer.disable_adapters:
         return (None,)
     name = _adapter(layer)
-    pool = [member.mask_scores[name] for member in layer.mask_pools[name]]
-    return (
-        name,
-        optimizer_steps(),
-        learners.phase(layer.mask_configs[name], layer.training),
-        *((s._version, s.to_local().data_ptr(), s.to_local()._version) for s in pool),
-    )
+    scores, phase = layer.mask_scores[name], learners.phase(layer.mask_configs[name], layer.training)
+    return name, optimizer_steps(), phase, scores._version, scores.to_local().data_ptr(), scores.to_local()._version
 
 
 def _adapter(layer: MaskedLinear) -> str:
@@ -266,14 +244,8 @@ def refresh(model: nn.Module, layers: Sequence[MaskedLinear], base_fingerprint: 
     for layer, shard in shards.items():
         if shard.is_current(layer):
             continue
-        if layer.disable_adapters:
-            shard.show(layer, None)
-            continue
-        name = _adapter(layer)
-        pool = layer.mask_pools[name]
-        masks = shard_masks(layer.mask_configs[name], [member.mask_scores[name] for member in pool])
-        for member, mask in zip(pool, masks, strict=True):
-            shards[member].show(member, mask)
+        name = None if layer.disable_adapters else _adapter(layer)
+        shard.show(layer, None if name is None else shard_mask(layer.mask_configs[name], layer.mask_scores[name]))
 
 
 def _attached(layers: Sequence[MaskedLinear], base_fingerprint: Fingerprint) -> dict[MaskedLinear, ShardedWeight]:
