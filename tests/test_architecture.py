@@ -1,6 +1,7 @@
 """Layers, rooms, the arrows between them, and the lines each may have; docs/architecture.md says what each is for."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,17 @@ def room_of(module):
     return next((room for room in ROOMS if room.split("/") == parts[:2]), None)
 
 
-def imports_of(file):
-    """Modules that a file imports, wherever in it: absolute names, each as the deepest module that exists."""
-    package = list(file.relative_to(SOURCE).parts[:-1])
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def imports_of(file, of_types=True):
+    """Modules that a file imports, wherever in it: absolute names, each as the deepest module that exists.
+
+    Args:
+        file: The file.
+        of_types: Also those that only annotations need, which no program runs.
+    """
+    package, tree = list(file.relative_to(SOURCE).parts[:-1]), ast.parse(file.read_text(encoding="utf-8"))
+    guards = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    unrun = {id(node) for guard in guards for node in ast.walk(guard) if not of_types}
+    for node in [node for node in ast.walk(tree) if id(node) not in unrun]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -76,6 +84,16 @@ def test_no_arrow_points_upward(room):
         if room_of(module) not in {None, *allowed}
     }
     assert not wrong
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_has_a_circle_of_imports(room):
+    """Also none that an import inside a function would hide; graphlib raises CycleError and names the modules."""
+    modules = {".".join(file.relative_to(SOURCE).with_suffix("").parts): file for file in files_of(room)}
+    modules = {name.removesuffix(".__init__"): file for name, file in modules.items()}
+    TopologicalSorter(
+        {name: {*imports_of(file, of_types=False)} & modules.keys() - {name} for name, file in modules.items()}
+    ).prepare()
 
 
 @pytest.mark.parametrize("room", WITHOUT)

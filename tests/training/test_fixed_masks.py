@@ -1,11 +1,16 @@
-"""Norms of the inputs of linear layers, against plain sums over what the layers were given."""
+"""Norms of the inputs of linear layers, against plain sums; a fixed mask of one's own."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 import tiny
-from maskft import MaskConfig
+from maskft import MaskConfig, current_masks, topk_mask
+from maskft.adapter.mask_set import MaskSet
 from maskft.tuner import adapter_layers
 from maskft.tuner.wanda import input_norms
 
@@ -31,3 +36,24 @@ def test_norms_of_the_inputs_of_a_layer(build, transposed):
         assert torch.allclose(norm.reshape(-1), expected, rtol=1e-5)
         assert norm.shape == ((len(expected), 1) if transposed else (1, len(expected)))
     assert not any(layer.get_base_layer()._forward_pre_hooks for layer in layers)
+
+
+TOY = """
+import sys
+from maskft.tuner.fixed import FIXED_MASKS, FixedMask
+FIXED_MASKS["largest_mask"] = FixedMask(lambda weight, norms, generator: -weight.abs())
+from maskft_lab.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_fixed_mask_is_one_entry(base, data, tmp_path):
+    """As docs/architecture.md tells: one that removes the largest weights, made, saved and loaded."""
+    words = ["train", "--method", "largest_mask", "--model_name_or_path", base, "--dataset_name", data]
+    words += ["--mask_sparsity", "0.2", "--eval_split_size", "16", "--output_dir", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-c", TOY, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(base)
+    weights = {name: model.get_submodule(name).weight.detach() for name in MaskSet.from_adapter(tmp_path / "out")}
+    for name, mask in current_masks(PeftModel.from_pretrained(model, tmp_path / "out")).items():
+        assert torch.equal(mask, topk_mask(-weights[name].abs(), 0.2, "signed"))

@@ -16,7 +16,7 @@ from ..data.prepared import Prepared
 from ..loss import HeldoutLoss, mean_nll
 from ..tuner import MaskedLinear, adapter_layers
 from ..tuner.codec import encode_mask, mask_info
-from ..tuner.fixed import fixed_masks
+from ..tuner.fixed import FIXED_MASKS, fixed_masks
 from ..tuner.wanda import input_norms
 from .arguments import TrainConfig
 from .build import with_adapter
@@ -45,8 +45,8 @@ def make_fixed_mask(
     layers = list(adapter_layers(masked, ADAPTER).values())
     weights = [layer.weight.detach() for layer in layers]
     counts = _counts(method.match_adapter, layers)
-    norms = None
-    if method.method == "wanda_mask":
+    norms: Sequence[Tensor] = ()
+    if FIXED_MASKS[method.method].of_inputs:
         with masked.disable_adapter():
             norms = input_norms(masked, layers, data.train["input_ids"][: method.num_calibration_samples])
     measure = HeldoutLoss(masked, training.per_device_eval_batch_size, tokenizer.pad_token_id or 0)

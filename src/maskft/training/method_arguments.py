@@ -17,10 +17,11 @@ from maskft_base.files import read_json
 from ..data.arguments import option
 from ..masking import ScoreStart
 from ..tuner.config import PRESETS, MaskConfig
+from ..tuner.fixed import FIXED_MASKS
 
 ADAPTER = "default"  # the name PEFT gives an adapter, every run has one adapter
 
-FIXED_MASK_METHODS = ("random_mask", "l1_mask", "wanda_mask")
+FIXED_MASK_METHODS = tuple(FIXED_MASKS)
 MASK_METHODS = ("mask", *FIXED_MASK_METHODS)
 INTERPOLATE = "interpolate"  # a model and the one it was made from, not trained
 SHARES = tuple(n / 10 for n in range(1, 11))  # of the fine-tuned one, among which the held-out rows choose

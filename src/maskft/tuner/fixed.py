@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +12,35 @@ from maskft_base.errors import UserError
 
 from ..masking import num_removed, ranking_keys
 from .selection import remove_lowest_of_pool
+
+
+@dataclass(frozen=True)
+class FixedMask:
+    """What ``maskft train --method`` names.
+
+    Attributes:
+        keys: (weight, L2 norm of each of its inputs or None, generator) -> ranking values, of which the lowest go.
+        of_inputs: Whether it looks at the inputs; weights are then compared within an output, whose scale they share.
+    """
+
+    keys: Callable[[Tensor, Tensor | None, torch.Generator], Tensor]
+    of_inputs: bool = False
+
+
+def _random(weight: Tensor, norms: Tensor | None, generator: torch.Generator) -> Tensor:
+    return torch.rand(weight.numel(), generator=generator).view(weight.shape)
+
+
+def _magnitude(weight: Tensor, norms: Tensor | None, generator: torch.Generator) -> Tensor:
+    keys = ranking_keys(weight).view(weight.shape)
+    return keys if norms is None else keys * norms
+
+
+FIXED_MASKS = {
+    "random_mask": FixedMask(_random),
+    "l1_mask": FixedMask(_magnitude),
+    "wanda_mask": FixedMask(_magnitude, of_inputs=True),  # https://arxiv.org/abs/2306.11695
+}
 
 
 def random_mask(shape: Sequence[int], sparsity: float, seed: int) -> Tensor:
@@ -25,7 +54,7 @@ def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
 
 
 def fixed_masks(
-    kind: Literal["random_mask", "l1_mask", "wanda_mask"],
+    kind: str,
     weights: Sequence[Tensor],
     sparsity: float,
     seed: int = 0,
@@ -35,13 +64,12 @@ def fixed_masks(
     """Masks of several weights; bool, True = keep.
 
     Args:
-        kind: ``random_mask`` removes uniformly at random, ``l1_mask`` the smallest magnitudes, ``wanda_mask`` the
-            smallest magnitudes times the norm of their input (https://arxiv.org/abs/2306.11695).
+        kind: One of ``FIXED_MASKS``.
         weights: The weights to mask; of a random mask only the shapes matter.
         sparsity: Fraction removed, in [0, 1).
         seed: Seed of the random masks.
         counts: Number to remove of each matrix instead, e.g. those of a learned mask.
-        input_norms: With ``wanda_mask``: per weight the L2 norm of each input feature, shape (1, I) or, for a weight
+        input_norms: Where it looks at inputs: per weight the L2 norm of each input, shape (1, I) or, for a weight
             of shape (I, O), (I, 1).
     """
     for number, weight in enumerate(weights, start=1):
@@ -49,16 +77,12 @@ def fixed_masks(
             raise UserError(
                 f"the base's weights hold NaN (in matrix {number} of {len(weights)}); no {kind} of them is made"
             )
-    if kind == "random_mask":
-        generator = torch.Generator().manual_seed(seed)
-        keys = [torch.rand(weight.numel(), generator=generator).view(weight.shape) for weight in weights]
-    else:
-        keys = [ranking_keys(weight).view(weight.shape) for weight in weights]
-    if kind == "wanda_mask":
-        keys = [key * norms for key, norms in zip(keys, input_norms, strict=True)]
+    made, generator = FIXED_MASKS[kind], torch.Generator().manual_seed(seed)
+    norms = input_norms if made.of_inputs else [None] * len(weights)
+    keys = [made.keys(weight, norm, generator) for weight, norm in zip(weights, norms, strict=True)]
     counts = [num_removed(key.numel(), sparsity) for key in keys] if counts is None else counts
-    if kind == "wanda_mask":
-        output_dims = [int(norms.shape[0] != 1) for norms in input_norms]
+    if made.of_inputs:
+        output_dims = [int(norm.shape[0] != 1) for norm in input_norms]
         return [_remove_lowest_per_output(*each) for each in zip(keys, counts, output_dims, strict=True)]
     return [remove_lowest_of_pool([key], count)[0] for key, count in zip(keys, counts, strict=True)]
 
