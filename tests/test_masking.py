@@ -12,7 +12,6 @@ from maskft.masking import (
     initial_scores,
     num_removed,
     score_gradient,
-    threshold_mask,
     topk_mask,
 )
 from maskft_base.errors import UserError
@@ -109,14 +108,6 @@ def test_nan_scores_are_refused(nan, rank_by):
     for sparsity in SPARSITIES:
         with pytest.raises(UserError, match="NaN"):
             topk_mask(scores, sparsity, rank_by)
-    with pytest.raises(UserError, match="NaN"):
-        threshold_mask(scores, 0.0, rank_by)
-
-
-def test_threshold():
-    scores = torch.tensor([-0.04, -0.035, -0.03, 0.0, 1.0])
-    assert threshold_mask(scores, -0.035).tolist() == [False, True, True, True, True]
-    assert threshold_mask(scores, 0.03, "abs").tolist() == [True, True, True, False, True]
 
 
 @pytest.mark.parametrize("kind", ["normal", "constant", "magnitude"])

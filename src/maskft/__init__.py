@@ -7,7 +7,7 @@
 from maskft_base import __version__
 from maskft_base.errors import UserError
 
-from .masking import num_removed, threshold_mask, topk_mask
+from .masking import num_removed, topk_mask
 from .tuner import (
     MaskConfig,
     MaskModel,
@@ -34,7 +34,6 @@ __all__ = [
     "random_mask",
     "set_mask_progress",
     "start_scores",
-    "threshold_mask",
     "topk_mask",
     "wanda_keys",
 ]

@@ -61,11 +61,6 @@ def remove_lowest(keys: Tensor, num: int) -> Tensor:
     return mask
 
 
-def threshold_mask(scores: Tensor, threshold: float, rank_by: RankBy = "signed") -> Tensor:
-    """Remove every entry whose score is below ``threshold`` (paper, appendix C, global MFT: -0.035 on raw scores)."""
-    return (check_not_nan(ranking_keys(scores, rank_by)) >= threshold).view(scores.shape)
-
-
 def score_gradient(grad: Tensor, weight: Tensor, scores: Tensor, rank_by: RankBy = "abs") -> Tensor:
     """Gradient of the loss with respect to the scores, out of ``grad`` = dL/d(masked weight) (Eq. 5).
 

@@ -351,13 +351,6 @@ class MaskConfig(PeftConfig):
                     f"{name}={given[name]!r} has no effect with selection={self.selection!r}; it goes with "
                     f"{names_with(name)}"
                 )
-        if self.selection == "logit" and self.gradient == "straight_through" and not self.price:
-            for name in ("sharpness", "sharpness_end"):
-                if name in given:
-                    raise UserError(
-                        f"{name}={given[name]!r} has no effect with gradient='straight_through' and no price; set "
-                        "gradient='sigmoid'"
-                    )
         if given.get("init_value") and not is_free(self.selection) and self.init_scores != "constant":
             raise UserError(
                 f"init_value={self.init_value!r} has no effect with selection={self.selection!r} and "

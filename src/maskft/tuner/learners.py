@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -209,17 +209,9 @@ def passes(config: Settings, keys: Tensor) -> Tensor:
     return is_kept(config, keys)
 
 
-class Budget(Protocol):
-    """What of a configuration decides how much a top-k mask removes."""
-
-    sparsity: float
-    sparsity_ramp: float
-    progress: float | None
-
-
-def current_sparsity(config: Budget) -> float:
-    """Fraction that a top-k mask removes now, in [0, 1)."""
-    return config.sparsity * cubic_ramp(config.progress or 0.0, config.sparsity_ramp)
+def current_sparsity(config: Any) -> float:
+    """Fraction that a top-k mask removes now, in [0, 1); of a configuration, or what is read of one."""
+    return float(config.sparsity) * cubic_ramp(config.progress or 0.0, config.sparsity_ramp)
 
 
 def soft_gate(config: Settings, scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
