@@ -53,9 +53,7 @@ def test_there_are_fifteen():
 
 def test_experts_that_are_no_linear_layers_are_left_out_with_a_warning():
     mixtral = model_of("MixtralForCausalLM")
-    experts = [module for name, module in mixtral.named_modules() if name.endswith(".experts")]
-    numel = sum(parameter.numel() for module in experts for parameter in module.parameters())
-    with pytest.warns(UserWarning, match=rf"no linear layers are left out: MixtralExperts \({numel:,} weights\)"):
+    with pytest.warns(UserWarning, match="no linear layers are left out: MixtralExperts"):
         get_peft_model(mixtral, MaskConfig())
 
 

@@ -84,8 +84,6 @@ def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, 
     }
     merged = model.merge_and_unload()
     merged.config.use_cache = True  # a base that was trained further may say no, and generation would be slow
-    need = sum(p.numel() * p.element_size() for p in merged.parameters())
-    files.check_free_space(output_dir, need * 1.05, "name another output_dir")
     target = f"their value in {Path(config.removed_value_model).name}" if config.removed_value_model else "zero"
     with files.whole_folder(output_dir) as partial:
         merged.save_pretrained(partial)
