@@ -83,8 +83,6 @@ def test_registration_is_what_peft_reads():
     [
         "import maskft; from peft import PeftModel",
         "from peft import PeftModel; import maskft",
-        "from maskft import MaskConfig; from peft import PeftModel",
-        "import maskft, importlib.util; importlib.util.find_spec('peft'); from peft import PeftModel",
     ],
 )
 def test_importing_maskft_is_enough(imports, saved):
@@ -378,19 +376,9 @@ def test_a_regular_expression_does_not_match_what_a_masked_layer_is_made_of(make
 
 
 def test_a_model_without_token_embeddings(tmp_path):
-    config = transformers.Wav2Vec2Config(
-        vocab_size=12,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        conv_dim=(8, 8),
-        conv_kernel=(4, 4),
-        conv_stride=(4, 4),
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-    )
-    torch.manual_seed(0)
+    sizes = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 24, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    config = transformers.Wav2Vec2Config(**sizes, conv_dim=(8, 8), conv_kernel=(4, 4), conv_stride=(4, 4))
     plain = transformers.Wav2Vec2ForCTC(config).eval()
     state = copy.deepcopy(plain)
     get_peft_model(plain, MaskConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
