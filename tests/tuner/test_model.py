@@ -265,20 +265,6 @@ def test_replacing_an_adapters_mask_is_noticed(saved, tmp_path):
     assert torch.equal(logits(loaded), expected)
 
 
-def test_bfloat16_base_loads_what_float32_trained(saved):
-    folder, _, masks = saved
-    loaded = PeftModel.from_pretrained(tiny.tiny_llama().bfloat16(), folder)
-    assert all(torch.equal(m, masks[n]) for n, m in current_masks(loaded).items())
-
-
-def test_casting_and_moving_a_trained_model_keeps_the_mask():
-    model = trained(tiny.tiny_llama)
-    before = current_masks(model)
-    model.to(torch.bfloat16)
-    assert all(torch.equal(m, before[n]) for n, m in current_masks(model).items())
-    assert logits(model).dtype == torch.bfloat16
-
-
 def test_modules_to_save(tmp_path):
     config = {"layers_to_transform": [0], "modules_to_save": ["lm_head"]}
     model = trained(tiny.tiny_llama, **config)
