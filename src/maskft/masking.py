@@ -25,7 +25,7 @@ from torch import Tensor
 from maskft_base.errors import NotFiniteError, UserError
 
 RankBy = Literal["abs", "signed"]
-ScoreStart = Literal["normal", "constant", "magnitude", "wanda", "first_order"]
+ScoreStart = Literal["normal", "constant", "magnitude", "wanda"]
 
 
 def topk_mask(scores: Tensor, sparsity: float, rank_by: RankBy = "abs") -> Tensor:

@@ -87,16 +87,6 @@ def own_file(folder: str | Path, name: str) -> Path:
     return file
 
 
-def check_free_space(folder: str | Path, need_bytes: float, remedy: str) -> None:
-    """Refuse what the disk of ``folder`` (which need not exist yet) cannot take; ``remedy`` says what to do."""
-    place = Path(folder).absolute()
-    free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
-    if free < need_bytes:
-        raise UserError(
-            f"no disk space: {str(folder)!r} needs about {size(need_bytes)} and {size(free)} are free; {remedy}"
-        )
-
-
 def size(num_bytes: float) -> str:
     """A number of bytes for people."""
     for unit in ("bytes", "kB", "MB"):

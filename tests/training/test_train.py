@@ -504,12 +504,3 @@ def test_a_base_model_learns_conversations_by_a_template_file(arguments, tmp_pat
     status, err = run(arguments(**words, chat_template_path=template), capsys)
     assert status == 0, err
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == template.read_text()
-    # The model without the adapter is measured by the same prompts.
-    evaluate = ["evaluate", "--dataset_name", conversations, "--no_generate", "--chat_template_path", template]
-    for name, model in (("base", ["--model_name_or_path", plain_base]), ("mask", ["--adapter", tmp_path / "out"])):
-        assert run([*evaluate, *model, "--output_dir", tmp_path / name], capsys)[0] == 0
-    hashes = {
-        json.loads((tmp_path / name / "result.json").read_text())["tasks"]["heldout"]["chat_template_hash"]
-        for name in ("base", "mask")
-    }
-    assert len(hashes) == 1 and None not in hashes

@@ -14,6 +14,7 @@ from .arguments import TrainConfig
 from .launch import check_mask_sharding
 from .method_arguments import (
     FIXED_MASK_METHODS,
+    INTERPOLATE,
     PEFT,
     UNTRAINED_METHODS,
     MethodArguments,

@@ -36,8 +36,7 @@ _USUAL = {
     "model": "model_name_or_path model_revision dtype chat_template_path",
     "data": "dataset_name eval_dataset_name eval_split_size max_train_samples max_length prepared_data_dir",
     "method": "method keep_mask start_mask match_adapter peft_config kl_to_base keep_last keep_worse",
-    "mask": "mask_preset mask_sparsity mask_sparsity_auto mask_init_scores mask_target_modules "
-    "mask_layers_to_transform mask_seed",
+    "mask": "mask_preset mask_sparsity mask_init_scores mask_target_modules mask_layers_to_transform mask_seed",
     "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size global_batch_size "
     "warmup_steps bf16 gradient_checkpointing seed resume_from_checkpoint",
     "evaluation": "eval_steps save_steps report_to",

@@ -58,6 +58,11 @@ class MaskTrainer(SFTTrainer):
         self._kl = KLToBase(model, training.kl_to_base) if training.kl_to_base else None
         self._heldout = data.heldout.select_columns(["input_ids", "labels"])
         self._window = (time.perf_counter(), 0)  # when the last line of the log was written, and tokens by then
+        self.guard, self.progress = StepGuard(self), TrainingProgress(console)
+        self.stay_zero = RemovedStayZero(MaskSet.from_adapter(method.keep_mask)) if method.keep_mask else None
+        self.reference = Reference(self, console) if method.method == "mask" else None
+        last = KeepLast(self, Path(training.output_dir) / files.LAST) if method.keep_last else None
+        callbacks = (MaskProgress(), self.guard, self.stay_zero, self.progress, last, self.reference)
         super().__init__(
             model=model,
             args=trainer_arguments(training, checkpoints.resume_from is not None),

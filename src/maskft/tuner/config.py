@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _CHECKPOINT = re.compile(rf"(^|/){PREFIX_CHECKPOINT_DIR}-\d+(/|$)")  # the folders that transformers' Trainer writes
 _MAX_REPETITIONS = 5  # of an expression from elsewhere: on a name of 60 letters so many take a tenth of a second
-DATA_STARTS = ("wanda", "first_order")  # known when training rows have been seen
+DATA_STARTS = ("wanda",)  # known when training rows have been seen
 
 
 class MaskPeftType(str, Enum):  # noqa: UP042 - PEFT's own PeftType is (str, Enum), and code compares the two
@@ -155,9 +155,8 @@ class MaskConfig(PeftConfig):
     init_scores: ScoreStart = field(
         default="normal",
         metadata={
-            "help": "Start of the scores: normal, constant, or in the order of the weights' "
-            "magnitude, of wanda (magnitude * norm of the input) or first_order (|gradient * weight|), the last two on "
-            "training rows."
+            "help": "Start of the scores: normal, constant, or in the order of the weights' magnitude or, on training "
+            "rows, of wanda (magnitude * norm of the input)."
         },
     )
     init_std: float = field(

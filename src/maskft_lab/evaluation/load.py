@@ -82,14 +82,14 @@ def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
     for number, adapter in enumerate(adapters):
         facts = {"name_or_path": _portable(base_name), "fingerprint": fingerprint}
         if adapter == NO_ADAPTER:
-            model, identity, selected_on = base, fingerprint, _selected_on(base_name)
+            model, identity = base, fingerprint
             tokenizer = load_tokenizer(base_name, options.chat_template_path, revision=revision)
             facts |= _training_facts(base_name)
         else:
             with one_line(adapter, f"does not fit {base_name!r}"):
                 model = PeftModel.from_pretrained(base, adapter)
             sha256 = adapter_sha256(adapter)
-            identity, selected_on = f"{fingerprint}+{sha256}", _selected_on(base_name) | _selected_on(adapter)
+            identity = f"{fingerprint}+{sha256}"
             tokenizer = adapter_tokenizer(adapter, base_name, options.chat_template_path, revision=revision)
             facts |= {"adapter": _portable(adapter), "adapter_sha256": sha256, **_adapter_facts(adapter)}
         check_tokenizer_fits(model, tokenizer)
