@@ -447,10 +447,6 @@ def test_options_beside_a_preset_win():
         ),
         ({"selection": "gumbel", "init_value": 1.0, "sharpness": -1.0}, "sharpness is -1.0; it must be above 0"),
         (
-            {"selection": "logit", "sharpness_end": 9.0},
-            "sharpness_end=9.0 has no effect with gradient='straight_through'",
-        ),
-        (
             {"selection": "logit", "sparsity": 0.3},
             "sparsity=0.3 has no effect with selection='logit'; it goes with topk",
         ),

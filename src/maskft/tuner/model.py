@@ -201,11 +201,11 @@ def _load_masks(
     rest = once
     for name, layer in layers.items():
         decode_mask(coded[name], name, layer.weight.shape)
-        if adapter_name in layer.mask_scores and name not in scores:
-            raise UserError(
-                "the adapter holds a mask but not its scores, so it cannot be trained further: save it with "
-                "MaskConfig(save_scores=True), or load it for inference"
-            )
+    if any(adapter_name in layer.mask_scores and name not in scores for name, layer in layers.items()):
+        raise UserError(
+            "the adapter holds a mask but not its scores, so it cannot be trained further: save it with "
+            "MaskConfig(save_scores=True), or load it for inference"
+        )
     if config.verify_base:
         check_base(layers.values(), config)
     for name, layer in layers.items():
