@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 from maskft.data import (
     IGNORED,
     format_sample,
+    formats,
     load_examples,
     load_splits,
     prompt_ids,
@@ -112,6 +113,14 @@ def test_formats(write, row, example):
     (read,) = load_examples(write([row]))
     assert len(read.pop("id")) == 16
     assert read == example
+
+
+def test_a_format_is_one_entry(write, monkeypatch):
+    """As docs/architecture.md tells: columns, and a function from a row to an example."""
+    toy = {("ask", "reply"): lambda row, as_chat, *columns: {"prompt": row["ask"], "completion": row["reply"]}}
+    monkeypatch.setattr(formats, "FORMATS", formats.FORMATS | toy)
+    (read,) = load_examples(write([{"ask": "1+1=", "reply": "2"}]))
+    assert (read["prompt"], read["completion"]) == ("1+1=", "2")
 
 
 @pytest.mark.parametrize(
