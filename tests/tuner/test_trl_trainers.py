@@ -1,8 +1,5 @@
 """TRL's trainers with ``peft_config=MaskConfig(...)``: training, resuming, merging, and the reference model of each."""
 
-import contextlib
-from types import SimpleNamespace
-
 import pytest
 import torch
 import transformers
@@ -11,7 +8,6 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl.experimental.gkd import GKDConfig, GKDTrainer
-from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import add_fused_lm_head
 
 import tiny
@@ -207,28 +203,3 @@ def test_a_reference_keeps_the_size_its_mask_had(base, tmp_path):
     reference, learned = current_masks(model, "ref"), current_masks(model)
     assert all(torch.equal(reference[name], start[name]) for name in start)
     assert sum(int((~m).sum()) for m in learned.values()) > sum(int((~m).sum()) for m in start.values())
-
-
-def test_grpo_hands_vllm_the_merged_weights_and_takes_the_mask_back(base, tmp_path):
-    """TRL merges, reads every parameter under the name vLLM knows, and unmerges: bit for bit, both ways."""
-    trainer = trainer_of("grpo", load(base), tmp_path / "out", peft_config=mask())
-    trainer.train()
-    model = trainer.model
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    ids = torch.arange(3, 40).view(1, -1)
-    with torch.no_grad():
-        masked = model.eval()(input_ids=ids).logits
-    # The part of the real class that needs neither vLLM nor a GPU.
-    sync = VLLMGeneration.__new__(VLLMGeneration)
-    sync.model = model
-    sync._dist = SimpleNamespace(is_fsdp=False, gather_params=contextlib.nullcontext)
-    sent = {name: value.clone() for name, value in sync._iter_named_params()}
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=ids).logits, masked)
-        served = load(base).eval()
-        assert set(sent) <= set(served.state_dict()) and {n for n, _ in served.named_parameters()} <= set(sent)
-        served.load_state_dict(sent, strict=False)
-        assert torch.equal(served(input_ids=ids).logits, masked)
-    trainer.args.max_steps = 6
-    trainer.train()  # and training goes on from there
