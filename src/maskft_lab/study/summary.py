@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from maskft_base import files
 from maskft_base.errors import UserError
@@ -15,12 +14,11 @@ from ..results.comparison import Settings
 from ..results.schema import Result, read_result
 from ..results.scores import scores
 from ..results.text import Table, draw, render, render_scores
-from .controls import length_of, sum_of_lengths
 from .curve import curves
 from .damage import is_whole_result
 from .execute import Study
-from .plan import BEST, LAST, Plan, StudyRun
-from .recipe import Method, Recipe
+from .plan import BEST, LAST, Plan
+from .recipe import Recipe
 from .tuning import Tuned
 
 _ACCOUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
@@ -33,104 +31,33 @@ def summarise(study: Study, plan: Plan) -> str:
         study: Where the results are.
         plan: Its runs; those without a result yet are left out.
     """
-    texts, markdown, models = [], [f"# {study.recipe.name}", ""], {}
-    for model in study.recipe.models:
-        results = [
-            read_result(study.result_file(run, role)) | {"name": run.labels[role]}  # it may have had another
-            for run in plan.runs
-            if run.model == model
-            for role in run.labels
-            if is_whole_result(study.result_file(run, role))
-        ]
-        if not results:
-            continue
-        name = results[0]["study"]["model"]
-        name = model if name in models else name  # two folders may have the same name
-        results, notes = without_repeats(results, study.recipe.baseline)
-        tunings = [tuned for tuned in plan.tunings if tuned.trials[0].runs[0].model == model and tuned.is_settled]
-        text, table, record = _of_one_model(results, study.recipe, tunings)
+    results = [
+        read_result(study.result_file(run, role)) | {"name": run.labels[role]}  # it may have had another
+        for run in plan.runs
+        for role in run.labels
+        if is_whole_result(study.result_file(run, role))
+    ]
+    recipe, name, models, text, table = study.recipe, study.recipe.name, {}, "", [f"# {study.recipe.name}", ""]
+    if results:
+        model = results[0]["study"]["model"]
+        results, notes = without_repeats(results, recipe.baseline)
+        tunings = [tuned for tuned in plan.tunings if tuned.is_settled]
+        text, compared, record = _compared(results, recipe, tunings)
         for probe, curve in record.pop("curves", {}).items():
-            file = study.folder / files.CURVE.format(study.recipe.name, probe)
-            write_text(file, json.dumps(curve, indent=1) + "\n")
-        notes += unchanged_notes(results)
-        notes += [f"Tuned: {tuned}." for tuned in tunings]
-        notes += more_tuned_than_controls(tunings, study.recipe.methods.values())
-        notes += without_twin([run for run in plan.runs if run.model == model and run.labels], plan.defaults)
-        if not study.recipe.before and len(results) > 1:
+            write_text(study.folder / files.CURVE.format(name, probe), json.dumps(curve, indent=1) + "\n")
+        notes += unchanged_notes(results) + [f"Tuned: {tuned}." for tuned in tunings]
+        if not recipe.before and len(results) > 1:
             notes.append("Note: forgetting was not measured beyond the tasks above (no evaluation.before).")
-        num_tried = {label: run.num_tried for run in plan.runs if run.model == model for label in run.labels.values()}
-        texts.append(text if len(study.recipe.models) == 1 else f"{name}\n{text}")
-        markdown += [f"## {name}", "", table, _accounts(results, num_tried), "", *(f"- {note}" for note in notes), ""]
-        models[name] = record | ({"tuning": [tuned.to_dict() for tuned in tunings]} if tunings else {})
-    name = study.recipe.name
-    write_text(
-        study.folder / files.SUMMARY.format(name), json.dumps({"study": name, "models": models}, indent=1) + "\n"
-    )
-    write_text(study.folder / files.STUDY_TABLE.format(name), "\n".join(markdown))
-    return "\n".join(texts)
+        num_tried = {label: run.num_tried for run in plan.runs for label in run.labels.values()}
+        table += [f"## {model}", "", compared, _accounts(results, num_tried), "", *(f"- {note}" for note in notes), ""]
+        models[model] = record | ({"tuning": [tuned.to_dict() for tuned in tunings]} if tunings else {})
+    summary = json.dumps({"study": name, "models": models}, indent=1) + "\n"
+    write_text(study.folder / files.SUMMARY.format(name), summary)
+    write_text(study.folder / files.STUDY_TABLE.format(name), "\n".join(table))
+    return text
 
 
-def more_tuned_than_controls(tunings: Sequence[Tuned], methods: Iterable[Method]) -> list[str]:
-    """A note for each mask that was tried in more settings than its restart, or the refit of a random mask, was.
-
-    Args:
-        tunings: What was tuned.
-        methods: All methods of the recipe.
-    """
-    by_name = {method.name: method for method in methods}
-    tried = {name: method.tuned_elsewhere or 1 for name, method in by_name.items()}
-    tried |= {t.method.name: t.num_settings + (t.method.tuned_elsewhere or 0) for t in tunings}
-    full = [method for method in by_name.values() if method.method == "full"]
-    fits_all = [method for method in full if method.keep_mask is None and "partial_layers" not in method.options]
-    notes = []
-    for mask in (method for method in by_name.values() if method.method == "mask" and method.start):
-        of_start = [method for method in fits_all if method.start == mask.start]
-        # Controls of their own: neither was tuned by tuning the other. What follows a learned mask is no control.
-        restarts = [tried[m.name] for m in of_start if m.start_mask is None]
-        refits = [tried[m.name] for m in of_start if m.start_mask and by_name[m.start_mask].method != "mask"]
-        for number, what in (
-            (max(restarts, default=1), f"training all weights of {mask.start} again"),
-            (max(refits, default=tried[mask.name]), f"the refit of {mask.start} after random damage"),
-        ):
-            if number < tried[mask.name]:
-                times = f"over {number}" if number > 1 else "not at all"
-                notes.append(
-                    f"Note: {mask.name} was tuned over {tried[mask.name]} settings, {what} {times}: give the latter as "
-                    "many before comparing the two."
-                )
-    return notes
-
-
-def without_twin(runs: Sequence[StudyRun], defaults: Mapping[str, Any]) -> list[str]:
-    """A note for each method in which weights train after a learned mask, and none does so after random damage.
-
-    Args:
-        runs: Those that are reported on.
-        defaults: Every option of ``maskft train``.
-    """
-    found = {}
-    for run in runs:
-        for option, mask in run.masks.items():
-            if mask.method.method != "mask":
-                continue
-            length = sum_of_lengths(run.options, mask.options, defaults)
-            twins = [
-                other
-                for other in runs
-                if option in other.masks
-                and other.masks[option].method.method == "random_mask"
-                and (other.start, other.seed) == (run.start, run.seed)
-                and length_of(other.options, defaults) == length
-            ]
-            if length is None or not twins:
-                found[run.name] = (
-                    f"Note: {run.name} has trained for as long as its mask and its weights together, and no method for "
-                    f"as long after random damage ({option}: a random mask): what the mask adds is not known."
-                )
-    return list(found.values())
-
-
-def _of_one_model(results: list[Result], recipe: Recipe, tunings: Sequence[Tuned]) -> tuple[str, str, dict]:
+def _compared(results: list[Result], recipe: Recipe, tunings: Sequence[Tuned]) -> tuple[str, str, dict]:
     """Tables for a terminal, tables in Markdown, record."""
     names = list(dict.fromkeys(result["name"] for result in results))
     runs = [_row(result) for result in results]
