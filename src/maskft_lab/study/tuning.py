@@ -19,15 +19,12 @@ from maskft_base.files import digest_file
 
 from ..evaluation.arguments import HELDOUT
 from ..results.statistics import weighted_mean
-from .halving import rungs, survivors
-from .identity import plain
 from .recipe import Choice, Method, Options, Recipe, TimesParent
 
 if TYPE_CHECKING:
     from .plan import StudyRun
 
 MAX_DOUBLINGS = 3
-_OF_A_LENGTH = ("eval_steps", "save_steps", "warmup_steps")  # below 1 these are fractions of a run
 MIN_GAIN = 0.005  # nats per token that twice the budget must gain, where losses of single rows are not at hand
 
 
@@ -62,7 +59,6 @@ class Trial:
     settings: Options
     stage: int
     is_assumed: bool  # they are a guess, since what they follow from is not finished
-    rung: int | None = None  # of successive halving, from 1
     runs: list[StudyRun] = field(default_factory=list)
     heldout: list[Heldout] | None = None  # of the runs; None: not all are finished
 
@@ -156,18 +152,16 @@ class Tuned:
 
     @property
     def num_settings(self) -> int:
-        """How many settings were tried; those of a later rung are of the first."""
-        count = sum(trial.rung in (None, 1) for trial in self.trials)
-        return max(count, len(self.points))
+        """How many settings were tried."""
+        return max(len(self.trials), len(self.points))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able record for the study's summary."""
         trials = [
             {
                 "settings": trial.settings,
-                **({} if trial.rung is None else {"rung": trial.rung}),
                 "runs": [run.id for run in trial.runs],
-                "heldout_loss": _finite(trial.loss),
+                "heldout_loss": None if trial.loss is None or math.isinf(trial.loss) else trial.loss,
             }
             for trial in self.trials
         ]
@@ -186,12 +180,11 @@ class Tuned:
 
     def __str__(self) -> str:
         """E.g. ``full: learning_rate=0.003 is the best of 4 settings on held-out rows``."""
-        name, how = self.trials[0].runs[0].name, " (successive halving)" if self.method.tune.halving else ""
         settings = settings_text(self.winner.settings) or "its setting"
         if self.point is not None:
             settings += f" at {self.point[0]:g} of training, {self.point[1]:g} of the change,"
-        best = f"{name}: {settings} is the best of {self.num_settings} on held-out rows{how}"
-        same = sum(trial.loss == self.winner.loss for trial in self.trials if trial.rung == self.winner.rung) - 1
+        best = f"{self.trials[0].runs[0].name}: {settings} is the best of {self.num_settings} on held-out rows"
+        same = sum(trial.loss == self.winner.loss for trial in self.trials) - 1
         if same > 0 and self.point is None and self.winner.loss is not None:
             best += f", with the same loss as {same} other{'s' if same > 1 else ''}: the first was taken"
         more = f"; it still gained when {self.method.tune.double} had been doubled {MAX_DOUBLINGS} times, give it more"
@@ -203,39 +196,10 @@ def settings_text(settings: Options) -> str:
     return ", ".join(f"{option}={value}" for option, value in settings.items())
 
 
-@dataclass
-class _Stages:
-    """What is tried, stage by stage, as far as what is finished tells."""
-
-    runs_of: Callable[[Trial], list[StudyRun]]
-    look: Look
-    trials: list[Trial] = field(default_factory=list)
-    number: int = 0  # of the last stage
-    is_settled: bool = True  # the losses of all trials are known
-
-    def add(self, tried: list[Options], rung: int | None = None) -> list[Trial]:
-        """The trials of one stage; a guess where the stage before, from which they follow, is not finished."""
-        trials = [Trial(settings, self.number + 1, not self.is_settled, rung) for settings in tried]
-        for trial in trials:
-            trial.runs = self.runs_of(trial)
-            found = [None if trial.is_assumed else self.look(run) for run in trial.runs]
-            trial.heldout = None if None in found else found
-        self.trials += trials
-        self.number = max(run.stage for trial in trials for run in trial.runs)
-        self.is_settled = self.is_settled and all(trial.loss is not None for trial in trials)
-        return trials
-
-    def best(self, trials: list[Trial]) -> Trial:
-        """The one with the lowest loss; the first where not all are known."""
-        if not self.is_settled:
-            return trials[0]
-        return min(trials, key=lambda trial: math.inf if trial.loss is None else trial.loss)
-
-
 def tune(
     method: Method, own: Options, parent: Options, runs_of: Callable[[Trial], list[StudyRun]], look: Look
 ) -> Tuned:
-    """Try the grid or halve it, then twice as much of ``double`` until that gains less than its standard error.
+    """Try the grid, then twice as much of ``double`` until that gains less than its standard error.
 
     Args:
         method: The method, which has a ``tune``.
@@ -245,19 +209,37 @@ def tune(
         look: Held-out loss of a run; None where it is not finished.
     """
     assert method.tune is not None
+    double = method.tune.double
     if own.get("eval_strategy") == "no":
         raise UserError(f"method {method.name!r}: tune chooses by held-out loss, and eval_strategy is no; drop that")
     if "num_train_epochs" in method.tune.options and (_number(own.get("max_steps")) or 0) > 0:
-        raise UserError(
-            f"method {method.name!r}: tune is of num_train_epochs, and max_steps {own['max_steps']} decides the length "
-            "of its runs; write max_steps there, or drop it here"
-        )
-    stages, grid = _Stages(runs_of, look), _grid(method, own, parent)
-    winner = _halve(stages, method, own, grid) if method.tune.halving else stages.best(stages.add(grid))
-    still_gains = False
-    if method.tune.double:
-        winner, still_gains = _double(stages, method, own, winner)
-    return Tuned(method, stages.trials, winner, stages.is_settled, still_gains)
+        raise UserError(f"method {method.name!r}: max_steps decides the length, and tune is of num_train_epochs")
+    trials: list[Trial] = []
+    stage, is_settled = 0, True  # the last one; the losses of all trials are known
+
+    def add(tried: list[Options]) -> list[Trial]:
+        """The trials of the next stage, a guess where the stage before, from which they follow, is not finished."""
+        nonlocal stage, is_settled
+        new = [Trial(settings, stage + 1, not is_settled) for settings in tried]
+        for trial in new:
+            trial.runs = runs_of(trial)
+            found = [None if trial.is_assumed else look(run) for run in trial.runs]
+            trial.heldout = None if None in found else found
+        trials.extend(new)
+        stage = max(run.stage for trial in new for run in trial.runs)
+        is_settled = is_settled and all(trial.loss is not None for trial in new)
+        return new
+
+    first = add(_grid(method, own, parent))
+    winner = min(first, key=lambda trial: trial.loss or 0.0) if is_settled else first[0]
+    still_gains = bool(double)
+    for _ in range(MAX_DOUBLINGS if double else 0):
+        (trial,) = add([winner.settings | {double: 2 * _amount(method, own | winner.settings, double)}])
+        if not is_settled or not _gains(winner, trial):
+            still_gains = False
+            break
+        winner = trial
+    return Tuned(method, trials, winner, is_settled, still_gains)
 
 
 def _grid(method: Method, own: Options, parent: Options) -> list[Options]:
@@ -268,84 +250,25 @@ def _grid(method: Method, own: Options, parent: Options) -> list[Options]:
             base = _number(parent.get(option))
             if not base:
                 raise UserError(
-                    f"method {method.name!r}: tune.{option} is given as times_parent, and that of {method.start!r} is "
-                    f"{parent.get(option)!r}, of which there are no multiples; give the values"
+                    f"method {method.name!r}: tune.{option} is given as times_parent, and {method.start!r} has none; "
+                    "give the values"
                 )
             values = [float(f"{factor * base:.6g}") for factor in values.times_parent]
         lists[option] = values
-    if not lists and not method.tune.double:
-        return [{}]
-    if not lists:
-        lists = {method.tune.double: [_amount(method, own, method.tune.double, "double")]}
+    if not lists and method.tune.double:
+        lists = {method.tune.double: [_amount(method, own, method.tune.double)]}
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 
-def _halve(stages: _Stages, method: Method, own: Options, candidates: list[Options]) -> Trial:
-    """Successive halving of the grid; within a rung all runs are equally long, and each has a schedule of its own."""
-    halving = method.tune.halving
-    whole = _whole(method, own)
-    is_count = halving.resource == "max_steps"
-    shortest = halving.min_resources or (1 if is_count else 0)
-    planned = rungs(len(candidates), halving.factor, whole, shortest)
-    lengths = [round(length) if is_count else plain(float(f"{length:.6g}")) for _, length in planned]
-    cost = sum(size * length for (size, _), length in zip(planned, lengths, strict=True)) / whole
-    if cost >= len(candidates):
-        least = f", min_resources {halving.min_resources:g}" if halving.min_resources else ""
-        raise UserError(
-            f"method {method.name!r}: halving {len(candidates)} settings with factor {halving.factor}{least} and "
-            f"{halving.resource} {whole:g} takes {cost:.3g} whole lengths of training, no fewer than the grid; drop "
-            "halving, or give more values or another factor"
-        )
-    for rung, length in enumerate(lengths, start=1):
-        if len(candidates) == 1 and length != lengths[-1]:
-            continue  # all others failed, and there is nothing left to choose
-        trials = stages.add([settings | {halving.resource: length} for settings in candidates], rung)
-        # Not finished: the first are assumed to go on.
-        losses = [trial.loss if stages.is_settled else 0.0 for trial in trials]
-        candidates = [candidates[index] for index in survivors(losses, halving.factor)]
-    return stages.best(trials)
-
-
-def _whole(method: Method, own: Options) -> float:
-    """Length of the last rung, which is the method's own."""
-    for option in _OF_A_LENGTH:
-        if (_number(own.get(option)) or 0) >= 1:
-            raise UserError(
-                f"method {method.name!r}: {option} {own[option]} is a number of steps, and halving has runs of several "
-                "lengths; give the fraction of a run, below 1"
-            )
-    return _amount(method, own, method.tune.halving.resource, "halve")
-
-
-def _double(stages: _Stages, method: Method, own: Options, winner: Trial) -> tuple[Trial, bool]:
-    """The winner, or what it becomes with twice as much, as long as that gains more than its standard error.
-
-    Returns:
-        It, and whether the last doubling that is allowed still gained.
-    """
-    option = method.tune.double
-    for _ in range(MAX_DOUBLINGS):
-        amount = _amount(method, own | winner.settings, option, "double")
-        (trial,) = stages.add([winner.settings | {option: 2 * amount}])
-        if not stages.is_settled or not _gains(winner, trial):
-            return winner, False
-        winner = trial
-    return winner, True
-
-
-def _amount(method: Method, options: Options, option: str, what: str) -> float:
+def _amount(method: Method, options: Options, option: str) -> float:
     amount = _number(options.get(option))
     if amount is None or amount <= 0:
-        raise UserError(f"method {method.name!r}: tune cannot {what} {option}, of which it has no value; give it one")
+        raise UserError(f"method {method.name!r}: tune is of {option}, of which it has no value; give it one")
     return amount
 
 
 def _number(value: Any) -> float | None:
-    """A number also where YAML reads a text, as of 3e-3."""
-    try:
-        return value if isinstance(value, int | float) else float(value)
-    except (TypeError, ValueError):
-        return None
+    return value if isinstance(value, int | float) else None
 
 
 def _gains(before: Trial, after: Trial) -> bool:
@@ -361,10 +284,6 @@ def _gains(before: Trial, after: Trial) -> bool:
     return gain > stderr
 
 
-def _finite(loss: float | None) -> float | None:
-    return loss if loss is not None and math.isfinite(loss) else None
-
-
 def how_chosen(method: Method, options: Options) -> str | None:
     """``tuned`` or ``chosen`` where held-out rows choose more of a method than its checkpoint, None where they do not.
 
@@ -374,8 +293,11 @@ def how_chosen(method: Method, options: Options) -> str | None:
     """
     if method.tune is not None:
         return "tuned"
-    is_best_drawn = method.method == "random_mask" and (_number(options.get("num_candidates")) or 1) > 1
-    return "chosen" if is_best_drawn or method.method == INTERPOLATE else None
+    chooses = {
+        "random_mask": (_number(options.get("num_candidates")) or 1) > 1,
+        **dict.fromkeys(COMBINED_METHODS, True),
+    }
+    return "chosen" if chooses.get(method.method) else None
 
 
 def check_test_rows(recipe: Recipe) -> None:
