@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
 
 from maskft.data import load_splits
 from maskft.data.arguments import DataArguments, check_sizes
 from maskft.data.splits import prompt_digest
-from maskft.models import load_config
 from maskft.training.arguments import TrainConfig
 from maskft.training.checks import check_method, check_size
 from maskft.training.launch import config_processes
@@ -20,7 +18,7 @@ from maskft.training.options import option_defaults, parse_words
 from maskft_base.errors import UserError, did_you_mean
 
 from .execute import evaluation_words
-from .plan import Plan, StudyRun, build_plan, check_layers
+from .plan import Plan, StudyRun, build_plan
 from .process import command_words
 from .recipe import CURRENT_RATE, Facts, Recipe
 from .tuning import data_sets, how_chosen
@@ -29,21 +27,13 @@ _OF_THE_STUDY = set("model_name_or_path adapter change scale name seed output_di
 _ANY = ["--output_dir", "any", "--model_name_or_path", "any", "--change", "none"]
 
 
-class Evaluation(Protocol):
-    """How ``maskft evaluate`` reads its options: its parser, and what checks what was parsed."""
-
-    def parser(self) -> Any:
-        """The parser of its options."""
-
-    def read(self, args: Namespace) -> Any:
-        """Refuse options that do not fit each other."""
-
-    def check_inputs(self, args: Namespace) -> list[dict]:
-        """Read tasks and data; returns the held-out rows."""
-
-
-def check(recipe: Recipe, evaluation: Evaluation, allow_many: bool = False) -> Plan:
+def check(recipe: Recipe, evaluate: ModuleType, allow_many: bool = False) -> Plan:
     """Expand a recipe and put every option through the parser of the command it is for.
+
+    Args:
+        recipe: The recipe.
+        evaluate: The module of ``maskft evaluate``, with its ``parser``, ``read`` and ``check_inputs``.
+        allow_many: Whether more than 1,000 runs are meant.
 
     Raises:
         UserError: The first mistake.
@@ -61,14 +51,13 @@ def check(recipe: Recipe, evaluation: Evaluation, allow_many: bool = False) -> P
         if values - seen:
             _check_run(run)
         seen |= values
-    check_layers(plan.runs, recipe.facts.num_layers)
-    evaluation_args(recipe, evaluation)
+    _evaluation_args(recipe, evaluate)
     return plan
 
 
 def with_model(recipe: Recipe, model: str) -> Recipe:
     """The recipe on another base model, of which it knows no facts."""
-    return recipe.model_copy(update={"models": [model], "facts": Facts(flops_per_s=recipe.facts.flops_per_s)})
+    return recipe.model_copy(update={"model": model, "facts": Facts(flops_per_s=recipe.facts.flops_per_s)})
 
 
 def parsed_run(run: StudyRun) -> TrainConfig:
@@ -94,21 +83,13 @@ def _check_run(run: StudyRun) -> None:
         raise UserError(f"run {run.title!r}: {error}") from None
 
 
-def check_before_running(plan: Plan, evaluation: Evaluation) -> None:
-    """Check what needs models or data: layers, tasks, and that nothing is chosen on rows that are reported on."""
-    check_model_layers(plan, plan.recipe.models)
+def check_before_running(plan: Plan, evaluate: ModuleType) -> None:
+    """Check what needs data: tasks, and that nothing is chosen on rows that are reported on."""
     try:
-        reported = [row for args in evaluation_args(plan.recipe, evaluation) for row in evaluation.check_inputs(args)]
+        reported = [row for args in _evaluation_args(plan.recipe, evaluate) for row in evaluate.check_inputs(args)]
     except UserError as error:
         raise UserError(f"evaluation: {error}") from None
     _check_tuned_rows(plan, reported)
-
-
-def check_model_layers(plan: Plan, models: Sequence[str]) -> None:
-    """Refuse layers that a model does not have."""
-    for model in models:
-        config = load_config(model, revision=plan.recipe.revision)
-        check_layers([run for run in plan.runs if run.model == model], config.get_text_config().num_hidden_layers)
 
 
 def _check_tuned_rows(plan: Plan, reported: list[dict]) -> None:
@@ -134,22 +115,21 @@ def _check_tuned_rows(plan: Plan, reported: list[dict]) -> None:
             )
 
 
-def evaluation_args(recipe: Recipe, evaluation: Evaluation) -> list[Namespace]:
+def _evaluation_args(recipe: Recipe, evaluate: ModuleType) -> list[Namespace]:
     """The recipe's options of ``maskft evaluate``, parsed; what that would refuse is refused."""
     sections = {"evaluation": recipe.evaluation}
     sections |= {f"evaluation.before.{name}": options for name, options in recipe.before.items()}
     before = recipe.path.before if recipe.path else {}
     sections |= {f"path.before.{name}": options for name, options in before.items()}
-    found = []
+    found, parser = [], evaluate.parser()
+    known = {action.dest for action in parser._actions} - _OF_THE_STUDY
     for where, options in sections.items():
-        parser = evaluation.parser()
-        known = {action.dest for action in parser._actions} - _OF_THE_STUDY
         for option in options:
             if option not in known:
                 raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(option, known)}")
         try:
             found.append(parser.parse_args([*_ANY, *evaluation_words(options)]))
-            evaluation.read(found[-1])
+            evaluate.read(found[-1])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return found

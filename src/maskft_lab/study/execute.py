@@ -8,10 +8,9 @@ resumed from its last whole checkpoint, the rest is made again.
 from __future__ import annotations
 
 import math
-import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +30,7 @@ from maskft_base.runtime import environment
 
 from ..evaluation.arguments import HELDOUT, NOT_OF_HELDOUT_DATA
 from ..results.schema import BEFORE, DOMAINS, Result, read_result, write_result
-from .damage import damage_of_result, damage_of_run, is_whole_result, move_aside, written_files
+from .damage import damage_of_result, damage_of_run, is_whole_result, written_files
 from .identity import data_hash, evaluation_id, evaluation_identity, options_identity, short_digest
 from .plan import BEST, LAST, StudyRun
 from .process import PYTHON, command_words, run_command
@@ -166,18 +165,15 @@ class Study:
             return False
         return all(is_whole_result(self.result_file(run, role)) for role in run.labels)
 
-    def set_aside_damaged(self, run: StudyRun) -> Iterator[str]:
-        """Move what of a finished run is damaged out of the way, so that it is made again; yields a line for each."""
+    def check_damage(self, run: StudyRun) -> None:
+        """Raise where what of a finished run is there is not what was written."""
         folder = self.run_folder(run)
-        problem = damage_of_run(folder) if (folder / files.RUN).is_file() else None
-        if problem:
-            self._finished_before.pop(run.hash, None)
-            yield f"{run.title}: {problem}; moved to {move_aside(folder, self.folder)}, the run is made again"
-        for role in run.labels:
-            file = self.result_file(run, role)
-            problem = damage_of_result(file) if file.is_file() else None
+        found = {folder: damage_of_run(folder) if (folder / files.RUN).is_file() else None}
+        results = (self.result_file(run, role) for role in run.labels)
+        found |= {file.parent: damage_of_result(file) for file in results if file.is_file()}
+        for place, problem in found.items():
             if problem:
-                yield f"{problem}; moved to {move_aside(file.parent, self.folder)}, it is measured again"
+                raise UserError(f"{run.title}: {problem}; remove {str(place)!r}, and it is made again")
 
     def call(self, words: list[str], log: Path, tick: Tick) -> None:
         """Run a command to its end; the study's lock is held as long."""
@@ -332,8 +328,6 @@ def launch_words(recipe: Recipe, run: StudyRun) -> list[str]:
     launch = recipe.launch
     if run.method.method in UNTRAINED_METHODS:
         return [*PYTHON, "train"]  # nothing is trained
-    if launch.command:
-        return [*shlex.split(launch.command), *PYTHON[1:], "train"]
     # One process of a configuration for eight has to be said.
     processes = launch.num_processes if launch.accelerate_config or (launch.num_processes or 1) > 1 else None
     shared = {"accelerate_config": launch.accelerate_config, "num_processes": processes}

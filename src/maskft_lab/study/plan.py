@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from maskft.training.method_arguments import (
     UNTRAINED_METHODS,
     removes_a_share,
 )
-from maskft_base.errors import UserError, did_you_mean
+from maskft_base.errors import UserError
 
 from .identity import options_identity, plain, short_digest, written_out
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Options, Recipe
@@ -34,22 +34,11 @@ BEST, LAST = "best", "last"
 # What says which matrices are masked: a fixed mask takes it from the learned mask that it matches.
 _PLACES = ("mask_layers_to_transform", "mask_layers_pattern", "mask_target_modules", "mask_exclude_modules")
 _LAYERS = ("mask_layers_to_transform", "partial_layers")
-# Options of `maskft train` that a recipe cannot give, and what to do instead.
+# Options of `maskft train` that a recipe cannot give: the study itself decides them.
 _OF_THE_STUDY = (
-    "method",
-    "model_name_or_path",
-    "output_dir",
-    "resume_from_checkpoint",
-    "match_adapter",
-    "start_mask",
-    "keep_mask",
-    "before_model",
-)
-_NOT_IN_A_RECIPE = {
-    **dict.fromkeys((*_OF_THE_STUDY, "prepared_data_dir", "prepare_only"), "the study itself decides that; drop it"),
-    "keep_last": "give the methods whose end is kept `last: NAME`",
-    "seed": "the list of seeds decides that; write `seeds: [0, 1]`",
-}
+    "method model_name_or_path output_dir resume_from_checkpoint match_adapter start_mask keep_mask before_model "
+    "prepared_data_dir prepare_only keep_last seed"
+).split()
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +46,7 @@ class StudyRun:
     """One run: one training (or one base model taken as it is), and the evaluations of its models."""
 
     method: Method
-    model: str  # base model of the study this run belongs to
+    model: str  # base model of the study
     seed: int  # of training; also that of the mask unless `mask_seed` is given
     axes: dict[tuple[str, str], Any]  # the grid's values that this run or one it is made from has
     options: dict[str, Any]  # of `maskft train`, without paths and model
@@ -114,8 +103,8 @@ class StudyRun:
         elsewhere = self.method.tuned_elsewhere or 0
         if self.tuned:
             return self.tuned.num_settings + elsewhere
-        if self.method.method == INTERPOLATE:
-            return len(SHARES)
+        if self.method.method in COMBINED_METHODS:
+            return len(_as_list(self.options.get("combine_values", COMBINED_METHODS[self.method.method])))
         chosen = self.options.get("num_candidates", 1) if self.method.method == "random_mask" else 1
         return chosen if chosen > 1 else elsewhere
 
@@ -171,17 +160,17 @@ def build_plan(
         look: Held-out loss of a run; None where it is not finished.
 
     Raises:
-        UserError: If an option is unknown, or there are too many runs.
+        UserError: If an option is the study's own, or there are too many runs.
     """
-    _check_options(recipe, defaults)
     check_test_rows(recipe)
     planner = _Planner(recipe, defaults | {"keep_worse": True}, look)  # see execute.py
-    count = sum(1 for _ in planner.wanted())
-    count += sum(method.tune.num_trials for method in recipe.methods.values() if method.tune)
-    if count > MAX_RUNS and not allow_many:
-        raise UserError(f"the grid makes {count:,} runs, more than {MAX_RUNS:,}; pass --yes if that is meant")
-    for model, method, axes, seed in planner.wanted():
-        planner.run(model, method, axes, seed)
+    for method in recipe.methods.values():
+        axes = planner.axes(method)
+        for values in itertools.product(*axes.values()):
+            for seed in planner.seeds(method):
+                planner.run(method, dict(zip(axes, values, strict=True)), seed)
+                if len(planner.runs) > MAX_RUNS and not allow_many:
+                    raise UserError(f"the grid makes more than {MAX_RUNS:,} runs; pass --yes if that is meant")
     finals = [run for run in planner.runs if run.tried is None]
     _check_names(finals)
     # The winner is one of the runs that were tried, from now on with an evaluation.
@@ -202,59 +191,52 @@ class _Planner:
     tried: dict[tuple, Tuned] = field(default_factory=dict)
     runs: list[StudyRun] = field(default_factory=list)
 
-    def wanted(self) -> Iterator[tuple[str, Method, dict, int]]:
-        """Model, method, grid values and seed of every run."""
-        for model, method in itertools.product(self.recipe.models, self.recipe.methods.values()):
-            axes = self.axes(method)
-            for values in itertools.product(*axes.values()):
-                for seed in self.seeds(method):
-                    yield model, method, dict(zip(axes, values, strict=True)), seed
-
     def axes(self, method: Method) -> dict[tuple[str, str], list]:
         """Grid axes of a method: its own and those of what it is made from."""
-        inherited = {key for name in method.parents for key in self.axes(self.recipe.methods[name])}
+        inherited = {key for name in method.parents.values() for key in self.axes(self.recipe.methods[name])}
         return {key: v for key, v in self.recipe.axes.items() if key[0] == method.name or key in inherited}
+
+    def place(self, method: Method, axes: dict) -> tuple[dict, tuple]:
+        """Grid values that a method has, and a key for them."""
+        axes = {key: value for key, value in axes.items() if key in self.axes(method)}
+        return axes, (method.name, json.dumps([[*key, value] for key, value in axes.items()]))
 
     def seeds(self, method: Method) -> list[int]:
         """Seeds of a method; a base model taken as it is has but one."""
         return self.recipe.seeds[:1] if method.method == PRETRAINED else method.seeds or self.recipe.seeds
 
-    def run(self, model: str, method: Method, axes: dict, seed: int) -> StudyRun:
+    def run(self, method: Method, axes: dict, seed: int) -> StudyRun:
         """One run and, before it, those it is made from."""
-        axes = {key: value for key, value in axes.items() if key in self.axes(method)}
-        place = (model, method.name, json.dumps([[*k, v] for k, v in axes.items()]))
+        axes, place = self.place(method, axes)
         if (*place, seed) not in self.found:
-            tuned = None
-            if method.tune:
-                if place not in self.tunings:
-                    self.tunings[place] = self.chosen(model, method, axes)
-                tuned = self.tunings[place]
-            self.found[*place, seed] = self.make(model, method, axes, seed, tuned=tuned)
+            if method.tune and place not in self.tunings:
+                self.tunings[place] = self.chosen(method, axes)
+            self.found[*place, seed] = self.make(method, axes, seed, tuned=self.tunings.get(place))
         return self.found[*place, seed]
 
     def make(
-        self, model: str, method: Method, axes: dict, seed: int, tuned: Tuned | None = None, trial: Trial | None = None
+        self, method: Method, axes: dict, seed: int, tuned: Tuned | None = None, trial: Trial | None = None
     ) -> StudyRun:
         """One run, with the settings that won or, for a trial, that are tried."""
-        start, match = (
-            None if name is None else self.parent(model, name, axes, seed) for name in (method.start, method.match)
-        )
-        masks = {option: self.parent(model, mask, axes, seed) for option, mask in method.masks.items()}
+        made = {key: self.parent(name, axes, seed) for key, name in method.parents.items()}
+        start, match = made.pop("from", None), made.pop("match", None)
         chosen = trial.settings if trial else tuned.winner.settings if tuned else {}
         options = _options(self.recipe, method, axes, seed, match, chosen)
+        if options.get("learning_rate") == CURRENT_RATE and (start is None or start.method.method != "full"):
+            raise UserError(f"method {method.name!r}: learning_rate {CURRENT_RATE} goes with `from` a full fine-tuning")
         name = f"{_slug(method.name)}-s{seed}" if method.method != PRETRAINED else _slug(method.name)
-        parents = [run for run in (start, match, *masks.values()) if run is not None]
+        parents = [run for run in (start, match, *made.values()) if run is not None]
         waits = trial.is_assumed if trial else tuned is not None and not tuned.is_settled
         run = StudyRun(
             method,
-            model,
+            self.recipe.model,
             seed,
             axes,
             options,
             start,
             match,
-            masks,
-            id=f"{name}-{self.hash(model, method, options, start, match, masks)}",
+            made,
+            id=f"{name}-{self.hash(method, options, {'start': start, 'match': match} | made)}",
             stage=max([trial.stage if trial else tuned.stage + 1 if tuned else 1, *(run.stage for run in parents)]),
             is_assumed=waits or any(run.is_assumed for run in parents),
             tried=chosen if trial else None,
@@ -264,19 +246,18 @@ class _Planner:
         self.runs.append(run)
         return run
 
-    def chosen(self, model: str, method: Method, axes: dict) -> Tuned:
+    def chosen(self, method: Method, axes: dict) -> Tuned:
         """The settings, and the point of a path, that held-out rows choose."""
-        tuned = self.tune(model, method, axes)
+        tuned = self.tune(method, axes)
         path = self.recipe.path
         if path is None or path.choose is None:
             return tuned
-        base = next(each for each in self.recipe.methods.values() if each.method == PRETRAINED)
-        before = self.look(self.run(model, base, {}, self.seeds(base)[0]))
+        methods = self.recipe.methods.values()
+        base = next(each for each in methods if each.method == PRETRAINED)
+        before = self.look(self.run(base, {}, self.seeds(base)[0]))
         # Of those that start from a trained model the best would wait for what they start from.
-        rivals = [
-            each for each in self.recipe.methods.values() if each.tune and each.data == method.data and not each.start
-        ]
-        all_tuned = [tuned, *(self.tune(model, each, axes) for each in rivals if each.name != method.name)]
+        rivals = [each for each in methods if each.tune and each.data == method.data and not each.start]
+        all_tuned = [tuned, *(self.tune(each, axes) for each in rivals if each.name != method.name)]
         if before is None or not all(each.is_settled for each in all_tuned):
             return replace(tuned, is_settled=False, point=(1.0, 1.0))
         base_values = next(iter(before.points.values()))
@@ -286,66 +267,49 @@ class _Planner:
         best = choose(found[0], max(point.gain for points in found for point in points), path.choose)
         return replace(tuned, winner=best.trial, point=best.point, points=found[0], base=base_values)
 
-    def tune(self, model: str, method: Method, axes: dict) -> Tuned:
-        """:meth:`try_settings`, once."""
-        axes = {key: value for key, value in axes.items() if key in self.axes(method)}
-        place = (model, method.name, json.dumps([[*k, v] for k, v in axes.items()]))
-        if place not in self.tried:
-            self.tried[place] = self.try_settings(model, method, axes)
-        return self.tried[place]
-
-    def try_settings(self, model: str, method: Method, axes: dict) -> Tuned:
-        """Try the settings of ``method.tune``, as far as what is finished tells which these are."""
+    def tune(self, method: Method, axes: dict) -> Tuned:
+        """The settings of ``method.tune``, as far as what is finished tells which these are; tried once."""
+        axes, place = self.place(method, axes)
+        if place in self.tried:
+            return self.tried[place]
         seeds = self.seeds(method)
         seeds = [seed for seed in self.recipe.tune_seeds or seeds[:1] if seed in seeds] or seeds[:1]
 
         def runs_of(trial: Trial) -> list[StudyRun]:
-            return [self.make(model, method, axes, seed, trial=trial) for seed in seeds]
+            return [self.make(method, axes, seed, trial=trial) for seed in seeds]
 
-        parent = self.parent(model, method.start, axes, seeds[0]) if method.start else None
+        parent = self.parent(method.start, axes, seeds[0]) if method.start else None
         # What was not trained has no rate to be multiplied.
         is_trained = parent is not None and parent.method.method != PRETRAINED
         of_parent = self.defaults | written_out(parent.method.method, parent.options) if is_trained else {}
         own = written_out(method.method, _options(self.recipe, method, axes, seeds[0], None))
-        return tune(method, self.defaults | own, of_parent, runs_of, self.look)
+        self.tried[place] = tune(method, self.defaults | own, of_parent, runs_of, self.look)
+        return self.tried[place]
 
-    def parent(self, model: str, name: str, axes: dict, seed: int) -> StudyRun:
+    def parent(self, name: str, axes: dict, seed: int) -> StudyRun:
         """The run of the method ``name`` with the same seed, else its only one."""
         method = self.recipe.methods[name]
         seeds = self.seeds(method)
         if seed not in seeds and len(seeds) > 1:
-            raise UserError(
-                f"method {name!r} has seeds {seeds}; a run made from it has seed {seed}, which has no match"
-            )
-        return self.run(model, method, axes, seed if seed in seeds else seeds[0])
+            raise UserError(f"method {name!r} has seeds {seeds}; a run made from it has seed {seed}: add it there")
+        return self.run(method, axes, seed if seed in seeds else seeds[0])
 
-    def hash(
-        self,
-        model: str,
-        method: Method,
-        options: Options,
-        start: StudyRun | None,
-        match: StudyRun | None,
-        masks: dict[str, StudyRun],
-    ) -> str:
+    def hash(self, method: Method, options: Options, parents: dict[str, StudyRun | None]) -> str:
         """Hash of what decides a run's outcome."""
         named = options_identity(written_out(method.method, options))
         # What other options decide has no default here; of the start, the published one is not named.
         defaults = self.defaults | {"mask_init_scores": "normal", "mask_init_value": 0}
         settings = {
             "method": method.method,
-            "model": model_identity(model),
+            "model": model_identity(self.recipe.model),
             "options": {k: v for k, v in named.items() if k not in defaults or v != plain(defaults[k])},
-            "start": start and start.hash,
-            "match": match and match.hash,
-            **{option: run.hash for option, run in masks.items()},
+            **{key: run and run.hash for key, run in parents.items()},
         }
-        launch = self.recipe.launch
+        num_processes = self.recipe.launch.num_processes or 1
         is_trained = method.method not in (PRETRAINED, *UNTRAINED_METHODS)
-        # How many processes share a batch, where that decides its size; beside a command the number is for estimates.
-        shared = {"num_processes": 1 if launch.command else launch.num_processes or 1, "command": launch.command}
-        if is_trained and not options.get("global_batch_size") and shared != {"num_processes": 1, "command": None}:
-            settings["launch"] = shared
+        # How many processes share a batch, where that decides its size.
+        if is_trained and not options.get("global_batch_size") and num_processes != 1:
+            settings["launch"] = {"num_processes": num_processes, "command": None}
         return short_digest(settings)
 
 
@@ -371,6 +335,9 @@ def _options(
     is_mask = method.method in MASK_METHODS
     own = method.options | {option: value for (name, option), value in axes.items() if name == method.name}
     own |= chosen
+    refused = (recipe.train.keys() & _OF_THE_STUDY) | (own.keys() & {*_OF_THE_STUDY, REVISION})
+    if refused:
+        raise UserError(f"method {method.name!r} sets {min(refused)}, which seeds, from, last or train decide; drop it")
     options = {key: value for key, value in recipe.train.items() if is_mask or not key.startswith("mask_")}
     options |= recipe.data[method.data or next(iter(recipe.data))].options | {"seed": seed}
     options |= {"mask_seed": seed} if is_mask else {}
@@ -394,51 +361,6 @@ def _options(
             options = {key: value for key, value in options.items() if key not in LEARNER_OPTIONS or key in own}
         options |= {key: of_match[key] for key in _PLACES if key in of_match}
     return options
-
-
-def _check_options(recipe: Recipe, defaults: dict[str, Any]) -> None:
-    """Refuse a name that ``maskft train`` does not know, wherever it stands."""
-    shared = {"train": recipe.train} | {f"data {name!r}": data.options for name, data in recipe.data.items()}
-    own = {f"method {method.name!r}": method.options for method in recipe.methods.values()}
-    for method in (method for method in recipe.methods.values() if method.tune):
-        own[f"tune of method {method.name!r}"] = dict.fromkeys(method.tune.options)
-    own |= {f"grid {'.'.join(axis)!r}": {axis[1]: None} for axis in recipe.axes}
-    for where, options in (shared | own).items():
-        refused = dict(_NOT_IN_A_RECIPE)
-        if where in shared:
-            refused["mask_seed"] = refused["seed"]
-        if where != "train":
-            refused[REVISION] = "the base model is one for all runs, write it under train"
-        for option in options:
-            if option in refused:
-                raise UserError(f"{where} sets {option}; {refused[option]}")
-            if option not in defaults:
-                raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(option, defaults)}")
-        if where in shared and options.get("learning_rate") == CURRENT_RATE:
-            raise UserError(f"{where} sets learning_rate: {CURRENT_RATE}, which is for a method with `from`")
-    for name, method in recipe.methods.items():
-        tried = method.tune.grid.get("learning_rate") if method.tune else None
-        rates = [
-            method.options.get("learning_rate"),
-            *(tried if isinstance(tried, list) else []),
-            *recipe.axes.get((name, "learning_rate"), ()),
-        ]
-        if CURRENT_RATE in rates and (method.start is None or recipe.methods[method.start].method != "full"):
-            raise UserError(
-                f"method {name!r} has learning_rate {CURRENT_RATE!r} but is not `from` a full fine-tuning whose rate "
-                "that could be"
-            )
-
-
-def check_layers(runs: Iterable[StudyRun], num_layers: int | None) -> None:
-    """Refuse layers that a model does not have; None: their number is not known."""
-    for run in runs:
-        for option in _LAYERS:
-            layers = map(int, run.options.get(option, []))
-            beyond = next((n for n in layers if n < 0 or (num_layers is not None and n >= num_layers)), None)
-            if beyond is not None:
-                known = "layers are counted from 0" + ("" if num_layers is None else f" to {num_layers - 1}")
-                raise UserError(f"run {run.title!r}: {option} names layer {beyond}; {known}")
 
 
 def _as_list(value: Any) -> list:
