@@ -26,10 +26,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="maskft estimate",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Tell what a training run needs, from the configuration of its model alone: no weights are loaded.",
+        description="Tell what memory a training run needs from its model's configuration: no weights are loaded.",
         epilog="Every option of maskft train may be given too, in a recipe (--config FILE.yaml) or as flags; see\n"
         "maskft train --help. model_name_or_path may be a config.json; every row is taken to have max_length\n"
-        "tokens; max_train_samples says how many rows there are. Sizes are in GB = 1e9 bytes, of one process.",
+        "tokens. Sizes are in GB = 1e9 bytes, of one process.",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="what the run uses (default: what this machine has)")
     parser.add_argument(
@@ -44,24 +44,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print(result) -> None:
     from ..estimate.estimate import gb
-    from ..results.text import Table, draw, wrap
+    from ..results.text import Table, draw
 
     print(f"{result.method} on {result.model} ({result.device})\n")
     rows = [(name, gb(size), f"{size / result.peak_bytes:.1%}") for name, size in result.memory.items() if size]
     print(draw(Table(("memory at its peak", "GB", "share"), [*rows, ("total", gb(result.peak_bytes), "")]), "terminal"))
-    facts = [
-        f"parameters: {result.num_parameters:,}; trained {result.num_trainable:,}; masked {result.num_masked:,}",
-        f"per step: {result.flops_per_step / 1e12:.3g} TFLOP, {result.tokens_per_step:,} tokens at most",
-        f"result on disk: {result.result_bytes / 1e6:.3g} MB",
-    ]
+    print(f"parameters: {result.num_parameters:,}; trained {result.num_trainable:,}; masked {result.num_masked:,}")
     if passes := result.layer_passes:
-        facts.insert(1, f"cost: {passes['total']} passes over a decoder layer; full fine-tuning has {passes['full']}")
-    if result.num_steps is None:
-        facts.append("per run: unknown number of steps; give max_train_samples or max_steps")
-    else:
-        total = result.num_steps * result.flops_per_step / 1e15
-        facts.append(f"per run: {result.num_steps:,} steps, {total:.3g} PFLOP")
+        print(f"cost: {passes['total']} passes over a decoder layer; full fine-tuning has {passes['full']}")
     if result.largest_micro_batch is not None:
-        facts.append(f"largest per_device_train_batch_size: {result.largest_micro_batch}")
-    for fact in facts:
-        print(wrap(fact))
+        print(f"largest per_device_train_batch_size: {result.largest_micro_batch}")

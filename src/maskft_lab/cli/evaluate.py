@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from maskft_base.errors import UserError, first_line
+from maskft_base.errors import UserError
 
 from ..evaluation.arguments import ALPACA_EVAL, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments, check_used
 from .options import add_options, read_options
@@ -25,6 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "held-out part; else all of dataset_name.",
     )
     add_options(data, DataArguments, NOT_OF_HELDOUT_DATA)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of these options, for what starts ``maskft evaluate``."""
+    from .main import OneLineParser
+
+    parser = OneLineParser(prog="maskft evaluate", allow_abbrev=False)
+    add_arguments(parser)
+    return parser
 
 
 def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
@@ -75,19 +84,15 @@ def run(args: argparse.Namespace) -> None:
     """
     from maskft_base.runtime import silence
 
-    from ..estimate.out_of_memory import is_out_of_memory
+    from ..estimate.out_of_memory import explained
 
     silence()
     options, data = read(args)
-    try:
+    with explained(
+        "answers so far are kept: run the same command with a smaller --batch_size or --max_memory_gb, or anew with "
+        "--dtype bfloat16"
+    ):
         _evaluate(options, data)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory ({first_line(error)[:100]}); answers so far are kept: run the same command with a smaller "
-            "--batch_size or --max_memory_gb, or anew with --dtype bfloat16"
-        ) from None
 
 
 def _evaluate(options: EvaluationArguments, data: DataArguments) -> None:

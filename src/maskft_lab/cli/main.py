@@ -20,7 +20,7 @@ from maskft_base.errors import Stopped, UserError, did_you_mean, install_hint, p
 COMMANDS = {
     "demo": "learn a mask on a small model in minutes, and see whether it helped",
     "train": "train a mask, LoRA or all weights on your data",
-    "estimate": "tell memory, FLOPs and bytes of a training run before it is started",
+    "estimate": "tell the memory of a training run before it is started",
     "evaluate": "measure held-out loss and accuracy, item by item",
     "compare": "compare results on the same items, with intervals",
     "study": "run all methods, controls and seeds of a recipe, and compare them",

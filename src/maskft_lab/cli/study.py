@@ -75,47 +75,24 @@ def run(args: argparse.Namespace) -> None:
         start(plan, folder, launcher)
         print(f"next: maskft report {folder} -o {folder / 'report.html'}")
         return
-    from ..study.check import check_model_layers
-    from ..study.dry_run import print_dry_run, with_measured_speed
+    from ..study.dry_run import measured, print_dry_run
 
-    check_model_layers(plan, [model for model in recipe.models if Path(model).is_dir()])  # it downloads nothing
-    plan = with_measured_speed(plan) if args.measure else plan
-    print_dry_run(plan, folder, read_yaml(args.recipe)["methods"])
-
-
-class _Evaluation:
-    """The options of ``maskft evaluate``, for :mod:`maskft_lab.study.check`."""
-
-    def parser(self) -> argparse.ArgumentParser:
-        from . import evaluate
-        from .main import OneLineParser
-
-        parser = OneLineParser(prog="maskft evaluate", allow_abbrev=False)
-        evaluate.add_arguments(parser)
-        return parser
-
-    def read(self, args: argparse.Namespace) -> None:
-        from . import evaluate
-
-        evaluate.read(args)
-
-    def check_inputs(self, args: argparse.Namespace) -> list[dict]:
-        from . import evaluate
-
-        return evaluate.check_inputs(args)
+    print_dry_run(measured(plan) if args.measure else plan, folder, read_yaml(args.recipe)["methods"])
 
 
 def check(recipe: Recipe, allow_many: bool = False) -> Plan:
     """Expand a recipe and check every option of it."""
     from ..study.check import check as check_recipe
+    from . import evaluate
 
-    return check_recipe(recipe, _Evaluation(), allow_many)
+    return check_recipe(recipe, evaluate, allow_many)
 
 
 def start(plan: Plan, folder: Path, launcher: Launcher, is_brief: bool = False) -> None:
     """Run a study whose recipe has been checked; what is wrong with its evaluation would be found after days."""
     from ..study.check import check_before_running
     from ..study.study import run_study
+    from . import evaluate
 
-    check_before_running(plan, _Evaluation())
+    check_before_running(plan, evaluate)
     run_study(plan, folder, launcher, is_brief=is_brief)

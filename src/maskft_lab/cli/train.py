@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
 
         from ..estimate.out_of_memory import explained
 
-        with explained(config):
+        with explained():
             train(config)
         return
     status = launch(launch_words, "maskft_lab.cli.main", ["train", *train_words])

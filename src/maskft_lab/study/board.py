@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 
 from rich.console import Console
 
-from maskft.training.method_arguments import UNTRAINED_METHODS
 from maskft_base import files
 from maskft_base.runtime import Progress
 
 from .execute import Study
 from .plan import Plan, StudyRun
 from .process import last_line
-from .recipe import PRETRAINED
 
 SECONDS_BETWEEN_LINES = 300.0  # of a log, while one run runs
 SECONDS_BETWEEN_REFRESHES = 0.5  # of a terminal
@@ -28,12 +27,20 @@ class Board:
         plan: The runs; their settings are known.
         console: Where to show it.
         is_brief: In a log, say nothing of runs that begin and end, unless they fail.
+        failed: Runs that are not tried again, with the reason.
     """
 
-    def __init__(self, study: Study, plan: Plan, console: Console, is_brief: bool = False):
+    def __init__(
+        self,
+        study: Study,
+        plan: Plan,
+        console: Console,
+        is_brief: bool = False,
+        failed: Mapping[StudyRun, str] = {},
+    ):
         self.study, self.plan, self.console, self.is_brief = study, plan, console, is_brief
         self.running: dict[StudyRun, float] = {}
-        self.failed: dict[StudyRun, str] = {}
+        self.failed = dict(failed)
         self._progress = Progress(console)
         self._last = time.monotonic()
 
@@ -77,10 +84,6 @@ class Board:
             self._progress.move(self._task, self._num_done, note, is_news)
 
     def _outcome(self, run: StudyRun) -> str:
-        heldout = self.study.heldout(run) if _is_trained(run) else None
+        heldout = self.study.heldout(run)
         is_measured = heldout is not None and math.isfinite(heldout.loss)  # not where no step was taken
         return f"finished, held-out loss {heldout.loss:.4f}" if is_measured else "finished"
-
-
-def _is_trained(run: StudyRun) -> bool:
-    return run.method.method not in (PRETRAINED, *UNTRAINED_METHODS)

@@ -1,9 +1,7 @@
-"""Finished runs and results that are no longer what was written: found by checksums, moved aside, made again."""
+"""Finished runs and results that are no longer what was written: found by checksums."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,8 +10,6 @@ from maskft_base.errors import UserError
 
 from ..results.schema import read_result
 from .record import read_record
-
-DAMAGED = "damaged"  # folder beside those of the runs and results; what is moved here is not read again
 
 
 def written_files(folder: Path) -> dict[str, str]:
@@ -71,12 +67,3 @@ def _damage_of_result(file: Path, mtime_ns: int, size: int) -> str | None:
 def is_whole_result(file: Path) -> bool:
     """Whether a result file is there, can be read, and its metrics are those of its items."""
     return file.is_file() and damage_of_result(file) is None
-
-
-def move_aside(folder: Path, study: Path) -> Path:
-    """Move a folder of the study's ``runs`` or ``results`` below ``damaged``, over what was moved there before."""
-    target = study / DAMAGED / folder.relative_to(study)
-    shutil.rmtree(target, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(folder, target)
-    return target

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from maskft_base import files
@@ -175,12 +174,12 @@ def launcher_of(kind: str, num_at_once: int = 1, partition: str | None = None, t
     module = {"ray": "ray", "slurm": "submitit"}.get(kind)
     if module and importlib.util.find_spec(module) is None:
         raise UserError(f"--launcher {kind} needs {module}, which is not installed; {install_hint(kind)}")
-    if num_at_once < 1 or (num_at_once > 1 and kind != "local"):
-        raise UserError(f"num_at_once is {num_at_once}; it must be at least 1, and a cluster decides it itself")
-    if (partition or time_min) and kind != "slurm":
-        raise UserError(f"--partition and --time_min are for --launcher slurm; drop them, or --launcher {kind}")
-    if time_min is not None and time_min < 1:
-        raise UserError(f"time_min is {time_min}; it must be at least 1 minute")
+    given = {"num_at_once": (num_at_once, "local"), "partition": (partition, "slurm"), "time_min": (time_min, "slurm")}
+    for name, (value, launcher) in given.items():
+        if value not in (None, 1) and kind != launcher:
+            raise UserError(f"--{name} is for --launcher {launcher}; drop it, or --launcher {kind}")
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
     if kind == "slurm":
         return Slurm(partition, time_min or Slurm.time_min)
     return Ray() if kind == "ray" else Local(num_at_once)
@@ -191,7 +190,6 @@ def make_runs(study: Study, todo: list[StudyRun], board: Board, launcher: Launch
     # A file descriptor means nothing on another machine; the driver holds the lock.
     handed = study if isinstance(launcher, Local) else replace(study, lock_fd=None)
     waiting, jobs, lost = list(todo), {}, Counter()
-    queued: dict[StudyRun, float] = {}
     with launcher.open(study), _cancelled(jobs):
         while waiting or jobs:
             room = len(waiting) if launcher.num_at_once is None else launcher.num_at_once - len(jobs)
@@ -199,12 +197,9 @@ def make_runs(study: Study, todo: list[StudyRun], board: Board, launcher: Launch
             if ready:
                 jobs |= zip(ready, launcher.submit(handed, ready), strict=True)
                 waiting = [run for run in waiting if run not in ready]
-                queued |= dict.fromkeys(ready, time.time())
-            for run in [r for r, since in queued.items() if launcher.num_at_once or _writes(study, r, since)]:
-                board.started(run)
-                del queued[run]
+                for run in ready:
+                    board.started(run)
             for run in [run for run, job in jobs.items() if job.done()]:
-                queued.pop(run, None)
                 try:
                     board.ended(run, jobs.pop(run).result())
                 except Exception as error:  # the worker, its node or its container: of any kind
@@ -235,9 +230,3 @@ def _ready(waiting: list[StudyRun], jobs: dict[StudyRun, Job], board: Board) -> 
             board.ended(run, f"it needs {parent.title!r}, which failed")
             waiting.remove(run)
     return [run for run in waiting if not any(parent in waiting or parent in jobs for parent in run.parents)]
-
-
-def _writes(study: Study, run: StudyRun, since: float) -> bool:
-    """Whether a run that was handed out has begun: until there is room for it, a cluster keeps it in a queue."""
-    log: Path = study.run_folder(run) / files.LOG
-    return log.is_file() and log.stat().st_mtime >= since
