@@ -1,4 +1,4 @@
-"""What a run will need, before it is started: parameters, memory, FLOPs, tokens, bytes on disk.
+"""What a run will need, before it is started: parameters, memory by term, passes over layers.
 
 Only the model's configuration is loaded. What training keeps is counted (``ledger.py``); activations are what one
 forward pass saves for the backward pass, seen on fake tensors, which have shapes and no data. A mask is stood in for by
@@ -8,7 +8,6 @@ training the effective weights: the same operations save the same tensors.
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from bisect import bisect_right
 from collections import Counter
@@ -18,7 +17,6 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from trl.trainer.utils import add_fused_lm_head
 
@@ -31,14 +29,13 @@ from maskft.tuner.targets import layer_indices, resolve_targets
 from maskft_base.errors import UserError, did_you_mean, first_line
 from maskft_base.runtime import resident_memory_bytes
 
-from .ledger import OPTIMIZER_BYTES, kept_bytes, layer_passes, num_train_rows
+from .ledger import OPTIMIZER_BYTES, kept_bytes, layer_passes
+from .out_of_memory import ADVICE
 
 TRAINER_BYTES = 70_000_000  # what reading data and building the trainer add to a process; measured once
 MAX_MICRO_BATCH = 1024  # no larger one is tried; the answer then means this or more
 RESERVE_BYTES = 2**30  # of a GPU, for its driver and fragmentation; an assumption
 _REFRESH_BYTES = 12  # per weight of the largest matrix on a GPU: its magnitudes, a copy to rank them, masks
-
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch counts those of GPUs only
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,6 @@ class Estimate:
         num_masked: Weights that a mask covers, 0 for other methods.
         memory: Bytes per term at the peak; ``process`` is Python and its libraries.
         layer_passes: Cost of a token in passes over one decoder layer; None where nothing is trained.
-        flops_per_step: FLOPs of one optimizer step, from those of a forward pass.
-        tokens_per_step: Tokens of one optimizer step if every row has ``max_length`` tokens.
-        num_steps: Optimizer steps of the run; None when the number of rows is not known.
-        result_bytes: Result on disk: adapter, or whole model.
         largest_micro_batch: Largest ``per_device_train_batch_size`` for the device; None when none was given.
     """
 
@@ -65,10 +58,6 @@ class Estimate:
     num_masked: int
     memory: dict[str, int]
     layer_passes: dict[str, int] | None
-    flops_per_step: int
-    tokens_per_step: int
-    num_steps: int | None
-    result_bytes: int
     largest_micro_batch: int | None = None
 
     @property
@@ -86,7 +75,7 @@ def estimate(run: TrainConfig, device: str | None = None, device_memory_gb: floa
 
     Args:
         run: The run as ``maskft train`` would start it; ``model_name_or_path`` may also be a ``config.json``. Rows are
-            taken to have ``max_length`` tokens; how many there are, ``max_train_samples`` or a local file says.
+            taken to have ``max_length`` tokens.
         device: ``cpu`` or ``cuda``; default: what this machine has.
         device_memory_gb: Memory of the device as it is sold, for the largest micro-batch: 24 means 24 * 2**30 bytes.
 
@@ -97,38 +86,27 @@ def estimate(run: TrainConfig, device: str | None = None, device_memory_gb: floa
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     run = replace(run, training=with_accumulation(run.training))
     planned = _Planned(run, device)
-    training, rows = run.training, run.training.per_device_train_batch_size
-    num_steps = _num_steps(run) if planned.passes else 0
-    result = Estimate(
+    largest = None
+    if device_memory_gb is not None:
+        limit = int(device_memory_gb * 2**30) - (RESERVE_BYTES if device == "cuda" else 0)
+        sizes = range(1, MAX_MICRO_BATCH + 1)
+        largest = bisect_right(sizes, limit, key=lambda rows: sum(planned.memory(rows).values()))
+        if not largest:
+            needed = sum(planned.memory(1).values())
+            raise UserError(
+                f"device memory is too small for micro-batch 1: about {gb(needed)} GB are needed, {gb(limit)} GB are "
+                f"there; {ADVICE}"
+            )
+    return Estimate(
         method=run.method.method,
         model=str(run.model.model_name_or_path),
         device=device,
         num_parameters=planned.num_parameters,
         num_trainable=planned.num_trainable,
         num_masked=sum(planned.masked_sizes),
-        memory=planned.memory(rows),
+        memory=planned.memory(run.training.per_device_train_batch_size),
         layer_passes=planned.passes,
-        flops_per_step=planned.flops(rows) * training.gradient_accumulation_steps,
-        tokens_per_step=rows * training.gradient_accumulation_steps * training.max_length * training.world_size,
-        num_steps=num_steps,
-        result_bytes=planned.result_bytes,
-    )
-    if device_memory_gb is None:
-        return result
-    limit = int(device_memory_gb * 2**30) - (RESERVE_BYTES if device == "cuda" else 0)
-    largest = _largest_micro_batch(planned, limit)
-    if not largest:
-        raise UserError(f"device memory is too small for micro-batch 1: {needs(planned.memory(1), limit)}")
-    return replace(result, largest_micro_batch=largest)
-
-
-def needs(memory: dict[str, int], there: float) -> str:
-    """What is needed, what there is, and what usually helps, for a line about memory that is too small."""
-    term = max(memory, key=lambda name: memory[name])
-    return (
-        f"about {gb(sum(memory.values()))} GB are needed, most of it {term} ({gb(memory[term])} GB), and {gb(there)} "
-        "GB are there; try, in this order, --per_device_train_batch_size 1 with more --gradient_accumulation_steps, "
-        "--gradient_checkpointing true, and --dtype bfloat16 with --optim adamw_torch_8bit"
+        largest_micro_batch=largest,
     )
 
 
@@ -197,20 +175,10 @@ class _Planned:
         size = (self.autocast or self.dtype).itemsize
         self.kept = kept_bytes(self.weight_bytes, dict(others), num_scores, size, self.optim)
         added = sum(size * count for size, count in others.items()) if self.method != "full" else 0
-        # At most a bit per masked weight, and some 200 bytes for the name and header of each matrix.
-        coded = sum(math.ceil(n * self._bits_per_weight / 8) + 200 for n in self.masked_sizes)
-        self.result_bytes = self.weight_bytes if self.method == "full" else coded + added
         if added:
             self.kept["adapter"] = added
         if self.mask is not None and self.mask.removed_value == "base":
             self.kept["removed values"] = sum(self.masked_sizes) * self.dtype.itemsize
-
-    @property
-    def _bits_per_weight(self) -> float:
-        """Entropy of a mask of the given sparsity, which its code comes within 1 % of; 1 where a share is not given."""
-        if self.mask is None or self.mask.selection != "topk":
-            return 1.0
-        return 1.01 * -sum(p * math.log2(p) for p in (self.mask.sparsity, 1 - self.mask.sparsity) if p > 0)
 
     def memory(self, rows: int) -> dict[str, int]:
         """Bytes per term at the peak of a run with micro-batches of ``rows`` rows."""
@@ -235,23 +203,19 @@ class _Planned:
         return max(update, ranked + sum(self.masked_sizes))
 
     def _activations(self, rows: int) -> int:
-        saved = self._forward(rows)[0]
+        saved = self._forward(rows)
         if not self.run.training.gradient_checkpointing:
             return saved
         num_layers = self.passes["activation_gradients"]  # each keeps its input; one at a time is computed again
         hidden = rows * self.run.training.max_length * self.config.get_text_config().hidden_size
         return num_layers * hidden * (self.autocast or self.dtype).itemsize + saved // num_layers
 
-    def flops(self, rows: int) -> int:
-        """FLOPs of one micro-batch, forward and backward."""
-        return self._forward(rows)[1] * self.passes["total"] // self.passes["forward"] if self.passes else 0
+    def _forward(self, rows: int) -> int:
+        """Bytes that a forward pass saves for the backward pass."""
+        one, two = self._seen
+        return one + (rows - 1) * (two - one)
 
-    def _forward(self, rows: int) -> tuple[int, int]:
-        """Bytes that a forward pass saves for the backward pass, and its FLOPs."""
-        (saved, flops), (saved_by_two, flops_of_two) = self._seen
-        return saved + (rows - 1) * (saved_by_two - saved), flops + (rows - 1) * (flops_of_two - flops)
-
-    def _run_forward(self, rows: int) -> tuple[int, int]:
+    def _run_forward(self, rows: int) -> int:
         there = {t.untyped_storage()._cdata for t in (*self.model.parameters(), *self.model.buffers())}
         saved: dict[int, torch.UntypedStorage] = {}  # held, or another could take its place
 
@@ -261,14 +225,12 @@ class _Planned:
                 saved[storage._cdata] = storage
             return tensor
 
-        counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops})
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        autocast = torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None)
-        with counter, hooks, autocast:
+        with hooks, torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             ids = torch.zeros(rows, self.run.training.max_length, dtype=torch.long)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
             self.model.train()(**inputs, fused_lm_head=True).log_probs.sum()
-        return sum(storage.nbytes() for storage in saved.values()), counter.get_total_flops()
+        return sum(storage.nbytes() for storage in saved.values())
 
 
 def model_without_data(config: PretrainedConfig, dtype: torch.dtype | None = None, attention: str | None = None):
@@ -299,10 +261,6 @@ def _make_fake(model: nn.Module) -> None:
                 tensors[name] = made[tensor]
 
 
-def _attention_flops(query: tuple, key: tuple, value: tuple, *_, out_shape=None, **__) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
 def _check(run: TrainConfig, device_memory_gb: float | None) -> None:
     check_method(run.method)
     method = run.method.method
@@ -330,22 +288,3 @@ def _optimizer(training) -> str:
         known = ", ".join(OPTIMIZER_BYTES)
         raise UserError(f"optim is {name!r}{did_you_mean(name, OPTIMIZER_BYTES)}; estimates are made for: {known}")
     return name
-
-
-def _num_steps(run: TrainConfig) -> int | None:
-    """Optimizer steps, counted as transformers' Trainer counts them."""
-    training, data = run.training, run.data
-    if training.max_steps > 0:
-        return training.max_steps
-    held_out = 0 if data.eval_dataset_name else data.eval_split_size
-    rows = num_train_rows(data.dataset_name, data.max_train_samples, held_out)
-    if rows is None:
-        return None
-    micro_batches = math.ceil(rows / (training.per_device_train_batch_size * training.world_size))
-    return math.ceil(training.num_train_epochs * math.ceil(micro_batches / training.gradient_accumulation_steps))
-
-
-def _largest_micro_batch(planned: _Planned, limit: int) -> int:
-    """Largest number of rows whose peak is at most ``limit`` bytes; 0 when not even one fits."""
-    sizes = range(1, MAX_MICRO_BATCH + 1)
-    return bisect_right(sizes, limit, key=lambda rows: sum(planned.memory(rows).values()))

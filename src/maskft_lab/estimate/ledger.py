@@ -1,15 +1,9 @@
-"""Bytes that training keeps, passes over layers, rows: counted from numbers, without a model.
-
-``maskft estimate`` adds activations, and a study's dry run the number of its runs.
-"""
+"""Bytes that training keeps, and passes over layers: counted from numbers, without a model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from pathlib import Path
-
-from maskft_base.files import open_text
 
 # Bytes of optimizer state per trained parameter, as a function of the parameter's own size. 8-bit states carry a
 # float32 scale per block of 256, 4-bit ones per block of 128, for each of the two moments.
@@ -63,20 +57,3 @@ def layer_passes(
         "recomputed": back if is_checkpointed else 0,
     }
     return passes | {"total": sum(passes.values()), "full": 3 * num_layers}
-
-
-def num_train_rows(dataset: str | None, most: int | None, held_out: float, rows: int | None = None) -> int | None:
-    """Return the rows to train on; None where the data are not a local file and nothing else says it.
-
-    Args:
-        dataset: Name of the data, maybe a ``.jsonl`` file.
-        most: At most so many.
-        held_out: Rows of the file that are held out; below 1: a fraction of them.
-        rows: Rows, where they are known.
-    """
-    file = Path(dataset or "").expanduser()
-    if rows is None and ".jsonl" in file.name and file.is_file():
-        with open_text(file) as lines:
-            rows = sum(1 for line in lines if line.strip())
-        rows = max(0, rows - round(held_out if held_out >= 1 else held_out * rows))
-    return most if rows is None else rows if most is None else min(rows, most)
