@@ -127,7 +127,7 @@ def test_study(file, tmp_path, capsys):
 @pytest.mark.parametrize("file", STUDIES, ids=name)
 def test_the_model_is_as_the_recipe_says_and_has_what_is_masked(file):
     recipe = load_recipe(file)
-    model = meta_model(*recipe.models)
+    model = meta_model(recipe.model)
     names, facts = maskable_names(model), recipe.facts
     assert facts.num_parameters == sum(p.numel() for p in model.parameters())
     per_layer = sum(m.weight.numel() for n, m in model.named_modules() if n.rpartition(".")[2] in names)
@@ -165,7 +165,7 @@ def test_recipes_of_one_model_of_the_paper_share_a_folder_and_its_full_fine_tuni
     for path in sorted(recipes, key=lambda path: "ablations" in path.parts):
         recipe = recipes[path]
         folder = next(line.split("--output_dir ")[1] for line in path.read_text().splitlines() if "# Launch" in line)
-        assert recipes[ROOT / "recipes/paper" / f"{Path(folder).name}_math.yaml"].models == recipe.models
+        assert recipes[ROOT / "recipes/paper" / f"{Path(folder).name}_math.yaml"].model == recipe.model
         runs = check(recipe).runs
         full = {run.hash for run in runs if run.method.method == "full" and not run.method.start}
         masks = {run.hash for run in runs if run.method.method == "mask"}

@@ -29,15 +29,15 @@ def recipe(base, tmp_path):
 def test_table(recipe, capsys):
     status, out, err = call(["--config", recipe, "--device", "cpu"], capsys)
     assert status == 0, err
-    for text in ("process", "scores", "total", "6 passes over a decoder layer; full fine-tuning has 9", "7 steps"):
+    for text in ("process", "scores", "total", "6 passes over a decoder layer; full fine-tuning has 9"):
         assert text in out
 
 
 def test_json_and_flags_on_top(recipe, capsys):
-    words = ["--config", recipe, "--max_steps", 9, "--format", "json"]
+    words = ["--config", recipe, "--format", "json"]
     words += ["--max_length", 256, "--device", "cuda", "--device_memory_gb", 1.2]
     result = json.loads(call(words, capsys)[1])
-    assert result["num_steps"] == 9 and result["largest_micro_batch"] >= 1
+    assert result["memory"]["activations"] > 0 and result["largest_micro_batch"] >= 1
     assert sum(result["memory"].values()) == result["peak_bytes"]
 
 

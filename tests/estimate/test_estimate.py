@@ -15,7 +15,6 @@ from maskft.models import EMBEDDED_MODEL
 from maskft.training.method_arguments import mask_config
 from maskft.tuner import MaskedLinear
 from maskft_base.errors import UserError
-from maskft_base.files import ADAPTER_WEIGHTS
 from maskft_lab.cli.train import parse
 from maskft_lab.estimate.estimate import _Planned, estimate
 
@@ -89,38 +88,13 @@ def test_parameters_and_units(run):
     assert lora.num_trainable == 4 * 2 * (4 * 64 + 2 * (64 + 32) + 3 * (64 + 256))
     assert lora.layer_passes["total"] == 8
     fixed = estimate(run(method="l1_mask", **layers), device="cpu")
-    assert fixed.num_steps == 0 and fixed.flops_per_step == 0 and fixed.num_masked == 2 * per_layer
+    assert fixed.num_masked == 2 * per_layer and fixed.layer_passes is None
     assert set(fixed.memory) == {"process", "weights", "masks"}
 
 
 def test_the_paper_count_of_layers_20_to_23(run):
     result = estimate(run({**SMALL, "num_hidden_layers": 32}, mask_layers_to_transform=[20, 21, 22, 23]))
     assert (result.layer_passes["total"], result.layer_passes["full"]) == (48, 96)
-
-
-def test_flops_of_full_fine_tuning_by_hand(run):
-    result = estimate(run(method="full", gradient_accumulation_steps=3), device="cpu")
-    tokens, layers, head = 128, 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 256), 512 * 64
-    attention = 4 * 2 * (2 * 64 * 64 * 64)  # layers x rows x (queries x keys, weights x values) of all heads
-    # The first token of a row has no label, so the head sees 63.
-    forward = 2 * tokens * layers + 2 * attention + 2 * 126 * head
-    assert result.flops_per_step == pytest.approx(3 * 3 * forward, rel=1e-2)
-    assert result.tokens_per_step == 3 * 128
-
-
-def test_steps(run, data):
-    no_end = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3}
-    assert estimate(run(**no_end, max_train_samples=100)).num_steps == 2 * 17
-    assert estimate(run(**no_end)).num_steps is None
-    of_file = estimate(run(**no_end, dataset_name=data, eval_split_size=16))
-    assert of_file.num_steps == 2 * 8, "48 of 64 rows, 24 micro-batches"
-
-
-def test_result_bytes_against_a_file(run, tmp_path):
-    result = estimate(run(mask_sparsity=0.1))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL))
-    get_peft_model(model, mask_config(run(mask_sparsity=0.1).mask)).save_pretrained(tmp_path)
-    assert result.result_bytes == pytest.approx((tmp_path / ADAPTER_WEIGHTS).stat().st_size, rel=0.05)
 
 
 # Memory
@@ -161,7 +135,7 @@ def test_what_checkpointing_and_eight_bits_save(run):
     checkpointed = estimate(run(**layers, gradient_checkpointing=True, method="full"), device="cuda")
     full = estimate(run(**layers, method="full"), device="cuda")
     assert checkpointed.memory["activations"] < full.memory["activations"]
-    assert checkpointed.flops_per_step > full.flops_per_step
+    assert checkpointed.layer_passes["total"] > full.layer_passes["total"]
     eight = estimate(run(**layers, optim="adamw_bnb_8bit"), device="cuda")
     assert eight.memory["optimizer"] == pytest.approx(plain.memory["optimizer"] * (1 + 4 / 256) / 4, rel=1e-3)
     assert plain.memory["process"] == 0 and estimate(run(**layers), device="cpu").memory["process"] > 100e6
@@ -184,7 +158,7 @@ def test_7b_on_a_card_of_24_gb(config, layers, num_parameters, run):
     options |= {"mask_layers_to_transform": layers, "optim": "adamw_torch_8bit"}
     result = estimate(run(config, **options), device="cuda", device_memory_gb=24)
     assert result.num_parameters == num_parameters and result.largest_micro_batch >= 1
-    with pytest.raises(UserError, match=r"too small for micro-batch 1: about .* most of it weights .*; try, in this"):
+    with pytest.raises(UserError, match=r"too small for micro-batch 1: about .* GB are needed.*; try, in this"):
         estimate(run(config, **options | {"dtype": "float32"}), device="cuda", device_memory_gb=24)
 
 
@@ -213,35 +187,17 @@ def test_peak_memory_of_real_runs(method, dtype, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("config", "options", "message"),
     [
-        ({"mask_layers_to_transform": [3, 9]}, "names layer 9; the model has layers 0 to 3"),
-        ({"model_name_or_path": "./nowhere"}, "model folder './nowhere' does not exist"),
-        ({"model_name_or_path": "nowhere.json"}, "model configuration 'nowhere.json' does not exist"),
-        ({"optim": "lion_32bit"}, "optim is 'lion_32bit'"),
-        ({"partial_layers": [1]}, "partial_layers goes with --method full"),
-        ({"mask_target_modules": ["q_prj"]}, "match no layer"),
+        (SMALL, {"mask_layers_to_transform": [3, 9]}, "names layer 9; the model has layers 0 to 3"),
+        (SMALL, {"model_name_or_path": "nowhere.json"}, "model configuration 'nowhere.json' does not exist"),
+        (SMALL, {"optim": "lion_32bit"}, "optim is 'lion_32bit'"),
+        (SMALL, {"partial_layers": [1]}, "partial_layers goes with --method full"),
+        ({**SMALL, "num_hidden_layers": 0}, {}, "no decoder layers"),
+        ({"model_type": "lama"}, {}, "cannot read the configuration"),
+        ({"model_type": "t5"}, {}, "makes no causal language model"),
     ],
 )
-def test_bad_input(options, message, run):
+def test_bad_input(config, options, message, run):
     with pytest.raises(UserError, match=message):
-        estimate(run(**options))
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({**SMALL, "num_hidden_layers": 0}, "no decoder layers"),
-        ({"hidden_size": 64}, "has no model_type"),
-        ({"model_type": "lama"}, "cannot read the configuration"),
-        ({"model_type": "t5"}, "makes no causal language model"),
-    ],
-)
-def test_bad_configurations(config, message, run):
-    with pytest.raises(UserError, match=message):
-        estimate(run(config))
-
-
-def test_a_device_without_memory(run):
-    with pytest.raises(UserError, match="device_memory_gb is -1; it must be above 0"):
-        estimate(run(), device_memory_gb=-1)
+        estimate(run(config, **options))

@@ -65,15 +65,11 @@ def test_a_run_that_needs_too_much_says_what_helps(within_bound, tmp_path):
     status, err = within_bound("second")
     assert status == 2 and "Traceback" not in err, err
     line = err[err.index("maskft: error") :]
-    told = re.search(
-        r"out of memory \(tried to allocate [\d.]+ \w+\): about ([\d.]+) GB are needed, most of it "
-        r"\w+ \([\d.]+ GB\), and ([\d.]+) GB are there; try, in this order, (.+)",
-        line,
-    )
-    assert told and float(told[2]) < float(told[1]), line
+    told = re.search(r"out of memory \(tried to allocate [\d.]+ \w+\); try, in this order, (.+)", line)
+    assert told, line
     assert not (tmp_path / "second").exists()
     status, err = within_bound(
-        "third", re.findall(r"--per_device_train_batch_size 1|--gradient_checkpointing true", told[3])[0].split()
+        "third", re.findall(r"--per_device_train_batch_size 1|--gradient_checkpointing true", told[1])[0].split()
     )
     assert status == 0, err
 

@@ -1,71 +1,38 @@
-"""A finished study whose files were damaged makes again what is damaged, and that alone."""
+"""A finished study whose files were damaged says which."""
 
 import json
-
-import pytest
+import shutil
 
 from maskft_base import files
-from maskft_base.errors import UserError
 from maskft_lab.cli.main import main
 from maskft_lab.study.damage import damage_of_result, damage_of_run
+from maskft_lab.study.execute import Study
 from small_study import FULL, MASK, outcome, recipe, write
 
 
-def times(folder, name):
-    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob(f"*/*/{name}")}
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """The commands of a study without a new interpreter for each, which takes most of the time."""
-
-    def run(words, log, tick, lock_fd):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        if main(words[words.index("maskft_lab.cli.main") + 1 :]):
-            raise UserError("failed")
-
-    monkeypatch.setattr("maskft_lab.study.execute.run_command", run)
-
-
-def test_a_damaged_study_repeats_what_is_damaged_and_nothing_else(in_this_process, base, data, tmp_path, capsys):
-    full = {key: value for key, value in FULL.items() if key != "last"} | {"num_train_epochs": 1}
-    mask = {key: value for key, value in MASK.items() if key != "last"}
-    file, out = write(tmp_path, recipe(base, data, {"full": full, "mask": mask})), tmp_path / "out"
-    assert main(["study", str(file), "--output_dir", str(out)]) == 0
-    whole, trained, measured = outcome(out), times(out, files.TRAINING), times(out, files.RESULT)
+def test_a_damaged_study_stops_and_makes_again_what_is_removed(base, data, tmp_path, monkeypatch, capsys):
+    """In this process, without a new interpreter for each command."""
+    monkeypatch.setattr(Study, "call", lambda self, words, log, tick: main(words[3:]))
+    methods = {"full": {**FULL, "num_train_epochs": 1, "last": None}, "mask": {**MASK, "last": None}}
+    file, out = write(tmp_path, recipe(base, data, methods)), tmp_path / "out"
+    words = ["study", str(file), "--output_dir", str(out)]
+    assert main(words) == 0
+    whole = outcome(out)
+    trained = {path: path.stat().st_mtime_ns for path in out.glob(f"{files.RUNS}/mask-*/{files.TRAINING}")}
     (weights,) = out.glob(f"{files.RUNS}/full-*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     (result,) = out.glob(f"{files.RESULTS}/mask-*/{files.RESULT}")
-
-    # A weight of one run, and a result of the other.
-    flip(weights)
     result.write_text(result.read_text()[:-100])
-    assert main(["study", str(file), "--output_dir", str(out), "--dry_run"]) == 0
-    assert "to do" in capsys.readouterr().out and not (out / "damaged").exists()
-    assert main(["study", str(file), "--output_dir", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert "full, seed 0: its model.safetensors is not what was written; moved to" in said
-    assert "not JSON" in said and "it is measured again" in said
-    assert outcome(out) == whole
-    now, again = times(out, files.TRAINING), times(out, files.RESULT)
-    assert [name[:4] for name in now if now[name] != trained.get(name) and "damaged" not in name] == ["full"]
-    assert [name[:4] for name in again if again[name] != measured[name]] == ["mask"]
-    assert {path.relative_to(out / "damaged").parts[0] for path in out.glob("damaged/*/*")} == {"runs", "results"}
-
-    # The account of the other run.
-    (account,) = out.glob(f"{files.RUNS}/mask-*/{files.RUN}")
-    account.write_text("")
-    trained = times(out, files.TRAINING)
-    assert main(["study", str(file), "--output_dir", str(out)]) == 0
-    assert "mask, seed 0: its run.json cannot be read; moved to" in capsys.readouterr().out
-    now = times(out, files.TRAINING)
-    assert [name[:4] for name in now if now[name] != trained[name]] == ["mask"]
-    assert outcome(out) == whole
+    for file, problem in (
+        (weights, "full, seed 0: its model.safetensors is not what was written"),
+        (result, "not JSON"),
+    ):
+        assert main(words) == 2
+        err = capsys.readouterr().err
+        assert problem in err and f"remove {str(file.parent)!r}, and it is made again" in err
+        shutil.rmtree(file.parent)
+    assert main(words) == 0
+    assert outcome(out) == whole and trained == {path: path.stat().st_mtime_ns for path in trained}
 
 
 def test_what_counts_as_damage(tmp_path):
