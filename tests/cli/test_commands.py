@@ -130,24 +130,17 @@ def test_inspect(adapter, capsys):
 
 
 def test_verify(adapter, base, tmp_path, capsys):
+    """The base is compared whatever the configuration says, which may be a stranger's."""
     status, out, _ = call(["verify", adapter, "--base", base], capsys)
     assert status == 0 and out.count("ok  ") == 5 and "base fingerprint match" in out
-    other = tmp_path / "other"
+    other, folder = tmp_path / "other", copy_of(adapter, tmp_path / "unchecked")
     tiny.tiny_llama(vocab_size=264, seed=5).save_pretrained(other)
     AutoTokenizer.from_pretrained(base).save_pretrained(other)
-    status, _, err = call(["verify", adapter, "--base", other], capsys)
-    assert status == 2 and "was trained on other base weights" in err
-
-
-def test_verify_compares_the_base_whatever_the_configuration_says(adapter, base, tmp_path, capsys):
-    other = tmp_path / "other"
-    tiny.tiny_llama(vocab_size=264, seed=5).save_pretrained(other)
-    AutoTokenizer.from_pretrained(base).save_pretrained(other)
-    folder = copy_of(adapter, tmp_path / "unchecked")
     config = json.loads((folder / ADAPTER_CONFIG).read_text()) | {"verify_base": False}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
-    status, _, err = call(["verify", folder, "--base", other], capsys)
-    assert status == 2 and "was trained on other base weights" in err
+    for each in (adapter, folder):
+        status, _, err = call(["verify", each, "--base", other], capsys)
+        assert status == 2 and "was trained on other base weights" in err
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config | {"base_fingerprint": None}))
     status, out, _ = call(["verify", folder, "--base", other], capsys)
     assert status == 0 and "its weights: not checked, none recorded" in out and "fingerprint match" not in out
@@ -201,15 +194,7 @@ def test_verify_finds_damage(adapter, tmp_path, capsys):
 def test_merge_gives_an_ordinary_checkpoint(adapter, base, tmp_path):
     out = tmp_path / "merged"
     # In a process of its own: nothing else has registered the method with PEFT there.
-    command = [
-        sys.executable,
-        "-m",
-        "maskft_lab.cli.main",
-        "merge",
-        str(adapter),
-        "--output_dir",
-        str(out),
-    ]
+    command = [sys.executable, "-m", "maskft_lab.cli.main", "merge", str(adapter), "--output_dir", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "bitwise equal" in " ".join(done.stderr.split()), done.stderr
     files = {path.name for path in out.iterdir()}
@@ -229,11 +214,10 @@ def test_merge_gives_an_ordinary_checkpoint(adapter, base, tmp_path):
         assert torch.equal(torch.load(tmp_path / "logits.pt"), masked(torch.arange(20)[None]).logits)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_merge_in_low_precision(dtype, adapter, tmp_path, capsys):
-    status, _, err = call(["merge", adapter, "--output_dir", tmp_path / "out", "--dtype", dtype], capsys)
+def test_merge_in_low_precision(adapter, tmp_path, capsys):
+    status, _, err = call(["merge", adapter, "--output_dir", tmp_path / "out", "--dtype", "bfloat16"], capsys)
     assert status == 0, err
-    assert str(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype) == f"torch.{dtype}"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
 def test_merge_writes_nothing_when_it_cannot(adapter, base, tmp_path, capsys):
@@ -296,22 +280,6 @@ def test_batch_size_and_padding_do_not_change_an_items_numbers(base, data, tmp_p
     for one, many in zip(*items, strict=True):
         assert one["id"] == many["id"] and one["output"] == many["output"]
         assert one["nll"] == pytest.approx(many["nll"], abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    "words,message",
-    [
-        (["--model_name_or_path", "./none"], "does not exist"),
-        (["--adapter", "./none"], "is not an adapter folder"),
-        ([], "name a model"),
-        (["--model_name_or_path", "BASE", "--batch_size", "0"], "batch_size is 0; it must be at least 1"),
-        (["--model_name_or_path", "BASE", "--dtype", "float8"], "invalid choice"),
-    ],
-)
-def test_bad_evaluations(words, message, base, data, tmp_path, capsys):
-    words = [base if word == "BASE" else word for word in words]
-    status, _, err = evaluate(words, tmp_path / "out", data, capsys)
-    assert status == 2 and message in err.strip().splitlines()[-1] and not (tmp_path / "out").exists()
 
 
 def test_an_existing_result_is_not_replaced_unasked(base, data, tmp_path, capsys):

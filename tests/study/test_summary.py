@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskft_lab.study.summary import unchanged_notes, without_repeats
+from maskft_lab.study.summary import without_repeats
 
 
 def result(name, role, best_step, num_steps=8):
@@ -31,16 +31,3 @@ def test_an_end_is_not_the_mean_of_checkpoints():
 def test_an_end_that_differs_at_one_seed_stays_for_all(best_step):
     results = [*BEST, result("mask (complete)", "last", 8), result("mask (complete)", "last", best_step)]
     assert without_repeats(results, None) == (results, [])
-
-
-def test_what_is_its_own_start_is_named_with_its_seeds():
-    def full(seed, best_step, epochs=1.0):
-        study = {"role": "best", "best_step": best_step, "num_steps": 8, "start": "full-s0", "epochs": epochs}
-        return {"name": "warm restart", "model": {"method": "full", "seed": seed}, "study": study}
-
-    unchanged = "its parent, unchanged; no step lowered its held-out loss."
-    assert unchanged_notes([full(0, 0), full(1, 0)]) == [f"Note: warm restart is {unchanged}"]
-    assert unchanged_notes([full(0, 0), full(1, 8), full(2, 0)]) == [f"Note: warm restart (seed 0, 2) is {unchanged}"]
-    assert unchanged_notes([full(0, 8)]) == []
-    already = "Note: warm restart (seed 1) is its parent, unchanged; the rate of its schedule was 0 already."
-    assert unchanged_notes([full(0, 8), full(1, None, 0)]) == [already]

@@ -136,13 +136,6 @@ def test_the_winner_is_doubled_until_that_gains_less_than_its_standard_error(con
     assert all(run.is_assumed for run in waiting.runs if run.tried is None)
 
 
-def test_settings_with_one_loss_are_said_to_be_equal(content):
-    """As where none of them improves on its start."""
-    content["methods"]["full"] |= {"tune": {"learning_rate": [1e-4, 1e-3, 1e-2]}}
-    tuned = next(t for t in plan_of(content, lambda run: Heldout(2.0)).tunings if t.method.name == "full")
-    assert str(tuned).endswith("is the best of 3 on held-out rows, with the same loss as 2 others: the first was taken")
-
-
 def test_rates_can_be_multiples_of_the_parents_tuned_one(content):
     restart = {"method": "full", "from": "full", "tune": {"learning_rate": {"times_parent": [0.5, 2]}}}
     content["methods"]["restart"] = restart
@@ -351,7 +344,7 @@ def test_controls_have_the_masks_batches_and_no_fewer_settings(content):
         assert options["per_device_train_batch_size"] == 2 and options["max_train_samples"] == 24
         assert "max_steps" not in options
         if name != "annealed full":
-            assert sorted(made[name].tune.lists["learning_rate"]) == [0.125, 0.25, 0.5, 1, 2, 4]
+            assert sorted(made[name].tune.grid["learning_rate"].times_parent) == [0.125, 0.25, 0.5, 1, 2, 4]
     content["methods"]["other"] = {"method": "mask", "from": "full", "max_steps": 2} | own
     assert "warm restart of full (other)" in parse_recipe(content | {"controls": "standard"}).methods, "three rates"
 

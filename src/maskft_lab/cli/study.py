@@ -28,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry_run", action="store_true", help="list runs, what each is made from, tokens and time; run nothing"
     )
     parser.add_argument("--measure", action="store_true", help="with --dry_run: train ten steps, to tell the time")
-    parser.add_argument("--yes", action="store_true", help="run a grid of more than 1,000 runs")
     parser.add_argument(
         "--launcher",
         choices=("local", "ray", "slurm"),
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.data_dir)
     if args.model:
         recipe = with_model(recipe, args.model)
-    plan = check(recipe, args.yes)
+    plan = check(recipe)
     folder = Path(args.output_dir or Path("runs") / recipe.name)
     if not args.dry_run:
         if args.measure:
@@ -80,12 +79,12 @@ def run(args: argparse.Namespace) -> None:
     print_dry_run(measured(plan) if args.measure else plan, folder, read_yaml(args.recipe)["methods"])
 
 
-def check(recipe: Recipe, allow_many: bool = False) -> Plan:
+def check(recipe: Recipe) -> Plan:
     """Expand a recipe and check every option of it."""
     from ..study.check import check as check_recipe
     from . import evaluate
 
-    return check_recipe(recipe, evaluate, allow_many)
+    return check_recipe(recipe, evaluate)
 
 
 def start(plan: Plan, folder: Path, launcher: Launcher, is_brief: bool = False) -> None:

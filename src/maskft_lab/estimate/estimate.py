@@ -8,6 +8,7 @@ training the effective weights: the same operations save the same tensors.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from bisect import bisect_right
 from collections import Counter
@@ -29,7 +30,7 @@ from maskft.tuner.targets import layer_indices, resolve_targets
 from maskft_base.errors import UserError, did_you_mean, first_line
 from maskft_base.runtime import resident_memory_bytes
 
-from .ledger import OPTIMIZER_BYTES, kept_bytes, layer_passes
+from .ledger import OPTIMIZER_BYTES, layer_passes
 from .out_of_memory import ADVICE
 
 TRAINER_BYTES = 70_000_000  # what reading data and building the trainer add to a process; measured once
@@ -82,7 +83,7 @@ def estimate(run: TrainConfig, device: str | None = None, device_memory_gb: floa
     Raises:
         UserError: For an unknown model, layers out of range, or a device too small for micro-batch 1.
     """
-    _check(run, device_memory_gb)
+    _check(run)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     run = replace(run, training=with_accumulation(run.training))
     planned = _Planned(run, device)
@@ -172,13 +173,17 @@ class _Planned:
         for parameter in trained.values():
             others[parameter.element_size()] += 0 if id(parameter) in masked else parameter.numel()
         num_scores = sum(self.masked_sizes) if self.method == "mask" else 0
-        size = (self.autocast or self.dtype).itemsize
-        self.kept = kept_bytes(self.weight_bytes, dict(others), num_scores, size, self.optim)
-        added = sum(size * count for size, count in others.items()) if self.method != "full" else 0
-        if added:
-            self.kept["adapter"] = added
-        if self.mask is not None and self.mask.removed_value == "base":
-            self.kept["removed values"] = sum(self.masked_sizes) * self.dtype.itemsize
+        counts, moments = others + Counter({4: num_scores}), OPTIMIZER_BYTES[self.optim]  # scores are float32
+        has_base = self.mask is not None and self.mask.removed_value == "base"
+        self.kept = {
+            # The base weights stay beside the effective ones.
+            "effective weights": num_scores * (self.autocast or self.dtype).itemsize,
+            "scores": 4 * num_scores,
+            "optimizer": math.ceil(sum(count * moments(size) for size, count in counts.items())),
+            "gradients": sum(size * count for size, count in counts.items()),
+            "adapter": 0 if self.method == "full" else sum(size * count for size, count in others.items()),
+            "removed values": sum(self.masked_sizes) * self.dtype.itemsize if has_base else 0,
+        }
 
     def memory(self, rows: int) -> dict[str, int]:
         """Bytes per term at the peak of a run with micro-batches of ``rows`` rows."""
@@ -261,15 +266,13 @@ def _make_fake(model: nn.Module) -> None:
                 tensors[name] = made[tensor]
 
 
-def _check(run: TrainConfig, device_memory_gb: float | None) -> None:
+def _check(run: TrainConfig) -> None:
     check_method(run.method)
     method = run.method.method
     if method == INTERPOLATE:
         raise UserError(f"method {method} trains nothing, and there is no estimate of it")
     if run.model.load_in_4bit or run.model.load_in_8bit:
         raise UserError("there is no estimate of a quantised base: leave out load_in_4bit and load_in_8bit")
-    if device_memory_gb is not None and not device_memory_gb > 0:
-        raise UserError(f"device_memory_gb is {device_memory_gb}; it must be above 0")
     if run.training.max_length is None:
         raise UserError("max_length is not set, so rows have any length; give that of the longest")
 

@@ -27,13 +27,12 @@ _OF_THE_STUDY = set("model_name_or_path adapter change scale name seed output_di
 _ANY = ["--output_dir", "any", "--model_name_or_path", "any", "--change", "none"]
 
 
-def check(recipe: Recipe, evaluate: ModuleType, allow_many: bool = False) -> Plan:
+def check(recipe: Recipe, evaluate: ModuleType) -> Plan:
     """Expand a recipe and put every option through the parser of the command it is for.
 
     Args:
         recipe: The recipe.
         evaluate: The module of ``maskft evaluate``, with its ``parser``, ``read`` and ``check_inputs``.
-        allow_many: Whether more than 1,000 runs are meant.
 
     Raises:
         UserError: The first mistake.
@@ -43,7 +42,7 @@ def check(recipe: Recipe, evaluate: ModuleType, allow_many: bool = False) -> Pla
         # How many share a batch is part of a run's name, also where the configuration says it.
         launch = launch.model_copy(update={"num_processes": config_processes(launch.accelerate_config)})
         recipe = recipe.model_copy(update={"launch": launch})
-    plan = build_plan(recipe, option_defaults(), allow_many)
+    plan = build_plan(recipe, option_defaults())
     seen: set[tuple[str, str, str]] = set()
     for run in plan.runs:
         # One parse of all options of a run checks each of them; only values that are new need another.

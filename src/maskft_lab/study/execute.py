@@ -31,7 +31,7 @@ from maskft_base.runtime import environment
 from ..evaluation.arguments import HELDOUT, NOT_OF_HELDOUT_DATA
 from ..results.schema import BEFORE, DOMAINS, Result, read_result, write_result
 from .damage import damage_of_result, damage_of_run, is_whole_result, written_files
-from .identity import data_hash, evaluation_id, evaluation_identity, options_identity, short_digest
+from .identity import evaluation_id, evaluation_identity, options_identity, short_digest
 from .plan import BEST, LAST, StudyRun
 from .process import PYTHON, command_words, run_command
 from .recipe import CURRENT_RATE, HOW, HOW_OF_HELDOUT, PRETRAINED, REVISION, Method, Recipe
@@ -195,17 +195,16 @@ def prepare_data(study: Study, runs: list[StudyRun], tick: Tick = lambda: None) 
         UserError: The first mistake, of whichever run.
     """
     decides = {field.name for field in fields(DataArguments)} | {*_TOKENISATION, TEMPLATE, REVISION}
-    folder = study.folder / files.PREPARED
+    prepared = []
     for run in runs:
         options = {key: value for key, value in run.options.items() if key in decides}
-        done = folder / f"{data_hash(run.model, options)}.done"
-        if run.method.method == PRETRAINED or study.is_trained(run) or done.exists():
+        if run.method.method == PRETRAINED or study.is_trained(run) or options in prepared:
             continue
-        options |= {"prepared_data_dir": str(folder), "prepare_only": True}
+        prepared.append(options)
+        options = options | {"prepared_data_dir": str(study.folder / files.PREPARED), "prepare_only": True}
         options |= {"model_name_or_path": study.base(run), "output_dir": str(study.run_folder(run))}
         options |= {key: run.options[key] for key in ("dataset_num_proc",) if key in run.options}
         study.call([*PYTHON, "train", *command_words(options)], study.folder / files.LOG, tick)
-        done.touch()
 
 
 def make(study: Study, run: StudyRun, tick: Tick = lambda: None) -> None:
@@ -316,10 +315,7 @@ def _train_options(study: Study, run: StudyRun) -> dict:
     if options.get("learning_rate") == CURRENT_RATE:
         options["learning_rate"] = study.record(run.start).learning_rate_at_best
         if options["learning_rate"] is None:
-            raise UserError(
-                f"the rate at which {run.start.title!r} stood at its best is not known, it was never measured on "
-                "held-out rows; give it eval_strategy: steps"
-            )
+            raise UserError(f"{run.start.title!r} has no best rate: it was never measured, give it eval_strategy")
     return options
 
 
@@ -397,24 +393,12 @@ def _results_of_the_same(study: Study, run: StudyRun, role: str) -> list[Path]:
 def _model_options(study: Study, run: StudyRun, role: str, folder: Path) -> dict:
     """Options of ``maskft evaluate`` that say what is evaluated and where the result goes."""
     model = study.model(run, role)
-    is_adapter = run.method.method in (*MASK_METHODS, PEFT) and not run.masks  # else it is merged
+    is_adapter = run.method.method in (*MASK_METHODS, PEFT)
+    which = {"model_name_or_path": study.start(run) if is_adapter else model, "adapter": model if is_adapter else None}
     if study.recipe.path:
-        is_base = run.method.method == PRETRAINED
-        return {
-            "model_name_or_path": study.base(run),
-            "change": "none" if is_base else model,
-            "scale": run.point[1] if run.point else 1.0,
-            "name": run.labels[role],
-            "seed": run.seed,
-            "output_dir": str(folder),
-        }
-    return {
-        "model_name_or_path": study.start(run) if is_adapter else model,
-        "adapter": model if is_adapter else None,
-        "name": run.labels[role],
-        "seed": run.seed,
-        "output_dir": str(folder),
-    }
+        change = "none" if run.method.method == PRETRAINED else model
+        which = {"model_name_or_path": study.base(run), "change": change, "scale": run.point[1] if run.point else 1.0}
+    return which | {"name": run.labels[role], "seed": run.seed, "output_dir": str(folder)}
 
 
 def evaluation_words(options: dict) -> list[str]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskft.data.arguments import DataArguments, names_text
+from maskft.data.arguments import names_text
 from maskft.data.prepared import data_identity
-from maskft.models import model_identity
 from maskft_base.files import digest, digest_file
 
 if TYPE_CHECKING:
@@ -21,14 +19,8 @@ _HASH_LENGTH = 10
 def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str:
     """Folder name of an evaluation of one of the run's models.
 
-    It ends with a hash of what is measured and one of the study's name: studies in one folder copy each other's
-    numbers, and each says itself what the model is in its tables.
-
-    Args:
-        run: The run.
-        role: Which of its models.
-        evaluation: See :func:`evaluation_identity`.
-        study: Name of the study.
+    It ends with a hash of what is measured (``evaluation``: see :func:`evaluation_identity`) and one of the study's
+    name: studies in one folder copy each other's numbers, and each says itself what the model is in its tables.
     """
     settings = {"run": run.hash, "role": role, "evaluation": evaluation}
     settings |= {} if run.point is None else {"point": list(run.point)}
@@ -36,12 +28,7 @@ def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str
 
 
 def evaluation_identity(evaluation: dict, before: dict[str, dict] | None = None) -> dict:
-    """Options of ``maskft evaluate`` with data, and the files of benchmarks, by their content.
-
-    Args:
-        evaluation: The options.
-        before: Those of the sets of earlier abilities.
-    """
+    """Options of ``maskft evaluate``, and of sets of earlier abilities, with data and benchmarks by their content."""
     if before:
         sets = {name: evaluation_identity(options) for name, options in before.items()}
         return evaluation_identity(evaluation) | {"before": sets}
@@ -50,13 +37,6 @@ def evaluation_identity(evaluation: dict, before: dict[str, dict] | None = None)
         digests = _benchmark_digests(names_text(evaluation.get("tasks")) or "", folder)
         out |= {f"files of {task}": found for task, found in digests.items()}
     return out
-
-
-def data_hash(model: str, options: dict) -> str:
-    """Name of what ``options`` about data, and the tokenizer of ``model``, make of the data."""
-    defaults = {field.name: field.default for field in fields(DataArguments)}
-    decides = {key: value for key, value in options_identity(options).items() if value != defaults.get(key, options)}
-    return short_digest({"model": model_identity(model), "data": decides})
 
 
 def short_digest(settings: dict) -> str:

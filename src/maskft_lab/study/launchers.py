@@ -28,17 +28,7 @@ from .plan import StudyRun
 _MAX_LOST = 3  # times that a run is submitted again after its worker was lost
 
 
-class Job(Protocol):
-    """A run that was submitted; ``concurrent.futures.Future`` and ``submitit.Job`` are some."""
-
-    def done(self) -> bool:
-        """Whether it has ended."""
-
-    def result(self) -> str | None:
-        """Why the run failed, None if it did not; raises where its worker was lost."""
-
-    def cancel(self) -> Any:
-        """Ask it to end."""
+Job = Any  # a run that was submitted: `done`, `result` (why it failed, None if it did not), `cancel`, as a Future has
 
 
 class Launcher(Protocol):

@@ -29,7 +29,6 @@ from .identity import options_identity, plain, short_digest, written_out
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Options, Recipe
 from .tuning import Look, Point, Trial, Tuned, check_test_rows, choose, points_of, settings_text, tune
 
-MAX_RUNS = 1000
 BEST, LAST = "best", "last"
 # What says which matrices are masked: a fixed mask takes it from the learned mask that it matches.
 _PLACES = ("mask_layers_to_transform", "mask_layers_pattern", "mask_target_modules", "mask_exclude_modules")
@@ -138,7 +137,7 @@ class Plan:
 
     def again(self, look: Look) -> Plan:
         """The plan as it is with the held-out losses that ``look`` knows by now."""
-        return build_plan(self.recipe, self.defaults, allow_many=True, look=look)
+        return build_plan(self.recipe, self.defaults, look)
 
     @property
     def ready(self) -> Plan:
@@ -146,9 +145,7 @@ class Plan:
         return replace(self, runs=[run for run in self.runs if not run.is_assumed])
 
 
-def build_plan(
-    recipe: Recipe, defaults: dict[str, Any], allow_many: bool = False, look: Look = lambda run: None
-) -> Plan:
+def build_plan(recipe: Recipe, defaults: dict[str, Any], look: Look = lambda run: None) -> Plan:
     """Expand a recipe into runs.
 
     Where settings are tuned and their runs are not finished, the first of each list is assumed to win.
@@ -156,11 +153,10 @@ def build_plan(
     Args:
         recipe: The recipe.
         defaults: Every option of ``maskft train`` with its default; see ``cli.train.option_defaults``.
-        allow_many: Whether more than 1,000 runs are meant.
         look: Held-out loss of a run; None where it is not finished.
 
     Raises:
-        UserError: If an option is the study's own, or there are too many runs.
+        UserError: If an option is the study's own.
     """
     check_test_rows(recipe)
     planner = _Planner(recipe, defaults | {"keep_worse": True}, look)  # see execute.py
@@ -169,8 +165,6 @@ def build_plan(
         for values in itertools.product(*axes.values()):
             for seed in planner.seeds(method):
                 planner.run(method, dict(zip(axes, values, strict=True)), seed)
-                if len(planner.runs) > MAX_RUNS and not allow_many:
-                    raise UserError(f"the grid makes more than {MAX_RUNS:,} runs; pass --yes if that is meant")
     finals = [run for run in planner.runs if run.tried is None]
     _check_names(finals)
     # The winner is one of the runs that were tried, from now on with an evaluation.

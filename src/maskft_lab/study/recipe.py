@@ -126,11 +126,6 @@ class Tuning(Section):
         given = {key: section[key] for key in ("double",) if key in section}
         return {"grid": {str(key): value for key, value in section.items() if key not in given}, **given}
 
-    @property
-    def options(self) -> list[str]:
-        """Names of all options that it decides."""
-        return [*self.grid, *filter(None, [self.double])]
-
 
 class Choice(Section):
     """What held-out rows choose among the points of a method's path: one of the two constraints."""

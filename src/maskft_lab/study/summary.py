@@ -17,7 +17,7 @@ from ..results.text import Table, draw, render, render_scores
 from .curve import curves
 from .damage import is_whole_result
 from .execute import Study
-from .plan import BEST, LAST, Plan
+from .plan import LAST, Plan
 from .recipe import Recipe
 from .tuning import Tuned
 
@@ -45,7 +45,7 @@ def summarise(study: Study, plan: Plan) -> str:
         text, compared, record = _compared(results, recipe, tunings)
         for probe, curve in record.pop("curves", {}).items():
             write_text(study.folder / files.CURVE.format(name, probe), json.dumps(curve, indent=1) + "\n")
-        notes += unchanged_notes(results) + [f"Tuned: {tuned}." for tuned in tunings]
+        notes += [f"Tuned: {tuned}." for tuned in tunings]
         if not recipe.before and len(results) > 1:
             notes.append("Note: forgetting was not measured beyond the tasks above (no evaluation.before).")
         num_tried = {label: run.num_tried for run in plan.runs for label in run.labels.values()}
@@ -110,27 +110,6 @@ def without_repeats(results: list[Result], baseline: str | None) -> tuple[list[R
     repeats = [name for name, same in ends.items() if all(same)]
     notes = [f"Note: {name} is not listed: it is the best one, whose step is the last." for name in repeats]
     return [result for result in results if result["name"] not in repeats], notes
-
-
-def unchanged_notes(results: list[Result]) -> list[str]:
-    """Say which trained models equal their start, at which seeds: a difference of 0 would look like a measurement."""
-    seeds: dict[tuple[str, str], list] = {}
-    for result in results:
-        study = result["study"]
-        if study["role"] == BEST and study["num_steps"] and study["best_step"] == 0:
-            start = "its mask before the first step" if result["model"]["method"] == "mask" else "its parent, unchanged"
-            what = f"{start}; no step lowered its held-out loss"
-        elif result["model"]["method"] == "full" and study["start"] and study["epochs"] == 0:
-            what = "its parent, unchanged; the rate of its schedule was 0 already"
-        else:
-            continue
-        seeds.setdefault((result["name"], what), []).append(result["model"]["seed"])
-    notes = []
-    for (name, what), found in seeds.items():
-        num_seeds = sum(result["name"] == name for result in results)
-        where = "" if len(found) == num_seeds else f" (seed {', '.join(map(str, found))})"
-        notes.append(f"Note: {name}{where} is {what}.")
-    return notes
 
 
 def _accounts(results: list[Result], num_tried: dict[str, int]) -> str:

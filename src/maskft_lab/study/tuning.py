@@ -184,9 +184,6 @@ class Tuned:
         if self.point is not None:
             settings += f" at {self.point[0]:g} of training, {self.point[1]:g} of the change,"
         best = f"{self.trials[0].runs[0].name}: {settings} is the best of {self.num_settings} on held-out rows"
-        same = sum(trial.loss == self.winner.loss for trial in self.trials) - 1
-        if same > 0 and self.point is None and self.winner.loss is not None:
-            best += f", with the same loss as {same} other{'s' if same > 1 else ''}: the first was taken"
         more = f"; it still gained when {self.method.tune.double} had been doubled {MAX_DOUBLINGS} times, give it more"
         return best + (more if self.still_gains else "")
 
@@ -212,7 +209,7 @@ def tune(
     double = method.tune.double
     if own.get("eval_strategy") == "no":
         raise UserError(f"method {method.name!r}: tune chooses by held-out loss, and eval_strategy is no; drop that")
-    if "num_train_epochs" in method.tune.options and (_number(own.get("max_steps")) or 0) > 0:
+    if "num_train_epochs" in (*method.tune.grid, double) and (_number(own.get("max_steps")) or 0) > 0:
         raise UserError(f"method {method.name!r}: max_steps decides the length, and tune is of num_train_epochs")
     trials: list[Trial] = []
     stage, is_settled = 0, True  # the last one; the losses of all trials are known
