@@ -282,7 +282,7 @@ def test_standard_controls_are_methods_at_the_masks_steps(content):
     recipe = parse_recipe(content | {"controls": "standard"})
     assert list(recipe.methods)[:4] == list(methods)
     assert set(recipe.methods) - set(methods) == {
-        "warm restart of full", "annealed full", "interpolated full", "dare full",
+        "warm restart of full", "annealed full", "interpolated full",
         "partial full, layers of mask",
         *(f"{control} of mask" for control in ("random mask", "best of 8 random masks", "L1 mask", "Wanda mask")),
         *(f"{control} of other" for control in ("random mask", "best of 8 random masks", "Wanda mask")),

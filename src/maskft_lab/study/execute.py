@@ -393,7 +393,7 @@ def _results_of_the_same(study: Study, run: StudyRun, role: str) -> list[Path]:
 def _model_options(study: Study, run: StudyRun, role: str, folder: Path) -> dict:
     """Options of ``maskft evaluate`` that say what is evaluated and where the result goes."""
     model = study.model(run, role)
-    is_adapter = run.method.method in (*MASK_METHODS, PEFT)
+    is_adapter = run.method.method in (*MASK_METHODS, PEFT) and not run.masks  # else it is merged
     which = {"model_name_or_path": study.start(run) if is_adapter else model, "adapter": model if is_adapter else None}
     if study.recipe.path:
         change = "none" if run.method.method == PRETRAINED else model

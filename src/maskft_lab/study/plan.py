@@ -102,8 +102,8 @@ class StudyRun:
         elsewhere = self.method.tuned_elsewhere or 0
         if self.tuned:
             return self.tuned.num_settings + elsewhere
-        if self.method.method in COMBINED_METHODS:
-            return len(_as_list(self.options.get("combine_values", COMBINED_METHODS[self.method.method])))
+        if self.method.method == INTERPOLATE:
+            return len(SHARES)
         chosen = self.options.get("num_candidates", 1) if self.method.method == "random_mask" else 1
         return chosen if chosen > 1 else elsewhere
 

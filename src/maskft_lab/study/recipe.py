@@ -11,7 +11,6 @@ from maskft.data.arguments import DATA_NAMES, TEMPLATE, mixture_text
 from maskft.data.mixtures import rename_sets
 from maskft.data.sources import FILE_ENDINGS
 from maskft.training.method_arguments import (
-    COMBINED_METHODS,
     FIXED_MASK_METHODS,
     INTERPOLATE,
     MASK_METHODS,
@@ -162,7 +161,8 @@ _KEYS = {
     **dict.fromkeys(("from", "data", "seeds", "options"), METHODS),
     **dict.fromkeys(("tune", "last"), tuple(method for method in METHODS if method not in UNTRAINED_METHODS)),
     "match": FIXED_MASK_METHODS,
-    **dict.fromkeys(("start_mask", "keep_mask"), ("full",)),
+    "start_mask": ("full", PEFT),  # an adapter trained after a mask is merged at its end
+    "keep_mask": ("full",),
 }
 
 
@@ -186,10 +186,10 @@ class Method(SectionWithOptions):
         for key, methods in _KEYS.items():
             if getattr(self, "start" if key == "from" else key) and self.method not in methods:
                 raise ValueError(f"{key} is for {', '.join(methods)}, and method is {self.method}; drop it")
-        if self.method in COMBINED_METHODS and self.start is None:
-            raise ValueError(f"{self.method} combines a method's model with what it was made from; name it in `from`")
-        if len(self.masks) > 1:
-            raise ValueError("start_mask and keep_mask: one of them; drop the other")
+        if self.method == INTERPOLATE and self.start is None:
+            raise ValueError("interpolate mixes a method's model with what it was made from; name it in `from`")
+        if len(self.masks) > 1 or (self.method == PEFT and self.masks and self.last):
+            raise ValueError("start_mask, keep_mask and, for an adapter, last: one of them; drop the other")
         twice = set(self.tune.grid if self.tune else ()) & self.options.keys()
         if twice:
             raise ValueError(f"{min(twice)} stands both in tune and beside it; drop one")
@@ -301,6 +301,8 @@ class Recipe(Section):
         for name, method in self.methods.items():
             made = {key: self.methods[parent] for key, parent in method.parents.items()}
             start, match = made.pop("from", None), made.pop("match", None)
+            if self.path and made and method.method == PEFT:
+                raise ValueError(f"methods.{name} has start_mask, and a path measures adapters over the model as it is")
             if match and match.method != "mask":
                 raise ValueError(f"methods.{name}.match is {match.name!r}, which is no learned mask")
             if start and start.method not in (PRETRAINED, "full"):

@@ -290,11 +290,8 @@ def how_chosen(method: Method, options: Options) -> str | None:
     """
     if method.tune is not None:
         return "tuned"
-    chooses = {
-        "random_mask": (_number(options.get("num_candidates")) or 1) > 1,
-        **dict.fromkeys(COMBINED_METHODS, True),
-    }
-    return "chosen" if chooses.get(method.method) else None
+    is_best_drawn = method.method == "random_mask" and (_number(options.get("num_candidates")) or 1) > 1
+    return "chosen" if is_best_drawn or method.method == INTERPOLATE else None
 
 
 def check_test_rows(recipe: Recipe) -> None:
