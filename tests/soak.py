@@ -45,18 +45,8 @@ from tiny_tokenizer import tiny_tokenizer
 PR_SET_PDEATHSIG = 1
 MAX_KILLS = 3
 # Of the cycles of `train`, one in how many each of the others gets.
-SHARES = {"train": 1, "two processes": 40, "evaluate": 10, "study": 20, "demo": 100}
-IMPORTED = [
-    *process.IMPORTED,
-    "maskft_lab.cli.study",
-    "maskft_lab.cli.demo",
-    "maskft_lab.study.study",
-]
-IMPORTED += [
-    "maskft_lab.study.summary",
-    "maskft_lab.report.page",
-    "maskft_lab.estimate.out_of_memory",
-]
+SHARES = {"train": 1, "two processes": 40, "evaluate": 10, "study": 20}
+IMPORTED = [*process.IMPORTED, "maskft_lab.cli.study", "maskft_lab.study.study", "maskft_lab.estimate.out_of_memory"]
 TIMES = re.compile(r"_s$|per_second|runtime|peak_memory|^created$")  # what no two runs have in common
 
 
@@ -173,8 +163,8 @@ def outcome_of_evaluation(folder: Path) -> dict:
     return {"result": without_times(json.loads((folder / files.RESULT).read_text()))}
 
 
-def outcome_of_study(name: str) -> Callable[[Path], dict]:
-    return lambda folder: {key: without_times(value) for key, value in small_study.outcome(folder, name).items()}
+def outcome_of_study(folder: Path) -> dict:
+    return {key: without_times(value) for key, value in small_study.outcome(folder).items()}
 
 
 def flags(**options) -> list[str]:
@@ -206,7 +196,6 @@ def make_kinds(place: Path) -> dict[str, Kind]:
     study = small_study.recipe(base, data, methods)
     (place / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     evaluation = {"model_name_or_path": base, "dataset_name": data, "max_new_tokens": 4, "batch_size": 4}
-    demo = {"model": base, "limit": 16}
     return {
         "train": Kind(lambda out: ["train", *flags(**training, output_dir=out)], outcome_of_training),
         "two processes": Kind(lambda out: ["train", *flags(**training, output_dir=out)], outcome_of_training, 2),
@@ -215,8 +204,7 @@ def make_kinds(place: Path) -> dict[str, Kind]:
             outcome_of_evaluation,
             is_refused=lambda folder: (folder / files.RESULT).is_file(),
         ),
-        "study": Kind(lambda out: ["study", place / "study.yaml", "--output_dir", out], outcome_of_study("small")),
-        "demo": Kind(lambda out: ["demo", *flags(**demo, output_dir=out)], outcome_of_study("demo")),
+        "study": Kind(lambda out: ["study", place / "study.yaml", "--output_dir", out], outcome_of_study),
     }
 
 

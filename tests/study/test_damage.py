@@ -20,7 +20,9 @@ def test_a_damaged_study_stops_and_makes_again_what_is_removed(base, data, tmp_p
     whole = outcome(out)
     trained = {path: path.stat().st_mtime_ns for path in out.glob(f"{files.RUNS}/mask-*/{files.TRAINING}")}
     (weights,) = out.glob(f"{files.RUNS}/full-*/model.safetensors")
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
     (result,) = out.glob(f"{files.RESULTS}/mask-*/{files.RESULT}")
     result.write_text(result.read_text()[:-100])
     for file, problem in (

@@ -305,11 +305,6 @@ def test_mixtures_of_the_recipe_are_those_of_the_command_line(content, data):
     assert ids(content) == as_text
 
 
-def test_the_data_folder_is_for_test_sets_too(content, data, tmp_path):
-    recipe = parse_recipe(content, data_dir=tmp_path)
-    assert recipe.data["sums"].options["data_dir"] == str(tmp_path)
-
-
 def test_yaml_merge_keys_and_negative_numbers(content, tmp_path):
     file = tmp_path / "merge.yaml"
     content["methods"]["mask"] |= {"mask_selection": "threshold", "mask_threshold": -1e-5, "mask_rank_by": "signed"}
@@ -407,40 +402,32 @@ def test_one_layer_is_a_list_of_one(content):
     assert ids(content) == before
 
 
-def test_two_entries_of_one_name(tmp_path):
-    file = tmp_path / "twice.yaml"
-    file.write_text("version: 1\nmethods:\n  mask: {method: mask}\n  mask: {method: full}\n")
-    with pytest.raises(UserError, match="line 4: two entries are named 'mask'; rename one"):
-        load_recipe(file)
-
-
-def test_a_placeholder_that_was_not_filled_in(tmp_path):
-    file = tmp_path / "template.yaml"
-    file.write_text("version: 1\ntrain:\n  learning_rate: {{lr}}\n")
-    with pytest.raises(UserError, match=r"template\.yaml, line 3: {'lr': None} stands where a name should be"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "methods:\n  mask: {method: mask}\n  mask: {method: full}\n",
+            "line 4: two entries are named 'mask'; rename one",
+        ),
+        ("train:\n  learning_rate: {{lr}}\n", r"recipe\.yaml, line 3: {'lr': None} stands where a name should be"),
+    ],
+)
+def test_what_is_no_recipe(text, message, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"version: 1\n{text}")
+    with pytest.raises(UserError, match=message):
         load_recipe(file)
 
 
 def test_files_come_from_the_data_folder(content, data, tmp_path):
-    content["data"]["sums"]["dataset_name"] = data.name
-    recipe = parse_recipe(content, data_dir=data.parent)
-    assert recipe.data["sums"].options["dataset_name"] == str(data)
-    with pytest.raises(UserError, match=r"'sums.jsonl' is neither here nor in data_dir"):
-        parse_recipe(content, data_dir=tmp_path)
-
-
-def test_files_of_a_mixture_come_from_the_data_folder(content, data, tmp_path):
+    """Those of a mixture too; the evaluation's, also where that is a set by name."""
     content["data"]["sums"]["dataset_name"] = {data.name: 20, "gsm8k": None, str(data): 0.5}
+    content["evaluation"] = {"heldout": {"dataset_name": "gsm8k", "dataset_train_split": "test"}}
     recipe = parse_recipe(content, data_dir=data.parent)
     assert recipe.data["sums"].options["dataset_name"] == f"{data}:20,gsm8k,{data}:0.5"
+    assert recipe.data["sums"].options["data_dir"] == recipe.evaluation["data_dir"] == str(data.parent)
     with pytest.raises(UserError, match=r"'sums.jsonl' is neither here nor in data_dir"):
         parse_recipe(content, data_dir=tmp_path)
-
-
-def test_the_data_folder_is_that_of_the_evaluation_too(content, data):
-    """Also where nothing but held-out data is measured, and that is a set by name."""
-    content["evaluation"] = {"heldout": {"dataset_name": "gsm8k", "dataset_train_split": "test"}}
-    assert parse_recipe(content, data_dir=data.parent).evaluation["data_dir"] == str(data.parent)
 
 
 def test_a_date_is_text(content, tmp_path):
