@@ -44,7 +44,8 @@ def run_study(
     Raises:
         UserError: If a run failed; the others, as far as they do not need it, are made first.
     """
-    console, reasons = console or Console(), {}
+    console = console or Console()
+    reasons: dict[str, str] = {}
 
     def look(run: StudyRun) -> Heldout | None:
         return Heldout(math.inf) if run.id in reasons else study.heldout(run)
