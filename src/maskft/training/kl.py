@@ -30,7 +30,7 @@ class KLToBase:
         decoder.register_forward_hook(self._keep)
 
     def _keep(self, module, args, output) -> None:
-        if module.training:
+        if module.training and torch.is_grad_enabled():
             self._hidden_BTD = output[0]
 
     def __call__(self, model, inputs: Mapping[str, Any], num_tokens: Tensor | int | None) -> Tensor:
