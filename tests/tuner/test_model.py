@@ -16,12 +16,13 @@ import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from trl import ModelConfig
 
 import tiny
 from maskft import MaskConfig, current_masks
 from maskft.adapter.mask_set import MaskSet
 from maskft.adapter.verify import verify
-from maskft.adapter.wrap import add_adapter
+from maskft.training.build import with_adapter
 from maskft.tuner import MaskedLinear, MaskPeftType, adapter_layers
 from maskft.tuner.codec import encode_mask
 from maskft.tuner.targets import check_targets, maskable_names
@@ -132,9 +133,8 @@ def test_save_and_load(make, tmp_path):
 def test_saving_asks_nobody_about_the_base(tmp_path, monkeypatch):
     """PEFT would look the base up at every save, to see whether its vocabulary was resized."""
     monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", None)
-    model = tiny.tiny_llama()
-    model.name_or_path = "nobody/named-this"
-    add_adapter(model, MaskConfig()).save_pretrained(tmp_path)
+    source = ModelConfig(model_name_or_path="nobody/named-this")
+    with_adapter(tiny.tiny_llama(), MaskConfig(), source).save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == "nobody/named-this"
 
 

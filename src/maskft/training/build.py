@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from rich.console import Console
 from transformers import PreTrainedModel, set_seed
@@ -14,7 +15,6 @@ from trl import ModelConfig, get_quantization_config
 
 from maskft_base.errors import UserError, first_line
 
-from ..adapter.wrap import add_adapter
 from ..data import tokenize_dataset
 from ..data.arguments import DataArguments
 from ..data.prepared import Prepared, prepare
@@ -100,9 +100,13 @@ def build_model(model: PreTrainedModel, method: MethodArguments, source: ModelCo
 
 
 def with_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelConfig) -> PeftModel:
-    """Add an adapter that names its base model as ``source`` does, and its revision unless it is the newest."""
+    """Add an adapter that names its base model as ``source`` does, and its revision unless it is the newest.
+
+    PEFT would ask the hub, at every save, whether the base has as many tokens, and warn when it cannot.
+    """
     revision = None if source.model_revision == "main" else source.model_revision
-    adapted = add_adapter(model, config, revision=revision)
+    adapted = get_peft_model(model, config, revision=revision)
+    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
     adapted.peft_config[ADAPTER].base_model_name_or_path = source.model_name_or_path
     return adapted
 
