@@ -140,10 +140,16 @@ def test_repeated_rows_do_not_count_where_rows_are_put_together(arguments, tmp_p
     assert first[1] == pytest.approx(first[0], abs=LOSS_TOLERANCE)
 
 
-@pytest.mark.parametrize("config", ["multi_gpu", FSDP2])
-def test_two_processes_give_the_mask_of_one(config, arguments, one_process, tmp_path):
+FOUR_BY_FSDP2 = pytest.param("fsdp2", 4, marks=[needs_fsdp2_on_cpus, pytest.mark.slow])
+
+
+@pytest.mark.parametrize(
+    ("config", "num"), [("multi_gpu", 2), pytest.param("fsdp2", 2, marks=needs_fsdp2_on_cpus), FOUR_BY_FSDP2]
+)
+def test_several_processes_give_the_mask_of_one(config, num, arguments, one_process, tmp_path):
     out = tmp_path / "out"
-    result = call(["maskft_lab.cli.main", *arguments(output_dir=out, accelerate_config=config, **LAUNCH)])
+    words = arguments(output_dir=out, accelerate_config=config, **LAUNCH | {"num_processes": num})
+    result = call(["maskft_lab.cli.main", *words], timeout_s=300)
     assert result.returncode == 0, result.stderr
     check_equal(out, one_process)
     for line in ("held-out loss without the mask", "one sample, supervised text", "step 0/4  held-out "):

@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -84,7 +85,9 @@ def config_processes(name: str) -> int:
 def _status(error: ChildFailedError | SignalException | subprocess.CalledProcessError) -> int:
     """Exit status as a shell gives it: 128 and the signal for a process that was killed."""
     if isinstance(error, ChildFailedError):
-        code = error.get_first_failure()[1].exitcode
+        code = (failure := error.get_first_failure()[1]).exitcode
+        if code < 0:  # it could not say why
+            print(f"maskft: error: rank {failure.local_rank} was ended by {failure.signal_name()}", file=sys.stderr)
     else:
         code = -error.sigval if isinstance(error, SignalException) else error.returncode
     return 128 - code if code < 0 else max(1, code)
