@@ -15,7 +15,12 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(PYTEST) --dist loadfile --no-loadscope-reorder
 
+# Debian's SLURM for one of the slow tests (as root, or by sudo), which is skipped where there is none to install.
+SLURM := command -v slurmctld && command -v slurmd && command -v munged || \
+	$$(command -v sudo) sh -c 'apt-get update -q && apt-get install -q -y --no-install-recommends slurm-wlm munge'
+
 test-slow: $(VENV)/.test $(VENV)/.docs $(VENV)/.demo $(VENV)/.ray $(VENV)/.peft
+	@{ $(SLURM); } > /dev/null 2>&1 || echo "no slurm-wlm and munge here, and none to install: their test is skipped"
 	$(PYTEST) -m 'slow and not judge'
 
 # One test with a real judge behind a server; compiling llama.cpp takes minutes, which CI has not.

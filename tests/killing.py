@@ -89,7 +89,7 @@ def _last_write(folder):
 
 
 def wait_for(process, wait):
-    deadline = time.monotonic() + (wait if isinstance(wait, float) else 120)
+    deadline = time.monotonic() + (wait if isinstance(wait, float) else 600)
     while process.poll() is None and time.monotonic() < deadline:
         if callable(wait) and wait():
             break

@@ -6,10 +6,12 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file
@@ -191,44 +193,69 @@ def test_jobs_of_submitit_give_the_same(base, data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_slurm_gives_the_same_when_a_node_loses_its_job(base, data, tmp_path, slurm):
-    """A real controller and daemon: one job's processes are killed, and the table is that of the loop."""
-    pytest.importorskip("submitit", reason="needs the extra slurm")
+def test_slurm_gives_the_same_when_jobs_and_the_study_are_lost(base, data, tmp_path, slurm, capsys):
+    """A real controller and daemon: the study is killed, then one job of an array; the other is preempted."""
     file, alone, together = write(tmp_path, with_two_masks(base, data)), tmp_path / "alone", tmp_path / "together"
     assert main(["study", str(file), "--output_dir", str(alone)]) == 0
-    words = ["study", file, "--output_dir", together, "--launcher", "slurm", "--partition", "debug", "--time_min", 60]
-    process = start(words)
+    words = ["study", str(file), "--output_dir", str(together), "--launcher", "slurm", "--partition"]
+    assert main([*words, "none"]) == 2
+    assert re.search("^maskft: error: SLURM refused the jobs: .*invalid partition", capsys.readouterr().err, re.M)
+    process = start([*words, "debug"])
     wait_for(process, lambda: any(together.glob(f"{files.RUNS}/full-*/checkpoint-3/trainer_state.json")))
-    (job,) = subprocess.run(["squeue", "-h", "-o", "%A"], capture_output=True, text=True, check=True).stdout.split()
-    subprocess.run(["scancel", "--signal=KILL", "--full", job], check=True)
-    assert process.wait(timeout=600) == 0, process.stderr.read()
+    process.kill()
+    process = start([*words, "debug"])  # which cancels the job that is left
+    wait_for(process, lambda: len(job_processes(together)) == 2)
+    lost, other = job_processes(together)
+    lost.kill()
+    ids = [other.environ()[f"SLURM_ARRAY_{name}_ID"] for name in ("JOB", "TASK")]
+    subprocess.run(["scontrol", "requeue", "_".join(ids)], check=True)
+    assert process.wait(timeout=300) == 0, process.stderr.read()
+    assert not queue()
     check_the_same(together, alone)
+
+
+def queue():
+    return subprocess.run(["squeue", "-h", "-r"], capture_output=True, text=True, check=True).stdout.split()
+
+
+def job_processes(folder):
+    """The processes of a study that SLURM's daemon has started, without srun."""
+    wanted = f"{sys.executable} -u -m submitit.core._submit {folder}"
+    return [p for p in psutil.process_iter(["cmdline"]) if " ".join(p.info["cmdline"] or []).startswith(wanted)]
 
 
 @pytest.fixture
 def slurm(tmp_path_factory, monkeypatch):
-    """A cluster of this machine: munged, slurmctld and slurmd of Debian's packages slurm-wlm and munge."""
+    """A cluster of this machine: munged, slurmctld and slurmd, on a socket and ports of its own."""
+    pytest.importorskip("submitit", reason="needs the extra slurm")
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
     if missing or os.geteuid():
-        pytest.skip(f"needs root and Debian's slurm-wlm and munge; missing: {', '.join(missing) or 'root'}")
+        pytest.skip(f"needs root and Debian's slurm-wlm and munge; missing: {missing or 'root'}")
     folder = tmp_path_factory.mktemp("slurm")
-    host, cpus = os.uname().nodename.split(".")[0], os.cpu_count()
+    host, munge = os.uname().nodename.split(".")[0], folder / "munge"
     for name in ("state", "spool"):
         (folder / name).mkdir()
+    (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
     (folder / "slurm.conf").write_text(
         f"ClusterName=test\nSlurmctldHost={host}(127.0.0.1)\nSlurmUser=root\nAuthType=auth/munge\n"
-        f"StateSaveLocation={folder}/state\nSlurmdSpoolDir={folder}/spool\nReturnToService=2\n"
+        f"AuthInfo=socket={munge}.socket,cred_expire=5\nSlurmctldPort={free_port()}\nSlurmdPort={free_port()}\n"
+        f"StateSaveLocation={folder}/state\nSlurmdSpoolDir={folder}/spool\nKillWait=10\nReturnToService=2\n"
         f"SlurmctldPidFile={folder}/ctld.pid\nSlurmdPidFile={folder}/d.pid\nProctrackType=proctrack/linuxproc\n"
         f"SlurmctldLogFile={folder}/ctld.log\nSlurmdLogFile={folder}/d.log\nTaskPlugin=task/none\n"
-        "SelectType=select/cons_tres\nSelectTypeParameters=CR_CPU\nMpiDefault=none\n"
-        f"NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN\n"
+        "SlurmdParameters=config_overrides\nSelectType=select/cons_tres\nSelectTypeParameters=CR_CPU\nMpiDefault=none\n"
+        f"NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN\n"
         f"PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP\n"
     )
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-    os.makedirs("/run/munge", exist_ok=True)
+    subprocess.run(["mungekey", "--create", f"--keyfile={munge}.key"], check=True)
     daemons = [
         subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for words in (["munged", "--force", "--foreground"], ["slurmctld", "-D"], ["slurmd", "-D"])
+        for words in (
+            ["munged", "--force", "--foreground", f"--socket={munge}.socket"]
+            + [f"--{name}-file={munge}.{name}" for name in ("key", "pid", "seed", "log")],
+            ["slurmctld", "-D"],
+            ["slurmd", "-D"],
+        )
     ]
     try:
         deadline = time.monotonic() + 60
@@ -237,9 +264,18 @@ def slurm(tmp_path_factory, monkeypatch):
             time.sleep(0.5)
         yield
     finally:
+        subprocess.run(["scancel", "--user", "root"], check=False)
+        while daemons[1].poll() is None and queue() and time.monotonic() < deadline + 300:
+            time.sleep(0.5)
         for daemon in reversed(daemons):
             daemon.terminate()
             daemon.wait()
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def with_two_masks(base, data):
@@ -264,12 +300,16 @@ def check_the_same(together, alone):
     assert one == two
 
 
-def test_ray_without_ray_is_one_line(base, data, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "missing"), [("ray", "ray, which is not installed"), ("slurm", "(submitit|sbatch), ")]
+)
+def test_a_launcher_without_its_cluster_is_one_line(kind, missing, base, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
     file = write(tmp_path, recipe(base, data, {"full": FULL}))
     capsys.readouterr()
-    assert main(["study", str(file), "--output_dir", str(tmp_path / "out"), "--launcher", "ray"]) == 2
-    assert "needs ray, which is not installed" in capsys.readouterr().err
+    assert main(["study", str(file), "--output_dir", str(tmp_path / "out"), "--launcher", kind]) == 2
+    assert re.search(f"^maskft: error: --launcher {kind} needs {missing}", capsys.readouterr().err, re.M)
 
 
 @pytest.mark.parametrize("words", [[], ["--num_at_once", "2"]])

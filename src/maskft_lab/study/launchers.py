@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -26,6 +29,8 @@ from .execute import Study, make
 from .plan import StudyRun
 
 _MAX_LOST = 3  # times that a run is submitted again after its worker was lost
+_ASK_S = 2.0  # between two questions to SLURM's queue
+_GONE_S = 15.0  # after which a job that left the queue without a result is lost; shared file systems are late
 
 
 Job = Any  # a run that was submitted: `done`, `result` (why it failed, None if it did not), `cancel`, as a Future has
@@ -118,34 +123,75 @@ class Slurm:
     time_min: int = 24 * 60
     cluster: str = "slurm"
     num_at_once: None = None
+    _seen: dict[str, float] = field(default_factory=dict)
+    _asked: float = 0.0
 
     @contextlib.contextmanager
     def open(self, study: Study) -> Iterator[None]:
         """See :class:`Launcher`."""
         import submitit
 
-        launch, name = study.recipe.launch, f"maskft-{files.digest(str(study.folder))[:8]}"
+        launch, self._name = study.recipe.launch, f"maskft-{files.digest(str(study.folder))[:8]}"
         self._executor = submitit.AutoExecutor(folder=study.folder / files.SLURM / "%j", cluster=self.cluster)
-        options = {"timeout_min": self.time_min, "cpus_per_task": max(1, round(launch.num_cpus)), "name": name}
+        options = {"timeout_min": self.time_min, "cpus_per_task": max(1, round(launch.num_cpus)), "name": self._name}
         if launch.num_gpus:
             options["gpus_per_node"] = max(1, round(launch.num_gpus))
         if self.partition:
             options["slurm_partition"] = self.partition
         self._executor.update_parameters(**options)
         if self.cluster == "slurm":  # what a killed study has left would write into the same folders
-            subprocess.run(["scancel", "--name", name], check=False)
+            subprocess.run(["scancel", "--name", self._name], check=False)
+            while self._queue().stdout.strip():
+                time.sleep(_ASK_S)
         yield
 
     def submit(self, study: Study, runs: list[StudyRun]) -> list[Job]:
         """See :class:`Launcher`."""
-        with self._executor.batch():
-            return [self._executor.submit(_SlurmJob(), study, run) for run in runs]
+        import submitit
+
+        try:
+            with self._executor.batch():
+                jobs = [self._executor.submit(_SlurmJob(), study, run) for run in runs]
+        except submitit.core.utils.FailedJobError as error:
+            raise UserError(f"SLURM refused the jobs: {' '.join(str(error).split())}") from None
+        return [_Submitted(job, self._last_seen) for job in jobs] if self.cluster == "slurm" else jobs
+
+    def _queue(self) -> subprocess.CompletedProcess:
+        return subprocess.run(["squeue", "-h", "-r", "-o", "%i", "--name", self._name], capture_output=True, text=True)
+
+    def _last_seen(self, job_id: str) -> float:
+        """When a job was last in the queue; while SLURM does not answer, all are."""
+        if time.monotonic() - self._asked > _ASK_S:
+            queue, self._asked = self._queue(), time.monotonic()
+            self._seen |= dict.fromkeys(self._seen if queue.returncode else queue.stdout.split(), self._asked)
+        return self._seen.setdefault(job_id, time.monotonic())
+
+
+@dataclass(frozen=True)
+class _Submitted:
+    """A job of SLURM's, told by its queue: submitit would ask sacct, which answers where there is accounting."""
+
+    job: Any
+    last_seen: Callable[[str], float]
+
+    def done(self) -> bool:
+        return self.job.paths.result_pickle.exists() or time.monotonic() - self.last_seen(self.job.job_id) > _GONE_S
+
+    def result(self) -> str | None:
+        if not self.job.paths.result_pickle.exists():
+            raise RuntimeError(f"SLURM's job {self.job.job_id} ended without a result (see {self.job.paths.stderr})")
+        return self.job.result()
+
+    def cancel(self) -> None:
+        self.job.cancel(check=False)
 
 
 class _SlurmJob:
     """What a job calls; when it is preempted or its time is over, submitit asks for its ``checkpoint``."""
 
     def __call__(self, study: Study, run: StudyRun) -> str | None:
+        # Preemption is no failure of the run: leave no result, and SLURM or the study starts the job again.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         return failure_of(study, run)
 
     def checkpoint(self, study: Study, run: StudyRun):
@@ -164,6 +210,8 @@ def launcher_of(kind: str, num_at_once: int = 1, partition: str | None = None, t
     module = {"ray": "ray", "slurm": "submitit"}.get(kind)
     if module and importlib.util.find_spec(module) is None:
         raise UserError(f"--launcher {kind} needs {module}, which is not installed; {install_hint(kind)}")
+    if kind == "slurm" and shutil.which("sbatch") is None:
+        raise UserError("--launcher slurm needs sbatch, which is not on PATH; start the study on a node of the cluster")
     given = {"num_at_once": (num_at_once, "local"), "partition": (partition, "slurm"), "time_min": (time_min, "slurm")}
     for name, (value, launcher) in given.items():
         if value not in (None, 1) and kind != launcher:
