@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import tiny
 from maskft import MaskConfig
 
 REPOSITORY = Path(__file__).parents[1]
@@ -26,10 +28,14 @@ def test_the_experiment_has_the_form_that_peft_s_comparison_takes():
         "generation_kwargs attn_implementation init_kv_cache_prefix".split()
     )
     folders = [file.parent for file in EXPERIMENTS.rglob("adapter_config.json")]
-    assert folders and all(folder.parts[-3:-1] == ("experiments", "mask") for folder in folders)
-    for folder in folders:
-        config = PeftConfig.from_pretrained(str(folder))
-        assert isinstance(config, MaskConfig) and config.sparsity == 0.3
+    assert all(folder.parts[-3:-1] == ("experiments", "mask") for folder in folders)
+    configs = [PeftConfig.from_pretrained(str(folder)) for folder in folders]
+    assert sorted(config.sparsity for config in configs) == [0.0005, 0.01, 0.1, 0.3]
+    for folder, config in zip(folders, configs, strict=True):
+        config.layers_to_transform = None
+        masked = get_peft_model(tiny.tiny_llama(), config)  # and nothing else: its runner knows no mask
+        masked(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+        assert masked.get_nb_trainable_parameters()[0] > 0
         assert set(json.loads((folder / "training_params.json").read_text())) <= known
 
 

