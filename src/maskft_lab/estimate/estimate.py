@@ -36,6 +36,8 @@ from .out_of_memory import ADVICE
 TRAINER_BYTES = 70_000_000  # what reading data and building the trainer add to a process; measured once
 MAX_MICRO_BATCH = 1024  # no larger one is tried; the answer then means this or more
 RESERVE_BYTES = 2**30  # of a GPU, for its driver and fragmentation; an assumption
+# TRL makes logits in tiles of so many tokens and entries; on a CPU, without Triton's kernel, ten float32 ones at once.
+_TILE, _CPU_TILES = (4096, 32768), 10
 _REFRESH_BYTES = 12  # per weight of the largest matrix on a GPU: its magnitudes, a copy to rank them, masks
 
 
@@ -191,13 +193,20 @@ class _Planned:
         if not self.passes:  # float32 ranking keys and bool masks of all matrices at once
             return start | {"masks": 5 * sum(self.masked_sizes)}
         step = {**start, **self.kept, "activations": 0, "buffers": self._step_bytes}
-        during = {**step, "activations": self._activations(rows), "buffers": 0}
+        during = {**step, "activations": self._activations(rows), "buffers": 0, "logits": self._logits(rows)}
         if self.run.training.gradient_accumulation_steps == 1:
             during["gradients"] = 0  # they come as activations go
         phases = [step, during]
         if self.device == "cpu":  # a file's pages are resident while the weights are read from it
             phases.append(start | {"file": self.stored.itemsize * self.num_parameters})
         return max(phases, key=lambda terms: sum(terms.values()))
+
+    def _logits(self, rows: int) -> int:
+        """What the head takes for a moment, when the backward pass begins."""
+        vocab = self.config.get_text_config().vocab_size
+        tile = 4 * min(rows * self.run.training.max_length, _TILE[0]) * min(vocab, _TILE[1])
+        head = 4 * sum(p.numel() for p in self.model.get_output_embeddings().parameters() if p.requires_grad)
+        return head + tile * (_CPU_TILES if self.device == "cpu" else 1)
 
     @property
     def _step_bytes(self) -> int:
