@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from math import comb
 
 import numpy as np
 from scipy import stats
@@ -11,9 +10,8 @@ from scipy import stats
 from maskft_lab.results import families
 from maskft_lab.results.comparison import NOT_DISTINGUISHABLE, Settings
 from maskft_lab.results.differences import Measured, Sample, describe, judge
-from maskft_lab.results.planning import smallest_difference
-from maskft_lab.results.proportions import paired_interval, pass_at_k, proportion_interval, wilson_interval
-from maskft_lab.results.statistics import Bootstrap, as_block, mcnemar_exact
+from maskft_lab.results.proportions import paired_interval, proportion_interval, wilson_interval
+from maskft_lab.results.statistics import Bootstrap, as_block
 
 RESAMPLES = 600
 Z = stats.norm.ppf(0.975)
@@ -22,8 +20,8 @@ Z = stats.norm.ppf(0.975)
 def run(report) -> None:
     """Simulate; with ``--quick`` a few draws each."""
     draws = 20 if report.quick else 600
-    of_items = (scores, dependent_scores, differences, clusters, samples, pass_rates)
-    parts = (*of_items, averages, few_seeds, one_for_many_seeds, all_at_once, margins, plans)
+    of_items = (scores, dependent_scores, differences, clusters, samples)
+    parts = (*of_items, averages, few_seeds, one_for_many_seeds, all_at_once, margins)
     for part in parts:
         part(report, draws, np.random.default_rng(0))
 
@@ -130,35 +128,6 @@ def samples(report, draws: int, rng) -> None:
         report.add("samples", f"avg@{k}: difference over 100 items", _covered(draw, 0.0, draws), "% covered")
 
 
-def pass_rates(report, draws: int, rng) -> None:
-    """pass@4 of 8 samples on 100 items, about the rate over other items: of a model, and against a weaker one."""
-    k, num_samples, num_items, weaker = 4, 8, 100, 0.7
-
-    def rates(ease):
-        return pass_at_k(rng.binomial(num_samples, ease), num_samples, k)
-
-    for rate, spread in ((0.01, 5), (0.3, 1)):
-        law = stats.beta(spread * rate, spread * (1 - rate))
-        # Over all items: (1 - p)^k is the chance of k wrong answers, here by the moments of p.
-        truth, other = (
-            -sum(comb(k, j) * (-part) ** j * law.moment(j) for j in range(1, k + 1)) for part in (1, weaker)
-        )
-        hits = np.zeros(3)
-        for seed in range(3 * draws):
-            ease = law.rvs(num_items, random_state=rng)
-            first, second = rates(ease), rates(weaker * ease)
-            low, high = proportion_interval(first)
-            half = Z * first.std(ddof=1) / num_items**0.5
-            paired = Measured([_sample(first, second)], "fraction", RESAMPLES, seed).interval(0.95)
-            hits[0] += low <= truth <= high
-            hits[1] += abs(first.mean() - truth) <= half
-            hits[2] += paired.low <= truth - other <= paired.high
-        covered = 100 * hits / (3 * draws)
-        what = f"pass@{k} of {num_samples} samples, {num_items} items, {100 * rate:g} % right"
-        report.add("samples", f"score: {what}", covered[0], "% covered", by_standard_error=covered[1])
-        report.add("samples", f"difference: {what}", covered[2], "% covered")
-
-
 def averages(report, draws: int, rng) -> None:
     """The average over tasks of 40, 80 and 160 items; a seed is good or bad at all tasks at once."""
     for num_seeds in (1, 2, 3, 6):
@@ -263,14 +232,3 @@ def margins(report, draws: int, rng) -> None:
             diffs = seeds - 0.02 + 0.1 * rng.normal(size=(1, 100)) + 0.1 * rng.normal(size=(num_seeds, 100))
             claims += Bootstrap([as_block(diffs)], RESAMPLES).p_beyond(-0.02, 1) <= 0.05
         report.add("margins", f"margin, {num_seeds} seeds, 100 items", 100 * claims / draws, "% false")
-
-
-def plans(report, draws: int, rng) -> None:
-    """Power of a plan's smallest difference, which is to be 80 %."""
-    for num_items, differing in ((300, 0.1), (1300, 0.2)):
-        effect = smallest_difference(num_items, differing)
-        shares = [(differing + effect) / 2, (differing - effect) / 2, 1 - differing]
-        drawn = rng.multinomial(num_items, shares, 2 * draws).tolist()
-        seen = np.mean([mcnemar_exact([1] * w + [0] * x, [0] * w + [1] * x) <= 0.05 for w, x, _ in drawn])
-        what = f"plan: {num_items} items, {100 * differing:g} % differ, {100 * effect:.1f} points"
-        report.add("plans", what, 100 * seen, "% seen")

@@ -1,8 +1,6 @@
 """Intervals at the edges: exact coverage where it can be summed, simulated where not."""
 
 from functools import cache
-from itertools import product
-from math import comb
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from maskft_lab.results.proportions import (
     is_at_edge,
     paired_interval,
     paired_score,
-    pass_at_k,
     proportion_interval,
     wilson_interval,
 )
@@ -119,24 +116,6 @@ def test_few_items_that_differ_are_covered_as_resampling_does_not(wins, losses):
     assert covered[tango_interval] >= 0.94
     if wins + losses < 10:
         assert covered[bootstrap_interval] < 0.92
-
-
-def test_pass_at_k_counts_subsets():
-    for num_right, k in product(range(6), range(1, 6)):
-        none_right = comb(5 - num_right, k)
-        assert pass_at_k([num_right], 5, k) == pytest.approx(1 - none_right / comb(5, k))
-    np.testing.assert_allclose(pass_at_k([0, 3, 8], 8, 1), [0, 3 / 8, 1])
-
-
-def test_pass_at_k_is_unbiased():
-    counts = np.arange(11)
-    chances = stats.binom.pmf(counts, 10, 0.3)
-    for k in (1, 2, 5, 10):
-        assert chances @ pass_at_k(counts, 10, k) == pytest.approx(1 - 0.7**k)
-    with pytest.raises(ValueError, match="k must be 1 to 10"):
-        pass_at_k(counts, 10, 11)
-    with pytest.raises(ValueError, match="more right samples than its 9"):
-        pass_at_k(counts, 9, 1)
 
 
 def test_average_bounds_are_those_of_a_sum_of_independent_errors():

@@ -7,7 +7,7 @@ import pytest
 
 from maskft_lab.results.compare import compare
 from maskft_lab.results.paper_tables import paper_tables, render_tables
-from maskft_lab.results.reading import read_results
+from maskft_lab.results.reading import read_all
 from maskft_lab.results.text import render, sentence
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -22,7 +22,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden_verdicts.json").read_text(e
 
 @pytest.mark.parametrize("study", GOLDEN)
 def test_the_verdicts_are_the_same(study, monkeypatch):
-    comparison = compare(read_results([str(RESULTS / study)]), GOLDEN[study]["baseline"])
+    comparison = compare(read_all([str(RESULTS / study)]), GOLDEN[study]["baseline"])
     assert [sentence(row) for row in comparison.differences] == GOLDEN[study]["sentences"]
     monkeypatch.setenv("COLUMNS", "80")
     assert max(map(len, render(comparison, "terminal").splitlines())) <= 80
@@ -31,7 +31,7 @@ def test_the_verdicts_are_the_same(study, monkeypatch):
 @pytest.mark.parametrize("study", sorted({folder.name for folder in RESULTS.iterdir()} - {"benchmarks"}))
 def test_tables_fit_a_terminal(study, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    text = render_tables(*paper_tables(read_results([str(RESULTS / study)])), "terminal")
+    text = render_tables(*paper_tables(read_all([str(RESULTS / study)])), "terminal")
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -41,7 +41,7 @@ def test_what_is_published_item_by_item_is_what_the_summary_has(study):
     summary = json.loads((RESULTS / study / SUMMARY).read_text(encoding="utf-8"))
     rows = [row for model in summary["models"].values() for row in model["runs"]]
     expected = {(row["run"], row["role"]): row["metrics"] for row in rows}
-    for result in read_results([str(RESULTS / study)]):
+    for result in read_all([str(RESULTS / study)]):
         measured = {
             f"{task}/{name}": metric["value"]
             for task, record in result["tasks"].items()

@@ -16,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "results",
         nargs="*",
         metavar="RESULT",
-        help="result files of maskft evaluate, lm-eval's samples_*.jsonl or inspect-ai's logs (.eval, .json), or "
-        "folders of them; NAME=PATH names a model; results of one name with different seeds count as training seeds of "
-        "one method; a single method is shown without a comparison",
+        help="result files of maskft evaluate or lm-eval's samples_*.jsonl, or folders of them; NAME=PATH names a "
+        "model; results of one name with different seeds count as training seeds of one method; one method alone is "
+        "shown without a comparison",
     )
     parser.add_argument("--baseline", metavar="NAME", help="name of the result to compare with (default: the first's)")
     parser.add_argument("--tasks", metavar="A,B", help="tasks to compare, separated by commas (default: all)")
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster_by",
         metavar="FIELD",
-        help="field of the items (lm-eval: of the documents; inspect-ai: of the metadata) whose values are clusters of "
-        "dependent items, such as a passage (default: cluster_id where items have it)",
+        help="field of the items (lm-eval: of the documents) whose values are clusters of dependent items, such as a "
+        "passage (default: cluster_id where items have it)",
     )
     parser.add_argument(
         "--fixed_seeds",
@@ -65,35 +65,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of accuracies where there are some, 0.01 is one point; else in the unit of the one metric, such as nats per "
         "token (default: not tested)",
     )
-    for direction, word in (("higher", "more"), ("lower", "less")):
-        parser.add_argument(
-            f"--{direction}_is_better",
-            metavar="A,B",
-            help=f"metrics in logs of lm-eval or inspect-ai of which {word} is better, where they do not say so",
-        )
-    plan = parser.add_argument_group("planning", "what a comparison of two accuracies could see, before it is run")
-    plan.add_argument("--plan", action="store_true", help="print the smallest difference that would be claimed")
-    plan.add_argument("--num_items", metavar="N,M", help="numbers of items")
-    plan.add_argument("--num_comparisons", type=int, default=1, metavar="N", help="comparisons planned (default: 1)")
-    plan.add_argument(
-        "--discordance",
-        type=float,
-        metavar="P",
-        help="share of the items that exactly one model has right: 0.1 is usual of a model and its mask; independent "
-        "models of accuracy p have 2 p (1 - p)",
-    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read the results, compare them, print or write the comparison; or plan one."""
+    """Read the results, compare them, print or write the comparison."""
     from maskft_base.files import write_text
 
-    if args.output and not args.plan:
-        from ..results.reading import input_files
+    from ..results.reading import input_files
 
-        if Path(args.output).resolve() in input_files(args.results):
-            raise UserError(f"--output {args.output} is one of the results and would replace it: name another file")
-    text = _plan(args) if args.plan else _compared(args)
+    if not args.results:
+        raise UserError("no results to compare: give files of maskft evaluate or lm-eval")
+    if args.output and Path(args.output).resolve() in input_files(args.results):
+        raise UserError(f"--output {args.output} is one of the results and would replace it: name another file")
+    text = _compared(args)
     if args.output:
         write_text(args.output, text)
         print(f"wrote {args.output}")
@@ -108,27 +92,11 @@ def _compared(args: argparse.Namespace) -> str:
     from ..results.scores import scores
     from ..results.text import render, render_scores
 
-    if not args.results:
-        raise UserError("no results to compare: give files of maskft evaluate, lm-eval or inspect-ai, or --plan")
-    higher, lower = (_names(option) or [] for option in (args.higher_is_better, args.lower_is_better))
-    results = read_all(args.results, args.cluster_by, dict.fromkeys(higher, True) | dict.fromkeys(lower, False))
-    tasks, metrics = _names(args.tasks), _names(args.metrics)
+    results, tasks, metrics = read_all(args.results, args.cluster_by), _names(args.tasks), _names(args.metrics)
     if len({result["name"] for result in results}) == 1 and args.baseline is None:
         return render_scores(scores(results, tasks, metrics, args.fixed_seeds), args.format)
     settings = Settings(args.num_resamples, args.seed, args.confidence, args.margin, args.fixed_seeds)
     return render(compare(results, args.baseline, tasks=tasks, metrics=metrics, settings=settings), args.format)
-
-
-def _plan(args: argparse.Namespace) -> str:
-    from ..results.planning import plan_text
-
-    if args.results or not args.num_items or args.discordance is None:
-        raise UserError("--plan needs --num_items (300,1000) and --discordance (0.1), and no results")
-    try:
-        num_items = [int(part) for part in args.num_items.split(",")]
-    except ValueError:
-        raise UserError(f"--num_items {args.num_items}: give whole numbers separated by commas, 300,1000") from None
-    return plan_text(num_items, args.discordance, args.num_comparisons, args.confidence)
 
 
 def _names(value: str | None) -> list[str] | None:

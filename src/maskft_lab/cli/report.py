@@ -106,7 +106,7 @@ def _tables(args: argparse.Namespace) -> None:
     from maskft_base.files import write_text
 
     from ..results.paper_tables import paper_tables, render_tables
-    from ..results.reading import read_results
+    from ..results.reading import read_all
 
     measures = {}
     for measure in args.measure:
@@ -115,7 +115,7 @@ def _tables(args: argparse.Namespace) -> None:
             raise UserError(f"--measure {measure} is not BENCHMARK=TASK, such as gsm8k=heldout/accuracy")
         measures[benchmark] = task
     ids = [number.strip() for number in args.tables.split(",")] if args.tables else None
-    tables, left_over = paper_tables(read_results(args.results), ids, measures)
+    tables, left_over = paper_tables(read_all(args.results), ids, measures)
     text = render_tables(tables, left_over, args.format)
     if args.output:
         write_text(args.output, text)

@@ -21,7 +21,6 @@ _ALIKE: tuple[tuple[str, str, Any], ...] = (
     ("num_fewshot", "num_fewshot (shots)", None),
     ("chat_template_hash", "chat_template_hash (prompts)", None),
     ("generation_kwargs", "generation_kwargs", None),
-    ("task_args", "task_args", {}),
     ("num_samples", "numbers of samples per item", 1),
 )
 # Packages whose version may change answers or scores; a task's own version does not tell.

@@ -1,23 +1,24 @@
-"""lm-eval's ``samples_TASK_DATE.jsonl`` as a log, with what ``results_DATE.json`` beside it says, where it is there.
+"""lm-eval's ``samples_TASK_DATE.jsonl`` as a result, with the ``results_DATE.json`` that it writes beside them.
 
 The format is that of lm-eval 0.4.5 to 0.4.13 (``loggers/evaluation_tracker.py``): a line per document and filter.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from maskft_base.errors import UserError
-from maskft_base.files import open_text, parse_json, read_text
+from maskft_base.files import digest, open_text, parse_json, read_text
 
-from .elsewhere import Asked, Log, add_samples, as_number, base_name, metrics_of, set_cluster
-from .schema import build_task, items_fingerprint
+from .schema import Result, TaskRecord, build_result, build_task, is_finite, items_fingerprint, metric_from_items
 
-_FILE_NAME = re.compile(r"samples_(?P<task>.+?)(_(?P<date>\d{4}-\d\d-\d\dT[\d.+-]+))?\.jsonl(\.gz)?")
+MAX_LABEL = 60  # characters of a cluster's label; longer ones (a passage) are known by their digest
+_FILE_NAME = re.compile(r"samples_(?P<task>.+?)_(?P<date>\d{4}-\d\d-\d\dT[\d.+-]+)\.jsonl(\.gz)?")
 _NEEDED = ("doc_id", "filter", "metrics", "prompt_hash", "target_hash", "doc_hash", "resps")
 _SETTINGS = (
     *("limit", "gen_kwargs", "model_dtype", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed"),
@@ -32,57 +33,83 @@ def is_samples_file(path: Path) -> bool:
     return bool(_FILE_NAME.fullmatch(path.name))
 
 
-def read_samples(path: Path, asked: Asked) -> Log:
-    """Return a samples file as a log; the model is called as lm-eval's results call it, else as the folder is.
+def read_samples(files: Sequence[Path], name: str | None, cluster_by: str | None) -> Result:
+    """Return samples files, each of another task, as a result of one model, called as lm-eval's results call it.
+
+    Args:
+        files: Of one folder.
+        name: Of the model, if not lm-eval's.
+        cluster_by: Field of the documents that names the clusters.
 
     Raises:
-        UserError: If it has no samples, or not those of lm-eval 0.4.5 or later.
-        ValueError: If it cannot be read; other exceptions where its content is not what it should be.
+        UserError: If they have no samples, not those of lm-eval 0.4.5 or later, or nothing stands beside them.
+        ValueError: If one cannot be read; other exceptions where its content is not what it should be.
     """
-    named = _FILE_NAME.fullmatch(path.name)
-    assert named is not None
-    task, beside = named["task"], sorted(path.parent.glob(f"*_{named['date']}.json")) if named["date"] else []
-    try:
-        summary: dict[str, Any] = parse_json(read_text(beside[0])) if beside else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{beside[0]}: cannot be read ({error}): remove the file or evaluate again") from None
-    items, values, questions, num_samples = _parsed(path, asked)
-    for name, by_item in values.items():
-        # Others are parts of a summary (a corpus score, say).
-        is_score = all(len(scores) in (1, num_samples) and None not in scores for scores in by_item.values())
-        if by_item.keys() == items.keys() and is_score and _is_mean(summary, task, name, by_item):
-            add_samples(list(items.values()), name, [by_item[identity] for identity in items])
+    tasks: dict[str, TaskRecord] = {}
+    settings: dict[str, Any] = {}
+    packages: dict[str, Any] = {}
+    for file in files:
+        named = cast(re.Match[str], _FILE_NAME.fullmatch(file.name))
+        if named["task"] in tasks:
+            raise UserError(f"{file}: a second log of task {named['task']} in this folder: name single files")
+        beside = file.with_name(f"results_{named['date']}.json")
+        try:
+            summary: dict[str, Any] = parse_json(read_text(beside))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{beside}: cannot be read ({error}): keep it beside its samples") from None
+        tasks[named["task"]] = _task(file, named["task"], summary, cluster_by)
+        said = {**summary, **(summary.get("config") or {})}
+        settings |= {key: said[key] for key in _SETTINGS if said.get(key) is not None}
+        packages |= {key: said[f"{key}_version"] for key in ("lm_eval", "transformers") if said.get(f"{key}_version")}
+        name = name or str(summary.get("model_name") or file.resolve().parent.name)
+    assert name is not None
+    result = build_result(name, {"name_or_path": name}, settings, tasks)
+    return {**result, "environment": {"packages": packages}}
+
+
+def set_cluster(item: dict[str, Any], fields: Mapping[str, Any], cluster_by: str | None, place: str | Path) -> None:
+    """Give an item its cluster where there is one: the value of the field that was asked for, or ``cluster_id``."""
+    if cluster_by is None and "cluster_id" not in fields:
+        return
+    value = fields.get(cluster_by or "cluster_id")
+    if value is None:
+        raise UserError(f"{place}, {cluster_by}: no such field to take clusters from: name one that every item has")
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    item["cluster_id"] = text if len(text) <= MAX_LABEL else digest(text)[:16]
+
+
+def _task(file: Path, task: str, summary: Mapping[str, Any], cluster_by: str | None) -> TaskRecord:
+    """Return what is measured item by item, with what lm-eval says of the task."""
+    items, questions, num_samples = _parsed(file, cluster_by)
     higher = (summary.get("higher_is_better") or {}).get(task) or {}
-    known = {name: higher[base_name(name)] for name in values if isinstance(higher.get(base_name(name)), bool)}
-    metrics = metrics_of(list(items.values()), known, asked, path)
+    metrics = {}
+    for metric in dict.fromkeys(key for item in items.values() for key in item if key not in ("id", "cluster_id")):
+        values = [item.get(metric) for item in items.values()]
+        direction = higher.get(metric.partition(",")[0])
+        # Others are no numbers, or parts of a summary (a corpus score, say).
+        if all(map(is_finite, values)) and isinstance(direction, bool) and _is_mean(summary, task, metric, values):
+            metrics[metric] = metric_from_items(list(items.values()), metric, higher_is_better=direction)
     if not metrics:
-        raise UserError(f"{path}: no metric is a number per item, so there is nothing to compare")
+        raise UserError(f"{file}: no metric is a number per item, so there is nothing to compare")
+    kept = ("id", "cluster_id", *metrics)
     record = build_task(
-        list(items.values()),
+        [{key: item[key] for key in kept if key in item} for item in items.values()],
         metrics,
         version=(summary.get("versions") or {}).get(task),
         num_fewshot=(summary.get("n-shot") or {}).get(task),
         fingerprint=items_fingerprint(questions.values()),
         chat_template_hash=summary.get("chat_template_sha"),
     )
-    if not summary:
-        record["outputs_from_file"] = True  # whether prompts had a template is not known; their hashes are compared
     if num_samples > 1:
         record["num_samples"] = num_samples
     if kwargs := ((summary.get("configs") or {}).get(task) or {}).get("generation_kwargs"):
         record["generation_kwargs"] = kwargs
-    said = {**summary, **(summary.get("config") or {})}
-    settings = {key: said[key] for key in _SETTINGS if said.get(key) is not None}
-    versions = {name: summary.get(f"{name}_version") for name in ("lm_eval", "transformers")}
-    packages = {name: version for name, version in versions.items() if version}
-    model = str(summary.get("model_name") or path.resolve().parent.name)
-    return Log(path, model, task, record, settings, packages)
+    return record
 
 
-def _parsed(path: Path, asked: Asked) -> tuple[Items, dict[str, dict[str, list[Any]]], Items, int]:
-    """Return the items, metric -> item -> its samples' scores, the questions, and the number of samples per item."""
+def _parsed(path: Path, cluster_by: str | None) -> tuple[Items, Items, int]:
+    """Return the items with their scores, the questions, and the number of samples per item."""
     items: Items = {}
-    values: dict[str, dict[str, list[Any]]] = {}
     questions: Items = {}
     num_samples = 1
     for row in _rows(path):
@@ -93,18 +120,17 @@ def _parsed(path: Path, asked: Asked) -> tuple[Items, dict[str, dict[str, list[A
             )
         identity, document = str(row["doc_id"]), row.get("doc")
         item = items.setdefault(identity, {"id": identity})
-        set_cluster(item, document if isinstance(document, dict) else {}, asked, path)
+        set_cluster(item, document if isinstance(document, dict) else {}, cluster_by, path)
         prompt = [row["doc_hash"], row["prompt_hash"]]
         questions[identity] = {"id": identity, "prompt": prompt, "reference": row["target_hash"]}
         num_samples = max([num_samples, *(len(each) for each in row["resps"] if isinstance(each, list))])
         for metric in row["metrics"]:
-            name = metric if row["filter"] == "none" else f"{metric},{row['filter']}"
             value = row.get(metric)
-            scores = value if isinstance(value, list) else [value]
-            values.setdefault(name, {})[identity] = [as_number(score) for score in scores]
+            name = metric if row["filter"] == "none" else f"{metric},{row['filter']}"
+            item[name] = int(value) if isinstance(value, bool) else value
     if not items:
         raise UserError(f"{path}: no samples in it: evaluate again with --log_samples")
-    return items, values, questions, num_samples
+    return items, questions, num_samples
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -117,9 +143,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 raise UserError(f"{path}, line {number}: not JSON ({error}): is the file whole?") from None
 
 
-def _is_mean(summary: Mapping[str, Any], task: str, name: str, by_item: Mapping[str, list[Any]]) -> bool:
+def _is_mean(summary: Mapping[str, Any], task: str, metric: str, values: Sequence[float]) -> bool:
     """Whether lm-eval reports the mean over the items, where it reports anything (of a perplexity it does not)."""
     reported = (summary.get("results") or {}).get(task) or {}
-    expected = reported.get(name if "," in name else f"{name},none")
-    mean = math.fsum(math.fsum(scores) / len(scores) for scores in by_item.values()) / len(by_item)
+    expected = reported.get(metric if "," in metric else f"{metric},none")
+    mean = math.fsum(values) / len(values)
     return not isinstance(expected, int | float) or math.isclose(expected, mean, rel_tol=1e-6)

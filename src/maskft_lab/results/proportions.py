@@ -1,6 +1,6 @@
 """Proportions where a standard error misleads: few right, few wrong, few items on which two models differ.
 
-Also shares of several samples per item (avg@k, pass@k). Shapes: N items.
+Also shares of several samples per item (avg@k). Shapes: N items.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
 # Below so many items of a kind (right, wrong, won or lost) the normal approximation and the bootstrap are not used.
@@ -134,30 +134,6 @@ def average_bounds(centres: ArrayLike, bounds: Sequence[Bounds]) -> Bounds:
     mean = float(centres_T.mean())
     below, above = (float(np.sqrt(((centres_T - each) ** 2).sum()) / centres_T.size) for each in (lows_T, highs_T))
     return Bounds(mean - below, mean + above)
-
-
-def pass_at_k(num_right: ArrayLike, num_samples: int, k: int) -> NDArray[np.float64]:
-    """Return the unbiased estimate that at least one of ``k`` samples is right, per item.
-
-    ``1 - C(n - c, k) / C(n, k)``, Eq. 1 of https://arxiv.org/abs/2107.03374. With k = 1 it is avg@n, the share right.
-
-    Args:
-        num_right: How many of an item's samples are right, in [0, num_samples], shape (N,).
-        num_samples: Samples of every item, n.
-        k: In [1, num_samples].
-
-    Raises:
-        ValueError: If ``k`` or a count is out of range: n samples say nothing unbiased about more than n.
-    """
-    right_N = np.asarray(num_right)
-    if not 1 <= k <= num_samples:
-        raise ValueError(f"pass@{k} of {num_samples} samples: k must be 1 to {num_samples}")
-    if ((right_N < 0) | (right_N > num_samples)).any():
-        raise ValueError(f"an item has more right samples than its {num_samples}, or fewer than none")
-    wrong_N = num_samples - right_N
-    steps_K = np.arange(k)
-    factors_NK = np.maximum(0, wrong_N[..., None] - steps_K) / (num_samples - steps_K)
-    return np.asarray(1 - factors_NK.prod(axis=-1), dtype=float)
 
 
 def _wilson(share: float, num_items: float, z: float) -> Bounds:

@@ -99,7 +99,6 @@ class TaskRecord(TypedDict):
     outputs_from_file: NotRequired[bool]  # answers that another program generated
     data_file: NotRequired[str]  # of rows of one's own: the test set's file, by which tables name it
     num_samples: NotRequired[int]  # answers to each item, where there are several
-    task_args: NotRequired[dict[str, Any]]  # arguments of the task, in logs of inspect-ai
 
 
 class EnvironmentRecord(TypedDict):
