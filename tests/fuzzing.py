@@ -256,7 +256,7 @@ class Results(Target):
 
         def read():
             comparison = compare([self.other, read_result(file)])
-            for form in ("terminal", "markdown", "latex", "json"):
+            for form in ("terminal", "markdown", "json"):
                 render(comparison, form)
 
         return accepts(read)

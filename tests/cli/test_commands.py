@@ -269,7 +269,7 @@ def test_evaluate_and_compare(adapter, base, data, tmp_path, capsys):
     status, out, err = call(["compare", tmp_path / "a", tmp_path / "b"], capsys)
     assert status == 0, err
     assert "Verdict: " in out and f"accuracy on {data.name}" in out
-    for form in ("markdown", "latex", "json"):
+    for form in ("markdown", "json"):
         assert call(["compare", tmp_path / "a", tmp_path / "b", "--format", form], capsys)[0] == 0
 
 

@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``maskft masks compare``."""
     parser.add_argument("operation", choices=("compare",), help="how much each two remove in common, and by chance")
     parser.add_argument("adapters", nargs="+", metavar="DIR", help="adapter folders over one base, two or more")
-    parser.add_argument("--format", choices=("terminal", "markdown", "latex", "json"), default="terminal")
+    parser.add_argument("--format", choices=("terminal", "markdown", "json"), default="terminal")
     parser.add_argument("--confidence", type=float, default=0.95, metavar="P", help="of chance's interval, in (0, 1)")
 
 

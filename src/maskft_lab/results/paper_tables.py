@@ -19,7 +19,7 @@ import yaml
 from maskft_base.errors import UserError, did_you_mean, printable
 
 from .schema import Result
-from .text import Table, draw, latex_text, markdown_text, to_json, wrap
+from .text import Table, draw, markdown_text, to_json, wrap
 
 NO_RESULT = "–"
 _BACKBONES = {"llama27b": "LLaMA2-7B", "llama318b": "LLaMA3.1-8B"}  # in a base model's name -> the paper's name
@@ -102,7 +102,7 @@ def paper_tables(
 
 
 def render_tables(tables: Sequence[PaperTable], left_over: Sequence[str], output_format: str) -> str:
-    """Return tables as text: ``terminal``, ``markdown``, ``latex`` or ``json``."""
+    """Return tables as text: ``terminal``, ``markdown`` or ``json``."""
     if output_format == "json":
         records = [
             {"table": t.id, "caption": t.caption, "ours": t.ours, "figures": [vars(figure) for figure in t.figures]}
@@ -112,11 +112,11 @@ def render_tables(tables: Sequence[PaperTable], left_over: Sequence[str], output
     parts: list[str] = []
     for table in tables:
         text = table.caption
-        caption = {"markdown": f"**{markdown_text(text)}**\n", "latex": f"% {latex_text(text)}"}
+        caption = {"markdown": f"**{markdown_text(text)}**\n"}
         parts.append(f"{caption.get(output_format) or wrap(printable(text))}\n{draw(table.table, output_format)}")
     if left_over:
         text = printable(f"In none of these tables: {', '.join(left_over)}.")
-        parts.append({"terminal": wrap(text), "markdown": markdown_text(text), "latex": f"% {text}"}[output_format])
+        parts.append({"terminal": wrap(text), "markdown": markdown_text(text)}[output_format])
     return "\n".join(parts).rstrip() + "\n"
 
 

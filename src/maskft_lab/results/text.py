@@ -1,4 +1,4 @@
-"""Comparisons and tables as text: for a terminal, Markdown, LaTeX or JSON."""
+"""Comparisons and tables as text: for a terminal, Markdown or JSON."""
 
 from __future__ import annotations
 
@@ -17,18 +17,6 @@ from .comparison import EQUIVALENT, NO_WORSE, NOT_DISTINGUISHABLE, SCHEMA_VERSIO
 PAGE_LINES, PAGE_WIDTH = 25, 80
 MIN_NAME = 12  # characters of a name that a page's table leaves at least
 
-LATEX_ESCAPES = {
-    "\\": r"\textbackslash{}",
-    "±": r"$\pm$",
-    "–": "--",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": "$<$",
-    ">": "$>$",
-    **{character: "\\" + character for character in "&%$#_{}"},
-}
-
-
 # What Markdown would take for an escape, code, a tag or a link.
 MARKDOWN_SPECIAL = re.compile(r"[\\`]|<(?=[a-zA-Z/!?])|(?<=\])\(")
 
@@ -41,21 +29,17 @@ class Table(NamedTuple):
 
 
 def render(comparison: Comparison, output_format: str) -> str:
-    """Return a comparison as text: ``markdown``, ``latex`` and ``json`` have all of it, ``terminal`` a page at most."""
+    """Return a comparison as text: ``markdown`` and ``json`` have all of it, ``terminal`` a page at most."""
     if output_format == "json":
         return to_json(comparison.to_dict())
     if output_format == "terminal":
         return _page(comparison)
-    clean = markdown_text if output_format == "markdown" else printable  # in LaTeX they are comments
     sentences = [f"Verdict: {verdict.text}" for verdict in comparison.verdicts]
     sentences += [sentence(row) for row in comparison.rows]
     sentences += [_note(note) for note in comparison.notes]
-    sentences = [clean(line) for line in (*sentences, _how_to_read(comparison))]
-    reached = draw(cross_domain_table(comparison.scores), output_format)
-    differences = draw(difference_table(comparison), output_format)
-    if output_format == "markdown":
-        return "\n".join([reached, differences, *(f"- {line}" for line in sentences)]) + "\n"
-    return "\n".join([*(f"% {line}" for line in sentences), reached, differences])
+    tables = [draw(table, "markdown") for table in (cross_domain_table(comparison.scores), difference_table(comparison))]
+    lines = [f"- {markdown_text(line)}" for line in (*sentences, _how_to_read(comparison))]
+    return "\n".join([*tables, *lines]) + "\n"
 
 
 def brief_metric(differences: Sequence[Difference]) -> tuple[str, str]:
@@ -249,18 +233,14 @@ def cross_domain_table(scores: Sequence[Score]) -> Table:
 
 
 def draw(table: Table, output_format: str) -> str:
-    """Return a table as text: ``terminal``, ``markdown`` or ``latex`` (with the booktabs package)."""
-    clean = {"terminal": printable, "markdown": markdown_cell, "latex": latex_text}[output_format]
+    """Return a table as text: ``terminal`` or ``markdown``."""
+    clean = printable if output_format == "terminal" else markdown_cell
     cells = [tuple(map(clean, row)) for row in (table.columns, *table.rows)]
     if output_format == "terminal":
         return _terminal_table(Table(cells[0], cells[1:]))
-    if output_format == "markdown":
-        lines = [f"| {' | '.join(row)} |" for row in cells]
-        lines.insert(1, "|" + " --- |" + " ---: |" * (len(table.columns) - 1))
-        return "\n".join(lines) + "\n"
-    lines = [" & ".join(row) + r" \\" for row in cells]
-    begin = rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}"
-    return "\n".join([begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    lines.insert(1, "|" + " --- |" + " ---: |" * (len(table.columns) - 1))
+    return "\n".join(lines) + "\n"
 
 
 def wrap(line: str) -> str:
@@ -300,12 +280,6 @@ def markdown_text(text: str) -> str:
 def markdown_cell(text: str) -> str:
     """Escape also what would end a cell of a table."""
     return markdown_text(text).replace("|", r"\|")
-
-
-def latex_text(text: str) -> str:
-    """Escape what LaTeX would read as commands."""
-    escaped = "".join(LATEX_ESCAPES.get(character, character) for character in printable(text))
-    return re.sub(r"(?<!\w)-(?=\d)", "$-$", escaped)
 
 
 def score_text(score: Score) -> str:
