@@ -8,8 +8,6 @@ from pathlib import Path
 
 from maskft_base.errors import UserError
 
-from ..results import FORMATS
-
 TABLES = "tables"
 
 
@@ -90,15 +88,7 @@ def _add_tables(tables: argparse.ArgumentParser) -> None:
     )
     tables.add_argument("results", nargs="*", metavar="RESULT", help="result files, or folders, with all below them")
     tables.add_argument("--tables", metavar="N,N", help="numbers of the tables, separated by commas (default: all)")
-    tables.add_argument(
-        "--measure",
-        action="append",
-        default=[],
-        metavar="BENCHMARK=TASK[/METRIC]",
-        help="the task that measures a benchmark in these results, e.g. gsm8k=heldout/accuracy; its metric must be a "
-        "fraction; may be repeated",
-    )
-    tables.add_argument("--format", choices=FORMATS, default="terminal", help="form of the output (default: terminal)")
+    tables.add_argument("--format", choices=("terminal", "markdown"), default="terminal", help="(default: terminal)")
     tables.add_argument("--output", metavar="FILE", help="write to FILE instead of printing")
 
 
@@ -108,14 +98,8 @@ def _tables(args: argparse.Namespace) -> None:
     from ..results.paper_tables import paper_tables, render_tables
     from ..results.reading import read_all
 
-    measures = {}
-    for measure in args.measure:
-        benchmark, equals, task = measure.partition("=")
-        if not (benchmark and equals and task):
-            raise UserError(f"--measure {measure} is not BENCHMARK=TASK, such as gsm8k=heldout/accuracy")
-        measures[benchmark] = task
     ids = [number.strip() for number in args.tables.split(",")] if args.tables else None
-    tables, left_over = paper_tables(read_all(args.results), ids, measures)
+    tables, left_over = paper_tables(read_all(args.results), ids)
     text = render_tables(tables, left_over, args.format)
     if args.output:
         write_text(args.output, text)

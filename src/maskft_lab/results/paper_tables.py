@@ -8,62 +8,28 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import yaml
 
-from maskft_base.errors import UserError, did_you_mean, printable
+from maskft_base.errors import UserError, printable
 
 from .schema import Result
-from .text import Table, draw, markdown_text, to_json, wrap
+from .text import Table, draw, markdown_text, wrap
 
 NO_RESULT = "–"
 _BACKBONES = {"llama27b": "LLaMA2-7B", "llama318b": "LLaMA3.1-8B"}  # in a base model's name -> the paper's name
 
-Asked = Mapping[str, Any]  # what a cell asks for: the entries of its row and of its column
 
+class Cell(NamedTuple):
+    """The paper's score, with what it writes after ±, and ours of each seed, of one study; in percent."""
 
-@dataclass(frozen=True)
-class Figure:
-    """One cell: the paper's figure and ours, in percent.
-
-    ``spread`` is what the paper writes after ±, and ours the standard deviation over seeds. ``study`` is the study that
-    ours is from, None where the results are of none.
-    """
-
-    row: str
-    column: str
-    paper: float
-    paper_spread: float | None = None
-    ours: float | None = None
-    ours_spread: float | None = None
-    study: str | None = None
-    results: list[str] = field(default_factory=list[str])
-
-
-@dataclass(frozen=True)
-class PaperTable:
-    """A table of the paper with our figures.
-
-    Attributes:
-        id: Its number.
-        caption: The line above it, which names our base model.
-        ours: The base model of our figures; None without any.
-        figures: The cells that hold figures.
-        table: All cells as text.
-        results: The results that the figures are of.
-    """
-
-    id: str
-    caption: str
-    ours: str | None
-    figures: list[Figure]
-    table: Table
-    results: list[Result] = field(repr=False)
+    paper: list[float]
+    ours: list[float]
+    study: str | None
 
 
 @cache
@@ -74,58 +40,49 @@ def paper() -> dict[str, Any]:
 
 
 def paper_tables(
-    results: Sequence[Result], ids: Sequence[str] | None = None, measures: Mapping[str, str] | None = None
-) -> tuple[list[PaperTable], list[str]]:
+    results: Sequence[Result], ids: Sequence[str] | None = None
+) -> tuple[list[tuple[str, Table]], list[str]]:
     """Fill the paper's tables.
 
     Args:
         results: Results of this schema, none at all included; of several studies for one cell the first counts.
         ids: Numbers of the tables. Default: all.
-        measures: Benchmark -> the task, or ``task/metric``, that measures it in these results.
 
     Returns:
-        The tables, and the names of the results that are in none of them.
+        Caption and cells of each table, and the names of the results that are in none of them.
 
     Raises:
-        UserError: If a name is unknown, or two results of one study and seed claim one cell.
+        UserError: If there is no such table, or two results of one study and seed claim one cell.
     """
-    specs, known = paper()["tables"], paper()["benchmarks"]
+    specs = paper()["tables"]
     for asked in ids or ():
         if asked not in specs:
             raise UserError(f"there is no table {asked!r} here; there are {', '.join(specs)}")
-    for benchmark in measures or {}:
-        if benchmark not in known:
-            raise UserError(f"no benchmark {benchmark!r}{did_you_mean(benchmark, known)}; there are {', '.join(known)}")
-    tables = [_fill(number, results, measures or {}) for number in ids or specs]
-    used = {id(result) for table in tables for result in table.results}  # others may have the same name
-    return tables, list(dict.fromkeys(_name_of(result) for result in results if id(result) not in used))
+    filled = [_fill(number, results) for number in ids or specs]
+    used = {id(result) for *_, of_table in filled for result in of_table}  # others may have the same name
+    left_over = dict.fromkeys(_name_of(result) for result in results if id(result) not in used)
+    return [(caption, table) for caption, table, _ in filled], list(left_over)
 
 
-def render_tables(tables: Sequence[PaperTable], left_over: Sequence[str], output_format: str) -> str:
-    """Return tables as text: ``terminal``, ``markdown`` or ``json``."""
-    if output_format == "json":
-        records = [
-            {"table": t.id, "caption": t.caption, "ours": t.ours, "figures": [vars(figure) for figure in t.figures]}
-            for t in tables
-        ]
-        return to_json({"tables": records, "in_none": list(left_over)})
-    parts: list[str] = []
-    for table in tables:
-        text = table.caption
-        caption = {"markdown": f"**{markdown_text(text)}**\n"}
-        parts.append(f"{caption.get(output_format) or wrap(printable(text))}\n{draw(table.table, output_format)}")
+def render_tables(tables: Sequence[tuple[str, Table]], left_over: Sequence[str], output_format: str) -> str:
+    """Return tables as text: ``terminal`` or ``markdown``."""
+    is_terminal = output_format == "terminal"
+    parts = []
+    for caption, table in tables:
+        head = wrap(printable(caption)) if is_terminal else f"**{markdown_text(caption)}**\n"
+        parts.append(f"{head}\n{draw(table, output_format)}")
     if left_over:
-        text = printable(f"In none of these tables: {', '.join(left_over)}.")
-        parts.append({"terminal": wrap(text), "markdown": markdown_text(text)}[output_format])
+        text = f"In none of these tables: {', '.join(left_over)}."
+        parts.append(wrap(printable(text)) if is_terminal else markdown_text(text))
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _fill(number: str, results: Sequence[Result], measures: Mapping[str, str]) -> PaperTable:
-    spec, columns = paper()["tables"][number], paper()["benchmarks"]
-    figures: list[Figure] = []
+def _fill(number: str, results: Sequence[Result]) -> tuple[str, Table, list[Result]]:
+    """Return caption, cells and the results that stand in them."""
+    spec, benchmarks = paper()["tables"][number], paper()["benchmarks"]
     rows: list[tuple[str, ...]] = []
     used: list[Result] = []
-    best: list[Figure] = []
+    best: list[Cell] = []
     block = None
     for row in spec["rows"]:
         fitting = _of_backbone(results, row.get("backbone", spec.get("backbone")))
@@ -133,80 +90,55 @@ def _fill(number: str, results: Sequence[Result], measures: Mapping[str, str]) -
         if heading != block:
             block = heading
             rows.append((block, *[""] * len(spec["columns"])))
-        line: list[Figure] = []
-        for key, cell in zip(spec["columns"], row["cells"], strict=True):
-            place = f"{row['label']}, {columns[key]['label']} of Table {number}"
-            chosen = _choose(fitting, columns[key] | row | {"column": key, "place": place}, measures)
-            label = row["label"] if block is None else f"{block}: {row['label']}"
-            line.append(_figure(label, key, cell, chosen))
+        line: list[Cell] = []
+        for key, figure in zip(spec["columns"], row["cells"], strict=True):
+            chosen = _choose(fitting, benchmarks[key] | row)
             used += [result for result, _ in chosen]
-        rows.append((row["label"], *map(_figure_text, line)))
+            study = _study_of(chosen[0][0]) if chosen else None
+            line.append(Cell(figure, [value for _, value in chosen], study))
+        rows.append((row["label"], *map(_cell_text, line)))
         if row["method"] == "full" and "checkpoint" not in row:
             best = line
         if row.get("delta"):
             rows.append(("  against Best FFT", *map(_delta_text, line, best)))
-        figures += line
-    names = ("Method", *(columns[key]["label"] for key in spec["columns"]))
     bases = sorted({_base(result) or "a base model that is not stated" for result in used})
-    ours = ", ".join(bases) or None
-    theirs = spec.get("backbone", "of the block's model")
-    caption = f"Table {number} ({spec['place']}): {spec['title']}. The paper's figure, {theirs} / ours, "
-    return PaperTable(number, caption + (ours or "no results"), ours, figures, Table(names, rows), used)
+    caption = f"Table {number} ({spec['place']}): {spec['title']}. The paper's figure, "
+    caption += f"{spec.get('backbone', 'of the block’s model')} / ours, {', '.join(bases) or 'no results'}"
+    return caption, Table(("Method", *(benchmarks[key]["label"] for key in spec["columns"])), rows), used
 
 
-def _choose(results: Iterable[Result], asked: Asked, measures: Mapping[str, str]) -> list[tuple[Result, float]]:
+def _choose(results: Sequence[Result], asked: Mapping[str, Any]) -> list[tuple[Result, float]]:
     """Return the results of one study, one per seed, that stand in a cell, each with its score in percent."""
-    found = [
-        (result, value)
-        for result in results
-        if _fits(result, asked) and (value := _value(result, asked, measures)) is not None
-    ]
     by_seed: dict[int | None, tuple[Result, float]] = {}
-    for result, value in found:
-        if _study_of(result) != _study_of(found[0][0]):
+    for result in (result for result in results if _fits(result, asked)):
+        metrics = next((result["tasks"][name]["metrics"] for name in asked["tasks"] if name in result["tasks"]), {})
+        value = next((metrics[name]["value"] for name in asked["metrics"] if name in metrics), None)
+        first = next(iter(by_seed.values()))[0] if by_seed else result
+        if value is None or _study_of(result) != _study_of(first):
             continue
         # Nothing was trained in a pre-trained model, whatever its seed.
         seed = None if asked["method"] == "pretrained" else result["model"]["seed"]
-        other, its_value = by_seed.setdefault(seed, (result, value))
-        if other is not result and not (seed is None and its_value == value):
+        other, its_value = by_seed.setdefault(seed, (result, 100 * value))
+        if other is not result and not (seed is None and its_value == 100 * value):
             raise UserError(
-                f"{other['name']!r} and {result['name']!r} are of one seed and both stand for {asked['place']}; give "
+                f"{other['name']!r} and {result['name']!r} are of one seed and both stand for {asked['label']}; give "
                 "one of them, or say in their block 'training' how they differ"
             )
     return list(by_seed.values())
 
 
-def _fits(result: Result, asked: Asked) -> bool:
+def _fits(result: Result, asked: Mapping[str, Any]) -> bool:
     training, method = result.get("training", {}), result["model"]["method"]
     if training.get("num_train_tokens") == 0 and method is None:
         method = "pretrained"
     if method != asked["method"] or training.get("variant"):  # controls that the paper does not have
         return False
-    if method == "pretrained":
-        return True
-    if (training.get("mixed") or False) != asked["mixed"]:
-        return False
-    if (training.get("selection") or "topk") != asked.get("selection", "topk"):
-        return False
-    if (training.get("checkpoint") or "best") != asked.get("checkpoint", "best"):
-        return False
-    return training.get("domain") in ([asked["trained_on"]] if "trained_on" in asked else [asked["domain"], None])
-
-
-def _value(result: Result, asked: Asked, measures: Mapping[str, str]) -> float | None:
-    """Return what a result has for a cell, in percent; None for nothing."""
-    task, _, metric = measures.get(asked["column"], "").partition("/")
-    for name in [task] if task else asked["tasks"]:
-        metrics = result["tasks"][name]["metrics"] if name in result["tasks"] else {}
-        for known in [metric] if metric else asked["metrics"]:
-            if known in metrics and (value := metrics[known]["value"]) is not None:
-                if metrics[known]["unit"] != "fraction":
-                    raise UserError(
-                        f"{name}/{known} of {result['name']!r} has the unit {metrics[known]['unit']}, and scores stand "
-                        f"in percent; measure {asked['column']} by a fraction, such as {name}/accuracy"
-                    )
-                return 100.0 * value
-    return None
+    return method == "pretrained" or (
+        (training.get("mixed") or False) == asked["mixed"]
+        and (training.get("selection") or "topk") == asked.get("selection", "topk")
+        and (training.get("checkpoint") or "best") == asked.get("checkpoint", "best")
+        and training.get("domain") in ([asked["trained_on"]] if "trained_on" in asked else [asked["domain"], None])
+    )
 
 
 def _of_backbone(results: Sequence[Result], backbone: str) -> list[Result]:
@@ -237,29 +169,15 @@ def _name_of(result: Result) -> str:
     return result["name"] if study is None else f"{result['name']} of {study}"
 
 
-def _figure(row: str, column: str, cell: list[float], chosen: Sequence[tuple[Result, float]]) -> Figure:
-    values = [value for _, value in chosen]
-    return Figure(
-        row=row,
-        column=column,
-        paper=cell[0],
-        paper_spread=cell[1] if len(cell) > 1 else None,
-        ours=statistics.fmean(values) if values else None,
-        ours_spread=statistics.stdev(values) if len(values) > 1 else None,
-        study=_study_of(chosen[0][0]) if chosen else None,
-        results=[_name_of(result) for result, _ in chosen],
-    )
+def _cell_text(cell: Cell) -> str:
+    theirs, ours = f"{cell.paper[0]:.1f}", f"{statistics.fmean(cell.ours):.1f}" if cell.ours else NO_RESULT
+    theirs += f" ± {cell.paper[1]:.2f}" if len(cell.paper) > 1 else ""
+    return f"{theirs} / {ours}" + (f" ± {statistics.stdev(cell.ours):.2f}" if len(cell.ours) > 1 else "")
 
 
-def _figure_text(figure: Figure) -> str:
-    theirs, ours = f"{figure.paper:.1f}", NO_RESULT if figure.ours is None else f"{figure.ours:.1f}"
-    theirs += "" if figure.paper_spread is None else f" ± {figure.paper_spread:.2f}"
-    return f"{theirs} / {ours}" + ("" if figure.ours_spread is None else f" ± {figure.ours_spread:.2f}")
-
-
-def _delta_text(figure: Figure, best: Figure) -> str:
-    theirs = f"{figure.paper - best.paper:+.1f}"
+def _delta_text(cell: Cell, best: Cell) -> str:
+    theirs = f"{cell.paper[0] - best.paper[0]:+.1f}"
     # Figures of two studies may be of two models.
-    if figure.ours is None or best.ours is None or figure.study != best.study:
+    if not cell.ours or not best.ours or cell.study != best.study:
         return f"{theirs} / {NO_RESULT}"
-    return f"{theirs} / {figure.ours - best.ours:+.1f}"
+    return f"{theirs} / {statistics.fmean(cell.ours) - statistics.fmean(best.ours):+.1f}"

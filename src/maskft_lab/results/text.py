@@ -37,7 +37,9 @@ def render(comparison: Comparison, output_format: str) -> str:
     sentences = [f"Verdict: {verdict.text}" for verdict in comparison.verdicts]
     sentences += [sentence(row) for row in comparison.rows]
     sentences += [_note(note) for note in comparison.notes]
-    tables = [draw(table, "markdown") for table in (cross_domain_table(comparison.scores), difference_table(comparison))]
+    tables = [
+        draw(table, "markdown") for table in (cross_domain_table(comparison.scores), difference_table(comparison))
+    ]
     lines = [f"- {markdown_text(line)}" for line in (*sentences, _how_to_read(comparison))]
     return "\n".join([*tables, *lines]) + "\n"
 
