@@ -21,7 +21,7 @@ def run(report) -> None:
     """Simulate; with ``--quick`` a few draws each."""
     draws = 20 if report.quick else 600
     of_items = (scores, dependent_scores, differences, clusters, samples)
-    parts = (*of_items, averages, few_seeds, one_for_many_seeds, all_at_once, margins)
+    parts = (*of_items, averages, few_seeds, one_for_many_seeds, all_at_once)
     for part in parts:
         part(report, draws, np.random.default_rng(0))
 
@@ -180,10 +180,10 @@ def one_for_many_seeds(report, draws: int, rng) -> None:
         report.add("seeds", what, refused, "% false", of_an_untrained_model=allowed)
 
 
-def _judged(measured: list[Measured], margin: float | None = None):
+def _judged(measured: list[Measured]):
     paired = ([{"name": "method"}], [{"name": "baseline"}])
     rows = [(describe(paired, each, ("task", "metric"), True, True), each) for each in measured]
-    return judge(rows, Settings(margin=margin), measured[0].unit)
+    return judge(rows, Settings())
 
 
 def _sample(values, baseline) -> Sample:
@@ -211,24 +211,3 @@ def all_at_once(report, draws: int, rng) -> None:
         facts = {"each_alone": 100 * np.mean(alone), "false_signs": 100 * np.mean(signs), "cut": cut / len(held)}
         report.add("families", f"all at once: {name}", 100 * np.mean(held), "% covered", **facts)
     families.NUM_DRAWS = usual
-
-
-def margins(report, draws: int, rng) -> None:
-    """Worse by exactly the margin of 2 points: how often "no worse" is said, which is false."""
-    for num_items, differing in ((300, 0.04), (300, 0.15), (1300, 0.15)):
-        shares = [differing / 2 - 0.01, differing / 2 + 0.01, 1 - differing]
-        claims = 0
-        for won, lost, _ in rng.multinomial(num_items, shares, 3 * draws).tolist():
-            first, second = np.zeros(num_items), np.zeros(num_items)
-            first[:won], second[won : won + lost] = 1, 1
-            measured = Measured([_sample(first, second)], "fraction", 1, 0)
-            claims += measured.p_beyond(-0.02, 1, 0.95) <= 0.05
-        what = f"margin 2 points: {num_items} items, {100 * differing:g} % differ"
-        report.add("margins", what, 100 * claims / (3 * draws), "% false")
-    for num_seeds in (2, 3, 6):
-        claims = 0
-        for _ in range(draws):
-            seeds = 0.01 * rng.normal(size=(num_seeds, 1))
-            diffs = seeds - 0.02 + 0.1 * rng.normal(size=(1, 100)) + 0.1 * rng.normal(size=(num_seeds, 100))
-            claims += Bootstrap([as_block(diffs)], RESAMPLES).p_beyond(-0.02, 1) <= 0.05
-        report.add("margins", f"margin, {num_seeds} seeds, 100 items", 100 * claims / draws, "% false")

@@ -98,7 +98,7 @@ def test_seeds_that_contradict_a_verdict_are_said_first():
 
 
 def test_a_comparison_is_read_as_it_was_written():
-    comparison = compared(family(260, 320), margin=0.01)
+    comparison = compared(family(260, 320))
     record = json.loads(render(comparison, "json"))
     assert Comparison.from_dict(record) == comparison
     row = record["differences"][0]

@@ -57,14 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="claim something about these trained models only: intervals are over items, training seeds are not a "
         "sample (default: seeds are drawn as items are, so that claims hold for other seeds too)",
     )
-    parser.add_argument(
-        "--margin",
-        type=float,
-        metavar="M",
-        help="also test whether a method is no worse than M, or equivalent within M (two one-sided tests): "
-        "of accuracies where there are some, 0.01 is one point; else in the unit of the one metric, such as nats per "
-        "token (default: not tested)",
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -95,7 +87,7 @@ def _compared(args: argparse.Namespace) -> str:
     results, tasks, metrics = read_all(args.results, args.cluster_by), _names(args.tasks), _names(args.metrics)
     if len({result["name"] for result in results}) == 1 and args.baseline is None:
         return render_scores(scores(results, tasks, metrics, args.fixed_seeds), args.format)
-    settings = Settings(args.num_resamples, args.seed, args.confidence, args.margin, args.fixed_seeds)
+    settings = Settings(args.num_resamples, args.seed, args.confidence, args.fixed_seeds)
     return render(compare(results, args.baseline, tasks=tasks, metrics=metrics, settings=settings), args.format)
 
 

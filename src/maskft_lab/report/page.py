@@ -13,7 +13,7 @@ from maskft_base import __version__
 
 from ..results.comparison import Difference
 from ..results.scores import scores
-from ..results.text import Table, difference_text, score_text, sentence, verdict_text
+from ..results.text import Table, difference_text, score_text, sentence
 from .catalogue import FIGURES, Figure, draw_figures
 from .charts import COLOURS, DARK, Chart, to_svg
 from .evidence import Evidence
@@ -146,8 +146,7 @@ def _scores(evidence: Evidence) -> dict[str, Any]:
             cell["sort"] = score.value
         difference: Difference | None = differences.get((score.model, score.task, score.metric))
         if difference:
-            words = verdict_text(difference)
-            cell.update(below=difference_text(difference), verdict=difference.verdict, words=words)
+            cell.update(below=difference_text(difference), verdict=difference.verdict)
     units = ["%" if unit == "fraction" else unit for _, _, unit in places]
     names = [f"{task} {metric} ({unit})" for (task, metric, _), unit in zip(places, units, strict=True)]
     return {"columns": ["model", *names], "rows": list(rows.values())}

@@ -24,7 +24,7 @@ from .comparable import (
     select,
     setting_notes,
 )
-from .comparison import Comparison, Difference, Settings
+from .comparison import Comparison, Settings
 from .differences import judge, measure
 from .schema import Result, has_items
 from .scores import averaged_metrics, scores
@@ -52,7 +52,7 @@ def compare(
         baseline: Name of the baseline; the first result's by default.
         tasks: Tasks to compare; all by default.
         metrics: Metrics to compare; by default all that are measured item by item.
-        settings: Confidence, resamples, margin, and whether seeds are fixed.
+        settings: Confidence, resamples, and whether seeds are fixed.
 
     Raises:
         UserError: If there is nothing to compare, a name is unknown, or items, prompts, shots or versions differ.
@@ -74,9 +74,8 @@ def compare(
     rows = [measure(paired[name], [(task, metric)], main[task] == metric, settings) for name, task, metric in pairs]
     averaged = averaged_metrics(results, tasks, item_metrics)
     averages = [measure(paired[name], averaged, True, settings) for name in others if averaged]
-    margin_unit = _margin_unit([row for row, _ in rows], settings.margin)
     families = [[pair for pair in rows if pair[0].is_main == is_main] for is_main in (True, False)]
-    judged = [judge(family, settings, margin_unit) for family in (*families, averages)]
+    judged = [judge(family, settings) for family in (*families, averages)]
     places = {(row.method, row.task, row.metric): row for row in (*judged[0], *judged[1])}
     differences = [places[pair] for pair in pairs]
     notes += [
@@ -99,16 +98,6 @@ def compare(
             groups, [(row, measured) for row, (_, measured) in zip(differences, rows, strict=True)], settings
         ),
     )
-
-
-def _margin_unit(rows: Sequence[Difference], margin: float | None) -> str:
-    """Return the unit that the margin is meant in."""
-    units = dict.fromkeys(row.unit for row in rows)
-    if margin is not None and "fraction" in units and margin >= 1:
-        raise UserError(f"margin {margin} is no fraction below 1: one point is 0.01")
-    if margin is not None and "fraction" not in units and len(units) > 1:
-        raise UserError(f"margin {margin} could be in {quoted(units)}: choose --metrics of one unit")
-    return "fraction" if "fraction" in units else next(iter(units))
 
 
 def _pairs(groups: Groups, baseline: str, tasks: Sequence[str], metrics: Sequence[str]) -> tuple[list[Pair], list[str]]:

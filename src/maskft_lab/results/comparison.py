@@ -15,7 +15,6 @@ SCHEMA_VERSION = 2  # 1: ci_low and ci_high were the unadjusted interval
 MIN_RESAMPLES = 100
 
 BETTER, WORSE, NOT_DISTINGUISHABLE = "better", "worse", "not distinguishable"
-EQUIVALENT, NO_WORSE = "equivalent", "no worse"  # within a margin
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,6 @@ class Settings:
         num_resamples: Bootstrap samples per difference, at least 100, and more for many comparisons.
         seed: Seed of the resampling.
         confidence: Coverage of the intervals, in (0, 1).
-        margin: A difference that does not matter, > 0, in the unit of the metrics: of fractions 0.01 is one point.
-            Equivalence is tested for fractions, or for all metrics where none is one.
         fixed_seeds: Claim something about these trained models, averaged over their seeds: intervals are over items
             only and say nothing about other training seeds. By default seeds are drawn as items are.
     """
@@ -35,7 +32,6 @@ class Settings:
     num_resamples: int = 10_000
     seed: int = 0
     confidence: float = 0.95
-    margin: float | None = None
     fixed_seeds: bool = False
 
     def __post_init__(self) -> None:
@@ -43,12 +39,6 @@ class Settings:
             raise UserError(f"confidence {self.confidence} is outside (0, 1): 0.95 is usual")
         if self.seed < 0:
             raise UserError(f"seed {self.seed} is negative: give 0 or more")
-        if self.margin is None:
-            return
-        if not (math.isfinite(self.margin) and self.margin > 0):
-            raise UserError(f"margin {self.margin} is no difference above 0: 0.01 is one point of an accuracy")
-        if self.confidence <= 0.5:
-            raise UserError(f"confidence {self.confidence} is too low for a margin: give more than 0.5, 0.95 is usual")
 
     def check_resamples(self, num_comparisons: int) -> None:
         """Refuse fewer resamples than Holm needs: a bootstrap p is a multiple of ``2 / (num_resamples + 1)``."""
@@ -58,21 +48,6 @@ class Settings:
                 f"num_resamples {self.num_resamples} is too few for {num_comparisons} comparisons at confidence "
                 f"{self.confidence}: give at least {needed}"
             )
-
-
-@dataclass(frozen=True)
-class Equivalence:
-    """What a margin given beforehand allows to say (two one-sided tests).
-
-    ``p_no_worse`` is the p of "worse by the margin or more", ``p_equivalent`` the larger of it and that of "better by
-    the margin or more", each after Holm's correction over the family; the verdict stands where they are at most
-    1 - confidence, and is None where nothing can be said.
-    """
-
-    margin: float
-    p_no_worse: float
-    p_equivalent: float
-    verdict: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +100,6 @@ class Difference:
     unadjusted_high: float | None = None
     is_cut_at_zero: bool = False
     num_clusters: int | None = None
-    equivalence: Equivalence | None = None
     by_seed: list[float] | None = None
     test_set: str | None = None
 

@@ -11,23 +11,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from maskft_base.errors import UserError
 
 from .comparable import Paired, name_and_seed, unit_of
 from .comparison import (
     BETTER,
-    EQUIVALENT,
-    NO_WORSE,
     NOT_DISTINGUISHABLE,
     WORSE,
     Difference,
-    Equivalence,
     Settings,
 )
 from .families import noise_of, simultaneous_level
-from .proportions import FEW, Bounds, average_bounds, paired_interval, paired_score
+from .proportions import FEW, Bounds, average_bounds, paired_interval
 from .schema import AVERAGE, Result, cluster_ids, item_weights
 from .statistics import (
     POWER,
@@ -117,23 +113,6 @@ class Measured:
         if self.is_binary:
             return mcnemar_exact(self.samples[0].values_SN[0], self.samples[0].baseline_SN[0])
         return self.drawn.p_value(confidence)
-
-    def p_beyond(self, bound: float, sign: int, confidence: float) -> float:
-        """Return the one-sided p of a difference that is not above (``sign`` -1: not below) ``bound``."""
-        if self.is_binary:
-            return float(stats.norm.sf(sign * paired_score(*_won_and_lost(self.drawn.blocks[0]), bound)))
-        p_value = self.drawn.p_beyond(bound, sign, confidence)
-        return max(p_value, self._edge_p(bound, sign)) if self.is_at_edge else p_value
-
-    def _edge_p(self, bound: float, sign: int) -> float:
-        """Return the smallest level whose interval at the edge leaves ``bound`` out."""
-        low, high = 1e-6, 0.5
-        for _ in range(30):
-            level = (low + high) / 2
-            bounds = self._edge(1 - 2 * level)
-            is_out = bounds.low > bound if sign > 0 else bounds.high < bound
-            low, high = (low, level) if is_out else (level, high)
-        return high
 
     def needed(self, alpha: float) -> tuple[int | None, int | None]:
         """Return the items and the seeds that would show the difference; None for what there already is enough of."""
@@ -248,9 +227,7 @@ def describe(
     )
 
 
-def judge(
-    family: Sequence[tuple[Difference, Measured]], settings: Settings, margin_unit: str = "fraction"
-) -> list[Difference]:
+def judge(family: Sequence[tuple[Difference, Measured]], settings: Settings) -> list[Difference]:
     """Give the differences of one family their intervals, p-values and verdicts.
 
     A method is better or worse where Holm's p is at most ``1 - confidence`` and the unadjusted interval excludes zero.
@@ -261,8 +238,7 @@ def judge(
 
     Args:
         family: Differences with what they were measured from.
-        settings: Confidence, margin, and the seed of the draws for the simultaneous level.
-        margin_unit: Equivalence is tested in metrics of this unit.
+        settings: Confidence, and the seed of the draws for the simultaneous level.
     """
     confidence = settings.confidence
     alpha, size = 1 - confidence, len(family)
@@ -272,7 +248,6 @@ def judge(
     adjusted = holm(p_values).tolist()
     noises = [noise_of(measured.drawn, [sample.task for sample in measured.samples]) for _, measured in family]
     level = simultaneous_level(noises, alpha, settings.seed)
-    equivalences = _equivalences(family, confidence, settings.margin, margin_unit)
     judged: list[Difference] = []
     for index, (row, measured) in enumerate(family):
         low, high = measured.interval(confidence)
@@ -301,28 +276,6 @@ def judge(
                 unadjusted_low=low,
                 unadjusted_high=high,
                 is_cut_at_zero=is_cut,
-                equivalence=equivalences[index],
             )
         )
     return judged
-
-
-def _equivalences(
-    family: Sequence[tuple[Difference, Measured]], confidence: float, margin: float | None, unit: str
-) -> list[Equivalence | None]:
-    """Test every difference in a unit against the margin on both sides, with Holm's correction for either claim."""
-    found: list[Equivalence | None] = [None] * len(family)
-    tested = [index for index, (row, _) in enumerate(family) if row.unit == unit]
-    if margin is None or not tested:
-        return found
-    p_no_worse, p_equivalent = [], []
-    for index in tested:
-        row, measured = family[index]
-        sign = 1 if row.higher_is_better else -1
-        worse, better = (measured.p_beyond(-side * margin, side, confidence) for side in (sign, -sign))
-        p_no_worse.append(worse)
-        p_equivalent.append(max(worse, better))
-    for index, no_worse, equivalent in zip(tested, holm(p_no_worse), holm(p_equivalent), strict=True):
-        verdict = EQUIVALENT if equivalent <= 1 - confidence else NO_WORSE if no_worse <= 1 - confidence else None
-        found[index] = Equivalence(margin, float(no_worse), float(equivalent), verdict)
-    return found

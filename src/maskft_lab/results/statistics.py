@@ -180,16 +180,6 @@ class Bootstrap:
         beyond = min((resampled_R <= 0).sum(), (resampled_R >= 0).sum())
         return float(min(1.0, max(2 * (beyond + 1) / (self.num_resamples + 1), smallest_p)))
 
-    def p_beyond(self, bound: float, sign: int, confidence: float = 0.95) -> float:
-        """Return the one-sided p-value of a true difference that is not beyond ``bound``.
-
-        Beyond is above for ``sign`` 1, below for -1. The test is made at 1 - confidence, so it agrees with the bound of
-        an interval of coverage ``2 * confidence - 1``.
-        """
-        not_beyond = (sign * (self.resamples(2 * confidence - 1) - bound) <= 0).sum()
-        p_value = (not_beyond + 1) / (self.num_resamples + 1)
-        return float(max(p_value, self._t_tail(sign * (self.difference - bound)) if self.num_seeds > 1 else 0.0))
-
     def _t_tail(self, distance: float) -> float:
         """One-sided p of a t-test over the seeds, whose mean lies ``distance`` above the hypothesis."""
         variance = self.between / self.num_seeds

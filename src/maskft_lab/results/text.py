@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from maskft_base.errors import printable
 
-from .comparison import EQUIVALENT, NO_WORSE, NOT_DISTINGUISHABLE, SCHEMA_VERSION, Comparison, Difference, Score
+from .comparison import NOT_DISTINGUISHABLE, SCHEMA_VERSION, Comparison, Difference, Score
 
 PAGE_LINES, PAGE_WIDTH = 25, 80
 MIN_NAME = 12  # characters of a name that a page's table leaves at least
@@ -89,7 +89,7 @@ def _lines(comparison: Comparison, shown: Sequence[Difference]) -> list[tuple[st
         of_average = "" if metric == "main metric" else metric
         for row in sorted(rows, key=lambda row: row.method not in masks):
             value = _value_text(values.get((row.method, task, of_average)))
-            cells.append((("  " + row.method, value, difference_text(row), verdict_text(row)), row))
+            cells.append((("  " + row.method, value, difference_text(row), row.verdict), row))
         value = _value_text(values.get((comparison.baseline, task, of_average)))
         cells.append((("  " + comparison.baseline, value, "", "(baseline)"), None))
     widths = [max(len(each[column]) for each, _ in cells if len(each) > 1) for column in range(4)]
@@ -168,7 +168,6 @@ def sentence(row: Difference) -> str:
     text += f": {row.verdict}"
     if row.num_seeds == 2 and not row.by_seed and row.verdict == NOT_DISTINGUISHABLE:
         text += "; two seeds: no claim over seeds"
-    text += _equivalence_text(row)
     if row.by_seed:
         text += f"; by seed {numbers_text(row.by_seed, row.unit)}"
     if row.seeds_needed:
@@ -177,22 +176,6 @@ def sentence(row: Difference) -> str:
         about = "about" if row.num_seeds == 1 or row.by_seed else "at least"  # the seeds' own noise comes on top
         text += f"; a difference of this size would need {about} {_round_up(row.items_needed):,} items"
     return text + "."
-
-
-def _equivalence_text(row: Difference) -> str:
-    """Return what the margin allows to say, as the end of a sentence."""
-    found = row.equivalence
-    if found is None:
-        return ""
-    scale, _digits = _scale_and_digits(row.unit)
-    unit = row.unit if row.unit != "fraction" else "point" if scale * found.margin == 1 else "points"
-    margin = f"{scale * found.margin:g} {unit}"
-    after = " after Holm" if row.num_comparisons > 1 else ""
-    if found.verdict == EQUIVALENT:
-        return f"; equivalent within {margin} (TOST p {_p_text(found.p_equivalent)}{after})"
-    if found.verdict == NO_WORSE:
-        return f"; no worse than {margin} (p {_p_text(found.p_no_worse)}{after})"
-    return f"; may be worse by {margin} or more (p {_p_text(found.p_no_worse)}{after})"
 
 
 def difference_table(comparison: Comparison) -> Table:
@@ -208,7 +191,7 @@ def difference_table(comparison: Comparison) -> Table:
             difference_text(row),
             _p_text(row.p_adjusted),
             f"{row.won} / {row.lost} / {row.tied}",
-            verdict_text(row),
+            row.verdict,
         )
         for row in comparison.rows
     ]
@@ -313,12 +296,6 @@ def _shows_interval(score: Score) -> bool:
 def task_text(row: Difference | Score) -> str:
     """Return what a task is called: rows of one's own by the file of the test set."""
     return row.test_set or row.task
-
-
-def verdict_text(row: Difference) -> str:
-    """Return the verdict, and that on a margin where one was given."""
-    found = row.equivalence and row.equivalence.verdict
-    return f"{row.verdict}, {found}" if found else row.verdict
 
 
 def difference_text(row: Difference, unit: str = "") -> str:
