@@ -21,7 +21,7 @@ def run(report) -> None:
     """Simulate; with ``--quick`` a few draws each."""
     draws = 20 if report.quick else 600
     of_items = (scores, dependent_scores, differences, clusters, samples)
-    parts = (*of_items, averages, few_seeds, one_for_many_seeds, all_at_once)
+    parts = (*of_items, few_seeds, one_for_many_seeds, all_at_once)
     for part in parts:
         part(report, draws, np.random.default_rng(0))
 
@@ -63,7 +63,7 @@ def dependent_scores(report, draws: int, rng) -> None:
 @cache
 def _resampled(won: int, lost: int) -> tuple[float, float]:
     diffs = np.repeat([1.0, -1.0, 0.0], [won, lost, 300 - won - lost])
-    return Bootstrap([as_block([diffs])], 2000).interval()
+    return Bootstrap(as_block([diffs]), 2000).interval()
 
 
 @cache
@@ -101,7 +101,7 @@ def clusters(report, draws: int, rng) -> None:
         def draw(known, count=count, shared=shared, labels=labels):
             passages = np.repeat(rng.normal(size=count), 5)
             diffs = np.sqrt(shared) * passages + np.sqrt(1 - shared) * rng.normal(size=5 * count)
-            return [as_block([diffs], None, labels if known else None)]
+            return as_block([diffs], None, labels if known else None)
 
         what = f"clusters: {count} of 5 items, {100 * shared:g} % of the variance shared"
         plain = _covered(lambda draw=draw: draw(False), 0.0, draws)
@@ -111,7 +111,7 @@ def clusters(report, draws: int, rng) -> None:
         sizes = np.clip(rng.geometric(0.2, 40), 1, 40)
         labels = np.repeat(np.arange(40), sizes)
         diffs = np.repeat(rng.normal(size=40), sizes) + rng.normal(size=labels.size)
-        return [as_block([diffs], None, [str(label) for label in labels])]
+        return as_block([diffs], None, [str(label) for label in labels])
 
     report.add("clusters", "clusters: 40 of 1 to 40 items, half shared", _covered(unequal, 0.0, draws), "% covered")
 
@@ -123,21 +123,9 @@ def samples(report, draws: int, rng) -> None:
         def draw(k=k):
             ease = rng.beta(0.5, 0.5, 100)
             a, b = (rng.binomial(k, np.clip(ease + shift, 0, 1)) / k for shift in (0.0, 0.0))
-            return [as_block([a - b])]
+            return as_block([a - b])
 
         report.add("samples", f"avg@{k}: difference over 100 items", _covered(draw, 0.0, draws), "% covered")
-
-
-def averages(report, draws: int, rng) -> None:
-    """The average over tasks of 40, 80 and 160 items; a seed is good or bad at all tasks at once."""
-    for num_seeds in (1, 2, 3, 6):
-
-        def draw(num_seeds=num_seeds):
-            seeds = 0.1 * rng.normal(size=(num_seeds, 1)) * (num_seeds > 1)
-            noise = [rng.normal(size=n) + 0.5 * rng.normal(size=(num_seeds, n)) for n in (40, 80, 160)]
-            return [as_block(seeds + each) for each in noise]
-
-        report.add("averages", f"average of 3 tasks, {num_seeds} seeds", _covered(draw, 0.0, draws), "% covered")
 
 
 def few_seeds(report, draws: int, rng) -> None:
@@ -153,7 +141,7 @@ def few_seeds(report, draws: int, rng) -> None:
             for seed in range(draws):
                 first = (rng.exponential(size=num_seeds) - 1 if skewed else rng.normal(size=num_seeds)) * 0.1
                 measured = Measured(
-                    [_sample(right(first), right(0.1 * rng.normal(size=num_seeds)))], "fraction", 600, seed
+                    _sample(right(first), right(0.1 * rng.normal(size=num_seeds))), "fraction", 600, seed
                 )
                 low, high = measured.interval(0.95)
                 hits += low <= 0 <= high
@@ -172,7 +160,7 @@ def one_for_many_seeds(report, draws: int, rng) -> None:
             values = ease + shifts + 0.5 * rng.normal(size=(num_seeds + 1, 300))
             parent = ease + 0.5 * rng.normal(size=(1, 300))
             for index, single in enumerate((values[-1:], parent)):
-                measured = Measured([_sample(values[:-1], single)], "score", RESAMPLES, seed)
+                measured = Measured(_sample(values[:-1], single), "score", RESAMPLES, seed)
                 low, high = measured.interval(0.95)
                 claims[index] += not low <= 0 <= high and measured.p_value(0.95) <= 0.05
         refused, allowed = 100 * claims / draws
@@ -181,8 +169,7 @@ def one_for_many_seeds(report, draws: int, rng) -> None:
 
 
 def _judged(measured: list[Measured]):
-    paired = ([{"name": "method"}], [{"name": "baseline"}])
-    rows = [(describe(paired, each, ("task", "metric"), True, True), each) for each in measured]
+    rows = [(describe(("method", "baseline"), each, "metric", True, True), each) for each in measured]
     return judge(rows, Settings())
 
 
@@ -202,7 +189,7 @@ def all_at_once(report, draws: int, rng) -> None:
         for _ in range(draws // 2):
             baseline = rng.normal(size=100)
             methods = [_sample(truth + rng.normal(size=100), baseline) for truth in truths]
-            rows = _judged([Measured([each], "score", RESAMPLES, 0) for each in methods])
+            rows = _judged([Measured(each, "score", RESAMPLES, 0) for each in methods])
             both = list(zip(rows, truths, strict=True))
             held.append(all(r.ci_low <= t <= r.ci_high for r, t in both if not r.is_cut_at_zero))
             alone.append(all(r.unadjusted_low <= t <= r.unadjusted_high for r, t in both))

@@ -96,7 +96,7 @@ def test_intervals(tmp_path):
     rows, _ = run(
         tmp_path,
         "intervals",
-        expected={"scores", "pairs", "clusters", "samples", "averages", "families", "margins", "plans", "seeds"},
+        expected={"scores", "pairs", "clusters", "samples", "families", "seeds"},
     )
     assert all(0 <= row["value"] <= 100 for row in rows)
     exact = [row for row in rows if "by_standard_error" in row]

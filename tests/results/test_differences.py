@@ -1,4 +1,4 @@
-"""Clusters, averages and families: what is claimed, checked by simulation."""
+"""Clusters and families: what is claimed, checked by simulation."""
 
 import numpy as np
 import pytest
@@ -12,18 +12,17 @@ from maskft_lab.results.statistics import Bootstrap, as_block, weighted_mean
 RESAMPLES = 400
 
 
-def make_sample(values, baseline, task="sums", clusters=None, weights=None):
-    return Sample(task, np.atleast_2d(values).astype(float), np.atleast_2d(baseline).astype(float), weights, clusters)
+def make_sample(values, baseline):
+    return Sample("sums", np.atleast_2d(values).astype(float), np.atleast_2d(baseline).astype(float), None, None)
 
 
-def measure(*samples, unit="score"):
-    return Measured(samples, unit, RESAMPLES, 0)
+def measure(sample, unit="score"):
+    return Measured(sample, unit, RESAMPLES, 0)
 
 
 def judged(measured):
     """Judge differences of one family, with the least of results around them."""
-    paired = ([{"name": "mask"}], [{"name": "full"}])
-    rows = [(describe(paired, each, ("sums", "accuracy"), True, True), each) for each in measured]
+    rows = [(describe(("mask", "full"), each, "accuracy", True, True), each) for each in measured]
     return judge(rows, Settings())
 
 
@@ -67,48 +66,17 @@ def test_clusters_are_covered_as_independent_items_are_not():
     for _ in range(400):
         diffs, labels = clustered(rng)
         for which, clusters in enumerate((labels, None)):
-            low, high = Bootstrap([as_block([diffs], None, clusters)], RESAMPLES).interval()
+            low, high = Bootstrap(as_block([diffs], None, clusters), RESAMPLES).interval()
             hits[which] += low <= 0.1 <= high
     assert 0.92 <= hits[0] / 400 <= 0.98
     assert hits[1] / 400 < 0.8
-
-
-# Averages over tasks
-
-
-@pytest.mark.parametrize("num_seeds", [1, 3])
-def test_the_average_over_tasks_is_covered(num_seeds):
-    """Three tasks of 40, 80 and 160 items; a seed is good or bad at all of them at once."""
-    rng, hits = np.random.default_rng(0), 0
-    for _ in range(500):
-        seeds = 0.1 * rng.normal(size=(num_seeds, 1)) * (num_seeds > 1)
-        tasks = [rng.normal(size=n) + 0.5 * rng.normal(size=(num_seeds, n)) for n in (40, 80, 160)]
-        drawn = Bootstrap([as_block(0.1 * t + seeds + diffs) for t, diffs in enumerate(tasks)], RESAMPLES)
-        low, high = drawn.interval()
-        hits += low <= 0.1 <= high
-    assert 0.92 <= hits / 500 <= 0.98
-
-
-def test_the_same_seeds_are_drawn_for_all_tasks():
-    # No item noise: drawn apart, two tasks would halve the variance of the seeds.
-    block = as_block(np.array([[0.1], [0.3]]) + np.zeros((2, 50)))
-    one, both = (Bootstrap([block] * count, RESAMPLES).interval() for count in (1, 2))
-    assert both == pytest.approx(one)
-    assert one[0] < 0  # two seeds: the t interval is 0.2 ± 1.27
-
-
-def test_tasks_without_an_item_that_differs_leave_room_in_their_average():
-    right = np.arange(300) % 2
-    low, high = measure(make_sample(right, right), make_sample(right, right, "odd"), unit="fraction").interval(0.95)
-    edge = 1.96**2 / (300 + 1.96**2) / np.sqrt(2)  # independent tasks, averaged
-    assert (low, high) == pytest.approx((-edge, edge), abs=1e-4)
 
 
 # Families
 
 
 def noise(*columns):
-    return Noise({"sums": np.array(columns, dtype=float)}, 0.0)
+    return Noise("sums", np.array(columns, dtype=float), 0.0)
 
 
 def test_the_level_pays_for_what_the_comparisons_do_not_share():
@@ -121,7 +89,7 @@ def test_the_level_pays_for_what_the_comparisons_do_not_share():
     sharing = [noise(*(rng.normal(size=2000) - baseline)) for _ in range(5)]
     assert 0.0103 < simultaneous_level(sharing, 0.05) < 0.02
     assert simultaneous_level([noise(0, 0)] * 4, 0.05) == pytest.approx(1 - 0.95**0.25, rel=0.05)
-    elsewhere = [Noise({task: apart[0].parts["sums"]}, 0.0) for task in ("sums", "odd")]
+    elsewhere = [apart[0]._replace(task=task) for task in ("sums", "odd")]
     assert simultaneous_level(elsewhere, 0.05) == pytest.approx(1 - 0.95**0.5, rel=0.05)
     seeds = [each._replace(own_variance=1e6) for each in [apart[0]] * 5]
     assert simultaneous_level(seeds, 0.05) == pytest.approx(1 - 0.95 ** (1 / 5), rel=0.05)
@@ -173,16 +141,3 @@ def test_shares_of_samples_at_an_edge_are_not_certain():
     measured = measure(make_sample(shares + 0.25 * (np.arange(100) == 3), shares), unit="fraction")
     low, high = measured.interval(0.95)
     assert low < -0.02 and high > 0.03
-
-
-def test_a_task_at_an_edge_is_not_exactly_known_in_an_average():
-    """Of one task no item differs: the average is as unsure of it as of a task of its own."""
-    rng = np.random.default_rng(0)
-    differs, same = rng.random((2, 300)) < 0.5, np.zeros(20)
-    first = make_sample(differs[0], differs[1])
-    averaged = measure(first, make_sample(same, same, "none"), unit="fraction")
-    alone = measure(first, unit="fraction")
-    (low, high), (own_low, own_high) = averaged.interval(0.95), alone.interval(0.95)
-    edge = measure(make_sample(same, same, "none"), unit="fraction").interval(0.95)
-    half = np.hypot((own_high - own_low) / 2, edge.high) / 2
-    assert (high - low) / 2 == pytest.approx(half, rel=0.05) and (high - low) / 2 > 1.5 * (own_high - own_low) / 4

@@ -47,9 +47,8 @@ def test_figures_and_differences_of_the_paper():
     assert [caption.split(" ")[1] for caption, _ in tables] == list(paper()["tables"]) == ["1", "2", "4", "5", "6"]
     assert all("ours, no results" in caption for caption, _ in tables) and left_over == []
     figures = [[cell for row in table.rows for cell in row[1:] if cell[:1].isdigit()] for _, table in tables]
-    assert list(map(len, figures)) == [90, 90, 96, 96, 16] and all(
-        each.endswith(" / –") for table in figures for each in table
-    )
+    assert list(map(len, figures)) == [90, 90, 96, 96, 16]
+    assert all(each.endswith(" / –") for table in figures for each in table)
     first, _ = rows_of([], "1")
     assert first["Specific Domain", "MFT w/ Best FFT"][4] == "44.1 ± 0.72 / –"
     assert rows_of([], "2")[0]["Multi Domain", "Best LoRA"][2].startswith("63.1 ")

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from maskft_lab.results.proportions import (
-    average_bounds,
     is_at_edge,
     paired_interval,
     paired_score,
@@ -96,7 +95,7 @@ def test_tango_holds_the_difference_and_flips_with_the_models(won, lost, tied):
 def bootstrap_interval(won, lost):
     diffs = np.zeros(300)
     diffs[:won], diffs[won : won + lost] = 1, -1
-    return Bootstrap([as_block([diffs])], 1000).interval()
+    return Bootstrap(as_block([diffs]), 1000).interval()
 
 
 @cache
@@ -116,11 +115,6 @@ def test_few_items_that_differ_are_covered_as_resampling_does_not(wins, losses):
     assert covered[tango_interval] >= 0.94
     if wins + losses < 10:
         assert covered[bootstrap_interval] < 0.92
-
-
-def test_average_bounds_are_those_of_a_sum_of_independent_errors():
-    # Distances 0.3 and 0.4 below, 0.6 and 0.8 above: 0.5 and 1.0, halved.
-    assert average_bounds([1.0, 2.0], [(0.7, 1.6), (1.6, 2.8)]) == pytest.approx((1.5 - 0.25, 1.5 + 0.5))
 
 
 def test_samples_that_all_share_a_value_are_not_known_exactly():

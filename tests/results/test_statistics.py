@@ -13,8 +13,6 @@ from maskft_lab.results.statistics import (
     as_block,
     holm,
     mcnemar_exact,
-    required_items,
-    required_seeds,
     weighted_mean,
 )
 
@@ -31,7 +29,7 @@ class Interval(NamedTuple):
 
 def hierarchical_bootstrap(diffs_SN, weights=None, num_resamples=10_000, seed=0, confidence=0.95):
     """Bootstrap of the differences of one task, over its seeds and items."""
-    drawn = Bootstrap([as_block(diffs_SN, weights)], num_resamples, seed)
+    drawn = Bootstrap(as_block(diffs_SN, weights), num_resamples, seed)
     return Interval(drawn.difference, *drawn.interval(confidence), drawn.p_value(confidence))
 
 
@@ -281,58 +279,10 @@ def test_holm_lies_between_no_adjustment_and_bonferroni(p_values):
     assert (adjusted <= np.minimum(1, np.array(p_values) * len(p_values)) + 1e-12).all()
 
 
-def test_required_items_by_hand():
-    # mean 0.1, variance 1: (1.960 + 0.842)^2 * 1 / 0.01 = 784.9
-    diffs = np.tile([1.1, -0.9], 5000)
-    assert required_items(diffs) == 785
-    assert required_items(-diffs) == 785
-    assert required_items(diffs, np.full(10_000, 3)) == 785
-    assert required_items(diffs, alpha=0.05 / 6) > 785
-    assert required_items(np.zeros(10)) is None
-    assert required_items([1e-300, 0.0, -1.0, 1.0]) is None
-
-
-def test_required_items_have_the_power_promised():
-    diffs = np.random.default_rng(0).normal(0.5, 1, 30)
-    needed = required_items(diffs)
-    effect = diffs.mean() / diffs.std(ddof=1) * np.sqrt(needed)
-    cut = stats.t.ppf(0.975, needed - 1)
-    assert stats.nct.sf(cut, needed - 1, effect) == pytest.approx(0.8, abs=0.04)
-
-
-def test_required_seeds_by_hand():
-    # Seed means 0 and 2 (variance 2), no item noise, difference 1. Six seeds are few: (2.571 + 0.920)^2 * 2 / 6 > 1;
-    # with 18, (2.110 + 0.863)^2 * 2 / 18 = 0.982 <= 1; with 17, (2.120 + 0.865)^2 * 2 / 17 = 1.048.
-    seeds = np.array([[0.0, 0.0], [2.0, 2.0]])
-    assert required_seeds(seeds) == 18
-    assert required_seeds(-seeds) == 18
-    assert required_seeds(seeds, [3, 4]) == 18
-    assert required_seeds(seeds - 1) is None
-
-
 def test_variance_components_by_hand():
     # Seeds 1 ± 0.5, items ± 1 alike in both seeds, items ± 0.5 of opposite sign in the seeds.
     shared, crossed = np.array([1, 1, -1, -1.0]), np.array([0.5, -0.5, 0.5, -0.5])
     diffs = np.stack([1.5 + shared + crossed, 0.5 + shared - crossed])
-    between, interaction, item = statistics._variance_components(diffs, np.ones(4))
+    between, interaction = statistics._variance_components(diffs, np.ones(4))
     assert between == 0.5  # of 1.5 and 0.5
     assert interaction == pytest.approx(2 * 1 / (1 * 3 * 4))  # two rows with sum of squares 1
-    assert item == pytest.approx(4 / (3 * 4) - interaction / 2)
-
-
-def test_no_number_of_seeds_mends_too_few_items():
-    items = np.random.default_rng(0).normal(0.05, 1, 100)  # far within its own noise
-    assert required_seeds(np.stack([items - 0.01, items + 0.01])) is None
-    assert required_items(items) is not None
-
-
-def test_a_tie_up_to_rounding_needs_nothing():
-    """A mean of 1e-18 asked scipy for a t of more seeds than a 64-bit integer can count."""
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        diffs = rng.choice([-0.1, 0.1, 0.3, -0.3], size=(3, 30))
-        diffs = np.concatenate([diffs, -diffs], axis=1)  # exactly zero, but for the rounding of the sums
-        diffs = diffs[:, rng.permutation(60)]
-        assert required_seeds(diffs) is None
-        assert required_items(diffs[0]) is None
-    assert required_seeds(np.array([[1e-9, -1e-9, 1.0, -1.0], [3e-9, -1e-9, 1.0, -1.0]])) is None  # too many to be told

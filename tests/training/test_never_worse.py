@@ -140,7 +140,7 @@ def test_the_interval_is_that_of_maskft_compare():
         nll = parent + rng.normal(-0.02, 0.05, count)
         ids = [str(n) for n in range(count)]
         losses = HeldoutLosses(ids=ids, num_tokens=tokens, nll=[*nll], parent_nll=[*parent])
-        drawn = Bootstrap([as_block([nll - parent], tokens)], 10_000, 0)
+        drawn = Bootstrap(as_block([nll - parent], tokens), 10_000, 0)
         assert paired_interval(losses) == pytest.approx((drawn.difference, *drawn.interval()), abs=1e-5)
 
 

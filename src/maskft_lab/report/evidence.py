@@ -73,8 +73,8 @@ class Evidence:
 
     @property
     def differences(self) -> list[Difference]:
-        """Every difference that is judged: of metrics, then of averages over tasks."""
-        return self.comparison.rows if self.comparison else []
+        """Every difference that is judged."""
+        return self.comparison.differences if self.comparison else []
 
     @property
     def seeds(self) -> list[int]:

@@ -27,7 +27,7 @@ from .comparable import (
 from .comparison import Comparison, Settings
 from .differences import judge, measure
 from .schema import Result, has_items
-from .scores import averaged_metrics, scores
+from .scores import scores
 from .verdict import verdicts_on_masks
 
 Pair = tuple[str, str, str]  # method, task, metric
@@ -44,8 +44,8 @@ def compare(
     """Compare every method with the baseline on the items they share.
 
     A method is "better" or "worse" when the unadjusted interval of the difference excludes zero and the Holm-adjusted p
-    is at most ``1 - confidence``, and "not distinguishable" otherwise. Families are the main metrics of all tasks, all
-    other metrics, and the averages over tasks. The interval that is shown is simultaneous over the family.
+    is at most ``1 - confidence``, and "not distinguishable" otherwise. Families are the main metrics of all tasks, and
+    all other metrics. The interval that is shown is simultaneous over the family.
 
     Args:
         results: Results of this schema (`maskft_lab.results.schema.read_result`), at least two names.
@@ -71,12 +71,9 @@ def compare(
     settings.check_resamples(max(sizes.values()))
     others = [name for name in groups if name != baseline]
     paired = {name: pair_by_seed(groups[name], groups[baseline], settings.fixed_seeds) for name in others}
-    rows = [measure(paired[name], [(task, metric)], main[task] == metric, settings) for name, task, metric in pairs]
-    averaged = averaged_metrics(results, tasks, item_metrics)
-    averages = [measure(paired[name], averaged, True, settings) for name in others if averaged]
+    rows = [measure(paired[name], task, metric, main[task] == metric, settings) for name, task, metric in pairs]
     families = [[pair for pair in rows if pair[0].is_main == is_main] for is_main in (True, False)]
-    judged = [judge(family, settings) for family in (*families, averages)]
-    places = {(row.method, row.task, row.metric): row for row in (*judged[0], *judged[1])}
+    places = {(row.method, row.task, row.metric): row for family in families for row in judge(family, settings)}
     differences = [places[pair] for pair in pairs]
     notes += [
         f"{name} and {baseline} differ on no item: are they one model, such as a mask that removes nothing?"
@@ -92,7 +89,6 @@ def compare(
         confidence=settings.confidence,
         num_resamples=settings.num_resamples,
         seed=settings.seed,
-        averages=judged[2],
         fixed_seeds=settings.fixed_seeds,
         verdicts=verdicts_on_masks(
             groups, [(row, measured) for row, (_, measured) in zip(differences, rows, strict=True)], settings

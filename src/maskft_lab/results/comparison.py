@@ -52,11 +52,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Difference:
-    """One method against the baseline, on one metric of one task (of an average: of several).
+    """One method against the baseline, on one metric of one task.
 
     ``p_value`` is McNemar's exact p (``test`` "McNemar") where both sides are one result with 0/1 scores of independent
     items, and the bootstrap's otherwise; ``p_adjusted`` is Holm's over ``num_comparisons``: those of all methods on the
-    main metrics of all tasks (``is_main``), on all other metrics together, or of the averages.
+    main metrics of all tasks (``is_main``), or on all other metrics together.
 
     ``ci_low`` to ``ci_high`` is the simultaneous interval, the one that is shown: it holds together with those of the
     family, and holds zero exactly where the verdict claims nothing (``is_cut_at_zero``: its bound at zero is open).
@@ -67,7 +67,6 @@ class Difference:
     other items, and None says that they are about other seeds too. Items are won, lost and tied by their mean over the
     seeds. ``num_clusters`` is null for independent items.
     ``test_set`` is the file that the items are from, where it is known: tables call the task by it.
-    ``items_needed`` and ``seeds_needed`` are None where they would not help or the verdict stands without.
     """
 
     method: str
@@ -94,8 +93,6 @@ class Difference:
     p_adjusted: float = math.nan
     num_comparisons: int = 0
     verdict: str = NOT_DISTINGUISHABLE
-    items_needed: int | None = None
-    seeds_needed: int | None = None
     unadjusted_low: float | None = None
     unadjusted_high: float | None = None
     is_cut_at_zero: bool = False
@@ -144,7 +141,6 @@ class Verdict:
 class Comparison:
     """All differences from one baseline, with what they were computed from.
 
-    ``averages`` are differences of the unweighted mean over the tasks' main metrics, a family of their own.
     ``verdicts`` are of the learned masks, in the order of the results.
     ``fixed_seeds`` says that seeds are not a sample: errors and intervals are over items only.
     """
@@ -157,16 +153,10 @@ class Comparison:
     confidence: float
     num_resamples: int
     seed: int
-    averages: list[Difference] = field(default_factory=list)
     fixed_seeds: bool = False
     verdicts: list[Verdict] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
     kind: str = "comparison"
-
-    @property
-    def rows(self) -> list[Difference]:
-        """All differences: of metrics, then of averages over tasks."""
-        return [*self.differences, *self.averages]
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-able values, in the metrics' units (fractions in [0, 1], no percent)."""
@@ -174,13 +164,13 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Comparison:
-        """Return what `to_dict` gave, also before there were simultaneous intervals, averages or verdicts.
+        """Return what `to_dict` gave, also before there were simultaneous intervals or verdicts.
 
         Raises:
             ValueError: If it is no comparison.
         """
-        rows = {key: [_as_of_now(row) for row in record.get(key, [])] for key in ("differences", "averages")}
-        return TypeAdapter(cls).validate_python({**record, **rows, "schema_version": SCHEMA_VERSION})
+        rows = [_as_of_now(row) for row in record["differences"]]
+        return TypeAdapter(cls).validate_python({**record, "differences": rows, "schema_version": SCHEMA_VERSION})
 
 
 def _as_of_now(record: Mapping[str, Any]) -> dict[str, Any]:

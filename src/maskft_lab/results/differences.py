@@ -1,6 +1,6 @@
 """One difference measured (values, bootstrap, edges), and the verdicts of a family of them.
 
-Shapes: S seeds, N items, U units that are drawn (items, or clusters of items), T tasks.
+Shapes: S seeds, N items, U units that are drawn (items, or clusters of items).
 """
 
 from __future__ import annotations
@@ -15,27 +15,11 @@ from numpy.typing import NDArray
 from maskft_base.errors import UserError
 
 from .comparable import Paired, name_and_seed, unit_of
-from .comparison import (
-    BETTER,
-    NOT_DISTINGUISHABLE,
-    WORSE,
-    Difference,
-    Settings,
-)
+from .comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Difference, Settings
 from .families import noise_of, simultaneous_level
-from .proportions import FEW, Bounds, average_bounds, paired_interval
-from .schema import AVERAGE, Result, cluster_ids, item_weights
-from .statistics import (
-    POWER,
-    Block,
-    Bootstrap,
-    as_block,
-    holm,
-    mcnemar_exact,
-    required_items,
-    required_seeds,
-    weighted_mean,
-)
+from .proportions import FEW, Bounds, paired_interval
+from .schema import Result, cluster_ids, item_weights
+from .statistics import Block, Bootstrap, as_block, holm, mcnemar_exact, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -70,25 +54,22 @@ class Measured:
     """A difference and how sure it is, before it is judged beside others.
 
     Args:
-        samples: One per task; of several the unweighted mean of the differences is meant.
+        sample: The values of both sides.
         unit: Of the values.
         num_resamples: Bootstrap samples.
         seed: Seed of the resampling.
     """
 
-    def __init__(self, samples: Sequence[Sample], unit: str, num_resamples: int, seed: int):
-        self.samples, self.unit = list(samples), unit
-        self.drawn = Bootstrap([sample.block() for sample in samples], num_resamples, seed)
-        self.is_binary = len(samples) == 1 and samples[0].is_binary
-        # One task at an edge is enough: where no item differs, resampling takes its difference for exactly known.
-        num_differing = min(np.count_nonzero(block.diffs_SN.mean(axis=0)) for block in self.drawn.blocks)
-        self.is_at_edge = unit == "fraction" and num_differing < FEW
+    def __init__(self, sample: Sample, unit: str, num_resamples: int, seed: int):
+        self.sample, self.unit = sample, unit
+        self.drawn = Bootstrap(sample.block(), num_resamples, seed)
+        # Where no item differs, resampling takes the difference for exactly known.
+        self.is_at_edge = unit == "fraction" and np.count_nonzero(self.drawn.block.diffs_SN.mean(axis=0)) < FEW
 
     @property
     def by_seed(self) -> list[float]:
-        """The difference of each seed, of several tasks their mean."""
-        means_TS = [[weighted_mean(row, sample.weights)[0] for row in sample.diffs_SN] for sample in self.samples]
-        return [float(mean) for mean in np.mean(means_TS, axis=0)]
+        """The difference of each seed."""
+        return [weighted_mean(row, self.sample.weights)[0] for row in self.sample.diffs_SN]
 
     def interval(self, confidence: float) -> Bounds:
         """Return the unadjusted interval; of shares it ends where a difference of shares does, at -1 and 1.
@@ -99,31 +80,16 @@ class Measured:
         """
         low, high = self.drawn.interval(confidence)
         if self.is_at_edge:
-            edge = self._edge(confidence)
-            low, high = edge if self.is_binary else (min(edge.low, low), max(edge.high, high))
+            edge = paired_interval(*_won_and_lost(self.drawn.block), confidence)
+            low, high = edge if self.sample.is_binary else (min(edge.low, low), max(edge.high, high))
         # The stretched resamples of few seeds go beyond it.
         return Bounds(max(-1.0, low), min(1.0, high)) if self.unit == "fraction" else Bounds(low, high)
 
-    def _edge(self, confidence: float) -> Bounds:
-        each = [paired_interval(*_won_and_lost(block), confidence) for block in self.drawn.blocks]
-        return average_bounds([block.means_S.mean() for block in self.drawn.blocks], each)
-
     def p_value(self, confidence: float) -> float:
         """Return the two-sided p of "no difference": exact for right and wrong."""
-        if self.is_binary:
-            return mcnemar_exact(self.samples[0].values_SN[0], self.samples[0].baseline_SN[0])
+        if self.sample.is_binary:
+            return mcnemar_exact(self.sample.values_SN[0], self.sample.baseline_SN[0])
         return self.drawn.p_value(confidence)
-
-    def needed(self, alpha: float) -> tuple[int | None, int | None]:
-        """Return the items and the seeds that would show the difference; None for what there already is enough of."""
-        if len(self.samples) > 1:
-            return None, None
-        block, num_items = self.drawn.blocks[0], self.samples[0].diffs_SN.shape[1]
-        num_seeds, num_units = block.diffs_SN.shape
-        seeds = required_seeds(block.diffs_SN, block.weights_N, POWER, alpha) if num_seeds > 1 else None
-        items = required_items(block.diffs_SN.mean(axis=0), block.weights_N, POWER, alpha) if seeds is None else None
-        items = -(-items * num_items // num_units) if items else None  # clusters, counted in items
-        return (items if items and items > num_items else None, seeds if seeds and seeds > num_seeds else None)
 
 
 def _won_and_lost(block: Block) -> tuple[float, float, int]:
@@ -170,60 +136,51 @@ def _item_id(item: Mapping[str, Any]) -> str:
     return str(item["id"])
 
 
-def measure(
-    paired: Paired, metrics: Sequence[tuple[str, str]], is_main: bool, settings: Settings
-) -> tuple[Difference, Measured]:
-    """Measure the difference in a metric of a task, or in the average over several, which have the same unit."""
-    samples = [sample_of(paired, task, metric, settings.fixed_seeds) for task, metric in metrics]
-    task, metric = metrics[0]
-    test_set = paired[1][0]["tasks"][task].get("data_file") if len(metrics) == 1 else None
+def measure(paired: Paired, task: str, metric: str, is_main: bool, settings: Settings) -> tuple[Difference, Measured]:
+    """Measure the difference in a metric of a task."""
+    sample = sample_of(paired, task, metric, settings.fixed_seeds)
     unit = unit_of([*paired[0], *paired[1]], task, metric)
-    higher_is_better = paired[1][0]["tasks"][task]["metrics"][metric]["higher_is_better"]
-    if len(metrics) > 1:
-        task, metric = AVERAGE.format(len(metrics)), "main metric"
-    measured = Measured(samples, unit, settings.num_resamples, settings.seed)
-    row = describe(paired, measured, (task, metric), higher_is_better, is_main)
-    return replace(row, test_set=test_set), measured
+    record = paired[1][0]["tasks"][task]
+    measured = Measured(sample, unit, settings.num_resamples, settings.seed)
+    names = (paired[0][0]["name"], paired[1][0]["name"])
+    row = describe(names, measured, metric, record["metrics"][metric]["higher_is_better"], is_main)
+    return replace(row, test_set=record.get("data_file")), measured
 
 
 def describe(
-    paired: Paired, measured: Measured, labels: tuple[str, str], higher_is_better: bool, is_main: bool
+    names: tuple[str, str], measured: Measured, metric: str, higher_is_better: bool, is_main: bool
 ) -> Difference:
     """Return a difference with all that needs no other; `judge` adds intervals, p and verdict.
 
     Args:
-        paired: The seeds of the method and of the baseline.
+        names: Of the method and of the baseline.
         measured: The difference.
-        labels: Task and metric, as they are shown.
+        metric: Its name.
         higher_is_better: Of the metric.
         is_main: Whether it is one of the family of main metrics.
     """
-    sign = 1 if higher_is_better else -1
-    gains_N = sign * np.concatenate([sample.diffs_SN.mean(axis=0) for sample in measured.samples])
-    num_seeds = measured.samples[0].diffs_SN.shape[0]
-    is_fixed = num_seeds > 1 and measured.samples[0].has_fixed_seeds
-    values = [weighted_mean(sample.values_SN.mean(axis=0), sample.weights)[0] for sample in measured.samples]
-    baseline_values = [weighted_mean(sample.baseline_SN.mean(axis=0), sample.weights)[0] for sample in measured.samples]
-    is_clustered = any(sample.clusters for sample in measured.samples)
+    sample = measured.sample
+    gains_N = (1 if higher_is_better else -1) * sample.diffs_SN.mean(axis=0)
+    num_seeds = sample.diffs_SN.shape[0]
     return Difference(
-        method=paired[0][0]["name"],
-        baseline=paired[1][0]["name"],
-        task=labels[0],
-        metric=labels[1],
+        method=names[0],
+        baseline=names[1],
+        task=sample.task,
+        metric=metric,
         unit=measured.unit,
         higher_is_better=higher_is_better,
         is_main=is_main,
         num_items=gains_N.size,
         num_seeds=num_seeds,
-        value=float(np.mean(values)),
-        baseline_value=float(np.mean(baseline_values)),
+        value=weighted_mean(sample.values_SN.mean(axis=0), sample.weights)[0],
+        baseline_value=weighted_mean(sample.baseline_SN.mean(axis=0), sample.weights)[0],
         difference=measured.drawn.difference,
-        test="McNemar" if measured.is_binary else "bootstrap",
+        test="McNemar" if sample.is_binary else "bootstrap",
         won=int((gains_N > 0).sum()),
         lost=int((gains_N < 0).sum()),
         tied=int((gains_N == 0).sum()),
-        num_clusters=sum(block.weights_N.size for block in measured.drawn.blocks) if is_clustered else None,
-        by_seed=measured.by_seed if is_fixed else None,
+        num_clusters=measured.drawn.block.weights_N.size if sample.clusters else None,
+        by_seed=measured.by_seed if num_seeds > 1 and sample.has_fixed_seeds else None,
     )
 
 
@@ -246,7 +203,7 @@ def judge(family: Sequence[tuple[Difference, Measured]], settings: Settings) -> 
         return []
     p_values = [measured.p_value(confidence) for _, measured in family]
     adjusted = holm(p_values).tolist()
-    noises = [noise_of(measured.drawn, [sample.task for sample in measured.samples]) for _, measured in family]
+    noises = [noise_of(measured.drawn, row.task) for row, measured in family]
     level = simultaneous_level(noises, alpha, settings.seed)
     judged: list[Difference] = []
     for index, (row, measured) in enumerate(family):
@@ -258,8 +215,6 @@ def judge(family: Sequence[tuple[Difference, Measured]], settings: Settings) -> 
             all_low = max(all_low, 0.0) if is_claimed else min(all_low, 0.0)
         if not is_claimed or row.difference <= 0:
             all_high = min(all_high, 0.0) if is_claimed else max(all_high, 0.0)
-        # Of the largest of the adjusted tests, so that what is asked for would do whatever the others show.
-        needed = (None, None) if is_claimed else measured.needed(alpha / size)
         won = BETTER if (row.difference > 0) == row.higher_is_better else WORSE
         judged.append(
             replace(
@@ -271,8 +226,6 @@ def judge(family: Sequence[tuple[Difference, Measured]], settings: Settings) -> 
                 p_adjusted=adjusted[index],
                 num_comparisons=size,
                 verdict=won if is_claimed else NOT_DISTINGUISHABLE,
-                items_needed=needed[0],
-                seeds_needed=needed[1],
                 unadjusted_low=low,
                 unadjusted_high=high,
                 is_cut_at_zero=is_cut,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,20 +15,19 @@ NUM_DRAWS = 100_000  # of the maximum: an error of 1 % in the level, at 0.05
 
 
 class Noise(NamedTuple):
-    """How one difference of a family varies: by the units of each task, which it shares with others, and by itself."""
+    """How one difference of a family varies: by the units of its task, which it shares with others, and by itself."""
 
-    parts: Mapping[str, NDArray[np.float64]]  # task -> what each unit adds to the error of the difference
+    task: str
+    part_N: NDArray[np.float64]  # what each unit adds to the error of the difference
     own_variance: float  # of the seeds, counted as independent of other comparisons
 
 
-def noise_of(drawn: Bootstrap, tasks: Sequence[str]) -> Noise:
-    """Return the noise of a bootstrapped difference; ``tasks`` are those of its blocks."""
-    parts = {}
-    for task, block in zip(tasks, drawn.blocks, strict=True):
-        shares_N = block.weights_N / block.weights_N.sum()
-        centred_N = block.diffs_SN.mean(axis=0) - block.means_S.mean()
-        parts[task] = shares_N * centred_N / len(drawn.blocks)
-    return Noise(parts, drawn.seed_excess / drawn.num_seeds if drawn.num_seeds > 1 else 0.0)
+def noise_of(drawn: Bootstrap, task: str) -> Noise:
+    """Return the noise of a bootstrapped difference."""
+    block = drawn.block
+    shares_N = block.weights_N / block.weights_N.sum()
+    centred_N = block.diffs_SN.mean(axis=0) - block.means_S.mean()
+    return Noise(task, shares_N * centred_N, drawn.seed_excess / drawn.num_seeds if drawn.num_seeds > 1 else 0.0)
 
 
 def simultaneous_level(family: Sequence[Noise], alpha: float, seed: int = 0) -> float:
@@ -68,7 +67,7 @@ def _correlation(family: Sequence[Noise]) -> NDArray[np.float64]:
 
 
 def _covariance(a: Noise, b: Noise) -> float:
-    return float(sum(a.parts[task] @ b.parts[task] for task in a.parts.keys() & b.parts.keys()))
+    return float(a.part_N @ b.part_N) if a.task == b.task else 0.0
 
 
 def _root(correlation: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -6,7 +6,6 @@ Also shares of several samples per item (avg@k). Shapes: N items.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -122,18 +121,6 @@ def paired_score(won: float, lost: float, num_items: int, delta: float) -> float
     lost_share = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)  # expected where the difference is delta
     variance = num_items * (2 * lost_share + delta * (1 - delta))
     return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance)
-
-
-def average_bounds(centres: ArrayLike, bounds: Sequence[Bounds]) -> Bounds:
-    """Return an interval of the mean of independent estimates from the interval of each (MOVER).
-
-    Distances from the centre to each bound add like standard errors. Zou and Donner (2008),
-    https://doi.org/10.1002/sim.3095.
-    """
-    centres_T, (lows_T, highs_T) = np.asarray(centres, dtype=float), np.transpose(bounds)
-    mean = float(centres_T.mean())
-    below, above = (float(np.sqrt(((centres_T - each) ** 2).sum()) / centres_T.size) for each in (lows_T, highs_T))
-    return Bounds(mean - below, mean + above)
 
 
 def _wilson(share: float, num_items: float, z: float) -> Bounds:

@@ -33,7 +33,6 @@ from maskft_base.runtime import environment
 from .statistics import weighted_mean
 
 SCHEMA_VERSION = 1
-AVERAGE = "average of {} tasks"  # stands for a task's name
 BEFORE = "before: "  # begins the name of a task that measures what the model could do before
 
 Domain = Literal["math", "coding", "instruction"]

@@ -1,4 +1,4 @@
-"""The value of every model in every metric, and its average over tasks; each with its error, or interval at an edge."""
+"""The value of every model in every metric, with its error, or its interval at an edge."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from .comparable import check_comparable, group_by_name, having, select, unit_of
 from .comparison import Score
-from .proportions import Bounds, average_bounds, is_at_edge, proportion_interval
-from .schema import AVERAGE, Result, cluster_ids, has_items, item_weights
+from .proportions import Bounds, is_at_edge, proportion_interval
+from .schema import Result, cluster_ids, has_items, item_weights
 from .statistics import weighted_mean
 
 
@@ -22,7 +22,7 @@ def scores(
     metrics: Sequence[str] | None = None,
     fixed_seeds: bool = False,
 ) -> list[Score]:
-    """Return the value of every model in every metric that it has, models in the order given, and then the averages.
+    """Return the value of every model in every metric that it has, models in the order given.
 
     Args:
         results: Results of this schema, at least one.
@@ -38,34 +38,12 @@ def scores(
     check_comparable(results, tasks)
     shown = [(task, metric) for task, metric in product(tasks, metrics) if having(results, task, metric)]
     units = {(task, metric): unit_of(having(results, task, metric), task, metric) for task, metric in shown}
-    found = [
+    return [
         _score(group, task, metric, units[task, metric], fixed_seeds)
         for group in groups.values()
         for task, metric in shown
         if having(group, task, metric) == group
     ]
-    averaged = averaged_metrics(results, tasks, metrics)
-    return found + [_average(group, found, averaged, fixed_seeds) for group in groups.values() if averaged]
-
-
-def averaged_metrics(results: Sequence[Result], tasks: Sequence[str], metrics: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the tasks that are averaged, each with its metric: none where there are not two.
-
-    They are those that all results have, with their first metric measured item by item, where it is a fraction of which
-    more is better: an average over different units, or over other tasks for other models, would say nothing.
-    """
-    found: list[tuple[str, str]] = []
-    for task in tasks:
-        records = [result["tasks"][task] for result in results if task in result["tasks"]]
-        named = [name for name in records[0]["metrics"] if name in metrics and has_items(records[0]["items"], name)]
-        if not named or having(results, task, named[0]) != list(results):
-            continue
-        main = [record["metrics"][named[0]] for record in records]
-        if all(
-            each["unit"] == "fraction" and each["higher_is_better"] and each["value"] is not None for each in main
-        ) and all(has_items(record["items"], named[0]) for record in records):
-            found.append((task, named[0]))
-    return found if len(found) > 1 else []
 
 
 def _score(group: Sequence[Result], task: str, metric: str, unit: str, fixed_seeds: bool) -> Score:
@@ -105,24 +83,3 @@ def _bounds(group: Sequence[Result], task: str, metric: str) -> tuple[Bounds | N
         return None, False
     clusters = cluster_ids(group[0]["tasks"][task]["items"])
     return proportion_interval(values_N, clusters), is_at_edge(values_N, clusters)
-
-
-def _average(
-    group: Sequence[Result], found: Sequence[Score], averaged: Sequence[tuple[str, str]], fixed_seeds: bool
-) -> Score:
-    """Return the unweighted mean over tasks: errors over items add over tasks, of several seeds it is over seeds."""
-    name = group[0]["name"]
-    by_metric = {(score.task, score.metric): score for score in found if score.model == name}
-    parts = [by_metric[key] for key in averaged]
-    per_seed = [
-        np.mean([result["tasks"][task]["metrics"][metric]["value"] for task, metric in averaged]) for result in group
-    ]
-    value, stderr = weighted_mean(per_seed)
-    if len(group) == 1 or fixed_seeds:
-        stderr = float(np.sqrt(sum((part.stderr or 0.0) ** 2 for part in parts))) / len(parts)
-    bounds = average_bounds(
-        [part.value or 0.0 for part in parts],
-        [Bounds(part.low, part.high) for part in parts if part.low is not None and part.high is not None],
-    )
-    at_edge = any(part.is_at_edge for part in parts)
-    return Score(name, AVERAGE.format(len(parts)), "", "fraction", value, stderr, len(group), *bounds, at_edge)

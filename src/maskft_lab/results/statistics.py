@@ -14,9 +14,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-POWER = 0.8  # of the test that needed numbers of items and seeds are for
-MAX_NEEDED = 10_000_000  # items or seeds; more say that none would do
-ROUNDING = 1e-12  # of the largest difference: a mean this close to zero is zero
 MAX_CHUNK_COUNTS = 2**21  # resamples x items held at once: about 50 MB, whatever the numbers of resamples and items
 
 
@@ -95,8 +92,7 @@ class Bootstrap:
 
     Every seed is evaluated on the same items, so seeds and items are resampled independently of each other (rows and
     columns of the matrix), not items anew within each seed: an item that is easy for one seed is easy for the others.
-    With one row, only items are resampled and the result speaks of that one pair of models. Of several tasks, whose
-    differences are averaged, the items are resampled task by task and the seeds for all tasks at once.
+    With one row, only items are resampled and the result speaks of that one pair of models.
 
     The interval is the percentile interval of the resamples after two corrections, without which a percentile interval
     of three seeds covers the truth 75 times in 100. Deviations are stretched for the small sample (`_stretch`),
@@ -108,39 +104,32 @@ class Bootstrap:
     resamples below the estimate, is a count on a coarse grid.
 
     Args:
-        blocks: One per task, all with the same seeds.
+        block: The differences.
         num_resamples: Number of bootstrap samples, R.
         seed: Seed of the resampling. The same seed resamples the same items, so swapping the models flips the signs.
     """
 
-    def __init__(self, blocks: Sequence[Block], num_resamples: int = 10_000, seed: int = 0):
-        self.blocks, self.num_resamples = list(blocks), num_resamples
-        self.observed_S = np.mean([block.means_S for block in blocks], axis=0)
-        self.difference = float(self.observed_S.mean())
-        self.num_seeds = self.observed_S.size
-        self.between, self.interaction, self.item_variance = 0.0, 0.0, math.nan
-        if self.num_seeds > 1:
-            parts = [_variance_components(*block) for block in blocks]
-            self.between = float(self.observed_S.var(ddof=1))
-            self.interaction, self.item_variance = (sum(part[i] for part in parts) / len(blocks) ** 2 for i in (1, 2))
+    def __init__(self, block: Block, num_resamples: int = 10_000, seed: int = 0):
+        self.block, self.num_resamples = block, num_resamples
+        self.difference = float(block.means_S.mean())
+        self.num_seeds = block.means_S.size
+        self.between, self.interaction = _variance_components(*block) if self.num_seeds > 1 else (0.0, 0.0)
         self._resample(np.random.default_rng(seed))
 
     def _resample(self, rng: np.random.Generator) -> None:
-        shape = (self.num_resamples, self.num_seeds)
-        self._item_deviations = [np.empty(shape) for _ in self.blocks]
-        self._seed_deviations = np.zeros(shape)
-        weighted = [(block.diffs_SN * block.weights_N).T for block in self.blocks]
-        chunk = max(1, MAX_CHUNK_COUNTS // max(block.weights_N.size for block in self.blocks))
+        block, shape = self.block, (self.num_resamples, self.num_seeds)
+        self._item_deviations, self._seed_deviations = np.empty(shape), np.zeros(shape)
+        weighted_NS = (block.diffs_SN * block.weights_N).T
+        chunk = max(1, MAX_CHUNK_COUNTS // block.weights_N.size)
         for start in range(0, self.num_resamples, chunk):
             rows = slice(start, min(start + chunk, self.num_resamples))
             count = rows.stop - rows.start
-            for block, weighted_NS, deviations_RS in zip(self.blocks, weighted, self._item_deviations, strict=True):
-                counts_RN = _resample_counts(rng, count, block.weights_N.size)
-                ratios_RS = (counts_RN @ weighted_NS) / (counts_RN @ block.weights_N)[:, None]
-                deviations_RS[rows] = ratios_RS - block.means_S
+            counts_RN = _resample_counts(rng, count, block.weights_N.size)
+            self._item_deviations[rows] = (counts_RN @ weighted_NS) / (counts_RN @ block.weights_N)[:, None]
             if self.num_seeds > 1:
-                drawn_RS = _resample_counts(rng, count, self.num_seeds) / self.num_seeds
-                self._seed_deviations[rows] = drawn_RS - 1 / self.num_seeds
+                self._seed_deviations[rows] = _resample_counts(rng, count, self.num_seeds) / self.num_seeds
+        self._item_deviations -= block.means_S
+        self._seed_deviations -= 1 / self.num_seeds if self.num_seeds > 1 else 0.0
 
     @property
     def seed_excess(self) -> float:
@@ -149,10 +138,8 @@ class Bootstrap:
 
     def resamples(self, confidence: float) -> NDArray[np.float64]:
         """Return the resampled differences, shape (R,), stretched so that percentiles at ``confidence`` are right."""
-        values_RS = self.observed_S + sum(
-            _stretch(block.weights_N.size, confidence) / len(self.blocks) * deviations_RS
-            for block, deviations_RS in zip(self.blocks, self._item_deviations, strict=True)
-        )
+        stretch = _stretch(self.block.weights_N.size, confidence)
+        values_RS = self.block.means_S + stretch * self._item_deviations
         shares_RS = np.full(values_RS.shape, 1 / self.num_seeds)
         if self.num_seeds > 1:
             excess = self.seed_excess / self.between if self.between > 0 else 0.0
@@ -173,7 +160,7 @@ class Bootstrap:
         the resamples to one confidence, and further out, where Holm's correction looks, three seeds have no resamples.
         """
         resampled_R = self.resamples(confidence)
-        num_differing = sum(np.count_nonzero(block.diffs_SN.mean(axis=0)) for block in self.blocks)
+        num_differing = np.count_nonzero(self.block.diffs_SN.mean(axis=0))
         smallest_p = float(2.0 ** (1 - num_differing))
         if self.num_seeds > 1:
             smallest_p = max(smallest_p, 2 * self._t_tail(abs(self.difference)))
@@ -208,81 +195,19 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     return adjusted
 
 
-def required_items(
-    diffs: ArrayLike, weights: ArrayLike | None = None, power: float = POWER, alpha: float = 0.05
-) -> int | None:
-    """Return how many items a paired test needs to see the observed mean difference.
-
-    Normal approximation: ``(z(1 - alpha/2) + z(power))^2 * variance / difference^2``. The observed difference is itself
-    uncertain, so take this as an order of magnitude.
-
-    Args:
-        diffs: One difference per item, at least 2.
-        weights: One weight > 0 per item, as in `as_block`.
-        power: Probability of seeing a true difference of this size, in (0, 1).
-        alpha: Two-sided level of the test, in (0, 1).
+def _variance_components(diffs_SN: NDArray[np.float64], weights_N: NDArray[np.float64]) -> tuple[float, float]:
+    """Split the noise of a difference over at least 2 seeds and 2 items.
 
     Returns:
-        Number of items, or None if the difference is zero up to rounding (no number of items shows it).
-    """
-    difference, stderr = weighted_mean(diffs, weights)
-    if abs(difference) <= ROUNDING * np.abs(diffs).max():
-        return None
-    z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
-    needed = np.size(diffs) * (z * stderr / difference) ** 2
-    return max(2, math.ceil(needed)) if needed <= MAX_NEEDED else None
-
-
-def required_seeds(
-    diffs_SN: ArrayLike, weights: ArrayLike | None = None, power: float = POWER, alpha: float = 0.05
-) -> int | None:
-    """Return how many training seeds are needed to see the observed mean difference on the same items.
-
-    More seeds shrink the variance between seeds, not the one that comes from the choice of items.
-
-    Args:
-        diffs_SN: Differences, one row per seed (at least 2), one column per item.
-        weights: One weight > 0 per item, as in `as_block`.
-        power: Probability of seeing a true difference of this size, in (0, 1).
-        alpha: Two-sided level of the test, in (0, 1).
-
-    Returns:
-        Number of seeds (at least 2), or None if no number suffices: the difference is zero up to rounding, or
-        lost in the item noise.
-    """
-    diffs_SN = np.asarray(diffs_SN, dtype=float)
-    weights_N = np.ones(diffs_SN.shape[1]) if weights is None else np.asarray(weights, dtype=float)
-    difference, _ = weighted_mean(diffs_SN.mean(axis=0), weights_N)
-    between, _, item_variance = _variance_components(diffs_SN, weights_N)
-    z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
-    room = (difference / z) ** 2 - item_variance  # what the variance between seeds, divided by their number, may be
-    if abs(difference) <= ROUNDING * np.abs(diffs_SN).max() or room <= 0 or not between / room <= MAX_NEEDED:
-        return None
-    num_seeds = max(2, math.ceil(between / room))
-
-    def is_enough(num_seeds: int) -> bool:
-        t = stats.t.ppf(1 - alpha / 2, num_seeds - 1) + stats.t.ppf(power, num_seeds - 1)
-        return bool(between / num_seeds * (t / z) ** 2 <= room)
-
-    while not is_enough(num_seeds):  # the normal approximation is a few seeds short: t(S - 1) has wider tails
-        num_seeds += 1
-    return int(num_seeds)
-
-
-def _variance_components(diffs_SN: NDArray[np.float64], weights_N: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Split the noise of a difference over at least 2 seeds and 2 items into three variances.
-
-    Returns:
-        The variance between the seeds' differences; the part of it that is seed-item interaction (which items a seed
-        happens to win), and would vanish with more items; and the variance of the mean difference due to items only.
+        The variance between the seeds' differences; and the part of it that is seed-item interaction (which items a
+        seed happens to win), and would vanish with more items.
     """
     num_seeds, num_items = diffs_SN.shape
     means_S = diffs_SN @ weights_N / weights_N.sum()
     residuals_SN = weights_N * (diffs_SN - means_S[:, None]) / weights_N.mean()
-    shared_N = residuals_SN.mean(axis=0)
-    interaction = ((residuals_SN - shared_N) ** 2).sum() / ((num_seeds - 1) * (num_items - 1) * num_items)
-    item = shared_N @ shared_N / ((num_items - 1) * num_items) - interaction / num_seeds
-    return float(means_S.var(ddof=1)), float(interaction), float(max(0.0, item))
+    residuals_SN = residuals_SN - residuals_SN.mean(axis=0)
+    interaction = (residuals_SN**2).sum() / ((num_seeds - 1) * (num_items - 1) * num_items)
+    return float(means_S.var(ddof=1)), float(interaction)
 
 
 def _stretch(num_units: int, confidence: float) -> float:

@@ -35,7 +35,7 @@ def render(comparison: Comparison, output_format: str) -> str:
     if output_format == "terminal":
         return _page(comparison)
     sentences = [f"Verdict: {verdict.text}" for verdict in comparison.verdicts]
-    sentences += [sentence(row) for row in comparison.rows]
+    sentences += [sentence(row) for row in comparison.differences]
     sentences += [_note(note) for note in comparison.notes]
     tables = [
         draw(table, "markdown") for table in (cross_domain_table(comparison.scores), difference_table(comparison))
@@ -53,7 +53,7 @@ def brief_metric(differences: Sequence[Difference]) -> tuple[str, str]:
 def _page(comparison: Comparison) -> str:
     """Return one table of 80 columns, masks first, then the verdict: 25 lines at most, and what is left out is said."""
     first = brief_metric(comparison.differences)
-    rows = sorted(comparison.rows, key=lambda row: (row.task, row.metric) != first)
+    rows = sorted(comparison.differences, key=lambda row: (row.task, row.metric) != first)
     shown = [row for row in rows if row.is_main or (row.task, row.metric) == first]
     if comparison.verdicts:
         sentences = [f"Verdict: {comparison.verdicts[0].text}"]
@@ -86,11 +86,10 @@ def _lines(comparison: Comparison, shown: Sequence[Difference]) -> list[tuple[st
         seeds = f", {count} seeds" if count > 1 else ""
         heading = f"{metric} on {task_text(rows[0])} ({_unit_text(rows[0].unit)}), {rows[0].num_items:,} items{seeds}"
         cells.append(((heading,), None))
-        of_average = "" if metric == "main metric" else metric
         for row in sorted(rows, key=lambda row: row.method not in masks):
-            value = _value_text(values.get((row.method, task, of_average)))
+            value = _value_text(values.get((row.method, task, metric)))
             cells.append((("  " + row.method, value, difference_text(row), row.verdict), row))
-        value = _value_text(values.get((comparison.baseline, task, of_average)))
+        value = _value_text(values.get((comparison.baseline, task, metric)))
         cells.append((("  " + comparison.baseline, value, "", "(baseline)"), None))
     widths = [max(len(each[column]) for each, _ in cells if len(each) > 1) for column in range(4)]
     widths[0] = max(MIN_NAME, min(widths[0], PAGE_WIDTH - sum(widths[1:]) - 6))
@@ -126,9 +125,9 @@ def _how_to_read(comparison: Comparison) -> str:
         f"Differences are method - {comparison.baseline}, with {100 * comparison.confidence:g} % intervals of "
         f"{comparison.num_resamples:,} bootstrap samples; "
     )
-    if any(row.num_comparisons > 1 for row in comparison.rows):
+    if any(row.num_comparisons > 1 for row in comparison.differences):
         text += "they are simultaneous and go with the verdicts, those marked unadjusted do not; "
-    if any(row.is_cut_at_zero for row in comparison.rows):
+    if any(row.is_cut_at_zero for row in comparison.differences):
         text += "a round bracket at 0 claims a sign and no size; "
     if comparison.fixed_seeds:
         text += "seeds are fixed, so all of it is about these trained models and not about other seeds; "
@@ -170,11 +169,6 @@ def sentence(row: Difference) -> str:
         text += "; two seeds: no claim over seeds"
     if row.by_seed:
         text += f"; by seed {numbers_text(row.by_seed, row.unit)}"
-    if row.seeds_needed:
-        text += f"; a difference of this size would need about {_round_up(row.seeds_needed):,} seeds"
-    elif row.items_needed:
-        about = "about" if row.num_seeds == 1 or row.by_seed else "at least"  # the seeds' own noise comes on top
-        text += f"; a difference of this size would need {about} {_round_up(row.items_needed):,} items"
     return text + "."
 
 
@@ -193,7 +187,7 @@ def difference_table(comparison: Comparison) -> Table:
             f"{row.won} / {row.lost} / {row.tied}",
             row.verdict,
         )
-        for row in comparison.rows
+        for row in comparison.differences
     ]
     return Table(columns, rows)
 
@@ -346,9 +340,3 @@ def _unit_text(unit: str) -> str:
 
 def _p_text(p_value: float) -> str:
     return "< 0.001" if p_value < 0.001 else f"{p_value:.2g}"
-
-
-def _round_up(number: int) -> int:
-    """Round up to two significant digits: 2871 items are "about 2,900"."""
-    step: int = 10 ** max(0, len(str(number)) - 2)
-    return -(-number // step) * step

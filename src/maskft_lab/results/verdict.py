@@ -69,7 +69,7 @@ def _judged(
 ) -> list[tuple[Difference, Measured]]:
     """Return the differences of a mask from others, as a family of their own."""
     paired = [pair_by_seed(groups[mask], groups[name], settings.fixed_seeds) for name in others]
-    family = [measure(pair, [shown], True, settings) for pair in paired]
+    family = [measure(pair, *shown, True, settings) for pair in paired]
     return [(row, measured) for row, (_, measured) in zip(judge(family, settings), family, strict=True)]
 
 
