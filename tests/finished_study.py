@@ -16,15 +16,14 @@ HOSTILE = "</script><script>alert('x')</script> $x_1$ <b>&amp;"
 MODULES = {f"model.layers.0.self_attn.{name}_proj": rows for name, rows in {"q": 32, "k": 16, "v": 16}.items()}
 
 
-def task_of(quality, seed, text="", answers=None):
-    """Items of which about ``quality`` are right, with their texts."""
+def task_of(quality, seed):
+    """Items of which about ``quality`` are right."""
     draws = torch.rand(NUM_ITEMS, generator=torch.Generator().manual_seed(17 + seed)).tolist()
     items = [
         {"id": f"item{n}", "nll": 1.5 - quality + draw, "num_tokens": 2 + n % 3, "accuracy": int(draw < quality)}
-        | {"answer": str(n), "output": f"{n if draw < quality else n + 1}{text if n % 5 == 3 else ''}"}
         for n, draw in enumerate(draws)
     ]
-    prints = [{"id": item["id"], "prompt": item["id"], "reference": answers or "a"} for item in items]
+    prints = [{"id": item["id"], "prompt": item["id"], "reference": "a"} for item in items]
     metrics = {name: metric_from_items(items, name) for name in ("nll", "accuracy")}
     return build_task(
         items, metrics, version=1, num_fewshot=0, fingerprint=items_fingerprint(prints), chat_template_hash=None
@@ -54,7 +53,7 @@ def write_run(study, run, name, method, seed, start=None, steps=8, settings=None
         block |= {"start": start, "match": None, "settings": settings or {}, "num_steps": steps, "best_step": steps - 1}
         block |= {"best_heldout_loss": 1.0, "epochs": 1.0, "tokens": 700, "total_epochs": 2.0, "total_tokens": 1400}
         model = {"name_or_path": run, "method": method, "seed": seed}
-        task = task_of(quality - (0.1 if role == "last" else 0), seed, HOSTILE if method == "mask" else "")
+        task = task_of(quality - (0.1 if role == "last" else 0), seed)
         result = build_result(label, model, {"dtype": "float32"}, {"sums": task}, {"base": "tiny"})
         result |= {"study": block, "created": "2026-11-26T00:00:00+00:00"}
         write_result(study / files.RESULTS / f"{run}-{role}" / files.RESULT, result)

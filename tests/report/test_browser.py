@@ -9,7 +9,7 @@ from PIL import Image
 from maskft_lab.cli.main import main
 
 pytestmark = pytest.mark.browser
-SECTIONS = ("verdict", "table", "curves", "ablations", "items", "masks", "landscape", "theory", "cost", "recipe")
+SECTIONS = ("verdict", "table", "curves", "ablations", "masks", "landscape", "theory", "cost", "recipe")
 
 
 @pytest.fixture(scope="module")
@@ -78,24 +78,6 @@ def test_numbers_are_those_of_the_json(open_page):
     shown = dict(zip(column(page, "scores", 0), column(page, "scores", 2), strict=True))
     for score in scores:
         assert shown[f"{score['model']} (2 seeds)"].startswith(f"{100 * score['value']:.1f}")
-
-
-def test_items_are_searched_and_filtered(open_page):
-    page = open_page()
-    record = page.evaluate("data.items[0]")
-    won = [row["id"] for row in record["rows"] if row["gain"] > 0]
-    page.select_option("#items-kind", "won")
-    assert column(page, "items-table", 0) == won[:25]
-    page.select_option("#items-kind", "all")
-    page.fill("#items-search", record["rows"][-1]["id"])
-    wanted = [row["id"] for row in record["rows"] if record["rows"][-1]["id"] in row["id"]]
-    assert column(page, "items-table", 0) == wanted
-    page.fill("#items-search", "")
-    assert f"{record['won']} won, {record['lost']} lost, {record['tied']} tied" in page.inner_text("#items-count")
-    index = page.evaluate("data.items.findIndex(record => record.method === 'mask')")
-    page.select_option("#items-method", str(index))
-    page.fill("#items-search", "alert")
-    assert "<b>" in page.inner_text("#items-table") and page.locator("#items-table b").count() == 0
 
 
 def test_light_and_dark(open_page):

@@ -12,7 +12,7 @@ from maskft_base import files
 from maskft_lab.cli.main import main
 from maskft_lab.report.catalogue import FIGURES
 from maskft_lab.results.comparison import Comparison, Difference
-from maskft_lab.results.schema import read_result
+from maskft_lab.results.schema import read_result, write_result
 from maskft_lab.results.text import difference_text, sentence
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -36,7 +36,7 @@ def assert_loads_nothing(page):
 
 def test_sections_in_the_order_of_a_readers_questions(parsed):
     sections = [a["id"] for tag, a in parsed.tags if tag == "section" and a.get("class") != "chart"]
-    wanted = ["verdict", "table", "curves", "ablations", "items", "masks", "landscape", "theory", "cost", "recipe"]
+    wanted = ["verdict", "table", "curves", "ablations", "masks", "landscape", "theory", "cost", "recipe"]
     assert sections == wanted
     assert [a["href"] for tag, a in parsed.tags if tag == "a"] == ["#main", *(f"#{section}" for section in wanted)]
     ids = [a["id"] for _, a in parsed.tags if "id" in a]
@@ -67,26 +67,17 @@ def test_the_tables_numbers_are_those_of_the_files(finished, parsed):
     assert parsed.data["comparison"] == comparison(finished)
 
 
-def test_items_won_and_lost_with_their_texts(finished, parsed):
-    record = next(each for each in parsed.data["items"] if each["method"] == "mask")
-    row = next(r for r in comparison(finished)["differences"] if (r["method"], r["metric"]) == ("mask", "accuracy"))
-    assert {key: record[key] for key in ("won", "lost", "tied")} == {key: row[key] for key in ("won", "lost", "tied")}
-    ours, theirs = (
-        read_result(finished / files.RESULTS / f"{run}-s0-best")["tasks"]["sums"]["items"] for run in ("mask", "full")
-    )
-    assert len(record["rows"]) == row["won"] + row["lost"]
-    for shown in record["rows"]:
-        mine, other = (next(i for i in items if i["id"] == shown["id"]) for items in (ours, theirs))
-        assert shown["texts"]["answer"] == mine["answer"]
-        assert shown["texts"]["output_method"] == mine["output"].strip()
-        assert shown["texts"]["output_baseline"] == other["output"].strip()
-        assert shown["gain"] == pytest.approx(shown["method"] - shown["baseline"])
-
-
-def test_foreign_text_stays_text(page, parsed):
-    assert any(HOSTILE.strip() in row["texts"]["output_method"] for r in parsed.data["items"] for row in r["rows"])
-    assert "alert('x')</script>" not in page and page.count("</script>") == 2
-    assert "b" not in {tag for tag, _ in parsed.tags}
+def test_foreign_text_stays_text(study):
+    """A result may be a stranger's, and every text of it."""
+    file = study / files.RESULTS / "mask-s0-best" / files.RESULT
+    write_result(file, read_result(file) | {"settings": {"dtype": HOSTILE}})
+    (study / files.SUMMARY.format("tiny-study")).unlink()
+    assert main(["report", str(study), "-o", str(study / "out.html")]) == 0
+    text = (study / "out.html").read_text()
+    page = Page(text)
+    assert any(HOSTILE in note for note in page.data["comparison"]["notes"])
+    assert "alert('x')</script>" not in text and text.count("</script>") == 2
+    assert "b" not in {tag for tag, _ in page.tags}
 
 
 def test_every_chart_has_its_numbers_as_a_table_and_the_others_are_one_closed_list(parsed):

@@ -119,6 +119,7 @@ def test_bad_samples_are_refused(folders, tmp_path):
     refuse(folders, "no samples in it")
     write_rows(file, rows)
     shutil.copy(file, file.with_name("samples_tiny_sums_2020-01-01T00-00-00.0.jsonl"))
+    shutil.copy(next(file.parent.glob("results_*.json")), file.with_name("results_2020-01-01T00-00-00.0.json"))
     refuse(folders, "a second log of task tiny_sums in this folder")
 
 

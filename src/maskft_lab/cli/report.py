@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "One HTML file about a study, to be opened from disk: verdict, gain against forgetting, table, curves, "
-        "ablations, items won and lost, masks, landscape, curvature, bound, cost, recipe. It loads nothing. maskft "
+        "ablations, masks, landscape, curvature, bound, cost, recipe. It loads nothing. maskft "
         "report tables --help: the paper's tables with your figures."
     )
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The report of a study as one HTML file, which loads nothing: verdict, table, figures, items, recipe."""
+"""The report of a study as one HTML file, which loads nothing: verdict, table, figures, recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from .catalogue import FIGURES, Figure, draw_figures
 from .charts import COLOURS, DARK, Chart, to_svg
 from .evidence import Evidence
 from .fig_verdict import are_simultaneous
-from .items import won_and_lost
 from .methods import number
 
 MAX_VERDICTS = 3  # that stand open; the others are one click away
@@ -27,7 +26,6 @@ SECTIONS = {
     "table": "Table",
     "curves": "Curves",
     "ablations": "Ablations",
-    "items": "Items",
     "masks": "Masks",
     "landscape": "Landscape",
     "theory": "Curvature and bound",
@@ -38,12 +36,12 @@ SECTIONS = {
 
 def render_report(evidence: Evidence) -> str:
     """The page as text."""
-    comparison, items = evidence.comparison, won_and_lost(evidence)
+    comparison = evidence.comparison
     drawn, missing = draw_figures(evidence, FIGURES)
     charts: dict[str, list[dict]] = {section: [] for section in SECTIONS}
     for figure, chart in drawn:
         charts[figure.section].append(_drawn(figure, chart))
-    has_content = {"verdict", "table", "recipe", *(["items"] if items else [])}
+    has_content = {"verdict", "table", "recipe"}
     verdicts = _verdicts(evidence)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "templates"),
@@ -62,7 +60,7 @@ def render_report(evidence: Evidence) -> str:
         facts=_facts(evidence),
         sections={key: title for key, title in SECTIONS.items() if charts[key] or key in has_content},
         place=evidence.place,
-        data={"items": items, "comparison": comparison.to_dict() if comparison else None},
+        data={"comparison": comparison.to_dict() if comparison else None},
         verdicts=verdicts[:MAX_VERDICTS],
         more_verdicts=verdicts[MAX_VERDICTS:],
         sentences=[sentence(row) for row in evidence.differences],
@@ -73,7 +71,6 @@ def render_report(evidence: Evidence) -> str:
         interval="simultaneous" if are_simultaneous(evidence.differences) else "unadjusted",
         charts=charts,
         missing=[_head(each.figure) | {"reason": each.reason, "command": each.command} for each in missing],
-        has_texts=any(row["texts"] for record in items for row in record["rows"]),
         commands=_commands(evidence),
         seeds=", ".join(map(str, evidence.seeds)) or "none",
         tables=_recipe(evidence),

@@ -1,7 +1,6 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
-const element = (tag, text) => { const made = document.createElement(tag); made.textContent = text; return made; };
 
 // Light and dark: as the system says, until the button is used.
 const theme = byId("theme");
@@ -41,38 +40,4 @@ for (const input of document.querySelectorAll("input[data-filter]")) {
     }
     byId(`${table.id}-count`).textContent = words.length ? `${shown} of ${table.tBodies[0].rows.length} rows` : "";
   });
-}
-
-// Items won and lost.
-if (data.items && data.items.length) {
-  const page = 25;
-  const names = { prompt: "question", answer: "reference" };
-  let limit = page;
-  const digits = (record, value) => record.unit === "fraction" ? value.toFixed(2) : value.toFixed(4);
-  const show = () => {
-    const record = data.items[Number(byId("items-method").value)];
-    const kind = byId("items-kind").value;
-    const words = byId("items-search").value.toLowerCase().split(/\s+/).filter(Boolean);
-    const rows = record.rows.filter((row) => (kind === "all" || (row.gain > 0) === (kind === "won"))
-      && words.every((word) => [row.id, ...Object.values(row.texts)].join("\n").toLowerCase().includes(word)));
-    const texts = ["prompt", "answer", "output_baseline", "output_method"].filter((name) => record.rows.some((row) => name in row.texts));
-    const heads = ["item", "change", `${record.metric}, ${record.baseline}`, `${record.metric}, ${record.method}`,
-      ...texts.map((name) => names[name] || (name === "output_method" ? record.method : record.baseline))];
-    const head = document.createElement("tr");
-    head.append(...heads.map((text) => { const cell = element("th", text); cell.scope = "col"; return cell; }));
-    byId("items-table").tHead.replaceChildren(head);
-    byId("items-table").tBodies[0].replaceChildren(...rows.slice(0, limit).map((row) => {
-      const line = document.createElement("tr");
-      line.append(element("td", row.id), element("td", `${row.gain > 0 ? "▲ won" : "▼ lost"} ${digits(record, Math.abs(row.gain))}`), element("td", digits(record, row.baseline)),
-        element("td", digits(record, row.method)), ...texts.map((name) => element("td", row.texts[name] ?? "")));
-      return line;
-    }));
-    byId("items-more").hidden = rows.length <= limit;
-    const seeds = record.num_seeds > 1 ? `, mean of ${record.num_seeds} seeds` : "";
-    byId("items-count").textContent = `${record.method}: ${record.won} won, ${record.lost} lost, ${record.tied} tied${seeds}. `
-      + `Of the ${record.rows.length} that changed most, ${rows.length} match; ${Math.min(limit, rows.length)} shown.`;
-  };
-  for (const id of ["items-method", "items-kind", "items-search"]) byId(id).addEventListener("input", () => { limit = page; show(); });
-  byId("items-more").addEventListener("click", () => { limit += page; show(); });
-  show();
 }
