@@ -60,12 +60,10 @@ def study(tmp_path):
 
 
 def test_every_analysis_of_a_study(study, capsys):
-    words = ["analyze", str(study), "--what", "curves,cost,bound,masks,landscape", "--grid", "3", "--num_rows", "4"]
+    words = ["analyze", str(study), "--what", "bound,masks,landscape", "--grid", "3", "--num_rows", "4"]
     assert main(words) == 0
     folder = study / files.ANALYSIS
-    assert {file.name for file in folder.iterdir()} == {
-        f"{what}.json" for what in ("curves", "cost", "bound", "masks", "landscape")
-    }
+    assert {file.name for file in folder.iterdir()} == {f"{what}.json" for what in ("bound", "masks", "landscape")}
     masks = json.loads((folder / "masks.json").read_text())
     assert len(masks["masks"]["mask-s0"]["by_head"]["0"]["qkv"]) == 4
     assert abs(masks["agreement"][0]["z_score"]) < 4
@@ -122,17 +120,16 @@ def test_a_run_that_a_figure_needs_is_named(study, capsys):
     assert "'full' has no run of seed 1, that of the mask: name a run by its id" in line
     other = json.loads((study / files.RUNS / "mask-s1" / files.RUN).read_text())
     (study / files.RUNS / "mask-s1" / files.RUN).write_text(json.dumps(other | {"model": "large"}))
-    assert "runs of different base models cannot be compared (tiny, large)" in error("--what", "cost")
+    assert "runs of different base models cannot be compared (tiny, large)" in error("--what", "bound")
 
 
 def test_what_has_no_data_is_left_out_and_the_others_are_made(study, capsys):
     write_run(study, "full-s0", "full", {"best": "runs/full-s0"})  # its end was not kept: no landscape
-    words = ["--what", "landscape,curves,ablations,bound", "--num_rows", "2"]
+    words = ["--what", "landscape,bound", "--num_rows", "2"]
     assert main(["analyze", str(study), *words]) == 0
     out, folder = capsys.readouterr().out, study / files.ANALYSIS
-    assert {file.name for file in folder.iterdir()} == {"curves.json", "bound.json"}
+    assert {file.name for file in folder.iterdir()} == {"bound.json"}
     assert "left out landscape: a landscape needs a third model, and the end of full-s0 was not kept" in out
-    assert "left out ablations: no two evaluated masks differ in one setting alone" in out
-    assert main(["analyze", str(study), "--what", "landscape,ablations"]) == 2
+    assert main(["analyze", str(study), "--what", "landscape"]) == 2
     error = capsys.readouterr().err
     assert "nothing was computed; landscape: " in error and error.count("\n") == 1

@@ -15,7 +15,7 @@ def finished(tmp_path_factory):
     """The study with its analyses, read only."""
     folder = tmp_path_factory.mktemp("finished") / "tiny-study"
     make_study(folder)
-    words = "--what curves,cost,ablations,bound,masks,landscape,curvature --grid 3 --num_rows 4 --num_probes 2"
+    words = "--what bound,masks,landscape,curvature --grid 3 --num_rows 4 --num_probes 2"
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(["analyze", str(folder), *words.split()]) == 0
     return folder

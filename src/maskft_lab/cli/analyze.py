@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Compute what the figures of the paper show from the finished runs of a study: one JSON file per analysis, "
         "with its settings; what is there already is not computed again, and what cannot be computed is left out with "
-        "the reason. curves: Fig. 1. cost: Figs 4, 9. ablations: Figs 3, 6-8, 10, 11. bound: Eqs 6-15. masks: Figs 13, "
-        "14. landscape: Figs 5, 12. curvature: Eqs 16-18."
+        "the reason. bound: Eqs 6-15. masks: Figs 13, 14. landscape: Figs 5, 12. curvature: Eqs 16-18. Figures of "
+        "results and training histories are drawn by maskft report, from these."
     )
     runs = parser.add_argument_group("runs")
     runs.add_argument(
@@ -75,15 +75,6 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"nothing was computed; {problems[0]}{more}")
     for problem in problems:
         print(f"left out {problem}")
-
-
-def _of_files(args, runs, file: Path) -> None:
-    from ..analysis.ablations import ablations_of
-    from ..analysis.curves import cost_of, curves_of
-    from ..analysis.records import write_record
-
-    analyse = {"curves": curves_of, "cost": cost_of, "ablations": ablations_of}[file.stem]
-    write_record(file, analyse(runs), {"what": file.stem})
 
 
 def _bound(args, runs, file: Path) -> None:
@@ -163,11 +154,4 @@ def _rows(args, mask) -> dict[str, list[dict]]:
     return load_rows(rows_folder(Path(args.study), args.rows, mask.data), args.num_rows, args.seed)
 
 
-# What reads files only stands first: it is done before models are loaded.
-_ANALYSES = {
-    **dict.fromkeys(("curves", "cost", "ablations"), _of_files),
-    "bound": _bound,
-    "masks": _masks,
-    "landscape": _landscape,
-    "curvature": _curvature,
-}
+_ANALYSES = {"bound": _bound, "masks": _masks, "landscape": _landscape, "curvature": _curvature}

@@ -15,7 +15,7 @@ from maskft_base.errors import UserError
 
 from .charts import Chart, Panel
 from .evidence import Evidence, NotComputed
-from .fig_ablations import ablation_chart, other_ablations_chart
+from .fig_ablations import ablation_chart
 from .fig_cost import cost_chart
 from .fig_curves import curves_chart
 from .fig_gain import gain_chart
@@ -79,7 +79,7 @@ FIGURES = (
         "ablations_other",
         "ablations",
         "Ablations: other settings",
-        other_ablations_chart,
+        partial(ablation_chart, None),
         f"{_STUDY} # with a grid of any other setting of mask",
     ),
     Figure("fig13_heads", "masks", "Share removed by attention head", heads_chart, f"{_ANALYZE}masks", (13,)),

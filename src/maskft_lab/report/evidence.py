@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -13,8 +13,6 @@ from maskft_base import files
 from maskft_base.errors import UserError, did_you_mean
 from maskft_base.files import read_json
 
-from ..analysis.ablations import ablations_of
-from ..analysis.curves import cost_of, curves_of
 from ..analysis.records import read_record
 from ..analysis.runs import BEST, MASK, PUBLISHED_SUMMARY, TrainedRun, read_study
 from ..results.compare import compare
@@ -22,12 +20,6 @@ from ..results.comparison import Comparison, Difference, Settings
 from ..results.schema import Result
 
 CURVES = "curve*.json"  # beside the summary, one for each probe: every method's rates, checkpoints and scales
-# Analyses that read files only are made anew for each report; the others need models and are read as they were written.
-_OF_FILES: dict[str, Callable[[Sequence[TrainedRun]], dict]] = {
-    "curves": curves_of,
-    "cost": cost_of,
-    "ablations": ablations_of,
-}
 
 
 class NotComputed(Exception):
@@ -90,14 +82,9 @@ class Evidence:
         """What the analysis of this name found.
 
         Raises:
-            NotComputed: If it was not made, or these runs do not allow it.
+            NotComputed: If it was not made.
             UserError: If its file is not as ``maskft analyze`` writes it.
         """
-        if what in _OF_FILES:
-            try:
-                return _OF_FILES[what](self.runs)
-            except UserError as error:
-                raise NotComputed(str(error)) from error
         file = self.folder / files.ANALYSIS / f"{what}.json"
         if not file.is_file():
             is_published = not any(run.models for run in self.runs)

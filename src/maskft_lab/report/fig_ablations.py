@@ -1,13 +1,16 @@
-"""A metric against one setting of the mask (Figs 3, 6, 7, 8, 10 and 11)."""
+"""A metric against one varied setting of the mask (Figs 3, 6, 7, 8, 10 and 11), from the results of a study."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 
+from ..analysis.runs import BEST, MASK, TrainedRun, parent_of
+from ..results.statistics import weighted_mean
 from ..results.text import Table
 from .charts import COLOURS, SERIES, Chart, Entry, Panel, plain
 from .evidence import Evidence, NotComputed
@@ -21,43 +24,101 @@ _NAMES = {
 }
 _ALL = ("mask_layers_to_transform", "max_train_samples")  # settings whose default is all there is
 _OF_THE_PAPER = ("mask_layers_to_transform", "mask_sparsity", "max_train_samples")
+# Settings that are not what an ablation varies: repetition, and what is written when.
+_NOT_VARIED = ("seed", "mask_seed", "eval_steps", "save_steps", "logging_steps", "keep_last", "report_to")
 
 
-def ablation_chart(setting: str, evidence: Evidence) -> Chart:
-    """One metric per panel against one setting."""
-    records = [each for each in evidence.record("ablations")["ablations"] if each["setting"] == setting]
-    if not records:
-        raise NotComputed(f"no two evaluated masks of this study differ in {setting} alone")
-    return _chart(records)
+class Measured(NamedTuple):
+    """Mean of a metric over the seeds of one method; its error is over seeds where there are several, else items."""
+
+    mean: float
+    stderr: float | None
+    num_seeds: int
 
 
-def other_ablations_chart(evidence: Evidence) -> Chart:
-    """One setting and metric per panel, of settings that the paper does not vary."""
-    records = [each for each in evidence.record("ablations")["ablations"] if each["setting"] not in _OF_THE_PAPER]
-    if not records:
-        raise NotComputed("no two evaluated masks of this study differ in one other setting alone")
-    return _chart(records)
+class Line(NamedTuple):
+    """A metric against a setting, all else being ``fixed``, and that of the models under these masks."""
+
+    fixed: Mapping[str, Any]
+    points: Sequence[tuple[Any, Measured]]  # by the value of the setting
+    start: Measured | None
 
 
-def _chart(records: Sequence[Mapping]) -> Chart:
-    lines = [(each["setting"], line["fixed"]) for each in records for line in each["lines"]]
+class Ablation(NamedTuple):
+    """One metric of a task against one setting."""
+
+    setting: str
+    task: str
+    metric: str
+    unit: str
+    lines: Sequence[Line]
+
+
+def ablations_of(runs: Sequence[TrainedRun]) -> list[Ablation]:
+    """Every metric against every setting in which two evaluated masks differ, all else being equal."""
+    masks = [run for run in runs if run.method == MASK and BEST in run.results]
+    names = dict.fromkeys(name for run in masks for name in run.settings if name not in _NOT_VARIED)
+    varied = [name for name in names if len({_key(run.settings.get(name)) for run in masks}) > 1]
+    units = {
+        (task, metric): values["unit"]
+        for run in masks
+        for task, record in run.results[BEST]["tasks"].items()
+        for metric, values in record["metrics"].items()
+    }
+    return [
+        Ablation(name, *place, unit, lines)
+        for name in varied
+        for place, unit in units.items()
+        if (lines := _lines([run for run in masks if _value(run, *place)], runs, [name, *varied], place))
+    ]
+
+
+def _lines(
+    masks: Sequence[TrainedRun], runs: Sequence[TrainedRun], varied: Sequence[str], place: tuple[str, str]
+) -> list[Line]:
+    """Lines against the first of the varied settings: one for each choice of the others that has two points."""
+    setting, others = varied[0], [name for name in varied if name != varied[0]]
+    groups: dict[str, dict[str, list[TrainedRun]]] = {}
+    for run in masks:
+        fixed, value = _key({name: run.settings.get(name) for name in others}), _key(run.settings.get(setting))
+        groups.setdefault(fixed, {}).setdefault(value, []).append(run)
+    lines = []
+    for fixed, points in groups.items():
+        if len(points) < 2:
+            continue
+        parents = {run.start: parent_of(run, runs) for members in points.values() for run in members}
+        starts = [run for run in parents.values() if run and _value(run, *place)]
+        ordered = sorted(((json.loads(value), _mean(members, place)) for value, members in points.items()), key=_order)
+        lines.append(Line(json.loads(fixed), ordered, _mean(starts, place) if starts else None))
+    return lines
+
+
+def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
+    """One metric per panel against one setting; None: against each that the paper does not vary."""
+    found = [
+        each
+        for each in ablations_of(evidence.runs)
+        if (each.setting == setting if setting else each.setting not in _OF_THE_PAPER)
+    ]
+    if not found:
+        raise NotComputed(f"no two evaluated masks of this study differ in {setting or 'one other setting'} alone")
+    lines = [line for each in found for line in each.lines]
     # What is equal in all lines need not be said in each.
-    varied = {name for _, fixed in lines for name in fixed if len({repr(other.get(name)) for _, other in lines}) > 1}
+    varied = {name for line in lines for name in line.fixed if len({_key(o.fixed.get(name)) for o in lines}) > 1}
     looks = {
         text: Entry(text, SERIES[index % len(SERIES)], "-", "o^sDvP"[index % 6])
-        for index, text in enumerate(dict.fromkeys(_fixed_text(fixed, varied) for _, fixed in lines))
+        for index, text in enumerate(dict.fromkeys(_fixed_text(line.fixed, varied) for line in lines))
     }
-    entries = [*looks.values(), Entry("the model under the mask", "muted", "--")]
     table = [
         (
-            f"{each['task']}/{each['metric']}",
-            f"{_name(each['setting'])}: {value_text(point['value'], each['setting'])}",
-            _fixed_text(line["fixed"], set(line["fixed"])),
-            *(number(point["mean"]), number(point["stderr"]), str(point["num_seeds"])),
+            f"{each.task}/{each.metric}",
+            f"{_name(each.setting)}: {value_text(value, each.setting)}",
+            _fixed_text(line.fixed, set(line.fixed)),
+            *(number(point.mean), number(point.stderr), str(point.num_seeds)),
         )
-        for each in records
-        for line in each["lines"]
-        for point in line["points"]
+        for each in found
+        for line in each.lines
+        for value, point in line.points
     ]
     text = (
         "Test measures of learned masks, all else as the line says. Bars are one standard error, over seeds where "
@@ -65,48 +126,30 @@ def _chart(records: Sequence[Mapping]) -> Chart:
         "those stand above, paired by item and seed."
     )
     panels = [
-        Panel(f"{each['metric']} on {each['task']}", partial(_draw, record=each, looks=looks, varied=varied))
-        for each in records
+        Panel(f"{each.metric} on {each.task}", partial(_draw, found=each, looks=looks, varied=varied)) for each in found
     ]
     columns = ("measure", "setting", "other settings", "mean", "standard error", "seeds")
+    entries = [*looks.values(), Entry("the model under the mask", "muted", "--")]
     return Chart(text, panels, Table(columns, table), entries)
 
 
-def _draw(axes: Axes, record: Mapping, looks: Mapping[str, Entry], varied: Collection[str]) -> None:
-    setting, points = record["setting"], [point for line in record["lines"] for point in line["points"]]
-    values = list(dict.fromkeys(value_text(point["value"], setting) for point in _in_order(points)))
-    scale = 100.0 if record["unit"] == "fraction" else 1.0
-    for line in record["lines"]:
-        entry = looks[_fixed_text(line["fixed"], varied)]
-        for points in _connected(line["points"]):
-            x = [values.index(value_text(point["value"], setting)) for point in points]
-            y = [scale * point["mean"] for point in points]
-            errors = [scale * (point["stderr"] or 0.0) for point in points]
-            axes.errorbar(x, y, errors, color=COLOURS[entry.colour], marker=entry.marker, elinewidth=0.8, capsize=2)
-        if line["start"]:
-            axes.axhline(scale * line["start"]["mean"], color=COLOURS["muted"], linestyle="--", linewidth=0.8)
-    long = max(map(len, values)) > 8
-    axes.set_xticks(range(len(values)), list(map(plain, values)), rotation=20 if long else 0)
+def _draw(axes: Axes, found: Ablation, looks: Mapping[str, Entry], varied: Collection[str]) -> None:
+    points = sorted((point for line in found.lines for point in line.points), key=_order)
+    values = list(dict.fromkeys(value_text(value, found.setting) for value, _ in points))
+    has_groups = any(isinstance(value, list) for value, _ in points)  # of layers, which no line connects
+    scale = 100.0 if found.unit == "fraction" else 1.0
+    for line in found.lines:
+        entry = looks[_fixed_text(line.fixed, varied)]
+        x = [values.index(value_text(value, found.setting)) for value, _ in line.points]
+        y, errors = zip(*((scale * point.mean, scale * (point.stderr or 0.0)) for _, point in line.points), strict=True)
+        style: dict[str, Any] = {"color": COLOURS[entry.colour], "marker": entry.marker, "elinewidth": 0.8}
+        axes.errorbar(x, y, errors, linestyle="none" if has_groups else "-", capsize=2, **style)
+        if line.start:
+            axes.axhline(scale * line.start.mean, color=COLOURS["muted"], linestyle="--", linewidth=0.8)
+    axes.set_xticks(range(len(values)), list(map(plain, values)), rotation=20 if max(map(len, values)) > 8 else 0)
     axes.set_xlim(-0.4, len(values) - 0.6)
-    axes.set_xlabel(plain(_name(setting)))
-    axes.set_ylabel("%" if record["unit"] == "fraction" else plain(record["unit"]))
-
-
-def _in_order(points: Sequence[Mapping]) -> list[Mapping]:
-    """Points of several lines by their value; those that are no numbers as they come, after the numbers."""
-    numbers = [point for point in points if isinstance(point["value"], int | float)]
-    return sorted(numbers, key=lambda point: point["value"]) + [point for point in points if point not in numbers]
-
-
-def _connected(points: Sequence[Mapping]) -> list[list[Mapping]]:
-    """Points that one line connects: of groups of layers those that are as large as each other, else all."""
-    groups: dict[int, list[Mapping]] = {}
-    has_lists = any(isinstance(point["value"], list) for point in points)
-    for point in points:
-        value = point["value"]
-        size = len(value) if isinstance(value, list) else 0
-        groups.setdefault(size if has_lists else 0, []).append(point)
-    return list(groups.values())
+    axes.set_xlabel(plain(_name(found.setting)))
+    axes.set_ylabel("%" if found.unit == "fraction" else plain(found.unit))
 
 
 def value_text(value: Any, setting: str = "") -> str:
@@ -116,6 +159,31 @@ def value_text(value: Any, setting: str = "") -> str:
     if isinstance(value, list) and len(value) > 1 and value == list(range(value[0], value[0] + len(value))):
         return f"{value[0]}-{value[-1]}"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _mean(runs: Sequence[TrainedRun], place: tuple[str, str]) -> Measured:
+    found = [record for run in runs if (record := _value(run, *place))]
+    mean, stderr = weighted_mean([record["value"] for record in found])
+    return Measured(mean, found[0]["stderr"] if len(found) == 1 else stderr, len(found))
+
+
+def _value(run: TrainedRun, task: str, metric: str) -> Mapping[str, Any] | None:
+    """The metric of a run's result, where it has a value."""
+    result = run.results.get(BEST, {"tasks": {}})
+    record = result["tasks"].get(task, {"metrics": {}})["metrics"].get(metric)
+    return record if record and record["value"] is not None else None
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _order(point: tuple[Any, Any]) -> tuple:
+    """None (all rows, all layers, the default) last; lists by length, then by value."""
+    value = point[0]
+    if isinstance(value, list):
+        return (0, len(value), [str(each).zfill(6) for each in value])
+    return (2, 0, []) if value is None else (1, value if isinstance(value, int | float) else 0, [str(value)])
 
 
 def _name(setting: str) -> str:

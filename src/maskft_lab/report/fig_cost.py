@@ -1,15 +1,18 @@
-"""What methods cost (Figs 4 and 9): memory, tokens and time."""
+"""What methods cost (Figs 4 and 9): memory, tokens and time, from the training histories of a study."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 
+from ..analysis.runs import BEST, LAST, TrainedRun
 from ..results.text import Table
 from .charts import COLOURS, ROW_HEIGHT, Chart, Entry, Panel, row_name
-from .evidence import Evidence
-from .methods import look, number, plain_name
+from .evidence import Evidence, NotComputed
+from .fig_curves import spent_before, spent_until
+from .methods import look, mean, number, plain_name
 
 _PANELS = {
     "peak_memory_bytes": ("peak memory of one process (GB)", 1e9),
@@ -20,20 +23,51 @@ _COLUMNS = {"peak_memory_bytes": 1e9, "tokens": 1e6, "total_tokens": 1e6, "time_
 _OWN = {"total_tokens": "tokens", "total_time_s": "time_s"}
 
 
+class Cost(NamedTuple):
+    """Means over seeds of what a method cost up to its best checkpoint (role ``best``) or its end (``last``)."""
+
+    name: str
+    role: str
+    num_seeds: int
+    spent: Mapping[str, float]
+
+
+def cost_of(run: TrainedRun, role: str, runs: Sequence[TrainedRun]) -> dict[str, float]:
+    """Bytes of one process, tokens and seconds of a run, and from the pre-trained model on (``total_``)."""
+    own, before = spent_until(run, run.summary["num_steps" if role == LAST else "best_step"]), spent_before(run, runs)
+    return {
+        "peak_memory_bytes": run.summary["peak_memory_bytes"],
+        **{name: own[name] for name in ("tokens", "time_s")},
+        **{f"total_{name}": before[name] + own[name] for name in ("tokens", "time_s")},
+    }
+
+
+def costs_of(runs: Sequence[TrainedRun]) -> list[Cost]:
+    """Of each method and role, in the order of the runs."""
+    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for run in runs:
+        for role in (BEST, LAST) if run.summary.get("num_steps") else ():
+            groups.setdefault((run.name, role), []).append(cost_of(run, role, runs))
+    means = {key: {q: mean([cost[q] for cost in each]) for q in _COLUMNS} for key, each in groups.items()}
+    return [Cost(*key, len(each), means[key]) for key, each in groups.items()]
+
+
 def cost_chart(evidence: Evidence) -> Chart:
     """Bars for each method up to its best checkpoint, and for the baseline also up to its end."""
-    record = evidence.record("cost")
+    costs = costs_of(evidence.runs)
+    if not costs:
+        raise NotComputed("no run tells memory, tokens and time: it needs training.json")
     start = plain_name(evidence.comparison.baseline) if evidence.comparison else ""
     methods = {plain_name(name): kind for name, kind in evidence.methods.items()}
     order = list(methods)
-    rows = [row for row in record["rows"] if row["role"] == "best"]
-    tokens = {row["name"]: row["total_tokens"] for row in rows}
-    ends = [row for row in record["rows"] if row["role"] != "best" and row["name"] == start]
-    rows += [row for row in ends if row["total_tokens"] != tokens.get(start)]  # else the best is the end
-    rows.sort(key=lambda row: order.index(row["name"]) if row["name"] in order else len(order))
+    rows = [cost for cost in costs if cost.role == BEST]
+    tokens = {cost.name: cost.spent["total_tokens"] for cost in rows}
+    ends = [cost for cost in costs if cost.role != BEST and cost.name == start]
+    rows += [cost for cost in ends if cost.spent["total_tokens"] != tokens.get(start)]  # else the best is the end
+    rows.sort(key=lambda cost: order.index(cost.name) if cost.name in order else len(order))
     table = [
-        (row["name"], row["role"], str(row["num_seeds"]), *(number(row[q]["mean"] / s) for q, s in _COLUMNS.items()))
-        for row in record["rows"]
+        (cost.name, cost.role, str(cost.num_seeds), *(number(cost.spent[q] / s) for q, s in _COLUMNS.items()))
+        for cost in costs
     ]
     columns = ("method", "until", "seeds", "peak memory (GB)", "tokens (million)", "total tokens (million)")
     columns += ("minutes", "total minutes")
@@ -41,28 +75,22 @@ def cost_chart(evidence: Evidence) -> Chart:
         "Means over seeds, up to the kept checkpoint; the full bar counts from the pre-trained model, its dark part is "
         "the method's own. Times are comparable between runs of one machine only, memory between runs of one device."
     )
+    height = 0.65 + ROW_HEIGHT * len(rows)
     panels = [
-        Panel(
-            title,
-            lambda axes, q=quantity, s=scale: _draw(axes, rows, q, s, methods),
-            True,
-            0.65 + ROW_HEIGHT * len(rows),
-        )
+        Panel(title, lambda axes, q=quantity, s=scale: _draw(axes, rows, q, s, methods), True, height)
         for quantity, (title, scale) in _PANELS.items()
     ]
-    entries = [Entry("spent before this method", "rule", "", "s")]
-    return Chart(text, panels, Table(columns, table), entries)
+    return Chart(text, panels, Table(columns, table), [Entry("spent before this method", "rule", "", "s")])
 
 
-def _draw(axes: Axes, rows: Sequence[Mapping], quantity: str, scale: float, methods: Mapping) -> None:
-    for place, row in enumerate(rows):
-        total = row[quantity]["mean"] / scale
-        own = row[_OWN[quantity]]["mean"] / scale if quantity in _OWN else total
-        colour = look(*methods.get(row["name"], (None, False)))[0]
+def _draw(axes: Axes, rows: Sequence[Cost], quantity: str, scale: float, methods: Mapping) -> None:
+    for place, cost in enumerate(rows):
+        total, own = (cost.spent[name] / scale for name in (quantity, _OWN.get(quantity, quantity)))
+        colour = look(*methods.get(cost.name, (None, False)))[0]
         axes.barh(place, total, color=COLOURS["rule"], height=0.7)
         axes.barh(place, own, left=total - own, color=COLOURS[colour], height=0.7)
         axes.text(total, place, f" {number(total, 3)}", va="center", fontsize="small")
-    names = [row["name"] + (" (to the end)" if row["role"] == "last" else "") for row in rows]
+    names = [cost.name + (" (to the end)" if cost.role == LAST else "") for cost in rows]
     axes.set_yticks(range(len(rows)), list(map(row_name, names)))
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])

@@ -1,39 +1,82 @@
-"""Held-out loss and score against steps (Fig. 1)."""
+"""Held-out loss and score against steps (Fig. 1), from the training histories of a study."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
 
+from ..analysis.runs import TrainedRun, parent_of
 from ..results.text import Table
 from .charts import Chart, Panel
-from .evidence import Evidence
-from .methods import by_name, entry, line_style, look, mean, number
+from .evidence import Evidence, NotComputed
+from .methods import entry, line_style, look, mean, number
 
 LOSS = "eval_loss"
 _CUT = 1.6  # the axis ends so many times the spread of what was measured after the first tenth of a run
+_NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "mean_token_accuracy", "entropy")
+
+Lines = dict[str, list[tuple[float, float]]]  # metric -> (steps from the pre-trained model, value)
+
+
+def spent_until(run: TrainedRun, step: float | None) -> dict[str, float]:
+    """Steps, tokens and seconds of a run up to a step; 0 where nothing was trained.
+
+    Tokens are as counted there, else by the share of the steps, as seconds are; measuring on held-out rows is in these.
+    """
+    num_steps = run.summary.get("num_steps")
+    if not num_steps or not step:
+        return {"steps": 0.0, "tokens": 0.0, "time_s": 0.0}
+    counted = {row["step"]: row["eval_num_tokens"] for row in run.history if row.get("eval_num_tokens")}
+    share = step / num_steps
+    tokens = counted.get(step, run.summary["num_train_tokens"] * share)
+    return {"steps": step, "tokens": tokens, "time_s": run.summary["train_time_s"] * share}
+
+
+def spent_before(run: TrainedRun, runs: Sequence[TrainedRun]) -> dict[str, float]:
+    """What was spent from the pre-trained model to where a run starts: by its parents, up to their best checkpoints."""
+    parent = parent_of(run, runs)
+    if parent is None:
+        return spent_until(run, 0)
+    own, before = spent_until(parent, parent.summary.get("best_step")), spent_before(parent, runs)
+    return {name: own[name] + before[name] for name in own}
+
+
+def lines_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> Lines:
+    """Every metric that was measured on held-out rows: the loss in nats per token, scores in [0, 1]."""
+    before = spent_before(run, runs)["steps"]
+    lines: Lines = {}
+    for row in run.history:
+        for name, value in row.items():
+            # The candidates that a best of several random masks was chosen from were measured at no step.
+            is_metric = name.startswith("eval_") and not name.endswith(_NOT_METRICS)
+            if is_metric and "step" in row and value is not None:
+                lines.setdefault(name, []).append((before + row["step"], value))
+    return lines
 
 
 def curves_chart(evidence: Evidence) -> Chart:
     """Fig. 1: every metric that was measured during training, one line per kind of method, from the first step on."""
-    series = evidence.record("curves")["series"]
-    metrics = dict.fromkeys(name for each in series for name in each["metrics"])
-    groups = by_name(series)
-    kinds = _kinds(series)
+    groups: dict[str, list[Lines]] = {}
+    for run in evidence.runs:
+        groups.setdefault(run.name, []).append(lines_of(run, evidence.runs))
+    metrics = dict.fromkeys(name for lines in groups.values() for each in lines for name in each)
+    if not metrics:
+        raise NotComputed("no run has a training history with measurements: it needs training.json")
+    kinds = _kinds(evidence.runs)
     chosen = sorted(_one_of_each_kind(groups, kinds), key=lambda name: not kinds[name][1])  # starts first
     entries = {name: entry(name, *kinds[name]) for name in chosen}
 
     def draw(axes: Axes, metric: str) -> None:
-        lines = {name: _mean_line(rows, metric) for name, rows in groups.items() if name in entries}
+        lines = {name: _mean_line(groups[name], metric) for name in groups if name in entries}
         for name, line in lines.items():
             if line:
                 axes.plot(*np.transpose(line), **line_style(entries[name]), markevery=max(1, len(line) // 8))
         _cut(axes, [[y for _, y in line] for line in lines.values() if line], metric == LOSS)
         axes.set_xlabel("optimizer steps from the pre-trained model")
-        axes.set_ylabel(_label(metric))
+        axes.set_ylabel("held-out loss (nats/token)" if metric == LOSS else _short(metric))
 
     rows = [
         (name, _short(metric), number(x, 6), number(y), str(len(group)))
@@ -50,19 +93,19 @@ def curves_chart(evidence: Evidence) -> Chart:
     return Chart(text, panels, Table(("method", "measure", "step", "mean", "seeds"), rows), list(entries.values()))
 
 
-def _kinds(series: Sequence[Mapping]) -> dict[str, tuple[str, bool]]:
+def _kinds(runs: Iterable[TrainedRun]) -> dict[str, tuple[str, bool]]:
     """Name -> method, and whether others were trained from it, or it from the pre-trained model."""
-    starts = {each["start"] for each in series}
-    parents = {each["name"] for each in series if each["run"] in starts or each["start"] is None}
-    return {each["name"]: (each["method"], each["name"] in parents) for each in series}
+    starts = {run.start for run in runs}
+    parents = {run.name for run in runs if run.id in starts or run.start is None}
+    return {run.name: (run.method, run.name in parents) for run in runs}
 
 
-def _one_of_each_kind(groups: Mapping[str, Sequence[Mapping]], kinds: Mapping[str, tuple[str, bool]]) -> list[str]:
+def _one_of_each_kind(groups: Mapping[str, Sequence[Lines]], kinds: Mapping[str, tuple[str, bool]]) -> list[str]:
     """Names to draw: every start, and of each look the method with the lowest held-out loss."""
     lowest: dict[tuple, tuple[float, str]] = {}
     drawn = set()
-    for name, rows in groups.items():
-        losses = [min(values) for row in rows if (values := [v for v in row["metrics"].get(LOSS, []) if v is not None])]
+    for name, group in groups.items():
+        losses = [min(value for _, value in lines[LOSS]) for lines in group if LOSS in lines]
         if losses and kinds[name][1]:
             drawn.add(name)
         elif losses:
@@ -72,13 +115,9 @@ def _one_of_each_kind(groups: Mapping[str, Sequence[Mapping]], kinds: Mapping[st
     return [name for name in groups if name in drawn]
 
 
-def _mean_line(rows: Sequence[Mapping], metric: str) -> list[tuple[float, float]]:
+def _mean_line(group: Sequence[Lines], metric: str) -> list[tuple[float, float]]:
     """Mean of steps and values over seeds; the first seed alone where the seeds were not measured alike."""
-    lines = [
-        [(x, y) for x, y in zip(row["steps"], row["metrics"].get(metric, []), strict=False) if y is not None]
-        for row in rows
-    ]
-    lines = [line for line in lines if line]
+    lines = [line[metric] for line in group if metric in line]
     if len({len(line) for line in lines}) > 1:
         lines = lines[:1]
     return [(mean([p[0] for p in points]), mean([p[1] for p in points])) for points in zip(*lines, strict=True)]
@@ -95,14 +134,9 @@ def _cut(axes: Axes, lines: Sequence[Sequence[float]], is_loss: bool) -> None:
     if 0 < top - low < 0.6 * (high - low):
         margin = 0.05 * (top - low)
         axes.set_ylim(low - margin, top + margin)
-        axes.text(
-            0.99, 0.98, f"clipped (max {high:.3g})", ha="right", va="top", fontsize="small", transform=axes.transAxes
-        )
+        text = f"clipped (max {high:.3g})"
+        axes.text(0.99, 0.98, text, ha="right", va="top", fontsize="small", transform=axes.transAxes)
 
 
 def _short(metric: str) -> str:
     return "held-out loss" if metric == LOSS else metric.removeprefix("eval_").replace("_", " ")
-
-
-def _label(metric: str) -> str:
-    return "held-out loss (nats/token)" if metric == LOSS else _short(metric)

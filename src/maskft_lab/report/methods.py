@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .charts import COLOURS, SERIES, Entry
@@ -50,14 +50,6 @@ def entry(name: str, method: str | None, is_start: bool = True) -> Entry:
 def line_style(of: Entry) -> dict[str, Any]:
     """Arguments of matplotlib's ``plot``."""
     return {"color": COLOURS[of.colour], "linestyle": of.dash or "none", "marker": of.marker or None}
-
-
-def by_name(rows: Iterable[Mapping]) -> dict[str, list[Mapping]]:
-    """Rows of each ``name``, in the order of their appearance."""
-    groups: dict[str, list[Mapping]] = {}
-    for row in rows:
-        groups.setdefault(row["name"], []).append(row)
-    return groups
 
 
 def plain_name(name: str) -> str:

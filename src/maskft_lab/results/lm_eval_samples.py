@@ -56,7 +56,9 @@ def read_samples(files: Sequence[Path], name: str | None, cluster_by: str | None
         try:
             summary: dict[str, Any] = parse_json(read_text(beside))
         except (OSError, ValueError) as error:
-            raise UserError(f"{beside}: cannot be read ({getattr(error, "strerror", None) or error}): keep it beside its samples") from None
+            raise UserError(
+                f"{beside}: cannot be read ({getattr(error, 'strerror', None) or error}): keep it beside its samples"
+            ) from None
         tasks[named["task"]] = _task(file, named["task"], summary, cluster_by)
         said = {**summary, **(summary.get("config") or {})}
         settings |= {key: said[key] for key in _SETTINGS if said.get(key) is not None}

@@ -103,7 +103,8 @@ def _fill(number: str, results: Sequence[Result]) -> tuple[str, Table, list[Resu
             rows.append(("  against Best FFT", *map(_delta_text, line, best)))
     bases = sorted({_base(result) or "a base model that is not stated" for result in used})
     caption = f"Table {number} ({spec['place']}): {spec['title']}. The paper's figure, "
-    caption += f"{spec.get('backbone', 'of the block’s model')} / ours, {', '.join(bases) or 'no results'}"
+    theirs = spec.get("backbone", "of the block's model")
+    caption += f"{theirs} / ours, {', '.join(bases) or 'no results'}"
     return caption, Table(("Method", *(benchmarks[key]["label"] for key in spec["columns"])), rows), used
 
 
