@@ -46,12 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="coverage of the intervals, a fraction in (0, 1) (default: 0.95)",
     )
     parser.add_argument(
-        "--cluster_by",
-        metavar="FIELD",
-        help="field of the items (lm-eval: of the documents) whose values are clusters of dependent items, such as a "
-        "passage (default: cluster_id where items have it)",
-    )
-    parser.add_argument(
         "--fixed_seeds",
         action="store_true",
         help="claim something about these trained models only: intervals are over items, training seeds are not a "
@@ -84,7 +78,7 @@ def _compared(args: argparse.Namespace) -> str:
     from ..results.scores import scores
     from ..results.text import render, render_scores
 
-    results, tasks, metrics = read_all(args.results, args.cluster_by), _names(args.tasks), _names(args.metrics)
+    results, tasks, metrics = read_all(args.results), _names(args.tasks), _names(args.metrics)
     if len({result["name"] for result in results}) == 1 and args.baseline is None:
         return render_scores(scores(results, tasks, metrics, args.fixed_seeds), args.format)
     settings = Settings(args.num_resamples, args.seed, args.confidence, args.fixed_seeds)

@@ -5,7 +5,6 @@ The format is that of lm-eval 0.4.5 to 0.4.13 (``loggers/evaluation_tracker.py``
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +12,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from maskft_base.errors import UserError
-from maskft_base.files import digest, open_text, parse_json, read_text
+from maskft_base.files import open_text, parse_json, read_text
 
 from .schema import Result, TaskRecord, build_result, build_task, is_finite, items_fingerprint, metric_from_items
 
-MAX_LABEL = 60  # characters of a cluster's label; longer ones (a passage) are known by their digest
 _FILE_NAME = re.compile(r"samples_(?P<task>.+?)_(?P<date>\d{4}-\d\d-\d\dT[\d.+-]+)\.jsonl(\.gz)?")
 _NEEDED = ("doc_id", "filter", "metrics", "prompt_hash", "target_hash", "doc_hash", "resps")
 _SETTINGS = (
@@ -33,13 +31,12 @@ def is_samples_file(path: Path) -> bool:
     return bool(_FILE_NAME.fullmatch(path.name))
 
 
-def read_samples(files: Sequence[Path], name: str | None, cluster_by: str | None) -> Result:
+def read_samples(files: Sequence[Path], name: str | None) -> Result:
     """Return samples files, each of another task, as a result of one model, called as lm-eval's results call it.
 
     Args:
         files: Of one folder.
         name: Of the model, if not lm-eval's.
-        cluster_by: Field of the documents that names the clusters.
 
     Raises:
         UserError: If they have no samples, not those of lm-eval 0.4.5 or later, or nothing stands beside them.
@@ -59,7 +56,7 @@ def read_samples(files: Sequence[Path], name: str | None, cluster_by: str | None
             raise UserError(
                 f"{beside}: cannot be read ({getattr(error, 'strerror', None) or error}): keep it beside its samples"
             ) from None
-        tasks[named["task"]] = _task(file, named["task"], summary, cluster_by)
+        tasks[named["task"]] = _task(file, named["task"], summary)
         said = {**summary, **(summary.get("config") or {})}
         settings |= {key: said[key] for key in _SETTINGS if said.get(key) is not None}
         packages |= {key: said[f"{key}_version"] for key in ("lm_eval", "transformers") if said.get(f"{key}_version")}
@@ -69,20 +66,9 @@ def read_samples(files: Sequence[Path], name: str | None, cluster_by: str | None
     return {**result, "environment": {"packages": packages}}
 
 
-def set_cluster(item: dict[str, Any], fields: Mapping[str, Any], cluster_by: str | None, place: str | Path) -> None:
-    """Give an item its cluster where there is one: the value of the field that was asked for, or ``cluster_id``."""
-    if cluster_by is None and "cluster_id" not in fields:
-        return
-    value = fields.get(cluster_by or "cluster_id")
-    if value is None:
-        raise UserError(f"{place}, {cluster_by}: no such field to take clusters from: name one that every item has")
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-    item["cluster_id"] = text if len(text) <= MAX_LABEL else digest(text)[:16]
-
-
-def _task(file: Path, task: str, summary: Mapping[str, Any], cluster_by: str | None) -> TaskRecord:
+def _task(file: Path, task: str, summary: Mapping[str, Any]) -> TaskRecord:
     """Return what is measured item by item, with what lm-eval says of the task."""
-    items, questions, num_samples = _parsed(file, cluster_by)
+    items, questions, num_samples = _parsed(file)
     higher = (summary.get("higher_is_better") or {}).get(task) or {}
     metrics = {}
     for metric in dict.fromkeys(key for item in items.values() for key in item if key not in ("id", "cluster_id")):
@@ -109,7 +95,7 @@ def _task(file: Path, task: str, summary: Mapping[str, Any], cluster_by: str | N
     return record
 
 
-def _parsed(path: Path, cluster_by: str | None) -> tuple[Items, Items, int]:
+def _parsed(path: Path) -> tuple[Items, Items, int]:
     """Return the items with their scores, the questions, and the number of samples per item."""
     items: Items = {}
     questions: Items = {}
@@ -122,7 +108,8 @@ def _parsed(path: Path, cluster_by: str | None) -> tuple[Items, Items, int]:
             )
         identity, document = str(row["doc_id"]), row.get("doc")
         item = items.setdefault(identity, {"id": identity})
-        set_cluster(item, document if isinstance(document, dict) else {}, cluster_by, path)
+        if isinstance(document, dict) and document.get("cluster_id") is not None:
+            item["cluster_id"] = str(document["cluster_id"])
         prompt = [row["doc_hash"], row["prompt_hash"]]
         questions[identity] = {"id": identity, "prompt": prompt, "reference": row["target_hash"]}
         num_samples = max([num_samples, *(len(each) for each in row["resps"] if isinstance(each, list))])

@@ -11,14 +11,14 @@ from maskft_base import files
 from maskft_base.errors import UserError, first_line
 from maskft_base.files import parse_json, read_text
 
-from .lm_eval_samples import is_samples_file, read_samples, set_cluster
+from .lm_eval_samples import is_samples_file, read_samples
 from .schema import Result, check_result, read_result, result_file
 
 # What a damaged or strange file of another program may end in, however it is damaged.
 _DAMAGE = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, zlib.error)
 
 
-def read_all(paths: Iterable[str], cluster_by: str | None = None) -> list[Result]:
+def read_all(paths: Iterable[str]) -> list[Result]:
     """Return the results of files and folders, in the order given.
 
     A folder is one of results (its ``result.json``, or all in it and below), or of lm-eval's ``samples_*.jsonl``, which
@@ -26,7 +26,6 @@ def read_all(paths: Iterable[str], cluster_by: str | None = None) -> list[Result
 
     Args:
         paths: Paths, or ``NAME=PATH``.
-        cluster_by: Field of the items (of lm-eval's documents) that names the clusters.
 
     Raises:
         UserError: If something is no result.
@@ -36,10 +35,11 @@ def read_all(paths: Iterable[str], cluster_by: str | None = None) -> list[Result
     for name, path in map(_name_and_path, paths):
         found = _files_of(path)
         if not is_samples_file(found[0]):
-            results += [_own(file, name, cluster_by) for file in found]
+            own = map(read_result, found)
+            results += [check_result({**result, "name": name}, path) if name else result for result in own]
             continue
         try:
-            logs.append(read_samples(found, name, cluster_by))
+            logs.append(read_samples(found, name))
         except UserError:
             raise
         except _DAMAGE as error:
@@ -84,15 +84,3 @@ def _is_result(file: Path) -> bool:
     except (ValueError, OSError, EOFError, zlib.error):
         return False
     return isinstance(content, dict) and content.get("kind") == "evaluation"
-
-
-def _own(file: Path, name: str | None, cluster_by: str | None) -> Result:
-    result = read_result(file)
-    if name:
-        result["name"] = name
-    if not name and not cluster_by:
-        return result
-    for task, record in result["tasks"].items() if cluster_by else ():
-        for item in record["items"]:
-            set_cluster(item, dict(item), cluster_by, f"{file}, {task}")
-    return check_result(result, file)
