@@ -12,7 +12,6 @@ from maskft_base.errors import UserError
 from maskft_lab.analysis.masks import (
     agreement,
     chance_by_head,
-    decile_shares,
     head_shares,
     shares_by_head,
 )
@@ -51,15 +50,6 @@ def test_heads_with_shared_keys_against_a_loop():
     assert shares["qkv"] == pytest.approx(expected)
     with pytest.raises(UserError, match="does not divide"):
         head_shares(q, "q_proj", 3, 3)
-
-
-def test_deciles_of_magnitude():
-    weight = torch.tensor([[5.0, -1, 2, -3, 4, -6, 7, -8, 9, -10]])
-    mask = torch.ones(1, 10, dtype=torch.bool)
-    mask[0, [1, 9]] = False  # the smallest and the largest
-    assert decile_shares(mask, weight) == [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]
-    with pytest.raises(UserError, match="differ in shape"):
-        decile_shares(mask, weight.T)
 
 
 def test_agreement_has_the_mean_and_variance_of_all_placements():

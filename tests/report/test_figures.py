@@ -1,7 +1,6 @@
 """Figures: drawn from the arrays' own numbers, written in every format, the same each time."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +9,9 @@ from matplotlib.figure import Figure
 from maskft_base import files
 from maskft_lab.cli.main import main
 from maskft_lab.report import catalogue
-from maskft_lab.report.catalogue import FIGURES, draw_figures, select_figures
+from maskft_lab.report.catalogue import FIGURES, draw_figures
 from maskft_lab.report.charts import COLOURS, DARK, FORMATS, Chart, Panel, draw_page, to_svg
 from maskft_lab.report.evidence import NotComputed, gather
-from maskft_lab.report.fig_verdict import has_interval
 from maskft_lab.results.text import Table
 
 
@@ -118,19 +116,6 @@ def test_the_ablation_is_the_mean_over_seeds(evidence, charts):
     ]
     np.testing.assert_allclose(line.get_ydata(orig=False), np.multiply(100, wanted))
     assert [row[1] for row in chart.table.rows] == ["share removed: 0.1", "share removed: 0.2"] * 2
-
-
-def test_intervals_are_drawn_in_points_and_of_two_seeds_none(evidence, charts):
-    row = next(r for r in evidence.comparison.differences if (r.method, r.metric) == ("mask", "accuracy"))
-    assert row.num_seeds == 2 and not has_interval(row)
-    panel = next(panel for panel in charts["verdicts"].panels if panel.title.startswith("accuracy"))
-    drawn = [list(line.get_xdata()) for line in axes_of(panel).lines]
-    assert [100 * row.difference] in drawn and [100 * end for end in (row.ci_low, row.ci_high)] not in drawn
-    published = gather(Path(__file__).parents[2] / "results" / "small-products-tuned")
-    row = next(r for r in published.comparison.differences if (r.method, r.metric) == ("mask, 30 %", "accuracy"))
-    (_, chart) = draw_figures(published, select_figures(["verdicts"]))[0][0]
-    panel = next(panel for panel in chart.panels if panel.title.startswith("accuracy on heldout"))
-    assert [100 * end for end in (row.ci_low, row.ci_high)] in [list(line.get_xdata()) for line in axes_of(panel).lines]
 
 
 def test_numbers_in_a_page_are_not_cut():

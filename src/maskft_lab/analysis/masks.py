@@ -1,4 +1,4 @@
-"""What masks remove: where, how large, and how alike two masks are (Figs 13 and 14)."""
+"""What masks remove: where, and how alike two masks are (Figs 13 and 14)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from maskft.adapter.mask_set import MaskSet, read_config
-from maskft.models import load_config, load_model
+from maskft.adapter.mask_set import MaskSet
+from maskft.models import load_config
 from maskft_base.errors import UserError
 
 from .agreement import agreement
 from .records import digest_folder, is_finished, write_record
 
-NUM_DECILES = 10
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -76,40 +75,27 @@ def chance_by_head(masks: MaskSet, num_heads: int, num_kv_heads: int) -> dict[st
     return {layer: sum(found) ** 0.5 / 3 for layer, found in variances.items() if len(found) == 3}
 
 
-def decile_shares(mask: Tensor, weight: Tensor) -> list[float]:
-    """Share removed of each tenth of a matrix's weights by magnitude, smallest first; ten numbers in [0, 1].
-
-    Equal magnitudes are put in index order. A mask that does not look at magnitude has about its sparsity everywhere.
-    """
-    if mask.shape != weight.shape:
-        raise UserError(f"mask {tuple(mask.shape)} and weight {tuple(weight.shape)} differ in shape; wrong base model?")
-    removed = (~mask.flatten())[weight.detach().flatten().float().abs().argsort(stable=True)].float()
-    return [float(part.mean()) for part in removed.tensor_split(NUM_DECILES)]
-
-
-def describe_mask(masks: MaskSet, config, weights: Mapping[str, Tensor]) -> dict:
-    """Everything about where a mask of a model (its text configuration and masked ``weights`` by module) removes.
+def describe_mask(masks: MaskSet, config) -> dict:
+    """Where a mask of a model with this text configuration removes.
 
     Returns:
-        ``num_weights``, ``num_removed``; shares in [0, 1]: ``by_module``, ``by_head`` and ``by_head_chance`` (where
-        the configuration tells heads), ``by_magnitude_decile``.
+        ``num_weights``, ``num_removed``; shares in [0, 1] ``by_head``, and ``by_head_chance`` (where the configuration
+        tells heads).
     """
     num_heads = getattr(config, "num_attention_heads", None)
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     return {
         "num_weights": masks.numel,
         "num_removed": masks.num_removed,
-        "by_module": {name: MaskSet({name: mask}).sparsity for name, mask in masks.items()},
         "by_head": shares_by_head(masks, num_heads, num_kv_heads) if num_heads else {},
         "by_head_chance": chance_by_head(masks, num_heads, num_kv_heads) if num_heads else {},
-        "by_magnitude_decile": {name: decile_shares(mask, weights[name]) for name, mask in masks.items()},
     }
 
 
 def analyse_masks(file: Path, adapters: Mapping[str, tuple[str, str]]) -> None:
     """Write shares of each mask, and the agreement of every two (``.json``).
 
-    ``masks`` NAME: `describe_mask` and ``mask_seed``. ``agreement``, of masks with modules in common: ``first``,
+    ``masks`` NAME: `describe_mask`. ``agreement``, of masks with modules in common: ``first``,
     ``second``, ``same_start`` (whether they are over the same model) and `agreement`.
 
     Args:
@@ -122,13 +108,8 @@ def analyse_masks(file: Path, adapters: Mapping[str, tuple[str, str]]) -> None:
         return
     sets = {name: MaskSet.from_adapter(folder) for name, (folder, _) in adapters.items()}
     record: dict = {"masks": {}, "agreement": []}
-    for name, (folder, start) in adapters.items():
-        model = load_model(start, "float32")
-        weights = {module: model.get_submodule(module).weight.detach() for module in sets[name]}
-        record["masks"][name] = {
-            **describe_mask(sets[name], load_config(start).get_text_config(), weights),
-            "mask_seed": read_config(folder).mask_seed,
-        }
+    for name, (_, start) in adapters.items():
+        record["masks"][name] = describe_mask(sets[name], load_config(start).get_text_config())
     for first, second in combinations(sets, 2):
         if sets[first].keys() & sets[second].keys():
             pair = {"first": first, "second": second, "same_start": adapters[first][1] == adapters[second][1]}

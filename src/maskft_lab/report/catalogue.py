@@ -20,9 +20,8 @@ from .fig_cost import cost_chart
 from .fig_curves import curves_chart
 from .fig_gain import gain_chart
 from .fig_landscape import plane_chart
-from .fig_masks import agreement_chart, heads_chart, magnitudes_chart, mean_heads_chart
+from .fig_masks import agreement_chart, heads_chart, mean_heads_chart
 from .fig_theory import bound_chart, curvature_chart
-from .fig_verdict import verdict_chart
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,6 @@ class Figure:
 
 _STUDY, _ANALYZE = "maskft study RECIPE.yaml", "maskft analyze STUDY --what "
 FIGURES = (
-    Figure("verdicts", "verdict", "Differences from the baseline", verdict_chart, _STUDY),
     Figure("gain_forgetting", "verdict", "Gain and forgetting", gain_chart, f"{_STUDY} # with evaluation.before"),
     Figure("fig01_curves", "curves", "Held-out measures against steps", curves_chart, _STUDY, (1,)),
     Figure(
@@ -86,7 +84,6 @@ FIGURES = (
     Figure(
         "fig14_heads_mean", "masks", "Share removed by head, over layers", mean_heads_chart, f"{_ANALYZE}masks", (14,)
     ),
-    Figure("masks_magnitude", "masks", "Share removed by magnitude", magnitudes_chart, f"{_ANALYZE}masks"),
     Figure("masks_agreement", "masks", "Agreement of masks against chance", agreement_chart, f"{_ANALYZE}masks"),
     Figure("fig05_12_landscape", "landscape", "Loss landscape", plane_chart, f"{_ANALYZE}landscape", (5, 12)),
     Figure("eq16_18_curvature", "theory", "Curvature", curvature_chart, f"{_ANALYZE}curvature"),

@@ -18,7 +18,6 @@ from ..results.schema import BEFORE
 from ..results.text import Table
 from .charts import COLOURS, PAGE, Chart, Entry, Panel, plain
 from .evidence import CURVES, Evidence, NotComputed
-from .fig_verdict import has_interval
 from .methods import number, series_looks
 
 _ROOM = 0.08  # of the span of what is shown, beyond it; what lies farther has an arrow
@@ -300,6 +299,11 @@ def _limits(values: Sequence[float], ends: Sequence[float]) -> Ends:
     span = (high - low) or 1.0
     wide = max(low - span / 4, min([low, *ends])), min(high + span / 4, max([high, *ends]))
     return wide[0] - _ROOM * span, wide[1] + _ROOM * span
+
+
+def has_interval(row: Difference) -> bool:
+    """Whether the interval is worth drawing: over two seeds it is wider than any picture."""
+    return row.num_seeds != 2 or row.by_seed is not None
 
 
 def _point(gain: Difference, kept: Difference) -> Point:

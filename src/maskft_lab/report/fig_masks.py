@@ -86,26 +86,6 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
     return Chart(text, panels, Table(("mask", "head", "share removed"), rows), [*entries.values(), band])
 
 
-def magnitudes_chart(evidence: Evidence) -> Chart:
-    """Share removed of each tenth of the weights by magnitude, mean over matrices."""
-    masks = _masks(evidence)
-    lines = {name: np.mean(list(mask["by_magnitude_decile"].values()), axis=0).tolist() for name, mask in masks.items()}
-    entries = _entries(lines)
-
-    def draw(axes: Axes) -> None:
-        for name, entry in entries.items():
-            axes.plot(range(1, 11), lines[name], color=COLOURS[entry.colour], linestyle=entry.dash, marker=entry.marker)
-        axes.set_xticks(range(1, 11))
-        axes.set_xlabel("tenth of a matrix's weights by magnitude, smallest first")
-        axes.set_ylabel("share removed")
-        axes.set_ylim(bottom=0)
-
-    rows = [(name, str(n), number(value)) for name, values in lines.items() for n, value in enumerate(values, 1)]
-    text = "A mask that does not look at magnitude is a flat line; one that removes the smallest falls to the right."
-    panels = [Panel("Mean over matrices", draw, True)]
-    return Chart(text, panels, Table(("mask", "tenth", "share removed"), rows), list(entries.values()))
-
-
 def agreement_chart(evidence: Evidence) -> Chart:
     """What two masks remove in common against what chance gives: lines are pairs of methods, marks pairs of masks."""
     names, order = _names(evidence), [plain_name(name) for name in evidence.masks]

@@ -17,7 +17,6 @@ from ..results.text import Table, difference_text, score_text, sentence
 from .catalogue import FIGURES, Figure, draw_figures
 from .charts import COLOURS, DARK, Chart, to_svg
 from .evidence import Evidence
-from .fig_verdict import are_simultaneous
 from .methods import number
 
 MAX_VERDICTS = 3  # that stand open; the others are one click away
@@ -68,7 +67,8 @@ def render_report(evidence: Evidence) -> str:
         notes=[*evidence.notes, *(comparison.notes if comparison else [])],
         scores=_scores(evidence),
         over="items" if comparison and comparison.fixed_seeds else "seeds where there are several, else over items",
-        interval="simultaneous" if are_simultaneous(evidence.differences) else "unadjusted",
+        # Comparisons of earlier versions have unadjusted intervals only.
+        interval="unadjusted" if any(r.unadjusted_low is None for r in evidence.differences) else "simultaneous",
         charts=charts,
         missing=[_head(each.figure) | {"reason": each.reason, "command": each.command} for each in missing],
         commands=_commands(evidence),
