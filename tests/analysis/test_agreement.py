@@ -2,31 +2,20 @@
 
 import itertools
 import json
-from math import comb
+import math
 
 import pytest
 import torch
 
 import tiny
-from maskft_lab.analysis.agreement import agreement, chance_interval
+from maskft.adapter.mask_set import MaskSet
+from maskft_base.errors import UserError
+from maskft_lab.analysis.agreement import agreement
 from maskft_lab.cli.main import main
 
 
-@pytest.mark.parametrize("counts", [[(12, 5, 4)], [(12, 5, 4), (7, 3, 6), (9, 0, 2)]])
-def test_chance_has_the_interval_of_all_placements(counts):
-    """Against the distribution of the sum by counting, of each matrix and of all."""
-    chances = {0: 1.0}
-    for n, n1, n2 in counts:
-        one = {c: comb(n1, c) * comb(n - n1, n2 - c) / comb(n, n2) for c in range(min(n1, n2) + 1) if n2 - c <= n - n1}
-        sums = {}
-        for (a, p), (b, q) in itertools.product(chances.items(), one.items()):
-            sums[a + b] = sums.get(a + b, 0.0) + p * q
-        chances = sums
-    for confidence in (0.5, 0.8, 0.95):
-        low, high = chance_interval(counts, confidence)
-        tail = (1 - confidence) / 2
-        assert sum(p for c, p in chances.items() if c < low) < tail <= sum(p for c, p in chances.items() if c <= low)
-        assert sum(p for c, p in chances.items() if c > high) <= tail + 1e-12
+def random_mask(shape, share, seed):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= share
 
 
 def test_random_masks_fall_into_the_interval_as_often_as_it_says():
@@ -55,3 +44,30 @@ def test_compare_tells_masks_that_share_something_from_random_ones(tmp_path, cap
     for bad in ([*words, "--confidence", "1"], words[:3]):
         assert main(bad) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_agreement_has_the_mean_and_variance_of_all_placements():
+    """Every way to remove 2 of 5 weights against one fixed choice of 3."""
+    first = torch.tensor([[False, False, False, True, True]])
+    numbers = []
+    for places in itertools.combinations(range(5), 2):
+        second = torch.ones(1, 5, dtype=torch.bool)
+        second[0, list(places)] = False
+        found = agreement(MaskSet({"a": first}), MaskSet({"a": second}))
+        numbers.append(found["num_common"])
+        z = found["z_score"]
+    mean = sum(numbers) / len(numbers)
+    variance = sum((number - mean) ** 2 for number in numbers) / len(numbers)
+    assert found["expected"] == pytest.approx(mean)
+    assert z == pytest.approx((numbers[-1] - mean) / math.sqrt(variance))
+
+
+def test_agreement_of_equal_independent_and_other_masks():
+    a = MaskSet({"x": random_mask((200, 200), 0.1, 1), "only_here": random_mask((4, 4), 0.5, 1)})
+    b = MaskSet({"x": random_mask((200, 200), 0.2, 2)})
+    assert abs(agreement(a, b)["z_score"]) < 4 and agreement(a, b)["num_modules"] == 1
+    assert agreement(a, a)["jaccard"] == 1 and agreement(a, a)["z_score"] > 100
+    with pytest.raises(UserError, match="no common module"):
+        agreement(a, MaskSet({"y": a["x"]}))
+    with pytest.raises(UserError, match="other base models"):
+        agreement(a, MaskSet({"x": a["x"][:2]}))

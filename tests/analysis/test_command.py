@@ -66,7 +66,6 @@ def test_every_analysis_of_a_study(study, capsys):
     assert {file.name for file in folder.iterdir()} == {f"{what}.json" for what in ("bound", "masks", "landscape")}
     masks = json.loads((folder / "masks.json").read_text())
     assert len(masks["masks"]["mask-s0"]["by_head"]["0"]["qkv"]) == 4
-    assert abs(masks["agreement"][0]["z_score"]) < 4
     bound = json.loads((folder / "bound.json").read_text())
     assert bound["training_loss"] == {"full": pytest.approx(1.7), "mask": pytest.approx(1.7)}  # step 3 of 1 to 3
     assert bound["settings"]["num_rows"] == 6
@@ -110,7 +109,6 @@ def test_a_run_that_a_figure_needs_is_named(study, capsys):
         return message
 
     assert "no mask is called 'mask-s7' (did you mean 'mask-s" in error("--what", "bound", "--mask", "mask-s7")
-    assert "a landscape of 99999999 x 99999999 points needs" in error("--what", "landscape", "--grid", "99999999")
     assert "device 'tpu' cannot be used" in error("--device", "tpu", "--what", "curvature")
     assert "losses need one folder with tokenised rows" in error("--what", "landscape", "--rows", str(study))
     write_run(study, "full-s0", "full", {"best": "runs/full-s0", "last": "runs/full-s0"})

@@ -1,7 +1,4 @@
-"""Shares, agreement and effects of masks against loops and counting."""
-
-import itertools
-import math
+"""Shares of masks by head against loops and chance."""
 
 import numpy as np
 import pytest
@@ -10,7 +7,6 @@ import torch
 from maskft.adapter.mask_set import MaskSet
 from maskft_base.errors import UserError
 from maskft_lab.analysis.masks import (
-    agreement,
     chance_by_head,
     head_shares,
     shares_by_head,
@@ -50,30 +46,3 @@ def test_heads_with_shared_keys_against_a_loop():
     assert shares["qkv"] == pytest.approx(expected)
     with pytest.raises(UserError, match="does not divide"):
         head_shares(q, "q_proj", 3, 3)
-
-
-def test_agreement_has_the_mean_and_variance_of_all_placements():
-    """Every way to remove 2 of 5 weights against one fixed choice of 3."""
-    first = torch.tensor([[False, False, False, True, True]])
-    numbers = []
-    for places in itertools.combinations(range(5), 2):
-        second = torch.ones(1, 5, dtype=torch.bool)
-        second[0, list(places)] = False
-        found = agreement(MaskSet({"a": first}), MaskSet({"a": second}))
-        numbers.append(found["num_common"])
-        z = found["z_score"]
-    mean = sum(numbers) / len(numbers)
-    variance = sum((number - mean) ** 2 for number in numbers) / len(numbers)
-    assert found["expected"] == pytest.approx(mean)
-    assert z == pytest.approx((numbers[-1] - mean) / math.sqrt(variance))
-
-
-def test_agreement_of_equal_independent_and_other_masks():
-    a = MaskSet({"x": random_mask((200, 200), 0.1, 1), "only_here": random_mask((4, 4), 0.5, 1)})
-    b = MaskSet({"x": random_mask((200, 200), 0.2, 2)})
-    assert abs(agreement(a, b)["z_score"]) < 4 and agreement(a, b)["num_modules"] == 1
-    assert agreement(a, a)["jaccard"] == 1 and agreement(a, a)["z_score"] > 100
-    with pytest.raises(UserError, match="no common module"):
-        agreement(a, MaskSet({"y": a["x"]}))
-    with pytest.raises(UserError, match="other base models"):
-        agreement(a, MaskSet({"x": a["x"][:2]}))

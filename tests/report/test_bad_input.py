@@ -50,15 +50,6 @@ def test_other_base_models_in_one_comparison(study, error):
     assert re.search("different base models.*another.*--base", error(study, "-o", study / "page.html"))
 
 
-def test_other_test_sets_in_one_study(study, error):
-    file = study / files.RESULTS / "mask-s0-best" / files.RESULT
-    result = read_result(file)
-    result["tasks"]["sums"]["items_fingerprint"] = "f" * 64
-    write_result(file, result)
-    (study / files.SUMMARY.format("tiny-study")).unlink()
-    assert "different prompts or references of the same items" in error(study, "-o", study / "page.html")
-
-
 def test_a_summary_that_is_not_of_these_results(study, error):
     file = study / files.RESULTS / "mask-s0-best" / files.RESULT
     result = read_result(file) | {"tasks": {"sums": task_of(0.1, 0)}}

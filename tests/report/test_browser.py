@@ -51,35 +51,6 @@ def open_page(browser, report):
     assert problems == []
 
 
-def column(page, table, index):
-    return page.eval_on_selector_all(f"#{table} tbody tr", f"rows => rows.map(row => row.cells[{index}].innerText)")
-
-
-def test_the_table_sorts_and_filters(open_page):
-    page = open_page()
-    numbers = "rows => rows.map(row => Number(row.cells[1].dataset.sort))"
-    before = page.eval_on_selector_all("#scores tbody tr", numbers)
-    page.click("#scores thead th:nth-child(2) button")
-    assert page.eval_on_selector_all("#scores tbody tr", numbers) == sorted(before)
-    assert page.get_attribute("#scores thead th:nth-child(2)", "aria-sort") == "ascending"
-    page.focus("#scores thead th:nth-child(2) button")
-    page.keyboard.press("Enter")
-    assert page.eval_on_selector_all("#scores tbody tr", numbers) == sorted(before, reverse=True)
-    page.fill("input[data-filter=scores]", "FULL continued")
-    assert page.locator("#scores tbody tr:visible").count() == 1
-    assert page.inner_text("#scores-count") == f"1 of {len(before)} rows"
-    page.fill("input[data-filter=scores]", "")
-    assert page.locator("#scores tbody tr:visible").count() == len(before)
-
-
-def test_numbers_are_those_of_the_json(open_page):
-    page = open_page()
-    scores = page.evaluate("data.comparison.scores.filter(score => score.metric === 'accuracy')")
-    shown = dict(zip(column(page, "scores", 0), column(page, "scores", 2), strict=True))
-    for score in scores:
-        assert shown[f"{score['model']} (2 seeds)"].startswith(f"{100 * score['value']:.1f}")
-
-
 def test_light_and_dark(open_page):
     page = open_page(color_scheme="dark")
     background = "getComputedStyle(document.body).backgroundColor"

@@ -8,15 +8,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy.stats import hypergeom, norm
+from scipy.stats import norm
 from torch import Tensor
 
 from maskft.adapter.mask_set import MaskSet
 from maskft_base.errors import UserError
-
-# Above this variance the number in common is as good as normal.
-_NORMAL_VARIANCE = 400.0
 
 
 def compare_adapters(folders: Sequence[str | Path], confidence: float = 0.95) -> list[dict[str, Any]]:
@@ -95,28 +91,18 @@ def _variance(counts: tuple[int, int, int]) -> float:
 
 
 def chance_interval(counts: Sequence[tuple[int, int, int]], confidence: float = 0.95) -> tuple[int, int]:
-    """Central interval of the number in common by chance: a sum of hypergeometric numbers, one of each matrix.
+    """Central interval of the number in common by chance, a sum of hypergeometric numbers, taken for normal.
 
     Args:
         counts: Of each matrix: weights, removed by the first mask, removed by the second.
-        confidence: Its probability at least (nearly, where the numbers are large and taken for normal), in (0, 1).
+        confidence: Its probability, nearly, in (0, 1).
 
     Returns:
         The lowest and the highest number in it.
     """
-    mean = sum(n1 * n2 / n for n, n1, n2 in counts)
-    deviation, tail = math.sqrt(sum(map(_variance, counts))), (1 - confidence) / 2
-    if deviation**2 > _NORMAL_VARIANCE:
-        reach = float(norm.isf(tail)) * deviation
-        return round(mean - reach), round(mean + reach)
-    first, chances = 0, np.ones(1)
-    for n, n1, n2 in counts:
-        centre, reach = n1 * n2 / n, 10 * math.sqrt(_variance((n, n1, n2))) + 10
-        low, high = max(0, n1 + n2 - n, math.floor(centre - reach)), min(n1, n2, math.ceil(centre + reach))
-        chances = np.convolve(chances, hypergeom.pmf(np.arange(low, high + 1), n, n1, n2))
-        first += low
-    below = np.cumsum(chances) / chances.sum()
-    return first + int(np.searchsorted(below, tail)), first + int(np.searchsorted(below, 1 - tail))
+    mean, deviation = sum(n1 * n2 / n for n, n1, n2 in counts), math.sqrt(sum(map(_variance, counts)))
+    reach = float(norm.isf((1 - confidence) / 2)) * deviation + 0.5  # whole numbers
+    return math.ceil(mean - reach), math.floor(mean + reach)
 
 
 def verdict(pair: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ from maskft_base.errors import UserError, install_hint
 from maskft_base.files import digest
 
 from ..store import Store
-from .losses import Batch, Sampling, check_room, make_batches, num_targets
+from .losses import Batch, Sampling, make_batches, num_targets
 from .points import Point, masks_of, set_weights, weights_at, weights_of
 from .records import digest_folder, is_finished, pieces_of, write_record
 
@@ -198,8 +198,6 @@ def analyse_curvature(
         return
     masks = masks_of(mask.adapter)
     names = sorted(masks)
-    # Lanczos keeps its vectors in float64, at least 20 of them.
-    check_room(8 * 26 * masks.numel, "cpu", f"curvature in {masks.numel:,} weights", "analyse a mask over fewer layers")
     model = load_model(mask.model, "float32", attn_implementation="eager").to(sampling.device).eval()
     before = weights_of(model)
     batches = make_batches(rows, sampling.batch_size, sampling.device)

@@ -16,7 +16,7 @@ from maskft_base.errors import UserError
 from maskft_base.files import digest
 
 from ..store import Store
-from .losses import Sampling, check_room, count_parameters
+from .losses import Sampling
 from .points import Point, Weights, set_weights, weights_at, weights_of
 from .records import is_finished, pieces_of, write_record
 
@@ -89,7 +89,7 @@ def analyse_landscape(file: Path, models: Mapping[str, Point], rows: Rows, sampl
         grid: Points of each axis.
 
     Raises:
-        UserError: If the models differ in architecture, memory is short, or a loss is not finite.
+        UserError: If the models differ in architecture, or a loss is not finite.
     """
     if grid < 3:
         raise UserError(f"--grid is {grid}; give 3 points of an axis or more")
@@ -99,12 +99,6 @@ def analyse_landscape(file: Path, models: Mapping[str, Point], rows: Rows, sampl
     if is_finished(file, settings):
         return
     names = list(models)
-    num_weights, vocab_size = count_parameters(models[names[0]].model)
-    longest = max(len(row["input_ids"]) for each in rows.values() for row in each)
-    # Three models, the working copy, two directions and one more on the way; logits four times in float32.
-    need_bytes = 28 * num_weights + 16 * sampling.batch_size * longest * vocab_size + 400 * grid**2
-    what = f"a landscape of {grid} x {grid} points"
-    check_room(need_bytes, sampling.device, what, "take a smaller --grid or --batch_size")
     model = load_model(models[names[0]].model, "float32").to(sampling.device).eval()
     origin = weights_of(model)
     points = [origin, *(weights_at(models[name], origin) for name in names[1:])]

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 from datasets import load_from_disk
 from torch import Tensor
@@ -93,11 +92,3 @@ def count_parameters(source: str) -> tuple[int, int]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in model.parameters()), config.get_text_config().vocab_size
-
-
-def check_room(need_bytes: float, device: str, what: str, remedy: str) -> None:
-    """Refuse what has no room in the free memory of a device, before it is begun; ``remedy`` says what to do."""
-    is_gpu = torch.device(device).type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if is_gpu else psutil.virtual_memory().available
-    if need_bytes > free:
-        raise UserError(f"{what} needs about {need_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {remedy}")

@@ -1,9 +1,8 @@
-"""What masks remove: where, and how alike two masks are (Figs 13 and 14)."""
+"""Where masks remove (Figs 13 and 14)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from maskft.adapter.mask_set import MaskSet
 from maskft.models import load_config
 from maskft_base.errors import UserError
 
-from .agreement import agreement
 from .records import digest_folder, is_finished, write_record
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -93,10 +91,7 @@ def describe_mask(masks: MaskSet, config) -> dict:
 
 
 def analyse_masks(file: Path, adapters: Mapping[str, tuple[str, str]]) -> None:
-    """Write shares of each mask, and the agreement of every two (``.json``).
-
-    ``masks`` NAME: `describe_mask`. ``agreement``, of masks with modules in common: ``first``,
-    ``second``, ``same_start`` (whether they are over the same model) and `agreement`.
+    """Write shares of each mask (``.json``): ``masks`` NAME: `describe_mask`.
 
     Args:
         file: Where the record goes.
@@ -107,11 +102,5 @@ def analyse_masks(file: Path, adapters: Mapping[str, tuple[str, str]]) -> None:
     if is_finished(file, settings):
         return
     sets = {name: MaskSet.from_adapter(folder) for name, (folder, _) in adapters.items()}
-    record: dict = {"masks": {}, "agreement": []}
-    for name, (_, start) in adapters.items():
-        record["masks"][name] = describe_mask(sets[name], load_config(start).get_text_config())
-    for first, second in combinations(sets, 2):
-        if sets[first].keys() & sets[second].keys():
-            pair = {"first": first, "second": second, "same_start": adapters[first][1] == adapters[second][1]}
-            record["agreement"].append(pair | agreement(sets[first], sets[second]))
-    write_record(file, record, settings)
+    configs = {name: load_config(start).get_text_config() for name, (_, start) in adapters.items()}
+    write_record(file, {"masks": {name: describe_mask(sets[name], configs[name]) for name in sets}}, settings)

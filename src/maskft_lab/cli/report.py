@@ -39,7 +39,6 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--base", metavar="NAME", help="the base model whose runs are meant, where there are several")
     parser.add_argument("--study_name", metavar="NAME", help="the study that is meant, where several share the folder")
-    parser.add_argument("--baseline", metavar="NAME", help="compare with this model (default: as the study does)")
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -57,7 +56,7 @@ def _report(args: argparse.Namespace) -> None:
     if args.figures and Path(args.figures).exists() and not Path(args.figures).is_dir():
         raise UserError(f"--figures {args.figures!r} is a file; name a folder")
     figures = select_figures([word.strip() for word in (args.only or "").split(",") if word.strip()])
-    evidence = gather(args.study, base=args.base, study_name=args.study_name, baseline=args.baseline)
+    evidence = gather(args.study, base=args.base, study_name=args.study_name)
     contents = _figures(evidence, figures, Path(args.figures), bool(args.only)) if args.figures else {}
     if args.output:
         from ..report.page import render_report

@@ -20,7 +20,7 @@ from .fig_cost import cost_chart
 from .fig_curves import curves_chart
 from .fig_gain import gain_chart
 from .fig_landscape import plane_chart
-from .fig_masks import agreement_chart, heads_chart, mean_heads_chart
+from .fig_masks import heads_chart, mean_heads_chart
 from .fig_theory import bound_chart, curvature_chart
 
 
@@ -84,7 +84,6 @@ FIGURES = (
     Figure(
         "fig14_heads_mean", "masks", "Share removed by head, over layers", mean_heads_chart, f"{_ANALYZE}masks", (14,)
     ),
-    Figure("masks_agreement", "masks", "Agreement of masks against chance", agreement_chart, f"{_ANALYZE}masks"),
     Figure("fig05_12_landscape", "landscape", "Loss landscape", plane_chart, f"{_ANALYZE}landscape", (5, 12)),
     Figure("eq16_18_curvature", "theory", "Curvature", curvature_chart, f"{_ANALYZE}curvature"),
     Figure("table07_bound", "theory", "Generalisation bound", bound_chart, f"{_ANALYZE}bound"),
@@ -120,7 +119,7 @@ def draw_figures(evidence: Evidence, figures: Iterable[Figure]) -> tuple[list[tu
 
 
 def select_figures(wanted: Sequence[str]) -> list[Figure]:
-    """The figures of these numbers or keys, such as ``5`` or ``masks_agreement``; all where none is named.
+    """The figures of these numbers or keys, such as ``5`` or ``table07_bound``; all where none is named.
 
     Raises:
         UserError: If there is no such figure.

@@ -15,11 +15,15 @@ from maskft_base.files import read_json
 
 from ..analysis.records import read_record
 from ..analysis.runs import BEST, MASK, PUBLISHED_SUMMARY, TrainedRun, read_study
-from ..results.compare import compare
-from ..results.comparison import Comparison, Difference, Settings
+from ..results.comparison import Comparison, Difference
 from ..results.schema import Result
 
 CURVES = "curve*.json"  # beside the summary, one for each probe: every method's rates, checkpoints and scales
+
+
+def plain_name(name: str) -> str:
+    """Name of a method whose model is its best checkpoint, or its end."""
+    return name.removesuffix(f" ({BEST})").removesuffix(" (continued)")
 
 
 class NotComputed(Exception):
@@ -38,8 +42,6 @@ class Evidence:
         results: All of them.
         comparison: Every model against the baseline; None where there is one model only.
         notes: What the reader must know besides.
-        methods: Name of a model -> its method, and whether others start from it (or it from nothing).
-        accounts: Rows of the study's summary: run, role, steps, epochs, tokens.
     """
 
     folder: Path
@@ -49,8 +51,6 @@ class Evidence:
     results: list[Result]
     comparison: Comparison | None = None
     notes: list[str] = field(default_factory=list)
-    methods: dict[str, tuple[str | None, bool]] = field(default_factory=dict)
-    accounts: list[dict] = field(default_factory=list)
 
     @property
     def place(self) -> str:
@@ -58,10 +58,17 @@ class Evidence:
         return shlex.quote(self.folder.name if self.folder.is_absolute() else str(self.folder))
 
     @property
+    def methods(self) -> dict[str, tuple[str, bool]]:
+        """Name of a run -> its method, and whether others start from it (or it from nothing)."""
+        starts = {run.start for run in self.runs}
+        parents = {run.name for run in self.runs if run.id in starts or run.start is None}
+        return {run.name: (run.method, run.name in parents) for run in self.runs}
+
+    @property
     def masks(self) -> list[str]:
         """Names of the learned masks that are compared."""
         methods = self.comparison.methods if self.comparison else []
-        return [name for name in methods if self.methods.get(name, ("", False))[0] == MASK]
+        return [name for name in methods if self.methods.get(plain_name(name), ("", False))[0] == MASK]
 
     @property
     def differences(self) -> list[Difference]:
@@ -72,11 +79,6 @@ class Evidence:
     def seeds(self) -> list[int]:
         """Training seeds of the results."""
         return sorted({r["model"]["seed"] for r in self.results if r["model"]["seed"] is not None})
-
-    def results_of(self, name: str) -> list[Result]:
-        """Results of one model, by seed."""
-        found = [result for result in self.results if result["name"] == name]
-        return sorted(found, key=lambda result: result["model"]["seed"] or 0)
 
     def record(self, what: str) -> dict[str, Any]:
         """What the analysis of this name found.
@@ -98,7 +100,6 @@ def gather(
     *,
     base: str | None = None,
     study_name: str | None = None,
-    baseline: str | None = None,
 ) -> Evidence:
     """Read a study's folder, or a folder of published results.
 
@@ -106,7 +107,6 @@ def gather(
         folder: Where they are.
         base: The base model whose runs are meant, where there are several.
         study_name: The study that is meant, where several share the folder.
-        baseline: Compare with this model instead of the study's baseline.
 
     Raises:
         UserError: If there is nothing to report, or results do not fit each other.
@@ -118,22 +118,14 @@ def gather(
     runs = read_study(folder, base)
     name, summary = _summary(folder, study_name, runs[0].base)
     results = [result for run in runs for result in run.results.values()]
-    evidence = Evidence(folder, name, runs[0].base, runs, results, accounts=summary.get("runs", []))
-    _check_summary(evidence)
-    evidence.accounts = [*evidence.accounts, *_accounts_of(evidence)]
-    starts = {run.start for run in runs} | {run.id for run in runs if run.start is None}
-    methods = {run.id: run.method for run in runs}
-    for row in evidence.accounts:
-        evidence.methods.setdefault(row["name"], (methods.get(row["run"]), row["run"] in starts))
-    if baseline is None and "not_compared" in summary:
+    evidence = Evidence(folder, name, runs[0].base, runs, results)
+    _check_summary(evidence, summary.get("runs", []))
+    if "not_compared" in summary:
         raise UserError(f"{folder}: the study's results cannot be compared: {summary['not_compared']}")
-    if baseline is None and "comparison" in summary:
+    if "comparison" in summary:
         evidence.comparison = Comparison.from_dict(summary["comparison"])
-    else:
-        is_fixed = summary.get("comparison", {}).get("fixed_seeds", False)
-        evidence.comparison = _compared(evidence.results, baseline, is_fixed)
-        if baseline is None and evidence.comparison:
-            evidence.notes = ["the study has written no comparison yet; this one is of the results that there are"]
+    elif len({result["name"] for result in results}) > 1:
+        evidence.notes = ["the study has written no comparison yet: finish it with maskft study"]
     evidence.notes += [_tuned_text(tuned) for tuned in summary.get("tuning", []) if tuned.get("winner")]
     return evidence
 
@@ -154,9 +146,9 @@ def _summary(folder: Path, study_name: str | None, base: str) -> tuple[str, dict
     return name, models[base] if base in models else next(iter(models.values())) if len(models) == 1 else {}
 
 
-def _check_summary(evidence: Evidence) -> None:
+def _check_summary(evidence: Evidence, listed: Sequence[Mapping[str, Any]]) -> None:
     """Give results the names of the summary, and check that both hold the same numbers."""
-    rows = {(row["run"], row["role"]): row for row in evidence.accounts}
+    rows = {(row["run"], row["role"]): row for row in listed}
     for index, result in enumerate(evidence.results):
         row = rows.get((result["study"]["run"], result["study"]["role"]))
         if row is None:
@@ -171,33 +163,8 @@ def _check_summary(evidence: Evidence) -> None:
                 )
 
 
-def _accounts_of(evidence: Evidence) -> list[dict]:
-    """Rows, as in the summary, of results that are not in it: those of a study that is not finished."""
-    known = {(row["run"], row["role"]) for row in evidence.accounts}
-    keys = ("run", "role", "best_step", "num_steps", "epochs", "tokens", "total_epochs", "total_tokens")
-    return [
-        {"name": result["name"], "seed": result["model"]["seed"], "metrics": _metrics(result)}
-        | {key: result["study"][key] for key in keys}
-        for result in evidence.results
-        if (result["study"]["run"], result["study"]["role"]) not in known
-    ]
-
-
 def _metrics(result: Result) -> dict[str, float | None]:
     return {f"{t}/{m}": v["value"] for t, task in result["tasks"].items() for m, v in task["metrics"].items()}
-
-
-def _compared(results: Sequence[Result], baseline: str | None, fixed_seeds: bool = False) -> Comparison | None:
-    """Compare with the baseline; by default the best of the first full fine-tuning, else the first result."""
-    names = list(dict.fromkeys(result["name"] for result in results))
-    if len(names) < 2 and baseline is None:
-        return None
-    best = [result for result in results if result.get("study", {}).get("role", BEST) == BEST]
-    starts = {result.get("study", {}).get("start") for result in best if result["model"]["method"] == MASK}
-    full = [result for result in best if result["model"]["method"] == "full"]
-    started_from = [result for result in full if result.get("study", {}).get("run") in starts]
-    chosen = baseline or (started_from or full or results)[0]["name"]
-    return compare(results, chosen, settings=Settings(fixed_seeds=fixed_seeds))
 
 
 def _tuned_text(tuned: Mapping) -> str:

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from ..analysis.runs import BEST, LAST, TrainedRun
 from ..results.text import Table
 from .charts import COLOURS, ROW_HEIGHT, Chart, Entry, Panel, row_name
-from .evidence import Evidence, NotComputed
+from .evidence import Evidence, NotComputed, plain_name
 from .fig_curves import spent_before, spent_until
-from .methods import look, mean, number, plain_name
+from .methods import look, mean, number
 
 _PANELS = {
     "peak_memory_bytes": ("peak memory of one process (GB)", 1e9),
@@ -58,8 +58,8 @@ def cost_chart(evidence: Evidence) -> Chart:
     if not costs:
         raise NotComputed("no run tells memory, tokens and time: it needs training.json")
     start = plain_name(evidence.comparison.baseline) if evidence.comparison else ""
-    methods = {plain_name(name): kind for name, kind in evidence.methods.items()}
-    order = list(methods)
+    methods, compared = evidence.methods, evidence.comparison.methods if evidence.comparison else []
+    order = list(dict.fromkeys([start, *map(plain_name, compared)]))
     rows = [cost for cost in costs if cost.role == BEST]
     tokens = {cost.name: cost.spent["total_tokens"] for cost in rows}
     ends = [cost for cost in costs if cost.role != BEST and cost.name == start]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -65,7 +65,7 @@ def curves_chart(evidence: Evidence) -> Chart:
     metrics = dict.fromkeys(name for lines in groups.values() for each in lines for name in each)
     if not metrics:
         raise NotComputed("no run has a training history with measurements: it needs training.json")
-    kinds = _kinds(evidence.runs)
+    kinds = evidence.methods
     chosen = sorted(_one_of_each_kind(groups, kinds), key=lambda name: not kinds[name][1])  # starts first
     entries = {name: entry(name, *kinds[name]) for name in chosen}
 
@@ -91,13 +91,6 @@ def curves_chart(evidence: Evidence) -> Chart:
     )
     panels = [Panel(_short(metric), partial(draw, metric=metric), True, 2.6) for metric in metrics]
     return Chart(text, panels, Table(("method", "measure", "step", "mean", "seeds"), rows), list(entries.values()))
-
-
-def _kinds(runs: Iterable[TrainedRun]) -> dict[str, tuple[str, bool]]:
-    """Name -> method, and whether others were trained from it, or it from the pre-trained model."""
-    starts = {run.start for run in runs}
-    parents = {run.name for run in runs if run.id in starts or run.start is None}
-    return {run.name: (run.method, run.name in parents) for run in runs}
 
 
 def _one_of_each_kind(groups: Mapping[str, Sequence[Lines]], kinds: Mapping[str, tuple[str, bool]]) -> list[str]:

@@ -17,7 +17,7 @@ from ..results.comparison import Comparison, Difference, Settings
 from ..results.schema import BEFORE
 from ..results.text import Table
 from .charts import COLOURS, PAGE, Chart, Entry, Panel, plain
-from .evidence import CURVES, Evidence, NotComputed
+from .evidence import CURVES, Evidence, NotComputed, plain_name
 from .methods import number, series_looks
 
 _ROOM = 0.08  # of the span of what is shown, beyond it; what lies farther has an arrow
@@ -81,7 +81,10 @@ def curves_of(evidence: Evidence) -> list[Curve]:
     curves = curves_of_comparison(comparison) if comparison else []
     if comparison is None or not curves:
         raise NotComputed("this study measures nothing that the model could do before (evaluation.before)")
-    before = next((name for name in comparison.methods if evidence.methods.get(name, ("", 0))[0] == "pretrained"), None)
+    before = next(
+        (name for name in comparison.methods if evidence.methods.get(plain_name(name), ("", 0))[0] == "pretrained"),
+        None,
+    )
     has_all = {result["name"] for result in evidence.results} >= {comparison.baseline, *comparison.methods}
     if before and has_all:
         settings = Settings(fixed_seeds=comparison.fixed_seeds)

@@ -1,8 +1,7 @@
-"""Where masks remove (Figs 13 and 14), and how alike they are."""
+"""Where masks remove (Figs 13 and 14)."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -12,13 +11,11 @@ from matplotlib.ticker import MaxNLocator
 
 from ..analysis.runs import MASK
 from ..results.text import Table
-from .charts import COLOURS, ROW_HEIGHT, SERIES, Chart, Entry, Panel, row_name
-from .evidence import Evidence, NotComputed
-from .methods import number, plain_name
+from .charts import COLOURS, SERIES, Chart, Entry, Panel
+from .evidence import Evidence, NotComputed, plain_name
+from .methods import number
 
 MAX_MASKS = 6  # as many as the paper's Fig. 13
-MAX_PAIRS = 24  # of methods whose masks are compared
-_SEED = re.compile(r", seed \d+$")
 
 
 def heads_chart(evidence: Evidence) -> Chart:
@@ -76,7 +73,7 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
     rows = [(name, str(head), number(value)) for name, line in lines.items() for head, value in enumerate(line)]
     text = (
         "Means over layers. In the band lie 95 % of the heads of a mask that removes as much at random places; whether "
-        "masks agree more than chance is told by their agreement below."
+        "masks agree more than chance is what maskft masks compare tells."
     )
     panels = [
         Panel(f"{percent} % removed", partial(draw, names=names), True)
@@ -84,55 +81,6 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
     ]
     band = Entry("95 % of heads at random places", "rule", "", "s")
     return Chart(text, panels, Table(("mask", "head", "share removed"), rows), [*entries.values(), band])
-
-
-def agreement_chart(evidence: Evidence) -> Chart:
-    """What two masks remove in common against what chance gives: lines are pairs of methods, marks pairs of masks."""
-    names, order = _names(evidence), [plain_name(name) for name in evidence.masks]
-    record = evidence.record("masks")["agreement"]
-    pairs = [pair | {side: names.get(pair[side], pair[side]) for side in ("first", "second")} for pair in record]
-    groups: dict[tuple[str, ...], list[Mapping]] = {}
-    for pair in pairs:
-        if pair["expected"]:  # else one of them removes nothing, and there is nothing to agree on
-            methods = dict.fromkeys(_SEED.sub("", pair[side]) for side in ("first", "second"))
-            groups.setdefault(tuple(methods), []).append(pair)
-    if not groups:
-        raise NotComputed("there is one mask only, or masks of different matrices")
-
-    def place(methods: tuple[str, ...]) -> tuple:
-        """Seeds of one method first, learned masks before others, these in the order of the verdict."""
-        places = [order.index(name) if name in order else len(order) for name in methods]
-        return len(methods), places.count(len(order)), places
-
-    shown = sorted(groups, key=place)[:MAX_PAIRS]
-
-    def draw(axes: Axes) -> None:
-        for row, methods in enumerate(shown):
-            for pair in groups[methods]:
-                marker, colour = ("o", "red") if pair["same_start"] else ("s", "blue")
-                ratio = pair["num_common"] / pair["expected"]
-                axes.plot(ratio, row, marker, color=COLOURS[colour], markerfacecolor="none")
-        axes.axvline(1, color=COLOURS["ink"], linewidth=0.8)
-        axes.set_yticks(range(len(shown)), [row_name(f"{' / '.join(m)} ({len(groups[m])})") for m in shown])
-        axes.set_ylim(len(shown) - 0.4, -0.6)
-        axes.set_xlabel("removed by both, as a multiple of chance")
-        axes.grid(False, axis="y")
-
-    columns = ("first", "second", "over the same model", "in common", "by chance", "z", "Jaccard")
-    rows = [
-        (
-            *(pair["first"], pair["second"], "yes" if pair["same_start"] else "no", str(pair["num_common"])),
-            *(number(pair["expected"]), number(pair["z_score"]), number(pair["jaccard"])),
-        )
-        for pair in pairs
-    ]
-    text = (
-        "1 is what two masks of random places have in common; a mark is a pair of masks, and a number how many there "
-        f"are. The first {MAX_PAIRS} pairs of methods are drawn; the table has all. More than chance says that masks "
-        "depend on something they share: the data, the magnitude of the weights, an equal start of the scores."
-    )
-    entries = [Entry("over the same model", "red", "", "o"), Entry("over different models", "blue", "", "s")]
-    return Chart(text, [Panel("Agreement", draw, True, 0.8 + ROW_HEIGHT * len(shown))], Table(columns, rows), entries)
 
 
 def _masks(evidence: Evidence) -> dict[str, Mapping]:

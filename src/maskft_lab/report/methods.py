@@ -52,11 +52,6 @@ def line_style(of: Entry) -> dict[str, Any]:
     return {"color": COLOURS[of.colour], "linestyle": of.dash or "none", "marker": of.marker or None}
 
 
-def plain_name(name: str) -> str:
-    """Name of a method whose model is its best checkpoint."""
-    return name.removesuffix(" (best)")
-
-
 def mean(values: Sequence[float]) -> float:
     """Mean of at least one number."""
     return sum(values) / len(values)

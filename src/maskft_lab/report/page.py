@@ -11,13 +11,11 @@ import jinja2
 
 from maskft_base import __version__
 
-from ..results.comparison import Difference
 from ..results.scores import scores
-from ..results.text import Table, difference_text, score_text, sentence
+from ..results.text import Table, cross_domain_table, difference_table, sentence
 from .catalogue import FIGURES, Figure, draw_figures
 from .charts import COLOURS, DARK, Chart, to_svg
 from .evidence import Evidence
-from .methods import number
 
 MAX_VERDICTS = 3  # that stand open; the others are one click away
 SECTIONS = {
@@ -62,10 +60,12 @@ def render_report(evidence: Evidence) -> str:
         data={"comparison": comparison.to_dict() if comparison else None},
         verdicts=verdicts[:MAX_VERDICTS],
         more_verdicts=verdicts[MAX_VERDICTS:],
-        sentences=[sentence(row) for row in evidence.differences],
         baseline=comparison.baseline if comparison else "nothing",
         notes=[*evidence.notes, *(comparison.notes if comparison else [])],
-        scores=_scores(evidence),
+        scores=cross_domain_table(
+            comparison.scores if comparison else scores(evidence.results) if evidence.results else []
+        ),
+        differences=difference_table(comparison) if comparison else None,
         over="items" if comparison and comparison.fixed_seeds else "seeds where there are several, else over items",
         # Comparisons of earlier versions have unadjusted intervals only.
         interval="unadjusted" if any(r.unadjusted_low is None for r in evidence.differences) else "simultaneous",
@@ -108,7 +108,7 @@ def _drawn(figure: Figure, chart: Chart) -> dict[str, Any]:
 
 def _facts(evidence: Evidence) -> list[str]:
     dates = sorted(result["created"][:10] for result in evidence.results)
-    models = len({row["name"] for row in evidence.accounts})
+    models = len({result["name"] for result in evidence.results})
     tasks = dict.fromkeys(
         f"{len(record['items']):,} items of {task}" for r in evidence.results for task, record in r["tasks"].items()
     )
@@ -127,28 +127,6 @@ def _verdicts(evidence: Evidence) -> list[str]:
     return found or [f"No learned mask is compared with {comparison.baseline}."]
 
 
-def _scores(evidence: Evidence) -> dict[str, Any]:
-    """A row per model, a column per metric of a task; cells with what they sort by and what stands below."""
-    without = scores(evidence.results) if evidence.results else []  # nothing but paths was published
-    reached = evidence.comparison.scores if evidence.comparison else without
-    differences = {(r.method, r.task, r.metric): r for r in evidence.differences}
-    places = list(dict.fromkeys((score.task, score.metric, score.unit) for score in reached))
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for score in reached:
-        seeds = f" ({score.num_seeds} seeds)" if score.num_seeds > 1 else ""
-        row = rows.setdefault(score.model, [{"text": score.model + seeds}, *({"text": "–"} for _ in places)])
-        cell = row[1 + places.index((score.task, score.metric, score.unit))]
-        cell["text"] = score_text(score)
-        if score.value is not None:
-            cell["sort"] = score.value
-        difference: Difference | None = differences.get((score.model, score.task, score.metric))
-        if difference:
-            cell.update(below=difference_text(difference), verdict=difference.verdict)
-    units = ["%" if unit == "fraction" else unit for _, _, unit in places]
-    names = [f"{task} {metric} ({unit})" for (task, metric, _), unit in zip(places, units, strict=True)]
-    return {"columns": ["model", *names], "rows": list(rows.values())}
-
-
 def _commands(evidence: Evidence) -> list[str]:
     has_models = any(run.models for run in evidence.runs)
     place = evidence.place if has_models else "STUDY"
@@ -157,7 +135,7 @@ def _commands(evidence: Evidence) -> list[str]:
 
 
 def _recipe(evidence: Evidence) -> dict[str, Table]:
-    """Caption -> table of settings, of steps and tokens, or of the environment."""
+    """Caption -> table of settings, or of the environment."""
     first: dict[str, dict] = {}
     for result in evidence.results:
         settings = result["study"]["settings"] or {}
@@ -169,18 +147,10 @@ def _recipe(evidence: Evidence) -> dict[str, Table]:
     same = [(key, _text(trained[0].get(key))) for key in names if key not in differ]
     same += [(f"evaluation: {key}", value) for key, value in _common(r["settings"] for r in evidence.results)]
     environments = [result["environment"] for result in evidence.results]
-    environment = [*_common(environments), *_common(each["packages"] for each in environments)]
-    keys = ("name", "seed", "role", "best_step", "num_steps", "epochs", "tokens", "total_epochs", "total_tokens")
-    columns = ("model", "seed", "checkpoint", "best step", "steps", "epochs", "tokens", "total epochs", "total tokens")
-    accounts = [
-        tuple(row[key] if isinstance(row[key], str) else number(row[key], 6) for key in keys)
-        for row in evidence.accounts
-    ]
+    same += [*_common(environments), *_common(each["packages"] for each in environments)]
     return {
         "Settings that differ between methods": Table(("model", *differ), rows),
-        "Settings that are the same everywhere": Table(("setting", "value"), same),
-        "Steps, epochs and tokens of each run": Table(columns, accounts),
-        "Environment": Table(("what", "value"), environment),
+        "What is the same everywhere, and the environment": Table(("what", "value"), same),
     }
 
 

@@ -72,7 +72,7 @@ def _task(file: Path, task: str, summary: Mapping[str, Any]) -> TaskRecord:
     higher = (summary.get("higher_is_better") or {}).get(task) or {}
     metrics = {}
     for metric in dict.fromkeys(key for item in items.values() for key in item if key not in ("id", "cluster_id")):
-        values = [item.get(metric) for item in items.values()]
+        values: list[Any] = [item.get(metric) for item in items.values()]
         direction = higher.get(metric.partition(",")[0])
         # Others are no numbers, or parts of a summary (a corpus score, say).
         if all(map(is_finite, values)) and isinstance(direction, bool) and _is_mean(summary, task, metric, values):
