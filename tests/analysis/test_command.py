@@ -7,7 +7,6 @@ import torch
 from datasets import Dataset
 
 import tiny
-from maskft.data.prepared import REPORT
 from maskft_base import files
 from maskft_lab.analysis.losses import load_rows
 from maskft_lab.cli.main import main
@@ -86,16 +85,13 @@ def test_a_restart_stands_for_the_end_of_fine_tuning_that_was_not_kept(study):
     assert array["plane"]["models"] == ["fft", "warm restart", "mask"]
 
 
-def test_of_several_sets_of_rows_those_of_the_mask_are_taken(study, capsys):
+def test_of_several_sets_of_rows_one_is_named(study, capsys):
     prepared = study / files.PREPARED
-    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 3
     for split in ("train", "heldout"):
-        Dataset.from_list(rows).save_to_disk(prepared / "aaa" / split)
+        Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 3).save_to_disk(prepared / "aaa" / split)
     words = ["analyze", str(study), "--what", "landscape", "--grid", "3", "--num_rows", "2"]
     assert main(words) == 2 and "name it with --rows" in capsys.readouterr().err
-    for name, count in (("aaa", 5), ("abc", 6)):
-        (prepared / name / REPORT).write_text(json.dumps({"text": "", "counts": {"train": count}}))
-    assert main(words) == 0
+    assert main([*words, "--rows", str(prepared / "abc")]) == 0
     rows = load_rows(prepared / "abc", 2)
     settings = json.loads((study / files.ANALYSIS / "landscape.json").read_text())["settings"]
     assert settings["rows"] == {split: files.digest(each) for split, each in rows.items()}

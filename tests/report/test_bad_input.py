@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from finished_study import task_of, write_summary
+from finished_study import write_summary
 from maskft_base import files
 from maskft_lab.cli.main import main
 from maskft_lab.results.schema import read_result, write_result
@@ -48,13 +48,6 @@ def test_other_base_models_in_one_comparison(study, error):
     file = study / files.RUNS / "mask-s0" / files.RUN
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model": "another"}))
     assert re.search("different base models.*another.*--base", error(study, "-o", study / "page.html"))
-
-
-def test_a_summary_that_is_not_of_these_results(study, error):
-    file = study / files.RESULTS / "mask-s0-best" / files.RESULT
-    result = read_result(file) | {"tasks": {"sums": task_of(0.1, 0)}}
-    write_result(file, result)
-    assert re.search(r"sums/nll of 'mask' seed 0 is .* in the summary and .* in its result", error(study, "-o", "x"))
 
 
 def test_a_run_without_results_item_by_item(study):

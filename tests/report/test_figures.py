@@ -10,7 +10,7 @@ from maskft_base import files
 from maskft_lab.cli.main import main
 from maskft_lab.report import catalogue
 from maskft_lab.report.catalogue import FIGURES, draw_figures
-from maskft_lab.report.charts import COLOURS, DARK, FORMATS, Chart, Panel, draw_page, to_svg
+from maskft_lab.report.charts import COLOURS, DARK, FORMATS, Chart, Panel, draw_panel, to_svg
 from maskft_lab.report.evidence import NotComputed, gather
 from maskft_lab.results.text import Table
 
@@ -47,10 +47,14 @@ def test_every_figure_of_the_paper_is_drawn_or_says_what_makes_it(drawn):
 def test_files_for_a_paper(finished, charts, tmp_path, capsys):
     assert main(["report", str(finished), "--figures", str(tmp_path / "a")]) == 0
     assert main(["report", str(finished), "--figures", str(tmp_path / "b"), "--only", "13, fig14_heads_mean"]) == 0
-    names = {f"{key}.{form}" for key, chart in charts.items() for form in (FORMATS if chart.panels else ("md",))}
+    names = {f"{key}.md" for key, chart in charts.items() if not chart.panels}
+    for key, chart in charts.items():
+        numbered = [f"{key}_{index + 1}" if index else key for index in range(len(chart.panels))]
+        names |= {f"{name}.{form}" for name in numbered for form in FORMATS}
     assert {file.name for file in (tmp_path / "a").iterdir()} == names
     assert "left out fig07_11_rows: no two evaluated masks" in capsys.readouterr().err
-    assert {file.name.split(".")[0] for file in (tmp_path / "b").iterdir()} == {"fig13_heads", "fig14_heads_mean"}
+    drawn = {file.name.split(".")[0] for file in (tmp_path / "b").iterdir()}
+    assert {"fig13_heads", "fig13_heads_2", "fig14_heads_mean"} <= drawn <= {name.split(".")[0] for name in names}
     for file in (tmp_path / "b").iterdir():
         assert file.read_bytes() == (tmp_path / "a" / file.name).read_bytes()
         assert file.read_bytes()[:4] in (b"\x89PNG", b"%PDF", b"<?xm")
@@ -61,8 +65,8 @@ def test_files_for_a_paper(finished, charts, tmp_path, capsys):
 
 def test_a_figure_fits_a_paper(charts):
     for key, chart in charts.items():
-        if chart.panels:
-            width, height = draw_page(chart).get_size_inches()
+        for panel in chart.panels:
+            width, height = draw_panel(panel, chart.legend).get_size_inches()
             assert width <= 7 and height <= 9.5, key
 
 

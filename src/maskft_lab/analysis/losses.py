@@ -12,11 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from maskft.data import IGNORED
-from maskft.data.prepared import REPORT
 from maskft.loss import length_sorted_batches, pad
 from maskft.models import load_config
 from maskft_base.errors import UserError
-from maskft_base.files import PREPARED, read_json
+from maskft_base.files import PREPARED
 
 SPLITS = ("train", "heldout")
 Batch = tuple[Tensor, Tensor]  # input_ids and labels, (rows, tokens), int64
@@ -30,22 +29,15 @@ class Sampling(NamedTuple):
     seed: int = 0
 
 
-def rows_folder(study: Path, given: str | None, data: Mapping) -> Path:
-    """The folder of tokenised rows that was named, or the only one of a study, or the one a run was trained on.
-
-    Args:
-        study: The study's folder.
-        given: The folder that was named; None: that of the study.
-        data: How that run's rows were counted, ``data`` of its ``training.json``; it tells folders of a study apart.
+def rows_folder(study: Path, given: str | None) -> Path:
+    """The folder of tokenised rows that was named, or the only one of a study.
 
     Raises:
-        UserError: If there is none, or a study has several that this does not tell apart.
+        UserError: If there is none, or a study has several.
     """
     found = [Path(given)] if given else sorted(path.parent for path in (study / PREPARED).glob(f"*/{SPLITS[0]}"))
-    if len(found) > 1:
-        found = [path for path in found if (path / REPORT).is_file() and read_json(path / REPORT)["counts"] == data]
     if len(found) != 1 or not all((found[0] / split).is_dir() for split in SPLITS):
-        names = ", ".join(map(str, found)) or "none that this mask was trained on"
+        names = ", ".join(map(str, found)) or "none"
         raise UserError(
             f"losses need one folder with tokenised rows ({' and '.join(SPLITS)}), got {names}: name it with --rows; "
             "`maskft train ... --prepare_only --prepared_data_dir DIR` makes one"

@@ -115,7 +115,7 @@ def _landscape(args, runs, file: Path) -> None:
         )
     third = next(iter(others.items()), ("continued", Point(last or best)))
     points = {"fft": Point(best), third[0]: third[1], "mask": Point(best, mask.models[BEST])}
-    analyse_landscape(file, points, _rows(args, mask), _sampling(args), args.grid)
+    analyse_landscape(file, points, _rows(args), _sampling(args), args.grid)
 
 
 def _curvature(args, runs, file: Path) -> None:
@@ -125,7 +125,7 @@ def _curvature(args, runs, file: Path) -> None:
 
     mask = find_mask(runs, args.mask)
     point, others = Point(start_model(mask, runs), mask.models[BEST]), _against(args, runs, mask)
-    analyse_curvature(file, point, _rows(args, mask)["train"], others, args.num_probes, _sampling(args))
+    analyse_curvature(file, point, _rows(args)["train"], others, args.num_probes, _sampling(args))
 
 
 def _against(args, runs, mask) -> dict:
@@ -148,10 +148,10 @@ def _sampling(args):
     return Sampling(args.batch_size, args.device, args.seed)
 
 
-def _rows(args, mask) -> dict[str, list[dict]]:
+def _rows(args) -> dict[str, list[dict]]:
     from ..analysis.losses import load_rows, rows_folder
 
-    return load_rows(rows_folder(Path(args.study), args.rows, mask.data), args.num_rows, args.seed)
+    return load_rows(rows_folder(Path(args.study), args.rows), args.num_rows, args.seed)
 
 
 _ANALYSES = {"bound": _bound, "masks": _masks, "landscape": _landscape, "curvature": _curvature}

@@ -8,7 +8,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ DARK = {name: dark for name, (_, dark) in _PALETTE.items()}
 SERIES = ("red", "blue", "green", "orange", "purple", "teal")  # of lines that are no methods
 SHADES = "viridis"  # of maps: read on white and on black, and in grey
 
-NARROW, PAGE, WIDE, HEIGHT = 3.3, 4.6, 6.8, 2.4  # inches: a column of a paper, a wide panel of a page, a paper; a row
+NARROW, PAGE, HEIGHT = 3.3, 4.6, 2.4  # inches: a column of a paper, a wide panel; the height of either
 ROW_HEIGHT = 0.24  # of a row of bars, whose name may have two lines
 TITLE_CHARACTERS = 11  # of a panel's title in an inch
 FORMATS = ("svg", "dark.svg", "pdf", "png")
@@ -114,7 +114,6 @@ class Chart:
         panels: None for what is a table only.
         table: The numbers.
         legend: Common to all panels.
-        width: On paper, in inches, of a chart with a wide panel.
         records: The numbers for other programs, written beside the pictures as JSON.
     """
 
@@ -122,7 +121,6 @@ class Chart:
     panels: Sequence[Panel]
     table: Table
     legend: Sequence[Entry] = field(default_factory=tuple)
-    width: float = WIDE
     records: Sequence[Mapping] = ()
 
 
@@ -155,45 +153,33 @@ def to_svg(panel: Panel, prefix: str) -> str:
     return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
-def draw_page(chart: Chart) -> Figure:
-    """A chart at the size of a paper: panels two in a row, wide ones alone, the legend below."""
-    num_columns = 1 if len(chart.panels) == 1 else 2
-    width = chart.width if num_columns == 2 or chart.panels[0].is_wide else NARROW
-    rows: list[list[Panel]] = []
-    for panel in chart.panels:
-        if panel.is_wide or not rows or len(rows[-1]) == num_columns or rows[-1][0].is_wide:
-            rows.append([])
-        rows[-1].append(panel)
-    heights = [max(panel.height for panel in row) for row in rows]
-    longest = max((len(entry.name) for entry in chart.legend), default=0)
+def draw_panel(panel: Panel, legend: Sequence[Entry]) -> Figure:
+    """A panel for a paper: its title above, the legend of its chart below."""
+    width = PAGE if panel.is_wide else NARROW
+    longest = max((len(entry.name) for entry in legend), default=0)
     num_entries = min(3, max(1, int(17 * width / (longest + 8))))  # 17 characters of a legend are an inch
     with matplotlib.rc_context(_STYLE):
-        height = sum(heights) + 0.2 * math.ceil(len(chart.legend) / num_entries)
+        height = panel.height + 0.2 * math.ceil(len(legend) / num_entries)
         figure = Figure((width, height), layout="constrained")
-        grid = figure.add_gridspec(len(rows), num_columns, height_ratios=heights)
-        for index, row in enumerate(rows):
-            for column, panel in enumerate(row):
-                axes = figure.add_subplot(grid[index, :] if panel.is_wide else grid[index, column])
-                panel.draw(axes)
-                room = width if panel.is_wide else width / num_columns
-                axes.set_title(plain(textwrap.fill(panel.title, int(room * TITLE_CHARACTERS), break_on_hyphens=False)))
-        if chart.legend:
-            lines, names = [_line(entry) for entry in chart.legend], [plain(entry.name) for entry in chart.legend]
+        axes = figure.add_subplot()
+        panel.draw(axes)
+        axes.set_title(plain(textwrap.fill(panel.title, int(width * TITLE_CHARACTERS), break_on_hyphens=False)))
+        if legend:
+            lines, names = list(map(_line, legend)), [plain(entry.name) for entry in legend]
             figure.legend(lines, names, loc="outside lower center", ncols=min(num_entries, len(names)))
     return figure
 
 
 def files_of(chart: Chart, key: str) -> dict[str, bytes]:
-    """A chart as SVG (light and dark), PDF and PNG (300 dots per inch), by file name; a table only as Markdown.
+    """A chart's panels, ``KEY``, ``KEY_2``, as SVG (light and dark), PDF and PNG (300 dots per inch), by file name.
 
-    Of a chart that is narrower than a paper each panel has files of its own: ``KEY``, ``KEY_2``.
+    Of what is a table only, Markdown.
     """
     if not chart.panels:
         return {f"{key}.md": draw_table(chart.table, "markdown").encode()}
     contents = {f"{key}.json": (json.dumps(chart.records, indent=1) + "\n").encode()} if chart.records else {}
-    parts = [chart] if chart.width == WIDE else [replace(chart, panels=[panel]) for panel in chart.panels]
-    for index, part in enumerate(parts):
-        figure, name = draw_page(part), f"{key}_{index + 1}" if index else key
+    for index, panel in enumerate(chart.panels):
+        figure, name = draw_panel(panel, chart.legend), f"{key}_{index + 1}" if index else key
         with matplotlib.rc_context(_STYLE):
             contents |= {f"{name}.{suffix}": _saved(figure, suffix) for suffix in FORMATS}
     return contents

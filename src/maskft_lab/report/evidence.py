@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -95,12 +94,7 @@ class Evidence:
         return read_record(file)
 
 
-def gather(
-    folder: str | Path,
-    *,
-    base: str | None = None,
-    study_name: str | None = None,
-) -> Evidence:
+def gather(folder: str | Path, *, base: str | None = None, study_name: str | None = None) -> Evidence:
     """Read a study's folder, or a folder of published results.
 
     Args:
@@ -117,9 +111,13 @@ def gather(
         return Evidence(folder, folder.resolve().name, read_json(curves[0])["model"], [], [])  # its paths alone
     runs = read_study(folder, base)
     name, summary = _summary(folder, study_name, runs[0].base)
-    results = [result for run in runs for result in run.results.values()]
+    names = {(row["run"], row["role"]): row["name"] for row in summary.get("runs", [])}  # studies share runs
+    found = [result for run in runs for result in run.results.values()]
+    results = [
+        cast(Result, {**result, "name": names.get((result["study"]["run"], result["study"]["role"]), result["name"])})
+        for result in found
+    ]
     evidence = Evidence(folder, name, runs[0].base, runs, results)
-    _check_summary(evidence, summary.get("runs", []))
     if "not_compared" in summary:
         raise UserError(f"{folder}: the study's results cannot be compared: {summary['not_compared']}")
     if "comparison" in summary:
@@ -144,27 +142,6 @@ def _summary(folder: Path, study_name: str | None, base: str) -> tuple[str, dict
         raise UserError(f"no study in {str(folder)!r} is called {name!r}{hint}; there are {', '.join(summaries)}")
     models = summaries[name]
     return name, models[base] if base in models else next(iter(models.values())) if len(models) == 1 else {}
-
-
-def _check_summary(evidence: Evidence, listed: Sequence[Mapping[str, Any]]) -> None:
-    """Give results the names of the summary, and check that both hold the same numbers."""
-    rows = {(row["run"], row["role"]): row for row in listed}
-    for index, result in enumerate(evidence.results):
-        row = rows.get((result["study"]["run"], result["study"]["role"]))
-        if row is None:
-            continue
-        evidence.results[index] = cast(Result, {**result, "name": row["name"]})
-        for place, own in _metrics(result).items():
-            value = row["metrics"].get(place)
-            if own != value and (own is None or value is None or not math.isclose(own, value, rel_tol=1e-9)):
-                raise UserError(
-                    f"{place} of {row['name']!r} seed {row['seed']} is {value} in the summary and {own} in its result: "
-                    "finish the study again with maskft study, which reads all results anew"
-                )
-
-
-def _metrics(result: Result) -> dict[str, float | None]:
-    return {f"{t}/{m}": v["value"] for t, task in result["tasks"].items() for m, v in task["metrics"].items()}
 
 
 def _tuned_text(tuned: Mapping) -> str:

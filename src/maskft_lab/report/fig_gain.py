@@ -16,8 +16,8 @@ from ..results.compare import compare
 from ..results.comparison import Comparison, Difference, Settings
 from ..results.schema import BEFORE
 from ..results.text import Table
-from .charts import COLOURS, PAGE, Chart, Entry, Panel, plain
-from .evidence import CURVES, Evidence, NotComputed, plain_name
+from .charts import COLOURS, Chart, Entry, Panel, plain
+from .evidence import CURVES, Evidence, NotComputed
 from .methods import number, series_looks
 
 _ROOM = 0.08  # of the span of what is shown, beyond it; what lies farther has an arrow
@@ -81,14 +81,11 @@ def curves_of(evidence: Evidence) -> list[Curve]:
     curves = curves_of_comparison(comparison) if comparison else []
     if comparison is None or not curves:
         raise NotComputed("this study measures nothing that the model could do before (evaluation.before)")
-    before = next(
-        (name for name in comparison.methods if evidence.methods.get(plain_name(name), ("", 0))[0] == "pretrained"),
-        None,
-    )
-    has_all = {result["name"] for result in evidence.results} >= {comparison.baseline, *comparison.methods}
-    if before and has_all:
+    names = {result["name"] for result in evidence.results}
+    before = [name for name in comparison.methods if evidence.methods.get(name, ("", False))[0] == "pretrained"]
+    if before and names >= {comparison.baseline, *comparison.methods}:
         settings = Settings(fixed_seeds=comparison.fixed_seeds)
-        return curves_of_comparison(compare(evidence.results, before, settings=settings))
+        return curves_of_comparison(compare(evidence.results, before[0], settings=settings))
     return curves
 
 
@@ -152,17 +149,8 @@ def chart_of(curves: Sequence[Curve]) -> Chart:
         Panel(f"{curve.task}, against {curve.against}", partial(_draw, curve=curve, looks=looks), True, 3.6)
         for curve in curves
     ]
-    columns = (
-        "method",
-        "where on its path",
-        "rows",
-        "gained",
-        "simultaneous",
-        "forgotten",
-        "simultaneous",
-        "bytes",
-        "seeds",
-    )
+    columns = ("method", "where on its path", "rows", "gained", "simultaneous", "forgotten", "simultaneous")
+    columns += ("bytes", "seeds")
     rows = [
         (
             point.method,
@@ -186,7 +174,7 @@ def chart_of(curves: Sequence[Curve]) -> Chart:
         "95 % intervals (of two seeds none). What lies off scale is an arrow with its number."
     )
     entries = [Entry("not beaten on both axes", "ink", "-"), *looks.values()]
-    return Chart(text, panels, Table(columns, rows), entries, PAGE, records=records)
+    return Chart(text, panels, Table(columns, rows), entries, records)
 
 
 def is_chosen(curve: Curve, point: Point) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from matplotlib.axes import Axes
+from typing import Any
 
 from ..results.text import Table
-from .charts import COLOURS, ROW_HEIGHT, Chart, Panel, row_name
+from .charts import Chart
 from .evidence import Evidence
 from .methods import number
 
@@ -21,50 +20,23 @@ _SIZES = ("model", "masked_matrices")
 
 
 def curvature_chart(evidence: Evidence) -> Chart:
-    """Trace and largest eigenvalue of the Hessians, with one standard error."""
+    """Trace and largest eigenvalue of the Hessians, with one standard error, as a table: the paper draws none."""
     record = evidence.record("curvature")
     hessians = {text: record[name] for name, text in _HESSIANS.items()}
     hessians |= {f"{name}, all entries": each for name, each in record["others"].items()}
-
-    def traces(axes: Axes) -> None:
-        _bars(axes, {name: (each["trace"], _error(each)) for name, each in hessians.items()})
-
-    def eigenvalues(axes: Axes) -> None:
-        found = {name: each["largest"] for name, each in hessians.items()}
-        _bars(axes, {name: (each["eigenvalue"], each["stderr_rows"] or 0.0) for name, each in found.items()})
-
-    rows = [
-        (
-            text,
-            number(each["trace"]),
-            number(each["stderr_probes"]),
-            number(each["stderr_rows"]),
-            number(each["largest"]["eigenvalue"]),
-            number(each["largest"]["smallest"]),
-        )
-        for text, each in hessians.items()
-    ]
-    rows += [
-        (
-            f"{text}, less that before the mask",
-            number(each["less_start_all"]["trace"]),
-            number(each["less_start_all"]["stderr_probes"]),
-            number(each["less_start_all"]["stderr_rows"]),
-            "–",
-            "–",
-        )
-        for text, each in hessians.items()
-        if "less_start_all" in each
-    ]
+    rows: list[tuple[str, ...]] = []
+    for text, each in hessians.items():
+        ends = (each["largest"]["eigenvalue"], each["largest"]["smallest"])
+        rows.append((text, *_trace(each), *map(number, ends)))
+        if "less_start_all" in each:
+            rows.append((f"{text}, less that before the mask", *_trace(each["less_start_all"]), "–", "–"))
     text = (
         "Whether the mask's own point is flatter is the third line against the first. The second has a smaller largest "
         "eigenvalue than the first for any mask, a random one included: Eq. 17 projects the Hessian at a point where "
         "the masked model is not. Flatter does not mean better: rescaling weights changes curvature and not the model."
     )
     columns = ("Hessian", "trace", "error (probes)", "error (rows)", "largest eigenvalue", "smallest eigenvalue")
-    height = 0.7 + ROW_HEIGHT * len(hessians)
-    panels = [Panel("Trace", traces, True, height), Panel("Largest eigenvalue", eigenvalues, True, height)]
-    return Chart(text, panels, Table(columns, rows))
+    return Chart(text, [], Table(columns, rows))
 
 
 def bound_chart(evidence: Evidence) -> Chart:
@@ -72,13 +44,8 @@ def bound_chart(evidence: Evidence) -> Chart:
     record = evidence.record("bound")
     rows = [
         (
-            where.replace("_", " "),
-            width,
-            number(each["phi"]["full"]),
-            number(each["phi"]["mask"]),
-            number(each["delta_train"]),
-            number(each["delta_complexity"]),
-            number(each["difference"]),
+            *(where.replace("_", " "), width, number(each["phi"]["full"]), number(each["phi"]["mask"])),
+            *(number(each[name]) for name in ("delta_train", "delta_complexity", "difference")),
             "vacuous" if each["is_vacuous"] else "informative",
         )
         for where in _SIZES
@@ -95,15 +62,5 @@ def bound_chart(evidence: Evidence) -> Chart:
     return Chart(text, [], Table((*columns, "verdict"), rows))
 
 
-def _error(trace: Mapping) -> float:
-    return max(trace["stderr_probes"] or 0.0, trace["stderr_rows"] or 0.0)
-
-
-def _bars(axes: Axes, values: Mapping[str, tuple[float, float]]) -> None:
-    for place, (value, error) in enumerate(values.values()):
-        colour, marker = (("blue", "o"), ("red", "^"), ("teal", "p"))[min(place // 2, 2)]
-        axes.errorbar(value, place, xerr=error, color=COLOURS[colour], marker=marker, capsize=2)
-    axes.axvline(0, color=COLOURS["muted"], linewidth=0.6)
-    axes.set_yticks(range(len(values)), list(map(row_name, values)))
-    axes.set_ylim(len(values) - 0.4, -0.6)
-    axes.grid(False, axis="y")
+def _trace(record: Mapping[str, Any]) -> list[str]:
+    return [number(record[name]) for name in ("trace", "stderr_probes", "stderr_rows")]

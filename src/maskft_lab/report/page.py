@@ -39,7 +39,8 @@ def render_report(evidence: Evidence) -> str:
     for figure, chart in drawn:
         charts[figure.section].append(_drawn(figure, chart))
     has_content = {"verdict", "table", "recipe"}
-    verdicts = _verdicts(evidence)
+    verdicts, results = _verdicts(evidence), evidence.results  # none where nothing but paths was published
+    reached = comparison.scores if comparison else scores(results) if results else []
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "templates"),
         autoescape=True,
@@ -62,9 +63,7 @@ def render_report(evidence: Evidence) -> str:
         more_verdicts=verdicts[MAX_VERDICTS:],
         baseline=comparison.baseline if comparison else "nothing",
         notes=[*evidence.notes, *(comparison.notes if comparison else [])],
-        scores=cross_domain_table(
-            comparison.scores if comparison else scores(evidence.results) if evidence.results else []
-        ),
+        scores=cross_domain_table(reached),
         differences=difference_table(comparison) if comparison else None,
         over="items" if comparison and comparison.fixed_seeds else "seeds where there are several, else over items",
         # Comparisons of earlier versions have unadjusted intervals only.
