@@ -11,10 +11,9 @@ from maskft.loss import mean_nll, nll_per_item
 from maskft_base import files
 from maskft_base.errors import UserError
 from maskft_lab.analysis import landscape
-from maskft_lab.analysis.landscape import analyse_landscape, losses_at, plane_through
+from maskft_lab.analysis.landscape import analyse_landscape, plane_through
 from maskft_lab.analysis.losses import Sampling
 from maskft_lab.analysis.points import Point, set_weights, weights_of
-from maskft_lab.store import Store
 
 ROWS = [{"input_ids": ids, "labels": ids} for ids in tiny.token_ids(4, 7).tolist()]
 
@@ -42,18 +41,6 @@ def test_the_plane_goes_through_its_three_models():
     for three in ((points[0], points[0], points[1]), (points[0], points[1], points[0]), (*points[:2], middle)):
         with pytest.raises(UserError, match="span no plane"):
             plane_through(*three)
-
-
-def test_points_are_the_losses_at_these_weights(tmp_path):
-    model = small()
-    start, end = weights_of(small(0)), weights_of(small(1))
-    way = {name: end[name] - start[name] for name in start}
-    points = {"start": (0.0, 0.0), "half": (0.5, 0.0), "end": (0.0, 1.0)}
-    found = losses_at(model, start, (way, way), points, lambda: loss_of(model), Store(tmp_path / "a.jsonl", {}))
-    middle = {name: (start[name] + end[name]) / 2 for name in start}
-    for loss, weights in zip(found, (start, middle, end), strict=True):
-        set_weights(model, weights)
-        assert loss == pytest.approx(loss_of(model), rel=1e-5)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from maskft_lab.results import families
 from maskft_lab.results.comparison import NOT_DISTINGUISHABLE, Settings
 from maskft_lab.results.differences import Measured, Sample, describe, judge
 from maskft_lab.results.families import Noise, simultaneous_level
-from maskft_lab.results.statistics import Bootstrap, as_block, weighted_mean
+from maskft_lab.results.statistics import as_block, weighted_mean
 
 RESAMPLES = 400
 
@@ -58,18 +58,6 @@ def test_the_clustered_error_is_the_spread_over_fresh_samples():
     means, stderrs = np.array([weighted_mean(values, None, labels) for values, labels in drawn]).T
     assert np.median(stderrs) == pytest.approx(means.std(), rel=0.05)
     assert weighted_mean(drawn[0][0])[1] < 0.65 * means.std()  # of items as if independent: 1 / sqrt(3)
-
-
-def test_clusters_are_covered_as_independent_items_are_not():
-    rng = np.random.default_rng(0)
-    hits = np.zeros(2)
-    for _ in range(400):
-        diffs, labels = clustered(rng)
-        for which, clusters in enumerate((labels, None)):
-            low, high = Bootstrap(as_block([diffs], None, clusters), RESAMPLES).interval()
-            hits[which] += low <= 0.1 <= high
-    assert 0.92 <= hits[0] / 400 <= 0.98
-    assert hits[1] / 400 < 0.8
 
 
 # Families

@@ -269,12 +269,6 @@ def test_damaged_results_are_refused_in_one_line(result, tmp_path, damage, messa
     assert not (tmp_path / "copy.json").exists()
 
 
-def test_a_list_is_not_a_result(tmp_path):
-    (tmp_path / "result.json").write_text("[1]")
-    with pytest.raises(UserError, match="not a result file"):
-        read_result(tmp_path)
-
-
 def test_a_metric_of_the_task_alone_is_allowed(result):
     result["tasks"]["sums"]["metrics"]["win_rate"] = {
         "value": 0.4,
@@ -294,14 +288,11 @@ def test_training_block(result, tmp_path):
     assert "training" not in result
 
 
-FOLDER = Path(__file__).parents[2] / "results"
-
-
-@pytest.mark.parametrize("file", sorted(FOLDER.rglob("*.json*")), ids=lambda file: str(file.relative_to(FOLDER)))
-def test_every_published_result_is_valid(file):
-    content = json.loads(read_text(file))
-    if content.get("kind") == "evaluation":
-        assert read_result(file) == content
-    else:
-        with pytest.raises(UserError, match="not a result file"):
-            read_result(file)
+def test_every_published_result_is_valid():
+    for file in sorted((Path(__file__).parents[2] / "results").rglob("*.json*")):
+        content = json.loads(read_text(file))
+        if isinstance(content, dict) and content.get("kind") == "evaluation":
+            assert read_result(file) == content, file
+        else:
+            with pytest.raises(UserError, match="not a result file"):
+                read_result(file)

@@ -71,35 +71,18 @@ def test_single_item_has_no_standard_error():
     assert np.isnan(weighted_mean([1.0])[1])
 
 
-def test_the_bootstrap_of_one_row_agrees_with_scipy():
-    rng = np.random.default_rng(1)
-    a, b = rng.normal(0.3, 1, 60), rng.exponential(1, 60)
-    mine = one_row(a - b, num_resamples=20_000)
-    theirs = stats.bootstrap(
-        (a, b),
-        lambda a, b, axis: (a - b).mean(axis),
-        paired=True,
-        n_resamples=20_000,
-        method="percentile",
-        rng=2,
-    ).confidence_interval
-    assert mine.difference == pytest.approx((a - b).mean())
-    np.testing.assert_allclose(unstretched(mine, 60), [theirs.low, theirs.high], atol=0.02)
-
-
-def test_weighted_bootstrap_agrees_with_scipy():
-    rng = np.random.default_rng(1)
-    diffs, weights = rng.normal(0.3, 1, 60), rng.integers(1, 30, 60)
+@pytest.mark.parametrize("weights", [None, np.random.default_rng(2).integers(1, 30, 60)])
+def test_the_bootstrap_of_one_row_agrees_with_scipy(weights):
+    diffs = np.random.default_rng(1).normal(0.3, 1, 60)
     mine = one_row(diffs, weights, num_resamples=20_000)
-    theirs = stats.bootstrap(
-        (diffs, weights),
-        lambda d, w, axis: (d * w).sum(axis) / w.sum(axis),
-        paired=True,
-        n_resamples=20_000,
-        method="percentile",
-        rng=2,
-    ).confidence_interval
-    assert mine.difference == pytest.approx(np.average(diffs, weights=weights))
+    given = np.ones(60) if weights is None else weights
+
+    def ratio(d, w, axis):
+        return (d * w).sum(axis) / w.sum(axis)
+
+    settings = {"paired": True, "n_resamples": 20_000, "method": "percentile", "rng": 2}
+    theirs = stats.bootstrap((diffs, given), ratio, **settings).confidence_interval
+    assert mine.difference == pytest.approx(np.average(diffs, weights=given))
     np.testing.assert_allclose(unstretched(mine, 60), [theirs.low, theirs.high], atol=0.02)
 
 

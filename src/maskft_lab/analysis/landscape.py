@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,11 @@ from maskft.models import load_model
 from maskft_base.errors import UserError
 from maskft_base.files import digest
 
-from ..store import Store
 from .losses import Sampling
 from .points import Point, Weights, set_weights, weights_at, weights_of
 from .records import is_finished, pieces_of, write_record
 
 Rows = Mapping[str, Sequence[dict]]  # split -> tokenised rows
-Points = Mapping[str, tuple[float, float]]  # name -> amounts along two directions
 
 FFT, CONTINUED, MASK = "fft", "continued", "mask"
 MARGIN = 0.25  # the plane goes on beyond its models by this share of their distance
@@ -47,32 +45,6 @@ def plane_through(first: Weights, second: Weights, third: Weights) -> tuple[Weig
         raise UserError("three models on one line span no plane: are two of them the same?")
     v = {name: each / length_v for name, each in v.items()}
     return u, v, np.array([[0.0, 0.0], [length_u, 0.0], [along, length_v]])
-
-
-def losses_at(
-    model,
-    center: Weights,
-    directions: tuple[Weights, Weights],
-    points: Points,
-    measure: Callable[[], Any],
-    pieces: Store,
-) -> list[Any]:
-    """What ``measure`` returns at every point ``center + x first + y second``.
-
-    Args:
-        model: Holds the architecture; its weights are overwritten.
-        center: The point (0, 0).
-        directions: Two directions.
-        points: Name of each point in ``pieces`` -> its amounts.
-        measure: Measures the model, JSON-able.
-        pieces: Keeps points that are done.
-    """
-
-    def at(x: float, y: float) -> Any:
-        set_weights(model, center, [(x, directions[0]), (y, directions[1])])
-        return measure()
-
-    return [pieces.get(name, functools.partial(at, *point)) for name, point in points.items()]
 
 
 def analyse_landscape(file: Path, models: Mapping[str, Point], rows: Rows, sampling: Sampling, grid: int = 21) -> None:
@@ -103,7 +75,8 @@ def analyse_landscape(file: Path, models: Mapping[str, Point], rows: Rows, sampl
     origin = weights_of(model)
     points = [origin, *(weights_at(models[name], origin) for name in names[1:])]
 
-    def measure() -> dict[str, float]:
+    def measure(x: float, y: float) -> dict[str, float]:
+        set_weights(model, origin, [(x, u), (y, v)])
         return {
             split: mean_nll(nll_per_item(model, each, batch_size=sampling.batch_size)) for split, each in rows.items()
         }
@@ -112,8 +85,9 @@ def analyse_landscape(file: Path, models: Mapping[str, Point], rows: Rows, sampl
     u, v, coordinates = plane_through(*points)
     low, high = coordinates.min(0), coordinates.max(0)
     x, y = np.linspace(low - MARGIN * (high - low), high + MARGIN * (high - low), grid).T.tolist()
-    in_plane = {f"plane {i} {j}": (a, b) for i, a in enumerate(x) for j, b in enumerate(y)}
-    found = losses_at(model, origin, (u, v), in_plane, measure, pieces)
+    found = [
+        pieces.get(f"plane {i} {j}", functools.partial(measure, a, b)) for i, a in enumerate(x) for j, b in enumerate(y)
+    ]
     plane = {split: np.reshape([each[split] for each in found], (grid, grid)).tolist() for split in rows}
     record = {"plane": {"models": names, "points": coordinates.tolist(), "x": x, "y": y, **plane}}
     write_record(file, record, settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import Any
 
@@ -72,7 +71,7 @@ def render_report(evidence: Evidence) -> str:
         missing=[_head(each.figure) | {"reason": each.reason, "command": each.command} for each in missing],
         commands=_commands(evidence),
         seeds=", ".join(map(str, evidence.seeds)) or "none",
-        tables=_recipe(evidence),
+        settings=_settings(evidence),
     )
 
 
@@ -133,33 +132,17 @@ def _commands(evidence: Evidence) -> list[str]:
     return [study, f"maskft analyze {place}", f"maskft report {evidence.place} -o report.html"]
 
 
-def _recipe(evidence: Evidence) -> dict[str, Table]:
-    """Caption -> table of settings, or of the environment."""
+def _settings(evidence: Evidence) -> Table:
+    """Settings that differ between methods, of their first seed."""
     first: dict[str, dict] = {}
     for result in evidence.results:
         settings = result["study"]["settings"] or {}
         first.setdefault(result["name"], {k: v for k, v in settings.items() if k not in ("seed", "mask_seed")})
-    names = list(dict.fromkeys(key for settings in first.values() for key in settings))
+    names = dict.fromkeys(key for settings in first.values() for key in settings)
     trained = [settings for settings in first.values() if settings]  # a pre-trained model has none
     differ = [key for key in names if len({_text(settings.get(key)) for settings in trained}) > 1]
     rows = [(name, *(_text(settings.get(key)) for key in differ)) for name, settings in first.items()]
-    same = [(key, _text(trained[0].get(key))) for key in names if key not in differ]
-    same += [(f"evaluation: {key}", value) for key, value in _common(r["settings"] for r in evidence.results)]
-    environments = [result["environment"] for result in evidence.results]
-    same += [*_common(environments), *_common(each["packages"] for each in environments)]
-    return {
-        "Settings that differ between methods": Table(("model", *differ), rows),
-        "What is the same everywhere, and the environment": Table(("what", "value"), same),
-    }
-
-
-def _common(records: Iterable[Mapping]) -> list[tuple[str, str]]:
-    values: dict[str, dict[str, None]] = {}
-    for record in records:
-        for key, value in record.items():
-            if value is not None and not isinstance(value, dict):
-                values.setdefault(key, {})[_text(value)] = None
-    return [(key, " | ".join(found)) for key, found in values.items()]
+    return Table(("model", *differ), rows)
 
 
 def _text(value: Any) -> str:
