@@ -11,7 +11,6 @@ from maskft_base.errors import UserError
 from maskft_base.files import ADAPTER_WEIGHTS
 from maskft_lab.analysis.bound import (
     analyse_bound,
-    binary_entropy,
     code_lengths,
     complexity_term,
     log2_binomial,
@@ -22,23 +21,14 @@ from maskft_lab.analysis.bound import (
 
 def test_the_papers_difference_per_weight():
     """Eq. 14: H(0.027) - 8 x 0.027 is about -0.037."""
-    assert code_lengths(1000, 27, 8)["difference_per_weight"] == pytest.approx(-0.037, abs=5e-4)
+    lengths = code_lengths(1_000_000, 27_000, 8)
+    assert (lengths["mask"] - lengths["full"]) / 1_000_000 == pytest.approx(-0.037, abs=5e-4)
 
 
 def test_the_index_counts_subsets():
     for d, z in ((1, 0), (5, 2), (40, 7), (100, 10)):
         assert log2_binomial(d, z) == pytest.approx(math.log2(math.comb(d, z)), abs=1e-9)
-    # The entropy is an upper bound, reached to log2(d) bits.
-    lengths = code_lengths(100_000, 10_000, 8)
-    assert 0 < lengths["index_entropy"] - lengths["index_exact"] < math.log2(100_000)
-
-
-def test_code_lengths_by_hand():
-    assert (binary_entropy(0.0), binary_entropy(0.5), binary_entropy(1.0)) == (0, 1, 0)
-    lengths = code_lengths(4, 2, 16)
-    assert (lengths["full"], lengths["kept_weights"], lengths["index_entropy"]) == (64, 32, 4)
-    assert lengths["mask"] == pytest.approx(32 + math.log2(6))
-    assert lengths["difference"] == pytest.approx(lengths["mask"] - lengths["full"])
+    assert code_lengths(4, 2, 16) == {"full": 64, "mask": pytest.approx(32 + math.log2(6))}
 
 
 def test_the_bound_by_hand():
@@ -62,13 +52,12 @@ def test_stable_training_loss_is_that_of_the_last_quarter_up_to_the_best():
         stable_training_loss(history, until_step=0)
 
 
-def test_the_real_file_stands_beside_its_entropy(tmp_path):
+def test_the_real_file_stands_beside_its_bounds(tmp_path):
     mask = torch.ones(64, 64, dtype=torch.bool)
     mask.flatten()[::10] = False
     tiny.save_masks({"a": mask}, tmp_path)
     analyse_bound(tmp_path / "bound.json", str(tmp_path), (0.1, 0.08), (10_000, 50), 48)
     record = json.loads((tmp_path / "bound.json").read_text())
-    assert record["adapter_file"]["num_bytes"] == (tmp_path / ADAPTER_WEIGHTS).stat().st_size
-    assert record["adapter_file"]["entropy_bytes"] == pytest.approx(4096 * binary_entropy(410 / 4096) / 8)
+    assert record["adapter_bytes"] == (tmp_path / ADAPTER_WEIGHTS).stat().st_size
     assert record["masked_matrices"]["8"]["code_lengths"]["full"] == 8 * 4096
     assert record["model"]["16"]["code_lengths"]["full"] == 16 * 10_000

@@ -23,13 +23,8 @@ DELTA = 0.05  # probability with which the bound may fail
 TAIL_SHARE = 0.25  # "the mean training loss after training stabilizes" (Table 7): the last quarter of what was logged
 
 
-def binary_entropy(p: float) -> float:
-    """H(p) of a share in [0, 1], in bits, Eq. 12; 0 at 0 and 1."""
-    return -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
-
-
 def log2_binomial(d: int, z: int) -> float:
-    """log2 of the number of ways to choose ``z`` of ``d`` weights, in bits, by ``lgamma``."""
+    """log2 of the number of ways to choose ``z`` of ``d`` weights, in bits, by ``lgamma``: d H(p) but for log2 d."""
     return (math.lgamma(d + 1) - math.lgamma(z + 1) - math.lgamma(d - z + 1)) / math.log(2)
 
 
@@ -42,20 +37,9 @@ def code_lengths(d: int, z: int, bits: float) -> dict[str, float]:
         bits: Width b of one weight, in bits.
 
     Returns:
-        ``full``, b d; ``kept_weights``, b (1 - p) d; what the places cost: ``index_exact``, log2 C(d, z), and
-        ``index_entropy``, d H(p); ``mask``, kept weights and exact index; ``difference``, mask less full;
-        ``difference_per_weight``, H(p) - b p (Eqs. 13 and 14).
+        ``full``, b d; ``mask``, of the kept weights and of their places: b (d - z) + log2 C(d, z).
     """
-    p, exact, kept = z / d, log2_binomial(d, z), bits * (d - z)
-    return {
-        "full": bits * d,
-        "kept_weights": kept,
-        "index_exact": exact,
-        "index_entropy": d * binary_entropy(p),
-        "mask": kept + exact,
-        "difference": exact - bits * z,
-        "difference_per_weight": binary_entropy(p) - bits * p,
-    }
+    return {"full": bits * d, "mask": bits * (d - z) + log2_binomial(d, z)}
 
 
 def complexity_term(code_length: float, num_rows: int | None) -> float:
@@ -110,9 +94,7 @@ def stable_training_loss(history: Sequence[Mapping], until_step: int | None = No
 def analyse_bound(
     file: Path, adapter: str, losses: tuple[float, float], size: tuple[int, int], num_rows: int | None
 ) -> None:
-    """Write the bounds over the whole model and over the masked matrices alone, and the mask's size (``.json``).
-
-    ``adapter_file``: ``num_bytes`` of the weights file, and ``entropy_bytes``, the sum of d H(p) of each matrix.
+    """Write the bounds over the whole model and over the masked matrices alone, and the mask's file size (``.json``).
 
     Args:
         file: Where the record goes.
@@ -123,7 +105,6 @@ def analyse_bound(
     """
     masks, (num_weights, vocab_size) = masks_of(adapter), size
     z, masked = masks.num_removed, masks.numel
-    entropy = sum(mask.numel() * binary_entropy(float((~mask).double().mean())) for mask in masks.values())
     record = {
         "training_loss": {"full": losses[0], "mask": losses[1]},
         "num_weights": num_weights,
@@ -131,9 +112,6 @@ def analyse_bound(
         "num_removed": z,
         "model": {f"{b}": upper_bounds(losses, num_weights, z, b, num_rows, vocab_size) for b in BITS},
         "masked_matrices": {f"{b}": upper_bounds(losses, masked, z, b, num_rows, vocab_size) for b in BITS},
-        "adapter_file": {
-            "num_bytes": (Path(adapter) / ADAPTER_WEIGHTS).stat().st_size,
-            "entropy_bytes": entropy / 8,
-        },
+        "adapter_bytes": (Path(adapter) / ADAPTER_WEIGHTS).stat().st_size,
     }
     write_record(file, record, {"what": "bound", "adapter": digest_folder(adapter), "num_rows": num_rows})

@@ -8,12 +8,12 @@ entry to ``FIGURES``: then ``maskft report STUDY -o report.html`` shows it in it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from maskft_base.errors import UserError
 
-from .charts import Chart, Panel
+from .charts import Chart
 from .evidence import Evidence, NotComputed
 from .fig_ablations import ablation_chart
 from .fig_cost import cost_chart
@@ -104,17 +104,21 @@ def draw_figures(evidence: Evidence, figures: Iterable[Figure]) -> tuple[list[tu
     """Draw what can be drawn, and say why the others cannot.
 
     Raises:
-        UserError: If the file of an analysis is not as ``maskft analyze`` writes it, also when a panel is drawn.
+        UserError: If the file of an analysis is not as ``maskft analyze`` writes it.
     """
     drawn, missing = [], []
     for figure in figures:
         try:
-            chart = _guarded(figure, partial(figure.draw, evidence))
+            drawn.append((figure, figure.draw(evidence)))
         except NotComputed as error:
             missing.append(Missing(figure, str(error), figure.command.replace("STUDY", evidence.place)))
-        else:
-            panels = [replace(panel, draw=partial(_draw_guarded, figure, panel)) for panel in chart.panels]
-            drawn.append((figure, replace(chart, panels=panels)))
+        except UserError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{figure.key}: its data is not as it should be ({problem}); make it again: {figure.command}"
+            ) from error
     return drawn, missing
 
 
@@ -133,19 +137,3 @@ def select_figures(wanted: Sequence[str]) -> list[Figure]:
             raise UserError(f"--only: no figure {word!r}; there are {known}")
         chosen += found
     return list(dict.fromkeys(chosen)) if wanted else list(FIGURES)
-
-
-def _draw_guarded(figure: Figure, panel: Panel, axes) -> None:
-    _guarded(figure, partial(panel.draw, axes))
-
-
-def _guarded(figure: Figure, make: Callable):
-    try:
-        return make()
-    except UserError:
-        raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{figure.key}: its data is not as it should be ({problem}); make it again: {figure.command}"
-        ) from error

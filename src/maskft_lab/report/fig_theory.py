@@ -51,12 +51,11 @@ def bound_chart(evidence: Evidence) -> Chart:
         for where in _SIZES
         for width, each in record[where].items()
     ]
-    file = record["adapter_file"]
     vacuous = sum(row[-1] == "vacuous" for row in rows)
     text = (
         f"Training loss and complexity term of Eq. 6. Of {len(rows)} bounds, {vacuous} are vacuous: the complexity "
         "term alone exceeds the loss of guessing. It is the same for every mask of one sparsity, a random one too. "
-        f"The adapter has {file['num_bytes']:,} bytes; the entropy of its places is {file['entropy_bytes']:,.0f}."
+        f"The adapter has {record['adapter_bytes']:,} bytes."
     )
     columns = ("over", "bits", "term, full", "term, mask", "change of training loss", "change of term", "difference")
     return Chart(text, [], Table((*columns, "verdict"), rows))
