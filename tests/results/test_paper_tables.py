@@ -97,7 +97,7 @@ def test_scores_stand_in_their_rows():
         result("mask", {"own_task": {"accuracy": 9}}, "mask", training=math),  # whatever others are called
     ]
     rows, left_over = rows_of(results, "1")
-    assert left_over == ["mask"]
+    assert left_over == ["base", "mask"]
     assert rows["", "Pre-Trained Model"][0] == "15.2 / 10.0"
     # 55 % and 65 %: mean 60, standard deviation 5 * sqrt(2).
     assert rows["Specific Domain", "MFT w/ Best FFT"][0] == "47.3 ± 0.19 / 60.0 ± 7.07"

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from maskft_base.errors import UserError
+from maskft_base.errors import UserError, first_line
 from maskft_base.files import open_text, parse_json, read_text
 
 from .schema import Result, TaskRecord, build_result, build_task, is_finite, items_fingerprint, metric_from_items
@@ -22,6 +23,9 @@ _SETTINGS = (
     *("limit", "gen_kwargs", "model_dtype", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed"),
     *("system_instruction_sha", "fewshot_as_multiturn"),
 )
+
+# What a damaged or strange file of another program may end in, however it is damaged.
+_DAMAGE = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, zlib.error)
 
 Items = dict[str, dict[str, Any]]  # id -> item, or question
 
@@ -40,7 +44,6 @@ def read_samples(files: Sequence[Path], name: str | None) -> Result:
 
     Raises:
         UserError: If they have no samples, not those of lm-eval 0.4.5 or later, or nothing stands beside them.
-        ValueError: If one cannot be read; other exceptions where its content is not what it should be.
     """
     tasks: dict[str, TaskRecord] = {}
     settings: dict[str, Any] = {}
@@ -56,7 +59,12 @@ def read_samples(files: Sequence[Path], name: str | None) -> Result:
             raise UserError(
                 f"{beside}: cannot be read ({getattr(error, 'strerror', None) or error}): keep it beside its samples"
             ) from None
-        tasks[named["task"]] = _task(file, named["task"], summary)
+        try:
+            tasks[named["task"]] = _task(file, named["task"], summary)
+        except UserError:
+            raise
+        except _DAMAGE as error:
+            raise UserError(f"{file}: cannot be read as a log ({first_line(error)}): is the file whole?") from None
         said = {**summary, **(summary.get("config") or {})}
         settings |= {key: said[key] for key in _SETTINGS if said.get(key) is not None}
         packages |= {key: said[f"{key}_version"] for key in ("lm_eval", "transformers") if said.get(f"{key}_version")}

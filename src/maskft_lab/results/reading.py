@@ -8,14 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from maskft_base import files
-from maskft_base.errors import UserError, first_line
 from maskft_base.files import parse_json, read_text
 
 from .lm_eval_samples import is_samples_file, read_samples
 from .schema import Result, check_result, read_result, result_file
-
-# What a damaged or strange file of another program may end in, however it is damaged.
-_DAMAGE = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, zlib.error)
 
 
 def read_all(paths: Iterable[str]) -> list[Result]:
@@ -38,12 +34,7 @@ def read_all(paths: Iterable[str]) -> list[Result]:
             own = map(read_result, found)
             results += [check_result({**result, "name": name}, path) if name else result for result in own]
             continue
-        try:
-            logs.append(read_samples(found, name))
-        except UserError:
-            raise
-        except _DAMAGE as error:
-            raise UserError(f"{path}: cannot be read as a log ({first_line(error)}): is the file whole?") from None
+        logs.append(read_samples(found, name))
         results.append(logs[-1])
     counts, seen = Counter(log["name"] for log in logs), Counter[str]()
     for log in logs:
