@@ -582,7 +582,7 @@ def test_a_margin_says_no_worse_or_equivalent():
     assert "better, no worse" in render(
         fast([results[0], make("mask", accuracy=scores(530, 1000), **losses)], margin=0.01), "markdown"
     )
-    for margin, message in ((0, "is no difference above 0"), (2.0, "no fraction below 1"), (np.nan, "no difference")):
+    for margin, message in ((0, "must be above 0"), (2.0, "no fraction below 1"), (np.nan, "must be above 0")):
         refuse(results, message, margin=margin)
     lower = only(fast(results, metrics=["nll"], margin=0.1))
     assert lower.equivalence.verdict == "equivalent"

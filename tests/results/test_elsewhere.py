@@ -83,7 +83,7 @@ def test_a_field_of_the_documents_names_clusters(folders):
         read_all(list(map(str, folders)), cluster_by="passage"), tasks=["tiny_sums"], settings=Settings(500)
     )
     assert [row.num_clusters for row in comparison.differences] == [7, 7]
-    refuse(folders, "chapter: no such field to take clusters from", cluster_by="chapter")
+    refuse(folders, "chapter: not a field of the items", cluster_by="chapter")
 
 
 def test_other_shots_and_versions_are_refused_in_one_line(folders):

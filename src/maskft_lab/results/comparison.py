@@ -46,7 +46,7 @@ class Settings:
         if self.margin is None:
             return
         if not (math.isfinite(self.margin) and self.margin > 0):
-            raise UserError(f"margin {self.margin} is no difference above 0: 0.01 is one point of an accuracy")
+            raise UserError(f"margin {self.margin} must be above 0: 0.01 is one point of an accuracy")
         if self.confidence <= 0.5:
             raise UserError(f"confidence {self.confidence} is too low for a margin: give more than 0.5, 0.95 is usual")
 

@@ -60,9 +60,7 @@ def set_cluster(item: dict[str, Any], fields: Mapping[str, Any], asked: Asked, p
         return
     value = fields.get(asked.cluster_by or "cluster_id")
     if value is None:
-        raise UserError(
-            f"{place}, {asked.cluster_by}: no such field to take clusters from: name one that every item has"
-        )
+        raise UserError(f"{place}, {asked.cluster_by}: not a field of the items: name one that every item has")
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     item["cluster_id"] = text if len(text) <= MAX_LABEL else digest(text)[:16]
 
