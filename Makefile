@@ -7,7 +7,7 @@ SOURCES := src tests benchmarks recipes examples docs
 # Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest test-triton soak fuzz bench docs quality style clean
+.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest test-triton soak fuzz bench docs quality style clean gpu
 
 demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
@@ -60,6 +60,10 @@ fuzz: $(VENV)/.test
 
 bench: $(VENV)/.base
 	$(BIN)/python -m benchmarks
+
+# What needs a CUDA device, in parts; PART=2 runs one. Where packages are installed otherwise: python -m benchmarks gpu.
+gpu: $(VENV)/.triton $(VENV)/.demo
+	$(BIN)/python -m benchmarks gpu $(if $(PART),--part $(PART))
 
 # --strict: a link that leads nowhere is an error.
 docs: $(VENV)/.docs

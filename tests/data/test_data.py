@@ -287,11 +287,15 @@ CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the t
         ("a.jsonl", '{"text": "a", "answer": ["b"]}', r"line 1: 'answer' holds a list"),
         ("a.jsonl", '{"text": "a", "answer": "b", "answer_type": "near"}', r"'answer_type' is 'near'"),
         ("a.jsonl", b"\xff\xfe", r"a\.jsonl is not UTF-8"),
-        ("a.jsonl", GOOD_LINE + r'{"prompt": "\ud83d", "completion": "b"}', r"line 2: '\\ud83d' is half a character"),
+        (
+            "a.jsonl",
+            GOOD_LINE + r'{"prompt": "\ud83d", "completion": "b"}',
+            r"line 2: '\\ud83d' is half a surrogate pair",
+        ),
         (
             "a.jsonl",
             GOOD_LINE + r'{"prompt": "a", "completion": "b", "answer": "\ud83d"}',
-            r"line 2: '\\ud83d' is half a character",
+            r"line 2: '\\ud83d' is half a surrogate pair",
         ),
         ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz cannot be read: .*gzip"),
         # Without the time, which would stand in the test's name.
@@ -301,7 +305,7 @@ CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the t
             r"a\.jsonl\.gz cannot be read: .*end-of-stream",
         ),
         ("a.parquet", b"not parquet", r"a\.parquet cannot be read: .*[Pp]arquet"),
-        ("a.tsv", "prompt\tcompletion\n", r"a\.tsv has an unsupported ending; convert it to one of \.jsonl"),
+        ("a.tsv", "prompt\tcompletion\n", r"a\.tsv has an unsupported ending; convert it to \.jsonl"),
         ("a.csv", "prompt,completion\na,b,c\n", r"a\.csv cannot be read: .*Expected 2 columns, got 3"),
         ("a.csv", 'prompt,completion\n"a,b\n', r"a\.csv cannot be read: .*"),
         ("a.csv", "", r"a\.csv cannot be read: Empty CSV file"),
@@ -333,7 +337,7 @@ def test_hub_name_without_network(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
-        UserError, match=r"'some/data' is not a file here and the hub gave no split 'train'.*Couldn't reach"
+        UserError, match=r"'some/data' is not a local file, and the hub gave no split 'train'.*Couldn't reach"
     ):
         splits("some/data")
 

@@ -122,7 +122,7 @@ def test_registered_sets_of_three_formats():
         ("small:40k", {}, r"'40k' is neither a number of rows \(40000\) nor a fraction"),
         ("small:1,small:2", {}, r"the mixture names small twice"),
         ("small:1,,large:1", {}, r"has an empty entry"),
-        ("small,text", {}, r"must all be messages or all plain text, these have messages, text"),
+        ("small,text", {}, r"must be all messages or all plain text, not messages, text"),
         ("small:20,large:20", {"eval_split_size": 50}, r"eval_split_size 50 holds out 25 of the 20 rows of small"),
     ],
 )

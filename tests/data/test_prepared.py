@@ -89,7 +89,7 @@ def test_a_flipped_bit_is_told(name, file, tmp_path):
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    with pytest.raises(UserError, match=f"is damaged: {name} is not what was written; delete that folder"):
+    with pytest.raises(UserError, match=f"is damaged: {name} does not match its checksum; delete that folder to"):
         prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
 
 

@@ -308,7 +308,7 @@ def test_auto_does_not_write_into_a_folder_of_others(train, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
     status, err = train(resume_from_checkpoint="auto")
-    assert status == 2 and "holds files that no run has left (config.json); name another folder" in err
+    assert status == 2 and "holds files that are not from a run (config.json); name another folder" in err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
 
 

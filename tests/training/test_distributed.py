@@ -328,7 +328,7 @@ def mistake(words, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_processes": 2}, "num_processes is 2, but not how they share work: add --accelerate_config fsdp2"),
+        ({"num_processes": 2}, "num_processes is 2, but no strategy for them: add --accelerate_config fsdp2"),
         ({"accelerate_config": "LIST", "num_processes": 2}, "is not a file that accelerate config writes"),
         ({"accelerate_config": "fsdp3"}, "config fsdp3 is neither a file nor a valid config"),
         ({"num_procesess": 2}, "unknown option --num_procesess (did you mean 'num_processes'?)"),

@@ -20,6 +20,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 triton_split = importlib.import_module("maskft.tuner.triton_split")
 ON = "cpu" if INTERPRETED else "cuda"
+pytestmark = [] if INTERPRETED else pytest.mark.gpu
 
 
 @pytest.fixture

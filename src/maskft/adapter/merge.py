@@ -121,4 +121,4 @@ def _verify_written(folder: Path, probe, expected, masks: MaskSet, values, dtype
         written_values = written.get_submodule(name).weight.detach().cpu()[~mask]
         value = 0.0 if values[name] is None else values[name].cpu()[~mask]
         if not bool((written_values == value).all()):
-            raise UserError(f"the written checkpoint has other weights where {name} is masked; nothing was kept")
+            raise UserError(f"the written checkpoint has other weights where {name} is masked; it was deleted")

@@ -69,7 +69,7 @@ def to_examples(
             identity = digest(content)[:16]
         except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no text can hold
             bad = error.object[error.start : error.end]
-            raise UserError(f"{name}: {where}: {bad!r} is half a character; remove it or write it in full") from None
+            raise UserError(f"{name}: {where}: {bad!r} is half a surrogate pair; remove it") from None
         except UserError as error:
             raise UserError(f"{name}: {where}: {error}") from None
         copies[identity] += 1

@@ -169,7 +169,7 @@ def mix(parts: Sequence[Dataset], seed: int) -> Dataset:
     if any(layout != layouts[0] for layout in layouts):
         columns = sorted(set().union(*layouts) - {"id"})
         raise UserError(
-            f"the sets of a mixture must all be messages or all plain text, these have {', '.join(columns)}; "
+            f"a mixture must be all messages or all plain text, not {', '.join(columns)}; "
             "set as_chat to true, or leave out what is plain text"
         )
     return concatenate_datasets(list(parts)).shuffle(seed=seed)

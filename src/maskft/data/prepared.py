@@ -115,8 +115,8 @@ def _checked_report(folder: Path) -> dict[str, Any]:
     for name, sha256 in report.pop("sha256").items():
         if not (folder / name).is_file() or digest_now(folder / name) != sha256:
             raise UserError(
-                f"prepared data {str(folder)!r} is damaged: {name} is not what was written; delete that folder, and "
-                "the data is prepared again"
+                f"prepared data {str(folder)!r} is damaged: {name} does not match its checksum; delete that "
+                "folder to prepare the data again"
             )
     return report
 

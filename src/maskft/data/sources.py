@@ -42,7 +42,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
     if path.is_dir():
         raise UserError(f"{path} is a folder; name one file in it ({', '.join(FILE_ENDINGS)})")
     if not name.endswith(FILE_ENDINGS):
-        raise UserError(f"data file {path} has an unsupported ending; convert it to one of {', '.join(FILE_ENDINGS)}")
+        raise UserError(f"data file {path} has an unsupported ending; convert it to {', '.join(FILE_ENDINGS)}")
     try:
         if name.endswith(".parquet"):
             batches = parquet.ParquetFile(path).iter_batches()
@@ -202,7 +202,7 @@ def load_from_hub(name: str, config: str | None, split: str, data_files: str | N
         return datasets.load_dataset(name, config, split=split, **asked)
     except Exception as error:  # many types: no network, no such name, no such configuration or split
         raise UserError(
-            f"{name!r} is not a file here and the hub gave no split {split!r} of it: "
+            f"{name!r} is not a local file, and the hub gave no split {split!r} of it: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from None
 

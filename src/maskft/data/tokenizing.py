@@ -51,7 +51,7 @@ def tokenize_example(
     input_ids = _encode(tokenizer, text, templated)
     if not templated:
         if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no eos_token, so a model could not learn where to stop; set one")
+            raise UserError("the tokenizer has no eos_token, so the model cannot learn to stop; set one")
         if input_ids[-1:] != [tokenizer.eos_token_id]:
             input_ids.append(tokenizer.eos_token_id)
     labels = [IGNORED] * len(input_ids)

@@ -94,7 +94,7 @@ def _check_owner(folder: Path, there: list[str], method: str, is_ours: bool) -> 
     record = folder / files.TRAINING
     if strangers and not (is_ours or checkpoints or record.is_file()):
         raise UserError(
-            f"output_dir {str(folder)!r} holds files that no run has left ({', '.join(strangers[:3])}"
+            f"output_dir {str(folder)!r} holds files that are not from a run ({', '.join(strangers[:3])}"
             f"{', ...' if len(strangers) > 3 else ''}); name another folder"
         )
     if checkpoints and method in UNTRAINED_METHODS:

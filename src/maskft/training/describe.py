@@ -91,10 +91,10 @@ def report(
 def _report_verdict(summary: TrainingSummary, verdict: Verdict | None, config: TrainConfig, console: Console) -> None:
     folder = config.training.output_dir
     if verdict is None:
-        console.print(f"saved to {folder}; too few held-out rows to say whether the mask is better than no mask")
+        console.print(f"saved to {folder}; too few held-out rows to compare the mask with no mask")
     elif verdict.is_better:
         console.print(
-            f"{verdict}. These rows chose the step too: maskft evaluate and compare tell whether it holds on new ones. "
+            f"{verdict}. The same rows chose the checkpoint: use maskft evaluate and compare on new ones. "
             f"Saved in {folder}"
         )
     elif verdict.kept:

@@ -57,7 +57,7 @@ def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> 
     if (args.num_processes or 1) > 1 and not is_shared:
         # accelerate would start one process and say nothing.
         raise UserError(
-            f"num_processes is {args.num_processes}, but not how they share work: add --accelerate_config fsdp2, or "
+            f"num_processes is {args.num_processes}, but no strategy for them: add --accelerate_config fsdp2, or "
             "multi_gpu (on CPUs too)"
         )
     before = dict(os.environ)

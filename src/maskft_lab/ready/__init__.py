@@ -33,23 +33,28 @@ def show(folder: Path, name_or_path: str = EMBEDDED_MODEL) -> list[str]:
         name_or_path: Its base model.
     """
     questions = [json.loads(line) for line in (folder / QUESTIONS).read_text(encoding="utf-8").splitlines()]
+    prompts = [question["prompt"] for question in questions]
     tokenizer = load_tokenizer(name_or_path)
     model = PeftModel.from_pretrained(load_model(name_or_path, "float32"), folder).eval()
     masks, size = MaskSet.from_adapter(folder), (folder / ADAPTER_WEIGHTS).stat().st_size
-    rows, right = [("question", "without the mask", "with the mask")], [0, 0]
-    for question in questions:
-        ids = tokenizer(question["prompt"], return_tensors="pt")
-        masked = _answer(model, tokenizer, ids)
-        with model.disable_adapter():
-            plain = _answer(model, tokenizer, ids)
-        rows.append((question["prompt"], plain, masked))
-        right = [
-            n + answer.split()[:1].count(question["answer"]) for n, answer in zip(right, (plain, masked), strict=True)
-        ]
+    masked = _answers(model, tokenizer, prompts)
+    with model.disable_adapter():
+        plain = _answers(model, tokenizer, prompts)
+    rows = [("question", "without the mask", "with the mask"), *zip(prompts, plain, masked, strict=True)]
+    right = [
+        sum(answer.split()[:1] == [question["answer"]] for question, answer in zip(questions, answers, strict=True))
+        for answers in (plain, masked)
+    ]
     return [
         *("  ".join(_fit(cell) for cell in row).rstrip() for row in rows),
-        f"right: {right[0]} of {len(questions)} without, {right[1]} with the mask (more in its card, README.md)",
-        f"The mask removes {masks.num_removed:,} of {masks.numel:,} weights: {8 * size:,} bits on disk.",
+        f"right: {right[0]} of {len(questions)}, and {right[1]} with a mask of {8 * size:,} bits (removes "
+        f"{masks.num_removed:,} weights)",
+    ]
+
+
+def snippet(folder: Path, name_or_path: str = EMBEDDED_MODEL) -> list[str]:
+    """The lines of Python that load a mask over its base."""
+    return [
         "The same in Python:",
         "  from peft import PeftModel; import maskft.models, maskft_lab.ready",
         f'  model = maskft.models.load_model("{name_or_path}")',
@@ -69,10 +74,12 @@ def ready_mask(task: str | None = None) -> Path:
     return masks[task or next(iter(masks))]
 
 
-def _answer(model, tokenizer, ids) -> str:
+def _answers(model, tokenizer, prompts: list[str]) -> list[str]:
+    """The answers to all of them at once."""
+    tokens = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     with torch.inference_mode():
-        out = model.generate(**ids, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, pad_token_id=0)
-    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        out = model.generate(**tokens, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False, pad_token_id=0)
+    return tokenizer.batch_decode(out[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _fit(text: str) -> str:

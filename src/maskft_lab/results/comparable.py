@@ -51,7 +51,7 @@ def group_by_name(results: Sequence[Result]) -> Groups:
         methods = dict.fromkeys(result["model"]["method"] for result in group)
         if len(methods) > 1:
             raise UserError(
-                f"results named {name!r} are of different methods ({quoted(methods)}), so not seeds of one: "
+                f"results named {name!r} are of different methods ({quoted(methods)}), not seeds of one: "
                 "give them different names"
             )
         group.sort(key=lambda result: result["model"]["seed"] or 0)

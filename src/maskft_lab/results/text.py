@@ -51,7 +51,7 @@ def brief_metric(differences: Sequence[Difference]) -> tuple[str, str]:
 
 
 def _page(comparison: Comparison) -> str:
-    """Return one table of 80 columns, masks first, then the verdict: 25 lines at most, and what is left out is said."""
+    """Return a page of 80 columns, 25 lines: one metric of each task, masks first, the verdict, what is left out."""
     first = brief_metric(comparison.differences)
     rows = sorted(comparison.differences, key=lambda row: (row.task, row.metric) != first)
     shown = [row for row in rows if row.is_main or (row.task, row.metric) == first]

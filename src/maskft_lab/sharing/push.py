@@ -70,7 +70,7 @@ def _texts(folder: Path, repository: str, base: str | None) -> dict[str, str | b
     named = base or config.base_model_name_or_path
     if named != files.EMBEDDED_MODEL and hub_name(named) is None:
         raise UserError(
-            f"the adapter's base is {named!r}, which is on no hub; push that model, and name it: --base owner/name"
+            f"the adapter's base is {named!r}, which is not on the hub; push that model, then pass --base owner/name"
         )
     written = files.read_json(folder / files.ADAPTER_CONFIG) | {"base_model_name_or_path": named}
     config = config.model_copy(update={"base_model_name_or_path": named})

@@ -61,10 +61,11 @@ def run_study(
             _make_ready(study, plan, board, launcher)
             reasons |= {run.id: reason for run, reason in board.failed.items()}
             is_over = len(plan.ready.runs) == len(plan.runs)
-        console.print(summarise(study, plan), highlight=False, markup=False, soft_wrap=True)
-        shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-        table = shown / files.STUDY_TABLE.format(plan.recipe.name)
-        console.print(f"table: {table}\nresults: {shown / files.RESULTS}", highlight=False, soft_wrap=True)
+        console.print(summarise(study, plan), end="", highlight=False, markup=False, soft_wrap=True)
+        if not is_brief:
+            shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+            table = shown / files.STUDY_TABLE.format(plan.recipe.name)
+            console.print(f"table: {table}\nresults: {shown / files.RESULTS}", highlight=False, soft_wrap=True)
     if board.failed:
         run, reason = next(iter(board.failed.items()))
         others = f" (and {len(board.failed) - 1} more)" if len(board.failed) > 1 else ""
