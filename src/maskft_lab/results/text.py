@@ -54,7 +54,8 @@ def _page(comparison: Comparison) -> str:
     """Return a page of 80 columns, 25 lines: one metric of each task, masks first, the verdict, what is left out."""
     first = brief_metric(comparison.differences)
     rows = sorted(comparison.differences, key=lambda row: (row.task, row.metric) != first)
-    shown = [row for row in rows if row.is_main or (row.task, row.metric) == first]
+    metrics = {task: brief_metric([row for row in rows if row.task == task]) for task in {row.task for row in rows}}
+    shown = [row for row in rows if (row.task, row.metric) == metrics[row.task]]
     if comparison.verdicts:
         sentences = [f"Verdict: {comparison.verdicts[0].text}"]
     else:
