@@ -118,7 +118,8 @@ class _Header:
 def _config(metadata: dict[str, Any]) -> LlamaConfig:
     values = {field: metadata[f"llama.{key}"] for field, key in _ALIKE.items()}
     values |= {f"{name}_token_id": metadata[f"tokenizer.ggml.{key}_token_id"] for name, key in _TOKENS.items()}
-    return LlamaConfig(**values, _model_name_or_path=metadata["general.name"], tie_word_embeddings=True)
+    values["_model_name_or_path"] = metadata["general.name"]
+    return LlamaConfig(**values, tie_word_embeddings=True)
 
 
 def _name(name: str) -> str:
