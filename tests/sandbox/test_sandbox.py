@@ -21,7 +21,7 @@ import pytest
 
 from maskft_base.errors import UserError
 from maskft_lab.sandbox import child, sandbox
-from maskft_lab.sandbox.sandbox import Confinement, SandboxResult, check_confinement, run_code, run_many
+from maskft_lab.sandbox.sandbox import SandboxResult, run_code, run_many, why_unconfined
 
 MIB = 2**20
 SECRET = "decoy-secret-4f1c"
@@ -29,7 +29,7 @@ SECRET = "decoy-secret-4f1c"
 
 def run_unconfined(code: str, monkeypatch: pytest.MonkeyPatch, **limits: float) -> SandboxResult:
     with monkeypatch.context() as patch:
-        patch.setattr(sandbox, "check_confinement", lambda: Confinement(False, "unshare: Operation not permitted"))
+        patch.setattr(sandbox, "why_unconfined", lambda: "unshare: Operation not permitted")
         return run_code(code, allow_unconfined=True, **limits)
 
 
@@ -37,15 +37,14 @@ def run_unconfined(code: str, monkeypatch: pytest.MonkeyPatch, **limits: float) 
 
 
 def test_machine_can_confine() -> None:
-    confinement = check_confinement()
-    assert confinement.available, confinement.reason
+    assert why_unconfined() is None
 
 
 def test_ordinary_program_passes_with_its_output() -> None:
     result = run_code("import sys\nprint('größer')\nprint('x', file=sys.stderr)\nassert 1 + 1 == 2")
     assert result.passed
     assert (result.status, result.reason, result.exit_code) == ("passed", "", 0)
-    assert (result.stdout, result.stderr, result.output_truncated) == ("größer\n", "x\n", False)
+    assert (result.stdout, result.stderr) == ("größer\n", "x\n")
     assert 0 < result.cpu_time_s < 5
     assert result.confinement == "confined"
 
@@ -84,8 +83,8 @@ def test_sets_have_the_same_order_every_time() -> None:
         ("def f(:", "SyntaxError: invalid syntax", 1),
         ("x = '\0'", "SyntaxError: source code string cannot contain null bytes", 1),
         ("x = '\ud800'", "UnicodeEncodeError: ", 1),
-        ("import sys\nsys.exit(0)\nassert False", "the program called sys.exit(0) before its last line", 0),
-        ("raise SystemExit('done')", "the program called sys.exit('done') before its last line", 1),
+        ("import sys\nsys.exit(0)\nassert False", "the program ended with code 0 before its last line", 0),
+        ("raise SystemExit('done')", "the program ended with code 1 before its last line", 1),
         ("import os\nprint('passed')\nos._exit(0)", "the program ended with code 0 before its last line", 0),
         ("import os\nos.kill(os.getpid(), 11)", "the program was ended by signal 11 before its last line", -11),
         # A child that comes to the end is not the program.
@@ -293,27 +292,15 @@ assert succeeded == 0, succeeded
     assert sorted(path.name for path in packages.rglob("*")) == ["__init__.py", "decoy"]
 
 
-@pytest.mark.parametrize(
-    "attempt",
-    [
-        "libc.ptrace(0x4206, {pid}, 0, 0)",  # PTRACE_SEIZE: unlike PTRACE_ATTACH it does not stop its target
-        "libc.ptrace(0x4206, 1, 0, 0)",
-        "libc.unshare(0x10000000)",  # CLONE_NEWUSER
-        "libc.mount(b'tmpfs', b'/tmp', b'tmpfs', 0, None)",
-        "libc.umount2(b'/tmp', 0)",
-        "libc.chroot(b'/tmp')",
-        "libc.setuid(0)",
-        "libc.setgroups(0, None)",
-        "libc.sethostname(b'x', 1)",
-        "libc.socketpair(40, 1, 0, ctypes.create_string_buffer(8))",  # AF_VSOCK
-        "libc.socketpair(16, 3, 0, ctypes.create_string_buffer(8))",  # AF_NETLINK
-        "libc.fcntl(os.open('/tmp', 0), 1026, 4)",  # F_NOTIFY
-        "libc.posix_fadvise(os.open('/dev/null', 0), 0, 0, 3) and -1",
-        "libc.prctl(78, 1, 16, 0, 0)",  # PR_FUTEX_HASH
-    ],
-)
-def test_attempts_that_are_refused(attempt: str) -> None:
-    code = f"import ctypes, os\nlibc = ctypes.CDLL(None)\nassert {attempt.format(pid=os.getpid())} == -1"
+def test_attempts_that_are_refused() -> None:
+    """By lost capabilities, or by the family of a socket; calls that the filter refuses are below."""
+    code = """
+import ctypes
+libc, ends = ctypes.CDLL(None), ctypes.create_string_buffer(8)
+assert libc.setuid(0) == libc.setgroups(0, None) == libc.sethostname(b'x', 1) == -1
+for family, kind in ((40, 1), (16, 3)):  # AF_VSOCK, AF_NETLINK
+    assert libc.socketpair(family, kind, 0, ends) == -1
+"""
     result = run_code(code)
     assert result.passed, result
 
@@ -369,49 +356,31 @@ assert list(data) == [0] * 6, list(data)
 # ---- attacks on the machine's resources ----
 
 
-def test_fork_loop() -> None:
-    code = """
-import os, time
+@pytest.mark.parametrize(
+    "start",
+    [
+        "pid = os.fork()\n    pid or (time.sleep(10), os._exit(0))",
+        "threading.Thread(target=time.sleep, args=(10,), daemon=True).start()",
+    ],
+)
+def test_processes_and_threads_are_bounded(start: str) -> None:
+    code = f"""
+import os, threading, time
 count = 0
-for _ in range(300):
-    try:
-        pid = os.fork()
-    except OSError:
-        break
-    if pid == 0:
-        time.sleep(10)
-        os._exit(0)
+try:
+  for _ in range(300):
+    {start}
     count += 1
-print(count)
+except (OSError, RuntimeError):
+    print(count)
 """
-    result = run_code(code, max_processes=8)
-    assert result.passed
-    assert int(result.stdout) == 7  # and the program itself
+    assert int(run_code(code, max_processes=8).stdout) == 7  # and the program itself
 
 
-def test_thread_loop() -> None:
-    code = """
-import threading, time
-count = 0
-for _ in range(300):
-    try:
-        threading.Thread(target=time.sleep, args=(10,), daemon=True).start()
-    except RuntimeError:
-        break
-    count += 1
-print(count)
-"""
-    assert int(run_code(code, max_processes=8).stdout) == 7
-
-
-@pytest.mark.parametrize("first_line", ["", "import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)"])
-def test_endless_loop(first_line: str) -> None:
-    result = run_code(first_line + "\nwhile True: pass", cpu_time_s=1)
+def test_endless_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_code("while True: pass", cpu_time_s=1)
     assert (result.status, result.reason) == ("timeout", "used more than 1 s of CPU time")
     assert 0.9 < result.cpu_time_s < 2.5
-
-
-def test_endless_loop_unconfined(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run_unconfined("while True: pass", monkeypatch, cpu_time_s=1)
     assert (result.status, result.confinement) == ("timeout", "unconfined")
 
@@ -561,17 +530,11 @@ def test_no_program_is_started_for_a_core_dump() -> None:
     assert run_code("import resource\nassert resource.getrlimit(resource.RLIMIT_CORE) == (1, 1)").passed
 
 
-def test_printing_without_end() -> None:
+def test_output_beyond_its_limit_is_thrown_away() -> None:
     result = run_code("while True:\n    print('x' * 1000)", cpu_time_s=1, max_output_bytes=5000)
-    assert result.status == "timeout"
-    assert len(result.stdout) == 5000
-    assert result.output_truncated
-
-
-def test_much_output_does_not_fail_a_program() -> None:
+    assert (result.status, len(result.stdout)) == ("timeout", 5000)
     result = run_code("for _ in range(10**4):\n    print('x' * 100)", max_output_bytes=100)
-    assert result.passed
-    assert (len(result.stdout), result.output_truncated) == (100, True)
+    assert (result.status, len(result.stdout)) == ("passed", 100)
 
 
 def test_huge_files() -> None:
@@ -661,30 +624,24 @@ def test_a_kill_leaves_no_folder(tmp_path: Path) -> None:
 
 
 def test_unconfined_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "check_confinement", lambda: Confinement(False, "unshare: Operation not permitted"))
+    monkeypatch.setattr(sandbox, "why_unconfined", lambda: "unshare: Operation not permitted")
     message = r"cannot be confined .*\(unshare: Operation not permitted\).*--allow_unconfined_code"
     with pytest.raises(UserError, match=message):
         run_code("print(1)")
-    with pytest.raises(UserError, match=message):
-        run_many(["print(1)"])
     result = run_code("print(1)", allow_unconfined=True)
     assert (result.status, result.stdout, result.confinement) == ("passed", "1\n", "unconfined")
-
-
-def test_probe_says_which_step_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "_run", lambda *args, **kwargs: "unshare: Operation not permitted")
-    confinement = check_confinement.__wrapped__()
-    assert not confinement.available
-    assert confinement.reason.startswith("unshare: Operation not permitted; user namespaces are restricted here")
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert check_confinement.__wrapped__() == Confinement(False, "it takes Linux namespaces, and this is darwin")
 
 
 def test_step_that_fails_inside_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "_VISIBLE_FILES", ("/proc/self/status",))  # a file that cannot be bound there
     monkeypatch.setattr(sandbox, "_python_folders", lambda: (["/nonexistent-folder"], []))
-    with pytest.raises(UserError, match="could not be started in the sandbox: mount: No such file or directory"):
+    message = "the program could not be started in the sandbox: mount: No such file or directory"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
+        patch.setattr(sandbox, "why_unconfined", lambda: None)
         run_code("print(1)")
+    assert why_unconfined.__wrapped__() == message
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert why_unconfined.__wrapped__() == "it takes Linux namespaces, and this is darwin"
 
 
 def test_run_many_keeps_the_order_and_reports_progress() -> None:

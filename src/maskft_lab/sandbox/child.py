@@ -330,17 +330,13 @@ def run_program(job: dict, token_fd: int) -> None:
         tell(token)
     except SystemExit as error:
         exit_code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        tell(b"exit", f"the program called sys.exit({error.code!r}) before its last line")
-    except MemoryError as error:
-        exit_code = 1
-        error.__traceback__ = None  # lets go of the frames and what they hold
-        module.__dict__.clear()
-        tell(b"out_of_memory", f"MemoryError: {error}".removesuffix(": "))
-        traceback.print_exception(error)
     except BaseException as error:
-        exit_code = 1
-        tell(b"failed", traceback.format_exception_only(error)[-1].strip())
+        exit_code, outcome = 1, b"failed"
         error.__traceback__ = error.__traceback__.tb_next  # from the program's first frame on
+        if isinstance(error, MemoryError):
+            outcome, error.__traceback__ = b"out_of_memory", None  # lets go of the frames and what they hold
+            module.__dict__.clear()
+        tell(outcome, traceback.format_exception_only(error)[-1].strip())
         traceback.print_exception(error)
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -419,7 +415,7 @@ def supervise(job: dict, report_fd: int) -> None:
     outcome, _, reason = message.decode("utf-8", "replace").partition(" ")
     if outcome == job["token"]:
         outcome = "passed"
-    elif outcome not in ("exit", "failed", "out_of_memory"):
+    elif outcome not in ("failed", "out_of_memory"):
         outcome = reason = ""
     report(
         report_fd,

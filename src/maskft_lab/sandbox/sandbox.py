@@ -42,14 +42,6 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
-class Confinement:
-    """Whether this machine can confine a program, and why not (or by what means)."""
-
-    available: bool
-    reason: str
-
-
-@dataclass(frozen=True)
 class SandboxResult:
     """How a program ended.
 
@@ -59,7 +51,6 @@ class SandboxResult:
         exit_code: Exit status of the program; minus the signal's number when a signal ended it.
         stdout: The first ``max_output_bytes`` of what it printed.
         stderr: The same for its errors, a traceback included.
-        output_truncated: Whether it wrote more than was kept.
         cpu_time_s: CPU time of the program and the children it waited for, in seconds.
         confinement: ``unconfined`` only where the caller accepted the risk.
     """
@@ -69,7 +60,6 @@ class SandboxResult:
     exit_code: int
     stdout: str
     stderr: str
-    output_truncated: bool
     cpu_time_s: float
     confinement: Literal["confined", "unconfined"]
 
@@ -102,38 +92,26 @@ class Limits:
 
 
 @functools.lru_cache(maxsize=1)
-def check_confinement() -> Confinement:
-    """Try to confine an empty program, once per process.
-
-    Returns:
-        Whether it worked, with the step that failed and what the kernel said.
-    """
+def why_unconfined() -> str | None:
+    """Why this machine cannot confine a program, found out by an empty one, once per process; None where it can."""
     if sys.platform != "linux":
-        return Confinement(False, f"it takes Linux namespaces, and this is {sys.platform}")
-    result = _run("import decimal", Limits(), confined=True)
-    if isinstance(result, str):
-        hint = ""
-        if result.startswith(("unshare", "uid_map", "/proc", "mount:")):
-            hint = (
-                "; user namespaces are restricted here: by a container around this process, or by a sysctl, "
-                "user.max_user_namespaces, kernel.unprivileged_userns_clone or "
-                "kernel.apparmor_restrict_unprivileged_userns"
-            )
-        return Confinement(False, result + hint)
-    if not result.passed:
-        return Confinement(False, f"an empty program did not run: {result.reason} {result.stderr[-500:]}".strip())
-    return Confinement(True, "user, mount, process, network, IPC, host-name and cgroup namespaces, system-call filter")
+        return f"it takes Linux namespaces, and this is {sys.platform}"
+    try:
+        result = _run("import decimal", Limits(), confined=True)
+    except UserError as error:
+        return str(error)
+    return None if result.passed else f"an empty program did not run: {result.reason} {result.stderr[-500:]}".strip()
 
 
 def check_allowed(allow_unconfined: bool) -> bool:
     """Whether programs are confined; raises where they cannot be and the caller does not accept that."""
-    confinement = check_confinement()
-    if not confinement.available and not allow_unconfined:
+    reason = why_unconfined()
+    if reason and not allow_unconfined:
         raise UserError(
-            f"model-written code cannot be confined on this machine ({confinement.reason}), so it is not run; "
+            f"model-written code cannot be confined on this machine ({reason}), so it is not run; "
             "to run it with the rights of the current user, accept that risk with --allow_unconfined_code"
         )
-    return confinement.available
+    return reason is None
 
 
 def run_code(code: str, *, allow_unconfined: bool = False, **limits: Any) -> SandboxResult:
@@ -171,7 +149,7 @@ def run_many(
     stop = threading.Event()
     with ThreadPoolExecutor(num_workers or num_cores()) as pool:
         how = {"confined": confined, "stop": stop}
-        futures = [pool.submit(_run_checked, code, bounds, **how) for code in programs]
+        futures = [pool.submit(_run, code, bounds, **how) for code in programs]
         try:
             for num_done, future in enumerate(as_completed(futures), start=1):
                 result = future.result()
@@ -184,15 +162,8 @@ def run_many(
     return [future.result() for future in futures]
 
 
-def _run_checked(code: str, limits: Limits, *, confined: bool, stop: threading.Event) -> SandboxResult:
-    result = _run(code, limits, confined=confined, stop=stop)
-    if isinstance(result, str):
-        raise UserError(f"the program could not be started in the sandbox: {result}")
-    return result
-
-
-def _run(code: str, limits: Limits, *, confined: bool, stop: threading.Event | None = None) -> SandboxResult | str:
-    """Run one program; a string is the reason why it was not started."""
+def _run(code: str, limits: Limits, *, confined: bool, stop: threading.Event | None = None) -> SandboxResult:
+    """Run one program; raises UserError where it could not be started."""
     with contextlib.ExitStack() as opened:
         job_file = opened.enter_context(tempfile.TemporaryFile("w+"))
         folder, home = "/", "/tmp"  # the program's own is in memory and private to it
@@ -271,27 +242,21 @@ def _python_folders() -> tuple[list[str], list[str]]:
     return folders, site_packages
 
 
+@dataclass
 class _Watch:
     """Follow one running program from outside: read its output, add up what it uses, end it when it is over a limit."""
 
-    def __init__(
-        self,
-        process: subprocess.Popen,
-        report_fd: int,
-        limits: Limits,
-        *,
-        num_helpers: int,
-        stop: threading.Event | None,
-    ) -> None:
-        self.process = process
-        self.report_fd = report_fd
-        self.limits = limits
-        self.num_helpers = num_helpers
-        self.stop = stop
-        self.verdict: tuple[str, str] | None = None  # status and reason, once a limit was crossed
-        self.cpu_time_s = 0.0
-        self.output_truncated = False
-        self.kept = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray(), report_fd: bytearray()}
+    process: subprocess.Popen
+    report_fd: int
+    limits: Limits
+    num_helpers: int
+    stop: threading.Event | None
+    verdict: tuple[str, str] | None = None  # status and reason, once a limit was crossed
+    cpu_time_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        descriptors = (self.process.stdout.fileno(), self.process.stderr.fileno(), self.report_fd)
+        self.kept = {descriptor: bytearray() for descriptor in descriptors}
 
     def until_end(self) -> None:
         """Return when the launcher is gone, which is when the report ends: nothing else holds it to the last."""
@@ -329,7 +294,6 @@ class _Watch:
             return False
         kept = self.kept[descriptor]
         room = len(piece) if descriptor == self.report_fd else self.limits.max_output_bytes - len(kept)
-        self.output_truncated |= len(piece) > room
         kept += piece[:room]
         return bool(piece)
 
@@ -356,17 +320,17 @@ class _Watch:
                 self.process.kill()
                 self.process.wait()
 
-    def result(self, confinement: Literal["confined", "unconfined"]) -> SandboxResult | str:
-        """Judge the run; a string is the reason why the program was not started."""
+    def result(self, confinement: Literal["confined", "unconfined"]) -> SandboxResult:
+        """Judge the run; raises UserError where the program was not started."""
         stdout, stderr, report_text = (bytes(kept).decode("utf-8", "replace") for kept in self.kept.values())
         end: dict[str, Any] = {"outcome": "", "reason": "", "exit_code": -9, "cpu_time_s": self.cpu_time_s}
         reports = [json.loads(line) for line in report_text.splitlines()]
         for report in reports:
-            if "refused" in report:
-                return report["refused"]
             end |= report
         if not reports and self.verdict is None:
-            return f"the launcher ended with code {self.process.returncode}: {stderr.strip()[-500:]}"
+            end["refused"] = f"the launcher ended with code {self.process.returncode}: {stderr.strip()[-500:]}"
+        if "refused" in end:
+            raise UserError(f"the program could not be started in the sandbox: {end['refused']}")
         exit_code = end["exit_code"]
         if end["outcome"] == "passed" and exit_code == 0:
             status, reason = "passed", ""
@@ -393,7 +357,6 @@ class _Watch:
             exit_code=exit_code,
             stdout=stdout,
             stderr=stderr,
-            output_truncated=self.output_truncated,
             cpu_time_s=end["cpu_time_s"],
             confinement=confinement,
         )
