@@ -12,7 +12,6 @@ from maskft.tuner.codec import encode_mask
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LEARNERS = {
     "topk": {},
-    "global": {"scope": "global"},
     "threshold": {"selection": "threshold", "rank_by": "signed"},
     "deletion": {"selection": "logit", "init_value": 0.04, "gradient": "sigmoid", "price": 1.0},
     "gumbel": {"selection": "gumbel", "init_value": 3.0},

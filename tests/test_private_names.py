@@ -18,8 +18,10 @@ OURS = {
     "_is_better",
     "_num_tokens",
     "_loss",
+    "_model_name_or_path",
     "_output",
     "_proj",
+    "_token_id",
     "_stderr",
     "_backward_cls",
 }

@@ -682,7 +682,7 @@ def test_bases_of_every_dtype_are_checked(saved, dtype):
 
 def test_an_entry_that_is_no_row_of_bytes(saved):
     edit(saved[0], lambda t: t.update({key_of(t, "layers.1.mlp.up_proj"): torch.zeros(9, dtype=torch.bfloat16)}))
-    with pytest.raises(UserError, match="up_proj is corrupted: it is no row of bytes"):
+    with pytest.raises(UserError, match="up_proj is corrupted: it is not a 1-D tensor of bytes"):
         load(saved[0])
 
 
