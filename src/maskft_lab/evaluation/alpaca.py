@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, RootModel
-
 from maskft.data import prompt_ids
+from maskft.data.sources import read_file
 from maskft_base import files
-from maskft_base.errors import UserError, did_you_mean, first_line, install_hint
+from maskft_base.errors import UserError, first_line, install_hint
 
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
 from .arguments import ALPACA_EVAL, EvaluationArguments
@@ -32,21 +31,9 @@ HUB_DATASET, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json
 PUBLISHED_REFERENCE, PUBLISHED_NUM_PROMPTS = "gpt4_1106_preview", 805
 
 
-class _Output(BaseModel):
-    instruction: str
-    output: str
-
-
 @dataclass(frozen=True)
 class AlpacaEval:
-    """What is to be answered, and how it is judged.
-
-    Args:
-        references: Instructions with the outputs that answers are compared with.
-        annotator: The package's name of a judge, or a file; None: the answers are not judged.
-        max_new_tokens: Bound on an answer.
-        is_published: Whether the references are the published ones.
-    """
+    """What is to be answered, with the outputs that answers are compared with, and how it is judged."""
 
     references: Sequence[Mapping[str, Any]]
     annotator: str | None
@@ -72,46 +59,38 @@ def load_alpaca(options: EvaluationArguments) -> AlpacaEval:
     Raises:
         UserError: For every problem with the files, and if the package that judges is not installed.
     """
-    path, annotator = _references_file(options.reference_outputs), options.alpaca_annotator
-    try:
-        references = files.parse_json(files.read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); AlpacaEval's files are JSON lists of objects") from None
-    files.read_model(RootModel[list[_Output]], references, path, "AlpacaEval's files are JSON lists of objects")
-    if not references:
-        raise UserError(f"{path}: the list is empty; give at least one object")
+    given, annotator = options.reference_outputs, options.alpaca_annotator
+    path = _published_file() if given is None else Path(given).expanduser()
+    references = [row for _, row in read_file(path)]
+    if not references or not all(_is_output(row) for row in references):
+        raise UserError(f"{path}: AlpacaEval's files are JSON lists of objects with instruction and output")
     if annotator is not None:
         if importlib.util.find_spec("alpaca_eval") is None:
             raise UserError(f"alpaca_annotator needs alpaca_eval, which is not installed; {install_hint('alpaca')}")
         from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
 
-        known = [folder.name for folder in EVALUATORS_CONFIG_DIR.iterdir() if folder.is_dir()]
-        if annotator not in known and not Path(annotator).is_file():
-            raise UserError(
-                f"alpaca_annotator {annotator!r} is no file and not in alpaca_eval{did_you_mean(annotator, known)}"
-            )
+        if not (EVALUATORS_CONFIG_DIR / annotator).is_dir() and not Path(annotator).is_file():
+            raise UserError(f"alpaca_annotator {annotator!r} is no file, and no annotator of alpaca_eval; name another")
+    references = references[: options.limit]
     is_published = len(references) == PUBLISHED_NUM_PROMPTS and all(
         row.get("generator") == PUBLISHED_REFERENCE for row in references
     )
-    is_whole = options.limit is None or options.limit >= len(references)
-    return AlpacaEval(references[: options.limit], annotator, options.alpaca_max_new_tokens, is_published and is_whole)
+    return AlpacaEval(references, annotator, options.alpaca_max_new_tokens, is_published)
 
 
-def _references_file(source: str | None) -> Path:
-    if source is None or source == HUB_DATASET:
-        from huggingface_hub import hf_hub_download
+def _is_output(row: Any) -> bool:
+    return isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("instruction", "output"))
 
-        try:
-            return Path(hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset"))
-        except Exception as error:  # many types: no network, no such file, ...
-            raise UserError(
-                f"{HUB_FILE} of {HUB_DATASET} cannot be downloaded ({first_line(error)}); name a file with "
-                "--reference_outputs"
-            ) from None
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise UserError(f"reference_outputs {source!r} is no file; leave it out for the published one")
-    return path
+
+def _published_file() -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset"))
+    except Exception as error:  # many types: no network, no such file, ...
+        raise UserError(
+            f"the hub did not give {HUB_FILE} ({first_line(error)}); name a file: --reference_outputs"
+        ) from None
 
 
 def evaluate_alpaca(loaded: Loaded, task: AlpacaEval, name: str, folder: Path, resources: Resources) -> dict:
@@ -122,7 +101,7 @@ def evaluate_alpaca(loaded: Loaded, task: AlpacaEval, name: str, folder: Path, r
         task: From `load_alpaca`.
         name: The model's label, the ``generator`` of its outputs.
         folder: Where the outputs are written.
-        resources: Bounds on a batch, journal and console.
+        resources: Bounds on a batch, and the journal.
 
     Returns:
         A task record of the result schema; without a judge it has outputs and no metric. ``preference`` is the judge's
@@ -131,47 +110,42 @@ def evaluate_alpaca(loaded: Loaded, task: AlpacaEval, name: str, folder: Path, r
     Raises:
         UserError: If the package cannot judge them.
     """
-    model, tokenizer = loaded.model, loaded.tokenizer
-    chats = [{"prompt": [{"role": "user", "content": row["instruction"]}]} for row in task.references]
-    prompts = [prompt_ids(chat, tokenizer) for chat in chats]
+    model, tokenizer, asked = loaded.model, loaded.tokenizer, [row["instruction"] for row in task.references]
+    prompts = [prompt_ids({"prompt": [{"role": "user", "content": text}]}, tokenizer) for text in asked]
     answers = generated(model, tokenizer, prompts, task.max_new_tokens, f"{ALPACA_EVAL}: outputs", resources)
     outputs = [
-        {"instruction": row["instruction"], "output": answer.strip(), "generator": name}
-        for row, answer in zip(task.references, answers, strict=True)
+        {"instruction": text, "output": answer.strip(), "generator": name}
+        for text, answer in zip(asked, answers, strict=True)
     ]
     file = folder / files.ALPACA_OUTPUTS
     files.write_text(file, json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
-    items = [{"id": str(index), **row} for index, row in enumerate(outputs)]
+    items: list[dict[str, Any]] = [{"id": str(index), **row} for index, row in enumerate(outputs)]
     metrics, note = {}, f"{len(items)} outputs are in {file}, not judged: name a judge with --alpaca_annotator"
     if task.annotator is not None:
-        metrics, note = _judged(items, task, name, folder)
-    record = build_task(
-        items,
-        metrics,
-        version=TASK_VERSION,
-        num_fewshot=0,
-        fingerprint=items_fingerprint(
-            {"id": item["id"], "prompt": row["instruction"], "reference": row["output"]}
-            for item, row in zip(items, task.references, strict=True)
-        ),
-        chat_template_hash=chat_template_hash(tokenizer),
+        metrics, note = _judged(items, outputs, task, name, folder / "alpaca_verdicts.json")
+    fingerprint = items_fingerprint(
+        {"id": str(index), "prompt": row["instruction"], "reference": row["output"]}
+        for index, row in enumerate(task.references)
     )
-    return record | {
-        "data_sha256": task.data_sha256,
-        "generation_kwargs": {"max_gen_toks": task.max_new_tokens},
-        **({"note": note} if note else {}),
-    }
+    template = chat_template_hash(tokenizer)
+    record = build_task(
+        items, metrics, version=TASK_VERSION, num_fewshot=0, fingerprint=fingerprint, chat_template_hash=template
+    )
+    more = {"data_sha256": task.data_sha256, "generation_kwargs": {"max_gen_toks": task.max_new_tokens}}
+    return record | more | ({"note": note} if note else {})
 
 
-def _judged(items: list[dict], task: AlpacaEval, name: str, folder: Path) -> tuple[dict, str | None]:
-    """Have ``items`` judged and give each its preference; returns the metrics and a note."""
+def _judged(items: list[dict], outputs: list[dict], task: AlpacaEval, name: str, verdicts: Path) -> tuple[dict, str]:
+    """Have outputs judged and give each item its preference; returns the metrics and a note.
+
+    The package reads verdicts there are from ``verdicts``, and writes its own there.
+    """
     from alpaca_eval import evaluate
 
-    verdicts = folder / "alpaca_verdicts.json"  # the package reads and writes it
     length = {"fn_metric": "get_length_controlled_winrate", "metric_kwargs": {"save_weights_dir": None}}
     try:
         leaderboard, annotations = evaluate(
-            model_outputs=[{key: item[key] for key in ("instruction", "output", "generator")} for item in items],
+            model_outputs=outputs,
             reference_outputs=[dict(row) | {"generator": PUBLISHED_REFERENCE} for row in task.references],
             annotators_config=task.annotator,
             name=name,
@@ -189,20 +163,17 @@ def _judged(items: list[dict], task: AlpacaEval, name: str, folder: Path) -> tup
             f"verdicts in {verdicts} (remove it to ask again) are kept: check server and key, and run the same command"
         ) from error
     verdicts.unlink(missing_ok=True)
-    judged = []
+    missing = 0
     for item, row in zip(items, annotations, strict=True):
-        item["preference"] = 0.5
-        if row["preference"] is not None and not math.isnan(row["preference"]):
-            item["preference"] = float(row["preference"]) - 1  # 1: the reference is better, 2: the answer
-            judged.append(item)
-    metrics = {
-        # As the package has it: items without verdict do not count.
-        "win_rate": metric_from_items(judged, "preference", unit="fraction"),
-        "preference": metric_from_items(items, "preference", unit="fraction"),
-    }
+        is_judged = row["preference"] is not None and not math.isnan(row["preference"])
+        item["preference"] = float(row["preference"]) - 1 if is_judged else 0.5  # 1: the reference is better, 2: ours
+        missing += not is_judged
+    preference = metric_from_items(items, "preference", unit="fraction")
+    # The package's own: items without verdict do not count. Of the length-controlled rate it gives no error.
+    rate = {"value": leaderboard.loc[name, "win_rate"] / 100, "stderr": leaderboard.loc[name, "standard_error"] / 100}
+    metrics = {"win_rate": preference | {key: float(value) for key, value in rate.items()}}
     if task.is_published:
-        # Without an error: the package's is the spread of its predictions, which says how much prompts differ.
         value = float(leaderboard.loc[name, "length_controlled_winrate"]) / 100
-        metrics = {"length_controlled_win_rate": metrics["win_rate"] | {"value": value, "stderr": None}} | metrics
-    missing = len(items) - len(judged)
-    return metrics, f"{missing} of {len(items)} items without verdict" if missing else None
+        metrics = {"length_controlled_win_rate": preference | {"value": value, "stderr": None}} | metrics
+    note = f"{missing} of {len(items)} items without verdict" if missing else ""
+    return metrics | {"preference": preference}, note
