@@ -5,7 +5,7 @@ import pytest
 import benchmark_files
 from maskft_base.errors import UserError
 from maskft_lab.evaluation.benchmarks import BENCHMARKS, Benchmark, load_docs
-from maskft_lab.evaluation.tasks import check_names, load_tasks, run_task
+from maskft_lab.evaluation.tasks import load_tasks, run_task
 
 
 @pytest.fixture
@@ -18,36 +18,18 @@ def test_published_files_are_found_in_any_folder(task, folder):
     assert len(load_docs(task, folder)) == {"gsm8k": 4}.get(task, 2)
 
 
-def test_math_as_one_file_per_problem(tmp_path):
-    for n, row in enumerate(benchmark_files.MATH):
-        file = tmp_path / "MATH" / "test" / "algebra" / f"{n}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(row, indent=1))
-    assert [doc["problem"] for doc in load_docs("minerva_math", tmp_path)] == [
-        r["problem"] for r in benchmark_files.MATH
-    ]
-
-
-@pytest.mark.parametrize(
-    "row,message",
-    [
-        ({"question": "q"}, r"gsm8k_test.jsonl: line 2 has no field 'answer'; it has question"),
-        ({"question": "q", "answer": 3}, "line 2: field 'answer' is int, not str"),
-        ([], "line 2 is not an object; expected the fields question, answer"),
-    ],
-)
-def test_another_format_names_file_row_and_field(row, message, tmp_path):
+@pytest.mark.parametrize("row", [{"question": "q"}, {"question": "q", "answer": 3}, []])
+def test_another_format_names_file_row_and_fields(row, tmp_path):
     lines = [json.dumps(benchmark_files.GSM8K[0]), json.dumps(row)]
     (tmp_path / "gsm8k_test.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"gsm8k_test.jsonl: line 2 is no item of gsm8k, .* question \(str\), answer"):
         load_docs("gsm8k", tmp_path)
 
 
 def test_no_file_several_files_no_rows(tmp_path):
-    with pytest.raises(UserError, match="is not a folder"):
-        load_docs("gsm8k", tmp_path / "none")
-    with pytest.raises(UserError, match="holds no test file of gsm8k"):
-        load_docs("gsm8k", tmp_path)
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match="holds no test file of gsm8k"):
+            load_docs("gsm8k", folder)
     (tmp_path / "gsm8k_test.jsonl").write_text("")
     with pytest.raises(UserError, match=r"gsm8k_test.jsonl has no rows"):
         load_docs("gsm8k", tmp_path)
@@ -68,27 +50,6 @@ def test_other_columns_need_not_fit_into_a_table(tmp_path):
     assert docs.column_names == ["question", "answer"] and len(docs) == 3
 
 
-@pytest.mark.parametrize(
-    "task,row,message",
-    [
-        (
-            "minerva_math",
-            {"problem": "1+1?", "solution": "2"},
-            r"math_test.jsonl: line 1: solution has no \\boxed\{answer\}; is it the published file\?",
-        ),
-        (
-            "ifeval",
-            {"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": []},
-            "line 1: 1 entries in instruction_id_list and 0 in kwargs",
-        ),
-    ],
-)
-def test_the_right_fields_with_other_content(task, row, message, tmp_path):
-    (tmp_path / ("math_test.jsonl" if task == "minerva_math" else "ifeval.jsonl")).write_text(json.dumps(row))
-    with pytest.raises(UserError, match=message):
-        load_docs(task, tmp_path)
-
-
 def test_a_toy_benchmark_by_the_documented_step(tmp_path, monkeypatch):
     """One entry, for a task that lm-eval has: it is asked by name, read from a file, scored, and named in results."""
     arithmetic = Benchmark(
@@ -105,7 +66,6 @@ def test_a_toy_benchmark_by_the_documented_step(tmp_path, monkeypatch):
         {"body": "Tom has 3 pens.", "question": f"He buys {n}. How many has he?", "answer": f"{3 + n}"} for n in (1, 2)
     ]
     (tmp_path / "asdiv_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    check_names(["arithmetic"])
     lm = benchmark_files.ScriptedLM({"buys 1": "The final answer is 4", "buys 2": "The final answer is 7"})
     record = run_task(lm, "arithmetic", load_tasks(["arithmetic"], tmp_path)["arithmetic"])
     assert [item["accuracy"] for item in record["items"]] == [1, 0] and next(iter(record["metrics"])) == "accuracy"

@@ -18,7 +18,6 @@ import datasets
 
 from maskft.data.sources import read_file
 from maskft_base.errors import UserError, first_line, install_hint
-from maskft_base.files import parse_json
 
 ENDINGS = r"\.(jsonl|jsonl\.gz|json|json\.gz|parquet)"
 # These instructions of IFEval split text with NLTK's tables; all others need no data.
@@ -51,11 +50,9 @@ class Benchmark:
         hub: Name on the hub.
         configs: Configurations of the hub's data set, all of which are joined.
         split: Of the hub's data set.
-        folders: Pattern of folders that hold one JSON file per item, below the data folder.
         use_chat_template: Whether prompts are put into the chat template unless the user decides.
         id_field: Field that identifies an item; None: its position.
         program: Of tasks that run the answer: the program that scores an answer to an item.
-        flaw: What is wrong with an item that has the fields, or None; what lm-eval would end on with a traceback.
         prepare: Called with the items and the data folder before the task is built; raises where something is missing.
     """
 
@@ -67,21 +64,10 @@ class Benchmark:
     hub: str
     configs: tuple[str | None, ...] = (None,)
     split: str = "test"
-    folders: str | None = None
     use_chat_template: bool = False
     id_field: str | None = None
     program: Callable[[Row, str], str] | None = None
-    flaw: Callable[[Row], str | None] = lambda row: None
     prepare: Callable[[datasets.Dataset, str | Path | None], None] = lambda docs, data_dir: None
-
-
-def _no_boxed_answer(row: Row) -> str | None:
-    return None if r"\boxed" in row["solution"] else r"solution has no \boxed{answer}"
-
-
-def _arguments_missing(row: Row) -> str | None:
-    kinds, arguments = len(row["instruction_id_list"]), len(row["kwargs"])
-    return None if kinds == arguments else f"{kinds} entries in instruction_id_list and {arguments} in kwargs"
 
 
 def code_with_tests(row: Row, completion: str) -> str:
@@ -103,13 +89,6 @@ def _prepare_ifeval(docs: datasets.Dataset, data_dir: str | Path | None) -> None
     except ImportError as error:
         raise UserError(f"task ifeval lacks a package ({error}); {install_hint('eval')}") from error
 
-    with without_nltk_downloads():
-        from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
-    unknown = next((kind for doc in docs for kind in doc["instruction_id_list"] if kind not in INSTRUCTION_DICT), None)
-    if unknown is not None:
-        raise UserError(
-            f"the data of ifeval has the instruction {unknown!r}, which is none of IFEval's; is it its file?"
-        )
     langdetect.DetectorFactory.seed = 0  # it draws at random: the same answer could get another score
     tables = [str(Path(data_dir).expanduser() / "nltk_data")] if data_dir else []
     nltk.data.path += [folder for folder in tables if folder not in nltk.data.path]
@@ -142,8 +121,6 @@ BENCHMARKS = {
         fields={"problem": str, "solution": str},
         hub="EleutherAI/hendrycks_math",
         configs=MATH_SUBJECTS,
-        folders="MATH/test/*/*.json",
-        flaw=_no_boxed_answer,
     ),
     **{
         name: Benchmark(
@@ -171,7 +148,6 @@ BENCHMARKS = {
         split="train",
         use_chat_template=True,
         id_field="key",
-        flaw=_arguments_missing,
         prepare=_prepare_ifeval,
     ),
 }
@@ -188,16 +164,20 @@ def load_docs(task: str, data_dir: str | Path | None) -> datasets.Dataset:
         data_dir: Folder that holds the published files, searched with all its folders; None: the hub.
 
     Raises:
-        UserError: If there is no such file, several, a row lacks a field, or two have one id.
+        UserError: If there is no such file, several, or a row is no item of the benchmark.
     """
-    benchmark = BENCHMARKS[task]
-    docs = _from_hub(benchmark) if data_dir is None else _from_files(task, Path(data_dir).expanduser())
-    field, seen = benchmark.id_field, set()
-    for identity in docs[field] if field else ():
-        if identity in seen:
-            raise UserError(f"the data of {task} has {field} {identity!r} more than once; every item needs its own")
-        seen.add(identity)
-    return docs
+    if data_dir is None:
+        return _from_hub(BENCHMARKS[task])
+    file, fields = find_file(task, Path(data_dir).expanduser()), BENCHMARKS[task].fields
+    rows = []
+    for place, row in read_file(file):
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in fields.items()):
+            wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in fields.items())
+            raise UserError(f"{file}: {place} is no item of {task}, which has {wanted}; is it the published file?")
+        rows.append({name: row[name] for name in fields})
+    if not rows:
+        raise UserError(f"{file} has no rows")
+    return datasets.Dataset.from_list(rows)
 
 
 def find_file(task: str, folder: Path) -> Path:
@@ -206,66 +186,20 @@ def find_file(task: str, folder: Path) -> Path:
     Raises:
         UserError: If there is none, or several.
     """
-    benchmark, found = BENCHMARKS[task], _tables(task, folder)
-    if not found:
-        raise UserError(
-            f"data_dir {str(folder)!r} holds no test file of {task}, a table of {', '.join(benchmark.fields)}; its "
-            f"name must match {benchmark.files!r} (.jsonl, .jsonl.gz, .json, .parquet)"
-        )
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise UserError(f"data_dir {str(folder)!r} holds several test files of {task} ({names}); keep one")
+    found = benchmark_files(task, folder)
+    if len(found) != 1:
+        names = f"several test files of {task} ({', '.join(path.name for path in found)}); keep one"
+        none = f"no test file of {task}; its name must match {BENCHMARKS[task].files!r} (.jsonl, .jsonl.gz, .parquet)"
+        raise UserError(f"data_dir {str(folder)!r} holds {names if found else none}")
     return found[0]
 
 
 def benchmark_files(task: str, folder: Path) -> list[Path]:
-    """Every file of a benchmark in a folder; none for tasks that are not read from files."""
-    return [*_tables(task, folder), *_single_items(task, folder)] if task in BENCHMARKS else []
-
-
-def _tables(task: str, folder: Path) -> list[Path]:
+    """Every file of a benchmark in a folder and its folders; none for tasks that are not read from files."""
+    if task not in BENCHMARKS:
+        return []
     pattern = re.compile(f"({BENCHMARKS[task].files}){ENDINGS}", re.IGNORECASE)
     return sorted(path for path in folder.rglob("*") if path.is_file() and pattern.fullmatch(path.name))
-
-
-def _single_items(task: str, folder: Path) -> list[Path]:
-    pattern = BENCHMARKS[task].folders
-    return sorted(folder.rglob(pattern)) if pattern else []
-
-
-def _from_files(task: str, folder: Path) -> datasets.Dataset:
-    if not folder.is_dir():
-        raise UserError(f"data_dir {str(folder)!r} is not a folder")
-    if single := _single_items(task, folder):
-        found = [(str(path), _read_object(path)) for path in single]
-    else:
-        file = find_file(task, folder)
-        found = [(f"{file}: {place}", row) for place, row in read_file(file)]
-        if not found:
-            raise UserError(f"{file} has no rows")
-    fields = BENCHMARKS[task].fields
-    for place, row in found:
-        _check_row(row, BENCHMARKS[task], place)
-    return datasets.Dataset.from_list([{field: row[field] for field in fields} for _, row in found])
-
-
-def _read_object(path: Path):
-    try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-
-
-def _check_row(row, benchmark: Benchmark, where: str) -> None:
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not an object; expected the fields {', '.join(benchmark.fields)}")
-    for field, kind in benchmark.fields.items():
-        if field not in row:
-            raise UserError(f"{where} has no field {field!r}; it has {', '.join(map(str, row))}")
-        if not isinstance(row[field], kind):
-            raise UserError(f"{where}: field {field!r} is {type(row[field]).__name__}, not {kind.__name__}")
-    if flaw := benchmark.flaw(row):
-        raise UserError(f"{where}: {flaw}; is it the published file?")
 
 
 def _from_hub(benchmark: Benchmark) -> datasets.Dataset:
