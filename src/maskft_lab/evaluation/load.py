@@ -63,42 +63,27 @@ class Loaded:
 def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
     """Load a base model once, and put one adapter after another over it.
 
-    What was yielded is no longer to be used when the next is asked for: it is the same model. An adapter folder that is
-    named as the model is taken as an adapter.
+    What was yielded is no longer to be used when the next is asked for: it is the same model.
 
     Raises:
         UserError: If a folder is not what it should be, or the adapters belong to different base models.
     """
-    name, adapters = options.model_name_or_path, list(options.adapter or [])
-    if not adapters and name is not None and holds_adapter(name):
-        adapters, name = [name], None
-    adapters = adapters or [NO_ADAPTER]
-    base_name, named_revision = _base(name, adapters)
-    revision = options.model_revision or named_revision or "main"
-    device = usable_device(options.device)
-    base = load_model(base_name, options.dtype, revision=revision)
-    fingerprint = model_fingerprint(base)
-    configuration = {**base.config.to_diff_dict(), "generation": base.generation_config.to_diff_dict()}
-    for number, adapter in enumerate(adapters):
-        facts = {"name_or_path": _portable(base_name), "fingerprint": fingerprint}
+    adapters = options.adapter or [NO_ADAPTER]
+    base = _Base(options, *_base(options.model_name_or_path, adapters))
+    model = base.model
+    for adapter in adapters:
+        if model is not base.model and model_fingerprint(model.unload()) != base.fingerprint:
+            raise RuntimeError(f"unloading the adapter before {adapter!r} did not restore the base model")
+        model, facts, identity = base.model, {}, base.fingerprint
         if adapter == NO_ADAPTER:
-            model, identity = base, fingerprint
-            tokenizer = load_tokenizer(base_name, options.chat_template_path, revision=revision)
-            facts |= _training_facts(base_name)
+            facts = _training_facts(base.name)
         else:
-            with one_line(adapter, f"does not fit {base_name!r}"):
-                model = PeftModel.from_pretrained(base, adapter)
+            with one_line(adapter, f"does not fit {base.name!r}"):
+                model = PeftModel.from_pretrained(base.model, adapter)
             sha256 = adapter_sha256(adapter)
-            identity = f"{fingerprint}+{sha256}"
-            tokenizer = adapter_tokenizer(adapter, base_name, options.chat_template_path, revision=revision)
-            facts |= {"adapter": _portable(adapter), "adapter_sha256": sha256, **_adapter_facts(adapter)}
-        check_tokenizer_fits(model, tokenizer)
-        facts["config_sha256"] = config_sha256(configuration, tokenizer)
-        yield Loaded(model.to(device).eval(), tokenizer, facts, identity)
-        if model is not base and number + 1 < len(adapters):
-            base = model.unload()
-            if model_fingerprint(base) != fingerprint:
-                raise RuntimeError(f"unloading the adapter {adapter!r} did not restore the base model")
+            identity = f"{identity}+{sha256}"
+            facts = {"adapter": _portable(adapter), "adapter_sha256": sha256, **_adapter_facts(adapter)}
+        yield base.loaded(model, adapter, facts, identity)
 
 
 def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
@@ -109,30 +94,49 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
     Raises:
         UserError: If a folder is not what it should be, or of another model.
     """
-    base_name, changes = options.model_name_or_path, options.change
-    check_model_source(base_name)
-    revision, template = options.model_revision or "main", options.chat_template_path
-    dtype, scales = options.dtype, options.scale or [1.0] * len(changes)
-    model = load_model(base_name, dtype, revision=revision).to(usable_device(options.device)).eval()
+    changes = options.change or []
+    check_model_source(options.model_name_or_path)
+    base = _Base(options, options.model_name_or_path)
+    model = base.model.to(usable_device(options.device))
     before = _weights(model)
-    fingerprint = model_fingerprint(model)
-    configuration = {**model.config.to_diff_dict(), "generation": model.generation_config.to_diff_dict()}
     merged, after = NO_ADAPTER, before
-    for change, scale in zip(changes, scales, strict=True):
-        facts = {"name_or_path": _portable(base_name), "fingerprint": fingerprint, "scale": scale}
-        identity, tokenizer = f"{fingerprint}+0", load_tokenizer(base_name, template, revision=revision)
+    for change, scale in zip(changes, options.scale or [1.0] * len(changes), strict=True):
+        facts, identity = {"scale": scale}, f"{base.fingerprint}+0"
         if change != merged:
             _set_weights(model, before, before, 0)
-            model, after, merged = *_changed(model, before, change, dtype), change
+            model, after, merged = *_changed(model, before, change, options.dtype), change
         if change != NO_ADAPTER:
             sha256 = adapter_sha256(change) if holds_adapter(change) else digest_tensors(sorted(after.items()))
-            identity = f"{fingerprint}+{scale}*{sha256}"
+            identity = f"{base.fingerprint}+{scale}*{sha256}"
             facts |= {"adapter": _portable(change), "adapter_sha256": sha256, "num_bytes": _stored_bytes(change, after)}
-            facts |= _adapter_facts(change) if holds_adapter(change) else _training_facts(change)
-            tokenizer = adapter_tokenizer(change, base_name, template, revision=revision)
-        facts["config_sha256"] = config_sha256(configuration, tokenizer)
+            facts |= _facts_of(change)
         _set_weights(model, before, after, scale)
-        yield Loaded(model, tokenizer, facts, identity, before)
+        yield base.loaded(model, change, facts, identity, before)
+
+
+class _Base:
+    """The model that adapters and changes belong to, loaded, and what is known of it."""
+
+    def __init__(self, options: EvaluationArguments, name: str, revision: str | None = None):
+        self.name, self.device = name, usable_device(options.device)
+        self.revision = options.model_revision or revision or "main"
+        self.template = options.chat_template_path
+        self.model = load_model(name, options.dtype, revision=self.revision).eval()
+        self.fingerprint = model_fingerprint(self.model)
+        generation = self.model.generation_config.to_diff_dict()
+        self.configuration = {**self.model.config.to_diff_dict(), "generation": generation}
+
+    def loaded(self, model, source: str, facts: dict, identity: str, before=None) -> Loaded:
+        """``model``, which is this one with what is in the folder ``source``."""
+        tokenizer = (
+            load_tokenizer(self.name, self.template, revision=self.revision)
+            if source == NO_ADAPTER
+            else adapter_tokenizer(source, self.name, self.template, revision=self.revision)
+        )
+        check_tokenizer_fits(model, tokenizer)
+        facts = {"name_or_path": _portable(self.name), "fingerprint": self.fingerprint} | facts
+        facts["config_sha256"] = config_sha256(self.configuration, tokenizer)
+        return Loaded(model.to(self.device).eval(), tokenizer, facts, identity, before)
 
 
 def _changed(model, before: Mapping[str, torch.Tensor], change: str, dtype: str) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -223,7 +227,7 @@ def adapter_sha256(folder: str) -> str:
 # What folders say
 
 
-def _base(model_name_or_path: str | None, adapters: Sequence[str]) -> tuple[str, str | None]:
+def _base(name: str | None, adapters: Sequence[str]) -> tuple[str, str | None]:
     """The base model, and the revision of it that the adapters were trained on, where they say one.
 
     Raises:
@@ -231,28 +235,19 @@ def _base(model_name_or_path: str | None, adapters: Sequence[str]) -> tuple[str,
     """
     configs = {adapter: _peft_config(adapter) for adapter in adapters if adapter != NO_ADAPTER}
     named = {
-        adapter: config.base_model_name_or_path and base_of(adapter, config.base_model_name_or_path)
+        adapter: base_of(adapter, config.base_model_name_or_path) if config.base_model_name_or_path else None
         for adapter, config in configs.items()
     }
-    base = model_name_or_path
-    if base is not None:
-        check_model_source(base)
-    elif len(set(named.values())) > 1:
-        shown = ", ".join(f"{Path(adapter).name}: {name}" for adapter, name in named.items())
-        raise UserError(f"the adapters belong to different base models ({shown}); evaluate them one by one")
-    elif not configs:
-        raise UserError("name a model: --model_name_or_path or --adapter")
-    else:
-        base = next(iter(named.values()))
-        if not base:
-            raise UserError(
-                f"the adapter {next(iter(named))!r} does not name its base model; pass --model_name_or_path"
-            )
-    revisions = {config.revision for adapter, config in configs.items() if named[adapter] == base}
+    if name is None and len(set(named.values())) == 1:
+        [name] = set(named.values())
+    if name is None:
+        shown = ", ".join(f"{Path(adapter).name}: {base}" for adapter, base in named.items()) or "there are none"
+        raise UserError(f"the adapters do not name one base model ({shown}); pass --model_name_or_path")
+    check_model_source(name)
+    revisions = {config.revision for adapter, config in configs.items() if named[adapter] == name}
     if len(revisions) > 1:
-        shown = ", ".join(sorted(str(revision or "the newest") for revision in revisions))
-        raise UserError(f"the adapters belong to different revisions of {base!r} ({shown}); evaluate them one by one")
-    return base, next(iter(revisions), None)
+        raise UserError(f"the adapters belong to different revisions of {name!r}; evaluate them one by one")
+    return name, next(iter(revisions), None)
 
 
 def _peft_config(adapter: str) -> PeftConfig:
@@ -275,11 +270,13 @@ def _adapter_facts(adapter: str) -> dict:
     }
 
 
+def _facts_of(source: str) -> dict:
+    return _adapter_facts(source) if holds_adapter(source) else _training_facts(source)
+
+
 def training_seed(source: str) -> int | None:
     """The training seed recorded in a folder of a model or an adapter; None if there is none."""
-    if not Path(source).is_dir():
-        return None
-    return (_adapter_facts(source) if holds_adapter(source) else _training_facts(source)).get("seed")
+    return _facts_of(source).get("seed")
 
 
 def _portable(name: str) -> str:
