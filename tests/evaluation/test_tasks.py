@@ -290,12 +290,6 @@ def test_higher_is_better_unless_lm_eval_says_otherwise(stated, expected):
 # Mistakes
 
 
-def test_items_with_one_id(tmp_path):
-    (tmp_path / "ifeval.jsonl").write_text("".join(json.dumps({**row, "key": 7}) + "\n" for row in IFEVAL))
-    with pytest.raises(UserError, match="the data of ifeval has key 7 more than once"):
-        load_tasks(["ifeval"], tmp_path)
-
-
 def test_unknown_task(local_tasks):
     with pytest.raises(UserError, match=r"unknown task 'gsm8kk' \(did you mean 'gsm8k'\?\)"):
         check_names(["gsm8kk"])
@@ -333,13 +327,6 @@ def test_sentence_tables_are_asked_for_when_they_are_needed(tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"needs NLTK's punkt_tab for length_constraints:number_sentences.*NLTK_DATA"):
         load_tasks(["ifeval"], tmp_path)
     assert load_tasks(["ifeval"], tmp_path, limit=1)
-
-
-def test_an_instruction_that_ifeval_does_not_have(tmp_path):
-    row = {**IFEVAL[1], "instruction_id_list": ["count:word_count_range"]}
-    (tmp_path / "input_data.jsonl").write_text(json.dumps(row))
-    with pytest.raises(UserError, match="has the instruction 'count:word_count_range', which is none of IFEval's"):
-        load_tasks(["ifeval"], tmp_path)
 
 
 def test_other_tasks_that_run_code_are_refused(local_tasks):

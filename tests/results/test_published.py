@@ -28,7 +28,9 @@ def test_the_verdicts_are_the_same(study, monkeypatch):
     assert max(map(len, render(comparison, "terminal").splitlines())) <= 80
 
 
-@pytest.mark.parametrize("study", sorted({folder.name for folder in RESULTS.iterdir()} - {"benchmarks", "board-smollm2"}))
+@pytest.mark.parametrize(
+    "study", sorted({folder.name for folder in RESULTS.iterdir()} - {"benchmarks", "board-smollm2"})
+)
 def test_tables_fit_a_terminal(study, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = render_tables(*paper_tables(read_all([str(RESULTS / study)])), "terminal")
