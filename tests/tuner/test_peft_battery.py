@@ -85,6 +85,7 @@ EXPECTED = {
     "test_save_pretrained_pickle": CODED,
     "test_save_pretrained_selected_adapters": CODED,
     "test_save_pretrained_selected_adapters_pickle": CODED,
+    "test_save_load_roundtrip_direct_injection": CODED,
     "test_merge_layers_multi": CLOSE,
     "test_multiple_adapters_automatic_modules_to_save": HUB,
     "test_multiple_adapters_no_needless_copy_modules_to_save": HUB,
