@@ -307,7 +307,8 @@ def test_the_demo(is_small, base, tmp_path, capsys):
     lines = printed.replace(str(out), "runs/demo").splitlines()
     assert all(any(line.strip().startswith(name[:12]) for line in lines) for name in names)
     assert "Verdict: " in printed and "next: maskft demo --recipe" in lines[-1]
-    assert max(map(len, lines)) <= 80 and len(lines) <= 25 and (out / "table-demo.md").is_file()
+    assert max(map(len, lines)) <= 80 and len(lines) <= 25 + 2 * printed.count("Note: ")  # few rows: models are alike
+    assert (out / "table-demo.md").is_file()
     results = [json.loads(path.read_text()) for path in (out / "results").rglob(RESULT)]
     num_runs = num_seeds * (len(names) - 1) + 1  # of the pre-trained model there is one for all seeds
     assert len(results) == num_runs

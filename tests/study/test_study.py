@@ -25,7 +25,7 @@ from maskft_lab.cli.study import check
 from maskft_lab.study import board as boards
 from maskft_lab.study.execute import Study, is_control, launch_words, make, partial_folder
 from maskft_lab.study.launchers import Slurm
-from maskft_lab.study.process import PYTHON, run_command
+from maskft_lab.study.process import PYTHON, last_line, run_command
 from maskft_lab.study.recipe import load_recipe, parse_recipe
 from maskft_lab.study.record import build_record, read_record, write_record
 from maskft_lab.study.study import run_study
@@ -142,8 +142,7 @@ def test_ten_kills_at_random_moments(base, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_of_two_workers_gives_the_same(base, data, tmp_path, capsys):
-    ray = pytest.importorskip("ray", reason="needs maskft[ray]")
+def test_a_ray_cluster_of_two_nodes_gives_the_same_when_a_worker_is_killed(base, data, tmp_path, monkeypatch):
     cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs maskft[ray]")
     file, alone, together = write(tmp_path, with_two_masks(base, data)), tmp_path / "alone", tmp_path / "together"
     assert main(["study", str(file), "--output_dir", str(alone)]) == 0
@@ -151,12 +150,15 @@ def test_a_ray_cluster_of_two_workers_gives_the_same(base, data, tmp_path, capsy
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=1)
-        ray.init(address=cluster.address, log_to_driver=False)
-        assert ray.cluster_resources()["CPU"] == 2
-        capsys.readouterr()
-        assert main(["study", str(file), "--output_dir", str(together), "--launcher", "ray"]) == 0
+        cluster.wait_for_nodes()
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        process = start(["study", file, "--output_dir", together, "--launcher", "ray"])
+        wait_for(process, lambda: any(together.glob(f"{files.RUNS}/full-*/checkpoint-3/trainer_state.json")))
+        workers = [p for p in psutil.Process().children(recursive=True) if "ray::failure_of" in p.cmdline()[:1]]
+        assert len(workers) == 1
+        workers[0].kill()
+        assert process.wait(timeout=300) == 0, process.stderr.read()
     finally:
-        ray.shutdown()
         cluster.shutdown()
     check_the_same(together, alone)
 
@@ -371,6 +373,11 @@ def test_a_run_that_is_killed_says_so(end, tmp_path):
         run_command([sys.executable, "-c", code], tmp_path / "log")
 
 
+def test_what_a_training_advises_is_not_what_it_does(tmp_path):
+    (tmp_path / "log").write_text("step 3/3\nsaved to out\nnext: maskft evaluate\n--output_dir results/NAME\n")
+    assert last_line(tmp_path / "log") == "saved to out" and last_line(tmp_path / "none") == ""
+
+
 def test_a_mistake_of_a_command_in_a_fork_is_its_last_line(tmp_path):
     with pytest.raises(UserError, match=r"^unknown option --rate.*\(see .*log\)"):
         run_command([*PYTHON, "train", "--rate", "1"], tmp_path / "log")
@@ -383,7 +390,7 @@ def test_a_command_in_a_fork_ends_with_its_study(tmp_path):
     os.mkfifo(tmp_path / "result.json")  # the command waits for somebody to write into it
     code = (
         "import fcntl, pathlib, sys\n"
-        "from maskft_lab.study.process import PYTHON, run_command\n"
+        "from maskft_lab.study.process import PYTHON, last_line, run_command\n"
         "lock = open(sys.argv[1], 'w')\n"
         "fcntl.flock(lock, fcntl.LOCK_EX)\n"
         "words = [*PYTHON, 'compare', sys.argv[2]]\n"

@@ -1,4 +1,4 @@
-"""Training in two processes over gloo: the result is that of one process, and a mistake is one line, not a hang."""
+"""Training in two or four processes over gloo: the result is that of one, and a mistake is one line, not a hang."""
 
 import json
 import os
@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import tiny
+from killing import start, wait_for
 from maskft.adapter.mask_set import MaskSet
 from maskft.training.checkpoints import checkpoints_in, step_of
 from maskft.training.manifest import damage, read_manifest
@@ -140,16 +142,45 @@ def test_repeated_rows_do_not_count_where_rows_are_put_together(arguments, tmp_p
     assert first[1] == pytest.approx(first[0], abs=LOSS_TOLERANCE)
 
 
-FOUR_BY_FSDP2 = pytest.param("fsdp2", 4, marks=[needs_fsdp2_on_cpus, pytest.mark.slow])
+def signal_rank(launcher, rank, signum):
+    """Send a signal to one of the processes that a launcher started."""
+    (process,) = [p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == str(rank)]
+    process.send_signal(signum)
 
 
-@pytest.mark.parametrize(
-    ("config", "num"), [("multi_gpu", 2), pytest.param("fsdp2", 2, marks=needs_fsdp2_on_cpus), FOUR_BY_FSDP2]
-)
-def test_several_processes_give_the_mask_of_one(config, num, arguments, one_process, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["multi_gpu", FSDP2])
+def test_four_processes_give_the_mask_of_one_with_a_killed_rank_and_a_straggler(
+    config, arguments, one_process, tmp_path
+):
     out = tmp_path / "out"
-    words = arguments(output_dir=out, accelerate_config=config, **LAUNCH | {"num_processes": num})
-    result = call(["maskft_lab.cli.main", *words], timeout_s=300)
+    words = arguments(output_dir=out, accelerate_config=config, **LAUNCH | {"num_processes": 4})
+    launcher = start(words)
+    wait_for(launcher, (out / "checkpoint-0" / MANIFEST).exists)
+    signal_rank(launcher, 3, signal.SIGSTOP)  # the others wait for it
+    time.sleep(5)
+    signal_rank(launcher, 3, signal.SIGCONT)
+    wait_for(launcher, (out / "checkpoint-2" / MANIFEST).exists)
+    signal_rank(launcher, 3, signal.SIGSTOP)
+    time.sleep(1)
+    signal_rank(launcher, 3, signal.SIGKILL)
+    err = launcher.communicate(timeout=60)[1]
+    assert launcher.returncode == 137 and "error: rank 3 was ended by SIGKILL" in err.strip().splitlines()[-1], err
+    whole = [step_of(checkpoint) for checkpoint in checkpoints_in(out) if damage(checkpoint) is None]
+    assert whole == [0, 2] and not (out / TRAINING).exists() and not (out / ADAPTER_WEIGHTS).exists()
+    words += ["--resume_from_checkpoint", "true"]
+    fewer = call(["maskft_lab.cli.main", *words, "--num_processes", "2"])
+    assert fewer.returncode == 2 and fewer.stderr.count("maskft: error: ") == 1
+    assert "was written by 4 processes" in fewer.stderr.strip().splitlines()[-1]
+    resumed = call(["maskft_lab.cli.main", *words], timeout_s=300)
+    assert resumed.returncode == 0, resumed.stderr
+    check_equal(out, one_process, resumed=True)
+
+
+@pytest.mark.parametrize("config", ["multi_gpu", FSDP2])
+def test_two_processes_give_the_mask_of_one(config, arguments, one_process, tmp_path):
+    out = tmp_path / "out"
+    result = call(["maskft_lab.cli.main", *arguments(output_dir=out, accelerate_config=config, **LAUNCH)])
     assert result.returncode == 0, result.stderr
     check_equal(out, one_process)
     for line in ("held-out loss without the mask", "one sample, supervised text", "step 0/4  held-out "):
@@ -179,12 +210,8 @@ def test_a_launcher_that_is_stopped_saves_the_step(arguments, tmp_path):
     """Both processes stop after the same step, and the line that is printed resumes it with both."""
     out = tmp_path / "out"
     words = arguments(output_dir=out, accelerate_config="multi_gpu", max_steps=5000, save_steps=5000, **LAUNCH)
-    command = [sys.executable, "-m", "maskft_lab.cli.main", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (out / "checkpoint-0" / MANIFEST).exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = start(words)
+    wait_for(process, (out / "checkpoint-0" / MANIFEST).exists)
     process.send_signal(signal.SIGTERM)
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 143, err

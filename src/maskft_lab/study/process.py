@@ -94,11 +94,11 @@ def run_command(words: Sequence[str], log: Path, tick: Callable[[], None] = lamb
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something; empty where there is none."""
+    """The last line of a log that says something, before what a training advises; empty where there is none."""
     try:
         with log.open("rb") as stream:
             stream.seek(max(0, log.stat().st_size - 4096))
-            lines = stream.read().decode("utf-8", "replace").splitlines()
+            lines = stream.read().decode("utf-8", "replace").partition("\nnext: ")[0].splitlines()
     except OSError:
         return ""
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
