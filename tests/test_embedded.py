@@ -10,7 +10,7 @@ from maskft.models import load_model, load_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs maskft[demo]")
 
-_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"0123456789+=", "10", *(f"<t{i}>" for i in range(16))]
+_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"0123456789+=", "10", "20", *(f"<t{i}>" for i in range(15))]
 _SHAPES = {
     "token_embd": ((32, 64), "Q8_0"),
     "output_norm": ((64,), "F32"),
@@ -43,7 +43,7 @@ def file(tmp_path, monkeypatch):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(_TOKENS)
     writer.add_token_types([3, 3, 3, *[1] * (len(_TOKENS) - 3)])
-    writer.add_token_merges(["1 0"])
+    writer.add_token_merges(["1 0", "2 0"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)

@@ -78,7 +78,8 @@ def test_heads_are_those_of_the_array_and_stand_beside_chance(finished, charts):
     assert sum(len(axes.lines) for axes in panels) == 4 and len(charts["fig14_heads_mean"].legend) == 5
     np.testing.assert_allclose(panels[0].lines[0].get_ydata(), np.mean(shown.get_array(), axis=0))
     for axes in panels:  # random masks: the band of chance holds nearly all heads, and is a third of the height or more
-        low, high = axes.patches[0].get_y(), axes.patches[0].get_y() + axes.patches[0].get_height()
+        box = axes.patches[0].get_window_extent().transformed(axes.transData.inverted())
+        low, high = box.y0, box.y1
         heads = np.concatenate([line.get_ydata() for line in axes.lines])
         assert np.mean((heads >= low) & (heads <= high)) >= 0.75
         assert (high - low) / np.ptp(axes.get_ylim()) > 1 / 3

@@ -78,7 +78,7 @@ def one_process(arguments, tmp_path_factory):
     return folder
 
 
-def call(words, timeout_s=120):
+def call(words, timeout_s=300):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
@@ -172,7 +172,7 @@ def test_four_processes_give_the_mask_of_one_with_a_killed_rank_and_a_straggler(
     fewer = call(["maskft_lab.cli.main", *words, "--num_processes", "2"])
     assert fewer.returncode == 2 and fewer.stderr.count("maskft: error: ") == 1
     assert "was written by 4 processes" in fewer.stderr.strip().splitlines()[-1]
-    resumed = call(["maskft_lab.cli.main", *words], timeout_s=300)
+    resumed = call(["maskft_lab.cli.main", *words])
     assert resumed.returncode == 0, resumed.stderr
     check_equal(out, one_process, resumed=True)
 
