@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 
@@ -10,6 +11,9 @@ from maskft.adapter.mask_set import MaskSet
 from maskft.tuner.codec import encode_mask
 from maskft.tuner.fingerprints import mask_fingerprint
 from maskft_base import files
+
+IS_OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+COMPILES = pytest.mark.skipif(IS_OLD_TORCH, reason="2.6 does not compile the plain model; 2.7 to 2.12 not tried")
 
 # What TRL's trainers need on a CPU, and some steps of a tiny model.
 TRAINER = {

@@ -8,13 +8,9 @@ import torch
 from peft import get_peft_model
 
 from maskft import MaskConfig
-from tiny import tiny_llama, token_ids
+from tiny import COMPILES, tiny_llama, token_ids
 
 LOGIT = {"selection": "logit", "gradient": "sigmoid", "init_value": 0.04, "sharpness": 10.0}
-COMPILES = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
-    reason="2.6 does not compile the plain model; 2.7 to 2.12 not tried",
-)
 
 
 @pytest.fixture(autouse=True)

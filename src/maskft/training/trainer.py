@@ -91,13 +91,13 @@ class MaskTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss and, in training, the term that holds the model near its base."""
-        if self._kl is None or not model.training or return_outputs:  # TRL makes outputs by a second forward pass
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._kl is None or not model.training:
+            return result
         term = self._kl(self.accelerator.unwrap_model(model), inputs, num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             term = term * self.accelerator.num_processes  # as TRL's loss
-        return loss + term
+        return (result[0] + term, result[1]) if return_outputs else result + term
 
     def training_step(self, *args, **kwargs):
         """One micro-batch; its loss is checked once per optimizer step, so that a GPU is not made to wait."""
