@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 import transformers
 
@@ -13,7 +12,6 @@ from maskft.tuner.fingerprints import mask_fingerprint
 from maskft_base import files
 
 IS_OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
-COMPILES = pytest.mark.skipif(IS_OLD_TORCH, reason="2.6 does not compile the plain model; 2.7 to 2.12 not tried")
 
 # What TRL's trainers need on a CPU, and some steps of a tiny model.
 TRAINER = {
