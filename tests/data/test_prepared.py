@@ -72,16 +72,6 @@ def test_a_moved_file_is_the_same_data(file, tmp_path):
     assert len(folders(kept)) == 1
 
 
-def test_nothing_half_written_is_left(file, tmp_path, monkeypatch):
-    def fails(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("datasets.Dataset.save_to_disk", fails)
-    with pytest.raises(OSError, match="no space left"):
-        prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
-    assert not (tmp_path / "kept").exists() or folders(tmp_path / "kept") == []
-
-
 @pytest.mark.parametrize("name", ["train/data-00000-of-00001.arrow", "heldout_rows/state.json"])
 def test_a_flipped_bit_is_told(name, file, tmp_path):
     prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())

@@ -1,7 +1,6 @@
 """The registered sets, on small files of our own in the hub's formats."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from maskft_base.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
 SAMPLES = Path(__file__).parent / "samples"
-ORIGINALS = Path(__file__).parent / "originals"
 
 
 def rows_of_the_docs():
@@ -35,18 +33,6 @@ def test_every_set_becomes_messages(name):
         assert turns == ["user", "assistant"] * (len(turns) // 2) and turns
         assert all(message["content"].strip() for message in conversation(example))
         assert any(label != -100 for label in tokenize_example(example, tokenizer)["labels"])
-
-
-def test_published_counts_are_those_of_table_3():
-    by_domain = {}
-    for name, row in rows_of_the_docs().items():
-        if name != "gsm8k":
-            domain = re.search(r"\((math|coding|instruction)\)", row)[1]
-            by_domain.setdefault(domain, []).append(int(row.split("|")[3].replace(",", "")))
-    assert sum(map(len, by_domain.values())) == 11
-    by_domain = {key: sum(counts) for key, counts in by_domain.items()}
-    # Sums of the paper's column, added by hand.
-    assert by_domain == {"math": 679_252, "coding": 162_297, "instruction": 67_112}
 
 
 def test_conversion_by_hand():
@@ -73,45 +59,10 @@ def test_turns_and_system_prompts_survive():
     assert examples[3]["messages"][0] == {"role": "system", "content": "You are a patient shopkeeper."}
 
 
-@pytest.mark.parametrize("name", ["numinamath_tir", "evol_codealpaca", "oasst_guanaco"])
-def test_original_format_gives_the_same_conversations(name):
-    from_mixture = [conversation(example) for example in load_examples(name, data_dir=str(SAMPLES))]
-    from_original = [conversation(example) for example in load_examples(name, data_dir=str(ORIGINALS))]
-    if name == "oasst_guanaco":  # its text has no system prompts
-        from_mixture[3] = from_mixture[3][1:]
-    assert from_original == from_mixture
-
-
 def test_plain_text_for_a_tokenizer_without_a_template():
     examples = load_examples("open_orca", data_dir=str(SAMPLES), tokenizer=tiny_tokenizer(chat_template=False))
     assert examples[0]["prompt"].startswith("You are a teacher. Explain each step.\n\nQuestion: Sentence: the kites")
     assert examples[1]["prompt"].startswith("Question: ")
-
-
-@pytest.mark.parametrize("layout", ["metamathqa.json", "nested/metamathqa_train.jsonl", "MetaMathQA-395K.jsonl"])
-def test_file_names_in_data_dir(tmp_path, layout):
-    (tmp_path / layout).parent.mkdir(exist_ok=True)
-    (tmp_path / layout).write_text((SAMPLES / "metamathqa.jsonl").read_text())
-    assert len(load_examples("metamathqa", data_dir=str(tmp_path))) == 10
-
-
-def test_folder_as_downloaded(tmp_path):
-    import pyarrow
-    from pyarrow import parquet
-
-    rows = [json.loads(line) for line in (SAMPLES / "metamathqa.jsonl").read_text().splitlines()]
-    folder = tmp_path / "MetaMathQA" / "data"
-    folder.mkdir(parents=True)
-    for shard, part in enumerate((rows[:6], rows[6:])):
-        parquet.write_table(pyarrow.Table.from_pylist(part), folder / f"train-0000{shard}-of-00002.parquet")
-    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "test-00000-of-00001.parquet")
-    examples = load_examples("metamathqa", data_dir=str(tmp_path))
-    assert examples.to_list() == load_examples("metamathqa", data_dir=str(SAMPLES)).to_list()
-
-
-def test_unregistered_file_in_data_dir(tmp_path):
-    (tmp_path / "own.jsonl").write_text('{"text": "a"}\n')
-    assert load_examples("own", data_dir=str(tmp_path))["text"][:] == ["a"]
 
 
 def test_hub_is_asked_for_the_registered_set(monkeypatch):
@@ -121,8 +72,8 @@ def test_hub_is_asked_for_the_registered_set(monkeypatch):
 
     def from_hub(name, config, split, **kwargs):
         asked.append((name, config, split, kwargs))
-        rows = [json.loads(line) for line in (SAMPLES / "tulu-3-sft-mixture.jsonl").read_text().splitlines()]
-        return datasets.Dataset.from_list(rows)
+        rows = [json.loads(line) for line in (SAMPLES / "numinamath_tir.jsonl").read_text().splitlines()]
+        return datasets.Dataset.from_list([*rows, {**rows[0], "source": "another set of the mixture"}])
 
     monkeypatch.setattr(datasets, "load_dataset", from_hub)
     assert len(load_examples("numinamath_tir")) == 10
@@ -150,12 +101,9 @@ def test_another_split_of_a_registered_set(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", from_hub)
     load_examples("gsm8k", config="socratic")
-    # In a mixture the options are for the sets that are not registered.
-    load_examples("gsm8k,ours/other", "train_sft", config="own")
-    assert asked == [
-        ("openai/gsm8k", "socratic", "train"),
-        ("openai/gsm8k", "main", "train"),
-        ("ours/other", "own", "train_sft"),
+    load_examples("gsm8k,ours/other")
+    assert asked == [("openai/gsm8k", config, "train") for config in ("socratic", "main")] + [
+        ("ours/other", None, "train")
     ]
 
 
@@ -173,52 +121,24 @@ def test_a_file_without_a_split_in_its_name_is_that_of_training(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "asked", "of_mixture", "split"),
+    ("name", "asked", "split"),
     [
-        ("gsm8k", None, False, "test"),
-        ("openai/gsm8k", None, False, "test"),
-        ("metamathqa", None, False, "train"),
-        ("meta-math/MetaMathQA", None, False, "train"),
-        ("ours/other", None, False, "test"),
-        ("gsm8k", "dev", False, "dev"),
-        ("gsm8k", None, True, "test"),
-        ("gsm8k", "test", True, "test"),
-        ("gsm8k", "train_sft", True, "train"),
-        ("metamathqa", "test", True, "train"),
-        ("ours/other", "train_sft", True, "train_sft"),
+        ("gsm8k", None, "test"),
+        ("openai/gsm8k", None, "test"),
+        ("metamathqa", None, "train"),
+        ("meta-math/MetaMathQA", None, "train"),
+        ("ours/other", None, "test"),
+        ("gsm8k", "dev", "dev"),
     ],
 )
-def test_the_split_that_a_set_is_read_from(name, asked, of_mixture, split):
-    assert split_of(name, asked, of_mixture) == split
-
-
-@pytest.mark.parametrize(
-    ("file", "row", "message"),
-    [
-        (
-            "metamathqa.jsonl",
-            {"question": "a", "answer": "b"},
-            r"metamathqa: line 1: the columns have changed: expected query \+ response, found 'question', 'answer'",
-        ),
-        ("oasst_guanaco.jsonl", {"text": "no turns"}, r"line 1: 'text' holds no turn that starts with '### Human:'"),
-        (
-            "tulu-3-sft-mixture.jsonl",
-            {"messages": [{"role": "user", "content": "a"}], "source": "b"},
-            r"evol_codealpaca: no row has the source 'ai2-adapt-dev/evol_codealpaca_heval_decontaminated'",
-        ),
-    ],
-)
-def test_other_columns_than_registered(tmp_path, file, row, message):
-    (tmp_path / file).write_text(json.dumps(row))
-    name = "evol_codealpaca" if file.startswith("tulu") else file.removesuffix(".jsonl")
-    with pytest.raises(UserError, match=message):
-        load_examples(name, data_dir=str(tmp_path))
+def test_the_split_that_a_set_is_read_from(name, asked, split):
+    assert split_of(name, asked) == split
 
 
 def test_names_that_lead_nowhere(tmp_path):
     with pytest.raises(UserError, match=r"no known data set 'metamatqa' \(did you mean 'metamathqa'\?\)"):
         load_examples("metamatqa")
-    with pytest.raises(UserError, match=r"holds none of metamathqa\.jsonl, .* download meta-math/MetaMathQA"):
+    with pytest.raises(UserError, match=r"holds none of .* metamathqa\.jsonl .* download meta-math/MetaMathQA"):
         load_examples("metamathqa", data_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"data_dir .*nowhere is not a folder"):
         load_examples("metamathqa", data_dir=str(tmp_path / "nowhere"))

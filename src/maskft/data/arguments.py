@@ -58,8 +58,8 @@ class DataArguments:
     )
     data_dir: str | None = option(
         None,
-        "Folder with data files named like the sets, e.g. metamathqa.jsonl.gz, or as the hub names them. A set of "
-        "docs/datasets.md that is not there is an error, not a download.",
+        "Folder with data files named like the sets, e.g. metamathqa.jsonl.gz. A set of docs/datasets.md that is not "
+        "there is an error, not a download.",
     )
     prepared_data_dir: str | None = option(
         None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -144,16 +143,6 @@ def from_system_question(row: Row, as_chat: bool, *columns: str) -> dict:
     """Read a question and a response given under a system prompt, which may be empty."""
     system, question, response = (_text(row, column) for column in columns)
     return {**_dialogue(question, response, as_chat, system), **_reference(row)}
-
-
-def from_guanaco(row: Row, as_chat: bool, column: str) -> dict:
-    """Read a conversation written as one text, its turns opened by ``### Human:`` and ``### Assistant:``."""
-    _, *turns = re.split(r"### (Human|Assistant):", _text(row, column))
-    if not turns:
-        raise UserError(f"{column!r} holds no turn that starts with '### Human:'")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    pairs = zip(turns[::2], turns[1::2], strict=True)
-    return {"messages": [{"role": roles[speaker], "content": content.strip()} for speaker, content in pairs]}
 
 
 def from_text(row: Row, as_chat: bool, column: str) -> dict:

@@ -16,7 +16,7 @@ from maskft_base.files import digest, digest_file, digest_now, read_json, whole_
 
 from .arguments import DATA_NAMES, TEMPLATE, DataArguments
 from .mixtures import parse_mixture
-from .sources import local_files, split_of
+from .sources import local_file, split_of
 from .splits import load_splits
 from .tokenizing import tokenize_dataset, tokenizer_rules
 
@@ -150,10 +150,10 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mixture_identity(name: str, data_dir: str | None, split: str | None) -> str:
-    parts, mixture = [], parse_mixture(name)
-    for part in mixture:
-        files = local_files(part.name, data_dir, split_of(part.name, split, len(mixture) > 1))
-        text = _of_files(files) or part.name
+    parts = []
+    for part in parse_mixture(name):
+        file = local_file(part.name, data_dir, split_of(part.name, split))
+        text = _of_files([file] if file else []) or part.name
         parts.append(text if part.amount is None else f"{text}:{part.amount}")
     return ",".join(parts)
 

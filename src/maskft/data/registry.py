@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from .formats import (
     Formats,
-    from_guanaco,
     from_instruction,
     from_messages,
     from_question_answer,
@@ -31,7 +30,6 @@ class TrainingSet:
         heldout_split: Split on the hub that is held-out data, where no other is asked for.
         data_files: The file to take where the hub data set holds more than is meant.
         source: The value of the column ``source`` of the rows that are meant, where the hub data set is a mixture.
-        file_names: Names, without ending, that the set's files have on the hub.
     """
 
     hub_id: str
@@ -39,7 +37,6 @@ class TrainingSet:
     config: str | None = None
     data_files: str | None = None
     source: str | None = None
-    file_names: tuple[str, ...] = ()
     heldout_split: str = "train"
 
 
@@ -47,41 +44,21 @@ TRAINING_SETS: dict[str, TrainingSet] = {
     "tulu3_persona_math": TrainingSet("allenai/tulu-3-sft-personas-math", MESSAGES),
     "tulu3_persona_gsm": TrainingSet("allenai/tulu-3-sft-personas-math-grade", MESSAGES),
     "tulu3_persona_algebra": TrainingSet("allenai/tulu-3-sft-personas-algebra", MESSAGES),
-    "metamathqa": TrainingSet(
-        "meta-math/MetaMathQA", {("query", "response"): from_instruction}, file_names=("MetaMathQA-395K",)
-    ),
+    "metamathqa": TrainingSet("meta-math/MetaMathQA", {("query", "response"): from_instruction}),
     # Tulu 3's decontaminated selection, as the published count tells, not the 72,441 rows of AI-MO/NuminaMath-TIR.
-    "numinamath_tir": TrainingSet(
-        TULU_MIXTURE,
-        MESSAGES,
-        source="ai2-adapt-dev/numinamath_tir_math_decontaminated",
-        file_names=("NuminaMath-TIR",),
-    ),
+    "numinamath_tir": TrainingSet(TULU_MIXTURE, MESSAGES, source="ai2-adapt-dev/numinamath_tir_math_decontaminated"),
     # Tulu 3's selection of theblackcat102/evol-codealpaca-v1, without what resembles HumanEval.
-    "evol_codealpaca": TrainingSet(
-        TULU_MIXTURE,
-        {**MESSAGES, ("instruction", "output"): from_instruction},
-        source="ai2-adapt-dev/evol_codealpaca_heval_decontaminated",
-        file_names=("evol-codealpaca-v1",),
-    ),
-    "code_alpaca": TrainingSet(
-        "sahil2801/CodeAlpaca-20k", {("instruction", "output"): from_instruction}, file_names=("code_alpaca_20k",)
-    ),
+    "evol_codealpaca": TrainingSet(TULU_MIXTURE, MESSAGES, source="ai2-adapt-dev/evol_codealpaca_heval_decontaminated"),
+    "code_alpaca": TrainingSet("sahil2801/CodeAlpaca-20k", {("instruction", "output"): from_instruction}),
     "tulu3_persona_python": TrainingSet("allenai/tulu-3-sft-personas-code", MESSAGES),
-    # Tulu 3's selection of OpenAssistant/oasst1; timdettmers/openassistant-guanaco holds such conversations as text.
-    "oasst_guanaco": TrainingSet(
-        TULU_MIXTURE,
-        {**MESSAGES, ("text",): from_guanaco},
-        source="ai2-adapt-dev/oasst1_converted",
-        file_names=("openassistant-guanaco", "openassistant_best_replies"),
-    ),
+    # Tulu 3's selection of OpenAssistant/oasst1.
+    "oasst_guanaco": TrainingSet(TULU_MIXTURE, MESSAGES, source="ai2-adapt-dev/oasst1_converted"),
     "tulu3_persona_if": TrainingSet("allenai/tulu-3-sft-personas-instruction-following", MESSAGES),
     # The paper does not say which 30,000 rows; those of GPT-4 are taken, as earlier Tulu mixtures took 30,000 of them.
     "open_orca": TrainingSet(
         "Open-Orca/OpenOrca",
         {("system_prompt", "question", "response"): from_system_question},
         data_files="1M-GPT4-Augmented.parquet",
-        file_names=("1M-GPT4-Augmented",),
     ),
     # Not in Table 3: what the small studies train on.
     "gsm8k": TrainingSet(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, product
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -89,29 +89,6 @@ def numbered(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
     return ((f"row {n}", row) for n, row in enumerate(rows, start=1))
 
 
-def find_files(data_dir: str, names: Sequence[str], split: str, only_split: bool = False) -> list[Path]:
-    """Find the data of the first of ``names`` that ``data_dir`` or one of its folders holds, ignoring case.
-
-    That is a file ``NAME_SPLIT.jsonl`` (or another of `FILE_ENDINGS`), or ``NAME.jsonl`` (unless ``only_split``), or a
-    folder ``NAME`` as it is downloaded from the hub, with a split in one file or many. Empty if there is none.
-    """
-    folder = Path(data_dir).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"data_dir {data_dir} is not a folder; name the one that holds the data files")
-    places = sorted([*folder.iterdir(), *folder.glob("*/*")], reverse=True)
-    by_name = {path.name.lower(): path for path in places if path.is_file()}
-    folders = {path.name.lower(): path for path in places if path.is_dir()}
-    for name in map(str.lower, names):
-        stems = [f"{name}_{split.lower()}"] if only_split else [f"{name}_{split.lower()}", name]
-        found = [by_name[file] for file in map("".join, product(stems, FILE_ENDINGS)) if file in by_name]
-        if found:
-            return found[:1]
-        shards = folders[name].rglob(f"{split}*") if name in folders else []
-        if found := sorted(shard for shard in shards if shard.name.lower().endswith(FILE_ENDINGS)):
-            return found
-    return []
-
-
 # Names
 
 
@@ -121,27 +98,29 @@ def is_hub_name(name: str) -> bool:
     return not (looks_like_file or is_there(name))
 
 
-def split_of(name: str, asked: str | None, of_mixture: bool = False) -> str:
-    """Return the split that a set is read from.
-
-    ``asked`` is None for held-out data: registered sets name its split, others have ``test``. Asked of a mixture, the
-    split of a registered set only follows whether training or held-out data is meant.
-    """
+def split_of(name: str, asked: str | None) -> str:
+    """The split that a set is read from; None is asked of held-out data: registered sets name it, others have test."""
     known = _registered(name)
-    if asked is None:
-        return known.heldout_split if known else "test"
-    if of_mixture and name in TRAINING_SETS:
-        return "train" if asked.startswith("train") else known.heldout_split
-    return asked
+    return asked or (known.heldout_split if known else "test")
 
 
-def local_files(name: str, data_dir: str | None, split: str) -> list[Path]:
-    """Return the files that a set is read from; none where it comes from the hub."""
+def local_file(name: str, data_dir: str | None, split: str) -> Path | None:
+    """The file that a set is read from: ``name``, or in ``data_dir`` one of `_stems`; None where it is on the hub."""
     if not is_hub_name(name):
-        return [Path(name).expanduser()]
-    # The plain name of a registered set is that of its training split.
-    only_split = _registered(name) is not None and split != "train"
-    return find_files(data_dir, _file_names(name), split, only_split) if data_dir else []
+        return Path(name).expanduser()
+    if data_dir is None:
+        return None
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"data_dir {data_dir} is not a folder; name the one that holds the data files")
+    files = map("".join, product(_stems(name, split), FILE_ENDINGS))
+    return next((folder / file for file in files if (folder / file).is_file()), None)
+
+
+def _stems(name: str, split: str) -> list[str]:
+    """Names, without ending, of the files that a set may be in: ``NAME_SPLIT``, or ``NAME``, which is not held out."""
+    stem = name.rpartition("/")[2]
+    return [f"{stem}_{split}"] if _registered(name) and split != "train" else [f"{stem}_{split}", stem]
 
 
 def _registered(name: str) -> TrainingSet | None:
@@ -149,49 +128,34 @@ def _registered(name: str) -> TrainingSet | None:
     return TRAINING_SETS.get(name) or next((known for known in TRAINING_SETS.values() if known.hub_id == name), None)
 
 
-def _file_names(name: str) -> list[str]:
-    known = TRAINING_SETS.get(name)
-    return [name, *known.file_names, known.hub_id.rpartition("/")[2]] if known else [name.rpartition("/")[2]]
-
-
 # Rows of a set
 
 
 def find_rows(
-    name: str,
-    split: str | None,
-    config: str | None = None,
-    data_dir: str | None = None,
-    of_mixture: bool = False,
+    name: str, split: str | None, config: str | None = None, data_dir: str | None = None
 ) -> tuple[Rows, TrainingSet | None]:
     """Find the rows of a file, a registered set, a file in ``data_dir`` or a hub data set.
-
-    The options are those of `mixtures.Reader`; in a mixture, what is registered of a set wins over them.
 
     Returns:
         The rows, and what is registered about the set.
     """
     known = TRAINING_SETS.get(name) if is_hub_name(name) else None
-    split = split_of(name, split, of_mixture)
-    if files := local_files(name, data_dir, split):
-        rows = chain.from_iterable(map(read_file, files))
-        return (_only_source(rows, name, known) if known and known.source else rows), known
+    split = split_of(name, split)
+    if file := local_file(name, data_dir, split):
+        return read_file(file), known
     if known and data_dir:
-        end = "" if split == "train" else f"_{split}"
-        wanted = ", ".join(f"{each}{end}.jsonl" for each in _file_names(name))
+        wanted = ", ".join(f"{stem}.jsonl" for stem in _stems(name, split))
         raise UserError(
-            f"data_dir {data_dir} holds none of {wanted} (or .json, .parquet, .gz) for {name}; add one, or "
-            f"leave data_dir out to download {known.hub_id}"
+            f"data_dir {data_dir} holds none of {wanted} (or .json, .parquet, .gz) for {name}; add one, or leave "
+            f"data_dir out to download {known.hub_id}"
         )
     if known is None:
         if "/" not in name and (similar := did_you_mean(name, TRAINING_SETS)):
             raise UserError(f"there is no file and no known data set {name!r}{similar}")
-        found = load_from_hub(name, config, split)
-    else:
-        config = known.config if of_mixture else config or known.config
-        found = load_from_hub(known.hub_id, config, split, known.data_files)
-        if known.source:
-            found = found.filter(lambda source: source == known.source, input_columns="source")
+        return numbered(load_from_hub(name, config, split)), None
+    found = load_from_hub(known.hub_id, config or known.config, split, known.data_files)
+    if known.source:
+        found = found.filter(lambda source: source == known.source, input_columns="source")
     return numbered(found), known
 
 
@@ -205,16 +169,3 @@ def load_from_hub(name: str, config: str | None, split: str, data_files: str | N
             f"{name!r} is not a local file, and the hub gave no split {split!r} of it: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from None
-
-
-def _only_source(rows: Rows, name: str, known: TrainingSet) -> Iterator[tuple[str, Row]]:
-    """Keep the rows of the set out of a file of the whole mixture; a file without ``source`` is the set itself."""
-    found = False
-    for where, row in rows:
-        if not isinstance(row, dict) or row.get("source", known.source) == known.source:
-            found = True
-            yield where, row
-    if not found:
-        raise UserError(
-            f"{name}: no row has the source {known.source!r}; give the file of {known.hub_id} or of the set"
-        )
