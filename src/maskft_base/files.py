@@ -199,15 +199,6 @@ def append_to(file: Path) -> TextIO:
     return open(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w", encoding="utf-8")
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or the list of names of a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Hold(NamedTuple):
     """A folder that is held by a descriptor of the lock's file, which child processes inherit."""
 

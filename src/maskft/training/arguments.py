@@ -164,7 +164,7 @@ def trainer_arguments(args: TrainingArguments, is_resumed: bool) -> TrainingArgu
     if args.run_name is None:
         args.run_name = args.output_dir  # by which trackers continue the line of a resumed run
     args.use_cache = True  # in what is saved, for generation; steps and measurements say that they use none
-    args.save_total_limit = None  # `Checkpoints` deletes the oldest, once a new one is whole
+    args.save_total_limit = None  # the oldest are deleted once a new one is whole
     if is_resumed:
         args.eval_on_start = False  # it was measured before the first step; the checkpoint knows it
     return args

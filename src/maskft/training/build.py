@@ -15,7 +15,6 @@ from trl import ModelConfig, get_quantization_config
 
 from maskft_base.errors import UserError, first_line
 
-from ..data import tokenize_dataset
 from ..data.arguments import DataArguments
 from ..data.prepared import Prepared, prepare
 from ..models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
@@ -36,20 +35,16 @@ def load_tokenizer_of(source: ModelConfig, training: TrainingArguments):
     return load_tokenizer(source.model_name_or_path, training.chat_template_path, revision=source.model_revision)
 
 
-def load_data(
-    args: DataArguments, training: TrainingArguments, tokenizer, splits: tuple | None, console: Console
-) -> Prepared:
-    """Rows as text and as tokens, read from where ``args`` says or made of the given ``splits``."""
-    how = {
-        "text_field": training.dataset_text_field,
-        "max_length": training.max_length,
-        "completion_only_loss": training.completion_only_loss is not False,
-        "num_proc": training.dataset_num_proc,
-    }
-    if splits is not None:
-        tokenized = (tokenize_dataset(rows, tokenizer, **how) for rows in splits)
-        return Prepared(*splits, *tokenized, report={"counts": {}})
-    data = prepare(args, tokenizer, **how)
+def load_data(args: DataArguments, training: TrainingArguments, tokenizer, console: Console) -> Prepared:
+    """Rows as text and as tokens, read from where ``args`` says."""
+    data = prepare(
+        args,
+        tokenizer,
+        text_field=training.dataset_text_field,
+        max_length=training.max_length,
+        completion_only_loss=training.completion_only_loss is not False,
+        num_proc=training.dataset_num_proc,
+    )
     console.print(f"data: {data.report['text']}", highlight=False)
     return data
 

@@ -12,13 +12,14 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from maskft_base import runtime
-from maskft_base.errors import NotFiniteError, Stopped, UserError
+from maskft_base.errors import NotFiniteError, Stopped
 
+from ..loss import RowLoss, mean_nll
 from ..tuner import MaskedLinear
 from ..tuner.learners import current_sparsity
 from ..tuner.model import refresh_masks
-from ..tuner.sharded import is_sharded
-from .checkpoints import agreed_mask_fingerprint, save_final
+from .checkpoints import save_final
+from .masked_start import local_part
 from .method_arguments import ADAPTER
 from .stopping import StopRequest
 
@@ -41,19 +42,22 @@ class Reference(TrainerCallback):
     """Measures held-out loss without the mask, which the mask has to beat, before the first step.
 
     By then the model is spread over the processes.
+
+    Attributes:
+        losses: Of the held-out rows; None where they are not measured.
     """
 
     def __init__(self, trainer: SFTTrainer, console: Console):
         self.trainer, self.console = trainer, console
-        self.loss: float | None = None
+        self.losses: list[RowLoss] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Measure."""
         if args.eval_strategy == "no":
             return
         with self.trainer.accelerator.unwrap_model(self.trainer.model).disable_adapter():
-            self.loss = self.trainer.measure_heldout()
-        self.console.print(f"  held-out loss without the mask {self.loss:.4f}", highlight=False)
+            self.losses = self.trainer.measure_heldout()
+        self.console.print(f"  held-out loss without the mask {mean_nll(self.losses):.4f}", highlight=False)
 
 
 class StepGuard(TrainerCallback):
@@ -78,24 +82,15 @@ class StepGuard(TrainerCallback):
         self._loss_is_finite = torch.isfinite(loss) & self._loss_is_finite.to(loss.device)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Check that scores can be ranked and that all processes hold the same masks."""
-        self.trainer.resume_log()
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "mask_scores" in name and parameter.dtype != torch.float32:
-                raise UserError(f"{name} is {parameter.dtype}; scores must be float32, masks are ranked in it")
-        if runtime.num_processes() > 1:
-            agreed_mask_fingerprint(model)
+        """Resume the counts of the log; add the hook on the embeddings."""
+        self.trainer.resume_counts()
         if args.gradient_checkpointing and not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             self._undo = stop_gradient_at_frozen_embeddings(self.trainer.accelerator.unwrap_model(model))
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Remove the hook on the embeddings; stop where a signal came after the last step and that step is saved."""
+        """Remove the hook on the embeddings."""
         if self._undo is not None:
             self._undo.remove()
-        is_asked_to_stop = torch.tensor(self.stop.signal is not None, device=args.device)
-        last = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if runtime.largest(is_asked_to_stop) and last.is_dir() and not args.save_only_model:  # it could not resume
-            self._stop(state)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Stop before a loss or gradient that is not finite is applied; ask all processes for a signal."""
@@ -105,7 +100,7 @@ class StepGuard(TrainerCallback):
         # float16 gradients overflow now and then; the scaler skips such a step itself.
         if self.trainer.accelerator.scaler is None:
             # One sum over all gradients, so that a GPU is asked once; NaN and inf both survive adding.
-            total = sum(_local(p.grad).sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None)
+            total = sum(local_part(p.grad).sum(dtype=torch.float32) for p in model.parameters() if p.grad is not None)
             bad_gradient = ~torch.isfinite(torch.as_tensor(total, device=bad_loss.device))
         # The same verdict in every process, or the others would wait for the one that stopped.
         is_asked_to_stop = torch.full_like(bad_loss, self.stop.signal is not None)
@@ -132,11 +127,8 @@ class StepGuard(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Stop after the step that a signal interrupted is saved."""
-        if self._is_stopping:
-            self._stop(state)
-
-    def _stop(self, state):
-        self.trainer.checkpoints.finish()
+        if not self._is_stopping:
+            return
         self.trainer.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
         asked = self.stop.signal or signal.SIGTERM
         name = signal.Signals(asked).name
@@ -205,8 +197,3 @@ def _sharded_mask_metrics(model, layers: list[MaskedLinear]) -> dict[str, float]
     device = shards[0].original.device
     flips, removed, numel = runtime.reduce_(torch.tensor(counts, device=device).sum(0)).tolist()
     return {"mask_removed_share": removed / numel, "mask_flips_per_step": flips}
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that may be spread over processes."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -21,9 +18,7 @@ from maskft_base import files, runtime
 from maskft_base.errors import UserError, first_line, printable
 
 from ..tuner import MaskConfig
-from ..tuner.model import current_mask_fingerprint
-from .arguments import TrainingArguments
-from .manifest import Course, check_course, damage, read_manifest, seal
+from .manifest import damage
 from .method_arguments import ADAPTER, UNTRAINED_METHODS
 
 LOCK_WAIT_S = 10  # the workers that load data outlive a killed run by some seconds
@@ -64,55 +59,46 @@ def prepare_output_dir(args: SFTConfig, method: str, is_ours: bool, console: Con
     folder = Path(args.output_dir)
     there = sorted(path.name for path in folder.iterdir() if path.name != files.TRAIN_LOCK)
     resume = str(args.resume_from_checkpoint or "").lower()
-    if not resume:
-        if there:
-            raise UserError(
-                f"output_dir {str(folder)!r} holds another run; name another folder, or resume it: "
-                "--resume_from_checkpoint true"
-            )
-        return None
-    if resume not in ("auto", "true", "1"):
-        raise UserError(f"resume_from_checkpoint is {args.resume_from_checkpoint!r}; write true, or auto")
-    if method in UNTRAINED_METHODS and resume != "auto":
-        raise UserError(f"method {method} is not trained, there is nothing to resume; drop --resume_from_checkpoint")
-    _check_owner(folder, there, method, is_ours)
-    if method in UNTRAINED_METHODS:
-        return None
-    last = _last_whole_checkpoint(folder, args, console)
-    if last is None and resume != "auto":
-        hint = "; those of save_only_model hold no optimizer" if args.save_only_model else ""
+    if not resume and there:
         raise UserError(
-            f"there is no checkpoint to resume from in {str(folder)!r}{hint}; drop --resume_from_checkpoint"
+            f"output_dir {str(folder)!r} holds another run; name another folder, or resume it: "
+            "--resume_from_checkpoint true"
         )
+    if resume not in ("", "auto", "true", "1"):
+        raise UserError(f"resume_from_checkpoint is {args.resume_from_checkpoint!r}; write true, or auto")
+    _check_owner(folder, there, method, is_ours)
+    last = _last_whole_checkpoint(folder, console) if resume and method not in UNTRAINED_METHODS else None
+    if last is None and resume not in ("", "auto"):
+        raise UserError(f"there is no checkpoint to resume from in {str(folder)!r}; drop --resume_from_checkpoint")
     return last
 
 
 def _check_owner(folder: Path, there: list[str], method: str, is_ours: bool) -> None:
     """Refuse to write over what no run, or one of another method, has left in the folder."""
-    checkpoints = [name for name in there if name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")]
+    has_checkpoints = any(name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") for name in there)
     strangers = [name for name in there if name != files.LOG]  # which a study writes before its run begins
     record = folder / files.TRAINING
-    if strangers and not (is_ours or checkpoints or record.is_file()):
+    if strangers and not (is_ours or has_checkpoints or record.is_file()):
         raise UserError(
-            f"output_dir {str(folder)!r} holds files that are not from a run ({', '.join(strangers[:3])}"
-            f"{', ...' if len(strangers) > 3 else ''}); name another folder"
+            f"output_dir {str(folder)!r} holds files that are not from a run ({', '.join(strangers[:3])}); name "
+            "another folder"
         )
-    if checkpoints and method in UNTRAINED_METHODS:
-        raise UserError(f"output_dir {str(folder)!r} holds the checkpoints of another method; name another folder")
     other = files.read_json(record)["summary"]["method"] if record.is_file() else method
-    if other != method:
-        raise UserError(f"output_dir {str(folder)!r} holds a run of method {other}, not {method}; name another folder")
+    if other != method or (has_checkpoints and method in UNTRAINED_METHODS):
+        raise UserError(f"output_dir {str(folder)!r} holds a run of another method, not {method}; name another folder")
 
 
-def _last_whole_checkpoint(folder: Path, args: SFTConfig, console: Console) -> str | None:
+def _last_whole_checkpoint(folder: Path, console: Console) -> str | None:
     """The newest checkpoint that can be resumed exactly; damaged ones, as a kill leaves them, are renamed."""
     for path in reversed(checkpoints_in(folder)):
         problem = damage(path)
-        if problem:
-            rename_damaged(path, problem, console)
+        best = path if problem else best_beside(path) or path
+        if best != path and (of_best := damage(best)):
+            problem = f"{best.name}, the best until then: {of_best}"
+        if problem is not None:
+            _rename_damaged(path, problem, console)
             continue
-        _check_processes(path, args)
-        if _has_optimizer(path):
+        if any(any(path.glob(pattern)) for pattern in _OPTIMIZER_FILES):  # none with save_only_model
             return str(path)
     return None
 
@@ -128,7 +114,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def rename_damaged(checkpoint: Path, problem: str, console: Console) -> None:
+def _rename_damaged(checkpoint: Path, problem: str, console: Console) -> None:
     """Rename a damaged checkpoint, so that nothing takes it for a whole one, and say so."""
     target = checkpoint.with_name(checkpoint.name + DAMAGED)
     shutil.rmtree(target, ignore_errors=True)  # what was left of this step before
@@ -136,148 +122,37 @@ def rename_damaged(checkpoint: Path, problem: str, console: Console) -> None:
     console.print(f"{checkpoint.name} is damaged ({printable(problem)}); it is {target.name} now", highlight=False)
 
 
-def _has_optimizer(checkpoint: Path) -> bool:
-    return any(any(checkpoint.glob(pattern)) for pattern in _OPTIMIZER_FILES)
+def delete_oldest(newest: Path, best: str | None, limit: int | None) -> None:
+    """Keep at most ``limit`` checkpoints, of which the newest and the best; None or 0: all."""
+    kept = {newest.name, Path(best or newest).name}
+    others = [path for path in checkpoints_in(newest.parent) if path.name not in kept]
+    for path in others[: max(0, len(others) + len(kept) - limit)] if limit else ():
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _check_processes(checkpoint: Path, args: SFTConfig) -> None:
-    """Refuse a checkpoint of another number of processes: rows and noise would be others."""
-    count = read_manifest(checkpoint).num_processes
-    if count != args.world_size:
-        written_by = f"{count} processes" if count > 1 else "one process"
-        raise UserError(
-            f"{str(checkpoint)!r} was written by {written_by}, and this run has {args.world_size}; resume with as many"
-        )
-
-
-@dataclass
-class Checkpoints:
-    """The checkpoints of one run.
-
-    Attributes:
-        course: What a resumed run must have in common with this one.
-        limit: How many are kept besides the best one and the newest; None: all.
-        resume_from: The one that the run is resumed from.
-        best: The best one so far, as the resumed one names it, if it is whole.
-        sealing: The one that is being sealed beside the next steps: the disk is slow, and hashing needs no model.
-    """
-
-    course: Course
-    limit: int | None = None
-    resume_from: str | None = None
-    best: str | None = None
-    sealing: Future | None = None
-
-    @classmethod
-    def begin(cls, course: Course, args: TrainingArguments, resume_from: str | None, console: Console) -> Checkpoints:
-        """Those of a run that begins, or is resumed from ``resume_from``.
-
-        Raises:
-            UserError: If an option, the data or the base differs from what it began with.
-        """
-        if resume_from is None:
-            return cls(course, args.save_total_limit)
-
-        def look() -> str | None:
-            check_course(Path(resume_from), course)
-            return whole_best(Path(resume_from), console)
-
-        return cls(course, args.save_total_limit, resume_from, runtime.decided_by_main(look))
-
-    def tell_if_finished(self, max_steps: int, console: Console) -> None:
-        """Say so where the run was resumed from its last step."""
-        if self.resume_from and step_of(Path(self.resume_from)) >= max_steps:
-            console.print(f"already finished: all {max_steps} steps had been trained")
-
-    def seal(self, trainer: SFTTrainer, folder: Path) -> None:
-        """Begin to make a checkpoint that was written one that is whole, and then to delete those that are not kept.
-
-        The one before must be finished.
-        """
-        trainer.accelerator.wait_for_everyone()  # all processes write to it
-        if not runtime.is_main():
-            return
-        step, best = trainer.state.global_step, trainer.state.best_model_checkpoint
-
-        def work() -> None:
-            with written_whole(folder, files.MANIFEST, 2**20):
-                seal(folder, step, trainer.args.world_size, self.course)
-                self._rotate(folder, best)
-
-        pool = ThreadPoolExecutor(1)
-        self.sealing = pool.submit(work)
-        pool.shutdown(wait=False)
-        if trainer.control.should_training_stop:  # there is no step to do it beside
-            self.finish()
-
-    def __enter__(self) -> Checkpoints:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Wait for the newest also where training failed: nothing writes to the folder after the run let go of it."""
-        with nullcontext() if error is None else suppress(UserError):
-            self.finish()
-
-    def finish(self) -> None:
-        """Wait until the newest checkpoint is whole.
-
-        Raises:
-            UserError: If the disk did not take it.
-        """
-        sealing, self.sealing = self.sealing, None
-        if sealing is not None:
-            sealing.result()
-
-    def _rotate(self, newest: Path, best: str | None) -> None:
-        """Delete the oldest; never the newest, nor the best."""
-        if not self.limit or self.limit < 1:
-            return
-        kept = {newest.name, Path(best or newest).name}
-        others = [path for path in checkpoints_in(newest.parent) if path.name not in kept]
-        for path in others[: max(0, len(others) + len(kept) - self.limit)]:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def whole_best(checkpoint: Path, console: Console) -> str | None:
-    """The best checkpoint that ``checkpoint`` names, beside it; None, and a line, where it is damaged."""
-    state = files.read_json(checkpoint / TRAINER_STATE)
-    if not state.get("best_model_checkpoint"):
-        return None
-    best = checkpoint.parent / Path(state["best_model_checkpoint"]).name
-    problem = damage(best) if best.is_dir() else "it is missing"
-    if problem is None:
-        return str(best)
-    lost = lost_best(state["best_model_checkpoint"], state["best_metric"], problem)
-    console.print(f"{lost}: from here on, the best of the later ones is kept", highlight=False)
-    if best.is_dir():
-        rename_damaged(best, problem, console)
-    return None
-
-
-def lost_best(checkpoint: str, metric: float | None, problem: str) -> str:
-    """What to say of a best checkpoint that cannot be loaded."""
-    value = "" if metric is None else f", {metric:.4f}"
-    return f"the best checkpoint (step {step_of(Path(checkpoint))}{value}) is damaged: {problem}"
+def best_beside(checkpoint: Path) -> Path | None:
+    """The best checkpoint that ``checkpoint`` names, in the folder where both are now."""
+    name = files.read_json(checkpoint / TRAINER_STATE).get("best_model_checkpoint")
+    return checkpoint.parent / Path(name).name if name else None
 
 
 @contextmanager
-def written_whole(folder: Path, file: str, num_bytes: int) -> Iterator[None]:
-    """Write a file of the checkpoint ``folder`` inside; where the disk does not take it, the checkpoint is removed.
+def written_whole(checkpoint: Path) -> Iterator[None]:
+    """Write a checkpoint inside; where the disk does not take it, it is removed.
 
     Raises:
-        UserError: One line with the file, the bytes that it needs and those that are free.
+        UserError: One line with the bytes that are free.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _WRITE_ERRORS):
             raise
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        free = files.size(shutil.disk_usage(checkpoint.parent).free)
         raise UserError(
-            f"{folder / file} cannot be written ({first_line(error)}): it needs {files.size(num_bytes)}, and "
-            f"{files.size(shutil.disk_usage(folder.parent).free)} are free; make room, or raise ulimit -f, then resume "
-            "with --resume_from_checkpoint true"
+            f"{checkpoint} cannot be written ({first_line(error)}): {free} are free; make room, or raise ulimit -f, "
+            "then resume with --resume_from_checkpoint true"
         ) from error
 
 
@@ -295,21 +170,9 @@ def save_final(
     config = getattr(model, "peft_config", {}).get(ADAPTER)
     if isinstance(config, MaskConfig):
         config.recipe = recipe
-    with agreed_masks(model):
-        state = trainable_state(model) if trainer is not None and trainer.is_fsdp_enabled else None
-        if runtime.is_main():
-            model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
-
-
-@contextmanager
-def agreed_masks(model):
-    """Save inside: the masks of all processes must be the same, and the saved ones must be theirs."""
-    agreed = agreed_mask_fingerprint(model) if runtime.num_processes() > 1 else None
-    yield
-    if agreed is not None and runtime.is_main():
-        saved = model.peft_config[ADAPTER].mask_sha256
-        if saved != agreed:
-            raise RuntimeError(f"the saved masks ({saved[:12]}) are not those trained with ({agreed[:12]})")
+    state = trainable_state(model) if trainer is not None and trainer.is_fsdp_enabled else None
+    if runtime.is_main():
+        model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
 
 
 def trainable_state(model) -> dict[str, Any]:
@@ -321,16 +184,3 @@ def trainable_state(model) -> dict[str, Any]:
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=hasattr(model, "peft_config")
     )
     return get_model_state_dict(model, options=options)
-
-
-def agreed_mask_fingerprint(model) -> str | None:
-    """The sha256 of the masks, equal in every process, or None without a mask; all processes must call it.
-
-    Raises:
-        UserError: In every process, if the masks differ.
-    """
-    if not isinstance(getattr(model, "peft_config", {}).get(ADAPTER), MaskConfig):
-        return None
-    fingerprint = current_mask_fingerprint(model, ADAPTER)
-    runtime.check_same({"sha256": fingerprint}, "masks")
-    return fingerprint

@@ -63,9 +63,7 @@ def make_fixed_mask(
     removed, numel = sum(mask_info(code)["num_removed"] for code in coded), sum(weight.numel() for weight in weights)
     console.print(f"{method.method}: removes {removed:,} of {numel:,} target weights")
     if method.num_candidates > 1:
-        tied = sum(other == loss for other, _, _ in candidates)
-        among = f", as low as that of {tied - 1} others" if tied > 1 else ""
-        console.print(f"best of {method.num_candidates} by held-out loss: seed {seed}, {loss:.4f}{among}")
+        console.print(f"best of {method.num_candidates} by held-out loss: seed {seed}, {loss:.4f}")
     return masked, TrainingSummary(
         method=method.method,
         best_loss=loss,

@@ -75,19 +75,20 @@ class RemovedStayZero(TrainerCallback):
         for name, weight in weights.items():
             removed = ~self._masks[name]
             removed = rows_of(removed, weight) if is_sharded(weight) else removed
-            self._removed.append((weight, removed.to(_local(weight).device)))
+            self._removed.append((weight, removed.to(local_part(weight).device)))
 
     def clear_gradients(self) -> None:
         """Zero the gradients of removed weights: they are not to count in the norm that the others are clipped by."""
         for weight, removed in self._removed:
             if weight.grad is not None:
-                _local(weight.grad).masked_fill_(removed, 0.0)
+                local_part(weight.grad).masked_fill_(removed, 0.0)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """Zero what the optimizer has moved, as weight decay and moments of a resumed run may."""
         for weight, removed in self._removed:
-            _local(weight).masked_fill_(removed, 0.0)
+            local_part(weight).masked_fill_(removed, 0.0)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be spread over processes."""
     return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()

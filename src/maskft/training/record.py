@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ConfigDict
 
@@ -12,6 +12,7 @@ from maskft_base.files import FileModel, read_json, read_model
 
 from ..data.mixtures import hub_ids
 from ..data.prepared import Prepared
+from ..loss import mean_nll
 from ..tuner import adapter_layers
 from .arguments import TrainConfig
 from .checkpoints import step_of
@@ -44,11 +45,9 @@ class TrainingSummary(FileModel):
 
     Attributes:
         method: The method.
-        objective: What was trained for.
         start_loss: Held-out loss in nats per token before the first step; of a mask: without it.
         best_loss: Held-out loss of the best checkpoint, of a mask at the sparsity it was trained with.
         best_step: The step it was saved at.
-        averaged_steps: Of runs of earlier versions: checkpoints whose mean the best is.
         end_loss: Held-out loss at the last measurement.
         num_steps: Optimizer steps.
         num_epochs: Passes over the training rows.
@@ -63,11 +62,9 @@ class TrainingSummary(FileModel):
     model_config = ConfigDict(allow_inf_nan=True)  # a diverged run is recorded as well
 
     method: str
-    objective: Literal["sft"] = "sft"
     start_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
-    averaged_steps: list[int] = []
     end_loss: float | None = None
     num_steps: int = 0
     num_epochs: float = 0.0
@@ -138,17 +135,15 @@ def make_record(
 def summarise(trainer: MaskTrainer, method: str, seconds: float) -> TrainingSummary:
     """Sum up a run of ``method`` that has ended, after ``seconds``."""
     state, model = trainer.state, trainer.model
-    without_mask = trainer.reference.loss if trainer.reference else None
+    without_mask = trainer.reference.losses if trainer.reference else None
     losses = {row["step"]: row["eval_loss"] for row in state.log_history if "eval_loss" in row}
     best_step = next(reversed(losses), None)
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
         best_step = step_of(Path(state.best_model_checkpoint))
-    if trainer.lost_best is not None:
-        best_step = state.global_step  # its state is the one that is kept
     layers = adapter_layers(model, ADAPTER) if method in MASK_METHODS else {}
     return TrainingSummary(
         method=method,
-        start_loss=without_mask if without_mask is not None else next(iter(losses.values()), None),
+        start_loss=mean_nll(without_mask) if without_mask else next(iter(losses.values()), None),
         best_loss=losses.get(best_step),
         best_step=best_step,
         end_loss=next(reversed(losses.values()), None),

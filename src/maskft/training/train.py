@@ -19,24 +19,22 @@ from ..tuner import MaskConfig
 from ..tuner.card import write_card
 from .arguments import TrainConfig, with_accumulation
 from .build import build_model, load_base, load_data, load_tokenizer_of, start_on_data
-from .checkpoints import Checkpoints, held_output, save_final
+from .checkpoints import held_output, save_final, step_of
 from .checks import check_config, check_processes
 from .describe import describe, report
 from .fixed_masks import make_fixed_mask
 from .interpolation import interpolate
-from .manifest import course_of
 from .method_arguments import ADAPTER, FIXED_MASK_METHODS, INTERPOLATE, PEFT
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
 from .trainer import MaskTrainer
 from .verdict import HeldoutLosses, never_worse
 
 
-def train(config: TrainConfig, splits: tuple | None = None, console: Console | None = None) -> TrainingSummary | None:
+def train(config: TrainConfig, console: Console | None = None) -> TrainingSummary | None:
     """Train (or, for fixed masks, make) what ``config`` describes and save the best of it to its output folder.
 
     Args:
         config: What to train, on what, and how.
-        splits: Already loaded ``(train, heldout)`` datasets.
         console: Where to print; default stderr.
 
     Returns:
@@ -48,19 +46,19 @@ def train(config: TrainConfig, splits: tuple | None = None, console: Console | N
     console = console or Console(stderr=True, quiet=not runtime.is_main())
     check_config(config)
     if config.data.prepare_only:
-        load_data(config.data, config.training, load_tokenizer_of(config.model, config.training), splits, console)
+        load_data(config.data, config.training, load_tokenizer_of(config.model, config.training), console)
         return None
     with held_output(config.training, config.method.method, console) as resume_from:
         config = dataclasses.replace(config, training=with_accumulation(config.training))
-        return run(config, splits, resume_from, console)
+        return run(config, resume_from, console)
 
 
-def run(config: TrainConfig, splits: tuple | None, resume_from: str | None, console: Console) -> TrainingSummary:
+def run(config: TrainConfig, resume_from: str | None, console: Console) -> TrainingSummary:
     """Do what :func:`train` says, in an output folder that no other run writes to."""
     # setup
     method, training = config.method, config.training
     tokenizer = load_tokenizer_of(config.model, training)
-    data = load_data(config.data, training, tokenizer, splits, console)
+    data = load_data(config.data, training, tokenizer, console)
     model = load_base(config.model, tokenizer, method.method)
     # build and fit
     trainer = failure = None
@@ -70,15 +68,15 @@ def run(config: TrainConfig, splits: tuple | None, resume_from: str | None, cons
         measure = heldout_loss(model.to(training.device), tokenizer, config)
         summary = interpolate(model, str(method.before_model), data, measure, console)
     else:
-        checkpoints = Checkpoints.begin(course_of(config, data), training, resume_from, console)
         model = build_model(model, method, config.model, config.mask, training.seed)
         if method.method == "mask" and resume_from is None:
             start_on_data(model, data.train, method.num_calibration_samples, training.device)
         describe(model, tokenizer, data, config, console)
-        trainer, summary, failure = fit(model, tokenizer, data, config, checkpoints, console)
+        trainer, summary, failure = fit(model, tokenizer, data, config, resume_from, console)
     # judge and save
     measure = heldout_loss(model, tokenizer, config) if trainer is None else trainer.heldout_loss()
-    losses, verdict = never_worse(model, data, config, measure)
+    parent = trainer.reference.losses if trainer is not None and trainer.reference is not None else None
+    losses, verdict = never_worse(model, data, config, measure, parent)
     if method.method == PEFT and method.start_mask is not None:
         model = model.merge_and_unload()  # over the base as it is, the adapter would be another model
     record = make_record(config, summary, data, verdict)
@@ -88,7 +86,7 @@ def run(config: TrainConfig, splits: tuple | None, resume_from: str | None, cons
 
 
 def fit(
-    model, tokenizer, data: Prepared, config: TrainConfig, checkpoints: Checkpoints, console: Console
+    model, tokenizer, data: Prepared, config: TrainConfig, resume_from: str | None, console: Console
 ) -> tuple[MaskTrainer, TrainingSummary, str | None]:
     """Train what requires a gradient of ``model``, from a checkpoint where the run is resumed, and keep the best.
 
@@ -96,18 +94,19 @@ def fit(
         The trainer, what was done, and why training stopped too early, if it did.
 
     Raises:
-        UserError: If processes hold different things, or the loss is not finite before there is a checkpoint.
+        UserError: If processes hold different things, a resumed run differs from what it began with, or the loss is
+            not finite before there is a checkpoint.
     """
     check_processes(model, data.train, data.heldout)
     if config.training.device.type == "cpu":
         runtime.keep_freed_memory()
-    trainer = MaskTrainer(model, tokenizer, data, config, checkpoints, console)
+    trainer = MaskTrainer(model, tokenizer, data, config, resume_from, console)
     started, failure = time.perf_counter(), None
     try:
-        with closing(trainer.progress), trainer.guard.stop, checkpoints:
-            trainer.train(resume_from_checkpoint=checkpoints.resume_from)
-        checkpoints.tell_if_finished(trainer.state.max_steps, console)
-        failure = trainer.lost_best
+        with closing(trainer.progress), trainer.guard.stop:
+            trainer.train(resume_from_checkpoint=resume_from)
+        if resume_from is not None and step_of(Path(resume_from)) >= trainer.state.max_steps:
+            console.print(f"already finished: all {trainer.state.max_steps} steps had been trained")
     except NotFiniteError as error:
         failure = trainer.back_to_best(error)
     return trainer, summarise(trainer, config.method.method, time.perf_counter() - started), failure

@@ -1,14 +1,11 @@
-"""TRL's SFT trainer with what a mask needs: checks at every step, and processes that agree on what they save."""
+"""TRL's SFT trainer with what a mask needs: checks at every step, and checkpoints that are whole."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from accelerate.utils import save_fsdp_model
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
@@ -20,17 +17,15 @@ from maskft_base.errors import NotFiniteError, UserError
 
 from ..adapter.mask_set import MaskSet
 from ..data.prepared import Prepared
-from ..loss import HeldoutLoss, mean_nll
-from ..tuner import MaskConfig, MaskProgress, set_mask_progress
-from ..tuner.card import hub_name
+from ..loss import HeldoutLoss, RowLoss, mean_nll
+from ..tuner import MaskProgress, set_mask_progress
 from .arguments import TrainConfig, trainer_arguments
 from .callbacks import KeepLast, Reference, StepGuard
-from .checkpoints import Checkpoints, agreed_masks, lost_best, step_of, trainable_state, written_whole
+from .checkpoints import best_beside, delete_oldest, step_of, trainable_state, written_whole
 from .kl import KLToBase
 from .launch import let_cpu_shard
-from .manifest import damage
+from .manifest import check_course, course_of, seal
 from .masked_start import RemovedStayZero
-from .method_arguments import ADAPTER
 from .progress import TrainingProgress
 
 
@@ -42,19 +37,21 @@ class MaskTrainer(SFTTrainer):
         tokenizer: Its tokenizer.
         data: Tokenised rows.
         config: The run.
-        checkpoints: Those of the run.
+        resume_from: The checkpoint that the run is resumed from; None: it begins.
         console: Where progress is shown.
 
-    Attributes:
-        lost_best: Why the best checkpoint could not be loaded; None: it could, or was not to be.
+    Raises:
+        UserError: If an option, the data or the base differs from what the resumed run began with.
     """
 
     def __init__(
-        self, model, tokenizer, data: Prepared, config: TrainConfig, checkpoints: Checkpoints, console: Console
+        self, model, tokenizer, data: Prepared, config: TrainConfig, resume_from: str | None, console: Console
     ):
         method, training = config.method, config.training
-        self.checkpoints = checkpoints
-        self.lost_best: str | None = None
+        self._course, self._resume_from = course_of(config, data), resume_from
+        if resume_from is not None:
+            runtime.decided_by_main(lambda: check_course(Path(resume_from), self._course))
+        self._save_total_limit = training.save_total_limit
         self._kl = KLToBase(model, training.kl_to_base) if training.kl_to_base else None
         self._heldout = data.heldout.select_columns(["input_ids", "labels"])
         self._window = (time.perf_counter(), 0)  # when the last line of the log was written, and tokens by then
@@ -65,7 +62,7 @@ class MaskTrainer(SFTTrainer):
         callbacks = (MaskProgress(), self.guard, self.stay_zero, self.progress, last, self.reference)
         super().__init__(
             model=model,
-            args=trainer_arguments(training, checkpoints.resume_from is not None),
+            args=trainer_arguments(training, resume_from is not None),
             processing_class=tokenizer,
             train_dataset=data.train.select_columns(["input_ids", "labels"]),
             eval_dataset=self._heldout,
@@ -80,9 +77,7 @@ class MaskTrainer(SFTTrainer):
         super().create_accelerator_and_postprocess()
 
     def _send_telemetry(self) -> None:
-        """Send TRL's report on the machine only where the user asks for it."""
-        if os.environ.get("HF_HUB_DISABLE_TELEMETRY") == "0":
-            super()._send_telemetry()
+        """Nothing of TRL's report on the machine."""
 
     def _clip_grad_norm(self, model):
         if self.stay_zero is not None:
@@ -112,13 +107,13 @@ class MaskTrainer(SFTTrainer):
         size = self.args.per_device_eval_batch_size
         return HeldoutLoss(whole, size, pad_token_id, self.compute_loss_context_manager)
 
-    def measure_heldout(self) -> float:
-        """Nats per token over all held-out rows, under the model as it is."""
-        return mean_nll(self.heldout_loss()(self._heldout))
+    def measure_heldout(self) -> list[RowLoss]:
+        """Losses of all held-out rows, under the model as it is."""
+        return self.heldout_loss()(self._heldout)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """Measure the held-out rows, one by one; TRL's loss would depend on which rows share a batch."""
-        loss = self.measure_heldout()
+        loss = mean_nll(self.measure_heldout())
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_num_tokens": int(self._total_train_tokens)}
         return EvalLoopOutput(None, None, metrics, len(self._heldout))
 
@@ -129,34 +124,29 @@ class MaskTrainer(SFTTrainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from, trial):
-        done = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from, trial)
-        if resume_from is not None:
-            self.state.best_model_checkpoint = self.checkpoints.best  # where the folder is now
-            if self.checkpoints.best is None:
-                self.state.best_metric = self.state.best_global_step = None
-        return done
-
-    def resume_log(self) -> None:
-        """Resume the counts of the log: TRL counts tokens from zero, transformers the loss since its last line."""
+    def resume_counts(self) -> None:
+        """Resume what the log counts: TRL counts tokens from zero, transformers the loss since its last line."""
         self._total_train_tokens = self.state.num_input_tokens_seen
         self._window = (time.perf_counter(), self.state.num_input_tokens_seen)
-        checkpoint = self.checkpoints.resume_from
-        if checkpoint is not None and (Path(checkpoint) / files.LOGGED).is_file():
-            kept = files.read_json(Path(checkpoint) / files.LOGGED)
+        if self._resume_from is not None:
+            best = best_beside(Path(self._resume_from))
+            self.state.best_model_checkpoint = str(best) if best else None  # where the folder is now
+            kept = files.read_json(Path(self._resume_from) / files.LOGGED)
             self._tr_loss.fill_(kept["loss"])
             self._globalstep_last_logged = kept["step"]
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Write a checkpoint whole; its manifest, which is written last, says that it is."""
+        """Write a checkpoint whole; its manifest, which is written last, says that it is; then delete the oldest."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        self.checkpoints.finish()  # which deletes what is not kept, and must not see this one
         if self.args.should_save:
             (folder / files.MANIFEST).unlink(missing_ok=True)  # of one of the same step, which is written over
-        with written_whole(folder, "its state", 2**20):
+        with written_whole(folder):
             super()._save_checkpoint(model, trial)
             self._save_loss_since_log(folder)
-            self.checkpoints.seal(self, folder)
+            self.accelerator.wait_for_everyone()  # all processes write to it
+            if runtime.is_main():
+                seal(folder, self._course)
+                delete_oldest(folder, self.state.best_model_checkpoint, self._save_total_limit)
 
     def save_start(self) -> None:
         """Save a checkpoint before the first step."""
@@ -170,46 +160,30 @@ class MaskTrainer(SFTTrainer):
             files.write_text(folder / files.LOGGED, json.dumps(content) + "\n")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save weights or adapter; the masks of all processes must be the same, and the saved ones must be theirs."""
-        is_adapter = hasattr(self.model, "peft_config")
-        name = files.ADAPTER_WEIGHTS if is_adapter else "model.safetensors"
-        num_bytes = _num_bytes(p for p in self.model.parameters() if p.requires_grad or not is_adapter)
-        with agreed_masks(self.model), written_whole(Path(output_dir or self.args.output_dir), name, num_bytes):
-            if self.is_fsdp_enabled:
-                self._save(output_dir, state_dict=trainable_state(self.model))
-            else:
-                super().save_model(output_dir, _internal_call)
+        """Save weights or adapter; under FSDP without the frozen weights of an adapter's base."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=trainable_state(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        moments = (value for state in self.optimizer.state.values() for value in state.values())
-        name = "optimizer.bin" if self.is_fsdp_enabled else "optimizer.pt"
-        with written_whole(Path(output_dir), name, _num_bytes(m for m in moments if torch.is_tensor(m))):
-            if self.is_fsdp_enabled and not self.optimizer.state:
-                # Before the first step torch would take a step of nothing to have a state to save, and count it.
-                plugin = self.accelerator.state.fsdp_plugin
-                save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
-            else:
-                super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_fsdp_enabled and not self.optimizer.state:
+            # Before the first step torch would take a step of nothing to have a state to save, and count it.
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_best_model(self) -> None:
-        self.checkpoints.finish()
-        self.accelerator.wait_for_everyone()  # the main process may still be writing it
-        best = self.state.best_model_checkpoint
-        problem = runtime.decided_by_main(lambda: damage(Path(best), weights_only=True))
-        if problem is not None:
-            lost = lost_best(best, self.state.best_metric, problem)
-            self.lost_best = f"{lost}; the last state (step {self.state.global_step})"
-            self.state.best_model_checkpoint = None
-            return
         super()._load_best_model()
-        step = step_of(Path(best))
+        step = step_of(Path(self.state.best_model_checkpoint))
         set_mask_progress(self.model, step / self.state.max_steps)  # the mask is that of the best step
 
     def back_to_best(self, error: NotFiniteError) -> str:
         """Load the best checkpoint after a step that could not be taken; returns why it could not, and what there is.
 
         Raises:
-            UserError: If there is no checkpoint yet, or it is damaged.
+            UserError: If there is no checkpoint yet.
         """
         reason = (
             f"{error} at step {self.state.global_step + 1}: stopped before the update was applied; lower learning_rate "
@@ -218,15 +192,10 @@ class MaskTrainer(SFTTrainer):
         if self.state.best_model_checkpoint is None:
             raise UserError(f"{reason}; there was no checkpoint yet") from None
         self._load_best_model()
-        if self.lost_best is not None:
-            raise UserError(f"{reason}; {self.lost_best}") from None
         return f"{reason}; the best so far (step {step_of(Path(self.state.best_model_checkpoint))})"
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Not TRL's of a mask, whose lines do not load it (maskft.tuner.card), nor of a base that is on no hub."""
-        is_mask = isinstance(getattr(self.model, "peft_config", {}).get(ADAPTER), MaskConfig)
-        if not is_mask and hub_name(self.model.config._name_or_path):
-            super().create_model_card(*args, **kwargs)
+        """Not TRL's, whose lines do not load a mask, nor a base that is on no hub."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add tokens/s, peak memory and mask metrics to what TRL logs."""
@@ -239,7 +208,3 @@ class MaskTrainer(SFTTrainer):
         elif "eval_loss" in logs and self.lr_scheduler is not None:
             logs["learning_rate"] = self._get_learning_rate()  # of the next step: a schedule may be continued from it
         super().log(logs, start_time)
-
-
-def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

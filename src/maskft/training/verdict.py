@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -46,17 +46,15 @@ class HeldoutLosses(FileModel):
         parent_nll: Loss without the adapter; None for full fine-tuning, which leaves no parent behind.
         clusters: ``cluster_id`` of each row: rows of one label (questions on one passage) depend on each other; None
             where they have none.
-        objective: What was trained for.
     """
 
-    model_config = ConfigDict(allow_inf_nan=True, extra="ignore")  # earlier versions told more
+    model_config = ConfigDict(allow_inf_nan=True)
 
     ids: list[str]
     num_tokens: list[int]
     nll: list[float]
     parent_nll: list[float] | None = None
     clusters: list[str] | None = None
-    objective: Literal["sft"] = "sft"
 
 
 class Verdict(FileModel):
@@ -69,10 +67,7 @@ class Verdict(FileModel):
         num_rows: Rows compared.
         is_better: Whether the whole interval is below 0.
         kept: Whether the mask was written; False: an adapter that removes nothing was.
-        objective: What was trained for.
     """
-
-    model_config = ConfigDict(extra="ignore")  # earlier versions told more
 
     difference: float | None
     ci_low: float | None
@@ -80,7 +75,6 @@ class Verdict(FileModel):
     num_rows: int
     is_better: bool
     kept: bool
-    objective: Literal["sft"] = "sft"
 
     def __str__(self) -> str:
         better = f"the mask is {'' if self.is_better else 'not '}better than no mask"
@@ -97,7 +91,7 @@ def read_heldout(folder: str | Path) -> HeldoutLosses:
 
 
 def never_worse(
-    model, data: Prepared, config: TrainConfig, measure: Measure
+    model, data: Prepared, config: TrainConfig, measure: Measure, parent: list[RowLoss] | None = None
 ) -> tuple[HeldoutLosses | None, Verdict | None]:
     """Compare what was trained with its parent on the held-out rows; a learned mask that is not better removes nothing.
 
@@ -106,6 +100,7 @@ def never_worse(
         data: The rows.
         config: The run.
         measure: Measures held-out rows under ``model``.
+        parent: Their losses without the adapter, where these are known.
 
     Returns:
         The losses, None where held-out rows are not measured; and the verdict, None of what is no mask, and of fewer
@@ -113,9 +108,9 @@ def never_worse(
     """
     if config.training.eval_strategy == "no":
         return None, None
-    clusters, ids, parent = clusters_of(data), row_ids(data.heldout), None
+    clusters, ids = clusters_of(data), row_ids(data.heldout)
     adapter = getattr(model, "peft_config", {}).get(ADAPTER)
-    if adapter is not None:
+    if adapter is not None and parent is None:
         with model.disable_adapter():
             parent = measure(data.heldout)
     found = measure(data.heldout)
