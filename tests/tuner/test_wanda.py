@@ -10,8 +10,9 @@ from maskft import MaskConfig, UserError
 from maskft.tuner.fixed import fixed_masks
 
 
-def test_removing_the_lowest_keys_is_wandas_mask():
-    model = get_peft_model(tiny.tiny_llama(), MaskConfig(target_modules=["gate_proj"], init_scores="wanda"))
+@pytest.mark.parametrize(("build", "target"), [(tiny.tiny_llama, "gate_proj"), (tiny.tiny_gpt2, "c_fc")])
+def test_removing_the_lowest_keys_is_wandas_mask(build, target):
+    model = get_peft_model(build(), MaskConfig(target_modules=[target], init_scores="wanda"))
     rows = [tiny.token_ids(1, 9, seed=seed)[0].tolist() for seed in range(3)]
     keys = maskft.wanda_keys(model.train(), rows)
     assert model.training
@@ -27,7 +28,9 @@ def test_removing_the_lowest_keys_is_wandas_mask():
             model(input_ids=torch.tensor([ids]))
     for name, layer in layers.items():
         norms = torch.cat([x[0] for x in seen[name]]).norm(dim=0)
-        (expected,) = fixed_masks("wanda_mask", [layer.weight], 0.3, input_norms=[norms[None]])
+        (expected,) = fixed_masks(
+            "wanda_mask", [layer.weight], 0.3, input_norms=[norms[:, None] if layer.is_transposed else norms[None]]
+        )
         rank = keys[layer.module_name]
         assert bool(
             (rank[~expected].max() <= rank[expected].min()) or (rank[~expected].median() < rank[expected].median())

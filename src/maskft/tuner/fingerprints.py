@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -107,9 +107,4 @@ def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 def mask_fingerprint(coded: dict[str, Tensor]) -> str:
     """sha256 over the names and mask checksums of all modules; equal for equal masks."""
-    return masks_fingerprint({name: mask_info(code, name)["sha256"] for name, code in coded.items()})
-
-
-def masks_fingerprint(sha256: Mapping[str, str]) -> str:
-    """What :func:`mask_fingerprint` gives, of the checksum of each mask."""
-    return digest("".join(f"{name}:{sha256[name]};" for name in sorted(sha256)))
+    return digest("".join(f"{name}:{mask_info(coded[name], name)['sha256']};" for name in sorted(coded)))

@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from maskft_base.errors import UserError
 
 from .adapter_file import ScoresOfSave
-from .codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, mask_sha256, weights_sha256
+from .codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, weights_sha256
 from .config import NO_TOKEN_INDICES, MaskConfig
-from .fingerprints import base_fingerprint, check_base, mask_fingerprint, masks_fingerprint
+from .fingerprints import base_fingerprint, check_base, mask_fingerprint
 from .layer import MaskedLinear
 from .removed_value import load_removed_values
 from .scores import Float32ParameterDict, check_scores, mask_from_scores, ranked_scores
@@ -291,15 +291,6 @@ def current_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, 
         raise UserError(f"the model has no mask adapter named {adapter_name!r}")
     config = next(iter(layers.values())).mask_configs[adapter_name]
     return {_module_name(name): mask for name, mask in _current_masks(layers, config, adapter_name, {}).items()}
-
-
-def current_mask_fingerprint(model: nn.Module, adapter_name: str = "default") -> str:
-    """What ``mask_sha256`` of an adapter saved now would be, without coding the masks."""
-    layers = adapter_layers(model, adapter_name)
-    # One mask in memory at a time.
-    return masks_fingerprint(
-        {_module_name(name): mask_sha256(layer.get_mask(adapter_name)) for name, layer in layers.items()}
-    )
 
 
 def _current_masks(
