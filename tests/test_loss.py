@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from maskft.loss import nll_per_item
+import tiny
+from maskft.loss import mean_nll, nll_per_item
 
 VOCABULARY = 49152
 
@@ -35,6 +36,14 @@ def test_a_large_vocabulary_costs_no_accuracy():
     for (nll, count), row in zip(found, ids, strict=True):
         expected = F.cross_entropy(model.logits_TV[3:11].double(), row[4:]).item()
         assert count == 8 and expected > 1e-4 and nll == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_loss_does_not_depend_on_which_rows_share_a_batch():
+    """Rows of one to four answer tokens: the mean of the batches' means would differ by far more."""
+    ids = tiny.token_ids(batch=16, length=12).tolist()
+    rows = [{"input_ids": row, "labels": [-100] * (8 + n % 4) + row[8 + n % 4 :]} for n, row in enumerate(ids)]
+    losses = [mean_nll(nll_per_item(tiny.tiny_llama(), rows, batch_size=size)) for size in (1, 3, 16)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,7 +1,6 @@
 """Learners of masks through ``maskft train``: resuming, the best step, starts on data, optimizers, mistakes."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -29,31 +28,6 @@ def settings_of(folder):
     return json.loads((folder / ADAPTER_CONFIG).read_text())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"mask_selection": "gumbel", "mask_init_value": 0.3, "mask_sharpness": 5.0, "mask_price": 0.1},
-        {"mask_sparsity": 0.4, "mask_sparsity_ramp": 0.9},
-    ],
-    ids=["gumbel", "ramp"],
-)
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(options, train, tmp_path):
-    folders = tmp_path / "whole", tmp_path / "parts"
-    options |= {"save_total_limit": 5, "metric_for_best_model": "eval_loss", "keep_last": True}
-    for folder in folders:
-        status, err = train(output_dir=folder, **options)
-        assert status == 0, err
-    for path in folders[1].iterdir():
-        if path.name != "checkpoint-2":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    status, err = train(output_dir=folders[1], resume_from_checkpoint="true", **options)
-    assert status == 0, err
-    whole, parts = (MaskSet.from_adapter(folder / "last") for folder in folders)
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[n], parts[n]) for n in whole)
-    losses = [json.loads((folder / TRAINING).read_text())["summary"]["end_loss"] for folder in folders]
-    assert losses[0] == losses[1]
-
-
 def test_the_saved_mask_is_that_of_the_best_step_on_a_ramp(train, tmp_path):
     status, err = train(mask_sparsity=0.45, mask_sparsity_ramp=1.0, learning_rate=0.0)
     assert status == 0 and "reached after 100% of training" in " ".join(err.split())
@@ -62,12 +36,6 @@ def test_the_saved_mask_is_that_of_the_best_step_on_a_ramp(train, tmp_path):
     verify(tmp_path / "out")
     removed = MaskSet.from_adapter(tmp_path / "out").sparsity
     assert removed == pytest.approx(0.45 * (1 - (1 - step / 4) ** 3), abs=1e-3)
-
-
-def test_a_fixed_mask_has_no_ramp(train, tmp_path):
-    status, err = train(method="random_mask", mask_sparsity=0.3, mask_sparsity_ramp=0.5)
-    assert status == 0, err
-    verify(tmp_path / "out")
 
 
 def test_scores_start_in_an_order_taken_from_training_rows(train, base, tmp_path):
@@ -87,21 +55,6 @@ def test_the_preset_of_deletion_tuning_trains_and_options_beside_it_win(train, t
     assert "preset deletion_tuning, but {'sharpness_end': 50.0}" in err
     masks = MaskSet.from_adapter(tmp_path / "out")
     assert all(name.endswith("gate_proj") for name in masks) and len(masks) == 3
-
-
-def test_scores_train_with_sgd_and_momentum(train, tmp_path, monkeypatch):
-    steps, step = [], torch.optim.SGD.step
-
-    def spy(self, *args, **kwargs):
-        steps.append(self.param_groups[0]["momentum"])
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", spy)
-    status, err = train(optim="sgd", optim_args="momentum=0.9", learning_rate=10.0, logging_steps=1)
-    assert status == 0, err
-    assert steps == [0.9] * 4
-    history = json.loads((tmp_path / "out" / TRAINING).read_text())["summary"]["history"]
-    assert max(row.get("mask_flips_per_step", 0) for row in history) > 0
 
 
 def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path, capsys):

@@ -17,15 +17,18 @@ from maskft.loss import nll_per_item
 from maskft.training.record import read_record
 from maskft.training.verdict import HeldoutLosses, clusters_of, paired_interval, read_heldout
 from maskft_base.errors import UserError
-from maskft_base.files import HELDOUT
+from maskft_lab.cli.main import main
 from maskft_lab.results.statistics import Bootstrap, as_block
 
 
-@pytest.fixture
-def fine_tuned(call, tmp_path):
+@pytest.fixture(scope="module")
+def fine_tuned(base, data, tmp_path_factory):
     """A model that nine weights of ten cannot be taken from without loss."""
-    assert call("tuned", method="full", max_steps=40, learning_rate=1e-2, eval_steps=20, save_steps=20)[0] == 0
-    return tmp_path / "tuned"
+    out = tmp_path_factory.mktemp("tuned") / "tuned"
+    words = {"method": "full", "model_name_or_path": base, "dataset_name": data, "output_dir": out, "max_steps": 40}
+    words |= {"learning_rate": 1e-2, "eval_split_size": 16, "per_device_train_batch_size": 4, "bf16": False}
+    assert main(["train", *(str(word) for key, value in words.items() for word in (f"--{key}", value))]) == 0
+    return out
 
 
 def losses_of(base, data, adapter=None):
@@ -113,12 +116,6 @@ def test_settings_of_the_learner_do_not_stay_in_an_adapter_that_removes_nothing(
         assert call(name, model_name_or_path=fine_tuned, **changes)[0] == 0
         assert MaskSet.from_adapter(tmp_path / name).num_removed == 0 and verify(tmp_path / name, str(fine_tuned))
         assert losses_of(fine_tuned, data, tmp_path / name) == losses_of(fine_tuned, data)
-
-
-def test_without_evaluation_nothing_is_compared(call, tmp_path):
-    assert call(eval_strategy="no")[0] == 0
-    assert read_record(tmp_path / "out").verdict is None and not (tmp_path / "out" / HELDOUT).exists()
-    assert MaskSet.from_adapter(tmp_path / "out").num_removed > 0
 
 
 # The interval

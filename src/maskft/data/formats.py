@@ -54,7 +54,7 @@ def to_examples(
             if not isinstance(row, Mapping):
                 raise UserError(f"holds {_kind(row)}, not an object")
             if not first:
-                columns = _recognised_columns(row, known, changed=formats is not None)
+                columns = _recognised_columns(row, known)
             example = known[columns](row, as_chat, *columns)
             if as_messages and isinstance(example.get("prompt"), list):
                 example["messages"] = example.pop("prompt") + example.pop("completion")
@@ -97,13 +97,11 @@ def _chunk(examples: list[dict], first: dict) -> Dataset:
     return Dataset.from_dict({column: [e.get(column) for e in examples] for column in features}, Features(features))
 
 
-def _recognised_columns(row: Row, formats: Formats, changed: bool) -> tuple[str, ...]:
+def _recognised_columns(row: Row, formats: Formats) -> tuple[str, ...]:
     for columns in formats:
         if all(column in row for column in columns):
             return columns
     found, expected = ", ".join(map(repr, row)) or "none", " | ".join(" + ".join(columns) for columns in formats)
-    if changed:
-        raise UserError(f"the columns have changed: expected {expected}, found {found}; convert the rows to messages")
     raise UserError(f"no usable column among {found}; rename them to one of: {expected}")
 
 
