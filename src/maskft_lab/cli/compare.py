@@ -16,9 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "results",
         nargs="*",
         metavar="RESULT",
-        help="result files of maskft evaluate or lm-eval's samples_*.jsonl, or folders of them; NAME=PATH names a "
-        "model; results of one name with different seeds count as training seeds of one method; one method alone is "
-        "shown without a comparison",
+        help="result files of maskft evaluate, or folders of them; NAME=PATH names a model; results of one name with "
+        "different seeds count as training seeds of one method; one method alone is shown without a comparison",
     )
     parser.add_argument("--baseline", metavar="NAME", help="name of the result to compare with (default: the first's)")
     parser.add_argument("--tasks", metavar="A,B", help="tasks to compare, separated by commas (default: all)")
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     from ..results.reading import input_files
 
     if not args.results:
-        raise UserError("no results to compare: give files of maskft evaluate or lm-eval")
+        raise UserError("no results to compare: give files of maskft evaluate")
     if args.output and Path(args.output).resolve() in input_files(args.results):
         raise UserError(f"--output {args.output} is one of the results and would replace it: name another file")
     text = _compared(args)

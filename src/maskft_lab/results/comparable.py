@@ -15,14 +15,13 @@ Paired = tuple[Sequence[Result], Sequence[Result]]  # the seeds of a method and 
 # Units that are guessed from the values where the metric names none: by luck, one model may have no value above 1.
 _GUESSED_UNITS = {"fraction", "score"}
 
-# What must be the same of a task: its key, what a message calls it, and what it is where it is not said.
-_ALIKE: tuple[tuple[str, str, Any], ...] = (
-    ("version", "task version", None),
-    ("num_fewshot", "num_fewshot (shots)", None),
-    ("chat_template_hash", "chat_template_hash (prompts)", None),
-    ("generation_kwargs", "generation_kwargs", None),
-    ("num_samples", "numbers of samples per item", 1),
-)
+# What must be the same of a task: its key, and what a message calls it.
+_ALIKE = {
+    "version": "task version",
+    "num_fewshot": "num_fewshot (shots)",
+    "chat_template_hash": "chat_template_hash (prompts)",
+    "generation_kwargs": "generation_kwargs",
+}
 # Packages whose version may change answers or scores; a task's own version does not tell.
 _DECIDING_PACKAGES = ("lm_eval", "transformers", "torch", "maskft")
 # Beginning of a task's name -> the packages that score it.
@@ -166,11 +165,9 @@ def check_comparable(results: Sequence[Result], tasks: Sequence[str]) -> None:
 
 
 def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
-    # What another harness does not say (null) shows in the prompts, and so does a template in answers from a file.
-    outside = a.get("outputs_from_file") or b.get("outputs_from_file")
-    for key, label, default in _ALIKE:
-        x, y = a.get(key, default), b.get(key, default)
-        if x != y and not (None in (x, y) and key != "chat_template_hash") and not (outside and key.startswith("chat")):
+    for key, label in _ALIKE.items():
+        x, y = a.get(key), b.get(key)
+        if x != y and (None not in (x, y) or key == "chat_template_hash"):  # the others may not be known
             yield f"different {label}, {x} and {y}"
     yield from _item_mismatches(a, b)
     for name in a["metrics"].keys() & b["metrics"].keys():

@@ -87,7 +87,7 @@ class MetricRecord(TypedDict):
 class TaskRecord(TypedDict):
     """One task: how it was asked, its metrics (the first is the main one) and every item."""
 
-    version: str | int | float | None  # null where another harness does not say
+    version: str | int | float | None
     num_fewshot: int | None
     items_fingerprint: str
     chat_template_hash: str | None
@@ -95,9 +95,7 @@ class TaskRecord(TypedDict):
     items: Annotated[list[Item], Field(min_length=1)]
     data_sha256: NotRequired[str]
     generation_kwargs: NotRequired[dict[str, Any] | None]
-    outputs_from_file: NotRequired[bool]  # answers that another program generated
     data_file: NotRequired[str]  # of rows of one's own: the test set's file, by which tables name it
-    num_samples: NotRequired[int]  # answers to each item, where there are several
 
 
 class EnvironmentRecord(TypedDict):
