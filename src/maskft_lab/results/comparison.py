@@ -60,8 +60,8 @@ class Difference:
 
     ``ci_low`` to ``ci_high`` is the simultaneous interval, the one that is shown: it holds together with those of the
     family, and holds zero exactly where the verdict claims nothing (``is_cut_at_zero``: its bound at zero is open).
-    ``unadjusted_low`` to ``unadjusted_high`` is that of this difference without the others; comparisons written before
-    there were simultaneous intervals have no other one, which is then ``ci_low`` to ``ci_high``, and null here.
+    ``unadjusted_low`` to ``unadjusted_high`` is that of this difference without the others; null in published
+    comparisons that have no other one than it, as ``ci_low`` to ``ci_high``.
 
     ``by_seed`` are the differences of seeds that are fixed: interval, p and verdict are then about these models and
     other items, and None says that they are about other seeds too. Items are won, lost and tied by their mean over the
@@ -164,19 +164,13 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Comparison:
-        """Return what `to_dict` gave, also before there were simultaneous intervals or verdicts.
+        """Return what `to_dict` gave.
 
         Raises:
+            UserError: If it is of another schema version.
             ValueError: If it is no comparison.
         """
-        rows = [_as_of_now(row) for row in record["differences"]]
-        return TypeAdapter(cls).validate_python({**record, "differences": rows, "schema_version": SCHEMA_VERSION})
-
-
-def _as_of_now(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a difference of schema version 1 with the names of today: its ``ci_low`` was the unadjusted bound."""
-    row = dict(record)
-    low, high = row.pop("simultaneous_low", None), row.pop("simultaneous_high", None)
-    if low is not None:
-        row |= {"unadjusted_low": row["ci_low"], "unadjusted_high": row["ci_high"], "ci_low": low, "ci_high": high}
-    return row
+        if record["schema_version"] != SCHEMA_VERSION:
+            found = f"a comparison has schema version {record['schema_version']}, this maskft reads {SCHEMA_VERSION}"
+            raise UserError(f"{found}: run maskft study again, which writes it anew and trains nothing")
+        return TypeAdapter(cls).validate_python(record)
