@@ -59,7 +59,7 @@ def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(study, tmp_
     content["path"]["choose"] = {"forgetting_at_most": 1.0e-3}
     content["methods"]["random"] = {"method": "random_mask", "match": "mask"}
     content["evaluation"]["before"] = {"text": content["evaluation"]["heldout"]}
-    content |= {"baseline": "base", "seeds": [0, 1], "tune_seeds": [0]}
+    content |= {"baseline": "base", "seeds": [0, 1], "tune_seeds": [0], "fixed_seeds": True}
     content["methods"]["mask"] |= {"eval_steps": 0.25, "save_steps": 0.25}  # more checkpoints than are kept elsewhere
     del content["methods"]["full"]
     out = tmp_path / "study"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,8 +12,8 @@ from matplotlib.axes import Axes
 from maskft_base.files import read_json
 
 from ..results.compare import compare
-from ..results.comparison import Comparison, Difference, Settings
-from ..results.schema import BEFORE
+from ..results.comparison import Settings
+from ..results.gains import gains_of
 from ..results.text import Table
 from .charts import COLOURS, Chart, Entry, Panel, plain
 from .evidence import CURVES, Evidence, NotComputed
@@ -27,39 +26,23 @@ _PALE = 0.35
 Ends = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Point:
-    """One model: means over seeds, after minus before.
-
-    Attributes:
-        method: Of which it is.
-        path: Points of one path are joined: the checkpoints of a run, the scales of a checkpoint.
-        label: Where on the path it lies.
-        gained: In ``units[0]`` of the picture, points or nats; above 0 is better.
-        forgotten: In ``units[1]``; below is better.
-        gained_ends: Simultaneous interval, of chosen points.
-        forgotten_ends: The same.
-        num_bytes: Size of what is stored of it, where that is known.
-        num_seeds: Over which the means are.
-        score: The measure itself, in its own unit.
-        rows: On which it was measured: ``held-out`` of a path, of which some are chosen, ``test`` of chosen ones.
-    """
+class Point(NamedTuple):
+    """One model: means over seeds, after minus before."""
 
     method: str
-    path: str
-    label: str
-    gained: float
-    forgotten: float
-    gained_ends: Ends | None = None
+    path: str  # points of one path are joined: the checkpoints of a run, the scales of a checkpoint
+    label: str  # where on the path it lies
+    gained: float  # in ``units[0]`` of the picture, points or nats; above 0 is better
+    forgotten: float  # in ``units[1]``; below is better
+    gained_ends: Ends | None = None  # simultaneous interval, of chosen points
     forgotten_ends: Ends | None = None
-    num_bytes: int | None = None
+    num_bytes: int | None = None  # of what is stored of it, where that is known
     num_seeds: int = 1
-    score: float | None = None
-    rows: str = "test"
+    score: float | None = None  # the accuracy itself, a fraction
+    rows: str = "test"  # on which it was measured: ``held-out`` of a path, of which some are chosen
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """The points of one task and one probe of earlier abilities, against one model."""
 
     task: str
@@ -78,19 +61,20 @@ def curves_of(evidence: Evidence) -> list[Curve]:
     if written := sorted(evidence.folder.glob(CURVES)):
         return [curve_of_record(read_json(file)) for file in written]
     comparison = evidence.comparison
-    curves = curves_of_comparison(comparison) if comparison else []
-    if comparison is None or not curves:
+    records = gains_of(comparison.differences) if comparison else []
+    if comparison is None or not records:
         raise NotComputed("this study measures nothing that the model could do before (evaluation.before)")
     names = {result["name"] for result in evidence.results}
     before = [name for name in comparison.methods if evidence.methods.get(name, ("", False))[0] == "pretrained"]
     if before and names >= {comparison.baseline, *comparison.methods}:
         settings = Settings(fixed_seeds=comparison.fixed_seeds)
-        return curves_of_comparison(compare(evidence.results, before[0], settings=settings))
-    return curves
+        comparison = compare(evidence.results, before[0], settings=settings)
+        records = gains_of(comparison.differences)
+    return [curve_of_record(record | {"model": comparison.baseline}) for record in records]
 
 
 def curve_of_record(record: Mapping[str, Any]) -> Curve:
-    """The curve of a file that a study has written: every method's rates, checkpoints and scales."""
+    """The curve of a file that a study has written (its rates, checkpoints and scales), or of a comparison."""
     points = [
         Point(
             each["method"],
@@ -107,34 +91,14 @@ def curve_of_record(record: Mapping[str, Any]) -> Curve:
         )
         for each in sorted(record["points"], key=lambda each: (each.get("share", 1.0), each.get("scale", 1.0)))
     ]
-    return Curve(record["task"], record["probe"], record["model"], points, (record.get("unit", "points"), "nats"))
+    units = (record.get("unit", "points"), record.get("forgotten_unit", "nats"))
+    return Curve(record["task"], record["probe"], record["model"], points, units)
 
 
 def _path(point: Mapping[str, Any]) -> str:
     """What a point is joined with: the checkpoints of a run as they are, and the scales of each checkpoint."""
     path = point.get("path", point["method"])
     return path if point.get("scale", 1.0) == 1.0 else f"{path}, {point['share']:g} of training scaled"
-
-
-def curves_of_comparison(comparison: Comparison) -> list[Curve]:
-    """A curve for each set of earlier abilities that a study measures, of one point per method."""
-    tests = [row for row in comparison.differences if not row.task.startswith(BEFORE)]
-    first = next((row for row in tests if row.unit == "fraction"), tests[0] if tests else None)
-    if first is None:
-        return []
-    gains = {row.method: row for row in tests if (row.task, row.metric) == (first.task, first.metric)}
-    earlier: dict[str, list[Difference]] = {}
-    for row in comparison.differences:
-        if row.task.startswith(BEFORE) and row.method in gains:
-            earlier.setdefault(row.task, []).append(row)
-    curves = []
-    for task, rows in earlier.items():
-        # Its loss, where it has one: what was forgotten altogether has no accuracy left to differ in.
-        finest = next((row for row in rows if row.unit != "fraction"), rows[0])
-        points = [_point(gains[row.method], row) for row in rows if row.metric == finest.metric]
-        units = (_unit(first), _unit(finest))
-        curves.append(Curve(first.task, task.removeprefix(BEFORE), comparison.baseline, points, units))
-    return curves
 
 
 def gain_chart(evidence: Evidence) -> Chart:
@@ -290,32 +254,6 @@ def _limits(values: Sequence[float], ends: Sequence[float]) -> Ends:
     span = (high - low) or 1.0
     wide = max(low - span / 4, min([low, *ends])), min(high + span / 4, max([high, *ends]))
     return wide[0] - _ROOM * span, wide[1] + _ROOM * span
-
-
-def has_interval(row: Difference) -> bool:
-    """Whether the interval is worth drawing: over two seeds it is wider than any picture."""
-    return row.num_seeds != 2 or row.by_seed is not None
-
-
-def _point(gain: Difference, kept: Difference) -> Point:
-    gained_ends: Ends | None
-    forgotten_ends: Ends | None
-    gained, gained_ends = _scaled(gain, 1 if gain.higher_is_better else -1)
-    forgotten, forgotten_ends = _scaled(kept, -1 if kept.higher_is_better else 1)
-    if not has_interval(gain):
-        gained_ends = forgotten_ends = None
-    ends = (gained_ends, forgotten_ends)
-    return Point(gain.method, gain.method, "", gained, forgotten, *ends, None, gain.num_seeds, gain.value)
-
-
-def _scaled(row: Difference, sign: int) -> tuple[float, Ends]:
-    scale = sign * (100.0 if row.unit == "fraction" else 1.0)
-    low, high = sorted(scale * end for end in (row.ci_low, row.ci_high))
-    return scale * row.difference, (low, high)
-
-
-def _unit(row: Difference) -> str:
-    return "points" if row.unit == "fraction" else row.unit.removesuffix("/token")
 
 
 def _ends(pair: Sequence[float] | None) -> Ends | None:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..evaluation.arguments import HELDOUT
-from ..results.comparison import Comparison, Difference
+from ..results.comparison import Comparison
+from ..results.gains import gains_of
 from ..results.schema import BEFORE, Result
 from .tuning import ChosenFrom, Tuned, settings_text
 
@@ -29,24 +30,20 @@ def curves(
         base: What the points' rows say of the base model: set -> metric -> value.
     """
     probes = [name for name, metrics in base.items() if name != HELDOUT and "nll" in metrics]
-    gains = {row.method: row for row in comparison.differences if (row.task, row.metric) == _main(comparison)}
+    chosen = gains_of([row for row in comparison.differences if row.task in (HELDOUT, *map(BEFORE.__add__, probes))])
+    sizes: dict[str, list[int | None]] = {}
+    for result in results:
+        sizes.setdefault(result["name"], []).append(result["model"].get("num_bytes"))
     out = {}
-    for probe in probes:
-        task = f"{BEFORE}{probe}"
-        lost = {row.method: row for row in comparison.differences if (row.task, row.metric) == (task, "nll")}
+    for curve in chosen:
+        probe = curve["probe"]
         points = [_of_path(tuned, point, probe, base) for tuned in tunings for point in tuned.points]
-        points += [_chosen(gains[name], lost[name], results) for name in gains if name in lost]
-        model = results[0]["model"]["name_or_path"]
-        task, metric = _main(comparison)
-        unit = "points" if metric == "accuracy" else "nats"
-        out[probe] = {"model": model, "task": task, "probe": probe, "unit": unit, "points": points}
+        for point in curve["points"]:
+            known = [size for size in sizes[point["method"]] if size]
+            num_bytes = max(known) if len(known) == len(sizes[point["method"]]) else None
+            points.append(point | {"label": "chosen", "num_bytes": num_bytes})
+        out[probe] = {"model": results[0]["model"]["name_or_path"], **curve, "points": points}
     return out
-
-
-def _main(comparison: Comparison) -> tuple[str, str]:
-    """Task and metric of the gain: accuracy where answers are checked."""
-    found = [(row.task, row.metric) for row in comparison.differences if row.task == HELDOUT]
-    return (HELDOUT, "accuracy") if (HELDOUT, "accuracy") in found else (HELDOUT, "nll")
 
 
 def _of_path(tuned: Tuned, point: ChosenFrom, probe: str, base: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
@@ -65,22 +62,4 @@ def _of_path(tuned: Tuned, point: ChosenFrom, probe: str, base: Mapping[str, Map
         "nats_forgotten": point.values[probe]["nll"] - base[probe]["nll"],
         "num_seeds": len(point.trial.runs),
         "is_chosen": False,
-    }
-
-
-def _chosen(gain: Difference, lost: Difference, results: Sequence[Result]) -> dict[str, Any]:
-    scale = 100 if gain.unit == "fraction" else -1  # a lower loss is a gain
-    sizes = [r["model"].get("num_bytes") for r in results if r["name"] == gain.method]
-    return {
-        "method": gain.method,
-        "path": gain.method,
-        "label": "chosen",
-        "rows": "test",
-        "points_gained": scale * gain.difference,
-        "nats_forgotten": lost.difference,
-        "points_gained_interval": sorted([scale * gain.ci_low, scale * gain.ci_high]),
-        "nats_forgotten_interval": [lost.ci_low, lost.ci_high],
-        "num_seeds": gain.num_seeds,
-        "num_bytes": max(size for size in sizes if size is not None) if all(sizes) else None,
-        "is_chosen": True,
     }
