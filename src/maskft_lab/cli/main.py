@@ -29,7 +29,6 @@ COMMANDS = {
     "merge": "apply a mask to its base model and write an ordinary checkpoint",
     "push": "put an adapter or a merged model on the hub, with its card",
     "inspect": "show what an adapter removes, module by module",
-    "masks": "how much masks over one base remove in common",
     "verify": "check an adapter's integrity, and that it fits a base model",
     "env": "print versions and machine facts for a bug report",
 }

@@ -71,10 +71,7 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
         axes.set_ylabel("share removed")
 
     rows = [(name, str(head), number(value)) for name, line in lines.items() for head, value in enumerate(line)]
-    text = (
-        "Means over layers. In the band lie 95 % of the heads of a mask that removes as much at random places; whether "
-        "masks agree more than chance is what maskft masks compare tells."
-    )
+    text = "Means over layers. In the band lie 95 % of the heads of a mask that removes as much at random places."
     panels = [
         Panel(f"{percent} % removed", partial(draw, names=names), True)
         for percent, names in _by_sparsity(masks).items()
