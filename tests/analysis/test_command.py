@@ -73,18 +73,6 @@ def test_every_analysis_of_a_study(study, capsys):
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
 
 
-def test_a_restart_stands_for_the_end_of_fine_tuning_that_was_not_kept(study):
-    write_run(study, "full-s0", "full", {"best": "runs/full-s0"})
-    folder = write_run(study, "again-s0", "full", {"best": "runs/again-s0"}, "full-s0")
-    tiny.tiny_llama(num_layers=1, seed=2).save_pretrained(folder)
-    record = json.loads((folder / files.RUN).read_text()) | {"name": "warm restart"}
-    (folder / files.RUN).write_text(json.dumps(record))
-    words = ["--what", "landscape", "--grid", "3", "--num_rows", "2", "--against", "warm restart", "mask-s1"]
-    assert main(["analyze", str(study), *words]) == 0
-    array = json.loads((study / files.ANALYSIS / "landscape.json").read_text())
-    assert array["plane"]["models"] == ["fft", "warm restart", "mask"]
-
-
 def test_of_several_sets_of_rows_one_is_named(study, capsys):
     prepared = study / files.PREPARED
     for split in ("train", "heldout"):
@@ -108,10 +96,7 @@ def test_a_run_that_a_figure_needs_is_named(study, capsys):
     assert "device 'tpu' cannot be used" in error("--device", "tpu", "--what", "curvature")
     assert "losses need one folder with tokenised rows" in error("--what", "landscape", "--rows", str(study))
     write_run(study, "full-s0", "full", {"best": "runs/full-s0", "last": "runs/full-s0"})
-    assert "and the end of full-s0 is its best checkpoint: name a run with --against" in error("--what", "landscape")
-    assert "no run with a model is called 'restart'" in error("--what", "landscape", "--against", "restart")
-    line = error("--what", "landscape", "--against", "full", "--mask", "mask-s1")
-    assert "'full' has no run of seed 1, that of the mask: name a run by its id" in line
+    assert "and the end of full-s0 is its best checkpoint: train it for longer" in error("--what", "landscape")
     other = json.loads((study / files.RUNS / "mask-s1" / files.RUN).read_text())
     (study / files.RUNS / "mask-s1" / files.RUN).write_text(json.dumps(other | {"model": "large"}))
     assert "runs of different base models cannot be compared (tiny, large)" in error("--what", "bound")

@@ -10,9 +10,6 @@ weights. Four Hessians are computed, so that the argument can be told from the f
 * ``mask_all``: at the weights with the mask, over all entries. Against ``start_all`` this is the question itself.
 * ``mask_kept``: the same over kept entries: the directions that the masked model still has.
 
-Beside them the same over all entries at whatever else is named (``others``): a mask that is flatter than the model
-under it and not flatter than a restart of that model has gained nothing that a restart has not.
-
 None of them says that flatter generalises better: a rescaling that leaves the function as it is changes curvature
 (Dinh et al., https://arxiv.org/abs/1703.04933). Where ``smallest`` is below 0, H is not positive semi-definite, as
 Eq. 16 assumes, and the trace is a sum with both signs.
@@ -39,7 +36,7 @@ from maskft_base.files import digest
 
 from ..store import Store
 from .losses import Batch, Sampling, make_batches, num_targets
-from .points import Point, masks_of, set_weights, weights_at, weights_of
+from .points import Point, masks_of
 from .records import digest_folder, is_finished, pieces_of, write_record
 
 Product = Callable[[np.ndarray], np.ndarray]  # v -> H v, float64 (num_weights,)
@@ -172,20 +169,16 @@ def largest_eigenvalue(
     return {"eigenvalue": float(largest), "stderr_rows": error, "smallest": float(smallest)}
 
 
-def analyse_curvature(
-    file: Path, mask: Point, rows: Sequence[Mapping], others: Mapping[str, Point], num_probes: int, sampling: Sampling
-) -> None:
+def analyse_curvature(file: Path, mask: Point, rows: Sequence[Mapping], num_probes: int, sampling: Sampling) -> None:
     """Write the four Hessians' `trace_estimate` and, as ``largest``, `largest_eigenvalue`, in float32 (``.json``).
 
-    ``less_start_all`` is the difference of a trace from that of ``start_all`` with its own errors, which are smaller
-    than those of the two, as probes and rows are the same. ``others`` NAME: the same at other points, over all entries.
-    ``density`` is the share of kept weights.
+    ``less_start_all`` of ``mask_all`` is its trace's difference from that of ``start_all`` with its own errors, which
+    are smaller than those of the two, as probes and rows are the same. ``density`` is the share of kept weights.
 
     Args:
         file: Where the record goes; probes that are done survive a kill.
         mask: Model under the mask, and its adapter.
         rows: Tokenised rows; batches of them are also what ``stderr_rows`` compares.
-        others: Name -> point, such as a restart of the model under the mask.
         num_probes: Random vectors per trace.
         sampling: Batch size, device, seed of probes and Lanczos.
     """
@@ -193,13 +186,11 @@ def analyse_curvature(
     settings: dict[str, Any] = {"what": "curvature", "num_probes": num_probes, "seed": sampling.seed}
     settings |= {"start": digest_folder(mask.model), "mask": digest_folder(mask.adapter)}
     settings |= {"batch_size": sampling.batch_size, "rows": digest(rows), "num_rows": len(rows)}
-    settings |= {"others": {name: point.digest() for name, point in others.items()}}
     if is_finished(file, settings):
         return
     masks = masks_of(mask.adapter)
     names = sorted(masks)
     model = load_model(mask.model, "float32", attn_implementation="eager").to(sampling.device).eval()
-    before = weights_of(model)
     batches = make_batches(rows, sampling.batch_size, sampling.device)
     products = hessian_products(model, names, batches)
     tokens = np.array([num_targets(batch) for batch in batches], dtype=np.float64)
@@ -216,16 +207,11 @@ def analyse_curvature(
     record = {"start_all": describe("start_all", every), "start_kept": describe("start_kept", kept)}
     masks.apply_(model)
     record |= {"mask_all": describe("mask_all", every), "mask_kept": describe("mask_kept", kept)}
-    found = {}
-    for name, point in others.items():
-        set_weights(model, weights_at(point, before))
-        found[name] = describe(f"other {name}", every)
-    at_start = record["start_all"]["forms"]
-    for each in (record["mask_all"], *found.values()):
-        each["less_start_all"] = trace_estimate(each["forms"] - at_start, shares)
-    for each in (*record.values(), *found.values()):
+    moved = record["mask_all"]["forms"] - record["start_all"]["forms"]
+    for each in record.values():
         del each["forms"]
-    write_record(file, record | {"others": found, "density": 1 - masks.sparsity, "num_weights": masks.numel}, settings)
+    record["mask_all"]["less_start_all"] = trace_estimate(moved, shares)
+    write_record(file, record | {"density": 1 - masks.sparsity, "num_weights": masks.numel}, settings)
     pieces.remove()
 
 

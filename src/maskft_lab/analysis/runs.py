@@ -100,22 +100,6 @@ def find_mask(runs: Sequence[TrainedRun], wanted: str | None = None) -> TrainedR
     return min((run for run in masks if name in (run.id, run.name)), key=lambda run: run.seed or 0)
 
 
-def find_run(wanted: str, runs: Sequence[TrainedRun], seed: int | None) -> TrainedRun:
-    """The run of an id, or of a name and a seed, whose model is a full one or a mask.
-
-    Raises:
-        UserError: If there is none.
-    """
-    known = [run for run in runs if BEST in run.models]
-    name = _known("run with a model", wanted, list(dict.fromkeys(text for run in known for text in (run.name, run.id))))
-    found = next((run for run in known if name == run.id or (name, seed) == (run.name, run.seed)), None)
-    if found is None:
-        raise UserError(f"{name!r} has no run of seed {seed}, that of the mask: name a run by its id")
-    if not found.method.endswith(MASK) and files.holds_adapter(found.models[BEST]):
-        raise UserError(f"{found.id} is an adapter of method {found.method}: name a run of all weights, or a mask")
-    return found
-
-
 def parent_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun | None:
     """The run that ``run`` started from; None where it started from the base model.
 

@@ -25,14 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_argument("--output_dir", metavar="DIR", help="where the files go (default: STUDY/analysis)")
     runs.add_argument("--base", metavar="NAME", help="the base model whose runs are meant, where there are several")
     runs.add_argument("--mask", metavar="NAME", help="id or name of the mask for bound, landscape and curvature")
-    runs.add_argument(
-        "--against",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="landscape, curvature: other runs of the mask's seed to show beside it, by id or name, such as a restart; "
-        "a landscape takes the first of them in place of continued full fine-tuning",
-    )
     rows = parser.add_argument_group("rows on which losses are taken (landscape, curvature)")
     rows.add_argument("--rows", metavar="DIR", help="folder of tokenised rows (default: the study's)")
     rows.add_argument("--num_rows", type=int, default=64, help="rows of each split (default: 64)")
@@ -105,16 +97,12 @@ def _landscape(args, runs, file: Path) -> None:
     from ..analysis.runs import BEST, LAST, find_mask, full_run
 
     mask = find_mask(runs, args.mask)
-    full, others = full_run(mask, runs), _against(args, runs, mask)
+    full = full_run(mask, runs)
     best, last = full.models[BEST], full.models.get(LAST)
-    if not others and last in (None, best):
-        why = "was not kept (train it with keep_last)" if last is None else "is its best checkpoint"
-        raise UserError(
-            f"a landscape needs a third model, and the end of {full.id} {why}: name a run with --against, such as a "
-            "warm restart"
-        )
-    third = next(iter(others.items()), ("continued", Point(last or best)))
-    points = {"fft": Point(best), third[0]: third[1], "mask": Point(best, mask.models[BEST])}
+    if last in (None, best):
+        why = "was not kept: train it with keep_last" if last is None else "is its best checkpoint: train it for longer"
+        raise UserError(f"a landscape needs a third model, and the end of {full.id} {why}")
+    points = {"fft": Point(best), "continued": Point(last), "mask": Point(best, mask.models[BEST])}
     analyse_landscape(file, points, _rows(args), _sampling(args), args.grid)
 
 
@@ -124,20 +112,8 @@ def _curvature(args, runs, file: Path) -> None:
     from ..analysis.runs import BEST, find_mask, start_model
 
     mask = find_mask(runs, args.mask)
-    point, others = Point(start_model(mask, runs), mask.models[BEST]), _against(args, runs, mask)
-    analyse_curvature(file, point, _rows(args)["train"], others, args.num_probes, _sampling(args))
-
-
-def _against(args, runs, mask) -> dict:
-    from ..analysis.points import Point
-    from ..analysis.runs import BEST, MASK, find_run, start_model
-
-    found = {name: find_run(name, runs, mask.seed) for name in args.against}
-    found = {run.id if name in ("fft", "mask") else name: run for name, run in found.items()}
-    return {
-        name: Point(start_model(run, runs), run.models[BEST]) if run.method.endswith(MASK) else Point(run.models[BEST])
-        for name, run in found.items()
-    }
+    point = Point(start_model(mask, runs), mask.models[BEST])
+    analyse_curvature(file, point, _rows(args)["train"], args.num_probes, _sampling(args))
 
 
 def _sampling(args):

@@ -22,10 +22,8 @@ _SIZES = ("model", "masked_matrices")
 def curvature_chart(evidence: Evidence) -> Chart:
     """Trace and largest eigenvalue of the Hessians, with one standard error, as a table: the paper draws none."""
     record = evidence.record("curvature")
-    hessians = {text: record[name] for name, text in _HESSIANS.items()}
-    hessians |= {f"{name}, all entries": each for name, each in record["others"].items()}
     rows: list[tuple[str, ...]] = []
-    for text, each in hessians.items():
+    for text, each in ((text, record[name]) for name, text in _HESSIANS.items()):
         ends = (each["largest"]["eigenvalue"], each["largest"]["smallest"])
         rows.append((text, *_trace(each), *map(number, ends)))
         if "less_start_all" in each:
