@@ -368,27 +368,12 @@ def test_all_that_differs_is_in_the_one_line():
 
 def test_other_limits_of_generation_are_refused_and_other_versions_said():
     full, mask = make("full", accuracy=scores(50)), make("mask", accuracy=scores(60))
-    full["environment"]["packages"]["lm_eval"] = "0.4.12"
-    assert "different versions of lm_eval: 0.4.12 for 'full'" in " ".join(fast([full, mask]).notes)
+    full["environment"]["packages"] |= {"lm_eval": "0.4.12", "unrelated": "1"}
+    assert [note for note in fast([full, mask]).notes if "versions of lm_eval: 0.4.12 for 'full'" in note]
+    assert "unrelated" not in " ".join(fast([full, mask]).notes)
     for result, tokens in ((full, 64), (mask, 256)):
         result["tasks"]["sums"]["generation_kwargs"] = {"max_gen_toks": tokens}
     refuse([full, mask], "sums: different generation_kwargs, .*64.* and .*256")
-
-
-@pytest.mark.parametrize(
-    "task,package,is_said",
-    [
-        ("minerva_math", "sympy", True),
-        ("ifeval", "langdetect", True),
-        ("alpaca_eval", "alpaca_eval", True),
-        ("minerva_math_algebra", "math-verify", True),
-        ("gsm8k", "sympy", False),
-    ],
-)
-def test_other_versions_of_what_scores_a_task_are_said(task, package, is_said):
-    full, mask = (make(name, tasks={task: make_task(accuracy=scores(5))}) for name in ("full", "mask"))
-    full["environment"]["packages"][package], mask["environment"]["packages"][package] = "1", "2"
-    assert (f"different versions of {package}: 1 for 'full'" in " ".join(fast([full, mask]).notes)) is is_said
 
 
 def test_other_units_are_refused():

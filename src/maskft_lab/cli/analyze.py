@@ -22,7 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "study", metavar="STUDY", help="folder of a study, or of its published results with training.json"
     )
     runs.add_argument("--what", metavar="A,B", help=f"of {', '.join(_ANALYSES)} (default: all)")
-    runs.add_argument("--output_dir", metavar="DIR", help="where the files go (default: STUDY/analysis)")
     runs.add_argument("--base", metavar="NAME", help="the base model whose runs are meant, where there are several")
     runs.add_argument("--mask", metavar="NAME", help="id or name of the mask for bound, landscape and curvature")
     rows = parser.add_argument_group("rows on which losses are taken (landscape, curvature)")
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
             known = f"{did_you_mean(name, _ANALYSES)}; there are {', '.join(_ANALYSES)}"
             raise UserError(f"--what: no analysis {name!r}{known}")
     runs = read_study(args.study, args.base)
-    folder = Path(args.output_dir or Path(args.study) / ANALYSIS)
+    folder = Path(args.study) / ANALYSIS
     silence()
     problems = []
     for what in wanted:

@@ -86,7 +86,6 @@ def _add_tables(tables: argparse.ArgumentParser) -> None:
         "method, checkpoint, domain and base model belong; see docs/results.md. Scores are in percent."
     )
     tables.add_argument("results", nargs="*", metavar="RESULT", help="result files, or folders, with all below them")
-    tables.add_argument("--tables", metavar="N,N", help="numbers of the tables, separated by commas (default: all)")
     tables.add_argument("--format", choices=("terminal", "markdown"), default="terminal", help="(default: terminal)")
     tables.add_argument("--output", metavar="FILE", help="write to FILE instead of printing")
 
@@ -97,8 +96,7 @@ def _tables(args: argparse.Namespace) -> None:
     from ..results.paper_tables import paper_tables, render_tables
     from ..results.reading import read_all
 
-    ids = [number.strip() for number in args.tables.split(",")] if args.tables else None
-    tables, left_over = paper_tables(read_all(args.results), ids)
+    tables, left_over = paper_tables(read_all(args.results))
     text = render_tables(tables, left_over, args.format)
     if args.output:
         write_text(args.output, text)

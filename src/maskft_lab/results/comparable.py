@@ -23,13 +23,7 @@ _ALIKE = {
     "generation_kwargs": "generation_kwargs",
 }
 # Packages whose version may change answers or scores; a task's own version does not tell.
-_DECIDING_PACKAGES = ("lm_eval", "transformers", "torch", "maskft")
-# Beginning of a task's name -> the packages that score it.
-_SCORING_PACKAGES = {
-    "minerva_math": ("math-verify", "sympy", "antlr4-python3-runtime"),
-    "ifeval": ("langdetect", "nltk"),
-    "alpaca_eval": ("alpaca_eval",),
-}
+_DECIDING_PACKAGES = ("lm_eval", "transformers", "torch", "maskft", "math-verify", "langdetect", "alpaca_eval")
 
 
 def group_by_name(results: Sequence[Result]) -> Groups:
@@ -191,15 +185,13 @@ def _item_mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
             yield f"different {label}, {found[1]} and {found[2]} in item {found[0]!r}"
 
 
-def setting_notes(results: Sequence[Result], tasks: Sequence[str]) -> list[str]:
+def setting_notes(results: Sequence[Result]) -> list[str]:
     """Name settings and package versions that are not the same in all results: allowed, but the reader should know."""
     notes: list[str] = []
     for key in dict.fromkeys(key for result in results for key in result["settings"]):
         if values := _if_different(results, [result["settings"].get(key) for result in results]):
             notes.append(f"the results differ in the setting {key}: {values}")
-    scored = [name for name in _SCORING_PACKAGES if any(task.startswith(name) for task in tasks)]
-    scoring = [package for name in scored for package in _SCORING_PACKAGES[name]]
-    for package in (*_DECIDING_PACKAGES, *scoring):
+    for package in _DECIDING_PACKAGES:
         if values := _if_different(results, [result["environment"]["packages"].get(package) for result in results]):
             notes.append(f"the results were made with different versions of {package}: {values}")
     return notes

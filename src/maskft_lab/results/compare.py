@@ -85,7 +85,7 @@ def compare(
         methods=others,
         differences=differences,
         scores=scores(results, tasks, metrics, settings.fixed_seeds),
-        notes=notes + seed_notes({name: paired[name] for name, _, _ in pairs}, groups) + setting_notes(results, tasks),
+        notes=notes + seed_notes({name: paired[name] for name, _, _ in pairs}, groups) + setting_notes(results),
         confidence=settings.confidence,
         num_resamples=settings.num_resamples,
         seed=settings.seed,

@@ -39,26 +39,19 @@ def paper() -> dict[str, Any]:
     return cast(dict[str, Any], yaml.safe_load(text))
 
 
-def paper_tables(
-    results: Sequence[Result], ids: Sequence[str] | None = None
-) -> tuple[list[tuple[str, Table]], list[str]]:
+def paper_tables(results: Sequence[Result]) -> tuple[list[tuple[str, Table]], list[str]]:
     """Fill the paper's tables.
 
     Args:
         results: Results of this schema, none at all included; of several studies for one cell the first counts.
-        ids: Numbers of the tables. Default: all.
 
     Returns:
         Caption and cells of each table, and the names of the results that are in none of them.
 
     Raises:
-        UserError: If there is no such table, or two results of one study and seed claim one cell.
+        UserError: If two results of one study and seed claim one cell.
     """
-    specs = paper()["tables"]
-    for asked in ids or ():
-        if asked not in specs:
-            raise UserError(f"there is no table {asked!r} here; there are {', '.join(specs)}")
-    filled = [_fill(number, results) for number in ids or specs]
+    filled = [_fill(number, results) for number in paper()["tables"]]
     used = {id(result) for *_, of_table in filled for result in of_table}  # others may have the same name
     left_over = dict.fromkeys(_name_of(result) for result in results if id(result) not in used)
     return [(caption, table) for caption, table, _ in filled], list(left_over)
