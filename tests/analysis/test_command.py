@@ -64,7 +64,7 @@ def test_every_analysis_of_a_study(study, capsys):
     folder = study / files.ANALYSIS
     assert {file.name for file in folder.iterdir()} == {f"{what}.json" for what in ("bound", "masks", "landscape")}
     masks = json.loads((folder / "masks.json").read_text())
-    assert len(masks["masks"]["mask-s0"]["by_head"]["0"]["qkv"]) == 4
+    assert len(masks["masks"]["mask-s0"]["by_head"]["0"]["shares"]) == 4
     bound = json.loads((folder / "bound.json").read_text())
     assert bound["training_loss"] == {"full": pytest.approx(1.7), "mask": pytest.approx(1.7)}  # step 3 of 1 to 3
     assert bound["settings"]["num_rows"] == 6

@@ -6,11 +6,7 @@ import torch
 
 from maskft.adapter.mask_set import MaskSet
 from maskft_base.errors import UserError
-from maskft_lab.analysis.masks import (
-    chance_by_head,
-    head_shares,
-    shares_by_head,
-)
+from maskft_lab.analysis.masks import head_shares, shares_by_head
 
 
 def random_mask(shape, share, seed):
@@ -27,22 +23,24 @@ def test_the_spread_of_chance_is_that_of_random_masks():
             mask = torch.ones(rows * 6, dtype=torch.bool)
             mask[torch.randperm(rows * 6, generator=generator)[: round(share * rows * 6)]] = False
             masks[f"layers.0.{name}"] = mask.reshape(rows, 6)
-        found.append(shares_by_head(masks, 4, 2)["0"]["qkv"][0])
-    assert chance_by_head(masks, 4, 2)["0"] == pytest.approx(float(np.std(found)), rel=0.1)
+        found.append(shares_by_head(masks, 4, 2)["0"]["shares"][0])
+    assert shares_by_head(masks, 4, 2)["0"]["chance"] == pytest.approx(float(np.std(found)), rel=0.1)
 
 
 def test_heads_with_shared_keys_against_a_loop():
     """Four query heads of width 2, two key heads: query heads 0 and 1 use key head 0."""
-    q, k, o = random_mask((8, 6), 0.4, 1), random_mask((4, 6), 0.4, 2), random_mask((6, 8), 0.4, 3)
-    for mask, projection in ((q, "q_proj"), (k, "k_proj"), (o, "o_proj")):
-        found = head_shares(mask, projection, 4, 2)
-        for head in range(4):
-            block = head // 2 if projection == "k_proj" else head
-            part = mask[:, 2 * block : 2 * block + 2] if projection == "o_proj" else mask[2 * block : 2 * block + 2]
-            assert found[head] == pytest.approx(float((~part).sum()) / part.numel())
-    names = {"q_proj": q, "k_proj": k, "v_proj": k}
-    shares = shares_by_head(MaskSet({f"layers.5.self_attn.{name}": mask for name, mask in names.items()}), 4, 2)["5"]
-    expected = [(shares["q_proj"][h] + 2 * shares["k_proj"][h]) / 3 for h in range(4)]
-    assert shares["qkv"] == pytest.approx(expected)
+    q, k = random_mask((8, 6), 0.4, 1), random_mask((4, 6), 0.4, 2)
+    found = [head_shares(q, 4, 4), head_shares(k, 2, 4)]
+    for head in range(4):
+        for shares, mask, block in ((found[0], q, head), (found[1], k, head // 2)):
+            part = mask[2 * block : 2 * block + 2]
+            assert shares[head] == pytest.approx(float((~part).sum()) / part.numel())
+    names = {"q_proj": q, "k_proj": k, "v_proj": k, "o_proj": q.T}
+    masks = {f"layers.5.self_attn.{name}": mask for name, mask in names.items()}
+    assert shares_by_head(MaskSet(masks), 4, 2)["5"]["shares"] == pytest.approx(
+        ((found[0] + 2 * found[1]) / 3).tolist()
+    )
+    del masks["layers.5.self_attn.v_proj"]
+    assert shares_by_head(MaskSet(masks), 4, 2) == {}
     with pytest.raises(UserError, match="does not divide"):
-        head_shares(q, "q_proj", 3, 3)
+        head_shares(q, 3, 3)

@@ -73,7 +73,7 @@ def test_a_figure_fits_a_paper(charts):
 def test_heads_are_those_of_the_array_and_stand_beside_chance(finished, charts):
     array = json.loads((finished / files.ANALYSIS / "masks.json").read_text())
     (shown, *_), wanted = axes_of(charts["fig13_heads"].panels[0]).images, array["masks"]["mask-s0"]["by_head"]
-    np.testing.assert_array_equal(shown.get_array(), [shares["qkv"] for shares in wanted.values()])
+    np.testing.assert_array_equal(shown.get_array(), [found["shares"] for found in wanted.values()])
     panels = [axes_of(panel) for panel in charts["fig14_heads_mean"].panels]
     assert sum(len(axes.lines) for axes in panels) == 4 and len(charts["fig14_heads_mean"].legend) == 5
     np.testing.assert_allclose(panels[0].lines[0].get_ydata(), np.mean(shown.get_array(), axis=0))

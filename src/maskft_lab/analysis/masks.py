@@ -15,19 +15,16 @@ from maskft_base.errors import UserError
 
 from .records import digest_folder, is_finished, write_record
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-def layer_of(module: str) -> str:
-    """Number of the layer that a module lies in, ``other`` outside the layers."""
-    return next((part for part in module.split(".") if part.isdigit()), "other")
+def head_shares(mask: Tensor, num_blocks: int, num_heads: int) -> Tensor:
+    """Share removed of the part of each query head.
 
-
-def head_shares(mask: Tensor, projection: str, num_heads: int, num_kv_heads: int) -> Tensor:
-    """Share removed of the part of each attention head.
-
-    Heads are blocks of rows of ``q_proj``, ``k_proj`` and ``v_proj``, (O, I) as a linear layer stores them, and blocks
-    of columns of ``o_proj``. Where there are fewer key and value heads, each serves consecutive query heads.
+    Args:
+        mask: Of ``q_proj``, ``k_proj`` or ``v_proj``, (O, I) as a linear layer stores it: heads are blocks of rows.
+        num_blocks: Its heads; where there are fewer key and value heads, each serves consecutive query heads.
+        num_heads: Query heads.
 
     Returns:
         float32 (num_heads,); each query head has the share of the key or value head that it uses.
@@ -35,59 +32,45 @@ def head_shares(mask: Tensor, projection: str, num_heads: int, num_kv_heads: int
     Raises:
         UserError: If the matrix cannot be divided into the heads.
     """
-    blocks = num_kv_heads if projection in ("k_proj", "v_proj") else num_heads
-    removed = (~mask.T if projection == "o_proj" else ~mask).float()
-    if removed.shape[0] % blocks or num_heads % blocks:
-        raise UserError(f"{projection} of shape {tuple(mask.shape)} does not divide into {blocks} of {num_heads} heads")
-    return removed.reshape(blocks, -1).mean(1).repeat_interleave(num_heads // blocks)
+    if mask.shape[0] % num_blocks or num_heads % num_blocks:
+        raise UserError(f"a matrix of shape {tuple(mask.shape)} does not divide into {num_blocks} of {num_heads} heads")
+    return (~mask).float().reshape(num_blocks, -1).mean(1).repeat_interleave(num_heads // num_blocks)
 
 
-def shares_by_head(masks: MaskSet, num_heads: int, num_kv_heads: int) -> dict[str, dict[str, list[float]]]:
-    """Layer -> projection of attention -> share removed per query head.
+def shares_by_head(masks: MaskSet, num_heads: int, num_kv_heads: int) -> dict[str, dict[str, Any]]:
+    """Layer -> ``shares`` removed per query head and their ``chance``, of layers whose Q, K and V are all masked.
 
-    ``qkv`` is the mean over Q, K and V where all three are masked: a cell of Fig. 13, a point of Fig. 14.
+    A share is the mean over Q, K and V: a cell of Fig. 13, a point of Fig. 14. ``chance`` is its standard deviation,
+    were the removed places of each matrix drawn at random: the number removed of a head's n weights, of N of which a
+    share p is removed, is hypergeometric.
     """
-    out: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, list[tuple[list[float], float]]] = {}
     for name, mask in masks.items():
         kind = name.rpartition(".")[2]
-        if kind in _ATTENTION:
-            out.setdefault(layer_of(name), {})[kind] = head_shares(mask, kind, num_heads, num_kv_heads).tolist()
-    for found in out.values():
-        if found.keys() >= {"q_proj", "k_proj", "v_proj"}:
-            found["qkv"] = np.mean([found[kind] for kind in ("q_proj", "k_proj", "v_proj")], axis=0).tolist()
-    return out
-
-
-def chance_by_head(masks: MaskSet, num_heads: int, num_kv_heads: int) -> dict[str, float]:
-    """Layer -> standard deviation of a head's ``qkv`` share, were the removed places of each matrix drawn at random.
-
-    The number removed of a head's n weights, of N of which a share p is removed, is hypergeometric.
-    """
-    variances: dict[str, list[float]] = {}
-    for name, mask in masks.items():
-        kind = name.rpartition(".")[2]
-        if kind in ("q_proj", "k_proj", "v_proj"):
+        if kind in _PROJECTIONS:
+            num_blocks = num_heads if kind == "q_proj" else num_kv_heads
+            shares = head_shares(mask, num_blocks, num_heads).tolist()
             p, total = float((~mask).double().mean()), mask.numel()
-            size = total // (num_heads if kind == "q_proj" else num_kv_heads)
-            variances.setdefault(layer_of(name), []).append(p * (1 - p) / size * (total - size) / max(total - 1, 1))
-    return {layer: sum(found) ** 0.5 / 3 for layer, found in variances.items() if len(found) == 3}
+            size = total // num_blocks
+            variance = p * (1 - p) / size * (total - size) / max(total - 1, 1)
+            layer = next((part for part in name.split(".") if part.isdigit()), "other")
+            found.setdefault(layer, []).append((shares, variance))
+    return {
+        layer: {
+            "shares": np.mean([shares for shares, _ in each], axis=0).tolist(),
+            "chance": sum(variance for _, variance in each) ** 0.5 / len(each),
+        }
+        for layer, each in found.items()
+        if len(each) == len(_PROJECTIONS)
+    }
 
 
 def describe_mask(masks: MaskSet, config) -> dict:
-    """Where a mask of a model with this text configuration removes.
-
-    Returns:
-        ``num_weights``, ``num_removed``; shares in [0, 1] ``by_head``, and ``by_head_chance`` (where the configuration
-        tells heads).
-    """
+    """``num_weights``, ``num_removed``, and `shares_by_head` where the model's text configuration tells heads."""
     num_heads = getattr(config, "num_attention_heads", None)
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    return {
-        "num_weights": masks.numel,
-        "num_removed": masks.num_removed,
-        "by_head": shares_by_head(masks, num_heads, num_kv_heads) if num_heads else {},
-        "by_head_chance": chance_by_head(masks, num_heads, num_kv_heads) if num_heads else {},
-    }
+    by_head = shares_by_head(masks, num_heads, num_kv_heads) if num_heads else {}
+    return {"num_weights": masks.numel, "num_removed": masks.num_removed, "by_head": by_head}
 
 
 def analyse_masks(file: Path, adapters: Mapping[str, tuple[str, str]]) -> None:
@@ -97,7 +80,7 @@ def analyse_masks(file: Path, adapters: Mapping[str, tuple[str, str]]) -> None:
         file: Where the record goes.
         adapters: Name -> adapter folder, and the model that it was trained over.
     """
-    settings: dict[str, Any] = {"what": "masks"}
+    settings: dict[str, Any] = {"what": "masks by head"}
     settings["masks"] = {name: [digest_folder(folder) for folder in pair] for name, pair in adapters.items()}
     if is_finished(file, settings):
         return

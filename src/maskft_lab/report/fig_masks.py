@@ -104,12 +104,12 @@ def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
 
 
 def _heads(mask: Mapping) -> dict[str, list[float]]:
-    return {layer: shares["qkv"] for layer, shares in mask["by_head"].items() if "qkv" in shares}
+    return {layer: found["shares"] for layer, found in mask["by_head"].items()}
 
 
 def _chance(mask: Mapping) -> float:
     """Standard deviation of a head's share, mean over layers, at random places."""
-    layers = [mask["by_head_chance"][layer] for layer in _heads(mask)]
+    layers = [found["chance"] for found in mask["by_head"].values()]
     return float(np.sqrt(np.sum(np.square(layers))) / len(layers))
 
 
