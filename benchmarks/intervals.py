@@ -10,7 +10,7 @@ from scipy import stats
 from maskft_lab.results import families
 from maskft_lab.results.comparison import NOT_DISTINGUISHABLE, Settings
 from maskft_lab.results.differences import Measured, Sample, describe, judge
-from maskft_lab.results.proportions import paired_interval, proportion_interval, wilson_interval
+from maskft_lab.results.proportions import paired_interval, proportion_interval
 from maskft_lab.results.statistics import Bootstrap, as_block
 
 RESAMPLES = 600
@@ -33,7 +33,7 @@ def scores(report, draws: int, rng) -> None:
         chances = stats.binom.pmf(counts, num_items, rate)
         share = counts / num_items
         half = Z * np.sqrt(share * (1 - share) / num_items)
-        wilson = np.array([wilson_interval(each, num_items) for each in share])
+        wilson = np.array([proportion_interval(np.arange(num_items) < right) for right in counts])
         ours = chances @ ((wilson[:, 0] <= rate) & (rate <= wilson[:, 1]))
         wald = chances @ ((share - half <= rate) & (rate <= share + half))
         what = f"score: {num_items} items, {100 * rate:g} % right"

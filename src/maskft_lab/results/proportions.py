@@ -23,26 +23,14 @@ class Bounds(NamedTuple):
     high: float
 
 
-def wilson_interval(share: float, num_items: float, confidence: float = 0.95) -> Bounds:
-    """Return Wilson's score interval of a proportion: of 0 of 300 it is [0, 0.0126].
-
-    Wilson (1927), https://doi.org/10.1080/01621459.1927.10502953; recommended for language models with few items by
-    https://arxiv.org/abs/2503.01747.
-
-    Args:
-        share: The proportion observed, in [0, 1].
-        num_items: Number of independent items it was observed on, > 0; not whole where it is an effective number.
-        confidence: Coverage, in (0, 1).
-    """
-    return _wilson(share, num_items, float(stats.norm.ppf((1 + confidence) / 2)))
-
-
 def proportion_interval(values: ArrayLike, clusters: ArrayLike | None = None, confidence: float = 0.95) -> Bounds:
     """Return an interval of the mean of values in [0, 1] that holds at the edges and for dependent items.
 
-    It is Wilson's with the effective number of items ``p (1 - p) / variance``, the variance of the mean being that
-    between clusters (Korn and Graubard 1998, with their t for few clusters). For 0/1 values without clusters that
-    number is N, and the interval Wilson's own. An average over samples of one item brings more than one item.
+    It is Wilson's score interval (1927, https://doi.org/10.1080/01621459.1927.10502953; recommended for language models
+    with few items by https://arxiv.org/abs/2503.01747) with the effective number of items ``p (1 - p) / variance``, the
+    variance of the mean being that between clusters (Korn and Graubard 1998, with their t for few clusters). For 0/1
+    values without clusters that number is N, and the interval Wilson's own: of 0 of 300 it is [0, 0.0126]. An average
+    over samples of one item brings more than one item.
 
     At an edge (fewer than `FEW` clusters with anything right, or anything wrong) nothing can be known of how alike the
     items of a cluster are; the number of items is then at most that of the clusters. So it is where fewer than `FEW`
