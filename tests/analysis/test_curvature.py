@@ -18,7 +18,6 @@ from maskft_lab.analysis.curvature import (
     trace_estimate,
 )
 from maskft_lab.analysis.losses import Sampling, make_batches
-from maskft_lab.analysis.points import Point
 from maskft_lab.store import Store
 
 SPECTRUM = np.array([9.0, 4, 1, 0.5, 0.25, -2])
@@ -113,7 +112,7 @@ def test_curvature_of_a_mask_is_computed_once(tmp_path, monkeypatch):
     mask = torch.rand(2, 8, generator=torch.Generator().manual_seed(0)) > 0.2
     tiny.save_masks({"model.layers.0.self_attn.k_proj": mask}, adapter)
     file = tmp_path / "curvature.json"
-    arguments = (Point(str(folder), str(adapter)), rows(), 2, Sampling(4))
+    arguments = (str(folder), str(adapter), rows(), 2, Sampling(4))
     analyse_curvature(file, *arguments)
     record = json.loads(file.read_text())
     assert record["num_weights"] == 16 and record["density"] == pytest.approx(float(mask.float().mean()))

@@ -11,9 +11,8 @@ from maskft.loss import mean_nll, nll_per_item
 from maskft_base import files
 from maskft_base.errors import UserError
 from maskft_lab.analysis import landscape
-from maskft_lab.analysis.landscape import analyse_landscape, plane_through
+from maskft_lab.analysis.landscape import analyse_landscape, plane_through, set_weights, weights_of
 from maskft_lab.analysis.losses import Sampling
-from maskft_lab.analysis.points import Point, set_weights, weights_of
 
 ROWS = [{"input_ids": ids, "labels": ids} for ids in tiny.token_ids(4, 7).tolist()]
 
@@ -50,9 +49,7 @@ def three_models(tmp_path):
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(48, 32, generator=generator) > 0.1
     tiny.save_masks({"model.layers.0.mlp.up_proj": mask}, tmp_path / "mask")
-    fft = str(tmp_path / "fft")
-    continued, mask = Point(str(tmp_path / "continued")), Point(fft, str(tmp_path / "mask"))
-    return {"fft": Point(fft), "continued": continued, "mask": mask}
+    return [str(tmp_path / name) for name in ("fft", "continued", "mask")]
 
 
 def test_a_landscape_that_was_cut_off_ends_as_one_that_was_not(three_models, tmp_path, monkeypatch):
@@ -94,6 +91,6 @@ def test_bad_input_ends_in_one_line(three_models, tmp_path, monkeypatch):
         analyse_landscape(file, three_models, rows, Sampling(), grid=3)
     assert not file.exists()
     monkeypatch.undo()
-    tiny.tiny_llama(num_layers=2).save_pretrained(three_models["continued"].model)
+    tiny.tiny_llama(num_layers=2).save_pretrained(three_models[1])
     with pytest.raises(UserError, match="is not of the architecture"):
         analyse_landscape(file, three_models, rows, Sampling(), grid=3)

@@ -15,7 +15,7 @@ from pathlib import Path
 from maskft_base.errors import UserError
 from maskft_base.files import ADAPTER_WEIGHTS
 
-from .points import masks_of
+from .masks import masks_of
 from .records import digest_folder, write_record
 
 BITS = (8, 16)  # of a weight: "we always use b = 8 or 16"

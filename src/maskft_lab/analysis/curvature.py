@@ -36,7 +36,7 @@ from maskft_base.files import digest
 
 from ..store import Store
 from .losses import Batch, Sampling, make_batches, num_targets
-from .points import Point, masks_of
+from .masks import masks_of
 from .records import digest_folder, is_finished, pieces_of, write_record
 
 Product = Callable[[np.ndarray], np.ndarray]  # v -> H v, float64 (num_weights,)
@@ -169,7 +169,9 @@ def largest_eigenvalue(
     return {"eigenvalue": float(largest), "stderr_rows": error, "smallest": float(smallest)}
 
 
-def analyse_curvature(file: Path, mask: Point, rows: Sequence[Mapping], num_probes: int, sampling: Sampling) -> None:
+def analyse_curvature(
+    file: Path, start: str, adapter: str, rows: Sequence[Mapping], num_probes: int, sampling: Sampling
+) -> None:
     """Write the four Hessians' `trace_estimate` and, as ``largest``, `largest_eigenvalue`, in float32 (``.json``).
 
     ``less_start_all`` of ``mask_all`` is its trace's difference from that of ``start_all`` with its own errors, which
@@ -177,20 +179,20 @@ def analyse_curvature(file: Path, mask: Point, rows: Sequence[Mapping], num_prob
 
     Args:
         file: Where the record goes; probes that are done survive a kill.
-        mask: Model under the mask, and its adapter.
+        start: Model under the mask.
+        adapter: Folder of the mask.
         rows: Tokenised rows; batches of them are also what ``stderr_rows`` compares.
         num_probes: Random vectors per trace.
         sampling: Batch size, device, seed of probes and Lanczos.
     """
-    assert mask.adapter is not None
     settings: dict[str, Any] = {"what": "curvature", "num_probes": num_probes, "seed": sampling.seed}
-    settings |= {"start": digest_folder(mask.model), "mask": digest_folder(mask.adapter)}
+    settings |= {"start": digest_folder(start), "mask": digest_folder(adapter)}
     settings |= {"batch_size": sampling.batch_size, "rows": digest(rows), "num_rows": len(rows)}
     if is_finished(file, settings):
         return
-    masks = masks_of(mask.adapter)
+    masks = masks_of(adapter)
     names = sorted(masks)
-    model = load_model(mask.model, "float32", attn_implementation="eager").to(sampling.device).eval()
+    model = load_model(start, "float32", attn_implementation="eager").to(sampling.device).eval()
     batches = make_batches(rows, sampling.batch_size, sampling.device)
     products = hessian_products(model, names, batches)
     tokens = np.array([num_targets(batch) for batch in batches], dtype=np.float64)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from maskft.loss import mean_nll, nll_per_item
 from maskft.models import load_model
@@ -16,12 +17,12 @@ from maskft_base.errors import UserError
 from maskft_base.files import digest
 
 from .losses import Sampling
-from .points import Point, Weights, set_weights, weights_at, weights_of
-from .records import is_finished, pieces_of, write_record
+from .masks import masks_of
+from .records import digest_folder, is_finished, pieces_of, write_record
 
 Rows = Mapping[str, Sequence[dict]]  # split -> tokenised rows
+Weights = dict[str, Tensor]  # parameter name -> values, on the model's device and in its dtype
 
-FFT, CONTINUED, MASK = "fft", "continued", "mask"
 MARGIN = 0.25  # the plane goes on beyond its models by this share of their distance
 
 
@@ -47,15 +48,34 @@ def plane_through(first: Weights, second: Weights, third: Weights) -> tuple[Weig
     return u, v, np.array([[0.0, 0.0], [length_u, 0.0], [along, length_v]])
 
 
-def analyse_landscape(file: Path, models: Mapping[str, Point], rows: Rows, sampling: Sampling, grid: int = 21) -> None:
+def weights_of(model) -> Weights:
+    """A copy of all parameters; tied ones once."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def set_weights(model, center: Weights, steps: Sequence[tuple[float, Weights]] = ()) -> None:
+    """Set parameters to ``center`` plus the sum of amount x direction; a parameter without a direction stays.
+
+    The same amounts give the same bits, in whatever order points are visited; amounts of 0 give ``center``.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.copy_(center[name])
+        for amount, direction in steps:
+            if amount != 0 and name in direction:
+                parameter.add_(direction[name], alpha=amount)
+
+
+def analyse_landscape(file: Path, models: Sequence[str], rows: Rows, sampling: Sampling, grid: int = 21) -> None:
     """Write the loss over the plane through three models, in nats per supervised token (``.json``).
 
-    ``plane``: ``x`` and ``y`` (grid,) in L2 distance of weights, ``models`` the three names, ``points`` (3, 2) where
-    they lie, and SPLIT (``train``, ``heldout``), (grid, grid), first index x.
+    ``plane``: ``x`` and ``y`` (grid,) in L2 distance of weights, ``points`` (3, 2) where the models lie, and SPLIT
+    (``train``, ``heldout``), (grid, grid), first index x.
 
     Args:
         file: Where the record goes (``.json``). Points that are done survive a kill.
-        models: Three, name -> point; the first is the origin of the plane.
+        models: Folders of the best of full fine-tuning, which is the origin of the plane, of its end, and of a mask
+            over the best.
         rows: Split -> tokenised rows.
         sampling: Batch size and device.
         grid: Points of each axis.
@@ -65,15 +85,19 @@ def analyse_landscape(file: Path, models: Mapping[str, Point], rows: Rows, sampl
     """
     if grid < 3:
         raise UserError(f"--grid is {grid}; give 3 points of an axis or more")
-    settings: dict[str, Any] = {"what": "landscape", "grid": grid, "batch_size": sampling.batch_size}
-    settings["models"] = {name: point.digest() for name, point in models.items()}
+    settings: dict[str, Any] = {"what": "plane", "grid": grid, "batch_size": sampling.batch_size}
+    settings["models"] = list(map(digest_folder, models))
     settings["rows"] = {split: digest(each) for split, each in rows.items()}
     if is_finished(file, settings):
         return
-    names = list(models)
-    model = load_model(models[names[0]].model, "float32").to(sampling.device).eval()
-    origin = weights_of(model)
-    points = [origin, *(weights_at(models[name], origin) for name in names[1:])]
+    best, end, adapter = models
+    masks = masks_of(adapter)
+    model = load_model(best, "float32").to(sampling.device).eval()
+    origin, continued = weights_of(model), weights_of(load_model(end, "float32").to(sampling.device))
+    if {name: each.shape for name, each in origin.items()} != {name: each.shape for name, each in continued.items()}:
+        raise UserError(f"{end!r} is not of the architecture of the model under the mask")
+    masks.apply_(model)
+    u, v, coordinates = plane_through(origin, continued, weights_of(model))
 
     def measure(x: float, y: float) -> dict[str, float]:
         set_weights(model, origin, [(x, u), (y, v)])
@@ -82,15 +106,13 @@ def analyse_landscape(file: Path, models: Mapping[str, Point], rows: Rows, sampl
         }
 
     pieces = pieces_of(file, settings)
-    u, v, coordinates = plane_through(*points)
     low, high = coordinates.min(0), coordinates.max(0)
     x, y = np.linspace(low - MARGIN * (high - low), high + MARGIN * (high - low), grid).T.tolist()
     found = [
         pieces.get(f"plane {i} {j}", functools.partial(measure, a, b)) for i, a in enumerate(x) for j, b in enumerate(y)
     ]
     plane = {split: np.reshape([each[split] for each in found], (grid, grid)).tolist() for split in rows}
-    record = {"plane": {"models": names, "points": coordinates.tolist(), "x": x, "y": y, **plane}}
-    write_record(file, record, settings)
+    write_record(file, {"plane": {"points": coordinates.tolist(), "x": x, "y": y, **plane}}, settings)
     pieces.remove()
 
 

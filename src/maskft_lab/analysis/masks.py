@@ -9,13 +9,27 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from maskft.adapter.mask_set import MaskSet
+from maskft.adapter.mask_set import MaskSet, read_config
 from maskft.models import load_config
 from maskft_base.errors import UserError
 
 from .records import digest_folder, is_finished, write_record
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def masks_of(adapter: str) -> MaskSet:
+    """The masks of an adapter whose removed weights are 0.
+
+    Raises:
+        UserError: If they take another value, where the model with these weights at 0 is not the one that was trained.
+    """
+    if read_config(adapter).removed_value != "zero":
+        raise UserError(
+            f"removed weights of {adapter!r} take their values before fine-tuning; this analysis is for masks that set "
+            "them to 0: name another with --mask"
+        )
+    return MaskSet.from_adapter(adapter)
 
 
 def head_shares(mask: Tensor, num_blocks: int, num_heads: int) -> Tensor:

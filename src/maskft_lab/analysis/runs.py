@@ -79,12 +79,6 @@ def read_study(folder: str | Path, base: str | None = None) -> list[TrainedRun]:
     return [run for run in runs if run.base == _known("base model", base or bases[0], bases)]
 
 
-def read_published_summary(folder: Path) -> dict[str, Any]:
-    """Base model -> summary of a published study; empty where there is none."""
-    file = folder / PUBLISHED_SUMMARY
-    return files.read_json(file)["models"] if file.is_file() else {}
-
-
 def find_mask(runs: Sequence[TrainedRun], wanted: str | None = None) -> TrainedRun:
     """The learned mask of an id or a name, of its lowest seed; by default the first there is.
 
@@ -170,10 +164,10 @@ def _from_record(study: Path, file: Path, results: dict[str, dict[str, Result]])
 
 def _published(folder: Path, results: dict[str, dict[str, Result]]) -> list[TrainedRun]:
     """The rows of the published summary are the list of runs; not each has its result file beside it."""
-    training = folder / files.TRAINING
-    summaries = files.read_json(training) if training.is_file() else {}
+    published = {name: folder / name for name in (PUBLISHED_SUMMARY, files.TRAINING)}
+    content = {name: files.read_json(file) if file.is_file() else {} for name, file in published.items()}
     runs: dict[str, TrainedRun] = {}
-    for base, summary in read_published_summary(folder).items():
+    for base, summary in content[PUBLISHED_SUMMARY].get("models", {}).items():
         for row in summary["runs"]:
             roles = results.get(_identity(row["run"]), {})
             runs[row["run"]] = TrainedRun(
@@ -181,7 +175,7 @@ def _published(folder: Path, results: dict[str, dict[str, Result]]) -> list[Trai
                 name=row["name"].removesuffix(f" ({BEST})").removesuffix(" (continued)"),
                 base=base,
                 settings=next(iter(roles.values()))["study"]["settings"] if roles else {},
-                summary=summaries.get(row["run"], {}),
+                summary=content[files.TRAINING].get(row["run"], {}),
                 results=roles,
                 **{key: row[key] for key in ("method", "seed", "start")},
             )

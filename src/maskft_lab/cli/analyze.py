@@ -92,7 +92,6 @@ def _masks(args, runs, file: Path) -> None:
 
 def _landscape(args, runs, file: Path) -> None:
     from ..analysis.landscape import analyse_landscape
-    from ..analysis.points import Point
     from ..analysis.runs import BEST, LAST, find_mask, full_run
 
     mask = find_mask(runs, args.mask)
@@ -101,18 +100,16 @@ def _landscape(args, runs, file: Path) -> None:
     if last in (None, best):
         why = "was not kept: train it with keep_last" if last is None else "is its best checkpoint: train it for longer"
         raise UserError(f"a landscape needs a third model, and the end of {full.id} {why}")
-    points = {"fft": Point(best), "continued": Point(last), "mask": Point(best, mask.models[BEST])}
-    analyse_landscape(file, points, _rows(args), _sampling(args), args.grid)
+    analyse_landscape(file, (best, last, mask.models[BEST]), _rows(args), _sampling(args), args.grid)
 
 
 def _curvature(args, runs, file: Path) -> None:
     from ..analysis.curvature import analyse_curvature
-    from ..analysis.points import Point
     from ..analysis.runs import BEST, find_mask, start_model
 
     mask = find_mask(runs, args.mask)
-    point = Point(start_model(mask, runs), mask.models[BEST])
-    analyse_curvature(file, point, _rows(args)["train"], args.num_probes, _sampling(args))
+    start, rows = start_model(mask, runs), _rows(args)["train"]
+    analyse_curvature(file, start, mask.models[BEST], rows, args.num_probes, _sampling(args))
 
 
 def _sampling(args):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,20 +16,19 @@ from .evidence import Evidence
 from .methods import number
 
 _SPLITS = {"heldout": "held-out rows", "train": "training rows"}
-# Shapes as in the paper: star, square, triangle.
-_LOOKS = (("green", "*"), ("purple", "s"), ("red", "^"))
-_NAMES = {"fft": "best full fine-tuning", "continued": "continued full fine-tuning", "mask": "mask"}
+# Shapes as in the paper.
+_MODELS = (
+    Entry("best full fine-tuning", "green", "", "*"),
+    Entry("continued full fine-tuning", "purple", "", "s"),
+    Entry("mask", "red", "", "^"),
+)
 
 
 def plane_chart(evidence: Evidence) -> Chart:
     """The plane through three models: a panel of held-out rows, one of training rows."""
     plane = evidence.record("landscape")["plane"]
-    entries = [
-        Entry(_NAMES.get(name, name), colour, "", marker)
-        for name, (colour, marker) in zip(plane["models"], _LOOKS, strict=True)
-    ]
     panels = [
-        Panel(f"Loss on {rows}", partial(_plane, plane=plane, split=split, entries=entries), height=2.7)
+        Panel(f"Loss on {rows}", partial(_plane, plane=plane, split=split), height=2.7)
         for split, rows in _SPLITS.items()
         if split in plane
     ]
@@ -42,10 +41,10 @@ def plane_chart(evidence: Evidence) -> Chart:
         "Loss in nats per token over the plane that holds the three models; axes are distances of all weights "
         "together. What lies beside the plane it does not show."
     )
-    return Chart(text, panels, Table(("rows", "lowest", "mean", "highest"), rows), entries)
+    return Chart(text, panels, Table(("rows", "lowest", "mean", "highest"), rows), _MODELS)
 
 
-def _plane(axes: Axes, plane: Mapping[str, Any], split: str, entries: Sequence[Entry]) -> None:
+def _plane(axes: Axes, plane: Mapping[str, Any], split: str) -> None:
     x, y, values = plane["x"], plane["y"], np.transpose(plane[split])
     low, high = float(values.min()), float(values.max())
     # Lines of equal loss, closer where it is low: most of the height is at the edges.
@@ -57,7 +56,7 @@ def _plane(axes: Axes, plane: Mapping[str, Any], split: str, entries: Sequence[E
     axes.contour(x, y, values, levels=levels[1:-1], colors="#ffffff", linewidths=0.4, alpha=0.7)
     bar = axes.figure.colorbar(image, ax=axes, ticks=levels[::3], format="%.3g", label="nats/token")
     bar.outline.set_visible(False)
-    for (at_x, at_y), entry in zip(plane["points"], entries, strict=True):
+    for (at_x, at_y), entry in zip(plane["points"], _MODELS, strict=True):
         size = 9 if entry.marker == "*" else 6
         axes.plot(
             at_x, at_y, marker=entry.marker, color=COLOURS[entry.colour], markersize=size, markeredgecolor="#ffffff"
