@@ -119,8 +119,8 @@ def test_the_end_of_a_study_is_one_table_of_25_lines_with_masks_first(num_more, 
     comparison = compare(results, "full", settings=Settings(2400))
     lines = render(comparison, "terminal").splitlines()
     assert len(lines) <= 25 and max(map(len, lines)) <= 80
-    assert [line.split("  ")[1].strip() for line in lines[2:5]] == ["mask", "other mask", "restart"]
-    assert lines[1] == "accuracy on sums (%), 400 items, 3 seeds"
+    assert [line.split("  ")[1].strip() for line in lines[3:6]] == ["mask", "other mask", "restart"]
+    assert lines[2] == "accuracy on sums (%), 400 items, 3 seeds"
     assert " ".join(lines).count("Verdict: ") == 1 and lines[-1].endswith("--format markdown, or a study's table.md.")
     assert ("more differences" in lines[-1]) is (num_more == 20)
     assert all(sentence(row) in render(comparison, "markdown") for row in comparison.differences)

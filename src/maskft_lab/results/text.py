@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from maskft_base.errors import printable
 
-from .comparison import NOT_DISTINGUISHABLE, SCHEMA_VERSION, Comparison, Difference, Score
+from .comparison import BETTER, NOT_DISTINGUISHABLE, SCHEMA_VERSION, WORSE, Comparison, Difference, Score
 
 PAGE_LINES, PAGE_WIDTH = 25, 80
 MIN_NAME = 12  # characters of a name that a page's table leaves at least
@@ -66,51 +66,34 @@ def _page(comparison: Comparison) -> str:
         sentences.append("Two seeds: what is not distinguishable is no claim over seeds.")
     sentences += [_note(note) for note in comparison.notes[:2]]
     tail = [line for text in sentences for line in textwrap.wrap(printable(text), PAGE_WIDTH, subsequent_indent="  ")]
-    lines = _lines(comparison, shown)[: max(6, PAGE_LINES - 1 - len(tail))]
-    num_shown = sum(row is not None for _, row in lines)
+    lines = draw(_page_table(comparison, shown), "terminal").splitlines()[: max(6, PAGE_LINES - 1 - len(tail))]
+    num_shown = sum(line.endswith((BETTER, WORSE, NOT_DISTINGUISHABLE)) for line in lines)
     left_out = f"{len(rows) - num_shown} more differences, " if len(rows) > num_shown else ""
     tail.append(f"{left_out}p-values, errors: --format markdown, or a study's table.md.".capitalize())
-    return "\n".join([*(line for line, _ in lines), *tail]) + "\n"
+    return "\n".join([*lines, *tail]) + "\n"
 
 
-def _lines(comparison: Comparison, shown: Sequence[Difference]) -> list[tuple[str, Difference | None]]:
-    """Return the lines of a page's table with the difference that each shows: a block for each metric of a task."""
+def _page_table(comparison: Comparison, shown: Sequence[Difference]) -> Table:
+    """Return a block of rows for each metric of a task, under its heading, with names cut where the page ends."""
     masks = {verdict.parent.method for verdict in comparison.verdicts}
-    values = {(score.model, score.task, score.metric): score for score in comparison.scores}
     blocks: dict[tuple[str, str], list[Difference]] = {}
-    for row in shown:
+    for row in sorted(shown, key=lambda row: row.method not in masks):
         blocks.setdefault((row.task, row.metric), []).append(row)
-    head = ("", "value", f"difference, {100 * comparison.confidence:g} %", "verdict")
-    cells: list[tuple[tuple[str, ...], Difference | None]] = [(head, None)]
-    for (task, metric), rows in blocks.items():
-        count = max(row.num_seeds for row in rows)
-        seeds = f", {count} seeds" if count > 1 else ""
-        heading = f"{metric} on {task_text(rows[0])} ({_unit_text(rows[0].unit)}), {rows[0].num_items:,} items{seeds}"
-        cells.append(((heading,), None))
-        for row in sorted(rows, key=lambda row: row.method not in masks):
-            value = _value_text(values.get((row.method, task, metric)))
-            cells.append((("  " + row.method, value, difference_text(row), row.verdict), row))
-        value = _value_text(values.get((comparison.baseline, task, metric)))
-        cells.append((("  " + comparison.baseline, value, "", "(baseline)"), None))
-    widths = [max(len(each[column]) for each, _ in cells if len(each) > 1) for column in range(4)]
-    widths[0] = max(MIN_NAME, min(widths[0], PAGE_WIDTH - sum(widths[1:]) - 6))
-    lines: list[tuple[str, Difference | None]] = []
-    for (name, *numbers), shown_row in cells:
-        name = printable(name)
-        if not numbers:
-            lines.append((_cut(name, PAGE_WIDTH), shown_row))
-            continue
-        value, difference, verdict = numbers
-        line = f"{_cut(name, widths[0]):<{widths[0]}}  {value:>{widths[1]}}  {difference:>{widths[2]}}  {verdict}"
-        lines.append((line.rstrip(), shown_row))
-    return lines
-
-
-def _value_text(score: Score | None) -> str:
-    if score is None or score.value is None:
-        return "no value"
-    scale, digits = _scale_and_digits(score.unit)
-    return f"{scale * score.value:.{digits}f}"
+    table: list[tuple[str, ...]] = []
+    for place in dict.fromkeys((row.task, row.metric) for row in shown):
+        most = max(blocks[place], key=lambda row: row.num_seeds)
+        scale, digits = _scale_and_digits(most.unit)
+        seeds = f", {most.num_seeds} seeds" if most.num_seeds > 1 else ""
+        what = f"{most.metric} on {task_text(most)} ({_unit_text(most.unit)}), {most.num_items:,} items{seeds}"
+        table.append((_cut(what, PAGE_WIDTH), "", "", ""))
+        for row in blocks[place]:
+            value = f"{scale * row.value:.{digits}f}"
+            table.append(("  " + row.method, value, difference_text(row), row.verdict))
+        table.append(("  " + comparison.baseline, f"{scale * most.baseline_value:.{digits}f}", "", "(baseline)"))
+    columns = ("", "value", f"difference, {100 * comparison.confidence:g} %", "verdict")
+    others = sum(2 + max(len(row[index]) for row in [columns, *table]) for index in (1, 2, 3))
+    width = max(MIN_NAME, PAGE_WIDTH - others)
+    return Table(columns, [(_cut(row[0], width) if any(row[1:]) else row[0], *row[1:]) for row in table])
 
 
 def _cut(text: str, width: int) -> str:
