@@ -248,7 +248,7 @@ PAIRS = st.integers(2, 25).flatmap(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(PAIRS, st.integers(0, 3))
 def test_comparing_the_other_way_round_flips_the_signs(pair, seed):
     results = [make(name, accuracy=values) for name, values in zip("ab", pair, strict=True)]
@@ -261,7 +261,7 @@ def test_comparing_the_other_way_round_flips_the_signs(pair, seed):
     assert forward.verdict == opposite[backward.verdict]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.floats(0, 10), min_size=2, max_size=20))
 def test_identical_results_are_not_distinguishable(values):
     columns = {"nll": values, "num_tokens": range(1, len(values) + 1)}

@@ -46,40 +46,20 @@ class Figure:
 
 
 _STUDY, _ANALYZE = "maskft study RECIPE.yaml", "maskft analyze STUDY --what "
+
+
+def _ablation(key: str, title: str, setting: str | None, values: str, *numbers: int) -> Figure:
+    command = f"{_STUDY} # with a grid of " + (f"mask.{setting}: {values}" if setting else "any other setting of mask")
+    return Figure(key, "ablations", f"Ablation: {title}", partial(ablation_chart, setting), command, numbers)
+
+
 FIGURES = (
     Figure("gain_forgetting", "verdict", "Gain and forgetting", gain_chart, f"{_STUDY} # with evaluation.before"),
     Figure("fig01_curves", "curves", "Held-out measures against steps", curves_chart, _STUDY, (1,)),
-    Figure(
-        "fig03_08_layers",
-        "ablations",
-        "Ablation: masked layers",
-        partial(ablation_chart, "mask_layers_to_transform"),
-        f"{_STUDY} # with a grid, mask.mask_layers_to_transform: [[0, 1], [2, 3]]",
-        (3, 8),
-    ),
-    Figure(
-        "fig06_10_sparsity",
-        "ablations",
-        "Ablation: share removed",
-        partial(ablation_chart, "mask_sparsity"),
-        f"{_STUDY} # with a grid, mask.mask_sparsity: [0.05, 0.1, 0.2]",
-        (6, 10),
-    ),
-    Figure(
-        "fig07_11_rows",
-        "ablations",
-        "Ablation: training rows",
-        partial(ablation_chart, "max_train_samples"),
-        f"{_STUDY} # with a grid, mask.max_train_samples: [500, 1000, 2000]",
-        (7, 11),
-    ),
-    Figure(
-        "ablations_other",
-        "ablations",
-        "Ablations: other settings",
-        partial(ablation_chart, None),
-        f"{_STUDY} # with a grid of any other setting of mask",
-    ),
+    _ablation("fig03_08_layers", "masked layers", "mask_layers_to_transform", "[[0, 1], [2, 3]]", 3, 8),
+    _ablation("fig06_10_sparsity", "share removed", "mask_sparsity", "[0.05, 0.1, 0.2]", 6, 10),
+    _ablation("fig07_11_rows", "training rows", "max_train_samples", "[500, 1000, 2000]", 7, 11),
+    _ablation("ablations_other", "other settings", None, ""),
     Figure("fig13_heads", "masks", "Share removed by attention head", heads_chart, f"{_ANALYZE}masks", (13,)),
     Figure(
         "fig14_heads_mean", "masks", "Share removed by head, over layers", mean_heads_chart, f"{_ANALYZE}masks", (14,)

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from ..analysis.runs import BEST, MASK, TrainedRun, parent_of
 from ..results.statistics import weighted_mean
 from ..results.text import Table
-from .charts import COLOURS, SERIES, Chart, Entry, Panel, plain
+from .charts import COLOURS, Chart, Entry, Panel, plain
 from .evidence import Evidence, NotComputed
-from .methods import number
+from .methods import looks_in_turn, number
 
 _NAMES = {
     "mask_layers_to_transform": "masked layers",
@@ -105,10 +105,7 @@ def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
     lines = [line for each in found for line in each.lines]
     # What is equal in all lines need not be said in each.
     varied = {name for line in lines for name in line.fixed if len({_key(o.fixed.get(name)) for o in lines}) > 1}
-    looks = {
-        text: Entry(text, SERIES[index % len(SERIES)], "-", "o^sDvP"[index % 6])
-        for index, text in enumerate(dict.fromkeys(_fixed_text(line.fixed, varied) for line in lines))
-    }
+    looks = looks_in_turn(_fixed_text(line.fixed, varied) for line in lines)
     table = [
         (
             f"{each.task}/{each.metric}",

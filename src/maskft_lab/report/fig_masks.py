@@ -11,9 +11,9 @@ from matplotlib.ticker import MaxNLocator
 
 from ..analysis.runs import MASK
 from ..results.text import Table
-from .charts import COLOURS, SERIES, Chart, Entry, Panel
+from .charts import COLOURS, Chart, Entry, Panel
 from .evidence import Evidence, NotComputed, plain_name
-from .methods import number
+from .methods import looks_in_turn, number
 
 MAX_MASKS = 6  # as many as the paper's Fig. 13
 
@@ -55,7 +55,7 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
     """Fig. 14: the same, averaged over layers, with the band of chance; a panel for masks that remove as much."""
     masks = _with_heads(evidence)
     lines = {name: np.mean(list(_heads(mask).values()), axis=0) for name, mask in masks.items()}
-    entries = _entries(lines)
+    entries = looks_in_turn(lines)
 
     def draw(axes: Axes, names: Sequence[str]) -> None:
         middle, spread = np.mean([lines[name].mean() for name in names]), _chance(masks[names[0]])
@@ -80,27 +80,19 @@ def mean_heads_chart(evidence: Evidence) -> Chart:
     return Chart(text, panels, Table(("mask", "head", "share removed"), rows), [*entries.values(), band])
 
 
-def _masks(evidence: Evidence) -> dict[str, Mapping]:
+def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
     """The first learned masks in the order of the verdict, by name and seed; other masks where none is learned."""
-    masks, names = evidence.record("masks")["masks"], _names(evidence)
+    masks, names = evidence.record("masks")["masks"], {run.id: f"{run.name}, seed {run.seed}" for run in evidence.runs}
     order = [plain_name(name) for name in evidence.masks]
     learned = [run for run in evidence.runs if run.method == MASK and run.id in masks]
     learned.sort(key=lambda run: order.index(run.name) if run.name in order else len(order))
-    chosen = [run.id for run in learned] or list(masks)
-    return {names.get(key, key): masks[key] for key in chosen[:MAX_MASKS]}
-
-
-def _names(evidence: Evidence) -> dict[str, str]:
-    return {run.id: f"{run.name}, seed {run.seed}" for run in evidence.runs}
-
-
-def _with_heads(evidence: Evidence) -> dict[str, Mapping]:
-    masks = {name: mask for name, mask in _masks(evidence).items() if _heads(mask)}
-    if not masks:
+    chosen = ([run.id for run in learned] or list(masks))[:MAX_MASKS]
+    found = {names.get(key, key): masks[key] for key in chosen if _heads(masks[key])}
+    if not found:
         raise NotComputed(
             "no mask covers Q, K and V of one layer; mask_target_modules must hold q_proj, k_proj, v_proj"
         )
-    return masks
+    return found
 
 
 def _heads(mask: Mapping) -> dict[str, list[float]]:
@@ -123,10 +115,3 @@ def _by_sparsity(masks: Mapping[str, Mapping]) -> dict[str, list[str]]:
     for name, mask in masks.items():
         groups.setdefault(_percent(mask), []).append(name)
     return groups
-
-
-def _entries(names: Mapping) -> dict[str, Entry]:
-    return {
-        name: Entry(name, SERIES[index % len(SERIES)], ("-", "--", "-.")[index // 6 % 3], "o^sDvP"[index % 6])
-        for index, name in enumerate(names)
-    }

@@ -42,6 +42,12 @@ def series_looks(names: Iterable[str]) -> dict[str, Entry]:
     return looks
 
 
+def looks_in_turn(names: Iterable[str]) -> dict[str, Entry]:
+    """A look for each of lines that are no methods."""
+    distinct = enumerate(dict.fromkeys(names))
+    return {name: Entry(name, SERIES[index % len(SERIES)], "-", "o^sDvP"[index % 6]) for index, name in distinct}
+
+
 def entry(name: str, method: str | None, is_start: bool = True) -> Entry:
     """Line of a legend for a method."""
     return Entry(name, *look(method, is_start))
