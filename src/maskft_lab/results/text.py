@@ -250,20 +250,14 @@ def score_text(score: Score) -> str:
     if score.value is None:
         return "no value"
     scale, digits = _scale_and_digits(score.unit)
+    return f"{scale * score.value:.{digits}f}{error_text(score, digits, scale)}"
+
+
+def error_text(score: Score, digits: int = 4, scale: float = 1.0) -> str:
+    """Return what stands behind a value, by default in the metric's own unit: `` ± 0.0137``, `` [0.0000, 0.0126]``."""
     if score.low is not None and score.high is not None and _shows_interval(score):
-        low, high = (f"{scale * bound:.{digits}f}" for bound in (score.low, score.high))
-        return f"{scale * score.value:.{digits}f} [{low}, {high}]"
-    error = "" if score.stderr is None else f" ± {scale * score.stderr:.{digits}f}"
-    return f"{scale * score.value:.{digits}f}{error}"
-
-
-def error_text(score: Score, digits: int = 4) -> str:
-    """Return what stands behind a value in the metric's own unit: `` ± 0.0137``, `` [0.0000, 0.0126]`` or nothing."""
-    if score.value is None or (score.stderr is None and not _shows_interval(score)):
-        return ""
-    if _shows_interval(score):
-        return f" [{score.low:.{digits}f}, {score.high:.{digits}f}]"
-    return f" ± {score.stderr:.{digits}f}"
+        return f" [{scale * score.low:.{digits}f}, {scale * score.high:.{digits}f}]"
+    return "" if score.stderr is None else f" ± {scale * score.stderr:.{digits}f}"
 
 
 def _shows_interval(score: Score) -> bool:
