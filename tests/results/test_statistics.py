@@ -16,7 +16,7 @@ from maskft_lab.results.statistics import (
     weighted_mean,
 )
 
-NUM_DRAWS = 1000
+NUM_DRAWS = 2000
 NUM_ITEMS = 100
 
 
