@@ -12,15 +12,13 @@ SOURCE = ROOT / "src"
 # of their own: what a package offers (__init__), and the files beside its rooms.
 LAYERS = {
     "method": [
-        *("maskft_base/errors", "maskft_base/files", "maskft/embedded", "maskft/models", "maskft/masking"),
+        *("maskft_base/errors", "maskft_base/files", "maskft/models", "maskft/masking"),
         *("maskft/tuner", "maskft/adapter"),
     ],
     "training": "maskft_base/runtime maskft/data maskft/loss maskft/training".split(),
     "lab": [
         f"maskft_lab/{room}"
-        for room in (
-            "store results sharing sandbox generation evaluation analysis report estimate study ready cli".split()
-        )
+        for room in ("store results sandbox generation evaluation analysis report estimate study ready cli".split())
     ],
 }
 ROOMS = [room for layer in LAYERS.values() for room in layer]

@@ -16,7 +16,6 @@ from maskft_base.errors import UserError, first_line
 
 from ..models import base_of, load_model, load_tokenizer
 from ..tuner import adapter_layers, current_masks
-from ..tuner.card import mask_infos, merged_card
 from ..tuner.codec import PREFIX
 from .mask_set import MaskSet, read_config
 
@@ -58,9 +57,9 @@ def one_line(adapter: str | Path, problem: str) -> Iterator[None]:
 def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, dtype: str = "float32") -> str:
     """Merge a mask into its base, verify the result, and write it as an ordinary checkpoint.
 
-    The folder gets weights, tokenizer, chat template, generation config and a model card. It is written beside its
-    place and moved there only when plain transformers, loading it afresh, gives bit for bit the logits of the masked
-    model on a probe and has exactly the removed weights at zero.
+    The folder gets weights, tokenizer, chat template and generation config. It is written beside its place and moved
+    there only when plain transformers, loading it afresh, gives bit for bit the logits of the masked model on a probe
+    and has exactly the removed weights at zero.
 
     Args:
         adapter: Adapter folder.
@@ -74,10 +73,10 @@ def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, 
     output_dir = Path(output_dir).absolute()
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"output_dir {str(output_dir)!r} is not empty; name another folder")
-    model, tokenizer, name = load_masked(adapter, base, dtype)
+    model, tokenizer, _ = load_masked(adapter, base, dtype)
     probe = _probe(model)
     expected = _logits(model, probe)
-    config = read_config(adapter).model_copy(update={"base_model_name_or_path": name})
+    config = read_config(adapter)
     masks = MaskSet(current_masks(model))
     values = {
         name.removeprefix(PREFIX): layer.removed_value("default") for name, layer in adapter_layers(model).items()
@@ -88,7 +87,6 @@ def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, 
     with files.whole_folder(output_dir) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        files.write_text(partial / files.CARD, merged_card(config, mask_infos(adapter), target))
         _verify_written(partial, probe, expected, masks, values, merged.dtype)
     return (
         f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to {target}; "

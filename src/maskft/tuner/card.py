@@ -1,9 +1,9 @@
-"""The card of a folder, README.md on the hub: the base, what is removed of it, lines that load it, how it was made."""
+"""The card of an adapter, its README.md: the base, what is removed of it, lines that load it, how it was made."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from maskft_base import __version__, files
 from maskft_base.errors import HOW_TO_INSTALL, printable
 
-from .codec import PREFIX, mask_info
+from .codec import mask_info
 
 PAPER = "https://arxiv.org/abs/2503.22764"
 _MARK = "<!-- written by maskft, and again whenever the folder is saved -->"
@@ -26,76 +26,29 @@ _LOAD = """import maskft  # lets PEFT know masks
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-adapter = "{place}"
+adapter = "."  # this folder, or its name on the hub
 model = AutoPeftModelForCausalLM.from_pretrained(adapter)
 tokenizer = AutoTokenizer.from_pretrained({tokenizer})"""
 _LOAD_EMBEDDED = """from maskft.adapter.merge import load_masked
 
-model, tokenizer, _ = load_masked("{place}")"""
+model, tokenizer, _ = load_masked(".")  # this folder"""
 _LOAD_OVER = """import maskft  # lets PEFT know masks
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base, "{place}")  # base: the model that was masked, loaded before"""
-_LOAD_MERGED = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this folder, or its name on the hub
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)"""
+model = PeftModel.from_pretrained(base, ".")  # base: the model that was masked, loaded before"""
 
 
-def mask_infos(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """Module name -> header of its mask: shape and num_removed; read without decoding."""
-    suffix = ".mask_coded"
-    with safe_open(Path(folder) / files.ADAPTER_WEIGHTS, "pt") as tensors:
-        names = [name for name in tensors.keys() if name.endswith(suffix)]
-        return {
-            name.removeprefix(PREFIX).removesuffix(suffix): mask_info(tensors.get_tensor(name), name) for name in names
-        }
-
-
-def write_card(folder: str | Path, config: Any, scores: Sequence[str] = ()) -> None:
-    """Write the card of an adapter folder, unless its author has written one; see :func:`adapter_card`."""
-    if may_write(folder):
-        files.write_text(Path(folder) / files.CARD, adapter_card(folder, config, scores=scores))
-
-
-def may_write(folder: str | Path) -> bool:
-    """Whether there is no card, or one that no person has written."""
-    file = Path(folder) / files.CARD
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else _MARK
-    return any(mark in text for mark in (_MARK, *_OF_OTHERS))
-
-
-def adapter_card(folder: str | Path, config: Any, repository: str = ".", scores: Sequence[str] = ()) -> str:
-    """The card of an adapter folder.
+def write_card(folder: str | Path, config: Any) -> None:
+    """Write the card of an adapter folder, unless its author has written one.
 
     Args:
         folder: Adapter folder.
-        config: Its configuration: a ``MaskConfig``, or what is read of one without a model.
-        repository: Name on the hub, for the lines that load it; default: the folder itself.
-        scores: Lines about scores.
+        config: Its ``MaskConfig``.
     """
-    base = config.base_model_name_or_path
-    has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
-    tokenizer = "adapter" if has_tokenizer else "model.peft_config['default'].base_model_name_or_path"
-    load = _LOAD_OVER if base is None else (_LOAD_EMBEDDED if base == files.EMBEDDED_MODEL else _LOAD) + _ASK
-    needs = f"It needs maskft ({HOW_TO_INSTALL.format('.')})."
-    use = [needs, "", "```python", load.format(place=repository, tokenizer=tokenizer), "```", "", *scores]
-    task = "text-generation" if config.task_type == "CAUSAL_LM" else None
-    return _card(config, mask_infos(folder), use, "adapter", library_name="peft", pipeline_tag=task)
-
-
-def merged_card(config: Any, infos: Mapping[str, Mapping[str, Any]], target: str) -> str:
-    """The card of a checkpoint that a mask was merged into.
-
-    Args:
-        config: The adapter's configuration.
-        infos: Module name -> ``shape`` and ``num_removed`` of its mask.
-        target: What removed weights were set to, in words.
-    """
-    merged = f"The mask is merged: removed weights are set to {target}; only transformers is needed."
-    use = [merged, "", "```python", _LOAD_MERGED + _ASK, "```", ""]
-    return _card(config, infos, use, "finetune", library_name="transformers", pipeline_tag="text-generation")
+    file = Path(folder) / files.CARD
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else _MARK
+    if any(mark in text for mark in (_MARK, *_OF_OTHERS)):
+        files.write_text(file, _card(Path(folder), config))
 
 
 def hub_name(base: str | None) -> str | None:
@@ -104,21 +57,32 @@ def hub_name(base: str | None) -> str | None:
     return base if is_name else None
 
 
-def _card(config: Any, infos: Mapping[str, Any], use: Sequence[str], relation: str, **data: Any) -> str:
+def _card(folder: Path, config: Any) -> str:
     """Metadata and text; a base that is not on the hub is not named in the metadata, the hub would look for it."""
-    recipe, name = config.recipe or {}, hub_name(config.base_model_name_or_path)
-    if name:
-        data |= {"base_model": name, "base_model_relation": relation}
-    tags = ["maskft", "mask-fine-tuning", *([f"base_model:{relation}:{name}"] if name else [])]
-    front = ModelCardData(datasets=list(recipe.get("datasets") or ()) or None, tags=tags, **data)
-    lines = [_MARK, "", *_about(config, infos), "## Use", "", *use, *_how(config, recipe)]
+    recipe, base = config.recipe or {}, config.base_model_name_or_path
+    load = _LOAD_OVER if base is None else (_LOAD_EMBEDDED if base == files.EMBEDDED_MODEL else _LOAD) + _ASK
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = "adapter" if has_tokenizer else "model.peft_config['default'].base_model_name_or_path"
+    front = ModelCardData(
+        base_model=hub_name(base),
+        datasets=list(recipe.get("datasets") or ()) or None,
+        library_name="peft",
+        pipeline_tag="text-generation" if config.task_type == "CAUSAL_LM" else None,
+        tags=["maskft", "mask-fine-tuning"],
+    )
+    needs = f"It needs maskft ({HOW_TO_INSTALL.format('.')})."
+    use = ["## Use", "", needs, "", "```python", load.format(tokenizer=tokenizer), "```"]
+    lines = [_MARK, "", *_about(folder, config), *use, *_how(config, recipe)]
     return str(ModelCard(f"---\n{front.to_yaml()}\n---\n" + "\n".join(lines).rstrip() + "\n"))
 
 
-def _about(config: Any, infos: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _about(folder: Path, config: Any) -> Iterator[str]:
     """What this is, what of the base it removes and replaces, and the verdict of its training."""
-    removed = sum(info["num_removed"] for info in infos.values())
-    numel = sum(info["shape"][0] * info["shape"][1] for info in infos.values())
+    with safe_open(folder / files.ADAPTER_WEIGHTS, "pt") as tensors:
+        masks = [name for name in tensors.keys() if name.endswith(".mask_coded")]
+        infos = [mask_info(tensors.get_tensor(name), name) for name in masks]
+    removed = sum(info["num_removed"] for info in infos)
+    numel = sum(info["shape"][0] * info["shape"][1] for info in infos)
     # Of a folder the last part: the rest is nobody else's business.
     path = config.base_model_name_or_path or "a language model"
     base, name = printable(Path(path).name), hub_name(path)

@@ -14,7 +14,6 @@ from maskft_base.errors import UserError
 from maskft_base.runtime import environment
 
 from ..results.schema import Result, build_result, read_result, write_result
-from ..sharing.card import write_scored_card
 from .alpaca import AlpacaEval, evaluate_alpaca
 from .arguments import ALPACA_EVAL, HELDOUT, EvaluationArguments
 from .heldout import chat_template_hash, evaluate_kl, evaluate_rows
@@ -88,8 +87,6 @@ def evaluate_loaded(
         records[HELDOUT]["data_file"] = test_set
     result = build_result(name, loaded.facts, settings, records, device=_device_name(loaded.model))
     write_result(target, result)
-    if result["model"]["mask_fingerprint"] and files.holds_adapter(target.parent):
-        write_scored_card(target.parent)
     journal.remove()
     return result
 

@@ -1,1 +1,0 @@
-"""What others are given: an adapter's card with its scores, and a folder on the hub."""
