@@ -1,12 +1,10 @@
 """Typed files: a mistake is one line with its place."""
 
-import gzip
 import re
 
 import pytest
 from pydantic import Field
 
-from maskft.data.sources import read_file
 from maskft_base.errors import UserError
 from maskft_base.files import (
     FileModel,
@@ -19,7 +17,6 @@ from maskft_base.files import (
     write_text,
 )
 from maskft_lab.cli.main import main
-from maskft_lab.results.schema import read_result
 
 
 class Method(FileModel):
@@ -85,19 +82,6 @@ def test_json_that_is_a_bomb(tmp_path):
         sparse.truncate(2**30)
     with pytest.raises(UserError, match="has more than 64 MiB"):
         read_json(file)
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.gz"])
-def test_gzipped_data_does_not_unpack_into_all_memory(name, tmp_path):
-    file = tmp_path / name
-    with gzip.open(file, "wb") as out:
-        for _ in range(200):
-            out.write(bytes(2**20))
-    assert file.stat().st_size < 2**20
-    with pytest.raises(UserError, match=r"cannot be read: .*unpacks to more than 100 times its size"):
-        list(read_file(file))
-    with pytest.raises(UserError, match="unpacks to more than 100 times its size"):
-        read_result(file)
 
 
 def test_bytes_are_told_in_units_that_say_something():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import hashlib
-import io
 import json
 import os
 import secrets
@@ -15,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO, TypeVar, cast, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -57,11 +55,7 @@ CURVE = "curve-{}-{}.json"  # gain against forgetting, of a study and a probe
 SLURM = "slurm"  # logs of its jobs
 
 
-# Bounds on what comes from elsewhere. The history of a long training has some MB; data and results pack to a third or a
-# twentieth.
-MAX_JSON_BYTES = 64 * 2**20
-MAX_UNPACKED_TIMES = 100
-MAX_UNPACKED_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 64 * 2**20  # of what comes from elsewhere; the history of a long training has some MB
 
 
 def is_there(name: str) -> bool:
@@ -96,37 +90,11 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} GB"
 
 
-class _Gzip(gzip.GzipFile):
-    """Gzipped data that ends in an error where it unpacks to far more than data does: 1 MB may hold 1 GB of zeros."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        if size is None or size < 0:
-            return b"".join(iter(lambda: self.read(2**20), b""))
-        return self._counted(super().read(size))
-
-    def read1(self, size: int = -1) -> bytes:
-        return self._counted(super().read1(size))
-
-    def _counted(self, piece: bytes) -> bytes:
-        check_unpacked(self.tell(), os.path.getsize(self.name))
-        return piece
-
-
-def check_unpacked(num_bytes: int, packed_bytes: int) -> None:
-    """Refuse what unpacks to far more than data does.
-
-    Raises:
-        OSError: If it is more than 64 MiB and more than 100 times what is packed.
-    """
-    if num_bytes > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_TIMES * packed_bytes):
-        raise OSError(errno.EFBIG, f"unpacks to more than {MAX_UNPACKED_TIMES} times its size; unpack it yourself")
-
-
 def open_text(file: Path, encoding: str = "utf-8") -> TextIO:
     """Open a text file for reading, which may be gzipped (``.gz``)."""
     if file.suffix.lower() != ".gz":
         return open(file, encoding=encoding)
-    return io.TextIOWrapper(_Gzip(file), encoding=encoding)
+    return cast(TextIO, gzip.open(file, "rt", encoding=encoding))
 
 
 def read_text(file: Path) -> str:

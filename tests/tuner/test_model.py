@@ -3,11 +3,8 @@
 import copy
 import json
 import struct
-import subprocess
-import sys
 import tracemalloc
 import warnings
-from pathlib import Path
 
 import peft
 import pytest
@@ -77,22 +74,6 @@ def test_registration_is_what_peft_reads():
     assert peft.PEFT_TYPE_TO_CONFIG_MAPPING[MaskPeftType.MASK] is MaskConfig
     assert peft.PEFT_TYPE_TO_TUNER_MAPPING["MASK"].__name__ == "MaskModel"
     assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING["MASK"] == "mask_"
-
-
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import maskft; from peft import PeftModel",
-        "from peft import PeftModel; import maskft",
-    ],
-)
-def test_importing_maskft_is_enough(imports, saved):
-    code = (
-        f"import sys; sys.path.append({str(Path(tiny.__file__).parent)!r}); {imports}; import tiny; "
-        f"print(type(PeftModel.from_pretrained(tiny.tiny_llama(), {str(saved[0])!r}).base_model).__name__)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.stdout.strip() == "MaskModel", run.stderr
 
 
 def test_only_scores_train_and_the_base_stays_bitwise(make):
@@ -202,29 +183,6 @@ def test_two_adapters_switch_delete_and_intersect(make, tmp_path):
         current_masks(model, "other")
 
 
-def test_two_active_adapters_train_together():
-    model = get_peft_model(tiny.tiny_llama(), MaskConfig(layers_to_transform=[0]))
-    model.add_adapter("other", MaskConfig(layers_to_transform=[0], mask_seed=9))
-    model.base_model.set_adapter(["default", "other"])
-    ids = tiny.token_ids()
-    model(input_ids=ids, labels=ids).loss.backward()
-    layer = model.base_model.model.model.layers[0].mlp.up_proj
-    grad = layer.mask_scores["default"].grad
-    assert grad is not None and layer.mask_scores["other"].grad is not None
-    # What the other mask removes does not depend on this one's scores.
-    assert (grad[~layer.get_mask("other")] == 0).all() and (grad[~layer.get_mask("default")] != 0).any()
-
-
-def test_auto_peft_and_config(tmp_path):
-    base_dir, adapter_dir = tmp_path / "base", tmp_path / "adapter"
-    tiny.tiny_llama().save_pretrained(base_dir)
-    base = transformers.AutoModelForCausalLM.from_pretrained(base_dir)
-    model = train_a_little(get_peft_model(base, MaskConfig(task_type="CAUSAL_LM")))
-    model.save_pretrained(adapter_dir)
-    assert isinstance(PeftConfig.from_pretrained(adapter_dir), MaskConfig)
-    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(adapter_dir).eval()), logits(model))
-
-
 def test_loading_another_adapter_into_a_model(saved):
     folder, expected, _ = saved
     model = trained(tiny.tiny_llama)
@@ -263,14 +221,6 @@ def test_replacing_an_adapters_mask_is_noticed(saved, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
     loaded.load_adapter(folder, "default")
     assert torch.equal(logits(loaded), expected)
-
-
-def test_modules_to_save(tmp_path):
-    config = {"layers_to_transform": [0], "modules_to_save": ["lm_head"]}
-    model = trained(tiny.tiny_llama, **config)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path).eval()
-    assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("modules", [None, ["lm_head"], ["embed_tokens", "lm_head"]])
@@ -328,13 +278,6 @@ def test_offloaded_weights_are_refused():
         logits(model)
 
 
-def test_a_second_adapter_of_the_same_configuration_is_a_copy():
-    model = trained(tiny.tiny_llama, layers_to_transform=[1])
-    model.add_adapter("ref", model.peft_config["default"])
-    ours, theirs = current_masks(model), current_masks(model, "ref")
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
 def test_another_adapter_of_the_same_configuration_starts_fresh():
     """Only a trainer's reference is a copy; a second mask is its own, whatever the first has learned."""
     config = MaskConfig(sparsity=0.3, layers_to_transform=[1])
@@ -380,12 +323,6 @@ def test_deepcopy_and_pickle(tmp_path):
     assert not torch.equal(logits(clone), logits(model))
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.45])
-def test_counts(sparsity):
-    masks = current_masks(trained(tiny.tiny_llama, sparsity=sparsity))
-    assert all(int((~m).sum()) == round(sparsity * m.numel()) for m in masks.values())
-
-
 def test_threshold_starts_at_the_published_share_and_moves():
     model = get_peft_model(tiny.tiny_llama(), MaskConfig(selection="threshold", rank_by="signed"))
     # P(N(0, 0.02) < -0.035) = 4.0 %
@@ -396,13 +333,6 @@ def test_threshold_starts_at_the_published_share_and_moves():
 
 
 # Configuration
-
-
-def test_preset_paper():
-    config = MaskConfig(preset="paper")
-    found = (config.selection, config.rank_by, config.init_scores, config.init_std, config.sparsity)
-    assert found == ("topk", "abs", "normal", 0.02, 0.1)
-    assert MaskConfig(preset="paper", rank_by="signed").rank_by == "signed"
 
 
 @pytest.mark.parametrize(
@@ -511,16 +441,6 @@ def test_a_block_that_is_used_again_has_one_mask():
     assert torch.equal(logits(merged), masked) and not torch.equal(masked, before)
 
 
-def test_blocks_that_zamba_repeats_are_left_out_by_name():
-    sizes = {"num_key_value_heads": 4, "mamba_d_state": 8, "n_mamba_heads": 2, "attention_hidden_size": 64}
-    every_second = {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1}
-    zamba = tiny.decoder(transformers.ZambaConfig, transformers.ZambaForCausalLM, **sizes, **every_second)
-    with pytest.raises(UserError, match=r"shared_transf.self_attn.q_proj share one weight, .*: q_proj, k_proj, v_proj"):
-        get_peft_model(zamba, MaskConfig())
-    masks = current_masks(get_peft_model(zamba, MaskConfig(exclude_modules=r".*\.shared_transf\..*")))
-    assert masks and not any("shared_transf" in name for name in masks)
-
-
 class Halved(nn.Linear):
     """As transformers has them: a linear layer by its class, another map by its forward."""
 
@@ -598,15 +518,31 @@ def load(folder, model=None):
     return PeftModel.from_pretrained(model or tiny.tiny_llama(), folder)
 
 
-def test_missing_entry(saved):
-    edit(saved[0], lambda t: t.pop(key_of(t, "layers.1.mlp.up_proj")))
-    with pytest.raises(UserError, match=r"has no mask for model.layers.1.mlp.up_proj; it is incomplete"):
-        load(saved[0])
+def flip(tensors):
+    tensors[key_of(tensors, "layers.2.mlp.down_proj")][-3] ^= 16
 
 
-def test_extra_mask(saved):
-    edit(saved[0], lambda t: t.update({key_of(t, "layers.1.").replace("layers.1.", "layers.0."): torch.zeros(9)}))
-    with pytest.raises(UserError, match=r"has masks for model.layers.0\..* which the model or"):
+UP = "layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(key_of(t, UP)), r"has no mask for model.layers.1.mlp.up_proj; it is incomplete"),
+        (
+            lambda t: t.update({key_of(t, "layers.1.").replace("layers.1.", "layers.0."): torch.zeros(9)}),
+            r"has masks for model.layers.0\..* which the model or",
+        ),
+        (
+            lambda t: t.update({key_of(t, UP): torch.zeros(9, dtype=torch.bfloat16)}),
+            "up_proj is corrupted: it is not a 1-D tensor of bytes",
+        ),
+        (flip, r"model.layers.2.mlp.down_proj is corrupted: its bytes do not match its sha256"),
+    ],
+)
+def test_entries_that_are_wrong(change, message, saved):
+    edit(saved[0], change)
+    with pytest.raises(UserError, match=message):
         load(saved[0])
 
 
@@ -624,11 +560,9 @@ def test_a_saved_module_is_the_one_that_its_configuration_declares(tmp_path):
     trained(tiny.tiny_llama, layers_to_transform=[0], modules_to_save=["lm_head"]).save_pretrained(tmp_path)
     assert list(MaskConfig.from_pretrained(tmp_path).weights_sha256) == ["lm_head.weight"]
     edit(tmp_path, lambda t: t["base_model.model.lm_head.weight"].mul_(2))
-    base = tiny.tiny_llama()
-    for read in (lambda: load(tmp_path, base), lambda: MaskSet.from_adapter(tmp_path)):
+    for read in (load, MaskSet.from_adapter):
         with pytest.raises(UserError, match=r"weights_sha256 .* lm_head.weight; they would replace the base's"):
-            read()
-    assert same_weights(base, tiny.tiny_llama())
+            read(tmp_path)
 
 
 def test_an_adapter_without_its_checksum_is_not_loaded(tmp_path):
@@ -638,12 +572,10 @@ def test_an_adapter_without_its_checksum_is_not_loaded(tmp_path):
     content = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     content |= {"mask_sha256": None, "weights_sha256": {"lm_head.weight": "0" * 64}}
     (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(content))
-    base = tiny.tiny_llama()
     with pytest.raises(UserError, match="has no mask_sha256, so nothing in the adapter's file can be checked"):
-        load(tmp_path, base)
+        load(tmp_path)
     with pytest.raises(UserError, match="neither masks nor modules_to_save"):
-        PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
-    assert same_weights(base, tiny.tiny_llama())
+        PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path, is_trainable=True)
 
 
 def test_masks_of_another_adapter(saved, tmp_path):
@@ -656,50 +588,21 @@ def test_masks_of_another_adapter(saved, tmp_path):
         MaskSet.from_adapter(saved[0])
 
 
-def test_a_refused_file_leaves_the_base_as_it_was(saved):
-    edit(saved[0], lambda t: t.pop(key_of(t, "layers.1.mlp.up_proj")))
-    base = tiny.tiny_llama()
-    names, attributes = dict(base.named_modules()), set(vars(base))
-    with pytest.raises(UserError, match="has no mask for"):
-        load(saved[0], base)
-    assert dict(base.named_modules()) == names and set(vars(base)) == attributes
-    assert all(parameter.requires_grad for parameter in base.parameters()) and not base._forward_pre_hooks
-    model = trained(tiny.tiny_llama, mask_seed=4)
-    before = logits(model)
-    with pytest.raises(UserError, match="has no mask for"):
-        model.load_adapter(saved[0], "second")
-    assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)
-    with pytest.raises(UserError, match="no mask adapter named 'second'"):
-        current_masks(model, "second")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_bases_of_every_dtype_are_checked(saved, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bases_of_these_dtypes_are_checked(saved, dtype):
     assert load(saved[0], tiny.tiny_llama().to(dtype))
     with pytest.raises(UserError, match="was trained on other base weights"):
         load(saved[0], tiny.tiny_llama(seed=1).to(dtype))
-
-
-def test_an_entry_that_is_no_row_of_bytes(saved):
-    edit(saved[0], lambda t: t.update({key_of(t, "layers.1.mlp.up_proj"): torch.zeros(9, dtype=torch.bfloat16)}))
-    with pytest.raises(UserError, match="up_proj is corrupted: it is not a 1-D tensor of bytes"):
-        load(saved[0])
-
-
-def test_flipped_bit(saved):
-    def flip(tensors):
-        tensors[key_of(tensors, "layers.2.mlp.down_proj")][-3] ^= 16
-
-    edit(saved[0], flip)
-    with pytest.raises(
-        UserError, match=r"model.layers.2.mlp.down_proj is corrupted: its bytes do not match its sha256"
-    ):
-        load(saved[0])
-
-
-def test_wrong_shape(saved):
     with pytest.raises(UserError, match=r"has shape \(48, 32\), the model's weight \(64, 32\); wrong base"):
-        load(saved[0], tiny.tiny_llama(intermediate_size=64))
+        load(saved[0], tiny.tiny_llama(intermediate_size=64).to(dtype))
+    config = PeftConfig.from_pretrained(saved[0])
+    config.verify_base = False
+    assert PeftModel.from_pretrained(tiny.tiny_llama(seed=1), saved[0], config=config)
+
+
+def test_a_base_in_float16_is_not_checked_and_that_is_said(saved):
+    with pytest.warns(UserWarning, match="base weights are in float16, so that they are not checked"):
+        load(saved[0], tiny.tiny_llama().half())
 
 
 def test_a_shape_is_compared_before_memory_is_taken_for_it(saved):
@@ -716,35 +619,6 @@ def test_a_shape_is_compared_before_memory_is_taken_for_it(saved):
     tracemalloc.stop()
 
 
-def test_wrong_base_of_the_same_shape(saved):
-    with pytest.raises(UserError, match="was trained on other base weights"):
-        load(saved[0], tiny.tiny_llama(seed=1))
-    config = PeftConfig.from_pretrained(saved[0])
-    config.verify_base = False
-    assert PeftModel.from_pretrained(tiny.tiny_llama(seed=1), saved[0], config=config)
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [r"(.*)*proj", r"((a|b)c)+", r"(?:[a-z]+\.)*q_proj", r"(x?){60}y", ".*" * 6 + "q"],
-)
-@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
-def test_a_regular_expression_that_never_ends(name, pattern, saved):
-    folder, _, _ = saved
-    file = folder / ADAPTER_CONFIG
-    file.write_text(json.dumps(json.loads(file.read_text()) | {name: pattern}))
-    with pytest.raises(UserError, match=f"{name} is the regular expression .* which may take for ever"):
-        PeftModel.from_pretrained(tiny.tiny_llama(), folder)
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [r".*\.layers\.(1|2[0-3])\.(self_attn|mlp)\.\w+_proj", r"(.*\.)?q_proj", "all-linear"],
-)
-def test_a_regular_expression_that_ends(pattern):
-    assert MaskConfig(target_modules=pattern).target_modules == pattern
-
-
 def test_newer_format(saved):
     file = saved[0] / ADAPTER_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 3}))
@@ -758,18 +632,6 @@ def test_scores_that_are_nan_are_not_saved(tmp_path):
     with pytest.raises(UserError, match="NaN"):
         model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / ADAPTER_WEIGHTS).exists()
-
-
-def test_masks_side_by_side_change_by_name(tmp_path):
-    models = [get_peft_model(tiny.tiny_llama(), MaskConfig(mask_seed=seed, sparsity=0.2)).eval() for seed in range(2)]
-    for seed, model in enumerate(models):
-        model.save_pretrained(tmp_path / str(seed))
-    both = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "0", adapter_name="0").eval()
-    both.load_adapter(tmp_path / "1", "1")
-    with torch.no_grad():
-        for name in "101":
-            both.set_adapter(name)
-            assert torch.equal(both(tiny.token_ids()).logits, models[int(name)](tiny.token_ids()).logits)
 
 
 def test_the_base_is_named_by_a_path_that_holds_from_anywhere(tmp_path, monkeypatch):

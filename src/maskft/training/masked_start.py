@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from maskft_base.errors import UserError
 
 from ..adapter.mask_set import MaskSet, read_config
-from ..tuner.fingerprints import fingerprint_of, is_the_base
+from ..tuner.fingerprints import is_the_base, weights_fingerprint
 from ..tuner.sharded import is_sharded, rows_of
 from ..tuner.targets import listed
 from .method_arguments import MethodArguments
@@ -47,7 +47,7 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
             raise UserError(
                 f"{option} {folder!r} is a mask of another model: {name} {has}; name the model it was made for ({base})"
             )
-    found = fingerprint_of(((name, weight.detach()) for name, weight in weights.items()), len(weights))
+    found = weights_fingerprint((name, weight.detach()) for name, weight in weights.items())
     dtypes = {weight.dtype for weight in weights.values()}
     if config.base_fingerprint and not is_the_base(found, dtypes, config):
         raise UserError(

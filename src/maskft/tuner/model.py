@@ -69,7 +69,6 @@ class MaskModel(BaseTuner):
         self._removed_values = _removed_values(peft_config, model)
         if self._undo is not None:
             return
-        self._trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         whole: Any = model  # torch's type of an attribute is Tensor | Module
         unsplit = getattr(whole, "_no_split_modules", None)
         self._undo = (unsplit, whole.register_forward_pre_hook(_refresh_before_forward))
@@ -160,24 +159,16 @@ class MaskModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Check every entry against the model, hand the masks to their layers, and pass on what is not a mask.
-
-        A refused file leaves the model as it was before the adapter was added to it.
-        """
+        """Check every entry against the model, hand the masks to their layers, and pass on what is not a mask."""
         assert isinstance(config, MaskConfig)
         was_new, config.is_new = config.is_new, False
+        if was_new and config.inference_mode and config.mask_sha256 is None:
+            raise UserError(
+                "adapter_config.json has no mask_sha256, so nothing in the adapter's file can be checked; save the "
+                "adapter again, or fetch it from where it was saved"
+            )
         is_of_config = was_new and config.mask_sha256 is not None
-        try:
-            if was_new and config.inference_mode and config.mask_sha256 is None:
-                raise UserError(
-                    "adapter_config.json has no mask_sha256, so nothing in the adapter's file can be checked; save the "
-                    "adapter again, or fetch it from where it was saved"
-                )
-            return _load_masks(model, config, adapter_name, state_dict, is_of_config)
-        except Exception:
-            if was_new and hasattr(model, "base_model"):
-                _take_back(model, adapter_name)
-            raise
+        return _load_masks(model, config, adapter_name, state_dict, is_of_config)
 
 
 def _load_masks(
@@ -216,17 +207,6 @@ def _load_masks(
             rest[f"{names[name]}.mask_scores.{adapter_name}"] = layer.mask_scores[adapter_name].data
         layer.effective.forget()
     return rest
-
-
-def _take_back(model: Any, adapter_name: str) -> None:
-    """Undo the adding of an adapter whose file was refused; the base of the first is bare again."""
-    if len(model.peft_config) > 1:
-        model.delete_adapter(adapter_name)
-        return
-    tuner = model.base_model
-    tuner.unload()
-    for parameter in tuner._trainable:
-        parameter.requires_grad = True
 
 
 @torch.no_grad()
