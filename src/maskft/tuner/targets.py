@@ -181,27 +181,20 @@ def _warn_of_experts(model: nn.Module) -> None:
 
 def maskable_names(model: nn.Module) -> set[str]:
     """Last name components of the maskable linear layers inside numbered layers (q_proj, ..., down_proj)."""
-    names = {
-        name.rpartition(".")[2]
+    found = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D | MaskedLinear)
         and ".base_layer" not in name
-        and _LAYER_INDEX.search(name)
         and _why_not_maskable(name, module, model) is None
     }
-    if not names:
-        # Not a stack of layers: every linear layer except an output head.
+    names = [name for name in found if _LAYER_INDEX.search(name)]
+    if not names:  # no stack of layers: every linear layer except an output head
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        names = {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-            and module is not head
-            and _why_not_maskable(name, module, model) is None
-        }
+        names = [name for name, module in found.items() if module is not head]
     if not names:
         raise UserError(f"{type(model).__name__} has no linear layer that could be masked")
-    return names
+    return {name.rpartition(".")[2] for name in names}
 
 
 def listed(names: Iterable[str]) -> str:
