@@ -86,11 +86,7 @@ def make_study(folder):
         results += write_run(folder, full, "full", "full", seed, quality=0.5, roles=("best", "last"))
         tiny.tiny_llama(num_layers=1, seed=seed).save_pretrained(folder / files.RUNS / full)
         tiny.tiny_llama(num_layers=1, seed=seed + 5).save_pretrained(folder / files.RUNS / full / files.LAST)
-        for name, sparsity, method in (
-            ("mask", 0.1, "mask"),
-            ("mask 20 %", 0.2, "mask"),
-            ("random", 0.1, "random_mask"),
-        ):
+        for name, sparsity, method in _MASKS:
             run = f"{name.replace(' ', '_').replace('%', 'x')}-s{seed}"
             quality = {"mask": 0.7, "random_mask": 0.2}[method]
             steps, more = (8, {"mask_flips_per_step": 5}) if method == "mask" else (0, {})

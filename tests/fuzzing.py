@@ -28,30 +28,20 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-import pyarrow
 import torch
-import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from pyarrow import parquet
 
-import small_study
 import tiny
 from maskft.adapter.mask_set import MaskSet, read_config
 from maskft.adapter.merge import one_line
 from maskft.adapter.verify import verify
-from maskft.data import load_splits
-from maskft.data.arguments import DataArguments
-from maskft.data.sources import read_file
 from maskft_base import files
 from maskft_base.errors import UserError
-from maskft_lab.cli.study import check
-from maskft_lab.cli.train import parse
 from maskft_lab.results.compare import compare
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, read_result
 from maskft_lab.results.text import render
-from maskft_lab.study.recipe import load_recipe
 
 # Values that readers stumble over, beside any others.
 ODD = [
@@ -97,7 +87,7 @@ def places(content, path=()):
 
 
 def changed(content, how):
-    """A copy of parsed JSON or YAML with random entries replaced, removed, renamed, copied elsewhere or wrapped."""
+    """A copy of parsed JSON with random entries replaced, removed, renamed, copied elsewhere or wrapped."""
     content = copy.deepcopy(content)
     for where, kind, value in how:
         found = places(content)
@@ -142,11 +132,11 @@ def edited(data: bytes, how) -> bytes:
     return bytes(data)
 
 
-def dumped(content, dump: Callable) -> bytes | None:
-    """Content as a file; None where no file can hold it."""
+def dumped(content) -> bytes | None:
+    """Content as a JSON file; None where no file can hold it."""
     try:
-        return dump(content).encode("utf-8", "surrogatepass")
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        return json.dumps(content).encode("utf-8", "surrogatepass")
+    except (ValueError, TypeError, RecursionError):
         return None
 
 
@@ -166,51 +156,6 @@ class Target:
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True)
-
-
-class Recipes(Target):
-    """Recipes of studies and of training."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        data = folder / "sums.jsonl"
-        data.write_text('{"prompt": "1+1=", "completion": "2"}\n' * 40)
-        methods = {
-            "full": small_study.FULL,
-            "mask": small_study.MASK,
-            "random": {"method": "random_mask", "from": "full", "match": "mask"},
-        }
-        study = small_study.recipe("org/model", data, methods) | {
-            "seeds": [0, 1],
-            "grid": {"mask.mask_sparsity": [0.1, 0.2]},
-        }
-        study["model_facts"] = {"num_layers": 2, "num_parameters": 1000, "weights_per_layer": 100}
-        train = {
-            "method": "mask",
-            "model_name_or_path": "org/model",
-            "dataset_name": str(data),
-            "output_dir": str(folder / "out"),
-        }
-        train |= {
-            "max_steps": 2,
-            "learning_rate": 1e-3,
-            "bf16": False,
-            "mask_sparsity": 0.1,
-            "mask_layers_to_transform": [0, 1],
-        }
-        self.kinds = [
-            (study, lambda file: check(load_recipe(file))),
-            (train, lambda file: parse(["--config", str(file)])),
-        ]
-
-    def read(self, which, how, bytes_how) -> bool | None:
-        content, read = self.kinds[which % len(self.kinds)]
-        data = dumped(changed(content, how), lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
-        if data is None:
-            return None
-        file = self.folder / "recipe.yaml"
-        file.write_bytes(edited(data, bytes_how))
-        return accepts(lambda: read(file))
 
 
 class Results(Target):
@@ -241,7 +186,7 @@ class Results(Target):
         self.other, self.content = result("full", 0.1), result("mask", 0.05)
 
     def read(self, which, how, bytes_how) -> bool | None:
-        data = dumped(changed(self.content, how), json.dumps)
+        data = dumped(changed(self.content, how))
         if data is None:
             return None
         data = edited(data, bytes_how)
@@ -258,42 +203,6 @@ class Results(Target):
             comparison = compare([self.other, read_result(file)])
             for form in ("terminal", "markdown", "json"):
                 render(comparison, form)
-
-        return accepts(read)
-
-
-class Data(Target):
-    """Rows to train on: JSON lines, arrays, gzipped ones and parquet."""
-
-    FORMS = (
-        '{"id": "#", "prompt": "#+1=", "completion": "2"}',
-        '{"id": "#", "question": "q#", "answer": "a"}',
-        '{"id": "#", "instruction": "i#", "input": "", "output": "o"}',
-        '{"messages": [{"role": "user", "content": "u#"}, {"role": "assistant", "content": "a"}]}',
-        '{"text": "t#"}',
-    )
-
-    def read(self, which, how, bytes_how) -> bool | None:
-        rows = changed([json.loads(self.FORMS[which % 5].replace("#", str(n))) for n in range(6)], how)
-        ending = ("jsonl", "json", "jsonl.gz", "json.gz", "parquet")[which // 5 % 5]
-        file = self.folder / f"rows.{ending}"
-        if ending == "parquet":
-            try:
-                parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-            except (pyarrow.ArrowException, TypeError, ValueError, AttributeError, OverflowError):
-                return None
-            data = file.read_bytes()
-        else:
-            is_lines = ending.startswith("jsonl")
-            data = dumped(rows, lambda rows: "\n".join(map(json.dumps, rows)) if is_lines else json.dumps(rows))
-            if data is None:
-                return None
-        data = edited(data, bytes_how)
-        file.write_bytes(gzip.compress(data, 1) if ending.endswith("gz") else data)
-
-        def read():
-            list(read_file(file))
-            load_splits(DataArguments(dataset_name=str(file), eval_split_size=2), seed=0)
 
         return accepts(read)
 
@@ -326,7 +235,7 @@ class Adapters(Target):
             config = changed(config, how)
         if which % 3:
             weights = edited(weights, bytes_how)
-        data = dumped(config, json.dumps)
+        data = dumped(config)
         if data is None:
             return None
         (self.folder / files.ADAPTER_CONFIG).write_bytes(edited(data, bytes_how) if which % 6 == 0 else data)
@@ -346,7 +255,7 @@ class Adapters(Target):
             PeftModel.from_pretrained(tiny.tiny_llama(num_layers=1), str(self.folder))
 
 
-TARGETS = {"recipes": Recipes, "results": Results, "data": Data, "adapters": Adapters}
+TARGETS = {"results": Results, "adapters": Adapters}
 
 
 def examine(target: Target, max_examples: int, number: int | None = None) -> Counter:

@@ -93,17 +93,6 @@ def gpu(*words):
 
 
 @pytest.mark.slow
-def test_a_part_for_a_gpu_writes_its_json(tmp_path):
-    done = gpu("--part", 3, "--device", "cpu", "--tiny", "--output_dir", tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    [file] = tmp_path.iterdir()
-    rows = {row["what"]: row for row in json.loads(file.read_text())["rows"]}
-    assert file.name == "part-3.json" and rows["part 3 ended"]["failed_rows"] == 0
-    for side in ("floor", "lora", "full", "deletion", "mask, Triton", "mask, again"):
-        assert rows[f"Llama-3.2-1B, 8 tokens: mask / {side}"]["value"] > 0
-
-
-@pytest.mark.slow
 def test_the_day_of_a_gpu_is_rehearsed(tmp_path):
     """Every part with the code that a GPU runs; each leaves its JSON, and nothing in it failed."""
     done = gpu("--device", "cpu", "--tiny", "--output_dir", tmp_path)

@@ -12,17 +12,7 @@ PACKAGES = ("maskft_base", "maskft", "maskft_lab")
 NOISE = ("_abc_", "_member", "_value", "_new_member", "_unhashable", "_generate_next", "_use_args", "_is_protocol")
 # Keys and suffixes of our own that look like names; of autograd functions, whose backward torch makes.
 OURS = {
-    "_acc",
-    "_each",
-    "_implementation",
-    "_is_better",
-    "_num_tokens",
-    "_loss",
-    "_model_name_or_path",
-    "_output",
-    "_proj",
-    "_token_id",
-    "_stderr",
+    *("_acc", "_each", "_implementation", "_is_better", "_num_tokens", "_loss", "_output", "_proj", "_stderr"),
     "_backward_cls",
 }
 DOCUMENTED = {"_replace", "_exit"}  # of named tuples, of os: public in spite of the underscore

@@ -22,7 +22,6 @@ from maskft_lab.cli.main import main
 from maskft_lab.cli.study import check
 from maskft_lab.cli.train import option_defaults, parse
 from maskft_lab.study.dry_run import cost_of
-from maskft_lab.study.process import command_words
 from maskft_lab.study.recipe import PRETRAINED, load_recipe
 from tiny_tokenizer import tiny_tokenizer
 
@@ -116,67 +115,64 @@ def test_run(recipe):
         assert mask_config(run.mask).sparsity == run.mask.mask_sparsity
 
 
-@pytest.mark.parametrize("file", STUDIES, ids=name)
-def test_study(file, tmp_path, capsys):
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
+@lru_cache
+def planned(file):
+    """A recipe and its runs, which several tests look at."""
     recipe = load_recipe(file)
-    plan = check(recipe)
+    return recipe, check(recipe)
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=name)
+def test_study(file):
+    """What a run costs is known, its sets are, and no set has longer rows on the average than are kept."""
+    recipe, plan = planned(file)
     for run in plan.runs:
         tokens, seconds = cost_of(plan, run)
         trained = run.method.method != PRETRAINED and run.method.method in ("full", "peft", "mask")
         assert (tokens > 1_000) == trained == (seconds > 0)
-    assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
-    out = capsys.readouterr().out
-    has_controls = yaml.safe_load(file.read_text()).get("controls")
-    assert (" 0 controls" not in out) == bool(has_controls)
-    # What waits for tuning has no hash yet.
-    shown = [f"{run.id.rpartition('-')[0]}-?" if run.is_assumed else run.id for run in plan.runs]
-    assert all(name in out for name in shown) and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("file", STUDIES, ids=name)
-def test_the_model_is_as_the_recipe_says_and_has_what_is_masked(file):
-    recipe = load_recipe(file)
-    model = meta_model(recipe.model)
-    names, facts = maskable_names(model), recipe.facts
-    assert facts.num_parameters == sum(p.numel() for p in model.parameters())
-    per_layer = sum(m.weight.numel() for n, m in model.named_modules() if n.rpartition(".")[2] in names)
-    assert (facts.num_layers, facts.weights_per_layer) == (len(model.model.layers), per_layer / facts.num_layers)
-    seen = set()
-    for run in check(recipe).runs:
-        parsed = parse(command_words({"model_name_or_path": "any", **run.options, "learning_rate": 1e-3}))
-        for layers in (parsed.mask.mask_layers_to_transform, parsed.method.partial_layers):
-            if layers and tuple(layers) not in seen:
-                seen.add(tuple(layers))
-                check_targets(MaskConfig(layers_to_transform=layers, target_modules=sorted(names)), model)
-
-
-@pytest.mark.parametrize("file", STUDIES, ids=name)
-def test_data_is_known(file):
-    recipe = load_recipe(file)
-    for run in check(recipe).runs:
         for part in parse_mixture(run.options.get("dataset_name", "rows.jsonl")):
             known = TRAINING_SETS.get(part.name)
             assert known or part.name.endswith((".jsonl.gz", ".chat")) or part.name == "rows.jsonl"
-
-
-@pytest.mark.parametrize("file", STUDIES, ids=name)
-def test_no_set_has_longer_rows_on_the_average_than_are_kept(file):
-    recipe = load_recipe(file)
     for data in recipe.data.values():
         kept = (option_defaults() | recipe.train | data.options)["max_length"]
         assert data.tokens_per_row is None or data.tokens_per_row <= kept
 
 
+@pytest.mark.parametrize("file", {file.parent: file for file in STUDIES}.values(), ids=name)
+def test_the_dry_run_of_a_study_in_every_folder(file, tmp_path, capsys):
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert main(["study", str(file), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    has_controls = yaml.safe_load(file.read_text()).get("controls")
+    assert (" 0 controls" not in out) == bool(has_controls)
+    # What waits for tuning has no hash yet.
+    runs = planned(file)[1].runs
+    shown = [f"{run.id.rpartition('-')[0]}-?" if run.is_assumed else run.id for run in runs]
+    assert all(name in out for name in shown) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=name)
+def test_the_model_is_as_the_recipe_says_and_has_what_is_masked(file):
+    recipe, plan = planned(file)
+    model = meta_model(recipe.model)
+    names, facts = maskable_names(model), recipe.facts
+    assert facts.num_parameters == sum(p.numel() for p in model.parameters())
+    per_layer = sum(m.weight.numel() for n, m in model.named_modules() if n.rpartition(".")[2] in names)
+    assert (facts.num_layers, facts.weights_per_layer) == (len(model.model.layers), per_layer / facts.num_layers)
+    options = [(run.options.get("mask_layers_to_transform"), run.options.get("partial_layers")) for run in plan.runs]
+    for layers in {str(each): each for pair in options for each in pair if each}.values():
+        check_targets(MaskConfig(layers_to_transform=layers, target_modules=sorted(names)), model)
+
+
 def test_recipes_of_one_model_of_the_paper_share_a_folder_and_its_full_fine_tuning():
     """Names in it differ, since they name the tables; what an ablation starts from is made by a main recipe."""
-    recipes = {path: load_recipe(path) for path in STUDIES if "paper" in path.parts}
+    recipes = {path: planned(path)[0] for path in STUDIES if "paper" in path.parts}
     made, names = {}, set()
     for path in sorted(recipes, key=lambda path: "ablations" in path.parts):
         recipe = recipes[path]
         folder = next(line.split("--output_dir ")[1] for line in path.read_text().splitlines() if "# Launch" in line)
         assert recipes[ROOT / "recipes/paper" / f"{Path(folder).name}_math.yaml"].model == recipe.model
-        runs = check(recipe).runs
+        runs = planned(path)[1].runs
         full = {run.hash for run in runs if run.method.method == "full" and not run.method.start}
         masks = {run.hash for run in runs if run.method.method == "mask"}
         assert full
@@ -200,7 +196,7 @@ def test_the_lines_for_alpaca_eval(file, tmp_path):
     del lines[next(index for index, line in enumerate(lines) if line.startswith("  tasks: "))]
     (tmp_path / file.name).write_text("\n".join(lines))
     (tmp_path / "chat_template.jinja").write_text((file.parent / "chat_template.jinja").read_text())
-    old, new = load_recipe(file).evaluation, load_recipe(tmp_path / file.name)
+    old, new = planned(file)[0].evaluation, load_recipe(tmp_path / file.name)
     assert check(new).runs and new.evaluation["tasks"] == [*old["tasks"], "alpaca_eval"]
     assert set(new.evaluation) - set(old) == {"alpaca_annotator"}
 
@@ -215,7 +211,7 @@ def test_no_mask_is_chosen_on_rows_that_the_mixed_model_was_trained_on(file):
         shares = [round(size * count) for count in counts] if size < 1 else _shares(size, counts)
         return dict(zip((part.name for part in parts), shares, strict=True))
 
-    recipe = load_recipe(file)
+    recipe = planned(file)[0]
     mixed = held(recipe.data["mixed"])
     for domain in set(recipe.data) - {"mixed"}:
         assert all(count <= mixed[name] for name, count in held(recipe.data[domain]).items()), domain

@@ -26,25 +26,12 @@ TRAINER = {
 
 
 def tiny_llama(num_layers=3, vocab_size=96, seed=0, **overrides):
-    torch.manual_seed(seed)
-    settings = {
-        "vocab_size": vocab_size,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": None,
-    }
-    config = transformers.LlamaConfig(**{**settings, **overrides})
-    return transformers.LlamaForCausalLM(config).eval()
+    settings = {"vocab_size": vocab_size, "num_hidden_layers": num_layers, "eos_token_id": 1, "bos_token_id": None}
+    return decoder(transformers.LlamaConfig, transformers.LlamaForCausalLM, seed, **{**settings, **overrides})
 
 
 def decoder(config_class, model_class, seed=0, **overrides):
-    """A decoder of any architecture, as small as ``tiny_llama``."""
+    """A decoder of any architecture."""
     torch.manual_seed(seed)
     settings = {
         "vocab_size": 96,

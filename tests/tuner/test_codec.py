@@ -67,11 +67,10 @@ def test_the_coder_writes_what_it_wrote():
     assert base64.b64encode(encode_mask(mask).numpy().tobytes()).decode() == text
 
 
-@pytest.mark.parametrize("shape", [(512, 512), (2000, 4000)])
-@pytest.mark.parametrize("sparsity", [0.0005, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.45, 0.5])
-def test_size_is_within_two_percent_of_the_entropy(shape, sparsity):
+@pytest.mark.parametrize("sparsity", [0.0005, 0.01, 0.1, 0.3, 0.45, 0.5])
+def test_size_is_within_two_percent_of_the_entropy(sparsity):
     """Without the header, whose 64 bytes are a third of the smallest of these."""
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) >= sparsity
+    mask = torch.rand((1000, 2000), generator=torch.Generator().manual_seed(0)) >= sparsity
     exact = 1 - float(mask.float().mean(dtype=torch.float64))
     bits = 8 * (encode_mask(mask).numel() - HEADER_BYTES)
     assert bits <= 1.02 * entropy(exact) * mask.numel()
@@ -83,12 +82,6 @@ def test_whole_rows_and_columns_take_less_than_their_entropy(whole):
     mask = mask.t().contiguous() if whole == "rows" else mask
     assert torch.equal(decode_mask(encode_mask(mask)), mask)
     assert encode_mask(mask).numel() < 1000
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_never_larger_than_packed_bits(sparsity):
-    mask = torch.rand(500, 1000, generator=torch.Generator().manual_seed(0)) >= sparsity
-    assert 8 * encode_mask(mask).numel() / mask.numel() <= 1.01
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.6])
@@ -111,13 +104,6 @@ def test_truncated_and_foreign_bytes():
     for broken in (coded[:-1], coded[:70], coded[:10], coded[:0], torch.zeros(200, dtype=torch.uint8)):
         with pytest.raises(UserError, match="corrupted"):
             decode_mask(broken, "q_proj")
-
-
-def test_newer_format_says_upgrade():
-    coded = encode_mask(torch.rand(20, 30) > 0.1)
-    coded[4] = 9
-    with pytest.raises(UserError, match="mask format 9, this maskft reads up to 2; use a newer one"):
-        decode_mask(coded)
 
 
 def test_only_two_dimensional_bool_masks():

@@ -24,6 +24,7 @@ def _no_graphs_of_other_tests():
     "backend, options",
     [
         ("aot_eager", LOGIT),
+        ("eager", {**LOGIT, "price": 1.0}),  # which breaks the graph
         pytest.param(
             "inductor",
             {"sparsity": 0.2, "layers_to_transform": [0]},
@@ -34,11 +35,11 @@ def _no_graphs_of_other_tests():
         ),
     ],
 )
-def test_a_compiled_model_trains_as_the_plain_one_in_one_graph(backend, options):
+def test_a_compiled_model_trains_as_the_plain_one(backend, options):
     config = MaskConfig(**options, task_type="CAUSAL_LM")
     plain = get_peft_model(tiny_llama(num_layers=1), copy.deepcopy(config))
     other = get_peft_model(tiny_llama(num_layers=1), copy.deepcopy(config))
-    compiled, ids, losses = torch.compile(other, backend=backend, fullgraph=True), token_ids(), []
+    compiled, ids, losses = torch.compile(other, backend=backend, fullgraph="price" not in options), token_ids(), []
     for model, parameters in ((plain, plain.parameters()), (compiled, other.parameters())):
         optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-2)
         losses.append([])
@@ -85,24 +86,6 @@ def test_a_graph_follows_whatever_changes_the_mask():
     check()
     model.merge_adapter()
     check()
-
-
-@pytest.mark.skipif(IS_OLD_TORCH, reason=OLD_TORCH)
-def test_a_priced_mask_breaks_the_graph_and_trains():
-    config = MaskConfig(**LOGIT, price=1.0, task_type="CAUSAL_LM")
-    plain = get_peft_model(tiny_llama(num_layers=1), copy.deepcopy(config))
-    other = get_peft_model(tiny_llama(num_layers=1), copy.deepcopy(config))
-    losses = []
-    for model, call in ((plain, plain), (other, torch.compile(other, backend="eager"))):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        losses.append([])
-        for _ in range(3):
-            loss = call(input_ids=token_ids(), labels=token_ids()).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[-1].append(float(loss.detach()))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.skipif(IS_OLD_TORCH, reason=OLD_TORCH)

@@ -107,16 +107,6 @@ def test_a_masked_output_can_be_changed_in_place(shape):
     assert torch.equal(y, plain(x)) and y.shape == (*shape[:-1], 2)
 
 
-def test_a_head_of_several_layers_is_merged_with_its_weights():
-    model = get_peft_model(head_model(), MaskConfig(task_type="SEQ_CLS", sparsity=0.2)).eval()
-    ids = token_ids() % 50
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits
-        merged = model.merge_and_unload()
-        assert isinstance(merged, RobertaForSequenceClassification)
-        assert torch.equal(merged(input_ids=ids).logits, expected)
-
-
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM"])
 def test_models_of_other_tasks_train_load_and_merge(task, tmp_path):
     """New heads are trained beside the mask; encoder-decoders are masked in both stacks and generate."""
@@ -139,19 +129,6 @@ def test_models_of_other_tasks_train_load_and_merge(task, tmp_path):
             told = loaded.generate(input_ids=ids, max_new_tokens=4)
             assert torch.equal(told, model.generate(input_ids=ids, max_new_tokens=4))
         assert torch.equal(loaded.merge_and_unload()(**batch)[1], expected[1])
-
-
-def test_heads_are_saved_and_loaded(tmp_path):
-    model = get_peft_model(head_model(), MaskConfig(task_type="SEQ_CLS", sparsity=0.2)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "modules_to_save" in name:
-                parameter.add_(0.5)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(head_model(), tmp_path).eval()
-    ids = token_ids() % 50
-    with torch.no_grad():
-        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
     with pytest.raises(UserError, match="leave out safe_serialization=False"):
         model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
 

@@ -45,15 +45,8 @@ def test_the_language_layers_of_a_vision_language_model(vlm, tmp_path):
     ids = torch.randint(2, 90, (2, 10), generator=torch.Generator().manual_seed(0))
     ids[:, 1:5] = 95  # 8 x 8 pixels in patches of 4: four image tokens
     batch = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8), "labels": ids.masked_fill(ids == 95, -100)}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(12):
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
+    model(**batch).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0).step()
     model.eval()
     with torch.no_grad():
         expected = model(**batch).logits
