@@ -261,7 +261,7 @@ def test_fsdp2_trains_the_unsharded_mask(config, seen):
         ("meta", "layers.1.mlp.up_proj.base_layer.weight is still on the meta device on rank 1"),
         ("data", "the data differ between processes: number of training rows is 8 on rank 0 and 16 on rank 1"),
         ("by_main", "only the main process looks"),
-        ("in_the_root_unit", "are not an FSDP2 unit of their own"),
+        ("in_the_root_unit", "is not sharded as masks need it: take FSDP2"),
         ("a_part", "call the model, not a part of it"),
         ("merge", "is sharded by FSDP and cannot be merged; save the adapter"),
     ],

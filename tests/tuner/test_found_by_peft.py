@@ -135,7 +135,7 @@ def test_models_of_other_tasks_train_load_and_merge(task, tmp_path):
 
 def test_new_tokens_of_a_tied_model_get_one_clear_line():
     with pytest.raises(UserError, match="before the mask"):
-        MaskConfig(trainable_token_indices=[1])
+        get_peft_model(tiny_llama(num_layers=2), MaskConfig(trainable_token_indices=[1]))
     with pytest.raises(UserError, match="leave it out"):
         get_peft_model(tiny_llama(num_layers=2, tie_word_embeddings=True), MaskConfig(modules_to_save=["lm_head"]))
 

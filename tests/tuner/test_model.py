@@ -237,13 +237,6 @@ def test_a_resized_vocabulary_is_saved_and_loaded(modules, tmp_path):
     assert verify(tmp_path / "adapter")
 
 
-def test_token_indices_that_a_trainer_adds_are_refused():
-    config = MaskConfig()
-    config.trainable_token_indices = [3]
-    with pytest.raises(UserError, match="trainable_token_indices is not supported by masks"):
-        get_peft_model(tiny.tiny_llama(), config)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_cpu_mem_usage_leaves_scores_float32(dtype, tmp_path):
     model = trained(tiny.tiny_llama, layers_to_transform=[1], save_scores=True)
@@ -349,7 +342,6 @@ def test_threshold_starts_at_the_published_share_and_moves():
         ({"preset": "papr"}, "did you mean 'paper'"),
         ({"selection": "threshold"}, "threshold is -0.035 and rank_by is 'abs': no magnitude is below it"),
         ({"init_scores": "constant"}, "never trains: the gradient is 0 at score 0"),
-        ({"trainable_token_indices": [1]}, "not supported by masks"),
         ({"format_version": 99}, "format version 99, this maskft reads up to 2; use a newer one"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -103,12 +103,7 @@ class AdapterConfig(files.FileModel):
     verify_base: bool = True
     mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     weights_sha256: dict[str, str] | None = None
-    recipe: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("recipe", mode="before")
-    @classmethod
-    def _none_is_empty(cls, recipe: dict[str, Any] | None) -> dict[str, Any]:
-        return recipe or {}
+    recipe: Annotated[dict[str, Any], BeforeValidator(lambda recipe: recipe or {})] = {}
 
     @field_validator("format_version")
     @classmethod

@@ -13,7 +13,6 @@ A mask that removes nothing, or everything, is its header alone.
 
 from __future__ import annotations
 
-import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -191,8 +190,6 @@ def _read_ans(payload: bytes, numel: int, removed_count: int) -> np.ndarray:
     num_bytes = (numel + 7) // 8
     if removed_count in (0, numel):
         return np.packbits(np.full(numel, removed_count > 0))
-    if not _fewest_bits(numel, removed_count) - 64 <= 8 * len(payload) <= 8 * num_bytes + 64:
-        raise ValueError("fewer or more bits than so many removed weights can take")
     words = np.frombuffer(payload + bytes(-len(payload) % 4), dtype="<u4").astype(np.uint32)
     coder, model = constriction.stream.stack.AnsCoder(words), _model(numel, removed_count)
     packed = np.empty(num_bytes, dtype=np.uint8)
@@ -201,14 +198,6 @@ def _read_ans(payload: bytes, numel: int, removed_count: int) -> np.ndarray:
     if not coder.is_empty():
         raise ValueError("more words than weights")
     return packed
-
-
-def _fewest_bits(numel: int, removed_count: int) -> float:
-    """No code of so many removed weights is shorter: what the cheapest byte costs for each of its removed weights."""
-    probabilities = _byte_probabilities(numel, removed_count)
-    # The coder gives every byte at least 2^-24.
-    costs = (-math.log2(max(probabilities[2**ones - 1], 2**-24)) / ones for ones in range(1, 9))
-    return removed_count * min(costs)
 
 
 def _read_packed(payload: bytes, coding: int, numel: int, removed_count: int) -> np.ndarray:

@@ -224,8 +224,6 @@ class MaskConfig(PeftConfig):
                 "init_scores='constant' with init_value=0 and rank_by='abs' never trains: the gradient is 0 at score 0;"
                 " set init_value or rank_by='signed'"
             )
-        if self.trainable_token_indices is not None:
-            raise UserError(NO_TOKEN_INDICES)
         if isinstance(self.target_modules, tuple | set):
             self.target_modules = sorted(self.target_modules)
         if self.selection == "topk" and self.sparsity > 0.5:

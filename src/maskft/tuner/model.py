@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
 from maskft_base.errors import UserError
 
@@ -21,7 +19,7 @@ from .codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask,
 from .config import NO_TOKEN_INDICES, MaskConfig
 from .fingerprints import base_fingerprint, check_base, mask_fingerprint
 from .layer import MaskedLinear
-from .removed_value import load_removed_values
+from .removed_value import removed_values
 from .scores import Float32ParameterDict, check_scores, mask_from_scores, ranked_scores
 from .sharded import is_sharded, refresh
 from .targets import is_target, listed, resolve_targets
@@ -66,7 +64,7 @@ class MaskModel(BaseTuner):
         """Check the whole request before the first layer is replaced, so that an error leaves the model as it was."""
         assert isinstance(peft_config, MaskConfig)
         resolve_targets(peft_config, model)
-        self._removed_values = _removed_values(peft_config, model)
+        self._removed_values = removed_values(peft_config, model)
         if self._undo is not None:
             return
         whole: Any = model  # torch's type of an attribute is Tensor | Module
@@ -179,11 +177,10 @@ def _load_masks(
     coded, scores = _entries(state_dict, "mask_coded"), _entries(state_dict, "mask_scores")
     rest = {key: value for key, value in state_dict.items() if not is_of_mask(key)}
     hashed = () if config.mask_sha256 is None else config.weights_sha256 or ()
-    declared = {key: shape for key, shape in _embeddings(model).items() if _module_name(key) in hashed}
     # Of a resized vocabulary PEFT writes what modules_to_save hold twice, and reads it once.
     twice = [key for key in rest if ".modules_to_save." in key.replace(f".modules_to_save.{adapter_name}.", ".")]
     once = {key: value for key, value in rest.items() if key not in twice}
-    _check_names(layers, coded, once, adapter_name, declared)
+    _check_names(layers, coded, once, adapter_name, hashed)
     if is_of_config and mask_fingerprint(coded) != config.mask_sha256:
         raise UserError("the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters")
     if is_of_config:
@@ -308,22 +305,12 @@ def _restore_scores(layer: MaskedLinear, adapter_name: str, saved: Tensor) -> No
 # Checks
 
 
-def _embeddings(model: nn.Module) -> dict[str, torch.Size]:
-    """Keys and shapes of input and output embeddings, which PEFT saves whole where the vocabulary was resized."""
-    heads = []
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(NotImplementedError):  # a model of speech has none
-            heads.append(getattr(model, get, lambda: None)())
-    found = {name: module for name, module in model.named_modules() if any(module is head for head in heads)}
-    return {f"{name}.{key}": value.shape for name, module in found.items() for key, value in module.named_parameters()}
-
-
 def _check_names(
     layers: Mapping[str, MaskedLinear],
     coded: Mapping[str, Tensor],
-    rest: Mapping[str, Tensor],
+    rest: Collection[str],
     adapter_name: str,
-    embeddings: Mapping[str, torch.Size],
+    declared: Collection[str],
 ) -> None:
     missing, extra = [n for n in layers if n not in coded], [n for n in coded if n not in layers]
     if missing:
@@ -334,15 +321,12 @@ def _check_names(
             "it was made for another model or configuration"
         )
     # PEFT would load any other key into the base model without a word.
-    unknown = [
-        key
-        for key, value in rest.items()
-        if f".modules_to_save.{adapter_name}." not in key and embeddings.get(key) != value.shape
-    ]
+    saved = f".modules_to_save.{adapter_name}."
+    unknown = [key for key in rest if saved not in key and _module_name(key) not in declared]
     if unknown:
         raise UserError(
-            f"the adapter file has entries that are neither masks nor modules_to_save: {listed(unknown)}; it is not "
-            "loaded, because they would overwrite base weights"
+            f"the adapter file has entries that are neither masks nor modules_to_save nor in its weights_sha256: "
+            f"{listed(unknown)}; it is not loaded, because they would overwrite base weights"
         )
 
 
@@ -355,15 +339,3 @@ def check_weights(found: Mapping[str, Tensor], declared: Mapping[str, str] | Non
             f"weights_sha256 in adapter_config.json does not name these weights of the adapter file, or names others: "
             f"{listed(different)}; they would replace the base's: fetch or save the adapter again"
         )
-
-
-def _removed_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
-    """What removed weights of each target become; empty: zero."""
-    if config.removed_value == "zero":
-        return {}
-    targets = {
-        name: module.weight
-        for name, module in model.named_modules()
-        if name and isinstance(module, nn.Linear | Conv1D | MaskedLinear) and is_target(config, name)
-    }
-    return load_removed_values(config, dict(sorted(targets.items())))

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from maskft_base.errors import UserError
 
 from ..models import load_model
 from .config import MaskConfig
 from .fingerprints import weights_fingerprint
+from .layer import MaskedLinear
+from .targets import is_target
 
 
-def load_removed_values(config: MaskConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Values of removed weights by module name, out of ``removed_value_model``.
+def removed_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
+    """What removed weights become by module name, out of ``removed_value_model``; empty: zero.
 
     Args:
-        config: With ``removed_value="base"``; the fingerprint it names, if any, must be that of the values.
-        weights: The weights that are masked, by module name.
+        config: Its ``removed_value_fingerprint``, if any, must be that of the values.
+        model: The model that is masked.
 
     Raises:
-        UserError: If the model is missing, has another architecture or the same weights, or is not the one the mask was
-            trained with.
+        UserError: If the other model is missing, has another architecture or the same weights, or is not the one the
+            mask was trained with.
     """
+    if config.removed_value == "zero":
+        return {}
     source = str(config.removed_value_model)
     try:
         base = load_model(source, "auto")
     except UserError as error:
         raise UserError(f"removed_value_model: {error}") from error
+    kinds = nn.Linear | Conv1D | MaskedLinear
+    targets = {n: m for n, m in model.named_modules() if n and isinstance(m, kinds) and is_target(config, n)}
+    weights = {name: targets[name].weight for name in sorted(targets)}
     modules: dict[str, nn.Module] = dict(base.named_modules())
     values = {}
     for name, weight in weights.items():

@@ -261,21 +261,13 @@ def _attached(layers: Sequence[MaskedLinear], base_fingerprint: Fingerprint) -> 
 
 
 def _check_sharding(layer: MaskedLinear) -> None:
-    if not isinstance(layer.mask_scores, FSDPModule):
+    """Refuse any way of sharding but the plain one, in which scores are never gathered in forward."""
+    weight, scores, by_rows = layer.weight, layer.mask_scores[_adapter(layer)], (Shard(0),)
+    is_plain = isinstance(layer.mask_scores, FSDPModule) and is_sharded(weight) and tuple(weight.placements) == by_rows
+    is_plain = is_plain and tuple(scores.placements) == by_rows
+    if not is_plain or scores.to_local().device.type != scores.device_mesh.device_type:
         raise UserError(
-            f"the scores of {layer.module_name} are not an FSDP2 unit of their own; use FSDP2 with "
-            "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and if you name the classes to wrap, add "
+            f"{layer.module_name} is not sharded as masks need it: take FSDP2, by rows and without fsdp_offload_params,"
+            " with fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and if you name the classes to wrap, add "
             f"{type(layer.mask_scores).__name__.removeprefix('FSDP')}"
         )
-    weight, scores = layer.weight, layer.mask_scores[_adapter(layer)]
-    if not is_sharded(weight):
-        raise UserError(
-            f"the weight of {layer.module_name} is in the outermost FSDP unit; wrap the decoder layers with "
-            "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"
-        )
-    if tuple(scores.placements) != (Shard(0),) or tuple(weight.placements) != (Shard(0),):
-        raise UserError(
-            f"{layer.module_name} is spread as {weight.placements}; only plain FSDP2 sharding by rows is supported"
-        )
-    if scores.to_local().device.type != scores.device_mesh.device_type:
-        raise UserError("fsdp_offload_params is not supported with masks; set it to false")
