@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from maskft_base.errors import UserError
 
-from ..evaluation.arguments import ALPACA_EVAL, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments, check_used
+from ..evaluation.arguments import ALPACA_EVAL, AND, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments, check_used
 from .options import add_options, read_options
 
 if TYPE_CHECKING:
     from maskft.data.arguments import DataArguments
 
+    from ..evaluation.load import Loaded
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``maskft evaluate``."""
+_OF_MODELS = "model_name_or_path model_revision adapter change scale dtype device chat_template_path".split()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the options of ``maskft evaluate``."""
     from maskft.data.arguments import DataArguments
 
+    from .main import COMMANDS, OneLineParser
+
+    parser = OneLineParser(prog="maskft evaluate", description=f"{COMMANDS['evaluate']}.", allow_abbrev=False)
     add_options(parser, EvaluationArguments)
     data = parser.add_argument_group(
         "held-out data",
@@ -25,14 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "held-out part; else all of dataset_name.",
     )
     add_options(data, DataArguments, NOT_OF_HELDOUT_DATA)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of these options, for what starts ``maskft evaluate``."""
-    from .main import OneLineParser
-
-    parser = OneLineParser(prog="maskft evaluate", allow_abbrev=False)
-    add_arguments(parser)
     return parser
 
 
@@ -76,8 +77,10 @@ def check_inputs(args: argparse.Namespace) -> list[dict]:
     return heldout_rows(data, options.eval_split_size, None, options.dataset_text_field)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Evaluate each model and write its ``result.json``.
+def main(argv: Sequence[str]) -> None:
+    """Evaluate each model and write its ``result.json``; after a ``+`` follow options of another evaluation.
+
+    Models that several name are loaded once.
 
     Raises:
         UserError: Also where memory runs out.
@@ -87,16 +90,22 @@ def run(args: argparse.Namespace) -> None:
     from ..estimate.out_of_memory import explained
 
     silence()
-    options, data = read(args)
+    evaluations = [[*words] for is_and, words in groupby(argv, lambda word: word == AND) if not is_and] or [[]]
+    parts = [read(parser().parse_args(words)) for words in evaluations]
     with explained(
         "answers so far are kept: run the same command with a smaller --batch_size or --max_memory_gb, or anew with "
         "--dtype bfloat16"
     ):
-        _evaluate(options, data)
+        for _, same in groupby(parts, lambda part: [getattr(part[0], name) for name in _OF_MODELS]):
+            shared = [*same]
+            measures = [_prepared(*part) for part in shared]
+            for index, loaded in enumerate(_models([options for options, _ in shared])):
+                for measure in measures:
+                    measure(index, loaded)
 
 
-def _evaluate(options: EvaluationArguments, data: DataArguments) -> None:
-
+def _prepared(options: EvaluationArguments, data: DataArguments) -> Callable[[int, Loaded], None]:
+    """What is to be done with each of the models; mistakes are told before one is loaded."""
     from ..evaluation.heldout import heldout_rows, name_of_test_set
     from ..evaluation.run import check_same_evaluation, evaluate_loaded, finished_result, settings_of
     from ..evaluation.targets import labels, result_files
@@ -112,7 +121,6 @@ def _evaluate(options: EvaluationArguments, data: DataArguments) -> None:
     settings = settings_of(options, tasks.get(ALPACA_EVAL))
     if len(targets) == 1 and targets[0].exists() and not options.overwrite:
         raise UserError(f"{targets[0]} exists; name another output_dir or pass --overwrite")
-    models = _models(options)
     hashes = {
         name: task.data_sha256 if name == ALPACA_EVAL else task_data_sha256(task, options.limit)
         for name, task in tasks.items()
@@ -120,7 +128,9 @@ def _evaluate(options: EvaluationArguments, data: DataArguments) -> None:
     test_set = name_of_test_set(data, options.eval_split_size)
     measured = {*tasks, *({HELDOUT} & set(options.task_names))}
     earlier = [None if options.overwrite else finished_result(target, settings, measured) for target in targets]
-    for loaded, name, target, done in zip(models, names, targets, earlier, strict=True):
+
+    def measure(index: int, loaded: Loaded) -> None:
+        name, target, done = names[index], targets[index], earlier[index]
         if loaded.facts.get("seed") is None and options.seed is not None:
             loaded.facts["seed"] = options.seed
         if HELDOUT in options.task_names:
@@ -129,9 +139,11 @@ def _evaluate(options: EvaluationArguments, data: DataArguments) -> None:
         if done is not None:
             check_same_evaluation(done, target, loaded, hashes)
             print(f"{name}: already done, {target}")
-            continue
+            return
         _print(name, evaluate_loaded(loaded, tasks, options, target, name, test_set))
         print(f"written to {target}")
+
+    return measure
 
 
 def _load_tasks(options: EvaluationArguments) -> dict:
@@ -146,13 +158,14 @@ def _load_tasks(options: EvaluationArguments) -> dict:
     return load_tasks(benchmarks, options.data_dir, options.limit, **how) | alpaca
 
 
-def _models(options: EvaluationArguments):
-    """The models one after another, each loaded when it is asked for."""
+def _models(evaluations: Sequence[EvaluationArguments]):
+    """The models of all evaluations one after another, each loaded when it is asked for."""
     from maskft_base.runtime import keep_freed_memory
 
     from ..evaluation.load import load_changes, load_each
 
-    if options.change or (options.no_generate and options.task_names == [HELDOUT]):
+    options = evaluations[0]
+    if options.change or all(each.no_generate and each.task_names == [HELDOUT] for each in evaluations):
         # A sixth faster on CPUs. Not where answers are generated: their caches grow, and holes would stay behind.
         keep_freed_memory()
     return load_changes(options) if options.change else load_each(options)

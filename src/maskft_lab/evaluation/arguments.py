@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from maskft.data.arguments import DataArguments
 
 HELDOUT, ALPACA_EVAL = "heldout", "alpaca_eval"  # tasks that are not lm-eval's
+AND = "+"  # on the command line, between the options of two evaluations
 
 # Fields of DataArguments that change no held-out row, or that are in EvaluationArguments with another default.
 NOT_OF_HELDOUT_DATA = (

@@ -28,7 +28,7 @@ from maskft_base import files
 from maskft_base.errors import UserError
 from maskft_base.runtime import environment
 
-from ..evaluation.arguments import HELDOUT, NOT_OF_HELDOUT_DATA
+from ..evaluation.arguments import AND, HELDOUT, NOT_OF_HELDOUT_DATA
 from ..results.schema import BEFORE, DOMAINS, Result, read_result, write_result
 from .damage import damage_of_result, damage_of_run, is_whole_result, written_files
 from .identity import evaluation_id, evaluation_identity, options_identity, short_digest
@@ -234,18 +234,16 @@ def make(study: Study, run: StudyRun, tick: Tick = lambda: None) -> None:
 def _measure_path(study: Study, run: StudyRun, tick: Tick) -> None:
     """Measure every point of a run's path on its held-out rows and on earlier abilities."""
     points, found = study.points(run), study.checkpoints(run)
-    names = [point_name(*point) for point in points]
-    for target, options in study.path_sets(run).values():
-        if all(is_whole_result(target / point / files.RESULT) for point in names):
-            continue
-        which = {
-            "model_name_or_path": study.base(run),
-            "change": [str(found.get(share, "none")) for share, _ in points],
-            "scale": [scale for _, scale in points],
-            "name": names,
-            "output_dir": str(target if len(names) > 1 else target / names[0]),
-        }
-        study.call([*PYTHON, "evaluate", *evaluation_words(which | options)], study.run_folder(run) / files.LOG, tick)
+    names, sets = [point_name(*point) for point in points], list(study.path_sets(run).values())
+    which = {
+        "model_name_or_path": study.base(run),
+        "change": [str(found.get(share, "none")) for share, _ in points],
+        "scale": [scale for _, scale in points],
+        "name": names,
+    }
+    if len(names) == 1:  # the folder of one model is that of its result
+        which, sets = which | {"name": names[0]}, [(folder / names[0], options) for folder, options in sets]
+    _measure(study, run, which, sets, tick)
 
 
 def _checkpoint(folder: Path, step: float) -> Path:
@@ -341,22 +339,20 @@ def _inside(folder: Path, name: str) -> str:
 def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
     """Evaluate one of the run's models, or copy the result of the same model where there is one."""
     target = study.result_file(run, role)
-    file = next(filter(is_whole_result, _results_of_the_same(study, run, role)), None)
-
-    def measured(folder: Path, options: dict) -> Result:
-        """Result of one call of ``maskft evaluate``, made unless it is there."""
-        if not is_whole_result(folder / files.RESULT):
-            words = evaluation_words(_model_options(study, run, role, folder) | options)
-            study.call([*PYTHON, "evaluate", *words], study.run_folder(run) / files.LOG, tick)
-        return read_result(folder / files.RESULT)
-
+    # Under another name, or of another study; or the end of training is the best checkpoint.
+    same = sorted(target.parent.parent.glob(f"*-{target.parent.name.split('-')[-2]}-*/{files.RESULT}"))
+    same += [study.result_file(run, BEST)] if study.model(run, BEST) == study.model(run, role) else []
+    file = next(filter(is_whole_result, same), None)
     if file is not None:
         result = read_result(file)
     else:
-        result = measured(partial_folder(target), study.recipe.evaluation)
-        for name, options in study.recipe.before.items():
-            earlier = measured(partial_folder(target) / f"before-{short_digest({'set': name})}", options)
-            for task, found in earlier["tasks"].items():
+        partial = partial_folder(target)
+        before = {name: partial / f"before-{short_digest({'set': name})}" for name in study.recipe.before}
+        sets = [(partial, study.recipe.evaluation), *zip(before.values(), study.recipe.before.values(), strict=True)]
+        _measure(study, run, _model_options(study, run, role), sets, tick)
+        result = read_result(partial / files.RESULT)
+        for name, folder in before.items():
+            for task, found in read_result(folder / files.RESULT)["tasks"].items():
                 result["tasks"][f"{BEFORE}{name}" + ("" if task == HELDOUT else f" {task}")] = found
     result, record = result | {"name": run.labels[role]}, study.record(run)
     # A folder of weights alone, as of the pre-trained model or of the end of training, does not tell its method.
@@ -378,27 +374,25 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _results_of_the_same(study: Study, run: StudyRun, role: str) -> list[Path]:
-    """Where a result of this model would be: its other role's, its start's, under another name or of another study."""
-    target, model = study.result_file(run, role), study.model(run, role)
-    others = [other for other in (run, run.start) if other is not None and (other, BEST) != (run, role)]
-    same = [other for other in others if study.is_trained(other) and study.model(other, BEST) == model]
-    measured = target.parent.name.split("-")[-2]
-    return [
-        *(study.result_file(other, BEST) for other in same),
-        *sorted(target.parent.parent.glob(f"*-{measured}-*/{files.RESULT}")),
-    ]
+def _measure(study: Study, run: StudyRun, which: dict, sets: list[tuple[Path, dict]], tick: Tick) -> None:
+    """Evaluate models in one process on sets of rows, each a folder and options, whose results are not there."""
+    words, inside = [], which["name"] if isinstance(which["name"], list) else [""]
+    for folder, options in sets:
+        if not all(is_whole_result(folder / name / files.RESULT) for name in inside):
+            words += [AND, *evaluation_words(which | {"output_dir": str(folder)} | options)]
+    if words:
+        study.call([*PYTHON, "evaluate", *words], study.run_folder(run) / files.LOG, tick)
 
 
-def _model_options(study: Study, run: StudyRun, role: str, folder: Path) -> dict:
-    """Options of ``maskft evaluate`` that say what is evaluated and where the result goes."""
+def _model_options(study: Study, run: StudyRun, role: str) -> dict:
+    """Options of ``maskft evaluate`` that say what is evaluated."""
     model = study.model(run, role)
     is_adapter = run.method.method in (*MASK_METHODS, PEFT) and not run.masks  # else it is merged
     which = {"model_name_or_path": study.start(run) if is_adapter else model, "adapter": model if is_adapter else None}
     if study.recipe.path:
         change = "none" if run.method.method == PRETRAINED else model
         which = {"model_name_or_path": study.base(run), "change": change, "scale": run.point[1] if run.point else 1.0}
-    return which | {"name": run.labels[role], "seed": run.seed, "output_dir": str(folder)}
+    return which | {"name": run.labels[role], "seed": run.seed}
 
 
 def evaluation_words(options: dict) -> list[str]:
