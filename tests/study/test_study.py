@@ -1,5 +1,6 @@
 """Studies run for real: killed and gone on with, on a Ray cluster, and with a run that fails."""
 
+import contextlib
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from maskft_lab.cli.main import main
 from maskft_lab.cli.study import check
 from maskft_lab.study import board as boards
 from maskft_lab.study.execute import Study, is_control, launch_words, make, partial_folder
-from maskft_lab.study.launchers import Slurm
+from maskft_lab.study.launchers import slurm as slurm_launcher
 from maskft_lab.study.process import PYTHON, last_line, run_command
 from maskft_lab.study.recipe import load_recipe, parse_recipe
 from maskft_lab.study.record import build_record, read_record, write_record
@@ -181,15 +182,19 @@ def test_jobs_of_submitit_give_the_same(base, data, tmp_path, monkeypatch):
     assert main(["study", str(file), "--output_dir", str(alone)]) == 0
     plan, killed = check(load_recipe(file)), []
 
-    class KillsTheFirst(Slurm):
-        def submit(self, study, runs):
-            jobs = super().submit(study, runs)
+    @contextlib.contextmanager
+    def kills_the_first(study):
+        def submit(runs):
+            jobs = submit_all(runs)
             if not killed:
                 killed.append(jobs[0])
                 jobs[0].cancel()
             return jobs
 
-    run_study(plan, together, KillsTheFirst(cluster="local", time_min=60))
+        with slurm_launcher(study, cluster="local", time_min=60) as submit_all:
+            yield submit
+
+    run_study(plan, together, kills_the_first)
     assert killed and killed[0].done()
     check_the_same(together, alone)
 

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     from maskft_base.files import read_yaml
     from maskft_base.runtime import num_cores, silence, time_text
 
-    from ..study.launchers import Local
+    from ..study.launchers import launcher_of
     from ..study.recipe import parse_recipe
     from . import study
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     print((_INTRO_OF_SUMS if args.model else _INTRO).format(model=Path(args.model or "").name), flush=True)
     # Two small trainings with a thread each are faster than one with two.
     num_at_once = 1 if args.model else min(_MOST_AT_ONCE, num_cores())
-    study.start(plan, folder, Local(num_at_once), is_brief=True)
+    study.start(plan, folder, launcher_of("local", num_at_once), is_brief=True)
     report = _report(folder, content["model"], recipe.name)
     print(f"{time_text(time.monotonic() - started)}; {report}; next: maskft demo --recipe > study.yaml")
 

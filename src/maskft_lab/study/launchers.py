@@ -1,6 +1,8 @@
 """Where runs are made: here, on a Ray cluster, or under SLURM; each run as soon as its parents are finished.
 
-A launcher has ``num_at_once`` and ``submit``; what that returns has ``done()``, ``result()`` and ``cancel()``.
+A launcher is a context for a study, in which what it yields hands out runs whose parents are finished, the first of
+them as far as there is room: as jobs with ``done()``, ``result()`` (why the run failed, None if it did not) and
+``cancel()``, as a Future has.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from maskft_base import files
 from maskft_base.errors import UserError, install_hint
@@ -31,23 +34,10 @@ from .plan import StudyRun
 _MAX_LOST = 3  # times that a run is submitted again after its worker was lost
 _ASK_S = 2.0  # between two questions to SLURM's queue
 _GONE_S = 15.0  # after which a job that left the queue without a result is lost; shared file systems are late
+TIME_MIN = 24 * 60  # minutes that a job of SLURM's may take before it is requeued
 
-
-Job = Any  # a run that was submitted: `done`, `result` (why it failed, None if it did not), `cancel`, as a Future has
-
-
-class Launcher(Protocol):
-    """Where the runs of a study are made."""
-
-    @property
-    def num_at_once(self) -> int | None:
-        """Runs at a time; None: as many as there is room for, and the others wait in a queue."""
-
-    def open(self, study: Study) -> contextlib.AbstractContextManager:
-        """Be ready for runs of ``study`` inside."""
-
-    def submit(self, study: Study, runs: list[StudyRun]) -> list[Job]:
-        """Hand out runs whose parents are finished."""
+Submit = Callable[[list[StudyRun]], list[Any]]
+Launcher = Callable[[Study], contextlib.AbstractContextManager[Submit]]
 
 
 def failure_of(study: Study, run: StudyRun, tick=lambda: None) -> str | None:
@@ -59,111 +49,97 @@ def failure_of(study: Study, run: StudyRun, tick=lambda: None) -> str | None:
     return None
 
 
-@dataclass
-class Local:
+@contextlib.contextmanager
+def local(study: Study, num_at_once: int = 1) -> Iterator[Submit]:
     """This machine, ``num_at_once`` runs at a time, which share its cores."""
+    if num_at_once > 1:  # where the user has not said how many threads a process has
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_at_once)))
+    is_over, jobs = threading.Event(), []
 
-    num_at_once: int = 1
-    _is_over: threading.Event = field(default_factory=threading.Event)
-
-    @contextlib.contextmanager
-    def open(self, study: Study) -> Iterator[None]:
-        """See :class:`Launcher`."""
-        if self.num_at_once > 1:  # where the user has not said how many threads a process has
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // self.num_at_once)))
-        self._is_over.clear()
-        with ThreadPoolExecutor(self.num_at_once) as self._pool:
-            try:
-                yield
-            finally:
-                self._is_over.set()
-
-    def _tick(self) -> None:
-        if self._is_over.is_set():
+    def tick() -> None:
+        if is_over.is_set():
             raise KeyboardInterrupt  # which ends the command that this thread waits for
 
-    def submit(self, study: Study, runs: list[StudyRun]) -> list[Job]:
-        """See :class:`Launcher`."""
-        return [self._pool.submit(failure_of, study, run, self._tick) for run in runs]
+    def submit(runs: list[StudyRun]) -> list[Future]:
+        room = num_at_once - sum(not job.done() for job in jobs)
+        new = [pool.submit(failure_of, study, run, tick) for run in runs[:room]]
+        jobs.extend(new)
+        return new
+
+    with ThreadPoolExecutor(num_at_once) as pool:
+        try:
+            yield submit
+        finally:
+            is_over.set()
 
 
-class Ray:
+@contextlib.contextmanager
+def ray(study: Study) -> Iterator[Submit]:
     """A Ray cluster: that of RAY_ADDRESS, else one on this machine. The study's folder must be one all nodes see."""
+    import ray
 
-    num_at_once: None = None
-
-    @contextlib.contextmanager
-    def open(self, study: Study) -> Iterator[None]:
-        """See :class:`Launcher`."""
-        import ray
-
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, include_dashboard=False)
-        launch = study.recipe.launch
-        task = ray.remote(num_cpus=launch.num_cpus, num_gpus=launch.num_gpus, max_retries=0)
-        self._task = task(failure_of)
-        yield
-
-    def submit(self, study: Study, runs: list[StudyRun]) -> list[Job]:
-        """See :class:`Launcher`."""
-        return [self._task.remote(study, run).future() for run in runs]
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, include_dashboard=False)
+    launch, study = study.recipe.launch, replace(study, lock_fd=None)  # a descriptor means nothing on another machine
+    task = ray.remote(num_cpus=launch.num_cpus, num_gpus=launch.num_gpus, max_retries=0)(failure_of)
+    yield lambda runs: [task.remote(study, run).future() for run in runs]
 
 
-@dataclass
-class Slurm:
+@contextlib.contextmanager
+def slurm(
+    study: Study, partition: str | None = None, time_min: int | None = None, cluster: str = "slurm"
+) -> Iterator[Submit]:
     """SLURM, by submitit: ready runs are a job array; a job that is preempted is requeued and resumes its run.
 
-    Attributes:
+    Args:
+        study: The study.
         partition: Of the cluster; None: its default.
         time_min: Minutes that a job may take before it is requeued.
         cluster: ``slurm``, or ``local`` for processes of this machine.
     """
+    import submitit
 
-    partition: str | None = None
-    time_min: int = 24 * 60
-    cluster: str = "slurm"
-    num_at_once: None = None
-    _seen: dict[str, float] = field(default_factory=dict)
-    _asked: float = 0.0
+    study = replace(study, lock_fd=None)
+    launch, queue = study.recipe.launch, _Queue(f"maskft-{files.digest(str(study.folder))[:8]}")
+    executor = submitit.AutoExecutor(folder=study.folder / files.SLURM / "%j", cluster=cluster)
+    options = {"timeout_min": time_min or TIME_MIN, "cpus_per_task": max(1, round(launch.num_cpus)), "name": queue.name}
+    if launch.num_gpus:
+        options["gpus_per_node"] = max(1, round(launch.num_gpus))
+    if partition:
+        options["slurm_partition"] = partition
+    executor.update_parameters(**options)
+    if cluster == "slurm":  # what a killed study has left would write into the same folders
+        subprocess.run(["scancel", "--name", queue.name], check=False)
+        while queue.ask().stdout.strip():
+            time.sleep(_ASK_S)
 
-    @contextlib.contextmanager
-    def open(self, study: Study) -> Iterator[None]:
-        """See :class:`Launcher`."""
-        import submitit
-
-        launch, self._name = study.recipe.launch, f"maskft-{files.digest(str(study.folder))[:8]}"
-        self._executor = submitit.AutoExecutor(folder=study.folder / files.SLURM / "%j", cluster=self.cluster)
-        options = {"timeout_min": self.time_min, "cpus_per_task": max(1, round(launch.num_cpus)), "name": self._name}
-        if launch.num_gpus:
-            options["gpus_per_node"] = max(1, round(launch.num_gpus))
-        if self.partition:
-            options["slurm_partition"] = self.partition
-        self._executor.update_parameters(**options)
-        if self.cluster == "slurm":  # what a killed study has left would write into the same folders
-            subprocess.run(["scancel", "--name", self._name], check=False)
-            while self._queue().stdout.strip():
-                time.sleep(_ASK_S)
-        yield
-
-    def submit(self, study: Study, runs: list[StudyRun]) -> list[Job]:
-        """See :class:`Launcher`."""
-        import submitit
-
+    def submit(runs: list[StudyRun]) -> list[Any]:
         try:
-            with self._executor.batch():
-                jobs = [self._executor.submit(_SlurmJob(), study, run) for run in runs]
+            with executor.batch():
+                jobs = [executor.submit(_SlurmJob(), study, run) for run in runs]
         except submitit.core.utils.FailedJobError as error:
             raise UserError(f"SLURM refused the jobs: {' '.join(str(error).split())}") from None
-        return [_Submitted(job, self._last_seen) for job in jobs] if self.cluster == "slurm" else jobs
+        return [_Submitted(job, queue) for job in jobs] if cluster == "slurm" else jobs
 
-    def _queue(self) -> subprocess.CompletedProcess:
-        return subprocess.run(["squeue", "-h", "-r", "-o", "%i", "--name", self._name], capture_output=True, text=True)
+    yield submit
 
-    def _last_seen(self, job_id: str) -> float:
+
+class _Queue:
+    """SLURM's queue of the jobs of a name."""
+
+    def __init__(self, name: str):
+        self.name, self._asked = name, 0.0
+        self._seen: dict[str, float] = {}
+
+    def ask(self) -> subprocess.CompletedProcess:
+        """The jobs in it, one a line."""
+        return subprocess.run(["squeue", "-h", "-r", "-o", "%i", "--name", self.name], capture_output=True, text=True)
+
+    def last_seen(self, job_id: str) -> float:
         """When a job was last in the queue; while SLURM does not answer, all are."""
         if time.monotonic() - self._asked > _ASK_S:
-            queue, self._asked = self._queue(), time.monotonic()
-            self._seen |= dict.fromkeys(self._seen if queue.returncode else queue.stdout.split(), self._asked)
+            found, self._asked = self.ask(), time.monotonic()
+            self._seen |= dict.fromkeys(self._seen if found.returncode else found.stdout.split(), self._asked)
         return self._seen.setdefault(job_id, time.monotonic())
 
 
@@ -172,10 +148,11 @@ class _Submitted:
     """A job of SLURM's, told by its queue: submitit would ask sacct, which answers where there is accounting."""
 
     job: Any
-    last_seen: Callable[[str], float]
+    queue: _Queue
 
     def done(self) -> bool:
-        return self.job.paths.result_pickle.exists() or time.monotonic() - self.last_seen(self.job.job_id) > _GONE_S
+        is_gone = time.monotonic() - self.queue.last_seen(self.job.job_id) > _GONE_S
+        return self.job.paths.result_pickle.exists() or is_gone
 
     def result(self) -> str | None:
         if not self.job.paths.result_pickle.exists():
@@ -218,49 +195,39 @@ def launcher_of(kind: str, num_at_once: int = 1, partition: str | None = None, t
             raise UserError(f"--{name} is for --launcher {launcher}; drop it, or --launcher {kind}")
         if isinstance(value, int) and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
-    if kind == "slurm":
-        return Slurm(partition, time_min or Slurm.time_min)
-    return Ray() if kind == "ray" else Local(num_at_once)
+    slurms = partial(slurm, partition=partition, time_min=time_min)
+    return {"local": partial(local, num_at_once=num_at_once), "ray": ray, "slurm": slurms}[kind]
 
 
 def make_runs(study: Study, todo: list[StudyRun], board: Board, launcher: Launcher) -> None:
     """Make ``todo``, each run as soon as its parents are finished; what fails is noted on ``board``."""
-    # A file descriptor means nothing on another machine; the driver holds the lock.
-    handed = study if isinstance(launcher, Local) else replace(study, lock_fd=None)
     waiting, jobs, lost = list(todo), {}, Counter()
-    with launcher.open(study), _cancelled(jobs):
-        while waiting or jobs:
-            room = len(waiting) if launcher.num_at_once is None else launcher.num_at_once - len(jobs)
-            ready = _ready(waiting, jobs, board)[:room]
-            if ready:
-                jobs |= zip(ready, launcher.submit(handed, ready), strict=True)
-                waiting = [run for run in waiting if run not in ready]
-                for run in ready:
-                    board.started(run)
-            for run in [run for run, job in jobs.items() if job.done()]:
-                try:
-                    board.ended(run, jobs.pop(run).result())
-                except Exception as error:  # the worker, its node or its container: of any kind
-                    lost[run] += 1
-                    if lost[run] <= _MAX_LOST and not isinstance(launcher, Local):
-                        waiting.append(run)
-                    else:
-                        board.ended(run, " ".join(str(error).split())[:300])
-            board.tick()
-            time.sleep(0.1)
+    with launcher(study) as submit:
+        try:
+            while waiting or jobs:
+                if ready := _ready(waiting, jobs, board):
+                    started = dict(zip(ready, submit(ready), strict=False))
+                    jobs |= started
+                    waiting = [run for run in waiting if run not in started]
+                    for run in started:
+                        board.started(run)
+                for run in [run for run, job in jobs.items() if job.done()]:
+                    try:
+                        board.ended(run, jobs.pop(run).result())
+                    except Exception as error:  # the worker, its node or its container: of any kind
+                        lost[run] += 1
+                        if lost[run] <= _MAX_LOST:
+                            waiting.append(run)
+                        else:
+                            board.ended(run, " ".join(str(error).split())[:300])
+                board.tick()
+                time.sleep(0.1)
+        finally:  # an exception, as of Ctrl-C, ends the study
+            for job in jobs.values():
+                job.cancel()
 
 
-@contextlib.contextmanager
-def _cancelled(jobs: dict[StudyRun, Job]) -> Iterator[None]:
-    """Cancel what is left when an exception, as of Ctrl-C, ends the study."""
-    try:
-        yield
-    finally:
-        for job in jobs.values():
-            job.cancel()
-
-
-def _ready(waiting: list[StudyRun], jobs: dict[StudyRun, Job], board: Board) -> list[StudyRun]:
+def _ready(waiting: list[StudyRun], jobs: Mapping[StudyRun, Any], board: Board) -> list[StudyRun]:
     """Those of ``waiting`` whose parents are finished; those whose parent failed are removed and noted as failed."""
     for run in list(waiting):
         parent = next((parent for parent in run.parents if parent in board.failed), None)
