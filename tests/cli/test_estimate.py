@@ -1,8 +1,6 @@
 """``maskft estimate`` as a command: table, JSON, recipe with flags on top, and mistakes in one line."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -30,8 +28,7 @@ def test_table_and_json_with_flags_on_top(recipe, base, capsys):
     """A configuration takes the place of the model, which need not be there."""
     status, out, err = call(["--config", recipe, "--device", "cpu"], capsys)
     assert status == 0, err
-    for text in ("process", "scores", "total", "6 passes over a decoder layer; full fine-tuning has 9"):
-        assert text in out
+    assert all(text in out for text in ("process", "scores", "total"))
     recipe.write_text(recipe.read_text().replace(str(base), "runs/not-there-yet"))
     status, _, err = call(["--config", recipe, "--format", "json"], capsys)
     assert status == 2 and "runs/not-there-yet" in err
@@ -54,13 +51,3 @@ def test_mistakes_are_one_line(words, message, recipe, capsys):
     status, out, err = call(["--config", recipe, "--format", "json", *words], capsys)
     lines = [line for line in err.splitlines() if line.startswith("maskft: error: ")]
     assert status == 2 and out == "" and len(lines) == 1 and message in lines[0]
-
-
-def test_help_needs_no_torch():
-    code = (
-        "import sys\nfrom maskft_lab.cli.main import main\n"
-        "try: main(['estimate', '--help'])\nexcept SystemExit: pass\n"
-        "sys.exit(int('torch' in sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "--device_memory_gb" in done.stdout and "maskft train --help" in done.stdout

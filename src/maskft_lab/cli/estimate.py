@@ -50,7 +50,5 @@ def _print(result) -> None:
     rows = [(name, gb(size), f"{size / result.peak_bytes:.1%}") for name, size in result.memory.items() if size]
     print(draw(Table(("memory at its peak", "GB", "share"), [*rows, ("total", gb(result.peak_bytes), "")]), "terminal"))
     print(f"parameters: {result.num_parameters:,}; trained {result.num_trainable:,}; masked {result.num_masked:,}")
-    if passes := result.layer_passes:
-        print(f"cost: {passes['total']} passes over a decoder layer; full fine-tuning has {passes['full']}")
     if result.largest_micro_batch is not None:
         print(f"largest per_device_train_batch_size: {result.largest_micro_batch}")

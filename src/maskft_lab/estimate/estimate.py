@@ -1,8 +1,8 @@
-"""What a run will need, before it is started: parameters, memory by term, passes over layers.
+"""What a run will need, before it is started: parameters, memory by term.
 
-Only the model's configuration is loaded. What training keeps is counted (``ledger.py``); activations are what one
-forward pass saves for the backward pass, seen on fake tensors, which have shapes and no data. A mask is stood in for by
-training the effective weights: the same operations save the same tensors.
+Only the model's configuration is loaded. What training keeps is counted; activations are what one forward pass saves
+for the backward pass, seen on fake tensors, which have shapes and no data. A mask is stood in for by training the
+effective weights: the same operations save the same tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import warnings
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -25,12 +26,11 @@ from maskft.models import load_config
 from maskft.training.arguments import TrainConfig, with_accumulation
 from maskft.training.build import build_model
 from maskft.training.checks import check_method
-from maskft.training.method_arguments import INTERPOLATE, MASK_METHODS, PEFT, UNTRAINED_METHODS, mask_config
+from maskft.training.method_arguments import INTERPOLATE, MASK_METHODS, UNTRAINED_METHODS, mask_config
 from maskft.tuner.targets import layer_indices, resolve_targets
 from maskft_base.errors import UserError, did_you_mean, first_line
 from maskft_base.runtime import resident_memory_bytes
 
-from .ledger import OPTIMIZER_BYTES, layer_passes
 from .out_of_memory import ADVICE
 
 TRAINER_BYTES = 70_000_000  # what reading data and building the trainer add to a process; measured once
@@ -38,6 +38,14 @@ MAX_MICRO_BATCH = 1024  # no larger one is tried; the answer then means this or 
 RESERVE_BYTES = 2**30  # of a GPU, for its driver and fragmentation; an assumption
 # TRL makes logits in tiles of so many tokens and entries; on a CPU, without Triton's kernel, ten float32 ones at once.
 _TILE, _CPU_TILES = (4096, 32768), 10
+# Bytes of optimizer state per trained parameter, as a function of the parameter's own size. 8-bit states carry a
+# float32 scale per block of 256, 4-bit ones per block of 128, for each of the two moments.
+OPTIMIZER_BYTES: dict[str, Callable[[int], float]] = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), lambda size: 2 * size),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit"), lambda size: 2 * (1 + 4 / 256)),
+    "adamw_torch_4bit": lambda size: 2 * (0.5 + 4 / 128),
+    "sgd": lambda size: 0,
+}
 _REFRESH_BYTES = 12  # per weight of the largest matrix on a GPU: its magnitudes, a copy to rank them, masks
 
 
@@ -49,7 +57,6 @@ class Estimate:
         num_parameters: Parameters of the base model; tied ones count once.
         num_masked: Weights that a mask covers, 0 for other methods.
         memory: Bytes per term at the peak; ``process`` is Python and its libraries.
-        layer_passes: Cost of a token in passes over one decoder layer; None where nothing is trained.
         largest_micro_batch: Largest ``per_device_train_batch_size`` for the device; None when none was given.
     """
 
@@ -60,7 +67,6 @@ class Estimate:
     num_trainable: int
     num_masked: int
     memory: dict[str, int]
-    layer_passes: dict[str, int] | None
     largest_micro_batch: int | None = None
 
     @property
@@ -108,7 +114,6 @@ def estimate(run: TrainConfig, device: str | None = None, device_memory_gb: floa
         num_trainable=planned.num_trainable,
         num_masked=sum(planned.masked_sizes),
         memory=planned.memory(run.training.per_device_train_batch_size),
-        layer_passes=planned.passes,
         largest_micro_batch=largest,
     )
 
@@ -148,8 +153,7 @@ class _Planned:
         if self.method not in UNTRAINED_METHODS and not trained:
             raise UserError(f"method {self.method} trains no parameter of {source.model_name_or_path!r}")
         self._count(trained)
-        how = {"is_lora": self.method == PEFT, "is_checkpointed": bool(run.training.gradient_checkpointing)}
-        self.passes = layer_passes(num_layers, layer_indices(trained) or [0], **how) if trained else None
+        self.num_backward_layers = num_layers - min(layer_indices(trained), default=0)  # from the lowest trained one up
 
     def _prepare(self, model: nn.Module) -> None:
         """Make trainable what the method trains, as ``build_model`` does."""
@@ -190,7 +194,7 @@ class _Planned:
     def memory(self, rows: int) -> dict[str, int]:
         """Bytes per term at the peak of a run with micro-batches of ``rows`` rows."""
         start = {"process": self.process_bytes, "weights": self.weight_bytes}
-        if not self.passes:  # float32 ranking keys and bool masks of all matrices at once
+        if not self.num_trainable:  # float32 ranking keys and bool masks of all matrices at once
             return start | {"masks": 5 * sum(self.masked_sizes)}
         step = {**start, **self.kept, "activations": 0, "buffers": self._step_bytes}
         during = {**step, "activations": self._activations(rows), "buffers": 0, "logits": self._logits(rows)}
@@ -220,7 +224,7 @@ class _Planned:
         saved = self._forward(rows)
         if not self.run.training.gradient_checkpointing:
             return saved
-        num_layers = self.passes["activation_gradients"]  # each keeps its input; one at a time is computed again
+        num_layers = self.num_backward_layers  # each keeps its input; one at a time is computed again
         hidden = rows * self.run.training.max_length * self.config.get_text_config().hidden_size
         return num_layers * hidden * (self.autocast or self.dtype).itemsize + saved // num_layers
 
