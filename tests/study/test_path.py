@@ -8,7 +8,7 @@ import yaml
 from maskft_base import files
 from maskft_lab.cli.main import main
 from maskft_lab.study.recipe import Choice
-from maskft_lab.study.tuning import ChosenFrom, Trial, choose
+from maskft_lab.study.tuning import ChosenFrom, choose
 from small_study import recipe, write
 
 LORA = {"method": "peft", "peft_config": {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}}
@@ -59,7 +59,7 @@ def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(study, tmp_
     content["path"]["choose"] = {"forgetting_at_most": 1.0e-3}
     content["methods"]["random"] = {"method": "random_mask", "match": "mask"}
     content["evaluation"]["before"] = {"text": content["evaluation"]["heldout"]}
-    content |= {"baseline": "base", "seeds": [0, 1], "tune_seeds": [0], "fixed_seeds": True}
+    content |= {"baseline": "base", "seeds": [0, 1], "fixed_seeds": True}
     content["methods"]["mask"] |= {"eval_steps": 0.25, "save_steps": 0.25}  # more checkpoints than are kept elsewhere
     del content["methods"]["full"]
     out = tmp_path / "study"
@@ -95,7 +95,7 @@ def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(study, tmp_
 
 
 def a_point(gain, forgetting):
-    return ChosenFrom(Trial({}, 1, False), (1.0, gain), gain, forgetting, {})
+    return ChosenFrom(None, (1.0, gain), gain, forgetting, {})
 
 
 def test_what_is_chosen():

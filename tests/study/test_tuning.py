@@ -17,7 +17,7 @@ from maskft_lab.cli.main import main
 from maskft_lab.cli.study import check
 from maskft_lab.study.execute import Study
 from maskft_lab.study.recipe import parse_recipe
-from maskft_lab.study.tuning import MAX_DOUBLINGS, Heldout, check_test_rows
+from maskft_lab.study.tuning import Heldout, check_test_rows
 
 RATES = [1e-3, 1e-2]
 
@@ -86,54 +86,10 @@ def test_what_follows_from_tuning_waits_and_then_has_the_winner_as_parent(conten
     assert sorted(run.num_tried for run in plan_of(content).runs if run.name == "mask") == [5, 5]
 
 
-def test_several_seeds_choose_by_their_mean_and_a_failed_run_loses(content):
-    content["tune_seeds"] = [0, 1]
-    losses = {(1e-3, 0): 1.0, (1e-3, 1): 3.0, (1e-2, 0): 2.0, (1e-2, 1): 1.5}
-    plan = plan_of(content, lambda run: Heldout(losses[run.tried["learning_rate"], run.seed]))
-    assert plan.tunings[0].winner.settings == {"learning_rate": 1e-2} and plan.tunings[0].winner.loss == 1.75
-    losses[1e-2, 1] = math.inf
-    plan = plan_of(content, lambda run: Heldout(losses[run.tried["learning_rate"], run.seed]))
+def test_a_failed_run_loses(content):
+    plan = plan_of(content, looks({(1e-3,): 3.0, (1e-2,): math.inf}))
     assert plan.tunings[0].winner.settings == {"learning_rate": 1e-3}
     assert plan.tunings[0].to_dict()["trials"][1]["heldout_loss"] is None
-
-
-def rows(values):
-    return Heldout(sum(values) / len(values), {str(n): (value, 2) for n, value in enumerate(values)})
-
-
-@pytest.mark.parametrize(
-    ("held", "steps"),
-    [
-        # steps -> held-out losses of rows: the gain must exceed its standard error.
-        ({2: [2, 2, 2], 4: [1, 1.1, 1], 8: [0.9, 1.3, 0.8]}, 4),
-        ({2: [2, 2, 2], 4: [3, 3, 3]}, 2),
-        ({2: [5, 5], 4: [4, 4.1], 8: [3, 3.1], 16: [2, 2.1]}, 16),
-        # Without losses of rows: 0.005 nats.
-        ({2: 1.0, 4: 0.9, 8: 0.896}, 4),
-    ],
-)
-def test_the_winner_is_doubled_until_that_gains_less_than_its_standard_error(content, held, steps):
-    content["methods"]["full"]["tune"]["double"] = "max_steps"
-
-    def look(run):
-        if run.tried["learning_rate"] == 1e-3:
-            return Heldout(9.0)
-        found = held[run.options["max_steps"]]
-        return rows(found) if isinstance(found, list) else Heldout(found)
-
-    plan = plan_of(content, look)
-    (tuned,) = plan.tunings
-    assert tuned.is_settled and len(tuned.trials) == 1 + len(held) <= 2 + MAX_DOUBLINGS
-    # Where it ends for another reason than that twice as much gains nothing, the table says so.
-    assert tuned.still_gains == (steps == 16)
-    assert tuned.still_gains == ("it still gained when max_steps had been doubled 3 times" in str(tuned))
-    assert tuned.to_dict()["still_gains"] == tuned.still_gains
-    final = next(run for run in plan.runs if run.name == "mask")
-    assert final.start.options["max_steps"] == steps and final.stage == 1 + len(held)
-    # As long as the first doubling is not finished, what follows waits.
-    waiting = plan_of(content, lambda run: None if run.options["max_steps"] == 4 else look(run))
-    assert [run.tried["max_steps"] for run in waiting.ready.runs if run.stage == 2] == [4]
-    assert all(run.is_assumed for run in waiting.runs if run.tried is None)
 
 
 def test_rates_can_be_multiples_of_the_parents_tuned_one(content):
@@ -172,13 +128,10 @@ def test_copies_of_test_rows_are_not_tuned_on(content, data, tmp_path, capsys):
         (lambda c: c["methods"]["full"].update(learning_rate=1.0), "stands both in tune and beside it"),
         (lambda c: c["methods"]["full"].update(tune=3), "full.tune is 3"),
         (lambda c: c["methods"]["full"].update(tune={"rate": [1]}), "unknown option --rate"),
-        (lambda c: c["methods"]["full"]["tune"].update(double="rate"), "tune is of rate, of which it has no value"),
-        (lambda c: c["methods"]["full"]["tune"].update(double="optim"), "tune is of optim, of which it has no value"),
         (lambda c: c["methods"]["full"]["tune"].update(learning_rate=[1.0, 1.0]), "stands there twice"),
-        (lambda c: c.update(tune_seeds=[7]), "tune_seeds is 7; there are 0, 1"),
         (lambda c: c["train"].update(eval_strategy="no"), "tune chooses by held-out loss, and eval_strategy is no"),
         (
-            lambda c: c["methods"]["full"]["tune"].update(double="num_train_epochs"),
+            lambda c: c["methods"]["full"]["tune"].update(num_train_epochs=[1, 2]),
             "max_steps decides the length, and tune is of num_train_epochs",
         ),
         (
@@ -303,18 +256,6 @@ def test_standard_controls_are_methods_at_the_masks_steps(content):
     methods["mask"] = {"method": "mask", "from": "full", "tune": {"max_steps": [2, 4]}}
     restart = parse_recipe(content | {"controls": "standard"}).methods["warm restart of full"]
     assert restart.tune.grid["max_steps"] == [2, 4] and "learning_rate" in restart.tune.grid
-    # What doubles its steps doubles theirs.
-    methods["mask"] = {
-        "method": "mask",
-        "from": "full",
-        "max_steps": 6,
-        "tune": {"learning_rate": RATES, "double": "max_steps"},
-    }
-    plan = plan_of(content | {"controls": "standard"}, lambda run: Heldout(1.0))
-    for name in ("warm restart of full", "annealed full", "random damage of mask, refit"):
-        runs = [run for run in plan.runs if run.name == name]
-        assert plan.recipe.methods[name].tune.double == "max_steps"
-        assert {run.options["max_steps"] for run in runs} == {6, 12}, "12 was tried, and gained nothing"
 
 
 def test_controls_of_the_masks_that_are_named(content):
@@ -391,15 +332,11 @@ def test_a_cycle_of_masks_and_weights_runs_each_from_the_one_before(content, tmp
 def test_a_study_with_standard_controls_runs_to_its_end(content, tmp_path, in_process):
     content |= {"seeds": [0], "controls": "standard"}
     content["methods"]["mask"]["mask_layers_to_transform"] = [1]
-    content["methods"]["full"]["tune"]["double"] = "max_steps"
     file, folder = tmp_path / "study.yaml", tmp_path / "study"
     file.write_text(yaml.safe_dump(content))
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
     results = [json.loads(path.read_text()) for path in folder.glob(f"{files.RESULTS}/*/{files.RESULT}")]
     assert {result["name"] for result in results} == set(parse_recipe(content).methods)
-    # The gain of twice the steps is judged row by row.
-    found = [json.loads(path.read_text()) for path in folder.glob(f"{files.RUNS}/full-*/{files.HELDOUT}")]
-    assert len(found) >= 3 and all(len(record["nll"]) == 16 for record in found)
     tokens = {result["name"]: result["study"]["total_tokens"] for result in results}
     assert tokens["random damage of mask, refit"] == tokens["warm restart of full"] > tokens["interpolated full"]
 

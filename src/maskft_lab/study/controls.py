@@ -63,9 +63,8 @@ def _controls_of(name: str, methods: Methods, train: Mapping[str, Any]) -> Itera
     has_rate = isinstance(made, dict) and made.get("method") == "full"
     layers = mask.get("mask_layers_to_transform", train.get("mask_layers_to_transform"))
     tune = mask["tune"] if isinstance(mask.get("tune"), dict) else {}
-    # Where the mask's steps are tuned or doubled, so are those of what is trained.
+    # Where the mask's steps are tuned, so are those of what is trained.
     lengths = {key: tune[key] for key in LENGTHS if key in tune}
-    lengths |= {"double": tune["double"]} if tune.get("double") in LENGTHS else {}
     # What is said for all methods is theirs too; said once more, it would be another control.
     shared = {k: mask[k] for k in _SHARED if k in mask and (k not in train or mask[k] != train[k])}
     for control, entry in read_yaml(TEMPLATE).items():
@@ -83,7 +82,7 @@ def _controls_of(name: str, methods: Methods, train: Mapping[str, Any]) -> Itera
 
 def _rates(tune: Mapping[str, Any]) -> dict[str, Any]:
     """Rates to try: no fewer than the settings that a mask is tuned over."""
-    lists = (values for option, values in tune.items() if option not in ("double", *LENGTHS))
+    lists = (values for option, values in tune.items() if option not in LENGTHS)
     sizes = (values.get("times_parent") if isinstance(values, dict) else values for values in lists)
     number = math.prod(len(values) for values in sizes if isinstance(values, list))
     return {"learning_rate": {"times_parent": list(_RATES[: max(number, _MIN_RATES)])}}

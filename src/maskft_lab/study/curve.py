@@ -50,7 +50,7 @@ def _of_path(tuned: Tuned, point: ChosenFrom, probe: str, base: Mapping[str, Map
     own, (share, scale) = point.values[HELDOUT], point.point
     metric = "accuracy" if "accuracy" in own else "nll"
     gain = 100 * (own[metric] - base[HELDOUT][metric]) if metric == "accuracy" else base[HELDOUT][metric] - own[metric]
-    name = tuned.trials[0].runs[0].name
+    name = point.trial.run.name
     return {
         "method": name,
         "path": f"{name}, {settings_text(point.trial.settings)}" if point.trial.settings else name,
@@ -60,6 +60,6 @@ def _of_path(tuned: Tuned, point: ChosenFrom, probe: str, base: Mapping[str, Map
         "rows": "held-out",
         "points_gained": gain,
         "nats_forgotten": point.values[probe]["nll"] - base[probe]["nll"],
-        "num_seeds": len(point.trial.runs),
+        "num_seeds": 1,
         "is_chosen": False,
     }

@@ -21,8 +21,8 @@ from ..estimate.ledger import layer_passes
 from .execute import Study
 from .plan import Plan, StudyRun
 from .process import PYTHON, command_words, run_command
-from .recipe import PRETRAINED, Facts
-from .tuning import MAX_DOUBLINGS, settings_text
+from .recipe import PRETRAINED
+from .tuning import settings_text
 
 NUM_MEASURED_STEPS = 10
 
@@ -83,11 +83,7 @@ def _about_stages(plan: Plan) -> str:
     counts = Counter({run.id: run.stage for run in reversed(plan.runs)}.values())
     stages = ", ".join(f"stage {stage}: {number}" for stage, number in sorted(counts.items()))
     waits = " Runs that wait are shown with the first settings of each list." * any(r.is_assumed for r in plan.runs)
-    doubles = any(not tuned.is_settled and tuned.method.tune.double for tuned in plan.tunings)
-    more = f" Each `double` may take up to {MAX_DOUBLINGS - 1} more for each of its seeds." if doubles else ""
-    return (
-        f"\nRuns by stage: {stages}; a stage starts when the held-out losses of the one before are known.{waits}{more}"
-    )
+    return f"\nRuns by stage: {stages}; a stage starts when the held-out losses of the one before are known.{waits}"
 
 
 def _words(tokens: float | None, seconds: float | None) -> tuple[str, str]:

@@ -99,10 +99,6 @@ class Study:
         """Loss of a finished run on the rows held out from its training data; None where it is not finished."""
         if not self.is_trained(run):
             return None
-        loss, file = self.record(run).best_heldout_loss, self.run_folder(run) / files.HELDOUT
-        rows = files.read_json(file) if file.is_file() else {"ids": [], "nll": [], "num_tokens": []}
-        pairs = zip(rows["nll"], rows["num_tokens"], strict=True)
-        clusters = dict(zip(rows["ids"], rows.get("clusters") or [], strict=False))
         points = {}
         if self.has_path(run):
             results = self.path_results(run)
@@ -111,8 +107,8 @@ class Study:
             for point, sets in results.items():
                 found = {name: result["tasks"][HELDOUT]["metrics"] for name, result in sets.items()}
                 points[point] = {n: {m: record["value"] for m, record in each.items()} for n, each in found.items()}
-        loss = math.inf if loss is None else loss
-        return Heldout(loss, dict(zip(rows["ids"], pairs, strict=True)), clusters, points)
+        loss = self.record(run).best_heldout_loss
+        return Heldout(math.inf if loss is None else loss, points)
 
     def is_trained(self, run: StudyRun) -> bool:
         """Whether the run's models are there, as they were written."""

@@ -27,7 +27,7 @@ from maskft_base.errors import UserError
 
 from .identity import options_identity, plain, short_digest, written_out
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Options, Recipe
-from .tuning import Look, Point, Trial, Tuned, check_test_rows, choose, points_of, settings_text, tune
+from .tuning import Look, Point, Tuned, check_test_rows, choose, points_of, settings_text, tune
 
 BEST, LAST = "best", "last"
 # What says which matrices are masked: a fixed mask takes it from the learned mask that it matches.
@@ -209,18 +209,17 @@ class _Planner:
         return self.found[*place, seed]
 
     def make(
-        self, method: Method, axes: dict, seed: int, tuned: Tuned | None = None, trial: Trial | None = None
+        self, method: Method, axes: dict, seed: int, tuned: Tuned | None = None, tried: Options | None = None
     ) -> StudyRun:
-        """One run, with the settings that won or, for a trial, that are tried."""
+        """One run, with the settings that won or that are tried."""
         made = {key: self.parent(name, axes, seed) for key, name in method.parents.items()}
         start, match = made.pop("from", None), made.pop("match", None)
-        chosen = trial.settings if trial else tuned.winner.settings if tuned else {}
+        chosen = tuned.winner.settings if tuned else tried or {}
         options = _options(self.recipe, method, axes, seed, match, chosen)
         if options.get("learning_rate") == CURRENT_RATE and (start is None or start.method.method != "full"):
             raise UserError(f"method {method.name!r}: learning_rate {CURRENT_RATE} goes with `from` a full fine-tuning")
         name = f"{_slug(method.name)}-s{seed}" if method.method != PRETRAINED else _slug(method.name)
         parents = [run for run in (start, match, *made.values()) if run is not None]
-        waits = trial.is_assumed if trial else tuned is not None and not tuned.is_settled
         run = StudyRun(
             method,
             self.recipe.model,
@@ -231,9 +230,9 @@ class _Planner:
             match,
             made,
             id=f"{name}-{self.hash(method, options, {'start': start, 'match': match} | made)}",
-            stage=max([trial.stage if trial else tuned.stage + 1 if tuned else 1, *(run.stage for run in parents)]),
-            is_assumed=waits or any(run.is_assumed for run in parents),
-            tried=chosen if trial else None,
+            stage=max([tuned.stage + 1 if tuned else 1, *(run.stage for run in parents)]),
+            is_assumed=bool(tuned and not tuned.is_settled) or any(run.is_assumed for run in parents),
+            tried=tried,
             tuned=tuned,
             point=tuned.point if tuned else None,
         )
@@ -266,18 +265,17 @@ class _Planner:
         axes, place = self.place(method, axes)
         if place in self.tried:
             return self.tried[place]
-        seeds = self.seeds(method)
-        seeds = [seed for seed in self.recipe.tune_seeds or seeds[:1] if seed in seeds] or seeds[:1]
-
-        def runs_of(trial: Trial) -> list[StudyRun]:
-            return [self.make(method, axes, seed, trial=trial) for seed in seeds]
-
-        parent = self.parent(method.start, axes, seeds[0]) if method.start else None
+        seed = self.seeds(method)[0]
+        parent = self.parent(method.start, axes, seed) if method.start else None
         # What was not trained has no rate to be multiplied.
         is_trained = parent is not None and parent.method.method != PRETRAINED
         of_parent = self.defaults | written_out(parent.method.method, parent.options) if is_trained else {}
-        own = written_out(method.method, _options(self.recipe, method, axes, seeds[0], None))
-        self.tried[place] = tune(method, self.defaults | own, of_parent, runs_of, self.look)
+        own = self.defaults | written_out(method.method, _options(self.recipe, method, axes, seed, None))
+
+        def run_of(settings: Options) -> StudyRun:
+            return self.make(method, axes, seed, tried=settings)
+
+        self.tried[place] = tune(method, own, of_parent, run_of, self.look)
         return self.tried[place]
 
     def parent(self, name: str, axes: dict, seed: int) -> StudyRun:

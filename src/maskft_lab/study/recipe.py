@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -114,16 +115,12 @@ class TimesParent(Section):
 class Tuning(Section):
     """Section ``tune`` of a method: options of ``maskft train`` whose values the held-out rows choose."""
 
-    grid: dict[str, Values | TimesParent] = {}  # in the file: keys beside the others
-    double: str | None = None  # the option, such as num_train_epochs, that the winner is given twice as much of
+    grid: dict[str, Values | TimesParent] = {}  # in the file: the section itself
 
     @model_validator(mode="before")
     @classmethod
     def _gather_grid(cls, section: Any) -> Any:
-        if not isinstance(section, dict):
-            return section
-        given = {key: section[key] for key in ("double",) if key in section}
-        return {"grid": {str(key): value for key, value in section.items() if key not in given}, **given}
+        return {"grid": {str(key): value for key, value in section.items()}} if isinstance(section, dict) else section
 
 
 class Choice(Section):
@@ -240,7 +237,6 @@ class Recipe(Section):
     controls: Literal["standard"] | list[str] | None = None  # see controls.py; a list: of these masks
     train: Annotated[Options, AfterValidator(lambda options: as_text(options))] = {}  # for all methods
     seeds: Seeds = [0]
-    tune_seeds: Seeds | None = None  # whose held-out losses choose what is under `tune`; None: the first of `seeds`
     grid: dict[str, Values] = {}  # METHOD.OPTION -> values
     evaluation: Evaluation = {}  # of `maskft evaluate`; in the file those of held-out data stand under `heldout`
     before: dict[str, Evaluation] = Field(default={}, alias="evaluation.before")  # held-out data of earlier abilities
@@ -284,8 +280,6 @@ class Recipe(Section):
             _check_known(f"grid {key}: the method", name, self.methods)
             if (tune := self.methods[name].tune) and option in tune.grid:
                 raise ValueError(f"grid: {key!r} stands in the method's tune too; drop one")
-        for seed in self.tune_seeds or []:
-            _check_known("tune_seeds", seed, self.seeds)
         for name, method in self.methods.items():
             for key, parent in method.parents.items():
                 _check_known(f"methods.{name}.{key}", parent, self.methods)
@@ -318,17 +312,16 @@ class Recipe(Section):
         if self.path and not any(method.method == PRETRAINED for method in self.methods.values()):
             raise ValueError(f"path measures what training changes: add the model before it, {{method: {PRETRAINED}}}")
         for name, method in self.methods.items() if self.path and self.path.choose else ():
-            if method.last or (method.tune and method.tune.double):
-                raise ValueError(f"methods.{name}: path.choose takes neither last nor double; drop it")
+            if method.last:
+                raise ValueError(f"methods.{name}: path.choose chooses the checkpoint; drop last")
             if method.method not in (PRETRAINED, *UNTRAINED_METHODS):
                 self.methods[name] = method.model_copy(update={"tune": method.tune or Tuning()})
         return self
 
 
-def _check_known(where: str, name: Any, known: Any) -> None:
+def _check_known(where: str, name: str | None, known: Collection[str]) -> None:
     if name is not None and name not in known:
-        hint = did_you_mean(name, known) if isinstance(name, str) else ""
-        raise ValueError(f"{where} is {name!r}{hint}; there are {', '.join(map(str, known))}")
+        raise ValueError(f"{where} is {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
 
 
 def _check_no_cycle(methods: dict[str, Method], path: list[str]) -> None:

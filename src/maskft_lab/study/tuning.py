@@ -18,15 +18,10 @@ from maskft_base.errors import UserError
 from maskft_base.files import digest_file
 
 from ..evaluation.arguments import HELDOUT
-from ..results.statistics import weighted_mean
 from .recipe import Choice, Method, Options, Recipe, TimesParent
 
 if TYPE_CHECKING:
     from .plan import StudyRun
-
-MAX_DOUBLINGS = 3
-MIN_GAIN = 0.005  # nats per token that twice the budget must gain, where losses of single rows are not at hand
-
 
 Point = tuple[float, float]  # share of training, and part of the change, of a model between the base and the end
 PointValues = Mapping[str, Mapping[str, float]]  # set of rows -> metric -> value
@@ -38,39 +33,23 @@ class Heldout:
 
     Attributes:
         loss: Of the best checkpoint, in nats per token; infinite where the run failed.
-        rows: Id of a row -> its loss in nats per token, and its number of supervised tokens; empty if not recorded.
-        clusters: Id of a row -> label of those that depend on each other; empty: they are independent.
         points: What was measured along the run's path; empty without one.
     """
 
     loss: float
-    rows: Mapping[str, tuple[float, int]] = field(default_factory=dict)
-    clusters: Mapping[str, str] = field(default_factory=dict)
     points: Mapping[Point, PointValues] = field(default_factory=dict)
 
 
 Look = Callable[["StudyRun"], Heldout | None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trial:
-    """Settings that are tried, with one run for each of the seeds that choose."""
+    """Settings that are tried, with the run of the first seed that tries them."""
 
     settings: Options
-    stage: int
-    is_assumed: bool  # they are a guess, since what they follow from is not finished
-    runs: list[StudyRun] = field(default_factory=list)
-    heldout: list[Heldout] | None = None  # of the runs; None: not all are finished
-
-    @property
-    def loss(self) -> float | None:
-        """Mean held-out loss over the seeds, in nats per token."""
-        return None if self.heldout is None else sum(found.loss for found in self.heldout) / len(self.heldout)
-
-    def value(self, point: Point, rows: str, metric: str) -> float:
-        """Mean over the seeds of what a set of rows says of a point; the trial is finished."""
-        found = [heldout.points[point][rows][metric] for heldout in self.heldout or []]
-        return sum(found) / len(found)
+    run: StudyRun
+    heldout: Heldout | None  # None: the run is not finished
 
 
 @dataclass(frozen=True)
@@ -89,7 +68,7 @@ class ChosenFrom:
     point: Point
     gain: float
     forgetting: float
-    values: dict[str, dict[str, float]]
+    values: PointValues
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able record."""
@@ -102,12 +81,7 @@ def points_of(trials: Sequence[Trial], base: PointValues) -> list[ChosenFrom]:
     """All points of the finished trials of a method; ``base``: the same sets of rows of the model before training."""
     out = []
     for trial in trials:
-        if not trial.heldout or not all(found.points for found in trial.heldout):
-            continue  # failed
-        for point, sets in trial.heldout[0].points.items():
-            values = {
-                rows: {metric: trial.value(point, rows, metric) for metric in found} for rows, found in sets.items()
-            }
+        for point, values in trial.heldout.points.items() if trial.heldout else ():
             own, lost = values[HELDOUT], [name for name in values if name != HELDOUT and "nll" in values[name]]
             gain = own["accuracy"] if "accuracy" in own else base[HELDOUT]["nll"] - own["nll"]
             rises = [values[name]["nll"] - base[name]["nll"] for name in lost]
@@ -140,7 +114,6 @@ class Tuned:
     trials: list[Trial]
     winner: Trial  # while not settled: a guess
     is_settled: bool
-    still_gains: bool = False  # doubling ended at its limit, not because it gained too little
     point: Point | None = None  # that of the winner's path which `path.choose` takes
     points: list[ChosenFrom] = field(default_factory=list)
     base: PointValues | None = None  # what the rows of the points say of the model before training
@@ -148,7 +121,7 @@ class Tuned:
     @property
     def stage(self) -> int:
         """The last one of its trials."""
-        return max(run.stage for trial in self.trials for run in trial.runs)
+        return max(trial.run.stage for trial in self.trials)
 
     @property
     def num_settings(self) -> int:
@@ -156,24 +129,22 @@ class Tuned:
         return max(len(self.trials), len(self.points))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able record for the study's summary."""
+        """JSON-able record for the study's summary; lists of seeds and runs, as several seeds chose once."""
         trials = [
             {
                 "settings": trial.settings,
-                "runs": [run.id for run in trial.runs],
-                "heldout_loss": None if trial.loss is None or math.isinf(trial.loss) else trial.loss,
+                "runs": [trial.run.id],
+                "heldout_loss": None if trial.heldout is None or math.isinf(trial.heldout.loss) else trial.heldout.loss,
             }
             for trial in self.trials
         ]
-        first = self.trials[0].runs[0]
         return {
-            "method": first.name,
-            "seeds": [run.seed for run in self.trials[0].runs],
+            "method": self.winner.run.name,
+            "seeds": [self.winner.run.seed],
             "num_settings": self.num_settings,
-            "num_runs": sum(len(trial.runs) for trial in self.trials),
+            "num_runs": len(trials),
             "trials": trials,
             "winner": self.winner.settings if self.is_settled else None,
-            "still_gains": self.still_gains,
             **({} if self.point is None else {"point": dict(zip(("checkpoint", "scale"), self.point, strict=True))}),
             **({"points": [point.to_dict() for point in self.points]} if self.points else {}),
         }
@@ -183,9 +154,7 @@ class Tuned:
         settings = settings_text(self.winner.settings) or "its setting"
         if self.point is not None:
             settings += f" at {self.point[0]:g} of training, {self.point[1]:g} of the change,"
-        best = f"{self.trials[0].runs[0].name}: {settings} is the best of {self.num_settings} on held-out rows"
-        more = f"; it still gained when {self.method.tune.double} had been doubled {MAX_DOUBLINGS} times, give it more"
-        return best + (more if self.still_gains else "")
+        return f"{self.winner.run.name}: {settings} is the best of {self.num_settings} on held-out rows"
 
 
 def settings_text(settings: Options) -> str:
@@ -193,53 +162,28 @@ def settings_text(settings: Options) -> str:
     return ", ".join(f"{option}={value}" for option, value in settings.items())
 
 
-def tune(
-    method: Method, own: Options, parent: Options, runs_of: Callable[[Trial], list[StudyRun]], look: Look
-) -> Tuned:
-    """Try the grid, then twice as much of ``double`` until that gains less than its standard error.
+def tune(method: Method, own: Options, parent: Options, run_of: Callable[[Options], StudyRun], look: Look) -> Tuned:
+    """Try every combination of the values; the lowest held-out loss wins.
 
     Args:
         method: The method, which has a ``tune``.
         own: Its options of ``maskft train``, defaults included.
         parent: Those of the run that it starts from.
-        runs_of: Makes the runs of a trial.
+        run_of: Makes the run that tries settings.
         look: Held-out loss of a run; None where it is not finished.
     """
-    assert method.tune is not None
-    double = method.tune.double
     if own.get("eval_strategy") == "no":
         raise UserError(f"method {method.name!r}: tune chooses by held-out loss, and eval_strategy is no; drop that")
-    if "num_train_epochs" in (*method.tune.grid, double) and (_number(own.get("max_steps")) or 0) > 0:
+    if "num_train_epochs" in method.tune.grid and (_number(own.get("max_steps")) or 0) > 0:
         raise UserError(f"method {method.name!r}: max_steps decides the length, and tune is of num_train_epochs")
-    trials: list[Trial] = []
-    stage, is_settled = 0, True  # the last one; the losses of all trials are known
-
-    def add(tried: list[Options]) -> list[Trial]:
-        """The trials of the next stage, a guess where the stage before, from which they follow, is not finished."""
-        nonlocal stage, is_settled
-        new = [Trial(settings, stage + 1, not is_settled) for settings in tried]
-        for trial in new:
-            trial.runs = runs_of(trial)
-            found = [None if trial.is_assumed else look(run) for run in trial.runs]
-            trial.heldout = None if None in found else found
-        trials.extend(new)
-        stage = max(run.stage for trial in new for run in trial.runs)
-        is_settled = is_settled and all(trial.loss is not None for trial in new)
-        return new
-
-    first = add(_grid(method, own, parent))
-    winner = min(first, key=lambda trial: trial.loss or 0.0) if is_settled else first[0]
-    still_gains = bool(double)
-    for _ in range(MAX_DOUBLINGS if double else 0):
-        (trial,) = add([winner.settings | {double: 2 * _amount(method, own | winner.settings, double)}])
-        if not is_settled or not _gains(winner, trial):
-            still_gains = False
-            break
-        winner = trial
-    return Tuned(method, trials, winner, is_settled, still_gains)
+    tried = [(settings, run_of(settings)) for settings in _grid(method, parent)]
+    trials = [Trial(settings, run, look(run)) for settings, run in tried]
+    losses = [trial.heldout.loss for trial in trials if trial.heldout]
+    is_settled = len(losses) == len(trials)
+    return Tuned(method, trials, trials[losses.index(min(losses)) if is_settled else 0], is_settled)
 
 
-def _grid(method: Method, own: Options, parent: Options) -> list[Options]:
+def _grid(method: Method, parent: Options) -> list[Options]:
     """Every combination of the values to try."""
     lists = {}
     for option, values in method.tune.grid.items():
@@ -252,33 +196,11 @@ def _grid(method: Method, own: Options, parent: Options) -> list[Options]:
                 )
             values = [float(f"{factor * base:.6g}") for factor in values.times_parent]
         lists[option] = values
-    if not lists and method.tune.double:
-        lists = {method.tune.double: [_amount(method, own, method.tune.double)]}
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-
-
-def _amount(method: Method, options: Options, option: str) -> float:
-    amount = _number(options.get(option))
-    if amount is None or amount <= 0:
-        raise UserError(f"method {method.name!r}: tune is of {option}, of which it has no value; give it one")
-    return amount
 
 
 def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) else None
-
-
-def _gains(before: Trial, after: Trial) -> bool:
-    """Whether held-out loss falls by more than the standard error of the paired difference."""
-    pairs = list(zip(before.heldout, after.heldout, strict=True))
-    rows = [row for row in before.heldout[0].rows if all(row in found.rows for pair in pairs for found in pair)]
-    clusters = [before.heldout[0].clusters.get(row, row) for row in rows]
-    if len(set(clusters)) < 2:
-        return before.loss - after.loss > MIN_GAIN
-    differences = [sum(a.rows[row][0] - b.rows[row][0] for a, b in pairs) / len(pairs) for row in rows]
-    weights = [before.heldout[0].rows[row][1] for row in rows]
-    gain, stderr = weighted_mean(differences, weights, clusters if before.heldout[0].clusters else None)
-    return gain > stderr
 
 
 def how_chosen(method: Method, options: Options) -> str | None:
