@@ -283,8 +283,7 @@ def study(report) -> None:
     methods["LoRA"] = {"method": "peft", "peft_config": lora, "num_train_epochs": 3, "learning_rate": 1e-3}
     content |= {"name": "gpu", "methods": methods}
     if report.quick:
-        facts = files.read_yaml(recipes / "demo.yaml")["model_facts"]
-        content |= {"model": str(_DEMO / "model"), "model_facts": facts}
+        content["model"] = str(_DEMO / "model")
         content["train"] |= {"max_steps": 2}
         content["data"]["sums"] |= {"max_train_samples": 64, "eval_split_size": 16}
         content["evaluation"]["heldout"]["max_eval_samples"] = 8

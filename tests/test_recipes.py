@@ -152,13 +152,10 @@ def test_the_dry_run_of_a_study_in_every_folder(file, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=name)
-def test_the_model_is_as_the_recipe_says_and_has_what_is_masked(file):
+def test_the_model_has_what_is_masked(file):
     recipe, plan = planned(file)
     model = meta_model(recipe.model)
-    names, facts = maskable_names(model), recipe.facts
-    assert facts.num_parameters == sum(p.numel() for p in model.parameters())
-    per_layer = sum(m.weight.numel() for n, m in model.named_modules() if n.rpartition(".")[2] in names)
-    assert (facts.num_layers, facts.weights_per_layer) == (len(model.model.layers), per_layer / facts.num_layers)
+    names = maskable_names(model)
     options = [(run.options.get("mask_layers_to_transform"), run.options.get("partial_layers")) for run in plan.runs]
     for layers in {str(each): each for pair in options for each in pair if each}.values():
         check_targets(MaskConfig(layers_to_transform=layers, target_modules=sorted(names)), model)

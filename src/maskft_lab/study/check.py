@@ -20,7 +20,7 @@ from maskft_base.errors import UserError, did_you_mean
 from .execute import evaluation_words
 from .plan import Plan, StudyRun, build_plan
 from .process import command_words
-from .recipe import CURRENT_RATE, Facts, Recipe
+from .recipe import CURRENT_RATE, Recipe
 from .tuning import data_sets, how_chosen
 
 _OF_THE_STUDY = set("model_name_or_path adapter change scale name seed output_dir overwrite help".split())
@@ -55,8 +55,8 @@ def check(recipe: Recipe, evaluate: ModuleType) -> Plan:
 
 
 def with_model(recipe: Recipe, model: str) -> Recipe:
-    """The recipe on another base model, of which it knows no facts."""
-    return recipe.model_copy(update={"model": model, "facts": Facts(flops_per_s=recipe.facts.flops_per_s)})
+    """The recipe on another base model, of whose speed it knows nothing."""
+    return recipe.model_copy(update={"model": model, "tokens_per_s": None})
 
 
 def parsed_run(run: StudyRun) -> TrainConfig:

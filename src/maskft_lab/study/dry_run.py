@@ -13,11 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from maskft.training.method_arguments import PEFT, UNTRAINED_METHODS
+from maskft.training.method_arguments import UNTRAINED_METHODS
 from maskft_base import files
 from maskft_base.runtime import time_text
 
-from ..estimate.ledger import layer_passes
 from .execute import Study
 from .plan import Plan, StudyRun
 from .process import PYTHON, command_words, run_command
@@ -57,12 +56,9 @@ def print_dry_run(plan: Plan, folder: Path, own: Collection[str], console: Conso
     tokens, seconds = (None if None in values else sum(values) for values in zip(*left.values(), strict=True))
     ids = {run.id: run.method.name in own for run in plan.runs}
     words = _words(tokens, seconds)
-    facts = plan.recipe.facts
-    speed = " (for the time add --measure, which trains ten steps, or model_facts: {tokens_per_s: N})"
-    if facts.tokens_per_s:
-        speed = f" at {facts.tokens_per_s:.3g} tokens/s of full fine-tuning"
-    elif facts.flops_per_s:
-        speed = f" at {facts.flops_per_s:.3g} FLOP/s, counted and not measured (--measure trains ten steps)"
+    speed = " (for the time add --measure, which trains ten steps, or tokens_per_s: N to the recipe)"
+    if plan.recipe.tokens_per_s:
+        speed = f" at {plan.recipe.tokens_per_s:.3g} tokens/s of full fine-tuning"
     wide.print(
         f"{len(ids)} runs: {sum(ids.values())} of yours, {len(ids) - sum(ids.values())} controls; training left: "
         f"{words[0]} tokens, {words[1]}{speed}; evaluation comes on top." + _about_stages(plan),
@@ -91,7 +87,10 @@ def _words(tokens: float | None, seconds: float | None) -> tuple[str, str]:
 
 
 def cost_of(plan: Plan, run: StudyRun) -> tuple[int | None, float | None]:
-    """Tokens that a run trains on, padding not counted, and seconds of training; None where the recipe does not say."""
+    """Tokens that a run trains on, padding not counted, and seconds; None where the recipe does not say.
+
+    Every method is taken to be as slow as full fine-tuning.
+    """
     if run.method.method in (PRETRAINED, *UNTRAINED_METHODS):
         return 0, 0.0
     data, options = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))], run.options
@@ -108,23 +107,7 @@ def cost_of(plan: Plan, run: StudyRun) -> tuple[int | None, float | None]:
     if rows is None:
         return None, None
     tokens = round(rows * min(data.tokens_per_row, options.get("max_length") or math.inf))
-    return tokens, _seconds(run, plan.recipe.facts, tokens)
-
-
-def _seconds(run: StudyRun, facts: Facts, tokens: int) -> float | None:
-    """Time of ``tokens``, where the recipe says how fast full fine-tuning is or how fast the machine multiplies."""
-    if facts.num_layers is None:  # then every method is taken to be as slow as full fine-tuning
-        return tokens / facts.tokens_per_s if facts.tokens_per_s else None
-    layers = run.options.get("mask_layers_to_transform") or run.options.get("partial_layers")
-    is_checkpointed = run.options.get("activation_checkpointing", run.options.get("gradient_checkpointing", True))
-    every = range(facts.num_layers)
-    passes = layer_passes(facts.num_layers, layers or every, run.method.method == PEFT, is_checkpointed)["total"]
-    if facts.tokens_per_s:
-        full = layer_passes(facts.num_layers, every, is_checkpointed=is_checkpointed)["total"]
-        return tokens / facts.tokens_per_s * passes / full
-    if facts.flops_per_s and facts.num_parameters:
-        return tokens * passes * 2 * facts.num_parameters / facts.num_layers / facts.flops_per_s
-    return None
+    return tokens, tokens / plan.recipe.tokens_per_s if plan.recipe.tokens_per_s else None
 
 
 def measured(plan: Plan) -> Plan:
@@ -143,7 +126,7 @@ def measured(plan: Plan) -> Plan:
         record = files.read_json(Path(place) / "run" / files.TRAINING)
     tokens, rows = record["summary"]["num_train_tokens"], record["data"]["train"]
     recipe, name = plan.recipe, run.method.data or next(iter(plan.recipe.data))
-    facts = recipe.facts.model_copy(update={"tokens_per_s": tokens / record["summary"]["train_time_s"]})
     found = {"num_rows": rows, "tokens_per_row": tokens / (rows * record["summary"]["num_epochs"])}
     data = recipe.data | {name: recipe.data[name].model_copy(update=found)}
-    return replace(plan, recipe=recipe.model_copy(update={"facts": facts, "data": data}))
+    update = {"tokens_per_s": tokens / record["summary"]["train_time_s"], "data": data}
+    return replace(plan, recipe=recipe.model_copy(update=update))

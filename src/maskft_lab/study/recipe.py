@@ -82,16 +82,6 @@ class SectionWithOptions(Section):
         return {key: value for key, value in section.items() if key in keys} | {"options": as_text(options)}
 
 
-class Facts(Section):
-    """What a dry run cannot look up without a download; used for its estimates and for nothing else."""
-
-    num_layers: Count | None = None  # decoder layers
-    num_parameters: Count | None = None
-    weights_per_layer: Count | None = None  # of the linear layers of one decoder layer
-    tokens_per_s: Number | None = None  # of full fine-tuning, measured on the hardware meant
-    flops_per_s: Number | None = None  # of all processes together, where tokens_per_s is not measured
-
-
 class Data(SectionWithOptions):
     """One training set, with the part of it that is held out."""
 
@@ -243,7 +233,7 @@ class Recipe(Section):
     path: MethodPath | None = None
     baseline: str | None = None  # name in tables of what all are compared with
     fixed_seeds: bool = False  # claims are about the trained models alone, see `maskft compare --fixed_seeds`
-    facts: Facts = Field(default=Facts(), alias="model_facts")
+    tokens_per_s: Number | None = None  # of full fine-tuning on the hardware meant; for a dry run and nothing else
     launch: Launch = Launch()
 
     @property
