@@ -16,11 +16,12 @@ from maskft.data import TRAINING_SETS, parse_mixture
 from maskft.data.splits import _shares
 from maskft.models import load_tokenizer
 from maskft.training.method_arguments import MASK_METHODS, mask_config
+from maskft.training.options import option_defaults
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.targets import check_targets, maskable_names
 from maskft_lab.cli.main import main
 from maskft_lab.cli.study import check
-from maskft_lab.cli.train import option_defaults, parse
+from maskft_lab.cli.train import parse
 from maskft_lab.study.dry_run import cost_of
 from maskft_lab.study.recipe import PRETRAINED, load_recipe
 from tiny_tokenizer import tiny_tokenizer

@@ -39,10 +39,3 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     from maskft.training.options import parse_words
 
     return parse_words(argv)[0]
-
-
-def option_defaults() -> dict:
-    """Every option of ``maskft train`` with its default (None where there is none)."""
-    from maskft.training.options import option_defaults
-
-    return option_defaults()
