@@ -8,7 +8,8 @@ import yaml
 from maskft_base import files
 from maskft_lab.cli.main import main
 from maskft_lab.study.recipe import Choice
-from maskft_lab.study.tuning import ChosenFrom, choose
+from maskft_lab.study.runs import ChosenFrom
+from maskft_lab.study.tuning import choose
 from small_study import recipe, write
 
 LORA = {"method": "peft", "peft_config": {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}}
@@ -140,5 +141,5 @@ def test_points_are_not_chosen_on_test_rows(study, tmp_path, capsys):
     content["path"]["choose"] = {"accuracy_at_least": 0.9}
     content["evaluation"]["heldout"] = {"dataset_name": content["data"]["sums"]["dataset_name"]}
     del content["methods"]["full"]
-    assert main(["study", str(write(tmp_path, content)), "--dry_run"]) == 2
-    assert "would be tuned on rows of" in capsys.readouterr().err
+    assert main(["study", str(write(tmp_path, content)), "--output_dir", str(tmp_path / "study")]) == 2
+    assert "would be tuned on 16 held-out rows" in capsys.readouterr().err

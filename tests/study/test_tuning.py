@@ -13,11 +13,14 @@ from maskft.data import load_splits
 from maskft.data.arguments import DataArguments
 from maskft_base import files
 from maskft_base.errors import UserError
+from maskft_lab.cli import evaluate
 from maskft_lab.cli.main import main
 from maskft_lab.cli.study import check
+from maskft_lab.study.check import check_before_running
 from maskft_lab.study.execute import Study
+from maskft_lab.study.plan import build_plan
 from maskft_lab.study.recipe import parse_recipe
-from maskft_lab.study.tuning import Heldout, check_test_rows
+from maskft_lab.study.runs import Heldout
 
 RATES = [1e-3, 1e-2]
 
@@ -53,7 +56,7 @@ def in_process(monkeypatch):
 
 
 def plan_of(content, look=lambda run: None):
-    return check(parse_recipe(content)).again(look)
+    return build_plan(check(parse_recipe(content)).recipe, look)
 
 
 def looks(losses):
@@ -117,14 +120,29 @@ def test_copies_of_test_rows_are_not_tuned_on(content, data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "chooses",
+    [
+        {"tune": {"learning_rate": RATES}},
+        {"method": "interpolate"},
+        {"method": "random_mask", "match": "mask", "num_candidates": 2},
+    ],
+)
+def test_no_method_chooses_on_test_rows(content, chooses):
+    del content["methods"]["full"]["tune"]
+    content["evaluation"]["heldout"]["dataset_name"] = content["data"]["sums"]["dataset_name"]
+    check_before_running(plan_of(content), evaluate)  # full fine-tuning chooses nothing but a checkpoint
+    content["methods"]["choosing"] = {"method": "full", "from": "full", "max_steps": 2} | chooses
+    with pytest.raises(UserError, match=r"'choosing' would be (tuned|chosen) on 16 held-out rows, and evaluation"):
+        check_before_running(plan_of(content), evaluate)
+    content["data"]["sums"]["eval_dataset_name"] = "openai/gsm8k"
+    del content["data"]["sums"]["eval_split_size"]
+    with pytest.raises(UserError, match=r"'choosing' would be .* on the split 'test' of 'openai/gsm8k'; hold out rows"):
+        check_before_running(plan_of(content), evaluate)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["evaluation"]["heldout"].update(dataset_name=c["data"]["sums"]["dataset_name"]), "reports on"),
-        (
-            lambda c: c["data"]["sums"].update(eval_dataset_name=c["evaluation"]["heldout"]["dataset_name"]),
-            "which evaluation reports on",
-        ),
-        (lambda c: c["data"]["sums"].update(eval_dataset_name="openai/gsm8k"), "the split 'test' of 'openai/gsm8k'"),
         (lambda c: c["methods"]["full"].update(learning_rate=1.0), "stands both in tune and beside it"),
         (lambda c: c["methods"]["full"].update(tune=3), "full.tune is 3"),
         (lambda c: c["methods"]["full"].update(tune={"rate": [1]}), "unknown option --rate"),
@@ -149,38 +167,6 @@ def test_a_mistake_is_one_line(content, change, message):
     change(content)
     with pytest.raises(UserError, match=message):
         plan_of(content)
-
-
-@pytest.mark.parametrize(
-    "chooses",
-    [
-        {"method": "interpolate"},
-        {"method": "random_mask", "match": "mask", "num_candidates": 2},
-    ],
-)
-def test_what_chooses_without_tuning_takes_no_test_rows_either(content, chooses):
-    del content["methods"]["full"]["tune"]
-    content["evaluation"]["heldout"]["dataset_name"] = content["data"]["sums"]["dataset_name"]
-    parse_recipe(content)  # full fine-tuning chooses nothing but a checkpoint
-    content["methods"]["choosing"] = {"method": "full", "from": "full", "max_steps": 2} | chooses
-    with pytest.raises(UserError, match=r"'choosing' would be chosen on rows of .*, which evaluation reports on"):
-        plan_of(content)
-
-
-def test_two_splits_of_one_data_set_are_other_rows(content):
-    content["data"]["sums"] |= {"dataset_name": "openai/gsm8k"}
-    content["evaluation"]["heldout"] = {"dataset_name": "openai/gsm8k", "dataset_eval_split": "test"}
-    check_test_rows(parse_recipe(content))
-    content["evaluation"]["heldout"] = {"dataset_name": "openai/gsm8k", "eval_split_size": 16}
-    with pytest.raises(UserError, match="would be tuned on rows of 'openai/gsm8k', which evaluation reports on"):
-        check_test_rows(parse_recipe(content))
-    # What is reported on may have a name of its own, and a data set's options win over those of all methods.
-    held_out = {"eval_dataset_name": "openai/gsm8k_platinum", "dataset_eval_split": "validation"}
-    content["evaluation"]["heldout"] = {"dataset_name": "openai/gsm8k"} | held_out
-    content["train"]["dataset_eval_split"] = "other"
-    content["data"]["sums"] |= held_out
-    with pytest.raises(UserError, match="would be tuned on rows of 'openai/gsm8k_platinum', which evaluation reports"):
-        check_test_rows(parse_recipe(content))
 
 
 def test_fixed_masks_beside_masks_that_all_learn_by_logits(content):
@@ -255,7 +241,7 @@ def test_standard_controls_are_methods_at_the_masks_steps(content):
     # Where the mask's steps are tuned, so are those of what is trained beside it.
     methods["mask"] = {"method": "mask", "from": "full", "tune": {"max_steps": [2, 4]}}
     restart = parse_recipe(content | {"controls": "standard"}).methods["warm restart of full"]
-    assert restart.tune.grid["max_steps"] == [2, 4] and "learning_rate" in restart.tune.grid
+    assert restart.tune["max_steps"] == [2, 4] and "learning_rate" in restart.tune
 
 
 def test_controls_of_the_masks_that_are_named(content):
@@ -285,7 +271,7 @@ def test_controls_have_the_masks_batches_and_no_fewer_settings(content):
         assert options["per_device_train_batch_size"] == 2 and options["max_train_samples"] == 24
         assert "max_steps" not in options
         if name != "annealed full":
-            assert sorted(made[name].tune.grid["learning_rate"].times_parent) == [0.125, 0.25, 0.5, 1, 2, 4]
+            assert sorted(made[name].tune["learning_rate"].times_parent) == [0.125, 0.25, 0.5, 1, 2, 4]
     content["methods"]["other"] = {"method": "mask", "from": "full", "max_steps": 2} | own
     assert "warm restart of full (other)" in parse_recipe(content | {"controls": "standard"}).methods, "three rates"
 
@@ -379,6 +365,14 @@ def test_earlier_abilities_are_measured_beside_the_gain(content, tmp_path, in_pr
         assert [(name, len(task["items"])) for name, task in result["tasks"].items()] == [
             ("heldout", 9), ("before: school gsm8k", 2), ("before: sums", 8)
         ]  # fmt: skip
+    # Killed when of the evaluations of a model one was finished.
+    (whole,) = folder.glob(f"{files.RESULTS}/full-*/{files.RESULT}")
+    part = json.loads(whole.read_text())
+    part["tasks"] = {"heldout": part["tasks"]["heldout"]}
+    partial = whole.parent.rename(whole.parent.with_name(f"{whole.parent.name}.partial"))
+    (partial / files.RESULT).write_text(json.dumps(part))
+    assert main(["study", str(file), "--output_dir", str(folder)]) == 0
+    assert len(json.loads(whole.read_text())["tasks"]) == 3 and not partial.exists()
     table = (folder / files.STUDY_TABLE.format("small")).read_text()
     assert "before: sums" in table and "no evaluation.before" not in table
     (record,) = folder.glob(f"{files.RUNS}/mixed-*/{files.TRAINING}")

@@ -13,15 +13,15 @@ from maskft.data.splits import prompt_digest
 from maskft.training.arguments import TrainConfig
 from maskft.training.checks import check_method, check_size
 from maskft.training.launch import config_processes
-from maskft.training.method_arguments import FIXED_MASK_METHODS, MASK_METHODS, mask_config
-from maskft.training.options import option_defaults, parse_words
+from maskft.training.method_arguments import FIXED_MASK_METHODS, INTERPOLATE, MASK_METHODS, mask_config
+from maskft.training.options import parse_words
 from maskft_base.errors import UserError, did_you_mean
 
 from .execute import evaluation_words
-from .plan import Plan, StudyRun, build_plan
+from .plan import Plan, build_plan
 from .process import command_words
-from .recipe import CURRENT_RATE, Recipe
-from .tuning import data_sets, how_chosen
+from .recipe import CURRENT_RATE, Method, Options, Recipe
+from .runs import StudyRun
 
 _OF_THE_STUDY = set("model_name_or_path adapter change scale name seed output_dir overwrite help".split())
 _ANY = ["--output_dir", "any", "--model_name_or_path", "any", "--change", "none"]
@@ -42,7 +42,7 @@ def check(recipe: Recipe, evaluate: ModuleType) -> Plan:
         # How many share a batch is part of a run's name, also where the configuration says it.
         launch = launch.model_copy(update={"num_processes": config_processes(launch.accelerate_config)})
         recipe = recipe.model_copy(update={"launch": launch})
-    plan = build_plan(recipe, option_defaults())
+    plan = build_plan(recipe)
     seen: set[tuple[str, str, str]] = set()
     for run in plan.runs:
         # One parse of all options of a run checks each of them; only values that are new need another.
@@ -52,11 +52,6 @@ def check(recipe: Recipe, evaluate: ModuleType) -> Plan:
         seen |= values
     _evaluation_args(recipe, evaluate)
     return plan
-
-
-def with_model(recipe: Recipe, model: str) -> Recipe:
-    """The recipe on another base model, of whose speed it knows nothing."""
-    return recipe.model_copy(update={"model": model, "tokens_per_s": None})
 
 
 def parsed_run(run: StudyRun) -> TrainConfig:
@@ -92,7 +87,7 @@ def check_before_running(plan: Plan, evaluate: ModuleType) -> None:
 
 
 def _check_tuned_rows(plan: Plan, reported: list[dict]) -> None:
-    """Refuse to tune or choose on rows of files whose prompts are among those that the study reports on."""
+    """Refuse to tune or choose on rows whose prompts are among those that the study reports on, or on a test split."""
     digests, seen = {prompt_digest(row) for row in reported}, set()
     about_data = {field.name for field in fields(DataArguments)}
     for run in plan.runs:
@@ -102,16 +97,31 @@ def _check_tuned_rows(plan: Plan, reported: list[dict]) -> None:
             continue
         seen.add(of_data)
         parsed = parsed_run(run)
-        files = [*data_sets(parsed.data.dataset_name).values(), *data_sets(parsed.data.eval_dataset_name).values()]
-        if not files or not all(Path(name).is_file() for name in files):
-            continue
-        heldout = load_splits(parsed.data, parsed.data.split_seed, None, parsed.training.dataset_text_field).heldout
+        data, would = parsed.data, f"method {run.method.name!r} would be {verb} on"
+        name = data.eval_dataset_name or data.dataset_name
+        split = data.dataset_eval_split or ("test" if data.eval_dataset_name else data.dataset_train_split)
+        if split == "test" and not Path(name).is_file():
+            raise UserError(f"{would} the split 'test' of {name!r}; hold out rows of the training data")
+        heldout = load_splits(data, data.split_seed, None, parsed.training.dataset_text_field).heldout
         number = sum(prompt_digest(row) in digests for row in heldout)
         if number:
             raise UserError(
-                f"method {run.method.name!r} would be {verb} on {len(heldout):,} held-out rows, and evaluation "
-                f"reports on the prompts of {number:,} of them; hold out other rows, or take these out of the test"
+                f"{would} {len(heldout):,} held-out rows, and evaluation reports on the prompts of {number:,} of them; "
+                "hold out other rows (eval_split_size), or take these out of the test"
             )
+
+
+def how_chosen(method: Method, options: Options) -> str | None:
+    """``tuned`` or ``chosen`` where held-out rows choose more of a method than its checkpoint, None where they do not.
+
+    Args:
+        method: The method.
+        options: Its options of ``maskft train``, those of all methods included.
+    """
+    if method.tune is not None:
+        return "tuned"
+    is_best_drawn = method.method == "random_mask" and options.get("num_candidates", 1) > 1
+    return "chosen" if is_best_drawn or method.method == INTERPOLATE else None
 
 
 def _evaluation_args(recipe: Recipe, evaluate: ModuleType) -> list[Namespace]:

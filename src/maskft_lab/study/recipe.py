@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,16 +71,12 @@ class Section(FileModel):
 class SectionWithOptions(Section):
     """A section in which every key that is no field is an option of ``maskft train``."""
 
-    options: Options = {}
+    model_config = ConfigDict(extra="allow")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _gather_options(cls, section: Any) -> Any:
-        if not isinstance(section, dict):
-            return section
-        keys = {field.alias or name for name, field in cls.model_fields.items()} - {"options", "name"}
-        options = {str(key): value for key, value in section.items() if key not in keys}
-        return {key: value for key, value in section.items() if key in keys} | {"options": as_text(options)}
+    @property
+    def options(self) -> Options:
+        """The options, mixtures as the command line takes them."""
+        return as_text(self.model_extra or {})
 
 
 class Data(SectionWithOptions):
@@ -100,17 +97,6 @@ class TimesParent(Section):
     """Values of an option as multiples of the value that the method's ``from`` has."""
 
     times_parent: Annotated[list[Number], Field(min_length=1), AfterValidator(_without_repeats)]
-
-
-class Tuning(Section):
-    """Section ``tune`` of a method: options of ``maskft train`` whose values the held-out rows choose."""
-
-    grid: dict[str, Values | TimesParent] = {}  # in the file: the section itself
-
-    @model_validator(mode="before")
-    @classmethod
-    def _gather_grid(cls, section: Any) -> Any:
-        return {"grid": {str(key): value for key, value in section.items()}} if isinstance(section, dict) else section
 
 
 class Choice(Section):
@@ -156,13 +142,13 @@ _KEYS = {
 class Method(SectionWithOptions):
     """One line of the table: what is trained, from which model, with which options."""
 
-    name: str = ""  # in tables: its key in the recipe
+    name: str = Field(default="", alias="(its key in the recipe)")  # in tables
     method: Literal[(PRETRAINED, *METHODS)]
     start: str | None = Field(default=None, alias="from")  # the method whose best checkpoint it starts from
     match: str | None = None  # the learned mask whose counts a fixed mask takes
     start_mask: str | None = None  # the mask after which all weights of `from` train
     keep_mask: str | None = None  # the mask whose removed weights of `from` stay zero while the others train
-    tune: Tuning | None = None
+    tune: dict[str, Values | TimesParent] | None = None  # options whose values the held-out rows choose
     tuned_elsewhere: Count | None = None  # settings that an earlier study tried, whose choice stands in the options
     data: str | None = None  # None: the recipe's first
     last: str | None = None  # name of the model at the end of training beside the best one; None: not kept
@@ -177,7 +163,7 @@ class Method(SectionWithOptions):
             raise ValueError("interpolate mixes a method's model with what it was made from; name it in `from`")
         if len(self.masks) > 1 or (self.method == PEFT and self.masks and self.last):
             raise ValueError("start_mask, keep_mask and, for an adapter, last: one of them; drop the other")
-        twice = set(self.tune.grid if self.tune else ()) & self.options.keys()
+        twice = set(self.tune or ()) & self.options.keys()
         if twice:
             raise ValueError(f"{min(twice)} stands both in tune and beside it; drop one")
         return self
@@ -237,11 +223,6 @@ class Recipe(Section):
     launch: Launch = Launch()
 
     @property
-    def revision(self) -> str:
-        """Of the base model, where it is on the hub."""
-        return self.train.get(REVISION, "main")
-
-    @property
     def axes(self) -> dict[tuple[str, str], list]:
         """The grid: name of a method and option -> values."""
         splits = {key: key.rpartition(".") for key in self.grid}
@@ -268,7 +249,7 @@ class Recipe(Section):
         _check_known("baseline", self.baseline, [label for each in self.methods.values() for label in each.labels])
         for key, (name, option) in zip(self.grid, self.axes, strict=True):
             _check_known(f"grid {key}: the method", name, self.methods)
-            if (tune := self.methods[name].tune) and option in tune.grid:
+            if option in (self.methods[name].tune or ()):
                 raise ValueError(f"grid: {key!r} stands in the method's tune too; drop one")
         for name, method in self.methods.items():
             for key, parent in method.parents.items():
@@ -276,8 +257,10 @@ class Recipe(Section):
             _check_known(f"methods.{name}.data", method.data, self.data)
             if method.seeds and len(self.seeds) > 1 and method.seeds != self.seeds:
                 raise ValueError(f"methods.{name}.seeds differs from seeds {self.seeds}, which pair the runs; drop it")
-        for name in self.methods:
-            _check_no_cycle(self.methods, [name])
+        try:
+            TopologicalSorter({name: method.parents.values() for name, method in self.methods.items()}).prepare()
+        except CycleError as error:
+            raise ValueError(f"the runs form a cycle: {' -> '.join(error.args[1])}; break it") from None
         return self
 
     @model_validator(mode="after")
@@ -305,20 +288,13 @@ class Recipe(Section):
             if method.last:
                 raise ValueError(f"methods.{name}: path.choose chooses the checkpoint; drop last")
             if method.method not in (PRETRAINED, *UNTRAINED_METHODS):
-                self.methods[name] = method.model_copy(update={"tune": method.tune or Tuning()})
+                self.methods[name] = method.model_copy(update={"tune": method.tune or {}})
         return self
 
 
 def _check_known(where: str, name: str | None, known: Collection[str]) -> None:
     if name is not None and name not in known:
         raise ValueError(f"{where} is {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
-
-
-def _check_no_cycle(methods: dict[str, Method], path: list[str]) -> None:
-    for parent in methods[path[-1]].parents.values():
-        if parent in path:
-            raise ValueError(f"the runs form a cycle: {' -> '.join([*path, parent])}; break it")
-        _check_no_cycle(methods, [*path, parent])
 
 
 # Reading
@@ -354,10 +330,7 @@ def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str |
         train[TEMPLATE] = template = str(source.parent / Path(str(train[TEMPLATE])).expanduser())
         if not Path(template).is_file():
             raise UserError(f"{source}: {TEMPLATE} is {template!r}, no file; its place counts from the recipe")
-    data = {
-        name: part.model_copy(update={"options": in_data_dir(part.options, data_dir)})
-        for name, part in recipe.data.items()
-    }
+    data = {name: part.model_copy(update=in_data_dir(part.options, data_dir)) for name, part in recipe.data.items()}
     evaluation = recipe.evaluation
     if "tasks" in evaluation or "dataset_name" in evaluation:
         evaluation = in_data_dir(evaluation, data_dir)
