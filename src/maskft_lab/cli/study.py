@@ -57,15 +57,14 @@ def run(args: argparse.Namespace) -> None:
     from maskft_base.files import read_yaml
     from maskft_base.runtime import silence
 
-    from ..study.check import with_model
     from ..study.launchers import launcher_of
     from ..study.recipe import load_recipe
 
     silence()
     launcher = launcher_of(args.launcher, args.num_at_once, args.partition, args.time_min)
     recipe = load_recipe(args.recipe, args.data_dir)
-    if args.model:
-        recipe = with_model(recipe, args.model)
+    if args.model:  # of whose speed nothing is known
+        recipe = recipe.model_copy(update={"model": args.model, "tokens_per_s": None})
     plan = check(recipe)
     folder = Path(args.output_dir or Path("runs") / recipe.name)
     if not args.dry_run:

@@ -12,8 +12,9 @@ from maskft_base import files
 from maskft_base.runtime import Progress
 
 from .execute import Study
-from .plan import Plan, StudyRun
+from .plan import Plan
 from .process import last_line
+from .runs import StudyRun
 
 SECONDS_BETWEEN_LINES = 300.0  # of a log, while one run runs
 SECONDS_BETWEEN_REFRESHES = 0.5  # of a terminal

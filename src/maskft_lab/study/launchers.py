@@ -29,7 +29,7 @@ from maskft_base.runtime import num_cores
 
 from .board import Board
 from .execute import Study, make
-from .plan import StudyRun
+from .runs import StudyRun
 
 _MAX_LOST = 3  # times that a run is submitted again after its worker was lost
 _ASK_S = 2.0  # between two questions to SLURM's queue
@@ -195,8 +195,9 @@ def launcher_of(kind: str, num_at_once: int = 1, partition: str | None = None, t
             raise UserError(f"--{name} is for --launcher {launcher}; drop it, or --launcher {kind}")
         if isinstance(value, int) and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
-    slurms = partial(slurm, partition=partition, time_min=time_min)
-    return {"local": partial(local, num_at_once=num_at_once), "ray": ray, "slurm": slurms}[kind]
+    if kind == "slurm":
+        return partial(slurm, partition=partition, time_min=time_min)
+    return ray if kind == "ray" else partial(local, num_at_once=num_at_once)
 
 
 def make_runs(study: Study, todo: list[StudyRun], board: Board, launcher: Launcher) -> None:

@@ -16,114 +16,26 @@ from typing import Any
 
 from maskft.models import model_identity
 from maskft.training.method_arguments import (
-    INTERPOLATE,
     LEARNER_OPTIONS,
     MASK_METHODS,
-    SHARES,
     UNTRAINED_METHODS,
     removes_a_share,
 )
+from maskft.training.options import option_defaults
 from maskft_base.errors import UserError
 
 from .identity import options_identity, plain, short_digest, written_out
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Options, Recipe
-from .tuning import Look, Point, Tuned, check_test_rows, choose, points_of, settings_text, tune
+from .runs import LAYERS, Look, StudyRun, Tuned
+from .tuning import choose, points_of, tune
 
-BEST, LAST = "best", "last"
 # What says which matrices are masked: a fixed mask takes it from the learned mask that it matches.
 _PLACES = ("mask_layers_to_transform", "mask_layers_pattern", "mask_target_modules", "mask_exclude_modules")
-_LAYERS = ("mask_layers_to_transform", "partial_layers")
 # Options of `maskft train` that a recipe cannot give: the study itself decides them.
 _OF_THE_STUDY = (
     "method model_name_or_path output_dir resume_from_checkpoint match_adapter start_mask keep_mask before_model "
     "prepared_data_dir prepare_only keep_last seed"
 ).split()
-
-
-@dataclass(frozen=True, eq=False)
-class StudyRun:
-    """One run: one training (or one base model taken as it is), and the evaluations of its models."""
-
-    method: Method
-    model: str  # base model of the study
-    seed: int  # of training; also that of the mask unless `mask_seed` is given
-    axes: dict[tuple[str, str], Any]  # the grid's values that this run or one it is made from has
-    options: dict[str, Any]  # of `maskft train`, without paths and model
-    start: StudyRun | None  # the run whose best checkpoint it starts from; None: the base model
-    match: StudyRun | None  # the run whose mask gives a fixed mask its counts
-    masks: dict[str, StudyRun]  # `start_mask` or `keep_mask` -> the run whose mask that is
-    id: str  # folder name; ends with the hash
-    stage: int = 1  # one more than that of the runs whose losses choose its settings
-    is_assumed: bool = False  # settings, its own or of its parents, are still to be chosen; those here are a guess
-    tried: dict[str, Any] | None = None  # settings that tuning tries with this run, which is not evaluated
-    tuned: Tuned | None = None  # how its settings were chosen
-    point: Point | None = None  # of its path, the one that is kept; None: the best checkpoint by held-out loss
-
-    @property
-    def hash(self) -> str:
-        """The part of the id that settings decide."""
-        return self.id.rpartition("-")[2]
-
-    @property
-    def parents(self) -> list[StudyRun]:
-        """The runs that must be finished before this one starts."""
-        return [run for run in (self.start, self.match, *self.masks.values()) if run is not None]
-
-    @property
-    def takes_values_before(self) -> bool:
-        """Whether a removed weight takes the value it had in the model that the mask's parent was made from."""
-        is_base = self.options.get("mask_removed_value") == "base" and self.start is not None
-        return is_base and "mask_removed_value_model" not in self.options
-
-    @property
-    def variant(self) -> str:
-        """The grid's values as they stand in a label, e.g. `` [sparsity=0.05]``; empty without a grid.
-
-        An option that another method in the grid has too stands with the name of that one.
-        """
-        options = [option for _, option in self.axes]
-        words = []
-        for (name, option), value in self.axes.items():
-            whose = f"{name} " if options.count(option) > 1 and name != self.method.name else ""
-            # Nothing said means all layers, all rows; of other options the default.
-            is_all = option in (*_LAYERS, "max_train_samples")
-            text = _short(value) if value is not None else "all" if is_all else "default"
-            words.append(f"{whose}{option.removeprefix('mask_')}={text}")
-        return f" [{', '.join(words)}]" if words else ""
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """Which of the run's models are kept."""
-        return (BEST, LAST) if self.method.last else (BEST,)
-
-    @property
-    def num_tried(self) -> int:
-        """Settings, or drawn masks, of which this is the best on held-out rows; 0: nothing was chosen."""
-        elsewhere = self.method.tuned_elsewhere or 0
-        if self.tuned:
-            return self.tuned.num_settings + elsewhere
-        if self.method.method == INTERPOLATE:
-            return len(SHARES)
-        chosen = self.options.get("num_candidates", 1) if self.method.method == "random_mask" else 1
-        return chosen if chosen > 1 else elsewhere
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """Role (``best``, ``last``) -> name in tables; empty for a run of tuning."""
-        if self.tried is not None:
-            return {}
-        return dict(zip((BEST, LAST), (label + self.variant for label in self.method.labels), strict=False))
-
-    @property
-    def name(self) -> str:
-        """Method and grid values."""
-        return self.method.name + self.variant
-
-    @property
-    def title(self) -> str:
-        """Name of the run for people: method, grid values, seed."""
-        tried = f", {settings_text(self.tried)}" if self.tried else ""
-        return f"{self.name}{tried}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -132,12 +44,7 @@ class Plan:
 
     recipe: Recipe
     runs: list[StudyRun]
-    defaults: dict[str, Any]
     tunings: list[Tuned]
-
-    def again(self, look: Look) -> Plan:
-        """The plan as it is with the held-out losses that ``look`` knows by now."""
-        return build_plan(self.recipe, self.defaults, look)
 
     @property
     def ready(self) -> Plan:
@@ -145,21 +52,19 @@ class Plan:
         return replace(self, runs=[run for run in self.runs if not run.is_assumed])
 
 
-def build_plan(recipe: Recipe, defaults: dict[str, Any], look: Look = lambda run: None) -> Plan:
+def build_plan(recipe: Recipe, look: Look = lambda run: None) -> Plan:
     """Expand a recipe into runs.
 
     Where settings are tuned and their runs are not finished, the first of each list is assumed to win.
 
     Args:
         recipe: The recipe.
-        defaults: Every option of ``maskft train`` with its default; see ``cli.train.option_defaults``.
         look: Held-out loss of a run; None where it is not finished.
 
     Raises:
         UserError: If an option is the study's own.
     """
-    check_test_rows(recipe)
-    planner = _Planner(recipe, defaults | {"keep_worse": True}, look)  # see execute.py
+    planner = _Planner(recipe, option_defaults() | {"keep_worse": True}, look)  # see execute.py
     for method in recipe.methods.values():
         axes = planner.axes(method)
         for values in itertools.product(*axes.values()):
@@ -170,7 +75,7 @@ def build_plan(recipe: Recipe, defaults: dict[str, Any], look: Look = lambda run
     # The winner is one of the runs that were tried, from now on with an evaluation.
     winners = {run.id for run in finals if not run.is_assumed}
     runs = [run for run in planner.runs if run.tried is None or run.id not in winners]
-    return Plan(recipe, runs, defaults, list(planner.tunings.values()))
+    return Plan(recipe, runs, list(planner.tunings.values()))
 
 
 @dataclass
@@ -203,7 +108,7 @@ class _Planner:
         """One run and, before it, those it is made from."""
         axes, place = self.place(method, axes)
         if (*place, seed) not in self.found:
-            if method.tune and place not in self.tunings:
+            if method.tune is not None and place not in self.tunings:
                 self.tunings[place] = self.chosen(method, axes)
             self.found[*place, seed] = self.make(method, axes, seed, tuned=self.tunings.get(place))
         return self.found[*place, seed]
@@ -249,7 +154,7 @@ class _Planner:
         base = next(each for each in methods if each.method == PRETRAINED)
         before = self.look(self.run(base, {}, self.seeds(base)[0]))
         # Of those that start from a trained model the best would wait for what they start from.
-        rivals = [each for each in methods if each.tune and each.data == method.data and not each.start]
+        rivals = [each for each in methods if each.tune is not None and each.data == method.data and not each.start]
         all_tuned = [tuned, *(self.tune(each, axes) for each in rivals if each.name != method.name)]
         if before is None or not all(each.is_settled for each in all_tuned):
             return replace(tuned, is_settled=False, point=(1.0, 1.0))
@@ -339,7 +244,7 @@ def _options(
     if isinstance(num_candidates, int) and num_candidates > 1 and own.get("mask_seed") is None:
         # The candidates are mask_seed, mask_seed + 1, ...: without this those of two seeds would be nearly the same.
         options["mask_seed"] = seed * num_candidates
-    options |= {key: _as_list(options[key]) for key in _LAYERS if key in options}
+    options |= {key: _as_list(options[key]) for key in LAYERS if key in options}
     if match is not None:
         of_match = written_out(match.method.method, match.options)  # a preset may say where it lies
         for key in _PLACES:
@@ -361,11 +266,3 @@ def _as_list(value: Any) -> list:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "run"
-
-
-def _short(value: Any) -> str:
-    """A list of consecutive layers as first-last."""
-    is_list = isinstance(value, list) and len(value) > 1 and all(isinstance(number, int) for number in value)
-    if is_list and value == list(range(value[0], value[0] + len(value))):
-        return f"{value[0]}-{value[-1]}"
-    return str(value)

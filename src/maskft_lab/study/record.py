@@ -11,8 +11,8 @@ from maskft.data.mixtures import rename_sets
 from maskft_base import files
 from maskft_base.files import FileModel, is_there, read_json, read_model, write_text
 
-from .plan import BEST, LAST, StudyRun
 from .recipe import Recipe
+from .runs import BEST, LAST, StudyRun
 
 
 class RunRecord(FileModel):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,20 +14,14 @@ from maskft_base.errors import UserError
 from .board import Board
 from .execute import Study, prepare_base, prepare_data
 from .launchers import Launcher, make_runs
-from .plan import Plan, StudyRun
+from .plan import Plan, build_plan
+from .runs import Heldout, StudyRun
 from .summary import summarise
-from .tuning import Heldout
 
 LOCK_WAIT_S = 120  # a killed study's child ends its step and saves it
 
 
-def run_study(
-    plan: Plan,
-    folder: str | Path,
-    launcher: Launcher,
-    console: Console | None = None,
-    is_brief: bool = False,
-) -> None:
+def run_study(plan: Plan, folder: Path, launcher: Launcher, is_brief: bool = False) -> None:
     """Make every run that is not finished, then print and write the table.
 
     The runs whose settings are known come first; their held-out losses choose those of others, and so on.
@@ -38,23 +30,23 @@ def run_study(
         plan: The runs.
         folder: The study's folder; finished runs in it are not repeated.
         launcher: Where the runs are made.
-        console: Where to print; default stdout.
         is_brief: In a log, no line for each run.
 
     Raises:
         UserError: If a run failed; the others, as far as they do not need it, are made first.
     """
-    console = console or Console()
+    console, shown, folder = Console(), folder, folder.absolute()
     reasons: dict[str, str] = {}
 
     def look(run: StudyRun) -> Heldout | None:
         return Heldout(math.inf) if run.id in reasons else study.heldout(run)
 
-    with locked(folder) as (folder, lock_fd):
-        study, is_over = Study(folder, plan.recipe, lock_fd), False
+    # Two studies in one folder would write over each other. A kill releases it.
+    with files.held(folder, files.LOCK, LOCK_WAIT_S, "study") as hold:
+        study, is_over = Study(folder, plan.recipe, hold.descriptor), False
         while not is_over:
             study = replace(study)  # which looks anew what is finished
-            plan = plan.again(look)
+            plan = build_plan(plan.recipe, look)
             ready = plan.ready
             failed = {run: reasons[run.id] for run in ready.runs if run.id in reasons}
             board = Board(study, ready, console, is_brief, failed)
@@ -63,7 +55,6 @@ def run_study(
             is_over = len(plan.ready.runs) == len(plan.runs)
         console.print(summarise(study, plan), end="", highlight=False, markup=False, soft_wrap=True)
         if not is_brief:
-            shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
             table = shown / files.STUDY_TABLE.format(plan.recipe.name)
             console.print(f"table: {table}\nresults: {shown / files.RESULTS}", highlight=False, soft_wrap=True)
     if board.failed:
@@ -91,15 +82,3 @@ def _make_ready(study: Study, plan: Plan, board: Board, launcher: Launcher) -> N
             prepare_base(study, todo, board.tick)
             prepare_data(study, plan.runs, board.tick)
             make_runs(study, todo, board, launcher)
-
-
-@contextmanager
-def locked(folder: str | Path) -> Iterator[tuple[Path, int]]:
-    """Make the folder and hold it: two studies in one folder would write over each other. A kill releases it.
-
-    Yields:
-        The folder as an absolute path, and the file descriptor of the lock.
-    """
-    folder = Path(folder).absolute()
-    with files.held(folder, files.LOCK, LOCK_WAIT_S, "study") as hold:
-        yield folder, hold.descriptor

@@ -17,9 +17,9 @@ from ..results.text import Table, draw, render, render_scores
 from .curve import curves
 from .damage import is_whole_result
 from .execute import Study
-from .plan import LAST, Plan
+from .plan import Plan
 from .recipe import Recipe
-from .tuning import Tuned
+from .runs import LAST, Tuned
 
 _ACCOUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
 
