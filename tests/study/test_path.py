@@ -7,6 +7,7 @@ import yaml
 
 from maskft_base import files
 from maskft_lab.cli.main import main
+from maskft_lab.study.execute import Study
 from maskft_lab.study.recipe import Choice
 from maskft_lab.study.runs import ChosenFrom
 from maskft_lab.study.tuning import choose
@@ -39,9 +40,18 @@ def study(base, data, tmp_path):
     return write(tmp_path, content)
 
 
-def test_every_point_is_measured_on_heldout_rows_and_probes(study, tmp_path):
-    out = tmp_path / "study"
+def test_every_point_is_measured_on_heldout_rows_and_probes(study, tmp_path, monkeypatch):
+    """Of a run in one process; where one is missing it alone is measured again."""
+    out, commands = tmp_path / "study", []
+    monkeypatch.setattr(Study, "call", lambda self, words, log, tick: commands.append(words[3]) or main(words[3:]))
     assert main(["study", str(study), "--output_dir", str(out)]) == 0
+    assert commands.count("evaluate") == 5 + 4  # paths of all runs, and all but one of full fine-tuning on test rows
+    (lost,) = out.glob(f"{files.RUNS}/mask-*/path/text-*/1-0.5/{files.RESULT}")
+    before = {path: path.stat().st_mtime_ns for path in out.glob(f"{files.RUNS}/*/path/*/*/{files.RESULT}")}
+    lost.unlink()
+    assert main(["study", str(study), "--output_dir", str(out)]) == 0
+    assert commands.count("evaluate") == 5 + 4 + 1
+    assert [path for path in before if path.stat().st_mtime_ns != before[path]] == [lost]
     for folder in (out / files.RUNS).iterdir():
         points = {
             p.parent.name: json.loads(p.read_text())["tasks"]["heldout"] for p in folder.glob("path/kl-*/*/result.json")

@@ -64,10 +64,13 @@ def run(args: argparse.Namespace) -> None:
     file = _RECIPES / ("demo_sums.yaml" if args.model else "demo.yaml")
     content = read_yaml(file) | {"model": args.model or str(_FILES / "model")}
     if args.recipe:
-        print(_with_places(file.read_text(encoding="utf-8"), content["model"]), end="")
+        text = file.read_text(encoding="utf-8").replace("model: model\n", f"model: {content['model']}\n")
+        print(text.replace("Launch: maskft demo", f"Launch: maskft study demo.yaml --data_dir {_FILES}"), end="")
         return
     if args.limit:
-        _limit(content, args.limit)
+        for data in content["data"].values():
+            data |= {"max_train_samples": args.limit}
+        content["evaluation"]["heldout"]["max_eval_samples"] = args.limit
     recipe = parse_recipe(content, _FILES, file)
     plan, started, folder = study.check(recipe), time.monotonic(), Path(args.output_dir)
     _show_ready_mask()
@@ -106,16 +109,3 @@ def _report(folder: Path, model: str, name: str) -> str:
     except UserError as error:  # the demo itself is done
         return f"no report: {error}"
     return f"report: {page}"
-
-
-def _with_places(text: str, model: str) -> str:
-    """The recipe with the model's folder, and the command with which it is a study like any other."""
-    launch = f"maskft study demo.yaml --data_dir {_FILES}"
-    return text.replace("model: model\n", f"model: {model}\n").replace("Launch: maskft demo", f"Launch: {launch}")
-
-
-def _limit(content: dict, limit: int) -> None:
-    """Fewer rows to train on and to test on."""
-    for data in content["data"].values():
-        data |= {"max_train_samples": limit}
-    content["evaluation"]["heldout"]["max_eval_samples"] = limit

@@ -32,8 +32,6 @@ COMMANDS = {
     "env": "print versions and machine facts for a bug report",
 }
 
-_EXTRAS = {"train": "train"}  # what a command needs beside the method; the others: lab
-
 # Seconds that a process of a distributed run waits for the main one to report an error first.
 _PATIENCE_S = 5
 RESUME = "--resume_from_checkpoint"
@@ -84,15 +82,17 @@ def _run(argv: list[str] | None) -> int:
     try:
         if hasattr(module, "main"):
             module.main(rest)
-            return 0
-        parser = OneLineParser(prog=f"maskft {name}", description=f"{COMMANDS[name]}.", allow_abbrev=False)
-        module.add_arguments(parser)
-        module.run(parser.parse_args(rest))
+        else:
+            parser = OneLineParser(prog=f"maskft {name}", description=f"{COMMANDS[name]}.", allow_abbrev=False)
+            module.add_arguments(parser)
+            module.run(parser.parse_args(rest))
     except UserError as error:
         _print_error(str(error))
         return 2
     except ModuleNotFoundError as error:
-        _print_error(f"{name} needs {error.name}, which is not installed; {install_hint(_EXTRAS.get(name, 'lab'))}")
+        _print_error(
+            f"{name} needs {error.name}, which is not installed; {install_hint('train' if name == 'train' else 'lab')}"
+        )
         return 2
     except BrokenPipeError:
         raise

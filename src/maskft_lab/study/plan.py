@@ -244,7 +244,7 @@ def _options(
     if isinstance(num_candidates, int) and num_candidates > 1 and own.get("mask_seed") is None:
         # The candidates are mask_seed, mask_seed + 1, ...: without this those of two seeds would be nearly the same.
         options["mask_seed"] = seed * num_candidates
-    options |= {key: _as_list(options[key]) for key in LAYERS if key in options}
+    options |= {key: [options[key]] for key in LAYERS if key in options and not isinstance(options[key], list)}
     if match is not None:
         of_match = written_out(match.method.method, match.options)  # a preset may say where it lies
         for key in _PLACES:
@@ -258,10 +258,6 @@ def _options(
             options = {key: value for key, value in options.items() if key not in LEARNER_OPTIONS or key in own}
         options |= {key: of_match[key] for key in _PLACES if key in of_match}
     return options
-
-
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
 
 
 def _slug(text: str) -> str:
