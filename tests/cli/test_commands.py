@@ -321,6 +321,7 @@ def test_the_demo(is_small, base, tmp_path, capsys):
     [
         (["--learning_rate", "1"], "unknown option --learning_rate"),
         (["--limit", "1"], "limit is 1; it must be at least 2"),
+        (["--show", "poems"], "no ready mask poems; there are: sums"),
     ],
 )
 def test_bad_demo_input(words, message, tmp_path, capsys):
@@ -350,11 +351,6 @@ def test_a_ready_mask_is_asked_beside_the_model_without_it(adapter, base, tmp_pa
         assert sum(file.stat().st_size for file in ready.iterdir()) < 400_000
         assert MaskSet.from_adapter(ready).num_removed
     assert ready_masks()
-
-
-def test_a_ready_mask_that_is_not_there_is_one_line(tmp_path, capsys):
-    status, _, err = call(["demo", "--show", "poems"], capsys)
-    assert status == 2 and "no ready mask poems; there are: sums" in err
 
 
 @pytest.mark.parametrize(("task", "num_train", "num_test"), [("products", 2700, 4500), ("sums", 1200, 1000)])

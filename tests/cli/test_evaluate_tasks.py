@@ -161,9 +161,10 @@ def test_a_tokenizer_of_another_model_is_refused(chat_base, files, tmp_path, cap
 def test_finished_results_are_of_the_same_weights_and_data(chat_base, adapters, data, tmp_path, capsys):
     lora, files = tmp_path / "lora", benchmark_files.write(tmp_path / "files")
     shutil.copytree(adapters["lora"], lora)
+    base = shutil.copytree(chat_base, tmp_path / "base")
     heldout = tmp_path / "heldout.jsonl"
     heldout.write_text("\n".join(data.read_text().splitlines()[:2]))
-    words = ["evaluate", "--model_name_or_path", chat_base, "--adapter", lora, "none", "--tasks", "gsm8k,heldout"]
+    words = ["evaluate", "--model_name_or_path", base, "--adapter", lora, "none", "--tasks", "gsm8k,heldout"]
     words += ["--data_dir", files, "--limit", 1, "--dataset_name", heldout, "--no_generate"]
     words += ["--output_dir", tmp_path / "out"]
     assert call(words, capsys)[0] == 0
@@ -174,6 +175,7 @@ def test_finished_results_are_of_the_same_weights_and_data(chat_base, adapters, 
     for file, old, new, message in (
         (files / "math" / "gsm8k_test.jsonl", "Tom", "Jim", "has gsm8k on other data"),
         (heldout, "0+1", "0+2", "has heldout on other data"),
+        (base / "config.json", "10000.0", "500.0", "is of a model with another configuration or tokenizer"),
         (lora / ADAPTER_CONFIG, '"lora_alpha": 8', '"lora_alpha": 4', "is of another model"),
     ):
         text = file.read_text()
@@ -185,19 +187,6 @@ def test_finished_results_are_of_the_same_weights_and_data(chat_base, adapters, 
     save_file({name: 2 * tensor for name, tensor in weights.items()}, lora / ADAPTER_WEIGHTS)
     status, _, err = call(words, capsys)
     assert status == 2 and "is of another model" in err
-
-
-def test_an_edited_configuration_is_another_model(chat_base, data, tmp_path, capsys):
-    folder = tmp_path / "model"
-    shutil.copytree(chat_base, folder)
-    words = ["evaluate", "--model_name_or_path", folder, "--dataset_name", data, "--max_eval_samples", 2]
-    words += ["--no_generate", "--adapter", "none", "none", "--name", "a", "b", "--output_dir", tmp_path / "out"]
-    assert call(words, capsys)[0] == 0
-    config = json.loads((folder / "config.json").read_text())
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
-    status, _, err = call(words, capsys)
-    assert status == 2 and "is of a model with another configuration or tokenizer" in err
 
 
 def test_an_unfinished_evaluation_is_resumed_with_the_same_configuration_only(chat_base, tmp_path):

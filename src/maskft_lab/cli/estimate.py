@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 
 from .main import OneLineParser
 
@@ -16,7 +17,7 @@ def main(argv: list[str]) -> None:
 
     result = estimate(parse(rest), own.device, own.device_memory_gb)
     if own.format == "json":
-        print(json.dumps(result.to_dict(), indent=2))
+        print(json.dumps(asdict(result) | {"peak_bytes": result.peak_bytes}, indent=2))
     else:
         _print(result)
 
@@ -43,12 +44,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print(result) -> None:
-    from ..estimate.estimate import gb
     from ..results.text import Table, draw
 
     print(f"{result.method} on {result.model} ({result.device})\n")
-    rows = [(name, gb(size), f"{size / result.peak_bytes:.1%}") for name, size in result.memory.items() if size]
-    print(draw(Table(("memory at its peak", "GB", "share"), [*rows, ("total", gb(result.peak_bytes), "")]), "terminal"))
+    sizes = {name: size for name, size in result.memory.items() if size} | {"total": result.peak_bytes}
+    rows = [(name, f"{size / 1e9:.3g}", f"{size / result.peak_bytes:.1%}") for name, size in sizes.items()]
+    print(draw(Table(("memory at its peak", "GB", "share"), rows), "terminal"))
     print(f"parameters: {result.num_parameters:,}; trained {result.num_trainable:,}; masked {result.num_masked:,}")
     if result.largest_micro_batch is not None:
         print(f"largest per_device_train_batch_size: {result.largest_micro_batch}")

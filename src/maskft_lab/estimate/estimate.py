@@ -13,7 +13,7 @@ import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -74,10 +74,6 @@ class Estimate:
         """Bytes in all at the peak."""
         return sum(self.memory.values())
 
-    def to_dict(self) -> dict:
-        """Plain values, for JSON."""
-        return asdict(self) | {"peak_bytes": self.peak_bytes}
-
 
 def estimate(run: TrainConfig, device: str | None = None, device_memory_gb: float | None = None) -> Estimate:
     """Estimate what ``run`` needs, from the configuration of its model.
@@ -101,10 +97,10 @@ def estimate(run: TrainConfig, device: str | None = None, device_memory_gb: floa
         sizes = range(1, MAX_MICRO_BATCH + 1)
         largest = bisect_right(sizes, limit, key=lambda rows: sum(planned.memory(rows).values()))
         if not largest:
-            needed = sum(planned.memory(1).values())
+            needed = sum(planned.memory(1).values()) / 1e9
             raise UserError(
-                f"device memory is too small for micro-batch 1: about {gb(needed)} GB are needed, {gb(limit)} GB are "
-                f"there; {ADVICE}"
+                f"device memory is too small for micro-batch 1: about {needed:.3g} GB are needed, {limit / 1e9:.3g} GB "
+                f"are there; {ADVICE}"
             )
     return Estimate(
         method=run.method.method,
@@ -116,11 +112,6 @@ def estimate(run: TrainConfig, device: str | None = None, device_memory_gb: floa
         memory=planned.memory(run.training.per_device_train_batch_size),
         largest_micro_batch=largest,
     )
-
-
-def gb(size: float) -> str:
-    """Bytes in GB, with three digits that say something."""
-    return f"{size / 1e9:.3g}"
 
 
 class _Planned:
