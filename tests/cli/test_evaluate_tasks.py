@@ -73,18 +73,9 @@ def outputs(folder, task="gsm8k"):
 
 
 def test_benchmarks_and_heldout_in_one_result(chat_base, files, data, tmp_path, capsys):
-    words = [
-        "evaluate",
-        "--model_name_or_path",
-        chat_base,
-        "--tasks",
-        "gsm8k,heldout",
-        "--data_dir",
-        files,
-        "--limit",
-        2,
-    ]
-    words += ["--dataset_name", data, "--max_eval_samples", 3, "--max_new_tokens", 4, "--output_dir", tmp_path / "out"]
+    words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k,heldout", "--data_dir", files]
+    words += ["--limit", 2, "--dataset_name", data, "--max_eval_samples", 3, "--max_new_tokens", 4]
+    words += ["--output_dir", tmp_path / "out"]
     status, out, err = call(words, capsys)
     assert status == 0, err
     assert "gsm8k accuracy" in out and "base: nll" in out
@@ -330,16 +321,8 @@ def test_an_adapter_is_evaluated_from_any_folder(chat_base, data, tmp_path, monk
     model.peft_config["default"].base_model_name_or_path = "models/base"
     model.save_pretrained(tmp_path / "runs" / "mask")
     monkeypatch.chdir(tmp_path / "runs")
-    words = [
-        "evaluate",
-        "--dataset_name",
-        data,
-        "--no_generate",
-        "--max_eval_samples",
-        2,
-        "--output_dir",
-        tmp_path / "out",
-    ]
+    words = ["evaluate", "--dataset_name", data, "--no_generate", "--max_eval_samples", 2]
+    words += ["--output_dir", tmp_path / "out"]
     status, _, err = call([*words, "--adapter", "mask"], capsys)
     assert status == 0, err
     assert result_of(tmp_path / "out")["model"]["name_or_path"] == "base"

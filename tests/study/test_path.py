@@ -17,6 +17,14 @@ LORA = {"method": "peft", "peft_config": {"peft_type": "LORA", "r": 2, "target_m
 STEPS = {"max_steps": 4, "eval_steps": 0.5, "save_steps": 0.5}
 
 
+@pytest.fixture(autouse=True)
+def commands(monkeypatch):
+    """Commands run in this process, which saves a start of Python for each."""
+    found = []
+    monkeypatch.setattr(Study, "call", lambda self, words, log, tick: found.append(words[3]) or main(words[3:]))
+    return found
+
+
 @pytest.fixture
 def study(base, data, tmp_path):
     methods = {
@@ -40,10 +48,9 @@ def study(base, data, tmp_path):
     return write(tmp_path, content)
 
 
-def test_every_point_is_measured_on_heldout_rows_and_probes(study, tmp_path, monkeypatch):
+def test_every_point_is_measured_on_heldout_rows_and_probes(study, tmp_path, commands):
     """Of a run in one process; where one is missing it alone is measured again."""
-    out, commands = tmp_path / "study", []
-    monkeypatch.setattr(Study, "call", lambda self, words, log, tick: commands.append(words[3]) or main(words[3:]))
+    out = tmp_path / "study"
     assert main(["study", str(study), "--output_dir", str(out)]) == 0
     assert commands.count("evaluate") == 5 + 4  # paths of all runs, and all but one of full fine-tuning on test rows
     (lost,) = out.glob(f"{files.RUNS}/mask-*/path/text-*/1-0.5/{files.RESULT}")
