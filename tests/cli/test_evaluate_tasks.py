@@ -206,17 +206,6 @@ def test_an_unfinished_evaluation_is_resumed_with_the_same_configuration_only(ch
     assert evaluate(3)["tasks"]["heldout"]["generation_kwargs"] == {"max_gen_toks": 3}
 
 
-def test_a_group_is_known_again_by_its_members(chat_base, tmp_path, capsys):
-    own = benchmark_files.write_local_tasks(tmp_path / "tasks")
-    words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "pair", "--include_path", own, "--limit", 1]
-    words += ["--output_dir", tmp_path / "out", "--adapter", "none"]
-    words += ["none", "--name", "a", "b"]
-    assert call(words, capsys)[0] == 0
-    assert set(result_of(tmp_path / "out" / "a")["tasks"]) == {"one", "two"}
-    status, out, err = call(words, capsys)
-    assert status == 0 and out.count("already done") == 2, err
-
-
 def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monkeypatch):
     words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "gsm8k", "--data_dir", files]
     words += ["--output_dir", tmp_path / "out", "--batch_size", 1]

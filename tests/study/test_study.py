@@ -515,73 +515,51 @@ def test_weights_are_trained_after_a_mask_that_is_worse_too(base, data, tmp_path
 def test_how_a_run_is_launched(base, data):
     content = recipe(base, data, {"full": FULL, "l1": {"method": "l1_mask", "from": "full"}})
     train = [sys.executable, "-m", "maskft_lab.cli.main", "train"]
-    expected = [
-        ({}, train),
-        (
-            {"num_processes": 2, "accelerate_config": "multi_gpu"},
-            [*train, "--accelerate_config", "multi_gpu", "--num_processes", "2"],
-        ),
-        # One process of a configuration that is for eight.
-        (
-            {"num_processes": 1, "accelerate_config": "multi_gpu"},
-            [*train, "--accelerate_config", "multi_gpu", "--num_processes", "1"],
-        ),
-    ]
-    for launch, words in expected:
-        content["launch"] = launch
+    for launch in ({}, {"num_processes": 2}, {"num_processes": 1}):  # the last: of a configuration that is for eight
+        content["launch"] = launch | ({"accelerate_config": "multi_gpu"} if launch else {})
         plan = check(parse_recipe(content))
-        assert launch_words(plan.recipe, plan.runs[0]) == words
+        words = [word for name, value in content["launch"].items() for word in (f"--{name}", str(value))]
+        assert sorted(launch_words(plan.recipe, plan.runs[0])) == sorted([*train, *words])
         assert launch_words(plan.recipe, plan.runs[1]) == train
 
 
-def test_a_terminal_shows_one_bar_and_the_log_as_it_is(base, data, tmp_path, monkeypatch):
-    content = recipe(base, data, {"full": FULL, "mask": MASK})
-    content["grid"] = {"mask.mask_sparsity": [0.1, 0.2]}
-    plan = check(parse_recipe(content))
-    monkeypatch.setattr(boards, "SECONDS_BETWEEN_REFRESHES", 0.0)
-    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
-    full, *masks = plan.runs
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_board_shows_one_bar_on_a_terminal_and_lines_in_a_log(is_terminal, base, data, tmp_path, monkeypatch):
+    """With the last line of the log as it is."""
+    plan = check(parse_recipe(recipe(base, data, {"full": FULL, "mask [x]": MASK})))
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=80, color_system=None)
+    full, mask = plan.runs
     with boards.Board(Study(tmp_path, plan.recipe), plan, console) as board:
         board.started(full)
         log = tmp_path / files.RUNS / full.id / files.LOG
         log.parent.mkdir(parents=True)
         log.write_text("[INST] 3+4= [/INST][[ 7]]")
         board.tick()
+        for name in ("SECONDS_BETWEEN_REFRESHES", "SECONDS_BETWEEN_LINES"):
+            monkeypatch.setattr(boards, name, 0.0)
+        board.tick()
         board._progress.refresh()
         board.ended(full)
-        board.started(masks[0])
-        board.ended(masks[0], "no [room]")
+        board.started(mask)
+        board.ended(mask, "no [room]")
     frames = [frame for frame in re.split(r"[\r\n]+|\x1b\[[?\d;]*[A-Za-z]", console.file.getvalue()) if frame.strip()]
-    assert max(map(len, frames)) <= 80, frames
-    assert any(re.match(r"runs +0/3 .*full, seed 0: \[INST\] 3\+4= \[/INST\]", frame) for frame in frames), frames
-    assert "mask [sparsity=0.1], seed 0: failed: no [room], 0 s" in frames
+    if is_terminal:
+        assert max(map(len, frames)) <= 80, frames
+        assert any(re.match(r"runs +0/2 .*full, seed 0: \[INST\] 3\+4= \[/INST\]", frame) for frame in frames), frames
+        assert "mask [x], seed 0: failed: no [room], 0 s" in frames
+    else:
+        assert [re.sub(r"  \d+ s left$", "", line) for line in frames] == [
+            "  runs 0/2  full, seed 0: started",
+            "  runs 0/2  full, seed 0: [INST] 3+4= [/INST][[ 7]]",
+            "  runs 1/2  full, seed 0: finished, 0 s",
+            "  runs 1/2  mask [x], seed 0: started",
+            "  runs 2/2  mask [x], seed 0: failed: no [room], 0 s",
+        ]
 
 
-def test_a_log_of_a_study_gets_lines_with_the_heldout_loss_so_far(base, data, tmp_path, monkeypatch):
-    plan = check(parse_recipe(recipe(base, data, {"full": FULL, "mask": MASK})))
-    console = Console(file=io.StringIO(), width=80)
-    with boards.Board(Study(tmp_path, plan.recipe), plan, console) as board:
-        board.started(plan.runs[0])
-        board.ended(plan.runs[0])
-        board.started(plan.runs[1])
-        log = tmp_path / files.RUNS / plan.runs[1].id / files.LOG
-        log.parent.mkdir(parents=True)
-        log.write_text("  step     3/12  held-out loss 5.4704  9 s left\n")
-        board.tick()
-        monkeypatch.setattr(boards, "SECONDS_BETWEEN_LINES", 0.0)
-        board.tick()
-    assert [re.sub(r"  \d+ s left$", "", line) for line in console.file.getvalue().splitlines()] == [
-        "  runs 0/2  full, seed 0: started",
-        "  runs 1/2  full, seed 0: finished, 0 s",
-        "  runs 1/2  mask, seed 0: started",
-        "  runs 1/2  mask, seed 0: step     3/12  held-out loss 5.4704  9 s left",
-    ]
-
-
-@pytest.mark.parametrize("tasks, message", [(["gsm8kk"], "unknown task 'gsm8kk' (did you mean 'gsm8k'?)")])
-def test_an_unknown_benchmark_stops_before_the_first_run(tasks, message, base, data, tmp_path, capsys):
-    content = recipe(base, data, {"full": FULL})
-    content["evaluation"]["tasks"] = tasks
+def test_an_unknown_benchmark_stops_before_the_first_run(base, data, tmp_path, capsys):
+    content, message = recipe(base, data, {"full": FULL}), "unknown task 'gsm8kk' (did you mean 'gsm8k'?)"
+    content["evaluation"]["tasks"] = ["gsm8kk"]
     capsys.readouterr()
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
