@@ -96,19 +96,6 @@ def test_the_mask_follows_the_scores_after_every_optimizer(optimizer, options):
     assert not torch.equal(before, expected)
 
 
-def test_micro_batches_accumulate_as_autograd_does():
-    """Each hands over its own gradient; autograd sums them in order, bit for bit."""
-    layer, batches = make_layer(), [torch.randn(5, 12) for _ in range(3)]
-    scores, separate = layer.mask_scores["default"], []
-    for x in batches:
-        layer(x).square().sum().backward()
-        separate.append(scores.grad.clone())
-        scores.grad = None
-    for x in batches:
-        layer(x).square().sum().backward()
-    assert torch.equal(scores.grad, separate[0] + separate[1] + separate[2])
-
-
 def plain(layer, x, *names):
     """The layer through the plain definitions and autograd alone."""
     weight = layer.base_layer.weight

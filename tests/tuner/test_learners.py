@@ -235,18 +235,6 @@ def test_masks_that_cannot_be_active_together():
 
 
 @pytest.mark.parametrize("start", ["normal", "magnitude", "constant"])
-def test_scores_cut_at_zero_start_around_init_value(start):
-    config = {"selection": "logit", "init_scores": start, "init_value": 0.5, "init_std": 0.02}
-    layer = make_layer(in_features=64, out_features=64, **config)
-    scores = layer.mask_scores["default"].detach()
-    assert scores.mean().item() == pytest.approx(0.5, abs=0.01)
-    if start == "magnitude":
-        assert scores.std().item() == pytest.approx(0.02, rel=0.01)
-        order = scores.flatten().argsort()
-        assert layer.weight.abs().flatten()[order].diff().min() >= 0
-
-
-@pytest.mark.parametrize("start", ["normal", "magnitude", "constant"])
 @pytest.mark.parametrize(
     ("settings", "centre"),
     [
