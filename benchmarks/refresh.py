@@ -24,7 +24,7 @@ def measure(report, shape: tuple[int, int], others: tuple[str, ...] = ()) -> Non
         source, out = weight.to(dtype), torch.empty(shape, dtype=dtype, device=report.device)
 
         def refresh(out=out, source=source):
-            keep_highest_([out], [source], [scores], num)
+            keep_highest_(out, source, scores, num)
 
         def with_kernel(refresh=refresh):
             os.environ["MASKFT_TRITON"] = "1"

@@ -119,7 +119,7 @@ def test_every_micro_batch_of_a_step_gets_the_gradient_of_the_definition(dtype):
         x, grad = torch.randn(5, 48, dtype=dtype), torch.randn(5, 32, dtype=dtype)
         layer(x).backward(grad)
         assert torch.equal(scores.grad, score_gradient(grad.t().mm(x), weight, scores.detach()))
-        return layer.effective.signed["default"][1]
+        return layer.effective.kept["default"][1]
 
     for _ in range(2):
         assert kept() is None

@@ -52,10 +52,9 @@ def test_every_slope_is_the_derivative_of_its_gate():
         "gumbel": lambda s: learners.gumbel_gate(s, noise, 3.0, 0.7),
         "hard_concrete": lambda s: learners.hard_concrete_gate(s, noise),
         "sigmoid": lambda s: (torch.sigmoid(2.5 * s), learners.sigmoid_slope(s, 2.5)),
-        "removal": lambda s: (1 - torch.sigmoid(2.5 * s), learners.removal_slope(s, 2.5)),
-        "hard_concrete_removal": lambda s: (
-            1 - torch.sigmoid(s - 2 / 3 * math.log(0.1 / 1.1)),
-            learners.hard_concrete_removal_slope(s),
+        "hard_concrete_kept": lambda s: (
+            torch.sigmoid(s - 2 / 3 * math.log(0.1 / 1.1)),
+            learners.hard_concrete_kept_slope(s),
         ),
     }
     for name, gate in gates.items():
@@ -448,10 +447,10 @@ def test_a_learner_is_one_entry(monkeypatch, tmp_path):
     """As docs/learners.md tells: keep what scores above 0, with a slope of one's own."""
     toy = learners.Learner(
         options=("sharpness", "price"),
-        is_kept=lambda config, keys: keys > 0,
+        cut=lambda config: 0.0,
         start=lambda config: 0.1,
         hard_slope=lambda config, scores: 1 / (1 + (config.sharpness * scores) ** 2),
-        removal_slope=lambda config, scores: -torch.ones_like(scores),
+        kept_slope=lambda config, scores, slope: torch.ones_like(scores),
     )
     monkeypatch.setitem(learners.LEARNERS, "toy", toy)
     model = get_peft_model(tiny.tiny_llama(), MaskConfig(selection="toy", sharpness=3.0, price=1e-3, init_std=0.05))

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from maskft import masking
 from maskft.tuner import selection
 from maskft_base.errors import NotFiniteError
-from reference import POOLS
+from reference import FEW_VALUES
 
 pytest.importorskip("triton", reason="needs maskft[triton]")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,27 +54,26 @@ def test_many_scores(calls, rank_by, of_weight, of_out, kind):
         keep = masking.remove_lowest(masking.ranking_keys(scores, rank_by), num)
         expected = weight.to(getattr(torch, of_out)).masked_fill(~keep, 0)
         out = torch.full_like(expected, 7.0).to(ON)
-        selection.keep_highest_([out], [weight.to(ON)], [scores.to(ON)], num, rank_by)
+        selection.keep_highest_(out, weight.to(ON), scores.to(ON), num, rank_by)
         bits = {2: torch.int16, 4: torch.int32}[out.element_size()]
         assert torch.equal(out.cpu().view(bits), expected.view(bits))
     assert calls
 
 
-@given(*POOLS)
+@given(*FEW_VALUES)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_pools_of_few_values(calls, values, num, rank_by, num_matrices):
-    pool = torch.tensor(values, dtype=torch.float32)
-    num = min(num, len(pool))
-    plain = masking.remove_lowest(masking.ranking_keys(pool, rank_by), num)
-    found = selection.remove_lowest_of_pool(pool.to(ON).tensor_split(num_matrices), num, rank_by)
-    assert torch.equal(torch.cat(found).cpu(), plain)
+def test_few_values(calls, values, num, rank_by):
+    scores = torch.tensor(values, dtype=torch.float32)
+    num = min(num, len(scores))
+    plain = masking.remove_lowest(masking.ranking_keys(scores, rank_by), num)
+    assert torch.equal(selection.mask_without_lowest(scores.to(ON), num, rank_by).cpu(), plain)
 
 
 def test_a_band_of_more_than_there_are_places_for(calls, monkeypatch):
     monkeypatch.setattr(triton_split, "_MIN_PLACES", 4)
     monkeypatch.setattr(triton_split, "_PLACES_OF_NUMEL", 10**9)
     scores = torch.randn(5_000)
-    mask = selection.topk_masks([scores.to(ON)], 0.3)[0].cpu()
+    mask = selection.topk_mask(scores.to(ON), 0.3).cpu()
     assert calls and torch.equal(mask, masking.topk_mask(scores, 0.3))
 
 
@@ -82,7 +81,7 @@ def test_scores_with_nan_are_refused(calls):
     scores = torch.randn(5_000)
     scores[4_321] = math.nan
     with pytest.raises(NotFiniteError, match="scores contain NaN"):
-        selection.topk_masks([scores.to(ON)], 0.3)
+        selection.topk_mask(scores.to(ON), 0.3)
 
 
 @pytest.mark.gpu
@@ -97,7 +96,7 @@ def test_time_on_a_gpu(monkeypatch, capsys):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             for _ in range(20):
-                selection.keep_highest_([out], [weight], [scores], round(0.1 * scores.numel()))
+                selection.keep_highest_(out, weight, scores, round(0.1 * scores.numel()))
             end.record()
             torch.cuda.synchronize()
             if timed:

@@ -19,6 +19,7 @@ from maskft_base.errors import UserError
 
 from ..masking import RankBy, score_gradient
 from . import learners
+from .effective import add_hard_slopes
 from .sharded import is_sharded
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def _refresh_at_trace(number: int, dtype: str) -> bool:
     if torch.compiler.is_exporting():
         raise UserError("a model with a mask cannot be exported; merge it first: model.merge_and_unload()")
     layer.effective.get(layer, getattr(torch, dtype))
+    add_hard_slopes(layer)
     _in_graphs.add(number)
     return True
 
@@ -92,6 +94,7 @@ def refresh(*_: Any) -> None:
             _in_graphs.discard(number)
         elif layer.effective.value is not None and layer.weight.device.type != "meta":
             layer.effective.get(layer, layer.effective.value.dtype)
+            add_hard_slopes(layer)
 
 
 register_optimizer_step_post_hook(refresh)  # after the count of steps, which was registered when it was imported

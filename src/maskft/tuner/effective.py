@@ -12,7 +12,7 @@ from maskft_base.errors import UserError
 from . import learners
 from .config import MaskConfig
 from .scores import check_scores, mask_from_scores, write_masked_
-from .selection import score_gradient_, write_signed_
+from .selection import Near, row_parts, score_gradient_
 from .steps import optimizer_steps
 
 if TYPE_CHECKING:
@@ -26,22 +26,24 @@ class EffectiveWeight:
         value: The weight, removed entries exactly +0 (or their removed value); None before the first forward pass. It
             is overwritten after the next optimizer step: a backward pass through an older graph then fails, as it does
             for any weight that an optimizer has changed.
-        slopes: Adapter name -> slope of its gate, of those trained with one that is not 1; made with ``value``.
+        slopes: Adapter name -> slope of its gate, if that is soft or in a graph; others are made in the backward pass.
         priced_at: Adapter name -> count of optimizer steps at which the price was last added to its gradient.
-        signed: Adapter name -> what weight * sign(scores) is made of, and this, if kept; see :func:`_signed_weight`.
+        near: Adapter name -> where its cut is looked for first.
+        kept: Adapter name -> what a factor of its gradient is made of, and this, if kept; see :func:`_kept_factor`.
     """
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
         self.slopes: dict[str, Tensor] = {}
         self.priced_at: dict[str, int] = {}
-        self.signed: dict[str, tuple[tuple[int, ...], Tensor | None]] = {}
+        self.near: dict[str, Near | None] = {}
+        self.kept: dict[str, tuple[tuple[object, ...], Tensor | None]] = {}
         self._key: tuple[Any, ...] | None = None
 
     def forget(self) -> None:
         """Free the weight."""
         self.value = self._key = None
-        self.slopes, self.signed = {}, {}
+        self.slopes, self.kept = {}, {}
 
     def get(self, layer: MaskedLinear, dtype: torch.dtype) -> Tensor:
         """The up-to-date weight of ``layer``, which owns this object."""
@@ -78,11 +80,16 @@ def _refresh(layer: MaskedLinear, dtype: torch.dtype) -> None:
     for name in layer.active_masks:
         if name != ranked:
             learners.blend_(out, out, layer.get_mask(name), layer.removed_value(name))
-        if name in layer.mask_scores and layer.mask_scores[name].requires_grad:
-            slope = learners.hard_slope(layer.mask_configs[name], layer.mask_scores[name])
-            if slope is not None:
-                own.slopes[name] = slope
     own._key = _key(layer, dtype)
+
+
+@torch.inference_mode(False)
+def add_hard_slopes(layer: MaskedLinear) -> None:
+    """Make the slopes that a graph reads."""
+    for name in layer.active_masks:
+        if name in layer.mask_scores and name not in layer.effective.slopes:
+            slope = learners.hard_slope(layer.mask_configs[name], layer.mask_scores[name].detach())
+            layer.effective.slopes |= {} if slope is None else {name: slope}
 
 
 def _write(layer: MaskedLinear, name: str, out: Tensor, weight: Tensor) -> None:
@@ -96,64 +103,80 @@ def _write(layer: MaskedLinear, name: str, out: Tensor, weight: Tensor) -> None:
     elif config.removed_value == "base":
         learners.blend_(out, weight, mask_from_scores(config, scores), layer.removed_value(name))
     else:
-        write_masked_(config, out, weight, scores)
+        near = layer.effective.near
+        near[name] = write_masked_(config, out, weight, scores, near.get(name))
 
 
 def score_gradient_of(layer: MaskedLinear, name: str, grad_weight: Tensor, scores: Tensor) -> Tensor:
-    """Gradient of the scores of one adapter from that of the masked weight, float32, which is overwritten.
+    """Gradient of the scores of one adapter, float32, from that of the masked weight, which may be overwritten.
 
     dL/dW_eff * (W - removed value) * slope, and once per optimizer step the gradient of the price.
     """
-    config = layer.mask_configs[name]
+    config, own, scores = layer.mask_configs[name], layer.effective, scores.detach()
+    is_priced = config.price > 0 and own.priced_at.get(name) != optimizer_steps()  # not in every micro-batch of a step
+    if is_priced:
+        own.priced_at[name] = optimizer_steps()
     if layer.sharded_weight is not None:
-        gradient: Tensor = layer.sharded_weight.score_gradient(grad_weight, cast(Any, scores), config.ranks_by)
-    else:
-        value = layer.removed_value(name)
-        signed = _signed_weight(layer, name, scores) if is_signed_weight_kept(config) else None
+        out: Tensor = layer.sharded_weight.score_gradient(grad_weight.float(), cast(Any, scores), config.ranks_by)
+        return out.add_(learners.price_gradient(config, scores, scores.numel())) if is_priced else out
+    out = grad_weight if grad_weight.dtype == torch.float32 else torch.empty_like(grad_weight, dtype=torch.float32)
+    weight, value, kept = layer.weight.detach(), layer.removed_value(name), _kept_factor(layer, name, scores)
+    signed, slopes = (kept, None) if _has_signed_weight(config) else (None, own.slopes.get(name, kept))
+    others = [~layer.get_mask(other) for other in layer.active_masks if other != name]
+    for part in row_parts(scores):
+        gradient, some = out[part], scores[part]
+        if out is not grad_weight:
+            gradient.copy_(grad_weight[part])
         if signed is not None:
-            gradient = grad_weight.mul_(signed)
+            gradient.mul_(signed[part])
         else:
-            weight = layer.weight if value is None else layer.weight - value
-            gradient = score_gradient_(grad_weight, weight, scores, config.ranks_by)
-        if name in layer.effective.slopes:
-            gradient.mul_(layer.effective.slopes[name])
-        for other in layer.active_masks:
-            if other != name:  # what another mask removes does not depend on these scores
-                gradient.masked_fill_(~layer.get_mask(other), 0.0)
-    if config.price and layer.effective.priced_at.get(name) != optimizer_steps():  # not in every micro-batch of a step
-        layer.effective.priced_at[name] = optimizer_steps()
-        gradient.add_(learners.price_gradient(config, scores, scores.numel()))
-    return gradient
+            difference = weight[part] if value is None else weight[part] - value[part]
+            score_gradient_(gradient, difference, some, config.ranks_by)
+        slope = learners.hard_slope(config, some) if slopes is None else slopes[part]
+        if slope is not None:
+            gradient.mul_(slope)
+        for other in others:  # what another mask removes does not depend on these scores
+            gradient.masked_fill_(other[part], 0.0)
+        if is_priced:
+            slope = None if learners.has_soft_gate(config) else slope
+            gradient.add_(learners.price_gradient(config, some, scores.numel(), slope))
+    return out
 
 
-def is_signed_weight_kept(config: MaskConfig) -> bool:
-    """Whether weight * sign(scores) is kept on a CPU where steps have several micro-batches."""
+def _has_signed_weight(config: MaskConfig) -> bool:
     return config.ranks_by == "abs" and config.removed_value == "zero"
 
 
-def _signed_weight(layer: MaskedLinear, name: str, scores: Tensor) -> Tensor | None:
-    """Product of weight and sign(scores), on a CPU where steps have several micro-batches; None: not kept.
+def _kept_factor(layer: MaskedLinear, name: str, scores: Tensor) -> Tensor | None:
+    """Product of weight and sign(scores), or slope of the gate, where steps have several micro-batches; None: not kept.
 
     A product of the gradient with it reads two matrices in the place of three, at the speed of the memory. The result
     is bit for bit that of :func:`maskft.tuner.selection.score_gradient_`, because a sign changes no other bit. Without
-    accumulation nothing is kept, and on a GPU memory is dearer than these passes.
+    accumulation nothing is kept on a CPU; on a GPU, where memory is dearer than these passes, slopes alone are.
     """
-    if scores.device.type != "cpu":
+    config, weight, is_on_cpu = layer.mask_configs[name], layer.weight.detach(), scores.device.type == "cpu"
+    is_signed = _has_signed_weight(config)
+    is_wanted = is_on_cpu if is_signed else learners.hard_slope(config, scores[:1]) is not None
+    if not is_wanted:
         return None
-    weight, scores = layer.weight.detach(), scores.detach()
-    made_of = (scores.data_ptr(), scores._version, weight.data_ptr(), weight._version, optimizer_steps())
-    known, signed = layer.effective.signed.get(name, ((), None))
-    if known != made_of:
-        if signed is None:  # so far no step has had a second backward pass
-            layer.effective.signed[name] = (made_of, None)
-            return None
-    elif signed is not None:
-        return signed
-    if signed is None or (signed.shape, signed.dtype) != (weight.shape, weight.dtype):
-        signed = torch.empty_like(weight)
-    write_signed_(signed, weight, scores)
-    layer.effective.signed[name] = (made_of, signed)
-    return signed
+    versions = (scores.data_ptr(), scores._version, weight.data_ptr(), weight._version, optimizer_steps())
+    made_of = (*versions, *learners.phase(config, layer.training))
+    known, factor = layer.effective.kept.get(name, ((), None))
+    if known == made_of and factor is not None:
+        return factor
+    if known != made_of and factor is None and is_on_cpu:  # so far no step has had a second backward pass
+        layer.effective.kept[name] = (made_of, None)
+        return None
+    like = weight if is_signed else scores
+    if factor is None or (factor.shape, factor.dtype) != (like.shape, like.dtype):
+        factor = torch.empty_like(like)
+    for part in row_parts(scores):
+        if is_signed:
+            torch.mul(weight[part], torch.sign(scores[part]), out=factor[part])
+        else:
+            factor[part] = cast(Tensor, learners.hard_slope(config, scores[part]))
+    layer.effective.kept[name] = (made_of, factor)
+    return factor
 
 
 def _key(layer: MaskedLinear, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from maskft_base.errors import UserError
 
 from ..masking import num_removed, ranking_keys
-from .selection import remove_lowest_of_pool
+from .selection import mask_without_lowest
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def fixed_masks(
     if made.of_inputs:
         output_dims = [int(norm.shape[0] != 1) for norm in input_norms]
         return [_remove_lowest_per_output(*each) for each in zip(keys, counts, output_dims, strict=True)]
-    return [remove_lowest_of_pool([key], count, "signed")[0] for key, count in zip(keys, counts, strict=True)]
+    return [mask_without_lowest(key, count, "signed") for key, count in zip(keys, counts, strict=True)]
 
 
 def _remove_lowest_per_output(keys: Tensor, num: int, output_dim: int) -> Tensor:

@@ -193,7 +193,6 @@ class _MaskedLinearFunction(torch.autograd.Function):
             grad_x = grad_y_TO.matmul(weight.t() if layer.is_transposed else weight)
         left, right = (x_TI, grad_y_TO) if layer.is_transposed else (grad_y_TO, x_TI)
         grad_scores = [
-            score_gradient_of(layer, name, left.t().mm(right).to(torch.float32), s)
-            for name, s in zip(ctx.names, scores, strict=True)
+            score_gradient_of(layer, name, left.t().mm(right), s) for name, s in zip(ctx.names, scores, strict=True)
         ]
         return grad_x, None, None, None, None, *grad_scores

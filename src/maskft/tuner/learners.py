@@ -51,8 +51,8 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
 def sigmoid_slope(scores: Tensor, sharpness: float) -> Tensor:
     """Slope k * sigmoid'(k * s) of a logit learner, which trains the scores near 0 the most."""
-    share = torch.sigmoid(sharpness * scores)
-    return sharpness * share * (1 - share)
+    share = torch.mul(scores, sharpness).sigmoid_()
+    return (1 - share).mul_(share.mul_(sharpness))
 
 
 def gumbel_gate(scores: Tensor, noise: Tensor, sharpness: float, temperature: float) -> tuple[Tensor, Tensor]:
@@ -75,14 +75,9 @@ def hard_concrete_gate(scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     return stretched.clamp(0, 1), share * (1 - share) * ((ZETA - GAMMA) / BETA) * inside
 
 
-def removal_slope(scores: Tensor, sharpness: float) -> Tensor:
-    """d/ds of the relaxed number removed, 1 - sigmoid(k * s) of each score."""
-    return -sigmoid_slope(scores, sharpness)
-
-
-def hard_concrete_removal_slope(scores: Tensor) -> Tensor:
-    """d/ds of the probability that a hard concrete gate is 0: 1 - Eq. 12 of https://arxiv.org/abs/1712.01312."""
-    return -sigmoid_slope(scores - BETA * math.log(-GAMMA / ZETA), 1.0)
+def hard_concrete_kept_slope(scores: Tensor) -> Tensor:
+    """d/ds of the probability that a hard concrete gate is not 0, Eq. 12 of https://arxiv.org/abs/1712.01312."""
+    return sigmoid_slope(scores - BETA * math.log(-GAMMA / ZETA), 1.0)
 
 
 def cubic_ramp(progress: float, ramp: float) -> float:
@@ -119,32 +114,33 @@ class Learner:
 
     Attributes:
         options: Fields of MaskConfig that it reads and not every learner does; others refuse them.
-        is_kept: (config, ranking keys) -> which are kept, each judged by itself; None: all but the share ``sparsity``.
+        cut: (config) -> what the ranking value of a kept weight is above; None: all but the share ``sparsity`` stay.
         start: Centre of fresh scores that keeps nearly all weights, where scores are cut at 0 and the share removed is
             free; None: scores are ranked or compared as they are.
         soft_gate: (config, scores, noise) -> gate and slope in training mode; None: the gate is hard there too.
         hard_slope: (config, scores) -> slope of the hard gate; None, or where it returns None: 1.
-        removal_slope: (config, scores) -> d/ds of the relaxed number removed, which ``price`` multiplies.
+        kept_slope: (config, scores, slope of the hard gate, None: 1) -> d/ds of the relaxed number kept, which
+            ``price`` multiplies.
     """
 
     options: tuple[str, ...]
-    is_kept: Callable[[Settings, Tensor], Tensor] | None = None
+    cut: Callable[[Settings], float] | None = None
     start: Callable[[Settings], float] | None = None
     soft_gate: Callable[[Settings, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     hard_slope: Callable[[Settings, Tensor], Tensor | None] | None = None
-    removal_slope: Callable[[Settings, Tensor], Tensor] | None = None
+    kept_slope: Callable[[Settings, Tensor, Tensor | None], Tensor] | None = None
 
 
-def _is_positive(config: Settings, keys: Tensor) -> Tensor:
-    return keys > 0
+def _just_below_threshold(config: Settings) -> float:
+    return torch.nextafter(torch.tensor(config.threshold), torch.tensor(-math.inf)).item()
 
 
 def _logit_slope(config: Settings, scores: Tensor) -> Tensor | None:
     return sigmoid_slope(scores, _sharpness(config)) if config.gradient == "sigmoid" else None
 
 
-def _removal_slope(config: Settings, scores: Tensor) -> Tensor:
-    return removal_slope(scores, _sharpness(config))
+def _kept_slope(config: Settings, scores: Tensor, slope: Tensor | None) -> Tensor:
+    return sigmoid_slope(scores, _sharpness(config)) if slope is None else slope
 
 
 def _gumbel_gate(config: Settings, scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,27 +150,27 @@ def _gumbel_gate(config: Settings, scores: Tensor, noise: Tensor) -> tuple[Tenso
 
 LEARNERS: dict[str, Learner] = {
     "topk": Learner(("sparsity", "sparsity_ramp")),
-    "threshold": Learner(("threshold",), is_kept=lambda config, keys: keys >= config.threshold),
+    "threshold": Learner(("threshold",), cut=_just_below_threshold),
     "logit": Learner(
         ("gradient", "price", "sharpness", "sharpness_end"),
-        is_kept=_is_positive,
+        cut=lambda config: 0.0,
         start=lambda config: 0.0,
         hard_slope=_logit_slope,
-        removal_slope=_removal_slope,
+        kept_slope=_kept_slope,
     ),
     "gumbel": Learner(
         ("price", "sharpness", "sharpness_end", "temperature", "temperature_end"),
-        is_kept=_is_positive,
+        cut=lambda config: 0.0,
         start=lambda config: 3 / config.sharpness,  # open with probability 0.95
         soft_gate=_gumbel_gate,
-        removal_slope=_removal_slope,
+        kept_slope=_kept_slope,
     ),
     "hard_concrete": Learner(
         ("price",),
-        is_kept=_is_positive,
+        cut=lambda config: 0.0,
         start=lambda config: 3.0,  # not 0 with probability 0.99
         soft_gate=lambda config, scores, noise: hard_concrete_gate(scores, noise),
-        removal_slope=lambda config, scores: hard_concrete_removal_slope(scores),
+        kept_slope=lambda config, scores, slope: hard_concrete_kept_slope(scores),
     ),
 }
 
@@ -202,11 +198,10 @@ def has_soft_gate(config: Settings) -> bool:
 # Chosen by a configuration
 
 
-def passes(config: Settings, keys: Tensor) -> Tensor:
-    """Which ranking values (see ``MaskConfig.ranks_by``) are kept, where each entry is judged by itself."""
-    is_kept = LEARNERS[config.selection].is_kept
-    assert is_kept is not None
-    return is_kept(config, keys)
+def cut(config: Settings) -> float | None:
+    """What ranking values (see ``MaskConfig.ranks_by``) must be above to be kept; None: their rank decides."""
+    cut = LEARNERS[config.selection].cut
+    return None if cut is None else cut(config)
 
 
 def current_sparsity(config: Any) -> float:
@@ -227,11 +222,11 @@ def hard_slope(config: Settings, scores: Tensor) -> Tensor | None:
     return None if slope is None else slope(config, scores)
 
 
-def price_gradient(config: Settings, scores: Tensor, numel: int) -> Tensor:
-    """Derivative of price * share removed; ``numel`` entries are the whole matrix that ``scores`` are some rows of."""
-    slope = LEARNERS[config.selection].removal_slope
-    assert slope is not None
-    return slope(config, scores).mul_(config.price / numel)
+def price_gradient(config: Settings, scores: Tensor, numel: int, slope: Tensor | None = None) -> Tensor:
+    """Derivative of price * share removed, at some scores of a matrix of ``numel``; ``slope``: of the hard gate."""
+    kept_slope = LEARNERS[config.selection].kept_slope
+    assert kept_slope is not None
+    return kept_slope(config, scores, slope) * (-config.price / numel)
 
 
 def draw_noise(config: Settings, module_name: str, shape: torch.Size, device: torch.device) -> Tensor:

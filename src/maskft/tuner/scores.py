@@ -13,7 +13,7 @@ from maskft_base.errors import UserError
 from ..masking import check_not_nan, initial_scores, num_removed, ranking_keys, spread_by_rank
 from . import learners
 from .config import DATA_STARTS, MaskConfig
-from .selection import keep_highest_, topk_masks
+from .selection import Near, keep_above_, keep_highest_, topk_mask
 from .sharded import is_sharded, whole_mask
 
 
@@ -74,20 +74,19 @@ def mask_from_scores(config: MaskConfig, scores: Tensor) -> Tensor:
     """Mask of a score matrix, in full on every rank; bool, True = keep."""
     if is_sharded(scores):
         return whole_mask(config, scores)
-    if config.selection != "topk":
-        return _passing(config, scores)
-    return topk_masks([scores], learners.current_sparsity(config), config.rank_by)[0]
+    cut = learners.cut(config)
+    if cut is None:
+        return topk_mask(scores, learners.current_sparsity(config), config.rank_by)
+    return (check_not_nan(ranking_keys(scores, config.ranks_by)) > cut).view(scores.shape)
 
 
-def write_masked_(config: MaskConfig, out: Tensor, weight: Tensor, scores: Tensor) -> None:
-    """Write the masked weight of a matrix into ``out``; removed ones are +0."""
-    if config.selection == "topk":
+def write_masked_(
+    config: MaskConfig, out: Tensor, weight: Tensor, scores: Tensor, near: Near | None = None
+) -> Near | None:
+    """Write the masked weight of a matrix into ``out``, +0 where removed; ``near``: see :func:`keep_highest_`."""
+    cut = learners.cut(config)
+    if cut is None:
         num = num_removed(scores.numel(), learners.current_sparsity(config))
-        keep_highest_([out], [weight], [scores], num, config.rank_by)
-    else:
-        learners.blend_(out, weight, _passing(config, scores))
-
-
-def _passing(config: MaskConfig, scores: Tensor) -> Tensor:
-    keys = check_not_nan(ranking_keys(scores, config.ranks_by))
-    return learners.passes(config, keys).view(scores.shape)
+        return keep_highest_(out, weight, scores, num, config.rank_by, near)
+    keep_above_(out, weight, scores, cut, config.ranks_by)
+    return None

@@ -26,7 +26,7 @@ from maskft_base.errors import NotFiniteError, UserError
 from ..masking import RankBy, num_removed, ranking_keys
 from . import learners
 from .config import MaskConfig
-from .selection import score_gradient_
+from .selection import row_parts, score_gradient_
 from .steps import optimizer_steps
 
 if TYPE_CHECKING:
@@ -123,10 +123,11 @@ def shard_mask(config: MaskConfig, scores: DTensor) -> Tensor:
         dist.all_gather_into_tensor(out, counts, group=mesh.get_group())
         return out.view(mesh.size(), -1)
 
-    if config.selection != "topk":
+    cut = learners.cut(config)
+    if cut is not None:
         if all_reduce(key.isnan().sum()):
             raise NotFiniteError("scores contain NaN, so they cannot be compared")
-        mask = learners.passes(config, key)
+        mask = key > cut
     else:
         num = num_removed(scores.numel(), learners.current_sparsity(config))
         mask = remove_lowest_of_shards(key, num, mesh.get_local_rank(), all_reduce, all_gather)
@@ -182,7 +183,8 @@ class ShardedWeight:
         summed = DTensor.from_local(raw, mesh, [Partial()], run_check=False).redistribute(placements=scores.placements)
         rows = summed.to_local().div_(mesh.size())
         weight = self.original if self.removed_value is None else self.original - self.removed_value
-        score_gradient_(rows, weight, scores.to_local(), rank_by)
+        for part in row_parts(rows):
+            score_gradient_(rows[part], weight[part], scores.to_local()[part], rank_by)
         if self.slope is not None:
             rows.mul_(self.slope)
         return DTensor.from_local(
