@@ -336,7 +336,6 @@ CASES = [
     (change("grid", {"mask.num_train_epochs": [2, 2.0]}), "2.0 stands there twice, and two runs would have one name"),
     (change("grid", {"mask.mask_layers_to_transform": [1, [1]]}), r"two runs are named 'mask \[layers_to.*drop one"),
     (change("data/sums/eval_split_size", "a"), "run 'full, seed 0': .*eval_split_size.* invalid float value: 'a'"),
-    (change("methods/pair", {**MASK, "mask_layers_to_transform": [-1]}), r"'pair, seed 0': layers_to_transform is"),
     (change("methods/mask/num_candidates", 3), "num_candidates goes with --method random_mask, not with mask"),
     (change("train/eval_steps", math.inf), "eval_steps is inf; it must be a number of steps, or below 1 a fraction"),
     (change("launch", {"accelerate_config": "fsdp3"}), "fsdp3 is neither a file nor"),
