@@ -65,7 +65,10 @@ def write(folder):
 def write_local_tasks(folder):
     """Write tasks of lm-eval whose data is beside them, and groups; returns the folder."""
     folder.mkdir()
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"q": f"{n} and", "a": str(n)}) + "\n" for n in range(3)))
+    for name, count in {"rows": 3, "more": 20}.items():
+        rows = [{"q": f"{n} and", "a": str(n)} for n in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"dataset_kwargs": {"data_files": {"test": str(folder / "more.jsonl")}}}
     common = {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
@@ -81,6 +84,7 @@ def write_local_tasks(folder):
         "two": {},
         "gsm8k": {},
         "code": {"unsafe_code": True},
+        "shots": {"fewshot_split": "test", "num_fewshot": 2, **more},
         "long": {"doc_to_text": "{{'~' * (5 + a|int)}}"},
     }
     for name, more in tasks.items():

@@ -132,7 +132,7 @@ def test_a_finished_result_of_another_chat_template_is_refused(chat_base, files,
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     words = ["evaluate", "--model_name_or_path", chat_base, "--tasks", "ifeval", "--data_dir", files, "--limit", 1]
     words += ["--adapter", "none", "none", "--name", "a", "b", "--chat_template_path", template]
-    words += ["--output_dir", tmp_path / "out", "--max_memory_gb", 1]
+    words += ["--output_dir", tmp_path / "out"]
     assert call(words, capsys)[0] == 0
     template.write_text(template.read_text() + "!")
     status, _, err = call(words, capsys)
@@ -166,7 +166,7 @@ def test_finished_results_are_of_the_same_weights_and_data(chat_base, adapters, 
     for file, old, new, message in (
         (files / "math" / "gsm8k_test.jsonl", "Tom", "Jim", "has gsm8k on other data"),
         (heldout, "0+1", "0+2", "has heldout on other data"),
-        (base / "config.json", "10000.0", "500.0", "is of a model with another configuration or tokenizer"),
+        (base / "config.json", "10000.0", "500.0", "is of another model, configuration or tokenizer"),
         (lora / ADAPTER_CONFIG, '"lora_alpha": 8', '"lora_alpha": 4', "is of another model"),
     ):
         text = file.read_text()
@@ -185,8 +185,8 @@ def test_an_unfinished_evaluation_is_resumed_with_the_same_configuration_only(ch
     shutil.copytree(chat_base, folder)
     rows = [{"id": "0", "prompt": "1+1=", "completion": "2", "answer": "2"}]
 
-    def evaluate(max_new_tokens, max_memory_gb=1):
-        options = EvaluationArguments(max_new_tokens=max_new_tokens, max_memory_gb=max_memory_gb)
+    def evaluate(max_new_tokens):
+        options = EvaluationArguments(max_new_tokens=max_new_tokens)
         return evaluate_loaded(
             next(load.load_each(EvaluationArguments(str(folder)))), {"heldout": rows}, options, target, "a"
         )
@@ -246,7 +246,6 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
         (["--max_length", "-1"], "max_length is -1; it must be at least 1"),
         (["--device", "gpu"], "device 'gpu' cannot be used"),
         (["--include_path", "nowhere"], "include_path 'nowhere' is not a folder"),
-        (["--max_memory_gb", "0"], "max_memory_gb is 0.0; it must be above 0"),
         (["--name", "a", "b"], "2 names for 1 models"),
         (["--name", ""], "'' is not a valid --name; use printable characters"),
         (["--output_dir", "FILE"], "it is a file; name another"),
@@ -254,13 +253,6 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
         (["--adapter", "MASK", "MASK", "--name", "a", "a"], "were not trained with different seeds"),
         (["--apply_chat_template", "maybe"], "'maybe' is neither true nor false"),
         (["--data_dir", "EMPTY"], "holds no test file of gsm8k"),
-        (["--dataset_name", "FILE"], "dataset_name is given and would be ignored: it is for task heldout; drop it"),
-        (["--no_generate"], "no_generate is given and would be ignored: it is for task heldout"),
-        (["--max_length", "9"], "max_length is given and would be ignored: it is for task heldout"),
-        (["--alpaca_annotator", "x"], "alpaca_annotator is given and would be ignored: it is for task alpaca_eval"),
-        (["--alpaca_max_new_tokens", "9"], "alpaca_max_new_tokens is given and would be ignored"),
-        (["--tasks", "heldout", "--limit", "4"], "limit is given and would be ignored: it is for benchmarks"),
-        (["--tasks", "heldout", "--apply_chat_template", "true"], "would be ignored: it is for lm-eval's tasks"),
         (["--tasks", "heldout", "--dataset_name", "FILE", "--prepare_only", "true"], "unknown option --prepare_only"),
         (
             ["--tasks", "heldout", "--dataset_name", "FILE", "--max_train_samples", "5"],

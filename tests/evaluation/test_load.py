@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -10,7 +11,7 @@ import tiny
 from maskft_base.errors import UserError
 from maskft_lab.evaluation import load
 from maskft_lab.evaluation.arguments import EvaluationArguments
-from maskft_lab.evaluation.targets import labels, result_files
+from maskft_lab.evaluation.run import labelled_files
 
 
 def _edit(file, **values):
@@ -52,26 +53,18 @@ def test_the_hash_of_an_adapter(field, value, is_same, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model,expected", [(".", "inner"), ("..", "outer"), ("org/model", "model"), ("inner/", "inner")]
+    "model,expected", [(".", "inner"), ("..", "outer"), ("org/model", "model"), ("./a\x1b[2J", r"a\x1b[2J")]
 )
 def test_labels(model, expected, tmp_path, monkeypatch):
     (tmp_path / "outer" / "inner" / "inner").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "outer" / "inner")
-    assert labels([model], []) == [expected]
+    assert labelled_files("out", [model], []) == [(expected, Path("out/result.json"))]
 
 
-@pytest.mark.parametrize("name", ["../../x", "/etc", "..", "a/b"])
-def test_a_label_that_leads_out_of_the_output_folder(name, tmp_path):
-    with pytest.raises(UserError, match="names a folder inside output_dir; give a --name without a slash"):
-        result_files(str(tmp_path), [name, "other"], ["one", "two"])
-
-
-def test_a_label_that_is_not_printable():
-    with pytest.raises(UserError, match="is not a valid --name; use printable characters"):
-        labels(["one"], ["a\x1b[2J"])
-    with pytest.raises(UserError, match="is not a valid --name"):
-        labels(["one"], ["\u3164"])  # a letter that is drawn as nothing
-    assert labels(["./a\x1b[2J"], []) == [r"a\x1b[2J"]
+@pytest.mark.parametrize("name", ["../../x", "..", "a/b", "a\x1b[2J", "\u3164"])  # the last is drawn as nothing
+def test_labels_that_are_refused(name, tmp_path):
+    with pytest.raises(UserError, match=r"give a --name without a slash|not a valid --name"):
+        labelled_files(str(tmp_path), ["one", "two"], [name, "other"])
 
 
 def _other_size(folder):

@@ -7,6 +7,7 @@ import tiny
 from maskft_base.errors import UserError
 from maskft_lab.generation import greedy as generation
 from maskft_lab.generation.greedy import Bounds, greedy_generate, memory_bound_rows, shared_prefix_length
+from maskft_lab.generation.row_cache import RowCache
 from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -71,25 +72,18 @@ def test_stop_strings_end_each_row_by_itself():
 
 
 def test_finished_rows_leave_and_others_take_their_places(monkeypatch):
-    net, questions = model(), prompts()
+    net, questions = model(), prompts() + prompts(seed=1)
     stop = reference(net, questions[0], 30)[8:10]
-    sizes = []
-    step = generation._step
+    read, sizes = [], []
+    add, step = RowCache.add, RowCache.step
     monkeypatch.setattr(
-        generation, "_step", lambda job, rows, *rest: (sizes.append(len(rows.indices)), step(job, rows, *rest))
+        RowCache, "add", lambda cache, rows, first: (read.append([*map(list, rows)]), add(cache, rows, first))[1]
     )
-    prefills = []
-    prefill = generation._prefill
-    monkeypatch.setattr(
-        generation, "_prefill", lambda m, r, *rest: (prefills.append([len(x) for x in r]), prefill(m, r, *rest))[1]
-    )
+    monkeypatch.setattr(RowCache, "step", lambda cache, rows: (sizes.append(len(rows)), step(cache, rows))[1])
     monkeypatch.setattr(generation, "_attention_is_known", lambda model: True)
-    greedy_generate(net, TOKENIZER, questions, Bounds(30, 4, stop_strings=[stop]))
-    assert prefills[0] == [40], "the shared prefix once"
-    assert max(map(len, prefills)) == 4 and len(prefills) > 3 and max(sizes) == 4
-    assert sorted(length for batch in prefills[1:] for length in batch) == sorted(len(ids) - 40 for ids in questions), (
-        "no prompt twice"
-    )
+    greedy_generate(net, TOKENIZER, questions, Bounds(30, 8, stop_strings=[stop]))
+    assert max(map(len, read)) == max(sizes) == 8 and len(read) > 2 and sizes[-1] < 8
+    assert sorted(ids for rows in read for ids in rows) == sorted(questions), "no prompt twice"
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
@@ -144,9 +138,14 @@ def test_shared_prefix_length():
     assert shared_prefix_length([beginning]) == 0 and shared_prefix_length([[1, 2], [1, 3]]) == 0
 
 
-def test_rows_by_memory():
+def test_rows_by_memory(monkeypatch):
     net = tiny.tiny_llama()
-    few, more = (memory_bound_rows(net, 100, 50, limit) for limit in (1e6, 4e6))
-    assert 1 <= few < more < 64
-    assert memory_bound_rows(net, 100, 50, 1) == 1 and memory_bound_rows(net, 1, 1, 1e12) == 64
     assert generation.free_memory_bytes(torch.device("cpu")) > 1e6
+
+    def rows(free, *lengths):
+        monkeypatch.setattr(generation, "free_memory_bytes", lambda device: free)
+        return memory_bound_rows(net, *lengths)
+
+    assert 1 <= rows(2e6, 100, 50) < rows(8e6, 100, 50) < 64
+    assert rows(8e6, 150) < rows(8e6, 149, 1), "the loss needs the logits of all tokens"
+    assert rows(2, 100, 50) == 1 and rows(2e12, 1, 1) == 64

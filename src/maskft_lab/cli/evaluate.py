@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from maskft_base.errors import UserError
 
-from ..evaluation.arguments import ALPACA_EVAL, AND, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments, check_used
+from ..evaluation.arguments import ALPACA_EVAL, AND, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments
 from .options import add_options, read_options
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
     """The parsed options in their parts.
 
     Raises:
-        UserError: For numbers out of range, and for options that would be ignored.
+        UserError: For numbers out of range, and options that do not go together.
     """
     from maskft.data.arguments import DataArguments
 
@@ -54,11 +54,10 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
         raise UserError("scale and kl are of what training has changed: name it with --change, and what it was before")
     if options.change and (options.adapter or not options.model_name_or_path):
         raise UserError("change needs --model_name_or_path, the model before training, and no --adapter")
-    if options.scale and len(options.scale) != len(options.change or []):
-        raise UserError(f"{len(options.scale)} scales for {len(options.change or [])} changes; give one for each")
+    if options.scale and len(options.scale) != len(options.change):
+        raise UserError(f"{len(options.scale)} scales for {len(options.change)} changes; give one for each")
     if not all(0 <= scale <= 1 for scale in options.scale or []):
         raise UserError(f"scale is {options.scale}; the part of a change is 0 to 1")
-    check_used(options, data)
     return options, data
 
 
@@ -93,8 +92,7 @@ def main(argv: Sequence[str]) -> None:
     evaluations = [[*words] for is_and, words in groupby(argv, lambda word: word == AND) if not is_and] or [[]]
     parts = [read(parser().parse_args(words)) for words in evaluations]
     with explained(
-        "answers so far are kept: run the same command with a smaller --batch_size or --max_memory_gb, or anew with "
-        "--dtype bfloat16"
+        "answers so far are kept: run the same command with a smaller --batch_size, or anew with --dtype bfloat16"
     ):
         for _, same in groupby(parts, lambda part: [getattr(part[0], name) for name in _OF_MODELS]):
             shared = [*same]
@@ -107,37 +105,27 @@ def main(argv: Sequence[str]) -> None:
 def _prepared(options: EvaluationArguments, data: DataArguments) -> Callable[[int, Loaded], None]:
     """What is to be done with each of the models; mistakes are told before one is loaded."""
     from ..evaluation.heldout import heldout_rows, name_of_test_set
-    from ..evaluation.run import check_same_evaluation, evaluate_loaded, finished_result, settings_of
-    from ..evaluation.targets import labels, result_files
-    from ..evaluation.tasks import task_data_sha256
-    from ..results.schema import data_sha256
+    from ..evaluation.run import check_same_evaluation, evaluate_loaded, finished_result, labelled_files, settings_of
 
     base = options.model_name_or_path or "base"
     folders = options.change or options.adapter or ["none"]
     sources = [base if folder == "none" else folder for folder in folders]
-    names = labels(sources, options.name or [])
-    targets = result_files(options.output_dir, names, sources)
-    tasks = _load_tasks(options)
-    settings = settings_of(options, tasks.get(ALPACA_EVAL))
-    if len(targets) == 1 and targets[0].exists() and not options.overwrite:
-        raise UserError(f"{targets[0]} exists; name another output_dir or pass --overwrite")
-    hashes = {
-        name: task.data_sha256 if name == ALPACA_EVAL else task_data_sha256(task, options.limit)
-        for name, task in tasks.items()
-    }
+    targets = labelled_files(options.output_dir, sources, options.name or [])
+    tasks, settings = _load_tasks(options), settings_of(options)
+    if len(targets) == 1 and targets[0][1].exists() and not options.overwrite:
+        raise UserError(f"{targets[0][1]} exists; name another output_dir or pass --overwrite")
     test_set = name_of_test_set(data, options.eval_split_size)
     measured = {*tasks, *({HELDOUT} & set(options.task_names))}
-    earlier = [None if options.overwrite else finished_result(target, settings, measured) for target in targets]
+    earlier = [None if options.overwrite else finished_result(target, settings, measured) for _, target in targets]
 
     def measure(index: int, loaded: Loaded) -> None:
-        name, target, done = names[index], targets[index], earlier[index]
+        (name, target), done = targets[index], earlier[index]
         if loaded.facts.get("seed") is None and options.seed is not None:
             loaded.facts["seed"] = options.seed
         if HELDOUT in options.task_names:
-            rows = heldout_rows(data, options.eval_split_size, loaded.tokenizer, options.dataset_text_field)
-            tasks[HELDOUT], hashes[HELDOUT] = rows, data_sha256(rows)
+            tasks[HELDOUT] = heldout_rows(data, options.eval_split_size, loaded.tokenizer, options.dataset_text_field)
         if done is not None:
-            check_same_evaluation(done, target, loaded, hashes)
+            check_same_evaluation(done, target, loaded, tasks, options.limit)
             print(f"{name}: already done, {target}")
             return
         _print(name, evaluate_loaded(loaded, tasks, options, target, name, test_set))

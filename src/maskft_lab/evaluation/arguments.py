@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import Field, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from maskft_base.errors import UserError
-
-if TYPE_CHECKING:
-    from maskft.data.arguments import DataArguments
 
 HELDOUT, ALPACA_EVAL = "heldout", "alpaca_eval"  # tasks that are not lm-eval's
 AND = "+"  # on the command line, between the options of two evaluations
@@ -24,10 +21,9 @@ NOT_OF_HELDOUT_DATA = (
 )
 
 
-def _option(help: str, default: Any = None, *, of: str = "", minimum: int | None = None, above: int | None = None):
-    """A field: its help, what it is an option of (everything, where that is empty), and the range of its number."""
-    metadata = {"help": help, "of": of, "minimum": minimum, "above": above}
-    return field(default=default, metadata=metadata)
+def _option(help: str, default: Any = None, *, minimum: int | None = None):
+    """A field, its help, and its smallest number."""
+    return field(default=default, metadata={"help": help, "minimum": minimum})
 
 
 @dataclass
@@ -56,11 +52,7 @@ class EvaluationArguments:
     bf16: bool = _option("compute in bfloat16 from weights of `dtype`, as training with bf16 does", False)
     device: str | None = _option("cpu, cuda, ... (default: the first GPU, else the CPU)")
     batch_size: int | None = _option(
-        "items at one time (default: as many as --max_memory_gb allows, at most 64; losses: 16)",
-        minimum=1,
-    )
-    max_memory_gb: float | None = _option(
-        "bound on a batch's memory, in GB (10^9 bytes) (default: half of what is free)", above=0
+        "items at one time (default: as many as half of the free memory allows, at most 64; losses: 16)", minimum=1
     )
     chat_template_path: str | None = _option("a .jinja file to use as chat template, for models that have none")
     seed: int | None = _option("training seed, if the model's folder does not say it (a label)")
@@ -76,83 +68,45 @@ class EvaluationArguments:
     )
     include_path: str | None = _option(
         "folder with lm-eval task YAMLs of your own, to be named in --tasks; they can run programs",
-        of="lm-eval's tasks",
     )
-    limit: int | None = _option("first N items of each benchmark (default: all)", of="benchmarks", minimum=1)
-    apply_chat_template: bool | None = _option(
-        "put prompts into the chat template (default: for ifeval only)", of="lm-eval's tasks"
-    )
+    limit: int | None = _option("first N items of each benchmark (default: all)", minimum=1)
+    apply_chat_template: bool | None = _option("put prompts into the chat template (default: for ifeval only)")
     allow_unconfined_code: bool = _option(
         "run model-written code with your own rights where it cannot be confined", False
     )
     max_length: int | None = _option(
-        "truncate sequences whose loss is measured, in tokens (default: not truncated)", of="task heldout", minimum=1
+        "truncate sequences whose loss is measured, in tokens (default: not truncated)", minimum=1
     )
-    max_new_tokens: int = _option(
-        "bound on a held-out answer, in tokens; benchmarks have their own", 256, of="task heldout", minimum=1
-    )
-    no_generate: bool = _option("held-out: only loss, no generated answers", False, of="task heldout")
+    max_new_tokens: int = _option("bound on a held-out answer, in tokens; benchmarks have their own", 256, minimum=1)
+    no_generate: bool = _option("held-out: only loss, no generated answers", False)
     kl: bool = _option(
         "held-out: KL(model_name_or_path || --change) on the tokens of the prompts, instead of loss and answers",
         False,
-        of="task heldout",
     )
-    dataset_text_field: str = _option("column of plain text data", "text", of="task heldout")
+    dataset_text_field: str = _option("column of plain text data", "text")
     eval_split_size: float | None = _option(
         "evaluate on the rows that training holds out of dataset_name with this size: a count if >= 1, a fraction if "
         "in (0, 1) (default: all rows of dataset_name)",
-        of="task heldout",
     )
 
     reference_outputs: str | None = _option(
         "JSON list of objects with `instruction` and `output`: what is asked, and what answers are compared with "
         "(default: the published 805, from the hub)",
-        of="task alpaca_eval",
     )
     alpaca_annotator: str | None = _option(
         "which judge, an annotator of alpaca_eval or a file in its format; needs the extra `alpaca` "
         "(default: the answers are written and not judged)",
-        of="task alpaca_eval",
     )
-    alpaca_max_new_tokens: int = _option("bound on an answer, in tokens", 2048, of="task alpaca_eval", minimum=1)
+    alpaca_max_new_tokens: int = _option("bound on an answer, in tokens", 2048, minimum=1)
 
     def __post_init__(self):
         """Refuse numbers out of range."""
         for spec in fields(self):
-            value, minimum, above = getattr(self, spec.name), spec.metadata["minimum"], spec.metadata["above"]
+            value, minimum = getattr(self, spec.name), spec.metadata["minimum"]
             if value is not None and minimum is not None and value < minimum:
                 raise UserError(f"{spec.name} is {value}; it must be at least {minimum}")
-            if value is not None and above is not None and value <= above:
-                raise UserError(f"{spec.name} is {value}; it must be above {above}")
 
     @property
     def task_names(self) -> list[str]:
         """The names in ``tasks``, each once."""
         return list(dict.fromkeys(name.strip() for name in self.tasks.split(",") if name.strip()))
-
-
-def check_used(options: EvaluationArguments, data: DataArguments) -> None:
-    """Refuse options that would be ignored, because no task in use has them."""
-    names = options.task_names
-    others = set(names) - {HELDOUT}
-    is_used = {
-        "": True,
-        "task heldout": HELDOUT in names,
-        "task alpaca_eval": ALPACA_EVAL in names,
-        "benchmarks": bool(others),
-        "lm-eval's tasks": bool(others - {ALPACA_EVAL}),
-    }
-    given = [
-        *((spec.metadata["of"], spec.name) for spec in _given(options)),
-        *(("task heldout", spec.name) for spec in _given(data) if spec.name not in NOT_OF_HELDOUT_DATA),
-    ]
-    for owner, option in given:
-        if not is_used[owner]:
-            raise UserError(f"{option} is given and would be ignored: it is for {owner}; drop it, or add that task")
-
-
-def _given(arguments) -> Iterator[Field]:
-    """The fields that do not have their default."""
-    for spec in fields(arguments):
-        if getattr(arguments, spec.name) != spec.default:
-            yield spec

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,17 @@ BENCHMARKS = {
 # Items
 
 
+@contextlib.contextmanager
+def asking_hub(name: str, otherwise: str) -> Iterator[None]:
+    """Say in one line what the hub did not give, and what to do."""
+    try:
+        yield
+    except Exception as error:  # many types: no network, no such name
+        raise UserError(
+            f"the hub did not give {name!r} ({type(error).__name__}: {first_line(error)}); {otherwise}"
+        ) from None
+
+
 def load_docs(task: str, data_dir: str | Path | None) -> datasets.Dataset:
     """The items of a benchmark, checked.
 
@@ -203,11 +214,6 @@ def benchmark_files(task: str, folder: Path) -> list[Path]:
 
 
 def _from_hub(benchmark: Benchmark) -> datasets.Dataset:
-    try:
+    with asking_hub(benchmark.hub, "with the files on this machine, name their folder: --data_dir"):
         parts = [datasets.load_dataset(benchmark.hub, config, split=benchmark.split) for config in benchmark.configs]
-    except Exception as error:  # many types: no network, no such name
-        raise UserError(
-            f"the hub did not give {benchmark.hub!r} ({type(error).__name__}: {first_line(error)}); with the files on "
-            "this machine, name their folder: --data_dir"
-        ) from None
     return datasets.concatenate_datasets([part.select_columns(list(benchmark.fields)) for part in parts])

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 from torch.func import functional_call
 
 from maskft.data import load_examples, load_splits, prompt_ids, prompt_of, tokenize_example
@@ -19,10 +19,10 @@ from maskft.loss import RowLoss, length_sorted_batches, nll_per_item, pad
 from maskft_base.errors import UserError
 from maskft_base.files import digest
 
-from ..generation.greedy import check_context, context_length, memory_bound_rows
+from ..generation.greedy import Bounds, check_context, memory_bound_rows
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
 from .arguments import EvaluationArguments
-from .journal import Resources, generated, resumed
+from .journal import Journal, generated, resumed
 
 TASK_VERSION = 1
 MAX_QUESTION = 500  # characters
@@ -70,7 +70,7 @@ def evaluate_rows(
     tokenizer,
     rows: Sequence[dict],
     options: EvaluationArguments = EvaluationArguments(),  # noqa: B008 - not changed
-    resources: Resources = Resources(),  # noqa: B008 - frozen
+    journal: Journal | None = None,
 ) -> dict:
     """Held-out loss and, where every row has an ``answer``, accuracy of greedily generated answers.
 
@@ -79,7 +79,7 @@ def evaluate_rows(
         tokenizer: Its tokenizer.
         rows: Rows as ``load_splits`` makes them.
         options: How they are evaluated.
-        resources: Bounds on a batch, journal and console.
+        journal: Keeps losses and answers; None: nothing is kept.
 
     Returns:
         A task record of the result schema, metrics ``nll`` and possibly ``accuracy``.
@@ -90,48 +90,43 @@ def evaluate_rows(
     generate = not options.no_generate and all(row.get("answer") is not None for row in rows)
     how = {"max_length": options.max_length, "text_field": options.dataset_text_field}
     tokenized = [tokenize_example(row, tokenizer, **how) for row in rows]
-    notes = [_beyond_context(model, tokenized)]
+    check_context(model, max(len(row["input_ids"]) for row in tokenized))
     prompts = [prompt_ids(row, tokenizer) for row in rows] if generate else []
     if generate:
         check_context(model, max(map(len, prompts)), options.max_new_tokens)
     items = []
-    for row, (nll, count) in zip(rows, _losses(model, tokenizer, tokenized, resources), strict=True):
+    for row, (nll, count) in zip(rows, _losses(model, tokenizer, tokenized, options.batch_size, journal), strict=True):
         items.append({"id": str(row["id"]), "nll": nll if math.isfinite(nll) else None, "num_tokens": count})
         if row.get("cluster_id") is not None:
             items[-1]["cluster_id"] = row["cluster_id"]
     if generate:
-        outputs = generated(model, tokenizer, prompts, options.max_new_tokens, "answers", resources)
+        bounds = Bounds(options.max_new_tokens, options.batch_size)
+        outputs = generated(model, tokenizer, prompts, bounds, "answers", journal)
         for item, row, output in zip(items, rows, outputs, strict=True):
             correct = check_answer(output, row["answer"], row.get("answer_type") or "exact")
             item.update(accuracy=int(correct), prompt=_question(row), answer=row["answer"], output=output)
     kept = [item for item in items if item["num_tokens"] > 0]
-    where = f"no supervised token within max_length={options.max_length}"
+    without = f"{len(items) - len(kept)} of {len(items)} items have no supervised token within --max_length"
     if not kept:
-        raise UserError(f"no item has a supervised token within max_length={options.max_length}; raise it")
-    if len(kept) < len(items):
-        notes.append(f"{len(items) - len(kept)} of {len(items)} items have {where} and count in no metric")
+        raise UserError(f"{without} {options.max_length}; raise it")
     metrics = {name: metric_from_items(kept, name) for name in ("nll", "accuracy") if name in kept[0]}
     asked = zip(rows, (ids["input_ids"] for ids in tokenized), strict=True)
-    record = _record(kept, metrics, asked, tokenizer) | {"data_sha256": data_sha256(rows)}
+    record = task_record(kept, metrics, asked, tokenizer, TASK_VERSION) | {"data_sha256": data_sha256(rows)}
     if generate:
         record["generation_kwargs"] = {"max_gen_toks": options.max_new_tokens}
-    return record | ({"note": ". ".join(filter(None, notes))} if any(notes) else {})
+    return record | ({"note": f"{without} and count in no metric"} if len(kept) < len(items) else {})
 
 
-def _record(items: list[dict], metrics: dict, asked: Iterable[tuple[dict, list[int]]], tokenizer) -> dict:
-    """A task record of items that were ``asked`` (rows and tokens)."""
-    return dict(
-        build_task(
-            items,
-            metrics,
-            version=TASK_VERSION,
-            num_fewshot=0,
-            fingerprint=items_fingerprint(
-                {"id": str(row["id"]), "prompt": ids, "reference": row.get("answer")} for row, ids in asked
-            ),
-            chat_template_hash=chat_template_hash(tokenizer),
-        )
+def task_record(items: list[dict], metrics: dict, asked: Iterable[tuple[dict, Any]], tokenizer, version: int) -> dict:
+    """A task record of items that were ``asked``: each row with its prompt."""
+    fingerprint = items_fingerprint(
+        {"id": str(row["id"]), "prompt": prompt, "reference": row.get("answer")} for row, prompt in asked
     )
+    template = chat_template_hash(tokenizer)
+    record = build_task(
+        items, metrics, version=version, num_fewshot=0, fingerprint=fingerprint, chat_template_hash=template
+    )
+    return dict(record)
 
 
 def evaluate_kl(
@@ -159,7 +154,8 @@ def evaluate_kl(
             values[index] = float(value)
     items = [{"id": str(row["id"]), "kl": value} for row, value in zip(rows, values, strict=True)]
     metrics = {"kl": metric_from_items(items, "kl", unit="nats", higher_is_better=False)}
-    return _record(items, metrics, zip(items, prompts, strict=True), tokenizer) | {"data_sha256": data_sha256(rows)}
+    record = task_record(items, metrics, zip(items, prompts, strict=True), tokenizer, TASK_VERSION)
+    return record | {"data_sha256": data_sha256(rows)}
 
 
 @torch.inference_mode()
@@ -175,41 +171,16 @@ def _question(row: dict) -> str:
     return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])[:MAX_QUESTION]
 
 
-def _losses(model, tokenizer, rows: Sequence[dict], resources: Resources) -> list[RowLoss]:
+def _losses(model, tokenizer, rows: Sequence[dict], batch_size: int | None, journal: Journal | None) -> list[RowLoss]:
     """`nll_per_item` of tokenised rows, resumed."""
 
     def compute(indices: list[int], keep: Callable) -> None:
         chosen = [rows[index] for index in indices]
         longest = max(len(row["input_ids"]) for row in chosen)
-        # Logits in float32 and in float64, beside those in the model's dtype.
-        logits = 3 * 4 * model.config.get_text_config().vocab_size * longest
-        bound = memory_bound_rows(model, longest, 0, resources.max_memory_bytes, extra_row_bytes=logits)
-        size = resources.batch_size or min(bound, MAX_LOSS_BATCH_SIZE)
+        size = batch_size or min(memory_bound_rows(model, longest), MAX_LOSS_BATCH_SIZE)
         nll_per_item(model, chosen, batch_size=size, pad_token_id=tokenizer.pad_token_id or 0, on_loss=keep)
 
-    return resumed(_LOSS, [[row["input_ids"], row["labels"]] for row in rows], compute, "held-out loss", resources)
-
-
-def _beyond_context(model, rows: Sequence[dict]) -> str | None:
-    """A note on rows that are longer than the model's context; those of a model that cannot read them are refused."""
-    context, longest = context_length(model), max(len(row["input_ids"]) for row in rows)
-    if not 0 < context < longest:
-        return None
-    if has_learned_positions(model, context):
-        raise UserError(
-            f"the longest item has {longest} tokens, and the model has positions for {context}; pass --max_length "
-            f"{context}, or leave out items that long"
-        )
-    count = sum(len(row["input_ids"]) > context for row in rows)
-    return f"{count} of {len(rows)} items are longer than the model's context of {context} tokens"
-
-
-def has_learned_positions(model, context: int) -> bool:
-    """Whether the positions of a context are rows of a table, as in GPT-2 and OPT: beyond its end there is no loss."""
-    return any(
-        isinstance(module, nn.Embedding) and module.num_embeddings >= context and ("wpe" in name or "position" in name)
-        for name, module in model.named_modules()
-    )
+    return resumed(_LOSS, [[row["input_ids"], row["labels"]] for row in rows], compute, "held-out loss", journal)
 
 
 def chat_template_hash(tokenizer) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from maskft_base.files import digest
@@ -28,34 +27,12 @@ class Journal(Store):
         self.add(self.key(kind, arguments), answer)
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What an evaluation may use.
-
-    Args:
-        batch_size: Items at one time; None: by ``max_memory_gb``.
-        max_memory_gb: Bound on the memory of a batch, in 10^9 bytes; None: half of what is free.
-        journal: Keeps losses and answers, so that a run that ended early is resumed; None: nothing is kept.
-        console: Where progress bars go.
-    """
-
-    batch_size: int | None = None
-    max_memory_gb: float | None = None
-    journal: Journal | None = None
-    console: Any = None
-
-    @property
-    def max_memory_bytes(self) -> float | None:
-        """`max_memory_gb` in bytes."""
-        return None if self.max_memory_gb is None else self.max_memory_gb * 1e9
-
-
 def resumed(
     kind: str,
     requests: Sequence[list],
     compute: Callable[[list[int], Callable[[int, Any], None]], None],
     title: str,
-    resources: Resources,
+    journal: Journal | None,
 ) -> list:
     """Answers to requests: those that the journal knows, and the others computed and kept one by one.
 
@@ -65,14 +42,14 @@ def resumed(
         compute: Given the indices of the requests to compute, it calls its second argument with the position among
             these and the answer; a request for which it does not has the answer None.
         title: Of the progress bar.
-        resources: The journal and the console.
+        journal: Keeps the answers, so that a run that ended early is resumed; None: nothing is kept.
     """
-    journal, answers = resources.journal, {}
+    answers = {}
     if journal:
         keys = [journal.key(kind, request) for request in requests]
         answers = {index: journal.values[key] for index, key in enumerate(keys) if key in journal.values}
     missing = [index for index in range(len(requests)) if index not in answers]
-    with Progress(resources.console) as progress:
+    with Progress() as progress:
         bar = progress.add_task(title, total=len(requests), completed=len(answers))
 
         def keep(position: int, answer: Any) -> None:
@@ -87,20 +64,14 @@ def resumed(
 
 
 def generated(
-    model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int, title: str, resources: Resources
+    model, tokenizer, prompts: Sequence[list[int]], bounds: Bounds, title: str, journal: Journal | None
 ) -> list[str]:
     """Greedy answers to prompts of token ids, see `resumed` and `generation.greedy_generate`."""
 
     def generate(indices: list[int], keep: Callable[[int, str], None]) -> None:
-        greedy_generate(
-            model,
-            tokenizer,
-            [prompts[index] for index in indices],
-            Bounds(max_new_tokens, resources.batch_size, resources.max_memory_bytes),
-            keep,
-        )
+        greedy_generate(model, tokenizer, [prompts[index] for index in indices], bounds, keep)
 
-    return resumed("answer", [[ids, max_new_tokens] for ids in prompts], generate, title, resources)
+    return resumed("answer", [[ids, bounds.max_new_tokens] for ids in prompts], generate, title, journal)
 
 
 class Resuming:

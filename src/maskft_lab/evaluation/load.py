@@ -76,13 +76,13 @@ def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
             raise RuntimeError(f"unloading the adapter before {adapter!r} did not restore the base model")
         model, facts, identity = base.model, {}, base.fingerprint
         if adapter == NO_ADAPTER:
-            facts = _training_facts(base.name)
+            facts = facts_of(base.name)
         else:
             with one_line(adapter, f"does not fit {base.name!r}"):
                 model = PeftModel.from_pretrained(base.model, adapter)
             sha256 = adapter_sha256(adapter)
             identity = f"{identity}+{sha256}"
-            facts = {"adapter": _portable(adapter), "adapter_sha256": sha256, **_adapter_facts(adapter)}
+            facts = {"adapter": _portable(adapter), "adapter_sha256": sha256, **facts_of(adapter)}
         yield base.loaded(model, adapter, facts, identity)
 
 
@@ -109,7 +109,7 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
             sha256 = adapter_sha256(change) if holds_adapter(change) else digest_tensors(sorted(after.items()))
             identity = f"{base.fingerprint}+{scale}*{sha256}"
             facts |= {"adapter": _portable(change), "adapter_sha256": sha256, "num_bytes": _stored_bytes(change, after)}
-            facts |= _facts_of(change)
+            facts |= facts_of(change)
         _set_weights(model, before, after, scale)
         yield base.loaded(model, change, facts, identity, before)
 
@@ -161,7 +161,7 @@ def _stored_bytes(change: str, after: Mapping[str, torch.Tensor]) -> int:
     """Bytes that have to be kept of what training changed: masks coded, all other numbers in bfloat16."""
     if not holds_adapter(change):
         return sum(2 * weight.numel() for weight in after.values())
-    if _adapter_facts(change)["method"] in MASK_METHODS:
+    if facts_of(change)["method"] in MASK_METHODS:
         return sum(encode_mask(mask).numel() for mask in MaskSet.from_adapter(change).values())
     tensors = load_file(Path(change) / ADAPTER_WEIGHTS).values()
     return sum(t.numel() * 2 if t.is_floating_point() else t.nbytes for t in tensors)
@@ -257,42 +257,24 @@ def _peft_config(adapter: str) -> PeftConfig:
         return PeftConfig.from_pretrained(adapter)
 
 
-def _adapter_facts(adapter: str) -> dict:
-    kind = _peft_config(adapter).peft_type
-    kind = str(getattr(kind, "value", kind))
-    if kind != "MASK":
-        return {"method": kind.lower(), **_training_facts(adapter)}
-    config = read_config(adapter)
-    return {
-        "mask_fingerprint": config.mask_sha256,
-        "method": config.recipe.get("method", "mask"),
-        "seed": config.recipe.get("seed"),
-    }
+def facts_of(source: str) -> dict:
+    """What the folder of a model or an adapter says of its training: method and seed, and of a mask its fingerprint.
 
-
-def _facts_of(source: str) -> dict:
-    return _adapter_facts(source) if holds_adapter(source) else _training_facts(source)
-
-
-def training_seed(source: str) -> int | None:
-    """The training seed recorded in a folder of a model or an adapter; None if there is none."""
-    return _facts_of(source).get("seed")
+    A folder from elsewhere, whose ``training.json`` is no such file, says nothing.
+    """
+    kind = _peft_config(source).peft_type if holds_adapter(source) else None
+    kind = kind and str(getattr(kind, "value", kind))
+    if kind == "MASK":
+        config = read_config(source)
+        facts = {"method": config.recipe.get("method", "mask"), "seed": config.recipe.get("seed")}
+        return {"mask_fingerprint": config.mask_sha256, **facts}
+    file = Path(source) / TRAINING
+    content = read_json(file) if file.is_file() else None
+    recipe = content.get("recipe") if isinstance(content, dict) else None
+    facts = {key: recipe.get(key) for key in ("method", "seed")} if isinstance(recipe, dict) else {}
+    return {"method": kind.lower(), **facts} if kind else facts
 
 
 def _portable(name: str) -> str:
     """A result file is shared: a folder is named by its last component, a hub model in full."""
     return Path(name).name if Path(name).exists() else name
-
-
-def _training_facts(folder: str) -> dict:
-    """Method and seed of a folder that ``maskft train`` wrote."""
-    recipe = _training(folder, "recipe")
-    return {key: recipe.get(key) for key in ("method", "seed")} if recipe else {}
-
-
-def _training(folder: str, part: str) -> dict:
-    """A part of ``training.json``; what is no such file, in a folder from elsewhere, says nothing."""
-    file = Path(folder) / TRAINING
-    content = read_json(file) if file.is_file() else None
-    found = content.get(part) if isinstance(content, dict) else None
-    return found if isinstance(found, dict) else {}

@@ -22,27 +22,25 @@ class BatchedLM(HFLM):
     Args:
         model: A loaded causal language model.
         tokenizer: Its tokenizer.
-        batch_size: Requests at one time; None: what ``max_memory_bytes`` allows.
-        max_memory_bytes: Bound on the memory of a batch, in bytes, without the model; default: half of what is free.
-        console: Where the progress bar goes.
+        batch_size: Requests at one time; None: what half of the free memory allows.
     """
 
-    def __init__(self, model, tokenizer, *, batch_size: int | None = None, max_memory_bytes=None, console=None):
+    def __init__(self, model, tokenizer, *, batch_size: int | None = None):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto")
-        self.rows, self.max_memory_bytes, self.console = batch_size, max_memory_bytes, console
+        self.rows = batch_size
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Answer the requests, those of one task and setting together."""
+        """Answer the requests, those of one setting together."""
         out: list[str] = [""] * len(requests)
-        groups: dict[tuple, list[int]] = {}
+        groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault((request.task_name, repr(request.args[1])), []).append(index)
-        for (task_name, _), indices in groups.items():
+            groups.setdefault(repr(request.args[1]), []).append(index)
+        for indices in groups.values():
             group = [requests[i] for i in indices]
             settings = normalize_gen_kwargs(group[0].args[1], self.max_gen_toks)
             is_greedy = not settings["do_sample"] and settings.get("num_beams", 1) == 1
             answers = (
-                self._generate_greedily(group, settings, task_name)
+                self._generate_greedily(group, settings)
                 if is_greedy and settings.keys() <= _GREEDY_SETTINGS
                 else super().generate_until(group, disable_tqdm)
             )
@@ -50,9 +48,9 @@ class BatchedLM(HFLM):
                 out[index] = answer
         return out
 
-    def _generate_greedily(self, requests, settings: dict, task_name: str | None) -> list[str]:
+    def _generate_greedily(self, requests, settings: dict) -> list[str]:
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        max_new_tokens = settings["max_gen_toks"]
+        max_new_tokens, task_name = settings["max_gen_toks"], requests[0].task_name
         room = self.max_length - max_new_tokens
         if room < 1:
             raise UserError(
@@ -61,7 +59,7 @@ class BatchedLM(HFLM):
             )
         prompts = [self._prompt_ids(request.args[0])[-room:] for request in requests]
         stops = [stop for stop in handle_stop_sequences(settings.get("until"), eos) if stop]
-        with Progress(self.console) as progress:
+        with Progress() as progress:
             bar = progress.add_task(task_name or "answers", total=len(prompts))
 
             def on_answer(index: int, text: str) -> None:
@@ -69,11 +67,7 @@ class BatchedLM(HFLM):
                 progress.advance(bar)
 
             return greedy_generate(
-                self.model,
-                self.tokenizer,
-                prompts,
-                Bounds(max_new_tokens, self.rows, self.max_memory_bytes, stops),
-                on_answer,
+                self.model, self.tokenizer, prompts, Bounds(max_new_tokens, self.rows, stops), on_answer
             )
 
     def _prompt_ids(self, text: str) -> list[int]:
@@ -93,7 +87,4 @@ class BatchedLM(HFLM):
         if requests:
             _, context, continuation = requests[pos]
             length = min(length, len(context) + len(continuation))
-        # Log-probabilities of every token of a row, in float32, beside the logits they come from.
-        logits = 3 * 4 * self.model.config.get_text_config().vocab_size * length
-        rows = memory_bound_rows(self.model, length, 0, self.max_memory_bytes, extra_row_bytes=logits)
-        return min(rows, self.max_batch_size)
+        return min(memory_bound_rows(self.model, length), self.max_batch_size)

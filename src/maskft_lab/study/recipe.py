@@ -29,7 +29,7 @@ PRETRAINED = "pretrained"  # method of a run that trains nothing: the base model
 CURRENT_RATE = "current"  # learning_rate: that of the schedule of `from` at its best step
 REVISION = "model_revision"  # the option that names a revision of a hub model
 # How held-out data is evaluated: of `evaluation`, and of each set of earlier abilities unless it says otherwise.
-HOW = frozenset("model_revision chat_template_path dtype bf16 device batch_size max_memory_gb".split())
+HOW = frozenset("model_revision chat_template_path dtype bf16 device batch_size".split())
 HOW_OF_HELDOUT = frozenset("max_length max_new_tokens no_generate dataset_text_field".split())
 
 
