@@ -5,10 +5,8 @@ import json
 import logging
 
 import pytest
-import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import HfArgumentParser
 
 from maskft.data import (
     IGNORED,
@@ -373,15 +371,6 @@ def test_argument_mistakes(write, arguments, message):
 def test_dataset_name_is_missing():
     with pytest.raises(UserError, match="dataset_name is missing"):
         splits(None)
-
-
-def test_arguments_parse_and_do_not_collide_with_trl():
-    ours, theirs = DataArguments.__dataclass_fields__, trl.SFTConfig.__dataclass_fields__
-    assert not set(ours) & set(theirs)
-    command_line = ["--dataset_name", "a.jsonl", "--as_chat", "false"]
-    (args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses(command_line)
-    assert (args.dataset_name, args.as_chat) == ("a.jsonl", False)
-    HfArgumentParser(DataArguments).format_help()  # a bare % in a help text fails here
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------

@@ -53,12 +53,6 @@ def test_conversion_by_hand():
     assert "```python\n" in solution["content"] and "```output\n14\n```" in solution["content"]
 
 
-def test_turns_and_system_prompts_survive():
-    examples = load_examples("oasst_guanaco", data_dir=str(SAMPLES))
-    assert [len(example["messages"]) for example in examples] == [6, 2, 4, 3, 4, 4, 4, 2, 4, 2]
-    assert examples[3]["messages"][0] == {"role": "system", "content": "You are a patient shopkeeper."}
-
-
 def test_plain_text_for_a_tokenizer_without_a_template():
     examples = load_examples("open_orca", data_dir=str(SAMPLES), tokenizer=tiny_tokenizer(chat_template=False))
     assert examples[0]["prompt"].startswith("You are a teacher. Explain each step.\n\nQuestion: Sentence: the kites")

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import warnings
 
 import pytest
 import torch
@@ -225,20 +224,6 @@ def test_best_of_several_random_masks_is_the_one_with_the_lowest_loss(arguments,
     assert all(torch.equal(one[name], chosen[name]) for name in chosen)
 
 
-def test_accumulation_is_one_large_batch(arguments, tmp_path, capsys):
-    options = {"max_steps": 3, "learning_rate": 0.01, "eval_steps": 3, "save_steps": 3}
-    run(arguments(output_dir=tmp_path / "a", per_device_train_batch_size=8, **options), capsys)
-    run(
-        arguments(output_dir=tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4, **options),
-        capsys,
-    )
-    losses = [[row["loss"] for row in summary(tmp_path / n)["history"] if "loss" in row] for n in "ab"]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    a, b = MaskSet.from_adapter(tmp_path / "a"), MaskSet.from_adapter(tmp_path / "b")
-    # Float rounding may move entries at the cut; nothing else may.
-    assert sum(int((a[name] != b[name]).sum()) for name in a) < 0.03 * a.num_removed
-
-
 def test_fixed_masks_take_a_learned_masks_counts(arguments, tmp_path, capsys):
     learned = tmp_path / "learned"
     run(arguments(output_dir=learned, mask_selection="threshold", mask_rank_by="signed", mask_threshold=0.0005), capsys)
@@ -439,12 +424,6 @@ def test_no_telemetry(arguments, capsys, monkeypatch):
     monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
     assert run(arguments(max_steps=1, eval_strategy="no", save_strategy="no"), capsys)[0] == 0
     assert not sent
-
-
-def test_trls_default_does_not_warn_of_its_old_name(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert TrainingArguments(str(tmp_path), report_to="none").gradient_checkpointing is True
 
 
 def test_a_base_model_learns_conversations_by_a_template_file(arguments, tmp_path, capsys):
