@@ -261,16 +261,6 @@ def test_comparing_the_other_way_round_flips_the_signs(pair, seed):
     assert forward.verdict == opposite[backward.verdict]
 
 
-@settings(max_examples=10, deadline=None)
-@given(st.lists(st.floats(0, 10), min_size=2, max_size=20))
-def test_identical_results_are_not_distinguishable(values):
-    columns = {"nll": values, "num_tokens": range(1, len(values) + 1)}
-    row = only(fast([make("a", **columns), make("b", **columns)]))
-    assert (row.difference, row.ci_low, row.ci_high, row.p_value) == (0, 0, 0, 1)
-    assert (row.tied, row.verdict) == (len(values), "not distinguishable")
-    assert sentence(row).endswith("not distinguishable.")
-
-
 def test_a_model_that_differs_on_no_item_is_said_to_be_the_same():
     """As a mask that removes nothing is its parent."""
     results = [make("full", accuracy=scores(50)), make("mask", accuracy=scores(50)), make("lora", accuracy=scores(51))]

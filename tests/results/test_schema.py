@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from maskft_base.errors import UserError
-from maskft_base.files import write_text
 from maskft_base.runtime import environment
 from maskft_lab.results.schema import (
     build_result,
@@ -168,13 +167,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(result, tmp_path, m
         write_result(file, {**result, "name": "other"})
     assert read_result(file)["name"] == "mask"
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
-
-
-def test_a_folder_in_the_way_is_one_line(tmp_path):
-    (tmp_path / "table.md").mkdir()
-    with pytest.raises(UserError, match=r"table\.md: cannot be written"):
-        write_text(tmp_path / "table.md", "x")
-    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
 
 
 def test_a_gzipped_file_is_read(result, tmp_path):

@@ -239,14 +239,6 @@ def test_mcnemar_by_hand():
     assert mcnemar_exact(a, a) == 1.0
 
 
-@settings(max_examples=50, deadline=None)
-@given(hnp.arrays(int, (2, 40), elements=st.integers(0, 1)))
-def test_mcnemar_is_a_binomial_test_of_the_discordant_items(scores):
-    won, lost = (scores[0] > scores[1]).sum(), (scores[0] < scores[1]).sum()
-    tail = stats.binom.cdf(min(won, lost), won + lost, 0.5)
-    assert mcnemar_exact(*scores) == pytest.approx(min(1.0, 2 * tail))
-
-
 def test_holm_by_hand():
     # Sorted 0.01 x 4, 0.02 x 3, 0.03 x 2, 0.5 x 1, made monotone, back in the order given.
     np.testing.assert_allclose(holm([0.02, 0.5, 0.01, 0.03]), [0.06, 0.5, 0.04, 0.06])
