@@ -192,14 +192,7 @@ class MaskConfig(PeftConfig):
                 "use a newer one"
             )
         self._apply_preset()
-        hints = get_type_hints(type(self))
-        named = {name: get_args(kind) for name, kind in hints.items() if get_origin(kind) is Literal}
-        for name, choices in {**named, "selection": tuple(LEARNERS)}.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise UserError(
-                    f"{name} is {value!r}{did_you_mean(str(value), choices)}; choose one of: {', '.join(choices)}"
-                )
+        self._check_choices()
         check_sparsity(self.sparsity)
         if not self.init_std > 0:
             raise UserError(f"init_std is {self.init_std!r}; it is a standard deviation and must be > 0")
@@ -274,6 +267,16 @@ class MaskConfig(PeftConfig):
         """Fields that are not as ``preset`` says, because they were given beside it."""
         preset = PRESETS.get(str(self.preset), {})
         return {name: getattr(self, name) for name, value in preset.items() if getattr(self, name) != value}
+
+    def _check_choices(self) -> None:
+        hints = get_type_hints(type(self))
+        named = {name: get_args(kind) for name, kind in hints.items() if get_origin(kind) is Literal}
+        for name, choices in {**named, "selection": tuple(LEARNERS)}.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(
+                    f"{name} is {value!r}{did_you_mean(str(value), choices)}; choose one of: {', '.join(choices)}"
+                )
 
     def _check_effects(self) -> None:
         """Refuse what would change nothing."""

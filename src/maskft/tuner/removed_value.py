@@ -32,9 +32,7 @@ def removed_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
         base = load_model(source, "auto")
     except UserError as error:
         raise UserError(f"removed_value_model: {error}") from error
-    kinds = nn.Linear | Conv1D | MaskedLinear
-    targets = {n: m for n, m in model.named_modules() if n and isinstance(m, kinds) and is_target(config, n)}
-    weights = {name: targets[name].weight for name in sorted(targets)}
+    weights = _masked_weights(config, model)
     modules: dict[str, nn.Module] = dict(base.named_modules())
     values = {}
     for name, weight in weights.items():
@@ -60,3 +58,10 @@ def removed_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
         )
     config.removed_value_fingerprint = fingerprint
     return values
+
+
+def _masked_weights(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
+    """The weights that are masked, by module name."""
+    kinds = nn.Linear | Conv1D | MaskedLinear
+    targets = {n: m for n, m in model.named_modules() if n and isinstance(m, kinds) and is_target(config, n)}
+    return {name: targets[name].weight for name in sorted(targets)}
