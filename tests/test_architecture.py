@@ -12,7 +12,7 @@ SOURCE = ROOT / "src"
 # of their own: what a package offers (__init__), and the files beside its rooms.
 LAYERS = {
     "method": [
-        *("maskft_base/errors", "maskft_base/files", "maskft/models", "maskft/masking"),
+        *("maskft_base/errors", "maskft_base/files", "maskft/embedded", "maskft/models", "maskft/masking"),
         *("maskft/tuner", "maskft/adapter"),
     ],
     "training": "maskft_base/runtime maskft/data maskft/loss maskft/training".split(),

