@@ -23,9 +23,9 @@ LAYERS = {
 }
 ROOMS = [room for layer in LAYERS.values() for room in layer]
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
-# What there is, rounded up: these numbers only fall. The aim is 4,500, 5,000, 13,000; 22,000 and 17,000.
-MAX_LINES = {"method": 4_800, "training": 5_000, "lab": 13_750}
-MAX_ALL, MAX_TESTS = 23_500, 19_100
+# What there is, rounded up: these numbers only fall.
+MAX_LINES = {"method": 4_500, "training": 4_650, "lab": 12_400}
+MAX_ALL, MAX_TESTS = 21_500, 16_950
 # Drawn with, and measured by, what only some commands need; never by a module of these rooms.
 WITHOUT = {"maskft_base/errors": "torch", "maskft_base/files": "torch", "maskft_lab/results": "torch"}
 

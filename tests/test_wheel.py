@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -140,3 +142,20 @@ def test_a_type_checker_outside_sees_the_names(wheel, tmp_path):
     )
     assert re.search(r'type is "(builtins\.)?float"', done.stdout), done.stdout
     assert "scores: Any, sparsity: " in done.stdout, done.stdout  # torch is not there
+
+
+def test_the_source_distribution_holds_the_tests_helpers_and_recipes(tmp_path):
+    for name in ("src", "tests", "recipes", "examples", "benchmarks"):
+        shutil.copytree(
+            ROOT / name, tmp_path / "here" / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
+    for file in ROOT.iterdir():
+        if file.is_file():
+            shutil.copy(file, tmp_path / "here")
+    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=tmp_path / "here", capture_output=True)
+    assert done.returncode == 0, done.stderr
+    [archive] = tmp_path.glob("maskft-*.tar.gz")
+    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    assert {"tests/tiny.py", "tests/reference.py", "tests/training/conftest.py", "tests/data/golden_rows.json"} <= names
+    assert {str(file.relative_to(ROOT)) for file in (ROOT / "recipes").rglob("*.yaml")} <= names
