@@ -32,10 +32,10 @@ test-judge: $(VENV)/.test $(VENV)/.demo $(VENV)-judge/.judge
 CHROMIUM := command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	$$(command -v sudo) sh -c 'apt-get update -q && apt-get install -q -y --no-install-recommends chromium'
 
-# Reports in a real browser.
-test-browser: $(VENV)/.browser
+# Reports and the documentation's site in a real browser.
+test-browser: $(VENV)/.browser $(VENV)/.docs
 	@$(CHROMIUM)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/report tests/test_guides.py
 
 # Where neither a browser nor a package of one is to be had, it says so.
 test-browser-if-there:
