@@ -25,7 +25,7 @@ def run(report) -> None:
     """Add the rows; one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    # 0.0005: what Bit-Mask Tuning removes of gate projections; 4096 x 11008: one of LLaMA2-7B's.
+    # 0.0005: what Deletion Tuning removes of gate projections; 4096 x 11008: one of LLaMA2-7B's.
     shapes = [(48, 64)] if report.quick else [(4096, 11008), (512, 512)]
     for shape, sparsity in itertools.product(shapes, (0.0005, 0.01, 0.1, 0.3, 0.4, 0.5)):
         _measure(report, shape, sparsity)

@@ -8,12 +8,11 @@ import json
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO, TypeVar, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar, cast, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -165,66 +164,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 def append_to(file: Path) -> TextIO:
     """Open a text file of ours to append to; a link is refused, it would lead the text into a file of someone else."""
     return open(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w", encoding="utf-8")
-
-
-class Hold(NamedTuple):
-    """A folder that is held by a descriptor of the lock's file, which child processes inherit."""
-
-    descriptor: int
-    is_left_over: bool  # whether the file was there: an owner that was killed has left it
-
-
-@contextmanager
-def held(folder: Path, name: str, wait_s: float, owner: str) -> Iterator[Hold]:
-    """Make a folder and hold it by a locked file in it; the kernel releases it when its owner dies, however it does.
-
-    Args:
-        folder: What is held; what of it is new and empty at the end is removed.
-        name: Of the lock's file, which is removed at the end.
-        wait_s: Seconds to wait for an owner that is ending.
-        owner: Who else may hold it, for the message.
-
-    Raises:
-        UserError: If it is a file, or someone else holds it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    hold, deadline = None, time.monotonic() + wait_s
-    while hold is None:
-        hold = _try_to_hold(folder, name)
-        if hold is None:
-            if time.monotonic() > deadline:
-                raise UserError(f"another {owner} is running in {str(folder)!r}; wait for it or stop it")
-            time.sleep(0.2)
-    try:
-        yield hold
-    finally:
-        (folder / name).unlink(missing_ok=True)  # before it is released: the next owner makes its own
-        os.close(hold.descriptor)
-        for place in made:
-            with suppress(OSError):  # not empty
-                place.rmdir()
-
-
-def _try_to_hold(folder: Path, name: str) -> Hold | None:
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / name
-    is_left_over = file.exists()
-    try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except FileNotFoundError:  # its last owner has just removed the folder
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
-            return Hold(descriptor, is_left_over)
-    except BlockingIOError:
-        pass
-    os.close(descriptor)  # someone holds it, or has just removed it
-    return None
 
 
 def _beside(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The machine a run is on: its processes, its memory, its progress bar, and the environment that results record.
+"""What a run is on: its folder, processes, memory, progress bar, and the environment that results record.
 
 torch is imported where it is used: commands that only read files start without it.
 """
@@ -12,10 +12,11 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import psutil
 import rich.progress
@@ -39,6 +40,69 @@ PACKAGES = (
     "accelerate alpaca_eval antlr4-python3-runtime datasets langdetect lm_eval maskft math-verify nltk numpy peft "
     "scipy sympy tokenizers torch transformers trl vllm"
 ).split()
+
+
+# Folders
+
+
+class Hold(NamedTuple):
+    """A folder that is held by a descriptor of the lock's file, which child processes inherit."""
+
+    descriptor: int
+    is_left_over: bool  # whether the file was there: an owner that was killed has left it
+
+
+@contextmanager
+def held(folder: Path, name: str, wait_s: float, owner: str) -> Iterator[Hold]:
+    """Make a folder and hold it by a locked file in it; the kernel releases it when its owner dies, however it does.
+
+    Args:
+        folder: What is held; what of it is new and empty at the end is removed.
+        name: Of the lock's file, which is removed at the end.
+        wait_s: Seconds to wait for an owner that is ending.
+        owner: Who else may hold it, for the message.
+
+    Raises:
+        UserError: If it is a file, or someone else holds it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    hold, deadline = None, time.monotonic() + wait_s
+    while hold is None:
+        hold = _try_to_hold(folder, name)
+        if hold is None:
+            if time.monotonic() > deadline:
+                raise UserError(f"another {owner} is running in {str(folder)!r}; wait for it or stop it")
+            time.sleep(0.2)
+    try:
+        yield hold
+    finally:
+        (folder / name).unlink(missing_ok=True)  # before it is released: the next owner makes its own
+        os.close(hold.descriptor)
+        for place in made:
+            with suppress(OSError):  # not empty
+                place.rmdir()
+
+
+def _try_to_hold(folder: Path, name: str) -> Hold | None:
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / name
+    is_left_over = file.exists()
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError:  # its last owner has just removed the folder
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+            return Hold(descriptor, is_left_over)
+    except BlockingIOError:
+        pass
+    os.close(descriptor)  # someone holds it, or has just removed it
+    return None
 
 
 # Processes

@@ -88,7 +88,7 @@ def rows(count=4, length=6):
 def tiny_model():
     return tiny.tiny_llama(
         num_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=4, num_key_value_heads=1,
-        attn_implementation="eager",
+        head_dim=2, attn_implementation="eager",
     )  # fmt: skip
 
 

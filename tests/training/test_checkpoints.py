@@ -23,7 +23,7 @@ from maskft.training.manifest import FREE, damage, read_manifest
 from maskft.training.options import option_defaults
 from maskft.training.record import read_record
 from maskft.training.stopping import StopRequest
-from maskft_base import files
+from maskft_base import files, runtime
 from maskft_base.files import ADAPTER_WEIGHTS, MANIFEST, TRAIN_LOCK
 from maskft_lab.cli.main import main
 from tiny_tokenizer import tiny_tokenizer
@@ -247,20 +247,20 @@ def test_auto_begins_again_where_a_run_was_killed_before_its_first_checkpoint(tr
 
 
 def test_a_folder_that_another_run_holds(train, tmp_path):
-    with files.held(tmp_path / "out", TRAIN_LOCK, 0, "run"):
+    with runtime.held(tmp_path / "out", TRAIN_LOCK, 0, "run"):
         status, err = train(resume_from_checkpoint="auto")
     assert status == 2 and "another run is running in" in err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_lock_dies_with_its_owner(tmp_path):
-    code = "import sys, time; from pathlib import Path; from maskft_base import files\n"
-    code += "with files.held(Path(sys.argv[1]), 'train.lock', 0, 'run'): time.sleep(600)"
+    code = "import sys, time; from pathlib import Path; from maskft_base import runtime\n"
+    code += "with runtime.held(Path(sys.argv[1]), 'train.lock', 0, 'run'): time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], env=ENVIRONMENT)
     wait_for(process, (tmp_path / "out" / TRAIN_LOCK).exists)
     process.kill()
     process.wait()
-    with files.held(tmp_path / "out", TRAIN_LOCK, 0, "run") as hold:
+    with runtime.held(tmp_path / "out", TRAIN_LOCK, 0, "run") as hold:
         assert hold.is_left_over
 
 

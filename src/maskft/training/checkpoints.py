@@ -35,7 +35,7 @@ def held_output(args: SFTConfig, method: str, console: Console) -> Iterator[str 
 
     The main process looks; what it finds, or its error, is that of every process.
     """
-    hold = files.held(Path(args.output_dir), files.TRAIN_LOCK, LOCK_WAIT_S, "run")
+    hold = runtime.held(Path(args.output_dir), files.TRAIN_LOCK, LOCK_WAIT_S, "run")
     is_ours = runtime.decided_by_main(lambda: hold.__enter__().is_left_over)
     try:
         yield runtime.decided_by_main(lambda: prepare_output_dir(args, method, bool(is_ours), console))

@@ -142,8 +142,8 @@ class MaskConfig(PeftConfig):
         None,
         "`paper`: topk, abs, normal(0, 0.02), sparsity 0.1. `recommended`: the same from the "
         "smallest weights on, meant for all layers and learning rate 3e-4. `deletion_tuning`: logits of all "
-        "gate_proj in Wanda's order, sigmoid slope (Bit-Mask Tuning; init_std 0.02, init_value 0.04, sharpness 10 "
-        "to 100 are ours).",
+        "gate_proj in Wanda's order, sigmoid slope, price 1 (Deletion Tuning; init_std 0.02, init_value 0.04, "
+        "sharpness 10 to 100 and the price are ours).",
     )
     save_scores: bool = _option(
         False,
@@ -255,7 +255,7 @@ class MaskConfig(PeftConfig):
         """``init_value``, or where it is not given and scores are cut at 0 one that keeps nearly all weights.
 
         At two deviations 97.7 % of a normal start are kept and all of one by an order. Gates that began at 0, half of
-        them shut, did not come back (docs/evidence.md).
+        them shut, did not come back (docs/LOG.md).
         """
         if self.init_value is not None:
             return self.init_value

@@ -25,7 +25,7 @@ def written_files(folder: Path) -> dict[str, str]:
 def _is_kept(name: str) -> bool:
     first, last = name.partition("/")[0], name.rpartition("/")[2]
     passing = first.startswith("checkpoint-") or last.startswith(".") or last.endswith((".lock", ".partial"))
-    # A card is its reader's: evaluating into the folder writes scores into it, and an author may write another.
+    # A card is its author's, who may write another.
     return not passing and name not in (files.LOG, files.RUN, files.CARD)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from maskft_base import files
+from maskft_base import files, runtime
 from maskft_base.errors import UserError
 
 from .board import Board
@@ -42,7 +42,7 @@ def run_study(plan: Plan, folder: Path, launcher: Launcher, is_brief: bool = Fal
         return Heldout(math.inf) if run.id in reasons else study.heldout(run)
 
     # Two studies in one folder would write over each other. A kill releases it.
-    with files.held(folder, files.LOCK, LOCK_WAIT_S, "study") as hold:
+    with runtime.held(folder, files.LOCK, LOCK_WAIT_S, "study") as hold:
         study, is_over = Study(folder, plan.recipe, hold.descriptor), False
         while not is_over:
             study = replace(study)  # which looks anew what is finished
