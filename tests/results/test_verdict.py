@@ -121,7 +121,7 @@ def test_the_end_of_a_study_is_one_table_of_25_lines_with_masks_first(num_more, 
     assert len(lines) <= 25 and max(map(len, lines)) <= 80
     assert [line.split("  ")[1].strip() for line in lines[3:6]] == ["mask", "other mask", "restart"]
     assert lines[2] == "accuracy on sums (%), 400 items, 3 seeds"
-    assert " ".join(lines).count("Verdict: ") == 1 and lines[-1].endswith("--format markdown, or table-NAME.md.")
+    assert " ".join(lines).count("Verdict: ") == 1 and lines[-1].endswith("--format markdown, or a study's table.")
     assert ("more differences" in lines[-1]) is (num_more == 20)
     assert all(sentence(row) in render(comparison, "markdown") for row in comparison.differences)
 

@@ -69,7 +69,7 @@ def _page(comparison: Comparison) -> str:
     lines = draw(_page_table(comparison, shown), "terminal").splitlines()[: max(6, PAGE_LINES - 1 - len(tail))]
     num_shown = sum(line.endswith((BETTER, WORSE, NOT_DISTINGUISHABLE)) for line in lines)
     left_out = f"{len(rows) - num_shown} more differences, " if len(rows) > num_shown else ""
-    tail.append(f"{left_out}p-values, errors: --format markdown, or table-NAME.md.".capitalize())
+    tail.append(f"{left_out}p-values, errors: --format markdown, or a study's table.".capitalize())
     return "\n".join([*lines, *tail]) + "\n"
 
 
