@@ -101,3 +101,15 @@ def test_what_cannot_be_a_change_is_one_line(words, message, base, data, lora, t
     assert main(["evaluate", *words, "--no_generate"]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("maskft: error") == 1
+
+
+def test_evaluations_joined_by_a_plus_go_on_where_they_were_stopped(base, data, tmp_path, capsys):
+    def words(folder):
+        common = f"--model_name_or_path {base} --dataset_name {data} --no_generate --output_dir"
+        return f"{common} {tmp_path / folder}".split()
+
+    assert main(["evaluate", *words("a"), "+", *words("a")]) == 2
+    assert "stands in two of the evaluations joined by +; give each its own" in capsys.readouterr().err
+    assert main(["evaluate", *words("a")]) == 0
+    assert main(["evaluate", *words("a"), "+", *words("b")]) == 0
+    assert "already done" in capsys.readouterr().out and (tmp_path / "b" / "result.json").is_file()

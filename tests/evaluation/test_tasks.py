@@ -242,7 +242,9 @@ def test_other_tasks_of_lm_eval(tmp_path):
 def test_unknown_task(local_tasks):
     with pytest.raises(UserError, match=r"unknown task 'gsm8kk' \(did you mean 'gsm8k'\?\)"):
         check_names(["gsm8kk"], local_tasks)
-    check_names(["gsm8k", "lambada_openai", "pair"], local_tasks)
+    check_names(["humaneval", "lambada_openai", "pair"], local_tasks)
+    with pytest.raises(UserError, match="holds a task gsm8k, the name of a benchmark of maskft; give yours another"):
+        check_names(["pair", "gsm8k"], local_tasks)
     with pytest.raises(UserError, match="include_path 'nowhere' is not a folder"):
         check_names(["pair"], "nowhere")
 

@@ -148,8 +148,10 @@ def test_a_checkpoint_whose_best_is_damaged_is_not_resumed(train, tmp_path):
         assert train(name, **options)[0] == 0
     flip(tmp_path / "out" / "checkpoint-0" / "model.safetensors")
     status, err = train(**options)
-    assert status == 0, err
-    assert "checkpoint-4 is damaged (checkpoint-0, the best until then: model.safetensors is not what was" in err
+    assert status == 2 and "checkpoint-4 cannot be resumed: checkpoint-0, the best until then: model.safetens" in err
+    assert f"restore it, or remove {tmp_path / 'out'} to start over" in err.splitlines()[-1]
+    shutil.rmtree(tmp_path / "out")
+    assert train(**options)[0] == 0
     assert same_result(tmp_path / "out", tmp_path / "whole", "model.safetensors")
 
 

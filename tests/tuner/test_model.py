@@ -21,7 +21,7 @@ from maskft.adapter.mask_set import MaskSet
 from maskft.adapter.verify import verify
 from maskft.training.build import with_adapter
 from maskft.tuner import MaskedLinear, MaskPeftType, adapter_layers
-from maskft.tuner.codec import encode_mask
+from maskft.tuner.codec import encode_mask, weights_sha256
 from maskft.tuner.targets import check_targets, maskable_names
 from maskft_base.errors import UserError
 from maskft_base.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -555,6 +555,16 @@ def test_a_saved_module_is_the_one_that_its_configuration_declares(tmp_path):
     for read in (load, MaskSet.from_adapter):
         with pytest.raises(UserError, match=r"weights_sha256 .* lm_head.weight; they would replace the base's"):
             read(tmp_path)
+
+
+def test_a_masked_weight_is_never_replaced_whatever_is_declared(saved):
+    name = "model.layers.1.mlp.up_proj.base_layer.weight"
+    weights = {f"base_model.model.{name}": torch.full_like(tiny.tiny_llama().model.layers[1].mlp.up_proj.weight, 3.0)}
+    edit(saved[0], lambda t: t.update(weights))
+    content = json.loads((saved[0] / ADAPTER_CONFIG).read_text())
+    (saved[0] / ADAPTER_CONFIG).write_text(json.dumps(content | {"weights_sha256": weights_sha256(weights)}))
+    with pytest.raises(UserError, match=f"neither masks nor .*{name}; it is not loaded"):
+        load(saved[0])
 
 
 def test_an_adapter_without_its_checksum_is_not_loaded(tmp_path):

@@ -142,7 +142,8 @@ def find_rows(
     known = TRAINING_SETS.get(name) if is_hub_name(name) else None
     split = split_of(name, split)
     if file := local_file(name, data_dir, split):
-        return read_file(file), known
+        source = known.source if known else None  # of the mixture's rows, where the file has them all
+        return ((at, row) for at, row in read_file(file) if not source or row.get("source", source) == source), known
     if known and data_dir:
         wanted = ", ".join(f"{stem}.jsonl" for stem in _stems(name, split))
         raise UserError(

@@ -88,9 +88,13 @@ class StepGuard(TrainerCallback):
             self._undo = stop_gradient_at_frozen_embeddings(self.trainer.accelerator.unwrap_model(model))
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Remove the hook on the embeddings."""
+        """Remove the hook on the embeddings; stop where a signal came after the last step and that step is saved."""
         if self._undo is not None:
             self._undo.remove()
+        is_asked_to_stop = torch.tensor(self.stop.signal is not None, device=args.device)
+        last = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if runtime.largest(is_asked_to_stop) and last.is_dir() and not args.save_only_model:  # it could not resume
+            self._stop(state)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Stop before a loss or gradient that is not finite is applied; ask all processes for a signal."""
@@ -127,8 +131,10 @@ class StepGuard(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Stop after the step that a signal interrupted is saved."""
-        if not self._is_stopping:
-            return
+        if self._is_stopping:
+            self._stop(state)
+
+    def _stop(self, state):
         self.trainer.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
         asked = self.stop.signal or signal.SIGTERM
         name = signal.Signals(asked).name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,18 +90,30 @@ def _check_owner(folder: Path, there: list[str], method: str, is_ours: bool) -> 
 
 
 def _last_whole_checkpoint(folder: Path, console: Console) -> str | None:
-    """The newest checkpoint that can be resumed exactly; damaged ones, as a kill leaves them, are renamed."""
+    """The newest checkpoint that can be resumed exactly; damaged ones, as a kill leaves them, are renamed.
+
+    Raises:
+        UserError: If nothing is left because of a damaged best: it would cost all that was trained.
+    """
+    without_best = {}
+    found = None
     for path in reversed(checkpoints_in(folder)):
-        problem = damage(path)
-        best = path if problem else best_beside(path) or path
-        if best != path and (of_best := damage(best)):
-            problem = f"{best.name}, the best until then: {of_best}"
-        if problem is not None:
+        if problem := damage(path):
             _rename_damaged(path, problem, console)
             continue
+        best = best_beside(path) or path
+        if best != path and (of_best := damage(best)):
+            without_best[path] = f"{best.name}, the best until then: {of_best}"
+            continue
         if any(any(path.glob(pattern)) for pattern in _OPTIMIZER_FILES):  # none with save_only_model
-            return str(path)
-    return None
+            found = str(path)
+            break
+    if without_best and found is None:
+        path, problem = next(iter(without_best.items()))
+        raise UserError(f"{path} cannot be resumed: {problem}; restore it, or remove {folder} to start over")
+    for path, problem in without_best.items():
+        _rename_damaged(path, problem, console)
+    return found
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -126,7 +139,12 @@ def delete_oldest(newest: Path, best: str | None, limit: int | None) -> None:
     """Keep at most ``limit`` checkpoints, of which the newest and the best; None or 0: all."""
     kept = {newest.name, Path(best or newest).name}
     others = [path for path in checkpoints_in(newest.parent) if path.name not in kept]
-    for path in others[: max(0, len(others) + len(kept) - limit)] if limit else ():
+    old = others[: max(0, len(others) + len(kept) - limit)] if limit else []
+    for path in newest.rglob("*") if old else ():  # on the disk before another is gone: a power cut may follow
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    for path in old:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -322,7 +322,9 @@ def _check_names(
         )
     # PEFT would load any other key into the base model without a word.
     saved = f".modules_to_save.{adapter_name}."
-    unknown = [key for key in rest if saved not in key and _module_name(key) not in declared]
+    masked = tuple(f"{name}." for name in layers)
+    known = {key for key in rest if _module_name(key) in declared and not _module_name(key).startswith(masked)}
+    unknown = [key for key in rest if saved not in key and key not in known]
     if unknown:
         raise UserError(
             f"the adapter file has entries that are neither masks nor modules_to_save nor in its weights_sha256: "

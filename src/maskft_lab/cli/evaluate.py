@@ -91,18 +91,22 @@ def main(argv: Sequence[str]) -> None:
     silence()
     evaluations = [[*words] for is_and, words in groupby(argv, lambda word: word == AND) if not is_and] or [[]]
     parts = [read(parser().parse_args(words)) for words in evaluations]
+    places = [options.output_dir for options, _ in parts]
+    if twice := next((place for place in places if places.count(place) > 1), None):
+        raise UserError(f"output_dir {twice} stands in two of the evaluations joined by {AND}; give each its own")
     with explained(
         "answers so far are kept: run the same command with a smaller --batch_size, or anew with --dtype bfloat16"
     ):
         for _, same in groupby(parts, lambda part: [getattr(part[0], name) for name in _OF_MODELS]):
             shared = [*same]
-            measures = [_prepared(*part) for part in shared]
+            measures = [_prepared(*part, is_alone=len(parts) == 1) for part in shared]
             for index, loaded in enumerate(_models([options for options, _ in shared])):
                 for measure in measures:
                     measure(index, loaded)
+            del measures, loaded  # before the next models come
 
 
-def _prepared(options: EvaluationArguments, data: DataArguments) -> Callable[[int, Loaded], None]:
+def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool) -> Callable[[int, Loaded], None]:
     """What is to be done with each of the models; mistakes are told before one is loaded."""
     from ..evaluation.heldout import heldout_rows, name_of_test_set
     from ..evaluation.run import check_same_evaluation, evaluate_loaded, finished_result, labelled_files, settings_of
@@ -112,7 +116,7 @@ def _prepared(options: EvaluationArguments, data: DataArguments) -> Callable[[in
     sources = [base if folder == "none" else folder for folder in folders]
     targets = labelled_files(options.output_dir, sources, options.name or [])
     tasks, settings = _load_tasks(options), settings_of(options)
-    if len(targets) == 1 and targets[0][1].exists() and not options.overwrite:
+    if is_alone and len(targets) == 1 and targets[0][1].exists() and not options.overwrite:
         raise UserError(f"{targets[0][1]} exists; name another output_dir or pass --overwrite")
     test_set = name_of_test_set(data, options.eval_split_size)
     measured = {*tasks, *({HELDOUT} & set(options.task_names))}

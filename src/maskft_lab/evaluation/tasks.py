@@ -51,6 +51,11 @@ def check_names(names: Sequence[str], include_path: str | None = None) -> None:
     if include_path is not None and not Path(include_path).expanduser().is_dir():
         raise UserError(f"include_path {include_path!r} is not a folder; name one with lm-eval task YAMLs")
     for name in names:
+        if name in BENCHMARKS and include_path and name in _task_manager(include_path, False).all_tasks:
+            raise UserError(
+                f"include_path {include_path!r} holds a task {name}, the name of a benchmark of maskft; give yours "
+                "another name"
+            )
         if name not in BENCHMARKS and name not in _task_manager(include_path).all_tasks:
             options = [HELDOUT, ALPACA_EVAL, *BENCHMARKS, *_task_manager(include_path).all_tasks]
             raise UserError(f"unknown task {name!r}{did_you_mean(name, options)}; lm-eval has no such task either")
@@ -166,10 +171,11 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
 
 
 @lru_cache(maxsize=2)
-def _task_manager(include_path: str | None):
+def _task_manager(include_path: str | None, include_defaults: bool = True):
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include_path and str(Path(include_path).expanduser()))
+    folder = include_path and str(Path(include_path).expanduser())
+    return TaskManager(include_path=folder, include_defaults=include_defaults)
 
 
 def _build(name: str, docs, allow_unconfined: bool):

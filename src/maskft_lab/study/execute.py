@@ -27,6 +27,7 @@ from maskft.training.method_arguments import (
 )
 from maskft_base import files
 from maskft_base.errors import UserError
+from maskft_base.runtime import environment
 
 from ..evaluation.arguments import AND, HELDOUT, NOT_OF_HELDOUT_DATA
 from ..results.schema import BEFORE, DOMAINS, read_result, write_result
@@ -341,7 +342,9 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
     if file is not None:
         result = read_result(file)
     else:
-        partial = target.parent.with_name(f"{target.parent.name}.partial")
+        # Answers of other versions of the packages are not mixed with today's.
+        versions = short_digest(environment()["packages"])
+        partial = target.parent.with_name(f"{target.parent.name}.{versions}.partial")
         before = {name: partial / f"before-{short_digest({'set': name})}" for name in study.recipe.before}
         sets = [(partial, study.recipe.evaluation), *zip(before.values(), study.recipe.before.values(), strict=True)]
         _measure(study, run, _model_options(study, run, role), sets, tick)
@@ -365,7 +368,8 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
         **{key: getattr(record, key)[role] for key in ("epochs", "tokens", "total_epochs", "total_tokens")},
     }
     write_result(target, result)
-    shutil.rmtree(target.parent.with_name(f"{target.parent.name}.partial"), ignore_errors=True)
+    for partial in target.parent.parent.glob(f"{target.parent.name}.*partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _measure(study: Study, run: StudyRun, which: dict, sets: list[tuple[Path, dict]], tick: Tick) -> None:

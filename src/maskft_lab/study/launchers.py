@@ -203,6 +203,7 @@ def launcher_of(kind: str, num_at_once: int = 1, partition: str | None = None, t
 def make_runs(study: Study, todo: list[StudyRun], board: Board, launcher: Launcher) -> None:
     """Make ``todo``, each run as soon as its parents are finished; what fails is noted on ``board``."""
     waiting, jobs, lost = list(todo), {}, Counter()
+    most = 0 if getattr(launcher, "func", None) is local else _MAX_LOST  # here a worker is not lost, it fails
     with launcher(study) as submit:
         try:
             while waiting or jobs:
@@ -217,7 +218,7 @@ def make_runs(study: Study, todo: list[StudyRun], board: Board, launcher: Launch
                         board.ended(run, jobs.pop(run).result())
                     except Exception as error:  # the worker, its node or its container: of any kind
                         lost[run] += 1
-                        if lost[run] <= _MAX_LOST:
+                        if lost[run] <= most:
                             waiting.append(run)
                         else:
                             board.ended(run, " ".join(str(error).split())[:300])
