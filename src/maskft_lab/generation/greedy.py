@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from maskft.loss import length_sorted_batches, pad
 from maskft_base.errors import UserError
@@ -202,10 +202,9 @@ def _attention_is_known(model) -> bool:
     ids = torch.randint(0, vocabulary, (_PROBE_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
     shorter = ids[:-4]
     try:
-        output = model(input_ids=torch.tensor([ids], device=model.device), use_cache=True)
-        if {type(layer) for layer in output.past_key_values.layers} != {DynamicLayer}:
+        if {type(layer) for layer in DynamicCache(config=model.config).layers} != {DynamicLayer}:
             return False  # a state that is no keys and values, or a window over them
-        plain = output.logits[0].float()
+        plain = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
         expected = plain[[len(ids) - 2, len(shorter) - 2, len(ids) - 1]]
         with attention(model):
             cache = RowCache(model, 2, ids[: _PROBE_TOKENS // 2])
