@@ -73,7 +73,7 @@ def _reference(room: Path) -> str:
 
 
 def _options(path: Path) -> str:
-    """Tables of the fields whose help is in their metadata: options of a command or of a configuration."""
+    """Tables of the fields that ``option`` or ``_option`` makes: of a configuration, of a command."""
     tables = []
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         rows = [_option(field) for field in node.body] if isinstance(node, ast.ClassDef) else []
@@ -87,17 +87,12 @@ def _options(path: Path) -> str:
 def _option(node: ast.stmt) -> str | None:
     if not (isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)):
         return None
-    given = {keyword.arg: keyword.value for keyword in node.value.keywords}
-    if not isinstance(given.get("metadata"), ast.Dict):
+    words = [part for part in node.value.args if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    if not ast.unparse(node.value.func).endswith("option") or not words:
         return None
-    texts = {
-        ast.literal_eval(key): value
-        for key, value in zip(given["metadata"].keys, given["metadata"].values, strict=True)
-    }
-    if not isinstance(texts.get("help"), ast.Constant):
-        return None
-    default = ast.unparse(given["default"]) if "default" in given else "see the text"
-    cells = (f"`{ast.unparse(node.target)}`", f"`{ast.unparse(node.annotation)}`", f"`{default}`", texts["help"].value)
+    text = max(words, key=lambda word: len(word.value))  # the other argument is the default
+    default = next((ast.unparse(part) for part in node.value.args if part is not text), "see the text")
+    cells = (f"`{ast.unparse(node.target)}`", f"`{ast.unparse(node.annotation)}`", f"`{default}`", text.value)
     return "| " + " | ".join(cell.replace("%%", "%").replace("|", "\\|") for cell in cells) + " |"
 
 
