@@ -99,8 +99,9 @@ def keep_highest_(
 def _near(last: Near | None, band: tuple[float, float], cut: float, share: float) -> Near:
     """Where to look next, out of the ``share`` of all scores that lay in the ``band`` around the ``cut``."""
     width = band[1] - band[0]
-    is_first = last is None or not math.isfinite(last.reach)
-    reach = 0.4 * width if is_first else max(3 * abs(cut - last.cut), 0.8 * last.reach)
+    reach = 0.4 * width
+    if last is not None and math.isfinite(last.reach):
+        reach = max(3 * abs(cut - last.cut), 0.8 * last.reach)
     if not 0 < reach < math.inf or 2 * reach * share * 256 > width:  # a sample would cost less
         return Near(cut, reach, None)
     low, high = torch.tensor([cut - reach, cut + reach], dtype=torch.float32).tolist()  # keys are compared in float32
