@@ -203,7 +203,7 @@ def launcher_of(kind: str, num_at_once: int = 1, partition: str | None = None, t
 def make_runs(study: Study, todo: list[StudyRun], board: Board, launcher: Launcher) -> None:
     """Make ``todo``, each run as soon as its parents are finished; what fails is noted on ``board``."""
     waiting, jobs, lost = list(todo), {}, Counter()
-    most = 0 if getattr(launcher, "func", None) is local else _MAX_LOST  # here a worker is not lost, it fails
+    most = 0 if getattr(launcher, "func", launcher) is local else _MAX_LOST  # here a worker is not lost, it fails
     with launcher(study) as submit:
         try:
             while waiting or jobs:
