@@ -206,8 +206,9 @@ def test_slurm_gives_the_same_when_jobs_and_the_study_are_lost(two_masks, alone,
     wait_for(process, lambda: any(together.glob(f"{files.RUNS}/full-*/checkpoint-3/trainer_state.json")))
     process.kill()
     process = start([*words, "debug"])  # which cancels the job that is left
-    wait_for(process, lambda: len(job_processes(together)) == 2)
-    lost, other = job_processes(together)
+    jobs: list = []
+    wait_for(process, lambda: jobs.extend(job_processes(together, num=2)) or jobs)
+    lost, other = jobs
     lost.kill()
     ids = [other.environ()[f"SLURM_ARRAY_{name}_ID"] for name in ("JOB", "TASK")]
     subprocess.run(["scontrol", "requeue", "_".join(ids)], check=True)
@@ -220,10 +221,16 @@ def queue():
     return subprocess.run(["squeue", "-h", "-r"], capture_output=True, text=True, check=True).stdout.split()
 
 
-def job_processes(folder):
-    """The processes of a study that SLURM's daemon has started, without srun."""
-    wanted = f"{sys.executable} -u -m submitit.core._submit {folder}"
-    return [p for p in psutil.process_iter(["cmdline"]) if " ".join(p.info["cmdline"] or []).startswith(wanted)]
+def job_processes(folder, num):
+    """The processes of an array of ``num`` jobs that SLURM's daemon has started, without srun; none before all run.
+
+    A job that was cancelled may still be ending beside the first of the next array: it belongs to none.
+    """
+    wanted, arrays = f"{sys.executable} -u -m submitit.core._submit {folder}", {}
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        if " ".join(process.info["cmdline"] or []).startswith(wanted):
+            arrays.setdefault((process.info["environ"] or {}).get("SLURM_ARRAY_JOB_ID"), []).append(process)
+    return next((found for found in arrays.values() if len(found) == num), [])
 
 
 @pytest.fixture
