@@ -11,6 +11,7 @@ from maskft.adapter.mask_set import MaskSet
 from maskft_lab.cli.main import main
 from maskft_lab.evaluation.arguments import EvaluationArguments
 from maskft_lab.evaluation.load import load_changes
+from maskft_lab.results.schema import read_result
 
 IDS = torch.arange(5, 25)[None]
 
@@ -104,12 +105,13 @@ def test_what_cannot_be_a_change_is_one_line(words, message, base, data, lora, t
 
 
 def test_evaluations_joined_by_a_plus_go_on_where_they_were_stopped(base, data, tmp_path, capsys):
-    def words(folder):
-        common = f"--model_name_or_path {base} --dataset_name {data} --no_generate --output_dir"
+    def words(folder, seed=0):
+        common = f"--model_name_or_path {base} --dataset_name {data} --no_generate --seed {seed} --output_dir"
         return f"{common} {tmp_path / folder}".split()
 
     assert main(["evaluate", *words("a"), "+", *words("a")]) == 2
     assert "stands in two of the evaluations joined by +; give each its own" in capsys.readouterr().err
     assert main(["evaluate", *words("a")]) == 0
-    assert main(["evaluate", *words("a"), "+", *words("b")]) == 0
-    assert "already done" in capsys.readouterr().out and (tmp_path / "b" / "result.json").is_file()
+    assert main(["evaluate", *words("a"), "+", *words("b", 1), "+", *words("c", 2)]) == 0
+    assert "already done" in capsys.readouterr().out
+    assert [read_result(tmp_path / name / "result.json")["model"]["seed"] for name in "abc"] == [0, 1, 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -125,7 +126,7 @@ def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool)
     def measure(index: int, loaded: Loaded) -> None:
         (name, target), done = targets[index], earlier[index]
         if loaded.facts.get("seed") is None and options.seed is not None:
-            loaded.facts["seed"] = options.seed
+            loaded = replace(loaded, facts=loaded.facts | {"seed": options.seed})  # another evaluation's may differ
         if HELDOUT in options.task_names:
             tasks[HELDOUT] = heldout_rows(data, options.eval_split_size, loaded.tokenizer, options.dataset_text_field)
         if done is not None:
