@@ -182,9 +182,7 @@ def _draw(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
     most = max(point.gained for point in curve.points)
     useful = [abs(point.forgotten) for point in curve.points if point.gained >= most / 2]
     near = _SHOWN * float(np.median(useful))
-    shown = [
-        point for point in curve.points if point in best or is_chosen(curve, point) or abs(point.forgotten) <= near
-    ]
+    shown = [point for point in curve.points if abs(point.forgotten) <= near]
     left, right = _limits([p.forgotten for p in shown], [end for p in shown for end in p.forgotten_ends or ()])
     bottom, top = _limits([p.gained for p in shown], [end for p in shown for end in p.gained_ends or ()])
     axes.set_xlim(left, right)
