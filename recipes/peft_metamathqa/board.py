@@ -72,7 +72,7 @@ def experiment(result: Result, trained: dict[str, Any], forgetting: float) -> di
         "query_template": "{query}",
         "grad_norm_clip": 1.0,
         "optimizer_type": "AdamW",
-        "optimizer_kwargs": {"lr": settings["learning_rate"], "weight_decay": settings.get("weight_decay", 0.0)},
+        "optimizer_kwargs": {"lr": settings.get("learning_rate"), "weight_decay": settings.get("weight_decay", 0.0)},
         "autocast_adapter_dtype": True,
         "generation_kwargs": {"max_new_tokens": result["settings"]["max_new_tokens"]},
         "attn_implementation": None,
