@@ -180,7 +180,7 @@ def _draw(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
     best = frontier(curve.points)
     places = {(point.forgotten, point.gained) for point in best}
     most = max(point.gained for point in curve.points)
-    useful = [abs(point.forgotten) for point in curve.points if point.gained >= most / 2]
+    useful = [abs(point.forgotten) for point in curve.points if point.gained >= min(most, most / 2)]  # also of losses
     near = _SHOWN * float(np.median(useful))
     shown = [point for point in curve.points if abs(point.forgotten) <= near]
     left, right = _limits([p.forgotten for p in shown], [end for p in shown for end in p.forgotten_ends or ()])
