@@ -25,6 +25,7 @@ from pathlib import Path
 SEED = 0
 LENGTHS = range(160, 700)  # characters of an instruction with its answer
 NUM_CHOOSE, NUM_REPORT = 24, 50  # of a probe
+NUM_REPLAY = 63  # 5 % of the rows beside 1,200 of a task
 NUM_PROMPTS = 48
 SIZES = {"banking77": (1_200, 600), "mawps": (1_200, 400)}  # rows to train on with those held out, and of the test
 
@@ -37,6 +38,8 @@ def main(sources: Path, folder: Path) -> None:
         rng.shuffle(rows)
         write(folder / f"{name}_choose.jsonl.gz", rows[:NUM_CHOOSE])
         write(folder / f"{name}_report.jsonl.gz", rows[NUM_CHOOSE : NUM_CHOOSE + NUM_REPORT])
+    rest = instructions[NUM_CHOOSE + NUM_REPORT :]
+    write(folder / "instructions_replay.jsonl.gz", [in_chat(row["messages"]) for row in rest[:NUM_REPLAY]])
     for task, (num_train, num_test) in SIZES.items():
         train, test = read(sources, f"{task}_train"), read(sources, f"{task}_test")
         rng.shuffle(train)
@@ -45,6 +48,14 @@ def main(sources: Path, folder: Path) -> None:
         write(folder / f"{task}_train.jsonl.gz", train[:num_train])
         write(folder / f"{task}_prompts.jsonl.gz", train[num_train : num_train + NUM_PROMPTS])
         write(folder / f"{task}_test.jsonl.gz", test[:num_test])
+
+
+def in_chat(messages: list[dict]) -> dict:
+    """Return a row of plain text, as a mixture with plain text needs it, with the turns that SmolLM2's template writes."""
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    turns = [{"role": "system", "content": system}, *messages[:-1]]
+    prompt = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+    return {"prompt": prompt + "<|im_start|>assistant\n", "completion": messages[-1]["content"]}
 
 
 def read(sources: Path, word: str) -> list[dict]:

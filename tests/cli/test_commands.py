@@ -283,7 +283,7 @@ def test_an_existing_result_is_not_replaced_unasked(base, data, tmp_path, capsys
 @pytest.mark.parametrize("is_small", [True, False])
 def test_the_demo(is_small, base, tmp_path, capsys):
     """The small model that comes with the package, and sums with another."""
-    out, refit = tmp_path / "demo", ["damage + refit"] if is_small else []
+    out, refit = tmp_path / "demo", ["prune + retrain"] if is_small else []
     num_seeds = 2 if is_small else 1
     words = ["demo", "--output_dir", out, "--limit", 8, *([] if is_small else ["--model", base])]
     status, printed, err = call(words, capsys)
@@ -294,7 +294,7 @@ def test_the_demo(is_small, base, tmp_path, capsys):
     assert "Verdict: " in printed and "next: maskft demo --recipe" in lines[-1]
     verdict, end = (next(n for n, line in enumerate(lines) if word in line) for word in ("Verdict: ", " more diff"))
     assert max(map(len, lines)) <= 80 and verdict + len(lines) - end <= 21
-    assert end - verdict <= 8 + 3 * printed.count("Note: ")  # these vary: of few rows models are alike
+    assert end - verdict <= 7 + 3 * printed.count("Note: ")  # these vary: of few rows models are alike
     assert (out / "table-demo.md").is_file()
     results = [json.loads(path.read_text()) for path in (out / "results").rglob(RESULT)]
     num_runs = num_seeds * (len(names) - 1) + 1  # of the pre-trained model there is one for all seeds
@@ -334,7 +334,7 @@ def test_a_ready_mask_is_asked_beside_the_model_without_it(adapter, base, tmp_pa
     folder = copy_of(adapter, tmp_path / "ready")
     (folder / QUESTIONS).write_text('{"prompt": "1+2=", "answer": "3"}\n' * 5)
     lines = show(folder, str(base))
-    assert [line[:4] for line in lines[1:6]] == ["1+2="] * 5 and " bits (removes " in lines[6]
+    assert [line[:4] for line in lines[1:6]] == ["1+2="] * 5 and " bits that remove " in lines[6]
     assert max(map(len, lines)) <= 80 and len(lines) == 7 and snippet(folder)[0] == "The same in Python:"
     for ready in ready_masks().values():
         assert (ready / "README.md").is_file() and len((ready / QUESTIONS).read_text().splitlines()) == 5

@@ -33,8 +33,8 @@ class TrainingArguments(SFTConfig):
     output_dir: str | None = _default("output_dir", "runs/mask")
     learning_rate: float | None = option(
         None,
-        "Highest learning rate, 0 or more. Default: for mask, of scores, 3e-4 where they start in an "
-        "order (as of the smallest weights), else 0.01; for other methods 2e-05.",
+        "Peak learning rate, 0 or more. Default: 3e-4 for masks whose scores start in an order (magnitude, wanda), "
+        "0.01 for other masks, 2e-05 for other methods.",
     )
     eval_strategy: str = _default("eval_strategy", "steps")
     eval_steps: float | None = _default("eval_steps", 0.1)
@@ -52,21 +52,21 @@ class TrainingArguments(SFTConfig):
     warmup_steps: float = _default("warmup_steps", 0.03)
     kl_to_base: float = option(
         0.0,
-        "Weight, >= 0, of KL(base || model) on the supervised tokens of training rows, in nats per token, "
-        "which is added to the loss. The base is the model without its adapter; with full, a frozen copy.",
+        "Coefficient, >= 0, of a KL(base || model) penalty on the completion tokens, in nats per token. The base is "
+        "the model without its adapter; with full, a frozen copy.",
     )
     resume_from_checkpoint: str | None = option(
-        None, "true: from the newest complete checkpoint of output_dir; auto: the same, if there is one."
+        None, "true: from the newest complete checkpoint of output_dir; auto: the same, or from step 0 without one."
     )
     global_batch_size: int | None = option(
         None,
-        "Sequences per optimizer step over all processes; sets gradient_accumulation_steps, so it must be "
-        "a multiple of per_device_train_batch_size x processes.",
+        "Total train batch size: sequences per optimizer step over all processes. Sets gradient_accumulation_steps; "
+        "must be a multiple of per_device_train_batch_size x processes.",
     )
 
     def __post_init__(self):
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-            raise UserError("DeepSpeed is not supported; use --accelerate_config fsdp2, which shards as much")
+            raise UserError("DeepSpeed is not supported; use --accelerate_config fsdp2 for sharded training")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")

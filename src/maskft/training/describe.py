@@ -71,7 +71,7 @@ def report(
     if summary.num_steps:
         speed = f"{median(speeds):,.0f} tokens/s; " if speeds else ""
         took = time_text(summary.train_time_s)
-        console.print(f"{speed}{took} in all, held-out measurements included", highlight=False)
+        console.print(f"{speed}{took} in total, held-out evaluation included", highlight=False)
     start, best, step = summary.start_loss, summary.best_loss, summary.best_step
     if best is None or summary.method in UNTRAINED_METHODS:
         console.print(f"saved to {folder}")

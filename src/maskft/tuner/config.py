@@ -84,7 +84,7 @@ class MaskConfig(PeftConfig):
     )
     exclude_modules: list[str] | str | None = _option(None, "Names (or a regular expression) of layers not to mask.")
     layers_to_transform: list[int] | int | None = _option(
-        None, "Indices of the decoder layers to mask, from 0; not beside a regular expression. Default: all."
+        None, "Indices of the decoder layers to mask, from 0; not with a regular expression. Default: all."
     )
     layers_pattern: list[str] | str | None = _option(
         None, "Name of the list of decoder layers, if it cannot be inferred, e.g. `h`."
@@ -104,7 +104,7 @@ class MaskConfig(PeftConfig):
     )
     gradient: Literal["straight_through", "sigmoid"] = _option(
         "straight_through",
-        "With `logit`: the mask's slope on the way back is 1, or that of sigmoid(sharpness * score).",
+        "With `logit`: the mask's derivative in the backward pass is 1, or that of sigmoid(sharpness * score).",
     )
     price: float = _option(
         0.0,
@@ -127,8 +127,8 @@ class MaskConfig(PeftConfig):
     rank_by: RankBy = _option("abs", "`abs` ranks by the magnitude of a score (as published), `signed` by value.")
     init_scores: ScoreStart = _option(
         "normal",
-        "Start of the scores: normal, constant, or in the order of the weights' magnitude or, on training "
-        "rows, of wanda (magnitude * norm of the input).",
+        "Initialization of the scores: normal, constant, or ordered by magnitude or by wanda (magnitude * norm of the "
+        "input, which needs training rows).",
     )
     init_std: float = _option(0.02, "Standard deviation of the `normal` start and of those by an order, > 0.")
     init_value: float | None = _option(

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "study", metavar="STUDY", help="folder of a study, or of its published results with training.json"
     )
     runs.add_argument("--what", metavar="A,B", help=f"of {', '.join(_ANALYSES)} (default: all)")
-    runs.add_argument("--base", metavar="NAME", help="the base model whose runs are meant, where there are several")
+    runs.add_argument("--base", metavar="NAME", help="which base model's runs, if the study has several")
     runs.add_argument("--mask", metavar="NAME", help="id or name of the mask for bound, landscape and curvature")
     rows = parser.add_argument_group("rows on which losses are taken (landscape, curvature)")
     rows.add_argument("--rows", metavar="DIR", help="folder of tokenised rows (default: the study's)")
@@ -114,9 +114,9 @@ def _curvature(args, runs, file: Path) -> None:
 
 def _sampling(args):
     from ..analysis.losses import Sampling
-    from ..evaluation.load import usable_device
+    from ..evaluation.load import check_device
 
-    usable_device(args.device)
+    check_device(args.device)
     return Sampling(args.batch_size, args.device, args.seed)
 
 

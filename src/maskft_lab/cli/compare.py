@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fixed_seeds",
         action="store_true",
-        help="claim something about these trained models only: intervals are over items, training seeds are not a "
-        "sample (default: seeds are drawn as items are, so that claims hold for other seeds too)",
+        help="resample items only: conclusions hold for these trained models (default: seeds are resampled too, so "
+        "that they hold for other seeds)",
     )
 
 

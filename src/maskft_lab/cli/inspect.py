@@ -12,7 +12,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
-    """Print size, count and share per module and in all; then base and recipe."""
+    """Print size, count and share per module and in total; then base and recipe."""
     from maskft.adapter.mask_set import describe, read_coded, read_config
     from maskft_base.errors import printable
 

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "One HTML file about a study, to be opened from disk: verdict, gain against forgetting, table, curves, "
-        "ablations, masks, landscape, curvature, bound, cost, recipe. It loads nothing. maskft "
+        "ablations, masks, landscape, curvature, bound, cost, recipe. It makes no network requests. maskft "
         "report tables --help: the paper's tables with your figures."
     )
     parser.add_argument(
@@ -37,7 +37,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", metavar="A,B", help="of --figures those with these numbers in the paper, or names of files: 1,5,14"
     )
-    parser.add_argument("--base", metavar="NAME", help="the base model whose runs are meant, where there are several")
+    parser.add_argument("--base", metavar="NAME", help="which base model's runs, if the study has several")
     parser.add_argument("--study_name", metavar="NAME", help="the study that is meant, where several share the folder")
 
 

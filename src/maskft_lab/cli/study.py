@@ -27,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry_run", action="store_true", help="list runs, what each is made from, tokens and time; run nothing"
     )
-    parser.add_argument("--measure", action="store_true", help="with --dry_run: train ten steps, to tell the time")
+    parser.add_argument("--measure", action="store_true", help="with --dry_run: train ten steps, to estimate the time")
     parser.add_argument(
         "--launcher",
         choices=("local", "ray", "slurm"),
         default="local",
-        help="local: here; ray, slurm: as many runs at once as the cluster has room for, in a folder that all nodes "
+        help="local: this machine; ray, slurm: as many runs at once as the cluster has room for, in a folder that all nodes "
         "see (default: local)",
     )
     parser.add_argument(
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--time_min",
         type=int,
         metavar="N",
-        help="with launcher slurm: minutes of a job, which is then requeued and resumes (default: 1440)",
+        help="with launcher slurm: time limit of a job in minutes; it is then requeued and resumes (default: 1440)",
     )
 
 

@@ -71,7 +71,7 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes in all at the peak."""
+        """Total bytes at the peak."""
         return sum(self.memory.values())
 
 

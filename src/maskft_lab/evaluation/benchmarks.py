@@ -98,7 +98,7 @@ def _prepare_ifeval(docs: datasets.Dataset, data_dir: str | Path | None) -> None
         needed = {kind for doc in docs for kind in doc["instruction_id_list"]} & set(_PUNKT_INSTRUCTIONS)
         if needed:
             raise UserError(
-                f"task ifeval needs NLTK's punkt_tab for {', '.join(sorted(needed))}, and it is not here; run: "
+                f"task ifeval needs NLTK's punkt_tab for {', '.join(sorted(needed))}, which is not installed; run: "
                 "python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder with tokenizers/punkt_tab"
             ) from None
 

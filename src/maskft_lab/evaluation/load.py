@@ -97,7 +97,7 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
     changes = options.change or []
     check_model_source(options.model_name_or_path)
     base = _Base(options, options.model_name_or_path)
-    model = base.model.to(usable_device(options.device))
+    model = base.model.to(check_device(options.device))
     before = _weights(model)
     merged, after = NO_ADAPTER, before
     for change, scale in zip(changes, options.scale or [1.0] * len(changes), strict=True):
@@ -118,7 +118,7 @@ class _Base:
     """The model that adapters and changes belong to, loaded, and what is known of it."""
 
     def __init__(self, options: EvaluationArguments, name: str, revision: str | None = None):
-        self.name, self.device = name, usable_device(options.device)
+        self.name, self.device = name, check_device(options.device)
         self.revision = options.model_revision or revision or "main"
         self.template = options.chat_template_path
         self.model = load_model(name, options.dtype, revision=self.revision).eval()
@@ -177,7 +177,7 @@ def _set_weights(model, before: Mapping[str, torch.Tensor], after: Mapping[str, 
         torch.lerp(before[name], after[name], scale, out=parameter.data)  # in place: the copy costs more than the sum
 
 
-def usable_device(device: str | None) -> str:
+def check_device(device: str | None) -> str:
     """The device to run on; one that is not here is refused before a model is loaded for it."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -16,6 +16,7 @@ from maskft_base.files import ADAPTER_WEIGHTS, EMBEDDED_MODEL
 
 QUESTIONS = "questions.jsonl"  # of a folder: prompt and answer
 _FOLDER = Path(__file__).parent
+_DEFAULT = "sums"
 _WIDTH = 24  # of a column
 _MAX_NEW_TOKENS = 12
 
@@ -41,14 +42,15 @@ def show(folder: Path, name_or_path: str = EMBEDDED_MODEL) -> list[str]:
     with model.disable_adapter():
         plain = _answers(model, tokenizer, prompts)
     rows = [("question", "without the mask", "with the mask"), *zip(prompts, plain, masked, strict=True)]
+    asked = [question["answer"].split() for question in questions]
     right = [
-        sum(answer.split()[:1] == [question["answer"]] for question, answer in zip(questions, answers, strict=True))
+        sum(answer.split()[: len(words)] == words for words, answer in zip(asked, answers, strict=True))
         for answers in (plain, masked)
     ]
     return [
         *("  ".join(_fit(cell) for cell in row).rstrip() for row in rows),
-        f"right: {right[0]} of {len(questions)}, and {right[1]} with a mask of {8 * size:,} bits (removes "
-        f"{masks.num_removed:,} weights)",
+        f"correct: {right[0]} of {len(questions)}; {right[1]} with the mask, {8 * size:,} bits that remove "
+        f"{masks.num_removed:,} weights",
     ]
 
 
@@ -63,15 +65,15 @@ def snippet(folder: Path, name_or_path: str = EMBEDDED_MODEL) -> list[str]:
 
 
 def ready_mask(task: str | None = None) -> Path:
-    """Folder of a mask, by default the first.
+    """Folder of a mask, by default that of sums.
 
     Raises:
         UserError: If there is no such mask.
     """
-    masks = ready_masks()
-    if not masks or (task is not None and task not in masks):
-        raise UserError(f"no ready mask {task or ''}; there are: {', '.join(masks) or 'none in this installation'}")
-    return masks[task or next(iter(masks))]
+    task, masks = task or _DEFAULT, ready_masks()
+    if task not in masks:
+        raise UserError(f"no ready mask {task}; there are: {', '.join(masks) or 'none in this installation'}")
+    return masks[task]
 
 
 def _answers(model, tokenizer, prompts: list[str]) -> list[str]:

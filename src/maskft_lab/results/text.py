@@ -60,9 +60,7 @@ def _page(comparison: Comparison) -> str:
         sentences = [f"Verdict: {comparison.verdicts[0].text}"]
     else:
         sentences = [sentence(row) for row in shown if row.method == rows[0].method][:2]
-    if comparison.fixed_seeds:
-        sentences.append("Intervals are over items: about these models, not about other training seeds.")
-    elif any(row.num_seeds == 2 for row in shown):
+    if not comparison.fixed_seeds and any(row.num_seeds == 2 for row in shown):
         sentences.append("Two seeds: what is not distinguishable is no claim over seeds.")
     sentences += [_note(note) for note in comparison.notes[:2]]
     tail = [line for text in sentences for line in textwrap.wrap(printable(text), PAGE_WIDTH, subsequent_indent="  ")]
@@ -90,7 +88,8 @@ def _page_table(comparison: Comparison, shown: Sequence[Difference]) -> Table:
             value = f"{scale * row.value:.{digits}f}"
             table.append(("  " + row.method, value, difference_text(row), row.verdict))
         table.append(("  " + comparison.baseline, f"{scale * most.baseline_value:.{digits}f}", "", "(baseline)"))
-    columns = ("", "value", f"difference, {100 * comparison.confidence:g} %", "verdict")
+    of = " over items" if comparison.fixed_seeds else ""
+    columns = ("", "value", f"difference, {100 * comparison.confidence:g} %{of}", "verdict")
     others = sum(2 + max(len(row[index]) for row in [columns, *table]) for index in (1, 2, 3))
     width = max(MIN_NAME, PAGE_WIDTH - others)
     return Table(columns, [(_cut(row[0], width) if any(row[1:]) else row[0], *row[1:]) for row in table])

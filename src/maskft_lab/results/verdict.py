@@ -16,9 +16,7 @@ EQUAL_TOKENS = 0.02  # share by which numbers of tokens may differ and still cou
 # What follows: (against the parent, against the control) -> a sentence about {control}.
 _CONCLUSIONS = {
     (BETTER, BETTER): "the mask improves the model it starts from, and more than {control} does",
-    (BETTER, NOT_DISTINGUISHABLE): (
-        "the mask improves the model it starts from; whether more than {control} does is not known"
-    ),
+    (BETTER, NOT_DISTINGUISHABLE): "the mask improves the model it starts from, not distinguishably from {control}",
     (BETTER, WORSE): "the mask improves the model it starts from; {control} improves it more",
     (NOT_DISTINGUISHABLE, BETTER): "no improvement of the model it starts from is shown; {control} is behind the mask",
     (
@@ -29,8 +27,8 @@ _CONCLUSIONS = {
     (WORSE, BETTER): "the mask makes the model it starts from worse; {control} makes it worse still",
     (WORSE, NOT_DISTINGUISHABLE): "the mask makes the model it starts from worse",
     (WORSE, WORSE): "the mask makes the model it starts from worse; {control} is ahead of the mask",
-    (BETTER, None): "the mask improves the model it starts from; no control with as many tokens was measured",
-    (NOT_DISTINGUISHABLE, None): "no improvement is shown, and no control with as many tokens was measured",
+    (BETTER, None): "the mask improves the model it starts from; no control with equal tokens was measured",
+    (NOT_DISTINGUISHABLE, None): "no improvement is shown, and no control with equal tokens was measured",
     (WORSE, None): "the mask makes the model it starts from worse",
 }
 
@@ -83,16 +81,11 @@ def _all_paired(groups: Groups, mask: str, name: str, is_so: Callable[[Result, R
 
 
 def _is_control(other: Result, mask: Result) -> bool:
-    """Whether a model was trained from the mask's start on as many tokens, and by no learned mask."""
-    start = mask.get("study", {}).get("start")
+    """Whether a model that is no learned mask was trained from the mask's start on as many tokens."""
+    starts = [(study.get("model"), study.get("start")) if (study := r.get("study")) else None for r in (mask, other)]
     tokens, others = ((r.get("training", {}).get("complete_num_train_tokens") or 0) for r in (mask, other))
     is_as_long = tokens > 0 and abs(others - tokens) <= EQUAL_TOKENS * tokens
-    return (
-        start is not None
-        and other.get("study", {}).get("start") == start
-        and is_as_long
-        and (other["model"]["method"] != MASK)
-    )
+    return None not in starts and starts[0] == starts[1] and is_as_long and other["model"]["method"] != MASK
 
 
 def _text(against: Sequence[tuple[Difference, Measured]]) -> str:
@@ -101,11 +94,11 @@ def _text(against: Sequence[tuple[Difference, Measured]]) -> str:
     doubts: list[str] = []
     for row, measured in against:
         unit = "points" if row.unit == "fraction" else row.unit
-        tokens = "" if not parts else " (as many tokens)"
+        tokens = "" if not parts else " (equal tokens)"
         parts.append(f"{difference_text(row, unit)} against {row.baseline}{tokens}, {row.verdict}")
         by_seed = measured.by_seed
         if row.verdict != NOT_DISTINGUISHABLE and min(by_seed) < 0 < max(by_seed):
-            doubts.append(f"the seeds disagree against {row.baseline} ({numbers_text(by_seed, row.unit)}); ")
+            doubts.append(f"the sign differs between seeds against {row.baseline} ({numbers_text(by_seed, row.unit)}); ")
     first, control = against[0][0], against[1][0] if len(against) > 1 else None
     outcome = (first.verdict, control.verdict if control else None)
     said = _CONCLUSIONS[outcome].format(control=control.baseline if control else "")

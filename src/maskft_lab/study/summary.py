@@ -118,7 +118,7 @@ def _accounts(results: list[Result], num_tried: dict[str, int]) -> str:
     Where anything was tuned, ``tuned`` counts the settings of which a model's are the best on held-out rows. ``kB`` is
     what has to be kept of a change: a mask coded, all other numbers in bfloat16.
     """
-    columns = ("model", "seed", "best step", "epochs", "tokens", "epochs in all", "tokens in all")
+    columns = ("model", "seed", "best step", "epochs", "tokens", "total epochs", "total tokens")
     is_tuned, has_sizes = any(num_tried.values()), any(result["model"].get("num_bytes") for result in results)
     rows = []
     for result in results:
