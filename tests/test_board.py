@@ -81,14 +81,15 @@ def test_forgetting_is_the_mean_loss_of_all_tokens_but_the_first(config, monkeyp
 
 def test_the_board_of_smollm2_is_what_its_results_say(tmp_path):
     """The committed files; and every field that PEFT's processing.py reads is there."""
-    table = script("board").main(ROOT / "results" / "smollm2-curve-sums", tmp_path, "wikipedia")
+    sources = [ROOT / "results" / f"smollm2-curve-sums{end}" for end in ("-rivals", "")]
+    table = script("board").main(tmp_path, sources, "wikipedia")
     board = ROOT / "results" / "board-smollm2"
     written = {file.relative_to(tmp_path): file.read_text() for file in tmp_path.rglob("*.*")}
     assert written == {file.relative_to(board): file.read_text() for file in board.rglob("*.*")}
-    assert "| LoRA r 16 | 0 | 0.507 | +0.1173 | 4,884,480 |" in table
+    assert "| LoRA r 16 | 0 | 0.507 | +0.1173 | 4,884,480 | 9,768,960 |" in table
     records = [json.loads(text) for path, text in written.items() if path.suffix == ".json"]
     assert {str(r["run_info"]["peft_config"] and r["run_info"]["peft_config"]["peft_type"]) for r in records} == {
-        "MASK", "LORA", "None"
+        "MASK", "LORA", "IA3", "OFT", "OSF", "SHIRA", "LN_TUNING", "None"
     }  # fmt: skip
     for record in records:
         run, train, last = record["run_info"], record["train_info"], record["train_info"]["metrics"][-1]
@@ -97,3 +98,5 @@ def test_the_board_of_smollm2_is_what_its_results_say(tmp_path):
         assert memory | {"train_time", "file_size", "num_trainable_params", "status"} <= set(train)
         assert set(last) >= {"test accuracy", "train loss", "train samples", "train total tokens", "forgetting"}
         assert {"package_info", "system_info"} <= set(record["meta_info"])
+        counts = [train[name] for name in (*memory, "file_size", "num_trainable_params")]  # it makes them integers
+        assert all(isinstance(n, int) for n in (*counts, last["train samples"], last["train total tokens"]))

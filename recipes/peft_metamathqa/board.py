@@ -1,10 +1,11 @@
 """Write a study's results in the layout of PEFT's method comparison, a JSON file for each run, and a table.
 
-python recipes/peft_metamathqa/board.py results/smollm2-curve-sums results/board-smollm2 --before wikipedia
+python recipes/peft_metamathqa/board.py results/board-smollm2 results/smollm2-curve-sums-rivals \\
+    results/smollm2-curve-sums --before wikipedia
 
-The folder is one of published results: ``*.json.gz`` and ``training.json``. Forgetting is the loss on the text named by
+The folders are of published results: ``*.json.gz`` and ``training.json``. Forgetting is the loss on the text named by
 ``--before`` after training minus that before; each of our texts ends with an end token, PEFT's do not (forgetting.py
-measures without). What was not measured is null.
+measures without). What was not measured is null. Fixed masks, which nothing trained, are left out.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ _OPTIONS = {
 _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch", "maskft")
 
 
-def main(source: Path, out: Path, before: str) -> str:
+def main(out: Path, sources: list[Path], before: str) -> str:
     """Write the files; return the table."""
-    results = [read_result(file) for file in sorted(source.glob("*.json.gz"))]
-    trained = files.read_json(source / "training.json")
+    read = [read_result(file) for source in sources for file in sorted(source.glob("*.json.gz"))]
+    results = list({_name(result): result for result in read}.values())  # a run may stand in two folders
+    trained = {run: summary for source in sources for run, summary in files.read_json(source / "training.json").items()}
     base = next(result for result in results if result["model"]["method"] == "pretrained")
     loss_before = _nll(base, before)
     lines = [
@@ -42,14 +44,14 @@ def main(source: Path, out: Path, before: str) -> str:
         "| --- |" + " ---: |" * 7,
     ]
     for result in results:
-        if result is base:
+        if result is base or not trained[result["study"]["run"]]["num_trainable"]:
             continue
         name = _name(result)
         record = experiment(result, trained[result["study"]["run"]], _nll(result, before) - loss_before)
         files.write_text(out / "results" / f"{name.replace('/', '--')}.json", json.dumps(record, indent=2) + "\n")
         info, last = record["train_info"], record["train_info"]["metrics"][-1]
         cells = [f"{last['test accuracy']:.3f}", f"{last['forgetting']:+.4f}", f"{info['num_trainable_params']:,}"]
-        cells += [str(info["file_size"] or "–"), f"{info['train_time']:.0f}"]
+        cells += [f"{info['file_size']:,}", f"{info['train_time']:.0f}"]
         cells += [f"{info['accelerator_memory_max'] / 1e9:.2f}"]
         lines.append(f"| {result['name']} | {result['model']['seed']} | {' | '.join(cells)} |")
     table = "\n".join(lines) + "\n"
@@ -102,7 +104,7 @@ def experiment(result: Result, trained: dict[str, Any], forgetting: float) -> di
             "accelerator_memory_max": trained["peak_memory_bytes"],  # of the process
             "accelerator_memory_reserved_99th": max(memory),
             "train_time": trained["train_time_s"],
-            "file_size": result["model"].get("num_bytes"),
+            "file_size": result["model"]["num_bytes"],  # in bfloat16, masks coded; PEFT's are as saved
             "num_trainable_params": trained["num_trainable"],
             "num_total_params": None,
             "status": "success",
@@ -142,8 +144,8 @@ def _nll(result: Result, before: str) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder of results")
     parser.add_argument("out", type=Path, help="gets results/*.json and table.md")
+    parser.add_argument("sources", type=Path, nargs="+", help="folders of results")
     parser.add_argument("--before", required=True, help="probe whose loss says what was forgotten, e.g. wikipedia")
     args = parser.parse_args()
-    print(main(args.source, args.out, args.before), end="")
+    print(main(args.out, args.sources, args.before), end="")
