@@ -93,7 +93,10 @@ def test_without_a_control_that_is_said():
 def test_what_is_trained_from_the_same_pretrained_model_is_a_control():
     """Such runs start from no other run."""
     results = [result("base", "pretrained", 20, tokens=0), result("mask", "mask", 300)]
-    results += [result("lora", "lora", 360, fingerprint="l"), result("longer", "full", 390, fingerprint="d", tokens=4000)]
+    results += [
+        result("lora", "lora", 360, fingerprint="l"),
+        result("longer", "full", 390, fingerprint="d", tokens=4000),
+    ]
     results = [each | {"study": each["study"] | {"start": None, "model": "m"}} for each in results]
     (verdict,) = compared(results, "base").verdicts
     assert verdict.text.startswith("the mask improves the model it starts from; lora improves it more. ")
