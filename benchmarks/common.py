@@ -37,6 +37,13 @@ LLAMA2_7B_TWO_LAYERS = {
     "num_hidden_layers": 2,
     "num_attention_heads": 32,
 }
+HALF_7B_LAYER = {
+    "vocab_size": 256,
+    "hidden_size": 2048,
+    "intermediate_size": 5504,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 16,
+}
 LLAMA2_7B = {**LLAMA2_7B_TWO_LAYERS, "vocab_size": 32000, "num_hidden_layers": 32}
 LLAMA32_1B = {
     "vocab_size": 128256,

@@ -87,6 +87,19 @@ def test_no_arrow_points_upward(room):
     assert not wrong
 
 
+def test_a_package_s_own_files_import_nothing_of_a_layer_above():
+    """But ``python -m maskft``, which is the command, of whatever layers are installed."""
+    files = [SOURCE / package / name for package in ("maskft_base", "maskft") for name in OF_PACKAGES]
+    above = {
+        f"{file.relative_to(SOURCE)} imports {module}"
+        for file in files
+        if file.is_file()
+        for module in imports_of(file)
+        if room_of(module) in {*LAYERS["training"], *LAYERS["lab"]} or module.startswith("maskft_lab")
+    }
+    assert above == {"maskft/__main__.py imports maskft_lab.cli.main"}
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_room_has_a_circle_of_imports(room):
     """Also none that an import inside a function would hide; graphlib raises CycleError and names the modules."""

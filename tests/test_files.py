@@ -16,6 +16,7 @@ from maskft_base.files import (
     whole_folder,
     write_text,
 )
+from maskft_base.runtime import held
 from maskft_lab.cli.main import main
 
 
@@ -108,3 +109,27 @@ def test_a_link_is_not_written_through(tmp_path):
         append_to(tmp_path / "answers.jsonl")
     write_text(tmp_path / "answers.jsonl", "new")
     assert (tmp_path / "mine").read_text() == "kept" and (tmp_path / "answers.jsonl").read_text() == "new"
+
+
+@pytest.mark.parametrize("place", ["log.txt", "runs/full-s0/log.txt", "results/full/result.json"])
+def test_an_output_folder_with_a_link_is_refused(place, tmp_path):
+    link = tmp_path / "out" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link and no file of ours"), held(tmp_path / "out", "lock", 0.0, "run"):
+        raise AssertionError
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_an_output_folder_that_is_a_link_leads_to_a_folder(base, data, tmp_path, capsys):
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("nowhere", "loop"):
+        words = ["--output_dir", str(tmp_path / name)]
+        assert main(["merge", str(base), *words]) == 2
+        assert main(["evaluate", "--model_name_or_path", str(base), "--dataset_name", str(data), *words]) == 2
+        assert capsys.readouterr().err.count("is a link that leads to no folder") == 2
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    with held(tmp_path / "runs", "lock", 0.0, "run"):
+        assert (tmp_path / "disk" / "lock").is_file()

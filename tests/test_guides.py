@@ -10,9 +10,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import yaml
 
 from maskft.tuner.learners import LEARNERS
 from maskft_lab.cli.main import main
+from maskft_lab.study.recipe import parse_recipe
 
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
@@ -65,6 +67,33 @@ def test_every_block_runs(page, users_folder, capsys):
         if page in GUIDES or language in ("bash", "python"):
             run_block(language, text, names, capsys)
     assert any(language in ("bash", "python") for language, _ in blocks)
+
+
+def test_the_recipes_of_a_page_are_recipes():
+    """Parts of one are read as parts of the first; a path is of methods that start from the base model."""
+    text = (ROOT / "docs" / "studies.md").read_text()
+    first, *parts = [yaml.safe_load(block) for _, block in BLOCK.findall(text) if re.match(r"[a-z_]+:\s", block)]
+    assert parse_recipe(first).name == "my-study" and len(parts) >= 3
+    del first["grid"]
+    for part in parts:
+        content = first | part | {"methods": first["methods"] | part.get("methods", {})}
+        if "path" in part:
+            chosen = {name: each for name, each in content["methods"].items() if "from" not in each}
+            content["methods"] = {name: each | {"last": None} for name, each in chosen.items()}
+        assert parse_recipe(content).name == "my-study"
+
+
+def test_the_script_of_the_evidence_prints_what_the_page_says():
+    words = [ROOT / "recipes" / "evidence.py", ROOT / "results" / "small-products-adapters", "--controls", "full"]
+    ran = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
+    (row,) = [line for line in ran.stdout.splitlines() if line.startswith("| mask, 30 % |")]
+    assert "| **+6.3 [3.9, 8.8]** |" in row and "+6.3 points [3.9, 8.8]" in (ROOT / "docs" / "evidence.md").read_text()
+
+
+def test_the_demo_of_the_first_guide_is_a_page():
+    (shown,) = re.findall(r"```text\nquestion .*?```", (ROOT / "docs/guides/quickstart.md").read_text(), re.DOTALL)
+    lines = shown.splitlines()[1:-1]
+    assert len(lines) <= 25 and max(map(len, lines)) <= 80
 
 
 def test_the_first_page_leads_to_every_guide():

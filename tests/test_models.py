@@ -34,8 +34,9 @@ def test_a_configuration_that_names_a_kernel_of_the_hub_is_refused(values, tmp_p
     tiny.tiny_llama().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | values
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="asks for code from the hub"):
-        load_model(str(tmp_path))
+    for load, name in ((load_model, tmp_path), (load_config, tmp_path), (load_config, tmp_path / "config.json")):
+        with pytest.raises(UserError, match="asks for code from the hub"):
+            load(str(name))
 
 
 def test_every_call_that_could_run_such_code_says_that_it_does_not():

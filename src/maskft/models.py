@@ -83,6 +83,8 @@ def load_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
         if name_or_path.endswith(".json"):
             return _config_of_file(Path(name_or_path).expanduser())
         check_model_source(name_or_path)
+        values, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=kwargs.get("revision"))
+        _check_no_kernels(values, name_or_path)
         return AutoConfig.from_pretrained(name_or_path, **_NO_CODE, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, UserError):
@@ -96,6 +98,7 @@ def _config_of_file(path: Path) -> PreTrainedConfig:
     values = read_json(path)
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError(f"{str(path)!r} is not a model configuration: it has no model_type")
+    _check_no_kernels(values, str(path))
     return AutoConfig.for_model(**values)
 
 

@@ -149,6 +149,15 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}): give another path") from error
 
 
+def check_no_link(folder: Path) -> None:
+    """Refuse an output folder that is a link to nowhere, or in which a file is a link: it would be written through."""
+    if folder.is_symlink() and not folder.is_dir():
+        raise UserError(f"output_dir {str(folder)!r} is a link that leads to no folder; remove it, or name another")
+    places = (file for parts in ("*", f"{RUNS}/*/*", f"{RESULTS}/*/*", "checkpoint-*/*") for file in folder.glob(parts))
+    if link := next((file for file in places if file.is_symlink() and not file.is_dir()), None):
+        raise UserError(f"{str(link)!r} is a link and no file of ours; remove it, or name another output_dir")
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder to write into, which becomes ``folder`` (none, or empty) unless there is an error."""

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColum
 from rich.text import Text
 
 from .errors import UserError
+from .files import check_no_link
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +66,7 @@ def held(folder: Path, name: str, wait_s: float, owner: str) -> Iterator[Hold]:
     Raises:
         UserError: If it is a file, or someone else holds it.
     """
+    check_no_link(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
     made = [place for place in (folder, *folder.parents) if not place.exists()]

@@ -33,6 +33,9 @@ from maskft_lab.study.study import run_study
 from small_study import FULL, MASK, outcome, recipe, write
 
 
+CHECKPOINT = f"{files.RUNS}/full-*/checkpoint-3/{files.MANIFEST}"  # the first, whole
+
+
 def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys):
     """Killed in the middle of training, after a checkpoint; asked to stop between training and evaluation."""
     content = recipe(base, data, {"full": FULL, "mask": MASK})
@@ -153,13 +156,14 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same_when_a_worker_is_killed(two_m
         cluster.wait_for_nodes()
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         process = start(["study", two_masks, "--output_dir", together, "--launcher", "ray"])
-        wait_for(process, lambda: any(together.glob(f"{files.RUNS}/full-*/checkpoint-3/trainer_state.json")))
+        wait_for(process, lambda: any(together.glob(CHECKPOINT)))
         workers = [p for p in psutil.Process().children(recursive=True) if "ray::failure_of" in p.cmdline()[:1]]
         assert len(workers) == 1
         workers[0].kill()
         assert process.wait(timeout=300) == 0, process.stderr.read()
     finally:
         cluster.shutdown()
+    check_resumed(together)
     check_the_same(together, alone)
 
 
@@ -184,6 +188,8 @@ def test_jobs_of_submitit_give_the_same(two_masks, alone, tmp_path, monkeypatch)
             jobs = submit_all(runs)
             if not killed:
                 killed.append(jobs[0])
+                while not list(together.glob(CHECKPOINT)) and not jobs[0].done():
+                    time.sleep(0.01)
                 jobs[0].cancel()
             return jobs
 
@@ -192,7 +198,30 @@ def test_jobs_of_submitit_give_the_same(two_masks, alone, tmp_path, monkeypatch)
 
     run_study(plan, together, kills_the_first)
     assert killed and killed[0].done()
+    check_resumed(together)
     check_the_same(together, alone)
+
+
+def test_a_job_of_slurm_is_requeued_as_often_as_its_time_is_over(two_masks, tmp_path, monkeypatch):
+    """And resumes each time; the commands of a cluster stand in a folder, and do nothing."""
+    submitit = pytest.importorskip("submitit", reason="needs the extra slurm")
+    for name in ("sbatch", "scancel", "squeue"):
+        (tmp_path / name).write_text("#!/bin/sh\n" + "echo Submitted batch job 7\n" * (name == "sbatch"))
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    plan = check(load_recipe(two_masks))
+    with slurm_launcher(Study(tmp_path, plan.recipe)) as submit:
+        submit(plan.runs[:1])
+    (job,) = tmp_path.glob(f"{files.SLURM}/*/*_submitted.pkl")
+    assert submitit.core.utils.DelayedSubmission.load(job)._timeout_countdown >= 1000
+
+
+def test_what_is_no_mistake_of_the_user_is_told_with_its_name(two_masks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Study, "call", lambda self, words, log, tick: None)
+    monkeypatch.setattr("maskft_lab.study.launchers.make", lambda *_: {}[1.0])
+    capsys.readouterr()
+    assert main(["study", str(two_masks), "--output_dir", str(tmp_path)]) == 2
+    assert "run 'full, seed 0' failed (and 2 more): KeyError: 1.0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -203,7 +232,7 @@ def test_slurm_gives_the_same_when_jobs_and_the_study_are_lost(two_masks, alone,
     assert main([*words, "none"]) == 2
     assert re.search("^maskft: error: SLURM refused the jobs: .*invalid partition", capsys.readouterr().err, re.M)
     process = start([*words, "debug"])
-    wait_for(process, lambda: any(together.glob(f"{files.RUNS}/full-*/checkpoint-3/trainer_state.json")))
+    wait_for(process, lambda: any(together.glob(CHECKPOINT)))
     process.kill()
     process = start([*words, "debug"])  # which cancels the job that is left
     jobs: list = []
@@ -217,6 +246,7 @@ def test_slurm_gives_the_same_when_jobs_and_the_study_are_lost(two_masks, alone,
     while left := queue():
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
+    check_resumed(together)
     check_the_same(together, alone)
 
 
@@ -306,6 +336,11 @@ def alone(two_masks):
     return two_masks.parent / "alone"
 
 
+def check_resumed(folder):
+    print(next(folder.glob(f"{files.RUNS}/full-*/{files.LOG}")).read_text())
+    raise 0
+
+
 def check_the_order(out):
     """Both masks are handed out once the full model is there, before either is finished."""
     states = re.findall(r"^  runs \d/3  (\w[\w ]*), seed 0: (\w+)", out, flags=re.M)
@@ -391,6 +426,9 @@ def test_a_run_that_is_killed_says_so(end, tmp_path):
 def test_what_a_training_advises_is_not_what_it_does(tmp_path):
     (tmp_path / "log").write_text("step 3/3\nsaved to out\nnext: maskft evaluate\n--output_dir results/NAME\n")
     assert last_line(tmp_path / "log") == "saved to out" and last_line(tmp_path / "none") == ""
+    with (tmp_path / "log").open("a") as log:  # of the evaluation after it
+        log.write("maskft: error: no rows\n")
+    assert last_line(tmp_path / "log") == "maskft: error: no rows"
 
 
 def test_a_mistake_of_a_command_in_a_fork_is_its_last_line(tmp_path):

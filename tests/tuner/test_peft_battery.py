@@ -106,11 +106,12 @@ EXPECTED = {
 }
 # Prompt learning adds no weights to layers, and its tests load models of their own from the hub.
 OF_PROMPTS = re.compile(r"test_(prompt|prefix)_")
+# File -> the classes that are run, all if "", and how many tests at least pass.
 FILES = {
-    "test_custom_models.py": "TestPeftCustomModel or TestMultipleActive or TestRequiresGrad",
-    "test_decoder_models.py": "",
-    "test_encoder_decoder_models.py": "",
-    "test_seq_classifier.py": "",
+    "test_custom_models.py": ("TestPeftCustomModel or TestMultipleActive or TestRequiresGrad", 400),
+    "test_decoder_models.py": ("", 30),
+    "test_encoder_decoder_models.py": ("", 20),
+    "test_seq_classifier.py": ("", 10),
 }
 
 
@@ -175,14 +176,19 @@ def package(tmp_path_factory):
     return package
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_only_what_has_a_reason_fails(package, name):
-    command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=no", "-p", "no:cacheprovider", f"peft_tests/{name}"]
-    command += ["-k", FILES[name]] if FILES[name] else []
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=package.parent, env=environment, capture_output=True, text=True)
-    print(name, done.stdout.splitlines()[-1:])
-    failed = Counter(re.findall(r"^FAILED .*::(test_\w+)", done.stdout, flags=re.MULTILINE))
-    assert re.search(r"\d+ passed", done.stdout), done.stdout[-2000:] + done.stderr[-2000:]
-    unexpected = {test: count for test, count in failed.items() if test not in EXPECTED and not OF_PROMPTS.match(test)}
-    assert not unexpected, f"{unexpected}\n{done.stdout.splitlines()[-1]}"
+def test_only_what_has_a_reason_fails_and_every_reason_is_needed(package, capsys):
+    needed, environment = set(), {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    for name, (chosen, least) in FILES.items():
+        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
+        command += [f"peft_tests/{name}", *(["-k", chosen] if chosen else [])]
+        done = subprocess.run(command, cwd=package.parent, env=environment, capture_output=True, text=True)
+        last = done.stdout.splitlines()[-1:]
+        with capsys.disabled():
+            print(name, *last)
+        assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]  # 1: some failed
+        assert int(re.search(r"(\d+) passed", last[0])[1]) >= least
+        failed = Counter(re.findall(r"^(?:FAILED|ERROR) .*::(test_\w+)", done.stdout, flags=re.MULTILINE))
+        unexpected = {test: n for test, n in failed.items() if test not in EXPECTED and not OF_PROMPTS.match(test)}
+        assert not unexpected, f"{unexpected}\n{last}"
+        needed |= set(failed)
+    assert set(EXPECTED) <= needed, f"nothing fails any more: {set(EXPECTED) - needed}"

@@ -71,6 +71,7 @@ def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, 
         What was done, in a line.
     """
     output_dir = Path(output_dir).absolute()
+    files.check_no_link(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"output_dir {str(output_dir)!r} is not empty; name another folder")
     model, tokenizer, _ = load_masked(adapter, base, dtype)

@@ -254,7 +254,10 @@ def _peft_config(adapter: str) -> PeftConfig:
     if not holds_adapter(adapter):
         raise UserError(f"{adapter!r} is not an adapter folder: it has no adapter_config.json")
     with one_line(adapter, "has no adapter_config.json that PEFT can read"):
-        return PeftConfig.from_pretrained(adapter)
+        config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config.base_model_name_or_path, str | None):
+        raise UserError(f"{adapter!r}: base_model_name_or_path is {config.base_model_name_or_path!r}; write a name")
+    return config
 
 
 def facts_of(source: str) -> dict:

@@ -131,6 +131,7 @@ def labelled_files(output_dir: str, sources: Sequence[str], names: Sequence[str]
 
 def _check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be written to, hours before something is."""
+    files.check_no_link(folder)
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         problem = "there is no permission for it" if place.is_dir() else "it is a file"

@@ -283,6 +283,12 @@ def _new_item(sample: Mapping, benchmark: Benchmark) -> dict:
     return item | (sample["filtered_resps"][0] if benchmark.program else {})
 
 
+def _is_higher_better(metric: str, higher: Mapping) -> bool:
+    if higher.get(metric) is None:
+        raise UserError(f"the task does not say whether a higher {metric} is better; add higher_is_better to its YAML")
+    return higher[metric]
+
+
 def _metrics(items: list[dict], summary: Mapping, higher: Mapping, benchmark: Benchmark) -> dict:
     """Metrics item by item where their mean is what lm-eval reports, and as a summary where it is not."""
     metrics = {}
@@ -292,7 +298,7 @@ def _metrics(items: list[dict], summary: Mapping, higher: Mapping, benchmark: Be
             continue
         name = _metric_name(key, benchmark)
         if all(name in item for item in items):
-            metrics[name] = metric_from_items(items, name, higher_is_better=higher.get(metric) is not False)
+            metrics[name] = metric_from_items(items, name, higher_is_better=_is_higher_better(metric, higher))
             mean = metrics[name]["value"]
             if mean is not None and math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9):
                 continue
@@ -306,7 +312,7 @@ def _metrics(items: list[dict], summary: Mapping, higher: Mapping, benchmark: Be
             "value": _number(value),
             "stderr": _number(stderr) if isinstance(stderr, (int, float, np.number)) else None,
             "num_items": len(items),
-            "higher_is_better": higher.get(metric) is not False,
+            "higher_is_better": _is_higher_better(metric, higher),
             "unit": "fraction" if metric.endswith("acc") else "score",
         }
     order = list(benchmark.metrics.values())

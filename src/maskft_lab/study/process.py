@@ -94,14 +94,16 @@ def run_command(words: Sequence[str], log: Path, tick: Callable[[], None] = lamb
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something, before what a training advises; empty where there is none."""
+    """The last line of a log that says something, an error before what a training advises; empty where there is none."""
     try:
         with log.open("rb") as stream:
             stream.seek(max(0, log.stat().st_size - 4096))
-            lines = stream.read().decode("utf-8", "replace").partition("\nnext: ")[0].splitlines()
+            text = stream.read().decode("utf-8", "replace")
     except OSError:
         return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    said, _, rest = text.partition("\nnext: ")
+    errors = [line for line in rest.splitlines() if line.startswith("maskft: error: ")]  # of what came after training
+    return next((line.strip() for line in reversed([*said.splitlines(), *errors]) if line.strip()), "")
 
 
 class _Descriptor:
