@@ -311,7 +311,7 @@ def test_the_demo(is_small, base, tmp_path, capsys):
     [
         (["--learning_rate", "1"], "unknown option --learning_rate"),
         (["--limit", "1"], "limit is 1; it must be at least 2"),
-        (["--show", "poems"], "no ready mask poems; there are: sums"),
+        (["--show", "poems"], "no ready mask poems; there are: intents, sums"),
     ],
 )
 def test_bad_demo_input(words, message, tmp_path, capsys):
