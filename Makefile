@@ -7,7 +7,7 @@ SOURCES := src tests benchmarks recipes examples docs
 # Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest test-triton soak fuzz bench docs quality style clean gpu
+.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest test-triton fuzz bench docs quality style clean gpu
 
 demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
@@ -50,11 +50,7 @@ test-triton: $(VENV)/.triton
 	TRITON_INTERPRET=1 $(PYTEST) -n 0 tests/tuner/test_triton.py
 
 # Kill-and-resume cycles; random changes of files, for so many minutes each.
-CYCLES ?= 200
 MINUTES ?= 10
-soak: $(VENV)/.test
-	$(BIN)/python tests/soak.py --cycles $(CYCLES)
-
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzzing.py --minutes $(MINUTES)
 

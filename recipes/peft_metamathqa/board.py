@@ -1,6 +1,6 @@
-"""Write a study's results in the layout of PEFT's method comparison, a JSON file for each run, and a table.
+r"""Write a study's results in the layout of PEFT's method comparison, a JSON file for each run, and a table.
 
-python recipes/peft_metamathqa/board.py results/board-smollm2 results/smollm2-curve-sums-rivals \\
+python recipes/peft_metamathqa/board.py results/board-smollm2 results/smollm2-curve-sums-rivals \
     results/smollm2-curve-sums --before wikipedia
 
 The folders are of published results: ``*.json.gz`` and ``training.json``. Forgetting is the loss on the text named by

@@ -51,7 +51,7 @@ def main(sources: Path, folder: Path) -> None:
 
 
 def in_chat(messages: list[dict]) -> dict:
-    """Return a row of plain text, as a mixture with plain text needs it, with the turns that SmolLM2's template writes."""
+    """Return a row as the plain text that SmolLM2's template writes: a mixture is all chat or all plain text."""
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     turns = [{"role": "system", "content": system}, *messages[:-1]]
     prompt = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)

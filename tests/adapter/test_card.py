@@ -48,6 +48,7 @@ def test_what_a_card_says(adapter, base):
     numel = 2 * sum(module.weight.numel() for module in layer.modules() if isinstance(module, torch.nn.Linear))
     assert f"removes {numel // 4:,} of {numel:,} weights (25.00%)" in body
     assert r"| learning\_rate | 0.01 |" in body and "pip install -e" in body
+    assert "fine.\nMethods that train on the same tokens were not compared; `maskft study` does that.\n" in body
     assert r"the mask is \| fine" in body and str(base.parent) not in body and "None" not in body
 
 

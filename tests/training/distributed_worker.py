@@ -113,6 +113,15 @@ def compare(**config):
     }
 
 
+def backward_after_unmasking():
+    """A forward pass without the mask, as of a reference model, between forward and backward."""
+    model = shard(build()).train()
+    loss = model(input_ids=tiny.token_ids(), labels=tiny.token_ids()).loss
+    with torch.no_grad(), model.disable_adapter():
+        model(input_ids=tiny.token_ids())
+    loss.backward()
+
+
 def refusals():
     """Messages that every rank must see alike, though only one of them is at fault."""
     rank = dist.get_rank()
@@ -133,6 +142,7 @@ def refusals():
         "in_the_root_unit": error_of(lambda: fully_shard(build())(input_ids=tiny.token_ids())),
         "a_part": error_of(lambda: shard(build()).base_model.model.model.layers[0](torch.zeros(1, 2, 32))),
         "merge": error_of(lambda: shard(build()).merge_adapter()),
+        "unmasked_before_backward": error_of(backward_after_unmasking),
         "all_well": error_of(lambda: check_processes(build(), rows, rows)),
         "decided": runtime.decided_by_main(lambda: "yes"),
     }

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from killing import Forked, stop_when, wait_for
 from maskft.adapter.mask_set import MaskSet
 from maskft.training import checkpoints
-from maskft.training.manifest import FREE, damage, read_manifest
+from maskft.training.manifest import FREE, damage, read_manifest, seal
 from maskft.training.options import option_defaults
 from maskft.training.record import read_record
 from maskft.training.stopping import StopRequest
@@ -163,8 +163,14 @@ def test_a_run_cut_between_two_lines_of_the_log(train, tmp_path):
     for step in (4, 6):
         shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
     (tmp_path / "out").rename(tmp_path / "moved")
+    checkpoint = tmp_path / "moved" / "checkpoint-2"
+    kept = json.loads((checkpoint / files.LOGGED).read_text())
+    assert 0 < kept["seconds"] < 1000
+    (checkpoint / files.LOGGED).write_text(json.dumps(kept | {"seconds": 1000.0}))
+    seal(checkpoint, read_manifest(checkpoint).course)
     status, err = train("moved", resume_from_checkpoint="true", **options)
     assert status == 0, err
+    assert read_record(tmp_path / "moved").summary.train_time_s > 1000
     assert [row["step"] for row in losses(tmp_path / "moved") if row["loss"] is not None] == [3, 6]
     assert same_result(tmp_path / "moved", tmp_path / "whole")
 
@@ -255,6 +261,14 @@ def test_a_folder_that_another_run_holds(train, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content", ["{}", "[]"])
+def test_a_record_of_no_run_is_one_line(content, train, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / files.TRAINING).write_text(content)
+    status, err = train(resume_from_checkpoint="auto")
+    assert status == 2 and "training.json' is no record of a run; name another output_dir" in err
+
+
 def test_a_lock_dies_with_its_owner(tmp_path):
     code = "import sys, time; from pathlib import Path; from maskft_base import runtime\n"
     code += "with runtime.held(Path(sys.argv[1]), 'train.lock', 0, 'run'): time.sleep(600)"
@@ -306,7 +320,9 @@ def test_sigterm_saves_the_step_and_says_how_to_resume(base, data, tmp_path):
     assert same_result(out, tmp_path / "whole")
 
 
-def test_ctrl_c_does_too(train, finished, tmp_path):
+@pytest.mark.parametrize("is_resumable", [True, False])
+def test_ctrl_c_does_too(is_resumable, train, finished, tmp_path):
+    """But does not say how to resume where it cannot be done."""
     out, before = tmp_path / "out", signal.getsignal(signal.SIGINT)
 
     def press():
@@ -315,8 +331,9 @@ def test_ctrl_c_does_too(train, finished, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press).start()
-    status, err = train(max_steps=400, save_steps=400, eval_steps=400)
-    assert status == 130 and "stopped by SIGINT after step" in err and "--resume_from_checkpoint true" in err
+    status, err = train(max_steps=400, save_steps=400, eval_steps=400, save_only_model=not is_resumable)
+    assert status == 130 and "stopped by SIGINT" in err
+    assert (" after step" in err) == ("resume" in err) == is_resumable
     assert signal.getsignal(signal.SIGINT) is before
     assert damage(checkpoints.checkpoints_in(out)[-1]) is None
 

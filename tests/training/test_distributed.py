@@ -177,6 +177,17 @@ def test_two_processes_of_fsdp2_give_the_mask_of_one(arguments, one_process, tmp
 
 
 @pytest.mark.slow
+@needs_fsdp2_on_cpus
+def test_kl_to_base_in_two_processes_is_that_of_one(arguments, tmp_path):
+    """Its base is computed without the mask, in the midst of a step."""
+    for name, options in (("one", {}), ("out", {"accelerate_config": "fsdp2", **LAUNCH})):
+        words = arguments(output_dir=tmp_path / name, kl_to_base=20.0, **options)
+        result = call(["maskft_lab.cli.main", *words])
+        assert result.returncode == 0, result.stderr
+    check_equal(tmp_path / "out", tmp_path / "one")
+
+
+@pytest.mark.slow
 def test_a_launcher_that_is_stopped_saves_the_step(arguments, tmp_path):
     """Both processes stop after the same step, and the line that is printed resumes it with both."""
     out = tmp_path / "out"
@@ -264,6 +275,7 @@ def test_fsdp2_trains_the_unsharded_mask(config, seen):
         ("in_the_root_unit", "is not sharded as masks need it: take FSDP2"),
         ("a_part", "call the model, not a part of it"),
         ("merge", "is sharded by FSDP and cannot be merged; save the adapter"),
+        ("unmasked_before_backward", "changed between forward and backward, for which FSDP gathers the weight again"),
     ],
 )
 def test_a_mistake_on_one_rank_is_one_line_on_every_rank(mistake, message, seen):

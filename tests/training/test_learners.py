@@ -94,7 +94,7 @@ def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path
             "removed_value_model: ",
         ),
         (
-            {"mask_selection": "logit", "mask_init_value": 0.1, "mask_price": 1, "fp16": True},
+            {"mask_preset": "deletion_tuning", "fp16": True},
             "would not count: use bf16",
         ),
     ],

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import tiny
 from maskft.training.kl import KLToBase
 from maskft.training.method_arguments import method_label
 from maskft.training.peft_config import adapter_config
@@ -20,6 +22,7 @@ ADAPTERS = {
         "peft_type": "IA3",
         "target_modules": ["k_proj", "v_proj", "down_proj"],
         "feedforward_modules": ["down_proj"],
+        "inference_mode": True,  # as PEFT saves it
     },
     "OFT": {"peft_type": "OFT", "oft_block_size": 8, "target_modules": ["q_proj"]},
     "OSF": {"peft_type": "OSF", "target_modules": ["q_proj", "v_proj"], "effective_rank": 2},
@@ -64,10 +67,14 @@ def test_an_adapter_trains_and_is_saved_loaded_evaluated_and_merged(name, call, 
         ({"peft_type": "LORA", "rank": 3}, "has an option 'rank'"),
         ({"peft_type": "LORA", "init_lora_weights": "eva"}, "a start that PEFT computes from data"),
         ({"peft_type": "LORA", "target_modules": ["nothing"]}, "PEFT does not take it for this model"),
-        ("{", "is neither a file nor a JSON object"),
+        ("{", """is no JSON object such as {"peft_type": "LORA"}, nor a file of one"""),
+        ("LIST", "list.json' is no JSON object such as"),
+        ({"peft_type": "LORA", "target_modules": ["nothing"] * 30}, "PEFT does not take it for this model"),
     ],
 )
-def test_a_configuration_that_cannot_be_trained_is_one_line(config, message, call):
+def test_a_configuration_that_cannot_be_trained_is_one_line(config, message, call, tmp_path):
+    (tmp_path / "list.json").write_text("[]")
+    config = str(tmp_path / "list.json") if config == "LIST" else config
     given = {} if config is None else {"peft_config": config if isinstance(config, str) else json.dumps(config)}
     status, err = call(method="peft", **given)
     assert status == 2 and message in err and err.count("error:") == 1
@@ -85,10 +92,21 @@ def test_results_name_the_adapter():
     assert method_label("mask", {}) == "mask"
 
 
-@pytest.mark.parametrize("method", ["full", "peft"])
-def test_kl_to_base_is_the_sum_over_tokens(method, base):
+MODELS = {
+    "llama": tiny.tiny_llama,
+    "granite": lambda: tiny.decoder(transformers.GraniteConfig, transformers.GraniteForCausalLM, logits_scaling=0.3),
+    "gemma2": lambda: tiny.decoder(
+        transformers.Gemma2Config, transformers.Gemma2ForCausalLM, final_logit_softcapping=0.5
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("full", "llama"), ("peft", "llama"), ("peft", "granite"), ("full", "gemma2")]
+)
+def test_kl_to_base_is_the_sum_over_tokens(method, name):
     """Against a loop, after the model has been moved; a model that was not moved has no term."""
-    model = AutoModelForCausalLM.from_pretrained(base).train()
+    model = MODELS[name]().train()
     if method == "peft":
         model = get_peft_model(model, adapter_config({**ADAPTERS["LoRA"], "lora_dropout": 0.0}))
     term = KLToBase(model, 3.0)
@@ -96,18 +114,19 @@ def test_kl_to_base_is_the_sum_over_tokens(method, base):
     labels = torch.where(torch.arange(10) < 7, -100, ids)
     inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
     before = model(input_ids=ids).logits.log_softmax(-1).detach()
-    assert term(model, inputs, 6).item() == pytest.approx(0, abs=1e-6)
+    assert term(model, term.of_base(model, inputs), 6).item() == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.02)
+                parameter.add_(0.05)
+    of_base = term.of_base(model, inputs)
     after = model(input_ids=ids).logits.log_softmax(-1)
     expected = 0.0
     for row in range(2):
         for place in (6, 7, 8):  # of the tokens that predict a label
             p, q = before[row, place], after[row, place]
             expected += float((p.exp() * (p - q)).sum())
-    value = term(model, inputs, 6)
+    value = term(model, of_base, 6)
     assert value.item() == pytest.approx(3 * expected / 6, rel=1e-3) and expected > 0.01
     value.backward()
     assert all(
@@ -115,6 +134,13 @@ def test_kl_to_base_is_the_sum_over_tokens(method, base):
         for name, p in model.named_parameters()
         if "lora_B" in name or ("lm_head" in name and p.requires_grad)
     )
+
+
+def test_the_copy_of_a_model_goes_where_its_rows_are():
+    """The Trainer moves the model, not the copy; there is no other device here than meta."""
+    term = KLToBase(tiny.tiny_llama().to(torch.bfloat16), 1.0)
+    with term._as_base(None, torch.device("meta")) as base:
+        assert {(p.device.type, p.dtype) for p in base.parameters()} == {("meta", torch.bfloat16)}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 import tiny
 from maskft.adapter.mask_set import MaskSet
 from maskft.training.arguments import TrainingArguments
-from maskft.training.method_arguments import mask_config
+from maskft.training.method_arguments import mask_config, removes_a_share
+from maskft.training.options import option_defaults
 from maskft.training.record import read_record
 from maskft.training.train import train
 from maskft.tuner.config import PRESETS, MaskConfig
@@ -234,6 +235,16 @@ def test_fixed_masks_take_a_learned_masks_counts(arguments, tmp_path, capsys):
         assert {n: int((~m).sum()) for n, m in MaskSet.from_adapter(out).items()} == counts
 
 
+def test_a_matched_mask_of_other_layers_is_one_line(arguments, tmp_path, capsys):
+    for name, layers in (("small", [0]), ("large", [0, 1])):
+        options = {"method": "l1_mask", "mask_layers_to_transform": layers}
+        assert run(arguments(output_dir=tmp_path / name, **options), capsys)[0] == 0
+    for name, layers in (("small", [0, 1]), ("large", [0])):
+        options = {"method": "l1_mask", "mask_layers_to_transform": layers}
+        status, err = run(arguments(match_adapter=tmp_path / name, **options), capsys)
+        assert status == 2 and "masks other layers than this run: only one of both has model.layers.1." in err
+
+
 def test_partial_layers_train_what_a_mask_of_them_covers(arguments, base, tmp_path, capsys):
     run(arguments(method="full", partial_layers=[1]), capsys)
     before = AutoModelForCausalLM.from_pretrained(base).state_dict()
@@ -398,6 +409,34 @@ def test_the_recommended_mask_is_the_default(words, sparsity, start, rate):
     if not words:
         recommended = MaskConfig(preset="recommended")
         assert all(getattr(made, name) == getattr(recommended, name) for name in PRESETS["recommended"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("price", 0.0), ("gradient", "straight_through"), ("sharpness", 1.0), ("selection", "topk")]
+)
+def test_an_option_beside_a_preset_wins_also_at_its_default(name, value):
+    words = ["--model_name_or_path", "any", "--dataset_name", "any", "--mask_preset", "deletion_tuning"]
+    run = parse([*words, f"--mask_{name}", str(value)])
+    assert getattr(mask_config(run.mask), name) == value != PRESETS["deletion_tuning"][name]
+    assert removes_a_share(vars(run.mask)) == (mask_config(run.mask).selection == "topk")
+    # Names of runs leave out what stands at its default.
+    assert option_defaults()[f"mask_{name}"] == MaskConfig.__dataclass_fields__[name].default
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["all-linear"], "all-linear"),
+        ([".*q_proj"], ".*q_proj"),
+        (["q_proj"], ["q_proj"]),
+        (["self_attn.q_proj"], ["self_attn.q_proj"]),
+        (["q_proj", "k_proj"], ["q_proj", "k_proj"]),
+    ],
+)
+def test_names_of_layers_or_a_regular_expression(given, meant):
+    words = ["--model_name_or_path", "any", "--dataset_name", "any"]
+    made = mask_config(parse([*words, "--mask_target_modules", *given, "--mask_exclude_modules", *given]).mask)
+    assert (made.target_modules, made.exclude_modules) == (meant, meant)
 
 
 def test_a_run_leaves_its_configuration_as_it_was(base, data, tmp_path):

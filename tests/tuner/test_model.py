@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import struct
 import tracemalloc
 import warnings
@@ -338,6 +339,9 @@ def test_threshold_starts_at_the_published_share_and_moves():
         ({"rank_by": "absolute"}, "choose one of: abs, signed"),
         ({"init_scores": "zeros"}, "choose one of: normal"),
         ({"init_std": 0.0}, "standard deviation and must be > 0"),
+        ({"init_std": math.inf}, "init_std is inf; it is a standard deviation"),
+        ({"selection": "threshold", "threshold": math.nan}, "threshold is nan; it must be a finite number"),
+        ({"init_scores": "constant", "init_value": math.nan}, "init_value is nan; it must be a finite number"),
         ({"mask_seed": -1}, "must be >= 0"),
         ({"preset": "papr"}, "did you mean 'paper'"),
         ({"selection": "threshold"}, "threshold is -0.035 and rank_by is 'abs': no magnitude is below it"),
@@ -639,14 +643,16 @@ def test_scores_that_are_nan_are_not_saved(tmp_path):
 def test_the_base_is_named_by_a_path_that_holds_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.tiny_llama().save_pretrained("base")
-    model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained("base"), MaskConfig())
+    tiny.tiny_llama(seed=1).save_pretrained("before")
+    config = MaskConfig(removed_value="base", removed_value_model="before")
+    model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained("base"), config)
     model.save_pretrained("mask")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "mask")
-    assert json.loads((tmp_path / "mask" / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == str(
-        tmp_path / "base"
-    )
+    saved = json.loads((tmp_path / "mask" / ADAPTER_CONFIG).read_text())
+    assert saved["base_model_name_or_path"] == str(tmp_path / "base")
+    assert saved["removed_value_model"] == str(tmp_path / "before")
 
 
 @pytest.mark.parametrize("make", [tiny.tiny_llama, tiny.tiny_gpt2])

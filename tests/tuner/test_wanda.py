@@ -38,6 +38,7 @@ def test_removing_the_lowest_keys_is_wandas_mask(build, target):
         assert rank.shape == layer.weight.shape and rank.dtype == torch.float32
     with pytest.raises(UserError, match="no calibration row reached"):
         maskft.wanda_keys(model, [])
+    assert model.training
 
 
 def test_the_preset_trains_in_a_plain_loop():

@@ -132,11 +132,13 @@ class StepGuard(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """Stop after the step that a signal interrupted is saved."""
         if self._is_stopping:
-            self._stop(state)
+            self._stop(state, args.save_only_model)
 
-    def _stop(self, state):
+    def _stop(self, state, is_lost=False):
         self.trainer.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
         asked = self.stop.signal or signal.SIGTERM
+        if is_lost:
+            raise KeyboardInterrupt(asked)  # without the promise that it can be resumed
         name = signal.Signals(asked).name
         raise Stopped(asked, f"stopped by {name} after step {state.global_step} of {state.max_steps}, which is saved")
 

@@ -84,7 +84,10 @@ def _check_owner(folder: Path, there: list[str], method: str, is_ours: bool) -> 
             f"output_dir {str(folder)!r} holds files that are not from a run ({', '.join(strangers[:3])}); name "
             "another folder"
         )
-    other = files.read_json(record)["summary"]["method"] if record.is_file() else method
+    try:
+        other = files.read_json(record)["summary"]["method"] if record.is_file() else method
+    except (KeyError, TypeError):
+        raise UserError(f"{str(record)!r} is no record of a run; name another output_dir, or remove it") from None
     if other != method or (has_checkpoints and method in UNTRAINED_METHODS):
         raise UserError(f"output_dir {str(folder)!r} holds a run of another method, not {method}; name another folder")
 

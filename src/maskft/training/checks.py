@@ -18,6 +18,7 @@ from .method_arguments import (
     PEFT,
     UNTRAINED_METHODS,
     MethodArguments,
+    mask_config,
 )
 from .peft_config import adapter_config
 
@@ -68,7 +69,7 @@ def check_config(config: TrainConfig) -> None:
         check_quantised(method)
     if training.trust_remote_code:
         raise UserError("trust_remote_code: code in the folder of a model is not run; name a model that needs none")
-    if config.mask.mask_price and training.fp16:
+    if method == "mask" and training.fp16 and mask_config(config.mask).price:
         raise UserError("mask_price is added to gradients that fp16 has scaled, so it would not count: use bf16")
     if method == INTERPOLATE and config.method.before_model is None and not config.data.prepare_only:
         raise UserError("interpolate needs the model before fine-tuning; name it as before_model")

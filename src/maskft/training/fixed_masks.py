@@ -9,6 +9,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from maskft_base.errors import UserError
 from maskft_base.runtime import peak_memory_bytes
 
 from ..adapter.mask_set import MaskSet
@@ -17,6 +18,7 @@ from ..loss import HeldoutLoss, mean_nll
 from ..tuner import MaskedLinear, adapter_layers
 from ..tuner.codec import encode_mask, mask_info
 from ..tuner.fixed import FIXED_MASKS, fixed_masks
+from ..tuner.targets import listed
 from ..tuner.wanda import input_norms
 from .arguments import TrainConfig
 from .build import with_adapter
@@ -36,7 +38,7 @@ def make_fixed_mask(
         The masked model and what was done.
 
     Raises:
-        UserError: If the mask is not one of a given size.
+        UserError: If the mask is not one of a given size, or ``match_adapter`` masks other layers.
     """
     method, training = run.method, run.training
     config = mask_config(run.mask, inference_mode=True, sparsity_ramp=0.0)
@@ -78,6 +80,11 @@ def _counts(match_adapter: str | None, layers: Sequence[MaskedLinear]) -> list[i
     if match_adapter is None:
         return None
     learned = MaskSet.from_adapter(match_adapter)
+    if different := sorted(learned.keys() ^ {layer.module_name for layer in layers}):
+        raise UserError(
+            f"match_adapter {match_adapter!r} masks other layers than this run: only one of both has "
+            f"{listed(different)}; give the mask_target_modules and mask_layers_to_transform of that adapter"
+        )
     return [int((~learned[layer.module_name]).sum()) for layer in layers]
 
 

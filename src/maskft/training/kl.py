@@ -25,35 +25,50 @@ class KLToBase:
         self.weight = weight
         self._has_adapter = hasattr(model, "peft_config")
         self._base = None if self._has_adapter else copy.deepcopy(model).requires_grad_(False).eval()
-        decoder = (model.get_base_model() if self._has_adapter else model).get_decoder()
-        self._head, self._hidden_BTD = model.get_output_embeddings(), None
-        decoder.register_forward_hook(self._keep)
+        self._decoder = (model.get_base_model() if self._has_adapter else model).get_decoder()
+        self._output = None
+        self._decoder.register_forward_hook(self._keep)
 
     def _keep(self, module, args, output) -> None:
         if module.training and torch.is_grad_enabled():
-            self._hidden_BTD = output[0]
-
-    def __call__(self, model, inputs: Mapping[str, Any], num_tokens: Tensor | int | None) -> Tensor:
-        """The term for the batch that ``model`` has just computed; ``num_tokens``: what its loss is divided by."""
-        labels_BT = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
-        is_supervised_BT = labels_BT != IGNORED
-        log_probs = self._head(self._hidden_BTD[is_supervised_BT]).float().log_softmax(-1)
-        of_base = self._base_log_probs(model, inputs, is_supervised_BT)
-        self._hidden_BTD = None
-        total = torch.nn.functional.kl_div(log_probs, of_base, reduction="sum", log_target=True)
-        count = is_supervised_BT.sum() if num_tokens is None else num_tokens
-        return self.weight * total / torch.as_tensor(count).clamp(min=1)
+            self._output = output
 
     @torch.no_grad()
-    def _base_log_probs(self, model, inputs: Mapping[str, Any], is_supervised_BT: Tensor) -> Tensor:
+    def of_base(self, model, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Which tokens come before a label, (B, T), and the base's log-probabilities there, (N, V).
+
+        To be called before the forward pass of ``model``: under FSDP2 that of the base unmasks the weights which the
+        backward pass gathers again.
+        """
+        is_supervised_BT = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED) != IGNORED
         asked = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
-        with self._as_base(model) as base:
-            return base(**asked, use_cache=False).logits[is_supervised_BT].float().log_softmax(-1)
+        with self._as_base(model, is_supervised_BT.device) as base:
+            logits = base(**asked, use_cache=False).logits[is_supervised_BT]
+        return is_supervised_BT, logits.float().log_softmax(-1)
+
+    def __call__(self, model, of_base: tuple[Tensor, Tensor], num_tokens: Tensor | int | None) -> Tensor:
+        """The term for the batch that ``model`` has just computed; ``num_tokens``: what its loss is divided by."""
+        is_supervised_BT, base_log_probs = of_base
+        log_probs = self._logits(model, is_supervised_BT).float().log_softmax(-1)
+        total = torch.nn.functional.kl_div(log_probs, base_log_probs, reduction="sum", log_target=True)
+        count = len(base_log_probs) if num_tokens is None else num_tokens
+        return self.weight * total / torch.as_tensor(count).clamp(min=1)
+
+    def _logits(self, model, is_supervised_BT: Tensor) -> Tensor:
+        """Logits (N, V) of what the decoder has just computed, by the model itself, which may scale or cap them."""
+        hidden_1ND = self._output.last_hidden_state[is_supervised_BT][None]
+        kept = type(self._output)(**{**self._output, "last_hidden_state": hidden_1ND})
+        self._decoder.forward = lambda *args, **kwargs: kept  # over the method of its class
+        try:
+            return model(inputs_embeds=hidden_1ND.detach(), use_cache=False).logits[0]
+        finally:
+            del self._decoder.forward
+            self._output = None
 
     @contextmanager
-    def _as_base(self, model) -> Iterator:
+    def _as_base(self, model, device: torch.device) -> Iterator:
         if self._base is not None:
-            yield self._base
+            yield self._base.to(device)  # it was copied before the model was moved there
             return
         model.eval()
         with model.disable_adapter():

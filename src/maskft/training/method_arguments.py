@@ -4,15 +4,16 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from maskft_base.errors import UserError
-from maskft_base.files import read_json
+from maskft_base.files import is_there, parse_json, read_json
 
 from ..data.arguments import option
 from ..masking import ScoreStart
@@ -35,10 +36,12 @@ LEARNER_OPTIONS = frozenset(
     for name in "preset selection gradient price sharpness sharpness_end temperature temperature_end threshold "
     "rank_by init_scores init_std init_value".split()
 )
-_DECIDED = ("sparsity", "init_scores")  # None: as the preset says, without one as recommended
+# What presets set. None: as the preset says, without one as MaskConfig says, or as recommended.
+_DECIDED = dict.fromkeys(name for preset in PRESETS.values() for name in preset)
 # Fields of MaskConfig that are options; those from save_scores on are filled in when an adapter is saved.
 _SETTINGS = list(MaskConfig.__annotations__)[: list(MaskConfig.__annotations__).index("save_scores")]
 _SPECS = {spec.name: spec for spec in fields(MaskConfig)}
+_NAME = re.compile(r"(?!all-linear$)[\w.-]+")  # of a layer; anything else that stands alone is an expression
 
 
 def _argument(name: str) -> str:
@@ -55,9 +58,13 @@ def _kind(hint: Any) -> Any:
 def _mask_argument(name: str, hint: Any) -> tuple[str, Any, Any]:
     default = None if name in _DECIDED else _SPECS[name].default
     kind = _kind(hint) if default is not None else _kind(hint) | None
-    return _argument(name), kind, option(default, _SPECS[name].metadata["help"].replace("%", "%%"))
+    unsaid = UNSAID.get(_argument(name))
+    text = _SPECS[name].metadata["help"].replace("%", "%%") + ("" if unsaid is None else f" [{unsaid}]")
+    return _argument(name), kind, option(default, text)
 
 
+# What these are without a preset, but for those that are recommended then.
+UNSAID = {_argument(n): _SPECS[n].default for n in _DECIDED if n not in ("sparsity", "init_scores")}
 _HINTS = get_type_hints(MaskConfig)
 MaskArguments = make_dataclass("MaskArguments", [_mask_argument(name, _HINTS[name]) for name in _SETTINGS])
 MaskArguments.__doc__ = "Settings of the mask; each is the field of MaskConfig without the prefix."
@@ -121,14 +128,14 @@ def read_peft_config(given: dict | str | None) -> dict[str, Any] | None:
     """The content of ``peft_config``, of which a file may be named."""
     if given is None or isinstance(given, dict):
         return given
-    if Path(given).is_file():
-        return read_json(Path(given))
-    try:
-        content = json.loads(given)
-    except json.JSONDecodeError:
-        content = None
+    content = None
+    if given.lstrip().startswith("{"):
+        with suppress(ValueError):
+            content = parse_json(given)
+    elif is_there(given):
+        content = read_json(Path(given).expanduser())
     if not isinstance(content, dict):
-        raise UserError(f'peft_config {given!r} is neither a file nor a JSON object such as {{"peft_type": "LORA"}}')
+        raise UserError(f'peft_config {given!r} is no JSON object such as {{"peft_type": "LORA"}}, nor a file of one')
     return content
 
 
@@ -138,9 +145,9 @@ def method_label(method: str, options: Mapping[str, Any]) -> str:
 
 
 def selection_of(options: Mapping[str, Any]) -> str:
-    """What removes weights, by the mask's preset or its own option."""
+    """What removes weights, by the mask's own option or its preset."""
     preset = PRESETS.get(str(options.get("mask_preset")), {})
-    return preset.get("selection", options.get("mask_selection", "topk"))
+    return options.get("mask_selection") or preset.get("selection", "topk")
 
 
 def removes_a_share(options: Mapping[str, Any]) -> bool:
@@ -164,10 +171,11 @@ def default_start(options: Mapping[str, Any]) -> ScoreStart:
 def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:
     """Build the tuner's configuration from flat arguments."""
     values = {name: getattr(arguments, _argument(name)) for name in _SETTINGS}
-    # What stands at its default was not given, so that a preset decides it; None says the same.
-    decided = {name: values.pop(name) for name in _DECIDED}
-    values = {name: value for name, value in values.items() if value != _SPECS[name].default}
+    values = {name: value for name, value in values.items() if value is not None}
     if not arguments.mask_preset:
-        values |= {"sparsity": PRESETS["recommended"]["sparsity"], "init_scores": default_start(vars(arguments))}
-    values |= {name: value for name, value in decided.items() if value is not None}
+        start = default_start(vars(arguments))
+        values = {"sparsity": PRESETS["recommended"]["sparsity"], "init_scores": start} | values
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(names := values.get(name), list) and len(names) == 1 and not _NAME.fullmatch(names[0]):
+            values[name] = names[0]
     return MaskConfig(task_type="CAUSAL_LM", **{**values, **overrides})

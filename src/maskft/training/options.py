@@ -19,7 +19,7 @@ from maskft_base.files import read_yaml
 from ..data.arguments import DataArguments
 from .arguments import TrainConfig, TrainingArguments
 from .launch import launch_options
-from .method_arguments import MaskArguments, MethodArguments
+from .method_arguments import UNSAID, MaskArguments, MethodArguments
 
 _GROUPS = (MethodArguments, ModelConfig, DataArguments, MaskArguments, TrainingArguments)
 
@@ -93,9 +93,9 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
 
 
 def option_defaults() -> dict[str, Any]:
-    """Every option of ``maskft train`` with its default (None where there is none)."""
+    """Every option of ``maskft train`` with its default, without a preset (None where there is none)."""
     fields = [spec for group in _GROUPS for spec in dataclasses.fields(group) if spec.init]
-    return {spec.name: _default(spec) for spec in fields}
+    return {spec.name: _default(spec) for spec in fields} | UNSAID
 
 
 def _default(spec: dataclasses.Field) -> Any:

@@ -47,7 +47,8 @@ def adapter_config(content: Mapping[str, Any]) -> PeftConfig:
                 f"peft_config has {option} {value!r}, a start that PEFT computes from data beforehand, in a program of "
                 "its own; leave it out"
             )
+    given = {key: value for key, value in content.items() if key != "peft_type"}
     try:
-        return kind(**{"task_type": "CAUSAL_LM", **{k: v for k, v in content.items() if k != "peft_type"}})
+        return kind(**{"task_type": "CAUSAL_LM", **given, "inference_mode": False})  # PEFT saves it as true
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"peft_config: {first_line(error)}") from error

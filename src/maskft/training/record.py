@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class TrainingSummary(FileModel):
         num_train_tokens: Tokens trained on, those without a label included.
         num_trainable: Parameters that were trained.
         num_target_weights: Weights a mask could remove; 0 for other methods.
-        train_time_s: Seconds, evaluation included.
+        train_time_s: Seconds, evaluation included; of a resumed run with those before its checkpoint.
         peak_memory_bytes: Of this process: of the GPU where there is one.
         history: What was logged, a dict per time.
     """
@@ -132,8 +133,8 @@ def make_record(
     )
 
 
-def summarise(trainer: MaskTrainer, method: str, seconds: float) -> TrainingSummary:
-    """Sum up a run of ``method`` that has ended, after ``seconds``."""
+def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
+    """Sum up a run of ``method`` that has ended."""
     state, model = trainer.state, trainer.model
     without_mask = trainer.reference.losses if trainer.reference else None
     losses = {row["step"]: row["eval_loss"] for row in state.log_history if "eval_loss" in row}
@@ -152,7 +153,7 @@ def summarise(trainer: MaskTrainer, method: str, seconds: float) -> TrainingSumm
         num_train_tokens=int(trainer._total_train_tokens),
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         num_target_weights=sum(layer.weight.numel() for layer in layers.values()),
-        train_time_s=round(seconds, 1),
+        train_time_s=round(time.perf_counter() - trainer.started, 1),
         peak_memory_bytes=runtime.peak_memory_bytes(),
         history=[{key: value for key, value in row.items() if key not in _OF_ONE_PROCESS} for row in state.log_history],
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -101,7 +100,7 @@ def fit(
     if config.training.device.type == "cpu":
         runtime.keep_freed_memory()
     trainer = MaskTrainer(model, tokenizer, data, config, resume_from, console)
-    started, failure = time.perf_counter(), None
+    failure = None
     try:
         with closing(trainer.progress), trainer.guard.stop:
             trainer.train(resume_from_checkpoint=resume_from)
@@ -109,7 +108,7 @@ def fit(
             console.print(f"already finished: all {trainer.state.max_steps} steps had been trained")
     except NotFiniteError as error:
         failure = trainer.back_to_best(error)
-    return trainer, summarise(trainer, config.method.method, time.perf_counter() - started), failure
+    return trainer, summarise(trainer, config.method.method), failure
 
 
 def heldout_loss(model, tokenizer, config: TrainConfig) -> HeldoutLoss:

@@ -70,6 +70,7 @@ class MaskTrainer(SFTTrainer):
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        self.started = time.perf_counter()
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, also for FSDP on CPUs."""
@@ -86,10 +87,13 @@ class MaskTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss and, in training, the term that holds the model near its base."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._kl is None or not model.training:
-            return result
-        term = self._kl(self.accelerator.unwrap_model(model), inputs, num_items_in_batch)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        whole = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            of_base = self._kl.of_base(whole, inputs)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        term = self._kl(whole, of_base, num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             term = term * self.accelerator.num_processes  # as TRL's loss
         return (result[0] + term, result[1]) if return_outputs else result + term
@@ -134,6 +138,7 @@ class MaskTrainer(SFTTrainer):
             kept = files.read_json(Path(self._resume_from) / files.LOGGED)
             self._tr_loss.fill_(kept["loss"])
             self._globalstep_last_logged = kept["step"]
+            self.started -= kept.get("seconds", 0.0)  # earlier versions did not keep them
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write a checkpoint whole; its manifest, which is written last, says that it is; then delete the oldest."""
@@ -153,10 +158,11 @@ class MaskTrainer(SFTTrainer):
         self._save_checkpoint(self.model, trial=None)
 
     def _save_loss_since_log(self, folder: Path) -> None:
-        """Keep what the next line of the log is the mean of: transformers would begin at the checkpoint."""
+        """Keep the time so far, and what the next line of the log is the mean of, which transformers forgets."""
         sums = runtime.reduce_(self._tr_loss.detach().double().clone()) / runtime.num_processes()
         if runtime.is_main():
-            content = {"loss": sums.item(), "step": self._globalstep_last_logged}
+            seconds = time.perf_counter() - self.started
+            content = {"loss": sums.item(), "step": self._globalstep_last_logged, "seconds": seconds}
             files.write_text(folder / files.LOGGED, json.dumps(content) + "\n")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -95,7 +95,8 @@ def _about(folder: Path, config: Any) -> Iterator[str]:
         names = ", ".join(f"`{printable(name)}`" for name in config.weights_sha256)
         yield from (f"Trained beside the mask, and replaced in full: {names}.", "")
     if (config.recipe or {}).get("verdict"):
-        yield from (f"On held-out rows of its training data, {_cell(str(config.recipe['verdict']))}.", "")
+        yield f"On held-out rows of its training data, {_cell(str(config.recipe['verdict']))}."
+        yield from ("Methods that train on the same tokens were not compared; `maskft study` does that.", "")
 
 
 def _how(config: Any, recipe: Mapping[str, Any]) -> Iterator[str]:

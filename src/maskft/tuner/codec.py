@@ -47,22 +47,12 @@ def encode_mask(mask: Tensor) -> Tensor:
     """Code a 2-D bool mask (True = keep) into a 1-D uint8 tensor on the CPU."""
     if mask.dtype != torch.bool or mask.dim() != 2:
         raise ValueError(f"a mask must be a 2-D bool tensor, got {mask.dtype} with shape {tuple(mask.shape)}")
-    removed = _removed(mask)
+    removed = ~mask.detach().cpu().contiguous().view(-1).numpy()
     packed, count = np.packbits(removed), int(removed.sum())
     payload, coding = _smallest(packed, removed.size, count)
     digest = _digest(mask.shape, count, packed)
     header = _HEADER.pack(_MAGIC, FORMAT_VERSION, coding, *mask.shape, count, digest)
     return torch.frombuffer(bytearray(header + payload), dtype=torch.uint8)
-
-
-def mask_sha256(mask: Tensor) -> str:
-    """The checksum (hex) that ``mask`` would carry when coded."""
-    removed = _removed(mask)
-    return _digest(mask.shape, int(removed.sum()), np.packbits(removed)).hex()
-
-
-def _removed(mask: Tensor) -> np.ndarray:
-    return ~mask.detach().cpu().contiguous().view(-1).numpy()
 
 
 def is_of_mask(key: str) -> bool:

@@ -194,8 +194,11 @@ class MaskConfig(PeftConfig):
         self._apply_preset()
         self._check_choices()
         check_sparsity(self.sparsity)
-        if not self.init_std > 0:
+        if not 0 < self.init_std < math.inf:
             raise UserError(f"init_std is {self.init_std!r}; it is a standard deviation and must be > 0")
+        for name in ("threshold", "init_value"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise UserError(f"{name} is {getattr(self, name)}; it must be a finite number")
         self._check_learner()
         if self.scope != "matrix" and self.mask_sha256 is None:
             raise UserError(f"scope is {self.scope!r}; scores are ranked per matrix: leave it out, or take 'threshold'")
@@ -231,8 +234,9 @@ class MaskConfig(PeftConfig):
 
         In a Trainer's checkpoint folder the scores join them, so that any trainer resumes where it was.
         """
-        if self.base_model_name_or_path and Path(self.base_model_name_or_path).is_dir():
-            self.base_model_name_or_path = str(Path(self.base_model_name_or_path).resolve())  # is read elsewhere
+        for name in ("base_model_name_or_path", "removed_value_model"):
+            if (model := getattr(self, name)) and Path(model).is_dir():
+                setattr(self, name, str(Path(model).resolve()))  # is read elsewhere
         file = Path(save_directory) / ADAPTER_WEIGHTS
         scores, self.scores_of_save = self.scores_of_save, ScoresOfSave()
         if (file.parent / WEIGHTS_NAME).is_file():

@@ -189,6 +189,11 @@ class _MaskedLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_y_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, weight, *scores = ctx.saved_tensors
         layer, grad_x = ctx.layer, None
+        if layer.sharded_weight is not None and not layer.sharded_weight.is_current(layer):
+            raise UserError(
+                f"the mask of {layer.module_name} changed between forward and backward, for which FSDP gathers the "
+                "weight again: compute what needs the model without its mask before the forward pass"
+            )
         if ctx.needs_input_grad[0]:
             grad_x = grad_y_TO.matmul(weight.t() if layer.is_transposed else weight)
         left, right = (x_TI, grad_y_TO) if layer.is_transposed else (grad_y_TO, x_TI)

@@ -34,9 +34,11 @@ def wanda_keys(model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name:
     layers = list(adapter_layers(model, adapter_name).values())
     is_training = model.training
     model.eval()
-    with cast(Any, model).disable_adapter():
-        norms = input_norms(model, layers, rows)
-    model.train(is_training)
+    try:
+        with cast(Any, model).disable_adapter():
+            norms = input_norms(model, layers, rows)
+    finally:
+        model.train(is_training)
     weights = [layer.weight.detach().float().abs() for layer in layers]
     return {
         layer.module_name: ranks_per_output(weight * norm, output_dim=int(layer.is_transposed)).float()

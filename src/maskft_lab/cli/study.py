@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--launcher",
         choices=("local", "ray", "slurm"),
         default="local",
-        help="local: this machine; ray, slurm: as many runs at once as the cluster has room for, in a folder that all nodes "
-        "see (default: local)",
+        help="local: this machine; ray, slurm: as many runs at once as the cluster has room for, in a folder that "
+        "all nodes see (default: local)",
     )
     parser.add_argument(
         "--num_at_once",

@@ -94,7 +94,7 @@ def run_command(words: Sequence[str], log: Path, tick: Callable[[], None] = lamb
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something, an error before what a training advises; empty where there is none."""
+    """The last line of a log that says something: an error before what a training advises; "" where there is none."""
     try:
         with log.open("rb") as stream:
             stream.seek(max(0, log.stat().st_size - 4096))
