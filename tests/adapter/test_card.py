@@ -73,7 +73,9 @@ def test_a_name_on_the_hub_and_the_embedded_model(adapter):
 
 def test_an_authors_own_card_is_left_alone(base, tmp_path):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), MaskConfig(layers_to_transform=[1]))
+    model.base_model.model.add_model_tags(["trl", "my-tag"])
     model.save_pretrained(tmp_path)
+    assert {"maskft", "trl", "my-tag"} <= set(card_of(tmp_path)[0]["tags"])
     assert "fine-tuned version of" not in (tmp_path / "README.md").read_text()
     model.save_pretrained(tmp_path)  # over our own
     assert (tmp_path / "README.md").read_text().count("## Use") == 1

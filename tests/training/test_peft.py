@@ -1,6 +1,7 @@
 """Adapters of PEFT's: trained, saved, loaded, evaluated and merged by their configuration alone; what cannot be."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -35,8 +36,10 @@ ADAPTERS = {
 def test_an_adapter_trains_and_is_saved_loaded_evaluated_and_merged(name, call, base, data, tmp_path):
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(ADAPTERS[name]))
-    status, err = call(method="peft", peft_config=file, max_steps=3, learning_rate=0.05)
+    there = os.path.relpath(base)  # named so that it is found from here alone
+    status, err = call(method="peft", peft_config=file, max_steps=3, learning_rate=0.05, model_name_or_path=there)
     assert status == 0, err
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     record = read_record(tmp_path / "out")
     assert record.summary.num_trainable > 0 and record.recipe["peft_config"] == ADAPTERS[name]
     losses = [row["eval_loss"] for row in record.summary.history if "eval_loss" in row]

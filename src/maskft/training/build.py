@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -102,7 +103,8 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelConfig
     revision = None if source.model_revision == "main" else source.model_revision
     adapted = get_peft_model(model, config, revision=revision)
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
-    adapted.peft_config[ADAPTER].base_model_name_or_path = source.model_name_or_path
+    base = source.model_name_or_path
+    adapted.peft_config[ADAPTER].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     return adapted
 
 

@@ -48,7 +48,8 @@ def write_card(folder: str | Path, config: Any) -> None:
     file = Path(folder) / files.CARD
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else _MARK
     if any(mark in text for mark in (_MARK, *_OF_OTHERS)):
-        files.write_text(file, _card(Path(folder), config))
+        kept = ModelCard(text, ignore_metadata_errors=True).data.tags or []  # such as those of add_model_tags
+        files.write_text(file, _card(Path(folder), config, [tag for tag in kept if not tag.startswith("base_model:")]))
 
 
 def hub_name(base: str | None) -> str | None:
@@ -57,7 +58,7 @@ def hub_name(base: str | None) -> str | None:
     return base if is_name else None
 
 
-def _card(folder: Path, config: Any) -> str:
+def _card(folder: Path, config: Any, tags: list[str]) -> str:
     """Metadata and text; a base that is not on the hub is not named in the metadata, the hub would look for it."""
     recipe, base = config.recipe or {}, config.base_model_name_or_path
     load = _LOAD_OVER if base is None else (_LOAD_EMBEDDED if base == files.EMBEDDED_MODEL else _LOAD) + _ASK
@@ -68,7 +69,7 @@ def _card(folder: Path, config: Any) -> str:
         datasets=list(recipe.get("datasets") or ()) or None,
         library_name="peft",
         pipeline_tag="text-generation" if config.task_type == "CAUSAL_LM" else None,
-        tags=["maskft", "mask-fine-tuning"],
+        tags=list(dict.fromkeys(["maskft", "mask-fine-tuning", *tags])),
     )
     needs = f"It needs maskft ({HOW_TO_INSTALL.format('.')})."
     use = ["## Use", "", needs, "", "```python", load.format(tokenizer=tokenizer), "```"]

@@ -205,6 +205,9 @@ class Tuned:
         settings = settings_text(self.winner.settings) or "its setting"
         if self.point is not None:
             settings += f" at {self.point[0]:g} of training, {self.point[1]:g} of the change,"
+        known = [trial.heldout.loss for trial in self.trials if trial.heldout is not None]
+        if self.point is None and len(known) > 1 and len(set(known)) == 1:
+            return f"{self.winner.run.name}: {settings} is the first of {len(known)} with the same held-out loss"
         return f"{self.winner.run.name}: {settings} is the best of {self.num_settings} on held-out rows"
 
 
