@@ -53,15 +53,6 @@ def masked_linear(x_TI, weight_OI, scores_OI, bias_O, mask_OI, grad_TO, rank_by=
     return y_TO, grad_x_TI, grad_scores_OI
 
 
-def adam_step(parameter, grad, state, lr, beta1=0.9, beta2=0.999, eps=1e-8):
-    """One Adam step from the paper of that name."""
-    state["t"] = state.get("t", 0) + 1
-    state["m"] = beta1 * state.get("m", torch.zeros_like(grad)) + (1 - beta1) * grad
-    state["v"] = beta2 * state.get("v", torch.zeros_like(grad)) + (1 - beta2) * grad**2
-    m_hat, v_hat = state["m"] / (1 - beta1 ** state["t"]), state["v"] / (1 - beta2 ** state["t"])
-    return parameter - lr * m_hat / (v_hat.sqrt() + eps)
-
-
 class SortingLinear(torch.nn.Module):
     """A masked layer that sorts its scores in every forward pass and leaves all gradients to autograd."""
 

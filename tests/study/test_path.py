@@ -5,11 +5,17 @@ import json
 import pytest
 import yaml
 
+from maskft.data import load_splits
 from maskft_base import files
+from maskft_base.errors import UserError
+from maskft_lab.cli import evaluate
 from maskft_lab.cli.main import main
-from maskft_lab.study.execute import Study
-from maskft_lab.study.recipe import Choice
-from maskft_lab.study.runs import ChosenFrom
+from maskft_lab.cli.study import check
+from maskft_lab.study.check import parsed_run
+from maskft_lab.study.execute import Study, evaluation_words
+from maskft_lab.study.plan import build_plan
+from maskft_lab.study.recipe import Choice, parse_recipe
+from maskft_lab.study.runs import ChosenFrom, Heldout
 from maskft_lab.study.tuning import choose
 from small_study import recipe, write
 
@@ -34,30 +40,37 @@ def study(base, data, tmp_path):
         "mask": {"method": "mask", **STEPS, "learning_rate": 1.0e-2},
     }
     content = recipe(base, data, methods)
-    test = tmp_path / "test.jsonl"
-    test.write_text(
-        "".join(json.dumps({"prompt": f"{n}*1=", "completion": str(n), "answer": str(n)}) + "\n" for n in range(6))
-    )
-    content["evaluation"] = {"heldout": {"dataset_name": str(test)}, "max_new_tokens": 2, "bf16": True}
-    probe = {"dataset_name": str(test), "max_eval_samples": 5}
-    content["path"] = {
-        "checkpoints": [0.5, 1.0],
-        "scales": [0.5],
-        "before": {"kl": {**probe, "kl": True}, "text": probe},
-    }
+    test, probe = ({"dataset_name": str(tmp_path / f"{name}.jsonl")} for name in ("test", "probe"))
+    for factor, rows in ((1, test), (2, probe)):
+        lines = [{"prompt": f"{n}*{factor}=", "completion": f"{n}", "answer": f"{n}"} for n in range(6)]
+        (tmp_path / rows["dataset_name"]).write_text("\n".join(map(json.dumps, lines)))
+    content["evaluation"] = {"heldout": test, "max_new_tokens": 2, "bf16": True}
+    kl, text = {**test, "kl": True}, {**probe, "max_eval_samples": 5}
+    content["path"] = {"checkpoints": [0.5, 1.0], "scales": [0.5], "before": {"kl": kl, "text": text}}
     return write(tmp_path, content)
 
 
-def test_every_point_is_measured_on_heldout_rows_and_probes(study, tmp_path, commands):
+@pytest.fixture
+def content(study):
+    return yaml.safe_load(study.read_text())
+
+
+def planned(content, look=lambda run: None):
+    return build_plan(check(parse_recipe(content)).recipe, look)
+
+
+def test_every_point_is_measured_on_heldout_rows_and_probes(content, tmp_path, commands):
     """Of a run in one process; where one is missing it alone is measured again."""
-    out = tmp_path / "study"
+    still = {"method": "full", "from": "full", "learning_rate": 0, **STEPS}  # which changes nothing of its start
+    content["methods"]["still"], out = still, tmp_path / "study"
+    study = write(tmp_path, content)
     assert main(["study", str(study), "--output_dir", str(out)]) == 0
-    assert commands.count("evaluate") == 5 + 4  # paths of all runs, and all but one of full fine-tuning on test rows
+    assert commands.count("evaluate") == 6 + 5  # paths of all runs, and all but one of full fine-tuning on test rows
     (lost,) = out.glob(f"{files.RUNS}/mask-*/path/text-*/1-0.5/{files.RESULT}")
     before = {path: path.stat().st_mtime_ns for path in out.glob(f"{files.RUNS}/*/path/*/*/{files.RESULT}")}
     lost.unlink()
     assert main(["study", str(study), "--output_dir", str(out)]) == 0
-    assert commands.count("evaluate") == 5 + 4 + 1
+    assert commands.count("evaluate") == 6 + 5 + 1
     assert [path for path in before if path.stat().st_mtime_ns != before[path]] == [lost]
     for folder in (out / files.RUNS).iterdir():
         points = {
@@ -68,12 +81,12 @@ def test_every_point_is_measured_on_heldout_rows_and_probes(study, tmp_path, com
         if folder.name.startswith("base"):
             assert kl == {"0-0": 0}
         else:
-            assert 0 < kl["1-0.5"] < kl["1-1"] and kl["0.5-1"] != kl["1-1"]
+            assert 0 < kl["1-0.5"] < kl["1-1"]
+            assert (kl["0.5-1"] == kl["1-1"]) == folder.name.startswith("still")
             assert len(list(folder.glob("checkpoint-*"))) == 2
 
 
-def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(study, tmp_path):
-    content = yaml.safe_load(study.read_text())
+def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(content, tmp_path):
     content["path"]["choose"] = {"forgetting_at_most": 1.0e-3}
     content["methods"]["random"] = {"method": "random_mask", "match": "mask"}
     content["evaluation"]["before"] = {"text": content["evaluation"]["heldout"]}
@@ -110,6 +123,11 @@ def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(study, tmp_
         stored["LoRA"] == 2 * 2 * 3 * (4 * 32 + 2 * (32 + 16) + 3 * (32 + 48)) and 0 < stored["mask"] < stored["LoRA"]
     )
     assert "of the change, is the best of 3 on held-out rows" in (out / files.STUDY_TABLE.format("small")).read_text()
+    # Another study in the folder, without a path, leaves the checkpoints that were chosen.
+    chosen = sorted(out.glob(f"{files.RUNS}/*/checkpoint-*"))
+    del content["path"], content["methods"]["random"], content["methods"]["mask"]
+    assert main(["study", str(write(tmp_path, content | {"name": "other"})), "--output_dir", str(out)]) == 0
+    assert sorted(out.glob(f"{files.RUNS}/*/checkpoint-*")) == chosen and len(chosen) == 2 * (2 + 2)
 
 
 def a_point(gain, forgetting):
@@ -137,8 +155,7 @@ def test_what_is_chosen():
         ({"checkpoints": []}, "at least 1 item"),
     ],
 )
-def test_a_path_that_cannot_be(change, message, study, tmp_path, capsys):
-    content = yaml.safe_load(study.read_text())
+def test_a_path_that_cannot_be(change, message, content, tmp_path, capsys):
     content["path"] |= change
     content["methods"] = {name: content["methods"][name] for name in ("base", "LoRA")}
     content["methods"]["LoRA"] |= {"max_steps": 4}
@@ -146,17 +163,127 @@ def test_a_path_that_cannot_be(change, message, study, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_path_needs_the_model_before_training(study, tmp_path, capsys):
-    content = yaml.safe_load(study.read_text())
-    del content["methods"]["base"]
-    assert main(["study", str(write(tmp_path, content)), "--dry_run"]) == 2
-    assert "add the model before it, {method: pretrained}" in capsys.readouterr().err
+def restart(content, choose=None, scales=(), **options):
+    content["methods"]["restart"] = {"method": "full", "from": "full", **options}
+    content["path"] |= {"choose": choose, "scales": [*scales]}
 
 
-def test_points_are_not_chosen_on_test_rows(study, tmp_path, capsys):
-    content = yaml.safe_load(study.read_text())
+MOST = {"accuracy_at_least": 0.95}
+OVER_BASE = "a path measures adapters over the model before training; drop from or path"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["methods"].pop("base"), r"add the model before it, \{method: pretrained\}"),
+        (lambda c: c["methods"]["mask"].update({"from": "full"}), f"mask.from is 'full', and {OVER_BASE}"),
+        (lambda c: c["methods"]["LoRA"].update({"from": "full"}), f"LoRA.from is 'full', and {OVER_BASE}"),
+        (lambda c: restart(c, MOST, [0.5]), "restart starts from 'full', of which path.choose may take a part"),
+        (lambda c: restart(c, MOST, learning_rate="current"), "may take .* drop choose, or scales and"),
+        (lambda c: c["methods"]["mask"].update(split_seed=1), "'base, .*' and 'mask, .*' have different held-out rows"),
+    ],
+)
+def test_what_does_not_go_with_a_path(change, message, content):
+    change(content)
+    with pytest.raises(UserError, match=message):
+        planned(content)
+
+
+@pytest.mark.parametrize("options", [{}, {"eval_split_size": 5, "split_seed": 3}, {"eval_dataset_name": "probe.jsonl"}])
+def test_a_path_is_measured_on_the_rows_that_training_holds_out(options, content, tmp_path, monkeypatch):
+    """The model before training too; without an option these are those of the default."""
+    monkeypatch.chdir(tmp_path)
+    del content["data"]["sums"]["eval_split_size"]
+    content["train"] |= options
+    plan = planned(content)
+    trained = parsed_run(next(run for run in plan.runs if run.name == "LoRA")).data
+    rows = load_splits(trained, trained.split_seed).heldout["prompt"]
+    for run in plan.runs:
+        _, how = Study(tmp_path, plan.recipe).path_sets(run)["heldout"]
+        args = evaluate.parser().parse_args(["--output_dir", "any", *evaluation_words(how)])
+        assert [row["prompt"] for row in evaluate.check_inputs(args)] == list(rows), run.title
+
+
+def looks(gains):
+    """Losses of a mask and of the others: what of 3 nats ``gains`` says of a run, at points that forget 1 and 0.1."""
+
+    def look(run):
+        gained = gains(run)
+        points = {(1.0, 1.0): (3 - gained, 2.0), (0.5, 1.0): (3.05 - gained, 1.1)} if gained else {(0.0, 0.0): (3, 1.0)}
+        return Heldout(1.0, {p: {"heldout": {"nll": own}, "text": {"nll": text}} for p, (own, text) in points.items()})
+
+    return look
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["methods"]["LoRA"].update(data="sums"),  # the first, written out
+        lambda c: c["methods"]["LoRA"].update({"from": "base"}),
+        lambda c: c["methods"]["LoRA"].update(learning_rate=1e-3) or c.update(grid={"LoRA.learning_rate": [1e-3, 0.1]}),
+        lambda c: c["methods"].update(sparse={"method": "full", "start_mask": "mask", **STEPS}),  # no rival: it waits
+    ],
+)
+def test_all_methods_from_the_base_are_rivals(change, content):
+    """None but LoRA reaches 95 % of what it gains, at the best of its rates: of others the point with most gain."""
+    content["path"] |= {"choose": MOST, "scales": []}
+    change(content)
+    gains = {"base": 0.0, "LoRA": 2.9}
+
+    def gain(run):
+        return 2.0 if run.options.get("learning_rate") == 1e-3 else gains.get(run.method.name, 2.0)
+
+    plan = planned(content, looks(gain))
+    assert {run.point for run in plan.runs if run.name == "mask"} == {(1.0, 1.0)}
+    rates = {run.options["learning_rate"] for run in plan.runs if run.method.name == "LoRA"}
+    assert rates == ({1e-3, 0.1} if "grid" in content else {1e-2})
+    del content["methods"]["LoRA"]
+    plan = planned(content | {"grid": {}}, looks(gain))
+    assert {run.point for run in plan.runs if run.name == "mask"} == {(0.5, 1.0)}
+
+
+def test_what_is_made_from_another_point_is_another_run(content):
+    restart(content)
+    content["methods"]["random"] = {"method": "random_mask", "match": "mask"}
+
+    def ids(choose):
+        content["path"] = path | {"choose": choose} if path else None
+        plan = planned(content, looks(lambda run: 2.0 if run.options else 0.0))
+        return {run.name: run.id for run in plan.runs if run.tried is None}
+
+    path = content["path"]
+    most, least = ids({"forgetting_at_most": 5.0}), ids({"forgetting_at_most": 0.5})
+    assert {name for name in most if most[name] != least[name]} == {"random", "restart"}
+    without, path = ids(None), None
+    assert without == ids(None) and not {*without.items()} & {(name, most[name]) for name in ("random", "restart")}
+
+
+def test_where_the_base_fails_the_study_says_why(content, tmp_path, monkeypatch, capsys):
+    def call(self, words, log, tick):
+        if words[3] == "evaluate" and log.parent.name.startswith("base"):
+            raise UserError("no room")
+        main(words[3:])
+
+    monkeypatch.setattr(Study, "call", call)
+    content["path"]["choose"] = MOST
+    content["methods"] = {name: content["methods"][name] for name in ("base", "LoRA")}
+    assert main(["study", str(write(tmp_path, content)), "--output_dir", str(tmp_path / "study")]) == 2
+    assert "run 'base, seed 0' failed: no room" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c, sums, probe: c["evaluation"].update(heldout=sums), "would be tuned on 16 held-out rows"),
+        (
+            lambda c, sums, probe: c["evaluation"].update(before={"earlier": probe}),
+            "path.before.text would choose points on 5 held-out rows, and evaluation reports on the prompts of 5",
+        ),
+    ],
+)
+def test_points_are_not_chosen_on_test_rows(change, message, content, tmp_path, capsys):
     content["path"]["choose"] = {"accuracy_at_least": 0.9}
-    content["evaluation"]["heldout"] = {"dataset_name": content["data"]["sums"]["dataset_name"]}
+    change(content, {"dataset_name": content["data"]["sums"]["dataset_name"]}, content["path"]["before"]["text"])
     del content["methods"]["full"]
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(tmp_path / "study")]) == 2
-    assert "would be tuned on 16 held-out rows" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

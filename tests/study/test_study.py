@@ -32,8 +32,7 @@ from maskft_lab.study.record import build_record, read_record, write_record
 from maskft_lab.study.study import run_study
 from small_study import FULL, MASK, outcome, recipe, write
 
-
-CHECKPOINT = f"{files.RUNS}/full-*/checkpoint-3/{files.MANIFEST}"  # the first, whole
+CHECKPOINT = f"{files.RUNS}/full-*/checkpoint-3/{files.MANIFEST}"  # the first, once it is whole
 
 
 def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys):
@@ -163,7 +162,7 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same_when_a_worker_is_killed(two_m
         assert process.wait(timeout=300) == 0, process.stderr.read()
     finally:
         cluster.shutdown()
-    check_resumed(together)
+    check_resumed(together, "full")
     check_the_same(together, alone)
 
 
@@ -198,14 +197,14 @@ def test_jobs_of_submitit_give_the_same(two_masks, alone, tmp_path, monkeypatch)
 
     run_study(plan, together, kills_the_first)
     assert killed and killed[0].done()
-    check_resumed(together)
+    check_resumed(together, "full")
     check_the_same(together, alone)
 
 
 def test_a_job_of_slurm_is_requeued_as_often_as_its_time_is_over(two_masks, tmp_path, monkeypatch):
     """And resumes each time; the commands of a cluster stand in a folder, and do nothing."""
     submitit = pytest.importorskip("submitit", reason="needs the extra slurm")
-    for name in ("sbatch", "scancel", "squeue"):
+    for name in ("sbatch", "scancel", "squeue", "srun"):
         (tmp_path / name).write_text("#!/bin/sh\n" + "echo Submitted batch job 7\n" * (name == "sbatch"))
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -237,7 +236,10 @@ def test_slurm_gives_the_same_when_jobs_and_the_study_are_lost(two_masks, alone,
     process = start([*words, "debug"])  # which cancels the job that is left
     jobs: list = []
     wait_for(process, lambda: jobs.extend(job_processes(together, num=2)) or jobs)
-    lost, other = jobs
+    ahead: list = []
+    wait_for(process, lambda: ahead.extend(together.glob(CHECKPOINT.replace("full", "mask_?"))) or ahead)
+    # What is killed has a checkpoint: of mask N, task N of the array.
+    lost, other = sorted(jobs, key=lambda job: f"mask_{job.environ()['SLURM_ARRAY_TASK_ID']}-" not in str(ahead[0]))
     lost.kill()
     ids = [other.environ()[f"SLURM_ARRAY_{name}_ID"] for name in ("JOB", "TASK")]
     subprocess.run(["scontrol", "requeue", "_".join(ids)], check=True)
@@ -246,7 +248,7 @@ def test_slurm_gives_the_same_when_jobs_and_the_study_are_lost(two_masks, alone,
     while left := queue():
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
-    check_resumed(together)
+    check_resumed(together, "mask_?")
     check_the_same(together, alone)
 
 
@@ -336,9 +338,11 @@ def alone(two_masks):
     return two_masks.parent / "alone"
 
 
-def check_resumed(folder):
-    print(next(folder.glob(f"{files.RUNS}/full-*/{files.LOG}")).read_text())
-    raise 0
+def check_resumed(folder, name):
+    """One of the runs began twice, and measured its start once: that is all its log says of a resumption."""
+    logs = [file.read_text() for file in folder.glob(f"{files.RUNS}/{name}-*/{files.LOG}")]
+    starts = [(log.count("trainable parameters"), len(re.findall("^  step +0/", log, re.M))) for log in logs]
+    assert any(begun > 1 == measured for begun, measured in starts), logs
 
 
 def check_the_order(out):

@@ -30,12 +30,6 @@ def test_round_trip(rows, columns, density, seed):
     assert info["shape"] == (rows, columns) and info["num_removed"] == int((~mask).sum())
 
 
-def scattered(rows, columns, every):
-    """A mask that no version of a random generator changes."""
-    places = torch.arange(rows * columns)
-    return ((places * places * 7 + places * 3) % every != 0).view(rows, columns)
-
-
 COMMITTED = {
     "numeral system": (
         torch.tensor([(place * 2654435761 >> 7) % 11 != 0 for place in range(400)]).view(10, 40),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -17,13 +18,15 @@ from maskft.training.method_arguments import FIXED_MASK_METHODS, INTERPOLATE, MA
 from maskft.training.options import parse_words
 from maskft_base.errors import UserError, did_you_mean
 
-from .execute import evaluation_words
+from .execute import Study, evaluation_words
+from .identity import options_identity, short_digest
 from .plan import Plan, build_plan
 from .process import command_words
 from .recipe import CURRENT_RATE, Method, Options, Recipe
 from .runs import StudyRun
 
 _OF_THE_STUDY = set("model_name_or_path adapter change scale name seed output_dir overwrite help".split())
+_OF_PATH = "path.before."  # begins the name of a section
 _ANY = ["--output_dir", "any", "--model_name_or_path", "any", "--change", "none"]
 
 
@@ -51,6 +54,7 @@ def check(recipe: Recipe, evaluate: ModuleType) -> Plan:
             _check_run(run)
         seen |= values
     _evaluation_args(recipe, evaluate)
+    _check_path_rows(plan)
     return plan
 
 
@@ -77,18 +81,35 @@ def _check_run(run: StudyRun) -> None:
         raise UserError(f"run {run.title!r}: {error}") from None
 
 
+def _check_path_rows(plan: Plan) -> None:
+    """Refuse a path on held-out rows on which the model before training is not measured."""
+    study, rows = Study(Path(), plan.recipe), {}
+    for run in filter(study.has_path, plan.runs):
+        rows.setdefault(short_digest(options_identity(study.heldout_options(run))), run.title)
+    if len(rows) > 1:
+        raise UserError(
+            f"path: {' and '.join(map(repr, [*rows.values()][:2]))} have different held-out rows; give all methods the "
+            f"first of data, {next(iter(plan.recipe.data))!r}, and options of its rows there or in train"
+        )
+
+
 def check_before_running(plan: Plan, evaluate: ModuleType) -> None:
     """Check what needs data: tasks, and that nothing is chosen on rows that are reported on."""
+    sets = _evaluation_args(plan.recipe, evaluate)
     try:
-        reported = [row for args in _evaluation_args(plan.recipe, evaluate) for row in evaluate.check_inputs(args)]
+        rows = {where: evaluate.check_inputs(args) for where, args in sets.items()}
     except UserError as error:
         raise UserError(f"evaluation: {error}") from None
-    _check_tuned_rows(plan, reported)
+    digests = {prompt_digest(row) for where, each in rows.items() if not where.startswith(_OF_PATH) for row in each}
+    _check_tuned_rows(plan, digests)
+    for where, each in rows.items() if plan.recipe.path and plan.recipe.path.choose else ():
+        if where.startswith(_OF_PATH) and not sets[where].kl:  # KL chooses nothing
+            _check_not_reported(each, digests, f"{where} would choose points on")
 
 
-def _check_tuned_rows(plan: Plan, reported: list[dict]) -> None:
+def _check_tuned_rows(plan: Plan, digests: set[str]) -> None:
     """Refuse to tune or choose on rows whose prompts are among those that the study reports on, or on a test split."""
-    digests, seen = {prompt_digest(row) for row in reported}, set()
+    seen: set[str] = set()
     about_data = {field.name for field in fields(DataArguments)}
     for run in plan.runs:
         verb = how_chosen(run.method, run.options)
@@ -103,12 +124,16 @@ def _check_tuned_rows(plan: Plan, reported: list[dict]) -> None:
         if split == "test" and not Path(name).is_file():
             raise UserError(f"{would} the split 'test' of {name!r}; hold out rows of the training data")
         heldout = load_splits(data, data.split_seed, None, parsed.training.dataset_text_field).heldout
-        number = sum(prompt_digest(row) in digests for row in heldout)
-        if number:
-            raise UserError(
-                f"{would} {len(heldout):,} held-out rows, and evaluation reports on the prompts of {number:,} of them; "
-                "hold out other rows (eval_split_size), or take these out of the test"
-            )
+        _check_not_reported(heldout, digests, would)
+
+
+def _check_not_reported(heldout: Iterable[dict], digests: set[str], would: str) -> None:
+    is_reported = [prompt_digest(row) in digests for row in heldout]
+    if any(is_reported):
+        raise UserError(
+            f"{would} {len(is_reported):,} held-out rows, and evaluation reports on the prompts of "
+            f"{sum(is_reported):,} of them; hold out other rows (eval_split_size), or take these out of the test"
+        )
 
 
 def how_chosen(method: Method, options: Options) -> str | None:
@@ -124,21 +149,21 @@ def how_chosen(method: Method, options: Options) -> str | None:
     return "chosen" if is_best_drawn or method.method == INTERPOLATE else None
 
 
-def _evaluation_args(recipe: Recipe, evaluate: ModuleType) -> list[Namespace]:
-    """The recipe's options of ``maskft evaluate``, parsed; what that would refuse is refused."""
+def _evaluation_args(recipe: Recipe, evaluate: ModuleType) -> dict[str, Namespace]:
+    """Section -> the recipe's options of ``maskft evaluate``, parsed; what that would refuse is refused."""
     sections = {"evaluation": recipe.evaluation}
     sections |= {f"evaluation.before.{name}": options for name, options in recipe.before.items()}
     before = recipe.path.before if recipe.path else {}
-    sections |= {f"path.before.{name}": options for name, options in before.items()}
-    found, parser = [], evaluate.parser()
+    sections |= {f"{_OF_PATH}{name}": options for name, options in before.items()}
+    found, parser = dict[str, Namespace](), evaluate.parser()
     known = {action.dest for action in parser._actions} - _OF_THE_STUDY
     for where, options in sections.items():
         for option in options:
             if option not in known:
                 raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(option, known)}")
         try:
-            found.append(parser.parse_args([*_ANY, *evaluation_words(options)]))
-            evaluate.read(found[-1])
+            found[where] = parser.parse_args([*_ANY, *evaluation_words(options)])
+            evaluate.read(found[where])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return found

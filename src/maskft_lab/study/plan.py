@@ -66,10 +66,9 @@ def build_plan(recipe: Recipe, look: Look = lambda run: None) -> Plan:
     """
     planner = _Planner(recipe, option_defaults() | {"keep_worse": True}, look)  # see execute.py
     for method in recipe.methods.values():
-        axes = planner.axes(method)
-        for values in itertools.product(*axes.values()):
+        for axes in planner.variants(method):
             for seed in planner.seeds(method):
-                planner.run(method, dict(zip(axes, values, strict=True)), seed)
+                planner.run(method, axes, seed)
     finals = [run for run in planner.runs if run.tried is None]
     _check_names(finals)
     # The winner is one of the runs that were tried, from now on with an evaluation.
@@ -94,6 +93,11 @@ class _Planner:
         """Grid axes of a method: its own and those of what it is made from."""
         inherited = {key for name in method.parents.values() for key in self.axes(self.recipe.methods[name])}
         return {key: v for key, v in self.recipe.axes.items() if key[0] == method.name or key in inherited}
+
+    def variants(self, method: Method) -> list[dict]:
+        """Grid values of each of a method's variants."""
+        axes = self.axes(method)
+        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
     def place(self, method: Method, axes: dict) -> tuple[dict, tuple]:
         """Grid values that a method has, and a key for them."""
@@ -151,12 +155,14 @@ class _Planner:
         if path is None or path.choose is None:
             return tuned
         methods = self.recipe.methods.values()
-        base = next(each for each in methods if each.method == PRETRAINED)
+        bases = {each.name: each for each in methods if each.method == PRETRAINED}
+        base = next(iter(bases.values()))
         before = self.look(self.run(base, {}, self.seeds(base)[0]))
-        # Of those that start from a trained model the best would wait for what they start from.
-        rivals = [each for each in methods if each.tune is not None and each.data == method.data and not each.start]
-        all_tuned = [tuned, *(self.tune(each, axes) for each in rivals if each.name != method.name)]
-        if before is None or not all(each.is_settled for each in all_tuned):
+        # Of those that are made from a trained model the best would wait for what they are made from.
+        rivals = [each for each in methods if each.tune is not None and bases.keys() >= {*each.parents.values()}]
+        all_tuned = [tuned, *(self.tune(each, values) for each in rivals for values in self.variants(each))]
+        # Without points the base has failed, and nothing can be chosen.
+        if before is None or not before.points or not all(each.is_settled for each in all_tuned):
             return replace(tuned, is_settled=False, point=(1.0, 1.0))
         base_values = next(iter(before.points.values()))
         found = [points_of(each.trials, base_values) for each in all_tuned]
@@ -202,6 +208,8 @@ class _Planner:
             "options": {k: v for k, v in named.items() if k not in defaults or v != plain(defaults[k])},
             **{key: run and run.hash for key, run in parents.items()},
         }
+        points = {key: list(run.point) for key, run in parents.items() if run and run.point}
+        settings |= {"points": points} if points else {}  # of their paths, those that it is made from
         num_processes = self.recipe.launch.num_processes or 1
         is_trained = method.method not in (PRETRAINED, *UNTRAINED_METHODS)
         # How many processes share a batch, where that decides its size.
@@ -232,7 +240,7 @@ def _options(
     is_mask = method.method in MASK_METHODS
     own = method.options | {option: value for (name, option), value in axes.items() if name == method.name}
     own |= chosen
-    refused = (recipe.train.keys() & _OF_THE_STUDY) | (own.keys() & {*_OF_THE_STUDY, REVISION})
+    refused = (recipe.train.keys() & {*_OF_THE_STUDY, "mask_seed"}) | (own.keys() & {*_OF_THE_STUDY, REVISION})
     if refused:
         raise UserError(f"method {method.name!r} sets {min(refused)}, which seeds, from, last or train decide; drop it")
     options = {key: value for key, value in recipe.train.items() if is_mask or not key.startswith("mask_")}

@@ -102,7 +102,7 @@ class TimesParent(Section):
 class Choice(Section):
     """What held-out rows choose among the points of a method's path: one of the two constraints."""
 
-    accuracy_at_least: Share | None = None  # of the best that any method of the same data has; then least forgetting
+    accuracy_at_least: Share | None = None  # of the best that any method has; then least forgetting
     forgetting_at_most: Number | None = None  # nats per token; then most accuracy
 
     @model_validator(mode="after")
@@ -268,12 +268,23 @@ class Recipe(Section):
         for name, method in self.methods.items():
             made = {key: self.methods[parent] for key, parent in method.parents.items()}
             start, match = made.pop("from", None), made.pop("match", None)
-            if self.path and made and method.method == PEFT:
-                raise ValueError(f"methods.{name} has start_mask, and a path measures adapters over the model as it is")
+            key = "start_mask" if made else "from" if start and start.method == "full" else None
+            if self.path and key and method.method in (*MASK_METHODS, PEFT):
+                raise ValueError(
+                    f"methods.{name}.{key} is {method.parents[key]!r}, and a path measures adapters over the model "
+                    f"before training; drop {key} or path"
+                )
             if match and match.method != "mask":
                 raise ValueError(f"methods.{name}.match is {match.name!r}, which is no learned mask")
             if start and start.method not in (PRETRAINED, "full"):
                 raise ValueError(f"methods.{name}.from is {start.name!r}, an adapter; start from full fine-tuning")
+            chosen = [each.name for each in (start, *made.values()) if each and each.method in ("full", "mask")]
+            is_current = method.options.get("learning_rate") == CURRENT_RATE
+            if chosen and self.path and self.path.choose and (self.path.scales or is_current):
+                raise ValueError(
+                    f"methods.{name} starts from {chosen[0]!r}, of which path.choose may take a part of the change or "
+                    f"another checkpoint than the best; drop choose, or scales and learning_rate {CURRENT_RATE}"
+                )
             for option, mask in made.items():
                 if mask.method not in MASK_METHODS or mask.start != method.start:
                     raise ValueError(f"methods.{name}.{option} is {mask.name!r}; name a mask made from the same model")

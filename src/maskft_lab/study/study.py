@@ -50,10 +50,10 @@ def run_study(plan: Plan, folder: Path, launcher: Launcher, is_brief: bool = Fal
             ready = plan.ready
             failed = {run: reasons[run.id] for run in ready.runs if run.id in reasons}
             board = Board(study, ready, console, is_brief, failed)
-            _make_ready(study, plan, board, launcher)
+            num_made = _make_ready(study, plan, board, launcher)
             reasons |= {run.id: reason for run, reason in board.failed.items()}
-            is_over = len(plan.ready.runs) == len(plan.runs)
-        console.print(summarise(study, plan), end="", highlight=False, markup=False, soft_wrap=True)
+            is_over = len(plan.ready.runs) == len(plan.runs) or not num_made  # where what chooses failed
+        console.print(summarise(study, plan.ready), end="", highlight=False, markup=False, soft_wrap=True)
         if not is_brief:
             table = shown / files.STUDY_TABLE.format(plan.recipe.name)
             console.print(f"table: {table}\nresults: {shown / files.RESULTS}", highlight=False, soft_wrap=True)
@@ -63,8 +63,8 @@ def run_study(plan: Plan, folder: Path, launcher: Launcher, is_brief: bool = Fal
         raise UserError(f"run {run.title!r} failed{others}: {reason}")
 
 
-def _make_ready(study: Study, plan: Plan, board: Board, launcher: Launcher) -> None:
-    """Make every run that is not finished and whose settings are known; those that failed are noted on the board.
+def _make_ready(study: Study, plan: Plan, board: Board, launcher: Launcher) -> int:
+    """Make every run that is not finished and whose settings are known; returns how many; the board has what failed.
 
     Raises:
         UserError: For a mistake in the data of any run, before the first is made.
@@ -82,3 +82,4 @@ def _make_ready(study: Study, plan: Plan, board: Board, launcher: Launcher) -> N
             prepare_base(study, todo, board.tick)
             prepare_data(study, plan.runs, board.tick)
             make_runs(study, todo, board, launcher)
+    return len(todo)

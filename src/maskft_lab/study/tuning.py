@@ -35,7 +35,7 @@ def choose(points: Sequence[ChosenFrom], best_gain: float, rule: Choice) -> Chos
 
     Args:
         points: Those of one method.
-        best_gain: The best of any method of the same data.
+        best_gain: The best of any method.
         rule: The constraint.
     """
     if rule.accuracy_at_least is not None:
