@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from maskft_lab.results.compare import compare
+from maskft_lab.results.comparison import Settings
 from maskft_lab.results.paper_tables import paper_tables, render_tables
 from maskft_lab.results.reading import read_all
 from maskft_lab.results.text import render, sentence
@@ -31,8 +32,10 @@ def test_a_published_study(study, monkeypatch):
     text = render_tables(*paper_tables(results), "terminal")
     assert max(map(len, text.splitlines())) <= 80
     if study in GOLDEN:
-        comparison = compare(results, GOLDEN[study]["baseline"])
-        assert [sentence(row) for row in comparison.differences] == GOLDEN[study]["sentences"]
+        golden = GOLDEN[study]
+        comparison = compare(results, golden["baseline"], settings=Settings(fixed_seeds=golden["fixed_seeds"]))
+        assert [sentence(row) for row in comparison.differences] == golden["sentences"]
+        assert [verdict.text for verdict in comparison.verdicts] == golden["verdicts"]
         assert max(map(len, render(comparison, "terminal").splitlines())) <= 80
     if (RESULTS / study / SUMMARY).is_file():
         check_summary(study, results)
