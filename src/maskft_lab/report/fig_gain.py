@@ -243,6 +243,7 @@ def _name_beyond(axes: Axes, point: Point, height: float, colour: str) -> None:
         texts.append(f"{number(point.gained, 3)} {'↑' if point.gained > top else '↓'}")
     offset, side = ((-5, 0), "right") if x > (left + right) / 2 else ((5, 0), "left")
     style: dict[str, Any] = {"ha": side, "va": "center", "fontsize": "small", "color": colour}
+    style["bbox"] = {"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 0.5}  # over the line
     axes.annotate(", ".join(texts), (x, height), offset, textcoords="offset points", **style)
 
 
