@@ -111,7 +111,7 @@ def test_seeds_that_contradict_a_verdict_are_said_first():
     results = [*family(300, 320), *family(190, 320, seed=1)]
     first = compared(results, fixed_seeds=True).verdicts[0]
     assert first.parent.verdict == "better"
-    assert first.text.startswith("the sign differs between seeds against full (+25.0, -2.5); the mask improves")
+    assert first.text.startswith("seeds differ in sign against full (+25.0, -2.5); the mask improves")
 
 
 def test_a_comparison_is_read_as_it_was_written():

@@ -98,9 +98,7 @@ def _text(against: Sequence[tuple[Difference, Measured]]) -> str:
         parts.append(f"{difference_text(row, unit)} against {row.baseline}{tokens}, {row.verdict}")
         by_seed = measured.by_seed
         if row.verdict != NOT_DISTINGUISHABLE and min(by_seed) < 0 < max(by_seed):
-            doubts.append(
-                f"the sign differs between seeds against {row.baseline} ({numbers_text(by_seed, row.unit)}); "
-            )
+            doubts.append(f"seeds differ in sign against {row.baseline} ({numbers_text(by_seed, row.unit)}); ")
     first, control = against[0][0], against[1][0] if len(against) > 1 else None
     outcome = (first.verdict, control.verdict if control else None)
     said = _CONCLUSIONS[outcome].format(control=control.baseline if control else "")
