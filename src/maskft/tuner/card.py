@@ -48,7 +48,8 @@ def write_card(folder: str | Path, config: Any) -> None:
     file = Path(folder) / files.CARD
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else _MARK
     if any(mark in text for mark in (_MARK, *_OF_OTHERS)):
-        kept = ModelCard(text, ignore_metadata_errors=True).data.tags or []  # such as those of add_model_tags
+        data = ModelCard(text, ignore_metadata_errors=True).data
+        kept = getattr(data, "tags", None) or []  # such as those of add_model_tags
         files.write_text(file, _card(Path(folder), config, [tag for tag in kept if not tag.startswith("base_model:")]))
 
 
