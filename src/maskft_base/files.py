@@ -65,6 +65,11 @@ def is_there(name: str) -> bool:
         return False
 
 
+def from_anywhere(name: str) -> str:
+    """A name of a model that also holds in another working folder: of a folder its path, of the hub itself."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
 def holds_adapter(folder: str | Path) -> bool:
     """Whether ``folder`` is an adapter folder."""
     return (Path(folder) / ADAPTER_CONFIG).is_file()

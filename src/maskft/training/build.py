@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, set_seed
 from trl import ModelConfig, get_quantization_config
 
 from maskft_base.errors import UserError, first_line
+from maskft_base.files import from_anywhere
 
 from ..data.arguments import DataArguments
 from ..data.prepared import Prepared, prepare
@@ -103,8 +103,7 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelConfig
     revision = None if source.model_revision == "main" else source.model_revision
     adapted = get_peft_model(model, config, revision=revision)
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
-    base = source.model_name_or_path
-    adapted.peft_config[ADAPTER].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    adapted.peft_config[ADAPTER].base_model_name_or_path = from_anywhere(source.model_name_or_path)
     return adapted
 
 

@@ -15,7 +15,7 @@ from peft.utils import WEIGHTS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from maskft_base.errors import UserError, did_you_mean
-from maskft_base.files import ADAPTER_WEIGHTS
+from maskft_base.files import ADAPTER_WEIGHTS, from_anywhere
 
 from ..masking import RankBy, ScoreStart, check_sparsity
 from .adapter_file import ScoresOfSave, add_tensors, weights_beside_masks
@@ -235,8 +235,8 @@ class MaskConfig(PeftConfig):
         In a Trainer's checkpoint folder the scores join them, so that any trainer resumes where it was.
         """
         for name in ("base_model_name_or_path", "removed_value_model"):
-            if (model := getattr(self, name)) and Path(model).is_dir():
-                setattr(self, name, str(Path(model).resolve()))  # is read elsewhere
+            if model := getattr(self, name):
+                setattr(self, name, from_anywhere(model))
         file = Path(save_directory) / ADAPTER_WEIGHTS
         scores, self.scores_of_save = self.scores_of_save, ScoresOfSave()
         if (file.parent / WEIGHTS_NAME).is_file():
