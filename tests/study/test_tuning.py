@@ -204,7 +204,7 @@ def test_a_tuned_study_runs_in_stages_and_resumes(content, tmp_path, capsys, in_
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
     said = capsys.readouterr().out
     table = (folder / files.STUDY_TABLE.format("small")).read_text()
-    assert table.count("is the best of 2 on held-out rows") == 2 and "is the best of" not in said  # of one page
+    assert table.count("is the best of 2 on held-out rows; no ") == 2 and "is the best of" not in said  # of one page
     summary = json.loads((folder / files.SUMMARY.format("small")).read_text())
     tunings = next(iter(summary["models"].values()))["tuning"]
     for tuned in tunings:
@@ -230,18 +230,20 @@ def test_standard_controls_are_methods_at_the_masks_steps(content):
     methods["mask"] |= {"mask_layers_to_transform": [1], "tune": {"mask_sparsity": [0.1, 0.3]}}
     methods["other"] = {"method": "mask", "from": "full", "max_steps": 2}
     methods["L1 mask of other"] = {"method": "l1_mask", "from": "full", "match": "mask"}
+    methods["LoRA r 4 on full"] = None
     recipe = parse_recipe(content | {"controls": "standard"})
-    assert list(recipe.methods)[:4] == list(methods)
+    assert list(recipe.methods)[:4] == list(methods)[:-1], "null leaves a control out"
     assert set(recipe.methods) - set(methods) == {
         "warm restart of full", "annealed full", "interpolated full",
         "partial full, layers of mask",
         *(f"{control} of mask" for control in ("random mask", "best of 8 random masks", "L1 mask", "Wanda mask")),
         *(f"{control} of other" for control in ("random mask", "best of 8 random masks", "Wanda mask")),
-        "random damage of mask, refit", "random damage of other, refit",
+        *(f"random damage of {mask}, {then}" for mask in ("mask", "other") for then in ("refit", "LoRA r 16")),
+        "LoRA r 1 on full", "LoRA r 16 on full",
     }  # fmt: skip
     assert recipe.methods["L1 mask of other"].match == "mask", "a control of that name is the recipe's own"
     for method in recipe.methods.values():
-        if method.method == "full" and method.name != "full":
+        if method.method in ("full", "peft") and method.name != "full":
             assert method.start == "full" and method.options["max_steps"] == 2
     plan = plan_of(content | {"controls": "standard"}, lambda run: Heldout(1.0))
     runs = {run.name: run for run in plan.runs if run.seed == 1}

@@ -158,9 +158,10 @@ def _evaluation_args(recipe: Recipe, evaluate: ModuleType) -> dict[str, Namespac
     found, parser = dict[str, Namespace](), evaluate.parser()
     known = {action.dest for action in parser._actions} - _OF_THE_STUDY
     for where, options in sections.items():
+        taken = known - ({"tasks"} if where.startswith(_OF_PATH) else set())  # points are measured on rows
         for option in options:
-            if option not in known:
-                raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(option, known)}")
+            if option not in taken:
+                raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(option, taken)}")
         try:
             found[where] = parser.parse_args([*_ANY, *evaluation_words(options)])
             evaluate.read(found[where])

@@ -7,13 +7,14 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from maskft.training.method_arguments import FIXED_MASK_METHODS
+from maskft.training.method_arguments import FIXED_MASK_METHODS, PEFT
 from maskft_base.files import read_yaml
 
 TEMPLATE = Path(__file__).parents[1] / "recipes" / "controls.yaml"
 LENGTHS = ("num_train_epochs", "max_steps")  # options that say how long a run trains
 # Of the parent's rate, those that are tried first; a mask of more settings is compared with as many.
 _RATES = (0.5, 1, 2, 0.25, 4, 0.125, 8)
+_ADAPTER_RATES = (1e-3, 3e-4, 3e-3, 1e-4, 1e-2, 3e-2, 3e-5)  # no multiples: those of LoRA depend less on the model
 _MIN_RATES = 3
 # With the length: what a control that is trained has from the mask.
 _OF_A_STEP = "max_train_samples max_length per_device_train_batch_size gradient_accumulation_steps global_batch_size"
@@ -28,7 +29,7 @@ def with_standard_controls(
     """The methods, and those of ``recipes/controls.yaml`` for each learned mask.
 
     Args:
-        methods: The recipe's own; one of a control's name is kept instead of it.
+        methods: The recipe's own; one of a control's name is kept instead of it, and null leaves that control out.
         train: Options of all methods.
         masks: The learned masks that get them; None: all.
         grid: What the study varies: ``METHOD.OPTION``.
@@ -52,7 +53,8 @@ def with_standard_controls(
         for control, method in _controls_of(name, methods, train):
             if method not in controls.values():
                 controls[control if control not in controls else f"{control} ({name})"] = method
-    return methods | {name: method for name, method in controls.items() if name not in methods}
+    kept = {name: method for name, method in methods.items() if method is not None or name not in controls}
+    return kept | {name: method for name, method in controls.items() if name not in methods}
 
 
 def _controls_of(name: str, methods: Methods, train: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -72,17 +74,17 @@ def _controls_of(name: str, methods: Methods, train: Mapping[str, Any]) -> Itera
             continue
         method = {k: v.format(mask=name, parent=parent) if isinstance(v, str) else v for k, v in entry.items()}
         method |= {key: mask[key] for key in ("from", "data", "seeds") if key in mask}
-        if entry["method"] == "full":
-            tried = lengths | (_rates(tune) if method.pop("tune", None) else {})
+        if entry["method"] in ("full", PEFT):
+            tried = lengths | (_rates(tune, entry["method"]) if method.pop("tune", None) else {})
             method = shared | method | ({"tune": tried} if tried else {})
         if "partial_layers" in entry:
             method["partial_layers"] = layers
         yield control.format(mask=name, parent=parent), method
 
 
-def _rates(tune: Mapping[str, Any]) -> dict[str, Any]:
-    """Rates to try: no fewer than the settings that a mask is tuned over."""
+def _rates(tune: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Rates of a method to try: no fewer than the settings that a mask is tuned over."""
     lists = (values for option, values in tune.items() if option not in LENGTHS)
     sizes = (values.get("times_parent") if isinstance(values, dict) else values for values in lists)
-    number = math.prod(len(values) for values in sizes if isinstance(values, list))
-    return {"learning_rate": {"times_parent": list(_RATES[: max(number, _MIN_RATES)])}}
+    number = max(math.prod(len(values) for values in sizes if isinstance(values, list)), _MIN_RATES)
+    return {"learning_rate": [*_ADAPTER_RATES[:number]] if method == PEFT else {"times_parent": [*_RATES[:number]]}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,7 +208,15 @@ class Tuned:
         known = [trial.heldout.loss for trial in self.trials if trial.heldout is not None]
         if self.point is None and len(known) > 1 and len(set(known)) == 1:
             return f"{self.winner.run.name}: {settings} is the first of {len(known)} with the same held-out loss"
-        return f"{self.winner.run.name}: {settings} is the best of {self.num_settings} on held-out rows"
+        text = f"{self.winner.run.name}: {settings} is the best of {self.num_settings} on held-out rows"
+        return "; ".join([text, *self._edges()])
+
+    def _edges(self) -> Iterator[str]:
+        """Which values of the winner have no neighbour on one side: a better one may lie there."""
+        for option, value in self.winner.settings.items():
+            tried = sorted({each.settings[option] for each in self.trials if isinstance(value, int | float)})
+            if len(tried) > 1 and value in (tried[0], tried[-1]):
+                yield f"no {'lower' if value == tried[0] else 'higher'} {option} was tried"
 
 
 def _short(value: Any) -> str:

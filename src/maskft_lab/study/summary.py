@@ -118,7 +118,7 @@ def _accounts(results: list[Result], num_tried: dict[str, int]) -> str:
     Where anything was tuned, ``tuned`` counts the settings of which a model's are the best on held-out rows. ``kB`` is
     what has to be kept of a change: a mask coded, all other numbers in bfloat16.
     """
-    columns = ("model", "seed", "best step", "epochs", "tokens", "total epochs", "total tokens")
+    columns: tuple[str, ...] = ("model", "seed", "best step", "epochs", "tokens", "total epochs", "total tokens")
     is_tuned, has_sizes = any(num_tried.values()), any(result["model"].get("num_bytes") for result in results)
     rows = []
     for result in results:
@@ -129,6 +129,5 @@ def _accounts(results: list[Result], num_tried: dict[str, int]) -> str:
         size = result["model"].get("num_bytes")
         tried += [f"{size / 1000:,.0f}" if size else "–"] if has_sizes else []
         rows.append((result["name"], str(result["model"]["seed"]), step, *counts, *tried))
-    return draw(
-        Table((*columns, *(["tuned"] if is_tuned else []), *(["kB"] if has_sizes else [])), rows), "markdown"
-    ).rstrip("\n")
+    columns += ("tuned",) * is_tuned + ("kB",) * has_sizes
+    return draw(Table(columns, rows), "markdown").rstrip("\n")
