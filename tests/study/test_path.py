@@ -12,7 +12,7 @@ from maskft_lab.cli import evaluate
 from maskft_lab.cli.main import main
 from maskft_lab.cli.study import check
 from maskft_lab.study.check import parsed_run
-from maskft_lab.study.execute import Study, evaluation_words
+from maskft_lab.study.execute import Study, _model_options, evaluation_words
 from maskft_lab.study.plan import build_plan
 from maskft_lab.study.recipe import Choice, parse_recipe
 from maskft_lab.study.runs import ChosenFrom, Heldout
@@ -256,6 +256,17 @@ def test_what_is_made_from_another_point_is_another_run(content):
     assert {name for name in most if most[name] != least[name]} == {"random", "restart"}
     without, path = ids(None), None
     assert without == ids(None) and not {*without.items()} & {(name, most[name]) for name in ("random", "restart")}
+
+
+def test_a_fixed_mask_is_kept_as_far_as_its_mask(content, tmp_path, monkeypatch):
+    content["methods"]["random"] = {"method": "random_mask", "match": "mask"}
+    content["path"] |= {"choose": {"forgetting_at_most": 0.5}}
+    values = {"heldout": {"nll": 1.0}, "text": {"nll": 1.0}}
+    plan = planned(content, lambda run: Heldout(1.0, {(1.0, 0.5) if run.options else (0.0, 0.0): values}))
+    monkeypatch.setattr(Study, "model", lambda self, run, role: run.id)
+    of_runs = {run.name: run for run in plan.runs if run.tried is None}
+    scales = {name: _model_options(Study(tmp_path, plan.recipe), run, "best")["scale"] for name, run in of_runs.items()}
+    assert scales["random"] == scales["mask"] == 0.5 and scales["base"] == 1.0
 
 
 def test_where_the_base_fails_the_study_says_why(content, tmp_path, monkeypatch, capsys):

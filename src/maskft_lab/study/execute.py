@@ -396,8 +396,9 @@ def _model_options(study: Study, run: StudyRun, role: str) -> dict:
     is_adapter = run.method.method in (*MASK_METHODS, PEFT) and not run.masks  # else it is merged
     which = {"model_name_or_path": study.start(run) if is_adapter else model, "adapter": model if is_adapter else None}
     if study.recipe.path:
-        change = "none" if run.method.method == PRETRAINED else model
-        which = {"model_name_or_path": study.base(run), "change": change, "scale": run.point[1] if run.point else 1.0}
+        of = run.match or run  # of a fixed mask as much is kept as of the mask that it is beside
+        which = {"model_name_or_path": study.base(run), "change": "none" if run.method.method == PRETRAINED else model}
+        which["scale"] = of.point[1] if of.point else 1.0
     return which | {"name": run.labels[role], "seed": run.seed}
 
 

@@ -84,7 +84,7 @@ def _default_baseline(results: list[Result]) -> str:
 
 
 def _row(result: Result) -> dict:
-    study = result["study"]
+    study, model = result["study"], result["model"]
     metrics = {
         f"{task}/{name}": metric["value"]
         for task, record in result["tasks"].items()
@@ -92,8 +92,7 @@ def _row(result: Result) -> dict:
     }
     named = ("run", "start", "role", "best_step", "num_steps", "best_heldout_loss", *_ACCOUNTS)
     facts = {key: study[key] for key in named}
-    model = {key: result["model"][key] for key in ("method", "seed")}
-    return {"name": result["name"], **model, "metrics": metrics, **facts}
+    return {"name": result["name"], "method": model["method"], "seed": model["seed"], "metrics": metrics, **facts}
 
 
 def without_repeats(results: list[Result], baseline: str | None) -> tuple[list[Result], list[str]]:
