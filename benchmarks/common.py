@@ -199,13 +199,14 @@ def prepare(side: str, model: LlamaForCausalLM, layers: list[int]):
     """Make ``model`` ready to train.
 
     Args:
-        side: ``mask`` (ours), ``deletion`` (ours with a free budget), ``floor`` (plain training of the same matrices),
+        side: ``mask`` (ours), ``deletion`` (ours with a free budget), ``gates`` (the same of the gate projections
+            alone, as the preset ``deletion_tuning``), ``floor`` (plain training of the same matrices),
             ``published`` (a mask sorted in every forward), ``full``, ``lora``, ``frozen`` (nothing is trained).
         model: The model; it is changed.
         layers: Decoder layers to mask or train.
     """
-    if side in ("mask", "deletion"):
-        options = DELETION if side == "deletion" else {}
+    if side in ("mask", "deletion", "gates"):
+        options = ({} if side == "mask" else DELETION) | ({"target_modules": ["gate_proj"]} if side == "gates" else {})
         masked = get_peft_model(model, MaskConfig(layers_to_transform=layers, **options))
         set_mask_progress(masked, 0.5)
         return masked
