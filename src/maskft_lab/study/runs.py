@@ -214,7 +214,7 @@ class Tuned:
     def _edges(self) -> Iterator[str]:
         """Which values of the winner have no neighbour on one side: a better one may lie there."""
         for option, value in self.winner.settings.items():
-            tried = sorted({each.settings[option] for each in self.trials if isinstance(value, int | float)})
+            tried = sorted({one for each in self.trials if isinstance(one := each.settings[option], int | float)})
             if len(tried) > 1 and value in (tried[0], tried[-1]):
                 yield f"no {'lower' if value == tried[0] else 'higher'} {option} was tried"
 
