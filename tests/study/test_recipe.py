@@ -170,7 +170,8 @@ PINNED = {
     "coding_best_of_8_random_masks-s2-63485d008b "
     "coding_partial_full-s0-c4a0b961a4 instruction_l1_mask-s0-aaa8ee806d math_wanda_mask-s1-0faba83c92",
     "smollm2/study_curve_sums.yaml": "pre_trained-9413b25ca5 pre_trained-best-fa31da14e6-3053 full-s0-2f9faad204 "
-    "lora_r_16-s0-4115805f71 deletion_mask-s0-e86fb4183f",
+    "deletion_mask-s0-e86fb4183f",
+    "smollm2/study_curve_sums_rivals.yaml": "lora_r_16-s0-4115805f71",
     "small/study_products_tuned.yaml": "additions-s0-0da513fc99 full-s0-d69e72e1f3",
 }
 
