@@ -192,6 +192,7 @@ DELETION = {
     "sharpness_end": 100.0,
     "price": 1.0,
 }
+MASKS = {"mask": {}, "deletion": DELETION, "gates": DELETION | {"target_modules": ["gate_proj"]}}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -205,9 +206,8 @@ def prepare(side: str, model: LlamaForCausalLM, layers: list[int]):
         model: The model; it is changed.
         layers: Decoder layers to mask or train.
     """
-    if side in ("mask", "deletion", "gates"):
-        options = ({} if side == "mask" else DELETION) | ({"target_modules": ["gate_proj"]} if side == "gates" else {})
-        masked = get_peft_model(model, MaskConfig(layers_to_transform=layers, **options))
+    if side in MASKS:
+        masked = get_peft_model(model, MaskConfig(layers_to_transform=layers, **MASKS[side]))
         set_mask_progress(masked, 0.5)
         return masked
     if side == "lora":
