@@ -7,7 +7,7 @@ SOURCES := src tests benchmarks recipes examples docs
 # Two workers of one thread: much of the time is Python starting and importing, and two of two threads would be slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest test-triton fuzz bench docs quality style clean gpu
+.PHONY: demo test test-slow test-judge test-browser test-browser-if-there test-oldest fuzz bench docs quality style clean gpu
 
 demo: $(VENV)/.demo
 	$(BIN)/maskft demo --output_dir runs/demo
@@ -45,10 +45,6 @@ test-browser-if-there:
 test-oldest: $(VENV)-oldest/.test
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
 
-# The kernel for GPUs, in Triton's interpreter: a wheel of 290 MB.
-test-triton: $(VENV)/.triton
-	TRITON_INTERPRET=1 $(PYTEST) -n 0 tests/tuner/test_triton.py
-
 # Kill-and-resume cycles; random changes of files, for so many minutes each.
 MINUTES ?= 10
 fuzz: $(VENV)/.test
@@ -58,7 +54,7 @@ bench: $(VENV)/.base
 	$(BIN)/python -m benchmarks
 
 # What needs a CUDA device, in parts; PART=2 runs one. Where packages are installed otherwise: python -m benchmarks gpu.
-gpu: $(VENV)/.triton $(VENV)/.demo
+gpu: $(VENV)/.test $(VENV)/.demo
 	$(BIN)/python -m benchmarks gpu $(if $(PART),--part $(PART))
 
 # --strict: a link that leads nowhere is an error.
@@ -111,10 +107,6 @@ $(VENV)/.peft: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet diffusers
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary peft --no-build-isolation -d $(VENV)/peft \
 	  peft==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("peft"))')
-	@touch $@
-
-$(VENV)/.triton: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet -e '.[triton]'
 	@touch $@
 
 $(VENV)/.browser: $(VENV)/.test

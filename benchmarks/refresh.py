@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from maskft.tuner.selection import keep_highest_
@@ -14,8 +12,8 @@ def run(report) -> None:
     measure(report, (48, 64) if report.quick else (4096, 11008))
 
 
-def measure(report, shape: tuple[int, int], others: tuple[str, ...] = ()) -> None:
-    """Add the rows of a matrix of this shape; ``others``: of ``Triton`` and ``compiled``."""
+def measure(report, shape: tuple[int, int], is_compiled: bool = False) -> None:
+    """Add the rows of a matrix of this shape; ``is_compiled``: also of the compiled refresh."""
     generator = torch.Generator().manual_seed(0)
     scores = (torch.randn(shape, generator=generator) * 0.02).to(report.device)
     weight = torch.randn(shape, generator=generator).to(report.device)
@@ -26,22 +24,14 @@ def measure(report, shape: tuple[int, int], others: tuple[str, ...] = ()) -> Non
         def refresh(out=out, source=source):
             keep_highest_(out, source, scores, num)
 
-        def with_kernel(refresh=refresh):
-            os.environ["MASKFT_TRITON"] = "1"
-            try:
-                refresh()
-            finally:
-                os.environ.pop("MASKFT_TRITON")
-
         name = f"refresh of {shape[0]} x {shape[1]} in {str(dtype).removeprefix('torch.')}"
         report.compare("refresh", f"{name} / clone of the scores", refresh, lambda: scores.clone(), "<= 3")
-        for how in others:
+        if is_compiled:
             backend = "inductor" if report.device.type == "cuda" else "eager"
-            other = with_kernel if how == "Triton" else torch.compile(refresh, backend=backend)
             try:
-                report.compare("refresh", f"{how} / {name}", other, refresh)
+                report.compare("refresh", f"compiled / {name}", torch.compile(refresh, backend=backend), refresh)
             except Exception as error:  # no compiler: the rest is measured
-                report.add("refresh", f"{how} / {name}", None, "x", error=str(error)[:300])
+                report.add("refresh", f"compiled / {name}", None, "x", error=str(error)[:300])
         if dtype == torch.float32:
             # The other sides are slower than a clone by one to two orders, so that few rounds are enough.
             few = min(3, report.rounds)

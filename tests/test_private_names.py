@@ -17,8 +17,6 @@ OURS = {
 }
 DOCUMENTED = {"_replace", "_exit"}  # of named tuples, of os: public in spite of the underscore
 
-HOSTS = ("triton_split",)  # imported by what they are for
-
 
 def is_private(name):
     return name.startswith("_") and not name.endswith("__")
@@ -52,9 +50,7 @@ def overridden():
     found = set()
     packages = ((name, importlib.import_module(name).__path__) for name in PACKAGES)
     for module in (found for name, path in packages for found in pkgutil.walk_packages(path, f"{name}.")):
-        if any(
-            part in module.name for part in (".cli.", ".sandbox.", "triton_split", "__main__")
-        ):  # they override nothing of others
+        if any(part in module.name for part in (".cli.", ".sandbox.", "__main__")):  # they override nothing of others
             continue
         for kind in vars(importlib.import_module(module.name)).values():
             if inspect.isclass(kind) and kind.__module__ == module.name:

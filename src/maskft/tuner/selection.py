@@ -9,7 +9,6 @@ cut. Counting proves the band right; where none is, the cut is selected from all
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from itertools import chain
 from typing import NamedTuple
@@ -164,13 +163,6 @@ def _split_(
     scores_flat, weight_flat, out_flat = scores.detach().reshape(-1), weight.detach().reshape(-1), out.view(-1)
     numel, device, integer = scores.numel(), scores.device, _INTEGERS[weight.element_size()]
     num_below, indices, values = 0, [scores_flat.new_empty(0, dtype=torch.int64)], [torch.empty(0, device=device)]
-    if _uses_triton(device):
-        from .triton_split import split_matrix_
-
-        num_below, has_nan, found = split_matrix_(out_flat, weight_flat, scores_flat, low, high, rank_by)
-        check_not_nan(torch.tensor(math.nan if has_nan else 0.0))
-        if found is not None:
-            return num_below, found, ranking_keys(scores_flat[found], rank_by)
     chunk = max(1, min(CHUNK_NUMEL, numel) if device.type == "cpu" else numel)
     keys_buffer, sign_buffer = torch.empty(chunk, device=device), torch.empty(chunk, device=device)
     just_below = torch.nextafter(torch.tensor(low), torch.tensor(-math.inf))
@@ -195,11 +187,6 @@ def _split_(
         else:
             out_flat[part] = stays.bitwise_and_(bits).view(weight.dtype)
     return num_below, torch.cat(indices), torch.cat(values)
-
-
-def _uses_triton(device: torch.device) -> bool:
-    """Whether one kernel takes the place of several passes; asked for, as only an interpreter has run it."""
-    return device.type == "cuda" and os.environ.get("MASKFT_TRITON") == "1"
 
 
 def _find_in_band(keys: Tensor, low: float, high: float, signs: Tensor, furthest: int) -> Tensor:
