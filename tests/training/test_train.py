@@ -72,7 +72,7 @@ def test_what_a_run_prints(arguments, capsys, tmp_path):
     _, err = run(arguments(), capsys)
     lines, text = err.splitlines(), " ".join(err.split())
     assert max(map(len, lines)) <= 80 and "it/s" not in err and "Warning" not in err and "[transformers]" not in err
-    assert re.search(r"sparsity 0.10: removes 10 % of [\d,]+ target weights", text)
+    assert re.search(r"sparsity 0.1: removes 10 % of [\d,]+ target weights", text)
     assert re.search(r"48 training rows \(\d+ supervised tokens\), 16 held out", text)
     assert re.search(r"\d\+\d=\[\[\d+<\|im_end\|>\]\]", text)
     assert f"next: maskft evaluate --adapter {tmp_path / 'out'} --dataset_name TEST.jsonl" in text

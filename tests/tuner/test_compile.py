@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from maskft import MaskConfig
+from maskft import MaskConfig, current_masks, start_scores
 from tiny import IS_OLD_TORCH, tiny_llama, token_ids
 
 OLD_TORCH = "2.6 does not compile the plain model; 2.7 to 2.12 not tried"
@@ -69,7 +69,15 @@ def test_a_graph_follows_whatever_changes_the_mask():
             assert torch.equal(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
 
     check()
-    model.set_adapter("other")
+    for name in ("other", "default", "other"):
+        model.set_adapter(name)
+        check()
+    keys = {name: torch.randn(mask.shape) for name, mask in current_masks(model, "other").items()}
+    start_scores(model, keys, "other")
+    check()
+    model.load_state_dict(
+        {name: value.flip(0) if "mask_scores" in name else value for name, value in model.state_dict().items()}
+    )
     check()
     loss = compiled(input_ids=ids, labels=ids).loss
     loss.backward()

@@ -181,6 +181,39 @@ def test_a_graph_of_another_set_of_adapters_stays_good():
     torch.testing.assert_close(x.grad, expected.expand(5, 12))
 
 
+@pytest.mark.parametrize("config", [{"selection": "gumbel"}, {"selection": "hard_concrete"}, {"sparsity": 0.2}])
+def test_scores_get_the_gradient_of_their_forward_whatever_ran_since(config):
+    """TRL's DPO runs the reference before the backward pass; another mask may be active by then."""
+    gradients = []
+    for runs_between in (False, True):
+        torch.manual_seed(0)
+        layer = make_layer(**config).train()
+        layer.mask_configs["default"].progress = 0.5
+        layer.update_layer("other", MaskConfig(sparsity=0.5, mask_seed=1))
+        layer.set_adapter("default")
+        x = torch.randn(5, 12)
+        loss = layer(x).square().sum()
+        if runs_between:
+            layer.set_adapter("other", inference_mode=True)
+            layer(x)
+            layer.set_adapter(["default", "other"])
+        loss.backward()
+        gradients.append(layer.mask_scores["default"].grad)
+    assert torch.equal(*gradients) and bool(gradients[0].any())
+
+
+def test_second_derivatives_are_refused_and_a_bias_that_trains_has_its_gradient():
+    layer, x = make_layer(), torch.randn(5, 12, requires_grad=True)
+    layer.bias.requires_grad_(True)
+    layer(x).square().sum().backward()
+    bias_gradient, layer.bias.grad = layer.bias.grad, None
+    F.linear(x, layer.effective_weight(), layer.bias).square().sum().backward()
+    torch.testing.assert_close(bias_gradient, layer.bias.grad)
+    (slope,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
+
+
 def test_data_parallel_is_refused():
     layer = make_layer()
     layer._is_replica = True  # what torch.nn.DataParallel sets on its copies
@@ -230,8 +263,10 @@ def test_casting_the_model_does_not_move_the_mask():
     layer.to(torch.bfloat16)
     assert layer.base_layer.weight.dtype == torch.bfloat16
     assert torch.equal(layer.mask_scores["default"], values) and torch.equal(layer.get_mask("default"), before)
+    layer(torch.randn(2, 400).bfloat16()).sum().backward()
     layer.half().float()
     assert torch.equal(layer.mask_scores["default"], values)
+    assert layer.half().mask_scores["default"].grad.dtype == torch.float32
 
 
 def test_scores_forced_to_bfloat16_are_refused():

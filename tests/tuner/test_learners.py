@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import tiny
-from maskft import MaskConfig, adapter_layers, current_masks, num_removed, set_mask_progress, start_scores
+from maskft import MaskConfig, MaskProgress, adapter_layers, current_masks, num_removed, set_mask_progress, start_scores
 from maskft.adapter.mask_set import MaskSet
 from maskft.adapter.merge import merge
 from maskft.adapter.verify import verify
@@ -202,6 +203,21 @@ def test_the_count_along_a_ramp_is_exact_and_saved(tmp_path):
     loaded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path)
     expected = current_masks(model)
     assert all(torch.equal(mask, expected[name]) for name, mask in current_masks(loaded).items())
+
+
+def test_a_trainer_ends_with_the_mask_of_its_best_checkpoint(tmp_path):
+    rows = [{"input_ids": ids, "labels": ids} for ids in tiny.token_ids(8)]
+    model = get_peft_model(tiny.tiny_llama(num_layers=1), MaskConfig(sparsity=0.6, sparsity_ramp=1.0))
+    args = TrainingArguments(
+        str(tmp_path), learning_rate=0.1, max_steps=6, eval_strategy="steps", eval_steps=1, save_steps=1,
+        load_best_model_at_end=True, use_cpu=True, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows, callbacks=[MaskProgress()])
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert not best.endswith("-6"), "the best step must not be the last"
+    expected = current_masks(PeftModel.from_pretrained(tiny.tiny_llama(num_layers=1), best))
+    assert all(torch.equal(mask, expected[name]) for name, mask in current_masks(model).items())
 
 
 @pytest.mark.parametrize(

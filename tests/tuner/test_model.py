@@ -17,7 +17,7 @@ from torch import nn
 from trl import ModelConfig
 
 import tiny
-from maskft import MaskConfig, current_masks
+from maskft import MaskConfig, current_masks, set_mask_progress
 from maskft.adapter.mask_set import MaskSet
 from maskft.adapter.verify import verify
 from maskft.training.build import with_adapter
@@ -138,9 +138,21 @@ def test_merging_and_unmerging_is_bit_exact(make):
     with pytest.warns(UserWarning, match="already merged"):
         model.merge_adapter()
     assert torch.equal(logits(model), expected)
+    start = {
+        name: layer.fresh_scores(MaskConfig(init_scores="magnitude")) for name, layer in adapter_layers(model).items()
+    }
     model.unmerge_adapter()
     assert torch.equal(logits(model), expected)
+    for name, layer in adapter_layers(model).items():
+        assert torch.equal(layer.fresh_scores(MaskConfig(init_scores="magnitude")), start[name])
     assert same_weights(model.unload(), make())
+
+
+def test_a_merged_adapter_is_saved_after_the_model_is_cast(tmp_path):
+    model = trained(tiny.tiny_llama)
+    model.merge_adapter()
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert MaskSet.from_adapter(tmp_path)
 
 
 def test_unmerge_restores_nan_and_minus_zero():
@@ -285,6 +297,49 @@ def test_another_adapter_of_the_same_configuration_starts_fresh():
     assert all(torch.equal(second[name], start[name]) for name in start)
     assert not any(torch.equal(second[name], first[name]) for name in start)
     assert model.peft_config["second"] is not model.peft_config["default"]
+    model.peft_config["default"].progress = 0.5
+    model.peft_config["default"].mask_sha256 = "of the first"
+    again = get_peft_model(tiny.tiny_llama(seed=1), config)
+    assert again.peft_config["default"].progress is None and again.peft_config["default"].mask_sha256 is None
+
+
+def test_progress_of_a_mask_that_was_loaded_is_its_own(tmp_path):
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(sparsity=0.5, sparsity_ramp=1.0))
+    set_mask_progress(model, 0.5)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path)
+    loaded.add_adapter("new", MaskConfig(sparsity_ramp=1.0))
+    set_mask_progress(loaded, 1.0)
+    assert loaded.peft_config["default"].progress == 0.5 and loaded.peft_config["new"].progress == 1.0
+
+
+def test_an_adapter_that_does_not_load_leaves_nothing_behind(saved, tmp_path):
+    get_peft_model(tiny.tiny_llama(seed=9), MaskConfig()).save_pretrained(tmp_path / "of another base")
+    model = PeftModel.from_pretrained(tiny.tiny_llama(), saved[0])
+    with pytest.raises(UserError, match="was trained on other base weights"):
+        model.load_adapter(tmp_path / "of another base", "b")
+    assert list(model.peft_config) == ["default"] and not adapter_layers(model, "b")
+    model.load_adapter(saved[0], "b")
+
+
+def test_what_another_adapter_saves_whole_is_not_masked():
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(target_modules=["q_proj"], modules_to_save=["mlp.down_proj"]))
+    model.add_adapter("second", MaskConfig())
+    assert not any("down_proj" in name for name in current_masks(model, "second"))
+
+
+@pytest.mark.parametrize("options", [{"selection": "gumbel"}, {"selection": "logit", "price": 1.0}])
+def test_masks_that_were_loaded_are_hard_however_they_were_learned(options, tmp_path):
+    trained_masks = get_peft_model(tiny.tiny_llama(), MaskConfig(**options, init_value=0.04))
+    set_mask_progress(trained_masks, 1.0)
+    trained_masks.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path).eval()
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(whole(input_ids=tiny.token_ids(seed=5)).logits, logits(model))
+    model.load_adapter(tmp_path, "b")
+    model.base_model.set_adapter(["default", "b"], inference_mode=True)
+    assert torch.equal(logits(model), logits(PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path).eval()))
 
 
 @pytest.mark.parametrize("make", [tiny.tiny_llama, tiny.tiny_gpt2])
@@ -483,7 +538,7 @@ def test_quantised_linears_are_refused():
 
     Linear8bit.__module__ = "bitsandbytes.nn.modules"
     model = nn.Sequential(Linear8bit(4, 4), nn.Linear(4, 4))
-    with pytest.raises(UserError, match=r"0 cannot be masked: it is quantised \(Linear8bit\).* maskable: 1"):
+    with pytest.raises(UserError, match=r"0 cannot be masked: it is quantised.*\(Linear8bit\).* maskable: 1"):
         get_peft_model(model, MaskConfig(target_modules=["0", "1"]))
 
 

@@ -54,7 +54,7 @@ def one_line(adapter: str | Path, problem: str) -> Iterator[None]:
         ) from error
 
 
-def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, dtype: str = "float32") -> str:
+def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, dtype: str = "auto") -> str:
     """Merge a mask into its base, verify the result, and write it as an ordinary checkpoint.
 
     The folder gets weights, tokenizer, chat template and generation config. It is written beside its place and moved
@@ -65,7 +65,7 @@ def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, 
         adapter: Adapter folder.
         output_dir: Where the checkpoint goes; must not exist or be empty.
         base: Base model; default: the one named in the adapter.
-        dtype: Dtype of the written weights: float32, bfloat16, float16 or auto.
+        dtype: Dtype of the written weights: float32, bfloat16, float16 or auto, that of the base.
 
     Returns:
         What was done, in a line.

@@ -33,8 +33,8 @@ class TrainingArguments(SFTConfig):
     output_dir: str | None = _default("output_dir", "runs/mask")
     learning_rate: float | None = option(
         None,
-        "Peak learning rate, 0 or more. Default: 3e-4 for masks whose scores start in an order (magnitude, wanda), "
-        "0.01 for other masks, 2e-05 for other methods.",
+        "Peak learning rate, 0 or more. Default: 3e-4 for top-k masks whose scores start in an order (magnitude, "
+        "wanda), 0.01 for other masks, 2e-05 for other methods.",
     )
     eval_strategy: str = _default("eval_strategy", "steps")
     eval_steps: float | None = _default("eval_steps", 0.1)

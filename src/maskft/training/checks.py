@@ -15,6 +15,7 @@ from .launch import check_mask_sharding
 from .method_arguments import (
     FIXED_MASK_METHODS,
     INTERPOLATE,
+    MASK_METHODS,
     PEFT,
     UNTRAINED_METHODS,
     MethodArguments,
@@ -44,6 +45,8 @@ def check_config(config: TrainConfig) -> None:
     """
     method, training = config.method.method, config.training
     check_method(config.method)
+    if method in MASK_METHODS:
+        mask_config(config.mask)
     for name, spec in type(config.model).__dataclass_fields__.items():
         if name.startswith(_OF_LORA) and getattr(config.model, name) != spec.default:
             raise UserError(f"{name} is TRL's option of LoRA; write --method peft --peft_config '{_LORA}'")

@@ -53,7 +53,7 @@ def mask_line(config: MaskConfig, num_target_weights: int) -> str:
     if is_free(config.selection):
         return f"{config.selection}: removes what scores 0 or less, {of_weights}"
     ramp = f", reached after {config.sparsity_ramp:.0%} of training" if config.sparsity_ramp else ""
-    return f"sparsity {config.sparsity:.2f}: removes {100 * config.sparsity:g} % {of_weights}{ramp}"
+    return f"sparsity {config.sparsity:g}: removes {100 * config.sparsity:g} % {of_weights}{ramp}"
 
 
 def report(
@@ -66,6 +66,8 @@ def report(
     """
     folder = config.training.output_dir
     if failure is not None:
+        if verdict is not None and not verdict.kept and not verdict.is_better:
+            raise UserError(f"{failure}: {verdict}. Saved in {folder}: an adapter that removes nothing")
         raise UserError(f"{failure} is saved in {folder}")
     speeds = [row["tokens_per_s"] for row in summary.history if "tokens_per_s" in row]
     if summary.num_steps:

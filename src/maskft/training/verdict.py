@@ -77,11 +77,13 @@ class Verdict(FileModel):
     kept: bool
 
     def __str__(self) -> str:
-        better = f"the mask is {'' if self.is_better else 'not '}better than no mask"
-        if self.difference is None:
-            return f"{better}: its loss is not finite"
+        if self.difference is None or self.ci_low is None:
+            return "the mask is worse than no mask: its loss is not finite"
+        is_worse = self.ci_low > 0
+        said = "better than" if self.is_better else "worse than" if is_worse else "not distinguishable from"
         interval = f"[{self.ci_low:+.4f}, {self.ci_high:+.4f}]"
-        return f"{better}: {self.difference:+.4f} nats/token, 95 % {interval}, on {self.num_rows:,} held-out rows"
+        on_rows = f"on {self.num_rows:,} held-out rows"
+        return f"the mask is {said} no mask: {self.difference:+.4f} nats/token, 95 % {interval}, {on_rows}"
 
 
 def read_heldout(folder: str | Path) -> HeldoutLosses:

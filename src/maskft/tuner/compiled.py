@@ -1,7 +1,8 @@
 """Masked layers under ``torch.compile``: the masked weight is an input of the graph and is refreshed outside of it.
 
-Refreshing reads versions and counts that a graph cannot hold. So it is done when the graph is traced and after every
-optimizer step; whatever else changes a mask drops the weight, and the graph is traced again.
+Refreshing reads versions and counts that a graph cannot hold. So it is done when the graph is traced, after every
+optimizer step of torch and where another adapter is activated; what loads scores or gives them a start drops the
+weight, and the graph is traced again. Other writes, such as a step by hand, need ``layer.effective.forget()``.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ def register(layer: MaskedLinear) -> int:
 def is_supported(layer: MaskedLinear, names: list[str]) -> bool:
     """Whether one mask, hard and without a price, falls on a whole matrix; others break the graph."""
     config = layer.mask_configs[names[0]]
-    is_plain = len(names) == 1 and config.removed_value == "zero" and not config.price
+    is_plain = len(names) == 1 and config.removed_value == "zero"
     is_whole = not any(map(is_sharded, layer.mask_scores.values()))
-    return is_plain and is_whole and not learners.has_soft_gate(config)
+    is_hard = names[0] not in layer.mask_scores or not (config.price or learners.has_soft_gate(config))
+    return is_plain and is_whole and is_hard
 
 
 def forward(layer: MaskedLinear, x: Tensor, bias: Tensor | None, dtype: torch.dtype, name: str) -> Tensor:
@@ -92,9 +94,16 @@ def refresh(*_: Any) -> None:
         layer = _layers.get(number)
         if layer is None:
             _in_graphs.discard(number)
-        elif layer.effective.value is not None and layer.weight.device.type != "meta":
-            layer.effective.get(layer, layer.effective.value.dtype)
-            add_hard_slopes(layer)
+        else:
+            refresh_layer(layer)
+
+
+def refresh_layer(layer: MaskedLinear) -> None:
+    """Bring the weight that a graph reads up to date, if one does."""
+    value = layer.effective.value
+    if layer.number in _in_graphs and value is not None and layer.weight.device.type != "meta":
+        layer.effective.get(layer, value.dtype)
+        add_hard_slopes(layer)
 
 
 register_optimizer_step_post_hook(refresh)  # after the count of steps, which was registered when it was imported

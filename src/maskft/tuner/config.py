@@ -193,6 +193,12 @@ class MaskConfig(PeftConfig):
             )
         self._apply_preset()
         self._check_choices()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(pattern := getattr(self, name), str):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise UserError(f"{name} {pattern!r} is no regular expression: {error}") from None
         check_sparsity(self.sparsity)
         if not 0 < self.init_std < math.inf:
             raise UserError(f"init_std is {self.init_std!r}; it is a standard deviation and must be > 0")
@@ -240,7 +246,10 @@ class MaskConfig(PeftConfig):
         file = Path(save_directory) / ADAPTER_WEIGHTS
         scores, self.scores_of_save = self.scores_of_save, ScoresOfSave()
         if (file.parent / WEIGHTS_NAME).is_file():
-            raise UserError("masks are saved as safetensors: leave out safe_serialization=False")
+            raise UserError(
+                f"masks are saved as safetensors, and {save_directory} has a {WEIGHTS_NAME}: remove it, or leave out "
+                "safe_serialization=False"
+            )
         if file.is_file():
             if scores and _CHECKPOINT.search(Path(save_directory).as_posix()):
                 add_tensors(file, scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -107,10 +108,25 @@ def _write(layer: MaskedLinear, name: str, out: Tensor, weight: Tensor) -> None:
         near[name] = write_masked_(config, out, weight, scores, near.get(name))
 
 
-def score_gradient_of(layer: MaskedLinear, name: str, grad_weight: Tensor, scores: Tensor) -> Tensor:
-    """Gradient of the scores of one adapter, float32, from that of the masked weight, which may be overwritten.
+def score_gradient_of(
+    layer: MaskedLinear,
+    name: str,
+    grad_weight: Tensor,
+    scores: Tensor,
+    slopes_of: Mapping[str, Tensor],
+    active: Sequence[str],
+) -> Tensor:
+    """Gradient of the scores of one adapter, float32: dL/dW_eff * (W - removed value) * slope.
 
-    dL/dW_eff * (W - removed value) * slope, and once per optimizer step the gradient of the price.
+    Once per optimizer step that of the price is added, also where a step is repeated.
+
+    Args:
+        layer: The masked layer.
+        name: The adapter.
+        grad_weight: Gradient of the masked weight; may be overwritten.
+        scores: As in the forward pass.
+        slopes_of: ``effective.slopes`` of the forward pass.
+        active: The masks that were active in it.
     """
     config, own, scores = layer.mask_configs[name], layer.effective, scores.detach()
     is_priced = config.price > 0 and own.priced_at.get(name) != optimizer_steps()  # not in every micro-batch of a step
@@ -121,8 +137,8 @@ def score_gradient_of(layer: MaskedLinear, name: str, grad_weight: Tensor, score
         return out.add_(learners.price_gradient(config, scores, scores.numel())) if is_priced else out
     out = grad_weight if grad_weight.dtype == torch.float32 else torch.empty_like(grad_weight, dtype=torch.float32)
     weight, value, kept = layer.weight.detach(), layer.removed_value(name), _kept_factor(layer, name, scores)
-    signed, slopes = (kept, None) if _has_signed_weight(config) else (None, own.slopes.get(name, kept))
-    others = [~layer.get_mask(other) for other in layer.active_masks if other != name]
+    signed, slopes = (kept, None) if _has_signed_weight(config) else (None, slopes_of.get(name, kept))
+    others = [~layer.get_mask(other) for other in active if other != name]
     for part in row_parts(scores):
         gradient, some = out[part], scores[part]
         if out is not grad_weight:
@@ -192,8 +208,9 @@ def _key(layer: MaskedLinear, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def _check_can_refresh(layer: MaskedLinear) -> None:
-    configs = [layer.mask_configs[name] for name in layer.active_masks]
-    if len(configs) > 1 and any(c.removed_value == "base" or learners.has_soft_gate(c) for c in configs):
+    configs = {name: layer.mask_configs[name] for name in layer.active_masks}
+    is_soft = any(learners.has_soft_gate(c) for name, c in configs.items() if name in layer.mask_scores)
+    if len(configs) > 1 and (is_soft or any(c.removed_value == "base" for c in configs.values())):
         raise UserError(
             "masks that are active together must be hard and remove to zero: activate one with noise, or whose "
             "removed_value is base, alone"

@@ -35,8 +35,8 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
     if not is_the_base(found, {layer.weight.dtype for layer in layers}, config):
         raise UserError(
             f"the adapter was trained on other base weights ({config.base_model_name_or_path}, fingerprint "
-            f"{config.base_fingerprint[:12]}) than the model's ({found[:12]}); load the right base, or pass "
-            "MaskConfig(verify_base=False) to accept it"
+            f"{config.base_fingerprint[:12]}) than the model's ({found[:12]}); load the right base (or, to accept this "
+            "one, in Python: config = MaskConfig.from_pretrained(adapter); config.verify_base = False; and pass config)"
         )
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from maskft_base.errors import UserError
@@ -58,6 +59,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         if isinstance(base_layer, Conv1D):
             self.in_features, self.out_features = base_layer.nx, base_layer.nf
         self._active_adapter = adapter_name
+        self.register_load_state_dict_post_hook(_forget_weight)
         self.update_layer(adapter_name, config)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -140,7 +142,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
 
     def fresh_scores(self, config: MaskConfig) -> Tensor:
         """Scores to start from, the same at every call."""
-        return draw_scores(config, self.weight.detach(), self.module_name)
+        return draw_scores(config, merging.unmerged_weight(self), self.module_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the masked weight into the base layer; what it replaces is kept so that ``unmerge`` is bit-exact.
@@ -154,6 +156,11 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Undo ``merge``, bit for bit."""
         merging.unmerge(self)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; graphs of ``torch.compile`` read their mask from here on."""
+        super().set_adapter(adapter_names, inference_mode)
+        compiled.refresh_layer(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and everything kept for it."""
@@ -174,6 +181,10 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         return "mask." + super().__repr__()
 
 
+def _forget_weight(layer: MaskedLinear, keys: Any) -> None:
+    layer.effective.forget()
+
+
 class _MaskedLinearFunction(torch.autograd.Function):
     """Linear map with the masked weight; the gradient goes straight through the masks of the trained adapters."""
 
@@ -182,10 +193,13 @@ class _MaskedLinearFunction(torch.autograd.Function):
         ctx: Any, x_TI: Tensor, weight: Tensor, bias: Tensor | None, layer: MaskedLinear, names: list[str], *scores: Any
     ) -> Tensor:
         ctx.save_for_backward(x_TI, weight, *scores)
-        ctx.layer, ctx.names = layer, names
+        # Before the backward pass another adapter may run: TRL's reference model does.
+        ctx.layer, ctx.names, ctx.active = layer, names, tuple(layer.active_masks)
+        ctx.slopes = layer.effective.slopes
         return F.linear(x_TI, weight.t() if layer.is_transposed else weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_y_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, weight, *scores = ctx.saved_tensors
         layer, grad_x = ctx.layer, None
@@ -198,6 +212,8 @@ class _MaskedLinearFunction(torch.autograd.Function):
             grad_x = grad_y_TO.matmul(weight.t() if layer.is_transposed else weight)
         left, right = (x_TI, grad_y_TO) if layer.is_transposed else (grad_y_TO, x_TI)
         grad_scores = [
-            score_gradient_of(layer, name, left.t().mm(right), s) for name, s in zip(ctx.names, scores, strict=True)
+            score_gradient_of(layer, name, left.t().mm(right), s, ctx.slopes, ctx.active)
+            for name, s in zip(ctx.names, scores, strict=True)
         ]
-        return grad_x, None, None, None, None, *grad_scores
+        grad_bias = grad_y_TO.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias, None, None, *grad_scores

@@ -54,5 +54,5 @@ def unmerged_weight(layer: MaskedLinear) -> Tensor:
         weight = weight.clone()
         for name in reversed(layer.merged_adapters):
             removed, values = layer.merge_stash[name]
-            weight[removed] = values
+            weight[removed.to(weight.device)] = values.to(weight.device, weight.dtype)
     return weight

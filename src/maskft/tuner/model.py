@@ -46,13 +46,16 @@ class MaskModel(BaseTuner):
             peft_config.target_modules = "all-linear"
         if peft_config.trainable_token_indices is not None:  # TRL sets it after the configuration was made
             raise UserError(NO_TOKEN_INDICES)
-        peft_config.is_new = True
         # Two adapters of one configuration object: the second has its own from here on.
         names = [name for name, config in self.peft_config.items() if config is peft_config]
         if len(names) > 1:
             self.peft_config[names[-1]] = peft_config = copy.copy(peft_config)
         if len(names) > 1 and names[-1] == _REFERENCE:  # which trainers want to be the first adapter, frozen
             peft_config.copy_of = names[0]
+        elif "is_new" in vars(peft_config):  # it was another adapter's, whose state this one does not have
+            for field in ("mask_sha256", "base_fingerprint", "weights_sha256", "progress", "recipe"):
+                setattr(peft_config, field, None)
+        peft_config.is_new = True
         return peft_config
 
     @staticmethod
@@ -115,7 +118,7 @@ class MaskModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _removed_value_of(self, adapter_name: str, module_name: str) -> dict[str, Tensor]:
-        return {adapter_name: self._removed_values[module_name]} if self._removed_values else {}
+        return {adapter_name: self._removed_values.pop(module_name)} if self._removed_values else {}
 
     @classmethod
     def _get_adapter_state_dict(
@@ -134,6 +137,8 @@ class MaskModel(BaseTuner):
             why = "every score is 0 or less; set init_value or price higher, or learning_rate lower"
             if config.selection == "threshold":
                 why = f"every score is below the threshold, {config.threshold}; set that or learning_rate lower"
+            elif config.selection == "topk":
+                why = f"sparsity is {config.sparsity}; set it lower"
             number = sum(mask.numel() for mask in masks.values())
             raise UserError(f"the mask removes all {number:,} weights: {why}")
         out: dict[str, Tensor] = {}
@@ -166,7 +171,13 @@ class MaskModel(BaseTuner):
                 "adapter again, or fetch it from where it was saved"
             )
         is_of_config = was_new and config.mask_sha256 is not None
-        return _load_masks(model, config, adapter_name, state_dict, is_of_config)
+        try:
+            return _load_masks(model, config, adapter_name, state_dict, is_of_config)
+        except UserError:
+            whole: Any = model
+            if is_of_config and len(whole.peft_config) > 1:  # nothing of it stays, and another file may be loaded
+                whole.delete_adapter(adapter_name)
+            raise
 
 
 def _load_masks(
@@ -218,7 +229,10 @@ def start_scores(model: nn.Module, keys: Mapping[str, Tensor], adapter_name: str
     Raises:
         UserError: If a masked layer has no keys, or keys of another shape or with NaN.
     """
-    for name, layer in adapter_layers(model, adapter_name).items():
+    layers = adapter_layers(model, adapter_name)
+    if not any(adapter_name in layer.mask_scores for layer in layers.values()):
+        raise UserError(f"the model has no mask adapter named {adapter_name!r} whose scores are trained")
+    for name, layer in layers.items():
         scores, found = layer.mask_scores[adapter_name], keys.get(_module_name(name))
         if found is None or found.shape != scores.shape:
             has = "none" if found is None else f"shape {tuple(found.shape)}"
@@ -226,6 +240,7 @@ def start_scores(model: nn.Module, keys: Mapping[str, Tensor], adapter_name: str
         if not bool(torch.isfinite(found).all()):
             raise UserError(f"the keys of {_module_name(name)} are not finite, so they cannot be ranked")
         scores.copy_(ranked_scores(layer.mask_configs[adapter_name], found))
+        layer.effective.forget()
 
 
 def refresh_masks(model: nn.Module) -> None:

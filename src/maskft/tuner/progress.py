@@ -30,14 +30,20 @@ def set_mask_progress(model: nn.Module, progress: float) -> None:
         raise UserError(f"progress is {progress}; it is a share of training, step / max_steps, and must be in [0, 1]")
     for module in model.modules():
         if isinstance(module, MaskedLinear):
-            for config in module.mask_configs.values():
-                if not config.copy_of:
+            for name, config in module.mask_configs.items():
+                if name in module.mask_scores and not config.copy_of:
                     config.progress = float(progress)
     compiled.refresh()
 
 
 class MaskProgress(TrainerCallback):
     """Tells masks how far training is; of the global step alone, so that a resumed run knows it too."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """The scores of the best checkpoint, where they were loaded, make its mask only with its progress."""
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            step = int(state.best_model_checkpoint.rpartition("-")[2])
+            set_mask_progress(model, step / state.max_steps)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Before the first step, or the first after resuming."""

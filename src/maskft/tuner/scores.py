@@ -21,11 +21,13 @@ class Float32ParameterDict(nn.ParameterDict):
     """Scores stay float32 under ``model.to(dtype)``: ranking casts to bfloat16 would create ties and move the mask."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32ParameterDict:
-        before = {name: parameter.data for name, parameter in self.items() if parameter is not None}
+        known = {name: parameter for name, parameter in self.items() if parameter is not None}
+        before = {name: (p.data, None if p.grad is None else p.grad.data) for name, p in known.items()}
         super()._apply(fn, recurse)
-        for name, data in before.items():
+        for name, (data, grad) in before.items():
             if self[name].dtype != torch.float32:
                 self[name].data = data.to(self[name].device)
+                self[name].grad = None if grad is None else grad.to(self[name].device)
         return self
 
 

@@ -18,7 +18,8 @@ from .layer import MaskedLinear
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
-_OWN_MODULES = {"base_layer", "mask_scores"}  # inside a masked layer, where a second adapter may look
+# Inside a masked layer, or one that another adapter saves whole, where a second adapter may look.
+_OWN_MODULES = {"base_layer", "mask_scores", "original_module", "modules_to_save"}
 _SHOWN = 8
 
 
@@ -74,8 +75,10 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
         linear = {name.rpartition(".")[2] for name, m in modules.items() if _why_not_maskable(name, m, model) is None}
         wanted = targets if isinstance(targets, str) else ", ".join(targets)
         hint = did_you_mean(wanted, linear) if "," not in wanted else ""
+        others = [n for n in ("layers_to_transform", "layers_pattern", "exclude_modules") if getattr(config, n)]
+        beside = f" with {', '.join(f'{name}={getattr(config, name)!r}' for name in others)}" if others else hint
         raise UserError(
-            f"target_modules {wanted!r} match no layer{hint}; the model's linear layers are: "
+            f"target_modules {wanted!r} match no layer{beside}; the model's linear layers are: "
             f"{', '.join(sorted(linear))}"
         )
 
@@ -94,8 +97,11 @@ def _check_layer_indices(config: MaskConfig, modules: Iterable[str]) -> None:
 
 def layer_indices(names: Iterable[str], layers_pattern: list[str] | str | None = None) -> set[int]:
     """Indices of the decoder layers that module or parameter ``names`` lie in."""
-    matches = [match for match in map(_LAYER_INDEX.search, names) if match]
-    return {int(match["index"]) for match in matches if layers_pattern is None or match["list"] in layers_pattern}
+    lists = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    if lists is None:
+        return {int(match["index"]) for match in map(_LAYER_INDEX.search, names) if match}
+    matches = (match for name in names for match in _LAYER_INDEX.finditer(name))
+    return {int(match["index"]) for match in matches if match["list"] in lists}
 
 
 def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | None:
@@ -110,7 +116,8 @@ def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | N
         return f"it is a {type(module).__name__}, not a linear layer"
     is_plain = type(module).__module__.split(".")[0] in ("torch", "transformers") and module.weight.is_floating_point()
     if not is_plain:
-        return f"it is quantised ({type(module).__name__}); load the model without quantisation"
+        name = type(module).__name__
+        return f"it is quantised, or neither torch's nor transformers' ({name}); load the model without quantisation"
     if type(module).forward not in _PLAIN_FORWARDS and type(module).__name__ != "FalconLinear":
         return f"it is a {type(module).__name__}, which computes something else than a linear map"
     path, _, leaf = name.rpartition(".")
@@ -185,7 +192,7 @@ def maskable_names(model: nn.Module) -> set[str]:
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D | MaskedLinear)
-        and ".base_layer" not in name
+        and _OWN_MODULES.isdisjoint(name.split("."))
         and _why_not_maskable(name, module, model) is None
     }
     names = [name for name in found if _LAYER_INDEX.search(name)]

@@ -32,6 +32,8 @@ def wanda_keys(model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name:
         UserError: If a layer sees no token of the rows.
     """
     layers = list(adapter_layers(model, adapter_name).values())
+    if not layers or not hasattr(model, "disable_adapter"):
+        raise UserError(f"the model has no mask adapter named {adapter_name!r}: pass what get_peft_model returned")
     is_training = model.training
     model.eval()
     try:

@@ -13,9 +13,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("--base", metavar="MODEL", help="base model; default: the one the adapter names")
     parser.add_argument(
         "--dtype",
-        default="float32",
+        default="auto",
         choices=("float32", "bfloat16", "float16", "auto"),
-        help="dtype of the written weights (default: %(default)s)",
+        help="dtype of the written weights (default: %(default)s, that of the base)",
     )
 
 
