@@ -123,7 +123,8 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, **_NO_CODE, **kwargs)
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the tokenizer of {name_or_path!r}: {first_line(error)}") from error
+            where = "" if Path(name_or_path).exists() else ", which is no folder here"
+            raise UserError(f"cannot load the tokenizer of {name_or_path!r}{where}: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if template is not None:

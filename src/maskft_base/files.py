@@ -75,6 +75,15 @@ def holds_adapter(folder: str | Path) -> bool:
     return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
+def no_adapter(folder: str | Path) -> UserError:
+    """Why a folder that was named as an adapter holds none."""
+    if not Path(folder).exists():
+        return UserError(f"adapter folder {str(folder)!r} does not exist")
+    is_model = (Path(folder) / "config.json").is_file()
+    whole = " (it is a whole model: give it as --model_name_or_path)" if is_model else ""
+    return UserError(f"{str(folder)!r} is not an adapter folder: it has no {ADAPTER_CONFIG}{whole}")
+
+
 def own_file(folder: str | Path, name: str) -> Path:
     """A file of a folder that may be a stranger's: a link that leads out of it is refused."""
     file = Path(folder) / name

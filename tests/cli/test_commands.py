@@ -230,7 +230,7 @@ def test_merge_writes_nothing_when_it_cannot(adapter, base, tmp_path, capsys):
     status, _, err = call(["merge", adapter, "--base", other, "--output_dir", tmp_path / "new"], capsys)
     assert status == 2 and "other base weights" in err and not (tmp_path / "new").exists()
     status, _, err = call(["merge", base, "--output_dir", tmp_path / "new"], capsys)
-    assert status == 2 and "is not an adapter folder" in err
+    assert status == 2 and "is not an adapter folder" in err and "it is a whole model" in err
     assert (tmp_path / "new.partial" / "mine").read_text() == "keep"
 
 

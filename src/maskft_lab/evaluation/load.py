@@ -26,6 +26,7 @@ from maskft_base.files import (
     digest,
     digest_tensors,
     holds_adapter,
+    no_adapter,
     read_json,
 )
 
@@ -252,7 +253,7 @@ def _base(name: str | None, adapters: Sequence[str]) -> tuple[str, str | None]:
 
 def _peft_config(adapter: str) -> PeftConfig:
     if not holds_adapter(adapter):
-        raise UserError(f"{adapter!r} is not an adapter folder: it has no adapter_config.json")
+        raise no_adapter(adapter)
     with one_line(adapter, "has no adapter_config.json that PEFT can read"):
         config = PeftConfig.from_pretrained(adapter)
     if not isinstance(config.base_model_name_or_path, str | None):

@@ -83,9 +83,10 @@ def check_context(model, longest: int, max_new_tokens: int = 0) -> None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     if 0 < context < longest + max_new_tokens:
         answer = f" and its answer may have {max_new_tokens}" if max_new_tokens else ""
+        rest = f" max_new_tokens to {context - longest}," if max_new_tokens and longest < context else ""
         raise UserError(
-            f"the longest item has {longest} tokens{answer}, the model's context {context}; lower max_length or the "
-            "bound on new tokens, or leave out items that long"
+            f"the longest item has {longest} tokens{answer}, the model's context {context}; lower{rest} max_length, or "
+            "leave out items that long"
         )
 
 
