@@ -1,6 +1,7 @@
 """Write what study_products.yaml needs: a random model of 0.9 M parameters, additions to train it on first, products.
 
 python recipes/small/make_inputs.py runs/small
+python recipes/small/make_inputs.py runs/small-1 1     # another initialisation, other rows, another split
 
 Also sums of two numbers of two digits, for recipes/smollm2/study_sums.yaml.
 """
@@ -17,7 +18,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SEED = 0
 NUM_ADDITIONS = 20_000
 NUM_TRAIN = 2_700  # the study holds out 700 of them
 NUM_SUMS = 1_200  # that study holds out 200 of them
@@ -26,11 +26,11 @@ NUM_SUM_PROMPTS = 64  # to measure how far a model has moved on its task
 CHARACTERS = "0123456789+*= "
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, seed: int) -> None:
     """Write the model, its tokenizer (a token per character) and files of exercises."""
     tokenizer().save_pretrained(folder / "model")
-    random_model().save_pretrained(folder / "model")
-    rng = random.Random(SEED)
+    random_model(seed).save_pretrained(folder / "model")
+    rng = random.Random(seed)
     additions = rng.sample([(a, b) for a in range(100, 1000) for b in range(100, 1000)], NUM_ADDITIONS)
     write(folder / "additions.jsonl.gz", [exercise(f"{a} + {b} =", a + b) for a, b in additions])
     products = [(a, b) for a in range(100, 1000) for b in range(2, 10)]
@@ -63,9 +63,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def random_model() -> LlamaForCausalLM:
+def random_model(seed: int) -> LlamaForCausalLM:
     """Return a Llama of width 128 and four layers."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=3 + len(CHARACTERS),
         hidden_size=128,
@@ -94,6 +94,6 @@ def write(file: Path, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python recipes/small/make_inputs.py DIR (DIR gets the model and the data)")
-    main(Path(sys.argv[1]))
+    if len(sys.argv) not in (2, 3) or not "".join(sys.argv[2:] or "0").isdecimal():
+        sys.exit("usage: python recipes/small/make_inputs.py DIR [SEED] (DIR gets the model and the data; SEED: 0, 1, ...)")
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 0)
