@@ -65,22 +65,11 @@ def is_same_adapter(one, other):
 @needs("axolotl")
 def test_axolotl_trains_and_resumes(base, rows, tmp_path):
     settings = {
-        "base_model": str(base),
-        "plugins": ["maskft_axolotl.MaskPlugin"],
-        "adapter": "mask",
-        "mask": MOVING,
-        "peft_layers_to_transform": [1, 2],
-        "datasets": [{"path": str(rows), "ds_type": "json", "type": "alpaca"}],
-        "sequence_len": 256,
-        "micro_batch_size": 2,
-        "max_steps": 4,
-        "save_steps": 2,
-        "learning_rate": 1e-2,
-        "optimizer": "adamw_torch",
-        "lr_scheduler": "constant",
-        "bf16": False,
-        "attn_implementation": "eager",
-    }
+        "base_model": str(base), "plugins": ["maskft_axolotl.MaskPlugin"], "adapter": "mask", "mask": MOVING,
+        "peft_layers_to_transform": [1, 2], "datasets": [{"path": str(rows), "ds_type": "json", "type": "alpaca"}],
+        "sequence_len": 256, "micro_batch_size": 2, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2,
+        "optimizer": "adamw_torch", "lr_scheduler": "constant", "bf16": False, "attn_implementation": "eager",
+    }  # fmt: skip
 
     def train(name, **more):
         file = tmp_path / f"{name}.yaml"
@@ -127,18 +116,10 @@ def test_llama_factory_trains_and_resumes(base, rows, tmp_path):
     data = tmp_path / "data.yaml"
     data.write_text(yaml.safe_dump({"sums": {"path": str(rows), "source": "local", "converter": "alpaca"}}))
     settings = {
-        "model": str(base),
-        "template": "qwen3_nothink",
-        "train_dataset": str(data),
-        "micro_batch_size": 2,
-        "global_batch_size": 2,
-        "cutoff_len": 256,
-        "max_steps": 4,
-        "save_steps": 2,
-        "learning_rate": 1e-2,
-        "bf16": False,
-        "batching_workers": 0,
-    }
+        "model": str(base), "template": "qwen3_nothink", "train_dataset": str(data), "micro_batch_size": 2,
+        "global_batch_size": 2, "cutoff_len": 256, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2,
+        "bf16": False, "batching_workers": 0,
+    }  # fmt: skip
 
     def train(name, mask, **more):
         file = tmp_path / f"{name}.yaml"

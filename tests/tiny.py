@@ -34,16 +34,10 @@ def decoder(config_class, model_class, seed=0, **overrides):
     """A decoder of any architecture."""
     torch.manual_seed(seed)
     settings = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
         "pad_token_id": 0,
-    }
+    }  # fmt: skip
     return model_class(config_class(**{**settings, **overrides})).eval()
 
 

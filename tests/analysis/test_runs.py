@@ -10,6 +10,7 @@ from maskft_base.errors import UserError
 from maskft_lab.analysis.records import is_finished, pieces_of, write_record
 from maskft_lab.analysis.runs import TrainedRun, find_mask, full_run, parent_of, read_study
 from maskft_lab.cli.main import main
+from maskft_lab.results.schema import write_result
 
 FULL = TrainedRun("full", "full", "full", 0, "b")
 
@@ -27,6 +28,15 @@ def test_what_tuning_tried_and_did_not_take_is_no_run_of_the_study(tmp_path):
     write_run(tmp_path, "mask-s0-bbbbbbbbbb", "mask", "mask", 0)
     write_run(tmp_path, "mask-s1-cccccccccc", "mask", "mask", 1, roles=())  # not evaluated yet
     assert [run.id for run in read_study(tmp_path)] == ["mask-s0-bbbbbbbbbb", "mask-s1-cccccccccc"]
+    # Nor is, once it has a summary, what an earlier recipe or another study left; but what its runs start from.
+    (result,) = write_run(tmp_path, "mask-s0-dddddddddd", "mask", "mask", 0, "mask-s1-cccccccccc")
+    write_result(tmp_path / files.RESULTS / "mask-s0-dddddddddd-old" / files.RESULT, result | {"name": "old"})
+    for study, run in (("small", "mask-s0-dddddddddd"), ("other", "mask-s0-bbbbbbbbbb")):
+        rows = {"runs": [{"run": run, "role": "best", "result": f"{run}-best"}]}
+        (tmp_path / files.SUMMARY.format(study)).write_text(json.dumps({"study": study, "models": {"tiny": rows}}))
+    run, start = read_study(tmp_path, study_name="small")
+    assert (run.id, run.results["best"]["name"]) == ("mask-s0-dddddddddd", "mask") and run.start == start.id
+    assert len(read_study(tmp_path)) == 3
 
 
 def test_what_is_not_there(tmp_path):

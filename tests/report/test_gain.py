@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from maskft_base import files
 from maskft_lab.cli.main import main
 from maskft_lab.report.catalogue import draw_figures, select_figures
 from maskft_lab.report.evidence import gather
@@ -121,6 +122,14 @@ def test_checkpoints_are_one_path_and_the_scales_of_each_another():
         paths.setdefault(point.path, []).append(point.label)
     assert paths == {"a": ["0.5 1.0", "1.0 1.0"], "a, 1 of training scaled": ["1.0 0.25", "1.0 0.5"]}
     assert curve.units == ("nats", "nats")
+
+
+def test_curves_of_another_study_in_the_folder_are_not_shown(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "study")
+    for name in ("tiny-study", "tiny-study-2"):
+        file = folder / files.CURVE.format(name, RECORD["probe"])
+        file.write_text(json.dumps(RECORD | {"task": name}))
+    assert [curve.task for curve in curves_of(gather(folder))] == ["tiny-study"]
 
 
 def test_paths_are_drawn_before_there_are_results(tmp_path):

@@ -27,12 +27,12 @@ def summary(num_steps, best_step, tokens, time_s, memory):
 
 def result(name, value):
     metric = {"value": value, "stderr": 0.5, "num_items": 1, "higher_is_better": True, "unit": "fraction"}
-    return {"name": name, "tasks": {"t": {"metrics": {"accuracy": metric}}}}
+    return {"name": name, "tasks": {"t": {"metrics": {"accuracy": metric}}}, "study": {"best_step": 5}}
 
 
 def run_of(run_id, method="mask", start="full", seed=0, value=0.5, base="b", **settings):
     return TrainedRun(
-        run_id, method, method, seed, base, start, settings, summary(10, 5, 100, 20.0, 7),
+        run_id, method, method, seed, base, start, settings, summary(10, 3, 100, 20.0, 7),  # evaluated is another step
         results={"best": result(run_id, value)},
     )  # fmt: skip
 
@@ -74,6 +74,9 @@ def test_one_line_per_choice_of_the_other_settings():
     (found,) = ablations_of([*by_layers, FULL])
     assert [value for value, _ in found.lines[0].points] == [[4, 5], [10, 11], None]
     assert ablations_of([FULL, run_of("a", sparsity=0.1)]) == []
+    of_base = [run_of(f"base {share}", start=None, sparsity=share) for share in (0.1, 0.2)]
+    (found,) = ablations_of([FULL, *(run_of(f"{share}", sparsity=share) for share in (0.1, 0.2)), *of_base])
+    assert [line.fixed for line in found.lines] == [{"start": "full"}, {"start": "b"}]
 
 
 def test_published_histories_are_enough_for_curves_and_cost():

@@ -397,6 +397,7 @@ def test_bad_requests():
     refuse([full, mask], "seed -1 is negative", seed=-1)
     refuse([full, mask], "num_resamples 99 is too few.*at least 100", num_resamples=99)
     many = [full] + [make(f"m{index}", accuracy=scores(50)) for index in range(10)]
+    assert compare(many[:4], settings=Settings(confidence=0.999)).num_resamples in (12_000, 12_001), "the default grows"
     refuse(many, "num_resamples 500 is too few for 10 comparisons.*at least 80[01]")
     refuse([full, mask, mask], "2 results are named 'mask', and not with different seeds")
     named = [make("mask", 1, "mask", accuracy=scores(50)), make("mask", 2, "lora", accuracy=scores(50))]
@@ -479,7 +480,7 @@ def comparison():
 
 
 def test_terminal(comparison, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("COLUMNS", "40")  # what is a page stays one
     text = render(comparison, "terminal")
     assert "50.0" in text
     assert "+10.0 [" in text

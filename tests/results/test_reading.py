@@ -21,6 +21,8 @@ def result(name):
 def test_folders_in_folders_hold_results_and_other_files(tmp_path):
     write_result(tmp_path / "runs" / "a" / "result.json", result("full"))
     write_result(tmp_path / "named" / "mask--a.json", result("mask"))
+    for place in ("runs/a-s0/path/heldout-1/1-1", "results/a-best-1.2.partial"):  # of a study, no models of their own
+        write_result(tmp_path / place / "result.json", result("passing"))
     with gzip.open(tmp_path / "named" / "l1.json.gz", "wt") as packed:
         packed.write(json.dumps(result("L1 mask")))
     (tmp_path / "named" / "comparison.json").write_text('{"kind": "comparison"}')

@@ -238,6 +238,7 @@ NLL = ("tasks", "sums", "metrics", "nll")
         (change([*NLL, "unit"], ...), "tasks.sums.metrics.nll.unit is missing"),
         (change(["tasks", "sums", "items", 1, "nll"], 10**400), "tasks.sums: item 'p1' has a nll of more than 2e.308"),
         (change(["tasks", "a\nb"], 1), r"tasks\.a\\nb"),
+        (change([*NLL, "unit"], "fraction"), "item 'p1' has nll 3.0, and a fraction is in .0, 1., not percent"),
         (change([*NLL, "num_items"], 3), "nll has num_items 3 for 2 items"),
         (change([*NLL, "value"], 2.0), "nll has value 2.0, its items give 2.5"),
         (change([*NLL, "value"], None), "nll has value None, its items give 2.5"),

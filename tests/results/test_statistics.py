@@ -210,6 +210,12 @@ def test_identical_models_have_no_difference(num_seeds, num_items):
     assert hierarchical_bootstrap(np.zeros((num_seeds, num_items)), num_resamples=200) == (0, 0, 0, 1)
 
 
+def test_two_seeds_that_agree_to_the_last_digit_are_not_sure():
+    wins = np.arange(200) < 30
+    drawn = Bootstrap(as_block([wins, wins[::-1]]), 10_000)
+    assert drawn.between == 0 and drawn.p_value() > 0.02
+
+
 def test_two_seeds_are_no_surer_than_a_t_test_on_them():
     # Seed differences 0.10 and 0.09 with next to no item noise: t = 0.095 / 0.005 with one degree of freedom.
     items = np.random.default_rng(0).normal(0, 1e-4, 200)

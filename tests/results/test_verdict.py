@@ -70,9 +70,9 @@ def test_a_verdict_is_against_the_parent_and_the_strongest_control(mask, restart
     assert second.parent.method == "other mask"
 
 
-def test_the_strongest_of_several_controls_is_named_with_holm_over_all():
+def test_the_strongest_of_several_controls_is_named_with_holm_over_those_of_all_masks():
     (first, _) = compared(family(260, 230, refit=300, annealed=280)).verdicts
-    assert (first.control.baseline, first.control.num_comparisons) == ("refit", 3)
+    assert (first.control.baseline, first.control.num_comparisons) == ("refit", 2 * 3)
     assert first.control.verdict == "worse" and "refit improves it more" in first.text
 
 
@@ -80,8 +80,42 @@ def test_the_parent_is_found_where_the_baseline_is_another():
     results = [result("pre-trained", "pretrained", 20, fingerprint="p", start="none"), *family(260, 320)]
     (first, _) = compared(results, "pre-trained").verdicts
     assert (first.parent.baseline, first.parent.difference) == ("full", pytest.approx(60 / NUM_ITEMS))
+    assert first.parent.num_comparisons == 2, "both masks"
     (first, _) = compared(results, "mask").verdicts  # the baseline itself is the mask
     assert (first.parent.baseline, first.parent.method) == ("full", "mask")
+
+
+def test_no_model_is_called_the_parent_that_is_known_to_be_another():
+    results = [result("lora", "lora", 150, start="none") | {}, result("mask", "mask", 260)]
+    results[0]["model"]["adapter"] = "l"
+    assert compared(results, "lora").verdicts == []
+    assert compared([result("base", "pretrained", 20, fingerprint="p"), results[1]], "base").verdicts == []
+    for each in results:
+        each["model"] |= {"fingerprint": None, "adapter": "a" if each["name"] == "mask" else None}
+    assert len(compared(results, "lora").verdicts) == 1, "nothing speaks against it"
+
+
+def test_a_verdict_speaks_of_the_test_and_not_of_a_probe():
+    results = family(260, 320)
+    for each in results:
+        each["tasks"] = {"before: sums": each["tasks"]["sums"], "code": result("x", "full", 100)["tasks"]["sums"]}
+        rename(each["tasks"]["code"], "pass_at_1")
+    assert " pass_at_1 on code" in compared(results).verdicts[0].text
+
+
+def rename(task, metric):
+    task["metrics"] = {metric: task["metrics"]["accuracy"]}
+    task["items"] = [item | {metric: item["accuracy"]} for item in task["items"]]
+
+
+def test_accuracies_of_zero_leave_their_place_to_the_loss():
+    results = [result("full", "full", 0), result("mask", "mask", 0)]
+    for each in results:
+        for item in (task := each["tasks"]["sums"])["items"]:
+            item |= {"nll": 2.0 - 0.5 * (each["name"] == "mask") + int(item["id"]) / 1000, "num_tokens": 1}
+        task["metrics"]["nll"] = metric_from_items(task["items"], "nll")
+    page = render(compared(results), "terminal")
+    assert "nll on sums" in page and page.splitlines()[-1].startswith("1 more difference: ")
 
 
 def test_without_a_control_that_is_said():

@@ -15,8 +15,8 @@ from maskft_lab.study.check import parsed_run
 from maskft_lab.study.execute import Study, _model_options, evaluation_words
 from maskft_lab.study.plan import build_plan
 from maskft_lab.study.recipe import Choice, parse_recipe
-from maskft_lab.study.runs import ChosenFrom, Heldout
-from maskft_lab.study.tuning import choose
+from maskft_lab.study.runs import ChosenFrom, Heldout, Trial
+from maskft_lab.study.tuning import choose, points_of
 from small_study import recipe, write
 
 LORA = {"method": "peft", "peft_config": {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}}
@@ -63,6 +63,7 @@ def test_every_point_is_measured_on_heldout_rows_and_probes(content, tmp_path, c
     """Of a run in one process; where one is missing it alone is measured again."""
     still = {"method": "full", "from": "full", "learning_rate": 0, **STEPS}  # which changes nothing of its start
     content["methods"]["still"], out = still, tmp_path / "study"
+    content["evaluation"]["before"] = {"other": content["evaluation"]["heldout"]}
     study = write(tmp_path, content)
     assert main(["study", str(study), "--output_dir", str(out)]) == 0
     assert commands.count("evaluate") == 6 + 5  # paths of all runs, and all but one of full fine-tuning on test rows
@@ -71,6 +72,7 @@ def test_every_point_is_measured_on_heldout_rows_and_probes(content, tmp_path, c
     lost.unlink()
     assert main(["study", str(study), "--output_dir", str(out)]) == 0
     assert commands.count("evaluate") == 6 + 5 + 1
+    assert "have no name in common" in (out / files.STUDY_TABLE.format("small")).read_text()
     assert [path for path in before if path.stat().st_mtime_ns != before[path]] == [lost]
     for folder in (out / files.RUNS).iterdir():
         points = {
@@ -90,15 +92,17 @@ def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(content, tm
     content["path"]["choose"] = {"forgetting_at_most": 1.0e-3}
     content["methods"]["random"] = {"method": "random_mask", "match": "mask"}
     content["evaluation"]["before"] = {"text": content["evaluation"]["heldout"]}
-    content |= {"baseline": "base", "seeds": [0, 1], "fixed_seeds": True}
+    content |= {"baseline": "LoRA", "seeds": [0, 1], "fixed_seeds": True}
     content["methods"]["mask"] |= {"eval_steps": 0.25, "save_steps": 0.25}  # more checkpoints than are kept elsewhere
     del content["methods"]["full"]
     out = tmp_path / "study"
+    for name in ("small", "small-2"):  # of a probe that it has no more, and of another study
+        files.write_text(out / files.CURVE.format(name, "old"), '{"probe": "old"}')
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(out)]) == 0
-    tuning = {
-        each["method"]: each
-        for each in json.loads((out / files.SUMMARY.format("small")).read_text())["models"]["base0"]["tuning"]
-    }
+    assert [file.name for file in out.glob("curve*old*")] == [files.CURVE.format("small-2", "old")]
+    summary = json.loads((out / files.SUMMARY.format("small")).read_text())["models"]["base0"]
+    assert {row["result"] for row in summary["runs"]} == {folder.name for folder in (out / files.RESULTS).iterdir()}
+    tuning = {each["method"]: each for each in summary["tuning"]}
     assert set(tuning) == {"LoRA", "mask"} and all(len(each["points"]) == 3 for each in tuning.values())
     results = {r["name"]: r for r in (json.loads(f.read_text()) for f in out.glob(f"{files.RESULTS}/*/{files.RESULT}"))}
     for name, each in tuning.items():
@@ -119,9 +123,8 @@ def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(content, tm
         low, high = chosen["nats_forgotten_interval"]
         assert low <= chosen["nats_forgotten"] <= high
     stored = {p["method"]: p["num_bytes"] for p in curve["points"] if p["is_chosen"]}
-    assert (
-        stored["LoRA"] == 2 * 2 * 3 * (4 * 32 + 2 * (32 + 16) + 3 * (32 + 48)) and 0 < stored["mask"] < stored["LoRA"]
-    )
+    assert stored["LoRA"] == 2 * 2 * 3 * (4 * 32 + 2 * (32 + 16) + 3 * (32 + 48))
+    assert 0 < stored["mask"] < stored["LoRA"]
     assert "of the change, is the best of 3 on held-out rows" in (out / files.STUDY_TABLE.format("small")).read_text()
     # Another study in the folder, without a path, leaves the checkpoints that were chosen.
     chosen = sorted(out.glob(f"{files.RUNS}/*/checkpoint-*"))
@@ -138,12 +141,11 @@ def test_what_is_chosen():
     points = [a_point(0.9, 0.3), a_point(0.8, 0.1), a_point(0.4, 0.05)]
     least = [choose(points, 1.0, Choice(accuracy_at_least=share)).gain for share in (0.95, 0.8, 0.7, 0.4)]
     assert least == [0.9, 0.8, 0.8, 0.4]  # none gains 0.95, the first comes nearest
-    assert [choose(points, 1.0, Choice(forgetting_at_most=most)).gain for most in (0.4, 0.2, 0.06, 0.01)] == [
-        0.9,
-        0.8,
-        0.4,
-        0.4,
-    ]
+    most = [choose(points, 1.0, Choice(forgetting_at_most=most)).gain for most in (0.4, 0.2, 0.06, 0.01)]
+    assert most == [0.9, 0.8, 0.4, 0.4]
+    heldout = Heldout(1.0, {(1.0, 1.0): {"heldout": {"nll": None}}, (0.5, 1.0): {"heldout": {"nll": 1.0}}})
+    found = points_of([Trial({}, None, heldout)], {"heldout": {"nll": 2.0}})
+    assert [point.point for point in found] == [(0.5, 1.0)], "the other diverged"
 
 
 @pytest.mark.parametrize(

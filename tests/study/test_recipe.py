@@ -326,7 +326,7 @@ CASES = [
     (change("methods/full/match", "mask"), "match is for random_mask, l1_mask, wanda_mask, and method is full"),
     (change("methods/full/from", "mask"), "cycle: full -> mask -> full"),
     (change("methods/full (best)", {"method": "full"}), r"two runs are named .*drop one"),
-    (change("methods/mask/learning_rat", 1), r"unknown option --learning_rat \(did you mean 'learning_rate'\?\)"),
+    (change("methods/mask/learning_rat", 1), r"unknown key 'learning_rat' \(did you mean 'learning_rate'\?\)"),
     (change("methods/mask/learning_rate", "fast"), r"run 'mask, seed 0': .*learning_rate.*'fast'"),
     (change("methods/mask/mask_sparsity", 1.5), r"run 'mask, seed 0': sparsity is 1.5"),
     (change("methods/mask/output_dir", "x"), "sets output_dir, which seeds, from, last or train decide; drop it"),

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -88,12 +89,8 @@ def check_that_another_study_in_the_folder_finds_what_is_made(content, tmp_path,
     content |= {"name": "third", "methods": {"full": FULL}}
     assert main(["study", str(write(tmp_path / "other", content)), "--output_dir", str(folder)]) == 0
     found_files = [json.loads(file.read_text()) for file in folder.glob(f"{files.RESULTS}/full-*/{files.RESULT}")]
-    assert sorted(
-        (each["study"]["study"], each["name"]) for each in found_files if each["study"]["role"] == "best"
-    ) == [
-        ("small", "full (best)"),
-        ("third", "full (best)"),
-    ]
+    best = [(each["study"]["study"], each["name"]) for each in found_files if each["study"]["role"] == "best"]
+    assert sorted(best) == [("small", "full (best)"), ("third", "full (best)")]
     assert trained == {p: p.stat().st_mtime_ns for p in folder.glob(f"{files.RUNS}/*/*") if p.name != files.LOG}
 
 
@@ -380,7 +377,7 @@ def test_a_run_that_fails_stops_what_needs_it_and_nothing_else(base, data, tmp_p
     capsys.readouterr()
     assert main(["study", str(file), "--output_dir", str(tmp_path / "out"), "--num_at_once", "2"]) == 2
     out, err = capsys.readouterr()
-    assert "run 'full, seed 0' failed (and 1 more): " in err and "is not finite" in err
+    assert "run 'full, seed 0' failed (and 1 more): " in err and "stopped before the update was applied" in err
     assert "it needs 'full, seed 0', which failed" in out and "pre-trained, seed 0: finished" in out
     (file,) = (tmp_path / "out").glob(f"{files.RESULTS}/*/{files.RESULT}")
     assert json.loads(file.read_text())["model"]["method"] == "pretrained"
@@ -491,8 +488,11 @@ def records(base, data):
     return build
 
 
-def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, records):
-    """Of the mask from the best of its start on, not from where that one's training ended."""
+def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, records, tmp_path):
+    """Of the mask from the best of its start on, not from where that one's training ended.
+
+    Of a chosen point of a path until its checkpoint; and the model before training is where it is now.
+    """
     methods = {
         "pre-trained": {"method": "pretrained"},
         "full": {"method": "full"},
@@ -522,6 +522,13 @@ def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, r
         "dsd": [4.5, 890, 4.5, 890],
         "twin": [3.0, 590, 3.0, 590],
     }
+    plan = check(parse_recipe(recipe(base, data, methods)))
+    study, before, point = Study(tmp_path, plan.recipe), plan.runs[0], replace(plan.runs[1], point=(0.5, 1.0))
+    write_record(study.run_folder(point), found["full"])
+    (study.run_folder(point) / files.TRAINING).write_text(json.dumps({"summary": trainings["full"]}))
+    assert (study.record(point).best_step, study.record(point).total_tokens) == (4, {"best": 400, "last": 800})
+    write_record(study.run_folder(before), found["pre-trained"])
+    assert study.model(before, "best") == str(base)
 
 
 @pytest.mark.parametrize("name", ["openai/gsm8k:0.5,meta-math/MetaMathQA:100", "FILE:0.5,openai/gsm8k", "FILE"])

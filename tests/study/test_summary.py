@@ -20,13 +20,6 @@ def test_an_end_that_is_the_best_at_every_seed_is_left_out():
     assert without_repeats([*BEST, *ends], "mask (complete)") == ([*BEST, *ends], []), "the baseline stays"
 
 
-def test_an_end_is_not_the_mean_of_checkpoints():
-    """Which has no step of its own, and counts as made at the last one."""
-    best = {"name": "full (best)", "study": {"role": "best", "best_step": 8, "num_steps": 8, "averaged_steps": [7, 8]}}
-    results = [best, {"name": "full (end)", "study": best["study"] | {"role": "last"}}]
-    assert without_repeats(results, None) == (results, [])
-
-
 @pytest.mark.parametrize("best_step", [6, 0])
 def test_an_end_that_differs_at_one_seed_stays_for_all(best_step):
     results = [*BEST, result("mask (complete)", "last", 8), result("mask (complete)", "last", best_step)]

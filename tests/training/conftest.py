@@ -11,19 +11,10 @@ def words(base, data, tmp_path):
 
     def words(name="out", **changes):
         settings = {
-            "model_name_or_path": base,
-            "dataset_name": data,
-            "output_dir": tmp_path / name,
-            "eval_split_size": 16,
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "eval_steps": 2,
-            "save_steps": 2,
-            "learning_rate": 1e-3,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "dataloader_pin_memory": False,
-        }
+            "model_name_or_path": base, "dataset_name": data, "output_dir": tmp_path / name, "eval_split_size": 16,
+            "max_steps": 2, "per_device_train_batch_size": 4, "eval_steps": 2, "save_steps": 2,
+            "learning_rate": 1e-3, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False,
+        }  # fmt: skip
         given = {key: value for key, value in {**settings, **changes}.items() if value is not None}
         parts = ([f"--{key}", *(value if isinstance(value, list) else [value])] for key, value in given.items())
         return ["train", *(str(word) for part in parts for word in part)]

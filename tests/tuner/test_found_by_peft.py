@@ -64,16 +64,9 @@ def test_a_plain_trainer_resumes_exactly(tmp_path, options):
     def train(folder, resume, **settings):
         model = get_peft_model(tiny_llama(num_layers=2), MaskConfig(**CAUSAL, **options))
         args = TrainingArguments(
-            str(folder),
-            max_steps=4,
-            save_steps=2,
-            learning_rate=1e-2,
-            per_device_train_batch_size=2,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            **settings,
-        )
+            str(folder), max_steps=4, save_steps=2, learning_rate=1e-2, per_device_train_batch_size=2,
+            report_to="none", use_cpu=True, disable_tqdm=True, **settings,
+        )  # fmt: skip
         trainer = Trainer(model, args, train_dataset=rows)
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model(str(folder / "final"))

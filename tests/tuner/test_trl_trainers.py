@@ -63,18 +63,10 @@ def trainer_of(kind, model, folder, **changes):
     config_class, trainer_class = CLASSES[kind]
     parts = {key: changes.pop(key) for key in ("peft_config", "ref_model") if key in changes}
     settings = {
-        "learning_rate": 1e-2,
-        "max_steps": 4,
-        "save_steps": 2,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        **OPTIONS.get(kind, {}),
-    }
+        "learning_rate": 1e-2, "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4,
+        "logging_steps": 1, "bf16": False, "use_cpu": True, "report_to": "none", "gradient_checkpointing": False,
+        "dataloader_pin_memory": False, **OPTIONS.get(kind, {}),
+    }  # fmt: skip
     if kind in ("grpo", "rloo"):
         parts["reward_funcs"] = reward
     if kind in ("distillation", "gkd"):

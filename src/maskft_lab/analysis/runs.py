@@ -49,13 +49,18 @@ class TrainedRun:
     results: dict[str, Result] = field(default_factory=dict)
 
     @property
+    def best_step(self) -> int | None:
+        """Of the model that was evaluated, which may be another point of the run's path than the best."""
+        return self.results[BEST]["study"]["best_step"] if BEST in self.results else self.summary.get("best_step")
+
+    @property
     def history(self) -> list[dict]:
         """Rows of the training history, each with ``step``."""
         return self.summary.get("history", [])
 
 
-def read_study(folder: str | Path, base: str | None = None) -> list[TrainedRun]:
-    """All finished runs of one base model: of a study's folder, or of a folder of published results.
+def read_study(folder: str | Path, base: str | None = None, study_name: str | None = None) -> list[TrainedRun]:
+    """All finished runs of one base model: in a study's folder, where it has a summary those of it; or published ones.
 
     Raises:
         UserError: If there are none, or they are of several base models and ``base`` names none of them.
@@ -64,12 +69,20 @@ def read_study(folder: str | Path, base: str | None = None) -> list[TrainedRun]:
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} is not a folder; name the output_dir of a study")
     records = sorted((folder / files.RUNS).glob(f"*/{files.RUN}"))
-    results = _results_of(
-        sorted((folder / files.RESULTS).glob(f"*/{files.RESULT}") if records else folder.glob("*.json*"))
-    )
+    summaries = map(files.read_json, folder.glob(files.SUMMARY.format("*")) if records else ())
+    models = [m for each in summaries if study_name in (None, each["study"]) for m in each["models"].values()]
+    rows = [row for model in models for row in model["runs"]]
+    named = {row.get("result") for row in rows} or {None}  # None: in a summary of an earlier version
+    found = (folder / files.RESULTS).glob(f"*/{files.RESULT}") if records else folder.glob("*.json*")
+    results = _results_of(sorted(file for file in found if None in named or file.parent.name in named))
     runs = [_from_record(folder, file, results) for file in records] or _published(folder, results)
     if not runs:
         raise UserError(f"{str(folder)!r} holds neither finished runs (runs/*/run.json) nor results of a study")
+    if rows:
+        ids = {_identity(row["run"]) for row in rows}
+        while parents := {_identity(r.start) for r in runs if r.start and _identity(r.id) in ids} - ids:
+            ids |= parents
+        runs = [run for run in runs if _identity(run.id) in ids]
     # Runs that tuning tried and did not take have the name and the seed of the one it took, and no results.
     evaluated = {(run.name, run.seed) for run in runs if run.results}
     runs = [run for run in runs if run.results or not records or (run.name, run.seed) not in evaluated]

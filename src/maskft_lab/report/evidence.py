@@ -109,13 +109,13 @@ def gather(folder: str | Path, *, base: str | None = None, study_name: str | Non
     curves = sorted(folder.glob(CURVES))
     if curves and not (folder / files.RUNS).is_dir() and not (folder / PUBLISHED_SUMMARY).is_file():
         return Evidence(folder, folder.resolve().name, read_json(curves[0])["model"], [], [])  # its paths alone
-    runs = read_study(folder, base)
+    runs = read_study(folder, base, study_name)
     name, summary = _summary(folder, study_name, runs[0].base)
     names = {(row["run"], row["role"]): row["name"] for row in summary.get("runs", [])}  # studies share runs
-    found = [result for run in runs for result in run.results.values()]
     results = [
         cast(Result, {**result, "name": names.get((result["study"]["run"], result["study"]["role"]), result["name"])})
-        for result in found
+        for run in runs
+        for result in run.results.values()
     ]
     evidence = Evidence(folder, name, runs[0].base, runs, results)
     if "not_compared" in summary:

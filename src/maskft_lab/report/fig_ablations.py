@@ -21,6 +21,7 @@ _NAMES = {
     "mask_sparsity": "share removed",
     "max_train_samples": "training rows",
     "learning_rate": "learning rate of the scores",
+    "start": "mask of",
 }
 _ALL = ("mask_layers_to_transform", "max_train_samples")  # settings whose default is all there is
 _OF_THE_PAPER = ("mask_layers_to_transform", "mask_sparsity", "max_train_samples")
@@ -78,18 +79,20 @@ def _lines(
 ) -> list[Line]:
     """Lines against the first of the varied settings: one for each choice of the others that has two points."""
     setting, others = varied[0], [name for name in varied if name != varied[0]]
-    groups: dict[str, dict[str, list[TrainedRun]]] = {}
+    groups: dict[tuple[str, str], dict[str, list[TrainedRun]]] = {}
     for run in masks:
+        start = parent.name if (parent := parent_of(run, runs)) else run.base
         fixed, value = _key({name: run.settings.get(name) for name in others}), _key(run.settings.get(setting))
-        groups.setdefault(fixed, {}).setdefault(value, []).append(run)
-    lines = []
-    for fixed, points in groups.items():
+        groups.setdefault((start, fixed), {}).setdefault(value, []).append(run)
+    has_one_start, lines = len({start for start, _ in groups}) == 1, []
+    for (start, fixed), points in groups.items():
         if len(points) < 2:
             continue
         parents = {run.start: parent_of(run, runs) for members in points.values() for run in members}
         starts = [run for run in parents.values() if run and _value(run, *place)]
         ordered = sorted(((json.loads(value), _mean(members, place)) for value, members in points.items()), key=_order)
-        lines.append(Line(json.loads(fixed), ordered, _mean(starts, place) if starts else None))
+        fixed_here = json.loads(fixed) | ({} if has_one_start else {"start": start})
+        lines.append(Line(fixed_here, ordered, _mean(starts, place) if starts else None))
     return lines
 
 

@@ -34,7 +34,8 @@ class Cost(NamedTuple):
 
 def cost_of(run: TrainedRun, role: str, runs: Sequence[TrainedRun]) -> dict[str, float]:
     """Bytes of one process, tokens and seconds of a run, and from the pre-trained model on (``total_``)."""
-    own, before = spent_until(run, run.summary["num_steps" if role == LAST else "best_step"]), spent_before(run, runs)
+    step = run.summary["num_steps"] if role == LAST else run.best_step
+    own, before = spent_until(run, step), spent_before(run, runs)
     return {
         "peak_memory_bytes": run.summary["peak_memory_bytes"],
         **{name: own[name] for name in ("tokens", "time_s")},

@@ -40,7 +40,7 @@ def spent_before(run: TrainedRun, runs: Sequence[TrainedRun]) -> dict[str, float
     parent = parent_of(run, runs)
     if parent is None:
         return spent_until(run, 0)
-    own, before = spent_until(parent, parent.summary.get("best_step")), spent_before(parent, runs)
+    own, before = spent_until(parent, parent.best_step), spent_before(parent, runs)
     return {name: own[name] + before[name] for name in own}
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 
+from maskft_base import files
 from maskft_base.files import read_json
 
 from ..results.compare import compare
@@ -58,8 +59,10 @@ def curves_of(evidence: Evidence) -> list[Curve]:
     Raises:
         NotComputed: If the study measures no earlier abilities.
     """
-    if written := sorted(evidence.folder.glob(CURVES)):
-        return [curve_of_record(read_json(file)) for file in written]
+    is_published = not (evidence.folder / files.RUNS).is_dir()  # under any name
+    records = {file.name: read_json(file) for file in sorted(evidence.folder.glob(CURVES))}
+    if own := [r for n, r in records.items() if is_published or n == files.CURVE.format(evidence.name, r["probe"])]:
+        return list(map(curve_of_record, own))
     comparison = evidence.comparison
     records = gains_of(comparison.differences) if comparison else []
     if comparison is None or not records:

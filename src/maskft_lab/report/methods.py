@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Iterable, Sequence
+from itertools import cycle, product
 from typing import Any
 
 from .charts import COLOURS, SERIES, Entry
@@ -18,6 +19,7 @@ _LOOKS = {
     "wanda_mask": ("purple", "--", "h"),
     "pretrained": ("muted", ":", "x"),
 }
+_OTHERS, _MARKERS = SERIES[2:], "^vdXosDPhp*"
 _CONTROL = ("teal", "-.", "p")  # anything else: a restart, a part of the weights, models combined
 
 
@@ -28,18 +30,16 @@ def look(method: str | None, is_start: bool = True) -> tuple[str, str, str]:
 
 def series_looks(names: Iterable[str]) -> dict[str, Entry]:
     """A look for each name of a picture with many methods: masks red, full fine-tuning blue, all others in turn."""
-    looks: dict[str, Entry] = {}
-    others = [colour for colour in SERIES if colour not in ("red", "blue")]
-    counts: Counter[str] = Counter()
+    looks: dict[str, tuple[str, str]] = {}
     for name in names:
-        kind = next(
-            (kind for kind, colour in (("mask", "red"), ("full", "blue")) if kind in name.split(",")[0]), "other"
-        )
-        colour = {"mask": "red", "full": "blue"}.get(kind) or others[counts[kind] % len(others)]
-        markers = {"mask": "^vdX", "full": "osDP"}.get(kind, "sDphP*o")
-        looks[name] = Entry(name, colour, "", markers[counts[kind] % len(markers)])
-        counts[kind] += 1
-    return looks
+        kind = re.split(r",| (?:of|on|with)\b| [\d(\[]", name)[0]  # without settings, parents and variants
+        colours, markers = (["blue"], "osDP") if kind.startswith("full") else (_OTHERS, "sDphP*o")
+        if kind.endswith("mask") and not kind.startswith(("random", "L1", "Wanda")):
+            colours, markers = ["red"], "^vdX"
+        own = zip(cycle(colours), markers * len(colours), strict=False)
+        free = [each for each in (*own, *product((*colours, *SERIES), _MARKERS)) if each not in looks.values()]
+        looks[name] = free[0] if free else (colours[0], markers[0])
+    return {name: Entry(name, colour, "", marker) for name, (colour, marker) in looks.items()}
 
 
 def looks_in_turn(names: Iterable[str]) -> dict[str, Entry]:

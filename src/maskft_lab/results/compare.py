@@ -68,7 +68,7 @@ def compare(
     pairs, notes = _pairs(groups, baseline, tasks, item_metrics)
     main = _main_metrics(groups[baseline][0], pairs)
     sizes = Counter(main[task] == metric for _, task, metric in pairs)
-    settings.check_resamples(max(sizes.values()))
+    settings = settings.with_resamples(max(sizes.values()))
     others = [name for name in groups if name != baseline]
     paired = {name: pair_by_seed(groups[name], groups[baseline], settings.fixed_seeds) for name in others}
     rows = [measure(paired[name], task, metric, main[task] == metric, settings) for name, task, metric in pairs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from maskft_base.errors import UserError
 
 SCHEMA_VERSION = 2  # 1: ci_low and ci_high were the unadjusted interval
-MIN_RESAMPLES = 100
+MIN_RESAMPLES, NUM_RESAMPLES = 100, 10_000
 
 BETTER, WORSE, NOT_DISTINGUISHABLE = "better", "worse", "not distinguishable"
 
@@ -22,14 +22,14 @@ class Settings:
     """How differences are judged.
 
     Attributes:
-        num_resamples: Bootstrap samples per difference, at least 100, and more for many comparisons.
+        num_resamples: Bootstrap samples per difference, at least 100; the default grows with many comparisons.
         seed: Seed of the resampling.
         confidence: Coverage of the intervals, in (0, 1).
         fixed_seeds: Claim something about these trained models, averaged over their seeds: intervals are over items
             only and say nothing about other training seeds. By default seeds are drawn as items are.
     """
 
-    num_resamples: int = 10_000
+    num_resamples: int = NUM_RESAMPLES
     seed: int = 0
     confidence: float = 0.95
     fixed_seeds: bool = False
@@ -40,14 +40,16 @@ class Settings:
         if self.seed < 0:
             raise UserError(f"seed {self.seed} is negative: give 0 or more")
 
-    def check_resamples(self, num_comparisons: int) -> None:
-        """Refuse fewer resamples than Holm needs: a bootstrap p is a multiple of ``2 / (num_resamples + 1)``."""
+    def with_resamples(self, num_comparisons: int) -> Settings:
+        """Return them with as many resamples as Holm needs: a bootstrap p is a multiple of ``2 / (resamples + 1)``."""
         needed = max(MIN_RESAMPLES, math.ceil(4 * num_comparisons / (1 - self.confidence)))
-        if self.num_resamples < needed:
+        number = max(NUM_RESAMPLES, needed) if self.num_resamples == NUM_RESAMPLES else self.num_resamples
+        if number < needed:
             raise UserError(
-                f"num_resamples {self.num_resamples} is too few for {num_comparisons} comparisons at confidence "
+                f"num_resamples {number} is too few for {num_comparisons} comparisons at confidence "
                 f"{self.confidence}: give at least {needed}"
             )
+        return replace(self, num_resamples=number)
 
 
 @dataclass(frozen=True)

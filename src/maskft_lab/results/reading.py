@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from .schema import Result, check_result, read_result, result_file
 def read_all(paths: Iterable[str]) -> list[Result]:
     """Return the results of files and folders, in the order given.
 
-    A folder is one of results: its ``result.json``, or all in it and below.
+    A folder is one of results: its ``result.json``, or all in it and below but points of paths, and what is partial.
 
     Args:
         paths: Paths, or ``NAME=PATH``.
@@ -46,7 +47,8 @@ def _files_of(path: Path) -> list[Path]:
     """Return the files that a path stands for, at least one."""
     if not path.is_dir() or (path / files.RESULT).is_file():
         return [result_file(path)]
-    below = [file for file in sorted([*path.rglob("*.json"), *path.rglob("*.json.gz")]) if _is_result(file)]
+    found = sorted([*path.rglob("*.json"), *path.rglob("*.json.gz")])
+    below = [f for f in found if not re.search(r"(^|/)path/|\.partial/", f"{f.relative_to(path)}") and _is_result(f)]
     return below or [result_file(path)]
 
 

@@ -357,6 +357,8 @@ def _check_metric(name: str, metric: MetricRecord, items: list[Item]) -> None:
             raise ValueError(f"item {item['id']!r} has {name} {item.get(name)!r}, not a number or null")
         if isinstance(item[name], int) and not is_finite(item[name]):
             raise ValueError(f"item {item['id']!r} has a {name} of more than {sys.float_info.max:.0e}")
+        if metric["unit"] == "fraction" and is_finite(item[name]) and not 0 <= item[name] <= 1:
+            raise ValueError(f"item {item['id']!r} has {name} {item[name]}, and a fraction is in [0, 1], not percent")
     if metric["num_items"] != len(items):
         raise ValueError(f"{name} has num_items {metric['num_items']} for {len(items)} items")
     value, expected = metric["value"], metric_from_items(items, name, unit=metric["unit"])["value"]

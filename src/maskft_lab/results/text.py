@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from maskft_base.errors import printable
 
 from .comparison import BETTER, NOT_DISTINGUISHABLE, SCHEMA_VERSION, WORSE, Comparison, Difference, Score
+from .schema import BEFORE
 
 PAGE_LINES, PAGE_WIDTH = 25, 80
 MIN_NAME = 12  # characters of a name that a page's table leaves at least
@@ -45,9 +46,18 @@ def render(comparison: Comparison, output_format: str) -> str:
 
 
 def brief_metric(differences: Sequence[Difference]) -> tuple[str, str]:
-    """Return task and metric that stand for a comparison where there is room for one: accuracy, else the main one."""
-    rows = sorted(differences, key=lambda row: (row.metric != "accuracy", not row.is_main))
-    return rows[0].task, rows[0].metric
+    """Return task and metric that stand for a comparison where there is room for one.
+
+    What was trained for goes before probes of earlier abilities, accuracy before other metrics; all 0 says nothing.
+    """
+    told = {(row.task, row.metric) for row in differences if row.value or row.baseline_value}
+
+    def order(row: Difference) -> tuple[bool, ...]:
+        is_silent = (row.task, row.metric) not in told
+        return row.task.startswith(BEFORE), is_silent, row.metric != "accuracy", not row.is_main
+
+    first = min(differences, key=order)
+    return first.task, first.metric
 
 
 def _page(comparison: Comparison) -> str:
@@ -64,10 +74,14 @@ def _page(comparison: Comparison) -> str:
         sentences.append("Two seeds: what is not distinguishable is no claim over seeds.")
     sentences += [_note(note) for note in comparison.notes[:2]]
     tail = [line for text in sentences for line in textwrap.wrap(printable(text), PAGE_WIDTH, subsequent_indent="  ")]
-    lines = draw(_page_table(comparison, shown), "terminal").splitlines()[: max(6, PAGE_LINES - 1 - len(tail))]
-    num_shown = sum(line.endswith((BETTER, WORSE, NOT_DISTINGUISHABLE)) for line in lines)
-    left_out = f"{len(rows) - num_shown} more differences, " if len(rows) > num_shown else ""
-    tail.append(f"{left_out}p-values, errors: --format markdown, or a study's table.".capitalize())
+    lines = draw(_page_table(comparison, shown), "terminal", PAGE_WIDTH).splitlines()
+    lines = lines[: max(6, PAGE_LINES - 1 - len(tail))]
+    num_left = len(rows) - sum(line.endswith((BETTER, WORSE, NOT_DISTINGUISHABLE)) for line in lines)
+    num_claims = sum(row.verdict != NOT_DISTINGUISHABLE for row in rows)
+    num_claims -= sum(line.endswith((BETTER, WORSE)) for line in lines)
+    claims = f" ({num_claims} better or worse)" if num_claims else ""
+    left_out = f"{num_left} more difference{'s' * (num_left > 1)}{claims}" if num_left else "p-values, errors"
+    tail.append(f"{left_out}: --format markdown, or a study's table.".capitalize())
     return "\n".join([*lines, *tail]) + "\n"
 
 
@@ -194,12 +208,12 @@ def cross_domain_table(scores: Sequence[Score]) -> Table:
     return Table(columns, [(label, *(cells.get(column, "–") for column in units)) for label, cells in rows.items()])
 
 
-def draw(table: Table, output_format: str) -> str:
-    """Return a table as text: ``terminal`` or ``markdown``."""
+def draw(table: Table, output_format: str, width: int | None = None) -> str:
+    """Return a table as text: ``terminal`` (of ``width`` columns, by default its own) or ``markdown``."""
     clean = printable if output_format == "terminal" else markdown_cell
     cells = [tuple(map(clean, row)) for row in (table.columns, *table.rows)]
     if output_format == "terminal":
-        return _terminal_table(Table(cells[0], cells[1:]))
+        return _terminal_table(Table(cells[0], cells[1:]), width or _terminal_width())
     lines = [f"| {' | '.join(row)} |" for row in cells]
     lines.insert(1, "|" + " --- |" + " ---: |" * (len(table.columns) - 1))
     return "\n".join(lines) + "\n"
@@ -214,13 +228,13 @@ def _terminal_width() -> int:
     return shutil.get_terminal_size(fallback=(80, 24)).columns
 
 
-def _terminal_table(table: Table) -> str:
-    """Return columns side by side; those for which the terminal is too narrow follow below, with the labels again."""
+def _terminal_table(table: Table, width: int) -> str:
+    """Return columns side by side; those for which the width does not suffice follow below, with the labels again."""
     rows = [table.columns, *(row for row in table.rows if any(row[1:]))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     blocks: list[list[int]] = []
     for index in range(1, len(widths)):
-        if not blocks or sum(widths[i] + 2 for i in [0, *blocks[-1], index]) - 2 > _terminal_width():
+        if not blocks or sum(widths[i] + 2 for i in [0, *blocks[-1], index]) - 2 > width:
             blocks.append([])
         blocks[-1].append(index)
     lines: list[str] = []

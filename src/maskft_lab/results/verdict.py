@@ -34,7 +34,9 @@ _CONCLUSIONS = {
 
 
 def verdicts_on_masks(groups: Groups, rows: Sequence[tuple[Difference, Measured]], settings: Settings) -> list[Verdict]:
-    """Return the verdict on each learned mask, in the metric of :func:`brief_metric`.
+    """Return the verdict on each learned mask whose parent is among the models, in the metric of :func:`brief_metric`.
+
+    All masks against their parents are a family for Holm's correction, all masks against their controls another.
 
     Args:
         groups: All results by name.
@@ -46,38 +48,56 @@ def verdicts_on_masks(groups: Groups, rows: Sequence[tuple[Difference, Measured]
     judged = {row.method: (row, measured) for row, measured in rows if (row.task, row.metric) == shown}
     baseline = rows[0][0].baseline
     known = [name for name in groups if name in judged or name == baseline]
-    found = []
-    for mask in (name for name in known if groups[name][0]["model"]["method"] == MASK):
+    known.sort(key=lambda name: name != baseline)  # another model may be the same, such as one that gained nothing
+    parents: dict[str, str] = {}
+    controls: list[tuple[str, str]] = []
+    for mask in (name for name in groups if name in known and groups[name][0]["model"]["method"] == MASK):
         others = [name for name in known if name != mask]
-        others.sort(key=lambda name: name != baseline)  # another model may be the same, such as one that gained nothing
-        parent = next((name for name in others if _all_paired(groups, mask, name, is_parent)), baseline)
-        controls = [name for name in others if name != parent and _all_paired(groups, mask, name, _is_control)]
-        if parent == mask:  # it is the baseline, and its parent was not given
-            continue
-        against = [judged[mask]] if parent == baseline else _judged(groups, mask, [parent], shown, settings)
-        of_controls = _judged(groups, mask, controls, shown, settings)  # Holm over those, of which the best is chosen
+        parent = next((name for name in others if _all_paired(groups, mask, name, is_parent)), None)
+        if parent is None and mask != baseline and _all_paired(groups, mask, baseline, _may_be_parent):
+            parent = baseline
+        if parent is not None:
+            parents[mask] = parent
+            others = [name for name in others if name != parent and _all_paired(groups, mask, name, _is_control)]
+            controls += [(mask, name) for name in others]
+    of_parents = _judged(groups, [pair for pair in parents.items() if pair[1] != baseline], shown, settings)
+    of_controls = _judged(groups, controls, shown, settings)
+    found = []
+    for mask, parent in parents.items():
+        against = [judged[mask] if parent == baseline else of_parents[mask, parent]]
         sign = 1 if against[0][0].higher_is_better else -1
-        against += sorted(of_controls, key=lambda pair: -sign * pair[0].baseline_value)[:1]
+        own = [of_controls[pair] for pair in controls if pair[0] == mask]
+        against += sorted(own, key=lambda pair: -sign * pair[0].baseline_value)[:1]  # the best of them
         found.append(Verdict(against[0][0], against[1][0] if len(against) > 1 else None, _text(against)))
     return found
 
 
 def _judged(
-    groups: Groups, mask: str, others: Sequence[str], shown: tuple[str, str], settings: Settings
-) -> list[tuple[Difference, Measured]]:
-    """Return the differences of a mask from others, as a family of their own."""
-    paired = [pair_by_seed(groups[mask], groups[name], settings.fixed_seeds) for name in others]
+    groups: Groups, pairs: Sequence[tuple[str, str]], shown: tuple[str, str], settings: Settings
+) -> dict[tuple[str, str], tuple[Difference, Measured]]:
+    """Return the differences of masks from other models, as one family."""
+    paired = [pair_by_seed(groups[mask], groups[name], settings.fixed_seeds) for mask, name in pairs]
     family = [measure(pair, *shown, True, settings) for pair in paired]
-    return [(row, measured) for row, (_, measured) in zip(judge(family, settings), family, strict=True)]
+    rows = [(row, measured) for row, (_, measured) in zip(judge(family, settings), family, strict=True)]
+    return dict(zip(pairs, rows, strict=True))
 
 
 def _all_paired(groups: Groups, mask: str, name: str, is_so: Callable[[Result, Result], bool]) -> bool:
-    """Whether something holds of another model's results and the mask's at all seeds that both have."""
+    """Whether something holds of another model's results and the mask's at all seeds that both have.
+
+    A parent may be one result beside all seeds of its masks; how much the seed of a control matters is not known.
+    """
     by_seed = {result["model"]["seed"]: result for result in groups[mask]}
     pairs = [(other, by_seed[seed]) for other in groups[name] if (seed := other["model"]["seed"]) in by_seed]
-    if len(groups[name]) == 1 and not pairs:
+    if len(groups[name]) == 1 and not pairs and is_so is not _is_control:
         pairs = [(groups[name][0], result) for result in groups[mask]]
     return bool(pairs) and all(is_so(other, result) for other, result in pairs)
+
+
+def _may_be_parent(other: Result, mask: Result) -> bool:
+    """Whether nothing is known that says that a mask was not made on a model."""
+    fingerprints = other["model"]["fingerprint"], mask["model"]["fingerprint"]
+    return other["model"]["adapter"] is None and None in fingerprints
 
 
 def _is_control(other: Result, mask: Result) -> bool:

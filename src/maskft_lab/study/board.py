@@ -85,6 +85,6 @@ class Board:
             self._progress.move(self._task, self._num_done, note, is_news)
 
     def _outcome(self, run: StudyRun) -> str:
-        heldout = self.study.heldout(run)
-        is_measured = heldout is not None and math.isfinite(heldout.loss)  # not where no step was taken
-        return f"finished, held-out loss {heldout.loss:.4f}" if is_measured else "finished"
+        loss = getattr(self.study.heldout(run), "loss", math.inf)  # infinite, too, where no step was taken
+        without = "finished" if run.tried is None else "diverged"
+        return f"finished, held-out loss {loss:.4f}" if math.isfinite(loss) else without

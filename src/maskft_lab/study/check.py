@@ -13,9 +13,9 @@ from maskft.data.arguments import DataArguments, check_sizes
 from maskft.data.splits import prompt_digest
 from maskft.training.arguments import TrainConfig
 from maskft.training.checks import check_method, check_size
-from maskft.training.launch import config_processes
+from maskft.training.launch import config_processes, launch_options
 from maskft.training.method_arguments import FIXED_MASK_METHODS, INTERPOLATE, MASK_METHODS, mask_config
-from maskft.training.options import parse_words
+from maskft.training.options import option_defaults, parse_words
 from maskft_base.errors import UserError, did_you_mean
 
 from .execute import Study, evaluation_words
@@ -65,6 +65,12 @@ def parsed_run(run: StudyRun) -> TrainConfig:
         del options["learning_rate"]
     if run.takes_values_before:
         options["mask_removed_value_model"] = run.model  # known once its parent is made
+    known = option_defaults().keys() | launch_options()
+    for name in options.keys() - known:
+        keys = [spec.alias or key for key, spec in Method.model_fields.items()]
+        raise UserError(
+            f"unknown key {name!r}{did_you_mean(name, [*keys, *known])}; options are in maskft train --help"
+        )
     return parse_words(command_words(options))[0]
 
 
@@ -121,8 +127,8 @@ def _check_tuned_rows(plan: Plan, digests: set[str]) -> None:
         data, would = parsed.data, f"method {run.method.name!r} would be {verb} on"
         name = data.eval_dataset_name or data.dataset_name
         split = data.dataset_eval_split or ("test" if data.eval_dataset_name else data.dataset_train_split)
-        if split == "test" and not Path(name).is_file():
-            raise UserError(f"{would} the split 'test' of {name!r}; hold out rows of the training data")
+        if "test" in {part.partition("[")[0].strip() for part in split.split("+")} and not Path(name).is_file():
+            raise UserError(f"{would} the split {split!r} of {name!r}; hold out rows of the training data")
         heldout = load_splits(data, data.split_seed, None, parsed.training.dataset_text_field).heldout
         _check_not_reported(heldout, digests, would)
 

@@ -87,14 +87,27 @@ class Study:
         return self.base(run) if run.start is None else self.model(run.start, BEST)
 
     def record(self, run: StudyRun) -> RunRecord:
-        """What a finished run left in ``run.json``."""
-        return read_record(self.run_folder(run))
+        """What a finished run left in ``run.json``; its best checkpoint is that of the point that was chosen."""
+        record = read_record(self.run_folder(run))
+        if run.point is None or not record.num_steps:
+            return record
+        training = files.read_json(self.run_folder(run) / files.TRAINING)["summary"]
+        training |= {"best_step": round(run.point[0] * record.num_steps)}
+        return build_record(run, self.recipe, record.models, record.settings, training, self.record_before(run))
+
+    def record_before(self, run: StudyRun) -> RunRecord | None:
+        """That of what counts as trained before a run: the tokens of a mask count for the weights after it."""
+        before = next(iter(run.masks.values()), run.start)
+        return None if before is None else self.record(before)
 
     def model(self, run: StudyRun, role: str) -> str:
         """Folder or name of one of a finished run's models; the checkpoint of the point that was chosen."""
+        if run.method.method == PRETRAINED:
+            return self.base(run)  # which may have been moved since
         if run.point is not None:
             return str(self.checkpoints(run)[run.point[0]])
-        name = self.record(run).models[role]
+        if (name := self.record(run).models.get(role)) is None:
+            raise UserError(f"the loss of {run.title!r} was not finite; lower learning_rate or check the data")
         return str(self.folder / name) if (self.folder / name).exists() else name
 
     def heldout(self, run: StudyRun) -> Heldout | None:
@@ -147,7 +160,7 @@ class Study:
     def path_values(self, run: StudyRun) -> dict[Point, PointValues] | None:
         """Point -> set -> metric -> value of a run's path; None where one is missing."""
         sets, out = self.path_sets(run), dict[Point, Any]()
-        for point in self.points(run):
+        for point in self.points(run) if self.record(run).models else ():  # else it diverged
             places = {name: folder / point_name(*point) / files.RESULT for name, (folder, _) in sets.items()}
             if not all(map(is_whole_result, places.values())):
                 return None
@@ -222,7 +235,13 @@ def make(study: Study, run: StudyRun, tick: Tick = lambda: None) -> None:
     """
     if not study.is_trained(run):
         folder = study.run_folder(run)
-        record = _train(study, run, tick)
+        try:
+            record = _train(study, run, tick)
+        except UserError as error:
+            if run.tried is None or "stopped before the update was applied" not in str(error):  # as of a loss of NaN
+                raise
+            # The setting loses. As a failure it would be trained again each time the study is started.
+            record = build_record(run, study.recipe, {}, run.options, None, None)
         write_record(folder, record.model_copy(update={"files": written_files(folder)}))
         study._finished_before.setdefault(run.hash, folder)
     if not (folder := study.run_folder(run) / PATH).exists():  # else a study chooses among those that are left
@@ -231,7 +250,7 @@ def make(study: Study, run: StudyRun, tick: Tick = lambda: None) -> None:
             shutil.rmtree(checkpoint)
         if kept:
             folder.mkdir()
-    if study.has_path(run):
+    if study.has_path(run) and study.path_values(run) is None:
         _measure_path(study, run, tick)
     for role in run.labels:
         if not is_whole_result(study.result_file(run, role)):
@@ -293,9 +312,7 @@ def _train(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
             last_is_best = training["best_step"] == training["num_steps"]
             models = {BEST: str(folder), LAST: str(folder if last_is_best else folder / files.LAST)}
     models = {role: _inside(study.folder, models[role]) for role in run.roles}
-    before = next(iter(run.masks.values()), run.start)  # the tokens of a mask count for the weights after it
-    parent = None if before is None else study.record(before)
-    return build_record(run, study.recipe, models, options, training, parent)
+    return build_record(run, study.recipe, models, options, training, study.record_before(run))
 
 
 def _train_options(study: Study, run: StudyRun) -> dict:

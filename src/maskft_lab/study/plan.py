@@ -161,13 +161,12 @@ class _Planner:
         # Of those that are made from a trained model the best would wait for what they are made from.
         rivals = [each for each in methods if each.tune is not None and bases.keys() >= {*each.parents.values()}]
         all_tuned = [tuned, *(self.tune(each, values) for each in rivals for values in self.variants(each))]
-        # Without points the base has failed, and nothing can be chosen.
-        if before is None or not before.points or not all(each.is_settled for each in all_tuned):
+        if before is None or not all(each.is_settled for each in all_tuned):
             return replace(tuned, is_settled=False, point=(1.0, 1.0))
         base_values = next(iter(before.points.values()))
         found = [points_of(each.trials, base_values) for each in all_tuned]
         if not found[0]:
-            return tuned  # all of its runs failed
+            return tuned  # all of its runs diverged
         best = choose(found[0], max(point.gain for points in found for point in points), path.choose)
         return replace(tuned, winner=best.trial, point=best.point, points=found[0], base=base_values)
 

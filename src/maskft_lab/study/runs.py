@@ -113,7 +113,7 @@ class Heldout:
     """Held-out loss of one finished run.
 
     Attributes:
-        loss: Of the best checkpoint, in nats per token; infinite where the run failed.
+        loss: Of the best checkpoint, in nats per token; infinite where the run diverged.
         points: What was measured along the run's path; empty without one.
     """
 
@@ -206,7 +206,7 @@ class Tuned:
         if self.point is not None:
             settings += f" at {self.point[0]:g} of training, {self.point[1]:g} of the change,"
         known = [trial.heldout.loss for trial in self.trials if trial.heldout is not None]
-        if self.point is None and len(known) > 1 and len(set(known)) == 1:
+        if self.point is None and len(known) > 1 and len(set(known)) == 1 and math.isfinite(known[0]):
             return f"{self.winner.run.name}: {settings} is the first of {len(known)} with the same held-out loss"
         text = f"{self.winner.run.name}: {settings} is the best of {self.num_settings} on held-out rows"
         return "; ".join([text, *self._edges()])
@@ -214,7 +214,7 @@ class Tuned:
     def _edges(self) -> Iterator[str]:
         """Which values of the winner have no neighbour on one side: a better one may lie there."""
         for option, value in self.winner.settings.items():
-            tried = sorted({one for each in self.trials if isinstance(one := each.settings[option], int | float)})
+            tried = sorted({one for each in self.trials if type(one := each.settings[option]) in (int, float)})
             if len(tried) > 1 and value in (tried[0], tried[-1]):
                 yield f"no {'lower' if value == tried[0] else 'higher'} {option} was tried"
 

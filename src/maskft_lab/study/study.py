@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from .board import Board
 from .execute import Study, prepare_base, prepare_data
 from .launchers import Launcher, make_runs
 from .plan import Plan, build_plan
-from .runs import Heldout, StudyRun
 from .summary import summarise
 
 LOCK_WAIT_S = 120  # a killed study's child ends its step and saves it
@@ -37,16 +35,12 @@ def run_study(plan: Plan, folder: Path, launcher: Launcher, is_brief: bool = Fal
     """
     console, shown, folder = Console(), folder, folder.absolute()
     reasons: dict[str, str] = {}
-
-    def look(run: StudyRun) -> Heldout | None:
-        return Heldout(math.inf) if run.id in reasons else study.heldout(run)
-
     # Two studies in one folder would write over each other. A kill releases it.
     with runtime.held(folder, files.LOCK, LOCK_WAIT_S, "study") as hold:
         study, is_over = Study(folder, plan.recipe, hold.descriptor), False
         while not is_over:
             study = replace(study)  # which looks anew what is finished
-            plan = build_plan(plan.recipe, look)
+            plan = build_plan(plan.recipe, study.heldout)
             ready = plan.ready
             failed = {run: reasons[run.id] for run in ready.runs if run.id in reasons}
             board = Board(study, ready, console, is_brief, failed)

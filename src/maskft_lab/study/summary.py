@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from maskft_base import files
 from maskft_base.errors import UserError
-from maskft_base.files import write_text
+from maskft_base.files import read_json, write_text
 
 from ..results.compare import compare
 from ..results.comparison import Settings
@@ -18,7 +18,7 @@ from .curve import curves
 from .damage import is_whole_result
 from .execute import Study
 from .plan import Plan
-from .recipe import Recipe
+from .recipe import PRETRAINED, Recipe
 from .runs import LAST, Tuned
 
 _ACCOUNTS = ("epochs", "tokens", "total_epochs", "total_tokens")
@@ -31,13 +31,15 @@ def summarise(study: Study, plan: Plan) -> str:
         study: Where the results are.
         plan: Its runs; those without a result yet are left out.
     """
-    results = [
-        read_result(study.result_file(run, role)) | {"name": run.labels[role]}  # it may have had another
-        for run in plan.runs
-        for role in run.labels
-        if is_whole_result(study.result_file(run, role))
-    ]
+    results = []
+    for file, name in ((study.result_file(run, role), run.labels[role]) for run in plan.runs for role in run.labels):
+        if is_whole_result(file):
+            results.append(read_result(file) | {"name": name})  # it may have had another
+            results[-1]["study"]["result"] = file.parent.name
     recipe, name, models, text, table = study.recipe, study.recipe.name, {}, "", [f"# {study.recipe.name}", ""]
+    for file in study.folder.glob(files.CURVE.format("*", "*")):
+        if file.name == files.CURVE.format(name, read_json(file).get("probe")):  # else of another study, or of none
+            file.unlink()
     if results:
         model = results[0]["study"]["model"]
         results, notes = without_repeats(results, recipe.baseline)
@@ -48,6 +50,8 @@ def summarise(study: Study, plan: Plan) -> str:
         notes += [f"Tuned: {tuned}." for tuned in tunings]
         if not recipe.before and len(results) > 1:
             notes.append("Note: forgetting was not measured beyond the tasks above (no evaluation.before).")
+        elif recipe.path and not recipe.path.before.keys() & recipe.before.keys():
+            notes.append("Note: no curve is written: path.before and evaluation.before have no name in common.")
         num_tried = {label: run.num_tried for run in plan.runs for label in run.labels.values()}
         table += [f"## {model}", "", compared, _accounts(results, num_tried), "", *(f"- {note}" for note in notes), ""]
         models[model] = record | ({"tuning": [tuned.to_dict() for tuned in tunings]} if tunings else {})
@@ -66,14 +70,17 @@ def _compared(results: list[Result], recipe: Recipe, tunings: Sequence[Tuned]) -
     if baseline is None or len(names) < 2:
         reached = scores(results, fixed_seeds=recipe.fixed_seeds)
         return render_scores(reached, "terminal"), render_scores(reached, "markdown"), {"runs": runs}
+    base = next((tuned.base for tuned in tunings if tuned.points), None)
+    before = next((r["name"] for r in results if base is not None and r["model"]["method"] == PRETRAINED), None)
+    settings = Settings(fixed_seeds=recipe.fixed_seeds)
     try:
-        comparison = compare(results, baseline, settings=Settings(fixed_seeds=recipe.fixed_seeds))
+        comparison = compare(results, baseline, settings=settings)
+        of_base = comparison if before in (None, baseline) else compare(results, before, settings=settings)
     except UserError as error:  # measured, and not comparable: say so instead of losing the numbers
         return f"not compared: {error}\n", f"Not compared: {error}\n", {"runs": runs, "not_compared": str(error)}
     record = {"baseline": baseline, "runs": runs, "comparison": comparison.to_dict()}
-    base = next((tuned.base for tuned in tunings if tuned.points), None)
-    if base is not None:
-        record["curves"] = curves(tunings, results, comparison, base)
+    if before is not None:
+        record["curves"] = curves(tunings, results, of_base, base)
     return render(comparison, "terminal"), render(comparison, "markdown"), record
 
 
@@ -90,7 +97,7 @@ def _row(result: Result) -> dict:
         for task, record in result["tasks"].items()
         for name, metric in record["metrics"].items()
     }
-    named = ("run", "start", "role", "best_step", "num_steps", "best_heldout_loss", *_ACCOUNTS)
+    named = ("run", "result", "start", "role", "best_step", "num_steps", "best_heldout_loss", *_ACCOUNTS)
     facts = {key: study[key] for key in named}
     return {"name": result["name"], "method": model["method"], "seed": model["seed"], "metrics": metrics, **facts}
 
@@ -104,8 +111,7 @@ def without_repeats(results: list[Result], baseline: str | None) -> tuple[list[R
     for result in results:
         if result["study"]["role"] == LAST and result["name"] != baseline:
             study = result["study"]
-            is_best = study["best_step"] == study["num_steps"] and not study.get("averaged_steps")
-            ends.setdefault(result["name"], []).append(is_best)
+            ends.setdefault(result["name"], []).append(study["best_step"] == study["num_steps"])
     repeats = [name for name, same in ends.items() if all(same)]
     notes = [f"Note: {name} is not listed: it is the best one, whose step is the last." for name in repeats]
     return [result for result in results if result["name"] not in repeats], notes

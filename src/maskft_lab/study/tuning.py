@@ -21,6 +21,8 @@ def points_of(trials: Sequence[Trial], base: PointValues) -> list[ChosenFrom]:
     out = []
     for trial in trials:
         for point, values in trial.heldout.points.items() if trial.heldout else ():
+            if any(value is None for metrics in values.values() for value in metrics.values()):
+                continue  # it diverged
             own, lost = values[HELDOUT], [name for name in values if name != HELDOUT and "nll" in values[name]]
             gain = own["accuracy"] if "accuracy" in own else base[HELDOUT]["nll"] - own["nll"]
             rises = [values[name]["nll"] - base[name]["nll"] for name in lost]
