@@ -165,17 +165,9 @@ class Results(Target):
         super().__init__(folder)
 
         def result(name, shift):
-            items = [
-                {
-                    "id": f"i{n}",
-                    "prompt": f"{n}?",
-                    "reference": "r",
-                    "nll": 1.0 + shift * n,
-                    "num_tokens": n + 1,
-                    "accuracy": n % 2,
-                }
-                for n in range(6)
-            ]
+            values = ((f"i{n}", f"{n}?", "r", 1.0 + shift * n, n + 1, n % 2) for n in range(6))
+            names = ("id", "prompt", "reference", "nll", "num_tokens", "accuracy")
+            items = [dict(zip(names, row, strict=True)) for row in values]
             metrics = {key: metric_from_items(items, key) for key in ("nll", "accuracy")}
             task = build_task(items, metrics, version="1", num_fewshot=0, fingerprint=items_fingerprint(items))
             model = {"name_or_path": "m", "seed": 0, "method": "mask"}
