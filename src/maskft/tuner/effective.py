@@ -118,8 +118,8 @@ def score_gradient_of(
 ) -> Tensor:
     """Gradient of the scores of one adapter, float32: dL/dW_eff * (W - removed value) * slope.
 
-    ``grad_weight`` may be overwritten; scores, slopes and active masks are those of the forward pass. Once per optimizer
-    step the gradient of the price is added, also where a step is repeated.
+    ``grad_weight`` may be overwritten; scores, slopes and active masks are those of the forward pass. Once per
+    optimizer step the gradient of the price is added, also where a step is repeated.
     """
     config, own, scores = layer.mask_configs[name], layer.effective, scores.detach()
     is_priced = config.price > 0 and own.priced_at.get(name) != optimizer_steps()  # not in every micro-batch of a step
