@@ -94,6 +94,6 @@ def write(file: Path, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3) or not "".join(sys.argv[2:] or "0").isdecimal():
-        sys.exit("usage: python recipes/small/make_inputs.py DIR [SEED] (DIR gets the model and the data; SEED: 0, 1, ...)")
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 0)
+    if len(sys.argv) not in (2, 3) or not (words := [*sys.argv[1:], "0"])[1].isdecimal():
+        sys.exit("usage: python recipes/small/make_inputs.py DIR [SEED] (DIR gets the model and the data)")
+    main(Path(words[0]), int(words[1]))
