@@ -52,7 +52,8 @@ class MaskModel(BaseTuner):
             self.peft_config[names[-1]] = peft_config = copy.copy(peft_config)
         if len(names) > 1 and names[-1] == _REFERENCE:  # which trainers want to be the first adapter, frozen
             peft_config.copy_of = names[0]
-        elif "is_new" in vars(peft_config):  # it was another adapter's, whose state this one does not have
+        # It was another adapter's, whose state a new one does not have; one that is loaded has what its file says.
+        elif "is_new" in vars(peft_config) and not peft_config.inference_mode:
             for field in ("mask_sha256", "base_fingerprint", "weights_sha256", "progress", "recipe"):
                 setattr(peft_config, field, None)
         peft_config.is_new = True
