@@ -335,7 +335,7 @@ def test_masks_that_were_loaded_are_hard_however_they_were_learned(options, tmp_
     set_mask_progress(trained_masks, 1.0)
     trained_masks.save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path).eval()
-    whole = torch.compile(model, backend="eager", fullgraph=True)
+    whole = model if tiny.IS_OLD_TORCH else torch.compile(model, backend="eager", fullgraph=True)  # see test_compile
     with torch.no_grad():
         assert torch.equal(whole(input_ids=tiny.token_ids(seed=5)).logits, logits(model))
     model.load_adapter(tmp_path, "b")
