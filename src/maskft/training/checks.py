@@ -45,8 +45,7 @@ def check_config(config: TrainConfig) -> None:
     """
     method, training = config.method.method, config.training
     check_method(config.method)
-    if method in MASK_METHODS:
-        mask_config(config.mask)
+    mask = mask_config(config.mask) if method in MASK_METHODS else None
     for name, spec in type(config.model).__dataclass_fields__.items():
         if name.startswith(_OF_LORA) and getattr(config.model, name) != spec.default:
             raise UserError(f"{name} is TRL's option of LoRA; write --method peft --peft_config '{_LORA}'")
@@ -72,7 +71,7 @@ def check_config(config: TrainConfig) -> None:
         check_quantised(method)
     if training.trust_remote_code:
         raise UserError("trust_remote_code: code in the folder of a model is not run; name a model that needs none")
-    if method == "mask" and training.fp16 and mask_config(config.mask).price:
+    if mask is not None and training.fp16 and mask.price:
         raise UserError("mask_price is added to gradients that fp16 has scaled, so it would not count: use bf16")
     if method == INTERPOLATE and config.method.before_model is None and not config.data.prepare_only:
         raise UserError("interpolate needs the model before fine-tuning; name it as before_model")

@@ -41,10 +41,9 @@ def unmerge(layer: MaskedLinear) -> None:
     """Undo :func:`merge`."""
     if not layer.merged:
         warnings.warn("Already unmerged. Nothing to do.")
-    weight = layer.weight
     while layer.merged_adapters:
-        removed, values = layer.merge_stash.pop(layer.merged_adapters.pop())
-        weight.data[removed.to(weight.device)] = values.to(weight.device, weight.dtype)
+        name = layer.merged_adapters.pop()
+        _put_back(layer.weight.data, *layer.merge_stash.pop(name))
 
 
 def unmerged_weight(layer: MaskedLinear) -> Tensor:
@@ -53,6 +52,9 @@ def unmerged_weight(layer: MaskedLinear) -> Tensor:
     if layer.merged:
         weight = weight.clone()
         for name in reversed(layer.merged_adapters):
-            removed, values = layer.merge_stash[name]
-            weight[removed.to(weight.device)] = values.to(weight.device, weight.dtype)
+            _put_back(weight, *layer.merge_stash[name])
     return weight
+
+
+def _put_back(weight: Tensor, removed: Tensor, values: Tensor) -> None:
+    weight[removed.to(weight.device)] = values.to(weight.device, weight.dtype)

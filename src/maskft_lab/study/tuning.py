@@ -42,9 +42,11 @@ def choose(points: Sequence[ChosenFrom], best_gain: float, rule: Choice) -> Chos
     """
     if rule.accuracy_at_least is not None:
         enough = [each for each in points if each.gain >= rule.accuracy_at_least * best_gain]
-        return min(enough, key=lambda p: (p.forgetting, -p.gain)) if enough else max(points, key=lambda p: p.gain)
+        nearest = max(points, key=lambda p: (p.gain, -p.forgetting))
+        return min(enough, key=lambda p: (p.forgetting, -p.gain)) if enough else nearest
     little = [each for each in points if each.forgetting <= rule.forgetting_at_most]
-    return max(little, key=lambda p: (p.gain, -p.forgetting)) if little else min(points, key=lambda p: p.forgetting)
+    nearest = min(points, key=lambda p: (p.forgetting, -p.gain))
+    return max(little, key=lambda p: (p.gain, -p.forgetting)) if little else nearest
 
 
 def tune(method: Method, own: Options, parent: Options, run_of: Callable[[Options], StudyRun], look: Look) -> Tuned:
