@@ -6,16 +6,7 @@ import pytest
 from pydantic import Field
 
 from maskft_base.errors import UserError
-from maskft_base.files import (
-    FileModel,
-    append_to,
-    read_json,
-    read_model,
-    read_yaml,
-    size,
-    whole_folder,
-    write_text,
-)
+from maskft_base.files import FileModel, append_to, read_json, read_model, read_yaml, size, whole_folder, write_text
 from maskft_base.runtime import held
 from maskft_lab.cli.main import main
 

@@ -8,12 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from maskft.masking import (
-    initial_scores,
-    num_removed,
-    score_gradient,
-    topk_mask,
-)
+from maskft.masking import initial_scores, num_removed, score_gradient, topk_mask
 from maskft_base.errors import UserError
 
 SPARSITIES = (0.0, 0.1, 0.9)

@@ -37,6 +37,9 @@ def test_a_configuration_that_names_a_kernel_of_the_hub_is_refused(values, tmp_p
     for load, name in ((load_model, tmp_path), (load_config, tmp_path), (load_config, tmp_path / "config.json")):
         with pytest.raises(UserError, match="asks for code from the hub"):
             load(str(name))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"is not a model folder: its config\.json holds no object"):
+        load_model(str(tmp_path))
 
 
 def test_every_call_that_could_run_such_code_says_that_it_does_not():
@@ -48,7 +51,7 @@ def test_every_call_that_could_run_such_code_says_that_it_does_not():
                 said = {keyword.arg or ast.unparse(keyword.value) for keyword in call.keywords}
                 assert said & {"trust_remote_code", "_NO_CODE"}, f"{file.name}, line {call.lineno}: {name}"
                 found += 1
-    assert found >= 5
+    assert found >= 4
 
 
 @pytest.mark.parametrize("name", ["runs/maks", "runs/a/b", "./runs", "maks/"])

@@ -118,7 +118,8 @@ def _batch_nll(model, ids_BT: Tensor, mask_BT: Tensor, labels_BT: Tensor) -> lis
     positions = torch.arange(first, targets_BT.shape[1], device=ids_BT.device)
     logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, logits_to_keep=positions, use_cache=False).logits
     targets_BT = targets_BT[:, first:]
-    losses_BT = _cross_entropy(logits_BTV, targets_BT).masked_fill(~supervised_BT[:, first:], 0)
+    pairs = zip(logits_BTV.split(1), targets_BT.split(1), strict=True)  # row by row: logits are copied in float64
+    losses_BT = torch.cat([_cross_entropy(*pair) for pair in pairs]).masked_fill(~supervised_BT[:, first:], 0)
     counts = supervised_BT.sum(1)
     return [(float(s / max(int(c), 1)), int(c)) for s, c in zip(losses_BT.sum(1), counts, strict=True)]
 

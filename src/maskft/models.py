@@ -189,6 +189,8 @@ def check_model_source(name_or_path: str) -> None:
     if not (folder / "config.json").is_file():
         hint = "; it is an adapter: pass it as --adapter" if holds_adapter(folder) else ""
         raise UserError(f"{name_or_path!r} is not a model folder: it has no config.json{hint}")
+    if not isinstance(read_json(folder / "config.json"), dict):
+        raise UserError(f"{name_or_path!r} is not a model folder: its config.json holds no object; copy it again")
 
 
 def model_identity(name: str) -> str:

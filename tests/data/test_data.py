@@ -73,7 +73,7 @@ CHAT_PAIR = {"prompt": [USER], "completion": [ASSISTANT]}
 @pytest.mark.parametrize(
     ("row", "example"),
     [
-        ({"messages": [USER, ASSISTANT], "source": "x"}, {"messages": [USER, ASSISTANT]}),
+        ({"messages": [USER, ASSISTANT | {"tool_calls": None, "id": 7}], "tools": []}, {"messages": [USER, ASSISTANT]}),
         (
             {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
             {"messages": [USER, ASSISTANT]},
@@ -88,14 +88,8 @@ CHAT_PAIR = {"prompt": [USER], "completion": [ASSISTANT]}
             {"prompt": "a", "completion": "b", "answer": "12", "answer_type": "exact"},
             {"prompt": "a", "completion": "b", "answer": "12", "answer_type": "exact"},
         ),
-        (
-            {"question": "2 + 2?", "answer": "4"},
-            CHAT_PAIR | {"answer": "4", "answer_type": "number"},
-        ),
-        (
-            {"instruction": "2 + 2?", "input": "", "output": "4"},
-            CHAT_PAIR,
-        ),
+        ({"question": "2 + 2?", "answer": "4"}, CHAT_PAIR | {"answer": "4", "answer_type": "number"}),
+        ({"instruction": "2 + 2?", "input": "", "output": "4"}, CHAT_PAIR),
         (
             {"instruction": "Translate.", "input": "chat", "output": "cat"},
             {
@@ -282,6 +276,8 @@ CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the t
         ("a.jsonl", '{"text": ' + "1" * 5000 + "}", r"a\.jsonl cannot be read at line 1: Exceeds the limit"),
         ("a.jsonl", "[" * 100_000, r"a\.jsonl cannot be read at line 1: maximum recursion depth"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": ["x"]}]}', r"has a list as content, not text"),
+        ("a.jsonl", json.dumps({"messages": [USER | {"thinking": "so"}]}), r"message 1 .* has 'thinking', which"),
+        ("a.jsonl", json.dumps(CHAT_PAIR | {"tools": [{}]}), r"line 1: 'tools' is not empty, .* into a system message"),
         ("a.jsonl", '{"text": "a", "answer": ["b"]}', r"line 1: 'answer' holds a list"),
         ("a.jsonl", '{"text": "a", "answer": "b", "answer_type": "near"}', r"'answer_type' is 'near'"),
         ("a.jsonl", b"\xff\xfe", r"a\.jsonl is not UTF-8"),
@@ -347,6 +343,12 @@ def test_hub_data_and_splits(monkeypatch):
     result = splits("openai/gsm8k", dataset_config="main", dataset_eval_split="test")
     assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]
     assert (len(result.train), result.heldout["answer"][:]) == (3, ["1", "2", "3"])
+    mixed = splits("gsm8k:2,ours/other:2", dataset_config="own", dataset_eval_split="test")
+    sets = [("openai/gsm8k", "main"), ("ours/other", "own")]
+    assert asked[2:] == [(*each, split) for split in ("train", "test") for each in sets]
+    assert (len(mixed.train), len(mixed.heldout)) == (4, 6)
+    splits("ours/other:2", dataset_config="own", eval_dataset_name="ours/other", dataset_eval_split="test")
+    assert asked[-1] == ("ours/other", "own", "test")
 
 
 @pytest.mark.parametrize(
@@ -368,9 +370,11 @@ def test_argument_mistakes(write, arguments, message):
         splits(write(numbered(10)), **arguments)
 
 
-def test_dataset_name_is_missing():
+def test_dataset_name_is_missing(write):
     with pytest.raises(UserError, match="dataset_name is missing"):
         splits(None)
+    with pytest.raises(UserError, match=r"rows\.jsonl has no splits"):
+        splits(f"{write(numbered(10))}:0.5", dataset_eval_split="test")
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------
@@ -529,6 +533,8 @@ def test_template_that_refuses_the_messages():
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match=r"refuses the messages that begin '2 \+ 2\?': roles must alternate"):
         tokenize_example(CHAT_PAIR, tokenizer)
+    tokenizer.chat_template = "{{ date_string }}"  # where Llama 3.2's puts the day of the run
+    assert tokenizer.decode(prompt_ids(CHAT_PAIR, tokenizer)) == "26 Jul 2024"
 
 
 def test_format_sample():

@@ -92,6 +92,10 @@ def test_every_file_of_a_mixture_names_it(file, tmp_path):
     other.write_text('{"query": "c", "response": "b"}\n')
     assert data_identity(name) != before
     assert data_identity(name | {"dataset_name": f"{file}:11,metamathqa:1"}) != data_identity(name)
+    for of_tulu in ("numinamath_tir", "oasst_guanaco"):  # which take their own rows of one file
+        (tmp_path / f"{of_tulu}.jsonl").write_text("{}")
+    one, two = (data_identity(name | {"dataset_name": each}) for each in ("numinamath_tir", "oasst_guanaco"))
+    assert one != two
 
 
 def test_a_heldout_split_of_the_same_set_names_it(tmp_path):

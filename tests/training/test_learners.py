@@ -89,14 +89,8 @@ def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path
             "that is every weight; set init_value above 0",
         ),
         ({"mask_removed_value": "base"}, "removed_value='base' needs the model before fine-tuning"),
-        (
-            {"mask_removed_value": "base", "mask_removed_value_model": "/nowhere/at/all"},
-            "removed_value_model: ",
-        ),
-        (
-            {"mask_preset": "deletion_tuning", "fp16": True},
-            "would not count: use bf16",
-        ),
+        ({"mask_removed_value": "base", "mask_removed_value_model": "/nowhere/at/all"}, "removed_value_model: "),
+        ({"mask_preset": "deletion_tuning", "fp16": True}, "would not count: use bf16"),
     ],
 )
 def test_mistakes_end_in_one_line(options, message, train):

@@ -146,20 +146,14 @@ def test_a_mask_with_other_weights_beside_it_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"method": "mask", "keep_mask": "x"},
-            "keep_mask goes with --method full, not with mask",
-        ),
+        ({"method": "mask", "keep_mask": "x"}, "keep_mask goes with --method full, not with mask"),
         ({"method": "peft", "peft_config": LORA, "keep_mask": "x"}, "keep_mask goes with --method full, not with peft"),
         (
             {"method": "peft", "peft_config": LORA, "start_mask": "x", "keep_last": True},
             "an adapter after start_mask is merged at the end: drop keep_last",
         ),
         ({"method": "full", "keep_mask": "x", "start_mask": "x"}, "keep_mask and start_mask are both given"),
-        (
-            {"method": "full", "keep_mask": "no-such"},
-            "adapter folder 'no-such' does not exist",
-        ),
+        ({"method": "full", "keep_mask": "no-such"}, "adapter folder 'no-such' does not exist"),
     ],
 )
 def test_mistakes_are_one_line(changes, message, call, tmp_path):

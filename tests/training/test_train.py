@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from maskft.adapter.mask_set import MaskSet
 from maskft.training.arguments import TrainingArguments
+from maskft.training.build import heldout_loss
 from maskft.training.method_arguments import mask_config, removes_a_share
 from maskft.training.options import option_defaults
 from maskft.training.record import read_record
@@ -163,8 +164,9 @@ def test_several_gpus_without_a_launcher_are_for_what_runs_on_one(arguments, tmp
     for name, options in (("fixed", {"method": "l1_mask"}), ("prepared", preparing)):
         status, err = run(arguments(output_dir=tmp_path / name, **options), capsys)
         assert status == 0, err
-    status, err = run(arguments(), capsys)
-    assert status == 2 and "this process sees 2 GPUs, which a mask does not share" in err
+    for method in ("mask", "full"):
+        status, err = run(arguments(method=method), capsys)
+        assert status == 2 and "this process sees 2 GPUs, and trains on one: add --accelerate_config" in err
 
 
 def untimed(folder):
@@ -198,6 +200,8 @@ def test_a_killed_run_trains_no_step_twice(is_finished, options, arguments, tmp_
     for path in cut.iterdir():
         if path.is_file():
             path.unlink()
+        elif path.name == LAST:
+            shutil.rmtree(path)
     if not is_finished:
         state = cut / "checkpoint-6" / "trainer_state.json"
         state.write_text(state.read_text()[:100])
@@ -312,10 +316,13 @@ def cases():
     yield {"partial_layers": [1]}, "partial_layers goes with --method full"
     yield {"trust_remote_code": True}, "code in the folder of a model is not run"
     yield {"load_in_4bit": True}, "method mask needs weights that are floats"
-    yield (
-        {"match_adapter": "none"},
-        "match_adapter goes with --method random_mask or l1_mask or wanda_mask, not with mask",
-    )
+    yield {"match_adapter": "none"}, "goes with --method random_mask or l1_mask or wanda_mask, not with mask"
+    unused = {"eos_token": "<pad>", "truncation_mode": "keep_end", "model_init_kwargs": '{"use_kernels": true}'}
+    unused |= dict.fromkeys(("assistant_only_loss", "shuffle_dataset", "push_to_hub"), True)
+    for name, value in unused.items():
+        yield {name: value}, f"{name} is .*, which maskft train does not use; "
+    of_head = '{"peft_type": "LORA", "target_modules": ["lm_head"]}'
+    yield {"method": "peft", "peft_config": of_head}, "Applying a PEFT adapter to `lm_head` is not supported"
     threshold = {"mask_selection": "threshold", "mask_rank_by": "signed"}
     yield {"method": "l1_mask", **threshold}, "l1_mask removes mask_sparsity of the weights"
     for name in ("other-model", "missing.jinja"):
@@ -382,7 +389,10 @@ def test_bfloat16_is_the_default_where_the_processor_multiplies_it(has_instructi
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(training_arguments, "multiplies_bfloat16", lambda: has_instructions)
     assert TrainingArguments(output_dir=str(tmp_path)).bf16 is has_instructions
-    assert TrainingArguments(output_dir=str(tmp_path), bf16=True).bf16 is True
+    for bf16 in (True, False):
+        args = TrainingArguments(output_dir=str(tmp_path), bf16=bf16)
+        with heldout_loss(None, tiny_tokenizer(), args).context():  # also where nothing is trained
+            assert torch.is_autocast_enabled(args.device.type) is args.bf16 is bf16
 
 
 @pytest.mark.parametrize(
@@ -443,7 +453,7 @@ def test_a_run_leaves_its_configuration_as_it_was(base, data, tmp_path):
     words = ["--model_name_or_path", base, "--dataset_name", data, "--output_dir", tmp_path / "out", "--max_steps", 1]
     words += ["--method", "peft", "--peft_config", '{"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}']
     words += ["--global_batch_size", 8, "--per_device_train_batch_size", 4, "--padding_free", True]
-    config = parse([str(word) for word in [*words, "--max_length", 16, "--bf16", False]])
+    config = parse([str(word) for word in [*words, "--max_length", 16, "--bf16", False, "--eval_on_start", False]])
     parts = (config.method, config.model, config.data, config.mask, config.training)
 
     def values():
@@ -452,8 +462,10 @@ def test_a_run_leaves_its_configuration_as_it_was(base, data, tmp_path):
     before = values()
     train(config)
     assert values() == before
-    recipe = read_record(tmp_path / "out").recipe
-    assert recipe["gradient_accumulation_steps"] == 2 and recipe["max_length"] == 16
+    record = read_record(tmp_path / "out")
+    assert record.recipe["gradient_accumulation_steps"] == 2 and record.recipe["max_length"] == 16
+    assert record.recipe["padding_free"] is True and record.recipe.keys().isdisjoint(("use_cpu", "dtype", "optim"))
+    assert record.summary.start_loss is None
 
 
 def test_no_telemetry(arguments, capsys, monkeypatch):

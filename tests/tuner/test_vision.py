@@ -3,12 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from maskft import MaskConfig
 from maskft.tuner import MaskedLinear

@@ -46,11 +46,6 @@ def parse_number(text: str) -> Decimal | None:
     return _value(match) if match else None
 
 
-def numbers_equal(a: Decimal | None, b: Decimal | None) -> bool:
-    """Whether both are numbers and have the same value: 3.50 equals 3.5, and None equals nothing."""
-    return a is not None and b is not None and a == b
-
-
 def check_answer(output: str, reference: str, answer_type: str) -> bool:
     """Whether the generated ``output`` gives the ``reference`` answer.
 
@@ -64,7 +59,8 @@ def check_answer(output: str, reference: str, answer_type: str) -> bool:
         ValueError: If ``answer_type`` is something else.
     """
     if answer_type == "number":
-        return numbers_equal(extract_number(output), extract_number(reference))
+        number = extract_number(output)  # a Decimal: 3.50 equals 3.5
+        return number is not None and number == extract_number(reference)
     if answer_type == "exact":
         return output.split() == reference.split()
     raise ValueError(f"answer_type is {answer_type!r}; it must be 'number' or 'exact'")

@@ -85,8 +85,7 @@ class DataArguments:
         "(0, 1). Which rows depends on the seed and on their prompts, not on their order.",
     )
     split_seed: int = option(
-        0,
-        "Seed of the held-out rows. Keep it when only the training seed changes: runs are compared on the same rows.",
+        0, "Seed of the held-out rows. Keep it when only the training seed changes: runs are compared on the same rows."
     )
     max_train_samples: int | None = option(
         None, "Train on the first N rows only, after the held-out rows are taken out. Default: all."

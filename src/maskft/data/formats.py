@@ -34,6 +34,8 @@ def to_examples(
     as_messages: bool = False,
 ) -> Dataset:
     """Convert rows, each with its place such as ``line 3``, to examples. The first row decides about their format.
+    An id is a hash of the columns of the format, without Alpaca's ``input``; rows of one hash are numbered in their
+    order: ``1f0c``, ``1f0c#2``.
 
     Args:
         rows: Pairs of a place and a row.
@@ -161,6 +163,8 @@ FORMATS: Formats = {
 
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 _ROLES |= {"human": "user", "gpt": "assistant"}
+# What chat templates write of a message beside its content; other keys are notes on it, such as a time or a score.
+_BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 def _dialogue(question: str, answer: str, as_chat: bool, system: str = "") -> dict:
@@ -203,6 +207,8 @@ def _messages(row: Row, column: str) -> list[Message]:
     value = row.get(column)
     if not isinstance(value, list) or not value:
         raise UserError(f"{column!r} holds {_kind(value)}, not a list of messages")
+    if row.get("tools") not in (None, "", "[]", []):
+        raise UserError("'tools' is not empty, and tools are not put into the prompt; write them into a system message")
     messages = []
     for n, message in enumerate(value, start=1):
         if not isinstance(message, Mapping):
@@ -213,6 +219,8 @@ def _messages(row: Row, column: str) -> list[Message]:
             raise UserError(f"message {n} of {column!r} has role {role!r}; it must be one of {', '.join(_ROLES)}")
         if not isinstance(content, str):
             raise UserError(f"message {n} of {column!r} has {_kind(content)} as content, not text")
+        if beside := next((key for key in _BESIDE_CONTENT if message.get(key)), None):
+            raise UserError(f"message {n} of {column!r} has {beside!r}, which is not read; write it into its content")
         messages.append({"role": _ROLES[role], "content": content})
     return messages
 
@@ -222,4 +230,4 @@ def _kind(value: Any) -> str:
         return "an object"
     if isinstance(value, list):
         return "a list" if value else "an empty list"
-    return "nothing" if value is None else f"{value!r}" if isinstance(value, bool | int | float) else "text"
+    return "nothing" if value is None else "text" if isinstance(value, str) else repr(value)[:40]

@@ -140,7 +140,8 @@ class Reader:
         as_chat = self.as_chat
         if as_chat is None:
             as_chat = self.tokenizer is None or bool(self.tokenizer.chat_template)
-        rows, known = find_rows(part.name, self.split, self.config, self.data_dir)
+        config = None if of_mixture and part.name in TRAINING_SETS else self.config  # registered sets have their own
+        rows, known = find_rows(part.name, self.split, config, self.data_dir)
         # Conversations, as the sets of a mixture must have the same columns. Tokens and labels are the same for both.
         return to_examples(rows, part.name, as_chat, self.text_field, known and known.formats, as_messages=of_mixture)
 

@@ -16,6 +16,7 @@ from maskft_base.files import digest, digest_file, digest_now, read_json, whole_
 
 from .arguments import DATA_NAMES, TEMPLATE, DataArguments
 from .mixtures import parse_mixture
+from .registry import TRAINING_SETS
 from .sources import local_file, split_of
 from .splits import load_splits
 from .tokenizing import tokenize_dataset, tokenizer_rules
@@ -154,6 +155,8 @@ def _mixture_identity(name: str, data_dir: str | None, split: str | None) -> str
     for part in parse_mixture(name):
         file = local_file(part.name, data_dir, split_of(part.name, split))
         text = _of_files([file] if file else []) or part.name
+        if text != part.name and part.name in TRAINING_SETS and TRAINING_SETS[part.name].source:
+            text = f"{part.name} of {text}"  # the name decides which rows of the file are taken
         parts.append(text if part.amount is None else f"{text}:{part.amount}")
     return ",".join(parts)
 

@@ -7,13 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .formats import (
-    Formats,
-    from_instruction,
-    from_messages,
-    from_question_answer,
-    from_system_question,
-)
+from .formats import Formats, from_instruction, from_messages, from_question_answer, from_system_question
 
 MESSAGES: Formats = {("messages",): from_messages}
 TULU_MIXTURE = "allenai/tulu-3-sft-mixture"

@@ -154,7 +154,7 @@ def find_rows(
         if "/" not in name and (similar := did_you_mean(name, TRAINING_SETS)):
             raise UserError(f"there is no file and no known data set {name!r}{similar}")
         return numbered(load_from_hub(name, config, split)), None
-    found = load_from_hub(known.hub_id, config or known.config, split, known.data_files)
+    found = load_from_hub(known.hub_id, known.config and (config or known.config), split, known.data_files)
     if known.source:
         found = found.filter(lambda source: source == known.source, input_columns="source")
     return numbered(found), known

@@ -14,7 +14,7 @@ from maskft_base.files import digest
 
 from .arguments import DataArguments, check_sizes
 from .formats import OPTIONAL_COLUMNS, Row
-from .mixtures import Reader, ReadSet, load_examples, mix
+from .mixtures import Reader, ReadSet, load_examples, mix, parse_mixture
 from .sources import is_hub_name
 
 
@@ -65,12 +65,7 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
     """
     check_sizes(args)
     heldout_name = _heldout_name(args)
-    common = {
-        "as_chat": args.as_chat,
-        "tokenizer": tokenizer,
-        "text_field": text_field,
-        "data_dir": args.data_dir,
-    }
+    common = {"as_chat": args.as_chat, "tokenizer": tokenizer, "text_field": text_field, "data_dir": args.data_dir}
     sets = Reader(split=args.dataset_train_split, config=args.dataset_config, **common).read(args.dataset_name)
     taken = {each.name: each.count for each in sets}
     read = sum(taken.values())
@@ -78,7 +73,7 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
         heldout = load_examples(
             heldout_name,
             args.dataset_eval_split,
-            config=args.dataset_config if heldout_name == args.dataset_name else None,
+            config=args.dataset_config if {*_names(heldout_name)} <= {*_names(args.dataset_name)} else None,
             seed=Random(f"heldout-{seed}").randrange(2**31),
             **common,
         )
@@ -98,13 +93,18 @@ def _heldout_name(args: DataArguments) -> str | None:
         raise UserError("dataset_name is missing; give a data file or a hub name")
     name = args.eval_dataset_name
     if not name and args.dataset_eval_split:
-        name = args.dataset_name
-    if name and args.dataset_eval_split and not is_hub_name(name):
+        name = ",".join(_names(args.dataset_name))  # all of the other split
+    file = next((part for part in _names(name) if not is_hub_name(part)), None)
+    if file and args.dataset_eval_split:
         raise UserError(
-            f"dataset_eval_split is {args.dataset_eval_split!r}, but {name} has no splits; "
+            f"dataset_eval_split is {args.dataset_eval_split!r}, but {file} has no splits; "
             "name the held-out data with eval_dataset_name, or hold out a part with eval_split_size"
         )
     return name
+
+
+def _names(mixture: str | None) -> list[str]:
+    return [part.name for part in parse_mixture(mixture)] if mixture else []
 
 
 def _first_rows(rows: Dataset, limit: int | None) -> Dataset:

@@ -23,11 +23,7 @@ Message = dict[str, str]
 
 
 def tokenize_example(
-    example: Row,
-    tokenizer,
-    max_length: int | None = None,
-    completion_only_loss: bool = True,
-    text_field: str = "text",
+    example: Row, tokenizer, max_length: int | None = None, completion_only_loss: bool = True, text_field: str = "text"
 ) -> dict[str, list[int]]:
     """Turn an example into token ids and labels; the one tokenisation for training and for evaluation.
 
@@ -228,8 +224,10 @@ def _render(messages: list[Message], tokenizer, generation: bool = False) -> str
             "the data holds messages but the tokenizer has no chat template; use an instruct model's tokenizer, "
             "set chat_template_path, or give plain prompt and completion"
         )
+    # Llama 3.2's template would write the day of the run: other tokens than yesterday, and no cache or checkpoint fits.
+    how = {"tokenize": False, "add_generation_prompt": generation, "date_string": "26 Jul 2024"}  # its own default
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        return tokenizer.apply_chat_template(messages, **how)
     except TemplateError as error:
         opening = _shortened(messages[0]["content"])
         raise UserError(f"the chat template refuses the messages that begin {opening!r}: {error}") from None

@@ -18,6 +18,7 @@ from maskft_base.files import from_anywhere
 
 from ..data.arguments import DataArguments
 from ..data.prepared import Prepared, prepare
+from ..loss import HeldoutLoss
 from ..models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from ..tuner import MaskConfig, start_scores
 from ..tuner.config import DATA_STARTS
@@ -105,6 +106,13 @@ def with_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelConfig
     adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
     adapted.peft_config[ADAPTER].base_model_name_or_path = from_anywhere(source.model_name_or_path)
     return adapted
+
+
+def heldout_loss(model, tokenizer, args: TrainingArguments) -> HeldoutLoss:
+    """What measures held-out rows where nothing is trained, in the dtype that training computes in."""
+    dtype = torch.float16 if args.fp16 else torch.bfloat16
+    context = partial(torch.autocast, args.device.type, dtype, enabled=bool(args.fp16 or args.bf16))
+    return HeldoutLoss(model, args.per_device_eval_batch_size, tokenizer.pad_token_id or 0, context)
 
 
 def start_on_data(model: PeftModel, rows: Dataset, num_samples: int, device: torch.device) -> None:

@@ -32,10 +32,12 @@ class KeepLast(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Save after the last step."""
-        if state.global_step == state.max_steps:
+        if state.global_step >= state.max_steps:
             save_final(self.trainer.model, self.folder, trainer=self.trainer)
             if runtime.is_main():
                 self.trainer.processing_class.save_pretrained(self.folder)
+
+    on_train_begin = on_step_end  # of a run that is resumed after its last step, and takes none
 
 
 class Reference(TrainerCallback):
@@ -155,9 +157,8 @@ class StepGuard(TrainerCallback):
                 layer.effective_weight(layer.effective.value.dtype)  # brought up to date
                 after = _removed(layer)
                 flips += int(torch.count_nonzero(after ^ before))
-                removed += (
-                    int((~layer.get_mask(ADAPTER)).sum()) if layer.mask_configs[ADAPTER].selection != "topk" else 0
-                )
+                if layer.mask_configs[ADAPTER].selection != "topk":
+                    removed += int((~layer.get_mask(ADAPTER)).sum())
                 numel += after.numel()
         config = self._before[0][0].mask_configs[ADAPTER]
         self.mask_metrics = {

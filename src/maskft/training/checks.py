@@ -10,7 +10,7 @@ from maskft_base import runtime
 from maskft_base.errors import UserError, first_line
 
 from ..tuner.config import MaskConfig
-from .arguments import TrainConfig
+from .arguments import TrainConfig, TrainingArguments
 from .launch import check_mask_sharding
 from .method_arguments import (
     FIXED_MASK_METHODS,
@@ -34,6 +34,15 @@ _ONLY_WITH = {
     "num_candidates": ("random_mask",),
     "before_model": (INTERPOLATE,),
 }
+# Options of TRL's that do nothing where rows are tokenised and models loaded by maskft, with what to do instead.
+_UNUSED = {
+    "eos_token": "set it in the tokenizer's own files",
+    "truncation_mode": "drop it: rows keep their beginning",
+    "assistant_only_loss": "drop it: of conversations the loss is on the assistant's turns anyway",
+    "model_init_kwargs": "write dtype, attn_implementation or model_revision",
+    "shuffle_dataset": "drop it: training rows are shuffled in every epoch anyway",
+    "push_to_hub": "drop it, and upload the finished folder with `hf upload` (docs/adapters.md)",
+}
 _LORA = '{"peft_type": "LORA", "r": 16, "target_modules": "all-linear"}'
 
 
@@ -49,6 +58,10 @@ def check_config(config: TrainConfig) -> None:
     for name, spec in type(config.model).__dataclass_fields__.items():
         if name.startswith(_OF_LORA) and getattr(config.model, name) != spec.default:
             raise UserError(f"{name} is TRL's option of LoRA; write --method peft --peft_config '{_LORA}'")
+    for name, instead in _UNUSED.items():
+        value, default = getattr(training, name), TrainingArguments.__dataclass_fields__[name].default
+        if value != default and not (name == "shuffle_dataset" and training.packing):  # which packs in that order
+            raise UserError(f"{name} is {value!r}, which maskft train does not use; {instead}")
     if not 0 <= training.kl_to_base < math.inf:
         raise UserError(f"kl_to_base is {training.kl_to_base}; it must be 0 or more")
     if training.kl_to_base and method in UNTRAINED_METHODS:
@@ -57,9 +70,9 @@ def check_config(config: TrainConfig) -> None:
         check_mask_sharding()
     check_trackers(training.report_to)
     # Fixed masks run on one of them, and preparing data on none.
-    if method == "mask" and not config.data.prepare_only and training.n_gpu > 1:
+    if method not in UNTRAINED_METHODS and not config.data.prepare_only and training.n_gpu > 1:
         raise UserError(
-            f"this process sees {training.n_gpu} GPUs, which a mask does not share: add --accelerate_config multi_gpu, "
+            f"this process sees {training.n_gpu} GPUs, and trains on one: add --accelerate_config multi_gpu, "
             "or set CUDA_VISIBLE_DEVICES=0"
         )
     if training.metric_for_best_model != "eval_loss":

@@ -78,10 +78,9 @@ def report(
     if best is None or summary.method in UNTRAINED_METHODS:
         console.print(f"saved to {folder}")
     elif summary.method != "mask":
-        console.print(
-            f"held-out loss {start:.4f} at the start, best {best:.4f} (step {step}), {summary.end_loss:.4f} at the end"
-            f"; the best is saved in {folder}"
-        )
+        of_start = "" if start is None else f"{start:.4f} at the start, "
+        end = f"{summary.end_loss:.4f} at the end; the best is saved in {folder}"
+        console.print(f"held-out loss {of_start}best {best:.4f} (step {step}), {end}")
     else:
         console.print(f"held-out loss {start:.4f} without a mask, best {best:.4f} with it (step {step})")
         _report_verdict(summary, verdict, config, console)

@@ -14,14 +14,14 @@ from maskft_base.runtime import peak_memory_bytes
 
 from ..adapter.mask_set import MaskSet
 from ..data.prepared import Prepared
-from ..loss import HeldoutLoss, mean_nll
+from ..loss import mean_nll
 from ..tuner import MaskedLinear, adapter_layers
 from ..tuner.codec import encode_mask, mask_info
 from ..tuner.fixed import FIXED_MASKS, fixed_masks
 from ..tuner.targets import listed
 from ..tuner.wanda import input_norms
 from .arguments import TrainConfig
-from .build import with_adapter
+from .build import heldout_loss, with_adapter
 from .checks import check_size
 from .method_arguments import ADAPTER, mask_config
 from .record import TrainingSummary
@@ -51,27 +51,29 @@ def make_fixed_mask(
     if FIXED_MASKS[method.method].of_inputs:
         with masked.disable_adapter():
             norms = input_norms(masked, layers, data.train["input_ids"][: method.num_calibration_samples])
-    measure = HeldoutLoss(masked, training.per_device_eval_batch_size, tokenizer.pad_token_id or 0)
-    candidates = []
+    measure, is_choice = heldout_loss(masked, tokenizer, training), method.num_candidates > 1
+    best, history = (0.0, config.mask_seed, list[Tensor]()), []
     for seed in range(config.mask_seed, config.mask_seed + method.num_candidates):
         masks = fixed_masks(method.method, weights, config.sparsity, seed, counts, norms)
         coded = [encode_mask(mask) for mask in masks]
         _set_masks(layers, coded)
-        loss = mean_nll(measure(data.heldout)) if method.num_candidates > 1 else None
-        candidates.append((loss, seed, coded))
-    loss, seed, coded = min(candidates, key=lambda candidate: candidate[:2])
+        loss = mean_nll(measure(data.heldout)) if is_choice else 0.0
+        history.append({"mask_seed": seed, "eval_loss": loss})
+        if not best[2] or loss < best[0]:
+            best = (loss, seed, coded)
+    loss, seed, coded = best
     _set_masks(layers, coded)
     masked.peft_config[ADAPTER].mask_seed = seed
     removed, numel = sum(mask_info(code)["num_removed"] for code in coded), sum(weight.numel() for weight in weights)
     console.print(f"{method.method}: removes {removed:,} of {numel:,} target weights")
-    if method.num_candidates > 1:
+    if is_choice:
         console.print(f"best of {method.num_candidates} by held-out loss: seed {seed}, {loss:.4f}")
     return masked, TrainingSummary(
         method=method.method,
-        best_loss=loss,
+        best_loss=loss if is_choice else None,
         num_target_weights=numel,
         peak_memory_bytes=peak_memory_bytes(),
-        history=[{"mask_seed": seed, "eval_loss": loss} for loss, seed, _ in candidates if loss is not None],
+        history=history if is_choice else [],
     )
 
 

@@ -15,6 +15,7 @@ from maskft_base.files import FileModel, read_json, read_model
 from ..data.prepared import Prepared, data_identity
 from ..models import model_identity
 from .arguments import TrainConfig
+from .options import option_defaults
 
 # What may change when a run is resumed: where it writes and reports, how many workers serve it, on what machine. Of
 # two of these something else tells: the base of its weights, the accumulation steps of the global batch size.
@@ -107,7 +108,7 @@ def check_course(checkpoint: Path, now: Course) -> None:
     Raises:
         UserError: One message with all differences.
     """
-    was = read_manifest(checkpoint).course
+    was = _plain(option_defaults()) | read_manifest(checkpoint).course  # it may be older than an option
     differences = "; ".join(
         f"{name}: {_shown(was.get(name))} -> {_shown(now[name])}" for name in sorted(now) if was.get(name) != now[name]
     )

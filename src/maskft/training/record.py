@@ -17,26 +17,18 @@ from ..loss import mean_nll
 from ..tuner import adapter_layers
 from .arguments import TrainConfig
 from .checkpoints import step_of
+from .manifest import FREE
 from .method_arguments import ADAPTER, MASK_METHODS
+from .options import option_defaults
 from .trainer import MaskTrainer
 from .verdict import Verdict
 
 # Of TRL's hundreds of arguments, those that decide what is learned.
 _RECORDED = (
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "max_length",
-    "bf16",
-    "kl_to_base",
-    "seed",
-)
+    "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
+    "lr_scheduler_type warmup_steps weight_decay max_grad_norm max_length bf16 kl_to_base seed"
+).split()
+_DERIVED = {"activation_checkpointing", "greater_is_better"}  # from others
 # The Trainer's mean over the steps since it was started, divided by all steps: another number where a run was resumed.
 _OF_ONE_PROCESS = ("train_loss",)
 
@@ -106,10 +98,7 @@ def read_record(folder: str | Path) -> TrainingRecord:
 
 
 def make_record(
-    config: TrainConfig,
-    summary: TrainingSummary,
-    data: Prepared,
-    verdict: Verdict | None,
+    config: TrainConfig, summary: TrainingSummary, data: Prepared, verdict: Verdict | None
 ) -> TrainingRecord:
     """The record of a run."""
     recipe = {"method": config.method.method, "model_name_or_path": config.model.model_name_or_path}
@@ -120,6 +109,10 @@ def make_record(
                 recipe[name] = value
     if datasets := hub_ids(config.data.dataset_name or ""):
         recipe["datasets"] = datasets
+    defaults, given = option_defaults(), vars(config.model) | vars(config.training)
+    for name in sorted(given.keys() & defaults.keys() - FREE - _DERIVED):
+        if given[name] not in (None, defaults[name]) and isinstance(given[name], str | int | float | list | dict):
+            recipe[name] = given[name]
     recipe |= {name: getattr(config.training, name) for name in _RECORDED}
     recipe |= {"best_step": summary.best_step, "best_heldout_loss": summary.best_loss}
     if verdict is not None:
@@ -144,7 +137,7 @@ def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
     layers = adapter_layers(model, ADAPTER) if method in MASK_METHODS else {}
     return TrainingSummary(
         method=method,
-        start_loss=mean_nll(without_mask) if without_mask else next(iter(losses.values()), None),
+        start_loss=mean_nll(without_mask) if without_mask else losses.get(0),
         best_loss=losses.get(best_step),
         best_step=best_step,
         end_loss=next(reversed(losses.values()), None),

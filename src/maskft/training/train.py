@@ -10,14 +10,13 @@ from pathlib import Path
 from rich.console import Console
 
 from maskft_base import files, runtime
-from maskft_base.errors import NotFiniteError
+from maskft_base.errors import NotFiniteError, UserError, first_line
 
 from ..data.prepared import Prepared
-from ..loss import HeldoutLoss
 from ..tuner import MaskConfig
 from ..tuner.card import write_card
 from .arguments import TrainConfig, with_accumulation
-from .build import build_model, load_base, load_data, load_tokenizer_of, start_on_data
+from .build import build_model, heldout_loss, load_base, load_data, load_tokenizer_of, start_on_data
 from .checkpoints import held_output, save_final, step_of
 from .checks import check_config, check_processes
 from .describe import describe, report
@@ -64,7 +63,7 @@ def run(config: TrainConfig, resume_from: str | None, console: Console) -> Train
     if method.method in FIXED_MASK_METHODS:
         model, summary = make_fixed_mask(model, data, config, tokenizer, console)
     elif method.method == INTERPOLATE:
-        measure = heldout_loss(model.to(training.device), tokenizer, config)
+        measure = heldout_loss(model.to(training.device), tokenizer, training)
         summary = interpolate(model, str(method.before_model), data, measure, console)
     else:
         model = build_model(model, method, config.model, config.mask, training.seed)
@@ -73,7 +72,7 @@ def run(config: TrainConfig, resume_from: str | None, console: Console) -> Train
         describe(model, tokenizer, data, config, console)
         trainer, summary, failure = fit(model, tokenizer, data, config, resume_from, console)
     # judge and save
-    measure = heldout_loss(model, tokenizer, config) if trainer is None else trainer.heldout_loss()
+    measure = heldout_loss(model, tokenizer, training) if trainer is None else trainer.heldout_loss()
     parent = trainer.reference.losses if trainer is not None and trainer.reference is not None else None
     losses, verdict = never_worse(model, data, config, measure, parent)
     if method.method == PEFT and method.start_mask is not None:
@@ -99,7 +98,10 @@ def fit(
     check_processes(model, data.train, data.heldout)
     if config.training.device.type == "cpu":
         runtime.keep_freed_memory()
-    trainer = MaskTrainer(model, tokenizer, data, config, resume_from, console)
+    try:
+        trainer = MaskTrainer(model, tokenizer, data, config, resume_from, console)
+    except ValueError as error:  # what TRL or torch does not take
+        raise UserError(first_line(error)) from None
     failure = None
     try:
         with closing(trainer.progress), trainer.guard.stop:
@@ -109,11 +111,6 @@ def fit(
     except NotFiniteError as error:
         failure = trainer.back_to_best(error)
     return trainer, summarise(trainer, config.method.method), failure
-
-
-def heldout_loss(model, tokenizer, config: TrainConfig) -> HeldoutLoss:
-    """What measures held-out rows where nothing is trained."""
-    return HeldoutLoss(model, config.training.per_device_eval_batch_size, tokenizer.pad_token_id or 0)
 
 
 def save(

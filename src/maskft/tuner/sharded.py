@@ -41,11 +41,7 @@ _NUM_BINS = 1 << 16
 
 
 def remove_lowest_of_shards(
-    shard: Tensor,
-    num: int,
-    rank: int,
-    all_reduce: Callable[[Tensor], Tensor],
-    all_gather: Callable[[Tensor], Tensor],
+    shard: Tensor, num: int, rank: int, all_reduce: Callable[[Tensor], Tensor], all_gather: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """This rank's rows of the mask that :func:`maskft.masking.remove_lowest` gives on the whole matrix.
 
