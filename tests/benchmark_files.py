@@ -84,6 +84,7 @@ def write_local_tasks(folder):
         "two": {},
         "gsm8k": {},
         "code": {"unsafe_code": True},
+        "image": {"doc_to_image": "q"},
         "shots": {"fewshot_split": "test", "num_fewshot": 2, **more},
         "long": {"doc_to_text": "{{'~' * (5 + a|int)}}"},
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from maskft_base.errors import UserError
-from maskft_base.files import append_to, digest, read_text
+from maskft_base.files import append_to, digest
 
 
 class Store:
@@ -76,7 +76,8 @@ class Store:
 
 
 def _lines(file: Path) -> Iterator[Any]:
-    for line in read_text(file).split("\n") if file.is_file() else ():
+    # A kill may also have cut a character in two: its line's checksum will not do.
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else ():
         try:
             yield json.loads(line)
         except ValueError:  # cut short by a kill, or empty

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 import tiny
 from maskft_base import files
+from maskft_lab.analysis import landscape
 from maskft_lab.analysis.losses import load_rows
 from maskft_lab.cli.main import main
 
@@ -85,7 +86,7 @@ def test_of_several_sets_of_rows_one_is_named(study, capsys):
     assert settings["rows"] == {split: files.digest(each) for split, each in rows.items()}
 
 
-def test_a_run_that_a_figure_needs_is_named(study, capsys):
+def test_a_run_that_a_figure_needs_is_named(study, capsys, monkeypatch):
     def error(*words):
         assert main(["analyze", str(study), *words]) == 2
         message = capsys.readouterr().err
@@ -94,7 +95,11 @@ def test_a_run_that_a_figure_needs_is_named(study, capsys):
 
     assert "no mask is called 'mask-s7' (did you mean 'mask-s" in error("--what", "bound", "--mask", "mask-s7")
     assert "device 'tpu' cannot be used" in error("--device", "tpu", "--what", "curvature")
+    assert "--device is 'mps', which has no float64" in error("--device", "mps", "--what", "curvature")
+    assert "no analysis ''; there are bound" in error("--what", ",") and "--seed is -1; give 0" in error("--seed", "-1")
     assert "losses need one folder with tokenised rows" in error("--what", "landscape", "--rows", str(study))
+    monkeypatch.setattr(landscape, "load_model", lambda *_: torch.empty(2**60))
+    assert "out of memory (tried to allocate" in error("--what", "landscape")
     write_run(study, "full-s0", "full", {"best": "runs/full-s0", "last": "runs/full-s0"})
     assert "and the end of full-s0 is its best checkpoint: train it for longer" in error("--what", "landscape")
     other = json.loads((study / files.RUNS / "mask-s1" / files.RUN).read_text())

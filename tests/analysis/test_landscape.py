@@ -30,7 +30,7 @@ def test_the_plane_goes_through_its_three_models():
     u, v, coordinates = plane_through(*points)
     model = small()
     for point, (x, y) in zip(points, coordinates, strict=True):
-        set_weights(model, point)
+        set_weights(model, point, [])
         expected = loss_of(model)
         set_weights(model, points[0], [(float(x), u), (float(y), v)])
         assert loss_of(model) == pytest.approx(expected, rel=1e-4)

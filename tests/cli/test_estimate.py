@@ -43,6 +43,7 @@ def test_table_and_json_with_flags_on_top(recipe, base, capsys):
     [
         (["--mask_layers_to_transform", "5"], "the model has layers 0 to 2"),
         (["--device_memory_gb", "0.001"], "too small for micro-batch 1"),
+        (["--device_memory_gb", "nan"], "device_memory_gb is nan; give a number of GB"),
         (["--device_memory_gb", "much"], "invalid float value"),
         (["--learning_rat", "1"], "unknown option --learning_rat (did you mean 'learning_rate'?)"),
     ],

@@ -160,7 +160,7 @@ def test_finished_results_are_of_the_same_weights_and_data(chat_base, adapters, 
     words += ["--output_dir", tmp_path / "out"]
     assert call(words, capsys)[0] == 0
     assert len(result_of(tmp_path / "out" / "lora")["model"]["adapter_sha256"]) == 64
-    again = call(words, capsys)
+    again = call([*words, "--batch_size", 3], capsys)
     assert again[0] == 0 and again[1].count("already done") == 2, again[2]
 
     for file, old, new, message in (
@@ -186,10 +186,8 @@ def test_an_unfinished_evaluation_is_resumed_with_the_same_configuration_only(ch
     rows = [{"id": "0", "prompt": "1+1=", "completion": "2", "answer": "2"}]
 
     def evaluate(max_new_tokens):
-        options = EvaluationArguments(max_new_tokens=max_new_tokens)
-        return evaluate_loaded(
-            next(load.load_each(EvaluationArguments(str(folder)))), {"heldout": rows}, options, target, "a"
-        )
+        options = EvaluationArguments(str(folder), max_new_tokens=max_new_tokens)
+        return evaluate_loaded(next(load.load_each(options)), {"heldout": rows}, options, target, "a")
 
     def killed(path, result):
         raise KeyboardInterrupt
@@ -228,9 +226,7 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
 
     asked = []
     generate = backend.greedy_generate
-    monkeypatch.setattr(
-        backend, "greedy_generate", lambda *args, **k: (asked.append(len(args[2])), generate(*args, **k))[1]
-    )
+    monkeypatch.setattr(backend, "greedy_generate", lambda *a, **k: (asked.append(len(a[2])), generate(*a, **k))[1])
     assert call(words, capsys)[0] == 0
     assert sum(asked) == 4 - known and not journal.exists()
     call([*words[:-4], "--output_dir", tmp_path / "whole"], capsys)
@@ -243,6 +239,7 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
         (["--tasks", "gsm8"], "unknown task 'gsm8' (did you mean 'gsm8k'?)"),
         (["--tasks", ","], "tasks names no task"),
         (["--limit", "0"], "limit is 0; it must be at least 1"),
+        (["--limit", "3", "--tasks", "heldout"], "limit is 3 and of benchmarks"),
         (["--max_length", "-1"], "max_length is -1; it must be at least 1"),
         (["--device", "gpu"], "device 'gpu' cannot be used"),
         (["--include_path", "nowhere"], "include_path 'nowhere' is not a folder"),
@@ -254,10 +251,7 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
         (["--apply_chat_template", "maybe"], "'maybe' is neither true nor false"),
         (["--data_dir", "EMPTY"], "holds no test file of gsm8k"),
         (["--tasks", "heldout", "--dataset_name", "FILE", "--prepare_only", "true"], "unknown option --prepare_only"),
-        (
-            ["--tasks", "heldout", "--dataset_name", "FILE", "--max_train_samples", "5"],
-            "unknown option --max_train_samples",
-        ),
+        (["--tasks", "heldout", "--dataset_name", "FILE", "--max_train_samples", "5"], "option --max_train_samples"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(words, message, chat_base, adapters, files, tmp_path, capsys):

@@ -8,7 +8,7 @@ import yaml
 
 from maskft_base.files import ALPACA_OUTPUTS, JOURNAL, RESULT
 from maskft_lab.cli.main import main
-from maskft_lab.evaluation import alpaca
+from maskft_lab.evaluation import alpaca, journal
 from maskft_lab.results.schema import read_result
 
 NUM_PROMPTS = 12
@@ -111,10 +111,13 @@ def test_length_is_controlled_for_on_the_published_prompts(command, judge, tmp_p
     assert "length_controlled_win_rate" not in record(tmp_path / "part")["metrics"]
 
 
-def test_answers_are_kept_where_judging_fails(command, judge, tmp_path):
+def test_answers_are_kept_where_judging_fails_and_another_judge_judges_all(command, judge, tmp_path, monkeypatch):
     status, _, err = command("--alpaca_annotator", judge("neither"))
     assert status == 2 and "could not judge the outputs (" in err
     assert (tmp_path / "out" / JOURNAL).exists() and not (tmp_path / "out" / RESULT).exists()
+    monkeypatch.setattr(journal, "greedy_generate", None)  # nothing is left to answer
+    assert command("--alpaca_annotator", judge("m"))[0] == 0 and "note" not in record(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("alpaca_verdicts*"))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from maskft.loss import nll_per_item
 from maskft_base.errors import UserError
 from maskft_lab.evaluation import heldout as evaluate
 from maskft_lab.evaluation.arguments import EvaluationArguments
-from maskft_lab.evaluation.heldout import evaluate_rows, name_of_test_set
+from maskft_lab.evaluation.heldout import evaluate_kl, evaluate_rows, name_of_test_set
 from maskft_lab.evaluation.journal import Journal
+from maskft_lab.evaluation.load import Loaded
 from maskft_lab.generation import greedy
 from tiny_tokenizer import tiny_tokenizer
 
@@ -97,6 +98,20 @@ def test_batches_keep_within_the_memory_bound(net, monkeypatch):
         monkeypatch.setattr(greedy, "free_memory_bytes", lambda device, free=free: free)
         evaluate_rows(net, TOKENIZER, ROWS, LOSSES)
     assert sizes[0] == 1 < sizes[1] < sizes[2] == 16
+
+
+def test_kl_is_bounded_and_resumed_as_losses_are(net, tmp_path, monkeypatch):
+    loaded = Loaded(net, TOKENIZER, {}, "x", {name: 1.1 * weight for name, weight in net.named_parameters()})
+    sizes, log_probs = [], evaluate._log_probs
+    monkeypatch.setattr(evaluate, "_log_probs", lambda *args: (sizes.append(len(args[2])), log_probs(*args))[1])
+
+    def kl(rows, size):
+        return evaluate_kl(loaded, rows, answers_of(1, size), Journal(tmp_path / f"{size}.jsonl", {}))
+
+    values = [[item["kl"] for item in kl(ROWS, size)["items"]] for size in (None, 4, 4)]
+    assert sizes == [6, 6, 4, 4, 2, 2] and values[1] == values[2] == pytest.approx(values[0]) and min(values[0]) > 0
+    with pytest.raises(UserError, match="the model's context 256; lower max_length"):
+        kl([ROWS[0] | {"prompt": "1+" * 150}], 1)
 
 
 def test_rows_beyond_the_context_are_refused_before_the_losses(net, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
 
@@ -35,8 +36,8 @@ def undisturbed(words, tmp_path):
 
 
 def test_an_evaluation_that_is_stopped_says_how_it_is_resumed(words, undisturbed, tmp_path):
-    out = tmp_path / "out"
-    status, lines = stop_when(lambda: (out / files.JOURNAL).is_file() and len(answers_in(out)) > 8, words)
+    out, over = shutil.copytree(tmp_path / "whole", tmp_path / "out"), ["--overwrite", "true"]
+    status, lines = stop_when(lambda: (out / files.JOURNAL).is_file() and len(answers_in(out)) > 8, [*words, *over])
     assert status == 143, lines
     assert lines[-2].startswith("maskft: stopped by SIGTERM;") and lines[-1] == shlex.join(["maskft", *words])
     assert not (out / files.RESULT).exists()

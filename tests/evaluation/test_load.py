@@ -68,9 +68,8 @@ def test_labels_that_are_refused(name, tmp_path):
 
 
 def _other_size(folder):
-    get_peft_model(
-        tiny.tiny_llama(vocab_size=96, hidden_size=16), LoraConfig(target_modules=["q_proj"])
-    ).save_pretrained(folder)
+    net = tiny.tiny_llama(vocab_size=96, hidden_size=16)
+    get_peft_model(net, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
 
 
 def _other_layers(folder):

@@ -56,13 +56,8 @@ def test_gsm8k(folder):
     assert [item["accuracy"] for item in record["items"]] == [1, 1, 0, 0]
     assert [item["accuracy_strict"] for item in record["items"]] == [1, 0, 0, 0]
     assert list(record["metrics"]) == ["accuracy", "accuracy_strict"]
-    assert record["metrics"]["accuracy"] == {
-        "value": 0.5,
-        "stderr": pytest.approx(1 / 12**0.5),
-        "num_items": 4,
-        "higher_is_better": True,
-        "unit": "fraction",
-    }
+    expected = {"value": 0.5, "stderr": pytest.approx(1 / 12**0.5), "num_items": 4}
+    assert record["metrics"]["accuracy"] == expected | {"higher_is_better": True, "unit": "fraction"}
     assert record["num_fewshot"] == 8 and record["lm_eval_task"] == "gsm8k_cot" and record["chat_template_hash"] is None
     assert all(prompt.count("Q:") == 9 and prompt.endswith("A:") for prompt in prompts)
     assert record["items"][1]["output"] == " 10 and 5 make 15 pens" and record["items"][1]["answer"] == "15"
@@ -123,15 +118,10 @@ def test_same_answers_as_lm_evals_backend(batch_size):
     draw = random.Random(0)
     few_shot = "Q: What is 1+1?\nA: 2\n\n" * 5
     settings = [{"until": ["e", "</s>"], "do_sample": False, "max_gen_toks": 25}, {"until": [], "max_gen_toks": 12}]
+    texts = [few_shot + "".join(draw.choices("abc 123", k=draw.randint(1, 40))) for _ in range(14)]
     requests = [
-        Instance(
-            request_type="generate_until",
-            doc={},
-            arguments=(few_shot + "".join(draw.choices("abc 123", k=draw.randint(1, 40))), settings[n % 2]),
-            idx=0,
-            metadata=(f"task{n % 2}", n, 1),
-        )
-        for n in range(14)
+        Instance("generate_until", {}, (text, settings[n % 2]), 0, metadata=(f"task{n % 2}", n, 1))
+        for n, text in enumerate(texts)
     ]
     # A context that does not fit is cut on its left.
     requests.append(Instance("generate_until", {}, (few_shot * 9, settings[0]), 0, metadata=("task0", 14, 1)))
@@ -144,9 +134,8 @@ def test_prompts_that_were_cut_are_counted(local_tasks, tmp_path):
     net = tiny.tiny_llama(vocab_size=len(TOKENIZER), max_position_embeddings=10)
     task = load_tasks(["long"], include_path=local_tasks)["long"]  # prompts of 5, 6 and 7 tokens, answers of up to 4
     for _ in range(2):  # the second time all answers come from the journal
-        record = run_task(
-            Resuming(BatchedLM(net, TOKENIZER, batch_size=2), Journal(tmp_path / "answers.jsonl", {})), "long", task
-        )
+        lm = Resuming(BatchedLM(net, TOKENIZER, batch_size=2), Journal(tmp_path / "answers.jsonl", {}))
+        record = run_task(lm, "long", task)
         assert record["num_truncated"] == 1
         assert record["note"] == "1 of 3 prompts were too long for the model's context and were truncated on the left"
     task = load_tasks(["one"], include_path=local_tasks)["one"]
@@ -169,8 +158,8 @@ def test_settings_that_ours_does_not_know_are_lm_evals(tmp_path):
     theirs = HFLM(pretrained=net, tokenizer=TOKENIZER, batch_size=1)
     assert penalised == answers(theirs, {**plain, "repetition_penalty": 5.0}) != answers(ours, plain)
     resuming = Resuming(ours, Journal(tmp_path / "answers.jsonl", {}))
-    sampled = {**plain, "do_sample": True, "temperature": 5.0}
-    assert answers(resuming, sampled) != answers(resuming, sampled), "what is drawn is never reused"
+    for sampled in ({**plain, "do_sample": True, "temperature": 5.0}, {**plain, "temperature": 5.0}):
+        assert answers(resuming, sampled) != answers(resuming, sampled), "what is drawn is never reused"
 
 
 def test_every_model_sees_the_same_examples(local_tasks):
@@ -183,9 +172,8 @@ def test_every_model_sees_the_same_examples(local_tasks):
 
 def test_log_likelihoods_within_a_memory_bound(monkeypatch):
     net = tiny.tiny_llama(vocab_size=len(TOKENIZER))
-    requests = [
-        Instance("loglikelihood", {}, ("one two three" * n, " four"), 0, metadata=("t", n, 1)) for n in range(1, 6)
-    ]
+    texts = [("one two three" * n, " four") for n in range(1, 6)]
+    requests = [Instance("loglikelihood", {}, pair, 0, metadata=("t", n, 1)) for n, pair in enumerate(texts, 1)]
     theirs = HFLM(pretrained=net, tokenizer=TOKENIZER, batch_size=2).loglikelihood(requests, disable_tqdm=True)
     monkeypatch.setattr(greedy, "free_memory_bytes", lambda device: 2e6)
     lm = BatchedLM(net, TOKENIZER)
@@ -199,18 +187,10 @@ def test_other_tasks_of_lm_eval(tmp_path):
     rows = [{"text": f"{n} and {n} is", "choices": [f" {n}", f" {2 * n}"], "gold": 1} for n in range(1, 6)]
     common = {"custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)}, "test_split": "test"}
     choice = {"doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}", "doc_to_target": "gold"}
+    text = {"doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": [{"metric": "word_perplexity"}]}
     tasks = {
         "choice": ConfigurableTask(config={"task": "choice", "output_type": "multiple_choice", **choice, **common}),
-        "text": ConfigurableTask(
-            config={
-                "task": "text",
-                "output_type": "loglikelihood_rolling",
-                "doc_to_text": "",
-                "doc_to_target": "{{text}}",
-                "metric_list": [{"metric": "word_perplexity"}],
-                **common,
-            }
-        ),
+        "text": ConfigurableTask(config={"task": "text", "output_type": "loglikelihood_rolling", **text, **common}),
     }
     net = tiny.tiny_llama(vocab_size=len(TOKENIZER))
     records = []
@@ -227,9 +207,7 @@ def test_other_tasks_of_lm_eval(tmp_path):
         resuming = Resuming(lm, Journal(tmp_path / "answers.jsonl", {}))
         records.append({name: run_task(resuming, name, task) for name, task in tasks.items()})
         build_result("x", {"name_or_path": "m"}, {}, records[-1])
-    assert json.dumps(records[0]) == json.dumps(records[1]) and not asked, (
-        "the second time the journal knows every answer"
-    )
+    assert json.dumps(records[0]) == json.dumps(records[1]) and not asked, "the journal knows every answer"
     acc, perplexity = records[0]["choice"]["metrics"]["acc"], records[0]["text"]["metrics"]["word_perplexity"]
     assert acc["value"] == sum(item["acc"] for item in records[0]["choice"]["items"]) / 5 and acc["unit"] == "fraction"
     assert perplexity["value"] > 1 and not perplexity["higher_is_better"]
@@ -264,11 +242,7 @@ def test_model_without_chat_template():
 
 def test_sentence_tables_are_asked_for_when_they_are_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(nltk.data, "path", [])
-    row = {
-        **IFEVAL[0],
-        "instruction_id_list": ["length_constraints:number_sentences"],
-        "kwargs": [{"num_sentences": 2}],
-    }
+    row = IFEVAL[0] | {"instruction_id_list": ["length_constraints:number_sentences"], "kwargs": [{"num_sentences": 2}]}
     (tmp_path / "ifeval.jsonl").write_text(json.dumps(IFEVAL[1]) + "\n" + json.dumps(row))
     with pytest.raises(UserError, match=r"needs NLTK's punkt_tab for length_constraints:number_sentences.*NLTK_DATA"):
         load_tasks(["ifeval"], tmp_path)
@@ -279,6 +253,8 @@ def test_other_tasks_that_run_code_are_refused(local_tasks):
     assert set(load_tasks(["one"], include_path=local_tasks)) == {"one"}
     with pytest.raises(UserError, match="task code would run model-written code outside the sandbox; use humaneval"):
         load_tasks(["code"], include_path=local_tasks)
+    with pytest.raises(UserError, match="task image asks about images or sound"):
+        load_tasks(["image"], include_path=local_tasks)
 
 
 def test_groups_with_a_task_of_the_name_of_ours(local_tasks):

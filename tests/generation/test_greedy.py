@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 import tiny
 from maskft_base.errors import UserError
@@ -54,9 +55,7 @@ def test_same_text_as_without_batch_and_cache(batch_size, num_shared):
     expected = [reference(net, ids, 30) for ids in questions]
     assert len(set(expected)) > 5
     done = []
-    found = greedy_generate(
-        net, TOKENIZER, questions, Bounds(30, batch_size), on_answer=lambda *pair: done.append(pair)
-    )
+    found = greedy_generate(net, TOKENIZER, questions, Bounds(30, batch_size), lambda *pair: done.append(pair))
     assert found == expected
     assert sorted(done) == sorted(enumerate(expected))
     assert net.config._attn_implementation == "sdpa", "the model's own attention is put back"
@@ -76,9 +75,7 @@ def test_finished_rows_leave_and_others_take_their_places(monkeypatch):
     stop = reference(net, questions[0], 30)[8:10]
     read, sizes = [], []
     add, step = RowCache.add, RowCache.step
-    monkeypatch.setattr(
-        RowCache, "add", lambda cache, rows, first: (read.append([*map(list, rows)]), add(cache, rows, first))[1]
-    )
+    monkeypatch.setattr(RowCache, "add", lambda c, rows, at: (read.append([*map(list, rows)]), add(c, rows, at))[1])
     monkeypatch.setattr(RowCache, "step", lambda cache, rows: (sizes.append(len(rows)), step(cache, rows))[1])
     monkeypatch.setattr(generation, "_attention_is_known", lambda model: True)
     greedy_generate(net, TOKENIZER, questions, Bounds(30, 8, stop_strings=[stop]))
@@ -92,10 +89,8 @@ def test_every_architecture(name):
     ids = [[5, 6, 7, *range(10, 30), n, n + 1] for n in range(40, 45)]
     with torch.no_grad():
         ends = [EOS, net.generation_config.eos_token_id or EOS]
-        expected = [
-            net.generate(torch.tensor([row]), max_new_tokens=8, do_sample=False, eos_token_id=ends)[0, len(row) :]
-            for row in ids
-        ]
+        how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": ends}
+        expected = [net.generate(torch.tensor([row]), **how)[0, len(row) :] for row in ids]
     texts = greedy_generate(net, TOKENIZER, ids, Bounds(8, 2))
     assert texts == [TOKENIZER.decode(answer, skip_special_tokens=True) for answer in expected]
 
@@ -105,18 +100,17 @@ def test_sliding_windows_are_left_to_transformers():
     assert not generation._attention_is_known(tiny.MODELS["gemma3"]())
 
 
-def test_repetition_penalty_of_the_model_is_kept():
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {"suppress_tokens": [*range(3, 150)]}])
+def test_settings_of_the_model_are_kept(settings):
     net, questions = model(), prompts(20, (3, 8))
     plain = greedy_generate(net, TOKENIZER, questions, Bounds(12))
-    net.generation_config.repetition_penalty = 1.5
-    expected = [
-        TOKENIZER.decode(
-            net.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :],
-            skip_special_tokens=True,
-        )
-        for ids in questions
-    ]
+    net.generation_config.update(**settings)
+    rows = [net.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :] for ids in questions]
+    expected = [TOKENIZER.decode(row, skip_special_tokens=True) for row in rows]
     assert greedy_generate(net, TOKENIZER, questions, Bounds(12)) == expected != plain
+    net.generation_config.repetition_penalty = 1.001  # a bfloat16 of 2 is no smaller for it
+    job = generation._Job(net, TOKENIZER, [], Bounds(), None)
+    assert job.next_tokens([[5]], torch.tensor([[0.0] * 5 + [2.0, 2.0]], dtype=torch.bfloat16)) == [6]
 
 
 @pytest.mark.parametrize("make", [tiny.tiny_llama, tiny.tiny_gpt2])
@@ -125,10 +119,9 @@ def test_what_does_not_fit_into_the_context_is_refused(make):
     context = net.config.max_position_embeddings
     prompt = [5] * (context - 4)
     assert len(greedy_generate(net, TOKENIZER, [prompt], Bounds(4))) == 1
-    with pytest.raises(
-        UserError, match=f"has {context - 4} tokens and its answer may have 5, the .* context {context};"
-    ):
-        greedy_generate(net, TOKENIZER, [[5], prompt], Bounds(5))
+    said = f"has {context - 4} tokens and its answer may have 5, the .* context {context}; lower alpaca to 4, or leave"
+    with pytest.raises(UserError, match=said):
+        greedy_generate(net, TOKENIZER, [[5], prompt], Bounds(5, option="alpaca"))
 
 
 def test_shared_prefix_length():
@@ -149,3 +142,5 @@ def test_rows_by_memory(monkeypatch):
     assert 1 <= rows(2e6, 100, 50) < rows(8e6, 100, 50) < 64
     assert rows(8e6, 150) < rows(8e6, 149, 1), "the loss needs the logits of all tokens"
     assert rows(2, 100, 50) == 1 and rows(2e12, 1, 1) == 64
+    net.config = transformers.MambaConfig()  # has no heads
+    assert 1 <= rows(2e9, 100, 50) < rows(2e12, 1, 1)

@@ -12,6 +12,8 @@ from maskft_lab.report import catalogue
 from maskft_lab.report.catalogue import FIGURES, draw_figures
 from maskft_lab.report.charts import COLOURS, DARK, FORMATS, Chart, Panel, draw_panel, to_svg
 from maskft_lab.report.evidence import NotComputed, gather
+from maskft_lab.report.fig_masks import _by_sparsity
+from maskft_lab.report.methods import entries_of
 from maskft_lab.results.text import Table
 
 
@@ -61,6 +63,12 @@ def test_files_for_a_paper(finished, charts, tmp_path, capsys):
     light, dark = ((tmp_path / "b" / f"fig14_heads_mean.{form}").read_text() for form in ("svg", "dark.svg"))
     assert "10 % removed" in light  # text stays text
     assert COLOURS["ink"] in light and COLOURS["ink"] not in dark and DARK["ink"] in dark
+
+
+def test_starts_of_one_method_and_small_shares_are_told_apart():
+    looks = [(entry.dash, entry.marker) for entry in entries_of(dict.fromkeys("abcd", ("full", True))).values()]
+    assert len(set(looks)) == 4 and looks[0] == ("-", "o")
+    assert list(_by_sparsity({n: {"num_removed": n, "num_weights": 1000} for n in (2, 4)})) == ["0.2", "0.4"]
 
 
 def test_a_figure_fits_a_paper(charts):

@@ -79,6 +79,8 @@ def test_numbers_of_points_off_scale_do_not_cover_each_other():
     axes = axes_of(chart_of([curve]).panels[0])
     heights = sorted(text.xy[1] for text in axes.texts)
     assert len(heights) == 4 and min(np.diff(heights)) >= 0.03 * np.ptp(axes.get_ylim())
+    axes = axes_of(chart_of([curve._replace(points=points + points[1:])]).panels[0])
+    assert [text.get_text() for text in axes.texts] == ["pale points off scale: 8"]
 
 
 def test_intervals_are_those_of_chosen_points(study):

@@ -34,6 +34,7 @@ from maskft.models import load_model
 from maskft_base.errors import UserError, install_hint
 from maskft_base.files import digest
 
+from ..results.statistics import weighted_mean
 from ..store import Store
 from .losses import Batch, Sampling, make_batches, num_targets
 from .masks import masks_of
@@ -133,7 +134,7 @@ def trace_estimate(forms: np.ndarray, shares: np.ndarray) -> dict[str, float | N
     return {
         "trace": float(per_probe.mean()),
         "stderr_probes": float(per_probe.std(ddof=1) / num_probes**0.5) if num_probes > 1 else None,
-        "stderr_rows": _stderr_of_mean(forms.mean(0), shares) if num_batches > 1 else None,
+        "stderr_rows": weighted_mean(forms.mean(0), shares)[1] if num_batches > 1 else None,
     }
 
 
@@ -165,7 +166,7 @@ def largest_eigenvalue(
         raise UserError(f"the largest eigenvalue cannot be computed ({error}); take more --num_rows") from error
     v = kept * vectors[:, 1]
     forms = np.array([v @ product(v) for product in products])
-    error = _stderr_of_mean(forms, shares) if len(products) > 1 else None
+    error = weighted_mean(forms, shares)[1] if len(products) > 1 else None
     return {"eigenvalue": float(largest), "stderr_rows": error, "smallest": float(smallest)}
 
 
@@ -215,9 +216,3 @@ def analyse_curvature(
     record["mask_all"]["less_start_all"] = trace_estimate(moved, shares)
     write_record(file, record | {"density": 1 - masks.sparsity, "num_weights": masks.numel}, settings)
     pieces.remove()
-
-
-def _stderr_of_mean(values: np.ndarray, shares: np.ndarray) -> float:
-    """Standard error of ``sum(shares x values)`` over independent batches."""
-    count, residuals = len(values), shares * (values - values @ shares)
-    return float(np.sqrt(count / (count - 1) * np.sum(residuals**2)))

@@ -16,6 +16,7 @@ from maskft.models import load_model
 from maskft_base.errors import UserError
 from maskft_base.files import digest
 
+from ..evaluation.load import weights_of
 from .losses import Sampling
 from .masks import masks_of
 from .records import digest_folder, is_finished, pieces_of, write_record
@@ -48,22 +49,16 @@ def plane_through(first: Weights, second: Weights, third: Weights) -> tuple[Weig
     return u, v, np.array([[0.0, 0.0], [length_u, 0.0], [along, length_v]])
 
 
-def weights_of(model) -> Weights:
-    """A copy of all parameters; tied ones once."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
 @torch.no_grad()
-def set_weights(model, center: Weights, steps: Sequence[tuple[float, Weights]] = ()) -> None:
-    """Set parameters to ``center`` plus the sum of amount x direction; a parameter without a direction stays.
+def set_weights(model, center: Weights, steps: Sequence[tuple[float, Weights]]) -> None:
+    """Set parameters to ``center`` plus the sum of amount x direction.
 
     The same amounts give the same bits, in whatever order points are visited; amounts of 0 give ``center``.
     """
     for name, parameter in model.named_parameters():
         parameter.copy_(center[name])
         for amount, direction in steps:
-            if amount != 0 and name in direction:
-                parameter.add_(direction[name], alpha=amount)
+            parameter.add_(direction[name], alpha=amount)
 
 
 def analyse_landscape(file: Path, models: Sequence[str], rows: Rows, sampling: Sampling, grid: int = 21) -> None:

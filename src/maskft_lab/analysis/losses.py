@@ -9,11 +9,9 @@ from typing import NamedTuple
 import torch
 from datasets import load_from_disk
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from maskft.data import IGNORED
 from maskft.loss import length_sorted_batches, pad
-from maskft.models import load_config
 from maskft_base.errors import UserError
 from maskft_base.files import PREPARED
 
@@ -76,11 +74,3 @@ def make_batches(rows: Sequence[Mapping], batch_size: int, device: str | torch.d
 def num_targets(batch: Batch) -> int:
     """Number of tokens of a batch that have a loss."""
     return int((batch[1][:, 1:] != IGNORED).sum())
-
-
-def count_parameters(source: str) -> tuple[int, int]:
-    """Number of parameters of a model (tied ones once) and size of its vocabulary, without loading its weights."""
-    config = load_config(source)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return sum(parameter.numel() for parameter in model.parameters()), config.get_text_config().vocab_size

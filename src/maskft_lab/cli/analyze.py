@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rows.add_argument("--rows", metavar="DIR", help="folder of tokenised rows (default: the study's)")
     rows.add_argument("--num_rows", type=int, default=64, help="rows of each split (default: 64)")
     rows.add_argument("--batch_size", type=int, default=8, help="rows of one forward pass (default: 8)")
-    rows.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
+    rows.add_argument("--device", default="cpu", help="cpu, cuda (default: cpu)")
     rows.add_argument("--seed", type=int, default=0, help="of rows and probes (default: 0)")
     more = parser.add_argument_group("one analysis each")
     more.add_argument("--grid", type=int, default=21, help="landscape: points of an axis (default: 21)")
@@ -40,12 +40,13 @@ def run(args: argparse.Namespace) -> None:
     from maskft_base.runtime import silence
 
     from ..analysis.runs import read_study
+    from ..estimate.out_of_memory import explained
 
-    for name in ("num_rows", "batch_size", "num_probes"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; give 1 or more")
+    for name, least in {"num_rows": 1, "batch_size": 1, "num_probes": 1, "seed": 0}.items():
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} is {getattr(args, name)}; give {least} or more")
     wanted = [name.strip() for name in (args.what or ",".join(_ANALYSES)).split(",") if name.strip()]
-    for name in wanted:
+    for name in wanted or [""]:
         if name not in _ANALYSES:
             known = f"{did_you_mean(name, _ANALYSES)}; there are {', '.join(_ANALYSES)}"
             raise UserError(f"--what: no analysis {name!r}{known}")
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
     for what in wanted:
         file = folder / f"{what}.json"
         try:
-            _ANALYSES[what](args, runs, file)
+            with explained("take a smaller --batch_size, or another --device"):
+                _ANALYSES[what](args, runs, file)
         except UserError as error:
             problems.append(f"{what}: {error}")
         else:
@@ -69,14 +71,21 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _bound(args, runs, file: Path) -> None:
+    import torch
+
+    from maskft.models import load_config
+
     from ..analysis.bound import analyse_bound, stable_training_loss
-    from ..analysis.losses import count_parameters
     from ..analysis.runs import BEST, find_mask, full_run
+    from ..estimate.estimate import model_without_data
 
     mask = find_mask(runs, args.mask)
     full = full_run(mask, runs)
     losses = tuple(stable_training_loss(run.history, run.summary["best_step"]) for run in (full, mask))
-    size = count_parameters(full.models[BEST])
+    config = load_config(full.models[BEST])
+    with torch.device("meta"):
+        num_weights = sum(parameter.numel() for parameter in model_without_data(config).parameters())
+    size = num_weights, config.get_text_config().vocab_size
     analyse_bound(file, mask.models[BEST], losses, size, mask.data.get("train"))
 
 
@@ -116,6 +125,8 @@ def _sampling(args):
     from ..analysis.losses import Sampling
     from ..evaluation.load import check_device
 
+    if args.device.startswith("mps"):
+        raise UserError(f"--device is {args.device!r}, which has no float64 to sum losses in; name cpu or cuda")
     check_device(args.device)
     return Sampling(args.batch_size, args.device, args.seed)
 

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from maskft_base.errors import UserError
+from maskft_base.files import JOURNAL
 
 from ..evaluation.arguments import ALPACA_EVAL, AND, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments
 from .options import add_options, read_options
@@ -51,6 +52,8 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
         raise UserError("output_dir is missing; name a folder for the results with --output_dir")
     if not options.task_names:
         raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
+    if options.limit and options.task_names == [HELDOUT]:
+        raise UserError(f"limit is {options.limit} and of benchmarks, not of held-out rows; give --max_eval_samples")
     if (options.scale or options.kl) and not options.change:
         raise UserError("scale and kl are of what training has changed: name it with --change, and what it was before")
     if options.change and (options.adapter or not options.model_name_or_path):
@@ -125,6 +128,10 @@ def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool)
 
     def measure(index: int, loaded: Loaded) -> None:
         (name, target), done = targets[index], earlier[index]
+        # All of them now: run again without --overwrite after an interruption, what is left would count as done.
+        for _, old in targets if options.overwrite and not index else ():
+            old.unlink(missing_ok=True)
+            old.with_name(JOURNAL).unlink(missing_ok=True)
         if loaded.facts.get("seed") is None and options.seed is not None:
             loaded = replace(loaded, facts=loaded.facts | {"seed": options.seed})  # another evaluation's may differ
         if HELDOUT in options.task_names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import shlex
 import signal
 import sys
@@ -130,7 +131,8 @@ def _heed_sigterm():
 
 
 def _command(words: list[str]) -> str:
-    return shlex.join(["maskft", *(word for word in words if word != "--overwrite")])  # which would drop what is kept
+    # Without what would drop what is kept.
+    return re.sub(r"(?i) --overwrite(=\S+| true| false)?(?!\S)", "", shlex.join(["maskft", *words]))
 
 
 def _resume_line(words: list[str]) -> str:
@@ -158,8 +160,7 @@ class OneLineParser(argparse.ArgumentParser):
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             flag = message.removeprefix(prefix).split()[0]
-            below = [p for a in self._actions if isinstance(a, argparse._SubParsersAction) for p in a.choices.values()]
-            known = [option for p in (self, *below) for action in p._actions for option in action.option_strings]
+            known = [option for action in self._actions for option in action.option_strings]
             message = f"unknown option {flag}{did_you_mean(flag.split('=')[0], known)}"
         raise UserError(f"{message}; see {self.prog} --help")
 

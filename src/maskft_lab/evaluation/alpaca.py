@@ -99,7 +99,7 @@ def evaluate_alpaca(
     """
     model, tokenizer, asked = loaded.model, loaded.tokenizer, [row["instruction"] for row in references]
     prompts = [prompt_ids({"prompt": [{"role": "user", "content": text}]}, tokenizer) for text in asked]
-    bounds = Bounds(options.alpaca_max_new_tokens, options.batch_size)
+    bounds = Bounds(options.alpaca_max_new_tokens, options.batch_size, option="alpaca_max_new_tokens")
     answers = generated(model, tokenizer, prompts, bounds, f"{ALPACA_EVAL}: outputs", journal)
     outputs = [
         {"instruction": text, "output": answer.strip(), "generator": name}
@@ -110,7 +110,8 @@ def evaluate_alpaca(
     items: list[dict[str, Any]] = [{"id": str(index), **row} for index, row in enumerate(outputs)]
     metrics, note = {}, f"{len(items)} outputs are in {file}, not judged: name a judge with --alpaca_annotator"
     if options.alpaca_annotator is not None:
-        metrics, note = _judged(items, outputs, references, options.alpaca_annotator, folder / "alpaca_verdicts.json")
+        verdicts = folder / f"alpaca_verdicts_{files.digest(alpaca_settings(options))[:16]}.json"  # of this judge
+        metrics, note = _judged(items, outputs, references, options.alpaca_annotator, verdicts)
     asked_for = (({"id": index, "answer": row["output"]}, row["instruction"]) for index, row in enumerate(references))
     record = task_record(items, metrics, asked_for, tokenizer, TASK_VERSION)
     more = {"data_sha256": data_sha256(references), "generation_kwargs": {"max_gen_toks": bounds.max_new_tokens}}
@@ -148,7 +149,8 @@ def _judged(
             f"alpaca_eval could not judge the outputs ({type(error).__name__}: {first_line(error)}); they and the "
             f"verdicts in {verdicts} (remove it to ask again) are kept: check server and key, and run the same command"
         ) from error
-    verdicts.unlink(missing_ok=True)
+    for file in verdicts.parent.glob("alpaca_verdicts_*.json"):
+        file.unlink()
     missing = 0
     for item, row in zip(items, annotations, strict=True):
         is_judged = row["preference"] is not None and not math.isnan(row["preference"])

@@ -12,13 +12,7 @@ HELDOUT, ALPACA_EVAL = "heldout", "alpaca_eval"  # tasks that are not lm-eval's
 AND = "+"  # on the command line, between the options of two evaluations
 
 # Fields of DataArguments that change no held-out row, or that are in EvaluationArguments with another default.
-NOT_OF_HELDOUT_DATA = (
-    "data_dir",
-    "eval_split_size",
-    "prepared_data_dir",
-    "prepare_only",
-    "max_train_samples",
-)
+NOT_OF_HELDOUT_DATA = ("data_dir", "eval_split_size", "prepared_data_dir", "prepare_only", "max_train_samples")
 
 
 def _option(help: str, default: Any = None, *, minimum: int | None = None):
@@ -69,7 +63,7 @@ class EvaluationArguments:
     include_path: str | None = _option(
         "folder with lm-eval task YAMLs of your own, to be named in --tasks; they can run programs",
     )
-    limit: int | None = _option("first N items of each benchmark (default: all)", minimum=1)
+    limit: int | None = _option("first N items of each benchmark; in minerva_math, algebra (default: all)", minimum=1)
     apply_chat_template: bool | None = _option("put prompts into the chat template (default: for ifeval only)")
     allow_unconfined_code: bool = _option(
         "run model-written code with your own rights where it cannot be confined", False

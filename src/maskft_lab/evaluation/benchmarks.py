@@ -24,14 +24,8 @@ ENDINGS = r"\.(jsonl|jsonl\.gz|json|json\.gz|parquet)"
 _PUNKT_INSTRUCTIONS = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 _IFEVAL_METRICS = ("prompt_level_strict", "prompt_level_loose", "inst_level_strict", "inst_level_loose")
 
-MATH_SUBJECTS = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
-    "precalculus",
+MATH_SUBJECTS = tuple(
+    "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
 )
 
 Row = Mapping[str, Any]

@@ -23,6 +23,7 @@ from ..generation.greedy import Bounds, check_context, memory_bound_rows
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
 from .arguments import EvaluationArguments
 from .journal import Journal, generated, resumed
+from .load import Loaded
 
 TASK_VERSION = 1
 MAX_QUESTION = 500  # characters
@@ -129,29 +130,32 @@ def task_record(items: list[dict], metrics: dict, asked: Iterable[tuple[dict, An
     return dict(record)
 
 
-def evaluate_kl(
-    model, before: Mapping[str, torch.Tensor], tokenizer, rows: Sequence[dict], max_length: int | None = None
-) -> dict:
+def evaluate_kl(loaded: Loaded, rows: Sequence[dict], options: EvaluationArguments, journal: Journal) -> dict:
     """KL(before || model) of the next token, the mean over the tokens of each row's prompt, in nats.
 
     Args:
-        model: A causal language model.
-        before: Its weights before training, by name.
-        tokenizer: Its tokenizer.
+        loaded: The model, with its weights before training.
         rows: Rows as ``load_splits`` makes them.
-        max_length: Truncation of the prompt in tokens; None: not truncated.
+        options: How they are evaluated; prompts are truncated to ``max_length`` tokens.
+        journal: Keeps the values.
 
     Returns:
         A task record of the result schema, metric ``kl``.
     """
-    prompts = [prompt_ids(row, tokenizer)[:max_length] for row in rows]
-    values = [0.0] * len(rows)
-    for indices in length_sorted_batches([len(ids) for ids in prompts], MAX_LOSS_BATCH_SIZE):
-        ids_BT, mask_BT = pad([prompts[i] for i in indices], tokenizer.pad_token_id or 0, model.device)
-        of_before = _log_probs(model, before, ids_BT, mask_BT)
-        kl_BT = (of_before.exp() * (of_before - _log_probs(model, {}, ids_BT, mask_BT))).sum(-1) * mask_BT
-        for index, value in zip(indices, kl_BT.sum(1) / mask_BT.sum(1), strict=True):
-            values[index] = float(value)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    prompts = [prompt_ids(row, tokenizer)[: options.max_length] for row in rows]
+    check_context(model, max(map(len, prompts)))
+
+    def compute(missing: list[int], keep: Callable) -> None:
+        lengths = [len(prompts[index]) for index in missing]
+        for places in length_sorted_batches(lengths, _rows_at_once(model, lengths, options.batch_size)):
+            ids_BT, mask_BT = pad([prompts[missing[p]] for p in places], tokenizer.pad_token_id or 0, model.device)
+            of_before = _log_probs(model, loaded.before or {}, ids_BT, mask_BT)
+            kl_BT = (of_before.exp() * (of_before - _log_probs(model, {}, ids_BT, mask_BT))).sum(-1) * mask_BT
+            for place, value in zip(places, (kl_BT.sum(1) / mask_BT.sum(1)).tolist(), strict=True):
+                keep(place, value)
+
+    values = resumed("kl", [[ids] for ids in prompts], compute, "KL", journal)
     items = [{"id": str(row["id"]), "kl": value} for row, value in zip(rows, values, strict=True)]
     metrics = {"kl": metric_from_items(items, "kl", unit="nats", higher_is_better=False)}
     record = task_record(items, metrics, zip(items, prompts, strict=True), tokenizer, TASK_VERSION)
@@ -176,11 +180,14 @@ def _losses(model, tokenizer, rows: Sequence[dict], batch_size: int | None, jour
 
     def compute(indices: list[int], keep: Callable) -> None:
         chosen = [rows[index] for index in indices]
-        longest = max(len(row["input_ids"]) for row in chosen)
-        size = batch_size or min(memory_bound_rows(model, longest), MAX_LOSS_BATCH_SIZE)
+        size = _rows_at_once(model, [len(row["input_ids"]) for row in chosen], batch_size)
         nll_per_item(model, chosen, batch_size=size, pad_token_id=tokenizer.pad_token_id or 0, on_loss=keep)
 
     return resumed(_LOSS, [[row["input_ids"], row["labels"]] for row in rows], compute, "held-out loss", journal)
+
+
+def _rows_at_once(model, lengths: Sequence[int], batch_size: int | None) -> int:
+    return batch_size or min(memory_bound_rows(model, max(lengths)), MAX_LOSS_BATCH_SIZE)
 
 
 def chat_template_hash(tokenizer) -> str | None:

@@ -103,5 +103,7 @@ class Resuming:
 
 def _is_sampled(request) -> bool:
     """Whether the answer is drawn at random, and each repetition of the request wants another."""
+    from lm_eval.models.utils import normalize_gen_kwargs  # a temperature alone is enough
+
     settings = request.args[1] if len(request.args) > 1 else None
-    return isinstance(settings, dict) and bool(settings.get("do_sample"))
+    return isinstance(settings, dict) and normalize_gen_kwargs(settings)["do_sample"]

@@ -99,7 +99,7 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
     check_model_source(options.model_name_or_path)
     base = _Base(options, options.model_name_or_path)
     model = base.model.to(check_device(options.device))
-    before = _weights(model)
+    before = weights_of(model)
     merged, after = NO_ADAPTER, before
     for change, scale in zip(changes, options.scale or [1.0] * len(changes), strict=True):
         facts, identity = {"scale": scale}, f"{base.fingerprint}+0"
@@ -147,10 +147,10 @@ def _changed(model, before: Mapping[str, torch.Tensor], change: str, dtype: str)
     if holds_adapter(change):
         with one_line(change, "does not fit"):
             model = PeftModel.from_pretrained(model, change).merge_and_unload().eval()
-        after = _weights(model)
+        after = weights_of(model)
     else:
         check_model_source(change)
-        after = _weights(load_model(change, dtype).to(model.device))
+        after = weights_of(load_model(change, dtype).to(model.device))
     odd = next((name for name in {**before, **after} if name not in before or name not in after), None)
     odd = odd or next((name for name in after if after[name].shape != before[name].shape), None)
     if odd:
@@ -168,7 +168,8 @@ def _stored_bytes(change: str, after: Mapping[str, torch.Tensor]) -> int:
     return sum(t.numel() * 2 if t.is_floating_point() else t.nbytes for t in tensors)
 
 
-def _weights(model) -> dict[str, torch.Tensor]:
+def weights_of(model) -> dict[str, torch.Tensor]:
+    """A copy of all parameters; tied ones once."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 

@@ -23,7 +23,7 @@ from .load import Loaded, facts_of
 from .tasks import check_chat_template, run_task, task_data_sha256
 
 # Settings that leave every answer as it is, up to rounding, or are kept with each; a killed run may resume with others.
-_CHANGE_NO_ANSWER = ("batch_size", "max_new_tokens", "limit")
+_CHANGE_NO_ANSWER = ("batch_size", "max_new_tokens", "limit", "alpaca_eval")
 _SETTINGS = ("dtype", "batch_size", "max_length", "max_new_tokens", "limit", "apply_chat_template")
 
 
@@ -62,7 +62,11 @@ def evaluate_loaded(
     settings = settings_of(options)
     journal = Journal(target.with_name(files.JOURNAL), _journal_settings(loaded, settings), overwrite=options.overwrite)
     with torch.autocast(loaded.model.device.type, torch.bfloat16, enabled=options.bf16):
-        records = {} if rows is None else {HELDOUT: _heldout_record(loaded, rows, options, journal)}
+        records: dict[str, dict] = {}
+        if rows is not None and options.kl:
+            records[HELDOUT] = evaluate_kl(loaded, rows, options, journal)
+        elif rows is not None:
+            records[HELDOUT] = evaluate_rows(loaded.model, loaded.tokenizer, rows, options, journal)
         if benchmarks:
             from ..generation.lm_eval_model import BatchedLM
 
@@ -76,17 +80,11 @@ def evaluate_loaded(
             records[ALPACA_EVAL] = evaluate_alpaca(loaded, references, options, name, target.parent, journal)
     if rows is not None and test_set:
         records[HELDOUT]["data_file"] = test_set
-    result = build_result(name, loaded.facts, settings, records, device=_device_name(loaded.model))
+    device = torch.cuda.get_device_name() if loaded.model.device.type == "cuda" else loaded.model.device.type
+    result = build_result(name, loaded.facts, settings, records, device=device)
     write_result(target, result)
     journal.remove()
     return result
-
-
-def _heldout_record(loaded: Loaded, rows: Sequence, options: EvaluationArguments, journal: Journal) -> dict:
-    """The record of the held-out rows."""
-    if options.kl:
-        return evaluate_kl(loaded.model, loaded.before or {}, loaded.tokenizer, rows, options.max_length)
-    return evaluate_rows(loaded.model, loaded.tokenizer, rows, options, journal)
 
 
 def labelled_files(output_dir: str, sources: Sequence[str], names: Sequence[str]) -> list[tuple[str, Path]]:
@@ -147,8 +145,8 @@ def finished_result(target: Path, settings: Mapping, tasks: Iterable[str]) -> Re
     if not target.exists():
         return None
     result = read_result(target)
-    found, wanted = ({k: v for k, v in each.items() if v is not None} for each in (result["settings"], settings))
-    if found != wanted or not set(tasks) <= set(result["tasks"]):
+    found, names = result["settings"], {*result["settings"], *settings} - {"batch_size"}
+    if any(found.get(k) != settings.get(k) for k in names) or not set(tasks) <= set(result["tasks"]):
         raise UserError(f"{target} exists, with other settings or tasks; name another output_dir or pass --overwrite")
     return result
 
@@ -180,15 +178,12 @@ def check_same_evaluation(
         raise UserError(f"{target} {problem}; name another output_dir or pass --overwrite")
 
 
-def _device_name(model) -> str:
-    return torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type
-
-
 def _journal_settings(loaded: Loaded, settings: Mapping) -> dict:
     """What all answers depend on, apart from the request."""
     generation = loaded.model.generation_config.to_diff_dict()
     return {
         "model": loaded.identity,
+        "device": loaded.model.device.type,
         "configuration": loaded.facts.get("config_sha256"),
         "chat_template": chat_template_hash(loaded.tokenizer),
         **{key: value for key, value in settings.items() if key not in _CHANGE_NO_ANSWER},

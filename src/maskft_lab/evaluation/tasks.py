@@ -134,16 +134,9 @@ def run_task(lm, name: str, task, *, limit: int | None = None, apply_chat_templa
     random.seed(SEEDS["random"])
     np.random.seed(SEEDS["numpy"])
     torch.manual_seed(SEEDS["torch"])
-    results = evaluate(
-        lm,
-        {"tasks": {name: task}},
-        limit=limit,
-        bootstrap_iters=1000,
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
-    )
-    samples = results["samples"][name]
-    benchmark = BENCHMARKS.get(name, _OTHERS)
+    how: dict[str, Any] = {"apply_chat_template": chat, "fewshot_as_multiturn": chat}
+    results = evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=1000, **how)
+    samples, benchmark = results["samples"][name], BENCHMARKS.get(name, _OTHERS)
     items = _items(samples, benchmark)
     confinement = {item.pop("confinement") for item in items if benchmark.program}
     record = build_task(
@@ -235,6 +228,8 @@ def _build_other(name: str, include_path: str | None) -> dict:
             raise UserError(
                 f"task {member} would run model-written code outside the sandbox; use humaneval or humaneval_plus"
             )
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"task {member} asks about images or sound, which no model here is given; name another")
     return tasks
 
 
@@ -248,10 +243,8 @@ def _truncation(lm, task, samples: Sequence[Mapping]) -> dict:
     by_id = {sample["doc_id"]: sample["arguments"] for sample in samples}  # a sample for each filter
     arguments = [request for requests in by_id.values() for request in requests]
     count = lm.num_truncated(arguments)
-    if not count:
-        return {"num_truncated": 0}
     note = f"{count} of {len(arguments)} prompts were too long for the model's context and were truncated on the left"
-    return {"num_truncated": count, "note": note}
+    return {"num_truncated": count} | ({"note": note} if count else {})
 
 
 def _items(samples: Sequence[Mapping], benchmark: Benchmark) -> list[dict]:

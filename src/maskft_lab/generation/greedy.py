@@ -20,6 +20,12 @@ from .row_cache import RowCache, attention
 MAX_BATCH_SIZE = 64
 MIN_SHARED_TOKENS = 16  # a shorter common beginning is not worth a pass of its own
 _PROBE_TOKENS = 24
+# Settings of a model's generation that this obeys, or that change no greedy answer; others are left to transformers.
+_OBEYED = set(
+    "repetition_penalty no_repeat_ngram_size eos_token_id pad_token_id bos_token_id do_sample temperature top_p top_k "
+    "min_p typical_p max_length max_new_tokens use_cache cache_implementation output_attentions output_hidden_states "
+    "output_scores output_logits return_dict_in_generate transformers_version _from_model_config".split()
+)
 
 OnAnswer = Callable[[int, str], None]
 
@@ -32,11 +38,13 @@ class Bounds:
         max_new_tokens: Upper bound on generated tokens, > 0.
         batch_size: Prompts at one time; None: as many as fit into half of the free memory, at most 64.
         stop_strings: Generation of an item ends at the first of these.
+        option: The user's name of ``max_new_tokens``, for messages.
     """
 
     max_new_tokens: int = 256
     batch_size: int | None = 16
     stop_strings: Sequence[str] = ()
+    option: str = "max_new_tokens"
 
 
 @torch.inference_mode()
@@ -66,8 +74,8 @@ def greedy_generate(
     if not prompts:
         return []
     longest, max_new_tokens = max(len(prompt) for prompt in prompts), bounds.max_new_tokens
-    check_context(model, longest, max_new_tokens)
-    is_known = _attention_is_known(model)
+    check_context(model, longest, max_new_tokens, bounds.option)
+    is_known = model.generation_config.to_diff_dict().keys() <= _OBEYED and _attention_is_known(model)
     shared = shared_prefix_length(prompts) if is_known else 0
     size = min(len(prompts), bounds.batch_size or memory_bound_rows(model, longest - shared, max_new_tokens))
     if is_known:
@@ -78,15 +86,16 @@ def greedy_generate(
     return job.out
 
 
-def check_context(model, longest: int, max_new_tokens: int = 0) -> None:
+def check_context(model, longest: int, max_new_tokens: int = 0, option: str = "max_new_tokens") -> None:
     """Refuse items of up to ``longest`` tokens that, with their answers, may not fit into the context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     if 0 < context < longest + max_new_tokens:
         answer = f" and its answer may have {max_new_tokens}" if max_new_tokens else ""
-        rest = f" max_new_tokens to {context - longest}," if max_new_tokens and longest < context else ""
+        advice = f"lower {option} to {context - longest}, or " if longest < context else ""  # prompts are never cut
+        advice = advice if max_new_tokens else "lower max_length, or "
         raise UserError(
-            f"the longest item has {longest} tokens{answer}, the model's context {context}; lower{rest} max_length, or "
-            "leave out items that long"
+            f"the longest item has {longest} tokens{answer}, the model's context {context}; {advice}leave out items "
+            "that long"
         )
 
 
@@ -108,7 +117,7 @@ def memory_bound_rows(model, num_tokens: int, max_new_tokens: int = 0) -> int:
     """
     config = model.config.get_text_config()
     itemsize = torch.empty((), dtype=model.dtype).element_size()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     cached = 2 * config.num_hidden_layers * kv_heads * head_size * itemsize * (num_tokens + max_new_tokens)
@@ -147,8 +156,9 @@ class _Job:
     def next_tokens(self, rows: list[list[int]], logits_BV: Tensor) -> list[int]:
         """The most likely token after each row."""
         for process in self.processors:
+            logits_BV = logits_BV.float()  # as transformers' own; bfloat16 would round a penalty away
             for row, ids in enumerate(rows):
-                logits_BV[row] = process(torch.tensor([ids], device=logits_BV.device), logits_BV[row][None].float())[0]
+                logits_BV[row] = process(torch.tensor([ids], device=logits_BV.device), logits_BV[row][None])[0]
         return logits_BV.argmax(-1).tolist()
 
     def is_over(self, tokens: list[int]) -> bool:
@@ -226,9 +236,7 @@ def _generate_in_batches(job: _Job, batch_size: int) -> None:
             attention_mask=mask_BT,
             max_new_tokens=job.bounds.max_new_tokens,
             do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
+            **dict.fromkeys(("temperature", "top_p", "top_k")),
             pad_token_id=job.pad_id,
             eos_token_id=sorted(job.eos_ids),
             stop_strings=job.stop_strings or None,

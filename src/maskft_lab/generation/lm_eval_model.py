@@ -66,9 +66,8 @@ class BatchedLM(HFLM):
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)
                 progress.advance(bar)
 
-            return greedy_generate(
-                self.model, self.tokenizer, prompts, Bounds(max_new_tokens, self.rows, stops), on_answer
-            )
+            bounds = Bounds(max_new_tokens, self.rows, stops)
+            return greedy_generate(self.model, self.tokenizer, prompts, bounds, on_answer)
 
     def _prompt_ids(self, text: str) -> list[int]:
         return self.tok_batch_encode([text])[0][0].tolist()

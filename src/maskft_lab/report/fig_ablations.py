@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from ..analysis.runs import BEST, MASK, TrainedRun, parent_of
@@ -141,7 +142,8 @@ def _draw(axes: Axes, found: Ablation, looks: Mapping[str, Entry], varied: Colle
     for line in found.lines:
         entry = looks[_fixed_text(line.fixed, varied)]
         x = [values.index(value_text(value, found.setting)) for value, _ in line.points]
-        y, errors = zip(*((scale * point.mean, scale * (point.stderr or 0.0)) for _, point in line.points), strict=True)
+        # No bar where there is no error: None is NaN.
+        y, errors = scale * np.array([(point.mean, point.stderr) for _, point in line.points], dtype=float).T
         style: dict[str, Any] = {"color": COLOURS[entry.colour], "marker": entry.marker, "elinewidth": 0.8}
         axes.errorbar(x, y, errors, linestyle="none" if has_groups else "-", capsize=2, **style)
         if line.start:

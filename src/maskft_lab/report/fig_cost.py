@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -12,7 +13,7 @@ from ..results.text import Table
 from .charts import COLOURS, ROW_HEIGHT, Chart, Entry, Panel, row_name
 from .evidence import Evidence, NotComputed, plain_name
 from .fig_curves import spent_before, spent_until
-from .methods import look, mean, number
+from .methods import look, number
 
 _PANELS = {
     "peak_memory_bytes": ("peak memory of one process (GB)", 1e9),
@@ -49,7 +50,7 @@ def costs_of(runs: Sequence[TrainedRun]) -> list[Cost]:
     for run in runs:
         for role in (BEST, LAST) if run.summary.get("num_steps") else ():
             groups.setdefault((run.name, role), []).append(cost_of(run, role, runs))
-    means = {key: {q: mean([cost[q] for cost in each]) for q in _COLUMNS} for key, each in groups.items()}
+    means = {key: {q: fmean([cost[q] for cost in each]) for q in _COLUMNS} for key, each in groups.items()}
     return [Cost(*key, len(each), means[key]) for key, each in groups.items()]
 
 

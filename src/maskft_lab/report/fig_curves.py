@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from statistics import fmean
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +13,7 @@ from ..analysis.runs import TrainedRun, parent_of
 from ..results.text import Table
 from .charts import Chart, Panel
 from .evidence import Evidence, NotComputed
-from .methods import entry, line_style, look, mean, number
+from .methods import entries_of, line_style, look, number
 
 LOSS = "eval_loss"
 _CUT = 1.6  # the axis ends so many times the spread of what was measured after the first tenth of a run
@@ -67,7 +68,7 @@ def curves_chart(evidence: Evidence) -> Chart:
         raise NotComputed("no run has a training history with measurements: it needs training.json")
     kinds = evidence.methods
     chosen = sorted(_one_of_each_kind(groups, kinds), key=lambda name: not kinds[name][1])  # starts first
-    entries = {name: entry(name, *kinds[name]) for name in chosen}
+    entries = entries_of({name: kinds[name] for name in chosen})
 
     def draw(axes: Axes, metric: str) -> None:
         lines = {name: _mean_line(groups[name], metric) for name in groups if name in entries}
@@ -103,7 +104,7 @@ def _one_of_each_kind(groups: Mapping[str, Sequence[Lines]], kinds: Mapping[str,
             drawn.add(name)
         elif losses:
             kind = look(*kinds[name])
-            lowest[kind] = min(lowest.get(kind, (mean(losses), name)), (mean(losses), name))
+            lowest[kind] = min(lowest.get(kind, (fmean(losses), name)), (fmean(losses), name))
     drawn |= {name for _, name in lowest.values()}
     return [name for name in groups if name in drawn]
 
@@ -113,7 +114,7 @@ def _mean_line(group: Sequence[Lines], metric: str) -> list[tuple[float, float]]
     lines = [line[metric] for line in group if metric in line]
     if len({len(line) for line in lines}) > 1:
         lines = lines[:1]
-    return [(mean([p[0] for p in points]), mean([p[1] for p in points])) for points in zip(*lines, strict=True)]
+    return [(fmean([p[0] for p in points]), fmean([p[1] for p in points])) for points in zip(*lines, strict=True)]
 
 
 def _cut(axes: Axes, lines: Sequence[Sequence[float]], is_loss: bool) -> None:

@@ -22,7 +22,7 @@ from .methods import number, series_looks
 
 _ROOM = 0.08  # of the span of what is shown, beyond it; what lies farther has an arrow
 _SHOWN = 4.0  # times the median of what those forget that gain at least half of the most
-_PALE = 0.35
+_PALE, _NAMED = 0.35, 6  # how pale; of more points off scale, those that are have no number
 
 Ends = tuple[float, float]
 
@@ -138,7 +138,7 @@ def chart_of(curves: Sequence[Curve]) -> Chart:
         "Up is gained, left is kept: the best corner is the upper left. The black line joins the points that no other "
         "beats on both axes, beginning at the model before training; all others are pale, and thin lines are the path "
         "of one run or of one checkpoint's scales, on held-out rows. Chosen points are on test rows, with simultaneous "
-        "95 % intervals (of two seeds none). What lies off scale is an arrow with its number."
+        "95 % intervals (of two seeds none). What lies off scale is an arrow with its number, or counted."
     )
     entries = [Entry("not beaten on both axes", "ink", "-"), *looks.values()]
     return Chart(text, panels, Table(columns, rows), entries, records)
@@ -181,7 +181,7 @@ def peft_records(curve: Curve) -> list[dict[str, Any]]:
 
 def _draw(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
     best = frontier(curve.points)
-    places = {(point.forgotten, point.gained) for point in best}
+    strong = [p for p in curve.points if p in best or p.gained_ends or p.forgotten_ends or is_chosen(curve, p)]
     most = max(point.gained for point in curve.points)
     useful = [abs(point.forgotten) for point in curve.points if point.gained >= min(most, most / 2)]  # also of losses
     near = _SHOWN * float(np.median(useful))
@@ -205,9 +205,8 @@ def _draw(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
     axes.plot(0, 0, "x", color=COLOURS["ink"])
     for point in curve.points:
         look = looks[point.method]
-        colour, is_best = COLOURS[look.colour], (point.forgotten, point.gained) in places
+        colour, is_strong = COLOURS[look.colour], point in strong
         x, y = min(max(point.forgotten, left), right), min(max(point.gained, bottom), top)
-        is_strong = is_best or point.gained_ends or point.forgotten_ends or is_chosen(curve, point)
         style: dict[str, Any] = {"color": colour, "marker": look.marker, "linestyle": "none", "clip_on": False}
         axes.plot(x, y, **style, alpha=1.0 if is_strong else _PALE, markersize=5.5 if is_strong else 4, zorder=3)
         for ends, along in ((point.forgotten_ends, "x"), (point.gained_ends, "y")):
@@ -217,10 +216,14 @@ def _draw(axes: Axes, curve: Curve, looks: Mapping[str, Entry]) -> None:
                 _end_beyond(axes, ends, (x, y), along, colour)
     step = (top - bottom) / 25  # that a number takes
     below = bottom - step
-    for point in sorted(curve.points, key=lambda each: each.gained):
-        if not (left <= point.forgotten <= right and bottom <= point.gained <= top):
-            below = max(min(max(point.gained, bottom), top), below + step)
-            _name_beyond(axes, point, below, COLOURS[looks[point.method].colour])
+    beyond = [p for p in curve.points if not (left <= p.forgotten <= right and bottom <= p.gained <= top)]
+    named = [point for point in beyond if point in strong or len(beyond) <= _NAMED]
+    for point in sorted(named, key=lambda each: each.gained):
+        below = max(min(max(point.gained, bottom), top), below + step)
+        _name_beyond(axes, point, below, COLOURS[looks[point.method].colour])
+    if num_others := len(beyond) - len(named):
+        text = f"pale points off scale: {num_others}"
+        axes.text(0.98, 0.02, text, ha="right", va="bottom", fontsize="small", transform=axes.transAxes)
     for line in (axes.axhline, axes.axvline):
         line(0, color=COLOURS["rule"], linewidth=0.8, zorder=0)
     axes.set_xlabel(plain(f"{curve.units[1]} forgotten ({curve.probe})"))

@@ -30,13 +30,8 @@ def plane_chart(evidence: Evidence) -> Chart:
     panels = [
         Panel(f"Loss on {rows}", partial(_plane, plane=plane, split=split), height=2.7)
         for split, rows in _SPLITS.items()
-        if split in plane
     ]
-    rows = [
-        (text, *(number(float(each)) for each in (np.min(plane[split]), np.mean(plane[split]), np.max(plane[split]))))
-        for split, text in _SPLITS.items()
-        if split in plane
-    ]
+    rows = [(text, *(number(float(f(plane[k]))) for f in (np.min, np.mean, np.max))) for k, text in _SPLITS.items()]
     text = (
         "Loss in nats per token over the plane that holds the three models; axes are distances of all weights "
         "together. What lies beside the plane it does not show."
@@ -58,9 +53,7 @@ def _plane(axes: Axes, plane: Mapping[str, Any], split: str) -> None:
     bar.outline.set_visible(False)
     for (at_x, at_y), entry in zip(plane["points"], _MODELS, strict=True):
         size = 9 if entry.marker == "*" else 6
-        axes.plot(
-            at_x, at_y, marker=entry.marker, color=COLOURS[entry.colour], markersize=size, markeredgecolor="#ffffff"
-        )
+        axes.plot(at_x, at_y, entry.marker, color=COLOURS[entry.colour], markersize=size, markeredgecolor="#ffffff")
     axes.set_xlabel("distance of weights (L2)")
     axes.set_ylabel("distance of weights (L2)")
     axes.grid(False)

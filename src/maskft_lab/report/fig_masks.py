@@ -31,7 +31,8 @@ def heads_chart(evidence: Evidence) -> Chart:
         low, high = bounds[_percent(masks[name])]
         image = axes.imshow(every[name], aspect="auto", vmin=low, vmax=high)
         axes.figure.colorbar(image, ax=axes, format="%.3f", label="share removed").outline.set_visible(False)
-        axes.set_yticks(range(len(every[name])), list(_heads(masks[name])))
+        step = 1 + len(every[name]) // 12  # more names than a dozen overlap
+        axes.set_yticks(range(0, len(every[name]), step), list(_heads(masks[name]))[::step])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("head")
         axes.set_ylabel("layer")
@@ -107,7 +108,8 @@ def _chance(mask: Mapping) -> float:
 
 def _percent(mask: Mapping) -> str:
     """How much of its matrices a mask removes, for those that remove as much."""
-    return f"{100 * mask['num_removed'] / mask['num_weights']:.0f}"
+    percent = 100 * mask["num_removed"] / mask["num_weights"]
+    return f"{percent:.0f}" if percent >= 1 else f"{percent:.1g}"
 
 
 def _by_sparsity(masks: Mapping[str, Mapping]) -> dict[str, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import cycle, product
 from typing import Any
 
@@ -48,19 +48,19 @@ def looks_in_turn(names: Iterable[str]) -> dict[str, Entry]:
     return {name: Entry(name, SERIES[index % len(SERIES)], "-", "o^sDvP"[index % 6]) for index, name in distinct}
 
 
-def entry(name: str, method: str | None, is_start: bool = True) -> Entry:
-    """Line of a legend for a method."""
-    return Entry(name, *look(method, is_start))
+def entries_of(kinds: Mapping[str, tuple[str, bool]]) -> dict[str, Entry]:
+    """Lines of a legend, by the arguments of `look`; further methods of one look have its colour alone."""
+    looks: dict[str, tuple[str, ...]] = {}
+    for name, kind in kinds.items():
+        own = look(*kind)
+        free = (each for each in (own, *product(own[:1], ("--", "-.", ":"), "sDPvX")) if each not in looks.values())
+        looks[name] = next(free, own)
+    return {name: Entry(name, *each) for name, each in looks.items()}
 
 
 def line_style(of: Entry) -> dict[str, Any]:
     """Arguments of matplotlib's ``plot``."""
     return {"color": COLOURS[of.colour], "linestyle": of.dash or "none", "marker": of.marker or None}
-
-
-def mean(values: Sequence[float]) -> float:
-    """Mean of at least one number."""
-    return sum(values) / len(values)
 
 
 def number(value: float | None, digits: int = 4) -> str:
