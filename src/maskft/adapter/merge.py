@@ -54,7 +54,9 @@ def one_line(adapter: str | Path, problem: str) -> Iterator[None]:
         ) from error
 
 
-def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, dtype: str = "auto") -> str:
+def merge(
+    adapter: str | Path, output_dir: str | Path, base: str | None = None, dtype: str = "auto", scale: float = 1.0
+) -> str:
     """Merge a mask into its base, verify the result, and write it as an ordinary checkpoint.
 
     The folder gets weights, tokenizer, chat template and generation config. It is written beside its place and moved
@@ -66,6 +68,7 @@ def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, 
         output_dir: Where the checkpoint goes; must not exist or be empty.
         base: Base model; default: the one named in the adapter.
         dtype: Dtype of the written weights: float32, bfloat16, float16 or auto, that of the base.
+        scale: Part of the change, in (0, 1]: removed weights keep the rest of their value, as in a path of a study.
 
     Returns:
         What was done, in a line.
@@ -74,7 +77,12 @@ def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, 
     files.check_no_link(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"output_dir {str(output_dir)!r} is not empty; name another folder")
+    if not 0 < scale <= 1:
+        raise UserError(f"scale is {scale}; it is the part of the change, in (0, 1]")
     model, tokenizer, _ = load_masked(adapter, base, dtype)
+    for layer in adapter_layers(model).values() if scale < 1 else ():
+        weight, end = layer.weight.detach(), layer.removed_value("default")
+        layer.removed_values["default"] = torch.lerp(weight, torch.zeros_like(weight) if end is None else end, scale)
     probe = _probe(model)
     expected = _logits(model, probe)
     config = read_config(adapter)
@@ -85,6 +93,7 @@ def merge(adapter: str | Path, output_dir: str | Path, base: str | None = None, 
     merged = model.merge_and_unload()
     merged.config.use_cache = True  # a base that was trained further may say no, and generation would be slow
     target = f"their value in {Path(config.removed_value_model).name}" if config.removed_value_model else "zero"
+    target = target if scale == 1 else f"{scale:g} of the way to {target}"
     with files.whole_folder(output_dir) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -12,6 +12,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="new folder for the checkpoint")
     parser.add_argument("--base", metavar="MODEL", help="base model; default: the one the adapter names")
     parser.add_argument(
+        "--scale", type=float, default=1.0, help="part of the change, in (0, 1]; removed weights keep the rest"
+    )
+    parser.add_argument(
         "--dtype",
         default="auto",
         choices=("float32", "bfloat16", "float16", "auto"),
@@ -27,4 +30,5 @@ def run(args) -> None:
 
     warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.disable_progress_bar()
-    print(merge(args.adapter, args.output_dir, base=args.base, dtype=args.dtype), file=sys.stderr)
+    done = merge(args.adapter, args.output_dir, base=args.base, dtype=args.dtype, scale=args.scale)
+    print(done, file=sys.stderr)
