@@ -87,20 +87,18 @@ def merge(
     expected = _logits(model, probe)
     config = read_config(adapter)
     masks = MaskSet(current_masks(model))
-    values = {
-        name.removeprefix(PREFIX): layer.removed_value("default") for name, layer in adapter_layers(model).items()
-    }
+    values = {n.removeprefix(PREFIX): layer.removed_value("default") for n, layer in adapter_layers(model).items()}
     merged = model.merge_and_unload()
     merged.config.use_cache = True  # a base that was trained further may say no, and generation would be slow
     target = f"their value in {Path(config.removed_value_model).name}" if config.removed_value_model else "zero"
-    target = target if scale == 1 else f"{scale:g} of the way to {target}"
     with files.whole_folder(output_dir) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         _verify_written(partial, probe, expected, masks, values, merged.dtype)
     return (
-        f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to {target}; "
-        "reloaded and bitwise equal to the masked model on a probe"
+        f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to "
+        f"{'' if scale == 1 else f'{scale:g} of the way to '}{target}; loaded again, "
+        "its logits of a probe are the masked model's"
     )
 
 
@@ -111,9 +109,8 @@ def adapter_tokenizer(adapter: str | Path, base: str, *template, **kwargs):
 
 
 def _probe(model) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    return torch.randint(0, vocabulary, (2, _PROBE_TOKENS), generator=generator).to(model.device)
+    return torch.randint(0, vocabulary, (2, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
 
 
 @torch.inference_mode()

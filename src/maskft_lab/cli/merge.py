@@ -11,9 +11,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("adapter", metavar="DIR", help="adapter folder")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="new folder for the checkpoint")
     parser.add_argument("--base", metavar="MODEL", help="base model; default: the one the adapter names")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="part of the change, in (0, 1]; removed weights keep the rest"
-    )
+    parser.add_argument("--scale", type=float, default=1.0, help="part of the change, in (0, 1] (default: 1)")
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -30,5 +28,4 @@ def run(args) -> None:
 
     warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.disable_progress_bar()
-    done = merge(args.adapter, args.output_dir, base=args.base, dtype=args.dtype, scale=args.scale)
-    print(done, file=sys.stderr)
+    print(merge(args.adapter, args.output_dir, args.base, args.dtype, args.scale), file=sys.stderr)

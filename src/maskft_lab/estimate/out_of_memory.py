@@ -11,9 +11,8 @@ import torch
 from maskft_base.errors import UserError, first_line
 
 ADVICE = (
-    "try, in this order, --per_device_train_batch_size 1 with more --gradient_accumulation_steps, "
-    "--gradient_checkpointing true, a smaller --per_device_eval_batch_size, and --dtype bfloat16 with "
-    "--optim adamw_torch_8bit"
+    "try, in this order, --per_device_train_batch_size 1 with more --gradient_accumulation_steps, a smaller "
+    "--per_device_eval_batch_size, --gradient_checkpointing true, --dtype bfloat16 with --optim adamw_torch_8bit"
 )
 # What allocators say: torch's on the CPU, the kernel where a file is mapped, a library on a GPU without workspace.
 _WORDS = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
