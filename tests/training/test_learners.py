@@ -34,8 +34,8 @@ def test_the_saved_mask_is_that_of_the_best_step_on_a_ramp(train, tmp_path):
     step = json.loads((tmp_path / "out" / TRAINING).read_text())["summary"]["best_step"]
     assert settings_of(tmp_path / "out")["progress"] == step / 4
     verify(tmp_path / "out")
-    masks = MaskSet.from_adapter(tmp_path / "out")
-    assert masks.num_removed / masks.numel == pytest.approx(0.45 * (1 - (1 - step / 4) ** 3), abs=1e-3)
+    removed = MaskSet.from_adapter(tmp_path / "out").sparsity
+    assert removed == pytest.approx(0.45 * (1 - (1 - step / 4) ** 3), abs=1e-3)
 
 
 def test_scores_start_in_an_order_taken_from_training_rows(train, base, tmp_path):

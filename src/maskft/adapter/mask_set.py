@@ -27,8 +27,8 @@ class MaskSet(dict[str, Tensor]):
 
     Example:
         >>> masks = MaskSet({"model.layers.0.mlp.up_proj": torch.tensor([[True, False]])})
-        >>> masks.num_removed, masks.numel
-        (1, 2)
+        >>> masks.sparsity
+        0.5
     """
 
     def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
@@ -50,6 +50,11 @@ class MaskSet(dict[str, Tensor]):
     def num_removed(self) -> int:
         """Number of weights removed."""
         return sum(int((~mask).sum()) for mask in self.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed, in [0, 1]."""
+        return self.num_removed / self.numel if self.numel else 0.0
 
     def apply_(self, model: nn.Module) -> None:
         """Zero the removed weights of a plain model in place, as merging an adapter of removed_value zero does."""

@@ -97,8 +97,8 @@ def merge(
         _verify_written(partial, probe, expected, masks, values, merged.dtype)
     return (
         f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to "
-        f"{'' if scale == 1 else f'{scale:g} of the way to '}{target}; loaded again, "
-        "its logits of a probe are the masked model's"
+        f"{'' if scale == 1 else f'{scale:g} of the way to '}{target}; "
+        "reloaded and bitwise equal to the masked model on a probe"
     )
 
 

@@ -12,8 +12,7 @@ from .model import MaskModel, adapter_layers, current_masks, start_scores
 from .progress import MaskProgress, set_mask_progress
 from .wanda import wanda_keys
 
-# PEFT's register_peft_method refuses names outside its enum. These three tables are what it would fill; tests fail when
-# PEFT stops reading them.
+# What register_peft_method would fill, which refuses names outside PEFT's enum; tests fail when PEFT reads others.
 _name = cast(PeftType, MaskPeftType.MASK)
 PEFT_TYPE_TO_CONFIG_MAPPING[_name] = MaskConfig
 PEFT_TYPE_TO_TUNER_MAPPING[_name] = MaskModel

@@ -155,8 +155,7 @@ def _smallest(packed: np.ndarray, numel: int, removed_count: int) -> tuple[bytes
 def _byte_probabilities(numel: int, removed_count: int) -> np.ndarray:
     """Probability of each byte of a packed mask in which every weight is removed with the same probability.
 
-    Quotients of integers are rounded correctly everywhere; powers of floats are not, and a bit of difference in a model
-    makes another code.
+    Quotients of integers are rounded correctly everywhere; powers of floats are not, and code otherwise.
     """
     by_ones = [removed_count**ones * (numel - removed_count) ** (8 - ones) / numel**8 for ones in range(9)]
     return np.array([by_ones[byte.bit_count()] for byte in range(256)])

@@ -90,8 +90,7 @@ def fixed_masks(
 def _remove_lowest_per_output(keys: Tensor, num: int, output_dim: int) -> Tensor:
     """Remove ``num`` entries, the same number of each output's inputs (the first outputs one more where it is uneven).
 
-    Wanda compares a weight with the other inputs of its output only: magnitudes of different outputs have no common
-    scale.
+    Wanda compares a weight with the other inputs of its output only: those of others have another scale.
     """
     keys_OI = keys if output_dim == 0 else keys.t()
     each, extra = divmod(num, keys_OI.shape[0])

@@ -22,8 +22,7 @@ def removed_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
         model: The model that is masked.
 
     Raises:
-        UserError: If the other model is missing, has another architecture or the same weights, or is not the one the
-            mask was trained with.
+        UserError: If the other model is missing, has another architecture or the same weights, or is not the mask's.
     """
     if config.removed_value == "zero":
         return {}

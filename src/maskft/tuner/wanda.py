@@ -52,8 +52,7 @@ def wanda_keys(model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name:
 def input_norms(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Sequence[int] | Tensor]) -> list[Tensor]:
     """L2 norm of every input feature of ``layers`` over all tokens of ``rows``.
 
-    One pass over the unmasked model; the published method prunes layer by layer and measures each layer behind the
-    pruned ones.
+    One pass over the unmasked model; the published method measures each layer behind the pruned ones.
 
     Args:
         model: The model, its adapter disabled.

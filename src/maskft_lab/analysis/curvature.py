@@ -214,5 +214,5 @@ def analyse_curvature(
     for each in record.values():
         del each["forms"]
     record["mask_all"]["less_start_all"] = trace_estimate(moved, shares)
-    write_record(file, record | {"density": 1 - masks.num_removed / masks.numel, "num_weights": masks.numel}, settings)
+    write_record(file, record | {"density": 1 - masks.sparsity, "num_weights": masks.numel}, settings)
     pieces.remove()
