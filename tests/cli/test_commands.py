@@ -229,6 +229,8 @@ def test_merge_writes_nothing_when_it_cannot(adapter, base, tmp_path, capsys):
     tiny.tiny_llama(vocab_size=264, seed=5).save_pretrained(other)
     status, _, err = call(["merge", adapter, "--base", other, "--output_dir", tmp_path / "new"], capsys)
     assert status == 2 and "other base weights" in err and not (tmp_path / "new").exists()
+    status, _, err = call(["merge", adapter, "--scale", "1.5", "--output_dir", tmp_path / "new"], capsys)
+    assert status == 2 and "scale is 1.5; it is the part of the change" in err and not (tmp_path / "new").exists()
     status, _, err = call(["merge", base, "--output_dir", tmp_path / "new"], capsys)
     assert status == 2 and "is not an adapter folder" in err and "it is a whole model" in err
     assert (tmp_path / "new.partial" / "mine").read_text() == "keep"

@@ -251,7 +251,7 @@ def test_a_killed_evaluation_is_resumed(chat_base, files, tmp_path, capsys, monk
         (["--apply_chat_template", "maybe"], "'maybe' is neither true nor false"),
         (["--data_dir", "EMPTY"], "holds no test file of gsm8k"),
         (["--tasks", "heldout", "--dataset_name", "FILE", "--prepare_only", "true"], "unknown option --prepare_only"),
-        (["--tasks", "heldout", "--dataset_name", "FILE", "--max_train_samples", "5"], "option --max_train_samples"),
+        (["--tasks=heldout", "--dataset_name", "FILE", "--max_train_samples=5"], "unknown option --max_train_samples"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(words, message, chat_base, adapters, files, tmp_path, capsys):
