@@ -42,7 +42,6 @@ def test_other_settings(tmp_path):
     assert Store(file, {"model": "a", "dtype": "x"}).values == {"k": 1}
     Store(file, {"model": "b"}, discard=True).add("k", 2)
     assert json.loads(file.read_text().split("\n")[0]) == {"model": "b"}
-    assert Store(file, {"model": "b"}, overwrite=True).values == {} and not file.exists()
 
 
 def test_a_link_is_not_written_through(tmp_path):

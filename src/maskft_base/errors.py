@@ -12,6 +12,9 @@ class UserError(ValueError):
     """A mistake in the input. The command line prints its message as one line and exits with status 2."""
 
 
+NOT_UPDATED = "stopped before the update was applied"  # in the last line of a training run that met one of these
+
+
 class NotFiniteError(UserError):
     """A loss, gradient or score became NaN or infinite."""
 

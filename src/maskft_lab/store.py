@@ -19,20 +19,17 @@ class Store:
     Args:
         file: The file; made if it does not exist.
         settings: What all pieces depend on, JSON-able.
-        overwrite: Throw away the pieces there are.
         discard: Throw away pieces that were made with other settings, instead of raising.
 
     Raises:
         UserError: If the file is a link, or holds pieces made with other settings.
     """
 
-    def __init__(self, file: Path, settings: Mapping, *, overwrite: bool = False, discard: bool = False):
+    def __init__(self, file: Path, settings: Mapping, *, discard: bool = False):
         self.file, self.values = file, {}
         self._settings, self._out = _as_json(settings), None
         if file.is_symlink():
             raise UserError(f"{file} is a link and no file of ours; remove it, or name another output_dir")
-        if overwrite:
-            file.unlink(missing_ok=True)
         lines = list(_lines(file))
         if lines and lines[0] != self._settings:
             if not discard:

@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from maskft_base import files, runtime
-from maskft_base.errors import NotFiniteError, UserError
+from maskft_base.errors import NOT_UPDATED, NotFiniteError, UserError
 
 from ..adapter.mask_set import MaskSet
 from ..data.prepared import Prepared
@@ -191,10 +191,7 @@ class MaskTrainer(SFTTrainer):
         Raises:
             UserError: If there is no checkpoint yet.
         """
-        reason = (
-            f"{error} at step {self.state.global_step + 1}: stopped before the update was applied; lower learning_rate "
-            "or check the data"
-        )
+        reason = f"{error} at step {self.state.global_step + 1}: {NOT_UPDATED}; lower learning_rate or check the data"
         if self.state.best_model_checkpoint is None:
             raise UserError(f"{reason}; there was no checkpoint yet") from None
         self._load_best_model()

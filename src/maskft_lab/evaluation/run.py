@@ -60,7 +60,7 @@ def evaluate_loaded(
     rows, references = tasks.get(HELDOUT), tasks.get(ALPACA_EVAL)
     check_chat_template([task for task in tasks if task != HELDOUT], loaded.tokenizer, options.apply_chat_template)
     settings = settings_of(options)
-    journal = Journal(target.with_name(files.JOURNAL), _journal_settings(loaded, settings), overwrite=options.overwrite)
+    journal = Journal(target.with_name(files.JOURNAL), _journal_settings(loaded, settings))
     with torch.autocast(loaded.model.device.type, torch.bfloat16, enabled=options.bf16):
         records: dict[str, dict] = {}
         if rows is not None and options.kl:

@@ -26,7 +26,7 @@ from maskft.training.method_arguments import (
     selection_of,
 )
 from maskft_base import files
-from maskft_base.errors import UserError
+from maskft_base.errors import NOT_UPDATED, UserError
 from maskft_base.runtime import environment
 
 from ..evaluation.arguments import AND, HELDOUT, NOT_OF_HELDOUT_DATA
@@ -238,7 +238,7 @@ def make(study: Study, run: StudyRun, tick: Tick = lambda: None) -> None:
         try:
             record = _train(study, run, tick)
         except UserError as error:
-            if run.tried is None or "stopped before the update was applied" not in str(error):  # as of a loss of NaN
+            if run.tried is None or NOT_UPDATED not in str(error):  # as of a loss of NaN
                 raise
             # The setting loses. As a failure it would be trained again each time the study is started.
             record = build_record(run, study.recipe, {}, run.options, None, None)
