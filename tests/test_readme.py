@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
 
 from maskft_lab.cli.main import COMMANDS, main
 
@@ -26,8 +25,6 @@ def users_folder(base, tmp_path, monkeypatch):
     for name in ("train.jsonl", "test.jsonl"):
         rows = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}"} for a in range(8) for b in range(8)]
         (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows))
-    options = yaml.safe_load(re.search(r"```yaml\n(# train.yaml.*?)```", README, re.DOTALL).group(1))
-    (tmp_path / "train.yaml").write_text(yaml.safe_dump(options | {"bf16": False}))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

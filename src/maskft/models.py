@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,12 +23,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from maskft_base.errors import UserError, first_line
-from maskft_base.files import EMBEDDED_MODEL, digest, digest_file, holds_adapter, read_json, whole_folder
+from maskft_base.files import EMBEDDED_MODEL, digest, digest_file, holds_adapter, read_json
 
 from .embedded import embedded_config, embedded_file, read_embedded
 
 # Not the default: without it, transformers asks on the terminal whether to run the code that a model brings.
 _NO_CODE = {"trust_remote_code": False}
+_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, StrictDataclassError)  # what transformers raises
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # What else in a model's folder decides what it computes and how text becomes tokens.
 _OTHERS = (
@@ -50,16 +53,17 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
     if name_or_path == EMBEDDED_MODEL:
         return _load_embedded(torch.float32 if dtype == "auto" else getattr(torch, dtype), **kwargs)
     check_model_source(name_or_path)
+    name_or_path = os.path.expanduser(name_or_path)
     try:
         _check_configuration(name_or_path, **kwargs)
         with _no_bars() if is_local_folder(name_or_path) else contextlib.nullcontext():
             return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **_NO_CODE, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}") from error
 
 
 def _check_configuration(name_or_path: str, revision: str | None = None, **_: Any) -> None:
-    values, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
+    values, _ = PreTrainedConfig.get_config_dict(os.path.expanduser(name_or_path), revision=revision)
     _check_no_kernels(values, name_or_path)
 
 
@@ -88,8 +92,8 @@ def load_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
             return _config_of_file(Path(name_or_path).expanduser())
         check_model_source(name_or_path)
         _check_configuration(name_or_path, **kwargs)
-        return AutoConfig.from_pretrained(name_or_path, **_NO_CODE, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
+        return AutoConfig.from_pretrained(os.path.expanduser(name_or_path), **_NO_CODE, **kwargs)
+    except _UNREADABLE as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"cannot read the configuration of {name_or_path!r}: {first_line(error)}") from error
@@ -121,8 +125,8 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
         if is_local_folder(name_or_path) and not any(Path(name_or_path).expanduser().glob("tokenizer*")):
             raise UserError(f"{name_or_path!r} is not a folder with a tokenizer")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **_NO_CODE, **kwargs)
-        except (OSError, ValueError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), **_NO_CODE, **kwargs)
+        except _UNREADABLE as error:
             where = "" if Path(name_or_path).exists() else ", which is no folder here"
             raise UserError(f"cannot load the tokenizer of {name_or_path!r}{where}: {first_line(error)}") from error
     if tokenizer.pad_token is None:
@@ -141,16 +145,6 @@ def _read_template(file: str) -> str:
             "chat_template.jinja"
         )
     return path.read_text(encoding="utf-8")
-
-
-def unpack_embedded(folder: str | Path) -> None:
-    """Write the embedded model as an ordinary checkpoint, whole or not at all; nothing is done where it is there."""
-    folder = Path(folder)
-    if folder.exists():
-        return
-    with whole_folder(folder) as partial:
-        load_tokenizer(EMBEDDED_MODEL).save_pretrained(partial)
-        load_model(EMBEDDED_MODEL, "float32").save_pretrained(partial)
 
 
 def check_tokenizer_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

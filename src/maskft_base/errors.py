@@ -5,14 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+NOT_UPDATED = "stopped before the update was applied"  # in the last line of a training that met a NotFiniteError
 HOW_TO_INSTALL = "in maskft's repository: pip install -e '{}'"  # of ".", or of ".[EXTRA]"
 
 
 class UserError(ValueError):
     """A mistake in the input. The command line prints its message as one line and exits with status 2."""
-
-
-NOT_UPDATED = "stopped before the update was applied"  # in the last line of a training run that met one of these
 
 
 class NotFiniteError(UserError):

@@ -159,7 +159,8 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}): give another path") from error
 
 
@@ -269,7 +270,7 @@ class _Loader(yaml.SafeLoader):
 def _number_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
     text = loader.construct_scalar(node)
     with suppress(ValueError):  # YAML 1.1 takes 1e-3 for text
-        return float(text) if node.style is None and text[:1].isdigit() else text
+        return float(text) if node.style is None and text.lstrip("+-")[:1].isdigit() else text
     return text
 
 

@@ -121,7 +121,7 @@ def test_accuracies_of_zero_leave_their_place_to_the_loss():
 def test_without_a_control_that_is_said():
     (verdict,) = compared([each for each in family(260, 0) if each["name"] in ("full", "mask", "elsewhere")]).verdicts
     assert verdict.control is None
-    assert verdict.text.startswith("the mask improves the model it starts from; no control with equal tokens was")
+    assert verdict.text.startswith("the mask improves the model it starts from; no control with equal tokens is")
 
 
 def test_what_is_trained_from_the_same_pretrained_model_is_a_control():

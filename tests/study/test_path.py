@@ -69,10 +69,10 @@ def test_every_point_is_measured_on_heldout_rows_and_probes(content, tmp_path, c
     assert commands.count("evaluate") == 6 + 5  # paths of all runs, and all but one of full fine-tuning on test rows
     (lost,) = out.glob(f"{files.RUNS}/mask-*/path/text-*/1-0.5/{files.RESULT}")
     before = {path: path.stat().st_mtime_ns for path in out.glob(f"{files.RUNS}/*/path/*/*/{files.RESULT}")}
-    lost.unlink()
+    lost.write_text("{")  # as a full disk leaves it
     assert main(["study", str(study), "--output_dir", str(out)]) == 0
     assert commands.count("evaluate") == 6 + 5 + 1
-    assert "have no name in common" in (out / files.STUDY_TABLE.format("small")).read_text()
+    assert "no curve is written without path.choose" in (out / files.STUDY_TABLE.format("small")).read_text()
     assert [path for path in before if path.stat().st_mtime_ns != before[path]] == [lost]
     for folder in (out / files.RUNS).iterdir():
         points = {
@@ -153,7 +153,7 @@ def test_what_is_chosen():
     [
         ({"choose": {"accuracy_at_least": 0.9, "forgetting_at_most": 1.0}}, "one of accuracy_at_least and"),
         ({"choose": {"accuracy_at_least": 2}}, "less than or equal to 1"),
-        ({"checkpoints": [0.2]}, "has no checkpoint at step 0.8"),
+        ({"checkpoints": [0.25, 1.0]}, "has no checkpoint at step 1 "),
         ({"checkpoints": []}, "at least 1 item"),
     ],
 )
@@ -177,6 +177,7 @@ OVER_BASE = "a path measures adapters over the model before training; drop from 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda c: c["path"]["before"].update(heldout={}), "path.before: heldout are the rows that choose"),
         (lambda c: c["methods"].pop("base"), r"add the model before it, \{method: pretrained\}"),
         (lambda c: c["methods"]["mask"].update({"from": "full"}), f"mask.from is 'full', and {OVER_BASE}"),
         (lambda c: c["methods"]["LoRA"].update({"from": "full"}), f"LoRA.from is 'full', and {OVER_BASE}"),

@@ -330,6 +330,8 @@ CASES = [
     (change("methods/mask/learning_rate", "fast"), r"run 'mask, seed 0': .*learning_rate.*'fast'"),
     (change("methods/mask/mask_sparsity", 1.5), r"run 'mask, seed 0': sparsity is 1.5"),
     (change("methods/mask/output_dir", "x"), "sets output_dir, which seeds, from, last or train decide; drop it"),
+    (change("data/sums/output_dir", "x"), "sets output_dir, which seeds"),
+    (change("train/max_steps", "8"), "max_steps is '8', a text; write the number without quotes"),
     (change("methods/mask/method", "masks"), "methods.mask.method is 'masks': input should be 'pretrained', 'full'"),
     (change("methods/mask/data", "sum"), r"methods.mask.data is 'sum' \(did you mean 'sums'\?\); there are sums"),
     (change("methods/second", {"method": "mask", "from": "mask"}), "methods.second.from is 'mask', an adapter"),
@@ -381,6 +383,17 @@ def test_what_is_no_recipe(text, message, tmp_path):
     file.write_text(f"version: 1\n{text}")
     with pytest.raises(UserError, match=message):
         load_recipe(file)
+
+
+def test_what_a_file_of_peft_says_is_part_of_a_runs_name(content, tmp_path):
+    file, ids = tmp_path / "lora.json", set()
+    content["methods"] = {"LoRA": {"method": "peft", "peft_config": str(file)}}
+    for rank in (2, 8):
+        file.write_text(json.dumps({"peft_type": "LORA", "r": rank, "target_modules": "all-linear"}))
+        (run,) = plan_of(content).runs
+        ids.add(run.id)
+        assert run.options["peft_config"]["r"] == rank
+    assert len(ids) == 2
 
 
 def test_files_come_from_the_data_folder(content, data, tmp_path):

@@ -232,7 +232,7 @@ def test_a_tuned_study_runs_in_stages_and_resumes(content, tmp_path, capsys, in_
     summary = json.loads((folder / files.SUMMARY.format("small")).read_text())
     tunings = next(iter(summary["models"].values()))["tuning"]
     for tuned in tunings:
-        assert tuned["num_runs"] == 2
+        assert len(tuned["trials"]) == 2
         losses = {trial["heldout_loss"]: trial["settings"] for trial in tuned["trials"]}
         for trial in tuned["trials"]:
             (run,) = trial["runs"]

@@ -284,9 +284,7 @@ def test_a_start_in_wandas_order_gives_wandas_mask():
         model["lin"].weight.data.copy_(weight)
         config = MaskConfig(target_modules=["lin"], init_scores="wanda", sparsity=sparsity)
         masked = get_peft_model(model, config)
-        with pytest.raises(
-            UserError, match=r"init_scores='wanda' needs data, .* call maskft.start_scores\(model, keys\)"
-        ):
+        with pytest.raises(UserError, match=r"NaN: .* init_scores='wanda' got no data: maskft.start_scores"):
             current_masks(masked)
         start_scores(masked, {"lin": ranks_per_output(weight.abs() * norms, 0)})
         (expected,) = fixed_masks("wanda_mask", [weight], sparsity, input_norms=[norms])
@@ -295,6 +293,15 @@ def test_a_start_in_wandas_order_gives_wandas_mask():
             start_scores(masked, {})
         with pytest.raises(UserError, match="the keys of lin are not finite"):
             start_scores(masked, {"lin": weight * float("nan")})
+
+
+def test_keys_of_ones_own_start_around_the_centre():
+    """Whatever the start was before, which here is the default's."""
+    model = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(30, 20)), MaskConfig(target_modules=["0"], selection="logit")
+    )
+    start_scores(model, {"0": torch.rand(20, 30)})
+    assert model.base_model.model[0].mask_scores["default"].mean().item() == pytest.approx(0.04, abs=1e-4)
 
 
 # Files: a removed weight takes its value before fine-tuning

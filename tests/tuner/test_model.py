@@ -302,6 +302,7 @@ def test_another_adapter_of_the_same_configuration_starts_fresh():
     model.peft_config["default"].mask_sha256 = "of the first"
     again = get_peft_model(tiny.tiny_llama(seed=1), config)
     assert again.peft_config["default"].progress is None and again.peft_config["default"].mask_sha256 is None
+    assert model.peft_config["default"].progress == 0.5 and model.peft_config["default"].mask_sha256 == "of the first"
 
 
 def test_progress_of_a_mask_that_was_loaded_is_its_own(tmp_path):
@@ -310,8 +311,32 @@ def test_progress_of_a_mask_that_was_loaded_is_its_own(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path)
     loaded.add_adapter("new", MaskConfig(sparsity_ramp=1.0))
+    loaded.set_adapter("new")
     set_mask_progress(loaded, 1.0)
-    assert loaded.peft_config["default"].progress == 0.5 and loaded.peft_config["new"].progress == 1.0
+    model.add_adapter("new", MaskConfig(sparsity_ramp=1.0))
+    model.set_adapter("new")
+    set_mask_progress(model, 1.0)
+    for each in (loaded, model):  # neither of a mask without scores nor of one that is not active
+        assert each.peft_config["default"].progress == 0.5 and each.peft_config["new"].progress == 1.0
+
+
+def test_a_masked_head_is_saved_as_a_mask_alone(tmp_path):
+    """PEFT would write the head itself beside it, which loading refuses."""
+    model = trained(tiny.tiny_llama, target_modules=["lm_head", "q_proj"])
+    model.save_pretrained(tmp_path)
+    assert all("mask_coded" in name for name in safetensors.torch.load_file(tmp_path / ADAPTER_WEIGHTS))
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path)), logits(model))
+
+
+def test_one_name_of_a_saved_module_is_no_list_of_letters():
+    assert MaskConfig(modules_to_save="lm_head").modules_to_save == ["lm_head"]
+
+
+def test_a_threshold_that_is_changed_is_used():
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(selection="threshold", rank_by="signed")).eval()
+    before = logits(model)
+    model.peft_config["default"].threshold = 0.0
+    assert not torch.equal(logits(model), before)
 
 
 def test_an_adapter_that_does_not_load_leaves_nothing_behind(saved, tmp_path):
@@ -399,6 +424,7 @@ def test_threshold_starts_at_the_published_share_and_moves():
         ({"selection": "threshold", "threshold": math.nan}, "threshold is nan; it must be a finite number"),
         ({"init_scores": "constant", "init_value": math.nan}, "init_value is nan; it must be a finite number"),
         ({"mask_seed": -1}, "must be >= 0"),
+        ({"layers_to_transform": []}, "layers_to_transform is empty"),
         ({"preset": "papr"}, "did you mean 'paper'"),
         ({"selection": "threshold"}, "threshold is -0.035 and rank_by is 'abs': no magnitude is below it"),
         ({"init_scores": "constant"}, "never trains: the gradient is 0 at score 0"),
@@ -523,6 +549,9 @@ def test_weights_that_a_parent_reads_itself_are_refused():
     jamba = tiny.decoder(transformers.JambaConfig, transformers.JambaForCausalLM, **one_of_each)
     names = maskable_names(jamba)
     assert {"in_proj", "x_proj", "out_proj", "o_proj"} <= names and "dt_proj" not in names
+    wavlm = nn.Sequential(type("WavLMAttention", (nn.Module,), {})())
+    wavlm[0].q_proj, wavlm[0].gru_rel_pos_linear = nn.Linear(8, 8), nn.Linear(8, 8)
+    assert maskable_names(wavlm) == {"gru_rel_pos_linear"}
     stack = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
     assert maskable_names(stack) == {"1"}
     attention = nn.Sequential(nn.MultiheadAttention(8, 2))

@@ -45,7 +45,7 @@ def test_a_sample_that_misleads_costs_time_and_nothing_else(monkeypatch):
     calls = []
     kth_smallest = selection._kth_smallest
     monkeypatch.setattr(selection, "_kth_smallest", lambda *args: calls.append(1) or kth_smallest(*args))
-    mask = selection.topk_mask(scores, 0.1)
+    mask = selection.mask_without_lowest(scores, masking.num_removed(n, 0.1))
     expected = torch.ones(n, dtype=torch.bool)
     expected[scores.sort(stable=True).indices[: round(0.1 * n)]] = False
     assert torch.equal(mask, expected) and calls == [1]
@@ -88,7 +88,7 @@ def test_large_matrices_are_sampled_and_agree_with_the_plain_definition(rank_by,
     elif kind == "infinite":
         scores[::7], scores[1::7] = math.inf, -math.inf
     for sparsity in (0.1, 0.9):
-        mask = selection.topk_mask(scores, sparsity, rank_by)
+        mask = selection.mask_without_lowest(scores, masking.num_removed(n, sparsity), rank_by)
         assert torch.equal(mask, masking.topk_mask(scores, sparsity, rank_by))
 
 
@@ -115,4 +115,4 @@ def test_nan_scores_are_refused(nan, rank_by, n):
     scores[3] = nan
     for sparsity in (0.0, 0.1, 0.9):
         with pytest.raises(UserError, match="NaN"):
-            selection.topk_mask(scores, sparsity, rank_by)
+            selection.mask_without_lowest(scores, masking.num_removed(n, sparsity), rank_by)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, set_seed
 from trl import ModelConfig, get_quantization_config
 
 from maskft_base.errors import UserError, first_line
-from maskft_base.files import from_anywhere
+from maskft_base.files import EMBEDDED_MODEL, from_anywhere, whole_folder
 
 from ..data.arguments import DataArguments
 from ..data.prepared import Prepared, prepare
@@ -29,6 +30,13 @@ from .checks import check_quantised
 from .masked_start import set_removed_to_zero
 from .method_arguments import ADAPTER, PEFT, MaskArguments, MethodArguments, mask_config
 from .peft_config import adapter_config
+
+
+def unpack_embedded(folder: str) -> None:
+    """Write the embedded model as an ordinary checkpoint, whole or not at all."""
+    with whole_folder(Path(folder)) as unpacked:
+        load_tokenizer(EMBEDDED_MODEL).save_pretrained(unpacked)
+        load_model(EMBEDDED_MODEL, "float32").save_pretrained(unpacked)
 
 
 def load_tokenizer_of(source: ModelConfig, training: TrainingArguments):

@@ -46,7 +46,7 @@ def write_card(folder: str | Path, config: Any) -> None:
         config: Its ``MaskConfig``.
     """
     file = Path(folder) / files.CARD
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else _MARK
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else f"---\n{{}}\n---\n{_MARK}"
     if any(mark in text for mark in (_MARK, *_OF_OTHERS)):
         data = ModelCard(text, ignore_metadata_errors=True).data
         kept = getattr(data, "tags", None) or []  # such as those of add_model_tags

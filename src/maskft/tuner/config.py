@@ -214,6 +214,8 @@ class MaskConfig(PeftConfig):
                 "removed; set rank_by='signed', or a threshold above 0"
             )
         layers = self.layers_to_transform
+        if layers == []:
+            raise UserError("layers_to_transform is empty, which PEFT takes for all layers; name one, or leave it out")
         if layers is not None and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             raise UserError(
                 f"layers_to_transform has no effect beside a regular expression in target_modules "
@@ -228,6 +230,8 @@ class MaskConfig(PeftConfig):
             )
         if isinstance(self.target_modules, tuple | set):
             self.target_modules = sorted(self.target_modules)
+        if isinstance(self.modules_to_save, str):  # whose letters PEFT would take for names
+            self.modules_to_save = [self.modules_to_save]
         if self.selection == "topk" and self.sparsity > 0.5:
             warnings.warn(
                 f"sparsity {self.sparsity} removes {self.sparsity:.0%} of the target weights. The authors' released "

@@ -252,7 +252,7 @@ def is_soft(config: Settings, is_training: bool) -> bool:
 
 def phase(config: Settings, is_training: bool) -> tuple[object, ...]:
     """What a gate depends on beside its scores."""
-    size = (config.selection, config.sparsity)  # which held-out rows may choose after training
+    size = (config.selection, config.sparsity, config.threshold)  # which held-out rows may choose after training
     if not depends_on_progress(config):
         return size
     is_training = is_training and not config.copy_of

@@ -46,14 +46,15 @@ class MaskModel(BaseTuner):
             peft_config.target_modules = "all-linear"
         if peft_config.trainable_token_indices is not None:  # TRL sets it after the configuration was made
             raise UserError(NO_TOKEN_INDICES)
-        # Two adapters of one configuration object: the second has its own from here on.
+        # Two adapters of one configuration object, in one model or two: the second has its own from here on.
         names = [name for name, config in self.peft_config.items() if config is peft_config]
-        if len(names) > 1:
+        was_used = "is_new" in vars(peft_config) and not peft_config.inference_mode
+        if len(names) > 1 or was_used:
             self.peft_config[names[-1]] = peft_config = copy.copy(peft_config)
         if len(names) > 1 and names[-1] == _REFERENCE:  # which trainers want to be the first adapter, frozen
             peft_config.copy_of = names[0]
         # It was another adapter's, whose state a new one does not have; one that is loaded has what its file says.
-        elif "is_new" in vars(peft_config) and not peft_config.inference_mode:
+        elif was_used:
             for field in ("mask_sha256", "base_fingerprint", "weights_sha256", "progress", "recipe"):
                 setattr(peft_config, field, None)
         peft_config.is_new = True
@@ -146,6 +147,8 @@ class MaskModel(BaseTuner):
         config.scores_of_save = ScoresOfSave()
         for name, mask in masks.items():
             out[f"{name}.mask_coded.{adapter_name}"] = encode_mask(mask)
+            for kind in ("weight", "bias"):  # of a masked head, which PEFT would save in full beside the mask
+                state_dict.pop(f"{name}.base_layer.{kind}", None)
             if adapter_name in layers[name].mask_scores:
                 key = f"{name}.mask_scores.{adapter_name}"
                 scores = state_dict.get(key, layers[name].mask_scores[adapter_name])

@@ -14,7 +14,7 @@ from .layer import MaskedLinear
 
 
 def set_mask_progress(model: nn.Module, progress: float) -> None:
-    """Tell every mask of ``model`` how far training is; call it before every step with ``step / max_steps``.
+    """Tell the active masks of ``model`` how far training is; call it before every step with ``step / max_steps``.
 
     Equal progress gives equal noise, so that a resumed run is the uninterrupted one. Masks without a ramp, a schedule
     or noise do not need it. ``maskft train`` calls it; other trainers of transformers take :class:`MaskProgress`.
@@ -30,8 +30,8 @@ def set_mask_progress(model: nn.Module, progress: float) -> None:
         raise UserError(f"progress is {progress}; it is a share of training, step / max_steps, and must be in [0, 1]")
     for module in model.modules():
         if isinstance(module, MaskedLinear):
-            for name, config in module.mask_configs.items():
-                if name in module.mask_scores and not config.copy_of:
+            for name in module.active_masks:
+                if name in module.mask_scores and not (config := module.mask_configs[name]).copy_of:
                     config.progress = float(progress)
     compiled.refresh()
 

@@ -13,7 +13,7 @@ from maskft_base.errors import UserError
 from ..masking import check_not_nan, initial_scores, num_removed, ranking_keys, spread_by_rank
 from . import learners
 from .config import DATA_STARTS, MaskConfig
-from .selection import Near, keep_above_, keep_highest_, topk_mask
+from .selection import Near, keep_above_, keep_highest_, mask_without_lowest
 from .sharded import is_sharded, whole_mask
 
 
@@ -39,19 +39,18 @@ def draw_scores(config: MaskConfig, weight: Tensor, module_name: str) -> Tensor:
         return torch.full_like(weight, torch.nan, dtype=torch.float32)
     generator = learners.generator("cpu", config.mask_seed, module_name)
     scores = initial_scores(weight, config.init_scores, generator, config.init_std, config.start_value)
-    return _centred(config, scores)
+    return _centred(config, scores, config.init_scores == "magnitude")
 
 
 def ranked_scores(config: MaskConfig, keys: Tensor) -> Tensor:
     """Scores in the order of ``keys``, of which the lowest are removed first."""
-    return _centred(config, spread_by_rank(keys, config.init_std))
+    return _centred(config, spread_by_rank(keys, config.init_std), is_spread=True)
 
 
-def _centred(config: MaskConfig, scores: Tensor) -> Tensor:
+def _centred(config: MaskConfig, scores: Tensor, is_spread: bool) -> Tensor:
     """Where scores are cut at 0 they start around ``start_value``; where they are ranked this would change nothing."""
-    if not learners.is_free(config.selection) or config.init_scores == "constant":
+    if not learners.is_free(config.selection) or (config.init_scores == "constant" and not is_spread):
         return scores
-    is_spread = config.init_scores in ("magnitude", *DATA_STARTS)
     return scores + (config.start_value - (config.init_std * math.sqrt(3) if is_spread else 0.0))
 
 
@@ -65,9 +64,8 @@ def check_scores(scores: Tensor, module_name: str, config: MaskConfig) -> Tensor
         )
     if config.init_scores in DATA_STARTS and bool(scores.detach().view(-1)[:1].isnan().any()):
         raise UserError(
-            f"init_scores={config.init_scores!r} needs data, and the scores of {module_name} were given none: call "
-            "maskft.start_scores(model, keys) with a ranking value per weight, such as maskft.wanda_keys(model, rows) "
-            "(maskft train does it)"
+            f"the scores of {module_name} hold NaN: training diverged, or init_scores={config.init_scores!r} got no "
+            "data: maskft.start_scores(model, maskft.wanda_keys(model, rows)), which maskft train does by itself"
         )
     return scores
 
@@ -78,7 +76,8 @@ def mask_from_scores(config: MaskConfig, scores: Tensor) -> Tensor:
         return whole_mask(config, scores)
     cut = learners.cut(config)
     if cut is None:
-        return topk_mask(scores, learners.current_sparsity(config), config.rank_by)
+        num = num_removed(scores.numel(), learners.current_sparsity(config))
+        return mask_without_lowest(scores, num, config.rank_by)
     return (check_not_nan(ranking_keys(scores, config.ranks_by)) > cut).view(scores.shape)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from maskft_base.errors import UserError
 
-from ..masking import RankBy, check_not_nan, num_removed, ranking_keys, remove_lowest
+from ..masking import RankBy, check_not_nan, ranking_keys, remove_lowest
 
 # Entries looked at together on a CPU: few enough that what is computed from them stays in the cache.
 CHUNK_NUMEL = 1 << 19
@@ -37,11 +37,6 @@ class Near(NamedTuple):
     cut: float
     reach: float
     band: tuple[float, float] | None
-
-
-def topk_mask(scores: Tensor, sparsity: float, rank_by: RankBy = "abs") -> Tensor:
-    """The mask of :func:`maskft.masking.topk_mask`."""
-    return mask_without_lowest(scores, num_removed(scores.numel(), sparsity), rank_by)
 
 
 def mask_without_lowest(scores: Tensor, num: int, rank_by: RankBy = "abs") -> Tensor:

@@ -125,7 +125,8 @@ def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | N
     # Kernels of the Mamba family, and in part its slow path, take these weights themselves; Jamba's only the first.
     read = ("dt_proj",) if type(parent).__name__ == "JambaMambaMixer" else ("dt_proj", "x_proj", "out_proj")
     of_mixer = hasattr(parent, "conv1d") and hasattr(parent, "A_log") and leaf in read
-    if of_mixer or isinstance(parent, nn.MultiheadAttention):
+    of_wavlm = type(parent).__name__ == "WavLMAttention" and leaf.endswith("_proj")
+    if of_mixer or of_wavlm or isinstance(parent, nn.MultiheadAttention):
         return f"its {type(parent).__name__} reads the weight and does not call the layer"
     if module.weight is _embedding(model):
         return "its weight is tied to the input embeddings"

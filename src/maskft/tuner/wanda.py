@@ -73,13 +73,14 @@ def input_norms(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Seque
     hooks = [layer.register_forward_pre_hook(add(n)) for n, layer in enumerate(layers)]
     try:
         for ids in rows:
-            model(input_ids=torch.as_tensor(ids, device=layers[0].weight.device)[None], use_cache=False)
+            ids = torch.as_tensor(ids, dtype=torch.long, device=layers[0].weight.device)
+            model(input_ids=ids[None], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     idle = [layer.module_name for layer, total in zip(layers, squares, strict=True) if isinstance(total, float)]
     if idle:
-        raise UserError(f"no calibration row reached {idle[0]}; leave it out of mask_target_modules, or give more rows")
+        raise UserError(f"no calibration row reached {idle[0]}; leave it out of target_modules, or give more rows")
     return [
         total.sqrt()[:, None] if layer.is_transposed else total.sqrt()[None, :]
         for total, layer in zip(squares, layers, strict=True)

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``maskft compare``."""
     parser.add_argument(
         "results",
-        nargs="*",
+        nargs="+",
         metavar="RESULT",
         help="result files of maskft evaluate, or folders of them; NAME=PATH names a model; results of one name with "
         "different seeds count as training seeds of one method; one method alone is shown without a comparison",
@@ -58,8 +58,6 @@ def run(args: argparse.Namespace) -> None:
 
     from ..results.reading import input_files
 
-    if not args.results:
-        raise UserError("no results to compare: give files of maskft evaluate")
     if args.output and Path(args.output).resolve() in input_files(args.results):
         raise UserError(f"--output {args.output} is one of the results and would replace it: name another file")
     text = _compared(args)

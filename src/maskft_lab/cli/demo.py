@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     num_at_once = 1 if args.model else min(_MOST_AT_ONCE, num_cores())
     study.start(plan, folder, launcher_of("local", num_at_once), is_brief=True)
     report = _report(folder, content["model"], recipe.name)
-    print(f"{time_text(time.monotonic() - started)}; {report}; next: maskft demo --recipe > study.yaml")
+    print(f"{time_text(time.monotonic() - started)}; {report}; next: maskft demo --recipe > demo.yaml")
 
 
 def _show_ready_mask() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,8 @@ def run(args: argparse.Namespace) -> None:
         if args.measure:
             raise UserError("--measure is for --dry_run; add that, or drop it")
         start(plan, folder, launcher)
-        print(f"next: maskft report {folder} -o {folder / 'report.html'}")
+        words = ["maskft", "report", str(folder), "--study_name", recipe.name, "-o", str(folder / "report.html")]
+        print(f"next: {shlex.join(words)}")
         return
     from ..study.dry_run import measured, print_dry_run
 

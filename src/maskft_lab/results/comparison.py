@@ -24,7 +24,7 @@ class Settings:
     Attributes:
         num_resamples: Bootstrap samples per difference, at least 100; the default grows with many comparisons.
         seed: Seed of the resampling.
-        confidence: Coverage of the intervals, in (0, 1).
+        confidence: Coverage of the intervals, above 0 and at most 0.9999.
         fixed_seeds: Claim something about these trained models, averaged over their seeds: intervals are over items
             only and say nothing about other training seeds. By default seeds are drawn as items are.
     """
@@ -35,8 +35,8 @@ class Settings:
     fixed_seeds: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.confidence < 1:
-            raise UserError(f"confidence {self.confidence} is outside (0, 1): 0.95 is usual")
+        if not 0 < self.confidence <= 0.9999:
+            raise UserError(f"confidence {self.confidence} is outside (0, 0.9999]: 0.95 is usual")
         if self.seed < 0:
             raise UserError(f"seed {self.seed} is negative: give 0 or more")
 

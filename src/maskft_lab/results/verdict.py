@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from .comparable import Groups, is_parent, pair_by_seed
 from .comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Difference, Settings, Verdict
@@ -27,8 +28,8 @@ _CONCLUSIONS = {
     (WORSE, BETTER): "the mask makes the model it starts from worse; {control} makes it worse still",
     (WORSE, NOT_DISTINGUISHABLE): "the mask makes the model it starts from worse",
     (WORSE, WORSE): "the mask makes the model it starts from worse; {control} is ahead of the mask",
-    (BETTER, None): "the mask improves the model it starts from; no control with equal tokens was measured",
-    (NOT_DISTINGUISHABLE, None): "no improvement is shown, and no control with equal tokens was measured",
+    (BETTER, None): "the mask improves the model it starts from; no control with equal tokens is known",
+    (NOT_DISTINGUISHABLE, None): "no improvement is shown, and no control with equal tokens is known",
     (WORSE, None): "the mask makes the model it starts from worse",
 }
 
@@ -76,6 +77,8 @@ def _judged(
     groups: Groups, pairs: Sequence[tuple[str, str]], shown: tuple[str, str], settings: Settings
 ) -> dict[tuple[str, str], tuple[Difference, Measured]]:
     """Return the differences of masks from other models, as one family."""
+    needed = round(4 * len(pairs) / (1 - settings.confidence))  # see Settings.with_resamples
+    settings = replace(settings, num_resamples=max(settings.num_resamples, needed))
     paired = [pair_by_seed(groups[mask], groups[name], settings.fixed_seeds) for mask, name in pairs]
     family = [measure(pair, *shown, True, settings) for pair in paired]
     rows = [(row, measured) for row, (_, measured) in zip(judge(family, settings), family, strict=True)]

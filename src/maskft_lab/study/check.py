@@ -66,6 +66,10 @@ def parsed_run(run: StudyRun) -> TrainConfig:
     if run.takes_values_before:
         options["mask_removed_value_model"] = run.model  # known once its parent is made
     known = option_defaults().keys() | launch_options()
+    for name, value in options.items():
+        is_number = type(option_defaults().get(name)) in (int, float)
+        if is_number and isinstance(value, str) and value.replace(".", "", 1).isdigit():
+            raise UserError(f"{name} is {value!r}, a text; write the number without quotes")
     for name in options.keys() - known:
         keys = [spec.alias or key for key, spec in Method.model_fields.items()]
         raise UserError(

@@ -13,8 +13,8 @@ from maskft_base.files import read_yaml
 TEMPLATE = Path(__file__).parents[1] / "recipes" / "controls.yaml"
 LENGTHS = ("num_train_epochs", "max_steps")  # options that say how long a run trains
 # Of the parent's rate, those that are tried first; a mask of more settings is compared with as many.
-_RATES = (0.5, 1, 2, 0.25, 4, 0.125, 8)
-_ADAPTER_RATES = (1e-3, 3e-4, 3e-3, 1e-4, 1e-2, 3e-2, 3e-5)  # no multiples: those of LoRA depend less on the model
+_RATES = (0.5, 1, 2, 0.25, 4, 0.125, 8, 0.7, 1.4, 2.8, 0.35, 5.6)
+_ADAPTER_RATES = (1e-3, 3e-4, 3e-3, 1e-4, 1e-2, 3e-2, 3e-5, 2e-3, 5e-4, 5e-3, 2e-4, 2e-2)  # no multiples
 _MIN_RATES = 3
 # With the length: what a control that is trained has from the mask.
 _OF_A_STEP = "max_train_samples max_length per_device_train_batch_size gradient_accumulation_steps global_batch_size"

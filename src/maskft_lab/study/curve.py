@@ -47,10 +47,8 @@ def curves(
 
 
 def _of_path(tuned: Tuned, point: ChosenFrom, probe: str, base: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    own, (share, scale) = point.values[HELDOUT], point.point
-    metric = "accuracy" if "accuracy" in own else "nll"
-    gain = 100 * (own[metric] - base[HELDOUT][metric]) if metric == "accuracy" else base[HELDOUT][metric] - own[metric]
-    name = point.trial.run.name
+    (share, scale), name = point.point, point.trial.run.name
+    accuracy = base[HELDOUT].get("accuracy")
     return {
         "method": name,
         "path": f"{name}, {settings_text(point.trial.settings)}" if point.trial.settings else name,
@@ -58,7 +56,7 @@ def _of_path(tuned: Tuned, point: ChosenFrom, probe: str, base: Mapping[str, Map
         "share": share,
         "scale": scale,
         "rows": "held-out",
-        "points_gained": gain,
+        "points_gained": point.gain if accuracy is None else 100 * (point.gain - accuracy),
         "nats_forgotten": point.values[probe]["nll"] - base[probe]["nll"],
         "num_seeds": 1,
         "is_chosen": False,

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from maskft.training.method_arguments import UNTRAINED_METHODS
 from maskft_base import files
+from maskft_base.errors import UserError
 from maskft_base.runtime import time_text
 
 from .execute import Study
@@ -116,7 +117,7 @@ def measured(plan: Plan) -> Plan:
     """
     run = next((run for run in plan.runs if run.method.method == "full" and run.start is None), None)
     if run is None:
-        return plan
+        raise UserError("--measure trains ten steps of full fine-tuning of the base, and the recipe has none; drop it")
     short = {"max_steps": NUM_MEASURED_STEPS, "eval_strategy": "no", "save_strategy": "no", "report_to": "none"}
     with tempfile.TemporaryDirectory(prefix="maskft-") as place:
         given = {"method": "full", "model_name_or_path": run.model, "output_dir": f"{place}/run"}
@@ -124,7 +125,7 @@ def measured(plan: Plan) -> Plan:
         record = files.read_json(Path(place) / "run" / files.TRAINING)
     tokens, rows = record["summary"]["num_train_tokens"], record["data"]["train"]
     recipe, name = plan.recipe, run.method.data or next(iter(plan.recipe.data))
-    found = {"num_rows": rows, "tokens_per_row": tokens / (rows * record["summary"]["num_epochs"])}
+    found = {"num_rows": rows, "tokens_per_row": tokens / (rows * record["summary"]["history"][-1]["epoch"])}
     data = recipe.data | {name: recipe.data[name].model_copy(update=found)}
     update = {"tokens_per_s": tokens / record["summary"]["train_time_s"], "data": data}
     return replace(plan, recipe=recipe.model_copy(update=update))

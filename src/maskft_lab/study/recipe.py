@@ -118,7 +118,7 @@ class MethodPath(Section):
     On the rows held out from training data, and on rows of earlier abilities that the study does not report on.
     """
 
-    before: dict[str, Options] = {}  # as evaluation.before, of other rows
+    before: dict[Annotated[Name, Field(pattern="^[^/]+$")], Options] = {}  # as evaluation.before, of other rows
     checkpoints: Annotated[list[Share], Field(min_length=1)] = [1.0]  # shares of training, at the whole change
     scales: list[Share] = []  # parts of the change at the end of training, W0 + scale * (W - W0)
     choose: Choice | None = None  # None: the setting with the lowest held-out loss, at its best checkpoint
@@ -295,6 +295,8 @@ class Recipe(Section):
         """A trained method whose settings are given has points to choose from all the same."""
         if self.path and not any(method.method == PRETRAINED for method in self.methods.values()):
             raise ValueError(f"path measures what training changes: add the model before it, {{method: {PRETRAINED}}}")
+        if self.path and "heldout" in self.path.before:
+            raise ValueError("path.before: heldout are the rows that choose; give the set another name")
         for name, method in self.methods.items() if self.path and self.path.choose else ():
             if method.last:
                 raise ValueError(f"methods.{name}: path.choose chooses the checkpoint; drop last")

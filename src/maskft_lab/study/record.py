@@ -11,7 +11,7 @@ from maskft.data.mixtures import rename_sets
 from maskft_base import files
 from maskft_base.files import FileModel, is_there, read_json, read_model, write_text
 
-from .recipe import Recipe
+from .recipe import PRETRAINED, Recipe
 from .runs import BEST, LAST, StudyRun
 
 
@@ -96,7 +96,7 @@ def build_record(
         seed=run.seed,
         model=_without_folder(run.model),
         data=data_name(run, recipe),
-        start=run.start and run.start.id,
+        start=run.start.id if run.start and run.start.method.method != PRETRAINED else None,
         match=run.match and run.match.id,
         settings=settings,
         models=models,

@@ -180,7 +180,7 @@ class Tuned:
         return max(len(self.trials), len(self.points))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able record for the study's summary; lists of seeds and runs, as several seeds chose once."""
+        """JSON-able record for the study's summary."""
         trials = [
             {
                 "settings": trial.settings,
@@ -193,9 +193,8 @@ class Tuned:
             "method": self.winner.run.name,
             "seeds": [self.winner.run.seed],
             "num_settings": self.num_settings,
-            "num_runs": len(trials),
             "trials": trials,
-            "winner": self.winner.settings if self.is_settled else None,
+            "winner": self.winner.settings,
             **({} if self.point is None else {"point": dict(zip(("checkpoint", "scale"), self.point, strict=True))}),
             **({"points": [point.to_dict() for point in self.points]} if self.points else {}),
         }

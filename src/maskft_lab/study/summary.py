@@ -50,8 +50,8 @@ def summarise(study: Study, plan: Plan) -> str:
         notes += [f"Tuned: {tuned}." for tuned in tunings]
         if not recipe.before and len(results) > 1:
             notes.append("Note: forgetting was not measured beyond the tasks above (no evaluation.before).")
-        elif recipe.path and not recipe.path.before.keys() & recipe.before.keys():
-            notes.append("Note: no curve is written: path.before and evaluation.before have no name in common.")
+        elif recipe.path and not (recipe.path.choose and recipe.path.before.keys() & recipe.before.keys()):
+            notes.append("Note: no curve is written without path.choose and a name that both sets of `before` have.")
         num_tried = {label: run.num_tried for run in plan.runs for label in run.labels.values()}
         table += [f"## {model}", "", compared, _accounts(results, num_tried), "", *(f"- {note}" for note in notes), ""]
         models[model] = record | ({"tuning": [tuned.to_dict() for tuned in tunings]} if tunings else {})
@@ -97,7 +97,7 @@ def _row(result: Result) -> dict:
         for task, record in result["tasks"].items()
         for name, metric in record["metrics"].items()
     }
-    named = ("run", "result", "start", "role", "best_step", "num_steps", "best_heldout_loss", *_ACCOUNTS)
+    named = ("run", "result", "start", "role", "best_step", "num_steps", *_ACCOUNTS)
     facts = {key: study[key] for key in named}
     return {"name": result["name"], "method": model["method"], "seed": model["seed"], "metrics": metrics, **facts}
 
@@ -109,7 +109,7 @@ def without_repeats(results: list[Result], baseline: str | None) -> tuple[list[R
     """
     ends = {}
     for result in results:
-        if result["study"]["role"] == LAST and result["name"] != baseline:
+        if result["study"]["role"] == LAST and result["name"].partition(" [")[0] != baseline:
             study = result["study"]
             ends.setdefault(result["name"], []).append(study["best_step"] == study["num_steps"])
     repeats = [name for name, same in ends.items() if all(same)]

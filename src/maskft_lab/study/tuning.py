@@ -59,7 +59,7 @@ def tune(method: Method, own: Options, parent: Options, run_of: Callable[[Option
         run_of: Makes the run that tries settings.
         look: Held-out loss of a run; None where it is not finished.
     """
-    if own.get("eval_strategy") == "no":
+    if method.tune and own.get("eval_strategy") == "no":
         raise UserError(f"method {method.name!r}: tune chooses by held-out loss, and eval_strategy is no; drop that")
     if "num_train_epochs" in method.tune and (_number(own.get("max_steps")) or 0) > 0:
         raise UserError(f"method {method.name!r}: max_steps decides the length, and tune is of num_train_epochs")
