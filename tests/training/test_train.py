@@ -17,7 +17,7 @@ import tiny
 from maskft.adapter.mask_set import MaskSet
 from maskft.training.arguments import TrainingArguments
 from maskft.training.build import heldout_loss
-from maskft.training.method_arguments import mask_config, removes_a_share
+from maskft.training.method_arguments import MaskArguments, MethodArguments, mask_config, removes_a_share
 from maskft.training.options import option_defaults
 from maskft.training.record import read_record
 from maskft.training.train import train
@@ -447,6 +447,8 @@ def test_names_of_layers_or_a_regular_expression(given, meant):
     words = ["--model_name_or_path", "any", "--dataset_name", "any"]
     made = mask_config(parse([*words, "--mask_target_modules", *given, "--mask_exclude_modules", *given]).mask)
     assert (made.target_modules, made.exclude_modules) == (meant, meant)
+    one = MaskArguments(mask_target_modules="q_proj")  # as YAML has it
+    assert mask_config(one).target_modules == ["q_proj"] and MethodArguments(partial_layers=1).partial_layers == [1]
 
 
 def test_a_run_leaves_its_configuration_as_it_was(base, data, tmp_path):

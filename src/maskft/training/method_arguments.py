@@ -122,6 +122,8 @@ class MethodArguments:
 
     def __post_init__(self) -> None:
         self.peft_config = read_peft_config(self.peft_config)
+        if isinstance(self.partial_layers, int):  # as YAML has one
+            self.partial_layers = [self.partial_layers]
 
 
 def read_peft_config(given: dict | str | None) -> dict[str, Any] | None:
@@ -178,4 +180,6 @@ def mask_config(arguments: MaskArguments, **overrides) -> MaskConfig:
     for name in ("target_modules", "exclude_modules"):
         if isinstance(names := values.get(name), list) and len(names) == 1 and not _NAME.fullmatch(names[0]):
             values[name] = names[0]
+        elif isinstance(names, str) and _NAME.fullmatch(names):
+            values[name] = [names]  # as YAML has one name
     return MaskConfig(task_type="CAUSAL_LM", **{**values, **overrides})

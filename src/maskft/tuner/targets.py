@@ -75,6 +75,7 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
         linear = {name.rpartition(".")[2] for name, m in modules.items() if _why_not_maskable(name, m, model) is None}
         wanted = targets if isinstance(targets, str) else ", ".join(targets)
         hint = did_you_mean(wanted, linear) if "," not in wanted else ""
+        hint = " (a text is a regular expression of whole names: give a list)" if targets in [*linear] else hint
         others = [n for n in ("layers_to_transform", "layers_pattern", "exclude_modules") if getattr(config, n)]
         beside = f" with {', '.join(f'{name}={getattr(config, name)!r}' for name in others)}" if others else hint
         raise UserError(
