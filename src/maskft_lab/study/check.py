@@ -65,9 +65,9 @@ def parsed_run(run: StudyRun) -> TrainConfig:
         del options["learning_rate"]
     if run.takes_values_before:
         options["mask_removed_value_model"] = run.model  # known once its parent is made
-    known = option_defaults().keys() | launch_options()
+    known = (defaults := option_defaults()).keys() | launch_options()
     for name, value in options.items():
-        is_number = type(option_defaults().get(name)) in (int, float)
+        is_number = type(defaults.get(name)) in (int, float)
         if is_number and isinstance(value, str) and value.replace(".", "", 1).isdigit():
             raise UserError(f"{name} is {value!r}, a text; write the number without quotes")
     for name in options.keys() - known:
