@@ -124,8 +124,3 @@ class Page(HTMLParser):
             self.scripts[self._open[-1][1].get("id")] = data
         elif data.strip():
             self.texts.append(data.strip())
-
-    @property
-    def data(self):
-        """What the page's script reads."""
-        return json.loads(self.scripts["data"])

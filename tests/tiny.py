@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import save_file
 
-from maskft.adapter.mask_set import MaskSet
-from maskft.tuner.codec import encode_mask
+from maskft.tuner.codec import PREFIX, encode_mask
 from maskft.tuner.fingerprints import mask_fingerprint
 from maskft_base import files
 
@@ -62,11 +62,17 @@ def token_ids(batch=2, length=9, vocab_size=96, seed=1):
     return torch.randint(2, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def write_coded(masks, folder):
+    """Write an adapter's weights file with these masks; returns them coded."""
+    coded = {name: encode_mask(mask) for name, mask in masks.items()}
+    save_file({f"{PREFIX}{name}.mask_coded": code for name, code in coded.items()}, folder / files.ADAPTER_WEIGHTS)
+    return coded
+
+
 def save_masks(masks, folder, **config):
     """Write an adapter folder that holds ``masks`` (module name -> bool tensor) and no more."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    MaskSet(masks).save(folder / files.ADAPTER_WEIGHTS)
-    sha256 = mask_fingerprint({name: encode_mask(mask) for name, mask in masks.items()})
+    sha256 = mask_fingerprint(write_coded(masks, folder))
     config = {"peft_type": "MASK", "format_version": 2, "mask_sha256": sha256, **config}
     (folder / files.ADAPTER_CONFIG).write_text(json.dumps(config))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,7 +30,7 @@ from .embedded import embedded_config, embedded_file, read_embedded
 
 # Not the default: without it, transformers asks on the terminal whether to run the code that a model brings.
 _NO_CODE = {"trust_remote_code": False}
-_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, StrictDataclassError)  # what transformers raises
+_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, StrictDataclassError, SafetensorError, ArithmeticError)
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # What else in a model's folder decides what it computes and how text becomes tokens.
 _OTHERS = (
@@ -57,7 +58,11 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
     try:
         _check_configuration(name_or_path, **kwargs)
         with _no_bars() if is_local_folder(name_or_path) else contextlib.nullcontext():
-            return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **_NO_CODE, **kwargs)
+            how = {"dtype": dtype, "output_loading_info": True, **_NO_CODE, **kwargs}
+            model, found = AutoModelForCausalLM.from_pretrained(name_or_path, **how)
+        if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+            raise UserError(f"it lacks {len(missing)} weights, {missing[0]} the first; copy or save it again")
+        return model
     except _UNREADABLE as error:
         raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}") from error
 

@@ -32,7 +32,8 @@ class Store:
             raise UserError(f"{file} is a link and no file of ours; remove it, or name another output_dir")
         lines = list(_lines(file))
         if lines and lines[0] != self._settings:
-            if not discard:
+            is_piece = isinstance(lines[0], dict) and "sha256" in lines[0]  # the line of the settings is damaged
+            if not discard and not is_piece:
                 raise UserError(_other_settings(file, lines[0], self._settings))
             lines = []
         self._is_new = not lines

@@ -78,7 +78,7 @@ def test_a_landscape_that_was_cut_off_ends_as_one_that_was_not(three_models, tmp
 def test_a_mask_of_values_other_than_zero_is_refused(three_models, tmp_path):
     file = tmp_path / "mask" / files.ADAPTER_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | {"removed_value": "base"}))
-    with pytest.raises(UserError, match="take their values before fine-tuning"):
+    with pytest.raises(UserError, match="does not only set weights to 0"):
         analyse_landscape(tmp_path / "a.json", three_models, {"train": ROWS}, Sampling(), grid=3)
 
 

@@ -159,7 +159,7 @@ def test_inspect_and_verify_show_what_replaces_the_base(base, tmp_path, capsys):
 def test_names_of_an_adapter_do_not_steer_the_terminal(adapter, tmp_path, capsys):
     folder = copy_of(adapter, tmp_path / "hostile")
     masks = {f"model.layers.0.[red]\x1b[2J{n}": m for n, m in MaskSet.from_adapter(adapter).items()}
-    MaskSet(masks).save(folder / ADAPTER_WEIGHTS)
+    tiny.write_coded(masks, folder)
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
     sha256 = mask_fingerprint({name: encode_mask(mask) for name, mask in masks.items()})
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config | {"mask_sha256": sha256, "recipe": {"a": "\x1b[2J"}}))
@@ -177,7 +177,7 @@ def test_verify_finds_damage(adapter, tmp_path, capsys):
     status, _, err = call(["verify", broken], capsys)
     assert status == 2 and "is corrupted" in err
     swapped = copy_of(adapter, tmp_path / "swapped")
-    MaskSet({n: ~m for n, m in MaskSet.from_adapter(adapter).items()}).save(swapped / ADAPTER_WEIGHTS)
+    tiny.write_coded({n: ~m for n, m in MaskSet.from_adapter(adapter).items()}, swapped)
     status, _, err = call(["verify", swapped], capsys)
     assert status == 2 and "do not match mask_sha256" in err
     truncated = copy_of(adapter, tmp_path / "truncated")

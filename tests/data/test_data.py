@@ -181,8 +181,8 @@ def test_ids_name_the_content(write):
 def test_text_column_can_be_named(write):
     path = write([{"body": "once"}])
     (example,) = load_examples(path, text_field="body")
-    assert example["body"] == "once"
-    assert supervised_stretches(tokenize_example(example, TOKENIZER, text_field="body")) == ["nce<|im_end|>"]
+    assert example["text"] == "once"
+    assert supervised_stretches(tokenize_example(example, TOKENIZER)) == ["nce<|im_end|>"]
 
 
 # Splits --------------------------------------------------------------------------------------------------------------

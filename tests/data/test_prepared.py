@@ -32,7 +32,7 @@ def test_kept_rows_are_those_made(file, tmp_path):
     kept = tmp_path / "kept"
     for _ in range(2):
         taken = prepare(arguments(file, kept), tiny_tokenizer(), max_length=16)
-        for name in ("train_rows", "heldout_rows", "train", "heldout"):
+        for name in ("train", "heldout"):
             assert getattr(taken, name).to_list() == getattr(made, name).to_list()
         assert taken.report == made.report
         assert len(folders(kept)) == 1
@@ -72,7 +72,7 @@ def test_a_moved_file_is_the_same_data(file, tmp_path):
     assert len(folders(kept)) == 1
 
 
-@pytest.mark.parametrize("name", ["train/data-00000-of-00001.arrow", "heldout_rows/state.json"])
+@pytest.mark.parametrize("name", ["train/data-00000-of-00001.arrow", "heldout/state.json"])
 def test_a_flipped_bit_is_told(name, file, tmp_path):
     prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
     damaged = next((tmp_path / "kept").iterdir()) / name

@@ -7,6 +7,7 @@ import random
 import datasets
 import nltk
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
@@ -153,7 +154,11 @@ def test_settings_that_ours_does_not_know_are_lm_evals(tmp_path):
         requests = [Instance("generate_until", {}, ("ab" * n, settings), 0, metadata=("t", n, 1)) for n in range(1, 4)]
         return model.generate_until(requests)
 
-    ours = BatchedLM(net, TOKENIZER, batch_size=1)
+    ours, ids = BatchedLM(net, TOKENIZER, batch_size=1), torch.tensor([[2, 3, 4]])
+    # lm-eval opens an autocast of its own within ours, and ends it.
+    assert (
+        ours._model_call(ids).dtype == torch.float32 != BatchedLM(net, TOKENIZER, 1, bf16=True)._model_call(ids).dtype
+    )
     penalised = answers(ours, {**plain, "repetition_penalty": 5.0})
     theirs = HFLM(pretrained=net, tokenizer=TOKENIZER, batch_size=1)
     assert penalised == answers(theirs, {**plain, "repetition_penalty": 5.0}) != answers(ours, plain)

@@ -51,7 +51,6 @@ def test_it_loads_nothing_and_is_small(page, parsed):
 
 def test_verdicts_and_numbers_are_those_of_the_comparison(finished, parsed):
     record = comparison(finished)
-    assert parsed.data["comparison"] == record
     for row in (Difference(**row) for row in record["differences"]):
         assert difference_text(row) in parsed.texts
     cells = [text for text in parsed.texts if text in ("better", "worse", "not distinguishable")]
@@ -72,8 +71,8 @@ def test_foreign_text_stays_text(study):
     assert main(["report", str(study), "-o", str(study / "out.html")]) == 0
     text = (study / "out.html").read_text()
     page = Page(text)
-    assert page.data["comparison"]["notes"] == [HOSTILE] and page.texts.count(HOSTILE) == 2
-    assert "alert('x')</script>" not in text and text.count("</script>") == 2
+    assert page.texts.count(HOSTILE) == 2
+    assert "alert('x')</script>" not in text and text.count("</script>") == 1
     assert "b" not in {tag for tag, _ in page.tags}
 
 
@@ -104,7 +103,7 @@ def test_a_study_that_has_written_no_comparison_yet(study):
     assert "the study has written no comparison yet" in text and "Differences from" not in text
 
 
-@pytest.mark.parametrize("name", ["small-products", "smollm2-math", "demo-small"])
+@pytest.mark.parametrize("name", ["small-products", "smollm2-math", "demo-small", "smollm2-curve-sums-where"])
 def test_published_results_by_one_command(name, tmp_path):
     file = tmp_path / "report.html"
     assert main(["report", str(RESULTS / name), "-o", str(file)]) == 0
@@ -113,7 +112,6 @@ def test_published_results_by_one_command(name, tmp_path):
     assert file.stat().st_size < MAX_BYTES
     (record,) = json.loads((RESULTS / name / "summary.json").read_text())["models"].values()
     wanted = Comparison.from_dict(record["comparison"])
-    assert page.data["comparison"] == json.loads(json.dumps(wanted.to_dict()))
     assert all(difference_text(row) in page.texts for row in wanted.differences) and "Verdict" in page.texts
     assert {score_text(score) for score in wanted.scores} <= set(page.texts)
 

@@ -135,6 +135,13 @@ def test_a_mask_is_compared_with_its_base_as_it_is_stored(dtype, tmp_path):
         set_removed_to_zero(other.to(dtype), method)
 
 
+def test_a_mask_that_removes_nothing_is_refused(tmp_path):
+    """As a training saves that gained nothing."""
+    get_peft_model(tiny.tiny_llama(), MaskConfig(sparsity=0.0, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"keep_mask .* removes nothing; name a mask that does"):
+        set_removed_to_zero(tiny.tiny_llama(), MethodArguments(method="full", keep_mask=str(tmp_path)))
+
+
 def test_a_mask_with_other_weights_beside_it_is_refused(tmp_path):
     model = tiny.tiny_llama()
     config = MaskConfig(sparsity=0.3, modules_to_save=["lm_head"], task_type="CAUSAL_LM")

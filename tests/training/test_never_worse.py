@@ -1,7 +1,5 @@
 """A mask that is not better than no mask removes nothing."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -15,10 +13,11 @@ from maskft.data.arguments import DataArguments
 from maskft.data.splits import load_splits
 from maskft.loss import nll_per_item
 from maskft.training.record import read_record
-from maskft.training.verdict import HeldoutLosses, clusters_of, paired_interval, read_heldout
+from maskft.training.verdict import HeldoutLosses, paired_interval, read_heldout
 from maskft_base.errors import UserError
 from maskft_lab.cli.main import main
 from maskft_lab.results.statistics import Bootstrap, as_block
+from tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +120,6 @@ def test_settings_of_the_learner_do_not_stay_in_an_adapter_that_removes_nothing(
 # The interval
 
 
-def prepared(num_rows, clusters=None):
-    """Held-out rows as they are prepared: with text, and tokenised."""
-    rows = Dataset.from_list(
-        [{"id": str(n)} | ({"cluster_id": clusters[n]} if clusters else {}) for n in range(num_rows)]
-    )
-    return SimpleNamespace(heldout_rows=rows, heldout=rows.select_columns(["id"]))
-
-
 def test_the_interval_is_that_of_maskft_compare():
     """Two implementations, as training imports nothing of the lab: the same draws and the same width."""
     rng = np.random.default_rng(0)
@@ -151,6 +142,9 @@ def test_rows_that_depend_on_each_other_count_as_one():
     alone = paired_interval(HeldoutLosses(**same))
     clustered = paired_interval(HeldoutLosses(**same, clusters=labels))
     assert clustered[0] == pytest.approx(alone[0]) and clustered[2] - clustered[1] > 2 * (alone[2] - alone[1])
-    assert clusters_of(prepared(200, labels)) == labels and clusters_of(prepared(3)) is None
-    with pytest.raises(UserError, match="held-out row 1 has no cluster_id, and others have one"):
-        clusters_of(prepared(2, ["a", None]))
+    rows = Dataset.from_list(
+        [{"id": str(n), "text": "a b", "cluster_id": label} for n, label in enumerate(("x", None))]
+    )
+    with pytest.raises(UserError, match="row 1 has no cluster_id, and others have one"):
+        tokenize_dataset(rows, tiny_tokenizer())
+    assert tokenize_dataset(rows.select([0]), tiny_tokenizer())["cluster_id"][:] == ["x"]

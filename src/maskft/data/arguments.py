@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +16,12 @@ TEMPLATE = "chat_template_path"  # the option of TRL that names a chat template
 
 
 def mixture_text(value):
-    """Write a recipe's mapping ``name: rows`` as ``name:rows,name:rows``; return anything else unchanged."""
+    """Write a mapping ``name: rows`` as ``name:rows,name:rows``, and join a list; anything else stays as it is."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
     if not isinstance(value, dict):
         return value
     return ",".join(name if amount is None else f"{name}:{amount}" for name, amount in value.items())
-
-
-def names_text(value):
-    """Join a list of names with commas; return anything else unchanged."""
-    return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def check_sizes(args: DataArguments) -> None:
@@ -33,7 +31,7 @@ def check_sizes(args: DataArguments) -> None:
         if value is not None and value <= 0:
             raise UserError(f"{name} is {value}; it must be at least 1")
     size = args.eval_split_size
-    if not size > 0 or (size >= 1 and size != int(size)):
+    if not 0 < size < math.inf or (size >= 1 and size != int(size)):
         raise UserError(f"eval_split_size is {size}; it must be a whole number of rows, or a fraction below 1")
 
 
@@ -72,7 +70,7 @@ class DataArguments:
     )
     dataset_config: str | None = option(None, "Configuration of a hub data set, e.g. main for openai/gsm8k.")
     dataset_train_split: str = option("train", "Split of a hub data set to train on. A file is one split.")
-    eval_dataset_name: str | None = option(
+    eval_dataset_name: dict | str | None = option(
         None, "Held-out data, named like dataset_name. Default: a part of the training data."
     )
     dataset_eval_split: str | None = option(
@@ -99,4 +97,4 @@ class DataArguments:
 
     def __post_init__(self):
         """Write a mixture as one text."""
-        self.dataset_name = mixture_text(self.dataset_name)
+        self.dataset_name, self.eval_dataset_name = map(mixture_text, (self.dataset_name, self.eval_dataset_name))

@@ -147,7 +147,7 @@ def from_system_question(row: Row, as_chat: bool, *columns: str) -> dict:
 
 def from_text(row: Row, as_chat: bool, column: str) -> dict:
     """Read plain text."""
-    return {column: _text(row, column), **_reference(row)}
+    return {"text": _text(row, column), **_reference(row)}
 
 
 # The formats that are recognised by their columns alone.

@@ -25,22 +25,18 @@ from .tokenizing import tokenize_dataset, tokenizer_rules
 _FILES = (TEMPLATE, "reference_outputs", "alpaca_annotator", "include_path")
 
 REPORT = "report.json"
-_SETS = ("train_rows", "heldout_rows", "train", "heldout")
+_SETS = ("train", "heldout")
 
 
 class Prepared(NamedTuple):
     """What a run trains on and measures.
 
     Attributes:
-        train_rows: Training rows as examples.
-        heldout_rows: Held-out rows as examples.
         train: Training rows as token ids and labels; those without a supervised token are left out.
         heldout: Held-out rows as token ids and labels, likewise.
         report: Counts of rows read, kept and left out: ``text`` and, as values, ``counts``.
     """
 
-    train_rows: Dataset
-    heldout_rows: Dataset
     train: Dataset
     heldout: Dataset
     report: dict[str, Any]
@@ -67,34 +63,34 @@ def prepare(
         completion_only_loss: False takes the loss on every token.
         num_proc: Processes that tokenise; None: this one.
     """
-    tokens = {"text_field": text_field, "max_length": max_length, "completion_only_loss": completion_only_loss}
+    tokens = {"max_length": max_length, "completion_only_loss": completion_only_loss}
     how = {**tokens, "num_proc": num_proc}
     if args.prepared_data_dir is None:
-        return _prepare(args, tokenizer, how)
+        return _prepare(args, tokenizer, text_field, how)
     options = {k: v for k, v in asdict(args).items() if k not in ("prepared_data_dir", "prepare_only")}
     code = [digest_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
     rules = [tokenizer_rules(tokenizer), tokenizer.chat_template]
-    decides = {"data": data_identity(options), "tokenizer": rules, "code": code, **tokens}
+    decides = {"data": data_identity(options), "tokenizer": rules, "code": code, "text_field": text_field, **tokens}
     name = digest(decides)[:16]
     folder = Path(args.prepared_data_dir).expanduser() / name
-    runtime.decided_by_main(lambda: _keep(folder, args, tokenizer, how))
+    runtime.decided_by_main(lambda: _keep(folder, args, tokenizer, text_field, how))
     # On another machine, without a shared disk, the main process's is not there.
-    _keep(folder, args, tokenizer, how)
+    _keep(folder, args, tokenizer, text_field, how)
     report = _checked_report(folder)
     return Prepared(*(load_from_disk(folder / each) for each in _SETS), report=report)
 
 
-def _prepare(args: DataArguments, tokenizer, how: Mapping[str, Any]) -> Prepared:
-    train_rows, heldout_rows, report = load_splits(args, args.split_seed, tokenizer, how["text_field"])
-    train, heldout = (tokenize_dataset(rows, tokenizer, **how) for rows in (train_rows, heldout_rows))
-    return Prepared(train_rows, heldout_rows, train, heldout, {"text": str(report), "counts": asdict(report)})
+def _prepare(args: DataArguments, tokenizer, text_field: str, how: Mapping[str, Any]) -> Prepared:
+    *sets, report = load_splits(args, args.split_seed, tokenizer, text_field)
+    train, heldout = (tokenize_dataset(rows, tokenizer, **how) for rows in sets)
+    return Prepared(train, heldout, {"text": str(report), "counts": asdict(report)})
 
 
-def _keep(folder: Path, args: DataArguments, tokenizer, how: Mapping[str, Any]) -> None:
+def _keep(folder: Path, args: DataArguments, tokenizer, text_field: str, how: Mapping[str, Any]) -> None:
     """Write the folder whole, unless it is there."""
     if folder.is_dir():
         return
-    prepared = _prepare(args, tokenizer, how)
+    prepared = _prepare(args, tokenizer, text_field, how)
     try:
         with whole_folder(folder) as partial:
             for name in _SETS:
@@ -112,8 +108,8 @@ def _checked_report(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: If one is not.
     """
-    report = read_json(folder / REPORT)
-    for name, sha256 in report.pop("sha256").items():
+    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+    for name, sha256 in report.pop("sha256", {REPORT: ""}).items():
         if not (folder / name).is_file() or digest_now(folder / name) != sha256:
             raise UserError(
                 f"prepared data {str(folder)!r} is damaged: {name} does not match its checksum; delete that "

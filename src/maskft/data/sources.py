@@ -143,7 +143,10 @@ def find_rows(
     split = split_of(name, split)
     if file := local_file(name, data_dir, split):
         source = known.source if known else None  # of the mixture's rows, where the file has them all
-        return ((at, row) for at, row in read_file(file) if not source or row.get("source", source) == source), known
+        rows = read_file(file)
+        return (
+            (at, r) for at, r in rows if not (source and isinstance(r, dict)) or r.get("source", source) == source
+        ), known
     if known and data_dir:
         wanted = ", ".join(f"{stem}.jsonl" for stem in _stems(name, split))
         raise UserError(

@@ -13,7 +13,7 @@ from maskft_base.errors import UserError
 from maskft_base.files import digest
 
 from .arguments import DataArguments, check_sizes
-from .formats import OPTIONAL_COLUMNS, Row
+from .formats import Row
 from .mixtures import Reader, ReadSet, load_examples, mix, parse_mixture
 from .sources import is_hub_name
 
@@ -175,8 +175,6 @@ def prompt_digest(example: Row) -> str:
             if message["role"] != "system":
                 opening.append(message["content"])
         text = "\n".join(opening)
-    elif "prompt" in example:
-        text = example["prompt"]
     else:
-        text = next(value for column, value in example.items() if column not in ("id", *OPTIONAL_COLUMNS))
+        text = example["prompt"] if "prompt" in example else example["text"]
     return digest(" ".join(text.split()))

@@ -23,7 +23,7 @@ Message = dict[str, str]
 
 
 def tokenize_example(
-    example: Row, tokenizer, max_length: int | None = None, completion_only_loss: bool = True, text_field: str = "text"
+    example: Row, tokenizer, max_length: int | None = None, completion_only_loss: bool = True
 ) -> dict[str, list[int]]:
     """Turn an example into token ids and labels; the one tokenisation for training and for evaluation.
 
@@ -38,12 +38,11 @@ def tokenize_example(
         tokenizer: A transformers tokenizer.
         max_length: Number of tokens to keep, from the start. None keeps all.
         completion_only_loss: False takes the loss on every token.
-        text_field: Name of the column that holds plain text.
 
     Returns:
         ``input_ids`` and ``labels``, equally long; a label is the token's id, or -100 for no loss.
     """
-    text, spans, templated = _render_spans(example, tokenizer, text_field)
+    text, spans, templated = _render_spans(example, tokenizer)
     input_ids = _encode(tokenizer, text, templated)
     if not templated:
         if tokenizer.eos_token_id is None:
@@ -86,21 +85,23 @@ def tokenize_dataset(
     tokenizer,
     max_length: int | None = None,
     completion_only_loss: bool = True,
-    text_field: str = "text",
     num_proc: int | None = None,
 ) -> Dataset:
     """Tokenise every example, and leave out (with a warning) those without a supervised token.
 
     Returns:
-        ``id``, ``input_ids`` and ``labels``; see ``tokenize_example``.
+        ``id``, ``cluster_id`` where rows have one, ``input_ids`` and ``labels``; see ``tokenize_example``.
 
     Raises:
-        UserError: If no row has a label.
+        UserError: If no row has a label, or only some have a ``cluster_id``.
     """
-    kwargs = {"max_length": max_length, "completion_only_loss": completion_only_loss, "text_field": text_field}
+    kwargs = {"max_length": max_length, "completion_only_loss": completion_only_loss}
+    if "cluster_id" in dataset.column_names and None in (clusters := dataset["cluster_id"][:]):
+        row = dataset["id"][clusters.index(None)]
+        raise UserError(f"row {row} has no cluster_id, and others have one; give it to every row, or to none")
     tokenized = dataset.map(
         lambda example: tokenize_example(example, tokenizer, **kwargs),
-        remove_columns=[column for column in dataset.column_names if column != "id"],
+        remove_columns=[column for column in dataset.column_names if column not in ("id", "cluster_id")],
         desc="Tokenizing",
         num_proc=num_proc,
         load_from_cache_file=False,  # the cache would not see that this module has changed
@@ -164,7 +165,7 @@ def format_sample(tokenized_row: Row, tokenizer, max_chars: int = 600) -> str:
     return "".join(parts)
 
 
-def _render_spans(example: Row, tokenizer, text_field: str) -> tuple[str, list[tuple[str, str]], bool]:
+def _render_spans(example: Row, tokenizer) -> tuple[str, list[tuple[str, str]], bool]:
     """Return the text of an example, what is trained on, and whether the chat template wrote the text.
 
     What is trained on is a list of (before, until): the text up to where a part begins, and up to where it ends.
@@ -172,7 +173,7 @@ def _render_spans(example: Row, tokenizer, text_field: str) -> tuple[str, list[t
     if "messages" in example:
         return *_assistant_turns(example["messages"], tokenizer), True
     if "prompt" not in example:
-        return example[text_field], [("", example[text_field])], False
+        return example["text"], [("", example["text"])], False
     prompt, completion = example["prompt"], example["completion"]
     if isinstance(prompt, str):
         return prompt + completion, [(_without_last_spaces(prompt), prompt + completion)], False
@@ -228,7 +229,7 @@ def _render(messages: list[Message], tokenizer, generation: bool = False) -> str
     how = {"tokenize": False, "add_generation_prompt": generation, "date_string": "26 Jul 2024"}  # its own default
     try:
         return tokenizer.apply_chat_template(messages, **how)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         opening = _shortened(messages[0]["content"])
         raise UserError(f"the chat template refuses the messages that begin {opening!r}: {error}") from None
 

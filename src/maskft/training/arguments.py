@@ -20,6 +20,9 @@ from ..data.arguments import DataArguments, option
 from ..tuner.config import DATA_STARTS
 from .method_arguments import MaskArguments, MethodArguments, default_start, removes_a_share
 
+_LEAST = dict.fromkeys("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps".split(), 1)
+_LEAST |= {"max_length": 1, "seed": 0, "data_seed": 0, "dataloader_num_workers": 0}
+
 
 def _default(name: str, value: Any) -> Any:
     """TRL's field of this name with another default."""
@@ -67,9 +70,9 @@ class TrainingArguments(SFTConfig):
     def __post_init__(self):
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
             raise UserError("DeepSpeed is not supported; use --accelerate_config fsdp2 for sharded training")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in _LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"{name} is {value}; it must be at least {least}")
         if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
             raise UserError(f"learning_rate is {self.learning_rate}; it must be 0 or more")
         if not 0 < self.num_train_epochs < math.inf:
@@ -82,7 +85,7 @@ class TrainingArguments(SFTConfig):
                 raise UserError(f"{name} is {value}; it must be a number of steps, or below 1 a fraction of the run")
         # Whether float32 was chosen here because of this machine's processor.
         self.is_float32_by_machine = False
-        if not torch.accelerator.is_available():
+        if self.use_cpu or not torch.accelerator.is_available():
             # TRL's bf16=True is an error on a machine without an accelerator unless this is said.
             self.use_cpu = True
             if self.bf16 is None and not self.fp16 and not multiplies_bfloat16():

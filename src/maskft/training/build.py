@@ -17,6 +17,7 @@ from trl import ModelConfig, get_quantization_config
 from maskft_base.errors import UserError, first_line
 from maskft_base.files import EMBEDDED_MODEL, from_anywhere, whole_folder
 
+from ..adapter.merge import ONE_LINE
 from ..data.arguments import DataArguments
 from ..data.prepared import Prepared, prepare
 from ..loss import HeldoutLoss
@@ -99,7 +100,7 @@ def build_model(model: PreTrainedModel, method: MethodArguments, source: ModelCo
         config = adapter_config(method.peft_config or {})
         try:
             return with_adapter(model, config, source)
-        except (ValueError, TypeError, KeyError, RuntimeError, ImportError, NotImplementedError) as error:
+        except (*ONE_LINE, ImportError) as error:
             raise UserError(f"peft_config: PEFT does not take it for this model: {first_line(error)}") from error
     return with_adapter(model, mask_config(mask), source)
 

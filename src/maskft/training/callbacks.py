@@ -170,7 +170,7 @@ class StepGuard(TrainerCallback):
     @staticmethod
     def _is_logged(args, state) -> bool:
         every = max(int(state.logging_steps or 1), 1)
-        return (state.global_step + 1) % every == 0
+        return (state.global_step + 1) % every == 0 or (args.logging_first_step and state.global_step == 0)
 
     @staticmethod
     def _layers(model):

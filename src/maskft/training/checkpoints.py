@@ -139,10 +139,10 @@ def _rename_damaged(checkpoint: Path, problem: str, console: Console) -> None:
 
 
 def delete_oldest(newest: Path, best: str | None, limit: int | None) -> None:
-    """Keep at most ``limit`` checkpoints, of which the newest and the best; None or 0: all."""
+    """Keep at most ``limit`` checkpoints, of which the newest and the best; None, 0 or less: all."""
     kept = {newest.name, Path(best or newest).name}
     others = [path for path in checkpoints_in(newest.parent) if path.name not in kept]
-    old = others[: max(0, len(others) + len(kept) - limit)] if limit else []
+    old = others[: max(0, len(others) + len(kept) - limit)] if limit and limit > 0 else []
     for path in newest.rglob("*") if old else ():  # on the disk before another is gone: a power cut may follow
         if path.is_file():
             with path.open("rb") as file:

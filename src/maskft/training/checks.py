@@ -41,6 +41,8 @@ _UNUSED = {
     "assistant_only_loss": "drop it: of conversations the loss is on the assistant's turns anyway",
     "model_init_kwargs": "write dtype, attn_implementation or model_revision",
     "shuffle_dataset": "drop it: training rows are shuffled in every epoch anyway",
+    **dict.fromkeys("eval_packing dataset_kwargs eval_accumulation_steps batch_eval_metrics".split(), "drop it"),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "drop it: held-out rows are measured as in training"),
     "push_to_hub": "drop it, and upload the finished folder with `hf upload` (docs/adapters.md)",
 }
 _LORA = '{"peft_type": "LORA", "r": 16, "target_modules": "all-linear"}'
@@ -75,10 +77,11 @@ def check_config(config: TrainConfig) -> None:
             f"this process sees {training.n_gpu} GPUs, and trains on one: add --accelerate_config multi_gpu, "
             "or set CUDA_VISIBLE_DEVICES=0"
         )
-    if training.metric_for_best_model != "eval_loss":
+    if training.metric_for_best_model != "eval_loss" or training.greater_is_better:
         raise UserError(
-            f"metric_for_best_model is {training.metric_for_best_model}; training measures eval_loss alone: drop it, "
-            "and measure checkpoints with maskft evaluate"
+            f"metric_for_best_model is {training.metric_for_best_model}, with greater_is_better "
+            f"{training.greater_is_better}; the best checkpoint is that of the lowest eval_loss, all that training "
+            "measures: drop both, and measure checkpoints with maskft evaluate"
         )
     if config.model.load_in_4bit or config.model.load_in_8bit:
         check_quantised(method)
@@ -135,6 +138,14 @@ def check_size(method: str, config: MaskConfig) -> None:
     """Refuse a fixed mask without a given size."""
     if config.selection != "topk":
         raise UserError(f"mask_selection is {config.selection!r}; {method} removes mask_sparsity of the weights")
+
+
+def check_context(model, *sets) -> None:
+    """Refuse tokenised rows that are longer than the model's context."""
+    longest = max(len(ids) for rows in sets for ids in rows["input_ids"])
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    if longest > context:
+        raise UserError(f"the longest row has {longest} tokens, the model's context {context}: lower max_length")
 
 
 def check_processes(model, train_set, heldout_set) -> None:

@@ -103,7 +103,7 @@ def _report_verdict(summary: TrainingSummary, verdict: Verdict | None, config: T
     else:
         console.print(f"{verdict}. Saved in {folder}: an adapter that removes nothing.")
         checkpoint = Path(folder) / f"checkpoint-{summary.best_step}"
-        if checkpoint.is_dir():
+        if checkpoint.is_dir() and not config.training.save_only_model:
             console.print(
                 f"The mask is in {checkpoint}. To save it anyway, repeat the command with "
                 "--resume_from_checkpoint true --keep_worse true: nothing is trained again"

@@ -82,6 +82,8 @@ def _counts(match_adapter: str | None, layers: Sequence[MaskedLinear]) -> list[i
     if match_adapter is None:
         return None
     learned = MaskSet.from_adapter(match_adapter)
+    if not learned.num_removed:
+        raise UserError(f"match_adapter {match_adapter!r} removes nothing; name a mask that does")
     if different := sorted(learned.keys() ^ {layer.module_name for layer in layers}):
         raise UserError(
             f"match_adapter {match_adapter!r} masks other layers than this run: only one of both has "

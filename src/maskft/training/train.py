@@ -18,7 +18,7 @@ from ..tuner.card import write_card
 from .arguments import TrainConfig, with_accumulation
 from .build import build_model, heldout_loss, load_base, load_data, load_tokenizer_of, start_on_data
 from .checkpoints import held_output, save_final, step_of
-from .checks import check_config, check_processes
+from .checks import check_config, check_context, check_processes
 from .describe import describe, report
 from .fixed_masks import make_fixed_mask
 from .interpolation import interpolate
@@ -58,6 +58,7 @@ def run(config: TrainConfig, resume_from: str | None, console: Console) -> Train
     tokenizer = load_tokenizer_of(config.model, training)
     data = load_data(config.data, training, tokenizer, console)
     model = load_base(config.model, tokenizer, method.method)
+    check_context(model, data.train, data.heldout)
     # build and fit
     trainer = failure = None
     if method.method in FIXED_MASK_METHODS:

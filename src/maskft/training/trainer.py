@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from accelerate.utils import save_fsdp_model
 from rich.console import Console
@@ -13,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from maskft_base import files, runtime
-from maskft_base.errors import NOT_UPDATED, NotFiniteError, UserError
+from maskft_base.errors import NOT_UPDATED, NotFiniteError, UserError, first_line
 
 from ..adapter.mask_set import MaskSet
 from ..data.prepared import Prepared
@@ -27,6 +29,8 @@ from .launch import let_cpu_shard
 from .manifest import check_course, course_of, seal
 from .masked_start import RemovedStayZero
 from .progress import TrainingProgress
+
+T = TypeVar("T")
 
 
 class MaskTrainer(SFTTrainer):
@@ -76,6 +80,14 @@ class MaskTrainer(SFTTrainer):
         """Create the accelerator, also for FSDP on CPUs."""
         let_cpu_shard()
         super().create_accelerator_and_postprocess()
+
+    def create_optimizer(self, *args, **kwargs):
+        """Create the optimizer; what torch does not take is one line."""
+        return _made("optimizer", super().create_optimizer, *args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        """Create the schedule of the learning rate; what transformers does not take is one line."""
+        return _made("scheduler", super().create_scheduler, *args, **kwargs)
 
     def _send_telemetry(self) -> None:
         """Nothing of TRL's report on the machine."""
@@ -127,6 +139,11 @@ class MaskTrainer(SFTTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """Whether this evaluation is the best so far, of those whose step is saved: an unsaved one cannot be kept."""
+        is_saved = self.control.should_save or self.args.save_strategy == "best"
+        return is_saved and super()._determine_best_metric(metrics, trial)
 
     def resume_counts(self) -> None:
         """Resume what the log counts: TRL counts tokens from zero, transformers the loss since its last line."""
@@ -189,11 +206,11 @@ class MaskTrainer(SFTTrainer):
         """Load the best checkpoint after a step that could not be taken; returns why it could not, and what there is.
 
         Raises:
-            UserError: If there is no checkpoint yet.
+            UserError: If no checkpoint is the best yet.
         """
         reason = f"{error} at step {self.state.global_step + 1}: {NOT_UPDATED}; lower learning_rate or check the data"
         if self.state.best_model_checkpoint is None:
-            raise UserError(f"{reason}; there was no checkpoint yet") from None
+            raise UserError(f"{reason}; no checkpoint was measured yet") from None
         self._load_best_model()
         return f"{reason}; the best so far (step {step_of(Path(self.state.best_model_checkpoint))})"
 
@@ -211,3 +228,10 @@ class MaskTrainer(SFTTrainer):
         elif "eval_loss" in logs and self.lr_scheduler is not None:
             logs["learning_rate"] = self._get_learning_rate()  # of the next step: a schedule may be continued from it
         super().log(logs, start_time)
+
+
+def _made(what: str, make: Callable[..., T], *args, **kwargs) -> T:
+    try:
+        return make(*args, **kwargs)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"the {what} cannot be made: {first_line(error)}") from error

@@ -16,7 +16,6 @@ from peft.utils import ModulesToSaveWrapper
 from pydantic import ConfigDict
 
 from maskft_base import files
-from maskft_base.errors import UserError
 from maskft_base.files import FileModel, read_json, read_model
 
 from ..data.prepared import Prepared
@@ -110,7 +109,8 @@ def never_worse(
     """
     if config.training.eval_strategy == "no":
         return None, None
-    clusters, ids = clusters_of(data), row_ids(data.heldout)
+    clusters = data.heldout["cluster_id"][:] if "cluster_id" in data.heldout.column_names else None
+    ids = row_ids(data.heldout)
     adapter = getattr(model, "peft_config", {}).get(ADAPTER)
     if adapter is not None and parent is None:
         with model.disable_adapter():
@@ -182,24 +182,6 @@ def _t_quantile(degrees: int) -> float:
     middle = (angles[1:] + angles[:-1]) / 2
     mass = np.concatenate([[0.0], np.cumsum(np.cos(middle) ** (degrees - 1))])
     return math.sqrt(degrees) * math.tan(np.interp(CONFIDENCE * mass[-1], mass, angles))
-
-
-def clusters_of(data: Prepared) -> list[str] | None:
-    """``cluster_id`` of each held-out row that is measured; None where no row has one.
-
-    Raises:
-        UserError: If only some rows have one.
-    """
-    if "cluster_id" not in data.heldout_rows.column_names:
-        return None
-    found = {str(row.get("id")): row["cluster_id"] for row in data.heldout_rows}
-    names = row_ids(data.heldout)
-    missing = next((name for name in names if found.get(name) is None), None)
-    if missing is not None:
-        raise UserError(
-            f"held-out row {missing} has no cluster_id, and others have one; give it to every row, or to none"
-        )
-    return [found[name] for name in names]
 
 
 def remove_nothing(model) -> None:

@@ -11,7 +11,7 @@ from datasets import load_from_disk
 from torch import Tensor
 
 from maskft.data import IGNORED
-from maskft.loss import length_sorted_batches, pad
+from maskft.loss import pad
 from maskft_base.errors import UserError
 from maskft_base.files import PREPARED
 
@@ -63,10 +63,13 @@ def load_rows(folder: Path, num_rows: int, seed: int = 0) -> dict[str, list[dict
 
 
 def make_batches(rows: Sequence[Mapping], batch_size: int, device: str | torch.device = "cpu") -> list[Batch]:
-    """Batches of rows of similar length, padded on the right: a causal model never sees the padding."""
+    """Batches of rows in their order, padded on the right: a causal model never sees the padding.
+
+    Not sorted by length: the spread between batches tells the error of a mean over rows.
+    """
     out = []
-    for indices in length_sorted_batches([len(row["input_ids"]) for row in rows], batch_size):
-        ids, labels = ([rows[i][key] for i in indices] for key in ("input_ids", "labels"))
+    for start in range(0, len(rows), batch_size):
+        ids, labels = ([row[key] for row in rows[start : start + batch_size]] for key in ("input_ids", "labels"))
         out.append((pad(ids, 0, device)[0], pad(labels, IGNORED, device)[0]))
     return out
 

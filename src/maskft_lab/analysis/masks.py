@@ -19,15 +19,16 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 def masks_of(adapter: str) -> MaskSet:
-    """The masks of an adapter whose removed weights are 0.
+    """The masks of an adapter that sets weights to 0, and does no more.
 
     Raises:
-        UserError: If they take another value, where the model with these weights at 0 is not the one that was trained.
+        UserError: If the model with these weights at 0 is not the one that was trained.
     """
-    if read_config(adapter).removed_value != "zero":
+    config = read_config(adapter)
+    if config.removed_value != "zero" or config.weights_sha256:
         raise UserError(
-            f"removed weights of {adapter!r} take their values before fine-tuning; this analysis is for masks that set "
-            "them to 0: name another with --mask"
+            f"{adapter!r} does not only set weights to 0 (removed_value, or modules_to_save), and this analysis is of "
+            "masks that do: name another with --mask"
         )
     return MaskSet.from_adapter(adapter)
 

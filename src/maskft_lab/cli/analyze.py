@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "results and training histories are drawn by maskft report, from these."
     )
     runs = parser.add_argument_group("runs")
-    runs.add_argument(
-        "study", metavar="STUDY", help="folder of a study, or of its published results with training.json"
-    )
+    runs.add_argument("study", metavar="STUDY", help="folder of a study, with its models")
     runs.add_argument("--what", metavar="A,B", help=f"of {', '.join(_ANALYSES)} (default: all)")
     runs.add_argument("--base", metavar="NAME", help="which base model's runs, if the study has several")
     runs.add_argument("--mask", metavar="NAME", help="id or name of the mask for bound, landscape and curvature")
@@ -81,6 +79,8 @@ def _bound(args, runs, file: Path) -> None:
 
     mask = find_mask(runs, args.mask)
     full = full_run(mask, runs)
+    if full.data.get("train") != mask.data.get("train"):
+        raise UserError(f"{mask.name} and {full.name} were trained on different numbers of rows; name another --mask")
     losses = tuple(stable_training_loss(run.history, run.summary["best_step"]) for run in (full, mask))
     config = load_config(full.models[BEST])
     with torch.device("meta"):

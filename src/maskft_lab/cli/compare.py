@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-
-from maskft_base.errors import UserError
 
 from ..results import FORMATS
 
@@ -42,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.95,
         metavar="P",
-        help="coverage of the intervals, a fraction in (0, 1) (default: 0.95)",
+        help="coverage of the intervals of differences, a fraction in (0, 1); scores have 95 %% (default: 0.95)",
     )
     parser.add_argument(
         "--fixed_seeds",
@@ -56,10 +53,9 @@ def run(args: argparse.Namespace) -> None:
     """Read the results, compare them, print or write the comparison."""
     from maskft_base.files import write_text
 
-    from ..results.reading import input_files
+    from ..results.reading import check_output
 
-    if args.output and Path(args.output).resolve() in input_files(args.results):
-        raise UserError(f"--output {args.output} is one of the results and would replace it: name another file")
+    check_output(args.output, args.results)
     text = _compared(args)
     if args.output:
         write_text(args.output, text)
@@ -75,10 +71,10 @@ def _compared(args: argparse.Namespace) -> str:
     from ..results.scores import scores
     from ..results.text import render, render_scores
 
+    settings = Settings(args.num_resamples, args.seed, args.confidence, args.fixed_seeds)
     results, tasks, metrics = read_all(args.results), _names(args.tasks), _names(args.metrics)
     if len({result["name"] for result in results}) == 1 and args.baseline is None:
         return render_scores(scores(results, tasks, metrics, args.fixed_seeds), args.format)
-    settings = Settings(args.num_resamples, args.seed, args.confidence, args.fixed_seeds)
     return render(compare(results, args.baseline, tasks=tasks, metrics=metrics, settings=settings), args.format)
 
 

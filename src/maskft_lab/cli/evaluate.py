@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskft_base.errors import UserError
@@ -56,6 +57,8 @@ def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
         raise UserError(f"limit is {options.limit} and of benchmarks, not of held-out rows; give --max_eval_samples")
     if (options.scale or options.kl) and not options.change:
         raise UserError("scale and kl are of what training has changed: name it with --change, and what it was before")
+    if options.kl and HELDOUT not in options.task_names:
+        raise UserError("kl is measured on held-out rows; add heldout to --tasks")
     if options.change and (options.adapter or not options.model_name_or_path):
         raise UserError("change needs --model_name_or_path, the model before training, and no --adapter")
     if options.scale and len(options.scale) != len(options.change):
@@ -95,19 +98,21 @@ def main(argv: Sequence[str]) -> None:
     silence()
     evaluations = [[*words] for is_and, words in groupby(argv, lambda word: word == AND) if not is_and] or [[]]
     parts = [read(parser().parse_args(words)) for words in evaluations]
-    places = [options.output_dir for options, _ in parts]
+    places = [Path(options.output_dir).resolve() for options, _ in parts]
     if twice := next((place for place in places if places.count(place) > 1), None):
-        raise UserError(f"output_dir {twice} stands in two of the evaluations joined by {AND}; give each its own")
+        raise UserError(
+            f"output_dir {str(twice)!r} stands in two of the evaluations joined by {AND}; give each its own"
+        )
+    groups = [[*same] for _, same in groupby(parts, lambda part: [getattr(part[0], name) for name in _OF_MODELS])]
+    prepared = [[_prepared(*part, is_alone=len(parts) == 1) for part in group] for group in groups]
     with explained(
         "answers so far are kept: run the same command with a smaller --batch_size, or anew with --dtype bfloat16"
     ):
-        for _, same in groupby(parts, lambda part: [getattr(part[0], name) for name in _OF_MODELS]):
-            shared = [*same]
-            measures = [_prepared(*part, is_alone=len(parts) == 1) for part in shared]
-            for index, loaded in enumerate(_models([options for options, _ in shared])):
+        for group, measures in zip(groups, prepared, strict=True):
+            for index, loaded in enumerate(_models([options for options, _ in group])):
                 for measure in measures:
                     measure(index, loaded)
-            del measures, loaded  # before the next models come
+            del loaded  # before the next models come
 
 
 def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool) -> Callable[[int, Loaded], None]:
@@ -124,7 +129,9 @@ def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool)
         raise UserError(f"{targets[0][1]} exists; name another output_dir or pass --overwrite")
     test_set = name_of_test_set(data, options.eval_split_size)
     measured = {*tasks, *({HELDOUT} & set(options.task_names))}
-    earlier = [None if options.overwrite else finished_result(target, settings, measured) for _, target in targets]
+    earlier = [
+        None if options.overwrite else finished_result(target, name, settings, measured) for name, target in targets
+    ]
 
     def measure(index: int, loaded: Loaded) -> None:
         (name, target), done = targets[index], earlier[index]

@@ -94,8 +94,9 @@ def _tables(args: argparse.Namespace) -> None:
     from maskft_base.files import write_text
 
     from ..results.paper_tables import paper_tables, render_tables
-    from ..results.reading import read_all
+    from ..results.reading import check_output, read_all
 
+    check_output(args.output, args.results)
     tables, left_over = paper_tables(read_all(args.results))
     text = render_tables(tables, left_over, args.format)
     if args.output:

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from maskft.data import load_examples, load_splits, prompt_ids, prompt_of, tokenize_example
 from maskft.data.answers import check_answer
-from maskft.data.arguments import DataArguments
+from maskft.data.arguments import DataArguments, check_sizes
 from maskft.data.sources import FILE_ENDINGS
 from maskft.loss import RowLoss, length_sorted_batches, nll_per_item, pad
 from maskft_base.errors import UserError
@@ -41,6 +41,7 @@ def heldout_rows(data: DataArguments, eval_split_size: float | None, tokenizer, 
         tokenizer: Of the model; None: rows as for one with a chat template.
         text_field: Column of plain text data.
     """
+    check_sizes(data)
     name = data.dataset_name or ""
     is_split = eval_split_size is not None or data.eval_dataset_name or data.dataset_eval_split
     if is_split or not name:
@@ -88,8 +89,9 @@ def evaluate_rows(
     rows = list(rows)
     if not rows:
         raise UserError("there are no items to evaluate; check eval_split_size and max_eval_samples")
-    generate = not options.no_generate and all(row.get("answer") is not None for row in rows)
-    how = {"max_length": options.max_length, "text_field": options.dataset_text_field}
+    unanswered = 0 if options.no_generate else sum(row.get("answer") is None for row in rows)
+    generate = not options.no_generate and not unanswered
+    how = {"max_length": options.max_length}
     tokenized = [tokenize_example(row, tokenizer, **how) for row in rows]
     check_context(model, max(len(row["input_ids"]) for row in tokenized))
     prompts = [prompt_ids(row, tokenizer) for row in rows] if generate else []
@@ -115,7 +117,10 @@ def evaluate_rows(
     record = task_record(kept, metrics, asked, tokenizer, TASK_VERSION) | {"data_sha256": data_sha256(rows)}
     if generate:
         record["generation_kwargs"] = {"max_gen_toks": options.max_new_tokens}
-    return record | ({"note": f"{without} and count in no metric"} if len(kept) < len(items) else {})
+    notes = [f"{without} and count in no metric"] if len(kept) < len(items) else []
+    if 0 < unanswered < len(rows):
+        notes.append(f"no accuracy: {unanswered} of {len(rows)} rows have no answer")
+    return record | ({"note": "; ".join(notes)} if notes else {})
 
 
 def task_record(items: list[dict], metrics: dict, asked: Iterable[tuple[dict, Any]], tokenizer, version: int) -> dict:

@@ -17,7 +17,7 @@ from maskft.adapter.merge import adapter_tokenizer, one_line
 from maskft.data.tokenizing import tokenizer_rules
 from maskft.models import base_of, check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from maskft.training.method_arguments import MASK_METHODS
-from maskft.tuner.codec import encode_mask
+from maskft.tuner.codec import encode_mask, is_of_mask
 from maskft_base.errors import UserError, first_line
 from maskft_base.files import (
     ADAPTER_CONFIG,
@@ -110,7 +110,7 @@ def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
             sha256 = adapter_sha256(change) if holds_adapter(change) else digest_tensors(sorted(after.items()))
             identity = f"{base.fingerprint}+{scale}*{sha256}"
             facts |= {"adapter": _portable(change), "adapter_sha256": sha256, "num_bytes": _stored_bytes(change, after)}
-            facts |= facts_of(change)
+        facts |= facts_of(change if change != NO_ADAPTER else base.name)
         _set_weights(model, before, after, scale)
         yield base.loaded(model, change, facts, identity, before)
 
@@ -162,10 +162,11 @@ def _stored_bytes(change: str, after: Mapping[str, torch.Tensor]) -> int:
     """Bytes that have to be kept of what training changed: masks coded, all other numbers in bfloat16."""
     if not holds_adapter(change):
         return sum(2 * weight.numel() for weight in after.values())
-    if facts_of(change)["method"] in MASK_METHODS:
-        return sum(encode_mask(mask).numel() for mask in MaskSet.from_adapter(change).values())
-    tensors = load_file(Path(change) / ADAPTER_WEIGHTS).values()
-    return sum(t.numel() * 2 if t.is_floating_point() else t.nbytes for t in tensors)
+    tensors = load_file(Path(change) / ADAPTER_WEIGHTS)
+    if facts_of(change)["method"] in MASK_METHODS:  # not their scores; what was trained beside them counts
+        tensors = {name: tensor for name, tensor in tensors.items() if not is_of_mask(name)}
+        tensors |= {name: encode_mask(mask) for name, mask in MaskSet.from_adapter(change).items()}
+    return sum(t.numel() * 2 if t.is_floating_point() else t.nbytes for t in tensors.values())
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:

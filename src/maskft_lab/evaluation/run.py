@@ -70,7 +70,7 @@ def evaluate_loaded(
         if benchmarks:
             from ..generation.lm_eval_model import BatchedLM
 
-            lm = Resuming(BatchedLM(loaded.model, loaded.tokenizer, batch_size=options.batch_size), journal)
+            lm = Resuming(BatchedLM(loaded.model, loaded.tokenizer, options.batch_size, options.bf16), journal)
         for task_name, task in benchmarks.items():
             started = time.perf_counter()
             chat = options.apply_chat_template
@@ -136,18 +136,21 @@ def _check_writable(folder: Path) -> None:
         raise UserError(f"output_dir {str(folder)!r} cannot be written below {place}: {problem}; name another")
 
 
-def finished_result(target: Path, settings: Mapping, tasks: Iterable[str]) -> Result | None:
-    """The result of an earlier run with these settings and tasks, or None.
+def finished_result(target: Path, name: str, settings: Mapping, tasks: Iterable[str]) -> Result | None:
+    """The result of an earlier run with this name, these settings and tasks, or None.
 
     Raises:
-        UserError: If there is a result of other settings or tasks.
+        UserError: If there is a result of another name, other settings or tasks.
     """
     if not target.exists():
         return None
     result = read_result(target)
     found, names = result["settings"], {*result["settings"], *settings} - {"batch_size"}
-    if any(found.get(k) != settings.get(k) for k in names) or not set(tasks) <= set(result["tasks"]):
-        raise UserError(f"{target} exists, with other settings or tasks; name another output_dir or pass --overwrite")
+    is_same = result["name"] == name and all(found.get(k) == settings.get(k) for k in names)
+    if not is_same or not set(tasks) <= set(result["tasks"]):
+        raise UserError(
+            f"{target} exists, with another name, other settings or tasks; name another output_dir or pass --overwrite"
+        )
     return result
 
 

@@ -88,6 +88,8 @@ def greedy_generate(
 
 def check_context(model, longest: int, max_new_tokens: int = 0, option: str = "max_new_tokens") -> None:
     """Refuse items of up to ``longest`` tokens that, with their answers, may not fit into the context."""
+    if not longest:
+        raise UserError("every prompt is empty, and a model answers something; give rows with prompts")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     if 0 < context < longest + max_new_tokens:
         answer = f" and its answer may have {max_new_tokens}" if max_new_tokens else ""

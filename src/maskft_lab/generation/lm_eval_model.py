@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
@@ -23,10 +24,12 @@ class BatchedLM(HFLM):
         model: A loaded causal language model.
         tokenizer: Its tokenizer.
         batch_size: Requests at one time; None: what half of the free memory allows.
+        bf16: Compute in bfloat16, also where lm-eval opens an autocast of its own.
     """
 
-    def __init__(self, model, tokenizer, *, batch_size: int | None = None):
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or "auto")
+    def __init__(self, model, tokenizer, batch_size: int | None = None, bf16: bool = False):
+        dtype = torch.bfloat16 if bf16 else None
+        super().__init__(model, tokenizer=tokenizer, batch_size=batch_size or "auto", mixed_precision_dtype=dtype)
         self.rows = batch_size
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:

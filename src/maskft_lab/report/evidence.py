@@ -58,9 +58,10 @@ class Evidence:
 
     @property
     def methods(self) -> dict[str, tuple[str, bool]]:
-        """Name of a run -> its method, and whether others start from it (or it from nothing)."""
+        """Name of a run -> its method, and whether others start from it (or it is full fine-tuning of the base)."""
         starts = {run.start for run in self.runs}
-        parents = {run.name for run in self.runs if run.id in starts or run.start is None}
+        firsts = ("full", "pretrained")
+        parents = {run.name for run in self.runs if run.id in starts or (run.start is None and run.method in firsts)}
         return {run.name: (run.method, run.name in parents) for run in self.runs}
 
     @property

@@ -130,8 +130,8 @@ def ablation_chart(setting: str | None, evidence: Evidence) -> Chart:
         Panel(f"{each.metric} on {each.task}", partial(_draw, found=each, looks=looks, varied=varied)) for each in found
     ]
     columns = ("measure", "setting", "other settings", "mean", "standard error", "seeds")
-    entries = [*looks.values(), Entry("the model under the mask", "muted", "--")]
-    return Chart(text, panels, Table(columns, table), entries)
+    under = [Entry("the model under the mask", "muted", "--")] if any(line.start for line in lines) else []
+    return Chart(text, panels, Table(columns, table), [*looks.values(), *under])
 
 
 def _draw(axes: Axes, found: Ablation, looks: Mapping[str, Entry], varied: Collection[str]) -> None:
@@ -158,7 +158,8 @@ def value_text(value: Any, setting: str = "") -> str:
     """A setting's value for an axis; layers 0, 1, 2, 3 as 0-3, none of layers and rows as ``all``."""
     if value is None:
         return "all" if setting in _ALL else "default"
-    if isinstance(value, list) and len(value) > 1 and value == list(range(value[0], value[0] + len(value))):
+    is_range = isinstance(value, list) and len(value) > 1 and isinstance(value[0], int)
+    if is_range and value == list(range(value[0], value[0] + len(value))):
         return f"{value[0]}-{value[-1]}"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 

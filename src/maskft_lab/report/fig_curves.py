@@ -71,7 +71,7 @@ def curves_chart(evidence: Evidence) -> Chart:
     entries = entries_of({name: kinds[name] for name in chosen})
 
     def draw(axes: Axes, metric: str) -> None:
-        lines = {name: _mean_line(groups[name], metric) for name in groups if name in entries}
+        lines = {name: _mean_line(_alike(groups[name], metric)) for name in groups if name in entries}
         for name, line in lines.items():
             if line:
                 axes.plot(*np.transpose(line), **line_style(entries[name]), markevery=max(1, len(line) // 8))
@@ -80,15 +80,16 @@ def curves_chart(evidence: Evidence) -> Chart:
         axes.set_ylabel("held-out loss (nats/token)" if metric == LOSS else _short(metric))
 
     rows = [
-        (name, _short(metric), number(x, 6), number(y), str(len(group)))
+        (name, _short(metric), number(x, 6), number(y), str(len(alike)))
         for name, group in groups.items()
         for metric in metrics
-        for x, y in _mean_line(group, metric)
+        for alike in [_alike(group, metric)]
+        for x, y in _mean_line(alike)
     ]
     text = (
-        "The first full fine-tuning, then what was trained from its best checkpoint; means over seeds where all seeds "
-        "were measured at the same steps. Of several masks or controls of one kind, the one with the lowest held-out "
-        "loss is drawn; the table has all. Held-out rows choose checkpoints here; they are not the test items."
+        "Full fine-tuning of the base, what others start from, and what was trained; means over seeds where all seeds "
+        "were measured at the same steps, else the first. Of several masks or controls of one kind, the one with the "
+        "lowest held-out loss is drawn; the table has all. Held-out rows choose checkpoints; they are no test items."
     )
     panels = [Panel(_short(metric), partial(draw, metric=metric), True, 2.6) for metric in metrics]
     return Chart(text, panels, Table(("method", "measure", "step", "mean", "seeds"), rows), list(entries.values()))
@@ -109,11 +110,14 @@ def _one_of_each_kind(groups: Mapping[str, Sequence[Lines]], kinds: Mapping[str,
     return [name for name in groups if name in drawn]
 
 
-def _mean_line(group: Sequence[Lines], metric: str) -> list[tuple[float, float]]:
-    """Mean of steps and values over seeds; the first seed alone where the seeds were not measured alike."""
+def _alike(group: Sequence[Lines], metric: str) -> list[list[tuple[float, float]]]:
+    """The line of each seed that has one; the first alone where the seeds were not measured alike."""
     lines = [line[metric] for line in group if metric in line]
-    if len({len(line) for line in lines}) > 1:
-        lines = lines[:1]
+    return lines[:1] if len({len(line) for line in lines}) > 1 else lines
+
+
+def _mean_line(lines: Sequence[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Mean of steps and values over seeds."""
     return [(fmean([p[0] for p in points]), fmean([p[1] for p in points])) for points in zip(*lines, strict=True)]
 
 
@@ -125,7 +129,7 @@ def _cut(axes: Axes, lines: Sequence[Sequence[float]], is_loss: bool) -> None:
         return
     low, high = min(values), max(values)
     top = low + _CUT * (float(np.quantile(settled, 0.9)) - low)
-    if 0 < top - low < 0.6 * (high - low):
+    if 0 < top - low < 0.6 * (high - low) and 5 * sum(value > top for value in values) <= len(values):
         margin = 0.05 * (top - low)
         axes.set_ylim(low - margin, top + margin)
         text = f"clipped (max {high:.3g})"

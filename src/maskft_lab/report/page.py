@@ -47,7 +47,6 @@ def render_report(evidence: Evidence) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.policies["json.dumps_function"] = _dense_json
     templates = resources.files(__package__) / "templates"
     return environment.get_template("report.html").render(
         css=_palettes() + (templates / "style.css").read_text(encoding="utf-8"),
@@ -57,7 +56,6 @@ def render_report(evidence: Evidence) -> str:
         facts=_facts(evidence),
         sections={key: title for key, title in SECTIONS.items() if charts[key] or key in has_content},
         place=evidence.place,
-        data={"comparison": comparison.to_dict() if comparison else None},
         verdicts=verdicts[:MAX_VERDICTS],
         more_verdicts=verdicts[MAX_VERDICTS:],
         baseline=comparison.baseline if comparison else "nothing",
@@ -83,10 +81,6 @@ def _palettes() -> str:
         f':root[data-theme="dark"] {{ {dark}; }}\n'
         f'@media (prefers-color-scheme: dark) {{ :root:not([data-theme="light"]) {{ {dark}; }} }}\n'
     )
-
-
-def _dense_json(value: Any, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _head(figure: Figure) -> dict[str, Any]:

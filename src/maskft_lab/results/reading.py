@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from maskft_base import files
+from maskft_base.errors import UserError
 from maskft_base.files import parse_json, read_text
 
 from .schema import Result, check_result, read_result, result_file
@@ -34,6 +35,12 @@ def read_all(paths: Iterable[str]) -> list[Result]:
 def input_files(paths: Iterable[str]) -> set[Path]:
     """Return every file that would be read, resolved."""
     return {file.resolve() for _, path in map(_name_and_path, paths) for file in _files_of(path)}
+
+
+def check_output(output: str | None, results: Iterable[str]) -> None:
+    """Refuse an output file that is one of the results, which it would replace."""
+    if output and Path(output).resolve() in input_files(results):
+        raise UserError(f"--output {output} is one of the results and would replace it: name another file")
 
 
 def _name_and_path(text: str) -> tuple[str | None, Path]:

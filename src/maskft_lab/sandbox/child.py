@@ -355,8 +355,9 @@ def launcher(job: dict, report_fd: int) -> None:
         if platform.machine() not in MACHINES:
             raise OSError(errno.ENOSYS, f"no system-call filter for {platform.machine()}", "seccomp")
         enter_namespaces()
-    # After the change of identity, which would clear it: end with the process that started us.
-    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if sys.platform == "linux":
+        # After the change of identity, which would clear it: end with the process that started us.
+        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
     if not job["confined"]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from maskft.data.arguments import names_text
+from maskft.data.arguments import mixture_text
 from maskft.data.prepared import data_identity
 from maskft_base.files import digest, digest_file
 
@@ -20,7 +20,7 @@ def evaluation_identity(evaluation: dict, before: dict[str, dict] | None = None)
         return evaluation_identity(evaluation) | {"before": sets}
     out, folder = options_identity(evaluation), evaluation.get("data_dir")
     if folder is not None:
-        digests = _benchmark_digests(names_text(evaluation.get("tasks")) or "", folder)
+        digests = _benchmark_digests(mixture_text(evaluation.get("tasks")) or "", folder)
         out |= {f"files of {task}": found for task, found in digests.items()}
     return out
 

@@ -368,7 +368,7 @@ def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str |
 
 def as_text(options: Options) -> Options:
     """Mixtures as the command line takes them."""
-    return {key: mixture_text(value) if key == "dataset_name" else value for key, value in options.items()}
+    return {key: mixture_text(value) if key in DATA_NAMES else value for key, value in options.items()}
 
 
 def in_data_dir(options: Options, data_dir: str | Path | None) -> Options:
