@@ -349,7 +349,7 @@ CASES = [
     (change("train/seed", 3), "sets seed, which seeds, from"),
     (change("evaluation/tasks", 3), "evaluation: tasks must be a list of names"),
     (change("evaluation/limit", "ten"), "evaluation: argument --limit: invalid int value: 'ten'"),
-    (change("data/sums/dataset_name", ["a.jsonl"]), r"data.sums: dataset_name is \['a.jsonl'\]; it must be a name"),
+    (change("data/sums/dataset_name", 3), "data.sums: dataset_name is 3; it must be a name"),
     (
         lambda content: content.update(controls="standard") or content["methods"].update(full=True),
         "methods.full is True",
