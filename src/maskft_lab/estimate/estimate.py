@@ -194,9 +194,16 @@ class _Planned:
         if self.run.training.gradient_accumulation_steps == 1:
             during["gradients"] = 0  # they come as activations go
         phases = [step, during]
+        if self.run.training.do_eval:
+            phases.append({**start, **self.kept, "gradients": 0, "logits": self._heldout_logits()})
         if self.device == "cpu":  # a file's pages are resident while the weights are read from it
             phases.append(start | {"file": self.stored.itemsize * self.num_parameters})
         return max(phases, key=lambda terms: sum(terms.values()))
+
+    def _heldout_logits(self) -> int:
+        """Those of a batch of held-out rows, and a copy of one row in float32 and one in float64."""
+        one = self.run.training.max_length * self.config.get_text_config().vocab_size
+        return one * (self.run.training.per_device_eval_batch_size * (self.autocast or self.dtype).itemsize + 12)
 
     def _logits(self, rows: int) -> int:
         """What the head takes for a moment, when the backward pass begins."""
