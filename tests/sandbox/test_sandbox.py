@@ -20,14 +20,10 @@ import pytest
 
 from maskft_base.errors import UserError
 from maskft_lab.sandbox import child, sandbox
-from maskft_lab.sandbox.sandbox import SandboxResult, run_many, why_unconfined
+from maskft_lab.sandbox.sandbox import SandboxResult, run_code, run_many, why_unconfined
 
 MIB = 2**20
 SECRET = "decoy-secret-4f1c"
-
-
-def run_code(code: str, **limits) -> SandboxResult:
-    return run_many([code], num_workers=1, **limits)[0]
 
 
 def run_unconfined(code: str, monkeypatch: pytest.MonkeyPatch, **limits: float) -> SandboxResult:

@@ -113,6 +113,11 @@ def check_allowed(allow_unconfined: bool) -> bool:
     return reason is None
 
 
+def run_code(code: str, *, allow_unconfined: bool = False, **limits: Any) -> SandboxResult:
+    """Run one Python program confined and say how it ended; see `run_many`."""
+    return run_many([code], num_workers=1, allow_unconfined=allow_unconfined, **limits)[0]
+
+
 def run_many(
     programs: Iterable[str],
     *,
