@@ -30,7 +30,8 @@ from .embedded import embedded_config, embedded_file, read_embedded
 
 # Not the default: without it, transformers asks on the terminal whether to run the code that a model brings.
 _NO_CODE = {"trust_remote_code": False}
-_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, StrictDataclassError, SafetensorError, ArithmeticError)
+_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, StrictDataclassError)  # what transformers raises
+_UNREADABLE += (SafetensorError, ArithmeticError, LookupError)
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # What else in a model's folder decides what it computes and how text becomes tokens.
 _OTHERS = (
