@@ -28,8 +28,7 @@ from maskft_base.files import EMBEDDED_MODEL, digest, digest_file, holds_adapter
 
 from .embedded import embedded_config, embedded_file, read_embedded
 
-# Not the default: without it, transformers asks on the terminal whether to run the code that a model brings.
-_NO_CODE = {"trust_remote_code": False}
+_NO_CODE = {"trust_remote_code": False}  # else transformers asks on the terminal whether to run what a model brings
 _UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, StrictDataclassError)  # what transformers raises
 _UNREADABLE += (SafetensorError, ArithmeticError, LookupError)
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
