@@ -58,8 +58,8 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
     try:
         _check_configuration(name_or_path, **kwargs)
         with _no_bars() if is_local_folder(name_or_path) else contextlib.nullcontext():
-            how = {"dtype": dtype, "output_loading_info": True, **_NO_CODE, **kwargs}
-            model, found = AutoModelForCausalLM.from_pretrained(name_or_path, **how)
+            kwargs |= {"dtype": dtype, "output_loading_info": True}
+            model, found = AutoModelForCausalLM.from_pretrained(name_or_path, **_NO_CODE, **kwargs)
         if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
             raise UserError(f"it lacks {len(missing)} weights, {missing[0]} the first; copy or save it again")
         return model
