@@ -178,6 +178,11 @@ def test_ids_name_the_content(write):
     assert load_examples(write([{"text": "b", "url": 1}]))["id"][0] == other
 
 
+def test_a_list_of_names_is_a_mixture():
+    args = DataArguments(dataset_name=["a.jsonl", "b.jsonl"], eval_dataset_name={"c.jsonl": 3})
+    assert (args.dataset_name, args.eval_dataset_name) == ("a.jsonl,b.jsonl", "c.jsonl:3")
+
+
 def test_text_column_can_be_named(write):
     path = write([{"body": "once"}])
     (example,) = load_examples(path, text_field="body")

