@@ -59,10 +59,10 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
         _check_configuration(name_or_path, **kwargs)
         with _no_bars() if is_local_folder(name_or_path) else contextlib.nullcontext():
             kwargs |= {"dtype": dtype, "output_loading_info": True}
-            model, found = AutoModelForCausalLM.from_pretrained(name_or_path, **_NO_CODE, **kwargs)
-        if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **_NO_CODE, **kwargs)
+        if missing := sorted(loaded[1]["missing_keys"]):  # transformers would draw them at random
             raise UserError(f"it lacks {len(missing)} weights, {missing[0]} the first; copy or save it again")
-        return model
+        return loaded[0]
     except _UNREADABLE as error:
         raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}") from error
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from maskft_base.errors import UserError
 from maskft_base.files import digest
 
-from .arguments import DataArguments, check_sizes
+from .arguments import DataArguments, check_sizes, mixture_text
 from .formats import Row
 from .mixtures import Reader, ReadSet, load_examples, mix, parse_mixture
 from .sources import is_hub_name
@@ -91,7 +91,7 @@ def _heldout_name(args: DataArguments) -> str | None:
     """Return the set of the held-out data; None: a part of the training data is held out."""
     if not args.dataset_name:
         raise UserError("dataset_name is missing; give a data file or a hub name")
-    name = args.eval_dataset_name
+    name = mixture_text(args.eval_dataset_name)
     if not name and args.dataset_eval_split:
         name = ",".join(_names(args.dataset_name))  # all of the other split
     file = next((part for part in _names(name) if not is_hub_name(part)), None)
