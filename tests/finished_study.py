@@ -108,7 +108,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.texts, self.scripts, self._open = [], [], {}, []
+        self.tags, self.texts, self._open = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -120,7 +120,5 @@ class Page(HTMLParser):
             pass
 
     def handle_data(self, data):
-        if self._open and self._open[-1][0] == "script":
-            self.scripts[self._open[-1][1].get("id")] = data
-        elif data.strip():
+        if data.strip() and not (self._open and self._open[-1][0] == "script"):
             self.texts.append(data.strip())
