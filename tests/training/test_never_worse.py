@@ -106,7 +106,7 @@ def test_settings_of_the_learner_do_not_stay_in_an_adapter_that_removes_nothing(
     learners = {
         "threshold": {"mask_selection": "threshold", "mask_threshold": 0.03, "mask_modules_to_save": "lm_head"},
         "preset": {"mask_preset": "paper"},
-        "deletion": {"mask_preset": "deletion_tuning", "num_calibration_samples": 4},
+        "deletion": {"mask_preset": "deletion_tuning", "mask_init_scores": "wanda", "num_calibration_samples": 4},
         "gates": {"mask_selection": "hard_concrete", "mask_init_value": 0.01, "mask_price": 1.0},
         "values": {"mask_removed_value": "base", "mask_removed_value_model": base, "mask_sparsity_ramp": 0.5},
     }

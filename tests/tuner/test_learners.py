@@ -415,7 +415,7 @@ def test_presets():
     assert (recommended.sparsity, recommended.rank_by, recommended.layers_to_transform) == (0.1, "abs", None)
     deletion = MaskConfig(preset="deletion_tuning")
     assert (deletion.target_modules, deletion.selection, deletion.gradient) == (["gate_proj"], "logit", "sigmoid")
-    assert deletion.init_scores == "wanda" and deletion.sharpness < deletion.sharpness_end
+    assert deletion.init_scores == "magnitude" and deletion.sharpness < deletion.sharpness_end
     assert copy.copy(deletion) == deletion == pickle.loads(pickle.dumps(deletion))
     assert recommended.beside_preset == deletion.beside_preset == {}
 
@@ -427,7 +427,7 @@ def test_options_beside_a_preset_win():
     priced = MaskConfig(preset="deletion_tuning", price=2.0, target_modules=["up_proj"])
     assert (priced.price, priced.target_modules, priced.selection) == (2.0, ["up_proj"], "logit")
     other = MaskConfig(preset="deletion_tuning", selection="topk")
-    assert (other.selection, other.init_scores, other.gradient) == ("topk", "wanda", "straight_through")
+    assert (other.selection, other.init_scores, other.gradient) == ("topk", "magnitude", "straight_through")
     # What was saved stands, also where a preset has other values by then.
     saved = MaskConfig(preset="deletion_tuning").to_dict() | {"mask_sha256": "0" * 64, "sharpness": 11.0}
     assert MaskConfig(**saved).sharpness == 11.0

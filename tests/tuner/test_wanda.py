@@ -42,7 +42,7 @@ def test_removing_the_lowest_keys_is_wandas_mask(build, target):
 
 
 def test_the_preset_trains_in_a_plain_loop():
-    model = get_peft_model(tiny.tiny_llama(), MaskConfig(preset="deletion_tuning", price=0.01))
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(preset="deletion_tuning", init_scores="wanda", price=0.01))
     ids = tiny.token_ids(4, 12)
     maskft.start_scores(model, maskft.wanda_keys(model, ids))
     scores = [p for p in model.parameters() if p.requires_grad]

@@ -37,7 +37,7 @@ class TrainingArguments(SFTConfig):
     learning_rate: float | None = option(
         None,
         "Peak learning rate, 0 or more. Default: 3e-4 for top-k masks whose scores start in an order (magnitude, "
-        "wanda), 0.01 for other masks, 2e-05 for other methods.",
+        "wanda), 5e-3 for the preset deletion_tuning, 0.01 for other masks, 2e-05 for other methods.",
     )
     eval_strategy: str = _default("eval_strategy", "steps")
     eval_steps: float | None = _default("eval_steps", 0.1)
@@ -111,13 +111,14 @@ def default_learning_rate(method: str, options: Mapping[str, Any]) -> float:
     """Highest rate of a method where none is given: of scores a starting point, else TRL's.
 
     Args:
-        method: Name of the method.
         options: The mask's options, as of `default_start`.
     """
     if method != "mask":
         return SFTConfig.learning_rate
+    if not removes_a_share(options):
+        return 5e-3 if options.get("mask_preset") == "deletion_tuning" else 1e-2
     start = options.get("mask_init_scores") or default_start(options)
-    return 3e-4 if removes_a_share(options) and start in ("magnitude", *DATA_STARTS) else 1e-2
+    return 3e-4 if start in ("magnitude", *DATA_STARTS) else 1e-2
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ _SHORT = {
     "mask_target_modules": "Names (or a regular expression) of the linear layers to mask [all in the decoder layers]",
     "output_dir": "Folder for what is trained, its checkpoints and its log",
     "learning_rate": "Peak learning rate, of a mask that of its scores [3e-4 for top-k masks that start in an order, "
-    "0.01 for other masks, 2e-5 otherwise]",
+    "5e-3 for the preset deletion_tuning, 0.01 for other masks, 2e-5 otherwise]",
     "max_steps": "Optimizer steps, in the place of num_train_epochs; -1: not set",
     "warmup_steps": f"Optimizer steps of linear warmup{_OF_STEPS}",
     "eval_steps": f"Optimizer steps from one evaluation to the next{_OF_STEPS}",

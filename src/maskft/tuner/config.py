@@ -29,14 +29,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {**_PUBLISHED, "init_scores": "normal"},
     # A starting point, on all layers and at learning rate 3e-4: docs/learners.md.
     "recommended": {**_PUBLISHED, "init_scores": "magnitude"},
-    # Deletion Tuning (https://arxiv.org/abs/2611.10866): one logit per weight of the gate projections, a hard forward
-    # pass, a start in Wanda's order, a sharpness that rises, a free budget, a price on what is removed (without it a
-    # hundred times as many weights go). Only its abstract was read: the constants are ours.
+    # After Deletion Tuning (https://arxiv.org/abs/2611.10866): one logit per weight of the gate projections, a hard
+    # forward pass, a sharpness that rises, a free budget, a price on what is removed (without it a hundred times as many
+    # weights go). Only its abstract was read: the constants are ours, and so is the start (Wanda's order learned less).
     "deletion_tuning": {
         "target_modules": ["gate_proj"],
         "selection": "logit",
         "gradient": "sigmoid",
-        "init_scores": "wanda",
+        "init_scores": "magnitude",
         "init_std": 0.02,
         "init_value": 0.04,
         "price": 1.0,
@@ -142,8 +142,8 @@ class MaskConfig(PeftConfig):
         None,
         "`paper`: topk, abs, normal(0, 0.02), sparsity 0.1. `recommended`: the same from the "
         "smallest weights on, meant for all layers and learning rate 3e-4. `deletion_tuning`: logits of all "
-        "gate_proj in Wanda's order, sigmoid slope, price 1 (Deletion Tuning; init_std 0.02, init_value 0.04, "
-        "sharpness 10 to 100 and the price are ours).",
+        "gate_proj from the smallest weights on, sigmoid slope, price 1, sharpness 10 to 100, meant for models that "
+        "were not fine-tuned and learning rate 5e-3 (after Deletion Tuning; start and constants are ours).",
     )
     save_scores: bool = _option(
         False,

@@ -1,0 +1,43 @@
+"""Write the rows of study_curve_clinc150.yaml: 150 intents of what people ask an assistant.
+
+python recipes/smollm2/make_clinc_inputs.py data_full.json runs/curve
+
+``data_full.json`` is CLINC150 as published (Larson et al., EMNLP 2019, D19-1131; github.com/clinc/oos-eval, CC-BY 3.0); its
+rows that have none of the 150 intents are left out. The probes come from make_curve_inputs.py.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+from make_curve_inputs import NUM_PROMPTS, SEED, write_task
+
+NUM_TRAIN, NUM_TEST = 1_200, 600  # rows to train on with those held out, and of the test
+
+
+def main(source: Path, folder: Path) -> None:
+    """Write training rows, test rows and the prompts on which KL to the base is measured."""
+    published = json.loads(source.read_text())
+    rng = random.Random(SEED)
+    train, test = ([as_row(*pair) for pair in published[split]] for split in ("train", "test"))
+    rng.shuffle(train)
+    rng.shuffle(test)
+    asked = {row["prompt"] for row in train}
+    write_task(
+        folder, "clinc150", train[: NUM_TRAIN + NUM_PROMPTS], [row for row in test if row["prompt"] not in asked][:NUM_TEST]
+    )
+
+
+def as_row(text: str, intent: str) -> dict:
+    """Return a prompt and the intent's name in words, the answer to be generated."""
+    name = intent.replace("_", " ")
+    return {"prompt": f"{text}\nIntent:", "completion": f" {name}", "answer": name}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python recipes/smollm2/make_clinc_inputs.py data_full.json DIR")
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
