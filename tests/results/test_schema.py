@@ -237,6 +237,7 @@ NLL = ("tasks", "sums", "metrics", "nll")
         (change(["tasks", "sums", "items", 1, "num_tokens"], ...), "item 'p1' has num_tokens None"),
         (change([*NLL, "unit"], ...), "tasks.sums.metrics.nll.unit is missing"),
         (change(["tasks", "sums", "items", 1, "nll"], 10**400), "tasks.sums: item 'p1' has a nll of more than 2e.308"),
+        (change(["tasks", "sums", "items", 1, "nll"], 1e308 * 10), "item 'p1' has a nll of more than 2e.308"),
         (change(["tasks", "a\nb"], 1), r"tasks\.a\\nb"),
         (change([*NLL, "unit"], "fraction"), "item 'p1' has nll 3.0, and a fraction is in .0, 1., not percent"),
         (change([*NLL, "num_items"], 3), "nll has num_items 3 for 2 items"),
@@ -252,7 +253,7 @@ NLL = ("tasks", "sums", "metrics", "nll")
 )
 def test_damaged_results_are_refused_in_one_line(result, tmp_path, damage, message):
     damage(result)
-    (tmp_path / "result.json").write_text(json.dumps(result))
+    (tmp_path / "result.json").write_text(json.dumps(result).replace("Infinity", "1e400"))
     with pytest.raises(UserError, match=message) as caught:
         read_result(tmp_path)
     assert "result.json" in str(caught.value)

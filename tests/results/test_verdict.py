@@ -188,6 +188,7 @@ def test_one_trained_result_does_not_stand_beside_several_seeds():
     own = result("lora", "lora", 200, 2, fingerprint="l")
     comparison = compared([own, *masks], "lora")
     assert comparison.differences[0].num_seeds == 1 and "at seed 2 only" in comparison.notes[0]
+    assert compared([own, *masks], "lora", fixed_seeds=True).differences[0].num_seeds == 3
     # A pre-trained model has no seed, and the parent of all masks is what they are meant to improve.
     for single in (
         result("pre-trained", "pretrained", 200, 0, fingerprint="p"),

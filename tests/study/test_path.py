@@ -70,7 +70,9 @@ def test_every_point_is_measured_on_heldout_rows_and_probes(content, tmp_path, c
     (lost,) = out.glob(f"{files.RUNS}/mask-*/path/text-*/1-0.5/{files.RESULT}")
     before = {path: path.stat().st_mtime_ns for path in out.glob(f"{files.RUNS}/*/path/*/*/{files.RESULT}")}
     lost.write_text("{")  # as a full disk leaves it
+    (damaged := lost.parents[3] / "checkpoint-1.damaged").mkdir()  # as a resumed training renames one
     assert main(["study", str(study), "--output_dir", str(out)]) == 0
+    damaged.rmdir()
     assert commands.count("evaluate") == 6 + 5 + 1
     assert "no curve is written without path.choose" in (out / files.STUDY_TABLE.format("small")).read_text()
     assert [path for path in before if path.stat().st_mtime_ns != before[path]] == [lost]
@@ -133,8 +135,8 @@ def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(content, tm
     assert sorted(out.glob(f"{files.RUNS}/*/checkpoint-*")) == chosen and len(chosen) == 2 * (2 + 2)
 
 
-def a_point(gain, forgetting):
-    return ChosenFrom(None, (1.0, gain), gain, forgetting, {})
+def a_point(gain, forgetting, nll=0.0):
+    return ChosenFrom(None, (1.0, gain), gain, forgetting, {"heldout": {"nll": nll}})
 
 
 def test_what_is_chosen():
@@ -143,6 +145,9 @@ def test_what_is_chosen():
     assert least == [0.3, 0.1, 0.1, 0.05]  # none gains 0.95, two come nearest
     most = [choose(points, 1.0, Choice(forgetting_at_most=most)).gain for most in (0.4, 0.2, 0.06, 0.01)]
     assert most == [0.9, 0.8, 0.4, 0.4]
+    equal = [a_point(0.0, 0.1, 3.0), a_point(0.0, 0.1, 2.0)]  # the lower loss
+    for rule in (Choice(accuracy_at_least=0.9), Choice(forgetting_at_most=0.2), Choice(forgetting_at_most=0.01)):
+        assert choose(equal, 0.0, rule) is equal[1]
     heldout = Heldout(1.0, {(1.0, 1.0): {"heldout": {"nll": None}}, (0.5, 1.0): {"heldout": {"nll": 1.0}}})
     found = points_of([Trial({}, None, heldout)], {"heldout": {"nll": 2.0}})
     assert [point.point for point in found] == [(0.5, 1.0)], "the other diverged"
@@ -153,8 +158,9 @@ def test_what_is_chosen():
     [
         ({"choose": {"accuracy_at_least": 0.9, "forgetting_at_most": 1.0}}, "one of accuracy_at_least and"),
         ({"choose": {"accuracy_at_least": 2}}, "less than or equal to 1"),
-        ({"checkpoints": [0.25, 1.0]}, "has no checkpoint at step 1 "),
+        ({"checkpoints": [0.25, 1.0]}, "path.checkpoints has 0.25, and save_steps does not divide"),
         ({"checkpoints": []}, "at least 1 item"),
+        ({"before": {"prompts": {"kl": True}}, "choose": {"forgetting_at_most": 1.0}}, "whose loss is measured"),
     ],
 )
 def test_a_path_that_cannot_be(change, message, content, tmp_path, capsys):

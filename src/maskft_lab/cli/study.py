@@ -7,8 +7,6 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskft_base.errors import UserError
-
 if TYPE_CHECKING:
     from ..study.launchers import Launcher
     from ..study.plan import Plan
@@ -28,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry_run", action="store_true", help="list runs, what each is made from, tokens and time; run nothing"
     )
-    parser.add_argument("--measure", action="store_true", help="with --dry_run: train ten steps, to estimate the time")
     parser.add_argument(
         "--launcher",
         choices=("local", "ray", "slurm"),
@@ -69,15 +66,13 @@ def run(args: argparse.Namespace) -> None:
     plan = check(recipe)
     folder = Path(args.output_dir or Path("runs") / recipe.name)
     if not args.dry_run:
-        if args.measure:
-            raise UserError("--measure is for --dry_run; add that, or drop it")
         start(plan, folder, launcher)
         words = ["maskft", "report", str(folder), "--study_name", recipe.name, "-o", str(folder / "report.html")]
         print(f"next: {shlex.join(words)}")
         return
-    from ..study.dry_run import measured, print_dry_run
+    from ..study.dry_run import print_dry_run
 
-    print_dry_run(measured(plan) if args.measure else plan, folder, read_yaml(args.recipe)["methods"])
+    print_dry_run(plan, folder, read_yaml(args.recipe)["methods"])
 
 
 def check(recipe: Recipe) -> Plan:

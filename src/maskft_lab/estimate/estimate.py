@@ -93,7 +93,7 @@ def estimate(run: TrainConfig, device: str | None = None, device_memory_gb: floa
     planned = _Planned(run, device)
     largest = None
     if device_memory_gb is not None:
-        if not math.isfinite(device_memory_gb):
+        if not 0 < device_memory_gb < math.inf:
             raise UserError(f"device_memory_gb is {device_memory_gb}; give a number of GB, > 0")
         limit = int(device_memory_gb * 2**30) - (RESERVE_BYTES if device == "cuda" else 0)
         sizes = range(1, MAX_MICRO_BATCH + 1)

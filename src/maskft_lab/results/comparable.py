@@ -66,7 +66,7 @@ def pair_by_seed(group: list[Result], baseline_group: list[Result], fixed_seeds:
     single, others = (group, baseline_group) if len(group) == 1 else (baseline_group, group)
     seeds, baseline_seeds = ([result["model"]["seed"] for result in each] for each in (group, baseline_group))
     common = set(seeds) & set(baseline_seeds)
-    if len(single) == 1 and (_is_not_drawn(single[0], others) or (fixed_seeds and not common)):
+    if len(single) == 1 and (fixed_seeds or _is_not_drawn(single[0], others)):
         return group, baseline_group
     if not common and len(single) == 1:
         raise UserError(

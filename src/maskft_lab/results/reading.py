@@ -45,6 +45,8 @@ def check_output(output: str | None, results: Iterable[str]) -> None:
 
 def _name_and_path(text: str) -> tuple[str | None, Path]:
     name, separator, path = text.partition("=")
+    if not text or (separator and not path):
+        raise UserError(f"{text!r} names no file; give a result, a folder of results, or NAME=PATH")
     if separator and name and not files.is_there(text) and "/" not in name:
         return name, Path(path)
     return None, Path(text)

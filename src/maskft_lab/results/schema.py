@@ -355,7 +355,7 @@ def _check_metric(name: str, metric: MetricRecord, items: list[Item]) -> None:
     for item in items:
         if name not in item or not isinstance(item[name], int | float | None):
             raise ValueError(f"item {item['id']!r} has {name} {item.get(name)!r}, not a number or null")
-        if isinstance(item[name], int) and not is_finite(item[name]):
+        if item[name] is not None and abs(item[name]) > sys.float_info.max:  # 1e400 is read as infinity
             raise ValueError(f"item {item['id']!r} has a {name} of more than {sys.float_info.max:.0e}")
         if metric["unit"] == "fraction" and is_finite(item[name]) and not 0 <= item[name] <= 1:
             raise ValueError(f"item {item['id']!r} has {name} {item[name]}, and a fraction is in [0, 1], not percent")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -73,7 +74,10 @@ def _mean_items(group: Sequence[Result], task: str, metric: str) -> NDArray[np.f
 def _error_over_items(group: Sequence[Result], task: str, metric: str, unit: str) -> float | None:
     """Return the standard error over items (clusters) of the mean over seeds."""
     values_N, items = _mean_items(group, task, metric), group[0]["tasks"][task]["items"]
-    return None if values_N is None else weighted_mean(values_N, item_weights(items, unit), cluster_ids(items))[1]
+    if values_N is None:
+        return None
+    stderr = weighted_mean(values_N, item_weights(items, unit), cluster_ids(items))[1]
+    return stderr if math.isfinite(stderr) else None
 
 
 def _bounds(group: Sequence[Result], task: str, metric: str) -> tuple[Bounds | None, bool]:

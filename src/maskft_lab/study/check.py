@@ -51,7 +51,7 @@ def check(recipe: Recipe, evaluate: ModuleType) -> Plan:
         # One parse of all options of a run checks each of them; only values that are new need another.
         values = {(run.method.name, name, repr(value)) for name, value in run.options.items()}
         if values - seen:
-            _check_run(run)
+            _check_run(run, recipe)
         seen |= values
     _evaluation_args(recipe, evaluate)
     _check_path_rows(plan)
@@ -78,11 +78,15 @@ def parsed_run(run: StudyRun) -> TrainConfig:
     return parse_words(command_words(options))[0]
 
 
-def _check_run(run: StudyRun) -> None:
+def _check_run(run: StudyRun, recipe: Recipe) -> None:
     try:
         parsed = parsed_run(run)
         check_method(parsed.method)
         check_sizes(parsed.data)
+        saved = parsed.training.save_steps / (parsed.training.max_steps if parsed.training.save_steps >= 1 else 1)
+        for share in recipe.path.checkpoints if recipe.path and 0 < saved < 1 else ():
+            if share < 1 and abs(share / saved - round(share / saved)) > 1e-6:
+                raise UserError(f"path.checkpoints has {share:g}, and save_steps does not divide it; let it")
         if run.method.method in MASK_METHODS:
             config = mask_config(parsed.mask)
             if run.method.method in FIXED_MASK_METHODS:

@@ -46,7 +46,7 @@ def with_standard_controls(
         raise ValueError("controls has no learned mask to stand beside; add one, or drop it")
     controls: Methods = {}
     for name in learned:
-        varied = next((option for option in (*_SHARED, "data") if f"{name}.{option}" in grid), None)
+        varied = next((option for option in _SHARED if f"{name}.{option}" in grid), None)
         if varied:
             raise ValueError(f"grid {name}.{varied} gives the mask several lengths, and its controls have one; drop it")
         # Two masks of one parent and as many steps share the controls that no mask is in.
@@ -83,7 +83,7 @@ def _controls_of(name: str, methods: Methods, train: Mapping[str, Any]) -> Itera
 
 
 def _rates(tune: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """Rates of a method to try: no fewer than the settings that a mask is tuned over."""
+    """Rates of a method to try: no fewer than the settings that a mask is tuned over, of those there are."""
     lists = (values for option, values in tune.items() if option not in LENGTHS)
     sizes = (values.get("times_parent") if isinstance(values, dict) else values for values in lists)
     number = max(math.prod(len(values) for values in sizes if isinstance(values, list)), _MIN_RATES)

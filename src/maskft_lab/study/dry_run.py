@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -14,17 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from maskft.training.method_arguments import UNTRAINED_METHODS
-from maskft_base import files
-from maskft_base.errors import UserError
 from maskft_base.runtime import time_text
 
+from .check import parsed_run
 from .execute import Study
 from .plan import Plan, build_plan
-from .process import PYTHON, command_words, run_command
 from .recipe import PRETRAINED
 from .runs import StudyRun, settings_text
-
-NUM_MEASURED_STEPS = 10
 
 
 def print_dry_run(plan: Plan, folder: Path, own: Collection[str]) -> None:
@@ -55,7 +49,7 @@ def print_dry_run(plan: Plan, folder: Path, own: Collection[str]) -> None:
     tokens, seconds = (None if None in values else sum(values) for values in zip(*left.values(), strict=True))
     ids = {run.id: run.method.name in own for run in plan.runs}
     words = _words(tokens, seconds)
-    speed = " (for the time add --measure, which trains ten steps, or tokens_per_s: N to the recipe)"
+    speed = " (for the time add tokens_per_s: N, which maskft train prints, to the recipe)"
     if plan.recipe.tokens_per_s:
         speed = f" at {plan.recipe.tokens_per_s:.3g} tokens/s of full fine-tuning"
     console.print(
@@ -92,40 +86,17 @@ def cost_of(plan: Plan, run: StudyRun) -> tuple[int | None, float | None]:
     """
     if run.method.method in (PRETRAINED, *UNTRAINED_METHODS):
         return 0, 0.0
-    data, options = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))], run.options
+    data, parsed = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))], parsed_run(run)
     if data.tokens_per_row is None:
         return None, None
-    rows, most = data.num_rows, options.get("max_train_samples")
+    rows, most, training = data.num_rows, parsed.data.max_train_samples, parsed.training
     rows = most if rows is None else min(rows, most or rows)
-    if int(options.get("max_steps", -1)) > 0:
-        batch = options.get("per_device_train_batch_size", 8) * options.get("gradient_accumulation_steps", 1)
-        batch = options.get("global_batch_size") or batch * (plan.recipe.launch.num_processes or 1)
-        rows = options["max_steps"] * batch
+    if training.max_steps > 0:
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        rows = training.max_steps * (training.global_batch_size or batch * (plan.recipe.launch.num_processes or 1))
     elif rows is not None:
-        rows *= options.get("num_train_epochs", 3)
+        rows *= training.num_train_epochs
     if rows is None:
         return None, None
-    tokens = round(rows * min(data.tokens_per_row, options.get("max_length") or math.inf))
+    tokens = round(rows * min(data.tokens_per_row, training.max_length or math.inf))
     return tokens, tokens / plan.recipe.tokens_per_s if plan.recipe.tokens_per_s else None
-
-
-def measured(plan: Plan) -> Plan:
-    """The plan with speed and length of rows of its first full fine-tuning, as ten steps here have them.
-
-    Raises:
-        UserError: If training fails.
-    """
-    run = next((run for run in plan.runs if run.method.method == "full" and run.start is None), None)
-    if run is None:
-        raise UserError("--measure trains ten steps of full fine-tuning of the base, and the recipe has none; drop it")
-    short = {"max_steps": NUM_MEASURED_STEPS, "eval_strategy": "no", "save_strategy": "no", "report_to": "none"}
-    with tempfile.TemporaryDirectory(prefix="maskft-") as place:
-        given = {"method": "full", "model_name_or_path": run.model, "output_dir": f"{place}/run"}
-        run_command([*PYTHON, "train", *command_words(run.options | given | short)], Path(place) / files.LOG)
-        record = files.read_json(Path(place) / "run" / files.TRAINING)
-    tokens, rows = record["summary"]["num_train_tokens"], record["data"]["train"]
-    recipe, name = plan.recipe, run.method.data or next(iter(plan.recipe.data))
-    found = {"num_rows": rows, "tokens_per_row": tokens / (rows * record["summary"]["history"][-1]["epoch"])}
-    data = recipe.data | {name: recipe.data[name].model_copy(update=found)}
-    update = {"tokens_per_s": tokens / record["summary"]["train_time_s"], "data": data}
-    return replace(plan, recipe=recipe.model_copy(update=update))

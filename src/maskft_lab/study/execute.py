@@ -44,7 +44,6 @@ _OF_DATA = {f.name for f in fields(DataArguments)} - set(NOT_OF_HELDOUT_DATA)
 _OF_DATA |= {"eval_split_size", "data_dir", "dataset_text_field"}
 PATH = "path"  # folder of a run's points
 _ALL = 1_000_000  # checkpoints of a run with a path, which may need any of them
-_SWITCHES = ("no_generate", "kl", "bf16", "allow_unconfined_code")  # options of `maskft evaluate` without a value
 
 Tick = Callable[[], None]  # called about twice a second while a command runs
 
@@ -275,7 +274,8 @@ def _measure_path(study: Study, run: StudyRun, tick: Tick) -> None:
 
 
 def _checkpoint(folder: Path, step: float) -> Path:
-    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-[1-9]*")}
+    steps = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-[1-9]*")}
+    found = {int(number): path for path, number in steps.items() if number.isdigit()}  # else it is damaged
     nearest = min(found, key=lambda number: abs(number - step), default=-2)
     if abs(nearest - step) >= 1:
         raise UserError(
@@ -421,11 +421,9 @@ def _model_options(study: Study, run: StudyRun, role: str) -> dict:
 
 
 def evaluation_words(options: dict) -> list[str]:
-    """Options of ``maskft evaluate`` as words; ``no_generate: true`` and the like are flags without a value."""
-    valued = {key: value for key, value in options.items() if key not in _SWITCHES}
-    if isinstance(valued.get("tasks"), list):
-        valued["tasks"] = ",".join(map(str, valued["tasks"]))
-    return [*command_words(valued), *(f"--{key}" for key in _SWITCHES if options.get(key) is True)]
+    """Options of ``maskft evaluate`` as words."""
+    tasks = options.get("tasks")
+    return command_words(options | ({"tasks": ",".join(map(str, tasks))} if isinstance(tasks, list) else {}))
 
 
 def _training_block(study: Study, run: StudyRun, role: str, record: RunRecord) -> dict:

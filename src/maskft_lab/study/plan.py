@@ -200,6 +200,8 @@ class _Planner:
     def hash(self, method: Method, options: Options, parents: dict[str, StudyRun | None]) -> str:
         """Hash of what decides a run's outcome."""
         named = options_identity(written_out(method.method, options))
+        if name := named.get("mask_removed_value_model"):
+            named["mask_removed_value_model"] = model_identity(name)
         # What other options decide has no default here; of the start, the published one is not named.
         defaults = self.defaults | {"mask_init_scores": "normal", "mask_init_value": 0}
         settings = {

@@ -123,6 +123,13 @@ class MethodPath(Section):
     scales: list[Share] = []  # parts of the change at the end of training, W0 + scale * (W - W0)
     choose: Choice | None = None  # None: the setting with the lowest held-out loss, at its best checkpoint
 
+    @model_validator(mode="after")
+    def _check_measured(self) -> MethodPath:
+        is_measured = any(not each.get("kl") for each in self.before.values())
+        if self.choose and self.choose.forgetting_at_most is not None and not is_measured:
+            raise ValueError("choose.forgetting_at_most needs a set in path.before whose loss is measured (not kl)")
+        return self
+
     @property
     def points(self) -> list[tuple[float, float]]:
         """Share of training and part of the change of every point."""
@@ -240,7 +247,7 @@ class Recipe(Section):
         controls, methods, train = content.get("controls"), content.get("methods"), content.get("train") or {}
         if (controls == "standard" or isinstance(controls, list)) and isinstance(methods, dict | None):
             masks = controls if isinstance(controls, list) else None
-            grid, train = content.get("grid") or (), train if isinstance(train, dict) else {}
+            grid, train = (value if isinstance(value, dict) else {} for value in (content.get("grid"), train))
             content = content | {"methods": with_standard_controls(methods or {}, train, masks, grid)}
         return content
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 
 from maskft_base import files
 from maskft_base.errors import UserError
@@ -38,8 +39,9 @@ def summarise(study: Study, plan: Plan) -> str:
             results[-1]["study"]["result"] = file.parent.name
     recipe, name, models, text, table = study.recipe, study.recipe.name, {}, "", [f"# {study.recipe.name}", ""]
     for file in study.folder.glob(files.CURVE.format("*", "*")):
-        if file.name == files.CURVE.format(name, read_json(file).get("probe")):  # else of another study, or of none
-            file.unlink()
+        with suppress(UserError, AttributeError):  # it is no curve
+            if file.name == files.CURVE.format(name, read_json(file).get("probe")):  # else of another study
+                file.unlink()
     if results:
         model = results[0]["study"]["model"]
         results, notes = without_repeats(results, recipe.baseline)

@@ -42,11 +42,17 @@ def choose(points: Sequence[ChosenFrom], best_gain: float, rule: Choice) -> Chos
     """
     if rule.accuracy_at_least is not None:
         enough = [each for each in points if each.gain >= rule.accuracy_at_least * best_gain]
-        nearest = max(points, key=lambda p: (p.gain, -p.forgetting))
-        return min(enough, key=lambda p: (p.forgetting, -p.gain)) if enough else nearest
+        return min(enough, key=_least_forgetting) if enough else min(points, key=_most_gain)
     little = [each for each in points if each.forgetting <= rule.forgetting_at_most]
-    nearest = min(points, key=lambda p: (p.forgetting, -p.gain))
-    return max(little, key=lambda p: (p.gain, -p.forgetting)) if little else nearest
+    return min(little, key=_most_gain) if little else min(points, key=_least_forgetting)
+
+
+def _least_forgetting(point: ChosenFrom) -> tuple[float, ...]:
+    return point.forgetting, -point.gain, point.values[HELDOUT]["nll"]
+
+
+def _most_gain(point: ChosenFrom) -> tuple[float, ...]:
+    return -point.gain, point.forgetting, point.values[HELDOUT]["nll"]
 
 
 def tune(method: Method, own: Options, parent: Options, run_of: Callable[[Options], StudyRun], look: Look) -> Tuned:
