@@ -27,7 +27,10 @@ def main(source: Path, folder: Path) -> None:
     rng.shuffle(test)
     asked = {row["prompt"] for row in train}
     write_task(
-        folder, "clinc150", train[: NUM_TRAIN + NUM_PROMPTS], [row for row in test if row["prompt"] not in asked][:NUM_TEST]
+        folder,
+        "clinc150",
+        train[: NUM_TRAIN + NUM_PROMPTS],
+        [row for row in test if row["prompt"] not in asked][:NUM_TEST],
     )
 
 

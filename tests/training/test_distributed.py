@@ -177,6 +177,23 @@ def test_kl_to_base_in_two_processes_is_that_of_one(arguments, tmp_path):
 
 
 @pytest.mark.slow
+@needs_fsdp2_on_cpus
+def test_a_head_trained_beside_a_mask_in_two_processes_and_a_run_that_was_finished(arguments, tmp_path):
+    """Its copy trains on after every pass without the adapter; a finished run saves again without a forward pass."""
+    one, many = tmp_path / "one", tmp_path / "many"
+    settings = {"mask_modules_to_save": "lm_head", "kl_to_base": 1.0}
+    assert main(arguments(output_dir=one, **settings)) == 0
+    settings |= {"accelerate_config": "fsdp2", **LAUNCH}
+    result = call(["maskft_lab.cli.main", *arguments(output_dir=many, **settings)])
+    assert result.returncode == 0, result.stderr
+    assert losses(many) == pytest.approx(losses(one), abs=1e-4)
+    words = arguments(output_dir=tmp_path / "plain", eval_strategy="no", accelerate_config="fsdp2", **LAUNCH)
+    for more in ([], ["--resume_from_checkpoint", "true"]):
+        result = call(["maskft_lab.cli.main", *words, *more])
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
 def test_a_launcher_that_is_stopped_saves_the_step(arguments, tmp_path):
     """Both processes stop after the same step, and the line that is printed resumes it with both."""
     out = tmp_path / "out"

@@ -4,9 +4,17 @@ import pytest
 import torch
 
 import reference
-from maskft import magnitude_mask, num_removed, random_mask, topk_mask
+from maskft import num_removed, topk_mask
 from maskft.tuner.fixed import fixed_masks
 from maskft_base.errors import UserError
+
+
+def random_mask(shape, sparsity, seed):
+    return fixed_masks("random_mask", [torch.empty(shape)], sparsity, seed)[0]
+
+
+def magnitude_mask(weight, sparsity):
+    return fixed_masks("l1_mask", [weight], sparsity)[0]
 
 
 @pytest.mark.parametrize("sparsity", (0.0, 0.1, 0.9))

@@ -124,6 +124,19 @@ def test_models_of_other_tasks_train_load_and_merge(task, tmp_path):
         assert torch.equal(loaded.merge_and_unload()(**batch)[1], expected[1])
     with pytest.raises(UserError, match="leave out safe_serialization=False"):
         model.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    model.save_pretrained(tmp_path / "pickled")  # nothing is left of the other
+
+
+def test_a_base_is_used_again(tmp_path):
+    base, ids = tiny_llama(num_layers=2), torch.arange(8)[None]
+    model = get_peft_model(base, MaskConfig(sparsity=0.3))
+    model.save_pretrained(tmp_path)
+    expected = model(ids).logits
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(ids).logits, expected)
+    assert not any(len(layer.mask_scores) for layer in adapter_layers(model).values())
+    for options in ({"modules_to_save": ["nope"]}, {"target_modules": ["q_proj", "nope"]}):
+        with pytest.raises(UserError, match="entry 'nope' matches no layer"):
+            get_peft_model(tiny_llama(num_layers=2), MaskConfig(**options))
 
 
 def test_new_tokens_of_a_tied_model_get_one_clear_line():

@@ -461,6 +461,8 @@ def test_options_beside_a_preset_win():
             "init_value=0.0 that is every weight; set init_value above 0",
         ),
         ({"selection": "hard_concrete", "init_value": -1.0}, "that is every weight; set init_value above 0"),
+        ({"price": "1"}, "price is '1'; it must be a number"),
+        ({"layers_pattern": "h"}, "layers_pattern has no effect without layers_to_transform"),
         ({"removed_value": "base"}, "removed_value='base' needs the model before fine-tuning"),
         ({"removed_value_model": "x"}, "removed_value='base' needs the model before fine-tuning"),
     ],

@@ -91,9 +91,8 @@ def _heldout_name(args: DataArguments) -> str | None:
     """Return the set of the held-out data; None: a part of the training data is held out."""
     if not args.dataset_name:
         raise UserError("dataset_name is missing; give a data file or a hub name")
-    name = mixture_text(args.eval_dataset_name)
-    if not name and args.dataset_eval_split:
-        name = ",".join(_names(args.dataset_name))  # all of the other split
+    of_other_split = ",".join(_names(args.dataset_name)) if args.dataset_eval_split else None
+    name = mixture_text(args.eval_dataset_name) or of_other_split
     file = next((part for part in _names(name) if not is_hub_name(part)), None)
     if file and args.dataset_eval_split:
         raise UserError(

@@ -108,11 +108,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def default_learning_rate(method: str, options: Mapping[str, Any]) -> float:
-    """Highest rate of a method where none is given: of scores a starting point, else TRL's.
-
-    Args:
-        options: The mask's options, as of `default_start`.
-    """
+    """Highest rate of a method where none is given: of scores a starting point, else TRL's; ``options``: the mask's."""
     if method != "mask":
         return SFTConfig.learning_rate
     if not removes_a_share(options):

@@ -19,6 +19,7 @@ from maskft_base import files, runtime
 from maskft_base.errors import UserError, first_line, printable
 
 from ..tuner import MaskConfig
+from ..tuner.model import refresh_masks
 from .manifest import damage
 from .method_arguments import ADAPTER, UNTRAINED_METHODS
 
@@ -191,6 +192,7 @@ def save_final(
     config = getattr(model, "peft_config", {}).get(ADAPTER)
     if isinstance(config, MaskConfig):
         config.recipe = recipe
+        refresh_masks(model)  # of a run that is resumed at its end, without a forward pass
     state = trainable_state(model) if trainer is not None and trainer.is_fsdp_enabled else None
     if runtime.is_main():
         model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))

@@ -60,7 +60,7 @@ def make_fixed_mask(
         loss = mean_nll(measure(data.heldout)) if is_choice else 0.0
         history.append({"mask_seed": seed, "eval_loss": loss})
         if not best[2] or loss < best[0]:
-            best = (loss, seed, coded)
+            best = (loss if loss < float("inf") else float("inf"), seed, coded)
     loss, seed, coded = best
     _set_masks(layers, coded)
     masked.peft_config[ADAPTER].mask_seed = seed

@@ -53,7 +53,7 @@ def interpolate(
     for share in SHARES:
         _set(model, before, after, share)
         history.append({"value": share, "eval_loss": mean_nll(measure(data.heldout))})
-    best = min(history, key=lambda row: row["eval_loss"])
+    best = min(history, key=lambda row: (not row["eval_loss"] < float("inf"), row["eval_loss"]))
     _set(model, before, after, best["value"])
     console.print(f"{INTERPOLATE}: {best['value']:g} is the best of {len(history)} shares by held-out loss")
     return TrainingSummary(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import IGNORED
+from ..tuner.sharded import without_adapters
 
 
 class KLToBase:
@@ -71,6 +72,6 @@ class KLToBase:
             yield self._base.to(device)  # it was copied before the model was moved there
             return
         model.eval()
-        with model.disable_adapter():
+        with without_adapters(model):
             yield model
         model.train()

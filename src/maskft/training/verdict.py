@@ -21,6 +21,7 @@ from maskft_base.files import FileModel, read_json, read_model
 from ..data.prepared import Prepared
 from ..loss import RowLoss
 from ..tuner import MaskConfig
+from ..tuner.sharded import without_adapters
 from .arguments import TrainConfig
 from .method_arguments import ADAPTER
 
@@ -77,7 +78,7 @@ class Verdict(FileModel):
 
     def __str__(self) -> str:
         if self.difference is None or self.ci_low is None:
-            return "the mask is worse than no mask: its loss is not finite"
+            return "the mask is not shown to be better than no mask: a held-out loss is not finite"
         is_worse = self.ci_low > 0
         said = "better than" if self.is_better else "worse than" if is_worse else "not distinguishable from"
         interval = f"[{self.ci_low:+.4f}, {self.ci_high:+.4f}]"
@@ -113,7 +114,7 @@ def never_worse(
     ids = row_ids(data.heldout)
     adapter = getattr(model, "peft_config", {}).get(ADAPTER)
     if adapter is not None and parent is None:
-        with model.disable_adapter():
+        with without_adapters(model):
             parent = measure(data.heldout)
     found = measure(data.heldout)
     losses = HeldoutLosses(

@@ -6,7 +6,6 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from .config import MaskConfig, MaskPeftType
-from .fixed import magnitude_mask, random_mask
 from .layer import MaskedLinear
 from .model import MaskModel, adapter_layers, current_masks, start_scores
 from .progress import MaskProgress, set_mask_progress
@@ -26,8 +25,6 @@ __all__ = [
     "MaskedLinear",
     "adapter_layers",
     "current_masks",
-    "magnitude_mask",
-    "random_mask",
     "set_mask_progress",
     "start_scores",
     "wanda_keys",

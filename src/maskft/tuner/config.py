@@ -199,6 +199,9 @@ class MaskConfig(PeftConfig):
                     re.compile(pattern)
                 except re.error as error:
                     raise UserError(f"{name} {pattern!r} is no regular expression: {error}") from None
+        for name in ("init_std", "sparsity_ramp", "price", "mask_seed", "threshold", "sharpness", "temperature"):
+            if not isinstance(value := getattr(self, name), int | float):
+                raise UserError(f"{name} is {value!r}; it must be a number")
         check_sparsity(self.sparsity)
         if not 0 < self.init_std < math.inf:
             raise UserError(f"init_std is {self.init_std!r}; it is a standard deviation and must be > 0")
@@ -214,6 +217,9 @@ class MaskConfig(PeftConfig):
                 "removed; set rank_by='signed', or a threshold above 0"
             )
         layers = self.layers_to_transform
+        layers = self.layers_to_transform = [*layers] if isinstance(layers, range | tuple) else layers  # for JSON
+        if layers is None and self.layers_pattern:
+            raise UserError("layers_pattern has no effect without layers_to_transform: name layers, or leave it out")
         if layers == []:
             raise UserError("layers_to_transform is empty, which PEFT takes for all layers; name one, or leave it out")
         if layers is not None and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
@@ -250,6 +256,9 @@ class MaskConfig(PeftConfig):
         file = Path(save_directory) / ADAPTER_WEIGHTS
         scores, self.scores_of_save = self.scores_of_save, ScoresOfSave()
         if (file.parent / WEIGHTS_NAME).is_file():
+            if not file.is_file():  # PEFT has just written it
+                (file.parent / WEIGHTS_NAME).unlink()
+            self.inference_mode = False  # PEFT's saving sets it meanwhile
             raise UserError(
                 f"masks are saved as safetensors, and {save_directory} has a {WEIGHTS_NAME}: remove it, or leave out "
                 "safe_serialization=False"

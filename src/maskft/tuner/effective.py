@@ -118,8 +118,8 @@ def score_gradient_of(
 ) -> Tensor:
     """Gradient of the scores of one adapter, float32: dL/dW_eff * (W - removed value) * slope.
 
-    ``grad_weight`` may be overwritten; scores, slopes and active masks are those of the forward pass. Once per
-    optimizer step the gradient of the price is added, also where a step is repeated.
+    ``grad_weight`` may be overwritten; scores, slopes and active masks are those of the forward pass. The
+    gradient of the price is added once per optimizer step: of its backward passes, to the first.
     """
     config, own, scores = layer.mask_configs[name], layer.effective, scores.detach()
     is_priced = config.price > 0 and own.priced_at.get(name) != optimizer_steps()  # not in every micro-batch of a step
@@ -192,12 +192,16 @@ def _key(layer: MaskedLinear, dtype: torch.dtype) -> tuple[Any, ...]:
     """What an effective weight is made of: equal keys, equal weights."""
     weight, names = layer.weight, tuple(layer.active_masks)
     scores = tuple(
-        (s.data_ptr(), s._version, optimizer_steps() if s.requires_grad else None)
+        (s.data_ptr(), _version(s), optimizer_steps() if s.requires_grad else None)
         for s in (layer.mask_scores[name] for name in names if name in layer.mask_scores)
     )
     coded = tuple(id(layer.mask_coded.get(name)) for name in names if name not in layer.mask_scores)
     phases = [learners.phase(layer.mask_configs[n], layer.training) for n in names if n in layer.mask_scores]
-    return names, dtype, weight.data_ptr(), weight.device, weight._version, scores, coded, *phases
+    return names, dtype, weight.data_ptr(), weight.device, _version(weight), scores, coded, *phases
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _check_can_refresh(layer: MaskedLinear) -> None:

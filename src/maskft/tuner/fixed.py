@@ -43,16 +43,6 @@ FIXED_MASKS = {
 }
 
 
-def random_mask(shape: Sequence[int], sparsity: float, seed: int) -> Tensor:
-    """Uniformly random mask with exactly ``num_removed`` entries removed (paper, baseline 6)."""
-    return fixed_masks("random_mask", [torch.empty(tuple(shape), device="meta")], sparsity, seed=seed)[0]
-
-
-def magnitude_mask(weight: Tensor, sparsity: float) -> Tensor:
-    """Remove the weights of smallest magnitude (paper, baseline 7, the "L1 mask")."""
-    return fixed_masks("l1_mask", [weight], sparsity)[0]
-
-
 def fixed_masks(
     kind: str,
     weights: Sequence[Tensor],

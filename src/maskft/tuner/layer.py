@@ -131,6 +131,8 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MaskConfig) -> None:
         """Add an adapter: fresh scores, or none when it is for inference (its mask is then loaded coded)."""
+        if adapter_name in self.mask_configs:  # of an earlier model over the same base
+            self.delete_adapter(adapter_name)
         self.mask_configs[adapter_name] = config
         if not config.inference_mode:
             self.mask_scores[adapter_name] = nn.Parameter(self.fresh_scores(config))
@@ -166,6 +168,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         """Remove an adapter and everything kept for it."""
         super().delete_adapter(adapter_name)
         self.effective.forget()
+        self.effective.priced_at.pop(adapter_name, None)
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.mask_configs)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,23 +23,8 @@ from torch import Tensor
 from maskft_base.errors import UserError
 from maskft_base.files import digest
 
-
-class Settings(Protocol):
-    """What learners read of a :class:`~maskft.MaskConfig`."""
-
-    selection: str
-    gradient: Literal["straight_through", "sigmoid"]
-    sparsity: float
-    sparsity_ramp: float
-    threshold: float
-    price: float
-    sharpness: float
-    sharpness_end: float | None
-    temperature: float
-    temperature_end: float
-    mask_seed: int
-    progress: float | None
-    copy_of: str
+if TYPE_CHECKING:
+    from .config import MaskConfig as Settings  # what learners read of it
 
 
 # Temperature and limits of the stretched gate: "gamma = -0.1, zeta = 1.1, beta = 2/3" (arXiv 1712.01312, Sec. 4).

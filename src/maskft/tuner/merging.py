@@ -25,9 +25,10 @@ def merge(layer: MaskedLinear, safe_merge: bool, adapter_names: list[str] | None
         raise UserError(
             f"{layer.module_name} is sharded by FSDP and cannot be merged; save the adapter and run maskft merge"
         )
-    for name in check_adapters_to_merge(layer, adapter_names):
-        if name not in layer.mask_configs:
-            continue
+    names = [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer.mask_configs]
+    if len({*names, *layer.merged_adapters}) > 1 and any(name in layer.removed_values for name in names):
+        raise UserError("a mask whose removed_value is base is merged alone; unmerge the others, or name one adapter")
+    for name in names:
         mask = layer.get_mask(name)
         merged = blend_(torch.empty_like(weight.data), weight.data, mask, layer.removed_value(name))
         if safe_merge and not torch.isfinite(merged).all():

@@ -159,7 +159,8 @@ class MaskModel(BaseTuner):
         config.format_version = FORMAT_VERSION
         config.is_new = False
         config.mask_sha256 = mask_fingerprint({_module_name(n): out[f"{n}.mask_coded.{adapter_name}"] for n in masks})
-        config.base_fingerprint = base_fingerprint(layers.values())
+        is_half = any(layer.weight.dtype == torch.float16 for layer in layers.values())
+        config.base_fingerprint = None if is_half else base_fingerprint(layers.values())  # see is_the_base
         return out
 
     @classmethod
@@ -277,7 +278,7 @@ def _entries(state_dict: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 def _module_name(name: str) -> str:
     """Name of a module in the unwrapped model."""
-    return name.removeprefix(PREFIX)
+    return name.rpartition(PREFIX)[2]  # other wrappers put a name before it
 
 
 def current_masks(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:

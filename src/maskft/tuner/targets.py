@@ -67,10 +67,13 @@ def check_targets(config: MaskConfig, model: nn.Module) -> None:
         )
     _check_not_shared({name: modules[name] for name in matched}, model)
     targets = config.target_modules or []
-    for entry in targets if matched and not isinstance(targets, str) else []:
+    asked = [("target_modules", entry) for entry in targets if matched and not isinstance(targets, str)]
+    of_peft = ("classifier", "score") if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()  # which it adds by itself
+    asked += [("modules_to_save", entry) for entry in config.modules_to_save or () if entry not in of_peft]
+    for option, entry in asked:
         if not any(name == entry or name.endswith(f".{entry}") for name in modules):
             leaves = {name.rpartition(".")[2] for name in modules}
-            raise UserError(f"target_modules entry {entry!r} matches no layer{did_you_mean(entry, leaves)}; drop it")
+            raise UserError(f"{option} entry {entry!r} matches no layer{did_you_mean(entry, leaves)}; drop it")
     if not matched:
         linear = {name.rpartition(".")[2] for name, m in modules.items() if _why_not_maskable(name, m, model) is None}
         wanted = targets if isinstance(targets, str) else ", ".join(targets)
