@@ -2,8 +2,8 @@
 
 python recipes/smollm2/make_clinc_inputs.py data_full.json runs/curve
 
-``data_full.json`` is CLINC150 as published (Larson et al., EMNLP 2019, D19-1131; github.com/clinc/oos-eval, CC-BY 3.0); its
-rows that have none of the 150 intents are left out. The probes come from make_curve_inputs.py.
+``data_full.json`` is CLINC150 as published (Larson et al., EMNLP 2019, D19-1131; github.com/clinc/oos-eval, CC-BY 3.0);
+its rows that have none of the 150 intents are left out. The probes come from make_curve_inputs.py.
 """
 
 from __future__ import annotations
@@ -26,12 +26,8 @@ def main(source: Path, folder: Path) -> None:
     rng.shuffle(train)
     rng.shuffle(test)
     asked = {row["prompt"] for row in train}
-    write_task(
-        folder,
-        "clinc150",
-        train[: NUM_TRAIN + NUM_PROMPTS],
-        [row for row in test if row["prompt"] not in asked][:NUM_TEST],
-    )
+    test = [row for row in test if row["prompt"] not in asked]
+    write_task(folder, "clinc150", train[: NUM_TRAIN + NUM_PROMPTS], test[:NUM_TEST])
 
 
 def as_row(text: str, intent: str) -> dict:

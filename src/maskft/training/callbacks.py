@@ -18,7 +18,6 @@ from ..loss import RowLoss, mean_nll
 from ..tuner import MaskedLinear
 from ..tuner.learners import current_sparsity
 from ..tuner.model import refresh_masks
-from ..tuner.sharded import without_adapters
 from .checkpoints import save_final
 from .masked_start import local_part
 from .method_arguments import ADAPTER
@@ -58,7 +57,7 @@ class Reference(TrainerCallback):
         """Measure."""
         if args.eval_strategy == "no":
             return
-        with without_adapters(self.trainer.accelerator.unwrap_model(self.trainer.model)):
+        with self.trainer.accelerator.unwrap_model(self.trainer.model).disable_adapter():
             self.losses = self.trainer.measure_heldout()
         self.console.print(f"  held-out loss without the mask {mean_nll(self.losses):.4f}", highlight=False)
 

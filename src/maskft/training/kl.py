@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..data import IGNORED
-from ..tuner.sharded import without_adapters
 
 
 class KLToBase:
@@ -72,6 +71,6 @@ class KLToBase:
             yield self._base.to(device)  # it was copied before the model was moved there
             return
         model.eval()
-        with without_adapters(model):
+        with model.disable_adapter():
             yield model
         model.train()

@@ -21,7 +21,6 @@ from maskft_base.files import FileModel, read_json, read_model
 from ..data.prepared import Prepared
 from ..loss import RowLoss
 from ..tuner import MaskConfig
-from ..tuner.sharded import without_adapters
 from .arguments import TrainConfig
 from .method_arguments import ADAPTER
 
@@ -79,8 +78,7 @@ class Verdict(FileModel):
     def __str__(self) -> str:
         if self.difference is None or self.ci_low is None:
             return "the mask is not shown to be better than no mask: a held-out loss is not finite"
-        is_worse = self.ci_low > 0
-        said = "better than" if self.is_better else "worse than" if is_worse else "not distinguishable from"
+        said = "better than" if self.is_better else "worse than" if self.ci_low > 0 else "not distinguishable from"
         interval = f"[{self.ci_low:+.4f}, {self.ci_high:+.4f}]"
         on_rows = f"on {self.num_rows:,} held-out rows"
         return f"the mask is {said} no mask: {self.difference:+.4f} nats/token, 95 % {interval}, {on_rows}"
@@ -114,7 +112,7 @@ def never_worse(
     ids = row_ids(data.heldout)
     adapter = getattr(model, "peft_config", {}).get(ADAPTER)
     if adapter is not None and parent is None:
-        with without_adapters(model):
+        with model.disable_adapter():
             parent = measure(data.heldout)
     found = measure(data.heldout)
     losses = HeldoutLosses(

@@ -29,9 +29,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {**_PUBLISHED, "init_scores": "normal"},
     # A starting point, on all layers and at learning rate 3e-4: docs/learners.md.
     "recommended": {**_PUBLISHED, "init_scores": "magnitude"},
-    # After Deletion Tuning (https://arxiv.org/abs/2611.10866): one logit per weight of the gate projections, a hard
-    # forward pass, a sharpness that rises, a free budget, a price on what is removed (without it a hundred times as many
-    # weights go). Only its abstract was read: the constants are ours, and so is the start (Wanda's order learned less).
+    # After Deletion Tuning (https://arxiv.org/abs/2611.10866), of which only the abstract was read: the start (Wanda's
+    # order learned less) and the constants are ours. Without the price a hundred times as many weights go.
     "deletion_tuning": {
         "target_modules": ["gate_proj"],
         "selection": "logit",

@@ -41,9 +41,10 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
 
 
 def is_the_base(found: str, dtypes: Collection[torch.dtype], config: Any) -> bool:
-    """Whether weights, of the fingerprint ``found``, are those that a mask was trained on.
+    """Whether weights are those that a mask was trained on.
 
     Args:
+        found: Their fingerprint.
         dtypes: What they are stored in; float16 rounds otherwise than bfloat16, so that it warns and passes.
         config: The mask's, with a ``base_fingerprint``; those of earlier versions end in a colon and 64 weights.
     """

@@ -12,8 +12,7 @@ Shapes: a matrix is (O, I); its shard on one rank is (rows, I), where the last r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
@@ -245,15 +244,6 @@ def refresh(model: nn.Module, layers: Sequence[MaskedLinear], base_fingerprint: 
             continue
         name = None if layer.disable_adapters else _adapter(layer)
         shard.show(layer, None if name is None else shard_mask(layer.mask_configs[name], layer.mask_scores[name]))
-
-
-@contextmanager
-def without_adapters(model: Any) -> Iterator[None]:
-    """PEFT's ``disable_adapter``, after which what FSDP has gathered trains on, too: it switches that off and on."""
-    with model.disable_adapter():
-        yield
-        if isinstance(model, FSDPModule):
-            model.reshard()
 
 
 def _attached(layers: Sequence[MaskedLinear], base_fingerprint: Fingerprint) -> dict[MaskedLinear, ShardedWeight]:

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.limit is not None and args.limit < 2:
         raise UserError(f"limit is {args.limit}; it must be at least 2")
-    if args.limit and (args.show or args.recipe) or args.model and args.show:
+    if (args.limit and (args.show or args.recipe)) or (args.model and args.show):
         raise UserError("--limit goes with neither --show nor --recipe, and --model not with --show; drop it")
     warnings.simplefilter("ignore", FutureWarning)
     if args.show:  # without silence(), which imports datasets
