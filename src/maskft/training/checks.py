@@ -154,7 +154,8 @@ def check_processes(model, train_set, heldout_set) -> None:
     Raises:
         UserError: The same one in every process.
     """
-    if runtime.uses_fsdp() and any(config.modules_to_save for config in getattr(model, "peft_config", {}).values()):
+    configs = getattr(model, "peft_config", {}).values()
+    if runtime.uses_fsdp() and any(getattr(config, "modules_to_save", None) for config in configs):
         raise UserError("modules_to_save does not train under FSDP; drop it, or take --accelerate_config multi_gpu")
     missing = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     for rank, name in enumerate(runtime.gather(missing[0] if missing else None)):
