@@ -73,13 +73,14 @@ def test_mask_is_computed_once_per_step_and_not_per_forward(monkeypatch):
 
     calls = []
     original = module.write_masked_
-    monkeypatch.setattr(module, "write_masked_", lambda *a: calls.append(1) or original(*a))
+    monkeypatch.setattr(module, "write_masked_", lambda *a: calls.append(a[2].data_ptr()) or original(*a))
     layer = make_layer()
     optimizer = torch.optim.AdamW(layer.mask_scores.parameters(), lr=0.1)
     for step in range(3):
         for _ in range(4):
             layer(torch.randn(3, 12)).square().sum().backward()
-        assert len(calls) == step + 1
+        # A step refreshes compiled models, too, and one of another test may still be there.
+        assert calls.count(layer.weight.data_ptr()) == step + 1
         optimizer.step()
         optimizer.zero_grad()
 
