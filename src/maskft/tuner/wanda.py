@@ -72,8 +72,8 @@ def input_norms(model: Any, layers: Sequence[MaskedLinear], rows: Iterable[Seque
 
     hooks = [layer.register_forward_pre_hook(add(n)) for n, layer in enumerate(layers)]
     try:
-        for ids in rows:
-            ids = None if isinstance(ids, Mapping | str) else torch.as_tensor(ids, device=layers[0].weight.device)
+        for row in rows:
+            ids = None if isinstance(row, Mapping | str) else torch.as_tensor(row, device=layers[0].weight.device)
             if ids is None or ids.dim() != 1 or ids.dtype.is_floating_point:
                 raise UserError("a calibration row is no list of token ids; give input_ids, without padding")
             model(input_ids=ids[None], use_cache=False)
