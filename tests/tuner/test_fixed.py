@@ -10,7 +10,7 @@ from maskft_base.errors import UserError
 
 
 def random_mask(shape, sparsity, seed):
-    return fixed_masks("random_mask", [torch.empty(shape)], sparsity, seed)[0]
+    return fixed_masks("random_mask", [torch.zeros(shape)], sparsity, seed)[0]
 
 
 def magnitude_mask(weight, sparsity):
