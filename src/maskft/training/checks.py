@@ -149,7 +149,7 @@ def check_context(model, *sets) -> None:
 
 
 def check_processes(model, train_set, heldout_set) -> None:
-    """Refuse weights that are not there, and processes that do not hold the same thing, before they wait for another.
+    """Refuse what cannot train in several processes before one waits for another: lacking weights, unlike models, rows.
 
     Raises:
         UserError: The same one in every process.
