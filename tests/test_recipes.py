@@ -12,7 +12,8 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from maskft.data import TRAINING_SETS, parse_mixture
+from maskft.data.mixtures import parse_mixture
+from maskft.data.registry import TRAINING_SETS
 from maskft.data.splits import _shares
 from maskft.models import load_tokenizer
 from maskft.training.method_arguments import MASK_METHODS, mask_config

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from maskft_base import runtime
 
@@ -100,13 +101,9 @@ def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[
 
 def pad(rows: Sequence[Sequence[int]], value: int, device, side: str = "right") -> tuple[Tensor, Tensor]:
     """Pad rows of token ids to one length; returns ids (B, T) and the attention mask (B, T), both int64."""
-    width = max(len(row) for row in rows)
-    ids_BT = torch.full((len(rows), width), value, dtype=torch.long)
-    mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
-    for index, row in enumerate(rows):
-        where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        ids_BT[index, where] = torch.tensor(list(row), dtype=torch.long)
-        mask_BT[index, where] = 1
+    ids = [torch.tensor(list(row), dtype=torch.long) for row in rows]
+    ids_BT = pad_sequence(ids, batch_first=True, padding_value=value, padding_side=side)
+    mask_BT = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side)
     return ids_BT.to(device), mask_BT.to(device)
 
 

@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskft.data import (
+from maskft.data import formats
+from maskft.data.arguments import DataArguments
+from maskft.data.mixtures import load_examples
+from maskft.data.splits import load_splits
+from maskft.data.tokenizing import (
     IGNORED,
     format_sample,
-    formats,
-    load_examples,
-    load_splits,
     prompt_ids,
     supervised_token_count,
     tokenize_dataset,
     tokenize_example,
 )
-from maskft.data.arguments import DataArguments
 from maskft_base.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 

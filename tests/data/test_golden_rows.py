@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from maskft.data import load_splits, tokenize_dataset
 from maskft.data.arguments import DataArguments
+from maskft.data.splits import load_splits
+from maskft.data.tokenizing import tokenize_dataset
 from tiny_tokenizer import tiny_tokenizer
 
 SAMPLES = str(Path(__file__).parent / "samples")

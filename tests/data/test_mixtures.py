@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import HfArgumentParser
 
-from maskft.data import load_examples, load_splits, parse_mixture
 from maskft.data.arguments import DataArguments
-from maskft.data.mixtures import rename_sets
+from maskft.data.mixtures import load_examples, parse_mixture, rename_sets
+from maskft.data.splits import load_splits
 from maskft_base.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from maskft.data import TRAINING_SETS, load_examples, tokenize_example
+from maskft.data.mixtures import load_examples
+from maskft.data.registry import TRAINING_SETS
 from maskft.data.sources import split_of
+from maskft.data.tokenizing import tokenize_example
 from maskft_base.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from maskft.data import load_splits
+from maskft.data.splits import load_splits
 from maskft_base import files
 from maskft_base.errors import UserError
 from maskft_lab.cli import evaluate

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 import benchmark_files
-from maskft.data import load_splits
 from maskft.data.arguments import DataArguments
+from maskft.data.splits import load_splits
 from maskft_base import files
 from maskft_base.errors import UserError
 from maskft_lab.cli import evaluate

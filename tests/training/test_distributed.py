@@ -334,6 +334,10 @@ def test_launch_mistakes(changes, message, arguments, tmp_path, capsys):
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
             "fsdp_state_dict_type is SHARDED_STATE_DICT",
         ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "use --gradient_checkpointing true",
+        ),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported; use --accelerate_config fsdp2"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 import tiny
@@ -218,6 +218,9 @@ def test_a_trainer_ends_with_the_mask_of_its_best_checkpoint(tmp_path):
     assert not best.endswith("-6"), "the best step must not be the last"
     expected = current_masks(PeftModel.from_pretrained(tiny.tiny_llama(num_layers=1), best))
     assert all(torch.equal(mask, expected[name]) for name, mask in current_masks(model).items())
+    # A run that is resumed after its last step takes one more in transformers' Trainer.
+    MaskProgress().on_step_end(args, TrainerState(global_step=7, max_steps=6), None, model)
+    assert model.peft_config["default"].progress == 1.0
 
 
 @pytest.mark.parametrize(

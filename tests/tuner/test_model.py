@@ -190,6 +190,9 @@ def test_two_adapters_switch_delete_and_intersect(make, tmp_path):
     plain = make()
     MaskSet({n: a[n] & b[n] for n in a}).apply_(plain)
     assert torch.equal(logits(model), logits(plain))
+    for call in (model.forward, model.generate):
+        with pytest.raises(UserError, match=r"adapter_names is not supported.*model.set_adapter\(name\)"):
+            call(input_ids=tiny.token_ids(), adapter_names=["default", "other"])
     model.set_adapter("default")
     model.delete_adapter("other")
     assert torch.equal(logits(model), first)
@@ -213,6 +216,7 @@ def test_low_cpu_mem_usage(saved):
 
 def test_training_continues_from_saved_scores(tmp_path):
     model = trained(tiny.tiny_llama, save_scores=True)
+    model.peft_config["default"].recipe = {"verdict": "of this mask"}
     model.save_pretrained(tmp_path / "scores")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="missing adapter keys")
@@ -220,6 +224,7 @@ def test_training_continues_from_saved_scores(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters(), strict=True))
     assert not torch.equal(logits(train_a_little(loaded)), logits(model))
+    assert loaded.peft_config["default"].recipe is None
     model.peft_config["default"].save_scores = False
     model.save_pretrained(tmp_path / "mask")
     with pytest.raises(UserError, match=r"not its scores, .* save it with MaskConfig\(save_scores=True\)"):

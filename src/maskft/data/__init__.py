@@ -5,30 +5,3 @@ list of ``{"role", "content"}``), or ``prompt`` and ``completion`` (both text, o
 column; and, where the answer can be checked, ``answer`` and ``answer_type`` (see ``answers.check_answer``); and
 ``cluster_id`` where the rows have it: rows of one label depend on each other.
 """
-
-from .mixtures import load_examples, parse_mixture
-from .registry import TRAINING_SETS
-from .splits import load_splits
-from .tokenizing import (
-    IGNORED,
-    format_sample,
-    prompt_ids,
-    prompt_of,
-    supervised_token_count,
-    tokenize_dataset,
-    tokenize_example,
-)
-
-__all__ = [
-    "IGNORED",
-    "TRAINING_SETS",
-    "format_sample",
-    "load_examples",
-    "load_splits",
-    "parse_mixture",
-    "prompt_ids",
-    "prompt_of",
-    "supervised_token_count",
-    "tokenize_dataset",
-    "tokenize_example",
-]

@@ -144,7 +144,10 @@ def start_on_data(model: PeftModel, rows: Dataset, num_samples: int, device: tor
 def _train_only_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """Freeze all but the linear layers a mask of the same decoder layers would have scores for."""
     config = MaskConfig(layers_to_transform=list(layers), target_modules="all-linear")
-    resolve_targets(config, model)
+    try:
+        resolve_targets(config, model)
+    except UserError as error:  # names the option of masks
+        raise UserError(str(error).replace("layers_to_transform", "partial_layers")) from None
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if name and check_target_module_exists(config, name):

@@ -17,7 +17,7 @@ from maskft_base.errors import NotFiniteError, Stopped
 from ..loss import RowLoss, mean_nll
 from ..tuner import MaskedLinear
 from ..tuner.learners import current_sparsity
-from ..tuner.model import refresh_masks
+from ..tuner.model import adapter_layers, refresh_masks
 from .checkpoints import save_final
 from .masked_start import local_part
 from .method_arguments import ADAPTER
@@ -33,9 +33,9 @@ class KeepLast(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Save after the last step."""
         if state.global_step >= state.max_steps:
-            save_final(self.trainer.model, self.folder, trainer=self.trainer)
-            if runtime.is_main():
+            if runtime.is_main():  # first, for the card of a mask names its tokenizer
                 self.trainer.processing_class.save_pretrained(self.folder)
+            save_final(self.trainer.model, self.folder, trainer=self.trainer)
 
     on_train_begin = on_step_end  # of a run that is resumed after its last step, and takes none
 
@@ -115,7 +115,9 @@ class StepGuard(TrainerCallback):
             raise NotFiniteError(f"{('gradient', 'loss')[verdict - 2]} is not finite")
         self._is_stopping = verdict == 1
         if self._is_logged(args, state):
-            self._before = [(m, _removed(m)) for m in self._layers(model) if m.effective.value is not None]
+            self._before = [
+                (m, _removed(m)) for m in adapter_layers(model, ADAPTER).values() if m.effective.value is not None
+            ]
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Save the start, which may stay the best."""
@@ -146,7 +148,7 @@ class StepGuard(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Count flipped and removed mask entries."""
-        layers = self._layers(model)
+        layers = list(adapter_layers(model, ADAPTER).values())
         if self._is_logged(args, state) and layers and layers[0].sharded_weight is not None:
             self.mask_metrics = _sharded_mask_metrics(model, layers)
         if not self._before:
@@ -171,10 +173,6 @@ class StepGuard(TrainerCallback):
     def _is_logged(args, state) -> bool:
         every = max(int(state.logging_steps or 1), 1)
         return (state.global_step + 1) % every == 0 or (args.logging_first_step and state.global_step == 0)
-
-    @staticmethod
-    def _layers(model):
-        return [m for m in model.modules() if isinstance(m, MaskedLinear) and ADAPTER in m.mask_scores]
 
 
 def _removed(layer: MaskedLinear) -> torch.Tensor:

@@ -11,8 +11,8 @@ from maskft_base import files
 from maskft_base.errors import UserError
 from maskft_base.runtime import time_text
 
-from ..data import format_sample, supervised_token_count
 from ..data.prepared import Prepared
+from ..data.tokenizing import format_sample, supervised_token_count
 from ..tuner import MaskConfig, adapter_layers
 from ..tuner.learners import is_free
 from .arguments import TrainConfig

@@ -84,9 +84,10 @@ def _counts(match_adapter: str | None, layers: Sequence[MaskedLinear]) -> list[i
     learned = MaskSet.from_adapter(match_adapter)
     if not learned.num_removed:
         raise UserError(f"match_adapter {match_adapter!r} removes nothing; name a mask that does")
-    if different := sorted(learned.keys() ^ {layer.module_name for layer in layers}):
+    shapes = {layer.module_name: layer.weight.shape for layer in layers}
+    if different := sorted(n for n in {*learned, *shapes} if n not in learned or learned[n].shape != shapes.get(n)):
         raise UserError(
-            f"match_adapter {match_adapter!r} masks other layers than this run: only one of both has "
+            f"match_adapter {match_adapter!r} masks other layers than this run, or of another shape: "
             f"{listed(different)}; give the mask_target_modules and mask_layers_to_transform of that adapter"
         )
     return [int((~learned[layer.module_name]).sum()) for layer in layers]

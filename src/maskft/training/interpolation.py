@@ -18,7 +18,7 @@ from maskft_base.runtime import peak_memory_bytes
 
 from ..data.prepared import Prepared
 from ..loss import HeldoutLoss, mean_nll
-from ..models import check_model_source, load_model
+from ..models import load_model
 from .method_arguments import INTERPOLATE, SHARES
 from .record import TrainingSummary
 
@@ -42,7 +42,6 @@ def interpolate(
     Raises:
         UserError: If the two models differ in a parameter's name or shape.
     """
-    check_model_source(before_model)
     before = dict(load_model(before_model, str(model.dtype).removeprefix("torch.")).named_parameters())
     after = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     odd = next((n for n in {**before, **after} if n not in before or n not in after), None)

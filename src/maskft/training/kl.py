@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import IGNORED
+from ..data.tokenizing import IGNORED
 
 
 class KLToBase:

@@ -68,15 +68,9 @@ class RemovedStayZero(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Find the weights, which may have been spread over processes since the masks were applied."""
-        weights = {
-            name.removeprefix("module."): module.weight
-            for name, module in model.named_modules()
-            if name.removeprefix("module.") in self._masks
-        }
-        assert weights.keys() == self._masks.keys()
-        for name, weight in weights.items():
-            removed = ~self._masks[name]
-            removed = rows_of(removed, weight) if is_sharded(weight) else removed
+        for name, mask in self._masks.items():
+            weight = model.get_submodule(name).weight
+            removed = rows_of(~mask, weight) if is_sharded(weight) else ~mask
             self._removed.append((weight, removed.to(local_part(weight).device)))
 
     def clear_gradients(self) -> None:

@@ -13,8 +13,6 @@ from maskft_base import files, runtime
 from maskft_base.errors import NotFiniteError, UserError, first_line
 
 from ..data.prepared import Prepared
-from ..tuner import MaskConfig
-from ..tuner.card import write_card
 from .arguments import TrainConfig, with_accumulation
 from .build import build_model, heldout_loss, load_base, load_data, load_tokenizer_of, start_on_data
 from .checkpoints import held_output, save_final, step_of
@@ -22,7 +20,7 @@ from .checks import check_config, check_context, check_processes
 from .describe import describe, report
 from .fixed_masks import make_fixed_mask
 from .interpolation import interpolate
-from .method_arguments import ADAPTER, FIXED_MASK_METHODS, INTERPOLATE, PEFT
+from .method_arguments import FIXED_MASK_METHODS, INTERPOLATE, PEFT
 from .record import TrainingRecord, TrainingSummary, make_record, summarise
 from .trainer import MaskTrainer
 from .verdict import HeldoutLosses, never_worse
@@ -132,12 +130,10 @@ def save(
         folder: Where to.
         trainer: What trained ``model``, if anything did; all processes must then call this.
     """
+    if runtime.is_main():  # first, for the card of a mask names its tokenizer
+        tokenizer.save_pretrained(folder)
     save_final(model, folder, record.recipe, trainer)
     if runtime.is_main():
-        tokenizer.save_pretrained(folder)
         if losses is not None:
             files.write_text(Path(folder) / files.HELDOUT, json.dumps(losses.model_dump()) + "\n")
         files.write_text(Path(folder) / files.TRAINING, json.dumps(record.model_dump(), indent=2) + "\n")
-        config = getattr(model, "peft_config", {}).get(ADAPTER)
-        if isinstance(config, MaskConfig):
-            write_card(folder, config)

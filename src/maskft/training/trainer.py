@@ -197,11 +197,6 @@ class MaskTrainer(SFTTrainer):
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        step = step_of(Path(self.state.best_model_checkpoint))
-        set_mask_progress(self.model, step / self.state.max_steps)  # the mask is that of the best step
-
     def back_to_best(self, error: NotFiniteError) -> str:
         """Load the best checkpoint after a step that could not be taken; returns why it could not, and what there is.
 
@@ -212,7 +207,9 @@ class MaskTrainer(SFTTrainer):
         if self.state.best_model_checkpoint is None:
             raise UserError(f"{reason}; no checkpoint was measured yet") from None
         self._load_best_model()
-        return f"{reason}; the best so far (step {step_of(Path(self.state.best_model_checkpoint))})"
+        step = step_of(Path(self.state.best_model_checkpoint))
+        set_mask_progress(self.model, step / self.state.max_steps)  # as MaskProgress does at an end without an error
+        return f"{reason}; the best so far (step {step})"
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Not TRL's, whose lines do not load a mask, nor a base that is on no hub."""

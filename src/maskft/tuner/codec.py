@@ -152,18 +152,12 @@ def _smallest(packed: np.ndarray, numel: int, removed_count: int) -> tuple[bytes
     return shortest if len(shortest[0]) <= (1 - _WORTH_CODING) * len(plain) else (plain, _BITMAP)
 
 
-def _byte_probabilities(numel: int, removed_count: int) -> np.ndarray:
-    """Probability of each byte of a packed mask in which every weight is removed with the same probability.
-
-    Quotients of integers are rounded correctly everywhere; powers of floats are not, and code otherwise.
-    """
-    by_ones = [removed_count**ones * (numel - removed_count) ** (8 - ones) / numel**8 for ones in range(9)]
-    return np.array([by_ones[byte.bit_count()] for byte in range(256)])
-
-
 def _model(numel: int, removed_count: int) -> Any:
+    """Model of the bytes of a packed mask in which every weight is removed with the same probability."""
+    # Quotients of integers are rounded correctly everywhere; powers of floats are not, and code otherwise.
+    by_ones = [removed_count**ones * (numel - removed_count) ** (8 - ones) / numel**8 for ones in range(9)]
+    probabilities = np.array([by_ones[byte.bit_count()] for byte in range(256)])
     # Both options have changed their default between releases, and the code with it.
-    probabilities = _byte_probabilities(numel, removed_count)
     return constriction.stream.model.Categorical(probabilities, perfect=False, lazy=False)
 
 

@@ -237,7 +237,7 @@ class MaskConfig(PeftConfig):
             self.target_modules = sorted(self.target_modules)
         if isinstance(self.modules_to_save, str):  # whose letters PEFT would take for names
             self.modules_to_save = [self.modules_to_save]
-        if self.selection == "topk" and self.sparsity > 0.5:
+        if self.selection == "topk" and self.sparsity > 0.5 and self.mask_sha256 is None:  # not of one that is loaded
             warnings.warn(
                 f"sparsity {self.sparsity} removes {self.sparsity:.0%} of the target weights. The authors' released "
                 f"code calls the fraction that is KEPT sparsity; its {self.sparsity} is {1 - self.sparsity:g} here.",

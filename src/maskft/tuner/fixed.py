@@ -82,12 +82,10 @@ def _remove_lowest_per_output(keys: Tensor, num: int, output_dim: int) -> Tensor
 
     Wanda compares a weight with the other inputs of its output only: those of others have another scale.
     """
-    keys_OI = keys if output_dim == 0 else keys.t()
-    each, extra = divmod(num, keys_OI.shape[0])
-    limits_O = torch.full((keys_OI.shape[0], 1), each, device=keys.device)
+    each, extra = divmod(num, keys.shape[output_dim])
+    limits_O = torch.full((keys.shape[output_dim],), each, device=keys.device)
     limits_O[:extra] += 1
-    mask_OI = ranks_per_output(keys_OI, output_dim=0) >= limits_O
-    return mask_OI if output_dim == 0 else mask_OI.t().contiguous()
+    return ranks_per_output(keys, output_dim) >= limits_O.unsqueeze(1 - output_dim)
 
 
 def ranks_per_output(keys: Tensor, output_dim: int) -> Tensor:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from maskft_base.errors import UserError
 
 from . import compiled, merging
-from .codec import decode_mask, mask_info
+from .codec import decode_mask
 from .config import MaskConfig
 from .effective import EffectiveWeight, score_gradient_of
 from .scores import Float32ParameterDict, check_scores, draw_scores, mask_from_scores
@@ -114,8 +114,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             return mask_from_scores(config, check_scores(self.mask_scores[adapter_name], self.module_name, config))
         if adapter_name in self.mask_coded:
             coded = self.mask_coded[adapter_name]
-            shape = mask_info(coded, self.module_name)["shape"]  # compared with the weight's when it was loaded
-            return decode_mask(coded, self.module_name, shape).to(self.weight.device)
+            return decode_mask(coded, self.module_name, self.weight.shape).to(self.weight.device)
         raise UserError(
             f"adapter {adapter_name!r} has no mask in {self.module_name}: load it with PeftModel.from_pretrained or "
             "PeftModel.load_adapter (transformers' own model.load_adapter and add_adapter cannot read masks)"

@@ -225,11 +225,6 @@ def generator(device: torch.device | str, *stream: object) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(seed, "little") >> 1)
 
 
-def depends_on_progress(config: Settings) -> bool:
-    """Whether the gate or its slope changes as training goes on, the scores being equal."""
-    return has_soft_gate(config) or config.sparsity_ramp > 0 or config.sharpness_end is not None
-
-
 def is_soft(config: Settings, is_training: bool) -> bool:
     """Whether a gate is soft now; that of a frozen copy is the mask that its original would be saved as."""
     return has_soft_gate(config) and is_training and not config.copy_of
@@ -237,8 +232,8 @@ def is_soft(config: Settings, is_training: bool) -> bool:
 
 def phase(config: Settings, is_training: bool) -> tuple[object, ...]:
     """What a gate depends on beside its scores."""
-    size = (config.selection, config.sparsity, config.threshold)  # which held-out rows may choose after training
-    if not depends_on_progress(config):
+    size = (config.selection, config.sparsity, config.threshold)  # as an empty mask is made by, after training
+    if not (has_soft_gate(config) or config.sparsity_ramp > 0 or config.sharpness_end is not None):
         return size
     is_training = is_training and not config.copy_of
     if is_training and config.progress is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class MaskModel(BaseTuner):
             return
         whole: Any = model  # torch's type of an attribute is Tensor | Module
         unsplit = getattr(whole, "_no_split_modules", None)
-        self._undo = (unsplit, whole.register_forward_pre_hook(_refresh_before_forward))
+        self._undo = (unsplit, whole.register_forward_pre_hook(refresh_masks))
         if unsplit:
             # accelerate makes an FSDP unit of each; as units of their own, scores are never gathered in forward.
             whole._no_split_modules = {*unsplit, Float32ParameterDict.__name__}
@@ -86,10 +87,15 @@ class MaskModel(BaseTuner):
             self._undo[1].remove()
         return model
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward of the wrapped model."""
-        refresh_masks(self.model)  # the tuner calls the model's forward, which passes hooks by
-        return super().forward(*args, **kwargs)
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
+        """Refuse PEFT's batches of several adapters: each row would silently get the active one."""
+        if adapter_names is not None:
+            raise UserError(
+                "adapter_names is not supported: a mask changes the weights, which all rows of a batch share; "
+                "run the rows of each adapter by themselves, after model.set_adapter(name)"
+            )
+        yield
 
     def _create_and_replace(
         self,
@@ -104,13 +110,14 @@ class MaskModel(BaseTuner):
         assert isinstance(peft_config, MaskConfig)
         if isinstance(target, MaskedLinear):
             target.update_layer(adapter_name, peft_config)
-            target.removed_values.update(self._removed_value_of(adapter_name, current_key))
-            return
-        layer = MaskedLinear(target, adapter_name, peft_config, current_key)
-        layer.removed_values.update(self._removed_value_of(adapter_name, current_key))
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+            layer = target
+        else:
+            layer = MaskedLinear(target, adapter_name, peft_config, current_key)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        if self._removed_values:
+            layer.removed_values[adapter_name] = self._removed_values.pop(current_key)
 
     def _replace_module(self, parent: Any, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Replace a module; PEFT's way needs a ``weight``, which many classification heads do not have."""
@@ -118,9 +125,6 @@ class MaskModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
-
-    def _removed_value_of(self, adapter_name: str, module_name: str) -> dict[str, Tensor]:
-        return {adapter_name: self._removed_values.pop(module_name)} if self._removed_values else {}
 
     @classmethod
     def _get_adapter_state_dict(
@@ -170,6 +174,8 @@ class MaskModel(BaseTuner):
         """Check every entry against the model, hand the masks to their layers, and pass on what is not a mask."""
         assert isinstance(config, MaskConfig)
         was_new, config.is_new = config.is_new, False
+        if not config.inference_mode:  # it is trained further: how it was made, and its verdict, are another mask's
+            config.recipe = None
         if was_new and config.inference_mode and config.mask_sha256 is None:
             raise UserError(
                 "adapter_config.json has no mask_sha256, so nothing in the adapter's file can be checked; save the "
@@ -188,21 +194,20 @@ class MaskModel(BaseTuner):
 def _load_masks(
     model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, Tensor], is_of_config: bool
 ) -> dict[str, Tensor]:
-    names = {_module_name(name): name for name in adapter_layers(model, adapter_name)}
-    layers = {_module_name(name): layer for name, layer in adapter_layers(model, adapter_name).items()}
+    found = adapter_layers(model, adapter_name)
+    names = {_module_name(name): name for name in found}
+    layers = {_module_name(name): layer for name, layer in found.items()}
     coded, scores = _entries(state_dict, "mask_coded"), _entries(state_dict, "mask_scores")
     rest = {key: value for key, value in state_dict.items() if not is_of_mask(key)}
     hashed = () if config.mask_sha256 is None else config.weights_sha256 or ()
     # Of a resized vocabulary PEFT writes what modules_to_save hold twice, and reads it once.
-    twice = [key for key in rest if ".modules_to_save." in key.replace(f".modules_to_save.{adapter_name}.", ".")]
-    once = {key: value for key, value in rest.items() if key not in twice}
+    own = f".modules_to_save.{adapter_name}."
+    once = {key: value for key, value in rest.items() if ".modules_to_save." not in key.replace(own, ".")}
     _check_names(layers, coded, once, adapter_name, hashed)
     if is_of_config and mask_fingerprint(coded) != config.mask_sha256:
         raise UserError("the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters")
     if is_of_config:
-        weights = {key.replace(f".modules_to_save.{adapter_name}.", "."): value for key, value in rest.items()}
-        check_weights(weights, config.weights_sha256)
-    rest = once
+        check_weights({key.replace(own, "."): value for key, value in rest.items()}, config.weights_sha256)
     for name, layer in layers.items():
         decode_mask(coded[name], name, layer.weight.shape)
     if any(adapter_name in layer.mask_scores and name not in scores for name, layer in layers.items()):
@@ -217,9 +222,9 @@ def _load_masks(
         if adapter_name in layer.mask_scores:
             _restore_scores(layer, adapter_name, scores[name])
             # PEFT reports parameters that a file does not set; these are set already.
-            rest[f"{names[name]}.mask_scores.{adapter_name}"] = layer.mask_scores[adapter_name].data
+            once[f"{names[name]}.mask_scores.{adapter_name}"] = layer.mask_scores[adapter_name].data
         layer.effective.forget()
-    return rest
+    return once
 
 
 @torch.no_grad()
@@ -248,17 +253,13 @@ def start_scores(model: nn.Module, keys: Mapping[str, Tensor], adapter_name: str
         layer.effective.forget()
 
 
-def refresh_masks(model: nn.Module) -> None:
+def refresh_masks(model: nn.Module, *_: Any) -> None:
     """Bring masks that FSDP2 has sharded up to date, before it gathers a layer; every rank must call it.
 
-    Does nothing in any other case.
+    Does nothing in any other case. It is a hook before the model's forward.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         refresh(model, [module for module in model.modules() if isinstance(module, MaskedLinear)], base_fingerprint)
-
-
-def _refresh_before_forward(model: nn.Module, args: Any) -> None:
-    refresh_masks(model)
 
 
 def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, MaskedLinear]:

@@ -43,12 +43,11 @@ class MaskProgress(TrainerCallback):
         """The scores of the best checkpoint, where they were loaded, make its mask only with its progress."""
         if args.load_best_model_at_end and state.best_model_checkpoint:
             step = int(state.best_model_checkpoint.rpartition("-")[2])
-            set_mask_progress(model, step / state.max_steps)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Before the first step, or the first after resuming."""
-        set_mask_progress(model, state.global_step / state.max_steps)
+            set_mask_progress(model, min(1.0, step / state.max_steps))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Before what is measured and saved after a step, and before the next."""
-        set_mask_progress(model, state.global_step / state.max_steps)
+        # transformers takes a step more than max_steps where it resumes a run that had taken all.
+        set_mask_progress(model, min(1.0, state.global_step / state.max_steps))
+
+    on_train_begin = on_step_end  # before the first step, or the first after resuming

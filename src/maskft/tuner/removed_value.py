@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from maskft_base.errors import UserError
 
 from ..models import load_model
 from .config import MaskConfig
 from .fingerprints import weights_fingerprint
-from .layer import MaskedLinear
 from .targets import is_target
 
 
@@ -31,7 +29,7 @@ def removed_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
         base = load_model(source, "auto")
     except UserError as error:
         raise UserError(f"removed_value_model: {error}") from error
-    weights = _masked_weights(config, model)
+    weights = {n: m.weight for n, m in sorted(model.named_modules()) if n and is_target(config, n)}
     modules: dict[str, nn.Module] = dict(base.named_modules())
     values = {}
     for name, weight in weights.items():
@@ -57,10 +55,3 @@ def removed_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
         )
     config.removed_value_fingerprint = fingerprint
     return values
-
-
-def _masked_weights(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
-    """The weights that are masked, by module name."""
-    kinds = nn.Linear | Conv1D | MaskedLinear
-    targets = {n: m for n, m in model.named_modules() if n and isinstance(m, kinds) and is_target(config, n)}
-    return {name: targets[name].weight for name in sorted(targets)}

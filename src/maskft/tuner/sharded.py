@@ -265,7 +265,7 @@ def _check_sharding(layer: MaskedLinear) -> None:
     is_plain = is_plain and tuple(scores.placements) == by_rows
     if not is_plain or scores.to_local().device.type != scores.device_mesh.device_type:
         raise UserError(
-            f"{layer.module_name} is not sharded as masks need it: take FSDP2, by rows and without fsdp_offload_params,"
-            " with fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and if you name the classes to wrap, add "
-            f"{type(layer.mask_scores).__name__.removeprefix('FSDP')}"
+            f"{layer.module_name} is not sharded as masks need it: take FSDP2, by rows, without fsdp_offload_params "
+            "and fsdp_activation_checkpointing, with fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and if you name "
+            f"the classes to wrap, add {type(layer.mask_scores).__name__.removeprefix('FSDP')}"
         )

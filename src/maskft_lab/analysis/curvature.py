@@ -29,7 +29,7 @@ import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 
-from maskft.data import IGNORED
+from maskft.data.tokenizing import IGNORED
 from maskft.models import load_model
 from maskft_base.errors import UserError, install_hint
 from maskft_base.files import digest

@@ -10,7 +10,7 @@ import torch
 from datasets import load_from_disk
 from torch import Tensor
 
-from maskft.data import IGNORED
+from maskft.data.tokenizing import IGNORED
 from maskft.loss import pad
 from maskft_base.errors import UserError
 from maskft_base.files import PREPARED

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maskft.data import prompt_ids
 from maskft.data.sources import read_file
+from maskft.data.tokenizing import prompt_ids
 from maskft_base import files
 from maskft_base.errors import UserError, first_line, install_hint
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from maskft.data import load_examples, load_splits, prompt_ids, prompt_of, tokenize_example
 from maskft.data.answers import check_answer
 from maskft.data.arguments import DataArguments, check_sizes
+from maskft.data.mixtures import load_examples
 from maskft.data.sources import FILE_ENDINGS
+from maskft.data.splits import load_splits
+from maskft.data.tokenizing import prompt_ids, prompt_of, tokenize_example
 from maskft.loss import RowLoss, length_sorted_batches, nll_per_item, pad
 from maskft_base.errors import UserError
 from maskft_base.files import digest

@@ -8,9 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
-from maskft.data import load_splits
 from maskft.data.arguments import DataArguments, check_sizes
-from maskft.data.splits import prompt_digest
+from maskft.data.splits import load_splits, prompt_digest
 from maskft.training.arguments import TrainConfig
 from maskft.training.checks import check_method, check_size
 from maskft.training.launch import config_processes, launch_options
