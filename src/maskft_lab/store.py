@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from maskft_base.errors import UserError
 from maskft_base.files import append_to, digest
@@ -52,25 +52,18 @@ class Store:
     def add(self, key: str, value: Any) -> None:
         """Keep one piece."""
         self.values[key] = value = _as_json(value)
-        self._write({"key": key, "value": value, "sha256": _checksum(key, value)})
+        if self._out is None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._out = append_to(self.file)
+            self._out.write(_text(self._settings) if self._is_new else "\n")  # which ends a line that a kill cut short
+        self._out.write(_text({"key": key, "value": value, "sha256": _checksum(key, value)}))
+        self._out.flush()
 
     def remove(self) -> None:
         """Delete the file: the result is written."""
         if self._out:
             self._out.close()
         self.file.unlink(missing_ok=True)
-
-    def _write(self, line: Mapping) -> None:
-        if self._out is None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._out = self._opened()
-        self._out.write(_text(line))
-        self._out.flush()
-
-    def _opened(self) -> TextIO:
-        out = append_to(self.file)
-        out.write(_text(self._settings) if self._is_new else "\n")  # the latter ends a line that a kill cut short
-        return out
 
 
 def _lines(file: Path) -> Iterator[Any]:

@@ -184,6 +184,7 @@ def test_peak_memory_of_real_runs(method, dtype, tmp_path):
         (SMALL, {"mask_layers_to_transform": [3, 9]}, "names layer 9; the model has layers 0 to 3"),
         (SMALL, {"model_name_or_path": "nowhere.json"}, "model configuration 'nowhere.json' does not exist"),
         (SMALL, {"optim": "lion_32bit"}, "optim is 'lion_32bit'"),
+        (SMALL, {"kl_to_base": 0.1}, "there is no estimate of kl_to_base"),
         (SMALL, {"partial_layers": [1]}, "partial_layers goes with --method full"),
         ({**SMALL, "num_hidden_layers": 0}, {}, "no decoder layers"),
         ({"model_type": "lama"}, {}, "cannot read the configuration"),

@@ -1,12 +1,23 @@
 """What counts as running out of memory; ``tests/cli/test_evaluate_tasks.py`` runs out of it in earnest."""
 
+import pytest
 import torch
 
-from maskft_lab.estimate.out_of_memory import is_out_of_memory
+from maskft_base.errors import UserError
+from maskft_lab.estimate.out_of_memory import explained
 
 
-def test_what_counts_as_out_of_memory():
-    assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
-    assert is_out_of_memory(RuntimeError("unable to mmap 8 bytes from file <x>: Cannot allocate memory (12)"))
-    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
-    assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(OSError("out of memory"))
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), UserError),
+        (torch.OutOfMemoryError("CUDA out of memory."), UserError),
+        (RuntimeError("unable to mmap 8 bytes from file <x>: Cannot allocate memory (12)"), UserError),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), UserError),
+        (RuntimeError("shapes differ"), RuntimeError),
+        (OSError("out of memory"), OSError),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, expected):
+    with pytest.raises(expected), explained():
+        raise error

@@ -11,6 +11,7 @@ from finished_study import HOSTILE, Page
 from maskft_base import files
 from maskft_lab.cli.main import main
 from maskft_lab.report.catalogue import FIGURES
+from maskft_lab.report.evidence import gather
 from maskft_lab.results.comparison import Comparison, Difference, Score
 from maskft_lab.results.schema import read_result, write_result
 from maskft_lab.results.text import difference_text, score_text
@@ -114,6 +115,10 @@ def test_published_results_by_one_command(name, tmp_path):
     wanted = Comparison.from_dict(record["comparison"])
     assert all(difference_text(row) in page.texts for row in wanted.differences) and "Verdict" in page.texts
     assert {score_text(score) for score in wanted.scores} <= set(page.texts)
+
+
+def test_the_best_of_two_models_of_a_published_run_has_the_verdict():
+    assert "math mask (best)" in gather(RESULTS / "smollm2-mixed-smoke").masks
 
 
 def test_the_same_files_give_the_same_page(finished, page, tmp_path):

@@ -18,15 +18,7 @@ from maskft_lab.results.compare import compare
 from maskft_lab.results.comparison import Settings
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
 from maskft_lab.results.scores import scores as scores_of
-from maskft_lab.results.text import (
-    Table,
-    cross_domain_table,
-    difference_text,
-    draw,
-    render,
-    render_scores,
-    sentence,
-)
+from maskft_lab.results.text import Table, cross_domain_table, difference_text, draw, render, render_scores, sentence
 
 RESAMPLES = 500
 

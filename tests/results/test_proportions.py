@@ -6,12 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from maskft_lab.results.proportions import (
-    is_at_edge,
-    paired_interval,
-    paired_score,
-    proportion_interval,
-)
+from maskft_lab.results.proportions import is_at_edge, paired_interval, paired_score, proportion_interval
 
 Z = stats.norm.ppf(0.975)
 

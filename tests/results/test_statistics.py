@@ -8,13 +8,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from maskft_lab.results import statistics
-from maskft_lab.results.statistics import (
-    Bootstrap,
-    as_block,
-    holm,
-    mcnemar_exact,
-    weighted_mean,
-)
+from maskft_lab.results.statistics import Bootstrap, as_block, holm, mcnemar_exact, weighted_mean
 
 NUM_DRAWS = 2000
 NUM_ITEMS = 100

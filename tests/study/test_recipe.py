@@ -56,6 +56,14 @@ def test_runs_come_after_what_they_are_made_from(content):
     assert runs[0].labels == {"best": "full (best)", "last": "full (continued)"}
 
 
+def test_mixtures_of_rows_are_evaluated_too(content):
+    content["evaluation"]["heldout"] = {"dataset_name": {"a.jsonl": 10, "b.jsonl": None}}
+    content["path"] = {"before": {"other": {"dataset_name": ["a.jsonl", "b.jsonl"]}}}
+    recipe = parse_recipe(content)
+    assert recipe.evaluation["dataset_name"] == "a.jsonl:10,b.jsonl"
+    assert recipe.path.before["other"]["dataset_name"] == "a.jsonl,b.jsonl"
+
+
 def test_a_preset_names_a_run_by_what_it_stands_for(content):
     before = ids(content)
     content["methods"]["mask"]["mask_preset"] = "recommended"

@@ -86,7 +86,8 @@ def report(
         _report_verdict(summary, verdict, config, console)
     if verdict is None or verdict.is_better or verdict.kept:
         model = "--adapter" if files.holds_adapter(folder) else "--model_name_or_path"
-        console.print(f"next: maskft evaluate {model} {folder} --dataset_name TEST.jsonl --output_dir results/NAME")
+        advice = f"next: maskft evaluate {model} {folder} --dataset_name TEST.jsonl --output_dir results/NAME"
+        console.print(advice, soft_wrap=True)  # one line, which is pasted
 
 
 def _report_verdict(summary: TrainingSummary, verdict: Verdict | None, config: TrainConfig, console: Console) -> None:

@@ -36,7 +36,7 @@ from maskft_base.files import digest
 
 from ..results.statistics import weighted_mean
 from ..store import Store
-from .losses import Batch, Sampling, make_batches, num_targets
+from .losses import Batch, Sampling, make_batches
 from .masks import masks_of
 from .records import digest_folder, is_finished, pieces_of, write_record
 
@@ -196,7 +196,7 @@ def analyse_curvature(
     model = load_model(start, "float32", attn_implementation="eager").to(sampling.device).eval()
     batches = make_batches(rows, sampling.batch_size, sampling.device)
     products = hessian_products(model, names, batches)
-    tokens = np.array([num_targets(batch) for batch in batches], dtype=np.float64)
+    tokens = np.array([int((labels[:, 1:] != IGNORED).sum()) for _, labels in batches], dtype=np.float64)
     shares, kept = tokens / tokens.sum(), torch.cat([masks[name].flatten() for name in names]).numpy()
     pieces = pieces_of(file, settings)
 

@@ -72,8 +72,3 @@ def make_batches(rows: Sequence[Mapping], batch_size: int, device: str | torch.d
         ids, labels = ([row[key] for row in rows[start : start + batch_size]] for key in ("input_ids", "labels"))
         out.append((pad(ids, 0, device)[0], pad(labels, IGNORED, device)[0]))
     return out
-
-
-def num_targets(batch: Batch) -> int:
-    """Number of tokens of a batch that have a loss."""
-    return int((batch[1][:, 1:] != IGNORED).sum())

@@ -11,6 +11,7 @@ from maskft_base import __version__
 from maskft_base.errors import UserError
 from maskft_base.files import digest, digest_file, parse_json, write_text
 
+from ..results.schema import refuse_constant
 from ..store import Store
 
 
@@ -43,13 +44,9 @@ def read_record(file: Path) -> dict[str, Any]:
         UserError: If it is no JSON object, or holds NaN or infinity.
     """
     try:
-        return dict(parse_json(file.read_text(encoding="utf-8"), parse_constant=_refuse))
+        return dict(parse_json(file.read_text(encoding="utf-8"), parse_constant=refuse_constant))
     except (ValueError, TypeError) as error:
         raise UserError(f"{file} is not as maskft analyze writes it ({error}): remove it, make it again") from error
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"it holds {constant}")
 
 
 def is_finished(file: Path, settings: Mapping) -> bool:

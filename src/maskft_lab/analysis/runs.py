@@ -100,7 +100,7 @@ def find_mask(runs: Sequence[TrainedRun], wanted: str | None = None) -> TrainedR
     """
     masks = [run for run in runs if run.method == MASK and BEST in run.models]
     if not masks:
-        methods = ", ".join(dict.fromkeys(run.method for run in runs))
+        methods = ", ".join(dict.fromkeys(str(run.method) for run in runs))
         raise UserError(f"there is no learned mask with its adapter folder among these runs (methods: {methods})")
     names = list(dict.fromkeys(name for run in masks for name in (run.name, run.id)))
     name = _known("mask", wanted or masks[0].name, names)
@@ -183,16 +183,22 @@ def _published(folder: Path, results: dict[str, dict[str, Result]]) -> list[Trai
     for base, summary in content[PUBLISHED_SUMMARY].get("models", {}).items():
         for row in summary["runs"]:
             roles = results.get(_identity(row["run"]), {})
-            runs[row["run"]] = TrainedRun(
+            run = TrainedRun(
                 id=row["run"],
-                name=row["name"].removesuffix(f" ({BEST})").removesuffix(" (continued)"),
+                name=plain_name(row["name"]),
                 base=base,
                 settings=next(iter(roles.values()))["study"]["settings"] if roles else {},
                 summary=content[files.TRAINING].get(row["run"], {}),
                 results=roles,
                 **{key: row[key] for key in ("method", "seed", "start")},
             )
+            runs.setdefault(run.id, run)  # the row of its best model comes before that of its last
     return list(runs.values())
+
+
+def plain_name(label: str) -> str:
+    """Name of the run whose best model, or end, has this label in a table."""
+    return re.sub(rf" \(({BEST}|continued)\)", "", label, count=1)
 
 
 def _known(what: str, name: str, names: Sequence[str]) -> str:

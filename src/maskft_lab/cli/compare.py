@@ -79,4 +79,4 @@ def _compared(args: argparse.Namespace) -> str:
 
 
 def _names(value: str | None) -> list[str] | None:
-    return [name.strip() for name in value.split(",")] if value is not None else None
+    return None if value is None else [name.strip() for name in value.split(",") if name.strip()]

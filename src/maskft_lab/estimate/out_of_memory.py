@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from maskft_base.errors import UserError, first_line
 
 ADVICE = (
@@ -28,15 +26,8 @@ def explained(advice: str = ADVICE) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _WORDS):
             raise
         said = first_line(error)
         found = re.search(r"[Tt]ried to allocate [\d.,]+ \w+", said)
         raise UserError(f"out of memory ({found[0].lower() if found else said[:80]}); {advice}") from None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator refused, on the CPU or a GPU."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)

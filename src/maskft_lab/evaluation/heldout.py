@@ -93,8 +93,7 @@ def evaluate_rows(
         raise UserError("there are no items to evaluate; check eval_split_size and max_eval_samples")
     unanswered = 0 if options.no_generate else sum(row.get("answer") is None for row in rows)
     generate = not options.no_generate and not unanswered
-    how = {"max_length": options.max_length}
-    tokenized = [tokenize_example(row, tokenizer, **how) for row in rows]
+    tokenized = [tokenize_example(row, tokenizer, max_length=options.max_length) for row in rows]
     check_context(model, max(len(row["input_ids"]) for row in tokenized))
     prompts = [prompt_ids(row, tokenizer) for row in rows] if generate else []
     if generate:
@@ -131,10 +130,8 @@ def task_record(items: list[dict], metrics: dict, asked: Iterable[tuple[dict, An
         {"id": str(row["id"]), "prompt": prompt, "reference": row.get("answer")} for row, prompt in asked
     )
     template = chat_template_hash(tokenizer)
-    record = build_task(
-        items, metrics, version=version, num_fewshot=0, fingerprint=fingerprint, chat_template_hash=template
-    )
-    return dict(record)
+    how = {"version": version, "num_fewshot": 0, "fingerprint": fingerprint, "chat_template_hash": template}
+    return dict(build_task(items, metrics, **how))
 
 
 def evaluate_kl(loaded: Loaded, rows: Sequence[dict], options: EvaluationArguments, journal: Journal) -> dict:
@@ -163,7 +160,8 @@ def evaluate_kl(loaded: Loaded, rows: Sequence[dict], options: EvaluationArgumen
                 keep(place, value)
 
     values = resumed("kl", [[ids] for ids in prompts], compute, "KL", journal)
-    items = [{"id": str(row["id"]), "kl": value} for row, value in zip(rows, values, strict=True)]
+    finite = [value if math.isfinite(value) else None for value in values]
+    items = [{"id": str(row["id"]), "kl": value} for row, value in zip(rows, finite, strict=True)]
     metrics = {"kl": metric_from_items(items, "kl", unit="nats", higher_is_better=False)}
     record = task_record(items, metrics, zip(items, prompts, strict=True), tokenizer, TASK_VERSION)
     return record | {"data_sha256": data_sha256(rows)}

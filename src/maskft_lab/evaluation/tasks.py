@@ -107,8 +107,8 @@ def check_chat_template(names: Sequence[str], tokenizer, choice: bool | None) ->
     for name in names:
         if wants_chat_template(name, choice) and not getattr(tokenizer, "chat_template", None):
             raise UserError(
-                f"task {name} puts its prompts into the chat template, and this model's tokenizer has none; evaluate a "
-                "chat model, or pass --apply_chat_template false"
+                f"task {name} puts its prompts into the chat template, and this model's tokenizer has none; give "
+                f"--chat_template_path{'' if name == ALPACA_EVAL else ', or pass --apply_chat_template false'}"
             )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from maskft_base.errors import UserError
 from maskft_base.runtime import Progress
@@ -61,7 +61,7 @@ class BatchedLM(HFLM):
                 "which leaves no room for a prompt"
             )
         prompts = [self._prompt_ids(request.args[0])[-room:] for request in requests]
-        stops = [stop for stop in handle_stop_sequences(settings.get("until"), eos) if stop]
+        stops = [stop for stop in (*settings["until"], eos) if stop]
         with Progress() as progress:
             bar = progress.add_task(task_name or "answers", total=len(prompts))
 

@@ -71,17 +71,10 @@ FIGURES = (
 )
 
 
-@dataclass(frozen=True)
-class Missing:
-    """A figure that cannot be drawn: why, and the command that makes its data."""
-
-    figure: Figure
-    reason: str
-    command: str
-
-
-def draw_figures(evidence: Evidence, figures: Iterable[Figure]) -> tuple[list[tuple[Figure, Chart]], list[Missing]]:
-    """Draw what can be drawn, and say why the others cannot.
+def draw_figures(
+    evidence: Evidence, figures: Iterable[Figure]
+) -> tuple[list[tuple[Figure, Chart]], list[tuple[Figure, str, str]]]:
+    """Draw what can be drawn; of the others return why they cannot, and the command that makes their data.
 
     Raises:
         UserError: If the file of an analysis is not as ``maskft analyze`` writes it.
@@ -91,7 +84,7 @@ def draw_figures(evidence: Evidence, figures: Iterable[Figure]) -> tuple[list[tu
         try:
             drawn.append((figure, figure.draw(evidence)))
         except NotComputed as error:
-            missing.append(Missing(figure, str(error), figure.command.replace("STUDY", evidence.place)))
+            missing.append((figure, str(error), figure.command.replace("STUDY", evidence.place)))
         except UserError:
             raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:

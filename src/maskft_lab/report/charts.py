@@ -9,11 +9,13 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from ..results.text import Table
 from ..results.text import draw as draw_table
@@ -165,7 +167,8 @@ def draw_panel(panel: Panel, legend: Sequence[Entry]) -> Figure:
         panel.draw(axes)
         axes.set_title(plain(textwrap.fill(panel.title, int(width * TITLE_CHARACTERS), break_on_hyphens=False)))
         if legend:
-            lines, names = list(map(_line, legend)), [plain(entry.name) for entry in legend]
+            lines = [Line2D([], [], **line_style(entry)) for entry in legend]
+            names = [plain(entry.name) for entry in legend]
             figure.legend(lines, names, loc="outside lower center", ncols=min(num_entries, len(names)))
     return figure
 
@@ -200,7 +203,6 @@ def _saved(figure: Figure, suffix: str) -> bytes:
     return text.encode()
 
 
-def _line(entry: Entry):
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=COLOURS[entry.colour], linestyle=entry.dash or "none", marker=entry.marker or None)
+def line_style(of: Entry) -> dict[str, Any]:
+    """Arguments of matplotlib's ``plot``."""
+    return {"color": COLOURS[of.colour], "linestyle": of.dash or "none", "marker": of.marker or None}

@@ -13,16 +13,11 @@ from maskft_base.errors import UserError, did_you_mean
 from maskft_base.files import read_json
 
 from ..analysis.records import read_record
-from ..analysis.runs import BEST, MASK, PUBLISHED_SUMMARY, TrainedRun, read_study
-from ..results.comparison import Comparison, Difference
+from ..analysis.runs import MASK, PUBLISHED_SUMMARY, TrainedRun, plain_name, read_study
+from ..results.comparison import Comparison
 from ..results.schema import Result
 
 CURVES = "curve*.json"  # beside the summary, one for each probe: every method's rates, checkpoints and scales
-
-
-def plain_name(name: str) -> str:
-    """Name of a method whose model is its best checkpoint, or its end."""
-    return name.removesuffix(f" ({BEST})").removesuffix(" (continued)")
 
 
 class NotComputed(Exception):
@@ -69,16 +64,6 @@ class Evidence:
         """Names of the learned masks that are compared."""
         methods = self.comparison.methods if self.comparison else []
         return [name for name in methods if self.methods.get(plain_name(name), ("", False))[0] == MASK]
-
-    @property
-    def differences(self) -> list[Difference]:
-        """Every difference that is judged."""
-        return self.comparison.differences if self.comparison else []
-
-    @property
-    def seeds(self) -> list[int]:
-        """Training seeds of the results."""
-        return sorted({r["model"]["seed"] for r in self.results if r["model"]["seed"] is not None})
 
     def record(self, what: str) -> dict[str, Any]:
         """What the analysis of this name found.

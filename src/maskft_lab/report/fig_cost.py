@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 
-from ..analysis.runs import BEST, LAST, TrainedRun
+from ..analysis.runs import BEST, LAST, TrainedRun, plain_name
 from ..results.text import Table
 from .charts import COLOURS, ROW_HEIGHT, Chart, Entry, Panel, row_name
-from .evidence import Evidence, NotComputed, plain_name
+from .evidence import Evidence, NotComputed
 from .fig_curves import spent_before, spent_until
 from .methods import look, number
 

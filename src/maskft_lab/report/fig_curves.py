@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 
 from ..analysis.runs import TrainedRun, parent_of
 from ..results.text import Table
-from .charts import Chart, Panel
+from .charts import Chart, Panel, line_style
 from .evidence import Evidence, NotComputed
-from .methods import entries_of, line_style, look, number
+from .methods import entries_of, look, number
 
 LOSS = "eval_loss"
 _CUT = 1.6  # the axis ends so many times the spread of what was measured after the first tenth of a run

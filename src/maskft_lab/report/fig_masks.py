@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ..analysis.runs import MASK
+from ..analysis.runs import MASK, plain_name
 from ..results.text import Table
 from .charts import COLOURS, Chart, Entry, Panel
-from .evidence import Evidence, NotComputed, plain_name
+from .evidence import Evidence, NotComputed
 from .methods import looks_in_turn, number
 
 MAX_MASKS = 6  # as many as the paper's Fig. 13

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from itertools import cycle, product
-from typing import Any
 
-from .charts import COLOURS, SERIES, Entry
+from .charts import SERIES, Entry
 
 # As in the paper's Fig. 1, with shapes besides, so that nothing is told by colour alone.
 _LOOKS = {
@@ -56,11 +55,6 @@ def entries_of(kinds: Mapping[str, tuple[str, bool]]) -> dict[str, Entry]:
         free = (each for each in (own, *product(own[:1], ("--", "-.", ":"), "sDPvX")) if each not in looks.values())
         looks[name] = next(free, own)
     return {name: Entry(name, *each) for name, each in looks.items()}
-
-
-def line_style(of: Entry) -> dict[str, Any]:
-    """Arguments of matplotlib's ``plot``."""
-    return {"color": COLOURS[of.colour], "linestyle": of.dash or "none", "marker": of.marker or None}
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from typing import Any
 
 import jinja2
@@ -40,6 +39,9 @@ def render_report(evidence: Evidence) -> str:
     has_content = {"verdict", "table", "recipe"}
     verdicts, results = _verdicts(evidence), evidence.results  # none where nothing but paths was published
     reached = comparison.scores if comparison else scores(results) if results else []
+    # Comparisons of earlier versions have unadjusted intervals only.
+    is_unadjusted = comparison is not None and any(r.unadjusted_low is None for r in comparison.differences)
+    seeds = {result["model"]["seed"] for result in results} - {None}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "templates"),
         autoescape=True,
@@ -47,10 +49,8 @@ def render_report(evidence: Evidence) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates = resources.files(__package__) / "templates"
     return environment.get_template("report.html").render(
-        css=_palettes() + (templates / "style.css").read_text(encoding="utf-8"),
-        js=(templates / "page.js").read_text(encoding="utf-8"),
+        palettes=_palettes(),
         version=__version__,
         title=evidence.name,
         facts=_facts(evidence),
@@ -63,12 +63,11 @@ def render_report(evidence: Evidence) -> str:
         scores=cross_domain_table(reached),
         differences=difference_table(comparison) if comparison else None,
         over="items" if comparison and comparison.fixed_seeds else "seeds where there are several, else over items",
-        # Comparisons of earlier versions have unadjusted intervals only.
-        interval="unadjusted" if any(r.unadjusted_low is None for r in evidence.differences) else "simultaneous",
+        interval="unadjusted" if is_unadjusted else "simultaneous",
         charts=charts,
-        missing=[_head(each.figure) | {"reason": each.reason, "command": each.command} for each in missing],
+        missing=[_head(figure) | {"reason": reason, "command": command} for figure, reason, command in missing],
         commands=_commands(evidence),
-        seeds=", ".join(map(str, evidence.seeds)) or "none",
+        seeds=", ".join(map(str, sorted(seeds))) or "none",
         settings=_settings(evidence),
     )
 

@@ -5,9 +5,9 @@ Shapes: S seeds, N items, U units that are drawn (items, or clusters of items).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,7 +109,7 @@ def sample_of(paired: Paired, task: str, metric: str, has_fixed_seeds: bool = Fa
     num_items = values_SN.shape[1]
     if num_items < 2:
         raise UserError(f"{metric} on {task} has 1 item, too few to compare: evaluate at least 2, better hundreds")
-    items = sorted(paired[1][0]["tasks"][task]["items"], key=_item_id)
+    items = sorted(paired[1][0]["tasks"][task]["items"], key=itemgetter("id"))
     clusters = cluster_ids(items)
     if clusters and len(set(clusters)) == 1:
         raise UserError(f"{metric} on {task}: all {num_items} items are of one cluster, {clusters[0]!r}: give several")
@@ -121,7 +121,7 @@ def item_values(group: Sequence[Result], task: str, metric: str) -> NDArray[np.f
     """Return the metric's values, one row per seed, one column per item in the order of the item ids."""
     rows: list[list[float]] = []
     for result in group:
-        items = sorted(result["tasks"][task]["items"], key=_item_id)
+        items = sorted(result["tasks"][task]["items"], key=itemgetter("id"))
         for item in items:
             if item[metric] is None:
                 raise UserError(
@@ -130,10 +130,6 @@ def item_values(group: Sequence[Result], task: str, metric: str) -> NDArray[np.f
                 )
         rows.append([item[metric] for item in items])
     return np.array(rows, dtype=float)
-
-
-def _item_id(item: Mapping[str, Any]) -> str:
-    return str(item["id"])
 
 
 def measure(paired: Paired, task: str, metric: str, is_main: bool, settings: Settings) -> tuple[Difference, Measured]:

@@ -288,7 +288,7 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     """
     file = result_file(path)
     try:
-        result = parse_json(read_text(file), parse_constant=_refuse_constant)
+        result = parse_json(read_text(file), parse_constant=refuse_constant)
     except FileNotFoundError:
         raise UserError(f"{file}: no such result file: give one that `maskft evaluate` wrote, or its folder") from None
     except OSError as error:
@@ -375,5 +375,6 @@ def is_finite(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
-def _refuse_constant(name: str) -> None:
+def refuse_constant(name: str) -> None:
+    """Refuse NaN and infinity where JSON is parsed."""
     raise ValueError(f"it holds {name}")

@@ -10,9 +10,11 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
+from maskft_base.errors import UserError
+
 from .comparable import check_comparable, group_by_name, having, select, unit_of
 from .comparison import Score
-from .proportions import Bounds, is_at_edge, proportion_interval
+from .proportions import is_at_edge, proportion_interval
 from .schema import Result, cluster_ids, has_items, item_weights
 from .statistics import weighted_mean
 
@@ -38,6 +40,8 @@ def scores(
     tasks, metrics = select(results, tasks, metrics, only_items=False)
     check_comparable(results, tasks)
     shown = [(task, metric) for task, metric in product(tasks, metrics) if having(results, task, metric)]
+    if not shown:
+        raise UserError(f"{results[0]['name']} has no metric to show: evaluate it with a judge, or name other --tasks")
     units = {(task, metric): unit_of(having(results, task, metric), task, metric) for task, metric in shown}
     return [
         _score(group, task, metric, units[task, metric], fixed_seeds)
@@ -55,11 +59,16 @@ def _score(group: Sequence[Result], task: str, metric: str, unit: str, fixed_see
     if len(values) < len(records):
         return score
     value, stderr = weighted_mean(values) if len(group) > 1 else (values[0], records[0]["stderr"])
-    if fixed_seeds and len(group) > 1:
-        stderr = _error_over_items(group, task, metric, unit)
+    values_N, items = _mean_items(group, task, metric), group[0]["tasks"][task]["items"]
+    if fixed_seeds and len(group) > 1:  # the error over items (clusters) of the mean over seeds
+        weights = item_weights(items, unit)
+        stderr = None if values_N is None else weighted_mean(values_N, weights, cluster_ids(items))[1]
+        stderr = stderr if stderr is not None and math.isfinite(stderr) else None
     score = replace(score, value=value, stderr=stderr)
-    bounds, at_edge = _bounds(group, task, metric) if unit == "fraction" else (None, False)
-    return replace(score, low=bounds.low, high=bounds.high, is_at_edge=at_edge) if bounds else score
+    if unit != "fraction" or values_N is None:
+        return score
+    bounds, at_edge = proportion_interval(values_N, cluster_ids(items)), is_at_edge(values_N, cluster_ids(items))
+    return replace(score, low=bounds.low, high=bounds.high, is_at_edge=at_edge)
 
 
 def _mean_items(group: Sequence[Result], task: str, metric: str) -> NDArray[np.float64] | None:
@@ -69,21 +78,3 @@ def _mean_items(group: Sequence[Result], task: str, metric: str) -> NDArray[np.f
         return None
     by_id = [{item["id"]: item[metric] for item in items} for items in tables]
     return np.asarray(np.mean([[row[item["id"]] for item in tables[0]] for row in by_id], axis=0))
-
-
-def _error_over_items(group: Sequence[Result], task: str, metric: str, unit: str) -> float | None:
-    """Return the standard error over items (clusters) of the mean over seeds."""
-    values_N, items = _mean_items(group, task, metric), group[0]["tasks"][task]["items"]
-    if values_N is None:
-        return None
-    stderr = weighted_mean(values_N, item_weights(items, unit), cluster_ids(items))[1]
-    return stderr if math.isfinite(stderr) else None
-
-
-def _bounds(group: Sequence[Result], task: str, metric: str) -> tuple[Bounds | None, bool]:
-    """Return the interval over the items of a proportion, and whether it is at an edge."""
-    values_N = _mean_items(group, task, metric)
-    if values_N is None:
-        return None, False
-    clusters = cluster_ids(group[0]["tasks"][task]["items"])
-    return proportion_interval(values_N, clusters), is_at_edge(values_N, clusters)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from maskft.data.arguments import DataArguments, check_sizes
+from maskft.data.mixtures import hub_ids
 from maskft.data.splits import load_splits, prompt_digest
 from maskft.training.arguments import TrainConfig
 from maskft.training.checks import check_method, check_size
@@ -134,7 +135,7 @@ def _check_tuned_rows(plan: Plan, digests: set[str]) -> None:
         data, would = parsed.data, f"method {run.method.name!r} would be {verb} on"
         name = data.eval_dataset_name or data.dataset_name
         split = data.dataset_eval_split or ("test" if data.eval_dataset_name else data.dataset_train_split)
-        if "test" in {part.partition("[")[0].strip() for part in split.split("+")} and not Path(name).is_file():
+        if "test" in {part.partition("[")[0].strip() for part in split.split("+")} and hub_ids(name):
             raise UserError(f"{would} the split {split!r} of {name!r}; hold out rows of the training data")
         heldout = load_splits(data, data.split_seed, None, parsed.training.dataset_text_field).heldout
         _check_not_reported(heldout, digests, would)

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from maskft.data.arguments import TEMPLATE, DataArguments
+from maskft.data.arguments import TEMPLATE, DataArguments, mixture_text
 from maskft.training.method_arguments import (
     INTERPOLATE,
     MASK_METHODS,
@@ -128,7 +128,6 @@ class Study:
 
     def points(self, run: StudyRun) -> list[Point]:
         """Share of training and part of the change of every point of its path."""
-        assert self.recipe.path is not None
         return [(0.0, 0.0)] if run.method.method == PRETRAINED else self.recipe.path.points
 
     def checkpoints(self, run: StudyRun) -> dict[float, Path]:
@@ -147,7 +146,6 @@ class Study:
 
     def path_sets(self, run: StudyRun) -> dict[str, tuple[Path, dict]]:
         """Set of rows -> folder of the results of all points of a run's path, and options of ``maskft evaluate``."""
-        assert self.recipe.path is not None
         evaluation = self.recipe.evaluation
         shared = {key: evaluation[key] for key in (*HOW, *HOW_OF_HELDOUT) if key in evaluation}
         sets = {HELDOUT: shared | self.heldout_options(run)} | self.recipe.path.before
@@ -422,8 +420,7 @@ def _model_options(study: Study, run: StudyRun, role: str) -> dict:
 
 def evaluation_words(options: dict) -> list[str]:
     """Options of ``maskft evaluate`` as words."""
-    tasks = options.get("tasks")
-    return command_words(options | ({"tasks": ",".join(map(str, tasks))} if isinstance(tasks, list) else {}))
+    return command_words(options | {"tasks": mixture_text(options.get("tasks"))})
 
 
 def _training_block(study: Study, run: StudyRun, role: str, record: RunRecord) -> dict:

@@ -94,16 +94,15 @@ def run_command(words: Sequence[str], log: Path, tick: Callable[[], None] = lamb
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something: an error before what a training advises; "" where there is none."""
+    """The last line of a log that says something, and does not advise; "" where there is none."""
     try:
         with log.open("rb") as stream:
             stream.seek(max(0, log.stat().st_size - 4096))
             text = stream.read().decode("utf-8", "replace")
     except OSError:
         return ""
-    said, _, rest = text.partition("\nnext: ")
-    errors = [line for line in rest.splitlines() if line.startswith("maskft: error: ")]  # of what came after training
-    return next((line.strip() for line in reversed([*said.splitlines(), *errors]) if line.strip()), "")
+    lines = (line.strip() for line in reversed(text.splitlines()))
+    return next((line for line in lines if line and not line.startswith("next: ")), "")
 
 
 class _Descriptor:

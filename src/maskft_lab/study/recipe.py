@@ -50,13 +50,14 @@ def _evaluation(section: dict[str, Any]) -> dict[str, Any]:
     if tasks:
         is_missing = (heldout or "dataset_name" in options) and "heldout" not in tasks
         options["tasks"] = (["heldout"] if is_missing else []) + tasks
-    return options | heldout
+    return as_text(options | heldout)
 
 
 Count = Annotated[int, Field(gt=0)]
 Number = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Options = dict[str, Any]
+Texts = Annotated[Options, AfterValidator(lambda options: as_text(options))]  # mixtures as the command line takes them
 Evaluation = Annotated[Options, AfterValidator(_evaluation)]
 Values = Annotated[list, Field(min_length=1), AfterValidator(_without_repeats)]
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_without_repeats)]
@@ -118,7 +119,7 @@ class MethodPath(Section):
     On the rows held out from training data, and on rows of earlier abilities that the study does not report on.
     """
 
-    before: dict[Annotated[Name, Field(pattern="^[^/]+$")], Options] = {}  # as evaluation.before, of other rows
+    before: dict[Annotated[Name, Field(pattern="^[^/]+$")], Texts] = {}  # as evaluation.before, of other rows
     checkpoints: Annotated[list[Share], Field(min_length=1)] = [1.0]  # shares of training, at the whole change
     scales: list[Share] = []  # parts of the change at the end of training, W0 + scale * (W - W0)
     choose: Choice | None = None  # None: the setting with the lowest held-out loss, at its best checkpoint
@@ -218,7 +219,7 @@ class Recipe(Section):
     data: Annotated[dict[str, Data], Field(min_length=1)]
     methods: Methods
     controls: Literal["standard"] | list[str] | None = None  # see controls.py; a list: of these masks
-    train: Annotated[Options, AfterValidator(lambda options: as_text(options))] = {}  # for all methods
+    train: Texts = {}  # for all methods
     seeds: Seeds = [0]
     grid: dict[str, Values] = {}  # METHOD.OPTION -> values
     evaluation: Evaluation = {}  # of `maskft evaluate`; in the file those of held-out data stand under `heldout`
