@@ -140,11 +140,7 @@ def test_an_unknown_benchmark_is_named(tmp_path):
 
 
 def test_intervals(tmp_path):
-    rows, _ = run(
-        tmp_path,
-        "intervals",
-        expected={"scores", "pairs", "clusters", "samples", "families", "seeds"},
-    )
+    rows, _ = run(tmp_path, "intervals", expected={"scores", "pairs", "clusters", "samples", "families", "seeds"})
     assert all(0 <= row["value"] <= 100 for row in rows)
     exact = [row for row in rows if "by_standard_error" in row]
     assert min(row["value"] for row in exact) > 93 > min(row["by_standard_error"] for row in exact)

@@ -47,11 +47,7 @@ def test_what_is_right_is_returned_typed():
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: 1\nb: 2\na: 3", "line 3: two entries are named 'a'"),
-        ("[" * 5000, "is not YAML"),
-    ],
+    ("text", "message"), [("a: 1\nb: 2\na: 3", "line 3: two entries are named 'a'"), ("[" * 5000, "is not YAML")]
 )
 def test_recipes_that_are_refused(text, message, tmp_path, capsys):
     """Each through the reader of studies and through that of training."""

@@ -57,8 +57,7 @@ def run_block(language: str, text: str, names: dict, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    "page",
-    [pytest.param(p, marks=pytest.mark.slow if p.stem in SLOW else [], id=p.stem) for p in (*GUIDES, *OTHERS)],
+    "page", [pytest.param(p, marks=pytest.mark.slow if p.stem in SLOW else [], id=p.stem) for p in (*GUIDES, *OTHERS)]
 )
 def test_every_block_runs(page, users_folder, capsys):
     blocks = BLOCK.findall(page.read_text())

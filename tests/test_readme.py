@@ -158,11 +158,6 @@ def test_public_names_are_documented_and_importable():
 
 
 def test_no_path_of_a_machine_in_the_repository():
-    for path in [
-        *ROOT.glob("*.md"),
-        *PAGES,
-        *ROOT.glob("results/**/*.json"),
-        *ROOT.glob("src/**/*.py"),
-    ]:
+    for path in [*ROOT.glob("*.md"), *PAGES, *ROOT.glob("results/**/*.json"), *ROOT.glob("src/**/*.py")]:
         text = path.read_text()
         assert not re.search(r"/(home|root|work|Users)/\w", text), path

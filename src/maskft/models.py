@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging as transformers_logging
 
 from maskft_base.errors import UserError, first_line
 from maskft_base.files import EMBEDDED_MODEL, digest, digest_file, holds_adapter, read_json
@@ -57,9 +54,8 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
     name_or_path = os.path.expanduser(name_or_path)
     try:
         _check_configuration(name_or_path, **kwargs)
-        with _no_bars() if is_local_folder(name_or_path) else contextlib.nullcontext():
-            kwargs |= {"dtype": dtype, "output_loading_info": True}
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **_NO_CODE, **kwargs)
+        kwargs |= {"dtype": dtype, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **_NO_CODE, **kwargs)
         if missing := sorted(loaded[1]["missing_keys"]):  # transformers would draw them at random
             raise UserError(f"it lacks {len(missing)} weights, {missing[0]} the first; copy or save it again")
         return loaded[0]
@@ -203,21 +199,8 @@ def model_identity(name: str) -> str:
     return "sha256:" + digest("".join(f"{file.name} {file.stat().st_size} {content}\n" for file, content in files))
 
 
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Read files without a progress bar of transformers; downloads keep theirs."""
-    was_shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_shown:
-            transformers_logging.enable_progress_bar()
-
-
 def _load_embedded(dtype: torch.dtype, **kwargs) -> PreTrainedModel:
     config, weights = read_embedded()
-    with _no_bars():
-        model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **kwargs)
+    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **kwargs)
     model.config._name_or_path = EMBEDDED_MODEL
     return model

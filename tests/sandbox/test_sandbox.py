@@ -388,10 +388,7 @@ for _ in range(4):
 time.sleep(20)
 """
     result = run_code(code, memory_bytes=256 * MIB)
-    assert (result.status, result.reason) == (
-        "out_of_memory",
-        "its processes together used more than 268435456 bytes",
-    )
+    assert (result.status, result.reason) == ("out_of_memory", "its processes together used more than 268435456 bytes")
 
 
 @pytest.mark.parametrize("memory", ["-1", "os.open('/dev/zero', os.O_RDWR)"])

@@ -164,7 +164,7 @@ def test_no_method_chooses_on_test_rows(content, chooses):
         with pytest.raises(UserError, match=f"'choosing' would be .* split '{re.escape(split)}' of 'openai/gsm8k'"):
             check_before_running(plan_of(content), evaluate)
     content["data"]["sums"] |= {"eval_dataset_name": ["nowhere.jsonl"], "dataset_eval_split": None}
-    with pytest.raises(UserError, match="nowhere.jsonl"):  # files, of which none is a test split
+    with pytest.raises(UserError, match=r"nowhere\.jsonl"):  # files, of which none is a test split
         check_before_running(plan_of(content), evaluate)
 
 

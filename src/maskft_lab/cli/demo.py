@@ -57,8 +57,11 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--limit goes with neither --show nor --recipe, and --model not with --show; drop it")
     warnings.simplefilter("ignore", FutureWarning)
     if args.show:  # without silence(), which imports datasets
+        import transformers
+
         from ..ready import ready_mask, show, snippet
 
+        transformers.utils.logging.disable_progress_bar()
         folder = ready_mask(None if args.show is True else args.show)
         print("\n".join([*show(folder), *snippet(folder)]))
         return

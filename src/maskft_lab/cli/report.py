@@ -73,10 +73,9 @@ def _figures(evidence, figures, folder: Path, is_chosen: bool) -> dict[Path, byt
 
     drawn, missing = draw_figures(evidence, figures)
     if is_chosen and not drawn:
-        figure, reason, command = missing[0]
-        raise UserError(f"{figure.title} cannot be drawn: {reason}; {command}")
-    for figure, reason, command in missing:
-        print(f"left out {figure.key}: {reason}; {command}", file=sys.stderr)
+        raise UserError(f"{missing[0].figure.title} cannot be drawn: {missing[0].reason}; {missing[0].command}")
+    for each in missing:
+        print(f"left out {each.figure.key}: {each.reason}; {each.command}", file=sys.stderr)
     files = [files_of(chart, figure.key) for figure, chart in drawn]
     return {folder / name: content for each in files for name, content in each.items()}
 

@@ -71,10 +71,17 @@ FIGURES = (
 )
 
 
-def draw_figures(
-    evidence: Evidence, figures: Iterable[Figure]
-) -> tuple[list[tuple[Figure, Chart]], list[tuple[Figure, str, str]]]:
-    """Draw what can be drawn; of the others return why they cannot, and the command that makes their data.
+@dataclass(frozen=True)
+class Missing:
+    """A figure that cannot be drawn: why, and the command that makes its data."""
+
+    figure: Figure
+    reason: str
+    command: str
+
+
+def draw_figures(evidence: Evidence, figures: Iterable[Figure]) -> tuple[list[tuple[Figure, Chart]], list[Missing]]:
+    """Draw what can be drawn, and say why the others cannot.
 
     Raises:
         UserError: If the file of an analysis is not as ``maskft analyze`` writes it.
@@ -84,7 +91,7 @@ def draw_figures(
         try:
             drawn.append((figure, figure.draw(evidence)))
         except NotComputed as error:
-            missing.append((figure, str(error), figure.command.replace("STUDY", evidence.place)))
+            missing.append(Missing(figure, str(error), figure.command.replace("STUDY", evidence.place)))
         except UserError:
             raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:

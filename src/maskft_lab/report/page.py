@@ -65,7 +65,7 @@ def render_report(evidence: Evidence) -> str:
         over="items" if comparison and comparison.fixed_seeds else "seeds where there are several, else over items",
         interval="unadjusted" if is_unadjusted else "simultaneous",
         charts=charts,
-        missing=[_head(figure) | {"reason": reason, "command": command} for figure, reason, command in missing],
+        missing=[_head(each.figure) | {"reason": each.reason, "command": each.command} for each in missing],
         commands=_commands(evidence),
         seeds=", ".join(map(str, sorted(seeds))) or "none",
         settings=_settings(evidence),
