@@ -59,7 +59,7 @@ def test_runs_come_after_what_they_are_made_from(content):
 def test_mixtures_of_rows_are_evaluated_too(content):
     content["evaluation"]["heldout"] = {"dataset_name": {"a.jsonl": 10, "b.jsonl": None}}
     content["path"] = {"before": {"other": {"dataset_name": ["a.jsonl", "b.jsonl"]}}}
-    content["methods"] = {"full": {"method": "full"}}
+    content["methods"] = {"full": {"method": "full"}, "before": {"method": "pretrained"}}
     recipe = parse_recipe(content)
     assert recipe.evaluation["dataset_name"] == "a.jsonl:10,b.jsonl"
     assert recipe.path.before["other"]["dataset_name"] == "a.jsonl,b.jsonl"
