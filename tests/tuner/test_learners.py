@@ -373,6 +373,8 @@ def test_bases_that_cannot_be(base, tmp_path):
     with pytest.raises(UserError, match=r"itself' has the weights of the model itself, .*; name the model before"):
         get_peft_model(tiny.tiny_llama(), of_base(str(tmp_path / "itself")))
     get_peft_model(tiny.tiny_llama(), of_base(base)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="does not load with low_cpu_mem_usage; leave it out"):
+        PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "adapter", low_cpu_mem_usage=True)
     tiny.tiny_llama(seed=4).save_pretrained(base)
     with pytest.raises(UserError, match=r"removed_value_model .* has other weights than the mask was trained with"):
         PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "adapter")
