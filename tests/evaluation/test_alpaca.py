@@ -85,11 +85,14 @@ def test_outputs_are_written_and_judged(command, judge, tmp_path, capsys):
     assert "preference on alpaca_eval" in " ".join(capsys.readouterr().out.split())
 
 
-def test_without_a_judge_the_outputs_are_written(command, tmp_path):
+def test_without_a_judge_the_outputs_are_written(command, tmp_path, capsys):
     status, printed, err = command("--limit", "3")
     assert status == 0, err
     assert len(json.loads((tmp_path / "out" / ALPACA_OUTPUTS).read_text())) == 3
     assert "not judged: name a judge with --alpaca_annotator" in printed and record(tmp_path / "out")["metrics"] == {}
+    assert (
+        main(["compare", str(tmp_path / "out")]) == 2 and "has no metric: evaluate it with" in capsys.readouterr().err
+    )
 
 
 def test_length_is_controlled_for_on_the_published_prompts(command, judge, tmp_path, monkeypatch):

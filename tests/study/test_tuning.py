@@ -163,8 +163,10 @@ def test_no_method_chooses_on_test_rows(content, chooses):
         content["data"]["sums"]["dataset_eval_split"] = split
         with pytest.raises(UserError, match=f"'choosing' would be .* split '{re.escape(split)}' of 'openai/gsm8k'"):
             check_before_running(plan_of(content), evaluate)
-    content["data"]["sums"] |= {"eval_dataset_name": ["nowhere.jsonl"], "dataset_eval_split": None}
-    with pytest.raises(UserError, match=r"nowhere\.jsonl"):  # files, of which none is a test split
+    content["data"]["sums"] |= {"eval_dataset_name": ["nowhere.jsonl", "neither.jsonl"], "dataset_eval_split": None}
+    with pytest.raises(
+        UserError, match=r"data file nowhere\.jsonl does not exist"
+    ):  # files, of which none is a test split
         check_before_running(plan_of(content), evaluate)
 
 

@@ -38,7 +38,7 @@ def make_fixed_mask(
         The masked model and what was done.
 
     Raises:
-        UserError: If the mask is not one of a given size, or ``match_adapter`` masks other layers.
+        UserError: If the mask is not one of a given size, or ``match_adapter`` masks other layers, or of another shape.
     """
     method, training = run.method, run.training
     config = mask_config(run.mask, inference_mode=True, sparsity_ramp=0.0)

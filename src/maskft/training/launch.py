@@ -114,13 +114,13 @@ def _read_config(file: str) -> dict:
 
 
 def check_mask_sharding() -> None:
-    """Refuse ways of sharding that other methods may use and a mask may not: FSDP1, and checkpoints in shards."""
+    """Refuse what other methods may use and a mask may not: FSDP1, its checkpointing, and checkpoints in shards."""
     if not uses_fsdp():
         return
     if os.environ.get("FSDP_VERSION", "1") == "1":
         raise UserError("FSDP1 flattens scores and weights into one vector; use --accelerate_config fsdp2")
     if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
-        raise UserError("fsdp_activation_checkpointing wraps the scores, too; use --gradient_checkpointing true")
+        raise UserError("fsdp_activation_checkpointing does not go with masks; use --gradient_checkpointing true")
     kind = os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     if kind.upper() != "FULL_STATE_DICT":
         raise UserError(f"fsdp_state_dict_type is {kind}; an adapter is written whole, so it must be FULL_STATE_DICT")

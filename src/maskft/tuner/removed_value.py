@@ -25,7 +25,7 @@ def removed_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
     if config.removed_value == "zero":
         return {}
     source = str(config.removed_value_model)
-    if nn.Linear(1, 1).weight.is_meta:  # as PEFT's option makes all that is made meanwhile
+    if nn.LayerNorm(1).weight.is_meta:  # as PEFT's option makes all that is made meanwhile
         raise UserError("removed_value='base' does not load with low_cpu_mem_usage; leave it out")
     try:
         base = load_model(source, "auto")

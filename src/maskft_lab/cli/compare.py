@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _compared(args: argparse.Namespace) -> str:
+    from maskft_base.errors import UserError
+
     from ..results.compare import compare
     from ..results.comparison import Settings
     from ..results.reading import read_all
@@ -74,9 +76,12 @@ def _compared(args: argparse.Namespace) -> str:
     settings = Settings(args.num_resamples, args.seed, args.confidence, args.fixed_seeds)
     results, tasks, metrics = read_all(args.results), _names(args.tasks), _names(args.metrics)
     if len({result["name"] for result in results}) == 1 and args.baseline is None:
-        return render_scores(scores(results, tasks, metrics, args.fixed_seeds), args.format)
+        reached = scores(results, tasks, metrics, args.fixed_seeds)
+        if not reached:
+            raise UserError(f"{results[0]['name']} has no metric: evaluate it with a judge, or name other --tasks")
+        return render_scores(reached, args.format)
     return render(compare(results, args.baseline, tasks=tasks, metrics=metrics, settings=settings), args.format)
 
 
 def _names(value: str | None) -> list[str] | None:
-    return None if value is None else [name.strip() for name in value.split(",") if name.strip()]
+    return None if value is None else [name for name in map(str.strip, value.split(",")) if name] or [value]

@@ -10,8 +10,6 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from maskft_base.errors import UserError
-
 from .comparable import check_comparable, group_by_name, having, select, unit_of
 from .comparison import Score
 from .proportions import is_at_edge, proportion_interval
@@ -40,8 +38,6 @@ def scores(
     tasks, metrics = select(results, tasks, metrics, only_items=False)
     check_comparable(results, tasks)
     shown = [(task, metric) for task, metric in product(tasks, metrics) if having(results, task, metric)]
-    if not shown:
-        raise UserError(f"{results[0]['name']} has no metric to show: evaluate it with a judge, or name other --tasks")
     units = {(task, metric): unit_of(having(results, task, metric), task, metric) for task, metric in shown}
     return [
         _score(group, task, metric, units[task, metric], fixed_seeds)
