@@ -115,9 +115,8 @@ class StepGuard(TrainerCallback):
             raise NotFiniteError(f"{('gradient', 'loss')[verdict - 2]} is not finite")
         self._is_stopping = verdict == 1
         if self._is_logged(args, state):
-            self._before = [
-                (m, _removed(m)) for m in adapter_layers(model, ADAPTER).values() if m.effective.value is not None
-            ]
+            layers = adapter_layers(model, ADAPTER).values()
+            self._before = [(m, _removed(m)) for m in layers if m.effective.value is not None]
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Save the start, which may stay the best."""

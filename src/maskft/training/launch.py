@@ -114,7 +114,7 @@ def _read_config(file: str) -> dict:
 
 
 def check_mask_sharding() -> None:
-    """Refuse what other methods may use and a mask may not: FSDP1, its checkpointing, and checkpoints in shards."""
+    """Refuse what other methods may use and a mask may not: FSDP1, FSDP's own checkpointing, files in shards."""
     if not uses_fsdp():
         return
     if os.environ.get("FSDP_VERSION", "1") == "1":

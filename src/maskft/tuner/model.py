@@ -174,9 +174,7 @@ class MaskModel(BaseTuner):
         """Check every entry against the model, hand the masks to their layers, and pass on what is not a mask."""
         assert isinstance(config, MaskConfig)
         was_new, config.is_new = config.is_new, False
-        if (
-            was_new and not config.inference_mode
-        ):  # it is trained further: how it was made, and its verdict, are another mask's
+        if was_new and not config.inference_mode:  # trained further: recipe and verdict are another mask's
             config.recipe = None
         if was_new and config.inference_mode and config.mask_sha256 is None:
             raise UserError(
