@@ -55,15 +55,17 @@ def _score(group: Sequence[Result], task: str, metric: str, unit: str, fixed_see
     if len(values) < len(records):
         return score
     value, stderr = weighted_mean(values) if len(group) > 1 else (values[0], records[0]["stderr"])
-    values_N, items = _mean_items(group, task, metric), group[0]["tasks"][task]["items"]
-    if fixed_seeds and len(group) > 1:  # the error over items (clusters) of the mean over seeds
-        weights = item_weights(items, unit)
-        stderr = None if values_N is None else weighted_mean(values_N, weights, cluster_ids(items))[1]
+    is_over_items, is_share = fixed_seeds and len(group) > 1, unit == "fraction"
+    values_N = _mean_items(group, task, metric) if is_over_items or is_share else None
+    items = group[0]["tasks"][task]["items"]
+    clusters = None if values_N is None else cluster_ids(items)
+    if is_over_items:  # the error over items (clusters) of the mean over seeds
+        stderr = None if values_N is None else weighted_mean(values_N, item_weights(items, unit), clusters)[1]
         stderr = stderr if stderr is not None and math.isfinite(stderr) else None
     score = replace(score, value=value, stderr=stderr)
-    if unit != "fraction" or values_N is None:
+    if not is_share or values_N is None:
         return score
-    bounds, at_edge = proportion_interval(values_N, cluster_ids(items)), is_at_edge(values_N, cluster_ids(items))
+    bounds, at_edge = proportion_interval(values_N, clusters), is_at_edge(values_N, clusters)
     return replace(score, low=bounds.low, high=bounds.high, is_at_edge=at_edge)
 
 
