@@ -133,7 +133,7 @@ def test_the_method_alone_and_training_on_top(wheel, tmp_path):
 
 
 def test_a_type_checker_outside_sees_the_names(wheel, tmp_path):
-    pytest.importorskip("mypy")
+    pytest.importorskip("mypy", reason="needs maskft[dev]")
     python = environment(tmp_path, wheel, [])
     (tmp_path / "user.py").write_text(TYPES)
     command = ["--python-executable", python, "--ignore-missing-imports", "--cache-dir", tmp_path / "cache", "user.py"]
