@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 # Absolute, in nats per token: sums over half a batch on each of two ranks round otherwise than one over the whole.
 LOSS_TOLERANCE = 1e-5
 LAUNCH = {"num_processes": 2, "mixed_precision": "no", "main_process_port": 0}
-# torch 2.6 has no streams for CPUs; 2.8 shards, and cannot save with transformers 5.10; none between was tried.
+# torch 2.8 shards on CPUs, and cannot save with transformers 5.10; 2.7 and 2.9 to 2.12 were not tried.
 HAS_FSDP2_ON_CPUS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 needs_fsdp2_on_cpus = pytest.mark.skipif(not HAS_FSDP2_ON_CPUS, reason="FSDP2 on CPUs needs torch 2.13")
 FSDP2 = pytest.param("fsdp2", marks=needs_fsdp2_on_cpus)

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from maskft import MaskConfig, current_masks, start_scores
 from tiny import IS_OLD_TORCH, tiny_llama, token_ids
 
-OLD_TORCH = "2.6 does not compile the plain model; 2.7 to 2.12 not tried"
+OLD_TORCH = "2.7 does not compile the plain model; 2.8 to 2.12 not tried"
 LOGIT = {"selection": "logit", "gradient": "sigmoid", "init_value": 0.04, "sharpness": 10.0}
 
 

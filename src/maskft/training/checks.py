@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
@@ -57,6 +58,9 @@ def check_config(config: TrainConfig) -> None:
     method, training = config.method.method, config.training
     check_method(config.method)
     mask = mask_config(config.mask) if method in MASK_METHODS else None
+    for spec in fields(config.mask) if mask is None else ():
+        if getattr(config.mask, spec.name) != spec.default:
+            raise UserError(f"{spec.name} is a setting of masks, and method {method} learns none; drop it")
     for name, spec in type(config.model).__dataclass_fields__.items():
         if name.startswith(_OF_LORA) and getattr(config.model, name) != spec.default:
             raise UserError(f"{name} is TRL's option of LoRA; write --method peft --peft_config '{_LORA}'")
