@@ -92,8 +92,8 @@ def test_a_worse_mask_is_saved_without_training_again(call, fine_tuned, tmp_path
 
 @pytest.mark.parametrize("method", ["full", "peft", "random_mask"])
 def test_other_methods_are_kept_as_they_are(method, call, tmp_path):
-    config = {"peft_config": '{"peft_type": "LORA"}'} if method == "peft" else {}
-    assert call(method=method, mask_sparsity=0.5, **config)[0] == 0
+    options = {"full": {}, "peft": {"peft_config": '{"peft_type": "LORA"}'}, "random_mask": {"mask_sparsity": 0.5}}
+    assert call(method=method, **options[method])[0] == 0
     found, verdict = read_heldout(tmp_path / "out"), read_record(tmp_path / "out").verdict
     assert len(found.nll) == 16 and (found.parent_nll is None) == (method == "full")
     assert (verdict is None) == (method != "random_mask") and (verdict is None or verdict.kept)
