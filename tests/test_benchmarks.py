@@ -57,6 +57,7 @@ def test_memory(tmp_path):
     assert len(rows) == 4
 
 
+@pytest.mark.slow
 def test_gold_solutions(tmp_path):
     files = benchmark_files.write(tmp_path / "files")
     command = [sys.executable, "-m", "benchmarks.gold_solutions", "--data_dir", str(files), "--busy", "1"]

@@ -172,6 +172,7 @@ def test_two_runs_at_once_give_the_same(two_masks, alone, tmp_path, capsys, monk
     check_the_same(together, alone)
 
 
+@pytest.mark.slow
 def test_jobs_of_submitit_give_the_same(two_masks, alone, tmp_path, monkeypatch):
     """By its executor for this machine; a job that is killed is submitted again, and its run resumes."""
     pytest.importorskip("submitit", reason="needs the extra slurm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shlex
@@ -30,10 +31,11 @@ def is_launched() -> bool:
     return _LAUNCHED in os.environ
 
 
-def launch_options() -> set[str]:
+@functools.cache
+def launch_options() -> frozenset[str]:
     """Names, without dashes, of what ``accelerate launch`` takes, and ``accelerate_config``."""
     options = {option for action in launch_command_parser()._actions for option in action.option_strings}
-    return {"accelerate_config", *(option.lstrip("-") for option in options if option.startswith("--"))}
+    return frozenset({"accelerate_config", *(option.lstrip("-") for option in options if option.startswith("--"))})
 
 
 def launch(launch_words: Sequence[str], module: str, command: Sequence[str]) -> int:
