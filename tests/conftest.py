@@ -1,6 +1,7 @@
 """Everything runs offline, on the CPU, with two threads at most."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -48,3 +49,15 @@ def data(tmp_path_factory):
     ]
     file.write_text("\n".join(json.dumps(row) for row in rows))
     return file
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    assert chromium, "no Chromium is installed; make test-browser installs Debian's"
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield started
+        started.close()

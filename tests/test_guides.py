@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,45 +121,35 @@ def test_the_site_is_whole_and_loads_nothing_from_elsewhere(site):
 
 
 @pytest.mark.browser
-def test_from_disk_the_site_searches_and_switches_its_colours(site):
-    from playwright.sync_api import sync_playwright
-
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page, problems = browser.new_page(color_scheme="dark"), []
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: request.url.startswith("http") and problems.append(request.url))
-        page.goto((site / "index.html").as_uri())
-        # Keys, as the page listens to them: text put in at once after the index is ready starts no search.
-        page.locator("input.md-search__input").press_sequentially("sparsity")
-        page.wait_for_selector(".md-search-result__item")
-        page.keyboard.press("Escape")
-        assert page.get_attribute("body", "data-md-color-scheme") == "slate"
-        page.locator("label.md-header__button[title]:visible").first.click()
-        page.wait_for_selector("body[data-md-color-scheme=default]")
-        browser.close()
+def test_from_disk_the_site_searches_and_switches_its_colours(site, browser):
+    page, problems = browser.new_page(color_scheme="dark"), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: request.url.startswith("http") and problems.append(request.url))
+    page.goto((site / "index.html").as_uri())
+    # Keys, as the page listens to them: text put in at once after the index is ready starts no search.
+    page.locator("input.md-search__input").press_sequentially("sparsity")
+    page.wait_for_selector(".md-search-result__item")
+    page.keyboard.press("Escape")
+    assert page.get_attribute("body", "data-md-color-scheme") == "slate"
+    page.locator("label.md-header__button[title]:visible").first.click()
+    page.wait_for_selector("body[data-md-color-scheme=default]")
+    page.close()
     assert problems == []
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_page_is_accessible_and_as_wide_as_a_phone(site, scheme):
+def test_every_page_is_accessible_and_as_wide_as_a_phone(site, browser, scheme):
     from axe_playwright_python.sync_playwright import Axe
-    from playwright.sync_api import sync_playwright
 
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     pages = [page for page in sorted(site.rglob("*.html")) if page.name != "404.html"]
     assert len(pages) > 30
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(color_scheme=scheme, viewport={"width": 390, "height": 800})
-        found = {}
-        for each in pages:
-            page.goto(each.as_uri())
-            wrong = [(v["id"], v["nodes"][0]["html"][:200]) for v in Axe().run(page).response["violations"]]
-            if page.evaluate("document.documentElement.scrollWidth") > 390:
-                wrong.append(("wider than the screen", ""))
-            found |= {each.relative_to(site).as_posix(): wrong} if wrong else {}
-        browser.close()
+    page, found = browser.new_page(color_scheme=scheme, viewport={"width": 390, "height": 800}), {}
+    for each in pages:
+        page.goto(each.as_uri())
+        wrong = [(v["id"], v["nodes"][0]["html"][:200]) for v in Axe().run(page).response["violations"]]
+        if page.evaluate("document.documentElement.scrollWidth") > 390:
+            wrong.append(("wider than the screen", ""))
+        found |= {each.relative_to(site).as_posix(): wrong} if wrong else {}
+    page.close()
     assert found == {}

@@ -1,7 +1,6 @@
 """The page in a real browser: Debian's Chromium, driven by Playwright (``make test-browser``)."""
 
 import io
-import shutil
 
 import pytest
 from PIL import Image
@@ -10,18 +9,6 @@ from maskft_lab.cli.main import main
 
 pytestmark = pytest.mark.browser
 SECTIONS = ("verdict", "table", "curves", "ablations", "masks", "landscape", "theory", "cost", "recipe")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert chromium, "no Chromium is installed; make test-browser installs Debian's"
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
