@@ -114,15 +114,16 @@ def test_chosen_points_on_test_rows_stand_beside_the_paths_and_not_on_the_line()
     assert [(0.05, 55.0), (0.05, 65.0)] in lines
 
 
-def test_checkpoints_are_one_path_and_the_scales_of_each_another():
-    each = {"method": "a", "path": "a", "points_gained": 1.0, "nats_forgotten": 0.1}
-    places = [(1.0, 0.5), (1.0, 1.0), (0.5, 1.0), (1.0, 0.25)]
-    points = [{**each, "share": share, "scale": scale, "label": f"{share} {scale}"} for share, scale in places]
+def test_checkpoints_are_one_path_and_the_scales_of_each_another_but_of_one_alone():
+    each = {"method": "a", "points_gained": 1.0, "nats_forgotten": 0.1}
+    places = [("a", 1.0, 0.5), ("a", 1.0, 1.0), ("a", 0.5, 1.0), ("a", 1.0, 0.25), ("b", 1.0, 1.0), ("b", 1.0, 0.5)]
+    points = [{**each, "path": p, "share": n, "scale": scale, "label": f"{n} {scale}"} for p, n, scale in places]
     curve = curve_of_record({"task": "t", "probe": "p", "model": "m", "unit": "nats", "points": points})
     paths = {}
     for point in curve.points:
         paths.setdefault(point.path, []).append(point.label)
-    assert paths == {"a": ["0.5 1.0", "1.0 1.0"], "a, 1 of training scaled": ["1.0 0.25", "1.0 0.5"]}
+    scaled = {"a, 1 of training scaled": ["1.0 0.25", "1.0 0.5"], "b": ["1.0 0.5", "1.0 1.0"]}
+    assert paths == {"a": ["0.5 1.0", "1.0 1.0"]} | scaled
     assert curve.units == ("nats", "nats")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -78,10 +79,11 @@ def curves_of(evidence: Evidence) -> list[Curve]:
 
 def curve_of_record(record: Mapping[str, Any]) -> Curve:
     """The curve of a file that a study has written (its rates, checkpoints and scales), or of a comparison."""
+    checkpoints = Counter(path for path, _ in {(_path(each), each.get("share", 1.0)) for each in record["points"]})
     points = [
         Point(
             each["method"],
-            _path(each),
+            _line(each, checkpoints),
             each.get("label", ""),
             each["points_gained"],
             each["nats_forgotten"],
@@ -99,9 +101,14 @@ def curve_of_record(record: Mapping[str, Any]) -> Curve:
 
 
 def _path(point: Mapping[str, Any]) -> str:
-    """What a point is joined with: the checkpoints of a run as they are, and the scales of each checkpoint."""
-    path = point.get("path", point["method"])
-    return path if point.get("scale", 1.0) == 1.0 else f"{path}, {point['share']:g} of training scaled"
+    return point.get("path", point["method"])
+
+
+def _line(point: Mapping[str, Any], checkpoints: Mapping[str, int]) -> str:
+    """What a point is joined with: checkpoints of a run as they are, and scales of each; of one checkpoint, all."""
+    path = _path(point)
+    is_joined = point.get("scale", 1.0) == 1.0 or checkpoints[path] == 1
+    return path if is_joined else f"{path}, {point['share']:g} of training scaled"
 
 
 def gain_chart(evidence: Evidence) -> Chart:
