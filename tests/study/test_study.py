@@ -258,13 +258,15 @@ def queue():
 def job_processes(folder, num):
     """The processes of an array of ``num`` jobs that SLURM's daemon has started, without srun; none before all run.
 
-    A job that was cancelled may still be ending beside the first of the next array: it belongs to none.
+    A job that was cancelled may still be ending beside the first of the next array: it belongs to none. What a job
+    starts has the job's words until it is another program: the first process of each task is the job.
     """
     wanted, arrays = f"{sys.executable} -u -m submitit.core._submit {folder}", {}
     for process in psutil.process_iter(["cmdline", "environ"]):
         if " ".join(process.info["cmdline"] or []).startswith(wanted):
-            arrays.setdefault((process.info["environ"] or {}).get("SLURM_ARRAY_JOB_ID"), []).append(process)
-    return next((found for found in arrays.values() if len(found) == num), [])
+            array, task = ((process.info["environ"] or {}).get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+            arrays.setdefault(array, {}).setdefault(task, process)
+    return next((list(found.values()) for found in arrays.values() if len(found) == num), [])
 
 
 @pytest.fixture
