@@ -33,7 +33,7 @@ def main() -> None:
     unknown = sorted(set(args.names) - set(NAMES))
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; choose of: {', '.join(NAMES)}")
-    from maskft_base.runtime import keep_freed_memory
+    from maskft_common.memory import keep_freed_memory
 
     from .common import Report, set_threads
 

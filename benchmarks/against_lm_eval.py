@@ -17,7 +17,7 @@ from pathlib import Path
 import lm_eval.tasks
 from rich.console import Console
 
-from maskft_base.runtime import environment
+from maskft_common.environment import environment
 from maskft_lab.evaluation.benchmarks import BENCHMARKS, find_file
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}

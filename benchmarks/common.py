@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from maskft import MaskConfig, set_mask_progress
 from maskft.training.arguments import multiplies_bfloat16
-from maskft_base import files
-from maskft_base.runtime import environment
+from maskft_common import files
+from maskft_common.environment import environment
 
 from .as_published import SortingMaskedLinear
 

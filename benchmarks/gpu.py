@@ -167,7 +167,7 @@ def _step(report, side: str, shape: dict, layers: list[int], tokens: int) -> tup
     """Seconds of each round, peak bytes, and what is trained."""
     import torch
 
-    from maskft_base.runtime import peak_memory_bytes
+    from maskft_common.memory import peak_memory_bytes
 
     from .common import Step, alternate, build, prepare
 
@@ -287,10 +287,10 @@ def resume(report) -> None:
 
 def study(report) -> None:
     """One real study: SmolLM2 learns sums by full fine-tuning, LoRA and a mask; its time and its table."""
-    from maskft_base import files
+    from maskft_common import layout, yaml_file
 
     recipes = _DEMO.parent
-    content = files.read_yaml(recipes / "demo_sums.yaml")
+    content = yaml_file.read_yaml(recipes / "demo_sums.yaml")
     lora = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     methods = {name: content["methods"][name] for name in ("pre-trained", "full", "learned mask")}
     methods["LoRA"] = {"method": "peft", "peft_config": lora, "num_train_epochs": 3, "learning_rate": 1e-3}
@@ -305,7 +305,7 @@ def study(report) -> None:
         recipe.write_text(json.dumps(content))
         started = time.monotonic()
         printed = _maskft(["study", str(recipe), "--data_dir", str(_DEMO), "--output_dir", f"{folder}/study"])
-        table = (Path(folder) / "study" / files.STUDY_TABLE.format("gpu")).read_text()
+        table = (Path(folder) / "study" / layout.STUDY_TABLE.format("gpu")).read_text()
     report.add("study", "sums by three methods", time.monotonic() - started, "s", table=table, output=printed[-4000:])
 
 

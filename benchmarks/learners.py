@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 
 from maskft import MaskConfig, adapter_layers, set_mask_progress
-from maskft_base.runtime import peak_memory_bytes
+from maskft_common.memory import peak_memory_bytes
 
 from .common import DELETION, SMOLLM2, TINY, Step, alternate, build
 

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from maskft_base.runtime import peak_memory_bytes
+from maskft_common.memory import peak_memory_bytes
 
 from .common import SMOLLM2, TINY, Step, autocast, build, prepare
 

@@ -12,7 +12,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src"
-ROOTS = ("maskft_base", "maskft", "maskft_lab")  # packages whose own files have a page
+ROOTS = ("maskft_common", "maskft", "maskft_lab")  # packages whose own files have a page
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:\s]+)(?:#[^)]*)?\)")
 
 

@@ -17,8 +17,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from maskft_base import files
-from maskft_base.errors import UserError
+from maskft_common import layout
+from maskft_common.errors import UserError
 from maskft_lab.results.compare import compare
 from maskft_lab.results.comparison import Settings
 from maskft_lab.results.schema import BEFORE, Result, read_result
@@ -65,7 +65,7 @@ def main(folders: list[Path], controls: list[str], fixed_seeds: bool = False) ->
 
 
 def _read(folder: Path) -> list[Result]:
-    of_study = sorted((folder / files.RESULTS).rglob(files.RESULT))
+    of_study = sorted((folder / layout.RESULTS).rglob(layout.RESULT))
     found = of_study or sorted(folder.glob("*.json.gz"))
     if not found:
         raise UserError(f"no results in {folder}: name a study's folder, or one with results (*.json.gz)")
@@ -84,7 +84,7 @@ def _difference(row) -> str:
 def _bytes(folders: list[Path], results: list[Result]) -> str:
     """Mean size of the masks' files; a dash for what is no adapter, or not there."""
     runs = [result["study"]["run"] for result in results]
-    found = [folder / files.RUNS / run / files.ADAPTER_WEIGHTS for folder in folders for run in runs]
+    found = [folder / layout.RUNS / run / layout.ADAPTER_WEIGHTS for folder in folders for run in runs]
     sizes = [file.stat().st_size for file in found if file.is_file()]
     return f"{sum(sizes) / len(sizes):,.0f}" if sizes else "–"
 

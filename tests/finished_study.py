@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 import tiny
-from maskft_base import files
+from maskft_common import layout
 from maskft_lab.results.compare import compare
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
 
@@ -32,12 +32,12 @@ def task_of(quality, seed):
 
 def write_run(study, run, name, method, seed, start=None, steps=8, settings=None, quality=0.5, roles=("best",), **more):
     """A run with its record, history and results; returns the results."""
-    folder = study / files.RUNS / run
+    folder = study / layout.RUNS / run
     folder.mkdir(parents=True, exist_ok=True)
     models = {role: f"runs/{run}" + ("/last" if role == "last" else "") for role in roles}
     record = {"run": run, "name": name, "method": method, "seed": seed, "model": "tiny", "start": start}
     record |= {"settings": settings or {}, "models": models}
-    (folder / files.RUN).write_text(json.dumps(record))
+    (folder / layout.RUN).write_text(json.dumps(record))
     history = [
         {"step": step, "loss": 2.0 - 0.1 * step, "eval_loss": 2.0 - quality * step / 8 + 0.01 * seed, **more}
         for step in range(1, steps + 1)
@@ -45,7 +45,7 @@ def write_run(study, run, name, method, seed, start=None, steps=8, settings=None
     summary = {"method": method, "best_step": steps - 1, "num_steps": steps, "num_train_tokens": 100 * steps}
     summary |= {"train_time_s": 60.0, "peak_memory_bytes": 10**9, "history": history}
     training = {"summary": summary if steps else {}, "recipe": {}, "data": {"train": 6}}
-    (folder / files.TRAINING).write_text(json.dumps(training))
+    (folder / layout.TRAINING).write_text(json.dumps(training))
     results = []
     for role in roles:
         label = f"{name} ({'continued' if role == 'last' else role})" if len(roles) > 1 else name
@@ -56,7 +56,7 @@ def write_run(study, run, name, method, seed, start=None, steps=8, settings=None
         task = task_of(quality - (0.1 if role == "last" else 0), seed)
         result = build_result(label, model, {"dtype": "float32"}, {"sums": task}, {"base": "tiny"})
         result |= {"study": block, "created": "2026-11-26T00:00:00+00:00"}
-        write_result(study / files.RESULTS / f"{run}-{role}" / files.RESULT, result)
+        write_result(study / layout.RESULTS / f"{run}-{role}" / layout.RESULT, result)
         results.append(result)
     return results
 
@@ -72,7 +72,7 @@ def write_summary(study, results, baseline="full (best)"):
     ]
     comparison = compare(results, baseline).to_dict()
     record = {"study": "tiny-study", "models": {"tiny": {"baseline": baseline, "runs": rows, "comparison": comparison}}}
-    (study / files.SUMMARY.format("tiny-study")).write_text(json.dumps(record))
+    (study / layout.SUMMARY.format("tiny-study")).write_text(json.dumps(record))
 
 
 _MASKS = (("mask", 0.1, "mask"), ("mask 20 %", 0.2, "mask"), ("random", 0.1, "random_mask"))
@@ -84,8 +84,8 @@ def make_study(folder):
     for seed in range(2):
         full = f"full-s{seed}"
         results += write_run(folder, full, "full", "full", seed, quality=0.5, roles=("best", "last"))
-        tiny.tiny_llama(num_layers=1, seed=seed).save_pretrained(folder / files.RUNS / full)
-        tiny.tiny_llama(num_layers=1, seed=seed + 5).save_pretrained(folder / files.RUNS / full / files.LAST)
+        tiny.tiny_llama(num_layers=1, seed=seed).save_pretrained(folder / layout.RUNS / full)
+        tiny.tiny_llama(num_layers=1, seed=seed + 5).save_pretrained(folder / layout.RUNS / full / layout.LAST)
         for name, sparsity, method in _MASKS:
             run = f"{name.replace(' ', '_').replace('%', 'x')}-s{seed}"
             quality = {"mask": 0.7, "random_mask": 0.2}[method]
@@ -96,11 +96,11 @@ def make_study(folder):
             )
             generator = torch.Generator().manual_seed(seed)
             masks = {module: torch.rand((rows, 32), generator=generator) > sparsity for module, rows in MODULES.items()}
-            tiny.save_masks(masks, folder / files.RUNS / run, mask_seed=seed)
+            tiny.save_masks(masks, folder / layout.RUNS / run, mask_seed=seed)
     write_summary(folder, results)
     rows = [{"id": str(n), "input_ids": ids, "labels": ids} for n, ids in enumerate(tiny.token_ids(6, 7).tolist())]
     for split in ("train", "heldout"):
-        Dataset.from_list(rows).save_to_disk(folder / files.PREPARED / "abc" / split)
+        Dataset.from_list(rows).save_to_disk(folder / layout.PREPARED / "abc" / split)
 
 
 class Page(HTMLParser):

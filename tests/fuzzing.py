@@ -37,8 +37,8 @@ import tiny
 from maskft.adapter.mask_set import MaskSet, read_config
 from maskft.adapter.merge import one_line
 from maskft.adapter.verify import verify
-from maskft_base import files
-from maskft_base.errors import UserError
+from maskft_common import layout
+from maskft_common.errors import UserError
 from maskft_lab.results.compare import compare
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, read_result
 from maskft_lab.results.text import render
@@ -218,8 +218,8 @@ class Adapters(Target):
         config = {"base_model_name_or_path": "org/model", "scope": "global", "sparsity": masks.sparsity}
         config["target_modules"] = [name.rpartition(".")[2] for name in masks]
         tiny.save_masks(self.masks, folder, **config)
-        self.config = json.loads((folder / files.ADAPTER_CONFIG).read_text())
-        self.weights = (folder / files.ADAPTER_WEIGHTS).read_bytes()
+        self.config = json.loads((folder / layout.ADAPTER_CONFIG).read_text())
+        self.weights = (folder / layout.ADAPTER_WEIGHTS).read_bytes()
 
     def read(self, which, how, bytes_how) -> bool | None:
         config, weights = self.config, self.weights
@@ -230,8 +230,8 @@ class Adapters(Target):
         data = dumped(config)
         if data is None:
             return None
-        (self.folder / files.ADAPTER_CONFIG).write_bytes(edited(data, bytes_how) if which % 6 == 0 else data)
-        (self.folder / files.ADAPTER_WEIGHTS).write_bytes(weights)
+        (self.folder / layout.ADAPTER_CONFIG).write_bytes(edited(data, bytes_how) if which % 6 == 0 else data)
+        (self.folder / layout.ADAPTER_WEIGHTS).write_bytes(weights)
         taken = accepts(lambda: verify(self.folder))
         if accepts(lambda: (read_config(self.folder), MaskSet.from_adapter(self.folder))):
             found = MaskSet.from_adapter(self.folder)

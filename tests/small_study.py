@@ -4,7 +4,7 @@ import json
 
 import yaml
 
-from maskft_base import files
+from maskft_common import layout
 
 
 def recipe(base, data, methods):
@@ -42,17 +42,17 @@ def write(folder, content):
 def outcome(folder, name="small"):
     """Everything a study leaves for tables, without times, and the weights it ends with."""
     out = {}
-    for file in sorted(folder.glob(f"{files.RESULTS}/*/{files.RESULT}")):
+    for file in sorted(folder.glob(f"{layout.RESULTS}/*/{layout.RESULT}")):
         result = json.loads(file.read_text())
         del result["created"]
         out[file.parent.name] = result
-    for file in sorted(folder.glob(f"{files.RUNS}/*/{files.RUN}")):
+    for file in sorted(folder.glob(f"{layout.RUNS}/*/{layout.RUN}")):
         record = json.loads(file.read_text())
         del record["train_time_s"], record["peak_memory_bytes"]
         record["files"] = {name: sha for name, sha in record["files"].items() if name.endswith(".safetensors")}
         out[f"{file.parent.name} record"] = record
-    for file in sorted(folder.glob(f"{files.RUNS}/**/*.safetensors")):
+    for file in sorted(folder.glob(f"{layout.RUNS}/**/*.safetensors")):
         out[str(file.relative_to(folder))] = file.read_bytes()
-    out["summary"] = (folder / files.SUMMARY.format(name)).read_text()
-    out["table"] = (folder / files.STUDY_TABLE.format(name)).read_text()
+    out["summary"] = (folder / layout.SUMMARY.format(name)).read_text()
+    out["table"] = (folder / layout.STUDY_TABLE.format(name)).read_text()
     return out

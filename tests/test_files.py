@@ -5,9 +5,11 @@ import re
 import pytest
 from pydantic import Field
 
-from maskft_base.errors import UserError
-from maskft_base.files import FileModel, append_to, read_json, read_model, read_yaml, size, whole_folder, write_text
-from maskft_base.runtime import held
+from maskft_common.errors import UserError
+from maskft_common.files import append_to, read_json, size, whole_folder, write_text
+from maskft_common.locks import held
+from maskft_common.schema import FileModel, read_model
+from maskft_common.yaml_file import read_yaml
 from maskft_lab.cli.main import main
 
 

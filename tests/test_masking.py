@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import reference
 from maskft.masking import initial_scores, num_removed, score_gradient, topk_mask
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 SPARSITIES = (0.0, 0.1, 0.9)
 

@@ -8,7 +8,7 @@ import pytest
 
 import tiny
 from maskft.models import load_config, load_model, load_tokenizer
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 
 @pytest.mark.parametrize("load", [load_model, load_config, load_tokenizer])

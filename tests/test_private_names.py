@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("maskft_base", "maskft", "maskft_lab")
+PACKAGES = ("maskft_common", "maskft", "maskft_lab")
 NOISE = ("_abc_", "_member", "_value", "_new_member", "_unhashable", "_generate_next", "_use_args", "_is_protocol")
 # Keys and suffixes of our own that look like names; of autograd functions, whose backward torch makes.
 OURS = {

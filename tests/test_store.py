@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from maskft_lab.store import Store
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from maskft.tuner.codec import PREFIX, encode_mask
 from maskft.tuner.fingerprints import mask_fingerprint
-from maskft_base import files
+from maskft_common import layout
 
 IS_OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 
@@ -65,7 +65,7 @@ def token_ids(batch=2, length=9, vocab_size=96, seed=1):
 def write_coded(masks, folder):
     """Write an adapter's weights file with these masks; returns them coded."""
     coded = {name: encode_mask(mask) for name, mask in masks.items()}
-    save_file({f"{PREFIX}{name}.mask_coded": code for name, code in coded.items()}, folder / files.ADAPTER_WEIGHTS)
+    save_file({f"{PREFIX}{name}.mask_coded": code for name, code in coded.items()}, folder / layout.ADAPTER_WEIGHTS)
     return coded
 
 
@@ -75,4 +75,4 @@ def save_masks(masks, folder, **config):
     folder.mkdir(parents=True, exist_ok=True)
     sha256 = mask_fingerprint(write_coded(masks, folder))
     config = {"peft_type": "MASK", "format_version": 2, "mask_sha256": sha256, **config}
-    (folder / files.ADAPTER_CONFIG).write_text(json.dumps(config))
+    (folder / layout.ADAPTER_CONFIG).write_text(json.dumps(config))

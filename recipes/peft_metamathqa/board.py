@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from maskft_base import files
+from maskft_common import files
 from maskft_lab.results.schema import BEFORE, Result, read_result
 
 # train_config of PEFT's runner -> option of maskft train, where they have the same meaning.

@@ -4,8 +4,8 @@
 ``PeftModel.from_pretrained`` and every trainer that takes a PEFT configuration work as for PEFT's own methods.
 """
 
-from maskft_base import __version__
-from maskft_base.errors import UserError
+from maskft_common import __version__
+from maskft_common.errors import UserError
 
 from .masking import num_removed, topk_mask
 from .tuner import (

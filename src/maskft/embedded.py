@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from maskft_base.errors import UserError, install_hint
-from maskft_base.files import EMBEDDED_MODEL
+from maskft_common.errors import UserError, install_hint
+from maskft_common.layout import EMBEDDED_MODEL
 
 _FORMATS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # GGUF's types of values
 _STRING, _ARRAY = 8, 9

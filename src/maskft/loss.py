@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from maskft_base import runtime
+from maskft_common import processes
 
 from .data.tokenizing import IGNORED
 
@@ -80,14 +80,14 @@ class HeldoutLoss:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[RowLoss]:
         """Losses of the rows, in their order."""
-        count, world = len(rows), runtime.num_processes()
+        count, world = len(rows), processes.num_processes()
         # Each process takes the same number of rows: under FSDP all have to run the same number of batches.
-        own = [(runtime.rank() + step * world) % count for step in range(math.ceil(count / world))]
+        own = [(processes.rank() + step * world) % count for step in range(math.ceil(count / world))]
         chosen = [rows[n] for n in own]
         with self.context():
             found = nll_per_item(self.model, chosen, batch_size=self.batch_size, pad_token_id=self.pad_token_id)
         losses: list[RowLoss] = [(0.0, 0)] * count
-        for indices, parts in runtime.gather((own, found)):
+        for indices, parts in processes.gather((own, found)):
             for index, pair in zip(indices, parts, strict=True):
                 losses[index] = pair
         return losses

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from maskft_base.errors import NotFiniteError, UserError
+from maskft_common.errors import NotFiniteError, UserError
 
 RankBy = Literal["abs", "signed"]
 ScoreStart = Literal["normal", "constant", "magnitude", "wanda"]

@@ -20,8 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from maskft_base.errors import UserError, first_line
-from maskft_base.files import EMBEDDED_MODEL, digest, digest_file, holds_adapter, read_json
+from maskft_common.errors import UserError, first_line
+from maskft_common.files import digest, digest_file, read_json
+from maskft_common.layout import EMBEDDED_MODEL, holds_adapter
 
 from .embedded import embedded_config, embedded_file, read_embedded
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from maskft_base.errors import UserError
-from maskft_base.files import append_to, digest
+from maskft_common.errors import UserError
+from maskft_common.files import append_to, digest
 
 
 class Store:

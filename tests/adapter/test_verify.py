@@ -8,7 +8,7 @@ import tiny
 from maskft import MaskConfig
 from maskft.adapter.verify import verify
 from maskft.tuner import fingerprints
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
 

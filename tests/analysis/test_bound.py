@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import tiny
-from maskft_base.errors import UserError
-from maskft_base.files import ADAPTER_WEIGHTS
+from maskft_common.errors import UserError
+from maskft_common.layout import ADAPTER_WEIGHTS
 from maskft_lab.analysis.bound import (
     analyse_bound,
     code_lengths,

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 import tiny
-from maskft_base import files
+from maskft_common import files, layout
 from maskft_lab.analysis import landscape
 from maskft_lab.analysis.losses import load_rows
 from maskft_lab.cli.main import main
@@ -34,10 +34,10 @@ def training(steps, **more):
 
 def write_run(study, run_id, method, models, start=None, seed=0, **more):
     record = {"run": run_id, "name": method, "method": method, "seed": seed, "model": "tiny", "start": start}
-    folder = study / files.RUNS / run_id
+    folder = study / layout.RUNS / run_id
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / files.RUN).write_text(json.dumps(record | {"settings": {}, "models": models}))
-    (folder / files.TRAINING).write_text(json.dumps(training(4, **more)))
+    (folder / layout.RUN).write_text(json.dumps(record | {"settings": {}, "models": models}))
+    (folder / layout.TRAINING).write_text(json.dumps(training(4, **more)))
     return folder
 
 
@@ -45,7 +45,7 @@ def write_run(study, run_id, method, models, start=None, seed=0, **more):
 def study(tmp_path):
     full = write_run(tmp_path, "full-s0", "full", {"best": "runs/full-s0", "last": "runs/full-s0/last"})
     tiny.tiny_llama(num_layers=1, seed=0).save_pretrained(full)
-    tiny.tiny_llama(num_layers=1, seed=1).save_pretrained(full / files.LAST)
+    tiny.tiny_llama(num_layers=1, seed=1).save_pretrained(full / layout.LAST)
     for seed in range(2):
         run_id, generator = f"mask-s{seed}", torch.Generator().manual_seed(seed)
         folder = write_run(tmp_path, run_id, "mask", {"best": f"runs/{run_id}"}, "full-s0", seed, mask_flips_per_step=5)
@@ -55,14 +55,14 @@ def study(tmp_path):
         tiny.save_masks(masks, folder, mask_seed=seed)
     rows = [{"id": str(n), "input_ids": ids, "labels": ids} for n, ids in enumerate(tiny.token_ids(6, 7).tolist())]
     for split in ("train", "heldout"):
-        Dataset.from_list(rows).save_to_disk(tmp_path / files.PREPARED / "abc" / split)
+        Dataset.from_list(rows).save_to_disk(tmp_path / layout.PREPARED / "abc" / split)
     return tmp_path
 
 
 def test_every_analysis_of_a_study(study, capsys):
     words = ["analyze", str(study), "--what", "bound,masks,landscape", "--grid", "3", "--num_rows", "4"]
     assert main(words) == 0
-    folder = study / files.ANALYSIS
+    folder = study / layout.ANALYSIS
     assert {file.name for file in folder.iterdir()} == {f"{what}.json" for what in ("bound", "masks", "landscape")}
     masks = json.loads((folder / "masks.json").read_text())
     assert len(masks["masks"]["mask-s0"]["by_head"]["0"]["shares"]) == 4
@@ -75,14 +75,14 @@ def test_every_analysis_of_a_study(study, capsys):
 
 
 def test_of_several_sets_of_rows_one_is_named(study, capsys):
-    prepared = study / files.PREPARED
+    prepared = study / layout.PREPARED
     for split in ("train", "heldout"):
         Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 3).save_to_disk(prepared / "aaa" / split)
     words = ["analyze", str(study), "--what", "landscape", "--grid", "3", "--num_rows", "2"]
     assert main(words) == 2 and "name it with --rows" in capsys.readouterr().err
     assert main([*words, "--rows", str(prepared / "abc")]) == 0
     rows = load_rows(prepared / "abc", 2)
-    settings = json.loads((study / files.ANALYSIS / "landscape.json").read_text())["settings"]
+    settings = json.loads((study / layout.ANALYSIS / "landscape.json").read_text())["settings"]
     assert settings["rows"] == {split: files.digest(each) for split, each in rows.items()}
 
 
@@ -102,8 +102,8 @@ def test_a_run_that_a_figure_needs_is_named(study, capsys, monkeypatch):
     assert "out of memory (tried to allocate" in error("--what", "landscape")
     write_run(study, "full-s0", "full", {"best": "runs/full-s0", "last": "runs/full-s0"})
     assert "and the end of full-s0 is its best checkpoint: train it for longer" in error("--what", "landscape")
-    other = json.loads((study / files.RUNS / "mask-s1" / files.RUN).read_text())
-    (study / files.RUNS / "mask-s1" / files.RUN).write_text(json.dumps(other | {"model": "large"}))
+    other = json.loads((study / layout.RUNS / "mask-s1" / layout.RUN).read_text())
+    (study / layout.RUNS / "mask-s1" / layout.RUN).write_text(json.dumps(other | {"model": "large"}))
     assert "runs of different base models cannot be compared (tiny, large)" in error("--what", "bound")
 
 
@@ -111,7 +111,7 @@ def test_what_has_no_data_is_left_out_and_the_others_are_made(study, capsys):
     write_run(study, "full-s0", "full", {"best": "runs/full-s0"})  # its end was not kept: no landscape
     words = ["--what", "landscape,bound", "--num_rows", "2"]
     assert main(["analyze", str(study), *words]) == 0
-    out, folder = capsys.readouterr().out, study / files.ANALYSIS
+    out, folder = capsys.readouterr().out, study / layout.ANALYSIS
     assert {file.name for file in folder.iterdir()} == {"bound.json"}
     assert "left out landscape: a landscape needs a third model, and the end of full-s0 was not kept" in out
     assert main(["analyze", str(study), "--what", "landscape"]) == 2

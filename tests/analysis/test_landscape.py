@@ -8,8 +8,8 @@ import torch
 
 import tiny
 from maskft.loss import mean_nll, nll_per_item
-from maskft_base import files
-from maskft_base.errors import UserError
+from maskft_common import layout
+from maskft_common.errors import UserError
 from maskft_lab.analysis import landscape
 from maskft_lab.analysis.landscape import analyse_landscape, plane_through, set_weights, weights_of
 from maskft_lab.analysis.losses import Sampling
@@ -76,7 +76,7 @@ def test_a_landscape_that_was_cut_off_ends_as_one_that_was_not(three_models, tmp
 
 
 def test_a_mask_of_values_other_than_zero_is_refused(three_models, tmp_path):
-    file = tmp_path / "mask" / files.ADAPTER_CONFIG
+    file = tmp_path / "mask" / layout.ADAPTER_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | {"removed_value": "base"}))
     with pytest.raises(UserError, match="does not only set weights to 0"):
         analyse_landscape(tmp_path / "a.json", three_models, {"train": ROWS}, Sampling(), grid=3)

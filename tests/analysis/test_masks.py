@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from maskft.adapter.mask_set import MaskSet
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from maskft_lab.analysis.masks import head_shares, shares_by_head
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from finished_study import write_run
-from maskft_base import files
-from maskft_base.errors import UserError
+from maskft_common import layout
+from maskft_common.errors import UserError
 from maskft_lab.analysis.records import is_finished, pieces_of, write_record
 from maskft_lab.analysis.runs import TrainedRun, find_mask, full_run, parent_of, read_study
 from maskft_lab.cli.main import main
@@ -30,10 +30,10 @@ def test_what_tuning_tried_and_did_not_take_is_no_run_of_the_study(tmp_path):
     assert [run.id for run in read_study(tmp_path)] == ["mask-s0-bbbbbbbbbb", "mask-s1-cccccccccc"]
     # Nor is, once it has a summary, what an earlier recipe or another study left; but what its runs start from.
     (result,) = write_run(tmp_path, "mask-s0-dddddddddd", "mask", "mask", 0, "mask-s1-cccccccccc")
-    write_result(tmp_path / files.RESULTS / "mask-s0-dddddddddd-old" / files.RESULT, result | {"name": "old"})
+    write_result(tmp_path / layout.RESULTS / "mask-s0-dddddddddd-old" / layout.RESULT, result | {"name": "old"})
     for study, run in (("small", "mask-s0-dddddddddd"), ("other", "mask-s0-bbbbbbbbbb")):
         rows = {"runs": [{"run": run, "role": "best", "result": f"{run}-best"}]}
-        (tmp_path / files.SUMMARY.format(study)).write_text(json.dumps({"study": study, "models": {"tiny": rows}}))
+        (tmp_path / layout.SUMMARY.format(study)).write_text(json.dumps({"study": study, "models": {"tiny": rows}}))
     run, start = read_study(tmp_path, study_name="small")
     assert (run.id, run.results["best"]["name"]) == ("mask-s0-dddddddddd", "mask") and run.start == start.id
     assert len(read_study(tmp_path)) == 3
@@ -53,7 +53,7 @@ def test_what_is_not_there(tmp_path):
 def test_runs_of_one_base_model(tmp_path):
     for run, base in (("a", "small"), ("b", "large")):
         write_run(tmp_path, run, run, "full", 0, roles=())
-        record = tmp_path / files.RUNS / run / files.RUN
+        record = tmp_path / layout.RUNS / run / layout.RUN
         record.write_text(json.dumps(json.loads(record.read_text()) | {"model": base}))
     with pytest.raises(UserError, match="different base models cannot be compared"):
         read_study(tmp_path)

@@ -20,7 +20,7 @@ from maskft.adapter.mask_set import MaskSet
 from maskft.training.options import option_defaults
 from maskft.tuner.codec import encode_mask
 from maskft.tuner.fingerprints import mask_fingerprint
-from maskft_base.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
+from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
 from maskft_lab.cli.main import COMMANDS, main
 
 

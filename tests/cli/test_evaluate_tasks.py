@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import benchmark_files
 import tiny
 from maskft import MaskConfig
-from maskft_base.errors import UserError
-from maskft_base.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, JOURNAL, RESULT
+from maskft_common.errors import UserError
+from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, JOURNAL, RESULT
 from maskft_lab.cli.main import main
 from maskft_lab.evaluation import load, run
 from maskft_lab.evaluation.arguments import EvaluationArguments

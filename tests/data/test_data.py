@@ -20,7 +20,7 @@ from maskft.data.tokenizing import (
     tokenize_dataset,
     tokenize_example,
 )
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -9,7 +9,7 @@ from transformers import HfArgumentParser
 from maskft.data.arguments import DataArguments
 from maskft.data.mixtures import load_examples, parse_mixture, rename_sets
 from maskft.data.splits import load_splits
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
 SAMPLES = str(Path(__file__).parent / "samples")

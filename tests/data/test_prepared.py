@@ -6,7 +6,7 @@ import pytest
 
 from maskft.data.arguments import DataArguments
 from maskft.data.prepared import data_identity, prepare
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
 

@@ -9,7 +9,7 @@ from maskft.data.mixtures import load_examples
 from maskft.data.registry import TRAINING_SETS
 from maskft.data.sources import split_of
 from maskft.data.tokenizing import tokenize_example
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 
 SAMPLES = Path(__file__).parent / "samples"

@@ -14,7 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 from maskft.models import EMBEDDED_MODEL
 from maskft.training.method_arguments import mask_config
 from maskft.tuner import MaskedLinear
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from maskft_lab.cli.train import parse
 from maskft_lab.estimate.estimate import _Planned, estimate
 from tiny import IS_OLD_TORCH

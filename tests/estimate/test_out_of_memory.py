@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from maskft_lab.estimate.out_of_memory import explained
 
 

@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 import yaml
 
-from maskft_base.files import ALPACA_OUTPUTS, JOURNAL, RESULT
+from maskft_common.layout import ALPACA_OUTPUTS, JOURNAL, RESULT
 from maskft_lab.cli.main import main
 from maskft_lab.evaluation import alpaca, journal
 from maskft_lab.results.schema import read_result

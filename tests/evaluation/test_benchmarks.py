@@ -3,7 +3,7 @@ import json
 import pytest
 
 import benchmark_files
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from maskft_lab.evaluation.benchmarks import BENCHMARKS, Benchmark, load_docs
 from maskft_lab.evaluation.tasks import load_tasks, run_task
 

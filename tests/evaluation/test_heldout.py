@@ -5,7 +5,7 @@ import pytest
 import tiny
 from maskft.data.arguments import DataArguments
 from maskft.loss import nll_per_item
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from maskft_lab.evaluation import heldout as evaluate
 from maskft_lab.evaluation.arguments import EvaluationArguments
 from maskft_lab.evaluation.heldout import evaluate_kl, evaluate_rows, name_of_test_set

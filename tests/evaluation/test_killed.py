@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from killing import Forked, kill_ten_times, stop_when
-from maskft_base import files
+from maskft_common import layout
 from maskft_lab.cli.main import main
 
 
@@ -20,11 +20,11 @@ def words(base, data, tmp_path):
 
 
 def answers_in(folder):
-    return [json.loads(line) for line in (folder / files.JOURNAL).read_text().splitlines()[:-1]]
+    return [json.loads(line) for line in (folder / layout.JOURNAL).read_text().splitlines()[:-1]]
 
 
 def result_in(folder):
-    result = json.loads((folder / files.RESULT).read_text())
+    result = json.loads((folder / layout.RESULT).read_text())
     return result["model"], result["tasks"]
 
 
@@ -37,10 +37,10 @@ def undisturbed(words, tmp_path):
 
 def test_an_evaluation_that_is_stopped_says_how_it_is_resumed(words, undisturbed, tmp_path):
     out, over = shutil.copytree(tmp_path / "whole", tmp_path / "out"), ["--overwrite", "true"]
-    status, lines = stop_when(lambda: (out / files.JOURNAL).is_file() and len(answers_in(out)) > 8, [*words, *over])
+    status, lines = stop_when(lambda: (out / layout.JOURNAL).is_file() and len(answers_in(out)) > 8, [*words, *over])
     assert status == 143, lines
     assert lines[-2].startswith("maskft: stopped by SIGTERM;") and lines[-1] == shlex.join(["maskft", *words])
-    assert not (out / files.RESULT).exists()
+    assert not (out / layout.RESULT).exists()
     assert main(shlex.split(lines[-1])[1:]) == 0
     assert result_in(out) == undisturbed
 

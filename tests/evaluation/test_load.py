@@ -8,7 +8,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 import tiny
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from maskft_lab.evaluation import load
 from maskft_lab.evaluation.arguments import EvaluationArguments
 from maskft_lab.evaluation.run import labelled_files

@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 import benchmark_files
 import tiny
 from benchmark_files import GSM8K, HUMANEVAL, IFEVAL, MATH, ScriptedLM
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from maskft_lab.evaluation.journal import Journal, Resuming
 from maskft_lab.evaluation.tasks import check_chat_template, check_names, load_tasks, run_task
 from maskft_lab.generation import greedy

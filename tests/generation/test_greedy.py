@@ -5,7 +5,7 @@ import torch
 import transformers
 
 import tiny
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from maskft_lab.generation import greedy as generation
 from maskft_lab.generation.greedy import Bounds, greedy_generate, memory_bound_rows, shared_prefix_length
 from maskft_lab.generation.row_cache import RowCache

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from finished_study import write_summary
-from maskft_base import files
+from maskft_common import layout
 from maskft_lab.cli.main import main
 from maskft_lab.results.schema import read_result, write_result
 
@@ -26,14 +26,14 @@ def error(capsys):
 
 @pytest.mark.parametrize("name", ["masks", "landscape", "curvature", "bound"])
 def test_nan_in_an_array(name, study, error):
-    file, page = study / files.ANALYSIS / f"{name}.json", study / "page.html"
+    file, page = study / layout.ANALYSIS / f"{name}.json", study / "page.html"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"more": [1.0, float("nan")]}))
     assert re.search(rf"{name}\.json is not as .* \(it holds NaN\): remove it", error(study, "-o", page))
     assert not page.exists()
 
 
 def test_an_array_that_is_not_what_analyze_writes(study, error):
-    file = study / files.ANALYSIS / "landscape.json"
+    file = study / layout.ANALYSIS / "landscape.json"
     file.write_text(json.dumps({"plane": {"models": ["a", "b", "c"], "heldout": [], "x": [0.0]}}))
     line = error(study, "--figures", study / "f", "--only", "5")
     assert "fig05_12_landscape: its data is not as it should be" in line and "make it again: maskft analyze" in line
@@ -45,20 +45,20 @@ def test_an_array_that_is_not_what_analyze_writes(study, error):
 
 
 def test_other_base_models_in_one_comparison(study, error):
-    file = study / files.RUNS / "mask-s0" / files.RUN
+    file = study / layout.RUNS / "mask-s0" / layout.RUN
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model": "another"}))
     assert re.search("different base models.*another.*--base", error(study, "-o", study / "page.html"))
 
 
 def test_a_run_without_results_item_by_item(study):
-    results = [read_result(file) for file in sorted(study.glob(f"{files.RESULTS}/*/{files.RESULT}"))]
+    results = [read_result(file) for file in sorted(study.glob(f"{layout.RESULTS}/*/{layout.RESULT}"))]
     for result in results:
         if result["name"] == "mask":
             for metric in result["tasks"]["sums"]["metrics"]:
                 for item in result["tasks"]["sums"]["items"]:
                     del item[metric]
             folder = f"{result['study']['run']}-{result['study']['role']}"
-            write_result(study / files.RESULTS / folder / files.RESULT, result)
+            write_result(study / layout.RESULTS / folder / layout.RESULT, result)
     write_summary(study, results)
     assert main(["report", str(study), "-o", str(study / "page.html")]) == 0
     text = (study / "page.html").read_text()
@@ -69,7 +69,7 @@ def test_a_figure_whose_run_is_missing(study, error):
     assert "masks of this study differ in max_train_samples alone" in error(
         study, "--figures", study / "f", "--only", "7"
     )
-    (study / files.ANALYSIS / "curvature.json").unlink()
+    (study / layout.ANALYSIS / "curvature.json").unlink()
     line = error(study, "--figures", study / "f", "--only", "eq16_18_curvature")
     assert line.endswith("there is no analysis/curvature.json; maskft analyze study --what curvature")
     assert re.search("no figure '2'; there are 1, 3, 4", error(study, "--figures", study / "f", "--only", "2"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from maskft_base import files
+from maskft_common import layout
 from maskft_lab.cli.main import main
 from maskft_lab.report import catalogue
 from maskft_lab.report.catalogue import FIGURES, draw_figures
@@ -79,7 +79,7 @@ def test_a_figure_fits_a_paper(charts):
 
 
 def test_heads_are_those_of_the_array_and_stand_beside_chance(finished, charts):
-    array = json.loads((finished / files.ANALYSIS / "masks.json").read_text())
+    array = json.loads((finished / layout.ANALYSIS / "masks.json").read_text())
     (shown, *_), wanted = axes_of(charts["fig13_heads"].panels[0]).images, array["masks"]["mask-s0"]["by_head"]
     np.testing.assert_array_equal(shown.get_array(), [found["shares"] for found in wanted.values()])
     panels = [axes_of(panel) for panel in charts["fig14_heads_mean"].panels]
@@ -94,7 +94,7 @@ def test_heads_are_those_of_the_array_and_stand_beside_chance(finished, charts):
 
 
 def test_the_plane_of_the_landscape_is_that_of_the_array(finished, charts):
-    array = json.loads((finished / files.ANALYSIS / "landscape.json").read_text())["plane"]
+    array = json.loads((finished / layout.ANALYSIS / "landscape.json").read_text())["plane"]
     panels = {panel.title: axes_of(panel) for panel in charts["fig05_12_landscape"].panels}
     axes = panels["Loss on training rows"]
     assert [line.get_xydata()[0].tolist() for line in axes.lines] == array["points"]

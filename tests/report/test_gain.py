@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from maskft_base import files
+from maskft_common import layout
 from maskft_lab.cli.main import main
 from maskft_lab.report.catalogue import draw_figures, select_figures
 from maskft_lab.report.evidence import gather
@@ -130,7 +130,7 @@ def test_checkpoints_are_one_path_and_the_scales_of_each_another_but_of_one_alon
 def test_curves_of_another_study_in_the_folder_are_not_shown(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "study")
     for name in ("tiny-study", "tiny-study-2"):
-        file = folder / files.CURVE.format(name, RECORD["probe"])
+        file = folder / layout.CURVE.format(name, RECORD["probe"])
         file.write_text(json.dumps(RECORD | {"task": name}))
     assert [curve.task for curve in curves_of(gather(folder))] == ["tiny-study"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finished_study import HOSTILE, Page
-from maskft_base import files
+from maskft_common import layout
 from maskft_lab.cli.main import main
 from maskft_lab.report.catalogue import FIGURES
 from maskft_lab.report.evidence import gather
@@ -21,7 +21,7 @@ MAX_BYTES = 2_000_000
 
 
 def comparison(study):
-    summary = json.loads((study / files.SUMMARY.format("tiny-study")).read_text())
+    summary = json.loads((study / layout.SUMMARY.format("tiny-study")).read_text())
     return summary["models"]["tiny"]["comparison"]
 
 
@@ -61,11 +61,11 @@ def test_verdicts_and_numbers_are_those_of_the_comparison(finished, parsed):
 
 def test_foreign_text_stays_text(study):
     """A result may be a stranger's, and every text of it."""
-    file = study / files.RESULTS / "mask-s0-best" / files.RESULT
+    file = study / layout.RESULTS / "mask-s0-best" / layout.RESULT
     result = read_result(file)
     result["study"]["settings"]["note"] = HOSTILE
     write_result(file, result)
-    summary = study / files.SUMMARY.format("tiny-study")
+    summary = study / layout.SUMMARY.format("tiny-study")
     record = json.loads(summary.read_text())
     record["models"]["tiny"]["comparison"]["notes"] = [HOSTILE]
     summary.write_text(json.dumps(record))
@@ -87,7 +87,7 @@ def test_every_chart_has_its_numbers_as_a_table_and_the_others_are_one_closed_li
 
 
 def test_sections_without_data_are_left_out_and_the_list_names_the_commands(study):
-    shutil.rmtree(study / files.ANALYSIS)
+    shutil.rmtree(study / layout.ANALYSIS)
     assert main(["report", str(study), "-o", str(study / "out.html")]) == 0
     page = Page((study / "out.html").read_text())
     sections = {a["id"] for tag, a in page.tags if tag == "section"}
@@ -98,7 +98,7 @@ def test_sections_without_data_are_left_out_and_the_list_names_the_commands(stud
 
 
 def test_a_study_that_has_written_no_comparison_yet(study):
-    (study / files.SUMMARY.format("tiny-study")).unlink()
+    (study / layout.SUMMARY.format("tiny-study")).unlink()
     assert main(["report", str(study), "-o", str(study / "out.html")]) == 0
     text = (study / "out.html").read_text()
     assert "the study has written no comparison yet" in text and "Differences from" not in text

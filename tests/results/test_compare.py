@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from maskft_lab.cli import compare as command
 from maskft_lab.results import FORMATS, families
 from maskft_lab.results.compare import compare

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from maskft_lab.cli.main import main
 from maskft_lab.results.paper_tables import paper, paper_tables
 from maskft_lab.results.reading import read_all

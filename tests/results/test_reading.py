@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from maskft_lab.results.reading import input_files, read_all
 from maskft_lab.results.schema import build_result, build_task, metric_from_items, write_result
 

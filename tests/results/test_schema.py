@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from maskft_base.errors import UserError
-from maskft_base.runtime import environment
+from maskft_common.environment import environment
+from maskft_common.errors import UserError
 from maskft_lab.results.schema import (
     build_result,
     build_task,

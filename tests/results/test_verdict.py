@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from maskft_lab.results.compare import compare
 from maskft_lab.results.comparison import Comparison, Settings
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items

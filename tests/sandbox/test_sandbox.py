@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from maskft_lab.sandbox import child, sandbox
 from maskft_lab.sandbox.sandbox import SandboxResult, run_code, run_many, why_unconfined
 

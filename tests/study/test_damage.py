@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from maskft_base import files
+from maskft_common import files, layout
 from maskft_lab.cli.main import main
 from maskft_lab.study.damage import damage_of_result, damage_of_run
 from maskft_lab.study.execute import Study
@@ -18,12 +18,12 @@ def test_a_damaged_study_stops_and_makes_again_what_is_removed(base, data, tmp_p
     words = ["study", str(file), "--output_dir", str(out)]
     assert main(words) == 0
     whole = outcome(out)
-    trained = {path: path.stat().st_mtime_ns for path in out.glob(f"{files.RUNS}/mask-*/{files.TRAINING}")}
-    (weights,) = out.glob(f"{files.RUNS}/full-*/model.safetensors")
+    trained = {path: path.stat().st_mtime_ns for path in out.glob(f"{layout.RUNS}/mask-*/{layout.TRAINING}")}
+    (weights,) = out.glob(f"{layout.RUNS}/full-*/model.safetensors")
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
     weights.write_bytes(content)
-    (result,) = out.glob(f"{files.RESULTS}/mask-*/{files.RESULT}")
+    (result,) = out.glob(f"{layout.RESULTS}/mask-*/{layout.RESULT}")
     result.write_text(result.read_text()[:-100])
     for file, problem in (
         (weights, "full, seed 0: its model.safetensors is not what was written"),
@@ -46,11 +46,11 @@ def test_what_counts_as_damage(tmp_path):
         **dict.fromkeys(("train_time_s", "peak_memory_bytes")),
         "seed": 0,
     }
-    account, weights = tmp_path / files.RUN, tmp_path / "last" / "model.safetensors"
+    account, weights = tmp_path / layout.RUN, tmp_path / "last" / "model.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"weights")
     account.write_text(json.dumps(record | {"files": {"last/model.safetensors": files.digest(b"weights")}}))
-    (tmp_path / files.LOG).write_text("new")
+    (tmp_path / layout.LOG).write_text("new")
     assert damage_of_run(tmp_path) is None
     weights.write_bytes(b"Weights")
     assert damage_of_run(tmp_path) == "its last/model.safetensors is not what was written"
@@ -60,5 +60,5 @@ def test_what_counts_as_damage(tmp_path):
     assert damage_of_run(tmp_path) is None
     account.write_text("")
     assert damage_of_run(tmp_path) == "its run.json cannot be read"
-    (tmp_path / files.RESULT).write_text("{")
-    assert "not JSON" in damage_of_result(tmp_path / files.RESULT)
+    (tmp_path / layout.RESULT).write_text("{")
+    assert "not JSON" in damage_of_result(tmp_path / layout.RESULT)

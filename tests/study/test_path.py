@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from maskft.data.splits import load_splits
-from maskft_base import files
-from maskft_base.errors import UserError
+from maskft_common import files, layout
+from maskft_common.errors import UserError
 from maskft_lab.cli import evaluate
 from maskft_lab.cli.main import main
 from maskft_lab.cli.study import check
@@ -67,16 +67,16 @@ def test_every_point_is_measured_on_heldout_rows_and_probes(content, tmp_path, c
     study = write(tmp_path, content)
     assert main(["study", str(study), "--output_dir", str(out)]) == 0
     assert commands.count("evaluate") == 6 + 5  # paths of all runs, and all but one of full fine-tuning on test rows
-    (lost,) = out.glob(f"{files.RUNS}/mask-*/path/text-*/1-0.5/{files.RESULT}")
-    before = {path: path.stat().st_mtime_ns for path in out.glob(f"{files.RUNS}/*/path/*/*/{files.RESULT}")}
+    (lost,) = out.glob(f"{layout.RUNS}/mask-*/path/text-*/1-0.5/{layout.RESULT}")
+    before = {path: path.stat().st_mtime_ns for path in out.glob(f"{layout.RUNS}/*/path/*/*/{layout.RESULT}")}
     lost.write_text("{")  # as a full disk leaves it
     (damaged := lost.parents[3] / "checkpoint-1.damaged").mkdir()  # as a resumed training renames one
     assert main(["study", str(study), "--output_dir", str(out)]) == 0
     damaged.rmdir()
     assert commands.count("evaluate") == 6 + 5 + 1
-    assert "no curve is written without path.choose" in (out / files.STUDY_TABLE.format("small")).read_text()
+    assert "no curve is written without path.choose" in (out / layout.STUDY_TABLE.format("small")).read_text()
     assert [path for path in before if path.stat().st_mtime_ns != before[path]] == [lost]
-    for folder in (out / files.RUNS).iterdir():
+    for folder in (out / layout.RUNS).iterdir():
         points = {
             p.parent.name: json.loads(p.read_text())["tasks"]["heldout"] for p in folder.glob("path/kl-*/*/result.json")
         }
@@ -99,14 +99,16 @@ def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(content, tm
     del content["methods"]["full"]
     out = tmp_path / "study"
     for name in ("small", "small-2"):  # of a probe that it has no more, and of another study
-        files.write_text(out / files.CURVE.format(name, "old"), '{"probe": "old"}')
+        files.write_text(out / layout.CURVE.format(name, "old"), '{"probe": "old"}')
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(out)]) == 0
-    assert [file.name for file in out.glob("curve*old*")] == [files.CURVE.format("small-2", "old")]
-    summary = json.loads((out / files.SUMMARY.format("small")).read_text())["models"]["base0"]
-    assert {row["result"] for row in summary["runs"]} == {folder.name for folder in (out / files.RESULTS).iterdir()}
+    assert [file.name for file in out.glob("curve*old*")] == [layout.CURVE.format("small-2", "old")]
+    summary = json.loads((out / layout.SUMMARY.format("small")).read_text())["models"]["base0"]
+    assert {row["result"] for row in summary["runs"]} == {folder.name for folder in (out / layout.RESULTS).iterdir()}
     tuning = {each["method"]: each for each in summary["tuning"]}
     assert set(tuning) == {"LoRA", "mask"} and all(len(each["points"]) == 3 for each in tuning.values())
-    results = {r["name"]: r for r in (json.loads(f.read_text()) for f in out.glob(f"{files.RESULTS}/*/{files.RESULT}"))}
+    results = {
+        r["name"]: r for r in (json.loads(f.read_text()) for f in out.glob(f"{layout.RESULTS}/*/{layout.RESULT}"))
+    }
     for name, each in tuning.items():
         within = [p for p in each["points"] if p["forgetting"] <= 1.0e-3] or [
             min(each["points"], key=lambda p: p["forgetting"])
@@ -115,7 +117,7 @@ def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(content, tm
         assert each["point"] == {key: best[key] for key in ("checkpoint", "scale")} == results[name]["study"]["point"]
         assert results[name]["model"]["scale"] == best["scale"]
     assert results["base"]["model"]["adapter"] is None and "point" not in results["random"]["study"]
-    curve = json.loads((out / files.CURVE.format("small", "text")).read_text())
+    curve = json.loads((out / layout.CURVE.format("small", "text")).read_text())
     assert [p["is_chosen"] for p in curve["points"]] == [False] * 6 + [True] * 3
     for name, each in tuning.items():
         of_path, (chosen,) = (
@@ -127,12 +129,12 @@ def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(content, tm
     stored = {p["method"]: p["num_bytes"] for p in curve["points"] if p["is_chosen"]}
     assert stored["LoRA"] == 2 * 2 * 3 * (4 * 32 + 2 * (32 + 16) + 3 * (32 + 48))
     assert 0 < stored["mask"] < stored["LoRA"]
-    assert "of the change, is the best of 3 on held-out rows" in (out / files.STUDY_TABLE.format("small")).read_text()
+    assert "of the change, is the best of 3 on held-out rows" in (out / layout.STUDY_TABLE.format("small")).read_text()
     # Another study in the folder, without a path, leaves the checkpoints that were chosen.
-    chosen = sorted(out.glob(f"{files.RUNS}/*/checkpoint-*"))
+    chosen = sorted(out.glob(f"{layout.RUNS}/*/checkpoint-*"))
     del content["path"], content["methods"]["random"], content["methods"]["mask"]
     assert main(["study", str(write(tmp_path, content | {"name": "other"})), "--output_dir", str(out)]) == 0
-    assert sorted(out.glob(f"{files.RUNS}/*/checkpoint-*")) == chosen and len(chosen) == 2 * (2 + 2)
+    assert sorted(out.glob(f"{layout.RUNS}/*/checkpoint-*")) == chosen and len(chosen) == 2 * (2 + 2)
 
 
 def a_point(gain, forgetting, nll=0.0):

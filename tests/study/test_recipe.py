@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 import tiny
-from maskft_base.errors import UserError
-from maskft_base.files import digest_file
+from maskft_common.errors import UserError
+from maskft_common.files import digest_file
 from maskft_lab.cli.main import main
 from maskft_lab.cli.study import check
 from maskft_lab.study.dry_run import cost_of

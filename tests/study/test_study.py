@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from killing import kill_now_and_then, kill_ten_times, start, stop_when, wait_for
 from maskft.adapter.mask_set import MaskSet
-from maskft_base import files
-from maskft_base.errors import UserError
+from maskft_common import layout
+from maskft_common.errors import UserError
 from maskft_lab.cli.main import main
 from maskft_lab.cli.study import check
 from maskft_lab.study import board as boards
@@ -33,7 +33,7 @@ from maskft_lab.study.record import build_record, read_record, write_record
 from maskft_lab.study.study import run_study
 from small_study import FULL, MASK, outcome, recipe, write
 
-CHECKPOINT = f"{files.RUNS}/full-*/checkpoint-3/{files.MANIFEST}"  # the first, once it is whole
+CHECKPOINT = f"{layout.RUNS}/full-*/checkpoint-3/{layout.MANIFEST}"  # the first, once it is whole
 
 
 def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys):
@@ -45,10 +45,10 @@ def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys)
     assert main(["study", str(file), "--output_dir", str(whole)]) == 0
 
     def checkpoint_is_there():
-        return any(cut.glob(f"{files.RUNS}/full-*/checkpoint-6/trainer_state.json"))
+        return any(cut.glob(f"{layout.RUNS}/full-*/checkpoint-6/trainer_state.json"))
 
     def mask_is_trained():
-        return any(cut.glob(f"{files.RUNS}/mask-*/{files.RUN}"))
+        return any(cut.glob(f"{layout.RUNS}/mask-*/{layout.RUN}"))
 
     assert kill_now_and_then(file, cut, [checkpoint_is_there]) == 1
     words = ["study", str(file), "--output_dir", str(cut)]
@@ -58,10 +58,10 @@ def test_a_killed_study_ends_as_an_undisturbed_one(base, data, tmp_path, capsys)
         "maskft: stopped by SIGTERM; what is finished is kept, to resume:",
         shlex.join(["maskft", *words]),
     ]
-    before = [p.stat().st_mtime_ns for p in cut.glob(f"{files.RUNS}/*/{files.TRAINING}")]
+    before = [p.stat().st_mtime_ns for p in cut.glob(f"{layout.RUNS}/*/{layout.TRAINING}")]
     assert main(["study", str(file), "--output_dir", str(cut)]) == 0
     assert outcome(cut) == outcome(whole)
-    assert [p.stat().st_mtime_ns for p in cut.glob(f"{files.RUNS}/*/{files.TRAINING}")] == before
+    assert [p.stat().st_mtime_ns for p in cut.glob(f"{layout.RUNS}/*/{layout.TRAINING}")] == before
     # What is finished is not made again.
     capsys.readouterr()
     found_files = {p: p.stat().st_mtime_ns for p in cut.glob("r*/**/*") if p.is_file()}
@@ -77,21 +77,21 @@ def check_that_another_study_in_the_folder_finds_what_is_made(content, tmp_path,
     """Under another name: neither trained nor evaluated again, and called as this study calls it."""
     (tmp_path / "other").mkdir()
     content = {**content, "name": "other", "methods": {"everything": {**FULL, "last": "end"}}}
-    trained = {path: path.stat().st_mtime_ns for path in folder.glob(f"{files.RUNS}/*/*") if path.name != files.LOG}
+    trained = {path: path.stat().st_mtime_ns for path in folder.glob(f"{layout.RUNS}/*/*") if path.name != layout.LOG}
     assert main(["study", str(write(tmp_path / "other", content)), "--output_dir", str(folder)]) == 0
-    assert trained == {p: p.stat().st_mtime_ns for p in folder.glob(f"{files.RUNS}/*/*") if p.name != files.LOG}
+    assert trained == {p: p.stat().st_mtime_ns for p in folder.glob(f"{layout.RUNS}/*/*") if p.name != layout.LOG}
     assert "everything (best)" in capsys.readouterr().out
-    found_files = [json.loads(file.read_text()) for file in folder.glob(f"{files.RESULTS}/*/{files.RESULT}")]
+    found_files = [json.loads(file.read_text()) for file in folder.glob(f"{layout.RESULTS}/*/{layout.RESULT}")]
     found = {result["name"]: result for result in found_files}
     for name, same in (("everything (best)", "full (best)"), ("everything (end)", "full (continued)")):
         assert found[name]["created"] == found[same]["created"] and found[name]["tasks"] == found[same]["tasks"]
         assert found[name]["study"]["study"] == "other" and found[name]["study"]["run"] == found[same]["study"]["run"]
     content |= {"name": "third", "methods": {"full": FULL}}
     assert main(["study", str(write(tmp_path / "other", content)), "--output_dir", str(folder)]) == 0
-    found_files = [json.loads(file.read_text()) for file in folder.glob(f"{files.RESULTS}/full-*/{files.RESULT}")]
+    found_files = [json.loads(file.read_text()) for file in folder.glob(f"{layout.RESULTS}/full-*/{layout.RESULT}")]
     best = [(each["study"]["study"], each["name"]) for each in found_files if each["study"]["role"] == "best"]
     assert sorted(best) == [("small", "full (best)"), ("third", "full (best)")]
-    assert trained == {p: p.stat().st_mtime_ns for p in folder.glob(f"{files.RUNS}/*/*") if p.name != files.LOG}
+    assert trained == {p: p.stat().st_mtime_ns for p in folder.glob(f"{layout.RUNS}/*/*") if p.name != layout.LOG}
 
 
 def check_accounts(folder):
@@ -210,7 +210,7 @@ def test_a_job_of_slurm_is_requeued_as_often_as_its_time_is_over(two_masks, tmp_
     plan = check(load_recipe(two_masks))
     with slurm_launcher(Study(tmp_path, plan.recipe)) as submit:
         submit(plan.runs[:1])
-    (job,) = tmp_path.glob(f"{files.SLURM}/*/*_submitted.pkl")
+    (job,) = tmp_path.glob(f"{layout.SLURM}/*/*_submitted.pkl")
     assert submitit.core.utils.DelayedSubmission.load(job)._timeout_countdown >= 1000
 
 
@@ -341,7 +341,7 @@ def alone(two_masks):
 
 def check_resumed(folder, name):
     """One of the runs began twice, and measured its start once: that is all its log says of a resumption."""
-    logs = [file.read_text() for file in folder.glob(f"{files.RUNS}/{name}-*/{files.LOG}")]
+    logs = [file.read_text() for file in folder.glob(f"{layout.RUNS}/{name}-*/{layout.LOG}")]
     starts = [(log.count("trainable parameters"), len(re.findall("^  step +0/", log, re.M))) for log in logs]
     assert any(begun > 1 == measured for begun, measured in starts), logs
 
@@ -382,7 +382,7 @@ def test_a_run_that_fails_stops_what_needs_it_and_nothing_else(base, data, tmp_p
     out, err = capsys.readouterr()
     assert "run 'full, seed 0' failed (and 1 more): " in err and "stopped before the update was applied" in err
     assert "it needs 'full, seed 0', which failed" in out and "pre-trained, seed 0: finished" in out
-    (file,) = (tmp_path / "out").glob(f"{files.RESULTS}/*/{files.RESULT}")
+    (file,) = (tmp_path / "out").glob(f"{layout.RESULTS}/*/{layout.RESULT}")
     assert json.loads(file.read_text())["model"]["method"] == "pretrained"
 
 
@@ -400,7 +400,7 @@ def test_a_mistake_in_the_data_of_the_last_run_stops_before_the_first(mistake, b
     err = capsys.readouterr().err
     wanted = ["query", "question"] if mistake == "columns" else ["asks for 1,000 rows", "which has 64"]
     assert all(word in err for word in wanted) and len(err.strip().splitlines()) == 1
-    assert not list(folder.glob(f"{files.RUNS}/*"))
+    assert not list(folder.glob(f"{layout.RUNS}/*"))
 
 
 def test_a_rate_of_zero_changes_weights_that_a_mask_removes(base, data, tmp_path):
@@ -413,7 +413,7 @@ def test_a_rate_of_zero_changes_weights_that_a_mask_removes(base, data, tmp_path
     content = recipe(base, data, methods)
     content["evaluation"]["no_generate"] = True
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(tmp_path / "out")]) == 0
-    found_files = (tmp_path / "out").glob(f"{files.RESULTS}/*/{files.RESULT}")
+    found_files = (tmp_path / "out").glob(f"{layout.RESULTS}/*/{layout.RESULT}")
     results = {result["name"]: result for result in (json.loads(file.read_text()) for file in found_files)}
     nll = {name: result["tasks"]["heldout"]["metrics"]["nll"]["value"] for name, result in results.items()}
     assert nll["still"] == nll["again"] != nll["mask"]
@@ -469,7 +469,7 @@ def test_a_folder_in_use_is_refused(base, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("maskft_lab.study.study.LOCK_WAIT_S", 0)
     file, folder = write(tmp_path, recipe(base, data, {"full": FULL})), tmp_path / "out"
     folder.mkdir()
-    with (folder / files.LOCK).open("w") as lock:
+    with (folder / layout.LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(["study", str(file), "--output_dir", str(folder)]) == 2
     assert "another study is running in" in capsys.readouterr().err
@@ -528,7 +528,7 @@ def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, r
     plan = check(parse_recipe(recipe(base, data, methods)))
     study, before, point = Study(tmp_path, plan.recipe), plan.runs[0], replace(plan.runs[1], point=(0.5, 1.0))
     write_record(study.run_folder(point), found["full"])
-    (study.run_folder(point) / files.TRAINING).write_text(json.dumps({"summary": trainings["full"]}))
+    (study.run_folder(point) / layout.TRAINING).write_text(json.dumps({"summary": trainings["full"]}))
     assert (study.record(point).best_step, study.record(point).total_tokens) == (4, {"best": 400, "last": 800})
     write_record(study.run_folder(before), found["pre-trained"])
     assert study.model(before, "best") == str(base)
@@ -545,8 +545,8 @@ def test_a_record_that_is_damaged_is_one_line(base, data, records, tmp_path):
     record = records(recipe(base, data, {"full": FULL}), {})["full"]
     write_record(tmp_path, record)
     assert read_record(tmp_path) == record
-    content = json.loads((tmp_path / files.RUN).read_text())
-    (tmp_path / files.RUN).write_text(json.dumps(content | {"seed": "zero"}))
+    content = json.loads((tmp_path / layout.RUN).read_text())
+    (tmp_path / layout.RUN).write_text(json.dumps(content | {"seed": "zero"}))
     with pytest.raises(UserError, match=r"run\.json: seed is 'zero': .*; remove the run's folder"):
         read_record(tmp_path)
 
@@ -594,7 +594,7 @@ def test_a_board_shows_one_bar_on_a_terminal_and_lines_in_a_log(is_terminal, bas
     full, mask = plan.runs
     with boards.Board(Study(tmp_path, plan.recipe), plan, console) as board:
         board.started(full)
-        log = tmp_path / files.RUNS / full.id / files.LOG
+        log = tmp_path / layout.RUNS / full.id / layout.LOG
         log.parent.mkdir(parents=True)
         log.write_text("[INST] 3+4= [/INST][[ 7]]")
         board.tick()
@@ -632,8 +632,8 @@ def test_a_run_that_was_cut_off_goes_on_without_its_prepared_rows(base, data, tm
     """Also where a default was written out in between, which names the same run."""
     content = recipe(base, data, {"full": FULL})
     file, folder = write(tmp_path, content), tmp_path / "out"
-    assert kill_now_and_then(file, folder, [lambda: any(folder.glob(f"{files.RUNS}/full-*/checkpoint-3/*.json"))]) == 1
-    shutil.rmtree(folder / files.PREPARED)
+    assert kill_now_and_then(file, folder, [lambda: any(folder.glob(f"{layout.RUNS}/full-*/checkpoint-3/*.json"))]) == 1
+    shutil.rmtree(folder / layout.PREPARED)
     content["data"]["sums"]["dataset_train_split"] = "train"
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(folder)]) == 0
 

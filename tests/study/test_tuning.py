@@ -12,8 +12,8 @@ import yaml
 import benchmark_files
 from maskft.data.arguments import DataArguments
 from maskft.data.splits import load_splits
-from maskft_base import files
-from maskft_base.errors import UserError
+from maskft_common import layout
+from maskft_common.errors import UserError
 from maskft_lab.cli import evaluate
 from maskft_lab.cli.main import main
 from maskft_lab.cli.study import check
@@ -113,7 +113,7 @@ def test_what_diverges_loses_once_and_what_fails_decides_nothing(why, status, co
         content["methods"]["full"]["tune"] = {"learning_rate": rates}
         file.write_text(yaml.safe_dump(content | {"seeds": [0]}))
         assert main(["study", str(file), "--output_dir", str(tmp_path)]) == end
-        assert len(list(tmp_path.glob(f"{files.RESULTS}/*"))) == (status == 0)
+        assert len(list(tmp_path.glob(f"{layout.RESULTS}/*"))) == (status == 0)
     out, err = capsys.readouterr()
     assert ("2 runs, 2 finished before" in out) == ("was not finite; lower learning_rate" in err) == (status == 0)
 
@@ -232,21 +232,21 @@ def test_a_tuned_study_runs_in_stages_and_resumes(content, tmp_path, capsys, in_
     assert "stage 1: 2, stage 2: 2" in said
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
     said = capsys.readouterr().out
-    table = (folder / files.STUDY_TABLE.format("small")).read_text()
+    table = (folder / layout.STUDY_TABLE.format("small")).read_text()
     assert table.count("is the best of 2 on held-out rows; no ") == 2 and "is the best of" not in said  # of one page
-    summary = json.loads((folder / files.SUMMARY.format("small")).read_text())
+    summary = json.loads((folder / layout.SUMMARY.format("small")).read_text())
     tunings = next(iter(summary["models"].values()))["tuning"]
     for tuned in tunings:
         assert len(tuned["trials"]) == 2
         losses = {trial["heldout_loss"]: trial["settings"] for trial in tuned["trials"]}
         for trial in tuned["trials"]:
             (run,) = trial["runs"]
-            record = json.loads((folder / files.RUNS / run / files.TRAINING).read_text())
+            record = json.loads((folder / layout.RUNS / run / layout.TRAINING).read_text())
             assert trial["heldout_loss"] == record["summary"]["best_loss"]
         assert tuned["winner"] == losses[min(losses)]
-    assert len(list((folder / files.RUNS).iterdir())) == 4, "the winner of each is one of the two tried"
-    assert len(list((folder / files.RESULTS).iterdir())) == 2, "only winners are evaluated"
-    table = (folder / files.STUDY_TABLE.format("small")).read_text()
+    assert len(list((folder / layout.RUNS).iterdir())) == 4, "the winner of each is one of the two tried"
+    assert len(list((folder / layout.RESULTS).iterdir())) == 2, "only winners are evaluated"
+    table = (folder / layout.STUDY_TABLE.format("small")).read_text()
     assert "| tuned |" in table and "no evaluation.before" in table
     before = {path: path.stat().st_mtime_ns for path in folder.glob("r*/**/*")}
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
@@ -346,7 +346,7 @@ def test_a_study_with_standard_controls_runs_to_its_end(content, tmp_path, in_pr
     file, folder = tmp_path / "study.yaml", tmp_path / "study"
     file.write_text(yaml.safe_dump(content))
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
-    results = [json.loads(path.read_text()) for path in folder.glob(f"{files.RESULTS}/*/{files.RESULT}")]
+    results = [json.loads(path.read_text()) for path in folder.glob(f"{layout.RESULTS}/*/{layout.RESULT}")]
     assert {result["name"] for result in results} == set(parse_recipe(content).methods)
     tokens = {result["name"]: result["study"]["total_tokens"] for result in results}
     assert tokens["random damage of mask, refit"] == tokens["warm restart of full"] > tokens["interpolated full"]
@@ -367,21 +367,21 @@ def test_earlier_abilities_are_measured_beside_the_gain(content, tmp_path, in_pr
     file, folder = tmp_path / "study.yaml", tmp_path / "study"
     file.write_text(yaml.safe_dump(content))
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
-    results = [json.loads(path.read_text()) for path in folder.glob(f"{files.RESULTS}/*/{files.RESULT}")]
+    results = [json.loads(path.read_text()) for path in folder.glob(f"{layout.RESULTS}/*/{layout.RESULT}")]
     assert {result["name"] for result in results} == {"base", "full", "mixed"}
     for result in results:
         assert [(name, len(task["items"])) for name, task in result["tasks"].items()] == [
             ("heldout", 9), ("before: school gsm8k", 2), ("before: sums", 8)
         ]  # fmt: skip
     # Killed when of the evaluations of a model one was finished.
-    (whole,) = folder.glob(f"{files.RESULTS}/full-*/{files.RESULT}")
+    (whole,) = folder.glob(f"{layout.RESULTS}/full-*/{layout.RESULT}")
     part = json.loads(whole.read_text())
     part["tasks"] = {"heldout": part["tasks"]["heldout"]}
     partial = whole.parent.rename(whole.parent.with_name(f"{whole.parent.name}.partial"))
-    (partial / files.RESULT).write_text(json.dumps(part))
+    (partial / layout.RESULT).write_text(json.dumps(part))
     assert main(["study", str(file), "--output_dir", str(folder)]) == 0
     assert len(json.loads(whole.read_text())["tasks"]) == 3 and not partial.exists()
-    table = (folder / files.STUDY_TABLE.format("small")).read_text()
+    table = (folder / layout.STUDY_TABLE.format("small")).read_text()
     assert "before: sums" in table and "no evaluation.before" not in table
-    (record,) = folder.glob(f"{files.RUNS}/mixed-*/{files.TRAINING}")
+    (record,) = folder.glob(f"{layout.RUNS}/mixed-*/{layout.TRAINING}")
     assert len(json.loads(record.read_text())["summary"]["history"]) == 10  # fractions of the way

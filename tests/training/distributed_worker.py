@@ -19,8 +19,8 @@ from maskft.training.checks import check_processes
 from maskft.tuner import MaskConfig, adapter_layers, current_masks, set_mask_progress
 from maskft.tuner.fingerprints import base_fingerprint
 from maskft.tuner.scores import Float32ParameterDict
-from maskft_base import runtime
-from maskft_base.errors import UserError
+from maskft_common import processes
+from maskft_common.errors import UserError
 from maskft_lab.cli.train import parse
 
 LENGTH = 9
@@ -85,7 +85,7 @@ def compare(**config):
     rank, batch = dist.get_rank(), tiny.token_ids(batch=4, length=LENGTH)
     losses, gradients, _ = train(one, [batch])
     sharded_losses, sharded_gradients, logits = train(many, [batch[2 * rank : 2 * rank + 2]])
-    mean_losses = [runtime.reduce_(loss.clone()) / 2 for loss in sharded_losses]
+    mean_losses = [processes.reduce_(loss.clone()) / 2 for loss in sharded_losses]
     masks, sharded_masks = current_masks(one), current_masks(many)
     with torch.no_grad(), many.disable_adapter(), one.disable_adapter():
         unmasked = torch.equal(many(input_ids=batch).logits, one(input_ids=batch).logits)
@@ -138,13 +138,13 @@ def refusals():
         "mixed_dtypes": error_of(lambda: check_processes(mixed, rows, rows)),
         "meta": error_of(lambda: check_processes(away, rows, rows)),
         "data": error_of(lambda: check_processes(build(), rows * (1 + rank), rows)),
-        "by_main": error_of(lambda: runtime.decided_by_main(fail)),
+        "by_main": error_of(lambda: processes.decided_by_main(fail)),
         "in_the_root_unit": error_of(lambda: fully_shard(build())(input_ids=tiny.token_ids())),
         "a_part": error_of(lambda: shard(build()).base_model.model.model.layers[0](torch.zeros(1, 2, 32))),
         "merge": error_of(lambda: shard(build()).merge_adapter()),
         "unmasked_before_backward": error_of(backward_after_unmasking),
         "all_well": error_of(lambda: check_processes(build(), rows, rows)),
-        "decided": runtime.decided_by_main(lambda: "yes"),
+        "decided": processes.decided_by_main(lambda: "yes"),
     }
 
 

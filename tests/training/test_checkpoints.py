@@ -23,8 +23,8 @@ from maskft.training.manifest import FREE, damage, read_manifest, seal
 from maskft.training.options import option_defaults
 from maskft.training.record import read_record
 from maskft.training.stopping import StopRequest
-from maskft_base import files, runtime
-from maskft_base.files import ADAPTER_WEIGHTS, MANIFEST, TRAIN_LOCK
+from maskft_common import layout, locks
+from maskft_common.layout import ADAPTER_WEIGHTS, MANIFEST, TRAIN_LOCK
 from maskft_lab.cli.main import main
 from tiny_tokenizer import tiny_tokenizer
 
@@ -63,7 +63,7 @@ def out(finished, tmp_path):
     """A copy of it, as a kill after step 4 leaves it."""
     folder = tmp_path / "out"
     shutil.copytree(finished, folder)
-    for file in (files.TRAINING, ADAPTER_WEIGHTS):
+    for file in (layout.TRAINING, ADAPTER_WEIGHTS):
         (folder / file).unlink()
     return folder
 
@@ -164,9 +164,9 @@ def test_a_run_cut_between_two_lines_of_the_log(train, tmp_path):
         shutil.rmtree(tmp_path / "out" / f"checkpoint-{step}")
     (tmp_path / "out").rename(tmp_path / "moved")
     checkpoint = tmp_path / "moved" / "checkpoint-2"
-    kept = json.loads((checkpoint / files.LOGGED).read_text())
+    kept = json.loads((checkpoint / layout.LOGGED).read_text())
     assert 0 < kept["seconds"] < 1000
-    (checkpoint / files.LOGGED).write_text(json.dumps(kept | {"seconds": 1000.0}))
+    (checkpoint / layout.LOGGED).write_text(json.dumps(kept | {"seconds": 1000.0}))
     seal(checkpoint, read_manifest(checkpoint).course)
     status, err = train("moved", resume_from_checkpoint="true", **options)
     assert status == 0, err
@@ -257,7 +257,7 @@ def test_auto_begins_again_where_a_run_was_killed_before_its_first_checkpoint(tr
 
 
 def test_a_folder_that_another_run_holds(train, tmp_path):
-    with runtime.held(tmp_path / "out", TRAIN_LOCK, 0, "run"):
+    with locks.held(tmp_path / "out", TRAIN_LOCK, 0, "run"):
         status, err = train(resume_from_checkpoint="auto")
     assert status == 2 and "another run is running in" in err
     assert not (tmp_path / "out").exists()
@@ -266,19 +266,19 @@ def test_a_folder_that_another_run_holds(train, tmp_path):
 @pytest.mark.parametrize("content", ["{}", "[]"])
 def test_a_record_of_no_run_is_one_line(content, train, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / files.TRAINING).write_text(content)
+    (tmp_path / "out" / layout.TRAINING).write_text(content)
     status, err = train(resume_from_checkpoint="auto")
     assert status == 2 and "training.json' is no record of a run; name another output_dir" in err
 
 
 def test_a_lock_dies_with_its_owner(tmp_path):
-    code = "import sys, time; from pathlib import Path; from maskft_base import runtime\n"
-    code += "with runtime.held(Path(sys.argv[1]), 'train.lock', 0, 'run'): time.sleep(600)"
+    code = "import sys, time; from pathlib import Path; from maskft_common import runtime\n"
+    code += "with locks.held(Path(sys.argv[1]), 'train.lock', 0, 'run'): time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], env=ENVIRONMENT)
     wait_for(process, (tmp_path / "out" / TRAIN_LOCK).exists)
     process.kill()
     process.wait()
-    with runtime.held(tmp_path / "out", TRAIN_LOCK, 0, "run") as hold:
+    with locks.held(tmp_path / "out", TRAIN_LOCK, 0, "run") as hold:
         assert hold.is_left_over
 
 

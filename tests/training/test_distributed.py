@@ -19,7 +19,7 @@ from maskft.adapter.mask_set import MaskSet
 from maskft.training.checkpoints import checkpoints_in, step_of
 from maskft.training.manifest import damage, read_manifest
 from maskft.training.verdict import read_heldout
-from maskft_base.files import ADAPTER_WEIGHTS, LAST, MANIFEST, TRAINING
+from maskft_common.layout import ADAPTER_WEIGHTS, LAST, MANIFEST, TRAINING
 from maskft_lab.cli.main import main
 from tiny_tokenizer import tiny_tokenizer
 

@@ -12,7 +12,7 @@ from maskft.adapter.mask_set import MaskSet
 from maskft.adapter.merge import load_masked
 from maskft.adapter.verify import verify
 from maskft.tuner.fixed import fixed_masks
-from maskft_base.files import ADAPTER_CONFIG, TRAINING
+from maskft_common.layout import ADAPTER_CONFIG, TRAINING
 from maskft_lab.cli.main import main
 
 STEPS = {"max_steps": 4, "per_device_train_batch_size": 8, "logging_steps": 1, "learning_rate": 0.02}

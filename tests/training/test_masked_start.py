@@ -15,7 +15,7 @@ from maskft.training.masked_start import RemovedStayZero, set_removed_to_zero
 from maskft.training.method_arguments import MethodArguments
 from maskft.training.record import read_record
 from maskft.training.verdict import read_heldout
-from maskft_base.files import LAST
+from maskft_common.layout import LAST
 from tiny_tokenizer import tiny_tokenizer
 
 LORA = '{"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}'

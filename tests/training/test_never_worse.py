@@ -14,7 +14,7 @@ from maskft.data.tokenizing import tokenize_dataset
 from maskft.loss import nll_per_item
 from maskft.training.record import read_record
 from maskft.training.verdict import HeldoutLosses, paired_interval, read_heldout
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from maskft_lab.cli.main import main
 from maskft_lab.results.statistics import Bootstrap, as_block
 from tiny_tokenizer import tiny_tokenizer

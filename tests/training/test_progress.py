@@ -8,7 +8,7 @@ from transformers import TrainerControl, TrainerState
 
 from maskft.training.progress import TrainingProgress
 from maskft.training.record import read_record
-from maskft_base import runtime
+from maskft_common import progress_bar
 
 
 def shown(console: Console, max_steps: int = 12000, resumed_at: int = 0) -> str:
@@ -44,7 +44,7 @@ def test_a_log_gets_a_line_per_measurement_and_now_and_then_one_between(monkeypa
         r"  step     2/12000  held-out 12\.0625 \(best 11\.5100\)  loss 9\.8765  \d+ \w+ left", lines[1]
     )
     assert len(lines) == 2 and max(map(len, lines)) <= 80
-    monkeypatch.setattr(runtime, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress_bar, "SECONDS_BETWEEN_LINES", 0.0)
     assert len(shown(Console(file=io.StringIO(), width=80)).splitlines()) == 6
 
 

@@ -22,7 +22,7 @@ from maskft.training.options import option_defaults
 from maskft.training.record import read_record
 from maskft.training.train import train
 from maskft.tuner.config import PRESETS, MaskConfig
-from maskft_base.files import ADAPTER_WEIGHTS, HELDOUT, LAST, TRAINING
+from maskft_common.layout import ADAPTER_WEIGHTS, HELDOUT, LAST, TRAINING
 from maskft_lab.cli.main import main
 from maskft_lab.cli.train import parse
 from tiny_tokenizer import tiny_tokenizer

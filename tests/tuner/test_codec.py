@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskft.tuner.codec import HEADER_BYTES, decode_mask, encode_mask, mask_info
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 
 def entropy(p):

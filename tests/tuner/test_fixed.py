@@ -6,7 +6,7 @@ import torch
 import reference
 from maskft import num_removed, topk_mask
 from maskft.tuner.fixed import fixed_masks
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 
 def random_mask(shape, sparsity, seed):

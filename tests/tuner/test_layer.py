@@ -10,7 +10,7 @@ import reference
 from maskft import MaskConfig
 from maskft.masking import score_gradient
 from maskft.tuner.layer import MaskedLinear
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from tiny import tiny_llama, token_ids
 
 

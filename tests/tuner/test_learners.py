@@ -21,8 +21,8 @@ from maskft.adapter.verify import verify
 from maskft.tuner import learners
 from maskft.tuner.fixed import fixed_masks, ranks_per_output
 from maskft.tuner.layer import MaskedLinear
-from maskft_base.errors import UserError
-from maskft_base.files import ADAPTER_CONFIG
+from maskft_common.errors import UserError
+from maskft_common.layout import ADAPTER_CONFIG
 from tiny_tokenizer import tiny_tokenizer
 
 

@@ -24,8 +24,8 @@ from maskft.training.build import with_adapter
 from maskft.tuner import MaskedLinear, MaskPeftType, adapter_layers
 from maskft.tuner.codec import encode_mask, weights_sha256
 from maskft.tuner.targets import check_targets, maskable_names
-from maskft_base.errors import UserError
-from maskft_base.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from maskft_common.errors import UserError
+from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 
 from maskft import masking
 from maskft.tuner import selection
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 from reference import FEW_VALUES
 
 SAMPLED_NUMEL = 500_000

@@ -7,7 +7,7 @@ import torch
 
 from maskft.masking import ranking_keys, remove_lowest
 from maskft.tuner.sharded import remove_lowest_of_shards
-from maskft_base.errors import NotFiniteError
+from maskft_common.errors import NotFiniteError
 
 
 class Ranks:

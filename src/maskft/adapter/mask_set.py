@@ -12,8 +12,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from maskft_base import files
-from maskft_base.errors import UserError
+from maskft_common import files, layout, schema
+from maskft_common.errors import UserError
 
 from ..tuner.codec import FORMAT_VERSION, PREFIX, decode_mask, is_of_mask, mask_info
 from ..tuner.fingerprints import mask_fingerprint
@@ -75,7 +75,7 @@ class MaskSet(dict[str, Tensor]):
         return cls({name: decode_mask(coded, name) for name, coded in read_coded(folder).items()})
 
 
-class AdapterConfig(files.FileModel):
+class AdapterConfig(schema.FileModel):
     """What is read of a mask's ``adapter_config.json``; the settings themselves are ``MaskConfig``'s."""
 
     model_config = ConfigDict(extra="ignore")
@@ -109,8 +109,8 @@ class AdapterConfig(files.FileModel):
 
 def read_config(folder: str | Path) -> AdapterConfig:
     """``adapter_config.json`` of a mask adapter, or one clear error."""
-    file = _file(folder, files.ADAPTER_CONFIG)
-    return files.read_model(AdapterConfig, files.read_json(file), file, "name the folder of a mask, or save it again")
+    file = _file(folder, layout.ADAPTER_CONFIG)
+    return schema.read_model(AdapterConfig, files.read_json(file), file, "name the folder of a mask, or save it again")
 
 
 def read_coded(folder: str | Path) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def read_coded(folder: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: If the file is not that of its ``adapter_config.json``, by the checksums there.
     """
-    file, config = _file(folder, files.ADAPTER_WEIGHTS), read_config(folder)
+    file, config = _file(folder, layout.ADAPTER_WEIGHTS), read_config(folder)
     try:
         tensors = safetensors.torch.load_file(str(file))
     except (SafetensorError, OSError) as error:
@@ -131,15 +131,15 @@ def read_coded(folder: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{file} holds no mask")
     if mask_fingerprint(coded) != config.mask_sha256:
         raise UserError(
-            f"the masks in {file} do not match mask_sha256 in {files.ADAPTER_CONFIG}; they are of two adapters"
+            f"the masks in {file} do not match mask_sha256 in {layout.ADAPTER_CONFIG}; they are of two adapters"
         )
     check_weights({key: value for key, value in tensors.items() if not is_of_mask(key)}, config.weights_sha256)
     return coded
 
 
 def _file(folder: str | Path, name: str) -> Path:
-    if not files.holds_adapter(folder):
-        raise files.no_adapter(folder)
+    if not layout.holds_adapter(folder):
+        raise layout.no_adapter(folder)
     file = files.own_file(folder, name)
     if not file.is_file():
         raise UserError(f"adapter {str(folder)!r} has no {name}: copy the whole folder, or save it again")

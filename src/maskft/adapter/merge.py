@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from maskft_base import files
-from maskft_base.errors import UserError, first_line
+from maskft_common import files
+from maskft_common.errors import UserError, first_line
 
 from ..models import base_of, load_model, load_tokenizer
 from ..tuner import adapter_layers, current_masks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from ..masking import num_removed
 from ..tuner import adapter_layers

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 # The options that name data, in the order of their default splits, train and test.
 DATA_NAMES = ("dataset_name", "eval_dataset_name")

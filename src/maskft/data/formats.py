@@ -9,8 +9,8 @@ from typing import Any
 
 from datasets import Dataset, Features, Value, concatenate_datasets
 
-from maskft_base.errors import UserError
-from maskft_base.files import digest
+from maskft_common.errors import UserError
+from maskft_common.files import digest
 
 from .answers import ANSWER_MARK, parse_number
 

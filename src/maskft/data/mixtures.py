@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from datasets import Dataset, concatenate_datasets
 
-from maskft_base.errors import UserError
-from maskft_base.files import digest, is_there
+from maskft_common.errors import UserError
+from maskft_common.files import digest, is_there
 
 from .formats import OPTIONAL_COLUMNS, to_examples
 from .registry import TRAINING_SETS

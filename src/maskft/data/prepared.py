@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, load_from_disk
 
-from maskft_base import runtime
-from maskft_base.errors import UserError
-from maskft_base.files import digest, digest_file, digest_now, read_json, whole_folder
+from maskft_common import processes
+from maskft_common.errors import UserError
+from maskft_common.files import digest, digest_file, digest_now, read_json, whole_folder
 
 from .arguments import DATA_NAMES, TEMPLATE, DataArguments
 from .mixtures import parse_mixture
@@ -73,7 +73,7 @@ def prepare(
     decides = {"data": data_identity(options), "tokenizer": rules, "code": code, "text_field": text_field, **tokens}
     name = digest(decides)[:16]
     folder = Path(args.prepared_data_dir).expanduser() / name
-    runtime.decided_by_main(lambda: _keep(folder, args, tokenizer, text_field, how))
+    processes.decided_by_main(lambda: _keep(folder, args, tokenizer, text_field, how))
     # On another machine, without a shared disk, the main process's is not there.
     _keep(folder, args, tokenizer, text_field, how)
     report = _checked_report(folder)

@@ -15,8 +15,8 @@ import pyarrow
 from datasets import Dataset
 from pyarrow import csv, parquet
 
-from maskft_base.errors import UserError, did_you_mean, first_line
-from maskft_base.files import is_there, open_text, parse_json
+from maskft_common.errors import UserError, did_you_mean, first_line
+from maskft_common.files import is_there, open_text, parse_json
 
 from .registry import TRAINING_SETS, TrainingSet
 

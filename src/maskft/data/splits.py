@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
-from maskft_base.errors import UserError
-from maskft_base.files import digest
+from maskft_common.errors import UserError
+from maskft_common.files import digest
 
 from .arguments import DataArguments, check_sizes, mixture_text
 from .formats import Row

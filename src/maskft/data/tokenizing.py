@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 from jinja2 import TemplateError
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from trl import ModelConfig, SFTConfig
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from ..data.arguments import DataArguments, option
 from ..tuner.config import DATA_STARTS

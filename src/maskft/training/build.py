@@ -14,8 +14,9 @@ from rich.console import Console
 from transformers import PreTrainedModel, set_seed
 from trl import ModelConfig, get_quantization_config
 
-from maskft_base.errors import UserError, first_line
-from maskft_base.files import EMBEDDED_MODEL, from_anywhere, whole_folder
+from maskft_common.errors import UserError, first_line
+from maskft_common.files import from_anywhere, whole_folder
+from maskft_common.layout import EMBEDDED_MODEL
 
 from ..adapter.merge import ONE_LINE
 from ..data.arguments import DataArguments

@@ -11,8 +11,8 @@ from rich.console import Console
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from maskft_base import runtime
-from maskft_base.errors import NotFiniteError, Stopped
+from maskft_common import processes
+from maskft_common.errors import NotFiniteError, Stopped
 
 from ..loss import RowLoss, mean_nll
 from ..tuner import MaskedLinear
@@ -33,7 +33,7 @@ class KeepLast(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Save after the last step."""
         if state.global_step >= state.max_steps:
-            if runtime.is_main():  # first, for the card of a mask names its tokenizer
+            if processes.is_main():  # first, for the card of a mask names its tokenizer
                 self.trainer.processing_class.save_pretrained(self.folder)
             save_final(self.trainer.model, self.folder, trainer=self.trainer)
 
@@ -95,7 +95,7 @@ class StepGuard(TrainerCallback):
             self._undo.remove()
         is_asked_to_stop = torch.tensor(self.stop.signal is not None, device=args.device)
         last = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if runtime.largest(is_asked_to_stop) and last.is_dir() and not args.save_only_model:  # it could not resume
+        if processes.largest(is_asked_to_stop) and last.is_dir() and not args.save_only_model:  # it could not resume
             self._stop(state)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -110,7 +110,7 @@ class StepGuard(TrainerCallback):
             bad_gradient = ~torch.isfinite(torch.as_tensor(total, device=bad_loss.device))
         # The same verdict in every process, or the others would wait for the one that stopped.
         is_asked_to_stop = torch.full_like(bad_loss, self.stop.signal is not None)
-        verdict = runtime.largest(is_asked_to_stop, bad_gradient, bad_loss)
+        verdict = processes.largest(is_asked_to_stop, bad_gradient, bad_loss)
         if verdict > 1:
             raise NotFiniteError(f"{('gradient', 'loss')[verdict - 2]} is not finite")
         self._is_stopping = verdict == 1
@@ -201,5 +201,5 @@ def _sharded_mask_metrics(model, layers: list[MaskedLinear]) -> dict[str, float]
     shards = [layer.sharded_weight for layer in layers]
     counts = [(shard.num_flips, int((~shard.mask).sum()), shard.mask.numel()) for shard in shards]
     device = shards[0].original.device
-    flips, removed, numel = runtime.reduce_(torch.tensor(counts, device=device).sum(0)).tolist()
+    flips, removed, numel = processes.reduce_(torch.tensor(counts, device=device).sum(0)).tolist()
     return {"mask_removed_share": removed / numel, "mask_flips_per_step": flips}

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
-from maskft_base import files, runtime
-from maskft_base.errors import UserError, first_line, printable
+from maskft_common import files, layout, locks, processes
+from maskft_common.errors import UserError, first_line, printable
 
 from ..tuner import MaskConfig
 from ..tuner.model import refresh_masks
@@ -37,12 +37,12 @@ def held_output(args: SFTConfig, method: str, console: Console) -> Iterator[str 
 
     The main process looks; what it finds, or its error, is that of every process.
     """
-    hold = runtime.held(Path(args.output_dir), files.TRAIN_LOCK, LOCK_WAIT_S, "run")
-    is_ours = runtime.decided_by_main(lambda: hold.__enter__().is_left_over)
+    hold = locks.held(Path(args.output_dir), layout.TRAIN_LOCK, LOCK_WAIT_S, "run")
+    is_ours = processes.decided_by_main(lambda: hold.__enter__().is_left_over)
     try:
-        yield runtime.decided_by_main(lambda: prepare_output_dir(args, method, bool(is_ours), console))
+        yield processes.decided_by_main(lambda: prepare_output_dir(args, method, bool(is_ours), console))
     finally:
-        if runtime.is_main():
+        if processes.is_main():
             hold.__exit__(None, None, None)
 
 
@@ -59,7 +59,7 @@ def prepare_output_dir(args: SFTConfig, method: str, is_ours: bool, console: Con
         UserError: If the folder holds something else, or there is nothing to resume from.
     """
     folder = Path(args.output_dir)
-    there = sorted(path.name for path in folder.iterdir() if path.name != files.TRAIN_LOCK)
+    there = sorted(path.name for path in folder.iterdir() if path.name != layout.TRAIN_LOCK)
     resume = str(args.resume_from_checkpoint or "").lower()
     if not resume and there:
         raise UserError(
@@ -78,8 +78,8 @@ def prepare_output_dir(args: SFTConfig, method: str, is_ours: bool, console: Con
 def _check_owner(folder: Path, there: list[str], method: str, is_ours: bool) -> None:
     """Refuse to write over what no run, or one of another method, has left in the folder."""
     has_checkpoints = any(name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") for name in there)
-    strangers = [name for name in there if name != files.LOG]  # which a study writes before its run begins
-    record = folder / files.TRAINING
+    strangers = [name for name in there if name != layout.LOG]  # which a study writes before its run begins
+    record = folder / layout.TRAINING
     if strangers and not (is_ours or has_checkpoints or record.is_file()):
         raise UserError(
             f"output_dir {str(folder)!r} holds files that are not from a run ({', '.join(strangers[:3])}); name "
@@ -194,7 +194,7 @@ def save_final(
         config.recipe = recipe
         refresh_masks(model)  # of a run that is resumed at its end, without a forward pass
     state = trainable_state(model) if trainer is not None and trainer.is_fsdp_enabled else None
-    if runtime.is_main():
+    if processes.is_main():
         model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
 
 

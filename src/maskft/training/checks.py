@@ -7,8 +7,8 @@ from dataclasses import fields
 
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from maskft_base import runtime
-from maskft_base.errors import UserError, first_line
+from maskft_common import processes
+from maskft_common.errors import UserError, first_line
 
 from ..tuner.config import MaskConfig
 from .arguments import TrainConfig, TrainingArguments
@@ -130,7 +130,7 @@ def check_method(args: MethodArguments) -> None:
         if args.peft_config is None:
             raise UserError(f"method peft needs --peft_config, such as '{_LORA}'")
         adapter_config(args.peft_config)
-    if method == PEFT and args.start_mask is not None and (args.keep_last or runtime.uses_fsdp()):
+    if method == PEFT and args.start_mask is not None and (args.keep_last or processes.uses_fsdp()):
         raise UserError("an adapter after start_mask is merged at the end: drop keep_last, and use no FSDP")
     if args.partial_layers and min(args.partial_layers) < 0:
         raise UserError(f"partial_layers names layer {min(args.partial_layers)}; layers are counted from 0")
@@ -159,15 +159,15 @@ def check_processes(model, train_set, heldout_set) -> None:
         UserError: The same one in every process.
     """
     configs = getattr(model, "peft_config", {}).values()
-    if runtime.uses_fsdp() and any(getattr(config, "modules_to_save", None) for config in configs):
+    if processes.uses_fsdp() and any(getattr(config, "modules_to_save", None) for config in configs):
         raise UserError("modules_to_save does not train under FSDP; drop it, or take --accelerate_config multi_gpu")
     missing = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
-    for rank, name in enumerate(runtime.gather(missing[0] if missing else None)):
+    for rank, name in enumerate(processes.gather(missing[0] if missing else None)):
         if name is not None:
             raise UserError(f"{name} is still on the meta device on rank {rank}; load or initialise the weights first")
-    runtime.check_same(
+    processes.check_same(
         {name: f"{parameter.dtype}, shape {tuple(parameter.shape)}" for name, parameter in model.named_parameters()},
         "the models",
     )
     counts = {"number of training rows": len(train_set), "number of held-out rows": len(heldout_set)}
-    runtime.check_same({name: f"{count:,}" for name, count in counts.items()}, "the data")
+    processes.check_same({name: f"{count:,}" for name, count in counts.items()}, "the data")

@@ -7,9 +7,9 @@ from statistics import median
 
 from rich.console import Console
 
-from maskft_base import files
-from maskft_base.errors import UserError
-from maskft_base.runtime import time_text
+from maskft_common import layout
+from maskft_common.errors import UserError
+from maskft_common.progress_bar import time_text
 
 from ..data.prepared import Prepared
 from ..data.tokenizing import format_sample, supervised_token_count
@@ -85,7 +85,7 @@ def report(
         console.print(f"held-out loss {start:.4f} without a mask, best {best:.4f} with it (step {step})")
         _report_verdict(summary, verdict, config, console)
     if verdict is None or verdict.is_better or verdict.kept:
-        model = "--adapter" if files.holds_adapter(folder) else "--model_name_or_path"
+        model = "--adapter" if layout.holds_adapter(folder) else "--model_name_or_path"
         advice = f"next: maskft evaluate {model} {folder} --dataset_name TEST.jsonl --output_dir results/NAME"
         console.print(advice, soft_wrap=True)  # one line, which is pasted
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from maskft_base.errors import UserError
-from maskft_base.runtime import peak_memory_bytes
+from maskft_common.errors import UserError
+from maskft_common.memory import peak_memory_bytes
 
 from ..data.prepared import Prepared
 from ..loss import HeldoutLoss, mean_nll

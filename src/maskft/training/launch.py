@@ -18,9 +18,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from maskft_base.errors import UserError
-from maskft_base.files import read_yaml
-from maskft_base.runtime import COMMAND, uses_fsdp
+from maskft_common.errors import UserError
+from maskft_common.processes import COMMAND, uses_fsdp
+from maskft_common.yaml_file import read_yaml
 
 # Set in the processes that are launched, so that launch settings of a recipe do not launch again.
 _LAUNCHED = "MASKFT_LAUNCHED"

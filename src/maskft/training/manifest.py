@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from maskft_base import files
-from maskft_base.errors import UserError
-from maskft_base.files import FileModel, read_json, read_model
+from maskft_common import files, layout
+from maskft_common.errors import UserError
+from maskft_common.files import read_json
+from maskft_common.schema import FileModel, read_model
 
 from ..data.prepared import Prepared, data_identity
 from ..models import model_identity
@@ -49,12 +50,12 @@ class Manifest(FileModel):
 
 def seal(folder: Path, course: Course) -> None:
     """Write the manifest of a checkpoint."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / files.MANIFEST)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / layout.MANIFEST)
     with ThreadPoolExecutor(4) as pool:
         sums = list(pool.map(files.digest_now, paths))
     named = {str(path.relative_to(folder)): sha256 for path, sha256 in zip(paths, sums, strict=True)}
     manifest = Manifest(course=course, files=named)
-    files.write_text(folder / files.MANIFEST, json.dumps(manifest.model_dump(), indent=1) + "\n")
+    files.write_text(folder / layout.MANIFEST, json.dumps(manifest.model_dump(), indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -63,17 +64,17 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         UserError: If it is not a manifest.
     """
-    return read_model(Manifest, read_json(folder / files.MANIFEST), folder / files.MANIFEST)
+    return read_model(Manifest, read_json(folder / layout.MANIFEST), folder / layout.MANIFEST)
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, every byte of which is read; None if nothing is."""
-    if not (folder / files.MANIFEST).is_file():
-        return f"it has no {files.MANIFEST}, which is written last"
+    if not (folder / layout.MANIFEST).is_file():
+        return f"it has no {layout.MANIFEST}, which is written last"
     try:
         entries = read_manifest(folder).files
     except (UserError, OSError, ValueError):
-        return f"its {files.MANIFEST} cannot be read"
+        return f"its {layout.MANIFEST} cannot be read"
     for name, sha256 in entries.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -130,7 +131,7 @@ def _content(name: str, value: Any) -> Any:
         return value
     if name in _MODELS:
         return model_identity(value)
-    adapter = Path(value).expanduser() / files.ADAPTER_WEIGHTS
+    adapter = Path(value).expanduser() / layout.ADAPTER_WEIGHTS
     return f"sha256:{files.digest_file(adapter)}" if name in _ADAPTERS and adapter.is_file() else value
 
 

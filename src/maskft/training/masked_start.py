@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from ..adapter.mask_set import MaskSet, read_config
 from ..tuner.fingerprints import is_the_base, weights_fingerprint

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from maskft_base.errors import UserError
-from maskft_base.files import is_there, parse_json, read_json
+from maskft_common.errors import UserError
+from maskft_common.files import is_there, parse_json, read_json
 
 from ..data.arguments import option
 from ..masking import ScoreStart

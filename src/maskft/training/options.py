@@ -14,8 +14,8 @@ from accelerate.commands.launch import launch_command_parser
 from trl import ModelConfig, TrlParser
 from trl.cli.commands.training import _subtract_subsequence
 
-from maskft_base.errors import UserError, did_you_mean
-from maskft_base.files import read_yaml
+from maskft_common.errors import UserError, did_you_mean
+from maskft_common.yaml_file import read_yaml
 
 from ..data.arguments import DATA_NAMES, DataArguments
 from .arguments import TrainConfig, TrainingArguments

@@ -9,7 +9,7 @@ from peft import PeftConfig
 from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from maskft_base.errors import UserError, did_you_mean, first_line
+from maskft_common.errors import UserError, did_you_mean, first_line
 
 from ..tuner import MaskConfig
 

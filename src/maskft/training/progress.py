@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import TaskID
 from transformers import TrainerCallback
 
-from maskft_base.runtime import Progress
+from maskft_common.progress_bar import Progress
 
 
 class TrainingProgress(TrainerCallback):

@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from maskft_base import files, runtime
-from maskft_base.files import FileModel, read_json, read_model
+from maskft_common import environment, files, layout, memory
+from maskft_common.files import read_json
+from maskft_common.schema import FileModel, read_model
 
 from ..data.mixtures import hub_ids
 from ..data.prepared import Prepared
@@ -93,7 +94,7 @@ def read_record(folder: str | Path) -> TrainingRecord:
     Raises:
         UserError: If the file is not a record.
     """
-    file = Path(folder) / files.TRAINING
+    file = Path(folder) / layout.TRAINING
     return read_model(TrainingRecord, read_json(file), file)
 
 
@@ -121,7 +122,7 @@ def make_record(
         summary=summary,
         recipe={name: _plain(value) for name, value in recipe.items()},
         data=data.report["counts"],
-        environment=runtime.environment(),
+        environment=environment.environment(),
         verdict=verdict,
     )
 
@@ -147,7 +148,7 @@ def summarise(trainer: MaskTrainer, method: str) -> TrainingSummary:
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         num_target_weights=sum(layer.weight.numel() for layer in layers.values()),
         train_time_s=round(time.perf_counter() - trainer.started, 1),
-        peak_memory_bytes=runtime.peak_memory_bytes(),
+        peak_memory_bytes=memory.peak_memory_bytes(),
         history=[{key: value for key, value in row.items() if key not in _OF_ONE_PROCESS} for row in state.log_history],
     )
 

@@ -9,7 +9,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from maskft_base.runtime import is_main
+from maskft_common.processes import is_main
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Debounce: Ctrl-C reaches every process of a terminal, and launchers and studies pass it on to theirs once more.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from maskft_base import files, runtime
-from maskft_base.errors import NotFiniteError, UserError, first_line
+from maskft_common import files, layout, memory, processes
+from maskft_common.errors import NotFiniteError, UserError, first_line
 
 from ..data.prepared import Prepared
 from .arguments import TrainConfig, with_accumulation
@@ -39,7 +39,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainingSummar
     Raises:
         UserError: For every mistake in the input, and when the loss stops being finite.
     """
-    console = console or Console(stderr=True, quiet=not runtime.is_main())
+    console = console or Console(stderr=True, quiet=not processes.is_main())
     check_config(config)
     if config.data.prepare_only:
         load_data(config.data, config.training, load_tokenizer_of(config.model, config.training), console)
@@ -96,7 +96,7 @@ def fit(
     """
     check_processes(model, data.train, data.heldout)
     if config.training.device.type == "cpu":
-        runtime.keep_freed_memory()
+        memory.keep_freed_memory()
     try:
         trainer = MaskTrainer(model, tokenizer, data, config, resume_from, console)
     except ValueError as error:  # what TRL or torch does not take
@@ -130,10 +130,10 @@ def save(
         folder: Where to.
         trainer: What trained ``model``, if anything did; all processes must then call this.
     """
-    if runtime.is_main():  # first, for the card of a mask names its tokenizer
+    if processes.is_main():  # first, for the card of a mask names its tokenizer
         tokenizer.save_pretrained(folder)
     save_final(model, folder, record.recipe, trainer)
-    if runtime.is_main():
+    if processes.is_main():
         if losses is not None:
-            files.write_text(Path(folder) / files.HELDOUT, json.dumps(losses.model_dump()) + "\n")
-        files.write_text(Path(folder) / files.TRAINING, json.dumps(record.model_dump(), indent=2) + "\n")
+            files.write_text(Path(folder) / layout.HELDOUT, json.dumps(losses.model_dump()) + "\n")
+        files.write_text(Path(folder) / layout.TRAINING, json.dumps(record.model_dump(), indent=2) + "\n")

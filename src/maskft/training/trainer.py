@@ -14,8 +14,8 @@ from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from maskft_base import files, runtime
-from maskft_base.errors import NOT_UPDATED, NotFiniteError, UserError, first_line
+from maskft_common import files, layout, memory, processes
+from maskft_common.errors import NOT_UPDATED, NotFiniteError, UserError, first_line
 
 from ..adapter.mask_set import MaskSet
 from ..data.prepared import Prepared
@@ -54,7 +54,7 @@ class MaskTrainer(SFTTrainer):
         method, training = config.method, config.training
         self._course, self._resume_from = course_of(config, data), resume_from
         if resume_from is not None:
-            runtime.decided_by_main(lambda: check_course(Path(resume_from), self._course))
+            processes.decided_by_main(lambda: check_course(Path(resume_from), self._course))
         self._save_total_limit = training.save_total_limit
         self._kl = KLToBase(model, training.kl_to_base) if training.kl_to_base else None
         self._heldout = data.heldout.select_columns(["input_ids", "labels"])
@@ -62,7 +62,7 @@ class MaskTrainer(SFTTrainer):
         self.guard, self.progress = StepGuard(self), TrainingProgress(console)
         self.stay_zero = RemovedStayZero(MaskSet.from_adapter(method.keep_mask)) if method.keep_mask else None
         self.reference = Reference(self, console) if method.method == "mask" else None
-        last = KeepLast(self, Path(training.output_dir) / files.LAST) if method.keep_last else None
+        last = KeepLast(self, Path(training.output_dir) / layout.LAST) if method.keep_last else None
         callbacks = (MaskProgress(), self.guard, self.stay_zero, self.progress, last, self.reference)
         super().__init__(
             model=model,
@@ -152,7 +152,7 @@ class MaskTrainer(SFTTrainer):
         if self._resume_from is not None:
             best = best_beside(Path(self._resume_from))
             self.state.best_model_checkpoint = str(best) if best else None  # where the folder is now
-            kept = files.read_json(Path(self._resume_from) / files.LOGGED)
+            kept = files.read_json(Path(self._resume_from) / layout.LOGGED)
             self._tr_loss.fill_(kept["loss"])
             self._globalstep_last_logged = kept["step"]
             self.started -= kept.get("seconds", 0.0)  # earlier versions did not keep them
@@ -161,12 +161,12 @@ class MaskTrainer(SFTTrainer):
         """Write a checkpoint whole; its manifest, which is written last, says that it is; then delete the oldest."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            (folder / files.MANIFEST).unlink(missing_ok=True)  # of one of the same step, which is written over
+            (folder / layout.MANIFEST).unlink(missing_ok=True)  # of one of the same step, which is written over
         with written_whole(folder):
             super()._save_checkpoint(model, trial)
             self._save_loss_since_log(folder)
             self.accelerator.wait_for_everyone()  # all processes write to it
-            if runtime.is_main():
+            if processes.is_main():
                 seal(folder, self._course)
                 delete_oldest(folder, self.state.best_model_checkpoint, self._save_total_limit)
 
@@ -176,11 +176,11 @@ class MaskTrainer(SFTTrainer):
 
     def _save_loss_since_log(self, folder: Path) -> None:
         """Keep the time so far, and what the next line of the log is the mean of, which transformers forgets."""
-        sums = runtime.reduce_(self._tr_loss.detach().double().clone()) / runtime.num_processes()
-        if runtime.is_main():
+        sums = processes.reduce_(self._tr_loss.detach().double().clone()) / processes.num_processes()
+        if processes.is_main():
             seconds = time.perf_counter() - self.started
             content = {"loss": sums.item(), "step": self._globalstep_last_logged, "seconds": seconds}
-            files.write_text(folder / files.LOGGED, json.dumps(content) + "\n")
+            files.write_text(folder / layout.LOGGED, json.dumps(content) + "\n")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights or adapter; under FSDP without the frozen weights of an adapter's base."""
@@ -219,7 +219,7 @@ class MaskTrainer(SFTTrainer):
         if "loss" in logs:
             now, tokens = time.perf_counter(), int(self._total_train_tokens)
             logs["tokens_per_s"] = round((tokens - self._window[1]) / max(now - self._window[0], 1e-9), 1)
-            logs["peak_memory_bytes"] = runtime.peak_memory_bytes()
+            logs["peak_memory_bytes"] = memory.peak_memory_bytes()
             logs.update(self.guard.mask_metrics)
             self._window = (now, tokens)
         elif "eval_loss" in logs and self.lr_scheduler is not None:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from peft.utils import ModulesToSaveWrapper
 from pydantic import ConfigDict
 
-from maskft_base import files
-from maskft_base.files import FileModel, read_json, read_model
+from maskft_common import layout
+from maskft_common.files import read_json
+from maskft_common.schema import FileModel, read_model
 
 from ..data.prepared import Prepared
 from ..loss import RowLoss
@@ -86,7 +87,7 @@ class Verdict(FileModel):
 
 def read_heldout(folder: str | Path) -> HeldoutLosses:
     """The held-out losses of the run in ``folder``."""
-    file = Path(folder) / files.HELDOUT
+    file = Path(folder) / layout.HELDOUT
     return read_model(HeldoutLosses, read_json(file), file)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
-from maskft_base import __version__, files
-from maskft_base.errors import HOW_TO_INSTALL, printable
+from maskft_common import __version__, files, layout
+from maskft_common.errors import HOW_TO_INSTALL, printable
 
 from .codec import mask_info
 
@@ -45,7 +45,7 @@ def write_card(folder: str | Path, config: Any) -> None:
         folder: Adapter folder.
         config: Its ``MaskConfig``.
     """
-    file = Path(folder) / files.CARD
+    file = Path(folder) / layout.CARD
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else f"---\n{{}}\n---\n{_MARK}"
     if any(mark in text for mark in (_MARK, *_OF_OTHERS)):
         data = ModelCard(text, ignore_metadata_errors=True).data
@@ -62,7 +62,7 @@ def hub_name(base: str | None) -> str | None:
 def _card(folder: Path, config: Any, tags: list[str]) -> str:
     """Metadata and text; a base that is not on the hub is not named in the metadata, the hub would look for it."""
     recipe, base = config.recipe or {}, config.base_model_name_or_path
-    load = _LOAD_OVER if base is None else (_LOAD_EMBEDDED if base == files.EMBEDDED_MODEL else _LOAD) + _ASK
+    load = _LOAD_OVER if base is None else (_LOAD_EMBEDDED if base == layout.EMBEDDED_MODEL else _LOAD) + _ASK
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = "adapter" if has_tokenizer else "model.peft_config['default'].base_model_name_or_path"
     front = ModelCardData(
@@ -80,7 +80,7 @@ def _card(folder: Path, config: Any, tags: list[str]) -> str:
 
 def _about(folder: Path, config: Any) -> Iterator[str]:
     """What this is, what of the base it removes and replaces, and the verdict of its training."""
-    with safe_open(folder / files.ADAPTER_WEIGHTS, "pt") as tensors:
+    with safe_open(folder / layout.ADAPTER_WEIGHTS, "pt") as tensors:
         masks = [name for name in tensors.keys() if name.endswith(".mask_coded")]
         infos = [mask_info(tensors.get_tensor(name), name) for name in masks]
     removed = sum(info["num_removed"] for info in infos)

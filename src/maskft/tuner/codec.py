@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskft_base import files
-from maskft_base.errors import UserError
+from maskft_common import files
+from maskft_common.errors import UserError
 
 FORMAT_VERSION = 2
 PREFIX = "base_model.model."  # before the names of modules in PEFT's files

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from ..masking import RankBy, score_gradient
 from . import learners

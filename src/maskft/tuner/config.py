@@ -14,8 +14,9 @@ from peft.config import PeftConfig
 from peft.utils import WEIGHTS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from maskft_base.errors import UserError, did_you_mean
-from maskft_base.files import ADAPTER_WEIGHTS, from_anywhere
+from maskft_common.errors import UserError, did_you_mean
+from maskft_common.files import from_anywhere
+from maskft_common.layout import ADAPTER_WEIGHTS
 
 from ..masking import RankBy, ScoreStart, check_sparsity
 from .adapter_file import ScoresOfSave, add_tensors, weights_beside_masks

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from . import learners
 from .config import MaskConfig

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskft_base.errors import UserError
-from maskft_base.files import digest, digest_tensors
+from maskft_common.errors import UserError
+from maskft_common.files import digest, digest_tensors
 
 from .codec import mask_info
 from .layer import MaskedLinear

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from ..masking import num_removed, ranking_keys
 from .selection import mask_without_lowest

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from . import compiled, merging
 from .codec import decode_mask

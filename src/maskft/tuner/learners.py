@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from maskft_base.errors import UserError
-from maskft_base.files import digest
+from maskft_common.errors import UserError
+from maskft_common.files import digest
 
 if TYPE_CHECKING:
     from .config import MaskConfig as Settings  # what learners read of it

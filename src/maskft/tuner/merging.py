@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from .learners import blend_
 from .sharded import is_sharded

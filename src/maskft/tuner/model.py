@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from .adapter_file import ScoresOfSave
 from .codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, weights_sha256

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from . import compiled
 from .layer import MaskedLinear

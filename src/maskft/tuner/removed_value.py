@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from ..models import load_model
 from .config import MaskConfig

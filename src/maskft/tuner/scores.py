@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from ..masking import check_not_nan, initial_scores, num_removed, ranking_keys, spread_by_rank
 from . import learners

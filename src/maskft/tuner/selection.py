@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from ..masking import RankBy, check_not_nan, ranking_keys, remove_lowest
 

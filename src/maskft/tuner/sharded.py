@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from maskft_base.errors import NotFiniteError, UserError
+from maskft_common.errors import NotFiniteError, UserError
 
 from ..masking import RankBy, num_removed, ranking_keys
 from . import learners

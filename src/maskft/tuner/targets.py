@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from maskft_base.errors import UserError, did_you_mean
+from maskft_common.errors import UserError, did_you_mean
 
 from .config import MaskConfig
 from .layer import MaskedLinear

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from .fixed import ranks_per_output
 from .layer import MaskedLinear

@@ -12,8 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from maskft_base.errors import UserError
-from maskft_base.files import ADAPTER_WEIGHTS
+from maskft_common.errors import UserError
+from maskft_common.layout import ADAPTER_WEIGHTS
 
 from .masks import masks_of
 from .records import digest_folder, write_record

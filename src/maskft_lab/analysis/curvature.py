@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from maskft.data.tokenizing import IGNORED
 from maskft.models import load_model
-from maskft_base.errors import UserError, install_hint
-from maskft_base.files import digest
+from maskft_common.errors import UserError, install_hint
+from maskft_common.files import digest
 
 from ..results.statistics import weighted_mean
 from ..store import Store

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from maskft.loss import mean_nll, nll_per_item
 from maskft.models import load_model
-from maskft_base.errors import UserError
-from maskft_base.files import digest
+from maskft_common.errors import UserError
+from maskft_common.files import digest
 
 from ..evaluation.load import weights_of
 from .losses import Sampling

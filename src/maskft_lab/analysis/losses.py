@@ -12,8 +12,8 @@ from torch import Tensor
 
 from maskft.data.tokenizing import IGNORED
 from maskft.loss import pad
-from maskft_base.errors import UserError
-from maskft_base.files import PREPARED
+from maskft_common.errors import UserError
+from maskft_common.layout import PREPARED
 
 SPLITS = ("train", "heldout")
 Batch = tuple[Tensor, Tensor]  # input_ids and labels, (rows, tokens), int64

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskft.adapter.mask_set import MaskSet, read_config
 from maskft.models import load_config
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from .records import digest_folder, is_finished, write_record
 

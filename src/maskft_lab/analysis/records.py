@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskft_base import __version__
-from maskft_base.errors import UserError
-from maskft_base.files import digest, digest_file, parse_json, write_text
+from maskft_common import __version__
+from maskft_common.errors import UserError
+from maskft_common.files import digest, digest_file, parse_json, write_text
 
 from ..results.schema import refuse_constant
 from ..store import Store

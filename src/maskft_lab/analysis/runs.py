@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskft_base import files
-from maskft_base.errors import UserError, did_you_mean
+from maskft_common import files, layout
+from maskft_common.errors import UserError, did_you_mean
 
 from ..results.schema import Result, read_result
 
@@ -68,12 +68,12 @@ def read_study(folder: str | Path, base: str | None = None, study_name: str | No
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} is not a folder; name the output_dir of a study")
-    records = sorted((folder / files.RUNS).glob(f"*/{files.RUN}"))
-    summaries = map(files.read_json, folder.glob(files.SUMMARY.format("*")) if records else ())
+    records = sorted((folder / layout.RUNS).glob(f"*/{layout.RUN}"))
+    summaries = map(files.read_json, folder.glob(layout.SUMMARY.format("*")) if records else ())
     models = [m for each in summaries if study_name in (None, each["study"]) for m in each["models"].values()]
     rows = [row for model in models for row in model["runs"]]
     named = {row.get("result") for row in rows} or {None}  # None: in a summary of an earlier version
-    found = (folder / files.RESULTS).glob(f"*/{files.RESULT}") if records else folder.glob("*.json*")
+    found = (folder / layout.RESULTS).glob(f"*/{layout.RESULT}") if records else folder.glob("*.json*")
     results = _results_of(sorted(file for file in found if None in named or file.parent.name in named))
     runs = [_from_record(folder, file, results) for file in records] or _published(folder, results)
     if not runs:
@@ -160,7 +160,7 @@ def _results_of(candidates: Sequence[Path]) -> dict[str, dict[str, Result]]:
 
 
 def _from_record(study: Path, file: Path, results: dict[str, dict[str, Result]]) -> TrainedRun:
-    record, training = files.read_json(file), file.parent / files.TRAINING
+    record, training = files.read_json(file), file.parent / layout.TRAINING
     known = files.read_json(training) if training.is_file() else {}
     # Paths inside the study are relative to it.
     models = {role: str(study / name) if (study / name).exists() else name for role, name in record["models"].items()}
@@ -177,7 +177,7 @@ def _from_record(study: Path, file: Path, results: dict[str, dict[str, Result]])
 
 def _published(folder: Path, results: dict[str, dict[str, Result]]) -> list[TrainedRun]:
     """The rows of the published summary are the list of runs; not each has its result file beside it."""
-    published = {name: folder / name for name in (PUBLISHED_SUMMARY, files.TRAINING)}
+    published = {name: folder / name for name in (PUBLISHED_SUMMARY, layout.TRAINING)}
     content = {name: files.read_json(file) if file.is_file() else {} for name, file in published.items()}
     runs: dict[str, TrainedRun] = {}
     for base, summary in content[PUBLISHED_SUMMARY].get("models", {}).items():
@@ -188,7 +188,7 @@ def _published(folder: Path, results: dict[str, dict[str, Result]]) -> list[Trai
                 name=plain_name(row["name"]),
                 base=base,
                 settings=next(iter(roles.values()))["study"]["settings"] if roles else {},
-                summary=content[files.TRAINING].get(row["run"], {}),
+                summary=content[layout.TRAINING].get(row["run"], {}),
                 results=roles,
                 **{key: row[key] for key in ("method", "seed", "start")},
             )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from maskft_base.errors import UserError, did_you_mean
-from maskft_base.files import ANALYSIS
+from maskft_common.errors import UserError, did_you_mean
+from maskft_common.layout import ANALYSIS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Make each analysis that was asked for, and say which were left out and why."""
-    from maskft_base.runtime import silence
+    from maskft_common.quiet import silence
 
     from ..analysis.runs import read_study
     from ..estimate.out_of_memory import explained

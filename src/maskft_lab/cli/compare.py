@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read the results, compare them, print or write the comparison."""
-    from maskft_base.files import write_text
+    from maskft_common.files import write_text
 
     from ..results.reading import check_output
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _compared(args: argparse.Namespace) -> str:
-    from maskft_base.errors import UserError
+    from maskft_common.errors import UserError
 
     from ..results.compare import compare
     from ..results.comparison import Settings

@@ -43,9 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Change the recipe as the flags say, and run it as any study."""
-    from maskft_base.errors import UserError
-    from maskft_base.files import read_yaml
-    from maskft_base.runtime import num_cores, silence, time_text
+    from maskft_common.environment import num_cores
+    from maskft_common.errors import UserError
+    from maskft_common.progress_bar import time_text
+    from maskft_common.quiet import silence
+    from maskft_common.yaml_file import read_yaml
 
     from ..study.launchers import launcher_of
     from ..study.recipe import parse_recipe
@@ -101,8 +103,8 @@ def _show_ready_mask() -> None:
 
 def _report(folder: Path, model: str, name: str) -> str:
     """Write the page about the demo; returns where it is."""
-    from maskft_base.errors import UserError
-    from maskft_base.files import is_there, write_text
+    from maskft_common.errors import UserError
+    from maskft_common.files import is_there, write_text
 
     from ..report.evidence import gather
     from ..report.page import render_report

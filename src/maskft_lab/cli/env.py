@@ -11,6 +11,6 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     """Print versions and machine facts as JSON."""
-    from maskft_base.runtime import environment
+    from maskft_common.environment import environment
 
     print(json.dumps(environment(), indent=2))

@@ -9,8 +9,8 @@ from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from maskft_base.errors import UserError
-from maskft_base.files import JOURNAL
+from maskft_common.errors import UserError
+from maskft_common.layout import JOURNAL
 
 from ..evaluation.arguments import ALPACA_EVAL, AND, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments
 from .options import add_options, read_options
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: Also where memory runs out.
     """
-    from maskft_base.runtime import silence
+    from maskft_common.quiet import silence
 
     from ..estimate.out_of_memory import explained
 
@@ -165,7 +165,7 @@ def _load_tasks(options: EvaluationArguments) -> dict:
 
 def _models(evaluations: Sequence[EvaluationArguments]):
     """The models of all evaluations one after another, each loaded when it is asked for."""
-    from maskft_base.runtime import keep_freed_memory
+    from maskft_common.memory import keep_freed_memory
 
     from ..evaluation.load import load_changes, load_each
 

@@ -15,8 +15,8 @@ from types import FrameType
 
 from safetensors import SafetensorError
 
-from maskft_base import __version__
-from maskft_base.errors import Stopped, UserError, did_you_mean, install_hint, printable
+from maskft_common import __version__
+from maskft_common.errors import Stopped, UserError, did_you_mean, install_hint, printable
 
 COMMANDS = {
     "demo": "learn a mask on a small model in minutes, and see whether it helped",
@@ -137,7 +137,7 @@ def _command(words: list[str]) -> str:
 
 def _resume_line(words: list[str]) -> str:
     """The command that resumes what ``words`` began; a launcher has put its own into the environment."""
-    from maskft_base.runtime import COMMAND
+    from maskft_common.processes import COMMAND
 
     words = shlex.split(os.environ.get(COMMAND, "")) or ["maskft", *words]
     return shlex.join([*words, *(() if RESUME in words else (RESUME, "true"))])

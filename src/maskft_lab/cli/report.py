@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 TABLES = "tables"
 
@@ -42,7 +42,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from maskft_base.files import write_bytes
+    from maskft_common.files import write_bytes
 
     from ..report.catalogue import select_figures
     from ..report.evidence import gather
@@ -91,7 +91,7 @@ def _add_tables(tables: argparse.ArgumentParser) -> None:
 
 
 def _tables(args: argparse.Namespace) -> None:
-    from maskft_base.files import write_text
+    from maskft_common.files import write_text
 
     from ..results.paper_tables import paper_tables, render_tables
     from ..results.reading import check_output, read_all

@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check the recipe, expand it, then list or run it."""
-    from maskft_base.files import read_yaml
-    from maskft_base.runtime import silence
+    from maskft_common.quiet import silence
+    from maskft_common.yaml_file import read_yaml
 
     from ..study.launchers import launcher_of
     from ..study.recipe import load_recipe

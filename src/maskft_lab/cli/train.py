@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse ``--config recipe.yaml`` and flags (flags win), then train, in several processes if that is asked for."""
     from maskft.training.launch import is_launched, launch
     from maskft.training.options import help_text, parse_words
-    from maskft_base.runtime import silence
+    from maskft_common.quiet import silence
 
     silence()
     if not {"-h", "--help", "--help_all"}.isdisjoint(argv):

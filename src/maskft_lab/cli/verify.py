@@ -18,7 +18,7 @@ def run(args) -> None:
     import transformers
 
     from maskft.adapter.verify import verify
-    from maskft_base.errors import printable
+    from maskft_common.errors import printable
 
     if args.base:
         warnings.simplefilter("ignore", FutureWarning)

@@ -28,8 +28,8 @@ from maskft.training.build import build_model
 from maskft.training.checks import check_method
 from maskft.training.method_arguments import INTERPOLATE, MASK_METHODS, UNTRAINED_METHODS, mask_config
 from maskft.tuner.targets import layer_indices, resolve_targets
-from maskft_base.errors import UserError, did_you_mean, first_line
-from maskft_base.runtime import resident_memory_bytes
+from maskft_common.errors import UserError, did_you_mean, first_line
+from maskft_common.memory import resident_memory_bytes
 
 from .out_of_memory import ADVICE
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from maskft_base.errors import UserError, first_line
+from maskft_common.errors import UserError, first_line
 
 ADVICE = (
     "try, in this order, --per_device_train_batch_size 1 with more --gradient_accumulation_steps, a smaller "

@@ -15,8 +15,8 @@ from typing import Any
 
 from maskft.data.sources import read_file
 from maskft.data.tokenizing import prompt_ids
-from maskft_base import files
-from maskft_base.errors import UserError, first_line, install_hint
+from maskft_common import files, layout
+from maskft_common.errors import UserError, first_line, install_hint
 
 from ..generation.greedy import Bounds
 from ..results.schema import data_sha256, metric_from_items
@@ -105,7 +105,7 @@ def evaluate_alpaca(
         {"instruction": text, "output": answer.strip(), "generator": name}
         for text, answer in zip(asked, answers, strict=True)
     ]
-    file = folder / files.ALPACA_OUTPUTS
+    file = folder / layout.ALPACA_OUTPUTS
     files.write_text(file, json.dumps(outputs, indent=1, ensure_ascii=False) + "\n")
     items: list[dict[str, Any]] = [{"id": str(index), **row} for index, row in enumerate(outputs)]
     metrics, note = {}, f"{len(items)} outputs are in {file}, not judged: name a judge with --alpaca_annotator"

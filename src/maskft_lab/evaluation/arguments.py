@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 HELDOUT, ALPACA_EVAL = "heldout", "alpaca_eval"  # tasks that are not lm-eval's
 AND = "+"  # on the command line, between the options of two evaluations

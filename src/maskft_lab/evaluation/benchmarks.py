@@ -17,7 +17,7 @@ from unittest import mock
 import datasets
 
 from maskft.data.sources import read_file
-from maskft_base.errors import UserError, first_line, install_hint
+from maskft_common.errors import UserError, first_line, install_hint
 
 ENDINGS = r"\.(jsonl|jsonl\.gz|json|json\.gz|parquet)"
 # These instructions of IFEval split text with NLTK's tables; all others need no data.

@@ -18,8 +18,8 @@ from maskft.data.sources import FILE_ENDINGS
 from maskft.data.splits import load_splits
 from maskft.data.tokenizing import prompt_ids, prompt_of, tokenize_example
 from maskft.loss import RowLoss, length_sorted_batches, nll_per_item, pad
-from maskft_base.errors import UserError
-from maskft_base.files import digest
+from maskft_common.errors import UserError
+from maskft_common.files import digest
 
 from ..generation.greedy import Bounds, check_context, memory_bound_rows
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items

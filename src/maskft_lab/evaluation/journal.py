@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from maskft_base.files import digest
-from maskft_base.runtime import Progress
+from maskft_common.files import digest
+from maskft_common.progress_bar import Progress
 
 from ..generation.greedy import Bounds, greedy_generate
 from ..store import Store

@@ -18,17 +18,9 @@ from maskft.data.tokenizing import tokenizer_rules
 from maskft.models import base_of, check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from maskft.training.method_arguments import MASK_METHODS
 from maskft.tuner.codec import encode_mask, is_of_mask
-from maskft_base.errors import UserError, first_line
-from maskft_base.files import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    TRAINING,
-    digest,
-    digest_tensors,
-    holds_adapter,
-    no_adapter,
-    read_json,
-)
+from maskft_common.errors import UserError, first_line
+from maskft_common.files import digest, digest_tensors, read_json
+from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING, holds_adapter, no_adapter
 
 from .arguments import EvaluationArguments
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from maskft_base import files
-from maskft_base.errors import UserError, printable
-from maskft_base.runtime import environment
+from maskft_common import files, layout
+from maskft_common.environment import environment
+from maskft_common.errors import UserError, printable
 
 from ..results.schema import Result, build_result, read_result, write_result
 from .alpaca import alpaca_settings, evaluate_alpaca
@@ -60,7 +60,7 @@ def evaluate_loaded(
     rows, references = tasks.get(HELDOUT), tasks.get(ALPACA_EVAL)
     check_chat_template([task for task in tasks if task != HELDOUT], loaded.tokenizer, options.apply_chat_template)
     settings = settings_of(options)
-    journal = Journal(target.with_name(files.JOURNAL), _journal_settings(loaded, settings))
+    journal = Journal(target.with_name(layout.JOURNAL), _journal_settings(loaded, settings))
     with torch.autocast(loaded.model.device.type, torch.bfloat16, enabled=options.bf16):
         records: dict[str, dict] = {}
         if rows is not None and options.kl:
@@ -110,7 +110,7 @@ def labelled_files(output_dir: str, sources: Sequence[str], names: Sequence[str]
             raise UserError(f"{label!r} is not a valid --name; use printable characters")
     _check_writable(Path(output_dir))
     if len(sources) == 1:
-        return [(labels[0], Path(output_dir) / files.RESULT)]
+        return [(labels[0], Path(output_dir) / layout.RESULT)]
     seeds = [
         facts_of(source).get("seed") if labels.count(label) > 1 else None
         for label, source in zip(labels, sources, strict=True)
@@ -124,7 +124,7 @@ def labelled_files(output_dir: str, sources: Sequence[str], names: Sequence[str]
             f"two models have the same label ({', '.join(folders)}) and were not trained with different seeds; tell "
             "them apart with --name"
         )
-    return [(label, Path(output_dir) / folder / files.RESULT) for label, folder in zip(labels, folders, strict=True)]
+    return [(label, Path(output_dir) / folder / layout.RESULT) for label, folder in zip(labels, folders, strict=True)]
 
 
 def _check_writable(folder: Path) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from maskft_base.errors import UserError, did_you_mean, first_line, install_hint
-from maskft_base.runtime import Progress
+from maskft_common.errors import UserError, did_you_mean, first_line, install_hint
+from maskft_common.progress_bar import Progress
 
 from ..results.schema import build_task, data_sha256, items_fingerprint, metric_from_items
 from ..results.statistics import weighted_mean

@@ -13,7 +13,7 @@ from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsPr
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from maskft.loss import length_sorted_batches, pad
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from .row_cache import RowCache, attention
 

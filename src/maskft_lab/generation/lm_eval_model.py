@@ -8,8 +8,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from maskft_base.errors import UserError
-from maskft_base.runtime import Progress
+from maskft_common.errors import UserError
+from maskft_common.progress_bar import Progress
 
 from .greedy import Bounds, greedy_generate, memory_bound_rows
 

@@ -11,8 +11,8 @@ from peft import PeftModel
 import maskft  # noqa: F401 - registers the method with PEFT
 from maskft.adapter.mask_set import MaskSet
 from maskft.models import load_model, load_tokenizer
-from maskft_base.errors import UserError
-from maskft_base.files import ADAPTER_WEIGHTS, EMBEDDED_MODEL
+from maskft_common.errors import UserError
+from maskft_common.layout import ADAPTER_WEIGHTS, EMBEDDED_MODEL
 
 QUESTIONS = "questions.jsonl"  # of a folder: prompt and answer
 _FOLDER = Path(__file__).parent

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from .charts import Chart
 from .evidence import Evidence, NotComputed

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from maskft_base import files
-from maskft_base.errors import UserError, did_you_mean
-from maskft_base.files import read_json
+from maskft_common import layout
+from maskft_common.errors import UserError, did_you_mean
+from maskft_common.files import read_json
 
 from ..analysis.records import read_record
 from ..analysis.runs import MASK, PUBLISHED_SUMMARY, TrainedRun, plain_name, read_study
@@ -72,11 +72,11 @@ class Evidence:
             NotComputed: If it was not made.
             UserError: If its file is not as ``maskft analyze`` writes it.
         """
-        file = self.folder / files.ANALYSIS / f"{what}.json"
+        file = self.folder / layout.ANALYSIS / f"{what}.json"
         if not file.is_file():
             is_published = not any(run.models for run in self.runs)
             where = "published results hold no models, so it is made where the study ran"
-            raise NotComputed(where if is_published else f"there is no {files.ANALYSIS}/{what}.json")
+            raise NotComputed(where if is_published else f"there is no {layout.ANALYSIS}/{what}.json")
         return read_record(file)
 
 
@@ -93,7 +93,7 @@ def gather(folder: str | Path, *, base: str | None = None, study_name: str | Non
     """
     folder = Path(folder)
     curves = sorted(folder.glob(CURVES))
-    if curves and not (folder / files.RUNS).is_dir() and not (folder / PUBLISHED_SUMMARY).is_file():
+    if curves and not (folder / layout.RUNS).is_dir() and not (folder / PUBLISHED_SUMMARY).is_file():
         return Evidence(folder, folder.resolve().name, read_json(curves[0])["model"], [], [])  # its paths alone
     runs = read_study(folder, base, study_name)
     name, summary = _summary(folder, study_name, runs[0].base)
@@ -116,7 +116,7 @@ def gather(folder: str | Path, *, base: str | None = None, study_name: str | Non
 
 def _summary(folder: Path, study_name: str | None, base: str) -> tuple[str, dict]:
     """Name of the study, and its summary of one base model; empty where it has none yet."""
-    found = sorted(folder.glob(files.SUMMARY.format("*"))) or list(folder.glob(PUBLISHED_SUMMARY))
+    found = sorted(folder.glob(layout.SUMMARY.format("*"))) or list(folder.glob(PUBLISHED_SUMMARY))
     summaries = {record["study"]: record["models"] for record in map(read_json, found)}
     if not summaries:
         return study_name or folder.resolve().name, {}

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 
-from maskft_base import files
-from maskft_base.files import read_json
+from maskft_common import layout
+from maskft_common.files import read_json
 
 from ..results.compare import compare
 from ..results.comparison import Settings
@@ -60,9 +60,9 @@ def curves_of(evidence: Evidence) -> list[Curve]:
     Raises:
         NotComputed: If the study measures no earlier abilities.
     """
-    is_published = not (evidence.folder / files.RUNS).is_dir()  # under any name
+    is_published = not (evidence.folder / layout.RUNS).is_dir()  # under any name
     records = {file.name: read_json(file) for file in sorted(evidence.folder.glob(CURVES))}
-    if own := [r for n, r in records.items() if is_published or n == files.CURVE.format(evidence.name, r["probe"])]:
+    if own := [r for n, r in records.items() if is_published or n == layout.CURVE.format(evidence.name, r["probe"])]:
         return list(map(curve_of_record, own))
     comparison = evidence.comparison
     records = gains_of(comparison.differences) if comparison else []

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from maskft_base import __version__
+from maskft_common import __version__
 
 from ..results.scores import scores
 from ..results.text import Table, cross_domain_table, difference_table, sentence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from maskft_base.errors import UserError, did_you_mean
+from maskft_common.errors import UserError, did_you_mean
 
 from .schema import Result, TaskRecord, has_items
 

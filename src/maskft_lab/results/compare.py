@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import product
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from .comparable import (
     Groups,

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 SCHEMA_VERSION = 2  # 1: ci_low and ci_high were the unadjusted interval
 MIN_RESAMPLES, NUM_RESAMPLES = 100, 10_000

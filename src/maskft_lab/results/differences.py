@@ -12,7 +12,7 @@ from operator import itemgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from .comparable import Paired, name_and_seed, unit_of
 from .comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Difference, Settings

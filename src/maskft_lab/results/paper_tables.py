@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import yaml
 
-from maskft_base.errors import UserError, printable
+from maskft_common.errors import UserError, printable
 
 from .schema import Result
 from .text import Table, draw, markdown_text, wrap

@@ -7,9 +7,9 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from maskft_base import files
-from maskft_base.errors import UserError
-from maskft_base.files import parse_json, read_text
+from maskft_common import files, layout
+from maskft_common.errors import UserError
+from maskft_common.files import parse_json, read_text
 
 from .schema import Result, check_result, read_result, result_file
 
@@ -54,7 +54,7 @@ def _name_and_path(text: str) -> tuple[str | None, Path]:
 
 def _files_of(path: Path) -> list[Path]:
     """Return the files that a path stands for, at least one."""
-    if not path.is_dir() or (path / files.RESULT).is_file():
+    if not path.is_dir() or (path / layout.RESULT).is_file():
         return [result_file(path)]
     found = sorted([*path.rglob("*.json"), *path.rglob("*.json.gz")])
     below = [f for f in found if not re.search(r"(^|/)path/|\.partial/", f"{f.relative_to(path)}") and _is_result(f)]
@@ -62,7 +62,7 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _is_result(file: Path) -> bool:
-    if file.name == files.RESULT or not file.is_file():
+    if file.name == layout.RESULT or not file.is_file():
         return file.is_file()  # also a damaged result.json, so that reading it says so
     try:
         text = read_text(file)

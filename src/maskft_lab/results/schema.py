@@ -25,10 +25,11 @@ from typing import Annotated, Any, Literal, NotRequired, TypeGuard, cast, get_ar
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from maskft_base import __version__, files
-from maskft_base.errors import UserError
-from maskft_base.files import digest, first_problem, parse_json, read_text, write_text
-from maskft_base.runtime import environment
+from maskft_common import __version__, layout, schema
+from maskft_common.environment import environment
+from maskft_common.errors import UserError
+from maskft_common.files import digest, parse_json, read_text, write_text
+from maskft_common.schema import first_problem
 
 from .statistics import weighted_mean
 
@@ -91,7 +92,7 @@ class TaskRecord(TypedDict):
     num_fewshot: int | None
     items_fingerprint: str
     chat_template_hash: str | None
-    metrics: dict[files.Name, MetricRecord]
+    metrics: dict[schema.Name, MetricRecord]
     items: Annotated[list[Item], Field(min_length=1)]
     data_sha256: NotRequired[str]
     generation_kwargs: NotRequired[dict[str, Any] | None]
@@ -109,14 +110,14 @@ class Result(TypedDict):
 
     schema_version: int
     kind: Literal["evaluation"]
-    name: files.Name
+    name: schema.Name
     created: str  # ISO 8601, UTC
     maskft_version: str
     model: ModelRecord
     settings: dict[str, Any]  # what else shaped the numbers: dtype, batch size, ...
     environment: EnvironmentRecord
     tasks: Annotated[
-        dict[files.Name, Annotated[TaskRecord, AfterValidator(lambda task: _check_task(task))]], Field(min_length=1)
+        dict[schema.Name, Annotated[TaskRecord, AfterValidator(lambda task: _check_task(task))]], Field(min_length=1)
     ]
     training: NotRequired[TrainingRecord]
     study: NotRequired[dict[str, Any]]  # of a result of `maskft study`: study, run, role, ...
@@ -302,7 +303,7 @@ def read_result(path: str | os.PathLike[str]) -> Result:
 
 def result_file(path: str | os.PathLike[str]) -> Path:
     """Return ``path``, or the result file in it if it is a folder."""
-    return Path(path) / files.RESULT if Path(path).is_dir() else Path(path)
+    return Path(path) / layout.RESULT if Path(path).is_dir() else Path(path)
 
 
 def check_result(result: Any, source: str | os.PathLike[str] = "result") -> Result:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from maskft_base.errors import printable
+from maskft_common.errors import printable
 
 from .comparison import BETTER, NOT_DISTINGUISHABLE, SCHEMA_VERSION, WORSE, Comparison, Difference, Score
 from .schema import BEFORE

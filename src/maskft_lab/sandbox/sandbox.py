@@ -27,8 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from maskft_base.errors import UserError
-from maskft_base.runtime import num_cores
+from maskft_common.environment import num_cores
+from maskft_common.errors import UserError
 
 WATCH_INTERVAL_S = 0.05  # how often the memory and CPU time of all of a program's processes are added up
 STOP_PATIENCE_S = 5.0  # from asking the launcher to stop until it is killed; its end takes everything below with it

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-from maskft_base import files
-from maskft_base.runtime import Progress
+from maskft_common import layout
+from maskft_common.progress_bar import Progress
 
 from .execute import Study
 from .plan import Plan
@@ -76,7 +76,7 @@ class Board:
         if self.running and time.monotonic() - self._last > pause:
             run = next(iter(self.running))
             others = f" (and {len(self.running) - 1} more)" if len(self.running) > 1 else ""
-            state = last_line(self.study.run_folder(run) / files.LOG)
+            state = last_line(self.study.run_folder(run) / layout.LOG)
             self._show(f"{run.title}{others}: {state}", is_news=True)
 
     def _show(self, note: str, is_news: bool) -> None:

@@ -16,7 +16,7 @@ from maskft.training.checks import check_method, check_size
 from maskft.training.launch import config_processes, launch_options
 from maskft.training.method_arguments import FIXED_MASK_METHODS, INTERPOLATE, MASK_METHODS, mask_config
 from maskft.training.options import option_defaults, parse_words
-from maskft_base.errors import UserError, did_you_mean
+from maskft_common.errors import UserError, did_you_mean
 
 from .execute import Study, evaluation_words
 from .identity import options_identity, short_digest

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskft.training.method_arguments import FIXED_MASK_METHODS, PEFT
-from maskft_base.files import read_yaml
+from maskft_common.yaml_file import read_yaml
 
 TEMPLATE = Path(__file__).parents[1] / "recipes" / "controls.yaml"
 LENGTHS = ("num_train_epochs", "max_steps")  # options that say how long a run trains

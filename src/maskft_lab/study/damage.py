@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from maskft_base import files
-from maskft_base.errors import UserError
+from maskft_common import files, layout
+from maskft_common.errors import UserError
 
 from ..results.schema import read_result
 from .record import read_record
@@ -26,7 +26,7 @@ def _is_kept(name: str) -> bool:
     first, last = name.partition("/")[0], name.rpartition("/")[2]
     passing = first.startswith("checkpoint-") or last.startswith(".") or last.endswith((".lock", ".partial"))
     # A card is its author's, who may write another.
-    return not passing and name not in (files.LOG, files.RUN, files.CARD)
+    return not passing and name not in (layout.LOG, layout.RUN, layout.CARD)
 
 
 def damage_of_run(folder: Path) -> str | None:
@@ -37,7 +37,7 @@ def damage_of_run(folder: Path) -> str | None:
     try:
         written = read_record(folder).files
     except (UserError, OSError):
-        return f"its {files.RUN} cannot be read"
+        return f"its {layout.RUN} cannot be read"
     for name, sha256 in written.items():
         path = folder / name
         try:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from maskft.training.method_arguments import UNTRAINED_METHODS
-from maskft_base.runtime import time_text
+from maskft_common.progress_bar import time_text
 
 from .check import parsed_run
 from .execute import Study

@@ -25,9 +25,9 @@ from maskft.training.method_arguments import (
     method_label,
     selection_of,
 )
-from maskft_base import files
-from maskft_base.errors import NOT_UPDATED, UserError
-from maskft_base.runtime import environment
+from maskft_common import files, layout
+from maskft_common.environment import environment
+from maskft_common.errors import NOT_UPDATED, UserError
 
 from ..evaluation.arguments import AND, HELDOUT, NOT_OF_HELDOUT_DATA
 from ..results.schema import BEFORE, DOMAINS, read_result, write_result
@@ -58,19 +58,19 @@ class Study:
 
     def run_folder(self, run: StudyRun) -> Path:
         """Folder of a run: model or adapter, log, ``run.json``. Of another study's, where that has made the same."""
-        own = self.folder / files.RUNS / run.id
+        own = self.folder / layout.RUNS / run.id
         return own if own.exists() else self._finished_before.get(run.hash, own)
 
     @cached_property
     def _finished_before(self) -> dict[str, Path]:
         """Hash -> folder of the runs that were finished when this began; several studies may share a folder."""
-        records = sorted((self.folder / files.RUNS).glob(f"*/{files.RUN}"))
+        records = sorted((self.folder / layout.RUNS).glob(f"*/{layout.RUN}"))
         return {record.parent.name.rpartition("-")[2]: record.parent for record in records}
 
     def result_file(self, run: StudyRun, role: str) -> Path:
         """Result file of one of the run's models."""
         name = evaluation_id(run, role, self._evaluation, self.recipe.name)
-        return self.folder / files.RESULTS / name / files.RESULT
+        return self.folder / layout.RESULTS / name / layout.RESULT
 
     @cached_property
     def _evaluation(self) -> dict:
@@ -78,7 +78,7 @@ class Study:
 
     def base(self, run: StudyRun) -> str:
         """The base model as the commands take it; the embedded one is unpacked once, for all runs."""
-        return str(self.folder / files.BASE) if run.model == files.EMBEDDED_MODEL else run.model
+        return str(self.folder / layout.BASE) if run.model == layout.EMBEDDED_MODEL else run.model
 
     def start(self, run: StudyRun) -> str:
         """The model that a run starts from."""
@@ -89,7 +89,7 @@ class Study:
         record = read_record(self.run_folder(run))
         if run.point is None or not record.num_steps:
             return record
-        training = files.read_json(self.run_folder(run) / files.TRAINING)["summary"]
+        training = files.read_json(self.run_folder(run) / layout.TRAINING)["summary"]
         training |= {"best_step": round(run.point[0] * record.num_steps)}
         return build_record(run, self.recipe, record.models, record.settings, training, self.record_before(run))
 
@@ -119,7 +119,7 @@ class Study:
     def is_trained(self, run: StudyRun) -> bool:
         """Whether the run's models are there, as they were written."""
         folder = self.run_folder(run)
-        return (folder / files.RUN).is_file() and damage_of_run(folder) is None
+        return (folder / layout.RUN).is_file() and damage_of_run(folder) is None
 
     def has_path(self, run: StudyRun) -> bool:
         """Whether held-out rows measure points between the base model and the end of the run's training."""
@@ -157,7 +157,7 @@ class Study:
         """Point -> set -> metric -> value of a run's path; None where one is missing."""
         sets, out = self.path_sets(run), dict[Point, Any]()
         for point in self.points(run) if self.record(run).models else ():  # else it diverged
-            places = {name: folder / point_name(*point) / files.RESULT for name, (folder, _) in sets.items()}
+            places = {name: folder / point_name(*point) / layout.RESULT for name, (folder, _) in sets.items()}
             if not all(map(is_whole_result, places.values())):
                 return None
             found = {name: read_result(file)["tasks"][HELDOUT]["metrics"] for name, file in places.items()}
@@ -173,7 +173,7 @@ class Study:
     def check_damage(self, run: StudyRun) -> None:
         """Raise where what of a finished run is there is not what was written."""
         folder = self.run_folder(run)
-        found = {folder: damage_of_run(folder) if (folder / files.RUN).is_file() else None}
+        found = {folder: damage_of_run(folder) if (folder / layout.RUN).is_file() else None}
         results = (self.result_file(run, role) for role in run.labels)
         found |= {file.parent: damage_of_result(file) for file in results if file.is_file()}
         for place, problem in found.items():
@@ -198,10 +198,10 @@ def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str
 
 def prepare_base(study: Study, runs: list[StudyRun], tick: Tick = lambda: None) -> None:
     """Unpack the embedded model, once for all runs."""
-    folder = study.folder / files.BASE
-    if not folder.exists() and any(run.model == files.EMBEDDED_MODEL for run in runs):
+    folder = study.folder / layout.BASE
+    if not folder.exists() and any(run.model == layout.EMBEDDED_MODEL for run in runs):
         code = f"from maskft.training.build import unpack_embedded; unpack_embedded({str(folder)!r})"
-        study.call([sys.executable, "-c", code], study.folder / files.LOG, tick)
+        study.call([sys.executable, "-c", code], study.folder / layout.LOG, tick)
 
 
 def prepare_data(study: Study, runs: list[StudyRun], tick: Tick = lambda: None) -> None:
@@ -217,10 +217,10 @@ def prepare_data(study: Study, runs: list[StudyRun], tick: Tick = lambda: None) 
         if run.method.method == PRETRAINED or study.is_trained(run) or options in prepared:
             continue
         prepared.append(options)
-        options = options | {"prepared_data_dir": str(study.folder / files.PREPARED), "prepare_only": True}
+        options = options | {"prepared_data_dir": str(study.folder / layout.PREPARED), "prepare_only": True}
         options |= {"model_name_or_path": study.base(run), "output_dir": str(study.run_folder(run))}
         options |= {key: run.options[key] for key in ("dataset_num_proc",) if key in run.options}
-        study.call([*PYTHON, "train", *command_words(options)], study.folder / files.LOG, tick)
+        study.call([*PYTHON, "train", *command_words(options)], study.folder / layout.LOG, tick)
 
 
 def make(study: Study, run: StudyRun, tick: Tick = lambda: None) -> None:
@@ -304,10 +304,10 @@ def _train(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
             # weights before its first step. And a path is made of checkpoints.)
             models = dict.fromkeys(run.roles, study.model(run.start, BEST))
         else:
-            study.call([*launch_words(study.recipe, run), *command_words(options)], folder / files.LOG, tick)
-            training = files.read_json(folder / files.TRAINING)["summary"]
+            study.call([*launch_words(study.recipe, run), *command_words(options)], folder / layout.LOG, tick)
+            training = files.read_json(folder / layout.TRAINING)["summary"]
             last_is_best = training["best_step"] == training["num_steps"]
-            models = {BEST: str(folder), LAST: str(folder if last_is_best else folder / files.LAST)}
+            models = {BEST: str(folder), LAST: str(folder if last_is_best else folder / layout.LAST)}
     models = {role: _inside(study.folder, models[role]) for role in run.roles}
     return build_record(run, study.recipe, models, options, training, study.record_before(run))
 
@@ -323,7 +323,7 @@ def _train_options(study: Study, run: StudyRun) -> dict:
         "before_model": study.start(run.start) if run.method.method == INTERPOLATE else None,
         "mask_removed_value_model": study.start(run.start) if run.takes_values_before else None,
         **{option: study.model(mask, BEST) for option, mask in run.masks.items()},
-        "prepared_data_dir": str(study.folder / files.PREPARED),
+        "prepared_data_dir": str(study.folder / layout.PREPARED),
         "keep_worse": True if run.method.method == "mask" else None,  # a study compares masks, also bad ones
         "save_total_limit": _ALL if study.recipe.path else None,
         **{k: v for k, v in run.options.items() if k != "save_total_limit" or not study.recipe.path},
@@ -358,7 +358,7 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
     """Evaluate one of the run's models, or copy the result of the same model where there is one."""
     target = study.result_file(run, role)
     # Under another name, or of another study; or the end of training is the best checkpoint.
-    same = sorted(target.parent.parent.glob(f"*-{target.parent.name.split('-')[-2]}-????/{files.RESULT}"))
+    same = sorted(target.parent.parent.glob(f"*-{target.parent.name.split('-')[-2]}-????/{layout.RESULT}"))
     same += [study.result_file(run, BEST)] if study.model(run, BEST) == study.model(run, role) else []
     file = next(filter(is_whole_result, same), None)
     if file is not None:
@@ -370,9 +370,9 @@ def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
         before = {name: partial / f"before-{short_digest({'set': name})}" for name in study.recipe.before}
         sets = [(partial, study.recipe.evaluation), *zip(before.values(), study.recipe.before.values(), strict=True)]
         _measure(study, run, _model_options(study, run, role), sets, tick)
-        result = read_result(partial / files.RESULT)
+        result = read_result(partial / layout.RESULT)
         for name, folder in before.items():
-            for task, found in read_result(folder / files.RESULT)["tasks"].items():
+            for task, found in read_result(folder / layout.RESULT)["tasks"].items():
                 result["tasks"][f"{BEFORE}{name}" + ("" if task == HELDOUT else f" {task}")] = found
     result, record = result | {"name": run.labels[role]}, study.record(run)
     # A folder of weights alone, as of the pre-trained model or of the end of training, does not tell its method.
@@ -398,12 +398,12 @@ def _measure(study: Study, run: StudyRun, which: dict, sets: list[tuple[Path, di
     """Evaluate models in one process on sets of rows, each a folder and options, whose results are not there."""
     words, inside = [], which["name"] if isinstance(which["name"], list) else [""]
     for folder, options in sets:
-        missing = [file for name in inside if not is_whole_result(file := folder / name / files.RESULT)]
+        missing = [file for name in inside if not is_whole_result(file := folder / name / layout.RESULT)]
         words += [AND, *evaluation_words(which | {"output_dir": str(folder)} | options)] if missing else []
         for file in missing:
             file.unlink(missing_ok=True)  # it is damaged
     if words:
-        study.call([*PYTHON, "evaluate", *words], study.run_folder(run) / files.LOG, tick)
+        study.call([*PYTHON, "evaluate", *words], study.run_folder(run) / layout.LOG, tick)
 
 
 def _model_options(study: Study, run: StudyRun, role: str) -> dict:

@@ -8,7 +8,7 @@ from typing import Any
 
 from maskft.data.arguments import mixture_text
 from maskft.data.prepared import data_identity
-from maskft_base.files import digest, digest_file
+from maskft_common.files import digest, digest_file
 
 _HASH_LENGTH = 10
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from maskft_base import files
-from maskft_base.errors import UserError, install_hint
-from maskft_base.runtime import num_cores
+from maskft_common import files, layout
+from maskft_common.environment import num_cores
+from maskft_common.errors import UserError, install_hint
 
 from .board import Board
 from .execute import Study, make
@@ -102,7 +102,7 @@ def slurm(
 
     study = replace(study, lock_fd=None)
     launch, queue = study.recipe.launch, _Queue(f"maskft-{files.digest(str(study.folder))[:8]}")
-    place = study.folder / files.SLURM / "%j"
+    place = study.folder / layout.SLURM / "%j"
     executor = submitit.AutoExecutor(place, cluster, slurm_max_num_timeout=_MAX_TIMEOUTS)
     options = {"timeout_min": time_min or TIME_MIN, "cpus_per_task": max(1, round(launch.num_cpus)), "name": queue.name}
     if launch.num_gpus:

@@ -23,7 +23,7 @@ from maskft.training.method_arguments import (
     removes_a_share,
 )
 from maskft.training.options import option_defaults
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from .identity import options_identity, plain, short_digest, written_out
 from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Options, Recipe

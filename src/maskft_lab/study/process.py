@@ -18,7 +18,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 PYTHON = [sys.executable, "-m", "maskft_lab.cli.main"]
 

@@ -20,8 +20,10 @@ from maskft.training.method_arguments import (
     PEFT,
     UNTRAINED_METHODS,
 )
-from maskft_base.errors import UserError, did_you_mean
-from maskft_base.files import FileModel, Name, is_there, read_model, read_yaml
+from maskft_common.errors import UserError, did_you_mean
+from maskft_common.files import is_there
+from maskft_common.schema import FileModel, Name, read_model
+from maskft_common.yaml_file import read_yaml
 
 from .controls import with_standard_controls
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from maskft.data.arguments import DATA_NAMES, TEMPLATE
 from maskft.data.mixtures import rename_sets
-from maskft_base import files
-from maskft_base.files import FileModel, is_there, read_json, read_model, write_text
+from maskft_common import layout
+from maskft_common.files import is_there, read_json, write_text
+from maskft_common.schema import FileModel, read_model
 
 from .recipe import PRETRAINED, Recipe
 from .runs import BEST, LAST, StudyRun
@@ -48,13 +49,13 @@ class RunRecord(FileModel):
 
 def read_record(folder: Path) -> RunRecord:
     """Record of the finished run in ``folder``."""
-    file = folder / files.RUN
+    file = folder / layout.RUN
     return read_model(RunRecord, read_json(file), file, "remove the run's folder, and it is made again")
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
     """Write ``run.json``, which marks the run as finished."""
-    write_text(folder / files.RUN, json.dumps(record.model_dump(), indent=1) + "\n")
+    write_text(folder / layout.RUN, json.dumps(record.model_dump(), indent=1) + "\n")
 
 
 def build_record(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from maskft_base import files, runtime
-from maskft_base.errors import UserError
+from maskft_common import layout, locks
+from maskft_common.errors import UserError
 
 from .board import Board
 from .execute import Study, prepare_base, prepare_data
@@ -36,7 +36,7 @@ def run_study(plan: Plan, folder: Path, launcher: Launcher, is_brief: bool = Fal
     console, shown, folder = Console(), folder, folder.absolute()
     reasons: dict[str, str] = {}
     # Two studies in one folder would write over each other. A kill releases it.
-    with runtime.held(folder, files.LOCK, LOCK_WAIT_S, "study") as hold:
+    with locks.held(folder, layout.LOCK, LOCK_WAIT_S, "study") as hold:
         study, is_over = Study(folder, plan.recipe, hold.descriptor), False
         while not is_over:
             study = replace(study)  # which looks anew what is finished
@@ -49,8 +49,8 @@ def run_study(plan: Plan, folder: Path, launcher: Launcher, is_brief: bool = Fal
             is_over = len(plan.ready.runs) == len(plan.runs) or not num_made  # where what chooses failed
         console.print(summarise(study, plan.ready), end="", highlight=False, markup=False, soft_wrap=True)
         if not is_brief:
-            table = shown / files.STUDY_TABLE.format(plan.recipe.name)
-            console.print(f"table: {table}\nresults: {shown / files.RESULTS}", highlight=False, soft_wrap=True)
+            table = shown / layout.STUDY_TABLE.format(plan.recipe.name)
+            console.print(f"table: {table}\nresults: {shown / layout.RESULTS}", highlight=False, soft_wrap=True)
     if board.failed:
         run, reason = next(iter(board.failed.items()))
         others = f" (and {len(board.failed) - 1} more)" if len(board.failed) > 1 else ""

