@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from maskft.tuner.codec import HEADER_BYTES, decode_mask, encode_mask
+from maskft.masks.codec import HEADER_BYTES, decode_mask, encode_mask
 
 
 def entropy(sparsity: float) -> float:

@@ -230,7 +230,7 @@ def resume(report) -> None:
     from peft import PeftModel, get_peft_model
 
     from maskft import MaskConfig
-    from maskft.adapter.mask_set import MaskSet
+    from maskft.masks.mask_set import MaskSet
 
     from .common import LLAMA32_1B, TINY, build
 

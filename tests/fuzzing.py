@@ -34,9 +34,9 @@ from hypothesis import strategies as st
 from peft import PeftModel
 
 import tiny
-from maskft.adapter.mask_set import MaskSet, read_config
-from maskft.adapter.merge import one_line
-from maskft.adapter.verify import verify
+from maskft.masks.mask_set import MaskSet, read_config
+from maskft.masks.merge import one_line
+from maskft.masks.verify import verify
 from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_lab.results.compare import compare

@@ -6,8 +6,8 @@ from peft import PeftModel, get_peft_model
 
 import tiny
 from maskft import MaskConfig, adapter_layers, current_masks, masking, set_mask_progress
+from maskft.masks.codec import encode_mask
 from maskft.tuner import selection
-from maskft.tuner.codec import encode_mask
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LEARNERS = {

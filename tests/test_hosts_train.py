@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from maskft.adapter.verify import verify
+from maskft.masks.verify import verify
 
 pytestmark = pytest.mark.slow
 MASK = {"sparsity": 0.3, "init_scores": "normal"}

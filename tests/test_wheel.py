@@ -29,7 +29,7 @@ import torch
 from peft import PeftModel, get_peft_model
 import maskft
 assert not sys.argv[1] in maskft.__file__ and maskft.__version__
-from maskft.adapter.merge import merge
+from maskft.masks.merge import merge
 from tiny import tiny_llama, token_ids
 from tiny_tokenizer import tiny_tokenizer
 

@@ -7,8 +7,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from maskft.tuner.codec import PREFIX, encode_mask
-from maskft.tuner.fingerprints import mask_fingerprint
+from maskft.masks.codec import PREFIX, encode_mask
+from maskft.masks.fingerprints import mask_fingerprint
 from maskft_common import layout
 
 IS_OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)

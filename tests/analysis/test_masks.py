@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskft.adapter.mask_set import MaskSet
+from maskft.masks.mask_set import MaskSet
 from maskft_common.errors import UserError
 from maskft_lab.analysis.masks import head_shares, shares_by_head
 

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from maskft import MaskConfig
-from maskft.adapter.mask_set import MaskSet
+from maskft.masks.codec import encode_mask
+from maskft.masks.fingerprints import mask_fingerprint
+from maskft.masks.mask_set import MaskSet
 from maskft.training.options import option_defaults
-from maskft.tuner.codec import encode_mask
-from maskft.tuner.fingerprints import mask_fingerprint
 from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESULT
 from maskft_lab.cli.main import COMMANDS, main
 
@@ -237,7 +237,7 @@ def test_merge_writes_nothing_when_it_cannot(adapter, base, tmp_path, capsys):
 
 
 def test_merge_that_would_not_be_exact_is_not_kept(adapter, tmp_path, capsys, monkeypatch):
-    import maskft.adapter.merge as module
+    import maskft.masks.merge as module
 
     monkeypatch.setattr(module, "_logits", lambda model, ids: torch.rand(3))
     status, _, err = call(["merge", adapter, "--output_dir", tmp_path / "new"], capsys)

@@ -7,7 +7,7 @@ from peft.helpers import rescale_adapter_scale
 from transformers import AutoModelForCausalLM
 
 from maskft import MaskConfig
-from maskft.adapter.mask_set import MaskSet
+from maskft.masks.mask_set import MaskSet
 from maskft_lab.cli.main import main
 from maskft_lab.evaluation.arguments import EvaluationArguments
 from maskft_lab.evaluation.load import load_changes

@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from killing import kill_now_and_then, kill_ten_times, start, stop_when, wait_for
-from maskft.adapter.mask_set import MaskSet
+from maskft.masks.mask_set import MaskSet
 from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_lab.cli.main import main

@@ -14,10 +14,10 @@ from torch.distributed.fsdp import fully_shard
 import maskft.training.build
 import maskft.training.train
 import tiny
+from maskft.masks.fingerprints import base_fingerprint
 from maskft.training.checkpoints import trainable_state
 from maskft.training.checks import check_processes
 from maskft.tuner import MaskConfig, adapter_layers, current_masks, set_mask_progress
-from maskft.tuner.fingerprints import base_fingerprint
 from maskft.tuner.scores import Float32ParameterDict
 from maskft_common import processes
 from maskft_common.errors import UserError

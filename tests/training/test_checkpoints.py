@@ -17,7 +17,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from killing import Forked, stop_when, wait_for
-from maskft.adapter.mask_set import MaskSet
+from maskft.masks.mask_set import MaskSet
 from maskft.training import checkpoints
 from maskft.training.manifest import FREE, damage, read_manifest, seal
 from maskft.training.options import option_defaults

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import tiny
 from killing import start, stop_when, wait_for
-from maskft.adapter.mask_set import MaskSet
+from maskft.masks.mask_set import MaskSet
 from maskft.training.checkpoints import checkpoints_in, step_of
 from maskft.training.manifest import damage, read_manifest
 from maskft.training.verdict import read_heldout

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from maskft import current_masks, topk_mask
-from maskft.adapter.mask_set import MaskSet
+from maskft.masks.mask_set import MaskSet
 
 TOY = """
 import sys

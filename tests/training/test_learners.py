@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from maskft import adapter_layers
-from maskft.adapter.mask_set import MaskSet
-from maskft.adapter.merge import load_masked
-from maskft.adapter.verify import verify
+from maskft.masks.mask_set import MaskSet
+from maskft.masks.merge import load_masked
+from maskft.masks.verify import verify
 from maskft.tuner.fixed import fixed_masks
 from maskft_common.layout import ADAPTER_CONFIG, TRAINING
 from maskft_lab.cli.main import main

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from maskft import MaskConfig, UserError
-from maskft.adapter.mask_set import MaskSet
+from maskft.masks.mask_set import MaskSet
 from maskft.training.masked_start import RemovedStayZero, set_removed_to_zero
 from maskft.training.method_arguments import MethodArguments
 from maskft.training.record import read_record

@@ -6,12 +6,12 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskft.adapter.mask_set import MaskSet, read_config
-from maskft.adapter.verify import verify
 from maskft.data.arguments import DataArguments
 from maskft.data.splits import load_splits
 from maskft.data.tokenizing import tokenize_dataset
 from maskft.loss import nll_per_item
+from maskft.masks.mask_set import MaskSet, read_config
+from maskft.masks.verify import verify
 from maskft.training.record import read_record
 from maskft.training.verdict import HeldoutLosses, paired_interval, read_heldout
 from maskft_common.errors import UserError

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import tiny
-from maskft.adapter.mask_set import MaskSet
+from maskft.masks.mask_set import MaskSet
 from maskft.training.arguments import TrainingArguments
 from maskft.training.build import heldout_loss
 from maskft.training.method_arguments import MaskArguments, MethodArguments, mask_config, removes_a_share

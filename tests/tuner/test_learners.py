@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny
 from maskft import MaskConfig, MaskProgress, adapter_layers, current_masks, num_removed, set_mask_progress, start_scores
-from maskft.adapter.mask_set import MaskSet
-from maskft.adapter.merge import merge
-from maskft.adapter.verify import verify
+from maskft.masks.mask_set import MaskSet
+from maskft.masks.merge import merge
+from maskft.masks.verify import verify
 from maskft.tuner import learners
 from maskft.tuner.fixed import fixed_masks, ranks_per_output
 from maskft.tuner.layer import MaskedLinear

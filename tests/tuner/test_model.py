@@ -18,11 +18,11 @@ from trl import ModelConfig
 
 import tiny
 from maskft import MaskConfig, current_masks, set_mask_progress
-from maskft.adapter.mask_set import MaskSet
-from maskft.adapter.verify import verify
+from maskft.masks.codec import encode_mask, weights_sha256
+from maskft.masks.mask_set import MaskSet
+from maskft.masks.verify import verify
 from maskft.training.build import with_adapter
 from maskft.tuner import MaskedLinear, MaskPeftType, adapter_layers
-from maskft.tuner.codec import encode_mask, weights_sha256
 from maskft.tuner.targets import check_targets, maskable_names
 from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS

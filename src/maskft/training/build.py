@@ -18,10 +18,10 @@ from maskft_common.errors import UserError, first_line
 from maskft_common.files import from_anywhere, whole_folder
 from maskft_common.layout import EMBEDDED_MODEL
 
-from ..adapter.merge import ONE_LINE
 from ..data.arguments import DataArguments
 from ..data.prepared import Prepared, prepare
 from ..loss import HeldoutLoss
+from ..masks.merge import ONE_LINE
 from ..models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from ..tuner import MaskConfig, start_scores
 from ..tuner.config import DATA_STARTS

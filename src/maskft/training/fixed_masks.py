@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from maskft_common.errors import UserError
 from maskft_common.memory import peak_memory_bytes
 
-from ..adapter.mask_set import MaskSet
 from ..data.prepared import Prepared
 from ..loss import mean_nll
+from ..masks.codec import encode_mask, mask_info
+from ..masks.mask_set import MaskSet
 from ..tuner import MaskedLinear, adapter_layers
-from ..tuner.codec import encode_mask, mask_info
 from ..tuner.fixed import FIXED_MASKS, fixed_masks
 from ..tuner.targets import listed
 from ..tuner.wanda import input_norms

@@ -7,8 +7,8 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from maskft_common.errors import UserError
 
-from ..adapter.mask_set import MaskSet, read_config
-from ..tuner.fingerprints import is_the_base, weights_fingerprint
+from ..masks.fingerprints import is_the_base, weights_fingerprint
+from ..masks.mask_set import MaskSet, read_config
 from ..tuner.sharded import is_sharded, rows_of
 from ..tuner.targets import listed
 from .method_arguments import MethodArguments

@@ -17,9 +17,9 @@ from trl import SFTTrainer
 from maskft_common import files, layout, memory, processes
 from maskft_common.errors import NOT_UPDATED, NotFiniteError, UserError, first_line
 
-from ..adapter.mask_set import MaskSet
 from ..data.prepared import Prepared
 from ..loss import HeldoutLoss, RowLoss, mean_nll
+from ..masks.mask_set import MaskSet
 from ..tuner import MaskProgress, set_mask_progress
 from .arguments import TrainConfig, trainer_arguments
 from .callbacks import KeepLast, Reference, StepGuard

@@ -19,9 +19,9 @@ from maskft_common.files import from_anywhere
 from maskft_common.layout import ADAPTER_WEIGHTS
 
 from ..masking import RankBy, ScoreStart, check_sparsity
-from .adapter_file import ScoresOfSave, add_tensors, weights_beside_masks
-from .card import write_card
-from .codec import FORMAT_VERSION, weights_sha256
+from ..masks.adapter_file import ScoresOfSave, add_tensors, weights_beside_masks
+from ..masks.card import write_card
+from ..masks.codec import FORMAT_VERSION, weights_sha256
 from .learners import LEARNERS, is_free, learner_options, names_with
 
 # "we set ... masking ratio [to] 10%" (Sec. 3.2); the start and the ranking by magnitude are the published code's.

@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from maskft_common.errors import UserError
 
+from ..masks.codec import decode_mask
 from . import compiled, merging
-from .codec import decode_mask
 from .config import MaskConfig
 from .effective import EffectiveWeight, score_gradient_of
 from .scores import Float32ParameterDict, check_scores, draw_scores, mask_from_scores

@@ -15,10 +15,10 @@ from torch.utils.hooks import RemovableHandle
 
 from maskft_common.errors import UserError
 
-from .adapter_file import ScoresOfSave
-from .codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, weights_sha256
+from ..masks.adapter_file import ScoresOfSave
+from ..masks.codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_of_mask, weights_sha256
+from ..masks.fingerprints import base_fingerprint, check_base, mask_fingerprint
 from .config import NO_TOKEN_INDICES, MaskConfig
-from .fingerprints import base_fingerprint, check_base, mask_fingerprint
 from .layer import MaskedLinear
 from .removed_value import removed_values
 from .scores import Float32ParameterDict, check_scores, mask_from_scores, ranked_scores

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from maskft_common.errors import UserError
 
+from ..masks.fingerprints import weights_fingerprint
 from ..models import load_model
 from .config import MaskConfig
-from .fingerprints import weights_fingerprint
 from .targets import is_target
 
 

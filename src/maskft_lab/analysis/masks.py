@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from maskft.adapter.mask_set import MaskSet, read_config
+from maskft.masks.mask_set import MaskSet, read_config
 from maskft.models import load_config
 from maskft_common.errors import UserError
 

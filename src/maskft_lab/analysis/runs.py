@@ -123,7 +123,7 @@ def parent_of(run: TrainedRun, runs: Sequence[TrainedRun]) -> TrainedRun | None:
 
 def start_model(run: TrainedRun, runs: Sequence[TrainedRun]) -> str:
     """Folder or name of the model under a mask: of its start, else what its adapter says, else the base."""
-    from maskft.adapter.mask_set import read_config  # torch: reading published results takes seconds without it
+    from maskft.masks.mask_set import read_config  # torch: reading published results takes seconds without it
 
     parent = parent_of(run, runs)
     return parent.models[BEST] if parent else read_config(run.models[BEST]).base_model_name_or_path or run.base

@@ -13,7 +13,7 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     """Print size, count and share per module and in total; then base and recipe."""
-    from maskft.adapter.mask_set import describe, read_coded, read_config
+    from maskft.masks.mask_set import describe, read_coded, read_config
     from maskft_common.errors import printable
 
     config, rows = read_config(args.adapter), describe(read_coded(args.adapter))

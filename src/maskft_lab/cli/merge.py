@@ -24,7 +24,7 @@ def run(args) -> None:
     """Merge and verify."""
     import transformers
 
-    from maskft.adapter.merge import merge
+    from maskft.masks.merge import merge
 
     warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.disable_progress_bar()

@@ -17,7 +17,7 @@ def run(args) -> None:
     """Print each check that passed; the first that fails ends the command."""
     import transformers
 
-    from maskft.adapter.verify import verify
+    from maskft.masks.verify import verify
     from maskft_common.errors import printable
 
     if args.base:

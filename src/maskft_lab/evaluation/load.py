@@ -12,12 +12,12 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
-from maskft.adapter.mask_set import MaskSet, read_config
-from maskft.adapter.merge import adapter_tokenizer, one_line
 from maskft.data.tokenizing import tokenizer_rules
+from maskft.masks.codec import encode_mask, is_of_mask
+from maskft.masks.mask_set import MaskSet, read_config
+from maskft.masks.merge import adapter_tokenizer, one_line
 from maskft.models import base_of, check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from maskft.training.method_arguments import MASK_METHODS
-from maskft.tuner.codec import encode_mask, is_of_mask
 from maskft_common.errors import UserError, first_line
 from maskft_common.files import digest, digest_tensors, read_json
 from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING, holds_adapter, no_adapter

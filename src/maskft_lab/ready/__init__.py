@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 import maskft  # noqa: F401 - registers the method with PEFT
-from maskft.adapter.mask_set import MaskSet
+from maskft.masks.mask_set import MaskSet
 from maskft.models import load_model, load_tokenizer
 from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_WEIGHTS, EMBEDDED_MODEL

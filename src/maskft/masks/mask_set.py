@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from maskft_common import files, layout, schema
 from maskft_common.errors import UserError
 
-from ..tuner.codec import FORMAT_VERSION, PREFIX, decode_mask, is_of_mask, mask_info
-from ..tuner.fingerprints import mask_fingerprint
 from ..tuner.model import check_weights
+from .codec import FORMAT_VERSION, PREFIX, decode_mask, is_of_mask, mask_info
+from .fingerprints import mask_fingerprint
 
 _SUFFIX = ".mask_coded"
 

@@ -9,10 +9,10 @@ from maskft_common.errors import UserError
 
 from ..masking import num_removed
 from ..tuner import adapter_layers
-from ..tuner.codec import decode_mask
-from ..tuner.fingerprints import check_base
 from ..tuner.learners import current_sparsity
 from ..tuner.targets import listed
+from .codec import decode_mask
+from .fingerprints import check_base
 from .mask_set import AdapterConfig, describe, read_coded, read_config
 from .merge import load_masked
 

@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from maskft import MaskConfig
-from maskft.adapter.verify import verify
-from maskft.tuner import fingerprints
+from maskft.masks import fingerprints
+from maskft.masks.verify import verify
 from maskft_common.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 

@@ -16,7 +16,7 @@ from maskft_common.errors import UserError, first_line
 
 from ..models import base_of, load_model, load_tokenizer
 from ..tuner import adapter_layers, current_masks
-from ..tuner.codec import PREFIX
+from .codec import PREFIX
 from .mask_set import MaskSet, read_config
 
 _PROBE_TOKENS = 64

@@ -12,10 +12,10 @@ from torch import Tensor
 from maskft_common.errors import UserError
 from maskft_common.files import digest, digest_tensors
 
+from ..tuner.layer import MaskedLinear
+from ..tuner.merging import unmerged_weight
+from ..tuner.sharded import is_sharded
 from .codec import mask_info
-from .layer import MaskedLinear
-from .merging import unmerged_weight
-from .sharded import is_sharded
 
 
 def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:

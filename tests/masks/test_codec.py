@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskft.tuner.codec import HEADER_BYTES, decode_mask, encode_mask, mask_info
+from maskft.masks.codec import HEADER_BYTES, decode_mask, encode_mask, mask_info
 from maskft_common.errors import UserError
 
 

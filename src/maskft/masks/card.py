@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 adapter = "."  # this folder, or its name on the hub
 model = AutoPeftModelForCausalLM.from_pretrained(adapter)
 tokenizer = AutoTokenizer.from_pretrained({tokenizer})"""
-_LOAD_EMBEDDED = """from maskft.adapter.merge import load_masked
+_LOAD_EMBEDDED = """from maskft.masks.merge import load_masked
 
 model, tokenizer, _ = load_masked(".")  # this folder"""
 _LOAD_OVER = """import maskft  # lets PEFT know masks

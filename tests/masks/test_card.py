@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from maskft import MaskConfig
-from maskft.tuner.card import write_card
+from maskft.masks.card import write_card
 from tiny_tokenizer import tiny_tokenizer
 
 RECIPE = {"method": "mask", "learning_rate": 0.01, "datasets": ["openai/gsm8k"], "verdict": "the mask is | fine"}
