@@ -1,4 +1,4 @@
-"""The plugins of examples/hosts: 4 steps by each host's own command, where it is installed: docs/compatibility.md."""
+"""Plugins for other trainers (maskft.axolotl, examples/hosts), where installed as docs/compatibility.md says."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def is_same_adapter(one, other):
 @needs("axolotl")
 def test_axolotl_trains_and_resumes(base, rows, tmp_path):
     settings = {
-        "base_model": str(base), "plugins": ["maskft_axolotl.MaskPlugin"], "adapter": "mask", "mask": MOVING,
+        "base_model": str(base), "plugins": ["maskft.axolotl.MaskPlugin"], "adapter": "mask", "mask": MOVING,
         "peft_layers_to_transform": [1, 2], "datasets": [{"path": str(rows), "ds_type": "json", "type": "alpaca"}],
         "sequence_len": 256, "micro_batch_size": 2, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2,
         "optimizer": "adamw_torch", "lr_scheduler": "constant", "bf16": False, "attn_implementation": "eager",

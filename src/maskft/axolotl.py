@@ -1,0 +1,73 @@
+"""Masks in axolotl, as a plugin; run with axolotl 0.21.0.
+
+In its YAML::
+
+    plugins: [maskft.axolotl.MaskPlugin]
+    adapter: mask
+    mask: {sparsity: 0.3}  # fields of maskft.MaskConfig
+
+Nothing else of maskft imports this module, and axolotl is no dependency of maskft.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from peft import PeftModel, get_peft_model
+from pydantic import BaseModel
+
+from .tuner import MaskConfig, MaskProgress
+
+
+class MaskArgs(BaseModel):
+    """The field that the plugin adds to axolotl's configuration."""
+
+    mask: dict[str, Any] | None = None
+
+
+class MaskPlugin(BasePlugin):
+    """Gives axolotl the adapter ``mask``."""
+
+    def get_input_args(self) -> str:
+        """Import path of the fields that the plugin adds to axolotl's configuration."""
+        return f"{MaskArgs.__module__}.MaskArgs"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        """One adapter, which is not built like LoRA; ReLoRA's restarts would not merge it."""
+        return [AdapterCapabilities(name="mask", lora_like=False, relora=False)]
+
+    def load_adapter(
+        self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
+    ) -> tuple[PeftModel | None, MaskConfig] | None:
+        """Put a mask over ``model``, from ``lora_model_dir`` if that is given.
+
+        Args:
+            model: The base model.
+            cfg: axolotl's configuration.
+            inference: The mask is loaded to be used, not to be trained.
+            config_only: Only the configuration is wanted.
+
+        Returns:
+            The model with its mask and the mask's configuration; None for another adapter.
+        """
+        if cfg.adapter != "mask":
+            return None
+        given = {
+            "target_modules": cfg.lora_target_modules,
+            "modules_to_save": cfg.lora_modules_to_save,
+            "layers_to_transform": cfg.peft_layers_to_transform,
+            "save_scores": True,  # axolotl resumes from the adapter that it saved
+            **(cfg.mask or {}),
+        }
+        given = {name: value for name, value in given.items() if value}
+        config = MaskConfig(task_type="CAUSAL_LM", **given)
+        if config_only:
+            return None, config
+        if cfg.lora_model_dir:
+            return PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference), config
+        return get_peft_model(model, config), config
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[MaskProgress]:
+        """Masks with a ramp, a schedule or noise need to know how far training is."""
+        return [MaskProgress()] if cfg.adapter == "mask" else []
