@@ -1,12 +1,27 @@
 """Typed files: a mistake is one line with its place."""
 
+import gzip
+import os
 import re
+import stat
+import time
 
 import pytest
+import torch
 from pydantic import Field
+from safetensors.torch import save_file
 
-from maskft_common.errors import UserError
-from maskft_common.files import append_to, read_json, size, whole_folder, write_text
+from maskft_common.errors import UserError, printable
+from maskft_common.files import (
+    append_to,
+    check_own_files,
+    read_json,
+    read_text,
+    size,
+    use_default_modes,
+    whole_folder,
+    write_text,
+)
 from maskft_common.locks import held
 from maskft_common.schema import FileModel, read_model
 from maskft_common.yaml_file import read_yaml
@@ -72,6 +87,123 @@ def test_json_that_is_a_bomb(tmp_path):
         sparse.truncate(2**30)
     with pytest.raises(UserError, match="has more than 64 MiB"):
         read_json(file)
+
+
+def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path):
+    file = tmp_path / "result.json.gz"
+    with gzip.open(file, "wb") as stream:
+        for _ in range(65):
+            stream.write(b" " * 2**20)
+    assert file.stat().st_size < 100_000
+    with pytest.raises(UserError, match="has more than 64 MiB of text"):
+        read_text(file)
+
+
+@pytest.mark.parametrize("read", [read_json, read_text, read_yaml])
+def test_a_pipe_is_refused_and_not_waited_for(read, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="a pipe or a device, not a regular file"):
+        read(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("a: 1:30", "1:30"), ("a: 1:30.5", "1:30.5"), ("a: 0x10", 16), ("a: 1e-3", 0.001), ("a: '3'", "3"), ("a: 3", 3)],
+)
+def test_numbers_of_yaml(text, value, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    assert read_yaml(tmp_path / "r.yaml") == {"a": value}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + "9" * 5000, "is not YAML: Exceeds the limit"),
+        ("a: &a [x, x, x]\nb: &b [*a, *a, *a]\n" + "c: [*b, *b]\n", ""),
+        (
+            "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 10)),
+            "repeats its aliases",
+        ),
+        ("a: &a [*a]", "repeats its aliases"),
+        ("a: " + "x" * 2**20, "has more than 1 MiB"),
+    ],
+)
+def test_yaml_that_is_a_bomb(text, message, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    if not message:  # aliases are not refused
+        assert read_yaml(tmp_path / "r.yaml")["c"]
+        return
+    with pytest.raises(UserError, match=message):
+        read_yaml(tmp_path / "r.yaml")
+
+
+def test_a_number_in_base_60_takes_no_time(tmp_path):
+    """600 kB of it took minutes."""
+    (tmp_path / "r.yaml").write_text("a: 1" + ":1" * 300_000)
+    started = time.monotonic()
+    assert read_yaml(tmp_path / "r.yaml")["a"].startswith("1:1")
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain", "plain"),
+        ("\x1b[31m\n", "\\x1b[31m\\n"),
+        ("a\ufe0f", "a\\ufe0f"),
+        ("e\u0301", "e\u0301"),
+        ("a" + "\u0301" * 5, "a" + "\u0301" * 3 + "\\u0301" * 2),
+        ("\u05d1\u05bc\u05b0", "\u05d1\u05bc\u05b0"),  # a pointed letter
+        ("\U000e0100", "\\U000e0100"),
+    ],
+)
+def test_invisible_and_stacked_characters_are_escaped(text, shown):
+    assert printable(text) == shown
+
+
+def test_saved_weights_can_be_read_by_whom_other_files_can_be_read(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").chmod(0o600)  # as some versions of safetensors leave it
+    (tmp_path / "config.json").write_text("{}")
+    use_default_modes(tmp_path)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
+    assert modes.keys() == {"model.safetensors", "config.json"} and len({*modes.values()}) == 1
+
+
+# Links that lead out of a stranger's folder
+
+
+def test_a_link_out_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "key").write_text("secret")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "inside").symlink_to("config.json")
+    (folder / "config.json").write_text("{}")
+    check_own_files(folder)
+    (folder / "chat_template.jinja").symlink_to(tmp_path / "key")
+    with pytest.raises(UserError, match=r"chat_template\.jinja' is a link to '.*key', outside of its folder"):
+        check_own_files(folder)
+
+
+def test_a_folder_that_is_a_link_and_is_read_is_refused(tmp_path):
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "templates").symlink_to(tmp_path / "keys")
+    check_own_files(tmp_path / "adapter")
+    with pytest.raises(UserError, match="outside of its folder"):
+        check_own_files(tmp_path / "adapter", ["templates"])
+
+
+def test_blobs_of_the_hub_s_cache_pass(tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (tmp_path / "models--a--b" / "blobs" / "9f").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/9f")
+    check_own_files(snapshot)
+    (snapshot / "other.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="outside of its folder"):
+        check_own_files(snapshot)
 
 
 def test_bytes_are_told_in_units_that_say_something():

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 import tiny
 from maskft.models import load_config, load_model, load_tokenizer
 from maskft_common.errors import UserError
+from tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.mark.parametrize("load", [load_model, load_config, load_tokenizer])
@@ -62,3 +65,144 @@ def test_what_looks_like_a_path_is_never_asked_of_the_hub(name, tmp_path, monkey
         load_model(name)
     with pytest.raises(UserError, match="is not a folder with a tokenizer"):
         load_tokenizer(name)
+
+
+# A stranger's folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model with its tokenizer."""
+    place = tmp_path / "model"
+    tiny.tiny_llama(vocab_size=len(tiny_tokenizer())).save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    return place
+
+
+def change(file, **values):
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(content | values))
+
+
+@pytest.mark.parametrize(
+    ("name", "load"),
+    [
+        ("config.json", load_model),
+        ("generation_config.json", load_model),
+        ("tokenizer_config.json", load_tokenizer),
+        ("chat_template.jinja", load_tokenizer),
+        ("model.safetensors", load_model),
+        ("additional_chat_templates", load_tokenizer),
+    ],
+)
+def test_a_link_out_of_the_folder_is_not_read(name, load, folder, tmp_path):
+    (tmp_path / "key").write_text("secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path if name == "additional_chat_templates" else tmp_path / "key")
+    with pytest.raises(UserError, match="outside of its folder"):
+        load(str(folder))
+
+
+def test_a_tokenizer_that_names_a_file_elsewhere_is_refused(folder, tmp_path):
+    """As ``vocab_file`` some versions of transformers would open it, and save its content."""
+    (tmp_path / "key").write_text("secret")
+    change(folder / "tokenizer_config.json", vocab_file="/root/.cache/of-its-author/vocab.txt")
+    load_tokenizer(str(folder))
+    change(folder / "tokenizer_config.json", vocab_file=str(tmp_path / "key"))
+    with pytest.raises(UserError, match=r"names a file outside of its folder \(vocab_file"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "is not an index of weights"),
+        ({"weight_map": []}, "is not an index of weights"),
+        ({"weight_map": {"a": 1}}, "is not an index of weights"),
+        ({"weight_map": {"a": "../key.safetensors"}}, "names a file outside of its folder"),
+    ],
+)
+def test_an_index_of_weights_that_is_none(content, message, folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"x"', "[" * 100_000, '{"a": ' * 100_000])
+@pytest.mark.parametrize(
+    ("name", "load"),
+    [
+        ("config.json", load_model),
+        ("config.json", load_config),
+        ("generation_config.json", load_model),
+        ("tokenizer_config.json", load_tokenizer),
+        ("tokenizer.json", load_tokenizer),
+        ("special_tokens_map.json", load_tokenizer),
+        ("added_tokens.json", load_tokenizer),
+    ],
+)
+def test_settings_that_are_no_object_are_one_line(name, load, content, folder):
+    """Read where a library does not look at the file, else refused in one line."""
+    (folder / name).write_text(content)
+    try:
+        load(str(folder))
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": []},
+        {"model_type": {}},
+        {"quantization_config": [1]},
+        {"quantization_config": {"quant_method": []}},
+        {"architectures": 3},
+        {"vocab_size": "many"},
+        {"num_hidden_layers": -1},
+        {"hidden_size": 0},
+        {"rope_parameters": []},
+        {"dtype": "no"},
+    ],
+)
+def test_values_of_a_configuration_of_another_type_are_one_line(values, folder):
+    change(folder / "config.json", **values)
+    for load in (load_config, load_model):
+        try:
+            load(str(folder))
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_hidden_layers": 10**6}, {"n_layer": 10**9}, {"text": {"num_layers": 1e300}}, {"num_labels": 10**9}]
+)
+def test_a_configuration_claims_no_more_layers_than_models_have(values, folder):
+    change(folder / "config.json", **values)
+    for load in (load_config, load_model):
+        with pytest.raises(UserError, match="at most"):
+            load(str(folder))
+
+
+def test_a_pickle_is_not_run(folder, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(UserError, match="cannot load model"):
+        load_model(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_pipe_in_the_folder_of_a_model_is_not_waited_for(name, folder):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    load = load_tokenizer if name == "tokenizer_config.json" else load_model
+    try:
+        load(str(folder))
+    except UserError as error:
+        assert "\n" not in str(error)

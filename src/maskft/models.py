@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaForCausalLM,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from maskft_common.errors import UserError, first_line
-from maskft_common.files import digest, digest_file, read_json
+from maskft_common.files import check_own_files, digest, digest_file, is_there, read_json
 from maskft_common.layout import EMBEDDED_MODEL, holds_adapter
 
 from .embedded import embedded_config, embedded_file, read_embedded
 
-_NO_CODE = {"trust_remote_code": False}  # else transformers asks on the terminal whether to run what a model brings
-_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, StrictDataclassError)  # what transformers raises
-_UNREADABLE += (SafetensorError, ArithmeticError, LookupError)
+_NO_CODE = {"trust_remote_code": False}  # else transformers asks on the terminal whether to run a model's own code
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-# What else in a model's folder decides what it computes and how text becomes tokens.
+# The other files of a model's folder that decide its outputs, or how text becomes tokens.
 _OTHERS = (
-    *("config.json", "generation_config.json", "*.py", "*.jinja", "token*", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab*", "merges.txt"),
+    "config.json",
+    "generation_config.json",
+    "*.py",
+    "*.jinja",
+    "token*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
 )
+_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_TEMPLATES = "additional_chat_templates"  # the only folder in a model's folder that transformers reads
+# transformers makes a module of each layer, and an entry of a dict of each label, before it looks at the weights.
+_NUM_LAYERS = re.compile(r"((num|n|encoder|decoder)_(\w+_)?layers?|depth)")
+_MAX_LAYERS = 2_000
+_MAX_LABELS = 10**6
 
 
 def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTrainedModel:
@@ -47,67 +59,87 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
             ``quantization_config``, ...).
 
     Raises:
-        UserError: If there is no such model, or a folder is not one.
+        UserError: If there is no such model, a folder is not one, or a file of it cannot be read.
     """
     if name_or_path == EMBEDDED_MODEL:
         return _load_embedded(torch.float32 if dtype == "auto" else getattr(torch, dtype), **kwargs)
     check_model_source(name_or_path)
     name_or_path = os.path.expanduser(name_or_path)
+    with _one_line(f"cannot load model {name_or_path!r}"):
+        _check_configuration(name_or_path, revision=kwargs.get("revision"))
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, output_loading_info=True, **_NO_CODE, **kwargs
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers has drawn them at random
+        raise UserError(
+            f"cannot load model {name_or_path!r}: it lacks {len(missing)} weights, {missing[0]} the first; copy or "
+            "save it again"
+        )
+    return model
+
+
+@contextmanager
+def _one_line(problem: str) -> Iterator[None]:
+    """Turn any error of transformers into one line: for a file that it does not expect it raises errors of any type."""
     try:
-        _check_configuration(name_or_path, **kwargs)
-        kwargs |= {"dtype": dtype, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_path, **_NO_CODE, **kwargs)
-        if missing := sorted(loaded[1]["missing_keys"]):  # transformers would draw them at random
-            raise UserError(f"it lacks {len(missing)} weights, {missing[0]} the first; copy or save it again")
-        return loaded[0]
-    except _UNREADABLE as error:
-        raise UserError(f"cannot load model {name_or_path!r}: {first_line(error)}") from error
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # The message of these is written for people; of others ("'list' object has no attribute ...") it is not.
+        is_clear = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
+        reason = first_line(error) if is_clear else f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{problem}: {reason}") from error
 
 
-def _check_configuration(name_or_path: str, revision: str | None = None, **_: Any) -> None:
-    values, _ = PreTrainedConfig.get_config_dict(os.path.expanduser(name_or_path), revision=revision)
-    _check_no_kernels(values, name_or_path)
+def _check_configuration(name_or_path: str, revision: str | None = None) -> None:
+    values, _ = PretrainedConfig.get_config_dict(os.path.expanduser(name_or_path), revision=revision)
+    _check_values(values, name_or_path)
 
 
-def _check_no_kernels(values: dict[str, Any], name_or_path: str) -> None:
-    """Refuse a configuration that names a kernel of the hub: transformers would download its code and run it."""
+def _check_values(values: dict[str, Any], name_or_path: str) -> None:
+    """Refuse a configuration that asks for code or for more modules than any model has.
+
+    A value of ``attn_implementation`` with a slash names a kernel of the hub: transformers would download its code and
+    run it.
+    """
     for key, value in values.items():
         if isinstance(value, dict):
-            _check_no_kernels(value, name_or_path)
+            _check_values(value, name_or_path)
         if key.endswith("_implementation") and "/" in str(value):
             raise UserError(
                 f"the configuration of {name_or_path!r} asks for code from the hub ({key}: {value!r}); remove it"
             )
+        most = _MAX_LABELS if key == "num_labels" else _MAX_LAYERS if _NUM_LAYERS.fullmatch(key) else None
+        if most and isinstance(value, int | float) and value > most:
+            raise UserError(f"the configuration of {name_or_path!r} has {key} {value:,}; at most {most:,} are built")
 
 
-def load_config(name_or_path: str, **kwargs) -> PreTrainedConfig:
+def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
     """Read the configuration of a model, and nothing of its weights; see :func:`load_model`.
 
     Args:
         name_or_path: What :func:`load_model` takes, or a ``.json`` file with a configuration.
         **kwargs: Passed on to ``AutoConfig.from_pretrained`` (``revision``).
     """
-    try:
-        if name_or_path == EMBEDDED_MODEL:
-            return embedded_config()
+    if name_or_path == EMBEDDED_MODEL:
+        return embedded_config()
+    with _one_line(f"cannot read the configuration of {name_or_path!r}"):
         if name_or_path.endswith(".json"):
             return _config_of_file(Path(name_or_path).expanduser())
         check_model_source(name_or_path)
-        _check_configuration(name_or_path, **kwargs)
+        _check_configuration(name_or_path, kwargs.get("revision"))
         return AutoConfig.from_pretrained(os.path.expanduser(name_or_path), **_NO_CODE, **kwargs)
-    except _UNREADABLE as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"cannot read the configuration of {name_or_path!r}: {first_line(error)}") from error
 
 
-def _config_of_file(path: Path) -> PreTrainedConfig:
+def _config_of_file(path: Path) -> PretrainedConfig:
     if not path.is_file():
         raise UserError(f"model configuration {str(path)!r} does not exist")
     values = read_json(path)
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError(f"{str(path)!r} is not a model configuration: it has no model_type")
-    _check_no_kernels(values, str(path))
+    _check_values(values, str(path))
     return AutoConfig.for_model(**values)
 
 
@@ -121,21 +153,37 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
     """
     template = None if chat_template_path is None else _read_template(chat_template_path)
     if name_or_path == EMBEDDED_MODEL:
-        path = embedded_file()  # the class that AutoTokenizer finds, after it has read the file once more
+        path = embedded_file()
+        # The class that AutoTokenizer finds as well, after it has read the file once more.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
     else:
-        if is_local_folder(name_or_path) and not any(Path(name_or_path).expanduser().glob("tokenizer*")):
-            raise UserError(f"{name_or_path!r} is not a folder with a tokenizer")
-        try:
+        if is_local_folder(name_or_path):
+            _check_tokenizer_folder(name_or_path)
+        where = "" if Path(name_or_path).exists() else ", which is no folder here"
+        with _one_line(f"cannot load the tokenizer of {name_or_path!r}{where}"):
             tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), **_NO_CODE, **kwargs)
-        except _UNREADABLE as error:
-            where = "" if Path(name_or_path).exists() else ", which is no folder here"
-            raise UserError(f"cannot load the tokenizer of {name_or_path!r}{where}: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if template is not None:
         tokenizer.chat_template = template
     return tokenizer
+
+
+def _check_tokenizer_folder(name: str) -> None:
+    folder = Path(name).expanduser()
+    if not any(folder.glob("tokenizer*")):
+        raise UserError(f"{name!r} is not a folder with a tokenizer")
+    check_own_files(folder, [_TEMPLATES])
+
+    # transformers before 5.2x opens any file that ``vocab_file`` and the like name here, wherever it is.
+    settings = folder / "tokenizer_config.json"
+    values = read_json(settings) if settings.is_file() else {}
+    if not isinstance(values, dict):
+        raise UserError(f"{str(settings)!r} holds no object; copy the tokenizer again")
+    for key, value in values.items():
+        if key.endswith("_file") and isinstance(value, str) and is_there(value):
+            if not Path(value).resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{str(settings)!r} names a file outside of its folder ({key}: {value!r}); remove it")
 
 
 def _read_template(file: str) -> str:
@@ -185,8 +233,23 @@ def check_model_source(name_or_path: str) -> None:
     if not (folder / "config.json").is_file():
         hint = "; it is an adapter: pass it as --adapter" if holds_adapter(folder) else ""
         raise UserError(f"{name_or_path!r} is not a model folder: it has no config.json{hint}")
+    check_own_files(folder, [_TEMPLATES])
     if not isinstance(read_json(folder / "config.json"), dict):
         raise UserError(f"{name_or_path!r} is not a model folder: its config.json holds no object; copy it again")
+    for name in _INDICES:
+        if (folder / name).is_file():
+            _check_index(folder / name)
+
+
+def _check_index(file: Path) -> None:
+    """Refuse an index of weights with another structure, or one that names files outside of its folder."""
+    content = read_json(file)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise UserError(f"{str(file)!r} is not an index of weights: it has no weight_map; copy the model again")
+    for place in {*places.values()}:
+        if Path(place).name != place:
+            raise UserError(f"{str(file)!r} names a file outside of its folder ({place!r}); copy the model again")
 
 
 def model_identity(name: str) -> str:

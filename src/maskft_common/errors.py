@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import unicodedata
 from collections.abc import Iterable
 
 NOT_UPDATED = "stopped before the update was applied"  # in the last line of a training that met a NotFiniteError
@@ -40,12 +42,30 @@ def install_hint(extra: str) -> str:
     return HOW_TO_INSTALL.format(f".[{extra}]")
 
 
-_BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters that are drawn as nothing
+# Code points that are printable for Python and drawn as nothing: letters of that kind, and what Unicode calls "default
+# ignorable" (variation selectors, fillers), with which two names that look alike would be two names.
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
+)
+# Marks that are drawn over the letter before them. Vietnamese and pointed Hebrew use up to three; hundreds cover the
+# lines above and below.
+_MAX_MARKS = 3
 
 
 def printable(text: str) -> str:
-    r"""Return ``text`` with what cannot be seen (line breaks, a terminal's escape sequences) written as ``\x1b``."""
-    return "".join(c if c.isprintable() and c not in _BLANK else c.encode("unicode_escape").decode() for c in text)
+    r"""Return ``text`` with everything that cannot be seen, or that hides other text, as an escape such as ``\x1b``.
+
+    Escaped are line breaks, a terminal's escape sequences, invisible characters, and of each letter's combining marks
+    all after the third.
+    """
+    shown = []
+    num_marks = 0
+    for character in text:
+        is_mark = unicodedata.category(character) in ("Mn", "Me")
+        num_marks = num_marks + 1 if is_mark else 0
+        is_visible = character.isprintable() and not _INVISIBLE.match(character) and num_marks <= _MAX_MARKS
+        shown.append(character if is_visible else character.encode("unicode_escape").decode())
+    return "".join(shown)
 
 
 def first_line(error: Exception) -> str:

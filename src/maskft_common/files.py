@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -20,11 +21,13 @@ from .layout import RESULTS, RUNS
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_JSON_BYTES = 64 * 2**20  # of what comes from elsewhere; the history of a long training has some MB
+# Of files that may come from a stranger: a gzipped file of 1.7 MB can hold 400 MB. The history of a long training has a
+# few MB, the results of a study less than one.
+MAX_JSON_BYTES = 64 * 2**20
 
 
 def is_there(name: str) -> bool:
-    """Whether a file or folder of this name exists; a text that cannot be a name is none."""
+    """Whether a file or folder of this name exists; False for a text that cannot be a path."""
     try:
         return Path(name).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown user's home
@@ -32,18 +35,82 @@ def is_there(name: str) -> bool:
 
 
 def from_anywhere(name: str) -> str:
-    """A name of a model that also holds in another working folder: of a folder its path, of the hub itself."""
+    """A model's name that is valid in any working directory: the absolute path of a folder, a hub name unchanged."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
+# Files of strangers
+
+
 def own_file(folder: str | Path, name: str) -> Path:
-    """A file of a folder that may be a stranger's: a link that leads out of it is refused."""
+    """Return the path of a file in a folder.
+
+    Raises:
+        UserError: If it is a link that leads out of the folder.
+    """
     file = Path(folder) / name
-    if not file.resolve().is_relative_to(Path(folder).resolve()):
+    if not _is_inside(file, Path(folder)):
         raise UserError(
             f"{str(file)!r} is a link to {str(file.resolve())!r}, outside of its folder; copy the file there"
         )
     return file
+
+
+def check_own_files(folder: str | Path, subfolders: Iterable[str] = ()) -> None:
+    """Refuse a folder with a file that is a link out of it.
+
+    Libraries read files of a model's folder by name and save their content elsewhere: a link to somebody's key would
+    end up, as a plain file, in the folder that is uploaded next. Links in a snapshot of the hub's cache lead to the
+    blobs beside the snapshots, and pass.
+
+    Args:
+        folder: A stranger's folder.
+        subfolders: Names of folders in it whose files are read as well.
+
+    Raises:
+        UserError: For the first link that leads out of the folder.
+    """
+    folder = Path(folder)
+    places = [folder]
+    for name in subfolders:
+        place = folder / name
+        own_file(folder, name)
+        if place.is_dir():
+            places.append(place)
+
+    for place in places:
+        for file in sorted(place.iterdir()):
+            # A folder in the model's folder is read only where it is one of ``subfolders``.
+            if file.is_symlink() and not file.is_dir() and not _is_hub_blob(file, folder):
+                own_file(folder, str(file.relative_to(folder)))
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    try:
+        return file.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link to itself
+        return False
+
+
+def _is_hub_blob(file: Path, folder: Path) -> bool:
+    """Whether a link is one of huggingface_hub's: ``NAME/snapshots/COMMIT/FILE`` -> ``NAME/blobs/HASH``."""
+    snapshots = folder.resolve().parent
+    return snapshots.name == "snapshots" and _is_inside(file, snapshots.parent / "blobs")
+
+
+def check_regular(path: str | os.PathLike) -> None:
+    """Refuse a pipe or a device, which a reader would wait for without end; a missing file passes.
+
+    Raises:
+        UserError: If there is something else than a regular file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise UserError(f"{str(path)!r} is {kind}, not a regular file; name a file")
+
+
+# Reading
 
 
 def size(num_bytes: float) -> str:
@@ -57,25 +124,34 @@ def size(num_bytes: float) -> str:
 
 def open_text(file: Path, encoding: str = "utf-8") -> TextIO:
     """Open a text file for reading, which may be gzipped (``.gz``)."""
+    check_regular(file)
     if file.suffix.lower() != ".gz":
         return open(file, encoding=encoding)
     return cast(TextIO, gzip.open(file, "rt", encoding=encoding))
 
 
 def read_text(file: Path) -> str:
-    """Text of a file, which may be gzipped (``.gz``)."""
-    with open_text(file) as text:
-        return text.read()
+    """Return the text of a file, which may be gzipped (``.gz``).
+
+    Raises:
+        UserError: If it has more than ``MAX_JSON_BYTES`` characters once unpacked.
+    """
+    with open_text(file) as stream:
+        text = stream.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        raise UserError(f"{file} has more than {MAX_JSON_BYTES // 2**20} MiB of text; name a smaller file")
+    return text
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file of settings or records holds.
+    """Return the content of a JSON file of settings or records.
 
     Raises:
-        UserError: If it is no JSON, or larger than settings are.
+        UserError: If it is not JSON, not a regular file, or larger than ``MAX_JSON_BYTES``.
     """
+    check_regular(file)
     if file.stat().st_size > MAX_JSON_BYTES:
-        raise UserError(f"{file} has more than {MAX_JSON_BYTES // 2**20} MiB; it is no file of settings")
+        raise UserError(f"{file} has more than {MAX_JSON_BYTES // 2**20} MiB; it is too large for a file of settings")
     try:
         return parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -83,15 +159,14 @@ def read_json(file: Path) -> Any:
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """``json.loads``, for which lists in lists without end are as wrong as anything else that is no JSON.
-
-    Raises:
-        ValueError: Also for what is nested deeper than Python's stack.
-    """
+    """``json.loads``, which raises ValueError also for lists nested deeper than Python's stack."""
     try:
         return json.loads(text, **options)
     except RecursionError as error:
         raise ValueError(str(error)) from None
+
+
+# Writing
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -117,7 +192,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 
 
 def check_no_link(folder: Path) -> None:
-    """Refuse an output folder that is a link to nowhere, or in which a file is a link: it would be written through."""
+    """Refuse an output folder that is a dangling link, or that holds a link to a file: it would be written through."""
     if folder.is_symlink() and not folder.is_dir():
         raise UserError(f"output_dir {str(folder)!r} is a link that leads to no folder; remove it, or name another")
     places = (file for parts in ("*", f"{RUNS}/*/*", f"{RESULTS}/*/*", "checkpoint-*/*") for file in folder.glob(parts))
@@ -127,7 +202,7 @@ def check_no_link(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder to write into, which becomes ``folder`` (none, or empty) unless there is an error."""
+    """Yield a new folder to write into; it is renamed to ``folder`` (missing, or empty) unless there is an error."""
     partial = _beside(folder)
     partial.mkdir(parents=True)
     try:
@@ -145,6 +220,35 @@ def append_to(file: Path) -> TextIO:
 def _beside(path: Path) -> Path:
     """A name beside ``path`` that nothing else has."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def use_default_modes(folder: str | Path, pattern: str = "*.safetensors") -> None:
+    """Give files the mode that ``open`` gives new files, ``0666 & ~umask``.
+
+    safetensors writes through a temporary file of mode 0600, so that another user's server could not read the weights
+    of a model whose other files it can read.
+
+    Args:
+        folder: Where they were saved.
+        pattern: Which of its files.
+    """
+    found = [file for file in Path(folder).glob(pattern) if file.is_file() and not file.is_symlink()]
+    if not found:
+        return
+
+    # Python can read the umask only by changing it, for all threads; the mode of a new file tells it as well.
+    probe = _beside(Path(folder) / "mode")
+    probe.touch()
+    try:
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+
+    for file in found:
+        file.chmod(mode)
+
+
+# Digests
 
 
 def digest(content: Any) -> str:

@@ -14,7 +14,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def _name(text: str) -> str:
     if not text.strip() or printable(text) != text:
-        raise ValueError(f"{text!r} is no name: give characters that can be seen")
+        raise ValueError(f"name {printable(text)!r} is empty or contains non-printable characters")
     return text
 
 

@@ -10,47 +10,92 @@ from typing import Any
 import yaml
 
 from .errors import UserError
+from .files import check_regular
+
+_MAX_BYTES = 2**20  # recipes have a few kB
+# Values of a file after its aliases (``*name``) were replaced by their content, which nine lines can make 10**9 of.
+_MAX_VALUES = 10**6
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as it is, but a key given twice is an error, 1e-3 a number, and a date the text that was written."""
+    """YAML with four changes: a key given twice is an error, ``1e-3`` is a number, dates and ``1:30`` are text."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *name`; what it brings may be replaced
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *name`, whose entries may be replaced
                 continue
-            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
             if isinstance(key, dict | list):
-                raise UserError(f"line {line}: {key!r} stands where a name should be")
+                raise UserError(f"line {line}: a name must be text, not {key!r}")
             if key in seen:
                 raise UserError(f"line {line}: two entries are named {key!r}; rename one")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _number_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
+def _text_or_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
     text = loader.construct_scalar(node)
-    with suppress(ValueError):  # YAML 1.1 takes 1e-3 for text
-        return float(text) if node.style is None and text.lstrip("+-")[:1].isdigit() else text
+    is_number = node.style is None and text.lstrip("+-")[:1].isdigit()
+    if is_number:
+        with suppress(ValueError):  # YAML 1.1 takes 1e-3 for text
+            return float(text)
     return text
 
 
-_Loader.add_constructor("tag:yaml.org,2002:str", _number_or_text)
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_scalar(node))
+def _text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+    return loader.construct_scalar(node)
+
+
+def _int_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | str:
+    # YAML 1.1 reads 1:30 in base 60, which takes time quadratic in the length: minutes for 600 kB.
+    text = loader.construct_scalar(node)
+    return text if ":" in text else loader.construct_yaml_int(node)
+
+
+def _float_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
+    text = loader.construct_scalar(node)
+    return text if ":" in text else loader.construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _text_or_float)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _text)
+_Loader.add_constructor("tag:yaml.org,2002:int", _int_or_text)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float_or_text)
 
 
 def read_yaml(file: str | os.PathLike) -> Any:
-    """What a YAML file holds, unchecked.
+    """Return the content of a YAML file, unchecked.
 
     Raises:
-        UserError: If it does not exist, is no YAML, or has two entries of one name in one place.
+        UserError: If it does not exist, is not a regular file or not YAML, is too large, or has two entries of one
+            name in one place.
     """
-    if not Path(file).is_file():
+    path = Path(file)
+    check_regular(path)
+    if not path.is_file():
         raise UserError(f"recipe {os.fspath(file)!r} does not exist")
+    if path.stat().st_size > _MAX_BYTES:
+        raise UserError(f"{os.fspath(file)} has more than {_MAX_BYTES // 2**20} MiB, which is too large for a recipe")
     try:
-        return yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        num_values = _num_values(content, {})
     except UserError as error:
         raise UserError(f"{os.fspath(file)}, {error}") from None
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no UTF-8, an integer of 5,000 digits
         raise UserError(f"{os.fspath(file)} is not YAML: {' '.join(str(error).split())}") from None
+    if num_values > _MAX_VALUES:
+        raise UserError(f"{os.fspath(file)} repeats its aliases (*name) without end; write the values out")
+    return content
+
+
+def _num_values(content: Any, known: dict[int, float]) -> float:
+    """Number of values below ``content``, each alias counted with its content; infinite where one contains itself."""
+    if not isinstance(content, dict | list):
+        return 1
+    if id(content) not in known:
+        known[id(content)] = float("inf")  # until it is counted: seen again meanwhile, it is inside itself
+        below = content.values() if isinstance(content, dict) else content
+        known[id(content)] = 1 + sum(_num_values(value, known) for value in below)
+    return known[id(content)]

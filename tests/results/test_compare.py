@@ -521,9 +521,9 @@ def test_texts_of_a_result_file_stay_texts(output_format):
 @pytest.mark.parametrize("form", FORMATS)
 def test_names_with_control_characters_are_refused(form):
     for name in ("a\x1b[2J", "a\nb", "a\u202eb", " "):
-        with pytest.raises(UserError, match="is no name: give characters that can be seen"):
+        with pytest.raises(UserError, match="is empty or contains non-printable characters"):
             make(name, accuracy=scores(5, 10))
-        with pytest.raises(UserError, match="is no name: give characters that can be seen"):
+        with pytest.raises(UserError, match="is empty or contains non-printable characters"):
             make("mask", tasks={name: make_task(accuracy=scores(5, 10))})
     result = make("mask", accuracy=scores(5, 10))
     result["tasks"]["sums"]["metrics"]["accuracy"]["unit"] = "\x1b[2J\nunit"

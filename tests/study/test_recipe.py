@@ -383,7 +383,7 @@ def test_mistakes(apply, message, content):
             "methods:\n  mask: {method: mask}\n  mask: {method: full}\n",
             "line 4: two entries are named 'mask'; rename one",
         ),
-        ("train:\n  learning_rate: {{lr}}\n", r"recipe\.yaml, line 3: {'lr': None} stands where a name should be"),
+        ("train:\n  learning_rate: {{lr}}\n", r"recipe\.yaml, line 3: a name must be text, not {'lr': None}"),
     ],
 )
 def test_what_is_no_recipe(text, message, tmp_path):
