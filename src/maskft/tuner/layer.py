@@ -21,6 +21,7 @@ from ..masks.codec import decode_mask
 from . import compiled, merging
 from .config import MaskConfig
 from .effective import EffectiveWeight, score_gradient_of
+from .mixed_batch import MixedBatchCache, mixed_batch_forward
 from .scores import Float32ParameterDict, check_scores, draw_scores, mask_from_scores
 from .sharded import ShardedWeight, is_sharded
 
@@ -49,6 +50,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.mask_configs: dict[str, MaskConfig] = {}
         self.removed_values: dict[str, Tensor] = {}
         self.effective = EffectiveWeight()
+        self.mixed_batch = MixedBatchCache()
         self.sharded_weight: ShardedWeight | None = None
         self.number = compiled.register(self)
         self.merged_adapters = []
@@ -67,9 +69,12 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.number = compiled.register(self)  # a copy is another layer
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map x (..., I) to (..., O)."""
+        """Map x (..., I) to (..., O); ``adapter_names`` (one per row) is PEFT's for mixed batches."""
+        adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         names = self.active_masks
         if self.disable_adapters or self.merged or not names:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
@@ -81,6 +86,9 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         if torch.compiler.is_compiling() and compiled.is_supported(self, names):
             return compiled.forward(self, x, bias, dtype, names[0])
         return cast(Tensor, self._forward(x, bias, dtype, names))
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        return cast(Tensor, mixed_batch_forward(self, x, adapter_names, *args, **kwargs))
 
     @torch.compiler.disable
     def _forward(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype, names: list[str]) -> Tensor:
@@ -167,6 +175,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         """Remove an adapter and everything kept for it."""
         super().delete_adapter(adapter_name)
         self.effective.forget()
+        self.mixed_batch.forget(adapter_name)
         self.effective.priced_at.pop(adapter_name, None)
 
     def _get_available_adapters(self) -> set[str]:

@@ -20,6 +20,7 @@ from ..masks.codec import FORMAT_VERSION, PREFIX, decode_mask, encode_mask, is_o
 from ..masks.fingerprints import base_fingerprint, check_base, mask_fingerprint
 from .config import NO_TOKEN_INDICES, MaskConfig
 from .layer import MaskedLinear
+from .mixed_batch import adapter_names_for_layers
 from .removed_value import removed_values
 from .scores import Float32ParameterDict, check_scores, mask_from_scores, ranked_scores
 from .sharded import is_sharded, refresh
@@ -89,13 +90,9 @@ class MaskModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
-        """Refuse PEFT's batches of several adapters: each row would silently get the active one."""
-        if adapter_names is not None:
-            raise UserError(
-                "adapter_names is not supported: a mask changes the weights, which all rows of a batch share; "
-                "run the rows of each adapter by themselves, after model.set_adapter(name)"
-            )
-        yield
+        """Give each masked layer its rows' adapter names, for PEFT's batches of several adapters."""
+        with adapter_names_for_layers(self, adapter_names, kwargs):
+            yield
 
     def _create_and_replace(
         self,

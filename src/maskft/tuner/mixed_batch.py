@@ -1,0 +1,359 @@
+"""Batches whose rows use different masks: ``model.generate(..., adapter_names=["sums", "intents", "__base__"])``.
+
+The interface is the one PEFT has for LoRA. A mask has no values of its own, only the places R that it removes, so all
+rows share one base weight W, and a row is corrected by the base's own values at the places of its mask:
+
+    y = x W^T - x (W * R)^T
+
+``W * R`` is sparse. The corrections of all rows of a batch are one product with a block diagonal sparse matrix, one
+block a row, which is kept while the same adapters follow each other in the same rows, as they do while tokens are
+generated. A dense weight per adapter, the plain way, was measured beside it: one matrix product per adapter has to read
+all weights again, and was slower in decoding at every share removed up to a half, and in prefill up to 0.4.
+
+Shapes: B rows (examples), T tokens of each (all dimensions between the first and the last), I in_features,
+O out_features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from maskft_common.errors import UserError, did_you_mean
+
+from .learners import has_soft_gate
+from .steps import optimizer_steps
+
+if TYPE_CHECKING:
+    from .layer import MaskedLinear
+
+BASE = "__base__"  # PEFT's name of a row without an adapter
+
+
+class Places(NamedTuple):
+    """The removed places of one mask, by rows of the (O, I) weight: about two bytes a place.
+
+    Attributes:
+        offsets: Where each row begins in ``columns``, and where the last ends; int32, shape (O + 1,).
+        columns: Input feature of each place, in row order; int16 where I allows it, else int32.
+    """
+
+    offsets: Tensor
+    columns: Tensor
+
+
+class BatchPlan(NamedTuple):
+    """The corrections of one batch of adapter names: a block diagonal sparse matrix, one block a masked row.
+
+    Attributes:
+        rows: Indices of the rows that have a mask in this layer; None: all rows.
+        offsets: Where each of the (num_rows * O) rows of the matrix begins; int32, one more for the end.
+        columns: Column of each place, in [0, num_rows * I); int32.
+        values: The base weight at each place, float32 (float64 for a float64 base).
+    """
+
+    rows: Tensor | None
+    offsets: Tensor
+    columns: Tensor
+    values: Tensor
+
+
+class MixedBatchCache:
+    """What one layer keeps between mixed batches.
+
+    Attributes:
+        places: Adapter name -> (version of its mask, the coded mask or None, the places of the mask). The coded mask
+            is held because its id is the version, and a freed id may be given to the next mask.
+        plan: (what it was made from, the corrections of the latest batch), or None.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[str, tuple[object, Tensor | None, Places]] = {}
+        self.plan: tuple[object, BatchPlan | None] | None = None
+
+    def forget(self, adapter_name: str) -> None:
+        """Free everything kept for an adapter."""
+        self.places.pop(adapter_name, None)
+        self.plan = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors kept."""
+        tensors = [tensor for *_, places in self.places.values() for tensor in places]
+        if self.plan is not None and self.plan[1] is not None:
+            tensors += [tensor for tensor in self.plan[1] if tensor is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# The model's side: names come in with a call, and each layer gets them
+
+
+@contextmanager
+def adapter_names_for_layers(
+    model: BaseTuner, adapter_names: Sequence[str] | None, generate_kwargs: dict[str, Any]
+) -> Iterator[None]:
+    """Pass ``adapter_names`` to every masked layer while the block runs.
+
+    Args:
+        model: The mask tuner.
+        adapter_names: One name per row of the batch, ``"__base__"`` for no mask; None: does nothing.
+        generate_kwargs: Arguments of the call; ``num_beams`` and ``num_return_sequences`` say how often
+            ``generate`` repeats each row.
+
+    Raises:
+        UserError: If the model is in training mode, a name is not loaded, or a mask cannot be in a mixed batch.
+    """
+    if adapter_names is None:
+        yield
+        return
+
+    _check_model(model, adapter_names)
+    names = list(adapter_names)
+    num_copies = _copies_of_a_row(generate_kwargs)
+    repeated = [name for name in names for _ in range(num_copies)]
+
+    encoder_modules = _encoder_modules(model) if num_copies > 1 else set()
+    handles = []
+    for module in model.modules():
+        # AuxiliaryTrainingWrapper: PEFT's copies of modules_to_save, which choose one per row themselves.
+        if not isinstance(module, model.tuner_layer_cls | AuxiliaryTrainingWrapper):
+            continue
+        # An encoder runs before generate() repeats the rows, as in PEFT's LoRA.
+        names_here = names if module in encoder_modules else repeated
+        hook = partial(_add_adapter_names, adapter_names=names_here)
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs
+
+
+def _copies_of_a_row(generate_kwargs: dict[str, Any]) -> int:
+    settings = generate_kwargs.get("generation_config")
+    copies = [1]
+    for option in ("num_beams", "num_return_sequences"):
+        value = generate_kwargs.get(option, getattr(settings, option, None))
+        if isinstance(value, int):
+            copies.append(value)
+    # transformers repeats by the larger of the two: beams that are returned are among those that are searched.
+    return max(copies)
+
+
+def _encoder_modules(model: BaseTuner) -> set[nn.Module]:
+    inner = cast(Any, model.model)
+    if not getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return set()
+    return set(inner.get_encoder().modules())
+
+
+def _check_model(model: BaseTuner, adapter_names: Sequence[str]) -> None:
+    """Check all that does not depend on the input, before the first layer runs."""
+    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+        raise UserError(f"adapter_names is {adapter_names!r}; give a list with one adapter name per row of the batch")
+    if model.training:
+        raise UserError(
+            "adapter_names is for inference: one batch cannot train several masks; call model.eval(), or train one "
+            "adapter at a time after model.set_adapter(name)"
+        )
+    layers = [module for module in model.modules() if isinstance(module, model.tuner_layer_cls)]
+    masked = cast("list[MaskedLinear]", layers)
+    loaded = {name for layer in masked for name in layer.mask_configs}
+    asked = dict.fromkeys(name for name in adapter_names if name != BASE)
+    for name in asked:
+        if name not in loaded:
+            raise UserError(
+                f"adapter_names has {name!r}, which is not loaded{did_you_mean(name, loaded)}; loaded: "
+                f"{', '.join(sorted(loaded))} (and {BASE} for no mask)"
+            )
+    for layer in masked:
+        _check_layer(layer, [name for name in asked if name in layer.mask_configs])
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, model.tuner_layer_cls):
+            raise UserError(
+                f"adapter_names mixes masks only, and {name} has an adapter of another kind ({type(module).__name__}): "
+                "merge that adapter into the base first"
+            )
+
+
+def _check_layer(layer: MaskedLinear, adapter_names: Sequence[str]) -> None:
+    if layer.merged:
+        merged = ", ".join(layer.merged_adapters)
+        raise UserError(f"adapter_names needs the base weights, and {merged} is merged: call model.unmerge_adapter()")
+    for name in adapter_names:
+        config = layer.mask_configs[name]
+        if config.removed_value == "base":
+            raise UserError(
+                f"adapter {name!r} has removed_value='base' and cannot be in a mixed batch, whose masks remove to "
+                "zero: run its rows by themselves, after model.set_adapter(name)"
+            )
+        if has_soft_gate(config) and name in layer.mask_scores:
+            raise UserError(
+                f"adapter {name!r} is trained with soft gates ({config.selection}) and cannot be in a mixed batch: "
+                "save it, and load the saved mask"
+            )
+
+
+# The layer's side
+
+
+def check_rows(x: Tensor, adapter_names: Sequence[str]) -> None:
+    """Raise unless ``adapter_names`` has one name for each row of ``x`` (B, ..., I)."""
+    if len(x) != len(adapter_names):
+        raise UserError(
+            f"adapter_names has {len(adapter_names)} names and the batch {len(x)} rows; give one name per row"
+        )
+
+
+@torch.compiler.disable
+def mixed_batch_forward(layer: MaskedLinear, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+    """Map x (B, ..., I) to (B, ..., O), each row with the mask named for it, or none.
+
+    Args:
+        layer: The masked layer; adapters that do not mask it leave their rows as the base computes them.
+        x: Input.
+        adapter_names: B names.
+        *args: Passed on to the base layer.
+        **kwargs: Passed on to the base layer.
+    """
+    check_rows(x, adapter_names)
+    y = layer.base_layer(x, *args, **kwargs)
+    plan = _current_plan(layer, adapter_names)
+    if plan is None:
+        return y
+    rows = plan.rows
+    # Under autocast the base layer has rounded x and W; the correction has to start from the same numbers.
+    x_rows = (x if rows is None else x[rows]).to(y.dtype)
+    correction = _correction(plan, x_rows, num_outputs=y.shape[-1])
+    # In place, as PEFT's LoRA adds: the base layer's output is fresh, and no backward pass needs it.
+    if rows is None:
+        return y.sub_(correction)
+    return y.index_add_(0, rows, correction.to(y.dtype), alpha=-1)
+
+
+def _correction(plan: BatchPlan, x: Tensor, num_outputs: int) -> Tensor:
+    """Return x (W * R)^T of each row, in the dtype of the plan's values; shape (B, ..., O)."""
+    num_rows = x.shape[0]
+    num_inputs = x.shape[-1]
+    values = plan.values.to(x.dtype).to(plan.values.dtype)  # as rounded as the base layer's own weight
+    x_BTI = x.reshape(num_rows, -1, num_inputs).to(values.dtype)
+    num_tokens = x_BTI.shape[1]
+
+    if num_tokens == 1 and _has_sparse_product(values):
+        matrix = _csr(plan.offsets, plan.columns, values, (num_rows * num_outputs, num_rows * num_inputs))
+        y_BTO = (matrix @ x_BTI.reshape(-1)).view(num_rows, 1, num_outputs)
+    else:
+        # A sum of weighted rows of a table: the plain way is the sparse product above with a matrix on the right, for
+        # which torch's kernel took ten times as long (16 rows of 64 tokens, 576 x 1536, one thread).
+        table = x_BTI.transpose(1, 2).reshape(num_rows * num_inputs, num_tokens)
+        sums = F.embedding_bag(
+            plan.columns, table, plan.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+        )
+        y_BTO = sums.view(num_rows, num_outputs, num_tokens).transpose(1, 2)
+    return y_BTO.reshape(*x.shape[:-1], num_outputs)
+
+
+def _has_sparse_product(values: Tensor) -> bool:
+    # torch has this product on a CPU through MKL alone. On GPUs nothing was measured, and one way is enough there.
+    return values.device.type == "cpu" and torch.backends.mkl.is_available()
+
+
+def _csr(offsets: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta state"
+        return torch.sparse_csr_tensor(offsets, columns, values, shape, check_invariants=False)
+
+
+# A plan made inside torch.inference_mode() could not be used outside of it afterwards.
+@torch.inference_mode(False)
+@torch.no_grad()
+def _current_plan(layer: MaskedLinear, adapter_names: Sequence[str]) -> BatchPlan | None:
+    """The plan for these names; None: no row has a mask in this layer."""
+    names = tuple(name if name in layer.mask_configs else BASE for name in adapter_names)
+    masks = {name: _mask_version(layer, name) for name in names if name != BASE}
+    key = (names, masks, _version(layer.weight))
+    cache = layer.mixed_batch
+    if cache.plan is None or cache.plan[0] != key:
+        cache.plan = None  # freed before the next is made
+        cache.plan = (key, _make_plan(layer, names, masks))
+    return cache.plan[1]
+
+
+def _make_plan(layer: MaskedLinear, names: Sequence[str], masks: dict[str, object]) -> BatchPlan | None:
+    rows = [row for row, name in enumerate(names) if name != BASE]
+    if not rows:
+        return None
+    weight = layer.weight.detach()
+    weight_OI = weight.t() if layer.is_transposed else weight
+    num_outputs, num_inputs = weight_OI.shape
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+
+    blocks = {}
+    for name, version in masks.items():
+        places = _places(layer, name, version)
+        counts = places.offsets.diff()
+        outputs = torch.arange(num_outputs, device=weight.device).repeat_interleave(counts)
+        inputs = places.columns.int()
+        blocks[name] = (places.offsets, inputs, weight_OI[outputs, inputs].to(dtype))
+
+    offsets = [torch.zeros(1, dtype=torch.int32, device=weight.device)]
+    columns = []
+    values = []
+    num_places = 0
+    for block, row in enumerate(rows):
+        offsets_of_row, inputs, values_of_row = blocks[names[row]]
+        offsets.append(offsets_of_row[1:] + num_places)
+        columns.append(inputs + block * num_inputs)
+        values.append(values_of_row)
+        num_places += len(inputs)
+    has_all_rows = len(rows) == len(names)
+    return BatchPlan(
+        rows=None if has_all_rows else torch.tensor(rows, device=weight.device),
+        offsets=torch.cat(offsets),
+        columns=torch.cat(columns),
+        values=torch.cat(values),
+    )
+
+
+def _places(layer: MaskedLinear, name: str, version: object) -> Places:
+    """Where the mask of an adapter removes weights; made at its first use."""
+    known = layer.mixed_batch.places.get(name)
+    if known is not None and known[0] == version:
+        return known[2]
+    removed = ~layer.get_mask(name).to(layer.weight.device)
+    if layer.is_transposed:
+        removed = removed.t()
+    num_inputs = removed.shape[1]
+    counts = removed.sum(dim=1)
+    offsets = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    fits_int16 = num_inputs <= torch.iinfo(torch.int16).max
+    columns = removed.nonzero()[:, 1].to(torch.int16 if fits_int16 else torch.int32)
+    places = Places(offsets, columns)
+    layer.mixed_batch.places[name] = (version, layer.mask_coded.get(name), places)
+    return places
+
+
+def _mask_version(layer: MaskedLinear, name: str) -> object:
+    """Equal versions, equal masks."""
+    if name in layer.mask_scores:
+        return (_version(layer.mask_scores[name]), optimizer_steps())
+    return (id(layer.mask_coded.get(name)), layer.weight.device)
+
+
+def _version(tensor: Tensor) -> tuple[object, ...]:
+    count = 0 if tensor.is_inference() else tensor._version
+    return (tensor.data_ptr(), tensor.device, tensor.dtype, count)
