@@ -13,7 +13,7 @@ SOURCE = ROOT / "src"
 LAYERS = {
     "method": [
         *("maskft_common/errors", "maskft_common/layout", "maskft_common/files", "maskft_common/schema"),
-        *("maskft_common/yaml_file", "maskft/embedded", "maskft/models", "maskft/masking"),
+        *("maskft_common/yaml_file", "maskft/embedded", "maskft/models", "maskft/weights", "maskft/masking"),
         *("maskft/tuner", "maskft/axolotl", "maskft/masks"),
     ],
     "training": [

@@ -1,10 +1,12 @@
 """Part of what training changed: W0 + scale * (W - W0), one definition for adapters and whole models."""
 
+import gc
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft import MaskConfig
 from maskft.masks.mask_set import MaskSet
@@ -113,3 +115,63 @@ def test_evaluations_joined_by_a_plus_go_on_where_they_were_stopped(base, data, 
     assert main(["evaluate", *words("a"), "+", *words("b", 1), "+", *words("c", 2)]) == 0
     assert "already done" in capsys.readouterr().out
     assert [read_result(tmp_path / name / "result.json")["model"]["seed"] for name in "abc"] == [0, 1, 2]
+
+
+@pytest.fixture
+def base_with_negative_zeros(base, tmp_path):
+    """Every dequantised GGUF holds some; ``lerp(w, w, 0)`` makes +0.0 of them."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.flatten()[::7] = -0.0
+    model.save_pretrained(tmp_path / "negative-zeros")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "negative-zeros")
+    return tmp_path / "negative-zeros"
+
+
+def bits(model):
+    return {name: parameter.detach().clone().view(torch.int32) for name, parameter in model.named_parameters()}
+
+
+def test_negative_zeros_of_a_base_survive_a_path(base_with_negative_zeros, tmp_path):
+    base = base_with_negative_zeros
+    config = MaskConfig(sparsity=0.3, target_modules=["gate_proj"])
+    masked = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    masked.save_pretrained(tmp_path / "mask")
+    mask = str(tmp_path / "mask")
+    options = EvaluationArguments(
+        model_name_or_path=str(base),
+        change=["none", mask, mask, "none", str(base), str(base), mask],
+        scale=[1.0, 0.5, 1.0, 0.0, 0.5, 1.0, 0.0],
+        output_dir="any",
+    )
+    found = [bits(loaded.model) for loaded in load_changes(options)]
+    expected = bits(AutoModelForCausalLM.from_pretrained(base))
+    merged = bits(masked.merge_and_unload())
+    masks = MaskSet.from_adapter(mask)
+    for name, weight in expected.items():
+        for index in (0, 3, 4, 5, 6):
+            assert torch.equal(found[index][name], weight), (index, name)
+        assert torch.equal(found[2][name], merged[name]), name
+        kept = masks.get(name.removesuffix(".weight"), torch.ones_like(weight, dtype=torch.bool))
+        assert torch.equal(found[1][name][kept], weight[kept]), name
+
+
+def bytes_of_tensors():
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return sum(storages.values())
+
+
+def test_a_path_holds_the_base_and_one_change(base, lora, full):
+    size = sum(parameter.nbytes for parameter in AutoModelForCausalLM.from_pretrained(base).parameters())
+    options = EvaluationArguments(
+        model_name_or_path=str(base),
+        change=["none", str(full), str(full), str(lora), str(full)],
+        scale=[1.0, 0.5, 1.0, 0.5, 1.0],
+        output_dir="any",
+    )
+    start = bytes_of_tensors()
+    held = [(bytes_of_tensors() - start) / size for _ in load_changes(options)]
+    assert max(held) < 2.1, held

@@ -16,6 +16,7 @@ from maskft_common.errors import UserError, first_line
 
 from ..models import base_of, load_model, load_tokenizer
 from ..tuner import adapter_layers, current_masks
+from ..weights import lerp
 from .codec import PREFIX
 from .mask_set import MaskSet, read_config
 
@@ -82,8 +83,9 @@ def merge(
         raise UserError(f"scale is {scale}; it is the part of the change, in (0, 1]")
     model, tokenizer, _ = load_masked(adapter, base, dtype)
     for layer in adapter_layers(model).values() if scale < 1 else ():
-        weight, end = layer.weight.detach(), layer.removed_value("default")
-        layer.removed_values["default"] = torch.lerp(weight, torch.zeros_like(weight) if end is None else end, scale)
+        weight = layer.weight.detach()
+        end = layer.removed_value("default")
+        layer.removed_values["default"] = lerp(weight, torch.zeros_like(weight) if end is None else end, scale)
     probe = _probe(model)
     expected = _logits(model, probe)
     config = read_config(adapter)

@@ -19,6 +19,7 @@ from maskft_common.memory import peak_memory_bytes
 from ..data.prepared import Prepared
 from ..loss import HeldoutLoss, mean_nll
 from ..models import load_model
+from ..weights import lerp
 from .method_arguments import INTERPOLATE, SHARES
 from .record import TrainingSummary
 
@@ -63,4 +64,4 @@ def interpolate(
 def _set(model, before: Mapping[str, Tensor], after: Mapping[str, Tensor], share: float) -> None:
     for name, parameter in model.named_parameters():
         t0 = before[name].to(parameter.device).float()
-        parameter.copy_(torch.lerp(t0, after[name].float(), share))
+        parameter.copy_(lerp(t0, after[name].float(), share))

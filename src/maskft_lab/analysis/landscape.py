@@ -58,6 +58,8 @@ def set_weights(model, center: Weights, steps: Sequence[tuple[float, Weights]]) 
     for name, parameter in model.named_parameters():
         parameter.copy_(center[name])
         for amount, direction in steps:
+            if amount == 0:  # an addition of 0 would make +0.0 of -0.0
+                continue
             parameter.add_(direction[name], alpha=amount)
 
 

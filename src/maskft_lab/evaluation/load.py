@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from maskft.masks.mask_set import MaskSet, read_config
 from maskft.masks.merge import adapter_tokenizer, one_line
 from maskft.models import base_of, check_model_source, check_tokenizer_fits, load_model, load_tokenizer
 from maskft.training.method_arguments import MASK_METHODS
+from maskft.weights import lerp
 from maskft_common.errors import UserError, first_line
 from maskft_common.files import digest, digest_tensors, read_json
 from maskft_common.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINING, holds_adapter, no_adapter
@@ -80,30 +82,36 @@ def load_each(options: EvaluationArguments) -> Iterator[Loaded]:
 
 
 def load_changes(options: EvaluationArguments) -> Iterator[Loaded]:
-    """A base model and part of what training has changed, W0 + scale * (W - W0), one ``change`` after another.
+    """Yield a base model with part of a change to it, W0 + scale * (W - W0), one ``change`` after another.
 
-    What was yielded is no longer to be used when the next is asked for: it is the same model.
+    In memory are the base and one change: W is loaded into the model again for each scale, and mixed with W0 there.
+    The yielded model is modified in place by the next iteration.
 
     Raises:
         UserError: If a folder is not what it should be, or of another model.
     """
     changes = options.change or []
+    scales = options.scale or [1.0] * len(changes)
     check_model_source(options.model_name_or_path)
     base = _Base(options, options.model_name_or_path)
-    model = base.model.to(check_device(options.device))
+    model = base.model.to(base.device)
     before = weights_of(model)
-    merged, after = NO_ADAPTER, before
-    for change, scale in zip(changes, options.scale or [1.0] * len(changes), strict=True):
-        facts, identity = {"scale": scale}, f"{base.fingerprint}+0"
-        if change != merged:
-            _set_weights(model, before, before, 0)
-            model, after, merged = *_changed(model, before, change, options.dtype), change
+    sha256_of: dict[str, str] = {}
+    for change, scale in zip(changes, scales, strict=True):
+        facts = {"scale": scale}
+        identity = f"{base.fingerprint}+0"
+        _set_weights(model, before)
         if change != NO_ADAPTER:
-            sha256 = adapter_sha256(change) if holds_adapter(change) else digest_tensors(sorted(after.items()))
-            identity = f"{base.fingerprint}+{scale}*{sha256}"
-            facts |= {"adapter": _portable(change), "adapter_sha256": sha256, "num_bytes": _stored_bytes(change, after)}
+            model = _with_change(model, before, change, options.dtype)
+            if change not in sha256_of:
+                sha256_of[change] = adapter_sha256(change) if holds_adapter(change) else _weights_sha256(model)
+            facts["adapter"] = _portable(change)
+            facts["adapter_sha256"] = sha256_of[change]
+            facts["num_bytes"] = _stored_bytes(change, model)
+            identity = f"{base.fingerprint}+{scale}*{sha256_of[change]}"
+            for name, parameter in model.named_parameters():
+                lerp(before[name], parameter.data, scale, out=parameter.data)
         facts |= facts_of(change if change != NO_ADAPTER else base.name)
-        _set_weights(model, before, after, scale)
         yield base.loaded(model, change, facts, identity, before)
 
 
@@ -132,30 +140,51 @@ class _Base:
         return Loaded(model.to(self.device).eval(), tokenizer, facts, identity, before)
 
 
-def _changed(model, before: Mapping[str, torch.Tensor], change: str, dtype: str) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The model as it is after an adapter was merged, and the weights that it or another model has then."""
-    if change == NO_ADAPTER:
-        return model, dict(before)
+def _with_change(model, before: Mapping[str, torch.Tensor], change: str, dtype: str) -> Any:
+    """The model with the weights it has after a change: those of a merged adapter, or of another whole model.
+
+    Args:
+        model: Holds the weights ``before``; modified in place.
+        before: Weights of the base model by name.
+        change: Folder of an adapter or of a whole model.
+        dtype: To load a whole model in.
+    """
     if holds_adapter(change):
         with one_line(change, "does not fit"):
             model = PeftModel.from_pretrained(model, change).merge_and_unload().eval()
-        after = weights_of(model)
-    else:
-        check_model_source(change)
-        after = weights_of(load_model(change, dtype).to(model.device))
-    odd = next((name for name in {**before, **after} if name not in before or name not in after), None)
-    odd = odd or next((name for name in after if after[name].shape != before[name].shape), None)
-    if odd:
-        raise UserError(f"change {change!r} is of another model: {odd} is not in both, or of another shape")
-    return model, after
+        gc.collect()  # PEFT's objects refer to each other in cycles, and hold the adapter's weights until then
+        _check_same_shapes(before, dict(model.named_parameters()), change)
+        return model
+    check_model_source(change)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)  # room for the other model's weights
+    after = load_model(change, dtype)
+    weights = {name: parameter.data for name, parameter in after.named_parameters()}
+    del after
+    _check_same_shapes(before, weights, change)
+    for name, parameter in model.named_parameters():
+        # A copy, one tensor at a time: loaded weights may be a file mapped into memory, which nothing may write to.
+        parameter.data = weights.pop(name).to(parameter.device, copy=True)
+    return model
 
 
-def _stored_bytes(change: str, after: Mapping[str, torch.Tensor]) -> int:
-    """Bytes that have to be kept of what training changed: masks coded, all other numbers in bfloat16."""
+def _check_same_shapes(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], change: str) -> None:
+    """Raise if two sets of weights differ in a name or a shape."""
+    for name in {**before, **after}:
+        if name not in before or name not in after or before[name].shape != after[name].shape:
+            raise UserError(f"change {change!r} is of another model: {name} is not in both, or of another shape")
+
+
+def _weights_sha256(model) -> str:
+    return digest_tensors(sorted(model.named_parameters()))
+
+
+def _stored_bytes(change: str, model) -> int:
+    """Bytes that have to be stored for a change: masks coded, all other numbers in bfloat16."""
     if not holds_adapter(change):
-        return sum(2 * weight.numel() for weight in after.values())
+        return sum(2 * parameter.numel() for parameter in model.parameters())
     tensors = load_file(Path(change) / ADAPTER_WEIGHTS)
-    if facts_of(change)["method"] in MASK_METHODS:  # not their scores; what was trained beside them counts
+    if facts_of(change)["method"] in MASK_METHODS:  # without scores; modules trained beside the mask count
         tensors = {name: tensor for name, tensor in tensors.items() if not is_of_mask(name)}
         tensors |= {name: encode_mask(mask) for name, mask in MaskSet.from_adapter(change).items()}
     return sum(t.numel() * 2 if t.is_floating_point() else t.nbytes for t in tensors.values())
@@ -167,9 +196,9 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _set_weights(model, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], scale: float) -> None:
+def _set_weights(model, weights: Mapping[str, torch.Tensor]) -> None:
     for name, parameter in model.named_parameters():
-        torch.lerp(before[name], after[name], scale, out=parameter.data)  # in place: the copy costs more than the sum
+        parameter.copy_(weights[name])
 
 
 def check_device(device: str | None) -> str:

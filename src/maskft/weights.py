@@ -1,0 +1,35 @@
+"""Arithmetic on weights that keeps every bit of the entries it does not change."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def lerp(start: Tensor, end: Tensor, share: float, out: Tensor | None = None) -> Tensor:
+    """``start + share * (end - start)``, bit for bit ``start`` or ``end`` where there is nothing to mix.
+
+    ``torch.lerp`` computes -0.0 + share * 0.0 = +0.0 for two entries of -0.0, and NaN for two equal infinities. Weights
+    dequantised from GGUF hold many -0.0, and fingerprints compare bits.
+
+    Args:
+        start: Weights for a share of 0.
+        end: Weights for a share of 1; shape, dtype and device of ``start``.
+        share: In [0, 1].
+        out: Where the result goes; may be ``start`` or ``end``. Default: a new tensor.
+
+    Returns:
+        The result: ``start`` for a share of 0, ``end`` for a share of 1, and else ``start`` where the two are equal.
+    """
+    if out is None:
+        out = torch.empty_like(start)
+    if share == 0:
+        return out.copy_(start)
+    if share == 1:
+        return out.copy_(end)
+    is_equal = start == end
+    if out is start:
+        start = start.clone()
+    torch.lerp(start, end, share, out=out)  # noqa: TID251
+    return torch.where(is_equal, start, out, out=out)
