@@ -1,15 +1,17 @@
-"""``maskft merge``: an ordinary checkpoint from a mask and its base."""
+"""``maskft merge``: an ordinary checkpoint from a mask and its base, or a patched GGUF file."""
 
 from __future__ import annotations
 
 import sys
 import warnings
 
+from maskft_common.errors import UserError
+
 
 def add_arguments(parser) -> None:
     """Options of ``maskft merge``."""
     parser.add_argument("adapter", metavar="DIR", help="adapter folder")
-    parser.add_argument("--output_dir", required=True, metavar="DIR", help="new folder for the checkpoint")
+    parser.add_argument("--output_dir", metavar="DIR", help="new folder for the checkpoint")
     parser.add_argument("--base", metavar="MODEL", help="base model; default: the one the adapter names")
     parser.add_argument("--scale", type=float, default=1.0, help="part of the change, in (0, 1] (default: 1)")
     parser.add_argument(
@@ -18,10 +20,29 @@ def add_arguments(parser) -> None:
         choices=("float32", "bfloat16", "float16", "auto"),
         help="dtype of the written weights (default: %(default)s, that of the base)",
     )
+    parser.add_argument("--gguf", metavar="FILE", help="write the mask into a copy of this GGUF file, without rounding")
+    parser.add_argument("--output", metavar="FILE", help="new GGUF file (with --gguf)")
+    parser.add_argument(
+        "--undo", action="store_true", help="with --gguf: take the mask out again, which gives the base bit for bit"
+    )
+    parser.add_argument(
+        "--accept_other_base",
+        action="store_true",
+        help="with --gguf: write the mask into other weights than it was trained over, such as another precision",
+    )
 
 
 def run(args) -> None:
     """Merge and verify."""
+    if args.gguf is not None:
+        _merge_gguf(args)
+        return
+    for name in ("output", "undo", "accept_other_base"):
+        if getattr(args, name):
+            raise UserError(f"--{name} goes with --gguf, the GGUF file to write the mask into")
+    if args.output_dir is None:
+        raise UserError("give --output_dir, the new folder; or --gguf and --output for a GGUF file")
+
     import transformers
 
     from maskft.masks.merge import merge
@@ -29,3 +50,23 @@ def run(args) -> None:
     warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     print(merge(args.adapter, args.output_dir, args.base, args.dtype, args.scale), file=sys.stderr)
+
+
+def _merge_gguf(args) -> None:
+    if args.output is None:
+        raise UserError("--gguf needs --output, the new GGUF file")
+    if args.output_dir is not None or args.base is not None or args.scale != 1 or args.dtype != "auto":
+        raise UserError(
+            "--gguf writes one file, in the types of its base: drop --output_dir, --base, --scale and --dtype"
+        )
+    if args.undo and args.accept_other_base:
+        raise UserError("--undo gives back the base that the file was made from: drop --accept_other_base")
+
+    from maskft.masks.gguf import merge_into_gguf, undo_in_gguf
+
+    if args.undo:
+        lines = undo_in_gguf(args.adapter, args.gguf, args.output)
+    else:
+        lines = merge_into_gguf(args.adapter, args.gguf, args.output, args.accept_other_base)
+    for line in lines:
+        print(line, file=sys.stderr)

@@ -1,0 +1,385 @@
+"""A mask written into a GGUF file, taken out of it again, and checked in it.
+
+The result is the base file with the zero code at every removed weight, and keys named ``maskft.*`` in its metadata:
+which mask, sha256 of the base file, and the codes that were removed. So one file is served, and the mask and this file
+give back the base bit for bit. (A second file for the codes would be lost, and the base itself may be gone: ``ollama``
+and caches of the hub rename and delete.)
+
+Files are read and written in pieces: memory holds one mask, a piece of its tensor and the removed codes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import secrets
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from maskft_common import __version__
+from maskft_common.errors import UserError
+from maskft_common.files import digest_now
+
+from ..quant.gguf_header import GgufHead, head_bytes, read_head
+from ..quant.gguf_names import dequantised, find_tensors, to_file_order
+from ..quant.zero_codes import (
+    FORMATS,
+    Format,
+    codes_from_bytes,
+    codes_to_bytes,
+    removed_codes,
+    restore_codes,
+    type_name,
+    write_zeros,
+)
+from .codec import decode_mask, mask_info
+from .fingerprints import weights_fingerprint
+from .mask_set import AdapterConfig, read_coded, read_config
+
+PREFIX = "maskft."
+_MASK = "maskft.mask_sha256"
+_BASE = "maskft.base_sha256"
+_COUNT = "maskft.num_removed"
+_CODES = "maskft.removed_codes"  # in the order of the file, deflated, base64: one text is read at once, an array is not
+_VERSION = "maskft.version"
+
+_PIECE_BYTES = 2**24
+_PIECE_WEIGHTS = 2**22  # whole rows of about so many at a time
+
+
+def merge_into_gguf(
+    adapter: str | Path, gguf: str | Path, output: str | Path, accept_other_base: bool = False
+) -> list[str]:
+    """Write a mask into a copy of a GGUF file, exactly.
+
+    Args:
+        adapter: Adapter folder.
+        gguf: The base, never changed.
+        output: The new file.
+        accept_other_base: Also write the mask into other weights than it was trained over; warns of the difference.
+
+    Returns:
+        What was done, in lines.
+
+    Raises:
+        UserError: If something does not fit; nothing is left half-written then.
+    """
+    output = Path(output)
+    _check_output(output)
+    head = read_head(gguf)
+    if _MASK in head.metadata:
+        raise UserError(
+            f"{str(gguf)!r} already holds a mask ({head.metadata[_MASK][:12]}); merge into its base, or take it out "
+            "first with --undo"
+        )
+    masks = _Masks.of_adapter(adapter, head)
+    known = _check_base(masks, head, accept_other_base)
+    if head_bytes(head) != _first_bytes(head.path, head.data_start):
+        raise UserError(
+            f"{str(gguf)!r} has bytes in its head that --undo could not restore; write it again with llama-quantize"
+        )
+
+    codes = b"".join(masks.removed_codes())
+    added = {
+        _MASK: masks.config.mask_sha256,
+        _BASE: digest_now(head.path),
+        _COUNT: masks.num_removed,
+        _CODES: base64.b64encode(zlib.compress(codes)).decode("ascii"),
+        _VERSION: __version__,
+    }
+    with whole_file(output) as file:
+        file.write(head_bytes(head, added))
+        for piece in masks.patched():
+            file.write(piece)
+    kinds = sorted({type_name(head.tensors[tensor].kind) for tensor in masks.tensors.values()})
+    return [
+        f"{output}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks.tensors)} tensors "
+        f"({', '.join(kinds)}) set to zero; every other value and every scale is the base's",
+        known,
+    ]
+
+
+def undo_in_gguf(adapter: str | Path, gguf: str | Path, output: str | Path) -> list[str]:
+    """Take a mask out of a GGUF file: the base's bytes, checked by their sha256.
+
+    Args:
+        adapter: Folder of the mask that is in the file.
+        gguf: What :func:`merge_into_gguf` wrote; never changed.
+        output: The new file.
+    """
+    output = Path(output)
+    _check_output(output)
+    head = read_head(gguf)
+    masks = _masks_in(adapter, head)
+    digest = hashlib.sha256()
+    with whole_file(output) as file:
+        for piece in masks.base_file():
+            digest.update(piece)
+            file.write(piece)
+        _check_digest(digest.hexdigest(), head)
+    return [f"{output}: {masks.num_removed:,} weights restored; sha256 {digest.hexdigest()} is that of the base"]
+
+
+def verify_gguf(adapter: str | Path, gguf: str | Path, base: str | Path | None = None) -> list[str]:
+    """Check that a GGUF file is its base with exactly this mask; returns one line per check that passed.
+
+    Args:
+        adapter: Folder of the mask.
+        gguf: The file.
+        base: The base file to compare with; None: with the sha256 that was recorded when the mask was merged.
+
+    Raises:
+        UserError: At the first check that fails.
+    """
+    head = read_head(gguf)
+    masks = _masks_in(adapter, head)
+    passed = [f"holds the mask {masks.config.mask_sha256[:12]}, merged by maskft {head.metadata.get(_VERSION)}"]
+    digest = hashlib.sha256()
+    for piece in masks.base_file():
+        digest.update(piece)
+    passed.append(f"all {masks.num_removed:,} removed weights of {masks.numel:,} are zero")
+    _check_digest(digest.hexdigest(), head)
+    passed.append(f"with their codes restored the file is its base: sha256 {digest.hexdigest()}")
+    if base is not None:
+        if digest_now(read_head(base).path) != digest.hexdigest():
+            raise UserError(f"{str(base)!r} is not the base of {str(gguf)!r}: its sha256 is not {digest.hexdigest()}")
+        passed.append(f"that is {base}")
+    return passed
+
+
+def _masks_in(adapter: str | Path, head: GgufHead) -> _Masks:
+    """The masks of an adapter, which must be the one in the file, with the codes that it removed."""
+    found = head.metadata.get(_MASK)
+    if found is None:
+        raise UserError(f"{str(head.path)!r} holds no mask: maskft merge writes one into it")
+    masks = _Masks.of_adapter(adapter, head)
+    if found != masks.config.mask_sha256:
+        raise UserError(
+            f"{str(head.path)!r} holds another mask ({str(found)[:12]}) than {str(adapter)!r} "
+            f"({masks.config.mask_sha256[:12]})"
+        )
+    masks.codes = _decode_codes(head, masks.num_code_bytes)
+    return masks
+
+
+def _decode_codes(head: GgufHead, num_bytes: int) -> bytes:
+    problem = UserError(f"{str(head.path)!r}: its {_CODES} is damaged; merge the mask into the base again")
+    try:
+        packed = base64.b64decode(head.metadata[_CODES], validate=True)
+        codes = zlib.decompressobj().decompress(packed, num_bytes + 1)
+    except (KeyError, TypeError, ValueError, zlib.error):
+        raise problem from None
+    if len(codes) != num_bytes:
+        raise problem
+    return codes
+
+
+def _check_digest(found: str, head: GgufHead) -> None:
+    recorded = head.metadata.get(_BASE)
+    if found != recorded:
+        raise UserError(
+            f"{str(head.path)!r} is not its base with this mask: without the mask its sha256 is {found[:12]}, the "
+            f"base's was {str(recorded)[:12]}; something else was changed"
+        )
+
+
+def _check_base(masks: _Masks, head: GgufHead, accept_other_base: bool) -> str:
+    """Compare the file's weights with those that the mask was trained over; returns the line to print."""
+    config = masks.config
+    if config.base_fingerprint is None:
+        return "not checked: the mask records no fingerprint of the weights it was trained over"
+    expected = config.base_fingerprint.partition(":")[0]
+    modules = sorted(masks.tensors)
+    found = weights_fingerprint((module, dequantised(head, masks.tensors[module])) for module in modules)
+    if found == expected:
+        return "the file holds the weights that the mask was trained over (fingerprints match)"
+    kinds = ", ".join(sorted({type_name(head.tensors[tensor].kind) for tensor in masks.tensors.values()}))
+    difference = (
+        f"the mask was trained over other weights ({config.base_model_name_or_path}, fingerprint {expected[:12]}) than "
+        f"{str(head.path)!r} holds ({kinds}, {found[:12]})"
+    )
+    if not accept_other_base:
+        raise UserError(
+            f"{difference}; train over this file (maskft train --gguf_file), or, if it is the same model in another "
+            "precision, add --accept_other_base and measure the result"
+        )
+    warnings.warn(f"{difference}; measure the result before you serve it")
+    return "the file holds other weights than the mask was trained over; measure the result"
+
+
+@dataclass
+class _Masks:
+    """The masks of an adapter over the tensors of one file.
+
+    Attributes:
+        config: What the adapter says of itself.
+        coded: Module name -> its mask, coded.
+        head: The file's.
+        tensors: Module name -> name of its tensor.
+        codes: Codes that were removed, in the order of the file; empty before they are.
+    """
+
+    config: AdapterConfig
+    coded: Mapping[str, Tensor]
+    head: GgufHead
+    tensors: dict[str, str]
+    codes: bytes = b""
+
+    @classmethod
+    def of_adapter(cls, adapter: str | Path, head: GgufHead) -> _Masks:
+        """Read an adapter, and refuse one that is more than zeros, or does not fit the file."""
+        config = read_config(adapter)
+        if config.removed_value != "zero":
+            raise UserError(
+                f"adapter {str(adapter)!r} gives removed weights the values of {config.removed_value_model}; only "
+                "zero can be written into a quantised file"
+            )
+        if config.weights_sha256:
+            raise UserError(
+                f"adapter {str(adapter)!r} also replaces weights ({', '.join(config.weights_sha256)}), which a mask "
+                "in a quantised file cannot; train without modules_to_save"
+            )
+        coded = read_coded(adapter)
+        shapes = {module: mask_info(data, module)["shape"] for module, data in coded.items()}
+        return cls(config, coded, head, find_tensors(head, shapes))
+
+    @property
+    def numel(self) -> int:
+        """Number of weights that the masks cover."""
+        shapes = (mask_info(data)["shape"] for data in self.coded.values())
+        return sum(rows * columns for rows, columns in shapes)
+
+    @property
+    def num_removed(self) -> int:
+        """Number of weights that the masks remove."""
+        return sum(mask_info(data)["num_removed"] for data in self.coded.values())
+
+    @property
+    def num_code_bytes(self) -> int:
+        """Bytes of the codes of all removed weights."""
+        return sum(mask_info(self.coded[module])["num_removed"] * form.code_bytes for module, form in self._in_order())
+
+    def removed_codes(self) -> Iterator[bytes]:
+        """Codes of the removed weights, tensor by tensor in the order of the file."""
+        with self.head.path.open("rb") as file:
+            for module, form in self._in_order():
+                for rows, removed in self._pieces(file, module, form):
+                    yield codes_to_bytes(removed_codes(rows, removed, form), form)
+
+    def patched(self) -> Iterator[bytes]:
+        """The data of all tensors, removed weights at zero."""
+        with self.head.path.open("rb") as file:
+            at = self.head.data_start
+            for module, form in self._in_order():
+                place = self.head.tensors[self.tensors[module]]
+                yield from _copy(file, at, place.start)
+                for rows, removed in self._pieces(file, module, form):
+                    write_zeros(rows, removed, form)
+                    yield rows.numpy().tobytes()
+                at = place.start + place.num_bytes
+            yield from _copy(file, at, self.head.file_bytes)
+
+    def base_file(self) -> Iterator[bytes]:
+        """The file without the mask: its head, and the data of all tensors with the removed codes restored.
+
+        Raises:
+            UserError: If a removed weight is not zero.
+        """
+        yield head_bytes(self.head, without=PREFIX)
+        used = 0
+        with self.head.path.open("rb") as file:
+            at = self.head.data_start
+            for module, form in self._in_order():
+                tensor = self.tensors[module]
+                place = self.head.tensors[tensor]
+                yield from _copy(file, at, place.start)
+                for rows, removed in self._pieces(file, module, form):
+                    if not bool((removed_codes(rows, removed, form) == form.zero).all()):
+                        raise UserError(f"{str(self.head.path)!r}: {tensor} has weights where the mask removes them")
+                    num_bytes = int(removed.sum()) * form.code_bytes
+                    codes = codes_from_bytes(self.codes[used : used + num_bytes], form)
+                    restore_codes(rows, removed, codes, form)
+                    used += num_bytes
+                    yield rows.numpy().tobytes()
+                at = place.start + place.num_bytes
+            yield from _copy(file, at, self.head.file_bytes)
+
+    def _in_order(self) -> list[tuple[str, Format]]:
+        """Modules in the order of their tensors in the file, with the formats of these."""
+        places = {module: self.head.tensors[tensor] for module, tensor in self.tensors.items()}
+        in_order = sorted(places, key=lambda module: places[module].start)
+        return [(module, FORMATS[places[module].kind]) for module in in_order]
+
+    def _pieces(self, file: BinaryIO, module: str, form: Format) -> Iterator[tuple[Tensor, Tensor]]:
+        """Packed rows of a tensor, and which of their weights are removed; some rows at a time."""
+        tensor = self.tensors[module]
+        place = self.head.tensors[tensor]
+        num_rows, num_columns = place.shape
+        mask = decode_mask(self.coded[module], module, place.shape)
+        removed = ~to_file_order(self.head, tensor, mask)
+        row_bytes = num_columns // form.block_size * form.block_bytes
+        step = max(1, _PIECE_WEIGHTS // num_columns)
+        for first in range(0, num_rows, step):
+            count = min(step, num_rows - first)
+            content = _read(file, place.start + first * row_bytes, count * row_bytes)
+            rows = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(count, row_bytes)
+            yield rows, removed[first : first + count]
+
+
+def _copy(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
+    while start < end:
+        piece = _read(file, start, min(_PIECE_BYTES, end - start))
+        start += len(piece)
+        yield piece
+
+
+def _read(file: BinaryIO, start: int, num_bytes: int) -> bytes:
+    file.seek(start)
+    content = file.read(num_bytes)
+    if len(content) != num_bytes:
+        raise UserError(f"{file.name!r} became shorter while it was read; start again")
+    return content
+
+
+def _first_bytes(path: Path, num_bytes: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(num_bytes)
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise UserError(f"output {str(output)!r} exists; name a new file")
+    if not output.parent.is_dir():
+        raise UserError(f"output {str(output)!r}: the folder {str(output.parent)!r} does not exist")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file whole or not at all: under a temporary name beside it, then renamed.
+
+    Raises:
+        UserError: If the disk is full or cannot be written to.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError as error:
+        raise UserError(
+            f"{str(path)!r} cannot be written ({error.strerror or error}); free space or name another"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()

@@ -1,0 +1,226 @@
+"""The head of a GGUF file: its metadata, and where each tensor is. Tensor bytes stay on the disk.
+
+``gguf.GGUFReader`` reads every token of the vocabulary into objects, which takes seconds and says nothing about
+places; rewriting a head needs the places of its keys, so they are walked here.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskft_common.errors import UserError
+
+from .zero_codes import FORMATS
+
+MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_COUNTS = struct.Struct("<4sIQQ")  # magic, version, number of tensors, number of metadata keys
+_ALIGNMENT = 32  # unless general.alignment says otherwise
+STRING = 8
+ARRAY = 9
+UINT64 = 10
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """One tensor of a file.
+
+    Attributes:
+        shape: In torch's order: (out_features, in_features).
+        kind: Number of its ggml type.
+        start: First byte in the file.
+        num_bytes: None where this version does not know the type.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+    num_bytes: int | None
+
+
+@dataclass(frozen=True)
+class GgufHead:
+    """What precedes the tensors' bytes.
+
+    Attributes:
+        path: The file.
+        file_bytes: Size of the file.
+        metadata: Scalars, strings and arrays of scalars (tuples) by key; of an array of strings its length.
+        keys: Key -> its first byte, and the one after its value.
+        tensors: Name -> place, in the order of the file.
+        infos: First byte of the table of tensors, and the one after it.
+        data_start: First byte of the tensors' data, aligned.
+        version: Of the format.
+    """
+
+    path: Path
+    file_bytes: int
+    metadata: dict[str, Any]
+    keys: dict[str, tuple[int, int]]
+    tensors: dict[str, TensorPlace]
+    infos: tuple[int, int]
+    data_start: int
+    version: int
+
+    @property
+    def alignment(self) -> int:
+        """The tensors' data starts at a multiple of this many bytes."""
+        return int(self.metadata.get("general.alignment", _ALIGNMENT))
+
+
+class _Cursor:
+    """Reads values one after another; beyond the end of the file struct raises."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.at = 0
+
+    def take(self, form: str) -> tuple:
+        values = struct.unpack_from(f"<{form}", self.data, self.at)
+        self.at += struct.calcsize(f"<{form}")
+        return values
+
+    def string(self) -> str:
+        (length,) = self.take("Q")
+        content = self.data[self.at : self.at + length]
+        if len(content) != length:
+            raise struct.error("the file ends inside a text")
+        self.at += length
+        return content.decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            return self.take(_SCALARS[kind])[0]
+        element_kind, length = self.take("IQ")
+        if element_kind in _SCALARS:
+            return self.take(f"{length}{_SCALARS[element_kind]}")
+        if element_kind != STRING:
+            raise ValueError(f"an array of type {element_kind}")
+        # A vocabulary: the only way to its end leads over every length.
+        for _ in range(length):
+            (num_bytes,) = struct.unpack_from("<Q", self.data, self.at)
+            self.at += 8 + num_bytes
+        return length
+
+
+def read_head(path: str | Path) -> GgufHead:
+    """Read the head of a GGUF file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UserError: If there is no such file, if it is not a GGUF file, one of several parts, or cut.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} does not exist" if not path.exists() else f"{str(path)!r} is not a file")
+    with path.open("rb") as file:
+        if file.read(4) != MAGIC:
+            raise UserError(f"{str(path)!r} is not a GGUF file: it does not start with the letters GGUF")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                head = _walk(path, data)
+            except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(
+                    f"{str(path)!r} is cut or damaged: its head cannot be read ({type(error).__name__}: {error}); "
+                    "download it again"
+                ) from error
+    _check_whole(head)
+    return head
+
+
+def _walk(path: Path, data: mmap.mmap) -> GgufHead:
+    cursor = _Cursor(data)
+    _, version, num_tensors, num_keys = cursor.take("4sIQQ")
+    if version not in _VERSIONS:
+        # Of a file in the other byte order the number is huge.
+        raise UserError(f"{str(path)!r} is GGUF version {version}; this maskft reads little-endian versions 2 and 3")
+
+    metadata: dict[str, Any] = {}
+    keys: dict[str, tuple[int, int]] = {}
+    for _ in range(num_keys):
+        start = cursor.at
+        key = cursor.string()
+        metadata[key] = cursor.value(*cursor.take("I"))
+        keys[key] = (start, cursor.at)
+
+    infos_start = cursor.at
+    found = []
+    for _ in range(num_tensors):
+        name = cursor.string()
+        (num_dims,) = cursor.take("I")
+        shape = cursor.take(f"{num_dims}Q")[::-1]
+        kind, offset = cursor.take("IQ")
+        found.append((name, shape, kind, offset))
+
+    alignment = int(metadata.get("general.alignment", _ALIGNMENT))
+    data_start = -(-cursor.at // alignment) * alignment
+    tensors = {
+        name: TensorPlace(shape, kind, data_start + offset, _num_bytes(shape, kind))
+        for name, shape, kind, offset in found
+    }
+    return GgufHead(path, len(data), metadata, keys, tensors, (infos_start, cursor.at), data_start, version)
+
+
+def _num_bytes(shape: tuple[int, ...], kind: int) -> int | None:
+    form = FORMATS.get(kind)
+    if form is None:
+        return None
+    numel = 1
+    for size in shape:
+        numel *= size
+    return numel // form.block_size * form.block_bytes
+
+
+def _check_whole(head: GgufHead) -> None:
+    num_parts = head.metadata.get("split.count", 0)
+    if num_parts > 1:
+        raise UserError(
+            f"{str(head.path)!r} is one of {num_parts} parts of a model; join them first: "
+            "llama-gguf-split --merge FIRST_PART WHOLE"
+        )
+    for name, place in head.tensors.items():
+        end = place.start + (place.num_bytes or 0)
+        if end > head.file_bytes:
+            raise UserError(
+                f"{str(head.path)!r} is cut: {name} ends at byte {end:,}, the file at {head.file_bytes:,}; "
+                "download it again"
+            )
+
+
+def head_bytes(head: GgufHead, added: dict[str, str | int] | None = None, without: str | None = None) -> bytes:
+    """The head written again, as long as its alignment needs; tensors keep their places after it.
+
+    Args:
+        head: The head.
+        added: Keys to add after the others: texts, and whole numbers of 64 bits.
+        without: Leave out the keys that start with this.
+    """
+    with head.path.open("rb") as file:
+        old = file.read(head.infos[1])
+    kept = [old[start:end] for key, (start, end) in head.keys.items() if not (without and key.startswith(without))]
+    new = [_key_bytes(key, value) for key, value in (added or {}).items()]
+    counts = _COUNTS.pack(MAGIC, head.version, len(head.tensors), len(kept) + len(new))
+    content = counts + b"".join(kept) + b"".join(new) + old[head.infos[0] : head.infos[1]]
+    return content + bytes(-len(content) % head.alignment)
+
+
+def _key_bytes(key: str, value: str | int) -> bytes:
+    if isinstance(value, int):
+        return _text_bytes(key) + struct.pack("<IQ", UINT64, value)
+    return _text_bytes(key) + struct.pack("<I", STRING) + _text_bytes(value)
+
+
+def _text_bytes(text: str) -> bytes:
+    content = text.encode("utf-8")
+    return struct.pack("<Q", len(content)) + content

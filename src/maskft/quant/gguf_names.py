@@ -1,0 +1,132 @@
+"""Which tensor of a GGUF file holds the weight of a module, and in which order its rows are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from maskft_common.errors import UserError, install_hint
+
+from .gguf_header import GgufHead, TensorPlace
+from .zero_codes import why_no_zero
+
+# llama.cpp's converter permutes the rows of queries and keys of these; the rest lies as in transformers.
+_PERMUTED = ("llama", "mistral3")
+_AS_IN_TRANSFORMERS = ("gemma", "gemma2", "gemma3", "phi3", "qwen2", "qwen3")
+ARCHITECTURES = (*_PERMUTED, *_AS_IN_TRANSFORMERS)
+_HEADS = {"attn_q": "head_count", "attn_k": "head_count_kv"}
+
+
+def find_tensors(head: GgufHead, modules: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """Names of the tensors that hold the weights of modules, checked: there, of this shape, with a zero level.
+
+    Args:
+        head: Head of the file.
+        modules: Module name, as in transformers -> shape of its weight (out_features, in_features).
+
+    Returns:
+        Module name -> name of its tensor.
+
+    Raises:
+        UserError: For the first that does not fit.
+    """
+    names = _tensor_names(head, modules)
+    for module, shape in modules.items():
+        tensor = names[module]
+        if tensor not in head.tensors:
+            raise UserError(f"{str(head.path)!r} has no {tensor} for {module}{_why_missing(head, tensor)}")
+        place = head.tensors[tensor]
+        if place.shape != tuple(shape):
+            raise UserError(
+                f"{str(head.path)!r} is a file of another model: {tensor} has shape {place.shape}, the mask of "
+                f"{module} {tuple(shape)}"
+            )
+        if reason := why_no_zero(tensor, place.kind):
+            raise UserError(f"{str(head.path)!r}: {reason}")
+    return names
+
+
+def _tensor_names(head: GgufHead, modules: Iterable[str]) -> dict[str, str]:
+    try:
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+    except ImportError as error:
+        raise UserError(f"names of a GGUF file need gguf ({install_hint('gguf')}): {error}") from error
+
+    architecture = head.metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"{str(head.path)!r} holds a {architecture!r} model; maskft knows the order of weights in "
+            f"{', '.join(sorted(ARCHITECTURES))}"
+        )
+    number = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    num_blocks = int(head.metadata.get(f"{architecture}.block_count", 0))
+    known = get_tensor_name_map(number, num_blocks)
+
+    names = {}
+    for module in modules:
+        name = known.get_name(module)
+        if name is None:
+            raise UserError(
+                f"{str(head.path)!r} is a file of another model: {module} has no place in a {architecture} of "
+                f"{num_blocks} layers"
+            )
+        names[module] = f"{name}.weight"
+    return names
+
+
+def _why_missing(head: GgufHead, tensor: str) -> str:
+    block, _, part = tensor.removesuffix(".weight").rpartition(".")
+    fused = {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv", "ffn_gate": "ffn_up"}.get(part)
+    if fused is not None and f"{block}.{fused}.weight" in head.tensors:
+        return f": the file holds it fused in {block}.{fused}; convert the model without fusing, or mask other layers"
+    if tensor == "output.weight":
+        return ": its output is tied to the embeddings; mask other layers"
+    return ": it is a file of another model"
+
+
+def to_file_order(head: GgufHead, tensor: str, matrix: Tensor) -> Tensor:
+    """Rows of a weight or a mask, in transformers' order, as the file has them.
+
+    Rotary positions turn pairs of values. Transformers pairs value i with value i + half of a head; llama.cpp's files
+    of llamas have the two side by side.
+    """
+    num_heads = _heads(head, tensor)
+    if num_heads is None:
+        return matrix
+    return matrix.reshape(num_heads, 2, -1, matrix.shape[1]).transpose(1, 2).reshape(matrix.shape)
+
+
+def from_file_order(head: GgufHead, tensor: str, matrix: Tensor) -> Tensor:
+    """The inverse of :func:`to_file_order`."""
+    num_heads = _heads(head, tensor)
+    if num_heads is None:
+        return matrix
+    return matrix.reshape(num_heads, -1, 2, matrix.shape[1]).transpose(1, 2).reshape(matrix.shape)
+
+
+def _heads(head: GgufHead, tensor: str) -> int | None:
+    """Number of heads of a tensor whose rows the file has in another order."""
+    architecture = head.metadata["general.architecture"]
+    part = tensor.removesuffix(".weight").rpartition(".")[2]
+    if architecture not in _PERMUTED or part not in _HEADS:
+        return None
+    key = f"{architecture}.attention.{_HEADS[part]}"
+    # A model without groups of heads need not name the number of its keys' heads.
+    value = head.metadata.get(key, head.metadata.get(f"{architecture}.attention.head_count"))
+    if not isinstance(value, int) or value < 1 or head.tensors[tensor].shape[0] % (2 * value):
+        raise UserError(f"{str(head.path)!r}: {key} is {value}, which does not divide the rows of {tensor} into heads")
+    return value
+
+
+def dequantised(head: GgufHead, tensor: str) -> Tensor:
+    """Values of a tensor in transformers' order, float32, one tensor in memory."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, dequantize
+
+    place: TensorPlace = head.tensors[tensor]
+    raw = np.fromfile(head.path, dtype=np.uint8, count=place.num_bytes, offset=place.start)
+    values = dequantize(raw, GGMLQuantizationType(place.kind)).reshape(place.shape)
+    matrix = torch.from_numpy(np.array(values, dtype=np.float32))  # of plain floats, dequantize returns a view
+    return from_file_order(head, tensor, matrix).contiguous()

@@ -1,0 +1,227 @@
+"""Where GGUF's block formats keep the code of each weight, and which code is zero.
+
+A GGUF tensor is a matrix of rows, a row a sequence of blocks: a scale (or several), and the codes of 32 or 256
+weights, bit by bit. A format with a zero level has a code whose value is ``scale * 0``, whatever the scale. Writing
+that code removes the weight exactly, and writing the old code back restores the byte. Scales are never touched.
+
+The layouts are those of llama.cpp's ``ggml-common.h`` and ``ggml-quants.c``; the tests compare every format with
+``gguf.dequantize``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# ggml's numbers of its types, with the names that llama.cpp prints.
+TYPE_NAMES = {
+    **{0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1"},
+    **{10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"},
+    **{16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS"},
+    **{24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0"},
+    **{39: "MXFP4", 40: "NVFP4"},
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """Some bits of every code of a block.
+
+    Attributes:
+        byte_of: Weight -> the byte of the block that holds the bits, shape (block_size,).
+        shift_of: Weight -> the lowest of the bits in that byte, shape (block_size,).
+        width: Number of bits.
+        offset: Where the bits belong in the code, counted from its lowest bit.
+    """
+
+    byte_of: Tensor
+    shift_of: Tensor
+    width: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Format:
+    """A block format with a zero level.
+
+    Attributes:
+        name: As llama.cpp prints it.
+        block_size: Weights in a block.
+        block_bytes: Bytes of a block.
+        zero: The code whose value is zero.
+        code_bytes: Bytes that hold one code.
+        fields: Where the bits of the codes are.
+    """
+
+    name: str
+    block_size: int
+    block_bytes: int
+    zero: int
+    code_bytes: int
+    fields: tuple[Field, ...]
+
+
+def _float_format(name: str, num_bytes: int) -> Format:
+    """A format of single floats, whose bit pattern is the code; +0.0 is all zeros."""
+    fields = tuple(Field(torch.tensor([k]), torch.tensor([0]), width=8, offset=8 * k) for k in range(num_bytes))
+    return Format(name, 1, num_bytes, zero=0, code_bytes=num_bytes, fields=fields)
+
+
+def _formats() -> dict[int, Format]:
+    j32 = torch.arange(32)
+    # In blocks of 32, byte k of the nibbles has weight k in its low half and weight k + 16 in its high half.
+    nibble = {"byte_of": j32 % 16, "shift_of": 4 * (j32 // 16), "width": 4}
+    zeros32 = torch.zeros(32, dtype=torch.int64)
+
+    j256 = torch.arange(256)
+    half = j256 // 128
+    quarter = j256 % 128 // 32  # of its half
+    lane = j256 % 32
+
+    q4_0 = Format("Q4_0", 32, 18, 8, 1, (Field(2 + nibble["byte_of"], nibble["shift_of"], width=4),))
+    q5_0 = Format(
+        "Q5_0",
+        32,
+        22,
+        16,
+        1,
+        (Field(6 + nibble["byte_of"], nibble["shift_of"], width=4), Field(2 + j32 // 8, j32 % 8, width=1, offset=4)),
+    )
+    q8_0 = Format("Q8_0", 32, 34, 0, 1, (Field(2 + j32, zeros32, width=8),))
+    # 32 bytes of high bits, 64 bytes of pairs of low bits, then scales: (high, low) = (1, 0) is 4 - 4.
+    q3_k = Format(
+        "Q3_K",
+        256,
+        110,
+        4,
+        1,
+        (Field(32 + 32 * half + lane, 2 * quarter, width=2), Field(lane, 4 * half + quarter, width=1, offset=2)),
+    )
+    # 128 bytes of nibbles, 64 bytes of pairs of high bits, then scales: (high, low) = (2, 0) is 32 - 32.
+    q6_k = Format(
+        "Q6_K",
+        256,
+        210,
+        32,
+        1,
+        (
+            Field(64 * half + 32 * (quarter % 2) + lane, 4 * (quarter // 2), width=4),
+            Field(128 + 32 * half + lane, 2 * quarter, width=2, offset=4),
+        ),
+    )
+    return {
+        0: _float_format("F32", 4),
+        1: _float_format("F16", 2),
+        30: _float_format("BF16", 2),
+        **{2: q4_0, 6: q5_0, 8: q8_0, 11: q3_k, 14: q6_k},
+    }
+
+
+FORMATS = _formats()
+NAMES_WITH_ZERO = tuple(FORMATS[kind].name for kind in sorted(FORMATS))
+
+
+def type_name(kind: int) -> str:
+    """Name of a ggml type."""
+    return TYPE_NAMES.get(kind, f"ggml type {kind}")
+
+
+def read_codes(blocks: Tensor, form: Format) -> Tensor:
+    """Codes of the weights in ``blocks``.
+
+    Args:
+        blocks: Bytes, shape (num_blocks, block_bytes), uint8.
+        form: Their format.
+
+    Returns:
+        Shape (num_blocks, block_size), int32; of four-byte floats the bit pattern, which may be negative.
+    """
+    codes = torch.zeros(len(blocks), form.block_size, dtype=torch.int32, device=blocks.device)
+    for field in form.fields:
+        bits = blocks[:, field.byte_of.to(blocks.device)].int() >> field.shift_of.to(blocks.device).int()
+        codes |= (bits & (2**field.width - 1)) << field.offset
+    return codes
+
+
+def write_codes(blocks: Tensor, codes: Tensor | int, where: Tensor, form: Format) -> None:
+    """Write codes into ``blocks`` in place, and leave every other bit as it is.
+
+    Args:
+        blocks: Bytes, shape (num_blocks, block_bytes), uint8.
+        codes: Shape (num_blocks, block_size), int32, or one code for all.
+        where: Which weights get one, shape (num_blocks, block_size), bool.
+        form: The format.
+    """
+    for field in form.fields:
+        all_bits = 2**field.width - 1
+        # Weights that share a byte have different shifts: one shift at a time, no byte is written twice.
+        for shift in field.shift_of.unique().tolist():
+            weights = (field.shift_of == shift).nonzero().squeeze(1).to(blocks.device)
+            places = field.byte_of.to(blocks.device)[weights]
+            if isinstance(codes, int):
+                bits = codes >> field.offset & all_bits
+                bits = torch.tensor(bits << shift, dtype=torch.uint8, device=blocks.device)
+            else:
+                bits = ((codes[:, weights] >> field.offset & all_bits) << shift).to(torch.uint8)
+            old = blocks[:, places]
+            new = old & (0xFF ^ all_bits << shift) | bits
+            blocks[:, places] = torch.where(where[:, weights], new, old)
+
+
+def write_zeros(rows: Tensor, removed: Tensor, form: Format) -> None:
+    """Write the zero code of every removed weight into packed rows, in place.
+
+    Args:
+        rows: Shape (out_features, bytes of a row), uint8, contiguous.
+        removed: Shape (out_features, in_features), bool.
+        form: The format.
+    """
+    blocks = rows.view(-1, form.block_bytes)
+    write_codes(blocks, form.zero, removed.reshape(-1, form.block_size), form)
+
+
+def removed_codes(rows: Tensor, removed: Tensor, form: Format) -> Tensor:
+    """Codes of the removed weights in row order, shape (num_removed,), int32; see :func:`write_zeros`."""
+    codes = read_codes(rows.view(-1, form.block_bytes), form)
+    return codes[removed.reshape(-1, form.block_size)]
+
+
+def restore_codes(rows: Tensor, removed: Tensor, codes: Tensor, form: Format) -> None:
+    """Write back what :func:`removed_codes` read before :func:`write_zeros`, in place."""
+    where = removed.reshape(-1, form.block_size)
+    full = torch.zeros(where.shape, dtype=torch.int32, device=where.device)
+    full[where] = codes.to(where.device)
+    write_codes(rows.view(-1, form.block_bytes), full, where, form)
+
+
+def codes_to_bytes(codes: Tensor, form: Format) -> bytes:
+    """Codes as little-endian bytes, ``code_bytes`` each."""
+    as_bytes = codes.contiguous().view(torch.uint8).view(-1, 4)
+    return as_bytes[:, : form.code_bytes].contiguous().numpy().tobytes()
+
+
+def codes_from_bytes(content: bytes, form: Format) -> Tensor:
+    """What :func:`codes_to_bytes` wrote."""
+    if not content:
+        return torch.zeros(0, dtype=torch.int32)
+    as_bytes = torch.zeros(len(content) // form.code_bytes, 4, dtype=torch.uint8)
+    as_bytes[:, : form.code_bytes] = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, form.code_bytes)
+    return as_bytes.view(torch.int32).squeeze(1)
+
+
+def why_no_zero(tensor: str, kind: int) -> str | None:
+    """Why a mask cannot be written into a tensor of this type, with the way out; None where it can.
+
+    Args:
+        tensor: Name in the file, such as ``blk.3.ffn_gate.weight``.
+        kind: Number of its ggml type.
+    """
+    if kind in FORMATS:
+        return None
+    part = tensor.removesuffix(".weight").rpartition(".")[2]
+    return (
+        f"{tensor} is {type_name(kind)}, which has no code for zero; quantise the model with "
+        f"`llama-quantize --tensor-type {part}=q5_0` (these have one: {', '.join(NAMES_WITH_ZERO)})"
+    )
