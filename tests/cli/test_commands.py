@@ -83,7 +83,7 @@ def test_help_does_not_import_the_method():
     code = (
         "import sys\n"
         "from maskft_lab.cli.main import main\n"
-        "for command in ('', 'compare', 'estimate', 'merge', 'demo', 'inspect', 'verify', 'env'):\n"
+        "for command in ('', 'compare', 'estimate', 'merge', 'masks', 'demo', 'inspect', 'verify', 'env'):\n"
         "    try: main([*command.split(), '--help'])\n"
         "    except SystemExit: pass\n"
         "sys.exit(int(any(name in sys.modules for name in ('maskft', 'torch', 'transformers', 'numpy'))))"

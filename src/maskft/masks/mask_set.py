@@ -84,6 +84,7 @@ class AdapterConfig(schema.FileModel):
     format_version: int
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    task_type: str | None = None
     selection: str = "topk"
     scope: str = "matrix"
     sparsity: float = 0.1

@@ -28,6 +28,7 @@ COMMANDS = {
     "analyze": "compute what the figures of the paper show, from your own finished runs",
     "report": "write one page about a study, its figures, or the paper's tables with your results",
     "merge": "apply a mask to its base model and write an ordinary checkpoint",
+    "masks": "combine several masks over one base into one adapter",
     "inspect": "show what an adapter removes, module by module",
     "verify": "check an adapter's integrity, and that it fits a base model",
     "env": "print versions and machine facts for a bug report",

@@ -1,0 +1,166 @@
+"""Several saved masks as one: the union, the intersection or a majority vote of the places they remove."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from maskft_common import files, layout
+from maskft_common.errors import UserError, printable
+
+from ..tuner.config import MaskConfig
+from .codec import PREFIX, encode_mask
+from .fingerprints import mask_fingerprint
+from .mask_set import AdapterConfig, MaskSet, read_config
+
+# Name -> how many of n masks have to remove a place for the combination to remove it.
+COMBINATIONS: dict[str, Callable[[int], int]] = {
+    "union": lambda n: 1,
+    "intersection": lambda n: n,
+    "vote": lambda n: n // 2 + 1,
+}
+
+
+def combine_masks(mask_sets: Sequence[MaskSet], combination: str) -> MaskSet:
+    """Combine masks place by place; a module that a mask does not have is one of which it removes nothing.
+
+    Args:
+        mask_sets: Masks of one base model, two or more.
+        combination: ``union`` removes a place that any mask removes, ``intersection`` one that all remove, ``vote``
+            one that more than half of them remove.
+
+    Raises:
+        UserError: If the masks of a module differ in shape, or nothing is left to remove.
+    """
+    needed = COMBINATIONS[combination](len(mask_sets))
+    modules = dict.fromkeys(module for masks in mask_sets for module in masks)
+    combined = MaskSet()
+    for module in modules:
+        found = [masks[module] for masks in mask_sets if module in masks]
+        if len({mask.shape for mask in found}) > 1:
+            shapes = " and ".join(str(tuple(mask.shape)) for mask in found)
+            raise UserError(f"the masks of {module} have shapes {shapes}; combine masks of one base model")
+        num_removing = torch.stack([~mask for mask in found]).sum(dim=0)
+        if len(found) >= needed:
+            combined[module] = num_removing < needed
+    if combined.num_removed == 0:
+        raise UserError(f"the {combination} of these {len(mask_sets)} masks removes nothing; try union")
+    return combined
+
+
+def combine_adapters(adapters: Sequence[str | Path], combination: str, output_dir: str | Path) -> str:
+    """Write the combination of saved masks as one adapter with its card.
+
+    ``set_adapter`` with a list of names, of the same adapters loaded into one model, is the union without a file.
+
+    Args:
+        adapters: Adapter folders, two or more, over one base.
+        combination: One of :data:`COMBINATIONS`.
+        output_dir: Folder of the new adapter; must not exist or be empty.
+
+    Returns:
+        The number of weights it removes, in a line.
+
+    Raises:
+        UserError: If the adapters are not over one base, or hold more than masks that remove to zero.
+    """
+    if len(adapters) < 2:
+        raise UserError(f"{combination} needs two adapters or more; found {len(adapters)}")
+    files.check_no_link(Path(output_dir))
+    output_dir = Path(output_dir).resolve()
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UserError(f"output {str(output_dir)!r} is not empty; name another folder")
+
+    configs = [read_config(adapter) for adapter in adapters]
+    for adapter, config in zip(adapters, configs, strict=True):
+        _check_only_masks(adapter, config)
+    base = _common_base(adapters, configs)
+    mask_sets = [MaskSet.from_adapter(adapter) for adapter in adapters]
+    combined = combine_masks(mask_sets, combination)
+
+    coded = {module: encode_mask(mask) for module, mask in combined.items()}
+    new_config = MaskConfig(
+        # Whole names: patterns that were right for one adapter could match modules which the combination leaves alone.
+        target_modules=sorted(combined),
+        # As many as there are, and not a share of each matrix: the setting that `maskft verify` expects of such a mask.
+        selection="logit",
+        base_model_name_or_path=base,
+        revision=configs[0].revision,
+        task_type=configs[0].task_type,
+        inference_mode=True,
+        mask_sha256=mask_fingerprint(coded),
+        base_fingerprint=_base_fingerprint(adapters, configs, mask_sets, combined),
+        recipe=_recipe(adapters, configs, combination),
+    )
+    with files.whole_folder(output_dir) as partial:
+        tensors = {f"{PREFIX}{module}.mask_coded": code for module, code in coded.items()}
+        save_file(tensors, partial / layout.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        new_config.save_pretrained(str(partial))
+    unchecked = "" if new_config.base_fingerprint else "; the base's fingerprint is not recorded"
+    return (
+        f"{output_dir}: the {combination} of {len(adapters)} masks removes {combined.num_removed:,} of "
+        f"{combined.numel:,} weights in {len(combined)} modules ({_counts(mask_sets)}){unchecked}"
+    )
+
+
+def _counts(mask_sets: Sequence[MaskSet]) -> str:
+    return "; ".join(f"{masks.num_removed:,}" for masks in mask_sets) + " alone"
+
+
+def _check_only_masks(adapter: str | Path, config: AdapterConfig) -> None:
+    if config.removed_value != "zero":
+        raise UserError(
+            f"adapter {str(adapter)!r} has removed_value={config.removed_value!r}; only masks that remove to zero can "
+            "be combined"
+        )
+    if config.weights_sha256:
+        raise UserError(
+            f"adapter {str(adapter)!r} holds weights beside its masks (modules_to_save), of which only one adapter's "
+            "could be kept; combine adapters that hold masks alone"
+        )
+
+
+def _common_base(adapters: Sequence[str | Path], configs: Sequence[AdapterConfig]) -> str | None:
+    first = configs[0]
+    for adapter, config in zip(adapters, configs, strict=True):
+        if config.base_model_name_or_path != first.base_model_name_or_path:
+            raise UserError(
+                f"adapter {str(adapters[0])!r} is over {first.base_model_name_or_path!r} and {str(adapter)!r} over "
+                f"{config.base_model_name_or_path!r}; combine masks of one base model"
+            )
+    return first.base_model_name_or_path
+
+
+def _base_fingerprint(
+    adapters: Sequence[str | Path],
+    configs: Sequence[AdapterConfig],
+    mask_sets: Sequence[MaskSet],
+    combined: MaskSet,
+) -> str | None:
+    """Fingerprint of the base for the combination, from an adapter of the same modules; None: no adapter has these.
+
+    A fingerprint is over the weights of the masked modules, so those of adapters with other modules cannot be compared.
+    """
+    found: dict[frozenset[str], tuple[str | Path, str | None]] = {}
+    for adapter, config, masks in zip(adapters, configs, mask_sets, strict=True):
+        other, fingerprint = found.setdefault(frozenset(masks), (adapter, config.base_fingerprint))
+        if config.base_fingerprint != fingerprint:
+            raise UserError(
+                f"adapters {str(other)!r} and {str(adapter)!r} were trained on other weights of their base "
+                f"(fingerprints {str(fingerprint)[:12]} and {str(config.base_fingerprint)[:12]}); combine masks of one "
+                "model"
+            )
+    return found.get(frozenset(combined), (None, None))[1]
+
+
+def _recipe(adapters: Sequence[str | Path], configs: Sequence[AdapterConfig], combination: str) -> dict[str, Any]:
+    """What the card says of how it was made: each part by its folder's name and its mask's fingerprint."""
+    parts = {}
+    for number, (adapter, config) in enumerate(zip(adapters, configs, strict=True), 1):
+        # Of a folder the last part: the rest is nobody else's business.
+        parts[f"part {number}"] = f"{printable(Path(adapter).name)} (mask fingerprint {config.mask_sha256})"
+    return {"combination": f"{combination} of {len(adapters)} masks", **parts}

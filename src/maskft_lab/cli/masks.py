@@ -1,0 +1,27 @@
+"""``maskft masks``: several saved masks as one adapter."""
+
+from __future__ import annotations
+
+import sys
+
+# As in maskft.masks.combine, which would import torch for --help.
+COMBINATIONS = ("union", "intersection", "vote")
+
+
+def add_arguments(parser) -> None:
+    """Options of ``maskft masks``."""
+    parser.add_argument(
+        "combination",
+        choices=COMBINATIONS,
+        help="union: remove a weight that any mask removes; intersection: that all remove; vote: that more than half "
+        "remove",
+    )
+    parser.add_argument("adapters", nargs="+", metavar="DIR", help="adapter folders over one base, two or more")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the combined adapter")
+
+
+def run(args) -> None:
+    """Combine and write."""
+    from maskft.masks.combine import combine_adapters
+
+    print(combine_adapters(args.adapters, args.combination, args.output), file=sys.stderr)

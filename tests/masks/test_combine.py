@@ -1,0 +1,180 @@
+"""Union, intersection and vote of saved masks: as files, and as PEFT's list of active adapters."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+import tiny
+from maskft import MaskConfig
+from maskft.masks.combine import combine_adapters, combine_masks
+from maskft.masks.mask_set import MaskSet
+from maskft.masks.verify import verify
+from maskft_common.errors import UserError
+from maskft_common.layout import ADAPTER_CONFIG, CARD
+from maskft_lab.cli.main import main
+from tiny_tokenizer import tiny_tokenizer
+
+
+def removed(*columns):
+    """A mask of one row that removes these columns of five."""
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    mask[0, list(columns)] = False
+    return mask
+
+
+def removed_by(masks, module="up"):
+    return (~masks[module][0]).nonzero().squeeze(1).tolist()
+
+
+def test_each_combination_by_hand():
+    sets = [MaskSet({"up": removed(0, 1, 2)}), MaskSet({"up": removed(1, 2, 3)}), MaskSet({"up": removed(2, 4)})]
+    assert removed_by(combine_masks(sets, "union")) == [0, 1, 2, 3, 4]
+    assert removed_by(combine_masks(sets, "intersection")) == [2]
+    assert removed_by(combine_masks(sets, "vote")) == [1, 2]
+    assert removed_by(combine_masks(sets[:2], "vote")) == [1, 2]  # more than half of two is both
+
+
+def test_a_module_that_only_some_masks_have():
+    sets = [MaskSet({"up": removed(0, 1)}), MaskSet({"up": removed(1), "down": removed(3)})]
+    assert removed_by(combine_masks(sets, "union"), "down") == [3]
+    assert combine_masks(sets, "intersection").keys() == {"up"}
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """Three saved masks over one base, of which one masks fewer layers, and the base's folder."""
+    base = tmp_path / "base"
+    tiny.tiny_llama().save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    folders = []
+    for seed, settings in enumerate(({}, {}, {"target_modules": ["gate_proj"]})):
+        model = tiny.tiny_llama()
+        model.name_or_path = str(base)
+        folder = tmp_path / f"mask{seed}"
+        config = MaskConfig(sparsity=0.3, mask_seed=seed, task_type="CAUSAL_LM", **settings)
+        get_peft_model(model, config).save_pretrained(folder)
+        folders.append(folder)
+    return folders
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=tiny.token_ids()).logits
+
+
+@pytest.mark.parametrize("chosen", [(0, 1), (0, 2), (0, 1, 2)])
+def test_the_union_is_bit_for_bit_the_adapters_active_together(adapters, chosen, tmp_path):
+    parts = [adapters[number] for number in chosen]
+    combine_adapters(parts, "union", tmp_path / "union")
+    union = logits(PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "union"))
+
+    model = PeftModel.from_pretrained(tiny.tiny_llama(), parts[0], adapter_name="part0")
+    names = ["part0"]
+    for number, part in enumerate(parts[1:], 1):
+        names.append(f"part{number}")
+        model.load_adapter(part, names[-1])
+    model.base_model.set_adapter(names)
+    assert torch.equal(union, logits(model))
+    assert not torch.equal(union, logits(tiny.tiny_llama()))
+    assert torch.equal(union, logits(model.merge_and_unload(adapter_names=names)))
+
+
+@pytest.mark.parametrize("combination", ["union", "intersection", "vote"])
+def test_the_command_writes_a_verified_adapter_with_its_card(adapters, combination, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["masks", combination, *map(str, adapters[:2]), "--output", str(out)]
+    assert main(command) == 0
+    expected = combine_masks([MaskSet.from_adapter(folder) for folder in adapters[:2]], combination)
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert f"the {combination} of 2 masks removes {expected.num_removed:,} of {expected.numel:,} weights" in printed
+    assert any("base fingerprint match" in line for line in verify(out, str(tmp_path / "base")))
+    found = MaskSet.from_adapter(out)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[module], expected[module]) for module in expected)
+    card = (out / CARD).read_text()
+    assert f"{combination} of 2 masks" in card
+    assert "mask0" in card
+    assert str(tmp_path) not in card
+
+
+def test_the_fingerprint_of_the_base_is_kept_where_an_adapter_has_the_same_modules(adapters, tmp_path, capsys):
+    few = tmp_path / "few"
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(target_modules=["up_proj"]))
+    model.save_pretrained(few)
+    edit(few, base_model_name_or_path=str(tmp_path / "base"))
+    assert main(["masks", "union", str(adapters[0]), str(adapters[2]), "--output", str(tmp_path / "known")]) == 0
+    assert "not recorded" not in capsys.readouterr().err
+    assert main(["masks", "union", str(few), str(adapters[2]), "--output", str(tmp_path / "unknown")]) == 0
+    assert "the base's fingerprint is not recorded" in capsys.readouterr().err
+
+
+# Bad input
+
+
+def fails(match, adapters, tmp_path, combination="union"):
+    out = tmp_path / "new"
+    with pytest.raises(UserError, match=match) as raised:
+        combine_adapters(adapters, combination, out)
+    assert "\n" not in str(raised.value)
+    assert not out.exists()
+
+
+def edit(folder, **values):
+    file = folder / ADAPTER_CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_one_adapter_is_not_enough(adapters, tmp_path):
+    fails("two adapters or more; found 1", adapters[:1], tmp_path)
+
+
+def test_other_bases(adapters, tmp_path):
+    edit(adapters[1], base_model_name_or_path="another")
+    fails("'another'; combine masks of one base model", adapters[:2], tmp_path)
+
+
+def test_other_weights_of_the_base(adapters, tmp_path):
+    edit(adapters[1], base_fingerprint="0" * 64)
+    fails("trained on other weights", adapters[:2], tmp_path)
+
+
+def test_removed_value_base(adapters, tmp_path):
+    edit(adapters[1], removed_value="base", removed_value_model="other")
+    fails("mask1.*removed_value='base'", adapters[:2], tmp_path)
+
+
+def test_weights_beside_the_mask(adapters, tmp_path):
+    model = get_peft_model(tiny.tiny_llama(tie_word_embeddings=False), MaskConfig(modules_to_save=["lm_head"]))
+    model.save_pretrained(tmp_path / "head")
+    fails("'.*head' holds weights beside its masks", [tmp_path / "head", adapters[0]], tmp_path)
+
+
+def test_other_shapes(tmp_path):
+    tiny.save_masks({"up": removed(1)}, tmp_path / "narrow")
+    tiny.save_masks({"up": removed(1).t().contiguous()}, tmp_path / "tall")
+    fails(r"shapes \(1, 5\) and \(5, 1\)", [tmp_path / "narrow", tmp_path / "tall"], tmp_path)
+
+
+def test_nothing_in_common(tmp_path):
+    tiny.save_masks({"up": removed(1)}, tmp_path / "one")
+    tiny.save_masks({"up": removed(2)}, tmp_path / "two")
+    fails(
+        "the intersection of these 2 masks removes nothing; try union",
+        [tmp_path / "one", tmp_path / "two"],
+        tmp_path,
+        "intersection",
+    )
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(adapters, tmp_path):
+    with pytest.raises(UserError, match="is not empty"):
+        combine_adapters(adapters[:2], "union", adapters[2])
+
+
+def test_a_folder_without_a_mask(adapters, tmp_path, capsys):
+    status = main(["masks", "union", str(adapters[0]), str(tmp_path / "none"), "--output", str(tmp_path / "new")])
+    assert status == 2
+    assert capsys.readouterr().err.count("\n") == 1
