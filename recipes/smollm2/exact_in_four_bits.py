@@ -1,0 +1,301 @@
+"""How much of a fine-tuning is left when it is stored in four bits: a deletion mask, LoRA and all weights.
+
+python recipes/smollm2/exact_in_four_bits.py runs/curve runs/four_bits --seeds 0
+python recipes/smollm2/exact_in_four_bits.py --table results/smollm2-exact-in-four-bits
+
+Inputs in runs/curve: make_curve_inputs.py, and for sums ../small/make_inputs.py. The base is SmolLM2-135M-Instruct with
+its 210 linear layers held as GGUF's Q4_0 (quantised once; that is the base). Each method trains over what the blocks
+hold, and is measured
+
+- as trained (LoRA: the adapter unmerged),
+- merged and stored on the base's grid: its scales, the nearest codes,
+- merged and quantised again: fresh scales,
+
+and once more trained over the float weights, merged there and then quantised. Rates and weights of KL are those of
+study_curve_banking77_kl_seeds.yaml. Accuracy: share of test messages whose every answer token is the likeliest,
+teacher-forced. About 20 minutes of one core with bfloat16 instructions for a task and a seed, 4 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+
+from maskft.data.arguments import DataArguments
+from maskft.data.tokenizing import IGNORED, tokenize_example
+from maskft.loss import length_sorted_batches, pad
+from maskft.masks.merge import load_masked
+from maskft.models import load_model, load_tokenizer
+from maskft_common.layout import EMBEDDED_MODEL, TRAINING, holds_adapter
+from maskft_lab.evaluation.heldout import heldout_rows
+
+TYPE = GGMLQuantizationType.Q4_0
+BLOCK = 32  # weights that share a scale
+NUM_TEST = 200
+BATCH = 25
+
+MASK = [
+    *("--method", "mask", "--mask_selection", "logit", "--mask_gradient", "sigmoid"),
+    *("--mask_target_modules", "gate_proj", "--mask_init_scores", "magnitude", "--mask_init_std", "0.02"),
+    *("--mask_init_value", "0.04", "--mask_sharpness", "10", "--mask_sharpness_end", "100", "--mask_price", "1"),
+    *("--learning_rate", "5e-3", "--kl_to_base", "0.1"),
+]
+LORA = [
+    *("--method", "peft"),
+    *("--peft_config", '{"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}'),
+    *("--learning_rate", "3e-3", "--kl_to_base", "0.03"),
+]
+FULL = ["--method", "full", "--learning_rate", "4e-4", "--kl_to_base", "0.03"]
+METHODS = {"deletion mask": MASK, "LoRA r 16": LORA, "full": FULL}
+
+TRAIN = [
+    *("--as_chat", "false", "--lr_scheduler_type", "linear", "--bf16", "true", "--gradient_checkpointing", "false"),
+    *("--eval_on_start", "false", "--eval_steps", "0.5", "--save_steps", "0.5", "--save_only_model", "true"),
+    *("--logging_steps", "8", "--report_to", "none", "--dtype", "float32"),
+]
+TASKS = {
+    "intents": {
+        "files": ("banking77_train.jsonl.gz", "banking77_test.jsonl.gz"),
+        "options": [
+            *("--eval_split_size", "150", "--max_steps", "48", "--per_device_train_batch_size", "16"),
+            *("--per_device_eval_batch_size", "50", "--max_length", "64"),
+        ],
+    },
+    "sums": {
+        "files": ("sums_train.jsonl.gz", "sums_test.jsonl.gz"),
+        "options": [
+            *("--eval_split_size", "200", "--max_steps", "64", "--per_device_train_batch_size", "32"),
+            *("--per_device_eval_batch_size", "100", "--max_length", "32"),
+        ],
+    },
+}
+
+
+# The grid
+
+
+def linear_weights(model) -> dict[str, torch.Tensor]:
+    """Weights of the linear layers of all blocks, by name; what is held in four bits."""
+    return {
+        f"{name}.weight": module.weight.data
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name
+    }
+
+
+def fresh_scales(weight: torch.Tensor) -> torch.Tensor:
+    """Values of a weight after it was stored as Q4_0, as llama-quantize would."""
+    packed = gguf.quantize(weight.numpy(), TYPE)
+    return torch.from_numpy(np.array(gguf.dequantize(packed, TYPE)))
+
+
+def scales_of(weight: torch.Tensor) -> torch.Tensor:
+    """Scale of each block of a weight that is stored as Q4_0, shape (num_blocks, 1)."""
+    packed = gguf.quantize(weight.numpy(), TYPE).reshape(-1, 18)
+    return torch.from_numpy(packed[:, :2].copy().view(np.float16).astype(np.float32))
+
+
+def on_grid(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Nearest values of the base's own grid: codes 0 to 15 of (code - 8) * scale."""
+    blocks = weight.reshape(-1, BLOCK)
+    # A block of zeros has the scale 0, and every code of it is 0.
+    inverse = torch.where(scales == 0, 0.0, 1 / scales)
+    codes = (blocks * inverse).round().clamp(-8, 7)
+    return (codes * scales).reshape(weight.shape)
+
+
+def store(model, how: str, scales: dict[str, torch.Tensor]) -> int:
+    """Replace the linear weights by what four bits hold of them; returns how many values differ."""
+    num_differ = 0
+    for name, weight in linear_weights(model).items():
+        stored = fresh_scales(weight) if how == "fresh scales" else on_grid(weight, scales[name])
+        num_differ += int((stored != weight).sum())
+        weight.copy_(stored)
+    return num_differ
+
+
+# Measuring
+
+
+@dataclass
+class Test:
+    """Tokenised test rows, and what measures a model on them."""
+
+    rows: list[dict]
+    pad_token_id: int
+
+    @torch.inference_mode()
+    def measure(self, model) -> dict:
+        """Accuracy and loss (nats a token), and for each row whether it is right."""
+        model.eval()
+        right = [0] * len(self.rows)
+        total_loss = 0.0
+        num_tokens = 0
+        for places in length_sorted_batches([len(row["input_ids"]) for row in self.rows], BATCH):
+            ids_BT, mask_BT = pad([self.rows[place]["input_ids"] for place in places], self.pad_token_id, "cpu")
+            labels_BT, _ = pad([self.rows[place]["labels"] for place in places], IGNORED, "cpu")
+            with torch.autocast("cpu", torch.bfloat16):
+                logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1]
+            targets_BT = labels_BT[:, 1:]
+            is_right_BT = (logits_BTV.argmax(-1) == targets_BT) | (targets_BT == IGNORED)
+            for place, is_right in zip(places, is_right_BT.all(1).tolist(), strict=True):
+                right[place] = int(is_right)
+            supervised = targets_BT != IGNORED
+            losses = torch.nn.functional.cross_entropy(
+                logits_BTV[supervised].float(), targets_BT[supervised], reduction="sum"
+            )
+            total_loss += float(losses)
+            num_tokens += int(supervised.sum())
+        return {"accuracy": sum(right) / len(right), "loss": total_loss / num_tokens, "right": right}
+
+
+def load_test(data_dir: Path, task: str) -> Test:
+    """The first test rows of a task."""
+    tokenizer = load_tokenizer(EMBEDDED_MODEL)
+    file = data_dir / TASKS[task]["files"][1]
+    arguments = DataArguments(dataset_name=str(file), as_chat=False, max_eval_samples=NUM_TEST)
+    rows = heldout_rows(arguments, None, tokenizer)
+    return Test([tokenize_example(row, tokenizer, max_length=192) for row in rows], tokenizer.pad_token_id)
+
+
+# Training
+
+
+def make_bases(folder: Path) -> dict[str, Path]:
+    """Write the float base, and the one that Q4_0 blocks hold, as ordinary checkpoints."""
+    bases = {"float": folder / "base-float", "Q4_0": folder / "base-q4_0"}
+    for name, path in bases.items():
+        if (path / "config.json").is_file():
+            continue
+        model = load_model(EMBEDDED_MODEL, "float32")
+        if name == "Q4_0":
+            for weight in linear_weights(model).values():
+                weight.copy_(fresh_scales(weight))
+        load_tokenizer(EMBEDDED_MODEL).save_pretrained(path)
+        model.save_pretrained(path)
+    return bases
+
+
+def train(base: Path, data_dir: Path, task: str, method: str, seed: int, folder: Path) -> Path:
+    """Train a method over a base with ``maskft train``, unless that is done."""
+    if not (folder / TRAINING).is_file():
+        words = [sys.executable, "-m", "maskft", "train", *METHODS[method], *TRAIN, *TASKS[task]["options"]]
+        words += ["--model_name_or_path", str(base), "--dataset_name", str(data_dir / TASKS[task]["files"][0])]
+        words += ["--seed", str(seed), "--output_dir", str(folder)]
+        subprocess.run(words, check=True)
+    return folder
+
+
+def trained(base: Path, folder: Path, method: str, is_merged: bool = True):
+    """A trained model, its adapter merged in float32."""
+    if not holds_adapter(folder):
+        return load_model(str(folder), "float32")
+    if method == "deletion mask":
+        model = load_masked(folder, str(base), "float32")[0]
+    else:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(load_model(str(base), "float32"), str(folder))
+    return model.merge_and_unload() if is_merged else model
+
+
+# One task and seed
+
+
+def run(data_dir: Path, work: Path, results: Path, task: str, seed: int) -> None:
+    """Train and measure all methods; writes one JSON file, again after each."""
+    bases = make_bases(work)
+    test = load_test(data_dir, task)
+    file = results / f"{task}-seed{seed}.json"
+    results.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+    done = {(row["method"], row["trained_over"], row["stored"]) for row in rows}
+
+    def add(method: str, over: str, stored: str, model, num_differ: int | None) -> None:
+        row = {"method": method, "trained_over": over, "stored": stored, "num_differ": num_differ}
+        rows.append(row | test.measure(model))
+        print(f"{task} seed {seed}: {method} over {over}, {stored}: {rows[-1]['accuracy']:.1%}, "
+              f"loss {rows[-1]['loss']:.4f}, {num_differ} values differ", flush=True)  # fmt: skip
+        content = {"task": task, "seed": seed, "num_linear": num_linear, "rows": rows}
+        file.write_text(json.dumps(content) + "\n")
+
+    base_model = load_model(str(bases["Q4_0"]), "float32")
+    scales = {name: scales_of(weight) for name, weight in linear_weights(base_model).items()}
+    num_linear = sum(weight.numel() for weight in linear_weights(base_model).values())
+    if ("none", "Q4_0", "as trained") not in done:
+        add("none", "Q4_0", "as trained", base_model, 0)
+    del base_model
+
+    for over in ("Q4_0", "float"):
+        for method in METHODS:
+            stores = ("as trained", "base's grid", "fresh scales") if over == "Q4_0" else ("as trained", "fresh scales")
+            if all((method, over, stored) in done for stored in stores):
+                continue
+            folder = work / f"{task}-{over}-{method}-{seed}".replace(" ", "-")
+            train(bases[over], data_dir, task, method, seed, folder)
+            for stored in stores:
+                if (method, over, stored) in done:
+                    continue
+                model = trained(bases[over], folder, method, is_merged=stored != "as trained")
+                num_differ = None if stored == "as trained" else store(model, stored, scales)
+                add(method, over, stored, model, num_differ)
+                del model
+
+
+# The table
+
+
+def table(results: Path) -> str:
+    """Markdown of all tasks and seeds in a folder; means where there are several seeds."""
+    runs = [json.loads(file.read_text()) for file in sorted(results.glob("*-seed*.json"))]
+    lines = []
+    for task in dict.fromkeys(run["task"] for run in runs):
+        of_task = [run for run in runs if run["task"] == task]
+        seeds = ", ".join(str(run["seed"]) for run in of_task)
+        lines += [f"{task}, {NUM_TEST} test rows, seed {seeds}; {of_task[0]['num_linear']:,} weights in Q4_0", ""]
+        lines += ["| method | trained over | stored | accuracy % | loss | values that differ |", "|---|---|---|---|---|---|"]
+        found: dict[tuple, list[dict]] = {}
+        for row in (row for run in of_task for row in run["rows"]):
+            found.setdefault((row["method"], row["trained_over"], row["stored"]), []).append(row)
+        for (method, over, stored), rows in found.items():
+            accuracy = ", ".join(f"{100 * row['accuracy']:.1f}" for row in rows)
+            loss = ", ".join(f"{row['loss']:.4f}" for row in rows)
+            differ = ", ".join("" if row["num_differ"] is None else f"{row['num_differ']:,}" for row in rows)
+            lines.append(f"| {method} | {over} | {stored} | {accuracy} | {loss} | {differ} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run, or print the table of finished runs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data_dir", nargs="?", type=Path)
+    parser.add_argument("work", nargs="?", type=Path, help="where trained models go")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--tasks", nargs="+", default=["intents"], choices=list(TASKS))
+    parser.add_argument("--results", type=Path, default=Path("results/smollm2-exact-in-four-bits"))
+    parser.add_argument("--table", type=Path, metavar="FOLDER", help="write and print the table of a folder's results")
+    args = parser.parse_args()
+    if args.table is not None:
+        text = table(args.table)
+        (args.table / "table.md").write_text(text)
+        print(text)
+        return
+    if args.work is None:
+        parser.error("give the folder of the inputs, and one for trained models")
+    for seed in args.seeds:
+        for task in args.tasks:
+            run(args.data_dir, args.work, args.results, task, seed)
+
+
+if __name__ == "__main__":
+    main()
