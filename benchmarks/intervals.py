@@ -9,8 +9,8 @@ from scipy import stats
 
 from maskft_lab.results import families
 from maskft_lab.results.comparison import NOT_DISTINGUISHABLE, Settings
-from maskft_lab.results.differences import Measured, Sample, describe, judge
-from maskft_lab.results.proportions import paired_interval, proportion_interval
+from maskft_lab.results.differences import Measured, Sample, difference_of, judge
+from maskft_lab.results.proportions import proportion_interval, tango_interval
 from maskft_lab.results.statistics import Bootstrap, as_block
 
 RESAMPLES = 600
@@ -68,7 +68,7 @@ def _resampled(won: int, lost: int) -> tuple[float, float]:
 
 @cache
 def _tango(won: int, lost: int) -> tuple[float, float]:
-    return paired_interval(won, lost, 300)
+    return tango_interval(won, lost, 300)
 
 
 def differences(report, draws: int, rng) -> None:
@@ -169,7 +169,7 @@ def one_for_many_seeds(report, draws: int, rng) -> None:
 
 
 def _judged(measured: list[Measured]):
-    rows = [(describe(("method", "baseline"), each, "metric", True, True), each) for each in measured]
+    rows = [(difference_of(("method", "baseline"), each, "metric", True, True), each) for each in measured]
     return judge(rows, Settings())
 
 

@@ -23,7 +23,7 @@ from maskft_lab.results.compare import compare
 from maskft_lab.results.comparison import Settings
 from maskft_lab.results.schema import BEFORE, Result, read_result
 from maskft_lab.results.scores import scores
-from maskft_lab.results.text import score_text
+from maskft_lab.results.words import score_text
 
 
 def main(folders: list[Path], controls: list[str], fixed_seeds: bool = False) -> str:

@@ -14,7 +14,7 @@ from maskft_lab.report.charts import COLOURS, DARK, FORMATS, Chart, Panel, draw_
 from maskft_lab.report.evidence import NotComputed, gather
 from maskft_lab.report.fig_masks import _by_sparsity
 from maskft_lab.report.methods import entries_of
-from maskft_lab.results.text import Table
+from maskft_lab.results.tables import Table
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from maskft_lab.report.catalogue import FIGURES
 from maskft_lab.report.evidence import gather
 from maskft_lab.results.comparison import Comparison, Difference, Score
 from maskft_lab.results.schema import read_result, write_result
-from maskft_lab.results.text import difference_text, score_text
+from maskft_lab.results.words import difference_text, score_text
 
 RESULTS = Path(__file__).parents[2] / "results"
 MAX_BYTES = 2_000_000

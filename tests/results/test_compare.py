@@ -16,9 +16,11 @@ from maskft_lab.cli import compare as command
 from maskft_lab.results import FORMATS, families
 from maskft_lab.results.compare import compare
 from maskft_lab.results.comparison import Settings
+from maskft_lab.results.render import cross_domain_table, render, render_scores
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, write_result
 from maskft_lab.results.scores import scores as scores_of
-from maskft_lab.results.text import Table, cross_domain_table, difference_text, draw, render, render_scores, sentence
+from maskft_lab.results.tables import Table, draw
+from maskft_lab.results.words import difference_text, sentence
 
 RESAMPLES = 500
 
@@ -507,11 +509,15 @@ def test_markdown(comparison):
 HOSTILE = "a\\|b `x` <img src=x> [y](http://z) \\input{/etc/passwd} \\write18{id} % $ \x1b]0;mine\x07\n\\end{tabular}"
 
 
-@pytest.mark.parametrize("output_format", ["terminal", "markdown"])
+@pytest.mark.parametrize("output_format", ["terminal", "markdown", "latex"])
 def test_texts_of_a_result_file_stay_texts(output_format):
     text = draw(Table(("model", "score"), [(HOSTILE, "1"), ("other", "2")]), output_format)
     lines = text.splitlines()
     assert all(line.isprintable() for line in lines)
+    if output_format == "latex":
+        assert [line for line in lines if line.endswith(r" & 1 \\")] and text.count(r"\end{tabular}") == 1
+        assert not re.search(r"\\(input|write18)", text) and not re.search(r"(?<!\\)[$%](?!.*booktabs)", text)
+        return
     assert r"\x1b]0;mine\x07\n" in text.replace("\\\\", "\\")
     if output_format == "markdown":
         assert len(lines) == 4 and all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 3 for line in lines)
@@ -561,7 +567,89 @@ def test_rounding_never_contradicts_the_verdict():
     assert "-0.000002 nats/token [-0.000002, -0.000002]" in sentence(row)
 
 
+def test_answers_that_are_all_alike_are_said_to_be():
+    """An interval of 1.9 points around 200 equal answers is right about other items, and reads like a doubt."""
+    results = [make("full", accuracy=scores(50, 200)), make("mask", accuracy=scores(50, 200))]
+    row = only(fast(results))
+    assert difference_text(row) == "+0.0, all 200 alike" and row.ci_high > 0.018
+    assert "accuracy on sums: +0.0 points, all 200 alike, McNemar p 1: not distinguishable." in sentence(row)
+
+
+def test_means_that_tie_are_no_equal_answers():
+    """Seeds that win and lose the same items tie on average; they differ on all of them."""
+    right = scores(50)
+    results = [make("full", seed, accuracy=right if seed else ~right) for seed in (0, 1)]
+    results += [make("mask", seed, accuracy=~right if seed else right) for seed in (0, 1)]
+    comparison = fast(results)
+    row = only(comparison)
+    assert (row.tied, row.num_identical) == (100, 0)
+    assert not any("differ on no item" in note for note in comparison.notes)
+    assert "alike" not in sentence(row)
+    same = fast([each for name in "ab" for each in (make(name, 0, accuracy=right), make(name, 1, accuracy=~right))])
+    assert (
+        only(same).num_identical == 100 and "a and b" not in same.notes[0] and "b and a differ on no" in same.notes[0]
+    )
+
+
+def test_seeds_that_cancel_out_are_a_difference_of_zero():
+    """Rounding leaves some 1e-18 of them, which was printed as +0.00000000."""
+    base = np.full(60, 0.5)
+    shifts = (0.1, 0.2, -0.3)
+    assert sum(shifts) != 0
+    wave = np.where(np.arange(60) % 2, 0.01, -0.01)
+    results = [make("full", seed, share=base) for seed in range(3)]
+    results += [make("mask", seed, share=base + shift + wave) for seed, shift in enumerate(shifts)]
+    row = only(fast(results))
+    assert row.difference == 0
+    assert re.fullmatch(r"\+0\.0 \[-\d+\.\d, \d+\.\d\]", difference_text(row))
+
+
+def test_an_interval_of_everything_is_none():
+    """Two seeds that disagree: -100 to 100 points is all that a difference can be."""
+    results = [make("full", seed, accuracy=scores(50)) for seed in (0, 1)]
+    results += [make("mask", 0, accuracy=scores(100)), make("mask", 1, accuracy=scores(5))]
+    row = only(fast(results))
+    assert (row.ci_low, row.ci_high) == (-1, 1)
+    assert difference_text(row) == "+2.5 (no interval)"
+
+
+def test_percent_beside_fractions_is_refused():
+    """The unit of a score without one is guessed from its values, and 0 to 100 is not 0 to 1."""
+    right = scores(50)
+    refuse([make("a", rate=right * 1.0), make("b", rate=right * 100.0)], "rate goes up to 1 in one and up to 100")
+    ratings = np.arange(100) % 10
+    assert only(fast([make("a", rate=ratings), make("b", rate=ratings % 2)])).unit == "score"
+
+
+def test_looks_are_paid_for():
+    """Of seeds that are added until a verdict appears, a twentieth of equal methods would be told apart at each look."""
+    results = [make("full", accuracy=scores(50)), make("mask", accuracy=scores(57))]
+    once, often = fast(results), fast(results, looks=5)
+    assert only(once).p_value == only(often).p_value < 0.05
+    assert (only(once).verdict, only(often).verdict) == ("better", "not distinguishable")
+    assert often.confidence == pytest.approx(0.99) and only(often).ci_low <= 0 < only(once).ci_low
+    assert "judged as one of 5 looks: each at 99 % (Bonferroni)" in often.notes[0]
+    refuse(results, "looks 0 is outside", looks=0)
+
+
+def test_too_many_resamples_are_refused_before_memory_is_taken():
+    with pytest.raises(UserError, match="num_resamples 1,000,000,000,000 is too many: give at most 2,000,000"):
+        Settings(num_resamples=10**12)
+    with pytest.raises(UserError, match="300 comparisons at confidence 0.9999 need 12,000,00. bootstrap samples"):
+        Settings(confidence=0.9999).with_resamples(300)
+
+
+def test_latex(comparison):
+    text = render(comparison, "latex")
+    assert text.count(r"\begin{tabular}") == text.count(r"\bottomrule") == 2
+    assert r"full\textbar{}best & 50.0 $\pm$ 5.0 \\" in text
+    assert r"{}[red] mask\_1 \& 5\% & 60.0" in text  # after a \\ a bracket would be its argument
+    said = [line for line in text.splitlines() if "accuracy on sums: " in line]
+    assert len(said) == 1 and said[0].startswith("% ")
+
+
 CLAIMS = re.compile(r"better|worse|not distinguishable")
+NO_INTERVAL = re.compile(r" alike|\(no interval\)")  # in its place
 INTERVAL = re.compile(r"[+-][\d.]+(?: points| nats/token)? ([\[(])(-?[\d.]+), (-?[\d.]+)([\])])")
 
 
@@ -597,9 +685,13 @@ def test_no_printed_interval_disagrees_with_its_verdict(monkeypatch):
             lines = [line for line in text.splitlines() if CLAIMS.search(line)]
             if form == "terminal":  # rows of its table
                 lines = [line for line in lines if line.startswith("  ") and INTERVAL.search(line)]
-            assert len(lines) == (3 if form == "terminal" else 12)  # a row of a table and a sentence each
+            # A row of a table and a sentence each; a page has the loss where something is claimed of it.
+            assert len(lines) in ((3, 6) if form == "terminal" else (12,))
             for line in lines:
                 (claim,) = CLAIMS.findall(line)
+                if NO_INTERVAL.search(line):
+                    assert claim == "not distinguishable"
+                    continue
                 assert holds_zero(line) == (claim == "not distinguishable"), line
                 seen.add((form, claim))
         for row in comparison.differences:

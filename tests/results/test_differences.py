@@ -5,7 +5,7 @@ import pytest
 
 from maskft_lab.results import families
 from maskft_lab.results.comparison import NOT_DISTINGUISHABLE, Settings
-from maskft_lab.results.differences import Measured, Sample, describe, judge
+from maskft_lab.results.differences import Measured, Sample, difference_of, judge
 from maskft_lab.results.families import Noise, simultaneous_level
 from maskft_lab.results.statistics import as_block, weighted_mean
 
@@ -22,7 +22,7 @@ def measure(sample, unit="score"):
 
 def judged(measured):
     """Judge differences of one family, with the least of results around them."""
-    rows = [(describe(("mask", "full"), each, "accuracy", True, True), each) for each in measured]
+    rows = [(difference_of(("mask", "full"), each, "accuracy", True, True), each) for each in measured]
     return judge(rows, Settings())
 
 

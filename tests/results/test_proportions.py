@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from maskft_lab.results.proportions import is_at_edge, paired_interval, paired_score, proportion_interval
+from maskft_lab.results.proportions import is_at_edge, proportion_interval, tango_interval, tango_score
 
 Z = stats.norm.ppf(0.975)
 
@@ -48,22 +48,22 @@ def test_samples_of_an_item_bring_more_than_one_item_and_none_at_an_edge():
 
 def test_tango_by_hand():
     # Without an item that differs, delta / (1 - delta) = z^2 / n.
-    assert paired_interval(0, 0, 300) == pytest.approx((-(Z**2) / (300 + Z**2), Z**2 / (300 + Z**2)))
+    assert tango_interval(0, 0, 300) == pytest.approx((-(Z**2) / (300 + Z**2), Z**2 / (300 + Z**2)))
     for won, lost in [(5, 0), (3, 2), (40, 30)]:
-        low, high = paired_interval(won, lost, 100)
-        assert paired_score(won, lost, 100, low) == pytest.approx(Z)
-        assert paired_score(won, lost, 100, high) == pytest.approx(-Z)
-    assert paired_score(9, 4, 50, 0) == pytest.approx(5 / np.sqrt(13))  # McNemar's without correction
-    assert paired_interval(100, 0, 100).high == 1
+        low, high = tango_interval(won, lost, 100)
+        assert tango_score(won, lost, 100, low) == pytest.approx(Z)
+        assert tango_score(won, lost, 100, high) == pytest.approx(-Z)
+    assert tango_score(9, 4, 50, 0) == pytest.approx(5 / np.sqrt(13))  # McNemar's without correction
+    assert tango_interval(100, 0, 100).high == 1
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 60))
 def test_tango_holds_the_difference_and_flips_with_the_models(won, lost, tied):
     num_items = max(1, won + lost + tied)
-    low, high = paired_interval(won, lost, num_items)
+    low, high = tango_interval(won, lost, num_items)
     assert -1 <= low <= (won - lost) / num_items <= high <= 1
-    assert paired_interval(lost, won, num_items) == pytest.approx((-high, -low), abs=1e-9)
+    assert tango_interval(lost, won, num_items) == pytest.approx((-high, -low), abs=1e-9)
 
 
 def test_samples_that_all_share_a_value_are_not_known_exactly():

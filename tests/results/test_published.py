@@ -9,7 +9,8 @@ from maskft_lab.results.compare import compare
 from maskft_lab.results.comparison import Settings
 from maskft_lab.results.paper_tables import paper_tables, render_tables
 from maskft_lab.results.reading import read_all
-from maskft_lab.results.text import render, sentence
+from maskft_lab.results.render import render
+from maskft_lab.results.words import sentence
 
 RESULTS = Path(__file__).parents[2] / "results"
 SUMMARY = "summary.json"

@@ -7,8 +7,9 @@ import pytest
 from maskft_common.errors import UserError
 from maskft_lab.results.compare import compare
 from maskft_lab.results.comparison import Comparison, Settings
+from maskft_lab.results.render import render
 from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items
-from maskft_lab.results.text import render, sentence
+from maskft_lab.results.words import sentence
 
 NUM_ITEMS, PARENT = 400, "f" * 64
 
@@ -116,6 +117,59 @@ def test_accuracies_of_zero_leave_their_place_to_the_loss():
         task["metrics"]["nll"] = metric_from_items(task["items"], "nll")
     page = render(compared(results), "terminal")
     assert "nll on sums" in page and page.splitlines()[-1].startswith("1 more difference: ")
+
+
+def with_losses(results, **losses):
+    """Results with a loss per item, lower by so much for models of these names."""
+    for each in results:
+        task = each["tasks"]["sums"]
+        for item in task["items"]:
+            item |= {"nll": 2.0 + int(item["id"]) / 1000 - losses.get(each["name"], 0.0), "num_tokens": 1}
+        task["metrics"]["nll"] = metric_from_items(task["items"], "nll")
+    return results
+
+
+@pytest.mark.parametrize(
+    ("right", "others", "reason"),
+    [
+        (0, 4, "by nll: accuracy is 0.0 % of both"),  # six of seven models have nothing right
+        (0, 300, "by nll: accuracy is 0.0 % of both"),
+        (NUM_ITEMS, 10, "by nll: accuracy is 100.0 % of both"),
+        (200, 300, "by nll: accuracy is the same on all 400 items"),
+    ],
+)
+def test_the_loss_decides_where_accuracy_cannot(right, others, reason):
+    """The headline said "no improvement" above a table that said "better"."""
+    results = [result("full", "full", right), result("mask", "mask", right)]
+    results += [result("random mask", "random_mask", others), result("restart", "full", others, fingerprint="b")]
+    (verdict,) = compared(with_losses(results, mask=0.5, restart=0.2)).verdicts
+    said = f"the mask improves the model it starts from, and more than restart does ({reason}). mask, nll on sums: "
+    assert verdict.text.startswith(said)
+    assert (verdict.parent.metric, verdict.control.metric) == ("nll", "nll")
+    page = render(compared(results), "terminal")
+    assert "nll on sums" in page and "-0.5000 [-0.5000, -0.5000]" in page
+    # What accuracy can tell it tells, and without a loss nothing else can.
+    results = [result("full", "full", right), result("mask", "mask", right + 20 if right < 380 else right - 40)]
+    assert compared(with_losses(results, mask=0.5)).verdicts[0].parent.metric == "accuracy"
+    assert compared([result("full", "full", 0), result("mask", "mask", 0)]).verdicts[0].parent.metric == "accuracy"
+
+
+def test_a_page_shows_the_loss_that_is_better():
+    """It was "1 more difference (1 better or worse): --format markdown"."""
+    page = render(
+        compared(with_losses([result("full", "full", 200), result("mask", "mask", 202)], mask=0.5)), "terminal"
+    )
+    assert "accuracy on sums" in page and "-0.5000 [-0.5000, -0.5000]" in page
+    assert "more difference" not in page
+
+
+def test_texts_of_a_strangers_comparison_are_printable():
+    """Of a summary that was prepared: they go to a terminal and into a page."""
+    record = json.loads(render(compared(family(260, 320)), "json"))
+    record["verdicts"][0]["text"] = "better\x1b[2J\u202e<b>"
+    record["notes"] = ["\x07"]
+    comparison = Comparison.from_dict(record)
+    assert comparison.verdicts[0].text == r"better\x1b[2J\u202e<b>" and comparison.notes == [r"\x07"]
 
 
 def test_without_a_control_that_is_said():

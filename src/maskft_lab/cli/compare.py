@@ -13,8 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "results",
         nargs="+",
         metavar="RESULT",
-        help="result files of maskft evaluate, or folders of them; NAME=PATH names a model; results of one name with "
-        "different seeds count as training seeds of one method; one method alone is shown without a comparison",
+        help="result files of maskft evaluate, lm-eval's samples_*.jsonl (--log_samples), or folders of either; "
+        "NAME=PATH names a model; results of one name with different seeds count as training seeds of one method; one "
+        "method alone is shown without a comparison",
     )
     parser.add_argument("--baseline", metavar="NAME", help="name of the result to compare with (default: the first's)")
     parser.add_argument("--tasks", metavar="A,B", help="tasks to compare, separated by commas (default: all)")
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=10_000,
         metavar="N",
-        help="bootstrap samples per difference, at least 100 (default: 10000)",
+        help="bootstrap samples per difference, 100 to 2000000 (default: 10000)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the bootstrap, >= 0 (default: 0)")
     parser.add_argument(
@@ -40,6 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.95,
         metavar="P",
         help="coverage of the intervals of differences, a fraction in (0, 1); scores have 95 %% (default: 0.95)",
+    )
+    parser.add_argument(
+        "--looks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how often you look at this comparison in all while seeds or items are added; verdicts are stricter, so "
+        "that adding seeds until one appears finds no more of them (default: 1)",
     )
     parser.add_argument(
         "--fixed_seeds",
@@ -70,11 +79,13 @@ def _compared(args: argparse.Namespace) -> str:
     from ..results.compare import compare
     from ..results.comparison import Settings
     from ..results.reading import read_all
+    from ..results.render import render, render_scores
     from ..results.scores import scores
-    from ..results.text import render, render_scores
 
-    settings = Settings(args.num_resamples, args.seed, args.confidence, args.fixed_seeds)
-    results, tasks, metrics = read_all(args.results), _names(args.tasks), _names(args.metrics)
+    settings = Settings(args.num_resamples, args.seed, args.confidence, args.fixed_seeds, args.looks)
+    results = read_all(args.results)
+    tasks = _names(args.tasks)
+    metrics = _names(args.metrics)
     if len({result["name"] for result in results}) == 1 and args.baseline is None:
         reached = scores(results, tasks, metrics, args.fixed_seeds)
         if not reached:

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print(result) -> None:
-    from ..results.text import Table, draw
+    from ..results.tables import Table, draw
 
     print(f"{result.method} on {result.model} ({result.device})\n")
     sizes = {name: size for name, size in result.memory.items() if size} | {"total": result.peak_bytes}

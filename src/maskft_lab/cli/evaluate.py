@@ -178,13 +178,13 @@ def _models(evaluations: Sequence[EvaluationArguments]):
 
 def _print(name: str, result: dict) -> None:
     from ..results.scores import scores
-    from ..results.text import error_text
+    from ..results.words import score_text, unit_text
 
-    errors = {(score.task, score.metric): error_text(score) for score in scores([result])}
+    texts = {(score.task, score.metric): score_text(score) for score in scores([result])}
     for task, record in result["tasks"].items():
         for metric, entry in record["metrics"].items():
-            value = "not finite" if entry["value"] is None else f"{entry['value']:.4f}"
+            value = "not finite" if entry["value"] is None else texts[task, metric]
             label = metric if task == HELDOUT else f"{task} {metric}"
-            print(f"{name}: {label} {value}{errors[task, metric]} {entry['unit']}, {entry['num_items']} items")
+            print(f"{name}: {label} {value} {unit_text(entry['unit'])}, {entry['num_items']} items")
         if record.get("note"):
             print(f"{name}: {task}: {record['note']}")

@@ -33,7 +33,7 @@ def run(args) -> None:
     if args.json:
         print(json.dumps({"modules": rows, "total": total, **facts}, indent=2))
         return
-    from ..results.text import Table, draw
+    from ..results.tables import Table, draw
 
     cells = [
         (

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from maskft_common.errors import UserError
 
+from ..results import TABLE_FORMATS
+
 TABLES = "tables"
 
 
@@ -86,7 +88,9 @@ def _add_tables(tables: argparse.ArgumentParser) -> None:
         "method, checkpoint, domain and base model belong; see docs/results.md. Scores are in percent."
     )
     tables.add_argument("results", nargs="*", metavar="RESULT", help="result files, or folders, with all below them")
-    tables.add_argument("--format", choices=("terminal", "markdown"), default="terminal", help="(default: terminal)")
+    tables.add_argument(
+        "--format", choices=TABLE_FORMATS, default="terminal", help="form of the output (default: terminal)"
+    )
     tables.add_argument("--output", metavar="FILE", help="write to FILE instead of printing")
 
 

@@ -17,8 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..results.text import Table
-from ..results.text import draw as draw_table
+from ..results.tables import Table
+from ..results.tables import draw as draw_table
 
 Draw = Callable[[Axes], None]
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from ..analysis.runs import BEST, MASK, TrainedRun, parent_of
 from ..results.statistics import weighted_mean
-from ..results.text import Table
+from ..results.tables import Table
 from .charts import COLOURS, Chart, Entry, Panel, plain
 from .evidence import Evidence, NotComputed
 from .methods import looks_in_turn, number

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 
 from ..analysis.runs import BEST, LAST, TrainedRun, plain_name
-from ..results.text import Table
+from ..results.tables import Table
 from .charts import COLOURS, ROW_HEIGHT, Chart, Entry, Panel, row_name
 from .evidence import Evidence, NotComputed
 from .fig_curves import spent_before, spent_until

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ..analysis.runs import TrainedRun, parent_of
-from ..results.text import Table
+from ..results.tables import Table
 from .charts import Chart, Panel, line_style
 from .evidence import Evidence, NotComputed
 from .methods import entries_of, look, number

@@ -16,7 +16,7 @@ from maskft_common.files import read_json
 from ..results.compare import compare
 from ..results.comparison import Settings
 from ..results.gains import gains_of
-from ..results.text import Table
+from ..results.tables import Table
 from .charts import COLOURS, Chart, Entry, Panel, plain
 from .evidence import CURVES, Evidence, NotComputed
 from .methods import number, series_looks

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 
-from ..results.text import Table
+from ..results.tables import Table
 from .charts import COLOURS, Chart, Entry, Panel
 from .evidence import Evidence
 from .methods import number

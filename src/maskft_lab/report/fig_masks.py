@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from ..analysis.runs import MASK, plain_name
-from ..results.text import Table
+from ..results.tables import Table
 from .charts import COLOURS, Chart, Entry, Panel
 from .evidence import Evidence, NotComputed
 from .methods import looks_in_turn, number

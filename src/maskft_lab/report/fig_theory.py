@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..results.text import Table
+from ..results.tables import Table
 from .charts import Chart
 from .evidence import Evidence
 from .methods import number

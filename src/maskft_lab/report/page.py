@@ -9,8 +9,10 @@ import jinja2
 
 from maskft_common import __version__
 
+from ..results.render import cross_domain_table, difference_table
 from ..results.scores import scores
-from ..results.text import Table, cross_domain_table, difference_table, sentence
+from ..results.tables import Table
+from ..results.words import sentence
 from .catalogue import FIGURES, Figure, draw_figures
 from .charts import COLOURS, DARK, Chart, to_svg
 from .evidence import Evidence

@@ -1,3 +1,5 @@
 """Results as files, and what may be claimed from them: schema, statistics, verdicts, the paper's tables."""
 
-FORMATS = ("terminal", "markdown", "json")  # of the text that comparisons and tables are rendered to
+# Of the text that comparisons and tables are rendered to.
+FORMATS = ("terminal", "markdown", "latex", "json")
+TABLE_FORMATS = ("terminal", "markdown", "latex")

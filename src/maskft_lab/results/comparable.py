@@ -7,13 +7,15 @@ from typing import Any
 
 from maskft_common.errors import UserError, did_you_mean
 
-from .schema import Result, TaskRecord, has_items
+from .schema import Result, TaskRecord, has_items, is_finite
 
 Groups = dict[str, list[Result]]  # name -> its results, by seed
 Paired = tuple[Sequence[Result], Sequence[Result]]  # the seeds of a method and of the baseline, one for one
 
 # Units that are guessed from the values where the metric names none: by luck, one model may have no value above 1.
 _GUESSED_UNITS = {"fraction", "score"}
+# A score above this beside a fraction is taken for a percentage: ratings of 0 to 10 are common, and by luck below 1.
+_LARGEST_RATING = 10
 
 # What must be the same of a task: its key, and what a message calls it.
 _ALIKE = {
@@ -169,6 +171,15 @@ def _mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:
             values = (a["metrics"][name].get(key), b["metrics"][name].get(key))
             if values[0] != values[1] and set(values) != _GUESSED_UNITS:
                 yield f"different {key} of {name}, {values[0]} and {values[1]}"
+        if {a["metrics"][name]["unit"], b["metrics"][name]["unit"]} == _GUESSED_UNITS:
+            highest = sorted(_highest(task, name) for task in (a, b))
+            if highest[1] > _LARGEST_RATING:
+                yield f"{name} goes up to {highest[0]:g} in one and up to {highest[1]:g} in the other (percent?)"
+
+
+def _highest(task: TaskRecord, metric: str) -> float:
+    values = [item.get(metric) for item in task["items"]]
+    return max((value for value in values if is_finite(value)), default=0.0)
 
 
 def _item_mismatches(a: TaskRecord, b: TaskRecord) -> Iterator[str]:

@@ -58,6 +58,8 @@ def compare(
         UserError: If there is nothing to compare, a name is unknown, or items, prompts, shots or versions differ.
     """
     settings = settings or Settings()
+    looks = settings.looks
+    settings = settings.of_one_look()
     groups = group_by_name(results)
     baseline = next(iter(groups)) if baseline is None else baseline
     check_known("baseline", [baseline], groups)
@@ -78,8 +80,10 @@ def compare(
     notes += [
         f"{name} and {baseline} differ on no item: are they one model, such as a mask that removes nothing?"
         for name in dict.fromkeys(row.method for row in differences)
-        if all(row.tied == row.num_items for row in differences if row.method == name)
+        if all(row.num_identical == row.num_items for row in differences if row.method == name)
     ]
+    if looks > 1:
+        notes.insert(0, f"judged as one of {looks} looks: each at {100 * settings.confidence:.4g} % (Bonferroni)")
     return Comparison(
         baseline=baseline,
         methods=others,

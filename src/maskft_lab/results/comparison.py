@@ -9,12 +9,17 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from maskft_common.errors import UserError
+from maskft_common.errors import UserError, printable
 
 SCHEMA_VERSION = 2  # 1: ci_low and ci_high were the unadjusted interval
-MIN_RESAMPLES, NUM_RESAMPLES = 100, 10_000
+MIN_RESAMPLES = 100
+NUM_RESAMPLES = 10_000
+MAX_RESAMPLES = 2_000_000  # each takes 16 bytes per seed; more than this changes no digit that is printed
+MAX_LOOKS = 100
 
-BETTER, WORSE, NOT_DISTINGUISHABLE = "better", "worse", "not distinguishable"
+BETTER = "better"
+WORSE = "worse"
+NOT_DISTINGUISHABLE = "not distinguishable"
 
 
 @dataclass(frozen=True)
@@ -22,28 +27,47 @@ class Settings:
     """How differences are judged.
 
     Attributes:
-        num_resamples: Bootstrap samples per difference, at least 100; the default grows with many comparisons.
+        num_resamples: Bootstrap samples per difference, 100 to 2,000,000; the default grows with many comparisons.
         seed: Seed of the resampling.
         confidence: Coverage of the intervals, above 0 and at most 0.9999.
         fixed_seeds: Claim something about these trained models, averaged over their seeds: intervals are over items
             only and say nothing about other training seeds. By default seeds are drawn as items are.
+        looks: How often verdicts are looked at in all while seeds or items are added. Whoever adds seeds until a
+            verdict appears finds one too often; each look is judged at ``(1 - confidence) / looks`` (Bonferroni, which
+            holds however the looks depend on each other).
     """
 
     num_resamples: int = NUM_RESAMPLES
     seed: int = 0
     confidence: float = 0.95
     fixed_seeds: bool = False
+    looks: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.confidence <= 0.9999:
             raise UserError(f"confidence {self.confidence} is outside (0, 0.9999]: 0.95 is usual")
         if self.seed < 0:
             raise UserError(f"seed {self.seed} is negative: give 0 or more")
+        if self.num_resamples > MAX_RESAMPLES:
+            raise UserError(f"num_resamples {self.num_resamples:,} is too many: give at most {MAX_RESAMPLES:,}")
+        if not 1 <= self.looks <= MAX_LOOKS:
+            raise UserError(f"looks {self.looks} is outside [1, {MAX_LOOKS}]: give the number of planned looks")
+
+    def of_one_look(self) -> Settings:
+        """Return them with the confidence at which each of the looks is judged."""
+        return replace(self, confidence=1 - (1 - self.confidence) / self.looks, looks=1)
 
     def with_resamples(self, num_comparisons: int) -> Settings:
         """Return them with as many resamples as Holm needs: a bootstrap p is a multiple of ``2 / (resamples + 1)``."""
         needed = max(MIN_RESAMPLES, math.ceil(4 * num_comparisons / (1 - self.confidence)))
-        number = max(NUM_RESAMPLES, needed) if self.num_resamples == NUM_RESAMPLES else self.num_resamples
+        if needed > MAX_RESAMPLES:
+            raise UserError(
+                f"{num_comparisons} comparisons at confidence {self.confidence:g} need {needed:,} bootstrap samples, "
+                f"more than {MAX_RESAMPLES:,}: compare fewer --metrics, or at a lower --confidence"
+            )
+        number = self.num_resamples
+        if number == NUM_RESAMPLES:
+            number = max(number, needed)
         if number < needed:
             raise UserError(
                 f"num_resamples {number} is too few for {num_comparisons} comparisons at confidence "
@@ -67,7 +91,8 @@ class Difference:
 
     ``by_seed`` are the differences of seeds that are fixed: interval, p and verdict are then about these models and
     other items, and None says that they are about other seeds too. Items are won, lost and tied by their mean over the
-    seeds. ``num_clusters`` is null for independent items.
+    seeds; ``num_identical`` are those on which the two agree at every seed (null: not counted, in published files).
+    ``num_clusters`` is null for independent items.
     ``test_set`` is the file that the items are from, where it is known: tables call the task by it.
     """
 
@@ -101,6 +126,7 @@ class Difference:
     num_clusters: int | None = None
     by_seed: list[float] | None = None
     test_set: str | None = None
+    num_identical: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +153,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class MaskVerdict:
     """A learned mask against the model that it starts from, and against the strongest control.
 
     Controls are models trained from the same start on as many tokens without a learned mask. ``control`` is None where
@@ -156,7 +182,7 @@ class Comparison:
     num_resamples: int
     seed: int
     fixed_seeds: bool = False
-    verdicts: list[Verdict] = field(default_factory=list)
+    verdicts: list[MaskVerdict] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
     kind: str = "comparison"
 
@@ -168,11 +194,26 @@ class Comparison:
     def from_dict(cls, record: Mapping[str, Any]) -> Comparison:
         """Return what `to_dict` gave.
 
+        The record may be a stranger's: its texts come back without control characters and the like, so that none
+        reaches a terminal or a page.
+
         Raises:
             UserError: If it is of another schema version.
             ValueError: If it is no comparison.
         """
-        if record["schema_version"] != SCHEMA_VERSION:
-            found = f"a comparison has schema version {record['schema_version']}, this maskft reads {SCHEMA_VERSION}"
+        version = record.get("schema_version")
+        if version != SCHEMA_VERSION:
+            found = f"a comparison has schema version {version}, this maskft reads {SCHEMA_VERSION}"
             raise UserError(f"{found}: run maskft study again, which writes it anew and trains nothing")
-        return TypeAdapter(cls).validate_python(record)
+        return TypeAdapter(cls).validate_python(_visible(record))
+
+
+def _visible(value: Any) -> Any:
+    """Return a record with all of its texts printable."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {key: _visible(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_visible(each) for each in value]
+    return value

@@ -17,9 +17,9 @@ from maskft_common.errors import UserError
 from .comparable import Paired, name_and_seed, unit_of
 from .comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Difference, Settings
 from .families import noise_of, simultaneous_level
-from .proportions import FEW, Bounds, paired_interval
+from .proportions import FEW, Interval, tango_interval
 from .schema import Result, cluster_ids, item_weights
-from .statistics import Block, Bootstrap, as_block, holm, mcnemar_exact, weighted_mean
+from .statistics import Block, Bootstrap, as_block, holm, mcnemar_exact, mean_over_seeds, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,18 @@ class Measured:
     """
 
     def __init__(self, sample: Sample, unit: str, num_resamples: int, seed: int):
-        self.sample, self.unit = sample, unit
+        self.sample = sample
+        self.unit = unit
         self.drawn = Bootstrap(sample.block(), num_resamples, seed)
         # Where no item differs, resampling takes the difference for exactly known.
-        self.is_at_edge = unit == "fraction" and np.count_nonzero(self.drawn.block.diffs_SN.mean(axis=0)) < FEW
+        self.is_at_edge = unit == "fraction" and np.count_nonzero(mean_over_seeds(self.drawn.block.diffs_SN)) < FEW
 
     @property
     def by_seed(self) -> list[float]:
         """The difference of each seed."""
         return [weighted_mean(row, self.sample.weights)[0] for row in self.sample.diffs_SN]
 
-    def interval(self, confidence: float) -> Bounds:
+    def interval(self, confidence: float) -> Interval:
         """Return the unadjusted interval; of shares it ends where a difference of shares does, at -1 and 1.
 
         It is the bootstrap's, but for shares of which fewer than `FEW` items differ: resampling never draws a kind of
@@ -80,10 +81,10 @@ class Measured:
         """
         low, high = self.drawn.interval(confidence)
         if self.is_at_edge:
-            edge = paired_interval(*_won_and_lost(self.drawn.block), confidence)
+            edge = tango_interval(*_won_and_lost(self.drawn.block), confidence)
             low, high = edge if self.sample.is_binary else (min(edge.low, low), max(edge.high, high))
         # The stretched resamples of few seeds go beyond it.
-        return Bounds(max(-1.0, low), min(1.0, high)) if self.unit == "fraction" else Bounds(low, high)
+        return Interval(max(-1.0, low), min(1.0, high)) if self.unit == "fraction" else Interval(low, high)
 
     def p_value(self, confidence: float) -> float:
         """Return the two-sided p of "no difference": exact for right and wrong."""
@@ -95,7 +96,8 @@ class Measured:
 def _won_and_lost(block: Block) -> tuple[float, float, int]:
     """Return the sums of gains and of losses over the units, each counted by its weight, and the number of units."""
     num_units = block.weights_N.size
-    gains_U = block.diffs_SN.mean(axis=0) * block.weights_N * num_units / block.weights_N.sum()
+    shares_U = block.weights_N * num_units / block.weights_N.sum()
+    gains_U = mean_over_seeds(block.diffs_SN) * shares_U
     return float(gains_U[gains_U > 0].sum()), float(-gains_U[gains_U < 0].sum()), num_units
 
 
@@ -139,11 +141,11 @@ def measure(paired: Paired, task: str, metric: str, is_main: bool, settings: Set
     record = paired[1][0]["tasks"][task]
     measured = Measured(sample, unit, settings.num_resamples, settings.seed)
     names = (paired[0][0]["name"], paired[1][0]["name"])
-    row = describe(names, measured, metric, record["metrics"][metric]["higher_is_better"], is_main)
+    row = difference_of(names, measured, metric, record["metrics"][metric]["higher_is_better"], is_main)
     return replace(row, test_set=record.get("data_file")), measured
 
 
-def describe(
+def difference_of(
     names: tuple[str, str], measured: Measured, metric: str, higher_is_better: bool, is_main: bool
 ) -> Difference:
     """Return a difference with all that needs no other; `judge` adds intervals, p and verdict.
@@ -156,7 +158,8 @@ def describe(
         is_main: Whether it is one of the family of main metrics.
     """
     sample = measured.sample
-    gains_N = (1 if higher_is_better else -1) * sample.diffs_SN.mean(axis=0)
+    sign = 1 if higher_is_better else -1
+    gains_N = sign * mean_over_seeds(sample.diffs_SN)
     num_seeds = sample.diffs_SN.shape[0]
     return Difference(
         method=names[0],
@@ -175,6 +178,7 @@ def describe(
         won=int((gains_N > 0).sum()),
         lost=int((gains_N < 0).sum()),
         tied=int((gains_N == 0).sum()),
+        num_identical=int((sample.diffs_SN == 0).all(axis=0).sum()),
         num_clusters=measured.drawn.block.weights_N.size if sample.clusters else None,
         by_seed=measured.by_seed if num_seeds > 1 and sample.has_fixed_seeds else None,
     )

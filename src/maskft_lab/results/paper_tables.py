@@ -18,7 +18,7 @@ import yaml
 from maskft_common.errors import UserError, printable
 
 from .schema import Result
-from .text import Table, draw, markdown_text, wrap
+from .tables import Table, draw, latex_text, markdown_text, wrap
 
 NO_RESULT = "–"
 _BACKBONES = {"llama27b": "LLaMA2-7B", "llama318b": "LLaMA3.1-8B"}  # in a base model's name -> the paper's name
@@ -58,15 +58,19 @@ def paper_tables(results: Sequence[Result]) -> tuple[list[tuple[str, Table]], li
 
 
 def render_tables(tables: Sequence[tuple[str, Table]], left_over: Sequence[str], output_format: str) -> str:
-    """Return tables as text: ``terminal`` or ``markdown``."""
-    is_terminal = output_format == "terminal"
+    """Return tables as text: ``terminal``, ``markdown`` or ``latex``, where captions are comments."""
+
+    def plain(text: str) -> str:
+        if output_format == "terminal":
+            return wrap(printable(text))
+        return f"% {latex_text(text)}" if output_format == "latex" else markdown_text(text)
+
     parts = []
     for caption, table in tables:
-        head = wrap(printable(caption)) if is_terminal else f"**{markdown_text(caption)}**\n"
+        head = f"**{plain(caption)}**\n" if output_format == "markdown" else plain(caption)
         parts.append(f"{head}\n{draw(table, output_format)}")
     if left_over:
-        text = f"In none of these tables: {', '.join(left_over)}."
-        parts.append(wrap(printable(text)) if is_terminal else markdown_text(text))
+        parts.append(plain(f"In none of these tables: {', '.join(left_over)}."))
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -16,14 +16,14 @@ from scipy import optimize, stats
 FEW = 10
 
 
-class Bounds(NamedTuple):
+class Interval(NamedTuple):
     """A confidence interval."""
 
     low: float
     high: float
 
 
-def proportion_interval(values: ArrayLike, clusters: ArrayLike | None = None, confidence: float = 0.95) -> Bounds:
+def proportion_interval(values: ArrayLike, clusters: ArrayLike | None = None, confidence: float = 0.95) -> Interval:
     """Return an interval of the mean of values in [0, 1] that holds at the edges and for dependent items.
 
     It is Wilson's score interval (1927, https://doi.org/10.1080/01621459.1927.10502953; recommended for language models
@@ -68,7 +68,7 @@ def is_at_edge(values: ArrayLike, clusters: ArrayLike | None = None) -> bool:
     return min(np.unique(labels_N[values_N > 0]).size, np.unique(labels_N[values_N < 1]).size) < FEW
 
 
-def paired_interval(won: float, lost: float, num_items: int, confidence: float = 0.95) -> Bounds:
+def tango_interval(won: float, lost: float, num_items: int, confidence: float = 0.95) -> Interval:
     """Return Tango's score interval of the difference of two proportions on the same items, (won - lost) / N.
 
     All differences are in it whose score test does not reject them. Unlike resampling it does not take a kind of item
@@ -83,22 +83,23 @@ def paired_interval(won: float, lost: float, num_items: int, confidence: float =
         confidence: Coverage, in (0, 1).
     """
     z = float(stats.norm.ppf((1 + confidence) / 2))
-    difference, limit = (won - lost) / num_items, 1 - 1e-12
+    difference = (won - lost) / num_items
+    limit = 1 - 1e-12
 
     def root(sign: int, end: float) -> float:
         """Where the score is ``sign * z``, between the difference and an end; the end itself where it is nowhere."""
 
         def score(delta: float) -> float:
-            return paired_score(won, lost, num_items, delta) - sign * z
+            return tango_score(won, lost, num_items, delta) - sign * z
 
         if abs(difference - end) < 1e-9 or score(end) * sign < 0:
             return float(np.sign(end))
         return float(optimize.brentq(score, difference, end, xtol=1e-12))
 
-    return Bounds(root(1, -limit), root(-1, limit))
+    return Interval(root(1, -limit), root(-1, limit))
 
 
-def paired_score(won: float, lost: float, num_items: int, delta: float) -> float:
+def tango_score(won: float, lost: float, num_items: int, delta: float) -> float:
     """Return Tango's score (standard normal) of the hypothesis that the true difference is ``delta``, in (-1, 1)."""
     distance = won - lost - num_items * delta
     if abs(distance) < 1e-9:  # the variance may be 0 there too
@@ -111,8 +112,8 @@ def paired_score(won: float, lost: float, num_items: int, delta: float) -> float
     return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance)
 
 
-def _wilson(share: float, num_items: float, z: float) -> Bounds:
+def _wilson(share: float, num_items: float, z: float) -> Interval:
     centre = (share + z * z / (2 * num_items)) / (1 + z * z / num_items)
     half = z / (1 + z * z / num_items) * math.sqrt(share * (1 - share) / num_items + (z / (2 * num_items)) ** 2)
     # At the edges the exact bound is 0 or 1; the formula leaves some 1e-18.
-    return Bounds(0.0 if share == 0 else max(0.0, centre - half), 1.0 if share == 1 else min(1.0, centre + half))
+    return Interval(0.0 if share == 0 else max(0.0, centre - half), 1.0 if share == 1 else min(1.0, centre + half))

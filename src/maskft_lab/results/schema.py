@@ -57,7 +57,7 @@ class ModelRecord(TypedDict):
     config_sha256: NotRequired[str | None]
 
 
-class TrainingRecord(TypedDict, total=False):
+class TrainingBlock(TypedDict, total=False):
     """How the model came about, for the tables of the paper.
 
     Epochs and tokens count from the pre-trained model, so those of a mask include the run it started from.
@@ -119,7 +119,7 @@ class Result(TypedDict):
     tasks: Annotated[
         dict[schema.Name, Annotated[TaskRecord, AfterValidator(lambda task: _check_task(task))]], Field(min_length=1)
     ]
-    training: NotRequired[TrainingRecord]
+    training: NotRequired[TrainingBlock]
     study: NotRequired[dict[str, Any]]  # of a result of `maskft study`: study, run, role, ...
 
 
@@ -128,7 +128,7 @@ def build_result(
     model: Mapping[str, Any],
     settings: Mapping[str, Any],
     tasks: Mapping[str, TaskRecord],
-    training: TrainingRecord | None = None,
+    training: TrainingBlock | None = None,
     device: str | None = None,
 ) -> Result:
     """Return a result of this schema version, dated now, with the environment it was made in.

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+ROUNDING = 1e-12  # a mean of terms that cancel is zero where it is smaller than this share of them
+
 MAX_CHUNK_COUNTS = 2**21  # resamples x items held at once: about 50 MB, whatever the numbers of resamples and items
 
 
@@ -51,6 +53,21 @@ class Block(NamedTuple):
     def means_S(self) -> NDArray[np.float64]:
         """The difference of each seed."""
         return np.asarray(self.diffs_SN @ self.weights_N / self.weights_N.sum())
+
+    @property
+    def mean(self) -> float:
+        """The difference, over seeds and units."""
+        return float(mean_over_seeds(self.means_S[:, None])[0])
+
+
+def mean_over_seeds(values_SN: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean of each column, exactly 0 where the seeds cancel each other.
+
+    Rounding leaves some 1e-18 of +1/3 and -1/3, which would count as a difference, and be printed as +0.00000000.
+    """
+    means_N = values_SN.mean(axis=0)
+    largest_N = np.abs(values_SN).max(axis=0)
+    return np.where(np.abs(means_N) <= ROUNDING * largest_N, 0.0, means_N)
 
 
 def as_block(diffs_SN: ArrayLike, weights: ArrayLike | None = None, clusters: Sequence[str] | None = None) -> Block:
@@ -110,15 +127,18 @@ class Bootstrap:
     """
 
     def __init__(self, block: Block, num_resamples: int = 10_000, seed: int = 0):
-        self.block, self.num_resamples = block, num_resamples
-        self.difference = float(block.means_S.mean())
+        self.block = block
+        self.num_resamples = num_resamples
+        self.difference = block.mean
         self.num_seeds = block.means_S.size
         self.between, self.interaction = _variance_components(*block) if self.num_seeds > 1 else (0.0, 0.0)
         self._resample(np.random.default_rng(seed))
 
     def _resample(self, rng: np.random.Generator) -> None:
-        block, shape = self.block, (self.num_resamples, self.num_seeds)
-        self._item_deviations, self._seed_deviations = np.empty(shape), np.zeros(shape)
+        block = self.block
+        shape = (self.num_resamples, self.num_seeds)
+        self._item_deviations = np.empty(shape)
+        self._seed_deviations = np.zeros(shape)
         weighted_NS = (block.diffs_SN * block.weights_N).T
         chunk = max(1, MAX_CHUNK_COUNTS // block.weights_N.size)
         for start in range(0, self.num_resamples, chunk):
@@ -160,7 +180,7 @@ class Bootstrap:
         the resamples to one confidence, and further out, where Holm's correction looks, three seeds have no resamples.
         """
         resampled_R = self.resamples(confidence)
-        num_differing = np.count_nonzero(self.block.diffs_SN.mean(axis=0))
+        num_differing = np.count_nonzero(mean_over_seeds(self.block.diffs_SN))
         smallest_p = float(2.0 ** (1 - num_differing))
         if self.num_seeds > 1:
             smallest_p = max(smallest_p, 2 * self._t_tail(abs(self.difference)))
@@ -182,8 +202,11 @@ def mcnemar_exact(a: ArrayLike, b: ArrayLike) -> float:
     Only items on which exactly one of the two is right count; under "no difference" each is a fair coin.
     """
     diffs = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    won, lost = int((diffs > 0).sum()), int((diffs < 0).sum())
-    return float(stats.binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
+    won = int((diffs > 0).sum())
+    lost = int((diffs < 0).sum())
+    if won + lost == 0:
+        return 1.0
+    return float(stats.binomtest(won, won + lost, 0.5).pvalue)
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from .comparable import Groups, is_parent, pair_by_seed
-from .comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Difference, Settings, Verdict
+from .comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Difference, MaskVerdict, Settings
 from .differences import Measured, judge, measure
-from .schema import Result
-from .text import brief_metric, difference_text, numbers_text, task_text
+from .proportions import FEW
+from .schema import BEFORE, Result
+from .words import difference_text, is_alike, numbers_text, points_or_unit, scale_and_digits, task_text, unit_text
 
 MASK = "mask"
 EQUAL_TOKENS = 0.02  # share by which numbers of tokens may differ and still count as equal
+FLOOR = 0.01  # accuracies below it, or above 1 - it, of fewer than `FEW` items of a kind, tell nothing
+
+Row = tuple[Difference, Measured]
+Pair = tuple[str, str]  # names of a mask and of the model beside it
 
 # What follows: (against the parent, against the control) -> a sentence about {control}.
 _CONCLUSIONS = {
@@ -34,8 +40,33 @@ _CONCLUSIONS = {
 }
 
 
-def verdicts_on_masks(groups: Groups, rows: Sequence[tuple[Difference, Measured]], settings: Settings) -> list[Verdict]:
-    """Return the verdict on each learned mask whose parent is among the models, in the metric of :func:`brief_metric`.
+class Kin(NamedTuple):
+    """The models beside each learned mask of a comparison."""
+
+    parents: dict[str, str]  # mask -> the model that it starts from
+    controls: list[Pair]
+
+
+def brief_metric(differences: Sequence[Difference]) -> tuple[str, str]:
+    """Return task and metric that stand for a comparison where there is room for one.
+
+    What was trained for goes before probes of earlier abilities, accuracy before other metrics; all 0 says nothing.
+    """
+    not_all_zero = {(row.task, row.metric) for row in differences if row.value or row.baseline_value}
+
+    def order(row: Difference) -> tuple[bool, ...]:
+        is_silent = (row.task, row.metric) not in not_all_zero
+        return row.task.startswith(BEFORE), is_silent, row.metric != "accuracy", not row.is_main
+
+    first = min(differences, key=order)
+    return first.task, first.metric
+
+
+def verdicts_on_masks(groups: Groups, rows: Sequence[Row], settings: Settings) -> list[MaskVerdict]:
+    """Return the verdict on each learned mask whose parent is among the models.
+
+    The metric is that of :func:`brief_metric`. Where it cannot tell a mask from its parent (`silence`: nothing is
+    right, everything is, or the answers are the same) the loss of the same task decides, and the verdict says so.
 
     All masks against their parents are a family for Holm's correction, all masks against their controls another.
 
@@ -45,44 +76,119 @@ def verdicts_on_masks(groups: Groups, rows: Sequence[tuple[Difference, Measured]
             parent, the same is said of it here.
         settings: As of the comparison.
     """
-    shown = brief_metric([row for row, _ in rows])
-    judged = {row.method: (row, measured) for row, measured in rows if (row.task, row.metric) == shown}
+    task, metric = brief_metric([row for row, _ in rows])
     baseline = rows[0][0].baseline
-    known = [name for name in groups if name in judged or name == baseline]
-    known.sort(key=lambda name: name != baseline)  # another model may be the same, such as one that gained nothing
-    parents: dict[str, str] = {}
-    controls: list[tuple[str, str]] = []
+    from_baseline = {(row.method, row.metric): (row, measured) for row, measured in rows if row.task == task}
+    known = {method for method, of in from_baseline if of == metric} | {baseline}
+    kin = _kin(groups, known, baseline)
+
+    def against_parents(metrics: Mapping[str, str]) -> dict[str, Row]:
+        others = [(mask, parent) for mask, parent in kin.parents.items() if parent != baseline]
+        found = _judged(groups, others, task, metrics, settings)
+        return {
+            mask: from_baseline[mask, metrics[mask]] if parent == baseline else found[mask, parent]
+            for mask, parent in kin.parents.items()
+        }
+
+    metrics = dict.fromkeys(kin.parents, metric)
+    of_parents = against_parents(metrics)
+
+    reasons: dict[str, str] = {}
+    for mask, (row, _) in of_parents.items():
+        loss = _loss_of(rows, task, mask, kin.parents[mask])
+        reason = silence(row)
+        if loss is not None and reason is not None:
+            metrics[mask] = loss
+            reasons[mask] = reason
+    if reasons:
+        of_parents = against_parents(metrics)
+
+    of_controls = _judged(groups, kin.controls, task, metrics, settings)
+    verdicts = []
+    for mask in kin.parents:
+        against = [of_parents[mask]]
+        own = [of_controls[pair] for pair in kin.controls if pair[0] == mask]
+        if own:
+            sign = 1 if against[0][0].higher_is_better else -1
+            against.append(max(own, key=lambda row: sign * row[0].baseline_value))
+        control = against[1][0] if own else None
+        verdicts.append(MaskVerdict(against[0][0], control, _text(against, reasons.get(mask))))
+    return verdicts
+
+
+def silence(row: Difference) -> str | None:
+    """Return why an accuracy cannot tell two models apart; None where it can, or where it does.
+
+    Two models that have nothing right, or everything, may still differ; so may two that answer every item alike.
+    """
+    if row.unit != "fraction" or row.verdict != NOT_DISTINGUISHABLE:
+        return None
+    shares = (row.value, row.baseline_value)
+    is_at_floor = max(shares) < FLOOR and max(shares) * row.num_items < FEW
+    is_at_ceiling = min(shares) > 1 - FLOOR and (1 - min(shares)) * row.num_items < FEW
+    scale, digits = scale_and_digits(row.unit)
+    value, other = (f"{scale * share:.{digits}f} {unit_text(row.unit)}" for share in shares)
+    if is_at_floor or is_at_ceiling:
+        return f"{row.metric} is {value} of both" if value == other else f"{row.metric} is {value} and {other}"
+    if is_alike(row):
+        return f"{row.metric} is the same on all {row.num_items:,} items"
+    return None
+
+
+def _loss_of(rows: Sequence[Row], task: str, mask: str, parent: str) -> str | None:
+    """Return the first metric of the task that is no share and that both models were measured in."""
+    baseline = rows[0][0].baseline
+    has = {(row.method, row.metric) for row, _ in rows if row.task == task}
+    for row, _ in rows:
+        is_measured = all(name == baseline or (name, row.metric) in has for name in (mask, parent))
+        if row.task == task and row.unit != "fraction" and is_measured:
+            return row.metric
+    return None
+
+
+# The models beside a mask
+
+
+def _kin(groups: Groups, known: set[str], baseline: str) -> Kin:
+    """Return the parent and the controls of each learned mask, among the models with the metric of the verdict."""
+    names = [name for name in groups if name in known]
+    # Another model may have the same weights, such as one that gained nothing: the baseline is looked at first.
+    names.sort(key=lambda name: name != baseline)
+
+    kin = Kin({}, [])
     for mask in (name for name in groups if name in known and groups[name][0]["model"]["method"] == MASK):
-        others = [name for name in known if name != mask]
+        others = [name for name in names if name != mask]
         parent = next((name for name in others if _all_paired(groups, mask, name, is_parent)), None)
         if parent is None and mask != baseline and _all_paired(groups, mask, baseline, _may_be_parent):
             parent = baseline
-        if parent is not None:
-            parents[mask] = parent
-            others = [name for name in others if name != parent and _all_paired(groups, mask, name, _is_control)]
-            controls += [(mask, name) for name in others]
-    of_parents = _judged(groups, [pair for pair in parents.items() if pair[1] != baseline], shown, settings)
-    of_controls = _judged(groups, controls, shown, settings)
-    found = []
-    for mask, parent in parents.items():
-        against = [judged[mask] if parent == baseline else of_parents[mask, parent]]
-        sign = 1 if against[0][0].higher_is_better else -1
-        own = [of_controls[pair] for pair in controls if pair[0] == mask]
-        against += sorted(own, key=lambda pair: -sign * pair[0].baseline_value)[:1]  # the best of them
-        found.append(Verdict(against[0][0], against[1][0] if len(against) > 1 else None, _text(against)))
-    return found
+        if parent is None:
+            continue
+        kin.parents[mask] = parent
+        for name in others:
+            if name != parent and _all_paired(groups, mask, name, _is_control):
+                kin.controls.append((mask, name))
+    return kin
 
 
 def _judged(
-    groups: Groups, pairs: Sequence[tuple[str, str]], shown: tuple[str, str], settings: Settings
-) -> dict[tuple[str, str], tuple[Difference, Measured]]:
-    """Return the differences of masks from other models, as one family."""
+    groups: Groups, pairs: Sequence[Pair], task: str, metrics: Mapping[str, str], settings: Settings
+) -> dict[Pair, Row]:
+    """Return the differences of masks from other models, as one family, each in the metric of its mask."""
+    pairs = [pair for pair in pairs if _have(groups, pair, task, metrics[pair[0]])]
     needed = round(4 * len(pairs) / (1 - settings.confidence))  # see Settings.with_resamples
     settings = replace(settings, num_resamples=max(settings.num_resamples, needed))
-    paired = [pair_by_seed(groups[mask], groups[name], settings.fixed_seeds) for mask, name in pairs]
-    family = [measure(pair, *shown, True, settings) for pair in paired]
-    rows = [(row, measured) for row, (_, measured) in zip(judge(family, settings), family, strict=True)]
-    return dict(zip(pairs, rows, strict=True))
+    family = []
+    for mask, name in pairs:
+        paired = pair_by_seed(groups[mask], groups[name], settings.fixed_seeds)
+        family.append(measure(paired, task, metrics[mask], True, settings))
+    rows = judge(family, settings)
+    return {pair: (row, measured) for pair, row, (_, measured) in zip(pairs, rows, family, strict=True)}
+
+
+def _have(groups: Groups, pair: Pair, task: str, metric: str) -> bool:
+    """Whether all results of a pair have a metric: a control may lack the loss that decides."""
+    results = [result for name in pair for result in groups[name]]
+    return all(metric in result["tasks"].get(task, {"metrics": {}})["metrics"] for result in results)
 
 
 def _all_paired(groups: Groups, mask: str, name: str, is_so: Callable[[Result, Result], bool]) -> bool:
@@ -99,31 +205,49 @@ def _all_paired(groups: Groups, mask: str, name: str, is_so: Callable[[Result, R
 
 def _may_be_parent(other: Result, mask: Result) -> bool:
     """Whether nothing is known that says that a mask was not made on a model."""
-    fingerprints = other["model"]["fingerprint"], mask["model"]["fingerprint"]
+    fingerprints = (other["model"]["fingerprint"], mask["model"]["fingerprint"])
     return other["model"]["adapter"] is None and None in fingerprints
 
 
 def _is_control(other: Result, mask: Result) -> bool:
     """Whether a model that is no learned mask was trained from the mask's start on as many tokens."""
-    starts = [(study.get("model"), study.get("start")) if (study := r.get("study")) else None for r in (mask, other)]
-    tokens, others = ((r.get("training", {}).get("complete_num_train_tokens") or 0) for r in (mask, other))
-    is_as_long = tokens > 0 and abs(others - tokens) <= EQUAL_TOKENS * tokens
-    return None not in starts and starts[0] == starts[1] and is_as_long and other["model"]["method"] != MASK
+    start = _start_of(mask)
+    if other["model"]["method"] == MASK or start is None or start != _start_of(other):
+        return False
+    tokens = _tokens_of(mask)
+    return tokens > 0 and abs(_tokens_of(other) - tokens) <= EQUAL_TOKENS * tokens
 
 
-def _text(against: Sequence[tuple[Difference, Measured]]) -> str:
-    """Return both differences and what follows, after the seeds that contradict it."""
+def _start_of(result: Result) -> tuple | None:
+    """Return the base model and the run from which a model of a study was trained."""
+    study = result.get("study")
+    return (study.get("model"), study.get("start")) if study else None
+
+
+def _tokens_of(result: Result) -> int:
+    return result.get("training", {}).get("complete_num_train_tokens") or 0
+
+
+# The words
+
+
+def _text(against: Sequence[Row], reason: str | None) -> str:
+    """Return what follows, after the seeds that contradict it, then the differences from parent and control."""
     parts: list[str] = []
     doubts: list[str] = []
     for row, measured in against:
-        unit = "points" if row.unit == "fraction" else row.unit
-        tokens = "" if not parts else " (equal tokens)"
+        unit = points_or_unit(row.unit)
+        tokens = " (equal tokens)" if parts else ""
         parts.append(f"{difference_text(row, unit)} against {row.baseline}{tokens}, {row.verdict}")
         by_seed = measured.by_seed
         if row.verdict != NOT_DISTINGUISHABLE and min(by_seed) < 0 < max(by_seed):
             doubts.append(f"seeds differ in sign against {row.baseline} ({numbers_text(by_seed, row.unit)}); ")
-    first, control = against[0][0], against[1][0] if len(against) > 1 else None
-    outcome = (first.verdict, control.verdict if control else None)
-    said = _CONCLUSIONS[outcome].format(control=control.baseline if control else "")
+
+    first = against[0][0]
+    control = against[1][0] if len(against) > 1 else None
+    conclusion = _CONCLUSIONS[first.verdict, control.verdict if control else None]
+    said = conclusion.format(control=control.baseline if control else "")
+    if reason:
+        said += f" (by {first.metric}: {reason})"
     seeds = f", {first.num_seeds} seeds" if first.num_seeds > 1 else ""
     return f"{''.join(doubts)}{said}. {first.method}, {first.metric} on {task_text(first)}{seeds}: {'; '.join(parts)}."

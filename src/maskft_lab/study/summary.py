@@ -12,9 +12,10 @@ from maskft_common.files import read_json, write_text
 
 from ..results.compare import compare
 from ..results.comparison import Settings
+from ..results.render import render, render_scores
 from ..results.schema import Result, read_result
 from ..results.scores import scores
-from ..results.text import Table, draw, render, render_scores
+from ..results.tables import Table, draw
 from .curve import curves
 from .damage import is_whole_result
 from .execute import Study

@@ -1,0 +1,152 @@
+r"""A table of text and its forms: columns for a terminal, Markdown, LaTeX.
+
+Texts of a table may come from a stranger's result file. Each form escapes whatever it would not take for plain text.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from typing import NamedTuple
+
+from maskft_common.errors import printable
+
+# What Markdown would take for an escape, code, a tag or a link.
+MARKDOWN_SPECIAL = re.compile(r"[\\`]|<(?=[a-zA-Z/!?])|(?<=\])\(")
+
+_LATEX_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "…": r"\dots{}",
+}
+
+
+class Table(NamedTuple):
+    """Cells of text, ready for any form; a row with text in its first cell only is a heading."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def draw(table: Table, output_format: str, width: int | None = None) -> str:
+    """Return a table as text.
+
+    Args:
+        table: Its cells.
+        output_format: ``terminal``, ``markdown`` or ``latex``.
+        width: Columns of the terminal; by default those of the one that is used.
+    """
+    if output_format == "terminal":
+        return _terminal_table(_cleaned(table, printable), width or _terminal_width())
+    if output_format == "latex":
+        return _latex_table(_cleaned(table, latex_text))
+    return _markdown_table(_cleaned(table, markdown_cell))
+
+
+def wrap(line: str) -> str:
+    """Break a line where the terminal ends."""
+    return textwrap.fill(line, _terminal_width(), subsequent_indent="  ", break_on_hyphens=False)
+
+
+def markdown_text(text: str) -> str:
+    """Escape what Markdown would read as more than text."""
+    return MARKDOWN_SPECIAL.sub(r"\\\g<0>", printable(text))
+
+
+def markdown_cell(text: str) -> str:
+    """Escape also what would end a cell of a table."""
+    return markdown_text(text).replace("|", r"\|")
+
+
+def latex_text(text: str) -> str:
+    """Escape what LaTeX would read as a command."""
+    return "".join(_LATEX_SPECIAL.get(character, character) for character in printable(text))
+
+
+def _cleaned(table: Table, clean) -> Table:
+    columns = tuple(map(clean, table.columns))
+    rows = [tuple(map(clean, row)) for row in table.rows]
+    return Table(columns, rows)
+
+
+def _is_heading(row: tuple[str, ...]) -> bool:
+    return not any(row[1:])
+
+
+def _markdown_table(table: Table) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (table.columns, *table.rows)]
+    lines.insert(1, "|" + " --- |" + " ---: |" * (len(table.columns) - 1))
+    return "\n".join(lines) + "\n"
+
+
+def _latex_table(table: Table) -> str:
+    """Return a ``tabular`` with the rules of booktabs, for ``\\input`` into a ``table``."""
+    num_columns = len(table.columns)
+    lines = [
+        r"% needs \usepackage{booktabs}",
+        rf"\begin{{tabular}}{{l{'r' * (num_columns - 1)}}}",
+        r"\toprule",
+        _latex_row(table.columns),
+        r"\midrule",
+    ]
+    for row in table.rows:
+        if _is_heading(row):
+            lines.append(rf"\multicolumn{{{num_columns}}}{{l}}{{{row[0]}}} \\")
+        else:
+            lines.append(_latex_row(row))
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_row(cells: tuple[str, ...]) -> str:
+    # A bracket or a star at the start of a row would be an argument of the \\ before it.
+    first = "{}" + cells[0] if cells[0].startswith(("[", "*")) else cells[0]
+    return " & ".join([first, *cells[1:]]) + r" \\"
+
+
+def _terminal_width() -> int:
+    return shutil.get_terminal_size(fallback=(80, 24)).columns
+
+
+def _terminal_table(table: Table, width: int) -> str:
+    """Return columns side by side; those for which the width does not suffice follow below, with the labels again."""
+    measured = [table.columns, *(row for row in table.rows if not _is_heading(row))]
+    widths = [max(map(len, column)) for column in zip(*measured, strict=True)]
+
+    # Indices of the columns of each block; the first column is in all of them.
+    blocks: list[list[int]] = []
+    for index in range(1, len(widths)):
+        if not blocks or _width_of([*blocks[-1], index], widths) > width:
+            blocks.append([])
+        blocks[-1].append(index)
+
+    lines: list[str] = []
+    for block in blocks:
+        drawn = []
+        for row in (table.columns, *table.rows):
+            cells = [row[0].ljust(widths[0])]
+            cells += [row[index].rjust(widths[index]) for index in block]
+            drawn.append("  ".join(cells).rstrip())
+        rule = "─" * _width_of(block, widths)
+        lines += [drawn[0], rule, *drawn[1:], ""]
+    return "\n".join(lines)
+
+
+def _width_of(block: list[int], widths: list[int]) -> int:
+    """Return the width of the first column and those of a block, two blanks between them."""
+    return widths[0] + sum(2 + widths[index] for index in block)

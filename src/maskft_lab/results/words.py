@@ -1,0 +1,154 @@
+"""Numbers and sentences: how a score, a difference and its interval are written wherever they appear.
+
+Tables, pages, verdicts and the report all take their words from here, so one difference reads the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .comparison import NOT_DISTINGUISHABLE, Difference, Score
+
+MAX_DIGITS = 8  # decimals that a bound close to zero may take
+
+Ends = tuple[float, float]
+
+
+def sentence(row: Difference) -> str:
+    """Return a difference in words, claiming no more than the interval and the adjusted p support.
+
+    Of several comparisons the interval beside the verdict is simultaneous; the unadjusted one is labelled, since it may
+    leave zero out where nothing is claimed.
+    """
+    where = f"{row.metric} on {task_text(row)}"
+    if row.num_seeds > 1:
+        where += f", {'these ' if row.by_seed else ''}{row.num_seeds} seeds"
+    if row.num_clusters:
+        where += f", {row.num_clusters:,} clusters"
+
+    difference = difference_text(row, points_or_unit(row.unit)) + _unadjusted_text(row)
+    p_value = f"{row.test} p {p_text(row.p_value)}"
+    if row.num_comparisons > 1:
+        p_value += f" ({p_text(row.p_adjusted)} after Holm over {row.num_comparisons} comparisons)"
+
+    said = row.verdict
+    if row.num_seeds == 2 and not row.by_seed and row.verdict == NOT_DISTINGUISHABLE:
+        said += "; two seeds: no claim over seeds"
+    if row.by_seed:
+        said += f"; by seed {numbers_text(row.by_seed, row.unit)}"
+    return f"{row.method} vs {row.baseline}, {where}: {difference}, {p_value}: {said}."
+
+
+def difference_text(row: Difference, unit: str = "") -> str:
+    """Return ``+1.2 [0.3, 2.1]`` with the interval that agrees with the verdict: the simultaneous one.
+
+    A round bracket is the bound at zero of a difference whose sign is claimed and no more. ``+0.0, all 200 alike``:
+    the two agree on every item at every seed. ``(no interval)``: it would be all that is possible, -100 to 100 points.
+    Comparisons written before intervals were simultaneous have only unadjusted ones, which then say so.
+    """
+    is_unadjusted = row.num_comparisons > 1 and row.unadjusted_low is None
+    text = _with_interval(row, (row.ci_low, row.ci_high), unit)
+    return text + (" unadjusted" if is_unadjusted else "")
+
+
+def is_alike(row: Difference) -> bool:
+    """Tell whether two models agree on every item at every seed, as far as that is known."""
+    if row.difference != 0:
+        return False
+    if row.num_identical is not None:
+        return row.num_identical == row.num_items
+    # Published comparisons count ties of the means over seeds alone: of one result these are the items.
+    return row.num_seeds == 1 and row.tied == row.num_items
+
+
+def _unadjusted_text(row: Difference) -> str:
+    """Return ``, unadjusted [0.6, 1.8]`` where another interval stands beside the verdict."""
+    if row.num_comparisons == 1 or row.unadjusted_low is None or row.unadjusted_high is None:
+        return ""
+    bounds = (row.unadjusted_low, row.unadjusted_high)
+    if is_alike(row) or _is_everything(row, bounds):
+        return ""
+    _, interval = _with_interval(row, bounds).split(" ", 1)
+    return f", unadjusted {interval}"
+
+
+def _with_interval(row: Difference, bounds: Ends, unit: str = "") -> str:
+    """Return a difference and bounds, with so many decimals that no number which is not zero is rounded to it."""
+    scale, digits = scale_and_digits(row.unit)
+    numbers = [scale * number for number in (row.difference, *bounds)]
+    smallest = min((abs(number) for number in numbers if number), default=1.0)
+    while smallest < 0.5 * 10**-digits and digits < MAX_DIGITS:
+        digits += 1
+
+    value, low, high = (_rounded(number, digits) for number in numbers)
+    text = f"{value:+.{digits}f}"
+    if unit:
+        text += f" {unit}"
+    if is_alike(row):
+        return f"{text}, all {row.num_items:,} alike"
+    if _is_everything(row, bounds):
+        return f"{text} (no interval)"
+
+    is_claimed = row.verdict != NOT_DISTINGUISHABLE
+    left = "(" if is_claimed and low == 0 else "["
+    right = ")" if is_claimed and high == 0 else "]"
+    return f"{text} {left}{low:.{digits}f}, {high:.{digits}f}{right}"
+
+
+def _is_everything(row: Difference, bounds: Ends) -> bool:
+    """Whether an interval holds all that a difference of shares can be: two seeds that disagree."""
+    return row.unit == "fraction" and bounds[0] <= -1 and bounds[1] >= 1
+
+
+def _rounded(number: float, digits: int) -> float:
+    return round(number, digits) + 0.0  # + 0.0: no minus before zero
+
+
+def score_text(score: Score) -> str:
+    """Return ``46.8 ± 1.4``, in percent for fractions; at an edge ``0.0 [0.0, 1.3]``, never ``± 0.0``."""
+    if score.value is None:
+        return "no value"
+    scale, digits = scale_and_digits(score.unit)
+    value = f"{scale * score.value:.{digits}f}"
+    if score.low is not None and score.high is not None and shows_interval(score):
+        return f"{value} [{scale * score.low:.{digits}f}, {scale * score.high:.{digits}f}]"
+    if score.stderr is None:
+        return value
+    return f"{value} ± {scale * score.stderr:.{digits}f}"
+
+
+def shows_interval(score: Score) -> bool:
+    """Tell whether a score is written with its interval: its standard error would say nothing."""
+    is_shown_as_zero = score.stderr is not None and round(100 * score.stderr, 1) == 0
+    return score.low is not None and (score.is_at_edge or is_shown_as_zero)
+
+
+def task_text(row: Difference | Score) -> str:
+    """Return what a task is called: rows of one's own by the file of the test set."""
+    return row.test_set or row.task
+
+
+def numbers_text(numbers: Sequence[float], unit: str) -> str:
+    """Return differences with their signs, such as those of several seeds."""
+    scale, digits = scale_and_digits(unit)
+    return ", ".join(f"{scale * number:+.{digits}f}" for number in numbers)
+
+
+def scale_and_digits(unit: str) -> tuple[float, int]:
+    """Return by what values of a unit are multiplied to be shown, and with how many decimals at least."""
+    return (100.0, 1) if unit == "fraction" else (1.0, 4)
+
+
+def unit_text(unit: str) -> str:
+    """Return the unit of a score: fractions are shown in percent."""
+    return "%" if unit == "fraction" else unit
+
+
+def points_or_unit(unit: str) -> str:
+    """Return the unit of a difference: of percentages points."""
+    return "points" if unit == "fraction" else unit
+
+
+def p_text(p_value: float) -> str:
+    """Return a p-value with two digits; nobody needs more below 0.001."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.2g}"
