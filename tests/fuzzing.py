@@ -40,8 +40,8 @@ from maskft.masks.verify import verify
 from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_lab.results.compare import compare
-from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, read_result
 from maskft_lab.results.render import render
+from maskft_lab.results.schema import build_result, build_task, items_fingerprint, metric_from_items, read_result
 
 # Values that readers stumble over, beside any others.
 ODD = [

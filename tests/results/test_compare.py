@@ -622,7 +622,7 @@ def test_percent_beside_fractions_is_refused():
 
 
 def test_looks_are_paid_for():
-    """Of seeds that are added until a verdict appears, a twentieth of equal methods would be told apart at each look."""
+    """Seeds that are added until a verdict appears would tell a twentieth of equal methods apart at each look."""
     results = [make("full", accuracy=scores(50)), make("mask", accuracy=scores(57))]
     once, often = fast(results), fast(results, looks=5)
     assert only(once).p_value == only(often).p_value < 0.05
@@ -635,7 +635,7 @@ def test_looks_are_paid_for():
 def test_too_many_resamples_are_refused_before_memory_is_taken():
     with pytest.raises(UserError, match="num_resamples 1,000,000,000,000 is too many: give at most 2,000,000"):
         Settings(num_resamples=10**12)
-    with pytest.raises(UserError, match="300 comparisons at confidence 0.9999 need 12,000,00. bootstrap samples"):
+    with pytest.raises(UserError, match=r"300 comparisons at confidence 0\.9999 need 12,000,00\d bootstrap samples"):
         Settings(confidence=0.9999).with_resamples(300)
 
 

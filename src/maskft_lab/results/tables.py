@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
+from collections.abc import Callable
 from typing import NamedTuple
 
 from maskft_common.errors import printable
@@ -78,7 +79,7 @@ def latex_text(text: str) -> str:
     return "".join(_LATEX_SPECIAL.get(character, character) for character in printable(text))
 
 
-def _cleaned(table: Table, clean) -> Table:
+def _cleaned(table: Table, clean: Callable[[str], str]) -> Table:
     columns = tuple(map(clean, table.columns))
     rows = [tuple(map(clean, row)) for row in table.rows]
     return Table(columns, rows)
@@ -95,7 +96,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def _latex_table(table: Table) -> str:
-    """Return a ``tabular`` with the rules of booktabs, for ``\\input`` into a ``table``."""
+    r"""Return a ``tabular`` with the rules of booktabs, for ``\input`` into a ``table``."""
     num_columns = len(table.columns)
     lines = [
         r"% needs \usepackage{booktabs}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .comparable import Groups, is_parent, pair_by_seed
 from .comparison import BETTER, NOT_DISTINGUISHABLE, WORSE, Difference, MaskVerdict, Settings
@@ -218,7 +218,7 @@ def _is_control(other: Result, mask: Result) -> bool:
     return tokens > 0 and abs(_tokens_of(other) - tokens) <= EQUAL_TOKENS * tokens
 
 
-def _start_of(result: Result) -> tuple | None:
+def _start_of(result: Result) -> tuple[Any, Any] | None:
     """Return the base model and the run from which a model of a study was trained."""
     study = result.get("study")
     return (study.get("model"), study.get("start")) if study else None
