@@ -13,8 +13,8 @@ SOURCE = ROOT / "src"
 LAYERS = {
     "method": [
         *("maskft_common/errors", "maskft_common/layout", "maskft_common/files", "maskft_common/schema"),
-        *("maskft_common/yaml_file", "maskft/embedded", "maskft/models", "maskft/weights", "maskft/masking"),
-        *("maskft/quant", "maskft/tuner", "maskft/axolotl", "maskft/masks"),
+        *("maskft_common/yaml_file", "maskft/quant", "maskft/embedded", "maskft/models", "maskft/weights"),
+        *("maskft/masking", "maskft/tuner", "maskft/axolotl", "maskft/masks"),
     ],
     "training": [
         *("maskft_common/processes", "maskft_common/locks", "maskft_common/memory", "maskft_common/environment"),

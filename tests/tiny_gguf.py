@@ -96,6 +96,7 @@ def write_gguf(path, model, kind=Type.Q4_0, kinds=None, architecture="llama", ad
 def _add_tokenizer(writer, vocab_size):
     tokenizer = tiny_tokenizer()
     tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    tokens.append("<|endoftext|>")  # which transformers would add
     tokens += [f"<unused{index}>" for index in range(len(tokens), vocab_size)]
     tokens = tokens[:vocab_size]
     special = set(tokenizer.all_special_tokens) | {"<|im_start|>", "<|im_end|>"}

@@ -262,7 +262,8 @@ def table(results: Path) -> str:
         of_task = [run for run in runs if run["task"] == task]
         seeds = ", ".join(str(run["seed"]) for run in of_task)
         lines += [f"{task}, {NUM_TEST} test rows, seed {seeds}; {of_task[0]['num_linear']:,} weights in Q4_0", ""]
-        lines += ["| method | trained over | stored | accuracy % | loss | values that differ |", "|---|---|---|---|---|---|"]
+        lines += ["| method | trained over | stored | accuracy % | loss | values that differ |"]
+        lines += ["|---|---|---|---|---|---|"]
         found: dict[tuple, list[dict]] = {}
         for row in (row for run in of_task for row in run["rows"]):
             found.setdefault((row["method"], row["trained_over"], row["stored"]), []).append(row)

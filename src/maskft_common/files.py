@@ -36,7 +36,8 @@ def is_there(name: str) -> bool:
 
 def from_anywhere(name: str) -> str:
     """A model's name that is valid in any working directory: the absolute path of a folder, a hub name unchanged."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    is_path = Path(name).is_dir() or (name.endswith(".gguf") and Path(name).is_file())
+    return str(Path(name).resolve()) if is_path else name
 
 
 # Files of strangers

@@ -21,9 +21,12 @@ from maskft_common.layout import EMBEDDED_MODEL
 from ..data.arguments import DataArguments
 from ..data.prepared import Prepared, prepare
 from ..loss import HeldoutLoss
+from ..masks.codec import PREFIX
 from ..masks.merge import ONE_LINE
-from ..models import check_model_source, check_tokenizer_fits, load_model, load_tokenizer
-from ..tuner import MaskConfig, start_scores
+from ..models import check_model_source, check_tokenizer_fits, gguf_file, is_gguf, load_model, load_tokenizer
+from ..quant.gguf_header import read_head
+from ..quant.gguf_names import find_tensors
+from ..tuner import MaskConfig, adapter_layers, start_scores
 from ..tuner.config import DATA_STARTS
 from ..tuner.targets import resolve_targets
 from ..tuner.wanda import wanda_keys
@@ -103,7 +106,23 @@ def build_model(model: PreTrainedModel, method: MethodArguments, source: ModelCo
             return with_adapter(model, config, source)
         except (*ONE_LINE, ImportError) as error:
             raise UserError(f"peft_config: PEFT does not take it for this model: {first_line(error)}") from error
-    return with_adapter(model, mask_config(mask), source)
+    masked = with_adapter(model, mask_config(mask), source)
+    check_zero_levels(masked, source.model_name_or_path)
+    return masked
+
+
+def check_zero_levels(model: PeftModel, name_or_path: str) -> None:
+    """Refuse, before training, a mask that could not be written into the GGUF file that it is trained over.
+
+    Raises:
+        UserError: For the first masked layer whose tensor has no code for zero, or no place in the file.
+    """
+    file = gguf_file(name_or_path) if is_gguf(name_or_path) else None
+    if file is None:
+        return
+    layers = adapter_layers(model, ADAPTER)
+    shapes = {name.removeprefix(PREFIX): tuple(layer.weight.shape) for name, layer in layers.items()}
+    find_tensors(read_head(file), shapes)
 
 
 def with_adapter(model: PreTrainedModel, config: PeftConfig, source: ModelConfig) -> PeftModel:

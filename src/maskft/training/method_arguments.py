@@ -86,6 +86,11 @@ class MethodArguments:
         "With --method peft: an adapter_config.json of PEFT's, or its content as JSON: peft_type, and any "
         "option of PEFT's configuration of that type.",
     )
+    gguf_file: str | None = option(
+        None,
+        "Train over this GGUF file in the folder (or on the hub) that model_name_or_path names; tokenizer and chat "
+        "template are the file's. A mask trained so merges into it without rounding: maskft merge --gguf.",
+    )
     match_adapter: str | None = option(
         None,
         "With a fixed mask: remove from each matrix as many weights as the mask in this adapter "

