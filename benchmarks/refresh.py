@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from maskft.tuner.selection import keep_highest_
+from maskft.fast.selection import keep_highest_
 
 
 def run(report) -> None:

@@ -14,7 +14,9 @@ LAYERS = {
     "method": [
         *("maskft_common/errors", "maskft_common/layout", "maskft_common/files", "maskft_common/schema"),
         *("maskft_common/yaml_file", "maskft/quant", "maskft/embedded", "maskft/models", "maskft/weights"),
-        *("maskft/masking", "maskft/tuner", "maskft/axolotl", "maskft/masks"),
+        # The plain tuner, and the add-ons over it; none of them is needed by the tuner.
+        *("maskft/masking", "maskft/tuner", "maskft/masks", "maskft/fast", "maskft/fsdp", "maskft/learners"),
+        *("maskft/baselines", "maskft/axolotl"),
     ],
     "training": [
         *("maskft_common/processes", "maskft_common/locks", "maskft_common/memory", "maskft_common/environment"),
@@ -25,8 +27,6 @@ LAYERS = {
         for room in ("store results sandbox generation evaluation analysis report estimate study ready cli".split())
     ],
 }
-# The tuner's hooks for saving still code masks themselves. To go with the seam of the plain tuner.
-UPWARD_STILL = {"maskft/tuner": {"maskft/masks"}}
 ROOMS = [room for layer in LAYERS.values() for room in layer]
 LAYER_OF = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 # Commands that only read files start without torch.
@@ -76,7 +76,7 @@ OF_PACKAGES = ("__init__.py", "__main__.py")
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_arrow_points_upward(room):
-    allowed = {*ROOMS[: ROOMS.index(room) + 1], *UPWARD_STILL.get(room, ())}
+    allowed = {*ROOMS[: ROOMS.index(room) + 1]}
     wrong = {
         f"{file.relative_to(SOURCE)} imports {module}"
         for file in files_of(room)
@@ -107,6 +107,19 @@ def test_no_room_has_a_circle_of_imports(room):
     TopologicalSorter(
         {name: {*imports_of(file, of_types=False)} & modules.keys() - {name} for name, file in modules.items()}
     ).prepare()
+
+
+def test_the_plain_tuner_has_four_floors_and_needs_no_add_on():
+    files = {".".join(file.relative_to(SOURCE).with_suffix("").parts): file for file in files_of("maskft/tuner")}
+    files.pop("maskft.tuner.__init__")
+
+    def floor(module):
+        below = {*imports_of(files[module], of_types=False)} & files.keys() - {module}
+        return 1 + max(map(floor, below), default=0)
+
+    assert {module: floor(module) for module in files if floor(module) > 4} == {}
+    rooms = {room_of(module) for file in files.values() for module in imports_of(file)} - {None}
+    assert rooms <= {"maskft/tuner", "maskft/masking", *(room for room in ROOMS if room.startswith("maskft_common/"))}
 
 
 @pytest.mark.parametrize("room", WITHOUT_TORCH)

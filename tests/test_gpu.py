@@ -6,8 +6,8 @@ from peft import PeftModel, get_peft_model
 
 import tiny
 from maskft import MaskConfig, adapter_layers, current_masks, masking, set_mask_progress
+from maskft.fast import selection
 from maskft.masks.codec import encode_mask
-from maskft.tuner import selection
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LEARNERS = {

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import yaml
 
-from maskft.tuner.learners import LEARNERS
+from maskft.tuner.selection import LEARNERS
 from maskft_lab.cli.main import main
 from maskft_lab.study.recipe import parse_recipe
 

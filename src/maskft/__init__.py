@@ -9,17 +9,23 @@ from maskft_common.errors import UserError
 
 from .masking import num_removed, topk_mask
 from .tuner import (
+    Learner,
     MaskConfig,
     MaskModel,
     MaskProgress,
     adapter_layers,
     current_masks,
+    register_learner,
     set_mask_progress,
     start_scores,
-    wanda_keys,
 )
 
+# Add-ons over the tuner; each registers itself when it is imported.
+from . import fast, fsdp, learners, masks  # isort: skip
+from .baselines.wanda import wanda_keys  # isort: skip
+
 __all__ = [
+    "Learner",
     "MaskConfig",
     "MaskModel",
     "MaskProgress",
@@ -27,7 +33,12 @@ __all__ = [
     "__version__",
     "adapter_layers",
     "current_masks",
+    "fast",
+    "fsdp",
+    "learners",
+    "masks",
     "num_removed",
+    "register_learner",
     "set_mask_progress",
     "start_scores",
     "topk_mask",

@@ -15,6 +15,7 @@ TRAINING = "training.json"
 HELDOUT = "heldout.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FORMAT_VERSION = 2
 CARD = "README.md"
 LAST = "last"
 MANIFEST = "manifest.json"  # of a checkpoint

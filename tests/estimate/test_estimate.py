@@ -107,7 +107,7 @@ def test_activations_of_a_mask_are_those_of_the_real_layers(bf16, run):
             return -model(**inputs, fused_lm_head=True).log_probs.sum()
 
     forward().backward()  # makes the effective weights
-    effective = [m.effective.value for m in model.modules() if isinstance(m, MaskedLinear)]
+    effective = [m.masker.value for m in model.modules() if isinstance(m, MaskedLinear)]
     known = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers(), *effective)}
     saved = {}
 

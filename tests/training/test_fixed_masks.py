@@ -12,7 +12,7 @@ from maskft.masks.mask_set import MaskSet
 
 TOY = """
 import sys
-from maskft.tuner.fixed import FIXED_MASKS, FixedMask
+from maskft.baselines.fixed import FIXED_MASKS, FixedMask
 FIXED_MASKS["largest_mask"] = FixedMask(lambda weight, norms, generator: -weight.abs())
 from maskft_lab.cli.main import main
 sys.exit(main(sys.argv[1:]))

@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from maskft import adapter_layers
+from maskft.baselines.fixed import fixed_masks
 from maskft.masks.mask_set import MaskSet
 from maskft.masks.merge import load_masked
 from maskft.masks.verify import verify
-from maskft.tuner.fixed import fixed_masks
 from maskft_common.layout import ADAPTER_CONFIG, TRAINING
 from maskft_lab.cli.main import main
 
@@ -74,7 +74,7 @@ def test_removed_weights_take_the_value_before_fine_tuning(train, base, tmp_path
     for name, layer in adapter_layers(model).items():
         mask = masks[name.removeprefix("base_model.model.")]
         expected = torch.where(mask, layer.weight, layer.weight * 0.9)
-        torch.testing.assert_close(layer.effective_weight(), expected)
+        torch.testing.assert_close(layer.get_masked_weight(), expected)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from maskft.training.method_arguments import MaskArguments, MethodArguments, mas
 from maskft.training.options import option_defaults
 from maskft.training.record import read_record
 from maskft.training.train import train
-from maskft.tuner.config import PRESETS, MaskConfig
+from maskft.tuner.config import MaskConfig
+from maskft.tuner.presets import PRESETS
 from maskft_common.layout import ADAPTER_WEIGHTS, HELDOUT, LAST, TRAINING
 from maskft_lab.cli.main import main
 from maskft_lab.cli.train import parse

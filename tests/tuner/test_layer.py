@@ -69,11 +69,11 @@ def test_output_and_gradient_are_bitwise_those_of_autograd_in_float32():
 
 
 def test_mask_is_computed_once_per_step_and_not_per_forward(monkeypatch):
-    from maskft.tuner import effective as module
+    from maskft.fast import masker as module
 
     calls = []
-    original = module.write_masked_
-    monkeypatch.setattr(module, "write_masked_", lambda *a: calls.append(a[2].data_ptr()) or original(*a))
+    original = module.keep_highest_
+    monkeypatch.setattr(module, "keep_highest_", lambda *a: calls.append(a[1].data_ptr()) or original(*a))
     layer = make_layer()
     optimizer = torch.optim.AdamW(layer.mask_scores.parameters(), lr=0.1)
     for step in range(3):
@@ -89,11 +89,11 @@ def test_mask_is_computed_once_per_step_and_not_per_forward(monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
 def test_the_mask_follows_the_scores_after_every_optimizer(optimizer, options):
     layer = make_layer(sparsity=0.25)
-    before = layer.effective_weight().clone()
+    before = layer.get_masked_weight().clone()
     layer(torch.randn(30, 12)).square().sum().backward()
     optimizer(layer.mask_scores.parameters(), lr=0.5, **options).step()
     expected = layer.base_layer.weight * reference.topk_mask(layer.mask_scores["default"].detach(), 0.25)
-    assert torch.equal(layer.effective_weight(), expected)
+    assert torch.equal(layer.get_masked_weight(), expected)
     assert not torch.equal(before, expected)
 
 
@@ -120,7 +120,7 @@ def test_every_micro_batch_of_a_step_gets_the_gradient_of_the_definition(dtype):
         x, grad = torch.randn(5, 48, dtype=dtype), torch.randn(5, 32, dtype=dtype)
         layer(x).backward(grad)
         assert torch.equal(scores.grad, score_gradient(grad.t().mm(x), weight, scores.detach()))
-        return layer.effective.kept["default"][1]
+        return layer.masker._kept["default"][1]
 
     for _ in range(2):
         assert kept() is None
@@ -208,7 +208,7 @@ def test_second_derivatives_are_refused_and_a_bias_that_trains_has_its_gradient(
     layer.bias.requires_grad_(True)
     layer(x).square().sum().backward()
     bias_gradient, layer.bias.grad = layer.bias.grad, None
-    F.linear(x, layer.effective_weight(), layer.bias).square().sum().backward()
+    F.linear(x, layer.get_masked_weight(), layer.bias).square().sum().backward()
     torch.testing.assert_close(bias_gradient, layer.bias.grad)
     (slope,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -226,10 +226,10 @@ def test_backward_after_a_step_on_an_old_graph_is_an_error():
     layer = make_layer()
     x = torch.randn(5, 12, requires_grad=True)
     y = layer(x)
-    old = layer.effective_weight().clone()
+    old = layer.get_masked_weight().clone()
     with torch.no_grad():
         layer.mask_scores["default"].mul_(-1).add_(torch.randn(8, 12))
-    assert not torch.equal(layer.effective_weight(), old)
+    assert not torch.equal(layer.get_masked_weight(), old)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -242,7 +242,7 @@ def test_low_precision_base_keeps_float32_scores(dtype):
     scores = layer.mask_scores["default"]
     assert y.dtype == dtype and scores.dtype == scores.grad.dtype == torch.float32
     mask = reference.topk_mask(scores.detach(), 0.1)
-    assert torch.equal(layer.effective_weight(), layer.base_layer.weight.masked_fill(~mask, 0))
+    assert torch.equal(layer.get_masked_weight(), layer.base_layer.weight.masked_fill(~mask, 0))
 
 
 def test_autocast_trains_and_evaluates_with_one_mask():

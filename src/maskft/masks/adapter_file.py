@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .codec import is_of_mask
-
-
-class ScoresOfSave(dict[str, Tensor]):
-    """Scores that the state dict which is being saved leaves out; a copied configuration has none."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)()
 
 
 def weights_beside_masks(file: Path) -> dict[str, Tensor]:

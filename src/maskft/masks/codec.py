@@ -25,8 +25,9 @@ from torch import Tensor
 
 from maskft_common import files
 from maskft_common.errors import UserError
+from maskft_common.layout import ADAPTER_FORMAT_VERSION
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = ADAPTER_FORMAT_VERSION
 PREFIX = "base_model.model."  # before the names of modules in PEFT's files
 _MAGIC = b"MFTM"
 # magic, format version, coding, two sizes, number removed, sha256 of 1, sizes, count and packed bits

@@ -13,8 +13,6 @@ from maskft_common.errors import UserError
 from maskft_common.files import digest, digest_tensors
 
 from ..tuner.layer import MaskedLinear
-from ..tuner.merging import unmerged_weight
-from ..tuner.sharded import is_sharded
 from .codec import mask_info
 
 
@@ -58,9 +56,9 @@ def is_the_base(found: str, dtypes: Collection[torch.dtype], config: Any) -> boo
 def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
     """:func:`weights_fingerprint` of the masked base layers."""
     layers = sorted(layers, key=lambda layer: layer.module_name)
-    if layers and layers[0].sharded_weight is not None:
-        return layers[0].sharded_weight.base_fingerprint  # the weights themselves are masked by now
-    return weights_fingerprint((layer.module_name, unmerged_weight(layer)) for layer in layers)
+    if layers and layers[0].masker.base_fingerprint is not None:
+        return layers[0].masker.base_fingerprint  # under FSDP2 the weights themselves are masked by now
+    return weights_fingerprint((layer.module_name, layer.get_unmerged_weight()) for layer in layers)
 
 
 def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -68,8 +66,13 @@ def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
 
     Rounding makes a model loaded in bfloat16 match the float32 one it was rounded from.
     """
-    whole = ((name, weight.full_tensor() if is_sharded(weight) else weight) for name, weight in weights)
+    whole = ((name, _gathered(weight)) for name, weight in weights)
     return digest_tensors((f"{name}{tuple(weight.shape)}", weight.to(torch.bfloat16)) for name, weight in whole)
+
+
+def _gathered(weight: Tensor) -> Tensor:
+    """The whole weight; FSDP2 leaves a DTensor of it on each rank."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def mask_fingerprint(coded: dict[str, Tensor]) -> str:

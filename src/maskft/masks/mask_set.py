@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maskft_common import files, layout, schema
 from maskft_common.errors import UserError
 
-from ..tuner.model import check_weights
+from .adapter import check_weights
 from .codec import FORMAT_VERSION, PREFIX, decode_mask, is_of_mask, mask_info
 from .fingerprints import mask_fingerprint
 

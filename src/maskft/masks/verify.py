@@ -9,7 +9,7 @@ from maskft_common.errors import UserError
 
 from ..masking import num_removed
 from ..tuner import adapter_layers
-from ..tuner.learners import current_sparsity
+from ..tuner.selection import current_sparsity
 from ..tuner.targets import listed
 from .codec import decode_mask
 from .fingerprints import check_base

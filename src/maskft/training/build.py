@@ -18,6 +18,7 @@ from maskft_common.errors import UserError, first_line
 from maskft_common.files import from_anywhere, whole_folder
 from maskft_common.layout import EMBEDDED_MODEL
 
+from ..baselines.wanda import wanda_keys
 from ..data.arguments import DataArguments
 from ..data.prepared import Prepared, prepare
 from ..loss import HeldoutLoss
@@ -29,7 +30,6 @@ from ..quant.gguf_names import find_tensors
 from ..tuner import MaskConfig, adapter_layers, start_scores
 from ..tuner.config import DATA_STARTS
 from ..tuner.targets import resolve_targets
-from ..tuner.wanda import wanda_keys
 from .arguments import TrainingArguments
 from .checks import check_quantised
 from .masked_start import set_removed_to_zero

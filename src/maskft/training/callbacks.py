@@ -14,10 +14,11 @@ from trl import SFTTrainer
 from maskft_common import processes
 from maskft_common.errors import NotFiniteError, Stopped
 
+from ..fsdp import is_sharded, refresh_masks
 from ..loss import RowLoss, mean_nll
 from ..tuner import MaskedLinear
-from ..tuner.learners import current_sparsity
-from ..tuner.model import adapter_layers, refresh_masks
+from ..tuner.model import adapter_layers
+from ..tuner.selection import current_sparsity
 from .checkpoints import save_final
 from .masked_start import local_part
 from .method_arguments import ADAPTER
@@ -116,7 +117,7 @@ class StepGuard(TrainerCallback):
         self._is_stopping = verdict == 1
         if self._is_logged(args, state):
             layers = adapter_layers(model, ADAPTER).values()
-            self._before = [(m, _removed(m)) for m in layers if m.effective.value is not None]
+            self._before = [(layer, layer.masker.removed(ADAPTER)) for layer in layers]
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Save the start, which may stay the best."""
@@ -147,23 +148,26 @@ class StepGuard(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Count flipped and removed mask entries."""
-        layers = list(adapter_layers(model, ADAPTER).values())
-        if self._is_logged(args, state) and layers and layers[0].sharded_weight is not None:
-            self.mask_metrics = _sharded_mask_metrics(model, layers)
         if not self._before:
             return
-        flips, removed, numel = 0, 0, 0
+        refresh_masks(model)
+        flips = 0
+        removed = 0
+        numel = 0
         with torch.no_grad():
             for layer, before in self._before:
-                layer.effective_weight(layer.effective.value.dtype)  # brought up to date
-                after = _removed(layer)
+                after = layer.masker.removed(ADAPTER)
                 flips += int(torch.count_nonzero(after ^ before))
-                if layer.mask_configs[ADAPTER].selection != "topk":
-                    removed += int((~layer.get_mask(ADAPTER)).sum())
+                removed += int(after.sum())
                 numel += after.numel()
-        config = self._before[0][0].mask_configs[ADAPTER]
+        layer = self._before[0][0]
+        if is_sharded(layer.weight):  # counted on this rank's rows
+            counts = torch.tensor([flips, removed, numel], device=after.device)
+            flips, removed, numel = processes.reduce_(counts).tolist()
+        config = layer.mask_configs[ADAPTER]
+        is_exact = config.selection == "topk" and not is_sharded(layer.weight)
         self.mask_metrics = {
-            "mask_removed_share": current_sparsity(config) if config.selection == "topk" else removed / numel,
+            "mask_removed_share": current_sparsity(config) if is_exact else removed / numel,
             "mask_flips_per_step": flips,
         }
         self._before = []
@@ -172,14 +176,6 @@ class StepGuard(TrainerCallback):
     def _is_logged(args, state) -> bool:
         every = max(int(state.logging_steps or 1), 1)
         return (state.global_step + 1) % every == 0 or (args.logging_first_step and state.global_step == 0)
-
-
-def _removed(layer: MaskedLinear) -> torch.Tensor:
-    """What a layer removes, read off its effective weight where removed means zero and the gate is hard."""
-    config = layer.mask_configs[ADAPTER]
-    if config.selection in ("topk", "threshold") and config.removed_value == "zero":
-        return torch.eq(layer.effective.value, 0)
-    return ~layer.get_mask(ADAPTER)
 
 
 def stop_gradient_at_frozen_embeddings(model):
@@ -193,13 +189,3 @@ def stop_gradient_at_frozen_embeddings(model):
         return output if any(p.requires_grad for p in module.parameters()) else output.detach()
 
     return model.get_input_embeddings().register_forward_hook(stop)
-
-
-def _sharded_mask_metrics(model, layers: list[MaskedLinear]) -> dict[str, float]:
-    """Metrics of masks under FSDP2, counted over all processes; all processes must call it."""
-    refresh_masks(model)
-    shards = [layer.sharded_weight for layer in layers]
-    counts = [(shard.num_flips, int((~shard.mask).sum()), shard.mask.numel()) for shard in shards]
-    device = shards[0].original.device
-    flips, removed, numel = processes.reduce_(torch.tensor(counts, device=device).sum(0)).tolist()
-    return {"mask_removed_share": removed / numel, "mask_flips_per_step": flips}

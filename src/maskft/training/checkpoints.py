@@ -18,8 +18,8 @@ from trl import SFTConfig, SFTTrainer
 from maskft_common import files, layout, locks, processes
 from maskft_common.errors import UserError, first_line, printable
 
+from ..fsdp import refresh_masks
 from ..tuner import MaskConfig
-from ..tuner.model import refresh_masks
 from .manifest import damage
 from .method_arguments import ADAPTER, UNTRAINED_METHODS
 

@@ -14,7 +14,7 @@ from maskft_common.progress_bar import time_text
 from ..data.prepared import Prepared
 from ..data.tokenizing import format_sample, supervised_token_count
 from ..tuner import MaskConfig, adapter_layers
-from ..tuner.learners import is_free
+from ..tuner.selection import is_free
 from .arguments import TrainConfig
 from .method_arguments import ADAPTER, UNTRAINED_METHODS
 from .record import TrainingSummary

@@ -12,14 +12,15 @@ from transformers import PreTrainedModel
 from maskft_common.errors import UserError
 from maskft_common.memory import peak_memory_bytes
 
+from ..baselines.fixed import FIXED_MASKS, fixed_masks
+from ..baselines.wanda import input_norms
 from ..data.prepared import Prepared
 from ..loss import mean_nll
+from ..masks.adapter import CodedMask
 from ..masks.codec import encode_mask, mask_info
 from ..masks.mask_set import MaskSet
 from ..tuner import MaskedLinear, adapter_layers
-from ..tuner.fixed import FIXED_MASKS, fixed_masks
 from ..tuner.targets import listed
-from ..tuner.wanda import input_norms
 from .arguments import TrainConfig
 from .build import heldout_loss, with_adapter
 from .checks import check_size
@@ -95,4 +96,4 @@ def _counts(match_adapter: str | None, layers: Sequence[MaskedLinear]) -> list[i
 
 def _set_masks(layers: Sequence[MaskedLinear], coded: Sequence[Tensor]) -> None:
     for layer, code in zip(layers, coded, strict=True):
-        layer.mask_coded[ADAPTER] = code
+        layer.saved_masks[ADAPTER] = CodedMask(code, layer.module_name)

@@ -7,9 +7,9 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from maskft_common.errors import UserError
 
+from ..fsdp import is_sharded, rows_of
 from ..masks.fingerprints import is_the_base, weights_fingerprint
 from ..masks.mask_set import MaskSet, read_config
-from ..tuner.sharded import is_sharded, rows_of
 from ..tuner.targets import listed
 from .method_arguments import MethodArguments
 

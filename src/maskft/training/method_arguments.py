@@ -15,10 +15,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from maskft_common.errors import UserError
 from maskft_common.files import is_there, parse_json, read_json
 
+from ..baselines.fixed import FIXED_MASKS
 from ..data.arguments import option
 from ..masking import ScoreStart
-from ..tuner.config import PRESETS, MaskConfig
-from ..tuner.fixed import FIXED_MASKS
+from ..tuner.config import MaskConfig
+from ..tuner.presets import PRESETS
 
 ADAPTER = "default"  # the name PEFT gives an adapter, every run has one adapter
 

@@ -7,25 +7,29 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 from .config import MaskConfig, MaskPeftType
 from .layer import MaskedLinear
+from .masker import MASKERS, Masker
 from .model import MaskModel, adapter_layers, current_masks, start_scores
-from .progress import MaskProgress, set_mask_progress
-from .wanda import wanda_keys
+from .schedule import MaskProgress, set_mask_progress
+from .selection import Learner, register_learner
 
-# What register_peft_method would fill, which refuses names outside PEFT's enum; tests fail when PEFT reads others.
+# What register_peft_method would fill in; it refuses names outside PEFT's enum. A test fails if PEFT reads others.
 _name = cast(PeftType, MaskPeftType.MASK)
 PEFT_TYPE_TO_CONFIG_MAPPING[_name] = MaskConfig
 PEFT_TYPE_TO_TUNER_MAPPING[_name] = MaskModel
 PEFT_TYPE_TO_PREFIX_MAPPING[_name] = MaskModel.prefix
 
 __all__ = [
+    "MASKERS",
+    "Learner",
     "MaskConfig",
     "MaskModel",
     "MaskPeftType",
     "MaskProgress",
     "MaskedLinear",
+    "Masker",
     "adapter_layers",
     "current_masks",
+    "register_learner",
     "set_mask_progress",
     "start_scores",
-    "wanda_keys",
 ]

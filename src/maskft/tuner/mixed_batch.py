@@ -30,11 +30,10 @@ from torch import Tensor, nn
 
 from maskft_common.errors import UserError, did_you_mean
 
-from .learners import has_soft_gate
-from .steps import optimizer_steps
+from .selection import has_soft_gate
 
 if TYPE_CHECKING:
-    from .layer import MaskedLinear
+    from .layer import MaskedLinear, SavedMask
 
 BASE = "__base__"  # PEFT's name of a row without an adapter
 
@@ -71,13 +70,13 @@ class MixedBatchCache:
     """What one layer keeps between mixed batches.
 
     Attributes:
-        places: Adapter name -> (version of its mask, the coded mask or None, the places of the mask). The coded mask
+        places: Adapter name -> (version of its mask, the saved mask or None, the places of the mask). The saved mask
             is held because its id is the version, and a freed id may be given to the next mask.
         plan: (what it was made from, the corrections of the latest batch), or None.
     """
 
     def __init__(self) -> None:
-        self.places: dict[str, tuple[object, Tensor | None, Places]] = {}
+        self.places: dict[str, tuple[object, SavedMask | None, Places]] = {}
         self.plan: tuple[object, BatchPlan | None] | None = None
 
     def forget(self, adapter_name: str) -> None:
@@ -284,7 +283,7 @@ def _csr(offsets: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int
 def _current_plan(layer: MaskedLinear, adapter_names: Sequence[str]) -> BatchPlan | None:
     """The plan for these names; None: no row has a mask in this layer."""
     names = tuple(name if name in layer.mask_configs else BASE for name in adapter_names)
-    masks = {name: _mask_version(layer, name) for name in names if name != BASE}
+    masks = {name: layer.masker.mask_version(name) for name in names if name != BASE}
     key = (names, masks, _version(layer.weight))
     cache = layer.mixed_batch
     if cache.plan is None or cache.plan[0] != key:
@@ -297,7 +296,7 @@ def _make_plan(layer: MaskedLinear, names: Sequence[str], masks: dict[str, objec
     rows = [row for row, name in enumerate(names) if name != BASE]
     if not rows:
         return None
-    weight = layer.weight.detach()
+    weight = layer.get_base_weight()
     weight_OI = weight.t() if layer.is_transposed else weight
     num_outputs, num_inputs = weight_OI.shape
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -343,15 +342,8 @@ def _places(layer: MaskedLinear, name: str, version: object) -> Places:
     fits_int16 = num_inputs <= torch.iinfo(torch.int16).max
     columns = removed.nonzero()[:, 1].to(torch.int16 if fits_int16 else torch.int32)
     places = Places(offsets, columns)
-    layer.mixed_batch.places[name] = (version, layer.mask_coded.get(name), places)
+    layer.mixed_batch.places[name] = (version, layer.saved_masks.get(name), places)
     return places
-
-
-def _mask_version(layer: MaskedLinear, name: str) -> object:
-    """Equal versions, equal masks."""
-    if name in layer.mask_scores:
-        return (_version(layer.mask_scores[name]), optimizer_steps())
-    return (id(layer.mask_coded.get(name)), layer.weight.device)
 
 
 def _version(tensor: Tensor) -> tuple[object, ...]:

@@ -1,212 +1,279 @@
-"""What :mod:`maskft.masking` defines, faster and in place: bit for bit the same masks and gradients.
+"""Which weights a mask keeps: the learners that ``MaskConfig.selection`` can name, and what each computes from scores.
 
-Selection is one pass over the scores instead of a sort. A sample says in which narrow band the cut must lie (on a CPU,
-counting what is below the middle of the band makes it narrower still); the pass removes what is below the band and
-collects what is in it; those few are then ranked. From one optimizer step to the next the band lies around the last
-cut. Counting proves the band right; where none is, the cut is selected from all scores. The result never depends on it.
+    W_eff = R + (W - R) * gate(s)          gate 1 keeps a weight W, gate 0 replaces it by R (0, or a given value)
+    dL/ds = dL/dW_eff * (W - R) * slope(s)
+
+A hard gate is a bool mask, True = keep. Its slope is chosen: the straight-through slope is 1. A soft gate is a float32
+tensor in [0, 1] and its slope is its derivative; it is used in training mode only. In evaluation, in the saved file and
+in a merged weight every gate is hard.
+
+``topk``, ``threshold`` and ``logit`` are built in. Others join with :func:`register_learner`, see
+``docs/learners.md``; ``maskft.learners`` has some.
+
+Shapes: s are the scores; all tensors have the shape of the weight and are float32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import chain
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from maskft_common.errors import UserError
+from maskft_common.files import digest
 
-from ..masking import RankBy, check_not_nan, ranking_keys, remove_lowest
+from ..masking import check_not_nan, num_removed, ranking_keys, remove_lowest
 
-# Entries looked at together on a CPU: few enough that what is computed from them stays in the cache.
-CHUNK_NUMEL = 1 << 19
-# A matrix of fewer entries is ranked without a sample.
-_SAMPLED_MIN_NUMEL = 1 << 14
-# A band of fewer entries is narrow enough.
-_NARROWED_MIN_NUMEL = 1 << 12
-# Entries of a chunk that are looked at as one when few are looked for.
-_ROWS = 32
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+if TYPE_CHECKING:
+    from .config import MaskConfig
 
 
-class Near(NamedTuple):
-    """The latest cut, how far from it the next is looked for, and between which bounds; None: too many lie there."""
+@dataclass(frozen=True)
+class Learner:
+    """One value of ``MaskConfig.selection``.
 
-    cut: float
-    reach: float
-    band: tuple[float, float] | None
+    Attributes:
+        options: Fields of MaskConfig that this learner reads and some others do not; those others refuse them.
+        cut: (config) -> float; a weight is kept if its ranking value is above it. None: a fixed share is removed.
+        start: (config) -> float; center of fresh scores at which nearly all weights are kept. Only for learners that
+            cut at 0. None: scores are ranked, or compared with a threshold, as they are.
+        soft_gate: (config, scores, noise) -> (gate, slope) in training mode. None: the gate is hard in training too.
+        hard_slope: (config, scores) -> slope of the hard gate. None, or if it returns None: 1.
+        kept_slope: (config, scores, slope of the hard gate or None for 1) -> derivative of the relaxed number of kept
+            weights; ``price`` multiplies it. None: ``price`` is not an option.
+    """
+
+    options: tuple[str, ...]
+    cut: Callable[[MaskConfig], float] | None = None
+    start: Callable[[MaskConfig], float] | None = None
+    soft_gate: Callable[[MaskConfig, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    hard_slope: Callable[[MaskConfig, Tensor], Tensor | None] | None = None
+    kept_slope: Callable[[MaskConfig, Tensor, Tensor | None], Tensor] | None = None
 
 
-def mask_without_lowest(scores: Tensor, num: int, rank_by: RankBy = "abs") -> Tensor:
-    """Bool mask, True = keep, that removes the ``num`` lowest of ``scores``."""
-    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    keep_highest_(mask, scores.new_ones((), dtype=torch.bool).expand(scores.numel()), scores, num, rank_by)
-    return mask
+LEARNERS: dict[str, Learner] = {}
 
 
-def keep_above_(out: Tensor, weight: Tensor, scores: Tensor, cut: float, rank_by: RankBy = "abs") -> None:
-    """Write into ``out`` (contiguous) the ``weight``, +0 where the ranking value is not above ``cut``."""
-    low = torch.nextafter(torch.tensor(cut), torch.tensor(math.inf)).item()
-    _split_(out, weight, scores, low, -math.inf, rank_by)
+def register_learner(name: str, learner: Learner) -> None:
+    """Add a learner, so that ``MaskConfig(selection=name)`` finds it.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    if name in LEARNERS:
+        raise ValueError(f"there is a learner named {name!r} already; choose another name")
+    LEARNERS[name] = learner
 
 
-@torch.no_grad()
-def keep_highest_(
-    out: Tensor, weight: Tensor, scores: Tensor, num: int, rank_by: RankBy = "abs", near: Near | None = None
-) -> Near | None:
-    """Write into ``out`` the ``weight`` without the ``num`` entries that have the lowest scores.
+# Schedules: values that depend on the share of training done, `config.progress`
 
-    Args:
-        out: Where to write, contiguous. A removed entry is exactly +0, whatever the weight is.
-        weight: The weight, any dtype; converted to the dtype of ``out``.
-        scores: Ranking values, ranked in float32.
-        num: How many entries to remove. Among equal scores the first in index order go first.
-        rank_by: ``abs`` ranks by magnitude, ``signed`` by value.
-        near: What the call before gave back, if scores are much the same: saves the sample.
+
+def scheduled(config: MaskConfig, start: float, end: float | None) -> float:
+    """A value that moves linearly from ``start`` to ``end`` over training; constant if ``end`` is None."""
+    if end is None:
+        return start
+    return start + (end - start) * (config.progress or 0.0)
+
+
+def current_sharpness(config: MaskConfig) -> float:
+    """Factor of the scores inside the sigmoid at this point of training."""
+    return scheduled(config, config.sharpness, config.sharpness_end)
+
+
+def cubic_ramp(progress: float, ramp: float) -> float:
+    """Share of the final sparsity: 1 - (1 - t)^3 with t from 0 to 1 over the first ``ramp`` of training; 1 without one.
+
+    https://arxiv.org/abs/1710.01878, Eq. 1, from sparsity 0.
+    """
+    if progress >= ramp:
+        return 1.0
+    return 1 - (1 - progress / ramp) ** 3
+
+
+def current_sparsity(config: MaskConfig) -> float:
+    """Fraction that a top-k mask removes at this point of training, in [0, 1)."""
+    return float(config.sparsity) * cubic_ramp(config.progress or 0.0, config.sparsity_ramp)
+
+
+# The learners built in
+
+
+def sigmoid_slope(scores: Tensor, sharpness: float) -> Tensor:
+    """Slope k * sigmoid'(k * s) of a logit learner, which trains the scores near 0 the most."""
+    share = torch.mul(scores, sharpness).sigmoid_()
+    return (1 - share).mul_(share.mul_(sharpness))
+
+
+def logit_kept_slope(config: MaskConfig, scores: Tensor, slope: Tensor | None) -> Tensor:
+    """d/ds of sigmoid(k * s), the relaxed number of kept weights; the ``slope`` of a sigmoid gate is the same."""
+    if slope is not None:
+        return slope
+    return sigmoid_slope(scores, current_sharpness(config))
+
+
+def _just_below_threshold(config: MaskConfig) -> float:
+    # A score equal to the threshold is kept, and `cut` keeps what is above it.
+    return torch.nextafter(torch.tensor(config.threshold), torch.tensor(-math.inf)).item()
+
+
+def _logit_slope(config: MaskConfig, scores: Tensor) -> Tensor | None:
+    if config.gradient == "sigmoid":
+        return sigmoid_slope(scores, current_sharpness(config))
+    return None
+
+
+register_learner("topk", Learner(options=("sparsity", "sparsity_ramp")))
+register_learner("threshold", Learner(options=("threshold",), cut=_just_below_threshold))
+register_learner(
+    "logit",
+    Learner(
+        options=("gradient", "price", "sharpness", "sharpness_end"),
+        cut=lambda config: 0.0,
+        start=lambda config: 0.0,
+        hard_slope=_logit_slope,
+        kept_slope=logit_kept_slope,
+    ),
+)
+
+
+# Questions about a learner
+
+
+def learner_options() -> list[str]:
+    """Fields of MaskConfig that some learners read and others do not."""
+    return list(dict.fromkeys(option for learner in LEARNERS.values() for option in learner.options))
+
+
+def names_with(option: str) -> str:
+    """The learners that read an option, for messages."""
+    return " and ".join(name for name, learner in LEARNERS.items() if option in learner.options)
+
+
+def is_free(selection: str) -> bool:
+    """Whether scores are cut at 0, so that training decides how many weights are removed."""
+    return selection in LEARNERS and LEARNERS[selection].start is not None
+
+
+def has_soft_gate(config: MaskConfig) -> bool:
+    """Whether the gate is soft in training mode."""
+    return LEARNERS[config.selection].soft_gate is not None
+
+
+def is_soft(config: MaskConfig, is_training: bool) -> bool:
+    """Whether the gate is soft now. A frozen copy (the reference of preference training) is always hard."""
+    return has_soft_gate(config) and is_training and not config.copy_of
+
+
+def check_progress(config: MaskConfig, is_training: bool) -> None:
+    """Raise if a mask in training depends on the share of training done, and nobody has set it."""
+    has_schedule = config.sparsity_ramp > 0 or config.sharpness_end is not None
+    if not (has_schedule or has_soft_gate(config)):
+        return
+    if is_training and not config.copy_of and config.progress is None:
+        raise UserError(
+            "this mask depends on how far training is: call maskft.set_mask_progress(model, step / max_steps) before "
+            "every step (with transformers' Trainer: add_callback(maskft.MaskProgress()))"
+        )
+
+
+# What a configuration computes from scores
+
+
+def cut(config: MaskConfig) -> float | None:
+    """The ranking value (see ``MaskConfig.ranks_by``) above which a weight is kept; None: its rank decides."""
+    cut_of = LEARNERS[config.selection].cut
+    return None if cut_of is None else cut_of(config)
+
+
+def mask_from_scores(config: MaskConfig, scores: Tensor) -> Tensor:
+    """Hard mask of a score matrix; bool, shape of ``scores``, True = keep.
 
     Raises:
         UserError: If a score is NaN.
     """
-    total = scores.numel()
-    if not 0 <= num <= total:
-        raise UserError(f"cannot remove {num} of {total} entries")
-    if total == 0:
-        return None
-    guess = [near.band] if near and near.band else []
-    for band in chain(guess, _probable_bands(scores, num, rank_by)):
-        num_below, indices, values = _split_(out, weight, scores, *band, rank_by)
-        if num_below <= num <= num_below + len(values):
-            break
+    keys = ranking_keys(scores, config.ranks_by)
+    lowest_kept = cut(config)
+    if lowest_kept is None:
+        mask = remove_lowest(keys, num_removed(scores.numel(), current_sparsity(config)))
     else:
-        cut = _kth_smallest(scores, max(num, 1), rank_by)
-        band = (cut, cut)
-        num_below, indices, values = _split_(out, weight, scores, *band, rank_by)
-    if num == num_below:
-        return near
-    keep = remove_lowest(values, num - num_below)
-    out.view(-1)[indices[~keep]] = 0
-    return _near(near, band, values[~keep].amax().item(), len(values) / total)
+        mask = check_not_nan(keys) > lowest_kept
+    return mask.view(scores.shape)
 
 
-def _near(last: Near | None, band: tuple[float, float], cut: float, share: float) -> Near:
-    """Where to look next, out of the ``share`` of all scores that lay in the ``band`` around the ``cut``."""
-    width = band[1] - band[0]
-    reach = 0.4 * width
-    if last is not None and math.isfinite(last.reach):
-        reach = max(3 * abs(cut - last.cut), 0.8 * last.reach)
-    if not 0 < reach < math.inf or 2 * reach * share * 256 > width:  # a sample would cost less
-        return Near(cut, reach, None)
-    low, high = torch.tensor([cut - reach, cut + reach], dtype=torch.float32).tolist()  # keys are compared in float32
-    return Near(cut, reach, (low, high))
+def gate_and_slope(
+    config: MaskConfig, scores: Tensor, module_name: str, is_training: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gate of one matrix and its slope.
 
-
-def _probable_bands(scores: Tensor, num: int, rank_by: RankBy) -> Iterator[tuple[float, float]]:
-    """Bounds between which the ``num``-th smallest score very probably lies; none for a matrix not worth sampling."""
-    total = scores.numel()
-    if total < _SAMPLED_MIN_NUMEL:
-        return
-    # Of n entries, n^(2/3) are sampled: the sample then costs as little as ranking what lies in its band. An odd stride
-    # visits every column of a matrix whose width is a power of two.
-    stride = int(total ** (1 / 3)) | 1
-    sample = ranking_keys(scores.detach().reshape(-1)[::stride], rank_by)
-    share = num / total
-    middle, spread = share * len(sample), 4 * math.sqrt(len(sample) * share * (1 - share)) + 2
-    first, last = int(middle - spread), int(middle + spread)
-    low = sample.kthvalue(first).values.item() if first >= 1 else -math.inf
-    high = sample.kthvalue(last).values.item() if last <= len(sample) else math.inf
-    num_in_band = (last - first) * stride
-    is_wide = num_in_band >= _NARROWED_MIN_NUMEL and -math.inf < low < high < math.inf
-    if is_wide and scores.device.type == "cpu":
-        # A narrower band, from the exact number of scores below the middle of this one and its density. What lies
-        # between the middle and the cut is counted with the error of the sampled density, and with its own.
-        middle, density = (low + high) / 2, num_in_band / (high - low)
-        excess = num - _num_below(scores, middle, rank_by)
-        margin = 4 * (math.sqrt(abs(excess)) + abs(excess) / math.sqrt(last - first)) + _ROWS
-        bounds = [middle + (excess - margin) / density, middle + (excess + margin) / density]
-        narrow_low, narrow_high = torch.tensor(bounds, dtype=torch.float32).tolist()
-        yield max(low, narrow_low), min(high, narrow_high)
-    yield low, high
-
-
-def _num_below(scores: Tensor, value: float, rank_by: RankBy) -> int:
-    """How many scores of a matrix rank below ``value``."""
-    flat, found = scores.detach().reshape(-1), 0
-    buffer = torch.empty(min(CHUNK_NUMEL, len(flat)), dtype=torch.float32)
-    for chunk in flat.split(CHUNK_NUMEL):
-        below = buffer[: len(chunk)]
-        keys = torch.abs(chunk, out=below) if rank_by == "abs" else chunk.float()
-        signs = torch.sub(keys, value, out=below).view(torch.int32)
-        found -= int(torch.bitwise_right_shift(signs, 31, out=signs).sum(dtype=torch.int32))
-    return found
-
-
-def _kth_smallest(scores: Tensor, k: int, rank_by: RankBy) -> float:
-    return check_not_nan(ranking_keys(scores, rank_by)).kthvalue(k).values.item()
-
-
-def _split_(
-    out: Tensor, weight: Tensor, scores: Tensor, low: float, high: float, rank_by: RankBy
-) -> tuple[int, Tensor, Tensor]:
-    """``out = weight`` where the score is at least ``low``, else 0.
+    Args:
+        config: Configuration of the adapter.
+        scores: Its scores.
+        module_name: Name of the layer; together with the seed and the progress it decides the noise.
+        is_training: Whether the layer is in training mode.
 
     Returns:
-        How many scores are below ``low``; and flat indices (int64) and values (float32) of those from ``low`` to
-        ``high``, in index order.
+        A bool gate (True = keep) with its slope (None: 1), or a float32 gate in [0, 1] with its slope.
     """
-    scores_flat, weight_flat, out_flat = scores.detach().reshape(-1), weight.detach().reshape(-1), out.view(-1)
-    numel, device, integer = scores.numel(), scores.device, _INTEGERS[weight.element_size()]
-    num_below, indices, values = 0, [scores_flat.new_empty(0, dtype=torch.int64)], [torch.empty(0, device=device)]
-    chunk = max(1, min(CHUNK_NUMEL, numel) if device.type == "cpu" else numel)
-    keys_buffer, sign_buffer = torch.empty(chunk, device=device), torch.empty(chunk, device=device)
-    just_below = torch.nextafter(torch.tensor(low), torch.tensor(-math.inf))
-    furthest, just_below = int((just_below - high).view(torch.int32)), just_below.to(device)
-    for start in range(0, numel, chunk):
-        part, here = slice(start, min(start + chunk, numel)), slice(0, min(chunk, numel - start))
-        keys = torch.abs(scores_flat[part], out=keys_buffer[here]) if rank_by == "abs" else scores_flat[part].float()
-        check_not_nan(keys.amax())
-        # The sign bit of (just_below - key), spread over all bits, is 1...1 where an entry stays and 0 where it goes.
-        # An AND leaves +0 behind, where a product would leave -0 or NaN; it is much faster than torch.where.
-        signs = torch.sub(just_below, keys, out=sign_buffer[here]).view(torch.int32)
-        if low <= high:
-            found = _find_in_band(keys, low, high, signs, furthest)
-            indices.append(found + start)
-            values.append(keys[found])
-        stays = signs.fill_(-1) if low == -math.inf else torch.bitwise_right_shift(signs, 31, out=signs)
-        # A sum of -1, one for each that stays; exact in int32, and ten times faster than counting flags.
-        num_below += len(keys) + int(stays.sum(dtype=torch.int32))
-        stays, bits = stays.to(integer), weight_flat[part].view(integer)
-        if out.dtype == weight.dtype:
-            torch.bitwise_and(bits, stays, out=out_flat[part].view(integer))
-        else:
-            out_flat[part] = stays.bitwise_and_(bits).view(weight.dtype)
-    return num_below, torch.cat(indices), torch.cat(values)
+    check_progress(config, is_training)
+    if is_soft(config, is_training):
+        return soft_gate(config, scores, draw_noise(config, module_name, scores.shape, scores.device))
+    return mask_from_scores(config, scores), hard_slope(config, scores)
 
 
-def _find_in_band(keys: Tensor, low: float, high: float, signs: Tensor, furthest: int) -> Tensor:
-    """Indices of the few keys from ``low`` to ``high``, in order.
+def soft_gate(config: MaskConfig, scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Soft gate and slope in training mode."""
+    gate = LEARNERS[config.selection].soft_gate
+    assert gate is not None
+    return gate(config, scores, noise)
 
-    Flags of all keys would cost more than all the rest of a refresh, so the keys are laid out in a few rows, and only
-    columns in which one lies in the band are looked at. ``signs`` has the bits of what is just below ``low`` minus each
-    key, which rounds in the order of the keys, and ``furthest`` that of ``high``: of negative floats, the closer one is
-    to 0, the lower its bits as an integer.
+
+def hard_slope(config: MaskConfig, scores: Tensor) -> Tensor | None:
+    """Slope of a hard gate; None for 1."""
+    slope = LEARNERS[config.selection].hard_slope
+    return None if slope is None else slope(config, scores)
+
+
+def price_gradient(config: MaskConfig, scores: Tensor, numel: int, slope: Tensor | None = None) -> Tensor:
+    """Derivative of price * share removed, at some scores of a matrix of ``numel``; ``slope``: of the hard gate."""
+    kept_slope = LEARNERS[config.selection].kept_slope
+    assert kept_slope is not None
+    return kept_slope(config, scores, slope) * (-config.price / numel)
+
+
+def blend(weight: Tensor, gate: Tensor, removed_value: Tensor | None = None) -> Tensor:
+    """The effective weight W_eff.
+
+    With a bool gate each entry is exactly W or R. It is +0 where ``removed_value`` is None: a product would give -0 for
+    negative weights and keep NaN.
     """
-    if len(keys) % _ROWS or low == -math.inf:
-        return ((keys >= low) & (keys <= high)).nonzero().squeeze(1)
-    columns = (signs.view(_ROWS, -1).amin(0) <= furthest).nonzero().squeeze(1)
-    close = keys.view(_ROWS, -1).index_select(1, columns)
-    row, column = ((close >= low) & (close <= high)).nonzero(as_tuple=True)
-    return row * (len(keys) // _ROWS) + columns[column]
+    if gate.dtype == torch.bool:
+        if removed_value is None:
+            return weight.masked_fill(~gate, 0.0)
+        return torch.where(gate, weight, removed_value)
+    if removed_value is None:
+        return weight * gate
+    return removed_value + (weight - removed_value) * gate
 
 
-def score_gradient_(grad: Tensor, weight: Tensor, scores: Tensor, rank_by: RankBy) -> Tensor:
-    """:func:`maskft.masking.score_gradient`, written into ``grad`` (float32)."""
-    grad.mul_(weight)
-    return grad.mul_(torch.sign(scores)) if rank_by == "abs" else grad
+# Noise of soft gates
 
 
-def row_parts(matrix: Tensor) -> list[slice]:
-    """Some rows at a time, few enough for the cache on a CPU; each part ends where vector instructions do."""
-    rows = max(32, CHUNK_NUMEL // max(1, matrix[:1].numel()) // 32 * 32) if matrix.device.type == "cpu" else len(matrix)
-    return [slice(start, start + rows) for start in range(0, len(matrix), max(1, rows))]
+def draw_noise(config: MaskConfig, module_name: str, shape: torch.Size, device: torch.device) -> Tensor:
+    """Noise of one matrix, decided by the seed, the name, the progress and the kind of device."""
+    return logistic_noise(shape, generator(device, config.mask_seed, module_name, repr(config.progress)))
+
+
+def logistic_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Standard logistic noise, the difference of two Gumbel variables."""
+    uniform = torch.rand(shape, generator=generator, device=generator.device).clamp_(1e-7, 1 - 1e-7)
+    return uniform.log() - torch.log1p(-uniform)
+
+
+def generator(device: torch.device | str, *stream: object) -> torch.Generator:
+    """A generator for each ``stream`` of names and numbers, so that draws in one layer do not affect another."""
+    seed = bytes.fromhex(digest("/".join(map(str, stream))))[:8]
+    return torch.Generator(device).manual_seed(int.from_bytes(seed, "little") >> 1)

@@ -7,41 +7,105 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from maskft_common.errors import UserError, did_you_mean
 
 from .config import MaskConfig
-from .layer import MaskedLinear
+from .quantized import find_quantized_weight
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
-# Inside a masked layer, or one that another adapter saves whole, where a second adapter may look.
-_OWN_MODULES = {"base_layer", "mask_scores", "original_module", "modules_to_save"}
-_SHOWN = 8
+# Modules inside a masked layer, or inside one that another adapter saves whole; a second adapter leaves them alone.
+_INNER_MODULES = {"base_layer", "mask_scores", "original_module", "modules_to_save"}
+_NUM_LISTED = 8
 
 
 def is_target(config: MaskConfig, name: str) -> Any:
-    """Whether a configuration asks for a module, in PEFT's words; what a masked layer is made of is none."""
-    return _OWN_MODULES.isdisjoint(name.split(".")) and check_target_module_exists(config, name)
+    """Whether a configuration asks for a module, by PEFT's matching."""
+    if not _INNER_MODULES.isdisjoint(name.split(".")):
+        return False
+    return check_target_module_exists(config, name)
 
 
 def resolve_targets(config: MaskConfig, model: nn.Module) -> None:
-    """Put the names of the linear layers in the place of "all-linear", and check the whole request."""
+    """Replace "all-linear" by the names of the linear layers, and check the whole request."""
     if config.target_modules in (None, "all-linear"):
         config.target_modules = sorted(maskable_names(model))
-        _leave_out_other_layers(config, model)
+        _exclude_other_layers(config, model)
         _warn_of_experts(model)
     check_targets(config, model)
 
 
-def _leave_out_other_layers(config: MaskConfig, model: nn.Module) -> None:
-    """Exclude linear layers outside of the numbered ones that share a name with one inside, such as BERT's pooler."""
+def maskable_names(model: nn.Module) -> set[str]:
+    """Last name components of the maskable linear layers inside numbered layers (q_proj, ..., down_proj)."""
+    found = {}
+    for name, module in model.named_modules():
+        is_inner = not _INNER_MODULES.isdisjoint(name.split("."))
+        if not is_inner and _is_linear(module) and _why_not_maskable(name, module, model) is None:
+            found[name] = module
+
+    names = [name for name in found if _LAYER_INDEX.search(name)]
+    if not names:  # no stack of layers: every linear layer except an output head
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        names = [name for name, module in found.items() if module is not head]
+    if not names:
+        raise UserError(f"{type(model).__name__} has no linear layer that could be masked")
+    return {_last(name) for name in names}
+
+
+def check_targets(config: MaskConfig, model: nn.Module) -> None:
+    """Raise one clear :class:`UserError` if ``config`` asks for layers that do not exist or cannot be masked."""
+    modules = {name: module for name, module in model.named_modules() if name and ".base_layer" not in name}
+    _check_layer_indices(config, modules)
+    _check_not_tied(config, modules, model)
+
+    matched = [name for name in modules if is_target(config, name)]
+    _check_maskable(matched, modules, model)
+    _check_not_shared({name: modules[name] for name in matched}, model)
+    _check_every_entry_matches(config, modules, has_targets=bool(matched))
+    if not matched:
+        _raise_no_match(config, modules, model)
+
+
+def layer_indices(names: Iterable[str], layers_pattern: list[str] | str | None = None) -> set[int]:
+    """Indices of the decoder layers that module or parameter ``names`` lie in."""
+    if layers_pattern is None:
+        return {int(match["index"]) for match in map(_LAYER_INDEX.search, names) if match}
+    lists = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    matches = (match for name in names for match in _LAYER_INDEX.finditer(name))
+    return {int(match["index"]) for match in matches if match["list"] in lists}
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, for a message."""
+    names = list(names)
+    if not names:
+        return "none"
+    shown = ", ".join(names[:_NUM_LISTED])
+    if len(names) <= _NUM_LISTED:
+        return shown
+    return f"{shown} and {len(names) - _NUM_LISTED} more"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of any kind, masked or not."""
+    if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer):
+        return True
+    return find_quantized_weight(module) is not None
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _exclude_other_layers(config: MaskConfig, model: nn.Module) -> None:
+    """Exclude linear layers outside the numbered ones that share a name with one inside, such as BERT's pooler."""
     names = [name for name, module in model.named_modules() if name and is_target(config, name)]
     others = [name for name in names if not _LAYER_INDEX.search(name)]
-    if len(others) in (0, len(names)):
+    if not others or len(others) == len(names):
         return
     given = config.exclude_modules
     if isinstance(given, str):
@@ -50,108 +114,109 @@ def _leave_out_other_layers(config: MaskConfig, model: nn.Module) -> None:
         config.exclude_modules = [*(given or []), *others]
 
 
-def check_targets(config: MaskConfig, model: nn.Module) -> None:
-    """Raise one clear :class:`UserError` when ``config`` asks for layers that are not there or cannot be masked."""
-    modules = {name: module for name, module in model.named_modules() if name and ".base_layer" not in name}
-    _check_layer_indices(config, modules)
-    _check_not_tied(config, modules, model)
-    matched = [name for name in modules if is_target(config, name)]
-    reasons = {name: _why_not_maskable(name, modules[name], model) for name in matched}
-    refused = {name: reason for name, reason in reasons.items() if reason is not None}
-    if refused:
-        name, reason = next(iter(refused.items()))
-        maskable = [name for name in matched if name not in refused]
-        raise UserError(
-            f"{name} cannot be masked: {reason}; matched and maskable: {listed(maskable)}; matched and not maskable: "
-            f"{listed(refused)}; name the linear layers you want in target_modules"
-        )
-    _check_not_shared({name: modules[name] for name in matched}, model)
-    targets = config.target_modules or []
-    asked = [("target_modules", entry) for entry in targets if matched and not isinstance(targets, str)]
-    of_peft = ("classifier", "score") if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()  # which it adds by itself
-    asked += [("modules_to_save", entry) for entry in config.modules_to_save or () if entry not in of_peft]
-    for option, entry in asked:
-        if not any(name == entry or name.endswith(f".{entry}") for name in modules):
-            leaves = {name.rpartition(".")[2] for name in modules}
-            raise UserError(f"{option} entry {entry!r} matches no layer{did_you_mean(entry, leaves)}; drop it")
-    if not matched:
-        linear = {name.rpartition(".")[2] for name, m in modules.items() if _why_not_maskable(name, m, model) is None}
-        wanted = targets if isinstance(targets, str) else ", ".join(targets)
-        hint = did_you_mean(wanted, linear) if "," not in wanted else ""
-        hint = " (a text is a regular expression of whole names: give a list)" if targets in [*linear] else hint
-        others = [n for n in ("layers_to_transform", "layers_pattern", "exclude_modules") if getattr(config, n)]
-        beside = f" with {', '.join(f'{name}={getattr(config, name)!r}' for name in others)}" if others else hint
-        raise UserError(
-            f"target_modules {wanted!r} match no layer{beside}; the model's linear layers are: "
-            f"{', '.join(sorted(linear))}"
-        )
+def _warn_of_experts(model: nn.Module) -> None:
+    """Say which experts "all-linear" leaves out: those that are not linear layers."""
+    kinds = set()
+    for module in model.modules():
+        is_expert = "Expert" in type(module).__name__
+        if is_expert and any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
+            kinds.add(type(module).__name__)
+    if kinds:
+        warnings.warn(f"experts that are no linear layers are left out: {listed(sorted(kinds))}")
 
 
-def _check_layer_indices(config: MaskConfig, modules: Iterable[str]) -> None:
-    if config.layers_to_transform is None:
-        return
-    wanted = config.layers_to_transform
-    wanted = [wanted] if isinstance(wanted, int) else list(wanted)
-    indices = layer_indices(modules, config.layers_pattern)
-    missing = sorted(set(wanted) - indices)
-    if missing:
-        has = f"layers 0 to {max(indices)}" if indices else "no numbered layers"
-        raise UserError(f"layers_to_transform names layer {', '.join(map(str, missing))}; the model has {has}")
-
-
-def layer_indices(names: Iterable[str], layers_pattern: list[str] | str | None = None) -> set[int]:
-    """Indices of the decoder layers that module or parameter ``names`` lie in."""
-    lists = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-    if lists is None:
-        return {int(match["index"]) for match in map(_LAYER_INDEX.search, names) if match}
-    matches = (match for name in names for match in _LAYER_INDEX.finditer(name))
-    return {int(match["index"]) for match in matches if match["list"] in lists}
+# Why a module cannot be masked
 
 
 def _why_not_maskable(name: str, module: nn.Module, model: nn.Module) -> str | None:
-    """Reason why a module cannot be masked, or None when it can."""
-    if isinstance(module, MaskedLinear):
+    """Reason why a module cannot be masked, or None if it can."""
+    kind = type(module).__name__
+    if hasattr(module, "mask_scores"):  # masked already
         return None
     if isinstance(module, nn.Embedding):
         return "it is an embedding"
-    if not isinstance(module, nn.Linear | Conv1D):
+
+    quantized = find_quantized_weight(module)
+    if quantized is not None:
+        reason = quantized.why_not(module)
+    elif not isinstance(module, nn.Linear | Conv1D):
         if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
-            return f"it is a {type(module).__name__}, whose parameter is no matrix"
-        return f"it is a {type(module).__name__}, not a linear layer"
-    is_plain = type(module).__module__.split(".")[0] in ("torch", "transformers") and module.weight.is_floating_point()
-    if not is_plain:
-        name = type(module).__name__
-        return f"it is quantised, or neither torch's nor transformers' ({name}); load the model without quantisation"
-    if type(module).forward not in _PLAIN_FORWARDS and type(module).__name__ != "FalconLinear":
-        return f"it is a {type(module).__name__}, which computes something else than a linear map"
-    path, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(path)
-    # Kernels of the Mamba family, and in part its slow path, take these weights themselves; Jamba's only the first.
-    read = ("dt_proj",) if type(parent).__name__ == "JambaMambaMixer" else ("dt_proj", "x_proj", "out_proj")
-    of_mixer = hasattr(parent, "conv1d") and hasattr(parent, "A_log") and leaf in read
-    of_wavlm = type(parent).__name__ == "WavLMAttention" and leaf.endswith("_proj")
-    if of_mixer or of_wavlm or isinstance(parent, nn.MultiheadAttention):
+            return f"it is a {kind}, whose parameter is no matrix"
+        return f"it is a {kind}, not a linear layer"
+    else:
+        reason = _why_not_plain(module)
+    if reason is not None:
+        return reason
+
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if _parent_reads_weight(parent, _last(name)):
         return f"its {type(parent).__name__} reads the weight and does not call the layer"
     if module.weight is _embedding(model):
         return "its weight is tied to the input embeddings"
     return None
 
 
+def _why_not_plain(module: nn.Module) -> str | None:
+    """Reason why a linear layer is not one of torch's or transformers' plain ones, or None."""
+    kind = type(module).__name__
+    package = type(module).__module__.split(".")[0]
+    is_float = module.weight.is_floating_point()  # type: ignore[operator]
+    if package not in ("torch", "transformers") or not is_float:
+        return f"it is quantised, or neither torch's nor transformers' ({kind}); load the model without quantisation"
+    # A subclass may compute something else. Falcon's is a linear map, written as two operations.
+    if type(module).forward not in _PLAIN_FORWARDS and kind != "FalconLinear":
+        return f"it is a {kind}, which computes something else than a linear map"
+    return None
+
+
+def _parent_reads_weight(parent: nn.Module, leaf: str) -> bool:
+    """Whether a module takes the weight of its linear layer ``leaf`` without calling the layer."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return True
+    kind = type(parent).__name__
+    if kind == "WavLMAttention":
+        return leaf.endswith("_proj")
+    if hasattr(parent, "conv1d") and hasattr(parent, "A_log"):
+        # Kernels of the Mamba family, and in part its slow path; Jamba's read only the first.
+        read = ("dt_proj",) if kind == "JambaMambaMixer" else ("dt_proj", "x_proj", "out_proj")
+        return leaf in read
+    return False
+
+
 def _embedding(model: nn.Module) -> nn.Parameter | None:
     """The weight of the input embeddings."""
-    try:
-        return getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
-    except NotImplementedError:  # a model of speech has none
+    get_input_embeddings = getattr(model, "get_input_embeddings", None)
+    if get_input_embeddings is None:
         return None
+    try:
+        return getattr(get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # a speech model has none
+        return None
+
+
+# Checks of a request
+
+
+def _check_layer_indices(config: MaskConfig, modules: Iterable[str]) -> None:
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return
+    indices = layer_indices(modules, config.layers_pattern)
+    missing = sorted({wanted} - indices if isinstance(wanted, int) else set(wanted) - indices)
+    if missing:
+        has = f"layers 0 to {max(indices)}" if indices else "no numbered layers"
+        raise UserError(f"layers_to_transform names layer {', '.join(map(str, missing))}; the model has {has}")
 
 
 def _check_not_tied(config: MaskConfig, modules: Mapping[str, nn.Module], model: nn.Module) -> None:
     """Refuse to train one of two modules that share a weight: no checkpoint of the base can hold both."""
     embedding = _embedding(model)
-    tied = [
-        name for name, module in modules.items() if embedding is not None and getattr(module, "weight", 0) is embedding
-    ]
-    for entry in config.modules_to_save or [] if len(tied) > 1 else []:
+    if embedding is None:
+        return
+    tied = [name for name, module in modules.items() if getattr(module, "weight", None) is embedding]
+    if len(tied) < 2:
+        return
+    for entry in config.modules_to_save or []:
         if any(name.endswith(entry) for name in tied):
             raise UserError(
                 f"modules_to_save names {entry!r}, whose weight is shared by {listed(tied)}; a copy of it could not be "
@@ -159,58 +224,83 @@ def _check_not_tied(config: MaskConfig, modules: Mapping[str, nn.Module], model:
             )
 
 
+def _check_maskable(matched: list[str], modules: Mapping[str, nn.Module], model: nn.Module) -> None:
+    refused = {}
+    for name in matched:
+        reason = _why_not_maskable(name, modules[name], model)
+        if reason is not None:
+            refused[name] = reason
+    if refused:
+        name, reason = next(iter(refused.items()))
+        maskable = [name for name in matched if name not in refused]
+        raise UserError(
+            f"{name} cannot be masked: {reason}; matched and maskable: {listed(maskable)}; matched and not maskable: "
+            f"{listed(refused)}; name the linear layers you want in target_modules"
+        )
+
+
 def _check_not_shared(targets: Mapping[str, nn.Module], model: nn.Module) -> None:
-    """Refuse to mask a weight that is in two places: merging writes there, so a mask of one place is one of all."""
-    # A block that is used again is one module under several names, and gets one mask: a place is a parent's attribute.
+    """Refuse to mask a weight that is in two places: merging writes to both."""
+    # A block that is used twice is one module under several names and gets one mask, so a place is an attribute of a
+    # parent, whatever the parent's name.
     everywhere = dict(model.named_modules(remove_duplicate=False))
     places: dict[int, dict[tuple[int, str], str]] = {}
     for name, module in everywhere.items():
         parent, _, attribute = name.rpartition(".")
+        place = (id(everywhere[parent]), attribute)
         for parameter in module.parameters(recurse=False):
-            place = id(everywhere[parent]), attribute
             places.setdefault(id(parameter), {}).setdefault(place, name.removesuffix(".base_layer"))
-    shared = {
-        name: list(places[id(parameter)].values())
-        for name, module in targets.items()
-        for parameter in getattr(module, "base_layer", module).parameters(recurse=False)
-        if parameter.dim() > 1 and len(places[id(parameter)]) > 1
-    }
+
+    shared = {}
+    for name, module in targets.items():
+        base_layer = getattr(module, "base_layer", module)
+        for parameter in base_layer.parameters(recurse=False):
+            if parameter.dim() > 1 and len(places[id(parameter)]) > 1:
+                shared[name] = list(places[id(parameter)].values())
     if shared:
-        leaves = dict.fromkeys(name.rpartition(".")[2] for name in shared)
+        leaves = dict.fromkeys(_last(name) for name in shared)
         raise UserError(
             f"{listed(next(iter(shared.values())))} share one weight, so a mask of one would be merged into all; leave "
             f"out every target that shares its weight, with exclude_modules or target_modules: {listed(leaves)}"
         )
 
 
-def _warn_of_experts(model: nn.Module) -> None:
-    """Say which experts "all-linear" leaves out: those that are no linear layers."""
-    modules = [module for module in model.modules() if "Expert" in type(module).__name__]
-    kinds = {type(m).__name__ for m in modules if any(p.dim() > 2 for p in m.parameters(recurse=False))}
-    if kinds:
-        warnings.warn(f"experts that are no linear layers are left out: {listed(sorted(kinds))}")
+def _check_every_entry_matches(config: MaskConfig, modules: Iterable[str], has_targets: bool) -> None:
+    names = list(modules)
+    entries = []
+    if has_targets and not isinstance(config.target_modules, str):
+        entries += [("target_modules", entry) for entry in config.target_modules or ()]
+    # PEFT adds these two by itself for classifiers.
+    added = ("classifier", "score") if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
+    entries += [("modules_to_save", entry) for entry in config.modules_to_save or () if entry not in added]
+
+    for option, entry in entries:
+        if not any(name == entry or name.endswith(f".{entry}") for name in names):
+            hint = did_you_mean(entry, {_last(name) for name in names})
+            raise UserError(f"{option} entry {entry!r} matches no layer{hint}; remove it")
 
 
-def maskable_names(model: nn.Module) -> set[str]:
-    """Last name components of the maskable linear layers inside numbered layers (q_proj, ..., down_proj)."""
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D | MaskedLinear)
-        and _OWN_MODULES.isdisjoint(name.split("."))
-        and _why_not_maskable(name, module, model) is None
-    }
-    names = [name for name in found if _LAYER_INDEX.search(name)]
-    if not names:  # no stack of layers: every linear layer except an output head
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        names = [name for name, module in found.items() if module is not head]
-    if not names:
-        raise UserError(f"{type(model).__name__} has no linear layer that could be masked")
-    return {name.rpartition(".")[2] for name in names}
+def _raise_no_match(config: MaskConfig, modules: Mapping[str, nn.Module], model: nn.Module) -> None:
+    linear = set()
+    for name, module in modules.items():
+        if _why_not_maskable(name, module, model) is None:
+            linear.add(_last(name))
 
-
-def listed(names: Iterable[str]) -> str:
-    """The first few names, for a message."""
-    names = list(names)
-    shown = ", ".join(names[:_SHOWN]) if names else "none"
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+    targets = config.target_modules or []
+    wanted = targets if isinstance(targets, str) else ", ".join(targets)
+    narrowed = [
+        f"{name}={getattr(config, name)!r}"
+        for name in ("layers_to_transform", "layers_pattern", "exclude_modules")
+        if getattr(config, name)
+    ]
+    if narrowed:
+        hint = f" with {', '.join(narrowed)}"
+    elif isinstance(targets, str) and targets in linear:
+        hint = " (a text is a regular expression of whole names: give a list)"
+    elif "," not in wanted:
+        hint = did_you_mean(wanted, linear)
+    else:
+        hint = ""
+    raise UserError(
+        f"target_modules {wanted!r} match no layer{hint}; the model's linear layers are: {', '.join(sorted(linear))}"
+    )

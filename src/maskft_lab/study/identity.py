@@ -48,8 +48,8 @@ def written_out(method: str, options: dict) -> dict:
     """The options of a method, with those that ``mask_preset`` stands for and with defaults that the method decides."""
     from maskft.training.arguments import default_learning_rate
     from maskft.training.method_arguments import MASK_METHODS, UNTRAINED_METHODS, default_start, selection_of
-    from maskft.tuner.config import PRESETS
-    from maskft.tuner.learners import is_free
+    from maskft.tuner.presets import PRESETS
+    from maskft.tuner.selection import is_free
 
     preset = PRESETS.get(str(options.get("mask_preset") or ("recommended" if method in MASK_METHODS else "")), {})
     stands_for = {f"mask_{key}": value for key, value in preset.items()}

@@ -8,12 +8,12 @@ from maskft_common.errors import UserError
 
 from ..masks.fingerprints import weights_fingerprint
 from ..models import load_model
-from .config import MaskConfig
-from .targets import is_target
+from ..tuner.config import REMOVED_VALUES, MaskConfig
+from ..tuner.targets import is_target
 
 
-def removed_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
-    """What removed weights become by module name, out of ``removed_value_model``; empty: zero.
+def base_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
+    """Values that removed weights take, by module name: those in ``removed_value_model``.
 
     Args:
         config: Its ``removed_value_fingerprint``, if any, must be that of the values.
@@ -22,10 +22,8 @@ def removed_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
     Raises:
         UserError: If the other model is missing, has another architecture or the same weights, or is not the mask's.
     """
-    if config.removed_value == "zero":
-        return {}
     source = str(config.removed_value_model)
-    if nn.LayerNorm(1).weight.is_meta:  # as PEFT's option makes all that is made meanwhile
+    if nn.LayerNorm(1).weight.is_meta:  # PEFT's option makes every module that is created now on meta
         raise UserError("removed_value='base' does not load with low_cpu_mem_usage; leave it out")
     try:
         base = load_model(source, "auto")
@@ -57,3 +55,6 @@ def removed_values(config: MaskConfig, model: nn.Module) -> dict[str, Tensor]:
         )
     config.removed_value_fingerprint = fingerprint
     return values
+
+
+REMOVED_VALUES["base"] = base_values

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from maskft import masking
-from maskft.tuner import selection
+from maskft.fast import selection
 from maskft_common.errors import UserError
 from reference import FEW_VALUES
 

@@ -15,11 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny
 from maskft import MaskConfig, MaskProgress, adapter_layers, current_masks, num_removed, set_mask_progress, start_scores
+from maskft.baselines.fixed import fixed_masks, ranks_per_output
+from maskft.learners import gates
 from maskft.masks.mask_set import MaskSet
 from maskft.masks.merge import merge
 from maskft.masks.verify import verify
-from maskft.tuner import learners
-from maskft.tuner.fixed import fixed_masks, ranks_per_output
+from maskft.tuner import selection
 from maskft.tuner.layer import MaskedLinear
 from maskft_common.errors import UserError
 from maskft_common.layout import ADAPTER_CONFIG
@@ -49,26 +50,26 @@ def sigmoid(x):
 def test_every_slope_is_the_derivative_of_its_gate():
     """Central differences in float64, away from where hard concrete clips."""
     scores, noise, h = scores_like(40).double(), scores_like(40, seed=1).double(), 1e-6
-    gates = {
-        "gumbel": lambda s: learners.gumbel_gate(s, noise, 3.0, 0.7),
-        "hard_concrete": lambda s: learners.hard_concrete_gate(s, noise),
-        "sigmoid": lambda s: (torch.sigmoid(2.5 * s), learners.sigmoid_slope(s, 2.5)),
+    gates_of = {
+        "gumbel": lambda s: gates.gumbel_gate(s, noise, 3.0, 0.7),
+        "hard_concrete": lambda s: gates.hard_concrete_gate(s, noise),
+        "sigmoid": lambda s: (torch.sigmoid(2.5 * s), selection.sigmoid_slope(s, 2.5)),
         "hard_concrete_kept": lambda s: (
             torch.sigmoid(s - 2 / 3 * math.log(0.1 / 1.1)),
-            learners.hard_concrete_kept_slope(s),
+            gates.hard_concrete_kept_slope(s),
         ),
     }
-    for name, gate in gates.items():
+    for name, gate in gates_of.items():
         numeric = (gate(scores + h)[0] - gate(scores - h)[0]) / (2 * h)
         torch.testing.assert_close(gate(scores)[1], numeric, rtol=1e-5, atol=1e-8, msg=name)
 
 
 def test_logistic_noise_and_its_hard_concrete_zeros():
-    noise = learners.logistic_noise(torch.Size([200_000]), torch.Generator().manual_seed(0))
+    noise = selection.logistic_noise(torch.Size([200_000]), torch.Generator().manual_seed(0))
     assert noise.mean().item() == pytest.approx(0, abs=0.02)
     assert noise.std().item() == pytest.approx(math.pi / math.sqrt(3), rel=0.01)
     # The probability that a gate is 0 is the one whose derivative the price takes (1 - Eq. 12).
-    gate, _ = learners.hard_concrete_gate(torch.full_like(noise, 0.4), noise)
+    gate, _ = gates.hard_concrete_gate(torch.full_like(noise, 0.4), noise)
     expected = 1 - sigmoid(0.4 - 2 / 3 * math.log(0.1 / 1.1))
     assert (gate == 0).float().mean().item() == pytest.approx(expected, abs=0.003)
 
@@ -128,7 +129,7 @@ def test_layer_output_and_gradients_are_those_of_autograd_through_the_formula(se
     x, upstream = torch.randn(5, 12, requires_grad=True), torch.randn(5, 8)
     y = layer(x)
     y.backward(upstream)
-    noise = learners.draw_noise(config, "lin", scores.shape, scores.device)
+    noise = selection.draw_noise(config, "lin", scores.shape, scores.device)
     s, x_ = scores.detach().clone().requires_grad_(True), x.detach().clone().requires_grad_(True)
     gate, share = naive_gate(config, s, noise, progress)
     effective = value + (weight - value) * gate
@@ -145,12 +146,12 @@ def test_in_evaluation_the_gate_is_the_mask_that_is_saved(settings):
     set_mask_progress(layer, 0.5)
     layer.eval()
     expected = layer.weight * layer.get_mask("default")
-    assert torch.equal(layer.effective_weight(), expected)
+    assert torch.equal(layer.get_masked_weight(), expected)
     if settings["selection"] != "topk":
         assert torch.equal(layer.get_mask("default"), layer.mask_scores["default"] > 0)
     layer.train()
-    is_soft = learners.LEARNERS[settings["selection"]].soft_gate is not None
-    assert torch.equal(layer.effective_weight(), expected) != is_soft
+    is_soft = selection.LEARNERS[settings["selection"]].soft_gate is not None
+    assert torch.equal(layer.get_masked_weight(), expected) != is_soft
 
 
 def test_the_price_is_paid_once_per_step_and_not_per_micro_batch():
@@ -169,21 +170,21 @@ def test_the_price_is_paid_once_per_step_and_not_per_micro_batch():
         optimizer.step()
 
 
-@pytest.mark.parametrize("selection", ["gumbel", "hard_concrete"])
-def test_noise_is_drawn_once_per_step_of_a_seed_and_a_layer(selection):
-    layer = make_layer(selection=selection, init_value=0.5)
+@pytest.mark.parametrize("name", ["gumbel", "hard_concrete"])
+def test_noise_is_drawn_once_per_step_of_a_seed_and_a_layer(name):
+    layer = make_layer(selection=name, init_value=0.5)
     set_mask_progress(layer, 0.25)
-    first = layer.effective_weight().clone()
-    layer.eval().effective_weight()
-    assert torch.equal(layer.train().effective_weight(), first)
+    first = layer.get_masked_weight().clone()
+    layer.eval().get_masked_weight()
+    assert torch.equal(layer.train().get_masked_weight(), first)
     set_mask_progress(layer, 0.5)
-    assert not torch.equal(layer.effective_weight(), first)
+    assert not torch.equal(layer.get_masked_weight(), first)
     set_mask_progress(layer, 0.25)
-    assert torch.equal(layer.effective_weight(), first)
+    assert torch.equal(layer.get_masked_weight(), first)
     config = layer.mask_configs["default"]
-    noise = [learners.draw_noise(config, name, torch.Size([8]), torch.device("cpu")) for name in ("a", "b")]
+    noise = [selection.draw_noise(config, name, torch.Size([8]), torch.device("cpu")) for name in ("a", "b")]
     config.mask_seed = 1
-    noise.append(learners.draw_noise(config, "a", torch.Size([8]), torch.device("cpu")))
+    noise.append(selection.draw_noise(config, "a", torch.Size([8]), torch.device("cpu")))
     assert len({tuple(n.tolist()) for n in noise}) == 3
 
 
@@ -195,7 +196,7 @@ def test_the_count_along_a_ramp_is_exact_and_saved(tmp_path):
         share = 0.4 * (1 - (1 - min(progress / 0.5, 1)) ** 3)
         masks = current_masks(model)
         assert all(int((~mask).sum()) == num_removed(mask.numel(), share) for mask in masks.values())
-        zeros = sum(int((layer.effective_weight() == 0).sum()) for layer in adapter_layers(model).values())
+        zeros = sum(int((layer.get_masked_weight() == 0).sum()) for layer in adapter_layers(model).values())
         assert zeros == sum(int((~m).sum()) for m in masks.values())
     set_mask_progress(model, 0.1)
     model.save_pretrained(tmp_path)
@@ -272,9 +273,9 @@ def test_scores_cut_at_zero_start_where_nearly_all_weights_are_kept(settings, ce
     assert kept > 0.965 if centre == 2 * config.init_std and start == "normal" else kept == 1.0
     # The noise of gates in training: how often a gate is open where the paper's formula says so.
     if settings["selection"] != "logit" and start == "constant":
-        noise = learners.logistic_noise(torch.Size((100, 100)), torch.Generator().manual_seed(0))
+        noise = selection.logistic_noise(torch.Size((100, 100)), torch.Generator().manual_seed(0))
         config.progress = 0.0
-        gate, _ = learners.soft_gate(config, torch.full((100, 100), centre), noise)
+        gate, _ = selection.soft_gate(config, torch.full((100, 100), centre), noise)
         shut = {"gumbel": sigmoid(-centre * config.sharpness), "hard_concrete": 0.010}[settings["selection"]]
         is_shut = gate < 0.5 if settings["selection"] == "gumbel" else gate == 0
         assert is_shut.float().mean().item() == pytest.approx(shut, abs=0.008)
@@ -479,14 +480,14 @@ def test_settings_that_contradict(settings, message):
 
 def test_a_learner_is_one_entry(monkeypatch, tmp_path):
     """As docs/learners.md tells: keep what scores above 0, with a slope of one's own."""
-    toy = learners.Learner(
+    toy = selection.Learner(
         options=("sharpness", "price"),
         cut=lambda config: 0.0,
         start=lambda config: 0.1,
         hard_slope=lambda config, scores: 1 / (1 + (config.sharpness * scores) ** 2),
         kept_slope=lambda config, scores, slope: torch.ones_like(scores),
     )
-    monkeypatch.setitem(learners.LEARNERS, "toy", toy)
+    monkeypatch.setitem(selection.LEARNERS, "toy", toy)
     model = get_peft_model(tiny.tiny_llama(), MaskConfig(selection="toy", sharpness=3.0, price=1e-3, init_std=0.05))
     layer = next(iter(adapter_layers(model).values()))
     scores = layer.mask_scores["default"]

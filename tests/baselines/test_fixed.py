@@ -5,7 +5,7 @@ import torch
 
 import reference
 from maskft import num_removed, topk_mask
-from maskft.tuner.fixed import fixed_masks
+from maskft.baselines.fixed import fixed_masks
 from maskft_common.errors import UserError
 
 

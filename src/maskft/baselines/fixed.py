@@ -10,8 +10,8 @@ from torch import Tensor
 
 from maskft_common.errors import UserError
 
+from ..fast.selection import mask_without_lowest
 from ..masking import num_removed, ranking_keys
-from .selection import mask_without_lowest
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
+from maskft.fsdp import remove_lowest_of_shards
 from maskft.masking import ranking_keys, remove_lowest
-from maskft.tuner.sharded import remove_lowest_of_shards
 from maskft_common.errors import NotFiniteError
 
 

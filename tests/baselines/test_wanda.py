@@ -7,7 +7,7 @@ from peft import get_peft_model
 import maskft
 import tiny
 from maskft import MaskConfig, UserError
-from maskft.tuner.fixed import fixed_masks
+from maskft.baselines.fixed import fixed_masks
 
 
 @pytest.mark.parametrize(("build", "target"), [(tiny.tiny_llama, "gate_proj"), (tiny.tiny_gpt2, "c_fc")])

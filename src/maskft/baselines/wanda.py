@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from maskft_common.errors import UserError
 
+from ..tuner import MaskedLinear, adapter_layers
 from .fixed import ranks_per_output
-from .layer import MaskedLinear
-from .model import adapter_layers
 
 
 def wanda_keys(model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name: str = "default") -> dict[str, Tensor]:
@@ -41,7 +40,7 @@ def wanda_keys(model: Any, rows: Iterable[Sequence[int] | Tensor], adapter_name:
             norms = input_norms(model, layers, rows)
     finally:
         model.train(is_training)
-    weights = [layer.weight.detach().float().abs() for layer in layers]
+    weights = [layer.get_base_weight().float().abs() for layer in layers]
     return {
         layer.module_name: ranks_per_output(weight * norm, output_dim=int(layer.is_transposed)).float()
         for weight, norm, layer in zip(weights, norms, layers, strict=True)

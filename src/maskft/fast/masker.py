@@ -1,0 +1,370 @@
+"""The fast way to apply masks: the masked weight is kept from one optimizer step to the next.
+
+In between no mask changes, so that under gradient accumulation nothing is computed twice. Selection works in place
+(see ``selection.py``), and the gradient of the scores is one pass over a few rows at a time. Outputs, gradients and
+masks are those of :class:`maskft.tuner.Masker`, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..masking import num_removed
+from ..tuner import selection
+from ..tuner.masker import Masker, check_can_mask, check_scores
+from . import compiled
+from .selection import Near, keep_above_, keep_highest_, mask_without_lowest, row_parts, score_gradient_
+from .steps import num_optimizer_steps
+
+if TYPE_CHECKING:
+    from ..tuner.config import MaskConfig
+    from ..tuner.layer import MaskedLinear
+
+
+class FastMasker(Masker):
+    """Keeps the masked weight of one layer, and makes it again when something it depends on has changed.
+
+    Attributes:
+        value: The masked weight, removed entries exactly +0 (or their value); None before the first forward pass. It is
+            overwritten after the next optimizer step: a backward pass through an older graph then fails, as it does for
+            any weight that an optimizer has changed.
+        slopes: Adapter name -> slope of its gate, if that is soft or read by a compiled graph; others are computed in
+            the backward pass.
+        number: The name of this object in graphs of ``torch.compile``.
+    """
+
+    def __init__(self, layer: MaskedLinear) -> None:
+        super().__init__(layer)
+        self.value: Tensor | None = None
+        self.slopes: dict[str, Tensor] = {}
+        self.number = compiled.register(self)
+        # Equal keys, equal weights.
+        self._key: tuple[Any, ...] | None = None
+        # Adapter name -> count of optimizer steps at which the price was last added to its gradient.
+        self._priced_at: dict[str, int] = {}
+        # Adapter name -> where the cut was, which is where the next one is looked for first.
+        self._near: dict[str, Near | None] = {}
+        # Adapter name -> key and value of a factor of its gradient, see `_kept_factor`.
+        self._kept: dict[str, tuple[tuple[object, ...], Tensor | None]] = {}
+
+    @staticmethod
+    def accepts(layer: MaskedLinear) -> bool:
+        """All layers, but not inside torch.func's transforms: their tensors have no data pointer to compare."""
+        return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+
+    def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Map x (..., I) to (..., O); see :meth:`Masker.linear`."""
+        names = self.layer.active_masks
+        if torch.compiler.is_compiling() and compiled.is_supported(self, names):
+            return compiled.linear(self, x, bias, dtype, names[0])
+        return cast(Tensor, self._linear(x, bias, dtype, names))
+
+    @torch.compiler.disable
+    def _linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype, names: list[str]) -> Tensor:
+        layer = self.layer
+        weight = self.weight(dtype)
+        trained = {}
+        for name in names:
+            if name in layer.mask_scores and layer.mask_scores[name].requires_grad:
+                trained[name] = layer.mask_scores[name]
+        if not trained or not torch.is_grad_enabled():
+            return F.linear(x, weight.t() if layer.is_transposed else weight, bias)
+
+        # On a matrix: a view made inside the function could not be changed in place, as ReLU(inplace=True) does.
+        x_TI = x.reshape(-1, x.shape[-1])
+        y_TO = _FastLinear.apply(x_TI, weight, bias, self, list(trained), *trained.values())
+        return cast(Tensor, y_TO).view(*x.shape[:-1], y_TO.shape[-1])
+
+    # A weight made inside torch.inference_mode() could not be used in training afterwards.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The masked weight, up to date; do not write to it."""
+        key = self._current_key(dtype)
+        if key != self._key:
+            check_can_mask(self.layer)
+            self._compute(dtype)
+            self._key = key
+        return cast(Tensor, self.value)
+
+    def mask(self, adapter_name: str, scores: Tensor | None = None) -> Tensor:
+        """Hard mask of an adapter with scores; see :meth:`Masker.mask`."""
+        config = self.layer.mask_configs[adapter_name]
+        if selection.cut(config) is not None:
+            return super().mask(adapter_name, scores)
+        if scores is None:
+            scores = self.layer.mask_scores[adapter_name]
+        check_scores(scores, self.layer.module_name, config)
+        num = num_removed(scores.numel(), selection.current_sparsity(config))
+        return mask_without_lowest(scores, num, config.rank_by)
+
+    def mask_version(self, adapter_name: str) -> object:
+        """Equal versions, equal masks."""
+        if adapter_name not in self.layer.mask_scores:
+            return super().mask_version(adapter_name)
+        scores = self.layer.mask_scores[adapter_name]
+        phase = self._phase(self.layer.mask_configs[adapter_name])
+        return (scores.data_ptr(), scores.device, _version(scores), num_optimizer_steps(), phase)
+
+    def removed(self, adapter_name: str) -> Tensor:
+        """Entries that the hard mask removes.
+
+        Those of a top-k mask are read off the masked weight, without selecting again: weights that are zero in the base
+        are then among them, and their total is known from the sparsity.
+        """
+        config = self.layer.mask_configs[adapter_name]
+        is_alone = self.layer.active_masks == [adapter_name]
+        is_shown = config.selection == "topk" and config.removed_value == "zero" and is_alone
+        if is_shown and self.value is not None:
+            return torch.eq(self.weight(self.value.dtype), 0)
+        return super().removed(adapter_name)
+
+    def forget(self) -> None:
+        """Free the weight and everything else that was computed from scores."""
+        self.value = None
+        self._key = None
+        self.slopes = {}
+        self._kept = {}
+
+    def refresh(self) -> None:
+        """Bring the weight that a compiled graph reads up to date, if one does."""
+        if compiled.is_in_graph(self) and self.value is not None and self.layer.weight.device.type != "meta":
+            self.weight(self.value.dtype)
+            self.add_hard_slopes()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop what belongs to an adapter."""
+        super().delete_adapter(adapter_name)
+        self._priced_at.pop(adapter_name, None)
+        self._near.pop(adapter_name, None)
+
+    @torch.inference_mode(False)
+    def add_hard_slopes(self) -> None:
+        """Compute the slopes that a graph reads."""
+        for name in self.layer.active_masks:
+            if name in self.layer.mask_scores and name not in self.slopes:
+                slope = selection.hard_slope(self.layer.mask_configs[name], self.layer.mask_scores[name].detach())
+                if slope is not None:
+                    self.slopes[name] = slope
+
+    # The masked weight
+
+    def _current_key(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Everything that the masked weight depends on."""
+        layer = self.layer
+        weight = layer.weight
+        names = tuple(layer.active_masks)
+        key: list[Any] = [names, dtype, weight.data_ptr(), weight.device, _version(weight)]
+        for name in names:
+            if name not in layer.mask_scores:
+                key.append(id(layer.saved_masks.get(name)))
+                continue
+            config = layer.mask_configs[name]
+            scores = layer.mask_scores[name]
+            # Frozen scores do not change in an optimizer step: the reference of preference training stays.
+            steps = num_optimizer_steps() if scores.requires_grad else None
+            key += [scores.data_ptr(), _version(scores), steps, *self._phase(config)]
+        return tuple(key)
+
+    def _phase(self, config: MaskConfig) -> tuple[object, ...]:
+        """What a gate depends on besides its scores."""
+        selection.check_progress(config, self.layer.training)
+        return (
+            config.selection,
+            config.sparsity,
+            config.threshold,
+            config.progress,
+            selection.is_soft(config, self.layer.training),
+        )
+
+    def _compute(self, dtype: torch.dtype) -> None:
+        """Write the masked weight in place."""
+        layer = self.layer
+        names = layer.active_masks
+        weight = layer.get_base_weight()
+        out = self._buffer(weight, dtype, tuple(names))
+        self.slopes = {}
+
+        first = next((name for name in names if name in layer.mask_scores), None)
+        if first is None:
+            out.copy_(weight)
+        else:
+            self._write(first, out, weight)
+        for name in names:
+            if name != first:
+                out.copy_(selection.blend(out, layer.get_mask(name), layer.removed_value(name)))
+
+    def _buffer(self, weight: Tensor, dtype: torch.dtype, names: tuple[str, ...]) -> Tensor:
+        """Where to write: the old value, unless it is of other adapters, whose graph may still need it."""
+        old = self.value
+        is_of_others = self._key is not None and self._key[0] != names
+        is_alike = old is not None and (old.shape, old.dtype, old.device) == (weight.shape, dtype, weight.device)
+        self._key = None  # until it is written
+        if old is None or is_of_others or not is_alike:
+            self.value = old = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        return old
+
+    def _write(self, name: str, out: Tensor, weight: Tensor) -> None:
+        """Write the weight with the gate of one adapter that has scores."""
+        layer = self.layer
+        config = layer.mask_configs[name]
+        scores = check_scores(layer.mask_scores[name], layer.module_name, config)
+        if selection.is_soft(config, layer.training):
+            noise = selection.draw_noise(config, layer.module_name, scores.shape, scores.device)
+            gate, self.slopes[name] = selection.soft_gate(config, scores, noise)
+            out.copy_(selection.blend(weight, gate, layer.removed_value(name)))
+        elif config.removed_value != "zero":
+            out.copy_(selection.blend(weight, self.mask(name), layer.removed_value(name)))
+        else:
+            cut = selection.cut(config)
+            if cut is not None:
+                keep_above_(out, weight, scores, cut, config.ranks_by)
+            else:
+                num = num_removed(scores.numel(), selection.current_sparsity(config))
+                self._near[name] = keep_highest_(out, weight, scores, num, config.rank_by, self._near.get(name))
+
+    # The gradient of the scores
+
+    def score_gradient(
+        self,
+        name: str,
+        grad_weight: Tensor,
+        scores: Tensor,
+        slopes_of: Mapping[str, Tensor],
+        active: Sequence[str],
+    ) -> Tensor:
+        """Gradient of the scores of one adapter, float32: dL/dW_eff * (W - removed value) * slope.
+
+        Args:
+            name: The adapter.
+            grad_weight: dL/dW_eff, shape of the weight; may be overwritten.
+            scores: The scores of the forward pass.
+            slopes_of: The slopes of the forward pass.
+            active: The adapters that were active in the forward pass.
+        """
+        layer = self.layer
+        config = layer.mask_configs[name]
+        scores = scores.detach()
+        weight = layer.get_base_weight()
+        removed_value = layer.removed_value(name)
+        is_priced = self._is_priced(config, name)
+        factor = self._kept_factor(config, name, weight, scores)
+        is_signed = factor is not None and _keeps_signed_weight(config)
+        slopes = None if is_signed else slopes_of.get(name, factor)
+        others = [~layer.get_mask(other) for other in active if other != name]
+
+        out = grad_weight
+        if grad_weight.dtype != torch.float32:
+            out = torch.empty_like(grad_weight, dtype=torch.float32)
+        for part in row_parts(scores):
+            gradient = out[part]
+            if out is not grad_weight:
+                gradient.copy_(grad_weight[part])
+
+            if is_signed:
+                gradient.mul_(cast(Tensor, factor)[part])
+            else:
+                difference = weight[part] if removed_value is None else weight[part] - removed_value[part]
+                score_gradient_(gradient, difference, scores[part], config.ranks_by)
+
+            slope = selection.hard_slope(config, scores[part]) if slopes is None else slopes[part]
+            if slope is not None:
+                gradient.mul_(slope)
+            for other in others:  # what another mask removes does not depend on these scores
+                gradient.masked_fill_(other[part], 0.0)
+            if is_priced:
+                slope = None if selection.has_soft_gate(config) else slope
+                gradient.add_(selection.price_gradient(config, scores[part], scores.numel(), slope))
+        return out
+
+    def _is_priced(self, config: MaskConfig, name: str) -> bool:
+        """Whether this backward pass adds the gradient of the price: the first one of an optimizer step."""
+        if config.price == 0 or self._priced_at.get(name) == num_optimizer_steps():
+            return False
+        self._priced_at[name] = num_optimizer_steps()
+        return True
+
+    def _kept_factor(self, config: MaskConfig, name: str, weight: Tensor, scores: Tensor) -> Tensor | None:
+        """A factor of the gradient that is kept if steps have several micro-batches; None: nothing is kept.
+
+        It is ``weight * sign(scores)`` where that is all, and else the slope of the gate. Multiplying by the product
+        reads two matrices in place of three, and this is bound by memory. The result is bit for bit that of
+        :func:`~maskft.fast.selection.score_gradient_`, because a sign changes no other bit. Without accumulation
+        nothing is kept on a CPU; on a GPU, where memory is dearer than these passes, slopes alone are.
+        """
+        is_on_cpu = scores.device.type == "cpu"
+        is_signed = _keeps_signed_weight(config)
+        is_wanted = is_on_cpu if is_signed else selection.hard_slope(config, scores[:1]) is not None
+        if not is_wanted:
+            return None
+
+        raw = self.layer.weight
+        versions = (scores.data_ptr(), scores._version, raw.data_ptr(), raw._version, num_optimizer_steps())
+        key = (*versions, *self._phase(config))
+        known_key, factor = self._kept.get(name, ((), None))
+        if known_key == key and factor is not None:
+            return factor
+        if known_key != key and factor is None and is_on_cpu:  # so far no step has had a second backward pass
+            self._kept[name] = (key, None)
+            return None
+
+        like = weight if is_signed else scores
+        if factor is None or (factor.shape, factor.dtype) != (like.shape, like.dtype):
+            factor = torch.empty_like(like)
+        for part in row_parts(scores):
+            if is_signed:
+                torch.mul(weight[part], torch.sign(scores[part]), out=factor[part])
+            else:
+                factor[part] = cast(Tensor, selection.hard_slope(config, scores[part]))
+        self._kept[name] = (key, factor)
+        return factor
+
+
+class _FastLinear(torch.autograd.Function):
+    """Linear map with the masked weight; the gradient goes straight through the masks of the trained adapters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TI: Tensor, weight: Tensor, bias: Tensor | None, masker: FastMasker, names: list[str], *scores: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x_TI, weight, *scores)
+        ctx.masker = masker
+        ctx.names = names
+        # Before the backward pass another adapter may run: TRL's reference model does.
+        ctx.active = tuple(masker.layer.active_masks)
+        ctx.slopes = masker.slopes
+        return F.linear(x_TI, weight.t() if masker.layer.is_transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, weight, *scores = ctx.saved_tensors
+        masker = ctx.masker
+        is_transposed = masker.layer.is_transposed
+
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y_TO.matmul(weight.t() if is_transposed else weight)
+        grad_bias = grad_y_TO.sum(0) if ctx.needs_input_grad[2] else None
+
+        left, right = (x_TI, grad_y_TO) if is_transposed else (grad_y_TO, x_TI)
+        grad_scores = []
+        for name, scores_of_name in zip(ctx.names, scores, strict=True):
+            # Anew for each adapter: score_gradient overwrites it.
+            grad_weight = left.t().mm(right)
+            grad_scores.append(masker.score_gradient(name, grad_weight, scores_of_name, ctx.slopes, ctx.active))
+        return grad_x, None, grad_bias, None, None, *grad_scores
+
+
+def _keeps_signed_weight(config: MaskConfig) -> bool:
+    return config.ranks_by == "abs" and config.removed_value == "zero"
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

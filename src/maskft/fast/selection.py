@@ -1,0 +1,212 @@
+"""What :mod:`maskft.masking` defines, faster and in place: bit for bit the same masks and gradients.
+
+Selection is one pass over the scores instead of a sort. A sample says in which narrow band the cut must lie (on a CPU,
+counting what is below the middle of the band makes it narrower still); the pass removes what is below the band and
+collects what is in it; those few are then ranked. From one optimizer step to the next the band lies around the last
+cut. Counting proves the band right; where none is, the cut is selected from all scores. The result never depends on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskft_common.errors import UserError
+
+from ..masking import RankBy, check_not_nan, ranking_keys, remove_lowest
+
+# Entries looked at together on a CPU: few enough that what is computed from them stays in the cache.
+CHUNK_NUMEL = 1 << 19
+# A matrix of fewer entries is ranked without a sample.
+_SAMPLED_MIN_NUMEL = 1 << 14
+# A band of fewer entries is narrow enough.
+_NARROWED_MIN_NUMEL = 1 << 12
+# Entries of a chunk that are looked at as one when few are looked for.
+_ROWS = 32
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Near(NamedTuple):
+    """The latest cut, how far from it the next is looked for, and between which bounds; None: too many lie there."""
+
+    cut: float
+    reach: float
+    band: tuple[float, float] | None
+
+
+def mask_without_lowest(scores: Tensor, num: int, rank_by: RankBy = "abs") -> Tensor:
+    """Bool mask, True = keep, that removes the ``num`` lowest of ``scores``."""
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    keep_highest_(mask, scores.new_ones((), dtype=torch.bool).expand(scores.numel()), scores, num, rank_by)
+    return mask
+
+
+def keep_above_(out: Tensor, weight: Tensor, scores: Tensor, cut: float, rank_by: RankBy = "abs") -> None:
+    """Write into ``out`` (contiguous) the ``weight``, +0 where the ranking value is not above ``cut``."""
+    low = torch.nextafter(torch.tensor(cut), torch.tensor(math.inf)).item()
+    _split_(out, weight, scores, low, -math.inf, rank_by)
+
+
+@torch.no_grad()
+def keep_highest_(
+    out: Tensor, weight: Tensor, scores: Tensor, num: int, rank_by: RankBy = "abs", near: Near | None = None
+) -> Near | None:
+    """Write into ``out`` the ``weight`` without the ``num`` entries that have the lowest scores.
+
+    Args:
+        out: Where to write, contiguous. A removed entry is exactly +0, whatever the weight is.
+        weight: The weight, any dtype; converted to the dtype of ``out``.
+        scores: Ranking values, ranked in float32.
+        num: How many entries to remove. Among equal scores the first in index order go first.
+        rank_by: ``abs`` ranks by magnitude, ``signed`` by value.
+        near: What the call before gave back, if scores are much the same: saves the sample.
+
+    Raises:
+        UserError: If a score is NaN.
+    """
+    total = scores.numel()
+    if not 0 <= num <= total:
+        raise UserError(f"cannot remove {num} of {total} entries")
+    if total == 0:
+        return None
+    guess = [near.band] if near and near.band else []
+    for band in chain(guess, _probable_bands(scores, num, rank_by)):
+        num_below, indices, values = _split_(out, weight, scores, *band, rank_by)
+        if num_below <= num <= num_below + len(values):
+            break
+    else:
+        cut = _kth_smallest(scores, max(num, 1), rank_by)
+        band = (cut, cut)
+        num_below, indices, values = _split_(out, weight, scores, *band, rank_by)
+    if num == num_below:
+        return near
+    keep = remove_lowest(values, num - num_below)
+    out.view(-1)[indices[~keep]] = 0
+    return _near(near, band, values[~keep].amax().item(), len(values) / total)
+
+
+def _near(last: Near | None, band: tuple[float, float], cut: float, share: float) -> Near:
+    """Where to look next, out of the ``share`` of all scores that lay in the ``band`` around the ``cut``."""
+    width = band[1] - band[0]
+    reach = 0.4 * width
+    if last is not None and math.isfinite(last.reach):
+        reach = max(3 * abs(cut - last.cut), 0.8 * last.reach)
+    if not 0 < reach < math.inf or 2 * reach * share * 256 > width:  # a sample would cost less
+        return Near(cut, reach, None)
+    low, high = torch.tensor([cut - reach, cut + reach], dtype=torch.float32).tolist()  # keys are compared in float32
+    return Near(cut, reach, (low, high))
+
+
+def _probable_bands(scores: Tensor, num: int, rank_by: RankBy) -> Iterator[tuple[float, float]]:
+    """Bounds between which the ``num``-th smallest score very probably lies; none for a matrix not worth sampling."""
+    total = scores.numel()
+    if total < _SAMPLED_MIN_NUMEL:
+        return
+    # Of n entries, n^(2/3) are sampled: the sample then costs as little as ranking what lies in its band. An odd stride
+    # visits every column of a matrix whose width is a power of two.
+    stride = int(total ** (1 / 3)) | 1
+    sample = ranking_keys(scores.detach().reshape(-1)[::stride], rank_by)
+    share = num / total
+    middle, spread = share * len(sample), 4 * math.sqrt(len(sample) * share * (1 - share)) + 2
+    first, last = int(middle - spread), int(middle + spread)
+    low = sample.kthvalue(first).values.item() if first >= 1 else -math.inf
+    high = sample.kthvalue(last).values.item() if last <= len(sample) else math.inf
+    num_in_band = (last - first) * stride
+    is_wide = num_in_band >= _NARROWED_MIN_NUMEL and -math.inf < low < high < math.inf
+    if is_wide and scores.device.type == "cpu":
+        # A narrower band, from the exact number of scores below the middle of this one and its density. What lies
+        # between the middle and the cut is counted with the error of the sampled density, and with its own.
+        middle, density = (low + high) / 2, num_in_band / (high - low)
+        excess = num - _num_below(scores, middle, rank_by)
+        margin = 4 * (math.sqrt(abs(excess)) + abs(excess) / math.sqrt(last - first)) + _ROWS
+        bounds = [middle + (excess - margin) / density, middle + (excess + margin) / density]
+        narrow_low, narrow_high = torch.tensor(bounds, dtype=torch.float32).tolist()
+        yield max(low, narrow_low), min(high, narrow_high)
+    yield low, high
+
+
+def _num_below(scores: Tensor, value: float, rank_by: RankBy) -> int:
+    """How many scores of a matrix rank below ``value``."""
+    flat, found = scores.detach().reshape(-1), 0
+    buffer = torch.empty(min(CHUNK_NUMEL, len(flat)), dtype=torch.float32)
+    for chunk in flat.split(CHUNK_NUMEL):
+        below = buffer[: len(chunk)]
+        keys = torch.abs(chunk, out=below) if rank_by == "abs" else chunk.float()
+        signs = torch.sub(keys, value, out=below).view(torch.int32)
+        found -= int(torch.bitwise_right_shift(signs, 31, out=signs).sum(dtype=torch.int32))
+    return found
+
+
+def _kth_smallest(scores: Tensor, k: int, rank_by: RankBy) -> float:
+    return check_not_nan(ranking_keys(scores, rank_by)).kthvalue(k).values.item()
+
+
+def _split_(
+    out: Tensor, weight: Tensor, scores: Tensor, low: float, high: float, rank_by: RankBy
+) -> tuple[int, Tensor, Tensor]:
+    """``out = weight`` where the score is at least ``low``, else 0.
+
+    Returns:
+        How many scores are below ``low``; and flat indices (int64) and values (float32) of those from ``low`` to
+        ``high``, in index order.
+    """
+    scores_flat, weight_flat, out_flat = scores.detach().reshape(-1), weight.detach().reshape(-1), out.view(-1)
+    numel, device, integer = scores.numel(), scores.device, _INTEGERS[weight.element_size()]
+    num_below, indices, values = 0, [scores_flat.new_empty(0, dtype=torch.int64)], [torch.empty(0, device=device)]
+    chunk = max(1, min(CHUNK_NUMEL, numel) if device.type == "cpu" else numel)
+    keys_buffer, sign_buffer = torch.empty(chunk, device=device), torch.empty(chunk, device=device)
+    just_below = torch.nextafter(torch.tensor(low), torch.tensor(-math.inf))
+    furthest, just_below = int((just_below - high).view(torch.int32)), just_below.to(device)
+    for start in range(0, numel, chunk):
+        part, here = slice(start, min(start + chunk, numel)), slice(0, min(chunk, numel - start))
+        keys = torch.abs(scores_flat[part], out=keys_buffer[here]) if rank_by == "abs" else scores_flat[part].float()
+        check_not_nan(keys.amax())
+        # The sign bit of (just_below - key), spread over all bits, is 1...1 where an entry stays and 0 where it goes.
+        # An AND leaves +0 behind, where a product would leave -0 or NaN; it is much faster than torch.where.
+        signs = torch.sub(just_below, keys, out=sign_buffer[here]).view(torch.int32)
+        if low <= high:
+            found = _find_in_band(keys, low, high, signs, furthest)
+            indices.append(found + start)
+            values.append(keys[found])
+        stays = signs.fill_(-1) if low == -math.inf else torch.bitwise_right_shift(signs, 31, out=signs)
+        # A sum of -1, one for each that stays; exact in int32, and ten times faster than counting flags.
+        num_below += len(keys) + int(stays.sum(dtype=torch.int32))
+        stays, bits = stays.to(integer), weight_flat[part].view(integer)
+        if out.dtype == weight.dtype:
+            torch.bitwise_and(bits, stays, out=out_flat[part].view(integer))
+        else:
+            out_flat[part] = stays.bitwise_and_(bits).view(weight.dtype)
+    return num_below, torch.cat(indices), torch.cat(values)
+
+
+def _find_in_band(keys: Tensor, low: float, high: float, signs: Tensor, furthest: int) -> Tensor:
+    """Indices of the few keys from ``low`` to ``high``, in order.
+
+    Flags of all keys would cost more than all the rest of a refresh, so the keys are laid out in a few rows, and only
+    columns in which one lies in the band are looked at. ``signs`` has the bits of what is just below ``low`` minus each
+    key, which rounds in the order of the keys, and ``furthest`` that of ``high``: of negative floats, the closer one is
+    to 0, the lower its bits as an integer.
+    """
+    if len(keys) % _ROWS or low == -math.inf:
+        return ((keys >= low) & (keys <= high)).nonzero().squeeze(1)
+    columns = (signs.view(_ROWS, -1).amin(0) <= furthest).nonzero().squeeze(1)
+    close = keys.view(_ROWS, -1).index_select(1, columns)
+    row, column = ((close >= low) & (close <= high)).nonzero(as_tuple=True)
+    return row * (len(keys) // _ROWS) + columns[column]
+
+
+def score_gradient_(grad: Tensor, weight: Tensor, scores: Tensor, rank_by: RankBy) -> Tensor:
+    """:func:`maskft.masking.score_gradient`, written into ``grad`` (float32)."""
+    grad.mul_(weight)
+    return grad.mul_(torch.sign(scores)) if rank_by == "abs" else grad
+
+
+def row_parts(matrix: Tensor) -> list[slice]:
+    """Some rows at a time, few enough for the cache on a CPU; each part ends where vector instructions do."""
+    rows = max(32, CHUNK_NUMEL // max(1, matrix[:1].numel()) // 32 * 32) if matrix.device.type == "cpu" else len(matrix)
+    return [slice(start, start + rows) for start in range(0, len(matrix), max(1, rows))]

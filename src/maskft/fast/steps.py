@@ -1,0 +1,35 @@
+"""A count of optimizer steps, by which caches know that scores have changed.
+
+torch's version counter is not enough: fused and 8-bit optimizers write to parameters without raising it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from . import compiled
+
+_num_steps = 0
+_is_watching = False
+
+
+def watch_optimizers() -> None:
+    """Count the steps of all optimizers of this process from now on."""
+    global _is_watching
+    if not _is_watching:
+        _is_watching = True
+        register_optimizer_step_post_hook(_after_step)
+
+
+def num_optimizer_steps() -> int:
+    """Optimizer steps this process has taken, of any optimizer."""
+    return _num_steps
+
+
+def _after_step(*_: Any) -> None:
+    global _num_steps
+    _num_steps += 1
+    # Only now: what is refreshed compares its age with the count.
+    compiled.refresh_graphs()

@@ -1,0 +1,385 @@
+"""Masks of a model sharded by FSDP2: every rank holds some rows of each matrix, and the mask is the unsharded one.
+
+Scores and weights are DTensors sharded by rows (``Shard(0)``). Ranks agree on the cut by summing counts of score bits,
+so no score leaves its rank. Each rank then masks its own rows of the weight in place, keeping the originals, and FSDP's
+all-gather, which every frozen weight goes through anyway, carries the masked weight: masking adds no traffic to it. The
+gradient of the masked weight is reduce-scattered in every backward pass and multiplied by the local weight.
+
+Importing this module adds :class:`ShardedMasker` to the tuner, for layers whose scores are DTensors.
+
+Shapes: a matrix is (O, I); its shard on one rank is (rows, I), where the last ranks may have fewer rows or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial, Shard
+
+from maskft_common.errors import NotFiniteError, UserError
+
+from .fast.masker import FastMasker
+from .fast.selection import row_parts, score_gradient_
+from .fast.steps import num_optimizer_steps, watch_optimizers
+from .masking import num_removed, ranking_keys
+from .masks.fingerprints import base_fingerprint
+from .tuner import selection
+from .tuner.config import MaskConfig
+from .tuner.layer import MaskedLinear
+from .tuner.masker import MASKERS
+from .tuner.model import MODEL_HOOKS
+from .tuner.scores import Float32ParameterDict
+
+_NUM_BINS = 1 << 16
+
+
+# The algorithm
+
+
+def remove_lowest_of_shards(
+    shard: Tensor, num: int, rank: int, all_reduce: Callable[[Tensor], Tensor], all_gather: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """This rank's rows of the mask that :func:`maskft.masking.remove_lowest` gives on the whole matrix.
+
+    Two histograms of 65,536 counts (upper, then lower half of the float32 patterns) are summed over the ranks and give
+    the cut exactly; the number of entries equal to it on each rank decides which of them are removed.
+
+    Args:
+        shard: Flat float32 ranking values of this rank's rows, maybe empty.
+        num: How many entries of the whole matrix to remove.
+        rank: Position of this rank; lower ranks hold the rows before this one's.
+        all_reduce: Sums an int64 tensor over the ranks.
+        all_gather: Stacks the int64 tensors of all ranks: (n,) -> (ranks, n).
+
+    Returns:
+        Flat bool mask; True = keep; over all ranks exactly ``num`` entries are False. Among equal values the first in
+        index order of the whole matrix are removed first.
+
+    Raises:
+        NotFiniteError: On every rank, if a value on any of them is NaN.
+    """
+    bits = ordered_bits(shard)
+    counts = torch.bincount(_upper(bits), minlength=_NUM_BINS)
+    counts = all_reduce(torch.cat([counts, shard.isnan().sum()[None]]))
+    if counts[-1]:
+        raise NotFiniteError("scores contain NaN, so they cannot be ranked")
+    if num == 0:
+        return torch.ones_like(shard, dtype=torch.bool)
+    upper, num = _find(counts[:-1], num)
+    counts = torch.bincount(bits[_upper(bits) == upper] & (_NUM_BINS - 1), minlength=_NUM_BINS)
+    lower, num = _find(all_reduce(counts), num)
+    cut = ((upper - (_NUM_BINS >> 1)) << 16) | lower
+    mask, is_tie = bits > cut, bits == cut
+    before = int(all_gather(is_tie.sum()[None])[:rank].sum())  # ties of earlier rows, which go first
+    mask[is_tie.nonzero().squeeze(1)[max(num - before, 0) :]] = True
+    return mask
+
+
+def ordered_bits(key: Tensor) -> Tensor:
+    """Bits of each float32 as int32, mapped so that the integers are ordered as the floats are."""
+    bits = key.view(torch.int32)
+    # For negative floats the magnitude bits run backwards; flipping them makes the integer order the float order.
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _upper(bits: Tensor) -> Tensor:
+    return (bits >> 16) + (_NUM_BINS >> 1)
+
+
+def _find(counts: Tensor, k: int) -> tuple[int, int]:
+    """Bin of the ``k``-th smallest value (from 1), and its rank inside that bin (from 1)."""
+    cumulative = counts.cumsum(0)
+    index = int(torch.searchsorted(cumulative, k))
+    return index, k - (int(cumulative[index - 1]) if index else 0)
+
+
+# On DTensors
+
+
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a parameter is spread over ranks."""
+    return isinstance(tensor, DTensor)
+
+
+def rows_of(matrix: Tensor, like: DTensor) -> Tensor:
+    """The rows of a whole matrix that this rank holds of ``like``."""
+    chunks = matrix.chunk(like.device_mesh.size())
+    rank = like.device_mesh.get_local_rank()
+    return chunks[rank] if rank < len(chunks) else matrix[:0]
+
+
+@torch.no_grad()
+def shard_mask(config: MaskConfig, scores: DTensor) -> Tensor:
+    """This rank's rows of the mask of a matrix; every rank must call it. Bool, True = keep."""
+    mesh = scores.device_mesh
+    keys = ranking_keys(scores.to_local(), config.ranks_by)
+
+    def all_reduce(counts: Tensor) -> Tensor:
+        dist.all_reduce(counts, group=mesh.get_group())
+        return counts
+
+    def all_gather(counts: Tensor) -> Tensor:
+        out = counts.new_empty(mesh.size() * counts.numel())
+        dist.all_gather_into_tensor(out, counts, group=mesh.get_group())
+        return out.view(mesh.size(), -1)
+
+    cut = selection.cut(config)
+    if cut is not None:
+        if all_reduce(keys.isnan().sum()):
+            raise NotFiniteError("scores contain NaN, so they cannot be compared")
+        mask = keys > cut
+    else:
+        num = num_removed(scores.numel(), selection.current_sparsity(config))
+        mask = remove_lowest_of_shards(keys, num, mesh.get_local_rank(), all_reduce, all_gather)
+    return mask.view(scores.to_local().shape)
+
+
+def whole_mask(config: MaskConfig, scores: DTensor) -> Tensor:
+    """The mask of a matrix in full on every rank; every rank must call it."""
+    return _like(shard_mask(config, scores).byte(), scores).full_tensor().bool()
+
+
+def _like(rows: Tensor, scores: DTensor) -> DTensor:
+    """This rank's rows as a DTensor that is sharded as ``scores``."""
+    return DTensor.from_local(
+        rows, scores.device_mesh, scores.placements, run_check=False, shape=scores.shape, stride=scores.stride()
+    )
+
+
+class ShardedMasker(FastMasker):
+    """Masks this rank's rows of the weight of one layer, from which FSDP gathers.
+
+    Attributes:
+        original: The unmasked rows; None until :func:`refresh_masks` is called for the first time.
+        removed_rows: Values that removed weights take, rows as ``original``; None: zero.
+        shard: Mask of the rows, bool; None while the layer shows its unmasked weight.
+        base_fingerprint: That of the whole model's masked weights, taken before the first of them was masked.
+    """
+
+    def __init__(self, layer: MaskedLinear) -> None:
+        super().__init__(layer)
+        self.original: Tensor | None = None
+        self.removed_rows: Tensor | None = None
+        self.shard: Tensor | None = None
+        self._parameter: DTensor | None = None
+        self._slope: Tensor | None = None
+        self._shown: tuple[Any, ...] | None = None
+
+    @staticmethod
+    def accepts(layer: MaskedLinear) -> bool:
+        """Layers whose scores are spread over ranks."""
+        return any(is_sharded(scores) for scores in layer.mask_scores.values())
+
+    def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Map x (..., I) to (..., O); see :meth:`Masker.linear`."""
+        return cast(Tensor, self._linear(x, bias, dtype, self.layer.active_masks))
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The masked weight as FSDP shows it: in full inside forward, else this rank's rows."""
+        if not self.is_current():
+            raise UserError(
+                f"the sharded mask of {self.layer.module_name} is out of date: call the model, not a part of it"
+            )
+        return self.layer.weight.to(dtype)
+
+    def mask(self, adapter_name: str, scores: Tensor | None = None) -> Tensor:
+        """Hard mask of an adapter, in full on every rank; every rank must call it, unless it passes whole scores."""
+        if scores is None:
+            scores = self.layer.mask_scores[adapter_name]
+        if is_sharded(scores):
+            return whole_mask(self.layer.mask_configs[adapter_name], scores)
+        return super().mask(adapter_name, scores)
+
+    def removed(self, adapter_name: str) -> Tensor:
+        """Entries that this rank's rows of the mask remove, as of the latest :func:`refresh_masks`."""
+        assert self.shard is not None
+        return ~self.shard
+
+    def refresh(self) -> None:
+        """Nothing: :func:`refresh_masks` runs before every forward pass of the model."""
+
+    def attach(self, fingerprint: str) -> None:
+        """Take over the rows of the weight, before the first of them is masked."""
+        layer = self.layer
+        parameter = cast(DTensor, layer.weight)
+        self._parameter = parameter
+        self.base_fingerprint = fingerprint
+        self.original = parameter.to_local().clone()
+        value = layer.removed_values.get(self.adapter())
+        if value is not None:
+            self.removed_rows = rows_of(value, parameter).to(self.original)
+
+    def is_current(self) -> bool:
+        """Whether the rows show what the layer's scores and adapter switches ask for."""
+        return self._shown is not None and self._shown == self._state()
+
+    def show(self) -> None:
+        """Mask the rows (with the layer's soft gate, if it is trained with one), or show them unmasked if disabled."""
+        layer = self.layer
+        assert self._parameter is not None and self.original is not None
+        rows = self._parameter.to_local()
+        self.shard = None
+        self._slope = None
+        if layer.disable_adapters:
+            rows.copy_(self.original)
+        else:
+            name = self.adapter()
+            self.shard = shard_mask(layer.mask_configs[name], cast(DTensor, layer.mask_scores[name]))
+            gate = self._gate(name)
+            rows.copy_(selection.blend(self.original, gate, self.removed_rows))
+        self._shown = self._state()
+
+    def score_gradient(
+        self,
+        name: str,
+        grad_weight: Tensor,
+        scores: Tensor,
+        slopes_of: Mapping[str, Tensor],
+        active: Sequence[str],
+    ) -> Tensor:
+        """Mean over the ranks of dL/dscores, sharded as the scores; ``grad_weight`` is this rank's (dL/dy)^T x."""
+        if not self.is_current():
+            raise UserError(
+                f"the mask of {self.layer.module_name} changed between forward and backward, for which FSDP gathers "
+                "the weight again: compute what needs the model without its mask before the forward pass"
+            )
+        config = self.layer.mask_configs[name]
+        sharded = cast(DTensor, scores.detach())
+        mesh = sharded.device_mesh
+        partial = DTensor.from_local(grad_weight.float(), mesh, [Partial()], run_check=False)
+        rows = partial.redistribute(placements=sharded.placements).to_local().div_(mesh.size())
+
+        weight = cast(Tensor, self.original)
+        if self.removed_rows is not None:
+            weight = weight - self.removed_rows
+        for part in row_parts(rows):
+            score_gradient_(rows[part], weight[part], sharded.to_local()[part], config.ranks_by)
+        if self._slope is not None:
+            rows.mul_(self._slope)
+
+        gradient: Tensor = _like(rows, sharded)
+        if self._is_priced(config, name):
+            gradient.add_(selection.price_gradient(config, sharded, sharded.numel()))
+        return gradient
+
+    def adapter(self) -> str:
+        """The one active adapter."""
+        names = self.layer.active_masks
+        if len(names) != 1 or names[0] not in self.layer.mask_scores:
+            raise UserError(
+                f"{self.layer.module_name} has the active masks {names}; with FSDP exactly one, with scores, is "
+                "supported"
+            )
+        return names[0]
+
+    def _gate(self, name: str) -> Tensor:
+        """Gate of this rank's rows; also sets its slope."""
+        layer = self.layer
+        config = layer.mask_configs[name]
+        scores = cast(DTensor, layer.mask_scores[name])
+        rows = scores.to_local()
+        if selection.is_soft(config, layer.training):
+            # Every rank draws the whole matrix, so that the noise does not depend on how many ranks there are.
+            noise = selection.draw_noise(config, layer.module_name, scores.shape, rows.device)
+            gate, self._slope = selection.soft_gate(config, rows, rows_of(noise, scores))
+            return gate
+        self._slope = selection.hard_slope(config, rows)
+        return cast(Tensor, self.shard)
+
+    def _state(self) -> tuple[Any, ...]:
+        """Everything that the rows depend on."""
+        layer = self.layer
+        if layer.disable_adapters:
+            return (None,)
+        name = self.adapter()
+        scores = cast(DTensor, layer.mask_scores[name])
+        local = scores.to_local()
+        phase = self._phase(layer.mask_configs[name])
+        return (name, num_optimizer_steps(), phase, scores._version, local.data_ptr(), local._version)
+
+
+# The whole model
+
+
+@torch.no_grad()
+def refresh_masks(model: nn.Module, *_: Any) -> None:
+    """Bring the masked rows of all layers up to date, before FSDP gathers any of them; every rank must call it.
+
+    It does nothing for a model that is not sharded. It is a hook before the model's forward.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    layers = []
+    for module in model.modules():
+        is_managed = getattr(getattr(module, "mask_scores", None), "_is_fsdp_managed_module", False)
+        if isinstance(module, MaskedLinear) and is_managed and len(module.mask_scores):
+            layers.append(module)
+    maskers = _attached(layers)
+    if all(masker.is_current() for masker in maskers):
+        return
+    for module in model.modules():
+        # What an evaluation left gathered is out of date. Not the model itself, which is in its forward.
+        if isinstance(module, FSDPModule) and module is not model:
+            module.reshard()
+    for masker in maskers:
+        if not masker.is_current():
+            masker.show()
+
+
+def _attached(layers: Sequence[MaskedLinear]) -> list[ShardedMasker]:
+    """The maskers of all layers; each takes over its rows before the first of them is masked."""
+    for layer in layers:
+        if not isinstance(layer.masker, ShardedMasker) or layer.masker.original is None:
+            _check_sharding(layer)
+    maskers = [cast(ShardedMasker, layer.masker) for layer in layers]
+    if any(masker.original is None for masker in maskers):
+        fingerprint = base_fingerprint(layers)
+        for masker in maskers:
+            masker.attach(fingerprint)
+    return maskers
+
+
+def _check_sharding(layer: MaskedLinear) -> None:
+    """Refuse any way of sharding but the plain one, in which scores are never gathered in forward."""
+    weight = layer.weight
+    name = next(iter(layer.active_masks), None)
+    scores = layer.mask_scores[name] if name in layer.mask_scores else next(iter(layer.mask_scores.values()))
+    by_rows = (Shard(0),)
+    is_unit = isinstance(layer.mask_scores, FSDPModule)
+    is_by_rows = all(is_sharded(tensor) and tuple(tensor.placements) == by_rows for tensor in (weight, scores))
+    is_plain = is_unit and is_by_rows
+    if not is_plain or scores.to_local().device.type != scores.device_mesh.device_type:
+        raise UserError(
+            f"{layer.module_name} is not sharded as masks need it: take FSDP2, by rows, without fsdp_offload_params "
+            "and fsdp_activation_checkpointing, with fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and if you name "
+            f"the classes to wrap, add {type(layer.mask_scores).__name__.removeprefix('FSDP')}"
+        )
+
+
+def _prepare(model: nn.Module) -> Callable[[], None]:
+    """Let accelerate shard scores as masks need it, and refresh masks before every forward pass; returns the undoing.
+
+    accelerate makes an FSDP unit of every module that ``_no_split_modules`` names. As a unit, scores are never gathered
+    in the forward pass of their layer.
+    """
+    whole: Any = model  # torch's type of an attribute is Tensor | Module
+    unsplit = getattr(whole, "_no_split_modules", None)
+    handle = model.register_forward_pre_hook(refresh_masks)
+    if unsplit:
+        whole._no_split_modules = {*unsplit, Float32ParameterDict.__name__}
+
+    def undo() -> None:
+        whole._no_split_modules = unsplit
+        handle.remove()
+
+    return undo
+
+
+watch_optimizers()
+MASKERS.append(ShardedMasker)
+MODEL_HOOKS.append(_prepare)

@@ -1,0 +1,80 @@
+"""Learners with noise: in training their gate is soft and random, in evaluation it is hard and cuts scores at 0."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..tuner.selection import (
+    Learner,
+    current_sharpness,
+    logit_kept_slope,
+    register_learner,
+    scheduled,
+    sigmoid_slope,
+)
+
+if TYPE_CHECKING:
+    from ..tuner.config import MaskConfig
+
+# Temperature and limits of the stretched gate: "gamma = -0.1, zeta = 1.1, beta = 2/3" (arXiv 1712.01312, Sec. 4).
+BETA = 2 / 3
+GAMMA = -0.1
+ZETA = 1.1
+
+
+def gumbel_gate(scores: Tensor, noise: Tensor, sharpness: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """Gate sigmoid((k * s + noise) / tau) and its slope: binary concrete, https://arxiv.org/abs/1611.00712.
+
+    With a scale k and a falling tau, as MaskLLM uses its many-valued kind (https://arxiv.org/abs/2409.17481).
+    """
+    gate = torch.sigmoid((sharpness * scores + noise) / temperature)
+    slope = gate * (1 - gate) * (sharpness / temperature)
+    return gate, slope
+
+
+def hard_concrete_gate(scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate clip(sigmoid((s + noise) / beta) * (zeta - gamma) + gamma, 0, 1) and its slope, which is 0 where it clips.
+
+    https://arxiv.org/abs/1712.01312, Eq. 10 and 11.
+    """
+    share = torch.sigmoid((scores + noise) / BETA)
+    stretched = share * (ZETA - GAMMA) + GAMMA
+    is_inside = (stretched > 0) & (stretched < 1)
+    slope = share * (1 - share) * ((ZETA - GAMMA) / BETA) * is_inside
+    return stretched.clamp(0, 1), slope
+
+
+def hard_concrete_kept_slope(scores: Tensor) -> Tensor:
+    """d/ds of the probability that a hard concrete gate is not 0, Eq. 12 of https://arxiv.org/abs/1712.01312."""
+    return sigmoid_slope(scores - BETA * math.log(-GAMMA / ZETA), 1.0)
+
+
+def _gumbel(config: MaskConfig, scores: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    temperature = scheduled(config, config.temperature, config.temperature_end)
+    return gumbel_gate(scores, noise, current_sharpness(config), temperature)
+
+
+register_learner(
+    "gumbel",
+    Learner(
+        options=("price", "sharpness", "sharpness_end", "temperature", "temperature_end"),
+        cut=lambda config: 0.0,
+        start=lambda config: 3 / config.sharpness,  # open with probability 0.95
+        soft_gate=_gumbel,
+        kept_slope=logit_kept_slope,
+    ),
+)
+register_learner(
+    "hard_concrete",
+    Learner(
+        options=("price",),
+        cut=lambda config: 0.0,
+        start=lambda config: 3.0,  # not 0 with probability 0.99
+        soft_gate=lambda config, scores, noise: hard_concrete_gate(scores, noise),
+        kept_slope=lambda config, scores, slope: hard_concrete_kept_slope(scores),
+    ),
+)

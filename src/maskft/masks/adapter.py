@@ -1,0 +1,293 @@
+"""Saved masks in place of saved scores: how the tuner writes and reads adapter files, see ``tuner/adapter_files.py``.
+
+Writing codes each mask and records checksums and the fingerprint of the base. Reading is strict: missing, extra,
+mis-shaped or corrupted entries, and another base, are errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from peft.utils import WEIGHTS_NAME
+from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from maskft_common.errors import UserError
+from maskft_common.files import from_anywhere
+from maskft_common.layout import ADAPTER_WEIGHTS
+
+from ..tuner.adapter_files import AdapterFiles, StateDict
+from ..tuner.config import MaskConfig
+from ..tuner.layer import MaskedLinear
+from ..tuner.model import adapter_layers, unwrapped_name
+from ..tuner.targets import listed
+from .adapter_file import add_tensors, weights_beside_masks
+from .card import write_card
+from .codec import FORMAT_VERSION, decode_mask, encode_mask, is_of_mask, weights_sha256
+from .fingerprints import base_fingerprint, check_base, mask_fingerprint
+
+# The folders that transformers' Trainer writes.
+_CHECKPOINT = re.compile(rf"(^|/){PREFIX_CHECKPOINT_DIR}-\d+(/|$)")
+
+
+class CodedMask:
+    """A mask as it was loaded: entropy-coded, decoded when it is needed."""
+
+    def __init__(self, coded: Tensor, module_name: str) -> None:
+        self.coded = coded.detach().cpu().clone()
+        self.module_name = module_name
+
+    def mask(self, shape: torch.Size) -> Tensor:
+        """The mask; bool, True = keep; raises if its shape is not ``shape``."""
+        return decode_mask(self.coded, self.module_name, shape)
+
+
+class _Scores(dict[str, Tensor]):
+    """Scores that the file leaves out unless the folder is a checkpoint; a copied configuration has none."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)()
+
+
+class MaskFiles(AdapterFiles):
+    """Adapter files that hold coded masks."""
+
+    loads_scores = False
+
+    def encode(
+        self, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: StateDict, of_peft: StateDict
+    ) -> StateDict:
+        """Code the masks, and fill checksums and fingerprints into ``config``."""
+        layers = adapter_layers(model, adapter_name)
+        masks = _masks(layers, adapter_name, state_dict)
+        _check_not_empty(masks, config)
+
+        out: StateDict = {}
+        coded: StateDict = {}
+        scores_of_save = _Scores()
+        for name, mask in masks.items():
+            code = encode_mask(mask)
+            coded[unwrapped_name(name)] = code
+            out[f"{name}.mask_coded.{adapter_name}"] = code
+            for kind in ("weight", "bias"):  # of a masked head, which PEFT would save in full beside the mask
+                state_dict.pop(f"{name}.base_layer.{kind}", None)
+            if adapter_name in layers[name].mask_scores:
+                key = f"{name}.mask_scores.{adapter_name}"
+                scores = state_dict.get(key, layers[name].mask_scores[adapter_name])
+                if config.save_scores:
+                    out[key] = scores
+                else:
+                    scores_of_save[f"{name}.mask_scores"] = scores
+
+        config.scores_of_save = scores_of_save
+        config.format_version = FORMAT_VERSION
+        config.is_new = False
+        config.mask_sha256 = mask_fingerprint(coded)
+        # float16 rounds in another way than bfloat16, so that its fingerprint would match no other dtype's.
+        is_half = any(layer.weight.dtype == torch.float16 for layer in layers.values())
+        config.base_fingerprint = None if is_half else base_fingerprint(layers.values())
+        return out
+
+    def decode(
+        self,
+        model: nn.Module,
+        config: MaskConfig,
+        adapter_name: str,
+        state_dict: StateDict,
+        remap: Callable[[StateDict], StateDict],
+    ) -> StateDict:
+        """Check every entry against the model, give the masks to their layers, and return the rest."""
+        was_new = config.is_new
+        config.is_new = False
+        if was_new and not config.inference_mode:  # trained further: recipe and verdict are another mask's
+            config.recipe = None
+        if was_new and config.inference_mode and config.mask_sha256 is None:
+            raise UserError(
+                "adapter_config.json has no mask_sha256, so nothing in the adapter's file can be checked; save the "
+                "adapter again, or fetch it from where it was saved"
+            )
+        is_of_config = was_new and config.mask_sha256 is not None
+        try:
+            return _load_masks(model, config, adapter_name, state_dict, is_of_config)
+        except UserError:
+            whole: Any = model
+            if is_of_config and len(whole.peft_config) > 1:  # leave nothing of it, so that another file may be loaded
+                whole.delete_adapter(adapter_name)
+            raise
+
+    def save_config(self, config: MaskConfig, folder: Path, save: Callable[[], None]) -> None:
+        """Write ``adapter_config.json`` with the checksums of the weights beside the masks, and the card.
+
+        In a Trainer's checkpoint folder the scores join the masks, so that any trainer resumes from it.
+        """
+        for name in ("base_model_name_or_path", "removed_value_model"):
+            model = getattr(config, name)
+            if model:
+                setattr(config, name, from_anywhere(model))
+
+        file = folder / ADAPTER_WEIGHTS
+        scores = config.scores_of_save
+        config.scores_of_save = None
+        _check_not_pickled(config, folder)
+        if file.is_file():
+            if scores and _CHECKPOINT.search(folder.as_posix()):
+                add_tensors(file, scores)
+            config.weights_sha256 = weights_sha256(weights_beside_masks(file)) or None
+        save()
+        if file.is_file():
+            write_card(folder, config)  # over PEFT's, whose lines do not load a mask
+
+
+def _masks(
+    layers: Mapping[str, MaskedLinear], adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Masks by module name; scores are those of ``state_dict``, which may be gathered from all ranks."""
+    masks = {}
+    for name, layer in layers.items():
+        if adapter_name in layer.mask_scores:
+            scores = state_dict.get(f"{name}.mask_scores.{adapter_name}")
+            masks[name] = layer.masker.mask(adapter_name, scores)
+        else:
+            masks[name] = layer.get_mask(adapter_name)
+    return masks
+
+
+def _check_not_empty(masks: Mapping[str, Tensor], config: MaskConfig) -> None:
+    if any(bool(mask.any()) for mask in masks.values()):
+        return
+    if config.selection == "threshold":
+        why = f"every score is below the threshold, {config.threshold}; set that or learning_rate lower"
+    elif config.selection == "topk":
+        why = f"sparsity is {config.sparsity}; set it lower"
+    else:
+        why = "every score is 0 or less; set init_value or price higher, or learning_rate lower"
+    numel = sum(mask.numel() for mask in masks.values())
+    raise UserError(f"the mask removes all {numel:,} weights: {why}")
+
+
+def _check_not_pickled(config: MaskConfig, folder: Path) -> None:
+    pickled = folder / WEIGHTS_NAME
+    if not pickled.is_file():
+        return
+    if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT has just written it
+        pickled.unlink()
+    config.inference_mode = False  # PEFT sets it while it saves
+    raise UserError(
+        f"masks are saved as safetensors, and {folder} has a {WEIGHTS_NAME}: remove it, or leave out "
+        "safe_serialization=False"
+    )
+
+
+def _load_masks(
+    model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: StateDict, is_of_config: bool
+) -> StateDict:
+    found = adapter_layers(model, adapter_name)
+    full_names = {unwrapped_name(name): name for name in found}
+    layers = {unwrapped_name(name): layer for name, layer in found.items()}
+    coded = _entries(state_dict, "mask_coded")
+    scores = _entries(state_dict, "mask_scores")
+    rest = {key: value for key, value in state_dict.items() if not is_of_mask(key)}
+
+    # For a resized vocabulary PEFT writes twice what modules_to_save hold, and reads it once.
+    own = f".modules_to_save.{adapter_name}."
+    once = {key: value for key, value in rest.items() if ".modules_to_save." not in key.replace(own, ".")}
+    hashed = () if config.mask_sha256 is None else config.weights_sha256 or ()
+    _check_names(layers, coded, once, adapter_name, hashed)
+
+    if is_of_config and mask_fingerprint(coded) != config.mask_sha256:
+        raise UserError("the masks do not match mask_sha256 in adapter_config.json; the two files are of two adapters")
+    if is_of_config:
+        check_weights({key.replace(own, "."): value for key, value in rest.items()}, config.weights_sha256)
+    for name, layer in layers.items():
+        decode_mask(coded[name], name, layer.get_base_weight().shape)
+    if any(adapter_name in layer.mask_scores and name not in scores for name, layer in layers.items()):
+        raise UserError(
+            "the adapter holds a mask but not its scores, so it cannot be trained further: save it with "
+            "MaskConfig(save_scores=True), or load it for inference"
+        )
+    if config.verify_base:
+        check_base(layers.values(), config)
+
+    for name, layer in layers.items():
+        layer.saved_masks[adapter_name] = CodedMask(coded[name], layer.module_name)
+        if adapter_name in layer.mask_scores:
+            _restore_scores(layer, adapter_name, scores[name])
+            # PEFT warns of parameters that a file does not set; these are set already.
+            once[f"{full_names[name]}.mask_scores.{adapter_name}"] = layer.mask_scores[adapter_name].data
+        layer.masker.forget()
+    return once
+
+
+def _entries(state_dict: Mapping[str, Tensor], kind: str) -> StateDict:
+    """The entries of one kind, by module name."""
+    suffix = f".{kind}"
+    return {unwrapped_name(k.removesuffix(suffix)): value for k, value in state_dict.items() if k.endswith(suffix)}
+
+
+def _restore_scores(layer: MaskedLinear, adapter_name: str, saved: Tensor) -> None:
+    """Copy saved scores into the layer."""
+    parameter = layer.mask_scores[adapter_name]
+    if parameter.device.type == "meta":
+        fresh = layer.fresh_scores(layer.mask_configs[adapter_name])
+        parameter = nn.Parameter(fresh, requires_grad=parameter.requires_grad)
+        layer.mask_scores[adapter_name] = parameter
+    if saved.shape != parameter.shape:
+        raise UserError(
+            f"{layer.module_name}: saved scores have shape {tuple(saved.shape)}, not {tuple(parameter.shape)}"
+        )
+    values = saved.to(parameter.device, torch.float32)
+    if bool(values.isnan().any()):
+        raise UserError(f"{layer.module_name}: the saved scores contain NaN; resume from an earlier checkpoint")
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
+# Checks
+
+
+def _check_names(
+    layers: Mapping[str, MaskedLinear],
+    coded: Mapping[str, Tensor],
+    rest: Collection[str],
+    adapter_name: str,
+    declared: Collection[str],
+) -> None:
+    missing = [name for name in layers if name not in coded]
+    if missing:
+        raise UserError(f"the adapter file has no mask for {listed(missing)}; it is incomplete, save it again")
+    extra = [name for name in coded if name not in layers]
+    if extra:
+        raise UserError(
+            f"the adapter file has masks for {listed(extra)}, which the model or adapter_config.json does not have; "
+            "it was made for another model or configuration"
+        )
+    # PEFT would load any other key into the base model without a warning.
+    saved = f".modules_to_save.{adapter_name}."
+    masked = tuple(f"{name}." for name in layers)
+    unknown = []
+    for key in rest:
+        name = unwrapped_name(key)
+        is_declared = name in declared and not name.startswith(masked)
+        if saved not in key and not is_declared:
+            unknown.append(key)
+    if unknown:
+        raise UserError(
+            f"the adapter file has entries that are neither masks nor modules_to_save nor in its weights_sha256: "
+            f"{listed(unknown)}; it is not loaded, because they would overwrite base weights"
+        )
+
+
+def check_weights(found: Mapping[str, Tensor], declared: Mapping[str, str] | None) -> None:
+    """Raise unless ``declared``, from ``adapter_config.json``, has the checksums of the weights beside the masks."""
+    expected = declared or {}
+    sha256 = weights_sha256(found)
+    different = sorted(name for name in {*expected, *sha256} if expected.get(name) != sha256.get(name))
+    if different:
+        raise UserError(
+            f"weights_sha256 in adapter_config.json does not name these weights of the adapter file, or names others: "
+            f"{listed(different)}; they would replace the base's: fetch or save the adapter again"
+        )

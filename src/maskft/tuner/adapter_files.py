@@ -1,0 +1,82 @@
+"""The seam for saved adapters: how masks become tensors of a file and come back.
+
+This is the plain way: the file holds the float32 scores, as PEFT's own methods save what they train. ``maskft.masks``
+replaces it by coded masks with checksums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .config import MaskConfig
+
+StateDict = dict[str, Tensor]
+
+
+class AdapterFiles:
+    """How adapters are saved and loaded; the plain way.
+
+    Attributes:
+        loads_scores: Whether an adapter that is loaded for inference needs scores to load into.
+    """
+
+    loads_scores = True
+
+    def encode(
+        self, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: StateDict, of_peft: StateDict
+    ) -> StateDict:
+        """Tensors to save for one adapter.
+
+        Args:
+            model: The wrapped model.
+            config: Configuration of the adapter; it is saved after this call and may be filled in.
+            adapter_name: The adapter.
+            state_dict: State dict of the whole model, with scores gathered from all ranks; weights that PEFT would save
+                beside the adapter may be removed.
+            of_peft: What PEFT would save: the scores.
+        """
+        return of_peft
+
+    def decode(
+        self,
+        model: nn.Module,
+        config: MaskConfig,
+        adapter_name: str,
+        state_dict: StateDict,
+        remap: Callable[[StateDict], StateDict],
+    ) -> StateDict:
+        """Check the tensors of a file, and return those that PEFT is to load by itself, by the names of the model.
+
+        Args:
+            model: The wrapped model.
+            config: Configuration of the adapter.
+            adapter_name: The adapter.
+            state_dict: Tensors of the file.
+            remap: PEFT's mapping from names of the file to names of the model.
+        """
+        return remap(state_dict)
+
+    def save_config(self, config: MaskConfig, folder: Path, save: Callable[[], None]) -> None:
+        """Write ``adapter_config.json`` by calling ``save``, after PEFT has written the tensors."""
+        save()
+
+
+_current = AdapterFiles()
+
+
+def adapter_files() -> AdapterFiles:
+    """How adapters are saved and loaded now."""
+    return _current
+
+
+def set_adapter_files(files: AdapterFiles) -> AdapterFiles:
+    """Save and load adapters with ``files``; returns what was used before."""
+    global _current
+    before = _current
+    _current = files
+    return before

@@ -1,0 +1,217 @@
+"""How a layer applies its masks: the plain way, and the seam for other ways.
+
+A :class:`Masker` belongs to one layer and owns everything that is computed from its scores. This one keeps nothing: it
+computes mask and effective weight in every forward pass and leaves the rest to autograd. It is the reference: every
+other masker must give the same outputs, gradients and masks, bit for bit.
+
+Other maskers subclass it and join :data:`MASKERS` (``maskft.fast`` keeps the effective weight between optimizer steps,
+``maskft.fsdp`` masks the rows that FSDP2 leaves on each rank). A layer takes the last one that accepts it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from maskft_common.errors import UserError
+
+from . import selection
+
+if TYPE_CHECKING:
+    from .config import MaskConfig
+    from .layer import MaskedLinear
+
+
+class Masker:
+    """Applies the active masks to the weight of one layer; the plain way.
+
+    Attributes:
+        layer: The layer.
+        base_fingerprint: Fingerprint of the base model's masked weights, where memory no longer holds the unmasked
+            ones (FSDP2); None: they are there.
+    """
+
+    base_fingerprint: str | None = None
+
+    def __init__(self, layer: MaskedLinear) -> None:
+        self.layer = layer
+        self._priced_in: dict[str, int] = {}
+
+    @staticmethod
+    def accepts(layer: MaskedLinear) -> bool:
+        """Whether this class can apply the masks of ``layer`` as they are now."""
+        return True
+
+    def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Map x (..., I) to (..., O) with the masked weight; the gradient reaches the scores of trained adapters.
+
+        Args:
+            x: Input, of dtype ``dtype``.
+            bias: (O,), of dtype ``dtype``, or None.
+            dtype: Dtype to compute in: that of the weight, or that of autocast.
+        """
+        weight = self._masked_weight(dtype)
+        return F.linear(x, weight.t() if self.layer.is_transposed else weight, bias)
+
+    @torch.no_grad()
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """Base weight with the active masks applied; removed entries are exactly +0 (or their value). Read only."""
+        return self._masked_weight(dtype)
+
+    def mask(self, adapter_name: str, scores: Tensor | None = None) -> Tensor:
+        """Hard mask of an adapter with scores, in full on every rank; bool, True = keep.
+
+        Args:
+            adapter_name: The adapter.
+            scores: Its scores, gathered from all ranks; default: those of the layer.
+        """
+        config = self.layer.mask_configs[adapter_name]
+        if scores is None:
+            scores = self.layer.mask_scores[adapter_name]
+        return selection.mask_from_scores(config, check_scores(scores, self.layer.module_name, config))
+
+    def mask_version(self, adapter_name: str) -> object:
+        """Equal versions, equal masks. Nothing here can know if scores have changed, so that no two are equal."""
+        if adapter_name in self.layer.mask_scores:
+            return object()
+        return (id(self.layer.saved_masks.get(adapter_name)), self.layer.weight.device)
+
+    def removed(self, adapter_name: str) -> Tensor:
+        """Entries of the weight in this process that the hard mask of an adapter removes, to count; bool."""
+        return ~self.layer.get_mask(adapter_name)
+
+    def forget(self) -> None:
+        """Drop what was computed from scores and weights: they have changed, and not by an optimizer."""
+
+    def refresh(self) -> None:
+        """Bring up to date what must not wait for the next forward pass: adapters or progress have changed."""
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop what belongs to an adapter."""
+        self._priced_in.pop(adapter_name, None)
+        self.forget()
+
+    def _masked_weight(self, dtype: torch.dtype) -> Tensor:
+        layer = self.layer
+        check_can_mask(layer)
+        weight = layer.get_base_weight()
+
+        for name in layer.active_masks:
+            removed_value = layer.removed_value(name)
+            if name not in layer.mask_scores:  # loaded for inference
+                weight = selection.blend(weight, layer.get_mask(name), removed_value)
+                continue
+            config = layer.mask_configs[name]
+            scores = check_scores(layer.mask_scores[name], layer.module_name, config)
+            gate, slope = selection.gate_and_slope(config, scores.detach(), layer.module_name, layer.training)
+            weight = _StraightThrough.apply(weight, scores, gate, slope, removed_value, self, name)
+
+        return weight.to(dtype)
+
+    def add_price_(self, gradient: Tensor, scores: Tensor, slope: Tensor | None, name: str) -> Tensor:
+        """Add the gradient of ``price``, to the first backward pass of an optimizer step only."""
+        config = self.layer.mask_configs[name]
+        if config.price > 0 and self._is_first_backward(name):
+            # The relaxed number of kept weights takes the slope of a hard gate; a soft gate's has noise in it.
+            slope = None if selection.has_soft_gate(config) else slope
+            gradient += selection.price_gradient(config, scores, scores.numel(), slope)
+        return gradient
+
+    def _is_first_backward(self, name: str) -> bool:
+        """Whether no gradient has been accumulated in the scores yet.
+
+        A layer that is used twice in one forward pass comes here twice before autograd fills ``.grad``, so the number
+        of the backward pass is kept; torch.utils.checkpoint uses the same number.
+        """
+        scores = self.layer.mask_scores[name]
+        if scores.grad is not None and bool(scores.grad.any()):  # zero_grad(set_to_none=False) leaves zeros
+            return False
+        backward_pass = torch._C._current_graph_task_id()
+        if self._priced_in.get(name) == backward_pass:
+            return False
+        self._priced_in[name] = backward_pass
+        return True
+
+
+# The last one that accepts a layer applies its masks.
+MASKERS: list[type[Masker]] = [Masker]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Effective weight of one adapter; the gate counts as its slope on the way back (Eq. 5 of the paper)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        scores: Tensor,
+        gate: Tensor,
+        slope: Tensor | None,
+        removed_value: Tensor | None,
+        masker: Masker,
+        name: str,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scores, gate, slope, removed_value)
+        ctx.masker = masker
+        ctx.name = name
+        # The configuration of the forward pass: before the backward pass the adapter may have been replaced.
+        ctx.ranks_by = masker.layer.mask_configs[name].ranks_by
+        return selection.blend(weight, gate, removed_value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scores, gate, slope, removed_value = ctx.saved_tensors
+        grad_weight = None
+        grad_scores = None
+
+        if ctx.needs_input_grad[0]:  # another mask below this one
+            grad_weight = grad.masked_fill(~gate, 0.0)
+
+        if ctx.needs_input_grad[1]:
+            difference = weight if removed_value is None else weight - removed_value
+            grad_scores = grad.float() * difference
+            if ctx.ranks_by == "abs":
+                grad_scores = grad_scores * torch.sign(scores)
+            if slope is not None:
+                grad_scores = grad_scores * slope
+            grad_scores = ctx.masker.add_price_(grad_scores, scores, slope, ctx.name)
+
+        return grad_weight, grad_scores, None, None, None, None, None
+
+
+def check_scores(scores: Tensor, module_name: str, config: MaskConfig) -> Tensor:
+    """Return ``scores``, or raise if they cannot be ranked."""
+    if scores.device.type == "meta":
+        raise UserError(f"the scores of {module_name} are still on the meta device; load or initialise them")
+    if scores.dtype != torch.float32:
+        raise UserError(
+            f"the scores of {module_name} were cast to {scores.dtype}; masks are ranked in float32, undo the cast"
+        )
+    if config.starts_from_data and bool(scores.detach().view(-1)[:1].isnan().any()):
+        raise UserError(
+            f"the scores of {module_name} hold NaN: training diverged, or init_scores={config.init_scores!r} got no "
+            "data: maskft.start_scores(model, maskft.wanda_keys(model, rows)), which maskft train does by itself"
+        )
+    return scores
+
+
+def check_can_mask(layer: MaskedLinear) -> None:
+    """Raise if the active masks of ``layer`` cannot be applied together, or not where the weight is."""
+    configs = {name: layer.mask_configs[name] for name in layer.active_masks}
+    is_soft = any(selection.has_soft_gate(config) for name, config in configs.items() if name in layer.mask_scores)
+    has_values = any(config.removed_value != "zero" for config in configs.values())
+    if len(configs) > 1 and (is_soft or has_values):
+        raise UserError(
+            "masks that are active together must be hard and remove to zero: activate one with noise, or whose "
+            "removed_value is base, alone"
+        )
+    if layer.weight.device.type == "meta":
+        raise UserError(
+            f"the weight of {layer.module_name} is on the meta device: offloaded layers cannot be masked; load the "
+            "model whole, without device_map"
+        )

@@ -1,0 +1,55 @@
+"""The seam for quantised base weights: how a layer reads them, and how a mask is merged into their codes.
+
+A linear layer of floats needs nothing of this. ``maskft.quant`` registers what it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .layer import MaskedLinear
+
+
+class QuantizedWeight(QuantizationBackend):
+    """One kind of quantised linear layer; becomes ``layer.quantization_backend``.
+
+    PEFT's backends requantise a merged weight. A mask writes zeros only, so it can be exact: the codes of removed
+    weights become the code of zero, and scales stay.
+    """
+
+    layer_type = "linear"
+    supports_merge = True
+
+    def why_not(self, base_layer: nn.Module) -> str | None:
+        """Reason why a layer of this kind cannot be masked, or None; checked before anything is replaced."""
+        return None
+
+    def get_base_weight(self, base_layer: nn.Module) -> Tensor:
+        """Dequantised weight, (O, I), in the dtype that the layer computes in."""
+        raise NotImplementedError
+
+    def merge_zero_codes(self, layer: MaskedLinear, mask: Tensor) -> object:
+        """Write zeros where ``mask`` (bool, (O, I), True = keep) is False; return what :meth:`restore` needs."""
+        raise NotImplementedError
+
+    def restore(self, layer: MaskedLinear, stash: object) -> None:
+        """Undo :meth:`merge_zero_codes`, bit for bit."""
+        raise NotImplementedError
+
+
+# (base layer) -> how it is quantised, or None if it is not of the kind that the function knows.
+QUANTIZED_WEIGHTS: list[Callable[[nn.Module], QuantizedWeight | None]] = []
+
+
+def find_quantized_weight(base_layer: nn.Module) -> QuantizedWeight | None:
+    """How a linear layer is quantised; None: it is not, or nobody here knows how."""
+    for find in QUANTIZED_WEIGHTS:
+        found = find(base_layer)
+        if found is not None:
+            return found
+    return None
