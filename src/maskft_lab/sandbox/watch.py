@@ -1,0 +1,277 @@
+"""Watch one running program from outside: read its output, add up what it uses, end it when it is over a limit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import selectors
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from maskft_common.errors import UserError
+
+INTERVAL_S = 0.05  # how often the memory and CPU time of all of a program's processes are added up
+STOP_PATIENCE_S = 5.0  # from asking the launcher to stop until it is killed; its end takes everything below with it
+# What the kernel keeps of a mapping, for which no process is charged: 250 bytes by itself, and up to 64 more for each
+# ancestor that wrote to it. A process may have 65,530 mappings; an ordinary program has some hundreds.
+MAPPING_BYTES = 1024
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_READ_BYTES = 2**16
+
+
+@dataclass(frozen=True)
+class SandboxResult:
+    """How a program ended.
+
+    Args:
+        status: ``passed`` only if the last line of the program was reached.
+        reason: Why it did not pass, such as the exception with its message; empty if it passed.
+        exit_code: Exit status of the program; minus the signal's number when a signal ended it.
+        stdout: The first ``max_output_bytes`` of what it printed.
+        stderr: The same for its errors, a traceback included.
+        cpu_time_s: CPU time of the program and the children it waited for, in seconds.
+        confinement: ``unconfined`` only where the caller accepted the risk.
+    """
+
+    status: Literal["passed", "failed", "timeout", "out_of_memory"]
+    reason: str
+    exit_code: int
+    stdout: str
+    stderr: str
+    cpu_time_s: float
+    confinement: Literal["confined", "unconfined"]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the program ran to its last line."""
+        return self.status == "passed"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a program.
+
+    The one that decides about an endless loop is CPU time, which a busy machine does not shorten; the wall limit only
+    ends programs that wait. Output beyond its limit is read and thrown away, so it does not end the program.
+
+    Args:
+        cpu_time_s: CPU seconds, for each process of the program and for all together.
+        wall_time_s: Seconds by the clock.
+        memory_bytes: Address space of each process, and resident memory of all together.
+        max_processes: Processes and threads at one time, the program's own included.
+        max_output_bytes: Bytes kept of each of standard output and standard error.
+    """
+
+    cpu_time_s: float = 30.0  # the slowest published solution of HumanEval+ took 9.4 s on a busy machine
+    wall_time_s: float = 300.0
+    memory_bytes: int = 2 * 2**30
+    max_processes: int = 16
+    max_output_bytes: int = 64 * 2**10
+
+
+@dataclass
+class Watch:
+    """Follows one running program.
+
+    Args:
+        process: The launcher.
+        report_fd: Where ``child.py`` reports, for reading.
+        limits: Of the program.
+        num_helpers: Processes of ours above the program: the launcher and, confined, init.
+        stop: Ends the program when set.
+        verdict: Status and reason, once a limit was crossed.
+        cpu_time_s: Used by the program so far, as seen from outside.
+    """
+
+    process: subprocess.Popen
+    report_fd: int
+    limits: Limits
+    num_helpers: int
+    stop: threading.Event | None
+    verdict: tuple[str, str] | None = None
+    cpu_time_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        descriptors = (self.process.stdout.fileno(), self.process.stderr.fileno(), self.report_fd)
+        self.kept = {descriptor: bytearray() for descriptor in descriptors}
+
+    def until_end(self) -> None:
+        """Return when the launcher is gone, which is when the report ends: nothing else holds it to the last."""
+        start_s = time.monotonic()
+        next_check_s = start_s + INTERVAL_S
+        kill_s = math.inf
+        with selectors.DefaultSelector() as selector:
+            for descriptor in self.kept:
+                os.set_blocking(descriptor, False)
+                selector.register(descriptor, selectors.EVENT_READ)
+
+            while self.report_fd in selector.get_map():
+                for key, _ in selector.select(max(0.0, next_check_s - time.monotonic())):
+                    if not self._read(key.fd):
+                        selector.unregister(key.fd)
+                now_s = time.monotonic()
+                if now_s < next_check_s:
+                    continue
+                next_check_s = now_s + INTERVAL_S
+                if self.verdict is None:
+                    self.verdict = self._over_limit(now_s - start_s)
+                    if self.verdict is not None:
+                        self.process.terminate()
+                        kill_s = now_s + STOP_PATIENCE_S
+                elif now_s > kill_s:
+                    self.process.kill()
+
+            # The rest of the output. An unconfined leftover process may never stop writing, hence the bound.
+            for descriptor in list(selector.get_map()):
+                for _ in range(64):
+                    if not self._read(descriptor):
+                        break
+
+    def _read(self, descriptor: int) -> bool:
+        """Take one piece of output; return whether there may be more."""
+        try:
+            piece = os.read(descriptor, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        kept = self.kept[descriptor]
+        if descriptor == self.report_fd:
+            kept += piece
+        else:
+            kept += piece[: self.limits.max_output_bytes - len(kept)]
+        return bool(piece)
+
+    def _over_limit(self, wall_time_s: float) -> tuple[str, str] | None:
+        limits = self.limits
+        if self.stop is not None and self.stop.is_set():
+            return "failed", "stopped from outside"
+        if wall_time_s > limits.wall_time_s:
+            return "timeout", f"ran for more than {limits.wall_time_s:g} s"
+        memory_bytes, self.cpu_time_s = tree_usage(self.process.pid, self.num_helpers)
+        if self.cpu_time_s > limits.cpu_time_s:
+            return "timeout", f"used more than {limits.cpu_time_s:g} s of CPU time"
+        if memory_bytes > limits.memory_bytes:
+            return "out_of_memory", f"its processes together used more than {limits.memory_bytes} bytes"
+        return None
+
+    def end_everything(self) -> None:
+        """Make sure that nothing of the run is left, also when an exception is on its way."""
+        if self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def result(self, confinement: Literal["confined", "unconfined"]) -> SandboxResult:
+        """Judge the run.
+
+        Raises:
+            UserError: If the program was not started.
+        """
+        stdout, stderr, report_text = (bytes(kept).decode("utf-8", "replace") for kept in self.kept.values())
+        end: dict[str, Any] = {"outcome": "", "reason": "", "exit_code": -9, "cpu_time_s": self.cpu_time_s}
+        reports = [json.loads(line) for line in report_text.splitlines()]
+        for report in reports:
+            end |= report
+        if not reports and self.verdict is None:
+            end["refused"] = f"the launcher ended with code {self.process.returncode}: {stderr.strip()[-500:]}"
+        if "refused" in end:
+            raise UserError(f"the program could not be started in the sandbox: {end['refused']}")
+
+        has_ended = bool(reports) and "started" not in reports[-1]
+        status, reason = self._judge(end, has_ended)
+        return SandboxResult(
+            status=status,
+            reason=reason,
+            exit_code=end["exit_code"],
+            stdout=stdout,
+            stderr=stderr,
+            cpu_time_s=end["cpu_time_s"],
+            confinement=confinement,
+        )
+
+    def _judge(self, end: dict[str, Any], has_ended: bool) -> tuple[Any, str]:
+        """Status and reason of a run.
+
+        Args:
+            end: What was reported of its end.
+            has_ended: Whether its end was reported at all, and not only its start.
+        """
+        exit_code = end["exit_code"]
+        if end["outcome"] == "passed" and exit_code == 0:
+            return "passed", ""
+        if self.verdict is not None:
+            return self.verdict
+        if end["outcome"] == "out_of_memory":
+            return "out_of_memory", end["reason"]
+        if end["reason"]:
+            return "failed", end["reason"]
+        if not has_ended:
+            return "failed", "the sandbox around the program was ended before the program"
+        how = f"was ended by signal {-exit_code}" if exit_code < 0 else f"ended with code {exit_code}"
+        return "failed", f"the program {how} before its last line"
+
+
+def tree_usage(launcher: int, num_helpers: int) -> tuple[int, float]:
+    """Add up the memory in bytes and the CPU seconds of the processes below ``launcher``.
+
+    The first ``num_helpers`` generations are ours: of them only the time of children they already reaped counts.
+    """
+    memory_bytes = 0
+    ticks = 0
+    todo = [(launcher, 0)]
+    while todo:
+        pid, generation = todo.pop()
+        try:
+            fields = _stat(f"/proc/{pid}")
+            threads = os.listdir(f"/proc/{pid}/task")
+        except OSError:  # it ended meanwhile
+            continue
+
+        # A first thread that has ended shows no pages, though the others still hold them all.
+        most_pages = 0
+        of_most_pages = f"/proc/{pid}"
+        for thread in threads:
+            folder = f"/proc/{pid}/task/{thread}"
+            with contextlib.suppress(OSError):  # as above
+                num_pages = int(_stat(folder)[21])
+                if num_pages > most_pages:
+                    most_pages = num_pages
+                    of_most_pages = folder
+                children = Path(f"{folder}/children").read_text().split()
+                todo += [(int(child), generation + 1) for child in children]
+
+        user_ticks, system_ticks, user_ticks_of_reaped, system_ticks_of_reaped = map(int, fields[11:15])
+        ticks += user_ticks_of_reaped + system_ticks_of_reaped
+        if generation >= num_helpers:
+            ticks += user_ticks + system_ticks
+            memory_bytes += most_pages * _PAGE_BYTES + _num_mappings(of_most_pages) * MAPPING_BYTES
+    return memory_bytes, ticks / _TICKS_PER_S
+
+
+def _num_mappings(folder: str) -> int:
+    """Count the mappings of the process or thread with this folder below /proc; 0 if it has ended."""
+    count = 0
+    with contextlib.suppress(OSError), open(f"{folder}/maps", "rb", buffering=0) as file:
+        while piece := file.read(_READ_BYTES):
+            count += piece.count(b"\n")
+    return count
+
+
+def _stat(folder: str) -> list[bytes]:
+    """The numbers of a process or thread, counted after its name in brackets.
+
+    11, 12: user and system time; 13, 14: the same of reaped children; 21: resident pages. As bytes: the program can
+    give itself a name that is not valid text.
+    """
+    return Path(f"{folder}/stat").read_bytes().rpartition(b")")[2].split()
