@@ -46,4 +46,5 @@ def test_a_mask_is_rewarded():
 
 def test_each_is_run():
     tested = re.findall(r"\w+\.py", Path(__file__).read_text())
-    assert {path.name for path in EXAMPLES.glob("*.py")} <= set(tested)  # tiny.py is their model
+    # tiny.py is their model, and serve_many.py is run by test_serve_many.py.
+    assert {path.name for path in EXAMPLES.glob("*.py")} <= set(tested)
