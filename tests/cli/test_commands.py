@@ -122,7 +122,10 @@ def test_env(capsys):
 def test_inspect(adapter, capsys):
     status, out, _ = call(["inspect", adapter], capsys)
     assert status == 0
-    assert "model.layers.2.mlp.down_proj" in out and "10.0" in out and "base_fingerprint" in out and "recipe" in out
+    assert "model.layers.*.mlp.down_proj (3)" in out and "10.0" in out and "base fingerprint" in out
+    assert "trained with" in out and len(out.splitlines()) < 25
+    status, out, _ = call(["inspect", adapter, "--modules"], capsys)
+    assert status == 0 and "model.layers.2.mlp.down_proj" in out
     rows = json.loads(call(["inspect", adapter, "--json"], capsys)[1])
     masks = MaskSet.from_adapter(adapter)
     assert rows["total"]["num_removed"] == masks.num_removed and len(rows["modules"]) == 21
@@ -241,7 +244,7 @@ def test_merge_that_would_not_be_exact_is_not_kept(adapter, tmp_path, capsys, mo
 
     monkeypatch.setattr(module, "_logits", lambda model, ids: torch.rand(3))
     status, _, err = call(["merge", adapter, "--output_dir", tmp_path / "new"], capsys)
-    assert status == 2 and "bit for bit; nothing was kept" in err
+    assert status == 2 and "bit for bit; it was deleted" in err
     assert not list(tmp_path.glob("*new*"))
 
 

@@ -9,6 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from maskft_common import files
+
 from .codec import is_of_mask
 
 
@@ -22,3 +24,4 @@ def add_tensors(file: Path, added: Mapping[str, Tensor]) -> None:
     """Write the file again with more tensors in it."""
     on_cpu = {name: value.detach().cpu().contiguous() for name, value in added.items()}
     save_file(load_file(file) | on_cpu, file, metadata={"format": "pt"})
+    files.use_default_modes(file.parent, file.name)

@@ -1,4 +1,4 @@
-"""The card of an adapter, its README.md: the base, what is removed of it, lines that load it, how it was made."""
+"""The card of an adapter, its README.md: the base, the removed weights, lines that load it, how it was trained."""
 
 from __future__ import annotations
 
@@ -47,10 +47,12 @@ def write_card(folder: str | Path, config: Any) -> None:
     """
     file = Path(folder) / layout.CARD
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else f"---\n{{}}\n---\n{_MARK}"
-    if any(mark in text for mark in (_MARK, *_OF_OTHERS)):
-        data = ModelCard(text, ignore_metadata_errors=True).data
-        kept = getattr(data, "tags", None) or []  # such as those of add_model_tags
-        files.write_text(file, _card(Path(folder), config, [tag for tag in kept if not tag.startswith("base_model:")]))
+    is_generated = any(mark in text for mark in (_MARK, *_OF_OTHERS))
+    if is_generated:
+        metadata = ModelCard(text, ignore_metadata_errors=True).data
+        kept = getattr(metadata, "tags", None) or []  # such as those of add_model_tags
+        tags = [tag for tag in kept if not tag.startswith("base_model:")]  # PEFT's
+        files.write_text(file, _card(Path(folder), config, tags))
 
 
 def hub_name(base: str | None) -> str | None:
@@ -60,55 +62,79 @@ def hub_name(base: str | None) -> str | None:
 
 
 def _card(folder: Path, config: Any, tags: list[str]) -> str:
-    """Metadata and text; a base that is not on the hub is not named in the metadata, the hub would look for it."""
-    recipe, base = config.recipe or {}, config.base_model_name_or_path
-    load = _LOAD_OVER if base is None else (_LOAD_EMBEDDED if base == layout.EMBEDDED_MODEL else _LOAD) + _ASK
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = "adapter" if has_tokenizer else "model.peft_config['default'].base_model_name_or_path"
+    """Metadata and text. A base that is not on the hub is left out of the metadata: the hub would look for it."""
+    recipe = config.recipe or {}
     front = ModelCardData(
-        base_model=hub_name(base),
+        base_model=hub_name(config.base_model_name_or_path),
         datasets=list(recipe.get("datasets") or ()) or None,
         library_name="peft",
         pipeline_tag="text-generation" if config.task_type == "CAUSAL_LM" else None,
         tags=list(dict.fromkeys(["maskft", "mask-fine-tuning", *tags])),
     )
-    needs = f"It needs maskft ({HOW_TO_INSTALL.format('.')})."
-    use = ["## Use", "", needs, "", "```python", load.format(tokenizer=tokenizer), "```"]
-    lines = [_MARK, "", *_about(folder, config), *use, *_how(config, recipe)]
+    lines = [_MARK, "", *_about(folder, config), *_use(folder, config), *_training(config, recipe)]
     return str(ModelCard(f"---\n{front.to_yaml()}\n---\n" + "\n".join(lines).rstrip() + "\n"))
 
 
 def _about(folder: Path, config: Any) -> Iterator[str]:
-    """What this is, what of the base it removes and replaces, and the verdict of its training."""
+    """The base, how many weights are removed and replaced, and the verdict of its training."""
     with safe_open(folder / layout.ADAPTER_WEIGHTS, "pt") as tensors:
-        masks = [name for name in tensors.keys() if name.endswith(".mask_coded")]
-        infos = [mask_info(tensors.get_tensor(name), name) for name in masks]
+        names = [name for name in tensors.keys() if name.endswith(".mask_coded")]
+        infos = [mask_info(tensors.get_tensor(name), name) for name in names]
     removed = sum(info["num_removed"] for info in infos)
     numel = sum(info["shape"][0] * info["shape"][1] for info in infos)
-    # Of a folder the last part: the rest is nobody else's business.
+
     path = config.base_model_name_or_path or "a language model"
-    base, name = printable(Path(path).name), hub_name(path)
-    shown = f"[{name}](https://huggingface.co/{name})" if name else f"`{base}`"
-    yield from (f"# A mask for {base}", "", f"[Mask Fine-Tuning]({PAPER}): of {shown}, this")
-    yield from (f"removes {removed:,} of {numel:,} weights ({removed / numel:.2%}) in {len(infos)} matrices.", "")
+    base = _last_part(path)
+    on_hub = hub_name(path)
+    shown = f"[{on_hub}](https://huggingface.co/{on_hub})" if on_hub else f"`{base}`"
+    yield f"# A mask for {base}"
+    yield ""
+    yield f"[Mask Fine-Tuning]({PAPER}): of {shown}, this"
+    yield f"removes {removed:,} of {numel:,} weights ({removed / numel:.2%}) in {len(infos)} matrices."
+    yield ""
+
     if config.removed_value == "base":
-        yield from (f"A removed weight takes its value in `{Path(config.removed_value_model or '').name}`.", "")
+        yield f"A removed weight takes its value in `{_last_part(config.removed_value_model or '')}`."
+        yield ""
     if config.weights_sha256:
-        names = ", ".join(f"`{printable(name)}`" for name in config.weights_sha256)
-        yield from (f"Trained beside the mask, and replaced in full: {names}.", "")
+        replaced = ", ".join(f"`{printable(name)}`" for name in config.weights_sha256)
+        yield f"Trained beside the mask, and replaced in full: {replaced}."
+        yield ""
     if (config.recipe or {}).get("verdict"):
         yield f"On held-out rows of its training data, {_cell(str(config.recipe['verdict']))}."
-        yield from ("Methods that train on the same tokens were not compared; `maskft study` does that.", "")
+        yield "Methods that train on the same tokens were not compared; `maskft study` does that."
+        yield ""
 
 
-def _how(config: Any, recipe: Mapping[str, Any]) -> Iterator[str]:
-    """The recipe as a table, and what tells this mask from any other."""
+def _use(folder: Path, config: Any) -> Iterator[str]:
+    """Lines of Python that load the mask."""
+    base = config.base_model_name_or_path
+    if base is None:
+        load = _LOAD_OVER
+    elif base == layout.EMBEDDED_MODEL:
+        load = _LOAD_EMBEDDED + _ASK
+    else:
+        load = _LOAD + _ASK
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = "adapter" if has_tokenizer else "model.peft_config['default'].base_model_name_or_path"
+    yield from ("## Use", "", f"It needs maskft ({HOW_TO_INSTALL.format('.')}).", "")
+    yield from ("```python", load.format(tokenizer=tokenizer), "```")
+
+
+def _training(config: Any, recipe: Mapping[str, Any]) -> Iterator[str]:
+    """The recipe as a table, with the fingerprints of base and mask."""
     facts = {key: value for key, value in recipe.items() if key not in ("model_name_or_path", "datasets", "verdict")}
-    facts["base fingerprint"] = (config.base_fingerprint or "not recorded").partition(":")[0]
-    facts |= {"mask fingerprint": config.mask_sha256, "made with": f"maskft {__version__}"}
+    facts["base fingerprint"] = config.base_fingerprint or "not recorded"
+    facts["mask fingerprint"] = config.mask_sha256
+    facts["made with"] = f"maskft {__version__}"
     yield from ("", "## How it was made", "", "| | |", "| --- | --- |")
     for name, value in facts.items():
         yield f"| {_cell(name)} | {_cell(str(value))} |"
+
+
+def _last_part(path: str) -> str:
+    """The last part of a path, for a code span: the rest is nobody else's business."""
+    return printable(Path(path).name).replace("`", "'")
 
 
 def _cell(text: str) -> str:

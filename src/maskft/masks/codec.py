@@ -30,18 +30,24 @@ from maskft_common.layout import ADAPTER_FORMAT_VERSION
 FORMAT_VERSION = ADAPTER_FORMAT_VERSION
 PREFIX = "base_model.model."  # before the names of modules in PEFT's files
 _MAGIC = b"MFTM"
-# magic, format version, coding, two sizes, number removed, sha256 of 1, sizes, count and packed bits
+# magic, format version, coding, two sizes, number removed, sha256 of version 1, sizes, count and packed bits
 _HEADER = struct.Struct("<4sHBxIIQ32s8x")
 HEADER_BYTES = _HEADER.size
-# A part of the checksum: it names the mask whatever the format, and adapters are compared by it.
+# A part of the checksum, whatever the format version: adapters are compared by it.
 _DIGEST_VERSION = 1
-_BITMAP, _ANS, _ZLIB = 1, 3, 5
-# A bitmap is read six times as fast, and is written unless this share of it is saved.
+_BITMAP = 1
+_ANS = 3
+_ZLIB = 5
+# A bitmap is read six times as fast, and is written unless coding saves this share of it.
 _WORTH_CODING = 0.01
 _CHUNK = 2**20  # bytes decoded at a time, which keeps the coder's 32-bit symbols small
-# What a few bytes may claim where there is no layer to compare with: a matrix of 67 million weights, and more with so
-# many weights to a byte. One weight removed in 30,000 takes more.
-_FREE_NUMEL, _NUMEL_PER_BYTE, _MAX_NUMEL = 2**26, 2**14, 2**31
+
+# Limits for files that are read without a model, where no layer says how large a mask may be. One weight removed in
+# 30,000 takes more bytes than one for 2**14 weights.
+_MAX_NUMEL = 2**31
+_NUMEL_PER_BYTE = 2**14
+_FREE_NUMEL = 2**26  # more than the matrices of 7B models have: a mask that removes nothing is its header alone
+_FREE_NUMEL_OF_ADAPTER = 2**31
 
 
 def encode_mask(mask: Tensor) -> Tensor:
@@ -49,10 +55,11 @@ def encode_mask(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool or mask.dim() != 2:
         raise ValueError(f"a mask must be a 2-D bool tensor, got {mask.dtype} with shape {tuple(mask.shape)}")
     removed = ~mask.detach().cpu().contiguous().view(-1).numpy()
-    packed, count = np.packbits(removed), int(removed.sum())
-    payload, coding = _smallest(packed, removed.size, count)
-    digest = _digest(mask.shape, count, packed)
-    header = _HEADER.pack(_MAGIC, FORMAT_VERSION, coding, *mask.shape, count, digest)
+    packed = np.packbits(removed)
+    num_removed = int(removed.sum())
+    payload, coding = _smallest(packed, removed.size, num_removed)
+    digest = _digest(mask.shape, num_removed, packed)
+    header = _HEADER.pack(_MAGIC, FORMAT_VERSION, coding, *mask.shape, num_removed, digest)
     return torch.frombuffer(bytearray(header + payload), dtype=torch.uint8)
 
 
@@ -82,8 +89,9 @@ def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | Non
         UserError: If the bytes are not a mask, are of a newer format, of another shape, or do not match their checksum.
     """
     data = _bytes(coded, name)
-    shape, removed_count, digest, coding = _read_header(data, name)
-    numel, payload = shape[0] * shape[1], data[_HEADER.size :]
+    shape, num_removed, digest, coding = _read_header(data, name)
+    numel = shape[0] * shape[1]
+    payload = data[_HEADER.size :]
     if expected is not None and shape != tuple(expected):
         raise UserError(
             f"the mask of {name} has shape {shape}, the model's weight {tuple(expected)}; wrong base model?"
@@ -92,22 +100,41 @@ def decode_mask(coded: Tensor, name: str = "mask", expected: Sequence[int] | Non
         raise UserError(
             f"{name} claims {shape[0]} x {shape[1]} weights in {len(data)} bytes; read it with its base model (--base)"
         )
+
     try:
-        packed = _read_packed(payload, coding, numel, removed_count)
+        packed = _read_packed(payload, coding, numel, num_removed)
         removed = np.unpackbits(packed, count=numel).view(np.bool_)
-        intact = int(removed.sum()) == removed_count and _digest(shape, removed_count, np.packbits(removed)) == digest
+        # Packed again, because the bits after the last weight must be zero.
+        is_intact = int(removed.sum()) == num_removed and _digest(shape, num_removed, np.packbits(removed)) == digest
     except (zlib.error, ValueError, IndexError, MemoryError):
-        intact = False
-    if not intact:
+        is_intact = False
+    if not is_intact:
         raise UserError(f"{name} is corrupted: its bytes do not match its sha256; fetch or save the adapter again")
     return torch.from_numpy(~removed).view(shape)
 
 
+def check_claims(coded: Mapping[str, Tensor]) -> None:
+    """Refuse masks that claim more weights in all than their bytes can hold; for files that are read without a model.
+
+    :func:`decode_mask` lets each mask claim a large matrix; 60 of them would take 4 GB.
+    """
+    numel = 0
+    num_bytes = 0
+    for name, data in coded.items():
+        info = mask_info(data, name)
+        numel += info["shape"][0] * info["shape"][1]
+        num_bytes += info["num_bytes"]
+    if numel > _FREE_NUMEL_OF_ADAPTER + _NUMEL_PER_BYTE * num_bytes:
+        raise UserError(
+            f"the adapter claims {numel:,} weights in {num_bytes:,} bytes, more than any model has; fetch it again"
+        )
+
+
 def mask_info(coded: Tensor, name: str = "mask") -> dict[str, Any]:
     """Header of a coded mask without decoding it: shape, num_removed, sha256 (hex), num_bytes."""
-    data = _bytes(coded[: _HEADER.size] if coded.dim() else coded, name)
-    shape, removed_count, digest, _ = _read_header(data, name)
-    return {"shape": shape, "num_removed": removed_count, "sha256": digest.hex(), "num_bytes": coded.numel()}
+    header = coded[: _HEADER.size] if coded.dim() else coded
+    shape, num_removed, digest, _ = _read_header(_bytes(header, name), name)
+    return {"shape": shape, "num_removed": num_removed, "sha256": digest.hex(), "num_bytes": coded.numel()}
 
 
 def _bytes(coded: Tensor, name: str) -> bytes:
@@ -119,10 +146,10 @@ def _bytes(coded: Tensor, name: str) -> bytes:
 def _read_header(data: bytes, name: str) -> tuple[tuple[int, int], int, bytes, int]:
     if len(data) < _HEADER.size or data[:4] != _MAGIC:
         raise UserError(f"{name} is corrupted: it does not start with a mask header; fetch or save the adapter again")
-    _, version, coding, rows, columns, removed_count, digest = _HEADER.unpack_from(data)
-    if not removed_count <= rows * columns <= _MAX_NUMEL or rows * columns == 0:
+    _, version, coding, rows, columns, num_removed, digest = _HEADER.unpack_from(data)
+    if not num_removed <= rows * columns <= _MAX_NUMEL or rows * columns == 0:
         raise UserError(
-            f"{name} is corrupted: it removes {removed_count} of {rows} x {columns} weights; fetch or save the adapter "
+            f"{name} is corrupted: it removes {num_removed} of {rows} x {columns} weights; fetch or save the adapter "
             "again"
         )
     if version > FORMAT_VERSION:
@@ -132,50 +159,57 @@ def _read_header(data: bytes, name: str) -> tuple[tuple[int, int], int, bytes, i
             f"{name} is corrupted: there is no mask format {version} with coding {coding}; fetch or save the adapter "
             "again"
         )
-    return (rows, columns), removed_count, digest, coding
+    return (rows, columns), num_removed, digest, coding
 
 
-def _digest(shape: Sequence[int], removed_count: int, packed: np.ndarray) -> bytes:
-    content = struct.pack("<HIIQ", _DIGEST_VERSION, *shape, removed_count) + packed.tobytes()
+def _digest(shape: Sequence[int], num_removed: int, packed: np.ndarray) -> bytes:
+    content = struct.pack("<HIIQ", _DIGEST_VERSION, *shape, num_removed) + packed.tobytes()
     return bytes.fromhex(files.digest(content))
 
 
 # Codings of the packed mask
 
 
-def _smallest(packed: np.ndarray, numel: int, removed_count: int) -> tuple[bytes, int]:
+def _smallest(packed: np.ndarray, numel: int, num_removed: int) -> tuple[bytes, int]:
     """The shortest payload, and its coding."""
-    if removed_count in (0, numel):
+    if num_removed in (0, numel):
         return b"", _ANS
     plain = packed.tobytes()
-    found = [(_write_ans(packed, numel, removed_count), _ANS), (zlib.compress(plain, level=1), _ZLIB)]
-    shortest = min(found, key=lambda each: len(each[0]))
-    return shortest if len(shortest[0]) <= (1 - _WORTH_CODING) * len(plain) else (plain, _BITMAP)
+    by_ans = _write_ans(packed, numel, num_removed)
+    by_zlib = zlib.compress(plain, level=1)
+    payload, coding = (by_ans, _ANS) if len(by_ans) <= len(by_zlib) else (by_zlib, _ZLIB)
+    if len(payload) > (1 - _WORTH_CODING) * len(plain):
+        return plain, _BITMAP
+    return payload, coding
 
 
-def _model(numel: int, removed_count: int) -> Any:
+def _model(numel: int, num_removed: int) -> Any:
     """Model of the bytes of a packed mask in which every weight is removed with the same probability."""
-    # Quotients of integers are rounded correctly everywhere; powers of floats are not, and code otherwise.
-    by_ones = [removed_count**ones * (numel - removed_count) ** (8 - ones) / numel**8 for ones in range(9)]
+    # The decoder needs the encoder's probabilities bit for bit, on any machine: quotients of integers are rounded
+    # correctly everywhere, powers of floats are not.
+    num_kept = numel - num_removed
+    by_ones = [num_removed**ones * num_kept ** (8 - ones) / numel**8 for ones in range(9)]
     probabilities = np.array([by_ones[byte.bit_count()] for byte in range(256)])
     # Both options have changed their default between releases, and the code with it.
     return constriction.stream.model.Categorical(probabilities, perfect=False, lazy=False)
 
 
-def _write_ans(packed: np.ndarray, numel: int, removed_count: int) -> bytes:
+def _write_ans(packed: np.ndarray, numel: int, num_removed: int) -> bytes:
     """Little-endian 32-bit words without the zero bytes at their end."""
     coder = constriction.stream.stack.AnsCoder()
-    coder.encode_reverse(packed.astype(np.int32), _model(numel, removed_count))
+    coder.encode_reverse(packed.astype(np.int32), _model(numel, num_removed))
     words: np.ndarray = coder.get_compressed()
     return words.astype("<u4").tobytes().rstrip(b"\0")
 
 
-def _read_ans(payload: bytes, numel: int, removed_count: int) -> np.ndarray:
+def _read_ans(payload: bytes, numel: int, num_removed: int) -> np.ndarray:
+    if num_removed in (0, numel):
+        return np.packbits(np.full(numel, num_removed > 0))
     num_bytes = (numel + 7) // 8
-    if removed_count in (0, numel):
-        return np.packbits(np.full(numel, removed_count > 0))
-    words = np.frombuffer(payload + bytes(-len(payload) % 4), dtype="<u4").astype(np.uint32)
-    coder, model = constriction.stream.stack.AnsCoder(words), _model(numel, removed_count)
+    zeros_at_end = bytes(-len(payload) % 4)  # which _write_ans leaves out
+    words = np.frombuffer(payload + zeros_at_end, dtype="<u4").astype(np.uint32)
+    coder = constriction.stream.stack.AnsCoder(words)
+    model = _model(numel, num_removed)
     packed = np.empty(num_bytes, dtype=np.uint8)
     for start in range(0, num_bytes, _CHUNK):
         packed[start : start + _CHUNK] = coder.decode(model, min(_CHUNK, num_bytes - start))
@@ -184,9 +218,9 @@ def _read_ans(payload: bytes, numel: int, removed_count: int) -> np.ndarray:
     return packed
 
 
-def _read_packed(payload: bytes, coding: int, numel: int, removed_count: int) -> np.ndarray:
+def _read_packed(payload: bytes, coding: int, numel: int, num_removed: int) -> np.ndarray:
     if coding == _ANS:
-        return _read_ans(payload, numel, removed_count)
+        return _read_ans(payload, numel, num_removed)
     if coding == _ZLIB:
         payload = zlib.decompressobj().decompress(payload, (numel + 7) // 8 + 1)
     if len(payload) != (numel + 7) // 8:

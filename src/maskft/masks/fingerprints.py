@@ -1,9 +1,9 @@
-"""What tells a base from another, and a mask from another: sha256 over weights and over masks."""
+"""Fingerprints of base weights and of masks: sha256 that tells whether two are the same."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -43,14 +43,15 @@ def is_the_base(found: str, dtypes: Collection[torch.dtype], config: Any) -> boo
 
     Args:
         found: Their fingerprint.
-        dtypes: What they are stored in; float16 rounds otherwise than bfloat16, so that it warns and passes.
-        config: The mask's, with a ``base_fingerprint``; those of earlier versions end in a colon and 64 weights.
+        dtypes: Their dtypes. float16 and bfloat16 round differently, so that float16 weights pass with a warning.
+        config: The mask's, with a ``base_fingerprint``.
     """
-    if found == config.base_fingerprint.partition(":")[0]:
+    if found == config.base_fingerprint:
         return True
     if torch.float16 in dtypes:
         warnings.warn("base weights are in float16, so that they are not checked against those of the mask's training")
-    return torch.float16 in dtypes
+        return True
+    return False
 
 
 def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
@@ -62,12 +63,21 @@ def base_fingerprint(layers: Iterable[MaskedLinear]) -> str:
 
 
 def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names (in their order) and weights, one in memory at a time, rounded to bfloat16.
+    """sha256 over names (in their order) and weights, one in memory at a time.
 
-    Rounding makes a model loaded in bfloat16 match the float32 one it was rounded from.
+    Weights are rounded to bfloat16, so that a model loaded in bfloat16 matches the float32 one it was rounded from.
+    Negative zeros count as zeros: a model with -0.0 where another has +0.0 computes the same outputs up to the sign of
+    zeros, and operations that copy weights do not keep that sign (``torch.lerp(w, w, 0)``; dequantised GGUF files hold
+    -0.0). So both are the same base for a mask.
     """
-    whole = ((name, _gathered(weight)) for name, weight in weights)
-    return digest_tensors((f"{name}{tuple(weight.shape)}", weight.to(torch.bfloat16)) for name, weight in whole)
+    return digest_tensors(_labelled(weights))
+
+
+def _labelled(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in weights:
+        whole = _gathered(weight)
+        # IEEE 754: -0.0 + 0.0 is +0.0, and every other number is unchanged.
+        yield f"{name}{tuple(whole.shape)}", whole.to(torch.bfloat16) + 0.0
 
 
 def _gathered(weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A set of masks by module name: what an adapter is, apart from any model."""
+"""The masks of an adapter by module name, apart from any model, and reading them from an adapter folder."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from maskft_common import files, layout, schema
 from maskft_common.errors import UserError
 
 from .adapter import check_weights
-from .codec import FORMAT_VERSION, PREFIX, decode_mask, is_of_mask, mask_info
+from .codec import FORMAT_VERSION, PREFIX, check_claims, decode_mask, is_of_mask
 from .fingerprints import mask_fingerprint
 
 _SUFFIX = ".mask_coded"
 
 
 class MaskSet(dict[str, Tensor]):
-    """Module name -> bool mask, True = keep. Checked when a mask is put in.
+    """Module name -> bool mask, True = keep. Each mask is checked when it is put in.
 
     Example:
         >>> masks = MaskSet({"model.layers.0.mlp.up_proj": torch.tensor([[True, False]])})
@@ -57,8 +57,13 @@ class MaskSet(dict[str, Tensor]):
         return self.num_removed / self.numel if self.numel else 0.0
 
     def apply_(self, model: nn.Module) -> None:
-        """Zero the removed weights of a plain model in place, as merging an adapter of removed_value zero does."""
-        modules, weights = dict(model.named_modules()), dict[str, Tensor]()
+        """Zero the removed weights of a plain model in place, as merging an adapter of removed_value zero does.
+
+        Raises:
+            UserError: If the model lacks a module, or has a weight of another shape; it is then unchanged.
+        """
+        modules = dict(model.named_modules())
+        weights: dict[str, Tensor] = {}
         for name, mask in self.items():
             weight = getattr(modules.get(name), "weight", None)
             if weight is None:
@@ -66,8 +71,10 @@ class MaskSet(dict[str, Tensor]):
             if weight.shape != mask.shape:
                 raise UserError(f"{name}: mask {tuple(mask.shape)} and weight {tuple(weight.shape)} differ in shape")
             weights[name] = weight
+
         for name, mask in self.items():
-            weights[name].data.masked_fill_(~mask.to(weights[name].device), 0.0)
+            removed = ~mask.to(weights[name].device)
+            weights[name].data.masked_fill_(removed, 0.0)
 
     @classmethod
     def from_adapter(cls, folder: str | Path) -> MaskSet:
@@ -75,8 +82,11 @@ class MaskSet(dict[str, Tensor]):
         return cls({name: decode_mask(coded, name) for name, coded in read_coded(folder).items()})
 
 
+# Reading an adapter folder, which may be a stranger's
+
+
 class AdapterConfig(schema.FileModel):
-    """What is read of a mask's ``adapter_config.json``; the settings themselves are ``MaskConfig``'s."""
+    """The fields of a mask's ``adapter_config.json`` that are read without a model; ``MaskConfig`` has all of them."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -86,7 +96,6 @@ class AdapterConfig(schema.FileModel):
     revision: str | None = None
     task_type: str | None = None
     selection: str = "topk"
-    scope: str = "matrix"
     sparsity: float = 0.1
     sparsity_ramp: float = 0.0
     progress: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -94,7 +103,7 @@ class AdapterConfig(schema.FileModel):
     removed_value_model: str | None = None
     removed_value_fingerprint: str | None = None
     save_scores: bool = False
-    base_fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}(:[0-9a-f]+)?$")] | None = None
+    base_fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     verify_base: bool = True
     mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     weights_sha256: dict[str, str] | None = None
@@ -109,31 +118,40 @@ class AdapterConfig(schema.FileModel):
 
 
 def read_config(folder: str | Path) -> AdapterConfig:
-    """``adapter_config.json`` of a mask adapter, or one clear error."""
+    """Read ``adapter_config.json`` of a mask adapter.
+
+    Raises:
+        UserError: If the folder is not an adapter, holds a link out of it, or the file has another structure.
+    """
     file = _file(folder, layout.ADAPTER_CONFIG)
     return schema.read_model(AdapterConfig, files.read_json(file), file, "name the folder of a mask, or save it again")
 
 
 def read_coded(folder: str | Path) -> dict[str, Tensor]:
-    """Coded masks of an adapter folder by module name, not yet decoded.
+    """Read the masks of an adapter folder, not yet decoded; module name -> 1-D uint8 tensor, see ``codec``.
 
     Raises:
-        UserError: If the file is not that of its ``adapter_config.json``, by the checksums there.
+        UserError: If the masks are not those of ``adapter_config.json``, by the checksums there, or claim more weights
+            than their bytes can hold.
     """
-    file, config = _file(folder, layout.ADAPTER_WEIGHTS), read_config(folder)
+    config = read_config(folder)
+    file = _file(folder, layout.ADAPTER_WEIGHTS)
     try:
         tensors = safetensors.torch.load_file(str(file))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from error
-    coded = {
-        key.removeprefix(PREFIX).removesuffix(_SUFFIX): value for key, value in tensors.items() if key.endswith(_SUFFIX)
-    }
+
+    coded = {}
+    for key, value in tensors.items():
+        if key.endswith(_SUFFIX):
+            coded[key.removeprefix(PREFIX).removesuffix(_SUFFIX)] = value
     if not coded:
         raise UserError(f"{file} holds no mask")
     if mask_fingerprint(coded) != config.mask_sha256:
         raise UserError(
             f"the masks in {file} do not match mask_sha256 in {layout.ADAPTER_CONFIG}; they are of two adapters"
         )
+    check_claims(coded)
     check_weights({key: value for key, value in tensors.items() if not is_of_mask(key)}, config.weights_sha256)
     return coded
 
@@ -141,22 +159,8 @@ def read_coded(folder: str | Path) -> dict[str, Tensor]:
 def _file(folder: str | Path, name: str) -> Path:
     if not layout.holds_adapter(folder):
         raise layout.no_adapter(folder)
-    file = files.own_file(folder, name)
+    files.check_own_files(folder)
+    file = Path(folder) / name
     if not file.is_file():
         raise UserError(f"adapter {str(folder)!r} has no {name}: copy the whole folder, or save it again")
     return file
-
-
-def describe(coded: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """One row per module, in name order: module, shape, numel, num_removed, sparsity, num_bytes."""
-    rows = []
-    for name in sorted(coded, key=_natural):
-        info = mask_info(coded[name], name)
-        numel = info["shape"][0] * info["shape"][1]
-        rows.append({"module": name, "numel": numel, "sparsity": info["num_removed"] / numel, **info})
-    return rows
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 10 after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

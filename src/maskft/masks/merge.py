@@ -12,16 +12,19 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from maskft_common import files
-from maskft_common.errors import UserError, first_line
+from maskft_common.errors import UserError, first_line, printable
 
 from ..models import base_of, load_model, load_tokenizer
-from ..tuner import adapter_layers, current_masks
+from ..tuner import MaskedLinear, adapter_layers, current_masks
 from ..weights import lerp
 from .codec import PREFIX
 from .mask_set import MaskSet, read_config
 
+_ADAPTER = "default"  # the name that PeftModel.from_pretrained gives
+_PROBE_SEQUENCES = 2
 _PROBE_TOKENS = 64
-ONE_LINE = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError, SafetensorError, re.error)  # PEFT's
+# Errors that PEFT, torch and safetensors raise for an adapter that does not fit.
+ONE_LINE = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, OSError, SafetensorError, re.error)
 
 
 def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "float32"):
@@ -36,7 +39,8 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
     name = base or base_of(adapter, config.base_model_name_or_path or "")
     if not name:
         raise UserError(f"the adapter {str(adapter)!r} does not name its base model; pass --base")
-    revision = (config.revision if base in (None, config.base_model_name_or_path) else None) or "main"
+    is_named_base = base in (None, config.base_model_name_or_path)
+    revision = config.revision if is_named_base and config.revision else "main"
     model = load_model(name, dtype, revision=revision)
     with one_line(adapter, f"does not fit {name!r}"):
         model = PeftModel.from_pretrained(model, str(adapter))
@@ -45,7 +49,7 @@ def load_masked(adapter: str | Path, base: str | None = None, dtype: str = "floa
 
 @contextmanager
 def one_line(adapter: str | Path, problem: str) -> Iterator[None]:
-    """Make one line of the errors that PEFT raises for an adapter."""
+    """Turn the errors that PEFT raises for an adapter into one line."""
     try:
         yield
     except UserError:
@@ -73,7 +77,7 @@ def merge(
         scale: Part of the change, in (0, 1]: removed weights keep the rest of their value, as in a path of a study.
 
     Returns:
-        What was done, in a line.
+        A line that says how many weights were set, and where.
     """
     files.check_no_link(Path(output_dir))
     output_dir = Path(output_dir).resolve()
@@ -81,28 +85,45 @@ def merge(
         raise UserError(f"output_dir {str(output_dir)!r} is not empty; name another folder")
     if not 0 < scale <= 1:
         raise UserError(f"scale is {scale}; it is the part of the change, in (0, 1]")
+
+    config = read_config(adapter)
     model, tokenizer, _ = load_masked(adapter, base, dtype)
-    for layer in adapter_layers(model).values() if scale < 1 else ():
-        weight = layer.weight.detach()
-        end = layer.removed_value("default")
-        layer.removed_values["default"] = lerp(weight, torch.zeros_like(weight) if end is None else end, scale)
+    layers = {name.removeprefix(PREFIX): layer for name, layer in adapter_layers(model).items()}
+    if scale < 1:
+        for layer in layers.values():
+            _scale_change(layer, scale)
+    masks = MaskSet(current_masks(model))
+    removed_values = {name: layer.removed_value(_ADAPTER) for name, layer in layers.items()}
     probe = _probe(model)
     expected = _logits(model, probe)
-    config = read_config(adapter)
-    masks = MaskSet(current_masks(model))
-    values = {n.removeprefix(PREFIX): layer.removed_value("default") for n, layer in adapter_layers(model).items()}
+
     merged = model.merge_and_unload()
-    merged.config.use_cache = True  # a base that was trained further may say no, and generation would be slow
-    target = f"their value in {Path(config.removed_value_model).name}" if config.removed_value_model else "zero"
+    merged.config.use_cache = True  # a base that was trained further may say False, and generation would be slow
     with files.whole_folder(output_dir) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        _verify_written(partial, probe, expected, masks, values, merged.dtype)
+        files.use_default_modes(partial)
+        written = load_model(str(partial), str(merged.dtype).removeprefix("torch."))
+        _check_logits(written, probe, expected)
+        _check_removed(written, masks, removed_values)
+
+    target = "zero"
+    if config.removed_value_model:
+        target = f"their value in {printable(Path(config.removed_value_model).name)}"
+    share = "" if scale == 1 else f"{scale:g} of the way to "
     return (
         f"{output_dir}: {masks.num_removed:,} of {masks.numel:,} weights in {len(masks)} modules set to "
-        f"{'' if scale == 1 else f'{scale:g} of the way to '}{target}; "
-        "reloaded and bitwise equal to the masked model on a probe"
+        f"{share}{target}; reloaded and bitwise equal to the masked model on a probe"
     )
+
+
+def _scale_change(layer: MaskedLinear, scale: float) -> None:
+    """Let removed weights go only this part of the way from their value to that of a removed weight."""
+    weight = layer.weight.detach()
+    end = layer.removed_value(_ADAPTER)
+    if end is None:
+        end = torch.zeros_like(weight)
+    layer.removed_values[_ADAPTER] = lerp(weight, end, scale)
 
 
 def adapter_tokenizer(adapter: str | Path, base: str, *template, **kwargs):
@@ -112,9 +133,12 @@ def adapter_tokenizer(adapter: str | Path, base: str, *template, **kwargs):
 
 
 def _probe(model) -> torch.Tensor:
+    """Random token ids, the same at every call."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    shape = (2, min(_PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or _PROBE_TOKENS))
-    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0)).to(model.device)
+    longest = getattr(model.config, "max_position_embeddings", None) or _PROBE_TOKENS
+    shape = (_PROBE_SEQUENCES, min(_PROBE_TOKENS, longest))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocabulary, shape, generator=generator).to(model.device)
 
 
 @torch.inference_mode()
@@ -122,12 +146,16 @@ def _logits(model, ids: torch.Tensor) -> torch.Tensor:
     return model.eval()(input_ids=ids, use_cache=False).logits.cpu()
 
 
-def _verify_written(folder: Path, probe, expected, masks: MaskSet, values, dtype) -> None:
-    written = load_model(str(folder), str(dtype).removeprefix("torch."))
+def _check_logits(written, probe: torch.Tensor, expected: torch.Tensor) -> None:
     if not torch.equal(_logits(written.to(probe.device), probe), expected):
-        raise UserError("the written checkpoint does not give the masked model's logits bit for bit; nothing was kept")
+        raise UserError("the written checkpoint does not give the masked model's logits bit for bit; it was deleted")
+
+
+def _check_removed(written, masks: MaskSet, removed_values: dict[str, torch.Tensor | None]) -> None:
     for name, mask in masks.items():
-        written_values = written.get_submodule(name).weight.detach().cpu()[~mask]
-        value = 0.0 if values[name] is None else values[name].cpu()[~mask]
-        if not bool((written_values == value).all()):
+        removed = ~mask.cpu()
+        weight = written.get_submodule(name).weight.detach().cpu()
+        values = removed_values[name]
+        expected = 0.0 if values is None else values.cpu()[removed]
+        if not bool((weight[removed] == expected).all()):
             raise UserError(f"the written checkpoint has other weights where {name} is masked; it was deleted")

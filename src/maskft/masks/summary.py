@@ -1,0 +1,155 @@
+"""A saved mask in a table and a few lines, for people: ``maskft inspect``."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from maskft_common.errors import printable
+
+from .codec import mask_info
+from .mask_set import AdapterConfig, read_coded, read_config
+
+# The index of a decoder layer in a module's name. Longer numbers are names: Python takes seconds to read 5,000 digits.
+_INDEX = re.compile(r"[0-9]{1,9}")
+_WIDTH = 100  # columns of wrapped text
+_COUNTS = ("numel", "num_removed", "num_bytes")
+
+
+class AdapterSummary(NamedTuple):
+    """What an adapter folder holds.
+
+    Attributes:
+        modules: A row per module, in the order of the layers, see :func:`module_rows`.
+        total: ``numel``, ``num_removed``, ``num_bytes`` and ``sparsity`` over all modules.
+        config: Its ``adapter_config.json``.
+    """
+
+    modules: list[dict[str, Any]]
+    total: dict[str, Any]
+    config: AdapterConfig
+
+
+def summarize(folder: str | Path) -> AdapterSummary:
+    """Read an adapter folder; masks are checked by ``mask_sha256`` and not decoded."""
+    config = read_config(folder)
+    rows = module_rows(read_coded(folder))
+    return AdapterSummary(rows, _sum(rows), config)
+
+
+def as_json(summary: AdapterSummary) -> dict[str, Any]:
+    """The summary for programs: rows, total and the fields of the configuration, the recipe's as ``recipe.NAME``."""
+    config = summary.config
+    return {
+        "modules": summary.modules,
+        "total": summary.total,
+        "base_model": config.base_model_name_or_path,
+        "base_fingerprint": config.base_fingerprint,
+        "removed_value_model": config.removed_value_model,
+        "removed_value_fingerprint": config.removed_value_fingerprint,
+        "mask_sha256": config.mask_sha256,
+        "format_version": config.format_version,
+        "has_scores": config.save_scores,
+        "replaced_weights": sorted(config.weights_sha256) if config.weights_sha256 else None,
+        **{f"recipe.{key}": value for key, value in config.recipe.items()},
+    }
+
+
+def module_rows(coded: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """One row per module: module, shape, numel, num_removed, sparsity, sha256, num_bytes; layer 10 after layer 9."""
+    rows = []
+    for name in sorted(coded, key=_in_layer_order):
+        info = mask_info(coded[name], name)
+        numel = info["shape"][0] * info["shape"][1]
+        rows.append({"module": name, "numel": numel, "sparsity": info["num_removed"] / numel, **info})
+    return rows
+
+
+def summary_lines(summary: AdapterSummary, all_modules: bool = False) -> list[str]:
+    """The summary as lines of text: a table, and the facts that a reader asks for first.
+
+    Args:
+        summary: The summary.
+        all_modules: A row per module; else modules of one name and shape in several layers share a row.
+    """
+    rows = summary.modules if all_modules else _by_kind(summary.modules)
+    cells = [("module", "shape", "weights", "removed", "share", "bits/weight")]
+    cells += [_cells(row) for row in rows]
+    cells.append(_cells({"module": "total", **summary.total}))
+
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = []
+    for name, *numbers in cells:
+        right = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *right]))
+    rule = "-" * len(lines[0])
+    table = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+    facts = [f"{name}: {printable(value)}" for name, value in _facts(summary).items()]
+    wrapped = [line for fact in facts for line in textwrap.wrap(fact, _WIDTH, subsequent_indent="  ")]
+    return [*table, "", *wrapped]
+
+
+def _in_layer_order(name: str) -> list[tuple[int, str]]:
+    parts = name.split(".")
+    return [(int(part), "") if _INDEX.fullmatch(part) else (-1, part) for part in parts]
+
+
+def _sum(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    total: dict[str, Any] = {key: sum(row[key] for row in rows) for key in _COUNTS}
+    total["sparsity"] = total["num_removed"] / total["numel"]
+    return total
+
+
+def _by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join the rows of modules that differ in the index of their layer only: ``model.layers.*.mlp.up_proj``."""
+    kinds: dict[tuple[str, tuple[int, int]], list[dict[str, Any]]] = {}
+    for row in rows:
+        parts = row["module"].split(".")
+        name = ".".join("*" if _INDEX.fullmatch(part) else part for part in parts)
+        kinds.setdefault((name, row["shape"]), []).append(row)
+
+    joined = []
+    for (name, shape), members in kinds.items():
+        if len(members) == 1:
+            joined.append(members[0])
+        else:
+            joined.append({"module": f"{name} ({len(members)})", "shape": shape, **_sum(members)})
+    return joined
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        printable(row["module"]),
+        " x ".join(str(size) for size in row.get("shape", ())),
+        f"{row['numel']:,}",
+        f"{row['num_removed']:,}",
+        f"{row['sparsity']:.2%}",
+        f"{8 * row['num_bytes'] / row['numel']:.3f}",
+    )
+
+
+def _facts(summary: AdapterSummary) -> dict[str, str]:
+    config = summary.config
+    facts = {
+        "base model": config.base_model_name_or_path,
+        "base fingerprint": config.base_fingerprint,
+        "mask sha256": config.mask_sha256,
+        "size": f"{summary.total['num_bytes']:,} bytes in {len(summary.modules)} masks",
+    }
+    if config.removed_value_model:
+        facts["removed weights take their value in"] = config.removed_value_model
+    if config.weights_sha256:
+        facts["replaced_weights"] = ", ".join(sorted(config.weights_sha256))
+    if config.save_scores:
+        facts["scores"] = "saved; it can be trained further"
+    if config.recipe.get("verdict"):
+        facts["on held-out rows"] = str(config.recipe["verdict"])
+    settings = [f"{key}={value}" for key, value in config.recipe.items() if key != "verdict"]
+    if settings:
+        facts["trained with"] = ", ".join(settings)
+    return {name: str(value) for name, value in facts.items() if value is not None}
