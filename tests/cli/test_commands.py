@@ -152,7 +152,7 @@ def test_verify(adapter, base, tmp_path, capsys):
 def test_inspect_and_verify_show_what_replaces_the_base(base, tmp_path, capsys):
     config = MaskConfig(layers_to_transform=[0], modules_to_save=["lm_head"])
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path)
-    assert "replaced_weights: ['lm_head.weight']" in call(["inspect", tmp_path], capsys)[1]
+    assert "replaces in full: lm_head.weight" in call(["inspect", tmp_path], capsys)[1]
     assert (
         "replaces weights of the base, as the configuration says: lm_head.weight"
         in call(["verify", tmp_path], capsys)[1]

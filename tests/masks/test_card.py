@@ -85,3 +85,14 @@ def test_an_authors_own_card_is_left_alone(base, tmp_path):
     nameless = get_peft_model(tiny.tiny_llama(), MaskConfig(layers_to_transform=[1]))
     nameless.save_pretrained(tmp_path / "nameless")
     assert "base: the model that was masked, loaded before" in (tmp_path / "nameless" / "README.md").read_text()
+
+
+def test_a_card_of_a_stranger_s_configuration_writes_no_markup(adapter):
+    config = MaskConfig.from_pretrained(adapter)
+    config.removed_value = "base"
+    config.removed_value_model = "x`\n<img src=1>\x1b[31m"
+    config.recipe = {"a|b": "[x](http://evil) <script>"}
+    write_card(adapter, config)
+    body = card_of(adapter)[1]
+    assert r"takes its value in `x'\n<img src=1>\x1b[31m`." in body
+    assert r"| a\|b | \[x\](http://evil) \<script\> |" in body

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskft.masks.codec import HEADER_BYTES, decode_mask, encode_mask, mask_info
+from maskft.masks.codec import HEADER_BYTES, check_claims, decode_mask, encode_mask, mask_info
 from maskft_common.errors import UserError
 
 
@@ -153,3 +153,12 @@ def test_shapes_that_no_layer_has(shape):
     for read in (decode_mask, mask_info):
         with pytest.raises(UserError, match=f"it removes 0 of {shape[0]} x {shape[1]} weights"):
             read(coded)
+
+
+def test_sixty_masks_together_claim_no_more_than_a_model():
+    """Each alone may be a large matrix in 64 bytes; decoded they would take 4 GB."""
+    coded = encode_mask(torch.ones(20, 30, dtype=torch.bool))
+    coded[8:16] = torch.frombuffer(bytearray(struct.pack("<II", 2**13, 2**13)), dtype=torch.uint8)
+    check_claims({f"layers.{n}": coded for n in range(31)})
+    with pytest.raises(UserError, match="the adapter claims 4,026,531,840 weights in 3,840 bytes"):
+        check_claims({f"layers.{n}": coded for n in range(60)})

@@ -99,6 +99,7 @@ def combine_adapters(adapters: Sequence[str | Path], combination: str, output_di
     with files.whole_folder(output_dir) as partial:
         tensors = {f"{PREFIX}{module}.mask_coded": code for module, code in coded.items()}
         save_file(tensors, partial / layout.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        files.use_default_modes(partial)
         new_config.save_pretrained(str(partial))
     unchecked = "" if new_config.base_fingerprint else "; the base's fingerprint is not recorded"
     return (

@@ -144,7 +144,7 @@ def _facts(summary: AdapterSummary) -> dict[str, str]:
     if config.removed_value_model:
         facts["removed weights take their value in"] = config.removed_value_model
     if config.weights_sha256:
-        facts["replaced_weights"] = ", ".join(sorted(config.weights_sha256))
+        facts["replaces in full"] = ", ".join(sorted(config.weights_sha256))
     if config.save_scores:
         facts["scores"] = "saved; it can be trained further"
     if config.recipe.get("verdict"):
