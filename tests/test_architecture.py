@@ -13,7 +13,8 @@ SOURCE = ROOT / "src"
 LAYERS = {
     "method": [
         *("maskft_common/errors", "maskft_common/layout", "maskft_common/files", "maskft_common/schema"),
-        *("maskft_common/yaml_file", "maskft/quant", "maskft/embedded", "maskft/models", "maskft/weights"),
+        *("maskft_common/yaml_file", "maskft_common/command_line"),
+        *("maskft/quant", "maskft/embedded", "maskft/models", "maskft/weights"),
         # The plain tuner, and the add-ons over it; none of them is needed by the tuner.
         *("maskft/masking", "maskft/tuner", "maskft/masks", "maskft/fast", "maskft/fsdp", "maskft/learners"),
         *("maskft/baselines", "maskft/axolotl"),
@@ -120,6 +121,16 @@ def test_the_plain_tuner_has_four_floors_and_needs_no_add_on():
     assert {module: floor(module) for module in files if floor(module) > 4} == {}
     rooms = {room_of(module) for file in files.values() for module in imports_of(file)} - {None}
     assert rooms <= {"maskft/tuner", "maskft/masking", *(room for room in ROOMS if room.startswith("maskft_common/"))}
+
+
+def test_a_study_has_five_floors():
+    files = {".".join(file.relative_to(SOURCE).with_suffix("").parts): file for file in files_of("maskft_lab/study")}
+
+    def floor(module):
+        below = set(imports_of(files[module])) & files.keys() - {module}
+        return 1 + max(map(floor, below), default=0)
+
+    assert {module: floor(module) for module in files if floor(module) > 5} == {}
 
 
 @pytest.mark.parametrize("room", WITHOUT_TORCH)

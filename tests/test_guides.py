@@ -13,7 +13,7 @@ import yaml
 
 from maskft.tuner.selection import LEARNERS
 from maskft_lab.cli.main import main
-from maskft_lab.study.recipe import parse_recipe
+from maskft_lab.study.load_recipe import parse_recipe
 
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))

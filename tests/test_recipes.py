@@ -21,10 +21,11 @@ from maskft.training.options import option_defaults
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.targets import check_targets, maskable_names
 from maskft_lab.cli.main import main
-from maskft_lab.cli.study import check
 from maskft_lab.cli.train import parse
+from maskft_lab.study.check import checked_plan
 from maskft_lab.study.dry_run import cost_of
-from maskft_lab.study.recipe import PRETRAINED, load_recipe
+from maskft_lab.study.load_recipe import load_recipe
+from maskft_lab.study.recipe import PRETRAINED
 from tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +93,7 @@ def test_run(recipe):
 def planned(file):
     """A recipe and its runs, which several tests look at."""
     recipe = load_recipe(file)
-    return recipe, check(recipe)
+    return recipe, checked_plan(recipe)
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=name)
@@ -100,7 +101,7 @@ def test_study(file):
     """What a run costs is known, its sets are, and no set has longer rows on the average than are kept."""
     recipe, plan = planned(file)
     for run in plan.runs:
-        tokens, seconds = cost_of(plan, run)
+        tokens, seconds = cost_of(plan.recipe, run)
         trained = run.method.method != PRETRAINED and run.method.method in ("full", "peft", "mask")
         assert (tokens > 1_000) == trained == (seconds > 0)
         for part in parse_mixture(run.options.get("dataset_name", "rows.jsonl")):
@@ -167,7 +168,7 @@ def test_the_lines_for_alpaca_eval(file, tmp_path):
     (tmp_path / file.name).write_text("\n".join(lines))
     (tmp_path / "chat_template.jinja").write_text((file.parent / "chat_template.jinja").read_text())
     old, new = planned(file)[0].evaluation, load_recipe(tmp_path / file.name)
-    assert check(new).runs and new.evaluation["tasks"] == [*old["tasks"], "alpaca_eval"]
+    assert checked_plan(new).runs and new.evaluation["tasks"] == [*old["tasks"], "alpaca_eval"]
     assert set(new.evaluation) - set(old) == {"alpaca_annotator"}
 
 

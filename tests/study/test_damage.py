@@ -6,13 +6,12 @@ import shutil
 from maskft_common import files, layout
 from maskft_lab.cli.main import main
 from maskft_lab.study.damage import damage_of_result, damage_of_run
-from maskft_lab.study.execute import Study
 from small_study import FULL, MASK, outcome, recipe, write
 
 
 def test_a_damaged_study_stops_and_makes_again_what_is_removed(base, data, tmp_path, monkeypatch, capsys):
     """In this process, without a new interpreter for each command."""
-    monkeypatch.setattr(Study, "call", lambda self, words, log, tick: main(words[3:]))
+    monkeypatch.setattr("maskft_lab.study.make.run_command", lambda words, log, tick, lock_fd: main(words[3:]))
     methods = {"full": {**FULL, "num_train_epochs": 1, "last": None}, "mask": {**MASK, "last": None}}
     file, out = write(tmp_path, recipe(base, data, methods)), tmp_path / "out"
     words = ["study", str(file), "--output_dir", str(out)]
@@ -26,12 +25,12 @@ def test_a_damaged_study_stops_and_makes_again_what_is_removed(base, data, tmp_p
     (result,) = out.glob(f"{layout.RESULTS}/mask-*/{layout.RESULT}")
     result.write_text(result.read_text()[:-100])
     for file, problem in (
-        (weights, "full, seed 0: its model.safetensors is not what was written"),
+        (weights, "full, seed 0: its model.safetensors differs from the file that was written"),
         (result, "not JSON"),
     ):
         assert main(words) == 2
         err = capsys.readouterr().err
-        assert problem in err and f"remove {str(file.parent)!r}, and it is made again" in err
+        assert problem in err and f"delete {str(file.parent)!r} to run it again" in err
         shutil.rmtree(file.parent)
     assert main(words) == 0
     assert outcome(out) == whole and trained == {path: path.stat().st_mtime_ns for path in trained}
@@ -53,7 +52,7 @@ def test_what_counts_as_damage(tmp_path):
     (tmp_path / layout.LOG).write_text("new")
     assert damage_of_run(tmp_path) is None
     weights.write_bytes(b"Weights")
-    assert damage_of_run(tmp_path) == "its last/model.safetensors is not what was written"
+    assert damage_of_run(tmp_path) == "its last/model.safetensors differs from the file that was written"
     weights.unlink()
     assert damage_of_run(tmp_path) == "its last/model.safetensors is missing"
     account.write_text(json.dumps(record))  # of an earlier version

@@ -8,15 +8,17 @@ import yaml
 from maskft.data.splits import load_splits
 from maskft_common import files, layout
 from maskft_common.errors import UserError
-from maskft_lab.cli import evaluate
 from maskft_lab.cli.main import main
-from maskft_lab.cli.study import check
-from maskft_lab.study.check import parsed_run
-from maskft_lab.study.execute import Study, _model_options, evaluation_words
+from maskft_lab.evaluation import command_line as evaluate
+from maskft_lab.study.check import checked_plan
+from maskft_lab.study.folder import Study
+from maskft_lab.study.load_recipe import parse_recipe
+from maskft_lab.study.make import _model_options, evaluation_words
+from maskft_lab.study.path import choose, path_sets, points_of
 from maskft_lab.study.plan import build_plan
-from maskft_lab.study.recipe import Choice, parse_recipe
-from maskft_lab.study.runs import ChosenFrom, Heldout, Trial
-from maskft_lab.study.tuning import choose, points_of
+from maskft_lab.study.recipe import Choice
+from maskft_lab.study.run_options import parsed_run
+from maskft_lab.study.study_run import Heldout, PathPoint, Trial
 from small_study import recipe, write
 
 LORA = {"method": "peft", "peft_config": {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}}
@@ -27,7 +29,9 @@ STEPS = {"max_steps": 4, "eval_steps": 0.5, "save_steps": 0.5}
 def commands(monkeypatch):
     """Commands run in this process, which saves a start of Python for each."""
     found = []
-    monkeypatch.setattr(Study, "call", lambda self, words, log, tick: found.append(words[3]) or main(words[3:]))
+    monkeypatch.setattr(
+        "maskft_lab.study.make.run_command", lambda words, log, tick, lock_fd: found.append(words[3]) or main(words[3:])
+    )
     return found
 
 
@@ -56,7 +60,7 @@ def content(study):
 
 
 def planned(content, look=lambda run: None):
-    return build_plan(check(parse_recipe(content)).recipe, look)
+    return build_plan(checked_plan(parse_recipe(content)).recipe, look)
 
 
 def test_every_point_is_measured_on_heldout_rows_and_probes(content, tmp_path, commands):
@@ -138,7 +142,7 @@ def test_a_choice_is_made_among_all_points_and_reported_on_test_rows(content, tm
 
 
 def a_point(gain, forgetting, nll=0.0):
-    return ChosenFrom(None, (1.0, gain), gain, forgetting, {"heldout": {"nll": nll}})
+    return PathPoint(None, (1.0, gain), gain, forgetting, {"heldout": {"nll": nll}})
 
 
 def test_what_is_chosen():
@@ -160,7 +164,7 @@ def test_what_is_chosen():
     [
         ({"choose": {"accuracy_at_least": 0.9, "forgetting_at_most": 1.0}}, "one of accuracy_at_least and"),
         ({"choose": {"accuracy_at_least": 2}}, "less than or equal to 1"),
-        ({"checkpoints": [0.25, 1.0]}, "path.checkpoints has 0.25, and save_steps does not divide"),
+        ({"checkpoints": [0.25, 1.0]}, "path.checkpoints has 0.25, which must be a multiple of save_steps"),
         ({"checkpoints": []}, "at least 1 item"),
         ({"before": {"prompts": {"kl": True}}, "choose": {"forgetting_at_most": 1.0}}, "whose loss is measured"),
     ],
@@ -210,8 +214,8 @@ def test_a_path_is_measured_on_the_rows_that_training_holds_out(options, content
     trained = parsed_run(next(run for run in plan.runs if run.name == "LoRA")).data
     rows = load_splits(trained, trained.split_seed).heldout["prompt"]
     for run in plan.runs:
-        _, how = Study(tmp_path, plan.recipe).path_sets(run)["heldout"]
-        args = evaluate.parser().parse_args(["--output_dir", "any", *evaluation_words(how)])
+        _, how = path_sets(plan.recipe, run, tmp_path)["heldout"]
+        args = evaluate.make_parser().parse_args(["--output_dir", "any", *evaluation_words(how)])
         assert [row["prompt"] for row in evaluate.check_inputs(args)] == list(rows), run.title
 
 
@@ -281,12 +285,12 @@ def test_a_fixed_mask_is_kept_as_far_as_its_mask(content, tmp_path, monkeypatch)
 
 
 def test_where_the_base_fails_the_study_says_why(content, tmp_path, monkeypatch, capsys):
-    def call(self, words, log, tick):
+    def call(words, log, tick, lock_fd):
         if words[3] == "evaluate" and log.parent.name.startswith("base"):
             raise UserError("no room")
         main(words[3:])
 
-    monkeypatch.setattr(Study, "call", call)
+    monkeypatch.setattr("maskft_lab.study.make.run_command", call)
     content["path"]["choose"] = MOST
     content["methods"] = {name: content["methods"][name] for name in ("base", "LoRA")}
     assert main(["study", str(write(tmp_path, content)), "--output_dir", str(tmp_path / "study")]) == 2

@@ -12,12 +12,12 @@ import tiny
 from maskft_common.errors import UserError
 from maskft_common.files import digest_file
 from maskft_lab.cli.main import main
-from maskft_lab.cli.study import check
+from maskft_lab.study.check import checked_plan
 from maskft_lab.study.dry_run import cost_of
-from maskft_lab.study.execute import Study, evaluation_id
+from maskft_lab.study.folder import Study, evaluation_id
 from maskft_lab.study.identity import evaluation_identity
-from maskft_lab.study.recipe import load_recipe, parse_recipe
-from maskft_lab.study.runs import BEST
+from maskft_lab.study.load_recipe import load_recipe, parse_recipe
+from maskft_lab.study.study_run import BEST
 from tiny_tokenizer import tiny_tokenizer
 
 
@@ -39,7 +39,7 @@ def content(base, data):
 
 
 def plan_of(content):
-    return check(parse_recipe(content))
+    return checked_plan(parse_recipe(content))
 
 
 def ids(content):
@@ -186,7 +186,7 @@ PINNED = {
 
 @pytest.mark.parametrize("file", PINNED)
 def test_finished_runs_keep_their_names(file):
-    plan = check(load_recipe(Path(__file__).parents[2] / "recipes" / file))
+    plan = checked_plan(load_recipe(Path(__file__).parents[2] / "recipes" / file))
     study = Study(Path("runs"), plan.recipe)
     found = {run.id for run in plan.runs}
     found |= {study.result_file(run, role).parent.name for run in plan.runs for role in run.labels}
@@ -307,7 +307,7 @@ def test_yaml_merge_keys_and_negative_numbers(content, tmp_path):
     lines = "  second:\n    <<: *mask\n    mask_threshold: -2.0e-5\n"
     text = text.replace("  mask:\n", "  mask: &mask\n").replace("  L1 mask:\n", f"{lines}  L1 mask:\n")
     file.write_text(text)
-    runs = {run.method.name: run for run in check(load_recipe(file)).runs}
+    runs = {run.method.name: run for run in checked_plan(load_recipe(file)).runs}
     assert runs["second"].options["mask_threshold"] == -2e-5 and runs["mask"].options["mask_threshold"] == -1e-5
     assert runs["second"].options["mask_layers_to_transform"] == [1]
 
@@ -331,7 +331,7 @@ CASES = [
     (change("metods", {}), r"unknown key 'metods' \(did you mean 'methods'\?\)"),
     (change("methods/mask/from", "ful"), r"methods.mask.from is 'ful' \(did you mean 'full'\?\); there are"),
     (change("methods/L1 mask/match", "mas"), r"methods.L1 mask.match is 'mas' \(did you mean 'mask'\?\); there are"),
-    (change("methods/full/match", "mask"), "match is for random_mask, l1_mask, wanda_mask, and method is full"),
+    (change("methods/full/match", "mask"), "match is for random_mask, l1_mask, wanda_mask, not for method full"),
     (change("methods/full/from", "mask"), "cycle: full -> mask -> full"),
     (change("methods/full (best)", {"method": "full"}), r"two runs are named .*drop one"),
     (change("methods/mask/learning_rat", 1), r"unknown key 'learning_rat' \(did you mean 'learning_rate'\?\)"),
@@ -344,15 +344,15 @@ CASES = [
     (change("methods/mask/data", "sum"), r"methods.mask.data is 'sum' \(did you mean 'sums'\?\); there are sums"),
     (change("methods/second", {"method": "mask", "from": "mask"}), "methods.second.from is 'mask', an adapter"),
     (change("methods/full/learning_rate", "current"), "learning_rate current goes with `from` a full fine-tuning"),
-    (change("grid", {"mask.num_train_epochs": [2, 2.0]}), "2.0 stands there twice, and two runs would have one name"),
+    (change("grid", {"mask.num_train_epochs": [2, 2.0]}), "duplicate value 2.0"),
     (change("grid", {"mask.mask_layers_to_transform": [1, [1]]}), r"two runs are named 'mask \[layers_to.*drop one"),
     (change("data/sums/eval_split_size", "a"), "run 'full, seed 0': .*eval_split_size.* invalid float value: 'a'"),
     (change("methods/mask/num_candidates", 3), "num_candidates goes with --method random_mask, not with mask"),
     (change("train/eval_steps", math.inf), "eval_steps is inf; it must be a number of steps, or below 1 a fraction"),
     (change("launch", {"accelerate_config": "fsdp3"}), "fsdp3 is neither a file nor"),
-    (change("train/chat_template_path", "none.jinja"), "chat_template_path is 'none.jinja', no file"),
+    (change("train/chat_template_path", "none.jinja"), "chat_template_path 'none.jinja' does not exist"),
     (change("methods/L1 mask/mask_layers_to_transform", [0]), r"has mask_layers_to_transform \[0\], and the mask it"),
-    (change("methods/L1 mask/last", "end"), "last is for full, peft, mask, and method is l1_mask"),
+    (change("methods/L1 mask/last", "end"), "last is for full, peft, mask, not for method l1_mask"),
     (change("methods/mask/model_revision", "v1"), "method 'mask' sets model_revision"),
     (change("train/seed", 3), "sets seed, which seeds, from"),
     (change("evaluation/tasks", 3), "evaluation: tasks must be a list of names"),
@@ -419,7 +419,7 @@ def test_a_date_is_text(content, tmp_path):
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False).replace("train:\n", "train:\n  run_name: 2025-01-31\n", 1))
     assert "run_name: 2025-01-31" in file.read_text()
-    assert check(load_recipe(file)).runs[0].options["run_name"] == "2025-01-31"
+    assert checked_plan(load_recipe(file)).runs[0].options["run_name"] == "2025-01-31"
 
 
 def test_tasks_and_revision_pass_through(content):
@@ -449,7 +449,7 @@ def test_dry_run_lists_runs_and_writes_nothing(content, tmp_path, capsys):
 def test_costs(content):
     content["tokens_per_s"] = 10.0
     plan = plan_of(content)
-    assert [cost_of(plan, run) for run in plan.runs] == [(480, 48), (240, 24), (0, 0)]
+    assert [cost_of(plan.recipe, run) for run in plan.runs] == [(480, 48), (240, 24), (0, 0)]
     content["train"] |= {"global_batch_size": 32, "max_steps": 10}
     plan = plan_of(content)
-    assert cost_of(plan, plan.runs[0])[0] == 10 * 32 * 5
+    assert cost_of(plan.recipe, plan.runs[0])[0] == 10 * 32 * 5

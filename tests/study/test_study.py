@@ -23,14 +23,16 @@ from maskft.masks.mask_set import MaskSet
 from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_lab.cli.main import main
-from maskft_lab.cli.study import check
 from maskft_lab.study import board as boards
-from maskft_lab.study.execute import Study, is_control, launch_words, make
+from maskft_lab.study.accounts import build_record, is_control
+from maskft_lab.study.check import checked_plan
+from maskft_lab.study.folder import Study
 from maskft_lab.study.launchers import slurm as slurm_launcher
+from maskft_lab.study.load_recipe import load_recipe, parse_recipe
+from maskft_lab.study.make import _record, launch_words, make
 from maskft_lab.study.process import PYTHON, last_line, run_command
-from maskft_lab.study.recipe import load_recipe, parse_recipe
-from maskft_lab.study.record import build_record, read_record, write_record
-from maskft_lab.study.study import run_study
+from maskft_lab.study.run_record import read_run_record, write_run_record
+from maskft_lab.study.study import failure_of, run_study
 from small_study import FULL, MASK, outcome, recipe, write
 
 CHECKPOINT = f"{layout.RUNS}/full-*/checkpoint-3/{layout.MANIFEST}"  # the first, once it is whole
@@ -177,10 +179,10 @@ def test_jobs_of_submitit_give_the_same(two_masks, alone, tmp_path, monkeypatch)
     """By its executor for this machine; a job that is killed is submitted again, and its run resumes."""
     pytest.importorskip("submitit", reason="needs the extra slurm")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    together, plan, killed = tmp_path / "together", check(load_recipe(two_masks)), []
+    together, plan, killed = tmp_path / "together", checked_plan(load_recipe(two_masks)), []
 
     @contextlib.contextmanager
-    def kills_the_first(study):
+    def kills_the_first(study, work):
         def submit(runs):
             jobs = submit_all(runs)
             if not killed:
@@ -191,7 +193,7 @@ def test_jobs_of_submitit_give_the_same(two_masks, alone, tmp_path, monkeypatch)
                     process.kill()
             return jobs
 
-        with slurm_launcher(study, cluster="local", time_min=60) as submit_all:
+        with slurm_launcher(study, work, cluster="local", time_min=60) as submit_all:
             yield submit
 
     run_study(plan, together, kills_the_first)
@@ -207,16 +209,16 @@ def test_a_job_of_slurm_is_requeued_as_often_as_its_time_is_over(two_masks, tmp_
         (tmp_path / name).write_text("#!/bin/sh\n" + "echo Submitted batch job 7\n" * (name == "sbatch"))
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    plan = check(load_recipe(two_masks))
-    with slurm_launcher(Study(tmp_path, plan.recipe)) as submit:
+    plan = checked_plan(load_recipe(two_masks))
+    with slurm_launcher(Study(tmp_path, plan.recipe), failure_of) as submit:
         submit(plan.runs[:1])
     (job,) = tmp_path.glob(f"{layout.SLURM}/*/*_submitted.pkl")
     assert submitit.core.utils.DelayedSubmission.load(job)._timeout_countdown >= 1000
 
 
 def test_what_is_no_mistake_of_the_user_is_told_with_its_name(two_masks, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Study, "call", lambda self, words, log, tick: None)
-    monkeypatch.setattr("maskft_lab.study.launchers.make", lambda *_: {}[1.0])
+    monkeypatch.setattr("maskft_lab.study.make.run_command", lambda words, log, tick, lock_fd: None)
+    monkeypatch.setattr("maskft_lab.study.study.make", lambda *_: {}[1.0])
     capsys.readouterr()
     assert main(["study", str(two_masks), "--output_dir", str(tmp_path)]) == 2
     assert "run 'full, seed 0' failed (and 2 more): KeyError: 1.0" in capsys.readouterr().err
@@ -480,7 +482,7 @@ def records(base, data):
     """Records of runs that are said to have been made, of methods and what their trainings left."""
 
     def build(content, trainings):
-        plan, found = check(parse_recipe(content)), {}
+        plan, found = checked_plan(parse_recipe(content)), {}
         for run in plan.runs:
             name = run.method.name
             before = next(iter(run.masks.values()), run.start)
@@ -525,12 +527,12 @@ def test_the_end_of_training_is_accounted_for_where_it_is_not_kept(base, data, r
         "dsd": [4.5, 890, 4.5, 890],
         "twin": [3.0, 590, 3.0, 590],
     }
-    plan = check(parse_recipe(recipe(base, data, methods)))
+    plan = checked_plan(parse_recipe(recipe(base, data, methods)))
     study, before, point = Study(tmp_path, plan.recipe), plan.runs[0], replace(plan.runs[1], point=(0.5, 1.0))
-    write_record(study.run_folder(point), found["full"])
+    write_run_record(study.run_folder(point), found["full"])
     (study.run_folder(point) / layout.TRAINING).write_text(json.dumps({"summary": trainings["full"]}))
-    assert (study.record(point).best_step, study.record(point).total_tokens) == (4, {"best": 400, "last": 800})
-    write_record(study.run_folder(before), found["pre-trained"])
+    assert (_record(study, point).best_step, _record(study, point).total_tokens) == (4, {"best": 400, "last": 800})
+    write_run_record(study.run_folder(before), found["pre-trained"])
     assert study.model(before, "best") == str(base)
 
 
@@ -543,12 +545,12 @@ def test_a_record_names_data_without_folders_of_this_machine(name, base, data, r
 
 def test_a_record_that_is_damaged_is_one_line(base, data, records, tmp_path):
     record = records(recipe(base, data, {"full": FULL}), {})["full"]
-    write_record(tmp_path, record)
-    assert read_record(tmp_path) == record
+    write_run_record(tmp_path, record)
+    assert read_run_record(tmp_path) == record
     content = json.loads((tmp_path / layout.RUN).read_text())
     (tmp_path / layout.RUN).write_text(json.dumps(content | {"seed": "zero"}))
-    with pytest.raises(UserError, match=r"run\.json: seed is 'zero': .*; remove the run's folder"):
-        read_record(tmp_path)
+    with pytest.raises(UserError, match=r"run\.json: seed is 'zero': .*; delete the run's folder"):
+        read_run_record(tmp_path)
 
 
 def test_weights_are_trained_after_a_mask_that_is_worse_too(base, data, tmp_path, monkeypatch):
@@ -562,8 +564,8 @@ def test_weights_are_trained_after_a_mask_that_is_worse_too(base, data, tmp_path
     content = recipe(base, data, methods)
     content["evaluation"]["no_generate"] = True
     content["train"] |= {"mask_init_scores": "magnitude", "mask_rank_by": "signed"}
-    monkeypatch.setattr(Study, "call", lambda self, words, log, tick: main(words[3:]))
-    plan = check(parse_recipe(content))
+    monkeypatch.setattr("maskft_lab.study.make.run_command", lambda words, log, tick, lock_fd: main(words[3:]))
+    plan = checked_plan(parse_recipe(content))
     study = Study(tmp_path, plan.recipe)
     for run in plan.runs:
         make(study, run)
@@ -580,7 +582,7 @@ def test_how_a_run_is_launched(base, data):
     train = [sys.executable, "-m", "maskft_lab.cli.main", "train"]
     for launch in ({}, {"num_processes": 2}, {"num_processes": 1}):  # the last: of a configuration that is for eight
         content["launch"] = launch | ({"accelerate_config": "multi_gpu"} if launch else {})
-        plan = check(parse_recipe(content))
+        plan = checked_plan(parse_recipe(content))
         words = [word for name, value in content["launch"].items() for word in (f"--{name}", str(value))]
         assert sorted(launch_words(plan.recipe, plan.runs[0])) == sorted([*train, *words])
         assert launch_words(plan.recipe, plan.runs[1]) == train
@@ -589,10 +591,11 @@ def test_how_a_run_is_launched(base, data):
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_board_shows_one_bar_on_a_terminal_and_lines_in_a_log(is_terminal, base, data, tmp_path, monkeypatch):
     """With the last line of the log as it is."""
-    plan = check(parse_recipe(recipe(base, data, {"full": FULL, "mask [x]": MASK})))
+    plan = checked_plan(parse_recipe(recipe(base, data, {"full": FULL, "mask [x]": MASK})))
     console = Console(file=io.StringIO(), force_terminal=is_terminal, width=80, color_system=None)
     full, mask = plan.runs
-    with boards.Board(Study(tmp_path, plan.recipe), plan, console) as board:
+    study = Study(tmp_path, plan.recipe)
+    with boards.Board(plan.runs, [], lambda run: study.run_folder(run) / layout.LOG, console) as board:
         board.started(full)
         log = tmp_path / layout.RUNS / full.id / layout.LOG
         log.parent.mkdir(parents=True)
@@ -602,9 +605,9 @@ def test_a_board_shows_one_bar_on_a_terminal_and_lines_in_a_log(is_terminal, bas
             monkeypatch.setattr(boards, name, 0.0)
         board.tick()
         board._progress.refresh()
-        board.ended(full)
+        board.finished(full, "finished")
         board.started(mask)
-        board.ended(mask, "no [room]")
+        board.has_failed(mask, "no [room]")
     frames = [frame for frame in re.split(r"[\r\n]+|\x1b\[[?\d;]*[A-Za-z]", console.file.getvalue()) if frame.strip()]
     if is_terminal:
         assert max(map(len, frames)) <= 80, frames
@@ -642,5 +645,5 @@ def test_masks_by_threshold_and_by_share_each_have_their_row(base, data):
     threshold = {"mask_selection": "threshold", "mask_rank_by": "signed", "mask_init_scores": "constant"}
     methods = {"full": FULL, "mask": MASK, "global mask": {**MASK, **threshold, "last": "end of global"}}
     methods["again"] = {**MASK, "last": "end", "learning_rate": 1e-3}
-    plan = check(parse_recipe(recipe(base, data, methods)))
+    plan = checked_plan(parse_recipe(recipe(base, data, methods)))
     assert [is_control(plan.recipe, run) for run in plan.runs] == [False, False, False, True]

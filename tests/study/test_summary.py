@@ -16,7 +16,7 @@ def test_an_end_that_is_the_best_at_every_seed_is_left_out():
     ends = [result("mask (complete)", "last", 8), result("mask (complete)", "last", 8)]
     kept, notes = without_repeats([*BEST, *ends], None)
     assert kept == BEST
-    assert notes == ["Note: mask (complete) is not listed: it is the best one, whose step is the last."]
+    assert notes == ["Note: mask (complete) is not listed: same as the best checkpoint (last step)."]
     assert without_repeats([*BEST, *ends], "mask (complete)") == ([*BEST, *ends], []), "the baseline stays"
     ends = [end | {"name": f"{end['name']} [learning_rate=0.1]"} for end in ends]
     assert without_repeats(ends, "mask (complete)") == (ends, []), "also that of a grid"

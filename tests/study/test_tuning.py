@@ -14,15 +14,13 @@ from maskft.data.arguments import DataArguments
 from maskft.data.splits import load_splits
 from maskft_common import layout
 from maskft_common.errors import UserError
-from maskft_lab.cli import evaluate
 from maskft_lab.cli.main import main
-from maskft_lab.cli.study import check
+from maskft_lab.evaluation import command_line as evaluate
 from maskft_lab.report.methods import series_looks
-from maskft_lab.study.check import check_before_running
-from maskft_lab.study.execute import Study
+from maskft_lab.study.check import check_before_running, checked_plan
+from maskft_lab.study.load_recipe import parse_recipe
 from maskft_lab.study.plan import build_plan
-from maskft_lab.study.recipe import parse_recipe
-from maskft_lab.study.runs import Heldout
+from maskft_lab.study.study_run import Heldout
 
 RATES = [1e-3, 1e-2]
 
@@ -51,14 +49,14 @@ def content(base, data, tmp_path):
 def in_process(monkeypatch):
     """Commands run in this process, which saves a start of Python for each."""
 
-    def call(self, words, log, tick):
+    def call(words, log, tick, lock_fd):
         assert main(words[3:]) == 0
 
-    monkeypatch.setattr(Study, "call", call)
+    monkeypatch.setattr("maskft_lab.study.make.run_command", call)
 
 
 def plan_of(content, look=lambda run: None):
-    return build_plan(check(parse_recipe(content)).recipe, look)
+    return build_plan(checked_plan(parse_recipe(content)).recipe, look)
 
 
 def looks(losses):
@@ -102,12 +100,12 @@ def test_a_failed_run_loses(content):
 
 @pytest.mark.parametrize(("why", "status"), [("NaN: stopped before the update was applied", 0), ("no room", 2)])
 def test_what_diverges_loses_once_and_what_fails_decides_nothing(why, status, content, tmp_path, monkeypatch, capsys):
-    def call(self, words, log, tick):
+    def call(words, log, tick, lock_fd):
         if "0.01" in words:
             raise UserError(why)
         assert main(words[3:]) == 0
 
-    monkeypatch.setattr(Study, "call", call)
+    monkeypatch.setattr("maskft_lab.study.make.run_command", call)
     content["methods"], file = {"full": content["methods"]["full"]}, tmp_path / "study.yaml"
     for rates, end in ((RATES, status), (RATES, status), ([1e-2], 2)):
         content["methods"]["full"]["tune"] = {"learning_rate": rates}
@@ -295,12 +293,12 @@ def test_controls_of_the_masks_that_are_named(content):
     content["methods"] |= {"other": {"method": "mask", "from": "full", "max_steps": 2}}
     names = parse_recipe(content | {"controls": ["mask"]}).methods
     assert "L1 mask of mask" in names and not [name for name in names if "of other" in name]
-    with pytest.raises(UserError, match="controls names 'full', which is no learned mask"):
+    with pytest.raises(UserError, match="controls: 'full' is not a learned mask"):
         parse_recipe(content | {"controls": ["full"]})
-    with pytest.raises(UserError, match="which is no learned mask"):
+    with pytest.raises(UserError, match="is not a learned mask"):
         parse_recipe(content | {"controls": [["mask"]]})
     without = {name: method for name, method in content["methods"].items() if method["method"] != "mask"}
-    with pytest.raises(UserError, match="controls has no learned mask to stand beside"):
+    with pytest.raises(UserError, match="controls: the study has no learned mask"):
         parse_recipe(content | {"controls": "standard", "methods": without})
     with pytest.raises(UserError, match=r"grid mask.max_steps gives the mask several lengths"):
         parse_recipe(content | {"controls": "standard", "grid": {"mask.max_steps": [2, 4]}})

@@ -3,72 +3,128 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from maskft_common.errors import UserError, did_you_mean
 from maskft_common.layout import ANALYSIS
+
+if TYPE_CHECKING:
+    from ..analysis.losses import Sampling
+    from ..analysis.runs import TrainedRun
+
+# Writes the file of an analysis; all that can be checked without computing has been.
+Analysis = Callable[[Path], Any]
+
+_LEAST = {"num_rows": 1, "batch_size": 1, "num_probes": 1, "grid": 3, "seed": 0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``maskft analyze``."""
     parser.description = (
-        "Compute what the figures of the paper show from the finished runs of a study: one JSON file per analysis, "
-        "with its settings; what is there already is not computed again, and what cannot be computed is left out with "
-        "the reason. bound: Eqs 6-15. masks: Figs 13, 14. landscape: Figs 5, 12. curvature: Eqs 16-18. Figures of "
-        "results and training histories are drawn by maskft report, from these."
+        "Compute the arrays behind the paper's figures from the finished runs of a study: one JSON file per analysis, "
+        "with its settings. Finished analyses are not computed again. An analysis that this study cannot have is "
+        "left out with the reason, before anything is computed. bound: Eqs 6-15. masks: Figs 13, 14. landscape: "
+        "Figs 5, 12. curvature: Eqs 16-18. maskft report draws figures from these files."
     )
     runs = parser.add_argument_group("runs")
     runs.add_argument("study", metavar="STUDY", help="folder of a study, with its models")
-    runs.add_argument("--what", metavar="A,B", help=f"of {', '.join(_ANALYSES)} (default: all)")
-    runs.add_argument("--base", metavar="NAME", help="which base model's runs, if the study has several")
-    runs.add_argument("--mask", metavar="NAME", help="id or name of the mask for bound, landscape and curvature")
-    rows = parser.add_argument_group("rows on which losses are taken (landscape, curvature)")
+    runs.add_argument("--what", metavar="A,B", help=f"analyses, of {', '.join(_ANALYSES)} (default: all)")
+    runs.add_argument("--base", metavar="NAME", help="base model whose runs are meant (default: the only one)")
+    runs.add_argument(
+        "--mask", metavar="NAME", help="id or name of the mask for bound, landscape and curvature (default: the first)"
+    )
+    rows = parser.add_argument_group("rows on which losses are computed (landscape, curvature)")
     rows.add_argument("--rows", metavar="DIR", help="folder of tokenised rows (default: the study's)")
-    rows.add_argument("--num_rows", type=int, default=64, help="rows of each split (default: 64)")
-    rows.add_argument("--batch_size", type=int, default=8, help="rows of one forward pass (default: 8)")
+    rows.add_argument("--num_rows", type=int, default=64, help="rows of each split, >= 1 (default: 64)")
+    rows.add_argument("--batch_size", type=int, default=8, help="rows of one forward pass, >= 1 (default: 8)")
     rows.add_argument("--device", default="cpu", help="cpu, cuda (default: cpu)")
-    rows.add_argument("--seed", type=int, default=0, help="of rows and probes (default: 0)")
+    rows.add_argument("--seed", type=int, default=0, help="seed of rows and probes, >= 0 (default: 0)")
     more = parser.add_argument_group("one analysis each")
-    more.add_argument("--grid", type=int, default=21, help="landscape: points of an axis (default: 21)")
-    more.add_argument("--num_probes", type=int, default=16, help="curvature: random vectors per trace (default: 16)")
+    more.add_argument("--grid", type=int, default=21, help="landscape: points of an axis, >= 3 (default: 21)")
+    more.add_argument(
+        "--num_probes", type=int, default=16, help="curvature: random vectors per trace, >= 1 (default: 16)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Make each analysis that was asked for, and say which were left out and why."""
-    from maskft_common.quiet import silence
+    """Check each analysis that was asked for, say which are left out and why, then compute the others."""
+    for name, least in _LEAST.items():
+        value = getattr(args, name)
+        if value < least:
+            raise UserError(f"--{name} is {value}; give {least} or more")
+    wanted = _wanted(args.what)
 
     from ..analysis.runs import read_study
+
+    runs = read_study(args.study, args.base)
+
+    # From here on torch is imported.
+    from maskft_common.quiet import silence
+
+    silence()
+    analyses: dict[str, Analysis] = {}
+    problems = []
+    for name in wanted:
+        try:
+            analyses[name] = _ANALYSES[name](args, runs)
+        except UserError as error:
+            problems.append(f"{name}: {error}")
+    if analyses:
+        for problem in problems:
+            print(f"left out {problem}", flush=True)
+
+    failures = _compute(analyses, Path(args.study) / ANALYSIS)
+    if len(failures) == len(analyses):
+        _raise_nothing_computed(problems + failures)
+
+
+def _wanted(what: str | None) -> list[str]:
+    names = [name.strip() for name in (what or ",".join(_ANALYSES)).split(",")]
+    names = [name for name in names if name]
+    for name in names or [""]:
+        if name not in _ANALYSES:
+            hint = did_you_mean(name, _ANALYSES)
+            raise UserError(f"--what: no analysis {name!r}{hint}; there are {', '.join(_ANALYSES)}")
+    return names
+
+
+def _compute(analyses: dict[str, Analysis], folder: Path) -> list[str]:
+    """Compute one analysis after another; returns the failures, which do not stop the others."""
+    from maskft_common.progress_bar import time_text
+
     from ..estimate.out_of_memory import explained
 
-    for name, least in {"num_rows": 1, "batch_size": 1, "num_probes": 1, "seed": 0}.items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} is {getattr(args, name)}; give {least} or more")
-    wanted = [name.strip() for name in (args.what or ",".join(_ANALYSES)).split(",") if name.strip()]
-    for name in wanted or [""]:
-        if name not in _ANALYSES:
-            known = f"{did_you_mean(name, _ANALYSES)}; there are {', '.join(_ANALYSES)}"
-            raise UserError(f"--what: no analysis {name!r}{known}")
-    runs = read_study(args.study, args.base)
-    folder = Path(args.study) / ANALYSIS
-    silence()
-    problems = []
-    for what in wanted:
-        file = folder / f"{what}.json"
+    failures = []
+    for number, (name, analyse) in enumerate(analyses.items(), 1):
+        print(f"{name}: computing ({number} of {len(analyses)})", file=sys.stderr, flush=True)
+        started_at = time.monotonic()
+        file = folder / f"{name}.json"
         try:
-            with explained("take a smaller --batch_size, or another --device"):
-                _ANALYSES[what](args, runs, file)
+            with explained("use a smaller --batch_size, or another --device"):
+                analyse(file)
         except UserError as error:
-            problems.append(f"{what}: {error}")
+            failures.append(f"{name}: {error}")
+            print(f"left out {name}: {error}", flush=True)
         else:
-            print(f"{what}: {file}")
-    if len(problems) == len(wanted):
-        more = f" (and {len(problems) - 1} more analyses that were left out)" if len(problems) > 1 else ""
-        raise UserError(f"nothing was computed; {problems[0]}{more}")
-    for problem in problems:
-        print(f"left out {problem}")
+            print(f"{name}: {file} ({time_text(time.monotonic() - started_at)})", flush=True)
+    return failures
 
 
-def _bound(args, runs, file: Path) -> None:
+def _raise_nothing_computed(problems: Sequence[str]) -> None:
+    num_others = len(problems) - 1
+    others = f" (and {num_others} more analyses that were left out)" if num_others else ""
+    raise UserError(f"nothing was computed; {problems[0]}{others}")
+
+
+# Analyses: each checks its inputs, and returns the function that computes
+
+
+def _bound(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
     import torch
 
     from maskft.models import load_config
@@ -79,49 +135,61 @@ def _bound(args, runs, file: Path) -> None:
 
     mask = find_mask(runs, args.mask)
     full = full_run(mask, runs)
-    if full.data.get("train") != mask.data.get("train"):
+    num_rows = mask.data.get("train")
+    if full.data.get("train") != num_rows:
         raise UserError(f"{mask.name} and {full.name} were trained on different numbers of rows; name another --mask")
     losses = tuple(stable_training_loss(run.history, run.summary["best_step"]) for run in (full, mask))
+
     config = load_config(full.models[BEST])
     with torch.device("meta"):
         num_weights = sum(parameter.numel() for parameter in model_without_data(config).parameters())
-    size = num_weights, config.get_text_config().vocab_size
-    analyse_bound(file, mask.models[BEST], losses, size, mask.data.get("train"))
+    size = (num_weights, config.get_text_config().vocab_size)
+    return lambda file: analyse_bound(file, mask.models[BEST], losses, size, num_rows)
 
 
-def _masks(args, runs, file: Path) -> None:
+def _masks(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
     from ..analysis.masks import analyse_masks
     from ..analysis.runs import BEST, MASK, find_mask, start_model
 
-    find_mask(runs)  # raises where there is none
+    find_mask(runs)  # raises if there is none
     masks = [run for run in runs if run.method.endswith(MASK) and BEST in run.models]
     adapters = {run.id: (run.models[BEST], start_model(run, runs)) for run in masks}
-    analyse_masks(file, adapters)
+    return partial(analyse_masks, adapters=adapters)
 
 
-def _landscape(args, runs, file: Path) -> None:
+def _landscape(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
     from ..analysis.landscape import analyse_landscape
     from ..analysis.runs import BEST, LAST, find_mask, full_run
 
     mask = find_mask(runs, args.mask)
     full = full_run(mask, runs)
-    best, last = full.models[BEST], full.models.get(LAST)
-    if last in (None, best):
-        why = "was not kept: train it with keep_last" if last is None else "is its best checkpoint: train it for longer"
-        raise UserError(f"a landscape needs a third model, and the end of {full.id} {why}")
-    analyse_landscape(file, (best, last, mask.models[BEST]), _rows(args), _sampling(args), args.grid)
+    best = full.models[BEST]
+    last = full.models.get(LAST)
+    if last is None:
+        raise UserError(f"a landscape needs a third model, and the end of {full.id} was not kept: use keep_last")
+    if last == best:
+        raise UserError(
+            f"a landscape needs a third model, and the end of {full.id} is its best checkpoint: train longer"
+        )
+
+    models = (best, last, mask.models[BEST])
+    rows = _rows(args)
+    sampling = _sampling(args)
+    return lambda file: analyse_landscape(file, models, rows, sampling, args.grid)
 
 
-def _curvature(args, runs, file: Path) -> None:
+def _curvature(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
     from ..analysis.curvature import analyse_curvature
     from ..analysis.runs import BEST, find_mask, start_model
 
     mask = find_mask(runs, args.mask)
-    start, rows = start_model(mask, runs), _rows(args)["train"]
-    analyse_curvature(file, start, mask.models[BEST], rows, args.num_probes, _sampling(args))
+    start = start_model(mask, runs)
+    rows = _rows(args)["train"]
+    sampling = _sampling(args)
+    return lambda file: analyse_curvature(file, start, mask.models[BEST], rows, args.num_probes, sampling)
 
 
-def _sampling(args):
+def _sampling(args: argparse.Namespace) -> Sampling:
     from ..analysis.losses import Sampling
     from ..evaluation.load import check_device
 
@@ -131,7 +199,7 @@ def _sampling(args):
     return Sampling(args.batch_size, args.device, args.seed)
 
 
-def _rows(args) -> dict[str, list[dict]]:
+def _rows(args: argparse.Namespace) -> dict[str, list[dict]]:
     from ..analysis.losses import load_rows, rows_folder
 
     return load_rows(rows_folder(Path(args.study), args.rows), args.num_rows, args.seed)

@@ -1,4 +1,4 @@
-"""``maskft compare``: did it help? Differences with intervals, and in words what may be claimed."""
+"""``maskft compare``: whether it helped: differences with intervals, and in words what may be claimed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="terminal",
         help="form of the output: terminal is one page, the others have everything (default: terminal)",
     )
-    parser.add_argument("--output", metavar="FILE", help="write to FILE instead of printing")
+    parser.add_argument("--output", metavar="FILE", help="file to write to (default: the terminal)")
     parser.add_argument(
         "--num_resamples",
         type=int,
@@ -86,13 +86,21 @@ def _compared(args: argparse.Namespace) -> str:
     results = read_all(args.results)
     tasks = _names(args.tasks)
     metrics = _names(args.metrics)
-    if len({result["name"] for result in results}) == 1 and args.baseline is None:
+
+    is_one_method = len({result["name"] for result in results}) == 1
+    if is_one_method and args.baseline is None:
         reached = scores(results, tasks, metrics, args.fixed_seeds)
         if not reached:
             raise UserError(f"{results[0]['name']} has no metric: evaluate it with a judge, or name other --tasks")
         return render_scores(reached, args.format)
-    return render(compare(results, args.baseline, tasks=tasks, metrics=metrics, settings=settings), args.format)
+
+    comparison = compare(results, args.baseline, tasks=tasks, metrics=metrics, settings=settings)
+    return render(comparison, args.format)
 
 
 def _names(value: str | None) -> list[str] | None:
-    return None if value is None else [name for name in map(str.strip, value.split(",")) if name] or [value]
+    """Names separated by commas; a value without any name is kept, to be refused as an unknown name."""
+    if value is None:
+        return None
+    names = [name.strip() for name in value.split(",")]
+    return [name for name in names if name] or [value]

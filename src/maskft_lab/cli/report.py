@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from maskft_common.command_line import OneLineParser
 from maskft_common.errors import UserError
 
 from ..results import TABLE_FORMATS
@@ -15,15 +16,15 @@ TABLES = "tables"
 
 def main(argv: list[str]) -> None:
     """Run ``maskft report STUDY`` or ``maskft report tables``."""
-    from .main import OneLineParser
-
-    is_tables = argv[:1] == [TABLES]
-    parser = OneLineParser(prog="maskft report" + (f" {TABLES}" if is_tables else ""), allow_abbrev=False)
-    (_add_tables if is_tables else _add_report)(parser)
-    (_tables if is_tables else _report)(parser.parse_args(argv[1:] if is_tables else argv))
+    if argv[:1] == [TABLES]:
+        _tables(make_tables_parser().parse_args(argv[1:]))
+    else:
+        _report(make_parser().parse_args(argv))
 
 
-def _add_report(parser: argparse.ArgumentParser) -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of ``maskft report STUDY``."""
+    parser = OneLineParser("maskft report")
     parser.description = (
         "One HTML file about a study, to be opened from disk: verdict, gain against forgetting, table, curves, "
         "ablations, masks, landscape, curvature, bound, cost, recipe. It makes no network requests. maskft "
@@ -37,10 +38,30 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         "--figures", metavar="DIR", help="write every figure as SVG (light and dark), PDF and PNG, at a paper's size"
     )
     parser.add_argument(
-        "--only", metavar="A,B", help="of --figures those with these numbers in the paper, or names of files: 1,5,14"
+        "--only",
+        metavar="A,B",
+        help="of --figures those with these numbers in the paper, or names of files: 1,5,14 (default: all)",
     )
-    parser.add_argument("--base", metavar="NAME", help="which base model's runs, if the study has several")
-    parser.add_argument("--study_name", metavar="NAME", help="the study that is meant, where several share the folder")
+    parser.add_argument("--base", metavar="NAME", help="base model whose runs are meant (default: the only one)")
+    parser.add_argument(
+        "--study_name", metavar="NAME", help="study that is meant, if several share the folder (default: all of them)"
+    )
+    return parser
+
+
+def make_tables_parser() -> argparse.ArgumentParser:
+    """The parser of ``maskft report tables``."""
+    parser = OneLineParser(f"maskft report {TABLES}")
+    parser.description = (
+        "The paper's Tables 1, 2, 4, 5 and 6 with your figures beside the paper's. A result is in the row and column "
+        "of its method, checkpoint, domain and base model; see docs/results.md. Scores are in percent."
+    )
+    parser.add_argument("results", nargs="*", metavar="RESULT", help="result files, or folders, with all below them")
+    parser.add_argument(
+        "--format", choices=TABLE_FORMATS, default="terminal", help="form of the output (default: terminal)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="file to write to (default: the terminal)")
+    return parser
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -49,49 +70,52 @@ def _report(args: argparse.Namespace) -> None:
     from ..report.catalogue import select_figures
     from ..report.evidence import gather
 
+    _check(args)
+    names = [name.strip() for name in (args.only or "").split(",")]
+    figures = select_figures([name for name in names if name])
+    evidence = gather(args.study, base=args.base, study_name=args.study_name)
+
+    # Everything is drawn before anything is written.
+    contents: dict[Path, bytes] = {}
+    if args.figures:
+        contents |= _figures(evidence, figures, Path(args.figures), is_chosen=bool(args.only))
+    if args.output:
+        from ..report.page import render_report
+
+        contents[Path(args.output)] = render_report(evidence).encode()
+    for file, content in contents.items():
+        write_bytes(file, content)
+        print(f"wrote {file}")
+
+
+def _check(args: argparse.Namespace) -> None:
     if not (args.output or args.figures):
-        raise UserError("say what to write: -o report.html for the page, --figures DIR for the figures")
+        raise UserError("no output: give -o report.html for the page, --figures DIR for the figures")
     if args.only and not args.figures:
         raise UserError("--only chooses figures: give --figures DIR too")
     if args.output and Path(args.output).is_dir():
         raise UserError(f"--output {args.output} is a folder: name a file in it, such as report.html")
     if args.figures and Path(args.figures).exists() and not Path(args.figures).is_dir():
         raise UserError(f"--figures {args.figures!r} is a file; name a folder")
-    figures = select_figures([word.strip() for word in (args.only or "").split(",") if word.strip()])
-    evidence = gather(args.study, base=args.base, study_name=args.study_name)
-    contents = _figures(evidence, figures, Path(args.figures), bool(args.only)) if args.figures else {}
-    if args.output:
-        from ..report.page import render_report
-
-        contents[Path(args.output)] = render_report(evidence).encode()
-    for file, content in contents.items():  # all was drawn before anything is written
-        write_bytes(file, content)
-        print(f"wrote {file}")
 
 
 def _figures(evidence, figures, folder: Path, is_chosen: bool) -> dict[Path, bytes]:
+    """File -> content of every figure that can be drawn."""
     from ..report.catalogue import draw_figures
     from ..report.charts import files_of
 
     drawn, missing = draw_figures(evidence, figures)
     if is_chosen and not drawn:
-        raise UserError(f"{missing[0].figure.title} cannot be drawn: {missing[0].reason}; {missing[0].command}")
+        first = missing[0]
+        raise UserError(f"{first.figure.title} cannot be drawn: {first.reason}; {first.command}")
     for each in missing:
         print(f"left out {each.figure.key}: {each.reason}; {each.command}", file=sys.stderr)
-    files = [files_of(chart, figure.key) for figure, chart in drawn]
-    return {folder / name: content for each in files for name, content in each.items()}
 
-
-def _add_tables(tables: argparse.ArgumentParser) -> None:
-    tables.description = (
-        "The paper's Tables 1, 2, 4, 5 and 6 with your figures beside the paper's. A result stands where its "
-        "method, checkpoint, domain and base model belong; see docs/results.md. Scores are in percent."
-    )
-    tables.add_argument("results", nargs="*", metavar="RESULT", help="result files, or folders, with all below them")
-    tables.add_argument(
-        "--format", choices=TABLE_FORMATS, default="terminal", help="form of the output (default: terminal)"
-    )
-    tables.add_argument("--output", metavar="FILE", help="write to FILE instead of printing")
+    contents = {}
+    for figure, chart in drawn:
+        for name, content in files_of(chart, figure.key).items():
+            contents[folder / name] = content
+    return contents
 
 
 def _tables(args: argparse.Namespace) -> None:

@@ -5,24 +5,32 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ..study.launchers import Launcher
-    from ..study.plan import Plan
-    from ..study.recipe import Recipe
+from maskft_common.errors import UserError
+
+from . import early
+
+HINTS = {
+    "--seed": "the recipe's `seeds` decide",
+    "--seeds": "the recipe's `seeds` decide",
+    "--model_name_or_path": "the base model is --model",
+    "--output": "the study's folder is --output_dir",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``maskft study``."""
-    parser.add_argument("recipe", metavar="RECIPE", help="the study's YAML file; docs/studies.md describes it")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="the study's YAML file; docs/studies.md describes it"
+    )
+    parser.add_argument("--config", dest="config", metavar="RECIPE", help=argparse.SUPPRESS)  # as for maskft train
     parser.add_argument(
         "--output_dir",
         metavar="DIR",
-        help="folder of the study (default: runs/NAME); finished runs in it are not repeated",
+        help="folder of the study; finished runs in it are not repeated (default: runs/NAME)",
     )
     parser.add_argument("--data_dir", metavar="DIR", help="folder with the data files that the recipe names")
-    parser.add_argument("--model", metavar="MODEL", help="base model instead of the recipe's, e.g. a local folder")
+    parser.add_argument("--model", metavar="MODEL", help="base model, a local folder say (default: the recipe's)")
     parser.add_argument(
         "--dry_run", action="store_true", help="list runs, what each is made from, tokens and time; run nothing"
     )
@@ -52,42 +60,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check the recipe, expand it, then list or run it."""
-    from maskft_common.quiet import silence
     from maskft_common.yaml_file import read_yaml
 
+    file = args.recipe or args.config
+    if file is None:
+        raise UserError("the recipe is missing: maskft study RECIPE.yaml")
+    content = read_yaml(file)
+    is_mapping = isinstance(content, dict)
+    early.check_model(args.model or (content.get("model") if is_mapping else None))
+
+    # From here on torch is imported.
+    from maskft_common.quiet import silence
+
+    from ..study.check import check_before_running, checked_plan
     from ..study.launchers import launcher_of
-    from ..study.recipe import load_recipe
+    from ..study.load_recipe import load_recipe
 
     silence()
     launcher = launcher_of(args.launcher, args.num_at_once, args.partition, args.time_min)
-    recipe = load_recipe(args.recipe, args.data_dir)
-    if args.model:  # of whose speed nothing is known
+    recipe = load_recipe(file, args.data_dir)
+    why_no_time = None
+    if args.model:
+        why_no_time = "no time: tokens_per_s of the recipe is of its own model, not of --model"
         recipe = recipe.model_copy(update={"model": args.model, "tokens_per_s": None})
-    plan = check(recipe)
+    plan = checked_plan(recipe)
     folder = Path(args.output_dir or Path("runs") / recipe.name)
-    if not args.dry_run:
-        start(plan, folder, launcher)
-        words = ["maskft", "report", str(folder), "--study_name", recipe.name, "-o", str(folder / "report.html")]
-        print(f"next: {shlex.join(words)}")
+
+    if args.dry_run:
+        from ..study.dry_run import print_dry_run
+
+        print_dry_run(plan, folder, content["methods"], why_no_time)
         return
-    from ..study.dry_run import print_dry_run
 
-    print_dry_run(plan, folder, read_yaml(args.recipe)["methods"])
-
-
-def check(recipe: Recipe) -> Plan:
-    """Expand a recipe and check every option of it."""
-    from ..study.check import check as check_recipe
-    from . import evaluate
-
-    return check_recipe(recipe, evaluate)
-
-
-def start(plan: Plan, folder: Path, launcher: Launcher, is_brief: bool = False) -> None:
-    """Run a study whose recipe has been checked; what is wrong with its evaluation would be found after days."""
-    from ..study.check import check_before_running
     from ..study.study import run_study
-    from . import evaluate
 
-    check_before_running(plan, evaluate)
-    run_study(plan, folder, launcher, is_brief=is_brief)
+    check_before_running(plan)
+    run_study(plan, folder, launcher)
+    words = ["maskft", "report", str(folder), "--study_name", recipe.name, "-o", str(folder / "report.html")]
+    print(f"next: {shlex.join(words)}")

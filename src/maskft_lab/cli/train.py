@@ -6,36 +6,50 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from . import early
+
 if TYPE_CHECKING:
     from maskft.training.arguments import TrainConfig
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse ``--config recipe.yaml`` and flags (flags win), then train, in several processes if that is asked for."""
+    """Parse ``--config recipe.yaml`` and flags (flags win), then train, in several processes if asked for."""
+    if early.asks_for_help(argv):
+        print(early.help_text("train"))
+        return
+    words = early.with_config(argv)
+    if "--help_all" not in words:
+        early.check_training(words)
+
+    # From here on torch is imported.
     from maskft.training.launch import is_launched, launch
     from maskft.training.options import help_text, parse_words
     from maskft_common.quiet import silence
 
     silence()
-    if not {"-h", "--help", "--help_all"}.isdisjoint(argv):
-        print(help_text(is_long="--help_all" in argv))
+    if "--help_all" in words:
+        print(help_text(is_long=True))
         return
-    config, launch_words, train_words = parse_words(argv)
-    if not launch_words or is_launched():
-        from maskft.training.train import train
 
-        from ..estimate.out_of_memory import explained
-
-        with explained():
-            train(config)
+    config, launch_words, train_words = parse_words(words)
+    if launch_words and not is_launched():
+        status = launch(launch_words, "maskft_lab.cli.main", ["train", *train_words])
+        if status:
+            sys.exit(status)
         return
-    status = launch(launch_words, "maskft_lab.cli.main", ["train", *train_words])
-    if status:
-        sys.exit(status)
+
+    from maskft.training.train import train
+
+    from ..estimate.out_of_memory import explained
+
+    with explained():
+        train(config)
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
-    """What the words after ``maskft train`` configure; every mistake is one UserError."""
+    """The configuration that the words after ``maskft train`` stand for; every mistake is one UserError."""
     from maskft.training.options import parse_words
 
-    return parse_words(argv)[0]
+    words = early.with_config(argv)
+    early.check_training(words)
+    return parse_words(words)[0]

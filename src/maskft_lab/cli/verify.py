@@ -1,31 +1,43 @@
-"""``maskft verify``: is this adapter intact, and does it fit that base?"""
+"""``maskft verify``: whether an adapter is intact, and fits a base or is in a GGUF file."""
 
 from __future__ import annotations
 
+import argparse
 import warnings
 
+from .arguments import adapter_of, add_adapter, add_base
 
-def add_arguments(parser) -> None:
-    """Options of ``maskft verify``."""
-    parser.add_argument("adapter", metavar="DIR", help="adapter folder")
-    parser.add_argument(
-        "--base", metavar="MODEL", help="base model to check against; default: only the file is checked"
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``maskft verify``."""
+    add_adapter(parser)
+    add_base(parser, default="none: only the adapter's files are checked")
     parser.add_argument(
         "--gguf", metavar="FILE", help="check that this GGUF file is exactly its base (--base: a file) with the mask"
     )
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     """Print each check that passed; the first that fails ends the command."""
     from maskft_common.errors import printable
 
+    from .early import check_adapters
+
+    adapter = adapter_of(args)
+    check_adapters([adapter])
+    for line in _passed_checks(adapter, args):
+        print(printable(f"ok  {line}"))
+
+
+def _passed_checks(adapter: str, args: argparse.Namespace):
     if args.gguf is not None:
         from maskft.masks.gguf import verify_gguf
 
-        for line in verify_gguf(args.adapter, args.gguf, args.base):
-            print(printable(f"ok  {line}"))
-        return
+        return verify_gguf(adapter, args.gguf, args.base)
+
+    from .early import check_model
+
+    check_model(args.base)
 
     import transformers
 
@@ -34,5 +46,4 @@ def run(args) -> None:
     if args.base:
         warnings.simplefilter("ignore", FutureWarning)
         transformers.utils.logging.disable_progress_bar()
-    for line in verify(args.adapter, args.base):
-        print(printable(f"ok  {line}"))
+    return verify(adapter, args.base)

@@ -1,53 +1,55 @@
-"""What a study shows while it runs: one bar on a terminal, lines in a log."""
+"""Progress of a study: one bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
 from rich.console import Console
 
-from maskft_common import layout
 from maskft_common.progress_bar import Progress
 
-from .execute import Study
-from .plan import Plan
 from .process import last_line
-from .runs import StudyRun
+from .study_run import StudyRun
 
-SECONDS_BETWEEN_LINES = 300.0  # of a log, while one run runs
-SECONDS_BETWEEN_REFRESHES = 0.5  # of a terminal
+SECONDS_BETWEEN_LINES = 300.0  # in a log, while one run runs
+SECONDS_BETWEEN_REFRESHES = 0.5  # on a terminal
 
 
 class Board:
-    """Runs finished, time left, and of a run that runs the last line of its log, which has its held-out loss so far.
+    """Runs finished, time left, and the last line of a running run's log, which has its held-out loss so far.
 
     Args:
-        study: Where the runs are.
-        plan: The runs; their settings are known.
+        runs: The runs, whose settings are known.
+        finished: Those of them that were finished before.
+        log_of: A run's log.
         console: Where to show it.
-        is_brief: In a log, say nothing of runs that begin and end, unless they fail.
+        is_brief: In a log, show no lines for runs that start and finish, only for failures.
         failed: Runs that are not tried again, with the reason.
     """
 
     def __init__(
         self,
-        study: Study,
-        plan: Plan,
+        runs: Collection[StudyRun],
+        finished: Collection[StudyRun],
+        log_of: Callable[[StudyRun], Path],
         console: Console,
         is_brief: bool = False,
         failed: Mapping[StudyRun, str] = {},
     ):
-        self.study, self.plan, self.console, self.is_brief = study, plan, console, is_brief
-        self.running: dict[StudyRun, float] = {}
+        self.runs = runs
+        self.console = console
+        self.is_brief = is_brief
         self.failed = dict(failed)
+        self._log_of = log_of
+        self._num_done = len(finished) + len(failed)
+        self._started_at: dict[StudyRun, float] = {}
         self._progress = Progress(console)
-        self._last = time.monotonic()
+        self._last_shown = time.monotonic()
 
     def __enter__(self) -> Board:
-        self._num_done = sum(run in self.failed or self.study.is_done(run) for run in self.plan.runs)
-        self._task = self._progress.add_task("runs", total=len(self.plan.runs), completed=self._num_done)
+        self._task = self._progress.add_task("runs", total=len(self.runs), completed=self._num_done)
         self._progress.start()
         return self
 
@@ -55,36 +57,41 @@ class Board:
         self._progress.stop()
 
     def started(self, run: StudyRun) -> None:
-        """Note that a run has begun."""
-        self.running[run] = time.monotonic()
+        """Note that a run has started."""
+        self._started_at[run] = time.monotonic()
         self._show(f"{run.title}: started", is_news=not self.is_brief)
 
-    def ended(self, run: StudyRun, reason: str | None = None) -> None:
-        """Note that a run is finished, or that it failed and why."""
-        seconds = time.monotonic() - self.running.pop(run, time.monotonic())
+    def finished(self, run: StudyRun, outcome: str) -> None:
+        """Note that a run is finished, with its outcome in words."""
+        self._end(run, outcome, is_news=not self.is_brief)
+
+    def has_failed(self, run: StudyRun, reason: str) -> None:
+        """Note that a run failed."""
+        self.failed[run] = reason
+        self._end(run, f"failed: {reason}", is_news=True)
+
+    def _end(self, run: StudyRun, outcome: str, is_news: bool) -> None:
+        started_at = self._started_at.pop(run, time.monotonic())
+        seconds = time.monotonic() - started_at
         self._num_done += 1
-        text = f"{run.title}: {self._outcome(run) if reason is None else f'failed: {reason}'}, {seconds:.0f} s"
-        if reason is not None:
-            self.failed[run] = reason
-            if self.console.is_terminal:  # where a bar would hide it
-                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        self._show(text, is_news=reason is not None or not self.is_brief)
+        text = f"{run.title}: {outcome}, {seconds:.0f} s"
+        if run in self.failed and self.console.is_terminal:
+            # The bar shows only the latest note.
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._show(text, is_news)
 
     def tick(self) -> None:
-        """Refresh what is shown, about twice a second; in a log, a line now and then."""
+        """Refresh the bar about twice a second; in a log, print a line now and then."""
         pause = SECONDS_BETWEEN_REFRESHES if self.console.is_terminal else SECONDS_BETWEEN_LINES
-        if self.running and time.monotonic() - self._last > pause:
-            run = next(iter(self.running))
-            others = f" (and {len(self.running) - 1} more)" if len(self.running) > 1 else ""
-            state = last_line(self.study.run_folder(run) / layout.LOG)
-            self._show(f"{run.title}{others}: {state}", is_news=True)
+        if not self._started_at or time.monotonic() - self._last_shown <= pause:
+            return
+
+        run = next(iter(self._started_at))
+        num_others = len(self._started_at) - 1
+        others = f" (and {num_others} more)" if num_others else ""
+        self._show(f"{run.title}{others}: {last_line(self._log_of(run))}", is_news=True)
 
     def _show(self, note: str, is_news: bool) -> None:
         if is_news or self.console.is_terminal:
-            self._last = time.monotonic()
+            self._last_shown = time.monotonic()
             self._progress.move(self._task, self._num_done, note, is_news)
-
-    def _outcome(self, run: StudyRun) -> str:
-        loss = getattr(self.study.heldout(run), "loss", math.inf)  # infinite, too, where no step was taken
-        without = "finished" if run.tried is None else "diverged"
-        return f"finished, held-out loss {loss:.4f}" if math.isfinite(loss) else without

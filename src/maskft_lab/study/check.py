@@ -1,81 +1,65 @@
-"""A recipe's options, put through the parser of the command that each is for, before anything runs."""
+"""Checking a recipe before anything runs: every option goes through the parser of the command it is for."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import fields
-from pathlib import Path
-from types import ModuleType
 
 from maskft.data.arguments import DataArguments, check_sizes
 from maskft.data.mixtures import hub_ids
 from maskft.data.splits import load_splits, prompt_digest
-from maskft.training.arguments import TrainConfig
 from maskft.training.checks import check_method, check_size
-from maskft.training.launch import config_processes, launch_options
+from maskft.training.launch import config_processes
 from maskft.training.method_arguments import FIXED_MASK_METHODS, INTERPOLATE, MASK_METHODS, mask_config
-from maskft.training.options import option_defaults, parse_words
 from maskft_common.errors import UserError, did_you_mean
 
-from .execute import Study, evaluation_words
+from ..evaluation import command_line as evaluate
 from .identity import options_identity, short_digest
+from .make import evaluation_words
+from .path import has_path, heldout_options
 from .plan import Plan, build_plan
-from .process import command_words
-from .recipe import CURRENT_RATE, Method, Options, Recipe
-from .runs import StudyRun
+from .recipe import Method, Options, Recipe
+from .run_options import parsed_run
+from .study_run import StudyRun
 
-_OF_THE_STUDY = set("model_name_or_path adapter change scale name seed output_dir overwrite help".split())
+# Options of `maskft evaluate` that the study itself sets.
+_OF_THE_STUDY = set("models model_name_or_path adapter change scale name seed output_dir overwrite help".split())
+_PLACE_HOLDERS = ["--output_dir", "any", "--model_name_or_path", "any", "--change", "none"]
 _OF_PATH = "path.before."  # begins the name of a section
-_ANY = ["--output_dir", "any", "--model_name_or_path", "any", "--change", "none"]
+# Options with another value in every run: their range is checked when the recipe is read.
+_SEEDS = ("seed", "mask_seed")
 
 
-def check(recipe: Recipe, evaluate: ModuleType) -> Plan:
-    """Expand a recipe and put every option through the parser of the command it is for.
-
-    Args:
-        recipe: The recipe.
-        evaluate: The module of ``maskft evaluate``, with its ``parser``, ``read`` and ``check_inputs``.
+def checked_plan(recipe: Recipe) -> Plan:
+    """Expand a recipe, and check every option of every run and evaluation.
 
     Raises:
         UserError: The first mistake.
     """
-    launch = recipe.launch
-    if launch.accelerate_config and not launch.num_processes:
-        # How many share a batch is part of a run's name, also where the configuration says it.
-        launch = launch.model_copy(update={"num_processes": config_processes(launch.accelerate_config)})
-        recipe = recipe.model_copy(update={"launch": launch})
+    recipe = _with_num_processes(recipe)
     plan = build_plan(recipe)
+
+    # One parse of all options of a run checks each of them, so only new values need another parse.
     seen: set[tuple[str, str, str]] = set()
     for run in plan.runs:
-        # One parse of all options of a run checks each of them; only values that are new need another.
-        values = {(run.method.name, name, repr(value)) for name, value in run.options.items()}
-        if values - seen:
+        values = {(run.method.name, name, repr(value)) for name, value in run.options.items() if name not in _SEEDS}
+        if not values <= seen:
             _check_run(run, recipe)
         seen |= values
-    _evaluation_args(recipe, evaluate)
+
+    _evaluation_args(recipe)
     _check_path_rows(plan)
     return plan
 
 
-def parsed_run(run: StudyRun) -> TrainConfig:
-    """What the options of a run configure."""
-    options = {"method": run.method.method, "model_name_or_path": run.model, **run.options}
-    if options.get("learning_rate") == CURRENT_RATE:
-        del options["learning_rate"]
-    if run.takes_values_before:
-        options["mask_removed_value_model"] = run.model  # known once its parent is made
-    known = (defaults := option_defaults()).keys() | launch_options()
-    for name, value in options.items():
-        is_number = type(defaults.get(name)) in (int, float)
-        if is_number and isinstance(value, str) and value.replace(".", "", 1).isdigit():
-            raise UserError(f"{name} is {value!r}, a text; write the number without quotes")
-    for name in options.keys() - known:
-        keys = [spec.alias or key for key, spec in Method.model_fields.items()]
-        raise UserError(
-            f"unknown key {name!r}{did_you_mean(name, [*keys, *known])}; options are in maskft train --help"
-        )
-    return parse_words(command_words(options))[0]
+def _with_num_processes(recipe: Recipe) -> Recipe:
+    """The recipe with the number of processes of its accelerate configuration: it is part of a run's name."""
+    launch = recipe.launch
+    if not launch.accelerate_config or launch.num_processes:
+        return recipe
+    launch = launch.model_copy(update={"num_processes": config_processes(launch.accelerate_config)})
+    return recipe.model_copy(update={"launch": launch})
 
 
 def _check_run(run: StudyRun, recipe: Recipe) -> None:
@@ -83,10 +67,8 @@ def _check_run(run: StudyRun, recipe: Recipe) -> None:
         parsed = parsed_run(run)
         check_method(parsed.method)
         check_sizes(parsed.data)
-        saved = parsed.training.save_steps / (parsed.training.max_steps if parsed.training.save_steps >= 1 else 1)
-        for share in recipe.path.checkpoints if recipe.path and 0 < saved < 1 else ():
-            if share < 1 and abs(share / saved - round(share / saved)) > 1e-6:
-                raise UserError(f"path.checkpoints has {share:g}, and save_steps does not divide it; let it")
+        if recipe.path:
+            _check_checkpoints(recipe.path.checkpoints, parsed.training)
         if run.method.method in MASK_METHODS:
             config = mask_config(parsed.mask)
             if run.method.method in FIXED_MASK_METHODS:
@@ -95,54 +77,93 @@ def _check_run(run: StudyRun, recipe: Recipe) -> None:
         raise UserError(f"run {run.title!r}: {error}") from None
 
 
+def _check_checkpoints(shares: Iterable[float], training) -> None:
+    """Check that a checkpoint is saved at every share of training."""
+    interval = training.save_steps
+    if interval >= 1:  # steps, of a length that may be unknown (max_steps -1)
+        interval /= training.max_steps
+    if not 0 < interval < 1:
+        return
+    for share in shares:
+        num_intervals = share / interval
+        if share < 1 and abs(num_intervals - round(num_intervals)) > 1e-6:
+            raise UserError(f"path.checkpoints has {share:g}, which must be a multiple of save_steps")
+
+
 def _check_path_rows(plan: Plan) -> None:
-    """Refuse a path on held-out rows on which the model before training is not measured."""
-    study, rows = Study(Path(), plan.recipe), {}
-    for run in filter(study.has_path, plan.runs):
-        rows.setdefault(short_digest(options_identity(study.heldout_options(run))), run.title)
-    if len(rows) > 1:
+    """Check that the model before training is measured on the held-out rows of every run."""
+    runs_by_rows: dict[str, str] = {}
+    for run in plan.runs:
+        if has_path(plan.recipe, run):
+            rows = short_digest(options_identity(heldout_options(plan.recipe, run)))
+            runs_by_rows.setdefault(rows, run.title)
+
+    if len(runs_by_rows) > 1:
+        first, second = list(runs_by_rows.values())[:2]
         raise UserError(
-            f"path: {' and '.join(map(repr, [*rows.values()][:2]))} have different held-out rows; give all methods the "
-            f"first of data, {next(iter(plan.recipe.data))!r}, and options of its rows there or in train"
+            f"path: {first!r} and {second!r} have different held-out rows; give all methods the first of data, "
+            f"{plan.recipe.first_data!r}, and options of its rows there or in train"
         )
 
 
-def check_before_running(plan: Plan, evaluate: ModuleType) -> None:
-    """Check what needs data: tasks, and that nothing is chosen on rows that are reported on."""
-    sets = _evaluation_args(plan.recipe, evaluate)
+# Checks that read the data
+
+
+def check_before_running(plan: Plan) -> None:
+    """Check tasks and data, and that nothing is chosen on rows that are reported on."""
+    sets = _evaluation_args(plan.recipe)
     try:
         rows = {where: evaluate.check_inputs(args) for where, args in sets.items()}
     except UserError as error:
         raise UserError(f"evaluation: {error}") from None
-    digests = {prompt_digest(row) for where, each in rows.items() if not where.startswith(_OF_PATH) for row in each}
-    _check_tuned_rows(plan, digests)
-    for where, each in rows.items() if plan.recipe.path and plan.recipe.path.choose else ():
-        if where.startswith(_OF_PATH) and not sets[where].kl:  # KL chooses nothing
-            _check_not_reported(each, digests, f"{where} would choose points on")
+
+    reported: set[str] = set()
+    for where, rows_there in rows.items():
+        if not where.startswith(_OF_PATH):
+            reported |= {prompt_digest(row) for row in rows_there}
+
+    _check_tuned_rows(plan, reported)
+    path = plan.recipe.path
+    if path is None or path.choose is None:
+        return
+    for where, rows_there in rows.items():
+        chooses = where.startswith(_OF_PATH) and not sets[where].kl  # sets with kl have no loss to choose by
+        if chooses:
+            _check_not_reported(rows_there, reported, f"{where} would choose points on")
 
 
-def _check_tuned_rows(plan: Plan, digests: set[str]) -> None:
-    """Refuse to tune or choose on rows whose prompts are among those that the study reports on, or on a test split."""
+def _check_tuned_rows(plan: Plan, reported: set[str]) -> None:
+    """Refuse to tune or choose on prompts that the study reports on, or on a test split."""
+    data_options = {field.name for field in fields(DataArguments)}
     seen: set[str] = set()
-    about_data = {field.name for field in fields(DataArguments)}
     for run in plan.runs:
         verb = how_chosen(run.method, run.options)
-        of_data = repr(sorted((name, value) for name, value in run.options.items() if name in about_data))
-        if verb is None or of_data in seen:
+        if verb is None:
+            continue
+        of_data = repr(sorted((name, value) for name, value in run.options.items() if name in data_options))
+        if of_data in seen:
             continue
         seen.add(of_data)
+
         parsed = parsed_run(run)
-        data, would = parsed.data, f"method {run.method.name!r} would be {verb} on"
-        name = data.eval_dataset_name or data.dataset_name
-        split = data.dataset_eval_split or ("test" if data.eval_dataset_name else data.dataset_train_split)
-        if "test" in {part.partition("[")[0].strip() for part in split.split("+")} and hub_ids(name):
-            raise UserError(f"{would} the split {split!r} of {name!r}; hold out rows of the training data")
+        data = parsed.data
+        would = f"method {run.method.name!r} would be {verb} on"
+        _check_no_test_split(data, would)
         heldout = load_splits(data, data.split_seed, None, parsed.training.dataset_text_field).heldout
-        _check_not_reported(heldout, digests, would)
+        _check_not_reported(heldout, reported, would)
 
 
-def _check_not_reported(heldout: Iterable[dict], digests: set[str], would: str) -> None:
-    is_reported = [prompt_digest(row) in digests for row in heldout]
+def _check_no_test_split(data: DataArguments, would: str) -> None:
+    name = data.eval_dataset_name or data.dataset_name
+    default = "test" if data.eval_dataset_name else data.dataset_train_split
+    split = data.dataset_eval_split or default
+    parts = {part.partition("[")[0].strip() for part in split.split("+")}  # of test[:10%]+train
+    if "test" in parts and hub_ids(name):
+        raise UserError(f"{would} the split {split!r} of {name!r}; hold out rows of the training data")
+
+
+def _check_not_reported(heldout: Iterable[dict], reported: set[str], would: str) -> None:
+    is_reported = [prompt_digest(row) in reported for row in heldout]
     if any(is_reported):
         raise UserError(
             f"{would} {len(is_reported):,} held-out rows, and evaluation reports on the prompts of "
@@ -151,11 +172,11 @@ def _check_not_reported(heldout: Iterable[dict], digests: set[str], would: str) 
 
 
 def how_chosen(method: Method, options: Options) -> str | None:
-    """``tuned`` or ``chosen`` where held-out rows choose more of a method than its checkpoint, None where they do not.
+    """``tuned`` or ``chosen`` if held-out rows choose more of a method than its checkpoint, else None.
 
     Args:
         method: The method.
-        options: Its options of ``maskft train``, those of all methods included.
+        options: Its options of ``maskft train``, with those of all methods.
     """
     if method.tune is not None:
         return "tuned"
@@ -163,22 +184,32 @@ def how_chosen(method: Method, options: Options) -> str | None:
     return "chosen" if is_best_drawn or method.method == INTERPOLATE else None
 
 
-def _evaluation_args(recipe: Recipe, evaluate: ModuleType) -> dict[str, Namespace]:
-    """Section -> the recipe's options of ``maskft evaluate``, parsed; what that would refuse is refused."""
+# Options of evaluations
+
+
+def _evaluation_args(recipe: Recipe) -> dict[str, Namespace]:
+    """Section -> its options of ``maskft evaluate``, parsed.
+
+    Raises:
+        UserError: For an option that ``maskft evaluate`` would refuse.
+    """
     sections = {"evaluation": recipe.evaluation}
-    sections |= {f"evaluation.before.{name}": options for name, options in recipe.before.items()}
-    before = recipe.path.before if recipe.path else {}
-    sections |= {f"{_OF_PATH}{name}": options for name, options in before.items()}
-    found, parser = dict[str, Namespace](), evaluate.parser()
+    for name, options in recipe.before.items():
+        sections[f"evaluation.before.{name}"] = options
+    for name, options in recipe.path.before.items() if recipe.path else ():
+        sections[f"{_OF_PATH}{name}"] = options
+
+    parser = evaluate.make_parser()
     known = {action.dest for action in parser._actions} - _OF_THE_STUDY
+    parsed = {}
     for where, options in sections.items():
-        taken = known - ({"tasks"} if where.startswith(_OF_PATH) else set())  # points are measured on rows
+        allowed = known - {"tasks"} if where.startswith(_OF_PATH) else known  # points are measured on rows
         for option in options:
-            if option not in taken:
-                raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(option, taken)}")
+            if option not in allowed:
+                raise UserError(f"{where} has an unknown option {option!r}{did_you_mean(option, allowed)}")
         try:
-            found[where] = parser.parse_args([*_ANY, *evaluation_words(options)])
-            evaluate.read(found[where])
+            parsed[where] = parser.parse_args([*_PLACE_HOLDERS, *evaluation_words(options)])
+            evaluate.read(parsed[where])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-    return found
+    return parsed

@@ -1,8 +1,7 @@
-"""``controls: standard`` of a recipe: what every learned mask has to be better than, as methods of the study."""
+"""``controls: standard`` of a recipe: the methods that every learned mask is compared with."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,80 +10,131 @@ from maskft.training.method_arguments import FIXED_MASK_METHODS, PEFT
 from maskft_common.yaml_file import read_yaml
 
 TEMPLATE = Path(__file__).parents[1] / "recipes" / "controls.yaml"
-LENGTHS = ("num_train_epochs", "max_steps")  # options that say how long a run trains
-# Of the parent's rate, those that are tried first; a mask of more settings is compared with as many.
-_RATES = (0.5, 1, 2, 0.25, 4, 0.125, 8, 0.7, 1.4, 2.8, 0.35, 5.6)
-_ADAPTER_RATES = (1e-3, 3e-4, 3e-3, 1e-4, 1e-2, 3e-2, 3e-5, 2e-3, 5e-4, 5e-3, 2e-4, 2e-2)  # no multiples
-_MIN_RATES = 3
-# With the length: what a control that is trained has from the mask.
-_OF_A_STEP = "max_train_samples max_length per_device_train_batch_size gradient_accumulation_steps global_batch_size"
-_SHARED = (*LENGTHS, *_OF_A_STEP.split())
 
-Methods = dict[str, Any]  # section `methods`, as it stands in the file
+# Options that say how long a run trains.
+LENGTHS = ("num_train_epochs", "max_steps")
+# Options that a trained control takes from its mask: the length, and the rows and batch of a step.
+_SHARED = (
+    *LENGTHS,
+    "max_train_samples",
+    "max_length",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+)
+
+# Multiples of the parent's rate in the order in which they are tried. A mask that is tuned over more settings is
+# compared with controls of as many rates, and never with fewer than _MIN_RATES.
+_RATES = (0.5, 1, 2, 0.25, 4, 0.125, 8, 0.7, 1.4, 2.8, 0.35, 5.6)
+# Rates of adapters, which are no multiples of a rate for all weights.
+_ADAPTER_RATES = (1e-3, 3e-4, 3e-3, 1e-4, 1e-2, 3e-2, 3e-5, 2e-3, 5e-4, 5e-3, 2e-4, 2e-2)
+_MIN_RATES = 3
+
+Methods = dict[str, Any]  # section `methods` of the file
 
 
 def with_standard_controls(
     methods: Methods, train: Mapping[str, Any], masks: list[str] | None = None, grid: Collection[str] = ()
 ) -> Methods:
-    """The methods, and those of ``recipes/controls.yaml`` for each learned mask.
+    """Add the methods of ``recipes/controls.yaml`` for each learned mask.
 
     Args:
-        methods: The recipe's own; one of a control's name is kept instead of it, and null leaves that control out.
+        methods: The recipe's own. A method with a control's name replaces the control; null leaves the control out.
         train: Options of all methods.
-        masks: The learned masks that get them; None: all.
-        grid: What the study varies: ``METHOD.OPTION``.
+        masks: The learned masks that get controls; None: all.
+        grid: The study's grid: ``METHOD.OPTION``.
 
     Raises:
-        ValueError: Where one of ``masks`` is no learned mask, there is none at all, or the grid varies its length.
+        ValueError: If one of ``masks`` is not a learned mask, there is none at all, or the grid varies its length.
     """
-    learned = [name for name, mask in methods.items() if isinstance(mask, dict) and mask.get("method") == "mask"]
+    learned = [name for name, method in methods.items() if _is_learned_mask(method)]
     for name in masks or ():
         if name not in learned:
-            raise ValueError(f"controls names {name!r}, which is no learned mask; name one, or write standard")
-    learned = [name for name in learned if masks is None or name in masks]
+            raise ValueError(f"controls: {name!r} is not a learned mask; name one, or write standard")
+    if masks is not None:
+        learned = [name for name in learned if name in masks]
     if not learned:
-        raise ValueError("controls has no learned mask to stand beside; add one, or drop it")
+        raise ValueError("controls: the study has no learned mask; add one, or remove controls")
+
     controls: Methods = {}
     for name in learned:
-        varied = next((option for option in _SHARED if f"{name}.{option}" in grid), None)
-        if varied:
-            raise ValueError(f"grid {name}.{varied} gives the mask several lengths, and its controls have one; drop it")
-        # Two masks of one parent and as many steps share the controls that no mask is in.
+        _check_one_length(name, grid)
         for control, method in _controls_of(name, methods, train):
-            if method not in controls.values():
-                controls[control if control not in controls else f"{control} ({name})"] = method
+            # Two masks with one parent and the same number of steps share the controls that contain no mask.
+            if method in controls.values():
+                continue
+            is_taken = control in controls
+            controls[f"{control} ({name})" if is_taken else control] = method
+
     kept = {name: method for name, method in methods.items() if method is not None or name not in controls}
-    return kept | {name: method for name, method in controls.items() if name not in methods}
+    added = {name: method for name, method in controls.items() if name not in methods}
+    return kept | added
+
+
+def _is_learned_mask(method: Any) -> bool:
+    return isinstance(method, dict) and method.get("method") == "mask"
+
+
+def _check_one_length(name: str, grid: Collection[str]) -> None:
+    for option in _SHARED:
+        if f"{name}.{option}" in grid:
+            raise ValueError(
+                f"grid {name}.{option} gives the mask several lengths, but its controls have one; remove it"
+            )
 
 
 def _controls_of(name: str, methods: Methods, train: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and methods of the controls of one mask."""
     mask = methods[name]
     parent = mask.get("from")
-    made = methods.get(parent) if isinstance(parent, str) else None
-    has_rate = isinstance(made, dict) and made.get("method") == "full"
+    parent_method = methods.get(parent) if isinstance(parent, str) else None
+    has_rate = isinstance(parent_method, dict) and parent_method.get("method") == "full"
     layers = mask.get("mask_layers_to_transform", train.get("mask_layers_to_transform"))
     tune = mask["tune"] if isinstance(mask.get("tune"), dict) else {}
-    # Where the mask's steps are tuned, so are those of what is trained.
-    lengths = {key: tune[key] for key in LENGTHS if key in tune}
-    # What is said for all methods is theirs too; said once more, it would be another control.
-    shared = {k: mask[k] for k in _SHARED if k in mask and (k not in train or mask[k] != train[k])}
+
+    # If the mask's steps are tuned, so are those of trained controls.
+    tuned_lengths = {option: tune[option] for option in LENGTHS if option in tune}
+    # An option that `train` gives all methods is left out: written twice, two equal controls would look different.
+    shared = {
+        option: mask[option]
+        for option in _SHARED
+        if option in mask and (option not in train or mask[option] != train[option])
+    }
+
     for control, entry in read_yaml(TEMPLATE).items():
-        if (entry["method"] not in FIXED_MASK_METHODS and not has_rate) or (entry.get("partial_layers") and not layers):
+        is_fixed_mask = entry["method"] in FIXED_MASK_METHODS
+        if not is_fixed_mask and not has_rate:
             continue
-        method = {k: v.format(mask=name, parent=parent) if isinstance(v, str) else v for k, v in entry.items()}
+        if entry.get("partial_layers") and not layers:
+            continue
+
+        method = {}
+        for key, value in entry.items():
+            method[key] = value.format(mask=name, parent=parent) if isinstance(value, str) else value
         method |= {key: mask[key] for key in ("from", "data", "seeds") if key in mask}
         if entry["method"] in ("full", PEFT):
-            tried = lengths | (_rates(tune, entry["method"]) if method.pop("tune", None) else {})
-            method = shared | method | ({"tune": tried} if tried else {})
+            tried = dict(tuned_lengths)
+            if method.pop("tune", None):
+                tried |= _rates(tune, entry["method"])
+            method = shared | method
+            if tried:
+                method["tune"] = tried
         if "partial_layers" in entry:
             method["partial_layers"] = layers
         yield control.format(mask=name, parent=parent), method
 
 
 def _rates(tune: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """Rates of a method to try: no fewer than the settings that a mask is tuned over, of those there are."""
-    lists = (values for option, values in tune.items() if option not in LENGTHS)
-    sizes = (values.get("times_parent") if isinstance(values, dict) else values for values in lists)
-    number = max(math.prod(len(values) for values in sizes if isinstance(values, list)), _MIN_RATES)
-    return {"learning_rate": [*_ADAPTER_RATES[:number]] if method == PEFT else {"times_parent": [*_RATES[:number]]}}
+    """Rates to try: as many as the mask has settings, within the lists above."""
+    num_settings = 1
+    for option, values in tune.items():
+        if option in LENGTHS:
+            continue
+        values = values.get("times_parent") if isinstance(values, dict) else values
+        if isinstance(values, list):
+            num_settings *= len(values)
+    number = max(num_settings, _MIN_RATES)
+
+    if method == PEFT:
+        return {"learning_rate": list(_ADAPTER_RATES[:number])}
+    return {"learning_rate": {"times_parent": list(_RATES[:number])}}

@@ -1,4 +1,4 @@
-"""Finished runs and results that are no longer what was written: found by checksums."""
+"""Finished runs and results whose files are no longer as they were written, found by checksums."""
 
 from __future__ import annotations
 
@@ -9,48 +9,56 @@ from maskft_common import files, layout
 from maskft_common.errors import UserError
 
 from ..results.schema import read_result
-from .record import read_record
+from .run_record import read_run_record
 
 
 def written_files(folder: Path) -> dict[str, str]:
-    """Name -> sha256 of what a run has left in its folder: weights, tokenizer, accounts; not its log and checkpoints.
+    """Name -> sha256 of the files of a run: weights, tokenizer, records; not its log and checkpoints.
 
-    Whole files are read, some seconds for each 10 GB.
+    Whole files are read: some seconds for each 10 GB.
     """
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {path.relative_to(folder).as_posix(): path for path in found}
-    return {name: files.digest_file(path) for name, path in names.items() if _is_kept(name)}
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and _is_kept(name):
+            digests[name] = files.digest_file(path)
+    return digests
 
 
 def _is_kept(name: str) -> bool:
-    first, last = name.partition("/")[0], name.rpartition("/")[2]
-    passing = first.startswith("checkpoint-") or last.startswith(".") or last.endswith((".lock", ".partial"))
-    # A card is its author's, who may write another.
-    return not passing and name not in (layout.LOG, layout.RUN, layout.CARD)
+    first = name.partition("/")[0]
+    last = name.rpartition("/")[2]
+    if name in (layout.LOG, layout.RUN, layout.CARD):  # a card is its author's to edit
+        return False
+    is_checkpoint = first.startswith("checkpoint-")
+    is_temporary = last.startswith(".") or last.endswith((".lock", ".partial"))
+    return not is_checkpoint and not is_temporary
 
 
 def damage_of_run(folder: Path) -> str | None:
-    """What is wrong with a run that has a ``run.json``; None where all files it names are as they were written.
+    """The damage to a run that has a ``run.json``; None if all files it names are as they were written.
 
-    Each file is read once per process, and again when it was written to.
+    Each file is read once per process, and again after it was written to.
     """
     try:
-        written = read_record(folder).files
+        written = read_run_record(folder).files
     except (UserError, OSError):
         return f"its {layout.RUN} cannot be read"
+
     for name, sha256 in written.items():
         path = folder / name
         try:
-            found = files.digest_file(path) if path.is_file() else None
+            if not path.is_file():
+                return f"its {name} is missing"
+            if files.digest_file(path) != sha256:
+                return f"its {name} differs from the file that was written"
         except OSError as error:
             return f"its {name} cannot be read ({error.strerror})"
-        if found != sha256:
-            return f"its {name} is {'not what was written' if found else 'missing'}"
     return None
 
 
 def damage_of_result(file: Path) -> str | None:
-    """What is wrong with a result file that is there; None where it can be read and its numbers agree."""
+    """The damage to an existing result file; None if it can be read and its metrics agree with its items."""
     stat = file.stat()
     return _damage_of_result(file, stat.st_mtime_ns, stat.st_size)
 
@@ -65,5 +73,5 @@ def _damage_of_result(file: Path, mtime_ns: int, size: int) -> str | None:
 
 
 def is_whole_result(file: Path) -> bool:
-    """Whether a result file is there, can be read, and its metrics are those of its items."""
+    """Whether a result file exists, can be read, and its metrics agree with its items."""
     return file.is_file() and damage_of_result(file) is None

@@ -1,102 +1,164 @@
-"""``maskft study --dry_run``: what would run, from what, and what it takes."""
+"""``maskft study --dry_run``: the runs, what each is made from, tokens and time."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from maskft.training.arguments import TrainConfig
 from maskft.training.method_arguments import UNTRAINED_METHODS
 from maskft_common.progress_bar import time_text
 
-from .check import parsed_run
-from .execute import Study
+from .folder import Study
+from .make import heldout, is_done
 from .plan import Plan, build_plan
-from .recipe import PRETRAINED
-from .runs import StudyRun, settings_text
+from .recipe import PRETRAINED, Recipe
+from .run_options import parsed_run
+from .study_run import StudyRun, settings_text
+
+_LOG_WIDTH = 200  # columns where there is no terminal: nothing may be cut off
+
+Cost = tuple[float | None, float | None]  # tokens and seconds; None if unknown
 
 
-def print_dry_run(plan: Plan, folder: Path, own: Collection[str]) -> None:
-    """Print what would run, from what, and what it takes; writes nothing.
+def print_dry_run(plan: Plan, folder: Path, own: Collection[str], why_no_time: str | None = None) -> None:
+    """Print what would run, from what, and the cost; writes nothing.
 
     Args:
         plan: The runs.
         folder: Of the study.
-        own: Methods that stand in the recipe's file; the others are controls.
+        own: Methods in the recipe's file; the others are controls.
+        why_no_time: Why there is no time although the recipe has a speed.
     """
     study = Study(folder.absolute(), plan.recipe)
-    plan = build_plan(plan.recipe, study.heldout)
-    stages = ["stage"] if plan.tunings else []
-    table = Table(*stages, "run", "from", "tokens", "time", "state", title=plan.recipe.name)
-    left: dict[str, tuple[float | None, float | None]] = {}
+    plan = build_plan(plan.recipe, partial(heldout, study))
+    has_stages = bool(plan.tunings)
+
+    columns = ["run", "from", "tokens", "time", "state"]
+    table = Table(*(["stage"] if has_stages else []), *columns, title=plan.recipe.name)
+    costs = _Costs(plan.recipe)
+    left: dict[str, Cost] = {}  # by id: the run that tried the winner's settings is the winner
     for run in plan.runs:
-        cost = cost_of(plan, run)
-        state = "finished" if study.is_done(run) else "to evaluate" if study.is_trained(run) else "to do"
-        left[run.id] = (0, 0) if state != "to do" else cost  # a winner is one of the runs that were tried
+        tokens, seconds = costs.of(run)
+        state = _state(study, run)
+        left[run.id] = (tokens, seconds) if state == "to do" else (0, 0)
         if run.is_assumed:
             state = f"waits for stage {run.stage - 1}"
+
         parents = ", ".join(_shown_id(parent) for parent in run.parents) or run.model
-        stage = [str(run.stage)] if stages else []
-        table.add_row(*map(Text, (*stage, _shown_id(run), parents, *_words(*cost), state)))
-    # Piped or in a log, nothing may be cut off.
-    console = Console(width=None if Console().is_terminal else 200)
+        cells = [_shown_id(run), parents, *_words(tokens, seconds), state]
+        if has_stages:
+            cells.insert(0, str(run.stage))
+        table.add_row(*map(Text, cells))
+
+    console = Console(width=None if Console().is_terminal else _LOG_WIDTH)
     console.print(table, markup=False)
-    tokens, seconds = (None if None in values else sum(values) for values in zip(*left.values(), strict=True))
-    ids = {run.id: run.method.name in own for run in plan.runs}
-    words = _words(tokens, seconds)
-    speed = " (for the time add tokens_per_s: N, which maskft train prints, to the recipe)"
-    if plan.recipe.tokens_per_s:
-        speed = f" at {plan.recipe.tokens_per_s:.3g} tokens/s of full fine-tuning"
-    console.print(
-        f"{len(ids)} runs: {sum(ids.values())} of yours, {len(ids) - sum(ids.values())} controls; training left: "
-        f"{words[0]} tokens, {words[1]}{speed}; evaluation comes on top." + _about_stages(plan),
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(_totals(plan, left, own, why_no_time) + _about_stages(plan), highlight=False, soft_wrap=True)
+
+
+def _state(study: Study, run: StudyRun) -> str:
+    if is_done(study, run):
+        return "finished"
+    return "to evaluate" if study.is_trained(run) else "to do"
 
 
 def _shown_id(run: StudyRun) -> str:
-    """Folder of a run and what is tried with it; no hash where its settings are still to be chosen."""
+    """Folder of a run with its grid values and the settings it tries; no hash while its settings are not chosen."""
     name = f"{run.id.rpartition('-')[0]}-?" if run.is_assumed else run.id
-    return f"{name} {settings_text(run.tried)}" if run.tried else name
+    tried = f" {settings_text(run.tried)}" if run.tried else ""
+    return f"{name}{run.variant}{tried}"
+
+
+def _totals(plan: Plan, left: dict[str, Cost], own: Collection[str], why_no_time: str | None) -> str:
+    tokens, seconds = (None if None in values else sum(values) for values in zip(*left.values(), strict=True))
+    tokens_text, time = _words(tokens, seconds)
+    is_own = {run.id: run.method.name in own for run in plan.runs}
+    num_own = sum(is_own.values())
+
+    if plan.recipe.tokens_per_s:
+        speed = f"at {plan.recipe.tokens_per_s:.3g} tokens/s of full fine-tuning"
+    elif why_no_time:
+        speed = f"({why_no_time})"
+    else:
+        speed = "(for the time add tokens_per_s: N, which maskft train prints, to the recipe)"
+    return (
+        f"{len(is_own)} runs: {num_own} of yours, {len(is_own) - num_own} controls; training left: {tokens_text} "
+        f"tokens, {time} {speed}; evaluation comes on top."
+    )
 
 
 def _about_stages(plan: Plan) -> str:
     if not plan.tunings:
         return ""
-    counts = Counter({run.id: run.stage for run in reversed(plan.runs)}.values())
-    stages = ", ".join(f"stage {stage}: {number}" for stage, number in sorted(counts.items()))
-    waits = " Runs that wait are shown with the first settings of each list." * any(r.is_assumed for r in plan.runs)
-    return f"\nRuns by stage: {stages}; a stage starts when the held-out losses of the one before are known.{waits}"
+    stage_of = {run.id: run.stage for run in reversed(plan.runs)}
+    counts = sorted(Counter(stage_of.values()).items())
+    stages = ", ".join(f"stage {stage}: {number}" for stage, number in counts)
+    text = f"\nRuns by stage: {stages}; a stage starts when the held-out losses of the one before are known."
+    if any(run.is_assumed for run in plan.runs):
+        text += " Runs that wait are shown with the first settings of each list."
+    return text
 
 
 def _words(tokens: float | None, seconds: float | None) -> tuple[str, str]:
     return "?" if tokens is None else f"{tokens:.3g}", "?" if seconds is None else time_text(seconds)
 
 
-def cost_of(plan: Plan, run: StudyRun) -> tuple[int | None, float | None]:
-    """Tokens that a run trains on, padding not counted, and seconds; None where the recipe does not say.
+class _Costs:
+    """Costs of runs; runs that differ in their seed alone are parsed once."""
 
-    Every method is taken to be as slow as full fine-tuning.
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self._known: dict[str, Cost] = {}
+
+    def of(self, run: StudyRun) -> Cost:
+        options = {key: value for key, value in run.options.items() if key not in ("seed", "mask_seed")}
+        key = repr((run.method.name, options))
+        if key not in self._known:
+            self._known[key] = cost_of(self.recipe, run)
+        return self._known[key]
+
+
+def cost_of(recipe: Recipe, run: StudyRun) -> Cost:
+    """Tokens that a run trains on, without padding, and seconds; None where the recipe does not say.
+
+    Every method is assumed to be as slow as full fine-tuning.
     """
     if run.method.method in (PRETRAINED, *UNTRAINED_METHODS):
         return 0, 0.0
-    data, parsed = plan.recipe.data[run.method.data or next(iter(plan.recipe.data))], parsed_run(run)
+
+    data = recipe.data[run.method.data or recipe.first_data]
     if data.tokens_per_row is None:
         return None, None
-    rows, most, training = data.num_rows, parsed.data.max_train_samples, parsed.training
-    rows = most if rows is None else min(rows, most or rows)
-    if training.max_steps > 0:
-        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        rows = training.max_steps * (training.global_batch_size or batch * (plan.recipe.launch.num_processes or 1))
-    elif rows is not None:
-        rows *= training.num_train_epochs
-    if rows is None:
+    config = parsed_run(run)
+    num_rows = _num_rows(recipe, config, data.num_rows)
+    if num_rows is None:
         return None, None
-    tokens = round(rows * min(data.tokens_per_row, training.max_length or math.inf))
-    return tokens, tokens / plan.recipe.tokens_per_s if plan.recipe.tokens_per_s else None
+
+    tokens_per_row = min(data.tokens_per_row, config.training.max_length or math.inf)
+    tokens = round(num_rows * tokens_per_row)
+    seconds = tokens / recipe.tokens_per_s if recipe.tokens_per_s else None
+    return tokens, seconds
+
+
+def _num_rows(recipe: Recipe, config: TrainConfig, num_rows: int | None) -> float | None:
+    """Rows of all epochs or steps."""
+    training = config.training
+    if training.max_steps > 0:
+        num_processes = recipe.launch.num_processes or 1
+        per_process = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        batch_size = training.global_batch_size or per_process * num_processes
+        return training.max_steps * batch_size
+
+    limit = config.data.max_train_samples
+    if num_rows is None:
+        num_rows = limit
+    elif limit is not None:
+        num_rows = min(num_rows, limit)
+    return None if num_rows is None else num_rows * training.num_train_epochs

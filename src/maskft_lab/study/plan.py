@@ -1,47 +1,40 @@
-"""From a recipe to runs: which there are, what each depends on, and the name by which its result is found again.
+"""From a recipe to runs: which there are, what each depends on, and its name.
 
-A run is named by a hash of what decides its outcome: method, seed, every option that is not the default, digests of the
-data files and of a local base model, and the hashes of the runs it is made from. So a change anywhere upstream gives
-every run below a new name, and what did not change is found finished.
+A run is named by a hash of everything that decides its outcome: method, seed, every option that is not the default,
+digests of the data files and of a local base model, and the hashes of the runs it is made from. So a change anywhere
+upstream gives every run below a new name, and all other runs are found finished.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from maskft.models import model_identity
-from maskft.training.method_arguments import (
-    LEARNER_OPTIONS,
-    MASK_METHODS,
-    UNTRAINED_METHODS,
-    read_peft_config,
-    removes_a_share,
-)
+from maskft.training.method_arguments import UNTRAINED_METHODS
 from maskft.training.options import option_defaults
 from maskft_common.errors import UserError
 
 from .identity import options_identity, plain, short_digest, written_out
-from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Options, Recipe
-from .runs import LAYERS, Look, StudyRun, Tuned
-from .tuning import choose, points_of, tune
+from .path import WHOLE_TRAINING, with_chosen_point
+from .recipe import CURRENT_RATE, PRETRAINED, Method, Options, Recipe, TimesParent
+from .run_options import run_options
+from .study_run import Look, StudyRun, Tuned
+from .tuning import tune
 
-# What says which matrices are masked: a fixed mask takes it from the learned mask that it matches.
-_PLACES = ("mask_layers_to_transform", "mask_layers_pattern", "mask_target_modules", "mask_exclude_modules")
-# Options of `maskft train` that a recipe cannot give: the study itself decides them.
-_OF_THE_STUDY = (
-    "method model_name_or_path output_dir resume_from_checkpoint match_adapter start_mask keep_mask before_model "
-    "prepared_data_dir prepare_only keep_last seed"
-).split()
+MAX_RUNS = 10_000  # a larger number is a mistake in seeds or grid; a plan of it would take hours
+
+Axes = dict[tuple[str, str], Any]  # (method, option) -> the grid's value
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All runs of a study, each after those it is made from."""
+    """All runs of a study, each after the runs it is made from."""
 
     recipe: Recipe
     runs: list[StudyRun]
@@ -56,92 +49,129 @@ class Plan:
 def build_plan(recipe: Recipe, look: Look = lambda run: None) -> Plan:
     """Expand a recipe into runs.
 
-    Where settings are tuned and their runs are not finished, the first of each list is assumed to win.
+    While the runs that tune a method are not finished, the first of each list is assumed to win.
 
     Args:
         recipe: The recipe.
-        look: Held-out loss of a run; None where it is not finished.
+        look: Held-out loss of a run; None while it is not finished.
 
     Raises:
-        UserError: If an option is the study's own.
+        UserError: If an option is the study's own, or there are too many runs.
     """
-    planner = _Planner(recipe, option_defaults() | {"keep_worse": True}, look)  # see execute.py
+    planner = _Planner(recipe, look)
+    planner.check_number()
     for method in recipe.methods.values():
         for axes in planner.variants(method):
             for seed in planner.seeds(method):
                 planner.run(method, axes, seed)
+
     finals = [run for run in planner.runs if run.tried is None]
     _check_names(finals)
-    # The winner is one of the runs that were tried, from now on with an evaluation.
+
+    # The run that tried the winning settings is the final run of that seed, and listed once.
     winners = {run.id for run in finals if not run.is_assumed}
     runs = [run for run in planner.runs if run.tried is None or run.id not in winners]
     return Plan(recipe, runs, list(planner.tunings.values()))
 
 
-@dataclass
 class _Planner:
-    """Makes each run once, after those it is made from."""
+    """Makes each run once, after the runs it is made from."""
 
-    recipe: Recipe
-    defaults: dict[str, Any]
-    look: Look
-    found: dict[tuple, StudyRun] = field(default_factory=dict)
-    tunings: dict[tuple, Tuned] = field(default_factory=dict)
-    tried: dict[tuple, Tuned] = field(default_factory=dict)
-    runs: list[StudyRun] = field(default_factory=list)
+    def __init__(self, recipe: Recipe, look: Look):
+        self.recipe = recipe
+        self.look = look
+        # A study compares masks, also bad ones; see make.py.
+        self.defaults = option_defaults() | {"keep_worse": True}
+        self.runs: list[StudyRun] = []
+        self.tunings: dict[tuple, Tuned] = {}  # place -> what is chosen
+        self._made: dict[tuple, StudyRun] = {}  # place and seed -> run
+        self._trials: dict[tuple, Tuned] = {}  # place -> what was tried
+
+    # Grid and seeds
+
+    def check_number(self) -> None:
+        """Raise before a plan of more runs than anyone means."""
+        number = 0
+        for method in self.recipe.methods.values():
+            num_variants = math.prod(len(values) for values in self.axes(method).values())
+            num_settings = 0
+            for values in (method.tune or {}).values():
+                values = values.times_parent if isinstance(values, TimesParent) else values
+                num_settings = max(num_settings, 1) * len(values)
+            number += num_variants * (len(self.seeds(method)) + num_settings)
+        if number > MAX_RUNS:
+            raise UserError(f"the recipe describes {number:,} runs (at most {MAX_RUNS:,}); use fewer seeds or values")
 
     def axes(self, method: Method) -> dict[tuple[str, str], list]:
-        """Grid axes of a method: its own and those of what it is made from."""
-        inherited = {key for name in method.parents.values() for key in self.axes(self.recipe.methods[name])}
-        return {key: v for key, v in self.recipe.axes.items() if key[0] == method.name or key in inherited}
+        """Grid axes of a method: its own and those of the methods it is made from."""
+        inherited: set[tuple[str, str]] = set()
+        for name in method.parents.values():
+            inherited |= self.axes(self.recipe.methods[name]).keys()
+        return {key: values for key, values in self.recipe.axes.items() if key[0] == method.name or key in inherited}
 
-    def variants(self, method: Method) -> list[dict]:
+    def variants(self, method: Method) -> Iterator[Axes]:
         """Grid values of each of a method's variants."""
         axes = self.axes(method)
-        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-
-    def place(self, method: Method, axes: dict) -> tuple[dict, tuple]:
-        """Grid values that a method has, and a key for them."""
-        axes = {key: value for key, value in axes.items() if key in self.axes(method)}
-        return axes, (method.name, json.dumps([[*key, value] for key, value in axes.items()]))
+        for values in itertools.product(*axes.values()):
+            yield dict(zip(axes, values, strict=True))
 
     def seeds(self, method: Method) -> list[int]:
-        """Seeds of a method; a base model taken as it is has but one."""
-        return self.recipe.seeds[:1] if method.method == PRETRAINED else method.seeds or self.recipe.seeds
+        """Seeds of a method; the base model itself has one."""
+        if method.method == PRETRAINED:
+            return self.recipe.seeds[:1]
+        return method.seeds or self.recipe.seeds
 
-    def run(self, method: Method, axes: dict, seed: int) -> StudyRun:
-        """One run and, before it, those it is made from."""
-        axes, place = self.place(method, axes)
-        if (*place, seed) not in self.found:
+    def _place(self, method: Method, axes: Axes) -> tuple[Axes, tuple]:
+        """The grid values that concern a method, and a hashable key for them (values may be lists)."""
+        own_axes = self.axes(method)
+        axes = {key: value for key, value in axes.items() if key in own_axes}
+        return axes, (method.name, json.dumps([[*key, value] for key, value in axes.items()]))
+
+    # Runs
+
+    def run(self, method: Method, axes: Axes, seed: int) -> StudyRun:
+        """One run and, before it, the runs it is made from."""
+        axes, place = self._place(method, axes)
+        key = (*place, seed)
+        if key not in self._made:
             if method.tune is not None and place not in self.tunings:
-                self.tunings[place] = self.chosen(method, axes)
-            self.found[*place, seed] = self.make(method, axes, seed, tuned=self.tunings.get(place))
-        return self.found[*place, seed]
+                self.tunings[place] = self._chosen(method, axes)
+            self._made[key] = self._make(method, axes, seed, tuned=self.tunings.get(place))
+        return self._made[key]
 
-    def make(
-        self, method: Method, axes: dict, seed: int, tuned: Tuned | None = None, tried: Options | None = None
+    def _make(
+        self, method: Method, axes: Axes, seed: int, tuned: Tuned | None = None, tried: Options | None = None
     ) -> StudyRun:
         """One run, with the settings that won or that are tried."""
-        made = {key: self.parent(name, axes, seed) for key, name in method.parents.items()}
-        start, match = made.pop("from", None), made.pop("match", None)
-        chosen = tuned.winner.settings if tuned else tried or {}
-        options = _options(self.recipe, method, axes, seed, match, chosen)
+        masks = {key: self._parent(name, axes, seed) for key, name in method.parents.items()}
+        start = masks.pop("from", None)
+        match = masks.pop("match", None)
+        parents = [run for run in (start, match, *masks.values()) if run is not None]
+
+        settings = tuned.winner.settings if tuned else tried or {}
+        options = run_options(self.recipe, method, axes, seed, match, settings)
         if options.get("learning_rate") == CURRENT_RATE and (start is None or start.method.method != "full"):
             raise UserError(f"method {method.name!r}: learning_rate {CURRENT_RATE} goes with `from` a full fine-tuning")
-        name = f"{_slug(method.name)}-s{seed}" if method.method != PRETRAINED else _slug(method.name)
-        parents = [run for run in (start, match, *made.values()) if run is not None]
+
+        name = _slug(method.name)
+        if method.method != PRETRAINED:
+            name += f"-s{seed}"
+        hash_of_run = self._hash(method, options, {"start": start, "match": match, **masks})
+
+        stages = [run.stage for run in parents]
+        is_guess = tuned is not None and not tuned.is_settled
         run = StudyRun(
-            method,
-            self.recipe.model,
-            seed,
-            axes,
-            options,
-            start,
-            match,
-            made,
-            id=f"{name}-{self.hash(method, options, {'start': start, 'match': match} | made)}",
-            stage=max([tuned.stage + 1 if tuned else 1, *(run.stage for run in parents)]),
-            is_assumed=bool(tuned and not tuned.is_settled) or any(run.is_assumed for run in parents),
+            method=method,
+            model=self.recipe.model,
+            seed=seed,
+            axes=axes,
+            options=options,
+            start=start,
+            match=match,
+            masks=masks,
+            id=f"{name}-{hash_of_run}",
+            stage=max([tuned.stage + 1 if tuned else 1, *stages]),
+            is_assumed=is_guess or any(parent.is_assumed for parent in parents),
             tried=tried,
             tuned=tuned,
             point=tuned.point if tuned else None,
@@ -149,128 +179,107 @@ class _Planner:
         self.runs.append(run)
         return run
 
-    def chosen(self, method: Method, axes: dict) -> Tuned:
-        """The settings, and the point of a path, that held-out rows choose."""
-        tuned = self.tune(method, axes)
-        path = self.recipe.path
-        if path is None or path.choose is None:
-            return tuned
-        methods = self.recipe.methods.values()
-        bases = {each.name: each for each in methods if each.method == PRETRAINED}
-        base = next(iter(bases.values()))
-        before = self.look(self.run(base, {}, self.seeds(base)[0]))
-        # Of those that are made from a trained model the best would wait for what they are made from.
-        rivals = [each for each in methods if each.tune is not None and bases.keys() >= {*each.parents.values()}]
-        all_tuned = [tuned, *(self.tune(each, values) for each in rivals for values in self.variants(each))]
-        if before is None or not all(each.is_settled for each in all_tuned):
-            return replace(tuned, is_settled=False, point=(1.0, 1.0))
-        base_values = next(iter(before.points.values()))
-        found = [points_of(each.trials, base_values) for each in all_tuned]
-        if not found[0]:
-            return tuned  # all of its runs diverged
-        best = choose(found[0], max(point.gain for points in found for point in points), path.choose)
-        return replace(tuned, winner=best.trial, point=best.point, points=found[0], base=base_values)
-
-    def tune(self, method: Method, axes: dict) -> Tuned:
-        """The settings of ``method.tune``, as far as what is finished tells which these are; tried once."""
-        axes, place = self.place(method, axes)
-        if place in self.tried:
-            return self.tried[place]
-        seed = self.seeds(method)[0]
-        parent = self.parent(method.start, axes, seed) if method.start else None
-        # What was not trained has no rate to be multiplied.
-        is_trained = parent is not None and parent.method.method != PRETRAINED
-        of_parent = self.defaults | written_out(parent.method.method, parent.options) if is_trained else {}
-        own = self.defaults | written_out(method.method, _options(self.recipe, method, axes, seed, None))
-
-        def run_of(settings: Options) -> StudyRun:
-            return self.make(method, axes, seed, tried=settings)
-
-        self.tried[place] = tune(method, own, of_parent, run_of, self.look)
-        return self.tried[place]
-
-    def parent(self, name: str, axes: dict, seed: int) -> StudyRun:
+    def _parent(self, name: str, axes: Axes, seed: int) -> StudyRun:
         """The run of the method ``name`` with the same seed, else its only one."""
         method = self.recipe.methods[name]
         seeds = self.seeds(method)
-        if seed not in seeds and len(seeds) > 1:
+        if seed in seeds:
+            return self.run(method, axes, seed)
+        if len(seeds) > 1:
             raise UserError(f"method {name!r} has seeds {seeds}; a run made from it has seed {seed}: add it there")
-        return self.run(method, axes, seed if seed in seeds else seeds[0])
+        return self.run(method, axes, seeds[0])
 
-    def hash(self, method: Method, options: Options, parents: dict[str, StudyRun | None]) -> str:
-        """Hash of what decides a run's outcome."""
+    # Choices
+
+    def _chosen(self, method: Method, axes: Axes) -> Tuned:
+        """The settings, and with ``path.choose`` the point of a path, that held-out rows choose."""
+        tuned = self._tried(method, axes)
+        path = self.recipe.path
+        if path is None or path.choose is None:
+            return tuned
+
+        # The choice needs the base model's measurements, and (for accuracy_at_least) the best gain of any method.
+        before = self.look(self._base_run())
+        rivals = [self._tried(rival, rival_axes) for rival in self._rivals() for rival_axes in self.variants(rival)]
+        if before is None or not all(each.is_settled for each in [tuned, *rivals]):
+            return replace(tuned, is_settled=False, point=WHOLE_TRAINING)
+        base_values = next(iter(before.points.values()))  # it has one point
+        return with_chosen_point(tuned, rivals, base_values, path.choose)
+
+    def _base_run(self) -> StudyRun:
+        base = next(method for method in self.recipe.methods.values() if method.method == PRETRAINED)
+        return self.run(base, {}, self.seeds(base)[0])
+
+    def _rivals(self) -> list[Method]:
+        """The tuned methods that train from the base model.
+
+        A method made from a trained model waits for the choice of its parent: to choose the parent, the best gain of
+        all methods must not depend on it.
+        """
+        methods = self.recipe.methods.values()
+        bases = {method.name for method in methods if method.method == PRETRAINED}
+        return [method for method in methods if method.tune is not None and bases.issuperset(method.parents.values())]
+
+    def _tried(self, method: Method, axes: Axes) -> Tuned:
+        """The trials of ``method.tune``, made once, with the best of them once all are finished."""
+        axes, place = self._place(method, axes)
+        if place in self._trials:
+            return self._trials[place]
+
+        seed = self.seeds(method)[0]
+        of_parent: Options = {}
+        if method.start:
+            parent = self._parent(method.start, axes, seed)
+            if parent.method.method != PRETRAINED:  # a model that was not trained has no rate to multiply
+                of_parent = self.defaults | written_out(parent.method.method, parent.options)
+        own = self.defaults | written_out(method.method, run_options(self.recipe, method, axes, seed))
+
+        def run_of(settings: Options) -> StudyRun:
+            return self._make(method, axes, seed, tried=settings)
+
+        self._trials[place] = tune(method, own, of_parent, run_of, self.look)
+        return self._trials[place]
+
+    # Names
+
+    def _hash(self, method: Method, options: Options, parents: dict[str, StudyRun | None]) -> str:
+        """Hash of everything that decides a run's outcome. Any change of it renames published runs."""
         named = options_identity(written_out(method.method, options))
-        if name := named.get("mask_removed_value_model"):
-            named["mask_removed_value_model"] = model_identity(name)
-        # What other options decide has no default here; of the start, the published one is not named.
+        if named.get("mask_removed_value_model"):
+            named["mask_removed_value_model"] = model_identity(named["mask_removed_value_model"])
+
+        # mask_init_scores has no fixed default (other options decide it); the published start leaves no trace.
         defaults = self.defaults | {"mask_init_scores": "normal", "mask_init_value": 0}
-        settings = {
+        settings: dict[str, Any] = {
             "method": method.method,
             "model": model_identity(self.recipe.model),
-            "options": {k: v for k, v in named.items() if k not in defaults or v != plain(defaults[k])},
-            **{key: run and run.hash for key, run in parents.items()},
+            "options": {
+                key: value for key, value in named.items() if key not in defaults or value != plain(defaults[key])
+            },
         }
-        points = {key: list(run.point) for key, run in parents.items() if run and run.point}
-        settings |= {"points": points} if points else {}  # of their paths, those that it is made from
+        for key, parent in parents.items():
+            settings[key] = parent.hash if parent else None
+
+        points = {key: list(parent.point) for key, parent in parents.items() if parent and parent.point}
+        if points:
+            settings["points"] = points
+
         num_processes = self.recipe.launch.num_processes or 1
         is_trained = method.method not in (PRETRAINED, *UNTRAINED_METHODS)
-        # How many processes share a batch, where that decides its size.
-        if is_trained and not options.get("global_batch_size") and num_processes != 1:
+        if is_trained and num_processes != 1 and not options.get("global_batch_size"):
+            # The batch is as large as the number of processes. (`command` is a key of earlier names.)
             settings["launch"] = {"num_processes": num_processes, "command": None}
         return short_digest(settings)
 
 
 def _check_names(runs: list[StudyRun]) -> None:
-    """Refuse two runs with one folder, or with one name in the tables."""
+    """Raise for two runs with one folder, or with one name in the tables."""
     seen: set[tuple | str] = set()
     for run in runs:
         keys = {run.id, *((run.model, run.seed, label) for label in run.labels.values())}
         if keys & seen:
             raise UserError(f"two runs are named {run.title!r}: their settings mean the same; drop one")
         seen |= keys
-
-
-# Options
-
-
-def _options(
-    recipe: Recipe, method: Method, axes: dict, seed: int, match: StudyRun | None, chosen: Mapping[str, Any] = {}
-) -> dict[str, Any]:
-    """Options of ``maskft train``: the study's, the data's, the method's, the grid's, the chosen; the later win."""
-    if method.method == PRETRAINED:
-        return {}
-    is_mask = method.method in MASK_METHODS
-    own = method.options | {option: value for (name, option), value in axes.items() if name == method.name}
-    own |= chosen
-    data = recipe.data[method.data or next(iter(recipe.data))].options
-    refused = (recipe.train.keys() & {*_OF_THE_STUDY, "mask_seed"}) | ((own | data).keys() & {*_OF_THE_STUDY, REVISION})
-    if refused:
-        raise UserError(f"method {method.name!r} sets {min(refused)}, which seeds, from, last or train decide; drop it")
-    options = {key: value for key, value in recipe.train.items() if is_mask or not key.startswith("mask_")}
-    options |= data | {"seed": seed}
-    options |= {"mask_seed": seed} if is_mask else {}
-    options |= own | ({"keep_last": True} if method.last else {})
-    options = {key: plain(value) for key, value in options.items() if value is not None}
-    if "peft_config" in options:  # what a file says is part of a run's name
-        options["peft_config"] = read_peft_config(options["peft_config"])
-    num_candidates = options.get("num_candidates")
-    if isinstance(num_candidates, int) and num_candidates > 1 and own.get("mask_seed") is None:
-        # The candidates are mask_seed, mask_seed + 1, ...: without this those of two seeds would be nearly the same.
-        options["mask_seed"] = seed * num_candidates
-    options |= {key: [options[key]] for key in LAYERS if key in options and not isinstance(options[key], list)}
-    if match is not None:
-        of_match = written_out(match.method.method, match.options)  # a preset may say where it lies
-        for key in _PLACES:
-            if key in method.options and options.get(key) != of_match.get(key):
-                raise UserError(
-                    f"method {method.name!r} has {key} {options.get(key)}, and the mask it matches, {match.title!r}, "
-                    f"has {of_match.get(key)}; leave it out"
-                )
-        options = {key: value for key, value in options.items() if key not in _PLACES}
-        if not removes_a_share(options):  # it removes as many as are matched, whatever all other masks learn by
-            options = {key: value for key, value in options.items() if key not in LEARNER_OPTIONS or key in own}
-        options |= {key: of_match[key] for key in _PLACES if key in of_match}
-    return options
 
 
 def _slug(text: str) -> str:

@@ -1,6 +1,7 @@
-"""Commands in processes that end with the study, also when it is killed; those of maskft without seconds of imports.
+"""Run commands as child processes that die with the study.
 
-A study makes hundreds of short commands. Python's fork server imports once and forks a child for each.
+A study makes hundreds of short commands. maskft's own use Python's fork server, which imports torch, transformers and
+trl once (9 s) and forks a child for each command.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from maskft_common.errors import UserError
 
 PYTHON = [sys.executable, "-m", "maskft_lab.cli.main"]
 
-# What `maskft train` and `maskft evaluate` import, and the libraries that import their own parts late.
+# The imports of `maskft train` and `maskft evaluate`, and of libraries that import their own parts late.
 IMPORTED = [
     "maskft_lab.cli.train",
     "maskft_lab.cli.evaluate",
@@ -34,29 +35,35 @@ IMPORTED = [
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
 ]
-_PR_SET_PDEATHSIG = 1
+
+_PR_SET_PDEATHSIG = 1  # prctl: the signal that this process gets when its parent ends
+_TAIL_BYTES = 4096  # of a log, to find its last line
 
 
 def command_words(options: dict[str, Any]) -> list[str]:
-    """``{"a": 1, "b": [2, 3]}`` -> ``--a 1 --b 2 3``; what is None is left out, an object is JSON."""
+    """``{"a": 1, "b": [2, 3]}`` -> ``--a 1 --b 2 3``; None is left out, a dictionary becomes JSON."""
     words: list[str] = []
     for name, value in options.items():
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
-        texts = [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
-        # argparse takes -1e-05 for an option unless it stands behind an equals sign.
-        words += [f"--{name}={texts[0]}"] if len(texts) == 1 and texts[0].startswith("-") else [f"--{name}", *texts]
+        texts = [json.dumps(item) if isinstance(item, dict) else str(item) for item in values]
+        if len(texts) == 1 and texts[0].startswith("-"):
+            # As a word on its own, argparse takes -1e-05 for an option.
+            words.append(f"--{name}={texts[0]}")
+        else:
+            words += [f"--{name}", *texts]
     return words
 
 
 def start_command(words: Sequence[str], log: Path, lock_fd: int | None = None) -> multiprocessing.process.BaseProcess:
     """Start a command, its output appended to ``log``; it holds the study's lock until it ends."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    if sys.platform == "linux":
+    has_fork_server = sys.platform == "linux"
+    context = multiprocessing.get_context("forkserver" if has_fork_server else "spawn")
+    if has_fork_server:
         context.set_forkserver_preload(IMPORTED)
-    lock = None if lock_fd is None else _Descriptor(lock_fd)  # the server hands it over to the child
+    lock = None if lock_fd is None else _Descriptor(lock_fd)
     process = context.Process(target=_run, args=(list(words), str(log), dict(os.environ), lock))
     process.start()
     return process
@@ -68,7 +75,7 @@ def run_command(words: Sequence[str], log: Path, tick: Callable[[], None] = lamb
     Args:
         words: The command.
         log: File for stdout and stderr.
-        tick: Called about twice a second while it runs.
+        tick: Called about ten times a second while it runs.
         lock_fd: The study's lock, which is held until the command has ended too.
 
     Raises:
@@ -80,33 +87,43 @@ def run_command(words: Sequence[str], log: Path, tick: Callable[[], None] = lamb
             tick()
             process.join(0.1)
     finally:
-        if process.exitcode is None:
+        if process.exitcode is None:  # tick raised, as for Ctrl-C
             process.terminate()
             process.join()
-    status = process.exitcode
-    killed_by = -status if status < 0 else status - 128
-    if killed_by in set(signal.Signals):  # its last line would be one of progress
-        name = signal.Signals(killed_by).name
-        raise UserError(f"ended by {name}{', as when memory runs out' if name == 'SIGKILL' else ''} (see {log})")
+    _check_status(process.exitcode, log)
+
+
+def _check_status(status: int, log: Path) -> None:
+    # A child that a signal ended has the negative number; a shell or launcher in between makes it 128 + number.
+    number = -status if status < 0 else status - 128
+    if number in set(signal.Signals):
+        # The log's last line would be one of progress.
+        name = signal.Signals(number).name
+        hint = ", as when memory runs out" if name == "SIGKILL" else ""
+        raise UserError(f"ended by {name}{hint} (see {log})")
     if status:
         reason = last_line(log).removeprefix("maskft: error: ") or f"exit status {status}"
         raise UserError(f"{reason} (see {log})")
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something, and does not advise; "" where there is none."""
+    """The last line of a log that is neither empty nor advice; "" if there is none."""
     try:
         with log.open("rb") as stream:
-            stream.seek(max(0, log.stat().st_size - 4096))
+            stream.seek(max(0, log.stat().st_size - _TAIL_BYTES))
             text = stream.read().decode("utf-8", "replace")
     except OSError:
         return ""
-    lines = (line.strip() for line in reversed(text.splitlines()))
-    return next((line for line in lines if line and not line.startswith("next: ")), "")
+
+    for line in reversed(text.splitlines()):
+        line = line.strip()
+        if line and not line.startswith("next: "):
+            return line
+    return ""
 
 
 class _Descriptor:
-    """A file descriptor, duplicated into the child when it is pickled for it."""
+    """A file descriptor that the fork server duplicates into the child when it is unpickled there."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -124,25 +141,40 @@ def _run(words: list[str], log: str, environment: dict[str, str], lock: int | No
     if lock is not None:
         os.set_inheritable(lock, True)
     if sys.platform == "linux":
-        # The server ends with the study, and this with the server: a training left behind would write into the folder
-        # that a resumed study works in. A launcher (accelerate, torchrun) passes SIGTERM on to its workers. A child
-        # holds the pipe by whose end the server knows that the study is gone, for processes of its own.
-        os.close(forkserver._forkserver._forkserver_alive_fd)
-        forkserver._forkserver._forkserver_alive_fd = None
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if not multiprocessing.parent_process().is_alive():
-            sys.exit(128 + signal.SIGTERM)
+        _die_with_the_server()
+
     with open(log, "ab", buffering=0) as output, open(os.devnull) as nothing:
-        for stream, number in ((nothing, 0), (output, 1), (output, 2)):
-            os.dup2(stream.fileno(), number)
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
-    if words[: len(PYTHON)] != PYTHON:
+
+    is_of_maskft = words[: len(PYTHON)] == PYTHON
+    if not is_of_maskft:
         os.execvp(words[0], words)
+
     num_threads = environment.get("OMP_NUM_THREADS", "")
     if num_threads.isdecimal() and "torch" in sys.modules:
         # torch read the variable when the server imported it. With two threads each, two trainings on two cores are
         # five times slower than with one.
         sys.modules["torch"].set_num_threads(int(num_threads))
-    sys.argv = [PYTHON[-1], *words[len(PYTHON) :]]
-    sys.exit(importlib.import_module(PYTHON[-1]).main(sys.argv[1:]))  # by name, as `python -m` has it
+
+    module = PYTHON[-1]
+    sys.argv = [module, *words[len(PYTHON) :]]
+    sys.exit(importlib.import_module(module).main(sys.argv[1:]))
+
+
+def _die_with_the_server() -> None:
+    """End with the fork server, which ends with the study.
+
+    A training left behind would write into the folder that a resumed study works in. SIGTERM, because a launcher
+    (accelerate, torchrun) passes it on to its workers.
+    """
+    # The server notices the study's end by the end of this pipe, which a forked child would keep open.
+    os.close(forkserver._forkserver._forkserver_alive_fd)
+    forkserver._forkserver._forkserver_alive_fd = None
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if not multiprocessing.parent_process().is_alive():  # it ended before prctl
+        sys.exit(128 + signal.SIGTERM)

@@ -1,17 +1,17 @@
-"""The recipe of a study: one YAML file, read into types and checked before anything runs."""
+"""The recipe of a study: the types that its YAML file is read into, with the checks that need nothing else.
+
+``load_recipe.py`` reads the file.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from maskft.data.arguments import DATA_NAMES, TEMPLATE, mixture_text
-from maskft.data.mixtures import rename_sets
-from maskft.data.sources import FILE_ENDINGS
+from maskft.data.arguments import DATA_NAMES, mixture_text
 from maskft.training.method_arguments import (
     FIXED_MASK_METHODS,
     INTERPOLATE,
@@ -20,72 +20,82 @@ from maskft.training.method_arguments import (
     PEFT,
     UNTRAINED_METHODS,
 )
-from maskft_common.errors import UserError, did_you_mean
-from maskft_common.files import is_there
-from maskft_common.schema import FileModel, Name, read_model
-from maskft_common.yaml_file import read_yaml
+from maskft_common.errors import did_you_mean
+from maskft_common.schema import FileModel, Name
 
-from .controls import with_standard_controls
-
-PRETRAINED = "pretrained"  # method of a run that trains nothing: the base model itself
-CURRENT_RATE = "current"  # learning_rate: that of the schedule of `from` at its best step
+PRETRAINED = "pretrained"  # the method of a run that trains nothing: the base model itself
+CURRENT_RATE = "current"  # learning_rate: the rate that the schedule of `from` had at its best step
 REVISION = "model_revision"  # the option that names a revision of a hub model
-# How held-out data is evaluated: of `evaluation`, and of each set of earlier abilities unless it says otherwise.
-HOW = frozenset("model_revision chat_template_path dtype bf16 device batch_size".split())
-HOW_OF_HELDOUT = frozenset("max_length max_new_tokens no_generate dataset_text_field".split())
+
+# torch takes seeds of 64 bits, numpy (behind transformers.set_seed) of 32.
+MAX_SEED = 2**32 - 1
+
+# Methods in which an adapter is trained, or that keep the weights of a mask, over the model before training.
+_OVER_BASE = (*MASK_METHODS, PEFT)
+
+
+def as_text(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with mixtures as the command line takes them."""
+    return {key: mixture_text(value) if key in DATA_NAMES else value for key, value in options.items()}
 
 
 def _without_repeats(values: list) -> list:
-    twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
-    if twice is not None:
-        raise ValueError(f"{twice!r} stands there twice, and two runs would have one name; drop one")
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ValueError(f"duplicate value {value!r}")
     return values
 
 
 def _evaluation(section: dict[str, Any]) -> dict[str, Any]:
-    """Options of ``maskft evaluate``: ``heldout`` is measured beside the ``tasks``, and its options join the others."""
-    heldout, tasks = section.get("heldout") or {}, section.get("tasks") or []
-    tasks = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else tasks
+    """Options of ``maskft evaluate``: ``heldout`` becomes one of the tasks, and its options join the others."""
+    heldout = section.get("heldout") or {}
+    tasks = section.get("tasks") or []
+    if isinstance(tasks, str):
+        tasks = [name.strip() for name in tasks.split(",")]
     if not isinstance(heldout, dict) or not isinstance(tasks, list):
         raise ValueError("tasks must be a list of names, and heldout lines of `name: value`")
+
     options = {key: value for key, value in section.items() if key not in ("heldout", "tasks")}
     if tasks:
-        is_missing = (heldout or "dataset_name" in options) and "heldout" not in tasks
-        options["tasks"] = (["heldout"] if is_missing else []) + tasks
+        has_rows = bool(heldout) or "dataset_name" in options
+        if has_rows and "heldout" not in tasks:
+            tasks = ["heldout", *tasks]
+        options["tasks"] = tasks
     return as_text(options | heldout)
 
 
 Count = Annotated[int, Field(gt=0)]
 Number = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Options = dict[str, Any]
-Texts = Annotated[Options, AfterValidator(lambda options: as_text(options))]  # mixtures as the command line takes them
+Texts = Annotated[Options, AfterValidator(as_text)]
 Evaluation = Annotated[Options, AfterValidator(_evaluation)]
 Values = Annotated[list, Field(min_length=1), AfterValidator(_without_repeats)]
-Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_without_repeats)]
+Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_without_repeats)]
 
 
 class Section(FileModel):
-    """A section of a recipe; values are taken as YAML reads them, so ``"8"`` is no number."""
+    """A section of a recipe; values keep the type YAML gives them, so ``"8"`` is not a number."""
 
     model_config = ConfigDict(strict=True)
 
 
 class SectionWithOptions(Section):
-    """A section in which every key that is no field is an option of ``maskft train``."""
+    """A section whose other keys are options of ``maskft train``."""
 
     model_config = ConfigDict(extra="allow")
 
     @property
     def options(self) -> Options:
-        """The options, mixtures as the command line takes them."""
+        """The options, with mixtures as the command line takes them."""
         return as_text(self.model_extra or {})
 
 
 class Data(SectionWithOptions):
-    """One training set, with the part of it that is held out."""
+    """One training set, and the part of it that is held out."""
 
-    num_rows: Count | None = None  # to train on, for a dry run where the data is not at hand
+    num_rows: Count | None = None  # training rows, for a dry run on a machine without the data
     tokens_per_row: Number | None = None  # mean, for the same estimate
 
     @model_validator(mode="after")
@@ -103,10 +113,10 @@ class TimesParent(Section):
 
 
 class Choice(Section):
-    """What held-out rows choose among the points of a method's path: one of the two constraints."""
+    """How held-out rows choose a point of a method's path: by one of the two constraints."""
 
-    accuracy_at_least: Share | None = None  # of the best that any method has; then least forgetting
-    forgetting_at_most: Number | None = None  # nats per token; then most accuracy
+    accuracy_at_least: Share | None = None  # share of the best gain of any method; then least forgetting
+    forgetting_at_most: Number | None = None  # nats per token; then the highest gain
 
     @model_validator(mode="after")
     def _check_one(self) -> Choice:
@@ -118,31 +128,38 @@ class Choice(Section):
 class MethodPath(Section):
     """Section ``path``: where between the base model and the end of training every trained method is measured.
 
-    On the rows held out from training data, and on rows of earlier abilities that the study does not report on.
+    The measurements use rows held out from training data, and rows of earlier abilities that the study does not report.
     """
 
     before: dict[Annotated[Name, Field(pattern="^[^/]+$")], Texts] = {}  # as evaluation.before, of other rows
-    checkpoints: Annotated[list[Share], Field(min_length=1)] = [1.0]  # shares of training, at the whole change
-    scales: list[Share] = []  # parts of the change at the end of training, W0 + scale * (W - W0)
+    checkpoints: Annotated[list[Share], Field(min_length=1)] = [1.0]  # shares of training, with the whole change
+    scales: list[Share] = []  # fractions of the change at the end of training, W0 + scale * (W - W0)
     choose: Choice | None = None  # None: the setting with the lowest held-out loss, at its best checkpoint
 
     @model_validator(mode="after")
     def _check_measured(self) -> MethodPath:
-        is_measured = any(not each.get("kl") for each in self.before.values())
-        if self.choose and self.choose.forgetting_at_most is not None and not is_measured:
+        needs_loss = self.choose is not None and self.choose.forgetting_at_most is not None
+        has_loss = any(not options.get("kl") for options in self.before.values())
+        if needs_loss and not has_loss:
             raise ValueError("choose.forgetting_at_most needs a set in path.before whose loss is measured (not kl)")
         return self
 
     @property
     def points(self) -> list[tuple[float, float]]:
-        """Share of training and part of the change of every point."""
-        return list(dict.fromkeys([*((share, 1.0) for share in self.checkpoints), *((1.0, s) for s in self.scales)]))
+        """Share of training and fraction of the change of every point."""
+        along_training = [(share, 1.0) for share in self.checkpoints]
+        along_change = [(1.0, scale) for scale in self.scales]
+        return list(dict.fromkeys(along_training + along_change))
 
 
-# Keys of a method -> the methods that they go with.
-_KEYS = {
-    **dict.fromkeys(("from", "data", "seeds", "options"), METHODS),
-    **dict.fromkeys(("tune", "last"), tuple(method for method in METHODS if method not in UNTRAINED_METHODS)),
+# Keys of a method -> the methods that may have them.
+_METHODS_WITH = {
+    "from": METHODS,
+    "data": METHODS,
+    "seeds": METHODS,
+    "options": METHODS,
+    "tune": tuple(method for method in METHODS if method not in UNTRAINED_METHODS),
+    "last": tuple(method for method in METHODS if method not in UNTRAINED_METHODS),
     "match": FIXED_MASK_METHODS,
     "start_mask": ("full", PEFT),  # an adapter trained after a mask is merged at its end
     "keep_mask": ("full",),
@@ -150,37 +167,54 @@ _KEYS = {
 
 
 class Method(SectionWithOptions):
-    """One line of the table: what is trained, from which model, with which options."""
+    """One line of the table: the training, the model it starts from, its options.
+
+    Attributes:
+        start: The method whose best checkpoint it starts from; key ``from``.
+        match: The learned mask whose counts a fixed mask takes.
+        start_mask: The mask after which all weights of ``from`` train.
+        keep_mask: The mask whose removed weights of ``from`` stay zero while the others train.
+        tune: Options whose values the held-out rows choose.
+        tuned_elsewhere: Number of settings that an earlier study tried; its choice is in the options.
+        data: Name of the training set; None: the recipe's first.
+        last: Name of the model at the end of training beside the best one; None: not kept.
+        seeds: None: the study's.
+    """
 
     name: str = Field(default="", alias="(its key in the recipe)")  # in tables
     method: Literal[(PRETRAINED, *METHODS)]
-    start: str | None = Field(default=None, alias="from")  # the method whose best checkpoint it starts from
-    match: str | None = None  # the learned mask whose counts a fixed mask takes
-    start_mask: str | None = None  # the mask after which all weights of `from` train
-    keep_mask: str | None = None  # the mask whose removed weights of `from` stay zero while the others train
-    tune: dict[str, Values | TimesParent] | None = None  # options whose values the held-out rows choose
-    tuned_elsewhere: Count | None = None  # settings that an earlier study tried, whose choice stands in the options
-    data: str | None = None  # None: the recipe's first
-    last: str | None = None  # name of the model at the end of training beside the best one; None: not kept
-    seeds: Seeds | None = None  # None: those of the study
+    start: str | None = Field(default=None, alias="from")
+    match: str | None = None
+    start_mask: str | None = None
+    keep_mask: str | None = None
+    tune: dict[str, Values | TimesParent] | None = None
+    tuned_elsewhere: Count | None = None
+    data: str | None = None
+    last: str | None = None
+    seeds: Seeds | None = None
 
     @model_validator(mode="after")
     def _check_keys(self) -> Method:
-        for key, methods in _KEYS.items():
-            if getattr(self, "start" if key == "from" else key) and self.method not in methods:
-                raise ValueError(f"{key} is for {', '.join(methods)}, and method is {self.method}; drop it")
+        for key, methods in _METHODS_WITH.items():
+            value = self.start if key == "from" else getattr(self, key)
+            if value and self.method not in methods:
+                raise ValueError(f"{key} is for {', '.join(methods)}, not for method {self.method}")
+
         if self.method == INTERPOLATE and self.start is None:
-            raise ValueError("interpolate mixes a method's model with what it was made from; name it in `from`")
-        if len(self.masks) > 1 or (self.method == PEFT and self.masks and self.last):
-            raise ValueError("start_mask, keep_mask and, for an adapter, last: one of them; drop the other")
-        twice = set(self.tune or ()) & self.options.keys()
-        if twice:
-            raise ValueError(f"{min(twice)} stands both in tune and beside it; drop one")
+            raise ValueError("interpolate needs `from`: the method whose model is mixed with the model before it")
+
+        is_merged_adapter = self.method == PEFT and bool(self.masks)
+        if len(self.masks) > 1 or (is_merged_adapter and self.last):
+            raise ValueError("only one of start_mask, keep_mask and (for an adapter) last is possible")
+
+        in_both = set(self.tune or ()) & self.options.keys()
+        if in_both:
+            raise ValueError(f"{min(in_both)} has values in tune and one beside it; remove one of them")
         return self
 
     @property
     def labels(self) -> list[str]:
-        """Names of the method's models in tables: the best, and where it is kept the last."""
+        """Names of the method's models in tables: the best, and the last where it is kept."""
         return [f"{self.name} (best)", f"{self.name} ({self.last})"] if self.last else [self.name]
 
     @property
@@ -208,67 +242,87 @@ class Launch(Section):
 
     accelerate_config: str | None = None  # fsdp2, multi_gpu, ... of TRL, or a file of `accelerate config`
     num_processes: Count | None = None  # None: as accelerate_config says, else 1
-    num_cpus: Number = 1  # that a run takes on a cluster
-    num_gpus: Annotated[float, Field(ge=0)] = 0
+    num_cpus: Number = 1  # per run, on a cluster
+    num_gpus: Annotated[float, Field(ge=0)] = 0  # per run, on a cluster
 
 
 class Recipe(Section):
-    """A study."""
+    """A study.
+
+    Attributes:
+        controls: ``standard``, or the learned masks that get the standard controls; see ``controls.py``.
+        train: Options of ``maskft train`` for all methods.
+        grid: METHOD.OPTION -> values.
+        evaluation: Options of ``maskft evaluate``; in the file, options of held-out rows are below ``heldout``.
+        before: Held-out rows of earlier abilities, ``evaluation.before`` in the file.
+        baseline: The name in tables that all others are compared with.
+        fixed_seeds: Claims are about the trained models alone, see ``maskft compare --fixed_seeds``.
+        tokens_per_s: Speed of full fine-tuning on the intended hardware, for dry runs only.
+    """
 
     version: Literal[1]
     name: Annotated[Name, Field(pattern=r"^[^/]*[^/.][^/]*$")]  # of the folder and of the tables
     model: str
     data: Annotated[dict[str, Data], Field(min_length=1)]
     methods: Methods
-    controls: Literal["standard"] | list[str] | None = None  # see controls.py; a list: of these masks
-    train: Texts = {}  # for all methods
+    controls: Literal["standard"] | list[str] | None = None
+    train: Texts = {}
     seeds: Seeds = [0]
-    grid: dict[str, Values] = {}  # METHOD.OPTION -> values
-    evaluation: Evaluation = {}  # of `maskft evaluate`; in the file those of held-out data stand under `heldout`
-    before: dict[str, Evaluation] = Field(default={}, alias="evaluation.before")  # held-out data of earlier abilities
+    grid: dict[str, Values] = {}
+    evaluation: Evaluation = {}
+    before: dict[str, Evaluation] = Field(default={}, alias="evaluation.before")
     path: MethodPath | None = None
-    baseline: str | None = None  # name in tables of what all are compared with
-    fixed_seeds: bool = False  # claims are about the trained models alone, see `maskft compare --fixed_seeds`
-    tokens_per_s: Number | None = None  # of full fine-tuning on the hardware meant; for a dry run and nothing else
+    baseline: str | None = None
+    fixed_seeds: bool = False
+    tokens_per_s: Number | None = None
     launch: Launch = Launch()
 
     @property
+    def first_data(self) -> str:
+        """Name of the training set of methods that name none."""
+        return next(iter(self.data))
+
+    @property
     def axes(self) -> dict[tuple[str, str], list]:
-        """The grid: name of a method and option -> values."""
-        splits = {key: key.rpartition(".") for key in self.grid}
-        return {(name, option): self.grid[key] for key, (name, _, option) in splits.items()}
+        """The grid: (name of a method, option) -> values."""
+        axes = {}
+        for key, values in self.grid.items():
+            name, _, option = key.rpartition(".")
+            axes[name, option] = values
+        return axes
 
     @model_validator(mode="before")
     @classmethod
-    def _write_out(cls, content: Any) -> Any:
-        if not isinstance(content, dict):
+    def _lift_before(cls, content: Any) -> Any:
+        """Take ``before`` out of ``evaluation``: it has other types than the options around it."""
+        evaluation = content.get("evaluation") if isinstance(content, dict) else None
+        if not isinstance(evaluation, dict) or "before" not in evaluation:
             return content
-        evaluation = content.get("evaluation")
-        if isinstance(evaluation, dict) and "before" in evaluation:
-            others = {key: value for key, value in evaluation.items() if key != "before"}
-            content = content | {"evaluation": others, "evaluation.before": evaluation["before"]}
-        controls, methods, train = content.get("controls"), content.get("methods"), content.get("train") or {}
-        if (controls == "standard" or isinstance(controls, list)) and isinstance(methods, dict | None):
-            masks = controls if isinstance(controls, list) else None
-            grid, train = (value if isinstance(value, dict) else {} for value in (content.get("grid"), train))
-            content = content | {"methods": with_standard_controls(methods or {}, train, masks, grid)}
-        return content
+        others = {key: value for key, value in evaluation.items() if key != "before"}
+        return content | {"evaluation": others, "evaluation.before": evaluation["before"]}
 
     @model_validator(mode="after")
     def _check_names(self) -> Recipe:
-        _check_known("baseline", self.baseline, [label for each in self.methods.values() for label in each.labels])
+        labels = [label for method in self.methods.values() for label in method.labels]
+        _check_known("baseline", self.baseline, labels)
+
         for key, (name, option) in zip(self.grid, self.axes, strict=True):
             _check_known(f"grid {key}: the method", name, self.methods)
             if option in (self.methods[name].tune or ()):
-                raise ValueError(f"grid: {key!r} stands in the method's tune too; drop one")
+                raise ValueError(f"grid: {key!r} is in the method's tune too; remove one of them")
+
         for name, method in self.methods.items():
             for key, parent in method.parents.items():
                 _check_known(f"methods.{name}.{key}", parent, self.methods)
             _check_known(f"methods.{name}.data", method.data, self.data)
             if method.seeds and len(self.seeds) > 1 and method.seeds != self.seeds:
-                raise ValueError(f"methods.{name}.seeds differs from seeds {self.seeds}, which pair the runs; drop it")
+                raise ValueError(
+                    f"methods.{name}.seeds is {method.seeds}, but seeds {self.seeds} pair the runs; remove it"
+                )
+
+        parents = {name: method.parents.values() for name, method in self.methods.items()}
         try:
-            TopologicalSorter({name: method.parents.values() for name, method in self.methods.items()}).prepare()
+            TopologicalSorter(parents).prepare()
         except CycleError as error:
             raise ValueError(f"the runs form a cycle: {' -> '.join(error.args[1])}; break it") from None
         return self
@@ -276,38 +330,63 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_parents(self) -> Recipe:
         for name, method in self.methods.items():
-            made = {key: self.methods[parent] for key, parent in method.parents.items()}
-            start, match = made.pop("from", None), made.pop("match", None)
-            key = "start_mask" if made else "from" if start and start.method == "full" else None
-            if self.path and key and method.method in (*MASK_METHODS, PEFT):
-                raise ValueError(
-                    f"methods.{name}.{key} is {method.parents[key]!r}, and a path measures adapters over the model "
-                    f"before training; drop {key} or path"
-                )
+            start = self.methods[method.start] if method.start else None
+            match = self.methods[method.match] if method.match else None
+            masks = {option: self.methods[mask] for option, mask in method.masks.items()}
+
+            self._check_over_base(name, method, start)
             if match and match.method != "mask":
-                raise ValueError(f"methods.{name}.match is {match.name!r}, which is no learned mask")
+                raise ValueError(f"methods.{name}.match is {match.name!r}, which is not a learned mask")
             if start and start.method not in (PRETRAINED, "full"):
                 raise ValueError(f"methods.{name}.from is {start.name!r}, an adapter; start from full fine-tuning")
-            chosen = [each.name for each in (start, *made.values()) if each and each.method in ("full", "mask")]
-            is_current = method.options.get("learning_rate") == CURRENT_RATE
-            if chosen and self.path and self.path.choose and (self.path.scales or is_current):
-                raise ValueError(
-                    f"methods.{name} starts from {chosen[0]!r}, of which path.choose may take a part of the change or "
-                    f"another checkpoint than the best; drop choose, or scales and learning_rate {CURRENT_RATE}"
-                )
-            for option, mask in made.items():
+            self._check_start_of_path(name, method, [start, *masks.values()])
+            for option, mask in masks.items():
                 if mask.method not in MASK_METHODS or mask.start != method.start:
                     raise ValueError(f"methods.{name}.{option} is {mask.name!r}; name a mask made from the same model")
         return self
 
+    def _check_over_base(self, name: str, method: Method, start: Method | None) -> None:
+        """With a path, adapters are measured over the model before training, so they must start from it."""
+        if not self.path or method.method not in _OVER_BASE:
+            return
+
+        key = None
+        if method.masks:
+            key = "start_mask"
+        elif start and start.method == "full":
+            key = "from"
+        if key:
+            raise ValueError(
+                f"methods.{name}.{key} is {method.parents[key]!r}, and a path measures adapters over the model "
+                f"before training; drop {key} or path"
+            )
+
+    def _check_start_of_path(self, name: str, method: Method, parents: list[Method | None]) -> None:
+        """A run needs a checkpoint to start from, which ``path.choose`` may replace by a scaled model."""
+        trained = [parent.name for parent in parents if parent and parent.method in ("full", "mask")]
+        if not trained or not self.path or not self.path.choose:
+            return
+
+        is_current = method.options.get("learning_rate") == CURRENT_RATE
+        if self.path.scales or is_current:
+            raise ValueError(
+                f"methods.{name} starts from {trained[0]!r}, of which path.choose may take a part of the change or "
+                f"another checkpoint than the best; drop choose, or scales and learning_rate {CURRENT_RATE}"
+            )
+
     @model_validator(mode="after")
     def _choose_of_every_path(self) -> Recipe:
-        """A trained method whose settings are given has points to choose from all the same."""
-        if self.path and not any(method.method == PRETRAINED for method in self.methods.values()):
+        """With ``path.choose``, a trained method without ``tune`` has points to choose from too."""
+        if not self.path:
+            return self
+        if not any(method.method == PRETRAINED for method in self.methods.values()):
             raise ValueError(f"path measures what training changes: add the model before it, {{method: {PRETRAINED}}}")
-        if self.path and "heldout" in self.path.before:
+        if "heldout" in self.path.before:
             raise ValueError("path.before: heldout are the rows that choose; give the set another name")
-        for name, method in self.methods.items() if self.path and self.path.choose else ():
+        if not self.path.choose:
+            return self
+
+        for name, method in self.methods.items():
             if method.last:
                 raise ValueError(f"methods.{name}: path.choose chooses the checkpoint; drop last")
             if method.method not in (PRETRAINED, *UNTRAINED_METHODS):
@@ -318,81 +397,3 @@ class Recipe(Section):
 def _check_known(where: str, name: str | None, known: Collection[str]) -> None:
     if name is not None and name not in known:
         raise ValueError(f"{where} is {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
-
-
-# Reading
-
-
-def load_recipe(file: str | Path, data_dir: str | Path | None = None) -> Recipe:
-    """Read and check a recipe.
-
-    Args:
-        file: The YAML file.
-        data_dir: Folder in which data files that the recipe names without a folder are looked for.
-
-    Raises:
-        UserError: The first mistake, in one line.
-    """
-    return parse_recipe(read_yaml(file), data_dir, file)
-
-
-def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str | Path = "study") -> Recipe:
-    """Build a :class:`Recipe` from what the YAML holds; see :func:`load_recipe`.
-
-    Args:
-        content: The YAML's value.
-        data_dir: Folder in which data files are looked for.
-        source: The file. Names the study where the recipe does not; a relative ``chat_template_path`` counts from it.
-    """
-    source = Path(source)
-    if isinstance(content, dict):
-        content = {"name": source.stem, **content}
-    recipe = read_model(Recipe, content, source)
-    train = dict(recipe.train)
-    if TEMPLATE in train:
-        train[TEMPLATE] = template = str(source.parent / Path(str(train[TEMPLATE])).expanduser())
-        if not Path(template).is_file():
-            raise UserError(f"{source}: {TEMPLATE} is {template!r}, no file; its place counts from the recipe")
-    data = {name: part.model_copy(update=in_data_dir(part.options, data_dir)) for name, part in recipe.data.items()}
-    evaluation = recipe.evaluation
-    if "tasks" in evaluation or "dataset_name" in evaluation:
-        evaluation = in_data_dir(evaluation, data_dir)
-    # Of the pre-trained model too: all rows of the table answer to the same prompts.
-    evaluation = {key: train[key] for key in (TEMPLATE, REVISION) if key in train} | evaluation
-    how = {key: value for key, value in evaluation.items() if key in HOW}
-    of_heldout = {key: value for key, value in evaluation.items() if key in HOW_OF_HELDOUT}
-
-    def completed(sets: dict[str, Options]) -> dict[str, Options]:
-        """Sets of earlier abilities with what they share with ``evaluation``."""
-        return {
-            name: how
-            | (of_heldout if "heldout" in options.get("tasks", ["heldout"]) else {})
-            | in_data_dir(options, data_dir)
-            for name, options in sets.items()
-        }
-
-    path = recipe.path and recipe.path.model_copy(update={"before": completed(recipe.path.before)})
-    update = {"train": train, "data": data, "evaluation": evaluation, "before": completed(recipe.before), "path": path}
-    return recipe.model_copy(update=update)
-
-
-def as_text(options: Options) -> Options:
-    """Mixtures as the command line takes them."""
-    return {key: mixture_text(value) if key in DATA_NAMES else value for key, value in options.items()}
-
-
-def in_data_dir(options: Options, data_dir: str | Path | None) -> Options:
-    """Options with ``data_dir``, and file names that mean nothing here replaced by the files of that name in it."""
-    if data_dir is None:
-        return options
-
-    def found(name: str) -> str:
-        file = Path(data_dir).expanduser() / name
-        if not name.lower().endswith(FILE_ENDINGS) or is_there(name):
-            return name
-        if not file.is_file():
-            raise UserError(f"data file {name!r} is neither here nor in data_dir {str(data_dir)!r}")
-        return str(file)
-
-    names = {key: options[key] for key in DATA_NAMES if isinstance(options.get(key), str)}
-    return options | {key: rename_sets(name, found) for key, name in names.items()} | {"data_dir": str(data_dir)}

@@ -1,9 +1,14 @@
-"""Running a study: every run that is not finished, stage by stage, then the table."""
+"""Running a study: every unfinished run, stage by stage, then the table."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -11,69 +16,173 @@ from maskft_common import layout, locks
 from maskft_common.errors import UserError
 
 from .board import Board
-from .execute import Study, prepare_base, prepare_data
-from .launchers import Launcher, make_runs
+from .folder import Study
+from .launchers import Launcher, is_local
+from .make import heldout, is_done, make, prepare_base, prepare_data
 from .plan import Plan, build_plan
+from .study_run import StudyRun
 from .summary import summarise
 
-LOCK_WAIT_S = 120  # a killed study's child ends its step and saves it
+LOCK_WAIT_S = 120  # a killed study's child finishes its step and saves it
+_MAX_LOST = 3  # times that a run is submitted again after its worker was lost
 
 
 def run_study(plan: Plan, folder: Path, launcher: Launcher, is_brief: bool = False) -> None:
-    """Make every run that is not finished, then print and write the table.
+    """Make every unfinished run, then print and write the table.
 
-    The runs whose settings are known come first; their held-out losses choose those of others, and so on.
+    Runs whose settings are known come first. Their held-out losses choose the settings of the next stage, and so on.
 
     Args:
         plan: The runs.
         folder: The study's folder; finished runs in it are not repeated.
         launcher: Where the runs are made.
-        is_brief: In a log, no line for each run.
+        is_brief: In a log, show no line for each run.
 
     Raises:
-        UserError: If a run failed; the others, as far as they do not need it, are made first.
+        UserError: If a run failed; the runs that do not depend on it are made first.
     """
-    console, shown, folder = Console(), folder, folder.absolute()
-    reasons: dict[str, str] = {}
-    # Two studies in one folder would write over each other. A kill releases it.
+    console = Console()
+    shown_folder = folder
+    folder = folder.absolute()
+
+    # Two studies in one folder would overwrite each other's files. The kernel releases the lock of a killed study.
     with locks.held(folder, layout.LOCK, LOCK_WAIT_S, "study") as hold:
-        study, is_over = Study(folder, plan.recipe, hold.descriptor), False
-        while not is_over:
-            study = replace(study)  # which looks anew what is finished
-            plan = build_plan(plan.recipe, study.heldout)
-            ready = plan.ready
-            failed = {run: reasons[run.id] for run in ready.runs if run.id in reasons}
-            board = Board(study, ready, console, is_brief, failed)
-            num_made = _make_ready(study, plan, board, launcher)
-            reasons |= {run.id: reason for run, reason in board.failed.items()}
-            is_over = len(plan.ready.runs) == len(plan.runs) or not num_made  # where what chooses failed
-        console.print(summarise(study, plan.ready), end="", highlight=False, markup=False, soft_wrap=True)
+        study = Study(folder, plan.recipe, hold.descriptor)
+        study.check_no_folder_links()
+        plan, failed = _make_all(study, launcher, console, is_brief)
+
+        text = summarise(study, plan.ready.runs, plan.tunings)
+        console.print(text, end="", highlight=False, markup=False, soft_wrap=True)
         if not is_brief:
-            table = shown / layout.STUDY_TABLE.format(plan.recipe.name)
-            console.print(f"table: {table}\nresults: {shown / layout.RESULTS}", highlight=False, soft_wrap=True)
-    if board.failed:
-        run, reason = next(iter(board.failed.items()))
-        others = f" (and {len(board.failed) - 1} more)" if len(board.failed) > 1 else ""
+            table = shown_folder / layout.STUDY_TABLE.format(plan.recipe.name)
+            results = shown_folder / layout.RESULTS
+            console.print(f"table: {table}\nresults: {results}", highlight=False, soft_wrap=True)
+
+    if failed:
+        run, reason = next(iter(failed.items()))
+        num_others = len(failed) - 1
+        others = f" (and {num_others} more)" if num_others else ""
         raise UserError(f"run {run.title!r} failed{others}: {reason}")
 
 
-def _make_ready(study: Study, plan: Plan, board: Board, launcher: Launcher) -> int:
-    """Make every run that is not finished and whose settings are known; returns how many; the board has what failed.
+def _make_all(study: Study, launcher: Launcher, console: Console, is_brief: bool) -> tuple[Plan, dict[StudyRun, str]]:
+    """Make stage after stage; returns the last plan, and failed runs with the reason."""
+    reasons: dict[str, str] = {}  # by id: every plan has new run objects
+    while True:
+        study.rescan()
+        plan = build_plan(study.recipe, partial(heldout, study))
+        ready = plan.ready.runs
+        failed = {run: reasons[run.id] for run in ready if run.id in reasons}
+        failed, num_made = _make_stage(study, plan, failed, launcher, console, is_brief)
+        reasons |= {run.id: reason for run, reason in failed.items()}
+
+        is_last_stage = len(ready) == len(plan.runs)
+        is_stuck = num_made == 0  # a run whose loss would choose has failed
+        if is_last_stage or is_stuck:
+            return plan, failed
+
+
+def _make_stage(
+    study: Study,
+    plan: Plan,
+    failed: Mapping[StudyRun, str],
+    launcher: Launcher,
+    console: Console,
+    is_brief: bool,
+) -> tuple[dict[StudyRun, str], int]:
+    """Make every unfinished run whose settings are known; returns all failed runs, and how many were started.
 
     Raises:
         UserError: For a mistake in the data of any run, before the first is made.
     """
-    ready = board.plan.runs
-    for run in ready:
+    runs = plan.ready.runs
+    for run in runs:
         study.check_damage(run)
-    todo = [run for run in ready if run not in board.failed and not study.is_done(run)]
-    num_finished = len(ready) - len(todo) - len(board.failed)
-    waiting = len({run.id for run in plan.runs}) - len(ready)
-    waits = f"; about {waiting} wait for what tuning chooses" if waiting else ""
-    board.console.print(f"{len(ready)} runs, {num_finished} finished before{waits}", highlight=False)
+
+    finished = [run for run in runs if run not in failed and is_done(study, run)]
+    todo = [run for run in runs if run not in failed and run not in finished]
+    num_waiting = len({run.id for run in plan.runs}) - len(runs)
+    waits = f"; about {num_waiting} wait for what tuning chooses" if num_waiting else ""
+    console.print(f"{len(runs)} runs, {len(finished)} finished before{waits}", highlight=False)
+
+    def log_of(run: StudyRun) -> Path:
+        return study.run_folder(run) / layout.LOG
+
+    board = Board(runs, finished, log_of, console, is_brief, failed)
     with board:
         if todo:
             prepare_base(study, todo, board.tick)
             prepare_data(study, plan.runs, board.tick)
-            make_runs(study, todo, board, launcher)
-    return len(todo)
+            _make_runs(study, todo, board, launcher)
+    return board.failed, len(todo)
+
+
+def failure_of(study: Study, run: StudyRun, tick=lambda: None) -> str | None:
+    """Make a run; returns why it failed, None if it did not. This is what launchers call, wherever they run it."""
+    try:
+        make(study, run, tick)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _make_runs(study: Study, todo: list[StudyRun], board: Board, launcher: Launcher) -> None:
+    """Make ``todo``, each run as soon as its parents are finished; failures are noted on ``board``."""
+    waiting = list(todo)
+    jobs: dict[StudyRun, Any] = {}
+    num_lost: Counter[StudyRun] = Counter()
+    max_lost = 0 if is_local(launcher) else _MAX_LOST
+
+    with launcher(study, failure_of) as submit:
+        try:
+            while waiting or jobs:
+                ready = _ready(waiting, jobs, board)
+                if ready:
+                    started = dict(zip(ready, submit(ready), strict=False))  # as many as there is room for
+                    jobs |= started
+                    waiting = [run for run in waiting if run not in started]
+                    for run in started:
+                        board.started(run)
+
+                done = [run for run, job in jobs.items() if job.done()]
+                for run in done:
+                    try:
+                        reason = jobs.pop(run).result()
+                    except Exception as error:  # of the worker, its node or its container: any type
+                        num_lost[run] += 1
+                        if num_lost[run] <= max_lost:
+                            waiting.append(run)
+                            continue
+                        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                    if reason is None:
+                        board.finished(run, _outcome(study, run))
+                    else:
+                        board.has_failed(run, reason)
+
+                board.tick()
+                time.sleep(0.1)
+        finally:  # Ctrl-C too
+            for job in jobs.values():
+                job.cancel()
+
+
+def _ready(waiting: list[StudyRun], jobs: Mapping[StudyRun, Any], board: Board) -> list[StudyRun]:
+    """The runs of ``waiting`` whose parents are finished; those whose parent failed are removed and noted."""
+    for run in list(waiting):
+        failed_parent = next((parent for parent in run.parents if parent in board.failed), None)
+        if failed_parent is not None:
+            board.has_failed(run, f"it needs {failed_parent.title!r}, which failed")
+            waiting.remove(run)
+
+    def has_parents(run: StudyRun) -> bool:
+        return not any(parent in waiting or parent in jobs for parent in run.parents)
+
+    return [run for run in waiting if has_parents(run)]
+
+
+def _outcome(study: Study, run: StudyRun) -> str:
+    measured = heldout(study, run)
+    if measured is not None and math.isfinite(measured.loss):
+        return f"finished, held-out loss {measured.loss:.4f}"
+    # Without an evaluation during training there is no loss either.
+    return "finished" if run.tried is None else "diverged"

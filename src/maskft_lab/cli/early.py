@@ -1,0 +1,120 @@
+"""Checks that need no torch, made before the seconds that its import takes.
+
+Only mistakes that are certain are reported here, in the words of the full checks that follow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from maskft_common.errors import UserError, did_you_mean
+from maskft_common.layout import EMBEDDED_MODEL, holds_adapter, no_adapter
+from maskft_common.yaml_file import read_yaml
+
+NONE = "none"  # in --adapter and --change: the model itself
+HELP = Path(__file__).parent / "help"  # texts that `python -m maskft_lab.cli.reference` writes
+TRAIN_OPTIONS = HELP / "train_options.json"
+
+
+def help_text(command: str) -> str:
+    """The help of a command whose parser needs torch."""
+    return (HELP / f"{command}.txt").read_text(encoding="utf-8").rstrip("\n")
+
+
+def asks_for_help(words: Sequence[str]) -> bool:
+    """Whether the words of a command ask for its help."""
+    return "-h" in words or "--help" in words
+
+
+def options_of(words: Sequence[str]) -> dict[str, list[str]]:
+    """Option -> its values, as far as that can be told without a parser."""
+    options: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            values = [value] if equals else []
+            options[name] = values
+        else:
+            values.append(word)
+    return options
+
+
+def with_config(words: Sequence[str]) -> list[str]:
+    """The words of ``maskft train``, in which a recipe may come first without ``--config``."""
+    is_recipe = bool(words) and words[0].lower().endswith((".yaml", ".yml"))
+    return ["--config", *words] if is_recipe else list(words)
+
+
+def check_training(words: Sequence[str]) -> None:
+    """Check the words of ``maskft train``: the recipe's file, the model's folder, names of options.
+
+    Raises:
+        UserError: For the first mistake.
+    """
+    options = options_of(words)
+    settings: dict[str, Any] = {name: values[0] for name, values in options.items() if values}
+    recipe = settings.get("config")
+    if recipe is not None:
+        content = read_yaml(recipe)
+        if isinstance(content, dict):
+            settings = content | settings
+
+    _check_names(options)
+    check_model(settings.get("model_name_or_path"))
+
+
+def check_model(name: Any) -> None:
+    """Check that a model that can only be a folder of this machine exists."""
+    if not isinstance(name, str) or name == EMBEDDED_MODEL or name.endswith(".json"):
+        return  # maskft estimate takes a config.json
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not _exists(name):
+        raise UserError(f"model folder {name!r} does not exist")
+
+
+def check_adapters(names: Sequence[str]) -> None:
+    """Check that adapters are adapter folders."""
+    for name in names:
+        if name != NONE and not _is_adapter(name):
+            raise no_adapter(name)
+
+
+def _check_names(options: dict[str, list[str]]) -> None:
+    """Check names of options against the list that was written with the installed versions of TRL and others."""
+    listed = json.loads(TRAIN_OPTIONS.read_text(encoding="utf-8"))
+    if installed_versions(listed["versions"]) != listed["versions"]:
+        return  # they may have other options
+    known = listed["options"]
+    for name in options:
+        if name not in known:
+            raise UserError(f"unknown option --{name}{did_you_mean(name, known)}; see maskft train --help")
+
+
+def installed_versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """Package -> installed version."""
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown user's home
+        return False
+
+
+def _is_adapter(name: str) -> bool:
+    try:
+        return holds_adapter(name)
+    except (OSError, ValueError):
+        return False

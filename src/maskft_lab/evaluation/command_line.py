@@ -1,0 +1,111 @@
+"""The options of ``maskft evaluate``: its parser, their checks, and the checks of the data they name."""
+
+from __future__ import annotations
+
+import argparse
+
+from maskft.data.arguments import DataArguments
+from maskft_common.command_line import OneLineParser, add_options, read_options
+from maskft_common.errors import UserError
+from maskft_common.layout import holds_adapter
+
+from .arguments import ALPACA_EVAL, HELDOUT, NOT_OF_HELDOUT_DATA, EvaluationArguments
+
+NONE = "none"  # in the place of an adapter: the model itself
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of ``maskft evaluate``."""
+    parser = OneLineParser("maskft evaluate", description="Measure held-out loss and accuracy, item by item.")
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="adapter folders, as with --adapter, or one model, as with --model_name_or_path",
+    )
+    add_options(parser, EvaluationArguments)
+    data = parser.add_argument_group(
+        "held-out data",
+        "Evaluated rows: eval_dataset_name if given; else, with eval_split_size, the held-out part of dataset_name; "
+        "else all of dataset_name.",
+    )
+    add_options(data, DataArguments, NOT_OF_HELDOUT_DATA)
+    return parser
+
+
+def read(args: argparse.Namespace) -> tuple[EvaluationArguments, DataArguments]:
+    """The parsed options in their parts.
+
+    Raises:
+        UserError: For numbers out of range, and options that do not go together.
+    """
+    options = read_options(EvaluationArguments, args)
+    data = read_options(DataArguments, args)
+    _take_models(options, args.models)
+
+    if not options.output_dir:
+        raise UserError("output_dir is missing; name a folder for the results with --output_dir")
+    if not options.task_names:
+        raise UserError("tasks names no task; name some, such as --tasks gsm8k,heldout")
+    if options.limit and options.task_names == [HELDOUT]:
+        raise UserError(f"limit is {options.limit}, but it applies to benchmarks only; use --max_eval_samples")
+    if (options.scale or options.kl) and not options.change:
+        raise UserError("--scale and --kl require --change (the trained model) and --model_name_or_path (the base)")
+    if options.kl and HELDOUT not in options.task_names:
+        raise UserError("kl is measured on held-out rows; add heldout to --tasks")
+    if options.change and (options.adapter or not options.model_name_or_path):
+        raise UserError("change needs --model_name_or_path, the model before training, and no --adapter")
+    if options.scale and len(options.scale) != len(options.change):
+        raise UserError(f"{len(options.scale)} scales for {len(options.change)} changes; give one for each")
+    if not all(0 <= scale <= 1 for scale in options.scale or []):
+        raise UserError(f"scale is {options.scale}; the part of a change is 0 to 1")
+    return options, data
+
+
+def _take_models(options: EvaluationArguments, models: list[str]) -> None:
+    """Sort the positional arguments into adapters and the one model."""
+    if not models:
+        return
+    adapters = [model for model in models if model == NONE or holds_adapter(model)]
+    others = [model for model in models if model not in adapters]
+    if adapters and options.adapter:
+        raise UserError(f"adapters are given as arguments and with --adapter ({adapters[0]!r}); give all in one way")
+    if len(others) > 1 or (others and options.model_name_or_path):
+        raise UserError(f"{others[-1]!r}: one model is evaluated at a time, or several adapters over one base")
+    if adapters:
+        options.adapter = adapters
+    if others:
+        options.model_name_or_path = others[0]
+
+
+def check_inputs(args: argparse.Namespace) -> list[dict]:
+    """Read tasks and data and check them as far as possible without a model; returns the held-out rows.
+
+    Raises:
+        UserError: For every mistake in them.
+    """
+    from .heldout import heldout_rows
+
+    options, data = read(args)
+    load_all_tasks(options)
+    if HELDOUT not in options.task_names:
+        return []
+    return heldout_rows(data, options.eval_split_size, None, options.dataset_text_field)
+
+
+def load_all_tasks(options: EvaluationArguments) -> dict:
+    """The tasks of an evaluation by name; held-out rows, which depend on the tokenizer, come with the model."""
+    from .alpaca import load_alpaca
+    from .tasks import check_names, load_tasks
+
+    benchmarks = [name for name in options.task_names if name not in (HELDOUT, ALPACA_EVAL)]
+    check_names(benchmarks, options.include_path)
+    alpaca = {ALPACA_EVAL: load_alpaca(options)} if ALPACA_EVAL in options.task_names else {}
+    tasks = load_tasks(
+        benchmarks,
+        options.data_dir,
+        options.limit,
+        include_path=options.include_path,
+        allow_unconfined=options.allow_unconfined_code,
+    )
+    return tasks | alpaca

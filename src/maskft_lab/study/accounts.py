@@ -1,0 +1,184 @@
+"""What tables say about a run: its record, and the blocks ``training`` and ``study`` of its results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from maskft.data.arguments import DATA_NAMES, TEMPLATE
+from maskft.data.mixtures import rename_sets
+from maskft.training.method_arguments import INTERPOLATE, PEFT, selection_of
+from maskft_common.files import is_there
+
+from ..results.schema import DOMAINS
+from .recipe import PRETRAINED, Method, Recipe
+from .run_record import RunRecord
+from .study_run import BEST, LAST, StudyRun
+
+_MIXED = "mixed"  # name of the data of all domains
+
+
+def data_name(run: StudyRun, recipe: Recipe) -> str:
+    """Name in the recipe of a run's training set."""
+    return run.method.data or recipe.first_data
+
+
+# Records
+
+
+def build_record(
+    run: StudyRun,
+    recipe: Recipe,
+    models: dict[str, str],
+    options: dict[str, Any],
+    training: dict[str, Any] | None,
+    parent: RunRecord | None,
+) -> RunRecord:
+    """Account for a run that has just been made.
+
+    Args:
+        run: The run.
+        recipe: The study's.
+        models: Role -> folder, relative to the study's, or name.
+        options: Options it was trained with.
+        training: ``summary`` of its ``training.json``; None if nothing was trained.
+        parent: Record of the run whose epochs and tokens count as trained before.
+    """
+    best_step = None
+    learning_rate = None
+    epochs = {BEST: 0.0, LAST: 0.0}
+    tokens = {BEST: 0, LAST: 0}
+    if training and training["num_steps"]:
+        best_step = training["best_step"]
+        learning_rate, epochs, tokens = _counts(training)
+    elif parent is not None and not training:
+        learning_rate = 0.0  # nothing was left to anneal
+
+    epochs_before = parent.total_epochs[BEST] if parent else 0.0
+    tokens_before = parent.total_tokens[BEST] if parent else 0
+
+    settings = _without_folders(run.options)
+    if "learning_rate" in options:
+        settings["learning_rate"] = options["learning_rate"]  # the number for `current`
+
+    is_from_run = run.start is not None and run.start.method.method != PRETRAINED
+    return RunRecord(
+        study=recipe.name,
+        run=run.id,
+        method=run.method.method,
+        name=run.name,
+        seed=run.seed,
+        model=_without_folder(run.model),
+        data=data_name(run, recipe),
+        start=run.start.id if is_from_run else None,
+        match=run.match.id if run.match else None,
+        settings=settings,
+        models=models,
+        num_steps=(training["num_steps"] or None) if training else None,
+        best_step=best_step,
+        best_heldout_loss=training["best_loss"] if training else None,
+        learning_rate_at_best=learning_rate,
+        epochs={role: round(number, 4) for role, number in epochs.items()},
+        tokens=tokens,
+        total_epochs={role: round(epochs_before + number, 4) for role, number in epochs.items()},
+        total_tokens={role: tokens_before + number for role, number in tokens.items()},
+        train_time_s=training["train_time_s"] if training else None,
+        peak_memory_bytes=training["peak_memory_bytes"] if training else None,
+    )
+
+
+def _counts(training: dict[str, Any]) -> tuple[float | None, dict[str, float], dict[str, int]]:
+    """Learning rate of the best checkpoint, epochs and tokens of each role."""
+    best_step = training["best_step"]
+    measured: dict[str, Any] = {}
+    for row in training["history"]:
+        if "eval_loss" in row and row["step"] == best_step:
+            measured = row
+
+    share = 1.0 if best_step is None else best_step / training["num_steps"]
+    # Tokens are counted at each evaluation. Without one at this step, they are in proportion to the steps.
+    tokens_at_best = int(measured.get("eval_num_tokens") or round(share * training["num_train_tokens"]))
+    if best_step == 0:
+        tokens_at_best = 0
+
+    epochs = {BEST: share * training["num_epochs"], LAST: training["num_epochs"]}
+    tokens = {BEST: tokens_at_best, LAST: training["num_train_tokens"]}
+    return measured.get("learning_rate"), epochs, tokens
+
+
+def _without_folders(options: dict[str, Any]) -> dict[str, Any]:
+    """The options without folders of this machine: result files are shared."""
+    shown = {key: value for key, value in options.items() if key not in ("data_dir", "eval_data_dir")}
+    if TEMPLATE in shown:
+        shown[TEMPLATE] = Path(shown[TEMPLATE]).name
+    for key in DATA_NAMES:
+        if isinstance(shown.get(key), str):
+            shown[key] = rename_sets(shown[key], _without_folder)
+    return shown
+
+
+def _without_folder(name: str) -> str:
+    """Name of an existing file or folder without its path; names of the hub, which have slashes too, are kept."""
+    return Path(name).name if is_there(name) else name
+
+
+# Blocks of a result
+
+
+def training_block(run: StudyRun, recipe: Recipe, role: str, record: RunRecord) -> dict[str, Any]:
+    """Block ``training`` of a result, by which ``maskft report`` finds its row of the paper's tables."""
+    method = run.method
+    name = data_name(run, recipe)
+    is_trained = method.method != PRETRAINED
+
+    all_data = {name}
+    if run.start is not None:
+        all_data.add(data_name(run.start, recipe))
+    return {
+        "base": record.model,
+        "domain": name if is_trained and name in DOMAINS else None,
+        "mixed": _MIXED in all_data if is_trained else None,
+        "checkpoint": role,
+        "selection": selection_of(run.options) if method.method == "mask" else None,
+        "variant": run.name if is_control(recipe, run) else None,
+        "num_epochs": record.total_epochs[role],
+        "num_train_tokens": record.total_tokens[role],
+        "complete_num_epochs": record.total_epochs[LAST],
+        "complete_num_train_tokens": record.total_tokens[LAST],
+    }
+
+
+def study_block(run: StudyRun, recipe: Recipe, role: str, record: RunRecord) -> dict[str, Any]:
+    """Block ``study`` of a result, from which the study's tables are made."""
+    block = {
+        "role": role,
+        "model": record.model,
+        "study": recipe.name,
+        "name": run.name,
+        "data": data_name(run, recipe),
+    }
+    if run.point is not None:
+        share, scale = run.point
+        block["point"] = {"checkpoint": share, "scale": scale}
+    for key in ("run", "start", "match", "settings", "num_steps", "best_step"):
+        block[key] = getattr(record, key)
+    for key in ("epochs", "tokens", "total_epochs", "total_tokens"):
+        block[key] = getattr(record, key)[role]
+    return block
+
+
+def is_control(recipe: Recipe, run: StudyRun) -> bool:
+    """Whether the paper's tables have no row for a run: a control, a grid's variant, the second of a kind."""
+    method = run.method
+    if method.method in ("wanda_mask", INTERPOLATE) or run.axes:
+        return True
+
+    is_continued = run.start is not None and run.start.method.method != PRETRAINED
+    if method.method in ("full", PEFT) and is_continued:
+        return True
+
+    def kind(method: Method) -> tuple:
+        return method.method, method.start, method.data, selection_of(recipe.train | method.options)
+
+    first = next(other for other in recipe.methods.values() if kind(other) == kind(method))
+    return first.name != method.name

@@ -1,0 +1,184 @@
+"""Where a study's files are."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from maskft.training.method_arguments import UNTRAINED_METHODS
+from maskft_common import layout
+from maskft_common.errors import UserError
+
+from .damage import damage_of_result, damage_of_run
+from .identity import evaluation_identity, short_digest
+from .recipe import PRETRAINED, Recipe
+from .run_record import RunRecord, read_run_record
+from .study_run import BEST, StudyRun
+
+
+class Study:
+    """A study's folder, and the names of the files in it.
+
+    Args:
+        folder: Absolute: adapters name their base model by it.
+        recipe: The study's recipe.
+        lock_fd: Descriptor of the study's lock, which its commands hold too; None on other machines.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, lock_fd: int | None = None):
+        self.folder = folder
+        self.recipe = recipe
+        self.lock_fd = lock_fd
+        self._folders_by_hash: dict[str, Path] = {}
+        self.rescan()
+
+    def rescan(self) -> None:
+        """Look for finished runs; several studies may share a folder, and use each other's runs."""
+        records = sorted((self.folder / layout.RUNS).glob(f"*/{layout.RUN}"))
+        self._folders_by_hash = {_hash_of(record.parent): record.parent for record in records}
+
+    def note_finished(self, run_folder: Path) -> None:
+        """Let other names of the same run find its folder."""
+        self._folders_by_hash.setdefault(_hash_of(run_folder), run_folder)
+
+    def without_lock(self) -> Study:
+        """The same for another machine, where a descriptor means nothing."""
+        return Study(self.folder, self.recipe)
+
+    # Runs
+
+    def run_folder(self, run: StudyRun) -> Path:
+        """Folder of a run: model or adapter, log, ``run.json``; another study's, if that has made the same run."""
+        own = self.folder / layout.RUNS / run.id
+        if own.exists():
+            return own
+        return self._folders_by_hash.get(run.hash, own)
+
+    def record(self, run: StudyRun) -> RunRecord:
+        """Record of a finished run; its best checkpoint is the one by held-out loss, whatever ``path.choose`` takes."""
+        return read_run_record(self.run_folder(run))
+
+    def is_trained(self, run: StudyRun) -> bool:
+        """Whether the run's models are there, as they were written."""
+        folder = self.run_folder(run)
+        return (folder / layout.RUN).is_file() and damage_of_run(folder) is None
+
+    # Models
+
+    def base(self, run: StudyRun) -> str:
+        """The base model as the commands take it; the embedded one is unpacked once, for all runs."""
+        is_embedded = run.model == layout.EMBEDDED_MODEL
+        return str(self.folder / layout.BASE) if is_embedded else run.model
+
+    def start(self, run: StudyRun) -> str:
+        """The model that a run starts from."""
+        return self.base(run) if run.start is None else self.model(run.start, BEST)
+
+    def model(self, run: StudyRun, role: str) -> str:
+        """Folder or name of one of a finished run's models; the checkpoint of the point that was chosen."""
+        if run.method.method == PRETRAINED:
+            return self.base(run)  # a record would have the place where it was then
+        if run.point is not None:
+            share, _ = run.point
+            return str(self.checkpoint(run, share))
+
+        name = self.record(run).models.get(role)
+        if name is None:
+            raise UserError(f"the loss of {run.title!r} was not finite; lower learning_rate or check the data")
+        inside = self.folder / name
+        return str(inside) if inside.exists() else name
+
+    def checkpoint(self, run: StudyRun, share: float) -> Path:
+        """Checkpoint of a finished run after a share of its steps; needs a run with steps."""
+        num_steps = self.record(run).num_steps
+        return _checkpoint_at(self.run_folder(run), share * num_steps)
+
+    def checkpoints(self, run: StudyRun) -> dict[float, Path]:
+        """Share of training -> checkpoint of every point of a finished run's path."""
+        path = self.recipe.path
+        is_trained = run.method.method not in (PRETRAINED, *UNTRAINED_METHODS)
+        if path is None or not is_trained or not self.record(run).num_steps:
+            return {}
+        return {share: self.checkpoint(run, share) for share, _ in path.points}
+
+    # Results
+
+    def result_file(self, run: StudyRun, role: str) -> Path:
+        """Result file of one of the run's models."""
+        name = evaluation_id(run, role, self._evaluation, self.recipe.name)
+        return self.folder / layout.RESULTS / name / layout.RESULT
+
+    @cached_property
+    def _evaluation(self) -> dict:
+        return evaluation_identity(self.recipe.evaluation, self.recipe.before)
+
+    def check_damage(self, run: StudyRun) -> None:
+        """Raise if files of a finished run, or its results, are not as they were written."""
+        found: dict[Path, str | None] = {}
+        folder = self.run_folder(run)
+        if (folder / layout.RUN).is_file():
+            found[folder] = damage_of_run(folder)
+        for role in run.labels:
+            file = self.result_file(run, role)
+            if file.is_file():
+                found[file.parent] = damage_of_result(file)
+
+        for place, problem in found.items():
+            if problem:
+                raise UserError(f"{run.title}: {problem}; delete {str(place)!r} to run it again")
+
+    def check_no_folder_links(self) -> None:
+        """Raise if a folder in the study is a link: runs would be written, and checkpoints deleted, elsewhere."""
+        for name in (layout.RUNS, layout.RESULTS, layout.PREPARED, layout.SLURM):
+            own = self.folder / name
+            for place in (own, *own.glob("*"), *own.glob("*/*")):
+                if place.is_symlink() and place.is_dir():
+                    raise UserError(
+                        f"{str(place)!r} is a link to a folder; a study writes and deletes in its folders: remove the "
+                        "link, or name another --output_dir"
+                    )
+
+    def inside(self, name: str) -> str:
+        """A path inside the study's folder relative to it, so that the folder can be moved; others unchanged."""
+        path = Path(name)
+        return str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else name
+
+
+def evaluation_id(run: StudyRun, role: str, evaluation: dict, study: str) -> str:
+    """Folder name of an evaluation of one of the run's models.
+
+    It ends with a hash of what is measured and a hash of the study's name: studies in one folder copy each other's
+    numbers, but each has its own names of models.
+
+    Args:
+        run: The run.
+        role: Which of its models.
+        evaluation: The options, see :func:`evaluation_identity`.
+        study: Name of the study.
+    """
+    settings = {"run": run.hash, "role": role, "evaluation": evaluation}
+    if run.point is not None:
+        settings["point"] = list(run.point)
+    prefix = run.id.rpartition("-")[0]
+    return f"{prefix}-{role}-{short_digest(settings)}-{short_digest({'study': study})[:4]}"
+
+
+def _hash_of(run_folder: Path) -> str:
+    return run_folder.name.rpartition("-")[2]
+
+
+def _checkpoint_at(folder: Path, step: float) -> Path:
+    """The checkpoint nearest to a step, which is less than one step away."""
+    found = {}
+    for path in folder.glob("checkpoint-[1-9]*"):
+        number = path.name.rpartition("-")[2]
+        if number.isdecimal():  # not `checkpoint-12.damaged`
+            found[int(number)] = path
+
+    nearest = min(found, key=lambda number: abs(number - step), default=None)
+    if nearest is None or abs(nearest - step) >= 1:
+        raise UserError(
+            f"path: {folder.name} has no checkpoint at step {step:g} (it has {sorted(found)}): path.checkpoints must "
+            "be multiples of save_steps; delete runs made with other path settings first"
+        )
+    return found[nearest]

@@ -1,0 +1,138 @@
+"""Reading a recipe: the YAML file, the controls it asks for, and the files it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from maskft.data.arguments import DATA_NAMES, TEMPLATE
+from maskft.data.mixtures import rename_sets
+from maskft.data.sources import FILE_ENDINGS
+from maskft_common.errors import UserError
+from maskft_common.files import is_there
+from maskft_common.schema import read_model
+from maskft_common.yaml_file import read_yaml
+
+from .controls import with_standard_controls
+from .recipe import REVISION, Options, Recipe
+
+# Options of an evaluation that also hold for each set of earlier abilities, unless it has its own: of all tasks, and of
+# held-out rows.
+HOW = frozenset("model_revision chat_template_path dtype bf16 device batch_size".split())
+HOW_OF_HELDOUT = frozenset("max_length max_new_tokens no_generate dataset_text_field".split())
+
+
+def load_recipe(file: str | Path, data_dir: str | Path | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        file: The YAML file.
+        data_dir: Folder in which data files that the recipe names without a folder are looked for.
+
+    Raises:
+        UserError: The first mistake, in one line.
+    """
+    return parse_recipe(read_yaml(file), data_dir, file)
+
+
+def parse_recipe(content: Any, data_dir: str | Path | None = None, source: str | Path = "study") -> Recipe:
+    """Build a :class:`Recipe` from the content of the YAML; see :func:`load_recipe`.
+
+    Args:
+        content: The YAML's value.
+        data_dir: Folder in which data files are looked for.
+        source: The file. Names the study where the recipe does not; a relative ``chat_template_path`` counts from it.
+    """
+    source = Path(source)
+    if isinstance(content, dict):
+        content = {"name": source.stem, **content}
+    try:
+        content = _with_controls(content)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    recipe = read_model(Recipe, content, source)
+
+    train = dict(recipe.train)
+    if TEMPLATE in train:
+        train[TEMPLATE] = _template_file(train[TEMPLATE], source)
+
+    data = {}
+    for name, part in recipe.data.items():
+        data[name] = part.model_copy(update=in_data_dir(part.options, data_dir))
+
+    evaluation = recipe.evaluation
+    if "tasks" in evaluation or "dataset_name" in evaluation:
+        evaluation = in_data_dir(evaluation, data_dir)
+    # The pre-trained model is evaluated with them too, so that all rows of the table answer the same prompts.
+    shared = {key: train[key] for key in (TEMPLATE, REVISION) if key in train}
+    evaluation = shared | evaluation
+
+    update = {
+        "train": train,
+        "data": data,
+        "evaluation": evaluation,
+        "before": _completed(recipe.before, evaluation, data_dir),
+    }
+    if recipe.path:
+        before = _completed(recipe.path.before, evaluation, data_dir)
+        update["path"] = recipe.path.model_copy(update={"before": before})
+    return recipe.model_copy(update=update)
+
+
+def _with_controls(content: Any) -> Any:
+    """The content with the methods that ``controls`` stands for; anything of a wrong type is left to pydantic."""
+    if not isinstance(content, dict):
+        return content
+    controls = content.get("controls")
+    methods = content.get("methods")
+    is_asked_for = controls == "standard" or isinstance(controls, list)
+    if not is_asked_for or not isinstance(methods, dict | None):
+        return content
+
+    masks = controls if isinstance(controls, list) else None
+    train = content.get("train")
+    grid = content.get("grid")
+    train = train if isinstance(train, dict) else {}
+    grid = grid if isinstance(grid, dict) else {}
+    return content | {"methods": with_standard_controls(methods or {}, train, masks, grid)}
+
+
+def _template_file(name: Any, source: Path) -> str:
+    """The file of a chat template that a recipe names; relative names count from the recipe."""
+    template = source.parent / Path(str(name)).expanduser()
+    if not template.is_file():
+        raise UserError(f"{source}: {TEMPLATE} {str(template)!r} does not exist; relative names count from the recipe")
+    return str(template)
+
+
+def _completed(sets: dict[str, Options], evaluation: Options, data_dir: str | Path | None) -> dict[str, Options]:
+    """Sets of earlier abilities with the options they share with ``evaluation``."""
+    how = {key: value for key, value in evaluation.items() if key in HOW}
+    how_of_heldout = {key: value for key, value in evaluation.items() if key in HOW_OF_HELDOUT}
+
+    completed = {}
+    for name, options in sets.items():
+        measures_rows = "heldout" in options.get("tasks", ["heldout"])
+        shared = how | how_of_heldout if measures_rows else how
+        completed[name] = shared | in_data_dir(options, data_dir)
+    return completed
+
+
+def in_data_dir(options: Options, data_dir: str | Path | None) -> Options:
+    """Options with ``data_dir``; names of files that do not exist here become those of the same name in it."""
+    if data_dir is None:
+        return options
+
+    def found(name: str) -> str:
+        if not name.lower().endswith(FILE_ENDINGS) or is_there(name):
+            return name
+        file = Path(data_dir).expanduser() / name
+        if not file.is_file():
+            raise UserError(f"data file {name!r} is neither here nor in data_dir {str(data_dir)!r}")
+        return str(file)
+
+    renamed = dict(options)
+    for key in DATA_NAMES:
+        if isinstance(options.get(key), str):
+            renamed[key] = rename_sets(options[key], found)
+    return renamed | {"data_dir": str(data_dir)}

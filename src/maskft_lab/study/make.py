@@ -1,0 +1,384 @@
+"""Making one run: train in a process of its own, record it, evaluate its models.
+
+A run is finished when ``run.json`` is there and the files it names are as they were written, an evaluation when its
+``result.json`` can be read. Both are written last, whole. Everything before may be cut off at any moment: training
+resumes from its last complete checkpoint, other steps are repeated.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+from maskft.data.arguments import TEMPLATE, DataArguments, mixture_text
+from maskft.training.method_arguments import INTERPOLATE, MASK_METHODS, PEFT, UNTRAINED_METHODS, method_label
+from maskft_common import files, layout
+from maskft_common.environment import environment
+from maskft_common.errors import NOT_UPDATED, UserError
+
+from ..evaluation.arguments import AND, HELDOUT
+from ..results.schema import BEFORE, Result, read_result, write_result
+from .accounts import build_record, study_block, training_block
+from .damage import is_whole_result, written_files
+from .folder import Study
+from .identity import short_digest
+from .path import PATH, has_path, path_sets, path_values, point_name, points
+from .process import PYTHON, command_words, run_command
+from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Recipe
+from .run_record import RunRecord, write_run_record
+from .study_run import BEST, LAST, Heldout, StudyRun
+
+# Options of TRL that decide how rows become tokens.
+_TOKENISATION = ("max_length", "completion_only_loss", "dataset_text_field")
+# save_total_limit of a run with a path, which may need any of its checkpoints.
+_ALL_CHECKPOINTS = 1_000_000
+
+Tick = Callable[[], None]  # called about twice a second while a command runs
+
+
+def _no_tick() -> None:
+    pass
+
+
+# Finished runs
+
+
+def heldout(study: Study, run: StudyRun) -> Heldout | None:
+    """Loss of a finished run on the rows held out from its training data; None while it is not finished."""
+    if not study.is_trained(run):
+        return None
+
+    record = study.record(run)
+    measured = {}
+    has_models = bool(record.models)  # else it diverged
+    if has_path(study.recipe, run) and has_models:
+        measured = path_values(study.recipe, run, study.run_folder(run))
+        if measured is None:
+            return None
+    loss = record.best_heldout_loss
+    return Heldout(math.inf if loss is None else loss, measured)
+
+
+def is_done(study: Study, run: StudyRun) -> bool:
+    """Whether the run and all its evaluations are finished."""
+    if heldout(study, run) is None:
+        return False
+    return all(is_whole_result(study.result_file(run, role)) for role in run.labels)
+
+
+def _record(study: Study, run: StudyRun) -> RunRecord:
+    """Record of a finished run; with ``path.choose``, its best checkpoint is the one at the chosen point."""
+    record = study.record(run)
+    if run.point is None or not record.num_steps:
+        return record
+
+    training = files.read_json(study.run_folder(run) / layout.TRAINING)["summary"]
+    share, _ = run.point
+    training["best_step"] = round(share * record.num_steps)
+    return build_record(run, study.recipe, record.models, record.settings, training, _record_before(study, run))
+
+
+def _record_before(study: Study, run: StudyRun) -> RunRecord | None:
+    """Record of the training that counts as done before a run: for weights after a mask, the mask's."""
+    before = next(iter(run.masks.values()), run.start)
+    return None if before is None else _record(study, before)
+
+
+# Preparing
+
+
+def prepare_base(study: Study, runs: list[StudyRun], tick: Tick = _no_tick) -> None:
+    """Unpack the embedded model, once for all runs."""
+    folder = study.folder / layout.BASE
+    is_embedded = any(run.model == layout.EMBEDDED_MODEL for run in runs)
+    if is_embedded and not folder.exists():
+        code = f"from maskft.training.build import unpack_embedded; unpack_embedded({str(folder)!r})"
+        _call(study, [sys.executable, "-c", code], study.folder / layout.LOG, tick)
+
+
+def prepare_data(study: Study, runs: list[StudyRun], tick: Tick = _no_tick) -> None:
+    """Read and tokenise the data of all trainings to come, so that mistakes in it are found before any starts.
+
+    Raises:
+        UserError: The first mistake, of whichever run.
+    """
+    deciding = {field.name for field in fields(DataArguments)} | {*_TOKENISATION, TEMPLATE, REVISION}
+    prepared: list[dict] = []
+    for run in runs:
+        options = {key: value for key, value in run.options.items() if key in deciding}
+        if run.method.method == PRETRAINED or study.is_trained(run) or options in prepared:
+            continue
+        prepared.append(options)
+
+        command = options | {
+            "prepared_data_dir": str(study.folder / layout.PREPARED),
+            "prepare_only": True,
+            "model_name_or_path": study.base(run),
+            "output_dir": str(study.run_folder(run)),
+            "dataset_num_proc": run.options.get("dataset_num_proc"),
+        }
+        _call(study, [*PYTHON, "train", *command_words(command)], study.folder / layout.LOG, tick)
+
+
+# Making a run
+
+
+def make(study: Study, run: StudyRun, tick: Tick = _no_tick) -> None:
+    """Train and evaluate the unfinished part of ``run``.
+
+    Raises:
+        UserError: If a command fails, with its last line.
+    """
+    if not study.is_trained(run):
+        folder = study.run_folder(run)
+        record = _trained(study, run, tick)
+        write_run_record(folder, record.model_copy(update={"files": written_files(folder)}))
+        study.note_finished(folder)
+
+    _delete_checkpoints(study, run)
+    if has_path(study.recipe, run) and heldout(study, run) is None:
+        _measure_path(study, run, tick)
+    for role in run.labels:
+        if not is_whole_result(study.result_file(run, role)):
+            _evaluate(study, run, role, tick)
+
+
+def _call(study: Study, words: list[str], log: Path, tick: Tick) -> None:
+    """Run a command to its end; it holds the study's lock as long."""
+    run_command(words, log, tick, study.lock_fd)
+
+
+def _trained(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
+    """Train a run; if its loss was not finite while settings are tried, a record without a loss."""
+    try:
+        return _train(study, run, tick)
+    except UserError as error:
+        is_divergence = NOT_UPDATED in str(error)
+        if run.tried is None or not is_divergence:
+            raise
+        # These settings lose. Treated as a failure, they would be trained again each time the study is started.
+        return build_record(run, study.recipe, {}, run.options, None, None)
+
+
+def _delete_checkpoints(study: Study, run: StudyRun) -> None:
+    """Delete the checkpoints of a finished run that are no points of its path.
+
+    A run with the folder ``path`` is left alone: a study without a path that shares the folder must not delete them.
+    """
+    folder = study.run_folder(run)
+    if (folder / PATH).exists():
+        return
+    kept = set(study.checkpoints(run).values())
+    for checkpoint in folder.glob("checkpoint-*"):
+        if checkpoint not in kept:
+            shutil.rmtree(checkpoint)
+    if kept:
+        (folder / PATH).mkdir()
+
+
+# Points of a path
+
+
+def _measure_path(study: Study, run: StudyRun, tick: Tick) -> None:
+    """Measure every point of a run's path on its held-out rows and on earlier abilities."""
+    run_points = points(study.recipe, run)
+    checkpoints = study.checkpoints(run)
+    names = [point_name(point) for point in run_points]
+    sets = list(path_sets(study.recipe, run, study.run_folder(run)).values())
+    models = {
+        "model_name_or_path": study.base(run),
+        "change": [str(checkpoints.get(share, "none")) for share, _ in run_points],
+        "scale": [scale for _, scale in run_points],
+        "name": names,
+    }
+    if len(names) == 1:
+        # maskft evaluate writes one model's result into output_dir itself, not into a folder of its name.
+        models["name"] = names[0]
+        sets = [(folder / names[0], options) for folder, options in sets]
+    _measure(study, run, models, sets, tick)
+
+
+# Training
+
+
+def _train(study: Study, run: StudyRun, tick: Tick) -> RunRecord:
+    """Train and return the run's record."""
+    options = run.options
+    training = None
+    folder = study.run_folder(run)
+    if run.method.method == PRETRAINED:
+        models = {BEST: study.base(run)}
+    else:
+        options = _train_options(study, run)
+        if _changes_nothing(study, run, options):
+            models = dict.fromkeys(run.roles, study.model(run.start, BEST))
+        else:
+            words = [*launch_words(study.recipe, run), *command_words(options)]
+            _call(study, words, folder / layout.LOG, tick)
+            training = files.read_json(folder / layout.TRAINING)["summary"]
+            is_last_best = training["best_step"] == training["num_steps"]
+            models = {BEST: str(folder), LAST: str(folder if is_last_best else folder / layout.LAST)}
+
+    models = {role: study.inside(models[role]) for role in run.roles}
+    return build_record(run, study.recipe, models, options, training, _record_before(study, run))
+
+
+def _changes_nothing(study: Study, run: StudyRun, options: dict) -> bool:
+    """Whether full fine-tuning would continue at rate 0, because the schedule of its start had ended.
+
+    A mask at rate 0 does change the model: it removes weights before its first step. And a path needs checkpoints.
+    """
+    is_restart = run.method.method == "full" and run.start is not None and not run.masks
+    return is_restart and options.get("learning_rate") == 0 and study.recipe.path is None
+
+
+def _train_options(study: Study, run: StudyRun) -> dict:
+    """Options of ``maskft train`` for a run whose parents are finished."""
+    options = {
+        "method": run.method.method,
+        "model_name_or_path": study.start(run),
+        "output_dir": str(study.run_folder(run)),
+        "resume_from_checkpoint": "auto",
+        "prepared_data_dir": str(study.folder / layout.PREPARED),
+    }
+    if run.match is not None:
+        options["match_adapter"] = study.model(run.match, BEST)
+    if run.method.method == INTERPOLATE:
+        options["before_model"] = study.start(run.start)
+    if run.takes_values_before:
+        options["mask_removed_value_model"] = study.start(run.start)
+    for option, mask in run.masks.items():
+        options[option] = study.model(mask, BEST)
+    if run.method.method == "mask":
+        options["keep_worse"] = True  # a study compares masks, also bad ones
+
+    options |= run.options
+    if study.recipe.path:
+        options["save_total_limit"] = _ALL_CHECKPOINTS
+    if options.get("learning_rate") == CURRENT_RATE:
+        options["learning_rate"] = _current_rate(study, run)
+    return options
+
+
+def _current_rate(study: Study, run: StudyRun) -> float:
+    rate = _record(study, run.start).learning_rate_at_best
+    if rate is None:
+        raise UserError(f"{run.start.title!r} has no best rate: it was never measured, give it eval_strategy")
+    return rate
+
+
+def launch_words(recipe: Recipe, run: StudyRun) -> list[str]:
+    """The command up to the options of ``maskft train``."""
+    if run.method.method in UNTRAINED_METHODS:
+        return [*PYTHON, "train"]
+
+    launch = recipe.launch
+    options: dict = {"accelerate_config": launch.accelerate_config}
+    has_several = (launch.num_processes or 1) > 1
+    if launch.accelerate_config or has_several:
+        # One process is said too: the configuration may be for eight.
+        options["num_processes"] = launch.num_processes
+    return [*PYTHON, "train", *command_words(options)]
+
+
+# Evaluation
+
+
+def _evaluate(study: Study, run: StudyRun, role: str, tick: Tick) -> None:
+    """Evaluate one of the run's models, or copy the result of the same model."""
+    target = study.result_file(run, role)
+    same = _same_result(study, run, role)
+    result = _measured(study, run, role, tick) if same is None else read_result(same)
+
+    record = _record(study, run)
+    result = result | {"name": run.labels[role]}
+    # A folder of plain weights (the pre-trained model, the end of training) does not say by which method it was made.
+    result["model"] |= {"seed": run.seed, "method": method_label(run.method.method, run.options)}
+    result["training"] = training_block(run, study.recipe, role, record)
+    result["study"] = study_block(run, study.recipe, role, record)
+    write_result(target, result)
+
+    for partial in target.parent.parent.glob(f"{target.parent.name}.*partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _same_result(study: Study, run: StudyRun, role: str) -> Path | None:
+    """A result of the same model: of another study in the folder, or of the best if the last is the best."""
+    target = study.result_file(run, role)
+    hash_of_evaluation = target.parent.name.split("-")[-2]
+    candidates = sorted(target.parent.parent.glob(f"*-{hash_of_evaluation}-????/{layout.RESULT}"))
+    if study.model(run, BEST) == study.model(run, role):
+        candidates.append(study.result_file(run, BEST))
+    return next((file for file in candidates if is_whole_result(file)), None)
+
+
+def _measured(study: Study, run: StudyRun, role: str, tick: Tick) -> Result:
+    """Evaluate on the tasks of the study and on the sets of earlier abilities; one result with all tasks."""
+    target = study.result_file(run, role)
+    # Answers that other versions of the packages gave before an interruption are not mixed with today's.
+    versions = short_digest(environment()["packages"])
+    partial = target.parent.with_name(f"{target.parent.name}.{versions}.partial")
+
+    sets = [(partial, study.recipe.evaluation)]
+    folders_before = {}
+    for name, options in study.recipe.before.items():
+        folders_before[name] = partial / f"before-{short_digest({'set': name})}"
+        sets.append((folders_before[name], options))
+    _measure(study, run, _model_options(study, run, role), sets, tick)
+
+    result = read_result(partial / layout.RESULT)
+    for name, folder in folders_before.items():
+        for task, found in read_result(folder / layout.RESULT)["tasks"].items():
+            suffix = "" if task == HELDOUT else f" {task}"
+            result["tasks"][f"{BEFORE}{name}{suffix}"] = found
+    return result
+
+
+def _measure(study: Study, run: StudyRun, models: dict, sets: list[tuple[Path, dict]], tick: Tick) -> None:
+    """Evaluate models in one process on every set of rows whose results are missing.
+
+    Args:
+        study: The study.
+        run: The run whose log is written to.
+        models: Options of ``maskft evaluate`` that name the models.
+        sets: Folder of the results and options, for each set.
+        tick: Called while it runs.
+    """
+    folders_of_models = models["name"] if isinstance(models["name"], list) else [""]
+    words: list[str] = []
+    for folder, options in sets:
+        results = [folder / name / layout.RESULT for name in folders_of_models]
+        missing = [file for file in results if not is_whole_result(file)]
+        if missing:
+            words += [AND, *evaluation_words(models | {"output_dir": str(folder)} | options)]
+        for file in missing:
+            file.unlink(missing_ok=True)  # damaged, if it exists
+    if words:
+        _call(study, [*PYTHON, "evaluate", *words], study.run_folder(run) / layout.LOG, tick)
+
+
+def _model_options(study: Study, run: StudyRun, role: str) -> dict:
+    """Options of ``maskft evaluate`` that name one of the run's models."""
+    model = study.model(run, role)
+    label = {"name": run.labels[role], "seed": run.seed}
+
+    if study.recipe.path:
+        # A fixed mask is scaled as the mask that it is compared with.
+        scaled = run.match or run
+        scale = scaled.point[1] if scaled.point else 1.0
+        change = "none" if run.method.method == PRETRAINED else model
+        return {"model_name_or_path": study.base(run), "change": change, "scale": scale} | label
+
+    is_adapter = run.method.method in (*MASK_METHODS, PEFT) and not run.masks  # after a mask, an adapter is merged
+    if is_adapter:
+        return {"model_name_or_path": study.start(run), "adapter": model} | label
+    return {"model_name_or_path": model} | label
+
+
+def evaluation_words(options: dict) -> list[str]:
+    """Options of ``maskft evaluate`` as words."""
+    return command_words(options | {"tasks": mixture_text(options.get("tasks"))})

@@ -1,0 +1,252 @@
+"""Gain against forgetting: the path of a run from the base model to the end of its training.
+
+A point of a path is a share of the training steps and a fraction of the change of the weights. Every point is measured
+on held-out rows of the training data (the gain) and on rows of earlier abilities (the forgetting). ``path.choose`` of
+the recipe takes one point of each method, and the chosen models are measured on test rows.
+
+In this file: the points, their result files, the choice, and the curves that a figure shows. ``results/gains.py`` has
+the same curve for any comparison, ``report/fig_gain.py`` draws them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from maskft.data.arguments import DataArguments
+from maskft.training.method_arguments import UNTRAINED_METHODS
+from maskft_common import layout
+
+from ..evaluation.arguments import HELDOUT, NOT_OF_HELDOUT_DATA
+from ..results.comparison import Comparison
+from ..results.gains import gains_of
+from ..results.schema import BEFORE, Result, read_result
+from .damage import is_whole_result
+from .identity import options_identity, short_digest
+from .load_recipe import HOW, HOW_OF_HELDOUT
+from .recipe import PRETRAINED, Choice, Options, Recipe
+from .study_run import PathPoint, Point, PointValues, StudyRun, Trial, Tuned, settings_text
+
+PATH = "path"  # folder of a run's points
+WHOLE_TRAINING: Point = (1.0, 1.0)
+BEFORE_TRAINING: Point = (0.0, 0.0)
+
+# Options of data that decide the held-out rows.
+_OF_DATA = {field.name for field in fields(DataArguments)} - set(NOT_OF_HELDOUT_DATA)
+_OF_DATA |= {"eval_split_size", "data_dir", "dataset_text_field"}
+
+
+# Points and their files
+
+
+def has_path(recipe: Recipe, run: StudyRun) -> bool:
+    """Whether points between the base model and the end of the run's training are measured on held-out rows."""
+    if recipe.path is None or run.method.method in UNTRAINED_METHODS:
+        return False
+    # A tuned method is measured with the runs that tried its settings.
+    return run.tried is not None or run.tuned is None
+
+
+def points(recipe: Recipe, run: StudyRun) -> list[Point]:
+    """Every point of a run's path."""
+    if run.method.method == PRETRAINED:
+        return [BEFORE_TRAINING]
+    return recipe.path.points
+
+
+def point_name(point: Point) -> str:
+    """Folder of a point, e.g. ``1-0.5``: end of training, half of the change."""
+    share, scale = point
+    return f"{share:g}-{scale:g}"
+
+
+def heldout_options(recipe: Recipe, run: StudyRun) -> Options:
+    """Options of ``maskft evaluate`` for the rows held out from a run's training data.
+
+    The pre-trained model has no training data: it is measured on the rows of the recipe's first.
+    """
+    data = run.options or recipe.train | recipe.data[recipe.first_data].options
+    options = {key: value for key, value in data.items() if key in _OF_DATA and value is not None}
+    has_own_rows = "eval_dataset_name" in options or "dataset_eval_split" in options
+    if has_own_rows:
+        return options
+    return {"eval_split_size": DataArguments.eval_split_size} | options
+
+
+def path_sets(recipe: Recipe, run: StudyRun, run_folder: Path) -> dict[str, tuple[Path, Options]]:
+    """Set of rows -> folder of its results for all points, and options of ``maskft evaluate``.
+
+    The folder's name has a digest of the options: other rows are another measurement.
+    """
+    shared = {key: recipe.evaluation[key] for key in (*HOW, *HOW_OF_HELDOUT) if key in recipe.evaluation}
+    sets = {HELDOUT: shared | heldout_options(recipe, run)} | recipe.path.before
+    return {
+        name: (run_folder / PATH / f"{name}-{short_digest(options_identity(options))}", options)
+        for name, options in sets.items()
+    }
+
+
+def path_values(recipe: Recipe, run: StudyRun, run_folder: Path) -> dict[Point, PointValues] | None:
+    """Measurements of every point of a run's path; None if one is missing."""
+    sets = path_sets(recipe, run, run_folder)
+    measured: dict[Point, PointValues] = {}
+    for point in points(recipe, run):
+        values = {}
+        for name, (folder, _) in sets.items():
+            file = folder / point_name(point) / layout.RESULT
+            if not is_whole_result(file):
+                return None
+            metrics = read_result(file)["tasks"][HELDOUT]["metrics"]
+            values[name] = {metric: record["value"] for metric, record in metrics.items()}
+        measured[point] = values
+    return measured
+
+
+# The choice of a point
+
+
+def points_of(trials: Iterable[Trial], base: PointValues) -> list[PathPoint]:
+    """All points of the finished trials of a method that did not diverge.
+
+    Args:
+        trials: The trials.
+        base: Measurements of the model before training on the same sets of rows.
+    """
+    found = []
+    for trial in trials:
+        measured = trial.heldout.points if trial.heldout else {}
+        for point, values in measured.items():
+            has_diverged = any(value is None for metrics in values.values() for value in metrics.values())
+            if not has_diverged:
+                gain = _gain(values, base)
+                found.append(PathPoint(trial, point, gain, _forgetting(values, base), values))
+    return found
+
+
+def _gain(values: PointValues, base: PointValues) -> float:
+    own = values[HELDOUT]
+    if "accuracy" in own:
+        return own["accuracy"]
+    return base[HELDOUT]["nll"] - own["nll"]
+
+
+def _forgetting(values: PointValues, base: PointValues) -> float:
+    rises = [
+        metrics["nll"] - base[name]["nll"]
+        for name, metrics in values.items()
+        if name != HELDOUT and "nll" in metrics  # sets with `kl` have no loss
+    ]
+    return sum(rises) / len(rises) if rises else 0.0
+
+
+def choose(candidates: Sequence[PathPoint], best_gain: float, rule: Choice) -> PathPoint:
+    """The point with the least forgetting among those that gain enough, or the highest gain within a forgetting budget.
+
+    If no point meets the constraint, the one that comes nearest.
+
+    Args:
+        candidates: The points of one method.
+        best_gain: The best gain of any method.
+        rule: The constraint.
+    """
+    if rule.accuracy_at_least is not None:
+        wanted_gain = rule.accuracy_at_least * best_gain
+        enough = [point for point in candidates if point.gain >= wanted_gain]
+        return min(enough, key=_least_forgetting) if enough else min(candidates, key=_most_gain)
+
+    little = [point for point in candidates if point.forgetting <= rule.forgetting_at_most]
+    return min(little, key=_most_gain) if little else min(candidates, key=_least_forgetting)
+
+
+def _least_forgetting(point: PathPoint) -> tuple[float, ...]:
+    return point.forgetting, -point.gain, point.values[HELDOUT]["nll"]
+
+
+def _most_gain(point: PathPoint) -> tuple[float, ...]:
+    return -point.gain, point.forgetting, point.values[HELDOUT]["nll"]
+
+
+def with_chosen_point(tuned: Tuned, rivals: Iterable[Tuned], base: PointValues, rule: Choice) -> Tuned:
+    """Replace the winner of a method by the trial and point that ``rule`` takes.
+
+    Args:
+        tuned: The settled trials of the method.
+        rivals: The settled trials of the other methods; ``accuracy_at_least`` is a share of the best of all.
+        base: Measurements of the model before training.
+        rule: The constraint.
+    """
+    own = points_of(tuned.trials, base)
+    if not own:
+        return tuned  # all of its runs diverged
+    of_rivals = [point for rival in rivals for point in points_of(rival.trials, base)]
+    best_gain = max(point.gain for point in [*own, *of_rivals])
+    best = choose(own, best_gain, rule)
+    return replace(tuned, winner=best.trial, point=best.point, points=own, base=base)
+
+
+# Curves for a figure
+
+
+def curves(
+    tunings: Sequence[Tuned], results: Sequence[Result], comparison: Comparison, base: PointValues
+) -> dict[str, dict[str, Any]]:
+    """Probe -> content of its curve file.
+
+    Points along a path are measured with the seed and rows that choose. Chosen points are measured on the test, as
+    means over seeds with simultaneous intervals.
+
+    Args:
+        tunings: Methods with measured points.
+        results: Test results of the chosen models.
+        comparison: Comparison of these with the base model.
+        base: Measurements of the base model on the rows of the points.
+    """
+    probes = [name for name, metrics in base.items() if name != HELDOUT and "nll" in metrics]
+    tasks = {HELDOUT, *(BEFORE + probe for probe in probes)}
+    chosen = gains_of([row for row in comparison.differences if row.task in tasks])
+    sizes = _sizes(results)
+
+    content = {}
+    for curve in chosen:
+        probe = curve["probe"]
+        path_points = [_path_point(tuned, point, probe, base) for tuned in tunings for point in tuned.points]
+        chosen_points = [
+            point | {"label": "chosen", "num_bytes": sizes[point["method"]]}  # by a name of the results
+            for point in curve["points"]
+        ]
+        content[probe] = {
+            "model": results[0]["model"]["name_or_path"],
+            **curve,
+            "points": path_points + chosen_points,
+        }
+    return content
+
+
+def _sizes(results: Sequence[Result]) -> dict[str, int | None]:
+    """Method -> bytes of its change, the largest of its seeds; None if a seed's is not known."""
+    found: dict[str, list[int | None]] = {}
+    for result in results:
+        found.setdefault(result["name"], []).append(result["model"].get("num_bytes"))
+    return {name: max(sizes) if all(sizes) else None for name, sizes in found.items()}
+
+
+def _path_point(tuned: Tuned, point: PathPoint, probe: str, base: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    name = point.trial.run.name
+    settings = settings_text(point.trial.settings)
+    share, scale = point.point
+    accuracy_before = base[HELDOUT].get("accuracy")
+    gained = point.gain if accuracy_before is None else 100 * (point.gain - accuracy_before)
+    return {
+        "method": name,
+        "path": f"{name}, {settings}" if settings else name,
+        "label": f"{share:g} of training, {scale:g} of the change",
+        "share": share,
+        "scale": scale,
+        "rows": "held-out",
+        "points_gained": gained,
+        "nats_forgotten": point.values[probe]["nll"] - base[probe]["nll"],
+        "num_seeds": 1,
+        "is_chosen": False,
+    }

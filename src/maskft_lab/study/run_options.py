@@ -1,0 +1,144 @@
+"""Options of ``maskft train`` for one run of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from maskft.training.arguments import TrainConfig
+from maskft.training.launch import launch_options
+from maskft.training.method_arguments import LEARNER_OPTIONS, MASK_METHODS, read_peft_config, removes_a_share
+from maskft.training.options import option_defaults, parse_words
+from maskft_common.errors import UserError, did_you_mean
+
+from .identity import plain, written_out
+from .process import command_words
+from .recipe import CURRENT_RATE, PRETRAINED, REVISION, Method, Options, Recipe
+from .study_run import LAYERS, StudyRun
+
+# Options that say which matrices are masked: a fixed mask takes them from the learned mask that it matches.
+_PLACES = ("mask_layers_to_transform", "mask_layers_pattern", "mask_target_modules", "mask_exclude_modules")
+
+# Options that the study itself sets.
+_OF_THE_STUDY = frozenset(
+    {
+        "method",
+        "model_name_or_path",
+        "output_dir",
+        "resume_from_checkpoint",
+        "match_adapter",
+        "start_mask",
+        "keep_mask",
+        "before_model",
+        "prepared_data_dir",
+        "prepare_only",
+        "keep_last",
+        "seed",
+    }
+)
+
+
+def run_options(
+    recipe: Recipe,
+    method: Method,
+    axes: Mapping[tuple[str, str], Any],
+    seed: int,
+    match: StudyRun | None = None,
+    chosen: Mapping[str, Any] = {},
+) -> Options:
+    """Options of a run: those of the study, the data, the method, the grid, the tuning. Later ones win.
+
+    Args:
+        recipe: The recipe.
+        method: The method.
+        axes: Grid values: (method, option) -> value.
+        seed: Seed of the run.
+        match: The run whose mask a fixed mask matches.
+        chosen: Settings that tuning tries or has chosen.
+
+    Raises:
+        UserError: If an option is the study's to set, or contradicts the mask that is matched.
+    """
+    if method.method == PRETRAINED:
+        return {}
+
+    is_mask = method.method in MASK_METHODS
+    of_grid = {option: value for (name, option), value in axes.items() if name == method.name}
+    own = method.options | of_grid | chosen
+    data = recipe.data[method.data or recipe.first_data].options
+    _check_allowed(recipe, method, own | data)
+
+    options = {key: value for key, value in recipe.train.items() if is_mask or not key.startswith("mask_")}
+    options |= data
+    options["seed"] = seed
+    if is_mask:
+        options["mask_seed"] = seed
+    options |= own
+    if method.last:
+        options["keep_last"] = True
+    options = {key: plain(value) for key, value in options.items() if value is not None}
+
+    if "peft_config" in options:
+        # The content of a file is part of the run's name, not the file's name.
+        options["peft_config"] = read_peft_config(options["peft_config"])
+
+    num_candidates = options.get("num_candidates")
+    if isinstance(num_candidates, int) and num_candidates > 1 and own.get("mask_seed") is None:
+        # The candidates are mask_seed, mask_seed + 1, ...: with the plain seed, two runs would share nearly all.
+        options["mask_seed"] = seed * num_candidates
+
+    for key in LAYERS:
+        if key in options and not isinstance(options[key], list):
+            options[key] = [options[key]]
+
+    return options if match is None else _as_matched(options, own, method, match)
+
+
+def _check_allowed(recipe: Recipe, method: Method, own: Options) -> None:
+    refused = recipe.train.keys() & (_OF_THE_STUDY | {"mask_seed"})
+    refused |= own.keys() & (_OF_THE_STUDY | {REVISION})
+    if refused:
+        raise UserError(f"method {method.name!r} sets {min(refused)}, which seeds, from, last or train decide; drop it")
+
+
+def _as_matched(options: Options, own: Options, method: Method, match: StudyRun) -> Options:
+    """Options of a fixed mask, which lies in the same matrices as the learned mask it matches."""
+    of_match = written_out(match.method.method, match.options)  # a preset may say which matrices
+    for key in _PLACES:
+        if key in method.options and options.get(key) != of_match.get(key):
+            raise UserError(
+                f"method {method.name!r} has {key} {options.get(key)}, and the mask it matches, {match.title!r}, "
+                f"has {of_match.get(key)}; leave it out"
+            )
+
+    options = {key: value for key, value in options.items() if key not in _PLACES}
+    if not removes_a_share(options):
+        # It removes as many weights as its match; the learner that `train` gives all masks does not apply.
+        options = {key: value for key, value in options.items() if key not in LEARNER_OPTIONS or key in own}
+    return options | {key: of_match[key] for key in _PLACES if key in of_match}
+
+
+def parsed_run(run: StudyRun) -> TrainConfig:
+    """The configuration that the options of a run stand for.
+
+    Raises:
+        UserError: For an option that ``maskft train`` does not know, or a wrong value.
+    """
+    options = {"method": run.method.method, "model_name_or_path": run.model, **run.options}
+    if options.get("learning_rate") == CURRENT_RATE:
+        del options["learning_rate"]
+    if run.takes_values_before:
+        options["mask_removed_value_model"] = run.model  # its place holder: the parent has no folder yet
+
+    defaults = option_defaults()
+    known = defaults.keys() | launch_options()
+    for name, value in options.items():
+        if name not in known:
+            keys = [field.alias or key for key, field in Method.model_fields.items()]
+            raise UserError(
+                f"unknown key {name!r}{did_you_mean(name, [*keys, *known])}; options are in maskft train --help"
+            )
+        is_number = type(defaults.get(name)) in (int, float)
+        if is_number and isinstance(value, str) and value.replace(".", "", 1).isdigit():
+            raise UserError(f"{name} is {value!r}, a text; write the number without quotes")
+    return parse_words(command_words(options))[0]

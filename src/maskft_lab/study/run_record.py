@@ -1,0 +1,72 @@
+"""``run.json``: the record that a finished run leaves for the runs made from it and for the tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from maskft_common import layout
+from maskft_common.files import read_json, write_text
+from maskft_common.schema import FileModel, read_model
+
+
+class RunRecord(FileModel):
+    """Identity, settings and accounts of one finished run; dictionaries have a value per role, ``best`` and ``last``.
+
+    ``last`` is counted even if that model is not kept: a table shows how long training continued after the best.
+
+    Attributes:
+        study: Name of the study that made it.
+        run: Its id.
+        name: Method and grid values, as in tables.
+        model: Base model of the study.
+        start: Id of the run it starts from.
+        match: Id of the run whose counts a fixed mask has.
+        settings: Options of ``maskft train``, without folders of the machine.
+        models: Folders relative to the study's, if they are in it.
+        num_steps: None if nothing was trained.
+        averaged_steps: Always empty today; published studies have records with it.
+        best_heldout_loss: In nats per token.
+        epochs: Of its own training.
+        tokens: Of its own training, without padding.
+        total_epochs: With those of the run it starts from.
+        total_tokens: With those of the run it starts from.
+        peak_memory_bytes: Of one process.
+        files: Name in the run's folder -> sha256; empty in the oldest published records.
+    """
+
+    study: str
+    run: str
+    method: str
+    name: str
+    seed: int
+    model: str
+    data: str
+    start: str | None
+    match: str | None
+    settings: dict[str, Any]
+    models: dict[str, str]
+    num_steps: int | None
+    best_step: int | None
+    averaged_steps: list[int] = []
+    best_heldout_loss: float | None
+    learning_rate_at_best: float | None
+    epochs: dict[str, float]
+    tokens: dict[str, int]
+    total_epochs: dict[str, float]
+    total_tokens: dict[str, int]
+    train_time_s: float | None
+    peak_memory_bytes: int | None
+    files: dict[str, str] = {}
+
+
+def read_run_record(folder: Path) -> RunRecord:
+    """Record of the finished run in ``folder``."""
+    file = folder / layout.RUN
+    return read_model(RunRecord, read_json(file), file, "delete the run's folder to run it again")
+
+
+def write_run_record(folder: Path, record: RunRecord) -> None:
+    """Write ``run.json``, which marks the run as finished."""
+    write_text(folder / layout.RUN, json.dumps(record.model_dump(), indent=1) + "\n")

@@ -1,0 +1,294 @@
+"""The runs of a study, and the settings that were tried for a method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from maskft.training.method_arguments import INTERPOLATE, SHARES
+
+from .recipe import Method, Options
+
+# Roles of a run's models: the best checkpoint on held-out rows, and the end of training.
+BEST = "best"
+LAST = "last"
+
+LAYERS = ("mask_layers_to_transform", "partial_layers")
+
+# A point between the base model and the end of training: share of the steps, fraction of the weights' change.
+Point = tuple[float, float]
+# Set of rows -> metric -> value.
+PointValues = Mapping[str, Mapping[str, float]]
+
+
+def settings_text(settings: Options) -> str:
+    """Settings for people, e.g. ``learning_rate=0.003, num_train_epochs=40``."""
+    return ", ".join(f"{option}={value}" for option, value in settings.items())
+
+
+@dataclass(frozen=True, eq=False)
+class StudyRun:
+    """One run: one training (or one base model as it is), and the evaluations of its models.
+
+    Attributes:
+        method: The recipe's method.
+        model: Base model of the study.
+        seed: Seed of training; also that of the mask unless ``mask_seed`` is given.
+        axes: Grid values of this run and of the runs it is made from: (method, option) -> value.
+        options: Options of ``maskft train``, without paths and model.
+        start: The run whose best checkpoint it starts from; None: the base model.
+        match: The run whose mask gives a fixed mask its counts.
+        masks: ``start_mask`` or ``keep_mask`` -> the run whose mask that is.
+        id: Folder name; ends with the hash.
+        stage: One more than the stage of the runs whose losses choose its settings.
+        is_assumed: Settings, its own or of its parents, are not chosen yet; ``options`` holds a guess.
+        tried: Settings that tuning tries with this run, which is then not evaluated.
+        tuned: How its settings were chosen.
+        point: The point of its path that is kept; None: the best checkpoint by held-out loss.
+    """
+
+    method: Method
+    model: str
+    seed: int
+    axes: dict[tuple[str, str], Any]
+    options: dict[str, Any]
+    start: StudyRun | None
+    match: StudyRun | None
+    masks: dict[str, StudyRun]
+    id: str
+    stage: int = 1
+    is_assumed: bool = False
+    tried: dict[str, Any] | None = None
+    tuned: Tuned | None = None
+    point: Point | None = None
+
+    @property
+    def hash(self) -> str:
+        """The part of the id that depends on the settings."""
+        return self.id.rpartition("-")[2]
+
+    @property
+    def parents(self) -> list[StudyRun]:
+        """The runs that must be finished before this one starts."""
+        candidates = (self.start, self.match, *self.masks.values())
+        return [run for run in candidates if run is not None]
+
+    @property
+    def takes_values_before(self) -> bool:
+        """Whether removed weights take their values from the model before ``start`` was trained."""
+        if self.start is None or "mask_removed_value_model" in self.options:
+            return False
+        return self.options.get("mask_removed_value") == "base"
+
+    @property
+    def variant(self) -> str:
+        """Grid values as a suffix of a label, e.g. `` [sparsity=0.05]``; empty without a grid.
+
+        An option that two methods of the grid have is written with the name of the other method.
+        """
+        if not self.axes:
+            return ""
+
+        options = [option for _, option in self.axes]
+        words = []
+        for (name, option), value in self.axes.items():
+            is_of_other = options.count(option) > 1 and name != self.method.name
+            prefix = f"{name} " if is_of_other else ""
+            words.append(f"{prefix}{option.removeprefix('mask_')}={_value_text(option, value)}")
+        return f" [{', '.join(words)}]"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Which of the run's models are kept."""
+        return (BEST, LAST) if self.method.last else (BEST,)
+
+    @property
+    def num_tried(self) -> int:
+        """Number of settings, or drawn masks, among which held-out rows chose this one; 0 without a choice."""
+        elsewhere = self.method.tuned_elsewhere or 0
+        if self.tuned:
+            return self.tuned.num_settings + elsewhere
+        if self.method.method == INTERPOLATE:
+            return len(SHARES)
+
+        num_drawn = 1
+        if self.method.method == "random_mask":
+            num_drawn = self.options.get("num_candidates", 1)
+        return num_drawn if num_drawn > 1 else elsewhere
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Role (``best``, ``last``) -> name in tables; empty for a run of tuning."""
+        if self.tried is not None:
+            return {}
+        return {role: label + self.variant for role, label in zip(self.roles, self.method.labels, strict=True)}
+
+    @property
+    def name(self) -> str:
+        """Method and grid values."""
+        return self.method.name + self.variant
+
+    @property
+    def title(self) -> str:
+        """Name of the run for people: method, grid values, seed."""
+        tried = f", {settings_text(self.tried)}" if self.tried else ""
+        return f"{self.name}{tried}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out loss of one finished run.
+
+    Attributes:
+        loss: Loss of the best checkpoint, in nats per token; infinite if the run diverged.
+        points: Measurements along the run's path; empty without a path.
+    """
+
+    loss: float
+    points: Mapping[Point, PointValues] = field(default_factory=dict)
+
+
+# Held-out loss of a run; None while it is not finished.
+Look = Callable[[StudyRun], Heldout | None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings that are tried, with the run of the first seed that tries them."""
+
+    settings: Options
+    run: StudyRun
+    heldout: Heldout | None  # None while the run is not finished
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """A point of a path, compared with the base model on the same rows.
+
+    Attributes:
+        trial: The settings whose path it is on.
+        point: Its place on the path.
+        gain: Accuracy, or for rows without answers the base's loss minus its loss, in nats per token.
+        forgetting: Mean rise of the loss on the sets of earlier abilities over the base's, in nats per token.
+        values: All measurements.
+    """
+
+    trial: Trial
+    point: Point
+    gain: float
+    forgetting: float
+    values: PointValues
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able record."""
+        share, scale = self.point
+        return {
+            "settings": self.trial.settings,
+            "checkpoint": share,
+            "scale": scale,
+            "gain": self.gain,
+            "forgetting": self.forgetting,
+            "values": self.values,
+        }
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The settings that were tried for a method, and the winner.
+
+    Attributes:
+        trials: The settings, each with its run.
+        winner: The best trial; a guess while not settled.
+        is_settled: Whether all trials are finished.
+        point: The point of the winner's path that ``path.choose`` takes.
+        points: All points of all trials.
+        base: Measurements of the model before training on the same rows.
+    """
+
+    trials: list[Trial]
+    winner: Trial
+    is_settled: bool
+    point: Point | None = None
+    points: list[PathPoint] = field(default_factory=list)
+    base: PointValues | None = None
+
+    @property
+    def stage(self) -> int:
+        """The last stage of its trials."""
+        return max(trial.run.stage for trial in self.trials)
+
+    @property
+    def num_settings(self) -> int:
+        """How many settings were tried."""
+        return max(len(self.trials), len(self.points))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able record for the study's summary."""
+        record: dict[str, Any] = {
+            "method": self.winner.run.name,
+            "seeds": [self.winner.run.seed],
+            "num_settings": self.num_settings,
+            "trials": [_trial_record(trial) for trial in self.trials],
+            "winner": self.winner.settings,
+        }
+        if self.point is not None:
+            share, scale = self.point
+            record["point"] = {"checkpoint": share, "scale": scale}
+        if self.points:
+            record["points"] = [point.to_dict() for point in self.points]
+        return record
+
+    def __str__(self) -> str:
+        """E.g. ``full: learning_rate=0.003 is the best of 4 settings on held-out rows``."""
+        name = self.winner.run.name
+        settings = settings_text(self.winner.settings) or "its setting"
+
+        if self.point is not None:
+            share, scale = self.point
+            settings += f" at {share:g} of training, {scale:g} of the change,"
+        else:
+            losses = [trial.heldout.loss for trial in self.trials if trial.heldout is not None]
+            is_tie = len(losses) > 1 and len(set(losses)) == 1 and math.isfinite(losses[0])
+            if is_tie:
+                return f"{name}: {settings} is the first of {len(losses)} with the same held-out loss"
+
+        text = f"{name}: {settings} is the best of {self.num_settings} on held-out rows"
+        return "; ".join([text, *self._edges()])
+
+    def _edges(self) -> Iterator[str]:
+        """The winner's values at an end of their list: a better value may lie beyond it."""
+        for option, value in self.winner.settings.items():
+            values = {trial.settings[option] for trial in self.trials if _is_number(trial.settings[option])}
+            if len(values) < 2:
+                continue
+            if value == min(values):
+                yield f"no lower {option} was tried"
+            elif value == max(values):
+                yield f"no higher {option} was tried"
+
+
+def _trial_record(trial: Trial) -> dict[str, Any]:
+    loss = None if trial.heldout is None else trial.heldout.loss
+    if loss is not None and math.isinf(loss):  # JSON has no infinity
+        loss = None
+    return {"settings": trial.settings, "runs": [trial.run.id], "heldout_loss": loss}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)  # a bool is an int, and has no neighbours
+
+
+def _value_text(option: str, value: Any) -> str:
+    """A grid value in a label; consecutive layers as first-last."""
+    if value is None:
+        # Layers and rows that are not restricted are all of them.
+        return "all" if option in (*LAYERS, "max_train_samples") else "default"
+
+    is_list_of_numbers = isinstance(value, list) and all(isinstance(number, int) for number in value)
+    if is_list_of_numbers and len(value) > 1:
+        first = value[0]
+        if value == list(range(first, first + len(value))):
+            return f"{first}-{value[-1]}"
+    return str(value)
