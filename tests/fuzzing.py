@@ -215,7 +215,7 @@ class Adapters(Target):
         self.masks["model.layers.0.self_attn.k_proj"] = torch.rand(16, 32, generator=generator) > 0.5
         self.masks["model.layers.0.mlp.down_proj"] = torch.rand(32, 48, generator=generator) > 0.002
         masks = MaskSet(self.masks)
-        config = {"base_model_name_or_path": "org/model", "scope": "global", "sparsity": masks.sparsity}
+        config = {"base_model_name_or_path": "org/model", "selection": "threshold", "sparsity": masks.sparsity}
         config["target_modules"] = [name.rpartition(".")[2] for name in masks]
         tiny.save_masks(self.masks, folder, **config)
         self.config = json.loads((folder / layout.ADAPTER_CONFIG).read_text())

@@ -102,6 +102,6 @@ def test_files_that_are_saved_have_one_mode(base, tmp_path):
     )
     model.save_pretrained(tmp_path / "adapter")
     merge(tmp_path / "adapter", tmp_path / "merged", base=str(base))
-    for folder in ("merged",):  # and "adapter"
+    for folder in ("adapter", "merged"):
         files = [file for file in (tmp_path / folder).iterdir() if file.is_file()]
         assert len({stat.S_IMODE(file.stat().st_mode) for file in files}) == 1, files

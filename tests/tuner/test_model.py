@@ -418,7 +418,6 @@ def test_threshold_starts_at_the_published_share_and_moves():
         ({"sparsity": 1.0}, r"sparsity is 1.0; .* must be in \[0, 1\)"),
         ({"sparsity": -0.1}, r"sparsity is -0.1"),
         ({"selection": "topkk"}, r"selection is 'topkk' \(did you mean 'topk'\?\); choose one of: topk, threshold"),
-        ({"scope": "global"}, "scope is 'global'; scores are ranked per matrix"),
         ({"rank_by": "absolute"}, "choose one of: abs, signed"),
         ({"init_scores": "zeros"}, "choose one of: normal"),
         ({"init_std": 0.0}, "standard deviation and must be > 0"),

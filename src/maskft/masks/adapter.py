@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from maskft_common.errors import UserError
-from maskft_common.files import from_anywhere
+from maskft_common.files import from_anywhere, use_default_modes
 from maskft_common.layout import ADAPTER_WEIGHTS
 
 from ..tuner.adapter_files import AdapterFiles, StateDict
@@ -108,7 +108,7 @@ class MaskFiles(AdapterFiles):
         if was_new and config.inference_mode and config.mask_sha256 is None:
             raise UserError(
                 "adapter_config.json has no mask_sha256, so nothing in the adapter's file can be checked; save the "
-                "adapter again, or fetch it from where it was saved"
+                "adapter again, or fetch it from where it was saved (if it was saved as scores: maskft.masks.disable())"
             )
         is_of_config = was_new and config.mask_sha256 is not None
         try:
@@ -136,6 +136,7 @@ class MaskFiles(AdapterFiles):
         if file.is_file():
             if scores and _CHECKPOINT.search(folder.as_posix()):
                 add_tensors(file, scores)
+            use_default_modes(folder, file.name)
             config.weights_sha256 = weights_sha256(weights_beside_masks(file)) or None
         save()
         if file.is_file():

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from maskft_common.errors import UserError
+
 if TYPE_CHECKING:
     from .config import MaskConfig
 
 StateDict = dict[str, Tensor]
+_SCORES = ".mask_scores"  # in the names of what is trained
 
 
 class AdapterFiles:
@@ -39,7 +42,17 @@ class AdapterFiles:
             state_dict: State dict of the whole model, with scores gathered from all ranks; weights that PEFT would save
                 beside the adapter may be removed.
             of_peft: What PEFT would save: the scores.
+
+        Raises:
+            UserError: If the adapter was loaded as a mask, so that it has no scores.
         """
+        if not any(_SCORES in name for name in of_peft):
+            raise UserError(
+                f"adapter {adapter_name!r} has no scores to save; if it was loaded as a coded mask, call "
+                "maskft.masks.enable() and save it so"
+            )
+        for checksum in ("mask_sha256", "base_fingerprint", "weights_sha256"):  # those of an earlier file
+            setattr(config, checksum, None)
         return of_peft
 
     def decode(
@@ -58,7 +71,14 @@ class AdapterFiles:
             adapter_name: The adapter.
             state_dict: Tensors of the file.
             remap: PEFT's mapping from names of the file to names of the model.
+
+        Raises:
+            UserError: If the file has no scores: PEFT would keep the scores that the adapter began with.
         """
+        if not any(_SCORES in name for name in state_dict):
+            raise UserError(
+                "the adapter file has no scores; if it holds coded masks, call maskft.masks.enable() and load it again"
+            )
         return remap(state_dict)
 
     def save_config(self, config: MaskConfig, folder: Path, save: Callable[[], None]) -> None:

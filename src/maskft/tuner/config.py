@@ -127,10 +127,8 @@ class MaskConfig(PeftConfig):
     )
     verify_base: bool = _option(True, "Refuse to load onto base weights other than those it was trained on.")
     # Filled in when an adapter is saved.
-    scope: str = _option("matrix", "Of earlier versions: `matrix`, or `global`, one pool.")
     format_version: int = _option(ADAPTER_FORMAT_VERSION, "Version of the adapter file.")
     base_fingerprint: str | None = _option(None, "sha256 of the masked base weights, rounded to bfloat16.")
-    base_quantisation: str | None = _option(None, "Of earlier versions, which masked quantised weights too.")
     removed_value_fingerprint: str | None = _option(None, "sha256 of the same weights in `removed_value_model`.")
     progress: float | None = _option(None, "Share of training done, in [0, 1], see `set_mask_progress`.")
     mask_sha256: str | None = _option(None, "sha256 over the masks of all modules.")
@@ -333,8 +331,6 @@ class MaskConfig(PeftConfig):
                 f"init_value={self.init_value!r} has no effect with selection={self.selection!r} and "
                 f"init_scores={self.init_scores!r}; it goes with {names_with('price')}, and with init_scores='constant'"
             )
-        if self.scope != "matrix":
-            raise UserError(f"scope is {self.scope!r}; scores are ranked per matrix: leave it out, or take 'threshold'")
 
     def _check_combinations(self) -> None:
         if self.selection == "threshold" and self.rank_by == "abs" and self.threshold <= 0:

@@ -1,0 +1,64 @@
+"""Saved masks as an add-on: on and off, the same masks."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+import tiny
+from maskft import MaskConfig, current_masks, masks
+from maskft_common.errors import UserError
+
+
+def trained(seed=3):
+    """A masked model whose scores are not those of its seed."""
+    model = get_peft_model(tiny.tiny_llama(), MaskConfig(sparsity=0.3, layers_to_transform=[1]))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "mask_scores" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=tiny.token_ids()).logits
+
+
+def test_switched_off_scores_are_saved_and_give_the_same_model(tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path / "coded")
+    with masks.disabled():
+        assert not masks.is_enabled()
+        model.save_pretrained(tmp_path / "plain")
+        plain = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "plain").eval()
+    assert masks.is_enabled()
+    coded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "coded").eval()
+
+    names = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    assert names and all(key.endswith(".mask_scores") and value.dtype == torch.float32 for key, value in names.items())
+    assert all(key.endswith(".mask_coded") for key in load_file(tmp_path / "coded" / "adapter_model.safetensors"))
+    expected = current_masks(model)
+    for loaded in (plain, coded):
+        assert all(torch.equal(mask, expected[name]) for name, mask in current_masks(loaded).items())
+        assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(plain.merge_and_unload()), logits(model))
+
+
+def test_files_of_one_kind_are_refused_by_the_other(tmp_path):
+    """PEFT alone would leave the scores as they were drawn, and say so in a warning at most."""
+    model = trained()
+    model.save_pretrained(tmp_path / "coded")
+    with masks.disabled():
+        model.save_pretrained(tmp_path / "plain")
+        with pytest.raises(UserError, match=r"the adapter file has no scores; .* maskft\.masks\.enable"):
+            PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "coded")
+    with pytest.raises(UserError, match=r"has no mask_sha256.*maskft\.masks\.disable"):
+        PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "plain")
+
+
+def test_a_mask_without_scores_is_not_saved_as_scores(tmp_path):
+    trained().save_pretrained(tmp_path / "coded")
+    loaded = PeftModel.from_pretrained(tiny.tiny_llama(), tmp_path / "coded")
+    with masks.disabled(), pytest.raises(UserError, match="has no scores to save"):
+        loaded.save_pretrained(tmp_path / "plain")
