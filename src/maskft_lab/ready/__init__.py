@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import maskft  # noqa: F401 - registers the method with PEFT
 from maskft.masks.mask_set import MaskSet
@@ -24,6 +25,31 @@ _MAX_NEW_TOKENS = 12
 def ready_masks() -> dict[str, Path]:
     """Task -> folder of the masks that come with the package."""
     return {file.parent.name: file.parent for file in sorted(_FOLDER.glob(f"*/{ADAPTER_WEIGHTS}"))}
+
+
+def load(task: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load a ready mask over its base model.
+
+    Args:
+        task: Its name, see :func:`ready_masks`; default: sums.
+
+    Returns:
+        The masked model in evaluation mode (float32, on the CPU), and its tokenizer.
+
+    Raises:
+        UserError: If there is no such mask, or its base model is not installed.
+    """
+    folder = ready_mask(task)
+    base = load_model(EMBEDDED_MODEL, "float32")
+    model = PeftModel.from_pretrained(base, folder).eval()
+    return model, load_tokenizer(EMBEDDED_MODEL)
+
+
+def answer(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The first line of the model's greedy answer to ``prompt``."""
+    (text,) = _answers(model, tokenizer, [prompt])
+    lines = text.strip().splitlines()
+    return lines[0] if lines else ""
 
 
 def show(folder: Path, name_or_path: str = EMBEDDED_MODEL) -> list[str]:
