@@ -1,5 +1,6 @@
-"""The held-out loss of a row against float64."""
+"""The held-out loss: by hand, and against float64."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import tiny
-from maskft.loss import mean_nll, nll_per_item
+from maskft import loss
+from maskft.loss import HeldoutLoss, length_sorted_batches, mean_nll, nll_per_item, pad
 
 VOCABULARY = 49152
 
@@ -55,3 +57,99 @@ def test_logits_that_are_no_peak(dtype):
     ((nll, count),) = nll_per_item(model, [row])
     expected = F.cross_entropy(model.logits_TV[3:11].double(), ids[4:]).item()
     assert count == 8 and expected > 5 and nll == pytest.approx(expected, abs=1e-7)
+
+
+def test_the_mean_is_over_tokens_and_not_over_rows():
+    """(1 x 3 + 4 x 1 + 0 x 0) / 4 tokens; the mean of the rows would be 5 / 3."""
+    assert mean_nll([(1.0, 3), (4.0, 1), (0.0, 0)]) == 7 / 4
+    assert mean_nll(iter([(2.0, 5)])) == 2.0
+    assert math.isnan(mean_nll([(1.0, 3), (math.nan, 1)]))
+
+
+def test_batches_hold_rows_of_similar_length_longest_first():
+    assert length_sorted_batches([3, 9, 5, 9, 1], 2) == [[1, 3], [2, 0], [4]]
+    assert length_sorted_batches([3, 9], 8) == [[1, 0]]
+    assert length_sorted_batches([], 8) == []
+
+
+@pytest.mark.parametrize(
+    ("side", "ids", "mask"),
+    [
+        ("right", [[5, 6, 7], [8, 9, 9]], [[1, 1, 1], [1, 0, 0]]),
+        ("left", [[5, 6, 7], [9, 9, 8]], [[1, 1, 1], [0, 0, 1]]),
+    ],
+)
+def test_padding(side, ids, mask):
+    padded, is_token = pad([[5, 6, 7], (8,)], 9, "cpu", side=side)
+    assert padded.tolist() == ids and is_token.tolist() == mask
+    assert padded.dtype == is_token.dtype == torch.int64
+    if side == "right":
+        assert torch.equal(pad([[5, 6, 7], [8]], 9, "cpu")[0], padded)
+    on_meta = pad([[5]], 9, "meta")
+    assert [each.device.type for each in on_meta] == ["meta", "meta"]
+
+
+class Uniform(nn.Module):
+    """Logits of 0, so that each token costs log(vocabulary); it keeps what it was asked."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def forward(self, input_ids, attention_mask, logits_to_keep, use_cache):
+        self.asked.append((input_ids.tolist(), attention_mask.tolist(), logits_to_keep.tolist(), use_cache))
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape[:1], len(logits_to_keep), 50))
+
+
+def test_logits_are_computed_from_the_first_label_on():
+    model = Uniform().train()
+    rows = [
+        {"input_ids": [1, 2, 3, 4, 5, 6], "labels": [-100, -100, -100, -100, 5, 6]},
+        {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, -100, 4]},
+        {"input_ids": [1, 2], "labels": [-100, -100]},
+        {"input_ids": [1], "labels": [1]},
+    ]
+    calls = []
+    found = nll_per_item(model, rows, batch_size=2, pad_token_id=9, on_loss=lambda *call: calls.append(call))
+    assert found == [(pytest.approx(math.log(50)), 2), (pytest.approx(math.log(50)), 1), (0.0, 0), (0.0, 0)]
+    assert calls == list(enumerate(found)), "in the order of length, which is theirs"
+    assert not model.training
+    # The first answer token of the first batch is at 3: the logits of 2 and later are needed.
+    assert model.asked == [
+        ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9, 9]], [[1] * 6, [1] * 4 + [0] * 2], [2, 3, 4], False),
+        ([[1, 2], [1, 9]], [[1, 1], [1, 0]], [0], False),
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("num_rows", [1, 4, 5])
+def test_processes_share_rows_and_all_have_all_losses(world, num_rows, monkeypatch):
+    """Each process in turn, with what the others would have sent."""
+    rows = [{"input_ids": ids, "labels": ids} for ids in tiny.token_ids(num_rows, 6).tolist()]
+    model = tiny.tiny_llama()
+    expected = nll_per_item(model, rows)
+    monkeypatch.setattr(loss.processes, "num_processes", lambda: world)
+
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(loss.processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(loss.processes, "gather", lambda share: [shares.append(share)] and [share])
+        HeldoutLoss(model, batch_size=2, pad_token_id=0)(rows)
+    indices = [own for own, _ in shares]
+    assert len({len(own) for own in indices}) == 1, "all run the same number of batches"
+    assert {index for own in indices for index in own} == set(range(num_rows))
+    assert sum(map(len, indices)) < num_rows + world
+
+    monkeypatch.setattr(loss.processes, "gather", lambda share: shares)
+    entered = []
+
+    def context():
+        entered.append(True)
+        return torch.autocast("cpu", enabled=False)
+
+    found = HeldoutLoss(model, batch_size=2, pad_token_id=0, context=context)(rows)
+    assert [nll for nll, _ in found] == pytest.approx([nll for nll, _ in expected], rel=1e-5)
+    assert [count for _, count in found] == [5] * num_rows
+    assert entered == [True]

@@ -50,3 +50,23 @@ def test_a_link_is_not_written_through(tmp_path):
     with pytest.raises(UserError, match="is a link"):
         Store(tmp_path / "pieces.jsonl", {})
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("depth", [100_000, 980, 900])
+def test_a_line_of_many_brackets_is_ignored(depth, tmp_path):
+    """Lists nested more deeply than Python's stack; 900 and 980 may be read, and cannot be written again."""
+    file = tmp_path / "pieces"
+    store = Store(file, {"a": 1})
+    store.add("a", 1)
+    nested = "[" * depth + "]" * depth
+    with file.open("a") as out:
+        out.write(nested + "\n")
+        out.write('{"key": "b", "value": ' + nested + ', "sha256": "0"}\n')
+        out.write('{"key": ["c"], "value": 1, "sha256": "0"}\n')
+    assert Store(file, {"a": 1}).values == {"a": 1}
+
+
+def test_a_first_line_of_many_brackets_is_no_settings(tmp_path):
+    file = tmp_path / "pieces"
+    file.write_text("[" * 100_000 + "\n")
+    assert Store(file, {"a": 1}).values == {}

@@ -1,4 +1,4 @@
-"""Finished pieces of a long computation, kept on disk by key: what was killed is resumed where it was."""
+"""Finished pieces of a long computation, kept on disk by key, so that a killed computation is resumed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from maskft_common.errors import UserError
-from maskft_common.files import append_to, digest
+from maskft_common.files import append_to, digest, parse_json
 
 
 class Store:
     """An append-only JSONL file: the settings in the first line, then one piece per line with a checksum.
 
-    Nothing is written before the first piece. A line that a kill cut short, or that was edited, counts as not there.
+    Nothing is written before the first piece. A line that a kill cut short, or that was edited, is ignored.
 
     Args:
         file: The file; made if it does not exist.
@@ -26,10 +26,13 @@ class Store:
     """
 
     def __init__(self, file: Path, settings: Mapping, *, discard: bool = False):
-        self.file, self.values = file, {}
-        self._settings, self._out = _as_json(settings), None
+        self.file = file
+        self.values: dict[str, Any] = {}
+        self._settings = _as_json(settings)
+        self._out = None
         if file.is_symlink():
             raise UserError(f"{file} is a link and no file of ours; remove it, or name another output_dir")
+
         lines = list(_lines(file))
         if lines and lines[0] != self._settings:
             is_piece = isinstance(lines[0], dict) and "sha256" in lines[0]  # the line of the settings is damaged
@@ -40,7 +43,7 @@ class Store:
         if self._is_new:
             file.unlink(missing_ok=True)  # a kill may have cut its first line short
         for line in lines[1:]:
-            if isinstance(line, dict) and line.get("sha256") == _checksum(line.get("key"), line.get("value")):
+            if _is_piece(line):
                 self.values[line["key"]] = line["value"]
 
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
@@ -51,11 +54,13 @@ class Store:
 
     def add(self, key: str, value: Any) -> None:
         """Keep one piece."""
-        self.values[key] = value = _as_json(value)
+        value = _as_json(value)
+        self.values[key] = value
         if self._out is None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._out = append_to(self.file)
-            self._out.write(_text(self._settings) if self._is_new else "\n")  # which ends a line that a kill cut short
+            # The line break ends a line that a kill cut short.
+            self._out.write(_text(self._settings) if self._is_new else "\n")
         self._out.write(_text({"key": key, "value": value, "sha256": _checksum(key, value)}))
         self._out.flush()
 
@@ -67,12 +72,25 @@ class Store:
 
 
 def _lines(file: Path) -> Iterator[Any]:
-    # A kill may also have cut a character in two: its line's checksum will not do.
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else ():
+    """The lines of a file that are JSON; others were cut short by a kill, or edited."""
+    if not file.is_file():
+        return
+    # A kill may also have cut a character in two: its line's checksum will not match.
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            yield json.loads(line)
-        except ValueError:  # cut short by a kill, or empty
+            yield parse_json(line)
+        except ValueError:
             continue
+
+
+def _is_piece(line: Any) -> bool:
+    """Whether a line is a piece with its checksum."""
+    if not isinstance(line, dict) or not isinstance(line.get("key"), str):
+        return False
+    try:
+        return line.get("sha256") == _checksum(line["key"], line.get("value"))
+    except RecursionError:  # nested just deeply enough to be read
+        return False
 
 
 def _other_settings(file: Path, found: Any, wanted: Mapping) -> str:

@@ -9,7 +9,10 @@ from datasets import Dataset
 import tiny
 from maskft_common import files, layout
 from maskft_lab.analysis import landscape
-from maskft_lab.analysis.losses import load_rows
+from maskft_lab.analysis.curvature import analyse_curvature
+from maskft_lab.analysis.landscape import analyse_landscape
+from maskft_lab.analysis.losses import Sampling, load_rows
+from maskft_lab.analysis.masks import analyse_masks
 from maskft_lab.cli.main import main
 
 MODULES = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
@@ -90,7 +93,7 @@ def test_a_run_that_a_figure_needs_is_named(study, capsys, monkeypatch):
     def error(*words):
         assert main(["analyze", str(study), *words]) == 2
         message = capsys.readouterr().err
-        assert message.count("\n") == 1
+        assert message.count("maskft: error") == 1
         return message
 
     assert "no mask is called 'mask-s7' (did you mean 'mask-s" in error("--what", "bound", "--mask", "mask-s7")
@@ -117,3 +120,31 @@ def test_what_has_no_data_is_left_out_and_the_others_are_made(study, capsys):
     assert main(["analyze", str(study), "--what", "landscape"]) == 2
     error = capsys.readouterr().err
     assert "nothing was computed; landscape: " in error and error.count("\n") == 1
+
+
+def test_reasons_known_beforehand_come_before_what_is_computed(study, capsys):
+    write_run(study, "full-s0", "full", {"best": "runs/full-s0"})  # its end was not kept: no landscape
+    assert main(["analyze", str(study), "--what", "bound,masks,landscape", "--num_rows", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["left out landscape", "bound", "masks"]
+
+
+def test_progress_is_reported_by_piece(study):
+    adapters = {
+        f"mask-s{seed}": (str(study / "runs" / f"mask-s{seed}"), str(study / "runs/full-s0")) for seed in (0, 1)
+    }
+    calls = []
+    analyse_masks(study / "masks.json", adapters, lambda *call: calls.append(call))
+    assert calls == [(1, 2), (2, 2)]
+
+    models = [str(study / "runs" / name) for name in ("full-s0", "full-s0/last", "mask-s0")]
+    rows = load_rows(study / layout.PREPARED / "abc", 2)
+    calls.clear()
+    analyse_landscape(study / "plane.json", models, rows, Sampling(), 3, lambda *call: calls.append(call))
+    assert calls == [(n, 9) for n in range(1, 10)]
+
+    calls.clear()
+    analyse_curvature(
+        study / "c.json", models[0], models[2], rows["train"], 2, Sampling(), lambda *call: calls.append(call)
+    )
+    assert calls == [(n, 12) for n in range(1, 13)]

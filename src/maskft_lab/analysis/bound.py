@@ -44,9 +44,14 @@ def code_lengths(d: int, z: int, bits: float) -> dict[str, float]:
 
 def complexity_term(code_length: float, num_rows: int | None) -> float:
     """Phi of Eq. 6, of a code length in bits (as the paper puts it), for at least 2 training rows."""
+    check_num_rows(num_rows)
+    return math.sqrt((code_length + math.log(1 / DELTA)) / (2 * (num_rows - 1)))
+
+
+def check_num_rows(num_rows: int | None) -> None:
+    """Raise if there are too few training rows for a bound."""
     if num_rows is None or num_rows < 2:
         raise UserError(f"a bound needs 2 training rows or more, got {num_rows}")
-    return math.sqrt((code_length + math.log(1 / DELTA)) / (2 * (num_rows - 1)))
 
 
 def upper_bounds(

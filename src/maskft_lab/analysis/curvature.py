@@ -38,7 +38,7 @@ from ..results.statistics import weighted_mean
 from ..store import Store
 from .losses import Batch, Sampling, make_batches
 from .masks import masks_of
-from .records import digest_folder, is_finished, pieces_of, write_record
+from .records import Report, digest_folder, is_finished, no_report, pieces_of, write_record
 
 Product = Callable[[np.ndarray], np.ndarray]  # v -> H v, float64 (num_weights,)
 
@@ -83,10 +83,9 @@ def hessian_products(model, names: Sequence[str], batches: Sequence[Batch]) -> l
 
 def operator_product(model, loss, parameters: list[nn.Parameter], inputs: Tensor, targets: Tensor) -> Product:
     """Hessian-vector product of ``loss(model(inputs), targets)`` in ``parameters``, at their present values."""
-    try:
-        from curvlinops import HessianLinearOperator
-    except ImportError as error:
-        raise UserError(f"curvature needs curvlinops ({install_hint('analysis')}): {error}") from error
+    check_curvlinops()
+    from curvlinops import HessianLinearOperator
+
     # One batch is all the data: its mean is not scaled.
     data = [(inputs, targets)]
     operator = HessianLinearOperator(model, loss, parameters, data, check_deterministic=False, num_data=len(inputs))
@@ -99,7 +98,13 @@ def operator_product(model, loss, parameters: list[nn.Parameter], inputs: Tensor
 
 
 def quadratic_forms(
-    products: Sequence[Product], kept: np.ndarray, num_probes: int, seed: int, pieces: Store, name: str
+    products: Sequence[Product],
+    kept: np.ndarray,
+    num_probes: int,
+    seed: int,
+    pieces: Store,
+    name: str,
+    on_probe: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """z^T P H_b P z of each probe z and batch b (Hutchinson), float64 (num_probes, num_batches).
 
@@ -110,13 +115,18 @@ def quadratic_forms(
         seed: Of the probes.
         pieces: Keeps each probe's numbers.
         name: Of the Hessian, in ``pieces``.
+        on_probe: Called after each probe.
     """
 
-    def forms(index: int) -> list[float]:
+    def forms_of(index: int) -> list[float]:
         z = kept * np.random.default_rng([seed, index]).choice([-1.0, 1.0], len(kept))
         return [float(z @ product(z)) for product in products]
 
-    return np.array([pieces.get(f"{name} {index}", lambda index=index: forms(index)) for index in range(num_probes)])
+    forms = []
+    for index in range(num_probes):
+        forms.append(pieces.get(f"{name} {index}", lambda index=index: forms_of(index)))
+        on_probe()
+    return np.array(forms)
 
 
 def trace_estimate(forms: np.ndarray, shares: np.ndarray) -> dict[str, float | None]:
@@ -171,7 +181,13 @@ def largest_eigenvalue(
 
 
 def analyse_curvature(
-    file: Path, start: str, adapter: str, rows: Sequence[Mapping], num_probes: int, sampling: Sampling
+    file: Path,
+    start: str,
+    adapter: str,
+    rows: Sequence[Mapping],
+    num_probes: int,
+    sampling: Sampling,
+    report: Report = no_report,
 ) -> None:
     """Write the four Hessians' `trace_estimate` and, as ``largest``, `largest_eigenvalue`, in float32 (``.json``).
 
@@ -185,34 +201,63 @@ def analyse_curvature(
         rows: Tokenised rows; batches of them are also what ``stderr_rows`` compares.
         num_probes: Random vectors per trace.
         sampling: Batch size, device, seed of probes and Lanczos.
+        report: Called after each probe and each eigenvalue.
     """
-    settings: dict[str, Any] = {"what": "curvature", "num_probes": num_probes, "seed": sampling.seed}
-    settings |= {"start": digest_folder(start), "mask": digest_folder(adapter)}
-    settings |= {"batch_size": sampling.batch_size, "rows": digest(rows), "num_rows": len(rows)}
+    settings: dict[str, Any] = {
+        "what": "curvature",
+        "num_probes": num_probes,
+        "seed": sampling.seed,
+        "start": digest_folder(start),
+        "mask": digest_folder(adapter),
+        "batch_size": sampling.batch_size,
+        "rows": digest(rows),
+        "num_rows": len(rows),
+    }
     if is_finished(file, settings):
         return
+
     masks = masks_of(adapter)
     names = sorted(masks)
     model = load_model(start, "float32", attn_implementation="eager").to(sampling.device).eval()
     batches = make_batches(rows, sampling.batch_size, sampling.device)
     products = hessian_products(model, names, batches)
     tokens = np.array([int((labels[:, 1:] != IGNORED).sum()) for _, labels in batches], dtype=np.float64)
-    shares, kept = tokens / tokens.sum(), torch.cat([masks[name].flatten() for name in names]).numpy()
+    shares = tokens / tokens.sum()
+    kept = torch.cat([masks[name].flatten() for name in names]).numpy()
     pieces = pieces_of(file, settings)
 
+    num_hessians = 4
+    total = num_hessians * (num_probes + 1)
+    num_done = 0
+
+    def count() -> None:
+        nonlocal num_done
+        num_done += 1
+        report(num_done, total)
+
     def describe(name: str, diagonal: np.ndarray) -> dict:
-        forms = quadratic_forms(products, diagonal, num_probes, sampling.seed, pieces, name)
+        forms = quadratic_forms(products, diagonal, num_probes, sampling.seed, pieces, name, count)
         find = functools.partial(largest_eigenvalue, products, shares, diagonal, sampling.seed)
         largest = pieces.get(f"{name} eigenvalue", find)
+        count()
         return {**trace_estimate(forms, shares), "largest": largest, "forms": forms}
 
     every = np.ones_like(kept)
     record = {"start_all": describe("start_all", every), "start_kept": describe("start_kept", kept)}
     masks.apply_(model)
     record |= {"mask_all": describe("mask_all", every), "mask_kept": describe("mask_kept", kept)}
+
     moved = record["mask_all"]["forms"] - record["start_all"]["forms"]
     for each in record.values():
         del each["forms"]
     record["mask_all"]["less_start_all"] = trace_estimate(moved, shares)
     write_record(file, record | {"density": 1 - masks.sparsity, "num_weights": masks.numel}, settings)
     pieces.remove()
+
+
+def check_curvlinops() -> None:
+    """Raise if the package that computes Hessian-vector products is missing."""
+    try:
+        import curvlinops  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"curvature needs curvlinops ({install_hint('analysis')}): {error}") from error

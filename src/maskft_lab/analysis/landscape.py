@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from maskft_common.files import digest
 from ..evaluation.load import weights_of
 from .losses import Sampling
 from .masks import masks_of
-from .records import digest_folder, is_finished, pieces_of, write_record
+from .records import Report, digest_folder, is_finished, no_report, pieces_of, write_record
 
 Rows = Mapping[str, Sequence[dict]]  # split -> tokenised rows
 Weights = dict[str, Tensor]  # parameter name -> values, on the model's device and in its dtype
@@ -63,11 +62,18 @@ def set_weights(model, center: Weights, steps: Sequence[tuple[float, Weights]]) 
             parameter.add_(direction[name], alpha=amount)
 
 
-def analyse_landscape(file: Path, models: Sequence[str], rows: Rows, sampling: Sampling, grid: int = 21) -> None:
+def analyse_landscape(
+    file: Path,
+    models: Sequence[str],
+    rows: Rows,
+    sampling: Sampling,
+    grid: int = 21,
+    report: Report = no_report,
+) -> None:
     """Write the loss over the plane through three models, in nats per supervised token (``.json``).
 
-    ``plane``: ``x`` and ``y`` (grid,) in L2 distance of weights, ``points`` (3, 2) where the models lie, and SPLIT
-    (``train``, ``heldout``), (grid, grid), first index x.
+    ``plane``: ``x`` and ``y`` (grid,) in L2 distance of weights, ``points`` (3, 2), the coordinates of the models, and
+    SPLIT (``train``, ``heldout``), (grid, grid), first index x.
 
     Args:
         file: Where the record goes (``.json``). Points that are done survive a kill.
@@ -76,41 +82,61 @@ def analyse_landscape(file: Path, models: Sequence[str], rows: Rows, sampling: S
         rows: Split -> tokenised rows.
         sampling: Batch size and device.
         grid: Points of each axis.
+        report: Called after each point.
 
     Raises:
         UserError: If the models differ in architecture, or a loss is not finite.
     """
-    if grid < 3:
-        raise UserError(f"--grid is {grid}; give 3 points of an axis or more")
-    settings: dict[str, Any] = {"what": "plane", "grid": grid, "batch_size": sampling.batch_size}
-    settings["models"] = list(map(digest_folder, models))
-    settings["rows"] = {split: digest(each) for split, each in rows.items()}
+    check_grid(grid)
+    settings: dict[str, Any] = {
+        "what": "plane",
+        "grid": grid,
+        "batch_size": sampling.batch_size,
+        "models": [digest_folder(model) for model in models],
+        "rows": {split: digest(each) for split, each in rows.items()},
+    }
     if is_finished(file, settings):
         return
+
     best, end, adapter = models
     masks = masks_of(adapter)
     model = load_model(best, "float32").to(sampling.device).eval()
-    origin, continued = weights_of(model), weights_of(load_model(end, "float32").to(sampling.device))
+    origin = weights_of(model)
+    continued = weights_of(load_model(end, "float32").to(sampling.device))
     if {name: each.shape for name, each in origin.items()} != {name: each.shape for name, each in continued.items()}:
         raise UserError(f"{end!r} is not of the architecture of the model under the mask")
     masks.apply_(model)
     u, v, coordinates = plane_through(origin, continued, weights_of(model))
 
-    def measure(x: float, y: float) -> dict[str, float]:
+    def losses_at(x: float, y: float) -> dict[str, float]:
         set_weights(model, origin, [(x, u), (y, v)])
-        return {
-            split: mean_nll(nll_per_item(model, each, batch_size=sampling.batch_size)) for split, each in rows.items()
-        }
+        losses = {}
+        for split, each in rows.items():
+            losses[split] = mean_nll(nll_per_item(model, each, batch_size=sampling.batch_size))
+        return losses
 
+    low = coordinates.min(0)
+    high = coordinates.max(0)
+    margin = MARGIN * (high - low)
+    x, y = np.linspace(low - margin, high + margin, grid).T.tolist()
     pieces = pieces_of(file, settings)
-    low, high = coordinates.min(0), coordinates.max(0)
-    x, y = np.linspace(low - MARGIN * (high - low), high + MARGIN * (high - low), grid).T.tolist()
-    found = [
-        pieces.get(f"plane {i} {j}", functools.partial(measure, a, b)) for i, a in enumerate(x) for j, b in enumerate(y)
-    ]
-    plane = {split: np.reshape([each[split] for each in found], (grid, grid)).tolist() for split in rows}
-    write_record(file, {"plane": {"points": coordinates.tolist(), "x": x, "y": y, **plane}}, settings)
+    found = []
+    for i, x_i in enumerate(x):
+        for j, y_j in enumerate(y):
+            found.append(pieces.get(f"plane {i} {j}", lambda x_i=x_i, y_j=y_j: losses_at(x_i, y_j)))
+            report(len(found), grid**2)
+
+    plane: dict[str, Any] = {"points": coordinates.tolist(), "x": x, "y": y}
+    for split in rows:
+        plane[split] = np.reshape([each[split] for each in found], (grid, grid)).tolist()
+    write_record(file, {"plane": plane}, settings)
     pieces.remove()
+
+
+def check_grid(grid: int) -> None:
+    """Raise if a grid has too few points."""
+    if grid < 3:
+        raise UserError(f"--grid is {grid}; give 3 points of an axis or more")
 
 
 def _dot(a: Weights, b: Weights) -> float:

@@ -13,7 +13,7 @@ from maskft.masks.mask_set import MaskSet, read_config
 from maskft.models import load_config
 from maskft_common.errors import UserError
 
-from .records import digest_folder, is_finished, write_record
+from .records import Report, digest_folder, is_finished, no_report, write_record
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -88,17 +88,21 @@ def describe_mask(masks: MaskSet, config) -> dict:
     return {"num_weights": masks.numel, "num_removed": masks.num_removed, "by_head": by_head}
 
 
-def analyse_masks(file: Path, adapters: Mapping[str, tuple[str, str]]) -> None:
+def analyse_masks(file: Path, adapters: Mapping[str, tuple[str, str]], report: Report = no_report) -> None:
     """Write shares of each mask (``.json``): ``masks`` NAME: `describe_mask`.
 
     Args:
         file: Where the record goes.
         adapters: Name -> adapter folder, and the model that it was trained over.
+        report: Called after each mask.
     """
     settings: dict[str, Any] = {"what": "masks by head"}
     settings["masks"] = {name: [digest_folder(folder) for folder in pair] for name, pair in adapters.items()}
     if is_finished(file, settings):
         return
-    sets = {name: MaskSet.from_adapter(folder) for name, (folder, _) in adapters.items()}
-    configs = {name: load_config(start).get_text_config() for name, (_, start) in adapters.items()}
-    write_record(file, {"masks": {name: describe_mask(sets[name], configs[name]) for name in sets}}, settings)
+    found = {}
+    for name, (adapter, start) in adapters.items():
+        config = load_config(start).get_text_config()
+        found[name] = describe_mask(MaskSet.from_adapter(adapter), config)
+        report(len(found), len(adapters))
+    write_record(file, {"masks": found}, settings)

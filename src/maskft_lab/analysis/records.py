@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,12 @@ from maskft_common.files import digest, digest_file, parse_json, write_text
 
 from ..results.schema import refuse_constant
 from ..store import Store
+
+Report = Callable[[int, int], None]  # called with the pieces that are done, and with all there are
+
+
+def no_report(num_done: int, total: int) -> None:
+    """Report nothing."""
 
 
 def digest_folder(folder: str | Path) -> str:

@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +14,11 @@ from maskft_common.layout import ANALYSIS
 
 if TYPE_CHECKING:
     from ..analysis.losses import Sampling
+    from ..analysis.records import Report
     from ..analysis.runs import TrainedRun
 
-# Writes the file of an analysis; all that can be checked without computing has been.
-Analysis = Callable[[Path], Any]
+# Writes the file of an analysis and reports the pieces done and their total; its inputs are checked already.
+Analysis = Callable[[Path, "Report"], Any]
 
 _LEAST = {"num_rows": 1, "batch_size": 1, "num_probes": 1, "grid": 3, "seed": 0}
 
@@ -95,7 +95,7 @@ def _wanted(what: str | None) -> list[str]:
 
 def _compute(analyses: dict[str, Analysis], folder: Path) -> list[str]:
     """Compute one analysis after another; returns the failures, which do not stop the others."""
-    from maskft_common.progress_bar import time_text
+    from maskft_common.progress_bar import Progress, time_text
 
     from ..estimate.out_of_memory import explained
 
@@ -105,8 +105,14 @@ def _compute(analyses: dict[str, Analysis], folder: Path) -> list[str]:
         started_at = time.monotonic()
         file = folder / f"{name}.json"
         try:
-            with explained("use a smaller --batch_size, or another --device"):
-                analyse(file)
+            with explained("use a smaller --batch_size, or another --device"), Progress() as progress:
+                bar = progress.add_task(name, total=1)
+
+                def report(num_done: int, total: int, progress=progress, bar=bar) -> None:
+                    progress.update(bar, total=total)
+                    progress.move(bar, num_done)
+
+                analyse(file, report)
         except UserError as error:
             failures.append(f"{name}: {error}")
             print(f"left out {name}: {error}", flush=True)
@@ -129,7 +135,7 @@ def _bound(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
 
     from maskft.models import load_config
 
-    from ..analysis.bound import analyse_bound, stable_training_loss
+    from ..analysis.bound import analyse_bound, check_num_rows, stable_training_loss
     from ..analysis.runs import BEST, find_mask, full_run
     from ..estimate.estimate import model_without_data
 
@@ -138,13 +144,14 @@ def _bound(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
     num_rows = mask.data.get("train")
     if full.data.get("train") != num_rows:
         raise UserError(f"{mask.name} and {full.name} were trained on different numbers of rows; name another --mask")
+    check_num_rows(num_rows)
     losses = tuple(stable_training_loss(run.history, run.summary["best_step"]) for run in (full, mask))
 
     config = load_config(full.models[BEST])
     with torch.device("meta"):
         num_weights = sum(parameter.numel() for parameter in model_without_data(config).parameters())
     size = (num_weights, config.get_text_config().vocab_size)
-    return lambda file: analyse_bound(file, mask.models[BEST], losses, size, num_rows)
+    return lambda file, report: analyse_bound(file, mask.models[BEST], losses, size, num_rows)
 
 
 def _masks(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
@@ -154,11 +161,12 @@ def _masks(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
     find_mask(runs)  # raises if there is none
     masks = [run for run in runs if run.method.endswith(MASK) and BEST in run.models]
     adapters = {run.id: (run.models[BEST], start_model(run, runs)) for run in masks}
-    return partial(analyse_masks, adapters=adapters)
+    return lambda file, report: analyse_masks(file, adapters, report)
 
 
 def _landscape(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
     from ..analysis.landscape import analyse_landscape
+    from ..analysis.masks import masks_of
     from ..analysis.runs import BEST, LAST, find_mask, full_run
 
     mask = find_mask(runs, args.mask)
@@ -172,21 +180,27 @@ def _landscape(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis
             f"a landscape needs a third model, and the end of {full.id} is its best checkpoint: train longer"
         )
 
+    masks_of(mask.models[BEST])  # raises if the mask does more than set weights to 0
     models = (best, last, mask.models[BEST])
     rows = _rows(args)
     sampling = _sampling(args)
-    return lambda file: analyse_landscape(file, models, rows, sampling, args.grid)
+    return lambda file, report: analyse_landscape(file, models, rows, sampling, args.grid, report)
 
 
 def _curvature(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
-    from ..analysis.curvature import analyse_curvature
+    from ..analysis.curvature import analyse_curvature, check_curvlinops
+    from ..analysis.masks import masks_of
     from ..analysis.runs import BEST, find_mask, start_model
 
+    check_curvlinops()
     mask = find_mask(runs, args.mask)
+    masks_of(mask.models[BEST])
     start = start_model(mask, runs)
     rows = _rows(args)["train"]
     sampling = _sampling(args)
-    return lambda file: analyse_curvature(file, start, mask.models[BEST], rows, args.num_probes, sampling)
+    return lambda file, report: analyse_curvature(
+        file, start, mask.models[BEST], rows, args.num_probes, sampling, report
+    )
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
