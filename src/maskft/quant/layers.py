@@ -1,0 +1,268 @@
+"""Linear layers whose weight is stored as codes: what a mask reads of them, and where it writes zero.
+
+PEFT's quantisation backends dequantise a weight and quantise it again after a merge, with fresh scales. A mask needs
+less: it replaces codes by the code of zero and leaves scales alone, so that nothing is rounded and every code can be
+put back. ``storage_of`` finds the storage of a layer; a storage reads codes, writes codes, and dequantises.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .zero_codes import FORMATS, NAMES_WITH_ZERO, read_codes, type_name, write_codes
+
+NF4_ZERO = 7
+FP4_ZERO = 0
+
+
+class Storage(ABC):
+    """The codes of one layer.
+
+    Attributes:
+        layer: The layer that holds them.
+        kind: Name of the format, for messages.
+    """
+
+    kind = ""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    @abstractmethod
+    def dequantise(self) -> Tensor:
+        """The weight as floats, shape (out_features, in_features); a new tensor."""
+
+    @abstractmethod
+    def codes(self) -> Tensor:
+        """The codes, shape (out_features, in_features), an integer dtype."""
+
+    @abstractmethod
+    def zero(self) -> Tensor | int:
+        """The code of zero, one for all or one for each weight."""
+
+    @abstractmethod
+    def write(self, codes: Tensor) -> None:
+        """Replace all codes, in place; scales stay as they are."""
+
+    def remove(self, removed: Tensor) -> Tensor:
+        """Write the code of zero at the removed weights.
+
+        Args:
+            removed: Shape (out_features, in_features), bool.
+
+        Returns:
+            The codes that were there, shape (num_removed,), for :meth:`restore`.
+        """
+        codes = self.codes()
+        before = codes[removed].clone()
+        zero = self.zero()
+        if isinstance(zero, int):
+            zero = torch.tensor(zero, dtype=codes.dtype, device=codes.device)
+        self.write(torch.where(removed, zero.to(codes.dtype), codes))
+        return before
+
+    def restore(self, removed: Tensor, before: Tensor) -> None:
+        """Put back the codes that :meth:`remove` has replaced."""
+        codes = self.codes().clone()
+        codes[removed] = before.to(codes.device)
+        self.write(codes)
+
+
+class Bnb4bit(Storage):
+    """``bitsandbytes.nn.Linear4bit``: NF4 or FP4, two codes a byte, the first in the high half."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.kind = f"bitsandbytes {layer.weight.quant_type}"
+
+    def dequantise(self) -> Tensor:
+        """See :class:`Storage`."""
+        from peft.utils.integrations import dequantize_bnb_weight
+
+        self._unpack()
+        weight: Any = self.layer.weight
+        return dequantize_bnb_weight(weight).reshape(weight.quant_state.shape)
+
+    def codes(self) -> Tensor:
+        """See :class:`Storage`."""
+        self._unpack()
+        weight: Any = self.layer.weight
+        packed = weight.data.view(torch.uint8).reshape(-1)
+        return torch.stack([packed >> 4, packed & 0xF], dim=1).reshape(weight.quant_state.shape)
+
+    def zero(self) -> int:
+        """See :class:`Storage`."""
+        return NF4_ZERO if self.layer.weight.quant_type == "nf4" else FP4_ZERO
+
+    def write(self, codes: Tensor) -> None:
+        """See :class:`Storage`."""
+        self._unpack()
+        pairs = codes.reshape(-1, 2)
+        packed = pairs[:, 0] << 4 | pairs[:, 1]
+        weight: Any = self.layer.weight
+        weight.data.view(torch.uint8).reshape(-1).copy_(packed)
+
+    def _unpack(self) -> None:
+        """Undo the order that the first forward in eval mode gives to codes on some CPUs.
+
+        bitsandbytes repacks for its AVX-512 kernel then (``packing_format_for_cpu``) and rounds the scales to bfloat16
+        as it does. The codes come back exactly. The plain way, writing into that order, would tie us to the kernel.
+        """
+        weight: Any = self.layer.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+
+
+class Bnb8bit(Storage):
+    """``bitsandbytes.nn.Linear8bitLt``: one signed byte a weight, a scale a row."""
+
+    kind = "bitsandbytes int8"
+
+    def dequantise(self) -> Tensor:
+        """See :class:`Storage`."""
+        from peft.utils.integrations import dequantize_bnb_weight
+
+        layer: Any = self.layer
+        # Before the first forward the scales are the parameter's, after it the state's.
+        if layer.state.SCB is None:
+            layer.state.SCB = layer.weight.SCB
+        return dequantize_bnb_weight(layer.weight, state=layer.state)
+
+    def codes(self) -> Tensor:
+        """See :class:`Storage`."""
+        return self.layer.weight.data
+
+    def zero(self) -> int:
+        """See :class:`Storage`."""
+        return 0
+
+    def write(self, codes: Tensor) -> None:
+        """See :class:`Storage`."""
+        self.layer.weight.data.copy_(codes)
+
+
+class Torchao(Storage):
+    """Weights of torchao that keep one integer a weight (``qdata``) and whole zero points: int8, int4 and the like."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.kind = f"torchao {type(layer.weight).__name__}"
+
+    def dequantise(self) -> Tensor:
+        """See :class:`Storage`."""
+        return self.layer.weight.dequantize()
+
+    def codes(self) -> Tensor:
+        """See :class:`Storage`."""
+        return self.layer.weight.qdata
+
+    def zero(self) -> Tensor | int:
+        """See :class:`Storage`."""
+        weight: Any = self.layer.weight
+        if weight.zero_point is None:
+            return 0
+        rows, columns = weight.block_size
+        return weight.zero_point.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+    def write(self, codes: Tensor) -> None:
+        """See :class:`Storage`."""
+        self.layer.weight.qdata.copy_(codes)
+
+
+class Gguf(Storage):
+    """Transformers' ``GgufLinear``: rows of GGUF's blocks."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.form = FORMATS[layer.ggml_type]
+        self.kind = f"GGUF {self.form.name}"
+
+    def dequantise(self) -> Tensor:
+        """See :class:`Storage`."""
+        from transformers.integrations.gguf.dequant import dequantize
+
+        layer: Any = self.layer
+        values = dequantize(layer.weight.data.reshape(-1), layer.ggml_type)
+        return values.reshape(layer.out_features, layer.in_features)
+
+    def codes(self) -> Tensor:
+        """See :class:`Storage`."""
+        return read_codes(self._blocks(), self.form).reshape(self.layer.out_features, self.layer.in_features)
+
+    def zero(self) -> int:
+        """See :class:`Storage`."""
+        return self.form.zero
+
+    def write(self, codes: Tensor) -> None:
+        """See :class:`Storage`."""
+        blocks = self._blocks()
+        codes = codes.reshape(len(blocks), self.form.block_size)
+        write_codes(blocks, codes, torch.ones_like(codes, dtype=torch.bool), self.form)
+
+    def _blocks(self) -> Tensor:
+        return self.layer.weight.data.view(-1, self.form.block_bytes)
+
+
+def storage_of(layer: nn.Module) -> Storage | None:
+    """The storage of a layer's codes; None where it has a plain weight, or one that is not supported.
+
+    Nothing is imported to find out: a layer of a library that is not loaded cannot be here.
+    """
+    name = type(layer).__name__
+    module = type(layer).__module__.partition(".")[0]
+    if module == "bitsandbytes" and name in ("Linear4bit", "LinearNF4", "LinearFP4"):
+        return Bnb4bit(layer)
+    if module == "bitsandbytes" and name == "Linear8bitLt":
+        return None if layer.state.has_fp16_weights else Bnb8bit(layer)
+    if name == "GgufLinear" and layer.ggml_type in FORMATS and layer.input_permutation is None:
+        return Gguf(layer)
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, nn.Linear) and _is_of_torchao(weight) and _why_not_torchao(weight) is None:
+        return Torchao(layer)
+    return None
+
+
+def why_not_quantised(layer: nn.Module) -> str | None:
+    """Why a quantised layer cannot be masked, with the way out; None where it can, or is not quantised."""
+    if storage_of(layer) is not None:
+        return None
+    name = type(layer).__name__
+    weight = getattr(layer, "weight", None)
+    if name == "GgufLinear":
+        if layer.ggml_type not in FORMATS:
+            return (
+                f"it is stored as {type_name(layer.ggml_type)}, which has no code for zero; quantise it to one that has "
+                f"({', '.join(NAMES_WITH_ZERO)}), or load with GgufConfig(dequantize=True)"
+            )
+        return "its columns are permuted in the file; load with GgufConfig(dequantize=True)"
+    if _is_of_torchao(weight):
+        return _why_not_torchao(weight)
+    if name == "HQQLinear":
+        return "HQQ's zero points are no codes, so that zero cannot be stored; quantise to NF4 or int8 instead"
+    is_float = isinstance(weight, Tensor) and weight.is_floating_point()
+    if not is_float and not isinstance(layer, nn.Embedding):
+        return f"it is quantised in a way that masks cannot be written into ({name}); load it in NF4, FP4 or int8"
+    return None
+
+
+def _is_of_torchao(weight: Any) -> bool:
+    return type(weight).__module__.partition(".")[0] == "torchao"
+
+
+def _why_not_torchao(weight: Any) -> str | None:
+    kind = type(weight).__name__
+    if getattr(weight, "act_quant_kwargs", None) is not None or getattr(weight, "activation_quantization", None):
+        return f"torchao's {kind} also quantises activations, which do not train; use a weight-only configuration"
+    data = getattr(weight, "qdata", None)
+    if data is None or data.dtype not in (torch.int8, torch.uint8) or data.shape != weight.shape or data.dim() != 2:
+        return f"torchao packs the codes of its {kind} for one kernel; use Int8WeightOnlyConfig or IntxWeightOnlyConfig"
+    zero_point = getattr(weight, "zero_point", None)
+    if zero_point is not None and zero_point.is_floating_point():
+        return f"zero points of torchao's {kind} are floats, so that zero cannot be stored; quantise symmetrically"
+    return None
