@@ -14,10 +14,10 @@ LAYERS = {
     "method": [
         *("maskft_common/errors", "maskft_common/layout", "maskft_common/files", "maskft_common/schema"),
         *("maskft_common/yaml_file", "maskft_common/command_line"),
-        *("maskft/quant", "maskft/embedded", "maskft/models", "maskft/weights"),
+        *("maskft/gguf", "maskft/embedded", "maskft/models", "maskft/weights"),
         # The plain tuner, and the add-ons over it; none of them is needed by the tuner.
         *("maskft/masking", "maskft/tuner", "maskft/masks", "maskft/fast", "maskft/fsdp", "maskft/learners"),
-        *("maskft/baselines", "maskft/axolotl"),
+        *("maskft/quant", "maskft/baselines", "maskft/axolotl"),
     ],
     "training": [
         *("maskft_common/processes", "maskft_common/locks", "maskft_common/memory", "maskft_common/environment"),

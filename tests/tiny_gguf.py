@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 import torch
+
+import gguf
 from gguf import GGMLQuantizationType as Type
 
 from .tiny_tokenizer import CHATML, MERGES, tiny_tokenizer

@@ -194,7 +194,7 @@ def train(base: Path, data_dir: Path, task: str, method: str, seed: int, folder:
     if not (folder / TRAINING).is_file():
         words = ["train", *METHODS[method], *TRAIN, *TASKS[task]["options"]]
         words += ["--model_name_or_path", str(base), "--dataset_name", str(data_dir / TASKS[task]["files"][0])]
-        words += ["--seed", str(seed), "--output_dir", str(folder)]
+        words += ["--seed", str(seed), "--output_dir", str(folder), "--resume_from_checkpoint", "auto"]
         if status := maskft(words):
             sys.exit(status)
     return folder

@@ -21,7 +21,7 @@ from .tuner import (
 )
 
 # Add-ons over the tuner; each registers itself when it is imported.
-from . import fast, fsdp, learners, masks  # isort: skip
+from . import fast, fsdp, learners, masks, quant  # isort: skip
 from .baselines.wanda import wanda_keys  # isort: skip
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "learners",
     "masks",
     "num_removed",
+    "quant",
     "register_learner",
     "set_mask_progress",
     "start_scores",

@@ -27,7 +27,7 @@ from maskft_common.files import check_own_files, digest, digest_file, is_there, 
 from maskft_common.layout import EMBEDDED_MODEL, holds_adapter
 
 from .embedded import embedded_config, embedded_file, read_embedded
-from .quant.gguf_header import read_head
+from .gguf.header import read_head
 
 _NO_CODE = {"trust_remote_code": False}  # else transformers asks on the terminal whether to run a model's own code
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")

@@ -4,15 +4,15 @@ import json
 import resource
 import signal
 
-import gguf
 import pytest
 import torch
-from gguf import GGMLQuantizationType as Type
 
+import gguf
+from gguf import GGMLQuantizationType as Type
+from maskft.gguf.header import read_head
+from maskft.gguf.names import dequantised
 from maskft.masks.fingerprints import weights_fingerprint
 from maskft.masks.gguf import merge_into_gguf, undo_in_gguf, verify_gguf
-from maskft.quant.gguf_header import read_head
-from maskft.quant.gguf_names import dequantised
 from maskft_common import layout
 from maskft_common.errors import UserError
 from maskft_lab.cli.main import main

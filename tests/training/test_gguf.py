@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM
 
+from gguf import GGMLQuantizationType as Type
 from maskft.masks.merge import load_masked
 from maskft.models import load_config, load_model, load_tokenizer, model_identity
 from maskft_common.errors import UserError

@@ -29,9 +29,9 @@ from maskft_common import __version__
 from maskft_common.errors import UserError
 from maskft_common.files import digest_now
 
-from ..quant.gguf_header import GgufHead, head_bytes, read_head
-from ..quant.gguf_names import dequantised, find_tensors, to_file_order
-from ..quant.zero_codes import (
+from ..gguf.header import GgufHead, head_bytes, read_head
+from ..gguf.names import dequantised, find_tensors, to_file_order
+from ..gguf.zero_codes import (
     FORMATS,
     Format,
     codes_from_bytes,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .zero_codes import FORMATS, NAMES_WITH_ZERO, read_codes, type_name, write_codes
+from ..gguf.zero_codes import FORMATS, NAMES_WITH_ZERO, read_codes, type_name, write_codes
 
 NF4_ZERO = 7
 FP4_ZERO = 0
@@ -228,27 +228,33 @@ def storage_of(layer: nn.Module) -> Storage | None:
     return None
 
 
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether the weight of a layer is stored as codes of a library that is known here, supported or not."""
+    package = type(layer).__module__.partition(".")[0]
+    name = type(layer).__name__
+    if package == "bitsandbytes":
+        return name in ("Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt")
+    is_of_torchao = isinstance(layer, nn.Linear) and _is_of_torchao(getattr(layer, "weight", None))
+    return is_of_torchao or name in ("GgufLinear", "HQQLinear")
+
+
 def why_not_quantised(layer: nn.Module) -> str | None:
-    """Why a quantised layer cannot be masked, with the way out; None where it can, or is not quantised."""
+    """Why a mask cannot be written into a quantised layer, with the way out; None where it can."""
     if storage_of(layer) is not None:
         return None
     name = type(layer).__name__
-    weight = getattr(layer, "weight", None)
     if name == "GgufLinear":
         if layer.ggml_type not in FORMATS:
             return (
-                f"it is stored as {type_name(layer.ggml_type)}, which has no code for zero; quantise it to one that has "
-                f"({', '.join(NAMES_WITH_ZERO)}), or load with GgufConfig(dequantize=True)"
+                f"it is stored as {type_name(layer.ggml_type)}, which has no code for zero; quantise it to one that has"
+                f" ({', '.join(NAMES_WITH_ZERO)}), or load with GgufConfig(dequantize=True)"
             )
         return "its columns are permuted in the file; load with GgufConfig(dequantize=True)"
-    if _is_of_torchao(weight):
-        return _why_not_torchao(weight)
+    if _is_of_torchao(getattr(layer, "weight", None)):
+        return _why_not_torchao(layer.weight)
     if name == "HQQLinear":
-        return "HQQ's zero points are no codes, so that zero cannot be stored; quantise to NF4 or int8 instead"
-    is_float = isinstance(weight, Tensor) and weight.is_floating_point()
-    if not is_float and not isinstance(layer, nn.Embedding):
-        return f"it is quantised in a way that masks cannot be written into ({name}); load it in NF4, FP4 or int8"
-    return None
+        return "HQQ's zero points are floats, so that zero has no code; quantise to NF4 or int8 instead"
+    return "it keeps float16 weights and quantises in every forward pass; load it with has_fp16_weights=False"
 
 
 def _is_of_torchao(weight: Any) -> bool:

@@ -21,12 +21,12 @@ from maskft_common.layout import EMBEDDED_MODEL
 from ..baselines.wanda import wanda_keys
 from ..data.arguments import DataArguments
 from ..data.prepared import Prepared, prepare
+from ..gguf.header import read_head
+from ..gguf.names import find_tensors
 from ..loss import HeldoutLoss
 from ..masks.codec import PREFIX
 from ..masks.merge import ONE_LINE
 from ..models import check_model_source, check_tokenizer_fits, gguf_file, is_gguf, load_model, load_tokenizer
-from ..quant.gguf_header import read_head
-from ..quant.gguf_names import find_tensors
 from ..tuner import MaskConfig, adapter_layers, start_scores
 from ..tuner.config import DATA_STARTS
 from ..tuner.targets import resolve_targets

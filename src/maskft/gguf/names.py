@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maskft_common.errors import UserError, install_hint
 
-from .gguf_header import GgufHead, TensorPlace
+from .header import GgufHead, TensorPlace
 from .zero_codes import why_no_zero
 
 # llama.cpp's converter permutes the rows of queries and keys of these; the rest lies as in transformers.
@@ -123,6 +123,7 @@ def _heads(head: GgufHead, tensor: str) -> int | None:
 def dequantised(head: GgufHead, tensor: str) -> Tensor:
     """Values of a tensor in transformers' order, float32, one tensor in memory."""
     import numpy as np
+
     from gguf import GGMLQuantizationType, dequantize
 
     place: TensorPlace = head.tensors[tensor]

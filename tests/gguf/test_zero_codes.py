@@ -1,12 +1,12 @@
 """Codes of GGUF's formats against gguf's own dequantize."""
 
-import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType as Type
 
-from maskft.quant.zero_codes import (
+import gguf
+from gguf import GGMLQuantizationType as Type
+from maskft.gguf.zero_codes import (
     FORMATS,
     codes_from_bytes,
     codes_to_bytes,

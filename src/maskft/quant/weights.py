@@ -1,0 +1,60 @@
+"""The tuner's seam for quantised weights, over the storages of :mod:`maskft.quant.layers`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..tuner.quantized import QUANTIZED_WEIGHTS, QuantizedWeight
+from .layers import is_quantised, storage_of, why_not_quantised
+
+if TYPE_CHECKING:
+    from ..tuner.layer import MaskedLinear
+
+
+class CodedWeight(QuantizedWeight):
+    """A weight that is stored as codes, of which one is zero.
+
+    Attributes:
+        backend_name: Name of the format.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        storage = storage_of(layer)
+        self.backend_name = type(layer).__name__ if storage is None else storage.kind
+
+    def why_not(self, base_layer: nn.Module) -> str | None:
+        """Reason why a mask cannot be written into the layer, with the way out; None: it can."""
+        return why_not_quantised(base_layer)
+
+    def get_base_weight(self, base_layer: nn.Module) -> Tensor:
+        """Dequantised weight, shape (out_features, in_features)."""
+        return _storage(base_layer).dequantise()
+
+    def merge_zero_codes(self, layer: MaskedLinear, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the code of zero where ``mask`` is False; returns these places and the codes that were there."""
+        removed = ~mask
+        return removed, _storage(layer.base_layer).remove(removed)
+
+    def restore(self, layer: MaskedLinear, stash: Any) -> None:
+        """Put back the codes."""
+        removed, codes = stash
+        storage = _storage(layer.base_layer)
+        device = storage.codes().device  # the model may have been moved in between
+        storage.restore(removed.to(device), codes)
+
+
+def _storage(layer: nn.Module) -> Any:
+    storage = storage_of(layer)
+    if storage is None:
+        raise TypeError(f"{type(layer).__name__} has no storage that masks can be written into")
+    return storage
+
+
+def find_codes(layer: nn.Module) -> CodedWeight | None:
+    """How a layer is quantised; None where its weight is a plain one."""
+    return CodedWeight(layer) if is_quantised(layer) else None
+
+
+QUANTIZED_WEIGHTS.append(find_codes)
