@@ -28,7 +28,7 @@ from ..tuner.targets import listed
 from .adapter_file import add_tensors, weights_beside_masks
 from .card import write_card
 from .codec import FORMAT_VERSION, decode_mask, encode_mask, is_of_mask, weights_sha256
-from .fingerprints import base_fingerprint, check_base, mask_fingerprint
+from .fingerprints import base_fingerprint, check_base, mask_fingerprint, quantisation_of
 
 # The folders that transformers' Trainer writes.
 _CHECKPOINT = re.compile(rf"(^|/){PREFIX_CHECKPOINT_DIR}-\d+(/|$)")
@@ -90,6 +90,7 @@ class MaskFiles(AdapterFiles):
         # float16 rounds in another way than bfloat16, so that its fingerprint would match no other dtype's.
         is_half = any(layer.weight.dtype == torch.float16 for layer in layers.values())
         config.base_fingerprint = None if is_half else base_fingerprint(layers.values())
+        config.base_quantisation = quantisation_of(layers.values())
         return out
 
     def decode(

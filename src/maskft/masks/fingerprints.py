@@ -31,11 +31,27 @@ def check_base(layers: Iterable[MaskedLinear], config: Any) -> None:
         return
     found = base_fingerprint(layers)
     if not is_the_base(found, {layer.weight.dtype for layer in layers}, config):
+        trained_over = config.base_quantisation
+        stored_as = quantisation_of(layers)
+        if trained_over != stored_as:
+            # The same model in another precision has other values, so that its fingerprint says nothing.
+            warnings.warn(
+                f"the mask was trained over weights stored as {trained_over or 'floats'}, and these are stored as "
+                f"{stored_as or 'floats'}: it was not made for their rounding; measure the result, or train over them"
+            )
+            return
         raise UserError(
             f"the adapter was trained on other base weights ({config.base_model_name_or_path}, fingerprint "
             f"{config.base_fingerprint[:12]}) than the model's ({found[:12]}); load the right base (or, to accept this "
             "one, in Python: config = MaskConfig.from_pretrained(adapter); config.verify_base = False; and pass config)"
         )
+
+
+def quantisation_of(layers: Iterable[MaskedLinear]) -> str | None:
+    """How the base weights of masked layers are stored, such as ``bitsandbytes nf4``; None: as floats."""
+    backends = (layer.quantization_backend for layer in layers)
+    kinds = {backend.backend_name for backend in backends if backend is not None}
+    return ", ".join(sorted(kinds)) or None
 
 
 def is_the_base(found: str, dtypes: Collection[torch.dtype], config: Any) -> bool:

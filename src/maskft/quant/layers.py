@@ -32,6 +32,11 @@ class Storage(ABC):
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
 
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Dtype of the dequantised weight."""
+
     @abstractmethod
     def dequantise(self) -> Tensor:
         """The weight as floats, shape (out_features, in_features); a new tensor."""
@@ -79,6 +84,11 @@ class Bnb4bit(Storage):
         super().__init__(layer)
         self.kind = f"bitsandbytes {layer.weight.quant_type}"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """See :class:`Storage`."""
+        return self.layer.weight.quant_state.dtype
+
     def dequantise(self) -> Tensor:
         """See :class:`Storage`."""
         from peft.utils.integrations import dequantize_bnb_weight
@@ -124,6 +134,11 @@ class Bnb8bit(Storage):
 
     kind = "bitsandbytes int8"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """See :class:`Storage`."""
+        return torch.float32
+
     def dequantise(self) -> Tensor:
         """See :class:`Storage`."""
         from peft.utils.integrations import dequantize_bnb_weight
@@ -154,6 +169,11 @@ class Torchao(Storage):
         super().__init__(layer)
         self.kind = f"torchao {type(layer.weight).__name__}"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """See :class:`Storage`."""
+        return self.layer.weight.dtype
+
     def dequantise(self) -> Tensor:
         """See :class:`Storage`."""
         return self.layer.weight.dequantize()
@@ -182,6 +202,11 @@ class Gguf(Storage):
         super().__init__(layer)
         self.form = FORMATS[layer.ggml_type]
         self.kind = f"GGUF {self.form.name}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See :class:`Storage`."""
+        return torch.float32
 
     def dequantise(self) -> Tensor:
         """See :class:`Storage`."""

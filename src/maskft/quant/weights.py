@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..tuner.quantized import QUANTIZED_WEIGHTS, QuantizedWeight
@@ -31,6 +32,10 @@ class CodedWeight(QuantizedWeight):
     def get_base_weight(self, base_layer: nn.Module) -> Tensor:
         """Dequantised weight, shape (out_features, in_features)."""
         return _storage(base_layer).dequantise()
+
+    def get_base_dtype(self, base_layer: nn.Module) -> torch.dtype:
+        """Dtype of the dequantised weight."""
+        return _storage(base_layer).dtype
 
     def merge_zero_codes(self, layer: MaskedLinear, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Write the code of zero where ``mask`` is False; returns these places and the codes that were there."""

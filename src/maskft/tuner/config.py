@@ -129,6 +129,9 @@ class MaskConfig(PeftConfig):
     # Filled in when an adapter is saved.
     format_version: int = _option(ADAPTER_FORMAT_VERSION, "Version of the adapter file.")
     base_fingerprint: str | None = _option(None, "sha256 of the masked base weights, rounded to bfloat16.")
+    base_quantisation: str | None = _option(
+        None, "How the masked base weights were stored, such as `bitsandbytes nf4`; null: as floats."
+    )
     removed_value_fingerprint: str | None = _option(None, "sha256 of the same weights in `removed_value_model`.")
     progress: float | None = _option(None, "Share of training done, in [0, 1], see `set_mask_progress`.")
     mask_sha256: str | None = _option(None, "sha256 over the masks of all modules.")

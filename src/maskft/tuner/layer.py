@@ -193,7 +193,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     def get_base_dtype(self) -> torch.dtype:
         """Dtype that the base layer computes in."""
         if self.quantization_backend is not None:
-            return self.get_base_weight().dtype
+            return self.quantization_backend.get_base_dtype(self.base_layer)
         return self.weight.dtype
 
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
@@ -32,6 +33,10 @@ class QuantizedWeight(QuantizationBackend):
     def get_base_weight(self, base_layer: nn.Module) -> Tensor:
         """Dequantised weight, (O, I), in the dtype that the layer computes in."""
         raise NotImplementedError
+
+    def get_base_dtype(self, base_layer: nn.Module) -> torch.dtype:
+        """Dtype of :meth:`get_base_weight`."""
+        return self.get_base_weight(base_layer).dtype
 
     def merge_zero_codes(self, layer: MaskedLinear, mask: Tensor) -> object:
         """Write zeros where ``mask`` (bool, (O, I), True = keep) is False; return what :meth:`restore` needs."""
