@@ -104,6 +104,7 @@ class AdapterConfig(schema.FileModel):
     removed_value_fingerprint: str | None = None
     save_scores: bool = False
     base_fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    base_quantisation: str | None = None
     verify_base: bool = True
     mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     weights_sha256: dict[str, str] | None = None
