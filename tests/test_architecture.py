@@ -21,7 +21,14 @@ LAYERS = {
     ],
     "training": [
         *("maskft_common/processes", "maskft_common/locks", "maskft_common/memory", "maskft_common/environment"),
-        *("maskft_common/progress_bar", "maskft_common/quiet", "maskft/data", "maskft/loss", "maskft/training"),
+        *(
+            "maskft_common/progress_bar",
+            "maskft_common/quiet",
+            "maskft_common/time_limit",
+            "maskft/data",
+            "maskft/loss",
+            "maskft/training",
+        ),
     ],
     "lab": [
         f"maskft_lab/{room}"

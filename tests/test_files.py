@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from safetensors.torch import save_file
 
+import tiny
 from maskft_common.errors import UserError, printable
 from maskft_common.files import (
     append_to,
@@ -245,9 +246,10 @@ def test_an_output_folder_with_a_link_is_refused(place, tmp_path):
 def test_an_output_folder_that_is_a_link_leads_to_a_folder(base, data, tmp_path, capsys):
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    tiny.save_masks({"up": torch.ones(2, 2, dtype=torch.bool)}, tmp_path / "mask")
     for name in ("nowhere", "loop"):
         words = ["--output_dir", str(tmp_path / name)]
-        assert main(["merge", str(base), *words]) == 2
+        assert main(["merge", str(tmp_path / "mask"), *words]) == 2
         assert main(["evaluate", "--model_name_or_path", str(base), "--dataset_name", str(data), *words]) == 2
         assert capsys.readouterr().err.count("is a link that leads to no folder") == 2
     (tmp_path / "disk").mkdir()

@@ -3,6 +3,8 @@
 import gzip
 import json
 import logging
+import os
+import signal
 
 import pytest
 from hypothesis import given, settings
@@ -263,6 +265,8 @@ CUT_GZIP = gzip.compress(GOOD_LINE.encode() * 99, mtime=0)[:40]  # without the t
         ("a.json", "[]", r"a\.json is empty"),
         ("a.jsonl", GOOD_LINE + "\n{'prompt': 1}\n", r"a\.jsonl is not JSON at line 3: .*column 2"),
         ("a.json", GOOD_LINE + "{", r"a\.json is not JSON at line 2"),
+        ("a.jsonl", GOOD_LINE + GOOD_LINE + '{"text": \n' + GOOD_LINE, r"a\.jsonl is not JSON at line 3:"),
+        ("a.jsonl", GOOD_LINE + '{"text": "a"\r\n', r"a\.jsonl is not JSON at line 2:"),
         ("a.jsonl", GOOD_LINE + "[1]\n", r"a\.jsonl: line 2: holds a list, not an object"),
         (
             "a.jsonl",
@@ -547,3 +551,36 @@ def test_format_sample():
     assert format_sample(tokenized, TOKENIZER) == "say\\x1b[31m:[[ hi<|im_end|>]]"
     long = tokenize_example({"prompt": "p" * 50, "completion": "c"}, TOKENIZER)
     assert format_sample(long, TOKENIZER, max_chars=20) == f"{'p' * 10} ... {'p' * 10}[[c<|im_end|>]]"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet", "jsonl.gz"])
+def test_a_pipe_is_not_waited_for(ending, tmp_path):
+    os.mkfifo(tmp_path / f"rows.{ending}")
+    with pytest.raises(UserError, match="a pipe or a device, not a regular file"):
+        load_examples(str(tmp_path / f"rows.{ending}"))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than 0.5 s"),
+        ("{{ range(10 ** 9) }}", "refuses the messages"),
+        ("{{ 1 // 0 }}", "refuses the messages"),
+        ("{{ messages[7].content + 1 }}", "refuses the messages"),
+        ("{{ ''.__class__.__mro__ }}", "refuses the messages"),
+        ("{% if", "refuses the messages"),
+    ],
+)
+def test_a_chat_template_that_does_not_end_or_fails_is_one_line(template, message, monkeypatch):
+    monkeypatch.setattr("maskft.data.tokenizing._TEMPLATE_SECONDS", 0.5)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message) as error:
+        tokenize_example({"messages": [USER, ASSISTANT]}, tokenizer)
+    assert "\n" not in str(error.value)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_report_names_what_was_left_out_only_where_it_was(write):
+    report = load_splits(DataArguments(dataset_name=write(numbered(20)), eval_split_size=4), seed=0).report
+    assert str(report) == "read 20 rows: 16 to train on, 4 held out"

@@ -83,6 +83,39 @@ def test_a_flipped_bit_is_told(name, file, tmp_path):
         prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "input should be a valid dictionary"),
+        ({"counts": [], "sha256": {}}, "counts"),
+        ({"sha256": {}}, "counts is missing"),
+        ({"counts": {}, "sha256": 3}, "counts"),
+        ({"text": "\x1b[31m", "counts": {}}, "report.json"),
+    ],
+)
+def test_a_report_of_another_structure_is_one_line(content, message, file, tmp_path):
+    prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
+    folder = next((tmp_path / "kept").iterdir())
+    (folder / "report.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as error:
+        prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
+    assert "\n" not in str(error.value) and "\x1b" not in str(error.value) and "delete that folder" in str(error.value)
+
+
+def test_rows_of_another_structure_are_one_line(file, tmp_path):
+    """A stranger's folder can have checksums that match."""
+    prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
+    folder = next((tmp_path / "kept").iterdir())
+    report = json.loads((folder / "report.json").read_text())
+    report["sha256"] = {}
+    report["counts"]["taken"] = {"\x1b[31m": 25, "b": 1}
+    (folder / "report.json").write_text(json.dumps(report))
+    assert "\x1b" not in prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer()).report["text"]
+    (folder / "train" / "state.json").write_text("[]")
+    with pytest.raises(UserError, match=r"cannot be read .* delete that folder"):
+        prepare(arguments(file, tmp_path / "kept"), tiny_tokenizer())
+
+
 def test_every_file_of_a_mixture_names_it(file, tmp_path):
     other = tmp_path / "metamathqa.jsonl"
     other.write_text('{"query": "a", "response": "b"}\n')

@@ -31,8 +31,12 @@ def check_sizes(args: DataArguments) -> None:
         if value is not None and value <= 0:
             raise UserError(f"{name} is {value}; it must be at least 1")
     size = args.eval_split_size
-    if not 0 < size < math.inf or (size >= 1 and size != int(size)):
-        raise UserError(f"eval_split_size is {size}; it must be a whole number of rows, or a fraction below 1")
+    is_count = 1 <= size < math.inf and size == int(size)
+    if not is_count and not 0 < size < 1:
+        raise UserError(
+            f"eval_split_size is {size:g}; held-out rows choose the best checkpoint: give a whole number of rows, at "
+            "least 1, or a fraction between 0 and 1"
+        )
 
 
 def option(default: Any, text: str, **more: Any) -> Any:

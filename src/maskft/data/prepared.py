@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,35 +11,50 @@ from typing import Any, NamedTuple
 from datasets import Dataset, load_from_disk
 
 from maskft_common import processes
-from maskft_common.errors import UserError
-from maskft_common.files import digest, digest_file, digest_now, read_json, whole_folder
+from maskft_common.errors import UserError, first_line
+from maskft_common.files import digest, digest_file, digest_now, own_file, read_json, whole_folder
+from maskft_common.schema import FileModel, read_model
 
 from .arguments import DATA_NAMES, TEMPLATE, DataArguments
 from .mixtures import parse_mixture
 from .registry import TRAINING_SETS
 from .sources import local_file, split_of
-from .splits import load_splits
+from .splits import SplitReport, load_splits
 from .tokenizing import tokenize_dataset, tokenizer_rules
 
 # Options of `maskft train` and `maskft evaluate` that name a file, or a folder of files, as it is.
 _FILES = (TEMPLATE, "reference_outputs", "alpaca_annotator", "include_path")
 
 REPORT = "report.json"
-_SETS = ("train", "heldout")
+_TRAIN = "train"
+_HELDOUT = "heldout"
+_DELETE = "delete that folder to prepare the data again"
 
 
 class Prepared(NamedTuple):
-    """What a run trains on and measures.
+    """The rows that a run trains on and measures.
 
     Attributes:
         train: Training rows as token ids and labels; those without a supervised token are left out.
         heldout: Held-out rows as token ids and labels, likewise.
-        report: Counts of rows read, kept and left out: ``text`` and, as values, ``counts``.
+        report: Counts of rows read, kept and left out: ``text`` for people and, as values, ``counts``.
     """
 
     train: Dataset
     heldout: Dataset
     report: dict[str, Any]
+
+
+class _Report(FileModel):
+    """The file ``report.json`` beside prepared rows.
+
+    Attributes:
+        counts: Of rows.
+        sha256: Of every other file in the folder, by its name.
+    """
+
+    counts: SplitReport
+    sha256: dict[str, str]
 
 
 def prepare(
@@ -50,10 +65,12 @@ def prepare(
     completion_only_loss: bool = True,
     num_proc: int | None = None,
 ) -> Prepared:
-    """Read, split and tokenise; or load what an earlier run left in ``args.prepared_data_dir``.
+    """Read, split and tokenise; or load the rows that an earlier run left in ``args.prepared_data_dir``.
 
-    What is kept is named by all that decides it: these arguments, the content of the files (a hub data set by its
-    name), the tokenizer with its chat template, and the code of this package. Several processes may ask at once.
+    Rows are kept under a digest of all that decides them: these arguments, the content of the files (a hub data set by
+    its name), the tokenizer with its chat template, and the code of this package. ``datasets`` would keep the result of
+    each step by itself, but takes neither a file's content nor our code into account, and finds no flipped bit. Several
+    processes may ask at once.
 
     Args:
         args: The data part of the recipe.
@@ -64,61 +81,74 @@ def prepare(
         num_proc: Processes that tokenise; None: this one.
     """
     tokens = {"max_length": max_length, "completion_only_loss": completion_only_loss}
-    how = {**tokens, "num_proc": num_proc}
+
+    def prepare_now() -> Prepared:
+        train, heldout, report = load_splits(args, args.split_seed, tokenizer, text_field)
+        return Prepared(
+            tokenize_dataset(train, tokenizer, **tokens, num_proc=num_proc),
+            tokenize_dataset(heldout, tokenizer, **tokens, num_proc=num_proc),
+            _as_dict(report),
+        )
+
     if args.prepared_data_dir is None:
-        return _prepare(args, tokenizer, text_field, how)
+        return prepare_now()
+
     options = {k: v for k, v in asdict(args).items() if k not in ("prepared_data_dir", "prepare_only")}
-    code = [digest_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
-    rules = [tokenizer_rules(tokenizer), tokenizer.chat_template]
-    decides = {"data": data_identity(options), "tokenizer": rules, "code": code, "text_field": text_field, **tokens}
-    name = digest(decides)[:16]
-    folder = Path(args.prepared_data_dir).expanduser() / name
-    processes.decided_by_main(lambda: _keep(folder, args, tokenizer, text_field, how))
-    # On another machine, without a shared disk, the main process's is not there.
-    _keep(folder, args, tokenizer, text_field, how)
-    report = _checked_report(folder)
-    return Prepared(*(load_from_disk(folder / each) for each in _SETS), report=report)
+    decides = {
+        "data": data_identity(options),
+        "tokenizer": [tokenizer_rules(tokenizer), tokenizer.chat_template],
+        "code": [digest_file(file) for file in sorted(Path(__file__).parent.glob("*.py"))],
+        "text_field": text_field,
+        **tokens,
+    }
+    folder = Path(args.prepared_data_dir).expanduser() / digest(decides)[:16]
+
+    def keep() -> None:
+        if not folder.is_dir():
+            _write(folder, prepare_now())
+
+    processes.decided_by_main(keep)
+    keep()  # on another machine without a shared disk, where the main process's is missing
+    return _read(folder)
 
 
-def _prepare(args: DataArguments, tokenizer, text_field: str, how: Mapping[str, Any]) -> Prepared:
-    *sets, report = load_splits(args, args.split_seed, tokenizer, text_field)
-    train, heldout = (tokenize_dataset(rows, tokenizer, **how) for rows in sets)
-    return Prepared(train, heldout, {"text": str(report), "counts": asdict(report)})
-
-
-def _keep(folder: Path, args: DataArguments, tokenizer, text_field: str, how: Mapping[str, Any]) -> None:
-    """Write the folder whole, unless it is there."""
-    if folder.is_dir():
-        return
-    prepared = _prepare(args, tokenizer, text_field, how)
+def _write(folder: Path, prepared: Prepared) -> None:
     try:
         with whole_folder(folder) as partial:
-            for name in _SETS:
-                getattr(prepared, name).save_to_disk(partial / name)
-            sums = {str(file.relative_to(partial)): digest_now(file) for file in partial.rglob("*") if file.is_file()}
-            (partial / REPORT).write_text(json.dumps(prepared.report | {"sha256": sums}))
+            prepared.train.save_to_disk(partial / _TRAIN)
+            prepared.heldout.save_to_disk(partial / _HELDOUT)
+            names = [file.relative_to(partial) for file in partial.rglob("*") if file.is_file()]
+            sha256 = {str(name): digest_now(partial / name) for name in names}
+            content = {"counts": prepared.report["counts"], "sha256": sha256}
+            (partial / REPORT).write_text(json.dumps(content))
     except OSError:
-        if not folder.is_dir():  # else another process was first, and its folder says the same
+        if not folder.is_dir():  # else another process was first, and its folder holds the same rows
             raise
 
 
-def _checked_report(folder: Path) -> dict[str, Any]:
-    """The report of prepared rows, whose files are as they were written.
+def _read(folder: Path) -> Prepared:
+    """Read prepared rows.
 
     Raises:
-        UserError: If one is not.
+        UserError: If a file is not as it was written.
     """
-    report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
-    for name, sha256 in report.pop("sha256", {REPORT: ""}).items():
-        if not (folder / name).is_file() or digest_now(folder / name) != sha256:
-            raise UserError(
-                f"prepared data {str(folder)!r} is damaged: {name} does not match its checksum; delete that "
-                "folder to prepare the data again"
-            )
-    return report
+    content = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
+    report = read_model(_Report, content, folder / REPORT, _DELETE)
+    for name, sha256 in report.sha256.items():
+        file = own_file(folder, name)
+        if not file.is_file() or digest_now(file) != sha256:
+            raise UserError(f"prepared data {str(folder)!r} is damaged: {name} does not match its checksum; {_DELETE}")
+    try:
+        return Prepared(load_from_disk(folder / _TRAIN), load_from_disk(folder / _HELDOUT), _as_dict(report.counts))
+    except Exception as error:  # datasets raises errors of many types for files of another structure
+        raise UserError(f"prepared data {str(folder)!r} cannot be read ({first_line(error)}); {_DELETE}") from error
 
 
-# What decides the rows
+def _as_dict(report: SplitReport) -> dict[str, Any]:
+    return {"text": str(report), "counts": asdict(report)}
+
+
+# The identity of the rows
 
 
 def data_identity(options: dict[str, Any]) -> dict[str, Any]:
@@ -128,35 +158,42 @@ def data_identity(options: dict[str, Any]) -> dict[str, Any]:
         options: Options of ``maskft train`` or ``maskft evaluate``; those that are not about data stay as they are.
     """
     data_dir = options.get("data_dir")
+    train_split = options.get("dataset_train_split") or "train"
+    eval_split = options.get("dataset_eval_split")
     out = {key: value for key, value in options.items() if key != "data_dir"}
-    splits = (options.get("dataset_train_split") or "train", options.get("dataset_eval_split"))
-    for key, split in zip(DATA_NAMES, splits, strict=True):
+
+    for key, split in zip(DATA_NAMES, (train_split, eval_split), strict=True):
         if isinstance(out.get(key), str):
             out[key] = _mixture_identity(out[key], data_dir, split)
-    if isinstance(options.get("dataset_name"), str) and splits[1]:
+    if isinstance(options.get("dataset_name"), str) and eval_split:
         # Without a set of its own the held-out data is another split of this one.
-        out["dataset_eval_split"] = f"{splits[1]} of {_mixture_identity(options['dataset_name'], data_dir, splits[1])}"
+        identity = _mixture_identity(options["dataset_name"], data_dir, eval_split)
+        out["dataset_eval_split"] = f"{eval_split} of {identity}"
     for key in _FILES:
         if isinstance(out.get(key), str):
-            files = [Path(out[key]).expanduser()]
-            if files[0].is_dir():
-                # What lm-eval reads there: tasks and their functions, which leave compiled files beside them.
-                files = sorted(path for ending in ("yaml", "yml", "py") for path in files[0].rglob(f"*.{ending}"))
-            out[key] = _of_files(files) or out[key]
+            out[key] = _identity_of_path(Path(out[key]).expanduser()) or out[key]
     return out
+
+
+def _identity_of_path(path: Path) -> str | None:
+    if not path.is_dir():
+        return _digest_files([path])
+    # The files that lm-eval reads there: tasks and their functions. Python leaves compiled files beside them.
+    return _digest_files(sorted(file for ending in ("yaml", "yml", "py") for file in path.rglob(f"*.{ending}")))
 
 
 def _mixture_identity(name: str, data_dir: str | None, split: str | None) -> str:
     parts = []
     for part in parse_mixture(name):
         file = local_file(part.name, data_dir, split_of(part.name, split))
-        text = _of_files([file] if file else []) or part.name
-        if text != part.name and part.name in TRAINING_SETS and TRAINING_SETS[part.name].source:
+        content = _digest_files([file]) if file else None
+        text = content or part.name
+        if content and part.name in TRAINING_SETS and TRAINING_SETS[part.name].source:
             text = f"{part.name} of {text}"  # the name decides which rows of the file are taken
         parts.append(text if part.amount is None else f"{text}:{part.amount}")
     return ",".join(parts)
 
 
-def _of_files(files: Sequence[Path]) -> str | None:
+def _digest_files(files: Sequence[Path]) -> str | None:
     digests = [digest_file(file) for file in files if file.is_file()]
     return f"sha256:{'+'.join(digests)}" if digests else None

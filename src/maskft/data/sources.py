@@ -16,7 +16,7 @@ from datasets import Dataset
 from pyarrow import csv, parquet
 
 from maskft_common.errors import UserError, did_you_mean, first_line
-from maskft_common.files import is_there, open_text, parse_json
+from maskft_common.files import check_regular, is_there, open_text, parse_json
 
 from .registry import TRAINING_SETS, TrainingSet
 
@@ -41,6 +41,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
         raise UserError(f"data file {path} does not exist")
     if path.is_dir():
         raise UserError(f"{path} is a folder; name one file in it ({', '.join(FILE_ENDINGS)})")
+    check_regular(path)  # a pipe could be read once, and the rows are read again to name the data
     if not name.endswith(FILE_ENDINGS):
         raise UserError(f"data file {path} has an unsupported ending; convert it to {', '.join(FILE_ENDINGS)}")
     try:
@@ -48,16 +49,21 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
             batches = parquet.ParquetFile(path).iter_batches()
             yield from numbered(row for batch in batches for row in batch.to_pylist())
         elif name.endswith(".csv"):
-            how = {"parse_options": csv.ParseOptions(newlines_in_values=True)}
-            as_text = dict.fromkeys(csv.read_csv(path, **how).column_names, pyarrow.string())
-            rows = csv.read_csv(path, convert_options=csv.ConvertOptions(column_types=as_text), **how)
-            yield from numbered(rows.to_pylist())
+            yield from numbered(_csv_rows(path))
         else:
             yield from _json_rows(path)
     except UnicodeDecodeError as error:
         raise UserError(f"data file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:  # gzip's errors are among these
         raise UserError(f"data file {path} cannot be read: {first_line(error)}") from None
+
+
+def _csv_rows(path: Path) -> list[Row]:
+    """Rows with every value as text; by itself pyarrow guesses numbers and dates."""
+    parsing = csv.ParseOptions(newlines_in_values=True)
+    names = csv.read_csv(path, parse_options=parsing).column_names
+    as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
+    return csv.read_csv(path, parse_options=parsing, convert_options=as_text).to_pylist()
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -69,9 +75,11 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 yield from numbered(_parse_json(text, path, first=1))
                 return
             lines = io.StringIO(text)
-        for n, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"line {n}", _parse_json(line, path, first=n)
+        for number, line in enumerate(lines, start=1):
+            # Without the line break: the parser would report a line that ends too early at the line after it.
+            text = line.rstrip()
+            if text:
+                yield f"line {number}", _parse_json(text, path, first=number)
 
 
 def _parse_json(text: str, path: Path, first: int) -> Any:
@@ -141,12 +149,10 @@ def find_rows(
     """
     known = TRAINING_SETS.get(name) if is_hub_name(name) else None
     split = split_of(name, split)
-    if file := local_file(name, data_dir, split):
-        source = known.source if known else None  # of the mixture's rows, where the file has them all
+    file = local_file(name, data_dir, split)
+    if file is not None:
         rows = read_file(file)
-        return (
-            (at, r) for at, r in rows if not (source and isinstance(r, dict)) or r.get("source", source) == source
-        ), known
+        return (_of_source(rows, known.source) if known and known.source else rows), known
     if known and data_dir:
         wanted = ", ".join(f"{stem}.jsonl" for stem in _stems(name, split))
         raise UserError(
@@ -161,6 +167,13 @@ def find_rows(
     if known.source:
         found = found.filter(lambda source: source == known.source, input_columns="source")
     return numbered(found), known
+
+
+def _of_source(rows: Rows, source: str) -> Iterator[tuple[str, Row]]:
+    """The rows of one source, where a file holds those of a whole mixture; a file without the column is that source."""
+    for place, row in rows:
+        if not isinstance(row, dict) or row.get("source", source) == source:
+            yield place, row
 
 
 def load_from_hub(name: str, config: str | None, split: str, data_files: str | None = None) -> Dataset:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
-from maskft_common.errors import UserError
+from maskft_common.errors import UserError, printable
 from maskft_common.files import digest
 
 from .arguments import DataArguments, check_sizes, mixture_text
@@ -37,10 +37,12 @@ class SplitReport:
     taken: dict[str, int]
 
     def __str__(self) -> str:
-        mixture = ", ".join(f"{count:,} of {name}" for name, count in self.taken.items())
-        text = f"read {self.read:,} rows{f' ({mixture})' if len(self.taken) > 1 else ''}: "
-        text += f"{self.train:,} to train on, {self.heldout:,} held out; "
-        return text + f"{self.dropped_overlap:,} left out of training because their prompt is held out"
+        parts = ", ".join(f"{count:,} of {printable(name)}" for name, count in self.taken.items())
+        mixture = f" ({parts})" if len(self.taken) > 1 else ""
+        text = f"read {self.read:,} rows{mixture}: {self.train:,} to train on, {self.heldout:,} held out"
+        if self.dropped_overlap:
+            text += f"; {self.dropped_overlap:,} left out of training because their prompt is held out"
+        return text
 
 
 class Splits(NamedTuple):
@@ -65,24 +67,32 @@ def load_splits(args: DataArguments, seed: int, tokenizer=None, text_field: str 
     """
     check_sizes(args)
     heldout_name = _heldout_name(args)
-    common = {"as_chat": args.as_chat, "tokenizer": tokenizer, "text_field": text_field, "data_dir": args.data_dir}
+    common = {
+        "as_chat": args.as_chat,
+        "tokenizer": tokenizer,
+        "text_field": text_field,
+        "data_dir": args.data_dir,
+    }
     sets = Reader(split=args.dataset_train_split, config=args.dataset_config, **common).read(args.dataset_name)
     taken = {each.name: each.count for each in sets}
     read = sum(taken.values())
     if heldout_name:
+        is_of_same_sets = {*_names(heldout_name)} <= {*_names(args.dataset_name)}
         heldout = load_examples(
             heldout_name,
             args.dataset_eval_split,
-            config=args.dataset_config if {*_names(heldout_name)} <= {*_names(args.dataset_name)} else None,
+            config=args.dataset_config if is_of_same_sets else None,
             seed=Random(f"heldout-{seed}").randrange(2**31),
             **common,
         )
-        train, read = mix([each.draw(seed) for each in sets], seed), read + len(heldout)
+        train = mix([each.draw(seed) for each in sets], seed)
+        read += len(heldout)
     else:
         train, heldout = _hold_out(sets, args.eval_split_size, seed)
 
     train, dropped = _without_heldout(train, heldout, args.dataset_name)
-    train, heldout = _first_rows(train, args.max_train_samples), _first_rows(heldout, args.max_eval_samples)
+    train = _first_rows(train, args.max_train_samples)
+    heldout = _first_rows(heldout, args.max_eval_samples)
     report = SplitReport(read, dropped, len(train), len(heldout), taken)
     return Splits(train, heldout, report)
 
@@ -133,15 +143,19 @@ def _hold_out(sets: Sequence[ReadSet], size: float, seed: int) -> tuple[Dataset,
         held = [max(1, round(size * each.count)) for each in sets]
         reserved = [max(1, round(size * len(each.examples))) for each in sets]
     else:
-        held = reserved = _shares(int(size), [each.count for each in sets])
-    trains, heldouts = [], []
+        held = _shares(int(size), [each.count for each in sets])
+        reserved = held
+
+    trains = []
+    heldouts = []
     for each, num_held, num_reserved in zip(sets, held, reserved, strict=True):
         if num_held >= each.count:
             raise UserError(
                 f"eval_split_size {size:g} holds out {num_held:,} of the {each.count:,} rows of {each.name}, "
                 "which leaves none to train on; make it smaller"
             )
-        prompts, ids = [prompt_digest(example) for example in each.examples], each.examples["id"][:]
+        prompts = [prompt_digest(example) for example in each.examples]
+        ids = each.examples["id"][:]
         hashes = [digest(str(seed).encode() + bytes.fromhex(prompt)) for prompt in prompts]
         ranked = sorted(range(len(prompts)), key=lambda n: (hashes[n], ids[n]))
         pool = sorted(ranked[num_reserved:])

@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from jinja2 import TemplateError
 
-from maskft_common.errors import UserError
+from maskft_common.errors import UserError, first_line
+from maskft_common.time_limit import time_limit
 
 logger = logging.getLogger(__name__)
+
+# Rendering a conversation takes milliseconds. A template is a program, and nested loops need not end.
+_TEMPLATE_SECONDS = 10.0
 
 IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
 
@@ -226,12 +229,19 @@ def _render(messages: list[Message], tokenizer, generation: bool = False) -> str
             "set chat_template_path, or give plain prompt and completion"
         )
     # Llama 3.2's template would write the day of the run: other tokens than yesterday, and no cache or checkpoint fits.
-    how = {"tokenize": False, "add_generation_prompt": generation, "date_string": "26 Jul 2024"}  # its own default
-    try:
-        return tokenizer.apply_chat_template(messages, **how)
-    except (TemplateError, TypeError) as error:
-        opening = _shortened(messages[0]["content"])
-        raise UserError(f"the chat template refuses the messages that begin {opening!r}: {error}") from None
+    date = "26 Jul 2024"  # the template's default
+    opening = _shortened(messages[0]["content"])
+    with time_limit(_TEMPLATE_SECONDS, f"the chat template takes more than {_TEMPLATE_SECONDS:g} s for {opening!r}"):
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation, date_string=date
+            )
+        except UserError:
+            raise
+        except Exception as error:  # a template is a program of the model's author: it can raise anything
+            raise UserError(
+                f"the chat template refuses the messages that begin {opening!r}: {first_line(error)}"
+            ) from None
 
 
 def _encode(tokenizer, text: str, templated: bool) -> list[int]:
