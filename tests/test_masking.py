@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from maskft.masking import initial_scores, num_removed, score_gradient, topk_mask
-from maskft_common.errors import UserError
+from maskft.masking import initial_scores, num_removed, ranking_keys, score_gradient, spread_by_rank, topk_mask
+from maskft_common.errors import NotFiniteError, UserError
 
 SPARSITIES = (0.0, 0.1, 0.9)
 
@@ -77,6 +77,16 @@ def test_signed_zeros_tie():
     assert topk_mask(torch.tensor([-0.0, 0.0, 1.0]), 1 / 3, "signed").tolist() == [False, True, True]
 
 
+def test_ranking_keys_by_hand():
+    scores = torch.tensor([[-0.0, 0.0], [2**-24, -1.0]])
+    assert ranking_keys(scores, "signed").tolist() == [0.0, 0.0, 2**-24, -1.0], "flat, and not moved"
+    assert ranking_keys(scores).tolist() == [0.0, 0.0, 2**-24, 1.0], "by magnitude unless told otherwise"
+    for rank_by in ("abs", "signed"):
+        keys = ranking_keys(scores, rank_by)
+        assert keys[:3].signbit().tolist() == [False] * 3, "equal keys have equal bits"
+        assert ranking_keys(scores.bfloat16(), rank_by).dtype == torch.float32
+
+
 def test_ranking_is_in_float32():
     """Scores a bfloat16 cannot tell apart are still ranked."""
     scores = 1.0 + torch.arange(1000) * 1e-6
@@ -96,7 +106,7 @@ def test_nan_scores_are_refused(nan, rank_by):
     scores = torch.randn(50)
     scores[3] = nan
     for sparsity in SPARSITIES:
-        with pytest.raises(UserError, match="NaN"):
+        with pytest.raises(NotFiniteError, match=r"^scores contain NaN, so they cannot be ranked$"):
             topk_mask(scores, sparsity, rank_by)
 
 
@@ -112,6 +122,36 @@ def test_initial_scores(kind):
     if kind == "magnitude":
         for sparsity in (0.1, 0.9):
             assert torch.equal(topk_mask(scores, sparsity), topk_mask(weight, sparsity))
+
+
+def test_initial_scores_by_hand():
+    weight = torch.tensor([[3.0, -1.0], [-1.0, 2.0]])
+    generator = torch.Generator().manual_seed(1)
+    expected = 0.02 * torch.empty(2, 2).normal_(generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(initial_scores(weight, "normal", generator), expected)  # N(0, 0.02), as published
+    assert initial_scores(weight, "constant", generator).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert initial_scores(weight, "constant", generator, value=0.5).tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    # The order of abs(weight), ties in index order, evenly up to 0.02 * sqrt(12).
+    step = 0.02 * math.sqrt(12) / 4
+    assert initial_scores(weight, "magnitude", generator).tolist() == [
+        pytest.approx([4 * step, 1 * step]),
+        pytest.approx([2 * step, 3 * step]),
+    ]
+    for start in ("normal", "constant"):
+        assert initial_scores(weight.to("meta"), start, generator).device.type == "meta"
+
+
+def test_scores_by_rank_are_rounded_once():
+    """Each is the float32 nearest to its exact value; negative keys come before positive ones."""
+    keys = torch.arange(-500.0, 500.0).flip(0)
+    step = 0.3 * math.sqrt(12) / 1000
+    expected = torch.tensor([n * step for n in range(1000, 0, -1)], dtype=torch.float64).float()
+    assert torch.equal(spread_by_rank(keys, 0.3), expected)
+
+
+def test_a_score_of_zero_has_no_gradient_by_magnitude():
+    gradient = score_gradient(torch.ones(3), torch.full((3,), 2.0), torch.tensor([0.0, -0.5, 0.5]))
+    assert gradient.tolist() == [0.0, -2.0, 2.0]
 
 
 @pytest.mark.parametrize("rank_by", ["abs", "signed"])

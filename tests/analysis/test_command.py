@@ -104,7 +104,7 @@ def test_a_run_that_a_figure_needs_is_named(study, capsys, monkeypatch):
     monkeypatch.setattr(landscape, "load_model", lambda *_: torch.empty(2**60))
     assert "out of memory (tried to allocate" in error("--what", "landscape")
     write_run(study, "full-s0", "full", {"best": "runs/full-s0", "last": "runs/full-s0"})
-    assert "and the end of full-s0 is its best checkpoint: train it for longer" in error("--what", "landscape")
+    assert "and the end of full-s0 is its best checkpoint: train longer" in error("--what", "landscape")
     other = json.loads((study / layout.RUNS / "mask-s1" / layout.RUN).read_text())
     (study / layout.RUNS / "mask-s1" / layout.RUN).write_text(json.dumps(other | {"model": "large"}))
     assert "runs of different base models cannot be compared (tiny, large)" in error("--what", "bound")
