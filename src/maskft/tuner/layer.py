@@ -7,6 +7,7 @@ GPT-2's ``Conv1D``.
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any, Protocol, cast
 
 import torch
@@ -47,6 +48,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         removed_values: Adapter name -> values that removed weights take, shape of the weight; missing: zero.
         masker: Applies the masks, and owns everything that is computed from the scores.
         mixed_batch: What is kept between batches whose rows use different masks.
+        place: Parent module and attribute name, by which the layer knows another tuner's layer over it; None: unknown.
     """
 
     adapter_layer_names = ("mask_scores",)
@@ -66,6 +68,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
         self.removed_values: dict[str, Tensor] = {}
         self.mixed_batch = MixedBatchCache()
         self._masker: Masker | None = None
+        self.place: tuple[weakref.ref[nn.Module], str] | None = None
 
         self._disable_adapters = False
         self.merged_adapters = []
@@ -210,6 +213,12 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         return cast(Tensor, mixed_batch_forward(self, x, adapter_names, *args, **kwargs))
 
+    def train(self, mode: bool = True) -> MaskedLinear:
+        """Set the training mode, in which some gates are soft."""
+        super().train(mode)
+        self.masker.refresh()
+        return self
+
     # Merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -223,6 +232,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             raise UserError(
                 f"{self.module_name} is sharded by FSDP and cannot be merged; save the adapter and run maskft merge"
             )
+        self.check_not_wrapped()
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mask_configs]
         has_values = any(name in self.removed_values for name in names)
         if len({*names, *self.merged_adapters}) > 1 and has_values:
@@ -259,6 +269,24 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             else:
                 _put_back(self.get_base_weight(), removed, values)
 
+    def check_not_wrapped(self) -> None:
+        """Refuse to merge below another tuner's layer, such as a LoRA over the mask.
+
+        Such a layer merges into the same weight, and PEFT merges it first: the mask would remove parts of its update.
+        """
+        if self.place is None:
+            return
+        parent, name = self.place
+        outer = getattr(parent(), name, self)
+        if outer is not self and isinstance(outer, BaseTunerLayer):
+            if outer.merged:
+                outer.unmerge()
+            raise UserError(
+                f"{self.module_name} has an adapter of another kind over its mask ({type(outer).__module__}), and "
+                "merging would write that adapter below the mask: merge the mask first, with merge_and_unload of a "
+                "model without the other adapter, and apply that adapter to the merged model"
+            )
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: a mask's delta is sparse and has full rank."""
         return False
@@ -289,7 +317,7 @@ class MaskedLinear(nn.Module, BaseTunerLayer):
             scores.data = scores.data.to(target)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_masker": None}  # a copy computes its own
+        return {**self.__dict__, "_masker": None, "place": None}  # a copy finds its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -88,7 +88,7 @@ class Masker:
         """Drop what was computed from scores and weights: they have changed, and not by an optimizer."""
 
     def refresh(self) -> None:
-        """Bring up to date what must not wait for the next forward pass: adapters or progress have changed."""
+        """Bring up to date what must not wait for the next forward pass: adapters, progress or mode have changed."""
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop what belongs to an adapter."""
@@ -144,9 +144,11 @@ MASKERS: list[type[Masker]] = [Masker]
 class _StraightThrough(torch.autograd.Function):
     """Effective weight of one adapter; the gate counts as its slope on the way back (Eq. 5 of the paper)."""
 
+    # With a separate setup_context, and a rule for vmap, torch.func's transforms accept the function.
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         weight: Tensor,
         scores: Tensor,
         gate: Tensor,
@@ -155,12 +157,16 @@ class _StraightThrough(torch.autograd.Function):
         masker: Masker,
         name: str,
     ) -> Tensor:
+        return selection.blend(weight, gate, removed_value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, scores, gate, slope, removed_value, masker, name = inputs
         ctx.save_for_backward(weight, scores, gate, slope, removed_value)
         ctx.masker = masker
         ctx.name = name
-        # The configuration of the forward pass: before the backward pass the adapter may have been replaced.
+        # Of the forward pass: before the backward pass the adapter may have been replaced.
         ctx.ranks_by = masker.layer.mask_configs[name].ranks_by
-        return selection.blend(weight, gate, removed_value)
 
     @staticmethod
     @once_differentiable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -109,6 +110,7 @@ class MaskModel(BaseTuner):
                 # adding an additional adapter: it is not automatically trainable
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+            layer.place = (weakref.ref(parent), target_name)
         if self._removed_values:
             layer.removed_values[adapter_name] = self._removed_values.pop(current_key)
 
@@ -136,6 +138,9 @@ class MaskModel(BaseTuner):
             self.set_adapter(next(iter(self.peft_config)))
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        # PEFT unloads the outermost layer only, and a mask below another adapter would be lost.
+        for layer in adapter_layers(self.model, adapter_name=None).values():
+            layer.check_not_wrapped()
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for undo in self._undo_hooks or []:
             undo()
@@ -177,11 +182,11 @@ def _check_not_on_disk(model: nn.Module) -> None:
         )
 
 
-def adapter_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, MaskedLinear]:
-    """Masked layers of one adapter by module name (as in ``model.named_modules()``), in module order."""
+def adapter_layers(model: nn.Module, adapter_name: str | None = "default") -> dict[str, MaskedLinear]:
+    """Masked layers of one adapter (None: of any) by module name, as in ``model.named_modules()``; in module order."""
     layers = {}
     for name, module in model.named_modules():
-        if isinstance(module, MaskedLinear) and adapter_name in module.mask_configs:
+        if isinstance(module, MaskedLinear) and (adapter_name is None or adapter_name in module.mask_configs):
             layers[name.replace("_fsdp_wrapped_module.", "")] = module
     return layers
 

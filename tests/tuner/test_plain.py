@@ -1,0 +1,160 @@
+"""The plain tuner by itself: PEFT's shape, plain files, and what other code may do to a masked model."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from torch.func import functional_call, grad
+from transformers import AutoModelForCausalLM
+
+import maskft.fast
+from maskft import MaskConfig, UserError, adapter_layers, current_masks, set_mask_progress
+from maskft.tuner.adapter_files import AdapterFiles, set_adapter_files
+from maskft_common.layout import ADAPTER_WEIGHTS
+from tiny import tiny_llama, token_ids
+
+
+@pytest.fixture
+def plain_files():
+    before = set_adapter_files(AdapterFiles())
+    yield
+    set_adapter_files(before)
+
+
+@pytest.fixture(params=["plain", "fast"])
+def masker(request):
+    if request.param == "fast":
+        yield
+    else:
+        with maskft.fast.disabled():
+            yield
+
+
+def two_layers(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    return get_peft_model(model, MaskConfig(**{"target_modules": ["0", "2"], "sparsity": 0.3} | options))
+
+
+def test_without_the_add_on_a_file_holds_scores_as_plain_tensors(plain_files, tmp_path):
+    model = get_peft_model(tiny_llama(num_layers=1), MaskConfig(sparsity=0.2, mask_seed=3)).eval()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
+    assert tensors and all(name.endswith(".mask_scores") for name in tensors)
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    for is_trainable in (False, True):
+        loaded = PeftModel.from_pretrained(tiny_llama(num_layers=1), tmp_path, is_trainable=is_trainable).eval()
+        assert torch.equal(loaded(input_ids=token_ids()).logits, model(input_ids=token_ids()).logits)
+        assert any(parameter.requires_grad for parameter in loaded.parameters()) == is_trainable
+
+
+def test_the_delta_weight_leads_to_the_masked_weight(masker):
+    layer = two_layers().base_model.model[0]
+    delta = layer.get_delta_weight("default")
+    torch.testing.assert_close(layer.get_base_weight() + delta, layer.get_masked_weight())
+    assert int((delta != 0).sum()) == int((~layer.get_mask("default")).sum())
+    layer.merge()
+    assert torch.equal(layer.get_delta_weight("default"), delta)
+    assert not layer.supports_lora_conversion()
+
+
+def test_switching_the_fast_step_off_and_on_is_noticed_by_existing_models():
+    model = two_layers()
+    x = torch.randn(3, 6)
+    layer = model.base_model.model[0]
+    fast = model(x)
+    assert isinstance(layer.masker, maskft.fast.FastMasker) and layer.masker.value is not None
+    with maskft.fast.disabled():
+        assert not maskft.fast.is_enabled() and type(layer.masker) is maskft.tuner.Masker
+        assert torch.equal(model(x), fast)
+    assert maskft.fast.is_enabled() and torch.equal(model(x), fast)
+
+
+@pytest.mark.parametrize("options", [{}, {"selection": "logit", "sparsity": 0.1, "price": 1.0}], ids=str)
+def test_functional_call_and_its_gradient(options, masker):
+    """Of other scores than the model's, without touching those."""
+    model = two_layers(**options)
+    x = torch.randn(3, 6)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    scores = {name: -value for name, value in parameters.items() if "mask_scores" in name}
+    scores = {name: value + 0.01 * torch.randn_like(value) for name, value in scores.items()}
+    before = model(x)
+
+    def loss(scores):
+        return functional_call(model, {**parameters, **scores}, (x,)).square().sum()
+
+    gradients = grad(loss)(scores)
+    other = copy.deepcopy(model)
+    for name, parameter in other.named_parameters():
+        if name in scores:
+            parameter.data.copy_(scores[name])
+    assert torch.equal(functional_call(model, scores, (x,)), other(x))
+    other(x).square().sum().backward()
+    assert all(torch.equal(gradients[name], dict(other.named_parameters())[name].grad) for name in scores)
+    assert torch.equal(model(x), before)
+
+
+def test_lora_over_a_mask_works_and_is_not_merged_below_it():
+    model = two_layers().eval()
+    lora = get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False)).eval()
+    x = torch.randn(3, 6)
+    expected = lora(x)
+    layer = model.base_model.model[0]
+    update = layer.get_delta_weight("default")
+    assert not torch.equal(expected, model.base_model.model[2](torch.relu(nn.functional.linear(x, update))))
+    for merge in (lora.merge_adapter, model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(UserError, match=r"0 has an adapter of another kind over its mask \(peft.tuners.lora"):
+            merge()
+        torch.testing.assert_close(lora(x), expected)
+
+
+def test_when_the_active_adapter_is_deleted_all_layers_take_the_same_other_one():
+    """Three masks over different modules: PEFT lets each layer choose its own first one."""
+    model = two_layers(target_modules=["0"])
+    model.add_adapter("b", MaskConfig(target_modules=["2"], sparsity=0.4))
+    model.add_adapter("a", MaskConfig(target_modules=["0", "2"], sparsity=0.2))
+    model.set_adapter("a")
+    model.delete_adapter("a")
+    assert model.active_adapters == ["default"]
+    assert {tuple(layer.active_adapters) for layer in adapter_layers(model, None).values()} == {("default",)}
+    assert set(current_masks(model)) == {"0"}
+
+
+def test_a_base_with_layers_on_disk_is_refused_before_its_file_is_written(tmp_path):
+    """PEFT would write the base model's own weights anew, and then fail."""
+    tiny_llama(num_layers=2).save_pretrained(tmp_path / "base")
+    get_peft_model(tiny_llama(num_layers=2), MaskConfig()).save_pretrained(tmp_path / "mask")
+    content = (tmp_path / "base" / "model.safetensors").read_bytes()
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    device_map |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    offload = {"offload_folder": str(tmp_path / "offload")}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=device_map, **offload)
+    with pytest.raises(UserError, match=r"model\.layers\.1 is offloaded to disk by device_map"):
+        PeftModel.from_pretrained(base, tmp_path / "mask", **offload)
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == content
+
+
+def test_a_mask_with_noise_is_one_graph_and_follows_mode_and_progress():
+    torch._dynamo.reset()
+    model = get_peft_model(tiny_llama(num_layers=1), MaskConfig(selection="gumbel", task_type="CAUSAL_LM"))
+    other = copy.deepcopy(model)
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    ids = token_ids()
+    for step in range(3):
+        for each in (model, other):
+            set_mask_progress(each, step / 3)
+        losses = []
+        for each, trained in ((model, model), (compiled, other)):
+            trained.train()
+            optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=1.0)
+            loss = each(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            trained.eval()
+            with torch.no_grad():
+                losses.append([loss.item(), each(input_ids=ids, labels=ids).loss.item()])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][0] != losses[0][1]
