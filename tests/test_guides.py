@@ -15,6 +15,9 @@ from maskft.tuner.selection import LEARNERS
 from maskft_lab.cli.main import main
 from maskft_lab.study.load_recipe import parse_recipe
 
+from .tiny import tiny_llama
+from .tiny_gguf import write_gguf
+
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 # Of other pages what has a language is run; blocks without one show commands, whose options test_readme.py looks up.
@@ -27,6 +30,9 @@ SLOW = {"compatibility"}  # its commands start processes, which import everythin
 @pytest.fixture
 def users_folder(base, tmp_path, monkeypatch):
     (tmp_path / "my-model").symlink_to(base)
+    (tmp_path / "my-gguf").mkdir()
+    gguf_model = tiny_llama(2, 288, hidden_size=64, intermediate_size=96, head_dim=16)
+    write_gguf(tmp_path / "my-gguf" / "base.gguf", gguf_model)
     for name, sums in (("train.jsonl", range(8)), ("test.jsonl", range(8, 12))):
         rows = [(a, b, a + b) for a in sums for b in range(8)]
         rows = [

@@ -24,11 +24,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
 
+import gguf
+from gguf import GGMLQuantizationType
 from maskft.data.arguments import DataArguments
 from maskft.data.tokenizing import IGNORED, tokenize_example
 from maskft.loss import length_sorted_batches, pad
