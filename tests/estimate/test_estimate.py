@@ -16,7 +16,7 @@ from maskft.training.method_arguments import mask_config
 from maskft.tuner import MaskedLinear
 from maskft_common.errors import UserError
 from maskft_lab.cli.train import parse
-from maskft_lab.estimate.estimate import _Planned, estimate
+from maskft_lab.estimate.estimate import RunMemory, estimate
 from tiny import IS_OLD_TORCH
 
 LLAMA2_7B = {
@@ -95,7 +95,7 @@ def test_parameters_and_units(run):
 @pytest.mark.parametrize("bf16", [True, False])
 def test_activations_of_a_mask_are_those_of_the_real_layers(bf16, run):
     """The stand-in for masked layers saves what they save."""
-    planned = _Planned(run(mask_layers_to_transform=[1, 2], bf16=bf16), "cpu")
+    planned = RunMemory(run(mask_layers_to_transform=[1, 2], bf16=bf16), "cpu")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL))
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     model = get_peft_model(model, mask_config(planned.run.mask)).train()
@@ -134,7 +134,7 @@ def test_what_checkpointing_and_eight_bits_save(run):
 
 
 def test_the_largest_micro_batch_is_the_largest(run):
-    planned = _Planned(run(mask_layers_to_transform=[2, 3]), "cpu")
+    planned = RunMemory(run(mask_layers_to_transform=[2, 3]), "cpu")
     limit_gb = sum(planned.memory(1000).values()) / 2**30
     planned_again = estimate(run(mask_layers_to_transform=[2, 3]), device="cpu", device_memory_gb=limit_gb)
     assert planned_again.largest_micro_batch == pytest.approx(1000, rel=0.1), "the process itself may have grown"

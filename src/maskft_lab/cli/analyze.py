@@ -137,7 +137,7 @@ def _bound(args: argparse.Namespace, runs: Sequence[TrainedRun]) -> Analysis:
 
     from ..analysis.bound import analyse_bound, check_num_rows, stable_training_loss
     from ..analysis.runs import BEST, find_mask, full_run
-    from ..estimate.estimate import model_without_data
+    from ..estimate.empty_model import model_without_data
 
     mask = find_mask(runs, args.mask)
     full = full_run(mask, runs)

@@ -1,13 +1,12 @@
-"""What a run will need, before it is started: parameters, memory by term.
+"""The memory of a run before it is started, term by term.
 
-Only the model's configuration is loaded. What training keeps is counted; activations are what one forward pass saves
-for the backward pass, seen on fake tensors, which have shapes and no data. A mask is stood in for by training the
-effective weights: the same operations save the same tensors.
+Only the model's configuration is loaded. Weights, scores, gradients and optimizer states are counted. Activations are
+the tensors that one forward pass saves for the backward pass, seen on fake tensors, which have shapes and no data. A
+mask is replaced by training the effective weights: the same operations save the same tensors.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from bisect import bisect_right
@@ -18,8 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from maskft.models import load_config
@@ -28,36 +26,54 @@ from maskft.training.build import build_model
 from maskft.training.checks import check_method
 from maskft.training.method_arguments import INTERPOLATE, MASK_METHODS, UNTRAINED_METHODS, mask_config
 from maskft.tuner.targets import layer_indices, resolve_targets
-from maskft_common.errors import UserError, did_you_mean, first_line
+from maskft_common.errors import UserError, did_you_mean
 from maskft_common.memory import resident_memory_bytes
 
+from .empty_model import bytes_saved_for_backward, model_without_data
 from .out_of_memory import ADVICE
 
-TRAINER_BYTES = 70_000_000  # what reading data and building the trainer add to a process; measured once
-MAX_MICRO_BATCH = 1024  # no larger one is tried; the answer then means this or more
-RESERVE_BYTES = 2**30  # of a GPU, for its driver and fragmentation; an assumption
-# TRL makes logits in tiles of so many tokens and entries; on a CPU, without Triton's kernel, ten float32 ones at once.
-_TILE, _CPU_TILES = (4096, 32768), 10
-# Bytes of optimizer state per trained parameter, as a function of the parameter's own size. 8-bit states carry a
-# float32 scale per block of 256, 4-bit ones per block of 128, for each of the two moments.
+GIB = 2**30
+FLOAT32_BYTES = 4
+
+TRAINER_BYTES = 70_000_000  # reading data and building the trainer, in a process; measured once
+MAX_MICRO_BATCH = 1024  # larger ones are not tried; the answer then means this or more
+RESERVE_BYTES = GIB  # of a GPU, for its driver and fragmentation; an assumption
+
+# TRL computes logits in tiles of this many tokens and entries of the vocabulary. On a CPU, without Triton's kernel, ten
+# float32 tiles exist at once.
+_TILE_TOKENS = 4096
+_TILE_ENTRIES = 32768
+_CPU_TILES = 10
+
+# A refresh of the mask on a GPU, per weight of the largest matrix: magnitudes, a copy to rank them, masks.
+_REFRESH_BYTES = 12
+# A fixed mask, per weight of all matrices at once: a float32 key and a bool.
+_FIXED_MASK_BYTES = FLOAT32_BYTES + 1
+# Held-out rows, per logit of one row: a copy in float32 and one in float64.
+_HELDOUT_COPY_BYTES = 4 + 8
+
+# Bytes of optimizer state per trained parameter, as a function of the parameter's own size. 8-bit states have a float32
+# scale per block of 256, 4-bit ones per block of 128, for each of the two moments.
 OPTIMIZER_BYTES: dict[str, Callable[[int], float]] = {
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), lambda size: 2 * size),
-    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit"), lambda size: 2 * (1 + 4 / 256)),
+    "adamw_torch": lambda size: 2 * size,
+    "adamw_torch_fused": lambda size: 2 * size,
+    "adamw_bnb_8bit": lambda size: 2 * (1 + 4 / 256),
+    "adamw_8bit": lambda size: 2 * (1 + 4 / 256),
+    "adamw_torch_8bit": lambda size: 2 * (1 + 4 / 256),
     "adamw_torch_4bit": lambda size: 2 * (0.5 + 4 / 128),
     "sgd": lambda size: 0,
 }
-_REFRESH_BYTES = 12  # per weight of the largest matrix on a GPU: its magnitudes, a copy to rank them, masks
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run needs; the memory is that of one process, in bytes.
+    """The needs of a run; the memory is that of one process, in bytes.
 
     Attributes:
         num_parameters: Parameters of the base model; tied ones count once.
         num_masked: Weights that a mask covers, 0 for other methods.
         memory: Bytes per term at the peak; ``process`` is Python and its libraries.
-        largest_micro_batch: Largest ``per_device_train_batch_size`` for the device; None when none was given.
+        largest_micro_batch: Largest ``per_device_train_batch_size`` for the device; None if no device was given.
     """
 
     method: str
@@ -76,12 +92,12 @@ class Estimate:
 
 
 def estimate(run: TrainConfig, device: str | None = None, device_memory_gb: float | None = None) -> Estimate:
-    """Estimate what ``run`` needs, from the configuration of its model.
+    """Estimate the needs of ``run`` from the configuration of its model.
 
     Args:
-        run: The run as ``maskft train`` would start it; ``model_name_or_path`` may also be a ``config.json``. Rows are
-            taken to have ``max_length`` tokens.
-        device: ``cpu`` or ``cuda``; default: what this machine has.
+        run: The run as ``maskft train`` would start it; ``model_name_or_path`` may also be a ``config.json``. Every row
+            is assumed to have ``max_length`` tokens.
+        device: ``cpu`` or ``cuda``; default: ``cuda`` if this machine has one.
         device_memory_gb: Memory of the device as it is sold, for the largest micro-batch: 24 means 24 * 2**30 bytes.
 
     Raises:
@@ -90,193 +106,193 @@ def estimate(run: TrainConfig, device: str | None = None, device_memory_gb: floa
     _check(run)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     run = replace(run, training=with_accumulation(run.training))
-    planned = _Planned(run, device)
-    largest = None
-    if device_memory_gb is not None:
-        if not 0 < device_memory_gb < math.inf:
-            raise UserError(f"device_memory_gb is {device_memory_gb}; give a number of GB, > 0")
-        limit = int(device_memory_gb * 2**30) - (RESERVE_BYTES if device == "cuda" else 0)
-        sizes = range(1, MAX_MICRO_BATCH + 1)
-        largest = bisect_right(sizes, limit, key=lambda rows: sum(planned.memory(rows).values()))
-        if not largest:
-            needed = sum(planned.memory(1).values()) / 1e9
-            raise UserError(
-                f"device memory is too small for micro-batch 1: about {needed:.3g} GB are needed, {limit / 1e9:.3g} GB "
-                f"are there; {ADVICE}"
-            )
+    needs = RunMemory(run, device)
     return Estimate(
         method=run.method.method,
         model=str(run.model.model_name_or_path),
         device=device,
-        num_parameters=planned.num_parameters,
-        num_trainable=planned.num_trainable,
-        num_masked=sum(planned.masked_sizes),
-        memory=planned.memory(run.training.per_device_train_batch_size),
-        largest_micro_batch=largest,
+        num_parameters=needs.num_parameters,
+        num_trainable=needs.num_trainable,
+        num_masked=sum(needs.masked_sizes),
+        memory=needs.memory(run.training.per_device_train_batch_size),
+        largest_micro_batch=_largest_micro_batch(needs, device, device_memory_gb),
     )
 
 
-class _Planned:
-    """The model of a run without data: what training it keeps in memory and computes."""
+def _largest_micro_batch(needs: RunMemory, device: str, device_memory_gb: float | None) -> int | None:
+    if device_memory_gb is None:
+        return None
+    if not 0 < device_memory_gb < math.inf:
+        raise UserError(f"device_memory_gb is {device_memory_gb}; give a number of GB, > 0")
+
+    limit = int(device_memory_gb * GIB)
+    if device == "cuda":
+        limit -= RESERVE_BYTES
+
+    def peak(rows: int) -> int:
+        return sum(needs.memory(rows).values())
+
+    largest = bisect_right(range(1, MAX_MICRO_BATCH + 1), limit, key=peak)
+    if not largest:
+        raise UserError(
+            f"device memory is too small for micro-batch 1: about {peak(1) / 1e9:.3g} GB are needed, "
+            f"{limit / 1e9:.3g} GB are there; {ADVICE}"
+        )
+    return largest
+
+
+class RunMemory:
+    """The memory of a run as a function of its micro-batch.
+
+    Attributes:
+        num_parameters: Parameters of the base model.
+        num_trainable: Parameters that are trained; scores count as the weights they cover.
+        masked_sizes: Number of weights of each masked matrix.
+    """
 
     def __init__(self, run: TrainConfig, device: str):
-        self.run, self.device, self.method = run, device, run.method.method
+        self.run = run
+        self.device = device
+        self.method = run.method.method
         source = run.model
+
         self.config = load_config(source.model_name_or_path, revision=source.model_revision)
-        own = getattr(self.config, "dtype", None)
-        self.stored = own if isinstance(own, torch.dtype) else torch.float32
-        self.dtype = self.stored if source.dtype == "auto" else getattr(torch, source.dtype)
+        stored = getattr(self.config, "dtype", None)
+        self.stored_dtype = stored if isinstance(stored, torch.dtype) else torch.float32
+        self.dtype = self.stored_dtype if source.dtype == "auto" else getattr(torch, source.dtype)
         self.autocast = _autocast_dtype(run.training, device)
-        self.optim = _optimizer(run.training)
+        self.compute_dtype = self.autocast or self.dtype
+        self.optimizer = _optimizer(run.training)
         self.mask = mask_config(run.mask) if self.method in MASK_METHODS else None
         self.process_bytes = resident_memory_bytes() + TRAINER_BYTES if device == "cpu" else 0
+
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = model_without_data(self.config, self.dtype, source.attn_implementation)
-            self.num_parameters = sum(p.numel() for p in model.parameters())
-            self.weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+            tensors = [*model.parameters(), *model.buffers()]
+            self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+            self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
             num_layers = len(layer_indices(name for name, _ in model.named_modules()))
-            self._prepare(model)
-        with FakeTensorMode():
-            _make_fake(self.model)
-            # One row and two, from which those of more follow.
-            self._seen = [self._run_forward(rows) for rows in (1, 2)]
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.num_trainable = sum(p.numel() for p in trained.values())
+            self.model, self.masked = self._prepared(model)
+
+        # The bytes for more rows follow from those for one and two.
+        self._saved_bytes = bytes_saved_for_backward(self.model, (1, 2), run.training.max_length, self.autocast)
+
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self.num_trainable = sum(parameter.numel() for parameter in trained.values())
         if self.method not in UNTRAINED_METHODS and not trained:
             raise UserError(f"method {self.method} trains no parameter of {source.model_name_or_path!r}")
-        self._count(trained)
-        self.num_backward_layers = num_layers - min(layer_indices(trained), default=0)  # from the lowest trained one up
-
-    def _prepare(self, model: nn.Module) -> None:
-        """Make trainable what the method trains, as ``build_model`` does."""
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-        self.masked: dict[str, nn.Module] = {}
-        if self.mask is None:
-            self.model = build_model(model, self.run.method, self.run.model, self.run.mask, self.run.training.seed)
-            return
-        self.model = model.requires_grad_(False)
-        resolve_targets(self.mask, model)
-        self.masked = {n: m for n, m in model.named_modules() if n and check_target_module_exists(self.mask, n)}
-        for module in self.masked.values():
-            weight = torch.empty_like(module.weight, dtype=self.autocast or self.dtype)
-            module.weight = nn.Parameter(weight, requires_grad=self.method == "mask")
-        for name, module in model.named_modules():
-            if any(name.endswith(saved) for saved in self.run.mask.mask_modules_to_save or []):  # as PEFT does
-                module.requires_grad_(True)
-
-    def _count(self, trained: dict[str, nn.Parameter]) -> None:
-        masked = {id(module.weight) for module in self.masked.values()}
         self.masked_sizes = [module.weight.numel() for module in self.masked.values()]
-        others: Counter[int] = Counter()  # bytes per parameter -> how many
+        self.kept = self._kept(trained)
+        # The backward pass ends at the lowest trained layer.
+        self.num_backward_layers = num_layers - min(layer_indices(trained), default=0)
+
+    def _prepared(self, model: PreTrainedModel) -> tuple[nn.Module, dict[str, nn.Module]]:
+        """Make trainable the parameters that the method trains, as ``build_model`` does; returns masked modules too."""
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        if self.mask is None:
+            run = self.run
+            return build_model(model, run.method, run.model, run.mask, run.training.seed), {}
+
+        model.requires_grad_(False)
+        resolve_targets(self.mask, model)
+        masked = {}
+        for name, module in model.named_modules():
+            if name and check_target_module_exists(self.mask, name):
+                masked[name] = module
+        for module in masked.values():
+            weight = torch.empty_like(module.weight, dtype=self.compute_dtype)
+            module.weight = nn.Parameter(weight, requires_grad=self.method == "mask")
+
+        saved_in_full = tuple(self.run.mask.mask_modules_to_save or ())
+        for name, module in model.named_modules():
+            if saved_in_full and name.endswith(saved_in_full):  # as PEFT matches them
+                module.requires_grad_(True)
+        return model, masked
+
+    def _kept(self, trained: dict[str, nn.Parameter]) -> dict[str, int]:
+        """Bytes of everything that exists throughout training, beside the weights."""
+        num_masked = sum(self.masked_sizes)
+        num_scores = num_masked if self.method == "mask" else 0
+        masked_weights = {id(module.weight) for module in self.masked.values()}
+
+        others: Counter[int] = Counter()  # bytes per parameter -> number of trained parameters that are no scores
         for parameter in trained.values():
-            others[parameter.element_size()] += 0 if id(parameter) in masked else parameter.numel()
-        num_scores = sum(self.masked_sizes) if self.method == "mask" else 0
-        counts, moments = others + Counter({4: num_scores}), OPTIMIZER_BYTES[self.optim]  # scores are float32
-        has_base = self.mask is not None and self.mask.removed_value == "base"
-        self.kept = {
+            if id(parameter) not in masked_weights:
+                others[parameter.element_size()] += parameter.numel()
+        all_trained = others + Counter({FLOAT32_BYTES: num_scores})
+
+        moments = OPTIMIZER_BYTES[self.optimizer]
+        is_adapter = self.method != "full"
+        keeps_removed_values = self.mask is not None and self.mask.removed_value == "base"
+        return {
             # The base weights stay beside the effective ones.
-            "effective weights": num_scores * (self.autocast or self.dtype).itemsize,
-            "scores": 4 * num_scores,
-            "optimizer": math.ceil(sum(count * moments(size) for size, count in counts.items())),
-            "gradients": sum(size * count for size, count in counts.items()),
-            "adapter": 0 if self.method == "full" else sum(size * count for size, count in others.items()),
-            "removed values": sum(self.masked_sizes) * self.dtype.itemsize if has_base else 0,
+            "effective weights": num_scores * self.compute_dtype.itemsize,
+            "scores": num_scores * FLOAT32_BYTES,
+            "optimizer": math.ceil(sum(number * moments(size) for size, number in all_trained.items())),
+            "gradients": sum(number * size for size, number in all_trained.items()),
+            "adapter": sum(number * size for size, number in others.items()) if is_adapter else 0,
+            "removed values": num_masked * self.dtype.itemsize if keeps_removed_values else 0,
         }
 
     def memory(self, rows: int) -> dict[str, int]:
         """Bytes per term at the peak of a run with micro-batches of ``rows`` rows."""
         start = {"process": self.process_bytes, "weights": self.weight_bytes}
-        if not self.num_trainable:  # float32 ranking keys and bool masks of all matrices at once
-            return start | {"masks": 5 * sum(self.masked_sizes)}
-        step = {**start, **self.kept, "activations": 0, "buffers": self._step_bytes}
-        during = {**step, "activations": self._activations(rows), "buffers": 0, "logits": self._logits(rows)}
+        if not self.num_trainable:
+            return start | {"masks": _FIXED_MASK_BYTES * sum(self.masked_sizes)}
+
+        # The peak is one of these phases: the optimizer's step, the backward pass, an evaluation, the loading.
+        step = start | self.kept | {"activations": 0, "buffers": self._step_bytes()}
+        backward = step | {"activations": self._activation_bytes(rows), "buffers": 0, "logits": self._logit_bytes(rows)}
         if self.run.training.gradient_accumulation_steps == 1:
-            during["gradients"] = 0  # they come as activations go
-        phases = [step, during]
+            backward["gradients"] = 0  # they appear as activations are freed
+        phases = [step, backward]
         if self.run.training.do_eval:
-            phases.append({**start, **self.kept, "gradients": 0, "logits": self._heldout_logits()})
-        if self.device == "cpu":  # a file's pages are resident while the weights are read from it
-            phases.append(start | {"file": self.stored.itemsize * self.num_parameters})
+            phases.append(start | self.kept | {"gradients": 0, "logits": self._heldout_logit_bytes()})
+        if self.device == "cpu":
+            # The pages of the weights' file are resident while it is read.
+            phases.append(start | {"file": self.num_parameters * self.stored_dtype.itemsize})
         return max(phases, key=lambda terms: sum(terms.values()))
 
-    def _heldout_logits(self) -> int:
-        """Those of a batch of held-out rows, and a copy of one row in float32 and one in float64."""
-        one = self.run.training.max_length * self.config.get_text_config().vocab_size
-        return one * (self.run.training.per_device_eval_batch_size * (self.autocast or self.dtype).itemsize + 12)
-
-    def _logits(self, rows: int) -> int:
-        """What the head takes for a moment, when the backward pass begins."""
-        vocab = self.config.get_text_config().vocab_size
-        tile = 4 * min(rows * self.run.training.max_length, _TILE[0]) * min(vocab, _TILE[1])
-        head = 4 * sum(p.numel() for p in self.model.get_output_embeddings().parameters() if p.requires_grad)
-        return head + tile * (_CPU_TILES if self.device == "cpu" else 1)
-
     @property
-    def _step_bytes(self) -> int:
-        """What an optimizer step and the refresh of a mask take for a moment."""
-        # adamw_torch updates all tensors at once on a GPU; a byte per weight tells which bits have flipped.
-        update = self.kept["gradients"] if self.optim == "adamw_torch" and self.device == "cuda" else 0
-        ranked = _REFRESH_BYTES * max(self.masked_sizes, default=0) if self.device == "cuda" else 0
-        return max(update, ranked + sum(self.masked_sizes))
+    def _vocab_size(self) -> int:
+        return self.config.get_text_config().vocab_size
 
-    def _activations(self, rows: int) -> int:
-        saved = self._forward(rows)
+    def _heldout_logit_bytes(self) -> int:
+        """Logits of a batch of held-out rows, and copies of one row's in higher precision."""
+        logits_of_row = self.run.training.max_length * self._vocab_size
+        batch = self.run.training.per_device_eval_batch_size * self.compute_dtype.itemsize
+        return logits_of_row * (batch + _HELDOUT_COPY_BYTES)
+
+    def _logit_bytes(self, rows: int) -> int:
+        """Temporary memory of the head, when the backward pass begins."""
+        num_tokens = min(rows * self.run.training.max_length, _TILE_TOKENS)
+        tile = FLOAT32_BYTES * num_tokens * min(self._vocab_size, _TILE_ENTRIES)
+        num_tiles = _CPU_TILES if self.device == "cpu" else 1
+        head = self.model.get_output_embeddings()
+        num_trained = sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad)
+        return FLOAT32_BYTES * num_trained + tile * num_tiles
+
+    def _step_bytes(self) -> int:
+        """Temporary memory of an optimizer step, or of the refresh of a mask."""
+        # adamw_torch updates all tensors at once on a GPU.
+        updates_all = self.optimizer == "adamw_torch" and self.device == "cuda"
+        update = self.kept["gradients"] if updates_all else 0
+        largest = max(self.masked_sizes, default=0)
+        ranking = _REFRESH_BYTES * largest if self.device == "cuda" else 0
+        flipped = sum(self.masked_sizes)  # a byte per weight: whether its bit has flipped
+        return max(update, ranking + flipped)
+
+    def _activation_bytes(self, rows: int) -> int:
+        one_row, two_rows = self._saved_bytes
+        saved = one_row + (rows - 1) * (two_rows - one_row)
         if not self.run.training.gradient_checkpointing:
             return saved
-        num_layers = self.num_backward_layers  # each keeps its input; one at a time is computed again
+
+        # Each layer keeps its input; the activations of one layer at a time are computed again.
+        num_layers = self.num_backward_layers
         hidden = rows * self.run.training.max_length * self.config.get_text_config().hidden_size
-        return num_layers * hidden * (self.autocast or self.dtype).itemsize + saved // num_layers
-
-    def _forward(self, rows: int) -> int:
-        """Bytes that a forward pass saves for the backward pass."""
-        one, two = self._seen
-        return one + (rows - 1) * (two - one)
-
-    def _run_forward(self, rows: int) -> int:
-        there = {t.untyped_storage()._cdata for t in (*self.model.parameters(), *self.model.buffers())}
-        saved: dict[int, torch.UntypedStorage] = {}  # held, or another could take its place
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in there:
-                saved[storage._cdata] = storage
-            return tensor
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            ids = torch.zeros(rows, self.run.training.max_length, dtype=torch.long)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
-            self.model.train()(**inputs, fused_lm_head=True).log_probs.sum()
-        return sum(storage.nbytes() for storage in saved.values())
-
-
-def model_without_data(config: PretrainedConfig, dtype: torch.dtype | None = None, attention: str | None = None):
-    """Return a model of a configuration, to be called under ``torch.device("meta")``."""
-    # Flash attention, from whatever package, keeps what sdpa keeps.
-    named = {"attn_implementation": attention if attention in ("eager", "sdpa") else "sdpa"} if attention else {}
-    try:
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False, **named)
-    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
-        raise UserError(f"the configuration makes no causal language model: {first_line(error)}") from error
-    if not layer_indices(name for name, _ in model.named_modules()):
-        raise UserError(f"the configuration has no decoder layers ({type(model).__name__}); is it complete?")
-    return model
-
-
-def _make_fake(model: nn.Module) -> None:
-    """Put fake CPU tensors, which choose CPU kernels, in place of a model's meta tensors; tied ones stay tied."""
-    made: dict[torch.Tensor, torch.Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if tensor not in made:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    made[tensor] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-                tensors[name] = made[tensor]
+        return num_layers * hidden * self.compute_dtype.itemsize + saved // num_layers
 
 
 def _check(run: TrainConfig) -> None:
@@ -294,8 +310,9 @@ def _check(run: TrainConfig) -> None:
 
 def _autocast_dtype(training, device: str) -> torch.dtype | None:
     """The dtype matrices are multiplied in under autocast; None without."""
-    # float32 that nobody asked for is the default of this machine, and not of the one that is asked about.
-    if training.bf16 or (device == "cuda" and training.is_float32_by_machine):
+    # A float32 that this machine's processor caused is not the default of the GPU that is asked about.
+    is_default_of_gpu = device == "cuda" and training.is_float32_by_machine
+    if training.bf16 or is_default_of_gpu:
         return torch.bfloat16
     return torch.float16 if training.fp16 else None
 

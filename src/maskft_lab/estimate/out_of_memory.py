@@ -1,4 +1,4 @@
-"""Out of memory, in one line: what was asked for, and what usually helps."""
+"""Out of memory, in one line: the request that failed, and the usual remedies."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ ADVICE = (
     "try, in this order, --per_device_train_batch_size 1 with more --gradient_accumulation_steps, a smaller "
     "--per_device_eval_batch_size, --gradient_checkpointing true, --dtype bfloat16 with --optim adamw_torch_8bit"
 )
-# What allocators say: torch's on the CPU, the kernel where a file is mapped, a library on a GPU without workspace.
+
+# Words of allocators: torch's on the CPU, the kernel's where a file is mapped, a GPU library's without workspace.
 _WORDS = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+_SHOWN_LENGTH = 80  # characters of a message without a size
 
 
 @contextmanager
 def explained(advice: str = ADVICE) -> Iterator[None]:
-    """Run a command's work inside; where memory runs out, say in one line what helps.
+    """Run a command's work inside; if memory runs out, say in one line how to need less.
 
     Raises:
-        UserError: In the place of the allocator's error.
+        UserError: In place of the allocator's error.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _WORDS):
+        is_out_of_memory = isinstance(error, MemoryError) or any(words in str(error) for words in _WORDS)
+        if not is_out_of_memory:
             raise
-        said = first_line(error)
-        found = re.search(r"[Tt]ried to allocate [\d.,]+ \w+", said)
-        raise UserError(f"out of memory ({found[0].lower() if found else said[:80]}); {advice}") from None
+        message = first_line(error)
+        request = re.search(r"[Tt]ried to allocate [\d.,]+ \w+", message)
+        shown = request[0].lower() if request else message[:_SHOWN_LENGTH]
+        raise UserError(f"out of memory ({shown}); {advice}") from None

