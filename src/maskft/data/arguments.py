@@ -66,7 +66,7 @@ class DataArguments:
     prepared_data_dir: str | None = option(
         None,
         "Folder that keeps rows as they were read, split and tokenised, for later runs on the same files, tokenizer "
-        "and lengths; a hub data set in it is not looked up again. Default: not kept.",
+        "and lengths; a hub data set in it is not looked up again (default: not kept)",
     )
     prepare_only: bool = option(
         False,
@@ -75,7 +75,7 @@ class DataArguments:
     dataset_config: str | None = option(None, "Configuration of a hub data set, e.g. main for openai/gsm8k.")
     dataset_train_split: str = option("train", "Split of a hub data set to train on. A file is one split.")
     eval_dataset_name: dict | str | None = option(
-        None, "Held-out data, named like dataset_name. Default: a part of the training data."
+        None, "Held-out data, named like dataset_name (default: a part of the training data)"
     )
     dataset_eval_split: str | None = option(
         None,
@@ -90,13 +90,13 @@ class DataArguments:
         0, "Seed of the held-out rows. Keep it when only the training seed changes: runs are compared on the same rows."
     )
     max_train_samples: int | None = option(
-        None, "Train on the first N rows only, after the held-out rows are taken out. Default: all."
+        None, "Train on the first N rows only, after the held-out rows are taken out (default: all)"
     )
-    max_eval_samples: int | None = option(None, "Evaluate on the first N held-out rows only. Default: all.")
+    max_eval_samples: int | None = option(None, "Evaluate on the first N held-out rows only (default: all)")
     as_chat: bool | None = option(
         None,
         "Put question/answer and instruction/output rows into the chat template (true) or into plain text 'Question: "
-        "... Answer: ...' (false). Default: true when the tokenizer has a chat template.",
+        "... Answer: ...' (false) (default: true when the tokenizer has a chat template)",
     )
 
     def __post_init__(self):
