@@ -10,7 +10,7 @@ import importlib
 import sys
 from pathlib import Path
 
-NAMES = ("refresh", "file", "step", "micro_batch", "learners", "published", "memory", "intervals")
+NAMES = ("refresh", "file", "step", "micro_batch", "learners", "published", "memory", "intervals", "mixed_batch")
 
 
 def main() -> None:

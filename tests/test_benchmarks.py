@@ -58,6 +58,13 @@ def test_memory(tmp_path):
 
 
 @pytest.mark.slow
+def test_mixed_batch(tmp_path):
+    rows, printed = run(tmp_path, "mixed_batch", expected={"mixed"})
+    assert "decode, 16 adapters: LoRA r 16, all linear / masks 1 % of gates" in printed
+    assert all(row["value"] >= 0 for row in rows)
+
+
+@pytest.mark.slow
 def test_gold_solutions(tmp_path):
     files = benchmark_files.write(tmp_path / "files")
     command = [sys.executable, "-m", "benchmarks.gold_solutions", "--data_dir", str(files), "--busy", "1"]

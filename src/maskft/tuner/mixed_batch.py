@@ -19,6 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -50,20 +51,53 @@ class Places(NamedTuple):
     columns: Tensor
 
 
-class BatchPlan(NamedTuple):
+@dataclass
+class BatchPlan:
     """The corrections of one batch of adapter names: a block diagonal sparse matrix, one block a masked row.
 
     Attributes:
         rows: Indices of the rows that have a mask in this layer; None: all rows.
-        offsets: Where each of the (num_rows * O) rows of the matrix begins; int32, one more for the end.
-        columns: Column of each place, in [0, num_rows * I); int32.
-        values: The base weight at each place, float32 (float64 for a float64 base).
+        shape: Shape of the matrix, (num_rows * O, num_rows * I).
+        offsets: Where each row of the matrix begins; int32, one more for the end.
+        columns: Column of each place; int32.
+        values: Dtype that the base layer computes in -> the base weight at each place as rounded to it, float32
+            (float64 for a float64 base).
+        matrices: The same as sparse tensors over the same memory, where torch has a product with them.
     """
 
     rows: Tensor | None
+    shape: tuple[int, int]
     offsets: Tensor
     columns: Tensor
-    values: Tensor
+    values: dict[torch.dtype, Tensor]
+    matrices: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    # Made inside torch.inference_mode() they could not be used outside of it afterwards.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def values_in(self, dtype: torch.dtype) -> Tensor:
+        """Values as rounded as the base layer's own weight: under autocast that is not the dtype of the weight."""
+        if dtype not in self.values:
+            first = next(iter(self.values.values()))
+            self.values[dtype] = first.to(dtype).to(first.dtype)
+        return self.values[dtype]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def matrix_in(self, dtype: torch.dtype) -> Tensor:
+        """The sparse matrix with :meth:`values_in`."""
+        if dtype not in self.matrices:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta state"
+                self.matrices[dtype] = torch.sparse_csr_tensor(
+                    self.offsets, self.columns, self.values_in(dtype), self.shape, check_invariants=False
+                )
+        return self.matrices[dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors; matrices share theirs."""
+        return sum(each.numel() * each.element_size() for each in (self.offsets, self.columns, *self.values.values()))
 
 
 class MixedBatchCache:
@@ -87,10 +121,9 @@ class MixedBatchCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors kept."""
-        tensors = [tensor for *_, places in self.places.values() for tensor in places]
-        if self.plan is not None and self.plan[1] is not None:
-            tensors += [tensor for tensor in self.plan[1] if tensor is not None]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        places = sum(each.numel() * each.element_size() for *_, places in self.places.values() for each in places)
+        plan = None if self.plan is None else self.plan[1]
+        return places + (0 if plan is None else plan.num_bytes)
 
 
 # The model's side: names come in with a call, and each layer gets them
@@ -245,16 +278,15 @@ def mixed_batch_forward(layer: MaskedLinear, x: Tensor, adapter_names: Sequence[
 
 
 def _correction(plan: BatchPlan, x: Tensor, num_outputs: int) -> Tensor:
-    """Return x (W * R)^T of each row, in the dtype of the plan's values; shape (B, ..., O)."""
+    """Return x (W * R)^T of each row, float32 or float64; shape (B, ..., O)."""
     num_rows = x.shape[0]
     num_inputs = x.shape[-1]
-    values = plan.values.to(x.dtype).to(plan.values.dtype)  # as rounded as the base layer's own weight
+    values = plan.values_in(x.dtype)
     x_BTI = x.reshape(num_rows, -1, num_inputs).to(values.dtype)
     num_tokens = x_BTI.shape[1]
 
     if num_tokens == 1 and _has_sparse_product(values):
-        matrix = _csr(plan.offsets, plan.columns, values, (num_rows * num_outputs, num_rows * num_inputs))
-        y_BTO = (matrix @ x_BTI.reshape(-1)).view(num_rows, 1, num_outputs)
+        y_BTO = (plan.matrix_in(x.dtype) @ x_BTI.reshape(-1)).view(num_rows, 1, num_outputs)
     else:
         # A sum of weighted rows of a table: the plain way is the sparse product above with a matrix on the right, for
         # which torch's kernel took ten times as long (16 rows of 64 tokens, 576 x 1536, one thread).
@@ -269,12 +301,6 @@ def _correction(plan: BatchPlan, x: Tensor, num_outputs: int) -> Tensor:
 def _has_sparse_product(values: Tensor) -> bool:
     # torch has this product on a CPU through MKL alone. On GPUs nothing was measured, and one way is enough there.
     return values.device.type == "cpu" and torch.backends.mkl.is_available()
-
-
-def _csr(offsets: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta state"
-        return torch.sparse_csr_tensor(offsets, columns, values, shape, check_invariants=False)
 
 
 # A plan made inside torch.inference_mode() could not be used outside of it afterwards.
@@ -322,9 +348,10 @@ def _make_plan(layer: MaskedLinear, names: Sequence[str], masks: dict[str, objec
     has_all_rows = len(rows) == len(names)
     return BatchPlan(
         rows=None if has_all_rows else torch.tensor(rows, device=weight.device),
+        shape=(len(rows) * num_outputs, len(rows) * num_inputs),
         offsets=torch.cat(offsets),
         columns=torch.cat(columns),
-        values=torch.cat(values),
+        values={weight.dtype: torch.cat(values)},
     )
 
 
